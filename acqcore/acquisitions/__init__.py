@@ -1,0 +1,25 @@
+"""Acquisition functions, one file each: formula, source, public function, slow readable reference."""
+
+from __future__ import annotations
+
+# The order is the one `acqcore.acquisitions()` shows.
+from acqcore.acquisitions.loss import loss as loss  # isort: skip
+from acqcore.acquisitions.perplexity import perplexity as perplexity  # isort: skip
+from acqcore.acquisitions.entropy import entropy as entropy  # isort: skip
+from acqcore.acquisitions.varentropy import varentropy as varentropy  # isort: skip
+from acqcore.acquisitions.least_confidence import least_confidence as least_confidence  # isort: skip
+from acqcore.acquisitions.margin import margin as margin  # isort: skip
+from acqcore.acquisitions.gini import gini as gini  # isort: skip
+from acqcore.acquisitions.el2n import el2n as el2n  # isort: skip
+from acqcore.acquisitions.expected_gradient_length import (  # isort: skip
+    expected_gradient_length as expected_gradient_length,
+)
+from acqcore.acquisitions.token_grad_norm import token_grad_norm as token_grad_norm  # isort: skip
+from acqcore.acquisitions.base import REGISTRY, Acquisition, register
+
+__all__ = ["REGISTRY", "Acquisition", "acquisitions", "register"]
+
+
+def acquisitions() -> dict[str, str]:
+    """Name -> one-line description of every acquisition ``score`` knows, the user's own included."""
+    return {name: entry.description for name, entry in REGISTRY.items()}

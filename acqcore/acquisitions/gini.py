@@ -1,0 +1,26 @@
+"""Gini impurity, 1 - sum_v p_v^2.
+
+Source: Breiman et al. 1984; the quadratic (Renyi-2, Tsallis-2) entropy.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from acqcore.acquisitions.base import register
+from acqcore.row_stats import RowStats
+
+
+@register("gini")
+def gini(stats: RowStats) -> torch.Tensor:
+    """Gini impurity, 1 - sum_v p_v^2."""
+    return stats.gini
+
+
+def reference(
+    z: torch.Tensor,  # [N, V] logits
+    targets: torch.Tensor,  # [N]
+    hidden: torch.Tensor,  # [N, D]
+) -> torch.Tensor:
+    """The definition, slowly, ``[N]``."""
+    return 1 - z.softmax(dim=1).square().sum(dim=1)

@@ -1,0 +1,72 @@
+"""The backends, ordered: the first that is available and fits serves a call, unless one is named.
+
+``ACQCORE_BACKEND`` names one for the whole process. A name that is unknown, not available here or does not serve the
+tensors raises; nothing falls back in silence, and ``eager`` runs only when asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from acqcore import checks
+from acqcore.backends.base import Backend
+from acqcore.backends.cpu import Cpu
+from acqcore.backends.eager import Eager
+
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Eager())}
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """One row of :func:`acqcore.backends`."""
+
+    name: str
+    description: str
+    available: bool
+    reason: str | None  #: why it is not available
+    instruction_set: str | None
+
+
+def backends() -> list[BackendInfo]:
+    """Every backend in order of preference, with availability, why not, and the instruction set in use."""
+    rows = []
+    for backend in _BACKENDS.values():
+        reason = backend.unavailable()
+        isa = backend.instruction_set() if reason is None else None
+        rows.append(BackendInfo(backend.name, backend.description, reason is None, reason, isa))
+    return rows
+
+
+def get(name: str) -> Backend:
+    """The backend called ``name``; trusted, for code below the public edge."""
+    return _BACKENDS[name]
+
+
+def select(name: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Backend:
+    """The backend for tensors of ``device`` and ``dtypes``.
+
+    Raises:
+        ValueError: an unknown name, or a named backend that does not serve these tensors.
+        RuntimeError: the named backend is not available here, or none serves these tensors by itself.
+    """
+    argument = "backend" if name is not None else "ACQCORE_BACKEND"
+    name = name if name is not None else os.environ.get("ACQCORE_BACKEND")
+    if name is not None:
+        checks.one_of(argument, name, _BACKENDS)
+        chosen = _BACKENDS[name]
+        if reason := chosen.unavailable():
+            raise RuntimeError(f"{argument}: {name!r} is not available here: {reason}")
+        if reason := chosen.misfit(device, dtypes):
+            raise ValueError(f"{argument}: {reason}")
+        return chosen
+    reasons = []
+    for candidate in _BACKENDS.values():
+        if candidate.automatic:
+            reason = candidate.misfit(device, dtypes) or candidate.unavailable()
+            if reason is None:
+                return candidate
+            reasons.append(reason)
+    raise RuntimeError(f"{'; '.join(reasons)}. backend='eager' computes it in plain torch.")

@@ -1,0 +1,65 @@
+"""What a backend is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+
+from acqcore.head import Head
+
+
+class Backend(ABC):
+    """One way of filling the row state. Adapters only: the arithmetic is in kernels, csrc or plain torch."""
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    automatic: ClassVar[bool] = True  #: may be chosen without being named
+    devices: ClassVar[tuple[str, ...]] = ()  #: device types it serves; empty means all
+    dtypes: ClassVar[tuple[torch.dtype, ...]]
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run here, or None if it can."""
+        return None
+
+    def instruction_set(self) -> str | None:
+        """The instruction set in use, where the backend has several."""
+        return None
+
+    def misfit(self, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+        """Why it does not serve tensors of this device and these dtypes, or None if it does."""
+        if self.devices and device.type not in self.devices:
+            return (
+                f"backend {self.name!r} serves {', '.join(self.devices)} tensors, got {device.type}"
+            )
+        for dtype in dtypes:
+            if dtype not in self.dtypes:
+                known = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
+                return (
+                    f"backend {self.name!r} takes {known}, got {str(dtype).removeprefix('torch.')}"
+                )
+        return None
+
+    @abstractmethod
+    def row_stats(
+        self,
+        hidden: torch.Tensor,  # [N, D]
+        head: Head,
+        targets: torch.Tensor | None,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64, written
+        index: torch.Tensor,  # [N] int64, written
+    ) -> None:
+        """Fill the state of ``row_stats.RowStats``. A row with target -100: NaN state and index -1."""
+
+    @abstractmethod
+    def logit_stats(
+        self,
+        logits: torch.Tensor,  # [N, V]
+        targets: torch.Tensor | None,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64, written
+        index: torch.Tensor,  # [N] int64, written
+    ) -> None:
+        """The same from logits."""

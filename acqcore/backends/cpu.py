@@ -1,0 +1,104 @@
+"""The C++ SIMD backend: hands pointers, strides and sizes to the extension, which owns the arithmetic."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from acqcore import checks
+from acqcore.backends.base import Backend
+from acqcore.head import Head
+
+try:
+    import acqcore._core as _core
+except ImportError as error:
+    _core = None  # type: ignore[assignment]
+    _IMPORT_ERROR: str | None = str(error)
+else:
+    _IMPORT_ERROR = None
+
+
+class Cpu(Backend):
+    name = "cpu"
+    description = "C++ SIMD, product and statistics fused tile by tile, never holds the logits"
+    devices = ("cpu",)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def unavailable(self) -> str | None:
+        if _IMPORT_ERROR is None:
+            return None
+        return (
+            "the compiled extension acqcore._core is missing or does not load; build it with "
+            f"'pip install .' in the source tree ({_IMPORT_ERROR})"
+        )
+
+    def instruction_set(self) -> str:
+        """``ACQCORE_ISA`` if set, else the best this processor has.
+
+        Raises:
+            ValueError: unknown name. RuntimeError: this build or processor does not have it.
+        """
+        forced = os.environ.get("ACQCORE_ISA")
+        if forced is None:
+            return _core.best_isa()
+        names = {name: reason for name, reason in _core.isas()}
+        checks.one_of("ACQCORE_ISA", forced, names)
+        if names[forced]:
+            raise RuntimeError(f"ACQCORE_ISA: {forced!r} is not available here: {names[forced]}")
+        return forced
+
+    def row_stats(
+        self,
+        hidden: torch.Tensor,  # [N, D]
+        head: Head,
+        targets: torch.Tensor | None,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64, written
+        index: torch.Tensor,  # [N] int64, written
+    ) -> None:
+        bias = None if head.bias is None else head.bias.to(torch.float32).contiguous()
+        targets = None if targets is None else targets.contiguous()
+        _core.row_stats(
+            self.instruction_set(),
+            torch.get_num_threads(),
+            _matrix(hidden),
+            _matrix(head.weight),
+            _pointer(bias),
+            _pointer(targets),
+            head.softcap or 0.0,
+            head.scale,
+            temperature,
+            head.vocab_start,
+            state.data_ptr(),
+            index.data_ptr(),
+        )
+
+    def logit_stats(
+        self,
+        logits: torch.Tensor,  # [N, V]
+        targets: torch.Tensor | None,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64, written
+        index: torch.Tensor,  # [N] int64, written
+    ) -> None:
+        targets = None if targets is None else targets.contiguous()
+        _core.logit_stats(
+            self.instruction_set(),
+            torch.get_num_threads(),
+            _matrix(logits),
+            _pointer(targets),
+            temperature,
+            state.data_ptr(),
+            index.data_ptr(),
+        )
+
+
+def _matrix(tensor: torch.Tensor) -> _core.Matrix:
+    """``tensor [rows, columns]`` as the extension sees it; the caller keeps it alive."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return _core.Matrix(tensor.data_ptr(), *tensor.shape, *tensor.stride(), dtype)
+
+
+def _pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,72 @@
+"""Plain torch: the oracle of every parity test, float64-capable, on any device. It holds the logits."""
+
+from __future__ import annotations
+
+import torch
+
+from acqcore.backends.base import Backend
+from acqcore.head import Head, compute_dtype
+
+
+class Eager(Backend):
+    name = "eager"
+    description = "plain torch on any device, holds the [N, V] logits; the readable reference"
+    automatic = False
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+    def row_stats(
+        self,
+        hidden: torch.Tensor,  # [N, D]
+        head: Head,
+        targets: torch.Tensor | None,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64, written
+        index: torch.Tensor,  # [N] int64, written
+    ) -> None:
+        fold(head.logits(hidden, temperature), targets, head.vocab_start, state, index)
+
+    def logit_stats(
+        self,
+        logits: torch.Tensor,  # [N, V]
+        targets: torch.Tensor | None,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64, written
+        index: torch.Tensor,  # [N] int64, written
+    ) -> None:
+        fold(logits.to(compute_dtype(logits.dtype)) / temperature, targets, 0, state, index)
+
+
+def fold(
+    z: torch.Tensor,  # [N, V] float32 or float64
+    targets: torch.Tensor | None,  # [N]
+    vocab_start: int,
+    state: torch.Tensor,  # [7, N] float64, written
+    index: torch.Tensor,  # [N] int64, written
+) -> None:
+    """The state of each row, term by term as its definition in ``row_stats.py`` reads."""
+    n, v = z.shape
+    columns = torch.arange(v, device=z.device)
+    m = z.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(dim=1)  # [N]; a NaN shows in the sums
+    a = (z == m[:, None]).int().argmax(dim=1)  # the first among equals
+    others = z.masked_fill(columns == a[:, None], -torch.inf)  # [N, V]
+    x = others - m[:, None]
+    x = x.masked_fill(
+        others == -torch.inf, 0
+    )  # an impossible token adds nothing: 0 * -inf is not formed
+    e = x.exp().masked_fill(others == -torch.inf, 0)
+    e, x = e.double(), x.double()
+    index.copy_(a + vocab_start)
+    state[0] = m
+    state[1] = others.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(dim=1)
+    state[2] = e.sum(dim=1)
+    state[3] = (e * x).sum(dim=1)
+    state[4] = (e * e).sum(dim=1)
+    state[5] = (e * x * x).sum(dim=1)
+    state[6] = -torch.inf
+    if targets is not None:
+        local = targets - vocab_start
+        here = (local >= 0) & (local < v)  # a target of another shard is found there
+        state[6] = z.gather(1, local.where(here, 0)[:, None])[:, 0].double().where(here, -torch.inf)
+        ignored = targets == -100
+        state.masked_fill_(ignored, torch.nan)
+        index.masked_fill_(ignored, -1)

@@ -1,0 +1,63 @@
+"""All that acqcore knows of a language model's last layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from acqcore import checks
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The map from a hidden state to logits: ``z = cap(scale * (W h + b))``.
+
+    ``cap(x) = softcap * tanh(x / softcap)`` where a softcap is given (Gemma 2), else the identity.
+
+    Args:
+        weight: ``[V, D]`` float32, bfloat16, float16 or float64; any strides.
+        bias: ``[V]`` or None.
+        softcap: positive float or None (``final_logit_softcapping``).
+        scale: multiplies the product, bias included (Cohere's ``logit_scale``; 1 / ``logits_scaling`` of Granite).
+        vocab_start: index of this weight's first row in the whole vocabulary, for a shard of a head.
+            Targets and ``top1_index`` are always indices into the whole vocabulary.
+        vocab_size: size of the whole vocabulary; by default ``vocab_start + V``.
+
+    Raises:
+        TypeError: a tensor that is not floating point.
+        ValueError: shapes that disagree, a softcap or scale out of range.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    vocab_start: int = 0
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.head(self.weight, self.bias, self.softcap, self.scale)
+        end = self.vocab_start + self.weight.shape[0]
+        checks.vocabulary(self.vocab_start, end, self.vocab_size)
+        if self.vocab_size is None:
+            object.__setattr__(self, "vocab_size", end)
+
+    def logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """Logits ``[N, V]`` of ``hidden [N, D]``, the readable definition.
+
+        The product is taken in float32 for float32, bfloat16 and float16, in float64 if either side is float64.
+        """
+        dtype = compute_dtype(hidden.dtype, self.weight.dtype)
+        z = hidden.to(dtype) @ self.weight.to(dtype).T
+        if self.bias is not None:
+            z = z + self.bias.to(dtype)
+        z = z * self.scale
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z / temperature
+
+
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 if any of ``dtypes`` is, else float32: half-precision products are never rounded to half."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -1,0 +1,314 @@
+"""Row statistics: everything one softmax row tells, from one pass over the vocabulary.
+
+For a row with logits ``z``, maximum ``m = z[a]`` and ``e_v = exp(z_v - m)``, the state holds sums over ``v != a``:
+
+    R = sum e        S1 = sum e (z - m)        S2 = sum e^2        S11 = sum e (z - m)^2
+
+beside ``m``, ``a``, the second largest logit and the target's logit. Leaving the maximum's own term (1) out of the
+sums keeps confident rows exact: with ``Z = 1 + R``, ``1 - p_max`` is ``R / Z`` and not a difference of nearly equal
+numbers. States form a commutative monoid (:meth:`RowStats.merge`): tiles, shards and chunks of the vocabulary combine
+in any grouping. Backends fill the state; the formulas below, in float64, are the same for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from acqcore import checks
+from acqcore.backends import get as get_backend
+from acqcore.backends import select as select_backend
+from acqcore.head import Head, compute_dtype
+
+#: Rows of ``RowStats.state``.
+STATE_ROWS = (
+    "max_logit",
+    "second_logit",
+    "sum_exp",
+    "sum_exp_x",
+    "sum_exp_sq",
+    "sum_exp_x_sq",
+    "target_logit",
+)
+MAX, SECOND, R, S1, S2, S11, TARGET = range(7)
+
+#: Statistics every backend must give; the parity tests go through this list.
+FIELDS = (
+    "logsumexp",
+    "logprob",
+    "entropy",
+    "varentropy",
+    "sum_sq_prob",
+    "gini",
+    "top1_prob",
+    "top2_prob",
+    "top1_index",
+    "residual_norm",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class RowStats:
+    """Statistics of N softmax rows, each ``[N]``; float32 (float64 where an input was float64), indices int64.
+
+    Rows whose target is -100, and rows without a finite logit, hold NaN (``top1_index`` -1). Fields that need a target
+    (``logprob``, ``residual_norm``) are None where no targets were given, ``hidden_norm`` where only logits were.
+
+    Attributes:
+        state: ``[7, N]`` float64, rows as in ``STATE_ROWS``.
+        max_index: ``[N]`` int64, the largest logit's index in the whole vocabulary, the lowest among equals.
+        targets: ``[N]`` int64 or None.
+        hidden_norm: ``[N]``, Euclidean norm of the hidden state, or None.
+        dtype: dtype of the fields.
+    """
+
+    state: torch.Tensor
+    max_index: torch.Tensor
+    targets: torch.Tensor | None = None
+    hidden_norm: torch.Tensor | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __len__(self) -> int:
+        return self.state.shape[1]
+
+    def __repr__(self) -> str:
+        return f"RowStats(rows={len(self)}, valid={int(self.valid.sum())}, dtype={self.dtype})"
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """``[N]`` bool: the row was scored and has a finite logit and no NaN."""
+        return self.state[MAX].isfinite() & self.state[R].isfinite()
+
+    @property
+    def logsumexp(self) -> torch.Tensor:
+        """Log of the partition function, ``m + log1p(R)``."""
+        return self._field(self.state[MAX] + self.state[R].log1p())
+
+    @property
+    def logprob(self) -> torch.Tensor | None:
+        """Log-probability of the target in nats, ``z_y - logsumexp``."""
+        if self.targets is None:
+            return None
+        return self._field(self.state[TARGET] - self.state[MAX] - self.state[R].log1p())
+
+    @property
+    def entropy(self) -> torch.Tensor:
+        """Shannon entropy in nats, ``log1p(R) - S1 / Z``."""
+        return self._field(self.state[R].log1p() - self.state[S1] / self._z)
+
+    @property
+    def varentropy(self) -> torch.Tensor:
+        """Variance of the surprisal in nats squared, ``S11 / Z - (S1 / Z)^2``."""
+        mean = self.state[S1] / self._z
+        return self._field((self.state[S11] / self._z - mean * mean).clamp_min(0))
+
+    @property
+    def sum_sq_prob(self) -> torch.Tensor:
+        """``sum p^2 = (1 + S2) / Z^2`` (its negative log is the Renyi-2 entropy)."""
+        return self._field((1 + self.state[S2]) / self._z.square())
+
+    @property
+    def gini(self) -> torch.Tensor:
+        """``1 - sum p^2 = (R (2 + R) - S2) / Z^2``, exact for confident rows."""
+        r = self.state[R]
+        return self._field((r * (2 + r) - self.state[S2]) / self._z.square())
+
+    @property
+    def top1_prob(self) -> torch.Tensor:
+        """Probability of the most likely token, ``1 / Z``."""
+        return self._field(self._z.reciprocal())
+
+    @property
+    def top2_prob(self) -> torch.Tensor:
+        """Probability of the second most likely token; 0 where the vocabulary has one."""
+        return self._field((self.state[SECOND] - self.state[MAX]).exp() / self._z)
+
+    @property
+    def top1_index(self) -> torch.Tensor:
+        """Index of the most likely token; -1 in rows that are not valid."""
+        return self.max_index.where(self.valid, -1)
+
+    @property
+    def least_confidence(self) -> torch.Tensor:
+        """``1 - top1_prob = R / Z``, exact for confident rows."""
+        return self._field(self.state[R] / self._z)
+
+    @property
+    def residual_norm(self) -> torch.Tensor | None:
+        """``||p - e_y||_2``, the norm of the loss gradient in the logits.
+
+        ``sqrt(R^2 + S2) / Z`` where the target is the maximum, else ``sqrt((Z - e_y)^2 + 1 + S2 - e_y^2) / Z``.
+        """
+        if self.targets is None:
+            return None
+        r, s2, z = self.state[R], self.state[S2], self._z
+        e_y = (self.state[TARGET] - self.state[MAX]).exp()
+        top = r.square() + s2
+        other = (z - e_y).square() + 1 + (s2 - e_y.square()).clamp_min(0)
+        return self._field(top.where(self.targets == self.max_index, other).sqrt() / z)
+
+    def merge(self, other: RowStats) -> RowStats:
+        """Statistics of the union of two disjoint parts of the vocabulary, for the same rows.
+
+        Associative and commutative up to rounding in float64. Parts of a head come from ``Head(..., vocab_start=)``.
+
+        Raises:
+            TypeError: ``other`` is not a RowStats.
+            ValueError: the numbers of rows differ, or only one side has targets.
+        """
+        if not isinstance(other, RowStats):
+            raise TypeError(f"other: expected RowStats, got {checks.describe(other)}")
+        if len(other) != len(self):
+            raise ValueError(f"other: expected {len(self)} rows, got {len(other)}")
+        if (self.targets is None) != (other.targets is None):
+            raise ValueError("other: expected both sides with targets, or both without")
+        mine, theirs = self.state, other.state
+        first = (mine[MAX] > theirs[MAX]) | (
+            (mine[MAX] == theirs[MAX]) & (self.max_index <= other.max_index)
+        )
+        high, low = mine.where(first, theirs), theirs.where(first, mine)
+        d = low[MAX] - high[MAX]
+        d = d.where(
+            low[MAX] != -torch.inf, 0.0
+        )  # an empty part: no term of it counts, 0 * -inf is not formed
+        c = d.exp().where(low[MAX] != -torch.inf, 0.0)
+        # The lower maximum joins the sums as a term of its own (the "+ 1").
+        n, n1 = low[R] + 1, low[S1] + d * (low[R] + 1)
+        n11 = low[S11] + 2 * d * low[S1] + d.square() * (low[R] + 1)
+        state = torch.stack(
+            [
+                high[MAX] + 0 * mine[R] + 0 * theirs[R],  # NaN of an ignored row stays NaN
+                torch.maximum(high[SECOND], low[MAX]),
+                high[R] + c * n,
+                high[S1] + c * n1,
+                high[S2] + c.square() * (low[S2] + 1),
+                high[S11] + c * n11,
+                torch.maximum(mine[TARGET], theirs[TARGET]),
+            ]
+        )
+        index = self.max_index.where(first, other.max_index)
+        return replace(self, state=state, max_index=index)
+
+    @property
+    def _z(self) -> torch.Tensor:
+        return 1 + self.state[R]
+
+    def _field(self, value: torch.Tensor) -> torch.Tensor:
+        return value.where(self.valid, torch.nan).to(self.dtype)
+
+
+@torch.no_grad()
+def row_stats(
+    hidden: torch.Tensor,
+    head: Head,
+    targets: torch.Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+) -> RowStats:
+    """Statistics of ``softmax(head(hidden) / temperature)`` without holding the logits.
+
+    Args:
+        hidden: ``[N, D]`` float32, bfloat16, float16 (float64 on ``eager``); any strides; N may be 0.
+        head: the last layer, on the same device.
+        targets: ``[N]`` int64; -100 marks rows to ignore, which are dropped before the product.
+        temperature: divides the logits.
+        backend: a name from :func:`acqcore.backends`; by default ``ACQCORE_BACKEND`` or the first that fits.
+
+    Returns:
+        RowStats of N rows. No gradient flows. Products accumulate in float32 for every dtype (float64 for float64).
+
+    Raises:
+        TypeError: hidden or targets of a wrong dtype.
+        ValueError: shapes or devices that disagree, a target outside the vocabulary, an unknown backend.
+        RuntimeError: the backend is not available here (says why).
+
+    Source: Milakov & Gimelshein 2018 (online softmax), extended to the sums above.
+    """
+    if not isinstance(head, Head):
+        raise TypeError(f"head: expected acqcore.Head, got {checks.describe(head)}")
+    checks.hidden(hidden, head.weight)
+    checks.targets(targets, hidden, "hidden")
+    checks.positive("temperature", temperature)
+    dtype = compute_dtype(hidden.dtype, head.weight.dtype)
+    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
+    state, index = _empty_state(hidden)
+    assert head.vocab_size is not None
+    _row_stats_op(
+        hidden, head.weight, head.bias, targets, head.softcap, head.scale, temperature, head.vocab_start,
+        head.vocab_size, chosen.name, state, index,
+    )  # fmt: skip
+    norm = torch.linalg.vector_norm(hidden, dim=1, dtype=dtype)
+    if targets is not None:
+        norm = norm.where(targets != checks.IGNORE_INDEX, torch.nan)
+    return RowStats(state, index, targets, norm, dtype)
+
+
+@torch.no_grad()
+def logit_stats(
+    logits: torch.Tensor,
+    targets: torch.Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+) -> RowStats:
+    """Statistics of ``softmax(logits / temperature)`` for logits a trainer already holds, in one read of them.
+
+    Args:
+        logits: ``[N, V]`` float32, bfloat16, float16 (float64 on ``eager``); any strides; N may be 0.
+        targets: ``[N]`` int64 with -100 ignored, or None.
+        temperature: divides the logits.
+        backend: as in :func:`row_stats`.
+
+    Returns, raises: as :func:`row_stats`; ``hidden_norm`` is None.
+    """
+    checks.logits(logits)
+    checks.targets(targets, logits, "logits")
+    checks.positive("temperature", temperature)
+    chosen = select_backend(backend, logits.device, (logits.dtype,))
+    state, index = _empty_state(logits)
+    _logit_stats_op(logits, targets, temperature, chosen.name, state, index)
+    return RowStats(state, index, targets, None, compute_dtype(logits.dtype))
+
+
+def _empty_state(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised ``state [7, N]`` float64 and ``max_index [N]`` int64 beside ``rows [N, ...]``."""
+    n = rows.shape[0]
+    state = torch.empty((len(STATE_ROWS), n), dtype=torch.float64, device=rows.device)
+    return state, torch.empty(n, dtype=torch.int64, device=rows.device)
+
+
+@torch.library.custom_op("acqcore::row_stats", mutates_args=("state", "index"))
+def _row_stats_op(
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V]
+    targets: torch.Tensor | None,  # [N]
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    vocab_start: int,
+    vocab_size: int,
+    backend: str,
+    state: torch.Tensor,  # [7, N] float64, written
+    index: torch.Tensor,  # [N] int64, written
+) -> None:
+    if targets is not None:
+        checks.target_range(targets, vocab_size)
+    head = Head(weight, bias, softcap, scale, vocab_start, vocab_size)
+    get_backend(backend).row_stats(hidden, head, targets, temperature, state, index)
+
+
+@torch.library.custom_op("acqcore::logit_stats", mutates_args=("state", "index"))
+def _logit_stats_op(
+    logits: torch.Tensor,  # [N, V]
+    targets: torch.Tensor | None,  # [N]
+    temperature: float,
+    backend: str,
+    state: torch.Tensor,  # [7, N] float64, written
+    index: torch.Tensor,  # [N] int64, written
+) -> None:
+    if targets is not None:
+        checks.target_range(targets, logits.shape[1])
+    get_backend(backend).logit_stats(logits, targets, temperature, state, index)
