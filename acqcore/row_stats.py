@@ -164,9 +164,7 @@ class RowStats:
         if (self.targets is None) != (other.targets is None):
             raise ValueError("other: expected both sides with targets, or both without")
         mine, theirs = self.state, other.state
-        first = (mine[MAX] > theirs[MAX]) | (
-            (mine[MAX] == theirs[MAX]) & (self.max_index <= other.max_index)
-        )
+        first = (mine[MAX] > theirs[MAX]) | ((mine[MAX] == theirs[MAX]) & (self.max_index <= other.max_index))
         high, low = mine.where(first, theirs), theirs.where(first, mine)
         d = low[MAX] - high[MAX]
         d = d.where(

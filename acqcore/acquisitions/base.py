@@ -57,9 +57,7 @@ def register(
             raise ValueError(f"name: the acquisition {name!r} is registered already")
         description = (function.__doc__ or "").strip().split("\n")[0]
         if not description:
-            raise ValueError(
-                f"{name}: an acquisition function needs a docstring that says what it measures"
-            )
+            raise ValueError(f"{name}: an acquisition function needs a docstring that says what it measures")
         REGISTRY[name] = Acquisition(name, description, function, needs_targets, finish)
         return function
 

@@ -30,15 +30,11 @@ class Backend(ABC):
     def misfit(self, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
         """Why it does not serve tensors of this device and these dtypes, or None if it does."""
         if self.devices and device.type not in self.devices:
-            return (
-                f"backend {self.name!r} serves {', '.join(self.devices)} tensors, got {device.type}"
-            )
+            return f"backend {self.name!r} serves {', '.join(self.devices)} tensors, got {device.type}"
         for dtype in dtypes:
             if dtype not in self.dtypes:
                 known = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
-                return (
-                    f"backend {self.name!r} takes {known}, got {str(dtype).removeprefix('torch.')}"
-                )
+                return f"backend {self.name!r} takes {known}, got {str(dtype).removeprefix('torch.')}"
         return None
 
     @abstractmethod

@@ -97,7 +97,8 @@ class Cpu(Backend):
 def _matrix(tensor: torch.Tensor) -> _core.Matrix:
     """``tensor [rows, columns]`` as the extension sees it; the caller keeps it alive."""
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return _core.Matrix(tensor.data_ptr(), *tensor.shape, *tensor.stride(), dtype)
+    rows, columns = tensor.shape
+    return _core.Matrix(tensor.data_ptr(), rows, columns, tensor.stride(0), tensor.stride(1), dtype)
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:

@@ -50,9 +50,7 @@ def fold(
     a = (z == m[:, None]).int().argmax(dim=1)  # the first among equals
     others = z.masked_fill(columns == a[:, None], -torch.inf)  # [N, V]
     x = others - m[:, None]
-    x = x.masked_fill(
-        others == -torch.inf, 0
-    )  # an impossible token adds nothing: 0 * -inf is not formed
+    x = x.masked_fill(others == -torch.inf, 0)  # an impossible token adds nothing: 0 * -inf is not formed
     e = x.exp().masked_fill(others == -torch.inf, 0)
     e, x = e.double(), x.double()
     index.copy_(a + vocab_start)
