@@ -1,0 +1,5 @@
+// One function per topic; module.cpp calls them and does nothing else.
+#pragma once
+#include <pybind11/pybind11.h>
+
+void register_cpu(pybind11::module_& m);

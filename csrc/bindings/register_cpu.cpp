@@ -1,0 +1,99 @@
+// The cpu backend: arguments as Python gives them -> argument structs. No torch here; pointers are trusted.
+#include <pybind11/stl.h>
+
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../cpu/isa.h"
+#include "register.h"
+
+namespace py = pybind11;
+using acqcore::DType;
+using acqcore::Isa;
+using acqcore::Matrix;
+
+namespace {
+
+DType dtype_from(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  throw std::invalid_argument("dtype: expected float32, bfloat16 or float16, got " + name);
+}
+
+Matrix make_matrix(uintptr_t pointer, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
+                   const std::string& dtype) {
+  return {reinterpret_cast<const void*>(pointer), rows, columns, row_stride, column_stride, dtype_from(dtype)};
+}
+
+const acqcore::Operations& operations(const std::string& name) {
+  const Isa* isa = acqcore::find_isa(name.c_str());
+  if (isa == nullptr || !isa->supported()) {
+    throw std::invalid_argument("isa: " + name + " is not available on this processor");
+  }
+  return *isa->operations;
+}
+
+std::vector<std::pair<std::string, std::string>> list_isas() {
+  int count = 0;
+  const Isa* all = acqcore::isas(&count);
+  std::vector<std::pair<std::string, std::string>> rows;
+  for (int i = 0; i < count; ++i) rows.emplace_back(all[i].name, all[i].supported() ? "" : "this processor lacks it");
+  return rows;
+}
+
+std::string best_isa() {
+  const Isa* isa = acqcore::best_isa();
+  if (isa == nullptr) throw std::runtime_error("acqcore needs a processor with x86-64-v2 (SSE4.2) or later");
+  return isa->name;
+}
+
+void row_stats(const std::string& isa, int threads, const Matrix& hidden, const Matrix& weight, uintptr_t bias,
+               uintptr_t targets, float softcap, float scale, float temperature, int64_t vocab_start, uintptr_t state,
+               uintptr_t index) {
+  const acqcore::RowStatsArgs args = {threads,
+                                      hidden,
+                                      weight,
+                                      reinterpret_cast<const float*>(bias),
+                                      reinterpret_cast<const int64_t*>(targets),
+                                      softcap,
+                                      scale,
+                                      temperature,
+                                      vocab_start,
+                                      reinterpret_cast<double*>(state),
+                                      reinterpret_cast<int64_t*>(index)};
+  const acqcore::Operations& ops = operations(isa);
+  py::gil_scoped_release release;
+  if (!ops.row_stats(args)) throw std::bad_alloc();
+}
+
+void logit_stats(const std::string& isa, int threads, const Matrix& logits, uintptr_t targets, float temperature,
+                 uintptr_t state, uintptr_t index) {
+  const acqcore::LogitStatsArgs args = {threads,
+                                        logits,
+                                        reinterpret_cast<const int64_t*>(targets),
+                                        temperature,
+                                        reinterpret_cast<double*>(state),
+                                        reinterpret_cast<int64_t*>(index)};
+  const acqcore::Operations& ops = operations(isa);
+  py::gil_scoped_release release;
+  if (!ops.logit_stats(args)) throw std::bad_alloc();
+}
+
+}  // namespace
+
+void register_cpu(py::module_& m) {
+  py::class_<Matrix>(m, "Matrix")
+      .def(py::init(&make_matrix), py::arg("pointer"), py::arg("rows"), py::arg("columns"), py::arg("row_stride"),
+           py::arg("column_stride"), py::arg("dtype"));
+  m.def("isas", &list_isas);
+  m.def("best_isa", &best_isa);
+  m.def("row_stats", &row_stats, py::arg("isa"), py::arg("threads"), py::arg("hidden"), py::arg("weight"),
+        py::arg("bias"), py::arg("targets"), py::arg("softcap"), py::arg("scale"), py::arg("temperature"),
+        py::arg("vocab_start"), py::arg("state"), py::arg("index"));
+  m.def("logit_stats", &logit_stats, py::arg("isa"), py::arg("threads"), py::arg("logits"), py::arg("targets"),
+        py::arg("temperature"), py::arg("state"), py::arg("index"));
+}

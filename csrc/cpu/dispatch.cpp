@@ -1,0 +1,68 @@
+// Which instruction sets exist, which this processor has, which one is used.
+#include <string.h>
+
+#include "isa.h"
+
+namespace acqcore {
+
+#define ACQCORE_DECLARE(isa) \
+  namespace isa {            \
+  extern const Operations kOperations; \
+  }
+
+#if defined(ACQCORE_X86)
+ACQCORE_DECLARE(v2)
+ACQCORE_DECLARE(v3)
+ACQCORE_DECLARE(v4)
+ACQCORE_DECLARE(v4_bf16)
+#else
+ACQCORE_DECLARE(native)
+#endif
+
+namespace {
+
+#if defined(ACQCORE_X86)
+bool has_v2() { return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt"); }
+bool has_v3() {
+  return has_v2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+}
+bool has_v4() {
+  return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_v4_bf16() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
+
+const Isa kIsas[] = {
+    {"x86-64-v2", has_v2, &v2::kOperations},
+    {"x86-64-v3", has_v3, &v3::kOperations},
+    {"x86-64-v4", has_v4, &v4::kOperations},
+    {"x86-64-v4-bf16", has_v4_bf16, &v4_bf16::kOperations},
+};
+#elif defined(__aarch64__)
+const Isa kIsas[] = {{"neon", [] { return true; }, &native::kOperations}};
+#else
+const Isa kIsas[] = {{"generic", [] { return true; }, &native::kOperations}};
+#endif
+
+}  // namespace
+
+const Isa* isas(int* count) {
+  *count = sizeof kIsas / sizeof kIsas[0];
+  return kIsas;
+}
+
+const Isa* find_isa(const char* name) {
+  for (const Isa& isa : kIsas)
+    if (strcmp(isa.name, name) == 0) return &isa;
+  return nullptr;
+}
+
+const Isa* best_isa() {
+  const Isa* best = nullptr;
+  for (const Isa& isa : kIsas)
+    if (isa.supported()) best = &isa;
+  return best;
+}
+
+}  // namespace acqcore

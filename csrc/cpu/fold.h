@@ -1,0 +1,159 @@
+// Folds logits into the state of a row (the algebra of row_stats.py).
+//
+// Sums run in float32 lanes, relative to the largest logit so far, and leave that logit's own term out. They are kept
+// times 2^40 (squares times 2^80), which costs nothing and keeps e^2 clear of subnormals down to e = 1e-31.
+#pragma once
+#include <math.h>
+
+#include "simd.h"
+
+namespace acqcore::ACQCORE_ISA {
+
+constexpr int kShift = 40;
+constexpr float kTerm = 0x1p40f;     // the term of a logit equal to the maximum
+constexpr float kTermSq = 0x1p80f;   // its square
+constexpr float kLowest = -110.0f;   // below, exp is taken as 0: 1e-48
+
+// A row's sums over one stretch of the vocabulary, in lanes. The stretch is bounded (kStretch) so that float32 suffices.
+struct LaneState {
+  Vec r, s1, s2, s11;  // scaled sums over all logits but the maximum
+  Vec second;          // lane-wise largest of all logits but the maximum
+  int64_t index;       // of the maximum
+  float max;
+  float target;
+};
+
+constexpr int64_t kStretch = 8192;
+
+// The state of a row in float64, unscaled.
+struct RowState {
+  double r, s1, s2, s11;
+  int64_t index;
+  float max, second, target;
+};
+
+inline void clear(LaneState& s) {
+  s.r = s.s1 = s.s2 = s.s11 = Vec{};
+  s.max = s.target = -INFINITY;
+  s.second = broadcast(-INFINITY);
+  s.index = -1;
+}
+
+inline void clear(RowState& s) { s = {0, 0, 0, 0, -1, -INFINITY, -INFINITY, -INFINITY}; }
+
+// Adds the terms of z[0, n), relative to `max`; `skip` is the position of the maximum itself, if it is among them.
+template <bool kSkip>
+inline void add_terms(const float* z, int n, float max, int skip, LaneState& s) {
+  Vec r{}, s1{}, s2{}, s11{};  // summed apart and added once, so that small terms do not drown in large sums
+  for (int i = 0; i < n; i += kLanes) {
+    Vec x = load(z + i) - max;
+    if constexpr (kSkip) {
+      if (skip >= i && skip < i + kLanes) x[skip - i] = -INFINITY;
+    }
+    const IntVec absent = x < kLowest;
+    x = absent ? broadcast(kLowest) : x;
+    Vec e = exp_scaled<kShift>(x);
+    e = absent ? Vec{} : e;
+    const Vec ex = e * x;
+    r += e;
+    s1 += ex;
+    s2 += e * e;
+    s11 += ex * x;
+  }
+  s.r += r + s1 * 0.0f;  // exp_scaled loses a NaN, s1 = e x keeps it
+  s.s1 += s1;
+  s.s2 += s2;
+  s.s11 += s11;
+}
+
+// Moves the sums to a new maximum; the old one joins them as a term of its own.
+inline void rescale(LaneState& s, float max) {
+  if (s.max == -INFINITY) {
+    s.max = max;
+    return;
+  }
+  const float d = s.max - max;
+  const float c = expf(d);
+  s.s11 = (s.s11 + s.s1 * (2 * d) + s.r * (d * d)) * c;
+  s.s1 = (s.s1 + s.r * d) * c;
+  s.r *= c;
+  s.s2 = s.s2 * c * c;
+  const float term = kTerm * c;
+  s.r[0] += term;
+  s.s1[0] += term * d;
+  s.s11[0] += term * d * d;
+  s.s2[0] += term * term;
+  s.second[0] = s.max;  // no smaller than any other second so far
+  s.max = max;
+}
+
+// Folds logits z[0, n) whose first has the vocabulary index `base`. n is a multiple of kLanes; -inf is no token at all.
+inline void fold(const float* z, int n, int64_t base, LaneState& s) {
+  Vec top = load(z);
+  for (int i = kLanes; i < n; i += kLanes) top = maximum(load(z + i), top);
+  const float max = horizontal_max(top);
+  if (!(max > s.max)) {
+    if (max == -INFINITY && s.max == -INFINITY) {  // nothing finite yet: only a NaN can matter
+      for (int i = 0; i < n; ++i)
+        if (z[i] != z[i]) s.r[0] = z[i];
+      return;
+    }
+    s.second = maximum(top, s.second);
+    add_terms<false>(z, n, s.max, 0, s);
+    return;
+  }
+  int a = 0;
+  while (z[a] != max) ++a;
+  rescale(s, max);
+  s.index = base + a;
+  for (int i = 0; i < n; i += kLanes) {
+    Vec others = load(z + i);
+    if (a >= i && a < i + kLanes) others[a - i] = -INFINITY;
+    s.second = maximum(others, s.second);
+  }
+  add_terms<true>(z, n, max, a, s);
+}
+
+inline RowState reduce(const LaneState& s) {
+  return {horizontal_sum(s.r) * 0x1p-40,
+          horizontal_sum(s.s1) * 0x1p-40,
+          horizontal_sum(s.s2) * 0x1p-80,
+          horizontal_sum(s.s11) * 0x1p-40,
+          s.index,
+          s.max,
+          horizontal_max(s.second),
+          s.target};
+}
+
+// Merges a later stretch of the vocabulary into `s`; on equal maxima the earlier index stays.
+inline void merge(RowState& s, const RowState& later) {
+  const bool swap = later.max > s.max;
+  const RowState high = swap ? later : s;
+  const RowState low = swap ? s : later;
+  s = high;
+  s.target = low.target > high.target ? low.target : high.target;
+  if (low.max == -INFINITY) {
+    s.r += low.r;  // 0, or NaN
+    return;
+  }
+  const double d = double(low.max) - double(high.max);
+  const double c = exp(d);
+  const double n = low.r + 1;  // its maximum joins as a term of its own
+  s.s11 += c * (low.s11 + 2 * d * low.s1 + d * d * n);
+  s.s1 += c * (low.s1 + d * n);
+  s.s2 += c * c * (low.s2 + 1);
+  s.r += c * n;
+  s.second = low.max > high.second ? low.max : high.second;
+}
+
+// Writes a row's state, or NaN for a row that was ignored (`s` null).
+inline void write_state(const RowState* s, int64_t row, int64_t rows, double* state /* [7, rows] */,
+                        int64_t* index /* [rows] */) {
+  const double nan = NAN;
+  const double values[7] = {s ? s->max : nan, s ? s->second : nan, s ? s->r : nan,     s ? s->s1 : nan,
+                            s ? s->s2 : nan,  s ? s->s11 : nan,    s ? s->target : nan};
+  for (int i = 0; i < 7; ++i) state[i * rows + row] = values[i];
+  index[row] = s ? s->index : -1;
+}
+
+}  // namespace acqcore::ACQCORE_ISA

@@ -1,0 +1,110 @@
+// Vectors of the instruction set that this file is compiled for, on the GCC and Clang vector extensions.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace acqcore::ACQCORE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kPanelRows = 14;  // 14 x 2 accumulators + 2 columns + 1 broadcast of 32 registers
+constexpr int kPanelVectors = 2;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kPanelRows = 6;  // 6 x 2 accumulators + 2 + 1 of 16 registers
+constexpr int kPanelVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4;
+constexpr int kPanelRows = 8;  // 8 x 3 accumulators + 3 + 1 of 32 registers
+constexpr int kPanelVectors = 3;
+#else
+constexpr int kLanes = 4;
+constexpr int kPanelRows = 6;
+constexpr int kPanelVectors = 2;
+#endif
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasBf16Product = true;
+#else
+constexpr bool kHasBf16Product = false;
+#endif
+
+constexpr int kPanelColumns = kLanes * kPanelVectors;
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+
+inline Vec broadcast(float x) { return x - Vec{}; }
+
+inline Vec load(const float* p) {
+  Vec v;
+  memcpy(&v, p, sizeof v);  // unaligned
+  return v;
+}
+
+inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+inline float horizontal_max(Vec v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+inline double horizontal_sum(Vec v) {
+  double sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+// exp(x) * 2^shift for -110 <= x <= 0, within 1.5 ulp. Cody-Waite reduction; polynomial of Cephes expf.
+template <int shift>
+inline Vec exp_scaled(Vec x) {
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  Vec n = x * 1.44269504088896341f + magic;
+  const IntVec bits = (IntVec)n;
+  n -= magic;
+  Vec r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  return (Vec)((IntVec)p + ((bits + shift) << 23));
+}
+
+// tanh(x), within 2 ulp: an odd polynomial near 0 (Cephes tanhf), else (1 - t) / (1 + t) with t = exp(-2 |x|).
+inline Vec tanh(Vec x) {
+  const Vec a = x < 0 ? -x : x;
+  const Vec clamped = a > 40.0f ? broadcast(40.0f) : a;
+  const Vec t = exp_scaled<0>(clamped * -2.0f);
+  const Vec far = (1.0f - t) / (1.0f + t);
+  const Vec s = x * x;
+  Vec p = s * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * s + -5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s + -3.33332819422e-1f;
+  const Vec near = p * s * x + x;
+  const Vec signed_far = x < 0 ? -far : far;
+  return a < 0.625f ? near : (x == x ? signed_far : x);
+}
+
+// c + a * b, where the 4-byte units of a and b are floats, or pairs of bfloat16 if kPairs.
+template <bool kPairs>
+inline Vec multiply_add(Vec c, Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs) {
+    return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+#endif
+  return c + a * b;
+}
+
+}  // namespace acqcore::ACQCORE_ISA
