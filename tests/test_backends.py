@@ -1,0 +1,125 @@
+"""Listing, choosing and forcing backends and instruction sets."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import acqcore
+from acqcore import _core
+from acqcore.testing import random_case
+
+
+def test_listing() -> None:
+    rows = {row.name: row for row in acqcore.backends()}
+    assert list(rows) == ["cpu", "eager"]
+    assert rows["cpu"].available
+    assert rows["cpu"].reason is None
+    assert rows["cpu"].instruction_set == _core.best_isa()
+    assert rows["eager"].instruction_set is None
+    assert all(row.description for row in rows.values())
+
+
+def test_isas_are_ordered_and_the_best_is_the_last_present() -> None:
+    present = [name for name, missing in _core.isas() if not missing]
+    assert present[-1] == _core.best_isa()
+
+
+def test_unknown_backend() -> None:
+    case = random_case(2, 4, 8)
+    with pytest.raises(
+        ValueError, match=r"backend: unknown 'cpuu', expected one of cpu, eager; did you mean 'cpu'"
+    ):
+        case.run("cpuu")
+
+
+def test_environment_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case(2, 4, 8)
+    monkeypatch.setenv("ACQCORE_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="ACQCORE_BACKEND: unknown 'nonsense'"):
+        acqcore.row_stats(case.hidden, case.head)
+    # float64 is served by eager alone: that it goes through shows that eager ran
+    monkeypatch.setenv("ACQCORE_BACKEND", "eager")
+    assert acqcore.row_stats(case.hidden.double(), case.head).entropy.dtype == torch.float64
+    monkeypatch.setenv("ACQCORE_BACKEND", "cpu")
+    with pytest.raises(
+        ValueError, match="ACQCORE_BACKEND: backend 'cpu' takes float32, bfloat16, float16, got float64"
+    ):
+        acqcore.row_stats(case.hidden.double(), case.head)
+
+
+def test_nothing_falls_back_to_eager_unasked() -> None:
+    case = random_case(2, 4, 8)
+    with pytest.raises(RuntimeError, match="backend='eager' computes it in plain torch"):
+        acqcore.row_stats(case.hidden.double(), case.head)
+
+
+def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACQCORE_ISA", "avx1024")
+    with pytest.raises(ValueError, match="ACQCORE_ISA: unknown 'avx1024'"):
+        random_case(2, 4, 8).run("cpu")
+    with pytest.raises(ValueError, match="ACQCORE_ISA"):
+        acqcore.backends()
+
+
+def test_the_forced_instruction_set_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without fused multiply-add (x86-64-v2) the last bits differ; pairs of bfloat16 are summed in another order."""
+    present = [name for name, missing in _core.isas() if not missing]
+    case = random_case(50, 576, 700)
+    states = {}
+    for isa in present:
+        monkeypatch.setenv("ACQCORE_ISA", isa)
+        states[isa] = case.run("cpu").state, case.to(torch.bfloat16).run("cpu").state
+        assert acqcore.backends()[0].instruction_set == isa
+    if "x86-64-v3" in states:
+        assert not torch.equal(states["x86-64-v2"][0], states["x86-64-v3"][0])
+    if "x86-64-v4-bf16" in states:
+        assert torch.equal(states["x86-64-v4"][0], states["x86-64-v4-bf16"][0])
+        assert not torch.equal(states["x86-64-v4"][1], states["x86-64-v4-bf16"][1])
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_a_missing_extension_says_what_to_run() -> None:
+    result = _python(
+        "import sys; sys.modules['acqcore._core'] = None\n"
+        "import torch, acqcore\n"
+        "assert not acqcore.backends()[0].available\n"
+        "try: acqcore.row_stats(torch.ones(1, 2), acqcore.Head(torch.ones(3, 2)))\n"
+        "except RuntimeError as error: print(error)\n"
+        "print(acqcore.row_stats(torch.ones(1, 2), acqcore.Head(torch.ones(3, 2)), backend='eager').valid.item())\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "pip install ." in result.stdout
+    assert result.stdout.endswith("True\n")
+
+
+def test_import_takes_neither_transformers_nor_triton() -> None:
+    result = _python(
+        "import sys, acqcore\n"
+        "print([m for m in ('transformers', 'triton', 'datasets', 'pandas', 'trl') if m in sys.modules])"
+    )
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
+@pytest.mark.parametrize(("n", "d", "v"), [(4096, 64, 49152), (2048, 64, 262144), (1024, 2048, 30000)])
+def test_extra_memory_is_bounded(n: int, d: int, v: int) -> None:
+    """At most 64 MiB beyond inputs and outputs; the logits would take 120 MiB to 2 GiB."""
+    result = _python(
+        "import torch, acqcore\n"
+        "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))\n"
+        f"h, head, y = torch.randn({n}, {d}), acqcore.Head(torch.randn({v}, {d})), torch.zeros({n}, dtype=torch.long)\n"
+        "acqcore.row_stats(h[:4], head, y[:4])\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"  # resets the peak to what is resident now
+        "before = peak()\n"
+        "acqcore.row_stats(h, head, y, backend='cpu')\n"
+        "print((peak() - before) / 1024)\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) <= 64

@@ -1,0 +1,119 @@
+"""Bad input: the error names the argument, what it was and what was expected."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import acqcore
+
+H = torch.zeros(3, 4)
+HEAD = acqcore.Head(torch.zeros(10, 4))
+Y = torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "error", "message"),
+    [
+        (torch.zeros(3, 5), ValueError, r"hidden: expected \[N, D\] with D = 4 as in head.weight \[10, 4\], got float32 tensor of shape \[3, 5\]"),
+        (torch.zeros(4), ValueError, r"hidden: expected shape \[N, D\], got float32 tensor of shape \[4\]"),
+        (torch.zeros(2, 3, 4), ValueError, r"hidden: expected shape \[N, D\]"),
+        (torch.zeros(3, 4, dtype=torch.int64), TypeError, r"hidden: expected float32, .*got int64 tensor of shape \[3, 4\]"),
+        ([[0.0] * 4], TypeError, r"hidden: expected a tensor \[N, D\], got list"),
+        (torch.zeros(3, 4, device="meta"), ValueError, "hidden: is on meta but head.weight is on cpu"),
+    ],
+)  # fmt: skip
+def test_hidden(hidden: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        acqcore.row_stats(hidden, HEAD)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize(
+    ("targets", "error", "message"),
+    [
+        (Y.int(), TypeError, r"targets: expected an int64 tensor \[N\], got int32"),
+        ([0, 1, 2], TypeError, r"targets: expected an int64 tensor \[N\], got list"),
+        (
+            Y[:2],
+            ValueError,
+            r"targets: expected \[N\] with N = 3 as in hidden, got int64 tensor of shape \[2\]",
+        ),
+        (Y + 10, ValueError, r"targets: expected values in \[0, 10\) or -100 \(ignored\), got 10 at row 0"),
+        (torch.tensor([0, 3, -1]), ValueError, "got -1 at row 2"),
+    ],
+)
+def test_targets(targets: torch.Tensor, error: type[Exception], message: str, backend: str) -> None:
+    with pytest.raises(error, match=message):
+        acqcore.row_stats(H, HEAD, targets, backend=backend)
+    with pytest.raises(error, match=message.replace("hidden", "logits")):
+        acqcore.logit_stats(torch.zeros(3, 10), targets, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("logits", "error", "message"),
+    [
+        (torch.zeros(3), ValueError, r"logits: expected shape \[N, V\]"),
+        (torch.zeros(3, 0), ValueError, r"logits: expected \[N, V\] with V >= 1"),
+        (torch.zeros(3, 4, dtype=torch.bool), TypeError, "logits: expected float32"),
+    ],
+)
+def test_logits(logits: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        acqcore.logit_stats(logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_temperature(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature: expected a"):
+        acqcore.row_stats(H, HEAD, temperature=temperature)
+    with pytest.raises(ValueError, match="temperature: expected a"):
+        acqcore.logit_stats(torch.zeros(1, 2), temperature=temperature)
+
+
+def test_temperature_type() -> None:
+    with pytest.raises(TypeError, match="temperature: expected a number, got str"):
+        acqcore.row_stats(H, HEAD, temperature="1")  # type: ignore[arg-type]
+
+
+def test_head_type() -> None:
+    with pytest.raises(
+        TypeError, match="head: expected acqcore.Head, got Tensor|head: expected acqcore.Head, got float32"
+    ):
+        acqcore.row_stats(H, HEAD.weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"weight": torch.zeros(3)}, ValueError, r"weight: expected shape \[V, D\]"),
+        ({"weight": torch.zeros(0, 3)}, ValueError, "with V >= 1"),
+        ({"weight": torch.zeros(3, 3, dtype=torch.int8)}, TypeError, "weight: expected float32"),
+        ({"bias": torch.zeros(9)}, ValueError, r"bias: expected \[V\] with V = 10 as in weight, got float32 tensor of shape \[9\]"),
+        ({"bias": torch.zeros(10, dtype=torch.int64)}, TypeError, "bias: expected float32"),
+        ({"softcap": 0.0}, ValueError, "softcap: expected a number > 0, got 0.0"),
+        ({"softcap": "30"}, TypeError, "softcap: expected a number, got str"),
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number"),
+        ({"vocab_start": -1}, ValueError, "vocab_start: expected an index >= 0"),
+        ({"vocab_start": 5, "vocab_size": 12}, ValueError, r"vocab_size: expected at least vocab_start \+ V = 15, got 12"),
+    ],
+)  # fmt: skip
+def test_head(arguments: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        acqcore.Head(**{"weight": torch.zeros(10, 4), **arguments})
+
+
+def test_merge() -> None:
+    stats = acqcore.row_stats(H, HEAD)
+    with pytest.raises(ValueError, match="other: expected 3 rows, got 2"):
+        stats.merge(acqcore.row_stats(H[:2], HEAD))
+    with pytest.raises(ValueError, match="other: expected both sides with targets"):
+        stats.merge(acqcore.row_stats(H, HEAD, Y))
+    with pytest.raises(TypeError, match="other: expected RowStats, got dict"):
+        stats.merge({})  # type: ignore[arg-type]
+
+
+def test_errors_reach_through_compile() -> None:
+    compiled = torch.compile(lambda y: acqcore.row_stats(H, HEAD, y).entropy, fullgraph=True, backend="eager")
+    with pytest.raises(ValueError, match="got 99 at row 1"):
+        compiled(torch.tensor([0, 99, 0]))

@@ -1,0 +1,53 @@
+"""The packing is the best there is, keeps to its budget and loses nothing."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from acqcore.packing import partition
+
+
+def cost(lengths: list[int], batches: list[list[int]], overhead: int) -> int:
+    return sum(max(lengths[i] for i in batch) * len(batch) + overhead for batch in batches)
+
+
+def best(lengths: list[int], budget: int, overhead: int) -> int:
+    """The least cost over every way of cutting the sorted list."""
+    ordered = sorted(lengths, reverse=True)
+
+    def rest(i: int) -> int:
+        if i == len(ordered):
+            return 0
+        fits = [k for k in range(1, len(ordered) - i + 1) if k == 1 or k * ordered[i] <= budget]
+        return min(k * ordered[i] + overhead + rest(i + k) for k in fits)
+
+    return rest(0)
+
+
+@pytest.mark.parametrize("overhead", [0, 5, 100])
+@pytest.mark.parametrize("seed", range(5))
+def test_no_partition_is_cheaper(seed: int, overhead: int) -> None:
+    rng = random.Random(seed)
+    lengths = [rng.randint(1, 30) for _ in range(10)]
+    batches = partition(lengths, 60, overhead)
+    assert cost(lengths, batches, overhead) == best(lengths, 60, overhead)
+
+
+def test_every_sample_once_longest_first_within_the_budget() -> None:
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 400) for _ in range(500)]
+    batches = partition(lengths, 300, 20)
+    assert sorted(i for batch in batches for i in batch) == list(range(500))
+    flat = [lengths[i] for batch in batches for i in batch]
+    assert flat == sorted(lengths, reverse=True)
+    for batch in batches:
+        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 300
+
+
+def test_edges() -> None:
+    assert partition([], 10, 5) == []
+    assert partition([7], 3, 5) == [[0]]
+    assert partition([2, 2, 2, 2], 100, 5) == [[0, 1, 2, 3]]
+    assert partition([3, 3], 100, 0) in ([[0, 1]], [[0], [1]])

@@ -1,0 +1,47 @@
+"""The bar: silent unless asked or slow, and there without tqdm."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from acqcore.progress import Progress
+
+
+@pytest.fixture(params=["tqdm", "plain"])
+def bar(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "tqdm":
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    return str(request.param)
+
+
+def test_shown_when_asked(bar: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(200, True, "rows") as progress:
+        progress.update(150)
+        progress.update(50)
+    error = capsys.readouterr().err
+    assert "200/200" in error
+    assert "rows" in error
+
+
+def test_silent_when_not_asked_or_no_terminal(bar: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for show in (False, None):
+        with Progress(2, show) as progress:
+            progress.update(2)
+    assert capsys.readouterr().err == ""
+
+
+def test_on_a_terminal_only_what_takes_long(
+    bar: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress(2, None) as progress:
+        progress.update(2)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("acqcore.progress._DELAY_S", 0.0)
+    with Progress(2, None) as progress:
+        progress.update(2)
+    assert "2/2" in capsys.readouterr().err

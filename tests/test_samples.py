@@ -1,0 +1,335 @@
+"""Samples of every kind become the ids the model would see and the positions that are scored."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from acqcore.samples import Row, encode
+
+
+def scored_ids(row: Row) -> list[int]:
+    return row.targets[row.targets != -100].tolist()
+
+
+@pytest.fixture
+def encoded(tokenizer: Any) -> Any:
+    def run(samples: Any, tokenizer: Any = tokenizer, limit: int | None = 64, **options: Any) -> list[Row]:
+        return encode(samples, tokenizer, vocab_size=320, limit=limit, **options)
+
+    return run
+
+
+class Slow:
+    """A tokenizer without offsets: that of ``fast``, made to look like one written in Python."""
+
+    is_fast = False
+
+    def __init__(self, fast: Any) -> None:
+        self.fast = fast
+        self.chat_template = fast.chat_template
+        self.apply_chat_template = fast.apply_chat_template
+
+    def __call__(self, texts: list[str], **options: Any) -> Any:
+        assert "return_offsets_mapping" not in options
+        return self.fast(texts, **options)
+
+
+@pytest.fixture(params=["offsets", "prefix"])
+def any_tokenizer(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
+    return tokenizer if request.param == "offsets" else Slow(tokenizer)
+
+
+class TestText:
+    @pytest.mark.parametrize("wrap", [lambda text: text, lambda text: {"text": text}])
+    def test_every_token_with_a_predecessor(self, wrap: Any, encoded: Any, any_tokenizer: Any) -> None:
+        text = "The quick brown fox, naïve 🙂 日本"
+        (row,) = encoded([wrap(text)], any_tokenizer)
+        ids = any_tokenizer([text])["input_ids"][0]
+        assert row.ids.tolist() == ids
+        assert row.targets.tolist() == [-100, *ids[1:]]
+
+    def test_the_tokenizers_own_special_tokens_stay(self, tokenizer: Any, encoded: Any) -> None:
+        from tokenizers.processors import TemplateProcessing
+        from transformers import PreTrainedTokenizerFast
+
+        backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+        special = [(name, backend.token_to_id(name)) for name in ("<|bos|>", "<|eos|>")]
+        backend.post_processor = TemplateProcessing(single="<|bos|> $A <|eos|>", special_tokens=special)
+        own = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template)
+        bare = tokenizer("a fox").input_ids
+        (row,) = encoded(["a fox"], own)
+        assert row.ids.tolist() == [1, *bare, 2]
+        assert scored_ids(row) == [*bare, 2]
+        (row,) = encoded([{"prompt": "a", "completion": " fox"}], own)
+        assert scored_ids(row) == [*tokenizer(" fox").input_ids, 2]
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+        (row,) = encoded([{"messages": messages}], own)
+        assert 1 not in row.ids  # the template has what special tokens it wants
+
+
+class TestPromptAndCompletion:
+    def test_only_the_completion_is_scored(self, encoded: Any, any_tokenizer: Any) -> None:
+        prompt, completion = "What is 2 + 3?", " The answer is 5."
+        (row,) = encoded([{"prompt": prompt, "completion": completion}], any_tokenizer)
+        assert row.ids.tolist() == any_tokenizer([prompt + completion])["input_ids"][0]
+        assert scored_ids(row) == any_tokenizer([completion])["input_ids"][0]
+
+    def test_a_token_across_the_boundary_is_scored(
+        self, encoded: Any, any_tokenizer: Any, tokenizer: Any
+    ) -> None:
+        whole = tokenizer("What is").input_ids
+        assert len(whole) == len(tokenizer("What i").input_ids)  # " is" is one token
+        (row,) = encoded([{"prompt": "What i", "completion": "s"}], any_tokenizer)
+        assert row.ids.tolist() == whole
+        assert scored_ids(row) == whole[-1:]
+
+    def test_bytes_of_one_character_stay_together(self, encoded: Any, any_tokenizer: Any) -> None:
+        (row,) = encoded([{"prompt": "a 語", "completion": "界!"}], any_tokenizer)
+        assert scored_ids(row) == any_tokenizer(["界!"])["input_ids"][0]
+
+    def test_without_a_prompt_the_first_token_is_context(self, encoded: Any, any_tokenizer: Any) -> None:
+        (row,) = encoded([{"prompt": "", "completion": "a lazy fox"}], any_tokenizer)
+        assert scored_ids(row) == row.ids[1:].tolist()
+
+    def test_conversations(self, encoded: Any, any_tokenizer: Any, tokenizer: Any) -> None:
+        prompt = [{"role": "user", "content": "a fox?"}]
+        completion = [{"role": "assistant", "content": "a dog."}]
+        (row,) = encoded([{"prompt": prompt, "completion": completion}], any_tokenizer)
+        (same,) = encoded([{"messages": prompt + completion}], any_tokenizer)
+        assert tokenizer.decode(scored_ids(row)) == "a dog.<|im_end|>\n"
+        assert row.ids.tolist() == same.ids.tolist()
+        assert row.targets.tolist() == same.targets.tolist()
+
+
+class TestMessages:
+    def test_the_last_turn_is_scored(self, encoded: Any, any_tokenizer: Any, tokenizer: Any) -> None:
+        messages = [
+            {"role": "system", "content": "help"},
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "no"},
+            {"role": "user", "content": "so?"},
+            {"role": "assistant", "content": "so."},
+        ]
+        (row,) = encoded([{"messages": messages}], any_tokenizer, limit=None)
+        assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+        assert tokenizer.decode(scored_ids(row)) == "so.<|im_end|>\n"
+
+    def test_a_template_that_rewrites_the_opening(self, encoded: Any, tokenizer: Any) -> None:
+        """A generation prompt that opens a block which a finished turn does not have."""
+        from transformers import PreTrainedTokenizerFast
+
+        template = tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+        other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+        assert other.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True).endswith(
+            "<think>"
+        )
+        (row,) = encoded([{"messages": messages}], other)
+        assert tokenizer.decode(scored_ids(row)) == "yes<|im_end|>\n"
+
+
+class TestDataset:
+    def test_columns_as_in_a_list(self, encoded: Any) -> None:
+        datasets = pytest.importorskip("datasets")
+        rows = [{"prompt": "a", "completion": " fox"}, {"prompt": "the", "completion": " dog"}]
+        data = datasets.Dataset.from_list([{**row, "id": i} for i, row in enumerate(rows)])
+        for a, b in zip(encoded(data), encoded(rows), strict=True):
+            assert a.ids.tolist() == b.ids.tolist()
+            assert a.targets.tolist() == b.targets.tolist()
+        text = datasets.Dataset.from_dict({"text": ["a fox", "the dog"]})
+        assert [row.ids.tolist() for row in encoded(text)] == [
+            r.ids.tolist() for r in encoded(["a fox", "the dog"])
+        ]
+        with pytest.raises(
+            TypeError, match="expected columns prompt and completion, or messages, or text, got id"
+        ):
+            encoded(data.select_columns(["id"]))
+
+
+class TestTensors:
+    IDS = [[5, 6, 7, 8], [9, 10, 11]]
+
+    def padded(self, side: str) -> dict[str, torch.Tensor]:
+        short = [9, 10, 11]
+        ids = torch.tensor([self.IDS[0], [*short, 0] if side == "right" else [0, *short]])
+        mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0] if side == "right" else [0, 1, 1, 1]])
+        return {"input_ids": ids, "attention_mask": mask}
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_on_any_side(self, side: str, encoded: Any) -> None:
+        rows = encoded(self.padded(side), None)
+        assert [row.ids.tolist() for row in rows] == self.IDS
+        assert [row.targets.tolist() for row in rows] == [[-100, 6, 7, 8], [-100, 10, 11]]
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_labels_are_aligned_with_ids(self, side: str, encoded: Any) -> None:
+        samples = self.padded(side)
+        labels = samples["input_ids"].masked_fill(samples["attention_mask"] == 0, -100)
+        labels[0, 2] = -100
+        rows = encoded({**samples, "labels": labels}, None)
+        assert [row.targets.tolist() for row in rows] == [[-100, 6, -100, 8], [-100, 10, 11]]
+
+    def test_without_a_mask_all_is_real(self, encoded: Any) -> None:
+        (row,) = encoded({"input_ids": torch.tensor([[4, 0, 0]], dtype=torch.int32)}, None)
+        assert row.targets.tolist() == [-100, 0, 0]
+        assert row.ids.dtype == torch.int64
+
+    @pytest.mark.parametrize(
+        ("samples", "error", "message"),
+        [
+            ({"ids": torch.ones(1, 2)}, TypeError, "with \"input_ids\", got keys 'ids'"),
+            (
+                {"input_ids": [[1, 2]]},
+                TypeError,
+                'samples["input_ids"]: expected an integer tensor [B, T], got list',
+            ),
+            (
+                {"input_ids": torch.ones(2, 3)},
+                TypeError,
+                "expected an integer tensor [B, T], got float32 tensor",
+            ),
+            (
+                {"input_ids": torch.ones(3, dtype=torch.int64)},
+                ValueError,
+                "expected shape [B, T], got int64 tensor",
+            ),
+            (
+                {
+                    "input_ids": torch.ones(1, 3, dtype=torch.int64),
+                    "labels": torch.ones(1, 2, dtype=torch.int64),
+                },
+                ValueError,
+                'samples["labels"]: expected [1, 3] as input_ids, got int64 tensor of shape [1, 2]',
+            ),
+            (
+                {"input_ids": torch.tensor([[1, 2], [3, 320]])},
+                ValueError,
+                "samples[1]: token id 320 is outside the student's vocabulary of 320",
+            ),
+            (
+                {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[1, -100]])},
+                ValueError,
+                "samples[0]: nothing to score",
+            ),
+        ],
+    )
+    def test_bad_tensors(self, samples: Any, error: Any, message: str, encoded: Any) -> None:
+        with pytest.raises(error, match=re.escape(message)):
+            encoded(samples, None)
+
+
+class TestLength:
+    TEXT = "The quick brown fox jumps over the lazy dog. The quick brown fox jumps over the lazy dog."
+
+    def test_over_the_limit(self, encoded: Any, tokenizer: Any) -> None:
+        n = len(tokenizer(self.TEXT).input_ids)
+        with pytest.raises(
+            ValueError, match=rf"samples\[1\]: {n} tokens, the student takes at most 6; max_length"
+        ):
+            encoded(["a fox", self.TEXT], limit=6)
+        assert len(encoded([self.TEXT], limit=n)) == 1
+
+    def test_plain_text_keeps_its_beginning(self, encoded: Any) -> None:
+        (whole,) = encoded([self.TEXT])
+        (cut,) = encoded([self.TEXT], max_length=5)
+        assert cut.ids.tolist() == whole.ids[:5].tolist()
+        assert cut.targets.tolist() == whole.targets[:5].tolist()
+
+    def test_the_prompt_goes_first_from_its_beginning(self, encoded: Any, tokenizer: Any) -> None:
+        sample = {"prompt": self.TEXT, "completion": " What is 2 + 3?"}
+        n = len(tokenizer(sample["completion"]).input_ids)
+        (whole,) = encoded([sample])
+        (cut,) = encoded([sample], max_length=n + 3)
+        assert cut.ids.tolist() == whole.ids[-n - 3 :].tolist()
+        assert scored_ids(cut) == scored_ids(whole)
+        (cut,) = encoded([sample], max_length=n - 1)
+        assert cut.ids.tolist() == whole.ids[-n - 1 : -2].tolist()  # one token of the prompt still predicts
+        assert scored_ids(cut) == scored_ids(whole)[: n - 2]
+
+    def test_bad_max_length(self, encoded: Any) -> None:
+        with pytest.raises(ValueError, match="max_length: expected at least 2"):
+            encoded(["a fox"], max_length=1)
+        with pytest.raises(ValueError, match="max_length: the student takes at most 64 tokens, got 65"):
+            encoded(["a fox"], max_length=65)
+        with pytest.raises(TypeError, match="max_length: expected an int, got float"):
+            encoded(["a fox"], max_length=8.0)
+
+
+USER = {"role": "user", "content": "hi"}
+BAD_SAMPLES = [
+    (["ok then", ""], ValueError, "samples[1]: nothing to score, expected at least one scored token"),
+    (["a"], ValueError, "samples[0]: nothing to score"),
+    ([{"prompt": "a", "completion": ""}], ValueError, "samples[0]: the completion is empty"),
+    ([{"prompt": [USER], "completion": []}], ValueError, "samples[0]: the completion is empty"),
+    ([{"messages": [USER]}], ValueError, "expected the assistant's turn last (it is scored), got 'user'"),
+    ([{"messages": []}], ValueError, "expected the assistant's turn last (it is scored), got no message"),
+    (
+        [{"messages": [{"role": "assistant", "content": "a"}]}],
+        ValueError,
+        "samples[0]: expected a message before",
+    ),
+    (
+        [{"messages": [{"role": "tool", "content": "1"}, {"role": "assistant", "content": "a"}]}],
+        ValueError,
+        "samples[0]: the chat template refuses it: no tools here",
+    ),
+    ([{"messages": "hi"}], TypeError, "samples[0]: messages: expected a list of messages, got str"),
+    ([{"messages": [{"role": "user"}]}], TypeError, 'expected messages with "role" and "content", got dict'),
+    (
+        [{"prompt": "a", "completion": [USER]}],
+        TypeError,
+        "samples[0]: completion: expected a string, got list",
+    ),
+    ([{"prompt": [USER], "completion": "a"}], TypeError, "completion: expected a list of messages, got str"),
+    (
+        [{"prompt": 3, "completion": "a"}],
+        TypeError,
+        "prompt: expected a string or a list of messages, got int",
+    ),
+    ([{"text": 3}], TypeError, "samples[0]: text: expected a string, got int"),
+    ([{"question": "a"}], TypeError, "got a mapping with keys 'question'"),
+    ([3], TypeError, "samples[0]: expected strings, mappings with"),
+    (
+        ["a fox", {"text": "a fox"}],
+        TypeError,
+        "samples[1]: expected a string as in the samples before it, got text",
+    ),
+    ("a fox", TypeError, "samples: expected a list of strings"),
+    (iter(["a fox"]), TypeError, "samples: expected a list of strings"),
+]
+
+
+@pytest.mark.parametrize(("samples", "error", "message"), BAD_SAMPLES)
+def test_bad_samples(samples: Any, error: Any, message: str, encoded: Any) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        encoded(samples)
+
+
+def test_bad_tokenizers(encoded: Any, tokenizer: Any) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    with pytest.raises(TypeError, match="tokenizer: samples of text need one, got none"):
+        encoded(["a fox"], None)
+    with pytest.raises(TypeError, match="tokenizer: expected a transformers tokenizer, got Tokenizer"):
+        encoded(["a fox"], tokenizer.backend_tokenizer)
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match="tokenizer: messages need a chat template, this tokenizer has none"):
+        encoded([{"messages": [USER, {"role": "assistant", "content": "a"}]}], plain)
+
+
+def test_errors_are_collected_where_asked(encoded: Any) -> None:
+    errors: dict[int, str] = {}
+    samples = ["a fox", "", 3, "The dog", {"text": "a fox"}, "fox " * 80]
+    rows = encoded(samples, errors=errors)
+    assert [row.n_scored > 0 for row in rows] == [True, False, False, True, False, False]
+    assert sorted(errors) == [1, 2, 4, 5]
+    assert errors[1].startswith("nothing to score")
+    assert errors[5].endswith("the student takes at most 64; max_length= truncates")
+
+
+def test_no_samples(encoded: Any) -> None:
+    assert encoded([]) == []

@@ -1,0 +1,310 @@
+"""``score`` agrees with a loop over single samples with full logits, whatever is scored together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.acquisitions.base import REGISTRY
+from acqcore.samples import encode
+
+NAMES = tuple(acqcore.acquisitions())
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog. What is 2 + 3?",
+    "a fox",
+    "A patient has fever and a cough; which drug helps? The answer is 5.",
+    "def add(a, b): return a + b",
+    "the lazy dog",
+    "naïve café, 日本語!",
+]
+SAMPLES = [{"prompt": text[: len(text) // 2], "completion": text[len(text) // 2 :]} for text in TEXTS]
+KINDS = ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "GPT2", "Cohere", "Granite", "Phi"]
+
+REDUCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mean": lambda x: x.mean(),
+    "sum": lambda x: x.sum(),
+    "max": lambda x: x.max(),
+    "topk": lambda x: x.sort(descending=True).values[:3].mean(),
+}
+
+
+@pytest.fixture(params=["eager", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    available = {row.name: row.reason for row in acqcore.backends()}
+    if available[request.param]:
+        pytest.skip(str(available[request.param]))
+    return str(request.param)
+
+
+@pytest.fixture
+def expected(tokenizer: Any, brute_force: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., Any]:
+    """``expected(model, samples)``: for each sample the per-token references, name -> ``[scored tokens]``."""
+
+    def run(model: Any, samples: Any) -> list[dict[str, torch.Tensor]]:
+        rows = encode(samples, tokenizer, vocab_size=320, limit=64)
+        return [brute_force(model, row.ids, row.targets != -100) for row in rows]
+
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_agrees_with_one_sample_at_a_time(
+    kind: str, backend: str, tiny_model: Callable[..., Any], tokenizer: Any, expected: Callable[..., Any]
+) -> None:
+    """Padded batches without a mask, sliding windows and learned positions included."""
+    model = tiny_model(kind)
+    scores = acqcore.score(
+        model, SAMPLES, NAMES, tokenizer=tokenizer, backend=backend, batch_tokens=120, keep_tokens=True
+    )
+    for i, reference in enumerate(expected(model, SAMPLES)):
+        for name in NAMES:
+            torch.testing.assert_close(scores.tokens[name][i], reference[name], rtol=2e-4, atol=2e-5)
+            mean = reference["loss"].mean().exp() if name == "perplexity" else reference[name].mean()
+            torch.testing.assert_close(scores[name][i], mean, rtol=1e-4, atol=1e-5)
+    assert scores.valid.all()
+    assert scores.n_tokens.tolist() == [len(tokens) for tokens in scores.tokens["loss"]]
+
+
+@pytest.mark.parametrize("reduction", REDUCE)
+def test_reductions(
+    reduction: str, tiny_model: Callable[..., Any], tokenizer: Any, expected: Callable[..., Any]
+) -> None:
+    model = tiny_model("Llama")
+    scores = acqcore.score(
+        model, SAMPLES, NAMES, tokenizer=tokenizer, reduction=reduction, topk=3, backend="eager"
+    )
+    for i, reference in enumerate(expected(model, SAMPLES)):
+        for name in ("entropy", "el2n"):
+            torch.testing.assert_close(scores[name][i], REDUCE[reduction](reference[name]))
+        torch.testing.assert_close(scores["perplexity"][i], REDUCE[reduction](reference["loss"]).exp())
+
+
+def test_a_score_does_not_depend_on_the_rest_of_the_batch(
+    backend: str, tiny_model: Callable[..., Any], tokenizer: Any
+) -> None:
+    model = tiny_model("Gemma2")
+
+    def run(samples: Any, batch_tokens: int = 8192) -> torch.Tensor:
+        scores = acqcore.score(
+            model, samples, NAMES, tokenizer=tokenizer, backend=backend, batch_tokens=batch_tokens
+        )
+        return torch.stack([scores[name] for name in NAMES])
+
+    together = run(TEXTS)
+    alone = torch.cat([run([text]) for text in TEXTS], dim=1)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+    torch.testing.assert_close(together, run(TEXTS[::-1]).flip(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(together, run(TEXTS, batch_tokens=1), rtol=1e-5, atol=0)
+    assert torch.equal(together, run(TEXTS))
+
+
+def test_one_trunk_forward_and_one_head_pass_per_batch(
+    tiny_model: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    module = importlib.import_module("acqcore.score")
+    passes: list[int] = []
+    real = module.row_stats
+    monkeypatch.setattr(
+        module, "row_stats", lambda hidden, *a, **k: (passes.append(len(hidden)), real(hidden, *a, **k))[1]
+    )
+    student = acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
+    forwards: list[torch.Size] = []
+    assert isinstance(student.trunk, torch.nn.Module)
+    student.trunk.register_forward_pre_hook(
+        lambda _, args, kwargs: forwards.append((args[0] if args else kwargs["input_ids"]).shape),
+        with_kwargs=True,
+    )
+    scores = acqcore.score(student, SAMPLES, NAMES, backend="eager", batch_tokens=70)
+    assert all(shape.numel() <= 70 for shape in forwards)
+    assert 1 < len(forwards) < len(SAMPLES)
+    assert [shape[1] for shape in forwards] == sorted((s[1] for s in forwards), reverse=True)
+    head_passes = [n for n in passes if n]
+    assert len(head_passes) == len(forwards)
+    assert sum(head_passes) == scores.n_tokens.sum()  # scored rows only
+
+
+def test_tensors_padded_on_either_side(tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+    model = tiny_model("GPT2")
+    texts = TEXTS[:3]
+    whole = acqcore.score(model, texts, NAMES, tokenizer=tokenizer, backend="eager")
+    for side in ("left", "right"):
+        batch = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt")
+        scores = acqcore.score(model, batch, NAMES, backend="eager")
+        for name in NAMES:
+            assert torch.equal(scores[name], whole[name])
+
+
+def test_the_model_is_left_as_found(tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+    model = tiny_model("GPT2", resid_pdrop=0.5).train()
+    model.transformer.h[0].eval()
+    model.transformer.wpe.weight.requires_grad_(False)
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    flags = [module.training for module in model.modules()]
+    state = {name: (p.clone(), p.requires_grad, p.dtype, p.device) for name, p in model.named_parameters()}
+    first = acqcore.score(model, TEXTS, tokenizer=tokenizer, backend="eager")
+    second = acqcore.score(model, TEXTS, tokenizer=tokenizer, backend="eager")
+    assert torch.equal(first["entropy"], second["entropy"])  # no dropout
+    assert [module.training for module in model.modules()] == flags
+    assert torch.is_grad_enabled()
+    for name, p in model.named_parameters():
+        before, *flags_of_p = state[name]
+        assert torch.equal(p, before)
+        assert [p.requires_grad, p.dtype, p.device] == flags_of_p
+    assert (model.lm_head.weight.grad == 1).all()
+
+
+@pytest.mark.parametrize("target", ["q_proj", "lm_head"])
+def test_peft(
+    target: str, tiny_model: Callable[..., Any], tokenizer: Any, brute_force: Callable[..., Any], backend: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model("Llama"), peft.LoraConfig(r=4, target_modules=[target])).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    scores = acqcore.score(model, TEXTS, ("loss", "entropy"), tokenizer=tokenizer, backend=backend)
+    for i, row in enumerate(encode(TEXTS, tokenizer, vocab_size=320, limit=64)):
+        reference = brute_force(model, row.ids, row.targets != -100)
+        for name in scores:
+            torch.testing.assert_close(scores[name][i], reference[name].mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_student_with_a_float32_adapter_sum(
+    tiny_model: Callable[..., Any], tokenizer: Any, backend: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"])
+    model = peft.get_peft_model(tiny_model("Llama"), config).to(torch.bfloat16)
+    assert acqcore.score(model, TEXTS, tokenizer=tokenizer, backend=backend).valid.all()
+
+
+class TestNotFinite:
+    """A student whose sixth token has a broken hidden state, and whose ninth can never be predicted."""
+
+    @pytest.fixture
+    def student(self) -> acqcore.Student:
+        generator = torch.Generator().manual_seed(0)
+        embedding = torch.randn(10, 4, generator=generator)
+        embedding[5] = torch.nan
+        bias = torch.zeros(10)
+        bias[8] = -torch.inf
+        head = acqcore.Head(torch.randn(10, 4, generator=generator), bias)
+        return acqcore.Student(lambda ids: embedding[ids], head)
+
+    def test_nan_and_invalid_where_it_is_alone(self, student: acqcore.Student, backend: str) -> None:
+        ids = torch.tensor([[1, 2, 3], [1, 5, 3], [1, 8, 3], [1, 3, 5]])
+        scores = acqcore.score(student, {"input_ids": ids}, ("entropy", "loss"), backend=backend)
+        # the last one ends in the broken token: it is predicted, and predicts nothing
+        assert scores["entropy"].isnan().tolist() == [False, True, False, False]
+        assert scores["loss"].isnan().tolist() == [False, True, True, False]
+        assert scores.valid.tolist() == [True, False, False, True]
+
+    def test_perplexity_beyond_float32(self, backend: str) -> None:
+        head = acqcore.Head(torch.tensor([[1.0], [-1.0]]))
+        student = acqcore.Student(lambda ids: torch.full((*ids.shape, 1), 60.0), head)
+        ids = torch.tensor([[0, 0], [0, 1]])
+        scores = acqcore.score(student, {"input_ids": ids}, ("loss", "perplexity"), backend=backend)
+        torch.testing.assert_close(scores["loss"], torch.tensor([0.0, 120.0]))
+        assert scores["perplexity"].isnan().tolist() == [False, True]
+        assert scores.valid.tolist() == [True, False]
+
+
+class TestOwnAcquisition:
+    def test_registered_functions_are_scored(
+        self, tiny_model: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("acqcore.acquisitions.base.REGISTRY", REGISTRY)
+        try:
+
+            @acqcore.register("twice_entropy")
+            def twice_entropy(stats: acqcore.RowStats) -> torch.Tensor:
+                """Twice the entropy."""
+                return 2 * stats.entropy
+
+            names = ("entropy", "twice_entropy")
+            scores = acqcore.score(tiny_model("Llama"), TEXTS, names, tokenizer=tokenizer, backend="eager")
+            torch.testing.assert_close(scores["twice_entropy"], 2 * scores["entropy"])
+        finally:
+            REGISTRY.pop("twice_entropy", None)
+
+    def test_a_wrong_shape_is_named(self, tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+        try:
+            acqcore.register("wrong_shape")(_wrong_shape)
+            with pytest.raises(
+                ValueError, match=r"acquisition 'wrong_shape': expected it to give a tensor \[\d+\]"
+            ):
+                acqcore.score(tiny_model("Llama"), TEXTS, "wrong_shape", tokenizer=tokenizer, backend="eager")
+        finally:
+            REGISTRY.pop("wrong_shape", None)
+
+
+def _wrong_shape(stats: acqcore.RowStats) -> torch.Tensor:
+    """Not one value per token."""
+    return stats.entropy.sum()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"acquisitions": "entropie"}, ValueError, "acquisitions: unknown 'entropie', expected one of"),
+        ({"acquisitions": "entropie"}, ValueError, "did you mean 'entropy'?"),
+        ({"acquisitions": ()}, ValueError, "acquisitions: expected at least one"),
+        ({"acquisitions": 3}, TypeError, "acquisitions: expected a sequence of names, got int"),
+        (
+            {"reduction": "median"},
+            ValueError,
+            "reduction: unknown 'median', expected one of mean, sum, max, topk",
+        ),
+        ({"topk": 0}, ValueError, "topk: expected an int >= 1, got 0"),
+        ({"batch_tokens": 1.5}, TypeError, "batch_tokens: expected an int, got float"),
+        ({"backend": "gpu"}, ValueError, "backend: unknown 'gpu'"),
+        ({"samples": ["a fox", ""]}, ValueError, "samples[1]: nothing to score"),
+        ({"samples": ["fox " * 80]}, ValueError, "the student takes at most 64"),
+        ({"tokenizer": None}, TypeError, "tokenizer: samples of text need one, got none"),
+        ({"student": 3}, TypeError, "student: expected acqcore.Student"),
+    ],
+)
+def test_bad_arguments(
+    options: dict[str, Any], error: Any, message: str, tiny_model: Callable[..., Any], tokenizer: Any
+) -> None:
+    arguments = {
+        "student": tiny_model("Llama"),
+        "samples": TEXTS,
+        "tokenizer": tokenizer,
+        "backend": "eager",
+        **options,
+    }
+    with pytest.raises(error, match=re.escape(message)):
+        acqcore.score(**arguments)
+
+
+def test_a_backend_that_does_not_serve_is_known_before_any_forward(tiny_model: Callable[..., Any]) -> None:
+    student = acqcore.Student.from_model(tiny_model("Llama").double(), verify=False)
+    student.trunk.register_forward_pre_hook(lambda *_: pytest.fail("the trunk ran"))  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="backend 'cpu' takes"):
+        acqcore.score(student, {"input_ids": torch.ones(1, 4, dtype=torch.int64)}, backend="cpu")
+
+
+def test_no_samples(tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+    scores = acqcore.score(tiny_model("Llama"), [], tokenizer=tokenizer, backend="eager", keep_tokens=True)
+    assert scores["entropy"].shape == (0,)
+    assert scores.tokens["entropy"] == []
+    assert "0 samples" in repr(scores)
+
+
+def test_progress_is_shown_where_asked(
+    tiny_model: Callable[..., Any], tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model("Llama")
+    for show in (None, False):  # stderr is no terminal here
+        acqcore.score(model, TEXTS, tokenizer=tokenizer, backend="eager", progress=show)
+        assert capsys.readouterr().err == ""
+    acqcore.score(model, TEXTS, tokenizer=tokenizer, backend="eager", progress=True)
+    assert "scoring" in capsys.readouterr().err

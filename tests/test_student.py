@@ -1,0 +1,293 @@
+"""The student found in a model gives the model's own logits, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.student import as_student
+
+KINDS = ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "GPT2", "Cohere", "Granite", "Phi"]
+IDS = torch.arange(22).view(2, 11) * 13 % 320
+
+
+def student_logits(student: acqcore.Student) -> torch.Tensor:
+    with student.scoring():
+        hidden = student.hidden(IDS)
+        return student.head.logits(hidden.flatten(0, 1)).view(2, 11, -1)
+
+
+def assert_own_logits(model: Any, student: acqcore.Student | None = None) -> None:
+    student = student or acqcore.Student.from_model(model)
+    with torch.no_grad():
+        own = model(input_ids=IDS).logits
+    assert own.std() > 0.1, "logits without a spread tell nothing"
+    torch.testing.assert_close(student_logits(student), own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trunk_and_head_give_the_models_own_logits(kind: str, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model(kind)
+    student = acqcore.Student.from_model(model)
+    assert_own_logits(model, student)
+    assert student.max_length == 64
+    assert student.device == torch.device("cpu")
+
+
+def test_the_head_is_what_the_configuration_says(tiny_model: Callable[..., Any]) -> None:
+    def head(kind: str, **config: Any) -> acqcore.Head:
+        return acqcore.Student.from_model(tiny_model(kind, **config)).head
+
+    assert head("Gemma2").softcap == 2.0
+    assert head("Cohere").scale == 0.25
+    assert head("Granite").scale == pytest.approx(1 / 3)
+    assert head("Phi").bias is not None
+    assert head("Llama").bias is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_and_untied_heads_share_the_models_memory(tied: bool, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Qwen3", tie_word_embeddings=tied)
+    assert_own_logits(model)
+    weight = acqcore.Student.from_model(model).head.weight
+    assert weight.data_ptr() == model.lm_head.weight.data_ptr()
+    assert (weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()) == tied
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_passes_the_probe(dtype: torch.dtype, tiny_model: Callable[..., Any]) -> None:
+    student = acqcore.Student.from_model(tiny_model("Gemma2").to(dtype))
+    assert student.head.weight.dtype == dtype
+
+
+def test_a_student_follows_its_model_in_training(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama")
+    student = acqcore.Student.from_model(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert_own_logits(model, student)
+
+
+class TestVerification:
+    def test_an_unknown_change_of_the_logits_is_refused(self, tiny_model: Callable[..., Any]) -> None:
+        model = tiny_model("Llama")
+        model.register_forward_hook(lambda _, args, output: setattr(output, "logits", output.logits * 1.01))
+        with pytest.raises(ValueError, match="LlamaForCausalLM differ from those of its trunk and head"):
+            acqcore.Student.from_model(model)
+        acqcore.Student.from_model(model, verify=False)
+
+    def test_logits_of_another_shape_are_refused(self, tiny_model: Callable[..., Any]) -> None:
+        model = tiny_model("Llama")
+        model.register_forward_hook(lambda _, args, output: setattr(output, "logits", output.logits[..., 1:]))
+        with pytest.raises(ValueError, match=r"gives logits \[2, 4, 319\] where"):
+            acqcore.Student.from_model(model)
+
+    def test_a_trunk_that_sees_later_tokens_is_refused(self, tiny_model: Callable[..., Any]) -> None:
+        def leak(_: Any, args: Any, output: Any) -> None:
+            output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.mean(
+                1, keepdim=True
+            )
+
+        model = tiny_model("Llama")
+        model.model.register_forward_hook(leak)
+        with pytest.raises(ValueError, match="a token sees those after it"):
+            acqcore.Student.from_model(model)
+
+    def test_a_model_is_probed_once(self, tiny_model: Callable[..., Any]) -> None:
+        model = tiny_model("Llama")
+        calls: list[int] = []
+        model.register_forward_hook(lambda *_: calls.append(1))
+        acqcore.Student.from_model(model)
+        acqcore.Student.from_model(model)
+        assert len(calls) == 1
+
+
+class TestPeft:
+    @pytest.fixture
+    def adapted(self, tiny_model: Callable[..., Any]) -> Callable[..., Any]:
+        """``adapted(kind, **LoraConfig)`` with adapters that are not zero."""
+        peft = pytest.importorskip("peft")
+
+        def build(kind: str = "Llama", **config: Any) -> Any:
+            model = peft.get_peft_model(tiny_model(kind), peft.LoraConfig(r=4, **config))
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.5)
+            return model.eval()
+
+        return build
+
+    def test_lora_on_the_trunk(self, adapted: Callable[..., Any]) -> None:
+        assert_own_logits(adapted(target_modules=["q_proj", "down_proj"]))
+
+    @pytest.mark.parametrize("lora_bias", [False, True])
+    def test_lora_on_the_head(self, lora_bias: bool, adapted: Callable[..., Any]) -> None:
+        model = adapted("Phi", target_modules=["q_proj", "lm_head"], lora_bias=lora_bias)
+        assert_own_logits(model)
+        student = acqcore.Student.from_model(model)
+        assert not torch.equal(student.head.weight, model.get_base_model().lm_head.base_layer.weight)
+
+    def test_lora_with_a_bias_on_a_head_without_one(self, adapted: Callable[..., Any]) -> None:
+        model = adapted("Llama", target_modules=["lm_head"], lora_bias=True)
+        torch.nn.init.normal_(model.base_model.model.lm_head.lora_B["default"].bias)
+        assert_own_logits(model)
+
+    def test_several_disabled_and_merged_adapters(self, adapted: Callable[..., Any]) -> None:
+        peft = pytest.importorskip("peft")
+        model = adapted(target_modules=["q_proj", "lm_head"])
+        model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["lm_head"]))
+        torch.nn.init.normal_(model.base_model.model.lm_head.lora_B["second"].weight)
+        student = acqcore.Student.from_model(model)
+        seen = []
+        for active in (["default"], ["second"], ["default", "second"]):
+            model.base_model.set_adapter(active)
+            assert_own_logits(model, student)
+            seen.append(student_logits(student))
+        with model.disable_adapter():
+            assert_own_logits(model, student)
+            seen.append(student_logits(student))
+        assert not any(torch.allclose(a, b, atol=1e-2) for i, a in enumerate(seen) for b in seen[:i])
+        model.merge_adapter()
+        assert_own_logits(model, student)
+        torch.testing.assert_close(student_logits(student), seen[2], rtol=1e-4, atol=1e-4)
+
+    def test_lora_on_a_half_precision_head_is_summed_in_float32(self, adapted: Callable[..., Any]) -> None:
+        model = adapted(target_modules=["lm_head"]).to(torch.bfloat16)
+        assert acqcore.Student.from_model(model).head.weight.dtype == torch.float32
+
+    def test_modules_to_save(self, adapted: Callable[..., Any]) -> None:
+        model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
+        head = model.base_model.model.lm_head.modules_to_save["default"]
+        torch.nn.init.normal_(head.weight)
+        student = acqcore.Student.from_model(model)
+        assert_own_logits(model, student)
+        assert student.head.weight.data_ptr() == head.weight.data_ptr()
+        with model.disable_adapter():
+            assert_own_logits(model, student)
+
+    def test_a_head_adapter_of_another_kind_is_refused(self, adapted: Callable[..., Any]) -> None:
+        with pytest.raises(ValueError, match=r"LoRA variant \(Dora.*merge it first"):
+            acqcore.Student.from_model(adapted(target_modules=["lm_head"], use_dora=True))
+        merged = adapted(target_modules=["lm_head"])
+        student = acqcore.Student.from_model(merged)
+        merged.merge_adapter()
+        with (
+            merged.disable_adapter(),
+            pytest.raises(ValueError, match="both merged and disabled"),
+        ):
+            student.head  # noqa: B018
+
+    def test_an_adapter_that_is_no_lora_is_refused(self, tiny_model: Callable[..., Any]) -> None:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(tiny_model("Llama"), peft.LoHaConfig(target_modules=["lm_head"]))
+        with pytest.raises(ValueError, match="expected LoRA or modules_to_save"):
+            acqcore.Student.from_model(model)
+
+
+class TestScoringMode:
+    def test_training_flags_come_back_one_by_one(self, tiny_model: Callable[..., Any]) -> None:
+        model = tiny_model("Llama").train()
+        model.model.layers[1].mlp.eval()
+        model.model.norm.weight.requires_grad_(False)
+        flags = [module.training for module in model.modules()]
+        grads = [parameter.requires_grad for parameter in model.parameters()]
+        student = acqcore.Student.from_model(model)
+        with pytest.raises(KeyError), student.scoring():
+            assert not any(module.training for module in model.modules())
+            assert not torch.is_grad_enabled()
+            raise KeyError
+        assert torch.is_grad_enabled()
+        assert [module.training for module in model.modules()] == flags
+        assert [parameter.requires_grad for parameter in model.parameters()] == grads
+
+
+class TestWrappers:
+    def test_data_parallel_and_compiled(self, tiny_model: Callable[..., Any]) -> None:
+        model = tiny_model("Llama")
+        for wrapped in (torch.nn.DataParallel(model), torch.compile(model)):
+            student = acqcore.Student.from_model(wrapped, verify=False)
+            assert student.trunk is model.model
+            assert student.head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+
+
+class TestBadInput:
+    def test_not_a_student(self) -> None:
+        with pytest.raises(TypeError, match=r"student: expected acqcore\.Student.*got int"):
+            as_student(3)  # type: ignore[arg-type]
+        with pytest.raises(
+            TypeError, match="model: expected a transformers causal language model.*got Linear"
+        ):
+            acqcore.Student.from_model(torch.nn.Linear(2, 2))
+
+    def test_a_model_without_a_head(self, tiny_model: Callable[..., Any]) -> None:
+        with pytest.raises(TypeError, match="with an output embedding, got LlamaModel"):
+            acqcore.Student.from_model(tiny_model("Llama").model)
+
+    def test_an_encoder_decoder(self) -> None:
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+            acqcore.Student.from_model(T5ForConditionalGeneration(config))
+
+    def test_explicit_parts(self) -> None:
+        head = acqcore.Head(torch.zeros(5, 3))
+        with pytest.raises(TypeError, match="trunk: expected a callable.*got int"):
+            acqcore.Student(3, head)  # type: ignore[arg-type]
+        with pytest.raises(
+            TypeError, match=r"head: expected acqcore\.Head, got float32 tensor of shape \[5, 3\]"
+        ):
+            acqcore.Student(lambda ids: ids, torch.zeros(5, 3))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="max_length: expected an int >= 1, got 0"):
+            acqcore.Student(lambda ids: ids, head, max_length=0)
+
+    def test_a_trunk_that_gives_something_else(self) -> None:
+        head = acqcore.Head(torch.zeros(5, 3))
+        ids = torch.zeros(2, 4, dtype=torch.int64)
+        with pytest.raises(TypeError, match="trunk: expected it to give a tensor.*got str"):
+            acqcore.Student(lambda ids: "no", head).hidden(ids)
+        with pytest.raises(ValueError, match=r"trunk: expected hidden states \[B, T, D\].*\[4, 3\]"):
+            acqcore.Student(lambda ids: torch.zeros(4, 3), head).hidden(ids)
+
+
+def test_explicit_trunks_give_a_tensor_or_an_object() -> None:
+    head = acqcore.Head(torch.zeros(5, 3))
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    hidden = torch.rand(2, 4, 3)
+    assert acqcore.Student(lambda ids: hidden, head).hidden(ids) is hidden
+    output = SimpleNamespace(last_hidden_state=hidden)
+    assert acqcore.Student(lambda ids: output, head).hidden(ids) is hidden
+
+
+class TestLoad:
+    def test_from_a_folder(self, tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+        model = tiny_model("Qwen2")
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        student = acqcore.Student.load(tmp_path)
+        assert student.tokenizer("a fox").input_ids == tokenizer("a fox").input_ids
+        assert_own_logits(model, student)
+        assert acqcore.Student.load(str(tmp_path), dtype=torch.bfloat16).head.weight.dtype == torch.bfloat16
+
+    def test_without_transformers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(ModuleNotFoundError, match=r"pip install acqcore\[train\]"):
+            acqcore.Student.load("some/model")
+
+    def test_import_takes_nothing_heavy(self) -> None:
+        code = (
+            "import sys, acqcore, acqcore.cli\n"
+            "heavy = {'transformers', 'triton', 'peft', 'datasets', 'pandas', 'rich'} & set(sys.modules)\n"
+            "sys.exit(', '.join(heavy) or 0)"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
