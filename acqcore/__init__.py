@@ -8,20 +8,43 @@ from __future__ import annotations
 
 from acqcore.acquisitions import Acquisition, acquisitions, register
 from acqcore.backends import BackendInfo, backends
+from acqcore.badge import badge_embedding
+from acqcore.diversity import Archive, gradient_diversity, vendi_score
 from acqcore.head import Head
+from acqcore.head_grad import grad_sketch, head_grad_norm, hidden_grad, hidden_grad_norm
+from acqcore.influence import Reference, influence, influence_reference
 from acqcore.row_stats import RowStats, logit_stats, row_stats
+from acqcore.score import score
+from acqcore.scores import Scores
+from acqcore.select import select
+from acqcore.student import Student
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Acquisition",
+    "Archive",
     "BackendInfo",
     "Head",
+    "Reference",
     "RowStats",
+    "Scores",
+    "Student",
     "__version__",
     "acquisitions",
     "backends",
+    "badge_embedding",
+    "grad_sketch",
+    "gradient_diversity",
+    "head_grad_norm",
+    "hidden_grad",
+    "hidden_grad_norm",
+    "influence",
+    "influence_reference",
     "logit_stats",
     "register",
     "row_stats",
+    "score",
+    "select",
+    "vendi_score",
 ]

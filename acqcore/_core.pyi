@@ -13,19 +13,46 @@ def isas() -> list[tuple[str, str]]:
 def best_isa() -> str:
     """The instruction set used unless one is forced."""
 
+class HeadArgs:
+    """Hidden states and the head above them; what it points to must stay alive."""
+
+    def __init__(
+        self,
+        threads: int,
+        hidden: Matrix,  # [N, D]
+        weight: Matrix,  # [V, D]
+        bias: int,  # float32 [V], or 0
+        targets: int,  # int64 [N], or 0
+        softcap: float,  # 0: none
+        scale: float,
+        temperature: float,
+        vocab_start: int,
+    ) -> None: ...
+
 def row_stats(
     isa: str,
-    threads: int,
-    hidden: Matrix,  # [N, D]
-    weight: Matrix,  # [V, D]
-    bias: int,  # float32 [V], or 0
-    targets: int,  # int64 [N], or 0
-    softcap: float,  # 0: none
-    scale: float,
-    temperature: float,
-    vocab_start: int,
+    head: HeadArgs,
     state: int,  # float64 [7, N], written
     index: int,  # int64 [N], written
+) -> None: ...
+def delta_product(
+    isa: str,
+    head: HeadArgs,
+    state: int,  # float64 [7, N]
+    index: int,  # int64 [N]
+    values: Matrix,  # [V, n]
+    out: int,  # float32 [N, n], written
+) -> None: ...
+def head_grad_norm(
+    isa: str,
+    head: HeadArgs,
+    state: int,  # float64 [7, N]
+    index: int,  # int64 [N]
+    offsets: int,  # int64 [samples + 1]
+    samples: int,
+    weights: int,  # float64 [N]
+    form: str,  # "auto", "gram" or "direct"
+    squared: int,  # float64 [samples], written
 ) -> None: ...
 def logit_stats(
     isa: str,

@@ -93,7 +93,7 @@ def random_case(
 
 
 def case_from_logits(logits: torch.Tensor, targets: torch.Tensor | None = None) -> Case:
-    """A case with exactly these logits ``[N, V]``, -inf allowed where a whole column is: hidden states are unit vectors."""
+    """A case with exactly these logits ``[N, V]``, -inf in whole columns alone: hidden states are unit vectors."""
     absent = (logits == -torch.inf).all(dim=0)
     bias = torch.zeros(logits.shape[1]).masked_fill(absent, -torch.inf) if bool(absent.any()) else None
     weight = logits.T.contiguous().masked_fill(absent[:, None], 0.0)
@@ -112,11 +112,10 @@ def _confident(gap: float) -> Case:
 def _absent_columns(v: int, begin: int, end: int) -> Case:
     """Random logits whose columns ``begin:end`` are -inf."""
     case = random_case(9, 33, v, bias=True)
-    assert case.head.bias is not None and case.targets is not None
+    assert case.head.bias is not None
+    assert case.targets is not None
     case.head.bias[begin:end] = -torch.inf
-    return Case(
-        case.hidden, case.head, torch.where((case.targets >= begin) & (case.targets < end), 0, case.targets)
-    )
+    return Case(case.hidden, case.head, torch.where((case.targets >= begin) & (case.targets < end), 0, case.targets))
 
 
 def _strided() -> Case:
@@ -225,16 +224,12 @@ def assert_no_worse_than_eager(case: Case, backend: str, slack: float = 0.5) -> 
     oracle = case.oracle()
     ours = worst_errors(case.run(backend), oracle)
     eager = worst_errors(case.run("eager"), oracle)
-    worse = {
-        field: (error, eager[field]) for field, error in ours.items() if not error <= eager[field] + slack
-    }
+    worse = {field: (error, eager[field]) for field, error in ours.items() if not error <= eager[field] + slack}
     if worse:
         raise AssertionError(f"(error, eager's error) over tolerance: {worse}")
 
 
-def assert_logits_match(
-    logits: torch.Tensor, targets: torch.Tensor | None, temperature: float, backend: str
-) -> None:
+def assert_logits_match(logits: torch.Tensor, targets: torch.Tensor | None, temperature: float, backend: str) -> None:
     """``logit_stats`` of ``logits [N, V]`` agrees with the float64 oracle on the same values."""
     got = logit_stats(logits, targets, temperature=temperature, backend=backend)
     oracle = logit_stats(logits.double(), targets, temperature=temperature, backend="eager")

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.bench_row_stats`` measures, prints and writes ``results/row_stats.json`` and ``.png``;
 ``pytest benchmarks/bench_row_stats.py`` drives the same peers through pytest-benchmark on a small shape.
-Rates count the product alone (2 N D V), beside the bare ``hidden @ weight.T``, which is the ceiling of torch's BLAS here.
+Rates count the product alone (2 N D V); the bare ``hidden @ weight.T`` beside them is what torch's BLAS reaches here.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> a
     return acqcore.row_stats(hidden, acqcore.Head(weight), targets)
 
 
-def torch_linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
+def torch_linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     options: Any = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
     return torch.nn.functional.linear_cross_entropy(hidden, weight, targets, options=options)
 

@@ -153,9 +153,7 @@ def plot(name: str, rows: list[Row]) -> None:
 
     cases = list(dict.fromkeys(row.case for row in rows))
     longest = max(len([r for r in rows if r.case == case]) for case in cases)
-    figure, axes = pyplot.subplots(
-        len(cases), 1, figsize=(8, (0.45 * longest + 0.9) * len(cases)), squeeze=False
-    )
+    figure, axes = pyplot.subplots(len(cases), 1, figsize=(8, (0.45 * longest + 0.9) * len(cases)), squeeze=False)
     for axis, case in zip(axes[:, 0], cases, strict=True):
         chosen = [row for row in rows if row.case == case][::-1]
         colours = ["#c44e52" if "acqcore" in row.peer else "#8c9bb0" for row in chosen]

@@ -61,16 +61,14 @@ def tokenizer() -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator(SENTENCES * 5, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|eos|>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", bos_token="<|bos|>", eos_token="<|eos|>")
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
 @pytest.fixture
 def tiny_model() -> Callable[..., Any]:
-    """``tiny_model(kind, **config)``: a random causal language model, 320 tokens, 64 positions, in eval mode."""
+    """``tiny_model(kind, **config)``: a random language model, 320 tokens, 64 positions, in eval mode."""
     import transformers
 
     sizes = {
@@ -107,9 +105,7 @@ def tiny_model() -> Callable[..., Any]:
             settings = settings | {"num_hidden_layers": 7 if kind == "Gemma3" else 2}  # both kinds of layer
         torch.manual_seed(0)
         name = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
-        model = getattr(transformers, name)(
-            getattr(transformers, f"{kind}{suffix}Config")(**(settings | config))
-        )
+        model = getattr(transformers, name)(getattr(transformers, f"{kind}{suffix}Config")(**(settings | config)))
         bias = getattr(model.get_output_embeddings(), "bias", None)
         if bias is not None:
             torch.nn.init.normal_(bias)
@@ -120,7 +116,7 @@ def tiny_model() -> Callable[..., Any]:
 
 @pytest.fixture
 def brute_force() -> Callable[..., dict[str, torch.Tensor]]:
-    """``brute_force(model, ids, scored)``: per-token references of every acquisition, from the model's logits.
+    """``brute_force(model, ids, scored)``: per-token references of each acquisition, from the model's logits.
 
     One sample, full logits, no padding; ``ids [T]``, ``scored [T]`` bool. Name -> ``[scored tokens]``.
     """

@@ -30,9 +30,7 @@ def test_isas_are_ordered_and_the_best_is_the_last_present() -> None:
 
 def test_unknown_backend() -> None:
     case = random_case(2, 4, 8)
-    with pytest.raises(
-        ValueError, match=r"backend: unknown 'cpuu', expected one of cpu, eager; did you mean 'cpu'"
-    ):
+    with pytest.raises(ValueError, match=r"backend: unknown 'cpuu', expected one of cpu, eager; did you mean 'cpu'"):
         case.run("cpuu")
 
 

@@ -15,10 +15,10 @@ Y = torch.zeros(3, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("hidden", "error", "message"),
     [
-        (torch.zeros(3, 5), ValueError, r"hidden: expected \[N, D\] with D = 4 as in head.weight \[10, 4\], got float32 tensor of shape \[3, 5\]"),
+        (torch.zeros(3, 5), ValueError, r"hidden: .* with D = 4 as in head.weight \[10, 4\], got float32 tensor of shape \[3, 5\]"),
         (torch.zeros(4), ValueError, r"hidden: expected shape \[N, D\], got float32 tensor of shape \[4\]"),
         (torch.zeros(2, 3, 4), ValueError, r"hidden: expected shape \[N, D\]"),
-        (torch.zeros(3, 4, dtype=torch.int64), TypeError, r"hidden: expected float32, .*got int64 tensor of shape \[3, 4\]"),
+        (torch.zeros(3, 4, dtype=torch.int64), TypeError, r"hidden: expected float32, .*int64 tensor of shape \[3, 4\]"),
         ([[0.0] * 4], TypeError, r"hidden: expected a tensor \[N, D\], got list"),
         (torch.zeros(3, 4, device="meta"), ValueError, "hidden: is on meta but head.weight is on cpu"),
     ],
@@ -77,9 +77,7 @@ def test_temperature_type() -> None:
 
 
 def test_head_type() -> None:
-    with pytest.raises(
-        TypeError, match="head: expected acqcore.Head, got Tensor|head: expected acqcore.Head, got float32"
-    ):
+    with pytest.raises(TypeError, match=r"head: expected acqcore\.Head, got float32"):
         acqcore.row_stats(H, HEAD.weight)  # type: ignore[arg-type]
 
 
@@ -89,13 +87,13 @@ def test_head_type() -> None:
         ({"weight": torch.zeros(3)}, ValueError, r"weight: expected shape \[V, D\]"),
         ({"weight": torch.zeros(0, 3)}, ValueError, "with V >= 1"),
         ({"weight": torch.zeros(3, 3, dtype=torch.int8)}, TypeError, "weight: expected float32"),
-        ({"bias": torch.zeros(9)}, ValueError, r"bias: expected \[V\] with V = 10 as in weight, got float32 tensor of shape \[9\]"),
+        ({"bias": torch.zeros(9)}, ValueError, r"bias: expected \[V\] with V = 10 as in weight, got float32"),
         ({"bias": torch.zeros(10, dtype=torch.int64)}, TypeError, "bias: expected float32"),
         ({"softcap": 0.0}, ValueError, "softcap: expected a number > 0, got 0.0"),
         ({"softcap": "30"}, TypeError, "softcap: expected a number, got str"),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite number"),
         ({"vocab_start": -1}, ValueError, "vocab_start: expected an index >= 0"),
-        ({"vocab_start": 5, "vocab_size": 12}, ValueError, r"vocab_size: expected at least vocab_start \+ V = 15, got 12"),
+        ({"vocab_start": 5, "vocab_size": 12}, ValueError, r"vocab_size: expected at least .* = 15, got 12"),
     ],
 )  # fmt: skip
 def test_head(arguments: dict, error: type[Exception], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Imports run one way (acqsynth -> score -> acquisitions -> row_stats -> backends -> kernels, _core); checks is a leaf."""
+"""Imports run one way: acqsynth -> score -> acquisitions -> row_stats -> backends -> kernels, _core; checks is a leaf."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 _SPEC = importlib.util.find_spec("acqcore")
-assert _SPEC is not None and _SPEC.origin is not None
+assert _SPEC is not None
+assert _SPEC.origin is not None
 ACQCORE = Path(_SPEC.origin).parent
 _SYNTH = importlib.util.find_spec("acqsynth")
-assert _SYNTH is not None and _SYNTH.origin is not None
+assert _SYNTH is not None
+assert _SYNTH.origin is not None
 ACQSYNTH = Path(_SYNTH.origin).parent
 
 #: module or package of acqcore -> what of acqcore it may import
@@ -22,12 +24,25 @@ ALLOWED = {
     "head": {"checks"},
     "backends": {"checks", "head", "kernels", "_core"},
     "row_stats": {"checks", "head", "backends"},
+    "signs": set(),
+    "head_grad": {"checks", "head", "backends", "row_stats", "signs"},
     "acquisitions": {"row_stats", "checks"},
     "testing": {"head", "row_stats"},
     "samples": {"checks"},
     "packing": {"checks"},
     "student": {"checks", "head"},
     "scores": {"checks"},
+    "ghost_measures": {"backends", "head", "head_grad", "row_stats", "signs"},
+    "ghost_rules": {"checks", "head", "ghost_measures"},
+    "ghost_capture": {"checks", "head", "student", "ghost_measures", "ghost_rules"},
+    "ghost": {
+        "checks", "head", "head_grad", "packing", "row_stats", "samples", "student", "ghost_measures",
+        "ghost_capture",
+    },
+    "select": {"checks", "scores"},
+    "diversity": {"checks", "select"},
+    "badge": {"checks", "row_stats", "student", "samples", "packing", "ghost"},
+    "influence": {"checks", "student", "samples", "ghost", "ghost_capture"},
     "score": {"checks", "head", "student", "samples", "packing", "scores", "acquisitions", "row_stats"},
 }
 ABOVE_SCORE = {"__init__", "__main__", "cli", "data_files"}  # may import anything of acqcore

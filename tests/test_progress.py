@@ -44,4 +44,4 @@ def test_on_a_terminal_only_what_takes_long(
     monkeypatch.setattr("acqcore.progress._DELAY_S", 0.0)
     with Progress(2, None) as progress:
         progress.update(2)
-    assert "2/2" in capsys.readouterr().err
+    assert "scoring" in capsys.readouterr().err

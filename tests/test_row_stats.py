@@ -13,6 +13,7 @@ from acqcore.testing import (
     case_from_logits,
     random_case,
 )
+import itertools
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -112,13 +113,12 @@ def test_a_row_without_finite_logit_is_nan(implementation: str) -> None:
 @pytest.mark.parametrize("cuts", [(0, 250, 507), (0, 1, 506, 507), (0, 100, 200, 300, 507)])
 def test_merged_shards_equal_the_whole(cuts: tuple[int, ...], implementation: str) -> None:
     case = random_case(21, 40, 507, bias=True)
-    assert case.targets is not None and case.head.bias is not None
+    assert case.targets is not None
+    assert case.head.bias is not None
     case.targets[4] = -100
     shards = []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
-        head = acqcore.Head(
-            case.head.weight[begin:end], case.head.bias[begin:end], vocab_start=begin, vocab_size=507
-        )
+    for begin, end in itertools.pairwise(cuts):
+        head = acqcore.Head(case.head.weight[begin:end], case.head.bias[begin:end], vocab_start=begin, vocab_size=507)
         shards.append(acqcore.row_stats(case.hidden, head, case.targets, backend=implementation))
     for order in (shards, shards[::-1]):
         merged = order[0]

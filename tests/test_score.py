@@ -75,13 +75,13 @@ def test_reductions(
     reduction: str, tiny_model: Callable[..., Any], tokenizer: Any, expected: Callable[..., Any]
 ) -> None:
     model = tiny_model("Llama")
-    scores = acqcore.score(
-        model, SAMPLES, NAMES, tokenizer=tokenizer, reduction=reduction, topk=3, backend="eager"
-    )
+    scores = acqcore.score(model, SAMPLES, NAMES, tokenizer=tokenizer, reduction=reduction, topk=3, backend="eager")
     for i, reference in enumerate(expected(model, SAMPLES)):
         for name in ("entropy", "el2n"):
             torch.testing.assert_close(scores[name][i], REDUCE[reduction](reference[name]))
-        torch.testing.assert_close(scores["perplexity"][i], REDUCE[reduction](reference["loss"]).exp())
+        perplexity = REDUCE[reduction](reference["loss"]).exp()  # of a sum it overflows
+        perplexity = perplexity.where(perplexity.isfinite(), torch.nan)
+        torch.testing.assert_close(scores["perplexity"][i], perplexity, rtol=1e-4, atol=0, equal_nan=True)
 
 
 def test_a_score_does_not_depend_on_the_rest_of_the_batch(
@@ -90,9 +90,7 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(
     model = tiny_model("Gemma2")
 
     def run(samples: Any, batch_tokens: int = 8192) -> torch.Tensor:
-        scores = acqcore.score(
-            model, samples, NAMES, tokenizer=tokenizer, backend=backend, batch_tokens=batch_tokens
-        )
+        scores = acqcore.score(model, samples, NAMES, tokenizer=tokenizer, backend=backend, batch_tokens=batch_tokens)
         return torch.stack([scores[name] for name in NAMES])
 
     together = run(TEXTS)
@@ -217,10 +215,7 @@ class TestNotFinite:
 
 
 class TestOwnAcquisition:
-    def test_registered_functions_are_scored(
-        self, tiny_model: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("acqcore.acquisitions.base.REGISTRY", REGISTRY)
+    def test_registered_functions_are_scored(self, tiny_model: Callable[..., Any], tokenizer: Any) -> None:
         try:
 
             @acqcore.register("twice_entropy")
@@ -237,9 +232,7 @@ class TestOwnAcquisition:
     def test_a_wrong_shape_is_named(self, tiny_model: Callable[..., Any], tokenizer: Any) -> None:
         try:
             acqcore.register("wrong_shape")(_wrong_shape)
-            with pytest.raises(
-                ValueError, match=r"acquisition 'wrong_shape': expected it to give a tensor \[\d+\]"
-            ):
+            with pytest.raises(ValueError, match=r"acquisition 'wrong_shape': expected it to give a tensor \[\d+\]"):
                 acqcore.score(tiny_model("Llama"), TEXTS, "wrong_shape", tokenizer=tokenizer, backend="eager")
         finally:
             REGISTRY.pop("wrong_shape", None)

@@ -93,9 +93,7 @@ class TestVerification:
 
     def test_a_trunk_that_sees_later_tokens_is_refused(self, tiny_model: Callable[..., Any]) -> None:
         def leak(_: Any, args: Any, output: Any) -> None:
-            output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.mean(
-                1, keepdim=True
-            )
+            output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.mean(1, keepdim=True)
 
         model = tiny_model("Llama")
         model.model.register_forward_hook(leak)
@@ -201,10 +199,16 @@ class TestScoringMode:
         flags = [module.training for module in model.modules()]
         grads = [parameter.requires_grad for parameter in model.parameters()]
         student = acqcore.Student.from_model(model)
-        with pytest.raises(KeyError), student.scoring():
-            assert not any(module.training for module in model.modules())
-            assert not torch.is_grad_enabled()
-            raise KeyError
+        seen: list[bool] = []
+
+        def fail_inside() -> None:
+            with student.scoring():
+                seen.extend([torch.is_grad_enabled(), *(module.training for module in model.modules())])
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            fail_inside()
+        assert not any(seen)
         assert torch.is_grad_enabled()
         assert [module.training for module in model.modules()] == flags
         assert [parameter.requires_grad for parameter in model.parameters()] == grads
@@ -223,9 +227,7 @@ class TestBadInput:
     def test_not_a_student(self) -> None:
         with pytest.raises(TypeError, match=r"student: expected acqcore\.Student.*got int"):
             as_student(3)  # type: ignore[arg-type]
-        with pytest.raises(
-            TypeError, match="model: expected a transformers causal language model.*got Linear"
-        ):
+        with pytest.raises(TypeError, match=r"model: expected.* causal language model.*got Linear"):
             acqcore.Student.from_model(torch.nn.Linear(2, 2))
 
     def test_a_model_without_a_head(self, tiny_model: Callable[..., Any]) -> None:
@@ -241,11 +243,9 @@ class TestBadInput:
 
     def test_explicit_parts(self) -> None:
         head = acqcore.Head(torch.zeros(5, 3))
-        with pytest.raises(TypeError, match="trunk: expected a callable.*got int"):
+        with pytest.raises(TypeError, match=r"trunk: expected a callable.*got int"):
             acqcore.Student(3, head)  # type: ignore[arg-type]
-        with pytest.raises(
-            TypeError, match=r"head: expected acqcore\.Head, got float32 tensor of shape \[5, 3\]"
-        ):
+        with pytest.raises(TypeError, match=r"head: expected acqcore\.Head, got float32 tensor of shape \[5, 3\]"):
             acqcore.Student(lambda ids: ids, torch.zeros(5, 3))  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="max_length: expected an int >= 1, got 0"):
             acqcore.Student(lambda ids: ids, head, max_length=0)
@@ -253,7 +253,7 @@ class TestBadInput:
     def test_a_trunk_that_gives_something_else(self) -> None:
         head = acqcore.Head(torch.zeros(5, 3))
         ids = torch.zeros(2, 4, dtype=torch.int64)
-        with pytest.raises(TypeError, match="trunk: expected it to give a tensor.*got str"):
+        with pytest.raises(TypeError, match=r"trunk: expected it to give a tensor.*got str"):
             acqcore.Student(lambda ids: "no", head).hidden(ids)
         with pytest.raises(ValueError, match=r"trunk: expected hidden states \[B, T, D\].*\[4, 3\]"):
             acqcore.Student(lambda ids: torch.zeros(4, 3), head).hidden(ids)

@@ -15,7 +15,8 @@ from acqcore.row_stats import RowStats
 @register("token_grad_norm", needs_targets=True)
 def token_grad_norm(stats: RowStats) -> torch.Tensor:
     """Norm of one token's head gradient, ||p - e_y||_2 ||h||_2."""
-    assert stats.residual_norm is not None and stats.hidden_norm is not None
+    assert stats.residual_norm is not None
+    assert stats.hidden_norm is not None
     return stats.residual_norm * stats.hidden_norm
 
 

@@ -59,3 +59,33 @@ class Backend(ABC):
         index: torch.Tensor,  # [N] int64, written
     ) -> None:
         """The same from logits."""
+
+    @abstractmethod
+    def delta_product(
+        self,
+        hidden: torch.Tensor,  # [N, D]
+        head: Head,
+        targets: torch.Tensor,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64, of row_stats for the same arguments
+        index: torch.Tensor,  # [N] int64, likewise
+        values: torch.Tensor,  # [V, n]
+        out: torch.Tensor,  # [N, n], written
+    ) -> None:
+        """``delta values`` with delta as in ``head_grad.py``; zero in rows with target -100."""
+
+    @abstractmethod
+    def head_grad_norm(
+        self,
+        hidden: torch.Tensor,  # [N, D]
+        head: Head,
+        targets: torch.Tensor,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64, of row_stats for the same arguments
+        index: torch.Tensor,  # [N] int64, likewise
+        offsets: torch.Tensor,  # [B + 1] int64
+        weights: torch.Tensor,  # [N] float64, zero where the target is -100
+        form: str,  # "auto", "gram" or "direct"
+        squared: torch.Tensor,  # [B] float64, written
+    ) -> None:
+        """Squared norm of each sample's head gradient, the bias's included where there is one."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -42,7 +44,7 @@ class Cpu(Backend):
         forced = os.environ.get("ACQCORE_ISA")
         if forced is None:
             return _core.best_isa()
-        names = {name: reason for name, reason in _core.isas()}
+        names = dict(_core.isas())
         checks.one_of("ACQCORE_ISA", forced, names)
         if names[forced]:
             raise RuntimeError(f"ACQCORE_ISA: {forced!r} is not available here: {names[forced]}")
@@ -57,22 +59,8 @@ class Cpu(Backend):
         state: torch.Tensor,  # [7, N] float64, written
         index: torch.Tensor,  # [N] int64, written
     ) -> None:
-        bias = None if head.bias is None else head.bias.to(torch.float32).contiguous()
-        targets = None if targets is None else targets.contiguous()
-        _core.row_stats(
-            self.instruction_set(),
-            torch.get_num_threads(),
-            _matrix(hidden),
-            _matrix(head.weight),
-            _pointer(bias),
-            _pointer(targets),
-            head.softcap or 0.0,
-            head.scale,
-            temperature,
-            head.vocab_start,
-            state.data_ptr(),
-            index.data_ptr(),
-        )
+        with _head_args(hidden, head, targets, temperature) as arguments:
+            _core.row_stats(self.instruction_set(), arguments, state.data_ptr(), index.data_ptr())
 
     def logit_stats(
         self,
@@ -92,6 +80,78 @@ class Cpu(Backend):
             state.data_ptr(),
             index.data_ptr(),
         )
+
+    def delta_product(
+        self,
+        hidden: torch.Tensor,  # [N, D]
+        head: Head,
+        targets: torch.Tensor,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64
+        index: torch.Tensor,  # [N] int64
+        values: torch.Tensor,  # [V, n]
+        out: torch.Tensor,  # [N, n] float32, written
+    ) -> None:
+        with _head_args(hidden, head, targets, temperature) as arguments:
+            _core.delta_product(
+                self.instruction_set(),
+                arguments,
+                state.data_ptr(),
+                index.data_ptr(),
+                _matrix(values),
+                out.data_ptr(),
+            )
+
+    def head_grad_norm(
+        self,
+        hidden: torch.Tensor,  # [N, D]
+        head: Head,
+        targets: torch.Tensor,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64
+        index: torch.Tensor,  # [N] int64
+        offsets: torch.Tensor,  # [B + 1]
+        weights: torch.Tensor,  # [N] float64
+        form: str,
+        squared: torch.Tensor,  # [B] float64, written
+    ) -> None:
+        offsets, weights = offsets.contiguous(), weights.contiguous()
+        with _head_args(hidden, head, targets, temperature) as arguments:
+            _core.head_grad_norm(
+                self.instruction_set(),
+                arguments,
+                state.data_ptr(),
+                index.data_ptr(),
+                offsets.data_ptr(),
+                len(offsets) - 1,
+                weights.data_ptr(),
+                form,
+                squared.data_ptr(),
+            )
+
+
+@contextmanager
+def _head_args(
+    hidden: torch.Tensor,  # [N, D]
+    head: Head,
+    targets: torch.Tensor | None,  # [N]
+    temperature: float,
+) -> Iterator[_core.HeadArgs]:
+    """The arguments that every head operation takes; what they point to lives as long as the context."""
+    bias = None if head.bias is None else head.bias.to(torch.float32).contiguous()
+    targets = None if targets is None else targets.contiguous()
+    yield _core.HeadArgs(
+        torch.get_num_threads(),
+        _matrix(hidden),
+        _matrix(head.weight),
+        _pointer(bias),
+        _pointer(targets),
+        head.softcap or 0.0,
+        head.scale,
+        temperature,
+        head.vocab_start,
+    )
+    del bias, targets
 
 
 def _matrix(tensor: torch.Tensor) -> _core.Matrix:

@@ -6,6 +6,7 @@ import torch
 
 from acqcore.backends.base import Backend
 from acqcore.head import Head, compute_dtype
+import itertools
 
 
 class Eager(Backend):
@@ -35,6 +36,69 @@ class Eager(Backend):
     ) -> None:
         fold(logits.to(compute_dtype(logits.dtype)) / temperature, targets, 0, state, index)
 
+    def delta_product(
+        self,
+        hidden: torch.Tensor,  # [N, D]
+        head: Head,
+        targets: torch.Tensor,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64
+        index: torch.Tensor,  # [N] int64
+        values: torch.Tensor,  # [V, n]
+        out: torch.Tensor,  # [N, n], written
+    ) -> None:
+        delta = logit_gradient(hidden, head, targets, temperature, state, index)
+        torch.mm(delta, values.to(delta.dtype), out=out)
+
+    def head_grad_norm(
+        self,
+        hidden: torch.Tensor,  # [N, D]
+        head: Head,
+        targets: torch.Tensor,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64
+        index: torch.Tensor,  # [N] int64
+        offsets: torch.Tensor,  # [B + 1]
+        weights: torch.Tensor,  # [N] float64
+        form: str,
+        squared: torch.Tensor,  # [B] float64, written
+    ) -> None:
+        delta = logit_gradient(hidden, head, targets, temperature, state, index)
+        delta = delta * weights[:, None].to(delta.dtype)
+        bounds = offsets.tolist()
+        for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            d, h = delta[begin:end], hidden[begin:end].to(delta.dtype)
+            if form == "gram":
+                keys = h @ h.T if head.bias is None else h @ h.T + 1
+                squared[i] = ((d @ d.T).double() * keys.double()).sum()
+            else:
+                squared[i] = (d.T @ h).double().square().sum()
+                if head.bias is not None:
+                    squared[i] += d.sum(dim=0).double().square().sum()
+
+
+def logit_gradient(
+    hidden: torch.Tensor,  # [N, D]
+    head: Head,
+    targets: torch.Tensor,  # [N]
+    temperature: float,
+    state: torch.Tensor,  # [7, N] float64
+    index: torch.Tensor,  # [N] int64
+) -> torch.Tensor:
+    """``delta [N, V]``, the gradient of each token's loss in ``W h + b``; zero in ignored rows."""
+    z = head.logits(hidden, temperature)
+    max_logit, r = state[0], state[2]
+    p = (z - max_logit[:, None].to(z.dtype)).exp() / (1 + r[:, None].to(z.dtype))
+    local = targets - head.vocab_start
+    here = ((local >= 0) & (local < z.shape[1])).nonzero()[:, 0]
+    of_target = p[here, local[here]].double() - 1
+    of_target = torch.where(targets[here] == index[here], (-r / (1 + r))[here], of_target)
+    p[here, local[here]] = of_target.to(p.dtype)
+    slope = head.scale / temperature
+    if head.softcap is not None:
+        p = p * (1 - (z * (temperature / head.softcap)).square())  # tanh' = 1 - tanh^2
+    return (p * slope).masked_fill((targets == -100)[:, None], 0)
+
 
 def fold(
     z: torch.Tensor,  # [N, V] float32 or float64
@@ -44,7 +108,7 @@ def fold(
     index: torch.Tensor,  # [N] int64, written
 ) -> None:
     """The state of each row, term by term as its definition in ``row_stats.py`` reads."""
-    n, v = z.shape
+    v = z.shape[1]
     columns = torch.arange(v, device=z.device)
     m = z.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(dim=1)  # [N]; a NaN shows in the sums
     a = (z == m[:, None]).int().argmax(dim=1)  # the first among equals

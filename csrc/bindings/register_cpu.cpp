@@ -51,23 +51,50 @@ std::string best_isa() {
   return isa->name;
 }
 
-void row_stats(const std::string& isa, int threads, const Matrix& hidden, const Matrix& weight, uintptr_t bias,
-               uintptr_t targets, float softcap, float scale, float temperature, int64_t vocab_start, uintptr_t state,
-               uintptr_t index) {
-  const acqcore::RowStatsArgs args = {threads,
-                                      hidden,
-                                      weight,
-                                      reinterpret_cast<const float*>(bias),
-                                      reinterpret_cast<const int64_t*>(targets),
-                                      softcap,
-                                      scale,
-                                      temperature,
-                                      vocab_start,
-                                      reinterpret_cast<double*>(state),
-                                      reinterpret_cast<int64_t*>(index)};
+acqcore::HeadArgs head_args(int threads, const Matrix& hidden, const Matrix& weight, uintptr_t bias, uintptr_t targets,
+                            float softcap, float scale, float temperature, int64_t vocab_start) {
+  return {threads,
+          hidden,
+          weight,
+          reinterpret_cast<const float*>(bias),
+          reinterpret_cast<const int64_t*>(targets),
+          softcap,
+          scale,
+          temperature,
+          vocab_start};
+}
+
+template <typename Args>
+void run(const std::string& isa, bool (*acqcore::Operations::*operation)(const Args&), const Args& args) {
   const acqcore::Operations& ops = operations(isa);
   py::gil_scoped_release release;
-  if (!ops.row_stats(args)) throw std::bad_alloc();
+  if (!(ops.*operation)(args)) throw std::bad_alloc();
+}
+
+void row_stats(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index) {
+  const acqcore::RowStatsArgs args = {head, reinterpret_cast<double*>(state), reinterpret_cast<int64_t*>(index)};
+  run(isa, &acqcore::Operations::row_stats, args);
+}
+
+void delta_product(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
+                   const Matrix& values, uintptr_t out) {
+  const acqcore::DeltaProductArgs args = {head, reinterpret_cast<const double*>(state),
+                                          reinterpret_cast<const int64_t*>(index), values,
+                                          reinterpret_cast<float*>(out)};
+  run(isa, &acqcore::Operations::delta_product, args);
+}
+
+void head_grad_norm(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
+                    uintptr_t offsets, int64_t samples, uintptr_t weights, const std::string& form, uintptr_t squared) {
+  const acqcore::HeadGradNormArgs args = {head,
+                                          reinterpret_cast<const double*>(state),
+                                          reinterpret_cast<const int64_t*>(index),
+                                          reinterpret_cast<const int64_t*>(offsets),
+                                          samples,
+                                          reinterpret_cast<const double*>(weights),
+                                          form == "gram" ? 1 : (form == "direct" ? 2 : 0),
+                                          reinterpret_cast<double*>(squared)};
+  run(isa, &acqcore::Operations::head_grad_norm, args);
 }
 
 void logit_stats(const std::string& isa, int threads, const Matrix& logits, uintptr_t targets, float temperature,
@@ -78,9 +105,7 @@ void logit_stats(const std::string& isa, int threads, const Matrix& logits, uint
                                         temperature,
                                         reinterpret_cast<double*>(state),
                                         reinterpret_cast<int64_t*>(index)};
-  const acqcore::Operations& ops = operations(isa);
-  py::gil_scoped_release release;
-  if (!ops.logit_stats(args)) throw std::bad_alloc();
+  run(isa, &acqcore::Operations::logit_stats, args);
 }
 
 }  // namespace
@@ -91,9 +116,14 @@ void register_cpu(py::module_& m) {
            py::arg("column_stride"), py::arg("dtype"));
   m.def("isas", &list_isas);
   m.def("best_isa", &best_isa);
-  m.def("row_stats", &row_stats, py::arg("isa"), py::arg("threads"), py::arg("hidden"), py::arg("weight"),
-        py::arg("bias"), py::arg("targets"), py::arg("softcap"), py::arg("scale"), py::arg("temperature"),
-        py::arg("vocab_start"), py::arg("state"), py::arg("index"));
+  py::class_<acqcore::HeadArgs>(m, "HeadArgs")
+      .def(py::init(&head_args), py::arg("threads"), py::arg("hidden"), py::arg("weight"), py::arg("bias"),
+           py::arg("targets"), py::arg("softcap"), py::arg("scale"), py::arg("temperature"), py::arg("vocab_start"));
+  m.def("row_stats", &row_stats, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"));
+  m.def("delta_product", &delta_product, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
+        py::arg("values"), py::arg("out"));
+  m.def("head_grad_norm", &head_grad_norm, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
+        py::arg("offsets"), py::arg("samples"), py::arg("weights"), py::arg("form"), py::arg("squared"));
   m.def("logit_stats", &logit_stats, py::arg("isa"), py::arg("threads"), py::arg("logits"), py::arg("targets"),
         py::arg("temperature"), py::arg("state"), py::arg("index"));
 }

@@ -10,7 +10,8 @@
 
 namespace acqcore {
 
-struct RowStatsArgs {
+// Hidden states and the head above them: z = cap(scale (W h + b)) / temperature.
+struct HeadArgs {
   int threads;
   Matrix hidden;           // [N, D]
   Matrix weight;           // [V, D]
@@ -20,6 +21,10 @@ struct RowStatsArgs {
   float scale;
   float temperature;
   int64_t vocab_start;
+};
+
+struct RowStatsArgs {
+  HeadArgs head;
   double* state;   // [7, N], written; rows as STATE_ROWS in row_stats.py
   int64_t* index;  // [N], written
 };
@@ -33,10 +38,33 @@ struct LogitStatsArgs {
   int64_t* index;  // [N], written
 };
 
+// delta values, delta [N, V] as in head_grad.py; zero in ignored rows.
+struct DeltaProductArgs {
+  HeadArgs head;         // with targets
+  const double* state;   // [7, N], of row_stats for the same head
+  const int64_t* index;  // [N], likewise
+  Matrix values;         // [V, n]
+  float* out;            // [N, n], written
+};
+
+// Squared norms of each sample's head gradient, sum_t weights_t delta_t h_t^T, the bias's included where there is one.
+struct HeadGradNormArgs {
+  HeadArgs head;           // with targets
+  const double* state;     // [7, N], of row_stats for the same head
+  const int64_t* index;    // [N], likewise
+  const int64_t* offsets;  // [samples + 1]
+  int64_t samples;
+  const double* weights;  // [N]
+  int form;               // 0: by length, 1: gram, 2: direct
+  double* squared;        // [samples], written
+};
+
 // One instruction set's operations. Each returns false if scratch memory could not be had.
 struct Operations {
   bool (*row_stats)(const RowStatsArgs&);
   bool (*logit_stats)(const LogitStatsArgs&);
+  bool (*delta_product)(const DeltaProductArgs&);
+  bool (*head_grad_norm)(const HeadGradNormArgs&);
 };
 
 struct Isa {

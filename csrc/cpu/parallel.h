@@ -34,4 +34,22 @@ class Scratch {
   void* data_;
 };
 
+// Hands out consecutive 64-byte aligned pieces of a block; of a null block, only counts.
+class Arena {
+ public:
+  explicit Arena(char* base) : base_(base) {}
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
 }  // namespace acqcore::ACQCORE_ISA

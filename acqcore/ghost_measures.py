@@ -1,0 +1,251 @@
+"""What is made of each sample's gradient, piece by piece: its squared norm, or a sketch of it.
+
+A backward pass hands over the gradient of one parameter at a time in the form in which it is cheapest:
+
+    Outer     ``G = sum_t left_t right_t^T``        linear layers: output gradients and inputs
+    Rows      ``G = sum_t e_{ids_t} values_t^T``    embeddings
+    Entries   the gradient itself                   biases, normalisation layers, anything small
+
+and the head's as a :class:`HeadPass`, from which it is never formed either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from acqcore.backends.eager import logit_gradient
+from acqcore.head import Head
+from acqcore.head_grad import _grad_sketch, _head_grad_norm, sketch_factors
+from acqcore.row_stats import RowStats
+from acqcore.signs import random_signs
+
+#: Most elements of per-sample weight gradients held at a time by the direct form (64 MiB in float32).
+CHUNK_ELEMENTS = 1 << 24
+
+#: Stream of the signs that ``head_grad.grad_sketch`` uses, and bits that choose an entry's place in a sketch.
+HEAD_STREAM = 0
+PLACE_BITS = 31
+
+
+@dataclass(frozen=True, eq=False)
+class Outer:
+    left: torch.Tensor  # [B, T, P]
+    right: torch.Tensor  # [B, T, Q]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    ids: torch.Tensor  # [B, T] int64
+    values: torch.Tensor  # [B, T, Q]
+    size: int  # ids lie below it
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    values: torch.Tensor  # [B, P]
+
+
+Piece: TypeAlias = Outer | Rows | Entries
+
+
+def merged(pieces: Sequence[Piece]) -> Piece | None:
+    """The gradient of a parameter that was used several times, None where the uses are of different kinds."""
+    if len(pieces) == 1:
+        return pieces[0]
+    outer = [piece for piece in pieces if isinstance(piece, Outer)]
+    rows = [piece for piece in pieces if isinstance(piece, Rows)]
+    entries = [piece for piece in pieces if isinstance(piece, Entries)]
+    if len(outer) == len(pieces):  # a sum over the tokens of all uses
+        return Outer(torch.cat([p.left for p in outer], 1), torch.cat([p.right for p in outer], 1))
+    if len(rows) == len(pieces):
+        return Rows(torch.cat([p.ids for p in rows], 1), torch.cat([p.values for p in rows], 1), rows[0].size)
+    if len(entries) == len(pieces):
+        return Entries(torch.stack([p.values for p in entries]).sum(0))
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class HeadPass:
+    """Everything the head's gradient follows from: the N scored tokens of B samples."""
+
+    hidden: torch.Tensor  # [N, D]
+    head: Head
+    stats: RowStats
+    offsets: torch.Tensor  # [B + 1]
+    weights: torch.Tensor  # [N] float64, of each token's loss
+    backend: str | None
+
+    def squared_norm(self) -> torch.Tensor:
+        """``[B]`` float64."""
+        norm = _head_grad_norm(
+            self.hidden, self.head, self.stats, self.offsets, self.weights, 1.0, self.backend, "auto"
+        )
+        return norm.double().square()
+
+    def sketch(self, dim: int, seed: int) -> torch.Tensor:
+        """``[B, dim]``."""
+        return _grad_sketch(
+            self.hidden, self.head, self.stats, self.offsets, self.weights, 1.0, self.backend, dim, seed
+        )
+
+    def product(
+        self,
+        sample: int,
+        ids: torch.Tensor,  # [U] int64, distinct
+        values: torch.Tensor,  # [U, D]
+    ) -> torch.Tensor:
+        """Inner product of one sample's head gradient with rows ``values`` at ``ids``, float64."""
+        rows = slice(int(self.offsets[sample]), int(self.offsets[sample + 1]))
+        bias = None if self.head.bias is None else self.head.bias[ids]
+        columns = Head(self.head.weight[ids], bias, self.head.softcap, self.head.scale)
+        assert self.stats.targets is not None
+        # The few columns asked for stand for the vocabulary: targets and maxima become places among them.
+        target = _places(self.stats.targets[rows], ids)
+        maximum = _places(self.stats.max_index[rows], ids)
+        hidden = self.hidden[rows]
+        delta = logit_gradient(hidden, columns, target, 1.0, self.stats.state[:, rows], maximum)  # [S, U]
+        keys = hidden.to(delta.dtype) @ values.to(delta.dtype).T  # [S, U]
+        return (self.weights[rows, None] * (delta * keys).double()).sum()
+
+
+def _places(
+    wanted: torch.Tensor,  # [S] int64
+    ids: torch.Tensor,  # [U] int64, distinct
+) -> torch.Tensor:
+    """Index in ``ids`` of each of ``wanted``, ``[S]``; -1 where it is not among them."""
+    equal = wanted[:, None] == ids
+    return equal.int().argmax(1).where(equal.any(1), -1)
+
+
+class SquaredNorm:
+    """Squared Frobenius norm of each sample's gradient, ``values [B]`` float64: ghost norms, added up."""
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.values = torch.zeros(batch, dtype=torch.float64, device=device)
+
+    def add(self, name: str, piece: Piece) -> None:
+        if isinstance(piece, Outer):
+            squared = _outer_squared(piece)
+        elif isinstance(piece, Rows):
+            keys, sums = _row_sums(piece)
+            squared = torch.zeros(len(piece.ids), dtype=torch.float64, device=sums.device)
+            squared.index_add_(0, keys // piece.size, sums.double().square().sum(1))
+        else:
+            squared = piece.values.double().square().sum(1)
+        self.values += squared.to(self.values.device)
+
+    def add_head(self, head: HeadPass) -> None:
+        self.values += head.squared_norm()
+
+    def add_tied(self, head: HeadPass, name: str, rows: Rows) -> None:
+        """The one weight that is both head and embedding: the two norms and twice their inner product."""
+        self.add_head(head)
+        self.add(name, rows)
+        keys, sums = _row_sums(rows)
+        keys, sums = keys.to(self.values.device), sums.to(self.values.device)
+        for b in range(len(self.values)):
+            here = keys // rows.size == b
+            self.values[b] += 2 * head.product(b, keys[here] % rows.size, sums[here])
+
+
+class Sketch:
+    """A sketch of each sample's gradient, ``values [B, dim]``: the sum of every parameter's own.
+
+    Signs of different parameters are independent, so that the inner products of the parameters add up and
+    those between parameters vanish in expectation. A matrix is projected on both sides, as in
+    ``head_grad.grad_sketch``; entries are hashed to one place each (Weinberger et al. 2009, "Feature hashing").
+    Signs hang on the parameter's name.
+    """
+
+    def __init__(self, batch: int, device: torch.device, dim: int, seed: int) -> None:
+        self.values = torch.zeros(batch, dim, dtype=torch.float64, device=device)
+        self.dim = dim
+        self.seed = seed
+
+    def add(self, name: str, piece: Piece) -> None:
+        stream = _stream(name)
+        if isinstance(piece, Outer):
+            left = piece.left @ self._signs(piece.left, stream, 0)  # [B, T, a]
+            self._add_product(left, piece.right, stream)
+        elif isinstance(piece, Rows):
+            self._add_rows(piece, stream)
+        else:
+            self._add_entries(piece.values, stream)
+
+    def add_head(self, head: HeadPass) -> None:
+        self.values += head.sketch(self.dim, self.seed)
+
+    def add_tied(self, head: HeadPass, name: str, rows: Rows) -> None:
+        """The one weight that is both head and embedding: under the same signs, the sketch of the sum."""
+        self.add_head(head)
+        self._add_rows(rows, HEAD_STREAM)
+
+    def _signs(
+        self,
+        like: torch.Tensor,  # [..., P]
+        stream: int,
+        side: int,
+    ) -> torch.Tensor:
+        """Signs ``[P, a]`` (side 0) or ``[P, b]`` (side 1) in the dtype and on the device of ``like``."""
+        columns = sketch_factors(self.dim)[side]
+        return random_signs(like.shape[-1], columns, self.seed, stream + side, device=like.device).to(like)
+
+    def _add_rows(self, rows: Rows, stream: int) -> None:
+        signs = random_signs(rows.size, sketch_factors(self.dim)[0], self.seed, stream, device=rows.ids.device)
+        self._add_product(signs.to(rows.values)[rows.ids], rows.values, stream)
+
+    def _add_product(
+        self,
+        left: torch.Tensor,  # [B, T, a], projected
+        right: torch.Tensor,  # [B, T, Q]
+        stream: int,
+    ) -> None:
+        product = left.mT @ (right @ self._signs(right, stream, 1))  # [B, a, b]
+        self.values += (product.flatten(1) / self.dim**0.5).to(self.values)
+
+    def _add_entries(
+        self,
+        values: torch.Tensor,  # [B, P]
+        stream: int,
+    ) -> None:
+        bits = random_signs(values.shape[1], 1 + PLACE_BITS, self.seed, stream, device=values.device)
+        powers = 2 ** torch.arange(PLACE_BITS, device=values.device)
+        places = ((bits[:, 1:] > 0) * powers).sum(1) % self.dim  # [P]
+        signed = values * bits[:, 0].to(values)
+        self.values.index_add_(1, places.to(self.values.device), signed.to(self.values))
+
+
+Measure: TypeAlias = SquaredNorm | Sketch
+
+
+def _stream(name: str) -> int:
+    """The first of a parameter's two streams of signs: even, never the head's."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 2 | 1) * 2
+
+
+def _outer_squared(piece: Outer) -> torch.Tensor:
+    """``[B]`` float64: by the tokens' Grams, or through the gradient itself, whichever multiplies less."""
+    left, right = piece.left, piece.right
+    (_, t, p), q = left.shape, right.shape[2]
+    if t * (p + q) < p * q:
+        gram = (left @ left.mT).mul_(right @ right.mT)  # [B, T, T]
+        return gram.sum((1, 2), dtype=torch.float64)
+    chunk = max(1, CHUNK_ELEMENTS // (p * q))
+    gradients = (x.mT @ y for x, y in zip(left.split(chunk), right.split(chunk), strict=True))
+    return torch.cat([g.square_().sum((1, 2), dtype=torch.float64) for g in gradients])
+
+
+def _row_sums(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of each sample's gradient that may differ from zero, ``[U, Q]``, and their keys ``[U]``, sample *
+    size + row."""
+    b = len(rows.ids)
+    keys = torch.arange(b, device=rows.ids.device)[:, None] * rows.size + rows.ids
+    keys, places = keys.unique(return_inverse=True)
+    sums = rows.values.new_zeros(len(keys), rows.values.shape[2])
+    return keys, sums.index_add_(0, places.flatten(), rows.values.flatten(0, 1))

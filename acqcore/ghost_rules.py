@@ -1,0 +1,176 @@
+"""From a module's input and the gradient of its output to the pieces of its own parameters' gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call, vjp, vmap
+
+from acqcore import checks
+from acqcore.ghost_measures import CHUNK_ELEMENTS, Entries, Outer, Piece, Rows
+from acqcore.head import compute_dtype
+
+#: Most elements of the parameters of a module without a rule of its own: its gradients are formed per sample.
+SMALL_ELEMENTS = 1 << 20
+
+#: How near an embedding's output must come to a multiple of the weight's rows, relative to the largest.
+SCALED_ROWS_TOLERANCE = 1e-2
+
+
+class Use:
+    """One call of a module that owns wanted parameters.
+
+    Args:
+        module: the module.
+        names: its own wanted parameters, attribute -> name in the model.
+        args, kwargs: of the call; its first tensor is the input.
+        output: of the call.
+        batch, length: of the token ids. Samples are told apart along a first dimension of ``batch`` or ``batch
+            * length``; where it is 1 they share the tensor.
+
+    Raises:
+        ValueError: the module does not fit any rule (names the parameter).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Mapping[str, str],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        batch: int,
+        length: int,
+    ) -> None:
+        self.names = names
+        self._module = module
+        self._shape = (batch, length)
+        self._args = [_detached(value) for value in args]
+        self._kwargs = {key: _detached(value) for key, value in kwargs.items()}
+        values = (*self._args, *self._kwargs.values())
+        self._input = _first(values)
+        for tensor in (self._input, output, *(x for x in values if isinstance(x, torch.Tensor))):
+            checks.tensor_by_sample(names, type(module).__name__, tensor, batch, length)
+        self._version = self._input._version
+        self._scale = 1.0
+        if is_embedding(module):
+            if type(module).forward is not nn.Embedding.forward:
+                self._scale = self._row_scale(output.detach())
+        elif not is_linear(module):
+            size = sum(getattr(module, key).numel() for key in names)
+            checks.small_module(names, type(module).__name__, size, SMALL_ELEMENTS)
+
+    def pieces(
+        self,
+        gradient: torch.Tensor,  # of the output, in its shape
+    ) -> dict[str, Piece]:
+        """The pieces of the wanted parameters, by attribute."""
+        checks.unchanged_input(self.names, self._input._version == self._version)
+        if is_linear(self._module):
+            return self._linear(self._tokens(gradient), self._tokens(self._input))
+        if is_embedding(self._module):
+            return {"weight": self._embedding(self._tokens(gradient))}
+        return self._other(gradient)
+
+    def _linear(
+        self,
+        gradient: torch.Tensor,  # [B, T, out]
+        value: torch.Tensor,  # [B, T, in]
+    ) -> dict[str, Piece]:
+        pieces: dict[str, Piece] = {}
+        for key in self.names:
+            pieces[key] = Outer(gradient, value) if key == "weight" else Entries(gradient.sum(1))
+        return pieces
+
+    def _embedding(
+        self,
+        gradient: torch.Tensor,  # [B, T, D]
+    ) -> Piece:
+        weight: Any = self._module.weight
+        ids = self._by_sample(self._input).flatten(1)
+        padding = getattr(self._module, "padding_idx", None)
+        if padding is not None:  # autograd gives this row no gradient
+            gradient = gradient.masked_fill((ids == padding)[:, :, None], 0)
+        return Rows(ids, gradient * self._scale, weight.shape[0])
+
+    def _row_scale(self, output: torch.Tensor) -> float:
+        """What multiplies the rows in the output (Gemma 3: the square root of the width)."""
+        weight: Any = self._module.weight
+        checks.embedding_input(self.names, self._input)
+        rows = nn.functional.embedding(self._input, weight.detach())
+        checks.embedding_output(self.names, rows.shape == output.shape)
+        rows, output = rows.double(), output.double()
+        scale = (rows * output).sum() / rows.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+        error = (output - scale * rows).abs().max()
+        checks.embedding_output(self.names, bool(error <= SCALED_ROWS_TOLERANCE * output.abs().max()))
+        return float(scale)
+
+    def _other(
+        self,
+        gradient: torch.Tensor,  # of the output, in its shape
+    ) -> dict[str, Piece]:
+        """By the module's own derivative, sample by sample: exact for whatever it computes."""
+        module, batch = self._module, self._shape[0]
+        dtype = compute_dtype(self._input.dtype)
+        values = {key: getattr(module, key).detach().to(dtype) for key in self.names}
+        arguments: dict[Any, Any] = {**dict(enumerate(self._args)), **self._kwargs}
+        inputs = {key: self._spread(x, dtype) for key, x in arguments.items() if isinstance(x, torch.Tensor)}
+
+        def of_one(one: dict[Any, torch.Tensor], out: torch.Tensor) -> dict[str, torch.Tensor]:
+            args = [one[i][None] if i in one else x for i, x in enumerate(self._args)]
+            kwargs = {key: one[key][None] if key in one else x for key, x in self._kwargs.items()}
+            return vjp(lambda own: functional_call(module, own, tuple(args), kwargs), values)[1](out[None])[0]
+
+        size = sum(value.numel() for value in values.values())
+        per_sample = vmap(of_one, chunk_size=max(1, CHUNK_ELEMENTS // size))
+        try:
+            gradients = per_sample(inputs, self._by_sample(gradient).to(dtype))
+        except RuntimeError as error:  # a module whose steps depend on the values, as the routing of experts
+            checks.no_derivative(self.names, type(module).__name__, error)
+        return {key: Entries(value.reshape(batch, -1)) for key, value in gradients.items()}
+
+    def _spread(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor argument with samples first, floating point in ``dtype``."""
+        value = self._by_sample(value)
+        return value.to(dtype) if value.is_floating_point() else value
+
+    def _tokens(
+        self,
+        value: torch.Tensor,  # by sample, [..., P]
+    ) -> torch.Tensor:
+        """``[B, T, P]``, in float32 where it was in half precision."""
+        batch = self._shape[0]
+        value = self._by_sample(value).reshape(batch, -1, value.shape[-1])
+        return value.to(compute_dtype(value.dtype))
+
+    def _by_sample(self, value: torch.Tensor) -> torch.Tensor:
+        """``value`` with samples along the first dimension."""
+        batch, length = self._shape
+        if value.shape[0] == batch:
+            return value
+        if value.shape[0] == 1:
+            return value.expand(batch, *value.shape[1:])
+        return value.unflatten(0, (batch, length))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """``x W^T + b``, or the transposed ``Conv1D`` of transformers (GPT-2): the same gradient, transposed."""
+    kind = type(module)
+    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return True
+    return isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward
+
+
+def is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and module.max_norm is None and not module.scale_grad_by_freq
+
+
+def _first(values: tuple[Any, ...]) -> Any:
+    return values[0] if values else None
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value

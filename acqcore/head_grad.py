@@ -1,0 +1,258 @@
+"""Gradients of the loss through the head, per token and per sample, without the logits.
+
+For a token with loss ``-log p_y`` and ``u = W h + b`` the gradient in ``u`` is ``delta = (p - e_y) du``, where
+``du`` is the derivative of ``cap(scale u) / temperature``. A first pass (``row_stats``) gives each row's normaliser; a second
+forms ``delta`` tile by tile, exactly: where the target is the most likely token its entry is ``-R / Z``, so that a
+confident row loses nothing to cancellation. From ``delta`` follow
+
+    dL/dh   = delta W                               (``hidden_grad``: attention with the vocabulary as keys and values)
+    dL/dW   = sum_t w_t delta_t h_t^T               (its norm: ``head_grad_norm``; its sketch: ``grad_sketch``)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from acqcore import checks
+from acqcore.backends import select as select_backend
+from acqcore.head import Head, compute_dtype
+from acqcore.row_stats import RowStats, row_stats
+from acqcore.signs import random_signs
+import itertools
+
+LOSSES = ("mean", "sum")
+
+
+@torch.no_grad()
+def hidden_grad(
+    hidden: torch.Tensor,
+    head: Head,
+    targets: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Gradient of each token's loss in its hidden state, ``softmax(z) W - W_y`` for a plain head.
+
+    Args:
+        hidden: ``[N, D]`` float32, bfloat16, float16 (float64 on ``eager``).
+        head: the last layer.
+        targets: ``[N]`` int64; -100 marks rows to ignore.
+        temperature: divides the logits.
+        backend: as in :func:`acqcore.row_stats`.
+
+    Returns:
+        ``[N, D]`` float32 (float64 for float64 inputs); zero in ignored rows, NaN where the logits are not finite.
+
+    Raises: as :func:`acqcore.row_stats`; TypeError where targets are None.
+    """
+    checks.given("targets", targets)
+    stats = row_stats(hidden, head, targets, temperature=temperature, backend=backend)
+    return delta_product(hidden, head, stats, head.weight, temperature, backend)
+
+
+@torch.no_grad()
+def hidden_grad_norm(
+    hidden: torch.Tensor,
+    head: Head,
+    targets: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Euclidean norm of :func:`hidden_grad`, ``[N]``; NaN in ignored rows."""
+    grad = hidden_grad(hidden, head, targets, temperature=temperature, backend=backend)
+    return grad.norm(dim=1).where(targets != checks.IGNORE_INDEX, torch.nan)
+
+
+@torch.no_grad()
+def head_grad_norm(
+    hidden: torch.Tensor,
+    head: Head,
+    targets: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    loss: str = "mean",
+    token_weights: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    backend: str | None = None,
+    form: str = "auto",
+) -> torch.Tensor:
+    """Exact Frobenius norm of each sample's gradient in the head: weight, and bias where there is one.
+
+    With ``delta_t`` the gradient in the logits, ``G = sum_t w_t delta_t h_t^T``. Two forms give the same number:
+    ``gram``, ``||G||^2 = sum_st w_s w_t <delta_s, delta_t> <h_s, h_t>``, costs T/D of the head's product, and
+    ``direct``, rows of G tile by tile, costs one such product whatever the sample's length T.
+
+    Args:
+        hidden: ``[N, D]``, the scored tokens of B samples one after another.
+        head: the last layer.
+        targets: ``[N]`` int64; -100 marks rows to ignore.
+        offsets: ``[B + 1]`` int64, increasing from 0 to N: sample i is rows ``offsets[i]:offsets[i + 1]``.
+        loss: ``mean`` over a sample's scored tokens, or ``sum``.
+        token_weights: ``[N]`` floating point, multiply each token's loss; None for ones.
+        temperature: divides the logits.
+        backend: as in :func:`acqcore.row_stats`.
+        form: ``gram``, ``direct``, or ``auto`` by the sample's length.
+
+    Returns:
+        ``[B]`` float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: as :func:`acqcore.row_stats`; offsets that do not increase or do not end at N; a sample
+            without a scored token; an unknown loss or form.
+
+    Source: ghost norms (Goodfellow 2015; Li et al. 2021, "Large language models can be strong differentially private
+    learners"), cross-token terms included, in a form that needs no logits.
+    """
+    checks.given("targets", targets)
+    checks.one_of("loss", loss, LOSSES)
+    checks.one_of("form", form, ("auto", "gram", "direct"))
+    stats = row_stats(hidden, head, targets, temperature=temperature, backend=backend)
+    weights = loss_weights(targets, offsets, loss, token_weights)
+    return _head_grad_norm(hidden, head, stats, offsets, weights, temperature, backend, form)
+
+
+@torch.no_grad()
+def grad_sketch(
+    hidden: torch.Tensor,
+    head: Head,
+    targets: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    dim: int = 4096,
+    seed: int = 0,
+    loss: str = "mean",
+    token_weights: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """A sketch of each sample's head gradient that keeps inner products: ``E <S_i, S_j> = <G_i, G_j>``.
+
+    ``S = sum_t w_t (A^T delta_t) (B^T h_t)^T / sqrt(dim)`` with independent random signs A ``[V, a]``, B ``[D, b]``,
+    ``a b = dim``. The variance of ``<S_i, S_j>`` falls as 1/a + 1/b. The signs are a hash of (seed, row, column): the
+    same on every machine and backend. A bias is left out.
+
+    Args:
+        hidden, head, targets, offsets, loss, token_weights, temperature, backend: as in :func:`head_grad_norm`.
+        dim: length of a sketch; split into the two most equal factors (4096 = 64 x 64).
+        seed: of the signs; sketches of different seeds can not be compared.
+
+    Returns:
+        ``[B, dim]`` float32 (float64 for float64 inputs).
+
+    Raises: as :func:`head_grad_norm`; ValueError for dim < 1.
+
+    Source: Johnson-Lindenstrauss with tensor-product signs (as in TRAK and LESS, on factorised gradients).
+    """
+    checks.given("targets", targets)
+    checks.one_of("loss", loss, LOSSES)
+    checks.positive_int("dim", dim)
+    stats = row_stats(hidden, head, targets, temperature=temperature, backend=backend)
+    weights = loss_weights(targets, offsets, loss, token_weights)
+    return _grad_sketch(hidden, head, stats, offsets, weights, temperature, backend, dim, seed)
+
+
+def loss_weights(
+    targets: torch.Tensor,  # [N]
+    offsets: torch.Tensor,  # [B + 1]
+    loss: str,
+    token_weights: torch.Tensor | None,  # [N]
+) -> torch.Tensor:
+    """Weight of each token's gradient in its sample's, ``[N]`` float64: zero where ignored."""
+    checks.offsets(offsets, targets)
+    scored = (targets != checks.IGNORE_INDEX).double()
+    counts = segment_sum(scored, offsets)
+    checks.scored_tokens(counts)
+    weights = scored
+    if token_weights is not None:
+        checks.token_weights(token_weights, targets)
+        weights = weights * token_weights.double()
+    if loss == "mean":
+        weights = weights / counts.repeat_interleave(offsets.diff())
+    return weights
+
+
+def segment_sum(
+    values: torch.Tensor,  # [N, ...]
+    offsets: torch.Tensor,  # [B + 1]
+) -> torch.Tensor:
+    """Sums of the rows of each segment, ``[B, ...]``."""
+    segments = torch.arange(len(offsets) - 1, device=values.device).repeat_interleave(offsets.diff())
+    out = torch.zeros((len(offsets) - 1, *values.shape[1:]), dtype=values.dtype, device=values.device)
+    return out.index_add_(0, segments, values)
+
+
+def delta_product(
+    hidden: torch.Tensor,  # [N, D]
+    head: Head,
+    stats: RowStats,  # of these rows
+    values: torch.Tensor,  # [V, n]
+    temperature: float,
+    backend: str | None,
+) -> torch.Tensor:
+    """``delta values``, ``[N, n]``: zero in ignored rows."""
+    assert stats.targets is not None
+    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
+    dtype = compute_dtype(hidden.dtype, head.weight.dtype)
+    out = torch.empty((hidden.shape[0], values.shape[1]), dtype=dtype, device=hidden.device)
+    chosen.delta_product(hidden, head, stats.targets, temperature, stats.state, stats.max_index, values, out)
+    return out
+
+
+def _head_grad_norm(
+    hidden: torch.Tensor,  # [N, D]
+    head: Head,
+    stats: RowStats,
+    offsets: torch.Tensor,  # [B + 1]
+    weights: torch.Tensor,  # [N] float64
+    temperature: float,
+    backend: str | None,
+    form: str,
+) -> torch.Tensor:
+    assert stats.targets is not None
+    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
+    squared = torch.empty(len(offsets) - 1, dtype=torch.float64, device=hidden.device)
+    chosen.head_grad_norm(
+        hidden, head, stats.targets, temperature, stats.state, stats.max_index, offsets, weights, form, squared
+    )  # fmt: skip
+    return squared.clamp_min(0).sqrt().to(stats.dtype)
+
+
+def _grad_sketch(
+    hidden: torch.Tensor,  # [N, D]
+    head: Head,
+    stats: RowStats,
+    offsets: torch.Tensor,  # [B + 1]
+    weights: torch.Tensor,  # [N] float64
+    temperature: float,
+    backend: str | None,
+    dim: int,
+    seed: int,
+) -> torch.Tensor:
+    a, b = sketch_factors(dim)
+    left_signs = random_signs(head.weight.shape[0], a, seed, 0, head.vocab_start, hidden.device)
+    right_signs = random_signs(head.weight.shape[1], b, seed, 1, 0, hidden.device)
+    left = delta_product(hidden, head, stats, left_signs, temperature, backend)  # [N, a]
+    right = hidden.to(left.dtype) @ right_signs.to(left.dtype)  # [N, b]
+    return outer_sketch(left * weights[:, None].to(left.dtype), right, offsets)
+
+
+def outer_sketch(
+    left: torch.Tensor,  # [N, a], weighted
+    right: torch.Tensor,  # [N, b]
+    offsets: torch.Tensor,  # [B + 1]
+) -> torch.Tensor:
+    """``sum_t left_t right_t^T / sqrt(a b)`` of each sample, flattened: ``[B, a b]``."""
+    bounds = offsets.tolist()
+    dim = left.shape[1] * right.shape[1]
+    rows = [left[i:j].T @ right[i:j] for i, j in itertools.pairwise(bounds)]
+    return torch.stack(rows).flatten(1) / dim**0.5 if rows else left.new_zeros(0, dim)
+
+
+def sketch_factors(dim: int) -> tuple[int, int]:
+    """The two most equal factors of ``dim``, the larger first."""
+    b = int(dim**0.5)
+    while dim % b:
+        b -= 1
+    return dim // b, b

@@ -1,0 +1,71 @@
+"""A progress bar on stderr that needs nothing: tqdm's where it is installed, else a plain line."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from types import TracebackType
+
+_DELAY_S = 3.0  # by itself the bar appears only when the work takes longer
+
+
+class Progress:
+    """Counts work on stderr.
+
+    Args:
+        total: units of work to come.
+        show: True or False; None shows it on a terminal, after a few seconds.
+        unit: what is counted.
+    """
+
+    def __init__(self, total: int, show: bool | None, unit: str = "tokens") -> None:
+        wanted = sys.stderr.isatty() if show is None else show
+        delay = _DELAY_S if show is None else 0.0
+        self._bar: _Plain | None = None
+        if wanted and importlib.util.find_spec("tqdm"):
+            from tqdm import tqdm  # type: ignore[import-untyped]
+
+            self._bar = tqdm(total=total, desc="scoring", unit=f" {unit}", unit_scale=True, delay=delay)
+        elif wanted:
+            self._bar = _Plain(total, delay, unit)
+
+    def update(self, done: int) -> None:
+        """Count ``done`` more units."""
+        if self._bar is not None:
+            self._bar.update(done)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _Plain:
+    """One line, rewritten in place."""
+
+    def __init__(self, total: int, delay: float, unit: str) -> None:
+        self.total, self.unit, self.done, self.written = total, unit, 0, False
+        self.start = time.monotonic()
+        self.visible_from = self.start + delay
+
+    def update(self, done: int) -> None:
+        self.done += done
+        now = time.monotonic()
+        if now >= self.visible_from:
+            rate = self.done / max(now - self.start, 1e-9)
+            print(
+                f"\rscoring: {self.done}/{self.total} {self.unit}, {rate:.0f}/s ",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.written = True
+
+    def close(self) -> None:
+        if self.written:
+            print(file=sys.stderr)

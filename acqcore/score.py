@@ -1,0 +1,238 @@
+"""``acqcore.score``: samples in, acquisition values out, one trunk forward and one head pass per batch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from acqcore import checks
+from acqcore.acquisitions import REGISTRY, Acquisition
+from acqcore.head import Head
+from acqcore.packing import OVERHEAD_TOKENS, partition
+from acqcore.progress import Progress
+from acqcore.row_stats import row_stats
+from acqcore.samples import Row, Samples, encode
+from acqcore.scores import Scores
+from acqcore.student import Student, StudentLike, as_student
+
+REDUCTIONS = ("mean", "sum", "max", "topk")
+
+
+def score(
+    student: StudentLike,
+    samples: Samples,
+    acquisitions: str | Sequence[str] = ("entropy",),
+    *,
+    tokenizer: Any = None,
+    reduction: str = "mean",
+    topk: int = 8,
+    batch_tokens: int = 8192,
+    max_length: int | None = None,
+    backend: str | None = None,
+    keep_tokens: bool = False,
+    progress: bool | None = None,
+) -> Scores:
+    """Acquisition values of each sample for ``student``: how much it is worth learning from, larger is more.
+
+    One trunk forward per batch; only the hidden states that predict a scored token reach the head, where one
+    pass gives every acquisition asked for. A sample's values do not depend on what else is scored with it.
+
+    Args:
+        student: a transformers causal language model, a PEFT model, a hub id or local path, or
+            ``acqcore.Student``. Its mode, gradients, dtype and device are left as found.
+        samples: a list of strings (scored whole); of ``{"prompt", "completion"}``, strings or messages (the
+            completion is scored); of ``{"messages"}`` (the last assistant turn is scored, through the chat
+            template); a ``datasets.Dataset`` with such columns or ``"text"``; or tensors ``{"input_ids" [B,
+            T], "attention_mask" [B, T], "labels" [B, T]}``, padded on any side, labels aligned with input_ids
+            and -100 where not scored (mask and labels optional).
+        acquisitions: names from ``acqcore.acquisitions()``.
+        tokenizer: of the student; by default the one loaded with a path. Tensors need none.
+        reduction: of a sample's token values: ``mean``, ``sum``, ``max``, or ``topk``, the mean of the
+            largest.
+        topk: how many values ``topk`` takes; all where there are fewer.
+        batch_tokens: most padded tokens in a trunk forward; a longer sample goes alone.
+        max_length: truncates samples to this many tokens: the oldest tokens of a prompt first, down to the
+            one that predicts the completion's first, then the completion's end; plain strings keep their
+            beginning.
+        backend: a name from ``acqcore.backends()``; by default the first that fits.
+        keep_tokens: keep per-token values in ``Scores.tokens``.
+        progress: show a bar on stderr; by default on a terminal when it takes longer than a few seconds.
+
+    Returns:
+        Scores in input order, float32. A value is NaN, and the sample not valid, where a token has no finite
+        value.
+
+    Raises:
+        TypeError: an argument of a wrong kind, samples of several kinds, a missing tokenizer.
+        ValueError: an unknown name, a sample with nothing to score or longer than the student takes (names
+            its index), a model whose logits acqcore does not know how to form.
+        RuntimeError: the backend is not available here.
+    """
+    request = Request.checked(acquisitions, reduction, topk, batch_tokens, backend)
+    student = as_student(student)
+    head = request.fitting_head(student)
+    rows = encode(
+        samples,
+        tokenizer if tokenizer is not None else student.tokenizer,
+        vocab_size=head.weight.shape[0],
+        limit=student.max_length,
+        max_length=max_length,
+    )
+    names = request.acquisitions
+    values = torch.full((len(names), len(rows)), torch.nan)
+    valid = torch.zeros(len(rows), dtype=torch.bool)
+    n_tokens = torch.tensor([row.n_scored for row in rows], dtype=torch.int64)
+    tokens: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in names}
+    with Progress(sum(len(row.ids) for row in rows), progress) as bar:
+        for batch in iterate(student, head, rows, request):
+            values[:, batch.indices] = batch.values
+            valid[batch.indices] = batch.valid
+            if keep_tokens:
+                for a, name in enumerate(names):
+                    for i, sample in zip(batch.indices, batch.tokens, strict=True):
+                        tokens[name][i] = sample[a]
+            bar.update(batch.n_input_tokens)
+    return Scores(dict(zip(names, values, strict=True)), n_tokens, valid, tokens if keep_tokens else None)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of every batch; arguments of :func:`score`, checked."""
+
+    acquisitions: tuple[str, ...]
+    reduction: str
+    topk: int
+    batch_tokens: int
+    backend: str | None
+
+    @classmethod
+    def checked(
+        cls,
+        acquisitions: str | Sequence[str],
+        reduction: str,
+        topk: int,
+        batch_tokens: int,
+        backend: str | None,
+    ) -> Request:
+        names = checks.names("acquisitions", acquisitions, REGISTRY)
+        checks.one_of("reduction", reduction, REDUCTIONS)
+        checks.positive_int("topk", topk)
+        checks.positive_int("batch_tokens", batch_tokens)
+        return cls(names, reduction, topk, batch_tokens, backend)
+
+    def fitting_head(self, student: Student) -> Head:
+        """The student's head, known before any forward is paid for to be one that the backend serves."""
+        head = student.head
+        row_stats(head.weight[:0], head, backend=self.backend)  # no rows: raises what a batch would
+        return head
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Finished samples: ``indices`` into the rows, values of A acquisitions in float32 on the CPU."""
+
+    indices: list[int]
+    values: torch.Tensor  # [A, B]
+    valid: torch.Tensor  # [B] bool
+    tokens: list[torch.Tensor]  # B of [A, scored tokens]
+    n_input_tokens: int
+
+
+def iterate(
+    student: Student,
+    head: Head,
+    rows: Sequence[Row],
+    request: Request,
+    done: Collection[int] = (),
+) -> Iterator[Batch]:
+    """Batches of ``rows`` as they finish; rows with nothing to score are left out.
+
+    The batches are a function of the rows, the request and the device's type; those whose first row is in
+    ``done`` are left out.
+    """
+    scored = [i for i, row in enumerate(rows) if row.n_scored]
+    lengths = [len(rows[i].ids) for i in scored]
+    overhead = OVERHEAD_TOKENS.get(student.device.type, OVERHEAD_TOKENS["cuda"])
+    for batch in partition(lengths, request.batch_tokens, overhead):
+        indices = [scored[i] for i in batch]
+        if indices[0] not in done:
+            yield _score_batch(student, head, rows, indices, request)
+
+
+def _score_batch(
+    student: Student,
+    head: Head,
+    rows: Sequence[Row],
+    indices: list[int],
+    request: Request,
+) -> Batch:
+    picked = [rows[i] for i in indices]
+    longest = max(len(row.ids) for row in picked)
+    # Padded on the right and given no attention mask: the trunk is causal, so no real token sees the padding
+    # after it, and what padded positions hold is never read. Without a mask SDPA takes its fast causal path.
+    input_ids = torch.zeros(len(picked), longest, dtype=torch.int64)
+    predicts = []  # flat index of the position before each scored token
+    for b, row in enumerate(picked):
+        input_ids[b, : len(row.ids)] = row.ids
+        predicts.append((row.targets != checks.IGNORE_INDEX).nonzero()[:, 0] - 1 + b * longest)
+    targets = torch.cat([row.targets[row.targets != checks.IGNORE_INDEX] for row in picked])  # [N]
+    counts = [len(positions) for positions in predicts]
+    # Scoring is per batch, not around the generator: a generator that is paused would leave its caller
+    # without gradients.
+    with student.scoring():
+        hidden = student.hidden(input_ids.to(student.device)).flatten(0, 1)  # [B * T, D]
+        hidden = hidden.index_select(0, torch.cat(predicts).to(hidden.device))  # [N, D]
+        # A head in float32 over a half-precision trunk (an adapter's sum): widening hidden is exact.
+        dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
+        hidden = hidden.to(device=head.weight.device, dtype=dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            stats = row_stats(hidden, head, targets.to(hidden.device), backend=request.backend)
+        entries = [REGISTRY[name] for name in request.acquisitions]
+        columns = []
+        for entry in entries:
+            column = entry.per_token(stats)
+            checks.token_values(entry.name, column, len(stats))
+            columns.append(column.double())
+        per_token = torch.stack(columns).cpu()  # [A, N]
+    # An infinity of either sign becomes NaN here: later a maximum would hide it.
+    per_token = per_token.where(per_token.isfinite(), torch.nan)
+    pieces = per_token.split(counts, dim=1)
+    reduced = [_reduce(piece, request.reduction, request.topk) for piece in pieces]
+    values = _finish(entries, torch.stack(reduced, dim=1))  # [A, B]
+    return Batch(
+        indices,
+        values,
+        values.isfinite().all(dim=0),
+        [_finish(entries, piece) for piece in pieces],
+        sum(len(row.ids) for row in picked),
+    )
+
+
+def _reduce(
+    values: torch.Tensor,  # [A, T]
+    reduction: str,
+    topk: int,
+) -> torch.Tensor:
+    """``[A]``; NaN where a value is."""
+    if reduction == "mean":
+        return values.mean(dim=1)
+    if reduction == "sum":
+        return values.sum(dim=1)
+    if reduction == "max":
+        return values.amax(dim=1)
+    return values.topk(min(topk, values.shape[1]), dim=1).values.mean(dim=1)  # NaN counts as the largest
+
+
+def _finish(
+    entries: Sequence[Acquisition],
+    values: torch.Tensor,  # [A, ...] float64
+) -> torch.Tensor:
+    """``[A, ...]`` float32, NaN where not finite."""
+    finished = [
+        value if entry.finish is None else entry.finish(value) for entry, value in zip(entries, values, strict=True)
+    ]
+    result = torch.stack(finished).float()
+    return result.where(result.isfinite(), torch.nan)

@@ -1,0 +1,102 @@
+"""What ``score`` gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from acqcore import checks
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas
+
+_SHOWN_ROWS = 8
+
+
+class Scores(Mapping[str, torch.Tensor]):
+    """Acquisition values of n samples, in input order: a mapping name -> ``[n]`` float32 on the CPU.
+
+    Attributes:
+        n_tokens: ``[n]`` int64, scored tokens.
+        valid: ``[n]`` bool, False where a value asked for is not finite in some token (a value there is NaN).
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, torch.Tensor],  # name -> [n] float32
+        n_tokens: torch.Tensor,  # [n] int64
+        valid: torch.Tensor,  # [n] bool
+        tokens: Mapping[str, list[torch.Tensor]] | None = None,  # name -> n of [n_tokens] float32
+    ) -> None:
+        self._values = dict(values)
+        self.n_tokens = n_tokens
+        self.valid = valid
+        self._tokens = tokens
+
+    @property
+    def tokens(self) -> Mapping[str, list[torch.Tensor]]:
+        """Per-token values: name -> a list of n float32 tensors ``[n_tokens[i]]``.
+
+        Raises:
+            ValueError: they were not kept.
+        """
+        checks.tokens_kept(self._tokens)
+        assert self._tokens is not None
+        return self._tokens
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row per sample: the acquisitions, ``n_tokens``, ``valid``; per-token values are left out.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        import pandas
+
+        return pandas.DataFrame({name: column.numpy() for name, column in self._columns().items()})
+
+    def to_dataset(self) -> datasets.Dataset:
+        """The same columns as a ``datasets.Dataset``.
+
+        Raises:
+            ModuleNotFoundError: datasets is not installed.
+        """
+        import datasets
+
+        return datasets.Dataset.from_dict({name: column.numpy() for name, column in self._columns().items()})
+
+    def _columns(self) -> dict[str, torch.Tensor]:
+        return {**self._values, "n_tokens": self.n_tokens, "valid": self.valid}
+
+    def __repr__(self) -> str:
+        n, invalid = len(self.n_tokens), int((~self.valid).sum())
+        columns = {name: [f"{v:.4g}" for v in value[:_SHOWN_ROWS].tolist()] for name, value in self.items()}
+        columns["n_tokens"] = [str(v) for v in self.n_tokens[:_SHOWN_ROWS].tolist()]
+        labels = [str(i) for i in range(min(n, _SHOWN_ROWS))]
+        if n > _SHOWN_ROWS:
+            labels.append("...")
+            for cells in columns.values():
+                cells.append("...")
+        labels.append("mean")
+        for name, value in self.items():
+            columns[name].append(f"{value.nanmean():.4g}")
+        columns["n_tokens"].append(f"{self.n_tokens.double().mean():.4g}")
+        blocks = [["", *labels], *([name, *cells] for name, cells in columns.items())]
+        widths = [max(map(len, block)) for block in blocks]
+        lines = [
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+            for line in zip(*blocks, strict=True)
+        ]
+        note = f", {invalid} not valid" if invalid else ""
+        return "\n".join([f"Scores of {n} samples{note}", *lines])

@@ -1,0 +1,45 @@
+"""Random signs from a hash of their place, the same on every machine, device and backend."""
+
+from __future__ import annotations
+
+import torch
+
+_MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))  # as signed 64-bit integers
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_BITS = 64
+
+
+def random_signs(
+    rows: int,
+    columns: int,
+    seed: int,
+    stream: int,
+    first_row: int = 0,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Independent signs ``[rows, columns]`` float32, a function of (seed, stream, row + first_row, column).
+
+    Each 64 columns of a row are the bits of one SplitMix64 output (Steele, Lea & Flood 2014).
+    """
+    words = (columns + _BITS - 1) // _BITS
+    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
+    word = torch.arange(words, dtype=torch.int64, device=device)
+    key = _mix(torch.tensor(seed, dtype=torch.int64, device=device) * _GOLDEN + stream)
+    bits = _mix(_mix(key + (row[:, None] + 1) * _GOLDEN) + (word + 1) * _GOLDEN)  # [rows, words]
+    shifts = torch.arange(_BITS, dtype=torch.int64, device=device)
+    signs = torch.empty((rows, words * _BITS), dtype=torch.float32, device=device)
+    for i in range(words):  # one word at a time: the integers take eight bytes a sign
+        signs[:, i * _BITS : (i + 1) * _BITS] = ((bits[:, i, None] >> shifts) & 1) * 2 - 1
+    return signs[:, :columns].contiguous()
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser on int64, elementwise (wrapping arithmetic, logical shifts)."""
+    x = (x ^ _shift_right(x, 30)) * _MULTIPLIERS[0]
+    x = (x ^ _shift_right(x, 27)) * _MULTIPLIERS[1]
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: torch.Tensor, count: int) -> torch.Tensor:
+    """Logical shift: torch's own is arithmetic on int64."""
+    return (x >> count) & ((1 << (64 - count)) - 1)

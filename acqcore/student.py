@@ -1,0 +1,286 @@
+"""The student: a trunk that gives hidden states and the head on top of it, from whatever the user holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+from weakref import WeakSet
+
+import torch
+
+from acqcore import checks
+from acqcore.head import Head, compute_dtype
+
+#: Entries of a model's configuration that scale its logits -> what they multiply them by.
+LOGIT_SCALES: dict[str, Callable[[float], float]] = {
+    "logit_scale": lambda value: value,  # Cohere
+    "lm_head_multiplier": lambda value: value,  # Falcon H1
+    "logits_scaling": lambda value: 1 / value,  # Granite
+}
+
+#: Largest difference between the model's own logits and ours in the probe, relative to the largest logit.
+#: Both sides see the same hidden states; what is left is the rounding of the model's product and of its
+#: logits.
+PROBE_TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 4e-2,
+}
+
+# Models whose probe has passed: a reward that is called with the model itself at each step pays for one
+# probe.
+_VERIFIED: WeakSet[torch.nn.Module] = WeakSet()
+
+
+class Student:
+    """A causal language model as ``score`` needs it: hidden states, and the head that turns them into logits.
+
+    Args:
+        trunk: called with ``input_ids [B, T]`` int64; gives hidden states ``[B, T, D]`` or an object with
+            them as ``last_hidden_state``, the final norm included. Must be causal. Called without an
+            attention mask.
+        head: the last layer.
+        tokenizer: used where ``score`` is given none.
+        max_length: most tokens a sample may have; None for no limit.
+
+    Raises:
+        TypeError: trunk is not callable, head is not a Head.
+        ValueError: max_length below 1.
+    """
+
+    def __init__(
+        self,
+        trunk: Callable[..., Any],
+        head: Head,
+        *,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+    ) -> None:
+        checks.trunk(trunk)
+        checks.instance("head", head, Head, "acqcore.Head")
+        if max_length is not None:
+            checks.positive_int("max_length", max_length)
+        self.trunk = trunk
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._find_head: Callable[[], Head] = lambda: head
+        self._module = trunk if isinstance(trunk, torch.nn.Module) else None
+
+    @classmethod
+    def from_model(cls, model: torch.nn.Module, *, tokenizer: Any = None, verify: bool = True) -> Student:
+        """The student inside a transformers causal language model or a PEFT model around one.
+
+        The parameters are the model's own and stay live: a student made once follows the model as it is
+        trained.
+
+        Args:
+            model: any ``...ForCausalLM``; LoRA layers and ``modules_to_save`` are honoured, on the head too.
+            tokenizer: used where ``score`` is given none.
+            verify: run a probe of a few tokens through the model and through trunk and head, and compare the
+                logits. A model object that has passed is not probed again.
+
+        Raises:
+            TypeError: not a module with a base model and an output embedding.
+            ValueError: an encoder-decoder, a head adapter that acqcore does not know, or a probe that
+                differs.
+        """
+        checks.module("model", model)
+        causal = _unwrap(model)
+        checks.causal_lm(causal)
+        config = causal.config.get_text_config()
+        student = cls.__new__(cls)
+        student.trunk = _find_trunk(causal)
+        student.tokenizer = tokenizer
+        student.max_length = getattr(config, "max_position_embeddings", None)
+        student._find_head = lambda: _find_head(causal)
+        student._module = model
+        if verify and model not in _VERIFIED:
+            _probe(student, model)
+            _VERIFIED.add(model)
+        return student
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Student:
+        """The student and its tokenizer from a local directory or a hub id.
+
+        Args:
+            path: what transformers' ``from_pretrained`` takes.
+            dtype: of the weights; by default the one they are stored in.
+            device: where they go; by default the CPU.
+
+        Raises:
+            ModuleNotFoundError: transformers is not installed.
+            OSError: there is no such model (from transformers).
+        """
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"loading {str(path)!r} needs transformers: run 'pip install acqcore[train]'"
+            ) from error
+        path = os.fspath(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if dtype is None else dtype)
+        if device is not None:
+            model = model.to(device)
+        return cls.from_model(model.eval(), tokenizer=AutoTokenizer.from_pretrained(path))
+
+    @property
+    def head(self) -> Head:
+        """The head as it is now; with an unmerged adapter on it, the sum of its weights (a ``[V, D]``
+        copy)."""
+        return self._find_head()
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the trunk's first parameter, else of the head."""
+        if isinstance(self.trunk, torch.nn.Module):
+            for parameter in self.trunk.parameters():
+                return parameter.device
+        return self.head.weight.device
+
+    def hidden(
+        self,
+        input_ids: torch.Tensor,  # [B, T] int64
+    ) -> torch.Tensor:
+        """Final hidden states ``[B, T, D]`` of one trunk forward.
+
+        Raises:
+            TypeError: the trunk gave neither a tensor nor an object with ``last_hidden_state``.
+            ValueError: its shape is not ``[B, T, D]``.
+        """
+        config = getattr(self.trunk, "config", None)
+        # A key-value cache would hold every layer's keys and values for nothing.
+        options = {"use_cache": False} if hasattr(config, "use_cache") else {}
+        output = self.trunk(input_ids, **options)
+        hidden = output if isinstance(output, torch.Tensor) else getattr(output, "last_hidden_state", None)
+        checks.trunk_output(hidden, output, input_ids)
+        assert isinstance(hidden, torch.Tensor)
+        return hidden
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Evaluation mode without gradients; on leaving, each module's training flag is as it was."""
+        modules = list(self._module.modules()) if self._module is not None else []
+        flags = [module.training for module in modules]
+        # Flags are set one by one: train() and eval() would give every submodule the root's mode, and some
+        # classes override them to do more.
+        for module in modules:
+            module.training = False
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, flag in zip(modules, flags, strict=True):
+                module.training = flag
+
+
+StudentLike: TypeAlias = Student | torch.nn.Module | str | os.PathLike[str]
+
+
+def as_student(student: StudentLike) -> Student:
+    """The Student behind what a user gave: itself, a model, or a path or hub id to load.
+
+    Raises:
+        TypeError: none of these. Otherwise as ``Student.from_model`` and ``Student.load``.
+    """
+    if isinstance(student, Student):
+        return student
+    if isinstance(student, (str, os.PathLike)):
+        return Student.load(student)
+    checks.module("student", student)
+    return Student.from_model(student)
+
+
+def _unwrap(model: Any) -> Any:
+    """The transformers model inside torch.compile, DataParallel and PEFT wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def _find_trunk(model: Any) -> torch.nn.Module:
+    """The module below the head: named by ``base_model_prefix``, else what ``get_decoder`` gives."""
+    trunk = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    if trunk is None:
+        trunk = model.get_decoder()
+    checks.found_trunk(trunk, model)
+    return trunk
+
+
+def _find_head(model: Any) -> Head:
+    config = model.config.get_text_config()
+    weight, bias = _projection(model.get_output_embeddings())
+    scale = 1.0
+    for name, factor in LOGIT_SCALES.items():
+        value = getattr(config, name, None)
+        if value is not None:
+            scale *= factor(float(value))
+    return Head(
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=scale,
+    )
+
+
+def _projection(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight ``[V, D]`` and bias ``[V]`` of the output embedding, adapters of PEFT included."""
+    if type(layer).__module__.partition(".")[0] == "peft":
+        return _adapted_projection(layer)
+    checks.linear_head(layer)
+    assert isinstance(layer, torch.nn.Linear)
+    return layer.weight, layer.bias
+
+
+def _adapted_projection(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.utils import ModulesToSaveWrapper
+
+    if isinstance(layer, ModulesToSaveWrapper):
+        if layer.disable_adapters or not layer.active_adapters:
+            return _projection(layer.original_module)
+        return _projection(layer.modules_to_save[layer.active_adapters[0]])
+    checks.adapted_head(layer, isinstance(layer, LoraLinear))
+    weight, bias = _projection(layer.base_layer)
+    if layer.disable_adapters or layer.merged:
+        return weight, bias
+    for adapter in layer.active_adapters:
+        if adapter not in layer.lora_A:
+            continue
+        # In half precision the sum would round away most of a small update; the model itself never forms it.
+        dtype = compute_dtype(weight.dtype)
+        weight = weight.to(dtype) + layer.get_delta_weight(adapter).to(dtype)
+        extra = layer.lora_B[adapter].bias
+        if extra is not None:
+            extra = extra.to(dtype) * layer.scaling[adapter]
+            bias = extra if bias is None else bias.to(dtype) + extra
+    return weight, bias
+
+
+def _probe(student: Student, model: torch.nn.Module) -> None:
+    """Hold trunk and head to the model's own logits, and the trunk to causality, on two rows of four
+    tokens."""
+    vocab_size = student.head.weight.shape[0]
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) * max(1, vocab_size // 7) % vocab_size  # differ at the end
+    ids = ids.to(student.device)
+    with student.scoring():
+        own = model(input_ids=ids).logits
+        hidden = student.hidden(ids)
+        head = student.head
+        ours = head.logits(hidden.to(head.weight.device).flatten(0, 1)).view(*ids.shape, -1)
+    tolerance = PROBE_TOLERANCE[hidden.dtype]
+    checks.probe(type(model).__name__, own, ours, hidden, tolerance)

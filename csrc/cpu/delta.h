@@ -1,0 +1,74 @@
+// The gradient of each token's loss in W h + b, tile by tile (delta of head_grad.py), formed from the row's state.
+#pragma once
+#include "fold.h"
+#include "tile.h"
+
+namespace acqcore::ACQCORE_ISA {
+
+// What a row's entries need: delta_v = weight slope_v (exp(z_v - max) / Z - [v = target]).
+struct DeltaRow {
+  float max;
+  float term;       // weight slope / (2^40 Z), for exp_scaled<40>
+  float slope;      // weight scale / temperature
+  float at_target;  // p_y - 1, as -R / Z where the target is the maximum
+  int64_t target;   // column in this weight, or negative
+};
+
+inline DeltaRow delta_row(const HeadArgs& args, const double* state /* [7, N] */, const int64_t* index /* [N] */,
+                          int64_t row, double weight) {
+  const int64_t n = args.hidden.rows;
+  const double max = state[row], r = state[2 * n + row], target = state[6 * n + row];
+  const double slope = weight * args.scale / args.temperature;
+  const bool top = args.targets[row] == index[row];
+  return {static_cast<float>(max), static_cast<float>(slope / (1 + r) * 0x1p-40), static_cast<float>(slope),
+          static_cast<float>(top ? -r / (1 + r) : exp(target - max) / (1 + r) - 1),
+          args.targets[row] - args.vocab_start};
+}
+
+// z[0, width) -> delta, in place; zero from width up to a whole vector. `tile` is the column of z[0].
+inline void to_delta(const DeltaRow& row, const Transform& transform, int64_t tile, int width, float* z) {
+  const int64_t target = row.target - tile;
+  const bool here = target >= 0 && target < width;
+  const float at_target = here ? z[target] : 0;
+  const float inverse = transform.capped ? 1 / transform.after : 0;  // z * inverse = tanh
+  for (int i = 0; i < width; i += kLanes) {
+    const Vec logits = load(z + i);
+    Vec x = logits - row.max;
+    const IntVec absent = x < kLowest;
+    x = absent ? broadcast(kLowest) : x;
+    Vec e = exp_scaled<kShift>(x);
+    e = absent ? Vec{} : e;
+    Vec delta = e * row.term;
+    if (transform.capped) {
+      const Vec t = logits * inverse;
+      delta = absent ? Vec{} : delta * (1.0f - t * t);
+    }
+    store(z + i, delta);
+  }
+  if (here) {
+    const float t = at_target * inverse;
+    z[target] = row.at_target * row.slope * (1 - t * t);
+  }
+}
+
+// A row that pads a panel: its delta is zero.
+inline DeltaRow padding_row() { return {INFINITY, 0, 0, 0, -1}; }
+
+// delta [rows, kTile] of one tile: product, transform, delta. `rows` is a multiple of kPanelRows.
+inline void delta_tile(const HeadArgs& args, const Inner& inner, const Transform& transform, const DeltaRow* delta_rows,
+                       int64_t rows, const float* hidden /* packed panels */, int64_t tile, int width,
+                       float* weights /* [kTile, depth] */, float* delta /* [rows, kTile] */) {
+  for (int64_t k0 = 0; k0 < inner.units || k0 == 0; k0 += inner.depth) {
+    const int64_t k = lesser(inner.depth, inner.units - k0);
+    pack_weights(args.weight, inner, tile, width, k0, k, weights);
+    for (int64_t row = 0; row < rows; row += kPanelRows) {
+      multiply_panel(inner, hidden + row * inner.units + k0 * kPanelRows, weights, width, k, k0 > 0, delta + row * kTile);
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    transform(delta + i * kTile, width, tile);
+    to_delta(delta_rows[i], transform, tile, width, delta + i * kTile);
+  }
+}
+
+}  // namespace acqcore::ACQCORE_ISA

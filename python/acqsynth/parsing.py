@@ -1,0 +1,66 @@
+"""The format of a generated sample, and its parsers: text -> a sample ``acqcore.score`` takes, or None.
+
+A sample is ``<question>...</question> <reasoning>...</reasoning> <answer>...</answer>``; the reasoning may be
+missing. Text around the tags is allowed, as models like to add it, and is not part of the sample. What cannot
+be read with certainty is None: a generator in training finds every broken form that a parser lets through.
+"""
+
+from __future__ import annotations
+
+import re
+
+TAGS = ("question", "reasoning", "answer")
+
+_TAG = re.compile(r"<(/?)(question|reasoning|answer)>")
+
+
+def fields(text: str) -> dict[str, str] | None:
+    """The stripped contents of the tags by name, ``reasoning`` only where given; None where that is broken.
+
+    Broken: a tag that is missing, empty, repeated, unclosed, nested in another or out of order.
+    """
+    tags = list(_TAG.finditer(text))
+    found: dict[str, str] = {}
+    for start, end in zip(tags[::2], tags[1::2], strict=False):
+        opens, closes = start[1] == "", end[1] == "/"
+        content = text[start.end() : end.start()].strip()
+        if not opens or not closes or start[2] != end[2] or start[2] in found or not content:
+            return None
+        found[start[2]] = content
+    in_order = tuple(found) in (TAGS, ("question", "answer"))
+    return found if in_order and len(tags) == 2 * len(found) else None
+
+
+def parse_sample(text: str) -> dict[str, str] | None:
+    """A sample whose reasoning and answer are scored, given its question.
+
+    Returns:
+        ``{"prompt": question, "completion": reasoning and answer}``, separated by line ends, or None where
+        the format is broken (see :func:`fields`).
+    """
+    sample = fields(text)
+    if sample is None:
+        return None
+    return {"prompt": sample["question"] + "\n", "completion": _solution(sample)}
+
+
+def parse_chat_sample(text: str) -> dict[str, list[dict[str, str]]] | None:
+    """As :func:`parse_sample`, but two turns of a chat, for a student asked through its chat template.
+
+    Returns:
+        ``{"messages": [the question as user, reasoning and answer as assistant]}``, or None.
+    """
+    sample = fields(text)
+    if sample is None:
+        return None
+    user = {"role": "user", "content": sample["question"]}
+    return {"messages": [user, {"role": "assistant", "content": _solution(sample)}]}
+
+
+def as_text(text: str) -> str | None:
+    """The whole text, stripped, for generators that write no tags; None where nothing is left."""
+    return text.strip() or None
+
+
+def _solution(sample: dict[str, str]) -> str:
+    return "\n".join(sample[tag] for tag in ("reasoning", "answer") if tag in sample)

@@ -1,0 +1,34 @@
+"""The bundled seed set: 60 short samples written for this project, 20 each of mathematics, medicine and code.
+
+Most are ordinary and correct. Some are trivial, ambiguous (no answer follows from the question) or garbled on
+purpose, to show what an acquisition function makes of them: its size alone cannot tell what a student does
+not know yet from what nobody can know.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+DOMAINS = ("mathematics", "medicine", "code")
+KINDS = ("ordinary", "trivial", "ambiguous", "garbled")
+
+
+def load_seeds(domain: str | None = None, kind: str | None = None) -> list[dict[str, str]]:
+    """The seeds in file order, each ``{"id", "domain", "kind", "prompt", "completion"}``.
+
+    A prompt ends with a line end, so that ``acqcore.score`` takes the rows as they are.
+
+    Args:
+        domain: one of ``DOMAINS``, or None for all.
+        kind: one of ``KINDS``, or None for all.
+
+    Raises:
+        ValueError: an unknown domain or kind.
+    """
+    for name, value, known in (("domain", domain, DOMAINS), ("kind", kind, KINDS)):
+        if value is not None and value not in known:
+            raise ValueError(f"{name}: unknown {value!r}, expected one of {', '.join(known)} or None")
+    lines = (resources.files("acqsynth") / "data" / "seeds.jsonl").read_text(encoding="utf-8").splitlines()
+    seeds = [json.loads(line) for line in lines]
+    return [s for s in seeds if domain in (None, s["domain"]) and kind in (None, s["kind"])]

@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+import pickle
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import pytest
+import torch
+import trl
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from trl.scripts import grpo
+from trl.trainer.utils import get_callable_name, is_async_callable
+
+import acqcore
+from acqsynth import rewards
+from acqsynth.parsing import as_text, parse_chat_sample, parse_sample
+from acqsynth.rewards import AcquisitionReward
+
+GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
+LONGER = (
+    "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
+)
+BROKEN = "<question>What is 6 * 7?</question> It is 42."
+COMPLETIONS = [GOOD, BROKEN, LONGER]
+
+
+class Log:
+    """What a trainer's ``log_extra`` and ``log_metric`` were given."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, list[Any]] = {}
+        self.metrics: dict[str, float] = {}
+
+    def call(self, reward: AcquisitionReward, completions: list[Any]) -> list[float | None]:
+        """``reward`` called as TRL 1.16 calls it."""
+        n = len(completions)
+        return reward(
+            prompts=[[{"role": "user", "content": "Write a sample."}]] * n,
+            completions=completions,
+            completion_ids=[[0]] * n,
+            domain=["mathematics"] * n,
+            trainer_state=types.SimpleNamespace(global_step=0),
+            log_extra=self.columns.__setitem__,
+            log_metric=self.metrics.__setitem__,
+        )
+
+
+@pytest.fixture(autouse=True)
+def _fresh_students(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(rewards.STUDENT_VARIABLE, raising=False)
+    rewards._load.cache_clear()
+    yield
+    rewards._load.cache_clear()
+
+
+def test_reward_is_the_score_times_the_gate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    values = Log().call(AcquisitionReward(model, "loss", tokenizer=tokenizer), COMPLETIONS)
+    expected = acqcore.score(
+        model, [parse_sample(GOOD), parse_sample(LONGER)], ("loss",), tokenizer=tokenizer
+    )
+    assert values == [expected["loss"][0].item(), 0.0, expected["loss"][1].item()]
+    assert min(values[0], values[2]) > 0
+
+
+def test_one_score_call_for_all_completions(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    score = acqcore.score
+
+    def counted(student: Any, samples: Any, *args: Any, **options: Any) -> acqcore.Scores:
+        sizes.append(len(samples))
+        return score(student, samples, *args, **options)
+
+    monkeypatch.setattr(acqcore, "score", counted)
+    Log().call(AcquisitionReward(model, tokenizer=tokenizer), COMPLETIONS * 4)
+    assert sizes == [8]
+
+
+def test_conversational_completions_score_as_their_text(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    reward = AcquisitionReward(model, tokenizer=tokenizer)
+    turns = [[{"role": "assistant", "content": text}] for text in COMPLETIONS]
+    assert Log().call(reward, turns) == Log().call(reward, COMPLETIONS)
+    blocks = [[{"role": "assistant", "content": [{"type": "text", "text": GOOD}]}]]
+    assert Log().call(reward, blocks) == Log().call(reward, [GOOD])
+
+
+def test_a_completion_without_text_is_no_sample(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tool_call = [{"role": "assistant", "content": None, "tool_calls": []}, {"role": "tool", "content": GOOD}]
+    reward = AcquisitionReward(model, tokenizer=tokenizer)
+    assert Log().call(reward, [tool_call, [], BROKEN, ""]) == [0.0] * 4
+    assert Log().call(reward, []) == []
+
+
+def test_log_functions_get_values_and_metrics(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    reward, log = AcquisitionReward(model, tokenizer=tokenizer), Log()
+    values = log.call(reward, COMPLETIONS)
+    assert log.columns == {
+        "acquisition_entropy_value": [values[0], None, values[2]],
+        "acquisition_entropy_parsed": [True, False, True],
+    }
+    assert log.metrics["acquisition_entropy/parsed"] == pytest.approx(2 / 3)
+    assert log.metrics["acquisition_entropy/masked"] == 0
+    assert log.metrics["acquisition_entropy/mean"] == pytest.approx((values[0] + values[2]) / 2)
+    assert abs(log.metrics["acquisition_entropy/length_correlation"]) == pytest.approx(1)  # of two points
+    assert log.metrics["acquisition_entropy/seconds"] == reward.seconds > 0
+    assert "acquisition_entropy/time_share" not in log.metrics  # nothing to compare the first call with
+    log.call(reward, COMPLETIONS)
+    assert 0 < log.metrics["acquisition_entropy/time_share"] <= 1
+
+
+def test_undefined_metrics_are_left_out(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    reward, log = AcquisitionReward(model, tokenizer=tokenizer), Log()
+    log.call(reward, [BROKEN])
+    assert set(log.metrics) == {f"acquisition_entropy/{key}" for key in ("seconds", "parsed", "masked")}
+    log.call(reward, [GOOD, GOOD])
+    assert "acquisition_entropy/length_correlation" not in log.metrics
+
+
+class FailingTrunk(torch.nn.Module):
+    """Hidden states that are NaN in rows that hold the token ``bad``."""
+
+    def __init__(self, vocab_size: int, bad: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = torch.nn.Embedding(vocab_size, 8)
+        self.bad = bad
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,  # [B, T]
+    ) -> torch.Tensor:
+        rows = (input_ids == self.bad).any(dim=1)[:, None, None]
+        return self.embedding(input_ids).masked_fill(rows, torch.nan)
+
+
+def test_a_failure_of_the_scorer_masks_the_sample(tokenizer: PreTrainedTokenizerFast) -> None:
+    trunk = FailingTrunk(len(tokenizer), tokenizer("#")["input_ids"][0])
+    student = acqcore.Student(trunk, acqcore.Head(trunk.embedding.weight.detach()), tokenizer=tokenizer)
+    reward, log = AcquisitionReward(student), Log()
+    values = log.call(reward, [GOOD, GOOD.replace("42", "#"), BROKEN])
+    assert values[1] is None
+    assert values[0] > 0
+    assert values[2] == 0.0
+    assert log.columns["acquisition_entropy_value"] == [values[0], None, None]
+    assert log.metrics["acquisition_entropy/masked"] == pytest.approx(1 / 3)
+    log.call(reward, [GOOD.replace("42", "#")])
+    assert reward.masked == 2
+
+
+def test_a_text_with_nothing_to_score_is_masked(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    reward = AcquisitionReward(model, tokenizer=tokenizer, parse=as_text)
+    values = Log().call(reward, ["a", "ab", " "])
+    assert (values[0], values[2]) == (None, 0.0)
+    assert values[1] > 0
+
+
+def test_long_samples_are_cut(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    long = GOOD.replace("42", "4" * 5000)  # the student takes 4096 tokens
+    assert Log().call(AcquisitionReward(model, tokenizer=tokenizer, max_length=10**6), [long])[0] > 0
+    log = Log()
+    reward = AcquisitionReward(model, tokenizer=tokenizer, max_length=12)
+    assert all(value > 0 for value in log.call(reward, [GOOD, long]))
+
+
+def test_chat_samples_and_other_options(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    reward = AcquisitionReward(
+        model, "margin", tokenizer=tokenizer, parse=parse_chat_sample, reduction="max", backend="eager"
+    )
+    expected = acqcore.score(
+        model, [parse_chat_sample(GOOD)], ("margin",), tokenizer=tokenizer, reduction="max", backend="eager"
+    )
+    assert Log().call(reward, [GOOD]) == expected["margin"].tolist()
+
+
+def test_the_student_is_left_as_found(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    model.train()
+    model.model.norm.eval()
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    Log().call(AcquisitionReward(model, tokenizer=tokenizer), COMPLETIONS)
+    assert model.training
+    assert not model.model.norm.training
+    assert model.lm_head.weight.grad.eq(1).all()
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_path_is_loaded_once_and_late(student_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+    load = acqcore.Student.load
+    monkeypatch.setattr(acqcore.Student, "load", lambda *args, **o: loads.append(args) or load(*args, **o))
+    first, second = AcquisitionReward(student_path), AcquisitionReward(str(student_path), "margin")
+    Log().call(first, [BROKEN])
+    assert loads == []
+    Log().call(first, [GOOD])
+    Log().call(second, [GOOD])
+    assert len(loads) == 1
+
+
+def test_pickles_before_and_after_a_call(student_path: Path) -> None:
+    reward = AcquisitionReward(student_path, "el2n", name="hard")
+    fresh = pickle.dumps(reward)
+    values = Log().call(reward, COMPLETIONS)
+    used = pickle.dumps(reward)
+    assert max(len(fresh), len(used)) < 2000  # the student stays where it is
+    for data in (fresh, used):
+        copy = pickle.loads(data)
+        assert copy.__name__ == "hard"
+        assert Log().call(copy, COMPLETIONS) == values
+
+
+def test_threads_take_turns(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    model.train()
+    reward = AcquisitionReward(model, tokenizer=tokenizer)
+    expected = Log().call(reward, COMPLETIONS)
+    results: list[list[float | None]] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(Log().call(reward, COMPLETIONS))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [expected] * 4
+    assert all(module.training for module in model.modules())
+
+
+def test_a_student_is_whole_under_zero3(student_path: Path) -> None:
+    from transformers.integrations import deepspeed
+
+    class TrainerConfig:
+        config: ClassVar[dict[str, Any]] = {}
+
+        def is_zero3(self) -> bool:
+            return True
+
+    trainer_config = TrainerConfig()  # held here: transformers keeps a weak reference
+    deepspeed.set_hf_deepspeed_config(trainer_config)
+    try:
+        assert Log().call(AcquisitionReward(student_path), [GOOD])[0] > 0
+        assert deepspeed.is_deepspeed_zero3_enabled()
+    finally:
+        deepspeed.unset_hf_deepspeed_config()
+
+
+def test_what_trl_makes_of_a_reward(student_path: Path) -> None:
+    reward = AcquisitionReward(student_path, "varentropy")
+    assert get_callable_name(reward) == "acquisition_varentropy"
+    assert not is_async_callable(reward)
+    assert not isinstance(reward, torch.nn.Module)
+    assert get_callable_name(AcquisitionReward(student_path, name="mine")) == "mine"
+    assert repr(reward) == "AcquisitionReward('varentropy', name='acquisition_varentropy')"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"acquisition": "entrpy"}, ValueError, "acquisition: unknown 'entrpy', expected one of loss"),
+        ({"parse": "tags"}, TypeError, "parse: expected a function of a text, got str"),
+        ({"max_length": 1}, ValueError, "max_length: expected at least 2 tokens, got 1"),
+    ],
+)
+def test_bad_options_name_the_argument(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        AcquisitionReward("somewhere", **options)
+
+
+def test_a_model_needs_its_tokenizer(model: LlamaForCausalLM) -> None:
+    with pytest.raises(ValueError, match="tokenizer: expected the student's"):
+        AcquisitionReward(model)
+
+
+def test_an_unknown_reduction_reaches_the_user(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ValueError, match="reduction: unknown 'median'"):
+        Log().call(AcquisitionReward(model, tokenizer=tokenizer, reduction="median"), [GOOD])
+
+
+def resolve(names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The rewards ``trl grpo --reward_funcs ...`` hands to its trainer."""
+    handed: list[Any] = []
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def trainer(*args: Any, reward_funcs: list[Any], **options: Any) -> None:
+        handed.extend(reward_funcs)
+        raise Stop
+
+    data = {"train": datasets.Dataset.from_dict({"prompt": ["a"]})}
+    monkeypatch.setattr(trl, "GRPOTrainer", trainer)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: data)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the command puts the working directory there
+    line = ["--model_name_or_path", "none", "--dataset_name", "none", "--output_dir", str(tmp_path)]
+    parsed = grpo.make_parser().parse_args_and_config(
+        [*line, "--bf16", "False", "--use_cpu", "True", "--reward_funcs", *names]
+    )
+    with pytest.raises(Stop):
+        grpo.main(*parsed)
+    return handed
+
+
+def test_every_acquisition_is_a_ready_made_reward(
+    student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = list(acqcore.acquisitions())
+    assert len(names) >= 10
+    found = resolve([f"acqsynth.rewards.{name}" for name in names], tmp_path, monkeypatch)
+    assert [get_callable_name(reward) for reward in found] == [f"acquisition_{name}" for name in names]
+    monkeypatch.setenv(rewards.STUDENT_VARIABLE, str(student_path))
+    for name, reward in zip(names, found, strict=True):
+        reward = pickle.loads(pickle.dumps(reward))
+        assert Log().call(reward, [GOOD]) == Log().call(AcquisitionReward(student_path, name), [GOOD])
+    assert set(names) < set(dir(rewards))
+
+
+def test_a_ready_made_reward_without_a_student_says_what_is_missing() -> None:
+    with pytest.raises(RuntimeError, match="ACQSYNTH_STUDENT is not set: 'acquisition_entropy' expects"):
+        Log().call(rewards.entropy, [GOOD])
+
+
+def test_other_attributes_are_missing() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'entrpy'"):
+        _ = rewards.entrpy
+
+
+def test_two_steps_of_grpo(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """TRL itself, with the model in training as its own student."""
+    entropy = AcquisitionReward(model, tokenizer=tokenizer, parse=as_text)
+    gated = AcquisitionReward(model, "loss", tokenizer=tokenizer)
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=[entropy, gated],
+        args=trl.GRPOConfig(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_completion_length=8,
+            learning_rate=1e-2,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_dict({"prompt": ["Write a sample."] * 4, "domain": ["code"] * 4}),
+        processing_class=tokenizer,
+    )
+    before = model.lm_head.weight.detach().clone()
+    trainer.train()
+    steps = [row for row in trainer.state.log_history if "reward" in row]
+    assert len(steps) == 2
+    for row in steps:
+        assert row["rewards/acquisition_entropy/mean"] > 0
+        assert row["rewards/acquisition_loss/mean"] == 0  # random bytes are no sample
+        assert row["acquisition_loss/parsed"] == 0
+        assert row["acquisition_entropy/seconds"] > 0
+    assert 0 < steps[1]["acquisition_entropy/time_share"] < 1
+    assert not model.lm_head.weight.detach().equal(before)
+    assert model.training

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from acqsynth.parsing import parse_sample
+from acqsynth.seeds import DOMAINS, KINDS, load_seeds
+
+
+def test_sixty_samples_twenty_a_domain_and_each_kind_in_each() -> None:
+    seeds = load_seeds()
+    assert len(seeds) == 60
+    assert Counter(seed["domain"] for seed in seeds) == dict.fromkeys(DOMAINS, 20)
+    assert {(seed["domain"], seed["kind"]) for seed in seeds} == {(d, k) for d in DOMAINS for k in KINDS}
+    assert sum(seed["kind"] == "ordinary" for seed in seeds) > 30
+
+
+def test_each_row_is_whole_and_unique() -> None:
+    seeds = load_seeds()
+    for seed in seeds:
+        assert set(seed) == {"id", "domain", "kind", "prompt", "completion"}
+        assert seed["prompt"].strip() + "\n" == seed["prompt"]
+        assert seed["completion"].strip() == seed["completion"] != ""
+    for field in ("id", "prompt", "completion"):
+        assert len({seed[field] for seed in seeds}) == len(seeds)
+
+
+def test_a_seed_survives_the_sample_format() -> None:
+    for seed in load_seeds():
+        text = f"<question>{seed['prompt']}</question><answer>{seed['completion']}</answer>"
+        assert parse_sample(text) == {"prompt": seed["prompt"], "completion": seed["completion"]}
+
+
+def test_selection() -> None:
+    assert {seed["id"] for seed in load_seeds("code", "garbled")} == {"code-19", "code-20"}
+    assert len(load_seeds("medicine")) == 20
+
+
+@pytest.mark.parametrize(("arguments", "name"), [(("physics", None), "domain"), ((None, "easy"), "kind")])
+def test_an_unknown_selection_names_the_argument(arguments: tuple[str | None, str | None], name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}: unknown .* expected one of"):
+        load_seeds(*arguments)

@@ -1,0 +1,273 @@
+"""The command line on a small saved model: results, resuming, bad lines, wrong usage."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.cli import main
+
+TEXTS = ["The quick brown fox", "a fox", "The answer is 5.", "def add(a, b): return a + b", "the lazy dog"]
+
+
+@pytest.fixture
+def student(tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any) -> Path:
+    folder = tmp_path / "student"
+    tiny_model("Llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(student: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """``command(rows, **options)``: arguments that score ``rows`` (dicts, or raw lines) into out.jsonl."""
+
+    def build(rows: list[Any], **options: Any) -> list[str]:
+        data = tmp_path / "data.jsonl"
+        data.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+        settings = {
+            "student": student,
+            "data": data,
+            "out": tmp_path / "out.jsonl",
+            "backend": "eager",
+            **options,
+        }
+        flags = [(f"--{key.replace('_', '-')}", str(value)) for key, value in settings.items()]
+        return ["score", *(word for flag in flags for word in flag)]
+
+    return build
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def as_float32(value: float) -> float:
+    return float(torch.tensor(value))
+
+
+def test_scores_are_those_of_score(
+    command: Callable[..., list[str]],
+    student: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = command([{"text": text} for text in TEXTS], acquisitions="margin,loss")
+    assert main(arguments) == 0
+    scores = acqcore.score(str(student), TEXTS, ("margin", "loss"), backend="eager")
+    rows = read_lines(tmp_path / "out.jsonl")
+    assert list(rows[0]) == ["row", "text", "margin", "loss", "n_tokens", "valid", "error"]
+    for i, row in enumerate(rows):
+        assert (row["row"], row["text"], row["valid"], row["error"]) == (i, TEXTS[i], True, None)
+        assert row["margin"] == pytest.approx(scores["margin"][i].item(), rel=1e-6)
+        assert row["loss"] == pytest.approx(scores["loss"][i].item(), rel=1e-6)
+        assert row["n_tokens"] == scores.n_tokens[i]
+    out = capsys.readouterr().out
+    assert "5 of 5 rows scored" in out
+    for shown in ("margin", "loss", f"{scores['loss'].mean():.4g}", f"{scores['loss'].max():.4g}"):
+        assert shown in out
+    assert not (tmp_path / "out.jsonl.parts").exists()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_tables(suffix: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    frame = pandas.DataFrame({"q": ["a fox, ", "The\n"], "a": ["the dog", "answer is 5"]})
+    data, out = tmp_path / f"in.{suffix}", tmp_path / f"out.{suffix}"
+    frame.to_csv(data, index=False) if suffix == "csv" else frame.to_parquet(data)
+    assert main(command([], data=data, out=out, prompt_column="q", completion_column="a")) == 0
+    result = pandas.read_csv(out) if suffix == "csv" else pandas.read_parquet(out)
+    assert list(result.columns) == ["row", "q", "a", "entropy", "n_tokens", "valid", "error"]
+    assert result["q"].tolist() == frame["q"].tolist()
+    assert result["entropy"].between(0, math.log(320)).all()
+    assert result["valid"].all()
+
+
+def test_conversations_and_limit(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a fox?"}, {"role": "assistant", "content": "a dog."}]
+    assert main(command([{"messages": turns}] * 3, limit=2, max_length=20, dtype="bfloat16")) == 0
+    rows = read_lines(tmp_path / "out.jsonl")
+    assert len(rows) == 2
+    assert rows[0]["messages"] == turns
+
+
+def test_bad_lines_are_reported_and_the_rest_is_scored(
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good = {"prompt": "a", "completion": " [/b] fox"}
+    rows = [
+        good,
+        '{"prompt": "a", ',
+        "",
+        {"prompt": "a", "completion": ""},
+        {"prompt": "a"},
+        {"prompt": "a", "completion": 3},
+        {"prompt": "a", "completion": "fox " * 80},
+        good,
+    ]
+    assert main(command(rows, acquisitions="entropy,loss")) == 0
+    captured = capsys.readouterr()
+    errors = captured.err.strip().splitlines()
+    data = tmp_path / "data.jsonl"
+    assert [line.split(": ")[1] for line in errors] == [f"line {n}" for n in (2, 4, 5, 6, 7)]
+    assert errors[0].startswith(f"{data}: line 2: not JSON: ")
+    assert errors[1] == f"{data}: line 4: the completion is empty, there is nothing to score"
+    assert errors[2] == f"{data}: line 5: no column 'completion'"
+    assert errors[3] == f"{data}: line 6: completion: expected a string, got int"
+    assert "tokens, the student takes at most 64" in errors[4]
+    assert "2 of 7 rows scored" in captured.out
+    assert "[/b] fox" in captured.out
+    result = read_lines(tmp_path / "out.jsonl")
+    assert [row["valid"] for row in result] == [True, False, False, False, False, False, True]
+    assert result[0]["entropy"] == result[6]["entropy"]
+    for row, error in zip(result[1:6], errors, strict=True):
+        assert row["entropy"] is row["loss"] is None
+        assert error.endswith(row["error"])
+
+
+def test_nothing_but_bad_lines(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert main(command([{"text": ""}, {"text": 3}])) == 1
+    assert [row["valid"] for row in read_lines(tmp_path / "out.jsonl")] == [False, False]
+
+
+def test_a_killed_run_goes_on_where_it_stopped(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("acqcore.cli.CHUNK_ROWS", 4096)
+    rows = [{"text": f"{TEXTS[i % 5]} {i} {'fox ' * (i % 7)}"} for i in range(900)]
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts" / "chunk-000000.jsonl"
+    arguments = command(rows, batch_tokens=64, acquisitions="entropy,loss")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "acqcore", *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (part.exists() and part.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+
+    kept = part.read_bytes()
+    finished = [json.loads(line) for line in kept[: kept.rfind(b"\n") + 1].splitlines()]
+    done = {row for batch in finished for row in batch["rows"]}
+    assert 0 < len(done) < len(rows)
+    # Marked values show which rows come from the finished batches and which are scored now.
+    marked = [{**batch, "values": [[-7.0, -7.0]] * len(batch["rows"])} for batch in finished]
+    part.write_text("".join(json.dumps(batch) + "\n" for batch in marked) + '{"rows": [1')
+    assert main(arguments) == 0
+    resumed = read_lines(out)
+    assert {row["row"] for row in resumed if row["entropy"] == -7} == done
+
+    assert main(arguments) == 0  # from the start: the parts are gone
+    whole = read_lines(out)
+    first = {row: values for batch in finished for row, values in zip(batch["rows"], batch["values"], strict=True)}
+    for row, again in zip(whole, resumed, strict=True):
+        values = first.get(row["row"], [again["entropy"], again["loss"]])
+        assert [row["entropy"], row["loss"]] == values
+
+
+def test_another_run_may_not_take_over(
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [{"text": text} for text in TEXTS]
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("acqcore.cli.iterate", interrupted)
+        assert main(command(rows)) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert main(command(rows, acquisitions="margin")) == 2
+    message = capsys.readouterr().err
+    assert "holds a cut-off run with another acquisitions ('entropy' there, 'margin' here)" in message
+    assert main(command(rows[1:])) == 2
+    assert "another data" in capsys.readouterr().err
+    assert main(command(rows)) == 0
+
+
+def test_several_chunks(command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[Any] = [{"text": text} for text in TEXTS]
+    rows[3] = "bad"
+    assert main(command(rows)) == 0
+    whole = read_lines(tmp_path / "out.jsonl")
+    monkeypatch.setattr("acqcore.cli.CHUNK_ROWS", 2)
+    assert main(command(rows)) == 0
+    for a, b in zip(whole, read_lines(tmp_path / "out.jsonl"), strict=True):
+        assert a == b | {"entropy": pytest.approx(b["entropy"], rel=1e-5) if b["valid"] else None}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"acquisitions": "entropie"}, "acquisitions: unknown 'entropie'"),
+        ({"reduction": "median"}, "reduction: unknown 'median'"),
+        ({"backend": "gpu"}, "backend: unknown 'gpu'"),
+        ({"data": "missing.jsonl"}, "No such file or directory: 'missing.jsonl'"),
+        ({"out": "out.txt"}, "extension of out.txt: unknown '.txt'"),
+        ({"out": "missing/out.csv"}, "out: the folder missing does not exist"),
+        ({"student": "./missing"}, "missing"),
+        ({"text_column": "body"}, "data: no column 'body', expected one of text"),
+        ({"prompt_column": "text"}, "--prompt-column and --completion-column: expected both or neither"),
+        ({"limit": 0}, "limit: expected an int >= 1, got 0"),
+        ({"limit": "x"}, "argument --limit: invalid int value: 'x'"),
+        ({"max_length": 65}, "max_length: the student takes at most 64 tokens, got 65"),
+        ({"dtype": "int8"}, "argument --dtype: invalid choice: 'int8'"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(
+    options: dict[str, Any],
+    message: str,
+    command: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(command([{"text": "a fox"}], **options))
+    except SystemExit as stop:  # argparse ends the process itself
+        code = int(str(stop.code))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("acqcore: error: ")
+    assert message in lines[0]
+
+
+def test_a_column_with_an_outputs_name(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command([{"entropy": "a fox"}], text_column="entropy")) == 2
+    assert "the column 'entropy' has the name of an output column" in capsys.readouterr().err
+
+
+def test_info_as_a_module_tells_backends_and_versions() -> None:
+    result = subprocess.run([sys.executable, "-m", "acqcore", "info"], capture_output=True, text=True, check=True)
+    for word in ("eager", "cpu", torch.__version__, acqcore.__version__, "threads"):
+        assert word in result.stdout
+
+
+def test_tables_without_rich(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["eager", "yes"] for line in lines)

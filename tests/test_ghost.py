@@ -1,0 +1,457 @@
+"""Norms and sketches of per-sample gradients are those of one backward per sample, and leave the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import acqcore
+from acqcore.ghost import grad_norm, grad_sketch_model
+
+KINDS = ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "GPT2", "Cohere", "Phi"]
+LENGTHS = (17, 9, 12, 5, 14)
+
+
+def make_samples(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Padded token ids with repeats, a context that is not scored, and the padding token among the real ones."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths))
+    ids = torch.randint(3, 320, shape, generator=generator)
+    ids[:, 2:4] = ids[:, :2]
+    ids[:, 1] = 0
+    mask = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def exact(
+    model: Any, samples: dict[str, torch.Tensor], parameters: Sequence[torch.Tensor], loss: str = "mean"
+) -> torch.Tensor:
+    """Gradients ``[n, total]`` by one backward per sample, unpadded, through the model's own logits."""
+    found = [p.requires_grad for p in parameters]
+    rows = []
+    for ids, mask, labels in zip(*samples.values(), strict=True):
+        length = int(mask.sum())
+        for p in parameters:
+            p.requires_grad_(True)
+        logits = model(input_ids=ids[None, :length]).logits[0, :-1]
+        value = nn.functional.cross_entropy(logits, labels[1:length], reduction=loss)
+        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        pieces = [
+            p.new_zeros(p.numel()) if g is None else g.flatten() for g, p in zip(gradients, parameters, strict=True)
+        ]
+        rows.append(torch.cat(pieces).double())
+    for p, flag in zip(parameters, found, strict=True):
+        p.requires_grad_(flag)
+    return torch.stack(rows)
+
+
+def assert_norms(actual: torch.Tensor, gradients: torch.Tensor, rtol: float = 1e-4) -> None:
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), gradients.norm(dim=1), rtol=rtol, atol=0)
+
+
+def last_blocks(model: Any, n: int) -> list[torch.Tensor]:
+    trunk = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    return [p for block in trunk[-n:] for p in block.parameters()]
+
+
+def lora(model: Any, **options: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_dropout=0.1, init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    return peft.get_peft_model(model, config).eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter(kind: str, tied: bool, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model(kind, tie_word_embeddings=tied)
+    samples = make_samples()
+    gradients = exact(model, samples, list(model.parameters()))
+    assert_norms(grad_norm(model, samples, "all", backend="eager"), gradients)
+
+
+def test_every_backend(implementation: str, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Gemma2", tie_word_embeddings=True)
+    samples = make_samples()
+    norms = grad_norm(model, samples, "all", backend=implementation)
+    assert_norms(norms, exact(model, samples, list(model.parameters())))
+    sketch = grad_sketch_model(model, samples, "all", dim=64, backend=implementation)
+    expected = grad_sketch_model(model, samples, "all", dim=64, backend="eager")
+    torch.testing.assert_close(sketch, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_last_blocks(kind: str, n: int, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model(kind)
+    samples = make_samples()
+    gradients = exact(model, samples, last_blocks(model, n), "sum")
+    assert_norms(grad_norm(model, samples, n, loss="sum", backend="eager"), gradients)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Granite"])
+def test_head(kind: str, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model(kind, tie_word_embeddings=False)
+    samples = make_samples()
+    gradients = exact(model, samples, list(model.lm_head.parameters()))
+    assert_norms(grad_norm(model, samples, backend="eager"), gradients)
+
+
+@pytest.mark.parametrize("save", [None, ["lm_head"], ["embed_tokens"]])
+@pytest.mark.parametrize(("kind", "targets"), [("Llama", ["q_proj", "down_proj"]), ("Qwen3", "all-linear")])
+def test_trainable_adapters(kind: str, targets: Any, save: Any, tiny_model: Callable[..., Any]) -> None:
+    model = lora(tiny_model(kind), target_modules=targets, modules_to_save=save)
+    samples = make_samples()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    gradients = exact(model, samples, trainable)
+    model.train()  # adapters have dropout: scoring turns it off
+    assert_norms(grad_norm(model, samples, "trainable", backend="eager"), gradients)
+
+
+def test_frozen_parameters_count_among_all_and_trainable_ones_alone_do_not(
+    tiny_model: Callable[..., Any],
+) -> None:
+    model = lora(tiny_model("GPT2"), target_modules=["c_attn"], fan_in_fan_out=True)
+    samples = make_samples()
+    assert_norms(grad_norm(model, samples, "all", backend="eager"), exact(model, samples, list(model.parameters())))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert_norms(grad_norm(model, samples, "trainable", backend="eager"), exact(model, samples, trainable))
+
+
+def test_float64_and_bfloat16(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Qwen2").double()
+    samples = make_samples()
+    gradients = exact(model, samples, list(model.parameters()))
+    assert_norms(grad_norm(model, samples, "all", backend="eager"), gradients, 1e-6)
+    # The trunk itself rounds to eight bits: what is asked is that nothing else goes wrong.
+    half = grad_norm(model.bfloat16(), samples, "all", backend="eager")
+    assert_norms(half, gradients, 0.05)
+
+
+@pytest.mark.parametrize("parameters", ["head", 1, "all"])
+def test_a_sample_does_not_depend_on_its_batch(parameters: Any, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Gemma3", tie_word_embeddings=True)
+    samples = make_samples()
+    for function in (grad_norm, grad_sketch_model):
+        together = function(model, samples, parameters, backend="eager")
+        alone = function(model, samples, parameters, backend="eager", batch_tokens=1)
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5 * float(alone.abs().max()))
+
+
+def test_long_samples_take_the_direct_form(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama")
+    samples = make_samples((64, 60))  # more tokens than Gram products are worth in layers of 32 columns
+    assert_norms(grad_norm(model, samples, "all", backend="eager"), exact(model, samples, list(model.parameters())))
+
+
+class Trunk(nn.Module):
+    """Embedding and one linear layer, called twice."""
+
+    def __init__(self, twice: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(320, 16)
+        self.layer = nn.Linear(16, 16)
+        self.norm = nn.LayerNorm(16)
+        self.twice = twice
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.embedding(input_ids))
+        x = self.layer(x).relu()
+        return self.norm(self.layer(x)) if self.twice else x
+
+
+class WithLogits(nn.Module):
+    def __init__(self, trunk: nn.Module, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.trunk, self.weight = trunk, weight
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        return type("Output", (), {"logits": self.trunk(input_ids) @ self.weight.T})
+
+
+def test_a_layer_that_is_used_twice_and_a_head_given_as_such() -> None:
+    trunk, weight = Trunk(), torch.randn(320, 16)
+    samples = make_samples()
+    student = acqcore.Student(trunk, acqcore.Head(weight))
+    model = WithLogits(trunk, weight)
+    gradients = exact(model, samples, [*trunk.parameters(), weight])
+    assert_norms(grad_norm(student, samples, "all", backend="eager"), gradients)
+    tied = acqcore.Student(trunk, acqcore.Head(trunk.embedding.weight.detach()))
+    gradients = exact(WithLogits(trunk, trunk.embedding.weight), samples, list(trunk.parameters()))
+    assert_norms(grad_norm(tied, samples, "all", backend="eager"), gradients)
+
+
+def state(model: nn.Module) -> list[Any]:
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in model.modules()]
+    return [hooks, [(p.requires_grad, p.grad is None) for p in model.parameters()], torch.is_grad_enabled()]
+
+
+@pytest.mark.parametrize("parameters", ["head", 1, "all", "trainable"])
+def test_the_model_is_left_as_found(parameters: Any, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama")
+    model.model.layers[0].train()
+    model.lm_head.weight.requires_grad_(False)
+    before = state(model)
+    samples = make_samples()
+    grad_norm(model, samples, parameters, backend="eager")
+    assert state(model) == before
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.model.norm.register_forward_hook(fail)
+    before = state(model)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        grad_norm(acqcore.Student.from_model(model, verify=False), samples, parameters, backend="eager")
+    assert state(model) == before
+    handle.remove()
+
+
+def test_under_no_grad_and_inference_mode(tiny_model: Callable[..., Any]) -> None:
+    model, samples = tiny_model("Llama"), make_samples()
+    expected = grad_norm(model, samples, 1, backend="eager")
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(grad_norm(model, samples, 1, backend="eager"), expected)
+
+
+def test_earlier_blocks_keep_no_activations(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama", num_hidden_layers=4)
+    seen: dict[int, bool] = {}
+    for i, block in enumerate(model.model.layers):
+        block.register_forward_hook(lambda m, a, out, i=i: seen.update({i: out.requires_grad}))
+    grad_norm(model, make_samples(), 2, backend="eager")
+    assert seen == {0: False, 1: False, 2: True, 3: True}
+
+
+def test_no_samples(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama")
+    assert grad_norm(model, [], "all").shape == (0,)
+    assert grad_sketch_model(model, [], "all", dim=8).shape == (0, 8)
+
+
+@pytest.mark.parametrize(("kind", "parameters"), [("Qwen2", "all"), ("GPT2", "all"), ("Llama", 1)])
+def test_sketches_keep_inner_products_on_average(kind: str, parameters: Any, tiny_model: Callable[..., Any]) -> None:
+    model, samples = tiny_model(kind), make_samples()
+    wanted = list(model.parameters()) if parameters == "all" else last_blocks(model, 1)
+    gradients = exact(model, samples, wanted)
+    products = []
+    for seed in range(60):
+        sketch = grad_sketch_model(model, samples, parameters, dim=64, seed=seed, backend="eager").double()
+        products.append(sketch @ sketch.T)
+    stacked = torch.stack(products)
+    error = (stacked.mean(0) - gradients @ gradients.T) / (stacked.std(0) / len(stacked) ** 0.5)
+    assert error.abs().max() < 4
+    norms = gradients.norm(dim=1)
+    assert (stacked.std(0) / (norms * norms[:, None])).max() < 0.5
+
+
+def test_sketches_rank_pairs_as_gradients_do(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama", tie_word_embeddings=True)
+    stream = torch.randint(3, 320, (111,), generator=torch.Generator().manual_seed(0))
+    ids = stream.unfold(0, 48, 1)  # 64 windows that share from none to all but one of their tokens
+    samples = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    gradients = exact(model, samples, list(model.parameters()))
+    sketch = grad_sketch_model(model, samples, "all", backend="eager").double()
+    i, j = torch.triu_indices(64, 64, 1)
+    true, sketched = ((x @ x.T)[i, j] for x in (gradients, sketch))
+    ranks = torch.stack([x.argsort().argsort().double() for x in (true, sketched)])
+    assert torch.corrcoef(ranks)[0, 1] > 0.95
+    true, sketched = (x / x.norm(dim=1, keepdim=True) for x in (gradients, sketch))
+    noise = (true @ true.T - sketched @ sketched.T)[i, j].std()
+    assert noise < 1.5 / 4096**0.5  # signs without factors would make 1
+
+
+def test_a_head_sketch_is_that_of_the_hidden_states(tiny_model: Callable[..., Any]) -> None:
+    model, samples = tiny_model("Llama"), make_samples((9,))
+    student = acqcore.Student.from_model(model)
+    with student.scoring():
+        hidden = student.hidden(samples["input_ids"])[0, 1:-1]
+    expected = acqcore.grad_sketch(
+        hidden, student.head, samples["input_ids"][0, 2:], torch.tensor([0, 7]), dim=64, backend="eager"
+    )
+    torch.testing.assert_close(grad_sketch_model(student, samples, dim=64, backend="eager"), expected)
+
+
+def test_seeds_and_names_give_other_signs(tiny_model: Callable[..., Any]) -> None:
+    model, samples = tiny_model("Llama"), make_samples((9,))
+    first, again, other = (grad_sketch_model(model, samples, 1, dim=64, seed=s) for s in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error", "message"),
+    [
+        ("al", ValueError, "parameters: unknown 'al', expected one of head, trainable, all"),
+        (3, ValueError, "parameters: expected at most 2 transformer blocks, got 3"),
+        (0, ValueError, "parameters: expected at least 1 transformer block, got 0"),
+        (True, TypeError, "parameters: expected head, trainable, all or a number of transformer blocks, got bool"),
+        (None, TypeError, "parameters: .* got NoneType"),
+        ("trainable", ValueError, "parameters: 'trainable': no parameter of the student has requires_grad=True"),
+    ],
+)
+def test_wrong_parameters(
+    parameters: Any, error: type[Exception], message: str, tiny_model: Callable[..., Any]
+) -> None:
+    model = tiny_model("Llama").requires_grad_(False)
+    with pytest.raises(error, match=message):
+        grad_norm(model, make_samples(), parameters)
+
+
+def test_other_wrong_arguments(tiny_model: Callable[..., Any]) -> None:
+    model, samples = tiny_model("Llama"), make_samples()
+    with pytest.raises(ValueError, match="loss: unknown 'max'"):
+        grad_norm(model, samples, loss="max")
+    with pytest.raises(ValueError, match="batch_tokens: expected an int >= 1"):
+        grad_norm(model, samples, batch_tokens=0)
+    with pytest.raises(ValueError, match="dim: expected an int >= 1, got 0"):
+        grad_sketch_model(model, samples, dim=0)
+    student = acqcore.Student(lambda ids: torch.randn(*ids.shape, 4), acqcore.Head(torch.randn(320, 4)))
+    with pytest.raises(ValueError, match=r"parameters: 'all' needs a student whose trunk is a torch.nn.Module"):
+        grad_norm(student, samples, "all")
+
+
+class Bare(nn.Module):
+    """A parameter that its own module never uses in a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(320, 16)
+        self.scales = nn.ParameterList([torch.ones(16)])
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.embedding(input_ids) * self.scales[0]
+
+
+class Pair(Trunk):
+    class Two(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            return super().forward(x), x
+
+    def __init__(self) -> None:
+        super().__init__(twice=False)
+        self.layer = self.Two(16, 16)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.embedding(input_ids))[0]
+
+
+class Changed(Trunk):
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        y = self.layer(x)
+        x.mul_(2)
+        return y
+
+
+class Mixed(Trunk):
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        return self.layer(x[:, :, None].sum(2)[0])[None].expand(len(x), -1, -1)
+
+
+class Projected(nn.Module):
+    """Embedding and a linear layer that share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(320, 16)
+        self.out = nn.Linear(16, 320, bias=False)
+        self.out.weight = self.embedding.weight
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.embedding(input_ids))
+
+
+class Looked(nn.Module):
+    class Bag(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids).square()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = self.Bag(320, 16)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.embedding(input_ids)
+
+
+class Large(nn.Module):
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(1025, 1024, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.weight.mean()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(320, 16)
+        self.experts = self.Experts()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.experts(self.embedding(input_ids))
+
+
+class Routed(nn.Module):
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight if x.sum() > 0 else x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(320, 16)
+        self.gate = self.Gate()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.gate(self.embedding(input_ids))
+
+
+@pytest.mark.parametrize(
+    ("trunk", "width", "message"),
+    [
+        (Bare, 16, "no rule covers scales.0: it is used without a call of the module that owns it"),
+        (Pair, 16, "no rule covers layer.weight: its Two takes or gives tuple where one tensor was expected"),
+        (Changed, 16, "no rule covers layer.weight: the input of its module is changed in place"),
+        (Mixed, 16, r"no rule covers layer.weight: .* the 5 samples of 17 tokens can not be told apart"),
+        (Projected, 320, "no rule covers embedding.weight: layers of different kinds share it"),
+        (Looked, 16, "no rule covers embedding.weight: its embedding does not give a multiple of the rows"),
+        (Routed, 16, "no rule covers gate.weight: Gate could not be differentiated sample by sample: "),
+        (Large, 16, "no rule covers experts.weight: Experts is neither a linear layer nor an embedding, and its"),
+    ],
+)
+def test_a_parameter_that_no_rule_covers_is_named(trunk: Any, width: int, message: str) -> None:
+    student = acqcore.Student(trunk(), acqcore.Head(torch.randn(320, width)))
+    with pytest.raises(ValueError, match=message):
+        grad_norm(student, make_samples(), "all", backend="eager")
+
+
+def test_adapters_on_the_head_and_half_of_it_are_named(tiny_model: Callable[..., Any]) -> None:
+    model = lora(tiny_model("Llama"), target_modules=["lm_head", "q_proj"])
+    with pytest.raises(ValueError, match=r"no rule covers base_model.model.lm_head.lora_A.default.weight and 1 more"):
+        grad_norm(model, make_samples(), "trainable", backend="eager")
+    phi = tiny_model("Phi", tie_word_embeddings=False)
+    phi.lm_head.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"no rule covers lm_head.bias without the head's weight"):
+        grad_norm(phi, make_samples(), "trainable", backend="eager")
+
+
+def test_a_quantised_parameter_is_named() -> None:
+    trunk = Trunk()
+    trunk.layer.weight = nn.Parameter(torch.zeros(16, 16, dtype=torch.int8), requires_grad=False)
+    student = acqcore.Student(trunk, acqcore.Head(torch.randn(320, 16)))
+    with pytest.raises(ValueError, match=r"layer.weight is int8 tensor of shape \[16, 16\], which has no gradient"):
+        grad_norm(student, make_samples(), "all")

@@ -1,0 +1,243 @@
+"""Head gradients on every backend and instruction set present, against float64 autograd of each sample alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.testing import Case, case_from_logits, random_case
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OFFSETS = torch.tensor([0, 1, 3, 20, 60])
+
+
+def _case(name: str) -> Case:
+    case = {
+        "plain": lambda: random_case(60, 40, 700),
+        "deep": lambda: random_case(60, 1500, 300),
+        "one column": lambda: random_case(60, 16, 1),
+        "two columns": lambda: random_case(60, 16, 2),
+        "odd shapes": lambda: random_case(60, 33, 257),
+        "everything": lambda: random_case(60, 41, 600, bias=True, softcap=15.0, scale=0.5, temperature=1.3),
+        "softcap": lambda: random_case(60, 40, 513, std=20.0, softcap=30.0),
+    }[name]()
+    assert case.targets is not None
+    case.targets[[5, 9, 59]] = -100
+    return case
+
+
+CASES = ("plain", "deep", "one column", "two columns", "odd shapes", "everything", "softcap")
+
+
+def _autograd(
+    case: Case,
+    offsets: torch.Tensor,  # [B + 1]
+    loss: str = "mean",
+    weights: torch.Tensor | None = None,  # [N]
+) -> list[tuple[torch.Tensor, ...]]:
+    """Gradients of each sample's loss in (weight, bias if any), by autograd in float64."""
+    exact = case.to(torch.float64)
+    head, y = exact.head, exact.targets
+    assert y is not None
+    parameters = [head.weight.requires_grad_()]
+    bias = None if head.bias is None else head.bias.double().requires_grad_()
+    if bias is not None:
+        parameters.append(bias)
+    gradients = []
+    for begin, end in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):
+        live = acqcore.Head(head.weight, bias, head.softcap, head.scale)
+        z = live.logits(exact.hidden[begin:end], exact.temperature)
+        token = torch.nn.functional.cross_entropy(z, y[begin:end], ignore_index=-100, reduction="none")
+        if weights is not None:
+            token = token * weights[begin:end].double()
+        total = token.sum()
+        if loss == "mean":
+            total = total / (y[begin:end] != -100).sum()
+        gradients.append(torch.autograd.grad(total, parameters))
+    return gradients
+
+
+def _norms(gradients: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    return torch.stack([sum(g.square().sum() for g in sample).sqrt() for sample in gradients])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("form", ["gram", "direct"])
+def test_head_grad_norm(form: str, name: str, dtype: torch.dtype, implementation: str) -> None:
+    case = _case(name).to(dtype)
+    got = acqcore.head_grad_norm(
+        case.hidden,
+        case.head,
+        case.targets,
+        OFFSETS,
+        temperature=case.temperature,
+        backend=implementation,
+        form=form,
+    )
+    torch.testing.assert_close(got.double(), _norms(_autograd(case, OFFSETS)), rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["gram", "direct"])
+def test_sum_and_token_weights(form: str, implementation: str) -> None:
+    case = _case("plain")
+    weights = torch.linspace(-1, 2, 60)
+    for loss in ("mean", "sum"):
+        got = acqcore.head_grad_norm(
+            case.hidden, case.head, case.targets, OFFSETS, loss=loss, token_weights=weights, form=form,
+            backend=implementation,
+        )  # fmt: skip
+        torch.testing.assert_close(got.double(), _norms(_autograd(case, OFFSETS, loss, weights)), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", ["gram", "direct"])
+@pytest.mark.parametrize("gap", [10.0, 14.0, 20.0])
+def test_confident_samples(gap: float, form: str, implementation: str) -> None:
+    """Every token confident: norms down to 1e-9, to 1e-3 relative."""
+    logits = torch.randn(12, 300, generator=torch.Generator().manual_seed(0)) * 0.5 - gap
+    targets = torch.arange(12) * 7
+    logits[torch.arange(12), targets] = 0.0
+    case = case_from_logits(logits, targets)
+    offsets = torch.tensor([0, 4, 12])
+    got = acqcore.head_grad_norm(case.hidden, case.head, targets, offsets, form=form, backend=implementation)
+    p = logits.double().softmax(dim=1)
+    p[torch.arange(12), targets] = 0
+    p[torch.arange(12), targets] = -p.sum(dim=1)  # hidden states are unit vectors: G has these rows
+    expected = torch.stack([p[:4].norm() / 4, p[4:].norm() / 8])
+    torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("form", ["gram", "direct", "auto"])
+def test_samples_do_not_depend_on_the_batch(form: str, implementation: str) -> None:
+    case = random_case(400, 24, 900)
+    assert case.targets is not None
+    offsets = torch.tensor([0, 10, 11, 150, 399, 400])
+    whole = acqcore.head_grad_norm(case.hidden, case.head, case.targets, offsets, form=form, backend=implementation)
+    for i, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
+        alone = acqcore.head_grad_norm(
+            case.hidden[begin:end], case.head, case.targets[begin:end], torch.tensor([0, end - begin]), form=form,
+            backend=implementation,
+        )  # fmt: skip
+        torch.testing.assert_close(alone[0], whole[i], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_hidden_grad(name: str, dtype: torch.dtype, implementation: str) -> None:
+    case = _case(name).to(dtype)
+    got = acqcore.hidden_grad(
+        case.hidden, case.head, case.targets, temperature=case.temperature, backend=implementation
+    )
+    exact = case.to(torch.float64)
+    hidden = exact.hidden.requires_grad_()
+    z = exact.head.logits(hidden, exact.temperature)
+    loss = torch.nn.functional.cross_entropy(z, case.targets, ignore_index=-100, reduction="sum")  # type: ignore[arg-type]
+    (expected,) = torch.autograd.grad(loss, hidden)
+    scale = expected.norm(dim=1).mean().item()
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=2e-5 * max(scale, 1e-6))
+    norms = acqcore.hidden_grad_norm(
+        case.hidden, case.head, case.targets, temperature=case.temperature, backend=implementation
+    )
+    assert norms.isnan().nonzero()[:, 0].tolist() == [5, 9, 59]
+    scored = ~norms.isnan()
+    torch.testing.assert_close(
+        norms[scored].double(), expected.norm(dim=1)[scored], rtol=1e-4, atol=2e-5 * scale + 1e-12
+    )
+
+
+def test_a_row_without_finite_logits_is_nan(implementation: str) -> None:
+    case = random_case(6, 8, 40)
+    case.hidden[1] = torch.nan
+    grad = acqcore.hidden_grad(case.hidden, case.head, case.targets, backend=implementation)
+    assert grad.isnan().all(dim=1).tolist() == [False, True, False, False, False, False]
+    norms = acqcore.head_grad_norm(
+        case.hidden, case.head, case.targets, torch.tensor([0, 3, 6]), backend=implementation
+    )
+    assert norms.isnan().tolist() == [True, False]
+
+
+def test_sketch_keeps_inner_products(implementation: str) -> None:
+    """Mean over seeds within five standard errors of the exact inner products, norms included; unbiased, not lucky."""
+    case = random_case(40, 24, 130)
+    assert case.targets is not None
+    case.targets[3] = -100
+    offsets = torch.tensor([0, 9, 25, 40])
+    gradients = torch.stack([g[0].flatten() for g in _autograd(case, offsets)])  # [3, V D]
+    exact = gradients @ gradients.T
+    products = []
+    for seed in range(60):
+        s = acqcore.grad_sketch(
+            case.hidden, case.head, case.targets, offsets, dim=256, seed=seed, backend=implementation
+        ).double()
+        products.append(s @ s.T)
+    stacked = torch.stack(products)
+    error = (stacked.mean(dim=0) - exact).abs()
+    standard_error = stacked.std(dim=0) / 60**0.5
+    assert (error <= 5 * standard_error).all()
+    # The variance is that of independent signs on both sides: at most about (1/a + 1/b + 2/(a b)) ||G||^4 each.
+    bound = (1 / 16 + 1 / 16 + 2 / 256) * 3 * exact.diagonal().square()
+    assert (stacked.var(dim=0).diagonal() <= bound).all()
+
+
+def test_sketch_is_the_same_on_every_backend() -> None:
+    case = random_case(30, 24, 500)
+    offsets = torch.tensor([0, 12, 30])
+    a = acqcore.grad_sketch(case.hidden, case.head, case.targets, offsets, dim=96, seed=3, backend="cpu")
+    b = acqcore.grad_sketch(case.hidden, case.head, case.targets, offsets, dim=96, seed=3, backend="eager")
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert a.shape == (2, 96)
+
+
+def test_ranks_of_inner_products_survive_sketching() -> None:
+    case = random_case(128 * 4, 32, 400)
+    offsets = torch.arange(129) * 4
+    gradients = torch.stack([g[0].flatten() for g in _autograd(case, offsets)])
+    exact = gradients @ gradients[:16].mean(dim=0)
+    sketch = acqcore.grad_sketch(case.hidden, case.head, case.targets, offsets, dim=4096)
+    approximate = sketch @ sketch[:16].mean(dim=0)
+    ranks = torch.stack([exact.argsort().argsort(), approximate.argsort().argsort()]).double()
+    assert torch.corrcoef(ranks)[0, 1] >= 0.8
+
+
+def test_signs_are_fixed_for_ever() -> None:
+    """The first sixteen signs of seed 0: a change would make stored sketches meaningless."""
+    from acqcore.signs import random_signs
+
+    signs = random_signs(2, 8, 0, 0)
+    assert signs.abs().eq(1).all()
+    again = random_signs(5, 100, 0, 0)
+    assert torch.equal(again[:2, :8], signs)
+    assert torch.equal(random_signs(3, 100, 0, 0, first_row=2), again[2:])
+    many = random_signs(4096, 64, 7, 1)
+    assert abs(many.mean().item()) < 0.01
+    gram = many.T @ many / 4096
+    assert (gram - torch.eye(64)).abs().max() < 0.09  # columns uncorrelated: 5.6 standard deviations
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"offsets": torch.tensor([0, 5, 5, 60])}, ValueError, r"expected increasing, got 5 then 5 \(sample 1\)"),
+        ({"offsets": torch.tensor([0, 50])}, ValueError, "offsets: expected to run from 0 to N = 60, got 0 to 50"),
+        ({"offsets": torch.tensor([0.0, 60.0])}, TypeError, "offsets: expected an int64 tensor"),
+        ({"offsets": [0, 60]}, TypeError, "offsets: expected an int64 tensor"),
+        ({"offsets": torch.tensor([0, 59, 60])}, ValueError, "targets: sample 1 has no scored token"),
+        ({"targets": None}, TypeError, "targets: expected a tensor, got None"),
+        ({"loss": "median"}, ValueError, "loss: unknown 'median', expected one of mean, sum"),
+        ({"form": "fast"}, ValueError, "form: unknown 'fast'"),
+        ({"token_weights": torch.ones(3)}, ValueError, r"token_weights: expected \[N\] with N = 60"),
+        ({"token_weights": torch.ones(60).long()}, TypeError, "token_weights: expected float32"),
+    ],
+)  # fmt: skip
+def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
+    case = _case("plain")
+    arguments = {"targets": case.targets, "offsets": OFFSETS, **change}
+    with pytest.raises(error, match=message):
+        acqcore.head_grad_norm(case.hidden, case.head, **arguments)
+
+
+def test_bad_dim() -> None:
+    case = _case("plain")
+    with pytest.raises(ValueError, match="dim: expected an int >= 1, got 0"):
+        acqcore.grad_sketch(case.hidden, case.head, case.targets, OFFSETS, dim=0)  # type: ignore[arg-type]

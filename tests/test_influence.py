@@ -1,0 +1,229 @@
+"""Influence through sketches against inner products of exact gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import acqcore
+
+Samples = dict[str, torch.Tensor]
+
+
+def samples(n: int, seed: int = 0, share: torch.Tensor | float = 0.5) -> Samples:
+    """Sequences of 16 to 24 tokens, ``share`` of them from four that make a skill, padded on the right."""
+    g = torch.Generator().manual_seed(seed)
+    skill = torch.rand(n, 24, generator=g) < share
+    input_ids = torch.randint(4, (n, 24), generator=g).where(skill, torch.randint(320, (n, 24), generator=g))
+    lengths = torch.randint(16, 25, (n, 1), generator=g)
+    return {"input_ids": input_ids, "attention_mask": (torch.arange(24) < lengths).long()}
+
+
+def take(tensors: Samples, indices: Any) -> Samples:
+    return {key: value[indices] for key, value in tensors.items()}
+
+
+def head_gradients(model: Any, tensors: Samples) -> torch.Tensor:
+    """Gradient of each sample's mean loss in the head's weight, by autograd, ``[n, V * D]``."""
+    rows = []
+    for ids, mask in zip(tensors["input_ids"], tensors["attention_mask"], strict=True):
+        ids = ids[mask.bool()]
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, ids[1:])
+        (gradient,) = torch.autograd.grad(loss, model.lm_head.weight)
+        rows.append(gradient.flatten())
+    return torch.stack(rows)
+
+
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
+    ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_ranks_agree_with_exact_head_gradients(similarity: str, seed: int, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama")
+    target, pool = samples(16, 1, 1.0), samples(160, 0, torch.linspace(0.2, 1, 160)[:, None])
+    reference = acqcore.influence_reference(model, target, parameters="head", seed=seed)
+    values = acqcore.influence(model, pool, reference, similarity=similarity)
+    exact_mean = head_gradients(model, target).mean(dim=0)
+    gradients = head_gradients(model, pool)
+    exact = gradients @ exact_mean
+    if similarity == "cosine":
+        exact = exact / gradients.norm(dim=1) / exact_mean.norm()
+    assert values.shape == (160,)
+    assert values.dtype == torch.float32
+    assert spearman(values, exact) >= 0.95
+
+
+@pytest.mark.parametrize("parameters", ["head", 1, "all"])
+@pytest.mark.parametrize("precondition", [None, "reference"])
+def test_a_sample_has_influence_one_on_itself(
+    parameters: str | int, precondition: str | None, tiny_model: Callable[..., Any]
+) -> None:
+    model, one = tiny_model("Llama"), samples(1)
+    reference = acqcore.influence_reference(model, one, parameters=parameters, dim=256, precondition=precondition)
+    torch.testing.assert_close(acqcore.influence(model, one, reference), torch.ones(1))
+
+
+def test_the_default_is_deeper_than_the_head(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama")
+    reference = acqcore.influence_reference(model, samples(4), dim=64)
+    assert reference.parameters == "all"
+    assert reference.dim == 64
+    assert reference.n == 4
+    assert any("layers.0" in name for name in reference.shapes)
+
+
+def test_a_step_on_an_influential_sample_lowers_the_loss(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama").double()
+    target, pool = samples(8, 1, 1.0), samples(24, 0, torch.linspace(0.2, 1, 24)[:, None])
+    reference = acqcore.influence_reference(model, target, backend="eager")  # float64
+    values = acqcore.influence(model, pool, reference, similarity="dot", backend="eager")
+
+    def loss(tensors: Samples) -> torch.Tensor:
+        losses = []
+        for ids, mask in zip(tensors["input_ids"], tensors["attention_mask"], strict=True):
+            ids = ids[mask.bool()]
+            logits = model(input_ids=ids[None]).logits[0, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits, ids[1:]))
+        return torch.stack(losses).mean()
+
+    drops = []
+    for i in range(24):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        gradients = torch.autograd.grad(loss(take(pool, slice(i, i + 1))), list(model.parameters()))
+        with torch.no_grad():
+            start = loss(target)
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter.sub_(gradient, alpha=1e-4)
+            drops.append(start - loss(target))
+        model.load_state_dict(before)
+    assert spearman(values, torch.stack(drops)) >= 0.9
+
+
+class TestReference:
+    def test_mean_of_sketches(self, tiny_model: Callable[..., Any]) -> None:
+        model, target = tiny_model("Llama"), samples(6)
+        reference = acqcore.influence_reference(model, target, parameters="head", dim=64, seed=5)
+        parts = [
+            acqcore.influence_reference(model, take(target, [i]), parameters="head", dim=64, seed=5).mean
+            for i in range(6)
+        ]
+        torch.testing.assert_close(reference.mean, torch.stack(parts).mean(dim=0))
+        assert "shapes" not in repr(reference)
+
+    def test_similarity_is_the_definition(self, tiny_model: Callable[..., Any]) -> None:
+        model = tiny_model("Llama")
+        sketches = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+        sketches[3] = 0
+        moments = torch.arange(16.0)
+        plain = acqcore.influence_reference(model, samples(6), parameters="head", dim=16)
+        expected = sketches @ plain.mean
+        torch.testing.assert_close(plain.similarity(sketches, "dot"), expected)
+        cosine = torch.nn.functional.cosine_similarity(sketches, plain.mean[None])
+        torch.testing.assert_close(plain.similarity(sketches), cosine)
+        assert plain.similarity(sketches)[3] == 0
+        scaled = acqcore.influence_reference(model, samples(6), parameters="head", dim=16, precondition=moments)
+        divisor = moments.sqrt() + 0.1 * moments.mean().sqrt()
+        torch.testing.assert_close(scaled.similarity(sketches, "dot"), sketches @ (plain.mean / divisor))
+
+    def test_second_moments_of_the_reference(self, tiny_model: Callable[..., Any]) -> None:
+        model = tiny_model("Llama")
+        one = acqcore.influence_reference(model, samples(1), parameters="head", dim=16, precondition="reference")
+        assert one.second_moments is not None
+        torch.testing.assert_close(one.second_moments, one.mean.square())
+
+    def test_a_sketch_with_nan_gives_nan_alone(self, tiny_model: Callable[..., Any]) -> None:
+        reference = acqcore.influence_reference(tiny_model("Llama"), samples(2), parameters="head", dim=4)
+        values = reference.similarity(torch.tensor([[torch.nan, 0, 0, 0], [1.0, 2, 3, 4]]))
+        assert values.isnan().tolist() == [True, False]
+
+    def test_bad_sketches(self, tiny_model: Callable[..., Any]) -> None:
+        reference = acqcore.influence_reference(tiny_model("Llama"), samples(2), parameters="head", dim=4)
+        with pytest.raises(
+            ValueError, match=r"sketches: expected \[n, d\] with d = 4 as in the reference, got .*\[2, 8\]"
+        ):
+            reference.similarity(torch.zeros(2, 8))
+        with pytest.raises(TypeError, match=r"sketches: expected a tensor \[n, d\], got list"):
+            reference.similarity([])  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"similarity: unknown 'cosin', .*did you mean 'cosine'"):
+            reference.similarity(torch.zeros(2, 4), "cosin")
+
+
+def test_loss_and_seed_go_with_the_reference(tiny_model: Callable[..., Any]) -> None:
+    model, one = tiny_model("Llama"), samples(1)
+    reference = acqcore.influence_reference(model, one, parameters="head", dim=64, seed=9, loss="sum")
+    values = acqcore.influence(model, one, reference, similarity="dot")
+    torch.testing.assert_close(values[0], reference.mean.square().sum())
+
+
+@pytest.mark.parametrize("parameters", ["head", "all"])
+def test_a_reference_of_another_student(parameters: str, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama")
+    reference = acqcore.influence_reference(model, samples(2), parameters=parameters, dim=16)
+    wider = tiny_model("Llama", hidden_size=64)
+    with pytest.raises(
+        ValueError, match=r"reference: made with another student: head is \[320, 32\] there, \[320, 64\] here"
+    ):
+        acqcore.influence(wider, samples(2), reference)
+    if parameters == "all":
+        deeper = tiny_model("Llama", num_hidden_layers=3)
+        with pytest.raises(ValueError, match=r"another student: model\.layers\.2\..* is no such parameter there"):
+            acqcore.influence(deeper, samples(2), reference)
+
+
+def test_a_reference_follows_its_student_in_training(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama")
+    reference = acqcore.influence_reference(model, samples(2), dim=16)
+    before = acqcore.influence(model, samples(5), reference)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert not torch.equal(acqcore.influence(model, samples(5), reference), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"dim": 0}, ValueError, "dim: expected an int >= 1, got 0"),
+        ({"loss": "max"}, ValueError, "loss: unknown 'max'"),
+        ({"parameters": "heads"}, ValueError, "parameters: "),
+        ({"precondition": "adam"}, ValueError, "precondition: unknown 'adam', expected one of reference"),
+        ({"precondition": 1}, TypeError, "precondition: expected one of reference, got int"),
+        ({"precondition": torch.ones(3)}, ValueError, r"precondition: expected \[dim\] with dim = 16, got"),
+        ({"precondition": -torch.ones(16)}, ValueError, "precondition: expected finite second moments >= 0"),
+        ({"precondition": torch.zeros(16)}, ValueError, "precondition: .*not all of them 0"),
+    ],
+)  # fmt: skip
+def test_bad_reference_options(
+    options: dict[str, Any], error: type[Exception], message: str, tiny_model: Callable[..., Any]
+) -> None:
+    with pytest.raises(error, match=message):
+        acqcore.influence_reference(tiny_model("Llama"), samples(2), **({"dim": 16} | options))
+
+
+def test_bad_reference_samples(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama")
+    with pytest.raises(ValueError, match="samples: expected at least one reference sample, got none"):
+        acqcore.influence_reference(model, [], dim=16)
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    student = acqcore.Student.from_model(model, verify=False)
+    with pytest.raises(ValueError, match=r"samples\[0\]: expected a finite gradient, got NaN"):
+        acqcore.influence_reference(student, samples(2), parameters="head", dim=16)
+
+
+def test_bad_influence_arguments(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama")
+    reference = acqcore.influence_reference(model, samples(2), parameters="head", dim=16)
+    with pytest.raises(TypeError, match=r"reference: expected what acqcore\.influence_reference gives, got float32"):
+        acqcore.influence(model, samples(2), reference.mean)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="similarity: unknown 'l2', expected one of cosine, dot"):
+        acqcore.influence(model, samples(2), reference, similarity="l2")
+    with pytest.raises(TypeError, match="student: expected"):
+        acqcore.influence(3, samples(2), reference)  # type: ignore[arg-type]

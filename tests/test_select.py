@@ -1,0 +1,220 @@
+"""Selection: each greedy step against a naive one, the result against the best subset of tiny sets."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import acqcore
+
+VECTOR_METHODS = ["k_center", "facility_location", "badge", "log_det"]
+
+
+def vectors(n: int, d: int, seed: int = 0) -> torch.Tensor:
+    """Clusters of different sizes and lengths, ``[n, d]``."""
+    g = torch.Generator().manual_seed(seed)
+    centres = torch.randn(max(2, n // 5), d, generator=g) * 2
+    which = torch.randint(len(centres), (n,), generator=g)
+    return centres[which] + 0.5 * torch.randn(n, d, generator=g)
+
+
+def coverage(x: torch.Tensor, chosen: list[int]) -> float:
+    """Facility location, as defined."""
+    unit = x / x.norm(dim=1, keepdim=True)
+    return float((unit @ unit[chosen].T).clamp_min(0).amax(dim=1).sum())
+
+
+def log_det(x: torch.Tensor, chosen: list[int], ridge: float) -> float:
+    kernel = x @ x.T / x.square().sum(dim=1).mean()
+    part = kernel[chosen][:, chosen] / ridge
+    return float(torch.logdet(torch.eye(len(chosen), dtype=x.dtype) + part))
+
+
+def naive_greedy(value: Callable[[list[int]], float], n: int, k: int) -> list[int]:
+    chosen: list[int] = []
+    for _ in range(k):
+        left = [i for i in range(n) if i not in chosen]
+        chosen.append(max(left, key=lambda i: value([*chosen, i])))
+    return chosen
+
+
+def brute_force(value: Callable[[list[int]], float], n: int, k: int) -> float:
+    return max(value(list(subset)) for subset in itertools.combinations(range(n), k))
+
+
+class TestTopK:
+    def test_order_ties_and_nan(self) -> None:
+        scores = torch.tensor([1.0, torch.nan, 3.0, 1.0, -torch.inf, 3.0, torch.inf])
+        assert acqcore.select(scores, 6).tolist() == [6, 2, 5, 0, 3, 4]
+        assert acqcore.select(scores, 2).dtype == torch.int64
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_dtypes(self, dtype: torch.dtype) -> None:
+        assert acqcore.select(torch.tensor([0.0, 2.0, 1.0], dtype=dtype), 2).tolist() == [1, 2]
+
+    def test_many_ties_come_in_order(self) -> None:
+        assert acqcore.select(torch.zeros(1000), 1000).tolist() == list(range(1000))
+
+    def test_of_scores(self) -> None:
+        one = acqcore.Scores({"loss": torch.tensor([1.0, 2.0])}, torch.ones(2).long(), torch.ones(2).bool())
+        two = acqcore.Scores({**one, "margin": torch.tensor([2.0, 1.0])}, one.n_tokens, one.valid)
+        assert acqcore.select(one, 1).tolist() == [1]
+        assert acqcore.select(two, 1, acquisition="margin").tolist() == [0]
+        with pytest.raises(ValueError, match="candidates: expected scores of one acquisition, got loss, margin"):
+            acqcore.select(two, 1)
+        with pytest.raises(ValueError, match=r"acquisition: unknown 'los', .*did you mean 'loss'"):
+            acqcore.select(one, 1, acquisition="los")
+
+
+@pytest.mark.parametrize("method", VECTOR_METHODS)
+class TestEveryVectorMethod:
+    def test_all_of_them_is_a_permutation(self, method: str) -> None:
+        x = torch.cat([vectors(12, 3), vectors(12, 3), torch.zeros(2, 3)])  # copies, zeros, n > d
+        chosen = acqcore.select(x, 26, method)
+        assert chosen.dtype == torch.int64
+        assert sorted(chosen.tolist()) == list(range(26))
+
+    def test_fewer_are_a_prefix_of_more(self, method: str) -> None:
+        x = vectors(40, 6)
+        assert acqcore.select(x, 20, method)[:7].tolist() == acqcore.select(x, 7, method).tolist()
+
+    def test_copies_come_last(self, method: str) -> None:
+        x = torch.eye(6).repeat(5, 1)
+        assert sorted(i % 6 for i in acqcore.select(x, 6, method).tolist()) == list(range(6))
+
+    def test_one_candidate(self, method: str) -> None:
+        assert acqcore.select(torch.ones(1, 4), 1, method).tolist() == [0]
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_dtypes(self, method: str, dtype: torch.dtype) -> None:
+        x = torch.diag(torch.arange(1.0, 7.0))
+        assert acqcore.select(x.to(dtype), 4, method).tolist() == acqcore.select(x, 4, method).tolist()
+
+    @pytest.mark.parametrize(
+        ("x", "error", "message"),
+        [
+            (torch.zeros(3), ValueError, r"candidates: expected shape \[n, d\], got float32 .*\[3\]"),
+            (torch.zeros(3, 2, dtype=torch.int64), TypeError, r"candidates: expected float32, .* got int64"),
+            ([[1.0]], TypeError, r"candidates: expected a tensor \[n, d\], got list"),
+            (torch.tensor([[0.0], [torch.nan]]), ValueError, "candidates: expected finite .*row 1 has NaN"),
+            (torch.zeros(1, 2), ValueError, r"k: expected at most 1 \(the number of candidates\), got 2"),
+            (torch.zeros(0, 2), ValueError, r"k: expected at most 0 \(the number of candidates\), got 2"),
+        ],
+    )  # fmt: skip
+    def test_bad_vectors(self, method: str, x: torch.Tensor, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            acqcore.select(x, 2, method)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_k_center_step_by_step(seed: int) -> None:
+    x = vectors(30, 4, seed).double()
+    chosen = acqcore.select(x, 10, "k_center").tolist()
+    assert chosen[0] == int((x - x.mean(dim=0)).norm(dim=1).argmin())
+    between = torch.linalg.norm(x[:, None] - x[None], dim=2)
+    for j in range(1, 10):
+        assert chosen[j] == int(between[chosen[:j]].amin(dim=0).argmax())
+
+
+def test_k_center_is_within_twice_the_best() -> None:
+    x = vectors(12, 2).double()
+    between = torch.linalg.norm(x[:, None] - x[None], dim=2)
+
+    def radius(chosen: list[int]) -> float:
+        return float(between[chosen].amin(dim=0).amax())
+
+    best = -brute_force(lambda chosen: -radius(chosen), 12, 4)
+    assert radius(acqcore.select(x, 4, "k_center").tolist()) <= 2 * best
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_facility_location_step_by_step(seed: int) -> None:
+    x = vectors(40, 6, seed).double()
+    chosen = acqcore.select(x, 15, "facility_location").tolist()
+    for j in range(15):  # two vectors that cover each other gain alike, so values are compared
+        values = [coverage(x, [*chosen[:j], i]) for i in range(40)]
+        assert values[chosen[j]] == pytest.approx(max(values), rel=1e-12)
+
+
+def test_facility_location_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    x = vectors(40, 6).double()
+    whole = acqcore.select(x, 15, "facility_location").tolist()
+    module = importlib.import_module("acqcore.select")
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 3 * 40)
+    monkeypatch.setattr(module, "_KEPT_ELEMENTS", 0)
+    assert acqcore.select(x, 15, "facility_location").tolist() == whole
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("ridge", [1.0, 0.01])
+def test_log_det_is_the_naive_greedy(seed: int, ridge: float) -> None:
+    x = vectors(25, 12, seed).double()
+    chosen = acqcore.select(x, 10, "log_det", ridge=ridge).tolist()
+    assert chosen == naive_greedy(lambda picked: log_det(x, picked, ridge), 25, 10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_submodular_methods_are_within_their_bound(seed: int) -> None:
+    x = vectors(11, 4, seed).double()
+    values: dict[str, Callable[[list[int]], float]] = {
+        "facility_location": lambda chosen: coverage(x, chosen),
+        "log_det": lambda chosen: log_det(x, chosen, 0.01),
+    }
+    for method, value in values.items():
+        best = brute_force(value, 11, 4)
+        assert value(acqcore.select(x, 4, method).tolist()) >= (1 - 1 / math.e) * best
+
+
+def test_log_det_does_not_depend_on_the_scale() -> None:
+    x = vectors(30, 8)
+    expected = acqcore.select(x, 10, "log_det").tolist()
+    assert acqcore.select(x * 2.0**-20, 10, "log_det").tolist() == expected
+    assert acqcore.select(x * 2.0**20, 10, "log_det").tolist() == expected
+
+
+def test_badge_is_seeded() -> None:
+    x = vectors(50, 4)
+    assert acqcore.select(x, 8, "badge", seed=3).tolist() == acqcore.select(x, 8, "badge", seed=3).tolist()
+    assert len({tuple(acqcore.select(x, 8, "badge", seed=s).tolist()) for s in range(5)}) > 1
+
+
+def test_badge_draws_by_squared_distance() -> None:
+    x = torch.tensor([[0.0], [1.0], [3.0]])
+    squared = (x - x.T).square()
+    counts = torch.zeros(3, 3)
+    draws = 3000
+    for seed in range(draws):
+        first, second = acqcore.select(x, 2, "badge", seed=seed).tolist()
+        counts[first, second] += 1
+    expected = squared / squared.sum(dim=1, keepdim=True) / 3
+    # Five standard deviations of a binomial share.
+    assert ((counts / draws - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt()).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.zeros(3), 4), ValueError, r"k: expected at most 3 \(the number of scores .*\), got 4"),
+        ((torch.tensor([1.0, torch.nan]), 2), ValueError, "k: expected at most 1 .*not NaN"),
+        ((torch.zeros(3), 0), ValueError, "k: expected an int >= 1, got 0"),
+        ((torch.zeros(3), 1.0), TypeError, "k: expected an int, got float"),
+        ((torch.zeros(3), 1, "kcenter"), ValueError, "method: unknown 'kcenter', .*did you mean 'k_center'"),
+        ((torch.zeros(3, 2), 1), ValueError, r"candidates: expected shape \[n\], got .*\[3, 2\]"),
+        (([1.0, 2.0], 1), TypeError, r"candidates: expected a tensor \[n\], got list"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        acqcore.select(*arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("ridge", "message"), [(0.0, ">= 1e-9, got 0.0"), (torch.nan, "finite number, got nan")])
+def test_bad_ridge(ridge: float, message: str) -> None:
+    with pytest.raises(ValueError, match=f"ridge: expected a .*{message}"):
+        acqcore.select(torch.zeros(3, 2), 1, "log_det", ridge=ridge)
