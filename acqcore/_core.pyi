@@ -43,6 +43,15 @@ def delta_product(
     values: Matrix,  # [V, n]
     out: int,  # float32 [N, n], written
 ) -> None: ...
+def delta_hash(
+    isa: str,
+    head: HeadArgs,
+    state: int,  # float64 [7, N]
+    index: int,  # int64 [N]
+    places: int,  # int32 [V]
+    columns: int,
+    out: int,  # float32 [N, columns], written
+) -> None: ...
 def head_grad_norm(
     isa: str,
     head: HeadArgs,

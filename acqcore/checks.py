@@ -28,9 +28,7 @@ def float_tensor(name: str, value: object, shape: str, dims: int) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {describe(value)}")
     if value.dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"{name}: expected float32, bfloat16, float16 or float64 {shape}, got {describe(value)}"
-        )
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64 {shape}, got {describe(value)}")
     if value.dim() != dims:
         raise ValueError(f"{name}: expected shape {shape}, got {describe(value)}")
 
@@ -45,9 +43,7 @@ def head(weight: object, bias: object, softcap: object, scale: object) -> None:
         float_tensor("bias", bias, "[V]", 1)
         assert isinstance(bias, torch.Tensor)
         if bias.shape[0] != weight.shape[0]:
-            raise ValueError(
-                f"bias: expected [V] with V = {weight.shape[0]} as in weight, got {describe(bias)}"
-            )
+            raise ValueError(f"bias: expected [V] with V = {weight.shape[0]} as in weight, got {describe(bias)}")
         same_device("bias", bias, "weight", weight)
     if softcap is not None:
         positive("softcap", softcap)
@@ -89,9 +85,7 @@ def targets(value: object, like: torch.Tensor, name: str) -> None:
     if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
         raise TypeError(f"targets: expected an int64 tensor [N], got {describe(value)}")
     if value.shape != like.shape[:1]:
-        raise ValueError(
-            f"targets: expected [N] with N = {like.shape[0]} as in {name}, got {describe(value)}"
-        )
+        raise ValueError(f"targets: expected [N] with N = {like.shape[0]} as in {name}, got {describe(value)}")
     same_device("targets", value, name, like)
 
 
@@ -179,13 +173,11 @@ def trunk_output(hidden: object, output: object, input_ids: torch.Tensor) -> Non
     """What a trunk gave for ``input_ids [B, T]`` holds hidden states ``[B, T, D]``."""
     if not isinstance(hidden, torch.Tensor):
         raise TypeError(
-            "trunk: expected it to give a tensor [B, T, D] or an object with last_hidden_state, "
-            f"got {describe(output)}"
+            f"trunk: expected it to give a tensor [B, T, D] or an object with last_hidden_state, got {describe(output)}"
         )
     if hidden.dim() != 3 or hidden.shape[:2] != input_ids.shape:
         raise ValueError(
-            f"trunk: expected hidden states [B, T, D] for input_ids {list(input_ids.shape)}, "
-            f"got {describe(hidden)}"
+            f"trunk: expected hidden states [B, T, D] for input_ids {list(input_ids.shape)}, got {describe(hidden)}"
         )
 
 
@@ -234,8 +226,7 @@ def adapted_head(layer: Any, is_lora: bool) -> None:
         )
     if layer.merged and layer.disable_adapters:
         raise ValueError(
-            "model: the adapter on the output embedding is both merged and disabled; call "
-            "model.unmerge_adapter() first"
+            "model: the adapter on the output embedding is both merged and disabled; call model.unmerge_adapter() first"
         )
 
 
@@ -333,25 +324,20 @@ def messages(index: int, key: str, value: object) -> None:
     for message in value:
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             raise TypeError(
-                f'samples[{index}]: {key}: expected messages with "role" and "content", '
-                f"got {describe(message)}"
+                f'samples[{index}]: {key}: expected messages with "role" and "content", got {describe(message)}'
             )
 
 
 def prompt(index: int, value: object) -> None:
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(
-            f"samples[{index}]: prompt: expected a string or a list of messages, got {describe(value)}"
-        )
+        raise TypeError(f"samples[{index}]: prompt: expected a string or a list of messages, got {describe(value)}")
     messages(index, "prompt", value)
 
 
 def last_turn(index: int, value: Sequence[Mapping[str, Any]]) -> None:
     if not value or value[-1]["role"] != "assistant":
         role = repr(value[-1]["role"]) if value else "no message"
-        raise ValueError(
-            f"samples[{index}]: messages: expected the assistant's turn last (it is scored), got {role}"
-        )
+        raise ValueError(f"samples[{index}]: messages: expected the assistant's turn last (it is scored), got {role}")
 
 
 def context(index: int, value: Sequence[Mapping[str, Any]]) -> None:
@@ -366,9 +352,7 @@ def reply(index: int, value: Sequence[Mapping[str, Any]]) -> None:
 
 def tokenizer(value: object) -> None:
     if value is None:
-        raise TypeError(
-            "tokenizer: samples of text need one, got none; pass tokenizer= or a student loaded by path"
-        )
+        raise TypeError("tokenizer: samples of text need one, got none; pass tokenizer= or a student loaded by path")
     if not callable(value) or not hasattr(value, "apply_chat_template"):
         raise TypeError(f"tokenizer: expected a transformers tokenizer, got {describe(value)}")
 
@@ -382,9 +366,7 @@ def tensor_samples(samples: Mapping[str, Any]) -> None:
     """``input_ids [B, T]`` with an optional mask and labels of the same shape."""
     if "input_ids" not in samples:
         keys = ", ".join(repr(key) for key in samples)
-        raise TypeError(
-            f'samples: expected a list, or a mapping of tensors with "input_ids", got keys {keys}'
-        )
+        raise TypeError(f'samples: expected a list, or a mapping of tensors with "input_ids", got keys {keys}')
     for key in ("input_ids", "attention_mask", "labels"):
         value = samples.get(key)
         if value is None and key != "input_ids":
@@ -395,9 +377,7 @@ def tensor_samples(samples: Mapping[str, Any]) -> None:
         if value.dim() != 2:
             raise ValueError(f"{name}: expected shape [B, T], got {describe(value)}")
         if value.shape != samples["input_ids"].shape:
-            raise ValueError(
-                f"{name}: expected {list(samples['input_ids'].shape)} as input_ids, got {describe(value)}"
-            )
+            raise ValueError(f"{name}: expected {list(samples['input_ids'].shape)} as input_ids, got {describe(value)}")
 
 
 def token_ids(index: int, ids: torch.Tensor, vocab_size: int) -> None:
@@ -419,9 +399,7 @@ def scored(index: int, n_scored: int) -> None:
 
 def sample_length(index: int, length: int, limit: int | None) -> None:
     if limit is not None and length > limit:
-        raise ValueError(
-            f"samples[{index}]: {length} tokens, the student takes at most {limit}; max_length= truncates"
-        )
+        raise ValueError(f"samples[{index}]: {length} tokens, the student takes at most {limit}; max_length= truncates")
 
 
 def token_values(name: str, values: object, n: int) -> None:
@@ -499,15 +477,11 @@ def offsets(value: object, targets: torch.Tensor) -> None:
     same_device("offsets", value, "targets", targets)
     n = len(targets)
     if int(value[0]) != 0 or int(value[-1]) != n:
-        raise ValueError(
-            f"offsets: expected to run from 0 to N = {n}, got {int(value[0])} to {int(value[-1])}"
-        )
+        raise ValueError(f"offsets: expected to run from 0 to N = {n}, got {int(value[0])} to {int(value[-1])}")
     steps = value.diff()
     if bool((steps <= 0).any()):
         i = int((steps <= 0).nonzero()[0])
-        raise ValueError(
-            f"offsets: expected increasing, got {int(value[i])} then {int(value[i + 1])} (sample {i})"
-        )
+        raise ValueError(f"offsets: expected increasing, got {int(value[i])} then {int(value[i + 1])} (sample {i})")
 
 
 def scored_tokens(counts: torch.Tensor) -> None:
@@ -567,8 +541,7 @@ def one_column(name: str, values: Mapping[str, torch.Tensor], column: str | None
         return values[column]
     if len(values) != 1:
         raise ValueError(
-            f"{name}: expected scores of one acquisition, got {', '.join(values) or 'none'}; "
-            "acquisition= names one"
+            f"{name}: expected scores of one acquisition, got {', '.join(values) or 'none'}; acquisition= names one"
         )
     return next(iter(values.values()))
 
@@ -593,8 +566,7 @@ def gradient_parameters(value: object, known: Collection[str]) -> None:
         one_of("parameters", value, known)
     elif isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
-            f"parameters: expected {', '.join(known)} or a number of transformer blocks, "
-            f"got {describe(value)}"
+            f"parameters: expected {', '.join(known)} or a number of transformer blocks, got {describe(value)}"
         )
     elif value < 1:
         raise ValueError(f"parameters: expected at least 1 transformer block, got {value}")
@@ -693,9 +665,7 @@ def embedding_output(names: Mapping[str, str], fits: bool) -> None:
 
 def unchanged_input(names: Mapping[str, str], unchanged: bool) -> None:
     if not unchanged:
-        raise ValueError(
-            f"parameters: no rule covers {_first(names)}: the input of its module is changed in place"
-        )
+        raise ValueError(f"parameters: no rule covers {_first(names)}: the input of its module is changed in place")
 
 
 def one_kind_of_use(name: str, piece: object) -> None:
@@ -705,9 +675,7 @@ def one_kind_of_use(name: str, piece: object) -> None:
 
 def embedding_use(name: str, is_embedding: bool) -> None:
     if not is_embedding:
-        raise ValueError(
-            f"parameters: no rule covers {name}: the head shares it with a layer that is no embedding"
-        )
+        raise ValueError(f"parameters: no rule covers {name}: the head shares it with a layer that is no embedding")
 
 
 def like_vector(name: str, value: object, like: torch.Tensor, like_name: str) -> None:
@@ -715,9 +683,7 @@ def like_vector(name: str, value: object, like: torch.Tensor, like_name: str) ->
     float_tensor(name, value, "[n, d]", 2)
     assert isinstance(value, torch.Tensor)
     if value.shape[1] != like.shape[-1]:
-        raise ValueError(
-            f"{name}: expected [n, d] with d = {like.shape[-1]} as in {like_name}, got {describe(value)}"
-        )
+        raise ValueError(f"{name}: expected [n, d] with d = {like.shape[-1]} as in {like_name}, got {describe(value)}")
     same_device(name, value, like_name, like)
 
 
@@ -750,6 +716,4 @@ def same_student(made: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[i
         there, here = made.get(name), now.get(name)
         if there != here:
             shapes = ["no such parameter" if shape is None else str(list(shape)) for shape in (there, here)]
-            raise ValueError(
-                f"reference: made with another student: {name} is {shapes[0]} there, {shapes[1]} here"
-            )
+            raise ValueError(f"reference: made with another student: {name} is {shapes[0]} there, {shapes[1]} here")

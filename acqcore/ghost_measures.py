@@ -20,15 +20,14 @@ import torch
 
 from acqcore.backends.eager import logit_gradient
 from acqcore.head import Head
-from acqcore.head_grad import _grad_sketch, _head_grad_norm, sketch_factors
+from acqcore.head_grad import _grad_sketch, _head_grad_norm, hash_columns, head_places
 from acqcore.row_stats import RowStats
 from acqcore.signs import random_signs
 
 #: Most elements of per-sample weight gradients held at a time by the direct form (64 MiB in float32).
 CHUNK_ELEMENTS = 1 << 24
 
-#: Stream of the signs that ``head_grad.grad_sketch`` uses, and bits that choose an entry's place in a sketch.
-HEAD_STREAM = 0
+#: Bits that choose an entry's place in a sketch.
 PLACE_BITS = 31
 
 
@@ -157,9 +156,10 @@ class Sketch:
     """A sketch of each sample's gradient, ``values [B, dim]``: the sum of every parameter's own.
 
     Signs of different parameters are independent, so that the inner products of the parameters add up and
-    those between parameters vanish in expectation. A matrix is projected on both sides, as in
-    ``head_grad.grad_sketch``; entries are hashed to one place each (Weinberger et al. 2009, "Feature hashing").
-    Signs hang on the parameter's name.
+    those between parameters vanish in expectation. The head is sketched by ``head_grad.grad_sketch``. A deeper
+    matrix is projected with dense signs on both sides, cheaper than two Fourier transforms per token and layer, and
+    noisier for one matrix, which averages out over many; entries are hashed to one place each (Weinberger et al.
+    2009, "Feature hashing"). Signs hang on the parameter's name.
     """
 
     def __init__(self, batch: int, device: torch.device, dim: int, seed: int) -> None:
@@ -183,7 +183,14 @@ class Sketch:
     def add_tied(self, head: HeadPass, name: str, rows: Rows) -> None:
         """The one weight that is both head and embedding: under the same signs, the sketch of the sum."""
         self.add_head(head)
-        self._add_rows(rows, HEAD_STREAM)
+        places, columns = head_places(head.head, self.dim, self.seed)
+        places = places.to(rows.ids.device)[rows.ids]  # [B, T]
+        hashed = hash_columns(rows.values, columns.to(rows.values.device), self.dim)  # [B, T, dim]
+        minus = places < 0
+        shift = torch.where(minus, ~places, places)[..., None]
+        turned = (torch.arange(self.dim, device=places.device) - shift) % self.dim  # where each place comes from
+        signs = 1 - 2 * minus[..., None].to(hashed.dtype)
+        self.values += (hashed.gather(2, turned) * signs).sum(1).to(self.values)
 
     def _signs(
         self,
@@ -249,3 +256,11 @@ def _row_sums(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     keys, places = keys.unique(return_inverse=True)
     sums = rows.values.new_zeros(len(keys), rows.values.shape[2])
     return keys, sums.index_add_(0, places.flatten(), rows.values.flatten(0, 1))
+
+
+def sketch_factors(dim: int) -> tuple[int, int]:
+    """The two most equal factors of ``dim``, the larger first."""
+    b = int(dim**0.5)
+    while dim % b:
+        b -= 1
+    return dim // b, b

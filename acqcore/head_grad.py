@@ -1,9 +1,9 @@
 """Gradients of the loss through the head, per token and per sample, without the logits.
 
 For a token with loss ``-log p_y`` and ``u = W h + b`` the gradient in ``u`` is ``delta = (p - e_y) du``, where
-``du`` is the derivative of ``cap(scale u) / temperature``. A first pass (``row_stats``) gives each row's normaliser; a second
-forms ``delta`` tile by tile, exactly: where the target is the most likely token its entry is ``-R / Z``, so that a
-confident row loses nothing to cancellation. From ``delta`` follow
+``du`` is the derivative of ``cap(scale u) / temperature``. A first pass (``row_stats``) gives each row's normaliser;
+a second forms ``delta`` tile by tile, exactly: where the target is the most likely token its entry is ``-R / Z``,
+so that a confident row loses nothing to cancellation. From ``delta`` follow
 
     dL/dh   = delta W                               (``hidden_grad``: attention with the vocabulary as keys and values)
     dL/dW   = sum_t w_t delta_t h_t^T               (its norm: ``head_grad_norm``; its sketch: ``grad_sketch``)
@@ -17,10 +17,12 @@ from acqcore import checks
 from acqcore.backends import select as select_backend
 from acqcore.head import Head, compute_dtype
 from acqcore.row_stats import RowStats, row_stats
-from acqcore.signs import random_signs
-import itertools
+from acqcore.signs import hashed_places
 
 LOSSES = ("mean", "sum")
+
+#: Rows sketched at a time: hashed and transformed they take 64 MiB at dim 4096.
+SKETCH_ROWS = 1024
 
 
 @torch.no_grad()
@@ -129,13 +131,16 @@ def grad_sketch(
 ) -> torch.Tensor:
     """A sketch of each sample's head gradient that keeps inner products: ``E <S_i, S_j> = <G_i, G_j>``.
 
-    ``S = sum_t w_t (A^T delta_t) (B^T h_t)^T / sqrt(dim)`` with independent random signs A ``[V, a]``, B ``[D, b]``,
-    ``a b = dim``. The variance of ``<S_i, S_j>`` falls as 1/a + 1/b. The signs are a hash of (seed, row, column): the
-    same on every machine and backend. A bias is left out.
+    The tensor sketch of ``G = sum_t w_t delta_t h_t^T``: signs and places are hashed for rows and for columns, and
+    entry (v, d) goes to place ``(a_v + b_d) mod dim`` with sign ``s_v s_d``. Neither G nor the logits are formed:
+    both sides are hashed alone and convolved, ``sum_t ifft(fft(hash(delta_t)) fft(hash(h_t)))``. The standard deviation of
+    ``<S_i, S_j>`` is about ``||G_i|| ||G_j|| sqrt(2 / dim)``; dense signs on both sides (64 x 64 for the same dim) have
+    8 times that, and ranked the influence of real text at Spearman 0.8 to 0.9. The hash is of (seed, row) and
+    (seed, column): the same on every machine and backend. A bias is left out.
 
     Args:
         hidden, head, targets, offsets, loss, token_weights, temperature, backend: as in :func:`head_grad_norm`.
-        dim: length of a sketch; split into the two most equal factors (4096 = 64 x 64).
+        dim: length of a sketch.
         seed: of the signs; sketches of different seeds can not be compared.
 
     Returns:
@@ -143,7 +148,7 @@ def grad_sketch(
 
     Raises: as :func:`head_grad_norm`; ValueError for dim < 1.
 
-    Source: Johnson-Lindenstrauss with tensor-product signs (as in TRAK and LESS, on factorised gradients).
+    Source: tensor sketch (Pham & Pagh 2013, "Fast and scalable polynomial kernels via explicit feature maps").
     """
     checks.given("targets", targets)
     checks.one_of("loss", loss, LOSSES)
@@ -230,29 +235,41 @@ def _grad_sketch(
     dim: int,
     seed: int,
 ) -> torch.Tensor:
-    a, b = sketch_factors(dim)
-    left_signs = random_signs(head.weight.shape[0], a, seed, 0, head.vocab_start, hidden.device)
-    right_signs = random_signs(head.weight.shape[1], b, seed, 1, 0, hidden.device)
-    left = delta_product(hidden, head, stats, left_signs, temperature, backend)  # [N, a]
-    right = hidden.to(left.dtype) @ right_signs.to(left.dtype)  # [N, b]
-    return outer_sketch(left * weights[:, None].to(left.dtype), right, offsets)
+    assert stats.targets is not None
+    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
+    rows, columns = head_places(head, dim, seed)
+    sketches = hidden.new_zeros((len(offsets) - 1, dim // 2 + 1), dtype=_complex(stats.dtype))
+    segments = torch.arange(len(offsets) - 1, device=hidden.device).repeat_interleave(offsets.diff())
+    for begin in range(0, len(hidden), SKETCH_ROWS):
+        part = slice(begin, begin + SKETCH_ROWS)
+        left = hidden.new_empty((len(hidden[part]), dim), dtype=stats.dtype)
+        chosen.delta_hash(
+            hidden[part], head, stats.targets[part], temperature, stats.state[:, part].contiguous(),
+            stats.max_index[part], rows, left,
+        )  # fmt: skip
+        left *= weights[part, None].to(stats.dtype)
+        right = hash_columns(hidden[part].to(stats.dtype), columns, dim)
+        sketches.index_add_(0, segments[part], torch.fft.rfft(left) * torch.fft.rfft(right))
+    return torch.fft.irfft(sketches, n=dim)
 
 
-def outer_sketch(
-    left: torch.Tensor,  # [N, a], weighted
-    right: torch.Tensor,  # [N, b]
-    offsets: torch.Tensor,  # [B + 1]
+def head_places(head: Head, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hashed places of the rows ``[V]`` and columns ``[D]`` of a head's weight (see ``signs.hashed_places``)."""
+    v, d = head.weight.shape
+    device = head.weight.device
+    return hashed_places(v, dim, seed, 0, head.vocab_start, device), hashed_places(d, dim, seed, 1, 0, device)
+
+
+def hash_columns(
+    values: torch.Tensor,  # [..., D]
+    places: torch.Tensor,  # [D] int32
+    dim: int,
 ) -> torch.Tensor:
-    """``sum_t left_t right_t^T / sqrt(a b)`` of each sample, flattened: ``[B, a b]``."""
-    bounds = offsets.tolist()
-    dim = left.shape[1] * right.shape[1]
-    rows = [left[i:j].T @ right[i:j] for i, j in itertools.pairwise(bounds)]
-    return torch.stack(rows).flatten(1) / dim**0.5 if rows else left.new_zeros(0, dim)
+    """Signed sums of the columns that share a place, ``[..., dim]``."""
+    minus = places < 0
+    out = values.new_zeros((*values.shape[:-1], dim))
+    return out.index_add_(-1, torch.where(minus, ~places, places), values.where(~minus, -values))
 
 
-def sketch_factors(dim: int) -> tuple[int, int]:
-    """The two most equal factors of ``dim``, the larger first."""
-    b = int(dim**0.5)
-    while dim % b:
-        b -= 1
-    return dim // b, b
+def _complex(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype == torch.float64 else torch.complex64

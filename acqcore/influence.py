@@ -108,7 +108,7 @@ def influence_reference(
         parameters: which gradients: ``all``, ``trainable``, the last n blocks, or ``head``. All by default: in
             trials with unlearnable samples (random answers) among learnable ones, influence through the head
             alone ranked the unlearnable first half of the time, through the full gradient never.
-        dim: length of a sketch. At 4096 the error of a cosine was about 0.05 on a small random student.
+        dim: length of a sketch; the error of a cosine falls as dim grows.
         seed: of the sketch.
         precondition: None, or second moments v of the sketch coordinates: ``"reference"`` for those of this
             set, or ``[dim]`` of your own (the running mean of squared sketches of training batches).

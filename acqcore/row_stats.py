@@ -167,9 +167,7 @@ class RowStats:
         first = (mine[MAX] > theirs[MAX]) | ((mine[MAX] == theirs[MAX]) & (self.max_index <= other.max_index))
         high, low = mine.where(first, theirs), theirs.where(first, mine)
         d = low[MAX] - high[MAX]
-        d = d.where(
-            low[MAX] != -torch.inf, 0.0
-        )  # an empty part: no term of it counts, 0 * -inf is not formed
+        d = d.where(low[MAX] != -torch.inf, 0.0)  # an empty part: no term of it counts, 0 * -inf is not formed
         c = d.exp().where(low[MAX] != -torch.inf, 0.0)
         # The lower maximum joins the sums as a term of its own (the "+ 1").
         n, n1 = low[R] + 1, low[S1] + d * (low[R] + 1)

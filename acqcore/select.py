@@ -1,7 +1,7 @@
 """Choosing k of n samples: the highest scores, or a diverse subset by vectors that stand for them.
 
 Every method is greedy and gives its choices in order, so that the first j of k are the choice for j. None but
-``facility_location`` looks at all pairs, and that one a block at a time: memory stays O(n d + n k).
+``facility_location`` looks at all pairs, in a bounded buffer: memory stays O(n d + n k).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from acqcore.scores import Scores
 
 METHODS = ("top_k", "k_center", "facility_location", "badge", "log_det")
 
-# Facility location computes this many similarities at once (64 MiB of float32), and keeps them all where there are
-# no more than the second (256 MiB): on 4000 noisy vectors a gain then costs a tenth.
+# Facility location computes this many similarities at once (64 MiB of float32), and keeps them all where they are no
+# more than the second (256 MiB): on 2000 noisy vectors of 4096 that halves the time.
 _BLOCK_ELEMENTS = 1 << 24
 _KEPT_ELEMENTS = 1 << 26
 # Stale gains of facility location refreshed together at first, one pass over the vectors serving them all; doubled

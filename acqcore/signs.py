@@ -1,4 +1,4 @@
-"""Random signs from a hash of their place, the same on every machine, device and backend."""
+"""Random signs and places from a hash, the same on every machine, device and backend."""
 
 from __future__ import annotations
 
@@ -24,13 +24,34 @@ def random_signs(
     words = (columns + _BITS - 1) // _BITS
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
     word = torch.arange(words, dtype=torch.int64, device=device)
-    key = _mix(torch.tensor(seed, dtype=torch.int64, device=device) * _GOLDEN + stream)
-    bits = _mix(_mix(key + (row[:, None] + 1) * _GOLDEN) + (word + 1) * _GOLDEN)  # [rows, words]
+    bits = _mix(_mix(_key(seed, stream, device) + (row[:, None] + 1) * _GOLDEN) + (word + 1) * _GOLDEN)  # [rows, words]
     shifts = torch.arange(_BITS, dtype=torch.int64, device=device)
     signs = torch.empty((rows, words * _BITS), dtype=torch.float32, device=device)
     for i in range(words):  # one word at a time: the integers take eight bytes a sign
         signs[:, i * _BITS : (i + 1) * _BITS] = ((bits[:, i, None] >> shifts) & 1) * 2 - 1
     return signs[:, :columns].contiguous()
+
+
+def hashed_places(
+    rows: int,
+    places: int,
+    seed: int,
+    stream: int,
+    first_row: int = 0,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """A place and a sign for each row, ``[rows]`` int32: the place in ``[0, places)``, or ``~place`` for minus.
+
+    A function of (seed, stream, row + first_row): the columns of a count sketch (Charikar, Chen & Farach-Colton 2002).
+    """
+    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
+    bits = _mix(_key(seed, stream, device) + (row + 1) * _GOLDEN)
+    place = _shift_right(bits, 1) % places
+    return place.where((bits & 1) == 0, ~place).to(torch.int32)
+
+
+def _key(seed: int, stream: int, device: torch.device | str) -> torch.Tensor:
+    return _mix(torch.tensor(seed, dtype=torch.int64, device=device) * _GOLDEN + stream)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

@@ -175,9 +175,8 @@ def test_sketch_keeps_inner_products(implementation: str) -> None:
     error = (stacked.mean(dim=0) - exact).abs()
     standard_error = stacked.std(dim=0) / 60**0.5
     assert (error <= 5 * standard_error).all()
-    # The variance is that of independent signs on both sides: at most about (1/a + 1/b + 2/(a b)) ||G||^4 each.
-    bound = (1 / 16 + 1 / 16 + 2 / 256) * 3 * exact.diagonal().square()
-    assert (stacked.var(dim=0).diagonal() <= bound).all()
+    # Of a tensor sketch: at most 8 / dim ||G||^4, with room for 60 draws.
+    assert (stacked.var(dim=0).diagonal() <= 8 / 256 * exact.diagonal().square() * 1.5).all()
 
 
 def test_sketch_is_the_same_on_every_backend() -> None:
@@ -190,14 +189,18 @@ def test_sketch_is_the_same_on_every_backend() -> None:
 
 
 def test_ranks_of_inner_products_survive_sketching() -> None:
+    """Samples that share a direction of their hidden states to different degrees, and a target."""
     case = random_case(128 * 4, 32, 400)
+    shared = torch.linspace(-1, 1, 128).repeat_interleave(4)[:, None] * torch.ones(32)
+    hidden, targets = case.hidden + shared, torch.full((512,), 3)
+    case = Case(hidden, case.head, targets)
     offsets = torch.arange(129) * 4
     gradients = torch.stack([g[0].flatten() for g in _autograd(case, offsets)])
-    exact = gradients @ gradients[:16].mean(dim=0)
-    sketch = acqcore.grad_sketch(case.hidden, case.head, case.targets, offsets, dim=4096)
-    approximate = sketch @ sketch[:16].mean(dim=0)
+    exact = gradients @ gradients[96:].mean(dim=0)
+    sketch = acqcore.grad_sketch(hidden, case.head, targets, offsets, dim=4096)
+    approximate = sketch @ sketch[96:].mean(dim=0)
     ranks = torch.stack([exact.argsort().argsort(), approximate.argsort().argsort()]).double()
-    assert torch.corrcoef(ranks)[0, 1] >= 0.8
+    assert torch.corrcoef(ranks)[0, 1] >= 0.95
 
 
 def test_signs_are_fixed_for_ever() -> None:

@@ -1,4 +1,4 @@
-"""Imports run one way: acqsynth -> score -> acquisitions -> row_stats -> backends -> kernels, _core; checks is a leaf."""
+"""Imports run one way, acqsynth -> score -> acquisitions -> row_stats -> backends -> kernels, _core."""
 
 from __future__ import annotations
 
@@ -36,14 +36,33 @@ ALLOWED = {
     "ghost_rules": {"checks", "head", "ghost_measures"},
     "ghost_capture": {"checks", "head", "student", "ghost_measures", "ghost_rules"},
     "ghost": {
-        "checks", "head", "head_grad", "packing", "row_stats", "samples", "student", "ghost_measures",
+        "checks",
+        "head",
+        "head_grad",
+        "packing",
+        "row_stats",
+        "samples",
+        "student",
+        "ghost_measures",
         "ghost_capture",
     },
     "select": {"checks", "scores"},
     "diversity": {"checks", "select"},
     "badge": {"checks", "row_stats", "student", "samples", "packing", "ghost"},
     "influence": {"checks", "student", "samples", "ghost", "ghost_capture"},
-    "score": {"checks", "head", "student", "samples", "packing", "scores", "acquisitions", "row_stats"},
+    "progress": set(),
+    "parts": {"checks"},
+    "score": {
+        "checks",
+        "head",
+        "student",
+        "samples",
+        "packing",
+        "progress",
+        "scores",
+        "acquisitions",
+        "row_stats",
+    },
 }
 ABOVE_SCORE = {"__init__", "__main__", "cli", "data_files"}  # may import anything of acqcore
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -13,7 +15,6 @@ from acqcore.testing import (
     case_from_logits,
     random_case,
 )
-import itertools
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -75,6 +75,20 @@ class Backend(ABC):
         """``delta values`` with delta as in ``head_grad.py``; zero in rows with target -100."""
 
     @abstractmethod
+    def delta_hash(
+        self,
+        hidden: torch.Tensor,  # [N, D]
+        head: Head,
+        targets: torch.Tensor,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64, of row_stats for the same arguments
+        index: torch.Tensor,  # [N] int64, likewise
+        places: torch.Tensor,  # [V] int32: a place in [0, n), or its complement ~place for a minus sign
+        out: torch.Tensor,  # [N, n], written
+    ) -> None:
+        """Signed sums of delta's columns that share a place; zero in rows with target -100."""
+
+    @abstractmethod
     def head_grad_norm(
         self,
         hidden: torch.Tensor,  # [N, D]

@@ -102,6 +102,28 @@ class Cpu(Backend):
                 out.data_ptr(),
             )
 
+    def delta_hash(
+        self,
+        hidden: torch.Tensor,  # [N, D]
+        head: Head,
+        targets: torch.Tensor,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64
+        index: torch.Tensor,  # [N] int64
+        places: torch.Tensor,  # [V] int32
+        out: torch.Tensor,  # [N, n] float32, written
+    ) -> None:
+        with _head_args(hidden, head, targets, temperature) as arguments:
+            _core.delta_hash(
+                self.instruction_set(),
+                arguments,
+                state.data_ptr(),
+                index.data_ptr(),
+                places.data_ptr(),
+                out.shape[1],
+                out.data_ptr(),
+            )
+
     def head_grad_norm(
         self,
         hidden: torch.Tensor,  # [N, D]

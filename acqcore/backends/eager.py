@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from acqcore.backends.base import Backend
 from acqcore.head import Head, compute_dtype
-import itertools
 
 
 class Eager(Backend):
@@ -49,6 +50,21 @@ class Eager(Backend):
     ) -> None:
         delta = logit_gradient(hidden, head, targets, temperature, state, index)
         torch.mm(delta, values.to(delta.dtype), out=out)
+
+    def delta_hash(
+        self,
+        hidden: torch.Tensor,  # [N, D]
+        head: Head,
+        targets: torch.Tensor,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64
+        index: torch.Tensor,  # [N] int64
+        places: torch.Tensor,  # [V] int32
+        out: torch.Tensor,  # [N, n], written
+    ) -> None:
+        delta = logit_gradient(hidden, head, targets, temperature, state, index)
+        minus = places < 0
+        out.zero_().index_add_(1, torch.where(minus, ~places, places), delta.where(~minus, -delta))
 
     def head_grad_norm(
         self,

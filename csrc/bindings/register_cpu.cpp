@@ -78,8 +78,24 @@ void row_stats(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t 
 
 void delta_product(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
                    const Matrix& values, uintptr_t out) {
-  const acqcore::DeltaProductArgs args = {head, reinterpret_cast<const double*>(state),
-                                          reinterpret_cast<const int64_t*>(index), values,
+  const acqcore::DeltaProductArgs args = {head,
+                                          reinterpret_cast<const double*>(state),
+                                          reinterpret_cast<const int64_t*>(index),
+                                          values,
+                                          nullptr,
+                                          values.columns,
+                                          reinterpret_cast<float*>(out)};
+  run(isa, &acqcore::Operations::delta_product, args);
+}
+
+void delta_hash(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
+                uintptr_t places, int64_t columns, uintptr_t out) {
+  const acqcore::DeltaProductArgs args = {head,
+                                          reinterpret_cast<const double*>(state),
+                                          reinterpret_cast<const int64_t*>(index),
+                                          Matrix{},
+                                          reinterpret_cast<const int32_t*>(places),
+                                          columns,
                                           reinterpret_cast<float*>(out)};
   run(isa, &acqcore::Operations::delta_product, args);
 }
@@ -122,6 +138,8 @@ void register_cpu(py::module_& m) {
   m.def("row_stats", &row_stats, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"));
   m.def("delta_product", &delta_product, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("values"), py::arg("out"));
+  m.def("delta_hash", &delta_hash, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
+        py::arg("places"), py::arg("columns"), py::arg("out"));
   m.def("head_grad_norm", &head_grad_norm, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("offsets"), py::arg("samples"), py::arg("weights"), py::arg("form"), py::arg("squared"));
   m.def("logit_stats", &logit_stats, py::arg("isa"), py::arg("threads"), py::arg("logits"), py::arg("targets"),

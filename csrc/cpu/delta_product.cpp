@@ -1,4 +1,5 @@
-// delta values: attention with the vocabulary as keys and the rows of `values` as values, the logits never held.
+// delta values: attention with the vocabulary as keys and the rows of `values` as values, the logits never held; or, where
+// values are unit vectors with signs, delta hashed to places, an addition for each entry instead of a product.
 //
 // A task is a block of rows; for each tile of the vocabulary it forms delta (L2) and adds delta times the tile's values
 // to the block's output, which stays in its scratch until the end. Rows do not depend on the other rows of the batch.
@@ -40,11 +41,25 @@ void add_values(const DeltaProductArgs& args, int64_t count, int64_t tile, int w
   }
 }
 
+// Adds each entry of delta [count, width] to its place in ws.out [count, columns], or takes it off.
+void add_places(const int32_t* places, int64_t count, int width, int64_t columns, const Workspace& ws) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float* delta = ws.delta + i * kTile;
+    float* out = ws.out + i * columns;
+    for (int v = 0; v < width; ++v) {
+      const int32_t negative = places[v] >> 31;  // 0 or all ones
+      uint32_t bits;
+      memcpy(&bits, delta + v, 4);
+      out[places[v] ^ negative] += from_bits(bits ^ (uint32_t(negative) & 0x80000000u));
+    }
+  }
+}
+
 }  // namespace
 
 bool delta_product(const DeltaProductArgs& args) {
   const HeadArgs& head = args.head;
-  const int64_t n = head.hidden.rows, columns = args.values.columns;
+  const int64_t n = head.hidden.rows, columns = args.columns;
   Scratch row_scratch(8 * n);
   if (row_scratch.missing()) return false;
   int64_t* rows = row_scratch.as<int64_t>();
@@ -65,7 +80,7 @@ bool delta_product(const DeltaProductArgs& args) {
   const int64_t block = lesser(kBlockRows, even);
   const auto carve = [&](Arena& arena) {
     return Workspace{arena.take<float>(block * inner.units), arena.take<float>(kTile * inner.depth),
-                     arena.take<float>(block * kTile),       arena.take<float>(kTile * padded),
+                     arena.take<float>(block * kTile),       arena.take<float>(args.places ? 0 : kTile * padded),
                      arena.take<float>(block * padded),      arena.take<DeltaRow>(block)};
   };
   Arena layout(nullptr);
@@ -90,7 +105,11 @@ bool delta_product(const DeltaProductArgs& args) {
     for (int64_t tile = 0; tile < head.weight.rows; tile += kTile) {
       const int width = static_cast<int>(lesser(kTile, head.weight.rows - tile));
       delta_tile(head, inner, transform, ws.rows, whole, ws.hidden, tile, width, ws.weights, ws.delta);
-      add_values(args, count, tile, width, padded, ws);
+      if (args.places) {
+        add_places(args.places + tile, count, width, padded, ws);
+      } else {
+        add_values(args, count, tile, width, padded, ws);
+      }
     }
     for (int64_t i = 0; i < count; ++i) {
       memcpy(args.out + rows[begin + i] * columns, ws.out + i * padded, 4 * columns);

@@ -38,13 +38,15 @@ struct LogitStatsArgs {
   int64_t* index;  // [N], written
 };
 
-// delta values, delta [N, V] as in head_grad.py; zero in ignored rows.
+// delta values, or delta hashed to n places; delta [N, V] as in head_grad.py, zero in ignored rows.
 struct DeltaProductArgs {
-  HeadArgs head;         // with targets
-  const double* state;   // [7, N], of row_stats for the same head
-  const int64_t* index;  // [N], likewise
-  Matrix values;         // [V, n]
-  float* out;            // [N, n], written
+  HeadArgs head;          // with targets
+  const double* state;    // [7, N], of row_stats for the same head
+  const int64_t* index;   // [N], likewise
+  Matrix values;          // [V, n]; not read where there are places
+  const int32_t* places;  // [V] or null: column v is added to place p, or taken from place ~p where it is negative
+  int64_t columns;        // n
+  float* out;             // [N, n], written
 };
 
 // Squared norms of each sample's head gradient, sum_t weights_t delta_t h_t^T, the bias's included where there is one.

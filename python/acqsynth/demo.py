@@ -84,9 +84,7 @@ def main() -> None:
     measured["grpo"] = train(generator, tokenizer, student)
     measured["seconds"] = time.perf_counter() - begin
     (OUTPUT / "demo.json").write_text(json.dumps(measured, indent=2) + "\n")
-    console.print(
-        f"\n{measured['seconds']:.0f} s in all; {OUTPUT}/scores.parquet and {OUTPUT}/demo.json written"
-    )
+    console.print(f"\n{measured['seconds']:.0f} s in all; {OUTPUT}/scores.parquet and {OUTPUT}/demo.json written")
 
 
 def quiet() -> None:
@@ -118,9 +116,7 @@ def show_scores(seeds: Sequence[dict[str, str]], scores: acqcore.Scores) -> None
     """The ends of the ranking by entropy, and each acquisition's mean by kind."""
     entropy, loss = scores["entropy"].tolist(), scores["loss"].tolist()
     order = sorted(range(len(seeds)), key=lambda i: -entropy[i])
-    ranked = Table(
-        title="Ranked by entropy, nats per token (both ends)", title_justify="left", box=SIMPLE_HEAD
-    )
+    ranked = Table(title="Ranked by entropy, nats per token (both ends)", title_justify="left", box=SIMPLE_HEAD)
     widths = {"rank": 4, "entropy": 7, "loss": 5, "kind": 9, "domain": 11, "question": None}
     for heading, width in widths.items():
         number = heading in ("rank", "entropy", "loss")
@@ -219,9 +215,7 @@ def first_scored(tokenizer: Any, seed: dict[str, str]) -> tuple[list[int], int]:
     return encoded["input_ids"], start
 
 
-def scored_rows(
-    student: acqcore.Student, tokenizer: Any, seed: dict[str, str]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def scored_rows(student: acqcore.Student, tokenizer: Any, seed: dict[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states ``[T, D]`` that predict the completion's tokens, and these ``[T]``."""
     ids, start = first_scored(tokenizer, seed)
     tokens = torch.tensor([ids])
@@ -285,9 +279,7 @@ def eager_statistics(
 def prompts() -> list[dict[str, Any]]:
     """Chat prompts that ask for a new sample: the seeds are the examples, the domains take turns."""
     rows = []
-    shortest = {
-        d: sorted(load_seeds(d, "ordinary"), key=lambda seed: len(seed["completion"])) for d in DOMAINS
-    }
+    shortest = {d: sorted(load_seeds(d, "ordinary"), key=lambda seed: len(seed["completion"])) for d in DOMAINS}
     for start in range(STEPS * PROMPTS_PER_STEP):
         domain = DOMAINS[start % len(DOMAINS)]
         ask = {
@@ -327,9 +319,7 @@ class StepReport(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self._begin = time.perf_counter()
-        self._status.update(
-            f"step {state.global_step + 1} of {STEPS}: {PROMPTS_PER_STEP * GROUP} completions"
-        )
+        self._status.update(f"step {state.global_step + 1} of {STEPS}: {PROMPTS_PER_STEP * GROUP} completions")
         self._status.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -386,15 +376,11 @@ def train(generator: torch.nn.Module, tokenizer: Any, student: acqcore.Student) 
         callbacks=[report],
     )
     trainer.remove_callback(PrinterCallback)
-    console.print(
-        f"{PROMPTS_PER_STEP} prompts x {GROUP} completions of at most {COMPLETION_TOKENS} tokens a step"
-    )
+    console.print(f"{PROMPTS_PER_STEP} prompts x {GROUP} completions of at most {COMPLETION_TOKENS} tokens a step")
     trainer.train()
     share = sum(s["reward_seconds"] for s in report.steps) / sum(s["seconds"] for s in report.steps)
     parsed = statistics.fmean(s["parsed"] for s in report.steps)
-    console.print(
-        f"[bold]The reward took {share:.1%} of the steps' time[/]; {parsed:.0%} of the completions parsed."
-    )
+    console.print(f"[bold]The reward took {share:.1%} of the steps' time[/]; {parsed:.0%} of the completions parsed.")
     best = sorted((pair for pair in reward.seen if pair[1]), key=lambda pair: -(pair[1] or 0))
     for text, value in best[:2] + best[-1:]:
         console.print(f"[dim]reward {value:.3f}[/]")

@@ -188,11 +188,7 @@ class AcquisitionReward:
             student = self._student()
             tokenizer = self.tokenizer or student.tokenizer
             # A plain text of one token holds nothing to score: its first token has no predecessor.
-            picked = [
-                i
-                for i, s in enumerate(samples)
-                if not isinstance(s, str) or len(tokenizer(s)["input_ids"]) > 1
-            ]
+            picked = [i for i, s in enumerate(samples) if not isinstance(s, str) or len(tokenizer(s)["input_ids"]) > 1]
             scores = acqcore.score(
                 student,
                 [samples[i] for i in picked],
@@ -204,9 +200,7 @@ class AcquisitionReward:
                 backend=self.backend,
                 progress=False,
             )
-        for i, value, length in zip(
-            picked, scores[self.acquisition].tolist(), scores.n_tokens.tolist(), strict=True
-        ):
+        for i, value, length in zip(picked, scores[self.acquisition].tolist(), scores.n_tokens.tolist(), strict=True):
             values[i] = value if math.isfinite(value) else None
             lengths[i] = length
         return values, lengths

@@ -22,9 +22,7 @@ from acqsynth.parsing import as_text, parse_chat_sample, parse_sample
 from acqsynth.rewards import AcquisitionReward
 
 GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
-LONGER = (
-    "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
-)
+LONGER = "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
 BROKEN = "<question>What is 6 * 7?</question> It is 42."
 COMPLETIONS = [GOOD, BROKEN, LONGER]
 
@@ -58,13 +56,9 @@ def _fresh_students(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     rewards._load.cache_clear()
 
 
-def test_reward_is_the_score_times_the_gate(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_reward_is_the_score_times_the_gate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     values = Log().call(AcquisitionReward(model, "loss", tokenizer=tokenizer), COMPLETIONS)
-    expected = acqcore.score(
-        model, [parse_sample(GOOD), parse_sample(LONGER)], ("loss",), tokenizer=tokenizer
-    )
+    expected = acqcore.score(model, [parse_sample(GOOD), parse_sample(LONGER)], ("loss",), tokenizer=tokenizer)
     assert values == [expected["loss"][0].item(), 0.0, expected["loss"][1].item()]
     assert min(values[0], values[2]) > 0
 
@@ -94,18 +88,14 @@ def test_conversational_completions_score_as_their_text(
     assert Log().call(reward, blocks) == Log().call(reward, [GOOD])
 
 
-def test_a_completion_without_text_is_no_sample(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_completion_without_text_is_no_sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     tool_call = [{"role": "assistant", "content": None, "tool_calls": []}, {"role": "tool", "content": GOOD}]
     reward = AcquisitionReward(model, tokenizer=tokenizer)
     assert Log().call(reward, [tool_call, [], BROKEN, ""]) == [0.0] * 4
     assert Log().call(reward, []) == []
 
 
-def test_log_functions_get_values_and_metrics(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_log_functions_get_values_and_metrics(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     reward, log = AcquisitionReward(model, tokenizer=tokenizer), Log()
     values = log.call(reward, COMPLETIONS)
     assert log.columns == {
@@ -161,9 +151,7 @@ def test_a_failure_of_the_scorer_masks_the_sample(tokenizer: PreTrainedTokenizer
     assert reward.masked == 2
 
 
-def test_a_text_with_nothing_to_score_is_masked(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_text_with_nothing_to_score_is_masked(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     reward = AcquisitionReward(model, tokenizer=tokenizer, parse=as_text)
     values = Log().call(reward, ["a", "ab", " "])
     assert (values[0], values[2]) == (None, 0.0)
@@ -230,9 +218,7 @@ def test_threads_take_turns(model: LlamaForCausalLM, tokenizer: PreTrainedTokeni
     reward = AcquisitionReward(model, tokenizer=tokenizer)
     expected = Log().call(reward, COMPLETIONS)
     results: list[list[float | None]] = []
-    threads = [
-        threading.Thread(target=lambda: results.append(Log().call(reward, COMPLETIONS))) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: results.append(Log().call(reward, COMPLETIONS))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -286,9 +272,7 @@ def test_a_model_needs_its_tokenizer(model: LlamaForCausalLM) -> None:
         AcquisitionReward(model)
 
 
-def test_an_unknown_reduction_reaches_the_user(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_an_unknown_reduction_reaches_the_user(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="reduction: unknown 'median'"):
         Log().call(AcquisitionReward(model, tokenizer=tokenizer, reduction="median"), [GOOD])
 
@@ -341,9 +325,7 @@ def test_other_attributes_are_missing() -> None:
         _ = rewards.entrpy
 
 
-def test_two_steps_of_grpo(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_two_steps_of_grpo(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """TRL itself, with the model in training as its own student."""
     entropy = AcquisitionReward(model, tokenizer=tokenizer, parse=as_text)
     gated = AcquisitionReward(model, "loss", tokenizer=tokenizer)

@@ -1,0 +1,78 @@
+"""The cost of scoring real questions beside the student's own forward pass.
+
+``python -m benchmarks.bench_score`` takes SmolLM2-135M-Instruct and the first rows of a GSM8K file (question as
+prompt, answer as completion), and writes ``results/score.json`` and ``.png``. Ratios are to the trunk alone, run one
+sample at a time: no padding, no head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import acqcore
+from acqsynth.models import smollm2_path
+from benchmarks import harness
+from benchmarks.bench_row_stats import eager
+
+TEN = (
+    "loss", "perplexity", "entropy", "varentropy", "least_confidence", "margin", "gini", "el2n",
+    "expected_gradient_length", "token_grad_norm",
+)  # fmt: skip
+TRUNK = "trunk alone, unpadded"
+
+
+def load_samples(path: Path, rows: int) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8") as file:
+        records = [json.loads(line) for line, _ in zip(file, range(rows), strict=False)]
+    return [{"prompt": r["question"] + "\n", "completion": r["answer"]} for r in records]
+
+
+def token_rows(student: acqcore.Student, samples: list[dict[str, str]]) -> list[tuple[torch.Tensor, int]]:
+    """(ids ``[T]``, length of the prompt) of each sample."""
+    tokenizer = student.tokenizer
+    rows = []
+    for sample in samples:
+        text = sample["prompt"] + sample["completion"]
+        rows.append((torch.tensor(tokenizer(text).input_ids), len(tokenizer(sample["prompt"]).input_ids)))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/math/gsm8k_test.jsonl"))
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--turns", type=int, default=5)
+    arguments = parser.parse_args()
+    student = acqcore.Student.load(smollm2_path(), dtype=torch.float32)
+    samples = load_samples(arguments.data, arguments.rows)
+    rows = token_rows(student, samples)
+    weight = student.head.weight
+
+    def trunk() -> None:
+        with student.scoring():
+            for ids, _ in rows:
+                student.hidden(ids[None])
+
+    def one_at_a_time() -> list[tuple[torch.Tensor, ...]]:
+        with student.scoring():
+            return [eager(student.hidden(ids[None])[0, prompt - 1 : -1], weight, ids[prompt:]) for ids, prompt in rows]
+
+    peers: dict[str, Callable[[], object]] = {
+        TRUNK: trunk,
+        "acqcore.score, ten acquisitions": lambda: acqcore.score(student, samples, TEN, progress=False),
+        "eager, the same statistics from full logits": one_at_a_time,
+    }
+    tokens = sum(len(ids) for ids, _ in rows)
+    scored = sum(len(ids) - prompt for ids, prompt in rows)
+    case = f"SmolLM2-135M float32, {len(rows)} GSM8K rows, {tokens} tokens, {scored} scored"
+    measured = harness.measure(case, peers, baseline=TRUNK, turns=arguments.turns)
+    harness.report("score", measured, unit="", notes={"ratio_to": TRUNK, "tokens": tokens, "scored": scored})
+
+
+if __name__ == "__main__":
+    main()
