@@ -10,6 +10,7 @@ from acqcore.acquisitions import Acquisition, acquisitions, register
 from acqcore.backends import BackendInfo, backends
 from acqcore.badge import badge_embedding
 from acqcore.diversity import Archive, gradient_diversity, vendi_score
+from acqcore.ghost import grad_norm
 from acqcore.head import Head
 from acqcore.head_grad import grad_sketch, head_grad_norm, hidden_grad, hidden_grad_norm
 from acqcore.influence import Reference, influence, influence_reference
@@ -34,6 +35,7 @@ __all__ = [
     "acquisitions",
     "backends",
     "badge_embedding",
+    "grad_norm",
     "grad_sketch",
     "gradient_diversity",
     "head_grad_norm",

@@ -717,3 +717,23 @@ def same_student(made: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[i
         if there != here:
             shapes = ["no such parameter" if shape is None else str(list(shape)) for shape in (there, here)]
             raise ValueError(f"reference: made with another student: {name} is {shapes[0]} there, {shapes[1]} here")
+
+
+def acquisition_args(
+    value: object, acquisitions: object, known: Mapping[str, Collection[str]]
+) -> dict[str, Mapping[str, Any]]:
+    """Arguments of acquisitions that are asked for and take them, by names they know."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"acquisition_args: expected a mapping name -> arguments, got {describe(value)}")
+    asked = (acquisitions,) if isinstance(acquisitions, str) else acquisitions
+    for name, arguments in value.items():
+        if not isinstance(asked, Collection) or name not in asked:
+            raise ValueError(f"acquisition_args: {name!r} is not among the acquisitions asked for")
+        one_of("acquisition_args", name, known)
+        if not isinstance(arguments, Mapping):
+            raise TypeError(f"acquisition_args[{name!r}]: expected a mapping, got {describe(arguments)}")
+        for argument in arguments:
+            one_of(f"acquisition_args[{name!r}]", argument, known[name])
+    return dict(value)

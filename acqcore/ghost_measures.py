@@ -20,7 +20,7 @@ import torch
 
 from acqcore.backends.eager import logit_gradient
 from acqcore.head import Head
-from acqcore.head_grad import _grad_sketch, _head_grad_norm, hash_columns, head_places
+from acqcore.head_grad import grad_sketch_from, hash_columns, head_grad_norm_from, head_places
 from acqcore.row_stats import RowStats
 from acqcore.signs import random_signs
 
@@ -81,14 +81,14 @@ class HeadPass:
 
     def squared_norm(self) -> torch.Tensor:
         """``[B]`` float64."""
-        norm = _head_grad_norm(
+        norm = head_grad_norm_from(
             self.hidden, self.head, self.stats, self.offsets, self.weights, 1.0, self.backend, "auto"
         )
         return norm.double().square()
 
     def sketch(self, dim: int, seed: int) -> torch.Tensor:
         """``[B, dim]``."""
-        return _grad_sketch(
+        return grad_sketch_from(
             self.hidden, self.head, self.stats, self.offsets, self.weights, 1.0, self.backend, dim, seed
         )
 

@@ -112,7 +112,7 @@ def head_grad_norm(
     checks.one_of("form", form, ("auto", "gram", "direct"))
     stats = row_stats(hidden, head, targets, temperature=temperature, backend=backend)
     weights = loss_weights(targets, offsets, loss, token_weights)
-    return _head_grad_norm(hidden, head, stats, offsets, weights, temperature, backend, form)
+    return head_grad_norm_from(hidden, head, stats, offsets, weights, temperature, backend, form)
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def grad_sketch(
 
     The tensor sketch of ``G = sum_t w_t delta_t h_t^T``: signs and places are hashed for rows and for columns, and
     entry (v, d) goes to place ``(a_v + b_d) mod dim`` with sign ``s_v s_d``. Neither G nor the logits are formed:
-    both sides are hashed alone and convolved, ``sum_t ifft(fft(hash(delta_t)) fft(hash(h_t)))``. The standard deviation of
+    both are hashed alone and convolved, ``sum_t ifft(fft(hash(delta_t)) fft(hash(h_t)))``. The standard deviation of
     ``<S_i, S_j>`` is about ``||G_i|| ||G_j|| sqrt(2 / dim)``; dense signs on both sides (64 x 64 for the same dim) have
     8 times that, and ranked the influence of real text at Spearman 0.8 to 0.9. The hash is of (seed, row) and
     (seed, column): the same on every machine and backend. A bias is left out.
@@ -155,7 +155,7 @@ def grad_sketch(
     checks.positive_int("dim", dim)
     stats = row_stats(hidden, head, targets, temperature=temperature, backend=backend)
     weights = loss_weights(targets, offsets, loss, token_weights)
-    return _grad_sketch(hidden, head, stats, offsets, weights, temperature, backend, dim, seed)
+    return grad_sketch_from(hidden, head, stats, offsets, weights, temperature, backend, dim, seed)
 
 
 def loss_weights(
@@ -205,7 +205,7 @@ def delta_product(
     return out
 
 
-def _head_grad_norm(
+def head_grad_norm_from(
     hidden: torch.Tensor,  # [N, D]
     head: Head,
     stats: RowStats,
@@ -215,6 +215,7 @@ def _head_grad_norm(
     backend: str | None,
     form: str,
 ) -> torch.Tensor:
+    """:func:`head_grad_norm` from statistics in hand, ``[B]``; arguments are trusted."""
     assert stats.targets is not None
     chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
     squared = torch.empty(len(offsets) - 1, dtype=torch.float64, device=hidden.device)
@@ -224,7 +225,7 @@ def _head_grad_norm(
     return squared.clamp_min(0).sqrt().to(stats.dtype)
 
 
-def _grad_sketch(
+def grad_sketch_from(
     hidden: torch.Tensor,  # [N, D]
     head: Head,
     stats: RowStats,
@@ -235,6 +236,7 @@ def _grad_sketch(
     dim: int,
     seed: int,
 ) -> torch.Tensor:
+    """:func:`grad_sketch` from statistics in hand, ``[B, dim]``; arguments are trusted."""
     assert stats.targets is not None
     chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
     rows, columns = head_places(head, dim, seed)

@@ -194,7 +194,6 @@ class RowStats:
         return value.where(self.valid, torch.nan).to(self.dtype)
 
 
-@torch.no_grad()
 def row_stats(
     hidden: torch.Tensor,
     head: Head,
@@ -229,11 +228,14 @@ def row_stats(
     checks.positive("temperature", temperature)
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
+    # Detached rather than under no_grad: an error inside a compiled no_grad would leave gradients off for good.
+    hidden, weight = hidden.detach(), head.weight.detach()
+    bias = None if head.bias is None else head.bias.detach()
     state, index = _empty_state(hidden)
     assert head.vocab_size is not None
     _row_stats_op(
-        hidden, head.weight, head.bias, targets, head.softcap, head.scale, temperature, head.vocab_start,
-        head.vocab_size, chosen.name, state, index,
+        hidden, weight, bias, targets, head.softcap, head.scale, temperature, head.vocab_start, head.vocab_size,
+        chosen.name, state, index,
     )  # fmt: skip
     norm = torch.linalg.vector_norm(hidden, dim=1, dtype=dtype)
     if targets is not None:
@@ -241,7 +243,6 @@ def row_stats(
     return RowStats(state, index, targets, norm, dtype)
 
 
-@torch.no_grad()
 def logit_stats(
     logits: torch.Tensor,
     targets: torch.Tensor | None = None,
@@ -264,7 +265,7 @@ def logit_stats(
     checks.positive("temperature", temperature)
     chosen = select_backend(backend, logits.device, (logits.dtype,))
     state, index = _empty_state(logits)
-    _logit_stats_op(logits, targets, temperature, chosen.name, state, index)
+    _logit_stats_op(logits.detach(), targets, temperature, chosen.name, state, index)
     return RowStats(state, index, targets, None, compute_dtype(logits.dtype))
 
 

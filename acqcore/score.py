@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from acqcore import checks
-from acqcore.acquisitions import REGISTRY, Acquisition
+from acqcore.acquisitions import REGISTRY, Acquisition, SampleBatch
+from acqcore.ghost import grad_norm
 from acqcore.head import Head
 from acqcore.packing import OVERHEAD_TOKENS, partition
 from acqcore.progress import Progress
@@ -20,12 +21,16 @@ from acqcore.student import Student, StudentLike, as_student
 
 REDUCTIONS = ("mean", "sum", "max", "topk")
 
+#: What ``acquisition_args`` may hold for each acquisition that takes arguments.
+GRADIENT_ARGUMENTS = {"grad_norm": ("parameters", "loss")}
+
 
 def score(
     student: StudentLike,
     samples: Samples,
     acquisitions: str | Sequence[str] = ("entropy",),
     *,
+    acquisition_args: Mapping[str, Mapping[str, Any]] | None = None,
     tokenizer: Any = None,
     reduction: str = "mean",
     topk: int = 8,
@@ -49,6 +54,8 @@ def score(
             T], "attention_mask" [B, T], "labels" [B, T]}``, padded on any side, labels aligned with input_ids
             and -100 where not scored (mask and labels optional).
         acquisitions: names from ``acqcore.acquisitions()``.
+        acquisition_args: name -> arguments of that acquisition. ``grad_norm`` takes ``loss`` and ``parameters`` of
+            :func:`acqcore.grad_norm`; beyond ``"head"`` it runs a forward and backward pass of its own.
         tokenizer: of the student; by default the one loaded with a path. Tensors need none.
         reduction: of a sample's token values: ``mean``, ``sum``, ``max``, or ``topk``, the mean of the
             largest.
@@ -71,7 +78,8 @@ def score(
             its index), a model whose logits acqcore does not know how to form.
         RuntimeError: the backend is not available here.
     """
-    request = Request.checked(acquisitions, reduction, topk, batch_tokens, backend)
+    arguments = checks.acquisition_args(acquisition_args, acquisitions, GRADIENT_ARGUMENTS)
+    request = Request.checked(acquisitions, reduction, topk, batch_tokens, backend, arguments)
     student = as_student(student)
     head = request.fitting_head(student)
     rows = encode(
@@ -85,16 +93,26 @@ def score(
     values = torch.full((len(names), len(rows)), torch.nan)
     valid = torch.zeros(len(rows), dtype=torch.bool)
     n_tokens = torch.tensor([row.n_scored for row in rows], dtype=torch.int64)
-    tokens: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in names}
+    per_token = [name for name in names if REGISTRY[name].per_token is not None]
+    tokens: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in per_token}
+    if not request.in_one_pass():
+        valid.fill_(True)
     with Progress(sum(len(row.ids) for row in rows), progress) as bar:
-        for batch in iterate(student, head, rows, request):
+        for batch in iterate(student, head, rows, request) if request.in_one_pass() else ():
             values[:, batch.indices] = batch.values
             valid[batch.indices] = batch.valid
             if keep_tokens:
-                for a, name in enumerate(names):
-                    for i, sample in zip(batch.indices, batch.tokens, strict=True):
-                        tokens[name][i] = sample[a]
+                for i, sample in zip(batch.indices, batch.tokens, strict=True):
+                    for name in per_token:
+                        tokens[name][i] = sample[name]
             bar.update(batch.n_input_tokens)
+    if request.deep_gradient:
+        deep = grad_norm(
+            student, samples, **request.arguments["grad_norm"], tokenizer=tokenizer, batch_tokens=batch_tokens,
+            max_length=max_length, backend=backend,
+        )  # fmt: skip
+        values[names.index("grad_norm")] = deep
+        valid &= deep.isfinite()
     return Scores(dict(zip(names, values, strict=True)), n_tokens, valid, tokens if keep_tokens else None)
 
 
@@ -107,6 +125,16 @@ class Request:
     topk: int
     batch_tokens: int
     backend: str | None
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def deep_gradient(self) -> bool:
+        """grad_norm is asked for in deeper parameters than the head's."""
+        return self.arguments.get("grad_norm", {}).get("parameters", "head") != "head"
+
+    def in_one_pass(self) -> list[Acquisition]:
+        """The acquisitions that the head pass gives."""
+        return [REGISTRY[name] for name in self.acquisitions if not (name == "grad_norm" and self.deep_gradient)]
 
     @classmethod
     def checked(
@@ -116,12 +144,13 @@ class Request:
         topk: int,
         batch_tokens: int,
         backend: str | None,
+        arguments: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Request:
         names = checks.names("acquisitions", acquisitions, REGISTRY)
         checks.one_of("reduction", reduction, REDUCTIONS)
         checks.positive_int("topk", topk)
         checks.positive_int("batch_tokens", batch_tokens)
-        return cls(names, reduction, topk, batch_tokens, backend)
+        return cls(names, reduction, topk, batch_tokens, backend, arguments or {})
 
     def fitting_head(self, student: Student) -> Head:
         """The student's head, known before any forward is paid for to be one that the backend serves."""
@@ -137,7 +166,7 @@ class Batch:
     indices: list[int]
     values: torch.Tensor  # [A, B]
     valid: torch.Tensor  # [B] bool
-    tokens: list[torch.Tensor]  # B of [A, scored tokens]
+    tokens: list[dict[str, torch.Tensor]]  # B of name -> [scored tokens], for acquisitions of tokens
     n_input_tokens: int
 
 
@@ -190,49 +219,59 @@ def _score_batch(
         hidden = hidden.to(device=head.weight.device, dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             stats = row_stats(hidden, head, targets.to(hidden.device), backend=request.backend)
-        entries = [REGISTRY[name] for name in request.acquisitions]
-        columns = []
-        for entry in entries:
-            column = entry.per_token(stats)
-            checks.token_values(entry.name, column, len(stats))
-            columns.append(column.double())
-        per_token = torch.stack(columns).cpu()  # [A, N]
-    # An infinity of either sign becomes NaN here: later a maximum would hide it.
-    per_token = per_token.where(per_token.isfinite(), torch.nan)
-    pieces = per_token.split(counts, dim=1)
-    reduced = [_reduce(piece, request.reduction, request.topk) for piece in pieces]
-    values = _finish(entries, torch.stack(reduced, dim=1))  # [A, B]
-    return Batch(
-        indices,
-        values,
-        values.isfinite().all(dim=0),
-        [_finish(entries, piece) for piece in pieces],
-        sum(len(row.ids) for row in picked),
-    )
+        offsets = torch.tensor([0, *counts]).cumsum(0).to(hidden.device)
+        token_values, sample_values = {}, {}
+        for entry in request.in_one_pass():
+            if entry.per_token is not None:
+                column = entry.per_token(stats)
+                checks.token_values(entry.name, column, len(stats))
+                token_values[entry.name] = column.double().cpu()  # [N]
+            else:
+                options = {k: v for k, v in request.arguments.get(entry.name, {}).items() if k != "parameters"}
+                assert entry.per_sample is not None
+                batch = SampleBatch(hidden, head, stats, offsets, request.backend)
+                sample_values[entry.name] = entry.per_sample(batch, **options).float().cpu()  # [B]
+    values = torch.full((len(request.acquisitions), len(indices)), torch.nan)
+    tokens: list[dict[str, torch.Tensor]] = [{} for _ in indices]
+    in_pass = torch.zeros(len(request.acquisitions), dtype=torch.bool)
+    for a, name in enumerate(request.acquisitions):
+        if name in sample_values:
+            values[a] = _finite(sample_values[name])
+        elif name in token_values:
+            entry = REGISTRY[name]
+            # An infinity of either sign becomes NaN here: later a maximum would hide it.
+            pieces = _finite(token_values[name]).split(counts)
+            reduced = torch.stack([_reduce(piece, request.reduction, request.topk) for piece in pieces])
+            values[a] = _finish(entry, reduced)
+            for sample, piece in zip(tokens, pieces, strict=True):
+                sample[name] = _finish(entry, piece)
+        in_pass[a] = name in sample_values or name in token_values
+    return Batch(indices, values, values[in_pass].isfinite().all(dim=0), tokens, sum(len(row.ids) for row in picked))
 
 
 def _reduce(
-    values: torch.Tensor,  # [A, T]
+    values: torch.Tensor,  # [T]
     reduction: str,
     topk: int,
 ) -> torch.Tensor:
-    """``[A]``; NaN where a value is."""
+    """A scalar; NaN where a value is."""
     if reduction == "mean":
-        return values.mean(dim=1)
+        return values.mean()
     if reduction == "sum":
-        return values.sum(dim=1)
+        return values.sum()
     if reduction == "max":
-        return values.amax(dim=1)
-    return values.topk(min(topk, values.shape[1]), dim=1).values.mean(dim=1)  # NaN counts as the largest
+        return values.amax()
+    return values.topk(min(topk, len(values))).values.mean()  # NaN counts as the largest
 
 
 def _finish(
-    entries: Sequence[Acquisition],
-    values: torch.Tensor,  # [A, ...] float64
+    entry: Acquisition,
+    values: torch.Tensor,  # [n] float64
 ) -> torch.Tensor:
-    """``[A, ...]`` float32, NaN where not finite."""
-    finished = [
-        value if entry.finish is None else entry.finish(value) for entry, value in zip(entries, values, strict=True)
-    ]
-    result = torch.stack(finished).float()
-    return result.where(result.isfinite(), torch.nan)
+    """``[n]`` float32, NaN where not finite."""
+    return _finite((values if entry.finish is None else entry.finish(values)).float())
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    """The same shape, NaN where not finite."""
+    return values.where(values.isfinite(), torch.nan)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import acqcore
+from acqcore.acquisitions import REGISTRY
 
 
 def _implementations() -> list[str]:
@@ -129,7 +130,7 @@ def brute_force() -> Callable[..., dict[str, torch.Tensor]]:
         hook.remove()
         before = scored.nonzero()[:, 0] - 1
         z, hidden, targets = logits[before], seen[0][0, before].float(), ids[scored]
-        names = acqcore.acquisitions()
+        names = [name for name, entry in REGISTRY.items() if entry.per_token is not None]
         modules = {name: importlib.import_module(f"acqcore.acquisitions.{name}") for name in names}
         return {name: module.reference(z, targets, hidden) for name, module in modules.items()}
 

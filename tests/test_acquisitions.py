@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import acqcore
-from acqcore.acquisitions.base import REGISTRY
+from acqcore.acquisitions.base import REGISTRY, SampleBatch
 from acqcore.testing import Case, random_case
 
 BUILT_IN = (
@@ -26,7 +26,7 @@ def _reference(name: str, case: Case) -> torch.Tensor:
 
 def test_the_list() -> None:
     listed = acqcore.acquisitions()
-    assert tuple(listed) == BUILT_IN
+    assert tuple(listed) == (*BUILT_IN, "grad_norm")
     assert all(line.endswith(".") for line in listed.values())
 
 
@@ -67,6 +67,24 @@ def test_a_known_uniform_row() -> None:
     }  # fmt: skip
     for name, value in by_hand.items():
         assert REGISTRY[name].per_token(stats).item() == pytest.approx(value, abs=1e-5), name
+
+
+def test_grad_norm_against_its_reference(implementation: str) -> None:
+    case = random_case(13, 24, 97, std=2.0)
+    exact = case.to(torch.float64)
+    offsets = torch.tensor([0, 1, 6, 13])
+    batch = SampleBatch(case.hidden, case.head, case.run(implementation), offsets, implementation)
+    per_sample = REGISTRY["grad_norm"].per_sample
+    assert per_sample is not None
+    got = per_sample(batch)
+    total = per_sample(batch, loss="sum")
+    module = importlib.import_module("acqcore.acquisitions.grad_norm")
+    z, y = exact.head.logits(exact.hidden), exact.targets
+    assert y is not None
+    for i, (a, b) in enumerate([(0, 1), (1, 6), (6, 13)]):
+        expected = module.reference(z[a:b], y[a:b], exact.hidden[a:b])
+        torch.testing.assert_close(got[i].double(), expected, rtol=1e-4, atol=0)
+        torch.testing.assert_close(total[i].double(), expected * (b - a), rtol=1e-4, atol=0)
 
 
 @pytest.fixture

@@ -115,3 +115,4 @@ def test_errors_reach_through_compile() -> None:
     compiled = torch.compile(lambda y: acqcore.row_stats(H, HEAD, y).entropy, fullgraph=True, backend="eager")
     with pytest.raises(ValueError, match="got 99 at row 1"):
         compiled(torch.tensor([0, 99, 0]))
+    assert torch.is_grad_enabled()

@@ -26,7 +26,7 @@ ALLOWED = {
     "row_stats": {"checks", "head", "backends"},
     "signs": set(),
     "head_grad": {"checks", "head", "backends", "row_stats", "signs"},
-    "acquisitions": {"row_stats", "checks"},
+    "acquisitions": {"head", "row_stats", "head_grad", "checks"},
     "testing": {"head", "row_stats"},
     "samples": {"checks"},
     "packing": {"checks"},
@@ -54,6 +54,7 @@ ALLOWED = {
     "parts": {"checks"},
     "score": {
         "checks",
+        "ghost",
         "head",
         "student",
         "samples",

@@ -13,7 +13,7 @@ import acqcore
 from acqcore.acquisitions.base import REGISTRY
 from acqcore.samples import encode
 
-NAMES = tuple(acqcore.acquisitions())
+NAMES = tuple(name for name, entry in REGISTRY.items() if entry.per_token is not None)
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. What is 2 + 3?",
     "a fox",
@@ -68,6 +68,56 @@ def test_agrees_with_one_sample_at_a_time(
             torch.testing.assert_close(scores[name][i], mean, rtol=1e-4, atol=1e-5)
     assert scores.valid.all()
     assert scores.n_tokens.tolist() == [len(tokens) for tokens in scores.tokens["loss"]]
+
+
+@pytest.mark.parametrize("parameters", ["head", 1, "all"])
+@pytest.mark.parametrize("loss", ["mean", "sum"])
+def test_grad_norm_is_that_of_autograd(
+    loss: str, parameters: str | int, backend: str, tiny_model: Callable[..., Any], tokenizer: Any
+) -> None:
+    """Beside acquisitions of tokens, in the same call."""
+    model = tiny_model("Llama")
+    arguments = {"grad_norm": {"parameters": parameters, "loss": loss}}
+    scores = acqcore.score(
+        model, SAMPLES, ("entropy", "grad_norm"), acquisition_args=arguments, tokenizer=tokenizer, backend=backend,
+        batch_tokens=120, keep_tokens=True,
+    )  # fmt: skip
+    of = {
+        "head": model.lm_head.parameters,
+        1: model.model.layers[-1].parameters,
+        "all": model.parameters,
+    }[parameters]
+    for i, row in enumerate(encode(SAMPLES, tokenizer, vocab_size=320, limit=64)):
+        targets = row.targets[1:]
+        logits = model(input_ids=row.ids[None]).logits[0, :-1]
+        value = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction=loss)
+        norm = torch.stack([g.square().sum() for g in torch.autograd.grad(value, list(of()))]).sum().sqrt()
+        torch.testing.assert_close(scores["grad_norm"][i], norm, rtol=1e-3, atol=0)
+    alone = acqcore.score(model, SAMPLES, "grad_norm", acquisition_args=arguments, tokenizer=tokenizer, backend=backend)
+    torch.testing.assert_close(alone["grad_norm"], scores["grad_norm"], rtol=1e-4, atol=0)
+    assert alone.valid.all()
+    assert list(scores.tokens) == ["entropy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"margin": {}}, ValueError, "acquisition_args: 'margin' is not among the acquisitions asked for"),
+        ({"entropy": {}}, ValueError, "acquisition_args: unknown 'entropy', expected one of grad_norm"),
+        ({"grad_norm": {"layers": 2}}, ValueError, r"acquisition_args\['grad_norm'\]: unknown 'layers'"),
+        ({"grad_norm": 2}, TypeError, r"acquisition_args\['grad_norm'\]: expected a mapping, got int"),
+        ({"grad_norm": {"loss": "max"}}, ValueError, "loss: unknown 'max', expected one of mean, sum"),
+        ({"grad_norm": {"parameters": 99}}, ValueError, "parameters: "),
+        ([("grad_norm", 1)], TypeError, "acquisition_args: expected a mapping"),
+    ],
+)
+def test_acquisition_args(
+    arguments: Any, error: type[Exception], message: str, tiny_model: Callable[..., Any], tokenizer: Any
+) -> None:
+    with pytest.raises(error, match=message):
+        acqcore.score(
+            tiny_model("Llama"), TEXTS, ("entropy", "grad_norm"), acquisition_args=arguments, tokenizer=tokenizer
+        )
 
 
 @pytest.mark.parametrize("reduction", REDUCE)

@@ -15,9 +15,10 @@ from acqcore.acquisitions.expected_gradient_length import (  # isort: skip
     expected_gradient_length as expected_gradient_length,
 )
 from acqcore.acquisitions.token_grad_norm import token_grad_norm as token_grad_norm  # isort: skip
-from acqcore.acquisitions.base import REGISTRY, Acquisition, register
+from acqcore.acquisitions.grad_norm import grad_norm as grad_norm  # isort: skip
+from acqcore.acquisitions.base import REGISTRY, Acquisition, SampleBatch, register
 
-__all__ = ["REGISTRY", "Acquisition", "acquisitions", "register"]
+__all__ = ["REGISTRY", "Acquisition", "SampleBatch", "acquisitions", "register"]
 
 
 def acquisitions() -> dict[str, str]:

@@ -7,17 +7,38 @@ from dataclasses import dataclass
 
 import torch
 
+from acqcore.head import Head
 from acqcore.row_stats import RowStats
+
+
+@dataclass(frozen=True, eq=False)
+class SampleBatch:
+    """The scored tokens of B samples one after another, for an acquisition of whole samples.
+
+    Attributes:
+        hidden: ``[N, D]``.
+        head: the last layer.
+        stats: of the N rows, with targets.
+        offsets: ``[B + 1]`` int64, sample i is rows ``offsets[i]:offsets[i + 1]``.
+        backend: the name asked for, or None.
+    """
+
+    hidden: torch.Tensor
+    head: Head
+    stats: RowStats
+    offsets: torch.Tensor
+    backend: str | None
 
 
 @dataclass(frozen=True)
 class Acquisition:
-    """An acquisition function of row statistics.
+    """An acquisition function: of row statistics token by token, or of a whole sample.
 
     Attributes:
         name: how ``score`` is asked for it.
         description: one line, with the formula.
-        per_token: RowStats of T scored tokens -> ``[T]``.
+        per_token: RowStats of T scored tokens -> ``[T]``; None for one of whole samples.
+        per_sample: SampleBatch and the acquisition's own arguments -> ``[B]``; None for one of tokens.
         needs_targets: the value depends on the token that was written, not only on the prediction.
         finish: applied to a per-token value and to the reduced value, for those that are averaged on another scale
             (perplexity is averaged as a loss); None leaves them.
@@ -25,7 +46,8 @@ class Acquisition:
 
     name: str
     description: str
-    per_token: Callable[[RowStats], torch.Tensor]
+    per_token: Callable[[RowStats], torch.Tensor] | None = None
+    per_sample: Callable[..., torch.Tensor] | None = None
     needs_targets: bool = False
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
 
@@ -53,12 +75,29 @@ def register(
     def decorate(
         function: Callable[[RowStats], torch.Tensor],
     ) -> Callable[[RowStats], torch.Tensor]:
-        if name in REGISTRY:
-            raise ValueError(f"name: the acquisition {name!r} is registered already")
-        description = (function.__doc__ or "").strip().split("\n")[0]
-        if not description:
-            raise ValueError(f"{name}: an acquisition function needs a docstring that says what it measures")
-        REGISTRY[name] = Acquisition(name, description, function, needs_targets, finish)
+        REGISTRY[name] = Acquisition(
+            name, _description(name, function), per_token=function, needs_targets=needs_targets, finish=finish
+        )
         return function
 
     return decorate
+
+
+def register_sample(name: str) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+    """As :func:`register`, for a function of a :class:`SampleBatch`, whose value is not a reduction over tokens."""
+
+    def decorate(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        REGISTRY[name] = Acquisition(name, _description(name, function), per_sample=function, needs_targets=True)
+        return function
+
+    return decorate
+
+
+def _description(name: str, function: Callable[..., torch.Tensor]) -> str:
+    """First line of the docstring of a function that is about to be registered."""
+    if name in REGISTRY:
+        raise ValueError(f"name: the acquisition {name!r} is registered already")
+    description = (function.__doc__ or "").strip().split("\n")[0]
+    if not description:
+        raise ValueError(f"{name}: an acquisition function needs a docstring that says what it measures")
+    return description
