@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM := false
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench clean
 .DELETE_ON_ERROR:
-.PRECIOUS: %/.torch %/.ready
+.PRECIOUS: %/.torch %/.ready %/.bench
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -36,7 +36,7 @@ lint: $(TEST)/.ready  ## ruff and mypy
 	$(TEST)/bin/mypy
 
 # The checkout goes to the end of sys.path: benchmarks/ is found there, acqcore in the installed wheel.
-bench: $(TEST)/.ready  ## run a benchmark: BENCH=bench_row_stats BENCH_ARGS="..."
+bench: $(TEST)/.bench  ## run a benchmark: BENCH=bench_row_stats BENCH_ARGS="..."
 	PYTHONSAFEPATH=1 $(TEST)/bin/python -c "import runpy, sys; sys.path.append('.'); \
 		runpy.run_module('benchmarks.$(BENCH)', run_name='__main__', alter_sys=True)" $(BENCH_ARGS)
 
@@ -55,6 +55,11 @@ clean:  ## remove environments, build trees and caches
 
 $(DEMO)/.ready: EXTRAS := train
 $(TEST)/.ready: EXTRAS := train,dev
+
+$(TEST)/.bench: $(TEST)/.ready
+	@echo "[$(TEST)] installing the peers that benchmarks compare with"
+	@$(TEST)/bin/python -m pip install -qq -c constraints.txt "$$(echo $(TEST)/wheel/*.whl)[bench]"
+	@touch $@
 
 # The wheel is installed by force, as its version stays while the sources change; then what its extras lack.
 %/.ready: %/.torch $(INPUTS)

@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data/math/gsm8k_test.jsonl"))
     parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
     student = acqcore.Student.load(smollm2_path(), dtype=torch.float32)
     samples = load_samples(arguments.data, arguments.rows)
@@ -70,7 +70,7 @@ def main() -> None:
     tokens = sum(len(ids) for ids, _ in rows)
     scored = sum(len(ids) - prompt for ids, prompt in rows)
     case = f"SmolLM2-135M float32, {len(rows)} GSM8K rows, {tokens} tokens, {scored} scored"
-    measured = harness.measure(case, peers, baseline=TRUNK, turns=arguments.turns)
+    measured = harness.measure(case, peers, baseline=TRUNK, turns=arguments.turns, memory=False)
     harness.report("score", measured, unit="", notes={"ratio_to": TRUNK, "tokens": tokens, "scored": scored})
 
 

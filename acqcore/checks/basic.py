@@ -1,0 +1,106 @@
+"""Numbers, names, tensors in general."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Iterable
+
+import torch
+
+IGNORE_INDEX = -100
+
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(value: object) -> str:
+    """Short text for an error message: dtype and shape of a tensor, else the type's name."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    return type(value).__name__
+
+
+def float_tensor(name: str, value: object, shape: str, dims: int) -> None:
+    """``value`` is a floating-point tensor with ``dims`` dimensions; ``shape`` is how the message writes them."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {describe(value)}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64 {shape}, got {describe(value)}")
+    if value.dim() != dims:
+        raise ValueError(f"{name}: expected shape {shape}, got {describe(value)}")
+
+
+def same_device(name: str, value: torch.Tensor, other: str, tensor: torch.Tensor) -> None:
+    if value.device != tensor.device:
+        raise ValueError(f"{name}: is on {value.device} but {other} is on {tensor.device}")
+
+
+def finite(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def positive(name: str, value: object) -> None:
+    finite(name, value)
+    if value <= 0:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a number > 0, got {value}")
+
+
+def positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {describe(value)}")
+    if value < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {value}")
+
+
+def one_of(name: str, value: object, known: Collection[str]) -> None:
+    """``value`` is one of the ``known`` names; the message lists them and the nearest."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {', '.join(known)}, got {describe(value)}")
+    if value not in known:
+        near = difflib.get_close_matches(value, list(known), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}: unknown {value!r}, expected one of {', '.join(known)}{hint}")
+
+
+def names(name: str, values: object, known: Collection[str]) -> tuple[str, ...]:
+    """A non-empty sequence of known names, or one of them as a plain string."""
+    if isinstance(values, str):
+        values = (values,)
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected a sequence of names, got {describe(values)}")
+    result = tuple(values)
+    if not result:
+        raise ValueError(f"{name}: expected at least one of {', '.join(known)}, got none")
+    for value in result:
+        one_of(name, value, known)
+    if len(set(result)) != len(result):
+        raise ValueError(f"{name}: a name is given twice in {result}")
+    return result
+
+
+def module(name: str, value: object) -> None:
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(
+            f"{name}: expected acqcore.Student, a transformers or PEFT causal language model, or the path or "
+            f"hub id of one, got {describe(value)}"
+        )
+
+
+def instance(name: str, value: object, kind: type, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+
+
+def given(name: str, value: object) -> None:
+    """An argument that may be None elsewhere is not here."""
+    if value is None:
+        raise TypeError(f"{name}: expected a tensor, got None")
+
+
+def at_most(name: str, value: int, limit: int, what: str) -> None:
+    if value > limit:
+        raise ValueError(f"{name}: expected at most {limit} ({what}), got {value}")

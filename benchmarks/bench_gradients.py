@@ -1,0 +1,183 @@
+"""Per-sample gradients of a language-model head, and of a whole student, against what people use, on the CPU.
+
+``python -m benchmarks.bench_gradients`` measures, prints and writes ``results/gradients.json`` and ``.png``.
+Head: B samples of T tokens each, D = 576, V = 49152 (SmolLM2). Student: SmolLM2-135M on GSM8K rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import acqcore
+from acqsynth.models import smollm2_path
+from benchmarks import harness
+from benchmarks.bench_score import load_samples, token_rows
+
+D, V = 576, 49152
+OURS = "acqcore.head_grad_norm"
+TRUNK = "trunk alone, unpadded"
+LARGEST_LOGITS = 1 << 30  # elements; peers that hold the logits are left out beyond
+
+
+def loop(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+    """One backward per sample: ``hidden [B, T, D]``, ``targets [B, T]``."""
+    norms = []
+    for h, y in zip(hidden, targets, strict=True):
+        loss = torch.nn.functional.cross_entropy(head(h), y)
+        (grad,) = torch.autograd.grad(loss, [head.weight])
+        norms.append(grad.norm())
+    return torch.stack(norms)
+
+
+def functional(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+    """torch.func: vmap of grad; holds B gradients of the size of the head."""
+
+    def loss(weight: torch.Tensor, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(h @ weight.T, y)
+
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), chunk_size=1)(head.weight, hidden, targets)
+    return grads.flatten(1).norm(dim=1)
+
+
+def opacus(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+    """Opacus's ghost norm of a linear layer, from logits and their gradients."""
+    from opacus.grad_sample.linear import compute_linear_norm_sample
+
+    logits = head(hidden).detach().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    (backprops,) = torch.autograd.grad(loss / targets.shape[1], [logits])
+    return compute_linear_norm_sample(head, [hidden], backprops)[head.weight]
+
+
+def backpack_l2(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+    """BackPACK's BatchL2Grad, squared norms; its loss is a sum so that samples are not scaled."""
+    from backpack import backpack, extend
+    from backpack.extensions import BatchL2Grad
+
+    layer = extend(torch.nn.Linear(D, V, bias=False))
+    layer.weight = head.weight
+    logits = layer(hidden)
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    with backpack(BatchL2Grad()):
+        (loss / targets.shape[1]).backward()
+    result = layer.weight.batch_l2.sqrt()
+    layer.weight.grad = None
+    return result
+
+
+def ours(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+    b, t = targets.shape
+    offsets = torch.arange(b + 1) * t
+    return acqcore.head_grad_norm(hidden.flatten(0, 1), acqcore.Head(head.weight), targets.flatten(), offsets)
+
+
+#: name -> (function, module it needs)
+PEERS: dict[str, tuple[Callable[..., torch.Tensor], str | None]] = {
+    OURS: (ours, None),
+    "one backward per sample": (loop, None),
+    "torch.func vmap(grad), one at a time": (functional, None),
+    "Opacus ghost norm": (opacus, "opacus"),
+    "BackPACK BatchL2Grad": (backpack_l2, "backpack"),
+}
+
+
+def head_rows(turns: int, absent: dict[str, str]) -> list[harness.Row]:
+    """Every peer on each shape; their norms agree with ours to 1e-3, or this raises."""
+    g = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(D, V, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(V, D, generator=g) * (3 / D**0.5))
+    rows = []
+    for b, t in ((8, 32), (64, 32), (8, 128), (64, 128), (8, 512), (8, 2048)):
+        hidden, targets = torch.randn(b, t, D, generator=g), torch.randint(0, V, (b, t), generator=g)
+        expected = ours(hidden, head, targets)
+        peers: dict[str, Callable[[], object]] = {}
+        for name, (function, _) in PEERS.items():
+            holds_logits = name.startswith(("Opacus", "BackPACK"))
+            if name in absent or (holds_logits and b * t * V > LARGEST_LOGITS // 2):
+                continue
+            if name != OURS and b * t > 8192:
+                continue
+            torch.testing.assert_close(function(hidden, head, targets), expected, rtol=1e-3, atol=0)
+            peers[name] = _bind(function, hidden, head, targets)
+        case = f"head D={D} V={V}, B={b} T={t}"
+        print(f"measuring {case} ...", flush=True)
+        work = 2.0 * b * t * D * V
+        rows += harness.measure(case, peers, baseline=OURS, work=work, turns=turns)
+    return rows
+
+
+def student_rows(turns: int, data: Path, count: int) -> list[harness.Row]:
+    """``score`` with the head's gradient norm, and gradients of all layers, beside forward and backward passes."""
+    student = acqcore.Student.load(smollm2_path(), dtype=torch.float32)
+    samples = load_samples(data, count)
+    rows = token_rows(student, samples)
+    model = student.trunk
+    weight = student.head.weight
+    assert isinstance(model, torch.nn.Module)
+    parameters = list(model.parameters())
+
+    def trunk() -> None:
+        with student.scoring():
+            for ids, _ in rows:
+                student.hidden(ids[None])
+
+    def gradient(ids: torch.Tensor, prompt: int) -> list[torch.Tensor]:
+        hidden = student.hidden(ids[None])[0, prompt - 1 : -1]
+        head_weight = model.get_input_embeddings().weight  # type: ignore[operator]
+        loss = torch.nn.functional.cross_entropy(hidden @ head_weight.T, ids[prompt:])
+        return list(torch.autograd.grad(loss, parameters))
+
+    def backward_per_sample() -> list[torch.Tensor]:
+        model.requires_grad_(True)
+        return [torch.stack([g.norm() for g in gradient(ids, prompt)]).norm() for ids, prompt in rows]
+
+    assert weight.shape == (V, D)
+    peers: dict[str, Callable[[], object]] = {
+        TRUNK: trunk,
+        "score(grad_norm, entropy, margin)": lambda: acqcore.score(
+            student, samples, ("grad_norm", "entropy", "margin"), progress=False
+        ),
+        "acqcore.grad_norm(parameters='all')": lambda: acqcore.grad_norm(student, samples, "all"),
+        "one backward per sample, all parameters": backward_per_sample,
+    }
+    exact = torch.stack(backward_per_sample())
+    torch.testing.assert_close(acqcore.grad_norm(student, samples, "all"), exact, rtol=1e-3, atol=0)
+    case = f"SmolLM2-135M float32, {len(rows)} GSM8K rows, {sum(len(ids) for ids, _ in rows)} tokens"
+    print(f"measuring {case} ...", flush=True)
+    return harness.measure(case, peers, baseline=TRUNK, turns=turns, memory=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/math/gsm8k_test.jsonl"))
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=3)
+    arguments = parser.parse_args()
+    absent = {
+        name: f"the package {module} is absent"
+        for name, (_, module) in PEERS.items()
+        if module is not None and importlib.util.find_spec(module) is None
+    }
+    for name, reason in absent.items():
+        print(f"not measured: {name}: {reason}")
+    rows = head_rows(arguments.turns, absent) + student_rows(arguments.turns, arguments.data, arguments.rows)
+    harness.report("gradients", rows, unit="GFLOP/s", notes={"not_measured": absent})
+
+
+def _bind(
+    function: Callable[..., torch.Tensor],
+    hidden: torch.Tensor,  # [B, T, D]
+    head: torch.nn.Linear,
+    targets: torch.Tensor,  # [B, T]
+) -> Callable[[], object]:
+    return lambda: function(hidden, head, targets)
+
+
+if __name__ == "__main__":
+    main()
