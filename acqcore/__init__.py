@@ -12,12 +12,13 @@ from acqcore.badge import badge_embedding
 from acqcore.diversity import Archive, gradient_diversity, vendi_score
 from acqcore.ghost import grad_norm
 from acqcore.head import Head
-from acqcore.head_grad import grad_sketch, head_grad_norm, hidden_grad, hidden_grad_norm
+from acqcore.head_grad import head_grad_norm, hidden_grad, hidden_grad_norm
 from acqcore.influence import Reference, influence, influence_reference
 from acqcore.row_stats import RowStats, logit_stats, row_stats
 from acqcore.score import score
 from acqcore.scores import Scores
 from acqcore.select import select
+from acqcore.sketch import grad_sketch
 from acqcore.student import Student
 
 __version__ = "0.1.0"

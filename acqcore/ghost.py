@@ -88,14 +88,15 @@ def grad_sketch_model(
 ) -> torch.Tensor:
     """A sketch of the gradient of each sample's own loss: ``E <S_i, S_j> = <G_i, G_j>`` over random signs.
 
-    Every parameter's sketch, with signs of its own, added up in one vector. A matrix's is
-    ``sum_t (A^T g_t) (B^T x_t)^T / sqrt(dim)`` as in the head's; biases and norms are hashed entry by entry.
-    Only sketches of the same parameters, dim and seed can be compared. A bias of the head is left out.
+    Every parameter's sketch, with signs of its own, added up in one vector. The head's is that of
+    :func:`acqcore.grad_sketch`; a deeper matrix's are the hashed entries of ``sum_t (A^T g_t) (B^T x_t)^T``, A and B
+    random signs that leave at most 256 rows and columns; biases and norms are hashed entry by entry. Only
+    sketches of the same parameters, dim and seed can be compared. A bias of the head is left out.
 
     Args:
         student, samples, parameters, loss, tokenizer, batch_tokens, max_length, backend: as in
             :func:`grad_norm`.
-        dim: length of a sketch; split into the two most equal factors (4096 = 64 x 64).
+        dim: length of a sketch.
         seed: of the signs.
 
     Returns:

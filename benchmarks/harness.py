@@ -125,22 +125,18 @@ def report(name: str, rows: list[Row], *, unit: str, notes: dict[str, object] | 
 
 
 def table(rows: list[Row], unit: str) -> str:
-    """The rows as Markdown, one table a case."""
+    """The rows as Markdown, one table a case; columns without a figure are left out."""
     lines: list[str] = []
-    case = None
-    for row in rows:
-        if row.case != case:
-            case = row.case
-            lines += [
-                "",
-                f"**{case}**",
-                "",
-                f"| | ms | ratio | {unit} | extra MiB |",
-                "|---|---|---|---|---|",
-            ]
-        rate = "" if row.rate is None else f"{row.rate:.0f}"
-        extra = "" if row.extra_mib is None else f"{row.extra_mib:.0f}"
-        lines.append(f"| {row.peer} | {row.seconds * 1e3:.1f} | {row.ratio:.2f} | {rate} | {extra} |")
+    for case in dict.fromkeys(row.case for row in rows):
+        chosen = [row for row in rows if row.case == case]
+        columns = ["ms", "ratio"]
+        columns += [unit] if any(row.rate is not None for row in chosen) else []
+        columns += ["extra MiB"] if any(row.extra_mib is not None for row in chosen) else []
+        lines += ["", f"**{case}**", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for row in chosen:
+            cells = [f"{row.seconds * 1e3:.1f}", f"{row.ratio:.2f}"]
+            cells += [f"{value:.0f}" for value in (row.rate, row.extra_mib) if value is not None]
+            lines.append(f"| {row.peer} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

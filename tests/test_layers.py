@@ -46,6 +46,7 @@ ALLOWED = {
         "ghost_measures",
         "ghost_capture",
     },
+    "sketch": {"ghost", "head", "head_grad", "samples", "student"},
     "select": {"checks", "scores"},
     "diversity": {"checks", "select"},
     "badge": {"checks", "row_stats", "student", "samples", "packing", "ghost"},

@@ -88,3 +88,55 @@ def test_conversations_through_its_own_template(student: acqcore.Student) -> Non
     reply = student.tokenizer(messages[1]["content"] + "<|im_end|>\n").input_ids
     assert scores.n_tokens[0] == len(reply)
     assert scores["loss"][0] < 1 < scores["loss"][1]
+
+
+@pytest.fixture(scope="module")
+def gsm8k(student: acqcore.Student) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scored rows of 40 questions and answers: hidden ``[N, D]``, targets ``[N]``, offsets ``[41]``."""
+    if not DATA.exists():
+        pytest.skip(f"{DATA.name} is absent")
+    with DATA.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line, _ in zip(file, range(40), strict=False)]
+    samples = [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
+    hidden, targets, counts = [], [], [0]
+    with student.scoring():
+        for row in encode(samples, student.tokenizer, vocab_size=49152, limit=8192, max_length=160):
+            scored = row.targets != -100
+            hidden.append(student.hidden(row.ids[None])[0, scored.nonzero()[:, 0] - 1])
+            targets.append(row.targets[scored])
+            counts.append(int(scored.sum()))
+    return torch.cat(hidden), torch.cat(targets), torch.tensor(counts).cumsum(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_head_grad_norm_is_that_of_autograd(
+    dtype: torch.dtype, student: acqcore.Student, gsm8k: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+) -> None:
+    """Real hidden states, float64 autograd of each sample alone, on the inputs as rounded."""
+    hidden, targets, offsets = gsm8k
+    hidden, weight = hidden[: offsets[3]].to(dtype), student.head.weight.to(dtype)
+    got = acqcore.head_grad_norm(hidden, acqcore.Head(weight), targets[: offsets[3]], offsets[:4])
+    exact = weight.double().requires_grad_()
+    for i, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:4], strict=False)):
+        loss = torch.nn.functional.cross_entropy(hidden[begin:end].double() @ exact.T, targets[begin:end])
+        (grad,) = torch.autograd.grad(loss, exact)
+        torch.testing.assert_close(got[i].double(), grad.norm(), rtol=1e-4, atol=0)
+
+
+def test_sketches_rank_the_influence_of_real_text(
+    student: acqcore.Student, gsm8k: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+) -> None:
+    """Cosine with the mean gradient of eight other rows, Spearman against the gradients themselves."""
+    hidden, targets, offsets = gsm8k
+    weight = student.head.weight
+    gradients = []
+    for begin, end in zip(offsets.tolist(), offsets.tolist()[1:], strict=False):
+        delta = (hidden[begin:end] @ weight.T).softmax(dim=1)
+        delta[torch.arange(end - begin), targets[begin:end]] -= 1
+        gradients.append(delta.T @ hidden[begin:end] / (end - begin))
+    reference = torch.stack(gradients[32:]).mean(dim=0)
+    exact = torch.stack([(g * reference).sum() / g.norm() for g in gradients[:32]])
+    sketch = acqcore.grad_sketch(hidden, student.head, targets, offsets, dim=4096)
+    approximate = sketch[:32] @ sketch[32:].mean(dim=0) / sketch[:32].norm(dim=1)
+    ranks = torch.stack([exact.argsort().argsort(), approximate.argsort().argsort()]).double()
+    assert torch.corrcoef(ranks)[0, 1] >= 0.95
