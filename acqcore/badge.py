@@ -36,12 +36,12 @@ def badge_embedding(
 
     Args:
         student, samples, parameters, dim, seed, loss, tokenizer, batch_tokens, max_length, backend: as in
-            :func:`acqcore.grad_sketch_model`.
+            :func:`acqcore.grad_sketch`.
 
     Returns:
         ``[n, dim]`` float32 on the CPU, in the order of the samples.
 
-    Raises: as :func:`acqcore.grad_sketch_model`.
+    Raises: as :func:`acqcore.grad_sketch`.
 
     Source: Ash et al. 2020, "Deep batch active learning by diverse, uncertain gradient lower bounds", with
     each token a label of its own.

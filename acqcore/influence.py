@@ -1,7 +1,7 @@
 """Influence: how well a step on a sample's gradient would also lower the loss of a reference set.
 
 To first order a gradient step on sample i changes the loss of a reference set by ``-lr <g_i, g_ref>``. Both
-gradients are seen through sketches that keep inner products (:func:`acqcore.grad_sketch_model`), so that
+gradients are seen through sketches that keep inner products (:func:`acqcore.grad_sketch`), so that
 the reference set is passed through the student once and every sample is one product with its mean sketch.
 
 Sources: Pruthi et al. 2020 (TracIn, one checkpoint); Xia et al. 2024 (LESS: cosine, sketches, Adam); Park
@@ -104,7 +104,7 @@ def influence_reference(
 
     Args:
         student, samples, loss, tokenizer, batch_tokens, max_length, backend: as in
-            :func:`acqcore.grad_sketch_model`.
+            :func:`acqcore.grad_sketch`.
         parameters: which gradients: ``all``, ``trainable``, the last n blocks, or ``head``. All by default: in
             trials with unlearnable samples (random answers) among learnable ones, influence through the head
             alone ranked the unlearnable first half of the time, through the full gradient never.
@@ -120,7 +120,7 @@ def influence_reference(
         A Reference on the CPU.
 
     Raises:
-        TypeError, ValueError: as :func:`acqcore.grad_sketch_model`; no samples; a sample whose gradient is
+        TypeError, ValueError: as :func:`acqcore.grad_sketch`; no samples; a sample whose gradient is
             not finite; second moments of another shape, negative or not finite.
     """
     if precondition is not None:
@@ -166,7 +166,7 @@ def influence(
 
     Args:
         student, samples, tokenizer, batch_tokens, max_length, backend: as in
-            :func:`acqcore.grad_sketch_model`.
+            :func:`acqcore.grad_sketch`.
         reference: made by :func:`influence_reference` with this student.
         similarity: ``cosine``, which leaves out how large a sample's gradient is, or ``dot``.
 
@@ -175,7 +175,7 @@ def influence(
 
     Raises:
         TypeError: reference is not a Reference. ValueError: it was made with another student (names what
-            differs), an unknown similarity. Otherwise as :func:`acqcore.grad_sketch_model`.
+            differs), an unknown similarity. Otherwise as :func:`acqcore.grad_sketch`.
     """
     checks.instance("reference", reference, Reference, "what acqcore.influence_reference gives")
     checks.one_of("similarity", similarity, SIMILARITIES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from acqcore import checks
 from acqcore.acquisitions import REGISTRY, Acquisition, SampleBatch
 from acqcore.ghost import grad_norm
 from acqcore.head import Head
+from acqcore.influence import influence
 from acqcore.packing import OVERHEAD_TOKENS, partition
 from acqcore.progress import Progress
 from acqcore.row_stats import row_stats
@@ -21,8 +22,12 @@ from acqcore.student import Student, StudentLike, as_student
 
 REDUCTIONS = ("mean", "sum", "max", "topk")
 
-#: What ``acquisition_args`` may hold for each acquisition that takes arguments.
-GRADIENT_ARGUMENTS = {"grad_norm": ("parameters", "loss")}
+#: What ``acquisition_args`` may hold for each acquisition that takes arguments, and what it must.
+ARGUMENTS = {"grad_norm": ("parameters", "loss"), "influence": ("reference", "similarity")}
+REQUIRED = {"influence": "reference"}
+
+#: Acquisitions that may take a forward and backward pass of their own.
+OWN_PASS: dict[str, Callable[..., torch.Tensor]] = {"grad_norm": grad_norm, "influence": influence}
 
 
 def score(
@@ -56,6 +61,7 @@ def score(
         acquisitions: names from ``acqcore.acquisitions()``.
         acquisition_args: name -> arguments of that acquisition. ``grad_norm`` takes ``loss`` and ``parameters`` of
             :func:`acqcore.grad_norm`; beyond ``"head"`` it runs a forward and backward pass of its own.
+            ``influence`` needs ``reference``, from :func:`acqcore.influence_reference`, and takes ``similarity``.
         tokenizer: of the student; by default the one loaded with a path. Tensors need none.
         reduction: of a sample's token values: ``mean``, ``sum``, ``max``, or ``topk``, the mean of the
             largest.
@@ -78,7 +84,7 @@ def score(
             its index), a model whose logits acqcore does not know how to form.
         RuntimeError: the backend is not available here.
     """
-    arguments = checks.acquisition_args(acquisition_args, acquisitions, GRADIENT_ARGUMENTS)
+    arguments = checks.acquisition_args(acquisition_args, acquisitions, ARGUMENTS)
     request = Request.checked(acquisitions, reduction, topk, batch_tokens, backend, arguments)
     student = as_student(student)
     head = request.fitting_head(student)
@@ -106,13 +112,13 @@ def score(
                     for name in per_token:
                         tokens[name][i] = sample[name]
             bar.update(batch.n_input_tokens)
-    if request.deep_gradient:
-        deep = grad_norm(
-            student, samples, **request.arguments["grad_norm"], tokenizer=tokenizer, batch_tokens=batch_tokens,
+    for name in request.own_passes:
+        own = OWN_PASS[name](
+            student, samples, **request.arguments.get(name, {}), tokenizer=tokenizer, batch_tokens=batch_tokens,
             max_length=max_length, backend=backend,
         )  # fmt: skip
-        values[names.index("grad_norm")] = deep
-        valid &= deep.isfinite()
+        values[names.index(name)] = own
+        valid &= own.isfinite()
     return Scores(dict(zip(names, values, strict=True)), n_tokens, valid, tokens if keep_tokens else None)
 
 
@@ -128,13 +134,14 @@ class Request:
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
-    def deep_gradient(self) -> bool:
-        """grad_norm is asked for in deeper parameters than the head's."""
-        return self.arguments.get("grad_norm", {}).get("parameters", "head") != "head"
+    def own_passes(self) -> list[str]:
+        """The acquisitions that the head pass does not give."""
+        deep = self.arguments.get("grad_norm", {}).get("parameters", "head") != "head"
+        return [name for name in self.acquisitions if name == "influence" or (name == "grad_norm" and deep)]
 
     def in_one_pass(self) -> list[Acquisition]:
         """The acquisitions that the head pass gives."""
-        return [REGISTRY[name] for name in self.acquisitions if not (name == "grad_norm" and self.deep_gradient)]
+        return [REGISTRY[name] for name in self.acquisitions if name not in self.own_passes]
 
     @classmethod
     def checked(
@@ -150,6 +157,7 @@ class Request:
         checks.one_of("reduction", reduction, REDUCTIONS)
         checks.positive_int("topk", topk)
         checks.positive_int("batch_tokens", batch_tokens)
+        checks.required_arguments(names, arguments or {}, REQUIRED)
         return cls(names, reduction, topk, batch_tokens, backend, arguments or {})
 
     def fitting_head(self, student: Student) -> Head:

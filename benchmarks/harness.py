@@ -14,6 +14,7 @@ import os
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ import torch
 import acqcore
 
 RESULTS = Path(__file__).parent / "results"
+
+#: How the names of our own fast paths begin; plots colour them.
+OURS = ("acqcore cpu", "acqcore.", "score(")
 
 
 @dataclass
@@ -141,18 +145,19 @@ def table(rows: list[Row], unit: str) -> str:
 
 
 def plot(name: str, rows: list[Row]) -> None:
-    """Horizontal bars of the median times, one panel a case."""
+    """Horizontal bars of the median times, one panel a case that compares several."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cases = list(dict.fromkeys(row.case for row in rows))
+    counts = Counter(row.case for row in rows)
+    cases = [case for case, count in counts.items() if count > 1]
     longest = max(len([r for r in rows if r.case == case]) for case in cases)
     figure, axes = pyplot.subplots(len(cases), 1, figsize=(8, (0.45 * longest + 0.9) * len(cases)), squeeze=False)
     for axis, case in zip(axes[:, 0], cases, strict=True):
         chosen = [row for row in rows if row.case == case][::-1]
-        colours = ["#c44e52" if "acqcore" in row.peer else "#8c9bb0" for row in chosen]
+        colours = ["#c44e52" if row.peer.startswith(OURS) else "#8c9bb0" for row in chosen]
         bars = axis.barh([row.peer for row in chosen], [row.seconds for row in chosen], color=colours)
         axis.bar_label(bars, [f"{row.seconds:.3g} s" for row in chosen], padding=3, fontsize=8)
         axis.set_title(case, fontsize=10, loc="left")

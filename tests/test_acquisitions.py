@@ -26,7 +26,7 @@ def _reference(name: str, case: Case) -> torch.Tensor:
 
 def test_the_list() -> None:
     listed = acqcore.acquisitions()
-    assert tuple(listed) == (*BUILT_IN, "grad_norm")
+    assert tuple(listed) == (*BUILT_IN, "grad_norm", "influence")
     assert all(line.endswith(".") for line in listed.values())
 
 

@@ -56,6 +56,7 @@ ALLOWED = {
     "score": {
         "checks",
         "ghost",
+        "influence",
         "head",
         "student",
         "samples",

@@ -103,7 +103,7 @@ def test_grad_norm_is_that_of_autograd(
     ("arguments", "error", "message"),
     [
         ({"margin": {}}, ValueError, "acquisition_args: 'margin' is not among the acquisitions asked for"),
-        ({"entropy": {}}, ValueError, "acquisition_args: unknown 'entropy', expected one of grad_norm"),
+        ({"entropy": {}}, ValueError, "acquisition_args: unknown 'entropy', expected one of grad_norm, influence"),
         ({"grad_norm": {"layers": 2}}, ValueError, r"acquisition_args\['grad_norm'\]: unknown 'layers'"),
         ({"grad_norm": 2}, TypeError, r"acquisition_args\['grad_norm'\]: expected a mapping, got int"),
         ({"grad_norm": {"loss": "max"}}, ValueError, "loss: unknown 'max', expected one of mean, sum"),
@@ -118,6 +118,21 @@ def test_acquisition_args(
         acqcore.score(
             tiny_model("Llama"), TEXTS, ("entropy", "grad_norm"), acquisition_args=arguments, tokenizer=tokenizer
         )
+
+
+def test_influence_beside_entropy(backend: str, tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+    model = tiny_model("Llama")
+    reference = acqcore.influence_reference(model, SAMPLES[:2], tokenizer=tokenizer, backend=backend)
+    arguments = {"influence": {"reference": reference, "similarity": "dot"}}
+    scores = acqcore.score(
+        model, SAMPLES, ("influence", "entropy"), acquisition_args=arguments, tokenizer=tokenizer, backend=backend
+    )
+    expected = acqcore.influence(model, SAMPLES, reference, similarity="dot", tokenizer=tokenizer, backend=backend)
+    torch.testing.assert_close(scores["influence"], expected, rtol=1e-5, atol=0)
+    assert scores.valid.all()
+    assert scores["entropy"].isfinite().all()
+    with pytest.raises(ValueError, match="acquisition_args: 'influence' needs 'reference'"):
+        acqcore.score(model, SAMPLES, ("influence", "entropy"), tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("reduction", REDUCE)

@@ -16,6 +16,7 @@ from acqcore.acquisitions.expected_gradient_length import (  # isort: skip
 )
 from acqcore.acquisitions.token_grad_norm import token_grad_norm as token_grad_norm  # isort: skip
 from acqcore.acquisitions.grad_norm import grad_norm as grad_norm  # isort: skip
+from acqcore.acquisitions import influence as _influence  # isort: skip  # noqa: F401
 from acqcore.acquisitions.base import REGISTRY, Acquisition, SampleBatch, register
 
 __all__ = ["REGISTRY", "Acquisition", "SampleBatch", "acquisitions", "register"]

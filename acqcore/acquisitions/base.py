@@ -34,6 +34,8 @@ class SampleBatch:
 class Acquisition:
     """An acquisition function: of row statistics token by token, or of a whole sample.
 
+    With neither function, ``score`` computes it in a pass of its own.
+
     Attributes:
         name: how ``score`` is asked for it.
         description: one line, with the formula.

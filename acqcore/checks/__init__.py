@@ -163,6 +163,9 @@ from acqcore.checks.sample_data import (
     reply as reply,
 )
 from acqcore.checks.sample_data import (
+    required_arguments as required_arguments,
+)
+from acqcore.checks.sample_data import (
     same_kind as same_kind,
 )
 from acqcore.checks.sample_data import (

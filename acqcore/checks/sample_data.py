@@ -172,3 +172,14 @@ def acquisition_args(
         for argument in arguments:
             one_of(f"acquisition_args[{name!r}]", argument, known[name])
     return dict(value)
+
+
+def required_arguments(
+    acquisitions: Sequence[str], arguments: Mapping[str, Mapping[str, Any]], required: Mapping[str, str]
+) -> None:
+    """Acquisitions that can do nothing without an argument have it."""
+    for name in acquisitions:
+        if name in required and required[name] not in arguments.get(name, {}):
+            raise ValueError(
+                f"acquisition_args: {name!r} needs {required[name]!r}, as in {{{name!r}: {{{required[name]!r}: ...}}}}"
+            )
