@@ -1,6 +1,7 @@
 """Per-sample gradients of a language-model head, and of a whole student, against what people use, on the CPU.
 
-``python -m benchmarks.bench_gradients`` measures, prints and writes ``results/gradients.json`` and ``.png``.
+``python -m benchmarks.bench_gradients`` measures, prints and writes ``results/gradients_head.json``,
+``gradients_student.json`` and their plots.
 Head: B samples of T tokens each, D = 576, V = 49152 (SmolLM2). Student: SmolLM2-135M on GSM8K rows.
 """
 
@@ -136,6 +137,23 @@ def student_rows(turns: int, data: Path, count: int) -> list[harness.Row]:
         model.requires_grad_(True)
         return [torch.stack([g.norm() for g in gradient(ids, prompt)]).norm() for ids, prompt in rows]
 
+    longest_first = sorted(rows, key=lambda row: -len(row[0]))
+
+    def batched() -> list[torch.Tensor]:
+        """An ordinary training step's forward and backward over all rows, eight of similar length at a time."""
+        model.requires_grad_(True)
+        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        total: list[torch.Tensor] = []
+        for i in range(0, len(rows), 8):
+            part = longest_first[i : i + 8]
+            ids = torch.nn.utils.rnn.pad_sequence([row for row, _ in part], batch_first=True)
+            hidden = student.hidden(ids)
+            picked = torch.cat([h[prompt - 1 : len(row) - 1] for h, (row, prompt) in zip(hidden, part, strict=True)])
+            targets = torch.cat([row[prompt:] for row, prompt in part])
+            loss = torch.nn.functional.cross_entropy(picked @ embedding.T, targets)
+            total = list(torch.autograd.grad(loss, parameters))
+        return total
+
     assert weight.shape == (V, D)
     peers: dict[str, Callable[[], object]] = {
         TRUNK: trunk,
@@ -143,6 +161,8 @@ def student_rows(turns: int, data: Path, count: int) -> list[harness.Row]:
             student, samples, ("grad_norm", "entropy", "margin"), progress=False
         ),
         "acqcore.grad_norm(parameters='all')": lambda: acqcore.grad_norm(student, samples, "all"),
+        "acqcore.grad_sketch(parameters='all')": lambda: acqcore.grad_sketch(student, samples, "all"),
+        "ordinary batched forward and backward": batched,
         "one backward per sample, all parameters": backward_per_sample,
     }
     exact = torch.stack(backward_per_sample())
@@ -157,6 +177,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/math/gsm8k_test.jsonl"))
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--part", choices=["all", "head", "student"], default="all")
     arguments = parser.parse_args()
     absent = {
         name: f"the package {module} is absent"
@@ -165,8 +186,12 @@ def main() -> None:
     }
     for name, reason in absent.items():
         print(f"not measured: {name}: {reason}")
-    rows = head_rows(arguments.turns, absent) + student_rows(arguments.turns, arguments.data, arguments.rows)
-    harness.report("gradients", rows, unit="GFLOP/s", notes={"not_measured": absent})
+    if arguments.part != "student":
+        rows = head_rows(arguments.turns, absent)
+        harness.report("gradients_head", rows, unit="GFLOP/s", notes={"ratio_to": OURS, "not_measured": absent})
+    if arguments.part != "head":
+        rows = student_rows(arguments.turns, arguments.data, arguments.rows)
+        harness.report("gradients_student", rows, unit="GFLOP/s", notes={"ratio_to": TRUNK})
 
 
 def _bind(
