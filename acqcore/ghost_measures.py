@@ -18,6 +18,7 @@ from typing import TypeAlias
 
 import torch
 
+from acqcore.backends import HeadRows
 from acqcore.backends.eager import logit_gradient
 from acqcore.head import Head
 from acqcore.head_grad import grad_sketch_from, hash_columns, head_grad_norm_from, head_places
@@ -108,7 +109,8 @@ class HeadPass:
         target = _places(self.stats.targets[rows], ids)
         maximum = _places(self.stats.max_index[rows], ids)
         hidden = self.hidden[rows]
-        delta = logit_gradient(hidden, columns, target, 1.0, self.stats.state[:, rows], maximum)  # [S, U]
+        few = HeadRows(hidden, columns, target, 1.0, self.stats.state[:, rows], maximum)
+        delta = logit_gradient(few)  # [S, U]
         keys = hidden.to(delta.dtype) @ values.to(delta.dtype).T  # [S, U]
         return (self.weights[rows, None] * (delta * keys).double()).sum()
 

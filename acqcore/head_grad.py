@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from acqcore import checks
+from acqcore.backends import HeadRows
 from acqcore.backends import select as select_backend
 from acqcore.head import Head, compute_dtype
 from acqcore.row_stats import RowStats, row_stats
@@ -201,7 +202,8 @@ def delta_product(
     chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     out = torch.empty((hidden.shape[0], values.shape[1]), dtype=dtype, device=hidden.device)
-    chosen.delta_product(hidden, head, stats.targets, temperature, stats.state, stats.max_index, values, out)
+    rows = HeadRows(hidden, head, stats.targets, temperature, stats.state, stats.max_index)
+    chosen.delta_product(rows, values, out)
     return out
 
 
@@ -219,9 +221,8 @@ def head_grad_norm_from(
     assert stats.targets is not None
     chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
     squared = torch.empty(len(offsets) - 1, dtype=torch.float64, device=hidden.device)
-    chosen.head_grad_norm(
-        hidden, head, stats.targets, temperature, stats.state, stats.max_index, offsets, weights, form, squared
-    )  # fmt: skip
+    rows = HeadRows(hidden, head, stats.targets, temperature, stats.state, stats.max_index)
+    chosen.head_grad_norm(rows, offsets, weights, form, squared)
     return squared.clamp_min(0).sqrt().to(stats.dtype)
 
 
@@ -239,18 +240,17 @@ def grad_sketch_from(
     """:func:`grad_sketch` from statistics in hand, ``[B, dim]``; arguments are trusted."""
     assert stats.targets is not None
     chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
-    rows, columns = head_places(head, dim, seed)
+    of_rows, of_columns = head_places(head, dim, seed)
     sketches = hidden.new_zeros((len(offsets) - 1, dim // 2 + 1), dtype=_complex(stats.dtype))
     segments = torch.arange(len(offsets) - 1, device=hidden.device).repeat_interleave(offsets.diff())
     for begin in range(0, len(hidden), SKETCH_ROWS):
         part = slice(begin, begin + SKETCH_ROWS)
         left = hidden.new_empty((len(hidden[part]), dim), dtype=stats.dtype)
-        chosen.delta_hash(
-            hidden[part], head, stats.targets[part], temperature, stats.state[:, part].contiguous(),
-            stats.max_index[part], rows, left,
-        )  # fmt: skip
+        state, index = stats.state[:, part].contiguous(), stats.max_index[part]
+        piece = HeadRows(hidden[part], head, stats.targets[part], temperature, state, index)
+        chosen.delta_hash(piece, of_rows, left)
         left *= weights[part, None].to(stats.dtype)
-        right = hash_columns(hidden[part].to(stats.dtype), columns, dim)
+        right = hash_columns(hidden[part].to(stats.dtype), of_columns, dim)
         sketches.index_add_(0, segments[part], torch.fft.rfft(left) * torch.fft.rfft(right))
     return torch.fft.irfft(sketches, n=dim)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from acqcore import checks
+from acqcore.backends import HeadRows
 from acqcore.backends import get as get_backend
 from acqcore.backends import select as select_backend
 from acqcore.head import Head, compute_dtype
@@ -294,7 +295,7 @@ def _row_stats_op(
     if targets is not None:
         checks.target_range(targets, vocab_size)
     head = Head(weight, bias, softcap, scale, vocab_start, vocab_size)
-    get_backend(backend).row_stats(hidden, head, targets, temperature, state, index)
+    get_backend(backend).row_stats(HeadRows(hidden, head, targets, temperature, state, index))
 
 
 @torch.library.custom_op("acqcore::logit_stats", mutates_args=("state", "index"))

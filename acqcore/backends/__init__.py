@@ -13,6 +13,7 @@ import torch
 
 from acqcore import checks
 from acqcore.backends.base import Backend
+from acqcore.backends.base import HeadRows as HeadRows
 from acqcore.backends.cpu import Cpu
 from acqcore.backends.eager import Eager
 

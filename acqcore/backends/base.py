@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from acqcore.head import Head
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRows:
+    """N rows under a head, and their state: written by ``row_stats``, read by what follows from it."""
+
+    hidden: torch.Tensor  # [N, D]
+    head: Head
+    targets: torch.Tensor | None  # [N] int64, -100 ignored; None only in row_stats
+    temperature: float
+    state: torch.Tensor  # [7, N] float64, contiguous
+    index: torch.Tensor  # [N] int64
 
 
 class Backend(ABC):
@@ -40,14 +53,9 @@ class Backend(ABC):
     @abstractmethod
     def row_stats(
         self,
-        hidden: torch.Tensor,  # [N, D]
-        head: Head,
-        targets: torch.Tensor | None,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64, written
-        index: torch.Tensor,  # [N] int64, written
+        rows: HeadRows,
     ) -> None:
-        """Fill the state of ``row_stats.RowStats``. A row with target -100: NaN state and index -1."""
+        """Fill the state of ``row_stats.RowStats`` in place. A row with target -100: NaN state and index -1."""
 
     @abstractmethod
     def logit_stats(
@@ -63,12 +71,7 @@ class Backend(ABC):
     @abstractmethod
     def delta_product(
         self,
-        hidden: torch.Tensor,  # [N, D]
-        head: Head,
-        targets: torch.Tensor,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64, of row_stats for the same arguments
-        index: torch.Tensor,  # [N] int64, likewise
+        rows: HeadRows,
         values: torch.Tensor,  # [V, n]
         out: torch.Tensor,  # [N, n], written
     ) -> None:
@@ -77,12 +80,7 @@ class Backend(ABC):
     @abstractmethod
     def delta_hash(
         self,
-        hidden: torch.Tensor,  # [N, D]
-        head: Head,
-        targets: torch.Tensor,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64, of row_stats for the same arguments
-        index: torch.Tensor,  # [N] int64, likewise
+        rows: HeadRows,
         places: torch.Tensor,  # [V] int32: a place in [0, n), or its complement ~place for a minus sign
         out: torch.Tensor,  # [N, n], written
     ) -> None:
@@ -91,12 +89,7 @@ class Backend(ABC):
     @abstractmethod
     def head_grad_norm(
         self,
-        hidden: torch.Tensor,  # [N, D]
-        head: Head,
-        targets: torch.Tensor,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64, of row_stats for the same arguments
-        index: torch.Tensor,  # [N] int64, likewise
+        rows: HeadRows,
         offsets: torch.Tensor,  # [B + 1] int64
         weights: torch.Tensor,  # [N] float64, zero where the target is -100
         form: str,  # "auto", "gram" or "direct"

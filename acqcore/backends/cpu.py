@@ -9,8 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from acqcore import checks
-from acqcore.backends.base import Backend
-from acqcore.head import Head
+from acqcore.backends.base import Backend, HeadRows
 
 try:
     import acqcore._core as _core
@@ -52,15 +51,10 @@ class Cpu(Backend):
 
     def row_stats(
         self,
-        hidden: torch.Tensor,  # [N, D]
-        head: Head,
-        targets: torch.Tensor | None,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64, written
-        index: torch.Tensor,  # [N] int64, written
+        rows: HeadRows,
     ) -> None:
-        with _head_args(hidden, head, targets, temperature) as arguments:
-            _core.row_stats(self.instruction_set(), arguments, state.data_ptr(), index.data_ptr())
+        with _head_args(rows) as arguments:
+            _core.row_stats(self.instruction_set(), arguments, rows.state.data_ptr(), rows.index.data_ptr())
 
     def logit_stats(
         self,
@@ -83,42 +77,32 @@ class Cpu(Backend):
 
     def delta_product(
         self,
-        hidden: torch.Tensor,  # [N, D]
-        head: Head,
-        targets: torch.Tensor,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64
-        index: torch.Tensor,  # [N] int64
+        rows: HeadRows,
         values: torch.Tensor,  # [V, n]
         out: torch.Tensor,  # [N, n] float32, written
     ) -> None:
-        with _head_args(hidden, head, targets, temperature) as arguments:
+        with _head_args(rows) as arguments:
             _core.delta_product(
                 self.instruction_set(),
                 arguments,
-                state.data_ptr(),
-                index.data_ptr(),
+                rows.state.data_ptr(),
+                rows.index.data_ptr(),
                 _matrix(values),
                 out.data_ptr(),
             )
 
     def delta_hash(
         self,
-        hidden: torch.Tensor,  # [N, D]
-        head: Head,
-        targets: torch.Tensor,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64
-        index: torch.Tensor,  # [N] int64
+        rows: HeadRows,
         places: torch.Tensor,  # [V] int32
         out: torch.Tensor,  # [N, n] float32, written
     ) -> None:
-        with _head_args(hidden, head, targets, temperature) as arguments:
+        with _head_args(rows) as arguments:
             _core.delta_hash(
                 self.instruction_set(),
                 arguments,
-                state.data_ptr(),
-                index.data_ptr(),
+                rows.state.data_ptr(),
+                rows.index.data_ptr(),
                 places.data_ptr(),
                 out.shape[1],
                 out.data_ptr(),
@@ -126,24 +110,19 @@ class Cpu(Backend):
 
     def head_grad_norm(
         self,
-        hidden: torch.Tensor,  # [N, D]
-        head: Head,
-        targets: torch.Tensor,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64
-        index: torch.Tensor,  # [N] int64
+        rows: HeadRows,
         offsets: torch.Tensor,  # [B + 1]
         weights: torch.Tensor,  # [N] float64
         form: str,
         squared: torch.Tensor,  # [B] float64, written
     ) -> None:
         offsets, weights = offsets.contiguous(), weights.contiguous()
-        with _head_args(hidden, head, targets, temperature) as arguments:
+        with _head_args(rows) as arguments:
             _core.head_grad_norm(
                 self.instruction_set(),
                 arguments,
-                state.data_ptr(),
-                index.data_ptr(),
+                rows.state.data_ptr(),
+                rows.index.data_ptr(),
                 offsets.data_ptr(),
                 len(offsets) - 1,
                 weights.data_ptr(),
@@ -153,24 +132,20 @@ class Cpu(Backend):
 
 
 @contextmanager
-def _head_args(
-    hidden: torch.Tensor,  # [N, D]
-    head: Head,
-    targets: torch.Tensor | None,  # [N]
-    temperature: float,
-) -> Iterator[_core.HeadArgs]:
+def _head_args(rows: HeadRows) -> Iterator[_core.HeadArgs]:
     """The arguments that every head operation takes; what they point to lives as long as the context."""
+    head = rows.head
     bias = None if head.bias is None else head.bias.to(torch.float32).contiguous()
-    targets = None if targets is None else targets.contiguous()
+    targets = None if rows.targets is None else rows.targets.contiguous()
     yield _core.HeadArgs(
         torch.get_num_threads(),
-        _matrix(hidden),
+        _matrix(rows.hidden),
         _matrix(head.weight),
         _pointer(bias),
         _pointer(targets),
         head.softcap or 0.0,
         head.scale,
-        temperature,
+        rows.temperature,
         head.vocab_start,
     )
     del bias, targets

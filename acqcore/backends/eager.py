@@ -6,8 +6,8 @@ import itertools
 
 import torch
 
-from acqcore.backends.base import Backend
-from acqcore.head import Head, compute_dtype
+from acqcore.backends.base import Backend, HeadRows
+from acqcore.head import compute_dtype
 
 
 class Eager(Backend):
@@ -18,14 +18,10 @@ class Eager(Backend):
 
     def row_stats(
         self,
-        hidden: torch.Tensor,  # [N, D]
-        head: Head,
-        targets: torch.Tensor | None,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64, written
-        index: torch.Tensor,  # [N] int64, written
+        rows: HeadRows,
     ) -> None:
-        fold(head.logits(hidden, temperature), targets, head.vocab_start, state, index)
+        logits = rows.head.logits(rows.hidden, rows.temperature)
+        fold(logits, rows.targets, rows.head.vocab_start, rows.state, rows.index)
 
     def logit_stats(
         self,
@@ -39,80 +35,60 @@ class Eager(Backend):
 
     def delta_product(
         self,
-        hidden: torch.Tensor,  # [N, D]
-        head: Head,
-        targets: torch.Tensor,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64
-        index: torch.Tensor,  # [N] int64
+        rows: HeadRows,
         values: torch.Tensor,  # [V, n]
         out: torch.Tensor,  # [N, n], written
     ) -> None:
-        delta = logit_gradient(hidden, head, targets, temperature, state, index)
+        delta = logit_gradient(rows)
         torch.mm(delta, values.to(delta.dtype), out=out)
 
     def delta_hash(
         self,
-        hidden: torch.Tensor,  # [N, D]
-        head: Head,
-        targets: torch.Tensor,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64
-        index: torch.Tensor,  # [N] int64
+        rows: HeadRows,
         places: torch.Tensor,  # [V] int32
         out: torch.Tensor,  # [N, n], written
     ) -> None:
-        delta = logit_gradient(hidden, head, targets, temperature, state, index)
+        delta = logit_gradient(rows)
         minus = places < 0
         out.zero_().index_add_(1, torch.where(minus, ~places, places), delta.where(~minus, -delta))
 
     def head_grad_norm(
         self,
-        hidden: torch.Tensor,  # [N, D]
-        head: Head,
-        targets: torch.Tensor,  # [N]
-        temperature: float,
-        state: torch.Tensor,  # [7, N] float64
-        index: torch.Tensor,  # [N] int64
+        rows: HeadRows,
         offsets: torch.Tensor,  # [B + 1]
         weights: torch.Tensor,  # [N] float64
         form: str,
         squared: torch.Tensor,  # [B] float64, written
     ) -> None:
-        delta = logit_gradient(hidden, head, targets, temperature, state, index)
+        delta = logit_gradient(rows)
         delta = delta * weights[:, None].to(delta.dtype)
         bounds = offsets.tolist()
         for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
-            d, h = delta[begin:end], hidden[begin:end].to(delta.dtype)
+            d, h = delta[begin:end], rows.hidden[begin:end].to(delta.dtype)
             if form == "gram":
-                keys = h @ h.T if head.bias is None else h @ h.T + 1
+                keys = h @ h.T if rows.head.bias is None else h @ h.T + 1
                 squared[i] = ((d @ d.T).double() * keys.double()).sum()
             else:
                 squared[i] = (d.T @ h).double().square().sum()
-                if head.bias is not None:
+                if rows.head.bias is not None:
                     squared[i] += d.sum(dim=0).double().square().sum()
 
 
-def logit_gradient(
-    hidden: torch.Tensor,  # [N, D]
-    head: Head,
-    targets: torch.Tensor,  # [N]
-    temperature: float,
-    state: torch.Tensor,  # [7, N] float64
-    index: torch.Tensor,  # [N] int64
-) -> torch.Tensor:
+def logit_gradient(rows: HeadRows) -> torch.Tensor:
     """``delta [N, V]``, the gradient of each token's loss in ``W h + b``; zero in ignored rows."""
-    z = head.logits(hidden, temperature)
-    max_logit, r = state[0], state[2]
+    head, targets = rows.head, rows.targets
+    assert targets is not None
+    z = head.logits(rows.hidden, rows.temperature)
+    max_logit, r = rows.state[0], rows.state[2]
     p = (z - max_logit[:, None].to(z.dtype)).exp() / (1 + r[:, None].to(z.dtype))
     local = targets - head.vocab_start
     here = ((local >= 0) & (local < z.shape[1])).nonzero()[:, 0]
     of_target = p[here, local[here]].double() - 1
-    of_target = torch.where(targets[here] == index[here], (-r / (1 + r))[here], of_target)
+    of_target = torch.where(targets[here] == rows.index[here], (-r / (1 + r))[here], of_target)
     p[here, local[here]] = of_target.to(p.dtype)
-    slope = head.scale / temperature
+    slope = head.scale / rows.temperature
     if head.softcap is not None:
-        p = p * (1 - (z * (temperature / head.softcap)).square())  # tanh' = 1 - tanh^2
+        p = p * (1 - (z * (rows.temperature / head.softcap)).square())  # tanh' = 1 - tanh^2
     return (p * slope).masked_fill((targets == -100)[:, None], 0)
 
 

@@ -15,7 +15,8 @@ namespace {
 constexpr int64_t kRanges = 8;
 constexpr int64_t kGroupRows = 256;  // samples are grouped until they have this many rows
 
-// gram costs T^2 / 2 multiply-adds a column of the vocabulary, direct T D; measured crossover in T / D.
+// gram costs T^2 / 2 multiply-adds a column of the vocabulary, direct T D. Measured time of gram over that of direct
+// (AVX-512, D = 576): 0.78 at T / D = 0.11, 0.87 at 0.5, 0.97 at 1, 1.09 at 1.5, 1.21 at 2, 1.45 at 3.
 constexpr double kGramLimit = 1.0;
 
 // One sample of a group.
