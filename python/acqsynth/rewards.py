@@ -20,7 +20,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,8 @@ class AcquisitionReward:
         acquisition: a name from ``acqcore.acquisitions()``. For several, pass several rewards: TRL weighs
             them.
         parse: text of a completion -> sample for ``acqcore.score``, or None where it is no sample.
+        arguments: of the acquisition, as in ``acquisition_args`` of ``acqcore.score``: ``{"parameters": "all"}`` for
+            ``grad_norm``; ``{"reference": ...}``, which ``influence`` can not do without.
         reduction: how token values become one, as in ``acqcore.score``.
         tokenizer: the student's; by default the one beside its path. A model given as an object needs it.
         backend: as in ``acqcore.score``.
@@ -67,6 +69,7 @@ class AcquisitionReward:
         acquisition: str = "entropy",
         *,
         parse: Parser = parse_sample,
+        arguments: Mapping[str, Any] | None = None,
         reduction: str = "mean",
         tokenizer: Any = None,
         backend: str | None = None,
@@ -87,6 +90,7 @@ class AcquisitionReward:
         self.student = student
         self.acquisition = acquisition
         self.parse = parse
+        self.arguments = arguments
         self.reduction = reduction
         self.tokenizer = tokenizer
         self.backend = backend
@@ -193,6 +197,7 @@ class AcquisitionReward:
                 student,
                 [samples[i] for i in picked],
                 (self.acquisition,),
+                acquisition_args=None if self.arguments is None else {self.acquisition: self.arguments},
                 tokenizer=tokenizer,
                 reduction=self.reduction,
                 batch_tokens=self.batch_tokens,

@@ -310,9 +310,23 @@ def test_every_acquisition_is_a_ready_made_reward(
     assert [get_callable_name(reward) for reward in found] == [f"acquisition_{name}" for name in names]
     monkeypatch.setenv(rewards.STUDENT_VARIABLE, str(student_path))
     for name, reward in zip(names, found, strict=True):
+        if name == "influence":  # has no default: its reference is given to AcquisitionReward
+            with pytest.raises(ValueError, match="acquisition_args: 'influence' needs 'reference'"):
+                Log().call(reward, [GOOD])
+            continue
         reward = pickle.loads(pickle.dumps(reward))
         assert Log().call(reward, [GOOD]) == Log().call(AcquisitionReward(student_path, name), [GOOD])
     assert set(names) < set(dir(rewards))
+
+
+def test_arguments_reach_the_acquisition(student_path: Path) -> None:
+    student = acqcore.Student.load(student_path)
+    sample = parse_sample(GOOD)
+    reference = acqcore.influence_reference(student, [sample])
+    [value] = Log().call(AcquisitionReward(student, "influence", arguments={"reference": reference}), [GOOD])
+    assert value == pytest.approx(1.0, abs=1e-4)  # the reference is the sample itself
+    [norm] = Log().call(AcquisitionReward(student, "grad_norm", arguments={"parameters": "all"}), [GOOD])
+    assert norm == pytest.approx(acqcore.grad_norm(student, [sample], "all").item(), rel=1e-5)
 
 
 def test_a_ready_made_reward_without_a_student_says_what_is_missing() -> None:
