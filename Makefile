@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench bench-pytest clean
 .DELETE_ON_ERROR:
 .PRECIOUS: %/.torch %/.ready %/.bench
 
@@ -39,6 +39,10 @@ lint: $(TEST)/.ready  ## ruff and mypy
 bench: $(TEST)/.bench  ## run a benchmark: BENCH=bench_row_stats BENCH_ARGS="..."
 	PYTHONSAFEPATH=1 $(TEST)/bin/python -c "import runpy, sys; sys.path.append('.'); \
 		runpy.run_module('benchmarks.$(BENCH)', run_name='__main__', alter_sys=True)" $(BENCH_ARGS)
+
+bench-pytest: $(TEST)/.ready  ## the head's peers on a small shape, through pytest-benchmark
+	PYTHONSAFEPATH=1 $(TEST)/bin/python -c "import sys, pytest; sys.path.append('.'); \
+		sys.exit(pytest.main(['--import-mode=importlib', 'benchmarks/bench_row_stats.py']))"
 
 clean:  ## remove environments, build trees and caches
 	rm -rf $(DEMO) $(TEST) build dist demo-output .pytest_cache .ruff_cache .mypy_cache .benchmarks

@@ -1,7 +1,7 @@
 """Statistics of a language-model head: acqcore against what people use, on the CPU.
 
 ``python -m benchmarks.bench_row_stats`` measures, prints and writes ``results/row_stats.json`` and ``.png``;
-``pytest benchmarks/bench_row_stats.py`` drives the same peers through pytest-benchmark on a small shape.
+``make bench-pytest`` drives the same peers through pytest-benchmark on a small shape.
 Rates count the product alone (2 N D V); the bare ``hidden @ weight.T`` beside them is what torch's BLAS reaches here.
 """
 
