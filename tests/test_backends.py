@@ -121,3 +121,30 @@ def test_extra_memory_is_bounded(n: int, d: int, v: int) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) <= 64
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
+@pytest.mark.parametrize(
+    "call",
+    [
+        "acqcore.head_grad_norm(h, head, y, o, form='gram', backend='cpu')",
+        "acqcore.head_grad_norm(h, head, y, o, form='direct', backend='cpu')",
+        "acqcore.hidden_grad(h, head, y, backend='cpu')",
+        "acqcore.grad_sketch(h, head, y, o, dim=256, backend='cpu')",
+    ],
+)
+def test_gradients_never_hold_the_logits(call: str) -> None:
+    """At most 64 MiB where the logits alone would take 512: fails if the reference stands in for the kernel."""
+    result = _python(
+        "import torch, acqcore\n"
+        "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))\n"
+        "h, head, y = torch.randn(1024, 32), acqcore.Head(torch.randn(131072, 32)), torch.arange(1024)\n"
+        "o = torch.arange(9) * 128\n"
+        "acqcore.row_stats(h, head, y)\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"
+        "before = peak()\n"
+        f"{call}\n"
+        "print((peak() - before) / 1024)\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) <= 64
