@@ -22,7 +22,7 @@ from acqcore.ghost_capture import Capture, Selection, select_parameters
 from acqcore.ghost_measures import HeadPass, Measure, Piece, Rows, Sketch, SquaredNorm
 from acqcore.head import Head
 from acqcore.head_grad import LOSSES, delta_product, loss_weights
-from acqcore.packing import OVERHEAD_TOKENS, partition
+from acqcore.packing import OVERHEAD_TOKENS, collate, partition
 from acqcore.row_stats import row_stats
 from acqcore.samples import Row, Samples, encode
 from acqcore.student import Student, StudentLike, as_student
@@ -176,7 +176,7 @@ class _Run:
 
     def batch(self, rows: Sequence[Row], measure: Measure) -> None:
         """Add the gradients of these samples to ``measure``."""
-        input_ids, positions, targets, offsets = _padded(rows)
+        input_ids, positions, targets, offsets = collate(rows)
         deep = bool(self.selection.names)
         tied: list[Piece] = []
 
@@ -216,20 +216,6 @@ class _Run:
         stats = row_stats(picked, head, targets, backend=backend)
         weights = loss_weights(targets, offsets, self.options.loss, None)
         return HeadPass(picked, head, stats, offsets, weights, backend)
-
-
-def _padded(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids ``[B, T]`` padded on the right; of the N scored tokens the flat positions before them,
-    themselves, and the samples' offsets ``[B + 1]``."""
-    longest = max(len(row.ids) for row in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    scored = [(row.targets != checks.IGNORE_INDEX).nonzero()[:, 0] for row in rows]
-    for b, row in enumerate(rows):
-        input_ids[b, : len(row.ids)] = row.ids
-    positions = torch.cat([places - 1 + b * longest for b, places in enumerate(scored)])
-    targets = torch.cat([row.targets[places] for row, places in zip(rows, scored, strict=True)])
-    counts = torch.tensor([0, *(len(places) for places in scored)])
-    return input_ids, positions, targets, counts.cumsum(0)
 
 
 def _hidden_gradient(

@@ -1,10 +1,14 @@
-"""Which samples share a trunk forward: batches that waste few padded tokens, longest first."""
+"""Which samples share a trunk forward, and how: batches that waste few padded tokens, longest first."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+
+from acqcore import checks
+from acqcore.samples import Row
 
 # What a batch costs beyond its tokens, in tokens: fewer, larger batches are worth this much padding each.
 # cuda: a guess for kernel launches of some tens of layers, not measured.
@@ -41,3 +45,17 @@ def partition(
         batches.append(order[i : i + first[i]].tolist())
         i += int(first[i])
     return batches
+
+
+def collate(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids ``[B, T]`` padded on the right; of the N scored tokens the flat positions before them,
+    themselves, and the samples' offsets ``[B + 1]``."""
+    longest = max(len(row.ids) for row in rows)
+    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    scored = [(row.targets != checks.IGNORE_INDEX).nonzero()[:, 0] for row in rows]
+    for b, row in enumerate(rows):
+        input_ids[b, : len(row.ids)] = row.ids
+    positions = torch.cat([places - 1 + b * longest for b, places in enumerate(scored)])
+    targets = torch.cat([row.targets[places] for row, places in zip(rows, scored, strict=True)])
+    counts = torch.tensor([0, *(len(places) for places in scored)])
+    return input_ids, positions, targets, counts.cumsum(0)

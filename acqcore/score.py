@@ -13,7 +13,7 @@ from acqcore.acquisitions import REGISTRY, Acquisition, SampleBatch
 from acqcore.ghost import grad_norm
 from acqcore.head import Head
 from acqcore.influence import influence
-from acqcore.packing import OVERHEAD_TOKENS, partition
+from acqcore.packing import OVERHEAD_TOKENS, collate, partition
 from acqcore.progress import Progress
 from acqcore.row_stats import row_stats
 from acqcore.samples import Row, Samples, encode
@@ -207,27 +207,21 @@ def _score_batch(
     request: Request,
 ) -> Batch:
     picked = [rows[i] for i in indices]
-    longest = max(len(row.ids) for row in picked)
     # Padded on the right and given no attention mask: the trunk is causal, so no real token sees the padding
     # after it, and what padded positions hold is never read. Without a mask SDPA takes its fast causal path.
-    input_ids = torch.zeros(len(picked), longest, dtype=torch.int64)
-    predicts = []  # flat index of the position before each scored token
-    for b, row in enumerate(picked):
-        input_ids[b, : len(row.ids)] = row.ids
-        predicts.append((row.targets != checks.IGNORE_INDEX).nonzero()[:, 0] - 1 + b * longest)
-    targets = torch.cat([row.targets[row.targets != checks.IGNORE_INDEX] for row in picked])  # [N]
-    counts = [len(positions) for positions in predicts]
+    input_ids, positions, targets, offsets = collate(picked)
+    counts = offsets.diff().tolist()
     # Scoring is per batch, not around the generator: a generator that is paused would leave its caller
     # without gradients.
     with student.scoring():
         hidden = student.hidden(input_ids.to(student.device)).flatten(0, 1)  # [B * T, D]
-        hidden = hidden.index_select(0, torch.cat(predicts).to(hidden.device))  # [N, D]
+        hidden = hidden.index_select(0, positions.to(hidden.device))  # [N, D]
         # A head in float32 over a half-precision trunk (an adapter's sum): widening hidden is exact.
         dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
         hidden = hidden.to(device=head.weight.device, dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             stats = row_stats(hidden, head, targets.to(hidden.device), backend=request.backend)
-        offsets = torch.tensor([0, *counts]).cumsum(0).to(hidden.device)
+        offsets = offsets.to(hidden.device)
         token_values, sample_values = {}, {}
         for entry in request.in_one_pass():
             if entry.per_token is not None:

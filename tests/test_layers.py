@@ -29,7 +29,7 @@ ALLOWED = {
     "acquisitions": {"head", "row_stats", "head_grad", "checks"},
     "testing": {"head", "row_stats"},
     "samples": {"checks"},
-    "packing": {"checks"},
+    "packing": {"checks", "samples"},
     "student": {"checks", "head"},
     "scores": {"checks"},
     "ghost_measures": {"backends", "head", "head_grad", "row_stats", "signs"},
