@@ -217,7 +217,8 @@ def row_stats(
 
     Raises:
         TypeError: hidden or targets of a wrong dtype.
-        ValueError: shapes or devices that disagree, a target outside the vocabulary, an unknown backend.
+        ValueError: shapes or devices that disagree, a target outside the vocabulary (on the CPU; on a GPU, where
+            looking would stall it, the row is NaN), an unknown backend.
         RuntimeError: the backend is not available here (says why).
 
     Source: Milakov & Gimelshein 2018 (online softmax), extended to the sums above.
@@ -292,9 +293,8 @@ def _row_stats_op(
     state: torch.Tensor,  # [7, N] float64, written
     index: torch.Tensor,  # [N] int64, written
 ) -> None:
-    if targets is not None:
-        checks.target_range(targets, vocab_size)
     head = Head(weight, bias, softcap, scale, vocab_start, vocab_size)
+    targets = _targets_in_range(targets, vocab_size)
     get_backend(backend).row_stats(HeadRows(hidden, head, targets, temperature, state, index))
 
 
@@ -307,6 +307,31 @@ def _logit_stats_op(
     state: torch.Tensor,  # [7, N] float64, written
     index: torch.Tensor,  # [N] int64, written
 ) -> None:
-    if targets is not None:
-        checks.target_range(targets, logits.shape[1])
+    targets = _targets_in_range(targets, logits.shape[1])
     get_backend(backend).logit_stats(logits, targets, temperature, state, index)
+
+
+def _targets_in_range(
+    targets: torch.Tensor | None,  # [N]
+    vocab_size: int,
+) -> torch.Tensor | None:
+    """Targets that a backend can trust.
+
+    On the CPU one outside the vocabulary raises. On other devices reading values would make the host wait for all that
+    is queued, in every batch, and can not be captured in a CUDA graph: there it is ignored as -100 is, so that its row
+    is NaN and not valid.
+    """
+    if targets is None:
+        return None
+    if targets.device.type == "cpu":
+        checks.target_range(targets, vocab_size)
+        return targets
+    return ignored_outside(targets, vocab_size)
+
+
+def ignored_outside(
+    targets: torch.Tensor,  # [N]
+    vocab_size: int,
+) -> torch.Tensor:
+    """``targets`` with -100 in place of what is outside the vocabulary, ``[N]``."""
+    return targets.where((targets >= 0) & (targets < vocab_size), checks.IGNORE_INDEX)

@@ -16,8 +16,9 @@ from acqcore.backends.base import Backend
 from acqcore.backends.base import HeadRows as HeadRows
 from acqcore.backends.cpu import Cpu
 from acqcore.backends.eager import Eager
+from acqcore.backends.triton import Triton
 
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Eager())}
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Triton(), Eager())}
 
 
 @dataclass(frozen=True)
