@@ -46,8 +46,7 @@ bench: $(TEST)/.bench  ## run a benchmark: BENCH=bench_row_stats BENCH_ARGS="...
 	PYTHONSAFEPATH=1 $(TEST)/bin/python -c "import runpy, sys; sys.path.append('.'); \
 		runpy.run_module('benchmarks.$(BENCH)', run_name='__main__', alter_sys=True)" $(BENCH_ARGS)
 
-bench-py# Status 5 of the second run: PYTEST_ARGS selects none of its tests.
-test: $(TEST)/.ready  ## the head's peers on a small shape, through pytest-benchmark
+bench-pytest: $(TEST)/.ready  ## the head's peers on a small shape, through pytest-benchmark
 	PYTHONSAFEPATH=1 $(TEST)/bin/python -c "import sys, pytest; sys.path.append('.'); \
 		sys.exit(pytest.main(['--import-mode=importlib', 'benchmarks/bench_row_stats.py']))"
 
