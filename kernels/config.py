@@ -3,7 +3,9 @@
 A file holds, for each kernel and kind of product (``half``: bfloat16 and float16; ``tf32``; ``ieee``: float32), a list
 of entries: the shape of a weight, and the tiles for it. A weight takes those of the nearest shape. Device files are
 named after the device and written by ``python -m acqcore.kernels.tune``; those of architectures (``sm_90.json``) were
-not measured: they were chosen so that the compiled kernels spill no registers, or few.
+not measured: they were chosen so that the compiled kernels spill no registers, or few, and, where the fold is long
+beside the product (small depths on sm_90), so that two programs share a multiprocessor and one's fold runs under the
+other's product.
 """
 
 from __future__ import annotations

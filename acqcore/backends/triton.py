@@ -1,4 +1,8 @@
-"""The Triton backend: chooses tiles and launches the kernels of ``acqcore.kernels``."""
+"""The Triton backend: chooses tiles and launches the kernels of ``acqcore.kernels``.
+
+``ACQCORE_TF32=1`` lets it take float32 products in TF32. ``TRITON_INTERPRET=1`` makes Triton run kernels in numpy: the
+backend then serves tensors of the CPU, when named, for tests.
+"""
 
 from __future__ import annotations
 
