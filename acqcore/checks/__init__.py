@@ -64,7 +64,13 @@ from acqcore.checks.draws import (
     dropout as dropout,
 )
 from acqcore.checks.draws import (
+    dropout_input as dropout_input,
+)
+from acqcore.checks.draws import (
     dropout_layers as dropout_layers,
+)
+from acqcore.checks.draws import (
+    dropout_ran as dropout_ran,
 )
 from acqcore.checks.draws import (
     own_dropout as own_dropout,
