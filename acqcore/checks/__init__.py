@@ -94,6 +94,9 @@ from acqcore.checks.files import (
     known_columns as known_columns,
 )
 from acqcore.checks.files import (
+    one_pass as one_pass,
+)
+from acqcore.checks.files import (
     output_columns as output_columns,
 )
 from acqcore.checks.files import (
