@@ -47,9 +47,11 @@ def completion(
     tokenizer: Any,
     ids: Sequence[int],
     eos: Iterable[int],
-    top2: Sequence[tuple[float, float]] | None,
+    top2: Sequence[tuple[float, float]] | None = None,
+    drawn: Sequence[float] | None = None,
 ) -> Completion:
-    """The completion up to the first token of ``eos``; ``ids`` and ``top2`` may go on behind it."""
+    """The completion up to the first token of ``eos``; ids, and the log-probabilities of the two most likely tokens
+    and of the drawn one at each of them, may go on behind it."""
     ends = set(eos)
     length = next((t for t, token in enumerate(ids) if token in ends), len(ids))
     kept = list(ids[:length])
@@ -58,4 +60,5 @@ def completion(
         token_ids=kept,
         finished=length < len(ids),
         top2_logprobs=None if top2 is None else list(top2[:length]),
+        token_logprobs=None if drawn is None else list(drawn[:length]),
     )

@@ -119,11 +119,11 @@ class TransformersEngine(Engine):
         for i, row in enumerate(rows):
             tokens[i, longest - len(row) :] = torch.tensor(row)
             mask[i, longest - len(row) :] = 1
-        top2 = _Top2()
+        kept = _Logprobs() if sampling.top2 else None
         output = self.model.generate(
             input_ids=tokens.to(self.model.device),
             attention_mask=mask.to(self.model.device),
-            logits_processor=LogitsProcessorList([top2] if sampling.top2 else []),
+            logits_processor=LogitsProcessorList([] if kept is None else [kept]),
             # What a model's own generation configuration asks for beside these would bend what Sampling says.
             generation_config=GenerationConfig(
                 do_sample=sampling.temperature > 0,
@@ -139,9 +139,11 @@ class TransformersEngine(Engine):
             ),
         )
         drawn = output[:, longest:].tolist()
-        pairs = torch.stack(top2.steps, dim=1).tolist() if sampling.top2 else None
+        if kept is None:
+            return [completion(self.tokenizer, row, eos) for row in drawn]
+        top2, own = kept.table(output)
         return [
-            completion(self.tokenizer, row, eos, None if pairs is None else [(a, b) for a, b in pairs[i]])
+            completion(self.tokenizer, row, eos, [(first, second) for first, second in top2[i]], own[i])
             for i, row in enumerate(drawn)
         ]
 
@@ -183,16 +185,30 @@ def batches(lengths: Sequence[int], room: Sequence[int], budget: int) -> Iterato
         yield batch
 
 
-class _Top2(LogitsProcessor):
-    """Keeps the two largest log-probabilities of each step, so that no step's logits have to be kept."""
+class _Logprobs(LogitsProcessor):
+    """Log-probabilities of the two most likely tokens and of the drawn one; one step's logits are held, not all."""
 
     def __init__(self) -> None:
-        self.steps: list[torch.Tensor] = []  # [B, 2] each
+        self.top2: list[torch.Tensor] = []  # [B, 2] each
+        self.drawn: list[torch.Tensor] = []  # [B, 1] each
+        self.logprobs: torch.Tensor | None = None  # [B, V] of the step before
 
     def __call__(
         self,
         input_ids: torch.Tensor,  # [B, T]
         scores: torch.Tensor,  # [B, V]
     ) -> torch.Tensor:
-        self.steps.append(scores.topk(2, dim=-1).values - scores.logsumexp(dim=-1, keepdim=True))
+        if self.logprobs is not None:  # what that step drew is known now
+            self.drawn.append(self.logprobs.gather(1, input_ids[:, -1:]))
+        self.logprobs = scores.log_softmax(dim=-1)
+        self.top2.append(self.logprobs.topk(2, dim=-1).values)
         return scores
+
+    def table(
+        self,
+        output: torch.Tensor,  # [B, T]
+    ) -> tuple[list[list[list[float]]], list[list[float]]]:
+        """Of each row and step the two largest, and the drawn token's."""
+        assert self.logprobs is not None
+        drawn = torch.cat([*self.drawn, self.logprobs.gather(1, output[:, -1:])], dim=1)
+        return torch.stack(self.top2, dim=1).tolist(), drawn.tolist()

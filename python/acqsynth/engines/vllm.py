@@ -102,7 +102,7 @@ class VllmEngine(Engine):
         )
         groups = [
             [
-                completion(self.tokenizer, draw.token_ids, self.eos, _top2(draw.logprobs) if sampling.top2 else None)
+                completion(self.tokenizer, draw.token_ids, self.eos, *_logprobs(draw.token_ids, draw.logprobs))
                 for draw in output.outputs
             ]
             for output in outputs
@@ -132,10 +132,14 @@ class VllmEngine(Engine):
         self.llm.reset_prefix_cache()
 
 
-def _top2(positions: Sequence[Mapping[int, Any]]) -> list[tuple[float, float]]:
-    """The two largest at each position. A position also lists the drawn token, whatever its rank."""
+def _logprobs(
+    ids: Sequence[int], positions: Sequence[Mapping[int, Any]] | None
+) -> tuple[list[tuple[float, float]] | None, list[float] | None]:
+    """The two largest at each position, and that of the drawn token, which a position lists whatever its rank."""
+    if positions is None:
+        return None, None
     pairs = []
     for position in positions:
         first, second = sorted((entry.logprob for entry in position.values()), reverse=True)[:2]
         pairs.append((first, second))
-    return pairs
+    return pairs, [position[token].logprob for token, position in zip(ids, positions, strict=True)]

@@ -15,5 +15,5 @@ class WorkerExtension:
         the embeddings as it was when weights are reloaded: it is made anew. Elsewhere there is none."""
         head = getattr(self.model_runner.get_model(), "lm_head", None)
         head = getattr(head, "base_layer", head)  # of one wrapped for LoRA
-        if hasattr(head, "cpu_linear"):
+        if head is not None and hasattr(head, "cpu_linear"):
             head.quant_method.process_weights_after_loading(head)

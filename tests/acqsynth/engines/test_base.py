@@ -55,7 +55,8 @@ def test_every_end_token_counts(model: LlamaForCausalLM, tokenizer: PreTrainedTo
     model.generation_config.eos_token_id = [7, 9]
     assert eos_ids(tokenizer, model.generation_config) == [end, 7, 9]
     ids = tokenizer("abcd")["input_ids"]
-    cut = completion(tokenizer, ids, [ids[2], ids[3]], [(-0.1, -3.0)] * 4)
-    assert (cut.text, cut.token_ids, cut.finished, cut.top2_logprobs) == ("ab", ids[:2], True, [(-0.1, -3.0)] * 2)
-    whole = completion(tokenizer, ids, [end], None)
+    cut = completion(tokenizer, ids, [ids[2], ids[3]], [(-0.1, -3.0)] * 4, [-0.1, -3.0, -3.0, -0.1])
+    assert (cut.text, cut.token_ids, cut.finished) == ("ab", ids[:2], True)
+    assert (cut.top2_logprobs, cut.token_logprobs) == ([(-0.1, -3.0)] * 2, [-0.1, -3.0])
+    whole = completion(tokenizer, ids, [end])
     assert (whole.text, whole.token_ids, whole.finished, whole.top2_logprobs) == ("abcd", ids, False, None)

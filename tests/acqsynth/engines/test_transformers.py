@@ -92,7 +92,7 @@ def test_any_of_several_end_tokens_ends(engine: TransformersEngine) -> None:
     assert not endless.finished
 
 
-def test_top2_are_those_of_a_full_forward(engine: TransformersEngine) -> None:
+def test_logprobs_are_those_of_a_full_forward(engine: TransformersEngine) -> None:
     sampling = Sampling(n=2, temperature=0.5, top_p=0.9, max_tokens=12, top2=True)
     groups = engine.generate(PROMPTS[:3], sampling)
     for prompt, group in zip(PROMPTS, groups, strict=False):
@@ -100,11 +100,14 @@ def test_top2_are_those_of_a_full_forward(engine: TransformersEngine) -> None:
         for draw in group:
             with torch.no_grad():
                 logits = engine.model(torch.tensor([ids + draw.token_ids])).logits[0, len(ids) - 1 : -1]
-            expected = logits.float().log_softmax(-1).topk(2).values
-            assert draw.top2_logprobs is not None
-            torch.testing.assert_close(torch.tensor(draw.top2_logprobs), expected, atol=1e-5, rtol=0)
+            logprobs = logits.float().log_softmax(-1)
+            drawn = logprobs.gather(1, torch.tensor(draw.token_ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(draw.top2_logprobs), logprobs.topk(2).values, atol=1e-5, rtol=0)
+            torch.testing.assert_close(torch.tensor(draw.token_logprobs), drawn, atol=1e-5, rtol=0)
     assert texts(engine.generate(PROMPTS[:3], replace(sampling, top2=False))) == texts(groups)
-    assert engine.generate(["a"], GREEDY)[0][0].top2_logprobs is None
+    [[plain]] = engine.generate(["a"], GREEDY)
+    assert plain.top2_logprobs is None
+    assert plain.token_logprobs is None
 
 
 def test_the_model_in_training_is_left_as_found(engine: TransformersEngine) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from acqsynth import engines
 from acqsynth.engines import Sampling
-from acqsynth.engines.vllm import VllmEngine, _top2
+from acqsynth.engines.vllm import VllmEngine, _logprobs
 
 PROMPTS: list[Any] = [
     [{"role": "user", "content": "What is the capital of France?"}],
@@ -38,7 +38,8 @@ def test_the_drawn_token_does_not_pass_for_the_top_one() -> None:
     entry = type("Logprob", (), {"__init__": lambda self, logprob: setattr(self, "logprob", logprob)})
     drawn_first = {5: entry(-4.0), 1: entry(-0.2), 2: entry(-1.9)}
     drawn_is_top = {1: entry(-0.2), 2: entry(-1.9)}
-    assert _top2([drawn_first, drawn_is_top]) == [(-0.2, -1.9)] * 2
+    assert _logprobs([5, 1], [drawn_first, drawn_is_top]) == ([(-0.2, -1.9)] * 2, [-4.0, -0.2])
+    assert _logprobs([5, 1], None) == (None, None)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,9 @@ def test_greedy_and_top2_are_those_of_transformers(engine: VllmEngine, path: Pat
     assert [g[0].finished for g in ours] == [g[0].finished for g in theirs]
     assert [g[0].text for g in ours] == [g[0].text for g in theirs]
     for [mine], [other] in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(
-            torch.tensor(mine.top2_logprobs), torch.tensor(other.top2_logprobs), atol=1e-3, rtol=0
-        )
+        for kind in ("top2_logprobs", "token_logprobs"):
+            values = (torch.tensor(getattr(draw, kind)) for draw in (mine, other))
+            torch.testing.assert_close(*values, atol=1e-3, rtol=0)
 
 
 @pytest.mark.network
