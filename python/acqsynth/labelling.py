@@ -204,9 +204,13 @@ def _decide(
 
 
 def _reasoning(domain: Domain, text: str, answer: str) -> str:
-    """The completion without a last line that only states the answer, which ``Domain.solution`` writes again."""
-    before, _, last = text.strip().rpartition("\n")
-    return before.strip() if domain.answer_of(last) == answer else text.strip()
+    """The completion up to where its last lines only state the answer, which ``Domain.solution`` writes again."""
+    text = text.strip()
+    before = text.removesuffix(answer.strip())
+    if before != text and (not before or before[-1].isspace()):
+        return before.strip()
+    before, _, last = text.rpartition("\n")
+    return before.strip() if before and domain.answer_of(last) == answer else text
 
 
 def _merged(forms: Sequence[list[int]], same: Sequence[tuple[int, int]]) -> list[list[int]]:

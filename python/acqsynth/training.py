@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from acqsynth.options import build
 
@@ -72,13 +72,13 @@ def run(trainer: Any, output: Path, *, rewards: Sequence[Any] = ()) -> Any:
     """
     log = Log(output, rewards)
     trainer.add_callback(log)
+    trainer.remove_callback(PrinterCallback)  # with ``disable_tqdm`` it would print what the log has
     checkpoint = last_checkpoint(output)
     if checkpoint is not None:
         log.restore(checkpoint)
-    use_cache = trainer.model.config.use_cache
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    # Checkpointing of activations turns it off, and whoever loads the model next would generate without a cache.
-    trainer.model.config.use_cache = use_cache
+    # Checkpointing of activations turned it off, and whoever loads the model next would generate without a cache.
+    trainer.model.config.use_cache = True
     _save(trainer, output)
     if trainer.is_world_process_zero():
         for folder in output.glob(f"{CHECKPOINT}*"):
