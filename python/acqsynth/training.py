@@ -74,6 +74,10 @@ def run(trainer: Any, output: Path, *, rewards: Sequence[Any] = ()) -> Any:
     trainer.add_callback(log)
     trainer.remove_callback(PrinterCallback)  # with ``disable_tqdm`` it would print what the log has
     checkpoint = last_checkpoint(output)
+    if trainer.is_world_process_zero():
+        for folder in output.glob(f"{CHECKPOINT}*"):
+            if not (folder / REWARD_STATE).is_file():
+                shutil.rmtree(folder)
     if checkpoint is not None:
         log.restore(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -97,13 +101,9 @@ def _save(trainer: Any, output: Path) -> None:
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; newer ones, cut off, are deleted."""
-    folders = {int(folder.name.removeprefix(CHECKPOINT)): folder for folder in output.glob(f"{CHECKPOINT}*")}
-    for step in sorted(folders, reverse=True):
-        if (folders[step] / REWARD_STATE).is_file():
-            return folders[step]
-        shutil.rmtree(folders[step])
-    return None
+    """The newest checkpoint that was written to its end."""
+    whole = [folder for folder in output.glob(f"{CHECKPOINT}*") if (folder / REWARD_STATE).is_file()]
+    return max(whole, key=lambda folder: int(folder.name.removeprefix(CHECKPOINT)), default=None)
 
 
 class Log(TrainerCallback):

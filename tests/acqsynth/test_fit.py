@@ -65,11 +65,11 @@ def test_the_published_settings_by_default(
 
 
 def test_a_student_learns_and_its_folder_is_a_model(sums: Domain, student_path: Path, tmp_path: Path) -> None:
-    options = QUICK | {"num_train_epochs": 30, "learning_rate": 1e-2, "save_strategy": "no"}
+    options = QUICK | {"num_train_epochs": 80, "learning_rate": 1e-2, "save_strategy": "no"}
     output = tmp_path / "out"
     assert fit.fit(str(student_path), sums, SAMPLES, output, options=options) == output
     losses = [row["loss"] for row in read_log(output) if "loss" in row]
-    assert losses[-1] < 0.3 < 4 < losses[0]
+    assert losses[-1] < 0.1 < 4 < losses[0]
     engine = TransformersEngine(output)
     asked = [sums.student_prompt(sample.question) for sample in SAMPLES]
     answers = [sums.answer_of(g[0].text) for g in engine.generate(asked, Sampling(temperature=0, max_tokens=16))]
@@ -77,7 +77,7 @@ def test_a_student_learns_and_its_folder_is_a_model(sums: Domain, student_path: 
     card = (output / "README.md").read_text()
     assert f'base_model: "{student_path}"' in card
     assert "16 rows of the domain sums and 0 rows of replay." in card
-    assert "| num_train_epochs | 30 |" in card
+    assert "| num_train_epochs | 80 |" in card
 
 
 def test_the_loss_is_that_of_the_completion(sums: Domain, student_path: Path, tmp_path: Path) -> None:

@@ -31,5 +31,5 @@ def test_unknown_options_are_named(name: str, message: str) -> None:
 
 
 def test_the_table_is_named() -> None:
-    with pytest.raises(ValueError, match="options.lora: expected fields"):
+    with pytest.raises(ValueError, match=r"options\.lora: expected fields"):
         build(Config, {"r": 1}, table="options.lora")

@@ -44,6 +44,16 @@ def test_greedy_equals_one_prompt_at_a_time(engine: TransformersEngine, budget: 
     assert [group[0].token_ids for group in groups] == [alone(engine, prompt, 12) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("kind", ["GPT2", "Gemma3", "Qwen2"])
+def test_learned_positions_sliding_windows_and_tied_heads(
+    tiny_model: Any, tokenizer: PreTrainedTokenizerFast, kind: str
+) -> None:
+    engine = TransformersEngine(tiny_model(kind, eos_token_id=tokenizer.eos_token_id), tokenizer)
+    prompts = ["a", "What is 6 * 7?", "b" * 57]  # of 64 positions
+    groups = engine.generate(prompts, GREEDY)
+    assert [g[0].token_ids for g in groups] == [alone(engine, p, min(12, 64 - len(p))) for p in prompts]
+
+
 def test_greedy_draws_are_one_text(engine: TransformersEngine) -> None:
     groups = engine.generate(PROMPTS[:2], replace(GREEDY, n=3))
     assert [len(group) for group in groups] == [3, 3]
@@ -115,7 +125,7 @@ def test_the_model_in_training_is_left_as_found(engine: TransformersEngine) -> N
     written = texts(engine.generate(PROMPTS, GREEDY))
     model.train()
     model.model.norm.eval()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     model.config.use_cache = False
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     configuration = model.generation_config.to_dict()

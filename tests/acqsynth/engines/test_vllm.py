@@ -111,3 +111,22 @@ def test_reload_takes_new_weights(engine: VllmEngine, path: Path, tmp_path: Path
     assert ids(engine.generate(PROMPTS, GREEDY)) == before
     with pytest.raises(FileNotFoundError, match="weights: expected a folder"):
         engine.reload(tmp_path / "none")
+
+
+@pytest.mark.network
+def test_an_adapter_is_used(path: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(
+        base, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path)
+    expected = engines.load("transformers", adapted.eval(), tokenizer=AutoTokenizer.from_pretrained(path))
+    engine = VllmEngine(path, lora=tmp_path, dtype="float32", max_model_len=256, enforce_eager=True, max_num_seqs=16)
+    try:
+        assert ids(engine.generate(PROMPTS, GREEDY)) == ids(expected.generate(PROMPTS, GREEDY))
+    finally:
+        engine.llm.llm_engine.engine_core.shutdown()

@@ -91,6 +91,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(student_path: Path, answer_rewa
     assert [folder.name for folder in cut.glob("checkpoint-*")] == ["checkpoint-2"]
     assert [row["step"] for row in read_log(cut)] == [1, 2]
     (cut / "checkpoint-3").mkdir()  # cut off while it was written
+    (cut / "checkpoint-3" / "model.safetensors").write_text("half")
     reward = type(answer_reward)()  # another process
     grpo.train(str(student_path), ASK, reward, cut, OPTIONS)
     assert reward.calls == 4  # its state came from the checkpoint, two steps followed
