@@ -137,8 +137,8 @@ def test_temperature(temperature: float) -> None:
 
 
 def test_too_many_columns() -> None:
-    wide = torch.zeros(1, 1).expand(1, 2**31)
-    with pytest.raises(ValueError, match="logits: expected fewer than 2\\^31 columns"):
+    wide = torch.zeros(1, 1).expand(1, 2**30)
+    with pytest.raises(ValueError, match="logits: expected fewer than 2\\^30 columns"):
         on_host(wide)
 
 
@@ -284,11 +284,8 @@ def test_choice_among_gpu_backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_facts_of_the_machine_do_not_break_a_graph() -> None:
-    calls = []
-
     @constant_when_compiled
     def fact() -> bool:
-        calls.append(1)
         return _core.best_isa() != ""
 
     @torch.compile(fullgraph=True, backend="aot_eager")

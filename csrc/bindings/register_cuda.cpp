@@ -14,7 +14,7 @@ namespace {
 
 cuda::LogitStatsArgs logit_stats_args(const Matrix& logits, uintptr_t targets, double temperature, int64_t vocab_start,
                                       bool accumulate, uintptr_t state, uintptr_t index) {
-  if (logits.columns > INT32_MAX) throw std::invalid_argument("logits: expected fewer than 2^31 columns");
+  if (logits.columns >= int64_t(1) << 30) throw std::invalid_argument("logits: expected fewer than 2^30 columns");
   return {logits,      reinterpret_cast<const int64_t*>(targets), temperature,
           vocab_start, accumulate,
           reinterpret_cast<double*>(state), reinterpret_cast<int64_t*>(index)};

@@ -8,7 +8,7 @@
 namespace acqcore::cuda {
 
 struct LogitStatsArgs {
-  Matrix logits;           // [N, V], V < 2^31
+  Matrix logits;           // [N, V], V < 2^30
   const int64_t* targets;  // [N] or null, -100: the row is ignored
   double temperature;
   int64_t vocab_start;     // of the first column in the whole vocabulary
