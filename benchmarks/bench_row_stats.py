@@ -23,11 +23,11 @@ from benchmarks import harness
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [N, D], weight [V, D], targets [N]
 
 
-def make_inputs(n: int, d: int, v: int, dtype: torch.dtype) -> Inputs:
-    g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(n, d, generator=g)
-    weight = torch.randn(v, d, generator=g) * (3 / d**0.5)
-    return hidden.to(dtype), weight.to(dtype), torch.randint(0, v, (n,), generator=g)
+def make_inputs(n: int, d: int, v: int, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    g = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(n, d, generator=g, device=device)
+    weight = torch.randn(v, d, generator=g, device=device) * (3 / d**0.5)
+    return hidden.to(dtype), weight.to(dtype), torch.randint(0, v, (n,), generator=g, device=device)
 
 
 def eager(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -162,7 +162,7 @@ def on_gpu(turns: int, out: Path | None) -> None:
         (1024, 4096, 131072, torch.float32),
     ]:
         case = f"N={n} D={d} V={v} {str(dtype).removeprefix('torch.')}"
-        inputs = [tensor.cuda() for tensor in make_inputs(n, d, v, dtype)]
+        inputs = make_inputs(n, d, v, dtype, "cuda")
         print(f"measuring {case} ...", flush=True)
         peers, absent = harness.running(GPU_PEERS, inputs)
         for peer, reason in absent.items():

@@ -14,7 +14,7 @@ from acqcore import _core
 from acqcore.backends import HeadRows, cuda, preference
 from acqcore.backends import select as select_backend
 from acqcore.backends.cuda import Cuda
-from acqcore.backends.extension import constant_when_compiled, matrix, pointer
+from acqcore.backends.extension import matrix, pointer
 from acqcore.testing import assert_close_to_oracle, assert_logits_match, random_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -283,17 +283,22 @@ def test_choice_among_gpu_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("row_stats", 8, 151936) == "triton"
 
 
-def test_facts_of_the_machine_do_not_break_a_graph() -> None:
-    @constant_when_compiled
-    def fact() -> bool:
-        return _core.best_isa() != ""
+def test_the_choice_does_not_break_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Facts of the machine are asked for once, while the graph is traced."""
+    fakes = {name: _Fake(name) for name in ("triton", "cuda")}
+    monkeypatch.setattr(sys.modules["acqcore.backends"], "_BACKENDS", fakes)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    device = torch.device("cuda", 0)
 
-    @torch.compile(fullgraph=True, backend="aot_eager")
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
     def compiled(x: torch.Tensor) -> torch.Tensor:
-        return x + 1 if fact() else x
+        n, v = x.shape
+        chosen = select_backend(None, device, (x.dtype,), "logit_stats", (n, v))
+        return x + (1 if chosen.name == "cuda" and cuda._no_device() else 0)
 
-    assert compiled(torch.zeros(2)).tolist() == [1.0, 1.0]
-    assert cuda._no_device._dynamo_marked_constant  # type: ignore[attr-defined]
+    monkeypatch.setattr(_core, "cuda_built", False)  # so that there is a reason everywhere
+    assert compiled(torch.zeros(2, 3)).sum() == 6
+    assert compiled(torch.zeros(4, 5)).sum() == 20
 
 
 @needs_device
