@@ -132,7 +132,7 @@ def parity(check: Check) -> dict[str, int]:
     report = WORK / "parity.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "-rs"]
-    command += [f"--junitxml={report}", "-k", "(cuda or triton) and not host", *map(str, files)]
+    command += [f"--junitxml={report}", "-k", "(cuda or triton) and not emulated", *map(str, files)]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", "4"]
     check.run("parity tests", command, 260, WORK / "parity.log")

@@ -14,15 +14,15 @@ import acqcore
 from acqcore import _core
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import _BACKENDS, HeadRows
-from acqcore.backends.base import Backend
+from acqcore.backends.base import Backend, DrawRows, Dropout
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.extension import matrix, pointer
 
 
-class CudaOnHost(Cuda):
+class EmulatedCuda(Cuda):
     """The cuda backend without a device: the same cuts, merges and arithmetic, run by the processor."""
 
-    name = "cuda on host"
+    name = "cuda emulated"
     devices = ("cpu",)
     multiprocessors = 132
 
@@ -95,17 +95,29 @@ class OnDevice(Backend):
         self.backend.head_grad_norm(self._rows(rows), _to_device(offsets), _to_device(weights), form, moved)
         squared.copy_(moved)
 
+    def dropout_mask(self, dropout: Dropout, site: int, keep: torch.Tensor) -> None:
+        moved = _to_device(keep)
+        self.backend.dropout_mask(_tensors_to_device(dropout), site, moved)
+        keep.copy_(moved)
+
+    def mixture_stats(self, rows: DrawRows) -> None:
+        moved = _tensors_to_device(rows)
+        heads = tuple(_tensors_to_device(head) for head in rows.heads)
+        dropout = None if rows.dropout is None else _tensors_to_device(rows.dropout)
+        moved = dataclasses.replace(moved, heads=heads, dropout=dropout)
+        self.backend.mixture_stats(moved)
+        rows.state.copy_(moved.state)
+        rows.votes.copy_(moved.votes)
+
     def _rows(self, rows: HeadRows) -> HeadRows:
-        head = rows.head
-        bias = None if head.bias is None else _to_device(head.bias)
-        return dataclasses.replace(
-            rows,
-            hidden=_to_device(rows.hidden),
-            head=dataclasses.replace(head, weight=_to_device(head.weight), bias=bias),
-            targets=None if rows.targets is None else _to_device(rows.targets),
-            state=_to_device(rows.state),
-            index=_to_device(rows.index),
-        )
+        return dataclasses.replace(_tensors_to_device(rows), head=_tensors_to_device(rows.head))
+
+
+def _tensors_to_device(value: Any) -> Any:
+    """A dataclass with the tensors among its fields on the GPU."""
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    moved = {name: _to_device(field) for name, field in fields.items() if isinstance(field, torch.Tensor)}
+    return dataclasses.replace(value, **moved)
 
 
 def _to_device(tensor: torch.Tensor) -> torch.Tensor:
@@ -127,7 +139,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``implementation``: the backends; where statistics are tested, the kernel's arithmetic on the host as well."""
     if "implementation" in metafunc.fixturenames:
         statistics = metafunc.module.__name__.endswith(("test_row_stats", "test_logit_stats"))
-        names = _implementations() + ([CudaOnHost.name] if statistics else [])
+        names = _implementations() + ([EmulatedCuda.name] if statistics else [])
         metafunc.parametrize("implementation", names, indirect=True)
 
 
@@ -137,8 +149,8 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     name, _, isa = request.param.partition("/")
     if isa:
         monkeypatch.setenv("ACQCORE_ISA", isa)
-    if name == CudaOnHost.name:
-        monkeypatch.setitem(_BACKENDS, name, CudaOnHost())
+    if name == EmulatedCuda.name:
+        monkeypatch.setitem(_BACKENDS, name, EmulatedCuda())
     elif _BACKENDS[name].devices == ("cuda",):
         monkeypatch.setitem(_BACKENDS, name, OnDevice(_BACKENDS[name]))
     return name

@@ -16,11 +16,11 @@ from acqcore.backends.eager import Eager as DeltaOperations
 from acqcore.backends.extension import constant_when_compiled, core, matrix, pointer
 from acqcore.head import Head
 
-#: A block of logits that row_stats holds: 1024 rows x 8192 columns, 32 MiB in float32.
+#: A block of logits that row_stats holds: at most 1024 rows x 8192 columns, 32 MiB in float32.
 BLOCK_ROWS = 1024
 BLOCK_COLUMNS = 8192
-#: What a tile of weights may take in float32 where its dtype is not that of the hidden states, in bytes.
-UPCAST_BYTES = 16 << 20
+#: What a block's hidden states may take where they are copied, and a tile of weights likewise, in bytes of float32.
+COPY_BYTES = 16 << 20
 
 
 class Cuda(DeltaOperations):
@@ -46,18 +46,20 @@ class Cuda(DeltaOperations):
             rows.index.fill_(-1)
         else:
             kept = None
-        columns = _block_columns(rows.hidden.dtype, head.weight)
+        mixed = rows.hidden.dtype != head.weight.dtype
+        height, width = _block(head.weight.shape[1], mixed)
         with _stating_memory("row_stats"), _float32_products():
-            buffer = rows.hidden.new_empty((min(n, BLOCK_ROWS), min(v, columns)), dtype=torch.float32)
-            for begin in range(0, n if kept is None else len(kept), BLOCK_ROWS):
-                part = slice(begin, begin + BLOCK_ROWS) if kept is None else kept[begin : begin + BLOCK_ROWS]
-                hidden = rows.hidden[part]
+            buffer = rows.hidden.new_empty(min(n, height) * min(v, width), dtype=torch.float32)
+            for begin in range(0, n if kept is None else len(kept), height):
+                part = slice(begin, begin + height) if kept is None else kept[begin : begin + height]
+                hidden = rows.hidden[part].float() if mixed else rows.hidden[part]
                 y = None if targets is None else targets[part].contiguous()
                 state = rows.state.new_empty((7, len(hidden)))
                 index = rows.index.new_empty(len(hidden))
-                for first, last in itertools.pairwise([*range(0, v, columns), v]):
-                    z = buffer.view(-1)[: len(hidden) * (last - first)].view(len(hidden), last - first)
-                    self._product(hidden, head.weight[first:last], z)
+                for first, last in itertools.pairwise([*range(0, v, width), v]):
+                    z = buffer[: len(hidden) * (last - first)].view(len(hidden), last - first)
+                    weight = head.weight[first:last]
+                    self._product(hidden, weight.float() if mixed else weight, z)
                     _transform(z, head, first, last)
                     start = head.vocab_start + first
                     self._fold(z, y, rows.temperature, start, first > 0, state, index)
@@ -79,12 +81,10 @@ class Cuda(DeltaOperations):
     def _product(
         self,
         hidden: torch.Tensor,  # [n, D]
-        weight: torch.Tensor,  # [v, D]
+        weight: torch.Tensor,  # [v, D], of the same dtype
         out: torch.Tensor,  # [n, v] float32, written
     ) -> None:
         """``hidden weight^T`` accumulated in float32 and never rounded to half precision."""
-        if hidden.dtype != weight.dtype:
-            hidden, weight = hidden.float(), weight.float()
         if hidden.dtype == torch.float32:
             torch.mm(hidden, weight.T, out=out)
         else:
@@ -118,11 +118,13 @@ class Cuda(DeltaOperations):
             core.cuda_logit_stats(arguments, device, stream, scratch.data_ptr(), size)
 
 
-def _block_columns(dtype: torch.dtype, weight: torch.Tensor) -> int:
-    """Columns of a block; they follow from the head alone, so that a row's result does not change with the batch."""
-    if dtype == weight.dtype:
-        return BLOCK_COLUMNS
-    return max(128, min(BLOCK_COLUMNS, UPCAST_BYTES // (4 * max(1, weight.shape[1])) // 128 * 128))
+def _block(d: int, mixed: bool) -> tuple[int, int]:
+    """Rows and columns of a block under a head of ``d`` columns; ``mixed``: its tile of weights is widened.
+
+    Columns do not follow from the batch, so neither do the places where parts of a row are merged.
+    """
+    fit = max(128, COPY_BYTES // (4 * max(1, d)) // 128 * 128)
+    return min(BLOCK_ROWS, fit), min(BLOCK_COLUMNS, fit) if mixed else BLOCK_COLUMNS
 
 
 def _transform(

@@ -3,7 +3,6 @@
 #include <string>
 
 #include "../cuda/launch.h"
-#include "../philox.h"
 #include "register.h"
 
 namespace py = pybind11;
@@ -15,17 +14,22 @@ namespace {
 cuda::LogitStatsArgs logit_stats_args(const Matrix& logits, uintptr_t targets, double temperature, int64_t vocab_start,
                                       bool accumulate, uintptr_t state, uintptr_t index) {
   if (logits.columns >= int64_t(1) << 30) throw std::invalid_argument("logits: expected fewer than 2^30 columns");
-  return {logits,      reinterpret_cast<const int64_t*>(targets), temperature,
-          vocab_start, accumulate,
-          reinterpret_cast<double*>(state), reinterpret_cast<int64_t*>(index)};
+  return {logits,
+          reinterpret_cast<const int64_t*>(targets),
+          temperature,
+          vocab_start,
+          accumulate,
+          reinterpret_cast<double*>(state),
+          reinterpret_cast<int64_t*>(index)};
 }
 
-py::tuple philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
-  const uint32_t counter[4] = {c0, c1, c2, c3}, key[2] = {k0, k1};
-  uint32_t out[4];
-  acqcore::philox4x32(counter, key, out);
-  return py::make_tuple(out[0], out[1], out[2], out[3]);
+#if defined(ACQCORE_CUDA)
+void logit_stats(const cuda::LogitStatsArgs& args, int device, uintptr_t stream, uintptr_t scratch,
+                 int64_t scratch_bytes) {
+  cuda::logit_stats(args,
+                    {device, reinterpret_cast<void*>(stream), reinterpret_cast<void*>(scratch), scratch_bytes});
 }
+#endif
 
 }  // namespace
 
@@ -35,18 +39,12 @@ void register_cuda(py::module_& m) {
            py::arg("vocab_start"), py::arg("accumulate"), py::arg("state"), py::arg("index"));
   m.def("cuda_logit_stats_on_host", &cuda::logit_stats_on_host, py::arg("args"), py::arg("multiprocessors"),
         py::call_guard<py::gil_scoped_release>());
-  m.def("philox4x32", &philox, py::arg("c0"), py::arg("c1"), py::arg("c2"), py::arg("c3"), py::arg("k0"), py::arg("k1"));
 #if defined(ACQCORE_CUDA)
   m.attr("cuda_built") = true;
   m.def("cuda_unavailable", &cuda::unavailable);
   m.def("cuda_logit_stats_scratch", &cuda::scratch_bytes, py::arg("device"), py::arg("rows"), py::arg("columns"));
-  m.def(
-      "cuda_logit_stats",
-      [](const cuda::LogitStatsArgs& args, int device, uintptr_t stream, uintptr_t scratch, int64_t scratch_bytes) {
-        cuda::logit_stats(args, {device, reinterpret_cast<void*>(stream), reinterpret_cast<void*>(scratch), scratch_bytes});
-      },
-      py::arg("args"), py::arg("device"), py::arg("stream"), py::arg("scratch"), py::arg("scratch_bytes"),
-      py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_logit_stats", &logit_stats, py::arg("args"), py::arg("device"), py::arg("stream"), py::arg("scratch"),
+        py::arg("scratch_bytes"), py::call_guard<py::gil_scoped_release>());
 #else
   m.attr("cuda_built") = false;
 #endif

@@ -1,10 +1,10 @@
 // The algebra of row_stats.py on a GPU: logits -> a lane's sums -> a group's state (32 lanes) -> the row's.
 //
-// A lane holds the largest logit it has met apart from its sums. Each further logit competes with it and the loser's term is
-// added, relative to the winner: the maximum's own term never enters a sum, so that confident rows stay exact, and no branch
-// depends on where maxima fall. Lanes work in float32 on the logits as they are, sums times 2^40 (squares times 2^80), which
-// keeps e^2 clear of flushed subnormals down to e = 1e-31; the temperature is in the exponential's rate, and is divided out
-// of what is linear in the logits once a row, in float64.
+// A lane holds the largest logit it has met apart from its sums. Each further logit competes with it and the loser's
+// term is added, relative to the winner: the maximum's own term never enters a sum, so that confident rows stay exact,
+// and where maxima fall costs next to nothing. Lanes work in float32 on the logits as they are, sums times 2^40
+// (squares times 2^80), which keeps e^2 clear of flushed subnormals down to e = 1e-31; the temperature is in the
+// exponential's rate, and is divided out of what is linear in the logits once a row, in float64.
 #pragma once
 #include <float.h>
 
@@ -93,11 +93,12 @@ ACQCORE_DEVICE float largest(uint32_t word) {
 // Folds the words of one chunk into a lane; they are overwritten.
 //
 // Per bfloat16 logit: 1.5 for the competition (three instructions a word), 1 to widen, 1 subtraction, 1 clamp, 1 fma, 1
-// exp2, 5 for the sums: 11.5. As compiled for sm_90, with loads and raising: 12.7, and 1.3 to reduce the group. An H100 at
-// 1.7 GHz issues 132 multiprocessors x 128 lanes x 1.7e9 = 29e12 lane instructions a second, 19 a logit at 3.0 TB/s
+// exp2, 5 for the sums: 11.5. As compiled for sm_90, with loads and raising: 12.7, and 1.3 to reduce the group. An H100
+// at 1.7 GHz issues 132 multiprocessors x 128 lanes x 1.7e9 = 29e12 lane instructions a second, 19 a logit at 3.0 TB/s
 // (1.5e12 logits a second), and its exp2 units give 2.4 times that rate: memory is the bound. float32 may take 38.
 template <DType dtype, int n>
-ACQCORE_DEVICE void fold_words(uint32_t (&words)[n], uint32_t chunk, const Exponential& exponential, Lane<dtype>& lane) {
+ACQCORE_DEVICE void fold_words(uint32_t (&words)[n], uint32_t chunk, const Exponential& exponential,
+                               Lane<dtype>& lane) {
   ACQCORE_UNROLL
   for (int i = 0; i < n; ++i) {
     const uint32_t loser = smaller_or_nan<dtype>(lane.best, words[i]);

@@ -1,9 +1,9 @@
 // How a row is cut, loaded and put together again.
 //
-// A row is cut into groups of kGroup logits, counted from its first column; one warp folds one group. Which warp of which
-// block folds a group follows from the numbers of rows and multiprocessors, the arithmetic does not: within a group a
-// logit's lane and place follow from its column, and the groups of a row are combined in one fixed order. So a row's state
-// has the same bits whatever the batch, the strides, the alignment or the card.
+// A row is cut into groups of kGroup logits, counted from its first column; one warp folds one group. Which warp of
+// which block folds a group follows from the numbers of rows and multiprocessors, the arithmetic does not: within a
+// group a logit's lane and place follow from its column, and the groups of a row are combined in one fixed order. So a
+// row's state has the same bits whatever the batch, the strides, the alignment or the number of multiprocessors.
 #pragma once
 #include "fold.cuh"
 #include "launch.h"
@@ -77,7 +77,8 @@ struct Row {
 template <DType dtype>
 ACQCORE_DEVICE Row<dtype> row_of(const Matrix& m, int64_t row, bool vectors) {
   using Element = typename Words<dtype>::Element;
-  return {static_cast<const Element*>(m.data) + row * m.row_stride, static_cast<int>(m.columns), m.column_stride, vectors};
+  const Element* data = static_cast<const Element*>(m.data) + row * m.row_stride;
+  return {data, static_cast<int>(m.columns), m.column_stride, vectors};
 }
 
 // A lane's words of the whole chunk at column `begin`, in 16-byte loads: vector j of lane i is vector 32 j + i.
@@ -245,7 +246,9 @@ ACQCORE_DEVICE RowState combine(const Row<dtype>& row, const GroupState* groups,
   return state;
 }
 
-ACQCORE_DEVICE bool ignored(const LogitStatsArgs& args, int64_t row) { return args.targets && args.targets[row] == -100; }
+ACQCORE_DEVICE bool ignored(const LogitStatsArgs& args, int64_t row) {
+  return args.targets && args.targets[row] == -100;
+}
 
 // Writes a row's state; an ignored row's is NaN.
 ACQCORE_DEVICE void write_state(const LogitStatsArgs& args, int64_t row, const RowState* s) {
@@ -275,8 +278,8 @@ ACQCORE_DEVICE void finish_row(const LogitStatsArgs& args, int64_t row, const Ro
 
 // One warp's share of the groups of a row, for block `part` of those that share it.
 template <DType dtype>
-ACQCORE_DEVICE void fold_share(const Row<dtype>& row, const Plan& plan, int part, int warp, const Exponential& exponential,
-                               GroupState* groups /* [plan.groups], written */) {
+ACQCORE_DEVICE void fold_share(const Row<dtype>& row, const Plan& plan, int part, int warp,
+                               const Exponential& exponential, GroupState* groups /* [plan.groups], written */) {
   for (int g = part * plan.warps + warp; g < plan.groups; g += plan.parts * plan.warps) {
     const GroupState state = fold_group(row, g, exponential);
     if (lane_of(0) == 0) groups[g] = state;

@@ -1,8 +1,8 @@
 // A warp, written once for the device and for the host.
 //
-// On the device a thread runs one lane and reaches the others by shuffles. Compiled without nvcc, one thread runs all 32
-// lanes in lockstep: tests on a machine without a GPU go through the same folds in the same order. What a lane holds is
-// therefore an array of kHeld values: one on the device, 32 on the host.
+// On the device a thread runs one lane and reaches the others by shuffles. Compiled without nvcc, one thread runs all
+// 32 lanes in lockstep: tests on a machine without a GPU go through the same folds in the same order. What a lane holds
+// is therefore an array of kHeld values: one on the device, 32 on the host.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -34,7 +34,7 @@ ACQCORE_DEVICE int lane_of(int i) {
 #endif
 }
 
-// v = op over all lanes, in every lane, by exchange with lanes 16, 8, 4, 2, 1 away; op commutes, so all get the same bits.
+// v = op over all lanes, in every lane, by exchange with lanes 16, 8, 4, 2, 1 away; op commutes: all get the same bits.
 template <typename T, typename Op>
 ACQCORE_DEVICE void butterfly(T (&v)[kHeld], Op op) {
   ACQCORE_UNROLL
