@@ -5,6 +5,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST_ARGS ?=
 BENCH ?= bench_row_stats
 BENCH_ARGS ?=
+# With torch >= 2.11 for CUDA, Triton, and what builds the package: scikit-build-core, pybind11, CMake.
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
 
 DEMO := .venv-demo
 TEST := .venv-test
@@ -18,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-pytest clean
+.PHONY: help demo test lint bench bench-pytest gpu-check clean
 .DELETE_ON_ERROR:
 .PRECIOUS: %/.torch %/.ready %/.bench
 
@@ -45,6 +48,9 @@ bench: $(TEST)/.bench  ## run a benchmark: BENCH=bench_row_stats BENCH_ARGS="...
 
 bench-pytest: $(TEST)/.bench  ## the head's peers on a small shape, through pytest-benchmark
 	PYTHONSAFEPATH=1 PYTHONPATH=$(BENCH_PATH) $(TEST)/bin/python -m pytest --import-mode=importlib benchmarks/bench_row_stats.py
+
+gpu-check:  ## build, test, memory-check and benchmark the GPU backends on this machine's GPU, without network
+	@$(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_ARGS)
 
 clean:  ## remove environments, build trees and caches
 	rm -rf $(DEMO) $(TEST) build dist demo-output .pytest_cache .ruff_cache .mypy_cache .benchmarks
