@@ -188,21 +188,20 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
         # With the arguments as the function left them: sorting in place is a result too.
         return {"value": encode(value, refer), "arguments": [encode(item, refer) for item in arguments]}
 
+    def reasons(error: BaseException) -> Any:
+        try:
+            return encode(error.args, refer)
+        except Exception:  # a loop, or a hostile property
+            return encode((), refer)
+
     for line in requests:
         request = json.loads(line)
         try:
             reply = answer(request)
         except BaseException as error:
-            reply = {"error": [kind.__name__ for kind in type(error).__mro__], "message": _message(error)}
+            reply = {"error": [kind.__name__ for kind in type(error).__mro__], "arguments": reasons(error)}
         replies.write(json.dumps(reply).encode() + b"\n")
         replies.flush()
-
-
-def _message(error: BaseException) -> str:
-    try:
-        return str(error)[:500]
-    except BaseException:  # a hostile __str__
-        return ""
 
 
 # The parent: it holds the tests.
@@ -223,7 +222,7 @@ class Child:
         except (OSError, ValueError) as error:
             raise Gone(str(error)) from None
         if "error" in reply:
-            raise _builtin_error(reply["error"], reply["message"])
+            raise _builtin_error(reply["error"], decode(reply["arguments"], self.resolve))
         return reply
 
     def operate(self, operation: str, remote: Remote, *arguments: Any, **named: Any) -> Any:
@@ -290,16 +289,23 @@ def _put_back(mine: Any, left: Any) -> None:
         mine.update(left)
 
 
-def _builtin_error(names: list[str], message: str) -> Exception:
+def _builtin_error(names: list[str], arguments: tuple[Any, ...]) -> Exception:
     """The exception of the program as the nearest built-in one; what is none (SystemExit) is a RuntimeError."""
     for name in names:
         kind = getattr(builtins, name, None)
         if isinstance(kind, type) and issubclass(kind, Exception):
             try:
-                return kind(message)
-            except TypeError:  # UnicodeDecodeError wants more
+                return kind(*arguments)
+            except TypeError:  # a subclass takes other arguments than its base
                 continue
-    return RuntimeError(f"{names[0]}: {message}")
+    return RuntimeError(names[0], *arguments)
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)[:500]
+    except BaseException:  # of what the program gave it
+        return ""
 
 
 def judge(job: dict[str, Any], child: Child) -> tuple[str, str]:

@@ -173,7 +173,9 @@ def _contained(bwrap: str, limits: Limits) -> list[str]:
         line += ["--ro-bind", path, path]
     for path in _site_packages(prefix):  # may hold this package, or a data set with its solutions
         line += ["--tmpfs", path, "--remount-ro", path]
-    line += ["--ro-bind", str(HARNESS), "/harness.py", "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    # Run as root, the files of /proc/sys are its own to write, with no capability left.
+    line += ["--proc", "/proc", "--remount-ro", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
+    line += ["--ro-bind", str(HARNESS), "/harness.py"]
     line += ["--size", str(2 * limits.file_size), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
     return [*line, "--", *_interpreter("/harness.py")]
 
