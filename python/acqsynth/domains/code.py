@@ -309,6 +309,6 @@ def _humaneval(row: Row) -> Sample:
 
 
 LAYOUTS = (
-    Layout(("text", "code", "test_list"), _mbpp),
+    Layout(("text", "code", "test_list"), _mbpp, ("test_setup_code",)),
     Layout(("prompt", "canonical_solution", "test", "entry_point"), _humaneval),
 )

@@ -25,6 +25,7 @@ class Layout:
 
     columns: tuple[str, ...]
     read: Callable[[Row], Sample | None]
+    optional: tuple[str, ...] = ()  #: columns that are read where they are there
 
 
 def samples(
@@ -44,16 +45,19 @@ def samples(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected at least 1, got {limit}")
-    names = {column: field for field, column in (columns or {}).items()}
+    columns = columns or {}
     layout: Layout | None = None
     found: list[Sample] = []
     number = 0
     for number, row in rows(source, split):
         if layout is None:
-            if unknown := [column for column in names if column not in row]:
+            if unknown := [column for column in columns.values() if column not in row]:
                 raise ValueError(f"columns: no {_listed(unknown)} in {source}, which has {_listed(row)}")
-            layout = _layout(source, {names.get(column, column) for column in row}, layouts)
-        renamed = {names.get(column, column): value for column, value in row.items()}
+            layout = _layout(source, _renamed(row, columns), layouts)
+            known = (*layout.columns, *layout.optional)
+            if unknown := [field for field in columns if field not in known]:
+                raise ValueError(f"columns: unknown field {_listed(unknown)}, expected some of {_listed(known)}")
+        renamed = _renamed(row, columns)
         if missing := [column for column in layout.columns if column not in renamed]:
             raise ValueError(f"{source}: row {number}: no {_listed(missing)}, only {_listed(row)}")
         try:
@@ -94,12 +98,18 @@ def text(row: Row, column: str) -> str:
     return value.replace("\r\n", "\n").strip()
 
 
-def _layout(source: str, there: set[str], layouts: Sequence[Layout]) -> Layout:
+def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row with the names that layouts know; a column left out of ``columns`` keeps its own, or yields it."""
+    kept = {name: value for name, value in row.items() if name not in columns.values()}
+    return {**kept, **{field: row[column] for field, column in columns.items() if column in row}}
+
+
+def _layout(source: str, row: Row, layouts: Sequence[Layout]) -> Layout:
     for layout in layouts:
-        if there.issuperset(layout.columns):
+        if row.keys() >= set(layout.columns):
             return layout
     known = " or ".join(f"({', '.join(layout.columns)})" for layout in layouts)
-    raise ValueError(f"{source}: expected the columns {known}, found {_listed(sorted(there))}")
+    raise ValueError(f"{source}: expected the columns {known}, found {_listed(sorted(row))}")
 
 
 def _listed(names: Any) -> str:

@@ -13,7 +13,7 @@ from acqsynth.domains.math_check import MathChecker
 from acqsynth.domains.prompts import ask_for_sample
 
 _HASHES = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
-_STATED = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*[:=])\s*(\S[^\n]*)", re.IGNORECASE)
+_STATED = re.compile(r"(?<![/\w])answer(?:\s+is\b\s*:?|\s*:)\s*(\S[^\n]*)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|[,;]?\s+(?:because|since|so|which|as)\b")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?![\w])")
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's notes for a calculator
@@ -105,7 +105,7 @@ class Math(Domain):
             final = _final(sample.answer)
             truth, given = self.canonical(final), self.canonical(answer)
             equal[i] = truth == given
-            if not (equal[i] or _WORDS.fullmatch(truth) or (_INTEGER.fullmatch(truth) and _INTEGER.fullmatch(given))):
+            if not equal[i] and _worth_checking(truth, given):
                 unlike[i] = (_plain(final), _plain(answer))
         for i, result in zip(unlike, self.checker.equal(list(unlike.values())), strict=True):
             equal[i] = result
@@ -197,9 +197,24 @@ def _rational(plain: str) -> Fraction | None:
     return None
 
 
+def _worth_checking(truth: str, given: str) -> bool:
+    """Whether canonical forms that differ may still be equal."""
+    if _WORDS.fullmatch(truth) or (_INTEGER.fullmatch(truth) and _INTEGER.fullmatch(given)):
+        return False
+    # math-verify adds up "5 5", and of an answer with a box it reads the box alone.
+    return not re.search(r"\d \d|\\boxed", given)
+
+
 def _without_spaces(plain: str) -> str:
-    """Spaces dropped, but for those that end a command: ``\\pi r``."""
-    return re.sub(r"(\\[A-Za-z]+)?\s+(?=([A-Za-z])?)", lambda m: f"{m[1] or ''}{' ' if m[1] and m[2] else ''}", plain)
+    """Spaces dropped, but for one that ends a command (``\\pi r``) or parts two numbers."""
+    return re.sub(r"(\\[A-Za-z]+|\d)?\s+(?=([A-Za-z])?(\d)?)", _kept_space, plain)
+
+
+def _kept_space(match: re.Match[str]) -> str:
+    before, letter, digit = match.groups()
+    if before is None:
+        return ""
+    return f"{before} " if (digit if before.isdigit() else letter) else str(before)
 
 
 def _worked(row: Row) -> Sample:
@@ -223,4 +238,4 @@ def _numina(row: Row) -> Sample | None:
     return None if final is None else Sample(text(row, "problem"), final, solution)
 
 
-LAYOUTS = (Layout(("problem", "solution"), _numina), Layout(("question", "answer"), _worked))
+LAYOUTS = (Layout(("problem", "solution"), _numina), Layout(("question", "answer"), _worked, ("reasoning",)))

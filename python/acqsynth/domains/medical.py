@@ -19,7 +19,7 @@ DECISIONS = ("yes", "no", "maybe")
 
 _OPTION = re.compile(r"(?:^|(?<=\s))\(?([A-D])[).:]\s+", re.MULTILINE)
 _BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]*)\}?\}")
-_STATED = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*[:=])\s*(\S[^\n]*)", re.IGNORECASE)
+_STATED = re.compile(r"(?<![/\w])answer(?:\s+is\b\s*:?|\s*:)\s*(\S[^\n]*)", re.IGNORECASE)
 # A letter alone or with its mark, "B", "(b)", "B) aspirin", not the article of "A fever"; or a decision with a mark.
 _LETTER = re.compile(r"\(?([A-Da-d])(?:[).:]|$)")
 _DECISION = re.compile(r"(yes|no|maybe)\b(?!\s+\w)", re.IGNORECASE)
@@ -145,7 +145,7 @@ def _medmcqa(row: Row) -> Sample:
     """``cop`` counts from 0, as on the hub."""
     options = {letter: text(row, f"op{letter.lower()}") for letter in LETTERS}
     right = row["cop"]
-    if right not in range(len(LETTERS)):
+    if type(right) is not int or right not in range(len(LETTERS)):
         raise ValueError(f"cop: expected 0 to 3, got {right!r}")
     letter = LETTERS[right]
     reasoning = text(row, "exp") if row.get("exp") else ""
@@ -175,8 +175,8 @@ def _plain(row: Row) -> Sample:
 
 
 LAYOUTS = (
-    Layout(("question", "opa", "opb", "opc", "opd", "cop"), _medmcqa),
+    Layout(("question", "opa", "opb", "opc", "opd", "cop"), _medmcqa, ("exp",)),
     Layout(("question", "contexts", "long_answer", "final_decision"), _pubmedqa),
     Layout(("question", "context", "long_answer", "final_decision"), _pubmedqa),
-    Layout(("question", "answer"), _plain),
+    Layout(("question", "answer"), _plain, ("reasoning",)),
 )
