@@ -214,6 +214,7 @@ class Child:
     def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
         self.requests, self.replies = requests, replies
         self.remotes: dict[int, Remote] = {}
+        self.gone = False
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -221,6 +222,7 @@ class Child:
             self.requests.flush()
             reply = json.loads(self.replies.readline())
         except (OSError, ValueError) as error:
+            self.gone = True
             raise Gone(str(error)) from None
         if "error" in reply:
             raise _builtin_error(reply["error"], decode(reply["arguments"], self.resolve))
@@ -322,6 +324,8 @@ def judge(job: dict[str, Any], child: Child) -> tuple[str, str]:
             if name in found:
                 scope[name] = decode(found[name], child.resolve)
         exec(compile(job["tests"], "<tests>", "exec"), scope)
+        if child.gone:  # and the tests went on, as those do that expect an exception
+            raise Gone
     except Gone:
         raise
     except MemoryError:

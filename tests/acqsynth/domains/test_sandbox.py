@@ -321,6 +321,12 @@ class TestGrading:
         assert result.detail == "tests: AssertionError: assert helper(f(1))"
         assert one(program, "assert isinstance(f(1), int)", ("f",)).status == "failed"
 
+    def test_leaving_is_no_exception_that_tests_expect(self) -> None:
+        tests = "try:\n    f(1)\nexcept:\n    pass\nelse:\n    assert False"
+        assert one("def f(x): raise ValueError", tests, ("f",)).status == "passed"
+        result = one("def f(x):\n    import os\n    os._exit(0)", tests, ("f",))
+        assert result.detail == "program: ended with exit status 0 before its tests did"
+
     def test_the_detail_names_what_failed(self) -> None:
         result = one("def f(x): return x", "assert f(1) == 1\nassert f(2) == 3", ("f",))
         assert (result.status, result.detail) == ("failed", "tests: AssertionError: assert f(2) == 3")
