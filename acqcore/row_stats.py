@@ -244,6 +244,16 @@ def row_stats(
     return RowStats(state, index, targets, norm, dtype)
 
 
+def predicted_targets(stats: RowStats) -> RowStats:
+    """The same rows with each one's most likely token as its target; arguments are trusted."""
+    assert stats.targets is not None
+    # A row without a finite logit has no most likely token, and no finite gradient for any.
+    targets = stats.max_index.clamp_min(0).where(stats.targets != checks.IGNORE_INDEX, checks.IGNORE_INDEX)
+    state = stats.state.clone()
+    state[TARGET] = state[MAX]
+    return replace(stats, state=state, targets=targets)
+
+
 def logit_stats(
     logits: torch.Tensor,
     targets: torch.Tensor | None = None,
