@@ -20,7 +20,7 @@ class Sampling:
         top_p: least probability of the tokens drawn from.
         max_tokens: most tokens of a completion.
         seed: equal seeds give equal completions on one engine, machine and batch.
-        top2: keep the log-probabilities of the two most likely tokens at each position.
+        top2: keep the log-probabilities of the two most likely tokens at each position, and of the drawn one.
     """
 
     n: int = 1
@@ -40,6 +40,8 @@ class Completion:
     finished: bool  #: ended by itself, not by ``max_tokens``
     #: of the two most likely tokens at each position of ``token_ids``, larger first, before temperature; with ``top2``
     top2_logprobs: list[tuple[float, float]] | None = None
+    #: of ``token_ids`` themselves, before temperature; with ``top2``
+    token_logprobs: list[float] | None = None
 
 
 class Engine(ABC):
