@@ -44,6 +44,8 @@ class Diversity:
         self.released = _ReleasedArchive() if paper_compat else None
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        if not samples:
+            return []
         vectors = self._vectors(samples)
         if self.released is not None:
             return [self.released.take(vector) for vector in vectors]
@@ -81,12 +83,11 @@ class Diversity:
             self.archive.load_state_dict(state["archive"])
 
     def _vectors(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """``[n, d]``; a question is embedded once a call."""
+        """``[n, d]``, n >= 1; a question is embedded once a call."""
         known: dict[str, torch.Tensor] = once((id(self), "vectors"), dict)
         new = [q for q in dict.fromkeys(sample.question for sample in samples) if q not in known]
-        known.update(zip(new, self.embed(new), strict=True))
-        if not samples:
-            return self.embed([])
+        if new:
+            known.update(zip(new, self.embed(new), strict=True))
         return torch.stack([known[sample.question] for sample in samples])
 
 

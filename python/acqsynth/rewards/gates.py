@@ -121,14 +121,15 @@ class NoLeak:
         return [not self._leaks(sample) for sample in samples]
 
     def _leaks(self, sample: Sample) -> bool:
+        question = words(sample.question)
         options = len(_OPTION.findall(sample.question)) > 1
-        question = words(_OPTION.sub(" ", sample.question) if options else sample.question)
+        told = words(_OPTION.sub(" ", sample.question)) if options else question
         reasoning = words(sample.reasoning)
-        if len(reasoning) >= _LONG_REASONING and _find(question, reasoning):
+        if len(reasoning) >= _LONG_REASONING and _find(told, reasoning):
             return True
         answers = {tuple(words(answer)) for answer in (sample.answer, self.domain.canonical(sample.answer))} - {()}
         return any(
-            bool(_find(question, list(answer))) if len(answer) >= _LONG_ANSWER else _stated(question, list(answer))
+            bool(_find(told, list(answer))) if len(answer) >= _LONG_ANSWER else _stated(question, list(answer))
             for answer in answers
         )
 

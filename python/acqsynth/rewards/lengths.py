@@ -10,16 +10,17 @@ from typing import Any
 class LengthBins:
     """A value as its distance, in standard deviations, from the values seen at like lengths.
 
-    A bin is half an octave of the length. Its mean and variance are shrunk to those of all lengths as by ``prior``
-    observations, so that a new bin starts from these; older observations fade by ``decay`` each, as the student and
-    with it the scale of a signal moves. The values of a call are counted before they are normalised.
+    A bin is half an octave of the length; between the centres of two bins their means and variances are interpolated.
+    These are shrunk, as by ``prior`` observations, to the straight line through the means of all bins and to the
+    variance within them, so that a new bin starts from there; older observations fade by ``decay`` each, as the student
+    and with it the scale of a signal moves. The values of a call are counted before they are normalised.
 
     Args:
-        prior: observations of all lengths that a bin starts with.
+        prior: observations that a bin starts with.
         decay: weight of an observation after one more of its bin.
     """
 
-    def __init__(self, prior: float = 8.0, decay: float = 0.998) -> None:
+    def __init__(self, prior: float = 2.0, decay: float = 0.998) -> None:
         if prior <= 0 or not 0 < decay <= 1:
             raise ValueError(f"prior, decay: expected more than 0 and in (0, 1], got {prior} and {decay}")
         self.prior = prior
@@ -39,8 +40,8 @@ class LengthBins:
         if update:
             for value, length in zip(values, lengths, strict=True):
                 if value is not None:
-                    self._add(_bin(length), value)
-        return [v if v is None else self._deviation(v, _bin(n)) for v, n in zip(values, lengths, strict=True)]
+                    self._add(round(_position(length)), value)
+        return [v if v is None else self._deviation(v, _position(n)) for v, n in zip(values, lengths, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"bins": {key: list(moments) for key, moments in self._bins.items()}}
@@ -56,20 +57,32 @@ class LengthBins:
         variance = (1 - 1 / weight) * (variance + (value - mean) * step)
         self._bins[key] = [weight, mean + step, variance]
 
-    def _deviation(self, value: float, key: int) -> float:
-        every = list(self._bins.values())
-        total = sum(weight for weight, _, _ in every)
-        if total == 0:
+    def _deviation(self, value: float, position: float) -> float:
+        if not self._bins:
             return value  # nothing was ever counted
-        centre = sum(weight * mean for weight, mean, _ in every) / total
-        spread = sum(weight * variance for weight, _, variance in every) / total  # within the bins
-        weight, mean, variance = self._bins.get(key, [0.0, centre, spread])
-        mean = (weight * mean + self.prior * centre) / (weight + self.prior)
-        variance = (weight * variance + self.prior * spread) / (weight + self.prior)
+        line, spread = self._overall(position)
+        weights, mean, variance = self.prior, self.prior * line, self.prior * spread
+        for key in (math.floor(position), math.floor(position) + 1):
+            weight, bin_mean, bin_variance = self._bins.get(key, [0.0, 0.0, 0.0])
+            weight *= 1 - abs(position - key)
+            weights, mean, variance = weights + weight, mean + weight * bin_mean, variance + weight * bin_variance
         # Half a bin's deviation is the bin's, half that of all: a bin without variance divides by something.
-        scale = math.sqrt(variance) + math.sqrt(spread)
-        return 2 * (value - mean) / scale if scale > 0 else value - mean
+        scale = (math.sqrt(variance / weights) + math.sqrt(spread)) / 2
+        deviation = value - mean / weights
+        return deviation / scale if scale > 0 else deviation
+
+    def _overall(self, position: float) -> tuple[float, float]:
+        """The line through the bins at a position, its slope shrunk as by ``prior``, and the variance within bins."""
+        every = [(key, *moments) for key, moments in self._bins.items()]
+        total = sum(weight for _, weight, _, _ in every)
+        key_mean = sum(weight * key for key, weight, _, _ in every) / total
+        centre = sum(weight * mean for _, weight, mean, _ in every) / total
+        spread = sum(weight * variance for _, weight, _, variance in every) / total
+        along = sum(weight * (key - key_mean) * (mean - centre) for key, weight, mean, _ in every)
+        square = sum(weight * (key - key_mean) ** 2 for key, weight, _, _ in every)
+        return centre + along / (square + self.prior) * (position - key_mean), spread
 
 
-def _bin(length: int) -> int:
-    return round(2 * math.log2(max(length, 1)))
+def _position(length: int) -> float:
+    """In bins: a length of one stands at 0, twice the length two further on."""
+    return 2 * math.log2(max(length, 1))
