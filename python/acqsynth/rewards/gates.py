@@ -12,8 +12,8 @@ agreement, unsolvable questions the entropy that no honest sample reaches; so no
 ``not_in_evaluation`` not in the evaluation set
 ``fluent``            the student finds the text as plausible as the seeds, roughly: random tokens are not
 ``verified``          the domain does not find the sample's own answer wrong
-``answerable``        the student gives the sample's own answer sometimes: unsolvable, ambiguous and wrongly answered
-                      questions do not come back
+``answerable``        the student gives the sample's own answer sometimes, or the domain knows it to be right: questions
+                      that are unsolvable, ambiguous or wrongly answered do not come back
 ====================  ===========================================================================================
 
 Cheap ones come first; each is asked of what passed those before it.
@@ -30,6 +30,7 @@ from acqsynth.domains import Domain, Sample
 from acqsynth.rewards.answers import SampledAnswers
 from acqsynth.rewards.overlap import Contamination, NearCopies, words
 from acqsynth.rewards.scoring import Scorer
+from acqsynth.rewards.shared import once
 
 
 @runtime_checkable
@@ -249,18 +250,18 @@ class Verified:
         self.domain = domain
 
     def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
-        return [verdict is not False for verdict in self.domain.verify(samples)]
+        return [verdict is not False for verdict in _verdicts(self.domain, samples)]
 
 
 class Answerable:
-    """At least ``least`` of the student's k sampled answers equal the sample's own.
+    """At least ``least`` of the student's k sampled answers equal the sample's own, or the domain finds it right.
 
-    A question without an answer scatters the student's, and a wrong answer meets none of them. What the student never
-    solves is lost with these: it would not learn from one row of it either.
+    A question without an answer scatters the student's, and a wrong answer meets none of them. Where the domain can not
+    tell, what the student never solves is lost with these.
 
     Args:
         answers: the draws, shared with the signals.
-        least: share in (0, 1]; by default one answer of k.
+        least: share in (0, 1]; by default two answers of k, as one of k may be chance (one where k is 1).
     """
 
     name = "answerable"
@@ -269,10 +270,13 @@ class Answerable:
         if least is not None and not 0 < least <= 1:
             raise ValueError(f"least: expected a share in (0, 1], got {least}")
         self.answers = answers
-        self.least = least or 1 / answers.k
+        self.least = least or min(2, answers.k) / answers.k
 
     def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
-        return [share >= self.least - 1e-9 for share in self.answers.shares(samples)]
+        known = _verdicts(self.answers.domain, samples)
+        open_to_question = [sample for sample, verdict in zip(samples, known, strict=True) if verdict is not True]
+        shares = iter(self.answers.shares(open_to_question))
+        return [verdict is True or next(shares) >= self.least - 1e-9 for verdict in known]
 
 
 class Check:
@@ -337,6 +341,16 @@ _FILLERS = frozenset({"is", "are", "be", "was", "equals", "should", "must", "wil
 _GOES_ON = frozenset({"or", "and", ",", "/", "+", "-", "*", "^", "%"})
 # One of a list of options: "B) ...", "(c) ...", "D. ..." up to the end of the line or the next label.
 _OPTION = re.compile(r"(?:^|\s)(?:[A-H][).:]|\([A-Ha-h]\))\s.*?(?=$|\n|\s(?:[B-H][).:]|\([B-Hb-h]\))\s)", re.MULTILINE)
+
+
+def _verdicts(domain: Domain, samples: Sequence[Sample]) -> list[bool | None]:
+    """``domain.verify``, asked once of a sample in a call: it may run programs."""
+    known: dict[int, tuple[Sample, bool | None]] = once(("verify", id(domain)), dict)
+    new = [sample for sample in samples if id(sample) not in known]
+    if new:
+        # Held with the verdict: an id is an object's own only while that lives.
+        known.update((id(s), (s, verdict)) for s, verdict in zip(new, domain.verify(new), strict=True))
+    return [known[id(sample)][1] for sample in samples]
 
 
 def _prose(sample: Sample) -> list[tuple[str, str]]:

@@ -27,6 +27,7 @@ from acqsynth.rewards.gates import (
     default_gates,
     repetition,
 )
+from acqsynth.rewards.shared import one_call
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 
@@ -174,10 +175,29 @@ def test_answerable(domain: Domain, scripted: Any) -> None:
     script = {"weak?": ["7", "8", "9", "7"], "lost?": ["1", "2", "3", "no"], "once?": ["7", "8", "8", "8"]}
     answers = SampledAnswers(scripted(script.__getitem__), domain, k=4)
     samples = [Sample(question, "7") for question in script]
-    assert Answerable(answers)(samples) == [True, False, True]
+    assert Answerable(answers)(samples) == [True, False, False]  # one of four may be chance
+    assert Answerable(answers, least=0.25)(samples) == [True, False, True]
     assert Answerable(answers, least=0.5)(samples) == [True, False, False]
     with pytest.raises(ValueError, match="least"):
         Answerable(answers, least=0.0)
+
+
+def test_an_answer_known_to_be_right_needs_no_student(domain: Domain, scripted: Any, sample: Any) -> None:
+    engine = scripted(lambda question: ["no idea"])
+    gate = Answerable(SampledAnswers(engine, domain))
+    assert gate([sample(3, 4), Sample("Who?", "7"), sample(3, 4, answer="9")]) == [True, False, False]
+    [(prompts, _)] = engine.calls
+    assert len(prompts) == 2
+
+
+def test_a_sample_is_verified_once_a_call(domain: Domain, scripted: Any, sample: Any) -> None:
+    verify, asked = domain.verify, []
+    domain.verify = lambda samples: asked.append(len(samples)) or verify(samples)  # type: ignore[method-assign]
+    gates = Verified(domain), Answerable(SampledAnswers(scripted(lambda question: ["7"]), domain))
+    samples = [sample(3, 4), sample(5, 6)]
+    with one_call():
+        assert [gate(samples) for gate in gates] == [[True, True]] * 2
+    assert asked == [2]
 
 
 def test_check() -> None:
