@@ -21,6 +21,9 @@ class Sampling:
         max_tokens: most tokens of a completion.
         seed: equal seeds give equal completions on one engine, machine and batch.
         top2: keep the log-probabilities of the two most likely tokens at each position, and of the drawn one.
+
+    Raises:
+        ValueError: a number out of its range.
     """
 
     n: int = 1
@@ -29,6 +32,18 @@ class Sampling:
     max_tokens: int = 512
     seed: int = 0
     top2: bool = False
+
+    def __post_init__(self) -> None:
+        ranges = (
+            ("n", self.n >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("seed", self.seed >= 0, "at least 0"),
+        )
+        for name, holds, expected in ranges:
+            if not holds:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
