@@ -16,6 +16,7 @@ Equal means equal after ``domain.canonical``; learnability asks ``domain.equival
 from __future__ import annotations
 
 import math
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class SampledAnswers:
         temperature: 1 draws from the student's own distribution.
         max_tokens: of an answer; by default the domain's.
         top2: keep the probabilities that ``confidence`` needs.
-        seed: of the first call; the next ones draw anew.
+        seed: with the questions asked it gives the seed of a draw, so that other questions draw otherwise, and a run
+            that resumes draws as if it had not stopped.
 
     Raises:
         ValueError: k below 1.
@@ -79,8 +81,8 @@ class SampledAnswers:
         known: dict[str, list[Drawn]] = once((id(self), "draws"), dict)
         new = [q for q in dict.fromkeys(questions) if q not in known]
         if new:
-            sampling = Sampling(self.k, self.temperature, 1.0, self.max_tokens, self.seed, self.top2)
-            self.seed += 1
+            seed = zlib.crc32("\0".join(new).encode(), self.seed)
+            sampling = Sampling(self.k, self.temperature, 1.0, self.max_tokens, seed, self.top2)
             prompts = [self.domain.student_prompt(q) for q in new]
             for question, completions in zip(new, self.engine.generate(prompts, sampling), strict=True):
                 known[question] = [self._read(completion) for completion in completions]

@@ -54,10 +54,18 @@ def test_one_draw_serves_every_signal_of_a_call(domain: Domain, scripted: Any, s
             signal(samples[1:])
     [(prompts, sampling)] = engine.calls
     assert prompts == [[{"role": "user", "content": q}] for q in ("sure", "torn", "lost")]  # each question once
-    assert (sampling.n, sampling.temperature, sampling.max_tokens, sampling.seed, sampling.top2) == (4, 0.7, 9, 5, True)
-    with one_call():
-        signals[1](samples)
-    assert engine.calls[1][1].seed == 6  # new draws
+    assert (sampling.n, sampling.temperature, sampling.max_tokens, sampling.top2) == (4, 0.7, 9, True)
+
+
+def test_other_questions_draw_otherwise(domain: Domain, scripted: Any, samples: list[Sample]) -> None:
+    engine = scripted(SCRIPT.__getitem__)
+    for seed in (0, 1):
+        answers = SampledAnswers(engine, domain, seed=seed)
+        for asked in (samples, samples[1:], samples):
+            AnswerVariance(answers)(asked)
+    seeds = [sampling.seed for _, sampling in engine.calls]
+    assert len(set(seeds)) == 4
+    assert seeds[0] == seeds[2] != seeds[3] == seeds[5]
 
 
 def test_a_failed_comparison_is_not_remembered_as_zero(answers: SampledAnswers, samples: list[Sample]) -> None:

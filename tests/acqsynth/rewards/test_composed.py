@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import acqcore
 from acqsynth.domains import Domain, Sample
-from acqsynth.rewards import ComposedReward, Diversity, NgramEmbedder, SampledAnswers
+from acqsynth.rewards import ComposedReward, Diversity, Learnability, NgramEmbedder, SampledAnswers
 from acqsynth.rewards.composed import DEFAULT_WEIGHTS
 from acqsynth.rewards.fusion import BOUNDED, METHODS, fuse
 from acqsynth.rewards.gates import Check, New
@@ -394,11 +394,9 @@ def test_two_steps_of_grpo(
     assert not model.lm_head.weight.detach().equal(before)
 
 
-def test_sampled_answers_are_drawn_anew_each_call(domain: Domain, scripted: Any) -> None:
+def test_answers_are_not_kept_for_the_next_call(domain: Domain, scripted: Any) -> None:
     engine = scripted(lambda question: ["7"])
-    from acqsynth.rewards import Learnability
-
     reward = plain(domain, Learnability(SampledAnswers(engine, domain)))
     reward.score(TEXTS[:2], GROUPS[:2])
     reward.score(TEXTS[:2], GROUPS[:2])
-    assert [sampling.seed for _, sampling in engine.calls] == [0, 1]
+    assert len(engine.calls) == 2  # the student may have moved
