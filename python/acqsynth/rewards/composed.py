@@ -330,7 +330,7 @@ class ComposedReward:
                 accepted = [entry.sample for entry in entries if entry.valid and entry.total is not None]
                 for part in (*self.signals, *self.gates):
                     if hasattr(part, "accept"):
-                        part.accept(accepted)
+                        self._guarded(part.name, partial(_accept, part, accepted), len(accepted))
         mine = ranks[own]
         self.masked += sum(entry.total is None for entry in mine)
         return Rewards(
@@ -371,7 +371,7 @@ class ComposedReward:
             if len(values) != n:
                 raise ValueError(f"{name}: expected {n} values, one a sample, got {len(values)}")
         except Exception:
-            logger.exception("%s: %r failed, %d samples are masked", self.__name__, name, n)
+            logger.exception("%s: %r failed on %d samples", self.__name__, name, n)
             self.failures += 1
             return [None] * n
         return values
@@ -453,6 +453,11 @@ def _parsed(domain: Domain, text: str | None) -> list[Sample | bool]:
     """The sample, or False where the text is none."""
     sample = None if text is None else domain.parse(text)
     return [False if sample is None else sample]
+
+
+def _accept(part: Any, samples: Sequence[Sample]) -> Sequence[Sample]:
+    part.accept(samples)
+    return samples
 
 
 def _samples(entries: Sequence[_Entry]) -> list[Sample]:
