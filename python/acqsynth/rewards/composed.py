@@ -327,8 +327,9 @@ class ComposedReward:
                         entry.group = j
             self._total(entries, update)
             if update:
-                accepted = [entry.sample for entry in entries if entry.valid and entry.total is not None]
-                for part in (*self.signals, *self.gates):
+                accepted = _samples([entry for entry in entries if entry.valid and entry.total is not None])
+                parts: list[Any] = [*self.signals, *self.gates]
+                for part in parts:
                     if hasattr(part, "accept"):
                         self._guarded(part.name, partial(_accept, part, accepted), len(accepted))
         mine = ranks[own]

@@ -60,8 +60,8 @@ class Sound:
 class Length:
     """Characters of the question, and of question, reasoning and answer together, within bounds, both inclusive.
 
-    Questions of GSM8K, MBPP, HumanEval and PubMedQA have 36 to 1,360 characters, whole samples up to 3,500; those of the
-    world of arithmetic have 8.
+    Questions of GSM8K, MBPP, HumanEval and PubMedQA have 36 to 1,360 characters, whole samples up to 3,500; those of
+    the world of arithmetic have 8.
     """
 
     name = "length"
