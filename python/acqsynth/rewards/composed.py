@@ -49,9 +49,9 @@ logger = logging.getLogger(__name__)
 
 PARSES = "parses"  #: the gate that stands before the others
 
-#: Signals of the default reward and their weights. Each is there where what it needs is given: ``influence`` (in all
-#: parameters) a reference set, ``learnability`` an engine of the student. Neither is a measure of size alone, which
-#: favours coin flips and noise.
+#: Signals of the default reward and their weights: acquisitions, ``learnability``, ``diversity``. Each is there where
+#: what it needs is given: ``influence`` (in all parameters) a reference set, ``learnability`` an engine of the student.
+#: None is a measure of size alone, which favours coin flips and noise.
 DEFAULT_WEIGHTS: dict[str, float] = {"influence": 1.0, "learnability": 1.0, "diversity": 0.5}
 
 
@@ -169,9 +169,15 @@ class ComposedReward:
             raise ValueError("reference, engine: expected at least one; without them only novelty is left to reward")
         drawn = None if engine is None else SampledAnswers(engine, domain, **(answers or {}))
         signals: list[Signal] = []
-        if reference is not None:
-            arguments = {"influence": {"reference": reference}}
-            signals += acquisition_signals(student, arguments, domain, **(scoring or {}))
+        acquisitions: dict[str, dict[str, Any]] = {
+            name: {} for name in DEFAULT_WEIGHTS if name in acqcore.acquisitions()
+        }
+        if reference is None:
+            acquisitions.pop("influence", None)
+        else:
+            acquisitions["influence"] = {"reference": reference}
+        if acquisitions:
+            signals += acquisition_signals(student, acquisitions, domain, **(scoring or {}))
         if drawn is not None:
             signals.append(Learnability(drawn))
         signals.append(Diversity(embed or NgramEmbedder()))

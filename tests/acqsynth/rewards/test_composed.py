@@ -309,6 +309,16 @@ class TestDefault:
         with pytest.raises(ValueError, match="reference, engine: expected at least one"):
             ComposedReward.default(domain, path, seeds=seeds)
 
+    def test_another_acquisition_is_one_more_row(
+        self, domain: Domain, student_path: Path, sample: Callable[..., Sample], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(DEFAULT_WEIGHTS, "mutual_information", 2.0)
+        seeds = [sample(3, 4)]
+        reward = ComposedReward.default(domain, str(student_path), seeds=seeds, reference=seeds)
+        assert reward.weights == {"influence": 1.0, "mutual_information": 2.0, "diversity": 0.5}
+        rewards = reward.score([text(30, sample(10, 20).question)], ["p"])
+        assert rewards.components["mutual_information"][0] > 0
+
     def test_one_draw_a_call(
         self, domain: Domain, student_path: Path, sample: Callable[..., Sample], scripted: Any
     ) -> None:
