@@ -63,6 +63,42 @@ def head_grad_norm(
     form: str,  # "auto", "gram" or "direct"
     squared: int,  # float64 [samples], written
 ) -> None: ...
+
+class Dropout:
+    """Dropout that makes draws; what it points to must stay alive."""
+
+    def __init__(
+        self,
+        form: str,  # "element" or "block"
+        block: int,
+        threshold: int,  # floor(p 2^32)
+        inverse_keep: float,
+        seed: int,
+        samples: int,  # int64 [N]
+        positions: int,  # int64 [N]
+    ) -> None: ...
+
+def dropout_mask(
+    isa: str,
+    threads: int,
+    dropout: Dropout,
+    site: int,
+    rows: int,
+    draws: int,
+    units: int,
+    keep: int,  # bool [draws, rows, units], written
+) -> None: ...
+def mixture_stats(
+    isa: str,
+    head: HeadArgs,  # hidden [N, D], or [draws * N, D] without dropout; its weight and bias are not read
+    rows: int,
+    draws: int,
+    dropout: Dropout | None,
+    weights: list[Matrix],  # one, or one a draw: [V, D]
+    biases: list[int],  # likewise, float32 [V], or 0
+    state: int,  # float64 [6, N], written
+    votes: int,  # int64 [draws, N], written
+) -> None: ...
 def logit_stats(
     isa: str,
     threads: int,
@@ -72,3 +108,39 @@ def logit_stats(
     state: int,  # float64 [7, N], written
     index: int,  # int64 [N], written
 ) -> None: ...
+
+#: nvcc was there when the extension was built; without it, cuda_unavailable and what runs on a device are absent.
+cuda_built: bool
+
+class CudaLogitStatsArgs:
+    """Logits and where their state goes; what it points to must stay alive."""
+
+    def __init__(
+        self,
+        logits: Matrix,  # [N, V]
+        targets: int,  # int64 [N], or 0
+        temperature: float,
+        vocab_start: int,
+        accumulate: bool,  # state and index hold those of earlier columns and are merged with
+        state: int,  # float64 [7, N], written
+        index: int,  # int64 [N], written
+    ) -> None: ...
+
+def cuda_unavailable() -> str:
+    """Why no device here can run the kernels, or ""."""
+
+def cuda_logit_stats_scratch(device: int, rows: int, columns: int) -> int:
+    """Bytes of device memory that cuda_logit_stats takes as scratch."""
+
+def cuda_logit_stats(
+    args: CudaLogitStatsArgs,  # pointers to device memory
+    device: int,
+    stream: int,  # cudaStream_t
+    scratch: int,
+    scratch_bytes: int,
+) -> None: ...
+def cuda_logit_stats_on_host(
+    args: CudaLogitStatsArgs,  # pointers to host memory
+    multiprocessors: int,
+) -> None:
+    """The kernel's arithmetic run by the processor, shared out as for a device of so many multiprocessors."""

@@ -229,7 +229,8 @@ def row_stats(
     checks.targets(targets, hidden, "hidden")
     checks.positive("temperature", temperature)
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
-    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
+    shape = (hidden.shape[0], head.weight.shape[0])
+    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "row_stats", shape)
     # Detached rather than under no_grad: an error inside a compiled no_grad would leave gradients off for good.
     hidden, weight = hidden.detach(), head.weight.detach()
     bias = None if head.bias is None else head.bias.detach()
@@ -243,6 +244,16 @@ def row_stats(
     if targets is not None:
         norm = norm.where(targets != checks.IGNORE_INDEX, torch.nan)
     return RowStats(state, index, targets, norm, dtype)
+
+
+def predicted_targets(stats: RowStats) -> RowStats:
+    """The same rows with each one's most likely token as its target; arguments are trusted."""
+    assert stats.targets is not None
+    # A row without a finite logit has no most likely token, and no finite gradient for any.
+    targets = stats.max_index.clamp_min(0).where(stats.targets != checks.IGNORE_INDEX, checks.IGNORE_INDEX)
+    state = stats.state.clone()
+    state[TARGET] = state[MAX]
+    return replace(stats, state=state, targets=targets)
 
 
 def logit_stats(
@@ -265,7 +276,8 @@ def logit_stats(
     checks.logits(logits)
     checks.targets(targets, logits, "logits")
     checks.positive("temperature", temperature)
-    chosen = select_backend(backend, logits.device, (logits.dtype,))
+    shape = (logits.shape[0], logits.shape[1])
+    chosen = select_backend(backend, logits.device, (logits.dtype,), "logit_stats", shape)
     state, index = _empty_state(logits)
     _logit_stats_op(logits.detach(), targets, temperature, chosen.name, state, index)
     return RowStats(state, index, targets, None, compute_dtype(logits.dtype))
@@ -294,7 +306,7 @@ def _row_stats_op(
     index: torch.Tensor,  # [N] int64, written
 ) -> None:
     head = Head(weight, bias, softcap, scale, vocab_start, vocab_size)
-    targets = _targets_in_range(targets, vocab_size)
+    targets = checks.targets_in_range(targets, vocab_size)
     get_backend(backend).row_stats(HeadRows(hidden, head, targets, temperature, state, index))
 
 
@@ -307,31 +319,5 @@ def _logit_stats_op(
     state: torch.Tensor,  # [7, N] float64, written
     index: torch.Tensor,  # [N] int64, written
 ) -> None:
-    targets = _targets_in_range(targets, logits.shape[1])
+    targets = checks.targets_in_range(targets, logits.shape[1])
     get_backend(backend).logit_stats(logits, targets, temperature, state, index)
-
-
-def _targets_in_range(
-    targets: torch.Tensor | None,  # [N]
-    vocab_size: int,
-) -> torch.Tensor | None:
-    """Targets that a backend can trust.
-
-    On the CPU one outside the vocabulary raises. On other devices reading values would make the host wait for all that
-    is queued, in every batch, and can not be captured in a CUDA graph: there it is ignored as -100 is, so that its row
-    is NaN and not valid.
-    """
-    if targets is None:
-        return None
-    if targets.device.type == "cpu":
-        checks.target_range(targets, vocab_size)
-        return targets
-    return ignored_outside(targets, vocab_size)
-
-
-def ignored_outside(
-    targets: torch.Tensor,  # [N]
-    vocab_size: int,
-) -> torch.Tensor:
-    """``targets`` with -100 in place of what is outside the vocabulary, ``[N]``."""
-    return targets.where((targets >= 0) & (targets < vocab_size), checks.IGNORE_INDEX)

@@ -11,11 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
+#: Counters of a program, each of four columns.
+MASK_TILE = 512
+
 
 @triton.jit
 def keep_mask(
-    groups,  # [rows or 1, GROUPS] int32: consecutive values of column // 4
-    position,  # [rows, 1] or scalar, int32
+    groups,  # [rows or 1, GROUPS] uint32: consecutive values of column // 4
+    position,  # [rows, 1] or scalar, uint32
     sample,  # the same
     draw_site,  # the same: draw | site << 16
     seed,  # uint64
@@ -28,56 +31,59 @@ def keep_mask(
     return words >= threshold
 
 
-@triton.jit(do_not_specialize=["rows", "seed", "threshold"])
+@triton.jit(do_not_specialize=["draws", "n", "site", "seed", "threshold"])
 def write_keep_mask(
-    positions,  # [rows] int32
-    samples,  # [rows] int32
-    draw_sites,  # [rows] int32
-    mask,  # [rows, columns] bool, written
-    rows,
+    samples,  # [n] int64
+    positions,  # [n] int64
+    keep,  # [draws, n, columns] bool, written
+    draws,
+    n,
     columns,
+    site,
     seed,
     threshold,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
+    flat = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of draw and row
+    inside = flat < draws * n
+    draw = flat // n
+    row = flat % n
     first = tl.program_id(1) * GROUPS
-    keep = keep_mask(
-        (first + tl.arange(0, GROUPS))[None, :],
-        tl.load(positions + row, mask=inside, other=0)[:, None],
-        tl.load(samples + row, mask=inside, other=0)[:, None],
-        tl.load(draw_sites + row, mask=inside, other=0)[:, None],
+    kept = keep_mask(
+        (first + tl.arange(0, GROUPS)).to(tl.uint32)[None, :],
+        tl.load(positions + row, mask=inside, other=0).to(tl.uint32)[:, None],
+        tl.load(samples + row, mask=inside, other=0).to(tl.uint32)[:, None],
+        (draw.to(tl.uint32) | (site.to(tl.uint32) << 16))[:, None],
         seed.to(tl.uint64),
         threshold.to(tl.uint32),
     )
     column = 4 * first + tl.arange(0, 4 * GROUPS)
-    at = row.to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(mask + at, keep, mask=inside[:, None] & (column < columns)[None, :])
+    at = flat.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(keep + at, kept, mask=inside[:, None] & (column < columns)[None, :])
 
 
-def dropout_keep_mask(
-    positions: torch.Tensor,  # [R] int32
-    samples: torch.Tensor,  # [R] int32
-    draws: torch.Tensor,  # [R] int32, < 2^16
+def dropout_mask(
+    samples: torch.Tensor,  # [N] int64
+    positions: torch.Tensor,  # [N] int64
     site: int,
-    columns: int,
     seed: int,
-    p: float,
-) -> torch.Tensor:
-    """``[R, columns]`` bool: the entries that dropout with probability ``p`` keeps; arguments are trusted.
+    threshold: int,
+    keep: torch.Tensor,  # [K, N, units] bool, contiguous, written
+) -> None:
+    """Which units dropout keeps under each draw, ``acqcore.philox.keep_mask``; arguments are trusted.
 
     Args:
-        positions, samples, draws: of each row.
         site: which of the model's dropouts, < 2^16.
         seed: 0 <= seed < 2^64.
+        threshold: ``floor(p 2^32)``.
     """
-    rows = len(positions)
-    mask = torch.empty((rows, columns), dtype=torch.bool, device=positions.device)
-    draw_sites = draws | (site << 16)
-    write_keep_mask[(triton.cdiv(rows, 16), triton.cdiv(columns, 256))](
-        positions, samples, draw_sites, mask, rows, columns, seed, int(p * 2**32), ROWS=16, GROUPS=64,
-        enable_fp_fusion=True,
+    draws, n, units = keep.shape
+    if keep.numel() == 0:
+        return
+    groups = min(triton.next_power_of_2(triton.cdiv(units, 4)), MASK_TILE)
+    rows = MASK_TILE // groups
+    write_keep_mask[(triton.cdiv(draws * n, rows), triton.cdiv(units, 4 * groups))](
+        samples.contiguous(), positions.contiguous(), keep, draws, n, units, site, seed, threshold,
+        ROWS=rows, GROUPS=groups, enable_fp_fusion=True,
     )  # fmt: skip
-    return mask

@@ -9,7 +9,7 @@ import torch
 
 import acqcore
 from acqcore.backends.triton import INTERPRETED
-from acqcore.row_stats import ignored_outside
+from acqcore.checks import ignored_outside
 from acqcore.testing import (
     CASES,
     assert_close_to_oracle,

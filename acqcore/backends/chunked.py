@@ -1,4 +1,4 @@
-"""Head gradients in plain torch, a tile of rows and vocabulary at a time: for backends that have no kernels for them.
+"""What a GPU backend has no kernel for, in plain torch, a tile of rows and vocabulary at a time: head gradients, draws.
 
 The arithmetic is that of ``eager``; what differs is that of the ``[N, V]`` gradients, and of half-precision inputs in
 float32, no more than ``BUFFER_BYTES`` exists at a time.
@@ -13,14 +13,18 @@ from dataclasses import replace
 
 import torch
 
-from acqcore.backends.base import Backend, HeadRows
+from acqcore.backends.base import Backend, DrawRows, Dropout, HeadRows
+from acqcore.backends.chunked_mixture import mixture_in_chunks
 from acqcore.backends.eager import logit_gradient
 from acqcore.head import compute_dtype
+from acqcore.philox import keep_mask
 
 #: Bound on what an operation allocates at a time beside its result.
 BUFFER_BYTES = 64 << 20
 #: ``logit_gradient`` and its callers hold so many buffers of the size of a tile at once.
 TEMPORARIES = 8
+#: ``keep_mask`` holds so many int64 for each unit at once.
+MASK_TEMPORARIES = 4
 #: Rows at a time; also those whose products with each other are formed in the Gram form.
 MAX_ROWS = 1024
 
@@ -38,7 +42,7 @@ def float32_products() -> Iterator[None]:
 
 
 class Chunked(Backend):
-    """A backend whose head gradients are chunked torch."""
+    """A backend whose head gradients and mixtures of draws are chunked torch."""
 
     @float32_products()
     def delta_product(
@@ -91,6 +95,27 @@ class Chunked(Backend):
             else:
                 (i,) = group
                 squared[i] = _direct_form(rows, bounds[i], bounds[i + 1], weights)
+
+    def dropout_mask(
+        self,
+        dropout: Dropout,
+        site: int,
+        keep: torch.Tensor,  # [K, N, units] bool, written
+    ) -> None:
+        n, units = keep.shape[1:]
+        at_once = max(BUFFER_BYTES // (4 * 8 * MASK_TEMPORARIES * max(units, 1)), 1)
+        for begin in range(0, n, at_once):
+            part = slice(begin, begin + at_once)
+            samples, positions = dropout.samples[part], dropout.positions[part]
+            for k in range(len(keep)):
+                keep[k, part] = keep_mask(samples, positions, units, dropout.p, dropout.seed, k, site)
+
+    @float32_products()
+    def mixture_stats(
+        self,
+        rows: DrawRows,
+    ) -> None:
+        mixture_in_chunks(self, rows)
 
 
 def _groups(bounds: list[int], longest_gram: int, at_once: int) -> Iterator[list[int]]:

@@ -9,15 +9,11 @@ from contextlib import contextmanager
 import torch
 
 from acqcore import checks
-from acqcore.backends.base import Backend, HeadRows
-
-try:
-    import acqcore._core as _core
-except ImportError as error:
-    _core = None  # type: ignore[assignment]
-    _IMPORT_ERROR: str | None = str(error)
-else:
-    _IMPORT_ERROR = None
+from acqcore.backends import extension
+from acqcore.backends.base import Backend, DrawRows, Dropout, HeadRows
+from acqcore.backends.extension import core as _core
+from acqcore.backends.extension import matrix, pointer
+from acqcore.philox import threshold
 
 
 class Cpu(Backend):
@@ -27,12 +23,7 @@ class Cpu(Backend):
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def unavailable(self) -> str | None:
-        if _IMPORT_ERROR is None:
-            return None
-        return (
-            "the compiled extension acqcore._core is missing or does not load; build it with "
-            f"'pip install .' in the source tree ({_IMPORT_ERROR})"
-        )
+        return extension.missing()
 
     def instruction_set(self) -> str:
         """``ACQCORE_ISA`` if set, else the best this processor has.
@@ -68,8 +59,8 @@ class Cpu(Backend):
         _core.logit_stats(
             self.instruction_set(),
             torch.get_num_threads(),
-            _matrix(logits),
-            _pointer(targets),
+            matrix(logits),
+            pointer(targets),
             temperature,
             state.data_ptr(),
             index.data_ptr(),
@@ -87,7 +78,7 @@ class Cpu(Backend):
                 arguments,
                 rows.state.data_ptr(),
                 rows.index.data_ptr(),
-                _matrix(values),
+                matrix(values),
                 out.data_ptr(),
             )
 
@@ -130,6 +121,59 @@ class Cpu(Backend):
                 squared.data_ptr(),
             )
 
+    def dropout_mask(
+        self,
+        dropout: Dropout,
+        site: int,
+        keep: torch.Tensor,  # [K, N, units] bool, written
+    ) -> None:
+        draws, n, units = keep.shape
+        with _dropout_args(dropout) as arguments:
+            assert arguments is not None
+            _core.dropout_mask(
+                self.instruction_set(), torch.get_num_threads(), arguments, site, n, draws, units, keep.data_ptr()
+            )
+
+    def mixture_stats(
+        self,
+        rows: DrawRows,
+    ) -> None:
+        # The extension sees [K, N, D] as [K * N, D].
+        hidden = rows.hidden if rows.dropout is not None else rows.hidden.flatten(0, 1)
+        first = HeadRows(hidden, rows.heads[0], rows.targets, 1.0, rows.state, rows.votes)
+        biases = [None if head.bias is None else head.bias.to(torch.float32).contiguous() for head in rows.heads]
+        with _head_args(first) as arguments, _dropout_args(rows.dropout) as dropout:
+            _core.mixture_stats(
+                self.instruction_set(),
+                arguments,
+                rows.state.shape[1],
+                rows.draws,
+                dropout,
+                [matrix(head.weight) for head in rows.heads],
+                [pointer(bias) for bias in biases],
+                rows.state.data_ptr(),
+                rows.votes.data_ptr(),
+            )
+
+
+@contextmanager
+def _dropout_args(dropout: Dropout | None) -> Iterator[_core.Dropout | None]:
+    """What the extension takes of a dropout; what it points to lives as long as the context."""
+    if dropout is None:
+        yield None
+        return
+    samples, positions = dropout.samples.contiguous(), dropout.positions.contiguous()
+    yield _core.Dropout(
+        dropout.form,
+        dropout.width,
+        threshold(dropout.p),
+        1 / (1 - dropout.p),
+        dropout.seed,
+        samples.data_ptr(),
+        positions.data_ptr(),
+    )
+    del samples, positions
+
 
 @contextmanager
 def _head_args(rows: HeadRows) -> Iterator[_core.HeadArgs]:
@@ -139,24 +183,13 @@ def _head_args(rows: HeadRows) -> Iterator[_core.HeadArgs]:
     targets = None if rows.targets is None else rows.targets.contiguous()
     yield _core.HeadArgs(
         torch.get_num_threads(),
-        _matrix(rows.hidden),
-        _matrix(head.weight),
-        _pointer(bias),
-        _pointer(targets),
+        matrix(rows.hidden),
+        matrix(head.weight),
+        pointer(bias),
+        pointer(targets),
         head.softcap or 0.0,
         head.scale,
         rows.temperature,
         head.vocab_start,
     )
     del bias, targets
-
-
-def _matrix(tensor: torch.Tensor) -> _core.Matrix:
-    """``tensor [rows, columns]`` as the extension sees it; the caller keeps it alive."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    rows, columns = tensor.shape
-    return _core.Matrix(tensor.data_ptr(), rows, columns, tensor.stride(0), tensor.stride(1), dtype)
-
-
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -15,8 +15,10 @@ from collections.abc import Iterator
 import torch
 
 from acqcore import checks
-from acqcore.backends.base import HeadRows
+from acqcore.backends.base import Dropout, HeadRows
 from acqcore.backends.chunked import Chunked
+from acqcore.backends.extension import constant_when_compiled
+from acqcore.philox import threshold
 
 #: Triton decides this when a kernel is defined, so it holds for the process.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
@@ -33,10 +35,9 @@ MIXED_SPLIT_FROM = 10
 class Triton(Chunked):
     name = "triton"
     description = (
-        "Triton kernels in Triton's interpreter (TRITON_INTERPRET=1), for tests; head gradients in chunked torch"
+        "Triton kernels run by Triton's interpreter (TRITON_INTERPRET=1), for tests; head gradients and draws in torch"
         if INTERPRETED
-        else "Triton: product and statistics fused, never holds the logits; head gradients in torch, at most 64 MiB of "
-        "them at a time"
+        else "Triton: product and statistics fused, never holds the logits; head gradients and draws in chunked torch"
     )
     automatic = not INTERPRETED
     devices = ("cpu",) if INTERPRETED else ("cuda",)
@@ -98,7 +99,19 @@ class Triton(Chunked):
         with _launching(logits):
             logit_stats(logits, targets, temperature, state, index, strips_for(*_device(logits), logits.shape[1]))
 
+    def dropout_mask(
+        self,
+        dropout: Dropout,
+        site: int,
+        keep: torch.Tensor,  # [K, N, units] bool, written
+    ) -> None:
+        from acqcore.kernels.philox import dropout_mask
 
+        with _launching(keep):
+            dropout_mask(dropout.samples, dropout.positions, site, dropout.seed, threshold(dropout.p), keep)
+
+
+@constant_when_compiled
 def _unavailable() -> str | None:
     """Why there is no Triton or no device for it, or None."""
     if importlib.util.find_spec("triton") is None:
@@ -114,11 +127,6 @@ def _unavailable() -> str | None:
         had, needed = (".".join(map(str, c)) for c in (capability, LEAST_CAPABILITY))
         return f"{torch.cuda.get_device_name()} has compute capability {had}, {needed} is needed"
     return None
-
-
-# torch.compile calls it once and keeps the answer, facts of the machine that it can not trace. (What
-# torch.compiler.assume_constant_result does, which would import torch._dynamo, one second.)
-_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _tf32() -> bool:

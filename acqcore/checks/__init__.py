@@ -45,6 +45,45 @@ from acqcore.checks.basic import (
 from acqcore.checks.basic import (
     same_device as same_device,
 )
+from acqcore.checks.draws import (
+    alike as alike,
+)
+from acqcore.checks.draws import (
+    draw_arguments as draw_arguments,
+)
+from acqcore.checks.draws import (
+    draw_layers as draw_layers,
+)
+from acqcore.checks.draws import (
+    drawn_hidden as drawn_hidden,
+)
+from acqcore.checks.draws import (
+    draws as draws,
+)
+from acqcore.checks.draws import (
+    dropout as dropout,
+)
+from acqcore.checks.draws import (
+    dropout_input as dropout_input,
+)
+from acqcore.checks.draws import (
+    dropout_layers as dropout_layers,
+)
+from acqcore.checks.draws import (
+    dropout_ran as dropout_ran,
+)
+from acqcore.checks.draws import (
+    own_dropout as own_dropout,
+)
+from acqcore.checks.draws import (
+    residual_branches as residual_branches,
+)
+from acqcore.checks.draws import (
+    seed as seed,
+)
+from acqcore.checks.draws import (
+    some_blocks as some_blocks,
+)
 from acqcore.checks.files import (
     column_options as column_options,
 )
@@ -53,6 +92,9 @@ from acqcore.checks.files import (
 )
 from acqcore.checks.files import (
     known_columns as known_columns,
+)
+from acqcore.checks.files import (
+    one_pass as one_pass,
 )
 from acqcore.checks.files import (
     output_columns as output_columns,
@@ -124,6 +166,9 @@ from acqcore.checks.heads import (
     hidden as hidden,
 )
 from acqcore.checks.heads import (
+    ignored_outside as ignored_outside,
+)
+from acqcore.checks.heads import (
     logits as logits,
 )
 from acqcore.checks.heads import (
@@ -131,6 +176,9 @@ from acqcore.checks.heads import (
 )
 from acqcore.checks.heads import (
     targets as targets,
+)
+from acqcore.checks.heads import (
+    targets_in_range as targets_in_range,
 )
 from acqcore.checks.heads import (
     vocabulary as vocabulary,

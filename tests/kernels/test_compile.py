@@ -198,6 +198,6 @@ def test_logit_stats(dtype: torch.dtype, arch: int, launches: dict) -> None:
 
 @pytest.mark.parametrize("arch", MAJORS)
 def test_keep_mask(arch: int, launches: dict) -> None:
-    rows = torch.empty(40, dtype=torch.int32, device="meta")
-    philox.dropout_keep_mask(rows, rows, rows, 3, 1000, 2**63, 0.1)
+    rows = torch.empty(40, dtype=torch.int64, device="meta")
+    philox.dropout_mask(rows, rows, 3, 2**63, 2**31, torch.empty(8, 40, 1000, dtype=torch.bool, device="meta"))
     assert "mul.hi.u32" in _compile(launches["write_keep_mask"], arch).asm["ptx"]

@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from acqcore.kernels.philox import dropout_keep_mask, keep_mask
+from acqcore.kernels.philox import dropout_mask, keep_mask
+from acqcore.philox import keep_mask as reference
+from acqcore.philox import threshold
 
 # (counter, key) -> words; Random123, tests/kat_vectors, philox 4x32 10
 VECTORS = [
@@ -43,36 +45,17 @@ def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], words: tu
     assert out.tolist() == list(words)
 
 
-def _philox(counter: tuple[int, int, int, int], seed: int) -> list[int]:
-    """The definition, in Python's integers."""
-    c, k = list(counter), [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(10):
-        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [b >> 32 ^ c[1] ^ k[0], b & 0xFFFFFFFF, a >> 32 ^ c[3] ^ k[1], a & 0xFFFFFFFF]
-        k = [k[0] + 0x9E3779B9 & 0xFFFFFFFF, k[1] + 0xBB67AE85 & 0xFFFFFFFF]
-    return c
-
-
-@pytest.mark.parametrize(("counter", "key", "words"), VECTORS)
-def test_the_definition_here_is_right(counter: tuple, key: tuple, words: tuple) -> None:
-    assert _philox(counter, key[0] | key[1] << 32) == list(words)
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 + 12345, 2**64 - 1])
-def test_mask(seed: int) -> None:
-    positions = torch.tensor([0, 7, 7, 1023, 2**31 - 1], dtype=torch.int32)
-    samples = torch.tensor([0, 3, 4, 3, 2], dtype=torch.int32)
-    draws = torch.tensor([0, 1, 1, 65535, 5], dtype=torch.int32)
-    p, site, columns = 0.3, 9, 301
-    mask = dropout_keep_mask(positions, samples, draws, site, columns, seed, p)
-    for row in range(5):
-        key = (positions[row].item(), samples[row].item(), draws[row].item() | site << 16)
-        words = [word for group in range(76) for word in _philox((group, *key), seed)]  # type: ignore[arg-type]
-        assert mask[row].tolist() == [word >= int(p * 2**32) for word in words[:columns]]
+def test_masks(seed: int) -> None:
+    """The mask of every draw, against the reference in torch, whatever the seed's and the counters' high bits."""
+    positions = torch.tensor([0, 7, 7, 1023, 2**32 - 1])
+    samples = torch.tensor([0, 3, 4, 2**32 - 1, 2])
+    keep = torch.empty(3, 5, 301, dtype=torch.bool)
+    dropout_mask(samples, positions, 65535, seed, threshold(0.3), keep)
+    for draw in range(3):
+        assert torch.equal(keep[draw], reference(samples, positions, 301, 0.3, seed, draw, 65535))
 
 
-def test_share_kept() -> None:
-    rows = torch.arange(64, dtype=torch.int32)
-    for p in (0.0, 0.1, 0.5):
-        mask = dropout_keep_mask(rows, rows, rows, 0, 1024, 5, p)
-        assert mask.float().mean().item() == pytest.approx(1 - p, abs=4 * (p * (1 - p) / 65536) ** 0.5)
+def test_empty() -> None:
+    none = torch.empty(0, dtype=torch.int64)
+    dropout_mask(none, none, 0, 0, 0, torch.empty(2, 0, 5, dtype=torch.bool))

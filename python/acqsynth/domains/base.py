@@ -1,0 +1,91 @@
+"""What a domain is: how its questions are asked for, read, checked, answered and compared."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from acqsynth.parsing import fields
+
+Messages = list[dict[str, str]]  #: turns of a chat, each ``{"role", "content"}``
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question with its answer: a seed row, or what a generator wrote."""
+
+    question: str
+    answer: str
+    reasoning: str = ""
+    #: what only its domain reads: options of a choice, tests and entry point of a program, the skill asked for
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Domain(ABC):
+    """One field of questions. A domain is one file and one class; it holds no model."""
+
+    name: ClassVar[str]
+    #: most tokens of a student's answer
+    answer_tokens: ClassVar[int] = 512
+
+    @abstractmethod
+    def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
+        """Asks a generator for one new sample in the format of ``acqsynth.parsing``, ``shown`` as examples."""
+
+    @abstractmethod
+    def student_prompt(self, question: str) -> Messages:
+        """Asks a student the question; what the student is trained and evaluated on."""
+
+    @abstractmethod
+    def answer_of(self, completion: str) -> str | None:
+        """The final answer that a student's completion gives, as it stands there; None where it gives none."""
+
+    @abstractmethod
+    def canonical(self, answer: str) -> str:
+        """The form in which equal answers are equal strings, as far as cheap rules reach."""
+
+    @abstractmethod
+    def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
+        """Whether each of n answers is right for its sample; None is wrong. One call for many: checks may run apart."""
+
+    @abstractmethod
+    def load(
+        self,
+        source: str,
+        split: str = "train",
+        columns: Mapping[str, str] | None = None,
+        limit: int | None = None,
+    ) -> list[Sample]:
+        """Rows of a hub data set or a local jsonl or parquet file, in file order.
+
+        Args:
+            source: a hub id (``openai/gsm8k:main`` names a configuration after the colon), or a path.
+            split: of a hub data set; a local file has none.
+            columns: field of the sample -> column of the data; by default those of the data sets the domain knows.
+            limit: the first so many rows.
+
+        Raises:
+            FileNotFoundError: no such local file. ValueError: a column is missing (names it and those there are), a
+                row can not be read (names its number), or there are no rows.
+        """
+
+    def parse(self, text: str) -> Sample | None:
+        """The sample a generator wrote, or None where the format is broken."""
+        found = fields(text)
+        if found is None:
+            return None
+        return Sample(found["question"], found["answer"], found.get("reasoning", ""))
+
+    def solution(self, sample: Sample) -> str:
+        """The completion a student learns for the sample: reasoning and answer, read back by :meth:`answer_of`."""
+        return "\n".join(part for part in (sample.reasoning, sample.answer) if part)
+
+    def fault(self, sample: Sample) -> str | None:
+        """Why a parsed sample is no question of this domain, in a few words, or None where nothing is wrong."""
+        return None
+
+    def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
+        """Whether each sample's own answer is right; None where the domain can not tell."""
+        return [None] * len(samples)
