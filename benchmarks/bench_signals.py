@@ -171,11 +171,12 @@ def one_seed(seed: int) -> dict[str, Any]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: the gains by skill, then a line for each signal."""
-    lines = ["| skill | kind | base | own gain | mean gain |", "|---|---|---|---|---|"]
+    """Markdown: accuracy and gains by skill, in points of 100, then a line for each signal."""
+    lines = ["| skill | kind | base accuracy | own gain | mean gain |", "|---|---|---|---|---|"]
     for name, skill in SKILLS.items():
         cells = [
-            _interval([result[column][name] for result in results]) for column in ("base", "own_gain", "mean_gain")
+            _interval([100 * result[column][name] for result in results], digits=1)
+            for column in ("base", "own_gain", "mean_gain")
         ]
         lines.append(f"| {name} | {skill.kind} | {' | '.join(cells)} |")
     lines += ["", "| signal | top-ranked skill | a trap on top | Spearman, mean gain | own gain | ms a sample |"]
@@ -192,10 +193,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _interval(values: Sequence[float]) -> str:
+def _interval(values: Sequence[float], digits: int = 2) -> str:
     """Mean and standard error over seeds."""
-    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):+.2f}{error}"
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{error}"
 
 
 def main() -> None:
