@@ -20,7 +20,10 @@ class Sampling:
         top_p: least probability of the tokens drawn from.
         max_tokens: most tokens of a completion.
         seed: equal seeds give equal completions on one engine, machine and batch.
-        top2: keep the log-probabilities of the two most likely tokens at each position.
+        top2: keep the log-probabilities of the two most likely tokens at each position, and of the drawn one.
+
+    Raises:
+        ValueError: a number out of its range.
     """
 
     n: int = 1
@@ -29,6 +32,18 @@ class Sampling:
     max_tokens: int = 512
     seed: int = 0
     top2: bool = False
+
+    def __post_init__(self) -> None:
+        ranges = (
+            ("n", self.n >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("seed", self.seed >= 0, "at least 0"),
+        )
+        for name, holds, expected in ranges:
+            if not holds:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,8 @@ class Completion:
     finished: bool  #: ended by itself, not by ``max_tokens``
     #: of the two most likely tokens at each position of ``token_ids``, larger first, before temperature; with ``top2``
     top2_logprobs: list[tuple[float, float]] | None = None
+    #: of ``token_ids`` themselves, before temperature; with ``top2``
+    token_logprobs: list[float] | None = None
 
 
 class Engine(ABC):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import sys
 import threading
@@ -20,6 +21,7 @@ import acqcore
 from acqsynth import rewards
 from acqsynth.parsing import as_text, parse_chat_sample, parse_sample
 from acqsynth.rewards import AcquisitionReward
+from acqsynth.rewards.scoring import load_student
 
 GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
 LONGER = "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
@@ -51,9 +53,9 @@ class Log:
 @pytest.fixture(autouse=True)
 def _fresh_students(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(rewards.STUDENT_VARIABLE, raising=False)
-    rewards._load.cache_clear()
+    load_student.cache_clear()
     yield
-    rewards._load.cache_clear()
+    load_student.cache_clear()
 
 
 def test_reward_is_the_score_times_the_gate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -61,6 +63,17 @@ def test_reward_is_the_score_times_the_gate(model: LlamaForCausalLM, tokenizer: 
     expected = acqcore.score(model, [parse_sample(GOOD), parse_sample(LONGER)], ("loss",), tokenizer=tokenizer)
     assert values == [expected["loss"][0].item(), 0.0, expected["loss"][1].item()]
     assert min(values[0], values[2]) > 0
+
+
+def test_no_sample_outranks_no_value_below_zero(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Influence is signed: where a sample's is below zero, 0 for the broken one would stand above it."""
+    samples = [parse_sample(GOOD), parse_sample(LONGER)]
+    reference = acqcore.influence_reference(model, samples[:1], tokenizer=tokenizer)
+    against = dataclasses.replace(reference, mean=-reference.mean)
+    reward = AcquisitionReward(model, "influence", arguments={"reference": against}, tokenizer=tokenizer)
+    values = Log().call(reward, COMPLETIONS)
+    assert values[0] == pytest.approx(-1, abs=1e-4)
+    assert values[1] == values[0] < values[2]
 
 
 def test_one_score_call_for_all_completions(

@@ -8,34 +8,23 @@ acqsynth.rewards.entropy``, whose student is named by the environment variable `
 
 The reward of a completion is ``gate * acquisition``: the gate is 1 where the completion parses as a sample
 and 0 elsewhere. It multiplies, because what an acquisition function likes best of all is text that is no
-sample; a bonus for the format, added, leaves the broken sample on top. Acquisitions are >= 0, so 0 is the
-least reward.
+sample; a bonus for the format, added, leaves the broken sample on top. Where a value is negative, as influence may
+be, the gated sample gets the least value of its call: it never outranks a sample.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-import os
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
-import acqcore
 from acqsynth.parsing import parse_sample
-
-STUDENT_VARIABLE = "ACQSYNTH_STUDENT"
+from acqsynth.rewards.scoring import Scorer
 
 #: A parser gives a sample as ``acqcore.score`` takes it, or None.
 Parser = Callable[[str], Any]
-
-#: A student's mode is switched while it scores, so threads of one process (AsyncGRPO has several) take turns.
-_scoring = threading.Lock()
 
 
 class AcquisitionReward:
@@ -78,26 +67,23 @@ class AcquisitionReward:
         device: str | None = None,
         name: str | None = None,
     ) -> None:
-        known = acqcore.acquisitions()
-        if acquisition not in known:
-            raise ValueError(f"acquisition: unknown {acquisition!r}, expected one of {', '.join(known)}")
         if not callable(parse):
             raise TypeError(f"parse: expected a function of a text, got {type(parse).__name__}")
-        if isinstance(student, torch.nn.Module) and tokenizer is None:
-            raise ValueError("tokenizer: expected the student's, as student is a model, which has none")
-        if max_length < 2:
-            raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
-        self.student = student
+        self.__name__ = name or f"acquisition_{acquisition}"
         self.acquisition = acquisition
         self.parse = parse
-        self.arguments = arguments
-        self.reduction = reduction
-        self.tokenizer = tokenizer
-        self.backend = backend
-        self.batch_tokens = batch_tokens
-        self.max_length = max_length
-        self.device = device
-        self.__name__ = name or f"acquisition_{acquisition}"
+        self.scorer = Scorer(
+            student,
+            (acquisition,),
+            arguments=None if arguments is None else {acquisition: arguments},
+            name=self.__name__,
+            reduction=reduction,
+            tokenizer=tokenizer,
+            backend=backend,
+            batch_tokens=batch_tokens,
+            max_length=max_length,
+            device=device,
+        )
         #: Samples the scorer could not score, over the life of this reward.
         self.masked = 0
         #: Seconds of the last call.
@@ -123,8 +109,8 @@ class AcquisitionReward:
             log_metric: takes a name and a number.
 
         Returns:
-            n rewards: 0.0 where the completion is no sample, None (masked from the advantage) where the
-                scorer reports the sample as invalid, else the acquisition value.
+            n rewards: the acquisition value; 0.0 (or the least value, where that is negative) where the completion
+                is no sample; None (masked from the advantage) where the scorer reports the sample as invalid.
 
         Raises:
             RuntimeError: the student is to come from the environment, and ``ACQSYNTH_STUDENT`` is not set.
@@ -136,9 +122,11 @@ class AcquisitionReward:
         values: list[float | None] = [None] * len(samples)
         lengths: list[int] = [0] * len(samples)
         if parsed:
-            for i, value, length in zip(parsed, *self._score([samples[i] for i in parsed]), strict=True):
+            scored, counts = self.scorer([samples[i] for i in parsed])
+            for i, value, length in zip(parsed, scored[self.acquisition], counts, strict=True):
                 values[i], lengths[i] = value, length
-        rewards = [0.0 if sample is None else value for sample, value in zip(samples, values, strict=True)]
+        floor = min([0.0, *(value for value in values if value is not None)])
+        rewards = [floor if sample is None else value for sample, value in zip(samples, values, strict=True)]
         masked = rewards.count(None)
         self.masked += masked
         end = time.perf_counter()
@@ -171,45 +159,6 @@ class AcquisitionReward:
         text = completion_text(completion)
         return None if text is None else self.parse(text)
 
-    def _student(self) -> acqcore.Student:
-        student = self.student
-        if student is None:
-            student = os.environ.get(STUDENT_VARIABLE)
-            if not student:
-                raise RuntimeError(
-                    f"{STUDENT_VARIABLE} is not set: {self.__name__!r} expects in it the path or hub id of "
-                    "the student whose acquisition values are the reward"
-                )
-        if isinstance(student, str | os.PathLike):
-            return _load(os.fspath(student), self.device)
-        return student if isinstance(student, acqcore.Student) else acqcore.Student.from_model(student)
-
-    def _score(self, samples: list[Any]) -> tuple[list[float | None], list[int]]:
-        """Values (None where the scorer has none) and scored tokens of n samples."""
-        values: list[float | None] = [None] * len(samples)
-        lengths = [0] * len(samples)
-        with _scoring:
-            student = self._student()
-            tokenizer = self.tokenizer or student.tokenizer
-            # A plain text of one token holds nothing to score: its first token has no predecessor.
-            picked = [i for i, s in enumerate(samples) if not isinstance(s, str) or len(tokenizer(s)["input_ids"]) > 1]
-            scores = acqcore.score(
-                student,
-                [samples[i] for i in picked],
-                (self.acquisition,),
-                acquisition_args=None if self.arguments is None else {self.acquisition: self.arguments},
-                tokenizer=tokenizer,
-                reduction=self.reduction,
-                batch_tokens=self.batch_tokens,
-                max_length=min(self.max_length, student.max_length or self.max_length),
-                backend=self.backend,
-                progress=False,
-            )
-        for i, value, length in zip(picked, scores[self.acquisition].tolist(), scores.n_tokens.tolist(), strict=True):
-            values[i] = value if math.isfinite(value) else None
-            lengths[i] = length
-        return values, lengths
-
 
 def completion_text(completion: str | list[dict[str, Any]]) -> str | None:
     """The text of a completion: itself, or its last assistant message's; None where that has none."""
@@ -236,37 +185,6 @@ def _summary(values: list[float | None], lengths: list[int]) -> dict[str, float]
 
 
 @functools.cache
-def _load(path: str, device: str | None) -> acqcore.Student:
-    """The student at ``path``, once a process; every reward over the same path shares it."""
-    with _without_zero_init():
-        return acqcore.Student.load(path, device=device)
-
-
-@contextmanager
-def _without_zero_init() -> Iterator[None]:
-    """Under ZeRO-3 transformers shards any model that is loaded, by a global config; a student is whole."""
-    from transformers.integrations import deepspeed
-
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if reference is not None and (config := reference()) is not None:
-            deepspeed.set_hf_deepspeed_config(config)
-
-
-@functools.cache
-def _ready_made(acquisition: str) -> AcquisitionReward:
+def ready_made(acquisition: str) -> AcquisitionReward:
+    """The reward whose student is named by the environment."""
     return AcquisitionReward(None, acquisition)
-
-
-def __getattr__(name: str) -> AcquisitionReward:
-    """A ready-made reward for any registered acquisition, the user's own included."""
-    if name in acqcore.acquisitions():
-        return _ready_made(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *acqcore.acquisitions()})

@@ -1,0 +1,101 @@
+"""The reward of OpenRLHF 0.11: ``--reward.remote_url my_reward.py``, with in that file
+
+    from acqsynth.integrations.openrlhf import reward_func
+
+and ``ACQSYNTH_REWARD`` naming the reward. OpenRLHF calls it from threads with lists of one element; they are scored in
+batches. It never raises: OpenRLHF would make a broken batch of that. What fails is masked, counted in ``extra_logs``,
+and told in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from acqsynth.integrations.scorer import Scored, TextScorer, scorer_from_environment
+from acqsynth.rewards.fusion import BOUNDED
+
+logger = logging.getLogger(__name__)
+
+
+def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
+    """Rewards of n responses.
+
+    Args:
+        queries: n prompts each with its response behind it, special tokens included.
+        prompts: the n prompts; equal ones that meet in a batch are a group.
+        labels: not read.
+
+    Returns:
+        ``rewards`` float32 ``[n]``; ``scores`` float32 ``[n]`` between 0 and 1, the rewards themselves where the fusion
+        is bounded, else their logistic; ``extra_logs``, name -> float32 ``[n]``: ``masked`` and ``gated``, 0 or 1, and
+        each signal, 0 where it has no value.
+    """
+    names: list[str] = []
+    bounded = True
+    scorer = scorer_from_environment()
+    try:
+        names = [signal.name for signal in scorer.reward.signals]
+        bounded = scorer.reward.fusion in BOUNDED
+        found = _scored(scorer, queries, prompts, names)
+    except Exception:
+        logger.exception("the reward failed, %d responses are masked", len(queries))
+        found = [scorer.masked(names)] * len(queries)
+    rewards = torch.tensor([scored.score for scored in found], dtype=torch.float32)
+    logs = {
+        "masked": [float(scored.masked) for scored in found],
+        "gated": [float(scored.gated) for scored in found],
+        **{name: [_number(scored.components[name]) for scored in found] for name in names},
+    }
+    return {
+        "rewards": rewards,
+        "scores": rewards.clamp(0, 1) if bounded else rewards.sigmoid(),
+        "extra_logs": {name: torch.tensor(values, dtype=torch.float32) for name, values in logs.items()},
+    }
+
+
+def response_of(query: str, prompt: str) -> str | None:
+    """What stands behind the prompt, or None where the prompt can not be found in the query.
+
+    The query is decoded from tokens, so that it may differ from the prompt in special tokens before it and in white
+    space. An example shown in the prompt must not pass for the response.
+    """
+    if query.startswith(prompt):
+        return query[len(prompt) :]
+    begin = query.find(prompt.strip())
+    if begin >= 0:
+        return query[begin + len(prompt.strip()) :]
+    # The same but for white space: count the other characters of the prompt off.
+    plain = "".join(prompt.split())
+    begin = "".join(query.split()).find(plain)
+    if begin < 0 or not plain:
+        return None
+    left = begin + len(plain)
+    for i, character in enumerate(query):
+        if not character.isspace():
+            left -= 1
+            if left == 0:
+                return query[i + 1 :]
+    return None
+
+
+def _scored(scorer: TextScorer, queries: Sequence[str], prompts: Sequence[str], names: Sequence[str]) -> list[Scored]:
+    if len(queries) != len(prompts):
+        raise ValueError(f"prompts: expected {len(queries)}, one a query, got {len(prompts)}")
+    responses = [response_of(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
+    lost = responses.count(None)
+    if lost:
+        logger.error("%d of %d queries do not hold their prompt, these are masked", lost, len(queries))
+    futures = [
+        None if response is None else scorer.coalescer.submit((response, prompt))
+        for response, prompt in zip(responses, prompts, strict=True)
+    ]
+    return [scorer.masked(names) if future is None else future.result() for future in futures]
+
+
+def _number(value: float) -> float:
+    return 0.0 if math.isnan(value) else value

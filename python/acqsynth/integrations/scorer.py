@@ -1,0 +1,132 @@
+"""One text at a time in, a number out: what verl and OpenRLHF share."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import statistics
+import threading
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from acqsynth.integrations.coalesce import Coalescer
+from acqsynth.rewards import ComposedReward
+
+logger = logging.getLogger(__name__)
+
+REWARD_VARIABLE = "ACQSYNTH_REWARD"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is known of one text; every field is a number in every case."""
+
+    score: float  #: the total; the mean of the others of its group, which moves nothing, where it is masked
+    masked: bool  #: a scorer failed
+    gated: bool  #: a gate rejected it
+    components: dict[str, float]  #: each signal; NaN where it has no value
+
+
+class TextScorer:
+    """Scores single texts in batches by a composed reward; never raises for a text.
+
+    Texts of equal group that meet in a batch are one group. As a batch need not hold a whole group, the reward's fusion
+    should compare across calls: ``quantile``, the default, does; ``raw`` too.
+
+    These trainers know no masked sample. One gets the mean of the scored ones of its group in the batch, else of the
+    batch, else of the last batch that had some (1/2 before any): next to no advantage.
+
+    Args:
+        reward: the reward, or None for that of the environment.
+        limit, wait: of :class:`Coalescer`.
+    """
+
+    def __init__(self, reward: ComposedReward | None = None, *, limit: int = 64, wait: float = 0.05) -> None:
+        self._given = reward
+        self.coalescer = Coalescer(self._score, limit=limit, wait=wait)
+        self._typical = 0.5
+
+    @property
+    def reward(self) -> ComposedReward:
+        """The reward; made here if it is to come from the environment."""
+        return self._given if self._given is not None else reward_from_environment()
+
+    def _score(self, items: list[tuple[str | None, Hashable]]) -> Sequence[Scored]:
+        reward = self.reward
+        names = [signal.name for signal in reward.signals]
+        try:
+            rewards = reward.score([text for text, _ in items], [group for _, group in items])
+        except Exception:
+            logger.exception("%s failed, %d texts are masked", reward.__name__, len(items))
+            return [self.masked(names)] * len(items)
+        known: dict[Hashable, list[float]] = {}
+        for (_, group), total in zip(items, rewards.total, strict=True):
+            if total is not None:
+                known.setdefault(group, []).append(total)
+        if known:
+            self._typical = statistics.fmean(total for totals in known.values() for total in totals)
+        found = []
+        for i, ((_, group), passed) in enumerate(zip(items, rewards.passed, strict=True)):
+            total = rewards.total[i]
+            values = {name: rewards.components[name][i] for name in names}
+            found.append(
+                Scored(
+                    statistics.fmean(known.get(group, [self._typical])) if total is None else total,
+                    total is None,
+                    not passed,
+                    {name: float("nan") if value is None else value for name, value in values.items()},
+                )
+            )
+        return found
+
+    def masked(self, names: Sequence[str]) -> Scored:
+        """What a text gets that could not be scored at all."""
+        return Scored(self._typical, True, False, dict.fromkeys(names, float("nan")))
+
+
+#: Many threads ask for the first time at once.
+_making = threading.RLock()
+_made: dict[str, ComposedReward] = {}
+
+
+def reward_from_environment() -> ComposedReward:
+    """The reward that ``ACQSYNTH_REWARD`` names, made once a process.
+
+    Raises:
+        RuntimeError: the variable is not set. ValueError: it is not ``module:attribute``. ImportError, AttributeError:
+            there is no such thing. TypeError: it is no ComposedReward and makes none.
+    """
+    path = os.environ.get(REWARD_VARIABLE)
+    if not path:
+        raise RuntimeError(
+            f"{REWARD_VARIABLE} is not set: expected package.module:attribute, a ComposedReward or a function that "
+            "makes one"
+        )
+    with _making:
+        if path not in _made:
+            _made[path] = _make(path)
+        return _made[path]
+
+
+@functools.cache
+def _scorer(path: str | None) -> TextScorer:
+    return TextScorer()
+
+
+def scorer_from_environment() -> TextScorer:
+    """One scorer a process for the reward of the environment, so that all callers share its batches."""
+    with _making:
+        return _scorer(os.environ.get(REWARD_VARIABLE))
+
+
+def _make(path: str) -> ComposedReward:
+    module, colon, attribute = path.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(f"{REWARD_VARIABLE}: expected package.module:attribute, got {path!r}")
+    found = getattr(importlib.import_module(module), attribute)
+    reward = found if isinstance(found, ComposedReward) or not callable(found) else found()
+    if not isinstance(reward, ComposedReward):
+        raise TypeError(f"{REWARD_VARIABLE}: expected {path!r} to give a ComposedReward, got {type(reward).__name__}")
+    return reward

@@ -1,0 +1,104 @@
+"""The reward of verl 0.9: as a function of one sample, or as a reward manager.
+
+    export ACQSYNTH_REWARD=my_rewards:build          # a function that makes a ComposedReward
+    reward.custom_reward_function.path=pkg://acqsynth.integrations.verl
+    reward.custom_reward_function.name=compute_score
+
+or, which sees the prompt and so knows the groups,
+
+    reward.reward_manager.source=importlib
+    reward.reward_manager.module.path=pkg://acqsynth.integrations.verl
+    reward.reward_manager.name=AcquisitionRewardManager
+
+verl calls each for one sample at a time, many at once; they are scored in batches. A reward worker is a process of its
+own: archives and histories are per worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from acqsynth.integrations.scorer import Scored, scorer_from_environment
+
+#: Keys of ``extra_info`` that tell which completions answer one prompt, the first that is there counts.
+GROUP_KEYS = ("uid", "prompt", "index")
+
+
+async def compute_score(
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, float]:
+    """Score of one completion.
+
+    Args:
+        data_source, ground_truth, options: of verl; not read.
+        solution_str: what the generator wrote.
+        extra_info: its ``uid``, ``prompt`` or ``index`` tells the group.
+
+    Returns:
+        ``score``, then 0 or 1 for ``masked`` and ``gated``, then each signal (NaN where it has no value): the same keys
+        for every sample, as verl requires.
+
+    Raises:
+        RuntimeError, ValueError, ImportError, AttributeError, TypeError: no reward can be had from the environment.
+    """
+    info = extra_info or {}
+    group = next((_key(info[key]) for key in GROUP_KEYS if info.get(key) is not None), None)
+    return _as_dict(await scorer_from_environment().coalescer.ask((solution_str, group)))
+
+
+class AcquisitionRewardManager:
+    """The same as verl's reward manager: it takes verl's own batch of one, and tells groups by ``uid`` or prompt.
+
+    Args:
+        config, compute_score, reward_router_address, reward_model_tokenizer: of verl; not read.
+        tokenizer: of the generator.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: Any,
+        compute_score: Any = None,
+        reward_router_address: str | None = None,
+        reward_model_tokenizer: Any = None,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+
+    async def run_single(self, data: Any) -> dict[str, Any]:
+        """Score of one sample.
+
+        Args:
+            data: a ``DataProto`` of one item (of several turns' items the last counts): ``batch`` with ``responses
+                [R]`` and ``attention_mask [P + R]``, ``non_tensor_batch`` with ``uid`` or ``raw_prompt``.
+
+        Returns:
+            ``{"reward_score": float, "reward_extra_info": {...}}``, the latter as :func:`compute_score`.
+        """
+        item = data[-1:][0]
+        responses = item.batch["responses"]
+        length = int(item.batch["attention_mask"][-len(responses) :].sum())
+        loop = asyncio.get_running_loop()
+        text = await loop.run_in_executor(
+            None, lambda: self.tokenizer.decode(responses[:length], skip_special_tokens=True)
+        )
+        other = item.non_tensor_batch
+        group = next((_key(other[key]) for key in ("uid", "raw_prompt") if other.get(key) is not None), None)
+        result = _as_dict(await scorer_from_environment().coalescer.ask((text, group)))
+        return {"reward_score": result["score"], "reward_extra_info": result}
+
+
+def _key(value: Any) -> Hashable:
+    return value if isinstance(value, str | int) else json.dumps(value, default=str, sort_keys=True)
+
+
+def _as_dict(scored: Scored) -> dict[str, float]:
+    flags = {"masked": float(scored.masked), "gated": float(scored.gated)}
+    return {"score": scored.score, **flags, **scored.components}

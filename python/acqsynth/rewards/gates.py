@@ -1,0 +1,376 @@
+"""What a sample must pass before its worth is asked: a gate multiplies, it is not one more reward to trade against.
+
+Difficulty and uncertainty are largest for what is no question at all. Random tokens have the loss, repeated ones the
+agreement, unsolvable questions the entropy that no honest sample reaches; so none of these may reach a signal.
+
+====================  ===========================================================================================
+``sound``             the domain names no fault
+``length``            question and whole sample within bounds
+``no_repetition``     no field that mostly repeats itself
+``no_leak``           the question does not give the answer away
+``new``               not a near copy of a seed or of what passed before
+``not_in_evaluation`` not in the evaluation set
+``fluent``            the student finds the text as plausible as the seeds, roughly: random tokens are not
+``verified``          the domain does not find the sample's own answer wrong
+``answerable``        the student gives the sample's own answer sometimes, or the domain knows it to be right: questions
+                      that are unsolvable, ambiguous or wrongly answered do not come back
+====================  ===========================================================================================
+
+Cheap ones come first; each is asked of what passed those before it.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from acqsynth.domains import Domain, Sample
+from acqsynth.rewards.answers import SampledAnswers
+from acqsynth.rewards.overlap import Contamination, NearCopies, words
+from acqsynth.rewards.scoring import Scorer
+from acqsynth.rewards.shared import once
+
+
+@runtime_checkable
+class Gate(Protocol):
+    """A named yes or no. As with a signal, ``accept``, ``refresh``, ``state_dict`` and ``load_state_dict`` are used
+    where it has them."""
+
+    name: str
+
+    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+        """Whether each of n samples passes; None where that could not be told, which masks it."""
+        ...
+
+
+class Sound:
+    """``domain.fault`` names nothing."""
+
+    name = "sound"
+
+    def __init__(self, domain: Domain) -> None:
+        self.domain = domain
+
+    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+        return [self.domain.fault(sample) is None for sample in samples]
+
+
+class Length:
+    """Characters of the question, and of question, reasoning and answer together, within bounds, both inclusive.
+
+    Questions of GSM8K, MBPP, HumanEval and PubMedQA have 36 to 1,360 characters, whole samples up to 3,500.
+    """
+
+    name = "length"
+
+    def __init__(self, question: tuple[int, int] = (8, 2000), whole: tuple[int, int] = (10, 6000)) -> None:
+        for name, (least, most) in (("question", question), ("whole", whole)):
+            if not 0 <= least <= most:
+                raise ValueError(f"{name}: expected (least, most) characters, got ({least}, {most})")
+        self.question = question
+        self.whole = whole
+
+    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+        return [
+            self.question[0] <= len(sample.question) <= self.question[1]
+            and self.whole[0] <= sample_length(sample) <= self.whole[1]
+            for sample in samples
+        ]
+
+
+class NoRepetition:
+    """At most ``limit`` of the runs of 8 characters of a field (of 16 characters or more) stood in it before.
+
+    In GSM8K, MBPP, HumanEval and PubMedQA the most repetitive question, solution or program has 0.55; "the the the the
+    the" has 0.67. It works on any script, and does not mind spaces.
+    """
+
+    name = "no_repetition"
+
+    def __init__(self, limit: float = 0.6) -> None:
+        if not 0 < limit <= 1:
+            raise ValueError(f"limit: expected a share in (0, 1], got {limit}")
+        self.limit = limit
+
+    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+        return [
+            max(repetition(text) for text in (sample.question, sample.reasoning, sample.answer)) <= self.limit
+            for sample in samples
+        ]
+
+
+class NoLeak:
+    """The question does not contain its answer, as far as words tell.
+
+    A long answer (four words or more, signs counted) or reasoning of eight or more leaks where it stands in the
+    question as a whole. A shorter one, a number, a yes, an option's letter, stands in many an honest question; it leaks
+    only where the question says that it is the answer: "answer", "solution" or "result", then at most three of "is",
+    ":", "=" and the like, then the answer. The text of an option in a list of options ("B) ...") is no leak.
+
+    Args:
+        domain: its canonical form of the answer is looked for too.
+    """
+
+    name = "no_leak"
+
+    def __init__(self, domain: Domain) -> None:
+        self.domain = domain
+
+    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+        return [not self._leaks(sample) for sample in samples]
+
+    def _leaks(self, sample: Sample) -> bool:
+        question = words(sample.question)
+        options = len(_OPTION.findall(sample.question)) > 1
+        told = words(_OPTION.sub(" ", sample.question)) if options else question
+        reasoning = words(sample.reasoning)
+        if len(reasoning) >= _LONG_REASONING and _find(told, reasoning):
+            return True
+        answers = {tuple(words(answer)) for answer in (sample.answer, self.domain.canonical(sample.answer))} - {()}
+        return any(
+            bool(_find(told, list(answer))) if len(answer) >= _LONG_ANSWER else _stated(question, list(answer))
+            for answer in answers
+        )
+
+
+class New:
+    """Not a near copy of a seed, nor of a sample that passed an earlier call: :class:`NearCopies` of the questions.
+
+    Copies within one call all pass or fail together, as a group's members should not depend on their order; that they
+    are copies lowers their novelty.
+    """
+
+    name = "new"
+
+    def __init__(self, seeds: Sequence[Sample] = (), **options: Any) -> None:
+        """``options`` are those of NearCopies, ``capacity`` that of the archive."""
+        self.seeds = NearCopies(**(options | {"capacity": max(1, len(seeds))}))
+        self.seeds.add(sample.question for sample in seeds)
+        self.archive = NearCopies(**options)
+
+    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+        return [self.seeds.find(s.question) is None and self.archive.find(s.question) is None for s in samples]
+
+    def accept(self, samples: Sequence[Sample]) -> None:
+        self.archive.add(sample.question for sample in samples)
+
+    def __len__(self) -> int:
+        return len(self.archive)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"texts": self.archive.texts()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        empty = self.archive
+        self.archive = NearCopies(empty.threshold, n=empty.n, capacity=empty.capacity, same_numbers=empty.same_numbers)
+        self.archive.add(state["texts"])
+
+
+class NotInEvaluation:
+    """No run of 13 words of an evaluation question, and none of the shorter ones: :class:`Contamination`."""
+
+    name = "not_in_evaluation"
+
+    def __init__(self, rows: Sequence[Sample], **options: Any) -> None:
+        self.contamination = Contamination((row.question for row in rows), **options)
+
+    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+        return [sample.question not in self.contamination for sample in samples]
+
+
+class Fluent:
+    """The student's loss per token on each field read as plain text is at most the seeds' mean plus ``deviations``
+    standard deviations of theirs (at least a tenth of the mean).
+
+    The fields are the question and, from 32 characters on, reasoning and answer, each with those of the seeds. It
+    rejects random tokens and word salad, whose loss lies far above any text's; a hard question's does not.
+
+    Args:
+        student, options: as :class:`acqsynth.rewards.scoring.Scorer`.
+        seeds: at least one; scored at the first call.
+        deviations: above the mean.
+
+    Raises:
+        ValueError: no seeds; as Scorer.
+    """
+
+    name = "fluent"
+
+    def __init__(self, student: Any, seeds: Sequence[Sample], *, deviations: float = 4.0, **options: Any) -> None:
+        if not seeds:
+            raise ValueError("seeds: expected at least one sample")
+        self.scorer = Scorer(student, ("loss",), **options)
+        self.seeds = seeds
+        self.deviations = deviations
+        self._limits: dict[str, float] | None = None
+
+    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+        fields = [(i, field, text) for i, sample in enumerate(samples) for field, text in _prose(sample)]
+        passes: list[bool | None] = [True] * len(samples)
+        limits = self.limits()
+        for (i, field, _), loss in zip(fields, self._losses([text for _, _, text in fields]), strict=True):
+            if loss is None:
+                passes[i] = None
+            elif passes[i] and loss > limits.get(field, limits["question"]):
+                passes[i] = False
+        return passes
+
+    def refresh(self, student: Any) -> None:
+        self.scorer.refresh(student)
+        self._limits = None
+
+    def limits(self) -> dict[str, float]:
+        """Field -> largest loss that passes, nats per token; a field that no seed has goes by the question's."""
+        if self._limits is None:
+            losses: dict[str, list[float]] = {}
+            fields = [pair for sample in self.seeds for pair in _prose(sample)]
+            for (field, _), loss in zip(fields, self._losses([text for _, text in fields]), strict=True):
+                if loss is not None:
+                    losses.setdefault(field, []).append(loss)
+            if "question" not in losses:
+                raise RuntimeError("seeds: no question could be scored, so there is nothing to compare with")
+            self._limits = {}
+            for field, values in losses.items():
+                mean = statistics.fmean(values)
+                self._limits[field] = mean + self.deviations * max(statistics.pstdev(values), 0.1 * mean)
+        return self._limits
+
+    def _losses(self, texts: list[str]) -> list[float | None]:
+        return self.scorer(texts)[0]["loss"]
+
+
+class Verified:
+    """``domain.verify`` does not find the sample's own answer wrong; where it can not tell, the sample passes."""
+
+    name = "verified"
+
+    def __init__(self, domain: Domain) -> None:
+        self.domain = domain
+
+    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+        return [verdict is not False for verdict in _verdicts(self.domain, samples)]
+
+
+class Answerable:
+    """At least ``least`` of the student's k sampled answers equal the sample's own, or the domain finds it right.
+
+    A question without an answer scatters the student's, and a wrong answer meets none of them. Where the domain can not
+    tell, what the student never solves is lost with these.
+
+    Args:
+        answers: the draws, shared with the signals.
+        least: share in (0, 1]; by default two answers of k, as one of k may be chance (one where k is 1).
+    """
+
+    name = "answerable"
+
+    def __init__(self, answers: SampledAnswers, least: float | None = None) -> None:
+        if least is not None and not 0 < least <= 1:
+            raise ValueError(f"least: expected a share in (0, 1], got {least}")
+        self.answers = answers
+        self.least = least or min(2, answers.k) / answers.k
+
+    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+        known = _verdicts(self.answers.domain, samples)
+        open_to_question = [sample for sample, verdict in zip(samples, known, strict=True) if verdict is not True]
+        shares = iter(self.answers.shares(open_to_question))
+        return [verdict is True or next(shares) >= self.least - 1e-9 for verdict in known]
+
+
+class Check:
+    """A gate from a function of one sample, for conditions of one's own."""
+
+    def __init__(self, name: str, function: Callable[[Sample], bool]) -> None:
+        self.name = name
+        self.function = function
+
+    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+        return [self.function(sample) for sample in samples]
+
+
+def default_gates(
+    domain: Domain,
+    *,
+    seeds: Sequence[Sample],
+    evaluation: Sequence[Sample] = (),
+    student: Any = None,
+    answers: SampledAnswers | None = None,
+    **options: Any,
+) -> list[Gate]:
+    """The gates of the table above; ``fluent`` where there is a student, ``answerable`` where there are answers.
+
+    Args:
+        domain: of the samples.
+        seeds: the rows the generator is shown.
+        evaluation: rows that no sample may repeat.
+        student, options: as :class:`acqsynth.rewards.scoring.Scorer`.
+        answers: sampled by the student.
+    """
+    gates: list[Gate] = [Sound(domain), Length(), NoRepetition(), NoLeak(domain), New(seeds)]
+    if evaluation:
+        gates.append(NotInEvaluation(evaluation))
+    if student is not None:
+        gates.append(Fluent(student, seeds, **options))
+    gates.append(Verified(domain))
+    if answers is not None:
+        gates.append(Answerable(answers))
+    return gates
+
+
+def sample_length(sample: Sample) -> int:
+    """Characters of question, reasoning and answer."""
+    return len(sample.question) + len(sample.reasoning) + len(sample.answer)
+
+
+def repetition(text: str) -> float:
+    """Share of the runs of 8 characters that stood in the text before; 0 below 16 characters."""
+    plain = " ".join(text.split())
+    if len(plain) < 16:
+        return 0.0
+    runs = [plain[i : i + 8] for i in range(len(plain) - 7)]
+    return 1 - len(set(runs)) / len(runs)
+
+
+_LONG_ANSWER = 4  # words
+_LONG_REASONING = 8
+_PROSE = 32  # characters from which a solution's loss is that of a text
+_MARKERS = frozenset({"answer", "answers", "solution", "result", "ans"})
+_FILLERS = frozenset({"is", "are", "be", "was", "equals", "should", "must", "will", "the", "a", "an", ":", "=", "("})
+_GOES_ON = frozenset({"or", "and", ",", "/", "+", "-", "*", "^", "%"})
+# One of a list of options: "B) ...", "(c) ...", "D. ..." up to the end of the line or the next label.
+_OPTION = re.compile(r"(?:^|\s)(?:[A-H][).:]|\([A-Ha-h]\))\s.*?(?=$|\n|\s(?:[B-H][).:]|\([B-Hb-h]\))\s)", re.MULTILINE)
+
+
+def _verdicts(domain: Domain, samples: Sequence[Sample]) -> list[bool | None]:
+    """``domain.verify``, asked once of a sample in a call: it may run programs."""
+    known: dict[int, tuple[Sample, bool | None]] = once(("verify", id(domain)), dict)
+    new = [sample for sample in samples if id(sample) not in known]
+    if new:
+        # Held with the verdict: an id is an object's own only while that lives.
+        known.update((id(s), (s, verdict)) for s, verdict in zip(new, domain.verify(new), strict=True))
+    return [known[id(sample)][1] for sample in samples]
+
+
+def _prose(sample: Sample) -> list[tuple[str, str]]:
+    solution = [("reasoning", sample.reasoning), ("answer", sample.answer)]
+    return [("question", sample.question), *((field, text) for field, text in solution if len(text) >= _PROSE)]
+
+
+def _find(text: list[str], part: list[str]) -> list[int]:
+    """Where the words of ``part`` begin in ``text``."""
+    return [i for i in range(len(text) - len(part) + 1) if text[i : i + len(part)] == part]
+
+
+def _stated(question: list[str], answer: list[str]) -> bool:
+    """Whether a marker word, then at most three fillers, then the answer stand in the question."""
+    for begin in _find(question, answer):
+        i, fillers = begin - 1, 0
+        while i >= 0 and question[i] in _FILLERS and fillers < 3:
+            i, fillers = i - 1, fillers + 1
+        # "Is the answer 7 or 8?" asks, "the result of 7 + 8" computes: nothing is stated where it goes on like that.
+        after = question[begin + len(answer)] if begin + len(answer) < len(question) else ""
+        if i >= 0 and question[i] in _MARKERS and after not in _GOES_ON:
+            return True
+    return False

@@ -1,0 +1,185 @@
+"""Acquisition values of samples for one student: the scoring behind every acquisition reward and signal."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+import acqcore
+from acqsynth.domains import Domain, Sample
+from acqsynth.rewards.shared import once
+
+STUDENT_VARIABLE = "ACQSYNTH_STUDENT"
+
+#: A student's mode is switched while it scores, so threads of one process (AsyncGRPO has several) take turns.
+_scoring = threading.Lock()
+
+
+class Scorer:
+    """Values of one or more acquisitions for one student, by one ``acqcore.score`` call.
+
+    Args:
+        student: a transformers causal LM (the model in training too: it is scored in eval mode and left as
+            found), an ``acqcore.Student``, a path or hub id, or None for the path in the environment variable
+            ``ACQSYNTH_STUDENT``. A path is loaded at the first call and shared by all scorers of the process.
+        acquisitions: names from ``acqcore.acquisitions()``.
+        domain: with it samples are :class:`acqsynth.domains.Sample`, scored as the student is trained on them:
+            its prompt (through the chat template where the tokenizer has one), then its solution. Without it they
+            are what ``acqcore.score`` takes.
+        arguments: name -> arguments of that acquisition, as in ``acquisition_args`` of ``acqcore.score``. In place of
+            influence's ``acqcore.Reference`` samples may be given; their gradient is taken at the first call.
+        name: who needs the student, for the message where it is missing.
+        reduction, tokenizer, backend, batch_tokens, max_length, device: as :class:`AcquisitionReward`.
+
+    Raises:
+        ValueError: an unknown acquisition or none, a model without a tokenizer, or a max_length below 2.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        acquisitions: Sequence[str],
+        *,
+        domain: Domain | None = None,
+        arguments: Mapping[str, Mapping[str, Any]] | None = None,
+        name: str = "a scorer",
+        reduction: str = "mean",
+        tokenizer: Any = None,
+        backend: str | None = None,
+        batch_tokens: int = 8192,
+        max_length: int = 2048,
+        device: str | None = None,
+    ) -> None:
+        known = acqcore.acquisitions()
+        if not acquisitions:
+            raise ValueError("acquisitions: expected at least one name")
+        for acquisition in acquisitions:
+            if acquisition not in known:
+                raise ValueError(f"acquisition: unknown {acquisition!r}, expected one of {', '.join(known)}")
+        if isinstance(student, torch.nn.Module) and tokenizer is None:
+            raise ValueError("tokenizer: expected the student's, as student is a model, which has none")
+        if max_length < 2:
+            raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
+        self.student = student
+        self.acquisitions = tuple(acquisitions)
+        self.domain = domain
+        self.arguments = dict(arguments or {})
+        self.name = name
+        self.reduction = reduction
+        self.tokenizer = tokenizer
+        self.backend = backend
+        self.batch_tokens = batch_tokens
+        self.max_length = max_length
+        self.device = device
+        self._reference: acqcore.Reference | None = None
+
+    def __call__(self, samples: Sequence[Any]) -> tuple[dict[str, list[float | None]], list[int]]:
+        """Values of each acquisition (None where there is none) and scored tokens of n samples.
+
+        Signals of one reward call that hand over the same samples share one pass.
+        """
+        held = list(samples)  # kept with the result: an id is an object's own only while that lives
+        return once((id(self), *map(id, held)), lambda: (held, self._score(held)))[1]
+
+    def refresh(self, student: Any) -> None:
+        """Score for another student from now on; a reference given as samples is passed through it anew."""
+        self.student = student
+        self._reference = None
+
+    def _score(self, samples: Sequence[Any]) -> tuple[dict[str, list[float | None]], list[int]]:
+        values: dict[str, list[float | None]] = {name: [None] * len(samples) for name in self.acquisitions}
+        lengths = [0] * len(samples)
+        with _scoring:
+            student = self._student()
+            tokenizer = self.tokenizer or student.tokenizer
+            rows = self._rows(samples, tokenizer)
+            # A plain text of one token holds nothing to score: its first token has no predecessor.
+            picked = [i for i, r in enumerate(rows) if not isinstance(r, str) or len(tokenizer(r)["input_ids"]) > 1]
+            scores = acqcore.score(
+                student,
+                [rows[i] for i in picked],
+                self.acquisitions,
+                acquisition_args=self._arguments(student, tokenizer),
+                reduction=self.reduction,
+                progress=False,
+                **self._passes(student, tokenizer),
+            )
+        for j, i in enumerate(picked):
+            lengths[i] = int(scores.n_tokens[j])
+            for name in self.acquisitions:
+                value = scores[name][j].item()
+                values[name][i] = value if math.isfinite(value) else None
+        return values, lengths
+
+    def _passes(self, student: acqcore.Student, tokenizer: Any) -> dict[str, Any]:
+        return {
+            "tokenizer": tokenizer,
+            "batch_tokens": self.batch_tokens,
+            "max_length": min(self.max_length, student.max_length or self.max_length),
+            "backend": self.backend,
+        }
+
+    def _rows(self, samples: Sequence[Any], tokenizer: Any) -> list[Any]:
+        if self.domain is None:
+            return list(samples)
+        chat = getattr(tokenizer, "chat_template", None) is not None
+        return [training_row(self.domain, sample, chat) for sample in samples]
+
+    def _arguments(self, student: acqcore.Student, tokenizer: Any) -> dict[str, Mapping[str, Any]] | None:
+        arguments = {name: given for name, given in self.arguments.items() if given}
+        reference = arguments.get("influence", {}).get("reference")
+        if reference is not None and not isinstance(reference, acqcore.Reference):
+            if self._reference is None:
+                rows = self._rows(reference, tokenizer)
+                self._reference = acqcore.influence_reference(student, rows, **self._passes(student, tokenizer))
+            arguments["influence"] = {**arguments["influence"], "reference": self._reference}
+        return arguments or None
+
+    def _student(self) -> acqcore.Student:
+        student = self.student
+        if student is None:
+            student = os.environ.get(STUDENT_VARIABLE)
+            if not student:
+                raise RuntimeError(
+                    f"{STUDENT_VARIABLE} is not set: {self.name!r} expects in it the path or hub id of "
+                    "the student whose acquisition values are the reward"
+                )
+        if isinstance(student, str | os.PathLike):
+            return load_student(os.fspath(student), self.device)
+        return student if isinstance(student, acqcore.Student) else acqcore.Student.from_model(student)
+
+
+def training_row(domain: Domain, sample: Sample, chat: bool) -> dict[str, Any]:
+    """The sample as its student learns it, for ``acqcore.score``: the prompt is given, the solution scored."""
+    prompt, solution = domain.student_prompt(sample.question), domain.solution(sample)
+    if chat:
+        return {"prompt": prompt, "completion": [{"role": "assistant", "content": solution}]}
+    return {"prompt": "\n".join(message["content"] for message in prompt) + "\n", "completion": solution}
+
+
+@functools.cache
+def load_student(path: str, device: str | None) -> acqcore.Student:
+    """The student at ``path``, once a process; every scorer over the same path shares it."""
+    with _without_zero_init():
+        return acqcore.Student.load(path, device=device)
+
+
+@contextmanager
+def _without_zero_init() -> Iterator[None]:
+    """Under ZeRO-3 transformers shards any model that is loaded, by a global config; a student is whole."""
+    from transformers.integrations import deepspeed
+
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if reference is not None and (config := reference()) is not None:
+            deepspeed.set_hf_deepspeed_config(config)

@@ -1,0 +1,69 @@
+"""A reward whose signal is known and counts its calls, named by the environment as a user names his own."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from acqsynth.domains import Domain, Sample
+from acqsynth.integrations.scorer import REWARD_VARIABLE
+from acqsynth.rewards import ComposedReward
+from acqsynth.rewards.gates import Check
+
+
+class Plain(Domain):
+    """Only parses."""
+
+    name = "plain"
+
+
+Plain.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+
+
+class Number:
+    """The answer as a number; 13 can not be scored, 99 raises."""
+
+    name = "number"
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        self.sizes.append(len(samples))
+        if any(sample.answer == "99" for sample in samples):
+            raise RuntimeError("out of memory")
+        return [None if sample.answer == "13" else float(sample.answer) for sample in samples]
+
+
+_count = itertools.count()
+
+
+@pytest.fixture
+def number() -> Number:
+    return Number()
+
+
+@pytest.fixture
+def built(number: Number, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[ComposedReward]:
+    """The rewards made so far by the function that the environment names."""
+    made: list[ComposedReward] = []
+
+    def build() -> ComposedReward:
+        gates = [Check("positive", lambda sample: not sample.answer.startswith("-"))]
+        fusion = getattr(request, "param", "raw")
+        made.append(
+            ComposedReward(Plain(), [number], gates=gates, fusion=fusion, length_normalised=False)  # type: ignore[abstract,list-item]
+        )
+        return made[-1]
+
+    name = f"rewards_of_test_{next(_count)}"  # what is made for a name is kept for the process
+    module: Any = types.ModuleType(name)
+    module.build = build
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv(REWARD_VARIABLE, f"{name}:build")
+    return made

@@ -1,0 +1,118 @@
+"""The contract of OpenRLHF 0.11, its caller imitated."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from acqsynth.integrations.openrlhf import response_of, reward_func
+from acqsynth.integrations.scorer import REWARD_VARIABLE
+from acqsynth.rewards import ComposedReward
+
+PROMPT = "<|im_start|>user\nLike this: <question>A?</question><answer>1</answer><|im_end|>\n<|im_start|>assistant\n"
+
+
+def text(answer: object) -> str:
+    return f"<question>What is it?</question><answer>{answer}</answer><|im_end|>"
+
+
+def one(answer: object, prompt: str = PROMPT) -> dict[str, Any]:
+    """As OpenRLHF asks for a response: lists of one."""
+    return reward_func([prompt + text(answer)], [prompt], [""])
+
+
+def checked(result: dict[str, Any], n: int) -> dict[str, Any]:
+    assert set(result) == {"rewards", "scores", "extra_logs"}
+    assert {*result["extra_logs"]} >= {"masked", "gated"}
+    for values in (result["rewards"], result["scores"], *result["extra_logs"].values()):
+        assert values.shape == (n,)
+        assert values.dtype == torch.float32
+        assert values.isfinite().all()
+    assert 0 <= result["scores"].min() <= result["scores"].max() <= 1
+    return result
+
+
+def test_16_threads_are_a_few_calls(built: list[ComposedReward], number: Any) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(one, [i % 9 for i in range(16)]))
+    assert [checked(result, 1)["rewards"].item() for result in results] == [i % 9 for i in range(16)]
+    assert sum(number.sizes) == 16
+    assert len(number.sizes) <= 3
+    assert len(built) == 1
+
+
+@pytest.mark.parametrize("built", ["raw", "quantile"], indirect=True)
+def test_a_list_of_several(built: list[ComposedReward]) -> None:
+    queries = [PROMPT + text(a) for a in (5, -5, 13, 7)] + [PROMPT + "broken"]
+    result = checked(reward_func(queries, [PROMPT] * 5, [""] * 5), 5)
+    rewards, logs = result["rewards"], result["extra_logs"]
+    assert logs["masked"].tolist() == [0, 0, 1, 0, 0]
+    assert logs["gated"].tolist() == [0, 1, 0, 0, 1]
+    assert logs["number"].tolist() == [5, 0, 0, 7, 0]
+    assert max(rewards[1], rewards[4]) < rewards[0] < rewards[3]
+    assert result["scores"].argsort().tolist() == rewards.argsort().tolist()
+    if built[0].fusion == "quantile":
+        assert torch.equal(result["scores"], rewards)
+
+
+def test_a_scorer_that_raises_masks(built: list[ComposedReward], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR):
+        result = checked(one(99), 1)
+    assert result["extra_logs"]["masked"].tolist() == [1]
+    assert "out of memory" in caplog.text
+    assert one(3)["rewards"].tolist() == [3]
+    built[0].score = lambda texts, groups: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    result = checked(one(4), 1)
+    assert (result["rewards"].tolist(), result["extra_logs"]["masked"].tolist()) == ([3], [1])
+
+
+@pytest.mark.parametrize("value", [None, "no.such:thing", "nonsense"])
+def test_a_missing_reward_never_raises(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: str | None
+) -> None:
+    if value is None:
+        monkeypatch.delenv(REWARD_VARIABLE, raising=False)
+    else:
+        monkeypatch.setenv(REWARD_VARIABLE, value)
+    with caplog.at_level(logging.ERROR):
+        result = checked(one(4), 1)
+    assert result["extra_logs"]["masked"].tolist() == [1]
+    assert "the reward failed, 1 responses are masked" in caplog.text
+
+
+def test_lists_of_different_length_never_raise(built: list[ComposedReward]) -> None:
+    assert checked(reward_func([PROMPT + text(4)] * 2, [PROMPT], [""]), 2)["extra_logs"]["masked"].tolist() == [1, 1]
+    assert checked_empty(reward_func([], [], []))
+
+
+def checked_empty(result: dict[str, Any]) -> bool:
+    return all(len(values) == 0 for values in (result["rewards"], result["scores"], *result["extra_logs"].values()))
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        PROMPT + text(4),
+        "<s>" + PROMPT + text(4),  # a special token before it
+        PROMPT.replace("\n", "") + text(4),  # white space lost in decoding
+        "<s> " + PROMPT.replace("\n", " \n") + text(4),
+    ],
+)
+def test_the_prompt_is_stripped(built: list[ComposedReward], query: str) -> None:
+    """With its example left in front, the tags would be repeated and the response no sample."""
+    result = checked(reward_func([query], [PROMPT], [""]), 1)
+    assert result["rewards"].tolist() == [4]
+    assert response_of(query, PROMPT).strip() == text(4)  # type: ignore[union-attr]
+
+
+def test_a_prompt_that_is_not_there_masks(built: list[ComposedReward], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR):
+        result = checked(reward_func(["something else " + text(4), PROMPT + text(8)], [PROMPT] * 2, [""] * 2), 2)
+    assert result["extra_logs"]["masked"].tolist() == [1, 0]
+    assert "1 of 2 queries do not hold their prompt" in caplog.text
+    assert response_of("a response", "") == "a response"
+    assert response_of("a response", "  \n ") is not None

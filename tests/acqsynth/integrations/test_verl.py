@@ -1,0 +1,176 @@
+"""The contract of verl 0.9, its caller imitated."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import logging
+import math
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from acqsynth.integrations import verl
+from acqsynth.integrations.scorer import REWARD_VARIABLE
+from acqsynth.rewards import ComposedReward
+
+
+def text(answer: object) -> str:
+    return f"<question>What is it?</question><answer>{answer}</answer>"
+
+
+async def batch(texts: list[str], infos: list[dict[str, Any]] | None = None) -> list[dict[str, float]]:
+    """As verl's reward worker does for a batch: a task for each sample, one gather."""
+    calls = [
+        verl.compute_score(
+            data_source="acqsynth",
+            solution_str=solution,
+            ground_truth="",
+            extra_info=infos[i] if infos else {"index": i},
+            reward_router_address=None,
+        )
+        for i, solution in enumerate(texts)
+    ]
+    return await asyncio.gather(*(asyncio.create_task(call) for call in calls))
+
+
+def collated(results: list[dict[str, float]]) -> dict[str, Any]:
+    """As verl makes columns of the first sample's keys, and a float32 tensor of the scores."""
+    torch.tensor([result["score"] for result in results], dtype=torch.float32)
+    return {key: np.array([result[key] for result in results]) for key in results[0]}
+
+
+def test_64_coroutines_are_a_few_calls(built: list[ComposedReward], number: Any) -> None:
+    results = asyncio.run(batch([text(i % 9) for i in range(64)]))
+    assert [result["score"] for result in results] == [float(i % 9) for i in range(64)]
+    assert sum(number.sizes) == 64
+    assert len(number.sizes) <= 3
+    assert len(built) == 1
+
+
+def test_a_fixed_set_of_keys(built: list[ComposedReward]) -> None:
+    columns = collated(asyncio.run(batch([text(5), text(-5), "broken", text(13), text(7)])))
+    assert list(columns) == ["score", "masked", "gated", "number"]
+    assert columns["masked"].tolist() == [0, 0, 0, 1, 0]
+    assert columns["gated"].tolist() == [0, 1, 1, 0, 0]
+    assert columns["number"][[0, 4]].tolist() == [5, 7]
+    assert np.isnan(columns["number"][[1, 2, 3]]).all()
+    scores = columns["score"]
+    assert max(scores[1], scores[2]) < min(scores[0], scores[4])
+    assert np.isfinite(scores).all()
+
+
+def test_a_masked_sample_gets_the_mean_of_its_group(built: list[ComposedReward]) -> None:
+    infos = [{"prompt": [{"role": "user", "content": name}]} for name in "aaabb"]
+    scores = [r["score"] for r in asyncio.run(batch([text(a) for a in (2, 6, 13, 50, 60)], infos))]
+    assert scores == [2, 6, 4, 50, 60]
+
+
+def test_a_scorer_that_raises_masks(built: list[ComposedReward], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR):
+        columns = collated(asyncio.run(batch([text(99), text(1), text(2)])))
+    assert columns["masked"].tolist() == [1, 1, 1]
+    assert columns["score"].tolist() == [0.5, 0.5, 0.5]
+    assert "out of memory" in caplog.text
+    assert asyncio.run(batch([text(3), text(5)]))[1]["score"] == 5
+    assert asyncio.run(batch([text(99)]))[0]["score"] == 4  # the mean of the last that were scored
+    built[0].score = lambda texts, groups: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    columns = collated(asyncio.run(batch([text(1), text(2)])))
+    assert columns["masked"].tolist() == [1, 1]
+
+
+def test_verl_finds_a_coroutine_function() -> None:
+    assert inspect.iscoroutinefunction(verl.compute_score)
+
+
+class Items:
+    """As much of a DataProto as a reward manager sees."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items = items
+
+    def __getitem__(self, key: int | slice) -> Any:
+        return Items(*self.items[key]) if isinstance(key, slice) else self.items[key]
+
+
+class TestRewardManager:
+    def data(self, tokenizer: PreTrainedTokenizerFast, response: str, **other: Any) -> Items:
+        ids = tokenizer(response)["input_ids"]
+        prompt, padding = [0, 0, 5, 6], 7
+        return Items(
+            types.SimpleNamespace(
+                batch={
+                    "prompts": torch.tensor(prompt),
+                    "responses": torch.tensor(ids + [tokenizer.pad_token_id] * padding),
+                    "attention_mask": torch.tensor([0, 0, 1, 1] + [1] * len(ids) + [0] * padding),
+                },
+                non_tensor_batch={"data_source": "acqsynth", "reward_model": {"ground_truth": ""}, **other},
+            )
+        )
+
+    def run(self, manager: verl.AcquisitionRewardManager, *data: Items) -> list[dict[str, Any]]:
+        async def every() -> list[dict[str, Any]]:
+            return await asyncio.gather(*(asyncio.create_task(manager.run_single(d)) for d in data))
+
+        return asyncio.run(every())
+
+    def test_one_batch_of_tokens(
+        self, built: list[ComposedReward], number: Any, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        manager = verl.AcquisitionRewardManager({}, tokenizer, verl.compute_score, None, None)
+        data = [self.data(tokenizer, text(i) + "</s>", uid=f"u{i // 4}") for i in range(8)]
+        results = self.run(manager, *data)
+        assert [result["reward_score"] for result in results] == [float(i) for i in range(8)]
+        assert results[3]["reward_extra_info"] == {"score": 3.0, "masked": 0.0, "gated": 0.0, "number": 3.0}
+        assert len(number.sizes) <= 2
+
+    @pytest.mark.parametrize("key", ["uid", "raw_prompt"])
+    def test_groups(self, built: list[ComposedReward], tokenizer: PreTrainedTokenizerFast, key: str) -> None:
+        manager = verl.AcquisitionRewardManager({}, tokenizer)
+        groups = {
+            "uid": ["a", "a", "b"],
+            "raw_prompt": [np.array([{"role": "user", "content": c}]) for c in "aab"],
+        }[key]
+        data = [self.data(tokenizer, text(a), **{key: g}) for a, g in zip((4, 13, 50), groups, strict=True)]
+        assert [r["reward_score"] for r in self.run(manager, *data)] == [4, 4, 50]
+
+    def test_nothing_but_padding(self, built: list[ComposedReward], tokenizer: PreTrainedTokenizerFast) -> None:
+        [result] = self.run(verl.AcquisitionRewardManager({}, tokenizer), self.data(tokenizer, ""))
+        assert result["reward_extra_info"]["gated"] == 1
+        assert math.isnan(result["reward_extra_info"]["number"])
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (None, RuntimeError, "ACQSYNTH_REWARD is not set: expected package.module:attribute"),
+        ("acqsynth.rewards", ValueError, "ACQSYNTH_REWARD: expected package.module:attribute, got 'acqsynth.rewards'"),
+        ("acqsynth.nowhere:build", ModuleNotFoundError, "acqsynth.nowhere"),
+        ("acqsynth.rewards:nothing", AttributeError, "nothing"),
+        ("acqsynth.domains:__all__", TypeError, "to give a ComposedReward, got list"),
+    ],
+)
+def test_a_missing_reward_is_told(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, error: type[Exception], message: str
+) -> None:
+    if value is None:
+        monkeypatch.delenv(REWARD_VARIABLE, raising=False)
+    else:
+        monkeypatch.setenv(REWARD_VARIABLE, value)
+    with pytest.raises(error, match=message):
+        asyncio.run(batch([text(1)]))
+
+
+def test_no_trainer_is_imported() -> None:
+    folder = Path(verl.__file__).parent
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.partition(".")[0] for name in names} & {"verl", "openrlhf", "trl", "ray"}, path

@@ -1,0 +1,402 @@
+"""The composed reward: order of its steps, its contract with TRL, what failures do, what is kept."""
+
+from __future__ import annotations
+
+import io
+import logging
+import pickle
+import statistics
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import trl
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+import acqcore
+from acqsynth.domains import Domain, Sample
+from acqsynth.rewards import ComposedReward, Diversity, Learnability, NgramEmbedder, SampledAnswers
+from acqsynth.rewards.composed import DEFAULT_WEIGHTS
+from acqsynth.rewards.fusion import BOUNDED, METHODS, fuse
+from acqsynth.rewards.gates import Check, New
+
+
+class Told:
+    """A signal of given values by answer; what is not given raises."""
+
+    def __init__(self, name: str, values: dict[str, float | None]) -> None:
+        self.name = name
+        self.values = values
+        self.asked: list[list[str]] = []
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        self.asked.append([sample.answer for sample in samples])
+        return [self.values[sample.answer] for sample in samples]
+
+
+def text(answer: object, question: str = "What is it?") -> str:
+    return f"<question>{question}</question><answer>{answer}</answer>"
+
+
+TEXTS = [text(i) for i in range(6)]
+GROUPS = ["p", "p", "p", "q", "q", "q"]
+VALUES: dict[str, float | None] = {str(i): v for i, v in enumerate([1.0, 5.0, 2.0, 10.0, 30.0, 20.0])}
+
+
+def plain(domain: Domain, *signals: Any, **options: Any) -> ComposedReward:
+    return ComposedReward(domain, signals, **({"length_normalised": False} | options))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_totals_are_the_fused_signals(domain: Domain, method: str) -> None:
+    other: dict[str, float | None] = {str(i): 0.1 * (i % 4) for i in range(6)}
+    reward = plain(domain, Told("a", VALUES), Told("b", other), fusion=method, weights={"b": -2})
+    rewards = reward.score(TEXTS, GROUPS)
+    expected = fuse({"a": list(VALUES.values()), "b": list(other.values())}, GROUPS, method, {"a": 1, "b": -2})
+    assert rewards.total == pytest.approx(expected)
+    assert rewards.components == {"a": list(VALUES.values()), "b": list(other.values())}
+    assert rewards.gates == {"parses": [True] * 6}
+    assert [sample.answer for sample in rewards.samples if sample] == list("012345")
+    assert rewards.lengths == [12] * 6
+    assert rewards.passed == [True] * 6
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_gated_sample_is_below_every_valid_one_of_its_group(domain: Domain, method: str, sign: int) -> None:
+    values = {answer: value and sign * (value - 12) for answer, value in VALUES.items()}
+    odd = Check("odd", lambda sample: sample.answer not in "14")
+    signal = Told("a", values)
+    reward = plain(domain, signal, gates=[odd], fusion=method)
+    texts = [*TEXTS, "no sample", None]
+    rewards = reward.score(texts, [*GROUPS, "p", "alone"])
+    assert signal.asked == [["0", "2", "3", "5"]]  # what is gated is not scored
+    assert rewards.passed == [True, False, True, True, False, True, False, False]
+    assert rewards.gates["parses"] == [True] * 6 + [False] * 2
+    assert rewards.gates["odd"] == [True, False, True, True, False, True, True, True]  # the first one counts
+    total = rewards.total
+    assert max(total[1], total[6]) < min(total[0], total[2])
+    assert total[4] < min(total[3], total[5])
+    assert total[7] < min(total[i] for i in (0, 2, 3, 5))
+    if method in BOUNDED:
+        assert {total[i] for i in (1, 4, 6, 7)} == {0.0}
+    valid = fuse({"a": [values[a] for a in "0235"]}, ["p", "p", "q", "q"], method)
+    assert [total[i] for i in (0, 2, 3, 5)] == pytest.approx(valid)  # and is in no statistic
+    assert rewards.components["a"][1] is None
+
+
+def test_equal_valid_samples_stay_above_gated_ones(domain: Domain) -> None:
+    for method in METHODS:
+        reward = plain(domain, Told("a", dict.fromkeys("01", 3.0)), fusion=method)
+        total = reward.score([text(0), text(1), "broken"], ["p"] * 3).total
+        assert total[0] == total[1] > total[2], method
+
+
+def test_nothing_valid_is_all_equal(domain: Domain) -> None:
+    for method in METHODS:
+        assert plain(domain, Told("a", {}), fusion=method).score(["broken", None], ["p", "p"]).total == [0.0, 0.0]
+    assert plain(domain, Told("a", {})).score([], []).total == []
+
+
+def test_without_signals_the_gates_are_the_reward(domain: Domain) -> None:
+    reward = ComposedReward(domain, [], gates=[Check("odd", lambda sample: sample.answer in "13")])
+    assert reward.score([*TEXTS[:4], "broken"], ["p"] * 5).total == [0, 1, 0, 1, 0]
+
+
+def test_a_failed_sample_is_masked_and_left_out(domain: Domain) -> None:
+    values = VALUES | {"1": None, "4": float("nan"), "5": float("inf")}
+    reward = plain(domain, Told("a", values), fusion="z")
+    rewards = reward.score(TEXTS, GROUPS)
+    assert [i for i, value in enumerate(rewards.total) if value is None] == [1, 4, 5]
+    expected = fuse({"a": [1.0, 2.0, 10.0]}, ["p", "p", "q"], "z")
+    assert [rewards.total[i] for i in (0, 2, 3)] == pytest.approx(expected)
+    assert rewards.components["a"] == [1.0, None, 2.0, 10.0, None, None]
+    assert rewards.passed == [True] * 6  # no gate has spoken against them
+    assert reward.masked == 3
+    assert reward.failures == 0
+
+
+def test_a_scorer_that_raises_masks_what_it_was_asked(domain: Domain, caplog: pytest.LogCaptureFixture) -> None:
+    reward = plain(domain, Told("a", {}), Told("b", VALUES))
+    with caplog.at_level(logging.ERROR):
+        rewards = reward.score([*TEXTS, "broken"], [*GROUPS, "q"])
+    assert rewards.total == [None] * 6 + [0.0]
+    assert rewards.components == {"a": [None] * 7, "b": [*VALUES.values(), None]}
+    assert (reward.masked, reward.failures) == (6, 1)
+    assert "'a' failed, 6 samples are masked" in caplog.text
+    assert "KeyError" in caplog.text
+    logged_only = plain(domain, Told("a", {}), Told("b", VALUES), weights={"a": 0})
+    assert None not in logged_only.score(TEXTS, GROUPS).total
+
+
+def test_a_gate_that_raises_or_cannot_tell_masks(domain: Domain) -> None:
+    def broken(samples: Sequence[Sample]) -> list[bool | None]:
+        raise OSError("the sandbox is gone")
+
+    def unsure(samples: Sequence[Sample]) -> list[bool | None]:
+        return [None if sample.answer == "2" else sample.answer != "1" for sample in samples]
+
+    for gate, expected in ((broken, [None] * 3), (unsure, [0.5, 0.0, None])):
+        gate.name = gate.__name__  # type: ignore[attr-defined]
+        reward = plain(domain, Told("a", VALUES), gates=[gate])
+        assert reward.score(TEXTS[:3], GROUPS[:3]).total == expected
+    domain.parse = lambda text: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    reward = plain(domain, Told("a", VALUES))
+    assert reward.score(TEXTS, GROUPS).total == [None] * 6
+    assert reward.failures == 6
+
+
+def test_a_signal_of_the_wrong_length_is_a_failure(domain: Domain) -> None:
+    def short(samples: Sequence[Sample]) -> list[float | None]:
+        return [1.0]
+
+    short.name = "short"  # type: ignore[attr-defined]
+    reward = plain(domain, short)
+    assert reward.score(TEXTS, GROUPS).total == [None] * 6
+    assert reward.failures == 1
+
+
+def lengthy(answer: int, n: int) -> str:
+    return text(answer, "What is it" + "." * n + "?")
+
+
+def test_length_is_taken_out_of_the_signals(domain: Domain) -> None:
+    """Of values that mostly follow the length, the total keeps the rest."""
+    sizes = [10, 20, 40, 80, 160, 320] * 8
+    texts = [lengthy(i, size) for i, size in enumerate(sizes)]
+    values: dict[str, float | None] = {str(i): size**0.5 + (5 * i) % 7 for i, size in enumerate(sizes)}
+    raw = plain(domain, Told("a", values), fusion="raw")
+    normalised = ComposedReward(domain, [Told("a", values)], fusion="raw")
+    for reward, least, most in ((raw, 0.8, 1.0), (normalised, -0.2, 0.2)):
+        rewards = reward.score(texts, ["p"] * len(texts))
+        assert least <= statistics.correlation(rewards.total, rewards.lengths) <= most
+        assert reward.metrics(rewards)["a/length_correlation"] > 0.8  # the signal itself is logged as it is
+        assert reward.metrics(rewards)["total/length_correlation"] <= most
+    chosen = ComposedReward(domain, [Told("a", values), Told("b", values)], length_normalised=["b"])
+    assert set(chosen.length_bins) == {"b"}
+
+
+class Log:
+    def __init__(self) -> None:
+        self.columns: dict[str, list[Any]] = {}
+        self.metrics: dict[str, float] = {}
+
+    def call(self, reward: ComposedReward, completions: list[Any], prompts: list[Any]) -> list[float | None]:
+        """``reward`` called as TRL 1.16 calls it."""
+        return reward(
+            prompts=prompts,
+            completions=completions,
+            completion_ids=[[0]] * len(completions),
+            trainer_state=types.SimpleNamespace(global_step=0),
+            log_extra=self.columns.__setitem__,
+            log_metric=self.metrics.__setitem__,
+        )
+
+
+def test_consecutive_equal_prompts_are_a_group(domain: Domain) -> None:
+    prompts = [[{"role": "user", "content": c}] for c in "ppqqpp"]
+    turns = [[{"role": "assistant", "content": t}] for t in TEXTS]
+    total = Log().call(plain(domain, Told("a", VALUES), fusion="rank"), turns, prompts)
+    assert total == [0.25, 0.75, 0.25, 0.75, 0.75, 0.25]
+    keyed = plain(domain, Told("a", VALUES), fusion="rank").score(TEXTS, list("ppqqpp"))
+    assert keyed.total == pytest.approx([0.125, 0.375, 0.25, 0.75, 0.875, 0.625])  # equal keys are one group
+
+
+def test_what_is_logged(domain: Domain) -> None:
+    values = VALUES | {"5": None}
+    reward = plain(domain, Told("a", values), gates=[Check("odd", lambda sample: sample.answer != "1"), New()])
+    log = Log()
+    completions = [lengthy(i, 30 * i) for i in range(6)] + ["broken", "broken"]
+    total = log.call(reward, completions, [*GROUPS, "q", "q"])
+    assert log.columns["reward_a"] == [1.0, None, 2.0, 10.0, 30.0, None, None, None]
+    assert log.columns["reward_gate"] == ["", "odd", "", "", "", "", "parses", "parses"]
+    metrics = log.metrics
+    assert metrics["reward/gated/parses"] == 2 / 8
+    assert metrics["reward/gated/odd"] == 1 / 8
+    assert metrics["reward/masked"] == 1 / 8
+    assert metrics["reward/a/mean"] == pytest.approx(43 / 4)
+    lengths = [12, 72, 102, 132]
+    assert metrics["reward/a/length_correlation"] == pytest.approx(statistics.correlation([1, 2, 10, 30], lengths))
+    valid = [total[i] for i in (0, 2, 3, 4)]
+    assert metrics["reward/total/mean"] == pytest.approx(statistics.fmean(valid))
+    assert metrics["reward/total/length_correlation"] == pytest.approx(statistics.correlation(valid, lengths))
+    assert metrics["reward/archive/new"] == 4  # the masked one is not taken in
+    assert metrics["reward/seconds"] == reward.seconds > 0
+    assert "reward/time_share" not in metrics
+    log.call(reward, completions, [*GROUPS, "q", "q"])
+    assert 0 < log.metrics["reward/time_share"] <= 1
+    assert log.metrics["reward/gated/new"] == 5 / 8  # seen before, or like those but for the count of dots
+    assert Log().call(reward, [], []) == []
+
+
+def novel(i: int) -> str:
+    names = ("Saddle", "Violin", "Kernel", "Copper", "Window", "Garden", "Rocket", "Tunnel")
+    return text(i % 6, f"{names[i % 8]} number {i // 8}, what is it worth?")
+
+
+def stateful(domain: Domain) -> ComposedReward:
+    return ComposedReward(domain, [Told("a", VALUES), Diversity(NgramEmbedder(64))], gates=[New()])
+
+
+def test_a_run_resumes_where_it_stood(domain: Domain) -> None:
+    straight, killed, resumed = (stateful(domain) for _ in range(3))
+    first, second = [novel(i) for i in range(24)], [novel(i) for i in range(12, 36)]
+    groups = [i // 4 for i in range(24)]
+    straight.score(first, groups)
+    killed.score(first, groups)
+    saved = io.BytesIO()
+    torch.save(killed.state_dict(), saved)
+    saved.seek(0)
+    resumed.load_state_dict(torch.load(saved, weights_only=True))
+    expected = straight.score(second, groups)
+    assert expected.gates["new"].count(False) == 12
+    assert resumed.score(second, groups) == expected
+    assert resumed.state_dict().keys() == straight.state_dict().keys()
+    with pytest.raises(ValueError, match=r"state: expected parts \['gate/new', 'signal/diversity'\], got \[\]"):
+        resumed.load_state_dict(plain(domain, Told("a", VALUES)).state_dict())
+
+
+def test_a_probe_leaves_everything_as_it_was(domain: Domain) -> None:
+    reward = stateful(domain)
+    reward.score([novel(i) for i in range(8)], [0] * 8)
+    before = pickle.dumps(reward.state_dict())
+    probe = [novel(i) for i in range(8, 16)]
+    first = reward.score(probe, [0] * 8, update=False)
+    assert reward.score(probe, [0] * 8, update=False) == first
+    assert pickle.dumps(reward.state_dict()) == before
+
+
+def test_pickles(domain: Domain, student_path: Path, sample: Callable[..., Sample], scripted: Any) -> None:
+    reward = ComposedReward.default(domain, str(student_path), seeds=[sample(3, 4)], reference=[sample(5, 6)])
+    texts = [text(30, sample(10, 20).question), "broken"]
+    copy = pickle.loads(pickle.dumps(reward))
+    total = reward.score(texts, ["p", "p"]).total
+    assert total[0] > total[1] == 0
+    assert copy.score(texts, ["p", "p"]).total == total
+    used = pickle.dumps(reward)
+    assert len(used) < 200_000  # the student stays where it is
+    assert pickle.loads(used).state_dict()["masked"] == 0
+
+
+class TestDefault:
+    def test_signals_by_what_is_there(
+        self, domain: Domain, student_path: Path, sample: Callable[..., Sample], scripted: Any
+    ) -> None:
+        seeds, path = [sample(3, 4)], str(student_path)
+        engine = scripted(lambda question: ["7", "8"])
+        both = ComposedReward.default(domain, path, seeds=seeds, reference=seeds, engine=engine)
+        assert both.weights == DEFAULT_WEIGHTS
+        assert [gate.name for gate in both.gates][-1] == "answerable"
+        without = ComposedReward.default(domain, path, seeds=seeds, reference=seeds)
+        assert list(without.weights) == ["influence", "diversity"]
+        drawn = ComposedReward.default(domain, path, seeds=seeds, engine=engine, answers={"k": 4}, fusion="rank")
+        assert list(drawn.weights) == ["learnability", "diversity"]
+        assert drawn.fusion == "rank"
+        assert "0.5 diversity" in repr(drawn)
+        assert "gates parses, sound" in repr(drawn)
+        with pytest.raises(ValueError, match="reference, engine: expected at least one"):
+            ComposedReward.default(domain, path, seeds=seeds)
+
+    def test_one_draw_a_call(
+        self, domain: Domain, student_path: Path, sample: Callable[..., Sample], scripted: Any
+    ) -> None:
+        engine = scripted(lambda question: ["30", "8"])
+        reward = ComposedReward.default(domain, str(student_path), seeds=[sample(3, 4)], engine=engine)
+        rewards = reward.score([text(30, sample(10, 20).question)], ["p"])
+        assert rewards.components["learnability"] == [0.25]
+        assert len(engine.calls) == 1  # the gate and the signal share it
+
+
+def test_refresh_reaches_every_scorer(domain: Domain, sample: Callable[..., Sample], student_path: Path) -> None:
+    reward = ComposedReward.default(domain, str(student_path), seeds=[sample(3, 4)], reference=[sample(5, 6)])
+    reward.refresh("elsewhere")
+    scorers = [part.scorer for part in (*reward.signals, *reward.gates) if hasattr(part, "scorer")]
+    assert len(scorers) == 2
+    assert {scorer.student for scorer in scorers} == {"elsewhere"}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"fusion": "mean"}, ValueError, "fusion: unknown 'mean'"),
+        ({"weights": {"c": 1}}, ValueError, r"weights: unknown \['c'\]"),
+        ({"length_normalised": ["c"]}, ValueError, r"length_normalised: unknown \['c'\]"),
+        ({"signals": [Told("a", {}), Told("a", {})]}, ValueError, "signals: 'a' is there twice"),
+        ({"signals": [Told("total", {})]}, ValueError, "signals: 'total' is there twice or is taken"),
+        ({"signals": [lambda samples: []]}, TypeError, "signals: expected objects with a name"),
+        ({"signals": ["entropy"]}, TypeError, "signals: expected objects with a name"),
+        ({"gates": [Check("parses", bool)]}, ValueError, "gates: 'parses' is there twice or is taken"),
+    ],
+)
+def test_wrong_configuration_raises_at_once(
+    domain: Domain, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ComposedReward(domain, **({"signals": [Told("a", {})]} | options))
+
+
+def test_groups_of_another_length(domain: Domain) -> None:
+    with pytest.raises(ValueError, match="groups: expected 6, one a text, got 1"):
+        plain(domain, Told("a", VALUES)).score(TEXTS, ["p"])
+
+
+def test_two_steps_of_grpo(
+    domain: Domain,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    sample: Callable[..., Sample],
+    scripted: Any,
+    tmp_path: Path,
+) -> None:
+    """TRL itself; a random model writes no sample, so its texts are read as questions on a known sum."""
+    student = acqcore.Student.from_model(type(model)(model.config), tokenizer=tokenizer)
+    domain.parse = lambda text: Sample(f"What is 3 + 4, {text!r}?", "7")  # type: ignore[method-assign]
+    engine = scripted(lambda question: ["7", "8"])
+    reward = ComposedReward.default(
+        domain, student, seeds=[sample(3, 4)], reference=[sample(5, 6)], engine=engine, gates=[], name="worth"
+    )
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=[reward],
+        args=trl.GRPOConfig(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            num_generations=2,
+            max_completion_length=8,
+            learning_rate=1e-2,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_dict({"prompt": ["Write a sample.", "Another one."] * 2}),
+        processing_class=tokenizer,
+    )
+    before = model.lm_head.weight.detach().clone()
+    trainer.train()
+    steps = [row for row in trainer.state.log_history if "reward" in row]
+    assert len(steps) == 2
+    for step, row in enumerate(steps, 1):
+        assert 0 < row["rewards/worth/mean"] < 1
+        assert row["worth/gated/parses"] == row["worth/masked"] == 0
+        assert row["worth/learnability/mean"] == pytest.approx(0.25)
+        assert -1 <= row["worth/influence/mean"] <= 1
+        assert 0 < row["worth/archive/diversity"] <= 4 * step
+    assert 0 < steps[1]["worth/time_share"] < 1
+    assert not model.lm_head.weight.detach().equal(before)
+
+
+def test_answers_are_not_kept_for_the_next_call(domain: Domain, scripted: Any) -> None:
+    engine = scripted(lambda question: ["7"])
+    reward = plain(domain, Learnability(SampledAnswers(engine, domain)))
+    reward.score(TEXTS[:2], GROUPS[:2])
+    reward.score(TEXTS[:2], GROUPS[:2])
+    assert len(engine.calls) == 2  # the student may have moved

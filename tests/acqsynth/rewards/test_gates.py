@@ -1,0 +1,266 @@
+"""Each gate on what it is there for, and on what it must let through."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from acqsynth.domains import Domain, Sample
+from acqsynth.rewards import SampledAnswers
+from acqsynth.rewards.gates import (
+    Answerable,
+    Check,
+    Fluent,
+    Gate,
+    Length,
+    New,
+    NoLeak,
+    NoRepetition,
+    NotInEvaluation,
+    Sound,
+    Verified,
+    default_gates,
+    repetition,
+)
+from acqsynth.rewards.shared import one_call
+
+DATA = Path(__file__).parents[4] / "shared" / "data"
+
+
+def passes(gate: Gate, question: str, answer: str = "7", reasoning: str = "") -> bool | None:
+    [verdict] = gate([Sample(question, answer, reasoning)])
+    return verdict
+
+
+def test_sound(domain: Domain) -> None:
+    assert passes(Sound(domain), "What is 3 + 4?")
+    assert not passes(Sound(domain), "Three and four.")
+
+
+def test_length() -> None:
+    gate = Length(question=(8, 20), whole=(10, 30))
+    assert passes(gate, "x" * 8, "77")
+    assert not passes(gate, "x" * 7, "777")
+    assert not passes(gate, "x" * 21)
+    assert passes(gate, "x" * 20, "7", "r" * 9)
+    assert not passes(gate, "x" * 20, "7", "r" * 10)
+    with pytest.raises(ValueError, match="whole: expected"):
+        Length(whole=(5, 1))
+
+
+class TestNoRepetition:
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "the the the the the",
+            "a" * 20,
+            "12 12 12 12 12 12 12",
+            "What? What? What? What? What?",
+            "数数数数数数数数数数数数数数数数数数",
+        ],
+    )
+    def test_repeated_text(self, text: str) -> None:
+        assert not passes(NoRepetition(), text)
+        assert not passes(NoRepetition(), "What is 3 + 4?", text)
+        assert not passes(NoRepetition(), "What is 3 + 4?", "7", text)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "What is 2 * 2 * 2 * 2 * 2?",
+            "1000000000000",
+            "ha ha ha",
+            "List the squares: 1, 4, 9, 16, 25, 36, 49, 64, 81.",
+        ],
+    )
+    def test_honest_text(self, text: str) -> None:
+        assert passes(NoRepetition(), text)
+
+    def test_share_of_runs(self) -> None:
+        assert repetition("abcdefgh" * 2) == pytest.approx(1 / 9)
+        assert repetition("abcdefgh" * 20) == pytest.approx(1 - 8 / 153)
+        assert repetition("a" * 15) == 0
+
+    def test_real_data_passes(self) -> None:
+        path = DATA / "math" / "gsm8k_train.jsonl"
+        if not path.is_file():
+            pytest.skip(f"{path} is not here")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert all(NoRepetition()([Sample(row["question"], row["answer"]) for row in rows]))
+
+    def test_wrong_limit(self) -> None:
+        with pytest.raises(ValueError, match="limit"):
+            NoRepetition(0)
+
+
+class TestNoLeak:
+    @pytest.mark.parametrize(
+        ("question", "answer"),
+        [
+            ("What is 3 + 4? The answer is 7.", "7"),
+            ("What is 3 + 4? (Answer: 7)", "7"),
+            ("Show that the solution = 7 solves x - 3 = 4?", "It is 7."),
+            ("Does aspirin help? Answer: yes", "yes"),
+            ("Which is it? A) iron B) zinc. The answer is B", "B"),
+            ("Since it is due to low iron in blood, what is it?", "low iron in blood"),
+        ],
+    )
+    def test_leaks(self, domain: Domain, question: str, answer: str) -> None:
+        assert not passes(NoLeak(domain), question, answer)
+
+    @pytest.mark.parametrize(
+        ("question", "answer"),
+        [
+            ("Tom has 3 red, 4 blue and 3 green pens. How many colours has he?", "3"),  # a number in its own right
+            ("Solve x + 7 = 14. Give the answer as a number.", "7"),
+            ("Is the answer 7 or 8 when 3 + 4 is computed?", "7"),
+            ("What is the result of 7 + 0?", "7"),
+            ("What is the result: 7 + 0?", "7"),
+            ("Does aspirin help, yes or no?", "yes"),
+            ("Which metal? A) iron B) zinc C) tin", "B"),
+            ("Which cause? A) low iron in blood B) low zinc in blood", "low iron in blood"),
+            ("Which cause?\n(a) low iron in blood\n(b) low zinc in blood", "low iron in blood"),
+            ("Which city is the capital of France, Paris or Lyon?", "Paris"),
+            ("What is 3 + 4?", "7"),
+        ],
+    )
+    def test_honest_questions(self, domain: Domain, question: str, answer: str) -> None:
+        assert passes(NoLeak(domain), question, answer)
+
+    def test_the_whole_solution_in_the_question(self, domain: Domain) -> None:
+        reasoning = "Three shells and four shells make seven shells in all."
+        assert not passes(NoLeak(domain), f"What is 3 + 4? {reasoning}", "7", reasoning)
+        assert passes(NoLeak(domain), "What is 3 + 4?", "7", reasoning)
+
+    def test_one_label_is_no_list_of_options(self, domain: Domain) -> None:
+        assert not passes(NoLeak(domain), "Vitamin A. The answer is 7. What is 3 + 4?", "7")
+
+    def test_real_data_passes(self, domain: Domain) -> None:
+        path = DATA / "math" / "gsm8k_train.jsonl"
+        if not path.is_file():
+            pytest.skip(f"{path} is not here")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        samples = [Sample(row["question"], *reversed(row["answer"].split("\n#### "))) for row in rows]
+        assert NoLeak(domain)(samples).count(False) <= 3  # of 3,000
+
+
+def test_new(sample: Callable[..., Sample]) -> None:
+    gate = New([sample(3, 4)])
+    assert gate([sample(3, 4), sample(30, 40), sample(30, 40)]) == [False, True, True]  # copies in a call are no matter
+    assert len(gate) == 0
+    gate.accept([sample(30, 40)])
+    assert gate([sample(30, 40), sample(31, 40)]) == [False, True]
+    other = New([sample(3, 4)])
+    other.load_state_dict(gate.state_dict())
+    assert len(other) == 1
+    assert other([sample(3, 4), sample(30, 40), sample(31, 40)]) == [False, False, True]
+
+
+def test_not_in_evaluation(sample: Callable[..., Sample]) -> None:
+    gate = NotInEvaluation([sample(3, 4)])
+    assert gate([sample(3, 4), sample(5, 4)]) == [False, True]
+
+
+def test_verified(domain: Domain, sample: Callable[..., Sample]) -> None:
+    unknown = Sample("Who was it?", "Ada")
+    assert Verified(domain)([sample(3, 4), sample(3, 4, answer="8"), unknown]) == [True, False, True]
+
+
+def test_answerable(domain: Domain, scripted: Any) -> None:
+    script = {"weak?": ["7", "8", "9", "7"], "lost?": ["1", "2", "3", "no"], "once?": ["7", "8", "8", "8"]}
+    answers = SampledAnswers(scripted(script.__getitem__), domain, k=4)
+    samples = [Sample(question, "7") for question in script]
+    assert Answerable(answers)(samples) == [True, False, False]  # one of four may be chance
+    assert Answerable(answers, least=0.25)(samples) == [True, False, True]
+    assert Answerable(answers, least=0.5)(samples) == [True, False, False]
+    with pytest.raises(ValueError, match="least"):
+        Answerable(answers, least=0.0)
+
+
+def test_an_answer_known_to_be_right_needs_no_student(domain: Domain, scripted: Any, sample: Any) -> None:
+    engine = scripted(lambda question: ["no idea"])
+    gate = Answerable(SampledAnswers(engine, domain))
+    assert gate([sample(3, 4), Sample("Who?", "7"), sample(3, 4, answer="9")]) == [True, False, False]
+    [(prompts, _)] = engine.calls
+    assert len(prompts) == 2
+
+
+def test_a_sample_is_verified_once_a_call(domain: Domain, scripted: Any, sample: Any) -> None:
+    verify, asked = domain.verify, []
+    domain.verify = lambda samples: asked.append(len(samples)) or verify(samples)  # type: ignore[method-assign]
+    gates = Verified(domain), Answerable(SampledAnswers(scripted(lambda question: ["7"]), domain))
+    samples = [sample(3, 4), sample(5, 6)]
+    with one_call():
+        assert [gate(samples) for gate in gates] == [[True, True]] * 2
+    assert asked == [2]
+
+
+def test_check() -> None:
+    gate = Check("short", lambda sample: len(sample.question) < 5)
+    assert isinstance(gate, Gate)
+    assert gate([Sample("Who?", "7"), Sample("Whoever?", "7")]) == [True, False]
+
+
+class TestFluent:
+    @pytest.fixture
+    def student(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: Any) -> LlamaForCausalLM:
+        """Taught a few steps on questions of the kind."""
+        import torch
+
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        rows = [tokenizer(sample(a, 50 - a).question)["input_ids"] for a in range(10, 40)]
+        for step in range(60):
+            batch = torch.tensor(rows[step % 3 :: 3])
+            optimizer.zero_grad()
+            model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+        return model
+
+    def test_random_tokens_and_salad(
+        self, student: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: Any
+    ) -> None:
+        gate = Fluent(student, [sample(a, 60 - a) for a in range(10, 20)], tokenizer=tokenizer)
+        words = sample(11, 12).question.split()
+        gibberish = ["~{ q#v|Z@ x!0 )_ kW^ ?=;: jJ$ 3~ &", " ".join(sorted(words)), " ".join(reversed(words))]
+        questions = [sample(11, 12).question, sample(37, 22).question, *gibberish]
+        assert gate([Sample(q, "7") for q in questions]) == [True, True, False, False, False]
+        assert gate([sample(11, 12, reasoning=gibberish[0])]) == [False]  # by the question's, as no seed has reasoning
+        assert gate([sample(11, 12, reasoning="~~")]) == [True]  # too short to be read as a text
+        assert gate([]) == []
+
+    def test_the_limit(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: Any) -> None:
+        import acqcore
+
+        seeds = [sample(3, 4), sample(50, 6, reasoning="Fifty and six are fifty-six, as one counts.")]
+        gate = Fluent(model, seeds, tokenizer=tokenizer, deviations=2)
+        texts = [seeds[0].question, seeds[1].question]
+        losses = acqcore.score(model, texts, ("loss",), tokenizer=tokenizer)["loss"]
+        mean = losses.mean().item()
+        spread = max(losses.std(correction=0).item(), 0.1 * mean)
+        assert gate.limits()["question"] == pytest.approx(mean + 2 * spread, rel=1e-5)
+        assert set(gate.limits()) == {"question", "reasoning"}
+        before = gate.limits()
+        gate.refresh(type(model)(model.config))
+        assert gate.limits() != before
+
+    def test_seeds_are_needed(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(ValueError, match="seeds: expected at least one"):
+            Fluent(model, [], tokenizer=tokenizer)
+
+
+def test_default_gates_go_by_what_is_there(
+    domain: Domain, scripted: Any, sample: Any, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def names(**options: Any) -> list[str]:
+        return [gate.name for gate in default_gates(domain, seeds=[sample(3, 4)], **options)]
+
+    first = ["sound", "length", "no_repetition", "no_leak", "new"]
+    assert names() == [*first, "verified"]
+    answers = SampledAnswers(scripted(lambda question: ["7"]), domain)
+    every = names(evaluation=[sample(5, 6)], student=model, tokenizer=tokenizer, answers=answers)
+    assert every == [*first, "not_in_evaluation", "fluent", "verified", "answerable"]

@@ -1,0 +1,167 @@
+"""An adversary that writes gibberish in the right format never outranks valid samples."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+import acqcore
+from acqsynth.domains import Domain, Sample
+from acqsynth.rewards import ComposedReward, acquisition_signals
+from acqsynth.rewards.fusion import METHODS
+
+RNG = random.Random(0)
+SYMBOLS = "".join(chr(code) for code in range(33, 127) if chr(code) not in "<>")
+
+
+def shells(a: int, b: int) -> str:
+    return f"Ada has {a} shells and finds {b} more on the beach. How many shells has she now?"
+
+
+def right(a: int, b: int) -> Sample:
+    return Sample(shells(a, b), str(a + b), f"She has {a} and finds {b}, that makes {a + b} in all.")
+
+
+def scrambled() -> str:
+    return "".join(RNG.choices(SYMBOLS, k=5))
+
+
+VALID = [right(a, b) for a, b in ((12, 30), (45, 27), (8, 81), (33, 16), (70, 19), (26, 26))]
+GIBBERISH = {
+    "random tokens": [
+        Sample(" ".join(scrambled() for _ in range(n)) + "?", scrambled(), " ".join(scrambled() for _ in range(8)))
+        for n in (4, 8, 16, 32)
+    ],
+    "random words": [
+        Sample(" ".join(RNG.sample(words := shells(12, 30).split(), len(words))) + "?", "42") for _ in range(4)
+    ],
+    "a random answer": [
+        Sample(shells(12, 31), scrambled()),
+        Sample(shells(45, 28), "!! 7777", " ".join(scrambled() for _ in range(9))),
+    ],
+    "repeated tokens": [
+        Sample("What? " * 12, "What"),
+        Sample("a" * 60 + "?", "a"),
+        Sample(shells(12, 33), "2 " * 30),
+        Sample(shells(12, 34), "46", "and then " * 20),
+        Sample("Ada has shells. " * 6 + "How many?", "42"),
+    ],
+    "unsolvable": [
+        Sample(f"Ada has some shells and finds {n} more on the beach. How many shells has she now?", str(3 * n))
+        for n in (14, 23, 35, 41)
+    ],
+    "wrong": [Sample(s.question.replace("Ada", "Eva"), str(int(s.answer) + 1), s.reasoning) for s in VALID[:2]],
+    "leaked": [Sample(right(a, 9).question + f" The answer is {a + 9}.", str(a + 9)) for a in (14, 21)],
+    "copied": [right(2, 3)],
+}
+SEEDS = [right(a, b) for a, b in ((2, 3), (51, 22), (17, 64), (90, 8), (40, 41), (63, 25), (11, 11), (7, 77))]
+
+
+def text(sample: Sample) -> str:
+    reasoning = f"<reasoning>{sample.reasoning}</reasoning>" if sample.reasoning else ""
+    return f"<question>{sample.question}</question>{reasoning}<answer>{sample.answer}</answer>"
+
+
+TEXTS = [text(sample) for sample in VALID] + [text(s) for kind in GIBBERISH.values() for s in kind]
+
+
+def answers(question: str) -> Sequence[str]:
+    """A student that is right on a sum every other time, and guesses where there is none."""
+    numbers = [int(word) for word in question.split() if word.isdigit()]
+    rng = random.Random(question)
+    if len(numbers) == 2:
+        return [str(sum(numbers)) if i % 2 else str(rng.randint(1, 150)) for i in range(8)]
+    return [str(rng.randint(1, 150)) for _ in range(8)]
+
+
+@pytest.fixture
+def student(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Taught on questions and answers of the kind, and on their plain text."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    rng = random.Random(1)
+    for _ in range(120):
+        s = right(rng.randint(10, 99), rng.randint(10, 99))
+        chat = f"<|user|>{s.question}</s><|assistant|>{s.reasoning}\n{s.answer}</s>"
+        for row in (s.question + " " + s.reasoning, chat):
+            ids = torch.tensor([tokenizer(row)["input_ids"]])
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture
+def build(
+    student: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, domain: Domain, scripted: Any
+) -> Callable[..., ComposedReward]:
+    """The default reward, or its gates before another signal; the domain can verify nothing."""
+    domain.verify = lambda samples: [None] * len(samples)  # type: ignore[method-assign]
+
+    def make(acquisition: str | None = None, **options: Any) -> ComposedReward:
+        default = ComposedReward.default(
+            domain,
+            student,
+            seeds=SEEDS,
+            reference=SEEDS,
+            engine=scripted(answers),
+            scoring={"tokenizer": tokenizer},
+            **({} if acquisition else options),
+        )
+        if acquisition is None:
+            return default
+        arguments = {acquisition: {"reference": SEEDS} if acquisition == "influence" else {}}
+        signals = acquisition_signals(student, arguments, domain, tokenizer=tokenizer)
+        return ComposedReward(domain, signals, **({"gates": default.gates} | options))
+
+    return make
+
+
+def ranks_above(totals: Sequence[float | None]) -> tuple[list[float], list[float]]:
+    known = [total for total in totals if total is not None]
+    assert len(known) == len(TEXTS)
+    return known[: len(VALID)], known[len(VALID) :]
+
+
+@pytest.mark.parametrize("fusion", METHODS)
+def test_default_reward(build: Callable[..., ComposedReward], fusion: str) -> None:
+    rewards = build(fusion=fusion).score(TEXTS, ["p"] * len(TEXTS))
+    valid, gibberish = ranks_above(rewards.total)
+    assert max(gibberish) < min(valid)
+    assert len(set(valid)) > 1  # and it still tells the valid ones apart
+
+
+def test_every_acquisition_behind_the_default_gates(build: Callable[..., ComposedReward]) -> None:
+    fooled = set()
+    for acquisition in acqcore.acquisitions():
+        valid, gibberish = ranks_above(build(acquisition).score(TEXTS, ["p"] * len(TEXTS)).total)
+        assert max(gibberish) < min(valid), acquisition
+        assert len(set(valid)) > 1, acquisition
+        valid, gibberish = ranks_above(build(acquisition, gates=[]).score(TEXTS, ["p"] * len(TEXTS)).total)
+        if max(gibberish) > max(valid):
+            fooled.add(acquisition)
+    assert fooled >= {"loss", "perplexity", "entropy", "grad_norm", "el2n", "margin"}  # the adversary is a real one
+
+
+def test_which_gate_stops_what(build: Callable[..., ComposedReward]) -> None:
+    rewards = build().score(TEXTS, ["p"] * len(TEXTS))
+    stopped = [next((name for name, ok in rewards.gates.items() if not ok[i]), "") for i in range(len(TEXTS))]
+    assert stopped[: len(VALID)] == [""] * len(VALID)
+    by_kind, begin = {}, len(VALID)
+    for kind, members in GIBBERISH.items():
+        by_kind[kind] = set(stopped[begin : begin + len(members)])
+        begin += len(members)
+    assert by_kind == {
+        "random tokens": {"fluent"},
+        "random words": {"fluent"},
+        "a random answer": {"fluent", "answerable"},
+        "repeated tokens": {"no_repetition"},
+        "unsolvable": {"answerable"},
+        "wrong": {"answerable"},
+        "leaked": {"no_leak"},
+        "copied": {"new"},
+    }

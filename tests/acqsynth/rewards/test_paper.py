@@ -1,0 +1,80 @@
+"""The published total, its defects, and the composed reward that has none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from acqsynth.domains import Domain, Sample
+from acqsynth.rewards import ComposedReward, PaperReward
+from acqsynth.rewards.gates import Length, Sound
+
+QUESTION = "<question>What is it?</question>"
+
+
+class Constant:
+    name = "constant"
+
+    def __init__(self, value: float = 2.0, fails_on: str = "") -> None:
+        self.value = value
+        self.fails_on = fails_on
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        if any(sample.answer == self.fails_on for sample in samples):
+            raise RuntimeError("out of memory")
+        return [self.value] * len(samples)
+
+
+def test_signal_and_bonus(domain: Domain) -> None:
+    reward = PaperReward(domain, Constant())
+    texts = [QUESTION + "<answer>7</answer>", "no sample"]
+    rewards = reward.score(texts, ["p", "p"])
+    assert rewards.total == pytest.approx([2 + 1 - 0.018, 0])
+    assert rewards.components == {"constant": [2.0, None]}
+    assert rewards.passed == [True, False]
+    assert reward(["p", "p"], texts) == rewards.total
+
+
+def test_long_reasoning_swamps_the_signal(domain: Domain) -> None:
+    short = QUESTION + "<answer>7</answer>"
+    long = QUESTION + f"<reasoning>{'It is so. ' * 400}</reasoning><answer>7</answer>"
+    released = PaperReward(domain, Constant()).score([short, long, "no sample"], ["p"] * 3).total
+    assert released[0] > 2.9
+    assert released[1] < 0  # below what is no sample at all
+    assert released[1] < released[2]
+    corrected = ComposedReward(domain, [Constant()], fusion="raw").score([short, long, "no sample"], ["p"] * 3).total
+    assert corrected[0] == pytest.approx(corrected[1], abs=1e-9)
+    assert corrected[2] < corrected[1]
+
+
+def test_the_bonus_can_be_traded_for_the_signal(domain: Domain) -> None:
+    """A text that no one can learn from stands on top if its signal is large; a gate does not bargain."""
+    bad, good = "<question>What.</question><answer>7</answer>", QUESTION + "<answer>7</answer>"
+
+    class Large(Constant):
+        def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+            return [1e3 if "?" not in sample.question else 1.0 for sample in samples]
+
+    released = PaperReward(domain, Large()).score([bad, good], ["p", "p"]).total
+    assert released[0] > 900 > released[1]
+    corrected = ComposedReward(domain, [Large()], gates=[Sound(domain)]).score([bad, good], ["p", "p"]).total
+    assert corrected[0] < corrected[1]
+
+
+def test_every_exception_is_minus_five(domain: Domain) -> None:
+    texts = [QUESTION + "<answer>7</answer>", QUESTION + "<answer>8</answer>"]
+    failing = Constant(fails_on="8")
+    assert PaperReward(domain, failing).score(texts, ["p", "p"]).total == [pytest.approx(2.982), -5]
+    corrected = ComposedReward(domain, [failing])
+    assert corrected.score(texts, ["p", "p"]).total == [None, None]
+    assert corrected.score(texts[:1], ["p"]).total == [0.5]
+    assert corrected.masked == 2
+
+
+def test_format_only_is_a_constant(domain: Domain) -> None:
+    texts = [QUESTION + "<answer>7</answer>", "no sample", QUESTION * 2]
+    released = PaperReward(domain, None).score(texts, ["p"] * 3).total
+    assert len(set(released)) == 1
+    corrected = ComposedReward(domain, [], gates=[Length()]).score(texts, ["p"] * 3).total
+    assert corrected == [1, 0, 0]

@@ -1,0 +1,131 @@
+"""Acquisitions of acqcore as signals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+import acqcore
+from acqsynth.domains import Domain, Sample
+from acqsynth.rewards import AcquisitionSignal, Scorer, Signal, acquisition_signals
+from acqsynth.rewards.shared import one_call
+
+
+def rows(samples: list[Sample]) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": [{"role": "user", "content": s.question}],
+            "completion": [{"role": "assistant", "content": "\n".join(filter(None, (s.reasoning, s.answer)))}],
+        }
+        for s in samples
+    ]
+
+
+@pytest.fixture
+def samples(sample: Callable[..., Sample]) -> list[Sample]:
+    return [sample(3, 4, reasoning="Three and four make seven."), sample(10, 20), sample(5, 5, answer="11")]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The acquisitions of each ``acqcore.score`` call."""
+    calls: list[tuple[str, ...]] = []
+    score = acqcore.score
+
+    def counting(student: Any, samples: Any, acquisitions: Any, **options: Any) -> acqcore.Scores:
+        calls.append(tuple(acquisitions))
+        return score(student, samples, acquisitions, **options)
+
+    monkeypatch.setattr(acqcore, "score", counting)
+    return calls
+
+
+def test_values_are_those_of_the_chat_the_student_learns(
+    domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for name in ("entropy", "grad_norm", "margin"):
+        [signal] = acquisition_signals(model, [name], domain, tokenizer=tokenizer)
+        assert isinstance(signal, Signal)
+        assert signal.name == name
+        assert signal(samples) == acqcore.score(model, rows(samples), (name,), tokenizer=tokenizer)[name].tolist()
+
+
+def test_a_tokenizer_without_template_scores_plain_text(
+    domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    [signal] = acquisition_signals(model, ["loss"], domain, tokenizer=tokenizer)
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        values = signal(samples)
+    finally:
+        tokenizer.chat_template = template
+    plain = [{"prompt": s.question + "\n", "completion": domain.solution(s)} for s in samples]
+    assert values == acqcore.score(model, plain, ("loss",), tokenizer=tokenizer)["loss"].tolist()
+
+
+def test_signals_of_one_student_share_a_pass_within_a_call(
+    domain: Domain,
+    samples: list[Sample],
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    counted: list[tuple[str, ...]],
+) -> None:
+    signals = acquisition_signals(model, ["loss", "entropy", "gini"], domain, tokenizer=tokenizer)
+    with one_call():
+        values = [signal(samples) for signal in signals]
+    assert counted == [("loss", "entropy", "gini")]
+    assert len({tuple(column) for column in values}) == 3
+    with one_call():
+        signals[0](samples)
+    assert len(counted) == 2  # the student may have moved: a call keeps nothing for the next
+    signals[0](samples)
+    signals[0](samples)
+    assert len(counted) == 4
+
+
+def test_every_registered_acquisition_is_a_signal(
+    domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    names = {name: {"reference": samples[:1]} if name == "influence" else {} for name in acqcore.acquisitions()}
+    for signal in acquisition_signals(model, names, domain, tokenizer=tokenizer):
+        values = signal(samples)
+        assert len(values) == 3
+        assert all(isinstance(value, float) for value in values)
+
+
+def test_influence_of_reference_samples_follows_the_student(
+    domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    [signal] = acquisition_signals(model, {"influence": {"reference": samples[:1]}}, domain, tokenizer=tokenizer)
+    values = signal(samples)
+    reference = acqcore.influence_reference(model, rows(samples[:1]), tokenizer=tokenizer)
+    expected = acqcore.influence(model, rows(samples), reference, tokenizer=tokenizer).tolist()
+    assert values == pytest.approx(expected, abs=1e-6)
+    assert values[0] == pytest.approx(1.0, abs=1e-4)
+    with_reference = {"influence": {"reference": reference}}
+    [signal] = acquisition_signals(model, with_reference, domain, tokenizer=tokenizer)
+    assert signal(samples) == pytest.approx(expected, abs=1e-6)
+    [signal] = acquisition_signals(model, {"influence": {"reference": samples[:1]}}, domain, tokenizer=tokenizer)
+    signal(samples)
+    other = type(model)(model.config)
+    signal.refresh(other)
+    reference = acqcore.influence_reference(other, rows(samples[:1]), tokenizer=tokenizer)
+    expected = acqcore.influence(other, rows(samples), reference, tokenizer=tokenizer).tolist()
+    assert signal(samples) == pytest.approx(expected, abs=1e-6)
+
+
+def test_wrong_arguments_are_named(domain: Domain, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="acquisition: unknown 'entrpy'"):
+        acquisition_signals(model, ["entrpy"], domain, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="acquisitions: expected at least one name"):
+        acquisition_signals(model, [], domain, tokenizer=tokenizer)
+    scorer = Scorer(model, ["loss"], domain=domain, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="acquisition: expected one of the scorer's"):
+        AcquisitionSignal(scorer, "entropy")
+    with pytest.raises(ValueError, match="scorer: expected one with a domain"):
+        AcquisitionSignal(Scorer(model, ["loss"], tokenizer=tokenizer), "loss")
+    with pytest.raises(ValueError, match="influence: expected a reference"):
+        acquisition_signals(model, ["influence"], domain, tokenizer=tokenizer)

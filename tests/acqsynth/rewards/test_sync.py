@@ -1,0 +1,83 @@
+"""Ranks that call together give what one process gives for all of their completions."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from acqsynth.domains import Sample
+from acqsynth.rewards import ComposedReward, Diversity, NgramEmbedder
+from acqsynth.rewards.gates import Check, New
+
+TOPICS = ("a saddle", "a violin", "iron ore", "copper", "a window", "gardens", "a rocket", "tunnels")
+# Groups of four on ranks of six: the second begins on the first rank and ends on the next.
+PROMPTS = [prompt for prompt in "pqr" for _ in range(4)]
+CALLS = [[f"What is {TOPICS[(3 * i + shift) % 8]} worth in {i} years?" for i in range(12)] for shift in (0, 1)]
+
+RANK = """
+import pickle, sys, torch.distributed as dist
+rank, store, result, source = int(sys.argv[1]), *sys.argv[2:]
+sys.path.insert(0, source)
+from test_sync import calls
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+pickle.dump(calls(slice(6 * rank, 6 * rank + 6), sync=True), open(result, "wb"))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def worth(samples: Sequence[Sample]) -> list[float | None]:
+    return [float(sum(map(ord, sample.question)) % 13) for sample in samples]
+
+
+worth.name = "worth"  # type: ignore[attr-defined]
+
+
+def calls(part: slice, sync: bool) -> list[object]:
+    """Totals and state of two calls on a part of the completions."""
+    from acqsynth.domains import Domain
+
+    class Plain(Domain):
+        name = "plain"
+
+    Plain.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+    reward = ComposedReward(
+        Plain(),  # type: ignore[abstract]
+        [worth, Diversity(NgramEmbedder(64))],  # type: ignore[list-item]
+        gates=[New(), Check("odd", lambda sample: "copper" not in sample.question)],
+        fusion="rank",
+        sync=sync,
+    )
+    found: list[object] = []
+    for questions in CALLS:
+        texts = [f"<question>{question}</question><answer>7</answer>" for question in questions]
+        texts[7] = "broken"
+        found.append(reward(PROMPTS[part], texts[part]))
+    state = reward.state_dict()
+    archive = state["parts"]["signal/diversity"]["archive"]["vectors"]
+    return [*found, archive.tolist(), state["parts"]["gate/new"], state["history"], state["length_bins"]]
+
+
+def test_two_ranks_are_one(tmp_path: Path) -> None:
+    here = str(Path(__file__).parent)
+    results = [tmp_path / f"rank{rank}" for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store"), str(result), here],
+            stderr=subprocess.PIPE,
+        )
+        for rank, result in enumerate(results)
+    ]
+    for process in ranks:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    first, second = (pickle.loads(result.read_bytes()) for result in results)
+    whole = calls(slice(None), sync=False)
+    for i in range(2):
+        assert first[i] + second[i] == whole[i]
+    assert len(set(whole[0])) > 6  # type: ignore[arg-type]
+    assert first[2:] == second[2:] == whole[2:]
+    assert calls(slice(0, 6), sync=False)[0] != first[0]  # alone, the first rank would cut a group in two
