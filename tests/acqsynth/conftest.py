@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from acqsynth.domains import Domain, Messages, Sample
+from acqsynth.engines import Completion, Engine, Sampling
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
@@ -58,3 +63,140 @@ def student_path(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tm
     model.save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     return tmp_path / "student"
+
+
+class Sums(Domain):
+    """Sums: the answer is a number in the last line; 7, 7.0 and 07 are the same in value, 7 and " 7" in form too."""
+
+    name = "sums"
+    answer_tokens = 8
+
+    def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
+        return [{"role": "user", "content": "new " + " ".join(sample.question for sample in shown)}]
+
+    def student_prompt(self, question: str) -> Messages:
+        return [{"role": "user", "content": question}]
+
+    def answer_of(self, completion: str) -> str | None:
+        lines = completion.splitlines()
+        return lines[-1] if lines and self._value(lines[-1]) is not None else None
+
+    def canonical(self, answer: str) -> str:
+        return answer.strip()
+
+    def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
+        return [
+            answer is not None and self._value(sample.answer) == self._value(answer)
+            for sample, answer in zip(gold, answers, strict=True)
+        ]
+
+    def load(self, source: str, split: str = "train", columns: Any = None, limit: int | None = None) -> list[Sample]:
+        raise NotImplementedError
+
+    def fault(self, sample: Sample) -> str | None:
+        return None if "+" in sample.question else "no sum"
+
+    def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
+        return [
+            None if "?" in sample.question else sum(map(int, sample.question.split("+"))) == self._value(sample.answer)
+            for sample in samples
+        ]
+
+    @staticmethod
+    def _value(text: str) -> float | None:
+        try:
+            return float(text)
+        except ValueError:
+            return None
+
+
+class Scripted(Engine):
+    """Says what a function of the prompt, the draw and the seed says; counts what it was asked."""
+
+    name = "scripted"
+
+    def __init__(self, says: Callable[[Any, int, int], str]) -> None:
+        self.says = says
+        self.calls: list[tuple[list[Any], Sampling]] = []
+
+    def generate(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[list[Completion]]:
+        self.calls.append((list(prompts), sampling))
+        return [[self._draw(prompt, i, sampling.seed) for i in range(sampling.n)] for prompt in prompts]
+
+    def reload(self, weights: Any) -> None:
+        raise NotImplementedError
+
+    def _draw(self, prompt: Any, i: int, seed: int) -> Completion:
+        text = self.says(prompt, i, seed)
+        cut = text.endswith("...")
+        text = text.removesuffix("...")
+        return Completion(text, list(text.encode()), finished=not cut)
+
+
+@dataclass
+class Scores:
+    total: list[float | None]
+    samples: list[Sample | None]
+    components: dict[str, list[float | None]]
+    gates: dict[str, list[bool]]
+
+
+class AnswerReward:
+    """The answer's value is the reward: the larger the better, 13 can not be scored, questions with "bad" are gated.
+
+    Under TRL's contract the reward is the share of "e" in the text, plus a count of calls, its state."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.groups: list[Any] = []
+
+    def score(self, texts: Sequence[str], groups: Sequence[Any]) -> Scores:
+        self.groups.append(list(groups))
+        samples = [Sums().parse(text) for text in texts]
+        values = [None if sample is None else float(sample.answer) for sample in samples]
+        good = ["bad" not in text for text in texts]
+        total = [
+            0.0 if value is None or not passes else None if value == 13 else value
+            for value, passes in zip(values, good, strict=True)
+        ]
+        return Scores(total, samples, {"value": values}, {"parses": [s is not None for s in samples], "good": good})
+
+    def __call__(self, completions: Sequence[Any], log_extra: Any, log_metric: Any, **columns: Any) -> list[float]:
+        self.calls += 1
+        texts = [turns[-1]["content"] for turns in completions]
+        shares = [text.count("e") / (len(text) + 1) for text in texts]
+        log_extra("share", shares)
+        log_metric("calls", self.calls)
+        return [share + self.calls * i for i, share in enumerate(shares)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.calls = state["calls"]
+
+
+@pytest.fixture
+def sums() -> Domain:
+    return Sums()
+
+
+@pytest.fixture
+def scripted() -> type[Scripted]:
+    return Scripted
+
+
+@pytest.fixture
+def answer_reward() -> AnswerReward:
+    return AnswerReward()
+
+
+def written(question: str, answer: Any, reasoning: str = "") -> str:
+    middle = f"<reasoning>{reasoning}</reasoning>" if reasoning else ""
+    return f"<question>{question}</question>{middle}<answer>{answer}</answer>"
+
+
+@pytest.fixture(name="written")
+def _written() -> Callable[..., str]:
+    """``written(question, answer, reasoning="")``: as a generator writes it."""
+    return written

@@ -2,8 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from acqsynth.engines.base import Completion as Completion
 from acqsynth.engines.base import Engine as Engine
 from acqsynth.engines.base import Sampling as Sampling
 
-__all__ = ["Completion", "Engine", "Sampling"]
+__all__ = ["NAMES", "Completion", "Engine", "Sampling", "load"]
+
+NAMES = ("transformers", "vllm")
+
+
+def load(name: str, model: Any, *, tokenizer: Any = None, **options: Any) -> Engine:
+    """The engine of that name over a model.
+
+    Args:
+        name: one of ``NAMES``.
+        model: a local path or hub id; ``transformers`` also takes a model.
+        tokenizer: by default the one beside the path.
+        options: of the engine: see ``TransformersEngine`` and ``VllmEngine``.
+
+    Raises:
+        ValueError: an unknown name. RuntimeError: the package ``vllm`` is needed and does not import.
+    """
+    if name == "transformers":
+        from acqsynth.engines.transformers import TransformersEngine
+
+        return TransformersEngine(model, tokenizer, **options)
+    if name == "vllm":
+        from acqsynth.engines.vllm import VllmEngine
+
+        return VllmEngine(model, tokenizer, **options)
+    raise ValueError(f"name: unknown engine {name!r}, expected one of {', '.join(NAMES)}")

@@ -1,0 +1,214 @@
+"""Generation with transformers: any causal LM, on any device, the model in training too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from acqsynth.domains.base import Messages
+from acqsynth.engines.base import Completion, Engine, Sampling
+from acqsynth.engines.tokens import completion, encode, eos_ids
+
+
+class TransformersEngine(Engine):
+    """Batches of prompts of like length, padded on the left, through ``model.generate``.
+
+    A completion ends at any end-of-sequence token of the model's generation configuration or the tokenizer, at
+    ``max_tokens``, or where the model's positions end.
+
+    Args:
+        model: a local path or hub id, or a causal LM (a PEFT model too), which stays where it is and whose mode,
+            gradients and random state are left as found.
+        tokenizer: by default the one beside the path; a model given as an object needs it.
+        device: where a path is loaded; by default the first GPU, else the CPU.
+        dtype: of a path's weights; by default the one they were saved in.
+        batch_tokens: most tokens of one batch, prompts and completions with their padding; a longer row goes alone.
+
+    Raises:
+        ValueError: a model without a tokenizer; a device or dtype for a model that is loaded already.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        batch_tokens: int = 16384,
+    ) -> None:
+        if isinstance(model, torch.nn.Module):
+            if tokenizer is None:
+                raise ValueError("tokenizer: expected the model's, as model is an object, which has none")
+            if device is not None or dtype is not None:
+                raise ValueError("device, dtype: expected None, as the model is loaded already")
+        else:
+            path = os.fspath(model)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
+            place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto").to(place).eval()
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_tokens = batch_tokens
+
+    def generate(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[list[Completion]]:
+        """As in :class:`Engine`.
+
+        Raises:
+            ValueError: a prompt is empty or leaves no room for a completion.
+        """
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        ids = encode(self.tokenizer, prompts, limit)
+        greedy = sampling.temperature == 0
+        draws = 1 if greedy else sampling.n
+        rows = [row for row in ids for _ in range(draws)]
+        room = [min(sampling.max_tokens, limit - len(row)) if limit else sampling.max_tokens for row in rows]
+        done: dict[int, Completion] = {}
+        with self._generating():
+            for number, batch in enumerate(batches([len(row) for row in rows], room, self.batch_tokens)):
+                seed = int(numpy.random.SeedSequence([sampling.seed, number]).generate_state(1)[0])
+                torch.manual_seed(seed)
+                done.update(zip(batch, self._batch([rows[i] for i in batch], room[batch[0]], sampling), strict=True))
+        groups = [[done[i * draws + draw] for draw in range(draws)] for i in range(len(ids))]
+        return [group * sampling.n for group in groups] if greedy else groups
+
+    def reload(self, weights: str | os.PathLike[str] | Mapping[str, torch.Tensor]) -> None:
+        """As in :class:`Engine`; a path is a folder that ``from_pretrained`` reads. Weights are copied in place.
+
+        Raises:
+            FileNotFoundError: no such folder. ValueError: tensors are missing, unknown or of another shape; then
+                nothing is changed.
+        """
+        if isinstance(weights, Mapping):
+            state = dict(weights)
+        else:
+            if not Path(weights).is_dir():
+                raise FileNotFoundError(f"weights: expected a folder with a model, {weights} is none")
+            state = AutoModelForCausalLM.from_pretrained(weights, dtype="auto").state_dict()
+        own = self.model.state_dict()
+        tied = set(getattr(self.model, "all_tied_weights_keys", ()))
+        faults = {
+            "missing": own.keys() - state.keys() - tied,
+            "unknown": state.keys() - own.keys(),
+            "of another shape": {n for n in own.keys() & state.keys() if own[n].shape != state[n].shape},
+        }
+        if any(faults.values()):
+            said = "; ".join(f"{what}: {', '.join(sorted(names)[:4])}" for what, names in faults.items() if names)
+            raise ValueError(f"weights: expected those of {type(self.model).__name__}, {said}")
+        self.model.load_state_dict(state, strict=False)
+
+    def _batch(self, rows: list[list[int]], room: int, sampling: Sampling) -> list[Completion]:
+        eos = eos_ids(self.tokenizer, self.model.generation_config)
+        pad = self.tokenizer.pad_token_id
+        if pad is None:
+            pad = eos[0] if eos else 0  # masked, so any token does
+        longest = max(map(len, rows))
+        tokens = torch.full((len(rows), longest), pad)
+        mask = torch.zeros_like(tokens)
+        for i, row in enumerate(rows):
+            tokens[i, longest - len(row) :] = torch.tensor(row)
+            mask[i, longest - len(row) :] = 1
+        kept = _Logprobs() if sampling.top2 else None
+        output = self.model.generate(
+            input_ids=tokens.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            logits_processor=LogitsProcessorList([] if kept is None else [kept]),
+            # What a model's own generation configuration asks for beside these would bend what Sampling says.
+            generation_config=GenerationConfig(
+                do_sample=sampling.temperature > 0,
+                temperature=sampling.temperature or 1.0,
+                top_p=sampling.top_p,
+                top_k=0,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                max_new_tokens=room,
+                eos_token_id=eos or None,
+                pad_token_id=pad,
+                use_cache=True,
+            ),
+        )
+        drawn = output[:, longest:].tolist()
+        if kept is None:
+            return [completion(self.tokenizer, row, eos) for row in drawn]
+        top2, own = kept.table(output)
+        return [
+            completion(self.tokenizer, row, eos, [(first, second) for first, second in top2[i]], own[i])
+            for i, row in enumerate(drawn)
+        ]
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
+        """Evaluation mode without gradients, random numbers apart; on leaving, all is as it was."""
+        modules = list(self.model.modules())
+        flags = [module.training for module in modules]
+        device = self.model.device
+        for module in modules:
+            module.training = False
+        try:
+            with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                yield
+        finally:
+            for module, flag in zip(modules, flags, strict=True):
+                module.training = flag
+
+
+def batches(lengths: Sequence[int], room: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices of rows that run together, longest prompts first.
+
+    Rows of a batch have the same room, so that what a row may write does not depend on its neighbours.
+
+    Args:
+        lengths: tokens of each prompt.
+        room: most tokens of each completion.
+        budget: most tokens of a batch, padding included; a row above it goes alone.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batch:
+            first = batch[0]
+            if room[i] != room[first] or (len(batch) + 1) * (lengths[first] + room[first]) > budget:
+                yield batch
+                batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+class _Logprobs(LogitsProcessor):
+    """Log-probabilities of the two most likely tokens and of the drawn one; one step's logits are held, not all."""
+
+    def __init__(self) -> None:
+        self.top2: list[torch.Tensor] = []  # [B, 2] each
+        self.drawn: list[torch.Tensor] = []  # [B, 1] each
+        self.logprobs: torch.Tensor | None = None  # [B, V] of the step before
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,  # [B, T]
+        scores: torch.Tensor,  # [B, V]
+    ) -> torch.Tensor:
+        if self.logprobs is not None:  # what that step drew is known now
+            self.drawn.append(self.logprobs.gather(1, input_ids[:, -1:]))
+        self.logprobs = scores.log_softmax(dim=-1)
+        self.top2.append(self.logprobs.topk(2, dim=-1).values)
+        return scores
+
+    def table(
+        self,
+        output: torch.Tensor,  # [B, T]
+    ) -> tuple[list[list[list[float]]], list[list[float]]]:
+        """Of each row and step the two largest, and the drawn token's."""
+        assert self.logprobs is not None
+        drawn = torch.cat([*self.drawn, self.logprobs.gather(1, output[:, -1:])], dim=1)
+        return torch.stack(self.top2, dim=1).tolist(), drawn.tolist()

@@ -1,0 +1,145 @@
+"""Generation with vLLM, for throughput; the extra ``vllm`` installs it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from acqsynth.domains.base import Messages
+from acqsynth.engines.base import Completion, Engine, Sampling
+from acqsynth.engines.tokens import completion, encode, eos_ids
+
+
+class VllmEngine(Engine):
+    """Prompts through ``vllm.LLM``, tokenised here, so that both engines see the same tokens.
+
+    Args:
+        model: a local path or hub id.
+        tokenizer: by default the one beside the path.
+        lora: folder of a PEFT adapter that every generation uses.
+        options: of ``vllm.LLM``, such as ``max_model_len``, ``gpu_memory_utilization``, ``dtype``,
+            ``tensor_parallel_size``.
+
+    Raises:
+        RuntimeError: the package ``vllm`` does not import.
+        TypeError: the model is not a path or hub id.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        tokenizer: Any = None,
+        *,
+        lora: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(model, str | os.PathLike):
+            raise TypeError(f"model: expected a path or hub id, which vllm loads itself, got {type(model).__name__}")
+        try:
+            from vllm import LLM
+            from vllm.lora.request import LoRARequest
+        except ImportError as error:
+            raise RuntimeError(
+                f"the engine 'vllm' needs the package vllm ({error}); run pip install \"acqcore[vllm]\""
+            ) from error
+        path = os.fspath(model)
+        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
+        self.lora = None if lora is None else LoRARequest("adapter", 1, os.fspath(lora))
+        if self.lora is not None:
+            options = {"enable_lora": True, **options}
+        # Raw: before temperature, as ``Completion`` has them.
+        self.llm = LLM(
+            model=path,
+            logprobs_mode="raw_logprobs",
+            worker_extension_cls="acqsynth.engines.vllm_worker.WorkerExtension",
+            **options,
+        )
+        try:
+            generation = GenerationConfig.from_pretrained(path)
+        except OSError:  # a model may come without one
+            generation = None
+        self.eos = eos_ids(self.tokenizer, generation)
+
+    def generate(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[list[Completion]]:
+        """As in :class:`Engine`.
+
+        Raises:
+            ValueError: a prompt is empty or leaves no room for a completion.
+        """
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        ids = encode(self.tokenizer, prompts, self.llm.llm_engine.model_config.max_model_len)
+        # Of one prompt vLLM seeds the draws apart; of two prompts with one seed they would be the same draws.
+        seeds = numpy.random.SeedSequence(sampling.seed).generate_state(len(ids)).tolist()
+        greedy = sampling.temperature == 0
+        outputs = self.llm.generate(
+            [TokensPrompt(prompt_token_ids=row) for row in ids],
+            [
+                SamplingParams(
+                    n=1 if greedy else sampling.n,  # vLLM refuses several draws of what is one text
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_tokens,
+                    seed=seed,
+                    stop_token_ids=self.eos,
+                    logprobs=2 if sampling.top2 else None,
+                    detokenize=False,
+                )
+                for seed in seeds
+            ],
+            use_tqdm=False,
+            lora_request=self.lora,
+        )
+        groups = [
+            [
+                completion(self.tokenizer, draw.token_ids, self.eos, *_logprobs(draw.token_ids, draw.logprobs))
+                for draw in output.outputs
+            ]
+            for output in outputs
+        ]
+        return [group * sampling.n for group in groups] if greedy else groups
+
+    def reload(self, weights: str | os.PathLike[str] | Mapping[str, torch.Tensor]) -> None:
+        """As in :class:`Engine`; a path is a folder with safetensors. Cached prefixes of the old weights are
+        dropped.
+
+        Raises:
+            FileNotFoundError: no such folder.
+        """
+        if isinstance(weights, Mapping):
+            from safetensors.torch import save_file
+
+            # The workers may be other processes: a folder reaches them all.
+            with tempfile.TemporaryDirectory(prefix="acqsynth-weights-") as folder:
+                state = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
+                save_file(state, Path(folder) / "model.safetensors")
+                self.reload(folder)
+            return
+        if not Path(weights).is_dir():
+            raise FileNotFoundError(f"weights: expected a folder with a model, {weights} is none")
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": os.fspath(weights)})
+        self.llm.collective_rpc("repack_head")
+        self.llm.reset_prefix_cache()
+
+
+def _logprobs(
+    ids: Sequence[int], positions: Sequence[Mapping[int, Any]] | None
+) -> tuple[list[tuple[float, float]] | None, list[float] | None]:
+    """The two largest at each position, and that of the drawn token, which a position lists whatever its rank."""
+    if positions is None:
+        return None, None
+    pairs = []
+    for position in positions:
+        first, second = sorted((entry.logprob for entry in position.values()), reverse=True)[:2]
+        pairs.append((first, second))
+    return pairs, [position[token].logprob for token, position in zip(ids, positions, strict=True)]

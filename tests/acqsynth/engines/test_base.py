@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from acqsynth import engines
+from acqsynth.engines import Sampling
+from acqsynth.engines.tokens import completion, encode, eos_ids
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 0}, "n: expected at least 1, got 0"),
+        ({"temperature": -1.0}, r"temperature: expected at least 0, got -1\.0"),
+        ({"top_p": 0.0}, r"top_p: expected above 0 and at most 1, got 0\.0"),
+        ({"top_p": 1.5}, "top_p: expected above 0 and at most 1"),
+        ({"max_tokens": 0}, "max_tokens: expected at least 1, got 0"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
+    ],
+)
+def test_sampling_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
+
+
+def test_load_by_name(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = engines.load("transformers", model, tokenizer=tokenizer, batch_tokens=64)
+    assert (engine.name, engine.model, engine.batch_tokens) == ("transformers", model, 64)
+    with pytest.raises(ValueError, match="name: unknown engine 'sglang', expected one of transformers, vllm"):
+        engines.load("sglang", model)
+
+
+def test_encode_messages_and_strings(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat, text = encode(tokenizer, [[{"role": "user", "content": "Hi"}], "Hi"], None)
+    assert tokenizer.decode(chat) == "<|user|>Hi</s><|assistant|>"
+    assert tokenizer.decode(text) == "Hi"
+    with pytest.raises(ValueError, match=r"prompts\[1\]: expected at least one token"):
+        encode(tokenizer, ["a", ""], None)
+    with pytest.raises(ValueError, match=r"prompts\[0\]: expected fewer than 3 tokens, all the model takes, got 3"):
+        encode(tokenizer, ["abc"], 3)
+
+
+def test_messages_need_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(ValueError, match=r"prompts\[0\]: expected a string, as the tokenizer has no chat template"):
+        encode(bare, [[{"role": "user", "content": "Hi"}]], None)
+
+
+def test_every_end_token_counts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    end = tokenizer.eos_token_id
+    assert eos_ids(tokenizer, None) == [end]
+    model.generation_config.eos_token_id = [7, 9]
+    assert eos_ids(tokenizer, model.generation_config) == [end, 7, 9]
+    ids = tokenizer("abcd")["input_ids"]
+    cut = completion(tokenizer, ids, [ids[2], ids[3]], [(-0.1, -3.0)] * 4, [-0.1, -3.0, -3.0, -0.1])
+    assert (cut.text, cut.token_ids, cut.finished) == ("ab", ids[:2], True)
+    assert (cut.top2_logprobs, cut.token_logprobs) == ([(-0.1, -3.0)] * 2, [-0.1, -3.0])
+    whole = completion(tokenizer, ids, [end])
+    assert (whole.text, whole.token_ids, whole.finished, whole.top2_logprobs) == ("abcd", ids, False, None)

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from acqsynth.engines import Sampling
+from acqsynth.engines.transformers import TransformersEngine, batches
+
+PROMPTS = ["a", "What is 6 * 7?", "Name a prime that is larger than one hundred.", [{"role": "user", "content": "Hi"}]]
+GREEDY = Sampling(temperature=0.0, max_tokens=12)
+
+
+@pytest.fixture
+def engine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> TransformersEngine:
+    return TransformersEngine(model.eval(), tokenizer, batch_tokens=10_000)
+
+
+def texts(groups: list[list[Any]]) -> list[list[str]]:
+    return [[draw.text for draw in group] for group in groups]
+
+
+def alone(engine: TransformersEngine, prompt: Any, tokens: int) -> list[int]:
+    """What ``model.generate`` writes for one prompt without padding, its end token cut."""
+    tokenizer = engine.tokenizer
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    with torch.no_grad():
+        out = engine.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=tokens)[0, len(ids) :].tolist()
+    end = tokenizer.eos_token_id
+    return out[: out.index(end)] if end in out else out
+
+
+@pytest.mark.parametrize("budget", [1, 60, 10_000])
+def test_greedy_equals_one_prompt_at_a_time(engine: TransformersEngine, budget: int) -> None:
+    engine.batch_tokens = budget
+    groups = engine.generate(PROMPTS, GREEDY)
+    assert [group[0].token_ids for group in groups] == [alone(engine, prompt, 12) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Gemma3", "Qwen2"])
+def test_learned_positions_sliding_windows_and_tied_heads(
+    tiny_model: Any, tokenizer: PreTrainedTokenizerFast, kind: str
+) -> None:
+    engine = TransformersEngine(tiny_model(kind, eos_token_id=tokenizer.eos_token_id), tokenizer)
+    prompts = ["a", "What is 6 * 7?", "b" * 57]  # of 64 positions
+    groups = engine.generate(prompts, GREEDY)
+    assert [g[0].token_ids for g in groups] == [alone(engine, p, min(12, 64 - len(p))) for p in prompts]
+
+
+def test_greedy_draws_are_one_text(engine: TransformersEngine) -> None:
+    groups = engine.generate(PROMPTS[:2], replace(GREEDY, n=3))
+    assert [len(group) for group in groups] == [3, 3]
+    assert all(draw == group[0] for group in groups for draw in group)
+
+
+def test_seeds_decide_the_draws(engine: TransformersEngine) -> None:
+    sampling = Sampling(n=3, max_tokens=12, seed=5)
+    first = texts(engine.generate(PROMPTS, sampling))
+    torch.rand(3)  # the caller's random numbers have no part in it
+    assert texts(engine.generate(PROMPTS, sampling)) == first
+    assert texts(engine.generate(PROMPTS, replace(sampling, seed=6))) != first
+    assert all(len(set(group)) == 3 for group in first)
+    engine.batch_tokens = 1  # equal prompts in batches of their own still draw apart
+    assert len(set(texts(engine.generate(["a"], sampling))[0])) == 3
+
+
+def test_a_small_nucleus_is_the_greedy_text(engine: TransformersEngine) -> None:
+    sampled = engine.generate(PROMPTS, Sampling(top_p=1e-6, max_tokens=12))
+    assert texts(sampled) == texts(engine.generate(PROMPTS, GREEDY))
+
+
+def test_temperature_flattens(engine: TransformersEngine) -> None:
+    greedy = engine.generate(["a"], GREEDY)[0][0].token_ids
+    cold = engine.generate(["a"], Sampling(temperature=1e-3, max_tokens=12))[0][0].token_ids
+    hot = engine.generate(["a"], Sampling(temperature=50.0, max_tokens=12))[0][0].token_ids
+    assert cold == greedy != hot
+
+
+def test_what_the_generation_configuration_asks_for_does_not_bend_sampling(engine: TransformersEngine) -> None:
+    before = texts(engine.generate(PROMPTS, Sampling(max_tokens=12)))
+    engine.model.generation_config.update(repetition_penalty=5.0, top_k=1, temperature=0.1)
+    assert texts(engine.generate(PROMPTS, Sampling(max_tokens=12))) == before
+
+
+def test_any_of_several_end_tokens_ends(engine: TransformersEngine) -> None:
+    whole = alone(engine, "a", 12)
+    engine.model.generation_config.eos_token_id = [engine.tokenizer.eos_token_id, whole[4]]
+    [[cut]] = engine.generate(["a"], GREEDY)
+    assert cut.token_ids == whole[: whole.index(whole[4])]
+    assert cut.finished
+    engine.model.generation_config.eos_token_id = None
+    engine.tokenizer = PreTrainedTokenizerFast(tokenizer_object=engine.tokenizer.backend_tokenizer)
+    [[endless]] = engine.generate(["a"], GREEDY)  # no end token and no padding token
+    assert len(endless.token_ids) == 12
+    assert not endless.finished
+
+
+def test_logprobs_are_those_of_a_full_forward(engine: TransformersEngine) -> None:
+    sampling = Sampling(n=2, temperature=0.5, top_p=0.9, max_tokens=12, top2=True)
+    groups = engine.generate(PROMPTS[:3], sampling)
+    for prompt, group in zip(PROMPTS, groups, strict=False):
+        ids = engine.tokenizer(prompt)["input_ids"]
+        for draw in group:
+            with torch.no_grad():
+                logits = engine.model(torch.tensor([ids + draw.token_ids])).logits[0, len(ids) - 1 : -1]
+            logprobs = logits.float().log_softmax(-1)
+            drawn = logprobs.gather(1, torch.tensor(draw.token_ids)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(draw.top2_logprobs), logprobs.topk(2).values, atol=1e-5, rtol=0)
+            torch.testing.assert_close(torch.tensor(draw.token_logprobs), drawn, atol=1e-5, rtol=0)
+    assert texts(engine.generate(PROMPTS[:3], replace(sampling, top2=False))) == texts(groups)
+    [[plain]] = engine.generate(["a"], GREEDY)
+    assert plain.top2_logprobs is None
+    assert plain.token_logprobs is None
+
+
+def test_the_model_in_training_is_left_as_found(engine: TransformersEngine) -> None:
+    model = engine.model
+    written = texts(engine.generate(PROMPTS, GREEDY))
+    model.train()
+    model.model.norm.eval()
+    model.gradient_checkpointing_enable()
+    model.config.use_cache = False
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    configuration = model.generation_config.to_dict()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    assert texts(engine.generate(PROMPTS, GREEDY)) == written
+    assert torch.rand(2).equal(expected)
+    assert model.training
+    assert not model.model.norm.training
+    assert model.lm_head.weight.grad.eq(1).all()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.generation_config.to_dict() == configuration
+    with pytest.raises(ValueError, match="empty prompt"):
+        engine.generate([""], GREEDY)
+    assert model.training
+
+
+def test_completions_end_where_the_positions_end(engine: TransformersEngine) -> None:
+    engine.model.config.max_position_embeddings = 20
+    short, long = engine.generate(["a", "a" * 15], Sampling(temperature=0.0, max_tokens=12))
+    assert long[0].token_ids == alone(engine, "a" * 15, 5)
+    assert short[0].token_ids == alone(engine, "a", 12)
+    with pytest.raises(ValueError, match=r"prompts\[0\]: expected fewer than 20 tokens"):
+        engine.generate(["a" * 20], GREEDY)
+
+
+def test_nothing_asked_nothing_written(engine: TransformersEngine) -> None:
+    assert engine.generate([], GREEDY) == []
+
+
+def test_batches_keep_to_the_budget() -> None:
+    lengths, room = [3, 9, 5, 5, 30], [10, 10, 10, 10, 2]
+    assert list(batches(lengths, room, 40)) == [[4], [1, 2], [3, 0]]
+    assert list(batches(lengths, room, 1)) == [[4], [1], [2], [3], [0]]
+    assert list(batches([], [], 40)) == []
+
+
+def test_reload_from_a_state_dict_and_a_folder(engine: TransformersEngine, tmp_path: Path) -> None:
+    before = texts(engine.generate(PROMPTS, GREEDY))
+    old = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    new = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in old.items()}
+    engine.reload(new)
+    after = texts(engine.generate(PROMPTS, GREEDY))
+    assert after != before
+    engine.model.save_pretrained(tmp_path)
+    engine.reload(old)
+    assert texts(engine.generate(PROMPTS, GREEDY)) == before
+    engine.reload(tmp_path)
+    assert texts(engine.generate(PROMPTS, GREEDY)) == after
+
+
+def test_a_wrong_state_changes_nothing(engine: TransformersEngine, tmp_path: Path) -> None:
+    old = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    wrong = {name: tensor + 1 for name, tensor in old.items()}
+    wrong["lm_head.weight"] = wrong["lm_head.weight"][:5]
+    del wrong["model.norm.weight"]
+    wrong["extra"] = torch.zeros(1)
+    message = "missing: model.norm.weight; unknown: extra; of another shape: lm_head.weight"
+    with pytest.raises(ValueError, match=f"weights: expected those of LlamaForCausalLM, {message}"):
+        engine.reload(wrong)
+    assert all(tensor.equal(old[name]) for name, tensor in engine.model.state_dict().items())
+    with pytest.raises(FileNotFoundError, match="weights: expected a folder with a model"):
+        engine.reload(tmp_path / "none")
+
+
+def test_a_tied_head_may_be_missing(tiny_model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    engine = TransformersEngine(tiny_model("Qwen2"), tokenizer)
+    state = {n: t.clone() for n, t in engine.model.state_dict().items() if n != "lm_head.weight"}
+    state["model.embed_tokens.weight"] += 1
+    engine.reload(state)
+    assert engine.model.lm_head.weight.equal(state["model.embed_tokens.weight"])
+
+
+def test_a_path_brings_its_tokenizer(student_path: Path, engine: TransformersEngine) -> None:
+    loaded = TransformersEngine(student_path, device="cpu")
+    assert not loaded.model.training
+    assert texts(loaded.generate(PROMPTS, GREEDY)) == texts(engine.generate(PROMPTS, GREEDY))
+
+
+def test_wrong_arguments(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="tokenizer: expected the model's"):
+        TransformersEngine(model)
+    with pytest.raises(ValueError, match="device, dtype: expected None"):
+        TransformersEngine(model, tokenizer, device="cpu")
+    with pytest.raises(ValueError, match="batch_tokens: expected at least 1, got 0"):
+        TransformersEngine(model, tokenizer, batch_tokens=0)

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from acqsynth.domains import Domain, Sample
+from acqsynth.engines import Sampling
+from acqsynth.generate import generate, passing, prompts
+
+SEEDS = [Sample(f"{i}+{i}", str(2 * i)) for i in range(7)]
+ASK = [[{"role": "user", "content": f"prompt {i}"}] for i in range(4)]
+
+
+@pytest.mark.parametrize("shown", [1, 3, 7])
+def test_seeds_are_used_equally_and_never_twice_in_a_prompt(sums: Domain, shown: int) -> None:
+    asked = prompts(sums, SEEDS, 20, shown=shown, seed=1)
+    hands = [prompt[0]["content"].split()[1:] for prompt in asked]
+    assert all(len(set(hand)) == shown for hand in hands)
+    used = Counter(question for hand in hands for question in hand)
+    assert set(used) == {seed.question for seed in SEEDS}
+    assert max(used.values()) - min(used.values()) <= 1
+
+
+def test_the_seed_decides_the_order(sums: Domain) -> None:
+    first = prompts(sums, SEEDS, 5, shown=2, seed=1)
+    assert first == prompts(sums, SEEDS, 5, shown=2, seed=1)
+    assert first != prompts(sums, SEEDS, 5, shown=2, seed=2)
+    assert prompts(sums, [], 2, shown=0, seed=1) == [sums.generator_prompt([])] * 2
+
+
+def test_prompts_that_can_not_be(sums: Domain) -> None:
+    with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
+        prompts(sums, SEEDS, 0, shown=1, seed=0)
+    with pytest.raises(ValueError, match="shown: expected 0 to 7, the number of seeds, got 8"):
+        prompts(sums, SEEDS, 1, shown=8, seed=0)
+
+
+class Large:
+    """A gate with an archive: the answer is at least 5; 9 it can not tell."""
+
+    name = "large"
+
+    def __init__(self) -> None:
+        self.archive: list[str] = []
+
+    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+        return [None if sample.answer == "9" else int(sample.answer) >= 5 for sample in samples]
+
+    def accept(self, samples: Sequence[Sample]) -> None:
+        self.archive += [sample.question for sample in samples]
+
+
+def test_gates_speak_in_order() -> None:
+    samples = [Sample("q", str(i)) for i in (4, 5, 9, 6)]
+    dropped: Counter[str] = Counter()
+    even = type("Even", (), {"name": "even", "__call__": lambda self, rows: [int(r.answer) % 2 == 0 for r in rows]})()
+    assert passing([Large(), even], samples, dropped) == [samples[3]]
+    assert dropped == {"gate large": 1, "gate large could not tell": 1, "gate even": 1}
+    assert passing([Large()], [], dropped) == []
+
+
+def test_what_is_kept_and_why_the_rest_is_not(sums: Domain, scripted: Any, written: Callable[..., str]) -> None:
+    texts = [
+        written("1+4", 5),
+        "no sample",
+        written("1-4", 5),
+        written("1+1", 2),
+        written("5+4", 9),
+        written("1+ 4 ", 5),
+        written("1+4", 5),
+        written("3+4", 7),
+    ]
+    engine, gate = scripted(lambda prompt, i, seed: texts[2 * int(prompt[0]["content"][-1]) + i]), Large()
+    found = generate(engine, sums, ASK, Sampling(n=2, seed=3), rows=8, gates=[gate], rounds=1)
+    assert [sample.question for sample in found.rows] == ["1+4", "1+ 4", "3+4"]
+    assert found.dropped == {
+        "does not parse": 1,
+        "no sum": 1,
+        "gate large": 1,
+        "gate large could not tell": 1,
+        "asks what another one asks": 1,
+    }
+    assert (found.drawn, found.rounds, found.wanted, found.short) == (8, 1, 8, True)
+    assert gate.archive == ["1+4", "1+ 4", "3+4"]
+
+
+def test_rounds_go_on_with_new_seeds_until_there_are_enough(
+    sums: Domain, scripted: Any, written: Callable[..., str]
+) -> None:
+    def says(prompt: Any, i: int, seed: int) -> str:
+        return written(f"{seed}+{prompt[0]['content'][-1]}", seed) if i == 0 else "no sample"
+
+    engine = scripted(says)
+    found = generate(engine, sums, ASK, Sampling(n=2, seed=5), rows=7)
+    assert len(found.rows) == 7
+    assert not found.short
+    # All four prompts, half of whose completions are kept; then the three that are enough at this rate.
+    assert [[p[0]["content"] for p in asked] for asked, _ in engine.calls] == [
+        [f"prompt {i}" for i in (0, 1, 2, 3)],
+        [f"prompt {i}" for i in (0, 1, 2)],
+    ]
+    assert [sampling.seed for _, sampling in engine.calls] == [5, 6]
+    assert found.drawn == 14
+
+
+def test_a_round_asks_no_more_prompts_than_it_needs(sums: Domain, scripted: Any, written: Callable[..., str]) -> None:
+    engine = scripted(lambda prompt, i, seed: written(f"{i}+{prompt[0]['content'][-1]}", i))
+    found = generate(engine, sums, ASK, Sampling(n=3), rows=4)
+    assert [len(asked) for asked, _ in engine.calls] == [2]
+    assert found.dropped == {"more than were wanted": 2}
+    assert len(found.rows) == 4
+
+
+def test_it_gives_up_and_says_so(sums: Domain, scripted: Any, caplog: pytest.LogCaptureFixture) -> None:
+    engine = scripted(lambda prompt, i, seed: "no sample")
+    with caplog.at_level(logging.WARNING):
+        found = generate(engine, sums, ASK, Sampling(), rows=2, rounds=3)
+    assert (found.rows, found.rounds, found.short, found.drawn) == ([], 3, True, 10)
+    assert caplog.messages == ["0 rows of 2 after 3 rounds (10 does not parse)"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": 0}, "rows: expected at least 1, got 0"),
+        ({"rows": 1, "rounds": 0}, "rounds: expected at least 1, got 0"),
+        ({"rows": 1, "prompts": []}, "prompts: expected at least 1, got 0"),
+    ],
+)
+def test_nothing_to_do(sums: Domain, scripted: Any, options: dict[str, Any], message: str) -> None:
+    asked = options.pop("prompts", ASK)
+    with pytest.raises(ValueError, match=message):
+        generate(scripted(str), sums, asked, Sampling(), **options)
