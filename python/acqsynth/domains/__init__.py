@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from acqsynth.domains.base import Domain as Domain
 from acqsynth.domains.base import Messages as Messages
 from acqsynth.domains.base import Sample as Sample
 
-__all__ = ["Domain", "Messages", "Sample"]
+__all__ = ["DOMAINS", "Domain", "Messages", "Sample", "domain"]
+
+#: Name -> module and class; imported when asked for.
+DOMAINS: dict[str, str] = {
+    "math": "acqsynth.domains.math:Math",
+    "medical": "acqsynth.domains.medical:Medical",
+    "code": "acqsynth.domains.code:Code",
+}
+
+
+def domain(name: str, **options: Any) -> Domain:
+    """A domain by its name, with the options of its class.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in DOMAINS:
+        raise ValueError(f"domain: unknown {name!r}, expected one of {', '.join(DOMAINS)}")
+    module, _, kind = DOMAINS[name].partition(":")
+    found: Domain = getattr(importlib.import_module(module), kind)(**options)
+    return found

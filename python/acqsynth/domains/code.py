@@ -1,0 +1,314 @@
+"""Programming in Python: MBPP, HumanEval, and functions with their asserts that a generator writes.
+
+A sample's ``extra`` holds what its tests are: ``tests`` (source), ``names`` (what they take from the program, the
+function first), ``context`` (source before the program: the prompt of HumanEval) and ``preamble`` (trusted source
+before the tests). The answer is one fenced block. A generator writes the asserts in the same block, after the function;
+they are taken out of the answer and become the tests, so that a student learns the function alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+from acqsynth.domains import sandbox
+from acqsynth.domains.base import Domain, Messages, Sample
+from acqsynth.domains.data import Layout, Row, samples, text
+from acqsynth.domains.prompts import ask_for_sample
+
+_FENCED = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)```", re.DOTALL)
+
+_DOCUMENTED = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+#: What a generated assert may call beside the program's functions: nothing that reaches files, code or frames.
+PLAIN_NAMES = frozenset(
+    {
+        *("bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple"),
+        *("abs", "all", "any", "divmod", "len", "max", "min", "pow", "round", "sum"),
+        *("enumerate", "filter", "isinstance", "map", "range", "reversed", "sorted", "zip"),
+    }
+)
+
+
+class Code(Domain):
+    """Functions in Python, right where they pass their tests.
+
+    Args:
+        limits: of one program with its tests.
+        workers: programs run at a time; by default one for each CPU.
+        unsafe_without_sandbox: see :func:`acqsynth.domains.sandbox.run`.
+    """
+
+    name: ClassVar[str] = "code"
+
+    def __init__(
+        self,
+        *,
+        limits: sandbox.Limits | None = None,
+        workers: int | None = None,
+        unsafe_without_sandbox: bool = False,
+    ) -> None:
+        self.limits = limits or sandbox.Limits()
+        self.workers = workers
+        self.unsafe_without_sandbox = unsafe_without_sandbox
+
+    def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
+        return ask_for_sample(
+            "one new programming problem that a single Python function solves, and that names this function",
+            "```python\nthe function, then three or more asserts, each comparing one call of it with a literal\n```",
+            [replace(sample, answer=_with_tests(sample)) for sample in shown],
+        )
+
+    def student_prompt(self, question: str) -> Messages:
+        return [{"role": "user", "content": f"{question}\n\nAnswer with the whole function in one ```python block."}]
+
+    def answer_of(self, completion: str) -> str | None:
+        """The last fenced block, fences included; a completion without fences where all of it is a program."""
+        blocks = _FENCED.findall(completion)
+        source = blocks[-1] if blocks else completion
+        if not source.strip() or (not blocks and _parsed(source) is None):
+            return None
+        return fenced(source)
+
+    def canonical(self, answer: str) -> str:
+        """The program without comments, docstrings, layout and top-level asserts; the text where it is no program."""
+        source = _source(answer)
+        tree = _parsed(source)
+        if tree is None:
+            return source.strip()
+        tree.body = [node for node in tree.body if not isinstance(node, ast.Assert)]
+        for node in ast.walk(tree):
+            if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        return ast.unparse(tree)
+
+    def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
+        """Whether each answer passes the tests of its sample; its own top-level asserts are left out.
+
+        Raises:
+            ValueError: a sample has no tests. RuntimeError: no sandbox here (see ``sandbox.run``).
+        """
+        programs = [None if answer is None else split_asserts(_source(answer)) for answer in answers]
+        jobs = {
+            i: _job(i, sample, program[0])
+            for i, (sample, program) in enumerate(zip(gold, programs, strict=True))
+            if program is not None
+        }
+        passed = dict(zip(jobs, self._passed(list(jobs.values())), strict=True))
+        return [passed.get(i, False) for i in range(len(answers))]
+
+    def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
+        """Whether each sample's answer passes its tests and these depend on it.
+
+        They do not where they also pass with each function replaced by one that returns the same object always:
+        ``assert f(1) == f(1)``. Tests that fit a wrong answer are beyond this.
+        """
+        checked = [i for i, sample in enumerate(samples) if sample.extra.get("tests")]
+        real = [_job(i, samples[i], _source(samples[i].answer)) for i in checked]
+        same = "def {}(*_, **__): return same"
+        idle = [replace(job, program="\n".join(["same = object()", *map(same.format, job.names)])) for job in real]
+        passed = self._passed([*real, *idle])
+        right = {i: passed[k] and not passed[k + len(real)] for k, i in enumerate(checked)}
+        return [right.get(i, False) for i in range(len(samples))]
+
+    def parse(self, text: str) -> Sample | None:
+        """As for every domain; the asserts of the answer become its tests where they are plain (see :meth:`fault`)."""
+        sample = super().parse(text)
+        block = None if sample is None else self.answer_of(sample.answer)
+        if sample is None or block is None:
+            return sample
+        parts = split_asserts(_source(block))
+        if parts is None:
+            return sample
+        program, asserts = parts
+        defined = _defined(ast.parse(program).body)
+        names = [name for name in _used(asserts) if name in defined]
+        if not names or not all(_plain(node, names) for node in asserts):
+            return replace(sample, answer=block)
+        return replace(
+            sample,
+            answer=fenced(program),
+            extra={
+                "tests": "\n".join(ast.unparse(node) for node in asserts),
+                "names": names,
+                "context": "",
+                "preamble": "import math",
+            },
+        )
+
+    def fault(self, sample: Sample) -> str | None:
+        parts = split_asserts(_source(sample.answer))
+        if parts is None:
+            return "the answer is not a Python program"
+        if not sample.extra.get("tests"):
+            if not parts[1]:
+                return "the answer has no asserts"
+            return "an assert is more than the function's calls, literals and simple built-ins"
+        if len(sample.question) < 20:
+            return "the question is too short"
+        if not any(re.search(rf"\b{name}\b", sample.question) for name in sample.extra["names"]):
+            return "the question does not name the function"
+        return None
+
+    def load(
+        self,
+        source: str,
+        split: str = "train",
+        columns: Mapping[str, str] | None = None,
+        limit: int | None = None,
+    ) -> list[Sample]:
+        return samples(source, split, columns, limit, LAYOUTS)
+
+    def _passed(self, jobs: list[sandbox.Job]) -> list[bool]:
+        results = sandbox.run(
+            jobs, self.limits, workers=self.workers, unsafe_without_sandbox=self.unsafe_without_sandbox
+        )
+        return [result.status == "passed" for result in results]
+
+
+def fenced(source: str) -> str:
+    """Source as the answer of a sample."""
+    return f"```python\n{source.strip(chr(10)).rstrip()}\n```"
+
+
+def split_asserts(source: str) -> tuple[str, list[ast.Assert]] | None:
+    """A program without its top-level asserts, and these; None where it does not parse."""
+    tree = _parsed(source)
+    if tree is None:
+        return None
+    asserts = [node for node in tree.body if isinstance(node, ast.Assert)]
+    rest = [node for node in tree.body if not isinstance(node, ast.Assert)]
+    removed = _lines(asserts)
+    if removed & _lines(rest):  # "assert f(1) == 1; x = 2"
+        return ast.unparse(ast.Module(rest, [])), asserts
+    kept = [line for number, line in enumerate(source.splitlines(), 1) if number not in removed]
+    return "\n".join(kept).strip("\n"), asserts
+
+
+def _lines(nodes: Iterable[ast.stmt]) -> set[int]:
+    return {line for node in nodes for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+
+
+def _source(answer: str) -> str:
+    """The program of an answer, without its fences."""
+    blocks = _FENCED.findall(answer)
+    return blocks[-1] if blocks else answer
+
+
+def _parsed(source: str) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of invalid escapes, and the like
+            return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _defined(body: Iterable[ast.stmt]) -> dict[str, ast.stmt]:
+    """Names that statements bind at top level -> the statement."""
+    names: dict[str, ast.stmt] = {}
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names[node.name] = node
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update({alias.asname or alias.name.partition(".")[0]: node for alias in node.names})
+        elif isinstance(node, ast.Assign):
+            names.update({target.id: node for target in node.targets if isinstance(target, ast.Name)})
+    return names
+
+
+def _used(nodes: Iterable[ast.AST]) -> list[str]:
+    """Names that are read, in order, each once."""
+    walked = (part for node in nodes for part in ast.walk(node))
+    return list(dict.fromkeys(part.id for part in walked if isinstance(part, ast.Name)))
+
+
+def _plain(node: ast.AST, names: Iterable[str]) -> bool:
+    """Whether a generated assert is safe to run among trusted tests: no name but ``names``, ``PLAIN_NAMES``, ``math``
+    and its own loop variables, and no attribute but those of ``math``: those of a generator reach the grader's frame.
+    """
+    bound = {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+    allowed = {*names, *PLAIN_NAMES, *bound, "math"}
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute):
+            if not isinstance(part.value, ast.Name) or part.value.id != "math" or part.attr.startswith("_"):
+                return False
+        elif isinstance(part, ast.Name):
+            if part.id not in allowed or part.id.startswith("__"):
+                return False
+        elif isinstance(part, ast.NamedExpr | ast.Lambda | ast.Await | ast.Yield | ast.YieldFrom):
+            return False
+    return not bound & {"math", *names, *PLAIN_NAMES}
+
+
+def _with_tests(sample: Sample) -> str:
+    """The answer of an example with up to three asserts after it, as a generator is to write it."""
+    names = sample.extra.get("names", ())
+    tree = _parsed(sample.extra.get("tests", ""))
+    shown = []
+    for node in ast.walk(tree) if tree and names else ():
+        if isinstance(node, ast.Assert):
+            for part in ast.walk(node):
+                if isinstance(part, ast.Name) and part.id == "candidate":  # HumanEval's name for it
+                    part.id = names[0]
+            if _plain(node, names):
+                shown.append(ast.unparse(node))
+    return fenced("\n".join([_source(sample.answer).rstrip(), "", *shown[:3]]))
+
+
+def _job(number: int, sample: Sample, program: str) -> sandbox.Job:
+    extra = sample.extra
+    if not extra.get("tests"):
+        raise ValueError(f"gold: sample {number} has no tests")
+    source = "\n\n".join(part for part in (extra.get("context"), program) if part)
+    return sandbox.Job(source, extra["tests"], tuple(extra["names"]), extra.get("preamble", ""))
+
+
+def _mbpp(row: Row) -> Sample:
+    program, tests = text(row, "code"), row["test_list"]
+    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+        raise ValueError(f"test_list: expected a list of asserts, got {tests!r:.60}")
+    source = "\n".join([row.get("test_setup_code") or "", *tests]).strip()
+    gold, held = _parsed(program), _parsed(source)
+    if gold is None or held is None:
+        raise ValueError(f"{'code' if gold is None else 'test_list'}: not a Python program")
+    defined = _defined(gold.body)
+    used = [
+        name for name in _used(reversed(held.body)) if name in defined
+    ]  # the asserts come last: their function first
+    imports = [ast.unparse(defined[name]) for name in used if isinstance(defined[name], ast.Import | ast.ImportFrom)]
+    names = [name for name in used if not isinstance(defined[name], ast.Import | ast.ImportFrom)]
+    if not names:
+        raise ValueError("test_list: no assert calls what the code defines")
+    return Sample(
+        f"{text(row, 'text')}\n\nIt satisfies, for example:\n{fenced(tests[0])}",
+        fenced(program),
+        extra={"tests": source, "names": names, "context": "", "preamble": "\n".join(imports)},
+    )
+
+
+def _humaneval(row: Row) -> Sample:
+    prompt, solution, name = row["prompt"], row["canonical_solution"], text(row, "entry_point")
+    for column in ("prompt", "canonical_solution"):
+        text(row, column)  # its indentation counts, so it is taken as it stands
+    return Sample(
+        f"Complete this Python function:\n{fenced(prompt)}",
+        fenced(prompt + solution),
+        # What the tests use of the prompt beside the function (a helper) is theirs: a program can not replace it.
+        extra={
+            "tests": f"{row['test']}\n\ncheck({name})",
+            "names": [name],
+            "context": prompt,
+            "preamble": prompt,
+        },
+    )
+
+
+LAYOUTS = (
+    Layout(("text", "code", "test_list"), _mbpp, ("test_setup_code",)),
+    Layout(("prompt", "canonical_solution", "test", "entry_point"), _humaneval),
+)

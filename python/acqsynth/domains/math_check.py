@@ -1,0 +1,140 @@
+"""Equality of mathematical answers by math-verify, in processes that can be killed.
+
+math-verify takes any time and memory on some inputs (``9^{9^{9^9}}``), and its own guard, ``signal.alarm``, works in a
+main thread only: called from a trainer's thread it raises, and a caller that catches this counts every answer as wrong.
+So each check runs in the main thread of a worker process with a deadline that the kernel keeps.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import queue
+import selectors
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+WORKER = Path(__file__).with_name("math_worker.py")
+START_SECONDS = 120.0  # sympy's import takes half a second on an idle machine
+LONGEST = 2000  # characters of an answer; a longer one is no answer
+
+
+class MathChecker:
+    """Worker processes that compare answers; they start with the first check.
+
+    Args:
+        workers: checks at a time, one process each.
+        seconds: deadline of a check. A worker that passes it, or dies, is replaced, and its answer is not equal.
+
+    Raises:
+        ValueError: workers below 1 or seconds not above 0.
+    """
+
+    def __init__(self, workers: int = 2, seconds: float = 5.0) -> None:
+        if workers < 1:
+            raise ValueError(f"workers: expected at least 1, got {workers}")
+        if not seconds > 0:
+            raise ValueError(f"seconds: expected more than 0, got {seconds}")
+        self.workers = workers
+        self.seconds = seconds
+        #: Checks that ran, and those whose worker passed the deadline or died, over the life of this checker.
+        self.checked = 0
+        self.lost = 0
+        self._lock = threading.Lock()
+        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        for _ in range(workers):
+            self._idle.put(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MathChecker, (self.workers, self.seconds)  # another process has workers of its own
+
+    def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether the second of each pair equals the first, the true answer (math-verify tells them apart).
+
+        Args:
+            pairs: n pairs of LaTeX or plain expressions, without dollar signs.
+
+        Raises:
+            RuntimeError: math-verify is not installed, or its process does not start.
+        """
+        if not pairs:
+            return []
+        if importlib.util.find_spec("math_verify") is None:
+            raise RuntimeError("math-verify is not installed: run \"pip install 'acqcore[train]'\"")
+        with ThreadPoolExecutor(min(self.workers, len(pairs))) as pool:
+            return list(pool.map(lambda pair: self._equal(*pair), pairs))
+
+    def close(self) -> None:
+        """Ends the idle workers; the next check starts new ones."""
+        for _ in range(self._idle.qsize()):
+            worker = self._idle.get()
+            if worker is not None:
+                worker.kill()
+            self._idle.put_nowait(None)
+
+    def _equal(self, gold: str, answer: str) -> bool:
+        if max(len(gold), len(answer)) > LONGEST:
+            return False
+        worker = self._idle.get()
+        try:
+            if worker is None:
+                worker = _Worker(self.seconds)
+            result = worker.ask(gold, answer)
+            if result is None:
+                worker.kill()
+                worker = None
+        finally:
+            self._idle.put(worker)
+        with self._lock:
+            self.checked += 1
+            self.lost += result is None
+        return bool(result)
+
+
+class _Worker:
+    """One process; it ends with its stdin, and so with the process that started it."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        # Run as a file, so that neither this package nor the caller's main module is imported again; -P, as the
+        # folder of that file holds a math.py.
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(WORKER), str(seconds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        if self._line(START_SECONDS) is None:
+            self.process.kill()
+            _, errors = self.process.communicate()
+            raise RuntimeError(f"the process of math-verify did not start: {errors.decode(errors='replace').strip()}")
+
+    def ask(self, gold: str, answer: str) -> bool | None:
+        """Equal or not, or None where the worker was lost."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+            self.process.stdin.flush()
+        except OSError:
+            return None
+        # The kernel ends the worker at its deadline; the second here is for what no timer ends (a stopped process).
+        line = self._line(self.seconds + 1)
+        return None if line is None else json.loads(line)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def _line(self, seconds: float) -> bytes | None:
+        """The worker's next line, or None where it ended or did not write one in time."""
+        assert self.process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            if not selector.select(seconds):
+                return None
+        return self.process.stdout.readline() or None

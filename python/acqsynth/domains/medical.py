@@ -1,0 +1,182 @@
+"""Medicine: MedMCQA (four options), PubMedQA (yes, no or maybe), and questions of both forms.
+
+The options of a choice stand in the question, one a line, and in ``extra["options"]``: letter -> text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from acqsynth.domains.base import Domain, Messages, Sample
+from acqsynth.domains.data import Layout, Row, samples, text
+from acqsynth.domains.prompts import ask_for_sample
+
+LETTERS = "ABCD"
+DECISIONS = ("yes", "no", "maybe")
+
+_OPTION = re.compile(r"(?:^|(?<=\s))\(?([A-D])[).:]\s+", re.MULTILINE)
+_BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]*)\}?\}")
+_STATED = re.compile(r"(?<![/\w])answer(?:\s+is\b\s*:?|\s*:)\s*(\S[^\n]*)", re.IGNORECASE)
+# A letter alone or with its mark, "B", "(b)", "B) aspirin", not the article of "A fever"; or a decision with a mark.
+_LETTER = re.compile(r"\(?([A-Da-d])(?:[).:]|$)")
+_DECISION = re.compile(r"(yes|no|maybe)\b(?!\s+\w)", re.IGNORECASE)
+_SEVERAL = re.compile(
+    r"\(?(?:[A-D]|yes|no|maybe)\)?\s*(?:/|,|&|\bor\b|\band\b)\s*\(?(?:[A-D]|yes|no|maybe)\b", re.IGNORECASE
+)
+
+
+class Medical(Domain):
+    """Questions answered by the letter of an option, or by yes, no or maybe."""
+
+    name: ClassVar[str] = "medical"
+
+    def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
+        return ask_for_sample(
+            "one new medical question, either with four options A) to D), one a line, of which exactly one is right, "
+            "or to be answered by yes, no or maybe",
+            "the letter and text of the right option, as in B) text; or yes, no or maybe",
+            shown,
+        )
+
+    def student_prompt(self, question: str) -> Messages:
+        form = "the letter of the right option" if _options(question) else "yes, no or maybe"
+        return [{"role": "user", "content": f'{question}\n\nReason briefly and end with "The answer is", then {form}.'}]
+
+    def answer_of(self, completion: str) -> str | None:
+        r"""The last ``\boxed{...}``; else the last "answer is ..." or "answer: ..."; else the last line, where that is
+        a choice by itself. A place that names several choices gives none of them."""
+        for pattern in (_BOXED, _STATED):
+            if found := pattern.findall(completion):
+                answer = found[-1].strip().strip("*").strip()
+                return answer or None
+        lines = completion.strip().splitlines()
+        last = lines[-1].strip().strip("*") if lines else ""
+        return last if _choice(last) else None
+
+    def solution(self, sample: Sample) -> str:
+        stated = f"The answer is {sample.answer}"
+        return "\n".join(part for part in (sample.reasoning, stated) if part)
+
+    def canonical(self, answer: str) -> str:
+        """An option's letter in upper case, a decision in lower case, or the text in lower case without marks."""
+        plain = answer.strip().strip("*").strip()
+        return _choice(plain) or re.sub(r"\W+", " ", plain).strip().casefold()
+
+    def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
+        """The same letter or decision; the full text of an option stands for its letter."""
+        return [
+            answer is not None and self._choice_of(sample, sample.answer) == self._choice_of(sample, answer)
+            for sample, answer in zip(gold, answers, strict=True)
+        ]
+
+    def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
+        """False where the reasoning states another final answer than the sample's; else None."""
+        stated = [self.answer_of(sample.reasoning) for sample in samples]
+        agree = self.equivalent(samples, [a or s.answer for a, s in zip(stated, samples, strict=True)])
+        return [None if agrees else False for agrees in agree]
+
+    def parse(self, text: str) -> Sample | None:
+        """As for every domain; the options of the question become ``extra["options"]``."""
+        sample = super().parse(text)
+        options = {} if sample is None else _options(sample.question)
+        return replace(sample, extra={"options": options}) if sample and options else sample
+
+    def fault(self, sample: Sample) -> str | None:
+        if len(sample.question) < 20:
+            return "the question is too short"
+        options = sample.extra.get("options")
+        choice = self._choice_of(sample, sample.answer)
+        if not options:
+            if choice not in DECISIONS:
+                return "neither options A) to D) nor an answer of yes, no or maybe"
+            return None if "?" in sample.question else "nothing is asked"
+        if choice not in options:
+            return "the answer is none of the options"
+        if len({self.canonical(option) for option in options.values()}) < len(options):
+            return "two options are the same"
+        return None
+
+    def load(
+        self,
+        source: str,
+        split: str = "train",
+        columns: Mapping[str, str] | None = None,
+        limit: int | None = None,
+    ) -> list[Sample]:
+        return samples(source, split, columns, limit, LAYOUTS)
+
+    def _choice_of(self, sample: Sample, answer: str) -> str:
+        """The canonical answer, an option's text replaced by its letter."""
+        canonical = self.canonical(answer)
+        for letter, option in sample.extra.get("options", {}).items():
+            if canonical == re.sub(r"\W+", " ", option).strip().casefold():
+                return str(letter)
+        return canonical
+
+
+def _choice(plain: str) -> str | None:
+    """The one letter or decision that a text begins with, or None."""
+    if _SEVERAL.match(plain):
+        return None
+    if letter := _LETTER.match(plain):
+        return letter[1].upper()
+    decision = _DECISION.match(plain)
+    return decision[1].lower() if decision else None
+
+
+def _options(question: str) -> dict[str, str]:
+    """The options A to D at the end of a question, or none."""
+    marks = list(_OPTION.finditer(question))[-len(LETTERS) :]
+    if "".join(mark[1] for mark in marks) != LETTERS:
+        return {}
+    ends = [*(mark.start() for mark in marks[1:]), len(question)]
+    options = {mark[1]: question[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)}
+    return options if all(options.values()) else {}
+
+
+def _with_options(question: str, options: Mapping[str, str]) -> str:
+    return "\n".join([question, *(f"{letter}) {option}" for letter, option in options.items())])
+
+
+def _medmcqa(row: Row) -> Sample:
+    """``cop`` counts from 0, as on the hub."""
+    options = {letter: text(row, f"op{letter.lower()}") for letter in LETTERS}
+    right = row["cop"]
+    if type(right) is not int or right not in range(len(LETTERS)):
+        raise ValueError(f"cop: expected 0 to 3, got {right!r}")
+    letter = LETTERS[right]
+    reasoning = text(row, "exp") if row.get("exp") else ""
+    question = _with_options(text(row, "question"), options)
+    return Sample(question, f"{letter}) {options[letter]}", reasoning, {"options": options})
+
+
+def _pubmedqa(row: Row) -> Sample:
+    contexts: Any = row["contexts"] if "contexts" in row else row["context"]
+    if isinstance(contexts, Mapping):  # on the hub the sections stand beside their labels
+        contexts = contexts.get("contexts")
+    if not isinstance(contexts, Sequence) or isinstance(contexts, str) or not all(isinstance(c, str) for c in contexts):
+        raise ValueError(f"contexts: expected a list of texts, got {contexts!r:.60}")
+    decision = text(row, "final_decision").lower()
+    if decision not in DECISIONS:
+        raise ValueError(f"final_decision: expected {', '.join(DECISIONS)}, got {decision!r}")
+    question = "\n\n".join([*contexts, text(row, "question")])
+    return Sample(question, decision, text(row, "long_answer"))
+
+
+def _plain(row: Row) -> Sample:
+    """``question`` (its options in it, if any) and ``answer``, with ``reasoning`` where there is such a column."""
+    reasoning = text(row, "reasoning") if row.get("reasoning") else ""
+    question = text(row, "question")
+    options = _options(question)
+    return Sample(question, text(row, "answer"), reasoning, {"options": options} if options else {})
+
+
+LAYOUTS = (
+    Layout(("question", "opa", "opb", "opc", "opd", "cop"), _medmcqa, ("exp",)),
+    Layout(("question", "contexts", "long_answer", "final_decision"), _pubmedqa),
+    Layout(("question", "context", "long_answer", "final_decision"), _pubmedqa),
+    Layout(("question", "answer"), _plain, ("reasoning",)),
+)

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from acqsynth.domains import sandbox
+
+SHARED = Path(__file__).parents[3] / "../shared/data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], str]:
+    """``shared_data("code/mbpp.jsonl")``: the path of a real data set; skips where it is absent."""
+
+    def path(name: str) -> str:
+        if not (SHARED / name).is_file():
+            pytest.skip(f"{name} is not at {SHARED}")
+        return str(SHARED / name)
+
+    return path
+
+
+@pytest.fixture
+def contained() -> None:
+    """Skips where programs can not be contained, with the reason."""
+    try:
+        sandbox.require()
+    except RuntimeError as error:
+        pytest.skip(str(error))

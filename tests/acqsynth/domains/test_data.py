@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas
+import pytest
+
+from acqsynth.domains import Domain, Sample, domain
+from acqsynth.domains.data import rows
+
+ROWS = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(5)]
+
+
+def jsonl(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def math() -> Domain:
+    return domain("math")
+
+
+def test_jsonl_and_parquet_give_the_same_samples_in_order(math: Domain, tmp_path: Path) -> None:
+    pandas.DataFrame(ROWS).to_parquet(tmp_path / "rows.parquet")
+    expected = [Sample(row["question"], row["answer"]) for row in ROWS]
+    assert math.load(jsonl(tmp_path / "rows.jsonl", ROWS)) == expected
+    assert math.load(str(tmp_path / "rows.parquet")) == expected
+    assert math.load(str(tmp_path / "rows.parquet"), limit=2) == expected[:2]
+
+
+def test_columns_are_mapped(math: Domain, tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "rows.jsonl", [{"ask": "What is 2 + 2?", "say": "4", "why": "Count.", "answer": "no"}])
+    columns = {"question": "ask", "answer": "say", "reasoning": "why"}
+    assert math.load(source, columns=columns) == [Sample("What is 2 + 2?", "4", "Count.")]
+
+
+def test_rows_after_the_limit_are_not_read(math: Domain, tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "rows.jsonl", [*ROWS[:2], "no json"])
+    assert len(math.load(source, limit=2)) == 2
+    with pytest.raises(ValueError, match=r"rows\.jsonl: row 3: not JSON"):
+        math.load(source)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (["", " "], r"rows\.jsonl: no rows"),
+        ([], r"rows\.jsonl: no rows"),
+        ([ROWS[0], "[1, 2]"], r"row 2: expected a JSON object, got list"),
+        ([ROWS[0], {"question": "Why?"}], r"row 2: no 'answer', only 'question'"),
+        ([ROWS[0], {"question": "", "answer": "5"}], r"row 2: question: expected text, got ''"),
+        ([ROWS[0], {"question": "Why?", "answer": 5}], r"row 2: answer: expected text, got 5"),
+        ([{"q": 1}], r"expected the columns \(problem, solution\) or \(question, answer\), found 'q'"),
+        ([{"problem": "Prove it.", "solution": "Clear."}], r"none of 1 rows has a final answer"),
+        ([{"question": "Why?", "answer": "a\nb"}], r"row 1: answer: no final answer, marked by ####"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_is_said(math: Domain, tmp_path: Path, content: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        math.load(jsonl(tmp_path / "rows.jsonl", content))
+
+
+def test_a_wrong_mapping_names_the_columns_there_are(math: Domain, tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"columns: no 'ask' in .*rows\.jsonl, which has 'question', 'answer'"):
+        math.load(source, columns={"question": "ask"})
+    with pytest.raises(ValueError, match=r"expected the columns .*, found 'answer', 'questoin'"):
+        math.load(source, columns={"questoin": "question"})
+    source = jsonl(tmp_path / "rows.jsonl", [{**ROWS[0], "why": "Count."}])
+    with pytest.raises(ValueError, match=r"columns: unknown field 'reason', expected some of .*'reasoning'"):
+        math.load(source, columns={"reason": "why"})
+
+
+def test_files_that_are_none(math: Domain, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl: no such file"):
+        math.load(str(tmp_path / "nowhere.jsonl"))
+    (tmp_path / "rows.csv").write_text("question,answer\n")
+    with pytest.raises(ValueError, match=r"rows\.csv: expected a file that ends in \.jsonl or \.parquet"):
+        math.load(str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.parquet").write_text("question")
+    with pytest.raises(ValueError, match=r"rows\.parquet: not a parquet file"):
+        math.load(str(tmp_path / "rows.parquet"))
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ValueError, match=r"bytes\.jsonl: row 1: not JSON"):
+        math.load(str(tmp_path / "bytes.jsonl"))
+    with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
+        math.load(str(tmp_path / "rows.csv"), limit=0)
+
+
+def test_a_hub_id_goes_to_datasets(math: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
+        asked.append((name, configuration, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [s.answer for s in math.load("openai/gsm8k:main", "test", limit=3)] == ["1", "2", "3"]
+    math.load("some/data")
+    assert asked == [("openai/gsm8k", "main", "test"), ("some/data", None, "train")]
+
+
+def test_rows_are_numbered_as_in_the_file(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "rows.jsonl", [ROWS[0], "", ROWS[1]])
+    assert [number for number, _ in rows(source)] == [1, 3]
+
+
+def test_the_shared_files_are_read_whole(shared_data: Callable[[str], str]) -> None:
+    counts = {
+        ("math", "math/gsm8k_train.jsonl"): 3000,
+        ("medical", "medical/pubmedqa_train.jsonl"): 500,
+        ("medical", "medical/pubmedqa_test.jsonl"): 500,
+        ("code", "code/mbpp.jsonl"): 974,
+        ("code", "code/humaneval.jsonl"): 164,
+    }
+    for (name, path), count in counts.items():
+        assert len(domain(name).load(shared_data(path))) == count

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from acqsynth.domains import Sample
+from acqsynth.domains.math import Math
+from acqsynth.domains.math_check import MathChecker
+
+
+@pytest.fixture(scope="module")
+def math() -> Iterator[Math]:
+    math = Math(MathChecker(workers=1, seconds=3.0))
+    yield math
+    math.checker.close()
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("So \\boxed{\\frac{1}{2}} it is.", "\\frac{1}{2}"),
+        ("\\boxed{1}, no, \\boxed{2}", "2"),
+        ("\\boxed{4} and the answer is 5\n#### 6", "4"),
+        ("\\boxed{}\n#### 6", "6"),
+        ("\\boxed{7", "7"),
+        ("#### 5\nNo.\n#### 1,200", "1,200"),
+        ("The answer is 42.", "42"),
+        ("The answer is 42 because 6 * 7 = 42.", "42"),
+        ("**Answer:** $3.50", "$3.50"),
+        ("The final answer is: 3/4\nDone in 2 steps.", "3/4"),
+        ("The answer is 3 or 4.", "3 or 4"),
+        ("I hope my answer is right. It is 8.", "8"),
+        ("2 points/answer = 6 points, so 7", "7"),
+        ("First 3, then 10/4", "10/4"),
+        ("x7 is -1,234.5.", "-1,234.5"),
+        ("I do not know.", None),
+        ("", None),
+    ],
+)
+def test_answer_of(math: Math, completion: str, answer: str | None) -> None:
+    assert math.answer_of(completion) == answer
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        (
+            "18",
+            "18.00",
+            "$18",
+            "+18",
+            "\\$18",
+            "18 dollars",
+            "$18$",
+            "18.",
+            "18\\text{ cm}",
+            "018",
+            "18 km",
+            "\\(18\\)",
+        ),
+        ("1/2", "0.5", ".50", "\\frac{1}{2}", "\\dfrac12", "2/4", "$\\tfrac{1}{2}$", "0.5 miles per hour"),
+        ("-3/2", "-1.5", "-1 1/2", "-1\\frac{1}{2}", "- \\frac{3}{2}"),
+        ("1450000", "1,450,000", "1,450,000.0", "1{,}450{,}000"),
+        ("50%", "50\\%", "50.0 %", "50 percent"),
+        ("tuesday", "Tuesday", "\\text{Tuesday}", "TUESDAY."),
+        ("(1,2)", "( 1, 2 )", "\\left(1,2\\right)"),
+        ("2\\pi r", "2 \\pi r", "2\\pi\\, r"),
+        ("60", "60^\\circ", "60^{\\circ}", "60°"),
+    ],
+)
+def test_equal_answers_have_one_canonical_form(math: Math, forms: tuple[str, ...]) -> None:
+    assert {math.canonical(form) for form in forms} == {forms[0]}
+
+
+def test_other_answers_have_other_canonical_forms(math: Math) -> None:
+    answers = ["5", "5 x", "5%", "-5", "5 5", "55", "5, 5", "5 or 6", "1/0", "0", "5:5", "12,34", "1234", ""]
+    assert len({math.canonical(answer) for answer in answers}) == len(answers)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        ("72", "72.0 clips", True),
+        ("72", "73", False),
+        ("72", None, False),
+        ("72", "", False),
+        ("\\boxed{72}", "72", True),
+        ("The answer is 72.", "72", True),
+        ("5", "x = 5", True),
+        ("\\frac{1}{x+1}", "1/(x+1)", True),
+        ("\\pi/4", "pi/4", True),
+        ("1/3", "0.333333", True),
+        ("1/3", "0.33", False),
+        ("2^{10}", "1024", True),
+        ("3", "3 or 4", False),
+        ("3", "1, 2, 3", False),
+        ("4", "3\\boxed{4}", False),
+        ("10", "5 5", False),
+        ("100", "1 00", False),
+        ("5", "five", False),
+        ("eat", "tea", False),
+        ("Tuesday", "on Tuesday", False),
+        ("9", "9^{9^{9^{9}}}", False),
+    ],
+)
+def test_equivalent(math: Math, gold: str, answer: str | None, right: bool) -> None:
+    assert math.equivalent([Sample("?", gold)], [answer]) == [right]
+
+
+def test_naming_many_answers_gains_nothing(math: Math) -> None:
+    """One place is read, whole: of completions that list all candidates none is right."""
+    golds = [Sample("?", str(i)) for i in range(10)]
+    everything = " ".join(f"The answer may be {i}." for i in range(10)), ", ".join(map(str, range(10)))
+    for text in (*everything, f"\\boxed{{{everything[1]}}}", f"The answer is {everything[1]}."):
+        answer = math.answer_of(text)
+        assert sum(math.equivalent(golds, [answer] * 10)) <= 1
+    assert sum(math.equivalent(golds, [math.answer_of(f"\\boxed{{{everything[1]}}}")] * 10)) == 0
+
+
+def test_off_the_main_thread_answers_are_the_same(math: Math) -> None:
+    results: list[bool] = []
+    thread = threading.Thread(target=lambda: results.extend(math.equivalent([Sample("?", "x+1")] * 2, ["1+x", "x"])))
+    thread.start()
+    thread.join()
+    assert results == [True, False]
+
+
+def test_what_can_not_be_compared_is_counted() -> None:
+    math = Math(MathChecker(workers=1, seconds=0.5))
+    assert math.equivalent([Sample("?", "9")], ["9^{9^{9^{9}}}"]) == [False]
+    assert (math.checker.checked, math.checker.lost) == (1, 1)
+    math.checker.close()
+
+
+def test_a_solution_is_read_back(math: Math) -> None:
+    sample = Sample("?", "1/2", "Half of 1.\nOf 7 things.")
+    assert math.solution(sample) == "Half of 1.\nOf 7 things.\n\\boxed{1/2}"
+    assert math.answer_of(math.solution(sample)) == "1/2"
+    assert math.solution(Sample("?", "The answer is 5.")) == "\\boxed{5}"
+    boxed = Sample("?", "3", "It is \\boxed{3}.")
+    assert math.solution(boxed) == boxed.reasoning
+
+
+def test_verify_knows_a_contradiction_and_no_more(math: Math) -> None:
+    samples = [
+        Sample("?", "12", "5 + 7 = 12. The answer is 12."),
+        Sample("?", "12", "5 + 7 = 13. The answer is 13."),
+        Sample("?", "0.5", "It is \\boxed{\\frac{1}{2}}."),
+        Sample("?", "12", "5 + 7 = 13"),
+        Sample("?", "12"),
+    ]
+    assert math.verify(samples) == [None, False, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "fault"),
+    [
+        ("How many eggs are left?", "3", None),
+        ("Solve 3x - 8 = 19.", "9", None),
+        ("What?", "3", "the question is too short"),
+        ("There are three red hens in the yard.", "3", "nothing is asked"),
+        ("How many eggs are left?", "3 or so\nthat is", "the answer is more than a final answer"),
+        ("How many eggs are left?", "a" * 201, "the answer is more than a final answer"),
+    ],
+)
+def test_fault(math: Math, question: str, answer: str, fault: str | None) -> None:
+    assert math.fault(Sample(question, answer)) == fault
+
+
+def test_numina_rows(math: Math, tmp_path: Path) -> None:
+    rows = [
+        {"problem": "What is $1+1$?", "solution": "It is $\\boxed{2}$.", "source": "x"},
+        {"problem": "Prove it.", "solution": "Clear."},
+        {"problem": "What is $2+2$?", "solution": "First $\\boxed{3}$, no: $\\boxed{\\frac{8}{2}}$."},
+    ]
+    path = tmp_path / "numina.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert math.load(str(path)) == [
+        Sample("What is $1+1$?", "2", "It is $\\boxed{2}$."),
+        Sample("What is $2+2$?", "\\frac{8}{2}", "First $\\boxed{3}$, no: $\\boxed{\\frac{8}{2}}$."),
+    ]
+    assert [s.answer for s in math.load(str(path), limit=2)] == ["2", "\\frac{8}{2}"]
+
+
+def test_gsm8k_rows(math: Math, shared_data: Callable[[str], str]) -> None:
+    path = shared_data("math/gsm8k_test.jsonl")
+    samples = math.load(path)
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    assert len(samples) == len(rows) == 1319
+    assert samples[0].answer == "18"
+    assert samples[0].reasoning.endswith("She makes 9 * 2 = $18 every day at the farmer’s market.")
+    assert not any("<<" in sample.reasoning or "####" in sample.reasoning for sample in samples)
+    for solutions in ([row["answer"] for row in rows], [math.solution(sample) for sample in samples]):
+        assert all(math.equivalent(samples, [math.answer_of(solution) for solution in solutions]))
+    others = [math.answer_of(row["answer"]) for row in rows[1:] + rows[:1]]
+    assert sum(math.equivalent(samples, others)) < 60
+    assert {math.fault(sample) for sample in samples} == {None}
+    assert set(math.verify(samples)) == {None}

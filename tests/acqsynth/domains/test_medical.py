@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acqsynth.domains import Sample
+from acqsynth.domains.medical import Medical
+
+OPTIONS = {"A": "Aspirin", "B": "Vitamin B", "C": "Rest", "D": "None of these"}
+CHOICE = "Which drug thins the blood?\n" + "\n".join(f"{letter}) {text}" for letter, text in OPTIONS.items())
+MCQA: dict[str, Any] = {
+    "question": "Which drug thins the blood?",
+    **{f"op{letter.lower()}": text for letter, text in OPTIONS.items()},
+    "cop": 0,
+    "exp": "It blocks platelets.",
+}
+
+medical = Medical()
+
+
+def rows(path: Path, *content: dict[str, Any]) -> str:
+    path.write_text("\n".join(map(json.dumps, content)))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "canonical"),
+    [
+        ("The answer is B.", "B.", "B"),
+        ("It thins. The answer is (c) Rest", "(c) Rest", "C"),
+        ("Answer: A\nNo. Answer: D) None of these", "D) None of these", "D"),
+        ("**Answer:** B", "B", "B"),
+        ("\\boxed{C} so the answer is D", "C", "C"),
+        ("\\boxed{\\text{yes}}", "yes", "yes"),
+        ("The answer is yes, because it does.", "yes, because it does.", "yes"),
+        ("It does.\nMaybe.", "Maybe.", "maybe"),
+        ("Long thought.\n\nB) Vitamin B", "B) Vitamin B", "B"),
+        ("The answer is Vitamin B", "Vitamin B", "vitamin b"),
+        ("The answer is A or B", "A or B", "a or b"),
+        ("The answer is yes/no", "yes/no", "yes no"),
+        ("The answer is A), B), C)", "A), B), C)", "a b c"),
+    ],
+)
+def test_answers(completion: str, answer: str, canonical: str) -> None:
+    assert medical.answer_of(completion) == answer
+    assert medical.canonical(answer) == canonical
+
+
+@pytest.mark.parametrize(
+    "completion", ["", "A fever is common.", "A or B", "No fever is seen.", "Perhaps.", "B\nor so"]
+)
+def test_no_answer(completion: str) -> None:
+    assert medical.answer_of(completion) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("A", True), ("a", True), ("(A)", True), ("A) Aspirin", True), ("aspirin.", True), ("Aspirin", True),
+        ("B", False), ("A fever", False), ("A or B", False), ("Rest", False), ("yes", False), (None, False),
+    ],
+)  # fmt: skip
+def test_options_are_right_by_letter_or_text(answer: str | None, right: bool) -> None:
+    for gold in ("A", "A) Aspirin", "Aspirin"):
+        assert medical.equivalent([Sample(CHOICE, gold, extra={"options": OPTIONS})], [answer]) == [right]
+
+
+def test_decisions_are_right_by_the_word() -> None:
+    golds = [Sample("Does it?", gold) for gold in ("yes", "no", "maybe")]
+    assert medical.equivalent(golds, ["Yes", "No.", "maybe, it depends"]) == [True] * 3
+    assert medical.equivalent(golds, ["no", "yes", "yes"]) == [False] * 3
+    assert medical.equivalent(golds, ["yes or no", "yes, no", "nobody knows"]) == [False] * 3
+
+
+def test_options_of_a_generated_question() -> None:
+    text = f"<question>{CHOICE}</question><reasoning>It does.</reasoning><answer>A) Aspirin</answer>"
+    sample = medical.parse(text)
+    assert sample == Sample(CHOICE, "A) Aspirin", "It does.", {"options": OPTIONS})
+    assert medical.fault(sample) is None
+    inline = medical.parse(text.replace("\n", " "))
+    assert inline is not None
+    assert inline.extra["options"] == OPTIONS
+    decision = medical.parse("<question>Does aspirin thin the blood?</question><answer>Yes</answer>")
+    assert decision is not None
+    assert (decision.extra, medical.fault(decision)) == ({}, None)
+    assert medical.parse("<question>Why?</question>") is None
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "fault"),
+    [
+        ("Why?", "yes", "the question is too short"),
+        ("Does aspirin thin the blood?", "it does", "neither options A) to D) nor an answer of yes, no or maybe"),
+        ("Aspirin thins the blood a lot.", "yes", "nothing is asked"),
+        (CHOICE, "yes", "the answer is none of the options"),
+        (CHOICE, "Ibuprofen", "the answer is none of the options"),
+        (CHOICE.replace("Rest", "aspirin"), "A", "two options are the same"),
+        (CHOICE.replace("C) Rest\n", ""), "A", "neither options A) to D) nor an answer of yes, no or maybe"),
+        (CHOICE.replace("Rest", ""), "A", "neither options A) to D) nor an answer of yes, no or maybe"),
+    ],
+)
+def test_fault(question: str, answer: str, fault: str) -> None:
+    sample = medical.parse(f"<question>{question}</question><answer>{answer}</answer>")
+    assert sample is not None
+    assert medical.fault(sample) == fault
+
+
+def test_verify_knows_a_contradiction_and_no_more() -> None:
+    extra = {"options": OPTIONS}
+    samples = [
+        Sample(CHOICE, "A) Aspirin", "So the answer is A.", extra),
+        Sample(CHOICE, "A) Aspirin", "So the answer is B.", extra),
+        Sample(CHOICE, "A) Aspirin", "It thins the blood.", extra),
+        Sample("Does it?", "no", "It does. The answer is yes."),
+    ]
+    assert medical.verify(samples) == [None, False, None, False]
+
+
+def test_a_solution_is_read_back() -> None:
+    sample = Sample(CHOICE, "A) Aspirin", "It is known.", {"options": OPTIONS})
+    assert medical.solution(sample) == "It is known.\nThe answer is A) Aspirin"
+    assert medical.equivalent([sample], [medical.answer_of(medical.solution(sample))]) == [True]
+
+
+def test_a_student_is_asked_for_the_form_of_the_question() -> None:
+    assert "the letter of the right option" in medical.student_prompt(CHOICE)[0]["content"]
+    assert "yes, no or maybe" in medical.student_prompt("Does it?")[0]["content"]
+
+
+def test_medmcqa_rows(tmp_path: Path) -> None:
+    source = rows(tmp_path / "a.jsonl", MCQA, {**MCQA, "cop": 3, "exp": None})
+    assert medical.load(source) == [
+        Sample(CHOICE, "A) Aspirin", "It blocks platelets.", {"options": OPTIONS}),
+        Sample(CHOICE, "D) None of these", "", {"options": OPTIONS}),
+    ]
+    for cop in (-1, 4, None, "A", True):
+        with pytest.raises(ValueError, match=r"row 1: cop: expected 0 to 3, got"):
+            medical.load(rows(tmp_path / "b.jsonl", {**MCQA, "cop": cop}))
+
+
+def test_pubmedqa_rows_as_on_the_hub(tmp_path: Path) -> None:
+    row = {
+        "question": "Does it?",
+        "context": {"contexts": ["One.", "Two."], "labels": ["a", "b"]},
+        "long_answer": "It does.",
+        "final_decision": "yes",
+    }
+    assert medical.load(rows(tmp_path / "a.jsonl", row)) == [Sample("One.\n\nTwo.\n\nDoes it?", "yes", "It does.")]
+    with pytest.raises(ValueError, match=r"row 2: contexts: expected a list of texts, got 'One\.'"):
+        medical.load(rows(tmp_path / "b.jsonl", row, {**row, "context": "One."}))
+    with pytest.raises(ValueError, match="row 1: final_decision: expected yes, no, maybe, got 'perhaps'"):
+        medical.load(rows(tmp_path / "c.jsonl", {**row, "final_decision": "perhaps"}))
+
+
+def test_pubmedqa_rows(shared_data: Callable[[str], str]) -> None:
+    samples = medical.load(shared_data("medical/pubmedqa_train.jsonl"))
+    assert Counter(sample.answer for sample in samples) == {"yes": 276, "no": 169, "maybe": 55}
+    assert samples[0].question.endswith("Can tailored interventions increase mammography use among HMO women?")
+    assert all(medical.equivalent(samples, [medical.answer_of(medical.solution(s)) for s in samples]))
+    assert {medical.fault(sample) for sample in samples} <= {None, "nothing is asked"}
