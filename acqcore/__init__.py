@@ -9,6 +9,7 @@ from __future__ import annotations
 from acqcore.acquisitions import Acquisition, acquisitions, register
 from acqcore.backends import BackendInfo, backends
 from acqcore.badge import badge_embedding
+from acqcore.bayes import BayesStats, ensemble_stats, mutual_information
 from acqcore.diversity import Archive, gradient_diversity, vendi_score
 from acqcore.ghost import grad_norm
 from acqcore.head import Head
@@ -27,6 +28,7 @@ __all__ = [
     "Acquisition",
     "Archive",
     "BackendInfo",
+    "BayesStats",
     "Head",
     "Reference",
     "RowStats",
@@ -36,6 +38,7 @@ __all__ = [
     "acquisitions",
     "backends",
     "badge_embedding",
+    "ensemble_stats",
     "grad_norm",
     "grad_sketch",
     "gradient_diversity",
@@ -45,6 +48,7 @@ __all__ = [
     "influence",
     "influence_reference",
     "logit_stats",
+    "mutual_information",
     "register",
     "row_stats",
     "score",

@@ -63,6 +63,42 @@ def head_grad_norm(
     form: str,  # "auto", "gram" or "direct"
     squared: int,  # float64 [samples], written
 ) -> None: ...
+
+class Dropout:
+    """Dropout that makes draws; what it points to must stay alive."""
+
+    def __init__(
+        self,
+        form: str,  # "element" or "block"
+        block: int,
+        threshold: int,  # floor(p 2^32)
+        inverse_keep: float,
+        seed: int,
+        samples: int,  # int64 [N]
+        positions: int,  # int64 [N]
+    ) -> None: ...
+
+def dropout_mask(
+    isa: str,
+    threads: int,
+    dropout: Dropout,
+    site: int,
+    rows: int,
+    draws: int,
+    units: int,
+    keep: int,  # bool [draws, rows, units], written
+) -> None: ...
+def mixture_stats(
+    isa: str,
+    head: HeadArgs,  # hidden [N, D], or [draws * N, D] without dropout; its weight and bias are not read
+    rows: int,
+    draws: int,
+    dropout: Dropout | None,
+    weights: list[Matrix],  # one, or one a draw: [V, D]
+    biases: list[int],  # likewise, float32 [V], or 0
+    state: int,  # float64 [6, N], written
+    votes: int,  # int64 [draws, N], written
+) -> None: ...
 def logit_stats(
     isa: str,
     threads: int,

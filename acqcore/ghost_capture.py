@@ -49,7 +49,7 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
     assert isinstance(trunk, nn.Module)
     names: dict[torch.Tensor, str] = {p: name for name, p in module.named_parameters()}
     if isinstance(parameters, int):
-        blocks = _blocks(trunk)
+        blocks = student.blocks
         checks.block_count(parameters, len(blocks))
         last = {p for block in blocks[-parameters:] for p in block.parameters()}
         names = {p: name for p, name in names.items() if p in last}
@@ -77,17 +77,6 @@ def _name(value: torch.Tensor, names: Mapping[torch.Tensor, str]) -> str | None:
         if parameter.data_ptr() == value.data_ptr() and parameter.shape == value.shape:
             return name
     return None
-
-
-def _blocks(trunk: nn.Module) -> list[nn.Module]:
-    """The transformer blocks: the longest list of modules that is not inside another."""
-    longest: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for module in trunk.modules():  # an outer module comes before those inside it
-        if isinstance(module, nn.ModuleList) and module not in inside:
-            inside.update(module.modules())
-            longest = max(longest, list(module), key=len)
-    return longest
 
 
 class Capture:

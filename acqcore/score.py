@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
 from acqcore import checks
 from acqcore.acquisitions import REGISTRY, Acquisition, SampleBatch
+from acqcore.bayes import BayesStats
+from acqcore.draws import DrawBatch, DrawOptions, Draws
 from acqcore.ghost import grad_norm
 from acqcore.head import Head
 from acqcore.influence import influence
 from acqcore.packing import OVERHEAD_TOKENS, collate, partition
 from acqcore.progress import Progress
-from acqcore.row_stats import row_stats
+from acqcore.row_stats import RowStats, row_stats
 from acqcore.samples import Row, Samples, encode
 from acqcore.scores import Scores
 from acqcore.student import Student, StudentLike, as_student
@@ -23,7 +25,15 @@ from acqcore.student import Student, StudentLike, as_student
 REDUCTIONS = ("mean", "sum", "max", "topk")
 
 #: What ``acquisition_args`` may hold for each acquisition that takes arguments, and what it must.
-ARGUMENTS = {"grad_norm": ("parameters", "loss"), "influence": ("reference", "similarity")}
+ARGUMENTS = {
+    "grad_norm": ("parameters", "loss"),
+    "influence": ("reference", "similarity"),
+    **{
+        name: tuple(option.name for option in fields(DrawOptions))
+        for name, entry in REGISTRY.items()
+        if entry.per_draws is not None
+    },
+}
 REQUIRED = {"influence": "reference"}
 
 #: Acquisitions that may take a forward and backward pass of their own.
@@ -62,6 +72,9 @@ def score(
         acquisition_args: name -> arguments of that acquisition. ``grad_norm`` takes ``loss`` and ``parameters`` of
             :func:`acqcore.grad_norm`; beyond ``"head"`` it runs a forward and backward pass of its own.
             ``influence`` needs ``reference``, from :func:`acqcore.influence_reference`, and takes ``similarity``.
+            ``mutual_information`` and the others of several draws take ``layers`` (dropout in the last n blocks,
+            ``"all"``, ``"own"``, or 0 for the last hidden state alone), ``draws``, ``dropout``, ``form``, ``block``,
+            ``seed``, or ``members``, an ensemble: see ``acqcore.draws.DrawOptions``. Equal arguments share the draws.
         tokenizer: of the student; by default the one loaded with a path. Tensors need none.
         reduction: of a sample's token values: ``mean``, ``sum``, ``max``, or ``topk``, the mean of the
             largest.
@@ -99,7 +112,7 @@ def score(
     values = torch.full((len(names), len(rows)), torch.nan)
     valid = torch.zeros(len(rows), dtype=torch.bool)
     n_tokens = torch.tensor([row.n_scored for row in rows], dtype=torch.int64)
-    per_token = [name for name in names if REGISTRY[name].per_token is not None]
+    per_token = [name for name in names if REGISTRY[name].per_token or REGISTRY[name].per_draws]
     tokens: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in per_token}
     if not request.in_one_pass():
         valid.fill_(True)
@@ -132,6 +145,7 @@ class Request:
     batch_tokens: int
     backend: str | None
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    draw_options: Mapping[str, DrawOptions] = field(default_factory=dict)
 
     @property
     def own_passes(self) -> list[str]:
@@ -158,7 +172,9 @@ class Request:
         checks.positive_int("topk", topk)
         checks.positive_int("batch_tokens", batch_tokens)
         checks.required_arguments(names, arguments or {}, REQUIRED)
-        return cls(names, reduction, topk, batch_tokens, backend, arguments or {})
+        arguments = arguments or {}
+        draws = {n: DrawOptions.checked(arguments.get(n, {})) for n in names if REGISTRY[n].per_draws is not None}
+        return cls(names, reduction, topk, batch_tokens, backend, arguments, draws)
 
     def fitting_head(self, student: Student) -> Head:
         """The student's head, known before any forward is paid for to be one that the backend serves."""
@@ -190,13 +206,17 @@ def iterate(
     The batches are a function of the rows, the request and the device's type; those whose first row is in
     ``done`` are left out.
     """
+    draws = {
+        options: Draws(student, head, options, request.batch_tokens, request.backend)
+        for options in request.draw_options.values()
+    }
     scored = [i for i, row in enumerate(rows) if row.n_scored]
     lengths = [len(rows[i].ids) for i in scored]
     overhead = OVERHEAD_TOKENS.get(student.device.type, OVERHEAD_TOKENS["cuda"])
     for batch in partition(lengths, request.batch_tokens, overhead):
         indices = [scored[i] for i in batch]
         if indices[0] not in done:
-            yield _score_batch(student, head, rows, indices, request)
+            yield _score_batch(student, head, rows, indices, request, draws)
 
 
 def _score_batch(
@@ -205,6 +225,7 @@ def _score_batch(
     rows: Sequence[Row],
     indices: list[int],
     request: Request,
+    draws: Mapping[DrawOptions, Draws],
 ) -> Batch:
     picked = [rows[i] for i in indices]
     # Padded on the right and given no attention mask: the trunk is causal, so no real token sees the padding
@@ -221,18 +242,21 @@ def _score_batch(
         hidden = hidden.to(device=head.weight.device, dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             stats = row_stats(hidden, head, targets.to(hidden.device), backend=request.backend)
+        drawn: dict[DrawOptions, BayesStats] = {}
+        for options, of_student in draws.items():
+            drawn[options] = of_student.stats(DrawBatch(picked, input_ids, positions, targets, offsets, hidden))
         offsets = offsets.to(hidden.device)
         token_values, sample_values = {}, {}
         for entry in request.in_one_pass():
-            if entry.per_token is not None:
-                column = entry.per_token(stats)
+            if entry.per_token is not None or entry.per_draws is not None:
+                column = _token_values(entry, stats, drawn, request)
                 checks.token_values(entry.name, column, len(stats))
                 token_values[entry.name] = column.double().cpu()  # [N]
             else:
-                options = {k: v for k, v in request.arguments.get(entry.name, {}).items() if k != "parameters"}
+                own = {k: v for k, v in request.arguments.get(entry.name, {}).items() if k != "parameters"}
                 assert entry.per_sample is not None
                 batch = SampleBatch(hidden, head, stats, offsets, request.backend)
-                sample_values[entry.name] = entry.per_sample(batch, **options).float().cpu()  # [B]
+                sample_values[entry.name] = entry.per_sample(batch, **own).float().cpu()  # [B]
     values = torch.full((len(request.acquisitions), len(indices)), torch.nan)
     tokens: list[dict[str, torch.Tensor]] = [{} for _ in indices]
     in_pass = torch.zeros(len(request.acquisitions), dtype=torch.bool)
@@ -249,6 +273,16 @@ def _score_batch(
                 sample[name] = _finish(entry, piece)
         in_pass[a] = name in sample_values or name in token_values
     return Batch(indices, values, values[in_pass].isfinite().all(dim=0), tokens, sum(len(row.ids) for row in picked))
+
+
+def _token_values(
+    entry: Acquisition, stats: RowStats, drawn: Mapping[DrawOptions, BayesStats], request: Request
+) -> torch.Tensor:
+    """``[N]`` of the scored tokens."""
+    if entry.per_token is not None:
+        return entry.per_token(stats)
+    assert entry.per_draws is not None
+    return entry.per_draws(drawn[request.draw_options[entry.name]])
 
 
 def _reduce(

@@ -146,6 +146,18 @@ class Student:
                 return parameter.device
         return self.head.weight.device
 
+    @property
+    def blocks(self) -> list[torch.nn.Module]:
+        """The trunk's transformer blocks: the longest list of modules that is not inside another; may be empty."""
+        longest: list[torch.nn.Module] = []
+        inside: set[torch.nn.Module] = set()
+        modules = self.trunk.modules() if isinstance(self.trunk, torch.nn.Module) else ()
+        for module in modules:  # an outer module comes before those inside it
+            if isinstance(module, torch.nn.ModuleList) and module not in inside:
+                inside.update(module.modules())
+                longest = max(longest, list(module), key=len)
+        return longest
+
     def hidden(
         self,
         input_ids: torch.Tensor,  # [B, T] int64

@@ -15,6 +15,11 @@ from acqcore.acquisitions.expected_gradient_length import (  # isort: skip
     expected_gradient_length as expected_gradient_length,
 )
 from acqcore.acquisitions.token_grad_norm import token_grad_norm as token_grad_norm  # isort: skip
+from acqcore.acquisitions.mutual_information import mutual_information as mutual_information  # isort: skip
+from acqcore.acquisitions.predictive_entropy import predictive_entropy as predictive_entropy  # isort: skip
+from acqcore.acquisitions.expected_entropy import expected_entropy as expected_entropy  # isort: skip
+from acqcore.acquisitions.variation_ratio import variation_ratio as variation_ratio  # isort: skip
+from acqcore.acquisitions.bald_quadratic import bald_quadratic as bald_quadratic  # isort: skip
 from acqcore.acquisitions.grad_norm import grad_norm as grad_norm  # isort: skip
 from acqcore.acquisitions import influence as _influence  # isort: skip  # noqa: F401
 from acqcore.acquisitions.base import REGISTRY, Acquisition, SampleBatch, register

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from acqcore.bayes import BayesStats
 from acqcore.head import Head
 from acqcore.row_stats import RowStats
 
@@ -34,13 +35,14 @@ class SampleBatch:
 class Acquisition:
     """An acquisition function: of row statistics token by token, or of a whole sample.
 
-    With neither function, ``score`` computes it in a pass of its own.
+    It has one of the functions below; with none, ``score`` computes it in a pass of its own.
 
     Attributes:
         name: how ``score`` is asked for it.
         description: one line, with the formula.
-        per_token: RowStats of T scored tokens -> ``[T]``; None for one of whole samples.
-        per_sample: SampleBatch and the acquisition's own arguments -> ``[B]``; None for one of tokens.
+        per_token: RowStats of T scored tokens -> ``[T]``.
+        per_draws: BayesStats of T scored tokens -> ``[T]``, for one of several draws of the student's weights.
+        per_sample: SampleBatch and the acquisition's own arguments -> ``[B]``, for one of whole samples.
         needs_targets: the value depends on the token that was written, not only on the prediction.
         finish: applied to a per-token value and to the reduced value, for those that are averaged on another scale
             (perplexity is averaged as a loss); None leaves them.
@@ -49,6 +51,7 @@ class Acquisition:
     name: str
     description: str
     per_token: Callable[[RowStats], torch.Tensor] | None = None
+    per_draws: Callable[[BayesStats], torch.Tensor] | None = None
     per_sample: Callable[..., torch.Tensor] | None = None
     needs_targets: bool = False
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -90,6 +93,18 @@ def register_sample(name: str) -> Callable[[Callable[..., torch.Tensor]], Callab
 
     def decorate(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         REGISTRY[name] = Acquisition(name, _description(name, function), per_sample=function, needs_targets=True)
+        return function
+
+    return decorate
+
+
+def register_draws(
+    name: str,
+) -> Callable[[Callable[[BayesStats], torch.Tensor]], Callable[[BayesStats], torch.Tensor]]:
+    """As :func:`register`, for a function of BayesStats."""
+
+    def decorate(function: Callable[[BayesStats], torch.Tensor]) -> Callable[[BayesStats], torch.Tensor]:
+        REGISTRY[name] = Acquisition(name, _description(name, function), per_draws=function)
         return function
 
     return decorate

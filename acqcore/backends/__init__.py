@@ -13,6 +13,8 @@ import torch
 
 from acqcore import checks
 from acqcore.backends.base import Backend
+from acqcore.backends.base import DrawRows as DrawRows
+from acqcore.backends.base import Dropout as Dropout
 from acqcore.backends.base import HeadRows as HeadRows
 from acqcore.backends.cpu import Cpu
 from acqcore.backends.eager import Eager

@@ -23,6 +23,36 @@ class HeadRows:
     index: torch.Tensor  # [N] int64
 
 
+@dataclass(frozen=True, eq=False)
+class Dropout:
+    """Inverted dropout that makes draws of hidden states; masks as in ``philox.py``, found again where needed."""
+
+    p: float
+    form: str  # "element": columns drop alone; "block": in groups of ``block``, the last may be short
+    block: int
+    seed: int
+    samples: torch.Tensor  # [N] int64: what tells the samples' masks apart
+    positions: torch.Tensor  # [N] int64: of each row in its sample
+
+    @property
+    def width(self) -> int:
+        """Columns that drop together."""
+        return self.block if self.form == "block" else 1
+
+
+@dataclass(frozen=True, eq=False)
+class DrawRows:
+    """K draws of N rows under a head each or one for all, and their statistics, written by ``mixture_stats``."""
+
+    hidden: torch.Tensor  # [N, D] where dropout makes the draws, else [K, N, D]
+    heads: tuple[Head, ...]  # one, or K over one vocabulary, alike in softcap and scale
+    targets: torch.Tensor | None  # [N] int64, -100 ignored
+    draws: int
+    dropout: Dropout | None
+    state: torch.Tensor  # [6, N] float64, contiguous
+    votes: torch.Tensor  # [K, N] int64, contiguous
+
+
 class Backend(ABC):
     """One way of filling the row state. Adapters only: the arithmetic is in kernels, csrc or plain torch."""
 
@@ -96,3 +126,19 @@ class Backend(ABC):
         squared: torch.Tensor,  # [B] float64, written
     ) -> None:
         """Squared norm of each sample's head gradient, the bias's included where there is one."""
+
+    @abstractmethod
+    def dropout_mask(
+        self,
+        dropout: Dropout,
+        site: int,
+        keep: torch.Tensor,  # [K, N, units] bool, contiguous, written; units are columns, or blocks of them
+    ) -> None:
+        """The masks of ``philox.keep_mask`` for every draw; those of site 0 are what ``mixture_stats`` applies."""
+
+    @abstractmethod
+    def mixture_stats(
+        self,
+        rows: DrawRows,
+    ) -> None:
+        """Fill the state and votes of ``bayes.BayesStats``. A row with target -100: NaN state and votes of -1."""

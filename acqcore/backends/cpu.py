@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from acqcore import checks
-from acqcore.backends.base import Backend, HeadRows
+from acqcore.backends.base import Backend, DrawRows, Dropout, HeadRows
+from acqcore.philox import threshold
 
 try:
     import acqcore._core as _core
@@ -129,6 +130,59 @@ class Cpu(Backend):
                 form,
                 squared.data_ptr(),
             )
+
+    def dropout_mask(
+        self,
+        dropout: Dropout,
+        site: int,
+        keep: torch.Tensor,  # [K, N, units] bool, written
+    ) -> None:
+        draws, n, units = keep.shape
+        with _dropout_args(dropout) as arguments:
+            assert arguments is not None
+            _core.dropout_mask(
+                self.instruction_set(), torch.get_num_threads(), arguments, site, n, draws, units, keep.data_ptr()
+            )
+
+    def mixture_stats(
+        self,
+        rows: DrawRows,
+    ) -> None:
+        # The extension sees [K, N, D] as [K * N, D].
+        hidden = rows.hidden if rows.dropout is not None else rows.hidden.flatten(0, 1)
+        first = HeadRows(hidden, rows.heads[0], rows.targets, 1.0, rows.state, rows.votes)
+        biases = [None if head.bias is None else head.bias.to(torch.float32).contiguous() for head in rows.heads]
+        with _head_args(first) as arguments, _dropout_args(rows.dropout) as dropout:
+            _core.mixture_stats(
+                self.instruction_set(),
+                arguments,
+                rows.state.shape[1],
+                rows.draws,
+                dropout,
+                [_matrix(head.weight) for head in rows.heads],
+                [_pointer(bias) for bias in biases],
+                rows.state.data_ptr(),
+                rows.votes.data_ptr(),
+            )
+
+
+@contextmanager
+def _dropout_args(dropout: Dropout | None) -> Iterator[_core.Dropout | None]:
+    """What the extension takes of a dropout; what it points to lives as long as the context."""
+    if dropout is None:
+        yield None
+        return
+    samples, positions = dropout.samples.contiguous(), dropout.positions.contiguous()
+    yield _core.Dropout(
+        dropout.form,
+        dropout.width,
+        threshold(dropout.p),
+        1 / (1 - dropout.p),
+        dropout.seed,
+        samples.data_ptr(),
+        positions.data_ptr(),
+    )
+    del samples, positions
 
 
 @contextmanager

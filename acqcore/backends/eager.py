@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 
-from acqcore.backends.base import Backend, HeadRows
+from acqcore.backends.base import Backend, DrawRows, Dropout, HeadRows
 from acqcore.head import compute_dtype
+from acqcore.philox import keep_mask
 
 
 class Eager(Backend):
@@ -72,6 +74,66 @@ class Eager(Backend):
                 squared[i] = (d.T @ h).double().square().sum()
                 if rows.head.bias is not None:
                     squared[i] += d.sum(dim=0).double().square().sum()
+
+    def dropout_mask(
+        self,
+        dropout: Dropout,
+        site: int,
+        keep: torch.Tensor,  # [K, N, units] bool, written
+    ) -> None:
+        for k in range(len(keep)):
+            keep[k] = keep_mask(dropout.samples, dropout.positions, keep.shape[2], dropout.p, dropout.seed, k, site)
+
+    def mixture_stats(
+        self,
+        rows: DrawRows,
+    ) -> None:
+        logits = [rows.heads[k % len(rows.heads)].logits(drawn_hidden(rows, k)) for k in range(rows.draws)]
+        mixture(torch.stack(logits), rows.targets, rows.heads[0].vocab_start, rows.state, rows.votes)
+
+
+def drawn_hidden(rows: DrawRows, draw: int) -> torch.Tensor:
+    """Hidden states ``[N, D]`` of one draw."""
+    dropout = rows.dropout
+    if dropout is None:
+        return rows.hidden[draw]
+    width, columns = dropout.width, rows.hidden.shape[1]
+    units = (columns + width - 1) // width
+    keep = keep_mask(dropout.samples, dropout.positions, units, dropout.p, dropout.seed, draw)
+    keep = keep.repeat_interleave(width, dim=1)[:, :columns]
+    hidden = rows.hidden.to(compute_dtype(rows.hidden.dtype))
+    return hidden.where(keep, 0) / (1 - dropout.p)
+
+
+def mixture(
+    z: torch.Tensor,  # [K, N, V] float32 or float64
+    targets: torch.Tensor | None,  # [N]
+    vocab_start: int,
+    state: torch.Tensor,  # [6, N] float64, written
+    votes: torch.Tensor,  # [K, N] int64, written
+) -> None:
+    """The state of ``bayes.py`` from the logits of every draw."""
+    log_p = z.log_softmax(dim=2)
+    p = log_p.exp()
+    log_m = log_p.logsumexp(dim=0) - math.log(len(z))
+    m = log_m.exp()
+    p_log_p = (p * log_p).masked_fill(p == 0, 0)
+    m_log_m = (m * log_m).masked_fill(m == 0, 0)
+    reverse = (m * (log_m - log_p.mean(dim=0))).masked_fill(m == 0, 0)
+    state[0] = -p_log_p.sum(dim=2).mean(dim=0)
+    state[1] = (p_log_p.mean(dim=0) - m_log_m).sum(dim=1)
+    state[2] = reverse.sum(dim=1)
+    state[3] = -torch.inf
+    state[4] = m.square().sum(dim=1)
+    state[5] = (p.square().mean(dim=0) - m.square()).sum(dim=1)
+    votes[:] = z.argmax(dim=2) + vocab_start
+    if targets is not None:
+        local = targets - vocab_start
+        here = ((local >= 0) & (local < z.shape[2])).nonzero()[:, 0]
+        state[3, here] = log_m[here, local[here]].double()
+        ignored = targets == -100
+        state[:, ignored] = torch.nan
+        votes[:, ignored] = -1
 
 
 def logit_gradient(rows: HeadRows) -> torch.Tensor:

@@ -45,6 +45,39 @@ from acqcore.checks.basic import (
 from acqcore.checks.basic import (
     same_device as same_device,
 )
+from acqcore.checks.draws import (
+    alike as alike,
+)
+from acqcore.checks.draws import (
+    draw_arguments as draw_arguments,
+)
+from acqcore.checks.draws import (
+    draw_layers as draw_layers,
+)
+from acqcore.checks.draws import (
+    drawn_hidden as drawn_hidden,
+)
+from acqcore.checks.draws import (
+    draws as draws,
+)
+from acqcore.checks.draws import (
+    dropout as dropout,
+)
+from acqcore.checks.draws import (
+    dropout_layers as dropout_layers,
+)
+from acqcore.checks.draws import (
+    own_dropout as own_dropout,
+)
+from acqcore.checks.draws import (
+    residual_branches as residual_branches,
+)
+from acqcore.checks.draws import (
+    seed as seed,
+)
+from acqcore.checks.draws import (
+    some_blocks as some_blocks,
+)
 from acqcore.checks.files import (
     column_options as column_options,
 )

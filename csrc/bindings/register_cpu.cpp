@@ -113,6 +113,41 @@ void head_grad_norm(const std::string& isa, const acqcore::HeadArgs& head, uintp
   run(isa, &acqcore::Operations::head_grad_norm, args);
 }
 
+acqcore::Dropout make_dropout(const std::string& form, int64_t block, uint32_t threshold, float inverse_keep,
+                              uint64_t seed, uintptr_t samples, uintptr_t positions) {
+  const acqcore::Draws draws = form == "element" ? acqcore::Draws::kElement : acqcore::Draws::kBlock;
+  return {draws,
+          block,
+          threshold,
+          inverse_keep,
+          seed,
+          reinterpret_cast<const int64_t*>(samples),
+          reinterpret_cast<const int64_t*>(positions)};
+}
+
+void mixture_stats(const std::string& isa, const acqcore::HeadArgs& head, int64_t rows, int draws,
+                   const acqcore::Dropout* dropout, const std::vector<Matrix>& weights,
+                   const std::vector<uintptr_t>& biases, uintptr_t state, uintptr_t votes) {
+  std::vector<const float*> bias_pointers;
+  for (const uintptr_t bias : biases) bias_pointers.push_back(reinterpret_cast<const float*>(bias));
+  const acqcore::MixtureStatsArgs args = {head,
+                                          rows,
+                                          draws,
+                                          dropout ? *dropout : acqcore::Dropout{},
+                                          static_cast<int>(weights.size()),
+                                          weights.data(),
+                                          bias_pointers.data(),
+                                          reinterpret_cast<double*>(state),
+                                          reinterpret_cast<int64_t*>(votes)};
+  run(isa, &acqcore::Operations::mixture_stats, args);
+}
+
+void dropout_mask(const std::string& isa, int threads, const acqcore::Dropout& dropout, int site, int64_t rows,
+                  int draws, int64_t units, uintptr_t keep) {
+  run(isa, &acqcore::Operations::dropout_mask,
+      acqcore::DropoutMaskArgs{threads, dropout, site, rows, draws, units, reinterpret_cast<bool*>(keep)});
+}
+
 void logit_stats(const std::string& isa, int threads, const Matrix& logits, uintptr_t targets, float temperature,
                  uintptr_t state, uintptr_t index) {
   const acqcore::LogitStatsArgs args = {threads,
@@ -142,6 +177,13 @@ void register_cpu(py::module_& m) {
         py::arg("places"), py::arg("columns"), py::arg("out"));
   m.def("head_grad_norm", &head_grad_norm, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("offsets"), py::arg("samples"), py::arg("weights"), py::arg("form"), py::arg("squared"));
+  py::class_<acqcore::Dropout>(m, "Dropout")
+      .def(py::init(&make_dropout), py::arg("form"), py::arg("block"), py::arg("threshold"), py::arg("inverse_keep"),
+           py::arg("seed"), py::arg("samples"), py::arg("positions"));
+  m.def("dropout_mask", &dropout_mask, py::arg("isa"), py::arg("threads"), py::arg("dropout"), py::arg("site"),
+        py::arg("rows"), py::arg("draws"), py::arg("units"), py::arg("keep"));
+  m.def("mixture_stats", &mixture_stats, py::arg("isa"), py::arg("head"), py::arg("rows"), py::arg("draws"),
+        py::arg("dropout").none(true), py::arg("weights"), py::arg("biases"), py::arg("state"), py::arg("votes"));
   m.def("logit_stats", &logit_stats, py::arg("isa"), py::arg("threads"), py::arg("logits"), py::arg("targets"),
         py::arg("temperature"), py::arg("state"), py::arg("index"));
 }

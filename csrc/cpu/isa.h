@@ -61,12 +61,55 @@ struct HeadGradNormArgs {
   double* squared;        // [samples], written
 };
 
+enum class Draws {
+  kGiven,    // hidden holds every draw's states
+  kElement,  // dropout of columns
+  kBlock,    // dropout of blocks of columns
+};
+
+// Dropout that makes the draws: a unit is kept where its random word (philox.h) is at least `threshold`.
+struct Dropout {
+  Draws form;
+  int64_t block;       // columns that drop together, the last block may be short
+  uint32_t threshold;  // floor(p 2^32)
+  float inverse_keep;  // 1 / (1 - p)
+  uint64_t seed;
+  const int64_t* samples;    // [N]
+  const int64_t* positions;  // [N], in the sample
+};
+
+// Statistics of K softmax rows and of their mean, for each of N rows.
+struct MixtureStatsArgs {
+  HeadArgs head;               // hidden [N, D], or [K * N, D] draw by draw where they are given; targets [N]
+  int64_t rows;                // N
+  int draws;                   // K
+  Dropout dropout;
+  int members;                 // heads: 1, or K for draws with heads of their own
+  const Matrix* weights;       // [members], each [V, D]
+  const float* const* biases;  // [members], each [V] or null
+  double* state;               // [6, N], written; rows as STATE_ROWS in bayes.py
+  int64_t* votes;              // [K, N], written: each draw's largest logit
+};
+
+// The masks of every draw at one site of the model; 0 is the last hidden state, whose masks mixture_stats finds itself.
+struct DropoutMaskArgs {
+  int threads;
+  Dropout dropout;
+  int site;
+  int64_t rows;
+  int draws;
+  int64_t units;  // columns, or blocks of them
+  bool* keep;     // [draws, rows, units], written
+};
+
 // One instruction set's operations. Each returns false if scratch memory could not be had.
 struct Operations {
   bool (*row_stats)(const RowStatsArgs&);
   bool (*logit_stats)(const LogitStatsArgs&);
   bool (*delta_product)(const DeltaProductArgs&);
   bool (*head_grad_norm)(const HeadGradNormArgs&);
+  bool (*mixture_stats)(const MixtureStatsArgs&);
+  bool (*dropout_mask)(const DropoutMaskArgs&);
 };
 
 struct Isa {

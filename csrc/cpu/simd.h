@@ -80,6 +80,27 @@ inline Vec exp_scaled(Vec x) {
   return (Vec)((IntVec)p + ((bits + shift) << 23));
 }
 
+// log(x) for normal x > 0, within 2 ulp, exactly 0 at 1. Polynomial of Cephes logf on [sqrt(1/2), sqrt(2)).
+inline Vec log(Vec x) {
+  IntVec bits = (IntVec)x - 0x3f3504f3;  // of sqrt(1/2)
+  const IntVec exponent = bits >> 23;
+  bits = (bits & 0x007fffff) + 0x3f3504f3;
+  const Vec f = (Vec)bits - 1.0f;
+  const Vec n = __builtin_convertvector(exponent, Vec);
+  Vec p = f * 7.0376836292e-2f + -1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f + -1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f + -1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f + -2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Vec s = f * f;
+  Vec y = p * f * s + n * -2.12194440e-4f;
+  y = y - s * 0.5f;
+  return f + y + n * 0.693359375f;
+}
+
 // tanh(x), within 2 ulp: an odd polynomial near 0 (Cephes tanhf), else (1 - t) / (1 + t) with t = exp(-2 |x|).
 inline Vec tanh(Vec x) {
   const Vec a = x < 0 ? -x : x;

@@ -51,28 +51,30 @@ inline void multiply_panel(const Inner& inner, const float* a /* [k, kPanelRows]
   }
 }
 
-// z = cap(scale (product + bias)) / temperature
+// z = cap(scale (factor product + bias)) / temperature
 struct Transform {
-  float before, cap_scale, after;
+  float factor, before, cap_scale, after;
   const float* bias;
   bool identity, capped;
 
-  explicit Transform(const HeadArgs& args)
-      : before(args.softcap > 0 ? args.scale / args.softcap : args.scale / args.temperature),
+  explicit Transform(const HeadArgs& args, float product_factor = 1.0f)
+      : factor(product_factor),
+        before(args.softcap > 0 ? args.scale / args.softcap : args.scale / args.temperature),
         cap_scale(args.softcap),
         after(args.softcap / args.temperature),
         bias(args.bias),
-        identity(args.softcap == 0 && args.bias == nullptr && before == 1.0f),
+        identity(args.softcap == 0 && args.bias == nullptr && before * factor == 1.0f),
         capped(args.softcap > 0) {}
 
   // In place on z[0, n) whose first has column `base` in this weight; what lies beyond n up to a whole vector is -inf.
   void operator()(float* z, int n, int64_t base) const {
     if (!identity) {
       if (bias) {
-        for (int i = 0; i < n; ++i) z[i] += bias[base + i];
+        for (int i = 0; i < n; ++i) z[i] = z[i] * factor + bias[base + i];
       }
+      const float slope = bias ? before : before * factor;
       for (int i = 0; i < n; i += kLanes) {
-        Vec x = load(z + i) * before;
+        Vec x = load(z + i) * slope;
         if (capped) x = tanh(x) * after;
         store(z + i, x);
       }

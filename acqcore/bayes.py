@@ -1,0 +1,289 @@
+"""Mutual information between prediction and weights (BALD), by MC dropout or an ensemble, without ``[N, K, V]`` logits.
+
+K draws of the weights give K distributions ``p_k`` for a row, and their mean ``m = mean_k p_k``. Then
+
+    mutual information        H(m) - mean_k H(p_k) = mean_k KL(p_k || m)     what the draws disagree about: ignorance
+    expected entropy          mean_k H(p_k)                                   what they agree is uncertain: ambiguity
+
+Each row needs few sums, taken in two visits of the vocabulary as the mean distribution needs every draw's normaliser:
+``expected_entropy``, ``information = sum_v mean_k p log p - m log m``, ``reverse = sum_v m (log m - mean_k log p)``,
+``log_target = log m_y``, ``sum_sq = sum_v m^2``, ``spread = sum_v mean_k p^2 - m^2``. The last four of the sums over v
+are formed from differences that vanish where the draws agree, not from differences of entropies.
+
+Source: BALD (Houlsby et al. 2011), by MC dropout (Gal & Ghahramani 2016; Gal, Islam & Ghahramani 2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from acqcore import checks
+from acqcore.backends import DrawRows, Dropout
+from acqcore.backends import get as get_backend
+from acqcore.backends import select as select_backend
+from acqcore.head import Head, compute_dtype
+
+FORMS = ("element", "block")
+
+#: Rows of ``BayesStats.state``.
+STATE_ROWS = ("expected_entropy", "information", "reverse", "log_target", "sum_sq", "spread")
+ENTROPY, INFORMATION, REVERSE, LOG_TARGET, SUM_SQ, SPREAD = range(6)
+
+#: Statistics every backend must give; the parity tests go through this list.
+FIELDS = (
+    "mutual_information",
+    "predictive_entropy",
+    "expected_entropy",
+    "variation_ratio",
+    "expected_pairwise_kl",
+    "logprob",
+    "quadratic_mutual_information",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class BayesStats:
+    """Statistics of N rows under K draws, each ``[N]``; float32 (float64 where an input was float64).
+
+    Rows whose target is -100, and rows without a finite logit, hold NaN. ``logprob`` is None without targets.
+
+    Attributes:
+        state: ``[6, N]`` float64, rows as in ``STATE_ROWS``.
+        votes: ``[K, N]`` int64, the most likely token of each draw.
+        targets: ``[N]`` int64 or None.
+        dtype: dtype of the fields.
+    """
+
+    state: torch.Tensor
+    votes: torch.Tensor
+    targets: torch.Tensor | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __len__(self) -> int:
+        return self.state.shape[1]
+
+    def __repr__(self) -> str:
+        return f"BayesStats(rows={len(self)}, draws={len(self.votes)}, valid={int(self.valid.sum())})"
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """``[N]`` bool: the row was scored and has a finite logit and no NaN in every draw."""
+        return self.state[ENTROPY].isfinite()
+
+    @property
+    def mutual_information(self) -> torch.Tensor:
+        """``H(m) - mean_k H(p_k)`` in nats, in ``[0, log K]``; 0 where the draws agree."""
+        return self._field(self._information)
+
+    @property
+    def predictive_entropy(self) -> torch.Tensor:
+        """``H(m)`` in nats: mutual information and expected entropy together."""
+        return self._field(self.state[ENTROPY] + self._information)
+
+    @property
+    def expected_entropy(self) -> torch.Tensor:
+        """``mean_k H(p_k)`` in nats."""
+        return self._field(self.state[ENTROPY])
+
+    @property
+    def variation_ratio(self) -> torch.Tensor:
+        """Share of draws whose most likely token is not the commonest of them, in ``[0, 1 - 1/K]``."""
+        draws = len(self.votes)
+        commonest = torch.zeros_like(self.votes[0])
+        for vote in self.votes:
+            commonest = torch.maximum(commonest, (self.votes == vote).sum(dim=0))
+        return self._field(1 - commonest.double() / draws)
+
+    @property
+    def expected_pairwise_kl(self) -> torch.Tensor:
+        """``mean_jk KL(p_j || p_k)`` over all K^2 ordered pairs, in nats (Malinin & Gales 2021)."""
+        return self._field(self._information + self.state[REVERSE].clamp_min(0))
+
+    @property
+    def logprob(self) -> torch.Tensor | None:
+        """Log-probability of the target under the mean distribution, ``log m_y``."""
+        return None if self.targets is None else self._field(self.state[LOG_TARGET])
+
+    @property
+    def quadratic_mutual_information(self) -> torch.Tensor:
+        """The same with Renyi-2 entropies, ``log(mean_k sum_v p_k^2 / sum_v m^2)`` in nats, in ``[0, log K]``.
+
+        By Jensen's inequality ``sum m^2 <= mean_k sum p_k^2 <= K sum m^2``: a mean of collision probabilities is taken
+        before the logarithm, as a mean of Renyi entropies has no lower bound of 0.
+        """
+        return self._field((self.state[SPREAD].clamp_min(0) / self.state[SUM_SQ]).log1p())
+
+    @property
+    def _information(self) -> torch.Tensor:
+        return self.state[INFORMATION].clamp_min(0)
+
+    def _field(self, value: torch.Tensor) -> torch.Tensor:
+        return value.where(self.valid, torch.nan).to(self.dtype)
+
+
+def mutual_information(
+    hidden: torch.Tensor,
+    head: Head,
+    *,
+    dropout: float = 0.1,
+    draws: int = 8,
+    form: str = "element",
+    block: int = 64,
+    seed: int = 0,
+    offsets: torch.Tensor | None = None,
+    targets: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> BayesStats:
+    """Statistics of ``draws`` MC-dropout draws of each row, dropout acting on the hidden states: the trunk runs once.
+
+    Args:
+        hidden: ``[N, D]`` float32, bfloat16, float16 (float64 on ``eager``); any strides; N may be 0.
+        head: the last layer, on the same device.
+        dropout: probability p that a column is dropped; what is kept is divided by ``1 - p``.
+        draws: K, at least 2.
+        form: ``element``: columns drop alone, K products with the head; ``block``: in groups of ``block``, whose
+            partial products are taken once and recombined for each draw, about one product whatever K.
+        block: columns that drop together in the block form; the last block of a row may be short.
+        seed: of the masks, a function of (seed, draw, sample, position in the sample, column): the same on every
+            backend and in every batch.
+        offsets: ``[B + 1]`` int64, sample i being rows ``offsets[i]:offsets[i + 1]``; by default all are one sample.
+        targets: ``[N]`` int64, -100 marks rows to ignore; needed for ``logprob`` alone.
+        backend: as in :func:`acqcore.row_stats`.
+
+    Returns:
+        BayesStats of N rows. No gradient flows.
+
+    Raises:
+        TypeError, ValueError: as :func:`acqcore.row_stats`; draws below 2, dropout outside [0, 1), an unknown form,
+            block below 1, offsets that do not increase from 0 to N.
+    """
+    checks.dropout(dropout)
+    checks.draws(draws)
+    checks.one_of("form", form, FORMS)
+    checks.positive_int("block", block)
+    checks.seed(seed)
+    checks.instance("head", head, Head, "acqcore.Head")
+    checks.hidden(hidden, head.weight)
+    checks.targets(targets, hidden, "hidden")
+    samples, positions = _places(hidden, offsets)
+    return dropout_stats(hidden, head, Dropout(dropout, form, block, seed, samples, positions), draws, targets, backend)
+
+
+def ensemble_stats(
+    hidden: torch.Tensor,
+    heads: Head | Sequence[Head],
+    targets: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> BayesStats:
+    """The same statistics of draws in hand: members of an ensemble, or passes of a model under dropout.
+
+    Args:
+        hidden: ``[K, N, D]``, K at least 2; dtypes as in :func:`mutual_information`.
+        heads: one head for all draws, or one each, alike in shape, softcap, scale and dtype.
+        targets: ``[N]`` int64, -100 ignored, or None.
+        backend: as in :func:`acqcore.row_stats`.
+
+    Returns, raises: as :func:`mutual_information`; ValueError for heads that are not alike.
+    """
+    members = (heads,) if isinstance(heads, Head) else tuple(heads)
+    for member in members:
+        checks.instance("head", member, Head, "acqcore.Head")
+    checks.drawn_hidden(hidden, len(members), [member.weight for member in members])
+    checks.hidden(hidden[0], members[0].weight)
+    checks.targets(targets, hidden[0], "hidden")
+    for k, member in enumerate(members):
+        for what in ("softcap", "scale", "vocab_start", "vocab_size"):
+            checks.alike(what, getattr(members[0], what), getattr(member, what), k)
+    return _mixture_stats(hidden, members, None, len(hidden), targets, backend)
+
+
+def dropout_stats(
+    hidden: torch.Tensor,  # [N, D]
+    head: Head,
+    dropout: Dropout,
+    draws: int,
+    targets: torch.Tensor | None,  # [N]
+    backend: str | None,
+) -> BayesStats:
+    """:func:`mutual_information` with masks keyed by the caller; arguments are trusted."""
+    return _mixture_stats(hidden, (head,), dropout, draws, targets, backend)
+
+
+def _places(
+    hidden: torch.Tensor,  # [N, D]
+    offsets: torch.Tensor | None,  # [B + 1]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample of each row and position in it, ``[N]`` int64 each."""
+    row = torch.arange(len(hidden), device=hidden.device)
+    if offsets is None:
+        return torch.zeros_like(row), row
+    checks.offsets(offsets, hidden)
+    sample = torch.arange(len(offsets) - 1, device=hidden.device).repeat_interleave(offsets.diff())
+    return sample, row - offsets[sample]
+
+
+def _mixture_stats(
+    hidden: torch.Tensor,  # [N, D] with dropout, else [K, N, D]
+    heads: tuple[Head, ...],
+    dropout: Dropout | None,
+    draws: int,
+    targets: torch.Tensor | None,  # [N]
+    backend: str | None,
+) -> BayesStats:
+    head = heads[0]
+    dtype = compute_dtype(hidden.dtype, head.weight.dtype)
+    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
+    n = hidden.shape[-2]
+    state = torch.empty((len(STATE_ROWS), n), dtype=torch.float64, device=hidden.device)
+    votes = torch.empty((draws, n), dtype=torch.int64, device=hidden.device)
+    assert head.vocab_size is not None
+    places = None if dropout is None else torch.stack([dropout.samples, dropout.positions])
+    p, form, block, seed = (0.0, FORMS[0], 1, 0) if dropout is None else _numbers(dropout)
+    _mixture_stats_op(
+        hidden.detach(), [h.weight.detach() for h in heads], [_detached(h.bias) for h in heads],
+        targets, head.softcap, head.scale, head.vocab_start, head.vocab_size, draws, places, p, form, block, seed,
+        chosen.name, state, votes,
+    )  # fmt: skip
+    return BayesStats(state, votes, targets, dtype)
+
+
+def _detached(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.detach()
+
+
+def _numbers(dropout: Dropout) -> tuple[float, str, int, int]:
+    return float(dropout.p), dropout.form, dropout.block, dropout.seed
+
+
+@torch.library.custom_op("acqcore::mixture_stats", mutates_args=("state", "votes"))
+def _mixture_stats_op(
+    hidden: torch.Tensor,  # [N, D] with places, else [K, N, D]
+    weights: Sequence[torch.Tensor],  # 1 or K of [V, D]
+    biases: Sequence[torch.Tensor | None],  # 1 or K of [V]
+    targets: torch.Tensor | None,  # [N]
+    softcap: float | None,
+    scale: float,
+    vocab_start: int,
+    vocab_size: int,
+    draws: int,
+    places: torch.Tensor | None,  # [2, N] int64, sample and position of each row under dropout
+    p: float,
+    form: str,
+    block: int,
+    seed: int,
+    backend: str,
+    state: torch.Tensor,  # [6, N] float64, written
+    votes: torch.Tensor,  # [K, N] int64, written
+) -> None:
+    if targets is not None:
+        checks.target_range(targets, vocab_size)
+    heads = tuple(
+        Head(weight, bias, softcap, scale, vocab_start, vocab_size)
+        for weight, bias in zip(weights, biases, strict=True)
+    )
+    dropout = None if places is None else Dropout(p, form, block, seed, places[0], places[1])
+    get_backend(backend).mixture_stats(DrawRows(hidden, heads, targets, draws, dropout, state, votes))

@@ -1,0 +1,101 @@
+"""Draws of hidden states: dropout, ensembles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from acqcore.checks.basic import describe, float_tensor
+
+MOST_DRAWS = 2**16 - 1  # a draw is half a word of a mask's counter
+
+
+def draws(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"draws: expected an integer, got {describe(value)}")
+    if not 2 <= value <= MOST_DRAWS:
+        raise ValueError(f"draws: expected 2 to {MOST_DRAWS}, got {value}")
+
+
+def dropout(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"dropout: expected a number, got {describe(value)}")
+    if not 0 <= value < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {value}")
+
+
+def seed(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"seed: expected an integer, got {describe(value)}")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"seed: expected 0 to 2^63 - 1, got {value}")
+
+
+def drawn_hidden(value: object, count: int, weights: Sequence[torch.Tensor]) -> None:
+    """Hidden states of every draw ``[K, N, D]``, and the weights ``[V, D]`` of their heads: one, or K."""
+    float_tensor("hidden", value, "[K, N, D]", 3)
+    assert isinstance(value, torch.Tensor)
+    draws(len(value))
+    if count not in (1, len(value)):
+        raise ValueError(f"head: expected one, or one for each of the {len(value)} draws, got {count}")
+    for k, weight in enumerate(weights):
+        if weight.shape != weights[0].shape or weight.dtype != weights[0].dtype or weight.device != weights[0].device:
+            raise ValueError(
+                f"head: expected heads alike in shape, dtype and device, got {describe(weights[0])} and "
+                f"{describe(weight)} for draw {k}"
+            )
+
+
+def alike(what: str, first: object, other: object, draw: int) -> None:
+    if first != other:
+        raise ValueError(f"head: expected heads alike in {what}, got {first} and {other} for draw {draw}")
+
+
+def draw_arguments(arguments: Mapping[str, Any]) -> None:
+    """Arguments of a Bayesian acquisition that exclude each other."""
+    members = arguments.get("members")
+    if members is not None:
+        if isinstance(members, str) or not isinstance(members, Sequence):
+            raise TypeError(f"members: expected a sequence of students, got {describe(members)}")
+        if len(members) < 2:
+            raise ValueError(f"members: expected at least 2 students, got {len(members)}")
+        if len(arguments) > 1:
+            other = next(name for name in arguments if name != "members")
+            raise ValueError(f"members: takes the place of draws by dropout, got {other!r} too")
+    for name in ("form", "block"):
+        if name in arguments and arguments.get("layers", 0) != 0:
+            raise ValueError(
+                f"{name}: is of dropout on the last hidden state, layers=0, got layers={arguments['layers']}"
+            )
+
+
+def draw_layers(value: object) -> None:
+    if isinstance(value, str):
+        if value not in ("all", "own"):
+            raise ValueError(f"layers: expected a number of blocks, 'all' or 'own', got {value!r}")
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"layers: expected a number of blocks, 'all' or 'own', got {describe(value)}")
+    elif value < 0:
+        raise ValueError(f"layers: expected at least 0 blocks, got {value}")
+
+
+def own_dropout(count: int) -> None:
+    if not count:
+        raise ValueError("layers: 'own' needs a student with dropout layers of p > 0, this one has none")
+
+
+def some_blocks(count: int) -> None:
+    if not count:
+        raise ValueError("layers: no list of transformer blocks found in the student's trunk; layers=0 needs none")
+
+
+def dropout_layers(asked: int, present: int) -> None:
+    if asked > present:
+        raise ValueError(f"layers: expected at most {present} transformer blocks, got {asked}")
+
+
+def residual_branches(kind: str, count: int) -> None:
+    if not count:
+        raise ValueError(f"layers: {kind} has no child that multiplies by a matrix, so nothing dropout could act on")
