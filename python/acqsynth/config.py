@@ -1,7 +1,7 @@
 """The recipe of a run: dataclasses read from YAML, with dotted ``key=value`` overrides.
 
-Each field is documented where it is declared; ``acqsynth run --help-config`` prints them all. What a recipe says wrong is
-reported in one sentence that names the key.
+Each field is documented where it is declared; ``acqsynth run --help-config`` prints them all. What a recipe says wrong
+is reported in one sentence that names the key.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-METHODS = ("grpo", "dpo", "best_of_n", "none")
-BASELINES = ("no_rl", "random_real", "filtered_real", "error_driven", "best_of_n")
+BASELINES = ("no_rl", "random_real", "filtered_real", "error_driven")  #: where a recipe names none
 BUNDLED = "bundled:"  #: a source that begins so names a domain of the bundled seed set
 
 
@@ -88,7 +87,8 @@ class GeneratorConfig:
 
     model: str = option("hub id, path, or one of the names smollm2 and world:base")
     method: Literal["grpo", "dpo", "best_of_n", "none"] = option(
-        "grpo: RL on the reward; dpo: pairs of the same scores; best_of_n: rejection sampling, no training; none: prompting",
+        "grpo: RL on the reward; dpo: pairs of the same scores; best_of_n: rejection sampling, no training; "
+        "none: prompting",
         "grpo",
     )
     sampling: SamplingConfig = option("of the data set that is written", factory=SamplingConfig)
@@ -108,8 +108,8 @@ class RewardConfig:
     """What a sample is worth to the student."""
 
     signals: dict[str, dict[str, Any]] | None = option(
-        "signal -> its options; an acquisition of acqcore, confidence, answer_variance, semantic_entropy, learnability, "
-        "proximity, diversity or gradient; by default those of the default reward",
+        "signal -> its options; an acquisition of acqcore, confidence, answer_variance, semantic_entropy, "
+        "learnability, proximity, diversity or gradient; by default those of the default reward",
         None,
     )
     weights: dict[str, float] = option("signal -> weight in the fusion, by default 1", factory=dict)
@@ -188,7 +188,7 @@ class Config:
     labelling: LabellingConfig = option("answers of generated questions", factory=LabellingConfig)
     evaluation: EvaluationConfig = option("what is measured", factory=EvaluationConfig)
     baselines: list[Literal["no_rl", "random_real", "filtered_real", "error_driven", "best_of_n"]] = option(
-        "arms beside the base student and the taught generator, at equal rows", factory=lambda: list(BASELINES[:4])
+        "arms beside the base student and the taught generator, at equal rows", factory=lambda: list(BASELINES)
     )
     rounds: int = option("alternations: the student fitted in one round scores the next", 1)
     output: str = option("folder of the run's artefacts", "acqsynth-output")
@@ -207,7 +207,7 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     text, name = _read(recipe)
     try:
-        values = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
@@ -291,7 +291,7 @@ def _override(values: dict[str, Any], text: str) -> None:
     if not equals or not all(key.split(".")):
         raise ConfigError(f"{text!r}: expected dotted.key=value")
     try:
-        parsed = yaml.load(value, _Loader)  # noqa: S506 - a SafeLoader
+        parsed = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{key}: not YAML: {_one_line(error)}") from error
     *sections, last = key.split(".")

@@ -32,9 +32,9 @@ def resolve(name: str) -> str:
         return str(smollm2_path())
     family, _, variant = name.partition(":")
     if family == "world" and (variant == "base" or variant.isdigit()):
-        from acqsynth.world import base_model
+        from acqsynth.world import Settings, base_model
 
-        return str(base_model(0 if variant == "base" else int(variant)))
+        return str(base_model(Settings(seed=0 if variant == "base" else int(variant))))
     return name
 
 

@@ -13,13 +13,14 @@ matplotlib.use("svg")
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK, QUIET, RULE = "#1d2733", "#5d6b7a", "#d9dfe6"
 MAIN, OTHER, BAD = "#1f5fa8", "#a9b8c7", "#b3382c"
 #: told apart by the colour-blind too (Okabe and Ito)
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#5d6b7a", "#e69f00")
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -220,7 +221,7 @@ def _mark(x: Sequence[int]) -> dict[str, Any]:
 
 def _steps(axes: Axes) -> None:
     axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _svg(figure: Figure, name: str) -> str:

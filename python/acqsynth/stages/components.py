@@ -292,7 +292,7 @@ def _signals(
     from acqsynth import rewards
 
     wanted = config.signals or {}
-    compat = {"paper_compat": True} if config.paper_compat else {}
+    compat: dict[str, Any] = {"paper_compat": True} if config.paper_compat else {}
     embedded = {"embed": _embedder(config.embedder)} if config.paper_compat and "answer_variance" in wanted else {}
     answering = {
         "confidence": lambda **options: rewards.Confidence(drawn, **compat, **options),

@@ -1,9 +1,9 @@
 """A unit of work with artefacts on disk: skipped where nothing it reads has changed, resumed where it was cut off.
 
-A unit writes into ``<stage>/<name>.partial`` and the folder takes its final name, ``<stage>/<name>``, in one step at the
-end. ``stage.json`` in it tells what the artefacts were made from: the settings, the digests of the input artefacts, and
-the stamps of outside files. A kill leaves the ``.partial`` folder; what a unit kept in its ``work`` folder (trainer
-checkpoints, finished chunks) is found there when the same unit starts again, and removed at its end.
+A unit writes into ``<stage>/<name>.partial``, and the folder takes its final name, ``<stage>/<name>``, in one step at
+the end. ``stage.json`` in it tells what the artefacts were made from: the settings, the digests of the input artefacts,
+and the stamps of outside files. A kill leaves the ``.partial`` folder, where the same unit finds its trainer's
+checkpoints and, in the folder ``work``, its finished chunks when it starts again.
 """
 
 from __future__ import annotations
