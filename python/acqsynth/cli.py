@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from acqsynth import config as recipes
@@ -55,9 +54,13 @@ class _HelpConfig(argparse.Action):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 where a stage failed, 2 for wrong usage or recipe, 130 where
     it was interrupted."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    for text in rest:  # overrides after an option, which argparse leaves over
+        if text.startswith("-") or "=" not in text:
+            parser.error(f"unrecognized argument: {text}")
     try:
-        config = recipes.load(options.recipe, options.overrides)
+        config = recipes.load(options.recipe, [*options.overrides, *rest])
         plan = Plan(config)
     except ConfigError as error:
         print(f"acqsynth: error: {error}", file=sys.stderr)
@@ -91,7 +94,7 @@ def run(plan: Plan, units: Sequence[Unit]) -> None:
     with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
 
         def say(line: str) -> None:
-            if status is not None and not line.endswith(("never ran", "changed")):
+            if status is not None:
                 status.update(Text(line))
             console.print(Text(line))
 
@@ -107,13 +110,12 @@ def run(plan: Plan, units: Sequence[Unit]) -> None:
 def dry_run(plan: Plan, units: Sequence[Unit]) -> None:
     """What would run, and why."""
     store = Store(Path(plan.config.output))
-    table = Table("step", "would run", box=None, pad_edge=False)
+    console = Console(highlight=False, soft_wrap=True)
     wanted = [unit for unit in plan.units if unit in _needed(units)]
     reasons = {unit: store.why(unit) for unit in wanted}
+    width = max(len(str(unit)) for unit in wanted)
     for unit, reason in reasons.items():
-        table.add_row(Text(str(unit)), Text(f"yes: {reason}" if reason else "no: done, nothing changed"))
-    console = Console(highlight=False)
-    console.print(table)
+        console.print(Text(f"{unit!s:{width}}  {f'runs: {reason}' if reason else 'is done, nothing it reads changed'}"))
     console.print(f"{sum(r is not None for r in reasons.values())} of {len(wanted)} steps would run in {store.output}.")
 
 

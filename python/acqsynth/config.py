@@ -18,7 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 BASELINES = ("no_rl", "random_real", "filtered_real", "error_driven")  #: where a recipe names none
-BUNDLED = "bundled:"  #: a source that begins so names a domain of the bundled seed set
+BUNDLED = "bundled:"  #: a source that begins so is in the package
 
 
 class ConfigError(ValueError):
@@ -37,8 +37,8 @@ class Source:
     """Where rows come from."""
 
     source: str = option(
-        "hub id (openai/gsm8k:main names a configuration), path of a .jsonl or .parquet, or bundled:mathematics, "
-        "bundled:medicine, bundled:code for the seed set in the package"
+        "hub id (openai/gsm8k:main names a configuration), path of a .jsonl or .parquet, bundled:mathematics or "
+        "bundled:word_problems for rows of the package, or world:<seed> in the domain arithmetic"
     )
     split: str = option("split of a hub data set; a local file has none", "train")
     columns: dict[str, str] | None = option("field of a sample (question, answer, reasoning) -> column", None)
@@ -268,7 +268,7 @@ class _Loader(yaml.SafeLoader):
 
 # YAML 1.1 wants a point and a signed exponent in a float, and reads 1e-6 as a text.
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 

@@ -110,7 +110,7 @@ def verdict(found: Mapping[str, Any]) -> list[dict[str, str]]:
             said.append(_judged(comparison["difference"], f"{main} over {comparison['against']} at equal rows"))
     for name in found["sets"]:
         if name != IN_DISTRIBUTION:
-            said.append(_judged(result["sets"][name]["change"], f"{main} over the base student on {name} (forgetting)"))
+            said.append(_judged(result["sets"][name]["change"], f"{main} over the base student on {name}", _ELSEWHERE))
     for arm, entry in found["arms"].items():
         for short in entry["results"]:
             if short["student"] == STUDENT and short["rows"] < short["rows_wanted"]:
@@ -234,9 +234,12 @@ def _largest(results: Sequence[Mapping[str, Any]]) -> int:
     return max(result["rows_wanted"] for result in results)
 
 
-def _judged(interval: Mapping[str, float], what: str) -> dict[str, str]:
+_HERE = {"gain": "Gain", "loss": "Loss", "none": "No gain shown"}
+_ELSEWHERE = {"gain": "Gain", "loss": "Forgetting", "none": "No change shown"}
+
+
+def _judged(interval: Mapping[str, float], what: str, words: Mapping[str, str] = _HERE) -> dict[str, str]:
     """A gain or loss only where the whole interval lies on one side."""
     kind = "gain" if interval["low"] > 0 else "loss" if interval["high"] < 0 else "none"
-    word = {"gain": "Gain", "loss": "Loss", "none": "No gain shown"}[kind]
     span = f"{points(interval['mean'])} points, interval {points(interval['low'])} to {points(interval['high'])}"
-    return {"kind": kind, "text": f"{word}: {what}, {span}."}
+    return {"kind": kind, "text": f"{words[kind]}: {what}, {span}."}

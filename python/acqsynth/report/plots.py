@@ -102,7 +102,7 @@ def reward(log: Log) -> str | None:
     parts = _named(log, "reward/", "/mean", without=("total",))
     with matplotlib.rc_context(_STYLE):
         panels = 1 + len(parts)
-        columns = min(3, panels)
+        columns = 2 if panels in (2, 4) else min(3, panels)
         lines = -(-panels // columns)
         figure = Figure(figsize=(_WIDTH, 0.4 + 1.9 * lines), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False).ravel()
@@ -112,7 +112,7 @@ def reward(log: Log) -> str | None:
         if set(x) <= set(spread):
             low, high = ([a + sign * spread[step] for step, a in zip(x, y, strict=True)] for sign in (-1, 1))
             grid[0].fill_between(x, low, high, color=MAIN, alpha=0.12, linewidth=0)
-        grid[0].set_title("reward, with its deviation in groups")
+        grid[0].set_title("reward \u00b1 deviation")
         for axes, (name, key), colour in zip(grid[1:], parts.items(), SERIES[1:] * 4, strict=False):
             steps, values = zip(*_points(log, key), strict=True)
             axes.plot(steps, values, color=colour, **_mark(steps))
@@ -160,7 +160,7 @@ def lengths(log: Log) -> str | None:
 
 def length_correlation(log: Log) -> str | None:
     """Correlation of each part of the reward with length, over steps."""
-    return lines(log, _named(log, "reward/", "/length_correlation"), "length-correlation", "correlation with length")
+    return lines(log, _named(log, "reward/", "/length_correlation"), "length-correlation", "correlation")
 
 
 def archives(log: Log) -> str | None:

@@ -60,7 +60,7 @@ def _load(key: str, domain: Domain, source: Source) -> list[Sample]:
     limit = None if source.limit is None else source.skip + source.limit
     try:
         if source.source.startswith(BUNDLED):
-            found = _bundled(domain, source.source.removeprefix(BUNDLED))[:limit]
+            found = _bundled(source.source.removeprefix(BUNDLED))[:limit]
         else:
             found = domain.load(source.source, source.split, source.columns, limit)
     except (OSError, ValueError, ImportError) as error:
@@ -71,14 +71,14 @@ def _load(key: str, domain: Domain, source: Source) -> list[Sample]:
     return found
 
 
-def _bundled(domain: Domain, field: str) -> list[Sample]:
-    """The solvable seeds of the package that give a final answer as the domain reads it."""
-    found = []
-    for row in seeds.load_seeds(field, "ordinary") + seeds.load_seeds(field, "trivial"):
-        answer = domain.answer_of(row["completion"])
-        if answer is not None:
-            found.append(Sample(row["prompt"].strip(), answer, row["completion"].strip()))
-    return found
+def _bundled(name: str) -> list[Sample]:
+    """Rows of the package."""
+    if name == "mathematics":
+        rows = [row for row in seeds.load_seeds(name) if "answer" in row]
+        return [Sample(row["prompt"].strip(), row["answer"], row["completion"]) for row in rows]
+    if name == "word_problems":
+        return [Sample(row["question"], row["answer"], row["reasoning"]) for row in seeds.load_word_problems()]
+    raise ValueError(f"{BUNDLED}{name}: unknown, expected {BUNDLED}mathematics or {BUNDLED}word_problems")
 
 
 def _plain(question: str) -> str:

@@ -150,11 +150,11 @@ class Store:
         return self._reasons[unit]
 
     def _why(self, unit: Unit) -> str | None:
-        for role, artefact in unit.inputs.items():
-            if self.why(artefact.unit) is not None:
-                return f"{role} comes from {artefact.unit}, which has to run"
-        wanted = self._wanted(unit)
         manifest = _read_manifest(self.folder(unit))
+        for artefact in unit.inputs.values():
+            if self.why(artefact.unit) is not None:
+                return "never ran" if manifest is None else f"{artefact.unit}, which it reads, has to run"
+        wanted = self._wanted(unit)
         if manifest is None:
             begun = _read_json(self._partial(unit) / _MANIFEST)
             return "was cut off, goes on" if begun is not None and begun["inputs"] == wanted else "never ran"
@@ -183,7 +183,7 @@ class Store:
         self._reasons.pop(unit, None)  # what was said before its inputs ran no longer holds
         if (reason := self.why(unit)) is None:
             return False
-        self.say(f"[{unit}] {reason}")
+        self.say(f"[{unit}] starts: {reason}")
         begin = time.perf_counter()
         partial = self._partial(unit)
         wanted = self._wanted(unit)
@@ -249,9 +249,7 @@ class Store:
         files = manifest["artefacts"] if manifest else {}
         picked = {n: v for n, v in files.items() if n == artefact.path or n.startswith(artefact.path + "/")}
         if not picked:
-            raise StageError(
-                f"{artefact.unit}: its artefact {artefact.path} is missing; remove the folder and run again"
-            )
+            raise StageError(f"{artefact} was not written; remove the folder {artefact.unit} and run again")
         return hashlib.sha256(json.dumps(picked, sort_keys=True).encode()).hexdigest()
 
     @contextmanager

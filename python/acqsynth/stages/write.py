@@ -134,9 +134,7 @@ def select(
     work.write("counts.json", counts.summary(n, len(kept)))
 
 
-def filtered(
-    work: Work, *, domain: str, student: str, engine: EngineConfig, n: int, reward: RewardConfig, seed: int
-) -> None:
+def filtered(work: Work, *, domain: str, student: str, engine: EngineConfig, n: int, reward: RewardConfig) -> None:
     """``samples.parquet``: the n rows of the real pool that the reward's signals rank first.
 
     The signals are fused over the whole pool as one group; the gates against copies are not asked, the rows being real.
