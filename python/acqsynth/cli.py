@@ -76,6 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"acqsynth: error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:  # outside of any stage: the log, where a disk is full
+        print(f"acqsynth: error: output: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("acqsynth: interrupted; the same command goes on, finished stages are kept", file=sys.stderr)
         return 130

@@ -94,6 +94,7 @@ class GeneratorConfig:
     sampling: SamplingConfig = option("of the data set that is written", factory=SamplingConfig)
     prompts: int = option("training prompts, each showing its own draw of seeds", 500)
     shown: int = option("seed examples in a prompt", 2)
+    turns: bool = option("show seeds as turns of the chat before the request, which small models follow better", False)
     questions: int | None = option(
         "questions written, of which labelling keeps a part; by default the largest of student.rows", None
     )

@@ -36,8 +36,11 @@ def model(name: str) -> str:
     """
     from acqsynth import models
 
-    if name.startswith((".", "/", "~")) and not (Path(name).expanduser() / "config.json").is_file():
-        raise StageError(f"model: {name} holds no model (no config.json)")
+    if name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser()
+        if not (folder / "config.json").is_file():
+            raise StageError(f"model: {name} holds no model (no config.json)")
+        return str(folder)
     try:
         return str(models.resolve(name))
     except FileNotFoundError as error:
@@ -187,11 +190,21 @@ def newest_checkpoint(folder: Path, step: int) -> Path | None:
     return max(((number, path) for number, path in found if number < step), default=(0, None))[1]
 
 
-def prompts(domain: Domain, seeds: Sequence[Sample], n: int, *, shown: int, seed: int) -> list[Messages]:
-    """Prompts that ask a generator for a new sample, each with its own draw of seeds."""
+def prompts(domain: Domain, seeds: Sequence[Sample], n: int, *, shown: int, turns: bool, seed: int) -> list[Messages]:
+    """Prompts that ask a generator for a new sample, each with its own draw of seeds.
+
+    Args:
+        domain: asks.
+        seeds: the pool.
+        n: prompts.
+        shown: seeds of a prompt.
+        turns: they are shown as earlier answers to the same request, not within it.
+        seed: of the draws.
+    """
     from acqsynth import generate
 
-    return generate.prompts(domain, seeds, n, shown=shown, seed=seed)
+    asking: Any = _Turns(domain) if turns else domain
+    return generate.prompts(asking, seeds, n, shown=shown, seed=seed)
 
 
 def write(
@@ -247,6 +260,19 @@ def fit(
         options={"disable_tqdm": True, **options},
         callbacks=[_narrator(say)],
     )
+
+
+class _Turns:
+    """A domain's request, each sample shown as an answer to it."""
+
+    def __init__(self, domain: Domain) -> None:
+        self.request = domain.generator_prompt([])
+
+    def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
+        from acqsynth.domains.prompts import written
+
+        earlier = [[*self.request, {"role": "assistant", "content": written(sample)}] for sample in shown]
+        return [message for turn in [*earlier, self.request] for message in turn]
 
 
 def _narrator(say: Callable[[str], None]) -> Any:

@@ -72,10 +72,10 @@ def _load(key: str, domain: Domain, source: Source) -> list[Sample]:
 
 
 def _bundled(name: str) -> list[Sample]:
-    """Rows of the package."""
+    """Rows of the package; the seeds without reasoning, which small models forget to end when they are shown some."""
     if name == "mathematics":
         rows = [row for row in seeds.load_seeds(name) if "answer" in row]
-        return [Sample(row["prompt"].strip(), row["answer"], row["completion"]) for row in rows]
+        return [Sample(row["prompt"].strip(), row["answer"]) for row in rows]
     if name == "word_problems":
         return [Sample(row["question"], row["answer"], row["reasoning"]) for row in seeds.load_word_problems()]
     raise ValueError(f"{BUNDLED}{name}: unknown, expected {BUNDLED}mathematics or {BUNDLED}word_problems")

@@ -174,6 +174,7 @@ class Plan:
             "student": config.student.model,
             "prompts": generator.prompts,
             "shown": generator.shown,
+            "turns": generator.turns,
             "candidates": generator.candidates,
             "sampling": generator.sampling if method == "dpo" else None,
             "options": generator.options,
@@ -228,6 +229,7 @@ class Plan:
             "engine": config.engine,
             "sampling": config.generator.sampling,
             "shown": config.generator.shown,
+            "turns": config.generator.turns,
             "n": n,
             "reward": config.reward,
         }

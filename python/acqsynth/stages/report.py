@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,17 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     parts = {
         key.removeprefix("reward_"): value
         for key, value in row.items()
-        if key.startswith("reward_") and key != "reward_gate" and isinstance(value, float)
+        if key.startswith("reward_") and key != "reward_gate" and _is_number(value)
     }
     return {
         "step": row.get("step"),
         "text": completion,
-        "reward": row.get("reward"),
+        "reward": row["reward"] if _is_number(row["reward"]) else None,
         "gate": row.get("reward_gate") or "",
         "parts": parts,
     }
+
+
+def _is_number(value: Any) -> bool:
+    """Trainers write NaN where a sample has no value."""
+    return isinstance(value, float) and math.isfinite(value)

@@ -23,6 +23,7 @@ def train(
     student: str,
     prompts: int,
     shown: int,
+    turns: bool,
     candidates: int,
     sampling: SamplingConfig | None,
     options: dict[str, Any],
@@ -38,7 +39,7 @@ def train(
     own = components.domain(domain)
     scorer = composed(work, own, reward, engine, student)
     seeds = rows.read(work.inputs["seeds"])
-    asked = components.prompts(own, seeds, prompts, shown=shown, seed=seed)
+    asked = components.prompts(own, seeds, prompts, shown=shown, turns=turns, seed=seed)
     begun = str(work.inputs["generator"]) if "generator" in work.inputs else components.model(generator)
     output = work.folder / "model"  # a kill leaves the trainer's checkpoints here, and it goes on from the last
     refresh = None

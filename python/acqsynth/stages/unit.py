@@ -241,7 +241,7 @@ class Store:
     def _wanted(self, unit: Unit) -> dict[str, Any]:
         """What the manifest of an up-to-date unit says it was made from; its inputs are done."""
         inputs = {role: [str(a), self._digest(a)] for role, a in unit.inputs.items()}
-        outside = {path: _stamp(Path(path)) for path in unit.outside}
+        outside = {path: _stamp(Path(path).expanduser()) for path in unit.outside}
         return {"settings": unit.settings(), "artefacts": inputs, "outside": outside}
 
     def _digest(self, artefact: Artefact) -> str:

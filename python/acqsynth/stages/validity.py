@@ -40,7 +40,11 @@ def validity(
         StageError: too few real rows for one batch.
     """
     own = components.domain(domain)
-    wanted = reward if not validity.signals else replace(reward, signals={name: {} for name in validity.signals})
+    wanted = reward
+    if validity.signals:
+        own_options = reward.signals or {}
+        picked = {name: own_options.get(name, {}) for name in validity.signals}
+        wanted = replace(reward, signals=picked, weights={}, paper_compat=False)
     scorer = composed(work, own, wanted, engine, student)
     gold = rows.read(work.inputs["evaluation"])
     before = fmean(rows.read_table(work.inputs["base"])["right"])

@@ -29,6 +29,7 @@ def write(
     engine: EngineConfig,
     sampling: SamplingConfig,
     shown: int,
+    turns: bool,
     n: int,
     reward: RewardConfig,
     seed: int,
@@ -48,7 +49,7 @@ def write(
         pool = _missed(pool, rows.read_table(work.inputs["mistakes"])["right"], max(n, shown), seed)
     writer = _writer(work, generator, engine)
     gates = composed(work, own, reward, engine, student).gates
-    asked = components.prompts(own, pool, n, shown=min(shown, len(pool)), seed=seed)
+    asked = components.prompts(own, pool, n, shown=min(shown, len(pool)), turns=turns, seed=seed)
     here: set[int] = set()
 
     def chunk(start: int, some: Sequence[Messages]) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def select(
     engine: EngineConfig,
     sampling: SamplingConfig,
     shown: int,
+    turns: bool,
     n: int,
     candidates: int,
     reward: RewardConfig,
@@ -102,7 +104,7 @@ def select(
         candidates = max(2, math.ceil((spent + n) / n))
     scorer = composed(work, own, reward, engine, student)
     writer = _writer(work, generator, engine)
-    asked = components.prompts(own, pool, n, shown=shown, seed=seed)
+    asked = components.prompts(own, pool, n, shown=shown, turns=turns, seed=seed)
 
     def chunk(start: int, some: Sequence[Messages]) -> dict[str, Any]:
         if start:  # also where the chunks before were done by a run that was cut off

@@ -188,7 +188,7 @@ def train(method: str, generator: str, prompts: Any, reward: Reward, output: Pat
     completions = {
         "step": [1] * 12,
         "completion": [[{"role": "assistant", "content": f"<b>text {i}</b>"}] for i in range(12)],
-        "reward": [i / 12 for i in range(12)],
+        "reward": [i / 12 for i in range(11)] + [float("nan")],  # as of a sample that a scorer failed on
         "reward_size": [float(i) for i in range(12)],
         "reward_gate": ["parses" if i < 2 else "" for i in range(12)],
     }
@@ -223,7 +223,7 @@ def install(put: Callable[..., None]) -> None:
         "model": lambda name: name,
         "engine": lambda config, path: Counting(path),
         "reward": lambda config, domain, student, engine, **rows: Reward(student),
-        "prompts": lambda domain, seeds, n, shown, seed: [
+        "prompts": lambda domain, seeds, n, shown, turns, seed: [
             domain.generator_prompt([seeds[(i + seed) % len(seeds)], seeds[(i // 7) % len(seeds)]]) for i in range(n)
         ],
         "fuse": lambda columns, reward: columns["size"],

@@ -82,6 +82,18 @@ def test_fuse_weighs_as_the_reward_does(sums: Domain, student_path: Path) -> Non
     assert fused == [6.0, -7.0, None, 3.0]
 
 
+def test_seeds_are_shown_within_the_request_or_as_turns(sums: Domain) -> None:
+    [within] = components.prompts(sums, SEEDS[:2], 1, shown=2, turns=False, seed=0)
+    assert [message["role"] for message in within] == ["user"]
+    apart = components.prompts(sums, SEEDS, 4, shown=2, turns=True, seed=0)
+    for messages in apart:
+        assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
+        assert {message["content"] for message in messages[::2]} == {"new "}
+        shown = [sums.parse(message["content"]) for message in messages[1::2]]
+        assert all(sample in SEEDS for sample in shown)
+        assert shown[0] != shown[1]
+
+
 def test_grpo_learns_with_a_student_that_moves(sums: Domain, student_path: Path, tmp_path: Path) -> None:
     made = reward(RewardConfig(answers={"k": 2, "max_tokens": 4}), sums, student_path)
     output, said = tmp_path / "generator", []
@@ -89,7 +101,7 @@ def test_grpo_learns_with_a_student_that_moves(sums: Domain, student_path: Path,
     components.train(
         "grpo",
         str(student_path),
-        components.prompts(sums, SEEDS, 4, shown=2, seed=0),
+        components.prompts(sums, SEEDS, 4, shown=2, turns=False, seed=0),
         made,
         output,
         options | {"max_steps": 3},

@@ -87,7 +87,7 @@ def test_every_artefact_is_there(fakes: Counter[str], recipe: Path) -> None:
         "reward_seconds_per_step": pytest.approx(0.1),
         "share": pytest.approx(0.05),
     }
-    assert [row["text"] for row in metrics["samples"]["best"]] == [f"<b>text {i}</b>" for i in (11, 10, 9, 8, 7)]
+    assert [row["text"] for row in metrics["samples"]["best"]] == [f"<b>text {i}</b>" for i in (10, 9, 8, 7, 6)]
     assert metrics["validity"]["signals"]["size"]["batches"] == 4
     labelled = metrics["arms"]["grpo"]["labelled"]
     assert labelled["asked"] == metrics["arms"]["grpo"]["written"]["kept"]
