@@ -34,6 +34,8 @@ import acqcore
 from acqsynth.domains.arithmetic import SKILLS, Arithmetic
 from acqsynth.domains.base import Sample
 from acqsynth.engines import Engine, Sampling, load
+from acqsynth.rewards.composed import DEFAULT_WEIGHTS
+from acqsynth.rewards.fusion import fuse
 from acqsynth.world import Settings, base_model
 from acqsynth.world.pretrain import Row, chat, loss_of, row
 from acqsynth.world.profile import accuracy
@@ -49,6 +51,16 @@ SETTINGS = {
     "rows": ROWS, "epochs": EPOCHS, "batch": BATCH, "learning_rate": LEARNING_RATE, "scored": SCORED,
     "reference": REFERENCE, "test": TEST, "answers": ANSWERS, "repeats": REPEATS,
 }  # fmt: skip
+
+#: Taken with arguments below, or values of a set and not of a sample.
+ASKED_APART = ("influence", "mutual_information", "gradient_diversity", "archive_novelty")
+
+#: The default reward's signals as they are named here -> their weights; its ``diversity`` is of a run, not of a skill.
+FUSED = {
+    "mutual_information, layers=all": DEFAULT_WEIGHTS["mutual_information"],
+    "influence, all, cosine": DEFAULT_WEIGHTS["influence"],
+    "p(1-p), verified": DEFAULT_WEIGHTS["learnability"],
+}
 
 Values = list[float | None]
 Signal = Callable[[Sequence[Sample]], Values]
@@ -86,9 +98,8 @@ def messages(samples: Sequence[Sample]) -> list[dict[str, Any]]:
 def signals(student: acqcore.Student, engine: Engine, reference: Sequence[Sample]) -> dict[str, Signal]:
     """Name -> function of samples; what acqcore registers, and p(1-p) over sampled answers."""
     found: dict[str, Signal] = {}
-    known = acqcore.acquisitions()
-    for name in known:
-        if name != "influence":
+    for name in acqcore.acquisitions():
+        if name not in ASKED_APART:
             found[name] = partial(scored, student, name, {})
     found["grad_norm, all layers"] = partial(scored, student, "grad_norm", {"parameters": "all"})
     for parameters in ("head", "all"):
@@ -96,11 +107,9 @@ def signals(student: acqcore.Student, engine: Engine, reference: Sequence[Sample
         for similarity in ("cosine", "dot"):
             asked: dict[str, Any] = {"reference": made, "similarity": similarity}
             found[f"influence, {parameters}, {similarity}"] = partial(scored, student, "influence", asked)
-    if "mutual_information" in known:
-        del found["mutual_information"]
-        for layers in (0, "all"):
-            asked = {"layers": layers}
-            found[f"mutual_information, layers={layers}"] = partial(scored, student, "mutual_information", asked)
+    for layers in (0, "all"):
+        asked = {"layers": layers}
+        found[f"mutual_information, layers={layers}"] = partial(scored, student, "mutual_information", asked)
     found["p(1-p)"] = partial(learnability, engine, verified=False)
     found["p(1-p), verified"] = partial(learnability, engine, verified=True)
     return found
@@ -148,6 +157,7 @@ def one_seed(seed: int) -> dict[str, Any]:
     reference = [sample for pool in pools.values() for sample in pool[ROWS + SCORED :]]
     rows = [sample for pool in pools.values() for sample in pool[ROWS : ROWS + SCORED]]
     measured = {}
+    kept: dict[str, list[float]] = {}
     student = acqcore.Student.from_model(model, tokenizer=tokenizer)
     for signal, function in signals(student, engine, reference).items():
         times = []
@@ -155,19 +165,29 @@ def one_seed(seed: int) -> dict[str, Any]:
             begin = time.perf_counter()
             values = function(rows)
             times.append((time.perf_counter() - begin) / len(rows))
-        means = {}
-        for i, name in enumerate(SKILLS):
-            known = [value for value in values[i * SCORED : (i + 1) * SCORED] if value is not None]
-            if known:
-                means[name] = statistics.fmean(known)
-        measured[signal] = {
-            "means": means,
-            "top": max(means, key=means.__getitem__),
-            "spearman": spearman(list(means.values()), [gains[name] for name in means]),
-            "spearman_own": spearman(list(means.values()), [own[name] for name in means]),
-            "seconds_per_sample": min(times),
-        }
+        measured[signal] = against_gains(values, gains, own, min(times))
+        if signal in FUSED:
+            kept[signal] = [0.0 if value is None else value for value in values]
+    seconds = sum(measured[signal]["seconds_per_sample"] for signal in FUSED)
+    fused = fuse(kept, [0] * len(rows), "quantile", FUSED, {signal: [] for signal in FUSED})
+    measured["the three of the default reward, fused"] = against_gains(fused, gains, own, seconds)
     return {"seed": seed, "base": base, "own_gain": own, "mean_gain": gains, "signals": measured}
+
+
+def against_gains(values: Values, gains: dict[str, float], own: dict[str, float], seconds: float) -> dict[str, Any]:
+    """A signal's means by skill beside the gains; values of the skills one after another, ``SCORED`` each."""
+    means = {}
+    for i, name in enumerate(SKILLS):
+        known = [value for value in values[i * SCORED : (i + 1) * SCORED] if value is not None]
+        if known:
+            means[name] = statistics.fmean(known)
+    return {
+        "means": means,
+        "top": max(means, key=means.__getitem__),
+        "spearman": spearman(list(means.values()), [gains[name] for name in means]),
+        "spearman_own": spearman(list(means.values()), [own[name] for name in means]),
+        "seconds_per_sample": seconds,
+    }
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
