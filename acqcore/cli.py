@@ -148,6 +148,7 @@ def _prepare(
     """Everything that can be wrong with the arguments, the cheap things first."""
     names = [name.strip() for name in options.acquisitions.split(",")]
     request = Request.checked(names, options.reduction, options.topk, options.batch_tokens, options.backend)
+    checks.one_pass(request.own_passes)
     if options.limit is not None:
         checks.positive_int("limit", options.limit)
     checks.one_of("extension of " + options.out.name, options.out.suffix, data_files.SUFFIXES)

@@ -23,7 +23,7 @@ from acqcore.ghost_measures import HeadPass, Measure, Piece, Rows, Sketch, Squar
 from acqcore.head import Head
 from acqcore.head_grad import LOSSES, delta_product, loss_weights
 from acqcore.packing import OVERHEAD_TOKENS, collate, partition
-from acqcore.row_stats import row_stats
+from acqcore.row_stats import predicted_targets, row_stats
 from acqcore.samples import Row, Samples, encode
 from acqcore.student import Student, StudentLike, as_student
 
@@ -36,6 +36,7 @@ def grad_norm(
     parameters: str | int = "head",
     *,
     loss: str = "mean",
+    predicted: bool = False,
     tokenizer: Any = None,
     batch_tokens: int = 8192,
     max_length: int | None = None,
@@ -55,6 +56,8 @@ def grad_norm(
             - ``"trainable"``: those with ``requires_grad=True``, as LoRA adapters and ``modules_to_save``.
             - ``"all"``: every parameter, frozen ones too; a tied head and embedding are one.
         loss: the sample's loss is the ``mean`` or the ``sum`` of ``-log p`` over its scored tokens.
+        predicted: the student's most likely token stands in for each scored one, which then counts only as context of
+            those after it.
 
     Returns:
         ``[n]`` float32 on the CPU, in the order of the samples; NaN where a token has no finite value.
@@ -68,7 +71,7 @@ def grad_norm(
     def measure(batch: int, device: torch.device) -> Measure:
         return SquaredNorm(batch, device)
 
-    options = _Options.checked(parameters, loss, batch_tokens, backend)
+    options = _Options.checked(parameters, loss, predicted, batch_tokens, backend)
     squared = _measured(student, samples, tokenizer, max_length, options, measure, ())
     return squared.clamp_min(0).sqrt().float()
 
@@ -81,6 +84,7 @@ def grad_sketch_model(
     dim: int = 4096,
     seed: int = 0,
     loss: str = "mean",
+    predicted: bool = False,
     tokenizer: Any = None,
     batch_tokens: int = 8192,
     max_length: int | None = None,
@@ -94,7 +98,7 @@ def grad_sketch_model(
     sketches of the same parameters, dim and seed can be compared. A bias of the head is left out.
 
     Args:
-        student, samples, parameters, loss, tokenizer, batch_tokens, max_length, backend: as in
+        student, samples, parameters, loss, predicted, tokenizer, batch_tokens, max_length, backend: as in
             :func:`grad_norm`.
         dim: length of a sketch.
         seed: of the signs.
@@ -109,7 +113,7 @@ def grad_sketch_model(
     def measure(batch: int, device: torch.device) -> Measure:
         return Sketch(batch, device, dim, seed)
 
-    options = _Options.checked(parameters, loss, batch_tokens, backend)
+    options = _Options.checked(parameters, loss, predicted, batch_tokens, backend)
     return _measured(student, samples, tokenizer, max_length, options, measure, (dim,)).float()
 
 
@@ -117,15 +121,18 @@ def grad_sketch_model(
 class _Options:
     parameters: str | int
     loss: str
+    predicted: bool
     batch_tokens: int
     backend: str | None
 
     @classmethod
-    def checked(cls, parameters: str | int, loss: str, batch_tokens: int, backend: str | None) -> _Options:
+    def checked(
+        cls, parameters: str | int, loss: str, predicted: bool, batch_tokens: int, backend: str | None
+    ) -> _Options:
         checks.gradient_parameters(parameters, PARAMETERS)
         checks.one_of("loss", loss, LOSSES)
         checks.positive_int("batch_tokens", batch_tokens)
-        return cls(parameters, loss, batch_tokens, backend)
+        return cls(parameters, loss, predicted, batch_tokens, backend)
 
 
 def _measured(
@@ -214,6 +221,8 @@ class _Run:
         picked = picked.to(device=device, dtype=torch.promote_types(hidden.dtype, head.weight.dtype))
         targets, offsets = targets.to(device), offsets.to(device)
         stats = row_stats(picked, head, targets, backend=backend)
+        if self.options.predicted:
+            stats = predicted_targets(stats)
         weights = loss_weights(targets, offsets, self.options.loss, None)
         return HeadPass(picked, head, stats, offsets, weights, backend)
 

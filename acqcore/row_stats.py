@@ -228,7 +228,8 @@ def row_stats(
     checks.targets(targets, hidden, "hidden")
     checks.positive("temperature", temperature)
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
-    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
+    shape = (hidden.shape[0], head.weight.shape[0])
+    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "row_stats", shape)
     # Detached rather than under no_grad: an error inside a compiled no_grad would leave gradients off for good.
     hidden, weight = hidden.detach(), head.weight.detach()
     bias = None if head.bias is None else head.bias.detach()
@@ -242,6 +243,16 @@ def row_stats(
     if targets is not None:
         norm = norm.where(targets != checks.IGNORE_INDEX, torch.nan)
     return RowStats(state, index, targets, norm, dtype)
+
+
+def predicted_targets(stats: RowStats) -> RowStats:
+    """The same rows with each one's most likely token as its target; arguments are trusted."""
+    assert stats.targets is not None
+    # A row without a finite logit has no most likely token, and no finite gradient for any.
+    targets = stats.max_index.clamp_min(0).where(stats.targets != checks.IGNORE_INDEX, checks.IGNORE_INDEX)
+    state = stats.state.clone()
+    state[TARGET] = state[MAX]
+    return replace(stats, state=state, targets=targets)
 
 
 def logit_stats(
@@ -264,7 +275,8 @@ def logit_stats(
     checks.logits(logits)
     checks.targets(targets, logits, "logits")
     checks.positive("temperature", temperature)
-    chosen = select_backend(backend, logits.device, (logits.dtype,))
+    shape = (logits.shape[0], logits.shape[1])
+    chosen = select_backend(backend, logits.device, (logits.dtype,), "logit_stats", shape)
     state, index = _empty_state(logits)
     _logit_stats_op(logits.detach(), targets, temperature, chosen.name, state, index)
     return RowStats(state, index, targets, None, compute_dtype(logits.dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from acqcore.progress import Progress
 from acqcore.row_stats import RowStats, row_stats
 from acqcore.samples import Row, Samples, encode
 from acqcore.scores import Scores
+from acqcore.set_signals import archive_novelty, batch_diversity
 from acqcore.student import Student, StudentLike, as_student
 
 REDUCTIONS = ("mean", "sum", "max", "topk")
@@ -27,17 +29,26 @@ REDUCTIONS = ("mean", "sum", "max", "topk")
 #: What ``acquisition_args`` may hold for each acquisition that takes arguments, and what it must.
 ARGUMENTS = {
     "grad_norm": ("parameters", "loss"),
+    "badge": ("parameters", "loss"),
     "influence": ("reference", "similarity"),
+    "gradient_diversity": ("parameters", "dim", "seed", "ridge", "ordered"),
+    "archive_novelty": ("archive", "parameters", "dim", "seed"),
     **{
         name: tuple(option.name for option in fields(DrawOptions))
         for name, entry in REGISTRY.items()
         if entry.per_draws is not None
     },
 }
-REQUIRED = {"influence": "reference"}
+REQUIRED = {"influence": "reference", "archive_novelty": "archive"}
 
 #: Acquisitions that may take a forward and backward pass of their own.
-OWN_PASS: dict[str, Callable[..., torch.Tensor]] = {"grad_norm": grad_norm, "influence": influence}
+OWN_PASS: dict[str, Callable[..., torch.Tensor]] = {
+    "grad_norm": grad_norm,
+    "badge": partial(grad_norm, predicted=True),
+    "influence": influence,
+    "gradient_diversity": batch_diversity,
+    "archive_novelty": archive_novelty,
+}
 
 
 def score(
@@ -70,7 +81,10 @@ def score(
             and -100 where not scored (mask and labels optional).
         acquisitions: names from ``acqcore.acquisitions()``.
         acquisition_args: name -> arguments of that acquisition. ``grad_norm`` takes ``loss`` and ``parameters`` of
-            :func:`acqcore.grad_norm`; beyond ``"head"`` it runs a forward and backward pass of its own.
+            :func:`acqcore.grad_norm`, ``badge`` the same; beyond ``"head"`` they run a forward and backward pass of
+            their own. ``gradient_diversity`` and ``archive_novelty``, values of a sample among others, take
+            ``parameters``, ``dim`` and ``seed`` of :func:`acqcore.grad_sketch`, the first ``ridge`` and ``ordered``
+            too, the second needs ``archive``, an ``acqcore.Archive``.
             ``influence`` needs ``reference``, from :func:`acqcore.influence_reference`, and takes ``similarity``.
             ``mutual_information`` and the others of several draws take ``layers`` (dropout in the last n blocks,
             ``"all"``, ``"own"``, or 0 for the last hidden state alone), ``draws``, ``dropout``, ``form``, ``block``,
@@ -150,8 +164,12 @@ class Request:
     @property
     def own_passes(self) -> list[str]:
         """The acquisitions that the head pass does not give."""
-        deep = self.arguments.get("grad_norm", {}).get("parameters", "head") != "head"
-        return [name for name in self.acquisitions if name == "influence" or (name == "grad_norm" and deep)]
+        return [name for name in self.acquisitions if name in OWN_PASS and not self._in_head(name)]
+
+    def _in_head(self, name: str) -> bool:
+        """Whether the head pass gives an acquisition that else takes a pass of its own."""
+        of_head = self.arguments.get(name, {}).get("parameters", "head") == "head"
+        return REGISTRY[name].per_sample is not None and of_head
 
     def in_one_pass(self) -> list[Acquisition]:
         """The acquisitions that the head pass gives."""

@@ -19,16 +19,14 @@ from acqcore.backends import Dropout
 from acqcore.backends import select as select_backend
 from acqcore.student import Student
 
-#: Positions of a sample; where a dropout layer has further axes (attention heads), each has as many of its own.
-_POSITIONS = 2**20
-
 
 class TrunkDraws:
     """Hidden states of K draws under dropout in the trunk.
 
     Args:
         student: whose trunk runs.
-        layers: the last so many blocks, ``"all"``, or ``"own"``: the student's own dropout layers at their own rates.
+        layers: the last so many blocks, ``"all"``, or ``"own"``: the student's own ``nn.Dropout`` modules at their own
+            rates. What a model drops by a function instead, as transformers does attention's weights, stays whole.
         draws: K.
         dropout: probability p for blocks; not read for ``"own"``.
         seed: of the masks.
@@ -46,6 +44,7 @@ class TrunkDraws:
         self._student = student
         self._draws = draws
         self._seed = seed
+        self._dropped = 0
         self._backend = backend
         self._skipped: list[nn.Module] = []
         self._sites: list[tuple[int, nn.Module, float]] = []
@@ -77,6 +76,7 @@ class TrunkDraws:
     ) -> torch.Tensor:
         """Final hidden states ``[K, B, T, D]``."""
         expanded = input_ids.repeat(self._draws, 1)  # [K * B, T]
+        self._dropped = 0
         with ExitStack() as stack:
             if self._skipped:
                 entering = self._entering(input_ids)
@@ -86,6 +86,7 @@ class TrunkDraws:
                 hook = module.register_forward_hook(self._dropping(site, p, samples))
                 stack.callback(hook.remove)
             hidden = self._student.hidden(expanded)
+        checks.dropout_ran(self._dropped)
         return hidden.unflatten(0, (self._draws, len(input_ids)))
 
     def _entering(
@@ -126,16 +127,16 @@ class TrunkDraws:
 
     def _drop(
         self,
-        value: torch.Tensor,  # [K * B, ..., T, D]
+        value: torch.Tensor,  # [K * B, T, D]
         site: int,
         p: float,
         samples: torch.Tensor,  # [B]
     ) -> torch.Tensor:
-        batch, length, columns = len(samples), value.shape[-2], value.shape[-1]
-        groups = value[0].numel() // (length * columns)  # of the axes between
-        place = torch.arange(groups, device=value.device)[:, None] * _POSITIONS
-        positions = (place + torch.arange(length, device=value.device)).flatten().repeat(batch)
-        rows = samples.to(value.device).repeat_interleave(groups * length)
+        checks.dropout_input(value, self._draws * len(samples))
+        self._dropped += 1
+        _, length, columns = value.shape
+        positions = torch.arange(length, device=value.device).repeat(len(samples))
+        rows = samples.to(value.device).repeat_interleave(length)
         dropout = Dropout(p, "element", 1, self._seed, rows, positions)
         backend = select_backend(self._backend, value.device, (value.dtype,))
         keep = torch.empty((self._draws, len(rows), columns), dtype=torch.bool, device=value.device)

@@ -1,14 +1,17 @@
-"""Statistics of a language-model head: acqcore against what people use, on the CPU.
+"""Statistics of a language-model head: acqcore against what people use.
 
-``python -m benchmarks.bench_row_stats`` measures, prints and writes ``results/row_stats.json`` and ``.png``;
-``make bench-pytest`` drives the same peers through pytest-benchmark on a small shape.
-Rates count the product alone (2 N D V); the bare ``hidden @ weight.T`` beside them is what torch's BLAS reaches here.
+``python -m benchmarks.bench_row_stats`` measures on the CPU, prints and writes ``results/row_stats.json`` and ``.png``;
+``--device cuda --out FILE`` measures on a GPU and writes that file; ``make bench-pytest`` drives the CPU's peers
+through pytest-benchmark on a small shape. Rates count the product alone (2 N D V); the bare ``hidden @ weight.T``
+beside them is what torch's BLAS reaches here, and on a GPU the ceiling that shares are of.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,16 +23,22 @@ from benchmarks import harness
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [N, D], weight [V, D], targets [N]
 
 
-def make_inputs(n: int, d: int, v: int, dtype: torch.dtype) -> Inputs:
-    g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(n, d, generator=g)
-    weight = torch.randn(v, d, generator=g) * (3 / d**0.5)
-    return hidden.to(dtype), weight.to(dtype), torch.randint(0, v, (n,), generator=g)
+def make_inputs(n: int, d: int, v: int, dtype: torch.dtype, device: str = "cpu") -> Inputs:
+    g = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(n, d, generator=g, device=device)
+    weight = torch.randn(v, d, generator=g, device=device) * (3 / d**0.5)
+    return hidden.to(dtype), weight.to(dtype), torch.randint(0, v, (n,), generator=g, device=device)
 
 
 def eager(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return fields((hidden @ weight.T).float(), targets)
+
+
+def fields(
+    logits: torch.Tensor,  # [N, V] float32
+    targets: torch.Tensor,  # [N]
+) -> tuple[torch.Tensor, ...]:
     """Every field of RowStats from the logits, written with care: each pass over them is needed."""
-    logits = (hidden @ weight.T).float()
     lse = logits.logsumexp(dim=-1)
     logp = logits.log_softmax(dim=-1)
     p = logp.exp()
@@ -48,6 +57,13 @@ def bare_product(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tens
 
 def ours(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> acqcore.RowStats:
     return acqcore.row_stats(hidden, acqcore.Head(weight), targets)
+
+
+def ours_by(backend: str) -> Callable[..., acqcore.RowStats]:
+    def run(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> acqcore.RowStats:
+        return acqcore.row_stats(hidden, acqcore.Head(weight), targets, backend=backend)
+
+    return run
 
 
 def reference(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> acqcore.RowStats:
@@ -75,7 +91,13 @@ def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
     return LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets, 1.0, -100, 1, True)
 
 
-_compiled = torch.compile(eager)
+def cut_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> object:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+
+_compiled = torch.compile(eager, dynamic=False)
 
 #: name -> (function, what it gives)
 PEERS: dict[str, Callable[..., object]] = {
@@ -89,6 +111,18 @@ PEERS: dict[str, Callable[..., object]] = {
     "torch linear_cross_entropy (mean loss)": torch_linear_cross_entropy,
 }
 BASELINE = "hidden @ weight.T (no statistics)"
+
+GPU_PEERS: dict[str, Callable[..., object]] = {
+    BASELINE: bare_product,
+    "acqcore triton (all fields)": ours_by("triton"),
+    "acqcore cuda (all fields)": ours_by("cuda"),
+    "eager": eager,
+    "torch.compile of eager": lambda *inputs: _compiled(*inputs),
+    "TRL chunked (logprob, entropy, sum p^2, top-1)": trl_chunked,
+    "Liger (logprob, entropy)": liger,
+    "cut-cross-entropy (loss)": cut_cross_entropy,
+    "torch linear_cross_entropy (mean loss)": torch_linear_cross_entropy,
+}
 
 
 def missing(peer: str) -> str | None:
@@ -109,7 +143,43 @@ def missing(peer: str) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, help="JSON to write, instead of results/row_stats.json and .png")
     arguments = parser.parse_args()
+    with torch.no_grad():
+        (on_gpu if arguments.device == "cuda" else on_cpu)(arguments.turns, arguments.out)
+
+
+def on_gpu(turns: int, out: Path | None) -> None:
+    rows: list[harness.Row] = []
+    not_measured = {}
+    ceilings = {}
+    for n, d, v, dtype in [
+        (4096, 4096, 131072, torch.bfloat16),
+        (8192, 4096, 131072, torch.bfloat16),
+        (4096, 2048, 151936, torch.bfloat16),
+        (64, 4096, 131072, torch.bfloat16),
+        (1024, 4096, 131072, torch.float32),
+    ]:
+        case = f"N={n} D={d} V={v} {str(dtype).removeprefix('torch.')}"
+        inputs = make_inputs(n, d, v, dtype, "cuda")
+        print(f"measuring {case} ...", flush=True)
+        peers, absent = harness.running(GPU_PEERS, inputs)
+        for peer, reason in absent.items():
+            not_measured[f"{case}: {peer}"] = reason
+        work = 2.0 * n * d * v
+        bare = harness.measure(case, {BASELINE: peers[BASELINE]}, baseline=BASELINE, turns=turns, device="cuda")
+        ceilings[case] = work / bare[0].seconds
+        rows += harness.measure(
+            case, peers, baseline=BASELINE, work=work, turns=turns, device="cuda", ceiling=ceilings[case]
+        )
+        del inputs, peers
+        torch.cuda.empty_cache()
+    notes: dict[str, object] = {"ratio_to": BASELINE, "not_measured": not_measured, "product_flops": ceilings}
+    harness.report("gpu_row_stats", rows, unit="GFLOP/s", notes=notes, out=out)
+
+
+def on_cpu(turns: int, out: Path | None) -> None:
     rows = []
     absent = {peer: reason for peer in PEERS if (reason := missing(peer))}
     for peer, reason in absent.items():
@@ -120,26 +190,16 @@ def main() -> None:
         (512, 2048, 128256, torch.float32, True),
         (4096, 576, 262144, torch.float32, False),  # the logits alone would take 4 GiB
     ]
-    with torch.no_grad():
-        for n, d, v, dtype, with_peers in shapes:
-            inputs = make_inputs(n, d, v, dtype)
-            names = [p for p in PEERS if p not in absent] if with_peers else ["acqcore cpu (all fields)"]
-            peers = {name: _bind(PEERS[name], inputs) for name in names}
-            case = f"N={n} D={d} V={v} {str(dtype).removeprefix('torch.')}"
-            baseline = BASELINE if with_peers else names[0]
-            print(f"measuring {case} ...", flush=True)
-            rows += harness.measure(
-                case,
-                peers,
-                baseline=baseline,
-                work=2.0 * n * d * v,
-                turns=arguments.turns if with_peers else 3,
-            )
-    harness.report("row_stats", rows, unit="GFLOP/s", notes={"ratio_to": BASELINE, "not_measured": absent})
-
-
-def _bind(function: Callable[..., object], inputs: Inputs) -> Callable[[], object]:
-    return lambda: function(*inputs)
+    for n, d, v, dtype, with_peers in shapes:
+        inputs = make_inputs(n, d, v, dtype)
+        names = [p for p in PEERS if p not in absent] if with_peers else ["acqcore cpu (all fields)"]
+        peers: dict[str, Callable[[], object]] = {name: partial(PEERS[name], *inputs) for name in names}
+        case = f"N={n} D={d} V={v} {str(dtype).removeprefix('torch.')}"
+        baseline = BASELINE if with_peers else names[0]
+        print(f"measuring {case} ...", flush=True)
+        rows += harness.measure(case, peers, baseline=baseline, work=2.0 * n * d * v, turns=turns if with_peers else 3)
+    notes: dict[str, object] = {"ratio_to": BASELINE, "not_measured": absent}
+    harness.report("row_stats", rows, unit="GFLOP/s", notes=notes, out=out)
 
 
 @pytest.mark.parametrize("peer", PEERS)

@@ -1,5 +1,8 @@
 """One way of measuring: peers in one process, interleaved, medians and ratios; peak memory; JSON and a plot.
 
+On a GPU the times are the device's own (events around as many calls as fill five milliseconds) and the memory is the
+allocator's; rates stand beside the ceilings that the same process measured.
+
 Peers take turns (A B C A B C ...), so that a machine that slows down slows all of them; the median of each and the
 median of its turn-by-turn ratio to a named baseline are kept.
 """
@@ -10,13 +13,15 @@ import contextlib
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +31,7 @@ import acqcore
 RESULTS = Path(__file__).parent / "results"
 
 #: How the names of our own fast paths begin; plots colour them.
-OURS = ("acqcore cpu", "acqcore.", "score(")
+OURS = ("acqcore cpu", "acqcore cuda", "acqcore triton", "acqcore.", "score(")
 
 
 @dataclass
@@ -37,7 +42,9 @@ class Row:
         seconds: median over turns.
         ratio: median over turns of its time / the baseline's time in the same turn.
         rate: ``work / seconds`` in the benchmark's unit (GFLOP/s, GB/s), or None.
-        extra_mib: peak of resident memory beyond what was resident before the call, MiB; None where not measured.
+        extra_mib: peak of resident memory (of allocated memory on a GPU) beyond what there was before the call, results
+            included, MiB; None where not measured.
+        share: ``rate`` over the ceiling measured for it, or None.
     """
 
     case: str
@@ -46,6 +53,7 @@ class Row:
     ratio: float
     rate: float | None
     extra_mib: float | None
+    share: float | None = None
 
 
 def measure(
@@ -56,23 +64,91 @@ def measure(
     work: float | None = None,
     turns: int = 7,
     memory: bool = True,
+    device: str = "cpu",
+    ceiling: float | None = None,
 ) -> list[Row]:
-    """Times ``peers`` in turn, after one call each to warm up (and to take its peak memory)."""
-    extra = {name: peak_mib(call) if memory else None for name, call in peers.items()}
+    """Times ``peers`` in turn, after one call each to warm up (and to take its peak memory).
+
+    ``work`` is what each call does, in bytes or floating-point operations; ``ceiling`` is in units of it a second.
+    """
+    on_gpu = device == "cuda"
+    peak = peak_gpu_mib if on_gpu else peak_mib
+    extra = {name: peak(call) if memory else None for name, call in peers.items()}
+    repeats = {name: math.ceil(min(20, 5e-3 / gpu_seconds(call, 1))) if on_gpu else 1 for name, call in peers.items()}
     times: dict[str, list[float]] = {name: [] for name in peers}
     for _ in range(turns):
         for name, call in peers.items():
-            start = time.perf_counter()
-            result = call()
-            times[name].append(time.perf_counter() - start)
-            del result
+            times[name].append(gpu_seconds(call, repeats[name]) if on_gpu else cpu_seconds(call))
     rows = []
     for name in peers:
         seconds = statistics.median(times[name])
         ratio = statistics.median(a / b for a, b in zip(times[name], times[baseline], strict=True))
         rate = None if work is None else work / seconds / 1e9
-        rows.append(Row(case, name, seconds, ratio, rate, extra[name]))
+        share = None if rate is None or ceiling is None else rate * 1e9 / ceiling
+        rows.append(Row(case, name, seconds, ratio, rate, extra[name], share))
     return rows
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def gpu_seconds(call: Callable[[], object], repeats: int) -> float:
+    """Seconds a call takes on the device when ``repeats`` of them are queued one after another."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / repeats
+
+
+def running(
+    peers: dict[str, Callable[..., object]], inputs: Sequence[torch.Tensor]
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """The peers, bound to ``inputs``, whose first call succeeds, and why the others' did not."""
+    good: dict[str, Callable[[], object]] = {}
+    absent = {}
+    for name, function in peers.items():
+        call = partial(function, *inputs)
+        try:
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        except Exception as error:  # whatever somebody else's code raises here is the answer
+            absent[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        else:
+            good[name] = call
+    return good, absent
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a device-to-device copy of 2 GiB (or a quarter of what is free)."""
+    size = min(2 << 30, torch.cuda.mem_get_info()[0] // 4)
+    source = torch.empty(size, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    seconds = statistics.median(gpu_seconds(lambda: target.copy_(source), 5) for _ in range(7))
+    return 2 * size / seconds
+
+
+def peak_gpu_mib(call: Callable[[], object]) -> float:
+    """Peak of allocated device memory of a second call beyond what is allocated before it, in MiB."""
+    call()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    extra = (torch.cuda.max_memory_allocated() - before) / 2**20
+    del result
+    return extra
 
 
 def peak_mib(call: Callable[[], object]) -> float | None:
@@ -108,6 +184,16 @@ def machine() -> dict[str, str | int]:
                 model = line.split(":", 1)[1].strip()
                 break
     cpu = next(row for row in acqcore.backends() if row.name == "cpu")
+    gpu: dict[str, str | int] = {}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "gpu_memory_gib": round(properties.total_memory / 2**30),
+            "cuda": torch.version.cuda or "",
+        }
     return {
         "cpu": model,
         "cores": os.cpu_count() or 0,
@@ -116,16 +202,21 @@ def machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "acqcore": acqcore.__version__,
+        **gpu,
     }
 
 
-def report(name: str, rows: list[Row], *, unit: str, notes: dict[str, object] | None = None) -> None:
-    """Prints the table, writes ``results/<name>.json`` and ``results/<name>.png``."""
+def report(
+    name: str, rows: list[Row], *, unit: str, notes: dict[str, object] | None = None, out: Path | None = None
+) -> None:
+    """Prints the table, writes ``results/<name>.json`` and ``results/<name>.png``; with ``out``, that JSON alone."""
     print(table(rows, unit))
-    RESULTS.mkdir(exist_ok=True)
     content = {"machine": machine(), "unit": unit, "rows": [asdict(row) for row in rows], **(notes or {})}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    plot(name, rows)
+    path = out or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    if out is None:
+        plot(name, rows)
 
 
 def table(rows: list[Row], unit: str) -> str:
@@ -135,11 +226,14 @@ def table(rows: list[Row], unit: str) -> str:
         chosen = [row for row in rows if row.case == case]
         columns = ["ms", "ratio"]
         columns += [unit] if any(row.rate is not None for row in chosen) else []
+        columns += ["of ceiling"] if any(row.share is not None for row in chosen) else []
         columns += ["extra MiB"] if any(row.extra_mib is not None for row in chosen) else []
         lines += ["", f"**{case}**", "", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
         for row in chosen:
-            cells = [f"{row.seconds * 1e3:.1f}", f"{row.ratio:.2f}"]
-            cells += [f"{value:.0f}" for value in (row.rate, row.extra_mib) if value is not None]
+            cells = [f"{row.seconds * 1e3:.{1 if row.seconds > 0.1 else 3}f}", f"{row.ratio:.2f}"]
+            cells += [] if row.rate is None else [f"{row.rate:.{0 if row.rate >= 10 else 2}f}"]
+            cells += [] if row.share is None else [f"{row.share:.2f}"]
+            cells += [] if row.extra_mib is None else [f"{row.extra_mib:.0f}"]
             lines.append(f"| {row.peer} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

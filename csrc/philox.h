@@ -1,8 +1,8 @@
 // Philox 4x32-10: random words from a counter and a key, the same on every processor.
 //
-// Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Nothing is stored between draws: a mask is
-// found again from its position. Plain C++17 for the CPU, host and device code under nvcc. Internal linkage
-// and no std:: templates, as the cpu backend compiles it once per instruction set (isa.h).
+// Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Nothing is stored between draws: a
+// mask is found again from its position. Plain C++17 for the CPU, host and device code under nvcc. Internal linkage and
+// no std:: templates, as the cpu backend compiles it once per instruction set (isa.h).
 #pragma once
 #include <cstdint>
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -10,23 +11,148 @@ import pytest
 import torch
 
 import acqcore
+from acqcore import _core
 from acqcore.acquisitions import REGISTRY
+from acqcore.backends import _BACKENDS, HeadRows
+from acqcore.backends.base import Backend, DrawRows, Dropout
+from acqcore.backends.cuda import Cuda
+from acqcore.backends.extension import matrix, pointer
+
+
+class EmulatedCuda(Cuda):
+    """The cuda backend without a device: the same cuts, merges and arithmetic, run by the processor."""
+
+    name = "cuda emulated"
+    devices = ("cpu",)
+    multiprocessors = 132
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def _product(self, hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+        torch.mm(hidden.float(), weight.float().T, out=out)
+
+    def _fold(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor | None,
+        temperature: float,
+        vocab_start: int,
+        accumulate: bool,
+        state: torch.Tensor,
+        index: torch.Tensor,
+    ) -> None:
+        args = _core.CudaLogitStatsArgs(
+            matrix(logits), pointer(targets), temperature, vocab_start, accumulate, state.data_ptr(), index.data_ptr()
+        )
+        _core.cuda_logit_stats_on_host(args, self.multiprocessors)
+
+
+class OnDevice(Backend):
+    """A GPU's backend for tensors of the CPU: inputs go to the device as strided, what is written comes back."""
+
+    devices = ("cpu",)
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.name, self.description, self.dtypes = backend.name, backend.description, backend.dtypes
+
+    def row_stats(self, rows: HeadRows) -> None:
+        moved = self._rows(rows)
+        self.backend.row_stats(moved)
+        rows.state.copy_(moved.state)
+        rows.index.copy_(moved.index)
+
+    def logit_stats(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor | None,
+        temperature: float,
+        state: torch.Tensor,
+        index: torch.Tensor,
+    ) -> None:
+        outputs = _to_device(state), _to_device(index)
+        self.backend.logit_stats(
+            _to_device(logits), None if targets is None else _to_device(targets), temperature, *outputs
+        )
+        state.copy_(outputs[0])
+        index.copy_(outputs[1])
+
+    def delta_product(self, rows: HeadRows, values: torch.Tensor, out: torch.Tensor) -> None:
+        moved = _to_device(out)
+        self.backend.delta_product(self._rows(rows), _to_device(values), moved)
+        out.copy_(moved)
+
+    def delta_hash(self, rows: HeadRows, places: torch.Tensor, out: torch.Tensor) -> None:
+        moved = _to_device(out)
+        self.backend.delta_hash(self._rows(rows), _to_device(places), moved)
+        out.copy_(moved)
+
+    def head_grad_norm(
+        self, rows: HeadRows, offsets: torch.Tensor, weights: torch.Tensor, form: str, squared: torch.Tensor
+    ) -> None:
+        moved = _to_device(squared)
+        self.backend.head_grad_norm(self._rows(rows), _to_device(offsets), _to_device(weights), form, moved)
+        squared.copy_(moved)
+
+    def dropout_mask(self, dropout: Dropout, site: int, keep: torch.Tensor) -> None:
+        moved = _to_device(keep)
+        self.backend.dropout_mask(_tensors_to_device(dropout), site, moved)
+        keep.copy_(moved)
+
+    def mixture_stats(self, rows: DrawRows) -> None:
+        moved = _tensors_to_device(rows)
+        heads = tuple(_tensors_to_device(head) for head in rows.heads)
+        dropout = None if rows.dropout is None else _tensors_to_device(rows.dropout)
+        moved = dataclasses.replace(moved, heads=heads, dropout=dropout)
+        self.backend.mixture_stats(moved)
+        rows.state.copy_(moved.state)
+        rows.votes.copy_(moved.votes)
+
+    def _rows(self, rows: HeadRows) -> HeadRows:
+        return dataclasses.replace(_tensors_to_device(rows), head=_tensors_to_device(rows.head))
+
+
+def _tensors_to_device(value: Any) -> Any:
+    """A dataclass with the tensors among its fields on the GPU."""
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    moved = {name: _to_device(field) for name, field in fields.items() if isinstance(field, torch.Tensor)}
+    return dataclasses.replace(value, **moved)
+
+
+def _to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` on the GPU, elements as far apart as they were."""
+    if tensor.numel() == 0:
+        return tensor.cuda()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    storage = tensor.as_strided((span,), (1,)).cuda()
+    return storage.as_strided(tensor.shape, tensor.stride())
 
 
 def _implementations() -> list[str]:
     """Every backend present; the cpu backend once for each instruction set this processor has."""
-    from acqcore import _core
-
     names = [f"cpu/{isa}" for isa, missing in _core.isas() if not missing]
     return names + [row.name for row in acqcore.backends() if row.available and row.name != "cpu"]
 
 
-@pytest.fixture(params=_implementations())
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``implementation``: the backends; where statistics are tested, the kernel's arithmetic on the host as well."""
+    if "implementation" in metafunc.fixturenames:
+        statistics = metafunc.module.__name__.endswith(("test_row_stats", "test_logit_stats"))
+        names = _implementations() + ([EmulatedCuda.name] if statistics else [])
+        metafunc.parametrize("implementation", names, indirect=True)
+
+
+@pytest.fixture
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A backend's name, its instruction set forced."""
+    """A backend's name, its instruction set forced; a GPU's takes the tests' tensors to its device."""
     name, _, isa = request.param.partition("/")
     if isa:
         monkeypatch.setenv("ACQCORE_ISA", isa)
+    if name == EmulatedCuda.name:
+        monkeypatch.setitem(_BACKENDS, name, EmulatedCuda())
+    elif _BACKENDS[name].devices == ("cuda",):
+        monkeypatch.setitem(_BACKENDS, name, OnDevice(_BACKENDS[name]))
     return name
 
 

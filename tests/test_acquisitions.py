@@ -16,6 +16,8 @@ BUILT_IN = (
     "loss", "perplexity", "entropy", "varentropy", "least_confidence", "margin", "gini", "el2n",
     "expected_gradient_length", "token_grad_norm",
 )  # fmt: skip
+DRAWN = ("mutual_information", "predictive_entropy", "expected_entropy", "variation_ratio", "bald_quadratic")
+OF_SAMPLES = ("grad_norm", "badge", "influence", "gradient_diversity", "archive_novelty")
 
 
 def _reference(name: str, case: Case) -> torch.Tensor:
@@ -26,7 +28,7 @@ def _reference(name: str, case: Case) -> torch.Tensor:
 
 def test_the_list() -> None:
     listed = acqcore.acquisitions()
-    assert tuple(listed) == (*BUILT_IN, "grad_norm", "influence")
+    assert tuple(listed) == (*BUILT_IN, *DRAWN, *OF_SAMPLES)
     assert all(line.endswith(".") for line in listed.values())
 
 

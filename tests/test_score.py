@@ -103,7 +103,11 @@ def test_grad_norm_is_that_of_autograd(
     ("arguments", "error", "message"),
     [
         ({"margin": {}}, ValueError, "acquisition_args: 'margin' is not among the acquisitions asked for"),
-        ({"entropy": {}}, ValueError, "acquisition_args: unknown 'entropy', expected one of grad_norm, influence"),
+        (
+            {"entropy": {}},
+            ValueError,
+            "acquisition_args: unknown 'entropy', expected one of grad_norm, badge",
+        ),
         ({"grad_norm": {"layers": 2}}, ValueError, r"acquisition_args\['grad_norm'\]: unknown 'layers'"),
         ({"grad_norm": 2}, TypeError, r"acquisition_args\['grad_norm'\]: expected a mapping, got int"),
         ({"grad_norm": {"loss": "max"}}, ValueError, "loss: unknown 'max', expected one of mean, sum"),

@@ -21,7 +21,10 @@ from acqcore.acquisitions.expected_entropy import expected_entropy as expected_e
 from acqcore.acquisitions.variation_ratio import variation_ratio as variation_ratio  # isort: skip
 from acqcore.acquisitions.bald_quadratic import bald_quadratic as bald_quadratic  # isort: skip
 from acqcore.acquisitions.grad_norm import grad_norm as grad_norm  # isort: skip
+from acqcore.acquisitions.badge import badge as badge  # isort: skip
 from acqcore.acquisitions import influence as _influence  # isort: skip  # noqa: F401
+from acqcore.acquisitions import gradient_diversity as _gradient_diversity  # isort: skip  # noqa: F401
+from acqcore.acquisitions import archive_novelty as _archive_novelty  # isort: skip  # noqa: F401
 from acqcore.acquisitions.base import REGISTRY, Acquisition, SampleBatch, register
 
 __all__ = ["REGISTRY", "Acquisition", "SampleBatch", "acquisitions", "register"]

@@ -88,11 +88,15 @@ def register(
     return decorate
 
 
-def register_sample(name: str) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+def register_sample(
+    name: str, *, needs_targets: bool = True
+) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """As :func:`register`, for a function of a :class:`SampleBatch`, whose value is not a reduction over tokens."""
 
     def decorate(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        REGISTRY[name] = Acquisition(name, _description(name, function), per_sample=function, needs_targets=True)
+        REGISTRY[name] = Acquisition(
+            name, _description(name, function), per_sample=function, needs_targets=needs_targets
+        )
         return function
 
     return decorate

@@ -22,4 +22,4 @@ def reference(
 ) -> torch.Tensor:
     """The definition, slowly, ``[N]``."""
     votes = torch.nn.functional.one_hot(p.argmax(dim=2), p.shape[2])  # [K, N, V]
-    return 1 - votes.sum(dim=0).amax(dim=1) / len(p)
+    return 1 - votes.sum(dim=0).amax(dim=1).to(p.dtype) / len(p)

@@ -17,9 +17,12 @@ from acqcore.backends.base import DrawRows as DrawRows
 from acqcore.backends.base import Dropout as Dropout
 from acqcore.backends.base import HeadRows as HeadRows
 from acqcore.backends.cpu import Cpu
+from acqcore.backends.cuda import Cuda
 from acqcore.backends.eager import Eager
+from acqcore.backends.extension import constant_when_compiled
+from acqcore.backends.preference import order
 
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Eager())}
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Cuda(), Eager())}
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,16 @@ def get(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-def select(name: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> Backend:
+def select(
+    name: str | None,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+    op: str = "",
+    shape: tuple[int, int] = (0, 0),
+) -> Backend:
     """The backend for tensors of ``device`` and ``dtypes``.
+
+    Where several GPU backends fit, ``op`` and its ``shape`` (rows, vocabulary) choose among them (``preference.py``).
 
     Raises:
         ValueError: an unknown name, or a named backend that does not serve these tensors.
@@ -65,11 +76,28 @@ def select(name: str | None, device: torch.device, dtypes: tuple[torch.dtype, ..
         if reason := chosen.misfit(device, dtypes):
             raise ValueError(f"{argument}: {reason}")
         return chosen
-    reasons = []
+    fitting, reasons = [], []
     for candidate in _BACKENDS.values():
         if candidate.automatic:
             reason = candidate.misfit(device, dtypes) or candidate.unavailable()
             if reason is None:
+                fitting.append(candidate)
+            else:
+                reasons.append(reason)
+    if not fitting:
+        raise RuntimeError(f"{'; '.join(reasons)}. backend='eager' computes it in plain torch.")
+    if len(fitting) == 1 or device.type != "cuda":
+        return fitting[0]
+    preferred = order(op, _capability(device.index), str(dtypes[0]).removeprefix("torch."), *shape)
+    for preference in preferred:
+        for candidate in fitting:
+            if candidate.name == preference:
                 return candidate
-            reasons.append(reason)
-    raise RuntimeError(f"{'; '.join(reasons)}. backend='eager' computes it in plain torch.")
+    return fitting[0]
+
+
+@constant_when_compiled
+def _capability(device: int) -> str:
+    """The compute capability of a GPU, as in "9.0"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"

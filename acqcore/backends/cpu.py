@@ -9,16 +9,11 @@ from contextlib import contextmanager
 import torch
 
 from acqcore import checks
+from acqcore.backends import extension
 from acqcore.backends.base import Backend, DrawRows, Dropout, HeadRows
+from acqcore.backends.extension import core as _core
+from acqcore.backends.extension import matrix, pointer
 from acqcore.philox import threshold
-
-try:
-    import acqcore._core as _core
-except ImportError as error:
-    _core = None  # type: ignore[assignment]
-    _IMPORT_ERROR: str | None = str(error)
-else:
-    _IMPORT_ERROR = None
 
 
 class Cpu(Backend):
@@ -28,12 +23,7 @@ class Cpu(Backend):
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def unavailable(self) -> str | None:
-        if _IMPORT_ERROR is None:
-            return None
-        return (
-            "the compiled extension acqcore._core is missing or does not load; build it with "
-            f"'pip install .' in the source tree ({_IMPORT_ERROR})"
-        )
+        return extension.missing()
 
     def instruction_set(self) -> str:
         """``ACQCORE_ISA`` if set, else the best this processor has.
@@ -69,8 +59,8 @@ class Cpu(Backend):
         _core.logit_stats(
             self.instruction_set(),
             torch.get_num_threads(),
-            _matrix(logits),
-            _pointer(targets),
+            matrix(logits),
+            pointer(targets),
             temperature,
             state.data_ptr(),
             index.data_ptr(),
@@ -88,7 +78,7 @@ class Cpu(Backend):
                 arguments,
                 rows.state.data_ptr(),
                 rows.index.data_ptr(),
-                _matrix(values),
+                matrix(values),
                 out.data_ptr(),
             )
 
@@ -159,8 +149,8 @@ class Cpu(Backend):
                 rows.state.shape[1],
                 rows.draws,
                 dropout,
-                [_matrix(head.weight) for head in rows.heads],
-                [_pointer(bias) for bias in biases],
+                [matrix(head.weight) for head in rows.heads],
+                [pointer(bias) for bias in biases],
                 rows.state.data_ptr(),
                 rows.votes.data_ptr(),
             )
@@ -193,24 +183,13 @@ def _head_args(rows: HeadRows) -> Iterator[_core.HeadArgs]:
     targets = None if rows.targets is None else rows.targets.contiguous()
     yield _core.HeadArgs(
         torch.get_num_threads(),
-        _matrix(rows.hidden),
-        _matrix(head.weight),
-        _pointer(bias),
-        _pointer(targets),
+        matrix(rows.hidden),
+        matrix(head.weight),
+        pointer(bias),
+        pointer(targets),
         head.softcap or 0.0,
         head.scale,
         rows.temperature,
         head.vocab_start,
     )
     del bias, targets
-
-
-def _matrix(tensor: torch.Tensor) -> _core.Matrix:
-    """``tensor [rows, columns]`` as the extension sees it; the caller keeps it alive."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    rows, columns = tensor.shape
-    return _core.Matrix(tensor.data_ptr(), rows, columns, tensor.stride(0), tensor.stride(1), dtype)
-
-
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

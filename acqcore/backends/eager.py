@@ -113,7 +113,8 @@ def mixture(
     votes: torch.Tensor,  # [K, N] int64, written
 ) -> None:
     """The state of ``bayes.py`` from the logits of every draw."""
-    log_p = z.log_softmax(dim=2)
+    # Sums over 262144 columns in float32 lose the contract's last digit.
+    log_p = z.double().log_softmax(dim=2)
     p = log_p.exp()
     log_m = log_p.logsumexp(dim=0) - math.log(len(z))
     m = log_m.exp()
@@ -130,7 +131,7 @@ def mixture(
     if targets is not None:
         local = targets - vocab_start
         here = ((local >= 0) & (local < z.shape[2])).nonzero()[:, 0]
-        state[3, here] = log_m[here, local[here]].double()
+        state[3, here] = log_m[here, local[here]]
         ignored = targets == -100
         state[:, ignored] = torch.nan
         votes[:, ignored] = -1

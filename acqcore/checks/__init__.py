@@ -64,7 +64,13 @@ from acqcore.checks.draws import (
     dropout as dropout,
 )
 from acqcore.checks.draws import (
+    dropout_input as dropout_input,
+)
+from acqcore.checks.draws import (
     dropout_layers as dropout_layers,
+)
+from acqcore.checks.draws import (
+    dropout_ran as dropout_ran,
 )
 from acqcore.checks.draws import (
     own_dropout as own_dropout,
@@ -86,6 +92,9 @@ from acqcore.checks.files import (
 )
 from acqcore.checks.files import (
     known_columns as known_columns,
+)
+from acqcore.checks.files import (
+    one_pass as one_pass,
 )
 from acqcore.checks.files import (
     output_columns as output_columns,

@@ -99,3 +99,14 @@ def dropout_layers(asked: int, present: int) -> None:
 def residual_branches(kind: str, count: int) -> None:
     if not count:
         raise ValueError(f"layers: {kind} has no child that multiplies by a matrix, so nothing dropout could act on")
+
+
+def dropout_ran(count: int) -> None:
+    """``count``: dropout layers that the last forward went through."""
+    if not count:
+        raise ValueError("layers: the student's forward went through none of the modules that dropout acts on")
+
+
+def dropout_input(value: object, rows: int) -> None:
+    if not isinstance(value, torch.Tensor) or value.dim() != 3 or value.shape[0] != rows:
+        raise ValueError(f"layers: dropout acts on [{rows}, T, D], got {describe(value)}")

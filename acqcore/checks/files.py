@@ -54,3 +54,11 @@ def same_manifest(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, A
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def one_pass(others: Sequence[str]) -> None:
+    """``others``: acquisitions asked for that the head pass of a batch does not give."""
+    if others:
+        raise ValueError(
+            f"acquisitions: {others[0]!r} needs all samples at once or arguments: call acqcore.score from Python"
+        )

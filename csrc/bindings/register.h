@@ -3,3 +3,4 @@
 #include <pybind11/pybind11.h>
 
 void register_cpu(pybind11::module_& m);
+void register_cuda(pybind11::module_& m);

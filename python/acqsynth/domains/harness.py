@@ -24,13 +24,13 @@ import signal
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NoReturn
 
 PLAIN_TYPES = (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, range)
 
-# System calls that start processes or threads, that hold memory which RLIMIT_AS does not count, or that reach into
-# other processes: name -> number on x86_64 and on aarch64 (None: it has no such call). From the kernel's tables.
+# System calls that start processes or threads, hold memory which RLIMIT_AS does not count, reach into other processes,
+# or undo what is set here: name -> number on x86_64 and on aarch64 (None: no such call), from the kernel's tables.
 DENIED = {
     "clone": (56, 220),
     "fork": (57, None),
@@ -44,6 +44,7 @@ DENIED = {
     "io_uring_setup": (425, 425),
     "userfaultfd": (323, 282),
     "ptrace": (101, 117),
+    "prctl": (157, 167),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
     "unshare": (272, 97),
@@ -55,7 +56,7 @@ DENIED = {
 }
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of DENIED, AUDIT_ARCH
 
-PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 SECCOMP_MODE_FILTER = 2
 
 
@@ -102,7 +103,7 @@ def deny_system_calls() -> None:
     prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.c_char_p(program))
 
 
-def set_limits(limits: dict[str, int]) -> None:
+def set_limits(limits: Mapping[str, int]) -> None:
     for name, value in limits.items():
         # A program may ignore the signal that comes at the soft limit of CPU seconds, not the one at the hard limit.
         hard = value + 1 if name == "CPU" else value
@@ -213,6 +214,7 @@ class Child:
     def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
         self.requests, self.replies = requests, replies
         self.remotes: dict[int, Remote] = {}
+        self.gone = False
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -220,6 +222,7 @@ class Child:
             self.requests.flush()
             reply = json.loads(self.replies.readline())
         except (OSError, ValueError) as error:
+            self.gone = True
             raise Gone(str(error)) from None
         if "error" in reply:
             raise _builtin_error(reply["error"], decode(reply["arguments"], self.resolve))
@@ -321,6 +324,8 @@ def judge(job: dict[str, Any], child: Child) -> tuple[str, str]:
             if name in found:
                 scope[name] = decode(found[name], child.resolve)
         exec(compile(job["tests"], "<tests>", "exec"), scope)
+        if child.gone:  # and the tests went on, as those do that expect an exception
+            raise Gone
     except Gone:
         raise
     except MemoryError:
@@ -351,13 +356,20 @@ def death(pid: int) -> tuple[str, str]:
 def main() -> NoReturn:
     sys.set_int_max_str_digits(0)
     limits = json.loads(sys.argv[1])
+    # Ended by the kernel if no one else does: whoever started this may be gone, and bwrap's care for that has a gap
+    # while it starts. The program ends with this process, and with both the sandbox.
+    signal.setitimer(signal.ITIMER_REAL, limits.pop("seconds"))
     cpu_seconds = limits.pop("CPU")  # the tests are held to wall-clock time alone
     set_limits(limits)
     prctl(PR_SET_DUMPABLE, 0)  # the child may not trace this process, nor open its memory and files in /proc
     from_parent, to_child = os.pipe()
     from_child, to_parent = os.pipe()
+    parent = os.getpid()
     pid = os.fork()
     if pid == 0:
+        prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != parent:
+            os._exit(0)
         os.close(to_child)
         os.close(from_child)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -75,6 +75,9 @@ class Limits:
         file_size: bytes of one file; all of ``/tmp`` holds twice that.
         open_files: file descriptors of a process.
         output: bytes kept of stdout and of stderr; a program that writes more is stopped.
+
+    Raises:
+        ValueError: a limit that is not above 0.
     """
 
     seconds: float = 10.0
@@ -83,6 +86,11 @@ class Limits:
     file_size: int = 8 << 20
     open_files: int = 64
     output: int = 1 << 18
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not value > 0:
+                raise ValueError(f"{name}: expected more than 0, got {value}")
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,7 @@ def _site_packages(prefix: str) -> list[str]:
 def _run(command: Sequence[str], job: Job, limits: Limits) -> Result:
     nonce = secrets.token_hex(16)
     inside = {
+        "seconds": limits.seconds + 1,
         "AS": limits.memory,
         "CPU": limits.cpu_seconds,
         "FSIZE": limits.file_size,

@@ -49,9 +49,9 @@ logger = logging.getLogger(__name__)
 
 PARSES = "parses"  #: the gate that stands before the others
 
-#: Signals of the default reward and their weights. Each is there where what it needs is given: ``influence`` (in all
-#: parameters) a reference set, ``learnability`` an engine of the student. Neither is a measure of size alone, which
-#: favours coin flips and noise.
+#: Signals of the default reward and their weights: acquisitions, ``learnability``, ``diversity``. Each is there where
+#: what it needs is given: ``influence`` (in all parameters) a reference set, ``learnability`` an engine of the student.
+#: None is a measure of size alone, which favours coin flips and noise.
 DEFAULT_WEIGHTS: dict[str, float] = {"influence": 1.0, "learnability": 1.0, "diversity": 0.5}
 
 
@@ -169,9 +169,15 @@ class ComposedReward:
             raise ValueError("reference, engine: expected at least one; without them only novelty is left to reward")
         drawn = None if engine is None else SampledAnswers(engine, domain, **(answers or {}))
         signals: list[Signal] = []
-        if reference is not None:
-            arguments = {"influence": {"reference": reference}}
-            signals += acquisition_signals(student, arguments, domain, **(scoring or {}))
+        acquisitions: dict[str, dict[str, Any]] = {
+            name: {} for name in DEFAULT_WEIGHTS if name in acqcore.acquisitions()
+        }
+        if reference is None:
+            acquisitions.pop("influence", None)
+        else:
+            acquisitions["influence"] = {"reference": reference}
+        if acquisitions:
+            signals += acquisition_signals(student, acquisitions, domain, **(scoring or {}))
         if drawn is not None:
             signals.append(Learnability(drawn))
         signals.append(Diversity(embed or NgramEmbedder()))
@@ -327,10 +333,11 @@ class ComposedReward:
                         entry.group = j
             self._total(entries, update)
             if update:
-                accepted = [entry.sample for entry in entries if entry.valid and entry.total is not None]
-                for part in (*self.signals, *self.gates):
+                accepted = _samples([entry for entry in entries if entry.valid and entry.total is not None])
+                parts: list[Any] = [*self.signals, *self.gates]
+                for part in parts:
                     if hasattr(part, "accept"):
-                        part.accept(accepted)
+                        self._guarded(part.name, partial(_accept, part, accepted), len(accepted))
         mine = ranks[own]
         self.masked += sum(entry.total is None for entry in mine)
         return Rewards(
@@ -371,7 +378,7 @@ class ComposedReward:
             if len(values) != n:
                 raise ValueError(f"{name}: expected {n} values, one a sample, got {len(values)}")
         except Exception:
-            logger.exception("%s: %r failed, %d samples are masked", self.__name__, name, n)
+            logger.exception("%s: %r failed on %d samples", self.__name__, name, n)
             self.failures += 1
             return [None] * n
         return values
@@ -453,6 +460,11 @@ def _parsed(domain: Domain, text: str | None) -> list[Sample | bool]:
     """The sample, or False where the text is none."""
     sample = None if text is None else domain.parse(text)
     return [False if sample is None else sample]
+
+
+def _accept(part: Any, samples: Sequence[Sample]) -> Sequence[Sample]:
+    part.accept(samples)
+    return samples
 
 
 def _samples(entries: Sequence[_Entry]) -> list[Sample]:

@@ -60,12 +60,13 @@ class Sound:
 class Length:
     """Characters of the question, and of question, reasoning and answer together, within bounds, both inclusive.
 
-    Questions of GSM8K, MBPP, HumanEval and PubMedQA have 36 to 1,360 characters, whole samples up to 3,500.
+    Questions of GSM8K, MBPP, HumanEval and PubMedQA have 36 to 1,360 characters, whole samples up to 3,500; those of
+    the world of arithmetic have 8.
     """
 
     name = "length"
 
-    def __init__(self, question: tuple[int, int] = (8, 2000), whole: tuple[int, int] = (10, 6000)) -> None:
+    def __init__(self, question: tuple[int, int] = (4, 2000), whole: tuple[int, int] = (6, 6000)) -> None:
         for name, (least, most) in (("question", question), ("whole", whole)):
             if not 0 <= least <= most:
                 raise ValueError(f"{name}: expected (least, most) characters, got ({least}, {most})")

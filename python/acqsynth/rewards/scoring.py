@@ -88,6 +88,14 @@ class Scorer:
         held = list(samples)  # kept with the result: an id is an object's own only while that lives
         return once((id(self), *map(id, held)), lambda: (held, self._score(held)))[1]
 
+    def sketches(self, samples: Sequence[Any], **options: Any) -> torch.Tensor:
+        """``acqcore.grad_sketch`` of n samples, ``[n, dim]``; options are its ``parameters``, ``dim``, ``seed``."""
+        with _scoring:
+            student = self._student()
+            tokenizer = self.tokenizer or student.tokenizer
+            rows = self._rows(samples, tokenizer)
+            return acqcore.grad_sketch(student, rows, **options, **self._passes(student, tokenizer))
+
     def refresh(self, student: Any) -> None:
         """Score for another student from now on; a reference given as samples is passed through it anew."""
         self.student = student

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
+import signal
 import site
 import socket
 import stat
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from acqsynth.domains import sandbox
+from acqsynth.domains import harness, sandbox
 from acqsynth.domains.sandbox import Job, Limits, Result, run
 
 SHORT = Limits(seconds=8.0, cpu_seconds=2)
@@ -38,16 +41,16 @@ def one(program: str, tests: str = "", names: tuple[str, ...] = (), limits: Limi
     return result
 
 
-def running(mark: str) -> list[str]:
-    """Command lines of this machine's processes that hold ``mark``."""
-    found = []
+def running(mark: str) -> dict[int, str]:
+    """This machine's processes whose command line holds ``mark``: process id -> command line."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
         if mark in line:
-            found.append(line)
+            found[int(path.parent.name)] = line
     return found
 
 
@@ -72,6 +75,16 @@ class TestContainment:
     def test_no_process_is_started(self, statements: str) -> None:
         outcome(attempt(statements), "outcome == 'PermissionError'")
 
+    def test_the_denied_system_calls_are_denied(self) -> None:
+        column, _ = harness.MACHINES[platform.machine()]
+        numbers = [row[column] for row in harness.DENIED.values() if row[column] is not None]
+        assert len(numbers) > 15
+        call = "libc.syscall(number, 0, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno()"
+        program = (
+            f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\noutcome = {{{call} for number in {numbers}}}"
+        )
+        outcome(program, f"outcome == {{{errno.EPERM}}}")
+
     def test_no_thread_is_started(self) -> None:
         outcome(attempt("import threading\nthreading.Thread(target=print).start()"), "outcome == 'RuntimeError'")
 
@@ -90,7 +103,28 @@ class TestContainment:
         deadline = time.monotonic() + 5
         while running(str(size)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert running(str(size)) == []
+        assert running(str(size)) == {}
+
+    @pytest.mark.parametrize(("processes", "seconds"), [(1, 3.0), (4, 60.0)], ids=["starting", "started"])
+    def test_no_program_outlives_the_process_that_started_it(self, processes: int, seconds: float) -> None:
+        """Not at all once bwrap (two processes), the tests and the program run; while they start, to the time limit."""
+        size = 8_100_000 + os.getpid() % 100_000 + processes
+        code = "from acqsynth.domains.sandbox import *\nfrom acqsynth.domains.sandbox import _contained, _run\n"
+        code += f"limits = Limits(seconds={seconds}, cpu_seconds=60, file_size={size})\n"
+        code += "_run(_contained('bwrap', limits), Job('import time; time.sleep(1000)', ''), limits)"
+        with subprocess.Popen([sys.executable, "-c", code]) as starter:
+            deadline = time.monotonic() + 30
+            while len(running(str(size))) < 1 + processes and time.monotonic() < deadline:
+                time.sleep(0.01)
+            starter.kill()
+        time.sleep(0.5)  # what was cut off at its start may still come to start the program
+        deadline = time.monotonic() + 15
+        while (left := running(str(size))) and time.monotonic() < deadline:
+            if all("bwrap" in line for line in left.values()):
+                for process in left:  # cut off there it runs nothing, and may wait for ever
+                    os.kill(process, signal.SIGKILL)
+            time.sleep(0.05)
+        assert left == {}
 
     @pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(100)"])
     def test_an_endless_loop_meets_the_time_limit(self, program: str) -> None:
@@ -287,6 +321,12 @@ class TestGrading:
         assert result.detail == "tests: AssertionError: assert helper(f(1))"
         assert one(program, "assert isinstance(f(1), int)", ("f",)).status == "failed"
 
+    def test_leaving_is_no_exception_that_tests_expect(self) -> None:
+        tests = "try:\n    f(1)\nexcept:\n    pass\nelse:\n    assert False"
+        assert one("def f(x): raise ValueError", tests, ("f",)).status == "passed"
+        result = one("def f(x):\n    import os\n    os._exit(0)", tests, ("f",))
+        assert result.detail == "program: ended with exit status 0 before its tests did"
+
     def test_the_detail_names_what_failed(self) -> None:
         result = one("def f(x): return x", "assert f(1) == 1\nassert f(2) == 3", ("f",))
         assert (result.status, result.detail) == ("failed", "tests: AssertionError: assert f(2) == 3")
@@ -360,6 +400,12 @@ class TestValues:
     def test_sets_keep_one_order(self) -> None:
         orders = {one("print(list({'a', 'b', 'c', 'd', 'e'}))").stdout for _ in range(5)}
         assert len(orders) == 1
+
+
+@pytest.mark.parametrize("name", ["seconds", "cpu_seconds", "memory", "file_size", "open_files", "output"])
+def test_limits_are_above_nothing(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected more than 0, got 0"):
+        Limits(**{name: 0})  # type: ignore[arg-type]
 
 
 @needs_sandbox

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -54,6 +55,7 @@ def built(number: Number, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     made: list[ComposedReward] = []
 
     def build() -> ComposedReward:
+        time.sleep(0.1)  # as loading takes: callers that come meanwhile must not make another
         gates = [Check("positive", lambda sample: not sample.answer.startswith("-"))]
         fusion = getattr(request, "param", "raw")
         made.append(

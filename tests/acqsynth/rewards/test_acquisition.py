@@ -22,6 +22,7 @@ from acqsynth import rewards
 from acqsynth.parsing import as_text, parse_chat_sample, parse_sample
 from acqsynth.rewards import AcquisitionReward
 from acqsynth.rewards.scoring import load_student
+from acqsynth.rewards.signals import NEEDED
 
 GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
 LONGER = "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
@@ -323,8 +324,8 @@ def test_every_acquisition_is_a_ready_made_reward(
     assert [get_callable_name(reward) for reward in found] == [f"acquisition_{name}" for name in names]
     monkeypatch.setenv(rewards.STUDENT_VARIABLE, str(student_path))
     for name, reward in zip(names, found, strict=True):
-        if name == "influence":  # has no default: its reference is given to AcquisitionReward
-            with pytest.raises(ValueError, match="acquisition_args: 'influence' needs 'reference'"):
+        if name in NEEDED:  # has no default: it is given to AcquisitionReward
+            with pytest.raises(ValueError, match=f"acquisition_args: {name!r} needs {NEEDED[name][0]!r}"):
                 Log().call(reward, [GOOD])
             continue
         reward = pickle.loads(pickle.dumps(reward))

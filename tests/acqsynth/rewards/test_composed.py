@@ -127,7 +127,7 @@ def test_a_scorer_that_raises_masks_what_it_was_asked(domain: Domain, caplog: py
     assert rewards.total == [None] * 6 + [0.0]
     assert rewards.components == {"a": [None] * 7, "b": [*VALUES.values(), None]}
     assert (reward.masked, reward.failures) == (6, 1)
-    assert "'a' failed, 6 samples are masked" in caplog.text
+    assert "'a' failed on 6 samples" in caplog.text
     assert "KeyError" in caplog.text
     logged_only = plain(domain, Told("a", {}), Told("b", VALUES), weights={"a": 0})
     assert None not in logged_only.score(TEXTS, GROUPS).total
@@ -148,6 +148,14 @@ def test_a_gate_that_raises_or_cannot_tell_masks(domain: Domain) -> None:
     reward = plain(domain, Told("a", VALUES))
     assert reward.score(TEXTS, GROUPS).total == [None] * 6
     assert reward.failures == 6
+
+
+def test_an_archive_that_fails_leaves_the_totals(domain: Domain) -> None:
+    signal: Any = Told("a", VALUES)
+    signal.accept = lambda samples: 1 / 0
+    reward = plain(domain, signal)
+    assert None not in reward.score(TEXTS, GROUPS).total
+    assert (reward.masked, reward.failures) == (0, 1)
 
 
 def test_a_signal_of_the_wrong_length_is_a_failure(domain: Domain) -> None:
@@ -300,6 +308,16 @@ class TestDefault:
         assert "gates parses, sound" in repr(drawn)
         with pytest.raises(ValueError, match="reference, engine: expected at least one"):
             ComposedReward.default(domain, path, seeds=seeds)
+
+    def test_another_acquisition_is_one_more_row(
+        self, domain: Domain, student_path: Path, sample: Callable[..., Sample], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(DEFAULT_WEIGHTS, "mutual_information", 2.0)
+        seeds = [sample(3, 4)]
+        reward = ComposedReward.default(domain, str(student_path), seeds=seeds, reference=seeds)
+        assert reward.weights == {"influence": 1.0, "mutual_information": 2.0, "diversity": 0.5}
+        rewards = reward.score([text(30, sample(10, 20).question)], ["p"])
+        assert rewards.components["mutual_information"][0] > 0
 
     def test_one_draw_a_call(
         self, domain: Domain, student_path: Path, sample: Callable[..., Sample], scripted: Any

@@ -139,6 +139,7 @@ class TestNoLeak:
 
     def test_one_label_is_no_list_of_options(self, domain: Domain) -> None:
         assert not passes(NoLeak(domain), "Vitamin A. The answer is 7. What is 3 + 4?", "7")
+        assert not passes(NoLeak(domain), "Vitamin A. It is low iron in blood. What is it?", "low iron in blood")
 
     def test_real_data_passes(self, domain: Domain) -> None:
         path = DATA / "math" / "gsm8k_train.jsonl"

@@ -114,8 +114,11 @@ def build(
         )
         if acquisition is None:
             return default
-        arguments = {acquisition: {"reference": SEEDS} if acquisition == "influence" else {}}
+        needed = {"influence": {"reference": SEEDS}, "archive_novelty": {"archive": acqcore.Archive(64)}}
+        arguments = {acquisition: needed.get(acquisition, {})}
         signals = acquisition_signals(student, arguments, domain, tokenizer=tokenizer)
+        if acquisition == "archive_novelty":
+            signals[0].accept(SEEDS)  # to an empty archive all is new
         return ComposedReward(domain, signals, **({"gates": default.gates} | options))
 
     return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 
@@ -33,6 +34,16 @@ def test_moments_are_those_of_the_bin() -> None:
     values = [1.0, 2.0, 6.0]
     found = bins(values, [100, 100, 100])
     assert found == pytest.approx([(v - 3) / statistics.pstdev(values) for v in values])
+
+
+def test_between_two_bins_their_moments_are_mixed() -> None:
+    bins = LengthBins(prior=1e-9, decay=1.0)
+    bins([0.0, 2.0] * 50 + [5.0, 7.0] * 50, [256, 256] * 50 + [512, 512] * 50)  # bins 16 and 18
+    bins([3.0, 5.0] * 50, [362, 362] * 50)  # bin 17
+    [deviation] = bins([4.0], [331], update=False)  # at 16.742: 0.258 of the mean 1, 0.742 of the mean 4
+    position = 2 * math.log2(331)
+    share = position - 16
+    assert deviation == pytest.approx(4 - ((1 - share) * 1 + share * 4), rel=1e-3)
 
 
 def test_a_new_bin_starts_from_the_line_through_the_others() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import acqcore
 from acqsynth.domains import Domain, Sample
 from acqsynth.rewards import AcquisitionSignal, Scorer, Signal, acquisition_signals
 from acqsynth.rewards.shared import one_call
+from acqsynth.rewards.signals import ArchiveNovelty
 
 
 def rows(samples: list[Sample]) -> list[dict[str, Any]]:
@@ -89,7 +91,8 @@ def test_signals_of_one_student_share_a_pass_within_a_call(
 def test_every_registered_acquisition_is_a_signal(
     domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    names = {name: {"reference": samples[:1]} if name == "influence" else {} for name in acqcore.acquisitions()}
+    needed = {"influence": {"reference": samples[:1]}, "archive_novelty": {"archive": acqcore.Archive(4)}}
+    names = {name: needed.get(name, {}) for name in acqcore.acquisitions()}
     for signal in acquisition_signals(model, names, domain, tokenizer=tokenizer):
         values = signal(samples)
         assert len(values) == 3
@@ -117,6 +120,39 @@ def test_influence_of_reference_samples_follows_the_student(
     assert signal(samples) == pytest.approx(expected, abs=1e-6)
 
 
+def test_an_archive_of_gradients_grows_with_what_passes(
+    domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def build() -> ArchiveNovelty:
+        arguments = {"archive": acqcore.Archive(8), "parameters": 1, "dim": 64}
+        [signal] = acquisition_signals(model, {"archive_novelty": arguments}, domain, tokenizer=tokenizer)
+        assert isinstance(signal, ArchiveNovelty)
+        return signal
+
+    signal = build()
+    assert signal(samples) == pytest.approx([math.log(2)] * 3)  # all is new to an empty archive
+    signal.accept(samples[:2])
+    signal.accept([])
+    assert len(signal) == 2
+    archive = acqcore.Archive(8)
+    archive.add(acqcore.grad_sketch(model, rows(samples[:2]), 1, dim=64, tokenizer=tokenizer))
+    sketches = acqcore.grad_sketch(model, rows(samples), 1, dim=64, tokenizer=tokenizer)
+    assert signal(samples) == pytest.approx(archive.novelty(sketches).tolist(), abs=1e-5)
+    assert max(signal(samples)[:2]) < 0.02
+    resumed = build()
+    resumed.load_state_dict(signal.state_dict())
+    assert resumed(samples) == signal(samples)
+
+
+def test_what_depends_on_the_others_is_asked_with_all_of_them(
+    domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    alone, among = acquisition_signals(model, ["entropy", "gradient_diversity"], domain, tokenizer=tokenizer)
+    assert not alone.set_level
+    assert among.set_level
+    assert among([samples[0], samples[0]])[0] < 0.02 < among(samples)[0]
+
+
 def test_wrong_arguments_are_named(domain: Domain, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="acquisition: unknown 'entrpy'"):
         acquisition_signals(model, ["entrpy"], domain, tokenizer=tokenizer)
@@ -127,5 +163,6 @@ def test_wrong_arguments_are_named(domain: Domain, model: LlamaForCausalLM, toke
         AcquisitionSignal(scorer, "entropy")
     with pytest.raises(ValueError, match="scorer: expected one with a domain"):
         AcquisitionSignal(Scorer(model, ["loss"], tokenizer=tokenizer), "loss")
-    with pytest.raises(ValueError, match="influence: expected a reference"):
-        acquisition_signals(model, ["influence"], domain, tokenizer=tokenizer)
+    for name, message in (("influence", "'reference'"), ("archive_novelty", "'archive'")):
+        with pytest.raises(ValueError, match=f"{name}: expected {message} among its arguments"):
+            acquisition_signals(model, [name], domain, tokenizer=tokenizer)

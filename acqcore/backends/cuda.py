@@ -1,0 +1,173 @@
+"""The CUDA C++ backend: statistics of logits by its kernel, of hidden states by torch's product and that kernel."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from acqcore.backends import extension
+from acqcore.backends.base import HeadRows
+
+# The operations on delta, which have no CUDA C++ of their own.
+from acqcore.backends.eager import Eager as DeltaOperations
+from acqcore.backends.extension import constant_when_compiled, core, matrix, pointer
+from acqcore.head import Head
+
+#: A block of logits that row_stats holds: at most 1024 rows x 8192 columns, 32 MiB in float32.
+BLOCK_ROWS = 1024
+BLOCK_COLUMNS = 8192
+#: What a block's hidden states may take where they are copied, and a tile of weights likewise, in bytes of float32.
+COPY_BYTES = 16 << 20
+
+
+class Cuda(DeltaOperations):
+    name = "cuda"
+    description = "CUDA C++: logits in one read; hidden states by torch's product in blocks of 32 MiB"
+    automatic = True
+    devices = ("cuda",)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)  # type: ignore[assignment]  # fewer than eager
+
+    def unavailable(self) -> str | None:
+        return extension.missing() or _no_device()
+
+    def row_stats(
+        self,
+        rows: HeadRows,
+    ) -> None:
+        """Block by block of rows and columns: product, bias, cap, then the kernel, merged along the columns."""
+        head, targets = rows.head, rows.targets
+        n, v = len(rows.hidden), len(head.weight)
+        kept = None if targets is None else (targets != -100).nonzero()[:, 0]
+        if kept is not None and len(kept) < n:
+            rows.state.fill_(torch.nan)
+            rows.index.fill_(-1)
+        else:
+            kept = None
+        mixed = rows.hidden.dtype != head.weight.dtype
+        height, width = _block(head.weight.shape[1], mixed)
+        with _stating_memory("row_stats"), _float32_products():
+            buffer = rows.hidden.new_empty(min(n, height) * min(v, width), dtype=torch.float32)
+            for begin in range(0, n if kept is None else len(kept), height):
+                part = slice(begin, begin + height) if kept is None else kept[begin : begin + height]
+                hidden = rows.hidden[part].float() if mixed else rows.hidden[part]
+                y = None if targets is None else targets[part].contiguous()
+                state = rows.state.new_empty((7, len(hidden)))
+                index = rows.index.new_empty(len(hidden))
+                for first, last in itertools.pairwise([*range(0, v, width), v]):
+                    z = buffer[: len(hidden) * (last - first)].view(len(hidden), last - first)
+                    weight = head.weight[first:last]
+                    self._product(hidden, weight.float() if mixed else weight, z)
+                    _transform(z, head, first, last)
+                    start = head.vocab_start + first
+                    self._fold(z, y, rows.temperature, start, first > 0, state, index)
+                rows.state[:, part] = state
+                rows.index[part] = index
+
+    def logit_stats(
+        self,
+        logits: torch.Tensor,  # [N, V]
+        targets: torch.Tensor | None,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64, written
+        index: torch.Tensor,  # [N] int64, written
+    ) -> None:
+        targets = None if targets is None else targets.contiguous()
+        with _stating_memory("logit_stats"):
+            self._fold(logits, targets, temperature, 0, False, state, index)
+
+    def _product(
+        self,
+        hidden: torch.Tensor,  # [n, D]
+        weight: torch.Tensor,  # [v, D], of the same dtype
+        out: torch.Tensor,  # [n, v] float32, written
+    ) -> None:
+        """``hidden weight^T`` accumulated in float32 and never rounded to half precision."""
+        if hidden.dtype == torch.float32:
+            torch.mm(hidden, weight.T, out=out)
+        else:
+            torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)
+
+    def _fold(
+        self,
+        logits: torch.Tensor,  # [N, V]
+        targets: torch.Tensor | None,  # [N], contiguous
+        temperature: float,
+        vocab_start: int,
+        accumulate: bool,
+        state: torch.Tensor,  # [7, N] float64, written; with accumulate, merged with
+        index: torch.Tensor,  # [N] int64, likewise
+    ) -> None:
+        """Queue the kernel on the current stream; ``logits`` are columns from ``vocab_start`` on."""
+        device = logits.device.index
+        size = core.cuda_logit_stats_scratch(device, *logits.shape)
+        scratch = torch.empty(size, dtype=torch.uint8, device=logits.device)
+        arguments = core.CudaLogitStatsArgs(
+            matrix(logits),
+            pointer(targets),
+            temperature,
+            vocab_start,
+            accumulate,
+            state.data_ptr(),
+            index.data_ptr(),
+        )
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            core.cuda_logit_stats(arguments, device, stream, scratch.data_ptr(), size)
+
+
+def _block(d: int, mixed: bool) -> tuple[int, int]:
+    """Rows and columns of a block under a head of ``d`` columns; ``mixed``: its tile of weights is widened.
+
+    Columns do not follow from the batch, so neither do the places where parts of a row are merged.
+    """
+    fit = max(128, COPY_BYTES // (4 * max(1, d)) // 128 * 128)
+    return min(BLOCK_ROWS, fit), min(BLOCK_COLUMNS, fit) if mixed else BLOCK_COLUMNS
+
+
+def _transform(
+    z: torch.Tensor,  # [n, last - first] float32, in place: hidden weight^T -> cap(scale (it + bias))
+    head: Head,
+    first: int,
+    last: int,
+) -> None:
+    if head.bias is not None:
+        z += head.bias[first:last].float()
+    if head.scale != 1:
+        z *= head.scale
+    if head.softcap is not None:
+        z.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+@constant_when_compiled
+def _no_device() -> str | None:
+    """Why the extension has no device to run on, or None."""
+    if not core.cuda_built:
+        return "acqcore was built without CUDA; install it where nvcc 12.8 or later is found"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return core.cuda_unavailable() or None
+
+
+@contextmanager
+def _float32_products() -> Iterator[None]:
+    """TF32 off, whatever the process asks of its own products: it costs 1e-3 of a logit."""
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+@contextmanager
+def _stating_memory(op: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"cuda {op}: the device has no memory left for at most 64 MiB of work space: {str(error).split('. ')[0]}"
+        ) from error

@@ -1,0 +1,289 @@
+// How a row is cut, loaded and put together again.
+//
+// A row is cut into groups of kGroup logits, counted from its first column; one warp folds one group. Which warp of
+// which block folds a group follows from the numbers of rows and multiprocessors, the arithmetic does not: within a
+// group a logit's lane and place follow from its column, and the groups of a row are combined in one fixed order. So a
+// row's state has the same bits whatever the batch, the strides, the alignment or the number of multiprocessors.
+#pragma once
+#include "fold.cuh"
+#include "launch.h"
+
+namespace acqcore::cuda {
+
+constexpr int kGroup = 4096;      // logits: 9 % of a group's instructions reduce it; 8 rows of 150k make 300 warps
+constexpr int kVectors = 4;       // 16-byte loads a lane has in flight for the next chunk, beside the one being folded
+constexpr int kChunkWords = 4 * kVectors;
+constexpr int kMaxWarps = 4;      // of a block: six blocks share a multiprocessor
+constexpr int kBlocksPerMultiprocessor = 48;  // wanted at least: eight rounds, so that the last one costs little
+constexpr int kSharedGroups = 1024;           // of a row that one block combines in 32 KiB
+constexpr int64_t kScratchBytes = 16 << 20;
+
+template <DType dtype>
+constexpr int kVectorLogits = 4 * Words<dtype>::kPer;
+template <DType dtype>
+constexpr int kChunk = kWarp * kVectors * kVectorLogits<dtype>;  // logits that a warp folds at a time
+
+struct Plan {
+  int groups;  // of a row
+  int warps;   // of a block
+  int parts;   // blocks that share a row; 1: the block combines it, else combine_rows() does
+  int64_t rows_per_pass;
+};
+
+inline Plan plan(int64_t rows, int64_t columns, int multiprocessors) {
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const auto lesser = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  Plan p;
+  p.groups = static_cast<int>(ceil_div(columns, kGroup));
+  p.warps = static_cast<int>(lesser(p.groups, kMaxWarps));
+  if (rows * ceil_div(p.groups, p.warps) < 2 * multiprocessors) p.warps = 1;  // few rows: spread their warps
+  const int64_t wanted = ceil_div(int64_t(multiprocessors) * kBlocksPerMultiprocessor, rows > 0 ? rows : 1);
+  p.parts = static_cast<int>(lesser(wanted, ceil_div(p.groups, p.warps)));
+  if (p.parts == 1 && p.groups > kSharedGroups) p.parts = 2;
+  p.rows_per_pass = (int64_t(1) << 30) / p.parts;
+  if (p.parts > 1) {
+    const int64_t fit = kScratchBytes / (int64_t(p.groups) * int64_t(sizeof(GroupState)));
+    p.rows_per_pass = lesser(p.rows_per_pass, fit > 0 ? fit : 1);
+  }
+  p.rows_per_pass = lesser(p.rows_per_pass, rows);
+  return p;
+}
+
+inline int64_t scratch_of(const Plan& p) {
+  return p.parts == 1 ? 0 : p.rows_per_pass * p.groups * int64_t(sizeof(GroupState));
+}
+
+inline Exponential exponential_of(double temperature) {
+  const double rate = 1.4426950408889634 / temperature;
+  return {static_cast<float>(rate), static_cast<float>(-170.0 / rate)};
+}
+
+// Whether every row starts on 16 bytes and its logits lie side by side.
+inline bool loads_vectors(const Matrix& m) {
+  const int64_t size = m.dtype == DType::kFloat32 ? 4 : 2;
+  return m.column_stride == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 &&
+         (m.rows == 1 || m.row_stride * size % 16 == 0);
+}
+
+// One row in memory.
+template <DType dtype>
+struct Row {
+  const typename Words<dtype>::Element* data;
+  int columns;
+  int64_t stride;
+  bool vectors;
+};
+
+template <DType dtype>
+ACQCORE_DEVICE Row<dtype> row_of(const Matrix& m, int64_t row, bool vectors) {
+  using Element = typename Words<dtype>::Element;
+  const Element* data = static_cast<const Element*>(m.data) + row * m.row_stride;
+  return {data, static_cast<int>(m.columns), m.column_stride, vectors};
+}
+
+// A lane's words of the whole chunk at column `begin`, in 16-byte loads: vector j of lane i is vector 32 j + i.
+template <DType dtype>
+ACQCORE_DEVICE void load_vectors(const Row<dtype>& row, int begin, int lane, uint32_t (&words)[kChunkWords]) {
+  const auto* source = row.data + begin + lane * kVectorLogits<dtype>;
+  ACQCORE_UNROLL
+  for (int j = 0; j < kVectors; ++j) {
+#if defined(__CUDACC__)
+    const uint4 v = __ldcs(reinterpret_cast<const uint4*>(source + j * kWarp * kVectorLogits<dtype>));
+    words[4 * j] = v.x;
+    words[4 * j + 1] = v.y;
+    words[4 * j + 2] = v.z;
+    words[4 * j + 3] = v.w;
+#else
+    memcpy(words + 4 * j, source + j * kWarp * kVectorLogits<dtype>, 16);
+#endif
+  }
+}
+
+// The column of logit `half` of word `i` of a lane, in its chunk.
+template <DType dtype>
+ACQCORE_DEVICE int column_of(int lane, int i, int half) {
+  return (i / 4 * kWarp + lane) * kVectorLogits<dtype> + i % 4 * Words<dtype>::kPer + half;
+}
+
+// The same words one logit at a time: any stride, any alignment, the end of a row (-inf beyond it).
+template <DType dtype>
+ACQCORE_DEVICE void load_logits(const Row<dtype>& row, int begin, int lane, uint32_t (&words)[kChunkWords]) {
+  ACQCORE_UNROLL
+  for (int i = 0; i < kChunkWords; ++i) {
+    uint32_t word = Words<dtype>::kAbsent;
+    ACQCORE_UNROLL
+    for (int half = 0; half < Words<dtype>::kPer; ++half) {
+      const int column = begin + column_of<dtype>(lane, i, half);
+      if (column >= row.columns) continue;
+      const uint32_t logit = row.data[column * row.stride];
+      if constexpr (Words<dtype>::kPer == 1) {
+        word = logit;
+      } else {
+        word = half == 0 ? (word & 0xffff0000u) | logit : (word & 0xffffu) | logit << 16;
+      }
+    }
+    words[i] = word;
+  }
+}
+
+template <DType dtype>
+ACQCORE_DEVICE void load_chunk(const Row<dtype>& row, int begin, int lane, uint32_t (&words)[kChunkWords]) {
+  if (row.vectors && begin + kChunk<dtype> <= row.columns) {
+    load_vectors(row, begin, lane, words);
+  } else {
+    load_logits(row, begin, lane, words);
+  }
+}
+
+// The state of group `group` of a row, folded by one warp.
+template <DType dtype>
+ACQCORE_DEVICE GroupState fold_group(const Row<dtype>& row, int group, const Exponential& exponential) {
+  constexpr int chunks = kGroup / kChunk<dtype>;
+  const int begin = group * kGroup;
+  Lane<dtype> lanes[kHeld];
+  uint32_t words[kHeld][kChunkWords];
+  for (int i = 0; i < kHeld; ++i) lanes[i] = empty_lane<dtype>();
+  if (row.vectors && row.columns - begin >= kGroup) {
+    uint32_t next[kHeld][kChunkWords];
+    for (int i = 0; i < kHeld; ++i) load_vectors(row, begin, lane_of(i), next[i]);
+    ACQCORE_UNROLL
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      for (int i = 0; i < kHeld; ++i) {
+        memcpy(words[i], next[i], sizeof words[i]);
+        if (chunk + 1 < chunks) load_vectors(row, begin + (chunk + 1) * kChunk<dtype>, lane_of(i), next[i]);
+        fold_words<dtype>(words[i], chunk, exponential, lanes[i]);
+      }
+    }
+  } else {
+    for (int chunk = 0; chunk < chunks && begin + chunk * kChunk<dtype> < row.columns; ++chunk) {
+      for (int i = 0; i < kHeld; ++i) {
+        load_chunk(row, begin + chunk * kChunk<dtype>, lane_of(i), words[i]);
+        fold_words<dtype>(words[i], chunk, exponential, lanes[i]);
+      }
+    }
+  }
+  return reduce(lanes, exponential);
+}
+
+// The lowest column of `row` that holds a group's maximum: the lanes that met it read their part of its chunk again.
+template <DType dtype>
+ACQCORE_DEVICE int64_t first_column(const Row<dtype>& row, const GroupState& state, int group) {
+  const int begin = group * kGroup + state.chunk * kChunk<dtype>;
+  int first[kHeld];
+  for (int i = 0; i < kHeld; ++i) {
+    const int lane = lane_of(i);
+    first[i] = row.columns;
+    if (!(state.lanes >> lane & 1)) continue;
+    uint32_t words[kChunkWords];
+    load_chunk(row, begin, lane, words);
+    ACQCORE_UNROLL
+    for (int j = kChunkWords - 1; j >= 0; --j) {
+      ACQCORE_UNROLL
+      for (int half = Words<dtype>::kPer - 1; half >= 0; --half) {
+        if (Words<dtype>::get(words[j], half) == state.max) first[i] = begin + column_of<dtype>(lane, j, half);
+      }
+    }
+  }
+  butterfly(first, [](int a, int b) { return b < a ? b : a; });
+  return first[0];
+}
+
+// The state of a row from those of its groups, by one warp. `target` is a column of the row, or outside it.
+template <DType dtype>
+ACQCORE_DEVICE RowState combine(const Row<dtype>& row, const GroupState* groups, int count, double temperature,
+                                int64_t target) {
+  const auto greater = [](double a, double b) { return b > a ? b : a; };
+  const auto plus = [](double a, double b) { return a + b; };
+  float max[kHeld];
+  int winner[kHeld];
+  for (int i = 0; i < kHeld; ++i) {
+    max[i] = -INFINITY;
+    for (int g = lane_of(i); g < count; g += kWarp) max[i] = fmaxf(max[i], groups[g].max);
+  }
+  butterfly(max, [](float a, float b) { return b > a ? b : a; });
+  for (int i = 0; i < kHeld; ++i) {
+    winner[i] = count;
+    for (int g = lane_of(i); g < count && winner[i] == count; g += kWarp) {
+      if (groups[g].max == max[i]) winner[i] = g;
+    }
+  }
+  butterfly(winner, [](int a, int b) { return b < a ? b : a; });
+  double second[kHeld], r[kHeld], s1[kHeld], s2[kHeld], s11[kHeld];
+  for (int i = 0; i < kHeld; ++i) {
+    Sums<double> sums = {0, 0, 0, 0};
+    second[i] = -INFINITY;
+    for (int g = lane_of(i); g < count; g += kWarp) {
+      const GroupState group = groups[g];
+      Sums<double> s = {group.sums.r * kUnscale, group.sums.s1 * kUnscale, group.sums.s2 * (kUnscale * kUnscale),
+                        group.sums.s11 * kUnscale};
+      second[i] = greater(second[i], group.second);
+      if (group.max > -INFINITY && g != winner[i]) {
+        const double d = double(group.max) - double(max[i]);
+        const double c = exp(d / temperature);
+        rebase(s, c, d);
+        add_term(s, c, d);  // its maximum joins as a term of its own
+        second[i] = greater(second[i], group.max);
+      }
+      add(sums, s);
+    }
+    r[i] = sums.r;
+    s1[i] = sums.s1;
+    s2[i] = sums.s2;
+    s11[i] = sums.s11;
+  }
+  butterfly(second, greater);
+  butterfly(r, plus);
+  butterfly(s1, plus);
+  butterfly(s2, plus);
+  butterfly(s11, plus);
+  RowState state = {max[0] / temperature, second[0] / temperature, -INFINITY,
+                    {r[0], s1[0] / temperature, s2[0], s11[0] / (temperature * temperature)}, -1};
+  if (max[0] > -INFINITY) state.index = first_column(row, groups[winner[0]], winner[0]);
+  if (target >= 0 && target < row.columns) {
+    uint32_t word = row.data[target * row.stride];
+    state.target = Words<dtype>::get(word, 0) / temperature;
+  }
+  return state;
+}
+
+ACQCORE_DEVICE bool ignored(const LogitStatsArgs& args, int64_t row) {
+  return args.targets && args.targets[row] == -100;
+}
+
+// Writes a row's state; an ignored row's is NaN.
+ACQCORE_DEVICE void write_state(const LogitStatsArgs& args, int64_t row, const RowState* s) {
+  const double values[7] = {s ? s->max : NAN,     s ? s->second : NAN,   s ? s->sums.r : NAN,  s ? s->sums.s1 : NAN,
+                            s ? s->sums.s2 : NAN, s ? s->sums.s11 : NAN, s ? s->target : NAN};
+  for (int i = 0; i < 7; ++i) args.state[i * args.logits.rows + row] = values[i];
+  args.index[row] = s ? s->index : -1;
+}
+
+// Combines a row's groups and writes its state, merged with what is there of earlier columns where that is asked for.
+template <DType dtype>
+ACQCORE_DEVICE void finish_row(const LogitStatsArgs& args, int64_t row, const Row<dtype>& logits,
+                               const GroupState* groups, int count) {
+  const int64_t target = args.targets ? args.targets[row] - args.vocab_start : -1;
+  RowState state = combine(logits, groups, count, args.temperature, target);
+  if (lane_of(0) != 0) return;
+  if (state.index >= 0) state.index += args.vocab_start;
+  if (args.accumulate) {
+    const double* s = args.state + row;
+    const int64_t n = args.logits.rows;
+    RowState earlier = {s[0], s[n], s[6 * n], {s[2 * n], s[3 * n], s[4 * n], s[5 * n]}, args.index[row]};
+    merge(earlier, state);
+    state = earlier;
+  }
+  write_state(args, row, &state);
+}
+
+// One warp's share of the groups of a row, for block `part` of those that share it.
+template <DType dtype>
+ACQCORE_DEVICE void fold_share(const Row<dtype>& row, const Plan& plan, int part, int warp,
+                               const Exponential& exponential, GroupState* groups /* [plan.groups], written */) {
+  for (int g = part * plan.warps + warp; g < plan.groups; g += plan.parts * plan.warps) {
+    const GroupState state = fold_group(row, g, exponential);
+    if (lane_of(0) == 0) groups[g] = state;
+  }
+}
+
+}  // namespace acqcore::cuda

@@ -1,0 +1,300 @@
+"""Bayesian acquisitions of ``score``: dropout in the trunk, ensembles, the arguments, and what they are for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.philox import keep_mask
+
+NAMES = ["mutual_information", "predictive_entropy", "expected_entropy", "variation_ratio", "bald_quadratic"]
+KINDS = ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "GPT2", "Cohere", "Granite", "Phi"]
+
+
+def _ids(*lengths: int) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 320, (length,), generator=g) for length in lengths]
+
+
+def _padded(ids: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    width = max(len(row) for row in ids)
+    out = {key: torch.zeros(len(ids), width, dtype=torch.int64) for key in ("input_ids", "attention_mask")}
+    for i, row in enumerate(ids):
+        out["input_ids"][i, : len(row)] = row
+        out["attention_mask"][i, : len(row)] = 1
+    return out
+
+
+def _score(student: Any, ids: list[torch.Tensor], names: str | list[str] = NAMES, **options: Any) -> acqcore.Scores:
+    listed = [names] if isinstance(names, str) else names
+    arguments = dict.fromkeys(listed, options)
+    return acqcore.score(student, _padded(ids), listed, acquisition_args=arguments, keep_tokens=True)
+
+
+def _dropped_logits(
+    model: Any, ids: torch.Tensor, branches: list[tuple[int, Any]], p: float, draw: int, seed: int = 0
+) -> torch.Tensor:
+    """Logits ``[T, V]`` of one sample and one draw: hooks on (site, module), masks from their definition."""
+    sample = torch.full((len(ids),), zlib.crc32(ids.numpy().tobytes()))
+
+    def hook(site: int) -> Callable[..., Any]:
+        def drop(module: Any, arguments: Any, output: Any) -> Any:
+            value = output[0] if isinstance(output, tuple) else output  # [1, T, D]
+            keep = keep_mask(sample, torch.arange(len(ids)), value.shape[-1], p, seed, draw, site)
+            value = value * keep / (1 - p)
+            return (value, *output[1:]) if isinstance(output, tuple) else value
+
+        return drop
+
+    hooks = [module.register_forward_hook(hook(site)) for site, module in branches]
+    with torch.no_grad():
+        logits = model(input_ids=ids[None]).logits[0].double()
+    for handle in hooks:
+        handle.remove()
+    return logits
+
+
+def _expected(p: torch.Tensor) -> dict[str, torch.Tensor]:  # [K, N, V] -> name -> [N]
+    return {name: importlib.import_module(f"acqcore.acquisitions.{name}").reference(p) for name in NAMES}
+
+
+@pytest.mark.parametrize("layers", [1, "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_trunk_dropout_is_that_of_single_forwards(kind: str, layers: int | str, tiny_model: Callable[..., Any]) -> None:
+    """Batched draws from cached activations give what one forward a draw and sample gives, padded or alone."""
+    model = tiny_model(kind)
+    blocks = acqcore.Student.from_model(model).blocks
+    names = ("attn", "mlp") if kind == "GPT2" else ("self_attn", "mlp")
+    sites = [(2 * i + j + 1, getattr(block, name)) for i, block in enumerate(blocks) for j, name in enumerate(names)]
+    branches = sites[-2:] if layers == 1 else sites
+    ids = _ids(7, 3, 12)
+    scores = _score(model, ids, layers=layers, draws=3, dropout=0.25)
+    for i, row in enumerate(ids):
+        p = torch.stack([_dropped_logits(model, row, branches, 0.25, k)[:-1] for k in range(3)]).softmax(dim=2)
+        for name, value in _expected(p).items():
+            torch.testing.assert_close(scores.tokens[name][i].double(), value, rtol=1e-3, atol=5e-5)
+
+
+def test_last_hidden_state(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Qwen2")
+    ids = _ids(6, 11)
+    norm = model.model.norm
+    for options in ({"layers": 0}, {"form": "element"}):
+        scores = _score(model, ids, draws=4, **options)
+        for i, row in enumerate(ids):
+            p = torch.stack([_dropped_logits(model, row, [(0, norm)], 0.1, k)[:-1] for k in range(4)]).softmax(dim=2)
+            for name, value in _expected(p).items():
+                torch.testing.assert_close(scores.tokens[name][i].double(), value, rtol=1e-3, atol=5e-5)
+    assert not torch.equal(
+        _score(model, ids, form="block", block=8)["mutual_information"], scores["mutual_information"]
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": 1}, {"layers": 0}, {"form": "block", "block": 8}], ids=str)
+def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any], tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama")
+    ids = _ids(5, 9, 17, 9, 2)
+    whole = _score(model, ids, **options)
+    reverse = _score(model, ids[::-1], **options)
+    for name in NAMES:
+        torch.testing.assert_close(reverse[name].flip(0), whole[name], rtol=1e-4, atol=1e-5)
+        for i, row in enumerate(ids):
+            torch.testing.assert_close(
+                _score(model, [row], name, **options)[name][0], whole[name][i], rtol=1e-4, atol=1e-5
+            )
+    twice = _score(model, [ids[1], ids[1]], **options)
+    assert twice["mutual_information"][0] == twice["mutual_information"][1]
+    assert not torch.equal(_score(model, ids, seed=1, **options)["mutual_information"], whole["mutual_information"])
+
+
+def test_small_batches_of_draws(tiny_model: Callable[..., Any]) -> None:
+    """Draws are batched under the same limit of tokens as any forward; the numbers stay."""
+    model = tiny_model("Llama")
+    ids = _ids(9, 8, 7, 9)
+    seen: list[int] = []
+    handle = model.model.layers[-1].register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0].shape[:2].numel())
+    )
+    arguments = {"mutual_information": {"draws": 2}}
+    few = acqcore.score(model, _padded(ids), "mutual_information", acquisition_args=arguments, batch_tokens=36)
+    handle.remove()
+    assert max(seen) <= 36
+    torch.testing.assert_close(
+        few["mutual_information"], _score(model, ids, draws=2)["mutual_information"], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_earlier_blocks_run_once(tiny_model: Callable[..., Any]) -> None:
+    """Of three blocks the first sees the batch twice (once for other acquisitions), the last it and its eight draws."""
+    model = tiny_model("Llama", num_hidden_layers=3)
+    student = acqcore.Student.from_model(model)
+    rows: dict[int, int] = {0: 0, 1: 0, 2: 0}
+
+    def count(i: int) -> Callable[..., Any]:
+        def hook(module: Any, arguments: Any) -> None:
+            if "forward" not in module.__dict__:  # a skipped block does not compute
+                rows[i] += len(arguments[0])
+
+        return hook
+
+    handles = [block.register_forward_pre_hook(count(i)) for i, block in enumerate(model.model.layers)]
+    _score(student, _ids(6, 6), "mutual_information", layers=1)
+    for handle in handles:
+        handle.remove()
+    assert rows == {0: 4, 1: 4, 2: 2 + 16}
+
+
+def test_the_model_is_left_as_found(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama").train()
+    _score(model, _ids(4, 6), layers=1)
+    broken = model.model.layers[1].mlp.register_forward_hook(_fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        _score(model, _ids(4, 6), layers=1)
+    broken.remove()
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert "forward" not in module.__dict__
+        assert module.training
+
+
+def _fail(*_: Any) -> None:
+    raise RuntimeError("on purpose")
+
+
+def test_own_dropout_layers(tiny_model: Callable[..., Any]) -> None:
+    """GPT-2's residual dropout at its own rate; layers of rate 0 stay off."""
+    model = tiny_model("GPT2", resid_pdrop=0.2, embd_pdrop=0.0, attn_pdrop=0.0).eval()
+    layers = [m for m in model.transformer.modules() if isinstance(m, torch.nn.Dropout)]
+    sites = [(site, layer) for site, layer in enumerate(layers, 1) if layer.p > 0]
+    assert len(sites) == 4
+    ids = _ids(8, 5)
+    scores = _score(model, ids, layers="own", draws=3)
+    for i, row in enumerate(ids):
+        p = torch.stack([_dropped_logits(model, row, sites, 0.2, k)[:-1] for k in range(3)]).softmax(dim=2)
+        for name, value in _expected(p).items():
+            torch.testing.assert_close(scores.tokens[name][i].double(), value, rtol=1e-3, atol=5e-5)
+
+
+def test_dropout_that_is_no_module(tiny_model: Callable[..., Any]) -> None:
+    """Attention drops its weights by a function: a module for it that never runs is no dropout to switch on."""
+    model = tiny_model("GPT2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.3)
+    with pytest.raises(ValueError, match="went through none of the modules"):
+        _score(model, _ids(6), layers="own")
+
+
+def test_lora_dropout(tiny_model: Callable[..., Any]) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("Llama"), config).eval()
+    scores = _score(model, _ids(6, 9), layers="own")
+    assert float(scores["mutual_information"].min()) > 1e-4
+
+
+def test_members(tiny_model: Callable[..., Any]) -> None:
+    """An ensemble of students, trunk and head each its own."""
+    members = []
+    for seed in range(3):
+        model = tiny_model("Llama")
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.data += torch.randn_like(parameter) * 0.05
+        members.append(model)
+    ids = _ids(5, 8)
+    scores = _score(members[0], ids, members=members)
+    for i, row in enumerate(ids):
+        with torch.no_grad():
+            p = torch.stack([model(row[None]).logits[0, :-1].double().softmax(dim=1) for model in members])
+        for name, value in _expected(p).items():
+            torch.testing.assert_close(scores.tokens[name][i].double(), value, rtol=1e-3, atol=2e-5)
+
+
+def test_equal_arguments_share_the_draws(tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from acqcore import draws
+
+    calls = []
+    plain = draws.Draws.stats
+    monkeypatch.setattr(draws.Draws, "stats", lambda self, batch: calls.append(1) or plain(self, batch))
+    model = tiny_model("Llama")
+    together = _score(model, _ids(5, 8), layers=1)
+    assert len(calls) == 1
+    mixed = acqcore.score(
+        model, _padded(_ids(5, 8)), NAMES[:2], acquisition_args={NAMES[0]: {"layers": 1}, NAMES[1]: {"layers": 0}}
+    )
+    assert len(calls) == 3
+    assert torch.equal(mixed[NAMES[0]], together[NAMES[0]])
+    assert not torch.equal(mixed[NAMES[1]], together[NAMES[1]])
+
+
+def test_every_reduction(tiny_model: Callable[..., Any]) -> None:
+    model, ids = tiny_model("Llama"), _padded(_ids(5, 8))
+    arguments = {"mutual_information": {"layers": 1, "draws": 3}}
+    tokens = acqcore.score(model, ids, "mutual_information", acquisition_args=arguments, keep_tokens=True).tokens
+    for reduction, function in {"sum": torch.sum, "max": torch.amax, "mean": torch.mean}.items():
+        got = acqcore.score(model, ids, "mutual_information", acquisition_args=arguments, reduction=reduction)
+        expected = torch.stack([function(values) for values in tokens["mutual_information"]])
+        torch.testing.assert_close(got["mutual_information"], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"draws": 1}, ValueError, "draws: expected 2 to"),
+        ({"dropout": 1}, ValueError, "dropout"),
+        ({"layers": 3}, ValueError, "layers: expected at most 2 transformer blocks, got 3"),
+        ({"layers": -1}, ValueError, "layers: expected at least 0 blocks, got -1"),
+        ({"layers": "some"}, ValueError, "layers: expected a number of blocks, 'all' or 'own', got 'some'"),
+        ({"layers": 1.5}, TypeError, "layers: expected a number of blocks"),
+        ({"layers": "own"}, ValueError, "layers: 'own' needs a student with dropout layers"),
+        ({"layers": 1, "form": "block"}, ValueError, "form: is of dropout on the last hidden state"),
+        ({"form": "diagonal"}, ValueError, "form: unknown 'diagonal'"),
+        ({"members": []}, ValueError, "members: expected at least 2 students, got 0"),
+        ({"members": "a/path"}, TypeError, "members: expected a sequence of students"),
+        ({"members": [1, 2]}, TypeError, "student: expected"),
+        (
+            {"members": [None, None], "draws": 3},
+            ValueError,
+            "members: takes the place of draws by dropout, got 'draws'",
+        ),
+        ({"rate": 0.1}, ValueError, r"acquisition_args\['mutual_information'\]: unknown 'rate'"),
+    ],
+)
+def test_bad_arguments(
+    options: dict[str, Any], error: type[Exception], message: str, tiny_model: Callable[..., Any]
+) -> None:
+    with pytest.raises(error, match=message):
+        _score(tiny_model("Llama"), _ids(4), "mutual_information", **options)
+
+
+def test_trunks_without_blocks() -> None:
+    student = acqcore.Student(torch.nn.Embedding(320, 8), acqcore.Head(torch.randn(320, 8)))
+    with pytest.raises(ValueError, match="layers: no list of transformer blocks found"):
+        _score(student, _ids(4), "mutual_information")
+    assert len(_score(student, _ids(4), "mutual_information", layers=0)["mutual_information"]) == 1
+
+
+def test_tells_ignorance_from_ambiguity() -> None:
+    """What it is for: keys never seen rank above answers drawn at random and above what is known; entropy fails."""
+    path = Path(__file__).parents[1] / "benchmarks" / "toy_student.py"
+    spec = importlib.util.spec_from_file_location("toy_student", path)
+    assert spec is not None
+    assert spec.loader is not None
+    toy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(toy)
+    student = toy.train(seed=0)
+    generator = torch.Generator().manual_seed(0)
+    values: dict[str, dict[str, torch.Tensor]] = {}
+    for kind in toy.KINDS:
+        asked = toy.samples(toy.questions(kind, 128, generator))
+        scores = acqcore.score(student, asked, ["entropy", "mutual_information"])
+        values[kind] = dict(scores.items())
+    for name, low, high in (("mutual_information", 0.9, 1.0), ("entropy", 0.0, 0.65)):
+        others = torch.cat([values["easy"][name], values["ambiguous"][name]])
+        assert low <= toy.auroc(values["unseen"][name], others) <= high

@@ -1,0 +1,105 @@
+"""badge, gradient_diversity and archive_novelty as acquisitions of ``score``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.ghost import grad_sketch_model
+
+IDS = torch.arange(72).view(6, 12) * 37 % 320
+SAMPLES = {"input_ids": IDS}
+
+
+def _reference(name: str) -> Callable[..., torch.Tensor]:
+    return importlib.import_module(f"acqcore.acquisitions.{name}").reference
+
+
+def test_badge_is_the_gradient_of_the_students_own_predictions(tiny_model: Callable[..., Any]) -> None:
+    """In the head pass and, over every parameter, in a pass of its own; the written tokens do not count as targets."""
+    model = tiny_model("Llama")
+    scores = acqcore.score(model, SAMPLES, ["badge", "grad_norm"])
+    with torch.no_grad():
+        hidden, z = model.model(IDS).last_hidden_state, model(IDS).logits
+    expected = torch.stack([_reference("badge")(z[i, :-1], IDS[i, 1:], hidden[i, :-1]) for i in range(6)])
+    torch.testing.assert_close(scores["badge"], expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(scores["badge"], scores["grad_norm"], rtol=0.1)
+    labels = torch.full_like(IDS, -100)
+    labels[:, 1:] = z.argmax(dim=2)[:, :-1]
+    own = {"input_ids": IDS, "labels": labels}
+    for options in ({"parameters": "all"}, {"parameters": 1, "loss": "sum"}):
+        got = acqcore.score(model, SAMPLES, "badge", acquisition_args={"badge": options})["badge"]
+        torch.testing.assert_close(got, acqcore.grad_norm(model, own, **options), rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_diversity(tiny_model: Callable[..., Any]) -> None:
+    """Against its definition; copies score about nothing; the order does not matter unless asked for."""
+    model = tiny_model("Llama")
+    samples = {"input_ids": torch.cat([IDS, IDS[:1]])}
+    value = acqcore.score(model, samples, "gradient_diversity")["gradient_diversity"]
+    sketches = grad_sketch_model(model, samples)
+    torch.testing.assert_close(value.double(), _reference("gradient_diversity")(sketches), rtol=1e-3, atol=1e-5)
+    assert float(value[[0, 6]].max()) < 0.02
+    assert float(value[1:6].min()) > 0.05
+    order = torch.tensor([3, 6, 1, 0, 5, 2, 4])
+    permuted = acqcore.score(model, {"input_ids": samples["input_ids"][order]}, "gradient_diversity")
+    torch.testing.assert_close(permuted["gradient_diversity"], value[order], rtol=1e-3, atol=1e-5)
+    arguments = {"gradient_diversity": {"ordered": True, "ridge": 0.1, "parameters": "all", "dim": 512, "seed": 3}}
+    ordered = acqcore.score(model, samples, "gradient_diversity", acquisition_args=arguments)["gradient_diversity"]
+    of_all = grad_sketch_model(model, samples, "all", dim=512, seed=3)
+    torch.testing.assert_close(ordered, acqcore.gradient_diversity(of_all, ridge=0.1, ordered=True))
+    assert float(ordered[0]) == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_archive_novelty(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama")
+    archive = acqcore.Archive()
+    arguments = {"archive_novelty": {"archive": archive}}
+    empty = acqcore.score(model, SAMPLES, "archive_novelty", acquisition_args=arguments)["archive_novelty"]
+    torch.testing.assert_close(empty, torch.full((6,), 2.0).log())
+    held = grad_sketch_model(model, {"input_ids": IDS[:3]})
+    archive.add(held)
+    value = acqcore.score(model, SAMPLES, "archive_novelty", acquisition_args=arguments)["archive_novelty"]
+    assert len(archive) == 3
+    torch.testing.assert_close(
+        value.double(), _reference("archive_novelty")(grad_sketch_model(model, SAMPLES), held), rtol=1e-3, atol=1e-5
+    )
+    assert float(value[:3].max()) < 0.02
+    assert float(value[3:].min()) > 0.05
+
+
+def test_a_sample_without_a_finite_gradient(tiny_model: Callable[..., Any]) -> None:
+    """It is not valid, and takes no part in what the others are compared with."""
+    model = tiny_model("Llama", tie_word_embeddings=False)
+    broken = IDS.clone()
+    broken[1, 0] = 319
+    with torch.no_grad():
+        model.model.embed_tokens.weight[319] = torch.nan
+    student = acqcore.Student.from_model(model, verify=False)
+    scores = acqcore.score(student, {"input_ids": broken}, "gradient_diversity")
+    assert scores.valid.tolist() == [True, False, True, True, True, True]
+    rest = acqcore.score(student, {"input_ids": broken[[0, 2, 3, 4, 5]]}, "gradient_diversity")
+    kept = scores["gradient_diversity"][[0, 2, 3, 4, 5]]
+    torch.testing.assert_close(kept, rest["gradient_diversity"], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("archive_novelty", {}, ValueError, "'archive_novelty' needs 'archive'"),
+        ("archive_novelty", {"archive": []}, TypeError, "archive: expected acqcore.Archive"),
+        ("gradient_diversity", {"dim": 0}, ValueError, "dim"),
+        ("gradient_diversity", {"ridge": 0}, ValueError, "ridge"),
+        ("badge", {"parameters": "heads"}, ValueError, "parameters"),
+    ],
+)
+def test_bad_arguments(
+    name: str, options: dict[str, Any], error: type[Exception], message: str, tiny_model: Callable[..., Any]
+) -> None:
+    with pytest.raises(error, match=message):
+        acqcore.score(tiny_model("Llama"), SAMPLES, name, acquisition_args={name: options})
