@@ -4,8 +4,10 @@
 data and everything drawn here. For each skill the base model is fine-tuned on rows of that skill alone (labelled by
 computation, or by a toss of the coin); its gain is the change of greedy accuracy on test questions: of that skill
 (*own*), and the mean over all skills, which counts what was forgotten. Against it stands each signal's mean over other
-questions of the skill, scored with the base model. The reference of influence is a few rows of every skill, traps
-included.
+questions of the skill, scored with the base model. The reference of influence is 96 rows of every skill, traps included
+(with 16 the tosses of the coin that it happens to hold decide, and influence puts the coin first).
+
+Seeds 0 and 1 served to tune the world and this file, so that they are not among those reported.
 
 Times are the least of three, of all that a signal needs on its own, the sampling of answers included.
 """
@@ -41,8 +43,12 @@ DOMAIN = Arithmetic()
 TRAPS = [name for name, skill in SKILLS.items() if skill.kind in ("coin", "table")]
 
 ROWS, EPOCHS, BATCH, LEARNING_RATE = 400, 3, 16, 5e-4  # of fine-tuning
-SCORED, REFERENCE, TEST = 64, 16, 300  # of each skill; test questions: as many as there are, if fewer
+SCORED, REFERENCE, TEST = 64, 96, 300  # of each skill; test questions: as many as there are, if fewer
 ANSWERS, REPEATS = 8, 3
+SETTINGS = {
+    "rows": ROWS, "epochs": EPOCHS, "batch": BATCH, "learning_rate": LEARNING_RATE, "scored": SCORED,
+    "reference": REFERENCE, "test": TEST, "answers": ANSWERS, "repeats": REPEATS,
+}  # fmt: skip
 
 Values = list[float | None]
 Signal = Callable[[Sequence[Sample]], Values]
@@ -165,11 +171,12 @@ def one_seed(seed: int) -> dict[str, Any]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: the gains by skill, then a line for each signal."""
-    lines = ["| skill | kind | base | own gain | mean gain |", "|---|---|---|---|---|"]
+    """Markdown: accuracy and gains by skill, in points of 100, then a line for each signal."""
+    lines = ["| skill | kind | base accuracy | own gain | mean gain |", "|---|---|---|---|---|"]
     for name, skill in SKILLS.items():
         cells = [
-            _interval([result[column][name] for result in results]) for column in ("base", "own_gain", "mean_gain")
+            _interval([100 * result[column][name] for result in results], digits=1)
+            for column in ("base", "own_gain", "mean_gain")
         ]
         lines.append(f"| {name} | {skill.kind} | {' | '.join(cells)} |")
     lines += ["", "| signal | top-ranked skill | a trap on top | Spearman, mean gain | own gain | ms a sample |"]
@@ -186,29 +193,25 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _interval(values: Sequence[float]) -> str:
+def _interval(values: Sequence[float], digits: int = 2) -> str:
     """Mean and standard error over seeds."""
-    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):+.2f}{error}"
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{error}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4, 5, 6])
     arguments = parser.parse_args()
     results = []
+    harness.RESULTS.mkdir(exist_ok=True)
     for seed in arguments.seeds:
         begin = time.perf_counter()
         results.append(one_seed(seed))
         print(f"seed {seed}: {time.perf_counter() - begin:.0f} s", flush=True)
+        content = {"machine": harness.machine(), "settings": SETTINGS, "seeds": results}
+        (harness.RESULTS / "signals.json").write_text(json.dumps(content, indent=1) + "\n")
     print(table(results))
-    settings = {
-        "rows": ROWS, "epochs": EPOCHS, "batch": BATCH, "learning_rate": LEARNING_RATE, "scored": SCORED,
-        "reference": REFERENCE, "test": TEST, "answers": ANSWERS,
-    }  # fmt: skip
-    content = {"machine": harness.machine(), "settings": settings, "seeds": results}
-    harness.RESULTS.mkdir(exist_ok=True)
-    (harness.RESULTS / "signals.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
