@@ -279,8 +279,7 @@ def _mixture_stats_op(
     state: torch.Tensor,  # [6, N] float64, written
     votes: torch.Tensor,  # [K, N] int64, written
 ) -> None:
-    if targets is not None:
-        checks.target_range(targets, vocab_size)
+    targets = checks.targets_in_range(targets, vocab_size)
     heads = tuple(
         Head(weight, bias, softcap, scale, vocab_start, vocab_size)
         for weight, bias in zip(weights, biases, strict=True)

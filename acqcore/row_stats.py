@@ -217,7 +217,8 @@ def row_stats(
 
     Raises:
         TypeError: hidden or targets of a wrong dtype.
-        ValueError: shapes or devices that disagree, a target outside the vocabulary, an unknown backend.
+        ValueError: shapes or devices that disagree, a target outside the vocabulary (on the CPU; on a GPU, where
+            looking would stall it, the row is NaN), an unknown backend.
         RuntimeError: the backend is not available here (says why).
 
     Source: Milakov & Gimelshein 2018 (online softmax), extended to the sums above.
@@ -304,9 +305,8 @@ def _row_stats_op(
     state: torch.Tensor,  # [7, N] float64, written
     index: torch.Tensor,  # [N] int64, written
 ) -> None:
-    if targets is not None:
-        checks.target_range(targets, vocab_size)
     head = Head(weight, bias, softcap, scale, vocab_start, vocab_size)
+    targets = checks.targets_in_range(targets, vocab_size)
     get_backend(backend).row_stats(HeadRows(hidden, head, targets, temperature, state, index))
 
 
@@ -319,6 +319,5 @@ def _logit_stats_op(
     state: torch.Tensor,  # [7, N] float64, written
     index: torch.Tensor,  # [N] int64, written
 ) -> None:
-    if targets is not None:
-        checks.target_range(targets, logits.shape[1])
+    targets = checks.targets_in_range(targets, logits.shape[1])
     get_backend(backend).logit_stats(logits, targets, temperature, state, index)

@@ -1,4 +1,8 @@
-"""Fixtures shared by the tests."""
+"""Fixtures shared by the tests.
+
+With TRITON_INTERPRET=1 (Triton decides that once for a process) the backend ``triton`` runs on the CPU, and only the
+tests that involve it run: those that name it, as those of every ``implementation`` do, and those in ``tests/kernels``.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from acqcore.backends import _BACKENDS, HeadRows
 from acqcore.backends.base import Backend, DrawRows, Dropout
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.extension import matrix, pointer
+from acqcore.backends.triton import INTERPRETED
 
 
 class EmulatedCuda(Cuda):
@@ -133,6 +138,14 @@ def _implementations() -> list[str]:
     """Every backend present; the cpu backend once for each instruction set this processor has."""
     names = [f"cpu/{isa}" for isa, missing in _core.isas() if not missing]
     return names + [row.name for row in acqcore.backends() if row.available and row.name != "cpu"]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not INTERPRETED:
+        return
+    others = [item for item in items if "triton" not in item.nodeid and "tests/kernels/" not in item.nodeid]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

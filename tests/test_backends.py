@@ -15,7 +15,7 @@ from acqcore.testing import random_case
 
 def test_listing() -> None:
     rows = {row.name: row for row in acqcore.backends()}
-    assert list(rows) == ["cpu", "cuda", "eager"]
+    assert list(rows) == ["cpu", "cuda", "triton", "eager"]
     assert rows["cpu"].available
     assert rows["cpu"].reason is None
     assert rows["cpu"].instruction_set == _core.best_isa()
@@ -31,7 +31,7 @@ def test_isas_are_ordered_and_the_best_is_the_last_present() -> None:
 def test_unknown_backend() -> None:
     case = random_case(2, 4, 8)
     with pytest.raises(
-        ValueError, match=r"backend: unknown 'cpuu', expected one of cpu, cuda, eager; did you mean 'cpu'"
+        ValueError, match=r"backend: unknown 'cpuu', expected one of cpu, cuda, triton, eager; did you mean 'cpu'"
     ):
         case.run("cpuu")
 

@@ -21,8 +21,9 @@ from acqcore.backends.cuda import Cuda
 from acqcore.backends.eager import Eager
 from acqcore.backends.extension import constant_when_compiled
 from acqcore.backends.preference import order
+from acqcore.backends.triton import Triton
 
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Cuda(), Eager())}
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Cpu(), Cuda(), Triton(), Eager())}
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,7 @@ import torch
 
 from acqcore.backends import extension
 from acqcore.backends.base import HeadRows
-
-# The operations on delta, which have no CUDA C++ of their own.
-from acqcore.backends.eager import Eager as DeltaOperations
+from acqcore.backends.chunked import Chunked, float32_products
 from acqcore.backends.extension import constant_when_compiled, core, matrix, pointer
 from acqcore.head import Head
 
@@ -23,12 +21,13 @@ BLOCK_COLUMNS = 8192
 COPY_BYTES = 16 << 20
 
 
-class Cuda(DeltaOperations):
+class Cuda(Chunked):
     name = "cuda"
-    description = "CUDA C++: logits in one read; hidden states by torch's product in blocks of 32 MiB"
-    automatic = True
+    description = (
+        "CUDA C++: logits in one read; hidden states by torch's product in blocks; gradients and draws in torch"
+    )
     devices = ("cuda",)
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)  # type: ignore[assignment]  # fewer than eager
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def unavailable(self) -> str | None:
         return extension.missing() or _no_device()
@@ -48,7 +47,7 @@ class Cuda(DeltaOperations):
             kept = None
         mixed = rows.hidden.dtype != head.weight.dtype
         height, width = _block(head.weight.shape[1], mixed)
-        with _stating_memory("row_stats"), _float32_products():
+        with _stating_memory("row_stats"), float32_products():
             buffer = rows.hidden.new_empty(min(n, height) * min(v, width), dtype=torch.float32)
             for begin in range(0, n if kept is None else len(kept), height):
                 part = slice(begin, begin + height) if kept is None else kept[begin : begin + height]
@@ -149,18 +148,6 @@ def _no_device() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     return core.cuda_unavailable() or None
-
-
-@contextmanager
-def _float32_products() -> Iterator[None]:
-    """TF32 off, whatever the process asks of its own products: it costs 1e-3 of a logit."""
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
 
 
 @contextmanager

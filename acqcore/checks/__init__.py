@@ -166,6 +166,9 @@ from acqcore.checks.heads import (
     hidden as hidden,
 )
 from acqcore.checks.heads import (
+    ignored_outside as ignored_outside,
+)
+from acqcore.checks.heads import (
     logits as logits,
 )
 from acqcore.checks.heads import (
@@ -173,6 +176,9 @@ from acqcore.checks.heads import (
 )
 from acqcore.checks.heads import (
     targets as targets,
+)
+from acqcore.checks.heads import (
+    targets_in_range as targets_in_range,
 )
 from acqcore.checks.heads import (
     vocabulary as vocabulary,

@@ -63,6 +63,26 @@ def targets(value: object, like: torch.Tensor, name: str) -> None:
     same_device("targets", value, name, like)
 
 
+def targets_in_range(value: torch.Tensor | None, vocab_size: int) -> torch.Tensor | None:
+    """Targets ``[N]`` that a backend can trust.
+
+    On the CPU one outside the vocabulary raises. On other devices reading values would make the host wait for all that
+    is queued, in every batch, and can not be captured in a CUDA graph: there it is ignored as -100 is, so that its row
+    is NaN and not valid.
+    """
+    if value is None:
+        return None
+    if value.device.type != "cpu":
+        return ignored_outside(value, vocab_size)
+    target_range(value, vocab_size)
+    return value
+
+
+def ignored_outside(value: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Targets ``[N]`` with -100 in place of what is outside the vocabulary."""
+    return value.where((value >= 0) & (value < vocab_size), IGNORE_INDEX)
+
+
 def target_range(value: torch.Tensor, vocab_size: int) -> None:
     """Every target is an index into the vocabulary or −100. Reads values, so it runs inside the op."""
     bad = ((value < 0) | (value >= vocab_size)) & (value != IGNORE_INDEX)

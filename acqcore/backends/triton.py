@@ -1,0 +1,161 @@
+"""The Triton backend: chooses tiles and launches the kernels of ``acqcore.kernels``.
+
+``ACQCORE_TF32=1`` lets it take float32 products in TF32. ``TRITON_INTERPRET=1`` makes Triton run kernels in numpy: the
+backend then serves tensors of the CPU, when named, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from acqcore import checks
+from acqcore.backends.base import Dropout, HeadRows
+from acqcore.backends.chunked import Chunked
+from acqcore.backends.extension import constant_when_compiled
+from acqcore.philox import threshold
+
+#: Triton decides this when a kernel is defined, so it holds for the process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+#: Compute capability of the first devices with bfloat16 products.
+LEAST_CAPABILITY = (8, 0)
+
+#: From this compute capability (major) on, Triton 3.6 sends a float32 product with a half-precision operand to the
+#: matrix units in plain TF32, whatever precision is asked for. Split in three such products (``tf32x3``) it keeps 22 of
+#: float32's 24 bits: the half-precision operand is exact in TF32, and the other is split in two.
+MIXED_SPLIT_FROM = 10
+
+
+class Triton(Chunked):
+    name = "triton"
+    description = (
+        "Triton kernels run by Triton's interpreter (TRITON_INTERPRET=1), for tests; head gradients and draws in torch"
+        if INTERPRETED
+        else "Triton: product and statistics fused, never holds the logits; head gradients and draws in chunked torch"
+    )
+    automatic = not INTERPRETED
+    devices = ("cpu",) if INTERPRETED else ("cuda",)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def unavailable(self) -> str | None:
+        return _unavailable()
+
+    def instruction_set(self) -> str:
+        """``interpreter``, or the architecture of the current device, ``sm_90``."""
+        if INTERPRETED:
+            return "interpreter"
+        major, minor = torch.cuda.get_device_capability()
+        return f"sm_{major}{minor}"
+
+    def row_stats(
+        self,
+        rows: HeadRows,
+    ) -> None:
+        from acqcore.kernels.config import tiles_for
+        from acqcore.kernels.row_stats import row_stats
+
+        head = rows.head
+        device, major = _device(rows.hidden)
+        dtype = torch.promote_types(rows.hidden.dtype, head.weight.dtype)
+        product, precision = ("ieee" if dtype == torch.float32 else "half"), "ieee"
+        if dtype == torch.float32 and _tf32():
+            product = precision = "tf32"
+        elif major >= MIXED_SPLIT_FROM and head.weight.dtype != dtype:
+            precision = "tf32x3"
+        with _launching(rows.hidden):
+            row_stats(
+                rows.hidden,
+                head.weight,
+                head.bias,
+                rows.targets,
+                softcap=head.softcap,
+                scale=head.scale,
+                temperature=rows.temperature,
+                vocab_start=head.vocab_start,
+                state=rows.state,
+                index=rows.index,
+                tiles=tiles_for(device, major, product, *head.weight.shape),
+                precision=precision,
+                upcast=INTERPRETED and dtype == torch.bfloat16,  # numpy has no bfloat16 products
+            )
+
+    def logit_stats(
+        self,
+        logits: torch.Tensor,  # [N, V]
+        targets: torch.Tensor | None,  # [N]
+        temperature: float,
+        state: torch.Tensor,  # [7, N] float64, written
+        index: torch.Tensor,  # [N] int64, written
+    ) -> None:
+        from acqcore.kernels.config import strips_for
+        from acqcore.kernels.logit_stats import logit_stats
+
+        with _launching(logits):
+            logit_stats(logits, targets, temperature, state, index, strips_for(*_device(logits), logits.shape[1]))
+
+    def dropout_mask(
+        self,
+        dropout: Dropout,
+        site: int,
+        keep: torch.Tensor,  # [K, N, units] bool, written
+    ) -> None:
+        from acqcore.kernels.philox import dropout_mask
+
+        with _launching(keep):
+            dropout_mask(dropout.samples, dropout.positions, site, dropout.seed, threshold(dropout.p), keep)
+
+
+@constant_when_compiled
+def _unavailable() -> str | None:
+    """Why there is no Triton or no device for it, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install 'acqcore[triton]' brings it on Linux"
+    if INTERPRETED:
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device or driver"
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        had, needed = (".".join(map(str, c)) for c in (capability, LEAST_CAPABILITY))
+        return f"{torch.cuda.get_device_name()} has compute capability {had}, {needed} is needed"
+    return None
+
+
+def _tf32() -> bool:
+    """Whether float32 products may be taken in TF32: ``ACQCORE_TF32=1``.
+
+    Not torch's own switch: trainers set that for the whole process, and TF32 costs 1e-3 of a logit.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    value = os.environ.get("ACQCORE_TF32", "0")
+    checks.one_of("ACQCORE_TF32", value, ("0", "1"))
+    return value == "1"
+
+
+def _device(tensor: torch.Tensor) -> tuple[str, int]:
+    """Name and first number of the compute capability of the tensor's device."""
+    if INTERPRETED:
+        return "interpreter", 0
+    return torch.cuda.get_device_name(tensor.device), torch.cuda.get_device_capability(tensor.device)[0]
+
+
+@contextlib.contextmanager
+def _launching(tensor: torch.Tensor) -> Iterator[None]:
+    """Triton launches on the current device; its interpreter computes in numpy, which warns of infinities."""
+    if not INTERPRETED:
+        with torch.cuda.device(tensor.device):
+            yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield

@@ -1,0 +1,209 @@
+"""The fold of logit tiles into row states, and the merge of states: the algebra of ``acqcore/row_stats.py``.
+
+A program walks over one stretch of the vocabulary and keeps, for each of its rows, in float32 registers
+
+    top      the largest logit so far            index    its column
+    second   the largest of all others           target   the target's logit
+    r, s1, s2, s11   sums over all columns but ``index`` of e, e x, (2^40 e)^2, e x^2; x = z - top, e = exp(x)
+
+Squares are kept times 2^80: e^2 of a runner-up at 1e-20 would not be a normal float32. -inf is no token at all.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-140.0)  # stands for -inf: exp gives exactly 0 there, and 0 * LOWEST is 0
+SQRT_SCALE = tl.constexpr(2.0**40)
+INV_SCALE = tl.constexpr(2.0**-80)
+
+#: States that a program of ``merge_splits`` holds.
+MERGE_TILE = 2048
+
+
+@triton.jit
+def widen(x):
+    """``x`` in float32. bfloat16 by its bits: Triton's interpreter loses subnormals in its own conversion."""
+    if x.dtype == tl.bfloat16:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def empty_state(ROWS: tl.constexpr):
+    """The state of ``ROWS`` rows before any column, in the order of :func:`fold`, each ``[ROWS]``."""
+    low = tl.full((ROWS,), float("-inf"), tl.float32)
+    zero = tl.zeros((ROWS,), tl.float32)
+    index = tl.full((ROWS,), -1, tl.int32)
+    return low, low, zero, zero, zero, zero, index, low
+
+
+@triton.jit
+def fold(
+    z,  # [ROWS, COLUMNS] float32; -inf outside the vocabulary
+    begin,  # the first column's index
+    targets,  # [ROWS] int32, indices as ``begin``; anything else: no target here
+    top,  # [ROWS] float32, and so on to index [ROWS] int32: the state
+    second,
+    r,
+    s1,
+    s2,
+    s11,
+    index,
+    target,
+    HAS_TARGETS: tl.constexpr,
+):
+    """The state after the columns of ``z``. The reference is ``acqcore.backends.eager.fold``."""
+    COLUMNS: tl.constexpr = z.shape[1]
+    column = tl.arange(0, COLUMNS)[None, :]
+    if HAS_TARGETS:
+        is_target = column == (targets - begin)[:, None]
+        target = tl.maximum(target, tl.max(tl.where(is_target, z, float("-inf")), axis=1))
+    tile_top = tl.max(z, axis=1)
+    rises = tile_top > top  # false for NaN, which shows in the sums
+    first = tl.min(tl.where(z == tile_top[:, None], column, COLUMNS), axis=1)
+    left_out = tl.where(rises, first, -1)
+    z = tl.where(column == left_out[:, None], float("-inf"), z)
+    second = tl.maximum(tl.where(rises, top, second), tl.max(z, axis=1))
+    index = tl.where(rises, begin + first, index)
+
+    new_top = tl.where(rises, tile_top, top)
+    zero_at = tl.where(new_top == float("-inf"), 0.0, new_top)
+    # To the new maximum; the old one joins the sums as a term of its own.
+    d = tl.maximum(top - zero_at, LOWEST)
+    c = tl.exp2(d * LOG2E)
+    joins = tl.where(rises, c, 0.0)
+    s11 = (s11 + 2 * d * s1 + d * d * r) * c + joins * d * d
+    s1 = (s1 + d * r) * c + joins * d
+    s2 = s2 * c * c + (joins * SQRT_SCALE) * (joins * SQRT_SCALE)
+    r = r * c + joins
+
+    x = tl.maximum(z - zero_at[:, None], LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.exp2(x * LOG2E)
+    ex = e * x
+    scaled = e * SQRT_SCALE
+    r += tl.sum(e, axis=1)
+    s1 += tl.sum(ex, axis=1)
+    s2 += tl.sum(scaled * scaled, axis=1)
+    s11 += tl.sum(ex * x, axis=1)
+    return new_top, second, r, s1, s2, s11, index, target
+
+
+@triton.jit
+def store_state(
+    partial,  # [7, splits, n] float32: top, second, r, s1, s2, s11, target
+    partial_index,  # [splits, n] int32
+    split,
+    splits,
+    n,
+    rows,  # [ROWS]
+    top,
+    second,
+    r,
+    s1,
+    s2,
+    s11,
+    index,
+    target,
+):
+    """Writes the state of one split."""
+    inside = rows < n
+    at = split * n + rows
+    plane = splits * n
+    tl.store(partial + at, top, mask=inside)
+    tl.store(partial + plane + at, second, mask=inside)
+    tl.store(partial + 2 * plane + at, r, mask=inside)
+    tl.store(partial + 3 * plane + at, s1, mask=inside)
+    tl.store(partial + 4 * plane + at, s2, mask=inside)
+    tl.store(partial + 5 * plane + at, s11, mask=inside)
+    tl.store(partial + 6 * plane + at, target, mask=inside)
+    tl.store(partial_index + at, index, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_row", "all_rows", "n"], do_not_specialize_on_alignment=["position", "index"])
+def merge_splits(
+    partial,  # [7, splits, n] float32
+    partial_index,  # [splits, n] int32
+    position,  # [n] int32: where a row's state is, -1 for an ignored row; None for its own number
+    state,  # [7, rows of all chunks] float64, written from first_row on
+    index,  # [rows of all chunks] int64, likewise
+    first_row,
+    all_rows,
+    n,
+    splits,
+    vocab_start,
+    HAS_POSITION: tl.constexpr,
+    SPLITS: tl.constexpr,  # splits, rounded up to a power of two
+    ROWS: tl.constexpr,
+):
+    """Merges the splits of each row in float64, in an order that ``SPLITS`` alone decides (``RowStats.merge``)."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    at = rows
+    if HAS_POSITION:
+        at = tl.load(position + rows, mask=inside, other=-1)
+    scored = inside & (at >= 0)
+    split = tl.arange(0, SPLITS)[:, None]
+    here = (split < splits) & scored[None, :]
+    at = split * n + at[None, :]  # [SPLITS, ROWS]
+    plane = splits * n
+
+    top = tl.load(partial + at, mask=here, other=float("-inf")).to(tl.float64)
+    new_top = tl.max(top, axis=0)
+    winner = tl.min(tl.where(top == new_top[None, :], split, SPLITS), axis=0)
+    wins = split == winner[None, :]
+    absent = top == float("-inf")
+    d = tl.where(absent, 0.0, top - new_top[None, :])
+    c = tl.where(absent, 0.0, tl.exp(d))
+
+    second = tl.load(partial + plane + at, mask=here, other=float("-inf")).to(tl.float64)
+    second = tl.max(tl.where(wins, second, top), axis=0)
+    joins = tl.where(wins, 0.0, 1.0).to(tl.float64)  # a lower maximum is a term of its own
+    count = tl.load(partial + 2 * plane + at, mask=here, other=0.0).to(tl.float64) + joins
+    first = tl.load(partial + 3 * plane + at, mask=here, other=0.0).to(tl.float64)
+    squares = tl.load(partial + 4 * plane + at, mask=here, other=0.0).to(tl.float64) * INV_SCALE + joins
+    moment = tl.load(partial + 5 * plane + at, mask=here, other=0.0).to(tl.float64)
+    target = tl.max(tl.load(partial + 6 * plane + at, mask=here, other=float("-inf")).to(tl.float64), axis=0)
+    r = tl.sum(c * count, axis=0)
+    s1 = tl.sum(c * (first + d * count), axis=0)
+    s2 = tl.sum(c * c * squares, axis=0)
+    s11 = tl.sum(c * (moment + 2 * d * first + d * d * count), axis=0)
+    at_winner = tl.load(partial_index + at, mask=here & wins, other=-1)
+    best = tl.max(at_winner, axis=0)
+
+    nan = float("nan")
+    out = state + first_row + rows
+    all_rows = all_rows.to(tl.int64)
+    tl.store(out, tl.where(scored, new_top, nan), mask=inside)
+    tl.store(out + all_rows, tl.where(scored, second, nan), mask=inside)
+    tl.store(out + 2 * all_rows, tl.where(scored, r, nan), mask=inside)
+    tl.store(out + 3 * all_rows, tl.where(scored, s1, nan), mask=inside)
+    tl.store(out + 4 * all_rows, tl.where(scored, s2, nan), mask=inside)
+    tl.store(out + 5 * all_rows, tl.where(scored, s11, nan), mask=inside)
+    tl.store(out + 6 * all_rows, tl.where(scored, target, nan), mask=inside)
+    best = tl.where(best >= 0, best + vocab_start, -1)
+    tl.store(index + first_row + rows, best.to(tl.int64), mask=inside)
+
+
+def merge(
+    partial: torch.Tensor,  # [7, splits, n] float32
+    partial_index: torch.Tensor,  # [splits, n] int32
+    position: torch.Tensor | None,  # [n] int32
+    state: torch.Tensor,  # [7, N] float64, columns first_row to first_row + n written
+    index: torch.Tensor,  # [N] int64, likewise
+    first_row: int,
+    vocab_start: int,
+) -> None:
+    """Launches :func:`merge_splits`."""
+    splits, n = partial_index.shape
+    padded = triton.next_power_of_2(splits)
+    rows = max(MERGE_TILE // padded, 1)
+    merge_splits[(triton.cdiv(n, rows),)](
+        partial, partial_index, position, state, index, first_row, state.shape[1], n, splits, vocab_start,
+        HAS_POSITION=position is not None, SPLITS=padded, ROWS=rows, enable_fp_fusion=True,
+    )  # fmt: skip

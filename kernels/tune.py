@@ -1,0 +1,176 @@
+"""Measures tile shapes on this machine's GPU and writes them to ``configs/``: ``python -m acqcore.kernels.tune``.
+
+Each candidate runs on Gaussian inputs of each shape of weight; one whose statistics differ from those of the
+architecture's own tiles is dropped and named, whatever its speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.testing
+from triton.runtime.errors import OutOfResources
+
+from acqcore.kernels.config import ARCHITECTURES, FOLDER, Strips, Tiles, file_name
+from acqcore.kernels.logit_stats import logit_stats
+from acqcore.kernels.row_stats import row_stats
+
+#: Weights of SmolLM2 135M, Qwen3 0.6B and 4B, Gemma 2 2B, and the shape that fused heads are usually timed at.
+SHAPES = ((49152, 576), (151936, 1024), (151936, 2560), (256000, 2304), (131072, 4096))
+PRODUCTS = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
+ROWS = 4096
+
+
+def tile_candidates(product: str, major: int, fallback: Tiles) -> Iterator[Tiles]:
+    """Tiles worth trying, with the splits and the order of programs of ``fallback``."""
+    depths = {"half": (64, 128), "tf32": (32, 64), "ieee": (16,)}[product]
+    ways = [(False, False)]  # (descriptors, flatten)
+    if major in (9, 10) and product != "ieee":
+        ways += [(True, False), (True, True)]
+    cuts = ((128, 256, 8), (128, 128, 4), (128, 128, 8), (256, 128, 8), (64, 256, 4), (128, 64, 4), (64, 128, 4))
+    for (m, n, warps), k, stages, (descriptors, flatten) in itertools.product(cuts, depths, (2, 3, 4), ways):
+        yield Tiles(m, n, k, warps, stages, fallback.group_m, fallback.splits, descriptors, flatten)
+
+
+def strip_candidates() -> Iterator[Strips]:
+    """Strips worth trying."""
+    for rows, columns, length, warps in itertools.product((1, 2, 4), (512, 1024, 2048, 4096), (8192, 32768), (1, 2, 4)):
+        yield Strips(rows, columns, length, warps)
+
+
+def outputs(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``state [7, n]`` and ``index [n]``, uninitialised."""
+    device = torch.device("cuda")
+    return torch.empty(7, n, dtype=torch.float64, device=device), torch.empty(n, dtype=torch.int64, device=device)
+
+
+def tune_row_stats(product: str, vocab: int, depth: int, fallback: Tiles, major: int) -> dict[str, Any]:
+    """The entry of the fastest tiles for a weight ``[vocab, depth]``."""
+    g = torch.Generator("cuda").manual_seed(0)
+    dtype = PRODUCTS[product]
+    hidden = torch.randn(ROWS, depth, generator=g, device="cuda").to(dtype)
+    weight = (torch.randn(vocab, depth, generator=g, device="cuda") * (3 / depth**0.5)).to(dtype)
+    targets = torch.randint(vocab, (ROWS,), generator=g, device="cuda")
+
+    def run(tiles: Tiles) -> torch.Tensor:
+        state, index = outputs(ROWS)
+        row_stats(
+            hidden, weight, None, targets, softcap=None, scale=1.0, temperature=1.0, vocab_start=0, state=state,
+            index=index, tiles=tiles, precision="tf32" if product == "tf32" else "ieee",
+        )  # fmt: skip
+        return state
+
+    # The number of splits and the order of programs come last: they matter least.
+    first = fastest(run, list(tile_candidates(product, major, fallback)), fallback)
+    around = [replace(first, group_m=group, splits=splits) for group in (4, 8, 16, 32) for splits in (32, 64, 128, 256)]
+    best = fastest(run, around, first)
+    return {"vocab": vocab, "depth": depth, **asdict(best)}
+
+
+def tune_logit_stats(vocab: int, fallback: Strips) -> dict[str, Any]:
+    """The entry of the fastest strips for bfloat16 logits ``[ROWS, vocab]``."""
+    logits = torch.randn(ROWS, vocab, device="cuda", dtype=torch.bfloat16) * 3
+
+    def run(strips: Strips) -> torch.Tensor:
+        state, index = outputs(ROWS)
+        logit_stats(logits, None, 1.0, state, index, strips)
+        return state
+
+    return {"vocab": vocab, **asdict(fastest(run, list(strip_candidates()), fallback))}
+
+
+def fastest(run: Any, candidates: list[Any], fallback: Any) -> Any:
+    """The candidate of the least median time whose state is that of ``fallback``; ``run(candidate) -> state``."""
+    expected = run(fallback)
+    best, least = fallback, triton.testing.do_bench(lambda: run(fallback), return_mode="median")
+    for candidate in dict.fromkeys(candidates):
+        try:
+            state = run(candidate)
+        except OutOfResources:
+            continue  # more shared memory or registers than the device has
+        if not torch.allclose(state, expected, rtol=1e-3, atol=1e-4):
+            print(f"  dropped, its statistics differ: {candidate}", flush=True)
+            continue
+        ms = triton.testing.do_bench(lambda c=candidate: run(c), return_mode="median")
+        if ms < least:
+            best, least = candidate, ms
+    print(f"  {least:.3f} ms: {best}", flush=True)
+    return best
+
+
+def why_not() -> str | None:
+    """Why this machine can not be tuned for, or None."""
+    if triton.knobs.runtime.interpret:
+        return "TRITON_INTERPRET is set: kernels run in Triton's interpreter, which has no speed to measure"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device here, tile shapes can be measured on a GPU only"
+    if torch.cuda.get_device_capability()[0] < 8:
+        return f"{torch.cuda.get_device_name()} has a compute capability below 8.0, which acqcore does not serve"
+    return None
+
+
+def write(path: Path, tables: dict[str, Any]) -> None:
+    """Writes a file of tiles, an entry on each line."""
+    lines = []
+    for kernel, content in tables.items():
+        if isinstance(content, str):
+            lines.append(f"  {json.dumps(kernel)}: {json.dumps(content)}")
+            continue
+        groups = content.items() if isinstance(content, dict) else [(None, content)]
+        parts = []
+        for name, entries in groups:
+            indent = " " * (6 if name else 4)
+            rows = ",\n".join(indent + json.dumps(entry) for entry in entries)
+            parts.append(f"    {json.dumps(name)}: [\n{rows}\n    ]" if name else rows)
+        opening, closing = ("{", "}") if isinstance(content, dict) else ("[", "]")
+        lines.append(f"  {json.dumps(kernel)}: {opening}\n" + ",\n".join(parts) + f"\n  {closing}")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def shape(text: str) -> tuple[int, int]:
+    """``VxD``."""
+    vocab, _, depth = text.partition("x")
+    return int(vocab), int(depth)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m acqcore.kernels.tune", description=__doc__)
+    parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, metavar="VxD", help="weights to tune for")
+    parser.add_argument("--products", nargs="+", choices=PRODUCTS, default=tuple(PRODUCTS), help="default: all")
+    parser.add_argument("--output", type=Path, help="file to write; default: this device's, in the package")
+    options = parser.parse_args(arguments)
+    if reason := why_not():
+        print(f"acqcore.kernels.tune: {reason}", file=sys.stderr)
+        return 1
+    device, major = torch.cuda.get_device_name(), torch.cuda.get_device_capability()[0]
+    base = json.loads((FOLDER / f"{ARCHITECTURES.get(major, 'sm_80')}.json").read_text())
+    tables: dict[str, Any] = {"architecture": base["architecture"], "row_stats": dict(base["row_stats"])}
+    for product in options.products:
+        known = {key: value for key, value in base["row_stats"][product][0].items() if key not in ("vocab", "depth")}
+        tables["row_stats"][product] = []
+        for vocab, depth in options.shapes:
+            print(f"row_stats, {product}, weight [{vocab}, {depth}]", flush=True)
+            tables["row_stats"][product].append(tune_row_stats(product, vocab, depth, Tiles(**known), major))
+    strips = Strips(**{key: value for key, value in base["logit_stats"][0].items() if key != "vocab"})
+    tables["logit_stats"] = []
+    for vocab in sorted({vocab for vocab, _ in options.shapes}):
+        print(f"logit_stats, [{ROWS}, {vocab}]", flush=True)
+        tables["logit_stats"].append(tune_logit_stats(vocab, strips))
+    path = options.output or FOLDER / file_name(device)
+    write(path, tables)
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

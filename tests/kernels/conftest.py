@@ -1,0 +1,11 @@
+"""Kernels are either interpreted in a process or compiled in it: tests of the other kind are not collected."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from acqcore.backends.triton import INTERPRETED
+
+collect_ignore = ["test_compile.py"] if INTERPRETED else ["test_philox.py", "test_row_stats.py"]
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob = ["test_*.py"]

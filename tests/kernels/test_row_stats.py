@@ -1,0 +1,149 @@
+"""Cuts of the fused kernel, in Triton's interpreter: statistics whatever the tiles, bits whatever the batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from acqcore.kernels import row_stats as kernels
+from acqcore.kernels.config import Tiles
+from acqcore.row_stats import RowStats
+from acqcore.testing import CASES, Case, assert_close_to_oracle, random_case
+
+TILES = Tiles(16, 32, 16, 4, 1, 2, 3, descriptors=False, flatten=False)
+#: Cases that take little work in tiles of 16 x 32: boundaries, -inf tiles and rising maxima are met many times.
+SMALL = (
+    "random", "all logits -150", "all logits equal", "rising logits", "falling logits", "-inf columns",
+    "-inf first tiles", "-inf last tiles", "confident 1e-20", "ties", "V = 1", "V = 2", "V = 255", "V = 256",
+    "V = 257", "D = 1", "strided", "some rows ignored", "all rows ignored", "no targets", "everything",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _numpy_may_meet_infinities() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+def _run(case: Case, tiles: Tiles, rows: slice = slice(None)) -> RowStats:
+    hidden = case.hidden[rows]
+    targets = None if case.targets is None else case.targets[rows]
+    state = torch.full((7, len(hidden)), 123.0, dtype=torch.float64)
+    index = torch.full((len(hidden),), 123)
+    head = case.head
+    kernels.row_stats(
+        hidden, head.weight, head.bias, targets, softcap=head.softcap, scale=head.scale, temperature=case.temperature,
+        vocab_start=head.vocab_start, state=state, index=index, tiles=tiles, upcast=hidden.dtype == torch.bfloat16,
+    )  # fmt: skip
+    norm = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32)
+    if targets is not None:
+        norm = norm.where(targets != -100, torch.nan)
+    return RowStats(state, index, targets, norm)
+
+
+def _exact_case(n: int, d: int, v: int) -> Case:
+    """Multiples of 1/8, whose products are exact in any order.
+
+    The interpreter's product is numpy's, which rounds a row by its place in the tile, as no matrix unit does.
+    """
+    case = random_case(n, d, v, bias=True)
+    head = case.head
+    assert head.bias is not None
+    weight, bias = ((x * 8).round() / 8 for x in (head.weight, head.bias))
+    return replace(case, hidden=(case.hidden * 8).round() / 8, head=replace(head, weight=weight, bias=bias))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_tiles(name: str) -> None:
+    case = CASES[name]()
+    assert_close_to_oracle(_run(case, TILES), case.oracle())
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 16, 1000])
+def test_any_number_of_splits(splits: int) -> None:
+    case = random_case(10, 40, 509, std=8.0, bias=True)
+    assert_close_to_oracle(_run(case, replace(TILES, splits=splits)), case.oracle())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_bits_of_a_row_do_not_depend_on_its_batch(descriptors: bool, dtype: torch.dtype) -> None:
+    """Alone, beside others, in another block of rows, after ignored rows: the same bits."""
+    case = _exact_case(67, 48, 100).to(dtype)
+    assert case.targets is not None
+    case.targets[[3, 30, 31, 32, 60]] = -100
+    tiles = replace(TILES, descriptors=descriptors)
+    whole = _run(case, tiles)
+    for begin, end in [(0, 1), (40, 41), (66, 67), (29, 46), (2, 67)]:
+        part = _run(case, tiles, slice(begin, end))
+        assert torch.equal(part.state.nan_to_num(7.0), whole.state[:, begin:end].nan_to_num(7.0))
+        assert torch.equal(part.max_index, whole.max_index[begin:end])
+
+
+def test_bits_do_not_depend_on_how_rows_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _exact_case(70, 48, 200)
+    whole = _run(case, TILES)
+    assert torch.equal(_run(case, replace(TILES, group_m=1)).state, whole.state)
+    assert torch.equal(_run(case, replace(TILES, group_m=100)).state, whole.state)
+    monkeypatch.setattr(kernels, "SCRATCH_BYTES", 40 * (4 * (48 + 8) + 32 * 3))
+    assert kernels.chunk_rows(48, 4, 3, 16) == 32
+    assert torch.equal(_run(case, TILES).state, whole.state)
+
+
+def test_descriptors_read_what_pointers_read() -> None:
+    case = random_case(37, 72, 333)  # 72 and 333 divide no tile
+    by_pointer, by_descriptor = (_run(case, replace(TILES, descriptors=d)) for d in (False, True))
+    assert torch.equal(by_pointer.state, by_descriptor.state)
+
+
+def test_descriptors_where_strides_do_not_allow_them() -> None:
+    tiles = replace(TILES, descriptors=True)
+    for case in (random_case(5, 33, 70), CASES["strided"]()):
+        assert_close_to_oracle(_run(case, tiles), case.oracle())
+
+
+def test_ignored_rows_take_no_part() -> None:
+    """Their hidden states may be anything, and the program of a block that holds none does nothing."""
+    case = _exact_case(80, 32, 100)
+    assert case.targets is not None
+    expected = _run(case, TILES)
+    ignored = torch.arange(80) % 3 > 0
+    case.targets[ignored] = -100
+    case.hidden[ignored] = torch.nan
+    got = _run(case, TILES)
+    assert got.state[:, ignored].isnan().all()
+    assert (got.max_index[ignored] == -1).all()
+    assert torch.equal(got.state[:, ~ignored], expected.state[:, ~ignored])
+
+
+@pytest.mark.parametrize(
+    ("depth", "vocab", "itemsize"),
+    [(4096, 131072, 2), (4096, 131072, 4), (576, 49152, 2), (16384, 262144, 4), (1, 1, 2), (2304, 256000, 2)],
+)
+def test_scratch_is_bounded(depth: int, vocab: int, itemsize: int) -> None:
+    tiles = Tiles(128, 256, 64, 8, 3, 16, 128, descriptors=True, flatten=False)
+    rows = kernels.chunk_rows(depth, itemsize, tiles.split(vocab)[0], 128)
+    assert rows % 128 == 0
+    assert rows * (itemsize * (depth + 8) + 32 * tiles.split(vocab)[0]) <= 64 << 20
+
+
+def test_no_scratch_for_hidden_states_that_need_no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = []
+    gather = kernels.gather_scored
+
+    class Recording:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            packed.append(grid)
+            return gather[grid]
+
+    monkeypatch.setattr(kernels, "gather_scored", Recording())
+    _run(random_case(20, 32, 50, targets=False), TILES)
+    assert not packed
+    _run(random_case(20, 33, 50, targets=False), TILES)
+    assert len(packed) == 1

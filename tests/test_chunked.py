@@ -1,0 +1,211 @@
+"""Head gradients and mixtures of draws in chunked torch, against the reference that holds everything."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.backends import _BACKENDS, chunked, chunked_mixture
+from acqcore.backends.base import HeadRows
+from acqcore.backends.chunked import Chunked
+from acqcore.backends.eager import Eager
+from acqcore.bayes import BayesStats
+from acqcore.head_grad import grad_sketch
+from acqcore.testing import Case, random_case
+
+OFFSETS = torch.tensor([0, 1, 3, 20, 26, 60])
+
+
+class _Chunked(Chunked):
+    name = "chunked"
+    automatic = False
+    dtypes = Eager.dtypes
+
+    def row_stats(self, rows: HeadRows) -> None:
+        Eager().row_stats(rows)
+
+    def logit_stats(self, *arguments: object) -> None:
+        raise NotImplementedError
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_BACKENDS, "chunked", _Chunked())
+
+
+@pytest.fixture(params=["one chunk", "many chunks"])
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
+    """60 rows in float64, so that the order of sums does not show; chunks of about 13 rows and 7 columns, or one."""
+    if request.param == "many chunks":
+        monkeypatch.setattr(chunked, "BUFFER_BYTES", 16 * 24 * 13)
+        monkeypatch.setattr(chunked, "MAX_ROWS", 24)
+    made = random_case(60, 24, 130, bias=True, softcap=15.0, temperature=1.3).to(torch.float64)
+    assert made.targets is not None
+    made.targets[[5, 9, 59]] = -100
+    return made
+
+
+def _both(case: Case, function: Callable[..., torch.Tensor], *arguments: object, **named: object) -> None:
+    got, expected = (
+        function(
+            case.hidden, case.head, case.targets, *arguments, temperature=case.temperature, backend=backend, **named
+        )
+        for backend in ("chunked", "eager")
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_hidden_grad(case: Case) -> None:
+    _both(case, acqcore.hidden_grad)
+
+
+def test_grad_sketch(case: Case) -> None:
+    _both(case, grad_sketch, OFFSETS, dim=64)
+
+
+@pytest.mark.parametrize("form", ["gram", "direct", "auto"])
+def test_head_grad_norm(form: str, case: Case) -> None:
+    _both(case, acqcore.head_grad_norm, OFFSETS, form=form)
+
+
+def _same_mixture(got: BayesStats, expected: BayesStats) -> None:
+    torch.testing.assert_close(got.state, expected.state, rtol=1e-9, atol=1e-11, equal_nan=True)
+    assert torch.equal(got.votes, expected.votes)
+
+
+@pytest.mark.parametrize(("form", "block"), [("element", 1), ("block", 7)])
+def test_mutual_information(form: str, block: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    _small_mixtures(case, monkeypatch)
+    head = acqcore.Head(case.head.weight, case.head.bias, softcap=9.0, scale=0.7)
+    got, expected = (
+        acqcore.bayes.mutual_information(
+            case.hidden, head, draws=5, dropout=0.3, form=form, block=block, targets=case.targets, backend=backend
+        )
+        for backend in ("chunked", "eager")
+    )
+    _same_mixture(got, expected)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_ensembles(shared: bool, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    _small_mixtures(case, monkeypatch)
+    hidden = torch.stack([case.hidden, case.hidden + 1, case.hidden * 2])
+    hidden[1, 7] = torch.nan
+    weight = case.head.weight
+    heads = [acqcore.Head(weight if shared else weight * k, vocab_start=3, vocab_size=140) for k in (1, 2, 3)]
+    heads = heads[:1] if shared else heads
+    got, expected = (
+        acqcore.bayes.ensemble_stats(hidden, heads, case.targets, backend=backend) for backend in ("chunked", "eager")
+    )
+    assert not got.valid[7]
+    assert not expected.valid[7]
+    rest = torch.arange(60) != 7
+    _same_mixture(
+        BayesStats(got.state[:, rest], got.votes[:, rest]), BayesStats(expected.state[:, rest], expected.votes[:, rest])
+    )
+
+
+def test_impossible_tokens_in_a_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = random_case(6, 24, 130, bias=True).to(torch.float64)
+    _small_mixtures(made, monkeypatch)
+    assert made.head.bias is not None
+    made.head.bias[:50] = -torch.inf
+    made.head.bias[100:] = -torch.inf
+    got, expected = (
+        acqcore.bayes.mutual_information(made.hidden, made.head, draws=3, backend=backend)
+        for backend in ("chunked", "eager")
+    )
+    assert got.valid.all()
+    _same_mixture(got, expected)
+
+
+def _small_mixtures(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 4 rows and 16 columns, in the tests whose other chunks are small."""
+    if chunked.BUFFER_BYTES < 1 << 20 or len(case.hidden) < 60:
+        monkeypatch.setattr(chunked_mixture, "MAX_ROWS", 20)
+        monkeypatch.setattr(chunked_mixture, "OPERAND_BYTES", 4 * 24 * 16)
+
+
+def test_groups_of_samples() -> None:
+    bounds = [0, 3, 7, 9, 12, 30, 31, 40, 41]
+    assert list(chunked._groups(bounds, 10, 10)) == [[0, 1, 2], [3], [4], [5, 6], [7]]
+    assert list(chunked._groups(bounds, 3, 10)) == [[0], [1], [2, 3], [4], [5], [6], [7]]
+    assert list(chunked._groups(bounds, 0, 10)) == [[i] for i in range(8)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
+@pytest.mark.parametrize(
+    "call",
+    [
+        "delta_product(None, rows, head.weight, torch.zeros(2048, 512))",
+        "delta_hash(None, rows, torch.zeros(32768, dtype=torch.int32), torch.zeros(2048, 256))",
+        "mixture_stats(chunked, draws)",
+        "head_grad_norm(None, rows, torch.arange(9) * 256, weights, 'gram', weights.new_empty(8))",
+        "head_grad_norm(None, rows, torch.arange(9) * 256, weights, 'direct', weights.new_empty(8))",
+    ],
+)
+def test_memory_is_bounded(call: str) -> None:
+    """At most 64 MiB and the result's 4; gradients or draws of the logits would take 256, the weight in float32 64."""
+    code = (
+        "import torch, acqcore\n"
+        "from acqcore.backends import DrawRows, Dropout, HeadRows\n"
+        "from acqcore.backends.chunked import Chunked\n"
+        "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))\n"
+        "h, head = torch.randn(2048, 512).bfloat16(), acqcore.Head(torch.randn(32768, 512).bfloat16())\n"
+        "y, weights = torch.arange(2048), torch.ones(2048, dtype=torch.float64)\n"
+        "stats = acqcore.row_stats(h, head, y)\n"
+        "rows = HeadRows(h, head, y, 1.0, stats.state, stats.max_index)\n"
+        "class C(Chunked): row_stats = logit_stats = None\n"
+        "chunked, dropout = C(), Dropout(0.1, 'element', 1, 0, y[:512] * 0, y[:512])\n"
+        "draws = DrawRows(h[:512], (head,), y[:512], 4, dropout, weights.new_empty(6, 512), y.new_empty(4, 512))\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"
+        "before = peak()\n"
+        f"Chunked.{call}\n"
+        "print((peak() - before) / 1024)\n"
+    )
+    # What is freed goes back to the system at once: the peak is of what is held.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) <= 68
+
+
+@pytest.mark.parametrize(("n", "d", "v"), [(4096, 4096, 131072), (100, 8192, 256000), (20000, 576, 49152), (1, 16, 7)])
+def test_chunks_of_large_shapes_fit(n: int, d: int, v: int) -> None:
+    """Hidden states, weights and values in float32, and tiles with their temporaries."""
+    head = acqcore.Head(torch.empty(v, d, dtype=torch.bfloat16, device="meta"))
+    hidden = torch.empty(n, d, dtype=torch.bfloat16, device="meta")
+    state, index = torch.empty(7, n, dtype=torch.float64, device="meta"), torch.empty(n, device="meta")
+    rows = HeadRows(hidden, head, index, 1.0, state, index)
+    part, piece = next(iter(chunked._row_chunks(rows, 0, n)))
+    columns = next(iter(chunked._vocab_chunks(rows, n, d)))
+    tall, wide = len(hidden[part]), columns.stop
+    tiles = 4 * chunked.TEMPORARIES * tall * wide
+    assert 4 * tall * d + 4 * wide * 2 * d + tiles <= chunked.BUFFER_BYTES
+    assert piece.hidden.dtype == torch.float32
+
+
+def test_products_are_float32_whatever_the_process_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(chunked, "logit_gradient", lambda rows: seen.append(settings.fp32_precision) or _stop())
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32"
+    try:
+        made = random_case(4, 4, 8)
+        with pytest.raises(StopIteration):
+            acqcore.hidden_grad(made.hidden, made.head, made.targets, backend="chunked")
+        assert seen == ["ieee"]
+        assert settings.fp32_precision == "tf32"
+    finally:
+        settings.fp32_precision = before
+
+
+def _stop() -> torch.Tensor:
+    raise StopIteration

@@ -1,0 +1,162 @@
+"""The Triton backend's adapter; kernels are tested in ``tests/kernels``, numbers wherever every backend's are."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.backends.triton import INTERPRETED, Triton
+from acqcore.testing import random_case
+
+WITHOUT_GPU = not INTERPRETED and not torch.cuda.is_available()
+
+
+def test_listed_before_eager_and_after_cpu() -> None:
+    names = [row.name for row in acqcore.backends()]
+    assert names.index("cpu") < names.index("triton") < names.index("eager")
+
+
+def test_description_says_what_serves_a_call() -> None:
+    row = next(row for row in acqcore.backends() if row.name == "triton")
+    assert ("interpreter" in row.description) is INTERPRETED
+    assert "head gradients" in row.description
+    if INTERPRETED:
+        assert row.available
+        assert row.instruction_set == "interpreter"
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
+    with pytest.raises(RuntimeError, match=r"'triton' is not available here: .* pip install 'acqcore\[triton\]'"):
+        random_case(2, 4, 8).run("triton")
+
+
+if not INTERPRETED:
+
+    @pytest.mark.skipif(not WITHOUT_GPU, reason="has a GPU")
+    def test_without_a_gpu() -> None:
+        reason = "built without CUDA" if torch.version.cuda is None else "no CUDA device or driver"
+        with pytest.raises(RuntimeError, match=f"backend: 'triton' is not available here: torch .*{reason}"):
+            random_case(2, 4, 8).run("triton")
+
+    def test_reasons_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert Triton().unavailable() == "torch finds no CUDA device or driver"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+        assert Triton().unavailable() == "Tesla V100 has compute capability 7.0, 8.0 is needed"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        assert Triton().unavailable() is None
+        assert Triton().instruction_set() == "sm_90"
+
+    def test_tensors_of_another_device() -> None:
+        assert Triton().misfit(torch.device("cpu"), ()) == "backend 'triton' serves cuda tensors, got cpu"
+
+
+@pytest.mark.skipif(INTERPRETED or WITHOUT_GPU, reason="no GPU that Triton serves")
+class TestOnDevice:
+    """What shows on a GPU alone; numbers are compared wherever every backend's are."""
+
+    N, D, V = 300, 256, 5000
+
+    def inputs(self) -> tuple[torch.Tensor, acqcore.Head, torch.Tensor]:
+        case = random_case(self.N, self.D, self.V).to(torch.bfloat16, "cuda")
+        assert case.targets is not None
+        case.targets[::3] = -100
+        return case.hidden, case.head, case.targets
+
+    def test_the_host_never_waits(self) -> None:
+        hidden, head, targets = self.inputs()
+        acqcore.row_stats(hidden, head, targets, backend="triton")  # compiles
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            stats = acqcore.row_stats(hidden, head, targets, backend="triton")
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        assert stats.valid.sum() == 200
+
+    def test_a_cuda_graph_replays_it(self) -> None:
+        hidden, head, targets = self.inputs()
+        acqcore.row_stats(hidden, head, targets, backend="triton")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            stats = acqcore.row_stats(hidden, head, targets, backend="triton")
+        hidden.copy_(hidden.flip(0))
+        targets.copy_(targets.flip(0))
+        graph.replay()
+        expected = acqcore.row_stats(hidden, head, targets, backend="triton")
+        assert torch.equal(stats.state.nan_to_num(7.0), expected.state.nan_to_num(7.0))
+        assert torch.equal(stats.max_index, expected.max_index)
+
+    def test_a_target_outside_the_vocabulary_makes_its_row_nan(self) -> None:
+        hidden, head, targets = self.inputs()
+        targets[1] = self.V
+        stats = acqcore.row_stats(hidden, head, targets, backend="triton")
+        assert stats.valid[:5].tolist() == [False, False, True, False, True]
+
+    @pytest.mark.parametrize(("n", "d", "v"), [(4096, 4096, 131072), (16384, 1024, 50257)])
+    def test_extra_memory_is_bounded(self, n: int, d: int, v: int) -> None:
+        """At most 64 MiB beyond inputs and outputs."""
+        hidden = torch.randn(n, d, device="cuda", dtype=torch.bfloat16)
+        head = acqcore.Head(torch.randn(v, d, device="cuda", dtype=torch.bfloat16) * 0.05)
+        targets = torch.randint(v, (n,), device="cuda")
+        acqcore.row_stats(hidden[:4], head, targets[:4], backend="triton")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        acqcore.row_stats(hidden, head, targets, backend="triton")
+        assert torch.cuda.max_memory_allocated() - before <= 64 << 20
+
+
+if INTERPRETED:
+
+    def test_it_serves_the_cpu_when_named_alone() -> None:
+        assert not Triton().automatic
+        assert Triton().misfit(torch.device("cpu"), (torch.float32,)) is None
+        assert Triton().misfit(torch.device("cuda"), ()) == "backend 'triton' serves cpu tensors, got cuda"
+
+    def test_its_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+        """Named, it is what runs: without its launcher there is no result."""
+        from acqcore.kernels import row_stats
+
+        monkeypatch.setattr(row_stats, "row_stats", None)
+        with pytest.raises(TypeError, match="not callable"):
+            random_case(2, 4, 8).run("triton")
+
+    def test_tf32_is_taken_on_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+        from acqcore.kernels import row_stats
+
+        asked = []
+        monkeypatch.setattr(row_stats, "row_stats", lambda *_, precision, **__: asked.append(precision))
+        case = random_case(2, 4, 8)
+        case.run("triton")
+        monkeypatch.setenv("ACQCORE_TF32", "1")
+        case.run("triton")
+        case.to(torch.bfloat16).run("triton")
+        assert asked == ["ieee", "tf32", "ieee"]
+        monkeypatch.setenv("ACQCORE_TF32", "yes")
+        with pytest.raises(ValueError, match="ACQCORE_TF32: unknown 'yes', expected one of 0, 1"):
+            case.run("triton")
+
+    def test_mixed_dtypes_where_triton_would_round(monkeypatch: pytest.MonkeyPatch) -> None:
+        from acqcore.backends import triton
+        from acqcore.kernels import row_stats
+
+        asked = []
+        monkeypatch.setattr(row_stats, "row_stats", lambda *_, precision, **__: asked.append(precision))
+        monkeypatch.setattr(triton, "_device", lambda _: ("interpreter", 10))
+        case = random_case(2, 4, 8)
+        half = acqcore.Head(case.head.weight.half())
+        for hidden, head in ((case.hidden, case.head), (case.hidden, half), (case.hidden.half(), case.head)):
+            acqcore.row_stats(hidden, head, backend="triton")
+        assert asked == ["ieee", "tf32x3", "ieee"]
+
+    def test_float64_is_not_served() -> None:
+        with pytest.raises(ValueError, match="backend 'triton' takes float32, bfloat16, float16, got float64"):
+            random_case(2, 4, 8).to(torch.float64).run("triton")
