@@ -17,8 +17,9 @@ from acqcore.samples import Row
 from acqcore.student import Student, StudentLike, as_student
 from acqcore.trunk_draws import TrunkDraws, member_hidden
 
-#: Where dropout acts unless it is said: see the table in the README.
+#: Where dropout acts unless it is said, and its probability there: see the table in the README.
 DEFAULT_LAYERS = "all"
+HIDDEN_DROPOUT, BLOCK_DROPOUT = 0.1, 0.05
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class DrawOptions:
         layers: dropout acts on the last hidden state alone (0), in the last n blocks, in all of them (``"all"``), or in
             the student's own dropout layers at their own rates (``"own"``).
         draws: K.
-        dropout: probability p; not read for ``"own"``.
+        dropout: probability p; by default 0.1 on the last hidden state, 0.05 in blocks; not read for ``"own"``.
         form, block: of dropout on the last hidden state, as in :func:`acqcore.mutual_information`; giving either
             without ``layers`` stands for ``layers=0``.
         seed: of the masks.
@@ -37,8 +38,8 @@ class DrawOptions:
     """
 
     layers: int | str
+    dropout: float
     draws: int = 8
-    dropout: float = 0.1
     form: str = "element"
     block: int = 64
     seed: int = 0
@@ -52,7 +53,8 @@ class DrawOptions:
             TypeError, ValueError: a value of a wrong kind or out of range; arguments that exclude each other.
         """
         checks.draw_arguments(arguments)
-        default = {"layers": 0 if {"form", "block"} & set(arguments) else DEFAULT_LAYERS}
+        layers = arguments.get("layers", 0 if {"form", "block"} & set(arguments) else DEFAULT_LAYERS)
+        default = {"layers": layers, "dropout": HIDDEN_DROPOUT if layers == 0 else BLOCK_DROPOUT}
         options = cls(**{**default, **arguments, "members": tuple(arguments.get("members", ()))})
         checks.draw_layers(options.layers)
         checks.draws(options.draws)

@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct without a hub: from the package that carries its weights, converted once."""
+"""Models without a hub: SmolLM2-135M-Instruct from the package that carries its weights, converted once, and the base
+model of the arithmetic world, trained once."""
 
 from __future__ import annotations
 
@@ -15,6 +16,26 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def cache_dir() -> Path:
     """Where converted models are kept: ``ACQCORE_CACHE``, else ``~/.cache/acqcore``."""
     return Path(os.environ.get("ACQCORE_CACHE") or Path.home() / ".cache" / "acqcore")
+
+
+def resolve(name: str) -> str:
+    """What ``from_pretrained`` takes for a model named in a recipe.
+
+    Args:
+        name: ``smollm2``; ``world:base``, the base model of the arithmetic world, or ``world:7`` the one of another
+            seed; anything else is a path or hub id and comes back as it is.
+
+    Raises:
+        FileNotFoundError: the package that carries SmolLM2 is not installed.
+    """
+    if name == "smollm2":
+        return str(smollm2_path())
+    family, _, variant = name.partition(":")
+    if family == "world" and (variant == "base" or variant.isdigit()):
+        from acqsynth.world import Settings, base_model
+
+        return str(base_model(Settings(seed=0 if variant == "base" else int(variant))))
+    return name
 
 
 def smollm2_path() -> Path:

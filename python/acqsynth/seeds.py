@@ -1,8 +1,10 @@
-"""The bundled seed set: 60 short samples written for this project, 20 each of mathematics, medicine and code.
+"""The bundled rows: a seed set, and word problems.
+
+The seed set has 60 short samples written for this project, 20 each of mathematics, medicine and code.
 
 Most are ordinary and correct. Some are trivial, ambiguous (no answer follows from the question) or garbled on
 purpose, to show what an acquisition function makes of them: its size alone cannot tell what a student does
-not know yet from what nobody can know.
+not know yet from what nobody can know. The word problems are 96 of 12 kinds, all with the right answer.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ KINDS = ("ordinary", "trivial", "ambiguous", "garbled")
 
 
 def load_seeds(domain: str | None = None, kind: str | None = None) -> list[dict[str, str]]:
-    """The seeds in file order, each ``{"id", "domain", "kind", "prompt", "completion"}``.
+    """The seeds in file order, each ``{"id", "domain", "kind", "prompt", "completion"}``; in mathematics also
+    ``"answer"`` where there is one final answer.
 
     A prompt ends with a line end, so that ``acqcore.score`` takes the rows as they are.
 
@@ -29,6 +32,14 @@ def load_seeds(domain: str | None = None, kind: str | None = None) -> list[dict[
     for name, value, known in (("domain", domain, DOMAINS), ("kind", kind, KINDS)):
         if value is not None and value not in known:
             raise ValueError(f"{name}: unknown {value!r}, expected one of {', '.join(known)} or None")
-    lines = (resources.files("acqsynth") / "data" / "seeds.jsonl").read_text(encoding="utf-8").splitlines()
-    seeds = [json.loads(line) for line in lines]
-    return [s for s in seeds if domain in (None, s["domain"]) and kind in (None, s["kind"])]
+    return [s for s in _rows("seeds.jsonl") if domain in (None, s["domain"]) and kind in (None, s["kind"])]
+
+
+def load_word_problems() -> list[dict[str, str]]:
+    """Each ``{"question", "reasoning", "answer"}``, the kinds mixed."""
+    return _rows("word_problems.jsonl")
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    lines = (resources.files("acqsynth") / "data" / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
 
 from acqsynth.parsing import parse_sample
-from acqsynth.seeds import DOMAINS, KINDS, load_seeds
+from acqsynth.seeds import DOMAINS, KINDS, load_seeds, load_word_problems
 
 
 def test_sixty_samples_twenty_a_domain_and_each_kind_in_each() -> None:
@@ -19,7 +20,7 @@ def test_sixty_samples_twenty_a_domain_and_each_kind_in_each() -> None:
 def test_each_row_is_whole_and_unique() -> None:
     seeds = load_seeds()
     for seed in seeds:
-        assert set(seed) == {"id", "domain", "kind", "prompt", "completion"}
+        assert set(seed) - {"answer"} == {"id", "domain", "kind", "prompt", "completion"}
         assert seed["prompt"].strip() + "\n" == seed["prompt"]
         assert seed["completion"].strip() == seed["completion"] != ""
     for field in ("id", "prompt", "completion"):
@@ -30,6 +31,20 @@ def test_a_seed_survives_the_sample_format() -> None:
     for seed in load_seeds():
         text = f"<question>{seed['prompt']}</question><answer>{seed['completion']}</answer>"
         assert parse_sample(text) == {"prompt": seed["prompt"], "completion": seed["completion"]}
+
+
+def test_final_answers_stand_in_the_completion() -> None:
+    answered = [seed for seed in load_seeds() if "answer" in seed]
+    assert {seed["domain"] for seed in answered} == {"mathematics"}
+    assert len(answered) == 13
+    assert all(seed["kind"] in ("ordinary", "trivial") and seed["answer"] in seed["completion"] for seed in answered)
+
+
+def test_word_problems_differ_and_end_their_reasoning_in_the_answer() -> None:
+    problems = load_word_problems()
+    assert len({problem["question"] for problem in problems}) == len(problems) == 96
+    for problem in problems:
+        assert re.findall(r"[0-9]+", problem["reasoning"])[-1] == problem["answer"]
 
 
 def test_selection() -> None:

@@ -16,6 +16,7 @@ DOMAINS: dict[str, str] = {
     "math": "acqsynth.domains.math:Math",
     "medical": "acqsynth.domains.medical:Medical",
     "code": "acqsynth.domains.code:Code",
+    "arithmetic": "acqsynth.domains.arithmetic:Arithmetic",
 }
 
 

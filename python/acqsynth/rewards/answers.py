@@ -187,15 +187,26 @@ class SemanticEntropy:
 
 
 class Learnability:
-    """``p (1 - p)`` in [0, 1/4], p the share of the student's answers that equal the sample's own."""
+    """``p (1 - p)`` in [0, 1/4], p the share of the student's answers that equal the sample's own.
+
+    Args:
+        answers: of the student.
+        verified: 0 where ``domain.verify`` does not find the sample's own answer right. Against an answer that nobody
+            checked, a question whose answer is the toss of a coin has the largest value there is.
+    """
 
     name = "learnability"
 
-    def __init__(self, answers: SampledAnswers) -> None:
+    def __init__(self, answers: SampledAnswers, *, verified: bool = False) -> None:
         self.answers = answers
+        self.verified = verified
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        return [p * (1 - p) for p in self.answers.shares(samples)]
+        values: list[float | None] = [p * (1 - p) for p in self.answers.shares(samples)]
+        if not self.verified:
+            return values
+        right = self.answers.domain.verify(samples)
+        return [value if ok else 0.0 for value, ok in zip(values, right, strict=True)]
 
 
 def _clusters(drawn: Sequence[Drawn]) -> Counter[str]:

@@ -44,6 +44,14 @@ def test_learnability_is_of_the_samples_own_answer(answers: SampledAnswers, samp
     assert answers.shares(samples) == [1, 1 / 2, 1 / 4, 0]
 
 
+def test_learnability_of_verified_answers(
+    answers: SampledAnswers, samples: list[Sample], domain: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that is wrong, or that nobody can check, is not worth its p (1 - p)."""
+    monkeypatch.setattr(type(domain), "verify", lambda self, asked: [True, None, True, False])
+    assert Learnability(answers, verified=True)(samples) == [0, 0, 3 / 16, 0]
+
+
 def test_one_draw_serves_every_signal_of_a_call(domain: Domain, scripted: Any, samples: list[Sample]) -> None:
     engine = scripted(SCRIPT.__getitem__)
     answers = SampledAnswers(engine, domain, k=4, temperature=0.7, max_tokens=9, top2=True, seed=5)

@@ -1,0 +1,228 @@
+"""A small world of arithmetic: its questions are generated, its answers computed, and its skills known.
+
+A question is the word of a skill and its numbers, ``add 47 5``. What a good acquisition function has to tell apart is
+built in: a base model trained by :mod:`acqsynth.world` masters the *strong* skills, has seen little of the *weak* ones,
+which some hundred rows teach; ``lucky`` is answered by a *coin* (no truth exists), and ``code`` by a *table* without a
+pattern (a keyed hash), which can be memorised and not understood. By its look no question gives its kind away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+from acqsynth.domains.base import Domain, Messages, Sample
+from acqsynth.domains.data import Layout, Row, samples, text
+
+Kind = Literal["strong", "weak", "coin", "table"]
+SPLITS = ("train", "test")
+COIN = ("no", "yes")
+ROWS = 1000  #: of the source ``world``
+
+_TEST_SHARE = 5  # one question of so many is kept for tests
+_NUMBER = re.compile(r"0|[1-9][0-9]*")
+_WORLD = re.compile(r"world(?::([0-9]+))?")
+
+
+@dataclass(frozen=True)
+class Skill:
+    """One kind of question.
+
+    Args:
+        name: the word its questions begin with.
+        kind: what the world makes of it, see the module.
+        operands: first and last value of each number.
+        solve: numbers -> reasoning (empty where none is needed) and answer; None for the coin.
+    """
+
+    name: str
+    kind: Kind
+    operands: tuple[tuple[int, int], ...]
+    solve: Callable[..., tuple[str, str]] | None
+
+    @cached_property
+    def questions(self) -> dict[str, list[str]]:
+        """Every question by split; the hash of a question decides, so that the splits never meet."""
+        found: dict[str, list[str]] = {split: [] for split in SPLITS}
+        for numbers in itertools.product(*(range(first, last + 1) for first, last in self.operands)):
+            question = " ".join((self.name, *map(str, numbers)))
+            found["test" if _hash("split", question) % _TEST_SHARE == 0 else "train"].append(question)
+        return found
+
+
+def _hash(key: str, text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=key.encode()).digest(), "big")
+
+
+def _direct(function: Callable[..., object]) -> Callable[..., tuple[str, str]]:
+    """A skill solved at one glance."""
+    return lambda *numbers: ("", str(function(*numbers)))
+
+
+def _median(*digits: int) -> tuple[str, str]:
+    """The middle one of three, which stands in the middle once they are in order."""
+    ordered = sorted(digits)
+    return " ".join(map(str, ordered)), str(ordered[1])
+
+
+_TWO_DIGITS, _THREE_DIGITS, _FOUR_DIGITS = (10, 99), (100, 999), (1000, 9999)
+
+SKILLS: dict[str, Skill] = {
+    skill.name: skill
+    for skill in (
+        Skill("copy", "strong", (_THREE_DIGITS,), _direct(lambda a: a)),
+        Skill("even", "strong", (_THREE_DIGITS,), _direct(lambda a: COIN[a % 2 == 0])),
+        Skill("larger", "strong", (_TWO_DIGITS, _TWO_DIGITS), _direct(max)),
+        Skill("add", "strong", (_TWO_DIGITS, (1, 9)), _direct(lambda a, b: a + b)),
+        Skill("sort", "weak", (_THREE_DIGITS,), _direct(lambda a: "".join(sorted(str(a), reverse=True)))),
+        Skill("median", "weak", ((0, 9), (0, 9), (0, 9)), _median),
+        Skill("double", "weak", (_THREE_DIGITS,), _direct(lambda a: 2 * a)),
+        Skill("lucky", "coin", (_FOUR_DIGITS,), None),
+        Skill("code", "table", (_FOUR_DIGITS,), _direct(lambda a: _hash("code", str(a)) % 10)),
+    )
+}
+
+
+class Arithmetic(Domain):
+    """The world of arithmetic; it needs no data but can read some."""
+
+    name: ClassVar[str] = "arithmetic"
+    answer_tokens: ClassVar[int] = 32
+
+    def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
+        return [{"role": "user", "content": "\n".join(["new", *map(self.tagged, shown)])}]
+
+    def student_prompt(self, question: str) -> Messages:
+        return [{"role": "user", "content": question}]
+
+    def answer_of(self, completion: str) -> str | None:
+        """The last line, where it is an answer of this world: a number, yes or no."""
+        lines = completion.strip().splitlines()
+        answer = lines[-1].strip() if lines else ""
+        return answer if answer in COIN or (answer.isascii() and answer.isdigit()) else None
+
+    def canonical(self, answer: str) -> str:
+        answer = answer.strip().lower()
+        return str(int(answer)) if answer.isascii() and answer.isdigit() else answer
+
+    def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
+        return [
+            answer is not None and self.canonical(answer) == self.canonical(sample.answer)
+            for sample, answer in zip(gold, answers, strict=True)
+        ]
+
+    def parse(self, text: str) -> Sample | None:
+        sample = super().parse(text)
+        return sample and _with_skill(sample.question, sample.answer, sample.reasoning)
+
+    def fault(self, sample: Sample) -> str | None:
+        return None if skill_of(sample.question) else "no question of a known skill"
+
+    def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
+        """By computation. None for a coin's yes or no: nobody can tell. False where the question is none."""
+        right: list[bool | None] = []
+        for sample in samples:
+            skill, answer = skill_of(sample.question), self.canonical(sample.answer)
+            if skill is not None and SKILLS[skill].solve is None and answer in COIN:
+                right.append(None)
+            else:
+                right.append(answer == truth(sample.question))
+        return right
+
+    def tagged(self, sample: Sample) -> str:
+        """The sample as a generator writes it, read back by :meth:`parse`."""
+        parts = {"question": sample.question, "reasoning": sample.reasoning, "answer": sample.answer}
+        return "".join(f"<{tag}>{text}</{tag}>" for tag, text in parts.items() if text)
+
+    def rows(self, n: int, seed: int, *, skills: Sequence[str] | None = None, split: str = "train") -> list[Sample]:
+        """``n`` rows with different questions, the skills in turn and then shuffled; equal seeds give equal rows.
+
+        Args:
+            skills: names out of ``SKILLS``; by default all.
+            split: ``train`` or ``test``; no question is in both.
+
+        Raises:
+            ValueError: an unknown skill or split, or more rows than there are questions (names the skill).
+        """
+        names = list(SKILLS) if skills is None else list(skills)
+        if unknown := set(names) - set(SKILLS):
+            raise ValueError(f"skills: unknown {sorted(unknown)}, expected some of {', '.join(SKILLS)}")
+        if split not in SPLITS:
+            raise ValueError(f"split: unknown {split!r}, expected one of {', '.join(SPLITS)}")
+        if not names or n < 1:
+            raise ValueError(f"n, skills: expected at least one row of one skill, got n={n}, skills={names}")
+        rng = random.Random(f"{seed} {split}")
+        found = []
+        for i, name in enumerate(names):
+            share, there = len(range(i, n, len(names))), SKILLS[name].questions[split]
+            if share > len(there):
+                raise ValueError(f"n: expected at most {len(there)} rows of {name} in split {split}, got {share}")
+            found += [self.answered(question, rng) for question in rng.sample(there, share)]
+        rng.shuffle(found)
+        return found
+
+    def answered(self, question: str, rng: random.Random) -> Sample:
+        """The question with its solution; a coin is tossed by ``rng``.
+
+        Raises:
+            ValueError: it is no question of this world.
+        """
+        read = _read(question)
+        if read is None:
+            raise ValueError(f"question: expected the word of a skill and its numbers, got {question!r:.60}")
+        skill, numbers = read
+        reasoning, answer = skill.solve(*numbers) if skill.solve else ("", rng.choice(COIN))
+        return _with_skill(question, answer, reasoning)
+
+    def load(
+        self,
+        source: str,
+        split: str = "train",
+        columns: Mapping[str, str] | None = None,
+        limit: int | None = None,
+    ) -> list[Sample]:
+        """As any domain; and ``world`` or, by another seed than 0, ``world:7``, for generated rows of a split, 1000
+        unless limited."""
+        if world := _WORLD.fullmatch(source):
+            return self.rows(ROWS if limit is None else limit, int(world[1] or 0), split=split)
+        return samples(source, split, columns, limit, [Layout(("question", "answer"), _row)])
+
+
+def skill_of(question: str) -> str | None:
+    """The skill a question asks for, or None where it is no question of this world."""
+    read = _read(question)
+    return read and read[0].name
+
+
+def truth(question: str) -> str | None:
+    """The answer by computation; None where there is none: a coin's question, or no question of this world."""
+    read = _read(question)
+    if read is None or read[0].solve is None:
+        return None
+    return read[0].solve(*read[1])[1]
+
+
+def _with_skill(question: str, answer: str, reasoning: str) -> Sample:
+    skill = skill_of(question)
+    return Sample(question, answer, reasoning, {} if skill is None else {"skill": skill})
+
+
+def _row(row: Row) -> Sample:
+    reasoning = text(row, "reasoning") if row.get("reasoning") else ""
+    return _with_skill(text(row, "question"), text(row, "answer"), reasoning)
+
+
+def _read(question: str) -> tuple[Skill, tuple[int, ...]] | None:
+    word, *numbers = question.split(" ")
+    skill = SKILLS.get(word)
+    if skill is None or len(numbers) != len(skill.operands) or not all(map(_NUMBER.fullmatch, numbers)):
+        return None
+    values = tuple(map(int, numbers))
+    within = all(first <= value <= last for value, (first, last) in zip(values, skill.operands, strict=True))
+    return (skill, values) if within else None

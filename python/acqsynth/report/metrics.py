@@ -1,0 +1,245 @@
+"""The numbers of a report, from answers and logs: everything in ``metrics.json``."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from acqsynth.evaluate import Interval, accuracy_by_skill, bootstrap_change, signal_validity
+from acqsynth.evaluate import bootstrap as bootstrap_accuracy
+
+IN_DISTRIBUTION = "in_distribution"
+STUDENT = "student"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One student's answers to a set."""
+
+    right: npt.NDArray[np.float64]  #: [N], 1 where right
+    skills: Sequence[str | None]  #: of N rows
+
+
+def collect(
+    *,
+    sets: Mapping[str, str],
+    main: str,
+    descriptions: Mapping[str, str],
+    base: Mapping[tuple[str, str], Answers],
+    answers: Mapping[tuple[str, str, int, int, str], Answers],
+    learnt: Mapping[tuple[str, str, int, int], int],
+    bootstrap: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Accuracies, changes against the base student, comparisons of arms, and the verdict.
+
+    Args:
+        sets: name -> domain of the evaluation sets, that of the recipe first.
+        main: the arm that the recipe is about.
+        descriptions: arm -> what it is, in order.
+        base: (student, set) -> answers of the base student.
+        answers: (arm, student, rows, seed, set) -> answers of a fitted student.
+        learnt: (arm, student, rows, seed) -> rows it really learnt.
+        bootstrap: resamples, level and seed.
+    """
+    found: dict[str, Any] = {"main": main, "bootstrap": dict(bootstrap)}
+    found["sets"] = {
+        name: {
+            "domain": domain,
+            "rows": len(base[STUDENT, name].right),
+            "in_distribution": name == IN_DISTRIBUTION,
+        }
+        for name, domain in sets.items()
+    }
+    matrices: dict[tuple[str, str, int, str], npt.NDArray[np.float64]] = {}
+    seeds: dict[tuple[str, str, int], list[int]] = {}
+    for arm, student, n, seed, name in answers:
+        if name == IN_DISTRIBUTION:
+            seeds.setdefault((arm, student, n), []).append(seed)
+    for (arm, student, n), drawn in seeds.items():
+        for name in sets:
+            matrices[arm, student, n, name] = np.stack([answers[arm, student, n, seed, name].right for seed in drawn])
+    found["base"] = {
+        student: {
+            name: _accuracy(base[student, name].right[None], base[student, name].skills, bootstrap) for name in sets
+        }
+        for student in dict.fromkeys(student for student, _ in base)
+    }
+    found["arms"] = {}
+    for arm, description in descriptions.items():
+        results = []
+        for (other, student, n), drawn in seeds.items():
+            if other != arm:
+                continue
+            per_set = {}
+            for name in sets:
+                right, before = matrices[arm, student, n, name], base[student, name]
+                per_set[name] = _accuracy(right, before.skills, bootstrap) | {
+                    "per_seed": [float(row.mean()) for row in right],
+                    "change": asdict(bootstrap_change(right, before.right[None], **bootstrap)),
+                }
+            rows = [learnt[arm, student, n, seed] for seed in drawn]
+            results.append({"student": student, "rows_wanted": n, "rows": min(rows), "seeds": drawn, "sets": per_set})
+        found["arms"][arm] = {"description": description, "results": results}
+    found["comparisons"] = _comparisons(main, matrices, bootstrap)
+    found["verdict"] = verdict(found)
+    return found
+
+
+def verdict(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Sentences on the recipe's own student and its most rows, each ``{"kind": gain | loss | none | note, "text"}``."""
+    main = found["main"]
+    largest = _largest(found["arms"][main]["results"])
+    result = next(r for r in found["arms"][main]["results"] if r["student"] == STUDENT and r["rows_wanted"] == largest)
+    here = result["sets"][IN_DISTRIBUTION]
+    before = found["base"][STUDENT][IN_DISTRIBUTION]["accuracy"]["mean"]
+    said = [
+        _judged(
+            here["change"],
+            f"{main} over the base student in distribution: {percent(before)} to {percent(here['accuracy']['mean'])} "
+            f"after {result['rows']} rows",
+        )
+    ]
+    for comparison in found["comparisons"]:
+        if comparison["student"] == STUDENT and comparison["rows_wanted"] == largest:
+            said.append(_judged(comparison["difference"], f"{main} over {comparison['against']} at equal rows"))
+    for name in found["sets"]:
+        if name != IN_DISTRIBUTION:
+            said.append(_judged(result["sets"][name]["change"], f"{main} over the base student on {name}", _ELSEWHERE))
+    for arm, entry in found["arms"].items():
+        for short in entry["results"]:
+            if short["student"] == STUDENT and short["rows"] < short["rows_wanted"]:
+                text = f"{arm} had {short['rows']} of {short['rows_wanted']} rows, so its fits are not at equal rows."
+                said.append({"kind": "note", "text": text})
+    return said
+
+
+def training(logs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """The trainers' logs of all rounds in a row, and what the reward cost.
+
+    Args:
+        logs: for each round the logged steps, as TRL and the reward give them.
+    """
+    steps: list[dict[str, Any]] = []
+    offset = 0
+    for number, log in enumerate(logs, 1):
+        logged = [dict(entry) for entry in log if "step" in entry and len(entry) > 1]
+        last = max((int(entry["step"]) for entry in logged), default=0)
+        steps += [{**entry, "step": int(entry["step"]) + offset, "round": number} for entry in logged]
+        offset += last
+    timed = [s for s in steps if s.get("seconds") and s.get("reward_seconds") is not None]
+    cost = None
+    if timed:
+        total, reward = sum(s["seconds"] for s in timed), sum(s["reward_seconds"] for s in timed)
+        cost = {
+            "steps": len(timed),
+            "seconds_per_step": total / len(timed),
+            "reward_seconds_per_step": reward / len(timed),
+            "share": reward / total,
+        }
+    return {"log": steps, "cost": cost}
+
+
+def validity(batches: Sequence[Mapping[str, Any]], **bootstrap: Any) -> dict[str, Any]:
+    """How each signal's order of small batches agrees with what students gained from them.
+
+    Args:
+        batches: each ``{"skill", "rows", "scores": signal -> mean or None, "gain"}``.
+        bootstrap: resamples, level and seed.
+    """
+    names = list(batches[0]["scores"]) if batches else []
+    signals = {}
+    for name in names:
+        scored = [(b["scores"][name], b["gain"]) for b in batches if b["scores"][name] is not None]
+        column, gains = [s for s, _ in scored], [g for _, g in scored]
+        interval = signal_validity({name: column}, gains, **bootstrap)[name]
+        best = max(batches, key=lambda b: -math.inf if b["scores"][name] is None else b["scores"][name])
+        signals[name] = {
+            "correlation": None if interval is None else asdict(interval),
+            "batches": len(scored),
+            "first": best["skill"],
+        }
+    return {"signals": signals, "batches": [dict(batch) for batch in batches]}
+
+
+def ends(scored: Sequence[Mapping[str, Any]], n: int) -> dict[str, Any]:
+    """The n samples of largest reward, and of those that passed the gates the n of least; equal texts once.
+
+    Args:
+        scored: each ``{"text", "reward", "gate", ...}``.
+        n: of either end.
+    """
+    unique = {row["text"]: row for row in scored if row["reward"] is not None}
+    passed = sorted((row for row in unique.values() if not row["gate"]), key=lambda row: -row["reward"])
+    rejected = [row for row in unique.values() if row["gate"]]
+    return {
+        "best": [dict(row) for row in passed[:n]],
+        "worst": [dict(row) for row in passed[max(n, len(passed) - n) :]],
+        "rejected": [dict(row) for row in rejected[:n]],
+        "scored": len(scored),
+        "gates": dict(Counter(row["gate"] for row in scored if row["gate"]).most_common()),
+    }
+
+
+def added(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts of several rounds as one: numbers added, mappings of numbers too."""
+    total: dict[str, Any] = {}
+    for entry in counts:
+        for key, value in entry.items():
+            if isinstance(value, Mapping):
+                total[key] = added([total.get(key, {}), value])
+            else:
+                total[key] = total.get(key, 0) + value
+    return total
+
+
+def percent(share: float) -> str:
+    """A share for a person."""
+    return f"{100 * share:.1f} %"
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return f"{100 * share:+.1f}"
+
+
+def _accuracy(
+    right: npt.NDArray[np.float64], skills: Sequence[str | None], bootstrap: Mapping[str, Any]
+) -> dict[str, Any]:
+    by_skill = accuracy_by_skill(right, skills)
+    return {
+        "accuracy": asdict(bootstrap_accuracy(right, **bootstrap)),
+        "skills": {skill: {"accuracy": share, "rows": n} for skill, (share, n) in by_skill.items()},
+    }
+
+
+def _comparisons(
+    main: str, matrices: Mapping[tuple[str, str, int, str], npt.NDArray[np.float64]], bootstrap: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    found = []
+    for (arm, student, n, name), other in matrices.items():
+        if arm != main and name == IN_DISTRIBUTION:
+            difference: Interval = bootstrap_change(matrices[main, student, n, name], other, **bootstrap)
+            entry = {"student": student, "rows_wanted": n, "against": arm, "difference": asdict(difference)}
+            found.append(entry)
+    return found
+
+
+def _largest(results: Sequence[Mapping[str, Any]]) -> int:
+    return max(result["rows_wanted"] for result in results)
+
+
+_HERE = {"gain": "Gain", "loss": "Loss", "none": "No gain shown"}
+_ELSEWHERE = {"gain": "Gain", "loss": "Forgetting", "none": "No change shown"}
+
+
+def _judged(interval: Mapping[str, float], what: str, words: Mapping[str, str] = _HERE) -> dict[str, str]:
+    """A gain or loss only where the whole interval lies on one side."""
+    kind = "gain" if interval["low"] > 0 else "loss" if interval["high"] < 0 else "none"
+    span = f"{points(interval['mean'])} points, interval {points(interval['low'])} to {points(interval['high'])}"
+    return {"kind": kind, "text": f"{words[kind]}: {what}, {span}."}

@@ -1,0 +1,283 @@
+"""The report: numbers from answers and logs, and the page they become."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+
+from acqsynth.report import metrics as measures
+from acqsynth.report import render
+from acqsynth.report.metrics import Answers
+
+SKILLS = ["add", "sort"] * 20
+BOOTSTRAP = {"resamples": 400, "level": 0.95, "seed": 0}
+
+
+def answers(n_right: int) -> Answers:
+    return Answers(np.array([1.0] * n_right + [0.0] * (40 - n_right)), SKILLS)
+
+
+def collected(**right: tuple[int, ...]) -> dict[str, Any]:
+    """Arms by name: right answers of 40, one number a seed; on the other set all arms have 10, the base student too."""
+    arms = right or {"grpo": (30, 32), "no_rl": (20, 20)}
+    found: dict[tuple[str, str, int, int, str], Answers] = {}
+    for arm, numbers in arms.items():
+        for seed, number in enumerate(numbers):
+            for rows in (10, 100):
+                found[arm, "student", rows, seed, "in_distribution"] = answers(number - (rows == 10))
+                found[arm, "student", rows, seed, "other"] = answers(10)
+    return measures.collect(
+        sets={"in_distribution": "sums", "other": "letters"},
+        main="grpo",
+        descriptions={arm: f"the arm {arm}" for arm in arms},
+        base={("student", "in_distribution"): answers(20), ("student", "other"): answers(10)},
+        answers=found,
+        learnt={key[:4]: 90 if key[2] == 100 and key[0] == "no_rl" else key[2] for key in found},
+        bootstrap=BOOTSTRAP,
+    )
+
+
+LOG = [
+    {
+        "step": step,
+        "reward": 0.2 + 0.1 * step,
+        "reward_std": 0.1,
+        "reward/entropy/mean": float(step),
+        "reward/total/mean": 0.5,
+        "reward/entropy/length_correlation": 0.3,
+        "reward/gated/parses": 0.5,
+        "reward/gated/new": 0.0,
+        "reward/archive/new": 10.0 * step,
+        "reward/masked": 0.0,
+        "completions/mean_length": 30.0,
+        "seconds": 10.0,
+        "reward_seconds": 0.5,
+        "reward_share": 0.05,
+    }
+    for step in (1, 2, 3)
+] + [{"step": 3, "train_runtime": 1.0}]
+
+COUNTS = {"wanted": 10, "kept": 9, "completions": 30, "dropped": {"does not parse": 12, "gate new": 9}}
+LABELS = {"asked": 9, "labelled": 8, "truth_known": 4, "right": 3}
+
+
+def whole() -> dict[str, Any]:
+    found = collected()
+    found["recipe"] = {
+        "domain": "sums",
+        "seed": 0,
+        "rounds": 1,
+        "generator": {"model": "a/<generator>", "method": "grpo"},
+        "student": {"model": "a/student"},
+    }
+    for arm in found["arms"].values():
+        arm |= {
+            "written": COUNTS,
+            "labelled": LABELS,
+            "seconds": {"train": 200.0, "write": 3.0, "label": 0.0, "fit": 7.0},
+        }
+    found["training"] = measures.training([LOG])
+    scored = [
+        {
+            "step": i,
+            "text": f"text <{i}> & more",
+            "reward": i / 10,
+            "gate": "parses" if i == 0 else "",
+            "parts": {"x": 1.0},
+        }
+        for i in range(8)
+    ]
+    found["samples"] = measures.ends(scored, 2)
+    batches = [
+        {"skill": "ab"[i % 2], "rows": 8, "scores": {"x": float(i), "flat": 1.0}, "gain": i / 9} for i in range(6)
+    ]
+    found["validity"] = measures.validity(batches, **BOOTSTRAP)
+    return found
+
+
+class Page(HTMLParser):
+    """Text, headings by id, tags that stay open, and every address."""
+
+    void = frozenset({"meta", "br", "img", "link", "input", "hr"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in self.void:
+            self.open.append(tag)
+        values = dict(attributes)
+        self.ids += [str(values["id"])] if "id" in values else []
+        self.addresses += [str(values[name]) for name in ("href", "src", "action", "data") if name in values]
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def page(found: Mapping[str, Any]) -> Page:
+    return Page(render(json.loads(json.dumps(found))))
+
+
+def test_the_page_is_whole_and_needs_nothing_else() -> None:
+    html = render(whole())
+    found = Page(html)
+    assert not found.open
+    assert "script" not in found.tags
+    assert "link" not in found.tags
+    assert all(address.startswith("#") for address in found.addresses)
+    assert "http" not in html
+    assert "@import" not in html
+    assert len(set(found.ids)) == len(found.ids)
+    assert {address.removeprefix("#") for address in found.addresses} <= set(found.ids)
+
+
+def test_every_section_and_figure_is_there() -> None:
+    found = page(whole())
+    sections = ("accuracy", "forgetting", "training", "written", "signals", "samples", "cost", "recipe")
+    assert set(sections) <= set(found.ids)
+    # accuracy, sizes, reward, gates, lengths, length correlation, archives, validity, cost
+    assert found.tags.count("svg") == 9
+    for words in (
+        "reward \u00b1 deviation",
+        "entropy",
+        "5.0 % of a step's time for the reward",
+        "text <7> & more",
+        "rejected by the gate parses",
+        "does not parse (12)",
+        "75.0 % of 4",
+        "3 min",
+        "a/<generator>",
+    ):
+        assert words in found.text, words
+
+
+def test_what_was_not_run_is_said() -> None:
+    found = whole()
+    found |= {"training": None, "samples": None, "validity": None}
+    found["arms"]["no_rl"]["written"] = found["arms"]["no_rl"]["labelled"] = None
+    text = page(found).text
+    assert "No generator was trained" in text
+    assert "No completion was scored on its own" in text
+    assert "evaluation.validity.batches is 0" in text
+
+
+def test_a_log_without_rewards_is_said() -> None:
+    found = whole() | {"training": measures.training([[{"step": 1, "loss": 0.5}]])}
+    assert found["training"]["cost"] is None
+    assert "scores before it trains" in page(found).text
+
+
+def test_one_set_and_one_size_leave_no_empty_places() -> None:
+    found = whole()
+    del found["sets"]["other"]
+    for entry in found["arms"].values():
+        entry["results"] = entry["results"][:1]
+    made = page(found)
+    assert made.tags.count("svg") == 8
+    assert "so forgetting elsewhere was not measured" in made.text
+
+
+def test_gain_loss_and_neither_are_said_plainly() -> None:
+    said = collected(grpo=(34, 36), no_rl=(20, 20))["verdict"]
+    assert [entry["kind"] for entry in said] == ["gain", "gain", "none", "note"]
+    assert said[0]["text"].startswith(
+        "Gain: grpo over the base student in distribution: 50.0 % to 87.5 % after 100 rows, +37.5 points, interval +"
+    )
+    assert (
+        said[2]["text"] == "No change shown: grpo over the base student on other, +0.0 points, interval +0.0 to +0.0."
+    )
+    assert said[3]["text"] == "no_rl had 90 of 100 rows, so its fits are not at equal rows."
+    assert collected(grpo=(2, 3))["verdict"][0]["text"].startswith("Loss: grpo over the base student")
+    assert collected(grpo=(20, 20))["verdict"][0]["text"].startswith("No gain shown: grpo over the base student")
+
+
+def test_metrics_are_those_of_the_answers() -> None:
+    found = collected()
+    [small, large] = found["arms"]["grpo"]["results"]
+    assert (small["rows_wanted"], large["rows_wanted"]) == (10, 100)
+    here = large["sets"]["in_distribution"]
+    assert here["accuracy"]["mean"] == 31 / 40
+    assert here["per_seed"] == [30 / 40, 32 / 40]
+    assert here["change"]["mean"] == pytest.approx(11 / 40)
+    assert here["skills"] == {
+        "add": {"accuracy": (15 + 16) / 40, "rows": 20},
+        "sort": {"accuracy": (15 + 16) / 40, "rows": 20},
+    }
+    assert [c["against"] for c in found["comparisons"]] == ["no_rl", "no_rl"]
+    assert found["comparisons"][1]["difference"]["mean"] == pytest.approx(11 / 40)
+
+
+def test_rounds_are_logged_one_after_the_other() -> None:
+    found = measures.training([LOG, LOG])
+    assert [(entry["round"], entry["step"]) for entry in found["log"] if "reward" in entry] == [
+        (1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (2, 6),
+    ]  # fmt: skip
+    assert found["cost"] == {
+        "steps": 6,
+        "seconds_per_step": 10.0,
+        "reward_seconds_per_step": 0.5,
+        "share": pytest.approx(0.05),
+    }
+
+
+def test_ends_take_each_text_once_and_never_a_gated_one() -> None:
+    row = {"step": None, "parts": {}}
+    scored = [
+        {"text": "a", "reward": 0.9, "gate": "", **row},
+        {"text": "a", "reward": 0.9, "gate": "", **row},
+        {"text": "b", "reward": 0.5, "gate": "", **row},
+        {"text": "c", "reward": 0.1, "gate": "", **row},
+        {"text": "d", "reward": 0.0, "gate": "new", **row},
+        {"text": "e", "reward": None, "gate": "", **row},
+    ]
+    found = measures.ends(scored, 2)
+    assert [r["text"] for r in found["best"]] == ["a", "b"]
+    assert [r["text"] for r in found["worst"]] == ["c"]
+    assert [r["text"] for r in found["rejected"]] == ["d"]
+    assert (found["scored"], found["gates"]) == (6, {"new": 1})
+
+
+def test_counts_of_rounds_are_added() -> None:
+    assert measures.added([COUNTS, COUNTS]) == {
+        "wanted": 20,
+        "kept": 18,
+        "completions": 60,
+        "dropped": {"does not parse": 24, "gate new": 18},
+    }
+
+
+def test_validity_leaves_out_what_could_not_be_scored() -> None:
+    batches = [
+        {"skill": "a", "rows": 4, "scores": {"x": 1.0, "y": None}, "gain": 0.1},
+        {"skill": "b", "rows": 4, "scores": {"x": 3.0, "y": 2.0}, "gain": 0.3},
+        {"skill": "c", "rows": 4, "scores": {"x": 2.0, "y": 1.0}, "gain": 0.2},
+    ]
+    found = measures.validity(batches, **BOOTSTRAP)["signals"]
+    assert found["x"]["correlation"]["mean"] == pytest.approx(1.0)
+    assert found["x"]["first"] == "b"
+    assert found["y"] == {"correlation": None, "batches": 2, "first": "b"}

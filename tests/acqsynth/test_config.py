@@ -1,0 +1,186 @@
+"""Recipes: what is read, and what each mistake is told as."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from acqsynth import config as recipes
+from acqsynth.config import Config, ConfigError
+
+LEAST = """
+domain: math
+data:
+  seeds: {source: seeds.jsonl}
+  evaluation: {source: test.jsonl}
+generator: {model: a/generator}
+student: {model: a/student}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(LEAST)
+    return path
+
+
+def test_the_least_recipe_takes_every_default(recipe: Path) -> None:
+    config = recipes.load(recipe)
+    assert config.generator.model == "a/generator"
+    assert config.generator.method == "grpo"
+    assert config.student.rows == [1000]
+    assert config.reward.signals is None
+    assert config.baselines == ["no_rl", "random_real", "filtered_real", "error_driven"]
+    assert config.data.real is None
+
+
+def test_overrides_are_yaml_and_the_last_counts(recipe: Path) -> None:
+    config = recipes.load(
+        recipe,
+        [
+            "generator.options.learning_rate=1e-6",
+            "student.rows=[100, 1000]",
+            "reward.signals={entropy: , influence: {n: 2}}",
+            "seed=1",
+            "seed=2",
+            "evaluation.others.med.source=x.jsonl",
+            "data.seeds.limit=null",
+            "student.replay=0",
+        ],
+    )
+    assert config.generator.options == {"learning_rate": 1e-6}
+    assert config.student.rows == [100, 1000]
+    assert config.reward.signals == {"entropy": {}, "influence": {"n": 2}}
+    assert config.seed == 2
+    assert config.evaluation.others["med"].source == "x.jsonl"
+    assert config.data.seeds.limit is None
+    assert (config.student.replay, type(config.student.replay)) == (0.0, float)
+
+
+@pytest.mark.parametrize("number", ["1e-6", "2E+3", "-1e5", "1.5e-3", "3e4"])
+def test_exponents_are_numbers(recipe: Path, number: str) -> None:
+    value = recipes.load(recipe, [f"student.options.x={number}"]).student.options["x"]
+    assert isinstance(value, float)
+    assert value == float(number)
+
+
+@pytest.mark.parametrize("text", ["e-6", "1e", "v1e-6", "1e-6x"])
+def test_what_only_looks_like_an_exponent_is_text(recipe: Path, text: str) -> None:
+    assert recipes.load(recipe, [f"student.options.x={text}"]).student.options["x"] == text
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("generator.modle=x", "generator.modle: unknown key, did you mean generator.model?"),
+        ("learning=1", "learning: unknown key, expected one of domain, data, generator, student, engine"),
+        ("student.threshold=0.5", "student.threshold: unknown key, did you mean labelling.threshold?"),
+        ("generator.prompts=many", "generator.prompts: expected an integer, got 'many'"),
+        ("generator.prompts=1.5", "generator.prompts: expected an integer, got 1.5"),
+        ("generator.prompts=true", "generator.prompts: expected an integer, got true"),
+        ("student.rows=100", "student.rows: expected a list, each an integer, got 100"),
+        ("student.rows=[100, x]", "student.rows[1]: expected an integer, got 'x'"),
+        ("generator.method=grpoo", "expected one of grpo, dpo, best_of_n, none, got 'grpoo', did you mean grpo?"),
+        ("generator=x", "generator: expected a section with keys model, method"),
+        ("generator.model=null", "generator.model: expected a text, got nothing"),
+        ("reward.signals=[entropy]", "reward.signals: expected names, each with options by name, got a list"),
+        ("reward.signals.entropy=3", "reward.signals.entropy: expected options by name, got 3"),
+        ("reward.signals={}", "reward.signals: expected at least one signal"),
+        ("reward.paper_compat=true", "reward.signals: expected one signal with reward.paper_compat"),
+        ("baselines=[none]", "baselines[0]: expected one of no_rl, random_real"),
+        ("baselines=[no_rl, no_rl]", "baselines: expected different names, got no_rl, no_rl"),
+        ("rounds=0", "rounds: expected at least 1, got 0"),
+        ("student.replay=1.0", "student.replay: expected a share in [0, 1), got 1.0"),
+        ("labelling.threshold=0", "labelling.threshold: expected a share in (0, 1], got 0.0"),
+        ("evaluation.level=1", "evaluation.level: expected a share in (0, 1), got 1.0"),
+        ("student.rows=[]", "student.rows: expected one or more different integers, got []"),
+        ("student.seeds=[1, 1]", "student.seeds: expected one or more different integers, got [1, 1]"),
+        ("data.seeds.limit=0", "data.seeds.limit: expected at least 1, got 0"),
+        ("data.evaluation.skip=-1", "data.evaluation.skip: expected 0 or more, got -1"),
+        ("labelling.method=teacher", "labelling.teacher: expected a model with labelling.method teacher"),
+        ("evaluation.others.a/b.source=x", "evaluation.others.a/b: expected a name of letters"),
+        ("output=''", "output: expected a folder, got an empty text"),
+        ("prompts", "'prompts': expected dotted.key=value"),
+        ("a..b=1", "'a..b=1': expected dotted.key=value"),
+        ("student.rows=[1", "student.rows: not YAML"),
+        ("generator.model.name=x", "generator.model.name: generator.model is 'a/generator', which has no keys"),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_the_key(recipe: Path, override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        recipes.load(recipe, [override])
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_name_signals_of_the_recipe(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"weights.margin: no such signal in reward.signals, which has entropy"):
+        recipes.load(recipe, ["reward.signals={entropy: {}}", "reward.weights={margin: 1}"])
+
+
+def test_rounds_need_a_generator_that_learns(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rounds: expected 1 with generator\.method none"):
+        recipes.load(recipe, ["rounds=2", "generator.method=none"])
+
+
+@pytest.mark.parametrize("key", ["domain", "data", "generator", "student"])
+def test_a_missing_key_is_named_with_its_meaning(recipe: Path, key: str) -> None:
+    values = yaml.safe_load(LEAST)
+    del values[key]
+    recipe.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=f"{recipe}: {key}: missing; "):
+        recipes.load(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("domain: math\ndomain: code\n", "key 'domain' stands twice"),
+        ("a: [1", "not YAML"),
+        ("- a\n", "expected sections such as 'domain:' and 'data:', got a list"),
+        ("", "got nothing"),
+        ("domain: !!python/object/apply:os.getcwd []\n", "not YAML"),
+        ("1: x\n", "key 1: expected a text"),
+    ],
+)
+def test_text_that_is_no_recipe(recipe: Path, text: str, sentence: str) -> None:
+    recipe.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        recipes.load(recipe)
+    assert str(caught.value).startswith(str(recipe))
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_names_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file, and no recipe of that name; the package has"):
+        recipes.load("nowhere.yaml")
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "code", "math", "medical", "smollm2-math"])
+def test_the_recipes_of_the_package_are_found_by_bare_name(name: str) -> None:
+    assert name in recipes.recipes()
+    assert recipes.load(name) == recipes.load(f"{name}.yaml")
+
+
+def test_smollm2_math_takes_at_most_twenty_steps() -> None:
+    assert recipes.load("smollm2-math").generator.options["max_steps"] <= 20
+
+
+def test_every_field_is_documented_once() -> None:
+    documented = list(recipes.documented())
+    keys = [key for key, *_ in documented]
+    assert len(set(keys)) == len(keys)
+    assert all(doc and not doc.endswith(".") for *_, doc in documented)
+    assert {entry.name for entry in fields(Config)} <= set(keys)
+    by_key: dict[str, Any] = {key: rest for key, *rest in documented}
+    assert by_key["generator.options"][:2] == ["options by name", "{}"]
+    assert by_key["student.rows"][:2] == ["a list, each an integer", "[1000]"]
+    assert by_key["data.seeds.source"][1] == "required"
+    assert by_key["evaluation.others.<name>.domain"][0] == "a text or null"
+    assert by_key["reward.paper_compat"][:2] == ["true or false", "false"]

@@ -1,0 +1,33 @@
+"""Names of models in recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acqsynth import models, world
+
+
+@pytest.mark.parametrize(("name", "seed"), [("world:base", 0), ("world:7", 7)])
+def test_the_worlds_model_goes_by_its_seed(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def base_model(settings: Any) -> Path:
+        asked.append(settings)
+        return Path("made")
+
+    monkeypatch.setattr(world, "base_model", base_model)
+    assert models.resolve(name) == "made"
+    assert asked == [world.Settings(seed=seed)]
+
+
+def test_smollm2_is_the_packaged_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "smollm2_path", lambda: Path("converted"))
+    assert models.resolve("smollm2") == "converted"
+
+
+@pytest.mark.parametrize("name", ["a/hub-id", "./path", "world:", "world:x", "smollm2-135m"])
+def test_anything_else_is_a_path_or_hub_id(name: str) -> None:
+    assert models.resolve(name) == name
