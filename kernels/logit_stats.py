@@ -69,7 +69,7 @@ def logit_stats(
     columns = min(strips.columns, triton.next_power_of_2(vocab))
     split_columns = triton.cdiv(strips.split_columns, columns) * columns
     splits = triton.cdiv(vocab, split_columns)
-    rows_at_once = SCRATCH_BYTES // (32 * splits)
+    rows_at_once = SCRATCH_BYTES // (32 * splits + 4)
     for first in range(0, n, rows_at_once):
         part = logits[first : first + rows_at_once]
         part_targets = position = None

@@ -22,7 +22,7 @@ from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import LOG2E, empty_state, fold, merge, store_state, widen
 
 #: Scratch of a call: split states and packed hidden states of the rows that are under way.
-SCRATCH_BYTES = 48 << 20
+SCRATCH_BYTES = 56 << 20
 #: Elements of a tile of ``gather_scored``.
 GATHER_TILE = 1 << 14
 
@@ -216,7 +216,7 @@ def row_stats(
     """
     n, depth = hidden.shape
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    rows_at_once = chunk_rows(depth, dtype.itemsize, tiles.split(len(weight))[0], tiles.block_m)
+    rows_at_once = chunk_rows(n, depth, dtype.itemsize, tiles.split(len(weight))[0], tiles.block_m)
     bias = None if bias is None else bias.float().contiguous()
     for first in range(0, n, rows_at_once):
         part = slice(first, first + rows_at_once)
@@ -226,10 +226,15 @@ def row_stats(
         )  # fmt: skip
 
 
-def chunk_rows(depth: int, itemsize: int, splits: int, block_m: int) -> int:
-    """Rows under way at a time: packed, with their split states, they fit SCRATCH_BYTES; a multiple of ``block_m``."""
+def chunk_rows(n: int, depth: int, itemsize: int, splits: int, block_m: int) -> int:
+    """Rows under way at a time: packed, with their split states, they fit SCRATCH_BYTES; a multiple of ``block_m``.
+
+    Chunks are of nearly equal length, as a short last one would leave multiprocessors idle.
+    """
     row_bytes = (depth + 8) * itemsize + 32 * splits
-    return max(SCRATCH_BYTES // row_bytes // block_m, 1) * block_m
+    blocks, most = triton.cdiv(n, block_m), max(SCRATCH_BYTES // row_bytes // block_m, 1)
+    chunks = max(triton.cdiv(blocks, most), 1)
+    return max(triton.cdiv(blocks, chunks), 1) * block_m
 
 
 def _chunk(

@@ -23,7 +23,7 @@ def test_a_device_without_measured_tiles_warns_once() -> None:
         first = config.tiles_for("NVIDIA Imaginary 9", 9, "half", 131072, 4096)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert config.tiles_for("NVIDIA Imaginary 9", 9, "half", 50000, 576) == first
+        assert config.tiles_for("NVIDIA Imaginary 9", 9, "half", 50000, 3000) == first
         config.tiles_for("NVIDIA Imaginary 9", 9, "ieee", 50000, 576)
         config.strips_for("NVIDIA Imaginary 9", 9, 50000)
 

@@ -92,7 +92,7 @@ def test_bits_do_not_depend_on_how_rows_are_grouped(monkeypatch: pytest.MonkeyPa
     assert torch.equal(_run(case, replace(TILES, group_m=1)).state, whole.state)
     assert torch.equal(_run(case, replace(TILES, group_m=100)).state, whole.state)
     monkeypatch.setattr(kernels, "SCRATCH_BYTES", 40 * (4 * (48 + 8) + 32 * 3))
-    assert kernels.chunk_rows(48, 4, 3, 16) == 32
+    assert [kernels.chunk_rows(n, 48, 4, 3, 16) for n in (0, 1, 32, 33, 70, 97)] == [16, 16, 32, 32, 32, 32]
     assert torch.equal(_run(case, TILES).state, whole.state)
 
 
@@ -128,9 +128,14 @@ def test_ignored_rows_take_no_part() -> None:
 )
 def test_scratch_is_bounded(depth: int, vocab: int, itemsize: int) -> None:
     tiles = Tiles(128, 256, 64, 8, 3, 16, 128, descriptors=True, flatten=False)
-    rows = kernels.chunk_rows(depth, itemsize, tiles.split(vocab)[0], 128)
+    rows = kernels.chunk_rows(100_000, depth, itemsize, tiles.split(vocab)[0], 128)
     assert rows % 128 == 0
     assert rows * (itemsize * (depth + 8) + 32 * tiles.split(vocab)[0]) <= 64 << 20
+
+
+def test_chunks_are_of_nearly_equal_length() -> None:
+    rows = [kernels.chunk_rows(n, 4096, 2, 128, 128) for n in (4096, 4200, 8192, 16384)]
+    assert rows == [4096, 4224, 4096, 4096]
 
 
 def test_no_scratch_for_hidden_states_that_need_no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
