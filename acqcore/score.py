@@ -269,22 +269,27 @@ def _score_batch(
             if entry.per_token is not None or entry.per_draws is not None:
                 column = _token_values(entry, stats, drawn, request)
                 checks.token_values(entry.name, column, len(stats))
-                token_values[entry.name] = column.double().cpu()  # [N]
+                token_values[entry.name] = column.double()  # [N]
             else:
                 own = {k: v for k, v in request.arguments.get(entry.name, {}).items() if k != "parameters"}
                 assert entry.per_sample is not None
                 batch = SampleBatch(hidden, head, stats, offsets, request.backend)
-                sample_values[entry.name] = entry.per_sample(batch, **own).float().cpu()  # [B]
+                sample_values[entry.name] = entry.per_sample(batch, **own).double()  # [B]
+    # One copy to the host a batch: on a GPU each would wait for it.
+    found = {**token_values, **sample_values}
+    lengths = [len(column) for column in found.values()]
+    pieces = torch.cat([column.to(hidden.device) for column in found.values()]).cpu().split(lengths) if found else ()
+    of_host = dict(zip(found, pieces, strict=True))
     values = torch.full((len(request.acquisitions), len(indices)), torch.nan)
     tokens: list[dict[str, torch.Tensor]] = [{} for _ in indices]
     in_pass = torch.zeros(len(request.acquisitions), dtype=torch.bool)
     for a, name in enumerate(request.acquisitions):
         if name in sample_values:
-            values[a] = _finite(sample_values[name])
+            values[a] = _finite(of_host[name].float())
         elif name in token_values:
             entry = REGISTRY[name]
             # An infinity of either sign becomes NaN here: later a maximum would hide it.
-            pieces = _finite(token_values[name]).split(counts)
+            pieces = _finite(of_host[name]).split(counts)
             reduced = torch.stack([_reduce(piece, request.reduction, request.topk) for piece in pieces])
             values[a] = _finish(entry, reduced)
             for sample, piece in zip(tokens, pieces, strict=True):
