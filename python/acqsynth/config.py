@@ -139,7 +139,7 @@ class LabellingConfig:
     k: int = option("answers sampled a question", 16)
     temperature: float = option("of these answers", 0.8)
     threshold: float = option("least share of the answers that agree; below it the question is dropped", 0.5)
-    options: dict[str, Any] = option("passed to the labelling", factory=dict)
+    options: dict[str, Any] = option("passed to the labelling: max_tokens", factory=dict)
 
 
 @dataclass(frozen=True)

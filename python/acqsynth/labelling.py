@@ -58,6 +58,7 @@ def label(
     temperature: float = 0.8,
     threshold: float = 0.5,
     seed: int = 0,
+    max_tokens: int | None = None,
     embed: Embed | None = None,
 ) -> list[Label]:
     """A label for each question, or the reason that there is none.
@@ -78,6 +79,7 @@ def label(
         temperature: of the draws.
         threshold: least share of the k completions that agree, those without an answer counted as dissent.
         seed: of the draws.
+        max_tokens: most tokens of an answer; by default the domain's.
         embed: n texts -> n vectors.
 
     Raises:
@@ -85,7 +87,7 @@ def label(
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold: expected a share in (0, 1], got {threshold}")
-    sampling = Sampling(n=k, temperature=temperature, max_tokens=domain.answer_tokens, seed=seed)
+    sampling = Sampling(n=k, temperature=temperature, max_tokens=max_tokens or domain.answer_tokens, seed=seed)
     drawn = engine.generate([domain.student_prompt(sample.question) for sample in samples], sampling)
     answers = [[domain.answer_of(draw.text) for draw in draws] for draws in drawn]
     clusters = [cluster_texts(row, embed) for row in answers] if embed else cluster(domain, samples, answers)

@@ -142,3 +142,10 @@ def test_wrong_arguments(sums: Domain, scripted: Any) -> None:
         labelled(sums, scripted, ["7"], threshold=0)
     with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
         label(scripted(str), sums, [QUESTION], k=0)
+
+
+def test_answers_are_as_long_as_asked_for_or_as_the_domains(sums: Domain, scripted: Any) -> None:
+    engine = scripted(lambda prompt, i, seed: "7")
+    label(engine, sums, [QUESTION], k=2)
+    label(engine, sums, [QUESTION], k=2, max_tokens=3)
+    assert [sampling.max_tokens for _, sampling in engine.calls] == [sums.answer_tokens, 3]
