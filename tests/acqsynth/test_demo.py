@@ -57,10 +57,21 @@ def test_the_whole_demo_on_a_tiny_model(
     monkeypatch.setattr(demo, "STEPS", 2)
     monkeypatch.setattr(demo, "RUNS", 1)
     monkeypatch.setattr(demo, "COMPLETION_TOKENS", 4)
+    asked: list[list[str]] = []
+
+    def loop(arguments: list[str]) -> int:  # recipes have tests of their own
+        asked.append(arguments)
+        demo.report().parent.mkdir(parents=True)
+        demo.report().with_name("metrics.json").write_text('{"verdict": [{"kind": "gain", "text": "It learnt."}]}')
+        return 0
+
+    monkeypatch.setattr(demo.cli, "main", loop)
     demo.main()
+    assert asked == [["run", "arithmetic", f"output={tmp_path / 'out' / 'loop'}"]]
     measured = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert [step["parsed"] for step in measured["grpo"]["steps"]] == [0, 0]
     assert 0 < measured["grpo"]["reward_share"] < 1
+    assert measured["loop"]["verdict"] == [{"kind": "gain", "text": "It learnt."}]
     assert measured["scoring"]["largest_entropy_difference"] < 1e-4
     table = pandas.read_parquet(tmp_path / "out" / "scores.parquet")
     assert len(table) == 60

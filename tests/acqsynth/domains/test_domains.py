@@ -34,7 +34,7 @@ def test_domains_are_imported_when_asked_for() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-@pytest.mark.parametrize("name", DOMAINS)
+@pytest.mark.parametrize("name", ["math", "medical", "code"])
 def test_a_prompt_shows_its_examples_in_the_format_that_is_parsed(name: str) -> None:
     found = domain(name)
     shown = [Sample("First question?", "1", "Because."), Sample("Second question?", "2")]

@@ -12,6 +12,7 @@ from acqsynth.config import EngineConfig, RewardConfig
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Sampling
 from acqsynth.rewards import PaperReward
+from acqsynth.rewards.composed import DEFAULT_WEIGHTS
 from acqsynth.stages import components
 
 SEEDS = [Sample(f"{n}+{n}", str(2 * n), f"{n} and {n}") for n in range(1, 9)]
@@ -25,11 +26,11 @@ def reward(config: RewardConfig, domain: Domain, student: Path, **rows: Any) -> 
 
 def test_the_default_reward(sums: Domain, student_path: Path) -> None:
     made = reward(RewardConfig(answers={"k": 2}, reference=3), sums, student_path)
-    assert [signal.name for signal in made.signals] == ["influence", "learnability", "diversity"]
+    assert [signal.name for signal in made.signals] == ["mutual_information", "influence", "learnability", "diversity"]
     assert made.fusion == "quantile"
-    assert made.weights == {"influence": 1.0, "learnability": 1.0, "diversity": 0.5}
-    assert made.signals[1].answers.k == 2
-    assert len(made.signals[0].scorer.arguments["influence"]["reference"]) == 3
+    assert made.weights == DEFAULT_WEIGHTS
+    assert made.signals[2].answers.k == 2
+    assert len(made.signals[1].scorer.arguments["influence"]["reference"]) == 3
     assert "not_in_evaluation" in [gate.name for gate in made.gates]
 
 
