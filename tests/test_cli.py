@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -54,8 +55,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def as_float32(value: float) -> float:
-    return float(torch.tensor(value))
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    return parquet.read_table(path).to_pylist()  # type: ignore[no-any-return]
 
 
 def test_scores_are_those_of_score(
@@ -145,12 +152,9 @@ def test_nothing_but_bad_lines(command: Callable[..., list[str]], tmp_path: Path
     assert [row["valid"] for row in read_lines(tmp_path / "out.jsonl")] == [False, False]
 
 
-def test_a_killed_run_goes_on_where_it_stopped(
-    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("acqcore.cli.CHUNK_ROWS", 4096)
+def test_a_killed_run_goes_on_where_it_stopped(command: Callable[..., list[str]], tmp_path: Path) -> None:
     rows = [{"text": f"{TEXTS[i % 5]} {i} {'fox ' * (i % 7)}"} for i in range(900)]
-    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts" / "chunk-000000.jsonl"
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts" / "block-000000.batches"
     arguments = command(rows, batch_tokens=64, acquisitions="entropy,loss")
     process = subprocess.Popen(
         [sys.executable, "-m", "acqcore", *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -195,7 +199,7 @@ def test_another_run_may_not_take_over(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("acqcore.cli.iterate", interrupted)
+        patch.setattr("acqcore.scorer.iterate", interrupted)
         assert main(command(rows)) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert main(command(rows, acquisitions="margin")) == 2
@@ -206,15 +210,25 @@ def test_another_run_may_not_take_over(
     assert main(command(rows)) == 0
 
 
-def test_several_chunks(command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_blocks_are_joined(suffix: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
     rows: list[Any] = [{"text": text} for text in TEXTS]
     rows[3] = "bad"
-    assert main(command(rows)) == 0
-    whole = read_lines(tmp_path / "out.jsonl")
-    monkeypatch.setattr("acqcore.cli.CHUNK_ROWS", 2)
-    assert main(command(rows)) == 0
-    for a, b in zip(whole, read_lines(tmp_path / "out.jsonl"), strict=True):
-        assert a == b | {"entropy": pytest.approx(b["entropy"], rel=1e-5) if b["valid"] else None}
+    outs = [tmp_path / f"whole.{suffix}", tmp_path / f"blocks.{suffix}"]
+    for out, block_rows in zip(outs, (4096, 2), strict=True):
+        assert main(command(rows, out=out, block_rows=block_rows)) == 0
+    read = {"jsonl": read_lines, "csv": read_csv, "parquet": read_parquet}[suffix]
+    whole, blocks = map(read, outs)
+    assert [int(row["row"]) for row in blocks] == [0, 1, 2, 3, 4]
+    assert list(whole[0]) == list(blocks[0])
+    for a, b in zip(whole, blocks, strict=True):
+        assert a | {"entropy": None} == b | {"entropy": None}
+        if a["valid"] in (True, "True"):
+            assert float(a["entropy"]) == pytest.approx(float(b["entropy"]), rel=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir() if "whole" in path.name or "blocks" in path.name) == [
+        f"blocks.{suffix}",
+        f"whole.{suffix}",
+    ]
 
 
 @pytest.mark.parametrize(
