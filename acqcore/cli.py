@@ -145,8 +145,7 @@ def _score(options: argparse.Namespace) -> int:
     with Progress(n_rows, None if engine.reports else False, "rows") as bar:
         bar.update(n_rows - left)
         try:
-            if todo:
-                engine.run(job, todo, bar.update)
+            engine.run(job, todo, bar.update)
         except _WRONG_USAGE as error:  # of the student: what the blocks raise, the scorer keeps
             if engine.reports:
                 parts.remove_unused()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,9 +50,10 @@ class Local:
     reports = True
 
     def run(self, job: Job, blocks: Sequence[Block], on_rows: Callable[[int], None]) -> None:
-        scorer = Scorer(job)
-        for block in blocks:
-            scorer.complete(block, on_rows)
+        if blocks:
+            scorer = Scorer(job)
+            for block in blocks:
+                scorer.complete(block, on_rows)
 
 
 class Accelerate:
@@ -116,7 +118,10 @@ class Ray:
         self.address = address
 
     def run(self, job: Job, blocks: Sequence[Block], on_rows: Callable[[int], None]) -> None:
-        with connected(self.address, Parts(job.out).folder):
+        if not blocks:
+            return
+        address = self.address or os.environ.get("RAY_ADDRESS")
+        with _connected(address, Parts(job.out).folder):
             for rows, failure in self._completed(job, blocks):
                 if failure:
                     raise RuntimeError(failure)
@@ -169,24 +174,21 @@ class _Actor:
 
 
 @contextlib.contextmanager
-def connected(address: str | None, folder: Path) -> Iterator[None]:
+def _connected(address: str | None, folder: Path) -> Iterator[None]:
     """A connection to Ray: the one there is, to ``address``, or to a cluster that is started and stopped again.
 
     Args:
         folder: one without Python modules: Ray puts the current folder before all others on its workers' paths.
     """
-    import logging
-
     import ray
     import ray.data
 
+    if address:
+        _check_answers(address)
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _check_answers(address)
     own = {} if address else {"include_dashboard": False, "object_store_memory": _RAY_OBJECT_STORE_BYTES}
     with contextlib.chdir(folder):
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
