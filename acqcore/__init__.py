@@ -20,6 +20,7 @@ from acqcore.score import score
 from acqcore.scores import Scores
 from acqcore.select import select
 from acqcore.sketch import grad_sketch
+from acqcore.stream import score_stream
 from acqcore.student import Student
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "register",
     "row_stats",
     "score",
+    "score_stream",
     "select",
     "vendi_score",
 ]

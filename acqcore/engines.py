@@ -103,7 +103,7 @@ class Ray:
     """A pool of Ray actors, a student each, on a GPU each where the cluster has any and the device is not the CPU.
 
     A block travels as its description, and is read and written by the actor: data, output and student lie where every
-    node finds them. Ray starts an actor that dies again, and gives another the block it was at.
+    node finds them. An actor that dies is started again, and its block is done again from its last finished batch.
 
     Args:
         workers: actors; by default as many as the cluster has GPUs, without GPUs its cores by the threads of this

@@ -74,6 +74,7 @@ ALLOWED = {
         "acquisitions",
         "row_stats",
     },
+    "stream": {"acquisitions", "checks", "samples", "score", "scores", "student"},
     "data_files": {"checks"},
     "scorer": {"checks", "data_files", "parts", "samples", "score", "student"},
     "engines": {"checks", "data_files", "parts", "scorer"},

@@ -139,6 +139,9 @@ from acqcore.checks.gradients import (
     no_derivative as no_derivative,
 )
 from acqcore.checks.gradients import (
+    not_relative as not_relative,
+)
+from acqcore.checks.gradients import (
     offsets as offsets,
 )
 from acqcore.checks.gradients import (
