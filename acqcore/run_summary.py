@@ -58,7 +58,7 @@ class Summary:
         if self.errors:
             title += f"; {self.errors} rows with an error"
         if self.failed_blocks:
-            title += f"; {self.failed_blocks} blocks failed, the same command tries them again"
+            title += f"; {_count(self.failed_blocks, 'failed block')}, which the same command tries again"
         lines = []
         for name, (total, least, largest) in self._stats.items():
             figures = (total / self.valid, least, largest) if self.valid else ()
@@ -73,10 +73,14 @@ class Summary:
         if self._new_rows:
             seconds = max(self._ended - self._started, 1e-3)
             print(
-                f"{self._new_rows} rows, {self._new_tokens} tokens in {seconds:.1f} s by {len(self._workers)} "
-                f"process{'es' if len(self._workers) > 1 else ''}: {self._new_rows / seconds:.0f} rows/s, "
+                f"{self._new_rows} rows, {self._new_tokens} tokens in {seconds:.1f} s by "
+                f"{_count(len(self._workers), 'process', 'es')}: {self._new_rows / seconds:.0f} rows/s, "
                 f"{self._new_tokens / seconds:.0f} tokens/s (started in {max(self._started - begun, 0.0):.1f} s)"
             )
+
+
+def _count(n: int, what: str, plural: str = "s") -> str:
+    return f"{n} {what}{plural if n > 1 else ''}"
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -102,6 +102,7 @@ class Scorer:
         )
         checks.max_length(job.max_length, self.student.max_length)
         self.head = job.request.fitting_head(self.student)
+        self.reader = data_files.Reader(job.data, job.columns)
 
     def complete(self, block: Block, on_rows: Callable[[int], None] = lambda n: None) -> None:
         """Finish a block, or fail it after ``ATTEMPTS`` attempts, those in which a process died included.
@@ -130,7 +131,7 @@ class Scorer:
     def _score(self, block: Block, count: Callable[[int], None]) -> None:
         started = time.time()
         job = self.job
-        records = data_files.read(job.data, block, job.columns)
+        records = self.reader.read(block)
         errors = {i: message for i, record in enumerate(records) if (message := _error(record, job.columns))}
         rows = self._encode(records, errors)
         values = np.full((len(records), len(job.request.acquisitions)), np.nan, dtype=np.float32)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from acqcore.data_files import Block, Record, choose_columns, join, read, scan, write_block
+from acqcore.data_files import Block, Reader, Record, choose_columns, join, scan, write_block
 
 ROWS = [{"text": "a\nb", "n": 1}, {"text": 'ç, "d"', "n": 2}, {"text": "", "n": 3}, {"text": "e\r\nf", "n": 4}]
 
@@ -20,7 +20,8 @@ def read_all(path: Path, block_rows: int = 4096, limit: int | None = None) -> li
     blocks, columns = scan(path, block_rows, limit)
     assert [block.index for block in blocks] == list(range(len(blocks)))
     assert [block.start for block in blocks] == [i * block_rows for i in range(len(blocks))]
-    pieces = [read(path, block, columns) for block in reversed(blocks)]
+    reader = Reader(path, columns)
+    pieces = [reader.read(block) for block in reversed(blocks)]
     assert [len(piece) for piece in pieces] == [block.rows for block in reversed(blocks)]
     return [record for piece in reversed(pieces) for record in piece]
 
@@ -79,14 +80,30 @@ def test_a_file_without_rows_has_no_blocks(name: str, tmp_path: Path) -> None:
     assert scan(path, 10, None) == ([], [])
 
 
-def test_parquet_reads_the_columns_named_across_row_groups(tmp_path: Path) -> None:
+def test_parquet_blocks_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Across row groups, and across the batches that are decoded; only the columns asked for."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("acqcore.data_files._READ_ROWS", 3)
     table = pyarrow.table({"text": [str(i) for i in range(20)], "other": list(range(20))})
     parquet.write_table(table, tmp_path / "data.parquet", row_group_size=7)
-    block = Block(index=1, start=5, rows=11, line=6, offset=0)
-    records = read(tmp_path / "data.parquet", block, ["text"])
-    assert records == [Record(i + 1, {"text": str(i)}) for i in range(5, 16)]
+    reader = Reader(tmp_path / "data.parquet", ["text"])
+    for start, rows in ((5, 11), (16, 4), (17, 2), (0, 20), (18, 1)):
+        records = reader.read(Block(index=0, start=start, rows=rows, line=start + 1, offset=0))
+        assert records == [Record(i + 1, {"text": str(i)}) for i in range(start, start + rows)]
+
+
+def test_a_parquet_is_read_again_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    write_block(tmp_path / "data.parquet", {"text": [str(i) for i in range(5)]})
+    reader = Reader(tmp_path / "data.parquet", ["text"])
+    blocks, _ = scan(tmp_path / "data.parquet", 2, None)
+    assert [record.values["text"] for record in reader.read(blocks[0])] == ["0", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("acqcore.data_files.Record", None)
+        with pytest.raises(TypeError):
+            reader.read(blocks[1])
+    assert [record.values["text"] for record in reader.read(blocks[1])] == ["2", "3"]
 
 
 def test_nan_is_null_or_empty(tmp_path: Path) -> None:

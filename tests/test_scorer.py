@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -76,6 +77,16 @@ def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(
     assert [row["valid"] for row in read_lines(scorer.parts.path(0))] == [True] * 7
 
 
+def test_batches_of_another_cut_are_no_gap(scorer: Scorer) -> None:
+    """As a GPU's batches are, when the CPU goes on."""
+    [block] = scan(scorer.job.data, 10, None)[0]
+    scorer.job = dataclasses.replace(scorer.job, request=dataclasses.replace(scorer.job.request, batch_tokens=8192))
+    scorer.parts.append(0, [0, 6], [[-7.0], [-7.0]])
+    scorer.complete(block)
+    values = [row["entropy"] for row in read_lines(scorer.parts.path(0))]
+    assert all(value > 0 for value in values)
+
+
 def test_a_block_that_keeps_failing_is_given_up(scorer: Scorer, failing: Callable[[int], list[int]]) -> None:
     [block] = scan(scorer.job.data, 10, None)[0]
     calls = failing(100)
@@ -117,7 +128,7 @@ def test_the_same_command_tries_failed_blocks_again_and_no_others(
     assert main(arguments) == 1
     captured = capsys.readouterr()
     assert "4 of 7 rows scored" in captured.out
-    assert "3 rows with an error; 1 blocks failed, the same command tries them again" in " ".join(captured.out.split())
+    assert "3 rows with an error; 1 failed block, which the same command tries again" in " ".join(captured.out.split())
     assert f"rows 3 to 5 of the output failed {ATTEMPTS} times: IsADirectoryError: " in captured.err
     if out == "out.jsonl":
         rows = read_lines(tmp_path / out)
