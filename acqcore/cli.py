@@ -177,7 +177,8 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
     for name in ("limit", "block_rows"):
         if getattr(options, name) is not None:
             checks.positive_int(name, getattr(options, name))
-    checks.engine_options(options.engine, options.workers, options.ray_address, options.device)
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    checks.engine_options(options.engine, options.workers, options.ray_address, options.device, n_processes)
     checks.output_place(options.out, data_files.SUFFIXES, started=Parts(options.out).folder.exists())
     if ".parquet" in (options.data.suffix, options.out.suffix or ".parquet"):
         checks.installed("pyarrow", "parquet", "train")

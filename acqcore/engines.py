@@ -214,10 +214,8 @@ def engine(name: str, workers: int | None, address: str | None, device: str | No
     """The engine of a name.
 
     Raises:
-        ValueError: an option that is another engine's, or a device that Ray gives out itself.
         ModuleNotFoundError: its package is not installed.
     """
-    checks.engine_options(name, workers, address, device)
     if name == "accelerate":
         checks.installed("accelerate", "--engine accelerate", "train")
         return Accelerate(device)

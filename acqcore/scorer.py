@@ -113,8 +113,9 @@ class Scorer:
 
         def count(rows: int) -> None:
             nonlocal counted
-            on_rows(max(0, rows - counted))
-            counted = max(counted, rows)
+            rows = min(max(rows, counted), block.rows)  # of an attempt that scores some again: no more than there are
+            on_rows(rows - counted)
+            counted = rows
 
         reason = f"each of {ATTEMPTS} processes that scored it died"
         while not self.parts.finished(block.index):

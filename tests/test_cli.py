@@ -257,6 +257,15 @@ def test_an_engine_that_is_not_installed(
         assert capsys.readouterr().err == message
 
 
+def test_launched_processes_do_not_all_score_everything(
+    command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command([{"text": "a fox"}])) == 2
+    message = "acqcore: error: engine: 2 processes were launched, expected --engine accelerate, got local\n"
+    assert capsys.readouterr().err == message
+
+
 def test_a_folder_as_output(command: Callable[..., list[str]], tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     out = tmp_path / "scores"

@@ -82,7 +82,9 @@ def test_batches_of_another_cut_are_no_gap(scorer: Scorer) -> None:
     [block] = scan(scorer.job.data, 10, None)[0]
     scorer.job = dataclasses.replace(scorer.job, request=dataclasses.replace(scorer.job.request, batch_tokens=8192))
     scorer.parts.append(0, [0, 6], [[-7.0], [-7.0]])
-    scorer.complete(block)
+    told: list[int] = []
+    scorer.complete(block, told.append)
+    assert sum(told) == 7
     values = [row["entropy"] for row in read_lines(scorer.parts.path(0))]
     assert all(value > 0 for value in values)
 

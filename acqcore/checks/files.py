@@ -82,7 +82,9 @@ def output_place(out: Path, suffixes: Collection[str], started: bool) -> None:
         raise ValueError(f"out: the folder {out} is not empty")
 
 
-def engine_options(name: str, workers: int | None, address: str | None, device: str | None) -> None:
+def engine_options(name: str, workers: int | None, address: str | None, device: str | None, n_processes: int) -> None:
+    if n_processes > 1 and name != "accelerate":
+        raise ValueError(f"engine: {n_processes} processes were launched, expected --engine accelerate, got {name}")
     for option, value in (("--workers", workers), ("--ray-address", address)):
         if value is not None and name != "ray":
             raise ValueError(f"{option}: expected it with --engine ray, got --engine {name}")
