@@ -265,3 +265,4 @@ def test_default_gates_go_by_what_is_there(
     answers = SampledAnswers(scripted(lambda question: ["7"]), domain)
     every = names(evaluation=[sample(5, 6)], student=model, tokenizer=tokenizer, answers=answers)
     assert every == [*first, "not_in_evaluation", "fluent", "verified", "answerable"]
+    assert names(evaluation=[sample(5, 6)], label=list) == [*first, "not_in_evaluation", "labelled", "verified"]
