@@ -194,7 +194,7 @@ class Fluent:
     rejects random tokens and word salad, whose loss lies far above any text's; a hard question's does not.
 
     Args:
-        student, options: as :class:`acqsynth.rewards.scoring.Scorer`.
+        student, options: as :class:`acqsynth.rewards.scoring.Scorer`; its ``reduction`` is not heeded.
         seeds: at least one; scored at the first call.
         deviations: above the mean.
 
@@ -207,7 +207,7 @@ class Fluent:
     def __init__(self, student: Any, seeds: Sequence[Sample], *, deviations: float = 4.0, **options: Any) -> None:
         if not seeds:
             raise ValueError("seeds: expected at least one sample")
-        self.scorer = Scorer(student, ("loss",), **options)
+        self.scorer = Scorer(student, ("loss",), **(options | {"reduction": "mean"}))
         self.seeds = seeds
         self.deviations = deviations
         self._limits: dict[str, float] | None = None
