@@ -53,8 +53,8 @@ PARSES = "parses"  #: the gate that stands before the others
 #: and whose ranks go with the gain measured (``benchmarks/bench_signals.py``). ``influence`` (in all parameters) is
 #: there where a reference set is given, ``learnability`` (of answers that the domain finds right) where an engine of
 #: the student is. No measure of size alone is among them: those favour coin flips and noise. Influence counts half, as
-#: it is the noisiest of one sample; learnability too, as an answer that is guessed one time in ten is worth as much to it
-#: as one that is half learnt; diversity a tenth: with a half it taught to ask for what has the most digits
+#: it is the noisiest of one sample; learnability too, as it can not tell what is guessed now and then from what is
+#: learnt by halves; diversity a tenth: with a half it taught to ask for what has the most digits
 #: (``benchmarks/bench_loop.py``, on its seeds for tuning).
 DEFAULT_WEIGHTS: dict[str, float] = {
     "mutual_information": 1.0,
