@@ -1,4 +1,5 @@
-"""The command line: ``acqcore score`` scores a data file, ``acqcore info`` tells what runs here."""
+"""The command line: ``acqcore score`` scores a data file, ``acqcore plan`` tells beforehand what that would take,
+``acqcore info`` tells what runs here."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from acqcore.backends import backends
 from acqcore.data_files import Record
 from acqcore.head import Head
 from acqcore.parts import Parts
+from acqcore.plan import command as plan_command
 from acqcore.progress import Progress
 from acqcore.samples import Row, encode
 from acqcore.score import REDUCTIONS, Request, iterate
@@ -80,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--device", metavar="D", help="by default cpu")
     score.add_argument("--backend", metavar="B", help="a name from 'acqcore info'")
     score.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
+    plan = commands.add_parser("plan", help="memory and time that scoring would take")
+    plan.set_defaults(command=_plan)
+    plan_command.add_options(plan)
     info = commands.add_parser("info", help="versions and backends")
     info.set_defaults(command=_info)
     return parser
@@ -110,6 +115,13 @@ def _info(options: argparse.Namespace) -> int:
         ],
     )
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    try:
+        return plan_command.run(options, _print_table)
+    except (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError) as error:
+        raise _UsageError(str(error).strip().split("\n")[0]) from error
 
 
 def _score(options: argparse.Namespace) -> int:
