@@ -1,4 +1,5 @@
-"""The command line: ``acqcore score`` scores a data file, ``acqcore info`` tells what runs here."""
+"""The command line: ``acqcore score`` scores a data file, ``acqcore plan`` tells beforehand what that would take,
+``acqcore info`` tells what runs here."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
 from acqcore.data_files import Block
 from acqcore.parts import Parts
+from acqcore.plan import command as plan_command
 from acqcore.progress import Progress
 from acqcore.run_summary import Summary, print_table
 from acqcore.score import REDUCTIONS, Request
@@ -98,6 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--block-rows", type=int, default=BLOCK_ROWS, metavar="N", help="read, scored, tried again and written at once"
     )
+    plan = commands.add_parser("plan", help="memory and time that scoring would take")
+    plan.set_defaults(command=_plan)
+    plan_command.add_options(plan)
     info = commands.add_parser("info", help="versions and backends")
     info.set_defaults(command=_info)
     return parser
@@ -128,6 +133,13 @@ def _info(options: argparse.Namespace) -> int:
         ],
     )
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    try:
+        return plan_command.run(options, print_table)
+    except _WRONG_USAGE as error:
+        raise _UsageError(_first_line(error)) from error
 
 
 def _score(options: argparse.Namespace) -> int:

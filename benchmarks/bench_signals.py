@@ -169,7 +169,7 @@ def one_seed(seed: int) -> dict[str, Any]:
         if signal in FUSED:
             kept[signal] = [0.0 if value is None else value for value in values]
     seconds = sum(measured[signal]["seconds_per_sample"] for signal in FUSED)
-    fused = fuse(kept, [0] * len(rows), "quantile", FUSED, {signal: [] for signal in FUSED})
+    fused = fuse(kept, [0] * len(rows), "z", FUSED)
     measured["the three of the default reward, fused"] = against_gains(fused, gains, own, seconds)
     return {"seed": seed, "base": base, "own_gain": own, "mean_gain": gains, "signals": measured}
 

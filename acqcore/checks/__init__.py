@@ -195,6 +195,24 @@ from acqcore.checks.heads import (
 from acqcore.checks.heads import (
     vocabulary as vocabulary,
 )
+from acqcore.checks.plans import (
+    config_here as config_here,
+)
+from acqcore.checks.plans import (
+    device_here as device_here,
+)
+from acqcore.checks.plans import (
+    fits as fits,
+)
+from acqcore.checks.plans import (
+    planned as planned,
+)
+from acqcore.checks.plans import (
+    rates as rates,
+)
+from acqcore.checks.plans import (
+    row_tokens as row_tokens,
+)
 from acqcore.checks.sample_data import (
     SAMPLE_KINDS as SAMPLE_KINDS,
 )

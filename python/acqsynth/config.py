@@ -105,6 +105,22 @@ class GeneratorConfig:
 
 
 @dataclass(frozen=True)
+class LabellingConfig:
+    """How answers of generated questions are decided."""
+
+    method: Literal["majority", "teacher", "own", "computed"] = option(
+        "majority of sampled answers; a teacher's sampled answers; own: the answer that the generator wrote; computed: "
+        "by the domain (arithmetic)",
+        "majority",
+    )
+    teacher: str | None = option("model of method teacher", None)
+    k: int = option("answers sampled a question", 16)
+    temperature: float = option("of these answers", 0.8)
+    threshold: float = option("least share of the answers that agree; below it the question is dropped", 0.5)
+    options: dict[str, Any] = option("passed to the labelling: max_tokens", factory=dict)
+
+
+@dataclass(frozen=True)
 class RewardConfig:
     """What a sample is worth to the student."""
 
@@ -114,8 +130,13 @@ class RewardConfig:
         None,
     )
     weights: dict[str, float] = option("signal -> weight in the fusion, by default 1", factory=dict)
+    labelling: LabellingConfig | None = option(
+        "score a question with the label it gets by this, by default with the answer that the generator wrote", None
+    )
     gates: list[str] | None = option("gates that multiply, by default all that the domain and the signals allow", None)
-    fusion: Literal["raw", "z", "rank", "quantile", "gdpo"] = option("how signals of a group become one", "quantile")
+    fusion: Literal["raw", "z", "rank", "quantile", "gdpo"] = option(
+        "how signals of a group become one; z and gdpo are advantages already, with scale_rewards none in TRL", "z"
+    )
     paper_compat: bool = option("the released code's reward of one signal, its defects included", False)
     reference: int | None = option("seeds whose loss shall fall, for influence; by default all", None)
     embedder: str = option("of questions: ngram, minilm, or the model of an embedder", "ngram")
@@ -126,20 +147,6 @@ class RewardConfig:
     student: str | None = option("the student that scores, by default student.model", None)
     refresh_steps: int = option("score with the newest checkpoint of the student every so many steps; 0 never", 0)
     refresh_from: str | None = option("folder with its checkpoints, by default those of the generator itself", None)
-
-
-@dataclass(frozen=True)
-class LabellingConfig:
-    """How answers of generated questions are decided."""
-
-    method: Literal["majority", "teacher", "own"] = option(
-        "majority of sampled answers; a teacher's sampled answers; own: the answer that the generator wrote", "majority"
-    )
-    teacher: str | None = option("model of method teacher", None)
-    k: int = option("answers sampled a question", 16)
-    temperature: float = option("of these answers", 0.8)
-    threshold: float = option("least share of the answers that agree; below it the question is dropped", 0.5)
-    options: dict[str, Any] = option("passed to the labelling: max_tokens", factory=dict)
 
 
 @dataclass(frozen=True)
@@ -332,7 +339,7 @@ def _hint(key: str, section: type, prefix: str) -> str:
         return f", did you mean {prefix}{near[0]}?"
     everywhere = [dotted for dotted, *_ in documented() if dotted.rsplit(".", 1)[-1] == key]
     if everywhere:
-        return f", did you mean {everywhere[0]}?"
+        return f", did you mean {min(everywhere, key=len)}?"
     return f", expected one of {', '.join(names)}"
 
 
@@ -382,7 +389,7 @@ def _check(config: Config) -> None:
         "generator.prompts": generator.prompts,
         "generator.candidates": generator.candidates,
         "generator.sampling.max_tokens": generator.sampling.max_tokens,
-        "labelling.k": config.labelling.k,
+        **{f"{key}.k": labelling.k for key, labelling in _labellings(config).items()},
         "evaluation.resamples": evaluation.resamples,
         "evaluation.validity.rows": evaluation.validity.rows,
         "rounds": config.rounds,
@@ -403,8 +410,11 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{key}: expected 0 or more, got {number}")
     if not 0 <= student.replay < 1:
         raise ConfigError(f"student.replay: expected a share in [0, 1), got {student.replay}")
-    if not 0 < config.labelling.threshold <= 1:
-        raise ConfigError(f"labelling.threshold: expected a share in (0, 1], got {config.labelling.threshold}")
+    for key, labelling in _labellings(config).items():
+        if not 0 < labelling.threshold <= 1:
+            raise ConfigError(f"{key}.threshold: expected a share in (0, 1], got {labelling.threshold}")
+        if (labelling.method == "teacher") != (labelling.teacher is not None):
+            raise ConfigError(f"{key}.teacher: expected a model with {key}.method teacher, and none without")
     if not 0 < evaluation.level < 1:
         raise ConfigError(f"evaluation.level: expected a share in (0, 1), got {evaluation.level}")
     for key, values in (("student.rows", student.rows), ("student.seeds", student.seeds)):
@@ -426,14 +436,18 @@ def _check(config: Config) -> None:
             )
     if config.reward.paper_compat and (signals is None or len(signals) != 1):
         raise ConfigError("reward.signals: expected one signal with reward.paper_compat, as the released code has")
-    if (config.labelling.method == "teacher") != (config.labelling.teacher is not None):
-        raise ConfigError("labelling.teacher: expected a model with labelling.method teacher, and none without")
     for key, names in (("student.others", student.others), ("evaluation.others", evaluation.others)):
         for name in names:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
                 raise ConfigError(f"{key}.{name}: expected a name of letters, digits, '_', '.' and '-'")
     if not config.output:
         raise ConfigError("output: expected a folder, got an empty text")
+
+
+def _labellings(config: Config) -> dict[str, LabellingConfig]:
+    """Dotted key -> section, of every labelling the recipe names."""
+    found = {"labelling": config.labelling}
+    return found | ({"reward.labelling": config.reward.labelling} if config.reward.labelling else {})
 
 
 def sources(config: Config) -> dict[str, Source]:

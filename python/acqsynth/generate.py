@@ -128,9 +128,10 @@ def passing(gates: Sequence[Any], samples: Sequence[Sample], dropped: Counter[st
     for gate in gates:
         verdicts = gate(left) if left else []
         for verdict in verdicts:
-            if verdict is not True:
+            if verdict is None or verdict is False:
                 dropped[f"gate {gate.name}" if verdict is False else f"gate {gate.name} could not tell"] += 1
-        left = [sample for sample, verdict in zip(left, verdicts, strict=True) if verdict is True]
+        passed = [(s, v) for s, v in zip(left, verdicts, strict=True) if v is True or isinstance(v, Sample)]
+        left = [sample if verdict is True else verdict for sample, verdict in passed]
     return left
 
 

@@ -1,4 +1,5 @@
-"""Answers to generated questions: several are drawn, and the majority is the label where it is large enough.
+"""Answers to generated questions: several are drawn, and the majority is the label where it is large enough; or the
+domain computes them.
 
 What the generator itself answered is not used: it is one draw, and by the model that wanted the question to be hard.
 """
@@ -93,6 +94,20 @@ def label(
     clusters = [cluster_texts(row, embed) for row in answers] if embed else cluster(domain, samples, answers)
     return [
         _decide(domain, *columns, threshold, embed) for columns in zip(samples, drawn, answers, clusters, strict=True)
+    ]
+
+
+def computed(domain: Domain, samples: Sequence[Sample], *, seed: int = 0) -> list[Label]:
+    """A label for each question whose answer the domain computes (``Domain.computed``).
+
+    Args:
+        domain: of the questions.
+        samples: their answers and reasoning are not looked at.
+        seed: of answers that are left to chance.
+    """
+    return [
+        Label(None, 0.0, [], "the domain can not compute it") if solved is None else Label(solved, 1.0, [solved.answer])
+        for solved in domain.computed(samples, seed)
     ]
 
 

@@ -103,6 +103,11 @@ def test_what_only_looks_like_an_exponent_is_text(recipe: Path, text: str) -> No
         ("data.seeds.limit=0", "data.seeds.limit: expected at least 1, got 0"),
         ("data.evaluation.skip=-1", "data.evaluation.skip: expected 0 or more, got -1"),
         ("labelling.method=teacher", "labelling.teacher: expected a model with labelling.method teacher"),
+        ("reward.labelling={k: 0}", "reward.labelling.k: expected at least 1, got 0"),
+        (
+            "reward.labelling={method: teacher}",
+            "reward.labelling.teacher: expected a model with reward.labelling.method",
+        ),
         ("evaluation.others.a/b.source=x", "evaluation.others.a/b: expected a name of letters"),
         ("output=''", "output: expected a folder, got an empty text"),
         ("prompts", "'prompts': expected dotted.key=value"),

@@ -63,6 +63,17 @@ def test_gates_speak_in_order() -> None:
     assert passing([Large()], [], dropped) == []
 
 
+def test_a_gate_may_pass_a_sample_as_another() -> None:
+    doubled = type("Doubled", (), {"name": "doubled", "__call__": lambda self, rows: [_doubled(row) for row in rows]})()
+    dropped: Counter[str] = Counter()
+    assert passing([doubled, Large()], [Sample("q", "2"), Sample("q", "3")], dropped) == [Sample("q", "6")]
+    assert dropped == {"gate large": 1}
+
+
+def _doubled(sample: Sample) -> Sample:
+    return Sample(sample.question, str(2 * int(sample.answer)))
+
+
 def test_what_is_kept_and_why_the_rest_is_not(sums: Domain, scripted: Any, written: Callable[..., str]) -> None:
     texts = [
         written("1+4", 5),

@@ -7,7 +7,7 @@ import numpy
 import pytest
 
 from acqsynth.domains import Domain, Sample
-from acqsynth.labelling import Label, _reasoning, accuracy, cluster, cluster_texts, label
+from acqsynth.labelling import Label, _reasoning, accuracy, cluster, cluster_texts, computed, label
 
 QUESTION = Sample("3+4", "99", "the generator's own")
 
@@ -23,6 +23,14 @@ def test_the_majority_is_the_label(sums: Domain, scripted: Any) -> None:
     found = labelled(sums, scripted, texts)
     # 7, " 7" and 7.0 are one answer; of its three completions the second is the one of median length.
     assert found == Label(Sample("3+4", "7.0", "3 and 4\nmake"), 3 / 5, ["7", "7.0", "8", " 7", None])
+
+
+def test_the_domain_computes_labels(sums: Domain) -> None:
+    answers = {"3+4": Sample("3+4", "7")}
+    sums.computed = lambda samples, seed: [answers.get(s.question) for s in samples]  # type: ignore[method-assign]
+    right, unknown = computed(sums, [QUESTION, Sample("what?", "1")])
+    assert right == Label(Sample("3+4", "7"), 1.0, ["7"])
+    assert unknown == Label(None, 0.0, [], "the domain can not compute it")
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,15 @@ class Arithmetic(Domain):
                 right.append(answer == truth(sample.question))
         return right
 
+    def computed(self, samples: Sequence[Sample], seed: int) -> list[Sample | None]:
+        """The coin is tossed once for a seed and question."""
+        return [
+            self.answered(sample.question, random.Random(f"{seed} {sample.question}"))
+            if skill_of(sample.question)
+            else None
+            for sample in samples
+        ]
+
     def tagged(self, sample: Sample) -> str:
         """The sample as a generator writes it, read back by :meth:`parse`."""
         parts = {"question": sample.question, "reasoning": sample.reasoning, "answer": sample.answer}

@@ -89,3 +89,11 @@ class Domain(ABC):
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
         """Whether each sample's own answer is right; None where the domain can not tell."""
         return [None] * len(samples)
+
+    def computed(self, samples: Sequence[Sample], seed: int) -> list[Sample | None]:
+        """The samples with the answer that the domain computes in the place of their own; None where it can not.
+
+        Args:
+            seed: of answers that are left to chance.
+        """
+        return [None] * len(samples)

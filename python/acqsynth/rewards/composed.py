@@ -40,7 +40,7 @@ from acqsynth.rewards.answers import Learnability, SampledAnswers
 from acqsynth.rewards.diversity import Diversity
 from acqsynth.rewards.embeddings import Embedder, NgramEmbedder
 from acqsynth.rewards.fusion import BOUNDED, HISTORY, METHODS, checked_weights, fuse
-from acqsynth.rewards.gates import Gate, default_gates, sample_length
+from acqsynth.rewards.gates import Gate, Label, default_gates, sample_length
 from acqsynth.rewards.lengths import LengthBins
 from acqsynth.rewards.shared import one_call
 from acqsynth.rewards.signals import Signal, acquisition_signals
@@ -52,12 +52,15 @@ PARSES = "parses"  #: the gate that stands before the others
 #: Signals of the default reward and their weights: those that rank a weak skill that can be learned first and no trap,
 #: and whose ranks go with the gain measured (``benchmarks/bench_signals.py``). ``influence`` (in all parameters) is
 #: there where a reference set is given, ``learnability`` (of answers that the domain finds right) where an engine of
-#: the student is. No measure of size alone is among them: those favour coin flips and noise.
+#: the student is. No measure of size alone is among them: those favour coin flips and noise. Influence counts half, as
+#: it is the noisiest of one sample; learnability too, as it can not tell what is guessed now and then from what is
+#: learnt by halves; diversity a tenth: with a half it taught to ask for what has the most digits
+#: (``benchmarks/bench_loop.py``, on its seeds for tuning).
 DEFAULT_WEIGHTS: dict[str, float] = {
     "mutual_information": 1.0,
-    "influence": 1.0,
-    "learnability": 1.0,
-    "diversity": 0.5,
+    "influence": 0.5,
+    "learnability": 0.5,
+    "diversity": 0.1,
 }
 
 
@@ -91,7 +94,8 @@ class ComposedReward:
             rest.
         gates: with different names; :func:`acqsynth.rewards.gates.default_gates` makes the usual ones. That a text
             parses is always asked, first.
-        fusion: a method of :func:`acqsynth.rewards.fusion.fuse`.
+        fusion: a method of :func:`acqsynth.rewards.fusion.fuse`. The default suits any caller, one that sends a sample
+            at a time too. Where whole groups come, as in GRPO, ``z`` taught more (``benchmarks/bench_loop.py``).
         weights: signal -> weight, 1 by default. Negative turns a signal round; 0 has it logged only.
         length_normalised: signals that are taken relative to their bin of lengths; True for all.
         sync: the ranks of a ``torch.distributed`` group call together: groups that straddle ranks, archives and
@@ -151,6 +155,7 @@ class ComposedReward:
         evaluation: Sequence[Sample] = (),
         embed: Embedder | None = None,
         answers: Mapping[str, Any] | None = None,
+        label: Label | None = None,
         scoring: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> ComposedReward:
@@ -165,6 +170,8 @@ class ComposedReward:
             evaluation: rows that no sample may repeat.
             embed: of questions, for ``diversity``; hashed n-grams by default.
             answers: options of :class:`SampledAnswers`.
+            label: n samples -> each with its label, or None where it has none; by default samples keep the answers
+                that the generator wrote.
             scoring: options of Scorer.
             options: of ComposedReward.
         """
@@ -179,7 +186,13 @@ class ComposedReward:
         signals.append(Diversity(embed or NgramEmbedder()))
         given = {
             "gates": default_gates(
-                domain, seeds=seeds, evaluation=evaluation, student=student, answers=drawn, **(scoring or {})
+                domain,
+                seeds=seeds,
+                evaluation=evaluation,
+                label=label,
+                student=student,
+                answers=drawn,
+                **(scoring or {}),
             ),
             "weights": {signal.name: DEFAULT_WEIGHTS[signal.name] for signal in signals},
         }
@@ -356,6 +369,8 @@ class ComposedReward:
             for entry, verdict in zip(asked, verdicts, strict=True):
                 if verdict is None:
                     entry.masked = True
+                elif isinstance(verdict, Sample):
+                    entry.sample = verdict
                 elif not verdict:
                     entry.rejected_by = gate.name
 

@@ -10,6 +10,7 @@ agreement, unsolvable questions the entropy that no honest sample reaches; so no
 ``no_leak``           the question does not give the answer away
 ``new``               not a near copy of a seed or of what passed before
 ``not_in_evaluation`` not in the evaluation set
+``labelled``          there is a label; the sample goes on with it in the place of its own answer
 ``fluent``            the student finds the text as plausible as the seeds, roughly: random tokens are not
 ``verified``          the domain does not find the sample's own answer wrong
 ``answerable``        the student gives the sample's own answer sometimes, or the domain knows it to be right: questions
@@ -32,6 +33,9 @@ from acqsynth.rewards.overlap import Contamination, NearCopies, words
 from acqsynth.rewards.scoring import Scorer
 from acqsynth.rewards.shared import once
 
+Verdict = bool | Sample | None
+Label = Callable[[Sequence[Sample]], Sequence[Sample | None]]
+
 
 @runtime_checkable
 class Gate(Protocol):
@@ -40,8 +44,9 @@ class Gate(Protocol):
 
     name: str
 
-    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
-        """Whether each of n samples passes; None where that could not be told, which masks it."""
+    def __call__(self, samples: Sequence[Sample]) -> Sequence[Verdict]:
+        """Whether each of n samples passes; a sample where it passes as that one; None where that could not be told,
+        which masks it."""
         ...
 
 
@@ -189,7 +194,7 @@ class Fluent:
     rejects random tokens and word salad, whose loss lies far above any text's; a hard question's does not.
 
     Args:
-        student, options: as :class:`acqsynth.rewards.scoring.Scorer`.
+        student, options: as :class:`acqsynth.rewards.scoring.Scorer`; its ``reduction`` is not heeded.
         seeds: at least one; scored at the first call.
         deviations: above the mean.
 
@@ -202,7 +207,7 @@ class Fluent:
     def __init__(self, student: Any, seeds: Sequence[Sample], *, deviations: float = 4.0, **options: Any) -> None:
         if not seeds:
             raise ValueError("seeds: expected at least one sample")
-        self.scorer = Scorer(student, ("loss",), **options)
+        self.scorer = Scorer(student, ("loss",), **(options | {"reduction": "mean"}))
         self.seeds = seeds
         self.deviations = deviations
         self._limits: dict[str, float] | None = None
@@ -240,6 +245,25 @@ class Fluent:
 
     def _losses(self, texts: list[str]) -> list[float | None]:
         return self.scorer(texts)[0]["loss"]
+
+
+class Labelled:
+    """There is a label, and the sample goes on with it in the place of the answer that the generator wrote.
+
+    A student learns questions with their labels; a signal of the answer that a weak generator happened to write is a
+    signal of another row.
+
+    Args:
+        label: n samples -> each with its label, or None where it has none.
+    """
+
+    name = "labelled"
+
+    def __init__(self, label: Label) -> None:
+        self.label = label
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Verdict]:
+        return [False if sample is None else sample for sample in self.label(samples)]
 
 
 class Verified:
@@ -296,22 +320,27 @@ def default_gates(
     *,
     seeds: Sequence[Sample],
     evaluation: Sequence[Sample] = (),
+    label: Label | None = None,
     student: Any = None,
     answers: SampledAnswers | None = None,
     **options: Any,
 ) -> list[Gate]:
-    """The gates of the table above; ``fluent`` where there is a student, ``answerable`` where there are answers.
+    """The gates of the table above; ``labelled`` where there are labels, ``fluent`` where there is a student,
+    ``answerable`` where there are answers.
 
     Args:
         domain: of the samples.
         seeds: the rows the generator is shown.
         evaluation: rows that no sample may repeat.
+        label: n samples -> each with its label, or None where it has none.
         student, options: as :class:`acqsynth.rewards.scoring.Scorer`.
         answers: sampled by the student.
     """
     gates: list[Gate] = [Sound(domain), Length(), NoRepetition(), NoLeak(domain), New(seeds)]
     if evaluation:
         gates.append(NotInEvaluation(evaluation))
+    if label is not None:
+        gates.append(Labelled(label))
     if student is not None:
         gates.append(Fluent(student, seeds, **options))
     gates.append(Verified(domain))

@@ -18,6 +18,9 @@ from acqsynth.rewards.shared import once
 
 STUDENT_VARIABLE = "ACQSYNTH_STUDENT"
 
+#: Arguments of ``acqcore.influence_reference`` that may stand beside influence's samples.
+REFERENCE = ("parameters", "dim", "seed")
+
 #: A student's mode is switched while it scores, so threads of one process (AsyncGRPO has several) take turns.
 _scoring = threading.Lock()
 
@@ -34,7 +37,8 @@ class Scorer:
             its prompt (through the chat template where the tokenizer has one), then its solution. Without it they
             are what ``acqcore.score`` takes.
         arguments: name -> arguments of that acquisition, as in ``acquisition_args`` of ``acqcore.score``. In place of
-            influence's ``acqcore.Reference`` samples may be given; their gradient is taken at the first call.
+            influence's ``acqcore.Reference`` samples may be given, and ``parameters``, ``dim``, ``seed`` of
+            ``acqcore.influence_reference`` with them; their gradient is taken at the first call.
         name: who needs the student, for the message where it is missing.
         reduction, tokenizer, backend, batch_tokens, max_length, device: as :class:`AcquisitionReward`.
 
@@ -142,12 +146,13 @@ class Scorer:
 
     def _arguments(self, student: acqcore.Student, tokenizer: Any) -> dict[str, Mapping[str, Any]] | None:
         arguments = {name: given for name, given in self.arguments.items() if given}
-        reference = arguments.get("influence", {}).get("reference")
-        if reference is not None and not isinstance(reference, acqcore.Reference):
+        influence = dict(arguments.get("influence", {}))
+        if influence and not isinstance(influence["reference"], acqcore.Reference):
+            made = {name: influence.pop(name) for name in REFERENCE if name in influence}
             if self._reference is None:
-                rows = self._rows(reference, tokenizer)
-                self._reference = acqcore.influence_reference(student, rows, **self._passes(student, tokenizer))
-            arguments["influence"] = {**arguments["influence"], "reference": self._reference}
+                rows = self._rows(influence["reference"], tokenizer)
+                self._reference = acqcore.influence_reference(student, rows, **made, **self._passes(student, tokenizer))
+            arguments["influence"] = {**influence, "reference": self._reference}
         return arguments or None
 
     def _student(self) -> acqcore.Student:

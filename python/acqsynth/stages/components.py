@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from acqsynth.config import EngineConfig, RewardConfig
+from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig
 from acqsynth.domains.base import Domain, Messages, Sample
 from acqsynth.engines.base import Engine, Sampling
 from acqsynth.stages.unit import StageError
+
+Labeller = Callable[[Sequence[Sample], int], Sequence[Any]]
 
 _ANSWER_SIGNALS = ("confidence", "answer_variance", "semantic_entropy", "learnability")
 
@@ -91,6 +93,7 @@ def reward(
             evaluation=evaluation,
             embed=_embedder(config.embedder),
             answers=config.answers,
+            label=_label(config, domain, engine_config, student),
             scoring=config.scoring,
             **options,
         )
@@ -104,7 +107,13 @@ def reward(
     if config.paper_compat:
         return rewards.PaperReward(domain, made[0])
     gates = rewards.default_gates(
-        domain, seeds=seeds, evaluation=evaluation, student=student, answers=drawn, **config.scoring
+        domain,
+        seeds=seeds,
+        evaluation=evaluation,
+        label=_label(config, domain, engine_config, student),
+        student=student,
+        answers=drawn,
+        **config.scoring,
     )
     return rewards.ComposedReward(domain, made, gates=_picked(gates, config.gates), **options)
 
@@ -223,11 +232,22 @@ def select(engine: Engine, prompts: Sequence[Messages], reward: Any, *, rows: in
     return best_of_n.select(engine, prompts, reward, rows=rows, sampling=sampling)
 
 
-def label(engine: Engine, domain: Domain, samples: Sequence[Sample], **options: Any) -> list[Any]:
-    """A ``Label`` of each sample."""
+def labeller(config: LabellingConfig, domain: Domain, engine: EngineConfig, student: str) -> Labeller:
+    """What labels samples by a method of the recipe: ``samples, seed`` -> a ``Label`` of each.
+
+    Args:
+        config: of any method but ``own``.
+        domain: of the samples.
+        engine: what samples the answers.
+        student: path or hub id of the model that answers, where there is no teacher.
+    """
     from acqsynth import labelling
 
-    return list(labelling.label(engine, domain, samples, **options))
+    if config.method == "computed":
+        return lambda samples, seed: labelling.computed(domain, samples, seed=seed)
+    answering = _engine(engine, student if config.teacher is None else model(config.teacher))
+    options = {"k": config.k, "temperature": config.temperature, "threshold": config.threshold, **config.options}
+    return lambda samples, seed: labelling.label(answering, domain, samples, seed=seed, **options)
 
 
 def fit(
@@ -346,6 +366,14 @@ def _signals(
         for signal in rewards.acquisition_signals(student, acquisitions, domain, **config.scoring):
             made[signal.name] = signal
     return [made[name] for name in wanted]
+
+
+def _label(config: RewardConfig, domain: Domain, engine_config: EngineConfig, student: str) -> Any:
+    """Samples -> what they are with their labels, None where there is none; None without a labelling of the reward."""
+    if config.labelling is None or config.labelling.method == "own":
+        return None
+    label = labeller(config.labelling, domain, engine_config, student)
+    return lambda samples: [found.sample for found in label(samples, 0)]
 
 
 def _embedder(name: str) -> Any:

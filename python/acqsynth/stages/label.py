@@ -1,4 +1,4 @@
-"""Answers of generated questions: what a model's sampled answers agree on, or what the generator wrote."""
+"""Answers of generated questions: what sampled answers agree on, what the domain computes, what the generator wrote."""
 
 from __future__ import annotations
 
@@ -31,13 +31,11 @@ def label(
     if labelling.method == "own":
         kept, agreement = asked, [None] * len(asked)
     else:
-        name = labelling.teacher if labelling.teacher is not None else student
-        path = str(work.inputs["student"]) if "student" in work.inputs else components.model(name)
-        answering = components.engine(engine, path)
+        path = str(work.inputs["student"]) if "student" in work.inputs else components.model(student)
+        labeller = components.labeller(labelling, own, engine, path)
 
         def chunk(start: int, some: Sequence[Sample]) -> list[dict[str, Any]]:
-            options = {"k": labelling.k, "temperature": labelling.temperature, "threshold": labelling.threshold}
-            labels = components.label(answering, own, list(some), seed=seed + start, **options, **labelling.options)
+            labels = labeller(some, seed + start)
             return [
                 {
                     "sample": None if found.sample is None else asdict(found.sample),

@@ -157,6 +157,25 @@ def test_verify() -> None:
     assert WORLD.verify(samples) == [True, True, False, True, None, False]
 
 
+def test_answers_are_computed() -> None:
+    asked = [
+        Sample("double 321", "0"),
+        Sample("add 47 5", "", "so"),
+        Sample("triple 3", "9"),
+        Sample("lucky 4711", "x"),
+    ]
+    double, add, none, coin = Arithmetic().computed(asked, 3)
+    assert double is not None
+    assert add is not None
+    assert coin is not None
+    assert (double.answer, double.extra) == ("642", {"skill": "double"})
+    assert (add.answer, add.reasoning) == ("52", "")
+    assert none is None
+    assert Arithmetic().computed(asked, 3)[3] == coin
+    tosses = {found.answer for seed in range(20) for found in Arithmetic().computed(asked[3:], seed) if found}
+    assert tosses == {"yes", "no"}
+
+
 def test_a_written_sample_is_read_back() -> None:
     for row in WORLD.rows(2 * len(SKILLS), 0):
         assert WORLD.parse(WORLD.tagged(row)) == row

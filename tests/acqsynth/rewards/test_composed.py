@@ -22,7 +22,7 @@ from acqsynth.domains import Domain, Sample
 from acqsynth.rewards import ComposedReward, Diversity, Learnability, NgramEmbedder, SampledAnswers
 from acqsynth.rewards.composed import DEFAULT_WEIGHTS
 from acqsynth.rewards.fusion import BOUNDED, METHODS, fuse
-from acqsynth.rewards.gates import Check, New
+from acqsynth.rewards.gates import Check, Labelled, New
 
 
 class Told:
@@ -148,6 +148,17 @@ def test_a_gate_that_raises_or_cannot_tell_masks(domain: Domain) -> None:
     reward = plain(domain, Told("a", VALUES))
     assert reward.score(TEXTS, GROUPS).total == [None] * 6
     assert reward.failures == 6
+
+
+def test_signals_see_the_label_that_a_sample_goes_on_with(domain: Domain) -> None:
+    labels = {"0": Sample("What is it?", "5"), "1": None, "2": Sample("What is it?", "3")}
+    told = Told("a", VALUES)
+    reward = plain(domain, told, gates=[Labelled(lambda samples: [labels[sample.answer] for sample in samples])])
+    rewards = reward.score(TEXTS[:3], ["p"] * 3)
+    assert told.asked == [["5", "3"]]
+    assert rewards.components["a"] == [20.0, None, 10.0]
+    assert [sample and sample.answer for sample in rewards.samples] == ["5", "1", "3"]
+    assert rewards.gates["labelled"] == [True, False, True]
 
 
 def test_an_archive_that_fails_leaves_the_totals(domain: Domain) -> None:
@@ -304,7 +315,7 @@ class TestDefault:
         drawn = ComposedReward.default(domain, path, seeds=seeds, engine=engine, answers={"k": 4}, fusion="rank")
         assert list(drawn.weights) == ["mutual_information", "learnability", "diversity"]
         assert drawn.fusion == "rank"
-        assert "0.5 diversity" in repr(drawn)
+        assert "0.1 diversity" in repr(drawn)
         assert "gates parses, sound" in repr(drawn)
         alone = ComposedReward.default(domain, path, seeds=seeds)
         assert list(alone.weights) == ["mutual_information", "diversity"]

@@ -249,6 +249,15 @@ class TestFluent:
         gate.refresh(type(model)(model.config))
         assert gate.limits() != before
 
+    def test_it_goes_by_the_mean_whatever_the_signals_do(
+        self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: Callable[..., Sample]
+    ) -> None:
+        one, other = (
+            Fluent(model, [sample(3, 4), sample(5, 6)], tokenizer=tokenizer, reduction=reduction).limits()
+            for reduction in ("mean", "sum")
+        )
+        assert one == other
+
     def test_seeds_are_needed(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         with pytest.raises(ValueError, match="seeds: expected at least one"):
             Fluent(model, [], tokenizer=tokenizer)
@@ -265,3 +274,4 @@ def test_default_gates_go_by_what_is_there(
     answers = SampledAnswers(scripted(lambda question: ["7"]), domain)
     every = names(evaluation=[sample(5, 6)], student=model, tokenizer=tokenizer, answers=answers)
     assert every == [*first, "not_in_evaluation", "fluent", "verified", "answerable"]
+    assert names(evaluation=[sample(5, 6)], label=list) == [*first, "not_in_evaluation", "labelled", "verified"]

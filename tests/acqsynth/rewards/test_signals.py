@@ -120,6 +120,17 @@ def test_influence_of_reference_samples_follows_the_student(
     assert signal(samples) == pytest.approx(expected, abs=1e-6)
 
 
+def test_the_reference_is_made_as_the_arguments_say(
+    domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    made = {"parameters": 1, "dim": 64, "seed": 3}
+    asked = {"influence": {"reference": samples[:1], "similarity": "dot", **made}}
+    [signal] = acquisition_signals(model, asked, domain, tokenizer=tokenizer)
+    reference = acqcore.influence_reference(model, rows(samples[:1]), tokenizer=tokenizer, **made)
+    expected = acqcore.influence(model, rows(samples), reference, similarity="dot", tokenizer=tokenizer).tolist()
+    assert signal(samples) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
 def test_an_archive_of_gradients_grows_with_what_passes(
     domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:

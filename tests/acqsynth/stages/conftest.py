@@ -12,6 +12,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,9 +198,9 @@ def train(method: str, generator: str, prompts: Any, reward: Reward, output: Pat
     keep(output, strength(generator) + 5 + (strength(reward.student) > 40))
 
 
-def label(engine: Counting, domain: Sums, samples: Sequence[Sample], **options: Any) -> list[SimpleNamespace]:
+def label(engine: Counting, domain: Sums, samples: Sequence[Sample], seed: int) -> list[SimpleNamespace]:
     reached("label")
-    drawn = engine.generate([domain.student_prompt(s.question) for s in samples], Sampling(seed=options["seed"]))
+    drawn = engine.generate([domain.student_prompt(s.question) for s in samples], Sampling(seed=seed))
     found = []
     for sample, [draw] in zip(samples, drawn, strict=True):
         sure = zlib.crc32(sample.question.encode()) % 10 > 0
@@ -230,7 +231,7 @@ def install(put: Callable[..., None]) -> None:
         "write": write,
         "select": select,
         "train": train,
-        "label": label,
+        "labeller": lambda config, domain, engine, student: partial(label, Counting(student), domain),
         "fit": fit,
     }
     for name, value in found.items():

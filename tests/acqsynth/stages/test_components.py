@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from acqsynth import config as recipes
-from acqsynth.config import EngineConfig, RewardConfig
+from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig
 from acqsynth.domains import Domain, Sample
+from acqsynth.domains.arithmetic import Arithmetic
 from acqsynth.engines import Sampling
 from acqsynth.rewards import PaperReward
 from acqsynth.rewards.composed import DEFAULT_WEIGHTS
@@ -27,11 +28,37 @@ def reward(config: RewardConfig, domain: Domain, student: Path, **rows: Any) -> 
 def test_the_default_reward(sums: Domain, student_path: Path) -> None:
     made = reward(RewardConfig(answers={"k": 2}, reference=3), sums, student_path)
     assert [signal.name for signal in made.signals] == ["mutual_information", "influence", "learnability", "diversity"]
-    assert made.fusion == "quantile"
+    assert made.fusion == "z"
     assert made.weights == DEFAULT_WEIGHTS
     assert made.signals[2].answers.k == 2
     assert len(made.signals[1].scorer.arguments["influence"]["reference"]) == 3
     assert "not_in_evaluation" in [gate.name for gate in made.gates]
+
+
+@pytest.mark.parametrize("signals", [None, {"diversity": {}}])
+def test_a_reward_of_labelled_samples(student_path: Path, signals: dict[str, dict[str, Any]] | None) -> None:
+    asked = [Sample("double 321", "0"), Sample("no question", "1")]
+    computed = RewardConfig(signals=signals, labelling=LabellingConfig("computed"))
+    [gate] = [g for g in reward(computed, Arithmetic(), student_path).gates if g.name == "labelled"]
+    assert gate(asked) == [Sample("double 321", "642", "", {"skill": "double"}), False]
+    own = RewardConfig(signals=signals, labelling=LabellingConfig("own"))
+    for config in (own, RewardConfig(signals=signals)):
+        assert "labelled" not in [g.name for g in reward(config, Arithmetic(), student_path).gates]
+
+
+def test_a_majority_labels_samples_of_the_reward(sums: Domain, scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+
+    def load(name: str, path: str) -> Any:
+        loaded.append(path)
+        return scripted(lambda prompt, i, seed: "7" if i < 3 or path == "teacher" else "8")
+
+    monkeypatch.setattr("acqsynth.engines.load", load)
+    for config, path in ((LabellingConfig(k=4), "student"), (LabellingConfig("teacher", "teacher", k=4), "teacher")):
+        [found] = components.labeller(config, sums, EngineConfig(), "student")([Sample("3+4", "9")], 0)
+        assert loaded.pop() == path
+        assert found.sample == Sample("3+4", "7")
+        assert found.agreement == (0.75 if path == "student" else 1.0)
 
 
 def test_signals_are_those_named_in_their_order(sums: Domain, student_path: Path) -> None:

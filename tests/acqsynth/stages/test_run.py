@@ -246,7 +246,7 @@ def test_nothing_written_is_one_sentence(fakes: Counter[str], recipe: Path, monk
 
 def test_nothing_labelled_is_one_sentence(fakes: Counter[str], recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     silent = SimpleNamespace(sample=None, agreement=0.0, abstained_why="x")
-    monkeypatch.setattr(components, "label", lambda engine, domain, samples, **options: [silent] * len(samples))
+    monkeypatch.setattr(components, "labeller", lambda *arguments: lambda samples, seed: [silent] * len(samples))
     with pytest.raises(StageError, match=r"03-label/grpo: the answers agree on none of [0-9]+ questions"):
         run(recipe)
 

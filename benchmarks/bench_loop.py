@@ -1,0 +1,197 @@
+"""Does a generator taught by acquisition rewards make better data? The arithmetic world, several seeds, arm by arm.
+
+``python -m benchmarks.bench_loop`` runs the recipe ``arithmetic`` once for each seed and reward and writes
+``results/loop.json``. A seed is one of the base model's weights and of every row drawn; each arm fits the base student
+on equally many rows, answered by computation, and the student answers test questions of all skills. Arms:
+
+===============  =====================================================================================================
+``random_real``  rows of the world, at random
+``no_rl``        the generator as it is
+``best_of_n``    rejection sampling on the default reward, as many completions as the training of ``rl: default`` drew
+``rl: <name>``   GRPO on a reward of that signal alone, or on the default reward; the same gates, fusion and steps
+===============  =====================================================================================================
+
+Forgetting is the change on the skills that make up less than half an even share of the rows that an arm learnt.
+Intervals are of Student's t over the seeds. Seeds 0 and 1 served to tune the recipe and the default reward, so that
+they are not among those reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student_t
+
+from acqsynth import config
+from acqsynth.domains.arithmetic import SKILLS
+from acqsynth.stages import rows
+from acqsynth.stages.data import IN_DISTRIBUTION
+from acqsynth.stages.plan import STUDENT, Arm, Plan
+from acqsynth.stages.unit import Store
+from acqsynth.training import read_log
+from acqsynth.world import Settings, base_model
+from benchmarks import harness
+
+TEST = 1400  # questions
+FITS = [0, 1]  # seeds of the student's fits in each arm
+LEVEL = 0.95
+DEFAULT = "rl: default"
+BASELINES = ["random_real", "no_rl", "best_of_n"]
+#: Signals that teach alone, with their options.
+ALONE: dict[str, dict[str, Any]] = {"entropy": {}, "grad_norm": {}, "mutual_information": {}, "confidence": {}}
+FEW = 0.5  #: of an even share: skills with less of the rows count as not trained
+
+
+def recipe(seed: int, output: Path, overrides: Sequence[str], reward: str | None = None) -> config.Config:
+    """The recipe of a seed: the default reward and the baselines, or one signal and none."""
+    base = base_model(Settings(seed=seed))
+    common = {
+        "generator.model": base,
+        "student.model": base,
+        "student.seeds": FITS,
+        "data.seeds.source": f"world:{10 * seed + 1}",
+        "data.held_out.source": f"world:{10 * seed + 2}",
+        "data.real.source": f"world:{10 * seed + 3}",
+        "data.evaluation.limit": TEST,
+        "evaluation.validity.batches": 0,
+        "baselines": [] if reward else f"[{', '.join(BASELINES)}]",
+        "seed": seed,
+        "output": output / f"seed-{seed}" / (reward or "default"),
+    }
+    alone = {} if reward is None else {f"reward.signals.{reward}": json.dumps(ALONE[reward])}
+    return config.load("arithmetic", [*(f"{key}={value}" for key, value in (common | alone).items()), *overrides])
+
+
+def one_seed(seed: int, output: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Base accuracy by skill, and each arm's."""
+    found: dict[str, Any] = {"seed": seed, "arms": {}}
+    for reward in (None, *ALONE):
+        plan = Plan(recipe(seed, output, overrides, reward))
+        store = Store(Path(plan.config.output))
+        with store.locked():
+            for unit in plan.units:
+                if unit.stage != "report":
+                    store.run(unit)
+        for name, arm in plan.arms.items():
+            called = name if name in BASELINES else f"rl: {reward or 'default'}"
+            found["arms"][called] = measured(store, arm)
+        found["base"] = by_skill([store.path(plan.base[STUDENT] / f"answers-{IN_DISTRIBUTION}.parquet")])
+        print(f"seed {seed}, {reward or 'default and baselines'}: done", flush=True)
+    return found
+
+
+def measured(store: Store, arm: Arm) -> dict[str, Any]:
+    """What an arm learnt, what came of it, and what its reward cost."""
+    learnt = [row for unit in arm.rows for row in rows.read(store.path(unit / "samples.parquet"))]
+    counts = Counter(str(row.extra["skill"]) for row in learnt)
+    answers = [store.path(unit / f"answers-{IN_DISTRIBUTION}.parquet") for unit in arm.answers.values()]
+    fits = [json.loads(store.path(unit / "counts.json").read_text())["rows"] for unit in arm.fits.values()]
+    steps = [
+        entry
+        for unit in arm.trained
+        for entry in read_log(store.path(unit / "model"))
+        if entry.get("reward_share") is not None
+    ]
+    return {
+        "rows": min(fits),
+        "mix": {name: counts[name] / len(learnt) for name in SKILLS},
+        "skills": by_skill(answers),
+        "steps": len(steps),
+        "step_seconds": statistics.median(entry["seconds"] for entry in steps) if steps else None,
+        "reward_share": statistics.median(entry["reward_share"] for entry in steps) if steps else None,
+    }
+
+
+def by_skill(files: Sequence[Path]) -> dict[str, float]:
+    """Skill -> share of right answers, over all files."""
+    right: dict[str, list[bool]] = {name: [] for name in SKILLS}
+    for file in files:
+        table = rows.read_table(file)
+        for skill, verdict in zip(table["skill"], table["right"], strict=True):
+            right[skill].append(verdict)
+    return {name: statistics.fmean(verdicts) for name, verdicts in right.items()}
+
+
+def accuracy(skills: dict[str, float], kind: str | None = None) -> float:
+    """Mean over the skills, or over those of a kind."""
+    return statistics.fmean(share for name, share in skills.items() if kind in (None, SKILLS[name].kind))
+
+
+def forgetting(arm: dict[str, Any], base: dict[str, float]) -> float | None:
+    """Mean change on the skills that were hardly trained; None where every skill was."""
+    few = [name for name, share in arm["mix"].items() if share < FEW / len(SKILLS)]
+    return statistics.fmean(arm["skills"][name] - base[name] for name in few) if few else None
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and half-width, in points of 100."""
+    mean = 100 * statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    width = student_t.ppf((1 + LEVEL) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:.1f} ± {100 * width:.1f}"
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown, a line for each arm; in points of 100."""
+    lines = [
+        f"| arm | accuracy | {DEFAULT} minus it | weak skills | skills hardly trained, change | weak, traps in the "
+        "rows | reward's share of a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    base = [result["base"] for result in results]
+    lines.append(f"| base student | {interval([accuracy(skills) for skills in base])} | | ")
+    lines[-1] += f"{interval([accuracy(skills, 'weak') for skills in base])} | | | |"
+    best = [accuracy(result["arms"][DEFAULT]["skills"]) for result in results]
+    for name in results[0]["arms"]:
+        arms = [result["arms"][name] for result in results]
+        own = [accuracy(arm["skills"]) for arm in arms]
+        changes = [forgetting(arm, before) for arm, before in zip(arms, base, strict=True)]
+        known = [change for change in changes if change is not None]
+        kinds = [
+            sum(share for skill, share in arm["mix"].items() if SKILLS[skill].kind in wanted)
+            for wanted in (("weak",), ("coin", "table"))
+            for arm in arms
+        ]
+        weak, traps = statistics.fmean(kinds[: len(arms)]), statistics.fmean(kinds[len(arms) :])
+        shares = [arm["reward_share"] for arm in arms if arm["reward_share"] is not None]
+        cells = [
+            interval(own),
+            "" if name == DEFAULT else interval([a - b for a, b in zip(best, own, strict=True)]),
+            interval([accuracy(arm["skills"], "weak") for arm in arms]),
+            interval(known) if known else "",
+            f"{weak:.0%}, {traps:.0%}",
+            f"{statistics.median(shares):.0%}" if shares else "",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4, 5, 6])
+    parser.add_argument("--output", type=Path, default=Path("runs/loop"), help="artefacts; a run cut off goes on there")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS / "loop.json")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for tuning")
+    arguments = parser.parse_args()
+    results = []
+    for seed in arguments.seeds:
+        results.append(one_seed(seed, arguments.output, arguments.overrides))
+        content = {
+            "machine": harness.machine(),
+            "settings": {"test": TEST, "fits": FITS, "overrides": arguments.overrides},
+            "seeds": results,
+        }
+        arguments.results.write_text(json.dumps(content, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

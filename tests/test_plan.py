@@ -1,0 +1,424 @@
+"""Planning: sizes against real models, the extrapolation against measurements that follow a law, the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from acqcore.cli import main
+from acqcore.plan import command
+from acqcore.plan import measure as measuring
+from acqcore.plan.estimate import COMPUTED, EXTENDED, GIVEN, MEASURED, Estimate, from_rates, from_runs
+from acqcore.plan.formulas import CHUNKED_SCRATCH, DRAWS_SCRATCH, HEAD_SCRATCH, activation_bytes, batch_seconds
+from acqcore.plan.measure import Run
+from acqcore.plan.shape import Shape, shape_of, with_blocks
+from acqcore.plan.work import Passes, Work, passes
+
+MIB = 1 << 20
+SHAPE = Shape(
+    name="Model", dtype="float32", stored_dtype="float32", blocks=30, kinds=1, hidden=64, vocabulary=1000, widest=160,
+    heads=4, attention="sdpa", max_tokens=512, parameters=1_000_000, block_parameters=900_000, weight_bytes=4_000_000,
+    stored_bytes=4_000_000, head_bytes=256_000, tied=False,
+)  # fmt: skip
+
+
+def work_of(acquisitions: str = "entropy", shape: Shape = SHAPE, **changes: Any) -> Work:
+    settings: dict[str, Any] = {"rows": 100, "tokens": 64, "scored": 32, "batch_tokens": 512, "arguments": None}
+    return Work.checked(shape, acquisitions=acquisitions.split(","), **(settings | changes))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "GPT2", "Phi", "Gemma3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_are_those_of_the_model(kind: str, dtype: torch.dtype, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model(kind)
+    shape = shape_of(model.config, dtype)
+    model.to(dtype)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.weight_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert shape.stored_bytes == 4 * shape.parameters
+    assert (shape.vocabulary, shape.hidden) == (320, 32)
+    assert shape.head_bytes == 320 * 32 * dtype.itemsize
+    assert shape.tied == (kind in ("Qwen2", "GPT2", "Gemma3"))
+    assert shape.blocks == (7 if kind == "Gemma3" else 2)
+    assert shape.kinds == (2 if kind == "Gemma3" else 1)
+    assert shape.widest == (128 if kind == "GPT2" else 48)
+    assert shape.max_tokens == 64
+
+
+def test_a_tied_head_is_counted_once(tiny_model: Callable[..., Any]) -> None:
+    tied, untied = (
+        shape_of(tiny_model("Llama", tie_word_embeddings=tied).config, torch.float32) for tied in (True, False)
+    )
+    assert untied.weight_bytes - tied.weight_bytes == untied.head_bytes == 320 * 32 * 4
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Gemma3"])
+def test_fewer_blocks(kind: str, tiny_model: Callable[..., Any]) -> None:
+    config = tiny_model(kind).config
+    whole, one = shape_of(config, torch.float32), shape_of(with_blocks(config, 1), torch.float32)
+    assert one.blocks == one.kinds == 1
+    assert whole.parameters - one.parameters == (whole.blocks - 1) * one.block_parameters
+    assert config.num_hidden_layers == whole.blocks  # the configuration given is left as it was
+
+
+def test_seventy_billion_parameters_are_counted_without_weights() -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, tie_word_embeddings=False,
+    )  # fmt: skip
+    shape = shape_of(config, torch.bfloat16)
+    assert shape.parameters == 70_553_706_496
+    assert shape.weight_bytes == 2 * shape.parameters
+    assert shape.head_bytes == 2 * 128256 * 8192
+
+
+@pytest.mark.parametrize(
+    ("acquisitions", "arguments", "expected"),
+    [
+        ("entropy,margin,loss", None, Passes(1, 1, 0)),
+        ("grad_norm", None, Passes(1, 1 + 1 + 32 / 64, 0)),
+        ("entropy,grad_norm", {"grad_norm": {"parameters": 3}}, Passes(1 + 1 + 2 * 3 / 30, 1 + 4, 3)),
+        ("grad_norm", {"grad_norm": {"parameters": "all"}}, Passes(3, 4, 30)),
+        ("influence", None, Passes(3, 4, 30)),
+        ("gradient_diversity", None, Passes(1, 2, 0)),
+        ("mutual_information", {"mutual_information": {"layers": 0, "draws": 4}}, Passes(1, 5, 0)),
+        ("mutual_information,expected_entropy", None, Passes(1 + 8, 1 + 8, 0)),  # equal arguments share the draws
+        ("mutual_information", {"mutual_information": {"layers": 3}}, Passes(1 + 27 / 30 + 8 * 3 / 30, 1 + 8, 0)),
+    ],
+)
+def test_passes(acquisitions: str, arguments: Any, expected: Passes) -> None:
+    found = passes(SHAPE, work_of(acquisitions, arguments=arguments))
+    assert found.trunk == pytest.approx(expected.trunk)
+    assert (found.head, found.kept_blocks) == (expected.head, expected.kept_blocks)
+
+
+def runs(
+    law: Callable[[int, int], tuple[float, int]], rows: int, fewer: int, depths: tuple[int, ...], full: int = 0
+) -> list[Run]:
+    """Measurements where ``law(blocks, rows)`` is seconds and bytes beyond the weights."""
+    return [
+        Run(
+            blocks=blocks,
+            rows=rows,
+            seconds=(law(blocks, rows)[0],) * 3,
+            peak=1000 * blocks + law(blocks, rows)[1],
+            fewer_rows=fewer,
+            fewer_peak=1000 * blocks + law(blocks, fewer)[1],
+            full_peak=1000 * blocks + law(blocks, full)[1] if full else None,
+            weight_bytes=1000 * blocks,
+            libraries=5000,
+            start_seconds=2.0,
+            load_seconds=1.0 + 0.5 * blocks,
+        )
+        for blocks in depths
+    ]
+
+
+def value(figures: Any, name: str) -> Any:
+    return next(figure for figure in figures if figure.name == name)
+
+
+@pytest.mark.parametrize("full", [0, 8])
+def test_the_extrapolation_is_linear_in_blocks_and_rows(full: int) -> None:
+    """With a backward pass bytes are bilinear, and seconds always are."""
+    work = work_of("grad_norm", arguments={"grad_norm": {"parameters": "all"}})
+    assert work.batch_rows == 8
+
+    def law(blocks: int, rows: int) -> tuple[float, int]:
+        return rows * (0.25 + 0.5 * blocks), 7000 + rows * (40 + 16 * blocks)
+
+    estimate = from_runs(SHAPE, work, runs(law, rows=4, fewer=2, depths=(1, 4), full=full), devices=1)
+    assert estimate.scoring_seconds == pytest.approx(100 * (0.25 + 0.5 * 30))
+    assert value(estimate.time, "a batch, in the blocks").value == pytest.approx(8 * 0.5 * 30)
+    assert value(estimate.time, "a batch, in embedding and head").value == pytest.approx(8 * 0.25)
+    assert value(estimate.time, "loading").value == pytest.approx(1.0 + 0.5 * 30)
+    assert estimate.peak_bytes == pytest.approx(SHAPE.weight_bytes + 7000 + 8 * (40 + 16 * 30))
+    assert value(estimate.memory, "scoring a batch").value == pytest.approx(2000 + 8 * (40 + 16 * 30))
+    assert value(estimate.memory, "peak while scoring").source == EXTENDED
+    assert estimate.layouts == ()
+
+
+def test_without_a_backward_pass_memory_does_not_grow_with_blocks() -> None:
+    estimate = from_runs(
+        SHAPE, work_of(), runs(lambda blocks, rows: (1.0, 7000 + 10 * rows + blocks), 4, 2, (1, 4)), devices=1
+    )
+    assert estimate.peak_bytes == SHAPE.weight_bytes + 7000 + 10 * 8 + 4
+
+
+def test_a_full_batch_of_the_smaller_model_is_believed() -> None:
+    low, high = runs(lambda blocks, rows: (1.0, 7000 + 10 * rows + blocks), 4, 2, (1, 4))
+    estimate = from_runs(SHAPE, work_of(), [replace(low, full_peak=1000 + 9000), high], devices=1)
+    assert estimate.peak_bytes == SHAPE.weight_bytes + 9000 + 3
+    assert value(estimate.memory, "scoring a batch").note.endswith("4 of 8 rows of a batch, a full batch with 1")
+
+
+def test_what_is_measured_whole_is_called_measured() -> None:
+    shape, work = replace(SHAPE, blocks=3), work_of(shape=replace(SHAPE, blocks=3))
+    estimate = from_runs(shape, work, runs(lambda blocks, rows: (rows * blocks, 7000), 8, 4, (1, 3)), devices=1)
+    assert value(estimate.time, "all rows").source == MEASURED
+    assert value(estimate.time, "all rows").value == pytest.approx(300)
+
+
+def test_a_single_block() -> None:
+    shape, work = replace(SHAPE, blocks=1), work_of(shape=replace(SHAPE, blocks=1))
+    estimate = from_runs(shape, work, runs(lambda blocks, rows: (rows * 0.5, 7000), 1, 1, (1,)), devices=1)
+    assert estimate.scoring_seconds == pytest.approx(50)
+    assert estimate.peak_bytes == SHAPE.weight_bytes + 7000
+
+
+def test_a_slow_turn_is_outvoted_and_a_falling_line_is_flat() -> None:
+    low, high = runs(lambda blocks, rows: (rows * (1 + blocks), 7000), 1, 1, (1, 4))
+    estimate = from_runs(SHAPE, work_of(), [low, replace(high, seconds=(5.0, 50.0, 5.0))], devices=1)
+    assert estimate.scoring_seconds == pytest.approx(100 * 31)
+    estimate = from_runs(SHAPE, work_of(), [low, replace(high, seconds=(1.5,) * 3)], devices=1)
+    assert estimate.scoring_seconds == pytest.approx(100 * 2)
+
+
+def layouts(shape: Shape) -> Estimate:
+    return from_runs(
+        shape, work_of(rows=96), runs(lambda blocks, rows: (rows * (0.25 + blocks), 7000), 8, 4, (1, 4)), devices=4
+    )
+
+
+def test_several_devices() -> None:
+    estimate = layouts(SHAPE)
+    seconds, peak = 96 * 30.25, SHAPE.weight_bytes + 7000
+    processes, services, head, tensor = estimate.layouts
+    assert processes.seconds == pytest.approx(seconds / 4 + 2 + 1.0 + 0.5 * 30)  # 12 batches, 3 each; start, loading
+    assert services.seconds == pytest.approx(seconds / 4)
+    assert processes.bytes_per_device == services.bytes_per_device == peak
+    assert head.seconds == pytest.approx(96 * (30 + 0.25 / 4))
+    assert head.bytes_per_device == peak - 0.75 * SHAPE.head_bytes
+    assert tensor.seconds == pytest.approx(seconds / 4)
+    assert tensor.bytes_per_device == SHAPE.weight_bytes / 4 + 7000
+
+
+def test_a_tied_head_is_not_divided_where_the_trunk_is_whole() -> None:
+    assert layouts(replace(SHAPE, tied=True)).layouts[2].bytes_per_device == SHAPE.weight_bytes + 7000
+
+
+def test_batches_that_devices_do_not_divide() -> None:
+    estimate = from_rates(SHAPE, work_of(rows=40), 1e12, 1e12, devices=2, on_cpu=True)  # five batches: 3 and 2
+    assert estimate.layouts[1].seconds == pytest.approx(estimate.scoring_seconds * 3 / 5)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "weights", "expected"),
+    [
+        ("float32", "float32", 4_000_000, 4_000_000),
+        ("float32", "bfloat16", 2_000_000, 4_000_000 + 2_000_000),
+        ("bfloat16", "bfloat16", 2_000_000, 2_000_000 + 4 * 1000 * 64),
+    ],
+)
+def test_peak_while_loading(stored: str, dtype: str, weights: int, expected: int) -> None:
+    shape = replace(SHAPE, stored_dtype=stored, dtype=dtype, weight_bytes=weights)
+    shape = replace(shape, stored_bytes=4_000_000 if stored == "float32" else 2_000_000)
+    estimate = from_runs(shape, work_of(), runs(lambda blocks, rows: (1.0, 7000), 1, 1, (1, 4)), devices=1)
+    assert value(estimate.memory, "peak while loading").value == 5000 + expected
+
+
+def test_activations_by_formula() -> None:
+    tokens, scored = 512, 256
+    block, rows = tokens * (2 * 64 + 3 * 160) * 4, 2 * scored * 64 * 4
+    assert activation_bytes(SHAPE, work_of()) == block + rows + HEAD_SCRATCH
+    assert activation_bytes(SHAPE, work_of(), on_cpu=False) == block + rows + CHUNKED_SCRATCH
+    half = replace(SHAPE, dtype="bfloat16")
+    assert activation_bytes(half, work_of()) == (block + rows) // 2 + HEAD_SCRATCH
+    eager = replace(SHAPE, attention="eager")
+    assert activation_bytes(eager, work_of()) == block + tokens * 64 * 4 * 8 + rows + HEAD_SCRATCH
+    kept = work_of("grad_norm", arguments={"grad_norm": {"parameters": 3}})
+    assert activation_bytes(SHAPE, kept) == block + 3 * tokens * (8 * 64 + 4 * 160) * 4 + rows + HEAD_SCRATCH
+    drawn = work_of("mutual_information", batch_tokens=128, tokens=64)  # two rows, but one of them drawn eight times
+    assert activation_bytes(SHAPE, drawn) == 4 * block // 4 + rows // 4 + DRAWS_SCRATCH
+
+
+def test_seconds_from_rates() -> None:
+    trunk = 2 * 512 * (900_000 + 64 * 64 * 30)
+    head = 2 * 256 * 64 * 1000
+    assert batch_seconds(SHAPE, work_of(), 1e9, 1e12) == pytest.approx((trunk / 1e9, head / 1e9))
+    bytes_alone = batch_seconds(SHAPE, work_of(), 1e15, 1e6)
+    assert bytes_alone == pytest.approx((900_000 * 4 / 1e6, 256_000 / 1e6))
+    estimate = from_rates(SHAPE, work_of(), 1e9, 1e12, devices=1, on_cpu=False)
+    assert estimate.scoring_seconds == pytest.approx((trunk + head) / 1e9 * 100 / 8)
+    assert {figure.source for figure in estimate.time} == {GIVEN}
+    assert {figure.source for figure in estimate.memory} == {COMPUTED}
+    more = from_rates(SHAPE, work_of(rows=200), 1e9, 1e12, devices=1, on_cpu=False)
+    assert more.scoring_seconds == pytest.approx(2 * estimate.scoring_seconds)
+    assert more.peak_bytes == estimate.peak_bytes
+
+
+@pytest.fixture
+def student(tmp_path: Path, tiny_model: Callable[..., Any]) -> Path:
+    tiny_model("Llama", num_hidden_layers=6).save_pretrained(tmp_path / "student")
+    return tmp_path / "student"
+
+
+@pytest.fixture
+def arguments(student: Path) -> Callable[..., list[str]]:
+    """``arguments(**options)`` of the command line; None leaves an option out."""
+
+    def build(**options: Any) -> list[str]:
+        settings = {"config": student / "config.json", "rows": 100, "tokens": 32, "batch_tokens": 128, **options}
+        flags = [(f"--{key.replace('_', '-')}", str(v)) for key, v in settings.items() if v is not None]
+        return ["plan", *(word for flag in flags for word in flag)]
+
+    return build
+
+
+def test_measured_with_weights(
+    arguments: Callable[..., list[str]],
+    student: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measuring, "BUDGET_S", 0.01)
+    given = {"grad_norm": {"parameters": 2}}
+    options: dict[str, Any] = {"acquisitions": "entropy,grad_norm", "acquisition_args": json.dumps(given), "devices": 2}
+    assert main([*arguments(config=None, student=student, threads=1, **options), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    model = plan["model"]
+    assert (model["name"], model["blocks"], model["dtype"]) == ("LlamaForCausalLM", 6, "float32")
+    assert plan["work"]["acquisitions"] == ["entropy", "grad_norm"]
+    memory = {figure["name"]: figure for figure in plan["memory"]}
+    assert memory["weights"]["value"] == model["weight_bytes"] == 4 * model["parameters"]
+    assert 50 * MIB < memory["interpreter and libraries"]["value"] < plan["peak_bytes"] < 4096 * MIB
+    assert memory["scoring a batch"]["note"].startswith("2 and 5 blocks")  # no fewer than the gradients need
+    time = {figure["name"]: figure for figure in plan["time"]}
+    assert 0 < time["loading"]["value"] < 60
+    assert time["all rows"]["value"] == plan["scoring_seconds"] > 0
+    assert len(plan["layouts"]) == 4
+
+
+def test_measured_from_a_configuration_alone(
+    arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "BUDGET_S", 0.01)
+    monkeypatch.setattr(command, "BUSY", -1.0)
+    assert main(arguments(acquisitions="influence,mutual_information", dtype="bfloat16")) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for shown in (
+        "weights",
+        "computed",
+        "peak while scoring",
+        "measured, extended",
+        "not known",
+        "Other work ran here",
+    ):
+        assert shown in out
+
+
+def test_a_device_that_is_not_here(arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    options = arguments(device="h100", flops=4e14, bandwidth=3e12, devices=8)
+    assert main(options) == 0
+    assert "8 devices like this one, computed" in capsys.readouterr().out
+    assert main([*options, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["device"] == "h100"
+    assert {figure["source"] for figure in plan["time"]} == {GIVEN}
+
+
+def test_blocks_of_several_kinds_and_long_rows_are_noted(
+    tiny_model: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("Gemma3").config.save_pretrained(tmp_path)
+    flags = ["--rows", "10", "--tokens", "32", "--batch-tokens", "16", "--flops", "1e12", "--bandwidth", "1e11"]
+    assert main(["plan", "--config", str(tmp_path / "config.json"), *flags]) == 0
+    out = capsys.readouterr().out
+    assert "The 7 blocks are of 2 kinds" in out
+    assert "longer than --batch-tokens 16" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": 0}, "rows: expected an int >= 1, got 0"),
+        ({"tokens": 1}, "tokens: expected at least 2"),
+        ({"tokens": 65}, "tokens: the student takes at most 64 tokens, got 65"),
+        ({"scored": 32}, "scored: expected at most 31 of a row of 32 tokens, got 32"),
+        ({"batch_tokens": 0}, "batch_tokens: expected an int >= 1, got 0"),
+        ({"devices": 0}, "devices: expected an int >= 1, got 0"),
+        ({"threads": 0}, "threads: expected an int >= 1, got 0"),
+        ({"acquisitions": "entropie"}, "acquisitions: unknown 'entropie'"),
+        ({"acquisitions": "archive_novelty"}, "'archive_novelty' needs"),
+        ({"acquisition_args": '{"grad_norm": {}}'}, "'grad_norm' is not among the acquisitions asked for"),
+        (
+            {"acquisitions": "grad_norm", "acquisition_args": '{"grad_norm": {"parameters": "trainable"}}'},
+            "'trainable' depends on adapters",
+        ),
+        (
+            {"acquisitions": "grad_norm", "acquisition_args": '{"grad_norm": {"parameters": 7}}'},
+            "expected at most 6",
+        ),
+        (
+            {
+                "acquisitions": "mutual_information",
+                "acquisition_args": '{"mutual_information": {"members": ["a", "b"]}}',
+            },
+            "members can not be planned",
+        ),
+        ({"acquisition_args": "{"}, "argument --acquisition-args: invalid"),
+        ({"flops": 1e12}, "--flops and --bandwidth: expected both or neither"),
+        ({"flops": -1, "bandwidth": 1}, "flops: expected a number > 0, got -1"),
+        ({"device": "h100"}, "device: 'h100' is not on this machine, so nothing is measured"),
+        ({"config": "missing.json"}, "config: no file or folder missing.json"),
+        ({"config": None}, "one of the arguments --student --config is required"),
+        ({"student": "x"}, "not allowed with argument"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(
+    options: dict[str, Any],
+    message: str,
+    arguments: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(arguments(**options))
+    except SystemExit as stop:  # argparse ends the process itself
+        code = int(str(stop.code))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith("acqcore: error: ")
+    assert message in lines[0]
+
+
+def test_without_transformers(
+    arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(arguments()) == 2
+    assert "needs transformers: run 'pip install acqcore[train]'" in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_fit_is_not_measured(
+    arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "free_bytes", lambda device: 10 * MIB)
+    assert main(arguments()) == 2
+    error = capsys.readouterr().err
+    assert "plan: models of 1 and 2 blocks and a batch need 0.05 GiB to be measured, 0.01 GiB are free" in error
+
+
+def test_a_failing_measurement_is_told(tmp_path: Path, tiny_model: Callable[..., Any]) -> None:
+    config = tiny_model("Llama").config
+    shape = shape_of(config, torch.float32)
+    with pytest.raises(RuntimeError, match=r"measuring failed: (OSError|ValueError): .*nowhere"):
+        measuring.measure(tmp_path / "nowhere", config, shape, work_of(shape=shape), "cpu", None)
+
+
+def test_units() -> None:
+    assert [command.size(v) for v in (3 * MIB, 2560 * MIB)] == ["3 MiB", "2.50 GiB"]
+    shown = [command.seconds(v) for v in (0.0, 0.0123, 0.5, 4.25, 42.0, 600.0, 9000.0)]
+    assert shown == ["0.0 s", "12 ms", "0.50 s", "4.2 s", "42.0 s", "10.0 min", "2.5 h"]
