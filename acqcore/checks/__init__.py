@@ -181,6 +181,9 @@ from acqcore.checks.heads import (
     targets_in_range as targets_in_range,
 )
 from acqcore.checks.heads import (
+    tiling as tiling,
+)
+from acqcore.checks.heads import (
     vocabulary as vocabulary,
 )
 from acqcore.checks.sample_data import (
