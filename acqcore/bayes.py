@@ -247,7 +247,6 @@ def _mixture_stats(
     n = hidden.shape[-2]
     state = torch.empty((len(STATE_ROWS), n), dtype=torch.float64, device=hidden.device)
     votes = torch.empty((draws, n), dtype=torch.int64, device=hidden.device)
-    assert head.vocab_size is not None
     if head.group is not None:
         # The fused kernels take no normalisers from outside, which a shard's second visit needs.
         check_tiling(head)

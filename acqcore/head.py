@@ -43,7 +43,7 @@ class Head:
     softcap: float | None = None
     scale: float = 1.0
     vocab_start: int = 0
-    vocab_size: int | None = None
+    vocab_size: int = None  # type: ignore[assignment]  # an int once made
     group: ProcessGroup | None = None
 
     def __post_init__(self) -> None:

@@ -238,7 +238,6 @@ def row_stats(
     hidden, weight = hidden.detach(), head.weight.detach()
     bias = None if head.bias is None else head.bias.detach()
     state, index = _empty_state(hidden)
-    assert head.vocab_size is not None
     _row_stats_op(
         hidden, weight, bias, targets, head.softcap, head.scale, temperature, head.vocab_start, head.vocab_size,
         chosen.name, state, index,

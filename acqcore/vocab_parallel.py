@@ -55,7 +55,6 @@ def check_tiling(head: Head) -> None:
     """
     if head.group is None or head in _TILED:
         return
-    assert head.vocab_size is not None
     rows, depth = head.weight.shape
     own = torch.tensor([head.vocab_start, rows, head.vocab_size, depth], device=head.weight.device)
     checks.tiling(gathered(own, head.group).tolist())

@@ -6,6 +6,7 @@ process writes its results to ``FOLDER/RANK``; the test module compares them.
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
@@ -281,6 +284,267 @@ def errors() -> Pairs:
     }
 
 
+ACQUISITIONS = ["entropy", "margin", "loss", "grad_norm", "badge", "mutual_information", "variation_ratio",
+                "gradient_diversity"]  # fmt: skip
+
+
+def tiny_llama(**config: Any) -> Any:
+    """A random model of 321 tokens, which no two ranks share evenly."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 321, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+        "initializer_range": 0.2, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **config})).eval()
+
+
+def saved_llama(folder: Path, **config: Any) -> str:
+    """Where the model lies for ``from_pretrained``."""
+    path = folder / "llama"
+    if dist.get_rank() == 0 and not path.exists():
+        tiny_llama(**config).save_pretrained(path)
+    dist.barrier()
+    return str(path)
+
+
+def samples(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Samples of 5 to 20 tokens, each as ``score`` takes it alone."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(5, 21, (count,), generator=g).tolist()
+    return [{"input_ids": torch.randint(0, 321, (1, length), generator=g)} for length in lengths]
+
+
+def together(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The samples as one batch of tensors, padded on the right."""
+    longest = max((part["input_ids"].shape[1] for part in parts), default=2)
+    ids = torch.zeros(len(parts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, part in enumerate(parts):
+        ids[i, : part["input_ids"].shape[1]] = part["input_ids"][0]
+        mask[i, : part["input_ids"].shape[1]] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def scored(student: Any, given: Any, **options: Any) -> dict[str, torch.Tensor]:
+    scores = acqcore.score(student, given, ACQUISITIONS, batch_tokens=40, **options)
+    return {name: scores[name] for name in ACQUISITIONS}
+
+
+def compared(student: Any, reference: Any, given: Any) -> Pairs:
+    """Everything that a student with a sharded head is asked, as of a whole model."""
+    got, expected = scored(student, given), scored(reference, given)
+    pairs: Pairs = {name: (got[name], expected[name]) for name in ACQUISITIONS}
+    last = {name: {"layers": 1, "draws": 3} for name in ("mutual_information", "variation_ratio")}
+    got, expected = scored(student, given, acquisition_args=last), scored(reference, given, acquisition_args=last)
+    pairs["one block"] = (got["mutual_information"], expected["mutual_information"])
+    hidden = {name: {"layers": 0} for name in ("mutual_information", "variation_ratio")}
+    got, expected = scored(student, given, acquisition_args=hidden), scored(reference, given, acquisition_args=hidden)
+    pairs["hidden state"] = (got["mutual_information"], expected["mutual_information"])
+    pairs["own pass"] = (acqcore.grad_norm(student, given), acqcore.grad_norm(reference, given))
+    pairs["vectors"] = (
+        acqcore.badge_embedding(student, given, dim=64), acqcore.badge_embedding(reference, given, dim=64)
+    )  # fmt: skip
+    pairs["deeper"] = (
+        message(lambda: acqcore.grad_norm(student, given, 1)),
+        "ValueError: parameters: 1 needs a student whose parameters are whole on each rank; of one spread over "
+        "processes (tensor parallel, FSDP, ZeRO-3) only 'head' is known",
+    )
+    return pairs
+
+
+def placed(student: acqcore.Student) -> tuple[int, int, int, bool]:
+    head = student.head
+    return head.vocab_start, len(head.weight), head.vocab_size, head.group is None
+
+
+def tensor_parallel(folder: Path, **config: Any) -> Pairs:
+    """``from_pretrained(tp_plan="auto")``."""
+    from transformers import AutoModelForCausalLM
+
+    path = saved_llama(folder, **config)
+    model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
+    student = acqcore.Student.from_model(model.eval())
+    pairs = compared(student, AutoModelForCausalLM.from_pretrained(path).eval(), together(samples(7)))
+    pairs["rows"] = (placed(student), ([0, 161][dist.get_rank()], [161, 160][dist.get_rank()], 321, False))
+    return pairs
+
+
+def parallelized(style: Any, expected: Callable[[], tuple[int, int, int, bool]], **config: Any) -> Pairs:
+    """A head that ``parallelize_module`` has sharded."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    model, whole = tiny_llama(**config), tiny_llama(**config)
+    parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), {"lm_head": style()})
+    student = acqcore.Student.from_model(model)
+    pairs = compared(student, whole, together(samples(7)))
+    pairs["rows"] = (placed(student), expected())
+    return pairs
+
+
+def colwise() -> Any:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    return ColwiseParallel(output_layouts=Replicate())
+
+
+def colwise_local() -> Any:
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    return ColwiseParallel()
+
+
+def rowwise() -> Any:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import RowwiseParallel
+
+    return RowwiseParallel(input_layouts=Replicate())
+
+
+def share() -> tuple[int, int, int, bool]:
+    return [0, 161][dist.get_rank()], [161, 160][dist.get_rank()], 321, False
+
+
+def data_parallel(wrap: Callable[[Any], Any], trains: bool = True) -> Pairs:
+    """Every rank scores samples of its own, more on the first, and none on the second at the end."""
+    whole = tiny_llama()
+    wrapped = wrap(tiny_llama())
+    student = acqcore.Student.from_model(wrapped)
+    rank = dist.get_rank()
+    pairs = compared(student, whole, together(samples([9, 2][rank], seed=rank)))
+    pairs["rows"] = (placed(student), (0, 321, 321, True))
+    few = samples([4, 0][rank], seed=5)
+    got = scored(student, together(few))
+    expected = scored(whole, together(few))
+    pairs.update({f"none on one rank: {name}": (got[name], expected[name]) for name in ACQUISITIONS})
+    # A rank whose samples are bad raises when the others are done; they learn of it.
+    bad = together(samples(5))
+    bad["input_ids"][0, 0] = 321 if rank == 1 else 0
+
+    def failing() -> str:
+        try:
+            acqcore.score(student, bad, batch_tokens=40)
+        except (ValueError, RuntimeError) as error:
+            return str(error)[:40]
+        return "no error"
+
+    of_ranks = ["student: another rank of those that shar", "samples[0]: token id 321 is outside the "]
+    pairs["error"] = (failing(), of_ranks[rank])
+    if not trains:
+        return pairs
+    # The model trains on as one that was never scored, and its scores follow.
+    fresh = wrap(tiny_llama())
+    pairs["training goes on"] = (one_step(wrapped), one_step(fresh))
+    again = scored(student, together(few))
+    pairs["after a step"] = (again["entropy"], scored(acqcore.Student.from_model(fresh), together(few))["entropy"])
+    pairs["it did step"] = (bool((again["entropy"] != got["entropy"]).all()), True)
+    return pairs
+
+
+def one_step(model: Any) -> float:
+    """Loss after a step of gradient descent on one batch, the same on every rank."""
+    ids = together(samples(3, seed=9))["input_ids"]
+    if hasattr(model, "backward"):  # DeepSpeed's engine has the optimizer in it
+        for _ in range(2):
+            loss = model(input_ids=ids, labels=ids).loss
+            model.backward(loss)
+            model.step()
+        return round(loss.item(), 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(2):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return round(loss.item(), 4)
+
+
+def fsdp2(model: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def fsdp1(model: Any, use_orig_params: bool) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    policy = ModuleWrapPolicy({LlamaDecoderLayer, torch.nn.Linear} if use_orig_params else {LlamaDecoderLayer})
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+
+
+def zero3(model: Any) -> Any:
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+class Gathered:
+    """What ``deepspeed.zero.GatheredParameters`` does: the parameters hold their values within."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+
+    def __enter__(self) -> None:
+        for parameter in self.parameters:
+            flat = torch.cat([piece.flatten() for piece in self.pieces(parameter)])
+            parameter.data = flat[: parameter.ds_shape.numel()].view(parameter.ds_shape)
+
+    def __exit__(self, *_: Any) -> None:
+        for parameter in self.parameters:
+            parameter.data = torch.empty(0)
+
+    @staticmethod
+    def pieces(parameter: Any) -> list[torch.Tensor]:
+        pieces = [torch.empty_like(parameter.ds_tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(pieces, parameter.ds_tensor)
+        return pieces
+
+
+def like_zero3(model: Any) -> Any:
+    """ZeRO-3's contract without DeepSpeed: a piece of each parameter a rank, whole while its module runs."""
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        for parameter in own:
+            parameter.ds_id, parameter.ds_shape = id(parameter), parameter.shape
+            world = dist.get_world_size()
+            padded = torch.nn.functional.pad(parameter.detach().flatten(), (0, -parameter.numel() % world))
+            parameter.ds_tensor = padded.chunk(world)[dist.get_rank()].clone()
+            parameter.data = torch.empty(0)
+        if own:
+            gathered = Gathered(own)
+            module.register_forward_pre_hook(lambda *_, gathered=gathered: gathered.__enter__())
+            module.register_forward_hook(lambda *_, gathered=gathered: gathered.__exit__())
+    return model
+
+
+def imitated_zero3() -> Pairs:
+    deepspeed: Any = ModuleType("deepspeed")
+    deepspeed.__spec__ = ModuleSpec("deepspeed", None)  # transformers looks for one
+    deepspeed.zero = SimpleNamespace(GatheredParameters=Gathered)
+    deepspeed.DeepSpeedEngine = type("DeepSpeedEngine", (torch.nn.Module,), {})
+    sys.modules["deepspeed"] = deepspeed
+    try:
+        return data_parallel(like_zero3, trains=False)
+    finally:
+        del sys.modules["deepspeed"]
+
+
 # Rows and gradients of these inputs are compared; those left out are large and reach nothing more.
 ADVERSARIAL = [name for name in INPUTS if name not in ("N = 8200", "D = 2001", "N = 0", "V = 262144")]
 DRAWN = ["random", "std 30", "-inf columns", "-inf first tiles", "confident 1e-12", "ties", "V = 1", "V = 2",
@@ -301,21 +565,34 @@ def of_heads(rows_of: list[str], gradients_of: list[str], draws_of: list[str]) -
     }
 
 
-CASES: dict[str, dict[str, Callable[[], Pairs]]] = {
+CASES: dict[str, dict[str, Callable[..., Pairs]]] = {
     "heads": of_heads([*ADVERSARIAL, "N = 0", "V = 262144"], ADVERSARIAL, DRAWN),
     "heads of 4": of_heads(FEW, FEW, FEW),
+    "students": {
+        "tensor parallel": tensor_parallel,
+        "DTensor by rows": partial(parallelized, colwise, share),
+        "DTensor by rows, local logits": partial(parallelized, colwise_local, share),
+        "DTensor by columns": partial(parallelized, rowwise, lambda: (0, 321, 321, True)),
+        "FSDP2": partial(data_parallel, fsdp2),
+        "FSDP1, flat parameters": partial(data_parallel, partial(fsdp1, use_orig_params=False)),
+        "FSDP1, original parameters": partial(data_parallel, partial(fsdp1, use_orig_params=True)),
+        "a contract like ZeRO-3's": imitated_zero3,
+    },
+    "ZeRO-3": {"ZeRO-3": partial(data_parallel, zero3)},
 }
+NEEDS_FOLDER = {"tensor parallel"}
 
 
-def main(folder: Path, rank: int, world: int, cases: dict[str, Callable[[], Pairs]]) -> None:
+def main(folder: Path, rank: int, world: int, cases: dict[str, Callable[..., Pairs]]) -> None:
     torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))  # as torchrun does
     dist.init_process_group(
         "gloo", f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     results: dict[str, Pairs | str] = {}
     for name, case in cases.items():
         try:
-            results[name] = case()
+            results[name] = case(folder) if name in NEEDS_FOLDER else case()  # type: ignore[call-arg]
         except Exception:
             results[name] = traceback.format_exc()
     torch.save(results, folder / f"{rank}")

@@ -159,6 +159,9 @@ from acqcore.checks.gradients import (
 from acqcore.checks.gradients import (
     whole_head as whole_head,
 )
+from acqcore.checks.gradients import (
+    whole_parameters as whole_parameters,
+)
 from acqcore.checks.heads import (
     head as head,
 )
