@@ -73,7 +73,8 @@ def score(
 
     Args:
         student: a transformers causal language model, a PEFT model, a hub id or local path, or
-            ``acqcore.Student``. Its mode, gradients, dtype and device are left as found.
+            ``acqcore.Student``. Its mode, gradients, dtype and device are left as found. A sharded model as
+            ``acqcore.Student.from_model`` says; of any other no collective is made.
         samples: a list of strings (scored whole); of ``{"prompt", "completion"}``, strings or messages (the
             completion is scored); of ``{"messages"}`` (the last assistant turn is scored, through the chat
             template); a ``datasets.Dataset`` with such columns or ``"text"``; or tensors ``{"input_ids" [B,
@@ -109,7 +110,7 @@ def score(
         TypeError: an argument of a wrong kind, samples of several kinds, a missing tokenizer.
         ValueError: an unknown name, a sample with nothing to score or longer than the student takes (names
             its index), a model whose logits acqcore does not know how to form.
-        RuntimeError: the backend is not available here.
+        RuntimeError: the backend is not available here; under FSDP or ZeRO-3, another rank raised.
     """
     arguments = checks.acquisition_args(acquisition_args, acquisitions, ARGUMENTS)
     request = Request.checked(acquisitions, reduction, topk, batch_tokens, backend, arguments)

@@ -47,7 +47,8 @@ def vocabulary_shard(
         return {"weight": weight, "bias": None if bias is None else full(bias)}
     mesh, placements = weight.device_mesh, weight.placements  # type: ignore[attr-defined]
     cut = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
-    if len(cut) != 1 or type(placements[cut[0]]).__name__ != "Shard" or placements[cut[0]].dim != 0:
+    by_rows = sys.modules["torch.distributed.tensor"].Shard(0)
+    if [placements[i] for i in cut] != [by_rows]:
         return {"weight": full(weight), "bias": None if bias is None else full(bias)}
     # As torch.chunk: ranks at the end may have fewer rows, or none.
     size = -(-weight.shape[0] // mesh.size(cut[0]))
@@ -114,9 +115,14 @@ class DataParallel(ABC):
 class Fsdp2(DataParallel):
     """``torch.distributed.fsdp.fully_shard``; with tensor parallelism inside or not."""
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.rest()  # what is gathered at this moment is no DTensor
+        mesh = next(p for p in model.parameters() if is_dtensor(p)).device_mesh  # type: ignore[attr-defined]
+        self._groups = [mesh.get_group(i) for i in range(mesh.ndim)]
+
     def groups(self) -> list[distributed.ProcessGroup | None]:
-        mesh = next(p for p in self.model.parameters() if is_dtensor(p)).device_mesh  # type: ignore[attr-defined]
-        return [mesh.get_group(i) for i in range(mesh.ndim)]
+        return self._groups
 
     @contextmanager
     def whole(self, layer: nn.Module) -> Iterator[None]:

@@ -21,9 +21,11 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import acqcore
 from acqcore.row_stats import FIELDS, RowStats
+from acqcore.sharding import vocabulary_shard
 from acqcore.testing import CASES as INPUTS
 from acqcore.testing import Case, random_case
 
@@ -223,6 +225,35 @@ def bytes_on_the_wire() -> Pairs:
     return pairs
 
 
+def mesh(*sizes: int) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", sizes or (dist.get_world_size(),))
+
+
+def few_rows() -> Pairs:
+    """DTensors of five rows on four ranks: the last has none; on a mesh of 2 x 2 two ranks share them, twice."""
+    case = random_case(9, 16, 5, bias=True)
+    assert case.head.bias is not None
+    square = mesh(2, 2)
+    flat_rank, row_rank = dist.get_rank(), square.get_local_rank(1)
+    given = {
+        "flat": (mesh(), [Shard(0)], ([0, 2, 4, 5][flat_rank], [2, 2, 1, 0][flat_rank], 4)),
+        "square": (square, [Replicate(), Shard(0)], ([0, 3][row_rank], [3, 2][row_rank], 2)),
+    }
+    pairs: Pairs = {}
+    for name, (of_name, placements, expected) in given.items():
+        weight = distribute_tensor(case.head.weight, of_name, placements)
+        biases = {"sharded": distribute_tensor(case.head.bias, of_name, placements), "whole": case.head.bias}
+        for kind, bias in biases.items():
+            head = acqcore.Head(**vocabulary_shard(weight, bias))
+            size = dist.get_world_size(head.group)
+            pairs[f"{name} {kind}"] = ((head.vocab_start, len(head.weight), size), expected)
+            fields = row_fields(replace(case, head=head).run("cpu"), case.run("cpu"))
+            pairs.update({f"{name} {kind} {field}": pair for field, pair in fields.items()})
+    return pairs
+
+
 def message(call: Callable[[], Any]) -> str:
     try:
         call()
@@ -271,6 +302,11 @@ def errors() -> Pairs:
             message(lambda: acqcore.ensemble_stats(drawn, [whole, shared])),
             f"ValueError: head: expected heads alike in group, got None and {ranks} for draw 1",
         ),
+        "a DTensor": (
+            message(lambda: acqcore.Head(distribute_tensor(weight, mesh(), [Shard(0)]))),
+            "TypeError: weight: expected a plain tensor [V, D], got a DTensor of shape [8, 4]; give its local rows "
+            "with vocab_start, vocab_size and group, or the model to acqcore.Student.from_model",
+        ),
         "target": (
             message(
                 lambda: acqcore.row_stats(
@@ -303,7 +339,7 @@ def tiny_llama(**config: Any) -> Any:
 
 def saved_llama(folder: Path, **config: Any) -> str:
     """Where the model lies for ``from_pretrained``."""
-    path = folder / "llama"
+    path = folder / "-".join(["llama", *config])
     if dist.get_rank() == 0 and not path.exists():
         tiny_llama(**config).save_pretrained(path)
     dist.barrier()
@@ -374,11 +410,10 @@ def tensor_parallel(folder: Path, **config: Any) -> Pairs:
 
 def parallelized(style: Any, expected: Callable[[], tuple[int, int, int, bool]], **config: Any) -> Pairs:
     """A head that ``parallelize_module`` has sharded."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import parallelize_module
 
     model, whole = tiny_llama(**config), tiny_llama(**config)
-    parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), {"lm_head": style()})
+    parallelize_module(model, mesh(), {"lm_head": style()})
     student = acqcore.Student.from_model(model)
     pairs = compared(student, whole, together(samples(7)))
     pairs["rows"] = (placed(student), expected())
@@ -386,7 +421,6 @@ def parallelized(style: Any, expected: Callable[[], tuple[int, int, int, bool]],
 
 
 def colwise() -> Any:
-    from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel
 
     return ColwiseParallel(output_layouts=Replicate())
@@ -399,7 +433,6 @@ def colwise_local() -> Any:
 
 
 def rowwise() -> Any:
-    from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import RowwiseParallel
 
     return RowwiseParallel(input_layouts=Replicate())
@@ -461,6 +494,34 @@ def one_step(model: Any) -> float:
         loss.backward()
         optimizer.step()
     return round(loss.item(), 4)
+
+
+def whole_student() -> Pairs:
+    """Beside a process group a whole student makes no collective."""
+    with wire() as sent:
+        scored(tiny_llama(), together(samples(3)))
+    return {"sent": (sent, [])}
+
+
+def members() -> Pairs:
+    """A member of an ensemble that ranks run together is refused."""
+    students = [tiny_llama(), fsdp2(tiny_llama())]
+    options = {"mutual_information": {"members": students}}
+    given = together(samples(3))
+    refused = message(lambda: acqcore.score(students[0], given, "mutual_information", acquisition_args=options))
+    return {
+        "refused": (
+            refused,
+            "ValueError: members: expected models whose forwards are each rank's own, "
+            "got one under FSDP or ZeRO-3 at 1",
+        )
+    }
+
+
+def fsdp2_in_one(model: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model)
 
 
 def fsdp2(model: Any) -> Any:
@@ -566,28 +627,32 @@ def of_heads(rows_of: list[str], gradients_of: list[str], draws_of: list[str]) -
 
 
 CASES: dict[str, dict[str, Callable[..., Pairs]]] = {
-    "heads": of_heads([*ADVERSARIAL, "N = 0", "V = 262144"], ADVERSARIAL, DRAWN),
-    "heads of 4": of_heads(FEW, FEW, FEW),
-    "students": {
+    "two ranks": {
+        **of_heads([*ADVERSARIAL, "N = 0", "V = 262144"], [n for n in ADVERSARIAL if n != "std 30"], DRAWN),
         "tensor parallel": tensor_parallel,
         "DTensor by rows": partial(parallelized, colwise, share),
         "DTensor by rows, local logits": partial(parallelized, colwise_local, share),
         "DTensor by columns": partial(parallelized, rowwise, lambda: (0, 321, 321, True)),
+        "tensor parallel, tied": partial(tensor_parallel, tie_word_embeddings=True),
+        "a whole student": whole_student,
+        "members": members,
         "FSDP2": partial(data_parallel, fsdp2),
+        "FSDP2 in one unit": partial(data_parallel, fsdp2_in_one, trains=False),
         "FSDP1, flat parameters": partial(data_parallel, partial(fsdp1, use_orig_params=False)),
         "FSDP1, original parameters": partial(data_parallel, partial(fsdp1, use_orig_params=True)),
         "a contract like ZeRO-3's": imitated_zero3,
     },
+    "four ranks": {**of_heads(FEW, FEW, FEW), "few rows": few_rows},
     "ZeRO-3": {"ZeRO-3": partial(data_parallel, zero3)},
 }
-NEEDS_FOLDER = {"tensor parallel"}
+NEEDS_FOLDER = {"tensor parallel", "tensor parallel, tied"}
 
 
 def main(folder: Path, rank: int, world: int, cases: dict[str, Callable[..., Pairs]]) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))  # as torchrun does
     dist.init_process_group(
-        "gloo", f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
     results: dict[str, Pairs | str] = {}
     for name, case in cases.items():

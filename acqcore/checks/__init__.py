@@ -73,6 +73,9 @@ from acqcore.checks.draws import (
     dropout_ran as dropout_ran,
 )
 from acqcore.checks.draws import (
+    members_alone as members_alone,
+)
+from acqcore.checks.draws import (
     own_dropout as own_dropout,
 )
 from acqcore.checks.draws import (
