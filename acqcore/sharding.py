@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,9 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+
+# Held while the globals of transformers and the environment are others: two threads would restore each other's.
+_loading = threading.RLock()
 
 
 def is_dtensor(value: object) -> bool:
@@ -145,7 +149,8 @@ class Fsdp1(DataParallel):
     @contextmanager
     def whole(self, layer: nn.Module) -> Iterator[None]:
         units = self._units()
-        owners = [unit for unit in units if layer in set(unit.modules())]  # from the outermost to the innermost
+        # From the outermost to the innermost.
+        owners = [unit for unit in units if any(module is layer for module in unit.modules())]
         with ExitStack() as stack:
             # The root first: it tells the others that they are inside it.
             for unit in {id(unit): unit for unit in (owners[0], owners[-1])}.values():
@@ -227,17 +232,18 @@ def loading_whole() -> Iterator[None]:
 
     In a ZeRO-3 run transformers shards any model it loads, by a global configuration; in one of accelerate's FSDP with
     ``FSDP_CPU_RAM_EFFICIENT_LOADING`` it leaves the weights out on all ranks but the first of a node. Both are as found
-    on leaving, also by an error. Not for loads in several threads at once.
+    on leaving, also by an error. Threads take turns.
     """
     from transformers.integrations import deepspeed
 
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    efficient = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if efficient is not None:
-            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = efficient
-        if reference is not None and (config := reference()) is not None:
-            deepspeed.set_hf_deepspeed_config(config)
+    with _loading:
+        reference = deepspeed._hf_deepspeed_config_weak_ref
+        efficient = os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
+        deepspeed.unset_hf_deepspeed_config()
+        try:
+            yield
+        finally:
+            if efficient is not None:
+                os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = efficient
+            if reference is not None and (config := reference()) is not None:
+                deepspeed.set_hf_deepspeed_config(config)

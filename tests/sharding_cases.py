@@ -442,10 +442,10 @@ def share() -> tuple[int, int, int, bool]:
     return [0, 161][dist.get_rank()], [161, 160][dist.get_rank()], 321, False
 
 
-def data_parallel(wrap: Callable[[Any], Any], trains: bool = True) -> Pairs:
+def data_parallel(wrap: Callable[[Any], Any], make: Callable[[], Any] = tiny_llama, *, trains: bool = True) -> Pairs:
     """Every rank scores samples of its own, more on the first, and none on the second at the end."""
-    whole = tiny_llama()
-    wrapped = wrap(tiny_llama())
+    whole = make()
+    wrapped = wrap(make())
     student = acqcore.Student.from_model(wrapped)
     rank = dist.get_rank()
     pairs = compared(student, whole, together(samples([9, 2][rank], seed=rank)))
@@ -470,7 +470,7 @@ def data_parallel(wrap: Callable[[Any], Any], trains: bool = True) -> Pairs:
     if not trains:
         return pairs
     # The model trains on as one that was never scored, and its scores follow.
-    fresh = wrap(tiny_llama())
+    fresh = wrap(make())
     pairs["training goes on"] = (one_step(wrapped), one_step(fresh))
     again = scored(student, together(few))
     pairs["after a step"] = (again["entropy"], scored(acqcore.Student.from_model(fresh), together(few))["entropy"])
@@ -516,6 +516,30 @@ def members() -> Pairs:
             "got one under FSDP or ZeRO-3 at 1",
         )
     }
+
+
+def adapted_llama() -> Any:
+    """LoRA in the attention and on the head."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_llama()
+    torch.manual_seed(1)
+    options = LoraConfig(target_modules=["q_proj", "lm_head"], r=4, init_lora_weights=False)
+    return get_peft_model(model, options).eval()
+
+
+def fsdp2_and_tensor_parallel(folder: Path) -> Pairs:
+    """Two by two: ranks of one row have the same samples, and share each forward with the other row."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    path = saved_llama(folder)
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(fsdp_size=2, tp_size=2))
+    student = acqcore.Student.from_model(model.eval())
+    row = dist.get_rank() // 2
+    pairs = compared(student, tiny_llama(), together(samples([9, 2][row], seed=row)))
+    pairs["rows"] = (placed(student), (0, 321, 321, True))
+    return pairs
 
 
 def fsdp2_in_one(model: Any) -> Any:
@@ -637,15 +661,20 @@ CASES: dict[str, dict[str, Callable[..., Pairs]]] = {
         "a whole student": whole_student,
         "members": members,
         "FSDP2": partial(data_parallel, fsdp2),
+        "FSDP2, LoRA": partial(data_parallel, fsdp2_in_one, adapted_llama, trains=False),
         "FSDP2 in one unit": partial(data_parallel, fsdp2_in_one, trains=False),
         "FSDP1, flat parameters": partial(data_parallel, partial(fsdp1, use_orig_params=False)),
         "FSDP1, original parameters": partial(data_parallel, partial(fsdp1, use_orig_params=True)),
         "a contract like ZeRO-3's": imitated_zero3,
     },
-    "four ranks": {**of_heads(FEW, FEW, FEW), "few rows": few_rows},
+    "four ranks": {
+        **of_heads(FEW, FEW, FEW),
+        "few rows": few_rows,
+        "FSDP2 and tensor parallel": fsdp2_and_tensor_parallel,
+    },
     "ZeRO-3": {"ZeRO-3": partial(data_parallel, zero3)},
 }
-NEEDS_FOLDER = {"tensor parallel", "tensor parallel, tied"}
+NEEDS_FOLDER = {"tensor parallel", "tensor parallel, tied", "FSDP2 and tensor parallel"}
 
 
 def main(folder: Path, rank: int, world: int, cases: dict[str, Callable[..., Pairs]]) -> None:

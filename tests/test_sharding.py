@@ -27,7 +27,9 @@ FLOAT64, FLOAT32, HIDDEN_GRAD, DRAWS = 1e-9, 1e-6, 5e-6, 2e-5
 #: Cases whose ranks have samples of their own.
 OWN_SAMPLES = {
     "FSDP2",
+    "FSDP2, LoRA",
     "FSDP2 in one unit",
+    "FSDP2 and tensor parallel",
     "FSDP1, flat parameters",
     "FSDP1, original parameters",
     "a contract like ZeRO-3's",
@@ -48,7 +50,7 @@ def run(folder: Path, world: int, group: str) -> list[dict[str, Any]]:
         for rank in range(world)
     ]
     for rank, process in enumerate(processes):
-        code = process.wait(timeout=240)
+        code = process.wait(timeout=600)
         assert code == 0, f"rank {rank} ended with {code}:\n" + (folder / f"{rank}.log").read_text()[-4000:]
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(world)]
 
