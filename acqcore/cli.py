@@ -206,7 +206,7 @@ def _encode(
     encoded = encode(
         samples,
         student.tokenizer,
-        vocab_size=head.weight.shape[0],
+        vocab_size=head.vocab_size,
         limit=student.max_length,
         max_length=max_length,
         errors=bad,
