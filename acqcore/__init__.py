@@ -19,6 +19,7 @@ from acqcore.row_stats import RowStats, logit_stats, row_stats
 from acqcore.score import score
 from acqcore.scores import Scores
 from acqcore.select import select
+from acqcore.sharding import loading_whole
 from acqcore.sketch import grad_sketch
 from acqcore.stream import score_stream
 from acqcore.student import Student
@@ -48,6 +49,7 @@ __all__ = [
     "hidden_grad_norm",
     "influence",
     "influence_reference",
+    "loading_whole",
     "logit_stats",
     "mutual_information",
     "register",

@@ -10,6 +10,9 @@ Each row needs few sums, taken in two visits of the vocabulary as the mean distr
 ``log_target = log m_y``, ``sum_sq = sum_v m^2``, ``spread = sum_v mean_k p^2 - m^2``. The last four of the sums over v
 are formed from differences that vanish where the draws agree, not from differences of entropies.
 
+Over a vocabulary that ranks share (``Head(group=)``) both visits run in torch on every backend, in bounded tiles: the
+normalisers are merged between them.
+
 Source: BALD (Houlsby et al. 2011), by MC dropout (Gal & Ghahramani 2016; Gal, Islam & Ghahramani 2017).
 """
 
@@ -24,7 +27,10 @@ from acqcore import checks
 from acqcore.backends import DrawRows, Dropout
 from acqcore.backends import get as get_backend
 from acqcore.backends import select as select_backend
+from acqcore.backends.chunked import float32_products
+from acqcore.backends.chunked_mixture import mixture_in_chunks
 from acqcore.head import Head, compute_dtype
+from acqcore.vocab_parallel import check_tiling, group_ranks
 
 FORMS = ("element", "block")
 
@@ -198,6 +204,7 @@ def ensemble_stats(
     for k, member in enumerate(members):
         for what in ("softcap", "scale", "vocab_start", "vocab_size"):
             checks.alike(what, getattr(members[0], what), getattr(member, what), k)
+        checks.alike("group", group_ranks(members[0]), group_ranks(member), k)
     return _mixture_stats(hidden, members, None, len(hidden), targets, backend)
 
 
@@ -240,7 +247,13 @@ def _mixture_stats(
     n = hidden.shape[-2]
     state = torch.empty((len(STATE_ROWS), n), dtype=torch.float64, device=hidden.device)
     votes = torch.empty((draws, n), dtype=torch.int64, device=hidden.device)
-    assert head.vocab_size is not None
+    if head.group is not None:
+        # The fused kernels take no normalisers from outside, which a shard's second visit needs.
+        check_tiling(head)
+        of_vocabulary = checks.targets_in_range(targets, head.vocab_size)
+        with torch.no_grad(), float32_products():
+            mixture_in_chunks(chosen, DrawRows(hidden, heads, of_vocabulary, draws, dropout, state, votes))
+        return BayesStats(state, votes, targets, dtype)
     places = None if dropout is None else torch.stack([dropout.samples, dropout.positions])
     p, form, block, seed = (0.0, FORMS[0], 1, 0) if dropout is None else _numbers(dropout)
     _mixture_stats_op(

@@ -81,7 +81,8 @@ class Draws:
     """Statistics of a student's draws under given options.
 
     Raises:
-        TypeError, ValueError: members that are no students; layers the student does not have.
+        TypeError, ValueError: members that are no students, or are spread over ranks by FSDP or ZeRO-3; layers the
+            student does not have.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Draws:
         self._batch_tokens = batch_tokens
         self._backend = backend
         self._members = [as_student(member) for member in options.members]
+        checks.members_alone([member.forwards_are_collective for member in self._members])
         self._trunk: TrunkDraws | None = None
         if not self._members and options.layers != 0:
             self._trunk = TrunkDraws(student, options.layers, options.draws, options.dropout, options.seed, backend)

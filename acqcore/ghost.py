@@ -149,22 +149,23 @@ def _measured(
         student = as_student(student)
         head = student.head
         row_stats(head.weight[:0], head, backend=options.backend)  # no rows: raises what a batch would
-        rows = encode(
-            samples,
-            tokenizer if tokenizer is not None else student.tokenizer,
-            vocab_size=head.weight.shape[0],
-            limit=student.max_length,
-            max_length=max_length,
-        )
-        run = _Run(student, head, options)
-        values = torch.zeros(len(rows), *shape, dtype=torch.float64)
-        overhead = OVERHEAD_TOKENS.get(student.device.type, OVERHEAD_TOKENS["cuda"])
-        lengths = [len(row.ids) for row in rows]
-        with student.scoring(), run.capture.attached():
-            for indices in partition(lengths, options.batch_tokens, overhead):
-                batch = measure(len(indices), head.weight.device)
-                run.batch([rows[i] for i in indices], batch)
-                values[indices] = batch.values.cpu()
+        with student.in_step():
+            rows = encode(
+                samples,
+                tokenizer if tokenizer is not None else student.tokenizer,
+                vocab_size=head.vocab_size,
+                limit=student.max_length,
+                max_length=max_length,
+            )
+            run = _Run(student, head, options)
+            values = torch.zeros(len(rows), *shape, dtype=torch.float64)
+            overhead = OVERHEAD_TOKENS.get(student.device.type, OVERHEAD_TOKENS["cuda"])
+            lengths = [len(row.ids) for row in rows]
+            with student.scoring(), run.capture.attached():
+                for indices in partition(lengths, options.batch_tokens, overhead):
+                    batch = measure(len(indices), head.weight.device)
+                    run.batch([rows[i] for i in indices], batch)
+                    values[indices] = batch.values.cpu()
     return values
 
 

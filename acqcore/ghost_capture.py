@@ -41,10 +41,12 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
     """The parameters that ``parameters`` stands for, as :func:`acqcore.grad_norm` says.
 
     Raises:
-        ValueError: more blocks than there are, nothing that trains, a parameter of a quantised dtype.
+        ValueError: more blocks than there are, nothing that trains, a parameter of a quantised dtype, a student whose
+            parameters are spread over processes.
     """
     module, trunk = student._module, student.trunk
     checks.trunk_parameters(parameters, module)
+    checks.whole_parameters(parameters, student.sharded or head.group is not None)
     assert module is not None
     assert isinstance(trunk, nn.Module)
     names: dict[torch.Tensor, str] = {p: name for name, p in module.named_parameters()}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from acqcore import checks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +26,16 @@ class Head:
         scale: multiplies the product, bias included (Cohere's ``logit_scale``; 1 / ``logits_scaling`` of Granite).
         vocab_start: index of this weight's first row in the whole vocabulary, for a shard of a head.
             Targets and ``top1_index`` are always indices into the whole vocabulary.
-        vocab_size: size of the whole vocabulary; by default ``vocab_start + V``.
+        vocab_size: size of the whole vocabulary; by default ``vocab_start + V``. Rows of the weight at or past it are
+            padding and left out: ``weight`` and ``bias`` become views without them.
+        group: the ``torch.distributed`` ranks that hold the rest of the vocabulary (tensor parallelism). Each gives its
+            own rows, any number, 0 among them, the same hidden states and targets, and makes the same calls in the same
+            order; each gets the numbers of the whole head. What is exchanged is a few numbers of a row or sample, never
+            logits. The first use compares the ranks' rows; the constructor makes no collective.
 
     Raises:
-        TypeError: a tensor that is not floating point.
-        ValueError: shapes that disagree, a softcap or scale out of range.
+        TypeError: a tensor that is not floating point or is a DTensor, a group that is no ProcessGroup.
+        ValueError: shapes that disagree, a softcap or scale out of range, a group without ``vocab_size``, no rows.
     """
 
     weight: torch.Tensor
@@ -34,14 +43,19 @@ class Head:
     softcap: float | None = None
     scale: float = 1.0
     vocab_start: int = 0
-    vocab_size: int | None = None
+    vocab_size: int = None  # type: ignore[assignment]  # an int once made
+    group: ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         checks.head(self.weight, self.bias, self.softcap, self.scale)
-        end = self.vocab_start + self.weight.shape[0]
-        checks.vocabulary(self.vocab_start, end, self.vocab_size)
+        rows = self.weight.shape[0]
+        checks.vocabulary(self.vocab_start, rows, self.vocab_size, self.group)
         if self.vocab_size is None:
-            object.__setattr__(self, "vocab_size", end)
+            object.__setattr__(self, "vocab_size", self.vocab_start + rows)
+        elif self.vocab_start + rows > self.vocab_size:
+            true = max(self.vocab_size - self.vocab_start, 0)
+            object.__setattr__(self, "weight", self.weight[:true])
+            object.__setattr__(self, "bias", None if self.bias is None else self.bias[:true])
 
     def logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         """Logits ``[N, V]`` of ``hidden [N, D]``, the readable definition.

@@ -7,6 +7,9 @@ so that a confident row loses nothing to cancellation. From ``delta`` follow
 
     dL/dh   = delta W                               (``hidden_grad``: attention with the vocabulary as keys and values)
     dL/dW   = sum_t w_t delta_t h_t^T               (its norm: ``head_grad_norm``; its sketch: ``grad_sketch``)
+
+A shard of a head forms its own rows of delta from the statistics of the whole vocabulary. All three are sums over those
+rows, of which the ranks add up D, one and ``dim`` numbers: dL/dh, the squared norm and the sketch.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from acqcore.backends import select as select_backend
 from acqcore.head import Head, compute_dtype
 from acqcore.row_stats import RowStats, row_stats
 from acqcore.signs import hashed_places
+from acqcore.vocab_parallel import summed
 
 LOSSES = ("mean", "sum")
 
@@ -197,14 +201,15 @@ def delta_product(
     temperature: float,
     backend: str | None,
 ) -> torch.Tensor:
-    """``delta values``, ``[N, n]``: zero in ignored rows."""
+    """``delta values``, ``[N, n]``: zero in ignored rows. Of a shard V are its own rows, and the product is the sum."""
     assert stats.targets is not None
     chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
-    out = torch.empty((hidden.shape[0], values.shape[1]), dtype=dtype, device=hidden.device)
+    out = torch.zeros((hidden.shape[0], values.shape[1]), dtype=dtype, device=hidden.device)
     rows = HeadRows(hidden, head, stats.targets, temperature, stats.state, stats.max_index)
-    chosen.delta_product(rows, values, out)
-    return out
+    if len(head.weight):  # a shard may be empty; backends never see one
+        chosen.delta_product(rows, values, out)
+    return summed(out, head.group)
 
 
 def head_grad_norm_from(
@@ -220,10 +225,11 @@ def head_grad_norm_from(
     """:func:`head_grad_norm` from statistics in hand, ``[B]``; arguments are trusted."""
     assert stats.targets is not None
     chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
-    squared = torch.empty(len(offsets) - 1, dtype=torch.float64, device=hidden.device)
+    squared = torch.zeros(len(offsets) - 1, dtype=torch.float64, device=hidden.device)
     rows = HeadRows(hidden, head, stats.targets, temperature, stats.state, stats.max_index)
-    chosen.head_grad_norm(rows, offsets, weights, form, squared)
-    return squared.clamp_min(0).sqrt().to(stats.dtype)
+    if len(head.weight):
+        chosen.head_grad_norm(rows, offsets, weights, form, squared)
+    return summed(squared, head.group).clamp_min(0).sqrt().to(stats.dtype)
 
 
 def grad_sketch_from(
@@ -243,7 +249,7 @@ def grad_sketch_from(
     of_rows, of_columns = head_places(head, dim, seed)
     sketches = hidden.new_zeros((len(offsets) - 1, dim // 2 + 1), dtype=_complex(stats.dtype))
     segments = torch.arange(len(offsets) - 1, device=hidden.device).repeat_interleave(offsets.diff())
-    for begin in range(0, len(hidden), SKETCH_ROWS):
+    for begin in range(0, len(hidden) if len(head.weight) else 0, SKETCH_ROWS):
         part = slice(begin, begin + SKETCH_ROWS)
         left = hidden.new_empty((len(hidden[part]), dim), dtype=stats.dtype)
         state, index = stats.state[:, part].contiguous(), stats.max_index[part]
@@ -252,7 +258,7 @@ def grad_sketch_from(
         left *= weights[part, None].to(stats.dtype)
         right = hash_columns(hidden[part].to(stats.dtype), of_columns, dim)
         sketches.index_add_(0, segments[part], torch.fft.rfft(left) * torch.fft.rfft(right))
-    return torch.fft.irfft(sketches, n=dim)
+    return summed(torch.fft.irfft(sketches, n=dim), head.group)
 
 
 def head_places(head: Head, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

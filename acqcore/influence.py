@@ -199,7 +199,7 @@ def influence(
 def _shapes(student: Student, parameters: str | int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the head and of each parameter asked for: the signs of a sketch go by these."""
     head = student.head
-    shapes = {"head": tuple(head.weight.shape)}
+    shapes: dict[str, tuple[int, ...]] = {"head": (head.vocab_size, head.weight.shape[1])}
     if parameters != "head":
         selection = select_parameters(student, head, parameters)
         shapes.update((name, tuple(parameter.shape)) for parameter, name in selection.names.items())

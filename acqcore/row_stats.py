@@ -13,6 +13,7 @@ in any grouping. Backends fill the state; the formulas below, in float64, are th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 
@@ -21,6 +22,7 @@ from acqcore.backends import HeadRows
 from acqcore.backends import get as get_backend
 from acqcore.backends import select as select_backend
 from acqcore.head import Head, compute_dtype
+from acqcore.vocab_parallel import check_tiling, gathered
 
 #: Rows of ``RowStats.state``.
 STATE_ROWS = (
@@ -207,7 +209,8 @@ def row_stats(
 
     Args:
         hidden: ``[N, D]`` float32, bfloat16, float16 (float64 on ``eager``); any strides; N may be 0.
-        head: the last layer, on the same device.
+        head: the last layer, on the same device. A shard with a group gives the statistics of the whole vocabulary: one
+            all-gather of eight float64 a row.
         targets: ``[N]`` int64; -100 marks rows to ignore, which are dropped before the product.
         temperature: divides the logits.
         backend: a name from :func:`acqcore.backends`; by default ``ACQCORE_BACKEND`` or the first that fits.
@@ -218,7 +221,7 @@ def row_stats(
     Raises:
         TypeError: hidden or targets of a wrong dtype.
         ValueError: shapes or devices that disagree, a target outside the vocabulary (on the CPU; on a GPU, where
-            looking would stall it, the row is NaN), an unknown backend.
+            looking would stall it, the row is NaN), an unknown backend, shards that do not tile the vocabulary.
         RuntimeError: the backend is not available here (says why).
 
     Source: Milakov & Gimelshein 2018 (online softmax), extended to the sums above.
@@ -235,7 +238,6 @@ def row_stats(
     hidden, weight = hidden.detach(), head.weight.detach()
     bias = None if head.bias is None else head.bias.detach()
     state, index = _empty_state(hidden)
-    assert head.vocab_size is not None
     _row_stats_op(
         hidden, weight, bias, targets, head.softcap, head.scale, temperature, head.vocab_start, head.vocab_size,
         chosen.name, state, index,
@@ -243,7 +245,17 @@ def row_stats(
     norm = torch.linalg.vector_norm(hidden, dim=1, dtype=dtype)
     if targets is not None:
         norm = norm.where(targets != checks.IGNORE_INDEX, torch.nan)
-    return RowStats(state, index, targets, norm, dtype)
+    stats = RowStats(state, index, targets, norm, dtype)
+    return stats if head.group is None or not len(stats) else _merged(stats, head)
+
+
+def _merged(stats: RowStats, head: Head) -> RowStats:
+    """Statistics of the whole vocabulary from every rank's, merged in the group's order; ``head`` has a group."""
+    check_tiling(head)
+    assert head.group is not None
+    packed = torch.cat([stats.state, stats.max_index[None].double()])  # [8, N]; an index is exact in float64
+    parts = (replace(stats, state=part[:-1], max_index=part[-1].long()) for part in gathered(packed, head.group))
+    return reduce(RowStats.merge, parts)
 
 
 def predicted_targets(stats: RowStats) -> RowStats:
@@ -305,9 +317,27 @@ def _row_stats_op(
     state: torch.Tensor,  # [7, N] float64, written
     index: torch.Tensor,  # [N] int64, written
 ) -> None:
-    head = Head(weight, bias, softcap, scale, vocab_start, vocab_size)
     targets = checks.targets_in_range(targets, vocab_size)
+    if not len(weight):  # an empty shard of a group
+        _no_vocabulary(targets, state, index)
+        return
+    head = Head(weight, bias, softcap, scale, vocab_start, vocab_size)
     get_backend(backend).row_stats(HeadRows(hidden, head, targets, temperature, state, index))
+
+
+def _no_vocabulary(
+    targets: torch.Tensor | None,  # [N]
+    state: torch.Tensor,  # [7, N] float64, written
+    index: torch.Tensor,  # [N] int64, written
+) -> None:
+    """The state that adds nothing to another."""
+    state.zero_()
+    state[[MAX, SECOND, TARGET]] = -torch.inf
+    index.zero_()
+    if targets is not None:
+        ignored = targets == checks.IGNORE_INDEX
+        state.masked_fill_(ignored, torch.nan)
+        index.masked_fill_(ignored, -1)
 
 
 @torch.library.custom_op("acqcore::logit_stats", mutates_args=("state", "index"))

@@ -73,7 +73,8 @@ def score(
 
     Args:
         student: a transformers causal language model, a PEFT model, a hub id or local path, or
-            ``acqcore.Student``. Its mode, gradients, dtype and device are left as found.
+            ``acqcore.Student``. Its mode, gradients, dtype and device are left as found. A sharded model as
+            ``acqcore.Student.from_model`` says; of any other no collective is made.
         samples: a list of strings (scored whole); of ``{"prompt", "completion"}``, strings or messages (the
             completion is scored); of ``{"messages"}`` (the last assistant turn is scored, through the chat
             template); a ``datasets.Dataset`` with such columns or ``"text"``; or tensors ``{"input_ids" [B,
@@ -109,36 +110,37 @@ def score(
         TypeError: an argument of a wrong kind, samples of several kinds, a missing tokenizer.
         ValueError: an unknown name, a sample with nothing to score or longer than the student takes (names
             its index), a model whose logits acqcore does not know how to form.
-        RuntimeError: the backend is not available here.
+        RuntimeError: the backend is not available here; under FSDP or ZeRO-3, another rank raised.
     """
     arguments = checks.acquisition_args(acquisition_args, acquisitions, ARGUMENTS)
     request = Request.checked(acquisitions, reduction, topk, batch_tokens, backend, arguments)
     student = as_student(student)
     head = request.fitting_head(student)
-    rows = encode(
-        samples,
-        tokenizer if tokenizer is not None else student.tokenizer,
-        vocab_size=head.weight.shape[0],
-        limit=student.max_length,
-        max_length=max_length,
-    )
-    names = request.acquisitions
-    values = torch.full((len(names), len(rows)), torch.nan)
-    valid = torch.zeros(len(rows), dtype=torch.bool)
-    n_tokens = torch.tensor([row.n_scored for row in rows], dtype=torch.int64)
-    per_token = [name for name in names if REGISTRY[name].per_token or REGISTRY[name].per_draws]
-    tokens: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in per_token}
-    if not request.in_one_pass():
-        valid.fill_(True)
-    with Progress(sum(len(row.ids) for row in rows), progress) as bar:
-        for batch in iterate(student, head, rows, request) if request.in_one_pass() else ():
-            values[:, batch.indices] = batch.values
-            valid[batch.indices] = batch.valid
-            if keep_tokens:
-                for i, sample in zip(batch.indices, batch.tokens, strict=True):
-                    for name in per_token:
-                        tokens[name][i] = sample[name]
-            bar.update(batch.n_input_tokens)
+    with student.in_step():
+        rows = encode(
+            samples,
+            tokenizer if tokenizer is not None else student.tokenizer,
+            vocab_size=head.vocab_size,
+            limit=student.max_length,
+            max_length=max_length,
+        )
+        names = request.acquisitions
+        values = torch.full((len(names), len(rows)), torch.nan)
+        valid = torch.zeros(len(rows), dtype=torch.bool)
+        n_tokens = torch.tensor([row.n_scored for row in rows], dtype=torch.int64)
+        per_token = [name for name in names if REGISTRY[name].per_token or REGISTRY[name].per_draws]
+        tokens: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in per_token}
+        if not request.in_one_pass():
+            valid.fill_(True)
+        with Progress(sum(len(row.ids) for row in rows), progress) as bar:
+            for batch in iterate(student, head, rows, request) if request.in_one_pass() else ():
+                values[:, batch.indices] = batch.values
+                valid[batch.indices] = batch.valid
+                if keep_tokens:
+                    for i, sample in zip(batch.indices, batch.tokens, strict=True):
+                        for name in per_token:
+                            tokens[name][i] = sample[name]
+                bar.update(batch.n_input_tokens)
     for name in request.own_passes:
         own = OWN_PASS[name](
             student, samples, **request.arguments.get(name, {}), tokenizer=tokenizer, batch_tokens=batch_tokens,

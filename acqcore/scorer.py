@@ -179,7 +179,7 @@ class Scorer:
         encoded = encode(
             [{key: records[i].values[column] for column, key in self.job.columns.items()} for i in good],
             self.student.tokenizer,
-            vocab_size=self.head.weight.shape[0],
+            vocab_size=self.head.vocab_size,
             limit=self.student.max_length,
             max_length=self.job.max_length,
             errors=bad,

@@ -12,6 +12,17 @@ import torch
 
 from acqcore import checks
 from acqcore.head import Head, compute_dtype
+from acqcore.sharding import (
+    DataParallel,
+    data_parallel,
+    full,
+    inside,
+    is_dtensor,
+    loading_whole,
+    replaced_forward,
+    vocabulary_shard,
+)
+from acqcore.vocab_parallel import summed
 
 #: Entries of a model's configuration that scale its logits -> what they multiply them by.
 LOGIT_SCALES: dict[str, Callable[[float], float]] = {
@@ -68,6 +79,7 @@ class Student:
         self.max_length = max_length
         self._find_head: Callable[[], Head] = lambda: head
         self._module = trunk if isinstance(trunk, torch.nn.Module) else None
+        self._spread: DataParallel | None = None
 
     @classmethod
     def from_model(cls, model: torch.nn.Module, *, tokenizer: Any = None, verify: bool = True) -> Student:
@@ -75,6 +87,11 @@ class Student:
 
         The parameters are the model's own and stay live: a student made once follows the model as it is
         trained.
+
+        Models sharded before are taken as they are. Tensor parallel (transformers' ``tp_plan``, DTensors): all ranks
+        score the same samples, and a head cut along the vocabulary stays so. FSDP2, FSDP1 and ZeRO-3, given as the
+        trainer wraps them: each rank scores samples of its own, any number, and all call together; the head is gathered
+        once a call.
 
         Args:
             model: any ``...ForCausalLM``; LoRA layers and ``modules_to_save`` are honoured, on the head too.
@@ -95,8 +112,9 @@ class Student:
         student.trunk = _find_trunk(causal)
         student.tokenizer = tokenizer
         student.max_length = getattr(config, "max_position_embeddings", None)
-        student._find_head = lambda: _find_head(causal)
         student._module = model
+        student._spread = data_parallel(model)
+        student._find_head = lambda: _find_head(causal, student._spread)
         if verify and model not in _VERIFIED:
             _probe(student, model)
             _VERIFIED.add(model)
@@ -109,7 +127,7 @@ class Student:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Student:
-        """The student and its tokenizer from a local directory or a hub id.
+        """The student and its tokenizer from a local directory or a hub id, whole also in a run that shards its models.
 
         Args:
             path: what transformers' ``from_pretrained`` takes.
@@ -127,7 +145,8 @@ class Student:
                 f"loading {str(path)!r} needs transformers: run 'pip install acqcore[train]'"
             ) from error
         path = os.fspath(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if dtype is None else dtype)
+        with loading_whole():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if dtype is None else dtype)
         if device is not None:
             model = model.to(device)
         return cls.from_model(model.eval(), tokenizer=AutoTokenizer.from_pretrained(path))
@@ -135,28 +154,41 @@ class Student:
     @property
     def head(self) -> Head:
         """The head as it is now; with an unmerged adapter on it, the sum of its weights (a ``[V, D]``
-        copy)."""
+        copy). Of FSDP or ZeRO-3 it is gathered: all ranks ask together."""
         return self._find_head()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are spread over processes: DTensors, FSDP, ZeRO-3."""
+        return self._spread is not None or (
+            self._module is not None and any(is_dtensor(parameter) for parameter in self._module.parameters())
+        )
+
+    @property
+    def forwards_are_collective(self) -> bool:
+        """Whether ranks with samples of their own run each forward together (FSDP, ZeRO-3)."""
+        return self._spread is not None
 
     @property
     def device(self) -> torch.device:
         """Where token ids go: the device of the trunk's first parameter, else of the head."""
-        if isinstance(self.trunk, torch.nn.Module):
-            for parameter in self.trunk.parameters():
-                return parameter.device
+        for module in (self.trunk, self._module):
+            if isinstance(module, torch.nn.Module):
+                for parameter in module.parameters():
+                    return parameter.device
         return self.head.weight.device
 
     @property
     def blocks(self) -> list[torch.nn.Module]:
         """The trunk's transformer blocks: the longest list of modules that is not inside another; may be empty."""
         longest: list[torch.nn.Module] = []
-        inside: set[torch.nn.Module] = set()
+        nested: set[torch.nn.Module] = set()
         modules = self.trunk.modules() if isinstance(self.trunk, torch.nn.Module) else ()
         for module in modules:  # an outer module comes before those inside it
-            if isinstance(module, torch.nn.ModuleList) and module not in inside:
-                inside.update(module.modules())
+            if isinstance(module, torch.nn.ModuleList) and module not in nested:
+                nested.update(module.modules())
                 longest = max(longest, list(module), key=len)
-        return longest
+        return [inside(block) for block in longest]
 
     def hidden(
         self,
@@ -171,11 +203,53 @@ class Student:
         config = getattr(self.trunk, "config", None)
         # A key-value cache would hold every layer's keys and values for nothing.
         options = {"use_cache": False} if hasattr(config, "use_cache") else {}
-        output = self.trunk(input_ids, **options)
+        if self._spread is None:
+            output = self.trunk(input_ids, **options)
+        else:
+            self._spread.step(True)
+            output = self._through_root(input_ids, options)
         hidden = output if isinstance(output, torch.Tensor) else getattr(output, "last_hidden_state", None)
         checks.trunk_output(hidden, output, input_ids)
         assert isinstance(hidden, torch.Tensor)
-        return hidden
+        return full(hidden)
+
+    def _through_root(
+        self,
+        input_ids: torch.Tensor,  # [B, T] int64
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """Hidden states ``[B, T, D]`` of a forward of the whole model, whose wrappers gather what it uses.
+
+        In the head's place a function keeps what the head would see.
+        """
+        assert self._module is not None
+        seen: list[torch.Tensor] = []
+
+        def keep(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            seen.append(hidden)
+            return hidden[..., :1]
+
+        with replaced_forward(inside(_unwrap(self._module).get_output_embeddings()), keep):
+            self._module(input_ids=input_ids, **options)
+        return seen[0]
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Around all forwards of a call: of FSDP and ZeRO-3 every rank runs as many, those that are done on one token.
+
+        A rank that raises leaves when the others are done, not before.
+        """
+        if self._spread is None:
+            yield
+            return
+        token = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
+
+        def idle() -> None:
+            with self.scoring():
+                self._through_root(token, {})
+
+        with self._spread.in_step(idle):
+            yield
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
@@ -212,8 +286,9 @@ def as_student(student: StudentLike) -> Student:
 
 
 def _unwrap(model: Any) -> Any:
-    """The transformers model inside torch.compile, DataParallel and PEFT wrappers."""
+    """The transformers model inside torch.compile, DataParallel, FSDP1, DeepSpeed and PEFT wrappers."""
     while True:
+        model = inside(model)
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
@@ -233,20 +308,24 @@ def _find_trunk(model: Any) -> torch.nn.Module:
     return trunk
 
 
-def _find_head(model: Any) -> Head:
+def _find_head(model: Any, spread: DataParallel | None) -> Head:
     config = model.config.get_text_config()
-    weight, bias = _projection(model.get_output_embeddings())
+    layer = inside(model.get_output_embeddings())
+    if spread is None:
+        weight, bias = _projection(layer)
+        placed = vocabulary_shard(weight.detach(), None if bias is None else bias.detach())
+    else:
+        with torch.no_grad(), spread.whole(layer):
+            # A copy: what was gathered for the moment goes when it ends.
+            weight, bias = _projection(layer)
+            bias = None if bias is None else full(bias.detach()).clone()
+            placed = {"weight": full(weight.detach()).clone(), "bias": bias}
     scale = 1.0
     for name, factor in LOGIT_SCALES.items():
         value = getattr(config, name, None)
         if value is not None:
             scale *= factor(float(value))
-    return Head(
-        weight.detach(),
-        None if bias is None else bias.detach(),
-        softcap=getattr(config, "final_logit_softcapping", None),
-        scale=scale,
-    )
+    return Head(**placed, softcap=getattr(config, "final_logit_softcapping", None), scale=scale)
 
 
 def _projection(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -286,13 +365,26 @@ def _adapted_projection(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
 def _probe(student: Student, model: torch.nn.Module) -> None:
     """Hold trunk and head to the model's own logits, and the trunk to causality, on two rows of four
     tokens."""
-    vocab_size = student.head.weight.shape[0]
+    head = student.head
+    vocab_size = head.vocab_size
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) * max(1, vocab_size // 7) % vocab_size  # differ at the end
     ids = ids.to(student.device)
-    with student.scoring():
-        own = model(input_ids=ids).logits
+    with student.scoring(), student.in_step():
+        own = full(model(input_ids=ids).logits)
         hidden = student.hidden(ids)
-        head = student.head
         ours = head.logits(hidden.to(head.weight.device).flatten(0, 1)).view(*ids.shape, -1)
+        if head.group is not None:  # eight tokens' logits, once a model, so that all ranks come to one verdict
+            ours = _in_vocabulary(ours, head)
+            own = own if own.shape[-1] == vocab_size else _in_vocabulary(own, head)
     tolerance = PROBE_TOLERANCE[hidden.dtype]
-    checks.probe(type(model).__name__, own, ours, hidden, tolerance)
+    checks.probe(type(inside(model)).__name__, own, ours, hidden, tolerance)
+
+
+def _in_vocabulary(
+    logits: torch.Tensor,  # [B, T, v] of the head's own rows
+    head: Head,
+) -> torch.Tensor:
+    """Those of every rank, ``[B, T, V]``."""
+    whole = logits.new_zeros((*logits.shape[:-1], head.vocab_size))
+    whole[..., head.vocab_start : head.vocab_start + len(head.weight)] = logits
+    return summed(whole, head.group)

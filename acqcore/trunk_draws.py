@@ -7,8 +7,8 @@ before. Masks are those of ``philox.py``, so a sample's draws depend neither on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from acqcore import checks
 from acqcore.backends import Dropout
 from acqcore.backends import select as select_backend
+from acqcore.sharding import matrix_owners, replaced_forward
 from acqcore.student import Student
 
 
@@ -55,14 +56,16 @@ class TrunkDraws:
             checks.own_dropout(len(self._sites))
             return
         checks.some_blocks(len(blocks))
+        assert student._module is not None
         count = len(blocks) if layers == "all" else layers
         assert isinstance(count, int)
         checks.dropout_layers(count, len(blocks))
         first = len(blocks) - count
-        self._skipped = blocks[:first]
-        site = 0
+        # Where ranks run forwards together all are whole: another may be at a forward that skips nothing.
+        self._skipped = [] if student.forwards_are_collective else blocks[:first]
+        site, owners = 0, matrix_owners(student._module)
         for i, block in enumerate(blocks):
-            branches = _branches(block)
+            branches = _branches(block, owners)
             checks.residual_branches(type(block).__name__, len(branches))
             for branch in branches:
                 site += 1  # of the whole model: a block has the same masks however many are asked for
@@ -81,7 +84,7 @@ class TrunkDraws:
             if self._skipped:
                 entering = self._entering(input_ids)
                 for block in self._skipped:
-                    stack.enter_context(_replaced_forward(block, lambda *_, **__: entering))
+                    stack.enter_context(replaced_forward(block, lambda *_, **__: entering))
             for site, module, p in self._sites:
                 hook = module.register_forward_hook(self._dropping(site, p, samples))
                 stack.callback(hook.remove)
@@ -148,22 +151,9 @@ class _Found(Exception):  # noqa: N818
     """The forward has gone as far as it is needed."""
 
 
-def _branches(block: nn.Module) -> list[nn.Module]:
-    """What a block adds to the residual stream: its children that multiply by a matrix."""
-    return [child for child in block.children() if any(p.dim() >= 2 for p in child.parameters())]
-
-
-@contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = module.__dict__.get("forward")  # an instance's own: accelerate and others put one there
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+def _branches(block: nn.Module, owners: set[nn.Module]) -> list[nn.Module]:
+    """What a block adds to the residual stream: its children that multiply by a matrix, of ``owners`` or with one."""
+    return [child for child in block.children() if not owners.isdisjoint(child.modules())]
 
 
 def member_hidden(

@@ -85,7 +85,7 @@ def test_head_type() -> None:
     ("arguments", "error", "message"),
     [
         ({"weight": torch.zeros(3)}, ValueError, r"weight: expected shape \[V, D\]"),
-        ({"weight": torch.zeros(0, 3)}, ValueError, "with V >= 1"),
+        ({"weight": torch.zeros(0, 4)}, ValueError, "with V >= 1, got V = 0"),
         ({"weight": torch.zeros(3, 3, dtype=torch.int8)}, TypeError, "weight: expected float32"),
         ({"bias": torch.zeros(9)}, ValueError, r"bias: expected \[V\] with V = 10 as in weight, got float32"),
         ({"bias": torch.zeros(10, dtype=torch.int64)}, TypeError, "bias: expected float32"),
@@ -93,7 +93,8 @@ def test_head_type() -> None:
         ({"softcap": "30"}, TypeError, "softcap: expected a number, got str"),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite number"),
         ({"vocab_start": -1}, ValueError, "vocab_start: expected an index >= 0"),
-        ({"vocab_start": 5, "vocab_size": 12}, ValueError, r"vocab_size: expected at least .* = 15, got 12"),
+        ({"vocab_start": 5, "vocab_size": 5}, ValueError, "vocab_size: expected more than vocab_start = 5, got 5"),
+        ({"group": "world"}, TypeError, r"group: expected a torch\.distributed\.ProcessGroup or None, got str"),
     ],
 )  # fmt: skip
 def test_head(arguments: dict, error: type[Exception], message: str) -> None:

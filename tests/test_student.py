@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -291,3 +292,44 @@ class TestLoad:
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["loads", "raises"])
+def test_load_in_a_run_that_shards_its_models(
+    tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Whole under ZeRO-3's global configuration and accelerate's FSDP switch; both are as before, also by an error."""
+    import transformers
+    from transformers.integrations import deepspeed
+
+    class TrainerConfig:
+        config: ClassVar[dict[str, Any]] = {}
+
+        def is_zero3(self) -> bool:
+            return True
+
+    tiny_model("Llama").save_pretrained(tmp_path)
+    seen = []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        seen.append((deepspeed.is_deepspeed_zero3_enabled(), os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")))
+        if fails:
+            raise OSError("no such model")
+        return transformers.LlamaForCausalLM.from_pretrained(*arguments, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: None)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    trainer_config = TrainerConfig()  # held here: transformers keeps a weak reference
+    deepspeed.set_hf_deepspeed_config(trainer_config)
+    try:
+        if fails:
+            with pytest.raises(OSError, match="no such model"):
+                acqcore.Student.load(tmp_path)
+        else:
+            assert acqcore.Student.load(tmp_path).head.weight.shape == (320, 32)
+        assert seen == [(False, None)]
+        assert deepspeed.is_deepspeed_zero3_enabled()
+        assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+    finally:
+        deepspeed.unset_hf_deepspeed_config()

@@ -3,6 +3,9 @@
 The vocabulary is visited twice, for the draws' normalisers and for what ``eager.mixture`` forms of them. Both visits
 take the same products in float32 and sum in float64: normalisers from other products, rounded otherwise, would cost the
 sums their last digits.
+
+Ranks that share a vocabulary exchange, between the visits, each draw's largest logit, its index and the log of the sum
+of exponentials, and after the second visit the sums: 24 bytes of a row and draw and 48 of a row.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 
 from acqcore.backends.base import Backend, DrawRows
 from acqcore.head import Head, compute_dtype
+from acqcore.vocab_parallel import gathered, summed
 
 #: Bound on the hidden states of all draws of the rows under way, and on the weights under way in float32, each.
 OPERAND_BYTES = 16 << 20
@@ -57,6 +61,11 @@ def _mixture(
         top = tile_top.where(rises, top)
         votes.copy_((at + start + columns.start).where(rises, votes))
         log_z = torch.logaddexp(log_z, z.double().logsumexp(dim=2))
+    group = heads[0].group
+    if group is not None:
+        tops, indices, sums = gathered(torch.stack([top.double(), votes.double(), log_z]), group).unbind(dim=1)
+        votes.copy_(indices.masked_fill(tops < tops.amax(dim=0), torch.inf).amin(dim=0))  # the lowest among equals
+        log_z = sums.logsumexp(dim=0)
     state.zero_()
     state[3] = -torch.inf
     for columns in _vocab_chunks(heads[0], draws * n):
@@ -73,6 +82,11 @@ def _mixture(
             local = targets - (start + columns.start)
             here = (local >= 0) & (local < m.shape[1])
             state[3] = log_m.gather(1, local.where(here, 0)[:, None])[:, 0].where(here, state[3])
+    if group is not None:
+        if targets is not None:  # another rank's target adds nothing here
+            local = targets - start
+            state[3] = state[3].where((local >= 0) & (local < len(heads[0].weight)), 0)
+        state.copy_(summed(state, group))
     if targets is not None:
         ignored = targets == -100
         state.masked_fill_(ignored, torch.nan)

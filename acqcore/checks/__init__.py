@@ -73,6 +73,9 @@ from acqcore.checks.draws import (
     dropout_ran as dropout_ran,
 )
 from acqcore.checks.draws import (
+    members_alone as members_alone,
+)
+from acqcore.checks.draws import (
     own_dropout as own_dropout,
 )
 from acqcore.checks.draws import (
@@ -171,6 +174,9 @@ from acqcore.checks.gradients import (
 from acqcore.checks.gradients import (
     whole_head as whole_head,
 )
+from acqcore.checks.gradients import (
+    whole_parameters as whole_parameters,
+)
 from acqcore.checks.heads import (
     head as head,
 )
@@ -191,6 +197,9 @@ from acqcore.checks.heads import (
 )
 from acqcore.checks.heads import (
     targets_in_range as targets_in_range,
+)
+from acqcore.checks.heads import (
+    tiling as tiling,
 )
 from acqcore.checks.heads import (
     vocabulary as vocabulary,

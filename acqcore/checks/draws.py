@@ -53,6 +53,15 @@ def alike(what: str, first: object, other: object, draw: int) -> None:
         raise ValueError(f"head: expected heads alike in {what}, got {first} and {other} for draw {draw}")
 
 
+def members_alone(collective: Sequence[bool]) -> None:
+    """Ranks run the student's forwards in step, not those of members beside it."""
+    if any(collective):
+        raise ValueError(
+            "members: expected models whose forwards are each rank's own, "
+            f"got one under FSDP or ZeRO-3 at {list(collective).index(True)}"
+        )
+
+
 def draw_arguments(arguments: Mapping[str, Any]) -> None:
     """Arguments of a Bayesian acquisition that exclude each other."""
     members = arguments.get("members")

@@ -54,6 +54,14 @@ def gradient_parameters(value: object, known: Collection[str]) -> None:
         raise ValueError(f"parameters: expected at least 1 transformer block, got {value}")
 
 
+def whole_parameters(parameters: object, sharded: bool) -> None:
+    if sharded:
+        raise ValueError(
+            f"parameters: {parameters!r} needs a student whose parameters are whole on each rank; of one spread over "
+            "processes (tensor parallel, FSDP, ZeRO-3) only 'head' is known"
+        )
+
+
 def trunk_parameters(parameters: object, module: object) -> None:
     if module is None:
         raise ValueError(

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from acqcore.checks.basic import IGNORE_INDEX, describe, finite, float_tensor, positive, same_device
+from acqcore.checks.basic import (
+    IGNORE_INDEX,
+    describe,
+    finite,
+    float_tensor,
+    positive,
+    positive_int,
+    same_device,
+)
 
 
 def head(weight: object, bias: object, softcap: object, scale: object) -> None:
     """Arguments of :class:`acqcore.Head`."""
     float_tensor("weight", weight, "[V, D]", 2)
     assert isinstance(weight, torch.Tensor)
-    if weight.shape[0] < 1:
-        raise ValueError(f"weight: expected [V, D] with V >= 1, got {describe(weight)}")
+    if hasattr(weight, "placements"):
+        raise TypeError(
+            f"weight: expected a plain tensor [V, D], got a DTensor of shape {list(weight.shape)}; give its local rows "
+            "with vocab_start, vocab_size and group, or the model to acqcore.Student.from_model"
+        )
     if bias is not None:
         float_tensor("bias", bias, "[V]", 1)
         assert isinstance(bias, torch.Tensor)
@@ -24,12 +35,39 @@ def head(weight: object, bias: object, softcap: object, scale: object) -> None:
     finite("scale", scale)
 
 
-def vocabulary(start: int, end: int, size: int | None) -> None:
-    """A head covering rows ``start:end`` of a vocabulary of ``size``."""
+def vocabulary(start: int, rows: int, size: int | None, group: object) -> None:
+    """A head covering ``rows`` from ``start`` on of a vocabulary of ``size``; in a group it may have none of them."""
     if start < 0:
         raise ValueError(f"vocab_start: expected an index >= 0, got {start}")
-    if size is not None and size < end:
-        raise ValueError(f"vocab_size: expected at least vocab_start + V = {end}, got {size}")
+    if group is None:
+        if rows < 1:
+            raise ValueError(f"weight: expected [V, D] with V >= 1, got V = {rows}")
+        if size is not None and size <= start:
+            raise ValueError(f"vocab_size: expected more than vocab_start = {start}, got {size}")
+        return
+    distributed = torch.distributed
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {describe(group)}")
+    if size is None:
+        raise ValueError("vocab_size: expected the size of the whole vocabulary where a group shares it, got None")
+    positive_int("vocab_size", size)
+
+
+def tiling(shards: list[list[int]]) -> None:
+    """``(start, rows, vocab_size, columns)`` of each rank of a group: every row of one vocabulary, once."""
+    if len({(size, columns) for _, _, size, columns in shards}) > 1:
+        shown = ", ".join(f"{size} x {columns}" for _, _, size, columns in shards)
+        raise ValueError(f"head: expected one vocabulary size and width on every rank of the group, got {shown}")
+    size, end = shards[0][2], 0
+    for start, rows, _, _ in sorted(shard for shard in shards if shard[1] > 0):
+        if start != end:
+            break
+        end = start + rows
+    else:
+        if end == size:
+            return
+    ranges = ", ".join(f"{start}:{start + rows}" for start, rows, _, _ in shards)
+    raise ValueError(f"head: expected the ranks' rows to tile a vocabulary of {size}, got {ranges}")
 
 
 def hidden(value: object, weight: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ import numpy
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+import acqcore
 from acqsynth.domains.base import Messages
 from acqsynth.engines.base import Completion, Engine, Sampling
 from acqsynth.engines.tokens import completion, encode, eos_ids
@@ -55,7 +56,9 @@ class TransformersEngine(Engine):
             path = os.fspath(model)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
             place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto").to(place).eval()
+            with acqcore.loading_whole():
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
+            model = model.to(place).eval()
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
         self.model = model
@@ -95,7 +98,8 @@ class TransformersEngine(Engine):
         else:
             if not Path(weights).is_dir():
                 raise FileNotFoundError(f"weights: expected a folder with a model, {weights} is none")
-            state = AutoModelForCausalLM.from_pretrained(weights, dtype="auto").state_dict()
+            with acqcore.loading_whole():
+                state = AutoModelForCausalLM.from_pretrained(weights, dtype="auto").state_dict()
         own = self.model.state_dict()
         tied = set(getattr(self.model, "all_tied_weights_keys", ()))
         faults = {

@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+import acqcore
+
 #: n texts -> ``[n, d]`` float32 unit rows on the CPU.
 Embedder: TypeAlias = Callable[[Sequence[str]], torch.Tensor]
 
@@ -99,4 +101,6 @@ def minilm_path() -> Path:
 def _load(model: str, device: str) -> tuple[Any, Any]:
     from transformers import AutoModel, AutoTokenizer
 
-    return AutoModel.from_pretrained(model).eval().to(device), AutoTokenizer.from_pretrained(model)
+    with acqcore.loading_whole():
+        loaded = AutoModel.from_pretrained(model)
+    return loaded.eval().to(device), AutoTokenizer.from_pretrained(model)

@@ -6,8 +6,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -180,19 +179,4 @@ def training_row(domain: Domain, sample: Sample, chat: bool) -> dict[str, Any]:
 @functools.cache
 def load_student(path: str, device: str | None) -> acqcore.Student:
     """The student at ``path``, once a process; every scorer over the same path shares it."""
-    with _without_zero_init():
-        return acqcore.Student.load(path, device=device)
-
-
-@contextmanager
-def _without_zero_init() -> Iterator[None]:
-    """Under ZeRO-3 transformers shards any model that is loaded, by a global config; a student is whole."""
-    from transformers.integrations import deepspeed
-
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if reference is not None and (config := reference()) is not None:
-            deepspeed.set_hf_deepspeed_config(config)
+    return acqcore.Student.load(path, device=device)

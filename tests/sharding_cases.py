@@ -1,0 +1,697 @@
+"""What each process of test_sharding.py runs: ``python sharding_cases.py FOLDER RANK WORLD GROUP``.
+
+A case is a function that returns pairs (what the ranks got together, what one process gets alone), or raises. Every
+process writes its results to ``FOLDER/RANK``; the test module compares them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import acqcore
+from acqcore.row_stats import FIELDS, RowStats
+from acqcore.sharding import vocabulary_shard
+from acqcore.testing import CASES as INPUTS
+from acqcore.testing import Case, random_case
+
+Pairs: TypeAlias = dict[str, tuple[Any, Any]]
+
+BAYES_FIELDS = (
+    "mutual_information",
+    "predictive_entropy",
+    "expected_entropy",
+    "variation_ratio",
+    "expected_pairwise_kl",
+    "logprob",
+    "quadratic_mutual_information",
+)
+
+
+def shard(head: acqcore.Head, sizes: list[int], padding: int = 0) -> acqcore.Head:
+    """This rank's rows where rank i holds ``sizes[i]``; ``padding`` rows of large logits follow the last."""
+    rank = dist.get_rank()
+    start = sum(sizes[:rank])
+    weight, bias = head.weight, head.bias
+    weight = torch.cat([weight, weight.new_full((padding, weight.shape[1]), 9.0)])
+    bias = None if bias is None else torch.cat([bias, bias.new_full((padding,), 9.0)])
+    part = slice(start, start + sizes[rank])
+    return replace(
+        head, weight=weight[part], bias=None if bias is None else bias[part], vocab_start=start, group=dist.group.WORLD
+    )
+
+
+def chunked(v: int) -> list[int]:
+    """Rows of each rank as torch.chunk and DTensor cut them: the last may have fewer, or none."""
+    size = -(-v // dist.get_world_size())
+    return [min(size, max(v - size * rank, 0)) for rank in range(dist.get_world_size())]
+
+
+def uneven(v: int) -> list[int]:
+    """Rank 0 holds none, the next a few, the last what is left."""
+    few = [0] + [min(7 * rank, v // 8) for rank in range(1, dist.get_world_size() - 1)]
+    return [*few, v - sum(few)]
+
+
+def row_fields(got: RowStats, expected: RowStats) -> Pairs:
+    return {name: (getattr(got, name), getattr(expected, name)) for name in (*FIELDS, "hidden_norm")}
+
+
+def inputs(name: str) -> Iterator[tuple[str, Case, str]]:
+    """An input in float32 on the fused backend and in float64 on eager."""
+    case = INPUTS[name]()
+    yield "cpu", case, "cpu"
+    yield "eager", case.to(torch.float64), "eager"
+
+
+def rows(name: str) -> Pairs:
+    pairs: Pairs = {}
+    for label, case, backend in inputs(name):
+        for cut in (chunked, uneven):
+            part = replace(case, head=shard(case.head, cut(len(case.head.weight))))
+            fields = row_fields(part.run(backend), case.run(backend))
+            pairs.update({f"{label} {cut.__name__} {field}": pair for field, pair in fields.items()})
+    return pairs
+
+
+def gradients(name: str) -> Pairs:
+    pairs: Pairs = {}
+    for label, case, backend in inputs(name):
+        n, v = len(case.hidden), len(case.head.weight)
+        targets = torch.zeros(n, dtype=torch.int64) if case.targets is None else case.targets.clone()
+        offsets = torch.tensor(sorted({0, n // 3, n}))
+        targets[offsets[:-1]] = targets[offsets[:-1]].clamp_min(0)  # a scored token in each sample
+        for cut in (chunked, uneven):
+            head = shard(case.head, cut(v))
+            options: dict[str, Any] = {"temperature": case.temperature, "backend": backend}
+            for form in ("gram", "direct", "auto"):
+                norms = [
+                    acqcore.head_grad_norm(case.hidden, h, targets, offsets, form=form, **options)
+                    for h in (head, case.head)
+                ]
+                pairs[f"{label} {cut.__name__} {form}"] = (norms[0], norms[1])
+            sketches = [
+                acqcore.grad_sketch(case.hidden, h, targets, offsets, dim=64, **options) for h in (head, case.head)
+            ]
+            grads = [acqcore.hidden_grad(case.hidden, h, targets, **options) for h in (head, case.head)]
+            pairs[f"{label} {cut.__name__} sketch"] = (sketches[0], sketches[1])
+            size = case.head.weight.abs().max()  # the gradient is a mean of rows of the weight, less one of them
+            pairs[f"{label} {cut.__name__} hidden_grad"] = (grads[0] / size, grads[1] / size)
+    return pairs
+
+
+def draws(name: str) -> Pairs:
+    pairs: Pairs = {}
+    for label, case, backend in inputs(name):
+        for cut in (chunked, uneven):
+            head = shard(case.head, cut(len(case.head.weight)))
+            options: dict[str, Any] = {"targets": case.targets, "draws": 3, "dropout": 0.2, "backend": backend}
+            stats = [
+                (f"{form}", *(acqcore.mutual_information(case.hidden, h, form=form, block=8, **options)
+                              for h in (head, case.head)))
+                for form in ("element", "block")
+            ]  # fmt: skip
+            members = torch.stack([case.hidden, case.hidden.flip(1), case.hidden * 0.5])
+            whole = [replace(case.head, weight=case.head.weight * k) for k in (1, 0.9, 1.1)]
+            parts = [shard(member, cut(len(case.head.weight))) for member in whole]
+            of_members = [acqcore.ensemble_stats(members, h, case.targets, backend=backend) for h in (parts, whole)]
+            stats.append(("members", of_members[0], of_members[1]))
+            for form, got, expected in stats:
+                pairs.update(
+                    {
+                        f"{label} {cut.__name__} {form} {field}": (getattr(got, field), getattr(expected, field))
+                        for field in BAYES_FIELDS
+                    }
+                )
+                valid = expected.valid
+                pairs[f"{label} {cut.__name__} {form} votes"] = (got.votes[:, valid], expected.votes[:, valid])
+    return pairs
+
+
+def padding() -> Pairs:
+    """A vocabulary of 50 in 64 rows: the padding's logits, were they counted, would be the largest."""
+    case = random_case(9, 16, 50, bias=True)
+    world = dist.get_world_size()
+    offsets = torch.tensor([0, 4, 9])
+    assert case.targets is not None
+    pairs: Pairs = {}
+    for backend in ("cpu", "eager"):
+        head = shard(case.head, [64 // world] * world, padding=14)
+        part = replace(case, head=head)
+        pairs.update({f"{backend} {k}": pair for k, pair in row_fields(part.run(backend), case.run(backend)).items()})
+        norms = [
+            acqcore.head_grad_norm(case.hidden, h, case.targets, offsets, backend=backend) for h in (head, case.head)
+        ]
+        mutual = [acqcore.mutual_information(case.hidden, h, backend=backend) for h in (head, case.head)]
+        pairs[f"{backend} grad_norm"] = (norms[0], norms[1])
+        pairs[f"{backend} mutual"] = (mutual[0].mutual_information, mutual[1].mutual_information)
+    return pairs
+
+
+def half_precision() -> Pairs:
+    """bfloat16 and float16 shards."""
+    pairs: Pairs = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        case = random_case(12, 40, 300, seed=3).to(dtype)
+        part = replace(case, head=shard(case.head, chunked(300)))
+        pairs.update({f"{dtype} {k}": pair for k, pair in row_fields(part.run("cpu"), case.run("cpu")).items()})
+        mutual = [acqcore.mutual_information(case.hidden, h) for h in (part.head, case.head)]
+        pairs[f"{dtype} mutual"] = (mutual[0].mutual_information, mutual[1].mutual_information)
+    return pairs
+
+
+@contextmanager
+def wire() -> Iterator[list[int]]:
+    """Bytes that this rank gives to each collective meanwhile."""
+    sent: list[int] = []
+    gather, reduce = dist.all_gather, dist.all_reduce
+
+    def counted_gather(out: list[torch.Tensor], given: torch.Tensor, **options: Any) -> Any:
+        sent.append(given.numel() * given.element_size())
+        return gather(out, given, **options)
+
+    def counted_reduce(given: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sent.append(given.numel() * given.element_size())
+        return reduce(given, *arguments, **options)
+
+    dist.all_gather, dist.all_reduce = counted_gather, counted_reduce
+    try:
+        yield sent
+    finally:
+        dist.all_gather, dist.all_reduce = gather, reduce
+
+
+def bytes_on_the_wire() -> Pairs:
+    """The same for two vocabularies: 64 of a row, 8 of a sample, 24 of a row and draw and 48 of a row."""
+    pairs: Pairs = {}
+    offsets, n, dim = torch.tensor([0, 4, 11]), 11, 128
+    for v in (200, 20000):
+        case = random_case(n, 16, v)
+        assert case.targets is not None
+        head = shard(case.head, chunked(v))
+        with wire() as sent:
+            acqcore.row_stats(case.hidden, head, case.targets)
+        pairs[f"{v} first"] = (sent, [4 * 8, n * 64])  # each rank's rows, once a head
+        with wire() as sent:
+            acqcore.row_stats(case.hidden, head, case.targets)
+        pairs[f"{v} rows"] = (sent, [n * 64])
+        with wire() as sent:
+            acqcore.head_grad_norm(case.hidden, head, case.targets, offsets)
+        pairs[f"{v} grad_norm"] = (sent, [n * 64, 2 * 8])
+        with wire() as sent:
+            acqcore.grad_sketch(case.hidden, head, case.targets, offsets, dim=dim)
+        pairs[f"{v} sketch"] = (sent, [n * 64, 2 * dim * 4])
+        with wire() as sent:
+            acqcore.mutual_information(case.hidden, head, draws=5)
+        pairs[f"{v} draws"] = (sent, [n * 5 * 24, n * 48])
+        with wire() as sent:
+            acqcore.row_stats(case.hidden[:0], head)
+            acqcore.row_stats(case.hidden, case.head)
+        pairs[f"{v} none"] = (sent, [])
+    return pairs
+
+
+def mesh(*sizes: int) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", sizes or (dist.get_world_size(),))
+
+
+def few_rows() -> Pairs:
+    """DTensors of five rows on four ranks: the last has none; on a mesh of 2 x 2 two ranks share them, twice."""
+    case = random_case(9, 16, 5, bias=True)
+    assert case.head.bias is not None
+    square = mesh(2, 2)
+    flat_rank, row_rank = dist.get_rank(), square.get_local_rank(1)
+    given = {
+        "flat": (mesh(), [Shard(0)], ([0, 2, 4, 5][flat_rank], [2, 2, 1, 0][flat_rank], 4)),
+        "square": (square, [Replicate(), Shard(0)], ([0, 3][row_rank], [3, 2][row_rank], 2)),
+    }
+    pairs: Pairs = {}
+    for name, (of_name, placements, expected) in given.items():
+        weight = distribute_tensor(case.head.weight, of_name, placements)
+        biases = {"sharded": distribute_tensor(case.head.bias, of_name, placements), "whole": case.head.bias}
+        for kind, bias in biases.items():
+            head = acqcore.Head(**vocabulary_shard(weight, bias))
+            size = dist.get_world_size(head.group)
+            pairs[f"{name} {kind}"] = ((head.vocab_start, len(head.weight), size), expected)
+            fields = row_fields(replace(case, head=head).run("cpu"), case.run("cpu"))
+            pairs.update({f"{name} {kind} {field}": pair for field, pair in fields.items()})
+    return pairs
+
+
+def message(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def errors() -> Pairs:
+    """Every rank raises, and says the same."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    weight, group = torch.randn(8, 4), dist.group.WORLD
+    hidden = torch.randn(3, 4)
+    ends = ", ".join(f"{8 * i}:{8 * i + 8}" for i in range(world))
+
+    def used(**options: Any) -> Callable[[], Any]:
+        return lambda: acqcore.row_stats(hidden, acqcore.Head(weight, group=group, **options))
+
+    short = {"vocab_start": 8 * rank, "vocab_size": 8 * world + 1}
+    same = {"vocab_start": 0, "vocab_size": 8 * world}
+    own = {"vocab_start": 8 * rank, "vocab_size": 8 * world + rank}
+    sizes = ", ".join(f"{8 * world + i} x 4" for i in range(world))
+    drawn = torch.randn(2, 3, 4)
+    whole = acqcore.Head(weight, vocab_size=8 * world)
+    shared = acqcore.Head(weight, vocab_size=8 * world, group=group)
+    ranks = tuple(range(world))
+    return {
+        "missing rows": (
+            message(used(**short)),
+            f"ValueError: head: expected the ranks' rows to tile a vocabulary of {8 * world + 1}, got {ends}",
+        ),
+        "rows twice": (
+            message(used(**same)),
+            f"ValueError: head: expected the ranks' rows to tile a vocabulary of {8 * world}, "
+            f"got {', '.join(['0:8'] * world)}",
+        ),
+        "sizes": (
+            message(used(**own)),
+            f"ValueError: head: expected one vocabulary size and width on every rank of the group, got {sizes}",
+        ),
+        "no size": (
+            message(used()),
+            "ValueError: vocab_size: expected the size of the whole vocabulary where a group shares it, got None",
+        ),
+        "a group for some draws": (
+            message(lambda: acqcore.ensemble_stats(drawn, [whole, shared])),
+            f"ValueError: head: expected heads alike in group, got None and {ranks} for draw 1",
+        ),
+        "a DTensor": (
+            message(lambda: acqcore.Head(distribute_tensor(weight, mesh(), [Shard(0)]))),
+            "TypeError: weight: expected a plain tensor [V, D], got a DTensor of shape [8, 4]; give its local rows "
+            "with vocab_start, vocab_size and group, or the model to acqcore.Student.from_model",
+        ),
+        "target": (
+            message(
+                lambda: acqcore.row_stats(
+                    hidden,
+                    acqcore.Head(weight, vocab_start=8 * rank, vocab_size=8 * world, group=group),
+                    torch.tensor([0, 1, 8 * world]),
+                )
+            ),
+            f"ValueError: targets: expected values in [0, {8 * world}) or -100 (ignored), got {8 * world} at row 2",
+        ),
+    }
+
+
+ACQUISITIONS = ["entropy", "margin", "loss", "grad_norm", "badge", "mutual_information", "variation_ratio",
+                "gradient_diversity"]  # fmt: skip
+
+
+def tiny_llama(**config: Any) -> Any:
+    """A random model of 321 tokens, which no two ranks share evenly."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 321, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+        "initializer_range": 0.2, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **config})).eval()
+
+
+def saved_llama(folder: Path, **config: Any) -> str:
+    """Where the model lies for ``from_pretrained``."""
+    path = folder / "-".join(["llama", *config])
+    if dist.get_rank() == 0 and not path.exists():
+        tiny_llama(**config).save_pretrained(path)
+    dist.barrier()
+    return str(path)
+
+
+def samples(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Samples of 5 to 20 tokens, each as ``score`` takes it alone."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(5, 21, (count,), generator=g).tolist()
+    return [{"input_ids": torch.randint(0, 321, (1, length), generator=g)} for length in lengths]
+
+
+def together(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The samples as one batch of tensors, padded on the right."""
+    longest = max((part["input_ids"].shape[1] for part in parts), default=2)
+    ids = torch.zeros(len(parts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, part in enumerate(parts):
+        ids[i, : part["input_ids"].shape[1]] = part["input_ids"][0]
+        mask[i, : part["input_ids"].shape[1]] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def scored(student: Any, given: Any, **options: Any) -> dict[str, torch.Tensor]:
+    scores = acqcore.score(student, given, ACQUISITIONS, batch_tokens=40, **options)
+    return {name: scores[name] for name in ACQUISITIONS}
+
+
+def compared(student: Any, reference: Any, given: Any) -> Pairs:
+    """Everything that a student with a sharded head is asked, as of a whole model."""
+    got, expected = scored(student, given), scored(reference, given)
+    pairs: Pairs = {name: (got[name], expected[name]) for name in ACQUISITIONS}
+    last = {name: {"layers": 1, "draws": 3} for name in ("mutual_information", "variation_ratio")}
+    got, expected = scored(student, given, acquisition_args=last), scored(reference, given, acquisition_args=last)
+    pairs["one block"] = (got["mutual_information"], expected["mutual_information"])
+    hidden = {name: {"layers": 0} for name in ("mutual_information", "variation_ratio")}
+    got, expected = scored(student, given, acquisition_args=hidden), scored(reference, given, acquisition_args=hidden)
+    pairs["hidden state"] = (got["mutual_information"], expected["mutual_information"])
+    pairs["own pass"] = (acqcore.grad_norm(student, given), acqcore.grad_norm(reference, given))
+    pairs["vectors"] = (
+        acqcore.badge_embedding(student, given, dim=64), acqcore.badge_embedding(reference, given, dim=64)
+    )  # fmt: skip
+    pairs["deeper"] = (
+        message(lambda: acqcore.grad_norm(student, given, 1)),
+        "ValueError: parameters: 1 needs a student whose parameters are whole on each rank; of one spread over "
+        "processes (tensor parallel, FSDP, ZeRO-3) only 'head' is known",
+    )
+    return pairs
+
+
+def placed(student: acqcore.Student) -> tuple[int, int, int, bool]:
+    head = student.head
+    return head.vocab_start, len(head.weight), head.vocab_size, head.group is None
+
+
+def tensor_parallel(folder: Path, **config: Any) -> Pairs:
+    """``from_pretrained(tp_plan="auto")``."""
+    from transformers import AutoModelForCausalLM
+
+    path = saved_llama(folder, **config)
+    model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
+    student = acqcore.Student.from_model(model.eval())
+    pairs = compared(student, AutoModelForCausalLM.from_pretrained(path).eval(), together(samples(7)))
+    pairs["rows"] = (placed(student), ([0, 161][dist.get_rank()], [161, 160][dist.get_rank()], 321, False))
+    return pairs
+
+
+def parallelized(style: Any, expected: Callable[[], tuple[int, int, int, bool]], **config: Any) -> Pairs:
+    """A head that ``parallelize_module`` has sharded."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    model, whole = tiny_llama(**config), tiny_llama(**config)
+    parallelize_module(model, mesh(), {"lm_head": style()})
+    student = acqcore.Student.from_model(model)
+    pairs = compared(student, whole, together(samples(7)))
+    pairs["rows"] = (placed(student), expected())
+    return pairs
+
+
+def colwise() -> Any:
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    return ColwiseParallel(output_layouts=Replicate())
+
+
+def colwise_local() -> Any:
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    return ColwiseParallel()
+
+
+def rowwise() -> Any:
+    from torch.distributed.tensor.parallel import RowwiseParallel
+
+    return RowwiseParallel(input_layouts=Replicate())
+
+
+def share() -> tuple[int, int, int, bool]:
+    return [0, 161][dist.get_rank()], [161, 160][dist.get_rank()], 321, False
+
+
+def data_parallel(wrap: Callable[[Any], Any], make: Callable[[], Any] = tiny_llama, *, trains: bool = True) -> Pairs:
+    """Every rank scores samples of its own, more on the first, and none on the second at the end."""
+    whole = make()
+    wrapped = wrap(make())
+    student = acqcore.Student.from_model(wrapped)
+    rank = dist.get_rank()
+    pairs = compared(student, whole, together(samples([9, 2][rank], seed=rank)))
+    pairs["rows"] = (placed(student), (0, 321, 321, True))
+    few = samples([4, 0][rank], seed=5)
+    got = scored(student, together(few))
+    expected = scored(whole, together(few))
+    pairs.update({f"none on one rank: {name}": (got[name], expected[name]) for name in ACQUISITIONS})
+    # A rank whose samples are bad raises when the others are done; they learn of it.
+    bad = together(samples(5))
+    bad["input_ids"][0, 0] = 321 if rank == 1 else 0
+
+    def failing() -> str:
+        try:
+            acqcore.score(student, bad, batch_tokens=40)
+        except (ValueError, RuntimeError) as error:
+            return str(error)[:40]
+        return "no error"
+
+    of_ranks = ["student: another rank of those that shar", "samples[0]: token id 321 is outside the "]
+    pairs["error"] = (failing(), of_ranks[rank])
+    if not trains:
+        return pairs
+    # The model trains on as one that was never scored, and its scores follow.
+    fresh = wrap(make())
+    pairs["training goes on"] = (one_step(wrapped), one_step(fresh))
+    again = scored(student, together(few))
+    pairs["after a step"] = (again["entropy"], scored(acqcore.Student.from_model(fresh), together(few))["entropy"])
+    pairs["it did step"] = (bool((again["entropy"] != got["entropy"]).all()), True)
+    return pairs
+
+
+def one_step(model: Any) -> float:
+    """Loss after a step of gradient descent on one batch, the same on every rank."""
+    ids = together(samples(3, seed=9))["input_ids"]
+    if hasattr(model, "backward"):  # DeepSpeed's engine has the optimizer in it
+        for _ in range(2):
+            loss = model(input_ids=ids, labels=ids).loss
+            model.backward(loss)
+            model.step()
+        return round(loss.item(), 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(2):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return round(loss.item(), 4)
+
+
+def whole_student() -> Pairs:
+    """Beside a process group a whole student makes no collective."""
+    with wire() as sent:
+        scored(tiny_llama(), together(samples(3)))
+    return {"sent": (sent, [])}
+
+
+def members() -> Pairs:
+    """A member of an ensemble that ranks run together is refused."""
+    students = [tiny_llama(), fsdp2(tiny_llama())]
+    options = {"mutual_information": {"members": students}}
+    given = together(samples(3))
+    refused = message(lambda: acqcore.score(students[0], given, "mutual_information", acquisition_args=options))
+    return {
+        "refused": (
+            refused,
+            "ValueError: members: expected models whose forwards are each rank's own, "
+            "got one under FSDP or ZeRO-3 at 1",
+        )
+    }
+
+
+def adapted_llama() -> Any:
+    """LoRA in the attention and on the head."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_llama()
+    torch.manual_seed(1)
+    options = LoraConfig(target_modules=["q_proj", "lm_head"], r=4, init_lora_weights=False)
+    return get_peft_model(model, options).eval()
+
+
+def fsdp2_and_tensor_parallel(folder: Path) -> Pairs:
+    """Two by two: ranks of one row have the same samples, and share each forward with the other row."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    path = saved_llama(folder)
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(fsdp_size=2, tp_size=2))
+    student = acqcore.Student.from_model(model.eval())
+    row = dist.get_rank() // 2
+    pairs = compared(student, tiny_llama(), together(samples([9, 2][row], seed=row)))
+    pairs["rows"] = (placed(student), (0, 321, 321, True))
+    return pairs
+
+
+def fsdp2_in_one(model: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(model)
+
+
+def fsdp2(model: Any) -> Any:
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.model.layers:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def fsdp1(model: Any, use_orig_params: bool) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    policy = ModuleWrapPolicy({LlamaDecoderLayer, torch.nn.Linear} if use_orig_params else {LlamaDecoderLayer})
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+
+
+def zero3(model: Any) -> Any:
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+class Gathered:
+    """What ``deepspeed.zero.GatheredParameters`` does: the parameters hold their values within."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+
+    def __enter__(self) -> None:
+        for parameter in self.parameters:
+            flat = torch.cat([piece.flatten() for piece in self.pieces(parameter)])
+            parameter.data = flat[: parameter.ds_shape.numel()].view(parameter.ds_shape)
+
+    def __exit__(self, *_: Any) -> None:
+        for parameter in self.parameters:
+            parameter.data = torch.empty(0)
+
+    @staticmethod
+    def pieces(parameter: Any) -> list[torch.Tensor]:
+        pieces = [torch.empty_like(parameter.ds_tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(pieces, parameter.ds_tensor)
+        return pieces
+
+
+def like_zero3(model: Any) -> Any:
+    """ZeRO-3's contract without DeepSpeed: a piece of each parameter a rank, whole while its module runs."""
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        for parameter in own:
+            parameter.ds_id, parameter.ds_shape = id(parameter), parameter.shape
+            world = dist.get_world_size()
+            padded = torch.nn.functional.pad(parameter.detach().flatten(), (0, -parameter.numel() % world))
+            parameter.ds_tensor = padded.chunk(world)[dist.get_rank()].clone()
+            parameter.data = torch.empty(0)
+        if own:
+            gathered = Gathered(own)
+            module.register_forward_pre_hook(lambda *_, gathered=gathered: gathered.__enter__())
+            module.register_forward_hook(lambda *_, gathered=gathered: gathered.__exit__())
+    return model
+
+
+def imitated_zero3() -> Pairs:
+    deepspeed: Any = ModuleType("deepspeed")
+    deepspeed.__spec__ = ModuleSpec("deepspeed", None)  # transformers looks for one
+    deepspeed.zero = SimpleNamespace(GatheredParameters=Gathered)
+    deepspeed.DeepSpeedEngine = type("DeepSpeedEngine", (torch.nn.Module,), {})
+    sys.modules["deepspeed"] = deepspeed
+    try:
+        return data_parallel(like_zero3, trains=False)
+    finally:
+        del sys.modules["deepspeed"]
+
+
+# Rows and gradients of these inputs are compared; those left out are large and reach nothing more.
+ADVERSARIAL = [name for name in INPUTS if name not in ("N = 8200", "D = 2001", "N = 0", "V = 262144")]
+DRAWN = ["random", "std 30", "-inf columns", "-inf first tiles", "confident 1e-12", "ties", "V = 1", "V = 2",
+         "some rows ignored", "softcap", "everything"]  # fmt: skip
+# Four ranks: what their number can change.
+FEW = ["random", "-inf first tiles", "confident 1e-12", "ties", "V = 1", "V = 2", "everything"]
+
+
+def of_heads(rows_of: list[str], gradients_of: list[str], draws_of: list[str]) -> dict[str, Callable[[], Pairs]]:
+    return {
+        **{f"rows: {name}": partial(rows, name) for name in rows_of},
+        **{f"gradients: {name}": partial(gradients, name) for name in gradients_of},
+        **{f"draws: {name}": partial(draws, name) for name in draws_of},
+        "padding": padding,
+        "half precision": half_precision,
+        "bytes on the wire": bytes_on_the_wire,
+        "errors": errors,
+    }
+
+
+CASES: dict[str, dict[str, Callable[..., Pairs]]] = {
+    "two ranks": {
+        **of_heads([*ADVERSARIAL, "N = 0", "V = 262144"], [n for n in ADVERSARIAL if n != "std 30"], DRAWN),
+        "tensor parallel": tensor_parallel,
+        "DTensor by rows": partial(parallelized, colwise, share),
+        "DTensor by rows, local logits": partial(parallelized, colwise_local, share),
+        "DTensor by columns": partial(parallelized, rowwise, lambda: (0, 321, 321, True)),
+        "tensor parallel, tied": partial(tensor_parallel, tie_word_embeddings=True),
+        "a whole student": whole_student,
+        "members": members,
+        "FSDP2": partial(data_parallel, fsdp2),
+        "FSDP2, LoRA": partial(data_parallel, fsdp2_in_one, adapted_llama, trains=False),
+        "FSDP2 in one unit": partial(data_parallel, fsdp2_in_one, trains=False),
+        "FSDP1, flat parameters": partial(data_parallel, partial(fsdp1, use_orig_params=False)),
+        "FSDP1, original parameters": partial(data_parallel, partial(fsdp1, use_orig_params=True)),
+        "a contract like ZeRO-3's": imitated_zero3,
+    },
+    "four ranks": {
+        **of_heads(FEW, FEW, FEW),
+        "few rows": few_rows,
+        "FSDP2 and tensor parallel": fsdp2_and_tensor_parallel,
+    },
+    "ZeRO-3": {"ZeRO-3": partial(data_parallel, zero3)},
+}
+NEEDS_FOLDER = {"tensor parallel", "tensor parallel, tied", "FSDP2 and tensor parallel"}
+
+
+def main(folder: Path, rank: int, world: int, cases: dict[str, Callable[..., Pairs]]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))  # as torchrun does
+    dist.init_process_group(
+        "gloo", f"file://{folder}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
+    results: dict[str, Pairs | str] = {}
+    for name, case in cases.items():
+        try:
+            results[name] = case(folder) if name in NEEDS_FOLDER else case()  # type: ignore[call-arg]
+        except Exception:
+            results[name] = traceback.format_exc()
+    torch.save(results, folder / f"{rank}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), CASES[sys.argv[4]])

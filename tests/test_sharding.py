@@ -1,0 +1,115 @@
+"""Heads and students that several processes share give the numbers of whole ones, by few bytes of each row."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("sharding_cases.py")
+_SPEC = importlib.util.spec_from_file_location("sharding_cases", SCRIPT)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+cases = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(cases)
+
+#: Of max(1, |value|). float64 shows the algorithm. In float32 a product may be rounded otherwise in a shard's tiles, a
+#: gradient sums a vocabulary in another order, and draws, whose products shards take in torch where one process takes
+#: them in a fused backend, are held to the tolerance of the contract.
+FLOAT64, FLOAT32, HIDDEN_GRAD, DRAWS = 1e-9, 1e-6, 5e-6, 2e-5
+
+#: Cases whose ranks have samples of their own.
+OWN_SAMPLES = {
+    "FSDP2",
+    "FSDP2, LoRA",
+    "FSDP2 in one unit",
+    "FSDP2 and tensor parallel",
+    "FSDP1, flat parameters",
+    "FSDP1, original parameters",
+    "a contract like ZeRO-3's",
+    "ZeRO-3",
+}
+
+
+def run(folder: Path, world: int, group: str) -> list[dict[str, Any]]:
+    """What each of ``world`` processes got for each case of a group."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(folder), str(rank), str(world), group],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / f"{rank}.log").open("w"),
+        )
+        for rank in range(world)
+    ]
+    for rank, process in enumerate(processes):
+        code = process.wait(timeout=600)
+        assert code == 0, f"rank {rank} ended with {code}:\n" + (folder / f"{rank}.log").read_text()[-4000:]
+    return [torch.load(folder / str(rank), weights_only=False) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(tmp_path_factory.mktemp("sharding"), 2, "two ranks")
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(tmp_path_factory.mktemp("sharding"), 4, "four ranks")
+
+
+def assert_same(results: list[dict[str, Any]], name: str) -> None:
+    """Every rank's values are those of one process, and where samples are shared the same on all, bit by bit."""
+    for rank, of_rank in enumerate(results):
+        assert not isinstance(of_rank[name], str), f"rank {rank}: {of_rank[name]}"
+        assert of_rank[name], name
+        for key, (got, expected) in of_rank[name].items():
+            if not isinstance(expected, torch.Tensor):
+                assert got == expected, (rank, key)
+                continue
+            if name not in OWN_SAMPLES:
+                same = torch.equal(got.nan_to_num(7.0), results[0][name][key][0].nan_to_num(7.0))
+                assert same, f"{key}: ranks 0 and {rank} differ"
+            loose = DRAWS if name.startswith("draws") else HIDDEN_GRAD if key.endswith("hidden_grad") else FLOAT32
+            tolerance = FLOAT64 if expected.dtype == torch.float64 else loose
+            torch.testing.assert_close(
+                got / expected.abs().clamp_min(1),
+                expected / expected.abs().clamp_min(1),
+                rtol=0,
+                atol=tolerance,
+                equal_nan=True,
+                msg=lambda text, key=key, rank=rank: f"rank {rank}, {key}: {text}",
+            )
+
+
+@pytest.mark.parametrize("name", cases.CASES["two ranks"])
+def test_two_ranks(two: list[dict[str, Any]], name: str) -> None:
+    assert_same(two, name)
+
+
+@pytest.mark.parametrize("name", cases.CASES["four ranks"])
+def test_four_ranks(four: list[dict[str, Any]], name: str) -> None:
+    assert_same(four, name)
+
+
+@pytest.mark.parametrize("name", ["rows: confident 1e-12", "rows: confident 1e-20", "gradients: confident 1e-12"])
+def test_confident_rows_keep_their_digits(two: list[dict[str, Any]], name: str) -> None:
+    """Where all but the maximum is 1e-12 or 1e-20, relative errors show what a difference of 1 and 1 would lose."""
+    seen = 0
+    for key, (got, expected) in two[0][name].items():
+        if key.rsplit(" ", 1)[-1] in ("gini", "residual_norm", "entropy", "gram", "direct", "auto"):
+            seen += 1
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=0, msg=lambda text, key=key: f"{key}: {text}")
+    assert seen >= 12
+
+
+def test_zero3(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    assert_same(run(tmp_path, 2, "ZeRO-3"), "ZeRO-3")
