@@ -101,14 +101,14 @@ class Arguments(_Body):
     """Of an acquisition, as in ``acquisition_args`` of ``acqcore.score``; what can not stand in a request is left
     out."""
 
-    parameters: Text | int | None = None
-    loss: Text | None = None
-    layers: Text | int | None = None
-    draws: int | None = Field(None, le=32, description="each costs a pass of its own")
-    dropout: float | None = Field(None, allow_inf_nan=False)
-    form: Text | None = None
-    block: int | None = None
-    seed: int | None = None
+    parameters: Literal["head", "trainable", "all"] | Annotated[int, Field(ge=1)] | None = None
+    loss: Literal["mean", "sum"] | None = None
+    layers: Literal["all", "own"] | Annotated[int, Field(ge=0)] | None = None
+    draws: int | None = Field(None, ge=2, le=32, description="each costs a pass of its own")
+    dropout: float | None = Field(None, ge=0, lt=1)
+    form: Literal["element", "block"] | None = None
+    block: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
 
 
 class ScoreRequest(_Body):
