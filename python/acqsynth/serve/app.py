@@ -100,13 +100,13 @@ class Service:
     ) -> tuple[Loaded, list[Values], list[int], dict[int, str]]:
         """The student, values and scored tokens of n samples, and why some could not be scored: index -> message."""
         limits = self.limits
-        if len(samples) > limits.samples:
-            raise TooLargeError(f"samples: expected at most {limits.samples}, got {len(samples)}")
-        if max_length is not None and max_length > limits.length:
-            raise InvalidRequestError(f"max_length: expected at most {limits.length}, the longest this server takes")
+        if len(samples) > limits.max_samples:
+            raise TooLargeError(f"samples: expected at most {limits.max_samples}, got {len(samples)}")
+        if max_length is not None and max_length > limits.max_length:
+            raise InvalidRequestError(f"max_length: expected at most {limits.max_length}, as this server says")
         loaded = self.students.current
         loop = asyncio.get_running_loop()
-        rows, errors = await loop.run_in_executor(self._encoding, loaded.encode, samples, limits.length, max_length)
+        rows, errors = await loop.run_in_executor(self._encoding, loaded.encode, samples, limits.max_length, max_length)
         picked = [i for i in range(len(rows)) if i not in errors]
         values: list[Values] = [(None,) * len(question.acquisitions)] * len(rows)
         try:
@@ -127,7 +127,7 @@ class Service:
         samples = [None if response is None else parse_sample(response) for response in responses]
         parsed = [i for i, sample in enumerate(samples) if sample is not None]
         question = Question((self.acquisition,), "mean", "{}")
-        _, scored, _, _ = await self.score([samples[i] for i in parsed], question, self.limits.length)
+        _, scored, _, _ = await self.score([samples[i] for i in parsed], question, self.limits.max_length)
         values = dict(zip(parsed, (row[0] for row in scored), strict=True))
         known = [value for value in values.values() if value is not None]
         if known:

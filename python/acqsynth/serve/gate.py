@@ -64,9 +64,9 @@ class Gate:
     async def _admitted(self, scope: Scope, receive: Receive) -> bytes:
         """The body of a request that may pass."""
         self._access.check(scope["path"], scope["headers"])
-        if self._active > self._limits.requests and scope["path"] not in OPEN:
-            raise BusyError(f"{self._limits.requests} requests are being answered, which is the most", 1)
-        most = self._limits.body
+        if self._active > self._limits.max_requests and scope["path"] not in OPEN:
+            raise BusyError(f"{self._limits.max_requests} requests are being answered, which is the most", 1)
+        most = self._limits.max_body
         declared = Headers(scope=scope).get("content-length", "0")
         if not declared.isascii() or not declared.isdigit():
             raise InvalidRequestError("content-length: expected a number of bytes")

@@ -21,33 +21,33 @@ class Limits:
         batch_tokens: tokens that are scored in one call; requests are coalesced up to it.
         wait: seconds that a sample waits for others while the model is free.
         queue_tokens: tokens that may wait; beyond them a request is told to come again (429).
-        samples: of a request.
-        length: tokens of a sample.
-        body: bytes of a request's body.
-        requests: that are read or answered at a time; with ``body`` a bound on memory.
+        max_samples: of a request.
+        max_length: tokens of a sample.
+        max_body: bytes of a request's body.
+        max_requests: that are read or answered at a time; with ``max_body`` a bound on memory.
         timeout: seconds from the arrival of a request to its answer, else 504.
         body_timeout: seconds in which a body has to arrive, else 408.
 
     Raises:
-        ValueError: a limit below 1 (0 for wait), a length below 2.
+        ValueError: a limit below 1 (0 for wait), a max_length below 2.
     """
 
     batch_tokens: int = 8192
     wait: float = 0.005
     queue_tokens: int = 262_144
-    samples: int = 256
-    length: int = 2048
-    body: int = 8 << 20
-    requests: int = 256
+    max_samples: int = 256
+    max_length: int = 2048
+    max_body: int = 8 << 20
+    max_requests: int = 256
     timeout: float = 120.0
     body_timeout: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("batch_tokens", "queue_tokens", "samples", "body", "requests"):
+        for name in ("batch_tokens", "queue_tokens", "max_samples", "max_body", "max_requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.length < 2:
-            raise ValueError(f"length: expected at least 2 tokens, got {self.length}")
+        if self.max_length < 2:
+            raise ValueError(f"max_length: expected at least 2 tokens, got {self.max_length}")
         if not 0 <= self.wait < float("inf"):
             raise ValueError(f"wait: expected seconds, 0 or more, got {self.wait}")
         for name in ("timeout", "body_timeout"):
@@ -104,9 +104,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-tokens", type=int, default=default.batch_tokens, help="tokens scored in one call (%(default)s)")
     add("--wait", type=float, default=default.wait, help="seconds a sample waits for others (%(default)s)")
     add("--queue-tokens", type=int, default=default.queue_tokens, help="tokens that may wait (%(default)s)")
-    add("--max-samples", type=int, default=default.samples, help="of a request (%(default)s)")
-    add("--max-length", type=int, default=default.length, help="tokens of a sample (%(default)s)")
-    add("--max-body", type=int, default=default.body, help="bytes of a request (%(default)s)")
-    add("--max-requests", type=int, default=default.requests, help="in work at a time (%(default)s)")
+    add("--max-samples", type=int, default=default.max_samples, help="of a request (%(default)s)")
+    add("--max-length", type=int, default=default.max_length, help="tokens of a sample (%(default)s)")
+    add("--max-body", type=int, default=default.max_body, help="bytes of a request (%(default)s)")
+    add("--max-requests", type=int, default=default.max_requests, help="in work at a time (%(default)s)")
     add("--timeout", type=float, default=default.timeout, help="seconds to an answer (%(default)s)")
     add("--body-timeout", type=float, default=default.body_timeout, help="seconds for a body to arrive (%(default)s)")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import signal
 import socket
 import sys
+from dataclasses import fields
 from types import FrameType
 
 import uvicorn
@@ -87,25 +89,27 @@ def prepared(options: argparse.Namespace) -> tuple[Service, socket.socket]:
             raise UsageError(f"--student-root: no such folder: {options.student_root}")
         if access.admin_token is None:
             raise UsageError(f"--student-root needs an admin token: set {ADMIN_TOKEN_VARIABLE}")
-    limits = Limits(
-        batch_tokens=options.batch_tokens,
-        wait=options.wait,
-        queue_tokens=options.queue_tokens,
-        samples=options.max_samples,
-        length=options.max_length,
-        body=options.max_body,
-        requests=options.max_requests,
-        timeout=options.timeout,
-        body_timeout=options.body_timeout,
-    )
+    if not 0 <= options.port < 2**16:
+        raise UsageError(f"--port: expected 0 to {2**16 - 1}, got {options.port}")
+    limits = Limits(**{field.name: getattr(options, field.name) for field in fields(Limits)})
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
         listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UsageError(f"{options.host}:{options.port} can not be served on: {error}") from error
-    student = acqcore.Student.load(resolve(options.student), device=options.device)
-    students = Students(student, options.student, root=options.student_root, device=options.device)
-    service = Service(students, limits=limits, access=access, acquisition=options.acquisition, backend=options.backend)
+    if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # in a log file they are noise
+    try:
+        student = acqcore.Student.load(resolve(options.student), device=options.device)
+        students = Students(student, options.student, root=options.student_root, device=options.device)
+        service = Service(
+            students, limits=limits, access=access, acquisition=options.acquisition, backend=options.backend
+        )
+    except BaseException:
+        listener.close()
+        raise
     return service, listener
 
 
@@ -118,8 +122,8 @@ def told(service: Service, listener: socket.socket, options: argparse.Namespace)
         [
             f"acqsynth: serving http://{host}:{listener.getsockname()[1]}",
             f"  student  {loaded.name}, fingerprint {loaded.fingerprint}, on {loaded.student.device}",
-            f"  limits   {limits.samples} samples of {limits.length} tokens and {limits.body} bytes a request, "
-            f"{limits.queue_tokens} tokens waiting, {limits.timeout:g} s",
+            f"  limits   {limits.max_samples} samples of {limits.max_length} tokens and {limits.max_body} bytes a request,",
+            f"           {limits.queue_tokens} tokens waiting, {limits.timeout:g} s",
             f"  token    {'required' if service.access.token else 'none: any program on this machine may ask'}",
             f"  reload   {reload}",
         ]

@@ -115,7 +115,7 @@ class TestScore:
     ) -> None:
         chosen = ["a fox", "x", "", "the dog " * 20, "the dog"]
         body = {"samples": chosen, "acquisitions": ["entropy"]}
-        answer = post(serve, asked, "/score", body, limits={"length": 64}).json()
+        answer = post(serve, asked, "/score", body, limits={"max_length": 64}).json()
         expected = acqcore.score(student, [chosen[0], chosen[4]], "entropy", progress=False)["entropy"].tolist()
         assert answer["values"]["entropy"] == [expected[0], None, None, None, expected[1]]
         assert answer["valid"] == [True, False, False, False, True]
@@ -203,7 +203,7 @@ class TestScore:
         assert answer["values"]["entropy"] == acqcore.score(student, texts, progress=False)["entropy"].tolist()
 
     def test_limits_of_a_request(self, serve: Serve, asked: Any, forwards: list[int]) -> None:
-        limits = {"samples": 2, "queue_tokens": 20, "body": 1000}
+        limits = {"max_samples": 2, "queue_tokens": 20, "max_body": 1000}
         for body, message in (
             ({"samples": ["a b"] * 3}, "samples: expected at most 2, got 3"),
             ({"samples": ["a b" * 8]}, "the request has 24 tokens, at most 20 may wait"),
@@ -270,7 +270,7 @@ class TestPressure:
 
     def test_too_many_requests_are_429(self, serve: Serve, asked: Any, held: Held) -> None:
         async def main() -> tuple[Any, Any, Any]:
-            async with asked(serve(limits={"requests": 1})) as client:
+            async with asked(serve(limits={"max_requests": 1})) as client:
                 first = asyncio.create_task(client.post("/score", json={"samples": ["a b"]}))
                 await held.wait()
                 refused, health = await client.post("/score", json={"samples": ["a b"]}), await client.get("/health")

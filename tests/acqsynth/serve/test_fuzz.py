@@ -38,7 +38,7 @@ def test_no_request_ends_in_a_500(
     mode: GenerationMode,
     tmp_path: Path,
 ) -> None:
-    service = serve(root=tmp_path, access=Access(None, "admin"), limits={"body": 1 << 16, "samples": 16})
+    service = serve(root=tmp_path, access=Access(None, "admin"), limits={"max_body": 1 << 16, "max_samples": 16})
     app = create_app(service)
     address = on_socket(app)
     schema = schemathesis.openapi.from_dict(app.openapi())
