@@ -27,7 +27,14 @@ from acqsynth.integrations.openrlhf import response_of
 from acqsynth.parsing import parse_sample
 from acqsynth.serve.auth import Access
 from acqsynth.serve.batcher import Batcher
-from acqsynth.serve.errors import DeadlineExceededError, GoneError, InvalidRequestError, ServiceError, TooLargeError
+from acqsynth.serve.errors import (
+    DeadlineExceededError,
+    GoneError,
+    InvalidRequestError,
+    ServiceError,
+    StoppingError,
+    TooLargeError,
+)
 from acqsynth.serve.gate import Gate, error_response
 from acqsynth.serve.metrics import Metrics
 from acqsynth.serve.options import Limits
@@ -86,6 +93,8 @@ class Service:
         self.metrics.student_version.set(students.current.version)
         self.batcher: Batcher[Key, acqcore.Row, Values] = Batcher(self._values, self.limits, self.metrics.batch)
         self.metrics.watch("acqsynth_queue_tokens", "Tokens that wait", lambda: self.batcher.tokens)
+        #: Set when the server is about to end: nothing new is taken, what was taken is answered.
+        self.stopping = False
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="acqsynth-encode")
         # Of /get_reward: what a masked sample gets, and the bound that no gated one passes.
         self._typical = 0.0
@@ -99,6 +108,8 @@ class Service:
         self, samples: Sequence[Any], question: Question, max_length: int | None
     ) -> tuple[Loaded, list[Values], list[int], dict[int, str]]:
         """The student, values and scored tokens of n samples, and why some could not be scored: index -> message."""
+        if self.stopping:
+            raise StoppingError("the server is stopping")
         limits = self.limits
         if len(samples) > limits.max_samples:
             raise TooLargeError(f"samples: expected at most {limits.max_samples}, got {len(samples)}")
@@ -119,6 +130,12 @@ class Service:
             values[i] = value
         self.metrics.samples.labels("refused").inc(len(errors))
         return loaded, values, [row.n_scored for row in rows], errors
+
+    async def close(self) -> None:
+        """Answer what was taken, then end the threads."""
+        self.stopping = True
+        await self.batcher.close()
+        self._encoding.shutdown()
 
     async def rewards(self, queries: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
         """The answer of ``/get_reward``: as :class:`acqsynth.rewards.AcquisitionReward`, but that OpenRLHF knows no
@@ -188,7 +205,7 @@ def create_app(service: Service) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.batcher.start()
         yield
-        await service.batcher.close()
+        await service.close()
 
     app = FastAPI(
         title="acqsynth scorer",
@@ -244,8 +261,9 @@ def create_app(service: Service) -> FastAPI:
     @app.get("/health", response_model=Health, responses={503: {"model": Health, "description": "stopping"}})
     async def health() -> Response:
         """Whether requests are taken."""
-        stopping = service.batcher.stopping
-        return JSONResponse({"status": "stopping" if stopping else "ok"}, 503 if stopping else 200)
+        if service.stopping:
+            return JSONResponse({"status": "stopping"}, 503)
+        return JSONResponse({"status": "ok"})
 
     @app.get(
         "/metrics",

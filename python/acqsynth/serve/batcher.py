@@ -75,7 +75,7 @@ class Batcher(Generic[Key, Item, Result]):
         self._lanes: dict[Key, _Lane] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="acqsynth-score")
         self._changed = asyncio.Event()
-        self._stopping = False
+        self._closing = False
         self._tokens_a_second: float | None = None
         self._running: asyncio.Task[None] | None = None
 
@@ -84,22 +84,14 @@ class Batcher(Generic[Key, Item, Result]):
         """Tokens that wait."""
         return sum(lane.tokens for lane in self._lanes.values())
 
-    @property
-    def stopping(self) -> bool:
-        return self._stopping
-
     def start(self) -> None:
         """Begin to work, in the event loop that runs now."""
         self._running = asyncio.get_running_loop().create_task(self._run())
 
-    def stop(self) -> None:
-        """Take nothing more, and go on with what waits."""
-        self._stopping = True
-        self._changed.set()
-
     async def close(self) -> None:
-        """:meth:`stop`, and wait until nothing waits any more."""
-        self.stop()
+        """Take nothing more, and return when nothing waits any more."""
+        self._closing = True
+        self._changed.set()
         if self._running is not None:
             await self._running
         self._thread.shutdown()
@@ -114,7 +106,7 @@ class Batcher(Generic[Key, Item, Result]):
             BusyError: too many tokens wait. TooLargeError: more than may ever wait. StoppingError: the server stops.
                 What ``score`` raises.
         """
-        if self._stopping:
+        if self._closing:
             raise StoppingError("the server is stopping")
         total, most = sum(tokens), self._limits.queue_tokens
         if total > most:
@@ -151,7 +143,7 @@ class Batcher(Generic[Key, Item, Result]):
                 del self._lanes[key]
 
     async def _run(self) -> None:
-        while self._lanes or not self._stopping:
+        while self._lanes or not self._closing:
             if not self._lanes:
                 self._changed.clear()
                 await self._changed.wait()
@@ -166,7 +158,7 @@ class Batcher(Generic[Key, Item, Result]):
         """Wait for more of a lane, as far as its first sample may."""
         clock = asyncio.get_running_loop().time
         until = self._lanes[key].entries[0].arrived + self._limits.wait
-        while key in self._lanes and self._lanes[key].tokens < self._limits.batch_tokens and not self._stopping:
+        while key in self._lanes and self._lanes[key].tokens < self._limits.batch_tokens and not self._closing:
             left = until - clock()
             if left <= 0:
                 return

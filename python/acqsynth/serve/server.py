@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from types import FrameType
 
@@ -31,16 +33,24 @@ class UsageError(ValueError):
 
 
 class _Server(uvicorn.Server):
-    """Takes nothing more from the signal on, not from the tick after it."""
+    """Takes nothing more from the signal on, not from the tick after it, and ends without raising it once more."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.started:
-            self._service.batcher.stop()
+        self._service.stopping = True
         super().handle_exit(sig, frame)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def main(options: argparse.Namespace) -> int:
@@ -62,9 +72,6 @@ def main(options: argparse.Namespace) -> int:
         server_header=False,
         timeout_graceful_shutdown=int(service.limits.timeout + service.limits.body_timeout) + 5,
     )
-    # uvicorn raises the signals that it took once more at its end: they have done their work by then.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
     _Server(config, service).run(sockets=[listener])
     print("acqsynth: stopped, all that was taken is answered", flush=True)
     return 0
@@ -122,7 +129,7 @@ def told(service: Service, listener: socket.socket, options: argparse.Namespace)
         [
             f"acqsynth: serving http://{host}:{listener.getsockname()[1]}",
             f"  student  {loaded.name}, fingerprint {loaded.fingerprint}, on {loaded.student.device}",
-            f"  limits   {limits.max_samples} samples of {limits.max_length} tokens and {limits.max_body} bytes a request,",
+            f"  limits   {limits.max_samples} samples of {limits.max_length} tokens, {limits.max_body} bytes in all,",
             f"           {limits.queue_tokens} tokens waiting, {limits.timeout:g} s",
             f"  token    {'required' if service.access.token else 'none: any program on this machine may ask'}",
             f"  reload   {reload}",

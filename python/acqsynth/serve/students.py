@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,6 @@ class Students:
         self._root = None if root is None else root.resolve()
         self._device = device
         self._loading = asyncio.Lock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="acqsynth-load")
 
     async def load(self, path: str) -> Loaded:
         """Serve another student; the one before is freed when its last request is answered.
@@ -113,9 +111,8 @@ class Students:
             raise ReloadInProgressError("another student is being loaded")
         async with self._loading:
             folder = _inside(self._root, path)
-            loop = asyncio.get_running_loop()
             try:
-                student, mark = await loop.run_in_executor(self._thread, self._read, folder)
+                student, mark = await asyncio.to_thread(self._read, folder)
             except Exception as error:  # whatever transformers makes of broken files
                 reason = str(error).strip().split("\n")[0].replace(str(self._root), "")
                 raise InvalidRequestError(f"path: {path!r} can not be loaded: {reason}") from error

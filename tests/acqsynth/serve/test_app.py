@@ -300,19 +300,37 @@ class TestPressure:
         assert 'acqsynth_requests_total{route="/score",status="504"} 1.0' in metrics
         assert "acqsynth_queue_tokens 0.0" in metrics
 
-    def test_a_stopping_server_answers_what_it_took(self, serve: Serve, asked: Any, held: Held) -> None:
+    def test_a_stopping_server_answers_what_it_took(
+        self, serve: Serve, asked: Any, held: Held, student: acqcore.Student
+    ) -> None:
+        """What the model works on, and what is only being tokenized."""
+        tokenizer, tokenizing, go_on = student.tokenizer, threading.Event(), threading.Event()
+
+        def slow(texts: list[str], **options: Any) -> Any:
+            if "slow" in texts:
+                tokenizing.set()
+                assert go_on.wait(20)
+            return tokenizer(texts, **options)
+
+        slow.apply_chat_template = tokenizer.apply_chat_template  # type: ignore[attr-defined]
+        slow.is_fast = True  # type: ignore[attr-defined]
+        student.tokenizer = slow
+
         async def main() -> list[Any]:
             service = serve()
             async with asked(service) as client:
-                taken = asyncio.create_task(client.post("/score", json={"samples": ["a b"]}))
+                taken = [asyncio.create_task(client.post("/score", json={"samples": ["a b"]}))]
                 await held.wait()
-                service.batcher.stop()
+                taken.append(asyncio.create_task(client.post("/score", json={"samples": ["slow"]})))
+                assert await asyncio.to_thread(tokenizing.wait, 20)
+                service.stopping = True
                 refused, health = await client.post("/score", json={"samples": ["a b"]}), await client.get("/health")
+                go_on.set()
                 held.free.set()
-                return [await taken, refused, health]
+                return [refused, health, *await asyncio.gather(*taken)]
 
-        taken, refused, health = asyncio.run(main())
-        assert taken.status_code == 200
+        refused, health, *taken = asyncio.run(main())
+        assert [response.status_code for response in taken] == [200, 200]
         assert error_of(refused)[:2] == (503, "stopping")
         assert (health.status_code, health.json()) == (503, {"status": "stopping"})
 

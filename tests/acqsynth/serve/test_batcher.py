@@ -149,18 +149,19 @@ def test_what_was_given_up_is_not_scored() -> None:
     assert [items for _, items in batches] == [[0], [2]]
 
 
-def test_a_stop_finishes_what_was_taken_and_takes_no_more() -> None:
+def test_a_close_finishes_what_was_taken_and_takes_no_more() -> None:
     async def use(batcher: Batcher[str, int, int], doubler: Doubler) -> Any:
         doubler.free.clear()
         taken = [asyncio.ensure_future(batcher.submit("a", [i], [1])) for i in range(3)]
         await until(lambda: len(doubler.batches) == 1)
         taken.append(asyncio.ensure_future(batcher.submit("b", [3], [1])))
         await until(lambda: batcher.tokens > 0)
-        batcher.stop()
+        closing = asyncio.ensure_future(batcher.close())
+        await asyncio.sleep(0)
         with pytest.raises(StoppingError):
             await batcher.submit("a", [9], [1])
         doubler.free.set()
-        await batcher.close()
+        await closing
         return await asyncio.gather(*taken)
 
     assert run(use, wait=0.0)[0] == [[0], [2], [4], [6]]
