@@ -16,6 +16,7 @@ from acqcore.head import Head
 from acqcore.head_grad import head_grad_norm, hidden_grad, hidden_grad_norm
 from acqcore.influence import Reference, influence, influence_reference
 from acqcore.row_stats import RowStats, logit_stats, row_stats
+from acqcore.samples import Row, encode
 from acqcore.score import score
 from acqcore.scores import Scores
 from acqcore.select import select
@@ -33,6 +34,7 @@ __all__ = [
     "BayesStats",
     "Head",
     "Reference",
+    "Row",
     "RowStats",
     "Scores",
     "Student",
@@ -40,6 +42,7 @@ __all__ = [
     "acquisitions",
     "backends",
     "badge_embedding",
+    "encode",
     "ensemble_stats",
     "grad_norm",
     "grad_sketch",

@@ -12,7 +12,8 @@ tensors ``{"input_ids", ...}``         labels other than -100, else every real t
 
 The whole text is tokenized once, never in pieces: joining pieces gives other tokens than the model would see.
 The completion begins with the first token whose span ends after the prompt, so a token that straddles the
-boundary is scored. A ``datasets.Dataset`` with these columns is read as a list of its rows.
+boundary is scored. A ``datasets.Dataset`` with these columns is read as a list of its rows. What :func:`encode` gave
+is itself a list of samples.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from acqcore import checks
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, Any]
 Sample: TypeAlias = str | Mapping[str, Any]
-Samples: TypeAlias = Sequence[Sample] | Mapping[str, torch.Tensor] | Any  # Any: datasets.Dataset
+Samples: TypeAlias = Sequence["Sample | Row"] | Mapping[str, torch.Tensor] | Any  # Any: datasets.Dataset
 
 #: Keys of a sample that is a mapping, in the order in which they are looked for.
 KINDS = (("prompt", "completion"), ("messages",), ("text",))
@@ -76,7 +77,7 @@ def encode(
     """Tokenized samples, in order.
 
     Args:
-        samples: any of the kinds above; all of one kind.
+        samples: any of the kinds above, all of one kind, or rows from an earlier call.
         tokenizer: a transformers tokenizer; not needed for tensors.
         vocab_size: ids must lie below it.
         limit: most tokens the student takes, or None.
@@ -93,8 +94,9 @@ def encode(
     if isinstance(samples, Mapping):
         rows = _tensor_rows(samples)
     else:
-        texts = _texts(_listed(samples), tokenizer, errors)
-        rows = _tokenize(texts, tokenizer)
+        listed = _listed(samples)
+        encoded = [sample for sample in listed if isinstance(sample, Row)]
+        rows = encoded if len(encoded) == len(listed) else _tokenize(_texts(listed, tokenizer, errors), tokenizer)
 
     def finish(index: int, row: Row) -> Row:
         checks.token_ids(index, row.ids, vocab_size)
@@ -119,7 +121,7 @@ def _attempt(index: int, errors: dict[int, str] | None, step: Callable[..., T], 
         return None
 
 
-def _listed(samples: Any) -> list[Sample]:
+def _listed(samples: Any) -> list[Any]:
     """The samples as a list; of a ``datasets.Dataset`` only the columns that are read."""
     columns = getattr(samples, "column_names", None)
     if columns is not None and hasattr(samples, "select_columns"):

@@ -79,7 +79,7 @@ def score(
             completion is scored); of ``{"messages"}`` (the last assistant turn is scored, through the chat
             template); a ``datasets.Dataset`` with such columns or ``"text"``; or tensors ``{"input_ids" [B,
             T], "attention_mask" [B, T], "labels" [B, T]}``, padded on any side, labels aligned with input_ids
-            and -100 where not scored (mask and labels optional).
+            and -100 where not scored (mask and labels optional); or rows from ``acqcore.encode``.
         acquisitions: names from ``acqcore.acquisitions()``.
         acquisition_args: name -> arguments of that acquisition. ``grad_norm`` takes ``loss`` and ``parameters`` of
             :func:`acqcore.grad_norm`, ``badge`` the same; beyond ``"head"`` they run a forward and backward pass of

@@ -323,3 +323,14 @@ def test_errors_are_collected_where_asked(encoded: Any) -> None:
 
 def test_no_samples(encoded: Any) -> None:
     assert encoded([]) == []
+
+
+def test_rows_are_samples(encoded: Any) -> None:
+    rows = encoded(["a quick fox", "2 + 3 = 5"])
+    assert encoded(rows, None) == rows
+    (cut,) = encoded(rows[:1], None, max_length=3)
+    assert cut.ids.tolist() == rows[0].ids[:3].tolist()
+    with pytest.raises(ValueError, match=r"samples\[0\]: \d+ tokens, the student takes at most 2"):
+        encoded(rows, None, limit=2)
+    with pytest.raises(TypeError, match=r"samples\[0\]: expected strings, .*, got Row"):
+        encoded([rows[0], "a quick fox"])

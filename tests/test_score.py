@@ -208,6 +208,17 @@ def test_tensors_padded_on_either_side(tiny_model: Callable[..., Any], tokenizer
             assert torch.equal(scores[name], whole[name])
 
 
+def test_rows_score_as_their_texts(tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+    """Those of an own backward pass too."""
+    model, names = tiny_model("Llama"), ("entropy", "grad_norm")
+    rows = acqcore.encode(SAMPLES, tokenizer, vocab_size=320, limit=64)
+    options: Any = {"acquisition_args": {"grad_norm": {"parameters": "all"}}}
+    found = acqcore.score(model, rows, names, **options)
+    expected = acqcore.score(model, SAMPLES, names, tokenizer=tokenizer, **options)
+    for name in names:
+        assert found[name].tolist() == expected[name].tolist()
+
+
 def test_the_model_is_left_as_found(tiny_model: Callable[..., Any], tokenizer: Any) -> None:
     model = tiny_model("GPT2", resid_pdrop=0.5).train()
     model.transformer.h[0].eval()

@@ -1,6 +1,6 @@
 """The command line: ``acqsynth run recipe.yaml [key=value ...]`` runs a recipe from seed rows to report, and goes on
 where an earlier run of it stopped. ``acqsynth train``, ``generate``, ``label``, ``fit``, ``evaluate`` and ``report``
-run one stage of it, and before it what that needs and lacks."""
+run one stage of it, and before it what that needs and lacks. ``acqsynth serve`` scores over HTTP."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rich.text import Text
 
 from acqsynth import config as recipes
 from acqsynth.config import ConfigError
+from acqsynth.serve.options import add_arguments as add_serve_arguments
 from acqsynth.stages.plan import Plan
 from acqsynth.stages.unit import STAGES, StageError, Store, Unit
 
@@ -59,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for text in rest:  # overrides after an option, which argparse leaves over
         if text.startswith("-") or "=" not in text:
             parser.error(f"unrecognized argument: {text}")
+    if options.stage == "serve":
+        if rest:
+            parser.error(f"unrecognized argument: {rest[0]}")
+        return _serve(options)
     try:
         config = recipes.load(options.recipe, [*options.overrides, *rest])
         plan = Plan(config)
@@ -108,6 +113,18 @@ def run(plan: Plan, units: Sequence[Unit]) -> None:
     console.print(f"{ran} of {len(units)} steps ran{f', {done} were done' if done else ''}.")
     if plan.report in units:
         _conclude(console, store.folder(plan.report))
+
+
+def _serve(options: argparse.Namespace) -> int:
+    try:
+        from acqsynth.serve import server
+    except ModuleNotFoundError as error:
+        print(
+            f"acqsynth: error: serving needs {error.name}, which is not installed: run 'pip install acqcore[serve]'",
+            file=sys.stderr,
+        )
+        return 2
+    return server.main(options)
 
 
 def dry_run(plan: Plan, units: Sequence[Unit]) -> None:
@@ -185,6 +202,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--dry-run", action="store_true", help="tell what would run, and why")
         command.add_argument("--traceback", action="store_true", help="show where in the program a stage failed")
         command.add_argument("--help-config", action=_HelpConfig, help="list every key of a recipe")
+    serve = commands.add_parser("serve", help="score over HTTP for other machines and trainers")
+    add_serve_arguments(serve)
     return parser
 
 

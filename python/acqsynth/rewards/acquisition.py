@@ -6,6 +6,8 @@
 From the command line any acquisition is a ready-made reward, ``trl grpo --reward_funcs
 acqsynth.rewards.entropy``, whose student is named by the environment variable ``ACQSYNTH_STUDENT``.
 
+``AcquisitionReward(url="http://scorer:8000", acquisition="entropy")`` asks the server that ``acqsynth serve`` started.
+
 The reward of a completion is ``gate * acquisition``: the gate is 1 where the completion parses as a sample
 and 0 elsewhere. It multiplies, because what an acquisition function likes best of all is text that is no
 sample; a bonus for the format, added, leaves the broken sample on top. Where a value is negative, as influence may
@@ -46,17 +48,23 @@ class AcquisitionReward:
         device: where a path is loaded; by default the CPU. A model given as an object stays where it is.
         max_length: longer samples are cut to this many tokens, and to what the student can take.
         name: the name TRL logs; by default ``acquisition_<acquisition>``.
+        url: of a server in place of a student; gives a :class:`RemoteAcquisitionReward`.
 
     Raises:
         ValueError: an unknown acquisition, a model without a tokenizer, or a max_length below 2.
         TypeError: parse is not callable.
     """
 
+    def __new__(cls, *arguments: Any, url: str | None = None, **options: Any) -> AcquisitionReward:
+        # TRL asks the class whether its call is a coroutine, so that one in process and one over a network are two.
+        return super().__new__(RemoteAcquisitionReward if url is not None and cls is AcquisitionReward else cls)
+
     def __init__(
         self,
-        student: Any,
+        student: Any = None,
         acquisition: str = "entropy",
         *,
+        url: None = None,
         parse: Parser = parse_sample,
         arguments: Mapping[str, Any] | None = None,
         reduction: str = "mean",
@@ -67,11 +75,7 @@ class AcquisitionReward:
         device: str | None = None,
         name: str | None = None,
     ) -> None:
-        if not callable(parse):
-            raise TypeError(f"parse: expected a function of a text, got {type(parse).__name__}")
-        self.__name__ = name or f"acquisition_{acquisition}"
-        self.acquisition = acquisition
-        self.parse = parse
+        self._set_up(acquisition, parse, name)
         self.scorer = Scorer(
             student,
             (acquisition,),
@@ -84,6 +88,13 @@ class AcquisitionReward:
             max_length=max_length,
             device=device,
         )
+
+    def _set_up(self, acquisition: str, parse: Parser, name: str | None) -> None:
+        if not callable(parse):
+            raise TypeError(f"parse: expected a function of a text, got {type(parse).__name__}")
+        self.__name__ = name or f"acquisition_{acquisition}"
+        self.acquisition = acquisition
+        self.parse = parse
         #: Samples the scorer could not score, over the life of this reward.
         self.masked = 0
         #: Seconds of the last call.
@@ -118,13 +129,25 @@ class AcquisitionReward:
         """
         begin = time.perf_counter()
         samples = [self._sample(completion) for completion in completions]
+        given = [sample for sample in samples if sample is not None]
+        values, lengths = self.scorer(given) if given else ({self.acquisition: []}, [])
+        return self._rewards(begin, samples, values[self.acquisition], lengths, log_extra, log_metric)
+
+    def _rewards(
+        self,
+        begin: float,
+        samples: Sequence[Any],
+        scored: Sequence[float | None],
+        counts: Sequence[int],
+        log_extra: Callable[[str, list[Any]], None] | None,
+        log_metric: Callable[[str, float], None] | None,
+    ) -> list[float | None]:
+        """Rewards of n samples, None where the completion is none, from values and lengths of the others."""
         parsed = [i for i, sample in enumerate(samples) if sample is not None]
         values: list[float | None] = [None] * len(samples)
-        lengths: list[int] = [0] * len(samples)
-        if parsed:
-            scored, counts = self.scorer([samples[i] for i in parsed])
-            for i, value, length in zip(parsed, scored[self.acquisition], counts, strict=True):
-                values[i], lengths[i] = value, length
+        lengths = [0] * len(samples)
+        for i, value, length in zip(parsed, scored, counts, strict=True):
+            values[i], lengths[i] = value, length
         floor = min([0.0, *(value for value in values if value is not None)])
         rewards = [floor if sample is None else value for sample, value in zip(samples, values, strict=True)]
         masked = rewards.count(None)
@@ -153,11 +176,84 @@ class AcquisitionReward:
         return {**self.__dict__, "_previous_end": None}  # another process has another clock
 
     def __repr__(self) -> str:
-        return f"AcquisitionReward({self.acquisition!r}, name={self.__name__!r})"
+        return f"{type(self).__name__}({self.acquisition!r}, name={self.__name__!r})"
 
     def _sample(self, completion: str | list[dict[str, Any]]) -> Any:
         text = completion_text(completion)
         return None if text is None else self.parse(text)
+
+
+class RemoteAcquisitionReward(AcquisitionReward):
+    """What ``AcquisitionReward(url=...)`` gives: the same numbers from a server, awaited.
+
+    TRL awaits all such rewards of a step together. Samples that the server does not answer for, however often it is
+    asked (see :class:`acqsynth.serve.client.ScorerClient`), are masked, counted in ``masked`` and told in the log.
+
+    Args:
+        student: None; the server has one.
+        acquisition, parse, reduction, max_length, name: as :class:`AcquisitionReward`.
+        url: of the server, ``http://host:port``.
+        arguments: as :class:`AcquisitionReward`, of text and numbers.
+        token: of the server; by default the one in the environment variable ``ACQSYNTH_TOKEN``, if there is one.
+        client: options of ``ScorerClient``: ``timeout``, ``attempts``, ``batch``, ``backoff``, ``breaker``.
+
+    Raises:
+        ValueError: a student beside the url, no such URL, a max_length below 2.
+        TypeError: parse is not callable, or an option of a student in this process.
+        ModuleNotFoundError: httpx is not installed.
+    """
+
+    def __init__(
+        self,
+        student: None = None,
+        acquisition: str = "entropy",
+        *,
+        url: str,
+        parse: Parser = parse_sample,
+        arguments: Mapping[str, Any] | None = None,
+        reduction: str = "mean",
+        max_length: int = 2048,
+        token: str | None = None,
+        client: Mapping[str, Any] | None = None,
+        name: str | None = None,
+    ) -> None:
+        try:
+            from acqsynth.serve.client import ScorerClient
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"url: asking a server needs {error.name}, which is not installed: run 'pip install acqcore[serve]'"
+            ) from error
+        if student is not None:
+            raise ValueError("student: expected none beside url, the server has its own")
+        if max_length < 2:
+            raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
+        self._set_up(acquisition, parse, name)
+        self.client = ScorerClient(url, token=token, **(client or {}))
+        self._question: dict[str, Any] = {
+            "arguments": None if arguments is None else {acquisition: dict(arguments)},
+            "reduction": reduction,
+            "max_length": max_length,
+        }
+
+    async def __call__(  # type: ignore[override]  # a coroutine of what the other gives, see __new__
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str | list[dict[str, Any]]],
+        completion_ids: Sequence[list[int]] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """As :meth:`AcquisitionReward.__call__`.
+
+        Raises:
+            acqsynth.serve.client.ScorerError: the server refuses what is asked: a wrong token or acquisition.
+        """
+        begin = time.perf_counter()
+        samples = [self._sample(completion) for completion in completions]
+        given = [sample for sample in samples if sample is not None]
+        values, lengths = await self.client.score(given, (self.acquisition,), **self._question)
+        return self._rewards(begin, samples, values[self.acquisition], lengths, log_extra, log_metric)
 
 
 def completion_text(completion: str | list[dict[str, Any]]) -> str | None:

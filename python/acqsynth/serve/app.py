@@ -1,0 +1,337 @@
+"""The routes of the scorer.
+
+A request is checked, tokenized and put into the queue of the batcher; the student that was current when it was
+tokenized scores all of it. Every error has one form, ``{"error": {"type", "message"}}``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import statistics
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+import acqcore
+from acqsynth.integrations.openrlhf import response_of
+from acqsynth.parsing import parse_sample
+from acqsynth.serve.auth import Access
+from acqsynth.serve.batcher import Batcher
+from acqsynth.serve.errors import (
+    DeadlineExceededError,
+    GoneError,
+    InvalidRequestError,
+    ServiceError,
+    StoppingError,
+    TooLargeError,
+)
+from acqsynth.serve.gate import Gate, error_response
+from acqsynth.serve.metrics import Metrics
+from acqsynth.serve.options import Limits
+from acqsynth.serve.schema import (
+    ErrorBody,
+    Health,
+    RewardRequest,
+    RewardResponse,
+    ScoreRequest,
+    ScoreResponse,
+    StudentInfo,
+    StudentRequest,
+    served_acquisitions,
+)
+from acqsynth.serve.students import Loaded, Question, Students
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Key = tuple[Loaded, Question]
+Values = tuple[float | None, ...]
+
+
+class Service:
+    """What the routes share.
+
+    Args:
+        students: holds the student.
+        limits, access: of the server.
+        acquisition: the reward of ``/get_reward``.
+        backend: as in ``acqcore.score``.
+
+    Raises:
+        ValueError: an acquisition that can not be served.
+    """
+
+    def __init__(
+        self,
+        students: Students,
+        *,
+        limits: Limits | None = None,
+        access: Access | None = None,
+        acquisition: str = "entropy",
+        backend: str | None = None,
+    ) -> None:
+        if acquisition not in served_acquisitions():
+            raise ValueError(
+                f"acquisition: unknown {acquisition!r}, expected one of {', '.join(served_acquisitions())}"
+            )
+        self.students = students
+        self.limits = limits or Limits()
+        self.access = access or Access()
+        self.acquisition = acquisition
+        self.backend = backend
+        self.metrics = Metrics()
+        self.metrics.student_version.set(students.current.version)
+        self.batcher: Batcher[Key, acqcore.Row, Values] = Batcher(self._values, self.limits, self.metrics.batch)
+        self.metrics.watch("acqsynth_queue_tokens", "Tokens that wait", lambda: self.batcher.tokens)
+        #: Set when the server is about to end: nothing new is taken, what was taken is answered.
+        self.stopping = False
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="acqsynth-encode")
+        # Of /get_reward: what a masked sample gets, and the bound that no gated one passes.
+        self._typical = 0.0
+        self._least = 0.0
+
+    def _values(self, key: Key, rows: list[acqcore.Row]) -> list[Values]:
+        loaded, question = key
+        return question.values(loaded, rows, self.limits.batch_tokens, self.backend)
+
+    async def score(
+        self, samples: Sequence[Any], question: Question, max_length: int | None
+    ) -> tuple[Loaded, list[Values], list[int], dict[int, str]]:
+        """The student, values and scored tokens of n samples, and why some could not be scored: index -> message."""
+        if self.stopping:
+            raise StoppingError("the server is stopping")
+        limits = self.limits
+        if len(samples) > limits.max_samples:
+            raise TooLargeError(f"samples: expected at most {limits.max_samples}, got {len(samples)}")
+        if max_length is not None and max_length > limits.max_length:
+            raise InvalidRequestError(f"max_length: expected at most {limits.max_length}, as this server says")
+        loaded = self.students.current
+        loop = asyncio.get_running_loop()
+        rows, errors = await loop.run_in_executor(self._encoding, loaded.encode, samples, limits.max_length, max_length)
+        picked = [i for i in range(len(rows)) if i not in errors]
+        values: list[Values] = [(None,) * len(question.acquisitions)] * len(rows)
+        try:
+            found = await self.batcher.submit(
+                (loaded, question), [rows[i] for i in picked], [len(rows[i].ids) for i in picked]
+            )
+        except (ValueError, TypeError) as error:  # the rows are sound: it is what was asked of them
+            raise InvalidRequestError(str(error)) from error
+        for i, value in zip(picked, found, strict=True):
+            values[i] = value
+        self.metrics.samples.labels("refused").inc(len(errors))
+        return loaded, values, [row.n_scored for row in rows], errors
+
+    async def close(self) -> None:
+        """Answer what was taken, then end the threads."""
+        self.stopping = True
+        await self.batcher.close()
+        self._encoding.shutdown()
+
+    async def rewards(self, queries: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
+        """The answer of ``/get_reward``: as :class:`acqsynth.rewards.AcquisitionReward`, but that OpenRLHF knows no
+        masked sample. One gets the mean of the others of its request, else of the last request that had some."""
+        responses = [response_of(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
+        samples = [None if response is None else parse_sample(response) for response in responses]
+        parsed = [i for i, sample in enumerate(samples) if sample is not None]
+        question = Question((self.acquisition,), "mean", "{}")
+        _, scored, _, _ = await self.score([samples[i] for i in parsed], question, self.limits.max_length)
+        values = dict(zip(parsed, (row[0] for row in scored), strict=True))
+        known = [value for value in values.values() if value is not None]
+        if known:
+            self._typical = statistics.fmean(known)
+            self._least = min(self._least, *known)
+        masked = [response is None or values.get(i, 0.0) is None for i, response in enumerate(responses)]
+        rewards = []
+        for i, hidden in enumerate(masked):
+            value = values.get(i)
+            rewards.append(self._typical if hidden else self._least if value is None else value)
+        gated = [sample is None and not hidden for sample, hidden in zip(samples, masked, strict=True)]
+        return {
+            "rewards": rewards,
+            "scores": [_logistic(reward) for reward in rewards],
+            "extra_logs": {
+                "masked": [float(x) for x in masked],
+                "gated": [float(x) for x in gated],
+                self.acquisition: [values.get(i) or 0.0 for i in range(len(samples))],
+            },
+        }
+
+    async def reload(self, path: str) -> Loaded:
+        """Another student for what comes from now on."""
+        try:
+            loaded = await self.students.load(path)
+        except ServiceError:
+            self.metrics.reloads.labels("refused").inc()
+            raise
+        self.metrics.reloads.labels("done").inc()
+        self.metrics.student_version.set(loaded.version)
+        logger.info("student %s, version %d, %s", loaded.name, loaded.version, loaded.fingerprint)
+        return loaded
+
+
+class _Documented:
+    """Which errors a route may answer with."""
+
+    EVERYWHERE: ClassVar = {401: "token missing or wrong", 429: "too many requests; Retry-After tells when to come"}
+    BODY: ClassVar = {
+        400: "the body is no JSON",
+        408: "the body came too slowly",
+        413: "too large: body, samples, or their tokens",
+        422: "a field is missing or wrong",
+        503: "the server is stopping",
+        504: "no answer before the deadline",
+    }
+
+    @classmethod
+    def responses(cls, *, body: bool = False, extra: dict[int, str] | None = None) -> dict[int | str, dict[str, Any]]:
+        texts = {**cls.EVERYWHERE, **(cls.BODY if body else {}), **(extra or {})}
+        return {status: {"model": ErrorBody, "description": text} for status, text in sorted(texts.items())}
+
+
+def create_app(service: Service) -> FastAPI:
+    """The ASGI application of a service; the batcher lives as long as its lifespan."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.batcher.start()
+        yield
+        await service.close()
+
+    app = FastAPI(
+        title="acqsynth scorer",
+        version=acqcore.__version__,
+        description="Acquisition values of samples for one student.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.add_middleware(Gate, access=service.access, limits=service.limits, metrics=service.metrics)
+    _handle_errors(app)
+
+    @app.post("/score", response_model=ScoreResponse, responses=_Documented.responses(body=True))
+    async def score(body: ScoreRequest, request: Request) -> Response:
+        """Values of samples, one a sample and acquisition."""
+        samples = [sample if isinstance(sample, str) else sample.model_dump() for sample in body.samples]
+        names = tuple(dict.fromkeys(body.acquisitions))
+        arguments = {name: given.model_dump(exclude_none=True) for name, given in body.acquisition_args.items()}
+        question = Question(names, body.reduction, json.dumps(arguments, sort_keys=True))
+        loaded, values, n_tokens, errors = await _answered(
+            request, service.score(samples, question, body.max_length), service.limits.timeout
+        )
+        columns = [list(column) for column in zip(*values, strict=True)] or [[] for _ in names]
+        return JSONResponse(
+            {
+                "student": loaded.described(),
+                "values": dict(zip(names, columns, strict=True)),
+                "n_tokens": n_tokens,
+                "valid": [None not in row for row in values],
+                "errors": [{"index": i, "message": message} for i, message in sorted(errors.items())],
+            }
+        )
+
+    @app.post("/get_reward", response_model=RewardResponse, responses=_Documented.responses(body=True))
+    async def get_reward(body: RewardRequest, request: Request) -> Response:
+        """Rewards in the wire format of OpenRLHF."""
+        if len(body.query) != len(body.prompts):
+            raise InvalidRequestError(f"prompts: expected {len(body.query)}, one a query, got {len(body.prompts)}")
+        return JSONResponse(await _answered(request, service.rewards(body.query, body.prompts), service.limits.timeout))
+
+    @app.post(
+        "/student",
+        response_model=StudentInfo,
+        responses=_Documented.responses(
+            body=True, extra={403: "the server was started without admin token or root", 409: "another is being loaded"}
+        ),
+    )
+    async def student(body: StudentRequest) -> Response:
+        """Serve another student from now on; requests that wait keep theirs."""
+        return JSONResponse((await service.reload(body.path)).described())
+
+    @app.get("/health", response_model=Health, responses={503: {"model": Health, "description": "stopping"}})
+    async def health() -> Response:
+        """Whether requests are taken."""
+        if service.stopping:
+            return JSONResponse({"status": "stopping"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={**_Documented.responses(), 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+async def _answered(request: Request, work: Awaitable[T], timeout: float) -> T:
+    """What ``work`` gives; it is given up at the deadline, and when the client has gone.
+
+    Raises:
+        DeadlineExceededError, GoneError.
+    """
+    answer = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait({answer, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        if gone.done():
+            raise GoneError("the client closed the connection")
+        raise DeadlineExceededError(f"no answer in {timeout:g} seconds")
+    finally:
+        for task in (answer, gone):
+            task.cancel()
+        await asyncio.gather(answer, gone, return_exceptions=True)
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _handle_errors(app: FastAPI) -> None:
+    kinds = {404: "not_found", 405: "method_not_allowed"}
+    handlers: dict[type[Exception], Callable[[Any], Response]] = {
+        ServiceError: error_response,
+        RequestValidationError: lambda error: error_response(InvalidRequestError(_first_fault(error.errors()))),
+        HTTPException: lambda error: JSONResponse(
+            {"error": {"type": kinds.get(error.status_code, "bad_request"), "message": str(error.detail)}},
+            error.status_code,
+            error.headers,
+        ),
+    }
+    for kind, handler in handlers.items():
+        _add_handler(app, kind, handler)
+
+
+def _add_handler(app: FastAPI, kind: type[Exception], handler: Callable[[Any], Response]) -> None:
+    async def handle(request: Request, error: Exception) -> Response:
+        return handler(error)
+
+    app.add_exception_handler(kind, handle)
+
+
+def _first_fault(faults: Sequence[Any]) -> str:
+    """Where the first fault of a body is and what was expected; not what was found, which may be anything."""
+    fault = faults[0]
+    place = ".".join(str(part) for part in fault["loc"][1:] if not isinstance(part, str) or part.isidentifier())
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return f"{place or 'body'}: {fault['msg']}{more}"
+
+
+def _logistic(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -1,0 +1,239 @@
+"""Asks a scorer: again where it is worth it, not at all where it is known to be down, and never makes a number up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from acqsynth.serve.options import TOKEN_VARIABLE, token_from
+
+logger = logging.getLogger(__name__)
+
+#: Answers of a server that may do better the next time; one that says 429 is well, but busy.
+_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
+_AT_ONCE = 8  #: requests of one call in flight
+_CONNECT_SECONDS = 10.0
+
+
+class ScorerError(RuntimeError):
+    """The scorer will not answer this however often it is asked: a wrong token, acquisition or address."""
+
+
+class CircuitBreaker:
+    """Open after ``failures`` requests in a row that failed with all their tries; after ``cooldown`` seconds one may
+    try once, and closes it if it succeeds.
+
+    Args:
+        failures, cooldown: as above.
+        clock: seconds.
+    """
+
+    def __init__(self, failures: int = 3, cooldown: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
+        if failures < 1:
+            raise ValueError(f"failures: expected at least 1, got {failures}")
+        self.failures = failures
+        self.cooldown = cooldown
+        self._clock = clock
+        self._in_a_row = 0
+        self._since: float | None = None  # when it opened, or when the last try began
+
+    @property
+    def is_open(self) -> bool:
+        return self._since is not None
+
+    def allows(self) -> bool:
+        """Whether a request may be made; where it is open, a yes is the one try."""
+        if self._since is None:
+            return True
+        if self._clock() - self._since < self.cooldown:
+            return False
+        self._since = self._clock()
+        return True
+
+    def succeeded(self) -> None:
+        self._in_a_row, self._since = 0, None
+
+    def failed(self) -> None:
+        self._in_a_row += 1
+        if self._in_a_row >= self.failures:
+            self._since = self._clock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_in_a_row": 0, "_since": None}  # another process finds out for itself
+
+
+class ScorerClient:
+    """A scorer at a URL.
+
+    Args:
+        url: of ``acqsynth serve``, ``http://host:port``.
+        token: of the server; by default the one in the environment variable ``ACQSYNTH_TOKEN``, if there is one.
+        batch: samples of one request; more are sent as several at a time.
+        timeout: seconds for a call, all tries together.
+        attempts: tries of a request.
+        backoff: seconds before the second try, each next twice that, give or take a half; a server's ``Retry-After``
+            is waited for at least.
+        breaker: stops asking a server that does not answer; by default one of 3 failures and 30 seconds.
+
+    Raises:
+        ValueError: no such URL, or a number out of range.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        batch: int = 64,
+        timeout: float = 300.0,
+        attempts: int = 5,
+        backoff: float = 0.5,
+        breaker: CircuitBreaker | None = None,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url: expected http://host:port, got {url!r}")
+        for name, value in (("batch", batch), ("attempts", attempts)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if not timeout > 0:
+            raise ValueError(f"timeout: expected seconds above 0, got {timeout}")
+        self.url = url.rstrip("/")
+        self.batch = batch
+        self.timeout = timeout
+        self.attempts = attempts
+        self.backoff = backoff
+        self.breaker = breaker or CircuitBreaker()
+        self._token = token
+
+    async def score(
+        self,
+        samples: Sequence[Any],
+        acquisitions: Sequence[str],
+        *,
+        arguments: Mapping[str, Mapping[str, Any]] | None = None,
+        reduction: str = "mean",
+        max_length: int | None = None,
+    ) -> tuple[dict[str, list[float | None]], list[int]]:
+        """Values of each acquisition and scored tokens of n samples; None and 0 where there is no answer.
+
+        Args:
+            samples, acquisitions, reduction, max_length: as in ``acqcore.score``.
+            arguments: as ``acquisition_args`` there.
+
+        Raises:
+            ScorerError: the server refuses what is asked, or is none.
+        """
+        question = {
+            "acquisitions": list(acquisitions),
+            "acquisition_args": dict(arguments or {}),
+            "reduction": reduction,
+            "max_length": max_length,
+        }
+        token = self._token if self._token is not None else token_from(TOKEN_VARIABLE, None)
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        chunks = [list(samples[i : i + self.batch]) for i in range(0, len(samples), self.batch)]
+        answers = await self._all([{"samples": chunk, **question} for chunk in chunks], headers)
+        values: dict[str, list[float | None]] = {name: [] for name in acquisitions}
+        n_tokens: list[int] = []
+        for chunk, answer in zip(chunks, answers, strict=True):
+            n_tokens += [0] * len(chunk) if answer is None else self._column(answer["n_tokens"], chunk)
+            for name, column in values.items():
+                column += [None] * len(chunk) if answer is None else self._column(answer["values"][name], chunk)
+        return values, n_tokens
+
+    async def _all(
+        self, bodies: Sequence[Mapping[str, Any]], headers: Mapping[str, str]
+    ) -> list[Mapping[str, Any] | None]:
+        """The answers to requests, None where there is none in time."""
+        if not bodies:
+            return []
+        at_once = asyncio.Semaphore(_AT_ONCE)
+
+        async def ask(http: httpx.AsyncClient, body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+            async with at_once:
+                return await self._ask(http, body)
+
+        # A client of its own for each call: its connections belong to the event loop that runs now.
+        async with httpx.AsyncClient(headers=headers, timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS)) as http:
+            tasks = [asyncio.ensure_future(ask(http, body)) for body in bodies]
+            try:
+                _, late = await asyncio.wait(tasks, timeout=self.timeout, return_when=asyncio.FIRST_EXCEPTION)
+                refused = [task for task in tasks if task.done() and task.exception() is not None]
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        if refused:
+            refused[0].result()
+        for _ in late:
+            self.breaker.failed()
+        if late:
+            logger.error("%s: no answer in %g seconds to %d requests", self.url, self.timeout, len(late))
+        return [None if task.cancelled() else task.result() for task in tasks]
+
+    async def _ask(self, http: httpx.AsyncClient, body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The answer to one request, None where there is none to be had."""
+        if not self.breaker.allows():
+            logger.error("%s: not asked, %d requests before it failed", self.url, self.breaker.failures)
+            return None
+        tries = 1 if self.breaker.is_open else self.attempts
+        for attempt in range(tries):
+            least, well = 0.0, False
+            try:
+                response = await http.post(f"{self.url}/score", json=body)
+            except httpx.TransportError as error:
+                reason = f"{type(error).__name__}: {error}"
+            else:
+                if response.status_code not in _AGAIN:
+                    self.breaker.succeeded()
+                    return self._answer(response)
+                reason, least, well = _reason(response), _retry_after(response), response.status_code == 429
+            if attempt + 1 < tries:
+                wait = max(self.backoff * 2**attempt * random.uniform(0.5, 1.5), least)
+                logger.warning("%s: %s; next try in %.1f s", self.url, reason, wait)
+                await asyncio.sleep(wait)
+        logger.error("%s: %s; given up after %d tries", self.url, reason, tries)
+        if well:
+            self.breaker.succeeded()
+        else:
+            self.breaker.failed()
+        return None
+
+    def _answer(self, response: httpx.Response) -> Mapping[str, Any]:
+        if response.status_code != 200:
+            raise ScorerError(f"{self.url}: {_reason(response)}")
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or not {"values", "n_tokens"} <= set(answer):
+            raise ScorerError(f"{self.url}: expected the answer of a scorer, got another's")
+        return answer
+
+    def _column(self, column: list[Any], chunk: list[Any]) -> list[Any]:
+        if len(column) != len(chunk):
+            raise ScorerError(f"{self.url}: expected {len(chunk)} values, one a sample, got {len(column)}")
+        return column
+
+    def __repr__(self) -> str:
+        return f"ScorerClient({self.url!r})"
+
+
+def _reason(response: httpx.Response) -> str:
+    """Status and message of an answer that is no score."""
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = response.reason_phrase
+    return f"{response.status_code} {message}"
+
+
+def _retry_after(response: httpx.Response) -> float:
+    value = response.headers.get("retry-after", "")
+    return float(value) if value.isascii() and value.isdigit() else 0.0

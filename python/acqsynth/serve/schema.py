@@ -1,0 +1,171 @@
+"""Bodies of requests and answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    Tag,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+import acqcore
+from acqsynth.rewards.signals import NEEDED, SET_LEVEL
+
+
+def served_acquisitions() -> list[str]:
+    """Names from ``acqcore.acquisitions()`` whose value depends on the sample and the student alone. The others need
+    an object that no request can carry, or the whole set at once."""
+    return [name for name in acqcore.acquisitions() if name not in NEEDED and name not in SET_LEVEL]
+
+
+class _Served:
+    """Annotation of a string: one of :func:`served_acquisitions`, as they are at that time."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"type": "string", "enum": served_acquisitions()}
+
+    @staticmethod
+    def _check(name: str) -> str:
+        if name not in served_acquisitions():
+            raise ValueError(f"unknown {name!r}, expected one of {', '.join(served_acquisitions())}")
+        return name
+
+
+AcquisitionName = Annotated[str, _Served()]
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, no tokenizer can read it
+        raise ValueError("expected Unicode text, got half of a surrogate pair") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class Message(_Body):
+    role: Text
+    content: Text
+
+
+class TextSample(_Body):
+    text: Text
+
+
+class CompletionSample(_Body):
+    prompt: Text | list[Message]
+    completion: Text | list[Message]
+
+
+class ConversationSample(_Body):
+    messages: list[Message]
+
+
+def _kind(sample: Any) -> str:
+    if isinstance(sample, dict | BaseModel):
+        keys = sample if isinstance(sample, dict) else type(sample).model_fields
+        return (
+            "messages" if "messages" in keys else "completion" if "completion" in keys or "prompt" in keys else "text"
+        )
+    return "string"
+
+
+Sample = Annotated[
+    Annotated[Text, Tag("string")]
+    | Annotated[TextSample, Tag("text")]
+    | Annotated[CompletionSample, Tag("completion")]
+    | Annotated[ConversationSample, Tag("messages")],
+    Discriminator(_kind),
+]
+
+
+class Arguments(_Body):
+    """Of an acquisition, as in ``acquisition_args`` of ``acqcore.score``; what can not stand in a request is left
+    out."""
+
+    parameters: Literal["head", "trainable", "all"] | Annotated[int, Field(ge=1)] | None = None
+    loss: Literal["mean", "sum"] | None = None
+    layers: Literal["all", "own"] | Annotated[int, Field(ge=0)] | None = None
+    draws: int | None = Field(None, ge=2, le=32, description="each costs a pass of its own")
+    dropout: float | None = Field(None, ge=0, lt=1)
+    form: Literal["element", "block"] | None = None
+    block: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+
+
+class ScoreRequest(_Body):
+    samples: list[Sample] = Field(description="as acqcore.score takes them, all of one kind")
+    acquisitions: list[AcquisitionName] = Field(["entropy"], min_length=1, max_length=32)
+    acquisition_args: dict[AcquisitionName, Arguments] = Field({}, description="name -> arguments")
+    reduction: Literal["mean", "sum", "max", "topk"] = "mean"
+    max_length: int | None = Field(
+        None, ge=2, description="cut longer samples to so many tokens; without it they can not be scored"
+    )
+
+
+class StudentInfo(BaseModel):
+    name: str
+    version: int
+    fingerprint: str
+
+
+class SampleError(BaseModel):
+    index: int
+    message: str
+
+
+class ScoreResponse(BaseModel):
+    student: StudentInfo = Field(description="that scored all samples of the request")
+    values: dict[str, list[float | None]] = Field(description="acquisition -> one value a sample")
+    n_tokens: list[int] = Field(description="scored tokens of each sample")
+    valid: list[bool] = Field(description="false where a value is null")
+    errors: list[SampleError] = Field(description="of samples that could not be scored at all")
+
+
+class RewardRequest(_Body):
+    """The wire format of OpenRLHF 0.11."""
+
+    query: list[Text] = Field(description="prompts, each with its response behind it")
+    prompts: list[Text]
+    labels: list[Any] | None = Field(None, description="not read")
+
+
+class RewardResponse(BaseModel):
+    rewards: list[float]
+    scores: list[float] = Field(description="the logistic of the rewards, between 0 and 1")
+    extra_logs: dict[str, list[float]]
+
+
+class StudentRequest(_Body):
+    path: Text = Field(description="folder of a saved model, relative to the root of the students")
+
+
+class Health(BaseModel):
+    status: Literal["ok", "stopping"]
+
+
+class ErrorDetail(BaseModel):
+    type: str
+    message: str
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail

@@ -1,0 +1,137 @@
+"""``acqsynth serve``: a scorer on a socket, until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from types import FrameType
+
+import uvicorn
+
+import acqcore
+from acqsynth.models import resolve
+from acqsynth.serve.app import Service, create_app
+from acqsynth.serve.auth import Access
+from acqsynth.serve.options import (
+    ADMIN_TOKEN_VARIABLE,
+    TOKEN_VARIABLE,
+    Limits,
+    is_loopback,
+    token_from,
+)
+from acqsynth.serve.students import Students
+
+
+class UsageError(ValueError):
+    """Options that no server can be started with; its text is one sentence."""
+
+
+class _Server(uvicorn.Server):
+    """Takes nothing more from the signal on, not from the tick after it, and ends without raising it once more."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.stopping = True
+        super().handle_exit(sig, frame)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT, then finish what was taken.
+
+    Returns:
+        0, or 2 where the options are wrong.
+    """
+    try:
+        service, listener = prepared(options)
+    except (UsageError, ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"acqsynth: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return 2
+    print(told(service, listener, options), flush=True)
+    config = uvicorn.Config(
+        create_app(service),
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=int(service.limits.timeout + service.limits.body_timeout) + 5,
+    )
+    _Server(config, service).run(sockets=[listener])
+    print("acqsynth: stopped, all that was taken is answered", flush=True)
+    return 0
+
+
+def prepared(options: argparse.Namespace) -> tuple[Service, socket.socket]:
+    """The service of the options and its socket; the cheap checks come first.
+
+    Raises:
+        UsageError, ValueError: wrong options. OSError: no such student or file, or the address is taken.
+        ModuleNotFoundError: transformers is not installed.
+    """
+    access = Access(
+        token_from(TOKEN_VARIABLE, options.token_file), token_from(ADMIN_TOKEN_VARIABLE, options.admin_token_file)
+    )
+    if access.token is None and not is_loopback(options.host):
+        raise UsageError(
+            f"--host {options.host} is reached from other machines: set {TOKEN_VARIABLE} or give --token-file"
+        )
+    if options.student_root is not None:
+        if not options.student_root.is_dir():
+            raise UsageError(f"--student-root: no such folder: {options.student_root}")
+        if access.admin_token is None:
+            raise UsageError(f"--student-root needs an admin token: set {ADMIN_TOKEN_VARIABLE}")
+    if not 0 <= options.port < 2**16:
+        raise UsageError(f"--port: expected 0 to {2**16 - 1}, got {options.port}")
+    limits = Limits(**{field.name: getattr(options, field.name) for field in fields(Limits)})
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
+    except OSError as error:
+        raise UsageError(f"{options.host}:{options.port} can not be served on: {error}") from error
+    if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # in a log file they are noise
+    try:
+        student = acqcore.Student.load(resolve(options.student), device=options.device)
+        students = Students(student, options.student, root=options.student_root, device=options.device)
+        service = Service(
+            students, limits=limits, access=access, acquisition=options.acquisition, backend=options.backend
+        )
+    except BaseException:
+        listener.close()
+        raise
+    return service, listener
+
+
+def told(service: Service, listener: socket.socket, options: argparse.Namespace) -> str:
+    """What is printed when the server is about to take requests."""
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    loaded, limits = service.students.current, service.limits
+    reload = "none" if options.student_root is None else f"from {options.student_root}, admin token required"
+    return "\n".join(
+        [
+            f"acqsynth: serving http://{host}:{listener.getsockname()[1]}",
+            f"  student  {loaded.name}, fingerprint {loaded.fingerprint}, on {loaded.student.device}",
+            f"  limits   {limits.max_samples} samples of {limits.max_length} tokens, {limits.max_body} bytes in all,",
+            f"           {limits.queue_tokens} tokens waiting, {limits.timeout:g} s",
+            f"  token    {'required' if service.access.token else 'none: any program on this machine may ask'}",
+            f"  reload   {reload}",
+        ]
+    )

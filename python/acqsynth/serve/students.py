@@ -1,0 +1,153 @@
+"""The student of a server, and another in its place while requests go on."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import acqcore
+from acqsynth.serve.errors import ForbiddenError, InvalidRequestError, ReloadInProgressError
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A student that is served. A request keeps the one it was tokenized for, whatever is loaded meanwhile."""
+
+    name: str  #: as it was asked for
+    version: int  #: 1 for the first
+    fingerprint: str  #: of its parameters
+    student: acqcore.Student
+
+    def described(self) -> dict[str, Any]:
+        return {"name": self.name, "version": self.version, "fingerprint": self.fingerprint}
+
+    def encode(
+        self, samples: Sequence[Any], limit: int, max_length: int | None
+    ) -> tuple[list[acqcore.Row], dict[int, str]]:
+        """Rows of n samples, and why those that have none can not be scored: index -> message.
+
+        Args:
+            limit: most tokens of a sample; those of a longer one can not be scored.
+            max_length: cut longer ones to so many tokens, as in ``acqcore.score``.
+        """
+        errors: dict[int, str] = {}
+        limit = min(limit, self.student.max_length or limit)
+        rows = acqcore.encode(
+            samples,
+            self.student.tokenizer,
+            vocab_size=self.student.head.weight.shape[0],
+            limit=limit,
+            max_length=None if max_length is None else min(max_length, limit),
+            errors=errors,
+        )
+        return rows, errors
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a student: of one question all samples can share a batch."""
+
+    acquisitions: tuple[str, ...]
+    reduction: str
+    arguments: str  #: ``acquisition_args`` of ``acqcore.score`` as JSON
+
+    def values(
+        self, loaded: Loaded, rows: list[acqcore.Row], batch_tokens: int, backend: str | None
+    ) -> list[tuple[float | None, ...]]:
+        """One value an acquisition for each row; None where it is not finite."""
+        scores = acqcore.score(
+            loaded.student,
+            rows,
+            self.acquisitions,
+            acquisition_args=json.loads(self.arguments),
+            reduction=self.reduction,
+            batch_tokens=batch_tokens,
+            backend=backend,
+            progress=False,
+        )
+        columns = [scores[name].tolist() for name in self.acquisitions]
+        return [tuple(x if math.isfinite(x) else None for x in row) for row in zip(*columns, strict=True)]
+
+
+class Students:
+    """Holds the student that new requests get.
+
+    Args:
+        first: the student of the start.
+        name: what it is called.
+        root: others are loaded from this folder alone; None forbids it.
+        device: where they are loaded.
+    """
+
+    def __init__(
+        self, first: acqcore.Student, name: str, *, root: Path | None = None, device: str | None = None
+    ) -> None:
+        self.current = Loaded(name, 1, fingerprint(first), first)
+        self._root = None if root is None else root.resolve()
+        self._device = device
+        self._loading = asyncio.Lock()
+
+    async def load(self, path: str) -> Loaded:
+        """Serve another student; the one before is freed when its last request is answered.
+
+        Args:
+            path: of a saved model below the root, relative to it.
+
+        Raises:
+            ForbiddenError: there is no root. InvalidRequestError: no such model, or it can not be loaded; the one
+                before stays. ReloadInProgressError: another is being loaded.
+        """
+        if self._root is None:
+            raise ForbiddenError("the student can not be changed: the server was started without --student-root")
+        if self._loading.locked():
+            raise ReloadInProgressError("another student is being loaded")
+        async with self._loading:
+            folder = _inside(self._root, path)
+            try:
+                student, mark = await asyncio.to_thread(self._read, folder)
+            except Exception as error:  # whatever transformers makes of broken files
+                reason = str(error).strip().split("\n")[0].replace(str(self._root), "")
+                raise InvalidRequestError(f"path: {path!r} can not be loaded: {reason}") from error
+            self.current = Loaded(path, self.current.version + 1, mark, student)
+            return self.current
+
+    def _read(self, folder: Path) -> tuple[acqcore.Student, str]:
+        student = acqcore.Student.load(folder, device=self._device)
+        return student, fingerprint(student)
+
+
+def _inside(root: Path, path: str) -> Path:
+    """A folder with a whole model below the root, symbolic links followed."""
+    try:
+        folder = (root / path).resolve()
+        inside = folder.is_relative_to(root)
+        # An adapter names its base model, which may be anywhere.
+        whole = inside and (folder / "config.json").is_file() and not (folder / "adapter_config.json").exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, a circle of links
+        inside = whole = False
+    if not inside:
+        raise InvalidRequestError("path: expected a folder below the student root")
+    if not whole:
+        raise InvalidRequestError(f"path: expected a folder with a whole model (config.json, no adapter), got {path!r}")
+    return folder
+
+
+def fingerprint(student: acqcore.Student) -> str:
+    """16 hexadecimal digits that tell students apart: of SHA-256 over the parameters of trunk and head."""
+    digest = hashlib.sha256()
+    head = student.head
+    tensors = [head.weight, *([] if head.bias is None else [head.bias])]
+    if isinstance(student.trunk, torch.nn.Module):
+        tensors += [tensor.detach() for tensor in student.trunk.state_dict().values()]
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

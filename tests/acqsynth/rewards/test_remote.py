@@ -1,0 +1,170 @@
+"""``AcquisitionReward(url=...)``: the numbers of the process, through a server, under TRL's contract."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import httpx
+import pytest
+import trl
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from trl.trainer.utils import get_callable_name, is_async_callable
+
+import acqcore
+from acqsynth.rewards import AcquisitionReward
+from acqsynth.rewards.acquisition import RemoteAcquisitionReward
+from acqsynth.serve.app import Service, create_app
+from acqsynth.serve.client import ScorerError
+from acqsynth.serve.students import Students
+
+GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
+LONGER = "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
+COMPLETIONS = [GOOD, "<question>What is 6 * 7?</question> It is 42.", LONGER, [{"role": "assistant", "content": GOOD}]]
+URL = "http://scorer:8000"
+
+
+@pytest.fixture
+def url(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, on_socket: Callable[[Any], str]) -> str:
+    """Of a server with a copy of the model."""
+    student = acqcore.Student.from_model(copy.deepcopy(model).eval(), tokenizer=tokenizer)
+    return on_socket(create_app(Service(Students(student, "first"))))
+
+
+def call(reward: Any, completions: list[Any] = COMPLETIONS, **log: Any) -> Any:
+    n = len(completions)
+    return reward(prompts=["Write."] * n, completions=completions, completion_ids=[[0]] * n, subject=["x"] * n, **log)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"acquisition": "entropy"},
+        {"acquisition": "loss", "reduction": "sum", "max_length": 20},
+        {"acquisition": "mutual_information", "arguments": {"layers": 1, "draws": 3}},
+        {"acquisition": "entropy", "parse": str},
+    ],
+)
+def test_the_numbers_are_those_of_process(
+    url: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]
+) -> None:
+    local, remote = AcquisitionReward(model, tokenizer=tokenizer, **options), AcquisitionReward(url=url, **options)
+    logs: list[dict[str, Any]] = [{}, {}]
+    expected = call(local, log_extra=logs[0].__setitem__, log_metric=logs[0].__setitem__)
+    found = asyncio.run(call(remote, log_extra=logs[1].__setitem__, log_metric=logs[1].__setitem__))
+    assert found == expected
+    assert all(isinstance(value, float) for value in found)
+    name = local.__name__
+    for log in logs:
+        assert log.pop(f"{name}/seconds") > 0
+    assert logs[0] == logs[1]
+
+
+def test_what_can_not_be_scored_is_masked_as_in_process(
+    url: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    local = AcquisitionReward(model, tokenizer=tokenizer, parse=str)
+    remote = AcquisitionReward(url=url, parse=str)
+    expected = call(local, ["a fox", "x"])
+    assert asyncio.run(call(remote, ["a fox", "x"])) == expected
+    assert expected[1] is None
+    assert local.masked == remote.masked == 1
+    assert asyncio.run(call(remote, [])) == []
+
+
+def test_a_server_that_is_down_masks_and_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    client = functools.partial(httpx.AsyncClient, transport=httpx.MockTransport(refuse))
+    monkeypatch.setattr(httpx, "AsyncClient", client)
+    reward = AcquisitionReward(url=URL, client={"attempts": 2, "backoff": 0.001})
+    metrics: dict[str, float] = {}
+    assert asyncio.run(call(reward, log_metric=metrics.__setitem__)) == [None, 0.0, None, None]
+    assert reward.masked == 3
+    assert metrics["acquisition_entropy/masked"] == 0.75
+
+
+def test_an_acquisition_that_the_server_does_not_know_is_raised(url: str) -> None:
+    with pytest.raises(ScorerError, match=r"422 acquisitions\.0: .*unknown 'influence', expected one of loss"):
+        asyncio.run(call(AcquisitionReward(url=url, acquisition="influence")))
+
+
+def test_trl_sees_a_coroutine_and_a_name() -> None:
+    remote, local = AcquisitionReward(url=URL, acquisition="loss"), AcquisitionReward(None, "loss")
+    assert isinstance(remote, RemoteAcquisitionReward)
+    assert (is_async_callable(remote), is_async_callable(local)) == (True, False)
+    assert get_callable_name(remote) == get_callable_name(local) == "acquisition_loss"
+    pickled = pickle.loads(pickle.dumps(remote))
+    assert isinstance(pickled, RemoteAcquisitionReward)
+    assert pickled.client.url == URL
+    assert repr(pickled) == "RemoteAcquisitionReward('loss', name='acquisition_loss')"
+
+
+def test_grpo_awaits_two_at_once(
+    url: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    together: list[int] = []
+
+    class Counted(RemoteAcquisitionReward):
+        now = 0
+
+        async def __call__(self, **columns: Any) -> list[float | None]:  # type: ignore[override]
+            Counted.now += 1
+            together.append(Counted.now)
+            await asyncio.sleep(0.05)
+            rewards = await super().__call__(**columns)
+            Counted.now -= 1
+            return rewards
+
+    rewards = [Counted(acquisition=name, url=url, parse=str) for name in ("entropy", "loss")]
+    config = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=6,
+        max_steps=1,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+    )
+    data = datasets.Dataset.from_list([{"prompt": "Write."}] * 4)
+    trainer = trl.GRPOTrainer(
+        model=model, reward_funcs=rewards, args=config, train_dataset=data, processing_class=tokenizer
+    )
+    trainer.train()
+    (log,) = [entry for entry in trainer.state.log_history if "rewards/acquisition_loss/mean" in entry]
+    assert log["rewards/acquisition_loss/mean"] > 0
+    assert log["rewards/acquisition_entropy/mean"] > 0
+    assert max(together) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"url": "scorer"}, ValueError, "url: expected http://host:port"),
+        ({"url": URL, "student": "path"}, ValueError, "student: expected none beside url"),
+        ({"url": URL, "max_length": 1}, ValueError, "max_length: expected at least 2 tokens, got 1"),
+        ({"url": URL, "parse": 3}, TypeError, "parse: expected a function of a text, got int"),
+        ({"url": URL, "device": "cuda"}, TypeError, "device"),
+        ({"url": URL, "client": {"attempts": 0}}, ValueError, "attempts: expected at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        AcquisitionReward(**options)
+
+
+def test_without_httpx_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "acqsynth.serve.client", raising=False)
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs httpx, .*run 'pip install acqcore\[serve\]'"):
+        AcquisitionReward(url=URL)

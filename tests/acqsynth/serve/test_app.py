@@ -1,0 +1,564 @@
+"""The routes: numbers as in process, and everything else refused with a type."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+import acqcore
+from acqsynth.parsing import parse_sample
+from acqsynth.serve.app import Service
+from acqsynth.serve.auth import Access
+from acqsynth.serve.schema import served_acquisitions
+from acqsynth.serve.students import Question
+
+GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
+LONGER = "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
+CHAT = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
+
+Serve = Callable[..., Service]
+
+
+def error_of(response: Any) -> tuple[int, str, str]:
+    assert set(response.json()) == {"error"}
+    assert set(response.json()["error"]) == {"type", "message"}
+    return response.status_code, response.json()["error"]["type"], response.json()["error"]["message"]
+
+
+def post(serve: Serve, asked: Any, path: str, body: Any, **options: Any) -> Any:
+    """The answer to one request of a fresh service; a body that is no object is sent as it is."""
+
+    async def main() -> Any:
+        async with asked(serve(**options)) as client:
+            if isinstance(body, bytes):
+                return await client.post(path, content=body, headers={"content-type": "application/json"})
+            return await client.post(path, json=body)
+
+    return asyncio.run(main())
+
+
+class TestScore:
+    def test_all_acquisitions_are_those_of_process(
+        self, serve: Serve, asked: Any, student: acqcore.Student, samples: list[Any]
+    ) -> None:
+        names = served_acquisitions()
+        response = post(serve, asked, "/score", {"samples": samples, "acquisitions": names})
+        assert response.status_code == 200
+        answer = response.json()
+        expected = acqcore.score(student, samples, names, progress=False)
+        assert list(answer["values"]) == names
+        for name in names:
+            assert torch.equal(torch.tensor(answer["values"][name]), expected[name]), name
+        assert answer["n_tokens"] == expected.n_tokens.tolist()
+        assert answer["valid"] == [True] * len(samples)
+        assert answer["errors"] == []
+        assert answer["student"]["name"] == "first"
+        assert answer["student"]["version"] == 1
+
+    @pytest.mark.parametrize(
+        "chosen",
+        [
+            ["What is 2 + 2?", "It is 4."],
+            [{"text": "What is 2 + 2?"}, {"text": "It is 4."}],
+            [{"messages": CHAT}, {"messages": [*CHAT, *CHAT]}],
+            [{"prompt": CHAT[:1], "completion": CHAT[1:]}, {"prompt": "a", "completion": "b"}],
+        ],
+    )
+    def test_every_kind_of_sample(self, serve: Serve, asked: Any, student: acqcore.Student, chosen: list[Any]) -> None:
+        answer = post(serve, asked, "/score", {"samples": chosen, "acquisitions": ["loss"]}).json()
+        expected = acqcore.score(student, chosen, "loss", progress=False)
+        assert answer["values"]["loss"] == expected["loss"].tolist()
+        assert answer["n_tokens"] == expected.n_tokens.tolist()
+
+    def test_reduction_arguments_and_length(
+        self, serve: Serve, asked: Any, student: acqcore.Student, samples: list[Any]
+    ) -> None:
+        arguments = {"mutual_information": {"layers": 1, "draws": 3, "seed": 5}, "grad_norm": {"parameters": "all"}}
+        names = ["mutual_information", "grad_norm", "entropy"]
+        body = {"samples": samples, "acquisitions": names, "acquisition_args": arguments}
+        answer = post(serve, asked, "/score", {**body, "reduction": "max", "max_length": 20}).json()
+        expected = acqcore.score(
+            student, samples, names, acquisition_args=arguments, reduction="max", max_length=20, progress=False
+        )
+        for name in names:
+            assert answer["values"][name] == expected[name].tolist()
+
+    def test_coalesced_requests_get_the_numbers_of_lone_ones(
+        self, serve: Serve, asked: Any, student: acqcore.Student, samples: list[Any], forwards: list[int]
+    ) -> None:
+        """Not to the last bit: a product of another shape rounds in another order."""
+        names = ["entropy", "loss", "grad_norm", "mutual_information"]
+
+        async def main() -> list[Any]:
+            async with asked(serve(limits={"wait": 0.2})) as client:
+                bodies = [{"samples": [sample], "acquisitions": names} for sample in samples]
+                return await asyncio.gather(*(client.post("/score", json=body) for body in bodies))
+
+        answers = [response.json() for response in asyncio.run(main())]
+        assert sum(size == len(samples) for size in forwards) <= 1
+        assert len(forwards) < len(samples)
+        for sample, answer in zip(samples, answers, strict=True):
+            expected = acqcore.score(student, [sample], names, progress=False)
+            for name in names:
+                assert answer["values"][name] == pytest.approx(expected[name].tolist(), rel=2e-6)
+
+    def test_a_sample_that_can_not_be_scored_is_told_alone(
+        self, serve: Serve, asked: Any, student: acqcore.Student
+    ) -> None:
+        chosen = ["a fox", "x", "", "the dog " * 20, "the dog"]
+        body = {"samples": chosen, "acquisitions": ["entropy"]}
+        answer = post(serve, asked, "/score", body, limits={"max_length": 64}).json()
+        expected = acqcore.score(student, [chosen[0], chosen[4]], "entropy", progress=False)["entropy"].tolist()
+        assert answer["values"]["entropy"] == [expected[0], None, None, None, expected[1]]
+        assert answer["valid"] == [True, False, False, False, True]
+        assert [error["index"] for error in answer["errors"]] == [1, 2, 3]
+        assert answer["errors"][0]["message"].startswith("nothing to score")
+        assert answer["errors"][2]["message"].startswith("160 tokens, the student takes at most 64")
+
+    def test_a_value_that_is_not_finite_is_null(
+        self, serve: Serve, asked: Any, student: acqcore.Student, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with torch.no_grad():
+            student.head.weight[ord("?")] = torch.nan
+        answer = post(serve, asked, "/score", {"samples": ["a fox"], "acquisitions": ["entropy"]})
+        assert answer.json()["values"] == {"entropy": [None]}
+        assert answer.json()["valid"] == [False]
+
+    def test_no_samples(self, serve: Serve, asked: Any) -> None:
+        answer = post(serve, asked, "/score", {"samples": []}).json()
+        assert answer["values"] == {"entropy": []}
+        assert answer["valid"] == answer["n_tokens"] == answer["errors"] == []
+
+    @pytest.mark.parametrize(
+        ("body", "message"),
+        [
+            ({}, "samples: Field required"),
+            ([], "body: "),
+            ({"samples": [3]}, "samples.0.string: Input should be a valid string"),
+            ({"samples": [{"prompt": "a"}]}, "samples.0.completion.completion: Field required"),
+            ({"samples": ["a"], "more": 1}, "more: Extra inputs are not permitted"),
+            ({"samples": ["a"], "acquisitions": ["influence"]}, "unknown 'influence', expected one of"),
+            ({"samples": ["a"], "acquisitions": []}, "acquisitions: List should have at least 1 item"),
+            ({"samples": ["a b"], "reduction": "median"}, "reduction: Input should be 'mean'"),
+            ({"samples": ["a b"], "max_length": 1}, "max_length: "),
+            ({"samples": ["a b"], "max_length": "9"}, "max_length: Input should be a valid integer"),
+            ({"samples": ["a b"], "max_length": 10**6}, "max_length: expected at most 2048"),
+            ({"samples": ["a b"], "acquisition_args": {"grad_norm": {}}}, "not among the acquisitions asked for"),
+            (
+                {"samples": ["ab"], "acquisitions": ["mutual_information"],
+                 "acquisition_args": {"mutual_information": {"members": ["x"]}}},
+                "Extra inputs are not permitted",
+            ),
+            (
+                {"samples": ["ab"], "acquisitions": ["mutual_information"],
+                 "acquisition_args": {"mutual_information": {"layers": 3}}},
+                "layers",
+            ),
+        ],
+    )  # fmt: skip
+    def test_bad_requests(self, serve: Serve, asked: Any, forwards: list[int], body: Any, message: str) -> None:
+        status, kind, text = error_of(post(serve, asked, "/score", body))
+        assert (status, kind) == (422, "invalid_request")
+        assert message in text
+        assert forwards == []
+
+    @pytest.mark.parametrize(
+        ("body", "status"),
+        [
+            (b"", 422),
+            (b"{", 422),
+            (b'{"samples": ["a b"]', 422),
+            (b"\xff\xfe", 422),
+            (b'{"samples": ["\xff"]}', 400),
+            (b'{"samples": ["\\ud800 is half a character"]}', 422),
+            (b'{"samples": NaN}', 422),
+            (b'{"samples": ["a b"], "max_length": Infinity}', 422),
+            (b'{"samples": ["a b"], "max_length": 1e999}', 422),
+            (b'{"samples": ["a b"], "max_length": ' + b"9" * 400 + b"}", 422),
+            (b'{"samples": ["a b"], "max_length": ' + b"9" * 5000 + b"}", 400),
+            (b'{"samples": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400),
+            (b'{"samples": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}", 400),
+            (b"null", 422),
+            (b'"samples"', 422),
+        ],
+    )
+    def test_bodies_that_are_no_request(self, serve: Serve, asked: Any, body: bytes, status: int) -> None:
+        got, kind, _ = error_of(post(serve, asked, "/score", body))
+        assert got == status
+        assert kind == {400: "bad_request", 422: "invalid_request"}[status]
+
+    def test_control_characters_and_surrogate_pairs_are_text(
+        self, serve: Serve, asked: Any, student: acqcore.Student
+    ) -> None:
+        texts = ["\x00\x01\x7f", "\U0001f642 日本", "\u202e\ufeff", "</s></s>"]
+        answer = post(serve, asked, "/score", {"samples": texts}).json()
+        assert answer["values"]["entropy"] == acqcore.score(student, texts, progress=False)["entropy"].tolist()
+
+    def test_limits_of_a_request(self, serve: Serve, asked: Any, forwards: list[int]) -> None:
+        limits = {"max_samples": 2, "queue_tokens": 20, "max_body": 1000}
+        for body, message in (
+            ({"samples": ["a b"] * 3}, "samples: expected at most 2, got 3"),
+            ({"samples": ["a b" * 8]}, "the request has 24 tokens, at most 20 may wait"),
+            ({"samples": ["a" * 1000]}, "the body has 1016 bytes, at most 1000 are taken"),
+        ):
+            status, kind, text = error_of(post(serve, asked, "/score", body, limits=limits))
+            assert (status, kind) == (413, "too_large")
+            assert message in text
+        assert forwards == []
+
+    def test_a_failure_of_the_model_is_500_without_its_words(
+        self, serve: Serve, asked: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def fail(*_: Any) -> Any:
+            raise RuntimeError("out of memory at 0x7f")
+
+        monkeypatch.setattr(Question, "values", fail)
+        status, kind, text = error_of(post(serve, asked, "/score", {"samples": ["a b"]}))
+        assert (status, kind) == (500, "internal")
+        assert "memory" not in text
+        assert "out of memory" in caplog.text
+
+
+class Held:
+    """A model that waits until it is let go, and tells that it is at work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.at_work, self.free = threading.Event(), threading.Event()
+        values = Question.values
+
+        def held(*arguments: Any) -> Any:
+            self.at_work.set()
+            assert self.free.wait(20)
+            return values(*arguments)
+
+        monkeypatch.setattr(Question, "values", held)
+
+    async def wait(self) -> None:
+        assert await asyncio.to_thread(self.at_work.wait, 20)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+    return Held(monkeypatch)
+
+
+class TestPressure:
+    def test_too_many_tokens_waiting_are_429_with_a_time(self, serve: Serve, asked: Any, held: Held) -> None:
+        async def main() -> list[Any]:
+            async with asked(serve(limits={"queue_tokens": 30, "wait": 0.0})) as client:
+                tasks = [asyncio.create_task(client.post("/score", json={"samples": ["a" * 20]}))]
+                await held.wait()
+                tasks.append(asyncio.create_task(client.post("/score", json={"samples": ["a" * 20]})))
+                while "acqsynth_queue_tokens 20.0" not in (await client.get("/metrics")).text:
+                    await asyncio.sleep(0.01)
+                refused = await client.post("/score", json={"samples": ["a" * 20]})
+                held.free.set()
+                return [refused, *await asyncio.gather(*tasks)]
+
+        refused, *answered = asyncio.run(main())
+        assert error_of(refused)[:2] == (429, "busy")
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert [response.status_code for response in answered] == [200, 200]
+
+    def test_too_many_requests_are_429(self, serve: Serve, asked: Any, held: Held) -> None:
+        async def main() -> tuple[Any, Any, Any]:
+            async with asked(serve(limits={"max_requests": 1})) as client:
+                first = asyncio.create_task(client.post("/score", json={"samples": ["a b"]}))
+                await held.wait()
+                refused, health = await client.post("/score", json={"samples": ["a b"]}), await client.get("/health")
+                held.free.set()
+                return await first, refused, health
+
+        first, refused, health = asyncio.run(main())
+        assert first.status_code == health.status_code == 200
+        assert error_of(refused)[:2] == (429, "busy")
+        assert refused.headers["retry-after"] == "1"
+
+    def test_the_deadline_is_504_and_the_rest_is_not_scored(
+        self, serve: Serve, asked: Any, held: Held, forwards: list[int]
+    ) -> None:
+        async def main() -> tuple[Any, Any, str]:
+            async with asked(serve(limits={"timeout": 0.3, "batch_tokens": 10})) as client:
+                late = await client.post("/score", json={"samples": ["a" * 10, "b" * 10, "c" * 10]})
+                held.free.set()
+                following = await client.post("/score", json={"samples": ["d" * 10]})
+                return late, following, (await client.get("/metrics")).text
+
+        late, following, metrics = asyncio.run(main())
+        assert error_of(late) == (504, "deadline_exceeded", "no answer in 0.3 seconds")
+        assert following.status_code == 200
+        assert len(forwards) == 2  # the first sample of three was at work already
+        assert 'acqsynth_samples_total{outcome="scored"} 2.0' in metrics
+        assert 'acqsynth_requests_total{route="/score",status="504"} 1.0' in metrics
+        assert "acqsynth_queue_tokens 0.0" in metrics
+
+    def test_a_stopping_server_answers_what_it_took(
+        self, serve: Serve, asked: Any, held: Held, student: acqcore.Student
+    ) -> None:
+        """What the model works on, and what is only being tokenized."""
+        tokenizer, tokenizing, go_on = student.tokenizer, threading.Event(), threading.Event()
+
+        def slow(texts: list[str], **options: Any) -> Any:
+            if "slow" in texts:
+                tokenizing.set()
+                assert go_on.wait(20)
+            return tokenizer(texts, **options)
+
+        slow.apply_chat_template = tokenizer.apply_chat_template  # type: ignore[attr-defined]
+        slow.is_fast = True  # type: ignore[attr-defined]
+        student.tokenizer = slow
+
+        async def main() -> list[Any]:
+            service = serve()
+            async with asked(service) as client:
+                taken = [asyncio.create_task(client.post("/score", json={"samples": ["a b"]}))]
+                await held.wait()
+                taken.append(asyncio.create_task(client.post("/score", json={"samples": ["slow"]})))
+                assert await asyncio.to_thread(tokenizing.wait, 20)
+                service.stopping = True
+                refused, health = await client.post("/score", json={"samples": ["a b"]}), await client.get("/health")
+                go_on.set()
+                held.free.set()
+                return [refused, health, *await asyncio.gather(*taken)]
+
+        refused, health, *taken = asyncio.run(main())
+        assert [response.status_code for response in taken] == [200, 200]
+        assert error_of(refused)[:2] == (503, "stopping")
+        assert (health.status_code, health.json()) == (503, {"status": "stopping"})
+
+
+class TestTokens:
+    @pytest.mark.parametrize("path", ["/score", "/get_reward", "/student", "/metrics", "/openapi.json", "/nowhere"])
+    def test_nothing_reaches_the_model_without_the_token(
+        self, serve: Serve, asked: Any, forwards: list[int], path: str, student: acqcore.Student
+    ) -> None:
+        """Nor the tokenizer, nor is a body read: that of a stranger may be of any size."""
+        bodies = {"/score": {"samples": ["a b"]}, "/get_reward": {"query": [GOOD], "prompts": [""]}}
+
+        def fail(*arguments: Any, **options: Any) -> Any:
+            raise AssertionError("tokenized")
+
+        student.tokenizer = fail
+
+        async def main() -> list[Any]:
+            async with asked(serve(access=Access("secret", "admin"))) as client:
+                wrong = [{}, *({"authorization": text} for text in ("Bearer wrong", "Bearer ", "secret", "Basic c2Vj"))]
+                wrong += [{"Authorization": "Bearer admin" if path != "/student" else "Bearer secret"}]
+                return [
+                    await client.request(method, path, headers=headers, json=bodies.get(path))
+                    for headers in wrong
+                    for method in ("POST", "GET", "PUT", "OPTIONS")
+                ]
+
+        for response in asyncio.run(main()):
+            assert error_of(response)[:2] == (401, "unauthorized")
+            assert response.headers["www-authenticate"] == "Bearer"
+        assert forwards == []
+
+    def test_with_the_token_it_is_answered(self, serve: Serve, asked: Any) -> None:
+        async def main() -> list[Any]:
+            async with asked(serve(access=Access("secret")), authorization="Bearer secret") as client:
+                return [await client.post("/score", json={"samples": ["a b"]}), await client.get("/metrics")]
+
+        assert [response.status_code for response in asyncio.run(main())] == [200, 200]
+
+    def test_health_tells_strangers_that_it_lives_and_no_more(self, serve: Serve, asked: Any) -> None:
+        async def main() -> Any:
+            async with asked(serve(access=Access("secret"))) as client:
+                return await client.get("/health")
+
+        assert asyncio.run(main()).json() == {"status": "ok"}
+
+
+class TestGetReward:
+    def test_the_wire_format(self, serve: Serve, asked: Any, student: acqcore.Student) -> None:
+        prompt = f"<|user|>Like {LONGER}</s><|assistant|>"
+        queries = [f"{prompt}{GOOD}</s>", f"{prompt}no sample</s>", f"elsewhere {GOOD}", f"{prompt}{LONGER}"]
+        body = {"query": queries, "prompts": [prompt] * 4, "labels": [None, "x", 3, {"a": []}]}
+        response = post(serve, asked, "/get_reward", body)
+        assert response.status_code == 200
+        answer = response.json()
+        scored = [parse_sample(GOOD), parse_sample(LONGER)]
+        good, longer = acqcore.score(student, scored, progress=False)["entropy"].tolist()
+        assert answer["rewards"] == [good, 0.0, pytest.approx((good + longer) / 2), longer]
+        assert answer["scores"] == pytest.approx(torch.tensor(answer["rewards"]).sigmoid().tolist())
+        assert answer["extra_logs"] == {
+            "masked": [0, 0, 1, 0],
+            "gated": [0, 1, 0, 0],
+            "entropy": [good, 0, 0, longer],
+        }
+
+    def test_a_masked_sample_gets_what_is_typical(
+        self, serve: Serve, asked: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        values = iter([[(None,)], [(2.0,), (4.0,)], [(None,)], [(-1.0,)]])
+        monkeypatch.setattr(Question, "values", lambda *_: next(values))
+
+        async def main() -> list[list[float]]:
+            async with asked(serve(acquisition="loss")) as client:
+                rewards = []
+                for queries in ([GOOD], [GOOD, GOOD], [GOOD], [GOOD], ["broken"]):
+                    body = {"query": queries, "prompts": [""] * len(queries)}
+                    rewards.append((await client.post("/get_reward", json=body)).json()["rewards"])
+                return rewards
+
+        # The last was never a sample: it does not outrank the one below zero.
+        assert asyncio.run(main()) == [[0.0], [2.0, 4.0], [3.0], [-1.0], [-1.0]]
+
+    def test_lists_of_different_length(self, serve: Serve, asked: Any) -> None:
+        response = post(serve, asked, "/get_reward", {"query": [GOOD], "prompts": []})
+        assert error_of(response) == (422, "invalid_request", "prompts: expected 1, one a query, got 0")
+
+    def test_an_acquisition_that_can_not_be_served(self, serve: Serve) -> None:
+        with pytest.raises(ValueError, match="acquisition: unknown 'influence', expected one of"):
+            serve(acquisition="influence")
+
+
+class TestMetrics:
+    def test_what_is_counted(self, serve: Serve, asked: Any) -> None:
+        async def main() -> str:
+            async with asked(serve()) as client:
+                await client.post("/score", json={"samples": ["a fox", "the dog", "x"]})
+                await client.post("/score", json={})
+                await client.get("/nowhere/whatever")
+                return (await client.get("/metrics")).text
+
+        lines = asyncio.run(main()).splitlines()
+        for line in (
+            'acqsynth_requests_total{route="/score",status="200"} 1.0',
+            'acqsynth_requests_total{route="/score",status="422"} 1.0',
+            'acqsynth_requests_total{route="other",status="404"} 1.0',
+            'acqsynth_samples_total{outcome="scored"} 2.0',
+            'acqsynth_samples_total{outcome="refused"} 1.0',
+            "acqsynth_batch_tokens_total 12.0",
+            "acqsynth_batch_samples_sum 2.0",
+            "acqsynth_student_version 1.0",
+            "acqsynth_queue_tokens 0.0",
+            "acqsynth_active_requests 1.0",  # this one
+        ):
+            assert line in lines, line
+
+
+class TestStudent:
+    @pytest.fixture
+    def root(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+        """``root`` with a student ``second`` in it, and one beside it that must not be loaded."""
+        root = tmp_path / "root"
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)
+        for folder in (root / "second", tmp_path / "outside"):
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        with torch.no_grad():
+            model.lm_head.weight.div_(2)
+        (root / "link").symlink_to(tmp_path / "outside")
+        (root / "empty").mkdir()
+        (root / "adapter").mkdir()
+        for name in ("config.json", "adapter_config.json"):
+            (root / "adapter" / name).write_text("{}")
+        (root / "broken").mkdir()
+        (root / "broken" / "config.json").write_text('{"model_type": "llama"}')
+        return root
+
+    def change(self, serve: Serve, asked: Any, path: Any, **options: Any) -> Any:
+        async def main() -> Any:
+            service = serve(access=Access(None, "admin"), **options)
+            async with asked(service, authorization="Bearer admin") as client:
+                response = await client.post("/student", json={"path": path})
+                return response, (await client.post("/score", json={"samples": ["a fox"]})).json(), service
+
+        return asyncio.run(main())
+
+    def test_another_student_scores_from_now_on(self, serve: Serve, asked: Any, root: Path) -> None:
+        response, answer, service = self.change(serve, asked, "second", root=root)
+        assert response.status_code == 200
+        assert response.json() == answer["student"] == service.students.current.described()
+        assert response.json()["version"] == 2
+        second = acqcore.Student.load(root / "second")
+        assert answer["values"]["entropy"] == acqcore.score(second, ["a fox"], progress=False)["entropy"].tolist()
+        assert 'acqsynth_reloads_total{outcome="done"} 1.0' in service.metrics.text().decode()
+
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            ("../outside", "below the student root"),
+            ("second/../../outside", "below the student root"),
+            ("link", "below the student root"),
+            ("/etc", "below the student root"),
+            ("a\0b", "below the student root"),
+            ("x" * 5000, "expected a folder"),
+            ("nowhere", "with a whole model"),
+            ("HuggingFaceTB/SmolLM2-135M", "with a whole model"),
+            ("", "with a whole model"),
+            ("empty", "with a whole model"),
+            ("adapter", "with a whole model"),
+            ("second/config.json", "with a whole model"),
+            ("broken", "'broken' can not be loaded: "),
+        ],
+    )
+    def test_nothing_else_is_loaded_and_the_one_before_stays(
+        self, serve: Serve, asked: Any, root: Path, path: str, message: str
+    ) -> None:
+        response, answer, _ = self.change(serve, asked, path, root=root)
+        status, kind, text = error_of(response)
+        assert (status, kind) == (422, "invalid_request")
+        assert message in text
+        assert str(root) not in text
+        assert answer["student"]["version"] == 1
+
+    def test_without_a_root_or_an_admin_token_there_is_no_reload(self, serve: Serve, asked: Any, root: Path) -> None:
+        assert error_of(self.change(serve, asked, "second")[0])[:2] == (403, "forbidden")
+        response = post(serve, asked, "/student", {"path": "second"}, root=root)
+        assert error_of(response)[:2] == (403, "forbidden")
+
+    def test_requests_keep_the_student_they_were_taken_for(
+        self, serve: Serve, asked: Any, root: Path, held: Held, student: acqcore.Student
+    ) -> None:
+        """One at work, one waiting while another student comes, one after it; a second reload meanwhile is 409."""
+
+        async def main() -> list[Any]:
+            service = serve(access=Access(None, "admin"), root=root, limits={"wait": 0.0, "batch_tokens": 6})
+            async with asked(service, authorization="Bearer admin") as client:
+                early = [asyncio.create_task(client.post("/score", json={"samples": ["a fox", "b fox"]}))]
+                await held.wait()
+                early.append(asyncio.create_task(client.post("/score", json={"samples": ["the dog"]})))
+                while service.batcher.tokens < 12:
+                    await asyncio.sleep(0.005)
+                both = await asyncio.gather(*(client.post("/student", json={"path": "second"}) for _ in range(2)))
+                assert sorted(response.status_code for response in both) == [200, 409]
+                late = asyncio.create_task(client.post("/score", json={"samples": ["a fox"]}))
+                await asyncio.sleep(0.05)
+                held.free.set()
+                return [response.json() for response in await asyncio.gather(*early, late)]
+
+        first, waiting, late = asyncio.run(main())
+        second = acqcore.Student.load(root / "second")
+        assert [answer["student"]["version"] for answer in (first, waiting, late)] == [1, 1, 2]
+        for answer, scorer, texts in (
+            (first, student, ["a fox", "b fox"]),
+            (waiting, student, ["the dog"]),
+            (late, second, ["a fox"]),
+        ):
+            expected = acqcore.score(scorer, texts, progress=False)["entropy"].tolist()
+            assert answer["values"]["entropy"] == pytest.approx(expected, rel=2e-6)
+        assert first["values"]["entropy"][0] != pytest.approx(late["values"]["entropy"][0], rel=1e-3)
+
+
+def test_errors_carry_json_that_every_client_reads(serve: Serve, asked: Any) -> None:
+    async def main() -> list[Any]:
+        async with asked(serve()) as client:
+            return [await client.get("/nowhere"), await client.get("/score"), await client.post("/health")]
+
+    missing, *wrong_method = asyncio.run(main())
+    assert error_of(missing)[:2] == (404, "not_found")
+    for response in wrong_method:
+        assert error_of(response)[:2] == (405, "method_not_allowed")
+        json.loads(response.content)

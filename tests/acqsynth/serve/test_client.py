@@ -1,0 +1,254 @@
+"""What is asked again, when it is given up, and that no number is made up."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import pickle
+import random
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from acqsynth.serve.client import CircuitBreaker, ScorerClient, ScorerError
+
+URL = "http://scorer:8000/"
+Handler = Callable[[httpx.Request], Any]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Server:
+    """Answers of a script, one a request; the last again and again. Counts what it was asked."""
+
+    def __init__(self, *script: Any) -> None:
+        self.script = list(script)
+        self.asked: list[httpx.Request] = []
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append(request)
+        step = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+        if isinstance(step, Exception):
+            raise step
+        if callable(step):
+            step = await step()
+        if isinstance(step, httpx.Response):
+            return step
+        return (
+            httpx.Response(step, json={"error": {"type": "t", "message": "words"}}) if step != 200 else scores(request)
+        )
+
+
+def scores(request: httpx.Request) -> httpx.Response:
+    """The number in each text; null for 13."""
+    body = json.loads(request.content)
+    numbers = [None if text == "13" else float(text) for text in body["samples"]]
+    return httpx.Response(
+        200, json={"values": dict.fromkeys(body["acquisitions"], numbers), "n_tokens": [7] * len(numbers)}
+    )
+
+
+@pytest.fixture
+def reached(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """``reached(server)``: what every client reaches from now on."""
+    monkeypatch.delenv("ACQSYNTH_TOKEN", raising=False)
+    original = httpx.AsyncClient
+
+    def put(server: Any) -> None:
+        monkeypatch.setattr(httpx, "AsyncClient", functools.partial(original, transport=httpx.MockTransport(server)))
+
+    return put
+
+
+def ask(client: ScorerClient, texts: list[str], **options: Any) -> tuple[dict[str, list[float | None]], list[int]]:
+    return asyncio.run(client.score(texts, ["loss"], **options))
+
+
+def test_answers_come_back_in_order_however_they_are_split(reached: Any) -> None:
+    server = Server(200)
+    reached(server)
+    texts = [str(i) for i in range(20)]
+    values, counts = ask(ScorerClient(URL, batch=3), texts)
+    assert values == {"loss": [None if i == 13 else float(i) for i in range(20)]}
+    assert counts == [7] * 20
+    assert len(server.asked) == 7
+    assert str(server.asked[0].url) == "http://scorer:8000/score"
+    assert "authorization" not in server.asked[0].headers
+    assert ask(ScorerClient(URL), []) == ({"loss": []}, [])
+    assert len(server.asked) == 7
+
+
+def test_the_token_is_sent(reached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(200)
+    reached(server)
+    ask(ScorerClient(URL, token="given"), ["1"])
+    monkeypatch.setenv("ACQSYNTH_TOKEN", "of-environment")
+    ask(ScorerClient(URL), ["1"])
+    ask(ScorerClient(URL, token="given"), ["1"])
+    sent = [request.headers["authorization"] for request in server.asked]
+    assert sent == ["Bearer given", "Bearer of-environment", "Bearer given"]
+    assert "given" not in repr(ScorerClient(URL, token="given"))
+
+
+@pytest.mark.parametrize(
+    "failure", [408, 429, 500, 502, 503, 504, httpx.ConnectError("refused"), httpx.RemoteProtocolError("cut off")]
+)
+def test_what_may_get_better_is_asked_again(reached: Any, failure: Any, caplog: pytest.LogCaptureFixture) -> None:
+    server = Server(failure, failure, 200)
+    reached(server)
+    assert ask(ScorerClient(URL, backoff=0.001), ["4"])[0] == {"loss": [4.0]}
+    assert len(server.asked) == 3
+    assert caplog.text.count("next try in") == 2
+
+
+@pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 405, 413, 422])
+def test_what_can_not_is_raised_at_once(reached: Any, status: int) -> None:
+    server = Server(status)
+    reached(server)
+    client = ScorerClient(URL)
+    with pytest.raises(ScorerError, match=f"^http://scorer:8000: {status} words$"):
+        ask(client, ["1"])
+    assert len(server.asked) == 1
+    assert not client.breaker.is_open
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        httpx.Response(200, text="<html>"),
+        httpx.Response(200, json=[1]),
+        httpx.Response(200, json={"rewards": [1.0]}),
+        httpx.Response(200, json={"values": {"loss": [1.0, 2.0]}, "n_tokens": [1, 2]}),
+    ],
+)
+def test_another_servers_answer_is_no_score(reached: Any, answer: httpx.Response) -> None:
+    reached(Server(answer))
+    with pytest.raises(ScorerError, match="expected"):
+        ask(ScorerClient(URL), ["1"])
+
+
+def test_given_up_samples_are_none_and_told(reached: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The others of the call have their values."""
+
+    async def of_first(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(503) if b'"0"' in request.content else scores(request)
+
+    reached(of_first)
+    values, counts = ask(ScorerClient(URL, batch=2, attempts=3, backoff=0.001), ["0", "1", "2", "3"])
+    assert values == {"loss": [None, None, 2.0, 3.0]}
+    assert counts == [0, 0, 7, 7]
+    assert "503 Service Unavailable; given up after 3 tries" in caplog.text
+
+
+def test_waits_grow_and_hold_what_the_server_asks_for(reached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    reached(Server(503, 503, httpx.Response(429, headers={"retry-after": "9"}), 503, 200))
+    monkeypatch.setattr(random, "uniform", lambda a, b: a)
+    client = ScorerClient(URL, backoff=0.5)
+    monkeypatch.setattr("acqsynth.serve.client.asyncio.sleep", sleep)
+    assert ask(client, ["4"])[0] == {"loss": [4.0]}
+    assert waits == [0.25, 0.5, 9.0, 2.0]
+
+
+def test_the_time_of_a_call_is_kept(reached: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async def slow(request: httpx.Request) -> httpx.Response:
+        if b'"0"' in request.content:
+            await asyncio.sleep(30)
+        return scores(request)
+
+    reached(slow)
+    client = ScorerClient(URL, batch=1, timeout=0.3, breaker=CircuitBreaker(failures=1))
+    assert ask(client, ["0", "1"])[0] == {"loss": [None, 1.0]}
+    assert "no answer in 0.3 seconds to 1 requests" in caplog.text
+    assert client.breaker.is_open
+
+
+def test_the_breaker_stops_asking_and_tries_once_later(reached: Any, caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    client = ScorerClient(URL, attempts=2, backoff=0.001, breaker=CircuitBreaker(2, 30.0, clock))
+    server = Server(503)
+    reached(server)
+    for asked in (2, 4, 4, 4):  # open after two requests of two tries
+        assert ask(client, ["1"])[0] == {"loss": [None]}
+        assert len(server.asked) == asked
+    assert "not asked, 2 requests before it failed" in caplog.text
+    clock.now = 29.0
+    ask(client, ["1"])
+    assert len(server.asked) == 4
+    clock.now = 31.0
+    ask(client, ["1"])  # one try, which fails
+    ask(client, ["1"])
+    assert len(server.asked) == 5
+    clock.now = 62.0
+    server.script = [200]
+    assert ask(client, ["1"])[0] == ask(client, ["1"])[0] == {"loss": [1.0]}
+    assert not client.breaker.is_open
+
+
+def test_one_try_alone_while_it_is_open(reached: Any) -> None:
+    clock = Clock()
+    client = ScorerClient(URL, batch=1, attempts=1, breaker=CircuitBreaker(1, 30.0, clock))
+    server = Server(503)
+    reached(server)
+    ask(client, ["1"])
+    clock.now = 31.0
+    ask(client, ["1", "2", "3", "4"])
+    assert len(server.asked) == 2
+
+
+def test_a_busy_server_does_not_open_it(reached: Any) -> None:
+    client = ScorerClient(URL, attempts=2, backoff=0.001, breaker=CircuitBreaker(1))
+    reached(Server(429))
+    assert ask(client, ["1"])[0] == {"loss": [None]}
+    assert not client.breaker.is_open
+
+
+def test_a_short_absence_does_not_open_it(reached: Any) -> None:
+    """Eight requests of one call fail together when the server restarts; each is asked again."""
+    server = Server(*[httpx.ConnectError("refused")] * 8, 200)
+    reached(server)
+    client = ScorerClient(URL, batch=1, backoff=0.001)
+    assert ask(client, [str(i) for i in range(8)])[0] == {"loss": [float(i) for i in range(8)]}
+
+
+def test_a_copy_of_another_process_finds_out_for_itself(reached: Any) -> None:
+    client = ScorerClient(URL, attempts=1, breaker=CircuitBreaker(1))
+    reached(Server(503))
+    ask(client, ["1"])
+    assert client.breaker.is_open
+    assert not pickle.loads(pickle.dumps(client)).breaker.is_open
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "scorer:8000"}, "url: expected http://host:port, got 'scorer:8000'"),
+        ({"url": URL, "batch": 0}, "batch: expected at least 1, got 0"),
+        ({"url": URL, "attempts": 0}, "attempts: expected at least 1, got 0"),
+        ({"url": URL, "timeout": 0.0}, "timeout: expected seconds above 0"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScorerClient(**options)
+    with pytest.raises(ValueError, match="failures: expected at least 1, got 0"):
+        CircuitBreaker(0)
+
+
+@pytest.fixture(autouse=True)
+def _all_logs(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acqsynth.serve.options import TOKEN_VARIABLE, Limits, is_loopback, token_from
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_samples": 0}, "max_samples: expected at least 1, got 0"),
+        ({"max_length": 1}, "max_length: expected at least 2 tokens, got 1"),
+        ({"wait": -1.0}, "wait: expected seconds, 0 or more, got -1.0"),
+        ({"wait": float("nan")}, "wait: expected seconds"),
+        ({"timeout": 0.0}, "timeout: expected seconds above 0, got 0.0"),
+        ({"body_timeout": float("inf")}, "body_timeout: expected seconds above 0"),
+    ],
+)
+def test_limits_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Limits(**options)
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("", False),
+        ("10.0.0.1", False),
+        ("localhost.example.com", False),
+    ],
+)
+def test_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_tokens_come_from_a_file_before_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("from-file\n")
+    assert token_from(TOKEN_VARIABLE, file, {TOKEN_VARIABLE: "from-variable"}) == "from-file"
+    assert token_from(TOKEN_VARIABLE, None, {TOKEN_VARIABLE: "from-variable"}) == "from-variable"
+    assert token_from(TOKEN_VARIABLE, None, {}) is None
+
+
+@pytest.mark.parametrize("token", ["", "  ", "two words", "naïve", "a\nb"])
+def test_a_token_that_no_header_carries(token: str, tmp_path: Path) -> None:
+    """An empty variable must not open the server."""
+    with pytest.raises(ValueError, match=f"{TOKEN_VARIABLE}: expected a token of visible ASCII characters"):
+        token_from(TOKEN_VARIABLE, None, {TOKEN_VARIABLE: token})
+    with pytest.raises(FileNotFoundError):
+        token_from(TOKEN_VARIABLE, tmp_path / "missing")

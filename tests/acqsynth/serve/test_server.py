@@ -1,0 +1,299 @@
+"""The whole server as a process on a socket, and clients of every kind at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+import acqcore
+from acqsynth.cli import main
+from acqsynth.serve.options import ADMIN_TOKEN_VARIABLE, TOKEN_VARIABLE
+
+TOKENS = {TOKEN_VARIABLE: "secret", ADMIN_TOKEN_VARIABLE: "admin"}
+BEARER = {"Authorization": "Bearer secret"}
+NAMES = ["entropy", "loss"]
+Start = Callable[..., tuple[subprocess.Popen[str], str]]
+
+
+@pytest.fixture
+def root(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """A folder with the students ``one`` and ``two``."""
+    for name in ("one", "two"):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+    return tmp_path
+
+
+@pytest.fixture
+def start(root: Path) -> Iterator[Start]:
+    """``start("--option", ...)``: a server of the student ``one``, and its URL."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*options: str) -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-m", "acqsynth.cli", "serve", "--student", str(root / "one"), "--port", "0"]
+        environment = {**os.environ, **TOKENS, "OMP_NUM_THREADS": "1"}
+        with (root / "stderr").open("w") as errors:
+            process = subprocess.Popen(
+                [*command, *options], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        started.append(process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.fullmatch(r"acqsynth: serving (http://127\.0\.0\.1:\d+)\n", line)
+        assert found, line + (root / "stderr").read_text()
+        return process, found[1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+async def raw(url: str, head: str, pieces: list[bytes], *, every: float = 0.0, answer: bool = True) -> int | None:
+    """The status that bytes on a connection get; without ``answer`` the connection is cut off after them."""
+    parts = urlsplit(url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    try:
+        lines = ["POST /score HTTP/1.1", "Host: scorer", "Content-Type: application/json", head]
+        writer.write("\r\n".join(lines).encode() + b"\r\n\r\n")
+        for piece in pieces:
+            with contextlib.suppress(ConnectionError):
+                writer.write(piece)
+                await writer.drain()
+            if every:
+                with contextlib.suppress(TimeoutError):
+                    return status_of(await asyncio.wait_for(reader.readline(), every))
+        if not answer:
+            writer.transport.abort()
+            return None
+        return status_of(await asyncio.wait_for(reader.readline(), 20))
+    finally:
+        writer.close()
+
+
+def status_of(line: bytes) -> int:
+    return int(line.split()[1])
+
+
+def body_of(texts: list[str]) -> bytes:
+    return json.dumps({"samples": texts, "acquisitions": NAMES}).encode()
+
+
+def metrics_of(text: str) -> dict[str, float]:
+    lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in lines}
+
+
+def test_64_clients_of_every_kind_and_a_reload(start: Start, root: Path) -> None:
+    """Half of them behave: each gets its own values, once, from one student. The rest are cut off in the request or in
+    the body, drip, send too much with and without saying so, no JSON, or have no token."""
+    _, url = start(
+        "--student-root", str(root), "--max-body", "4096", "--body-timeout", "1", "--batch-tokens", "512"
+    )  # fmt: skip
+    statuses: Counter[tuple[str, int | None]] = Counter()
+    answers: dict[tuple[str, ...], Any] = {}
+    token = "Authorization: Bearer secret"
+
+    async def good(client: httpx.AsyncClient, i: int) -> None:
+        for j in range(6):
+            texts = [f"client {i} asks for the {j}th time, sample {k}" for k in range(1 + (i + j) % 3)]
+            response = await client.post("/score", content=body_of(texts), headers={"content-type": "application/json"})
+            statuses["good", response.status_code] += 1
+            assert tuple(texts) not in answers
+            answers[tuple(texts)] = response.json()
+            await asyncio.sleep(0.02)
+
+    async def bad(kind: str, i: int) -> None:
+        body = body_of([f"bad client {i}", "is it scored?"])
+        length = f"{token}\r\nContent-Length: {len(body)}"
+        if kind == "cut off":
+            found = await raw(url, length, [body], answer=False)
+        elif kind == "cut off in the body":
+            found = await raw(url, length, [body[:20]], answer=False)
+        elif kind == "drip":
+            found = await raw(url, length, [body[k : k + 1] for k in range(len(body))], every=0.1)
+        elif kind == "declared too large":
+            found = await raw(url, f"{token}\r\nContent-Length: 4097", [b"{"])
+        elif kind == "chunked too large":
+            chunk = b"400\r\n" + b" " * 1024 + b"\r\n"
+            found = await raw(url, f"{token}\r\nTransfer-Encoding: chunked", [chunk] * 5)
+        elif kind == "no JSON":
+            found = await raw(url, f"{token}\r\nContent-Length: 8", [b'{"a": \xff}'])
+        elif kind == "wrong token":
+            found = await raw(url, f"Authorization: Bearer Secret\r\nContent-Length: {len(body)}", [body])
+        else:
+            found = await raw(url, f"Content-Length: {len(body)}", [body])
+        statuses[kind, found] += 1
+
+    kinds = ["cut off", "cut off in the body", "drip", "declared too large", "chunked too large", "no JSON"]
+    kinds += ["wrong token", "no token"]
+
+    async def reload() -> tuple[int, int]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            await asyncio.sleep(0.1)
+            refused = await client.post("/student", json={"path": "two"}, headers=BEARER)
+            done = await client.post("/student", json={"path": "two"}, headers={"Authorization": "Bearer admin"})
+            return refused.status_code, done.status_code
+
+    async def everybody() -> tuple[tuple[int, int], dict[str, float]]:
+        async with httpx.AsyncClient(base_url=url, headers=BEARER, timeout=60) as client:
+            reloaded, *_ = await asyncio.gather(
+                reload(), *(good(client, i) for i in range(32)), *(bad(kinds[i % 8], i) for i in range(32))
+            )
+            await good(client, 99)  # the server is as well as before
+            assert (await client.get("/health")).json() == {"status": "ok"}
+            return reloaded, metrics_of((await client.get("/metrics")).text)
+
+    reloaded, metrics = asyncio.run(everybody())
+    assert reloaded == (401, 200)
+    assert statuses == {
+        ("good", 200): 33 * 6,
+        ("cut off", None): 4,
+        ("cut off in the body", None): 4,
+        ("drip", 408): 4,
+        ("declared too large", 413): 4,
+        ("chunked too large", 413): 4,
+        ("no JSON", 400): 4,
+        ("wrong token", 401): 4,
+        ("no token", 401): 4,
+    }
+    students = {1: acqcore.Student.load(root / "one"), 2: acqcore.Student.load(root / "two")}
+    assert {answer["student"]["version"] for answer in answers.values()} == {1, 2}
+    found, expected = [], []
+    for version, student in students.items():
+        of_it = [(texts, answer) for texts, answer in answers.items() if answer["student"]["version"] == version]
+        scores = acqcore.score(student, [text for texts, _ in of_it for text in texts], NAMES, progress=False)
+        expected.append(torch.stack([scores[name] for name in NAMES], dim=1))
+        found.append(torch.cat([torch.tensor([answer["values"][name] for name in NAMES]).T for _, answer in of_it]))
+        assert all(answer["valid"] == [True] * len(texts) for texts, answer in of_it)
+    own, right = torch.cat(found), torch.cat(expected)  # [samples, names]
+    assert torch.allclose(own, right, rtol=2e-6, atol=0)
+    distances = torch.cdist(right.double(), right.double(), p=torch.inf)
+    distances.fill_diagonal_(1)
+    assert distances.min() > 2e-6 * right.max()  # so that another's value would show
+    good_samples = sum(len(texts) for texts in answers)
+    assert good_samples <= metrics['acqsynth_samples_total{outcome="scored"}'] <= good_samples + 2 * 4
+    assert metrics['acqsynth_requests_total{route="/score",status="200"}'] == 33 * 6
+    assert metrics['acqsynth_requests_total{route="/score",status="499"}'] >= 4  # cut off
+    assert metrics["acqsynth_queue_tokens"] == 0
+    assert metrics["acqsynth_active_requests"] == 1
+    assert metrics['acqsynth_reloads_total{outcome="done"}'] == 1
+    assert not [name for name in metrics if re.search(r'requests_total.*status="5', name)]
+    assert "Traceback" not in (root / "stderr").read_text()
+
+
+def test_a_signal_lets_it_finish_what_it_took(start: Start, root: Path) -> None:
+    process, url = start("--batch-tokens", "500")
+    texts = [f"sample {i} " + "of many words " * 12 for i in range(18)]
+    question = {"acquisitions": ["mutual_information"], "acquisition_args": {"mutual_information": {"draws": 16}}}
+
+    async def ask() -> list[Any]:
+        async with httpx.AsyncClient(base_url=url, headers=BEARER, timeout=60) as client:
+            tasks = [
+                asyncio.create_task(client.post("/score", json={"samples": texts[i::3], **question})) for i in range(3)
+            ]
+            while metrics_of((await client.get("/metrics")).text)["acqsynth_batch_samples_count"] == 0:
+                await asyncio.sleep(0.01)
+            waiting = metrics_of((await client.get("/metrics")).text)["acqsynth_queue_tokens"]
+            assert waiting > 0
+            process.send_signal(signal.SIGTERM)
+            answers = await asyncio.gather(*tasks)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+        return answers
+
+    answers = asyncio.run(ask())
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert output.splitlines()[-1] == "acqsynth: stopped, all that was taken is answered"
+    student = acqcore.Student.load(root / "one")
+    options: Any = {"acquisition_args": question["acquisition_args"], "progress": False}
+    for i, response in enumerate(answers):
+        assert response.status_code == 200
+        expected = acqcore.score(student, texts[i::3], "mutual_information", **options)["mutual_information"]
+        assert response.json()["values"]["mutual_information"] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert "Traceback" not in (root / "stderr").read_text()
+
+
+class TestUsage:
+    """Each in one sentence, exit code 2."""
+
+    @pytest.fixture(autouse=True)
+    def _no_tokens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in TOKENS:
+            monkeypatch.delenv(name, raising=False)
+
+    def fails(self, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+        capsys.readouterr()
+        assert main(["serve", *options]) == 2
+        error = capsys.readouterr().err
+        (sentence,) = error.splitlines()
+        assert sentence.startswith("acqsynth: error: ")
+        return sentence
+
+    @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "scorer.example.com"])
+    def test_other_machines_need_a_token(self, host: str, capsys: pytest.CaptureFixture[str]) -> None:
+        error = self.fails(capsys, "--student", "nowhere", "--host", host)
+        assert f"--host {host} is reached from other machines: set ACQSYNTH_TOKEN or give --token-file" in error
+
+    def test_an_empty_token_is_none(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(TOKEN_VARIABLE, "")
+        error = self.fails(capsys, "--student", "nowhere", "--host", "0.0.0.0")
+        assert "ACQSYNTH_TOKEN: expected a token of visible ASCII characters" in error
+
+    def test_a_root_needs_an_admin_token(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        error = self.fails(capsys, "--student", "nowhere", "--student-root", str(tmp_path))
+        assert "--student-root needs an admin token: set ACQSYNTH_ADMIN_TOKEN" in error
+        error = self.fails(capsys, "--student", "nowhere", "--student-root", str(tmp_path / "missing"))
+        assert "--student-root: no such folder" in error
+
+    def test_an_address_that_is_taken(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = str(other.getsockname()[1])
+            assert f"127.0.0.1:{port} can not be served on" in self.fails(
+                capsys, "--student", "nowhere", "--port", port
+            )
+        assert "--port: expected 0 to 65535, got 99999" in self.fails(capsys, "--student", "nowhere", "--port", "99999")
+
+    def test_other_options(self, capsys: pytest.CaptureFixture[str], root: Path, tmp_path: Path) -> None:
+        one = str(root / "one")
+        assert "max_samples: expected at least 1, got 0" in self.fails(capsys, "--student", one, "--max-samples", "0")
+        error = self.fails(capsys, "--student", one, "--port", "0", "--acquisition", "influence")
+        assert "acquisition: unknown 'influence', expected one of" in error
+        assert "No such file" in self.fails(capsys, "--student", one, "--token-file", str(tmp_path / "missing"))
+        self.fails(capsys, "--student", str(tmp_path / "missing"), "--port", "0")
+        with pytest.raises(SystemExit) as caught:
+            main(["serve", "--student", one, "seed=1"])
+        assert caught.value.code == 2
+
+    def test_without_fastapi_it_says_what_to_install(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in [name for name in sys.modules if name.startswith("acqsynth.serve.")]:
+            if name != "acqsynth.serve.options":
+                monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(sys.modules["acqsynth.serve"], "server", raising=False)
+        monkeypatch.setitem(sys.modules, "fastapi", None)
+        error = self.fails(capsys, "--student", "nowhere")
+        assert "serving needs fastapi, which is not installed: run 'pip install acqcore[serve]'" in error
