@@ -22,6 +22,7 @@ from acqcore.scores import Scores
 from acqcore.select import select
 from acqcore.sharding import loading_whole
 from acqcore.sketch import grad_sketch
+from acqcore.stream import score_stream
 from acqcore.student import Student
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ __all__ = [
     "register",
     "row_stats",
     "score",
+    "score_stream",
     "select",
     "vendi_score",
 ]

@@ -6,32 +6,28 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from acqcore import __version__, checks, data_files
+from acqcore import __version__, checks, data_files, engines
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
-from acqcore.data_files import Record
-from acqcore.head import Head
+from acqcore.data_files import Block
 from acqcore.parts import Parts
 from acqcore.plan import command as plan_command
 from acqcore.progress import Progress
-from acqcore.samples import Row, encode
-from acqcore.score import REDUCTIONS, Request, iterate
-from acqcore.student import Student
+from acqcore.run_summary import Summary, print_table
+from acqcore.score import REDUCTIONS, Request
+from acqcore.scorer import ATTEMPTS, DTYPES, Job, write_failed
 
-CHUNK_ROWS = 4096  # tokenized and packed at a time; bounds memory, and costs little packing
-_TOP_ROWS = 5
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BLOCK_ROWS = 4096  # bounds memory, and costs little packing
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,7 +37,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 where no row could be scored, 2 for wrong usage."""
+    """Run the command line; returns the exit code: 0, 1 where no row could be scored or a block failed, 2 for
+    wrong usage."""
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
@@ -57,6 +54,10 @@ class _UsageError(Exception):
     """Wrong usage; its text is what the user is told."""
 
 
+#: What wrong arguments, files, students and missing packages raise.
+_WRONG_USAGE = (ValueError, TypeError, RuntimeError, OSError, ImportError)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="acqcore", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -64,7 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     score.set_defaults(command=_score)
     score.add_argument("--student", required=True, metavar="M", help="hub id or local path")
     score.add_argument("--data", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
-    score.add_argument("--out", required=True, type=Path, metavar="F", help=".parquet, .jsonl or .csv")
+    score.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="F",
+        help=".parquet, .jsonl or .csv; without an extension a folder of parquet files",
+    )
     score.add_argument(
         "--acquisitions",
         default="entropy",
@@ -78,10 +85,21 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--topk", type=int, default=8, metavar="N", help="tokens of --reduction topk")
     score.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="per forward, padded")
     score.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
-    score.add_argument("--dtype", choices=list(_DTYPES), help="of the weights, by default as stored")
-    score.add_argument("--device", metavar="D", help="by default cpu")
+    score.add_argument("--dtype", choices=list(DTYPES), help="of the weights, by default as stored")
+    score.add_argument("--device", metavar="D", help="by default the engine's: cpu, or a GPU for each process")
     score.add_argument("--backend", metavar="B", help="a name from 'acqcore info'")
     score.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
+    score.add_argument(
+        "--engine",
+        choices=["local", "accelerate", "ray"],
+        default="local",
+        help="this process, those of 'accelerate launch -m acqcore score ...', or actors of Ray",
+    )
+    score.add_argument("--workers", type=int, metavar="N", help="actors of Ray, by default one for each GPU")
+    score.add_argument("--ray-address", metavar="A", help="of a running cluster, by default one is started")
+    score.add_argument(
+        "--block-rows", type=int, default=BLOCK_ROWS, metavar="N", help="read, scored, tried again and written at once"
+    )
     plan = commands.add_parser("plan", help="memory and time that scoring would take")
     plan.set_defaults(command=_plan)
     plan_command.add_options(plan)
@@ -93,15 +111,15 @@ def _parser() -> argparse.ArgumentParser:
 def _info(options: argparse.Namespace) -> int:
     rows = [("python", platform.python_version())]
     rows.append(("acqcore", __version__))
-    for name in ("torch", "numpy", "transformers", "peft", "datasets", "trl"):
+    for name in ("torch", "numpy", "transformers", "peft", "datasets", "trl", "accelerate", "ray"):
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"
         rows.append((name, version))
     rows.append(("threads", str(torch.get_num_threads())))
-    _print_table("versions", ("", ""), rows)
-    _print_table(
+    print_table("versions", ("", ""), rows)
+    print_table(
         "backends, in order of preference",
         ("name", "available", "instruction set", "description"),
         [
@@ -119,199 +137,117 @@ def _info(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     try:
-        return plan_command.run(options, _print_table)
-    except (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError) as error:
-        raise _UsageError(str(error).strip().split("\n")[0]) from error
+        return plan_command.run(options, print_table)
+    except _WRONG_USAGE as error:
+        raise _UsageError(_first_line(error)) from error
 
 
 def _score(options: argparse.Namespace) -> int:
+    begun = time.time()
     try:
-        records, columns, request, student, head, parts = _prepare(options)
-    except (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError) as error:
-        raise _UsageError(str(error).strip().split("\n")[0]) from error
-    names = request.acquisitions
-    values = np.full((len(records), len(names)), np.nan, dtype=np.float32)
-    n_tokens = np.zeros(len(records), dtype=np.int64)
-    errors: dict[int, str] = {}
-    with Progress(len(records), None, "rows") as bar:
-        for chunk, start in enumerate(range(0, len(records), CHUNK_ROWS)):
-            stop = min(start + CHUNK_ROWS, len(records))
-            rows = _encode(records[start:stop], columns, student, head, options.max_length, start, errors)
-            n_tokens[start:stop] = [row.n_scored for row in rows]
-            done = parts.load(chunk)
-            for i, row_values in done.items():
-                values[start + i] = row_values
-            bar.update(len(done) + sum(row.n_scored == 0 for row in rows))
-            for batch in iterate(student, head, rows, request, done):
-                values[[start + i for i in batch.indices]] = batch.values.T.numpy()
-                parts.append(chunk, batch.indices, batch.values.T.tolist())
-                bar.update(len(batch.indices))
-    place = "line" if options.data.suffix == ".jsonl" else "row"
-    for i, message in sorted(errors.items()):
-        print(f"{options.data}: {place} {records[i].line}: {message}", file=sys.stderr)
-    _write(options.out, records, columns, names, values, n_tokens, errors, parts)
-    _summary(options, records, columns, names, values, errors)
-    return 0 if len(errors) < len(records) or not records else 1
+        job, blocks, manifest = _prepare(options)
+        engine = engines.engine(options.engine, options.workers, options.ray_address, options.device)
+        parts = Parts(job.out)
+        if engine.reports:
+            parts.claim(manifest)
+    except _WRONG_USAGE as error:
+        raise _UsageError(_first_line(error)) from error
+    todo = [block for block in blocks if not parts.finished(block.index)]
+    n_rows, left = sum(block.rows for block in blocks), sum(block.rows for block in todo)
+    with Progress(n_rows, None if engine.reports else False, "rows") as bar:
+        bar.update(n_rows - left)
+        try:
+            engine.run(job, todo, bar.update)
+        except _WRONG_USAGE as error:  # of the student: what the blocks raise, the scorer keeps
+            if engine.reports:
+                parts.remove_unused()
+            raise _UsageError(_first_line(error)) from error
+    if not engine.reports:
+        return 0
+    summary = _collect(options, job, parts, blocks, {block.index for block in todo})
+    try:
+        data_files.join([parts.path(block.index) for block in blocks], job.out, job.output_columns)
+    except (ValueError, TypeError) as error:
+        raise _UsageError(
+            f"{options.out}: {_first_line(error)}; the scores stay in {parts.folder}, a .jsonl holds them"
+        ) from error
+    if not summary.failed_blocks:
+        parts.remove()
+    summary.print(options.out, begun)
+    return 1 if summary.failed_blocks or summary.errors == summary.rows else 0
 
 
-def _prepare(
-    options: argparse.Namespace,
-) -> tuple[list[Record], dict[str, str], Request, Student, Head, Parts]:
-    """Everything that can be wrong with the arguments, the cheap things first."""
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, Any]]:
+    """The work and its manifest, from arguments of which all but the student is checked, the cheap things first."""
     names = [name.strip() for name in options.acquisitions.split(",")]
     request = Request.checked(names, options.reduction, options.topk, options.batch_tokens, options.backend)
     checks.one_pass(request.own_passes)
-    if options.limit is not None:
-        checks.positive_int("limit", options.limit)
-    checks.one_of("extension of " + options.out.name, options.out.suffix, data_files.SUFFIXES)
-    checks.parent_folder("out", options.out)
-    records = data_files.read(options.data, options.limit)
-    columns = data_files.choose_columns(records, options.prompt_column, options.completion_column, options.text_column)
+    for name in ("limit", "block_rows"):
+        if getattr(options, name) is not None:
+            checks.positive_int(name, getattr(options, name))
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    checks.engine_options(options.engine, options.workers, options.ray_address, options.device, n_processes)
+    checks.output_place(options.out, data_files.SUFFIXES, started=Parts(options.out).folder.exists())
+    if ".parquet" in (options.data.suffix, options.out.suffix or ".parquet"):
+        checks.installed("pyarrow", "parquet", "train")
+    blocks, present = data_files.scan(options.data, options.block_rows, options.limit)
+    checks.data_rows(options.data, len(blocks))
+    columns = data_files.choose_columns(present, options.prompt_column, options.completion_column, options.text_column)
+    job = Job(
+        student=os.path.abspath(options.student) if os.path.isdir(options.student) else options.student,
+        data=options.data.absolute(),
+        out=options.out.absolute(),
+        columns=columns,
+        request=request,
+        max_length=options.max_length,
+        dtype=options.dtype,
+        device=options.device,
+    )
     checks.output_columns(columns, ("row", *names, "n_tokens", "valid", "error"))
-    records = [_with_columns(record, columns) for record in records]
-    if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # in a log file they are noise between the messages
-    student = Student.load(
-        options.student, dtype=_DTYPES[options.dtype] if options.dtype else None, device=options.device
-    )
-    checks.max_length(options.max_length, student.max_length)
-    head = request.fitting_head(student)
-    return records, columns, request, student, head, Parts(options.out, _manifest(options, columns))
-
-
-def _with_columns(record: Record, columns: dict[str, str]) -> Record:
-    """The record with an error where it has none of its own but lacks a column."""
-    missing = [column for column in columns if column not in record.values]
-    if record.error is not None or not missing:
-        return record
-    return Record(record.line, record.values, f"no column {missing[0]!r}")
-
-
-def _encode(
-    records: Sequence[Record],
-    columns: dict[str, str],
-    student: Student,
-    head: Head,
-    max_length: int | None,
-    start: int,
-    errors: dict[int, str],
-) -> list[Row]:
-    """Rows of a chunk that begins at row ``start``; those with an entry in ``errors`` are empty."""
-    good = [i for i, record in enumerate(records) if record.error is None]
-    errors.update({start + i: r.error for i, r in enumerate(records) if r.error is not None})
-    samples = [{key: records[i].values[column] for column, key in columns.items()} for i in good]
-    bad: dict[int, str] = {}
-    encoded = encode(
-        samples,
-        student.tokenizer,
-        vocab_size=head.vocab_size,
-        limit=student.max_length,
-        max_length=max_length,
-        errors=bad,
-    )
-    errors.update({start + good[i]: message for i, message in bad.items()})
-    empty = torch.empty(0, dtype=torch.int64)
-    rows = [Row(empty, empty)] * len(records)
-    for i, row in zip(good, encoded, strict=True):
-        rows[i] = row
-    return rows
+    return job, blocks, _manifest(options, columns)
 
 
 def _manifest(options: argparse.Namespace, columns: dict[str, str]) -> dict[str, Any]:
-    """What decides the numbers and which rows share a batch."""
+    """What decides the numbers and which rows share a batch; not who scores them."""
     digest = hashlib.sha256()
     with options.data.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        while piece := file.read(1 << 20):
+            digest.update(piece)
     keys = ("student", "acquisitions", "reduction", "topk", "batch_tokens", "max_length", "dtype", "device")
     files = sorted(Path(options.student).rglob("*")) if os.path.isdir(options.student) else []
     return {
-        **{key: getattr(options, key) for key in (*keys, "backend", "limit")},
+        **{key: getattr(options, key) for key in (*keys, "backend", "limit", "block_rows")},
         "columns": columns,
         "data": digest.hexdigest(),
         "student_files": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()],
-        "chunk_rows": CHUNK_ROWS,
         "version": __version__,
     }
 
 
-def _write(
-    out: Path,
-    records: Sequence[Record],
-    columns: dict[str, str],
-    names: Sequence[str],
-    values: np.ndarray,  # [n, A] float32
-    n_tokens: np.ndarray,  # [n] int64
-    errors: dict[int, str],
-    parts: Parts,
-) -> None:
-    table: dict[str, Any] = {"row": range(len(records))}
-    for column in columns:
-        table[column] = [None if i in errors else record.values[column] for i, record in enumerate(records)]
-    table.update({name: values[:, a] for a, name in enumerate(names)})
-    table["n_tokens"] = n_tokens
-    table["valid"] = valid = np.isfinite(values).all(axis=1)
-    table["error"] = [errors.get(i, None if valid[i] else "a value is not finite") for i in range(len(records))]
-    try:
-        data_files.write(out, table)
-    except (ValueError, TypeError) as error:
-        raise _UsageError(f"{out}: {error}; the scores stay in {parts.folder}, a .jsonl holds them") from error
-    parts.remove()
-
-
-def _summary(
-    options: argparse.Namespace,
-    records: Sequence[Record],
-    columns: dict[str, str],
-    names: Sequence[str],
-    values: np.ndarray,  # [n, A] float32
-    errors: dict[int, str],
-) -> None:
-    scored = np.flatnonzero(np.isfinite(values).all(axis=1))
-    lines = []
-    for a, name in enumerate(names):
-        column = values[scored, a].astype(np.float64)
-        cells = [f"{f(column):.4g}" if len(column) else "" for f in (np.mean, np.min, np.max)]
-        lines.append((name, *cells))
-    title = f"{len(scored)} of {len(records)} rows scored, written to {options.out}"
-    if errors:
-        title += f"; {len(errors)} rows with an error"
-    _print_table(title, ("acquisition", "mean", "min", "max"), lines)
-    top = scored[np.argsort(-values[scored, 0], kind="stable")][:_TOP_ROWS]
-    last = list(columns)[-1]
-    _print_table(
-        f"highest {names[0]}",
-        ("row", names[0], last),
-        [(str(i), f"{values[i, 0]:.4g}", _shorten(records[i].values[last])) for i in top],
-    )
-
-
-def _shorten(value: Any) -> str:
-    """One line of a text, or of a conversation's last message."""
-    if not isinstance(value, str):
-        value = str(value[-1]["content"])
-    value = " ".join(value.split())
-    return value if len(value) <= 60 else value[:57] + "..."
-
-
-def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """By rich where it is installed, else in plain columns."""
-    if importlib.util.find_spec("rich"):
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=title, title_justify="left")
-        for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i in (0, len(header) - 1) else "right")
-        for row in rows:
-            table.add_row(*map(Text, row))  # as Text: brackets in a sample are no markup
-        Console().print(table)
-        return
-    print(title)
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+def _collect(
+    options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[Block], new: Collection[int]
+) -> Summary:
+    """The summary of all blocks; tells of rows that could not be scored, and marks those of failed blocks."""
+    summary = Summary(job.request.acquisitions, list(job.columns)[-1])
+    place = "line" if job.data.suffix == ".jsonl" else "row"
+    for block in blocks:
+        report = parts.report(block.index)
+        if report is not None:
+            for line, message in report["errors"]:
+                print(f"{options.data}: {place} {line}: {message}", file=sys.stderr)
+            summary.add(report, block.index in new)
+            continue
+        failure = parts.failure(block.index)
+        reason = failure.read_text(encoding="utf-8").splitlines()[0]
+        print(
+            f"{options.data}: rows {block.start} to {block.start + block.rows - 1} of the output failed {ATTEMPTS} "
+            f"times: {reason}; details in {failure}",
+            file=sys.stderr,
+        )
+        write_failed(job, block, reason)
+        summary.add_failed(block.rows)
+    return summary

@@ -223,7 +223,7 @@ def iterate(
 ) -> Iterator[Batch]:
     """Batches of ``rows`` as they finish; rows with nothing to score are left out.
 
-    The batches are a function of the rows, the request and the device's type; those whose first row is in
+    The batches are a function of the rows, the request and the device's type; those whose rows are all in
     ``done`` are left out.
     """
     draws = {
@@ -235,7 +235,7 @@ def iterate(
     overhead = OVERHEAD_TOKENS.get(student.device.type, OVERHEAD_TOKENS["cuda"])
     for batch in partition(lengths, request.batch_tokens, overhead):
         indices = [scored[i] for i in batch]
-        if indices[0] not in done:
+        if any(i not in done for i in indices):
             yield _score_batch(student, head, rows, indices, request, draws)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -274,3 +276,32 @@ def brute_force() -> Callable[..., dict[str, torch.Tensor]]:
         return {name: module.reference(z, targets, hidden) for name, module in modules.items()}
 
     return run
+
+
+@pytest.fixture
+def student(tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any) -> Path:
+    """The folder of a small saved model."""
+    folder = tmp_path / "student"
+    tiny_model("Llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(student: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """``command(rows, **options)``: a command line that scores ``rows`` (dicts, or raw lines) into out.jsonl."""
+
+    def build(rows: list[Any], **options: Any) -> list[str]:
+        data = tmp_path / "data.jsonl"
+        data.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+        settings = {
+            "student": student,
+            "data": data,
+            "out": tmp_path / "out.jsonl",
+            "backend": "eager",
+            **options,
+        }
+        flags = [(f"--{key.replace('_', '-')}", str(value)) for key, value in settings.items()]
+        return ["score", *(word for flag in flags for word in flag)]
+
+    return build

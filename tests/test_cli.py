@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -22,40 +23,18 @@ from acqcore.cli import main
 TEXTS = ["The quick brown fox", "a fox", "The answer is 5.", "def add(a, b): return a + b", "the lazy dog"]
 
 
-@pytest.fixture
-def student(tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any) -> Path:
-    folder = tmp_path / "student"
-    tiny_model("Llama").save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def command(student: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """``command(rows, **options)``: arguments that score ``rows`` (dicts, or raw lines) into out.jsonl."""
-
-    def build(rows: list[Any], **options: Any) -> list[str]:
-        data = tmp_path / "data.jsonl"
-        data.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-        settings = {
-            "student": student,
-            "data": data,
-            "out": tmp_path / "out.jsonl",
-            "backend": "eager",
-            **options,
-        }
-        flags = [(f"--{key.replace('_', '-')}", str(value)) for key, value in settings.items()]
-        return ["score", *(word for flag in flags for word in flag)]
-
-    return build
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def as_float32(value: float) -> float:
-    return float(torch.tensor(value))
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    return parquet.read_table(path).to_pylist()  # type: ignore[no-any-return]
 
 
 def test_scores_are_those_of_score(
@@ -145,12 +124,9 @@ def test_nothing_but_bad_lines(command: Callable[..., list[str]], tmp_path: Path
     assert [row["valid"] for row in read_lines(tmp_path / "out.jsonl")] == [False, False]
 
 
-def test_a_killed_run_goes_on_where_it_stopped(
-    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("acqcore.cli.CHUNK_ROWS", 4096)
+def test_a_killed_run_goes_on_where_it_stopped(command: Callable[..., list[str]], tmp_path: Path) -> None:
     rows = [{"text": f"{TEXTS[i % 5]} {i} {'fox ' * (i % 7)}"} for i in range(900)]
-    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts" / "chunk-000000.jsonl"
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts" / "block-000000.batches"
     arguments = command(rows, batch_tokens=64, acquisitions="entropy,loss")
     process = subprocess.Popen(
         [sys.executable, "-m", "acqcore", *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -195,7 +171,7 @@ def test_another_run_may_not_take_over(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("acqcore.cli.iterate", interrupted)
+        patch.setattr("acqcore.scorer.iterate", interrupted)
         assert main(command(rows)) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert main(command(rows, acquisitions="margin")) == 2
@@ -206,15 +182,25 @@ def test_another_run_may_not_take_over(
     assert main(command(rows)) == 0
 
 
-def test_several_chunks(command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_blocks_are_joined(suffix: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
     rows: list[Any] = [{"text": text} for text in TEXTS]
     rows[3] = "bad"
-    assert main(command(rows)) == 0
-    whole = read_lines(tmp_path / "out.jsonl")
-    monkeypatch.setattr("acqcore.cli.CHUNK_ROWS", 2)
-    assert main(command(rows)) == 0
-    for a, b in zip(whole, read_lines(tmp_path / "out.jsonl"), strict=True):
-        assert a == b | {"entropy": pytest.approx(b["entropy"], rel=1e-5) if b["valid"] else None}
+    outs = [tmp_path / f"whole.{suffix}", tmp_path / f"blocks.{suffix}"]
+    for out, block_rows in zip(outs, (4096, 2), strict=True):
+        assert main(command(rows, out=out, block_rows=block_rows)) == 0
+    read = {"jsonl": read_lines, "csv": read_csv, "parquet": read_parquet}[suffix]
+    whole, blocks = map(read, outs)
+    assert [int(row["row"]) for row in blocks] == [0, 1, 2, 3, 4]
+    assert list(whole[0]) == list(blocks[0])
+    for a, b in zip(whole, blocks, strict=True):
+        assert a | {"entropy": None} == b | {"entropy": None}
+        if a["valid"] in (True, "True"):
+            assert float(a["entropy"]) == pytest.approx(float(b["entropy"]), rel=1e-5)
+    assert sorted(path.name for path in tmp_path.iterdir() if "whole" in path.name or "blocks" in path.name) == [
+        f"blocks.{suffix}",
+        f"whole.{suffix}",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -232,6 +218,12 @@ def test_several_chunks(command: Callable[..., list[str]], tmp_path: Path, monke
         ({"limit": 0}, "limit: expected an int >= 1, got 0"),
         ({"limit": "x"}, "argument --limit: invalid int value: 'x'"),
         ({"max_length": 65}, "max_length: the student takes at most 64 tokens, got 65"),
+        ({"block_rows": 0}, "block_rows: expected an int >= 1, got 0"),
+        ({"engine": "dask"}, "argument --engine: invalid choice: 'dask'"),
+        ({"workers": 2}, "--workers: expected it with --engine ray, got --engine local"),
+        ({"engine": "accelerate", "ray_address": "auto"}, "--ray-address: expected it with --engine ray"),
+        ({"engine": "ray", "workers": 0}, "workers: expected an int >= 1, got 0"),
+        ({"engine": "ray", "device": "cuda:1"}, "device: expected cpu or cuda with --engine ray"),
         ({"dtype": "int8"}, "argument --dtype: invalid choice: 'int8'"),
     ],
 )
@@ -253,6 +245,72 @@ def test_wrong_usage_is_one_sentence(
     assert len(lines) == 1
     assert lines[0].startswith("acqcore: error: ")
     assert message in lines[0]
+
+
+def test_an_engine_that_is_not_installed(
+    command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("acqcore.checks.files.importlib.util.find_spec", lambda name: None)
+    for engine, extra in (("ray", "ray"), ("accelerate", "train")):
+        assert main(command([{"text": "a fox"}], engine=engine)) == 2
+        message = f"acqcore: error: --engine {engine} needs {engine}: run 'pip install acqcore[{extra}]'\n"
+        assert capsys.readouterr().err == message
+
+
+def test_launched_processes_do_not_all_score_everything(
+    command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command([{"text": "a fox"}])) == 2
+    message = "acqcore: error: engine: 2 processes were launched, expected --engine accelerate, got local\n"
+    assert capsys.readouterr().err == message
+
+
+def test_a_folder_as_output(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    out = tmp_path / "scores"
+    out.mkdir()
+    arguments = command([{"text": text} for text in TEXTS], out=out, block_rows=3)
+    assert main(arguments) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["part-000000.parquet", "part-000001.parquet"]
+    assert [row["text"] for row in read_parquet(out)] == TEXTS
+    assert not (tmp_path / "scores.parts").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("full", "out: the folder full is not empty"),
+        ("folder.jsonl", "out: folder.jsonl is a folder; to write one of parquet files give it a name without an ext"),
+        ("file", "out: file is a file; a name without an extension is a folder of parquet files"),
+    ],
+)
+def test_outputs_that_are_in_the_way(
+    name: str,
+    message: str,
+    command: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "full").mkdir()
+    for path in (tmp_path / "file", tmp_path / "full" / "notes.txt"):
+        path.write_text("keep")
+    assert main(command([{"text": "a fox"}], out=name)) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "full" / "notes.txt").read_text() == (tmp_path / "file").read_text() == "keep"
+
+
+def test_a_file_without_rows(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command([])) == 2
+    assert "data.jsonl has no rows" in capsys.readouterr().err
+
+
+def test_a_student_that_does_not_load_leaves_nothing(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert main(command([{"text": "a fox"}], max_length=65)) == 2
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_column_with_an_outputs_name(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Finished batches on disk survive a kill, and belong to one run."""
+"""Finished batches and blocks on disk survive a kill, and belong to one run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ from acqcore.parts import Parts
 NAN = float("nan")
 
 
-def test_batches_come_back(tmp_path: Path) -> None:
-    parts = Parts(tmp_path / "o.csv", {"a": 1})
+@pytest.fixture
+def parts(tmp_path: Path) -> Parts:
+    parts = Parts(tmp_path / "o.csv")
+    parts.claim({"a": 1})
+    return parts
+
+
+def test_batches_come_back(parts: Parts, tmp_path: Path) -> None:
     assert parts.load(0) == {}
     parts.append(0, [3, 1], [[0.1, 2.0], [1 / 3, NAN]])
     parts.append(0, [2], [[5.0, 6.0]])
     parts.append(1, [0], [[7.0, 8.0]])
-    again = Parts(tmp_path / "o.csv", {"a": 1})
+    again = Parts(tmp_path / "o.csv")
+    again.claim({"a": 1})
     done = again.load(0)
     assert sorted(done) == [1, 2, 3]
     assert done[3] == [0.1, 2.0]
@@ -27,10 +34,9 @@ def test_batches_come_back(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unfinished_line_is_cut_off(tmp_path: Path) -> None:
-    parts = Parts(tmp_path / "o.csv", {})
+def test_an_unfinished_line_is_cut_off(parts: Parts) -> None:
     parts.append(0, [1], [[1.0]])
-    path = tmp_path / "o.csv.parts" / "chunk-000000.jsonl"
+    path = parts.folder / "block-000000.batches"
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"rows": [2], "val')
     assert parts.load(0) == {1: [1.0]}
@@ -40,6 +46,42 @@ def test_an_unfinished_line_is_cut_off(tmp_path: Path) -> None:
 
 
 def test_another_run_is_refused(tmp_path: Path) -> None:
-    Parts(tmp_path / "o.csv", {"a": 1, "b": [1, 2]})
+    Parts(tmp_path / "o.csv").claim({"a": 1, "b": [1, 2]})
     with pytest.raises(ValueError, match=r"holds a cut-off run with another b \(\[1, 2\] there, \[1\] here\)"):
-        Parts(tmp_path / "o.csv", {"a": 1, "b": [1]})
+        Parts(tmp_path / "o.csv").claim({"a": 1, "b": [1]})
+
+
+def test_a_block_is_finished_with_its_report(parts: Parts) -> None:
+    parts.append(7, [0], [[1.0]])
+    assert not parts.finished(7)
+    assert parts.report(7) is None
+    parts.finish(7, {"rows": 1})
+    assert parts.finished(7)
+    assert Parts(parts.folder.with_name("o.csv")).report(7) == {"rows": 1}
+    assert parts.load(7) == {}  # its rows stand in the written block
+    assert not parts.finished(0)
+
+
+def test_blocks_are_written_in_the_outputs_format(tmp_path: Path) -> None:
+    assert Parts(tmp_path / "o.csv").path(12).name == "block-000012.csv"
+    assert Parts(tmp_path / "folder").path(0) == tmp_path / "folder.parts" / "block-000000.parquet"
+
+
+def test_attempts_are_counted_across_processes_of_one_run(parts: Parts) -> None:
+    assert [parts.attempt(3), parts.attempt(3), parts.attempt(4)] == [1, 2, 1]
+    parts.fail(3, "ValueError: no\n\nTraceback")
+    other = Parts(parts.folder.with_name("o.csv"))
+    assert other.attempt(3) == 3
+    assert other.failure(3).read_text().splitlines()[0] == "ValueError: no"
+    other.claim({"a": 1})  # the same command again
+    assert other.attempt(3) == 1
+    assert not other.failure(3).exists()
+
+
+def test_only_an_unused_folder_is_removed_unasked(parts: Parts) -> None:
+    parts.append(0, [1], [[1.0]])
+    parts.remove_unused()
+    assert parts.load(0) == {1: [1.0]}
+    (parts.folder / "block-000000.batches").unlink()
+    parts.remove_unused()
+    assert not parts.folder.exists()

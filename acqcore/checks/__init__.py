@@ -94,6 +94,15 @@ from acqcore.checks.files import (
     columns_present as columns_present,
 )
 from acqcore.checks.files import (
+    data_rows as data_rows,
+)
+from acqcore.checks.files import (
+    engine_options as engine_options,
+)
+from acqcore.checks.files import (
+    installed as installed,
+)
+from acqcore.checks.files import (
     known_columns as known_columns,
 )
 from acqcore.checks.files import (
@@ -103,7 +112,7 @@ from acqcore.checks.files import (
     output_columns as output_columns,
 )
 from acqcore.checks.files import (
-    parent_folder as parent_folder,
+    output_place as output_place,
 )
 from acqcore.checks.files import (
     same_manifest as same_manifest,
@@ -131,6 +140,9 @@ from acqcore.checks.gradients import (
 )
 from acqcore.checks.gradients import (
     no_derivative as no_derivative,
+)
+from acqcore.checks.gradients import (
+    not_relative as not_relative,
 )
 from acqcore.checks.gradients import (
     offsets as offsets,

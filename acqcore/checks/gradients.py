@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -166,3 +166,10 @@ def one_kind_of_use(name: str, piece: object) -> None:
 def embedding_use(name: str, is_embedding: bool) -> None:
     if not is_embedding:
         raise ValueError(f"parameters: no rule covers {name}: the head shares it with a layer that is no embedding")
+
+
+def not_relative(names: Iterable[str], relative: Collection[str]) -> None:
+    """A stream never has all samples at once."""
+    for name in names:
+        if name in relative:
+            raise ValueError(f"acquisitions: {name!r} compares all samples of a call: use acqcore.score")

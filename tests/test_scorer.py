@@ -1,0 +1,173 @@
+"""Blocks are tried again, given up, told apart from finished ones, and held one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acqcore.cli import main
+from acqcore.data_files import scan
+from acqcore.parts import Parts
+from acqcore.score import Request, iterate
+from acqcore.scorer import ATTEMPTS, Job, Scorer
+
+ROWS = [{"text": f"the fox {i}"} for i in range(7)]
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("acqcore.scorer._PAUSE_S", 0.0)
+
+
+@pytest.fixture
+def scorer(student: Path, tmp_path: Path) -> Scorer:
+    """Of ``ROWS`` in data.jsonl, one row a batch."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    request = Request.checked("entropy", "mean", topk=8, batch_tokens=1, backend="eager")
+    data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+    job = Job(str(student), data, out, {"text": "text"}, request, max_length=None, dtype=None, device=None)
+    Parts(job.out).claim({})
+    return Scorer(job)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """``failing(n)``: scoring fails n times, after a first batch; gives the numbers of rows it was called with."""
+
+    def arrange(times: int) -> list[int]:
+        calls: list[int] = []
+
+        def fail(student: Any, head: Any, rows: Any, request: Any, done: Any) -> Iterator[Any]:
+            calls.append(sum(i not in done for i in range(len(rows))))
+            for batch in iterate(student, head, rows, request, done):
+                yield batch
+                if len(calls) <= times:
+                    raise MemoryError("no room\nfor this")
+
+        monkeypatch.setattr("acqcore.scorer.iterate", fail)
+        return calls
+
+    return arrange
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(
+    scorer: Scorer, failing: Callable[[int], list[int]]
+) -> None:
+    [block] = scan(scorer.job.data, 10, None)[0]
+    calls = failing(2)
+    told: list[int] = []
+    scorer.complete(block, told.append)
+    assert calls == [7, 6, 5]
+    assert sum(told) == 7
+    assert min(told) >= 0
+    report = scorer.parts.report(0)
+    assert report is not None
+    assert (report["rows"], report["valid"], report["errors"], report["new_rows"]) == (7, 7, [], calls[2])
+    assert [row["valid"] for row in read_lines(scorer.parts.path(0))] == [True] * 7
+
+
+def test_batches_of_another_cut_are_no_gap(scorer: Scorer) -> None:
+    """As a GPU's batches are, when the CPU goes on."""
+    [block] = scan(scorer.job.data, 10, None)[0]
+    scorer.job = dataclasses.replace(scorer.job, request=dataclasses.replace(scorer.job.request, batch_tokens=8192))
+    scorer.parts.append(0, [0, 6], [[-7.0], [-7.0]])
+    told: list[int] = []
+    scorer.complete(block, told.append)
+    assert sum(told) == 7
+    values = [row["entropy"] for row in read_lines(scorer.parts.path(0))]
+    assert all(value > 0 for value in values)
+
+
+def test_a_block_that_keeps_failing_is_given_up(scorer: Scorer, failing: Callable[[int], list[int]]) -> None:
+    [block] = scan(scorer.job.data, 10, None)[0]
+    calls = failing(100)
+    told: list[int] = []
+    scorer.complete(block, told.append)
+    assert len(calls) == ATTEMPTS
+    assert sum(told) == 7
+    assert not scorer.parts.finished(0)
+    reason = scorer.parts.failure(0).read_text().splitlines()
+    assert reason[0] == "MemoryError: no room"
+    assert "in fail" in "".join(reason)  # the traceback
+
+
+def test_a_block_whose_processes_died_is_given_up(scorer: Scorer) -> None:
+    [block] = scan(scorer.job.data, 10, None)[0]
+    for _ in range(ATTEMPTS):
+        scorer.parts.attempt(0)
+    scorer.complete(block)
+    assert scorer.parts.failure(0).read_text() == f"each of {ATTEMPTS} processes that scored it died"
+
+
+def test_a_finished_block_is_left_alone(scorer: Scorer, failing: Callable[[int], list[int]]) -> None:
+    [block] = scan(scorer.job.data, 10, None)[0]
+    scorer.complete(block)
+    calls = failing(100)
+    told: list[int] = []
+    scorer.complete(block, told.append)
+    assert (calls, told) == ([], [7])
+
+
+@pytest.mark.parametrize("out", ["out.jsonl", "out.csv", "out.parquet", "out"])
+def test_the_same_command_tries_failed_blocks_again_and_no_others(
+    out: str, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(ROWS, out=tmp_path / out, block_rows=3)
+    parts = Parts(tmp_path / out)
+    in_the_way = parts.folder / "block-000001.batches"
+    in_the_way.mkdir(parents=True)
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert "4 of 7 rows scored" in captured.out
+    assert "3 rows with an error; 1 failed block, which the same command tries again" in " ".join(captured.out.split())
+    assert f"rows 3 to 5 of the output failed {ATTEMPTS} times: IsADirectoryError: " in captured.err
+    if out == "out.jsonl":
+        rows = read_lines(tmp_path / out)
+        assert [row["row"] for row in rows] == list(range(7))
+        assert [row["valid"] for row in rows] == [True] * 3 + [False] * 3 + [True]
+        assert rows[4]["error"].startswith("its block failed: IsADirectoryError: ")
+        assert (rows[4]["text"], rows[4]["entropy"], rows[4]["n_tokens"]) == (None, None, 0)
+
+    in_the_way.rmdir()
+    kept = parts.report(0)
+    assert kept is not None
+    Path(parts.folder / "block-000000.json").write_text(json.dumps({**kept, "valid": 1}))  # shows that it is not redone
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "5 of 7 rows scored" in captured.out
+    assert "\n3 rows, " in captured.out
+    assert captured.err == ""
+    assert not parts.folder.exists()
+    if out == "out.jsonl":
+        rows = read_lines(tmp_path / out)
+        assert [(row["row"], row["text"], row["valid"]) for row in rows] == [
+            (i, row["text"], True) for i, row in enumerate(ROWS)
+        ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from Linux's /proc")
+def test_memory_does_not_grow_with_the_file(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    """A column of 8 kB beside the text: the 4000 rows more would be 32 MB were they held."""
+    peaks = []
+    for n in (500, 4500):
+        rows = [{"text": f"fox {i}", "note": "x" * 8192} for i in range(n)]
+        arguments = command(rows, block_rows=250, out=tmp_path / f"{n}.jsonl")
+        code = (
+            "import sys; from acqcore.cli import main; main(sys.argv[1:]);"
+            "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        )
+        run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        peaks.append(int(run.stdout.splitlines()[-1]) / 1024)  # MiB
+        assert len((tmp_path / f"{n}.jsonl").read_text().splitlines()) == n
+    assert peaks[1] - peaks[0] < 16, peaks
