@@ -117,7 +117,7 @@ def test_an_interrupt_says_how_to_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(components, "label", interrupted)
+        patch.setattr(components, "labeller", interrupted)
         assert main(["run", str(recipe)]) == 130
     told = capsys.readouterr().err
     assert told == "acqsynth: interrupted; the same command goes on, finished stages are kept\n"
