@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import uvloop
+
 import acqcore
 from acqsynth.domains import domain
 from acqsynth.models import resolve
@@ -95,7 +97,7 @@ def compare(name: str, samples: list[Any], turns: int) -> tuple[list[harness.Row
     with server(name) as coalesced, server(name, "--batch-tokens", "1", "--wait", "0") as one:
 
         def served(url: str) -> Callable[[], list[float]]:
-            return lambda: asyncio.run(ask_all(url, samples, names))
+            return lambda: uvloop.run(ask_all(url, samples, names))
 
         peers: dict[str, Callable[[], object]] = {
             ONE: served(one),

@@ -70,6 +70,7 @@ def main(options: argparse.Namespace) -> int:
         access_log=False,
         log_level="warning",
         server_header=False,
+        proxy_headers=False,  # nobody reads who asked
         timeout_graceful_shutdown=int(service.limits.timeout + service.limits.body_timeout) + 5,
     )
     _Server(config, service).run(sockets=[listener])
