@@ -83,17 +83,21 @@ def reward(
     reference = list(seeds[: config.reference])
     options: dict[str, Any] = {"fusion": config.fusion} | ({"weights": config.weights} if config.weights else {})
     signals = config.signals
+    relabels = config.labelling is not None and config.labelling.method == "majority"
+    asked = signals is None or relabels or any(name in _ANSWER_SIGNALS for name in signals)
+    answering = engine(engine_config, student) if asked else None
+    label = _label(config, domain, engine_config, student, answering)
     if signals is None:
         composed = rewards.ComposedReward.default(
             domain,
             student,
             seeds=seeds,
             reference=reference,
-            engine=engine(engine_config, student),
+            engine=answering,
             evaluation=evaluation,
             embed=_embedder(config.embedder),
             answers=config.answers,
-            label=_label(config, domain, engine_config, student),
+            label=label,
             scoring=config.scoring,
             **options,
         )
@@ -102,7 +106,8 @@ def reward(
     drawn = None
     if any(name in _ANSWER_SIGNALS for name in signals):
         answers = {"top2": "confidence" in signals} | config.answers
-        drawn = rewards.SampledAnswers(engine(engine_config, student), domain, **answers)
+        assert answering is not None
+        drawn = rewards.SampledAnswers(answering, domain, **answers)
     made = _signals(config, domain, student, drawn, seeds, reference)
     if config.paper_compat:
         return rewards.PaperReward(domain, made[0])
@@ -110,7 +115,7 @@ def reward(
         domain,
         seeds=seeds,
         evaluation=evaluation,
-        label=_label(config, domain, engine_config, student),
+        label=label,
         student=student,
         answers=drawn,
         **config.scoring,
@@ -232,7 +237,9 @@ def select(engine: Engine, prompts: Sequence[Messages], reward: Any, *, rows: in
     return best_of_n.select(engine, prompts, reward, rows=rows, sampling=sampling)
 
 
-def labeller(config: LabellingConfig, domain: Domain, engine: EngineConfig, student: str) -> Labeller:
+def labeller(
+    config: LabellingConfig, domain: Domain, engine: EngineConfig, student: str, answering: Engine | None = None
+) -> Labeller:
     """What labels samples by a method of the recipe: ``samples, seed`` -> a ``Label`` of each.
 
     Args:
@@ -240,12 +247,16 @@ def labeller(config: LabellingConfig, domain: Domain, engine: EngineConfig, stud
         domain: of the samples.
         engine: what samples the answers.
         student: path or hub id of the model that answers, where there is no teacher.
+        answering: an engine of the student that is there already.
     """
     from acqsynth import labelling
 
     if config.method == "computed":
         return lambda samples, seed: labelling.computed(domain, samples, seed=seed)
-    answering = _engine(engine, student if config.teacher is None else model(config.teacher))
+    if config.teacher is not None:
+        answering = _engine(engine, model(config.teacher))
+    elif answering is None:
+        answering = _engine(engine, student)
     options = {"k": config.k, "temperature": config.temperature, "threshold": config.threshold, **config.options}
     return lambda samples, seed: labelling.label(answering, domain, samples, seed=seed, **options)
 
@@ -316,13 +327,11 @@ _engine = engine  #: under a name that no argument hides
 def _refresh(reward: Any, path: Path) -> None:
     """Every part of the reward moves to another student: those that score, and the engine that samples answers."""
     reward.refresh(str(path))
-    engines = {id(part.answers.engine): part.answers.engine for part in _answering(reward)}
-    for each in engines.values():
+    parts = (*reward.signals, *reward.gates)
+    found = [part.answers.engine for part in parts if hasattr(part, "answers")]
+    found += [part.label.engine for part in parts if isinstance(getattr(part, "label", None), _Labels)]
+    for each in {id(engine): engine for engine in found if engine is not None}.values():
         each.reload(str(path))
-
-
-def _answering(reward: Any) -> list[Any]:
-    return [part for part in (*reward.signals, *reward.gates) if hasattr(part, "answers")]
 
 
 def _signals(
@@ -368,12 +377,27 @@ def _signals(
     return [made[name] for name in wanted]
 
 
-def _label(config: RewardConfig, domain: Domain, engine_config: EngineConfig, student: str) -> Any:
+def _label(
+    config: RewardConfig, domain: Domain, engine_config: EngineConfig, student: str, answering: Engine | None
+) -> Any:
     """Samples -> what they are with their labels, None where there is none; None without a labelling of the reward."""
     if config.labelling is None or config.labelling.method == "own":
         return None
-    label = labeller(config.labelling, domain, engine_config, student)
-    return lambda samples: [found.sample for found in label(samples, 0)]
+    return _Labels(
+        labeller(config.labelling, domain, engine_config, student, answering),
+        answering if config.labelling.method == "majority" else None,
+    )
+
+
+class _Labels:
+    """Labels of a reward, and the engine of the student that gives them, which a refresh has to reach."""
+
+    def __init__(self, label: Labeller, engine: Engine | None) -> None:
+        self.label = label
+        self.engine = engine
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Sample | None]:
+        return [found.sample for found in self.label(samples, 0)]
 
 
 def _embedder(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,6 +45,24 @@ def test_a_reward_of_labelled_samples(student_path: Path, signals: dict[str, dic
     own = RewardConfig(signals=signals, labelling=LabellingConfig("own"))
     for config in (own, RewardConfig(signals=signals)):
         assert "labelled" not in [g.name for g in reward(config, Arithmetic(), student_path).gates]
+
+
+@pytest.mark.parametrize("signals", [None, {"diversity": {}}])
+def test_one_engine_answers_and_labels_and_moves_with_the_student(
+    sums: Domain, student_path: Path, monkeypatch: pytest.MonkeyPatch, signals: dict[str, dict[str, Any]] | None
+) -> None:
+    made: list[Any] = []
+
+    def load(name: str, path: str) -> Any:
+        made.append(SimpleNamespace(reloaded=[]))
+        made[-1].reload = made[-1].reloaded.append
+        return made[-1]
+
+    monkeypatch.setattr("acqsynth.engines.load", load)
+    found = reward(RewardConfig(signals=signals, labelling=LabellingConfig(k=4)), sums, student_path)
+    [engine] = made
+    components._refresh(found, student_path)
+    assert engine.reloaded == [str(student_path)]
 
 
 def test_a_majority_labels_samples_of_the_reward(sums: Domain, scripted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
