@@ -71,6 +71,7 @@ def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], l
         ModuleNotFoundError: parquet without pyarrow.
     """
     checks.one_of("extension of " + path.name, path.suffix, SUFFIXES)
+    path.stat()  # a missing file is told alike for every extension
     if path.suffix == ".parquet":
         return _scan_parquet(path, block_rows, limit)
     blocks: list[Block] = []

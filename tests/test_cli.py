@@ -210,6 +210,7 @@ def test_blocks_are_joined(suffix: str, command: Callable[..., list[str]], tmp_p
         ({"reduction": "median"}, "reduction: unknown 'median'"),
         ({"backend": "gpu"}, "backend: unknown 'gpu'"),
         ({"data": "missing.jsonl"}, "No such file or directory: 'missing.jsonl'"),
+        ({"data": "missing.parquet"}, "[Errno 2] No such file or directory: 'missing.parquet'"),
         ({"out": "out.txt"}, "extension of out.txt: unknown '.txt'"),
         ({"out": "missing/out.csv"}, "out: the folder missing does not exist"),
         ({"student": "./missing"}, "missing"),

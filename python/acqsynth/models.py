@@ -23,10 +23,11 @@ def resolve(name: str) -> str:
 
     Args:
         name: ``smollm2``; ``world:base``, the base model of the arithmetic world, or ``world:7`` the one of another
-            seed; anything else is a path or hub id and comes back as it is.
+            seed; a path that begins with ``.``, ``/`` or ``~``; anything else is a path or hub id and comes back as it
+            is.
 
     Raises:
-        FileNotFoundError: the package that carries SmolLM2 is not installed.
+        FileNotFoundError: a path that is no model, or the package that carries SmolLM2 is not installed.
     """
     if name == "smollm2":
         return str(smollm2_path())
@@ -35,6 +36,11 @@ def resolve(name: str) -> str:
         from acqsynth.world import Settings, base_model
 
         return str(base_model(Settings(seed=0 if variant == "base" else int(variant))))
+    if name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser()
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{name} holds no model (no config.json)")
+        return str(folder)
     return name
 
 

@@ -28,6 +28,14 @@ def test_smollm2_is_the_packaged_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert models.resolve("smollm2") == "converted"
 
 
-@pytest.mark.parametrize("name", ["a/hub-id", "./path", "world:", "world:x", "smollm2-135m"])
+@pytest.mark.parametrize("name", ["a/hub-id", "world:", "world:x", "smollm2-135m"])
 def test_anything_else_is_a_path_or_hub_id(name: str) -> None:
     assert models.resolve(name) == name
+
+
+def test_a_path_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path} holds no model \(no config.json\)"):
+        models.resolve(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert models.resolve(str(tmp_path)) == str(tmp_path)
+    assert models.resolve("owner/model") == "owner/model"

@@ -38,15 +38,10 @@ def model(name: str) -> str:
     """
     from acqsynth import models
 
-    if name.startswith((".", "/", "~")):
-        folder = Path(name).expanduser()
-        if not (folder / "config.json").is_file():
-            raise StageError(f"model: {name} holds no model (no config.json)")
-        return str(folder)
     try:
         return str(models.resolve(name))
     except FileNotFoundError as error:
-        raise StageError(f"model {name}: {error}") from error
+        raise StageError(f"model: {error}") from error
 
 
 def engine(config: EngineConfig, path: str) -> Engine:
