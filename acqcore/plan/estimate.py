@@ -105,7 +105,6 @@ def from_runs(shape: Shape, work: Work, runs: Sequence[Run], devices: int, on_cp
     load = None
     if parts.load is not None:
         load = runs[0].start_seconds + parts.load
-    row = parts.blocks + parts.rest
     time = [
         Figure("start", runs[0].start_seconds, "s", MEASURED, "of Python and the libraries"),
         Figure(
@@ -114,9 +113,8 @@ def from_runs(shape: Shape, work: Work, runs: Sequence[Run], devices: int, on_cp
         ),
         Figure("a batch, in the blocks", parts.blocks * work.batch_rows, "s", source, measured),
         Figure("a batch, in embedding and head", parts.rest * work.batch_rows, "s", source, measured),
-        Figure("all rows", row * work.rows, "s", source, _batches_note(work)),
     ]  # fmt: skip
-    return _estimate(shape, work, devices, peak, (parts.blocks, parts.rest), load, memory, time)
+    return _estimate(shape, work, devices, peak, (parts.blocks, parts.rest), load, memory, time, source)
 
 
 def from_rates(shape: Shape, work: Work, flops: float, bandwidth: float, devices: int, on_cpu: bool) -> Estimate:
@@ -130,14 +128,12 @@ def from_rates(shape: Shape, work: Work, flops: float, bandwidth: float, devices
     ]
     trunk, head = batch_seconds(shape, work, flops, bandwidth)
     rates = f"{flops:.3g} FLOP/s and {bandwidth:.3g} B/s given"
-    total = (trunk + head) * work.rows / work.batch_rows
     time = [
         Figure("a batch, in the blocks", trunk, "s", GIVEN, rates),
         Figure("a batch, in the head", head, "s", GIVEN, rates),
-        Figure("all rows", total, "s", GIVEN, _batches_note(work)),
     ]
     per_row = (trunk / work.batch_rows, head / work.batch_rows)
-    return _estimate(shape, work, devices, peak, per_row, None, memory, time)
+    return _estimate(shape, work, devices, peak, per_row, None, memory, time, GIVEN)
 
 
 def _estimate(
@@ -149,14 +145,18 @@ def _estimate(
     load: float | None,
     memory: list[Figure],
     time: list[Figure],
+    source: str,
 ) -> Estimate:
+    """What both ways to an estimate share: all rows, told as measured or given as ``source`` is, and the layouts."""
     blocks, rest = (seconds * work.rows for seconds in per_row)
+    whole = blocks + rest
+    time.append(Figure("all rows", whole, "s", source, _batches_note(work)))
     layouts = []
     if devices > 1:
         # The last device to finish has a whole batch more than another where they do not divide.
         batches = math.ceil(work.rows / work.batch_rows)
         share = math.ceil(batches / devices) / batches
-        each = (blocks + rest) * share
+        each = whole * share
         unsharded = peak - (0 if shape.tied else shape.head_bytes * (1 - 1 / devices))
         layouts = [
             Layout(
@@ -174,12 +174,12 @@ def _estimate(
             ),
             Layout(
                 "head by vocabulary, trunk tensor-parallel",
-                (blocks + rest) / devices,
+                whole / devices,
                 peak - shape.weight_bytes * (1 - 1 / devices),
                 "a lower bound: communication not included",
             ),
         ]
-    return Estimate(peak, blocks + rest, tuple(memory), tuple(time), tuple(layouts))
+    return Estimate(peak, whole, tuple(memory), tuple(time), tuple(layouts))
 
 
 def _at(depths: Sequence[int], blocks: int, values: Sequence[float]) -> float:
