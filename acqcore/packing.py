@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from acqcore import checks
 from acqcore.samples import Row
@@ -50,12 +51,8 @@ def partition(
 def collate(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token ids ``[B, T]`` padded on the right; of the N scored tokens the flat positions before them,
     themselves, and the samples' offsets ``[B + 1]``."""
-    longest = max(len(row.ids) for row in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    scored = [(row.targets != checks.IGNORE_INDEX).nonzero()[:, 0] for row in rows]
-    for b, row in enumerate(rows):
-        input_ids[b, : len(row.ids)] = row.ids
-    positions = torch.cat([places - 1 + b * longest for b, places in enumerate(scored)])
-    targets = torch.cat([row.targets[places] for row, places in zip(rows, scored, strict=True)])
-    counts = torch.tensor([0, *(len(places) for places in scored)])
-    return input_ids, positions, targets, counts.cumsum(0)
+    input_ids = pad_sequence([row.ids for row in rows], batch_first=True)
+    targets = pad_sequence([row.targets for row in rows], batch_first=True, padding_value=checks.IGNORE_INDEX)
+    scored = targets.flatten().ne(checks.IGNORE_INDEX).nonzero()[:, 0]
+    counts = torch.tensor([0, *(row.n_scored for row in rows)])
+    return input_ids, scored - 1, targets.flatten()[scored], counts.cumsum(0)

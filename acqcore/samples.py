@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -48,7 +49,7 @@ class Row:
     ids: torch.Tensor
     targets: torch.Tensor
 
-    @property
+    @cached_property
     def n_scored(self) -> int:
         return int((self.targets != checks.IGNORE_INDEX).sum())
 
@@ -98,8 +99,12 @@ def encode(
         encoded = [sample for sample in listed if isinstance(sample, Row)]
         rows = encoded if len(encoded) == len(listed) else _tokenize(_texts(listed, tokenizer, errors), tokenizer)
 
+    every = torch.cat([EMPTY.ids, *(row.ids for row in rows)])
+    known = bool(((every >= 0) & (every < vocab_size)).all())
+
     def finish(index: int, row: Row) -> Row:
-        checks.token_ids(index, row.ids, vocab_size)
+        if not known:
+            checks.token_ids(index, row.ids, vocab_size)
         checks.scored(index, row.n_scored)
         if max_length is not None:
             return _truncate(row, max_length)

@@ -291,11 +291,10 @@ def _score_batch(
         elif name in token_values:
             entry = REGISTRY[name]
             # An infinity of either sign becomes NaN here: later a maximum would hide it.
-            pieces = _finite(of_host[name]).split(counts)
-            reduced = torch.stack([_reduce(piece, request.reduction, request.topk) for piece in pieces])
-            values[a] = _finish(entry, reduced)
-            for sample, piece in zip(tokens, pieces, strict=True):
-                sample[name] = _finish(entry, piece)
+            column = _finite(of_host[name])
+            values[a] = _finish(entry, _reduce(column, counts, request.reduction, request.topk))
+            for sample, piece in zip(tokens, _finish(entry, column).split(counts), strict=True):
+                sample[name] = piece
         in_pass[a] = name in sample_values or name in token_values
     return Batch(indices, values, values[in_pass].isfinite().all(dim=0), tokens, sum(len(row.ids) for row in picked))
 
@@ -311,18 +310,15 @@ def _token_values(
 
 
 def _reduce(
-    values: torch.Tensor,  # [T]
+    values: torch.Tensor,  # [N] float64, sample after sample
+    counts: list[int],  # [B], their sum is N
     reduction: str,
     topk: int,
 ) -> torch.Tensor:
-    """A scalar; NaN where a value is."""
-    if reduction == "mean":
-        return values.mean()
-    if reduction == "sum":
-        return values.sum()
-    if reduction == "max":
-        return values.amax()
-    return values.topk(min(topk, len(values))).values.mean()  # NaN counts as the largest
+    """``[B]``; NaN where a value of the sample is."""
+    if reduction == "topk":  # NaN counts as the largest
+        return torch.stack([piece.topk(min(topk, len(piece))).values.mean() for piece in values.split(counts)])
+    return torch.segment_reduce(values, reduction, lengths=torch.tensor(counts))
 
 
 def _finish(

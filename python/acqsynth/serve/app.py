@@ -12,12 +12,11 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -27,17 +26,11 @@ from acqsynth.integrations.openrlhf import response_of
 from acqsynth.parsing import parse_sample
 from acqsynth.serve.auth import Access
 from acqsynth.serve.batcher import Batcher
-from acqsynth.serve.errors import (
-    DeadlineExceededError,
-    GoneError,
-    InvalidRequestError,
-    ServiceError,
-    StoppingError,
-    TooLargeError,
-)
+from acqsynth.serve.errors import InvalidRequestError, ServiceError, StoppingError, TooLargeError
 from acqsynth.serve.gate import Gate, error_response
 from acqsynth.serve.metrics import Metrics
 from acqsynth.serve.options import Limits
+from acqsynth.serve.routes import JsonRoute, answered
 from acqsynth.serve.schema import (
     ErrorBody,
     Health,
@@ -53,7 +46,6 @@ from acqsynth.serve.students import Loaded, Question, Students
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Key = tuple[Loaded, Question]
 Values = tuple[float | None, ...]
 
@@ -218,15 +210,16 @@ def create_app(service: Service) -> FastAPI:
     )
     app.add_middleware(Gate, access=service.access, limits=service.limits, metrics=service.metrics)
     _handle_errors(app)
+    bodies = APIRouter(route_class=JsonRoute)
 
-    @app.post("/score", response_model=ScoreResponse, responses=_Documented.responses(body=True))
+    @bodies.post("/score", response_model=ScoreResponse, responses=_Documented.responses(body=True))
     async def score(body: ScoreRequest, request: Request) -> Response:
         """Values of samples, one a sample and acquisition."""
         samples = [sample if isinstance(sample, str) else sample.model_dump() for sample in body.samples]
         names = tuple(dict.fromkeys(body.acquisitions))
         arguments = {name: given.model_dump(exclude_none=True) for name, given in body.acquisition_args.items()}
         question = Question(names, body.reduction, json.dumps(arguments, sort_keys=True))
-        loaded, values, n_tokens, errors = await _answered(
+        loaded, values, n_tokens, errors = await answered(
             request, service.score(samples, question, body.max_length), service.limits.timeout
         )
         columns = [list(column) for column in zip(*values, strict=True)] or [[] for _ in names]
@@ -240,21 +233,21 @@ def create_app(service: Service) -> FastAPI:
             }
         )
 
-    @app.post("/get_reward", response_model=RewardResponse, responses=_Documented.responses(body=True))
+    @bodies.post("/get_reward", response_model=RewardResponse, responses=_Documented.responses(body=True))
     async def get_reward(body: RewardRequest, request: Request) -> Response:
         """Rewards in the wire format of OpenRLHF."""
         if len(body.query) != len(body.prompts):
             raise InvalidRequestError(f"prompts: expected {len(body.query)}, one a query, got {len(body.prompts)}")
-        return JSONResponse(await _answered(request, service.rewards(body.query, body.prompts), service.limits.timeout))
+        return JSONResponse(await answered(request, service.rewards(body.query, body.prompts), service.limits.timeout))
 
-    @app.post(
+    @bodies.post(
         "/student",
         response_model=StudentInfo,
         responses=_Documented.responses(
             body=True, extra={403: "the server was started without admin token or root", 409: "another is being loaded"}
         ),
     )
-    async def student(body: StudentRequest) -> Response:
+    async def student(body: StudentRequest, request: Request) -> Response:
         """Serve another student from now on; requests that wait keep theirs."""
         return JSONResponse((await service.reload(body.path)).described())
 
@@ -274,40 +267,14 @@ def create_app(service: Service) -> FastAPI:
         """Figures for Prometheus."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    app.include_router(bodies)
     return app
-
-
-async def _answered(request: Request, work: Awaitable[T], timeout: float) -> T:
-    """What ``work`` gives; it is given up at the deadline, and when the client has gone.
-
-    Raises:
-        DeadlineExceededError, GoneError.
-    """
-    answer = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_until_gone(request))
-    try:
-        await asyncio.wait({answer, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
-            return answer.result()
-        if gone.done():
-            raise GoneError("the client closed the connection")
-        raise DeadlineExceededError(f"no answer in {timeout:g} seconds")
-    finally:
-        for task in (answer, gone):
-            task.cancel()
-        await asyncio.gather(answer, gone, return_exceptions=True)
-
-
-async def _until_gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _handle_errors(app: FastAPI) -> None:
     kinds = {404: "not_found", 405: "method_not_allowed"}
     handlers: dict[type[Exception], Callable[[Any], Response]] = {
         ServiceError: error_response,
-        RequestValidationError: lambda error: error_response(InvalidRequestError(_first_fault(error.errors()))),
         HTTPException: lambda error: JSONResponse(
             {"error": {"type": kinds.get(error.status_code, "bad_request"), "message": str(error.detail)}},
             error.status_code,
@@ -323,14 +290,6 @@ def _add_handler(app: FastAPI, kind: type[Exception], handler: Callable[[Any], R
         return handler(error)
 
     app.add_exception_handler(kind, handle)
-
-
-def _first_fault(faults: Sequence[Any]) -> str:
-    """Where the first fault of a body is and what was expected; not what was found, which may be anything."""
-    fault = faults[0]
-    place = ".".join(str(part) for part in fault["loc"][1:] if not isinstance(part, str) or part.isidentifier())
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    return f"{place or 'body'}: {fault['msg']}{more}"
 
 
 def _logistic(x: float) -> float:

@@ -21,6 +21,10 @@ class ServiceError(Exception):
         self.retry_after = retry_after
 
 
+class NotJsonError(ServiceError):
+    status, kind = 400, "bad_request"
+
+
 class UnauthorizedError(ServiceError):
     status, kind = 401, "unauthorized"
 

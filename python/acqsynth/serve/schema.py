@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -46,33 +45,22 @@ class _Served:
 AcquisitionName = Annotated[str, _Served()]
 
 
-def _whole(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, no tokenizer can read it
-        raise ValueError("expected Unicode text, got half of a surrogate pair") from error
-    return text
-
-
-Text = Annotated[str, AfterValidator(_whole)]
-
-
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class Message(_Body):
-    role: Text
-    content: Text
+    role: str
+    content: str
 
 
 class TextSample(_Body):
-    text: Text
+    text: str
 
 
 class CompletionSample(_Body):
-    prompt: Text | list[Message]
-    completion: Text | list[Message]
+    prompt: str | list[Message]
+    completion: str | list[Message]
 
 
 class ConversationSample(_Body):
@@ -89,7 +77,7 @@ def _kind(sample: Any) -> str:
 
 
 Sample = Annotated[
-    Annotated[Text, Tag("string")]
+    Annotated[str, Tag("string")]
     | Annotated[TextSample, Tag("text")]
     | Annotated[CompletionSample, Tag("completion")]
     | Annotated[ConversationSample, Tag("messages")],
@@ -143,8 +131,8 @@ class ScoreResponse(BaseModel):
 class RewardRequest(_Body):
     """The wire format of OpenRLHF 0.11."""
 
-    query: list[Text] = Field(description="prompts, each with its response behind it")
-    prompts: list[Text]
+    query: list[str] = Field(description="prompts, each with its response behind it")
+    prompts: list[str]
     labels: list[Any] | None = Field(None, description="not read")
 
 
@@ -155,7 +143,7 @@ class RewardResponse(BaseModel):
 
 
 class StudentRequest(_Body):
-    path: Text = Field(description="folder of a saved model, relative to the root of the students")
+    path: str = Field(description="folder of a saved model, relative to the root of the students")
 
 
 class Health(BaseModel):

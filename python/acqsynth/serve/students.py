@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ class Loaded:
     fingerprint: str  #: of its parameters
     student: acqcore.Student
 
+    @cached_property
+    def vocab_size(self) -> int:
+        return self.student.head.vocab_size
+
     def described(self) -> dict[str, Any]:
         return {"name": self.name, "version": self.version, "fingerprint": self.fingerprint}
 
@@ -43,7 +48,7 @@ class Loaded:
         rows = acqcore.encode(
             samples,
             self.student.tokenizer,
-            vocab_size=self.student.head.weight.shape[0],
+            vocab_size=self.vocab_size,
             limit=limit,
             max_length=None if max_length is None else min(max_length, limit),
             errors=errors,

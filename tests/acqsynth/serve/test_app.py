@@ -173,12 +173,12 @@ class TestScore:
     @pytest.mark.parametrize(
         ("body", "status"),
         [
-            (b"", 422),
-            (b"{", 422),
-            (b'{"samples": ["a b"]', 422),
-            (b"\xff\xfe", 422),
+            (b"", 400),
+            (b"{", 400),
+            (b'{"samples": ["a b"]', 400),
+            (b"\xff\xfe", 400),
             (b'{"samples": ["\xff"]}', 400),
-            (b'{"samples": ["\\ud800 is half a character"]}', 422),
+            (b'{"samples": ["\\ud800 is half a character"]}', 400),
             (b'{"samples": NaN}', 422),
             (b'{"samples": ["a b"], "max_length": Infinity}', 422),
             (b'{"samples": ["a b"], "max_length": 1e999}', 422),
@@ -194,6 +194,18 @@ class TestScore:
         got, kind, _ = error_of(post(serve, asked, "/score", body))
         assert got == status
         assert kind == {400: "bad_request", 422: "invalid_request"}[status]
+
+    @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp"])
+    def test_what_a_web_page_may_send_elsewhere_is_no_request(
+        self, serve: Serve, asked: Any, forwards: list[int], kind: str | None
+    ) -> None:
+        async def main() -> Any:
+            async with asked(serve()) as client:
+                headers = {} if kind is None else {"content-type": kind}
+                return await client.post("/score", content=b'{"samples": ["a b"]}', headers=headers)
+
+        assert error_of(asyncio.run(main())) == (422, "invalid_request", "content-type: expected application/json")
+        assert forwards == []
 
     def test_control_characters_and_surrogate_pairs_are_text(
         self, serve: Serve, asked: Any, student: acqcore.Student
