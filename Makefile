@@ -31,7 +31,7 @@ export TOKENIZERS_PARALLELISM := false
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
-demo: $(DEMO)/.ready  ## score the bundled samples, then a short GRPO with an acquisition reward (results in demo-output/)
+demo: $(DEMO)/.ready  ## score the bundled samples, a short GRPO with the score as reward, the whole loop (results in demo-output/)
 	@echo "[demo] running; results go to demo-output/"
 	@PYTHONSAFEPATH=1 $(DEMO)/bin/python -m acqsynth.demo
 

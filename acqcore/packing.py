@@ -53,6 +53,7 @@ def collate(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     themselves, and the samples' offsets ``[B + 1]``."""
     input_ids = pad_sequence([row.ids for row in rows], batch_first=True)
     targets = pad_sequence([row.targets for row in rows], batch_first=True, padding_value=checks.IGNORE_INDEX)
-    scored = targets.flatten().ne(checks.IGNORE_INDEX).nonzero()[:, 0]
-    counts = torch.tensor([0, *(row.n_scored for row in rows)])
-    return input_ids, scored - 1, targets.flatten()[scored], counts.cumsum(0)
+    of_row = targets.ne(checks.IGNORE_INDEX)
+    scored = of_row.flatten().nonzero()[:, 0]
+    offsets = torch.nn.functional.pad(of_row.sum(dim=1).cumsum(0), (1, 0))
+    return input_ids, scored - 1, targets.flatten()[scored], offsets

@@ -38,7 +38,7 @@ KINDS = (("prompt", "completion"), ("messages",), ("text",))
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One tokenized sample.
+    """One tokenized sample; its tensors are not written to once it is made.
 
     Attributes:
         ids: ``[T]`` int64.
@@ -99,7 +99,7 @@ def encode(
         encoded = [sample for sample in listed if isinstance(sample, Row)]
         rows = encoded if len(encoded) == len(listed) else _tokenize(_texts(listed, tokenizer, errors), tokenizer)
 
-    every = torch.cat([EMPTY.ids, *(row.ids for row in rows)])
+    every = torch.cat([row.ids for row in rows]) if rows else EMPTY.ids
     known = bool(((every >= 0) & (every < vocab_size)).all())
 
     def finish(index: int, row: Row) -> Row:

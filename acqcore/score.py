@@ -139,7 +139,7 @@ def score(
                 if keep_tokens:
                     for i, sample in zip(batch.indices, batch.tokens, strict=True):
                         for name in per_token:
-                            tokens[name][i] = sample[name]
+                            tokens[name][i] = sample[name].clone()  # of a batch's column, which it would keep
                 bar.update(batch.n_input_tokens)
     for name in request.own_passes:
         own = OWN_PASS[name](
@@ -318,7 +318,7 @@ def _reduce(
     """``[B]``; NaN where a value of the sample is."""
     if reduction == "topk":  # NaN counts as the largest
         return torch.stack([piece.topk(min(topk, len(piece))).values.mean() for piece in values.split(counts)])
-    return torch.segment_reduce(values, reduction, lengths=torch.tensor(counts))
+    return torch.segment_reduce(values, reduction, lengths=torch.tensor(counts, device=values.device))
 
 
 def _finish(

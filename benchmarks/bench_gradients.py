@@ -16,8 +16,7 @@ import torch
 
 import acqcore
 from acqsynth.models import smollm2_path
-from benchmarks import harness
-from benchmarks.bench_score import load_samples, token_rows
+from benchmarks import gsm8k, harness
 
 LONGEST_PEER_ROWS = 8192
 D, V = 576, 49152
@@ -115,8 +114,8 @@ def head_rows(turns: int, absent: dict[str, str]) -> list[harness.Row]:
 def student_rows(turns: int, data: Path, count: int) -> list[harness.Row]:
     """``score`` with the head's gradient norm, and gradients of all layers, beside forward and backward passes."""
     student = acqcore.Student.load(smollm2_path(), dtype=torch.float32)
-    samples = load_samples(data, count)
-    rows = token_rows(student, samples)
+    samples = gsm8k.load_samples(data, count)
+    rows = gsm8k.token_rows(student, samples)
     model = student.trunk
     weight = student.head.weight
     assert isinstance(model, torch.nn.Module)
@@ -174,7 +173,7 @@ def student_rows(turns: int, data: Path, count: int) -> list[harness.Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/math/gsm8k_test.jsonl"))
+    parser.add_argument("--data", type=Path, default=gsm8k.TEST)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--part", choices=["all", "head", "student"], default="all")

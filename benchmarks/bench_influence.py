@@ -16,8 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import acqcore
 from acqsynth.models import smollm2_path
-from benchmarks import harness
-from benchmarks.bench_score import load_samples, token_rows
+from benchmarks import gsm8k, harness
 
 RANKED, REFERENCE, LENGTH, DIM = 256, 32, 128, 4096
 
@@ -96,13 +95,13 @@ def all_layers_agreement(ids: list[torch.Tensor], training: list[torch.Tensor], 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/math/gsm8k_test.jsonl"))
-    parser.add_argument("--training", type=Path, default=Path("../shared/data/math/gsm8k_train.jsonl"))
+    parser.add_argument("--data", type=Path, default=gsm8k.TEST)
+    parser.add_argument("--training", type=Path, default=gsm8k.TRAIN)
     arguments = parser.parse_args()
     student = acqcore.Student.load(smollm2_path(), dtype=torch.float32)
-    rows = token_rows(student, load_samples(arguments.data, RANKED + REFERENCE))
+    rows = gsm8k.token_rows(student, gsm8k.load_samples(arguments.data, RANKED + REFERENCE))
     rows = [(ids[: max(LENGTH, prompt + 8)], prompt) for ids, prompt in rows]
-    training = [ids[:LENGTH] for ids, _ in token_rows(student, load_samples(arguments.training, 60))]
+    training = [ids[:LENGTH] for ids, _ in gsm8k.token_rows(student, gsm8k.load_samples(arguments.training, 60))]
     results = {
         "all layers, Llama of 3 blocks": all_layers_agreement(
             [ids[:LENGTH] for ids, _ in rows], training, student.head.weight.shape[0]

@@ -22,8 +22,8 @@ import torch
 
 import acqcore
 from acqsynth.models import smollm2_path
-from benchmarks import harness, toy_student
-from benchmarks.bench_score import TRUNK, load_samples, token_rows
+from benchmarks import gsm8k, harness, toy_student
+from benchmarks.bench_score import TRUNK
 
 BARE = "hidden @ weight.T (once, no statistics)"
 ENTROPY = "entropy (no draws)"
@@ -170,8 +170,8 @@ def head(turns: int) -> None:
 def score(path: Path, count: int, turns: int) -> None:
     """SmolLM2 on GSM8K rows."""
     student = acqcore.Student.load(smollm2_path(), dtype=torch.float32)
-    samples = load_samples(path, count)
-    tokens = token_rows(student, samples)
+    samples = gsm8k.load_samples(path, count)
+    tokens = gsm8k.token_rows(student, samples)
 
     def trunk() -> None:
         with student.scoring():
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("separation", "head", "score"), required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/math/gsm8k_test.jsonl"))
+    parser.add_argument("--data", type=Path, default=gsm8k.TEST)
     parser.add_argument("--rows", type=int, default=64)
     arguments = parser.parse_args()
     if arguments.part == "separation":

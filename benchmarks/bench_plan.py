@@ -26,8 +26,7 @@ import torch
 
 import acqcore
 from acqsynth.models import smollm2_path
-from benchmarks import harness
-from benchmarks.bench_score import load_samples, token_rows
+from benchmarks import gsm8k, harness
 
 QWEN = {
     "vocab_size": 151936, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16,
@@ -81,7 +80,7 @@ def child(case: Case) -> None:
     dtype = getattr(torch, case.dtype)
     if case.data:
         student = acqcore.Student.load(case.student, dtype=dtype)
-        samples = load_samples(Path(case.data), case.rows)
+        samples = gsm8k.load_samples(Path(case.data), case.rows)
     else:
         from transformers import AutoModelForCausalLM
 
@@ -106,7 +105,7 @@ def cases(data: Path, rows: int, folder: str) -> list[Case]:
     torch.manual_seed(0)
     Qwen2ForCausalLM(Qwen2Config(**QWEN)).to(torch.bfloat16).save_pretrained(folder)
     smol = str(smollm2_path())
-    lengths = token_rows(acqcore.Student.load(smol), load_samples(data, rows))
+    lengths = gsm8k.token_rows(acqcore.Student.load(smol), gsm8k.load_samples(data, rows))
     tokens = round(statistics.mean(len(ids) for ids, _ in lengths))
     completion = round(statistics.mean(len(ids) - prompt for ids, prompt in lengths))
     three = "entropy,margin,grad_norm"
@@ -121,7 +120,7 @@ def cases(data: Path, rows: int, folder: str) -> list[Case]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/math/gsm8k_test.jsonl"))
+    parser.add_argument("--data", type=Path, default=gsm8k.TEST)
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -8,7 +8,6 @@ sample at a time: no padding, no head.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 
 import acqcore
 from acqsynth.models import smollm2_path
-from benchmarks import harness
+from benchmarks import gsm8k, harness
 from benchmarks.bench_row_stats import eager
 
 TEN = (
@@ -26,31 +25,15 @@ TEN = (
 TRUNK = "trunk alone, unpadded"
 
 
-def load_samples(path: Path, rows: int) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:
-        records = [json.loads(line) for line, _ in zip(file, range(rows), strict=False)]
-    return [{"prompt": r["question"] + "\n", "completion": r["answer"]} for r in records]
-
-
-def token_rows(student: acqcore.Student, samples: list[dict[str, str]]) -> list[tuple[torch.Tensor, int]]:
-    """(ids ``[T]``, length of the prompt) of each sample."""
-    tokenizer = student.tokenizer
-    rows = []
-    for sample in samples:
-        text = sample["prompt"] + sample["completion"]
-        rows.append((torch.tensor(tokenizer(text).input_ids), len(tokenizer(sample["prompt"]).input_ids)))
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/math/gsm8k_test.jsonl"))
+    parser.add_argument("--data", type=Path, default=gsm8k.TEST)
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
     student = acqcore.Student.load(smollm2_path(), dtype=torch.float32)
-    samples = load_samples(arguments.data, arguments.rows)
-    rows = token_rows(student, samples)
+    samples = gsm8k.load_samples(arguments.data, arguments.rows)
+    rows = gsm8k.token_rows(student, samples)
     weight = student.head.weight
 
     def trunk() -> None:

@@ -27,8 +27,7 @@ import acqcore
 from acqsynth.domains import domain
 from acqsynth.models import resolve
 from acqsynth.rewards.scoring import training_row
-from benchmarks import harness
-from benchmarks.bench_score import load_samples
+from benchmarks import gsm8k, harness
 
 CLIENTS = 32
 ONE = "served, one sample at a time"
@@ -41,7 +40,7 @@ def world_samples(rows: int) -> list[Any]:
 
 
 def short_samples(path: Path, rows: int) -> list[Any]:
-    samples = load_samples(path, 1000)
+    samples = gsm8k.load_samples(path, 1000)
     return sorted(samples, key=lambda sample: len(sample["prompt"]) + len(sample["completion"]))[:rows]
 
 
@@ -116,7 +115,7 @@ def compare(name: str, samples: list[Any], turns: int) -> tuple[list[harness.Row
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/math/gsm8k_test.jsonl"))
+    parser.add_argument("--data", type=Path, default=gsm8k.TEST)
     parser.add_argument("--world-rows", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=96, help="of GSM8K")
     parser.add_argument("--turns", type=int, default=5)

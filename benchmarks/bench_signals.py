@@ -7,7 +7,8 @@ computation, or by a toss of the coin); its gain is the change of greedy accurac
 questions of the skill, scored with the base model. The reference of influence is 96 rows of every skill, traps included
 (with 16 the tosses of the coin that it happens to hold decide, and influence puts the coin first).
 
-Seeds 0 and 1 served to tune the world and this file, so that they are not among those reported.
+Seeds 0 to 6 served to tune the world, this file and the default reward's weights, so that they are not among those
+reported.
 
 Times are the least of three, of all that a signal needs on its own, the sampling of answers included.
 """
@@ -221,7 +222,7 @@ def _interval(values: Sequence[float], digits: int = 2) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4, 5, 6])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9, 10, 11])
     arguments = parser.parse_args()
     results = []
     harness.RESULTS.mkdir(exist_ok=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
-from acqcore.packing import partition
+from acqcore.packing import collate, partition
+from acqcore.samples import Row
 
 
 def cost(lengths: list[int], batches: list[list[int]], overhead: int) -> int:
@@ -51,3 +53,16 @@ def test_edges() -> None:
     assert partition([7], 3, 5) == [[0]]
     assert partition([2, 2, 2, 2], 100, 5) == [[0, 1, 2, 3]]
     assert partition([3, 3], 100, 0) in ([[0, 1]], [[0], [1]])
+
+
+def test_collate_pads_on_the_right_and_finds_what_is_scored() -> None:
+    rows = [
+        Row(torch.tensor([5, 6, 7]), torch.tensor([-100, 6, -100])),
+        Row(torch.tensor([8, 9, 1, 2]), torch.tensor([-100, -100, 1, 2])),
+        Row(torch.tensor([3, 4]), torch.tensor([-100, 4])),
+    ]
+    input_ids, positions, targets, offsets = collate(rows)
+    assert input_ids.tolist() == [[5, 6, 7, 0], [8, 9, 1, 2], [3, 4, 0, 0]]
+    assert positions.tolist() == [0, 5, 6, 8]  # before the scored tokens, in the flat batch
+    assert targets.tolist() == [6, 1, 2, 4]
+    assert offsets.tolist() == [0, 1, 3, 4]

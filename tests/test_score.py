@@ -12,7 +12,9 @@ import torch
 import acqcore
 from acqcore.acquisitions.base import REGISTRY
 from acqcore.samples import encode
+from acqcore.score import _reduce
 
+NAN = float("nan")
 NAMES = tuple(name for name, entry in REGISTRY.items() if entry.per_token is not None)
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. What is 2 + 3?",
@@ -363,6 +365,23 @@ def test_a_backend_that_does_not_serve_is_known_before_any_forward(tiny_model: C
     student.trunk.register_forward_pre_hook(lambda *_: pytest.fail("the trunk ran"))  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="backend 'cpu' takes"):
         acqcore.score(student, {"input_ids": torch.ones(1, 4, dtype=torch.int64)}, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("reduction", "expected"),
+    [("mean", [1.5, NAN, -5.5]), ("sum", [3, NAN, -11]), ("max", [2, NAN, -5]), ("topk", [2, NAN, -5])],
+)
+def test_one_value_that_is_no_number_makes_its_sample_none(reduction: str, expected: list[float]) -> None:
+    values = torch.tensor([1, 2, NAN, 4, -5, -6], dtype=torch.float64)
+    found = _reduce(values, [2, 2, 2], reduction, topk=1)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
+
+
+def test_kept_tokens_keep_no_more_than_themselves(tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+    scores = acqcore.score(tiny_model("Llama"), SAMPLES, "entropy", tokenizer=tokenizer, keep_tokens=True)
+    kept = scores.tokens["entropy"]
+    assert [len(values) for values in kept] == scores.n_tokens.tolist()
+    assert [values.untyped_storage().nbytes() for values in kept] == [4 * len(values) for values in kept]
 
 
 def test_no_samples(tiny_model: Callable[..., Any], tokenizer: Any) -> None:

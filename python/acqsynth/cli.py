@@ -1,6 +1,6 @@
 """The command line: ``acqsynth run recipe.yaml [key=value ...]`` runs a recipe from seed rows to report, and goes on
-where an earlier run of it stopped. ``acqsynth train``, ``generate``, ``label``, ``fit``, ``evaluate`` and ``report``
-run one stage of it, and before it what that needs and lacks. ``acqsynth serve`` scores over HTTP."""
+where an earlier run of it stopped. ``acqsynth seeds``, ``train``, ``generate``, ``label``, ``fit``, ``evaluate`` and
+``report`` run one stage of it, and before it what that needs and lacks. ``acqsynth serve`` scores over HTTP."""
 
 from __future__ import annotations
 

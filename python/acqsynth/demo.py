@@ -1,7 +1,7 @@
 """The product on a laptop, ``python -m acqsynth.demo``: score, compare, and a short GRPO with the score as
 reward.
 
-1. SmolLM2-135M-Instruct scores the bundled seeds with every acquisition in one call.
+1. SmolLM2-135M-Instruct scores the bundled seeds with every acquisition of row statistics in one call.
 2. The same numbers the usual way, from full logits in plain torch, timed in turn with the first.
 3. The same model learns, for a few steps of TRL's GRPO, to write samples that a frozen copy of it is unsure
 of.
@@ -59,7 +59,7 @@ console = Console()
 
 
 def main() -> None:
-    """Run the three parts and write ``demo-output/``."""
+    """Run the four parts and write ``demo-output/``."""
     quiet()
     begin = time.perf_counter()
     OUTPUT.mkdir(exist_ok=True)
@@ -90,7 +90,7 @@ def main() -> None:
     console.rule(f"3. {STEPS} steps of GRPO, entropy of a frozen copy as reward")
     with console.status("loading the generator"):
         generator = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    measured["grpo"] = train(generator, tokenizer, student)
+    measured["grpo"] = train(generator, tokenizer, RecordedReward(student, "entropy"))
     console.rule("4. the whole loop, in a world of arithmetic")
     measured["loop"] = run_loop()
     measured["seconds"] = time.perf_counter() - begin
@@ -373,9 +373,8 @@ class StepReport(TrainerCallback):
         )
 
 
-def train(generator: torch.nn.Module, tokenizer: Any, student: acqcore.Student) -> dict[str, Any]:
-    """A few steps of GRPO of ``generator`` with the student's entropy as reward, one group a prompt."""
-    reward = RecordedReward(student, "entropy")
+def train(generator: torch.nn.Module, tokenizer: Any, reward: RecordedReward) -> dict[str, Any]:
+    """A few steps of GRPO of ``generator``, one group a prompt: what each took, and what the reward saw."""
     report = StepReport(reward)
     config = trl.GRPOConfig(
         output_dir=str(OUTPUT / "grpo"),

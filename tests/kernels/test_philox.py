@@ -57,5 +57,6 @@ def test_masks(seed: int) -> None:
 
 
 def test_empty() -> None:
-    none = torch.empty(0, dtype=torch.int64)
-    dropout_mask(none, none, 0, 0, 0, torch.empty(2, 0, 5, dtype=torch.bool))
+    none, whole = torch.empty(0, dtype=torch.int64), torch.ones(2, 3, 5, dtype=torch.bool)
+    dropout_mask(none, none, 0, 0, 0, whole[:, :0])
+    assert whole.all()  # nothing is written

@@ -19,8 +19,8 @@ from acqsynth.training import configure, run, write_card
 
 Reward = Callable[..., list[float | None]]
 
-#: Where these differ from GRPOConfig's own: responses as long as the published recipe's; its learning rate (1e-6),
-#: epochs, and no KL are those of GRPOConfig already, and 8 completions a prompt are what ranks in a group need.
+#: Where these differ from GRPOConfig's own: responses as long as the published recipe's; its learning rate (1e-6)
+#: and no KL are those of GRPOConfig already, and 8 completions a prompt are what ranks in a group need.
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1,
     "max_completion_length": 1024,

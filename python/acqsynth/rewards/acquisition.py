@@ -38,7 +38,9 @@ class AcquisitionReward:
             ``ACQSYNTH_STUDENT``. A path is loaded at the first call and shared by all rewards of the process.
         acquisition: a name from ``acqcore.acquisitions()``. For several, pass several rewards: TRL weighs
             them.
-        parse: text of a completion -> sample for ``acqcore.score``, or None where it is no sample.
+        parse: text of a completion -> sample for ``acqcore.score``, or None where it is no sample; by default the
+            tagged question and its solution. ``acqsynth.parsing`` has ``parse_chat_sample``, the same as turns of a
+            chat, and ``as_text``, the whole completion.
         arguments: of the acquisition, as in ``acquisition_args`` of ``acqcore.score``: ``{"parameters": "all"}`` for
             ``grad_norm``; ``{"reference": ...}``, which ``influence`` can not do without.
         reduction: how token values become one, as in ``acqcore.score``.

@@ -52,14 +52,15 @@ PARSES = "parses"  #: the gate that stands before the others
 #: Signals of the default reward and their weights: those that rank a weak skill that can be learned first and no trap,
 #: and whose ranks go with the gain measured (``benchmarks/bench_signals.py``). ``influence`` (in all parameters) is
 #: there where a reference set is given, ``learnability`` (of answers that the domain finds right) where an engine of
-#: the student is. No measure of size alone is among them: those favour coin flips and noise. Influence counts half, as
-#: it is the noisiest of one sample; learnability too, as it can not tell what is guessed now and then from what is
-#: learnt by halves; diversity a tenth: with a half it taught to ask for what has the most digits
-#: (``benchmarks/bench_loop.py``, on its seeds for tuning).
+#: the student is. No measure of size alone is among them: those favour coin flips and noise. Influence counts a
+#: quarter, as it is the noisiest of one sample; learnability too, as it can not tell what is guessed now and then from
+#: what is learnt by halves (with a half each, one row in five taught was a trap's, with a quarter one in eight);
+#: diversity a tenth: with a half it taught to ask for what has the most digits (``benchmarks/bench_loop.py``, on its
+#: seeds for tuning).
 DEFAULT_WEIGHTS: dict[str, float] = {
     "mutual_information": 1.0,
-    "influence": 0.5,
-    "learnability": 0.5,
+    "influence": 0.25,
+    "learnability": 0.25,
     "diversity": 0.1,
 }
 

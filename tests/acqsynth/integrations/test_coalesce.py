@@ -16,14 +16,22 @@ from acqsynth.integrations.coalesce import Coalescer
 
 
 class Doubling:
-    def __init__(self, seconds: float = 0.0) -> None:
+    """Where ``free`` is cleared a batch waits for it; ``at_work`` tells that one has begun."""
+
+    def __init__(self) -> None:
         self.batches: list[list[int]] = []
-        self.seconds = seconds
+        self.at_work, self.free = threading.Event(), threading.Event()
+        self.free.set()
 
     def __call__(self, items: list[int]) -> list[int]:
         self.batches.append(items)
-        time.sleep(self.seconds)
-        return [2 * item for item in items]
+        self.at_work.set()
+        assert self.free.wait(60)
+        return double(items)
+
+
+def double(items: list[int]) -> list[int]:
+    return [2 * item for item in items]
 
 
 async def gather(coalescer: Coalescer[int, int], items: Sequence[int]) -> list[int]:
@@ -32,11 +40,10 @@ async def gather(coalescer: Coalescer[int, int], items: Sequence[int]) -> list[i
 
 def test_coroutines_share_batches() -> None:
     function = Doubling()
-    coalescer = Coalescer(function, limit=64, wait=2)
-    begin = time.monotonic()
-    assert asyncio.run(gather(coalescer, range(64))) == list(range(0, 128, 2))
+    coalescer = Coalescer(function, limit=64, wait=3600)  # a full batch does not wait
+    asked = asyncio.wait_for(gather(coalescer, range(64)), 60)
+    assert asyncio.run(asked) == list(range(0, 128, 2))
     assert function.batches == [list(range(64))]
-    assert time.monotonic() - begin < 1.5  # a full batch does not wait
 
 
 def test_limit() -> None:
@@ -54,11 +61,13 @@ def test_threads_share_batches() -> None:
 
 
 def test_what_arrives_during_a_batch_makes_the_next() -> None:
-    function = Doubling(seconds=0.3)
+    function = Doubling()
+    function.free.clear()
     coalescer = Coalescer(function, wait=0)
     first = coalescer.submit(0)
-    time.sleep(0.1)
+    assert function.at_work.wait(60)
     rest = [coalescer.submit(i) for i in range(1, 9)]
+    function.free.set()
     assert [future.result() for future in (first, *rest)] == list(range(0, 18, 2))
     assert [len(batch) for batch in function.batches] == [1, 8]
 
@@ -66,8 +75,8 @@ def test_what_arrives_during_a_batch_makes_the_next() -> None:
 def test_a_lone_item_waits_no_longer_than_told() -> None:
     coalescer = Coalescer(Doubling(), wait=0.1)
     begin = time.monotonic()
-    assert coalescer(4) == 8
-    assert 0.09 < time.monotonic() - begin < 2
+    assert coalescer.submit(4).result(timeout=60) == 8
+    assert time.monotonic() - begin > 0.09
 
 
 def test_an_error_reaches_every_caller_and_the_next_batch_runs() -> None:
@@ -91,12 +100,12 @@ def test_a_wrong_count_is_an_error() -> None:
 
 def test_a_cancelled_task_is_not_answered() -> None:
     function = Doubling()
-    coalescer = Coalescer(function, wait=0.3)
+    coalescer = Coalescer(function, wait=1)
 
     async def cancel() -> int:
         task = asyncio.create_task(coalescer.ask(1))
         other = asyncio.create_task(coalescer.ask(2))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)  # both have asked
         task.cancel()
         return await other
 
@@ -105,7 +114,7 @@ def test_a_cancelled_task_is_not_answered() -> None:
 
 
 def test_pickles_and_starts_anew() -> None:
-    coalescer = Coalescer(Doubling(), limit=3, wait=0.01)
+    coalescer = Coalescer(double, limit=3, wait=0.01)
     assert coalescer(1) == 2
     copy = pickle.loads(pickle.dumps(coalescer))
     assert (copy.limit, copy.wait, copy(2)) == (3, 0.01, 4)

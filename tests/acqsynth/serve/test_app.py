@@ -207,6 +207,14 @@ class TestScore:
         assert error_of(asyncio.run(main())) == (422, "invalid_request", "content-type: expected application/json")
         assert forwards == []
 
+    @pytest.mark.parametrize("kind", ["Application/JSON; charset=utf-8", "application/vnd.scores+json"])
+    def test_json_by_its_other_names(self, serve: Serve, asked: Any, kind: str) -> None:
+        async def main() -> Any:
+            async with asked(serve()) as client:
+                return await client.post("/score", content=b'{"samples": ["a b"]}', headers={"content-type": kind})
+
+        assert asyncio.run(main()).json()["valid"] == [True]
+
     def test_control_characters_and_surrogate_pairs_are_text(
         self, serve: Serve, asked: Any, student: acqcore.Student
     ) -> None:

@@ -1,0 +1,81 @@
+"""What an acquisition reward takes of a GRPO step: SmolLM2-135M-Instruct is generator and student, as in ``make demo``.
+
+``python -m benchmarks.bench_grpo`` trains a few steps with each reward and writes ``results/grpo.json``: of each step
+the seconds, and those of the reward, as the trainer saw them. Every reward begins with the same weights, prompts and
+seed. The reference of ``influence`` is 16 of the bundled rows; its gradient is taken in the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import acqcore
+from acqsynth import demo
+from acqsynth.models import smollm2_path
+from acqsynth.seeds import load_seeds
+from benchmarks import harness
+
+REFERENCE = 16
+BLOCKS = 4  # of 30
+#: What is measured -> acquisition and its arguments.
+REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "entropy": ("entropy", {}),
+    "varentropy": ("varentropy", {}),
+    "grad_norm, head": ("grad_norm", {}),
+    "mutual_information, last hidden state": ("mutual_information", {"layers": 0}),
+    f"mutual_information, last {BLOCKS} blocks": ("mutual_information", {"layers": BLOCKS}),
+    "mutual_information, all blocks": ("mutual_information", {}),
+    f"influence, last {BLOCKS} blocks": ("influence", {"parameters": BLOCKS}),
+}
+
+
+def steps_of(acquisition: str, arguments: dict[str, Any]) -> list[dict[str, float]]:
+    """Seconds of each step and of its reward."""
+    path = smollm2_path()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    student = acqcore.Student.load(path, dtype=torch.float32)
+    generator = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if acquisition == "influence":
+        rows = [{key: seed[key] for key in ("prompt", "completion")} for seed in load_seeds(kind="ordinary")]
+        arguments = {"reference": rows[:REFERENCE], **arguments}
+    reward = demo.RecordedReward(student, acquisition, arguments=arguments)
+    return demo.train(generator, tokenizer, reward)["steps"]
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: of each reward the median step, the reward's seconds, its share in the median and at most."""
+    lines = ["| reward | s a step | s of the reward | share, median | most |", "|---|---|---|---|---|"]
+    for name, steps in results.items():
+        shares = [step["reward_share"] for step in steps]
+        seconds, own = (statistics.median(step[key] for step in steps) for key in ("seconds", "reward_seconds"))
+        lines.append(f"| {name} | {seconds:.1f} | {own:.2f} | {statistics.median(shares):.1%} | {max(shares):.1%} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS))
+    arguments = parser.parse_args()
+    demo.quiet()
+    results = {}
+    for name in arguments.rewards:
+        print(name, flush=True)
+        results[name] = steps_of(*REWARDS[name])
+    settings = {
+        "steps": demo.STEPS,
+        "completions": demo.PROMPTS_PER_STEP * demo.GROUP,
+        "tokens": demo.COMPLETION_TOKENS,
+    }
+    content = {"machine": harness.machine(), "settings": settings, "rewards": results}
+    (harness.RESULTS / "grpo.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

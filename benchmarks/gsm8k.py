@@ -1,0 +1,38 @@
+"""GSM8K, the real text that benchmarks score."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+import acqcore
+
+#: Holds ``math/gsm8k_test.jsonl`` and ``math/gsm8k_train.jsonl``: a question and an answer a line, as published.
+FOLDER = Path(os.environ.get("ACQCORE_DATA", "../shared/data"))
+TEST = FOLDER / "math" / "gsm8k_test.jsonl"
+TRAIN = FOLDER / "math" / "gsm8k_train.jsonl"
+
+
+def load_samples(path: Path, rows: int) -> list[dict[str, str]]:
+    """The first rows, as ``acqcore.score`` takes them."""
+    if not path.is_file():
+        raise SystemExit(
+            f"{path}: no such file. Set ACQCORE_DATA to a folder with math/{TEST.name}, GSM8K as published, or name "
+            "the file (--data)"
+        )
+    with path.open(encoding="utf-8") as file:
+        records = [json.loads(line) for line, _ in zip(file, range(rows), strict=False)]
+    return [{"prompt": r["question"] + "\n", "completion": r["answer"]} for r in records]
+
+
+def token_rows(student: acqcore.Student, samples: list[dict[str, str]]) -> list[tuple[torch.Tensor, int]]:
+    """(ids ``[T]``, length of the prompt) of each sample."""
+    tokenizer = student.tokenizer
+    rows = []
+    for sample in samples:
+        text = sample["prompt"] + sample["completion"]
+        rows.append((torch.tensor(tokenizer(text).input_ids), len(tokenizer(sample["prompt"]).input_ids)))
+    return rows

@@ -1,0 +1,91 @@
+"""How a route waits: the answer, the deadline, the client that goes, and what cancels from outside."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from acqsynth.serve.errors import DeadlineExceededError, GoneError
+from acqsynth.serve.routes import answered
+
+
+class Client:
+    """Of a request: ``receive`` ends when it goes."""
+
+    def __init__(self) -> None:
+        self.gone = asyncio.Event()
+
+    async def receive(self) -> dict[str, Any]:
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+
+async def waited(client: Client, seconds: float = 3600, result: int | None = None, error: Any = None) -> int:
+    async def work() -> int:
+        if result is None and error is None:
+            await asyncio.Event().wait()
+        await asyncio.sleep(0)
+        if error is not None:
+            raise error
+        assert result is not None
+        return result
+
+    return await answered(client, work(), seconds)  # type: ignore[arg-type]
+
+
+def test_the_answer() -> None:
+    async def main() -> int:
+        found = await waited(Client(), result=7)
+        await asyncio.sleep(0)
+        assert len(asyncio.all_tasks()) == 1  # nobody watches any more
+        return found
+
+    assert asyncio.run(main()) == 7
+
+
+def test_the_deadline() -> None:
+    async def main() -> int:
+        return await waited(Client(), seconds=0.01)
+
+    with pytest.raises(DeadlineExceededError, match=r"no answer in 0.01 seconds"):
+        asyncio.run(main())
+
+
+def test_an_error_of_the_work_is_its_own() -> None:
+    async def main(error: Exception) -> int:
+        return await waited(Client(), error=error)
+
+    for error in (TimeoutError("of a socket"), ValueError("no")):
+        with pytest.raises(type(error), match=str(error)):
+            asyncio.run(main(error))
+
+
+def test_a_client_that_goes() -> None:
+    async def main() -> None:
+        client = Client()
+        task = asyncio.ensure_future(waited(client))
+        await asyncio.sleep(0)
+        client.gone.set()
+        with pytest.raises(GoneError):
+            await task
+        assert not task.cancelled()
+        assert task.cancelling() == 0
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("goes", [False, True])
+def test_what_cancels_from_outside_is_not_taken_for_the_client(goes: bool) -> None:
+    async def main() -> None:
+        client = Client()
+        task = asyncio.ensure_future(waited(client))
+        await asyncio.sleep(0)
+        if goes:
+            client.gone.set()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
