@@ -60,7 +60,8 @@ class Service:
         backend: as in ``acqcore.score``.
 
     Raises:
-        ValueError: an acquisition that can not be served.
+        ValueError: an acquisition that can not be served, a backend that is unknown or does not serve the student.
+        RuntimeError: the backend is not available here.
     """
 
     def __init__(
@@ -76,6 +77,8 @@ class Service:
             raise ValueError(
                 f"acquisition: unknown {acquisition!r}, expected one of {', '.join(served_acquisitions())}"
             )
+        # No samples: raises now what every request would.
+        acqcore.score(students.current.student, [], acquisition, backend=backend, progress=False)
         self.students = students
         self.limits = limits or Limits()
         self.access = access or Access()

@@ -18,8 +18,8 @@ T = TypeVar("T")
 class JsonRoute(APIRoute):
     """A route whose endpoint takes ``body``, a pydantic model, and ``request``.
 
-    The body is parsed and checked in one pass. FastAPI's own handler parses, looks for dependencies and then checks:
-    0.43 instead of 0.36 ms of the processor for a request of one short sample, its score aside.
+    The body is parsed and checked in one pass, where FastAPI's own handler parses, looks for dependencies and then
+    checks; measured with nothing scored, that took 15 to 20 % more of the processor for a request of one short sample.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

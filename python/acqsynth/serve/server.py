@@ -61,7 +61,7 @@ def main(options: argparse.Namespace) -> int:
     """
     try:
         service, listener = prepared(options)
-    except (UsageError, ValueError, OSError, ModuleNotFoundError) as error:
+    except (UsageError, ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         print(f"acqsynth: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
     print(told(service, listener, options), flush=True)
@@ -83,7 +83,7 @@ def prepared(options: argparse.Namespace) -> tuple[Service, socket.socket]:
 
     Raises:
         UsageError, ValueError: wrong options. OSError: no such student or file, or the address is taken.
-        ModuleNotFoundError: transformers is not installed.
+        ModuleNotFoundError: transformers is not installed. RuntimeError: no backend serves here.
     """
     access = Access(
         token_from(TOKEN_VARIABLE, options.token_file), token_from(ADMIN_TOKEN_VARIABLE, options.admin_token_file)

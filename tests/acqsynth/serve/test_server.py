@@ -281,6 +281,8 @@ class TestUsage:
         assert "max_samples: expected at least 1, got 0" in self.fails(capsys, "--student", one, "--max-samples", "0")
         error = self.fails(capsys, "--student", one, "--port", "0", "--acquisition", "influence")
         assert "acquisition: unknown 'influence', expected one of" in error
+        assert "backend: unknown 'nope'" in self.fails(capsys, "--student", one, "--port", "0", "--backend", "nope")
+        assert "'cuda'" in self.fails(capsys, "--student", one, "--port", "0", "--backend", "cuda")
         assert "No such file" in self.fails(capsys, "--student", one, "--token-file", str(tmp_path / "missing"))
         self.fails(capsys, "--student", str(tmp_path / "missing"), "--port", "0")
         with pytest.raises(SystemExit) as caught:
