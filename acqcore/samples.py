@@ -99,6 +99,7 @@ def encode(
         encoded = [sample for sample in listed if isinstance(sample, Row)]
         rows = encoded if len(encoded) == len(listed) else _tokenize(_texts(listed, tokenizer, errors), tokenizer)
 
+    # All rows at once, and one by one only to name the one that is wrong.
     every = torch.cat([row.ids for row in rows]) if rows else EMPTY.ids
     known = bool(((every >= 0) & (every < vocab_size)).all())
 

@@ -1,7 +1,9 @@
 """What each process of test_sharding.py runs: ``python sharding_cases.py FOLDER RANK WORLD GROUP``.
 
 A case is a function that returns pairs (what the ranks got together, what one process gets alone), or raises. Every
-process writes its results to ``FOLDER/RANK``; the test module compares them.
+process writes its results to ``FOLDER/RANK``; the test module compares them. First come the cases of heads (rows,
+gradients, draws, padding, bytes sent, errors), then those of students by what spreads them (tensor parallel, DTensor,
+FSDP, ZeRO-3), last the groups, with the number of ranks that each is for.
 """
 
 from __future__ import annotations
