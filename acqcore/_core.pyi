@@ -32,6 +32,9 @@ class HeadArgs:
 def row_stats(
     isa: str,
     head: HeadArgs,
+    bounds: int,  # int64 [samples, 2], begin and end of each sample with a Gram matrix, or 0
+    samples: int,
+    products: int,  # float32 [sum T^2], written
     state: int,  # float64 [7, N], written
     index: int,  # int64 [N], written
 ) -> None: ...
