@@ -51,7 +51,7 @@ def logit_fold(
         if HAS_SCALE:
             z *= scale
         top, second, r, s1, s2, s11, index, target = fold(
-            z, begin, row_targets, top, second, r, s1, s2, s11, index, target, HAS_TARGETS
+            z, begin, row_targets, top, second, r, s1, s2, s11, index, target, HAS_TARGETS, True
         )
     store_state(partial, partial_index, split, splits, n, rows, top, second, r, s1, s2, s11, index, target)
 
