@@ -57,10 +57,9 @@ def head_grad_norm(
     head: HeadArgs,
     state: int,  # float64 [7, N]
     index: int,  # int64 [N]
-    offsets: int,  # int64 [samples + 1]
+    bounds: int,  # int64 [samples, 2], begin and end
     samples: int,
     weights: int,  # float64 [N]
-    form: str,  # "auto", "gram" or "direct"
     squared: int,  # float64 [samples], written
 ) -> None: ...
 

@@ -101,14 +101,13 @@ void delta_hash(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t
 }
 
 void head_grad_norm(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
-                    uintptr_t offsets, int64_t samples, uintptr_t weights, const std::string& form, uintptr_t squared) {
+                    uintptr_t bounds, int64_t samples, uintptr_t weights, uintptr_t squared) {
   const acqcore::HeadGradNormArgs args = {head,
                                           reinterpret_cast<const double*>(state),
                                           reinterpret_cast<const int64_t*>(index),
-                                          reinterpret_cast<const int64_t*>(offsets),
+                                          reinterpret_cast<const int64_t*>(bounds),
                                           samples,
                                           reinterpret_cast<const double*>(weights),
-                                          form == "gram" ? 1 : (form == "direct" ? 2 : 0),
                                           reinterpret_cast<double*>(squared)};
   run(isa, &acqcore::Operations::head_grad_norm, args);
 }
@@ -176,7 +175,7 @@ void register_cpu(py::module_& m) {
   m.def("delta_hash", &delta_hash, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("places"), py::arg("columns"), py::arg("out"));
   m.def("head_grad_norm", &head_grad_norm, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
-        py::arg("offsets"), py::arg("samples"), py::arg("weights"), py::arg("form"), py::arg("squared"));
+        py::arg("bounds"), py::arg("samples"), py::arg("weights"), py::arg("squared"));
   py::class_<acqcore::Dropout>(m, "Dropout")
       .def(py::init(&make_dropout), py::arg("form"), py::arg("block"), py::arg("threshold"), py::arg("inverse_keep"),
            py::arg("seed"), py::arg("samples"), py::arg("positions"));

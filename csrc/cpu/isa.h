@@ -54,10 +54,9 @@ struct HeadGradNormArgs {
   HeadArgs head;           // with targets
   const double* state;     // [7, N], of row_stats for the same head
   const int64_t* index;    // [N], likewise
-  const int64_t* offsets;  // [samples + 1]
+  const int64_t* bounds;   // [samples, 2], begin and end
   int64_t samples;
   const double* weights;  // [N]
-  int form;               // 0: by length, 1: gram, 2: direct
   double* squared;        // [samples], written
 };
 
