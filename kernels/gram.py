@@ -92,20 +92,16 @@ def bfloat16(x, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def add_gram(
-    g,  # [BLOCK, BLOCK] float32
+def halves(
     e,  # [BLOCK, COLUMNS] float32
-    PARTS: tl.constexpr,  # bfloat16 numbers that stand for one of e: 1, or 2 for 16 bits
     INTERPRETED: tl.constexpr,
 ):
-    """``g + e e^T`` on the matrix units; with two parts, ``(g + g^T) / 2`` is what counts.
+    """``high`` and ``2 low`` in bfloat16, with ``e = high + low`` to 16 bits.
 
-    With ``e = high + low``, that of ``high (high + 2 low)^T`` is ``e e^T - low low^T``: two products, not three.
+    The symmetric part of ``high (high + 2 low)^T`` is ``e e^T - low low^T``: two products, not three.
     """
     high = bfloat16(e, INTERPRETED)
-    if PARTS == 2:
-        g = tl.dot(high, tl.trans(bfloat16(2 * (e - high.to(tl.float32)), INTERPRETED)), g)
-    return tl.dot(high, tl.trans(high), g)
+    return high, bfloat16(2 * (e - high.to(tl.float32)), INTERPRETED)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -141,7 +137,6 @@ def gram_fold(
     DESCRIPTORS: tl.constexpr,
     UPCAST: tl.constexpr,  # multiply in float32 whatever the weight's dtype
     PRECISION: tl.constexpr,
-    PARTS: tl.constexpr,
     RESIDENT: tl.constexpr,  # the Gram matrix stays in registers from tile to tile; else it waits in ``grams``
     INTERPRETED: tl.constexpr,
 ):
@@ -178,19 +173,22 @@ def gram_fold(
             own = (slots >= tl.load(at + n)) & (slots <= tl.load(at + 2 * n))
             e = tl.where(own[:, None] & (tl.arange(0, BLOCK_N) == special)[None, :], 0.0, e)
         mark = next_mark
-        if RESIDENT:
-            g = add_gram(g * (c[:, None] * c[None, :]), e, PARTS, INTERPRETED)
-        else:
+        high, low = halves(e, INTERPRETED)
+        if not RESIDENT:
             begun = slots < (tile - first_tile) * BLOCK_M  # not in the first tile
-            g = tl.load(gram_at, mask=begun[:, None], other=0.0) * (c[:, None] * c[None, :])
-            tl.store(gram_at, add_gram(g, e, PARTS, INTERPRETED))
+            g = tl.load(gram_at, mask=begun[:, None], other=0.0)
+        g *= c[:, None] * c[None, :]
+        g = tl.dot(high, tl.trans(low), g)
+        g = tl.dot(high, tl.trans(high), g)
+        if not RESIDENT:
+            tl.store(gram_at, g)
             tl.debug_barrier()  # other threads may load what these stored
     if RESIDENT:
         tl.store(gram_at, g)
     store_state(partial, partial_index, split, splits, n, rows, top, second, r, s1, s2, s11, index, target)
 
 
-@triton.jit(do_not_specialize_on_alignment=["starts"])
+@triton.jit(do_not_specialize=["number"], do_not_specialize_on_alignment=["tops", "starts"])
 def merge_grams(
     grams,  # [n / BLOCK, splits, BLOCK, BLOCK] float32
     tops,  # [splits, n] float32: each split's maxima
@@ -367,7 +365,7 @@ def _chunk(
         HAS_BIAS=bias is not None, HAS_SCALE=scale != (softcap or temperature), HAS_CAP=softcap is not None,
         EVEN_K=depth % tiles.block_k == 0, EVEN_V=vocab % tiles.block_n == 0,
         DESCRIPTORS=descriptors, UPCAST=upcast or packed.dtype != weight.dtype, PRECISION=precision,
-        PARTS=2, RESIDENT=tiles.resident, INTERPRETED=triton.knobs.runtime.interpret,
+        RESIDENT=tiles.resident, INTERPRETED=triton.knobs.runtime.interpret,
         num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
     )  # fmt: skip
     merge(partial, partial_index, position, state, index, 0, vocab_start, slots[0])

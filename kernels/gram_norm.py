@@ -140,7 +140,7 @@ def target_delta(
     tl.store(delta + at, d, mask=inside)
 
 
-@triton.jit(do_not_specialize=["all_rows", "number", "programs"])
+@triton.jit(do_not_specialize=["all_rows", "number", "programs"], do_not_specialize_on_alignment=["parts"])
 def contract(
     products,  # [sum T^2] float32
     keys,  # [sum T^2] float32
@@ -169,8 +169,8 @@ def contract(
     at_s = start + s * length
     at_t = start + t * length
     total = tl.zeros((TILE, TILE), tl.float32)
-    for first in range(0, length, TILE):
-        u = first + within
+    for first in range(0, length, 16):
+        u = first + tl.arange(0, 16)
         left = tl.load(delta + at_s[:, None] + u[None, :], mask=(s < length)[:, None] & (u < length)[None, :], other=0.0)
         right = tl.load(delta + at_t[None, :] + u[:, None], mask=(t < length)[None, :] & (u < length)[:, None], other=0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
@@ -193,7 +193,7 @@ def shift(targets, state, local_max, weights, row, inside, all_rows, slope):
     return tl.load(weights + row, mask=scored, other=0.0) * slope * tl.exp(d) / (1 + r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])
 def sum_tiles(
     parts,  # [programs] float64: a sample's one after another
     firsts,  # [2, number] int32: where they begin and end
@@ -243,7 +243,7 @@ def gram_norm(
     parts = products.new_empty(short.shape[1] + long.shape[1], dtype=torch.float64)
     slope = scale / temperature
     upcast = upcast or hidden.dtype != weight.dtype
-    block_k = 32 if torch.float32 in (hidden.dtype, weight.dtype) else 64
+    block_k = 16 if torch.float32 in (hidden.dtype, weight.dtype) else 64
     for table, tile, part in ((short, SHORT, parts[: short.shape[1]]), (long, LONG, parts[short.shape[1] :])):
         programs = table.shape[1]
         if not programs:
@@ -258,7 +258,7 @@ def gram_norm(
         )  # fmt: skip
         contract[(programs,)](
             products, keys, delta, targets, state, local_max, weights, tiles, samples, part, n, len(bounds), programs,
-            slope, TILE=tile, num_warps=4, enable_fp_fusion=True,
+            slope, TILE=tile, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     sum_tiles[(len(bounds),)](parts, firsts.to(hidden.device), squared, len(bounds), AT_ONCE=PARTS_AT_ONCE)
 
