@@ -57,6 +57,17 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class GramTiles(Tiles):
+    """How ``row_stats_and_grams`` cuts its product; ``block_m`` is 128.
+
+    Attributes:
+        resident: keep the Gram matrix in registers from tile to tile; else it waits in memory.
+    """
+
+    resident: bool
+
+
+@dataclass(frozen=True)
 class Strips:
     """How ``logit_stats`` cuts ``[N, V]``.
 
@@ -102,6 +113,12 @@ def tiles_for(device: str, major: int, product: str, vocab: int, depth: int) -> 
         vocab, depth: shape of the weight.
     """
     return Tiles(**_nearest(table(device, major)["row_stats"][product], vocab=vocab, depth=depth))
+
+
+@functools.cache
+def gram_tiles_for(device: str, major: int, product: str, vocab: int, depth: int) -> GramTiles:
+    """Tiles of the fold with Gram matrices; arguments as in :func:`tiles_for`."""
+    return GramTiles(**_nearest(table(device, major)["gram"][product], vocab=vocab, depth=depth))
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -58,7 +59,8 @@ class Triton(Chunked):
         rows: HeadRows,
         gram: Gram | None = None,
     ) -> None:
-        from acqcore.kernels.config import tiles_for
+        from acqcore.kernels.config import gram_tiles_for, tiles_for
+        from acqcore.kernels.gram import row_stats_and_grams
         from acqcore.kernels.row_stats import row_stats
 
         head = rows.head
@@ -69,24 +71,51 @@ class Triton(Chunked):
             product = precision = "tf32"
         elif major >= MIXED_SPLIT_FROM and head.weight.dtype != dtype:
             precision = "tf32x3"
+        shape = (device, major, product, *head.weight.shape)
+        arguments = _head_arguments(rows) | {
+            "state": rows.state,
+            "index": rows.index,
+            "precision": precision,
+            "upcast": INTERPRETED and dtype == torch.bfloat16,  # numpy has no bfloat16 products
+        }
+        short, long = _split(gram)
         with _launching(rows.hidden):
-            row_stats(
-                rows.hidden,
-                head.weight,
-                head.bias,
-                rows.targets,
-                softcap=head.softcap,
-                scale=head.scale,
-                temperature=rows.temperature,
-                vocab_start=head.vocab_start,
-                state=rows.state,
-                index=rows.index,
-                tiles=tiles_for(device, major, product, *head.weight.shape),
-                precision=precision,
-                upcast=INTERPRETED and dtype == torch.bfloat16,  # numpy has no bfloat16 products
-            )
-        if gram is not None:
-            self.fill_gram(rows, gram)
+            if short is not None:
+                row_stats_and_grams(
+                    rows.hidden, head.weight, head.bias, rows.targets, short.bounds, short.starts,
+                    products=short.products, tiles=gram_tiles_for(*shape), **arguments,
+                )  # fmt: skip
+            for begin, end in _gaps(short, len(rows.hidden)):
+                part = slice(begin, end)
+                targets = None if rows.targets is None else rows.targets[part]
+                row_stats(
+                    rows.hidden[part], head.weight, head.bias, targets, first_row=begin, tiles=tiles_for(*shape),
+                    **arguments,
+                )  # fmt: skip
+        if long is not None:
+            self.fill_gram(rows, long)
+
+    def longest_gram(self, depth: int) -> int:
+        from acqcore.kernels.gram import BLOCK
+
+        return BLOCK
+
+    def gram_norm(
+        self,
+        rows: HeadRows,
+        gram: Gram,
+        local_max: torch.Tensor,  # [N] float64
+        weights: torch.Tensor,  # [N] float64
+        squared: torch.Tensor,  # [len(gram.bounds)] float64, written
+    ) -> None:
+        from acqcore.kernels.gram_norm import gram_norm
+
+        with _launching(rows.hidden):
+            gram_norm(
+                rows.hidden, rows.head.weight, rows.head.bias, rows.targets, gram.bounds, gram.starts,
+                state=rows.state, index=rows.index, products=gram.products, local_max=local_max, weights=weights,
+                squared=squared, upcast=INTERPRETED, **_head_arguments(rows),
+            )  # fmt: skip
 
     def logit_stats(
         self,
@@ -112,6 +141,38 @@ class Triton(Chunked):
 
         with _launching(keep):
             dropout_mask(dropout.samples, dropout.positions, site, dropout.seed, threshold(dropout.p), keep)
+
+
+def _head_arguments(rows: HeadRows) -> dict[str, Any]:
+    """What kernels must know of a head beside its tensors."""
+    head = rows.head
+    return {
+        "softcap": head.softcap,
+        "scale": head.scale,
+        "temperature": rows.temperature,
+        "vocab_start": head.vocab_start,
+    }
+
+
+def _split(gram: Gram | None) -> tuple[Gram | None, Gram | None]:
+    """The samples that fit a block of the kernel, and the longer ones; None for none."""
+    from acqcore.kernels.gram import BLOCK
+
+    if gram is None:
+        return None, None
+    parts = []
+    for wanted in (False, True):
+        own = [i for i, (begin, end) in enumerate(gram.bounds) if (end - begin > BLOCK) == wanted]
+        bounds, starts = tuple(gram.bounds[i] for i in own), tuple(gram.starts[i] for i in own)
+        parts.append(Gram(bounds, starts, gram.products) if own else None)
+    return parts[0], parts[1]
+
+
+def _gaps(gram: Gram | None, n: int) -> list[tuple[int, int]]:
+    """Stretches ``[begin, end)`` of ``n`` rows that are in no sample of ``gram``."""
+    bounds = sorted(() if gram is None else gram.bounds)
+    edges = [0, *(row for pair in bounds for row in pair), n]
+    return [(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True) if begin < end]
 
 
 @constant_when_compiled
