@@ -92,7 +92,7 @@ def table(device: str, major: int) -> dict[str, Any]:
 
 
 @functools.cache
-def tiles_for(device: str, major: int, product: str, vocab: int, depth: int) -> Tiles:
+def tiles_for(device: str, major: int, product: str, vocab: int, depth: int, kernel: str = "row_stats") -> Tiles:
     """Tiles for a weight ``[vocab, depth]``.
 
     Args:
@@ -100,8 +100,9 @@ def tiles_for(device: str, major: int, product: str, vocab: int, depth: int) -> 
         major: first number of its compute capability.
         product: ``half``, ``tf32`` or ``ieee``.
         vocab, depth: shape of the weight.
+        kernel: whose tiles.
     """
-    return Tiles(**_nearest(table(device, major)["row_stats"][product], vocab=vocab, depth=depth))
+    return Tiles(**_nearest(table(device, major)[kernel][product], vocab=vocab, depth=depth))
 
 
 @functools.cache
