@@ -32,6 +32,9 @@ class HeadArgs:
 def row_stats(
     isa: str,
     head: HeadArgs,
+    bounds: int,  # int64 [samples, 2], begin and end of each sample with a Gram matrix, or 0
+    samples: int,
+    products: int,  # float32 [sum T^2], written
     state: int,  # float64 [7, N], written
     index: int,  # int64 [N], written
 ) -> None: ...
@@ -57,10 +60,9 @@ def head_grad_norm(
     head: HeadArgs,
     state: int,  # float64 [7, N]
     index: int,  # int64 [N]
-    offsets: int,  # int64 [samples + 1]
+    bounds: int,  # int64 [samples, 2], begin and end
     samples: int,
     weights: int,  # float64 [N]
-    form: str,  # "auto", "gram" or "direct"
     squared: int,  # float64 [samples], written
 ) -> None: ...
 

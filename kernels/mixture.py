@@ -175,7 +175,7 @@ def finish_draws(
     entropy = tl.zeros((TOKENS,), tl.float64)
     best = tl.full((TOKENS,), low, tl.float64)  # the target's largest log-probability
     likelihood = tl.zeros((TOKENS,), tl.float64)  # and the sum over draws relative to it
-    for k in range(0, draws):
+    for k in range(draws):
         top = tl.load(draw_state + at, mask=scored, other=0.0)
         r = tl.load(draw_state + 2 * rows + at, mask=scored, other=0.0)
         s1 = tl.load(draw_state + 3 * rows + at, mask=scored, other=0.0)
@@ -370,7 +370,7 @@ def finish_mixture(
     sum_sq = tl.zeros((TOKENS,), tl.float64)
     spread = tl.zeros((TOKENS,), tl.float64)
     plane = splits * n
-    for split in range(0, splits):
+    for split in range(splits):
         at = partial + split * n + token
         information += tl.load(at, mask=scored, other=0.0).to(tl.float64)
         reverse += tl.load(at + plane, mask=scored, other=0.0).to(tl.float64)

@@ -110,7 +110,7 @@ def product_tile(
     UPCAST: tl.constexpr,  # multiply in float32 whatever the dtypes
     PRECISION: tl.constexpr,
 ):
-    """``a b^T`` of some rows, ``[BLOCK_A, BLOCK_B]`` in float32; outside ``rows_a`` and ``rows_b`` it holds anything."""
+    """``a b^T`` of some rows, ``[BLOCK_A, BLOCK_B]`` float32; outside ``rows_a`` and ``rows_b`` it holds anything."""
     z = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     if not DESCRIPTORS:
         inner = tl.arange(0, BLOCK_K)

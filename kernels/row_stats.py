@@ -198,7 +198,7 @@ def launch_fold(
     precision: str,
     upcast: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launches :func:`product_fold`: the splits' states ``[7, splits, n]`` float32 and indices ``[splits, n]`` int32."""
+    """Launches :func:`product_fold`: states ``[7, splits, n]`` float32, indices ``[splits, n]`` int32."""
     n, depth = packed.shape
     vocab = len(weight)
     splits, split_tiles = tiles.split(vocab)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from acqcore import checks
-from acqcore.backends.base import DrawRows, Dropout, HeadRows
+from acqcore.backends.base import DrawRows, Dropout, Gram, HeadRows
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled
 from acqcore.head import Head
@@ -62,6 +62,7 @@ class Triton(Chunked):
     def row_stats(
         self,
         rows: HeadRows,
+        gram: Gram | None = None,
     ) -> None:
         from acqcore.kernels.row_stats import row_stats
 
@@ -83,6 +84,8 @@ class Triton(Chunked):
                 precision=plan.precision,
                 upcast=plan.upcast,
             )
+        if gram is not None:
+            self.fill_gram(rows, gram)
 
     def logit_stats(
         self,
