@@ -59,13 +59,10 @@ struct ProductPlan {
   bool fold = true;       // false: the bare product, to measure
 };
 
-// Whether row_stats_sm90 takes these arguments on this device; a sentence that says why not, or "".
-std::string row_stats_sm90_misfit(const RowStatsArgs& args, int device);
-
 // Device memory that row_stats_sm90 uses beside its arguments, at most 56 MiB (more only where 256 rows need it).
 int64_t row_stats_sm90_scratch(const RowStatsArgs& args, const ProductPlan& plan = {});
 
-// Queues the operation. Throws std::runtime_error naming the operation, the CUDA call and its cause.
+// Queues the operation on a device of compute capability 9.0. Throws as logit_stats does.
 void row_stats_sm90(const RowStatsArgs& args, const Launch& launch, const ProductPlan& plan = {});
 
 // The fold of float32 products [N, V] as row_stats_sm90 does it, by the host from host memory. Of `args`, hidden, weight

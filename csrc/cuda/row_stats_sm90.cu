@@ -335,13 +335,6 @@ T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-bool capable(int device) {
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-  return major == 9 && minor == 0;
-}
-
 // Whether the copy engine can address `m`, and 16-byte loads its rows.
 bool addressable(const Matrix& m) {
   return m.column_stride == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.row_stride * 2 % 16 == 0 &&
@@ -484,17 +477,6 @@ void launch_chunks(const RowStatsArgs& args, const Launch& launch, const Product
 }
 
 }  // namespace
-
-std::string row_stats_sm90_misfit(const RowStatsArgs& args, int device) {
-  if (!capable(device)) return "the device's compute capability is not 9.0";
-  if (args.hidden.dtype == DType::kFloat32 || args.hidden.dtype != args.weight.dtype) {
-    return "hidden states and weights are not both bfloat16 or both float16";
-  }
-  if (args.weight.columns < 1) return "hidden states have no columns";
-  if (!addressable(args.weight)) return "the rows of the weights are not contiguous or do not start on 16 bytes";
-  if (args.weight.rows >= int64_t(1) << 30) return "the vocabulary is 2^30 or larger";
-  return "";
-}
 
 int64_t row_stats_sm90_scratch(const RowStatsArgs& args, const ProductPlan& plan) {
   return layout_of(args, plan).bytes;
