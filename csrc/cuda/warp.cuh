@@ -34,11 +34,12 @@ ACQCORE_DEVICE int lane_of(int i) {
 #endif
 }
 
-// v = op over all lanes, in every lane, by exchange with lanes 16, 8, 4, 2, 1 away; op commutes: all get the same bits.
-template <typename T, typename Op>
+// v = op over each run of `lanes` lanes, in every lane, by exchange with lanes 16, 8, 4, 2, 1 away; op commutes: all
+// get the same bits.
+template <int lanes = kWarp, typename T, typename Op>
 ACQCORE_DEVICE void butterfly(T (&v)[kHeld], Op op) {
   ACQCORE_UNROLL
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
 #if defined(__CUDACC__)
     v[0] = op(v[0], __shfl_xor_sync(~0u, v[0], offset));
 #else
