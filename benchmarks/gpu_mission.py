@@ -62,7 +62,7 @@ class Group:
 
 
 class Monitor:
-    """``nvidia-smi`` sampling in the background; what it saw between two moments."""
+    """``nvidia-smi`` sampling in the background, and what it saw between two moments."""
 
     FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
     REASONS: ClassVar[dict[int, str]] = {
@@ -71,42 +71,53 @@ class Monitor:
     }  # fmt: skip
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        if shutil.which("nvidia-smi") and torch.cuda.is_available():
-            command = ["nvidia-smi", f"--query-gpu={','.join(self.FIELDS)}", "--format=csv,noheader,nounits", "-lms"]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pending = b""
+        if shutil.which("nvidia-smi"):
+            command = ["nvidia-smi", f"--query-gpu={','.join(self.FIELDS)}", "--format=csv,noheader,nounits"]
             self._process = subprocess.Popen(
-                [*command, "100"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                [*command, "-lms", "100"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
             )
             assert self._process.stdout is not None
             os.set_blocking(self._process.stdout.fileno(), False)
 
     def seen(self) -> dict[str, Any]:
-        """Medians, and throttle reasons, since the last call; empty without a GPU."""
-        if self._process is None or self._process.stdout is None:
+        """Medians, extremes and throttle reasons since the last call; empty without ``nvidia-smi``."""
+        if self._process is None:
             return {}
         samples, odd = [], ""
-        for line in self._process.stdout.read().splitlines() if self._process.poll() is None else ():
+        for line in self._lines():
             cells = [cell.strip() for cell in line.split(",")]
             try:
-                samples.append([float(cell) for cell in cells[:4]] + [int(cells[4], 16)])
+                samples.append((*(float(cell) for cell in cells[:4]), int(cells[4], 16)))
             except (ValueError, IndexError):
                 odd = line
         if not samples:
             return {"monitor": odd or "no sample"}
+        clocks, _, power, temperature, masks = zip(*samples, strict=True)
         reasons = 0
-        for sample in samples:
-            reasons |= int(sample[4])
+        for mask in masks:
+            reasons |= int(mask)
         return {
-            "sm_mhz": statistics.median(sample[0] for sample in samples),
-            "sm_mhz_min": min(sample[0] for sample in samples),
-            "power_w_max": max(sample[2] for sample in samples),
-            "temperature_c": max(sample[3] for sample in samples),
+            "sm_mhz": statistics.median(clocks),
+            "sm_mhz_min": min(clocks),
+            "power_w_max": max(power),
+            "temperature_c": max(temperature),
             "throttle": [name for bit, name in self.REASONS.items() if reasons & bit],
         }
 
+    def _lines(self) -> list[str]:
+        """Whole lines that have come since the last call."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        while chunk := self._process.stdout.read(1 << 16):  # None where nothing is waiting
+            self._pending += chunk
+        *whole, self._pending = self._pending.split(b"\n")
+        return [line.decode(errors="replace") for line in whole]
+
     def close(self) -> None:
         if self._process is not None:
-            self._process.terminate()
+            self._process.kill()
             self._process.wait()
 
 
@@ -378,7 +389,6 @@ def main() -> None:
         if arguments.warm:
             warm(device)
             return
-        harness.append(arguments.rows, stage="machine", **harness.machine())
         monitor = Monitor()
         try:
             if device == "cuda":

@@ -56,7 +56,7 @@ def make(name: str, device: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(**STUDENTS[name], tie_word_embeddings=True, max_position_embeddings=2048)  # type: ignore[arg-type]
+    config = LlamaConfig(**STUDENTS[name], tie_word_embeddings=True, max_position_embeddings=2048)
     with torch.device(device):
         model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     with torch.no_grad():
