@@ -281,10 +281,10 @@ __global__ void __launch_bounds__(kPackRows* kWarp) pack_rows(const __grid_const
   float sum[1] = {product};
   butterfly(sum, [](float a, float b) { return a + b; });
   if (lane != 0) return;
-  const int column = static_cast<int>(target);
-  args.target_logit[row] = !owned         ? -INFINITY
-                           : args.capped ? logit_of<Transform::kCapped>(sum[0], column, args.logits)
-                                         : logit_of<Transform::kAffine>(sum[0], column, args.logits);
+  const float biased = owned && args.logits.bias ? sum[0] + args.logits.bias[target] : sum[0];
+  const float logit = args.capped ? logit_of<Transform::kCapped>(biased, args.logits)
+                                  : logit_of<Transform::kAffine>(biased, args.logits);
+  args.target_logit[row] = owned ? logit : -INFINITY;
 }
 
 constexpr int kMergeThreads = 128;

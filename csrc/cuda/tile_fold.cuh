@@ -177,7 +177,7 @@ ACQCORE_DEVICE void combine_lanes(RowLane (&rows)[kHeld][2]) {
 ACQCORE_DEVICE float tanh_of(float y) {
   const float a = fabsf(y), s = y * y;
   const float t = exp2_flushed(a * (-2 * kLog2e));
-  const float far = (1 - t) / (1 + t);
+  const float far = quotient(1 - t, 1 + t);
   float p = fmaf(s, -5.70498872745e-3f, 2.06390887954e-2f);
   p = fmaf(p, s, -5.37397155531e-2f);
   p = fmaf(p, s, 1.33314422036e-1f);
@@ -203,24 +203,46 @@ inline Logits logits_of(const RowStatsArgs& args, int vocab) {
 // Whether logits without a cap differ from products.
 inline bool changes(const Logits& logits) { return logits.bias || logits.scale != 1; }
 
+// `product` has the bias added.
 template <Transform transform>
-ACQCORE_DEVICE float logit_of(float product, int column, const Logits& logits) {
+ACQCORE_DEVICE float logit_of(float product, const Logits& logits) {
   if constexpr (transform == Transform::kNone) return product;
-  const float z = (logits.bias ? product + logits.bias[column] : product) * logits.scale;
+  const float z = product * logits.scale;
   return transform == Transform::kCapped ? tanh_of(z) * logits.cap : z;
+}
+
+template <bool whole>
+ACQCORE_DEVICE void add_bias(float (&z)[kHeld][kLaneLogits], int begin, const Logits& logits) {
+  ACQCORE_UNROLL
+  for (int i = 0; i < kHeld; ++i) {
+    ACQCORE_UNROLL
+    for (int j = 0; j < kLaneLogits; j += j % 2 ? 3 : 1) {  // of the first row; the second has the same columns
+      const int column = begin + column_of_register(lane_of(i), j);
+      const float bias = whole || column < logits.vocab ? logits.bias[column] : 0.0f;
+      z[i][j] += bias;
+      z[i][j + 2] += bias;
+    }
+  }
 }
 
 // Products of the tile at `begin` -> logits; -inf beyond the vocabulary.
 template <Transform transform>
 ACQCORE_DEVICE void finish_logits(float (&z)[kHeld][kLaneLogits], int begin, const Logits& logits) {
   const bool whole = begin + kTileColumns <= logits.vocab;
-  if (transform == Transform::kNone && whole) return;
+  if constexpr (transform != Transform::kNone) {
+    if (logits.bias) whole ? add_bias<true>(z, begin, logits) : add_bias<false>(z, begin, logits);
+    ACQCORE_UNROLL
+    for (int i = 0; i < kHeld; ++i) {
+      ACQCORE_UNROLL
+      for (int j = 0; j < kLaneLogits; ++j) z[i][j] = logit_of<transform>(z[i][j], logits);
+    }
+  }
+  if (whole) return;
   ACQCORE_UNROLL
   for (int i = 0; i < kHeld; ++i) {
     ACQCORE_UNROLL
     for (int j = 0; j < kLaneLogits; ++j) {
-      const int column = begin + column_of_register(lane_of(i), j);
-      z[i][j] = whole || column < logits.vocab ? logit_of<transform>(z[i][j], column, logits) : -INFINITY;
+      if (begin + column_of_register(lane_of(i), j) >= logits.vocab) z[i][j] = -INFINITY;
     }
   }
 }

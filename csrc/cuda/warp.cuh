@@ -80,6 +80,15 @@ ACQCORE_DEVICE float exp2_flushed(float x) {
 #endif
 }
 
+// a / b within 2 ulp, for b from 2^-126 to 2^126.
+ACQCORE_DEVICE float quotient(float a, float b) {
+#if defined(__CUDACC__)
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+
 // The larger of a and b, NaN if either is.
 ACQCORE_DEVICE float maximum_or_nan(float a, float b) {
 #if defined(__CUDACC__)
