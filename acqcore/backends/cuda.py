@@ -47,6 +47,8 @@ class Cuda(Chunked):
                 self._fused(rows)
             else:
                 self._blocked(rows)
+        if gram is not None:
+            self.fill_gram(rows, gram)
 
     def _fused(
         self,
@@ -106,8 +108,6 @@ class Cuda(Chunked):
                     self._fold(z, y, rows.temperature, start, first > 0, state, index)
                 rows.state[:, part] = state
                 rows.index[part] = index
-        if gram is not None:
-            self.fill_gram(rows, gram)
 
     def logit_stats(
         self,
