@@ -30,7 +30,7 @@ struct Sample {
   int64_t number;           // in GramArgs
   int64_t product;          // its first element in GramArgs::products
   int64_t gram;             // its first element in a slot's Grams
-  const int32_t* specials;  // its targets' columns in this weight, ascending
+  int64_t* specials;         // its targets' columns in this weight, ascending
   int64_t special_count;
 
   int64_t padded() const { return gram_padded(end - begin); }
@@ -179,17 +179,9 @@ void keep_factors(const Transform& transform, const float* z, int n, float max, 
 void finish_tile(const Sample& sample, const Workspace& ws, int64_t tile, int width, float* gram) {
   const int64_t rows = sample.end - sample.begin, padded = sample.padded();
   const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
-  int64_t low = 0, high = sample.special_count;  // the first target's column at or past the tile
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (sample.specials[middle] < tile) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  for (; low < sample.special_count && sample.specials[low] < tile + width; ++low) {
-    for (int64_t i = 0; i < rows; ++i) ws.factors[i * kTile + sample.specials[low] - tile] = 0;
+  for (int64_t s = lower_bound(sample.specials, sample.special_count, tile);
+       s < sample.special_count && sample.specials[s] < tile + width; ++s) {
+    for (int64_t i = 0; i < rows; ++i) ws.factors[i * kTile + sample.specials[s] - tile] = 0;
   }
   for (int64_t i = rows; i < padded; ++i) {
     ws.scale[i] = 1;
@@ -290,21 +282,16 @@ void write_products(const RowStatsArgs& args, const Plan& plan, const Limits& li
   }
 }
 
-int ascending(const void* a, const void* b) {
-  const int32_t x = *static_cast<const int32_t*>(a), y = *static_cast<const int32_t*>(b);
-  return x < y ? -1 : x > y;
-}
-
 }  // namespace
 
 bool row_stats(const RowStatsArgs& args) {
   const HeadArgs& head = args.head;
   const GramArgs& gram = args.gram;
   const int64_t n = head.hidden.rows;
-  Scratch row_scratch(8 * n), special_scratch(4 * n), sample_scratch(gram.samples * int64_t(sizeof(Sample)));
+  Scratch row_scratch(8 * n), special_scratch(8 * n), sample_scratch(gram.samples * int64_t(sizeof(Sample)));
   if (row_scratch.missing() || special_scratch.missing() || sample_scratch.missing()) return false;
   int64_t* rows = row_scratch.as<int64_t>();
-  int32_t* specials = special_scratch.as<int32_t>();
+  int64_t* specials = special_scratch.as<int64_t>();
   Sample* samples = sample_scratch.as<Sample>();
   int64_t scored = 0, special_count = 0, sample_count = 0, product = 0;
   for (int64_t i = 0, next = 0; i < n; ++i) {
@@ -319,14 +306,13 @@ bool row_stats(const RowStatsArgs& args) {
       rows[scored++] = i;
       if (covered) {
         const int64_t column = head.targets[i] - head.vocab_start;
-        if (column >= 0 && column < head.weight.rows) specials[special_count++] = static_cast<int32_t>(column);
+        if (column >= 0 && column < head.weight.rows) specials[special_count++] = column;
       }
     }
     if (covered && i + 1 == gram.bounds[2 * next + 1]) {
       Sample& sample = samples[sample_count];
       sample.end = scored;
-      sample.special_count = specials + special_count - sample.specials;
-      qsort(const_cast<int32_t*>(sample.specials), sample.special_count, sizeof(int32_t), ascending);
+      sample.special_count = sort_distinct(sample.specials, specials + special_count - sample.specials);
       if (sample.end > sample.begin) {
         ++sample_count;
       } else {
