@@ -55,6 +55,13 @@ def delta_hash(
     columns: int,
     out: int,  # float32 [N, columns], written
 ) -> None: ...
+def hidden_grad(
+    isa: str,
+    head: HeadArgs,
+    state: int,  # float64 [7, N], written
+    index: int,  # int64 [N], written
+    out: int,  # float32 [N, D], written
+) -> None: ...
 def gram_norm(
     isa: str,
     head: HeadArgs,

@@ -11,7 +11,6 @@ import torch
 from acqcore import checks
 from acqcore.backends import extension
 from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows
-from acqcore.backends.eager import unnormalised
 from acqcore.backends.extension import core as _core
 from acqcore.backends.extension import matrix, pointer
 from acqcore.philox import threshold
@@ -164,12 +163,14 @@ class Cpu(Backend):
         rows: HeadRows,
         out: torch.Tensor,  # [N, D], written
     ) -> None:
-        assert rows.targets is not None
-        self.row_stats(rows)
-        factors = unnormalised(rows.head.logits(rows.hidden, rows.temperature), rows)
-        columns = torch.arange(factors.shape[1]) + rows.head.vocab_start
-        factors.masked_fill_(columns == rows.targets[:, None], 0)
-        torch.mm(factors, rows.head.weight.to(factors.dtype), out=out)
+        with _head_args(rows) as arguments:
+            _core.hidden_grad(
+                self.instruction_set(),
+                arguments,
+                rows.state.data_ptr(),
+                rows.index.data_ptr(),
+                out.data_ptr(),
+            )
 
     def dropout_mask(
         self,

@@ -115,6 +115,13 @@ void head_grad_norm(const std::string& isa, const acqcore::HeadArgs& head, uintp
   run(isa, &acqcore::Operations::head_grad_norm, args);
 }
 
+void hidden_grad(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
+                 uintptr_t out) {
+  const acqcore::HiddenGradArgs args = {head, reinterpret_cast<double*>(state), reinterpret_cast<int64_t*>(index),
+                                        reinterpret_cast<float*>(out)};
+  run(isa, &acqcore::Operations::hidden_grad, args);
+}
+
 void gram_norm(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index, uintptr_t bounds,
                int64_t samples, uintptr_t products, uintptr_t local_max, uintptr_t weights, uintptr_t squared) {
   const acqcore::GramArgs gram = {reinterpret_cast<const int64_t*>(bounds), samples,
@@ -192,6 +199,8 @@ void register_cpu(py::module_& m) {
         py::arg("values"), py::arg("out"));
   m.def("delta_hash", &delta_hash, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("places"), py::arg("columns"), py::arg("out"));
+  m.def("hidden_grad", &hidden_grad, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
+        py::arg("out"));
   m.def("gram_norm", &gram_norm, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"), py::arg("bounds"),
         py::arg("samples"), py::arg("products"), py::arg("local_max"), py::arg("weights"), py::arg("squared"));
   m.def("head_grad_norm", &head_grad_norm, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),

@@ -57,6 +57,14 @@ struct GramNormArgs {
   double* squared;          // [samples], written
 };
 
+// The state of RowStatsArgs, and sum_v exp(z_v - m) cap'_v W_v over all columns but the row's target.
+struct HiddenGradArgs {
+  HeadArgs head;   // with targets
+  double* state;   // [7, N], written
+  int64_t* index;  // [N], written
+  float* out;      // [N, D], written
+};
+
 // delta values, or delta hashed to n places; delta [N, V] as in head_grad.py, zero in ignored rows.
 struct DeltaProductArgs {
   HeadArgs head;          // with targets
@@ -125,6 +133,7 @@ struct Operations {
   bool (*row_stats)(const RowStatsArgs&);
   bool (*logit_stats)(const LogitStatsArgs&);
   bool (*delta_product)(const DeltaProductArgs&);
+  bool (*hidden_grad)(const HiddenGradArgs&);
   bool (*gram_norm)(const GramNormArgs&);
   bool (*head_grad_norm)(const HeadGradNormArgs&);
   bool (*mixture_stats)(const MixtureStatsArgs&);

@@ -9,7 +9,7 @@
 // Measured on an AMD EPYC (Zen 5, 2 cores, N=4096, D=576, V=49152): the product alone runs at 490 GFLOP/s in float32 and
 // 970 in bfloat16, where the BLAS of torch 2.13 reaches 200 and rounds bfloat16 results; hence a product of our own
 // rather than BLAS tiles. The fold adds 5 %.
-#include "fold.h"
+#include "factors.h"
 #include "gram.h"
 #include "isa.h"
 #include "parallel.h"
@@ -155,26 +155,6 @@ struct Shared {
   float* grams;         // [slots, chunk_grams]
 };
 
-// Adds the factors of one row, relative to the slot's reference, which rises with the row's largest logit.
-void keep_factors(const Transform& transform, const float* z, int n, float max, float& reference, float* factors,
-                  float* scale) {
-  *scale = 1;
-  float factor = 1;
-  if (max > reference) {
-    *scale = reference == -INFINITY ? 0 : expf(reference - max);
-    reference = max;
-  } else if (max < reference) {
-    factor = expf(max - reference);
-  }
-  if (!transform.capped && factor == 1) return;
-  const float inverse = transform.capped ? 1 / transform.after : 0;  // z * inverse = tanh
-  for (int i = 0; i < n; i += kLanes) {
-    const Vec f = load(factors + i);
-    const Vec t = load(z + i) * inverse;
-    store(factors + i, f == 0 ? Vec{} : f * (factor * (1.0f - t * t)));  // a padding logit is -inf
-  }
-}
-
 // Adds a tile to a sample's Gram.
 void finish_tile(const Sample& sample, const Workspace& ws, int64_t tile, int width, float* gram) {
   const int64_t rows = sample.end - sample.begin, padded = sample.padded();
@@ -235,8 +215,8 @@ void run_task(const RowStatsArgs& args, const Plan& plan, const Limits& limits, 
               continue;
             }
             const int64_t own = i - samples[s].begin;
-            fold<true>(z, n, head.vocab_start + tile, lanes, ws.factors + own * kTile);
-            keep_factors(transform, z, n, lanes.max, references[i], ws.factors + own * kTile, ws.scale + own);
+            ws.scale[own] = fold_factors(transform, z, n, head.vocab_start + tile, lanes, references[i],
+                                         ws.factors + own * kTile);
             if (i + 1 == samples[s].end) {
               finish_tile(samples[s], ws, tile, width, grams + samples[s].gram);
               ++s;
