@@ -220,12 +220,13 @@ class _Run:
         picked = hidden.detach().flatten(0, 1).index_select(0, positions.to(hidden.device))  # [N, D]
         # A head in float32 over a half-precision trunk (an adapter's sum): widening hidden is exact.
         picked = picked.to(device=device, dtype=torch.promote_types(hidden.dtype, head.weight.dtype))
-        targets, offsets = targets.to(device), offsets.to(device)
+        bounds = checks.offsets(offsets, targets)
+        targets = targets.to(device)
         stats = row_stats(picked, head, targets, backend=backend)
         if self.options.predicted:
             stats = predicted_targets(stats)
-        weights = loss_weights(targets, offsets, self.options.loss, None)
-        return HeadPass(picked, head, stats, offsets, weights, backend)
+        weights = loss_weights(targets, bounds, self.options.loss, None)
+        return HeadPass(picked, head, stats, bounds, weights, backend)
 
 
 def _hidden_gradient(

@@ -21,7 +21,7 @@ import torch
 from acqcore.backends import HeadRows
 from acqcore.backends.eager import logit_gradient
 from acqcore.head import Head
-from acqcore.head_grad import grad_sketch_from, hash_columns, head_grad_norm_from, head_places
+from acqcore.head_grad import Bounds, grad_sketch_from, hash_columns, head_grad_norm_from, head_places
 from acqcore.row_stats import RowStats
 from acqcore.signs import hashed_places, random_signs
 
@@ -77,21 +77,19 @@ class HeadPass:
     hidden: torch.Tensor  # [N, D]
     head: Head
     stats: RowStats
-    offsets: torch.Tensor  # [B + 1]
+    bounds: Bounds
     weights: torch.Tensor  # [N] float64, of each token's loss
     backend: str | None
 
     def squared_norm(self) -> torch.Tensor:
         """``[B]`` float64."""
-        norm = head_grad_norm_from(
-            self.hidden, self.head, self.stats, self.offsets, self.weights, 1.0, self.backend, "auto"
-        )
+        norm = head_grad_norm_from(self.hidden, self.head, self.stats, self.bounds, self.weights, 1.0, self.backend)
         return norm.double().square()
 
     def sketch(self, dim: int, seed: int) -> torch.Tensor:
         """``[B, dim]``."""
         return grad_sketch_from(
-            self.hidden, self.head, self.stats, self.offsets, self.weights, 1.0, self.backend, dim, seed
+            self.hidden, self.head, self.stats, self.bounds, self.weights, 1.0, self.backend, dim, seed
         )
 
     def product(
@@ -101,7 +99,7 @@ class HeadPass:
         values: torch.Tensor,  # [U, D]
     ) -> torch.Tensor:
         """Inner product of one sample's head gradient with rows ``values`` at ``ids``, float64."""
-        rows = slice(int(self.offsets[sample]), int(self.offsets[sample + 1]))
+        rows = slice(*self.bounds[sample])
         bias = None if self.head.bias is None else self.head.bias[ids]
         columns = Head(self.head.weight[ids], bias, self.head.softcap, self.head.scale)
         assert self.stats.targets is not None

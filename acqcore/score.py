@@ -15,10 +15,11 @@ from acqcore.bayes import BayesStats
 from acqcore.draws import DrawBatch, DrawOptions, Draws
 from acqcore.ghost import grad_norm
 from acqcore.head import Head
+from acqcore.head_visit import visit
 from acqcore.influence import influence
 from acqcore.packing import OVERHEAD_TOKENS, collate, partition
 from acqcore.progress import Progress
-from acqcore.row_stats import RowStats, row_stats
+from acqcore.row_stats import RowStats, checked_backend, row_stats
 from acqcore.samples import Row, Samples, encode
 from acqcore.scores import Scores
 from acqcore.set_signals import archive_novelty, batch_diversity
@@ -261,11 +262,18 @@ def _score_batch(
         dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
         hidden = hidden.to(device=head.weight.device, dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            stats = row_stats(hidden, head, targets.to(hidden.device), backend=request.backend)
+            bounds = checks.offsets(offsets, targets)
+            of_device = targets.to(hidden.device)
+            visited = None
+            if any(entry.needs_gram for entry in request.in_one_pass()):
+                chosen = checked_backend(hidden, head, of_device, 1.0, request.backend)
+                visited = visit(hidden, head, of_device, bounds, 1.0, chosen)
+                stats = visited.stats
+            else:
+                stats = row_stats(hidden, head, of_device, backend=request.backend)
         drawn: dict[DrawOptions, BayesStats] = {}
         for options, of_student in draws.items():
             drawn[options] = of_student.stats(DrawBatch(picked, input_ids, positions, targets, offsets, hidden))
-        offsets = offsets.to(hidden.device)
         token_values, sample_values = {}, {}
         for entry in request.in_one_pass():
             if entry.per_token is not None or entry.per_draws is not None:
@@ -275,7 +283,7 @@ def _score_batch(
             else:
                 own = {k: v for k, v in request.arguments.get(entry.name, {}).items() if k != "parameters"}
                 assert entry.per_sample is not None
-                batch = SampleBatch(hidden, head, stats, offsets, request.backend)
+                batch = SampleBatch(hidden, head, stats, bounds, request.backend, visited)
                 sample_values[entry.name] = entry.per_sample(batch, **own).double()  # [B]
     # One copy to the host a batch: on a GPU each would wait for it.
     found = {**token_values, **sample_values}

@@ -4,9 +4,10 @@ A program walks over one stretch of the vocabulary and keeps, for each of its ro
 
     top      the largest logit so far            index    its column
     second   the largest of all others           target   the target's logit
-    r, s1, s2, s11   sums over all columns but ``index`` of e, e x, (2^40 e)^2, e x^2; x = z - top, e = exp(x)
+    r, s1, s2, s11   sums over all columns but ``index`` of e, e x, e^2, e x^2; x = z - top, e = 2^40 exp(x)
 
-Squares are kept times 2^80: e^2 of a runner-up at 1e-20 would not be a normal float32. -inf is no token at all.
+The factor 2^40 keeps e^2 of a runner-up at 1e-20 a normal float32; it costs nothing, as it joins the exponent's
+multiply-add. Impossible tokens (-inf) add nothing.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-140.0)  # stands for -inf: exp gives exactly 0 there, and 0 * LOWEST is 0
-SQRT_SCALE = tl.constexpr(2.0**40)
-INV_SCALE = tl.constexpr(2.0**-80)
+LOWEST = tl.constexpr(-140.0)  # stands for -inf: the exponential is exactly 0 there, and 0 * LOWEST is 0
+SHIFT = tl.constexpr(40.0)
+SCALE = tl.constexpr(2.0**40)
+INV_SCALE = tl.constexpr(2.0**-40)
 
 #: States that a program of ``merge_splits`` holds.
 MERGE_TILE = 2048
@@ -57,41 +59,52 @@ def fold(
     index,
     target,
     HAS_TARGETS: tl.constexpr,
+    MAY_BE_ABSENT: tl.constexpr,  # some logits may be -inf
 ):
-    """The state after the columns of ``z``. The reference is ``acqcore.backends.eager.fold``."""
+    """The state after the columns of ``z``; e ``[ROWS, COLUMNS]``, the new maximum's own term among them; c ``[ROWS]``.
+
+    c takes what is relative to the old maximum to the new one; it is exactly 1 where none rose. The reference is
+    ``acqcore.backends.eager.fold``.
+    """
     COLUMNS: tl.constexpr = z.shape[1]
     column = tl.arange(0, COLUMNS)[None, :]
     if HAS_TARGETS:
-        is_target = column == (targets - begin)[:, None]
-        target = tl.maximum(target, tl.max(tl.where(is_target, z, float("-inf")), axis=1))
+        local = targets - begin
+        if tl.max(((local >= 0) & (local < COLUMNS)).to(tl.int32), axis=0) > 0:  # few tiles hold a target
+            hit = tl.where(column == local[:, None], z, float("-inf"))
+            target = tl.maximum(target, tl.max(hit, axis=1))
     tile_top = tl.max(z, axis=1)
     rises = tile_top > top  # false for NaN, which shows in the sums
+    new_top = tl.where(rises, tile_top, top)
+    reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+
+    # A new maximum leaves the sums, at its first occurrence.
     first = tl.min(tl.where(z == tile_top[:, None], column, COLUMNS), axis=1)
-    left_out = tl.where(rises, first, -1)
-    z = tl.where(column == left_out[:, None], float("-inf"), z)
+    out = tl.where(rises, first, COLUMNS)
+    z = tl.where(column == out[:, None], (reference + LOWEST)[:, None], z)
     second = tl.maximum(tl.where(rises, top, second), tl.max(z, axis=1))
     index = tl.where(rises, begin + first, index)
 
-    new_top = tl.where(rises, tile_top, top)
-    zero_at = tl.where(new_top == float("-inf"), 0.0, new_top)
     # To the new maximum; the old one joins the sums as a term of its own.
-    d = tl.maximum(top - zero_at, LOWEST)
+    d = tl.maximum(top - reference, LOWEST)
     c = tl.exp2(d * LOG2E)
-    joins = tl.where(rises, c, 0.0)
+    joins = tl.where(rises, c * SCALE, 0.0)
     s11 = (s11 + 2 * d * s1 + d * d * r) * c + joins * d * d
     s1 = (s1 + d * r) * c + joins * d
-    s2 = s2 * c * c + (joins * SQRT_SCALE) * (joins * SQRT_SCALE)
+    s2 = s2 * c * c + joins * joins
     r = r * c + joins
 
-    x = tl.maximum(z - zero_at[:, None], LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    e = tl.exp2(x * LOG2E)
+    x = z - reference[:, None]
+    if MAY_BE_ABSENT:
+        x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.exp2(x * LOG2E + SHIFT)
     ex = e * x
-    scaled = e * SQRT_SCALE
     r += tl.sum(e, axis=1)
     s1 += tl.sum(ex, axis=1)
-    s2 += tl.sum(scaled * scaled, axis=1)
+    s2 += tl.sum(e * e, axis=1)
     s11 += tl.sum(ex * x, axis=1)
-    return new_top, second, r, s1, s2, s11, index, target
+    e = tl.where(column == out[:, None], SCALE, e)  # compiled out where nobody asks for e
+    return new_top, second, r, s1, s2, s11, index, target, e, c
 
 
 @triton.jit
@@ -125,11 +138,12 @@ def store_state(
     tl.store(partial_index + at, index, mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_row", "all_rows", "n"], do_not_specialize_on_alignment=["position", "index"])
+@triton.jit(do_not_specialize=["first_row", "all_rows", "n"], do_not_specialize_on_alignment=["position", "destination", "index"])
 def merge_splits(
     partial,  # [7, splits, n] float32
     partial_index,  # [splits, n] int32
     position,  # [n] int32: where a row's state is, -1 for an ignored row; None for its own number
+    destination,  # [n] int32: the row it belongs to, -1 for none; None for its own number
     state,  # [7, rows of all chunks] float64, written from first_row on
     index,  # [rows of all chunks] int64, likewise
     first_row,
@@ -138,12 +152,17 @@ def merge_splits(
     splits,
     vocab_start,
     HAS_POSITION: tl.constexpr,
+    HAS_DESTINATION: tl.constexpr,
     SPLITS: tl.constexpr,  # splits, rounded up to a power of two
     ROWS: tl.constexpr,
 ):
     """Merges the splits of each row in float64, in an order that ``SPLITS`` alone decides (``RowStats.merge``)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
+    out_rows = first_row + rows
+    if HAS_DESTINATION:
+        out_rows = tl.load(destination + rows, mask=inside, other=-1)
+        inside = inside & (out_rows >= 0)
     at = rows
     if HAS_POSITION:
         at = tl.load(position + rows, mask=inside, other=-1)
@@ -164,10 +183,10 @@ def merge_splits(
     second = tl.load(partial + plane + at, mask=here, other=float("-inf")).to(tl.float64)
     second = tl.max(tl.where(wins, second, top), axis=0)
     joins = tl.where(wins, 0.0, 1.0).to(tl.float64)  # a lower maximum is a term of its own
-    count = tl.load(partial + 2 * plane + at, mask=here, other=0.0).to(tl.float64) + joins
-    first = tl.load(partial + 3 * plane + at, mask=here, other=0.0).to(tl.float64)
-    squares = tl.load(partial + 4 * plane + at, mask=here, other=0.0).to(tl.float64) * INV_SCALE + joins
-    moment = tl.load(partial + 5 * plane + at, mask=here, other=0.0).to(tl.float64)
+    count = tl.load(partial + 2 * plane + at, mask=here, other=0.0).to(tl.float64) * INV_SCALE + joins
+    first = tl.load(partial + 3 * plane + at, mask=here, other=0.0).to(tl.float64) * INV_SCALE
+    squares = tl.load(partial + 4 * plane + at, mask=here, other=0.0).to(tl.float64) * (INV_SCALE * INV_SCALE) + joins
+    moment = tl.load(partial + 5 * plane + at, mask=here, other=0.0).to(tl.float64) * INV_SCALE
     target = tl.max(tl.load(partial + 6 * plane + at, mask=here, other=float("-inf")).to(tl.float64), axis=0)
     r = tl.sum(c * count, axis=0)
     s1 = tl.sum(c * (first + d * count), axis=0)
@@ -177,7 +196,7 @@ def merge_splits(
     best = tl.max(at_winner, axis=0)
 
     nan = float("nan")
-    out = state + first_row + rows
+    out = state + out_rows
     all_rows = all_rows.to(tl.int64)
     tl.store(out, tl.where(scored, new_top, nan), mask=inside)
     tl.store(out + all_rows, tl.where(scored, second, nan), mask=inside)
@@ -187,7 +206,7 @@ def merge_splits(
     tl.store(out + 5 * all_rows, tl.where(scored, s11, nan), mask=inside)
     tl.store(out + 6 * all_rows, tl.where(scored, target, nan), mask=inside)
     best = tl.where(best >= 0, best + vocab_start, -1)
-    tl.store(index + first_row + rows, best.to(tl.int64), mask=inside)
+    tl.store(index + out_rows, best.to(tl.int64), mask=inside)
 
 
 def merge(
@@ -198,12 +217,13 @@ def merge(
     index: torch.Tensor,  # [N] int64, likewise
     first_row: int,
     vocab_start: int,
+    destination: torch.Tensor | None = None,  # [n] int32, instead of first_row
 ) -> None:
     """Launches :func:`merge_splits`."""
     splits, n = partial_index.shape
     padded = triton.next_power_of_2(splits)
     rows = max(MERGE_TILE // padded, 1)
     merge_splits[(triton.cdiv(n, rows),)](
-        partial, partial_index, position, state, index, first_row, state.shape[1], n, splits, vocab_start,
-        HAS_POSITION=position is not None, SPLITS=padded, ROWS=rows, enable_fp_fusion=True,
+        partial, partial_index, position, destination, state, index, first_row, state.shape[1], n, splits, vocab_start,
+        HAS_POSITION=position is not None, HAS_DESTINATION=destination is not None, SPLITS=padded, ROWS=rows, enable_fp_fusion=True,
     )  # fmt: skip

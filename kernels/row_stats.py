@@ -16,78 +16,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from acqcore.kernels.config import Tiles
-from acqcore.kernels.fold import LOG2E, empty_state, fold, merge, store_state, widen
+from acqcore.kernels.fold import empty_state, fold, merge, store_state
+from acqcore.kernels.product import GATHER_TILE, descriptor, gather_scored, has_descriptor, logit_tile, place
 
 #: Scratch of a call: split states and packed hidden states of the rows that are under way.
 SCRATCH_BYTES = 56 << 20
-#: Elements of a tile of ``gather_scored``.
-GATHER_TILE = 1 << 14
-
-
-# Numbers of rows are not specialised on: no new variant is compiled for another N, and none can round otherwise.
-@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["targets", "position", "count"])
-def gather_scored(
-    hidden,  # [n, depth]
-    targets,  # [n] int64, -100 ignored; None: every row is scored
-    packed,  # [n, depth] written: the scored rows, first to last
-    packed_targets,  # [n] int32, written: relative to vocab_start
-    position,  # [n] int32, written: a row's place in ``packed``, -1 if ignored
-    count,  # [1] int32, written: scored rows
-    n,
-    depth,
-    hidden_row,
-    hidden_column,
-    packed_row,
-    vocab_start,
-    HAS_TARGETS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    SCAN: tl.constexpr,
-):
-    begin = tl.program_id(0) * ROWS
-    rows = begin + tl.arange(0, ROWS)
-    inside = rows < n
-    place = rows
-    scored = inside
-    if HAS_TARGETS:
-        target = tl.load(targets + rows, mask=inside, other=-100)
-        scored = target != -100
-        before = 0
-        for i in range(0, begin, SCAN):  # every program counts for itself: n is at most a few thousand
-            earlier = i + tl.arange(0, SCAN)
-            other = tl.load(targets + earlier, mask=earlier < begin, other=-100)
-            before += tl.sum((other != -100).to(tl.int32), axis=0)
-        ones = scored.to(tl.int32)
-        through = before + tl.cumsum(ones, axis=0)
-        place = through - ones
-        if tl.program_id(1) == 0:
-            tl.store(position + rows, tl.where(scored, place, -1), mask=inside)
-            tl.store(packed_targets + place, (target - vocab_start).to(tl.int32), mask=scored)
-            if begin + ROWS >= n:
-                tl.store(count, tl.max(through, axis=0))
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    mask = scored[:, None] & (columns < depth)[None, :]
-    source = rows.to(tl.int64)[:, None] * hidden_row + columns.to(tl.int64)[None, :] * hidden_column
-    value = tl.load(hidden + source, mask=mask, other=0.0)
-    destination = place.to(tl.int64)[:, None] * packed_row + columns[None, :]
-    tl.store(packed + destination, value.to(packed.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def tanh(y):
-    """Within 2 ulp: an odd polynomial near 0 (Cephes tanhf), else (1 - t) / (1 + t) with t = exp(-2 |y|)."""
-    a = tl.abs(y)
-    t = tl.exp2(a * (-2 * LOG2E))
-    far = (1 - t) / (1 + t)
-    s = y * y
-    p = s * -5.70498872745e-3 + 2.06390887954e-2
-    p = p * s + -5.37397155531e-2
-    p = p * s + 1.33314422036e-1
-    p = p * s + -3.33332819422e-1
-    return tl.where(a < 0.625, p * s * y + y, tl.where(y < 0, -far, far))
 
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["count"])
@@ -126,14 +61,8 @@ def product_fold(
     UPCAST: tl.constexpr,  # multiply in float32 whatever the weight's dtype
     PRECISION: tl.constexpr,
 ):
-    # Programs that run side by side share the split's weights, and GROUP_M blocks of hidden states stay in L2.
-    row_blocks = tl.cdiv(n, BLOCK_M)
-    group_programs = GROUP_M * splits
-    group = tl.program_id(0) // group_programs
-    group_blocks = min(row_blocks - group * GROUP_M, GROUP_M)
-    within = tl.program_id(0) % group_programs
-    first_row = (group * GROUP_M + within % group_blocks) * BLOCK_M
-    split = within // group_blocks
+    block, split = place(tl.program_id(0), tl.cdiv(n, BLOCK_M), splits, GROUP_M)
+    first_row = block * BLOCK_M
     if HAS_COUNT:
         if first_row >= tl.load(count):
             return
@@ -143,48 +72,29 @@ def product_fold(
     if HAS_TARGETS:
         row_targets = tl.load(targets + rows, mask=rows < n, other=-1)
     top, second, r, s1, s2, s11, index, target = empty_state(BLOCK_M)
-    if not DESCRIPTORS:
-        inner = tl.arange(0, BLOCK_K)
-        hidden_rows = tl.minimum(rows, n - 1).to(tl.int64)[:, None] * hidden_row
-        hidden_start = hidden + hidden_rows + inner.to(tl.int64)[None, :] * hidden_column
-
     first_tile = split * split_tiles
     last_tile = min(first_tile + split_tiles, tl.cdiv(vocab, BLOCK_N))
     for tile in tl.range(first_tile, last_tile, flatten=FLATTEN):
         begin = tile * BLOCK_N
-        columns = begin + tl.arange(0, BLOCK_N)
-        z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if not DESCRIPTORS:
-            hidden_at = hidden_start
-            weight_rows = tl.minimum(columns, vocab - 1).to(tl.int64)[None, :] * weight_row
-            weight_at = weight + weight_rows + inner.to(tl.int64)[:, None] * weight_column
-        for k in range(0, depth, BLOCK_K):
-            if DESCRIPTORS:
-                a = hidden.load([first_row, k])
-                b = weight.load([begin, k]).T
-            else:
-                if EVEN_K:
-                    a = tl.load(hidden_at)
-                    b = tl.load(weight_at)
-                else:
-                    a = tl.load(hidden_at, mask=(inner < depth - k)[None, :], other=0.0)
-                    b = tl.load(weight_at, mask=(inner < depth - k)[:, None], other=0.0)
-                hidden_at += BLOCK_K * hidden_column
-                weight_at += BLOCK_K * weight_column
-            if UPCAST:
-                a = widen(a)
-                b = widen(b)
-            z = tl.dot(a, b, z, input_precision=PRECISION)
-        if HAS_BIAS:
-            z += tl.load(bias + columns, mask=columns < vocab, other=0.0)[None, :]
-        if HAS_SCALE:
-            z *= scale
-        if HAS_CAP:
-            z = tanh(z) * cap
-        if not EVEN_V:
-            z = tl.where((columns < vocab)[None, :], z, float("-inf"))
-        top, second, r, s1, s2, s11, index, target = fold(
-            z, begin, row_targets, top, second, r, s1, s2, s11, index, target, HAS_TARGETS
+        z = logit_tile(
+            hidden, weight, bias, first_row, begin, n, vocab, depth, hidden_row, hidden_column, weight_row,
+            weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, HAS_BIAS, HAS_SCALE, HAS_CAP, EVEN_K, EVEN_V,
+            DESCRIPTORS, UPCAST, PRECISION,
+        )  # fmt: skip
+        top, second, r, s1, s2, s11, index, target, _, _ = fold(
+            z,
+            begin,
+            row_targets,
+            top,
+            second,
+            r,
+            s1,
+            s2,
+            s11,
+            index,
+            target,
+            HAS_TARGETS,
+            HAS_BIAS or not EVEN_V,
         )
     store_state(partial, partial_index, split, splits, n, rows, top, second, r, s1, s2, s11, index, target)
 
@@ -202,6 +112,7 @@ def row_stats(
     state: torch.Tensor,  # [7, N] float64, written
     index: torch.Tensor,  # [N] int64, written
     tiles: Tiles,
+    first_row: int = 0,
     precision: str = "ieee",
     upcast: bool = False,
 ) -> None:
@@ -210,6 +121,7 @@ def row_stats(
     Nothing is read back from the device, so a call can be captured in a CUDA graph.
 
     Args:
+        first_row: where these rows' columns of ``state`` and ``index`` begin.
         tiles: how the product is cut (:func:`acqcore.kernels.config.tiles_for`).
         precision: of float32 products, as ``triton.language.dot`` names it: ``ieee``, ``tf32``, ``tf32x3``.
         upcast: multiply in float32 whatever the dtypes are, as is done where they differ.
@@ -222,7 +134,7 @@ def row_stats(
         part = slice(first, first + rows_at_once)
         _chunk(
             hidden[part], weight, bias, None if targets is None else targets[part].contiguous(), softcap, scale,
-            temperature, vocab_start, state, index, first, tiles, dtype, precision, upcast,
+            temperature, vocab_start, state, index, first_row + first, tiles, dtype, precision, upcast,
         )  # fmt: skip
 
 
@@ -255,10 +167,9 @@ def _chunk(
     upcast: bool,
 ) -> None:
     n, depth = hidden.shape
-    vocab = len(weight)
     packed_targets = position = count = None
     packed = hidden
-    if targets is not None or hidden.dtype != dtype or not _has_descriptor(hidden):
+    if targets is not None or hidden.dtype != dtype or not has_descriptor(hidden):
         pitch = triton.cdiv(depth, 8) * 8  # rows of 16 bytes, as descriptors want them
         packed = hidden.new_empty((n, pitch), dtype=dtype)[:, :depth]
         if targets is not None:
@@ -270,14 +181,36 @@ def _chunk(
             vocab_start, HAS_TARGETS=targets is not None, ROWS=tiles.block_m, COLUMNS=columns, SCAN=1024,
             enable_fp_fusion=True,
         )  # fmt: skip
+    partial, partial_index = launch_fold(
+        packed, weight, bias, packed_targets, count, softcap, scale, temperature, tiles, precision, upcast
+    )
+    merge(partial, partial_index, position, state, index, first, vocab_start)
+
+
+def launch_fold(
+    packed: torch.Tensor,  # [n, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V] float32
+    targets: torch.Tensor | None,  # [n] int32, relative to this weight
+    count: torch.Tensor | None,  # [1] int32: rows that hold something
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    tiles: Tiles,
+    precision: str,
+    upcast: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launches :func:`product_fold`: states ``[7, splits, n]`` float32, indices ``[splits, n]`` int32."""
+    n, depth = packed.shape
+    vocab = len(weight)
     splits, split_tiles = tiles.split(vocab)
-    partial = hidden.new_empty((7, splits, n), dtype=torch.float32)
-    partial_index = hidden.new_empty((splits, n), dtype=torch.int32)
-    descriptors = tiles.descriptors and _has_descriptor(packed) and _has_descriptor(weight)
+    partial = packed.new_empty((7, splits, n), dtype=torch.float32)
+    partial_index = packed.new_empty((splits, n), dtype=torch.int32)
+    descriptors = tiles.descriptors and has_descriptor(packed) and has_descriptor(weight)
     product_fold[(triton.cdiv(n, tiles.block_m) * splits,)](
-        _descriptor(packed, tiles.block_m, tiles.block_k) if descriptors else packed,
-        _descriptor(weight, tiles.block_n, tiles.block_k) if descriptors else weight,
-        bias, packed_targets, count, partial, partial_index, n, vocab, depth,
+        descriptor(packed, tiles.block_m, tiles.block_k) if descriptors else packed,
+        descriptor(weight, tiles.block_n, tiles.block_k) if descriptors else weight,
+        bias, targets, count, partial, partial_index, n, vocab, depth,
         *packed.stride(), *weight.stride(), splits, split_tiles,
         scale / (softcap or temperature), (softcap or 1.0) / temperature,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
@@ -287,15 +220,4 @@ def _chunk(
         DESCRIPTORS=descriptors, FLATTEN=tiles.flatten, UPCAST=upcast or packed.dtype != weight.dtype,
         PRECISION=precision, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
     )  # fmt: skip
-    merge(partial, partial_index, position, state, index, first, vocab_start)
-
-
-def _has_descriptor(matrix: torch.Tensor) -> bool:
-    """Whether the copy engine of sm_90 can address ``matrix [rows, columns]``: 16-byte rows of adjacent elements."""
-    row, column = matrix.stride()
-    aligned = matrix.data_ptr() % 16 == 0 and row * matrix.element_size() % 16 == 0
-    return aligned and column == 1 and row >= matrix.shape[1] > 0
-
-
-def _descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+    return partial, partial_index

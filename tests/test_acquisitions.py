@@ -74,8 +74,8 @@ def test_a_known_uniform_row() -> None:
 def test_grad_norm_against_its_reference(implementation: str) -> None:
     case = random_case(13, 24, 97, std=2.0)
     exact = case.to(torch.float64)
-    offsets = torch.tensor([0, 1, 6, 13])
-    batch = SampleBatch(case.hidden, case.head, case.run(implementation), offsets, implementation)
+    bounds = ((0, 1), (1, 6), (6, 13))
+    batch = SampleBatch(case.hidden, case.head, case.run(implementation), bounds, implementation)
     per_sample = REGISTRY["grad_norm"].per_sample
     assert per_sample is not None
     got = per_sample(batch)
@@ -83,7 +83,7 @@ def test_grad_norm_against_its_reference(implementation: str) -> None:
     module = importlib.import_module("acqcore.acquisitions.grad_norm")
     z, y = exact.head.logits(exact.hidden), exact.targets
     assert y is not None
-    for i, (a, b) in enumerate([(0, 1), (1, 6), (6, 13)]):
+    for i, (a, b) in enumerate(bounds):
         expected = module.reference(z[a:b], y[a:b], exact.hidden[a:b])
         torch.testing.assert_close(got[i].double(), expected, rtol=1e-4, atol=0)
         torch.testing.assert_close(total[i].double(), expected * (b - a), rtol=1e-4, atol=0)

@@ -22,7 +22,7 @@ from acqcore.row_stats import predicted_targets
 @register_sample("badge", needs_targets=False)
 def badge(batch: SampleBatch, *, loss: str = "mean") -> torch.Tensor:
     """Norm of the head gradient under the student's own predictions, ||sum_t w_t (p_t - e_argmax) h_t^T||_F."""
-    return grad_norm(replace(batch, stats=predicted_targets(batch.stats)), loss=loss)
+    return grad_norm(replace(batch, stats=predicted_targets(batch.stats), visit=None), loss=loss)
 
 
 def reference(

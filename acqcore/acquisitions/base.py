@@ -9,6 +9,8 @@ import torch
 
 from acqcore.bayes import BayesStats
 from acqcore.head import Head
+from acqcore.head_grad import Bounds
+from acqcore.head_visit import HeadVisit
 from acqcore.row_stats import RowStats
 
 
@@ -20,15 +22,17 @@ class SampleBatch:
         hidden: ``[N, D]``.
         head: the last layer.
         stats: of the N rows, with targets.
-        offsets: ``[B + 1]`` int64, sample i is rows ``offsets[i]:offsets[i + 1]``.
+        bounds: ``[begin, end)`` rows of each sample, on the host.
         backend: the name asked for, or None.
+        visit: the visit of the head's weights that gave ``stats``, where it kept Gram matrices.
     """
 
     hidden: torch.Tensor
     head: Head
     stats: RowStats
-    offsets: torch.Tensor
+    bounds: Bounds
     backend: str | None
+    visit: HeadVisit | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Acquisition:
         per_token: RowStats of T scored tokens -> ``[T]``.
         per_draws: BayesStats of T scored tokens -> ``[T]``, for one of several draws of the student's weights.
         per_sample: SampleBatch and the acquisition's own arguments -> ``[B]``, for one of whole samples.
+        needs_gram: it reads the Gram matrices that a visit of the head's weights keeps on request.
         needs_targets: the value depends on the token that was written, not only on the prediction.
         finish: applied to a per-token value and to the reduced value, for those that are averaged on another scale
             (perplexity is averaged as a loss); None leaves them.
@@ -53,6 +58,7 @@ class Acquisition:
     per_token: Callable[[RowStats], torch.Tensor] | None = None
     per_draws: Callable[[BayesStats], torch.Tensor] | None = None
     per_sample: Callable[..., torch.Tensor] | None = None
+    needs_gram: bool = False
     needs_targets: bool = False
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
 
@@ -89,13 +95,17 @@ def register(
 
 
 def register_sample(
-    name: str, *, needs_targets: bool = True
+    name: str, *, needs_targets: bool = True, needs_gram: bool = False
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """As :func:`register`, for a function of a :class:`SampleBatch`, whose value is not a reduction over tokens."""
 
     def decorate(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         REGISTRY[name] = Acquisition(
-            name, _description(name, function), per_sample=function, needs_targets=needs_targets
+            name,
+            _description(name, function),
+            per_sample=function,
+            needs_gram=needs_gram,
+            needs_targets=needs_targets,
         )
         return function
 

@@ -15,16 +15,16 @@ from acqcore.acquisitions.base import SampleBatch, register_sample
 from acqcore.head_grad import LOSSES, head_grad_norm_from, loss_weights
 
 
-@register_sample("grad_norm")
+@register_sample("grad_norm", needs_gram=True)
 def grad_norm(batch: SampleBatch, *, loss: str = "mean") -> torch.Tensor:
     """Norm of the gradient of the sample's loss in the head, ||sum_t w_t (p_t - e_y) h_t^T||_F."""
     checks.one_of("loss", loss, LOSSES)
     targets = batch.stats.targets
     assert targets is not None
-    weights = loss_weights(targets, batch.offsets, loss, None)
-    return head_grad_norm_from(
-        batch.hidden, batch.head, batch.stats, batch.offsets, weights, 1.0, batch.backend, "auto"
-    )
+    weights = loss_weights(targets, batch.bounds, loss, None)
+    if batch.visit is not None:
+        return batch.visit.grad_norm(weights)
+    return head_grad_norm_from(batch.hidden, batch.head, batch.stats, batch.bounds, weights, 1.0, batch.backend)
 
 
 def reference(

@@ -1,0 +1,209 @@
+"""The product that every kernel of the head shares: packed hidden states, and one tile of logits in registers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from acqcore.kernels.fold import LOG2E, widen
+
+#: Elements of a tile of ``gather_scored``.
+GATHER_TILE = 1 << 14
+
+
+@triton.jit
+def scored_places(
+    targets,  # [n] int64, -100 ignored
+    begin,  # the first of the rows asked for
+    n,
+    ROWS: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    """Of ``ROWS`` rows: target, whether scored, number among the scored; and how many are scored up to the last."""
+    rows = begin + tl.arange(0, ROWS)
+    target = tl.load(targets + rows, mask=rows < n, other=-100)
+    scored = target != -100
+    before = 0
+    for i in range(0, begin, SCAN):  # every program counts for itself: n is at most a few thousand
+        earlier = i + tl.arange(0, SCAN)
+        other = tl.load(targets + earlier, mask=earlier < begin, other=-100)
+        before += tl.sum((other != -100).to(tl.int32), axis=0)
+    ones = scored.to(tl.int32)
+    through = before + tl.cumsum(ones, axis=0)
+    return target, scored, through - ones, tl.max(through, axis=0)
+
+
+# Numbers of rows are not specialised on: no new variant is compiled for another N, and none can round otherwise.
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["targets", "position", "count"])
+def gather_scored(
+    hidden,  # [n, depth]
+    targets,  # [n] int64, -100 ignored; None: every row is scored
+    packed,  # [n, depth] written: the scored rows, first to last
+    packed_targets,  # [n] int32, written: relative to vocab_start
+    position,  # [n] int32, written: a row's place in ``packed``, -1 if ignored
+    count,  # [1] int32, written: scored rows
+    n,
+    depth,
+    hidden_row,
+    hidden_column,
+    packed_row,
+    vocab_start,
+    HAS_TARGETS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    begin = tl.program_id(0) * ROWS
+    rows = begin + tl.arange(0, ROWS)
+    inside = rows < n
+    place = rows
+    scored = inside
+    if HAS_TARGETS:
+        target, scored, place, through = scored_places(targets, begin, n, ROWS, SCAN)
+        if tl.program_id(1) == 0:
+            tl.store(position + rows, tl.where(scored, place, -1), mask=inside)
+            tl.store(packed_targets + place, (target - vocab_start).to(tl.int32), mask=scored)
+            if begin + ROWS >= n:
+                tl.store(count, through)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = scored[:, None] & (columns < depth)[None, :]
+    source = rows.to(tl.int64)[:, None] * hidden_row + columns.to(tl.int64)[None, :] * hidden_column
+    value = tl.load(hidden + source, mask=mask, other=0.0)
+    destination = place.to(tl.int64)[:, None] * packed_row + columns[None, :]
+    tl.store(packed + destination, value.to(packed.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def tanh(y):
+    """Within 2 ulp: an odd polynomial near 0 (Cephes tanhf), else (1 - t) / (1 + t) with t = exp(-2 |y|)."""
+    a = tl.abs(y)
+    t = tl.exp2(a * (-2 * LOG2E))
+    far = (1 - t) / (1 + t)
+    s = y * y
+    p = s * -5.70498872745e-3 + 2.06390887954e-2
+    p = p * s + -5.37397155531e-2
+    p = p * s + 1.33314422036e-1
+    p = p * s + -3.33332819422e-1
+    return tl.where(a < 0.625, p * s * y + y, tl.where(y < 0, -far, far))
+
+
+@triton.jit
+def product_tile(
+    a,  # [rows_a, depth], or its tensor descriptor
+    b,  # [rows_b, depth], or its tensor descriptor
+    first_a,  # the tile's first row of a
+    first_b,  # and of b
+    rows_a,
+    rows_b,
+    depth,
+    a_row,
+    a_column,
+    b_row,
+    b_column,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,  # multiply in float32 whatever the dtypes
+    PRECISION: tl.constexpr,
+):
+    """``a b^T`` of some rows, ``[BLOCK_A, BLOCK_B]`` float32; outside ``rows_a`` and ``rows_b`` it holds anything."""
+    z = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    if not DESCRIPTORS:
+        inner = tl.arange(0, BLOCK_K)
+        of_a = tl.minimum(first_a + tl.arange(0, BLOCK_A), rows_a - 1).to(tl.int64)[:, None] * a_row
+        a_at = a + of_a + inner.to(tl.int64)[None, :] * a_column
+        of_b = tl.minimum(first_b + tl.arange(0, BLOCK_B), rows_b - 1).to(tl.int64)[None, :] * b_row
+        b_at = b + of_b + inner.to(tl.int64)[:, None] * b_column
+    for k in range(0, depth, BLOCK_K):
+        if DESCRIPTORS:
+            x = a.load([first_a, k])
+            y = b.load([first_b, k]).T
+        else:
+            if EVEN_K:
+                x = tl.load(a_at)
+                y = tl.load(b_at)
+            else:
+                x = tl.load(a_at, mask=(inner < depth - k)[None, :], other=0.0)
+                y = tl.load(b_at, mask=(inner < depth - k)[:, None], other=0.0)
+            a_at += BLOCK_K * a_column
+            b_at += BLOCK_K * b_column
+        if UPCAST:
+            x = widen(x)
+            y = widen(y)
+        z = tl.dot(x, y, z, input_precision=PRECISION)
+    return z
+
+
+@triton.jit
+def logit_tile(
+    hidden,  # [n, depth], or its tensor descriptor
+    weight,  # [vocab, depth], or its tensor descriptor
+    bias,  # [vocab] float32 or None
+    first_row,  # of the tile
+    begin,  # the tile's first column
+    n,
+    vocab,
+    depth,
+    hidden_row,
+    hidden_column,
+    weight_row,
+    weight_column,
+    scale,  # multiplies product and bias, if HAS_SCALE
+    cap,  # multiplies tanh, if HAS_CAP
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Logits ``[BLOCK_M, BLOCK_N]`` in float32; -inf outside the vocabulary, anything beyond row ``n``."""
+    z = product_tile(
+        hidden, weight, first_row, begin, n, vocab, depth, hidden_row, hidden_column, weight_row, weight_column,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, DESCRIPTORS, UPCAST, PRECISION,
+    )  # fmt: skip
+    columns = begin + tl.arange(0, BLOCK_N)
+    if HAS_BIAS:
+        z += tl.load(bias + columns, mask=columns < vocab, other=0.0)[None, :]
+    if HAS_SCALE:
+        z *= scale
+    if HAS_CAP:
+        z = tanh(z) * cap
+    if not EVEN_V:
+        z = tl.where((columns < vocab)[None, :], z, float("-inf"))
+    return z
+
+
+@triton.jit
+def place(
+    program,
+    row_blocks,
+    splits,
+    GROUP_M: tl.constexpr,
+):
+    """(block of rows, split) of a program: neighbours share a split's weights, GROUP_M blocks of rows stay in L2."""
+    group_programs = GROUP_M * splits
+    group = program // group_programs
+    group_blocks = min(row_blocks - group * GROUP_M, GROUP_M)
+    within = program % group_programs
+    return group * GROUP_M + within % group_blocks, within // group_blocks
+
+
+def has_descriptor(matrix: torch.Tensor) -> bool:
+    """Whether the copy engine of sm_90 can address ``matrix [rows, columns]``: 16-byte rows of adjacent elements."""
+    row, column = matrix.stride()
+    aligned = matrix.data_ptr() % 16 == 0 and row * matrix.element_size() % 16 == 0
+    return aligned and column == 1 and row >= matrix.shape[1] > 0
+
+
+def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
