@@ -237,7 +237,7 @@ def _measured(launch: Any, arch: int) -> dict[str, Any]:
 
 def products(depth: int = 4096, rows: int = 128, vocabs: tuple[int, int] = (1024, 2048)) -> list[dict[str, Any]]:
     """Product-equivalents of every operation, of what Triton's interpreter and torch multiply."""
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils import flop_counter
     from triton.runtime import interpreter
 
     found = []
@@ -249,6 +249,8 @@ def products(depth: int = 4096, rows: int = 128, vocabs: tuple[int, int] = (1024
         multiplied += 2 * a.data.size * b.data.shape[-1]
         return create_dot(self, a, b, *others)
 
+    # Torch counts addmm and not its in-place form.
+    in_place = {torch.ops.aten.addmm_: flop_counter.addmm_flop, torch.ops.aten.baddbmm_: flop_counter.baddbmm_flop}
     with mock.patch.object(interpreter.InterpreterBuilder, "create_dot", counting), serving_the_cpu(9):
         for op, run in OPERATIONS.items():
             if op == "logit_stats":
@@ -260,7 +262,8 @@ def products(depth: int = 4096, rows: int = 128, vocabs: tuple[int, int] = (1024
                 weight = (torch.randn(vocab, depth, generator=g) / depth**0.5).bfloat16()
                 inputs = Inputs(hidden, weight, torch.arange(rows) % vocab, torch.empty(1, vocab))
                 multiplied = 0
-                with FlopCounterMode(display=False) as counter, torch.no_grad():
+                counter = flop_counter.FlopCounterMode(display=False, custom_mapping=in_place)
+                with counter, torch.no_grad():
                     run(inputs)
                 flops.append(multiplied + counter.get_total_flops())
                 torch_flops.append(counter.get_total_flops())
