@@ -28,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-pytest gpu-check gpu-peers clean
+.PHONY: help demo test lint bench bench-pytest gpu-check gpu-peers gpu-static clean
 .DELETE_ON_ERROR:
 .PRECIOUS: %/.torch %/.ready %/.bench
 
@@ -67,6 +67,10 @@ gpu-peers:  ## fetch the peers of gpu-check into build/gpu-peers, which travels 
 	@rm -rf build/gpu-peers
 	@$(PYTHON) -m pip install -qq --target build/gpu-peers --no-deps --no-compile --only-binary=:all: \
 		--python-version $(GPU_PYTHON_VERSION) --platform manylinux_2_28_x86_64 $(GPU_PEERS)
+
+gpu-static: $(TEST)/.bench  ## compile every GPU kernel and count what calls cost, without a GPU: benchmarks/results/gpu_static.json
+	PYTHONSAFEPATH=1 PYTHONPATH=$(BENCH_PATH) $(TEST)/bin/python -m benchmarks.gpu_static $(GPU_ARGS)
+	PYTHONSAFEPATH=1 PYTHONPATH=$(BENCH_PATH) $(TEST)/bin/python -m benchmarks.gpu_tables
 
 clean:  ## remove environments, build trees and caches
 	rm -rf $(DEMO) $(TEST) build dist demo-output .pytest_cache .ruff_cache .mypy_cache .benchmarks
