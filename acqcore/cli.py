@@ -6,13 +6,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -20,12 +21,13 @@ from acqcore import __version__, checks, data_files, engines
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
 from acqcore.data_files import Block
+from acqcore.literals import Reduction
 from acqcore.parts import Parts
 from acqcore.plan import command as plan_command
 from acqcore.progress import Progress
 from acqcore.run_summary import Summary, print_table
-from acqcore.score import REDUCTIONS, Request
 from acqcore.scorer import ATTEMPTS, DTYPES, Job, write_failed
+from acqcore.scoring.plan import Plan
 
 BLOCK_ROWS = 4096  # bounds memory, and costs little packing
 
@@ -78,10 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help=f"comma-separated, by default entropy; any of {', '.join(REGISTRY)}",
     )
+    score.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
     score.add_argument("--prompt-column", metavar="C", help="context; with --completion-column")
     score.add_argument("--completion-column", metavar="C", help="what is scored")
     score.add_argument("--text-column", metavar="C", help="scored whole")
-    score.add_argument("--reduction", default="mean", help=f"one of {', '.join(REDUCTIONS)}")
+    score.add_argument("--reduction", default="mean", help=f"one of {', '.join(get_args(Reduction))}")
     score.add_argument("--topk", type=int, default=8, metavar="N", help="tokens of --reduction topk")
     score.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="per forward, padded")
     score.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
@@ -184,8 +187,11 @@ def _first_line(error: Exception) -> str:
 def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, Any]]:
     """The work and its manifest, from arguments of which all but the student is checked, the cheap things first."""
     names = [name.strip() for name in options.acquisitions.split(",")]
-    request = Request.checked(names, options.reduction, options.topk, options.batch_tokens, options.backend)
-    checks.one_pass(request.own_passes)
+    plan = Plan.of(
+        names, options.acquisition_args,
+        reduction=options.reduction, topk=options.topk, batch_tokens=options.batch_tokens, backend=options.backend,
+    )  # fmt: skip
+    plan.sample_by_sample("call acqcore.score from Python")
     for name in ("limit", "block_rows"):
         if getattr(options, name) is not None:
             checks.positive_int(name, getattr(options, name))
@@ -202,7 +208,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
         data=options.data.absolute(),
         out=options.out.absolute(),
         columns=columns,
-        request=request,
+        plan=plan,
         max_length=options.max_length,
         dtype=options.dtype,
         device=options.device,
@@ -217,10 +223,13 @@ def _manifest(options: argparse.Namespace, columns: dict[str, str]) -> dict[str,
     with options.data.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
-    keys = ("student", "acquisitions", "reduction", "topk", "batch_tokens", "max_length", "dtype", "device")
+    keys = (
+        "student", "acquisitions", "acquisition_args", "reduction", "topk", "batch_tokens", "max_length", "dtype",
+        "device", "backend", "limit", "block_rows",
+    )  # fmt: skip
     files = sorted(Path(options.student).rglob("*")) if os.path.isdir(options.student) else []
     return {
-        **{key: getattr(options, key) for key in (*keys, "backend", "limit", "block_rows")},
+        **{key: getattr(options, key) for key in keys},
         "columns": columns,
         "data": digest.hexdigest(),
         "student_files": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()],
@@ -232,7 +241,7 @@ def _collect(
     options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[Block], new: Collection[int]
 ) -> Summary:
     """The summary of all blocks; tells of rows that could not be scored, and marks those of failed blocks."""
-    summary = Summary(job.request.acquisitions, list(job.columns)[-1])
+    summary = Summary(job.plan.names, list(job.columns)[-1])
     place = "line" if job.data.suffix == ".jsonl" else "row"
     for block in blocks:
         report = parts.report(block.index)

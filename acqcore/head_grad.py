@@ -17,8 +17,7 @@ from __future__ import annotations
 import torch
 
 from acqcore import checks
-from acqcore.backends import HeadRows
-from acqcore.backends import select as select_backend
+from acqcore.backends import HeadRows, select as select_backend
 from acqcore.head import Head, compute_dtype
 from acqcore.row_stats import RowStats, row_stats
 from acqcore.signs import hashed_places

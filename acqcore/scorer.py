@@ -20,7 +20,7 @@ from acqcore import checks, data_files
 from acqcore.data_files import Block, Record
 from acqcore.parts import Parts
 from acqcore.samples import EMPTY, Row, encode
-from acqcore.score import Request, iterate
+from acqcore.scoring.plan import Plan
 from acqcore.student import Student
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,14 +46,14 @@ class Job:
     data: Path
     out: Path
     columns: Mapping[str, str]
-    request: Request
+    plan: Plan
     max_length: int | None
     dtype: str | None
     device: str | None
 
     @property
     def output_columns(self) -> list[str]:
-        return ["row", *self.columns, *self.request.acquisitions, "n_tokens", "valid", "error"]
+        return ["row", *self.columns, *self.plan.names, "n_tokens", "valid", "error"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Scorer:
             job.student, dtype=None if job.dtype is None else DTYPES[job.dtype], device=job.device
         )
         checks.max_length(job.max_length, self.student.max_length)
-        self.head = job.request.fitting_head(self.student)
+        self.runner = job.plan.runner(self.student)
         self.reader = data_files.Reader(job.data, job.columns)
 
     def complete(self, block: Block, on_rows: Callable[[int], None] = lambda n: None) -> None:
@@ -135,14 +135,14 @@ class Scorer:
         records = self.reader.read(block)
         errors = {i: message for i, record in enumerate(records) if (message := _error(record, job.columns))}
         rows = self._encode(records, errors)
-        values = np.full((len(records), len(job.request.acquisitions)), np.nan, dtype=np.float32)
+        values = np.full((len(records), len(job.plan.names)), np.nan, dtype=np.float32)
         done = self.parts.load(block.index)
         for i, row_values in done.items():
             values[i] = row_values
         ready = len(done) + sum(row.n_scored == 0 for row in rows)
         new_rows = new_tokens = 0
         count(ready)
-        for batch in iterate(self.student, self.head, rows, job.request, done):
+        for batch in job.plan.batches(self.runner, rows, done):
             values[batch.indices] = batch.values.T.numpy()
             self.parts.append(block.index, batch.indices, batch.values.T.tolist())
             new_rows += len(batch.indices)
@@ -160,7 +160,7 @@ class Scorer:
             errors=[(records[i].line, message) for i, message in sorted(errors.items())],
             stats={
                 name: (float(column.sum()), float(column.min()), float(column.max()))
-                for name, column in zip(job.request.acquisitions, columns, strict=True)
+                for name, column in zip(job.plan.names, columns, strict=True)
                 if len(valid)
             },
             top=[(float(values[i, 0]), block.start + int(i), _shorten(records[i].values[shown])) for i in top],
@@ -179,7 +179,7 @@ class Scorer:
         encoded = encode(
             [{key: records[i].values[column] for column, key in self.job.columns.items()} for i in good],
             self.student.tokenizer,
-            vocab_size=self.head.vocab_size,
+            vocab_size=self.runner.head.vocab_size,
             limit=self.student.max_length,
             max_length=self.job.max_length,
             errors=bad,
@@ -194,7 +194,7 @@ class Scorer:
 def write_failed(job: Job, block: Block, reason: str) -> None:
     """The rows of a block that was given up, as they stand in the output until it is finished."""
     records = [Record(block.line + i, {}) for i in range(block.rows)]
-    values = np.full((block.rows, len(job.request.acquisitions)), np.nan, dtype=np.float32)
+    values = np.full((block.rows, len(job.plan.names)), np.nan, dtype=np.float32)
     errors = dict.fromkeys(range(block.rows), f"its block failed: {reason}")
     n_tokens = np.zeros(block.rows, dtype=np.int64)
     data_files.write_block(Parts(job.out).path(block.index), _table(job, block, records, values, n_tokens, errors))
@@ -212,7 +212,7 @@ def _table(
     table: dict[str, Any] = {"row": range(block.start, block.start + len(records))}
     for column in job.columns:
         table[column] = [None if i in errors else record.values[column] for i, record in enumerate(records)]
-    table.update({name: values[:, a] for a, name in enumerate(job.request.acquisitions)})
+    table.update({name: values[:, a] for a, name in enumerate(job.plan.names)})
     table["n_tokens"] = n_tokens
     table["valid"] = valid = np.isfinite(values).all(axis=1)
     table["error"] = [errors.get(i, None if valid[i] else "a value is not finite") for i in range(len(records))]

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from acqcore import checks
-from acqcore.backends import Dropout
-from acqcore.backends import select as select_backend
+from acqcore.backends import Dropout, select as select_backend
 from acqcore.sharding import matrix_owners, replaced_forward
 from acqcore.student import Student
 

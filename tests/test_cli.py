@@ -171,7 +171,7 @@ def test_another_run_may_not_take_over(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("acqcore.scorer.iterate", interrupted)
+        patch.setattr("acqcore.scoring.plan.Plan.batches", interrupted)
         assert main(command(rows)) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert main(command(rows, acquisitions="margin")) == 2

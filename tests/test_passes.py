@@ -1,4 +1,4 @@
-"""How often a request tokenizes, runs the trunk forward and backward, and multiplies by the head: counted, not believed."""
+"""Counts tokenizations, trunk forwards, backwards and products with the head: each request takes the fewest."""
 
 from __future__ import annotations
 
@@ -23,27 +23,33 @@ OF_ROWS = (
 REQUESTS = {
     "entropy": (("entropy",), {}, (6, 1, 0, 1)),
     "row statistics": (OF_ROWS, {}, (6, 1, 0, 1)),
-    "mutual information": (("mutual_information",), {}, (6, 2, 0, 9)),
-    "mutual information, hidden": (("mutual_information",), {"mutual_information": {"layers": 0}}, (6, 1, 0, 9)),
-    "mutual information, last block": (("mutual_information",), {"mutual_information": {"layers": 1}}, (6, 3, 0, 9)),
+    "mutual information": (("mutual_information",), {}, (6, 1, 0, 8)),
+    "mutual information, hidden": (("mutual_information",), {"mutual_information": {"layers": 0}}, (6, 1, 0, 8)),
+    "mutual information, last block": (("mutual_information",), {"mutual_information": {"layers": 1}}, (6, 2, 0, 8)),
     "entropy, mutual information": (("entropy", "mutual_information"), {}, (6, 2, 0, 9)),
-    "draws": (DRAWN, {}, (6, 2, 0, 9)),
+    "draws": (DRAWN, {}, (6, 1, 0, 8)),
     "norm, head": (("grad_norm",), {}, (6, 1, 0, 2)),
     "entropy, norm, head": (("entropy", "grad_norm"), {}, (6, 1, 0, 2)),
-    "norm": (("grad_norm",), {"grad_norm": ALL}, (12, 1, 1, 3)),
-    "influence": (("influence",), {"influence": {}}, (12, 1, 1, 3)),
-    "norm, influence": (("grad_norm", "influence"), {"grad_norm": ALL, "influence": {}}, (18, 2, 2, 6)),
+    "norm": (("grad_norm",), {"grad_norm": ALL}, (6, 1, 1, 3)),
+    "influence": (("influence",), {"influence": {}}, (6, 1, 1, 3)),
+    "norm, influence": (("grad_norm", "influence"), {"grad_norm": ALL, "influence": {}}, (6, 1, 1, 4)),
     "norm, influence, diversity": (
         ("grad_norm", "influence", "gradient_diversity"),
         {"grad_norm": ALL, "influence": {}, "gradient_diversity": ALL},
-        (24, 3, 3, 9),
+        (6, 1, 1, 4),
     ),
+    "norm, diversity of the last block, both losses": (
+        ("grad_norm", "gradient_diversity"),
+        {"grad_norm": {"loss": "sum", **ALL}, "gradient_diversity": {"parameters": 1}},
+        (6, 1, 1, 3),
+    ),
+    "norm, badge": (("grad_norm", "badge"), {"grad_norm": ALL, "badge": {"parameters": 1}}, (6, 1, 2, 4)),
     "diversity, novelty, head": (
         ("gradient_diversity", "archive_novelty"),
         {"archive_novelty": {"archive": acqcore.Archive()}},
-        (18, 2, 0, 4),
+        (6, 1, 0, 2),
     ),
-    "mutual information, influence": (("mutual_information", "influence"), {"influence": {}}, (12, 3, 1, 12)),
+    "mutual information, influence": (("mutual_information", "influence"), {"influence": {}}, (6, 2, 1, 11)),
     "everything": (
         tuple(acqcore.acquisitions()),
         {
@@ -53,7 +59,7 @@ REQUESTS = {
             "gradient_diversity": ALL,
             "archive_novelty": {"archive": acqcore.Archive(), **ALL},
         },
-        (36, 7, 5, 24),
+        (6, 2, 2, 14),
     ),
 }
 

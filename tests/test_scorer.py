@@ -15,8 +15,8 @@ import pytest
 from acqcore.cli import main
 from acqcore.data_files import scan
 from acqcore.parts import Parts
-from acqcore.score import Request, iterate
 from acqcore.scorer import ATTEMPTS, Job, Scorer
+from acqcore.scoring.plan import Plan
 
 ROWS = [{"text": f"the fox {i}"} for i in range(7)]
 
@@ -30,9 +30,9 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 def scorer(student: Path, tmp_path: Path) -> Scorer:
     """Of ``ROWS`` in data.jsonl, one row a batch."""
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    request = Request.checked("entropy", "mean", topk=8, batch_tokens=1, backend="eager")
+    plan = Plan.of("entropy", batch_tokens=1, backend="eager")
     data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
-    job = Job(str(student), data, out, {"text": "text"}, request, max_length=None, dtype=None, device=None)
+    job = Job(str(student), data, out, {"text": "text"}, plan, max_length=None, dtype=None, device=None)
     Parts(job.out).claim({})
     return Scorer(job)
 
@@ -44,14 +44,16 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     def arrange(times: int) -> list[int]:
         calls: list[int] = []
 
-        def fail(student: Any, head: Any, rows: Any, request: Any, done: Any) -> Iterator[Any]:
+        batches = Plan.batches
+
+        def fail(plan: Plan, runner: Any, rows: Any, done: Any) -> Iterator[Any]:
             calls.append(sum(i not in done for i in range(len(rows))))
-            for batch in iterate(student, head, rows, request, done):
+            for batch in batches(plan, runner, rows, done):
                 yield batch
                 if len(calls) <= times:
                     raise MemoryError("no room\nfor this")
 
-        monkeypatch.setattr("acqcore.scorer.iterate", fail)
+        monkeypatch.setattr(Plan, "batches", fail)
         return calls
 
     return arrange
@@ -80,7 +82,7 @@ def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(
 def test_batches_of_another_cut_are_no_gap(scorer: Scorer) -> None:
     """As a GPU's batches are, when the CPU goes on."""
     [block] = scan(scorer.job.data, 10, None)[0]
-    scorer.job = dataclasses.replace(scorer.job, request=dataclasses.replace(scorer.job.request, batch_tokens=8192))
+    scorer = Scorer(dataclasses.replace(scorer.job, plan=Plan.of("entropy", batch_tokens=8192, backend="eager")))
     scorer.parts.append(0, [0, 6], [[-7.0], [-7.0]])
     told: list[int] = []
     scorer.complete(block, told.append)

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from acqcore import checks
-from acqcore.backends.base import Backend
-from acqcore.backends.base import DrawRows as DrawRows
-from acqcore.backends.base import Dropout as Dropout
-from acqcore.backends.base import HeadRows as HeadRows
+from acqcore.backends.base import Backend, DrawRows as DrawRows, Dropout as Dropout, HeadRows as HeadRows
 from acqcore.backends.cpu import Cpu
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.eager import Eager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Iterable
+from typing import Any, get_args
 
 import torch
 
@@ -64,6 +65,11 @@ def one_of(name: str, value: object, known: Collection[str]) -> None:
         near = difflib.get_close_matches(value, list(known), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{name}: unknown {value!r}, expected one of {', '.join(known)}{hint}")
+
+
+def literal(name: str, value: object, of: Any) -> None:
+    """``value`` is one of the strings of a Literal."""
+    one_of(name, value, get_args(of))
 
 
 def names(name: str, values: object, known: Collection[str]) -> tuple[str, ...]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -60,24 +59,6 @@ def members_alone(collective: Sequence[bool]) -> None:
             "members: expected models whose forwards are each rank's own, "
             f"got one under FSDP or ZeRO-3 at {list(collective).index(True)}"
         )
-
-
-def draw_arguments(arguments: Mapping[str, Any]) -> None:
-    """Arguments of a Bayesian acquisition that exclude each other."""
-    members = arguments.get("members")
-    if members is not None:
-        if isinstance(members, str) or not isinstance(members, Sequence):
-            raise TypeError(f"members: expected a sequence of students, got {describe(members)}")
-        if len(members) < 2:
-            raise ValueError(f"members: expected at least 2 students, got {len(members)}")
-        if len(arguments) > 1:
-            other = next(name for name in arguments if name != "members")
-            raise ValueError(f"members: takes the place of draws by dropout, got {other!r} too")
-    for name in ("form", "block"):
-        if name in arguments and arguments.get("layers", 0) != 0:
-            raise ValueError(
-                f"{name}: is of dropout on the last hidden state, layers=0, got layers={arguments['layers']}"
-            )
 
 
 def draw_layers(value: object) -> None:

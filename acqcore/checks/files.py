@@ -52,14 +52,6 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def one_pass(others: Sequence[str]) -> None:
-    """``others``: acquisitions asked for that the head pass of a batch does not give."""
-    if others:
-        raise ValueError(
-            f"acquisitions: {others[0]!r} needs all samples at once or arguments: call acqcore.score from Python"
-        )
-
-
 def data_rows(path: Path, n_rows: int) -> None:
     if n_rows == 0:
         raise ValueError(f"data: {path} has no rows")

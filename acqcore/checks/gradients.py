@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -42,8 +42,9 @@ def token_weights(value: object, targets: torch.Tensor) -> None:
     same_device("token_weights", value, "targets", targets)
 
 
-def gradient_parameters(value: object, known: Collection[str]) -> None:
-    """``parameters`` of a gradient: one of the known names, or a number of blocks."""
+def gradient_parameters(value: object) -> None:
+    """``parameters`` of a gradient: a name, or a number of blocks."""
+    known = ("head", "trainable", "all")
     if isinstance(value, str):
         one_of("parameters", value, known)
     elif isinstance(value, bool) or not isinstance(value, int):
@@ -166,10 +167,3 @@ def one_kind_of_use(name: str, piece: object) -> None:
 def embedding_use(name: str, is_embedding: bool) -> None:
     if not is_embedding:
         raise ValueError(f"parameters: no rule covers {name}: the head shares it with a layer that is no embedding")
-
-
-def not_relative(names: Iterable[str], relative: Collection[str]) -> None:
-    """A stream never has all samples at once."""
-    for name in names:
-        if name in relative:
-            raise ValueError(f"acquisitions: {name!r} compares all samples of a call: use acqcore.score")

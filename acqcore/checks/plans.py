@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from acqcore.checks.basic import positive, positive_int
 
@@ -23,23 +21,6 @@ def row_tokens(tokens: object, scored: object, limit: int | None) -> None:
     assert isinstance(scored, int)
     if scored >= tokens:
         raise ValueError(f"scored: expected at most {tokens - 1} of a row of {tokens} tokens, got {scored}")
-
-
-def planned(
-    acquisitions: Sequence[str], arguments: Mapping[str, Mapping[str, Any]], unplanned: Mapping[str, str]
-) -> None:
-    """Nothing asked for depends on more than configuration and sizes."""
-    for name in acquisitions:
-        if name in unplanned:
-            raise ValueError(f"acquisitions: {name!r} {unplanned[name]}, so it can not be planned")
-    for name, given in arguments.items():
-        if "members" in given:
-            raise ValueError(f"acquisition_args[{name!r}]: members can not be planned; plan one of them")
-        if given.get("parameters") == "trainable":
-            raise ValueError(
-                f"acquisition_args[{name!r}]: 'trainable' depends on adapters that a configuration does not tell; "
-                "'all' is more"
-            )
 
 
 def config_here(config: str | None) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from acqcore.checks.basic import describe, one_of
+from acqcore.checks.basic import describe
 
 SAMPLE_KINDS = (
     'strings, mappings with "prompt" and "completion", "messages" or "text", a datasets.Dataset with such '
@@ -143,8 +143,8 @@ def sample_length(index: int, length: int, limit: int | None) -> None:
         raise ValueError(f"samples[{index}]: {length} tokens, the student takes at most {limit}; max_length= truncates")
 
 
-def token_values(name: str, values: object, n: int) -> None:
-    """What an acquisition function gave for ``n`` tokens."""
+def acquisition_values(name: str, values: object, n: int) -> None:
+    """The values of an acquisition for ``n`` tokens or samples."""
     if not isinstance(values, torch.Tensor) or values.shape != (n,):
         raise ValueError(f"acquisition {name!r}: expected it to give a tensor [{n}], got {describe(values)}")
 
@@ -152,34 +152,3 @@ def token_values(name: str, values: object, n: int) -> None:
 def tokens_kept(tokens: object) -> None:
     if tokens is None:
         raise ValueError("tokens: per-token values were not kept, expected score(..., keep_tokens=True)")
-
-
-def acquisition_args(
-    value: object, acquisitions: object, known: Mapping[str, Collection[str]]
-) -> dict[str, Mapping[str, Any]]:
-    """Arguments of acquisitions that are asked for and take them, by names they know."""
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise TypeError(f"acquisition_args: expected a mapping name -> arguments, got {describe(value)}")
-    asked = (acquisitions,) if isinstance(acquisitions, str) else acquisitions
-    for name, arguments in value.items():
-        if not isinstance(asked, Collection) or name not in asked:
-            raise ValueError(f"acquisition_args: {name!r} is not among the acquisitions asked for")
-        one_of("acquisition_args", name, known)
-        if not isinstance(arguments, Mapping):
-            raise TypeError(f"acquisition_args[{name!r}]: expected a mapping, got {describe(arguments)}")
-        for argument in arguments:
-            one_of(f"acquisition_args[{name!r}]", argument, known[name])
-    return dict(value)
-
-
-def required_arguments(
-    acquisitions: Sequence[str], arguments: Mapping[str, Mapping[str, Any]], required: Mapping[str, str]
-) -> None:
-    """Acquisitions that can do nothing without an argument have it."""
-    for name in acquisitions:
-        if name in required and required[name] not in arguments.get(name, {}):
-            raise ValueError(
-                f"acquisition_args: {name!r} needs {required[name]!r}, as in {{{name!r}: {{{required[name]!r}: ...}}}}"
-            )

@@ -20,6 +20,7 @@ from acqcore.plan.work import Work
 
 #: Load average above which the user is told that other work is in the times.
 BUSY = 0.5
+ARGUMENTS_HELP = 'name -> arguments, as in {"grad_norm": {"parameters": "all"}}'
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -32,9 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, required=True, metavar="T", help="of a row; the mean where they differ")
     parser.add_argument("--scored", type=int, metavar="N", help="of a row's tokens, by default all but the first")
     parser.add_argument("--acquisitions", default="entropy", metavar="A,B", help="as of 'acqcore score'")
-    parser.add_argument(
-        "--acquisition-args", type=json.loads, metavar="JSON", help='as {"grad_norm": {"parameters": "all"}}'
-    )
+    parser.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=ARGUMENTS_HELP)
     parser.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="per forward, padded")
     parser.add_argument("--dtype", choices=list(_DTYPES), help="of the weights, by default as stored")
     parser.add_argument("--device", default="cpu", metavar="D", help="by default cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from acqcore.plan.shape import Shape
-from acqcore.plan.work import Work, most_draws, passes
+from acqcore.plan.work import Work, passes
 
 MIB = 1 << 20
 #: Bounds of what a head pass holds. cpu: 16 MiB of packed hidden states, 8 MiB of row states, a tile a thread; with
@@ -25,14 +25,14 @@ def activation_bytes(shape: Shape, work: Work, on_cpu: bool = True) -> int:
     size = getattr(torch, shape.dtype).itemsize
     batch = work.batch_rows * work.tokens
     at_once = batch
-    if most_draws(work) > 1:
-        at_once = max(batch, min(batch * most_draws(work), max(work.batch_tokens, most_draws(work) * work.tokens)))
+    if work.most_draws > 1:
+        at_once = max(batch, min(batch * work.most_draws, max(work.batch_tokens, work.most_draws * work.tokens)))
     block = at_once * (2 * shape.hidden + 3 * shape.widest) * size
     if shape.attention == "eager":
         block += at_once * work.tokens * shape.heads * (size + 4)
     kept = passes(shape, work).kept_blocks * batch * (8 * shape.hidden + 4 * shape.widest) * size
     rows = 2 * work.batch_rows * work.scored * shape.hidden * size
-    draws = bool(work.request().draw_options)
+    draws = bool(work.plan.draws)
     scratch = (DRAWS_SCRATCH if draws else HEAD_SCRATCH) if on_cpu else CHUNKED_SCRATCH
     return block + kept + rows + scratch
 

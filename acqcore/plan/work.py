@@ -1,18 +1,27 @@
-"""What is to be scored, and how many passes through trunk and head that takes."""
+"""Rows to score, and the passes through trunk and head that they take."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from acqcore import checks
-from acqcore.plan.shape import Shape
-from acqcore.score import ARGUMENTS, Request
+import torch
 
-#: Acquisitions whose required argument is an object; measuring makes one where it can.
-_MADE_HERE = {"influence": "reference"}
-_NOT_PLANNED = {"archive_novelty": "needs an archive that only the run has"}
+from acqcore import checks
+from acqcore.acquisitions import REGISTRY, DrawOptions, GradientNeed
+from acqcore.diversity import Archive
+from acqcore.gradients.reference import Reference
+from acqcore.literals import Parameters
+from acqcore.plan.shape import Shape
+from acqcore.scoring.plan import Plan
+
+#: Required arguments that are objects of a run -> objects that cost as much; measuring makes the same.
+STAND_INS: Mapping[str, Callable[[], object]] = {
+    "reference": lambda: Reference(torch.zeros(4096), 1, "all", 0, "mean", {}),
+    "archive": Archive,
+}
 
 
 @dataclass(frozen=True)
@@ -45,28 +54,30 @@ class Work:
         acquisitions: Sequence[str],
         arguments: Mapping[str, Mapping[str, Any]] | None,
     ) -> Work:
-        """Raises ValueError or TypeError for what can not be scored, or not be planned."""
+        """Raises ValueError or TypeError for what cannot be scored, or cannot be planned."""
         checks.positive_int("rows", rows)
         checks.row_tokens(tokens, scored, shape.max_tokens)
-        work = cls(
-            rows,
-            tokens,
-            tokens - 1 if scored is None else scored,
-            batch_tokens,
-            tuple(acquisitions),
-            checks.acquisition_args(arguments, acquisitions, ARGUMENTS),
-        )
-        work.request()  # raises what score would
-        checks.planned(work.acquisitions, work.arguments, _NOT_PLANNED)
+        scored = tokens - 1 if scored is None else scored
+        work = cls(rows, tokens, scored, batch_tokens, tuple(acquisitions), {} if arguments is None else arguments)
+        for entry, options in work.plan.asked:  # raises what score would
+            for need in entry.needed(options):
+                if isinstance(need, DrawOptions) and need.members:
+                    raise ValueError(f"acquisition_args[{entry.name!r}]: members cannot be planned; plan one of them")
+                if isinstance(need, GradientNeed) and need.parameters == "trainable":
+                    raise ValueError(
+                        f"acquisition_args[{entry.name!r}]: 'trainable' depends on adapters that a configuration does "
+                        "not describe; 'all' is an upper bound"
+                    )
         checks.block_count(work.fewest_blocks, shape.blocks)
         return work
 
-    def request(self) -> Request:
-        """What ``score`` makes of it, a required object standing as None."""
-        arguments = dict(self.arguments)
-        for name in set(self.acquisitions) & set(_MADE_HERE):
-            arguments[name] = {**arguments.get(name, {}), _MADE_HERE[name]: None}
-        return Request.checked(self.acquisitions, "mean", 1, self.batch_tokens, None, arguments)
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan that ``score`` would make, with stand-ins for objects."""
+        arguments = self.arguments
+        if isinstance(arguments, Mapping):
+            arguments = with_objects(self.acquisitions, arguments, STAND_INS)
+        return Plan.of(self.acquisitions, arguments, batch_tokens=self.batch_tokens)
 
     @property
     def batch_rows(self) -> int:
@@ -75,15 +86,36 @@ class Work:
 
     @property
     def fewest_blocks(self) -> int:
-        """A model of fewer blocks could not do what is asked: arguments name the last n."""
-        named = [a.get(key) for a in self.arguments.values() for key in ("parameters", "layers")]
+        """The request fits no model with fewer blocks: it names the last n."""
+        named = [n.layers if isinstance(n, DrawOptions) else n.parameters for n in _trunk_needs(self.plan)]
         return max([1, *(n for n in named if isinstance(n, int))])
+
+    @property
+    def most_draws(self) -> int:
+        """The largest number of draws in the trunk, else 1."""
+        return max([1, *(need.draws for need in self.plan.draws if not need.on_hidden)])
+
+
+def with_objects(
+    acquisitions: Sequence[str], arguments: Mapping[str, Any], objects: Mapping[str, Callable[[], object]]
+) -> dict[str, Any]:
+    """The arguments, with objects for required ones that are missing."""
+    filled = dict(arguments)
+    for name in set(acquisitions) & set(REGISTRY):
+        missing = {key: objects[key]() for key in REGISTRY[name].options.required() if key in objects}
+        if missing:
+            filled[name] = {**missing, **filled.get(name, {})}
+    return filled
+
+
+def _trunk_needs(plan: Plan) -> list[DrawOptions | GradientNeed]:
+    return [need for need in plan.needs if isinstance(need, DrawOptions | GradientNeed)]
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Forwards of the whole trunk, products with the head's weight, and blocks that keep activations for a backward
-    pass; the first two in multiples of one."""
+    """Forwards of the whole trunk, products with the head's weight, and blocks that keep activations for a backward;
+    the first two in multiples of one."""
 
     trunk: float
     head: float
@@ -91,38 +123,37 @@ class Passes:
 
 
 def passes(shape: Shape, work: Work) -> Passes:
-    """What the acquisitions take, counted.
+    """What a batch takes, read off the plan.
 
-    - Those of tokens share one forward and one product.
-    - Of samples, from the head pass (``grad_norm``): one product more, and T / D of one for the Gram matrix.
-    - Of K draws: K products; with dropout in the last n of L blocks also a forward of the others and K of these.
-    - Gradients deeper than the head: a forward, a backward (of activations alone: as much again) and their norms or
-      sketches (about as much again) through the blocks asked for; a product for the statistics, two for the gradient of
-      the hidden states, one for the head's own part.
+    - One forward without dropout and one product for the statistics, if any need reads them.
+    - K draws: K products; with dropout in the last n of L blocks also one forward of the others and K of these.
+    - Gradients of one kind of target: through the blocks of the deepest one, a backward (of activations only, which
+      costs a forward) and two products; for each norm or sketch as much again through its blocks, one product for its
+      head part, and T / D of one for the Gram matrix of a norm.
     """
-    request = work.request()
-    trunk = head = 0.0
+    plan = work.plan
+    on_hidden = any(need.on_hidden for need in plan.draws)
+    undropped = len(plan.needs) > len(plan.draws)
+    trunk, head = float(undropped or on_hidden), float(undropped)
+    for draw in plan.draws:
+        head += draw.draws
+        if not draw.on_hidden:
+            last = draw.layers if isinstance(draw.layers, int) else shape.blocks
+            trunk += 1 - last / shape.blocks + draw.draws * last / shape.blocks
     kept = 0
-    one_pass = request.in_one_pass()
-    if one_pass:
-        trunk, head = 1.0, 1.0
-    for entry in one_pass:
-        if entry.per_sample is not None:
-            head += 1 + min(1.0, work.scored / shape.hidden)
-    for options in set(request.draw_options.values()):
-        head += options.draws
-        if options.layers != 0:
-            last = options.layers if isinstance(options.layers, int) else shape.blocks
-            trunk += 1 - last / shape.blocks + options.draws * last / shape.blocks
-    for name in request.own_passes:
-        parameters = request.arguments.get(name, {}).get("parameters", "all" if name == "influence" else "head")
-        last = {"head": 0, "all": shape.blocks}.get(parameters, parameters)
-        trunk += 1 + 2 * last / shape.blocks
-        head += 4 if last else 2
-        kept = max(kept, last)
+    for predicted in (False, True):
+        needs = [n for n in plan.needs if isinstance(n, GradientNeed) and n.predicted == predicted]
+        depths = {n: _depth(n.parameters, shape) for n in needs}
+        deepest = max(depths.values(), default=0)
+        trunk += (deepest + sum(depths.values())) / shape.blocks
+        head += 2 * (deepest > 0)
+        for need in needs:
+            if isinstance(need.parameters, str):
+                head += 1 if need.dim is not None else 1 + min(1.0, work.scored / shape.hidden)
+        kept = max(kept, deepest)
     return Passes(trunk, head, kept)
 
 
-def most_draws(work: Work) -> int:
-    """The largest K among the acquisitions of several draws in the trunk, else 1."""
-    return max([1, *(o.draws for o in work.request().draw_options.values() if o.layers != 0)])
+def _depth(parameters: Parameters, shape: Shape) -> int:
+    """Blocks that a gradient reaches."""
+    return parameters if isinstance(parameters, int) else 0 if parameters == "head" else shape.blocks

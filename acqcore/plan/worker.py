@@ -22,6 +22,7 @@ import torch
 
 import acqcore
 from acqcore.plan.shape import read_config, with_blocks
+from acqcore.plan.work import with_objects
 
 
 def main() -> int:
@@ -76,10 +77,12 @@ def _load(spec: dict[str, Any]) -> tuple[Callable[[int], object], dict[str, Any]
         labels[:, : spec["tokens"] - spec["scored"]] = -100
         return {"input_ids": ids, "labels": labels}
 
-    options: dict[str, Any] = {"acquisition_args": dict(spec["arguments"]), "batch_tokens": spec["batch_tokens"]}
-    if "influence" in spec["acquisitions"]:
-        reference = acqcore.influence_reference(student, samples(1))
-        options["acquisition_args"]["influence"] = {**spec["arguments"].get("influence", {}), "reference": reference}
+    objects: dict[str, Callable[[], object]] = {
+        "reference": lambda: acqcore.influence_reference(student, samples(1)),
+        "archive": acqcore.Archive,
+    }
+    arguments = with_objects(spec["acquisitions"], spec["arguments"], objects)
+    options: dict[str, Any] = {"acquisition_args": arguments, "batch_tokens": spec["batch_tokens"]}
 
     def score(rows: int) -> object:
         return acqcore.score(student, samples(rows), spec["acquisitions"], **options, progress=False)

@@ -1,4 +1,4 @@
-"""From a module's input and the gradient of its output to the pieces of its own parameters' gradients."""
+"""The pieces of a module's parameter gradients, from its input and the gradient of its output."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import nn
 from torch.func import functional_call, vjp, vmap
 
 from acqcore import checks
-from acqcore.ghost_measures import CHUNK_ELEMENTS, Entries, Outer, Piece, Rows
+from acqcore.gradients.measures import CHUNK_ELEMENTS, DenseGrad, GradPiece, OuterGrad, RowGrad
 from acqcore.head import compute_dtype
 
-#: Most elements of the parameters of a module without a rule of its own: its gradients are formed per sample.
+#: Most parameter elements of a module without a rule of its own, whose gradients are formed sample by sample.
 SMALL_ELEMENTS = 1 << 20
 
-#: How near an embedding's output must come to a multiple of the weight's rows, relative to the largest.
+#: Largest deviation of an embedding's output from a multiple of its weight's rows, relative to the largest entry.
 SCALED_ROWS_TOLERANCE = 1e-2
 
 
-class Use:
-    """One call of a module that owns wanted parameters.
+class ModuleCall:
+    """One call of a module that owns selected parameters.
 
     Args:
         module: the module.
-        names: its own wanted parameters, attribute -> name in the model.
+        names: its own selected parameters, attribute -> name in the model.
         args, kwargs: of the call; its first tensor is the input.
         output: of the call.
-        batch, length: of the token ids. Samples are told apart along a first dimension of ``batch`` or ``batch
-            * length``; where it is 1 they share the tensor.
+        batch, length: of the token ids. The first dimension of a tensor is ``batch`` or ``batch * length``, or 1 if
+            the samples share it.
 
     Raises:
-        ValueError: the module does not fit any rule (names the parameter).
+        ValueError: the module fits no rule (names the parameter).
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class Use:
     def pieces(
         self,
         gradient: torch.Tensor,  # of the output, in its shape
-    ) -> dict[str, Piece]:
-        """The pieces of the wanted parameters, by attribute."""
+    ) -> dict[str, GradPiece]:
+        """The pieces of the selected parameters, by attribute."""
         checks.unchanged_input(self.names, self._input._version == self._version)
         if is_linear(self._module):
             return self._linear(self._tokens(gradient), self._tokens(self._input))
@@ -79,25 +79,25 @@ class Use:
         self,
         gradient: torch.Tensor,  # [B, T, out]
         value: torch.Tensor,  # [B, T, in]
-    ) -> dict[str, Piece]:
-        pieces: dict[str, Piece] = {}
+    ) -> dict[str, GradPiece]:
+        pieces: dict[str, GradPiece] = {}
         for key in self.names:
-            pieces[key] = Outer(gradient, value) if key == "weight" else Entries(gradient.sum(1))
+            pieces[key] = OuterGrad(gradient, value) if key == "weight" else DenseGrad(gradient.sum(1))
         return pieces
 
     def _embedding(
         self,
         gradient: torch.Tensor,  # [B, T, D]
-    ) -> Piece:
+    ) -> GradPiece:
         weight: Any = self._module.weight
         ids = self._by_sample(self._input).flatten(1)
         padding = getattr(self._module, "padding_idx", None)
         if padding is not None:  # autograd gives this row no gradient
             gradient = gradient.masked_fill((ids == padding)[:, :, None], 0)
-        return Rows(ids, gradient * self._scale, weight.shape[0])
+        return RowGrad(ids, gradient * self._scale, weight.shape[0])
 
     def _row_scale(self, output: torch.Tensor) -> float:
-        """What multiplies the rows in the output (Gemma 3: the square root of the width)."""
+        """Factor of the rows in the output (Gemma 3: the square root of the width)."""
         weight: Any = self._module.weight
         checks.embedding_input(self.names, self._input)
         rows = nn.functional.embedding(self._input, weight.detach())
@@ -111,8 +111,8 @@ class Use:
     def _other(
         self,
         gradient: torch.Tensor,  # of the output, in its shape
-    ) -> dict[str, Piece]:
-        """By the module's own derivative, sample by sample: exact for whatever it computes."""
+    ) -> dict[str, GradPiece]:
+        """By the module's own derivative, sample by sample: exact for any computation."""
         module, batch = self._module, self._shape[0]
         dtype = compute_dtype(self._input.dtype)
         values = {key: getattr(module, key).detach().to(dtype) for key in self.names}
@@ -128,9 +128,9 @@ class Use:
         per_sample = vmap(of_one, chunk_size=max(1, CHUNK_ELEMENTS // size))
         try:
             gradients = per_sample(inputs, self._by_sample(gradient).to(dtype))
-        except RuntimeError as error:  # a module whose steps depend on the values, as the routing of experts
+        except RuntimeError as error:  # control flow that depends on values, such as expert routing
             checks.no_derivative(self.names, type(module).__name__, error)
-        return {key: Entries(value.reshape(batch, -1)) for key, value in gradients.items()}
+        return {key: DenseGrad(value.reshape(batch, -1)) for key, value in gradients.items()}
 
     def _spread(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A tensor argument with samples first, floating point in ``dtype``."""
@@ -141,7 +141,7 @@ class Use:
         self,
         value: torch.Tensor,  # by sample, [..., P]
     ) -> torch.Tensor:
-        """``[B, T, P]``, in float32 where it was in half precision."""
+        """``[B, T, P]``; half precision becomes float32."""
         batch = self._shape[0]
         value = self._by_sample(value).reshape(batch, -1, value.shape[-1])
         return value.to(compute_dtype(value.dtype))

@@ -1,12 +1,12 @@
-"""What is made of each sample's gradient, piece by piece: its squared norm, or a sketch of it.
+"""Measures of each sample's gradient, added up piece by piece: its squared norm, or a sketch of it.
 
-A backward pass hands over the gradient of one parameter at a time in the form in which it is cheapest:
+A backward pass gives the gradient of one parameter at a time, in its cheapest form:
 
-    Outer     ``G = sum_t left_t right_t^T``        linear layers: output gradients and inputs
-    Rows      ``G = sum_t e_{ids_t} values_t^T``    embeddings
-    Entries   the gradient itself                   biases, normalisation layers, anything small
+    OuterGrad  ``G = sum_t left_t right_t^T``        linear layers: output gradients and inputs
+    RowGrad    ``G = sum_t e_{ids_t} values_t^T``    embeddings
+    DenseGrad  the gradient itself                   biases, normalisation layers, anything small
 
-and the head's as a :class:`HeadPass`, from which it is never formed either.
+and the head's as a :class:`HeadPass`, which never forms it either.
 """
 
 from __future__ import annotations
@@ -18,11 +18,8 @@ from typing import TypeAlias
 
 import torch
 
-from acqcore.backends import HeadRows
-from acqcore.backends.eager import logit_gradient
-from acqcore.head import Head
-from acqcore.head_grad import grad_sketch_from, hash_columns, head_grad_norm_from, head_places
-from acqcore.row_stats import RowStats
+from acqcore.gradients.head_pass import HeadPass
+from acqcore.head_grad import hash_columns, head_places
 from acqcore.signs import hashed_places, random_signs
 
 #: Most elements of per-sample weight gradients held at a time by the direct form (64 MiB in float32).
@@ -34,94 +31,40 @@ WIDTH = 256
 
 
 @dataclass(frozen=True, eq=False)
-class Outer:
+class OuterGrad:
     left: torch.Tensor  # [B, T, P]
     right: torch.Tensor  # [B, T, Q]
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class RowGrad:
     ids: torch.Tensor  # [B, T] int64
     values: torch.Tensor  # [B, T, Q]
     size: int  # ids lie below it
 
 
 @dataclass(frozen=True, eq=False)
-class Entries:
+class DenseGrad:
     values: torch.Tensor  # [B, P]
 
 
-Piece: TypeAlias = Outer | Rows | Entries
+GradPiece: TypeAlias = OuterGrad | RowGrad | DenseGrad
 
 
-def merged(pieces: Sequence[Piece]) -> Piece | None:
+def merged(pieces: Sequence[GradPiece]) -> GradPiece | None:
     """The gradient of a parameter that was used several times, None where the uses are of different kinds."""
     if len(pieces) == 1:
         return pieces[0]
-    outer = [piece for piece in pieces if isinstance(piece, Outer)]
-    rows = [piece for piece in pieces if isinstance(piece, Rows)]
-    entries = [piece for piece in pieces if isinstance(piece, Entries)]
+    outer = [piece for piece in pieces if isinstance(piece, OuterGrad)]
+    rows = [piece for piece in pieces if isinstance(piece, RowGrad)]
+    entries = [piece for piece in pieces if isinstance(piece, DenseGrad)]
     if len(outer) == len(pieces):  # a sum over the tokens of all uses
-        return Outer(torch.cat([p.left for p in outer], 1), torch.cat([p.right for p in outer], 1))
+        return OuterGrad(torch.cat([p.left for p in outer], 1), torch.cat([p.right for p in outer], 1))
     if len(rows) == len(pieces):
-        return Rows(torch.cat([p.ids for p in rows], 1), torch.cat([p.values for p in rows], 1), rows[0].size)
+        return RowGrad(torch.cat([p.ids for p in rows], 1), torch.cat([p.values for p in rows], 1), rows[0].size)
     if len(entries) == len(pieces):
-        return Entries(torch.stack([p.values for p in entries]).sum(0))
+        return DenseGrad(torch.stack([p.values for p in entries]).sum(0))
     return None
-
-
-@dataclass(frozen=True, eq=False)
-class HeadPass:
-    """Everything the head's gradient follows from: the N scored tokens of B samples."""
-
-    hidden: torch.Tensor  # [N, D]
-    head: Head
-    stats: RowStats
-    offsets: torch.Tensor  # [B + 1]
-    weights: torch.Tensor  # [N] float64, of each token's loss
-    backend: str | None
-
-    def squared_norm(self) -> torch.Tensor:
-        """``[B]`` float64."""
-        norm = head_grad_norm_from(
-            self.hidden, self.head, self.stats, self.offsets, self.weights, 1.0, self.backend, "auto"
-        )
-        return norm.double().square()
-
-    def sketch(self, dim: int, seed: int) -> torch.Tensor:
-        """``[B, dim]``."""
-        return grad_sketch_from(
-            self.hidden, self.head, self.stats, self.offsets, self.weights, 1.0, self.backend, dim, seed
-        )
-
-    def product(
-        self,
-        sample: int,
-        ids: torch.Tensor,  # [U] int64, distinct
-        values: torch.Tensor,  # [U, D]
-    ) -> torch.Tensor:
-        """Inner product of one sample's head gradient with rows ``values`` at ``ids``, float64."""
-        rows = slice(int(self.offsets[sample]), int(self.offsets[sample + 1]))
-        bias = None if self.head.bias is None else self.head.bias[ids]
-        columns = Head(self.head.weight[ids], bias, self.head.softcap, self.head.scale)
-        assert self.stats.targets is not None
-        # The few columns asked for stand for the vocabulary: targets and maxima become places among them.
-        target = _places(self.stats.targets[rows], ids)
-        maximum = _places(self.stats.max_index[rows], ids)
-        hidden = self.hidden[rows]
-        few = HeadRows(hidden, columns, target, 1.0, self.stats.state[:, rows], maximum)
-        delta = logit_gradient(few)  # [S, U]
-        keys = hidden.to(delta.dtype) @ values.to(delta.dtype).T  # [S, U]
-        return (self.weights[rows, None] * (delta * keys).double()).sum()
-
-
-def _places(
-    wanted: torch.Tensor,  # [S] int64
-    ids: torch.Tensor,  # [U] int64, distinct
-) -> torch.Tensor:
-    """Index in ``ids`` of each of ``wanted``, ``[S]``; -1 where it is not among them."""
-    equal = wanted[:, None] == ids
-    return equal.int().argmax(1).where(equal.any(1), -1)
 
 
 class SquaredNorm:
@@ -130,10 +73,10 @@ class SquaredNorm:
     def __init__(self, batch: int, device: torch.device) -> None:
         self.values = torch.zeros(batch, dtype=torch.float64, device=device)
 
-    def add(self, name: str, piece: Piece) -> None:
-        if isinstance(piece, Outer):
+    def add(self, name: str, piece: GradPiece) -> None:
+        if isinstance(piece, OuterGrad):
             squared = _outer_squared(piece)
-        elif isinstance(piece, Rows):
+        elif isinstance(piece, RowGrad):
             keys, sums = _row_sums(piece)
             squared = torch.zeros(len(piece.ids), dtype=torch.float64, device=sums.device)
             squared.index_add_(0, keys // piece.size, sums.double().square().sum(1))
@@ -144,7 +87,7 @@ class SquaredNorm:
     def add_head(self, head: HeadPass) -> None:
         self.values += head.squared_norm()
 
-    def add_tied(self, head: HeadPass, name: str, rows: Rows) -> None:
+    def add_tied(self, head: HeadPass, name: str, rows: RowGrad) -> None:
         """The one weight that is both head and embedding: the two norms and twice their inner product."""
         self.add_head(head)
         self.add(name, rows)
@@ -170,13 +113,13 @@ class Sketch:
         self.dim = dim
         self.seed = seed
 
-    def add(self, name: str, piece: Piece) -> None:
+    def add(self, name: str, piece: GradPiece) -> None:
         stream = _stream(name)
-        if isinstance(piece, Outer):
+        if isinstance(piece, OuterGrad):
             left = self._projected(piece.left, stream)  # [B, T, a]
             right = self._projected(piece.right, stream + 1)  # [B, T, b]
             self._add_entries((left.mT @ right).flatten(1), stream + 2)
-        elif isinstance(piece, Rows):
+        elif isinstance(piece, RowGrad):
             device, width = piece.ids.device, piece.values.shape[2]
             of_rows = hashed_places(piece.size, self.dim, self.seed, stream, device=device)
             self._add_rows(piece, of_rows, hashed_places(width, self.dim, self.seed, stream + 1, device=device))
@@ -186,7 +129,7 @@ class Sketch:
     def add_head(self, head: HeadPass) -> None:
         self.values += head.sketch(self.dim, self.seed)
 
-    def add_tied(self, head: HeadPass, name: str, rows: Rows) -> None:
+    def add_tied(self, head: HeadPass, name: str, rows: RowGrad) -> None:
         """The one weight that is both head and embedding: under the same hash, the sketch of the sum."""
         self.add_head(head)
         of_rows, of_columns = head_places(head.head, self.dim, self.seed)
@@ -205,7 +148,7 @@ class Sketch:
 
     def _add_rows(
         self,
-        rows: Rows,
+        rows: RowGrad,
         of_rows: torch.Tensor,  # [size] int32, hashed places
         of_columns: torch.Tensor,  # [Q] int32, hashed places
     ) -> None:
@@ -236,7 +179,7 @@ def _stream(name: str) -> int:
     return (int.from_bytes(digest, "little") >> 3 | 1) * 4
 
 
-def _outer_squared(piece: Outer) -> torch.Tensor:
+def _outer_squared(piece: OuterGrad) -> torch.Tensor:
     """``[B]`` float64: by the tokens' Grams, or through the gradient itself, whichever multiplies less."""
     left, right = piece.left, piece.right
     (_, t, p), q = left.shape, right.shape[2]
@@ -248,7 +191,7 @@ def _outer_squared(piece: Outer) -> torch.Tensor:
     return torch.cat([g.square_().sum((1, 2), dtype=torch.float64) for g in gradients])
 
 
-def _row_sums(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+def _row_sums(rows: RowGrad) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows of each sample's gradient that may differ from zero, ``[U, Q]``, and their keys ``[U]``, sample *
     size + row."""
     b = len(rows.ids)

@@ -1,14 +1,14 @@
-"""Which parameters are asked for, and their gradients' pieces caught while one backward pass runs.
+"""Selects parameters, and catches the pieces of their gradients while a backward pass runs.
 
-Hooks on the modules that own a wanted parameter keep their inputs and see the gradients of their outputs. No
-parameter requires a gradient meanwhile, so autograd computes those of activations alone, and it starts at the
-first module that is wanted: what lies before it keeps no activations.
+Hooks on the modules that own a selected parameter keep their inputs and see the gradients of their outputs. No
+parameter requires a gradient meanwhile: autograd computes gradients of activations only, and none before the first
+selected module, where activations are not kept.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,19 +18,19 @@ import torch
 from torch import nn
 
 from acqcore import checks
-from acqcore.ghost_measures import Piece, merged
-from acqcore.ghost_rules import Use
+from acqcore.gradients.measures import GradPiece, merged
+from acqcore.gradients.rules import ModuleCall
 from acqcore.head import Head
 from acqcore.student import Student
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The parameters asked for.
+    """The parameters that a gradient is taken in.
 
     Attributes:
-        names: parameters -> their names; the head's only where it is the trunk's too (tied to the embedding).
-        head: name of the head's weight, None where it is not asked for. Its bias comes with it.
+        names: parameter -> name; the head's only if the trunk owns it too (tied to the embedding).
+        head: name of the head's weight, None if it is not selected. Its bias comes with it.
     """
 
     names: Mapping[torch.Tensor, str]
@@ -38,12 +38,14 @@ class Selection:
 
 
 def select_parameters(student: Student, head: Head, parameters: str | int) -> Selection:
-    """The parameters that ``parameters`` stands for, as :func:`acqcore.grad_norm` says.
+    """The parameters named by ``parameters``, see :func:`acqcore.grad_norm`.
 
     Raises:
-        ValueError: more blocks than there are, nothing that trains, a parameter of a quantised dtype, a student whose
-            parameters are spread over processes.
+        ValueError: more blocks than the trunk has, no trainable parameter, a quantised parameter, a student whose
+            parameters are sharded over processes.
     """
+    if parameters == "head":
+        return Selection({}, "head")
     module, trunk = student._module, student.trunk
     checks.trunk_parameters(parameters, module)
     checks.whole_parameters(parameters, student.sharded or head.group is not None)
@@ -57,7 +59,7 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
         names = {p: name for p, name in names.items() if p in last}
         checks.differentiable(names)
         return Selection(names, None)
-    if module is trunk:  # a head given as such is no part of the module
+    if module is trunk:  # a head given on its own is not part of the module
         for name, value in (("head.weight", head.weight), ("head.bias", head.bias)):
             if value is not None and _name(value, names) is None:
                 names[value] = name
@@ -68,13 +70,13 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
     weight = _name(head.weight, names)
     bias = None if head.bias is None else _name(head.bias, names)
     checks.whole_head(weight, bias, head.bias is not None)
-    inside = set(trunk.parameters())
-    names = {p: name for p, name in names.items() if p in inside or name not in (weight, bias)}
+    of_trunk = set(trunk.parameters())
+    names = {p: name for p, name in names.items() if p in of_trunk or name not in (weight, bias)}
     return Selection(names, weight)
 
 
 def _name(value: torch.Tensor, names: Mapping[torch.Tensor, str]) -> str | None:
-    """Name of the parameter whose memory ``value`` is."""
+    """Name of the parameter that shares the memory of ``value``."""
     for parameter, name in names.items():
         if parameter.data_ptr() == value.data_ptr() and parameter.shape == value.shape:
             return name
@@ -82,17 +84,18 @@ def _name(value: torch.Tensor, names: Mapping[torch.Tensor, str]) -> str | None:
 
 
 class Capture:
-    """Catches the pieces of the wanted parameters' gradients.
+    """Catches the pieces of the selected parameters' gradients.
 
     Args:
         student: whose trunk runs.
-        selection: the wanted parameters.
+        names: parameter -> name.
+        heads: names of head weights among them, which the trunk may hold without using.
     """
 
-    def __init__(self, student: Student, selection: Selection) -> None:
+    def __init__(self, student: Student, names: Mapping[torch.Tensor, str], heads: Collection[str | None] = ()) -> None:
         self._student = student
-        self._selection = selection
-        names = selection.names
+        self._names = names
+        self._heads = heads
         self._modules = [] if student._module is None else list(student._module.modules())
         self._owners: dict[nn.Module, dict[str, str]] = {}  # module -> attribute -> name
         for module in self._modules:
@@ -104,12 +107,13 @@ class Capture:
         self._shape = (0, 0)
         self._leaves: list[torch.Tensor] = []
         self._uses: Counter[str] = Counter()
-        self._pending: dict[str, list[Piece]] = {}
-        self._emit: Callable[[str, Piece], None]
+        self._pending: dict[str, list[GradPiece]] = {}
+        self._last = True
+        self._emit: Callable[[str, GradPiece], None]
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks in place and no parameter requiring a gradient; both as found on leaving."""
+        """Hooks installed and no parameter requiring a gradient; both are restored on exit."""
         parameters = {p for module in self._modules for p in module._parameters.values() if p is not None}
         required = [p for p in parameters if p.requires_grad]
         handles = []
@@ -132,7 +136,7 @@ class Capture:
         """The trunk's hidden states ``[B, T, D]`` with the graph that :meth:`backward` needs.
 
         Raises:
-            ValueError: a wanted parameter takes part in a way that the hooks do not see.
+            ValueError: a selected parameter is used in a way that the hooks do not see.
         """
         self._shape = (input_ids.shape[0], input_ids.shape[1])
         self._leaves.clear()
@@ -152,22 +156,24 @@ class Capture:
         self,
         hidden: torch.Tensor,  # [B, T, D] of forward
         gradient: torch.Tensor,  # [B, T, D]
-        emit: Callable[[str, Piece], None],
+        emit: Callable[[str, GradPiece], None],
+        last: bool = True,
     ) -> None:
-        """Give each parameter's piece to ``emit`` as soon as it is whole."""
-        self._emit = emit
+        """Pass each parameter's piece to ``emit`` as soon as it is complete; ``last`` frees the graph."""
+        self._emit, self._last = emit, last
         if hidden.requires_grad:
-            torch.autograd.grad(hidden, self._leaves, gradient.to(hidden.dtype), allow_unused=True)
-        for name in list(self._pending):  # a use on which nothing depends brings no gradient
+            torch.autograd.grad(
+                hidden, self._leaves, gradient.to(hidden.dtype), allow_unused=True, retain_graph=not last
+            )
+        for name in list(self._pending):  # a call that nothing depends on gets no gradient
             self._finish(name)
 
     def _verify(
         self,
         input_ids: torch.Tensor,  # [1, 2]
     ) -> None:
-        """Parameters whose modules were not called have no part in the logits: traced with autograd."""
-        names = self._selection.names.items()
-        silent = {p: name for p, name in names if not self._uses[name] and name != self._selection.head}
+        """Ask autograd whether parameters whose modules were not called change the logits all the same."""
+        silent = {p: name for p, name in self._names.items() if not self._uses[name] and name not in self._heads}
         if not silent:
             return
         student = self._student
@@ -194,20 +200,20 @@ class Capture:
         if not self._active:
             return None
         names = self._owners[module]
-        use = Use(module, names, args, kwargs, output, *self._shape)
+        call = ModuleCall(module, names, args, kwargs, output, *self._shape)
         self._uses.update(names.values())
-        if output.shape[0] == 1:  # shared by all samples (positions): a row each, to tell their gradients apart
+        if output.shape[0] == 1:  # shared by all samples, as positions are: a row each tells their gradients apart
             output = output.expand(self._shape[0], *output.shape[1:])
-        if not output.requires_grad:  # the graph begins here, at a copy: a leaf could not be changed in place
+        if not output.requires_grad:  # the graph begins here, with a copy: a leaf must not change in place
             self._leaves.append(output.detach().requires_grad_())
             output = self._leaves[-1].clone()
-        output.register_hook(partial(self._after_backward, [use]))
+        output.register_hook(partial(self._after_backward, [call]))
         return output
 
-    def _after_backward(self, uses: list[Use], gradient: torch.Tensor) -> None:
-        use = uses.pop()  # and with it goes the module's input
-        for key, piece in use.pieces(gradient).items():
-            name = use.names[key]
+    def _after_backward(self, calls: list[ModuleCall], gradient: torch.Tensor) -> None:
+        call = calls.pop() if self._last else calls[0]  # the last backward frees the module's input
+        for key, piece in call.pieces(gradient).items():
+            name = call.names[key]
             self._pending.setdefault(name, []).append(piece)
             if len(self._pending[name]) == self._uses[name]:
                 self._finish(name)
