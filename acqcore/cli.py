@@ -17,16 +17,18 @@ from typing import Any, get_args
 
 import torch
 
-from acqcore import __version__, checks, data_files, engines
+from acqcore import __version__, checks
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
-from acqcore.data_files import Block
+from acqcore.costs import command as plan_command
+from acqcore.files import data as data_files
+from acqcore.files.data import Block
+from acqcore.files.executors import executor_of
+from acqcore.files.parts import Parts
+from acqcore.files.summary import Summary, print_table
+from acqcore.files.worker import ATTEMPTS, DTYPES, Job, write_failed
 from acqcore.literals import Reduction
-from acqcore.parts import Parts
-from acqcore.plan import command as plan_command
 from acqcore.progress import Progress
-from acqcore.run_summary import Summary, print_table
-from acqcore.scorer import ATTEMPTS, DTYPES, Job, write_failed
 from acqcore.scoring.plan import Plan
 
 BLOCK_ROWS = 4096  # bounds memory, and costs little packing
@@ -149,23 +151,23 @@ def _score(options: argparse.Namespace) -> int:
     begun = time.time()
     try:
         job, blocks, manifest = _prepare(options)
-        engine = engines.engine(options.engine, options.workers, options.ray_address, options.device)
+        executor = executor_of(options.engine, options.workers, options.ray_address, options.device)
         parts = Parts(job.out)
-        if engine.reports:
+        if executor.reports:
             parts.claim(manifest)
     except _WRONG_USAGE as error:
         raise _UsageError(_first_line(error)) from error
     todo = [block for block in blocks if not parts.finished(block.index)]
     n_rows, left = sum(block.rows for block in blocks), sum(block.rows for block in todo)
-    with Progress(n_rows, None if engine.reports else False, "rows") as bar:
+    with Progress(n_rows, None if executor.reports else False, "rows") as bar:
         bar.update(n_rows - left)
         try:
-            engine.run(job, todo, bar.update)
+            executor.run(job, todo, bar.update)
         except _WRONG_USAGE as error:  # of the student: what the blocks raise, the scorer keeps
-            if engine.reports:
+            if executor.reports:
                 parts.remove_unused()
             raise _UsageError(_first_line(error)) from error
-    if not engine.reports:
+    if not executor.reports:
         return 0
     summary = _collect(options, job, parts, blocks, {block.index for block in todo})
     try:

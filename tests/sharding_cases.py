@@ -27,7 +27,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import acqcore
 from acqcore.row_stats import FIELDS, RowStats
-from acqcore.sharding import vocabulary_shard
+from acqcore.students.sharding import vocabulary_shard
 from acqcore.testing import CASES as INPUTS, Case, random_case
 
 Pairs: TypeAlias = dict[str, tuple[Any, Any]]

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from acqcore.cli import main
-from acqcore.plan import command, measure as measuring
-from acqcore.plan.estimate import COMPUTED, EXTENDED, GIVEN, MEASURED, Estimate, from_rates, from_runs
-from acqcore.plan.formulas import CHUNKED_SCRATCH, DRAWS_SCRATCH, HEAD_SCRATCH, activation_bytes, batch_seconds
-from acqcore.plan.measure import Run
-from acqcore.plan.shape import Shape, shape_of, with_blocks
-from acqcore.plan.work import Passes, Work, passes
+from acqcore.costs import command, measure as measuring
+from acqcore.costs.estimate import COMPUTED, EXTENDED, GIVEN, MEASURED, Estimate, from_rates, from_runs
+from acqcore.costs.formulas import CHUNKED_SCRATCH, DRAWS_SCRATCH, HEAD_SCRATCH, activation_bytes, batch_seconds
+from acqcore.costs.measure import Run
+from acqcore.costs.shape import Shape, shape_of, with_blocks
+from acqcore.costs.work import Passes, Work, passes
 
 MIB = 1 << 20
 SHAPE = Shape(

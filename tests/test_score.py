@@ -12,8 +12,8 @@ import torch
 
 import acqcore
 from acqcore.acquisitions import REGISTRY, RowNeed
-from acqcore.samples import encode
 from acqcore.scoring.plan import reduce
+from acqcore.students.samples import encode
 
 NAN = float("nan")
 NAMES = tuple(name for name, entry in REGISTRY.items() if entry.needs == RowNeed())

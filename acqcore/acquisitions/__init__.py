@@ -5,9 +5,6 @@ Call the package to list them: ``acqcore.acquisitions()``.
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-
 from acqcore.acquisitions.base import REGISTRY, Acquisition, acquisitions, register
 from acqcore.acquisitions.needs import BatchNeed, DrawOptions, GradientNeed, Options, RowNeed, SampleBatch
 
@@ -68,13 +65,3 @@ __all__ = [
     "varentropy",
     "variation_ratio",
 ]
-
-
-class _Callable(ModuleType):
-    """So that ``acqcore.acquisitions()`` lists what the modules below ``acqcore.acquisitions`` register."""
-
-    def __call__(self) -> dict[str, str]:
-        return acquisitions()
-
-
-sys.modules[__name__].__class__ = _Callable

@@ -7,9 +7,9 @@ import torch
 from acqcore import checks
 from acqcore.acquisitions.base import register
 from acqcore.acquisitions.needs import Options
-from acqcore.diversity import Archive
 from acqcore.gradients.need import GradientNeed
 from acqcore.literals import Parameters
+from acqcore.selection.diversity import Archive
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from acqcore.gradients.need import GradientNeed
 from acqcore.gradients.reference import Reference
 from acqcore.head import Head
 from acqcore.literals import Similarity
-from acqcore.student import Student
+from acqcore.students.student import Student
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from acqcore.gradients.need import GradientNeed
 from acqcore.head import Head
 from acqcore.literals import Form, Layers
 from acqcore.row_stats import RowStats
-from acqcore.student import Student, StudentLike
+from acqcore.students.student import Student, StudentLike
 
 #: Default dropout probability on the last hidden state and in blocks: see the table in the README.
 HIDDEN_DROPOUT, BLOCK_DROPOUT = 0.1, 0.05

@@ -20,21 +20,6 @@ from acqcore.checks.basic import (
     positive_int as positive_int,
     same_device as same_device,
 )
-from acqcore.checks.draws import (
-    alike as alike,
-    draw_layers as draw_layers,
-    drawn_hidden as drawn_hidden,
-    draws as draws,
-    dropout as dropout,
-    dropout_input as dropout_input,
-    dropout_layers as dropout_layers,
-    dropout_ran as dropout_ran,
-    members_alone as members_alone,
-    own_dropout as own_dropout,
-    residual_branches as residual_branches,
-    seed as seed,
-    some_blocks as some_blocks,
-)
 from acqcore.checks.files import (
     column_options as column_options,
     columns_present as columns_present,
@@ -77,6 +62,21 @@ from acqcore.checks.heads import (
     targets_in_range as targets_in_range,
     tiling as tiling,
     vocabulary as vocabulary,
+)
+from acqcore.checks.mixtures import (
+    alike as alike,
+    draw_layers as draw_layers,
+    drawn_hidden as drawn_hidden,
+    draws as draws,
+    dropout as dropout,
+    dropout_input as dropout_input,
+    dropout_layers as dropout_layers,
+    dropout_ran as dropout_ran,
+    members_alone as members_alone,
+    own_dropout as own_dropout,
+    residual_branches as residual_branches,
+    seed as seed,
+    some_blocks as some_blocks,
 )
 from acqcore.checks.plans import (
     config_here as config_here,

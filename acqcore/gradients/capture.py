@@ -21,7 +21,7 @@ from acqcore import checks
 from acqcore.gradients.measures import GradPiece, merged
 from acqcore.gradients.rules import ModuleCall
 from acqcore.head import Head
-from acqcore.student import Student
+from acqcore.students.student import Student
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from acqcore.gradients.measures import GradPiece, Measure, RowGrad, Sketch, Squa
 from acqcore.gradients.need import GradientNeed
 from acqcore.head import Head
 from acqcore.literals import Loss, Parameters
-from acqcore.student import Student
+from acqcore.students.student import Student
 
 
 class SampleGradients:

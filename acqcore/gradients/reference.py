@@ -19,7 +19,7 @@ from acqcore import checks
 from acqcore.gradients.capture import select_parameters
 from acqcore.head import Head
 from acqcore.literals import Loss, Parameters, Similarity
-from acqcore.student import Student
+from acqcore.students.student import Student
 
 # Added to the square root of a coordinate's second moment, in units of their root mean square. A coordinate that a
 # small reference set hardly moves weighs at most ten times the average; with Adam's 1e-8 it would dominate.

@@ -11,10 +11,10 @@ import torch
 from acqcore import checks
 from acqcore.literals import Reduction
 from acqcore.progress import Progress
-from acqcore.samples import Sample, Samples
 from acqcore.scores import Scores
 from acqcore.scoring.plan import AcquisitionArgs, Plan
-from acqcore.student import Student, StudentLike, as_student
+from acqcore.students.samples import Sample, Samples
+from acqcore.students.student import Student, StudentLike, as_student
 
 
 def score(

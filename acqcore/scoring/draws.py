@@ -14,10 +14,10 @@ from acqcore.acquisitions import DrawOptions
 from acqcore.backends import Dropout
 from acqcore.bayes import BayesStats, dropout_stats, ensemble_stats
 from acqcore.head import Head
-from acqcore.packing import collate
-from acqcore.samples import Row
-from acqcore.student import Student, as_student
-from acqcore.trunk_draws import TrunkDraws, member_hidden
+from acqcore.students.packing import collate
+from acqcore.students.samples import Row
+from acqcore.students.student import Student, as_student
+from acqcore.students.trunk_draws import TrunkDraws, member_hidden
 
 
 @dataclass(frozen=True, eq=False)

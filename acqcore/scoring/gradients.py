@@ -12,9 +12,9 @@ from acqcore.gradients.need import GradientNeed
 from acqcore.gradients.reference import Reference, parameter_shapes
 from acqcore.head import Head
 from acqcore.literals import Loss, Parameters, Similarity
-from acqcore.samples import Samples
 from acqcore.scoring.run import Runner
-from acqcore.student import StudentLike
+from acqcore.students.samples import Samples
+from acqcore.students.student import StudentLike
 
 
 def grad_norm(

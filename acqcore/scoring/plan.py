@@ -13,9 +13,9 @@ from acqcore import checks
 from acqcore.acquisitions import REGISTRY, Acquisition, DrawOptions, GradientNeed, Options
 from acqcore.acquisitions.needs import Need
 from acqcore.literals import Reduction
-from acqcore.samples import Row
 from acqcore.scoring.run import Found, Runner
-from acqcore.student import StudentLike
+from acqcore.students.samples import Row
+from acqcore.students.student import StudentLike
 
 #: name -> arguments of that acquisition, as a mapping or as its options.
 AcquisitionArgs: TypeAlias = Mapping[str, Mapping[str, Any] | Options]

@@ -15,11 +15,11 @@ from acqcore.acquisitions.needs import Need
 from acqcore.gradients.head_pass import HeadPass
 from acqcore.gradients.need import GradientNeed
 from acqcore.gradients.per_sample import SampleGradients
-from acqcore.packing import OVERHEAD_TOKENS, partition
 from acqcore.row_stats import row_stats
-from acqcore.samples import Row, Samples, encode
 from acqcore.scoring.draws import Batch, Draws
-from acqcore.student import StudentLike, as_student
+from acqcore.students.packing import OVERHEAD_TOKENS, partition
+from acqcore.students.samples import Row, Samples, encode
+from acqcore.students.student import StudentLike, as_student
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from acqcore import checks
-from acqcore.samples import Row
+from acqcore.students.samples import Row
 
 # What a batch costs beyond its tokens, in tokens: fewer, larger batches are worth this much padding each.
 # cuda: a guess for kernel launches of some tens of layers, not measured.

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from acqcore.plan.formulas import activation_bytes, batch_seconds
-from acqcore.plan.measure import Run
-from acqcore.plan.shape import Shape
-from acqcore.plan.work import Work, passes
+from acqcore.costs.formulas import activation_bytes, batch_seconds
+from acqcore.costs.measure import Run
+from acqcore.costs.shape import Shape
+from acqcore.costs.work import Work, passes
 
 MEASURED, EXTENDED, COMPUTED, GIVEN = "measured", "measured, extended", "computed", "computed from given rates"
 

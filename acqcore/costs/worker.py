@@ -1,7 +1,7 @@
 """A process that holds one small model and scores it on demand, so that its memory is its own.
 
-``python -m acqcore.plan.worker SPEC``: SPEC is JSON, a line of stdin asks for a number of rows, a line of stdout
-answers with seconds and peak memory. Started by ``acqcore.plan.measure``.
+``python -m acqcore.costs.worker SPEC``: SPEC is JSON, a line of stdin asks for a number of rows, a line of stdout
+answers with seconds and peak memory. Started by ``acqcore.costs.measure``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import acqcore
-from acqcore.plan.shape import read_config, with_blocks
-from acqcore.plan.work import with_objects
+from acqcore.costs.shape import read_config, with_blocks
+from acqcore.costs.work import with_objects
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from acqcore import checks
-from acqcore.select import pivoted_cholesky
+from acqcore.selection.subsets import pivoted_cholesky
 
 
 @torch.no_grad()

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from acqcore import checks, data_files
-from acqcore.data_files import Block, Record
-from acqcore.parts import Parts
-from acqcore.samples import EMPTY, Row, encode
+from acqcore import checks
+from acqcore.files import data as data_files
+from acqcore.files.data import Block, Record
+from acqcore.files.parts import Parts
 from acqcore.scoring.plan import Plan
-from acqcore.student import Student
+from acqcore.students.samples import EMPTY, Row, encode
+from acqcore.students.student import Student
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTEMPTS = 3  # at a block, before it is given up
@@ -82,7 +83,7 @@ class Report:
     worker: str
 
 
-class Scorer:
+class BlockScorer:
     """A student, and what is asked of it.
 
     Raises:

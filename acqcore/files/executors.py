@@ -1,7 +1,6 @@
-"""Who scores the blocks of a file: this process, the processes of ``accelerate launch``, or actors of Ray.
+"""Runs the blocks of a file in this process, the processes of ``accelerate launch``, or actors of Ray.
 
-Each engine has every block completed by some :class:`acqcore.scorer.Scorer`, which writes it; nothing but counts of
-rows comes back.
+In each of them a :class:`acqcore.files.worker.BlockScorer` scores and writes blocks; only row counts come back.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from typing import Any, Protocol
 import torch
 
 from acqcore import checks
-from acqcore.data_files import Block
-from acqcore.parts import Parts
-from acqcore.scorer import Job, Scorer
+from acqcore.files.data import Block
+from acqcore.files.parts import Parts
+from acqcore.files.worker import BlockScorer, Job
 
 _RAY_OBJECT_STORE_BYTES = 1 << 27  # of a cluster of our own, which holds descriptions of blocks alone
 
 
-class Engine(Protocol):
+class Executor(Protocol):
     """How blocks are completed."""
 
     @property
@@ -51,7 +50,7 @@ class Local:
 
     def run(self, job: Job, blocks: Sequence[Block], on_rows: Callable[[int], None]) -> None:
         if blocks:
-            scorer = Scorer(job)
+            scorer = BlockScorer(job)
             for block in blocks:
                 scorer.complete(block, on_rows)
 
@@ -83,7 +82,7 @@ class Accelerate:
         rank, n_processes = self._state.process_index, self._state.num_processes
         own = blocks[rank::n_processes]
         others = [block for i, block in enumerate(blocks) if i % n_processes != rank]
-        scorer = Scorer(dataclasses.replace(job, device=job.device or str(self._state.device)))
+        scorer = BlockScorer(dataclasses.replace(job, device=job.device or str(self._state.device)))
         for block in own:
             scorer.complete(block, on_rows)
             others = _count_finished(scorer.parts, others, on_rows) if self.reports else others
@@ -162,7 +161,7 @@ class _Actor:
         torch.set_num_threads(threads)
         self.failure = ""
         try:
-            self.scorer = Scorer(job)
+            self.scorer = BlockScorer(job)
         except Exception as error:
             self.failure = str(error).strip() or type(error).__name__
 
@@ -210,8 +209,8 @@ def _check_answers(address: str) -> None:
             raise OSError(f"ray-address: nothing answers at {address} ({error})") from error
 
 
-def engine(name: str, workers: int | None, address: str | None, device: str | None) -> Engine:
-    """The engine of a name.
+def executor_of(name: str, workers: int | None, address: str | None, device: str | None) -> Executor:
+    """The executor that ``--engine`` names.
 
     Raises:
         ModuleNotFoundError: its package is not installed.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from acqcore.plan.shape import Shape
-from acqcore.plan.work import Work, passes
+from acqcore.costs.shape import Shape
+from acqcore.costs.work import Work, passes
 
 MIB = 1 << 20
 #: Bounds of what a head pass holds. cpu: 16 MiB of packed hidden states, 8 MiB of row states, a tile a thread; with

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from acqcore import checks
-from acqcore.student import Student
+from acqcore.students.student import Student
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 
 from acqcore import checks
 from acqcore.acquisitions import REGISTRY, DrawOptions, GradientNeed
-from acqcore.diversity import Archive
+from acqcore.costs.shape import Shape
 from acqcore.gradients.reference import Reference
 from acqcore.literals import Parameters
-from acqcore.plan.shape import Shape
 from acqcore.scoring.plan import Plan
+from acqcore.selection.diversity import Archive
 
 #: Required arguments that are objects of a run -> objects that cost as much; measuring makes the same.
 STAND_INS: Mapping[str, Callable[[], object]] = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from acqcore.scorer import TOP_ROWS
+from acqcore.files.worker import TOP_ROWS
 
 
 class Summary:
@@ -29,7 +29,7 @@ class Summary:
         self._workers: set[str] = set()
 
     def add(self, report: Mapping[str, Any], new: bool) -> None:
-        """A block's report (the fields of ``acqcore.scorer.Report``); ``new`` where this run finished it."""
+        """A block's report (the fields of ``acqcore.files.worker.Report``); ``new`` where this run finished it."""
         self.rows += report["rows"]
         self.valid += report["valid"]
         self.errors += len(report["errors"])

@@ -17,9 +17,9 @@ from typing import IO, Any
 import torch
 
 from acqcore import checks
-from acqcore.plan.formulas import activation_bytes
-from acqcore.plan.shape import Shape, shape_of, with_blocks
-from acqcore.plan.work import Work, passes
+from acqcore.costs.formulas import activation_bytes
+from acqcore.costs.shape import Shape, shape_of, with_blocks
+from acqcore.costs.work import Work, passes
 
 #: Seconds of scoring that calibration may take, where two rows a turn do not take longer.
 BUDGET_S = 15.0
@@ -169,7 +169,7 @@ class _Worker:
         self._errors = errors
         self._start = time.time()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "acqcore.plan.worker", json.dumps(spec)],
+            [sys.executable, "-m", "acqcore.costs.worker", json.dumps(spec)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment,
         )  # fmt: skip
 

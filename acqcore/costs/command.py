@@ -13,10 +13,10 @@ from dataclasses import asdict
 import torch
 
 from acqcore import checks
-from acqcore.plan.estimate import Figure, from_rates, from_runs
-from acqcore.plan.measure import measure
-from acqcore.plan.shape import Shape, read_config, shape_of, stored_dtype
-from acqcore.plan.work import Work
+from acqcore.costs.estimate import Figure, from_rates, from_runs
+from acqcore.costs.measure import measure
+from acqcore.costs.shape import Shape, read_config, shape_of, stored_dtype
+from acqcore.costs.work import Work
 
 #: Load average above which the user is told that other work is in the times.
 BUSY = 0.5

@@ -12,7 +12,7 @@ import torch
 
 from acqcore import checks
 from acqcore.head import Head, compute_dtype
-from acqcore.sharding import (
+from acqcore.students.sharding import (
     DataParallel,
     data_parallel,
     full,

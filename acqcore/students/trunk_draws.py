@@ -16,8 +16,8 @@ from torch import nn
 
 from acqcore import checks
 from acqcore.backends import Dropout, select as select_backend
-from acqcore.sharding import matrix_owners, replaced_forward
-from acqcore.student import Student
+from acqcore.students.sharding import matrix_owners, replaced_forward
+from acqcore.students.student import Student
 
 
 class TrunkDraws:
