@@ -32,6 +32,9 @@ class HeadArgs:
 def row_stats(
     isa: str,
     head: HeadArgs,
+    bounds: int,  # int64 [samples, 2], begin and end of each sample with a Gram matrix, or 0
+    samples: int,
+    products: int,  # float32 [sum T^2], written
     state: int,  # float64 [7, N], written
     index: int,  # int64 [N], written
 ) -> None: ...
@@ -52,15 +55,33 @@ def delta_hash(
     columns: int,
     out: int,  # float32 [N, columns], written
 ) -> None: ...
+def hidden_grad(
+    isa: str,
+    head: HeadArgs,
+    state: int,  # float64 [7, N], written
+    index: int,  # int64 [N], written
+    out: int,  # float32 [N, D], written
+) -> None: ...
+def gram_norm(
+    isa: str,
+    head: HeadArgs,
+    state: int,  # float64 [7, N], over the whole vocabulary
+    index: int,  # int64 [N], likewise
+    bounds: int,  # int64 [samples, 2], begin and end
+    samples: int,
+    products: int,  # float32 [sum T^2]
+    local_max: int,  # float64 [N], what the products are relative to
+    weights: int,  # float64 [N]
+    squared: int,  # float64 [samples], written
+) -> None: ...
 def head_grad_norm(
     isa: str,
     head: HeadArgs,
     state: int,  # float64 [7, N]
     index: int,  # int64 [N]
-    offsets: int,  # int64 [samples + 1]
+    bounds: int,  # int64 [samples, 2], begin and end
     samples: int,
     weights: int,  # float64 [N]
-    form: str,  # "auto", "gram" or "direct"
     squared: int,  # float64 [samples], written
 ) -> None: ...
 

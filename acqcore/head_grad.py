@@ -1,32 +1,54 @@
 """Gradients of the loss through the head, per token and per sample, without the logits.
 
 For a token with loss ``-log p_y`` and ``u = W h + b`` the gradient in ``u`` is ``delta = (p - e_y) du``, where
-``du`` is the derivative of ``cap(scale u) / temperature``. A first pass (``row_stats``) gives each row's normaliser;
-a second forms ``delta`` tile by tile, exactly: where the target is the most likely token its entry is ``-R / Z``,
-so that a confident row loses nothing to cancellation. From ``delta`` follow
+``du`` is the derivative of ``cap(scale u) / temperature``. Where the target is the most likely token its entry is
+``-R / Z`` exactly, so that a confident row loses nothing to cancellation. From ``delta`` follow
 
     dL/dh   = delta W                               (``hidden_grad``: attention with the vocabulary as keys and values)
     dL/dW   = sum_t w_t delta_t h_t^T               (its norm: ``head_grad_norm``; its sketch: ``grad_sketch``)
 
-A shard of a head forms its own rows of delta from the statistics of the whole vocabulary. All three are sums over those
-rows, of which the ranks add up D, one and ``dim`` numbers: dL/dh, the squared norm and the sketch.
+``hidden_grad`` and the norm are formed unnormalised beside the statistics, in one visit of the weights; the sketch, and
+the norm of long samples, form ``delta`` in a second one.
+
+A shard of a head forms its own columns of delta from the statistics of the whole vocabulary. All three are sums over
+those columns, of which the ranks add up D, one and ``dim`` numbers: dL/dh, the squared norm and the sketch.
 """
 
 from __future__ import annotations
+
+from typing import TypeAlias
 
 import torch
 
 from acqcore import checks
 from acqcore.backends import HeadRows, select as select_backend
 from acqcore.head import Head, compute_dtype
-from acqcore.row_stats import RowStats, row_stats
+from acqcore.head_visit import FORMS, visit
+from acqcore.row_stats import (
+    MAX,
+    TARGET,
+    R,
+    RowStats,
+    checked_backend,
+    empty_state,
+    no_vocabulary,
+    over_vocabulary,
+    row_stats,
+    stats_of,
+)
 from acqcore.signs import hashed_places
 from acqcore.vocab_parallel import summed
 
 LOSSES = ("mean", "sum")
 
+#: [begin, end) rows of each of B samples, on the host.
+Bounds: TypeAlias = tuple[tuple[int, int], ...]
+
 #: Rows sketched at a time: hashed and transformed they take 64 MiB at dim 4096.
 SKETCH_ROWS = 1024
+
+#: Rows whose targets' weights are gathered at a time.
+GATHERED_ROWS = 1024
 
 
 @torch.no_grad()
@@ -53,8 +75,46 @@ def hidden_grad(
     Raises: as :func:`acqcore.row_stats`; TypeError where targets are None.
     """
     checks.given("targets", targets)
-    stats = row_stats(hidden, head, targets, temperature=temperature, backend=backend)
-    return delta_product(hidden, head, stats, head.weight, temperature, backend)
+    chosen = checked_backend(hidden, head, targets, temperature, backend)
+    trusted = checks.targets_in_range(targets, head.vocab_size)
+    dtype = compute_dtype(hidden.dtype, head.weight.dtype)
+    state, index = empty_state(hidden)
+    sums = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
+    if len(head.weight):
+        chosen.hidden_grad(HeadRows(hidden, head, trusted, temperature, state, index), sums)
+    else:  # a shard may be empty; backends never see one
+        no_vocabulary(trusted, state, index)
+        sums.zero_()
+    stats = over_vocabulary(stats_of(hidden, targets, state, index, dtype), head)
+    return summed(_normalised(sums, head, stats, state[MAX], temperature), head.group)
+
+
+def _normalised(
+    sums: torch.Tensor,  # [N, D] of ``Backend.hidden_grad``, overwritten
+    head: Head,
+    stats: RowStats,  # over the whole vocabulary
+    local_max: torch.Tensor,  # [N] float64: what ``sums`` are relative to
+    temperature: float,
+) -> torch.Tensor:
+    """dL/dh over the rows of this weight, ``[N, D]``; zero in ignored rows."""
+    targets = stats.targets
+    assert targets is not None
+    largest, r, target = stats.state[MAX], stats.state[R], stats.state[TARGET]
+    scored = targets != checks.IGNORE_INDEX
+    slope = (head.scale / temperature / (1 + r)).where(scored, 0)  # [N]
+    shift = (local_max - largest).exp().where(scored, 0)
+    local = targets - head.vocab_start
+    here = (local >= 0) & (local < len(head.weight))
+    of_target = (-r).where(targets == stats.max_index, (target - largest).exp() - (1 + r))
+    if head.softcap is not None:
+        of_target = of_target * (1 - (target * (temperature / head.softcap)).square())
+    of_target = (of_target * slope).where(here, 0)
+    sums *= (shift * slope)[:, None].to(sums.dtype)
+    for begin in range(0, len(sums) if len(head.weight) else 0, GATHERED_ROWS):
+        part = slice(begin, begin + GATHERED_ROWS)
+        columns = head.weight[local[part].where(here[part], 0)].to(sums.dtype)
+        sums[part].addcmul_(of_target[part, None].to(sums.dtype), columns)
+    return sums
 
 
 @torch.no_grad()
@@ -87,8 +147,9 @@ def head_grad_norm(
     """Exact Frobenius norm of each sample's gradient in the head: weight, and bias where there is one.
 
     With ``delta_t`` the gradient in the logits, ``G = sum_t w_t delta_t h_t^T``. Two forms give the same number:
-    ``gram``, ``||G||^2 = sum_st w_s w_t <delta_s, delta_t> <h_s, h_t>``, costs T/D of the head's product, and
-    ``direct``, rows of G tile by tile, costs one such product whatever the sample's length T.
+    ``gram``, ``||G||^2 = sum_st w_s w_t <delta_s, delta_t> <h_s, h_t>`` in the visit of the weights that gives the
+    statistics, adds T / 2D to its one product of the head; ``direct``, rows of G tile by tile in a second visit, adds
+    two such products whatever the sample's length T.
 
     Args:
         hidden: ``[N, D]``, the scored tokens of B samples one after another.
@@ -113,10 +174,11 @@ def head_grad_norm(
     """
     checks.given("targets", targets)
     checks.one_of("loss", loss, LOSSES)
-    checks.one_of("form", form, ("auto", "gram", "direct"))
-    stats = row_stats(hidden, head, targets, temperature=temperature, backend=backend)
-    weights = loss_weights(targets, offsets, loss, token_weights)
-    return head_grad_norm_from(hidden, head, stats, offsets, weights, temperature, backend, form)
+    checks.one_of("form", form, FORMS)
+    chosen = checked_backend(hidden, head, targets, temperature, backend)
+    bounds = checks.offsets(offsets, targets)
+    weights = loss_weights(targets, bounds, loss, token_weights)
+    return visit(hidden, head, targets, bounds, temperature, chosen, form).grad_norm(weights)
 
 
 @torch.no_grad()
@@ -158,38 +220,32 @@ def grad_sketch(
     checks.one_of("loss", loss, LOSSES)
     checks.positive_int("dim", dim)
     stats = row_stats(hidden, head, targets, temperature=temperature, backend=backend)
-    weights = loss_weights(targets, offsets, loss, token_weights)
-    return grad_sketch_from(hidden, head, stats, offsets, weights, temperature, backend, dim, seed)
+    bounds = checks.offsets(offsets, targets)
+    weights = loss_weights(targets, bounds, loss, token_weights)
+    return grad_sketch_from(hidden, head, stats, bounds, weights, temperature, backend, dim, seed)
 
 
 def loss_weights(
     targets: torch.Tensor,  # [N]
-    offsets: torch.Tensor,  # [B + 1]
+    bounds: Bounds,
     loss: str,
     token_weights: torch.Tensor | None,  # [N]
 ) -> torch.Tensor:
     """Weight of each token's gradient in its sample's, ``[N]`` float64: zero where ignored."""
-    checks.offsets(offsets, targets)
-    scored = (targets != checks.IGNORE_INDEX).double()
-    counts = segment_sum(scored, offsets)
+    segments = sample_of_rows(bounds, targets.device)
+    weights = (targets != checks.IGNORE_INDEX).double()
+    counts = weights.new_zeros(len(bounds)).index_add_(0, segments, weights)
     checks.scored_tokens(counts)
-    weights = scored
     if token_weights is not None:
         checks.token_weights(token_weights, targets)
         weights = weights * token_weights.double()
-    if loss == "mean":
-        weights = weights / counts.repeat_interleave(offsets.diff())
-    return weights
+    return weights / counts[segments] if loss == "mean" else weights
 
 
-def segment_sum(
-    values: torch.Tensor,  # [N, ...]
-    offsets: torch.Tensor,  # [B + 1]
-) -> torch.Tensor:
-    """Sums of the rows of each segment, ``[B, ...]``."""
-    segments = torch.arange(len(offsets) - 1, device=values.device).repeat_interleave(offsets.diff())
-    out = torch.zeros((len(offsets) - 1, *values.shape[1:]), dtype=values.dtype, device=values.device)
-    return out.index_add_(0, segments, values)
+def sample_of_rows(bounds: Bounds, device: torch.device) -> torch.Tensor:
+    """Number of the sample of each row, ``[N]`` int64."""
+    lengths = torch.tensor([end - begin for begin, end in bounds], dtype=torch.int64)
+    return torch.arange(len(bounds)).repeat_interleave(lengths).to(device)
 
 
 def delta_product(
@@ -215,27 +271,23 @@ def head_grad_norm_from(
     hidden: torch.Tensor,  # [N, D]
     head: Head,
     stats: RowStats,
-    offsets: torch.Tensor,  # [B + 1]
+    bounds: Bounds,
     weights: torch.Tensor,  # [N] float64
     temperature: float,
     backend: str | None,
-    form: str,
 ) -> torch.Tensor:
-    """:func:`head_grad_norm` from statistics in hand, ``[B]``; arguments are trusted."""
+    """:func:`head_grad_norm` from statistics in hand, in a second visit, ``[B]``; arguments are trusted."""
     assert stats.targets is not None
-    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
-    squared = torch.zeros(len(offsets) - 1, dtype=torch.float64, device=hidden.device)
-    rows = HeadRows(hidden, head, stats.targets, temperature, stats.state, stats.max_index)
-    if len(head.weight):
-        chosen.head_grad_norm(rows, offsets, weights, form, squared)
-    return summed(squared, head.group).clamp_min(0).sqrt().to(stats.dtype)
+    shape = (hidden.shape[0], head.weight.shape[0])
+    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "head_grad_norm", shape)
+    return visit(hidden, head, stats.targets, bounds, temperature, chosen, known=stats).grad_norm(weights)
 
 
 def grad_sketch_from(
     hidden: torch.Tensor,  # [N, D]
     head: Head,
     stats: RowStats,
-    offsets: torch.Tensor,  # [B + 1]
+    bounds: Bounds,
     weights: torch.Tensor,  # [N] float64
     temperature: float,
     backend: str | None,
@@ -246,8 +298,8 @@ def grad_sketch_from(
     assert stats.targets is not None
     chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
     of_rows, of_columns = head_places(head, dim, seed)
-    sketches = hidden.new_zeros((len(offsets) - 1, dim // 2 + 1), dtype=_complex(stats.dtype))
-    segments = torch.arange(len(offsets) - 1, device=hidden.device).repeat_interleave(offsets.diff())
+    sketches = hidden.new_zeros((len(bounds), dim // 2 + 1), dtype=_complex(stats.dtype))
+    segments = sample_of_rows(bounds, hidden.device)
     for begin in range(0, len(hidden) if len(head.weight) else 0, SKETCH_ROWS):
         part = slice(begin, begin + SKETCH_ROWS)
         left = hidden.new_empty((len(hidden[part]), dim), dtype=stats.dtype)

@@ -12,13 +12,15 @@ in any grouping. Backends fill the state; the formulas below, in float64, are th
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
 
 from acqcore import checks
-from acqcore.backends import HeadRows, get as get_backend, select as select_backend
+from acqcore.backends import Backend, Gram, HeadRows, get as get_backend, select as select_backend
 from acqcore.head import Head, compute_dtype
 from acqcore.vocab_parallel import check_tiling, gathered
 
@@ -224,27 +226,76 @@ def row_stats(
 
     Source: Milakov & Gimelshein 2018 (online softmax), extended to the sums above.
     """
-    if not isinstance(head, Head):
-        raise TypeError(f"head: expected acqcore.Head, got {checks.describe(head)}")
+    chosen = checked_backend(hidden, head, targets, temperature, backend)
+    return over_vocabulary(own_stats(hidden, head, targets, temperature, chosen), head)
+
+
+def checked_backend(
+    hidden: torch.Tensor,  # [N, D]
+    head: Head,
+    targets: torch.Tensor | None,  # [N]
+    temperature: float,
+    backend: str | None,
+) -> Backend:
+    """The arguments of :func:`row_stats`, checked, and the backend that serves them."""
+    checks.instance("head", head, Head, "acqcore.Head")
     checks.hidden(hidden, head.weight)
     checks.targets(targets, hidden, "hidden")
     checks.positive("temperature", temperature)
-    dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     shape = (hidden.shape[0], head.weight.shape[0])
-    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "row_stats", shape)
+    return select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "row_stats", shape)
+
+
+def own_stats(
+    hidden: torch.Tensor,  # [N, D]
+    head: Head,
+    targets: torch.Tensor | None,  # [N]
+    temperature: float,
+    backend: Backend,
+    gram: Gram | None = None,
+) -> RowStats:
+    """Statistics over the rows of this weight alone, and the Gram where one is given; arguments are trusted."""
     # Detached rather than under no_grad: an error inside a compiled no_grad would leave gradients off for good.
     hidden, weight = hidden.detach(), head.weight.detach()
     bias = None if head.bias is None else head.bias.detach()
-    state, index = _empty_state(hidden)
+    state, index = empty_state(hidden)
+    products = None if gram is None else gram.products
+    flat = [] if gram is None else [row for pair in gram.bounds for row in pair]
     _row_stats_op(
         hidden, weight, bias, targets, head.softcap, head.scale, temperature, head.vocab_start, head.vocab_size,
-        chosen.name, state, index,
+        backend.name, flat, state, index, products,
     )  # fmt: skip
+    return stats_of(hidden, targets, state, index, compute_dtype(hidden.dtype, weight.dtype))
+
+
+def stats_of(
+    hidden: torch.Tensor,  # [N, D]
+    targets: torch.Tensor | None,  # [N]
+    state: torch.Tensor,  # [7, N]
+    index: torch.Tensor,  # [N]
+    dtype: torch.dtype,
+) -> RowStats:
+    """RowStats of a filled state."""
     norm = torch.linalg.vector_norm(hidden, dim=1, dtype=dtype)
     if targets is not None:
         norm = norm.where(targets != checks.IGNORE_INDEX, torch.nan)
-    stats = RowStats(state, index, targets, norm, dtype)
-    return stats if head.group is None or not len(stats) else _merged(stats, head)
+    return RowStats(state, index, targets, norm, dtype)
+
+
+def over_vocabulary(own: RowStats, head: Head) -> RowStats:
+    """Statistics of the whole vocabulary: a group's are merged over its ranks."""
+    return own if head.group is None or not len(own) else _merged(own, head)
+
+
+def empty_gram(bounds: tuple[tuple[int, int], ...], hidden: torch.Tensor, dtype: torch.dtype) -> Gram:
+    """A Gram of these samples of ``hidden [N, D]`` to be filled."""
+    starts = _starts(bounds)
+    return Gram(bounds, starts[:-1], torch.empty(starts[-1], dtype=dtype, device=hidden.device))
+
+
+def _starts(bounds: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """First element of each sample's matrix, and how many there are in all."""
+    return tuple(itertools.accumulate(((end - begin) ** 2 for begin, end in bounds), initial=0))
 
 
 def _merged(stats: RowStats, head: Head) -> RowStats:
@@ -288,19 +339,19 @@ def logit_stats(
     checks.positive("temperature", temperature)
     shape = (logits.shape[0], logits.shape[1])
     chosen = select_backend(backend, logits.device, (logits.dtype,), "logit_stats", shape)
-    state, index = _empty_state(logits)
+    state, index = empty_state(logits)
     _logit_stats_op(logits.detach(), targets, temperature, chosen.name, state, index)
     return RowStats(state, index, targets, None, compute_dtype(logits.dtype))
 
 
-def _empty_state(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def empty_state(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Uninitialised ``state [7, N]`` float64 and ``max_index [N]`` int64 beside ``rows [N, ...]``."""
     n = rows.shape[0]
     state = torch.empty((len(STATE_ROWS), n), dtype=torch.float64, device=rows.device)
     return state, torch.empty(n, dtype=torch.int64, device=rows.device)
 
 
-@torch.library.custom_op("acqcore::row_stats", mutates_args=("state", "index"))
+@torch.library.custom_op("acqcore::row_stats", mutates_args=("state", "index", "products"))
 def _row_stats_op(
     hidden: torch.Tensor,  # [N, D]
     weight: torch.Tensor,  # [V, D]
@@ -312,18 +363,26 @@ def _row_stats_op(
     vocab_start: int,
     vocab_size: int,
     backend: str,
+    bounds: Sequence[int],  # [2 samples], begin and end of each sample of the Gram
     state: torch.Tensor,  # [7, N] float64, written
     index: torch.Tensor,  # [N] int64, written
+    products: torch.Tensor | None,  # of the Gram, written
 ) -> None:
     targets = checks.targets_in_range(targets, vocab_size)
     if not len(weight):  # an empty shard of a group
-        _no_vocabulary(targets, state, index)
+        no_vocabulary(targets, state, index)
+        if products is not None:
+            products.zero_()
         return
+    gram = None
+    if products is not None:
+        pairs = tuple(zip(bounds[::2], bounds[1::2], strict=True))
+        gram = Gram(pairs, _starts(pairs)[:-1], products)
     head = Head(weight, bias, softcap, scale, vocab_start, vocab_size)
-    get_backend(backend).row_stats(HeadRows(hidden, head, targets, temperature, state, index))
+    get_backend(backend).row_stats(HeadRows(hidden, head, targets, temperature, state, index), gram)
 
 
-def _no_vocabulary(
+def no_vocabulary(
     targets: torch.Tensor | None,  # [N]
     state: torch.Tensor,  # [7, N] float64, written
     index: torch.Tensor,  # [N] int64, written

@@ -18,7 +18,7 @@ import torch
 import acqcore
 from acqcore import _core
 from acqcore.acquisitions import REGISTRY, RowNeed
-from acqcore.backends import _BACKENDS, HeadRows
+from acqcore.backends import _BACKENDS, Gram, HeadRows
 from acqcore.backends.base import Backend, DrawRows, Dropout
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.extension import matrix, pointer
@@ -63,11 +63,16 @@ class OnDevice(Backend):
         self.backend = backend
         self.name, self.description, self.dtypes = backend.name, backend.description, backend.dtypes
 
-    def row_stats(self, rows: HeadRows) -> None:
-        moved = self._rows(rows)
-        self.backend.row_stats(moved)
+    def longest_gram(self, depth: int) -> int:
+        return self.backend.longest_gram(depth)
+
+    def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:
+        moved, moved_gram = self._rows(rows), None if gram is None else _tensors_to_device(gram)
+        self.backend.row_stats(moved, moved_gram)
         rows.state.copy_(moved.state)
         rows.index.copy_(moved.index)
+        if gram is not None:
+            gram.products.copy_(moved_gram.products)
 
     def logit_stats(
         self,
@@ -94,12 +99,28 @@ class OnDevice(Backend):
         self.backend.delta_hash(self._rows(rows), _to_device(places), moved)
         out.copy_(moved)
 
-    def head_grad_norm(
-        self, rows: HeadRows, offsets: torch.Tensor, weights: torch.Tensor, form: str, squared: torch.Tensor
+    def gram_norm(
+        self, rows: HeadRows, gram: Gram, local_max: torch.Tensor, weights: torch.Tensor, squared: torch.Tensor
     ) -> None:
         moved = _to_device(squared)
-        self.backend.head_grad_norm(self._rows(rows), _to_device(offsets), _to_device(weights), form, moved)
+        self.backend.gram_norm(
+            self._rows(rows), _tensors_to_device(gram), _to_device(local_max), _to_device(weights), moved
+        )
         squared.copy_(moved)
+
+    def head_grad_norm(
+        self, rows: HeadRows, bounds: tuple[tuple[int, int], ...], weights: torch.Tensor, squared: torch.Tensor
+    ) -> None:
+        moved = _to_device(squared)
+        self.backend.head_grad_norm(self._rows(rows), bounds, _to_device(weights), moved)
+        squared.copy_(moved)
+
+    def hidden_grad(self, rows: HeadRows, out: torch.Tensor) -> None:
+        moved, moved_out = self._rows(rows), _to_device(out)
+        self.backend.hidden_grad(moved, moved_out)
+        rows.state.copy_(moved.state)
+        rows.index.copy_(moved.index)
+        out.copy_(moved_out)
 
     def dropout_mask(self, dropout: Dropout, site: int, keep: torch.Tensor) -> None:
         moved = _to_device(keep)

@@ -144,7 +144,7 @@ def test_ones_own_over_samples_and_over_the_set(own_name: str, student: acqcore.
     @acqcore.register(own_name, needs=(BatchNeed(), GradientNeed()), over="sample")
     def length(batch: SampleBatch, norms: torch.Tensor) -> torch.Tensor:
         """Tokens times the norm of the gradient."""
-        return batch.offsets.diff() * norms
+        return torch.tensor([end - begin for begin, end in batch.bounds]) * norms
 
     scores = acqcore.score(student, IDS, [own_name, "grad_norm"])
     torch.testing.assert_close(scores[own_name], 5 * scores["grad_norm"])

@@ -12,7 +12,7 @@ import torch
 
 import acqcore
 from acqcore.backends import _BACKENDS, chunked, chunked_mixture
-from acqcore.backends.base import HeadRows
+from acqcore.backends.base import Gram, HeadRows
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.eager import Eager
 from acqcore.bayes import BayesStats
@@ -27,8 +27,10 @@ class _Chunked(Chunked):
     automatic = False
     dtypes = Eager.dtypes
 
-    def row_stats(self, rows: HeadRows) -> None:
+    def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:
         Eager().row_stats(rows)
+        if gram is not None:
+            self.fill_gram(rows, gram)
 
     def logit_stats(self, *arguments: object) -> None:
         raise NotImplementedError
@@ -133,10 +135,10 @@ def _small_mixtures(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_groups_of_samples() -> None:
-    bounds = [0, 3, 7, 9, 12, 30, 31, 40, 41]
-    assert list(chunked._groups(bounds, 10, 10)) == [[0, 1, 2], [3], [4], [5, 6], [7]]
-    assert list(chunked._groups(bounds, 3, 10)) == [[0], [1], [2, 3], [4], [5], [6], [7]]
-    assert list(chunked._groups(bounds, 0, 10)) == [[i] for i in range(8)]
+    bounds = [(0, 3), (3, 7), (7, 9), (9, 12), (12, 30), (30, 31), (31, 40), (40, 41)]
+    assert list(chunked._groups(bounds, 10)) == [(0, 3), (3, 4), (4, 5), (5, 7), (7, 8)]
+    assert list(chunked._groups(bounds, 3)) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8)]
+    assert list(chunked._groups([], 3)) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
@@ -146,15 +148,16 @@ def test_groups_of_samples() -> None:
         "delta_product(None, rows, head.weight, torch.zeros(2048, 512))",
         "delta_hash(None, rows, torch.zeros(32768, dtype=torch.int32), torch.zeros(2048, 256))",
         "mixture_stats(chunked, draws)",
-        "head_grad_norm(None, rows, torch.arange(9) * 256, weights, 'gram', weights.new_empty(8))",
-        "head_grad_norm(None, rows, torch.arange(9) * 256, weights, 'direct', weights.new_empty(8))",
+        "fill_gram(None, rows, gram)",
+        "gram_norm(None, rows, gram, stats.state[0], weights, weights.new_empty(8))",
+        "head_grad_norm(None, rows, bounds, weights, weights.new_empty(8))",
     ],
 )
 def test_memory_is_bounded(call: str) -> None:
     """At most 64 MiB and the result's 4; gradients or draws of the logits would take 256, the weight in float32 64."""
     code = (
         "import torch, acqcore\n"
-        "from acqcore.backends import DrawRows, Dropout, HeadRows\n"
+        "from acqcore.backends import DrawRows, Dropout, Gram, HeadRows\n"
         "from acqcore.backends.chunked import Chunked\n"
         "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))\n"
         "h, head = torch.randn(2048, 512).bfloat16(), acqcore.Head(torch.randn(32768, 512).bfloat16())\n"
@@ -164,6 +167,8 @@ def test_memory_is_bounded(call: str) -> None:
         "class C(Chunked): row_stats = logit_stats = None\n"
         "chunked, dropout = C(), Dropout(0.1, 'element', 1, 0, y[:512] * 0, y[:512])\n"
         "draws = DrawRows(h[:512], (head,), y[:512], 4, dropout, weights.new_empty(6, 512), y.new_empty(4, 512))\n"
+        "bounds = tuple((256 * i, 256 * i + 256) for i in range(8))\n"
+        "gram = Gram(bounds, tuple(65536 * i for i in range(8)), torch.zeros(8 * 65536))\n"
         "open('/proc/self/clear_refs', 'w').write('5')\n"
         "before = peak()\n"
         f"Chunked.{call}\n"
@@ -193,7 +198,7 @@ def test_chunks_of_large_shapes_fit(n: int, d: int, v: int) -> None:
 
 def test_products_are_float32_whatever_the_process_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(chunked, "logit_gradient", lambda rows: seen.append(settings.fp32_precision) or _stop())
+    monkeypatch.setattr(chunked, "unnormalised", lambda *_: seen.append(settings.fp32_precision) or _stop())
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
     settings.fp32_precision = "tf32"

@@ -28,22 +28,22 @@ REQUESTS = {
     "mutual information, last block": (("mutual_information",), {"mutual_information": {"layers": 1}}, (6, 2, 0, 8)),
     "entropy, mutual information": (("entropy", "mutual_information"), {}, (6, 2, 0, 9)),
     "draws": (DRAWN, {}, (6, 1, 0, 8)),
-    "norm, head": (("grad_norm",), {}, (6, 1, 0, 2)),
-    "entropy, norm, head": (("entropy", "grad_norm"), {}, (6, 1, 0, 2)),
-    "norm": (("grad_norm",), {"grad_norm": ALL}, (6, 1, 1, 3)),
+    "norm, head": (("grad_norm",), {}, (6, 1, 0, 1)),
+    "entropy, norm, head": (("entropy", "grad_norm"), {}, (6, 1, 0, 1)),
+    "norm": (("grad_norm",), {"grad_norm": ALL}, (6, 1, 1, 2)),
     "influence": (("influence",), {"influence": {}}, (6, 1, 1, 3)),
-    "norm, influence": (("grad_norm", "influence"), {"grad_norm": ALL, "influence": {}}, (6, 1, 1, 4)),
+    "norm, influence": (("grad_norm", "influence"), {"grad_norm": ALL, "influence": {}}, (6, 1, 1, 3)),
     "norm, influence, diversity": (
         ("grad_norm", "influence", "gradient_diversity"),
         {"grad_norm": ALL, "influence": {}, "gradient_diversity": ALL},
-        (6, 1, 1, 4),
+        (6, 1, 1, 3),
     ),
     "norm, diversity of the last block, both losses": (
         ("grad_norm", "gradient_diversity"),
         {"grad_norm": {"loss": "sum", **ALL}, "gradient_diversity": {"parameters": 1}},
-        (6, 1, 1, 3),
+        (6, 1, 1, 2),
     ),
-    "norm, badge": (("grad_norm", "badge"), {"grad_norm": ALL, "badge": {"parameters": 1}}, (6, 1, 2, 4)),
+    "norm, badge": (("grad_norm", "badge"), {"grad_norm": ALL, "badge": {"parameters": 1}}, (6, 1, 2, 3)),
     "diversity, novelty, head": (
         ("gradient_diversity", "archive_novelty"),
         {"archive_novelty": {"archive": acqcore.Archive()}},
@@ -59,7 +59,7 @@ REQUESTS = {
             "gradient_diversity": ALL,
             "archive_novelty": {"archive": acqcore.Archive(), **ALL},
         },
-        (6, 2, 2, 14),
+        (6, 2, 2, 13),
     ),
 }
 

@@ -11,6 +11,7 @@ import torch
 from acqcore import checks
 from acqcore.gradients.need import GradientNeed
 from acqcore.head import Head
+from acqcore.head_grad import Bounds
 from acqcore.literals import Form, Layers
 from acqcore.row_stats import RowStats
 from acqcore.students.student import Student, StudentLike
@@ -72,14 +73,14 @@ class SampleBatch:
         hidden: ``[N, D]``.
         head: the last layer.
         stats: of the N rows, with targets.
-        offsets: ``[B + 1]`` int64, sample i is rows ``offsets[i]:offsets[i + 1]``.
+        bounds: [begin, end) of each sample among the rows.
         backend: the name asked for, or None.
     """
 
     hidden: torch.Tensor
     head: Head
     stats: RowStats
-    offsets: torch.Tensor
+    bounds: Bounds
     backend: str | None
 
 

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from acqcore import checks
-from acqcore.backends.base import Backend, DrawRows as DrawRows, Dropout as Dropout, HeadRows as HeadRows
+from acqcore.backends.base import (
+    Backend as Backend,
+    DrawRows as DrawRows,
+    Dropout as Dropout,
+    Gram as Gram,
+    HeadRows as HeadRows,
+)
 from acqcore.backends.cpu import Cpu
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.eager import Eager

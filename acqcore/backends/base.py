@@ -24,6 +24,25 @@ class HeadRows:
 
 
 @dataclass(frozen=True, eq=False)
+class Gram:
+    """Gram matrices of unnormalised probabilities, one a sample, kept beside the row state.
+
+    ``products[s, t] = sum_v f_s[v] f_t[v]`` over the columns v of this weight that are the target of no row of the
+    sample, with ``f_s[v] = exp(z_s[v] - m_s) cap'_s[v]``:
+
+    - ``m_s`` is the row's largest logit over this weight, ``state[MAX]`` as the visit leaves it.
+    - ``cap'_s[v] = 1 - (z_s[v] temperature / softcap)^2`` is the derivative of the softcap, 1 without one. The constant
+      ``scale / temperature`` is left out.
+
+    Rows with target -100 hold zeros. A row without a finite logit, or with NaN, may hold anything.
+    """
+
+    bounds: tuple[tuple[int, int], ...]  # [begin, end) rows of each covered sample, known on the host
+    starts: tuple[int, ...]  # first element of each sample's matrix in ``products``
+    products: torch.Tensor  # [sum T_i^2] float32, float64 on eager in float64: T_i x T_i, row-major, sample by sample
+
+
+@dataclass(frozen=True, eq=False)
 class Dropout:
     """Inverted dropout that makes draws of hidden states; masks as in ``philox.py``, found again where needed."""
 
@@ -81,11 +100,19 @@ class Backend(ABC):
         return None
 
     @abstractmethod
+    def longest_gram(self, depth: int) -> int:
+        """Rows of the longest sample whose Gram matrix costs less than ``head_grad_norm``, for states of this depth."""
+
+    @abstractmethod
     def row_stats(
         self,
         rows: HeadRows,
+        gram: Gram | None = None,
     ) -> None:
-        """Fill the state of ``row_stats.RowStats`` in place. A row with target -100: NaN state and index -1."""
+        """Fill the state of ``row_stats.RowStats`` in place, and ``gram`` in the same visit of the weights.
+
+        A row with target -100: NaN state and index -1. Without a Gram, targets may be None.
+        """
 
     @abstractmethod
     def logit_stats(
@@ -117,15 +144,44 @@ class Backend(ABC):
         """Signed sums of delta's columns that share a place; zero in rows with target -100."""
 
     @abstractmethod
+    def gram_norm(
+        self,
+        rows: HeadRows,
+        gram: Gram,
+        local_max: torch.Tensor,  # [N] float64: state[MAX] when the Gram was formed
+        weights: torch.Tensor,  # [N] float64, zero where the target is -100
+        squared: torch.Tensor,  # [len(gram.bounds)] float64, written
+    ) -> None:
+        """Squared norm of the head gradient of each sample of ``gram``, from the state of the whole vocabulary.
+
+        ``sum_st w_s w_t (<h_s, h_t> + 1 with a bias) (c_s c_t products_st + sum_u delta_s[u] delta_t[u])`` with
+        ``c = exp(local_max - state[MAX]) (scale / temperature) / Z`` and u over the sample's distinct targets that are
+        rows of this weight. ``delta`` is exact: ``-R / Z`` times its slope where the target is the largest logit. For a
+        shard this is the shard's share; the ranks' shares add up.
+        """
+
+    @abstractmethod
     def head_grad_norm(
         self,
         rows: HeadRows,
-        offsets: torch.Tensor,  # [B + 1] int64
+        bounds: tuple[tuple[int, int], ...],  # [begin, end) rows of each sample
         weights: torch.Tensor,  # [N] float64, zero where the target is -100
-        form: str,  # "auto", "gram" or "direct"
-        squared: torch.Tensor,  # [B] float64, written
+        squared: torch.Tensor,  # [len(bounds)] float64, written
     ) -> None:
-        """Squared norm of each sample's head gradient, the bias's included where there is one."""
+        """The same numbers for samples of any length, from delta formed in a second visit of the weights."""
+
+    @abstractmethod
+    def hidden_grad(
+        self,
+        rows: HeadRows,
+        out: torch.Tensor,  # [N, D] float32 (float64 on eager in float64), written
+    ) -> None:
+        """Fill the state as ``row_stats`` does, and ``out`` in the same visit of the weights.
+
+        ``out_s = sum_v exp(z_s[v] - m_s) cap'_s[v] W_v`` over the columns of this weight but the row's target, with
+        ``m_s`` and ``cap'`` as in :class:`Gram`; zero in rows with target -100. ``head_grad.hidden_grad``
+        makes dL/dh of it: normalised, the target's column added exactly.
+        """
 
     @abstractmethod
     def dropout_mask(

@@ -6,17 +6,16 @@ float32, no more than ``BUFFER_BYTES`` exists at a time.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
-from acqcore.backends.base import Backend, DrawRows, Dropout, HeadRows
+from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows
 from acqcore.backends.chunked_mixture import mixture_in_chunks
-from acqcore.backends.eager import logit_gradient
-from acqcore.head import compute_dtype
+from acqcore.backends.eager import gram_norm, gram_products, logit_gradient, unnormalised
+from acqcore.head import Head, compute_dtype
 from acqcore.philox import keep_mask
 
 #: Bound on what an operation allocates at a time beside its result.
@@ -72,29 +71,63 @@ class Chunked(Backend):
                 delta = _delta(piece, columns)
                 out[part].index_add_(1, places[columns], delta.where(~minus[columns], -delta))
 
+    def longest_gram(self, depth: int) -> int:
+        return min(_rows_at_once(depth), depth)
+
+    @float32_products()
+    def fill_gram(
+        self,
+        rows: HeadRows,  # their state filled
+        gram: Gram,
+    ) -> None:
+        """The Gram matrices, in a second visit of the weights."""
+        for first, last in _groups(gram.bounds, _rows_at_once(rows.hidden.shape[1])):
+            begin, end = gram.bounds[first][0], gram.bounds[last - 1][1]
+            part = _rows(rows, slice(begin, end))
+            bounds = tuple((b - begin, e - begin) for b, e in gram.bounds[first:last])
+            group = Gram(bounds, gram.starts[first:last], gram.products)
+            for columns in _vocab_chunks(rows, end - begin, 0):
+                gram_products(_factors(part, columns), part, group, columns.start)
+
+    @float32_products()
+    def gram_norm(
+        self,
+        rows: HeadRows,
+        gram: Gram,
+        local_max: torch.Tensor,  # [N] float64
+        weights: torch.Tensor,  # [N] float64
+        squared: torch.Tensor,  # [len(gram.bounds)] float64, written
+    ) -> None:
+        gram_norm(rows, gram, local_max, weights, squared)
+
     @float32_products()
     def head_grad_norm(
         self,
         rows: HeadRows,
-        offsets: torch.Tensor,  # [B + 1]
+        bounds: tuple[tuple[int, int], ...],
         weights: torch.Tensor,  # [N] float64
-        form: str,
-        squared: torch.Tensor,  # [B] float64, written
+        squared: torch.Tensor,  # [len(bounds)] float64, written
     ) -> None:
-        """Samples of more than ``MAX_ROWS`` tokens take the direct form, whatever is asked.
+        for i, (begin, end) in enumerate(bounds):
+            squared[i] = _direct_form(rows, begin, end, weights)
 
-        Their Gram matrices are large, and the direct form gives the same number at less cost.
-        """
-        depth = rows.hidden.shape[1]
-        at_once = _rows_at_once(depth)
-        longest_gram = {"auto": min(at_once, depth), "gram": at_once, "direct": 0}[form]
-        bounds = offsets.tolist()
-        for group in _groups(bounds, longest_gram, at_once):
-            if bounds[group[0] + 1] - bounds[group[0]] <= longest_gram:
-                _gram_form(rows, bounds, group, weights, squared)
-            else:
-                (i,) = group
-                squared[i] = _direct_form(rows, bounds[i], bounds[i + 1], weights)
+    @float32_products()
+    def hidden_grad(
+        self,
+        rows: HeadRows,
+        out: torch.Tensor,  # [N, D], written
+    ) -> None:
+        """In two visits of the weights."""
+        assert rows.targets is not None
+        self.row_stats(rows)
+        out.zero_()
+        for part, piece in _row_chunks(rows, 0, len(rows.hidden)):
+            assert piece.targets is not None
+            for columns in _vocab_chunks(rows, len(rows.hidden), rows.hidden.shape[1]):
+                factors = _factors(piece, columns)
+                of_row = torch.arange(columns.start, columns.stop, device=out.device) + rows.head.vocab_start
+                factors.masked_fill_(of_row == piece.targets[:, None], 0)
+                out[part].addmm_(factors, rows.head.weight[columns].to(factors.dtype))
 
     def dropout_mask(
         self,
@@ -118,42 +151,15 @@ class Chunked(Backend):
         mixture_in_chunks(self, rows)
 
 
-def _groups(bounds: list[int], longest_gram: int, at_once: int) -> Iterator[list[int]]:
-    """Neighbouring samples of at most ``at_once`` rows together; one that is longer than ``longest_gram``, alone."""
-    group: list[int] = []
-    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        long = end - begin > longest_gram
-        if group and (long or end - bounds[group[0]] > at_once):
-            yield group
-            group = []
-        if long:
-            yield [i]
-        else:
-            group.append(i)
-    if group:
-        yield group
-
-
-def _gram_form(
-    rows: HeadRows,
-    bounds: list[int],  # B + 1
-    group: list[int],  # neighbouring samples
-    weights: torch.Tensor,  # [N] float64
-    squared: torch.Tensor,  # [B] float64, written for the group
-) -> None:
-    """``sum_st w_s w_t <delta_s, delta_t> (<h_s, h_t> + 1 with a bias)`` over each sample's tokens."""
-    first, last = bounds[group[0]], bounds[group[-1] + 1]
-    part = _rows(rows, slice(first, last))
-    scale = weights[first:last, None].to(part.hidden.dtype)
-    products = weights.new_zeros((last - first, last - first))
-    for columns in _vocab_chunks(rows, last - first, 0):
-        delta = _delta(part, columns) * scale
-        products += delta @ delta.T
-    keys = part.hidden @ part.hidden.T
-    products *= keys if rows.head.bias is None else keys + 1
-    for i in group:
-        own = slice(bounds[i] - first, bounds[i + 1] - first)
-        squared[i] = products[own, own].sum()
+def _groups(bounds: Sequence[tuple[int, int]], at_once: int) -> Iterator[tuple[int, int]]:
+    """Neighbouring samples ``[first, last)`` of at most ``at_once`` rows together; a longer one gets its own group."""
+    first = 0
+    for i, (_, end) in enumerate(bounds):
+        if i > first and end - bounds[first][0] > at_once:
+            yield first, i
+            first = i
+    if bounds:
+        yield first, len(bounds)
 
 
 def _direct_form(
@@ -211,7 +217,16 @@ def _vocab_chunks(rows: HeadRows, n: int, width: int) -> Iterator[slice]:
 
 def _delta(rows: HeadRows, columns: slice) -> torch.Tensor:
     """Columns of ``logit_gradient``, ``[N, columns]``."""
-    head = rows.head
+    return logit_gradient(replace(rows, head=_shard(rows.head, columns)))
+
+
+def _factors(rows: HeadRows, columns: slice) -> torch.Tensor:
+    """Columns of ``unnormalised``, ``[N, columns]``."""
+    shard = _shard(rows.head, columns)
+    return unnormalised(shard.logits(rows.hidden, rows.temperature), rows)
+
+
+def _shard(head: Head, columns: slice) -> Head:
+    """Some rows of the head's weight."""
     bias = None if head.bias is None else head.bias[columns]
-    shard = replace(head, weight=head.weight[columns], bias=bias, vocab_start=head.vocab_start + columns.start)
-    return logit_gradient(replace(rows, head=shard))
+    return replace(head, weight=head.weight[columns], bias=bias, vocab_start=head.vocab_start + columns.start)

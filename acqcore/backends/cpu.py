@@ -10,7 +10,7 @@ import torch
 
 from acqcore import checks
 from acqcore.backends import extension
-from acqcore.backends.base import Backend, DrawRows, Dropout, HeadRows
+from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows
 from acqcore.backends.extension import core as _core, matrix, pointer
 from acqcore.philox import threshold
 
@@ -39,12 +39,26 @@ class Cpu(Backend):
             raise RuntimeError(f"ACQCORE_ISA: {forced!r} is not available here: {names[forced]}")
         return forced
 
+    def longest_gram(self, depth: int) -> int:
+        # A Gram adds 1.3 T / 2D to the statistics, delta 2.4 (AVX-512, D = 576); past 1536 rows its memory is much.
+        return min(2 * depth, 1536)
+
     def row_stats(
         self,
         rows: HeadRows,
+        gram: Gram | None = None,
     ) -> None:
+        bounds = None if gram is None else torch.tensor(gram.bounds, dtype=torch.int64)
         with _head_args(rows) as arguments:
-            _core.row_stats(self.instruction_set(), arguments, rows.state.data_ptr(), rows.index.data_ptr())
+            _core.row_stats(
+                self.instruction_set(),
+                arguments,
+                pointer(bounds),
+                0 if gram is None else len(gram.bounds),
+                0 if gram is None else gram.products.data_ptr(),
+                rows.state.data_ptr(),
+                rows.index.data_ptr(),
+            )
 
     def logit_stats(
         self,
@@ -98,26 +112,63 @@ class Cpu(Backend):
                 out.data_ptr(),
             )
 
+    def gram_norm(
+        self,
+        rows: HeadRows,
+        gram: Gram,
+        local_max: torch.Tensor,  # [N] float64
+        weights: torch.Tensor,  # [N] float64
+        squared: torch.Tensor,  # [len(gram.bounds)] float64, written
+    ) -> None:
+        of_samples = torch.tensor(gram.bounds, dtype=torch.int64)
+        local_max, weights = local_max.contiguous(), weights.contiguous()
+        with _head_args(rows) as arguments:
+            _core.gram_norm(
+                self.instruction_set(),
+                arguments,
+                rows.state.data_ptr(),
+                rows.index.data_ptr(),
+                of_samples.data_ptr(),
+                len(gram.bounds),
+                gram.products.data_ptr(),
+                local_max.data_ptr(),
+                weights.data_ptr(),
+                squared.data_ptr(),
+            )
+
     def head_grad_norm(
         self,
         rows: HeadRows,
-        offsets: torch.Tensor,  # [B + 1]
+        bounds: tuple[tuple[int, int], ...],
         weights: torch.Tensor,  # [N] float64
-        form: str,
-        squared: torch.Tensor,  # [B] float64, written
+        squared: torch.Tensor,  # [len(bounds)] float64, written
     ) -> None:
-        offsets, weights = offsets.contiguous(), weights.contiguous()
+        weights = weights.contiguous()
+        of_samples = torch.tensor(bounds, dtype=torch.int64)
         with _head_args(rows) as arguments:
             _core.head_grad_norm(
                 self.instruction_set(),
                 arguments,
                 rows.state.data_ptr(),
                 rows.index.data_ptr(),
-                offsets.data_ptr(),
-                len(offsets) - 1,
+                of_samples.data_ptr(),
+                len(bounds),
                 weights.data_ptr(),
-                form,
                 squared.data_ptr(),
+            )
+
+    def hidden_grad(
+        self,
+        rows: HeadRows,
+        out: torch.Tensor,  # [N, D], written
+    ) -> None:
+        with _head_args(rows) as arguments:
+            _core.hidden_grad(
+                self.instruction_set(),
+                arguments,
+                rows.state.data_ptr(),
+                rows.index.data_ptr(),
+                out.data_ptr(),
             )
 
     def dropout_mask(

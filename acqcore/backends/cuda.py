@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from acqcore.backends import extension
-from acqcore.backends.base import HeadRows
+from acqcore.backends.base import Gram, HeadRows
 from acqcore.backends.chunked import Chunked, float32_products
 from acqcore.backends.extension import constant_when_compiled, core, matrix, pointer
 from acqcore.head import Head
@@ -35,6 +35,7 @@ class Cuda(Chunked):
     def row_stats(
         self,
         rows: HeadRows,
+        gram: Gram | None = None,
     ) -> None:
         """Block by block of rows and columns: product, bias, cap, then the kernel, merged along the columns."""
         head, targets = rows.head, rows.targets
@@ -64,6 +65,8 @@ class Cuda(Chunked):
                     self._fold(z, y, rows.temperature, start, first > 0, state, index)
                 rows.state[:, part] = state
                 rows.index[part] = index
+        if gram is not None:
+            self.fill_gram(rows, gram)
 
     def logit_stats(
         self,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from dataclasses import replace
 
 import torch
 
-from acqcore.backends.base import Backend, DrawRows, Dropout, HeadRows
+from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows
 from acqcore.head import compute_dtype
 from acqcore.philox import keep_mask
 
@@ -18,12 +18,18 @@ class Eager(Backend):
     automatic = False
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+    def longest_gram(self, depth: int) -> int:
+        return depth
+
     def row_stats(
         self,
         rows: HeadRows,
+        gram: Gram | None = None,
     ) -> None:
         logits = rows.head.logits(rows.hidden, rows.temperature)
         fold(logits, rows.targets, rows.head.vocab_start, rows.state, rows.index)
+        if gram is not None:
+            gram_products(unnormalised(logits, rows), rows, gram)
 
     def logit_stats(
         self,
@@ -54,26 +60,42 @@ class Eager(Backend):
         minus = places < 0
         out.zero_().index_add_(1, torch.where(minus, ~places, places), delta.where(~minus, -delta))
 
+    def gram_norm(
+        self,
+        rows: HeadRows,
+        gram: Gram,
+        local_max: torch.Tensor,  # [N] float64
+        weights: torch.Tensor,  # [N] float64
+        squared: torch.Tensor,  # [len(gram.bounds)] float64, written
+    ) -> None:
+        gram_norm(rows, gram, local_max, weights, squared)
+
     def head_grad_norm(
         self,
         rows: HeadRows,
-        offsets: torch.Tensor,  # [B + 1]
+        bounds: tuple[tuple[int, int], ...],
         weights: torch.Tensor,  # [N] float64
-        form: str,
-        squared: torch.Tensor,  # [B] float64, written
+        squared: torch.Tensor,  # [len(bounds)] float64, written
     ) -> None:
         delta = logit_gradient(rows)
         delta = delta * weights[:, None].to(delta.dtype)
-        bounds = offsets.tolist()
-        for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        for i, (begin, end) in enumerate(bounds):
             d, h = delta[begin:end], rows.hidden[begin:end].to(delta.dtype)
-            if form == "gram":
-                keys = h @ h.T if rows.head.bias is None else h @ h.T + 1
-                squared[i] = ((d @ d.T).double() * keys.double()).sum()
-            else:
-                squared[i] = (d.T @ h).double().square().sum()
-                if rows.head.bias is not None:
-                    squared[i] += d.sum(dim=0).double().square().sum()
+            squared[i] = (d.T @ h).double().square().sum()
+            if rows.head.bias is not None:
+                squared[i] += d.sum(dim=0).double().square().sum()
+
+    def hidden_grad(
+        self,
+        rows: HeadRows,
+        out: torch.Tensor,  # [N, D], written
+    ) -> None:
+        logits = rows.head.logits(rows.hidden, rows.temperature)
+        fold(logits, rows.targets, rows.head.vocab_start, rows.state, rows.index)
+        factors = unnormalised(logits, rows)
+        _, columns, here = _target_columns(rows)
+        factors.scatter_(1, columns[:, None], factors.gather(1, columns[:, None]).masked_fill(here[:, None], 0))
+        torch.mm(factors, rows.head.weight.to(factors.dtype), out=out)
 
     def dropout_mask(
         self,
@@ -137,6 +159,92 @@ def mixture(
         votes[:, ignored] = -1
 
 
+def unnormalised(
+    z: torch.Tensor,  # [N, V] logits
+    rows: HeadRows,
+) -> torch.Tensor:
+    """``exp(z - m) cap'``, ``[N, V]``, the factors of :class:`Gram`; zero in ignored rows."""
+    assert rows.targets is not None
+    factors = (z - rows.state[0, :, None].to(z.dtype)).exp().masked_fill(z == -torch.inf, 0)
+    factors = factors * _cap_slope(z, rows)
+    return factors.masked_fill((rows.targets == -100)[:, None], 0)
+
+
+def gram_products(
+    factors: torch.Tensor,  # [N, V], some or all columns of the weight
+    rows: HeadRows,
+    gram: Gram,  # products written
+    first: int = 0,  # column of factors[:, 0] in the weight
+) -> None:
+    """The Gram matrices of some columns; with ``first`` past 0 they are added to those of the columns before."""
+    assert rows.targets is not None
+    width = factors.shape[1]
+    for (begin, end), start in zip(gram.bounds, gram.starts, strict=True):
+        local = rows.targets[begin:end] - (rows.head.vocab_start + first)
+        here = (local >= 0) & (local < width)
+        special = torch.zeros(width + 1, dtype=torch.bool, device=factors.device)
+        special[local.where(here, width)] = True
+        own = factors[begin:end].masked_fill(special[:width], 0)
+        products = gram.products[start : start + (end - begin) ** 2].view(end - begin, end - begin)
+        if first:
+            products.addmm_(own, own.T)
+        else:
+            torch.mm(own, own.T, out=products)
+
+
+def gram_norm(
+    rows: HeadRows,
+    gram: Gram,
+    local_max: torch.Tensor,  # [N] float64
+    weights: torch.Tensor,  # [N] float64
+    squared: torch.Tensor,  # [len(gram.bounds)] float64, written
+) -> None:
+    """``Backend.gram_norm`` in plain torch; nothing in it waits for a device."""
+    scored, columns, here = _target_columns(rows)
+    assert rows.targets is not None
+    head, slope = rows.head, rows.head.scale / rows.temperature
+    largest = rows.state[0].where(scored, 0)
+    r = rows.state[2].where(scored, 0)
+    scale = weights.where(scored, 0) * (slope / (1 + r))
+    shift = (local_max - rows.state[0]).exp().where(scored, 0)
+    for i, ((begin, end), start) in enumerate(zip(gram.bounds, gram.starts, strict=True)):
+        part, length = slice(begin, end), end - begin
+        y, picked = rows.targets[part], columns[part]
+        same = y[:, None] == y  # [T, T]: row s has the target of row u
+        distinct = here[part] & ~same.tril(-1).any(dim=1)
+        bias = None if head.bias is None else head.bias[picked]
+        few = replace(head, weight=head.weight[picked], bias=bias, vocab_start=0, vocab_size=length, group=None)
+        z = few.logits(rows.hidden[part], rows.temperature)
+        e = (z.double() - largest[part, None]).exp()
+        top = same & (y == rows.index[part])[:, None]
+        delta = (e - same * (1 + r[part, None])).where(~top, -r[part, None]) * _cap_slope(z, rows)
+        delta = delta.where(distinct, 0) * scale[part, None]
+        products = gram.products[start : start + length**2].view(length, length).double()
+        c = scale[part] * shift[part]
+        h = rows.hidden[part].to(z.dtype)
+        keys = (h @ h.T).double()
+        keys = keys if head.bias is None else keys + 1
+        squared[i] = ((c[:, None] * products * c + delta @ delta.T) * keys).sum()
+
+
+def _cap_slope(
+    z: torch.Tensor,  # [..., V] logits
+    rows: HeadRows,
+) -> torch.Tensor | float:
+    """Derivative of the softcap, the shape of ``z``; 1 without one. tanh' = 1 - tanh^2."""
+    if rows.head.softcap is None:
+        return 1.0
+    return 1 - (z * (rows.temperature / rows.head.softcap)).square()
+
+
+def _target_columns(rows: HeadRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``[N]`` each: whether the row is scored, its target's column (0 where absent), whether that is in this weight."""
+    assert rows.targets is not None
+    local = rows.targets - rows.head.vocab_start
+    here = (local >= 0) & (local < len(rows.head.weight))
+    return rows.targets != -100, local.where(here, 0), here
+
+
 def logit_gradient(rows: HeadRows) -> torch.Tensor:
     """``delta [N, V]``, the gradient of each token's loss in ``W h + b``; zero in ignored rows."""
     head, targets = rows.head, rows.targets
@@ -150,9 +258,7 @@ def logit_gradient(rows: HeadRows) -> torch.Tensor:
     of_target = torch.where(targets[here] == rows.index[here], (-r / (1 + r))[here], of_target)
     p[here, local[here]] = of_target.to(p.dtype)
     slope = head.scale / rows.temperature
-    if head.softcap is not None:
-        p = p * (1 - (z * (rows.temperature / head.softcap)).square())  # tanh' = 1 - tanh^2
-    return (p * slope).masked_fill((targets == -100)[:, None], 0)
+    return (p * _cap_slope(z, rows) * slope).masked_fill((targets == -100)[:, None], 0)
 
 
 def fold(

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from acqcore import checks
-from acqcore.backends.base import Dropout, HeadRows
+from acqcore.backends.base import Dropout, Gram, HeadRows
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled
 from acqcore.philox import threshold
@@ -56,6 +56,7 @@ class Triton(Chunked):
     def row_stats(
         self,
         rows: HeadRows,
+        gram: Gram | None = None,
     ) -> None:
         from acqcore.kernels.config import tiles_for
         from acqcore.kernels.row_stats import row_stats
@@ -84,6 +85,8 @@ class Triton(Chunked):
                 precision=precision,
                 upcast=INTERPRETED and dtype == torch.bfloat16,  # numpy has no bfloat16 products
             )
+        if gram is not None:
+            self.fill_gram(rows, gram)
 
     def logit_stats(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -10,20 +11,25 @@ import torch
 from acqcore.checks.basic import IGNORE_INDEX, describe, float_tensor, one_of, same_device
 
 
-def offsets(value: object, targets: torch.Tensor) -> None:
-    """Sample boundaries ``[B + 1]`` of packed rows: int64, from 0, increasing, ending at N. Reads values."""
+def offsets(value: object, targets: torch.Tensor) -> tuple[tuple[int, int], ...]:
+    """Sample boundaries ``[B + 1]`` of packed rows: int64, from 0, increasing, ending at N. Reads values once.
+
+    Returns:
+        ``[begin, end)`` rows of each sample, on the host.
+    """
     if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
         raise TypeError(f"offsets: expected an int64 tensor [B + 1], got {describe(value)}")
     if value.dim() != 1 or len(value) < 1:
         raise ValueError(f"offsets: expected [B + 1] with B >= 0, got {describe(value)}")
     same_device("offsets", value, "targets", targets)
-    n = len(targets)
-    if int(value[0]) != 0 or int(value[-1]) != n:
-        raise ValueError(f"offsets: expected to run from 0 to N = {n}, got {int(value[0])} to {int(value[-1])}")
-    steps = value.diff()
-    if bool((steps <= 0).any()):
-        i = int((steps <= 0).nonzero()[0])
-        raise ValueError(f"offsets: expected increasing, got {int(value[i])} then {int(value[i + 1])} (sample {i})")
+    n, rows = len(targets), value.tolist()
+    if rows[0] != 0 or rows[-1] != n:
+        raise ValueError(f"offsets: expected to run from 0 to N = {n}, got {rows[0]} to {rows[-1]}")
+    bounds = tuple(itertools.pairwise(rows))
+    for i, (begin, end) in enumerate(bounds):
+        if begin >= end:
+            raise ValueError(f"offsets: expected increasing, got {begin} then {end} (sample {i})")
+    return bounds
 
 
 def scored_tokens(counts: torch.Tensor) -> None:

@@ -10,7 +10,8 @@ import torch
 from acqcore.backends import HeadRows
 from acqcore.backends.eager import logit_gradient
 from acqcore.head import Head
-from acqcore.head_grad import delta_product, grad_sketch_from, head_grad_norm_from, loss_weights
+from acqcore.head_grad import Bounds, delta_product, grad_sketch_from, head_grad_norm_from, loss_weights
+from acqcore.head_visit import HeadVisit
 from acqcore.literals import Loss
 from acqcore.row_stats import RowStats, predicted_targets
 
@@ -22,27 +23,31 @@ class HeadPass:
     hidden: torch.Tensor  # [N, D]
     head: Head
     stats: RowStats
-    offsets: torch.Tensor  # [B + 1]
+    bounds: Bounds
     loss: Loss
     backend: str | None
+    visited: HeadVisit | None = None  # that gave the statistics, where it kept what the norm needs
     _found: dict[tuple[int, int] | None, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
     def weights(self) -> torch.Tensor:
         """Of each token in its sample's loss, ``[N]`` float64."""
         assert self.stats.targets is not None
-        return loss_weights(self.stats.targets, self.offsets, self.loss, None)
+        return loss_weights(self.stats.targets, self.bounds, self.loss, None)
 
     def predicted(self, loss: Loss) -> HeadPass:
         """The same tokens with the most likely ones as targets."""
-        return replace(self, stats=predicted_targets(self.stats), loss=loss, _found={})
+        return replace(self, stats=predicted_targets(self.stats), loss=loss, visited=None, _found={})
 
     def squared_norm(self) -> torch.Tensor:
         """``[B]`` float64."""
         if None not in self._found:
-            norm = head_grad_norm_from(
-                self.hidden, self.head, self.stats, self.offsets, self.weights, 1.0, self.backend, "auto"
-            )
+            if self.visited is not None:
+                norm = self.visited.grad_norm(self.weights)
+            else:
+                norm = head_grad_norm_from(
+                    self.hidden, self.head, self.stats, self.bounds, self.weights, 1.0, self.backend
+                )
             self._found[None] = norm.double().square()
         return self._found[None]
 
@@ -50,7 +55,7 @@ class HeadPass:
         """``[B, dim]``."""
         if (dim, seed) not in self._found:
             self._found[dim, seed] = grad_sketch_from(
-                self.hidden, self.head, self.stats, self.offsets, self.weights, 1.0, self.backend, dim, seed
+                self.hidden, self.head, self.stats, self.bounds, self.weights, 1.0, self.backend, dim, seed
             )
         return self._found[dim, seed]
 
@@ -72,7 +77,7 @@ class HeadPass:
         values: torch.Tensor,  # [U, D]
     ) -> torch.Tensor:
         """Inner product of one sample's head gradient with rows ``values`` at ``ids``, float64."""
-        rows = slice(int(self.offsets[sample]), int(self.offsets[sample + 1]))
+        rows = slice(*self.bounds[sample])
         bias = None if self.head.bias is None else self.head.bias[ids]
         columns = Head(self.head.weight[ids], bias, self.head.softcap, self.head.scale)
         assert self.stats.targets is not None

@@ -50,6 +50,10 @@ class SampleGradients:
         written = [need.loss for need in needs if not need.predicted]
         #: Loss that weighs the written tokens.
         self.loss: Loss = written[0] if written else "mean"
+        #: Whether the norm of the head's gradient under the written targets is among the needs.
+        self.of_head = any(
+            need.dim is None and not need.predicted and self._selections[need.parameters].head for need in needs
+        )
 
     @contextmanager
     def forward(
@@ -90,7 +94,7 @@ class SampleGradients:
                 self._capture.backward(hidden, gradient, emit, last=predicted == backwards[-1])
             for each in measured.values():
                 each.add_head(head_pass)
-            counts = head_pass.offsets.diff()
+            counts = torch.tensor([end - begin for begin, end in head_pass.bounds], device=head_pass.hidden.device)
             for need in needs:
                 values[need] = _finished(need, head_pass.loss, measured[_measure_of(need)].measure, counts)
         return values
@@ -101,7 +105,7 @@ class SampleGradients:
     def _measured(self, key: _Key, head_pass: HeadPass) -> _Measured:
         parameters, dim, seed = key
         selection = self._selections[parameters]
-        batch, device = len(head_pass.offsets) - 1, head_pass.hidden.device
+        batch, device = len(head_pass.bounds), head_pass.hidden.device
         measure = SquaredNorm(batch, device) if dim is None else Sketch(batch, device, dim, seed)
         return _Measured(measure, frozenset(selection.names.values()), selection.head)
 

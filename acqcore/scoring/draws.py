@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 
@@ -14,6 +15,7 @@ from acqcore.acquisitions import DrawOptions
 from acqcore.backends import Dropout
 from acqcore.bayes import BayesStats, dropout_stats, ensemble_stats
 from acqcore.head import Head
+from acqcore.head_grad import Bounds
 from acqcore.students.packing import collate
 from acqcore.students.samples import Row
 from acqcore.students.student import Student, as_student
@@ -33,6 +35,11 @@ class Batch:
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Batch:
         return cls(rows, *collate(rows))
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """[begin, end) of each sample among the N tokens."""
+        return tuple(pairwise(self.offsets.tolist()))
 
     @cached_property
     def mask_keys(self) -> torch.Tensor:

@@ -15,7 +15,8 @@ from acqcore.acquisitions.needs import Need
 from acqcore.gradients.head_pass import HeadPass
 from acqcore.gradients.need import GradientNeed
 from acqcore.gradients.per_sample import SampleGradients
-from acqcore.row_stats import row_stats
+from acqcore.head_visit import visit
+from acqcore.row_stats import checked_backend, row_stats
 from acqcore.scoring.draws import Batch, Draws
 from acqcore.students.packing import OVERHEAD_TOKENS, partition
 from acqcore.students.samples import Row, Samples, encode
@@ -117,7 +118,7 @@ class Runner:
             with torch.autocast(hidden.device.type, enabled=False):
                 seen = self._visit_head(picked, batch)
                 results[RowNeed()] = seen.stats
-                results[BatchNeed()] = SampleBatch(picked, head, seen.stats, seen.offsets, self._backend)
+                results[BatchNeed()] = SampleBatch(picked, head, seen.stats, seen.bounds, self._backend)
                 if gradients is not None:
                     results.update(gradients.measure(hidden, batch.positions, seen).items())
 
@@ -127,6 +128,12 @@ class Runner:
         batch: Batch,
     ) -> HeadPass:
         """Everything that is asked of the head for the written targets."""
-        stats = row_stats(hidden, self.head, batch.targets.to(hidden.device), backend=self._backend)
-        loss = "mean" if self._gradients is None else self._gradients.loss
-        return HeadPass(hidden, self.head, stats, batch.offsets.to(hidden.device), loss, self._backend)
+        head, gradients = self.head, self._gradients
+        targets = batch.targets.to(hidden.device)
+        if gradients is None or not gradients.of_head:
+            stats = row_stats(hidden, head, targets, backend=self._backend)
+            loss = "mean" if gradients is None else gradients.loss
+            return HeadPass(hidden, head, stats, batch.bounds, loss, self._backend)
+        backend = checked_backend(hidden, head, targets, 1.0, self._backend)
+        visited = visit(hidden, head, targets, batch.bounds, 1.0, backend)
+        return HeadPass(hidden, head, visited.stats, batch.bounds, gradients.loss, self._backend, visited)

@@ -71,8 +71,11 @@ void run(const std::string& isa, bool (*acqcore::Operations::*operation)(const A
   if (!(ops.*operation)(args)) throw std::bad_alloc();
 }
 
-void row_stats(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index) {
-  const acqcore::RowStatsArgs args = {head, reinterpret_cast<double*>(state), reinterpret_cast<int64_t*>(index)};
+void row_stats(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t bounds, int64_t samples,
+               uintptr_t products, uintptr_t state, uintptr_t index) {
+  const acqcore::GramArgs gram = {reinterpret_cast<const int64_t*>(bounds), samples,
+                                  reinterpret_cast<float*>(products)};
+  const acqcore::RowStatsArgs args = {head, gram, reinterpret_cast<double*>(state), reinterpret_cast<int64_t*>(index)};
   run(isa, &acqcore::Operations::row_stats, args);
 }
 
@@ -101,16 +104,36 @@ void delta_hash(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t
 }
 
 void head_grad_norm(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
-                    uintptr_t offsets, int64_t samples, uintptr_t weights, const std::string& form, uintptr_t squared) {
+                    uintptr_t bounds, int64_t samples, uintptr_t weights, uintptr_t squared) {
   const acqcore::HeadGradNormArgs args = {head,
                                           reinterpret_cast<const double*>(state),
                                           reinterpret_cast<const int64_t*>(index),
-                                          reinterpret_cast<const int64_t*>(offsets),
+                                          reinterpret_cast<const int64_t*>(bounds),
                                           samples,
                                           reinterpret_cast<const double*>(weights),
-                                          form == "gram" ? 1 : (form == "direct" ? 2 : 0),
                                           reinterpret_cast<double*>(squared)};
   run(isa, &acqcore::Operations::head_grad_norm, args);
+}
+
+void hidden_grad(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
+                 uintptr_t out) {
+  const acqcore::HiddenGradArgs args = {head, reinterpret_cast<double*>(state), reinterpret_cast<int64_t*>(index),
+                                        reinterpret_cast<float*>(out)};
+  run(isa, &acqcore::Operations::hidden_grad, args);
+}
+
+void gram_norm(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index, uintptr_t bounds,
+               int64_t samples, uintptr_t products, uintptr_t local_max, uintptr_t weights, uintptr_t squared) {
+  const acqcore::GramArgs gram = {reinterpret_cast<const int64_t*>(bounds), samples,
+                                  reinterpret_cast<float*>(products)};
+  const acqcore::GramNormArgs args = {head,
+                                      reinterpret_cast<const double*>(state),
+                                      reinterpret_cast<const int64_t*>(index),
+                                      gram,
+                                      reinterpret_cast<const double*>(local_max),
+                                      reinterpret_cast<const double*>(weights),
+                                      reinterpret_cast<double*>(squared)};
+  run(isa, &acqcore::Operations::gram_norm, args);
 }
 
 acqcore::Dropout make_dropout(const std::string& form, int64_t block, uint32_t threshold, float inverse_keep,
@@ -170,13 +193,18 @@ void register_cpu(py::module_& m) {
   py::class_<acqcore::HeadArgs>(m, "HeadArgs")
       .def(py::init(&head_args), py::arg("threads"), py::arg("hidden"), py::arg("weight"), py::arg("bias"),
            py::arg("targets"), py::arg("softcap"), py::arg("scale"), py::arg("temperature"), py::arg("vocab_start"));
-  m.def("row_stats", &row_stats, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"));
+  m.def("row_stats", &row_stats, py::arg("isa"), py::arg("head"), py::arg("bounds"), py::arg("samples"),
+        py::arg("products"), py::arg("state"), py::arg("index"));
   m.def("delta_product", &delta_product, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("values"), py::arg("out"));
   m.def("delta_hash", &delta_hash, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("places"), py::arg("columns"), py::arg("out"));
+  m.def("hidden_grad", &hidden_grad, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
+        py::arg("out"));
+  m.def("gram_norm", &gram_norm, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"), py::arg("bounds"),
+        py::arg("samples"), py::arg("products"), py::arg("local_max"), py::arg("weights"), py::arg("squared"));
   m.def("head_grad_norm", &head_grad_norm, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
-        py::arg("offsets"), py::arg("samples"), py::arg("weights"), py::arg("form"), py::arg("squared"));
+        py::arg("bounds"), py::arg("samples"), py::arg("weights"), py::arg("squared"));
   py::class_<acqcore::Dropout>(m, "Dropout")
       .def(py::init(&make_dropout), py::arg("form"), py::arg("block"), py::arg("threshold"), py::arg("inverse_keep"),
            py::arg("seed"), py::arg("samples"), py::arg("positions"));

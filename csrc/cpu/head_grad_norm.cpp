@@ -1,10 +1,8 @@
-// Norms of per-sample head gradients G = sum_t delta_t h_t^T (weights inside delta), cross-token terms included.
+// Norms of per-sample head gradients G = sum_t delta_t h_t^T (weights inside delta), in the form for long samples.
 //
-// A task is a group of samples times a range of the vocabulary. For each tile it forms delta exactly (delta.h), then
-// adds a tile's share of ||G||^2, which is a sum over the vocabulary in both forms:
-//   gram    sum_st <delta_s, delta_t> <h_s, h_t>: a T x T product per tile, contracted with <h_s, h_t> at once
-//   direct  sum over the tile's rows of G, a tile x D product, squared at once
-// The shares, one double per sample and range, are added in order: nothing depends on threads or on other samples.
+// A task is a group of samples times a range of the vocabulary. For each tile it forms delta exactly (delta.h), then the
+// tile's rows of G, a tile x D product of each sample, and adds up their squares at once. The shares, one double per
+// sample and range, are added in order: nothing depends on threads or on other samples.
 #include "delta.h"
 #include "isa.h"
 #include "parallel.h"
@@ -15,87 +13,47 @@ namespace {
 constexpr int64_t kRanges = 8;
 constexpr int64_t kGroupRows = 256;  // samples are grouped until they have this many rows
 
-// gram costs T^2 / 2 multiply-adds a column of the vocabulary, direct T D. Measured time of gram over that of direct
-// (AVX-512, D = 576): 0.78 at T / D = 0.11, 0.87 at 0.5, 0.97 at 1, 1.09 at 1.5, 1.21 at 2, 1.45 at 3.
-constexpr double kGramLimit = 1.0;
-
 // One sample of a group.
 struct Sample {
   const int64_t* rows;  // its scored rows
   int64_t count;        // of them
   int64_t first;        // its first row among the group's panels
-  bool gram;
-  // gram: [padded, wide] of <h_s, h_t>, twice above the diagonal and 0 below it.
-  // direct: h as panels [count, kPanelColumns], a column of ones last where there is a bias.
-  float* keys;
+  float* keys;          // h as panels [count, kPanelColumns], a column of ones last where there is a bias
 
   int64_t padded() const { return ceil_div(count, kPanelRows) * kPanelRows; }
-  int64_t wide() const { return ceil_div(count, kPanelColumns) * kPanelColumns; }
 };
 
 // Scratch of one thread, for the largest group.
 struct Workspace {
-  float* hidden;        // packed panels [rows / kPanelRows, units, kPanelRows]
-  float* weights;       // [kTile, depth]
-  float* delta;         // [rows, kTile], and a panel's rows beyond
-  float* right;         // gram: a sample's delta as panels [wide / kPanelColumns, kTile, kPanelColumns]
-  float* hidden_right;  // gram: [units, kPanelColumns]
-  float* keys;          // of all samples
+  float* hidden;   // packed panels [rows / kPanelRows, units, kPanelRows]
+  float* weights;  // [kTile, depth]
+  float* delta;    // [rows, kTile], and a panel's rows beyond
+  float* keys;     // of all samples
   DeltaRow* delta_rows;
 };
 
 // What a group needs of a workspace.
 struct Size {
-  int64_t rows = 0, wide = 0, keys = 0;
+  int64_t rows = 0, keys = 0;
 
   void cover(const Size& other) {
     rows = greater(rows, other.rows);
-    wide = greater(wide, other.wide);
     keys = greater(keys, other.keys);
   }
 };
 
-int64_t direct_columns(const HeadArgs& head) {
+int64_t key_columns(const HeadArgs& head) {
   return ceil_div(head.hidden.columns + (head.bias ? 1 : 0), kPanelColumns) * kPanelColumns;
 }
 
 void add_sample(const HeadGradNormArgs& args, int64_t count, Size& size) {
-  const Sample sample = {nullptr, count, 0, false, nullptr};
-  const bool gram =
-      args.form != 0 ? args.form == 1 : double(count) <= kGramLimit * double(args.head.hidden.columns);
-  size.rows += sample.padded();
-  size.wide = greater(size.wide, gram ? sample.wide() : 0);
-  size.keys += gram ? sample.padded() * sample.wide() : count * direct_columns(args.head);
+  size.rows += ceil_div(count, kPanelRows) * kPanelRows;
+  size.keys += count * key_columns(args.head);
 }
 
-// keys of a gram sample: products of its hidden states, +1 for a bias.
-void fill_gram_keys(const HeadArgs& head, const Inner& inner, const Sample& sample, const Workspace& ws) {
-  const int64_t wide = sample.wide();
-  const float one = head.bias ? 1.0f : 0.0f;
-  float block[kPanelRows * kPanelColumns];
-  for (int64_t j = 0; j < wide; j += kPanelColumns) {
-    const int present = static_cast<int>(lesser(kPanelColumns, sample.count - j));
-    pack_panel(head.hidden, sample.rows + j, 0, present, kPanelColumns, inner.pairs, 0, inner.units, ws.hidden_right);
-    for (int64_t i = 0; i < sample.padded(); i += kPanelRows) {
-      const float* left = ws.hidden + (sample.first + i) * inner.units;
-      if (inner.pairs) {
-        panel_product<kHasBf16Product>(left, ws.hidden_right, inner.units, false, block, kPanelColumns);
-      } else {
-        panel_product<false>(left, ws.hidden_right, inner.units, false, block, kPanelColumns);
-      }
-      for (int s = 0; s < kPanelRows; ++s) {
-        for (int t = 0; t < kPanelColumns; ++t) {
-          const int64_t twice = i + s < j + t ? 2 : (i + s == j + t ? 1 : 0);
-          sample.keys[(i + s) * wide + j + t] = twice * (block[s * kPanelColumns + t] + one);
-        }
-      }
-    }
-  }
-}
-
-void fill_direct_keys(const HeadArgs& head, const Sample& sample) {
+void fill_keys(const HeadArgs& head, const Sample& sample) {
   const int64_t d = head.hidden.columns;
-  for (int64_t j = 0; j < direct_columns(head); j += kPanelColumns) {
+  for (int64_t j = 0; j < key_columns(head); j += kPanelColumns) {
     for (int64_t t = 0; t < sample.count; ++t) {
       float* row = sample.keys + j * sample.count + t * kPanelColumns;
       const int64_t present = greater(0, lesser(kPanelColumns, d - j));
@@ -105,44 +63,12 @@ void fill_direct_keys(const HeadArgs& head, const Sample& sample) {
   }
 }
 
-// sum_st <delta_s, delta_t> keys_st over this tile.
-double gram_share(const Sample& sample, int width, const Workspace& ws) {
-  const float* delta = ws.delta + sample.first * kTile;
-  const int64_t wide = sample.wide();
-  for (int64_t j = 0; j < wide; j += kPanelColumns) {
-    for (int t = 0; t < kPanelColumns; ++t) {
-      float* out = ws.right + j * kTile + t;
-      const float* row = delta + (j + t) * kTile;
-      if (j + t < sample.count) {
-        for (int k = 0; k < width; ++k) out[k * kPanelColumns] = row[k];
-      } else {
-        for (int k = 0; k < width; ++k) out[k * kPanelColumns] = 0;
-      }
-    }
-  }
-  float block[kPanelRows * kPanelColumns];
-  double share = 0;
-  for (int64_t i = 0; i < sample.padded(); i += kPanelRows) {
-    for (int64_t j = i / kPanelColumns * kPanelColumns; j < wide; j += kPanelColumns) {  // blocks below are 0
-      panel_product<false, kTile, 1>(delta + i * kTile, ws.right + j * kTile, width, false, block, kPanelColumns);
-      Vec sum{};
-      for (int s = 0; s < kPanelRows; ++s) {
-        for (int t = 0; t < kPanelColumns; t += kLanes) {
-          sum += load(block + s * kPanelColumns + t) * load(sample.keys + (i + s) * wide + j + t);
-        }
-      }
-      share += horizontal_sum(sum);
-    }
-  }
-  return share;
-}
-
 // Squared norm of this tile's rows of G.
-double direct_share(const HeadArgs& head, const Sample& sample, int width, const Workspace& ws) {
+double share_of_tile(const HeadArgs& head, const Sample& sample, int width, const Workspace& ws) {
   const float* delta = ws.delta + sample.first * kTile;
   float block[kPanelRows * kPanelColumns];
   double share = 0;
-  for (int64_t j = 0; j < direct_columns(head); j += kPanelColumns) {
+  for (int64_t j = 0; j < key_columns(head); j += kPanelColumns) {
     for (int v = 0; v < width; v += kPanelRows) {
       panel_product<false, 1, kTile>(delta + v, sample.keys + j * sample.count, sample.count, false, block, kPanelColumns);
       const int present = static_cast<int>(lesser(kPanelRows, width - v));  // the rest are not columns of this tile
@@ -163,9 +89,7 @@ void run_task(const HeadGradNormArgs& args, const Inner& inner, const Transform&
   float* keys = ws.keys;
   for (int64_t s = begin; s < end; ++s) {
     Sample& sample = samples[s - begin];
-    Size size;
-    add_sample(args, bounds[s + 1] - bounds[s], size);
-    sample = {rows + bounds[s], bounds[s + 1] - bounds[s], total, size.wide > 0, keys};
+    sample = {rows + bounds[s], bounds[s + 1] - bounds[s], total, keys};
     for (int64_t i = 0; i < sample.padded(); i += kPanelRows) {
       const int present = static_cast<int>(lesser(kPanelRows, sample.count - i));
       pack_panel(head.hidden, sample.rows + i, 0, present, kPanelRows, inner.pairs, 0, inner.units,
@@ -176,21 +100,16 @@ void run_task(const HeadGradNormArgs& args, const Inner& inner, const Transform&
                                                               args.weights[sample.rows[i]])
                                                   : padding_row();
     }
-    if (sample.gram) {
-      fill_gram_keys(head, inner, sample, ws);
-    } else {
-      fill_direct_keys(head, sample);
-    }
+    fill_keys(head, sample);
     total += sample.padded();
-    keys += size.keys;
+    keys += sample.count * key_columns(head);
     shares[s * kRanges] = 0;
   }
   for (int64_t tile = first; tile < last; tile += kTile) {
     const int width = static_cast<int>(lesser(kTile, last - tile));
     delta_tile(head, inner, transform, ws.delta_rows, total, ws.hidden, tile, width, ws.weights, ws.delta);
     for (int64_t s = begin; s < end; ++s) {
-      const Sample& sample = samples[s - begin];
-      shares[s * kRanges] += sample.gram ? gram_share(sample, width, ws) : direct_share(head, sample, width, ws);
+      shares[s * kRanges] += share_of_tile(head, samples[s - begin], width, ws);
     }
   }
 }
@@ -209,7 +128,7 @@ bool head_grad_norm(const HeadGradNormArgs& args) {
   Size size, group;
   for (int64_t s = 0; s < args.samples; ++s) {
     bounds[s] = scored;
-    for (int64_t i = args.offsets[s]; i < args.offsets[s + 1]; ++i) {
+    for (int64_t i = args.bounds[2 * s]; i < args.bounds[2 * s + 1]; ++i) {
       if (head.targets[i] != -100) rows[scored++] = i;
     }
     if (s == 0 || group.rows >= kGroupRows) {
@@ -231,8 +150,6 @@ bool head_grad_norm(const HeadGradNormArgs& args) {
     return Workspace{arena.take<float>(size.rows * inner.units),
                      arena.take<float>(kTile * inner.depth),
                      arena.take<float>((size.rows + 1) * kTile),
-                     arena.take<float>(size.wide * kTile),
-                     arena.take<float>(inner.units * kPanelColumns),
                      arena.take<float>(size.keys),
                      arena.take<DeltaRow>(size.rows)};
   };

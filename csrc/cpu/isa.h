@@ -23,8 +23,16 @@ struct HeadArgs {
   int64_t vocab_start;
 };
 
+// Gram matrices of samples, sum_v f_s[v] f_t[v] as backends/base.py defines them; without samples, none.
+struct GramArgs {
+  const int64_t* bounds;  // [samples, 2], begin and end, ascending
+  int64_t samples;
+  float* products;        // [sum T_i^2], written
+};
+
 struct RowStatsArgs {
-  HeadArgs head;
+  HeadArgs head;   // with targets where there are samples
+  GramArgs gram;
   double* state;   // [7, N], written; rows as STATE_ROWS in row_stats.py
   int64_t* index;  // [N], written
 };
@@ -36,6 +44,25 @@ struct LogitStatsArgs {
   float temperature;
   double* state;   // [7, N], written
   int64_t* index;  // [N], written
+};
+
+// Squared norms of the samples' head gradients from their Grams, the bias's included where there is one.
+struct GramNormArgs {
+  HeadArgs head;            // with targets
+  const double* state;      // [7, N], over the whole vocabulary
+  const int64_t* index;     // [N], likewise
+  GramArgs gram;            // filled
+  const double* local_max;  // [N], what the Grams are relative to
+  const double* weights;    // [N]
+  double* squared;          // [samples], written
+};
+
+// The state of RowStatsArgs, and sum_v exp(z_v - m) cap'_v W_v over all columns but the row's target.
+struct HiddenGradArgs {
+  HeadArgs head;   // with targets
+  double* state;   // [7, N], written
+  int64_t* index;  // [N], written
+  float* out;      // [N, D], written
 };
 
 // delta values, or delta hashed to n places; delta [N, V] as in head_grad.py, zero in ignored rows.
@@ -54,10 +81,9 @@ struct HeadGradNormArgs {
   HeadArgs head;           // with targets
   const double* state;     // [7, N], of row_stats for the same head
   const int64_t* index;    // [N], likewise
-  const int64_t* offsets;  // [samples + 1]
+  const int64_t* bounds;   // [samples, 2], begin and end
   int64_t samples;
   const double* weights;  // [N]
-  int form;               // 0: by length, 1: gram, 2: direct
   double* squared;        // [samples], written
 };
 
@@ -107,6 +133,8 @@ struct Operations {
   bool (*row_stats)(const RowStatsArgs&);
   bool (*logit_stats)(const LogitStatsArgs&);
   bool (*delta_product)(const DeltaProductArgs&);
+  bool (*hidden_grad)(const HiddenGradArgs&);
+  bool (*gram_norm)(const GramNormArgs&);
   bool (*head_grad_norm)(const HeadGradNormArgs&);
   bool (*mixture_stats)(const MixtureStatsArgs&);
   bool (*dropout_mask)(const DropoutMaskArgs&);

@@ -1,0 +1,91 @@
+"""One visit of a head's weights for everything its rows are asked: statistics, and what the gradient norms need.
+
+The squared norm of a sample's head gradient, ``sum_st w_s w_t <h_s, h_t> <delta_s, delta_t>``, needs no second product.
+With Y the sample's distinct targets,
+
+    <delta_s, delta_t> = sum_{v not in Y} p_s[v] p_t[v]  +  sum_{u in Y} delta_s[u] delta_t[u].
+
+The first sum is a Gram matrix of unnormalised probabilities, kept beside the row state as attention kernels keep their
+output and finished once the normalisers are known; every term is positive, so nothing cancels. The second has at most T
+columns, whose logits are formed again. Samples too long for their T x T matrices form delta in a second visit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from acqcore.backends import Backend, Gram, HeadRows
+from acqcore.head import Head, compute_dtype
+from acqcore.row_stats import MAX, RowStats, empty_gram, over_vocabulary, own_stats
+from acqcore.vocab_parallel import summed
+
+FORMS = ("auto", "gram", "direct")
+
+
+@dataclass(frozen=True, eq=False)
+class HeadVisit:
+    """What a visit leaves of the N scored rows of B samples."""
+
+    hidden: torch.Tensor  # [N, D]
+    head: Head
+    temperature: float
+    backend: Backend
+    stats: RowStats  # over the whole vocabulary, with targets
+    bounds: tuple[tuple[int, int], ...]  # B: [begin, end) rows of each sample, on the host
+    short: tuple[int, ...]  # samples that ``gram`` covers
+    gram: Gram | None
+    local_max: torch.Tensor  # [N] float64: the rows' largest logits over this weight
+
+    def grad_norm(
+        self,
+        weights: torch.Tensor,  # [N] float64, of each token's loss; zero where the target is -100
+    ) -> torch.Tensor:
+        """Frobenius norm of each sample's head gradient, bias included, ``[B]``."""
+        assert self.stats.targets is not None
+        stats, device = self.stats, self.hidden.device
+        rows = HeadRows(
+            self.hidden, self.head, stats.targets, self.temperature, stats.state.contiguous(), stats.max_index
+        )
+        squared = torch.zeros(len(self.bounds), dtype=torch.float64, device=device)
+        if len(self.head.weight):  # a shard may be empty; backends never see one
+            if self.gram is not None:
+                share = torch.empty(len(self.short), dtype=torch.float64, device=device)
+                self.backend.gram_norm(rows, self.gram, self.local_max, weights, share)
+                squared[list(self.short)] = share
+            covered = frozenset(self.short)
+            long = [i for i in range(len(self.bounds)) if i not in covered]
+            if long:
+                share = torch.empty(len(long), dtype=torch.float64, device=device)
+                self.backend.head_grad_norm(rows, tuple(self.bounds[i] for i in long), weights, share)
+                squared[long] = share
+        return summed(squared, self.head.group).clamp_min(0).sqrt().to(stats.dtype)
+
+
+def visit(
+    hidden: torch.Tensor,  # [N, D]
+    head: Head,
+    targets: torch.Tensor,  # [N]
+    bounds: tuple[tuple[int, int], ...],
+    temperature: float,
+    backend: Backend,
+    form: str = "auto",
+    known: RowStats | None = None,  # statistics of these rows over the whole vocabulary, with these targets
+) -> HeadVisit:
+    """Statistics of the rows, and Gram matrices of the samples they pay for; arguments are trusted.
+
+    ``form``: ``auto`` takes the Gram for samples of at most ``backend.longest_gram(D)`` rows, ``gram`` for all and
+    ``direct`` for none. Where the statistics are known already, the weights are visited for the Gram alone.
+    """
+    limit = {"auto": backend.longest_gram(hidden.shape[1]), "gram": len(hidden), "direct": 0}[form]
+    short = tuple(i for i, (begin, end) in enumerate(bounds) if end - begin <= limit)
+    gram = None
+    if short:
+        dtype = compute_dtype(hidden.dtype, head.weight.dtype)
+        gram = empty_gram(tuple(bounds[i] for i in short), hidden, dtype)
+    own = known
+    if own is None or gram is not None:
+        own = own_stats(hidden, head, targets, temperature, backend, gram)
+    stats = known if known is not None else over_vocabulary(own, head)
+    return HeadVisit(hidden, head, temperature, backend, stats, bounds, short, gram, own.state[MAX])
