@@ -198,12 +198,25 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
         if getattr(options, name) is not None:
             checks.positive_int(name, getattr(options, name))
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    checks.engine_options(options.engine, options.workers, options.ray_address, options.device, n_processes)
-    checks.output_place(options.out, data_files.SUFFIXES, started=Parts(options.out).folder.exists())
+    if n_processes > 1 and options.engine != "accelerate":
+        raise ValueError(
+            f"engine: {n_processes} processes were launched, expected --engine accelerate, got {options.engine}"
+        )
+    for option, value in (("--workers", options.workers), ("--ray-address", options.ray_address)):
+        if value is not None and options.engine != "ray":
+            raise ValueError(f"{option}: expected it with --engine ray, got --engine {options.engine}")
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"workers: expected an int >= 1, got {options.workers}")
+    if options.engine == "ray" and options.device not in (None, "cpu", "cuda"):
+        raise ValueError(
+            f"device: expected cpu or cuda with --engine ray, which gives each worker one, got {options.device}"
+        )
+    _check_output(options.out)
     if ".parquet" in (options.data.suffix, options.out.suffix or ".parquet"):
         checks.installed("pyarrow", "parquet", "train")
     blocks, present = data_files.scan(options.data, options.block_rows, options.limit)
-    checks.data_rows(options.data, len(blocks))
+    if not blocks:
+        raise ValueError(f"data: {options.data} has no rows")
     columns = data_files.choose_columns(present, options.prompt_column, options.completion_column, options.text_column)
     job = Job(
         student=os.path.abspath(options.student) if os.path.isdir(options.student) else options.student,
@@ -215,8 +228,27 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
         dtype=options.dtype,
         device=options.device,
     )
-    checks.output_columns(columns, ("row", *names, "n_tokens", "valid", "error"))
+    for column in columns:
+        if column in ("row", *names, "n_tokens", "valid", "error"):
+            raise ValueError(f"data: the column {column!r} has the name of an output column; rename it")
     return job, blocks, _manifest(options, columns)
+
+
+def _check_output(out: Path) -> None:
+    """``--out`` is a file of a known kind, or without an extension a folder that is new or that this run began."""
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"out: the folder {out.parent} does not exist")
+    if out.suffix and out.suffix not in data_files.SUFFIXES:
+        raise ValueError(
+            f"extension of {out.name}: unknown {out.suffix!r}, expected one of {', '.join(data_files.SUFFIXES)}, or "
+            "none for a folder of parquet files"
+        )
+    if out.suffix and out.is_dir():
+        raise ValueError(f"out: {out} is a folder; to write one of parquet files give it a name without an extension")
+    if not out.suffix and out.is_file():
+        raise ValueError(f"out: {out} is a file; a name without an extension is a folder of parquet files")
+    if not out.suffix and not Parts(out).folder.exists() and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"out: the folder {out} is not empty")
 
 
 def _manifest(options: argparse.Namespace, columns: dict[str, str]) -> dict[str, Any]:

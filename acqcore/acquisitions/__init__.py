@@ -9,59 +9,14 @@ from acqcore.acquisitions.base import REGISTRY, Acquisition, acquisitions, regis
 from acqcore.acquisitions.needs import BatchNeed, DrawOptions, GradientNeed, Options, RowNeed, SampleBatch
 
 # isort: off
-from acqcore.acquisitions import (  # in the order in which they are listed
-    loss,
-    perplexity,
-    entropy,
-    varentropy,
-    least_confidence,
-    margin,
-    gini,
-    el2n,
-    expected_gradient_length,
-    token_grad_norm,
-    mutual_information,
-    predictive_entropy,
-    expected_entropy,
-    variation_ratio,
-    bald_quadratic,
-    grad_norm,
-    badge,
-    influence,
-    gradient_diversity,
-    archive_novelty,
-)
+from acqcore.acquisitions import (  # noqa: F401  # in the order in which they are listed
+    loss, perplexity, entropy, varentropy, least_confidence, margin, gini, el2n, expected_gradient_length,
+    token_grad_norm, mutual_information, predictive_entropy, expected_entropy, variation_ratio, bald_quadratic,
+    grad_norm, badge, influence, gradient_diversity, archive_novelty,
+)  # fmt: skip
 # isort: on
 
 __all__ = [
-    "REGISTRY",
-    "Acquisition",
-    "BatchNeed",
-    "DrawOptions",
-    "GradientNeed",
-    "Options",
-    "RowNeed",
-    "SampleBatch",
-    "acquisitions",
-    "archive_novelty",
-    "badge",
-    "bald_quadratic",
-    "el2n",
-    "entropy",
-    "expected_entropy",
-    "expected_gradient_length",
-    "gini",
-    "grad_norm",
-    "gradient_diversity",
-    "influence",
-    "least_confidence",
-    "loss",
-    "margin",
-    "mutual_information",
-    "perplexity",
-    "predictive_entropy",
-    "register",
-    "token_grad_norm",
-    "varentropy",
-    "variation_ratio",
-]
+    "REGISTRY", "Acquisition", "BatchNeed", "DrawOptions", "GradientNeed", "Options", "RowNeed", "SampleBatch",
+    "acquisitions", "register",
+]  # fmt: skip

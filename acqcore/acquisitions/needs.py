@@ -119,7 +119,13 @@ class DrawOptions(Options):
             return
         on_hidden = self.form is not None or self.block is not None
         layers = self.layers if self.layers is not None else 0 if on_hidden else "all"
-        checks.draw_layers(layers)
+        if isinstance(layers, str):
+            if layers not in ("all", "own"):
+                raise ValueError(f"layers: expected a number of blocks, 'all' or 'own', got {layers!r}")
+        elif isinstance(layers, bool) or not isinstance(layers, int):
+            raise TypeError(f"layers: expected a number of blocks, 'all' or 'own', got {checks.describe(layers)}")
+        elif layers < 0:
+            raise ValueError(f"layers: expected at least 0 blocks, got {layers}")
         if layers == 0:
             form, block = self.form or "element", 64 if self.block is None else self.block
             checks.literal("form", form, Form)

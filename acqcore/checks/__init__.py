@@ -1,131 +1,19 @@
-"""Every validation of public arguments. Each function raises ValueError or TypeError that names the argument, what was
-given and what was expected; code below the public edge trusts its input. A leaf: imports torch only."""
+"""Validation of public arguments that several callers share.
+
+Each function raises ValueError or TypeError naming the argument, what was given and what was expected. Code below the
+public edge trusts its input. A leaf: imports torch only.
+"""
 
 from __future__ import annotations
 
-from acqcore.checks.basic import (
-    FLOAT_DTYPES as FLOAT_DTYPES,
-    IGNORE_INDEX as IGNORE_INDEX,
-    at_most as at_most,
-    describe as describe,
-    finite as finite,
-    float_tensor as float_tensor,
-    given as given,
-    instance as instance,
-    literal as literal,
-    module as module,
-    names as names,
-    one_of as one_of,
-    positive as positive,
-    positive_int as positive_int,
-    same_device as same_device,
-)
-from acqcore.checks.files import (
-    column_options as column_options,
-    columns_present as columns_present,
-    data_rows as data_rows,
-    engine_options as engine_options,
-    installed as installed,
-    known_columns as known_columns,
-    output_columns as output_columns,
-    output_place as output_place,
-    same_manifest as same_manifest,
-)
-from acqcore.checks.gradients import (
-    block_count as block_count,
-    covered as covered,
-    differentiable as differentiable,
-    embedding_input as embedding_input,
-    embedding_output as embedding_output,
-    embedding_use as embedding_use,
-    gradient_parameters as gradient_parameters,
-    no_derivative as no_derivative,
-    offsets as offsets,
-    one_kind_of_use as one_kind_of_use,
-    scored_tokens as scored_tokens,
-    small_module as small_module,
-    some_parameters as some_parameters,
-    tensor_by_sample as tensor_by_sample,
-    token_weights as token_weights,
-    trunk_parameters as trunk_parameters,
-    unchanged_input as unchanged_input,
-    whole_head as whole_head,
-    whole_parameters as whole_parameters,
-)
-from acqcore.checks.heads import (
-    head as head,
-    hidden as hidden,
-    ignored_outside as ignored_outside,
-    logits as logits,
-    target_range as target_range,
-    targets as targets,
-    targets_in_range as targets_in_range,
-    tiling as tiling,
-    vocabulary as vocabulary,
-)
-from acqcore.checks.mixtures import (
-    alike as alike,
-    draw_layers as draw_layers,
-    drawn_hidden as drawn_hidden,
-    draws as draws,
-    dropout as dropout,
-    dropout_input as dropout_input,
-    dropout_layers as dropout_layers,
-    dropout_ran as dropout_ran,
-    members_alone as members_alone,
-    own_dropout as own_dropout,
-    residual_branches as residual_branches,
-    seed as seed,
-    some_blocks as some_blocks,
-)
-from acqcore.checks.plans import (
-    config_here as config_here,
-    device_here as device_here,
-    fits as fits,
-    rates as rates,
-    row_tokens as row_tokens,
-)
-from acqcore.checks.sample_data import (
-    SAMPLE_KINDS as SAMPLE_KINDS,
-    acquisition_values as acquisition_values,
-    chat_template as chat_template,
-    completion as completion,
-    context as context,
-    last_turn as last_turn,
-    messages as messages,
-    prompt as prompt,
-    reply as reply,
-    same_kind as same_kind,
-    sample_columns as sample_columns,
-    sample_kind as sample_kind,
-    sample_length as sample_length,
-    sample_sequence as sample_sequence,
-    scored as scored,
-    tensor_samples as tensor_samples,
-    text as text,
-    token_ids as token_ids,
-    tokenizer as tokenizer,
-    tokens_kept as tokens_kept,
-)
-from acqcore.checks.students import (
-    adapted_head as adapted_head,
-    causal_lm as causal_lm,
-    found_trunk as found_trunk,
-    linear_head as linear_head,
-    max_length as max_length,
-    probe as probe,
-    trunk as trunk,
-    trunk_output as trunk_output,
-)
-from acqcore.checks.vector_sets import (
-    archive_state as archive_state,
-    like_vector as like_vector,
-    nonzero_rows as nonzero_rows,
-    not_empty as not_empty,
-    one_column as one_column,
-    preconditioner as preconditioner,
-    reference_sketches as reference_sketches,
-    ridge as ridge,
-    same_student as same_student,
-    vectors as vectors,
-)
+# isort: off
+from acqcore.checks.basic import (  # noqa: F401
+    FLOAT_DTYPES, IGNORE_INDEX, acquisition_values, at_most, describe, finite, float_tensor, given, installed,
+    instance, literal, max_length, module, names, one_of, positive, positive_int, same_device,
+)  # fmt: skip
+from acqcore.checks.gradients import block_count, differentiable, offsets, scored_tokens, token_weights  # noqa: F401
+from acqcore.checks.heads import (  # noqa: F401
+    head, hidden, ignored_outside, logits, target_range, targets, targets_in_range, tiling, vocabulary,
+)  # fmt: skip
+from acqcore.checks.mixtures import alike, drawn_hidden, draws, dropout, seed, some_blocks  # noqa: F401
+from acqcore.checks.sketches import like_vector, ridge, vectors  # noqa: F401

@@ -52,51 +52,6 @@ def alike(what: str, first: object, other: object, draw: int) -> None:
         raise ValueError(f"head: expected heads alike in {what}, got {first} and {other} for draw {draw}")
 
 
-def members_alone(collective: Sequence[bool]) -> None:
-    """Ranks run the student's forwards in step, not those of members beside it."""
-    if any(collective):
-        raise ValueError(
-            "members: expected models whose forwards are each rank's own, "
-            f"got one under FSDP or ZeRO-3 at {list(collective).index(True)}"
-        )
-
-
-def draw_layers(value: object) -> None:
-    if isinstance(value, str):
-        if value not in ("all", "own"):
-            raise ValueError(f"layers: expected a number of blocks, 'all' or 'own', got {value!r}")
-    elif isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"layers: expected a number of blocks, 'all' or 'own', got {describe(value)}")
-    elif value < 0:
-        raise ValueError(f"layers: expected at least 0 blocks, got {value}")
-
-
-def own_dropout(count: int) -> None:
-    if not count:
-        raise ValueError("layers: 'own' needs a student with dropout layers of p > 0, this one has none")
-
-
 def some_blocks(count: int) -> None:
     if not count:
         raise ValueError("layers: no list of transformer blocks found in the student's trunk; layers=0 needs none")
-
-
-def dropout_layers(asked: int, present: int) -> None:
-    if asked > present:
-        raise ValueError(f"layers: expected at most {present} transformer blocks, got {asked}")
-
-
-def residual_branches(kind: str, count: int) -> None:
-    if not count:
-        raise ValueError(f"layers: {kind} has no child that multiplies by a matrix, so nothing dropout could act on")
-
-
-def dropout_ran(count: int) -> None:
-    """``count``: dropout layers that the last forward went through."""
-    if not count:
-        raise ValueError("layers: the student's forward went through none of the modules that dropout acts on")
-
-
-def dropout_input(value: object, rows: int) -> None:
-    if not isinstance(value, torch.Tensor) or value.dim() != 3 or value.shape[0] != rows:
-        raise ValueError(f"layers: dropout acts on [{rows}, T, D], got {describe(value)}")

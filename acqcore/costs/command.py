@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -53,8 +54,13 @@ def run(options: argparse.Namespace, print_table: Callable[[str, Sequence[str], 
     checks.positive_int("devices", options.devices)
     if options.threads is not None:
         checks.positive_int("threads", options.threads)
-    checks.rates(options.flops, options.bandwidth)
-    checks.config_here(options.config)
+    if (options.flops is None) != (options.bandwidth is None):
+        raise ValueError("--flops and --bandwidth: expected both or neither")
+    if options.flops is not None:
+        checks.positive("flops", options.flops)
+        checks.positive("bandwidth", options.bandwidth)
+    if options.config is not None and not Path(options.config).exists():
+        raise ValueError(f"config: no file or folder {options.config}")
     source = options.student or options.config
     config = read_config(source)
     dtype = _DTYPES[options.dtype] if options.dtype else stored_dtype(config)
@@ -68,7 +74,11 @@ def run(options: argparse.Namespace, print_table: Callable[[str, Sequence[str], 
     if options.flops is not None:
         estimate = from_rates(shape, work, options.flops, options.bandwidth, options.devices, on_cpu)
     else:
-        checks.device_here(options.device, on_cpu or (options.device.startswith("cuda") and torch.cuda.is_available()))
+        if not (on_cpu or (options.device.startswith("cuda") and torch.cuda.is_available())):
+            raise ValueError(
+                f"device: {options.device!r} is not on this machine, so nothing is measured; give its rates with "
+                "--flops and --bandwidth"
+            )
         if sys.stderr.isatty():
             print("measuring models of few blocks, about half a minute", file=sys.stderr)
         busy = os.getloadavg()[0]

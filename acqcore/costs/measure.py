@@ -16,7 +16,6 @@ from typing import IO, Any
 
 import torch
 
-from acqcore import checks
 from acqcore.costs.formulas import activation_bytes
 from acqcore.costs.shape import Shape, shape_of, with_blocks
 from acqcore.costs.work import Work, passes
@@ -128,7 +127,12 @@ def _deeper(config: Any, shape: Shape, work: Work, device: str) -> int:
     for blocks in range(min(low + 3, shape.blocks), low + 1, -1):
         if needed(blocks) <= room:
             return blocks
-    checks.fits(f"models of {low} and {low + 1} blocks and a batch", needed(low + 1), room)
+    if needed(low + 1) > room:
+        raise ValueError(
+            f"plan: models of {low} and {low + 1} blocks and a batch need {needed(low + 1) / 2**30:.2f} GiB to be "
+            f"measured, {room / 2**30:.2f} GiB are free; lower --batch-tokens, or give a device's --flops and "
+            "--bandwidth"
+        )
     return low + 1
 
 

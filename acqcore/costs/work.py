@@ -56,8 +56,15 @@ class Work:
     ) -> Work:
         """Raises ValueError or TypeError for what cannot be scored, or cannot be planned."""
         checks.positive_int("rows", rows)
-        checks.row_tokens(tokens, scored, shape.max_tokens)
+        checks.positive_int("tokens", tokens)
+        if tokens < 2:
+            raise ValueError(f"tokens: expected at least 2 (a scored token and its predecessor), got {tokens}")
+        if shape.max_tokens is not None and tokens > shape.max_tokens:
+            raise ValueError(f"tokens: the student takes at most {shape.max_tokens} tokens, got {tokens}")
         scored = tokens - 1 if scored is None else scored
+        checks.positive_int("scored", scored)
+        if scored >= tokens:
+            raise ValueError(f"scored: expected at most {tokens - 1} of a row of {tokens} tokens, got {scored}")
         work = cls(rows, tokens, scored, batch_tokens, tuple(acquisitions), {} if arguments is None else arguments)
         for entry, options in work.plan.asked:  # raises what score would
             for need in entry.needed(options):

@@ -201,16 +201,26 @@ def choose_columns(
         ValueError: only one of prompt and completion, both kinds, a named column that no row has, or none
             known.
     """
-    checks.column_options(prompt, completion, text)
+    if (prompt is None) != (completion is None):
+        raise ValueError("--prompt-column and --completion-column: expected both or neither")
+    if text is not None and prompt is not None:
+        raise ValueError("--text-column: expected it without --prompt-column and --completion-column")
     if prompt is not None and completion is not None:
         chosen = {prompt: "prompt", completion: "completion"}
     elif text is not None:
         chosen = {text: "text"}
     else:
         found = [known for known in KNOWN_COLUMNS if all(column in present for column in known)]
-        checks.known_columns(found, present)
+        if not found:
+            raise ValueError(
+                "data: expected columns prompt and completion, messages, question and answer, or text, got "
+                f"{', '.join(present) or 'none'}; name them with --prompt-column and --completion-column, or "
+                "--text-column"
+            )
         return found[0]
-    checks.columns_present(chosen, present)
+    for column in chosen:
+        if column not in present:
+            raise ValueError(f"data: no column {column!r}, expected one of {', '.join(present) or 'none'}")
     return chosen
 
 

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from acqcore import checks
-
 
 class Parts:
     """The folder ``<out>.parts``: a manifest of what is being computed, and files for each block of rows.
@@ -39,7 +37,13 @@ class Parts:
         path = self.folder / "manifest.json"
         text = json.dumps(manifest, indent=1)
         if path.exists():
-            checks.same_manifest(self.folder, json.loads(path.read_text()), json.loads(text))
+            found, wanted = json.loads(path.read_text()), json.loads(text)
+            for key in (*wanted, *found):
+                if found.get(key) != wanted.get(key):
+                    raise ValueError(
+                        f"out: {self.folder} holds a cut-off run with another {key} ({_short(found.get(key))} there, "
+                        f"{_short(wanted.get(key))} here); repeat that run's command to finish it, or remove the folder"
+                    )
         else:
             self.folder.mkdir(exist_ok=True)
             _write(path, text)
@@ -113,6 +117,11 @@ class Parts:
 
     def _file(self, block: int, suffix: str) -> Path:
         return self.folder / f"block-{block:06d}{suffix}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _write(path: Path, text: str) -> None:

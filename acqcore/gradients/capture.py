@@ -47,9 +47,16 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
     if parameters == "head":
         return Selection({}, "head")
     module, trunk = student._module, student.trunk
-    checks.trunk_parameters(parameters, module)
-    checks.whole_parameters(parameters, student.sharded or head.group is not None)
-    assert module is not None
+    if module is None:
+        raise ValueError(
+            f"parameters: {parameters!r} needs a student whose trunk is a torch.nn.Module; of any other "
+            "callable only 'head' is known"
+        )
+    if student.sharded or head.group is not None:
+        raise ValueError(
+            f"parameters: {parameters!r} needs a student whose parameters are whole on each rank; of one spread over "
+            "processes (tensor parallel, FSDP, ZeRO-3) only 'head' is known"
+        )
     assert isinstance(trunk, nn.Module)
     names: dict[torch.Tensor, str] = {p: name for name, p in module.named_parameters()}
     if isinstance(parameters, int):
@@ -65,11 +72,14 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
                 names[value] = name
     if parameters == "trainable":
         names = {p: name for p, name in names.items() if p.requires_grad}
-    checks.some_parameters(parameters, len(names))
+    if not names:
+        raise ValueError(f"parameters: {parameters!r}: no parameter of the student has requires_grad=True")
     checks.differentiable(names)
     weight = _name(head.weight, names)
     bias = None if head.bias is None else _name(head.bias, names)
-    checks.whole_head(weight, bias, head.bias is not None)
+    if head.bias is not None and (weight is None) != (bias is None):
+        alone, other = (weight, "bias") if bias is None else (bias, "weight")
+        raise ValueError(f"parameters: no rule covers {alone} without the head's {other}")
     of_trunk = set(trunk.parameters())
     names = {p: name for p, name in names.items() if p in of_trunk or name not in (weight, bias)}
     return Selection(names, weight)
@@ -192,7 +202,11 @@ class Capture:
         finally:
             for parameter in silent:
                 parameter.requires_grad_(False)
-        checks.covered(used)
+        if used:
+            more = f" and {len(used) - 1} more" if len(used) > 1 else ""
+            raise ValueError(
+                f"parameters: no rule covers {used[0]}{more}: it is used without a call of the module that owns it"
+            )
 
     def _after_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -220,6 +234,6 @@ class Capture:
 
     def _finish(self, name: str) -> None:
         piece = merged(self._pending.pop(name))
-        checks.one_kind_of_use(name, piece)
-        assert piece is not None
+        if piece is None:
+            raise ValueError(f"parameters: no rule covers {name}: layers of different kinds share it")
         self._emit(name, piece)

@@ -28,7 +28,15 @@ class GradientNeed:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checks.gradient_parameters(self.parameters)
+        if isinstance(self.parameters, str):
+            checks.one_of("parameters", self.parameters, ("head", "trainable", "all"))
+        elif isinstance(self.parameters, bool) or not isinstance(self.parameters, int):
+            raise TypeError(
+                "parameters: expected head, trainable, all or a number of transformer blocks, "
+                f"got {checks.describe(self.parameters)}"
+            )
+        elif self.parameters < 1:
+            raise ValueError(f"parameters: expected at least 1 transformer block, got {self.parameters}")
         checks.literal("loss", self.loss, Loss)
         if self.dim is not None:
             checks.positive_int("dim", self.dim)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from acqcore import checks
 from acqcore.gradients.capture import Capture, select_parameters
 from acqcore.gradients.head_pass import HeadPass
 from acqcore.gradients.measures import GradPiece, Measure, RowGrad, Sketch, SquaredNorm
@@ -140,8 +139,10 @@ class _Measured:
             self.measure.add_head(head_pass)
             return
         [piece] = self._tied
-        checks.embedding_use(self.head, isinstance(piece, RowGrad))
-        assert isinstance(piece, RowGrad)
+        if not isinstance(piece, RowGrad):
+            raise ValueError(
+                f"parameters: no rule covers {self.head}: the head shares it with a layer that is no embedding"
+            )
         self.measure.add_tied(head_pass, self.head, piece)
 
 

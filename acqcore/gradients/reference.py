@@ -87,7 +87,12 @@ class Reference:
         Raises:
             ValueError: the reference was made with another student (names what differs).
         """
-        checks.same_student(self.shapes, parameter_shapes(student, head, self.parameters))
+        now = parameter_shapes(student, head, self.parameters)
+        for name in (*self.shapes, *now):
+            there, here = self.shapes.get(name), now.get(name)
+            if there != here:
+                shapes = ["no such parameter" if shape is None else str(list(shape)) for shape in (there, here)]
+                raise ValueError(f"reference: made with another student: {name} is {shapes[0]} there, {shapes[1]} here")
 
 
 def parameter_shapes(student: Student, head: Head, parameters: Parameters) -> dict[str, tuple[int, ...]]:

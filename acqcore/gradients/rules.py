@@ -53,7 +53,14 @@ class ModuleCall:
         values = (*self._args, *self._kwargs.values())
         self._input = _first(values)
         for tensor in (self._input, output, *(x for x in values if isinstance(x, torch.Tensor))):
-            checks.tensor_by_sample(names, type(module).__name__, tensor, batch, length)
+            handled = f"its {type(module).__name__} takes or gives"
+            if not isinstance(tensor, torch.Tensor) or tensor.dim() < 1:
+                raise self._uncovered(f"{handled} {checks.describe(tensor)} where one tensor was expected")
+            if tensor.shape[0] not in (1, batch, batch * length):
+                raise self._uncovered(
+                    f"{handled} a {checks.describe(tensor)}, in which the {batch} samples of {length} tokens cannot be "
+                    "told apart"
+                )
         self._version = self._input._version
         self._scale = 1.0
         if is_embedding(module):
@@ -61,14 +68,22 @@ class ModuleCall:
                 self._scale = self._row_scale(output.detach())
         elif not is_linear(module):
             size = sum(getattr(module, key).numel() for key in names)
-            checks.small_module(names, type(module).__name__, size, SMALL_ELEMENTS)
+            if size > SMALL_ELEMENTS:
+                raise self._uncovered(
+                    f"{type(module).__name__} is neither a linear layer nor an embedding, and its {size} parameters "
+                    f"are more than the {SMALL_ELEMENTS} that are differentiated sample by sample"
+                )
+
+    def _uncovered(self, reason: str) -> ValueError:
+        return ValueError(f"parameters: no rule covers {next(iter(self.names.values()))}: {reason}")
 
     def pieces(
         self,
         gradient: torch.Tensor,  # of the output, in its shape
     ) -> dict[str, GradPiece]:
         """The pieces of the selected parameters, by attribute."""
-        checks.unchanged_input(self.names, self._input._version == self._version)
+        if self._input._version != self._version:
+            raise self._uncovered("the input of its module is changed in place")
         if is_linear(self._module):
             return self._linear(self._tokens(gradient), self._tokens(self._input))
         if is_embedding(self._module):
@@ -99,13 +114,17 @@ class ModuleCall:
     def _row_scale(self, output: torch.Tensor) -> float:
         """Factor of the rows in the output (Gemma 3: the square root of the width)."""
         weight: Any = self._module.weight
-        checks.embedding_input(self.names, self._input)
+        if self._input.is_floating_point() or self._input.dtype == torch.bool:
+            raise self._uncovered(f"its embedding takes {checks.describe(self._input)}, not token ids")
         rows = nn.functional.embedding(self._input, weight.detach())
-        checks.embedding_output(self.names, rows.shape == output.shape)
+        other = self._uncovered("its embedding does not give a multiple of the rows of its weight")
+        if rows.shape != output.shape:
+            raise other
         rows, output = rows.double(), output.double()
         scale = (rows * output).sum() / rows.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
         error = (output - scale * rows).abs().max()
-        checks.embedding_output(self.names, bool(error <= SCALED_ROWS_TOLERANCE * output.abs().max()))
+        if not bool(error <= SCALED_ROWS_TOLERANCE * output.abs().max()):
+            raise other
         return float(scale)
 
     def _other(
@@ -129,7 +148,8 @@ class ModuleCall:
         try:
             gradients = per_sample(inputs, self._by_sample(gradient).to(dtype))
         except RuntimeError as error:  # control flow that depends on values, such as expert routing
-            checks.no_derivative(self.names, type(module).__name__, error)
+            name = type(module).__name__
+            raise self._uncovered(f"{name} could not be differentiated sample by sample: {error}") from error
         return {key: DenseGrad(value.reshape(batch, -1)) for key, value in gradients.items()}
 
     def _spread(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -10,7 +10,6 @@ from itertools import pairwise
 
 import torch
 
-from acqcore import checks
 from acqcore.acquisitions import DrawOptions
 from acqcore.backends import Dropout
 from acqcore.bayes import BayesStats, dropout_stats, ensemble_stats
@@ -63,7 +62,11 @@ class Draws:
         self._batch_tokens = batch_tokens
         self._backend = backend
         self._members = [as_student(member) for member in options.members]
-        checks.members_alone([member.forwards_are_collective for member in self._members])
+        for i, member in enumerate(self._members):
+            if member.forwards_are_collective:  # ranks run the student's forwards in step, not those of members
+                raise ValueError(
+                    f"members: expected models whose forwards are each rank's own, got one under FSDP or ZeRO-3 at {i}"
+                )
         self._trunk: TrunkDraws | None = None
         if not self._members and not options.on_hidden:
             assert options.layers is not None

@@ -215,12 +215,24 @@ def influence_reference(
             moments of another shape, negative or not finite.
     """
     checks.positive_int("dim", dim)
-    if precondition is not None:
-        checks.preconditioner(precondition, dim)
+    if isinstance(precondition, torch.Tensor):
+        checks.float_tensor("precondition", precondition, "[dim]", 1)
+        if len(precondition) != dim:
+            raise ValueError(f"precondition: expected [dim] with dim = {dim}, got {checks.describe(precondition)}")
+        if not bool((precondition.isfinite() & (precondition >= 0)).all()) or not bool(precondition.any()):
+            raise ValueError("precondition: expected finite second moments >= 0, not all of them 0")
+    elif precondition is not None:
+        checks.one_of("precondition", precondition, ("reference",))
     need = GradientNeed(parameters, loss, dim=dim, seed=seed)
     runner = Runner(student, (need,), batch_tokens, backend)
     sketches = _of_samples(runner, samples, tokenizer, max_length, need)
-    checks.reference_sketches(sketches)
+    if len(sketches) == 0:
+        raise ValueError("samples: expected at least one reference sample, got none")
+    bad = ~sketches.isfinite().all(dim=1)
+    if bool(bad.any()):
+        raise ValueError(f"samples[{int(bad.nonzero()[0])}]: expected a finite gradient, got NaN or infinity")
+    if not bool(sketches.any()):
+        raise ValueError("samples: expected a reference set with a gradient, all of its gradients are zero")
     mean = sketches.double().mean(dim=0).float()
     if isinstance(precondition, torch.Tensor):
         moments: torch.Tensor | None = precondition.detach().to("cpu", torch.float32)

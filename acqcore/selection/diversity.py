@@ -28,12 +28,7 @@ from acqcore.selection.subsets import pivoted_cholesky
 
 
 @torch.no_grad()
-def gradient_diversity(
-    vectors: torch.Tensor,
-    *,
-    ridge: float = 0.01,
-    ordered: bool = False,
-) -> torch.Tensor:
+def gradient_diversity(vectors: torch.Tensor, *, ridge: float = 0.01, ordered: bool = False) -> torch.Tensor:
     """What each vector adds to the rest of its batch, ``log(1 + r_i)`` nats.
 
     Leave-one-out: the rest is the whole batch but i, so that a permuted batch gives permuted values; copies
@@ -86,8 +81,11 @@ def vendi_score(vectors: torch.Tensor) -> torch.Tensor:
     Source: Friedman & Dieng 2023; of gradients, G-Vendi (Jung et al. 2025).
     """
     checks.vectors("vectors", vectors)
-    checks.not_empty("vectors", vectors)
-    checks.nonzero_rows("vectors", vectors)
+    if len(vectors) == 0:
+        raise ValueError(f"vectors: expected at least one row, got {checks.describe(vectors)}")
+    zero = ~vectors.any(dim=1)
+    if bool(zero.any()):
+        raise ValueError(f"vectors: row {int(zero.nonzero()[0])} is zero, expected vectors with a direction")
     x = _directions(vectors)
     small = x @ x.T if len(x) <= x.shape[1] else x.T @ x  # the same eigenvalues but for zeros
     eigenvalues = torch.linalg.eigvalsh(small / len(x)).clamp_min(0)
@@ -175,7 +173,16 @@ class Archive:
             TypeError: not a mapping, or an entry of a wrong type.
             ValueError: an entry is missing or out of range, or more vectors than the capacity.
         """
-        checks.archive_state(state)
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state: expected a mapping, got {checks.describe(state)}")
+        for key in ("capacity", "ridge", "vectors"):
+            if key not in state:
+                raise ValueError(f"state: no entry {key!r}, expected what Archive.state_dict() gives")
+        checks.positive_int("state: capacity", state["capacity"])
+        checks.ridge(state["ridge"])
+        if state["vectors"] is not None:
+            checks.vectors("state: vectors", state["vectors"])
+            checks.at_most("state: vectors", len(state["vectors"]), state["capacity"], "the capacity")
         self.capacity, self.ridge, self._factor = state["capacity"], state["ridge"], None
         self._held = None if state["vectors"] is None else state["vectors"].float()
 

@@ -77,9 +77,7 @@ def select(
     checks.one_of("method", method, METHODS)
     checks.positive_int("k", k)
     if method == "top_k":
-        scores = (
-            checks.one_column("candidates", candidates, acquisition) if isinstance(candidates, Scores) else candidates
-        )
+        scores = _column(candidates, acquisition) if isinstance(candidates, Scores) else candidates
         checks.float_tensor("candidates", scores, "[n]", 1)
         return _top_k(scores, k)
     checks.vectors("candidates", candidates)
@@ -94,6 +92,18 @@ def select(
         return _badge(vectors, k, seed)
     checks.ridge(ridge)
     return _log_det(vectors, k, ridge)
+
+
+def _column(scores: Scores, acquisition: str | None) -> torch.Tensor:
+    """Scores of the acquisition; of the only one where that is None."""
+    if acquisition is not None:
+        checks.one_of("acquisition", acquisition, scores)
+        return scores[acquisition]
+    if len(scores) != 1:
+        raise ValueError(
+            f"candidates: expected scores of one acquisition, got {', '.join(scores) or 'none'}; acquisition= names one"
+        )
+    return next(iter(scores.values()))
 
 
 def _top_k(

@@ -34,6 +34,10 @@ Samples: TypeAlias = Sequence["Sample | Row"] | Mapping[str, torch.Tensor] | Any
 
 #: Keys of a sample that is a mapping, in the order in which they are looked for.
 KINDS = (("prompt", "completion"), ("messages",), ("text",))
+EXPECTED = (
+    'strings, mappings with "prompt" and "completion", "messages" or "text", a datasets.Dataset with such '
+    'columns, or tensors {"input_ids", "attention_mask", "labels"}'
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,11 +109,22 @@ def encode(
 
     def finish(index: int, row: Row) -> Row:
         if not known:
-            checks.token_ids(index, row.ids, vocab_size)
-        checks.scored(index, row.n_scored)
+            bad = (row.ids < 0) | (row.ids >= vocab_size)
+            if bool(bad.any()):
+                raise ValueError(
+                    f"samples[{index}]: token id {int(row.ids[bad][0])} is outside the student's vocabulary of "
+                    f"{vocab_size}; does the tokenizer belong to the student?"
+                )
+        if row.n_scored == 0:
+            raise ValueError(
+                f"samples[{index}]: nothing to score, expected at least one scored token with a token before it"
+            )
         if max_length is not None:
             return _truncate(row, max_length)
-        checks.sample_length(index, len(row.ids), limit)
+        if limit is not None and len(row.ids) > limit:
+            raise ValueError(
+                f"samples[{index}]: {len(row.ids)} tokens, the student takes at most {limit}; max_length= truncates"
+            )
         return row
 
     done = errors if errors is not None else {}
@@ -131,17 +146,59 @@ def _listed(samples: Any) -> list[Any]:
     """The samples as a list; of a ``datasets.Dataset`` only the columns that are read."""
     columns = getattr(samples, "column_names", None)
     if columns is not None and hasattr(samples, "select_columns"):
-        kind = checks.sample_columns(columns, KINDS)
+        kind = _kind_of_columns(columns)
         return list(samples.select_columns(list(kind)))
-    checks.sample_sequence(samples)
+    if isinstance(samples, (str, bytes)) or not isinstance(samples, Sequence):
+        raise TypeError(f"samples: expected a list of {EXPECTED}, got {checks.describe(samples)}")
     return list(samples)
+
+
+def _kind_of_columns(columns: Sequence[str]) -> tuple[str, ...]:
+    """The first of ``KINDS`` whose columns a data set has."""
+    for kind in KINDS:
+        if all(key in columns for key in kind):
+            return kind
+    expected = ", or ".join(" and ".join(kind) for kind in KINDS)
+    raise TypeError(f"samples: expected columns {expected}, got {', '.join(columns)}")
+
+
+def _kind(index: int, sample: object) -> tuple[str, ...]:
+    """The keys that make a sample's kind; none for a string."""
+    if isinstance(sample, str):
+        return ()
+    if isinstance(sample, Mapping):
+        for kind in KINDS:
+            if all(key in sample for key in kind):
+                return kind
+        keys = ", ".join(repr(key) for key in sample)
+        raise TypeError(f"samples[{index}]: expected {EXPECTED}, got a mapping with keys {keys}")
+    raise TypeError(f"samples[{index}]: expected {EXPECTED}, got {checks.describe(sample)}")
+
+
+def _check_text(index: int, key: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"samples[{index}]: {key}: expected a string, got {checks.describe(value)}")
+
+
+def _check_messages(index: int, key: str, value: object) -> None:
+    """A list of chat messages with roles."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"samples[{index}]: {key}: expected a list of messages, got {checks.describe(value)}")
+    for message in value:
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise TypeError(
+                f'samples[{index}]: {key}: expected messages with "role" and "content", got {checks.describe(message)}'
+            )
 
 
 def _texts(samples: list[Sample], tokenizer: Any, errors: dict[int, str] | None) -> list[_Text]:
     if not samples:
         return []
-    checks.tokenizer(tokenizer)
-    kinds = [_attempt(i, errors, checks.sample_kind, i, sample, KINDS) for i, sample in enumerate(samples)]
+    if tokenizer is None:
+        raise TypeError("tokenizer: samples of text need one, got none; pass tokenizer= or a student loaded by path")
+    if not callable(tokenizer) or not hasattr(tokenizer, "apply_chat_template"):
+        raise TypeError(f"tokenizer: expected a transformers tokenizer, got {checks.describe(tokenizer)}")
+    kinds = [_attempt(i, errors, _kind, i, sample) for i, sample in enumerate(samples)]
     first = next((kind for kind in kinds if kind is not None), None)
     texts = []
     for i, (sample, kind) in enumerate(zip(samples, kinds, strict=True)):
@@ -153,24 +210,35 @@ def _texts(samples: list[Sample], tokenizer: Any, errors: dict[int, str] | None)
 
 
 def _text(index: int, sample: Any, kind: tuple[str, ...], first: tuple[str, ...], tokenizer: Any) -> _Text:
-    checks.same_kind(index, kind, first)
+    if kind != first:
+        names = [" and ".join(keys) or "a string" for keys in (first, kind)]
+        raise TypeError(f"samples[{index}]: expected {names[0]} as in the samples before it, got {names[1]}")
     if kind == ():
         return _Text(sample, 0, False)
     values = [sample[key] for key in kind]
     if kind == ("text",):
-        checks.text(index, "text", values[0])
+        _check_text(index, "text", values[0])
         return _Text(values[0], 0, False)
     if kind == ("messages",):
-        checks.messages(index, "messages", values[0])
-        checks.last_turn(index, values[0])
+        _check_messages(index, "messages", values[0])
+        if not values[0] or values[0][-1]["role"] != "assistant":
+            role = repr(values[0][-1]["role"]) if values[0] else "no message"
+            raise ValueError(
+                f"samples[{index}]: messages: expected the assistant's turn last (it is scored), got {role}"
+            )
         return _conversation(index, values[0][:-1], values[0][-1:], tokenizer)
     prompt, completion = values
     if isinstance(prompt, str):
-        checks.text(index, "completion", completion)
-        checks.completion(index, completion)
+        _check_text(index, "completion", completion)
+        if not completion:
+            raise ValueError(f"samples[{index}]: the completion is empty, there is nothing to score")
         return _Text(prompt + completion, len(prompt), False)
-    checks.prompt(index, prompt)
-    checks.messages(index, "completion", completion)
+    if not isinstance(prompt, Sequence):
+        raise TypeError(
+            f"samples[{index}]: prompt: expected a string or a list of messages, got {checks.describe(prompt)}"
+        )
+    _check_messages(index, "prompt", prompt)
+    _check_messages(index, "completion", completion)
     return _conversation(index, prompt, completion, tokenizer)
 
 
@@ -179,9 +247,12 @@ def _conversation(index: int, context: Sequence[Message], reply: Sequence[Messag
     end."""
     from jinja2 import TemplateError
 
-    checks.chat_template(tokenizer)
-    checks.context(index, context)
-    checks.reply(index, reply)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("tokenizer: messages need a chat template, this tokenizer has none")
+    if not context:
+        raise ValueError(f"samples[{index}]: expected a message before the one that is scored, got none")
+    if not any(message["content"] or message.get("tool_calls") for message in reply):
+        raise ValueError(f"samples[{index}]: the completion is empty, there is nothing to score")
 
     def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
@@ -261,7 +332,22 @@ def _truncate(row: Row, max_length: int) -> Row:
 
 def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
     """Rows of ``input_ids [B, T]``, ``attention_mask [B, T]`` and ``labels [B, T]``, padded on any side."""
-    checks.tensor_samples(samples)
+    if "input_ids" not in samples:
+        keys = ", ".join(repr(key) for key in samples)
+        raise TypeError(f'samples: expected a list, or a mapping of tensors with "input_ids", got keys {keys}')
+    for key in ("input_ids", "attention_mask", "labels"):
+        value = samples.get(key)
+        if value is None and key != "input_ids":
+            continue
+        name = f'samples["{key}"]'
+        if not isinstance(value, torch.Tensor) or (value.is_floating_point() and key != "attention_mask"):
+            raise TypeError(f"{name}: expected an integer tensor [B, T], got {checks.describe(value)}")
+        if value.dim() != 2:
+            raise ValueError(f"{name}: expected shape [B, T], got {checks.describe(value)}")
+        if value.shape != samples["input_ids"].shape:
+            raise ValueError(
+                f"{name}: expected {list(samples['input_ids'].shape)} as input_ids, got {checks.describe(value)}"
+            )
     input_ids = samples["input_ids"].cpu().long()
     mask = samples.get("attention_mask")
     keep = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.cpu().bool()

@@ -34,12 +34,7 @@ LOGIT_SCALES: dict[str, Callable[[float], float]] = {
 #: Largest difference between the model's own logits and ours in the probe, relative to the largest logit.
 #: Both sides see the same hidden states; what is left is the rounding of the model's product and of its
 #: logits.
-PROBE_TOLERANCE = {
-    torch.float64: 1e-6,
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 4e-2,
-}
+PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 # Models whose probe has passed: a reward that is called with the model itself at each step pays for one
 # probe.
@@ -63,14 +58,10 @@ class Student:
     """
 
     def __init__(
-        self,
-        trunk: Callable[..., Any],
-        head: Head,
-        *,
-        tokenizer: Any = None,
-        max_length: int | None = None,
+        self, trunk: Callable[..., Any], head: Head, *, tokenizer: Any = None, max_length: int | None = None
     ) -> None:
-        checks.trunk(trunk)
+        if not callable(trunk):
+            raise TypeError(f"trunk: expected a callable input_ids [B, T] -> [B, T, D], got {checks.describe(trunk)}")
         checks.instance("head", head, Head, "acqcore.Head")
         if max_length is not None:
             checks.positive_int("max_length", max_length)
@@ -106,7 +97,15 @@ class Student:
         """
         checks.module("model", model)
         causal = _unwrap(model)
-        checks.causal_lm(causal)
+        name = type(causal).__name__
+        embeddings = getattr(causal, "get_output_embeddings", None)
+        if not hasattr(causal, "config") or embeddings is None or embeddings() is None:
+            raise TypeError(
+                f"model: expected a transformers causal language model with an output embedding, got {name}; "
+                "acqcore.Student(trunk, head) takes any other"
+            )
+        if getattr(causal.config, "is_encoder_decoder", False):
+            raise ValueError(f"model: expected a decoder-only language model, {name} is an encoder-decoder")
         config = causal.config.get_text_config()
         student = cls.__new__(cls)
         student.trunk = _find_trunk(causal)
@@ -122,10 +121,7 @@ class Student:
 
     @classmethod
     def load(
-        cls,
-        path: str | os.PathLike[str],
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        cls, path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Student:
         """The student and its tokenizer from a local directory or a hub id, whole also in a run that shards its models.
 
@@ -209,8 +205,16 @@ class Student:
             self._spread.step(True)
             output = self._through_root(input_ids, options)
         hidden = output if isinstance(output, torch.Tensor) else getattr(output, "last_hidden_state", None)
-        checks.trunk_output(hidden, output, input_ids)
-        assert isinstance(hidden, torch.Tensor)
+        if not isinstance(hidden, torch.Tensor):
+            raise TypeError(
+                "trunk: expected it to give a tensor [B, T, D] or an object with last_hidden_state, "
+                f"got {checks.describe(output)}"
+            )
+        if hidden.dim() != 3 or hidden.shape[:2] != input_ids.shape:
+            raise ValueError(
+                f"trunk: expected hidden states [B, T, D] for input_ids {list(input_ids.shape)}, "
+                f"got {checks.describe(hidden)}"
+            )
         return full(hidden)
 
     def _through_root(
@@ -304,7 +308,11 @@ def _find_trunk(model: Any) -> torch.nn.Module:
     trunk = getattr(model, getattr(model, "base_model_prefix", ""), None)
     if trunk is None:
         trunk = model.get_decoder()
-    checks.found_trunk(trunk, model)
+    if not isinstance(trunk, torch.nn.Module) or trunk is model:
+        raise ValueError(
+            f"model: {type(model).__name__} has no base model that gives hidden states; "
+            "use acqcore.Student(trunk, head)"
+        )
     return trunk
 
 
@@ -332,8 +340,11 @@ def _projection(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | No
     """Weight ``[V, D]`` and bias ``[V]`` of the output embedding, adapters of PEFT included."""
     if type(layer).__module__.partition(".")[0] == "peft":
         return _adapted_projection(layer)
-    checks.linear_head(layer)
-    assert isinstance(layer, torch.nn.Linear)
+    if not isinstance(layer, torch.nn.Linear):
+        raise ValueError(
+            f"model: expected its output embedding to be torch.nn.Linear, got {checks.describe(layer)}; "
+            "use acqcore.Student(trunk, head)"
+        )
     return layer.weight, layer.bias
 
 
@@ -345,7 +356,22 @@ def _adapted_projection(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         if layer.disable_adapters or not layer.active_adapters:
             return _projection(layer.original_module)
         return _projection(layer.modules_to_save[layer.active_adapters[0]])
-    checks.adapted_head(layer, isinstance(layer, LoraLinear))
+    if not isinstance(layer, LoraLinear):
+        raise ValueError(
+            f"model: the adapter on the output embedding is {checks.describe(layer)}; expected LoRA or "
+            "modules_to_save, merge it first"
+        )
+    variants = [name for name in layer.active_adapters if name in layer.lora_variant]
+    if variants:
+        kind = type(layer.lora_variant[variants[0]]).__name__
+        raise ValueError(
+            f"model: the adapter on the output embedding is a LoRA variant ({kind}); expected plain LoRA, "
+            "merge it first"
+        )
+    if layer.merged and layer.disable_adapters:
+        raise ValueError(
+            "model: the adapter on the output embedding is both merged and disabled; call model.unmerge_adapter() first"
+        )
     weight, bias = _projection(layer.base_layer)
     if layer.disable_adapters or layer.merged:
         return weight, bias
@@ -377,7 +403,22 @@ def _probe(student: Student, model: torch.nn.Module) -> None:
             ours = _in_vocabulary(ours, head)
             own = own if own.shape[-1] == vocab_size else _in_vocabulary(own, head)
     tolerance = PROBE_TOLERANCE[hidden.dtype]
-    checks.probe(type(inside(model)).__name__, own, ours, hidden, tolerance)
+    name = type(inside(model)).__name__
+    advice = "it changes them in a way that acqcore does not know; use acqcore.Student(trunk, head)"
+    if own.shape != ours.shape:
+        raise ValueError(
+            f"model: {name} gives logits {list(own.shape)} where its trunk and head give {list(ours.shape)}: {advice}"
+        )
+    own = own.to(ours)
+    error, largest = float((own - ours).abs().max()), float(own.abs().max())
+    if not error <= tolerance * largest:
+        raise ValueError(
+            f"model: the logits of {name} differ from those of its trunk and head by {error:.3g} (largest logit "
+            f"{largest:.3g}): {advice}"
+        )
+    before = hidden[:, :-1].double()
+    if not float((before[0] - before[1]).abs().max()) <= tolerance * float(before.abs().max()):
+        raise ValueError(f"model: expected a causal language model, in {name} a token sees those after it")
 
 
 def _in_vocabulary(

@@ -52,20 +52,26 @@ class TrunkDraws:
             modules = student.trunk.modules() if isinstance(student.trunk, nn.Module) else ()
             own = [module for module in modules if isinstance(module, nn.Dropout)]
             self._sites = [(site, module, module.p) for site, module in enumerate(own, 1) if module.p > 0]
-            checks.own_dropout(len(self._sites))
+            if not self._sites:
+                raise ValueError("layers: 'own' needs a student with dropout layers of p > 0, this one has none")
             return
         checks.some_blocks(len(blocks))
         assert student._module is not None
         count = len(blocks) if layers == "all" else layers
         assert isinstance(count, int)
-        checks.dropout_layers(count, len(blocks))
+        if count > len(blocks):
+            raise ValueError(f"layers: expected at most {len(blocks)} transformer blocks, got {count}")
         first = len(blocks) - count
         # Where ranks run forwards together all are whole: another may be at a forward that skips nothing.
         self._skipped = [] if student.forwards_are_collective else blocks[:first]
         site, owners = 0, matrix_owners(student._module)
         for i, block in enumerate(blocks):
             branches = _branches(block, owners)
-            checks.residual_branches(type(block).__name__, len(branches))
+            if not branches:
+                name = type(block).__name__
+                raise ValueError(
+                    f"layers: {name} has no child that multiplies by a matrix, so nothing dropout could act on"
+                )
             for branch in branches:
                 site += 1  # of the whole model: a block has the same masks however many are asked for
                 if i >= first:
@@ -88,7 +94,8 @@ class TrunkDraws:
                 hook = module.register_forward_hook(self._dropping(site, p, samples))
                 stack.callback(hook.remove)
             hidden = self._student.hidden(expanded)
-        checks.dropout_ran(self._dropped)
+        if not self._dropped:
+            raise ValueError("layers: the student's forward went through none of the modules that dropout acts on")
         return hidden.unflatten(0, (self._draws, len(input_ids)))
 
     def _entering(
@@ -134,14 +141,16 @@ class TrunkDraws:
         p: float,
         samples: torch.Tensor,  # [B]
     ) -> torch.Tensor:
-        checks.dropout_input(value, self._draws * len(samples))
+        rows = self._draws * len(samples)
+        if not isinstance(value, torch.Tensor) or value.dim() != 3 or value.shape[0] != rows:
+            raise ValueError(f"layers: dropout acts on [{rows}, T, D], got {checks.describe(value)}")
         self._dropped += 1
         _, length, columns = value.shape
         positions = torch.arange(length, device=value.device).repeat(len(samples))
-        rows = samples.to(value.device).repeat_interleave(length)
-        dropout = Dropout(p, "element", 1, self._seed, rows, positions)
+        of_rows = samples.to(value.device).repeat_interleave(length)
+        dropout = Dropout(p, "element", 1, self._seed, of_rows, positions)
         backend = select_backend(self._backend, value.device, (value.dtype,))
-        keep = torch.empty((self._draws, len(rows), columns), dtype=torch.bool, device=value.device)
+        keep = torch.empty((self._draws, len(of_rows), columns), dtype=torch.bool, device=value.device)
         backend.dropout_mask(dropout, site, keep)
         return value.where(keep.view(value.shape), 0) / (1 - p)
 
