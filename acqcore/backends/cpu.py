@@ -11,8 +11,7 @@ import torch
 from acqcore import checks
 from acqcore.backends import extension
 from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows
-from acqcore.backends.extension import core as _core
-from acqcore.backends.extension import matrix, pointer
+from acqcore.backends.extension import core as _core, matrix, pointer
 from acqcore.philox import threshold
 
 

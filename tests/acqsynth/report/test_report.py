@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from acqsynth.report import metrics as measures
-from acqsynth.report import render
+from acqsynth.report import metrics as measures, render
 from acqsynth.report.metrics import Answers
 
 SKILLS = ["add", "sort"] * 20
