@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,14 @@ from scipy.stats import spearmanr
 
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Sampling
-from acqsynth.evaluate import accuracy_by_skill, bootstrap, bootstrap_change, evaluate, signal_validity
+from acqsynth.evaluate import (
+    accuracy_by_skill,
+    bootstrap,
+    bootstrap_change,
+    evaluate,
+    rank_correlation,
+    signal_validity,
+)
 
 
 @pytest.fixture
@@ -116,3 +124,22 @@ def test_an_undefined_correlation_is_none_and_not_a_number() -> None:
 def test_scores_of_another_length_are_refused() -> None:
     with pytest.raises(ValueError, match="scores: expected 3 values of 'a', one a batch, got 2"):
         signal_validity({"a": [1.0, 2.0]}, [1.0, 2.0, 3.0])
+
+
+def test_order_alone_counts() -> None:
+    assert rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 1000.0]) == pytest.approx(1)
+    assert rank_correlation([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1)
+    # Spearman: 1 - 6 sum d^2 / (n (n^2 - 1)), d = 1, 1, 0, 0
+    assert rank_correlation([1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 3.0, 4.0]) == pytest.approx(1 - 6 * 2 / 60)
+
+
+def test_unscored_samples_are_left_out() -> None:
+    assert rank_correlation([1.0, None, 2.0, 3.0, math.nan], [1.0, 5.0, 2.0, 3.0, 0.0]) == pytest.approx(1)
+    assert rank_correlation([1.0, None, 2.0, 3.0], [1.0, 5.0, math.inf, 3.0]) is None
+
+
+def test_undefined_without_an_order() -> None:
+    assert rank_correlation([], []) is None
+    assert rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
+    with pytest.raises(ValueError, match="after: expected 2 scores, as before has, got 1"):
+        rank_correlation([1.0, 2.0], [1.0])

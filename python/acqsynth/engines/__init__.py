@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
-from acqsynth.engines.base import Completion as Completion
-from acqsynth.engines.base import Engine as Engine
-from acqsynth.engines.base import Sampling as Sampling
+from acqsynth.engines.base import Completion as Completion, Engine as Engine, Sampling as Sampling
 
 __all__ = ["NAMES", "Completion", "Engine", "Sampling", "load"]
 
 NAMES = ("transformers", "vllm")
+
+
+def check(name: str, options: Mapping[str, Any]) -> None:
+    """Refuses options that the engine does not have; vLLM checks its own.
+
+    Raises:
+        ValueError: names the option.
+    """
+    if name == "transformers":
+        from acqsynth.engines.transformers import TransformersEngine
+
+        known = [p.name for p in inspect.signature(TransformersEngine).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        for option in options:
+            if option not in known:
+                raise ValueError(f"options: unknown {option!r}, expected one of {', '.join(known)}")
 
 
 def load(name: str, model: Any, *, tokenizer: Any = None, **options: Any) -> Engine:

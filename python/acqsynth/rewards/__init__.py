@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import acqcore
-from acqsynth.rewards.acquisition import AcquisitionReward as AcquisitionReward
-from acqsynth.rewards.acquisition import completion_text as completion_text
-from acqsynth.rewards.acquisition import ready_made as _ready_made
-from acqsynth.rewards.answers import AnswerVariance as AnswerVariance
-from acqsynth.rewards.answers import Confidence as Confidence
-from acqsynth.rewards.answers import Learnability as Learnability
-from acqsynth.rewards.answers import SampledAnswers as SampledAnswers
-from acqsynth.rewards.answers import SemanticEntropy as SemanticEntropy
-from acqsynth.rewards.composed import ComposedReward as ComposedReward
-from acqsynth.rewards.composed import Rewards as Rewards
+from acqsynth.rewards.acquisition import (
+    AcquisitionReward as AcquisitionReward,
+    completion_text as completion_text,
+    ready_made as _ready_made,
+)
+from acqsynth.rewards.answers import (
+    AnswerVariance as AnswerVariance,
+    Confidence as Confidence,
+    Learnability as Learnability,
+    SampledAnswers as SampledAnswers,
+    SemanticEntropy as SemanticEntropy,
+)
+from acqsynth.rewards.composed import ComposedReward as ComposedReward, Rewards as Rewards
 from acqsynth.rewards.diversity import Diversity as Diversity
-from acqsynth.rewards.embeddings import NgramEmbedder as NgramEmbedder
-from acqsynth.rewards.embeddings import SentenceEmbedder as SentenceEmbedder
-from acqsynth.rewards.gates import Gate as Gate
-from acqsynth.rewards.gates import default_gates as default_gates
+from acqsynth.rewards.embeddings import NgramEmbedder as NgramEmbedder, SentenceEmbedder as SentenceEmbedder
+from acqsynth.rewards.gates import Gate as Gate, default_gates as default_gates
 from acqsynth.rewards.gradient import Gradient as Gradient
 from acqsynth.rewards.paper import PaperReward as PaperReward
 from acqsynth.rewards.proximity import Proximity as Proximity
-from acqsynth.rewards.scoring import STUDENT_VARIABLE as STUDENT_VARIABLE
-from acqsynth.rewards.scoring import Scorer as Scorer
-from acqsynth.rewards.signals import AcquisitionSignal as AcquisitionSignal
-from acqsynth.rewards.signals import Signal as Signal
-from acqsynth.rewards.signals import acquisition_signals as acquisition_signals
+from acqsynth.rewards.scoring import STUDENT_VARIABLE as STUDENT_VARIABLE, Scorer as Scorer
+from acqsynth.rewards.signals import (
+    AcquisitionSignal as AcquisitionSignal,
+    Signal as Signal,
+    acquisition_signals as acquisition_signals,
+)
 
 
 def __getattr__(name: str) -> AcquisitionReward:

@@ -19,7 +19,8 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -71,18 +72,14 @@ class SampledAnswers:
         self.engine = engine
         self.domain = domain
         self.k = k
-        self.temperature = temperature
-        self.max_tokens = max_tokens or domain.answer_tokens
-        self.top2 = top2
-        self.seed = seed
+        self.sampling = Sampling(k, temperature, 1.0, max_tokens or domain.answer_tokens, seed, top2)
 
     def draw(self, questions: Sequence[str]) -> list[list[Drawn]]:
         """k answers of each of n questions; those seen before in this call are not drawn again."""
         known: dict[str, list[Drawn]] = once((id(self), "draws"), dict)
         new = [q for q in dict.fromkeys(questions) if q not in known]
         if new:
-            seed = zlib.crc32("\0".join(new).encode(), self.seed)
-            sampling = Sampling(self.k, self.temperature, 1.0, self.max_tokens, seed, self.top2)
+            sampling = replace(self.sampling, seed=zlib.crc32("\0".join(new).encode(), self.sampling.seed))
             prompts = [self.domain.student_prompt(q) for q in new]
             for question, completions in zip(new, self.engine.generate(prompts, sampling), strict=True):
                 known[question] = [self._read(completion) for completion in completions]
@@ -102,6 +99,10 @@ class SampledAnswers:
         for (sample, count, _), equal in zip(asked, right, strict=True):
             known[sample.question, sample.answer] += equal * count / self.k
         return [known[sample.question, sample.answer] for sample in samples]
+
+    def refresh(self, student: Any) -> None:
+        """Another student answers from now on, see :meth:`acqsynth.engines.Engine.reload`."""
+        self.engine.reload(student)
 
     def _read(self, completion: Completion) -> Drawn:
         answer = self.domain.answer_of(completion.text)
@@ -123,7 +124,7 @@ class Confidence:
     name = "confidence"
 
     def __init__(self, answers: SampledAnswers, *, paper_compat: bool = False) -> None:
-        if not answers.top2:
+        if not answers.sampling.top2:
             raise ValueError("answers: expected them with top2=True, which confidence reads")
         self.answers = answers
         self.paper_compat = paper_compat
@@ -135,7 +136,7 @@ class Confidence:
         return [_mean([1 - m for d in drawn for m in _margins(d.completion)]) for drawn in draws]
 
     def _released(self, samples: Sequence[Sample]) -> list[float | None]:
-        sampling = Sampling(1, self.answers.temperature, 1.0, 512, self.answers.seed, top2=True)
+        sampling = replace(self.answers.sampling, n=1, max_tokens=512)
         values: list[float | None] = []
         for [completion] in self.answers.engine.generate([sample.question for sample in samples], sampling):
             mean = _mean(_margins_in_dictionary_order(completion))

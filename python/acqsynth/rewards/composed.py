@@ -281,8 +281,14 @@ class ComposedReward:
         return found
 
     def refresh(self, student: Any) -> None:
-        """Another student from now on, for every signal and gate that scores with one (an engine has ``reload``)."""
-        for part in (*self.signals, *self.gates):
+        """Moves everything that scores, answers or labels to another student.
+
+        Args:
+            student: a path or hub id; also what the scorers take, for a reward that neither answers nor labels.
+        """
+        parts: list[Any] = [*self.signals, *self.gates]
+        held = [getattr(part, name, None) for part in parts for name in ("answers", "label")]
+        for part in {id(part): part for part in (*parts, *held)}.values():
             if hasattr(part, "refresh"):
                 part.refresh(student)
 

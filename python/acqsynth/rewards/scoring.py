@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -82,6 +83,7 @@ class Scorer:
         self.max_length = max_length
         self.device = device
         self._reference: acqcore.Reference | None = None
+        self._shared: SharedStudent | None = None
 
     def __call__(self, samples: Sequence[Any]) -> tuple[dict[str, list[float | None]], list[int]]:
         """Values of each acquisition (None where there is none) and scored tokens of n samples.
@@ -102,7 +104,10 @@ class Scorer:
     def refresh(self, student: Any) -> None:
         """Score for another student from now on; a reference given as samples is passed through it anew."""
         self.student = student
-        self._reference = None
+        self._reference = self._shared = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shared": None}  # another process loads its own
 
     def _score(self, samples: Sequence[Any]) -> tuple[dict[str, list[float | None]], list[int]]:
         values: dict[str, list[float | None]] = {name: [None] * len(samples) for name in self.acquisitions}
@@ -164,7 +169,9 @@ class Scorer:
                     "the student whose acquisition values are the reward"
                 )
         if isinstance(student, str | os.PathLike):
-            return load_student(os.fspath(student), self.device)
+            if self._shared is None:
+                self._shared = load_student(os.fspath(student), self.device)
+            return self._shared.student
         return student if isinstance(student, acqcore.Student) else acqcore.Student.from_model(student)
 
 
@@ -176,7 +183,27 @@ def training_row(domain: Domain, sample: Sample, chat: bool) -> dict[str, Any]:
     return {"prompt": "\n".join(message["content"] for message in prompt) + "\n", "completion": solution}
 
 
-@functools.cache
-def load_student(path: str, device: str | None) -> acqcore.Student:
-    """The student at ``path``, once a process; every scorer over the same path shares it."""
-    return acqcore.Student.load(path, device=device)
+@dataclass(frozen=True, eq=False)
+class SharedStudent:
+    """A student that the process has loaded: the model for generation, the same weights for scoring."""
+
+    model: Any
+    student: acqcore.Student
+
+
+#: By path and device. A student lives as long as a scorer or an engine holds it.
+_students: WeakValueDictionary[tuple[str, str | None], SharedStudent] = WeakValueDictionary()
+
+
+def load_student(path: str, device: str | None) -> SharedStudent:
+    """The student at ``path``; whoever asks for the same one while it is in use shares it."""
+    shared = _students.get((path, device))
+    if shared is None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        with acqcore.loading_whole():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        model = (model if device is None else model.to(device)).eval()
+        student = acqcore.Student.from_model(model, tokenizer=AutoTokenizer.from_pretrained(path))
+        _students[path, device] = shared = SharedStudent(model, student)
+    return shared

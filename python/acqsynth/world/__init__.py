@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from acqsynth.world.pretrain import Settings as Settings
-from acqsynth.world.pretrain import base_model as base_model
+from acqsynth.world.pretrain import Settings as Settings, base_model as base_model
 from acqsynth.world.tokenizer import build_tokenizer as build_tokenizer
 
 __all__ = ["Settings", "base_model", "build_tokenizer"]

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from acqsynth.report import metrics as measures
-from acqsynth.report import render
+from acqsynth.report import metrics as measures, render
 from acqsynth.report.metrics import Answers
 
 SKILLS = ["add", "sort"] * 20
@@ -82,17 +81,14 @@ def whole() -> dict[str, Any]:
             "seconds": {"train": 200.0, "write": 3.0, "label": 0.0, "fit": 7.0},
         }
     found["training"] = measures.training([LOG])
-    scored = [
-        {
-            "step": i,
-            "text": f"text <{i}> & more",
-            "reward": i / 10,
-            "gate": "parses" if i == 0 else "",
-            "parts": {"x": 1.0},
-        }
-        for i in range(8)
-    ]
-    found["samples"] = measures.ends(scored, 2)
+    table = {
+        "step": list(range(8)),
+        "completion": [f"text <{i}> & more" for i in range(8)],
+        "reward": [i / 10 for i in range(8)],
+        "reward_gate": ["parses"] + [""] * 7,
+        "reward_x": [1.0] * 8,
+    }
+    found["samples"] = measures.samples([table], 2)
     batches = [
         {"skill": "ab"[i % 2], "rows": 8, "scores": {"x": float(i), "flat": 1.0}, "gain": i / 9} for i in range(6)
     ]
@@ -245,21 +241,23 @@ def test_rounds_are_logged_one_after_the_other() -> None:
     }
 
 
-def test_ends_take_each_text_once_and_never_a_gated_one() -> None:
-    row = {"step": None, "parts": {}}
-    scored = [
-        {"text": "a", "reward": 0.9, "gate": "", **row},
-        {"text": "a", "reward": 0.9, "gate": "", **row},
-        {"text": "b", "reward": 0.5, "gate": "", **row},
-        {"text": "c", "reward": 0.1, "gate": "", **row},
-        {"text": "d", "reward": 0.0, "gate": "new", **row},
-        {"text": "e", "reward": None, "gate": "", **row},
-    ]
-    found = measures.ends(scored, 2)
+def test_best_and_worst_samples_take_each_text_once_and_never_a_gated_one():
+    trained = {
+        "completion": ["a", [{"role": "assistant", "content": "a"}], "b", "c", "d", "e"],
+        "reward": [0.9, 0.9, 0.5, 0.1, 0.0, float("nan")],
+        "reward_gate": ["", "", "", "", "new", ""],
+        "reward_x": [1.0, 1.0, 2.0, float("nan"), 4.0, 5.0],
+    }
+    found = measures.samples([trained], 2)
     assert [r["text"] for r in found["best"]] == ["a", "b"]
     assert [r["text"] for r in found["worst"]] == ["c"]
     assert [r["text"] for r in found["rejected"]] == ["d"]
     assert (found["scored"], found["gates"]) == (6, {"new": 1})
+    assert [r["parts"] for r in found["best"] + found["worst"]] == [{"x": 1.0}, {"x": 2.0}, {}]
+    selected = {"question": ["1+1"], "reasoning": [""], "answer": ["2"], "reward": [0.5], "reward_x": [0.25]}
+    [row] = measures.samples([selected])["best"]
+    assert row == {"step": None, "text": "1+1\n2", "reward": 0.5, "gate": "", "parts": {"x": 0.25}}
+    assert measures.samples([{"question": ["1+1"], "reasoning": [""], "answer": ["2"]}]) is None
 
 
 def test_counts_of_rounds_are_added() -> None:

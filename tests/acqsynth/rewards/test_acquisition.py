@@ -5,7 +5,6 @@ import pickle
 import sys
 import threading
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ import datasets
 import pytest
 import torch
 import trl
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.scripts import grpo
 from trl.trainer.utils import get_callable_name, is_async_callable
 
@@ -21,7 +20,6 @@ import acqcore
 from acqsynth import rewards
 from acqsynth.parsing import as_text, parse_chat_sample, parse_sample
 from acqsynth.rewards import AcquisitionReward
-from acqsynth.rewards.scoring import load_student
 from acqsynth.rewards.signals import NEEDED
 
 GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
@@ -52,11 +50,8 @@ class Log:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_students(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_student_of_the_environment(monkeypatch):
     monkeypatch.delenv(rewards.STUDENT_VARIABLE, raising=False)
-    load_student.cache_clear()
-    yield
-    load_student.cache_clear()
 
 
 def test_reward_is_the_score_times_the_gate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -205,8 +200,10 @@ def test_the_student_is_left_as_found(model: LlamaForCausalLM, tokenizer: PreTra
 
 def test_a_path_is_loaded_once_and_late(student_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads = []
-    load = acqcore.Student.load
-    monkeypatch.setattr(acqcore.Student, "load", lambda *args, **o: loads.append(args) or load(*args, **o))
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda path, **o: loads.append(path) or load(path, **o)
+    )
     first, second = AcquisitionReward(student_path), AcquisitionReward(str(student_path), "margin")
     Log().call(first, [BROKEN])
     assert loads == []

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from acqsynth.domains.arithmetic import SKILLS, Arithmetic
 from acqsynth.engines import load
-from acqsynth.world import Settings, base_model, build_tokenizer
-from acqsynth.world import pretrain as module
+from acqsynth.world import Settings, base_model, build_tokenizer, pretrain as module
 from acqsynth.world.profile import profile
 
 TINY = Settings(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Sampling
-from acqsynth.generate import generate, passing, prompts
+from acqsynth.write import best, candidates, passing, prompts, write
 
 SEEDS = [Sample(f"{i}+{i}", str(2 * i)) for i in range(7)]
 ASK = [[{"role": "user", "content": f"prompt {i}"}] for i in range(4)]
@@ -37,6 +38,18 @@ def test_prompts_that_can_not_be(sums: Domain) -> None:
         prompts(sums, SEEDS, 0, shown=1, seed=0)
     with pytest.raises(ValueError, match="shown: expected 0 to 7, the number of seeds, got 8"):
         prompts(sums, SEEDS, 1, shown=8, seed=0)
+
+
+def test_seeds_are_shown_within_the_request_or_as_turns(sums: Domain) -> None:
+    [within] = prompts(sums, SEEDS[:2], 1, shown=2, seed=0)
+    assert [message["role"] for message in within] == ["user"]
+    apart = prompts(sums, SEEDS, 4, shown=2, turns=True, seed=0)
+    for messages in apart:
+        assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
+        assert {message["content"] for message in messages[::2]} == {"new "}
+        shown = [sums.parse(message["content"]) for message in messages[1::2]]
+        assert all(sample in SEEDS for sample in shown)
+        assert shown[0] != shown[1]
 
 
 class Large:
@@ -86,7 +99,7 @@ def test_what_is_kept_and_why_the_rest_is_not(sums: Domain, scripted: Any, writt
         written("3+4", 7),
     ]
     engine, gate = scripted(lambda prompt, i, seed: texts[2 * int(prompt[0]["content"][-1]) + i]), Large()
-    found = generate(engine, sums, ASK, Sampling(n=2, seed=3), rows=8, gates=[gate], rounds=1)
+    found = write(engine, sums, ASK, Sampling(n=2, seed=3), rows=8, gates=[gate], rounds=1)
     assert [sample.question for sample in found.rows] == ["1+4", "1+ 4", "3+4"]
     assert found.dropped == {
         "does not parse": 1,
@@ -95,7 +108,7 @@ def test_what_is_kept_and_why_the_rest_is_not(sums: Domain, scripted: Any, writt
         "gate large could not tell": 1,
         "asks what another one asks": 1,
     }
-    assert (found.drawn, found.rounds, found.wanted, found.short) == (8, 1, 8, True)
+    assert (found.completions, found.rounds, found.wanted, found.incomplete) == (8, 1, 8, True)
     assert gate.archive == ["1+4", "1+ 4", "3+4"]
 
 
@@ -106,21 +119,21 @@ def test_rounds_go_on_with_new_seeds_until_there_are_enough(
         return written(f"{seed}+{prompt[0]['content'][-1]}", seed) if i == 0 else "no sample"
 
     engine = scripted(says)
-    found = generate(engine, sums, ASK, Sampling(n=2, seed=5), rows=7)
+    found = write(engine, sums, ASK, Sampling(n=2, seed=5), rows=7)
     assert len(found.rows) == 7
-    assert not found.short
+    assert not found.incomplete
     # All four prompts, half of whose completions are kept; then the three that are enough at this rate.
     assert [[p[0]["content"] for p in asked] for asked, _ in engine.calls] == [
         [f"prompt {i}" for i in (0, 1, 2, 3)],
         [f"prompt {i}" for i in (0, 1, 2)],
     ]
     assert [sampling.seed for _, sampling in engine.calls] == [5, 6]
-    assert found.drawn == 14
+    assert found.completions == 14
 
 
 def test_a_round_asks_no_more_prompts_than_it_needs(sums: Domain, scripted: Any, written: Callable[..., str]) -> None:
     engine = scripted(lambda prompt, i, seed: written(f"{i}+{prompt[0]['content'][-1]}", i))
-    found = generate(engine, sums, ASK, Sampling(n=3), rows=4)
+    found = write(engine, sums, ASK, Sampling(n=3), rows=4)
     assert [len(asked) for asked, _ in engine.calls] == [2]
     assert found.dropped == {"more than were wanted": 2}
     assert len(found.rows) == 4
@@ -129,8 +142,8 @@ def test_a_round_asks_no_more_prompts_than_it_needs(sums: Domain, scripted: Any,
 def test_it_gives_up_and_says_so(sums: Domain, scripted: Any, caplog: pytest.LogCaptureFixture) -> None:
     engine = scripted(lambda prompt, i, seed: "no sample")
     with caplog.at_level(logging.WARNING):
-        found = generate(engine, sums, ASK, Sampling(), rows=2, rounds=3)
-    assert (found.rows, found.rounds, found.short, found.drawn) == ([], 3, True, 10)
+        found = write(engine, sums, ASK, Sampling(), rows=2, rounds=3)
+    assert (found.rows, found.rounds, found.incomplete, found.completions) == ([], 3, True, 10)
     assert caplog.messages == ["0 rows of 2 after 3 rounds (10 does not parse)"]
 
 
@@ -145,4 +158,55 @@ def test_it_gives_up_and_says_so(sums: Domain, scripted: Any, caplog: pytest.Log
 def test_nothing_to_do(sums: Domain, scripted: Any, options: dict[str, Any], message: str) -> None:
     asked = options.pop("prompts", ASK)
     with pytest.raises(ValueError, match=message):
-        generate(scripted(str), sums, asked, Sampling(), **options)
+        write(scripted(str), sums, asked, Sampling(), **options)
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine(scripted: Any, written: Callable[..., str]) -> Any:
+    texts = [
+        [written("1+1", 2), written("2+3", 5), "no sample"],
+        [written("bad 9+9", 18), written("6+7", 13), written("2+2", 4)],
+        [written("2 + 3", 5), written("1+2", 3), written("2+3", 6)],
+    ]
+    return scripted(lambda prompt, i, seed: texts[int(prompt[0]["content"][-1])][i])
+
+
+def test_candidates_of_a_prompt_are_a_group(engine: Any, answer_reward: Any) -> None:
+    groups = candidates(engine, ASK[:3], answer_reward, Sampling(n=3))
+    assert answer_reward.groups == [[0, 0, 0, 1, 1, 1, 2, 2, 2]]
+    assert [[scored.total for scored in group] for group in groups] == [[2, 5, 0], [0, None, 4], [5, 3, 6]]
+    assert [[scored.rejected_by for scored in group] for group in groups] == [
+        [None, None, "does not parse"],
+        ["gate good", "a scorer failed", None],
+        [None] * 3,
+    ]
+    assert groups[1][2].sample == Sample("2+2", "4")
+    assert groups[1][2].prompt == ASK[1]
+    assert groups[1][0].components == {"value": 18.0}
+    assert groups[1][0].gates == {"parses": True, "good": False}
+
+
+def test_the_best_of_each_prompt(engine: Any, answer_reward: Any) -> None:
+    found = best(engine, ASK[:3], answer_reward, Sampling(n=3), rows=3, rounds=1)
+    assert [(scored.sample.question, scored.total) for scored in found.rows] == [("2+3", 5), ("2+2", 4)]
+    assert found.dropped == {
+        "not the best of its prompt": 3,
+        "does not parse": 1,
+        "gate good": 1,
+        "a scorer failed": 1,
+        "asks what another one asks": 1,
+    }
+    assert (found.completions, found.incomplete) == (9, True)
+
+
+def test_a_threshold_and_as_many_rows_as_wanted(engine: Any, answer_reward: Any) -> None:
+    found = best(engine, ASK[:3], answer_reward, Sampling(n=3), rows=1, threshold=4.5)
+    assert [scored.total for scored in found.rows] == [5]
+    assert len(engine.calls) == 1
+    assert len(engine.calls[0][0]) == 1
+    high = best(engine, ASK[:3], answer_reward, Sampling(n=3), rows=1, threshold=math.inf, rounds=2)
+    assert high.rows == []
+    assert high.dropped["below the threshold"] > 0

@@ -1,11 +1,12 @@
-"""Answers to generated questions: several are drawn, and the majority is the label where it is large enough; or the
-domain computes them.
+"""Answers to generated questions: the majority of several sampled answers if it is large enough, or what the domain
+computes.
 
-What the generator itself answered is not used: it is one draw, and by the model that wanted the question to be hard.
+The generator's own answer is not used: it is a single draw, by the model that wanted the question to be hard.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,40 +14,36 @@ from typing import Any
 
 import numpy
 
-from acqsynth.domains.base import Domain, Sample
-from acqsynth.engines.base import Completion, Engine, Sampling
+from acqsynth.config import LabellingConfig
+from acqsynth.domains import Domain, Sample
+from acqsynth.engines import Completion, Engine, Sampling
 
 Embed = Callable[[Sequence[str]], Any]  #: n texts -> [n, D] vectors
 
-#: Of the published recipe, for open text.
-COSINE_DISTANCE = 0.35
+COSINE_DISTANCE = 0.35  #: of clusters of open text, as in the published recipe
 
 
 @dataclass(frozen=True)
 class Label:
-    """What k answers say of one question."""
+    """What k answers say about one question."""
 
-    #: with the majority's answer and reasoning; None where there is no label
-    sample: Sample | None
-    #: share of the k completions that are in the largest cluster
-    agreement: float
-    #: of each completion; None where it gave none
-    answers: list[str | None]
-    #: None where there is a label
-    abstained_why: str | None = None
+    sample: Sample | None  #: with the majority's answer and reasoning; None without a label
+    agreement: float  #: share of the k completions in the largest cluster
+    answers: list[str | None]  #: of each completion; None if it gave none
+    abstained_why: str | None = None  #: None with a label
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How right labels are."""
+    """How many labels are right."""
 
     labelled: int  #: questions with a label
-    known: int  #: of these, those whose truth is known
-    right: int  #: of these, the right ones
+    known: int  #: those of them whose truth is known
+    right: int  #: those of them that are right
 
     @property
     def share(self) -> float | None:
-        """Right labels of those whose truth is known; None where there is none."""
+        """Share of right labels among those whose truth is known; None if there are none."""
         return self.right / self.known if self.known else None
 
 
@@ -62,23 +59,22 @@ def label(
     max_tokens: int | None = None,
     embed: Embed | None = None,
 ) -> list[Label]:
-    """A label for each question, or the reason that there is none.
+    """A label for each question, or the reason why there is none.
 
-    Answers whose canonical form is equal are one cluster; clusters whose representatives the domain finds equivalent,
-    each to the other, are one. With ``embed``, for open text, clusters are those of average linkage at a cosine
-    distance of 0.35.
+    Answers with the same canonical form are one cluster; clusters whose representatives the domain finds equivalent in
+    both directions are merged. With ``embed``, for open text, clusters come from average linkage at a cosine distance
+    of 0.35.
 
-    The completion that stands for the majority: among those of the largest cluster that ended by themselves, the one
-    of median length in tokens (the shortest often leaves the steps out, the longest rambles); with ``embed`` the
-    medoid.
+    The majority is represented by one of the completions of the largest cluster that were not cut off: the one of
+    median length in tokens (the shortest often skips steps, the longest rambles), or with ``embed`` the medoid.
 
     Args:
         engine: of the student, or of a stronger teacher.
         domain: of the questions.
-        samples: their answers and reasoning are not looked at.
+        samples: their answers and reasoning are ignored.
         k: answers to each question.
         temperature: of the draws.
-        threshold: least share of the k completions that agree, those without an answer counted as dissent.
+        threshold: least share of the k completions that agree; a completion without an answer counts as dissent.
         seed: of the draws.
         max_tokens: most tokens of an answer; by default the domain's.
         embed: n texts -> n vectors.
@@ -97,28 +93,62 @@ def label(
     ]
 
 
-def computed(domain: Domain, samples: Sequence[Sample], *, seed: int = 0) -> list[Label]:
-    """A label for each question whose answer the domain computes (``Domain.computed``).
+def label_by_domain(domain: Domain, samples: Sequence[Sample], *, seed: int = 0) -> list[Label]:
+    """A label for each question whose answer the domain computes.
 
     Args:
         domain: of the questions.
-        samples: their answers and reasoning are not looked at.
-        seed: of answers that are left to chance.
+        samples: their answers and reasoning are ignored.
+        seed: of answers that are random.
     """
     return [
-        Label(None, 0.0, [], "the domain can not compute it") if solved is None else Label(solved, 1.0, [solved.answer])
+        Label(None, 0.0, [], "the domain cannot compute it") if solved is None else Label(solved, 1.0, [solved.answer])
         for solved in domain.computed(samples, seed)
     ]
+
+
+class Labeller:
+    """Labels samples by the method of a recipe.
+
+    Args:
+        config: any method but ``own``.
+        domain: of the samples.
+        engine: makes the engine that answers, of the student or the teacher; not called for method ``computed``.
+
+    Raises:
+        ValueError: options that :func:`label` does not have.
+    """
+
+    def __init__(self, config: LabellingConfig, domain: Domain, engine: Callable[[], Engine]) -> None:
+        self.domain = domain
+        self.options: dict[str, Any] = {"k": config.k, "temperature": config.temperature, "threshold": config.threshold}
+        known = inspect.signature(label).parameters
+        for name in config.options:
+            if name in self.options or name not in known or known[name].kind is not inspect.Parameter.KEYWORD_ONLY:
+                raise ValueError(f"options: unknown {name!r}, expected max_tokens")
+        self.options |= config.options
+        self.engine = None if config.method == "computed" else engine()
+        self._moves = config.method == "majority"
+
+    def __call__(self, samples: Sequence[Sample], seed: int = 0) -> list[Label]:
+        """A label for each sample."""
+        if self.engine is None:
+            return label_by_domain(self.domain, samples, seed=seed)
+        return label(self.engine, self.domain, samples, seed=seed, **self.options)
+
+    def refresh(self, student: Any) -> None:
+        """Labels with another student from now on; a teacher stays."""
+        if self.engine is not None and self._moves:
+            self.engine.reload(student)
 
 
 def cluster(
     domain: Domain, samples: Sequence[Sample], answers: Sequence[Sequence[str | None]]
 ) -> list[list[list[int]]]:
-    """Clusters of each question's answers, as indices, largest first; what is None is in none.
+    """Clusters of each question's answers, as indices, largest first; None belongs to no cluster.
 
-    The domain compares the first answers of clusters only, in one call for all questions, and those it finds the same
-    once more the other way round: where an answer is judged by tests and not by the other answer, two wrong ones are
-    not the same.
+    The domain compares only the first answers of clusters, in one call for all questions, and compares those it finds
+    equal again in the other direction: if tests judge an answer, rather than the other answer, two wrong ones differ.
     """
     by_form: list[list[list[int]]] = []
     for row in answers:
@@ -148,7 +178,7 @@ def cluster(
 
 
 def cluster_texts(texts: Sequence[str | None], embed: Embed) -> list[list[int]]:
-    """As :func:`cluster`, of one question's open answers by their embeddings."""
+    """Like :func:`cluster`, for one question's open answers by their embeddings."""
     from sklearn.cluster import AgglomerativeClustering
 
     given = [i for i, text in enumerate(texts) if text is not None]
@@ -165,12 +195,12 @@ def cluster_texts(texts: Sequence[str | None], embed: Embed) -> list[list[int]]:
 
 
 def accuracy(domain: Domain, labels: Sequence[Label], truth: Sequence[Sample] | None = None) -> Accuracy:
-    """How many labels are right, where that is known.
+    """How many labels are right, as far as that is known.
 
     Args:
         domain: of the questions.
         labels: n labels.
-        truth: n samples with the right answers; by default the domain tells what it can (:meth:`Domain.verify`).
+        truth: n samples with the right answers; by default the domain verifies what it can (:meth:`Domain.verify`).
 
     Raises:
         ValueError: truth of another length.
@@ -221,7 +251,7 @@ def _decide(
 
 
 def _reasoning(domain: Domain, text: str, answer: str) -> str:
-    """The completion up to where its last lines only state the answer, which ``Domain.solution`` writes again."""
+    """The completion without the last lines that only state the answer, which ``Domain.solution`` writes again."""
     text = text.strip()
     before = text.removesuffix(answer.strip())
     if before != text and (not before or before[-1].isspace()):
@@ -231,7 +261,7 @@ def _reasoning(domain: Domain, text: str, answer: str) -> str:
 
 
 def _merged(forms: Sequence[list[int]], same: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Clusters that are the same, directly or through others, joined."""
+    """Clusters with those merged that are equal, directly or through others."""
     group = list(range(len(forms)))
     for a, b in same:
         group = [group[a] if number == group[b] else number for number in group]

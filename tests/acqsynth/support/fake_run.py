@@ -1,7 +1,6 @@
 """A whole recipe without models: a student is a number of right answers, a generator a sequence of sums.
 
-``install(setattr)`` puts these in the place of ``acqsynth.stages.components``; a subprocess that is to be killed runs
-this file by its path and does the same.
+``install(setattr)`` replaces the domain, the engines, the reward, the writer and the trainers with them.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +36,7 @@ student: {model: student, rows: [70], seeds: [0, 1]}
 labelling: {k: 4}
 evaluation:
   others: {more: {source: "sums:3000", limit: 40}}
-  resamples: 200
+  resamples: 20
   validity: {batches: 4, rows: 5}
 """
 
@@ -138,6 +136,8 @@ class Size:
 
 
 class Reward:
+    fusion, weights = "raw", None
+
     def __init__(self, student: str) -> None:
         self.student = student
         self.gates = [Gate()]
@@ -156,25 +156,23 @@ def questions(domain: Domain, prompts: Sequence[Messages], sampling: Sampling) -
     return [Sample(f"{n}+{sampling.seed % 7}", "0") for n in numbers]
 
 
-def write(
-    engine: Any, domain: Any, prompts: Any, sampling: Sampling, *, rows: int, gates: Sequence[Any]
-) -> SimpleNamespace:
+def write(engine, domain, prompts, sampling, *, rows, gates):
     reached("write")
     made = [s for s in questions(domain, prompts, sampling) if all(gate([s])[0] for gate in gates)]
     for gate in gates:
         gate.accept(made)
-    return SimpleNamespace(rows=made, drawn=len(prompts) + 3, dropped={"does not parse": 3})
+    return SimpleNamespace(rows=made, completions=len(prompts) + 3, dropped={"does not parse": 3})
 
 
-def select(engine: Any, prompts: Any, reward: Reward, *, rows: int, sampling: Sampling) -> SimpleNamespace:
-    reached("select")
+def best(engine, prompts, reward, sampling, *, rows):
+    reached("best")
     made = [s for s in questions(Sums(), prompts, sampling) if reward.gates[0]([s])[0]]
     reward.gates[0].accept(made)
     scored = [SimpleNamespace(sample=s, total=float(len(reward.gates[0].held)), components={"size": 1.0}) for s in made]
-    return SimpleNamespace(rows=scored, drawn=len(prompts) * sampling.n, dropped={})
+    return SimpleNamespace(rows=scored, completions=len(prompts) * sampling.n, dropped={})
 
 
-def train(method: str, generator: str, prompts: Any, reward: Reward, output: Path, options: Any, **rest: Any) -> None:
+def grpo(generator, prompts, reward, output, options, **rest):
     reached("train")
     (output / "completions").mkdir(parents=True, exist_ok=True)
     (output / "checkpoint-1").mkdir(exist_ok=True)
@@ -185,9 +183,10 @@ def train(method: str, generator: str, prompts: Any, reward: Reward, output: Pat
         | {"reward_share": 0.05}
         for step in (1, 2, 3)
     ]
-    (output / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    (output / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     completions = {
         "step": [1] * 12,
+        "prompt": ["p"] * 12,
         "completion": [[{"role": "assistant", "content": f"<b>text {i}</b>"}] for i in range(12)],
         "reward": [i / 12 for i in range(11)] + [float("nan")],  # as of a sample that a scorer failed on
         "reward_size": [float(i) for i in range(12)],
@@ -198,48 +197,43 @@ def train(method: str, generator: str, prompts: Any, reward: Reward, output: Pat
     keep(output, strength(generator) + 5 + (strength(reward.student) > 40))
 
 
-def label(engine: Counting, domain: Sums, samples: Sequence[Sample], seed: int) -> list[SimpleNamespace]:
+def label(engine, domain, samples, *, seed, **options):
     reached("label")
     drawn = engine.generate([domain.student_prompt(s.question) for s in samples], Sampling(seed=seed))
     found = []
     for sample, [draw] in zip(samples, drawn, strict=True):
         sure = zlib.crc32(sample.question.encode()) % 10 > 0
         labelled = Sample(sample.question, draw.text, "so", {"skill": "even"})
-        found.append(SimpleNamespace(sample=labelled if sure else None, agreement=0.75, abstained_why=None))
+        found.append(SimpleNamespace(sample=labelled if sure else None, agreement=0.75))
     return found
 
 
-def fit(student: str, domain: Any, samples: Sequence[Sample], output: Path, options: Any, **rest: Any) -> None:
+def sft(student, domain, samples, output, options, **rest):
     reached("fit")
     right = sum(str(truth(sample.question)) == sample.answer for sample in samples)
     keep(output, strength(student) + right // 4 + options["seed"])
 
 
-def install(put: Callable[..., None]) -> None:
-    """``put(object, name, value)`` is ``setattr`` or a fixture's."""
-    from acqsynth.stages import components
+def prompts(domain, seeds, n, *, shown, turns, seed):
+    return [domain.generator_prompt([seeds[(i + seed) % len(seeds)], seeds[(i // 7) % len(seeds)]]) for i in range(n)]
 
-    found = {
-        "domain": lambda name: {"sums": Sums}[name](),
-        "model": lambda name: name,
-        "engine": lambda config, path: Counting(path),
-        "reward": lambda config, domain, student, engine, **rows: Reward(student),
-        "prompts": lambda domain, seeds, n, shown, turns, seed: [
-            domain.generator_prompt([seeds[(i + seed) % len(seeds)], seeds[(i // 7) % len(seeds)]]) for i in range(n)
-        ],
-        "fuse": lambda columns, reward: columns["size"],
-        "write": write,
-        "select": select,
-        "train": train,
-        "labeller": lambda config, domain, engine, student: partial(label, Counting(student), domain),
-        "fit": fit,
-    }
-    for name, value in found.items():
-        put(components, name, value)
+
+def install(put):
+    """``put(object, name, value)`` is ``setattr`` or a fixture's."""
+    from acqsynth import engines, label as labels, pipeline, train, write as writing
+    from acqsynth.rewards import build
+
+    put(pipeline, "find_domain", lambda name: {"sums": Sums}[name]())
+    put(engines, "load", lambda name, path: Counting(path))
+    put(build, "build", lambda config, domain, student, engine, **rows: Reward(student))
+    put(labels, "label", label)
+    for module, functions in ((writing, (prompts, write, best)), (train, (grpo, sft))):
+        for function in functions:
+            put(module, function.__name__, function)
 
 
 @pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def fakes(monkeypatch):
     """Installed fakes; the counts of their calls."""
     install(monkeypatch.setattr)
     calls.clear()
@@ -247,7 +241,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE + f"output: {tmp_path / 'out'}\n")
     return path

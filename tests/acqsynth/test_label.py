@@ -6,8 +6,9 @@ from typing import Any
 import numpy
 import pytest
 
+from acqsynth.config import LabellingConfig
 from acqsynth.domains import Domain, Sample
-from acqsynth.labelling import Label, _reasoning, accuracy, cluster, cluster_texts, computed, label
+from acqsynth.label import Label, Labeller, _reasoning, accuracy, cluster, cluster_texts, label, label_by_domain
 
 QUESTION = Sample("3+4", "99", "the generator's own")
 
@@ -28,9 +29,9 @@ def test_the_majority_is_the_label(sums: Domain, scripted: Any) -> None:
 def test_the_domain_computes_labels(sums: Domain) -> None:
     answers = {"3+4": Sample("3+4", "7")}
     sums.computed = lambda samples, seed: [answers.get(s.question) for s in samples]  # type: ignore[method-assign]
-    right, unknown = computed(sums, [QUESTION, Sample("what?", "1")])
+    right, unknown = label_by_domain(sums, [QUESTION, Sample("what?", "1")])
     assert right == Label(Sample("3+4", "7"), 1.0, ["7"])
-    assert unknown == Label(None, 0.0, [], "the domain can not compute it")
+    assert unknown == Label(None, 0.0, [], "the domain cannot compute it")
 
 
 @pytest.mark.parametrize(
@@ -157,3 +158,23 @@ def test_answers_are_as_long_as_asked_for_or_as_the_domains(sums: Domain, script
     label(engine, sums, [QUESTION], k=2)
     label(engine, sums, [QUESTION], k=2, max_tokens=3)
     assert [sampling.max_tokens for _, sampling in engine.calls] == [sums.answer_tokens, 3]
+
+
+def test_a_labeller_asks_the_student_or_the_teacher(sums, scripted):
+    engine = scripted(lambda prompt, i, seed: "7" if i < 3 else "8")
+    engine.reload = moved = [].append
+    for method, teacher in (("majority", None), ("teacher", "a/teacher")):
+        labeller = Labeller(LabellingConfig(method=method, teacher=teacher, k=4), sums, lambda: engine)
+        [found] = labeller([Sample("3+4", "9")], 5)
+        assert (found.sample, found.agreement) == (Sample("3+4", "7"), 0.75)
+        assert engine.calls[-1][1].seed == 5
+        labeller.refresh("a/newer/student")
+    assert moved.__self__ == ["a/newer/student"]  # a teacher does not move
+    with pytest.raises(ValueError, match="options: unknown 'kk', expected max_tokens"):
+        Labeller(LabellingConfig(options={"kk": 1}), sums, lambda: engine)
+
+
+def test_a_labeller_of_the_domain_needs_no_engine(sums):
+    sums.computed = lambda samples, seed: [Sample("3+4", "7")]
+    [found] = Labeller(LabellingConfig(method="computed"), sums, pytest.fail)([QUESTION])
+    assert found.sample == Sample("3+4", "7")
