@@ -35,8 +35,8 @@ import acqcore
 from acqsynth.domains.arithmetic import SKILLS, Arithmetic
 from acqsynth.domains.base import Sample
 from acqsynth.engines import Engine, Sampling, load
-from acqsynth.rewards.composed import DEFAULT_WEIGHTS
 from acqsynth.rewards.fusion import fuse
+from acqsynth.rewards.reward import DEFAULT_WEIGHTS
 from acqsynth.world import Settings, base_model
 from acqsynth.world.pretrain import Row, chat, loss_of, row
 from acqsynth.world.profile import accuracy

@@ -14,16 +14,23 @@ from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Engine
 from acqsynth.engines.transformers import TransformersEngine
 from acqsynth.label import Labeller
-from acqsynth.rewards.answers import AnswerVariance, Confidence, Learnability, SampledAnswers, SemanticEntropy
-from acqsynth.rewards.composed import DEFAULT_WEIGHTS, ComposedReward
-from acqsynth.rewards.diversity import Diversity
-from acqsynth.rewards.embeddings import NgramEmbedder, SentenceEmbedder
 from acqsynth.rewards.gates import Gate, default_gates
-from acqsynth.rewards.gradient import Gradient
 from acqsynth.rewards.paper import PaperReward
-from acqsynth.rewards.proximity import Proximity
+from acqsynth.rewards.reward import DEFAULT_WEIGHTS, ComposedReward
 from acqsynth.rewards.scoring import load_student
-from acqsynth.rewards.signals import Signal, acquisition_signals
+from acqsynth.rewards.signals import (
+    AnswerVariance,
+    Confidence,
+    Diversity,
+    Gradient,
+    Learnability,
+    Proximity,
+    SampledAnswers,
+    SemanticEntropy,
+    Signal,
+    acquisition_signals,
+)
+from acqsynth.rewards.texts import NgramEmbedder, SentenceEmbedder
 
 ANSWER_SIGNALS = ("confidence", "answer_variance", "semantic_entropy", "learnability")
 DEFAULT_SIGNALS: dict[str, dict[str, Any]] = {

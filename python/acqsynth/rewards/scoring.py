@@ -14,7 +14,7 @@ import torch
 
 import acqcore
 from acqsynth.domains import Domain, Sample
-from acqsynth.rewards.shared import once
+from acqsynth.rewards.batch import Batch
 
 STUDENT_VARIABLE = "ACQSYNTH_STUDENT"
 
@@ -86,12 +86,16 @@ class Scorer:
         self._shared: SharedStudent | None = None
 
     def __call__(self, samples: Sequence[Any]) -> tuple[dict[str, list[float | None]], list[int]]:
-        """Values of each acquisition (None where there is none) and scored tokens of n samples.
+        """Values of each acquisition (None for a sample without one) and scored tokens of n samples.
 
-        Signals of one reward call that hand over the same samples share one pass.
+        Signals of one reward call that pass the same batch share one pass.
         """
-        held = list(samples)  # kept with the result: an id is an object's own only while that lives
-        return once((id(self), *map(id, held)), lambda: (held, self._score(held)))[1]
+        if not isinstance(samples, Batch):
+            return self._score(samples)
+        if self not in samples.scores:
+            samples.scores[self] = self._score(samples)
+        values: tuple[dict[str, list[float | None]], list[int]] = samples.scores[self]
+        return values
 
     def sketches(self, samples: Sequence[Any], **options: Any) -> torch.Tensor:
         """``acqcore.grad_sketch`` of n samples, ``[n, dim]``; options are its ``parameters``, ``dim``, ``seed``."""
@@ -110,29 +114,48 @@ class Scorer:
         return {**self.__dict__, "_shared": None}  # another process loads its own
 
     def _score(self, samples: Sequence[Any]) -> tuple[dict[str, list[float | None]], list[int]]:
-        values: dict[str, list[float | None]] = {name: [None] * len(samples) for name in self.acquisitions}
-        lengths = [0] * len(samples)
+        if not samples:
+            return {name: [] for name in self.acquisitions}, []
         with _scoring:
             student = self._student()
             tokenizer = self.tokenizer or student.tokenizer
-            rows = self._rows(samples, tokenizer)
-            # A plain text of one token holds nothing to score: its first token has no predecessor.
-            picked = [i for i, r in enumerate(rows) if not isinstance(r, str) or len(tokenizer(r)["input_ids"]) > 1]
+            passes = self._passes(student, tokenizer)
+            rows, scorable = self._encoded(samples, student, tokenizer, passes["max_length"])
             scores = acqcore.score(
                 student,
-                [rows[i] for i in picked],
+                [rows[i] for i in scorable],
                 self.acquisitions,
                 acquisition_args=self._arguments(student, tokenizer),
                 reduction=self.reduction,
                 progress=False,
-                **self._passes(student, tokenizer),
+                **passes,
             )
-        for j, i in enumerate(picked):
-            lengths[i] = int(scores.n_tokens[j])
-            for name in self.acquisitions:
-                value = scores[name][j].item()
-                values[name][i] = value if math.isfinite(value) else None
-        return values, lengths
+        values: dict[str, list[float | None]] = {}
+        for name in self.acquisitions:
+            found: dict[int, float] = dict(zip(scorable, scores[name].tolist(), strict=True))
+            columns = (found.get(i, math.nan) for i in range(len(samples)))
+            values[name] = [value if math.isfinite(value) else None for value in columns]
+        counts = dict(zip(scorable, scores.n_tokens.tolist(), strict=True))
+        return values, [counts.get(i, 0) for i in range(len(samples))]
+
+    def _encoded(
+        self, samples: Sequence[Any], student: acqcore.Student, tokenizer: Any, max_length: int
+    ) -> tuple[list[acqcore.Row], list[int]]:
+        """Rows of n samples, and which can be scored: a plain text of one token has no token with a predecessor."""
+        given = self._rows(samples, tokenizer)
+        errors: dict[int, str] = {}
+        rows = acqcore.encode(
+            given,
+            tokenizer,
+            vocab_size=student.head.vocab_size,
+            limit=student.max_length,
+            max_length=max_length,
+            errors=errors,
+        )
+        for i, message in errors.items():
+            if not isinstance(given[i], str):
+                raise ValueError(f"samples[{i}]: {message}")
+        return rows, [i for i in range(len(rows)) if i not in errors]
 
     def _passes(self, student: acqcore.Student, tokenizer: Any) -> dict[str, Any]:
         return {

@@ -11,7 +11,7 @@ import torch
 
 from acqsynth.domains import Domain, Sample
 from acqsynth.rewards import AnswerVariance, Confidence, Learnability, SampledAnswers, SemanticEntropy
-from acqsynth.rewards.shared import one_call
+from acqsynth.rewards.batch import Batch
 
 SCRIPT = {
     "sure": ["It is 7."] * 8,
@@ -56,10 +56,10 @@ def test_one_draw_serves_every_signal_of_a_call(domain: Domain, scripted: Any, s
     engine = scripted(SCRIPT.__getitem__)
     answers = SampledAnswers(engine, domain, k=4, temperature=0.7, max_tokens=9, top2=True, seed=5)
     signals = [Confidence(answers), AnswerVariance(answers), SemanticEntropy(answers), Learnability(answers)]
-    with one_call():
-        for signal in signals:
-            signal(samples)
-            signal(samples[1:])
+    batch = Batch(samples)
+    for signal in signals:
+        signal(batch)
+        signal(batch.part(samples[1:]))
     [(prompts, sampling)] = engine.calls
     assert prompts == [[{"role": "user", "content": q}] for q in ("sure", "torn", "lost")]  # each question once
     assert (sampling.n, sampling.temperature, sampling.max_tokens, sampling.top2) == (4, 0.7, 9, True)
@@ -86,10 +86,10 @@ def test_a_failed_comparison_is_not_remembered_as_zero(answers: SampledAnswers, 
         return equivalent(gold, texts)
 
     answers.domain.equivalent = fails_once  # type: ignore[method-assign]
-    with one_call():
-        with pytest.raises(OSError, match="sandbox"):
-            Learnability(answers)(samples)
-        assert Learnability(answers)(samples) == [0, 1 / 4, 3 / 16, 0]
+    batch = Batch(samples)
+    with pytest.raises(OSError, match="sandbox"):
+        Learnability(answers)(batch)
+    assert Learnability(answers)(batch) == [0, 1 / 4, 3 / 16, 0]
     assert calls == [7, 7]  # one comparison for each kind of answer: 1 + 3 + 3 + 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -11,7 +13,8 @@ from acqsynth.domains import Sample
 from acqsynth.domains.arithmetic import Arithmetic
 from acqsynth.rewards import PaperReward
 from acqsynth.rewards.build import build, check
-from acqsynth.rewards.composed import DEFAULT_WEIGHTS
+from acqsynth.rewards.paper import ReleasedDiversity
+from acqsynth.rewards.reward import DEFAULT_WEIGHTS
 
 SEEDS = [Sample(f"{n}+{n}", str(2 * n), f"{n} and {n}") for n in range(1, 9)]
 
@@ -117,7 +120,7 @@ def test_signals_are_those_named_in_their_order(domain, student_path):
 def test_the_released_reward(domain, student_path):
     made = reward(RewardConfig(signals={"diversity": {}}, paper_compat=True), domain, student_path)
     assert isinstance(made, PaperReward)
-    assert made.signals[0].released is not None
+    assert isinstance(made.signals[0], ReleasedDiversity)
 
 
 @pytest.mark.parametrize(
@@ -138,3 +141,40 @@ def test_every_reward_of_the_recipes_can_be_made(domain, student_path, name):
     made = reward(recipes.load(name).reward, domain, student_path)
     assert made.signals
     check(recipes.load(name).reward, domain)
+
+
+def test_a_call_of_the_default_reward_reads_each_sample_as_rarely_as_it_can(domain, student_path, sample):
+    """32 samples: the student's passes beside its generation, and the tokenizer's calls, one a prompt of the engine."""
+    config = RewardConfig(answers={"k": 2, "max_tokens": 4}, scoring={"batch_tokens": 65536})
+    seeds = [sample(10 * a + 1, 7) for a in range(1, 9)]
+    made = build(config, domain, str(student_path), EngineConfig(), seeds=seeds, evaluation=[])
+    engine = made.signals[2].answers.engine
+    texts = [
+        f"<question>{s.question}</question><answer>{s.answer}</answer>" for s in (sample(a, 100) for a in range(32))
+    ]
+    made.score(texts, [0] * 32, update=False)  # the limits of the seeds and the reference
+    counts = Counter()
+    generate, tokenizer = engine.generate, type(engine.tokenizer)
+
+    def generating(*arguments):
+        counts["generating"] += 1
+        try:
+            return generate(*arguments)
+        finally:
+            counts["generating"] -= 1
+
+    def tokenizing(self, *arguments, inner=tokenizer.__call__, **options):
+        counts["tokenizer"] += 1
+        return inner(self, *arguments, **options)
+
+    engine.generate = generating
+    hook = engine.model.model.register_forward_pre_hook(
+        lambda *_: counts.update(forwards=not counts["generating"]), with_kwargs=False
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "__call__", tokenizing)
+        rewards = made.score(texts, [0] * 32, update=False)
+    hook.remove()
+    assert all(rewards.passed)
+    assert counts["tokenizer"] <= 35
+    assert counts["forwards"] <= 4

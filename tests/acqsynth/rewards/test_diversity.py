@@ -76,7 +76,8 @@ def means(signal: Diversity, total: int = 1000, call: int = 20) -> list[float]:
     for begin in range(0, total, call):
         part = samples(x[begin : begin + call])
         found.append(statistics.fmean(signal(part)))
-        signal.accept(part)
+        if hasattr(signal, "accept"):  # the released form takes samples in as it scores them
+            signal.accept(part)
     return found
 
 
@@ -121,7 +122,7 @@ def test_state_goes_on(paper_compat: bool) -> None:
     other.load_state_dict(one.state_dict())
     first, second = samples(drawn(6)), samples(drawn(6, seed=2))
     one(first)
-    one.accept(first)
+    getattr(one, "accept", list)(first)
     other.load_state_dict(one.state_dict())
     assert len(other) == len(one) > 0
     assert one(second) == other(second)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from acqsynth.rewards import NgramEmbedder, SentenceEmbedder
-from acqsynth.rewards.embeddings import minilm_path
+from acqsynth.rewards.texts import minilm_path
 
 TEXTS = [
     "How many apples are left in the basket?",

@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 
-from acqsynth.rewards.lengths import LengthBins
+from acqsynth.rewards.fusion import LengthBins
 
 
 def drawn(n: int, seed: int = 0) -> tuple[list[float], list[int], list[float]]:

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import acqcore
 from acqsynth.domains import Domain, Sample
 from acqsynth.rewards import AcquisitionSignal, Scorer, Signal, acquisition_signals
-from acqsynth.rewards.shared import one_call
+from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.signals import ArchiveNovelty
 
 
@@ -76,12 +76,11 @@ def test_signals_of_one_student_share_a_pass_within_a_call(
     counted: list[tuple[str, ...]],
 ) -> None:
     signals = acquisition_signals(model, ["loss", "entropy", "gini"], domain, tokenizer=tokenizer)
-    with one_call():
-        values = [signal(samples) for signal in signals]
+    batch = Batch(samples)
+    values = [signal(batch) for signal in signals]
     assert counted == [("loss", "entropy", "gini")]
     assert len({tuple(column) for column in values}) == 3
-    with one_call():
-        signals[0](samples)
+    signals[0](Batch(samples))
     assert len(counted) == 2  # the student may have moved: a call keeps nothing for the next
     signals[0](samples)
     signals[0](samples)
