@@ -1,8 +1,12 @@
-"""Makes the base model of the arithmetic world: a small Llama, trained in a minute or so on two cores, and cached.
+"""The base model of the arithmetic world: a small Llama, trained in a minute or so on two cores, and cached.
 
-It learns two things at once, as turns of a chat: to answer questions (*practice*: most of the strong skills, little of
-the weak), and to write a new sample in the tagged format when shown some (*writing*: every skill, mostly whichever are
+It learns two tasks at once, as turns of a chat: to answer questions (*practice*: most of the strong skills, little of
+the weak) and to write a new sample in the tagged format when shown some (*writing*: every skill, mostly whichever are
 shown). Rows are drawn as they are needed, from the training split alone; the coin is tossed anew for each.
+
+Its tokenizer has one token for each word, tag and digit; other text is spelt out. A digit that begins a number is
+another token (`` 4``, with the space before it) than one within (``7``), as in byte-level tokenizers of real models.
+Every text of printable ASCII is decoded unchanged.
 """
 
 from __future__ import annotations
@@ -12,25 +16,35 @@ import json
 import logging
 import math
 import random
-import tempfile
+import re
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from acqsynth.domains.arithmetic import SKILLS, Arithmetic
-from acqsynth.domains.base import Sample
-from acqsynth.models import cache_dir
-from acqsynth.world.tokenizer import ASSISTANT, END, USER, build_tokenizer
+from acqsynth.cache import cached
+from acqsynth.domains import Sample
+from acqsynth.domains.arithmetic import COIN, SKILLS, Arithmetic
+from acqsynth.parsing import TAGS
 
 logger = logging.getLogger(__name__)
 
-Row = tuple[list[int], int]  #: token ids, and how many at their beginning are not trained
+Row = tuple[list[int], int]  #: token ids, and how many at the start are not trained
 
+VERSION = 1  #: part of the cache's key; raise it when this script makes another model
 _TOGETHER = 48  # rows of one forward pass
-VERSION = 1  #: part of the cache's key; to be raised when this script changes what it makes
+
+PAD, END, UNKNOWN, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|unknown|>", "<|user|>", "<|assistant|>"
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def _by_kind(**shares: float) -> dict[str, float]:
@@ -39,14 +53,14 @@ def _by_kind(**shares: float) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that the weights depend on.
+    """Everything that the weights depend on.
 
     Args:
         seed: of the initial weights and of the data.
         steps: of AdamW, the learning rate falling from ``learning_rate`` as a cosine after ``warmup`` steps.
         practice_rows, writing_rows: rows of a step.
         practice, writing: skill -> weight in the draw of a row of each kind.
-        most_shown: most samples shown in a writing row; from none to so many are.
+        most_shown: most samples shown in a writing row.
         follow: share of writing rows whose skill is that of a sample shown.
     """
 
@@ -77,7 +91,7 @@ class Settings:
         return min(1.0, (step + 1) / self.warmup) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
     def key(self) -> str:
-        """Names the cache's entry."""
+        """Identifies the settings in the cache."""
         text = json.dumps({"version": VERSION, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -85,33 +99,25 @@ class Settings:
 def base_model(settings: Settings | None = None) -> Path:
     """Directory of the base model as transformers saves it, with ``pretrain.json``: its settings and loss curve.
 
-    The first call trains it, on the threads that torch has. The files appear in the cache in one step, so that a run
-    cut off leaves nothing behind.
+    The first call trains it, with torch's threads.
     """
     settings = settings or Settings()
-    target = cache_dir() / f"arithmetic-{settings.key()}"
-    if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix="training-") as folder:
-            made = Path(folder) / target.name
-            model, curve = pretrain(settings)
-            model.save_pretrained(made)
-            build_tokenizer().save_pretrained(made)
-            record = {"settings": asdict(settings), "loss": curve}
-            (made / "pretrain.json").write_text(json.dumps(record, indent=1) + "\n")
-            try:
-                made.rename(target)
-            except OSError:
-                if not target.is_dir():  # otherwise another process finished first
-                    raise
-    return target
+
+    def make(folder: Path) -> None:
+        model, curve = pretrain(settings)
+        model.save_pretrained(folder)
+        build_tokenizer().save_pretrained(folder)
+        record = {"settings": asdict(settings), "loss": curve}
+        (folder / "pretrain.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    return cached(f"arithmetic-{settings.key()}", make)
 
 
 def pretrain(settings: Settings) -> tuple[LlamaForCausalLM, list[dict[str, float]]]:
     """The trained model, in eval mode, and its loss (nats per trained token) every 50 steps.
 
     Equal settings give equal weights on one machine with one number of threads; torch's and Python's random numbers
-    are left as found.
+    are left unchanged.
     """
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
@@ -141,7 +147,7 @@ def pretrain(settings: Settings) -> tuple[LlamaForCausalLM, list[dict[str, float
 
 
 def untrained(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The model at its beginning, drawn by torch's generator."""
+    """The model before training, drawn by torch's generator."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
@@ -160,8 +166,8 @@ def untrained(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaFo
 def loss_of(model: LlamaForCausalLM, batch: Sequence[Row]) -> torch.Tensor:
     """Mean loss of the trained tokens, a scalar.
 
-    Rows of like length go through the model together, as most are short and few are long; padding stands on the right,
-    where no trained token sees it.
+    Rows of similar length share a forward pass, as most are short and few are long; padding is on the right, where no
+    trained token sees it.
     """
     total = torch.zeros(())
     ordered = sorted(batch, key=lambda one: len(one[0]))
@@ -188,30 +194,59 @@ def row(tokenizer: PreTrainedTokenizerFast, text: str) -> Row:
 
 
 def practice_batches(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[Row]]:
-    """For each step, questions with their solutions, which alone are trained."""
+    """For each step, questions with their solutions; only the solutions are trained."""
     domain, rng = Arithmetic(), random.Random(f"practice {settings.seed}")
     names, weights = list(settings.practice), list(settings.practice.values())
     for _ in range(settings.steps):
         drawn = rng.choices(names, weights, k=settings.practice_rows)
-        samples = [_drawn(domain, name, rng) for name in drawn]
+        samples = [random_row(domain, name, rng) for name in drawn]
         yield [row(tokenizer, chat(sample.question, domain.solution(sample))) for sample in samples]
 
 
 def writing_batches(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[Row]]:
-    """For each step, requests for a new sample and one written; only that is trained."""
+    """For each step, requests for a new sample and a written one; only the written sample is trained."""
     domain, rng = Arithmetic(), random.Random(f"writing {settings.seed}")
     names, weights = list(settings.writing), list(settings.writing.values())
     for _ in range(settings.steps):
         rows = []
         for _ in range(settings.writing_rows):
-            shown = [_drawn(domain, rng.choice(names), rng) for _ in range(rng.randint(0, settings.most_shown))]
+            shown = [random_row(domain, rng.choice(names), rng) for _ in range(rng.randint(0, settings.most_shown))]
             name = rng.choices(names, weights)[0]
             if shown and rng.random() < settings.follow:
                 name = rng.choice(shown).extra["skill"]
-            new = _drawn(domain, name, rng)
+            new = random_row(domain, name, rng)
             rows.append(row(tokenizer, chat(domain.generator_prompt(shown)[0]["content"], domain.tagged(new))))
         yield rows
 
 
-def _drawn(domain: Arithmetic, name: str, rng: random.Random) -> Sample:
+def random_row(domain: Arithmetic, name: str, rng: random.Random) -> Sample:
+    """A question of a skill's training split, answered."""
     return domain.answered(rng.choice(SKILLS[name].questions["train"]), rng)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of the world; its end of sequence closes the assistant's turns."""
+    special = [PAD, END, UNKNOWN, USER, ASSISTANT]
+    tags = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")]
+    words = ["new", *COIN, *SKILLS]
+    spaced = [f" {digit}" for digit in string.digits]
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocabulary = {token: i for i, token in enumerate([*special, *tags, *words, *spaced, *characters])}
+    # Longest first: a word that is the prefix of another must not win.
+    whole = [*tags, *sorted(words, key=len, reverse=True)]
+    pattern = "|".join([*map(re.escape, whole), " [0-9]", r"[\s\S]"])
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    inner.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[USER, ASSISTANT],
+        padding_side="left",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
