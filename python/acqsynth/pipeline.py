@@ -814,7 +814,7 @@ def write_report(
     for name, arm in arms.items():
         for kind, folders in (("written", arm.written), ("labelled", arm.labelled)):
             counts = [_json(folder / "counts.json") for folder in folders]
-            found["arms"][name][kind] = metrics.added(counts) if counts else None
+            found["arms"][name][kind] = metrics.sum_counts(counts) if counts else None
         found["arms"][name]["seconds"] = {
             "train": sum(map(seconds_of, arm.trained)),
             "write": sum(map(seconds_of, arm.written or arm.rows)),

@@ -22,7 +22,7 @@ def test_help_config_lists_every_key(capsys):
 
 
 @pytest.mark.parametrize("stage", ["run", "train", "report"])
-def test_a_dry_run_tells_and_does_nothing(fakes, recipe, stage: str, capsys):
+def test_a_dry_run_tells_and_does_nothing(fakes, recipe, stage, capsys):
     assert main([stage, str(recipe), "--dry-run", "student.seeds=[0]"]) == 0
     printed = capsys.readouterr().out
     assert "00-seeds/rows" in printed
@@ -69,7 +69,7 @@ def test_a_stage_alone_brings_what_it_needs(fakes, recipe):
         (["run", "math", "rounds=x"], "acqsynth: error: math: rounds: expected an integer, got 'x'"),
     ],
 )
-def test_a_wrong_recipe_exits_with_2(arguments: list[str], sentence: str, capsys):
+def test_a_wrong_recipe_exits_with_2(arguments, sentence, capsys):
     assert main(arguments) == 2
     told = capsys.readouterr().err
     assert told.startswith(sentence)
@@ -79,7 +79,7 @@ def test_a_wrong_recipe_exits_with_2(arguments: list[str], sentence: str, capsys
 @pytest.mark.parametrize(
     "arguments", [[], ["walk", "math"], ["run"], ["run", "math", "--dry-runn"], ["run", "math", "--dry-run", "seed"]]
 )
-def test_wrong_usage_exits_with_2(arguments: list[str], capsys):
+def test_wrong_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
@@ -101,7 +101,7 @@ def test_a_folder_in_use_exits_with_1(fakes, recipe, capsys):
 
 
 def test_an_interrupt_says_how_to_go_on(fakes, recipe, monkeypatch, capsys):
-    def interrupted(*arguments: object, **options: object):
+    def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -116,9 +116,9 @@ def test_an_interrupt_says_how_to_go_on(fakes, recipe, monkeypatch, capsys):
 def test_what_libraries_print_goes_to_the_log(fakes, recipe, monkeypatch, capsys):
     inner = train.grpo
 
-    def chatty(*arguments: object, **options: object):
+    def chatty(*arguments, **options):
         print("{'loss': 1.0}")
-        inner(*arguments, **options)  # type: ignore[arg-type]
+        inner(*arguments, **options)
 
     monkeypatch.setattr(train, "grpo", chatty)
     assert main(["train", str(recipe)]) == 0

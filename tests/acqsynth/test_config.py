@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ student: {model: a/student}
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(LEAST)
     return path
@@ -62,14 +61,14 @@ def test_overrides_are_yaml_and_the_last_counts(recipe):
 
 
 @pytest.mark.parametrize("number", ["1e-6", "2E+3", "-1e5", "1.5e-3", "3e4"])
-def test_exponents_are_numbers(recipe, number: str):
+def test_exponents_are_numbers(recipe, number):
     value = recipes.load(recipe, [f"student.options.x={number}"]).student.options["x"]
     assert isinstance(value, float)
     assert value == float(number)
 
 
 @pytest.mark.parametrize("text", ["e-6", "1e", "v1e-6", "1e-6x"])
-def test_what_only_looks_like_an_exponent_is_text(recipe, text: str):
+def test_what_only_looks_like_an_exponent_is_text(recipe, text):
     assert recipes.load(recipe, [f"student.options.x={text}"]).student.options["x"] == text
 
 
@@ -124,7 +123,7 @@ def test_what_only_looks_like_an_exponent_is_text(recipe, text: str):
         ("generator.model.name=x", "generator.model.name: generator.model is 'a/generator', which has no keys"),
     ],
 )
-def test_a_mistake_is_one_sentence_that_names_the_key(recipe, override: str, sentence: str):
+def test_a_mistake_is_one_sentence_that_names_the_key(recipe, override, sentence):
     with pytest.raises(ConfigError) as caught:
         recipes.load(recipe, [override])
     assert sentence in str(caught.value)
@@ -159,7 +158,7 @@ def test_rounds_need_a_generator_that_learns(recipe):
 
 
 @pytest.mark.parametrize("key", ["domain", "data", "generator", "student"])
-def test_a_missing_key_is_named_with_its_meaning(recipe, key: str):
+def test_a_missing_key_is_named_with_its_meaning(recipe, key):
     values = yaml.safe_load(LEAST)
     del values[key]
     recipe.write_text(yaml.safe_dump(values))
@@ -178,7 +177,7 @@ def test_a_missing_key_is_named_with_its_meaning(recipe, key: str):
         ("1: x\n", "key 1: expected text"),
     ],
 )
-def test_text_that_is_no_recipe(recipe, text: str, sentence: str):
+def test_text_that_is_no_recipe(recipe, text, sentence):
     recipe.write_text(text)
     with pytest.raises(ConfigError) as caught:
         recipes.load(recipe)
@@ -193,7 +192,7 @@ def test_an_unknown_recipe_names_those_there_are():
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "code", "math", "medical", "smollm2-math"])
-def test_the_recipes_of_the_package_are_found_by_bare_name(name: str):
+def test_the_recipes_of_the_package_are_found_by_bare_name(name):
     assert name in recipes.recipes()
     assert recipes.load(name) == recipes.load(f"{name}.yaml")
 

@@ -315,7 +315,7 @@ KILLED = [
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def whole(tmp_path_factory):
     """What a run ends with that nobody disturbs."""
     folder = tmp_path_factory.mktemp("whole")
     process = start(folder, None)
@@ -325,7 +325,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("pause", KILLED)
-def test_killed_and_started_again_it_ends_with_the_same(whole: dict[str, Any], pause: str, tmp_path: Path):
+def test_killed_and_started_again_it_ends_with_the_same(whole, pause, tmp_path):
     process = start(tmp_path, pause)
     deadline = time.monotonic() + 90
     while not (tmp_path / "reached").exists():
@@ -344,14 +344,14 @@ def test_killed_and_started_again_it_ends_with_the_same(whole: dict[str, Any], p
     assert contents(tmp_path / "out") == whole
 
 
-def start(folder: Path, pause: str | None) -> Any:
+def start(folder, pause):
     """The recipe in a process of its own, which waits at the call named by ``pause``; forked, to spare imports."""
     process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, pause))
     process.start()
     return process
 
 
-def _run(folder: Path, pause: str | None):
+def _run(folder, pause):
     os.chdir(folder)
     fake_run.calls.clear()
     if pause is not None:

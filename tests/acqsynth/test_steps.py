@@ -12,7 +12,6 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +96,7 @@ def test_a_step_runs_its_inputs_first_and_once(tmp_path):
         ({"value": "x"}, {"value": "x", "options": Options()}, "options changed"),
     ],
 )
-def test_changed_settings_run_again_and_are_named(tmp_path, before: dict[str, Any], after: dict[str, Any], reason: str):
+def test_changed_settings_run_again_and_are_named(tmp_path, before, after, reason):
     Store(tmp_path).run(Step("seeds", "a", text, before))
     step = Step("seeds", "a", text, after)
     store = Store(tmp_path)
@@ -153,7 +152,7 @@ def test_what_a_step_was_never_given_is_missing(tmp_path):
         Store(tmp_path).run(reader(first, "other.txt"))
 
 
-def raising(error: BaseException) -> Callable[..., None]:
+def raising(error):
     def function(context, **arguments):
         (context.folder / "half.txt").write_text("half")
         raise error
@@ -161,7 +160,7 @@ def raising(error: BaseException) -> Callable[..., None]:
     return function
 
 
-def full(cause: BaseException | None = None) -> OSError:
+def full(cause=None):
     error = OSError(errno.ENOSPC, "No space left on device")
     error.__cause__ = cause
     return error
@@ -177,7 +176,7 @@ def full(cause: BaseException | None = None) -> OSError:
     ],
     ids=["enospc", "quota", "torch", "safetensors"],
 )
-def test_a_full_disk_is_one_sentence_and_earlier_outputs_stay(tmp_path, error: Exception):
+def test_a_full_disk_is_one_sentence_and_earlier_outputs_stay(tmp_path, error):
     first, _ = pair("x")
     Store(tmp_path).run(first)
     before = (tmp_path / "00-seeds/a/stage.json").read_bytes()
@@ -226,13 +225,13 @@ def test_the_old_artefacts_stay_until_the_new_ones_are_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), ZeroDivisionError(), KeyboardInterrupt()])
-def test_what_the_user_can_not_mend_is_not_dressed_up(tmp_path, error: BaseException):
+def test_what_the_user_can_not_mend_is_not_dressed_up(tmp_path, error):
     with pytest.raises(type(error)):
         Store(tmp_path).run(Step("seeds", "a", raising(error)))
 
 
 def chunked(context, *, size, fail_at):
-    def double(start: int, items: Any) -> list[int]:
+    def double(start, items):
         if start == fail_at:
             raise ValueError("stop")
         ran["chunk"] += 1

@@ -103,7 +103,7 @@ def test_the_cache_is_keyed_by_settings_and_filled_in_one_step(tmp_path, monkeyp
 
 
 def test_a_run_that_fails_leaves_nothing_in_the_cache(tmp_path, monkeypatch):
-    def fail(settings: Settings) -> None:
+    def fail(settings):
         raise KeyboardInterrupt
 
     monkeypatch.setenv("ACQCORE_CACHE", str(tmp_path))

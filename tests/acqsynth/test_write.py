@@ -3,12 +3,10 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 
-from acqsynth.domains import Domain, Sample
+from acqsynth.domains import Sample
 from acqsynth.engines import Sampling
 from acqsynth.write import best, candidates, passing, prompts, write
 
@@ -17,7 +15,7 @@ ASK = [[{"role": "user", "content": f"prompt {i}"}] for i in range(4)]
 
 
 @pytest.mark.parametrize("shown", [1, 3, 7])
-def test_seeds_are_used_equally_and_never_twice_in_a_prompt(sums: Domain, shown: int) -> None:
+def test_seeds_are_used_equally_and_never_twice_in_a_prompt(sums, shown):
     asked = prompts(sums, SEEDS, 20, shown=shown, seed=1)
     hands = [prompt[0]["content"].split()[1:] for prompt in asked]
     assert all(len(set(hand)) == shown for hand in hands)
@@ -26,21 +24,21 @@ def test_seeds_are_used_equally_and_never_twice_in_a_prompt(sums: Domain, shown:
     assert max(used.values()) - min(used.values()) <= 1
 
 
-def test_the_seed_decides_the_order(sums: Domain) -> None:
+def test_the_seed_decides_the_order(sums):
     first = prompts(sums, SEEDS, 5, shown=2, seed=1)
     assert first == prompts(sums, SEEDS, 5, shown=2, seed=1)
     assert first != prompts(sums, SEEDS, 5, shown=2, seed=2)
     assert prompts(sums, [], 2, shown=0, seed=1) == [sums.generator_prompt([])] * 2
 
 
-def test_prompts_that_can_not_be(sums: Domain) -> None:
+def test_prompts_that_can_not_be(sums):
     with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
         prompts(sums, SEEDS, 0, shown=1, seed=0)
     with pytest.raises(ValueError, match="shown: expected 0 to 7, the number of seeds, got 8"):
         prompts(sums, SEEDS, 1, shown=8, seed=0)
 
 
-def test_seeds_are_shown_within_the_request_or_as_turns(sums: Domain) -> None:
+def test_seeds_are_shown_within_the_request_or_as_turns(sums):
     [within] = prompts(sums, SEEDS[:2], 1, shown=2, seed=0)
     assert [message["role"] for message in within] == ["user"]
     apart = prompts(sums, SEEDS, 4, shown=2, turns=True, seed=0)
@@ -57,17 +55,17 @@ class Large:
 
     name = "large"
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.archive: list[str] = []
 
-    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+    def __call__(self, samples):
         return [None if sample.answer == "9" else int(sample.answer) >= 5 for sample in samples]
 
-    def accept(self, samples: Sequence[Sample]) -> None:
+    def accept(self, samples):
         self.archive += [sample.question for sample in samples]
 
 
-def test_gates_speak_in_order() -> None:
+def test_gates_speak_in_order():
     samples = [Sample("q", str(i)) for i in (4, 5, 9, 6)]
     dropped: Counter[str] = Counter()
     even = type("Even", (), {"name": "even", "__call__": lambda self, rows: [int(r.answer) % 2 == 0 for r in rows]})()
@@ -76,18 +74,18 @@ def test_gates_speak_in_order() -> None:
     assert passing([Large()], [], dropped) == []
 
 
-def test_a_gate_may_pass_a_sample_as_another() -> None:
+def test_a_gate_may_pass_a_sample_as_another():
     doubled = type("Doubled", (), {"name": "doubled", "__call__": lambda self, rows: [_doubled(row) for row in rows]})()
     dropped: Counter[str] = Counter()
     assert passing([doubled, Large()], [Sample("q", "2"), Sample("q", "3")], dropped) == [Sample("q", "6")]
     assert dropped == {"gate large": 1}
 
 
-def _doubled(sample: Sample) -> Sample:
+def _doubled(sample):
     return Sample(sample.question, str(2 * int(sample.answer)))
 
 
-def test_what_is_kept_and_why_the_rest_is_not(sums: Domain, scripted: Any, written: Callable[..., str]) -> None:
+def test_what_is_kept_and_why_the_rest_is_not(sums, scripted, written):
     texts = [
         written("1+4", 5),
         "no sample",
@@ -112,10 +110,8 @@ def test_what_is_kept_and_why_the_rest_is_not(sums: Domain, scripted: Any, writt
     assert gate.archive == ["1+4", "1+ 4", "3+4"]
 
 
-def test_rounds_go_on_with_new_seeds_until_there_are_enough(
-    sums: Domain, scripted: Any, written: Callable[..., str]
-) -> None:
-    def says(prompt: Any, i: int, seed: int) -> str:
+def test_rounds_go_on_with_new_seeds_until_there_are_enough(sums, scripted, written):
+    def says(prompt, i, seed):
         return written(f"{seed}+{prompt[0]['content'][-1]}", seed) if i == 0 else "no sample"
 
     engine = scripted(says)
@@ -131,7 +127,7 @@ def test_rounds_go_on_with_new_seeds_until_there_are_enough(
     assert found.completions == 14
 
 
-def test_a_round_asks_no_more_prompts_than_it_needs(sums: Domain, scripted: Any, written: Callable[..., str]) -> None:
+def test_a_round_asks_no_more_prompts_than_it_needs(sums, scripted, written):
     engine = scripted(lambda prompt, i, seed: written(f"{i}+{prompt[0]['content'][-1]}", i))
     found = write(engine, sums, ASK, Sampling(n=3), rows=4)
     assert [len(asked) for asked, _ in engine.calls] == [2]
@@ -139,7 +135,7 @@ def test_a_round_asks_no_more_prompts_than_it_needs(sums: Domain, scripted: Any,
     assert len(found.rows) == 4
 
 
-def test_it_gives_up_and_says_so(sums: Domain, scripted: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_gives_up_and_says_so(sums, scripted, caplog):
     engine = scripted(lambda prompt, i, seed: "no sample")
     with caplog.at_level(logging.WARNING):
         found = write(engine, sums, ASK, Sampling(), rows=2, rounds=3)
@@ -155,7 +151,7 @@ def test_it_gives_up_and_says_so(sums: Domain, scripted: Any, caplog: pytest.Log
         ({"rows": 1, "prompts": []}, "prompts: expected at least 1, got 0"),
     ],
 )
-def test_nothing_to_do(sums: Domain, scripted: Any, options: dict[str, Any], message: str) -> None:
+def test_nothing_to_do(sums, scripted, options, message):
     asked = options.pop("prompts", ASK)
     with pytest.raises(ValueError, match=message):
         write(scripted(str), sums, asked, Sampling(), **options)
@@ -165,7 +161,7 @@ def test_nothing_to_do(sums: Domain, scripted: Any, options: dict[str, Any], mes
 
 
 @pytest.fixture
-def engine(scripted: Any, written: Callable[..., str]) -> Any:
+def engine(scripted, written):
     texts = [
         [written("1+1", 2), written("2+3", 5), "no sample"],
         [written("bad 9+9", 18), written("6+7", 13), written("2+2", 4)],
@@ -174,7 +170,7 @@ def engine(scripted: Any, written: Callable[..., str]) -> Any:
     return scripted(lambda prompt, i, seed: texts[int(prompt[0]["content"][-1])][i])
 
 
-def test_candidates_of_a_prompt_are_a_group(engine: Any, answer_reward: Any) -> None:
+def test_candidates_of_a_prompt_are_a_group(engine, answer_reward):
     groups = candidates(engine, ASK[:3], answer_reward, Sampling(n=3))
     assert answer_reward.groups == [[0, 0, 0, 1, 1, 1, 2, 2, 2]]
     assert [[scored.total for scored in group] for group in groups] == [[2, 5, 0], [0, None, 4], [5, 3, 6]]
@@ -189,7 +185,7 @@ def test_candidates_of_a_prompt_are_a_group(engine: Any, answer_reward: Any) -> 
     assert groups[1][0].gates == {"parses": True, "good": False}
 
 
-def test_the_best_of_each_prompt(engine: Any, answer_reward: Any) -> None:
+def test_the_best_of_each_prompt(engine, answer_reward):
     found = best(engine, ASK[:3], answer_reward, Sampling(n=3), rows=3, rounds=1)
     assert [(scored.sample.question, scored.total) for scored in found.rows] == [("2+3", 5), ("2+2", 4)]
     assert found.dropped == {
@@ -202,7 +198,7 @@ def test_the_best_of_each_prompt(engine: Any, answer_reward: Any) -> None:
     assert (found.completions, found.incomplete) == (9, True)
 
 
-def test_a_threshold_and_as_many_rows_as_wanted(engine: Any, answer_reward: Any) -> None:
+def test_a_threshold_and_as_many_rows_as_wanted(engine, answer_reward):
     found = best(engine, ASK[:3], answer_reward, Sampling(n=3), rows=1, threshold=4.5)
     assert [scored.total for scored in found.rows] == [5]
     assert len(engine.calls) == 1

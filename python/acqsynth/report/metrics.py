@@ -220,25 +220,25 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def added(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def sum_counts(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts of several rounds as one: numbers added, mappings of numbers too."""
     total: dict[str, Any] = {}
     for entry in counts:
         for key, value in entry.items():
             if isinstance(value, Mapping):
-                total[key] = added([total.get(key, {}), value])
+                total[key] = sum_counts([total.get(key, {}), value])
             else:
                 total[key] = total.get(key, 0) + value
     return total
 
 
 def percent(share: float) -> str:
-    """A share for a person."""
+    """Formats a share as a percentage."""
     return f"{100 * share:.1f} %"
 
 
 def points(share: float) -> str:
-    """A difference of shares in percentage points, with its sign."""
+    """Formats a difference of shares in percentage points, with its sign."""
     return f"{100 * share:+.1f}"
 
 
@@ -273,7 +273,7 @@ _ELSEWHERE = {"gain": "Gain", "loss": "Forgetting", "none": "No change shown"}
 
 
 def _judged(interval: Mapping[str, float], what: str, words: Mapping[str, str] = _HERE) -> dict[str, str]:
-    """A gain or loss only where the whole interval lies on one side."""
+    """A gain or loss only if the whole interval is on one side of zero."""
     kind = "gain" if interval["low"] > 0 else "loss" if interval["high"] < 0 else "none"
     span = f"{points(interval['mean'])} points, interval {points(interval['low'])} to {points(interval['high'])}"
     return {"kind": kind, "text": f"{words[kind]}: {what}, {span}."}

@@ -25,7 +25,7 @@ from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Completion
 from acqsynth.rewards.reward import ComposedReward, Rewards
 from acqsynth.rewards.scoring import Scorer
-from acqsynth.rewards.signals import Proximity, SampledAnswers, Signal, mean
+from acqsynth.rewards.signals import Proximity, Published, SampledAnswers, Signal, mean
 from acqsynth.rewards.texts import Embedder
 
 _END = "</question>"
@@ -198,6 +198,12 @@ class ReleasedGradient:
 
     def refresh(self, student: Any) -> None:
         self.scorer.refresh(student)
+
+
+Published.released.update(
+    (kind.name, kind)
+    for kind in (ReleasedConfidence, ReleasedAnswerVariance, ReleasedProximity, ReleasedDiversity, ReleasedGradient)
+)
 
 
 def _margins_in_dictionary_order(completion: Completion) -> list[float]:

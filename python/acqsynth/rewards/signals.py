@@ -25,7 +25,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
@@ -63,14 +63,13 @@ class Signal(Protocol):
 
 
 class Published:
-    """A signal of the paper: ``paper_compat=True`` makes the class of :mod:`acqsynth.rewards.paper` instead."""
+    """A signal of the paper: ``paper_compat=True`` makes its released form instead."""
+
+    released: ClassVar[dict[str, type]] = {}  #: name of a signal -> its class in :mod:`acqsynth.rewards.paper`
+    name: str
 
     def __new__(cls, *arguments: Any, paper_compat: bool = False, **options: Any) -> Any:
-        if not paper_compat:
-            return super().__new__(cls)
-        from acqsynth.rewards import paper
-
-        return getattr(paper, f"Released{cls.__name__}")(*arguments, **options)
+        return cls.released[cls.name](*arguments, **options) if paper_compat else super().__new__(cls)
 
 
 # --- the student's passes ---------------------------------------------------------------------------------------------

@@ -10,16 +10,14 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from acqsynth.domains import Domain, Messages, Sample
+from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Completion, Engine, Sampling
 
 PAUSE = "ACQSYNTH_TEST_PAUSE"  #: name of a call at which this process waits to be killed
@@ -43,7 +41,7 @@ evaluation:
 calls: Counter[str] = Counter()
 
 
-def reached(name: str) -> None:
+def reached(name):
     """Counts a call; at the one named by the environment it tells of it and waits."""
     calls[name] += 1
     if os.environ.get(PAUSE) == f"{name} {calls[name]}":
@@ -55,25 +53,25 @@ class Sums(Domain):
     name = "sums"
     answer_tokens = 4
 
-    def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
+    def generator_prompt(self, shown):
         return [{"role": "user", "content": "new " + ", ".join(sample.question for sample in shown)}]
 
-    def student_prompt(self, question: str) -> Messages:
+    def student_prompt(self, question):
         return [{"role": "user", "content": question}]
 
-    def answer_of(self, completion: str) -> str | None:
+    def answer_of(self, completion):
         return completion if completion.isdigit() else None
 
-    def canonical(self, answer: str) -> str:
+    def canonical(self, answer):
         return answer
 
-    def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
+    def equivalent(self, gold, answers):
         return [sample.answer == answer for sample, answer in zip(gold, answers, strict=True)]
 
-    def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
+    def verify(self, samples):
         return [str(truth(sample.question)) == sample.answer for sample in samples]
 
-    def load(self, source: str, split: str = "train", columns: Any = None, limit: int | None = None) -> list[Sample]:
+    def load(self, source, split="train", columns=None, limit=None):
         family, _, first = source.partition(":")
         if family != "sums":
             raise FileNotFoundError(f"{source}: no such file")
@@ -81,7 +79,7 @@ class Sums(Domain):
         return [Sample(f"{n}+1", str(n + 1), "", {"skill": ("even", "odd")[n % 2]}) for n in numbers]
 
 
-def truth(question: str) -> int:
+def truth(question):
     return sum(map(int, question.split("+")))
 
 
@@ -90,27 +88,27 @@ class Counting(Engine):
 
     name = "counting"
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path):
         self.strength = strength(path)
 
-    def generate(self, prompts: Sequence[Any], sampling: Sampling) -> list[list[Completion]]:
+    def generate(self, prompts, sampling):
         reached("generate")
         return [[self._answer(prompt[-1]["content"])] * sampling.n for prompt in prompts]
 
-    def reload(self, weights: Any) -> None:
+    def reload(self, weights):
         raise NotImplementedError
 
-    def _answer(self, question: str) -> Completion:
+    def _answer(self, question):
         right = zlib.crc32(question.encode()) % 100 < self.strength
         return Completion(str(truth(question) + (not right)), [], True)
 
 
-def strength(path: str) -> int:
+def strength(path):
     folder = Path(path)
     return int(json.loads((folder / "config.json").read_text())["strength"]) if folder.is_dir() else 40
 
 
-def keep(output: Path, value: int) -> None:
+def keep(output, value):
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.json").write_text(json.dumps({"strength": value}))
 
@@ -118,39 +116,39 @@ def keep(output: Path, value: int) -> None:
 class Gate:
     name = "new"
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.held: list[str] = []
 
-    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+    def __call__(self, samples):
         return [sample.question not in self.held for sample in samples]
 
-    def accept(self, samples: Sequence[Sample]) -> None:
+    def accept(self, samples):
         self.held += [sample.question for sample in samples]
 
 
 class Size:
     name = "size"
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+    def __call__(self, samples):
         return [float(truth(sample.question)) for sample in samples]
 
 
 class Reward:
     fusion, weights = "raw", None
 
-    def __init__(self, student: str) -> None:
+    def __init__(self, student):
         self.student = student
         self.gates = [Gate()]
         self.signals = [Size()]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self):
         return {"held": list(self.gates[0].held)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state):
         self.gates[0].held = list(state["held"])
 
 
-def questions(domain: Domain, prompts: Sequence[Messages], sampling: Sampling) -> list[Sample]:
+def questions(domain, prompts, sampling):
     """A new question of each prompt, by what it shows and its place."""
     numbers = [zlib.crc32(f"{i} {prompt[-1]['content']}".encode()) % 90000 + 5000 for i, prompt in enumerate(prompts)]
     return [Sample(f"{n}+{sampling.seed % 7}", "0") for n in numbers]

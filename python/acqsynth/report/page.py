@@ -1,4 +1,5 @@
-"""The figures of a report as SVG text to stand within HTML; text stays text, in the page's own font."""
+"""``metrics.json`` as one HTML page with figures: styles and SVG are in the file, nothing is fetched, no script
+runs."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
 import matplotlib
+import yaml
 
 matplotlib.use("svg")
 
@@ -15,9 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT, percent, points
+
 INK, QUIET, RULE = "#1d2733", "#5d6b7a", "#d9dfe6"
 MAIN, OTHER, BAD = "#1f5fa8", "#a9b8c7", "#b3382c"
-#: told apart by the colour-blind too (Okabe and Ito)
+#: safe for colour-blind readers (Okabe and Ito)
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#5d6b7a", "#e69f00")
 
 _STYLE: Any = {
@@ -43,6 +48,99 @@ _STYLE: Any = {
 _WIDTH = 8.6  # inches; the page scales it
 
 Log = Sequence[Mapping[str, Any]]
+
+
+def render(metrics: Mapping[str, Any]) -> str:
+    """The page.
+
+    Args:
+        metrics: of :func:`acqsynth.report.metrics.collect`, with ``recipe``, ``training``, ``samples`` and
+            ``validity``; the latter three are None if the run had none.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("acqsynth", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"percent": percent, "points": points, "tint": _tint, "seconds": _seconds}
+    return environment.get_template("page.html.jinja").render(
+        metrics=metrics,
+        main=metrics["main"],
+        recipe=yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True),
+        largest=_largest(metrics),
+        table=_table(metrics),
+        skills=_skills(metrics),
+        figures=_figures(metrics),
+        in_distribution=IN_DISTRIBUTION,
+        student=STUDENT,
+    )
+
+
+def _largest(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Arm -> result of the recipe's own student with the most rows."""
+    found = {}
+    for arm, entry in metrics["arms"].items():
+        own = [result for result in entry["results"] if result["student"] == STUDENT]
+        found[arm] = max(own, key=lambda result: result["rows_wanted"])
+    return found
+
+
+def _table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A line for each arm, student and size, the recipe's own student first."""
+    lines = []
+    for arm, entry in metrics["arms"].items():
+        lines += [{"arm": arm, **result} for result in entry["results"]]
+    return sorted(lines, key=lambda line: (line["student"] != STUDENT, line["student"], line["rows_wanted"]))
+
+
+def _skills(metrics: Mapping[str, Any]) -> list[tuple[str, int, list[float | None]]]:
+    """Skill, its rows, and accuracy of the base student and of each arm."""
+    base = metrics["base"][STUDENT][IN_DISTRIBUTION]["skills"]
+    arms = [result["sets"][IN_DISTRIBUTION]["skills"] for result in _largest(metrics).values()]
+    return [
+        (skill, entry["rows"], [entry["accuracy"], *(arm[skill]["accuracy"] for arm in arms)])
+        for skill, entry in base.items()
+    ]
+
+
+def _figures(metrics: Mapping[str, Any]) -> dict[str, str | None]:
+    """Name -> SVG; None if there is nothing to show."""
+    main, largest = metrics["main"], _largest(metrics)
+    base = metrics["base"][STUDENT][IN_DISTRIBUTION]["accuracy"]
+    bars = [("base student", base)]
+    bars += [(arm, result["sets"][IN_DISTRIBUTION]["accuracy"]) for arm, result in largest.items()]
+    curves: dict[str, list[tuple[int, Any]]] = {}
+    for line in _table(metrics):
+        if line["student"] == STUDENT:
+            point = (line["rows_wanted"], line["sets"][IN_DISTRIBUTION]["accuracy"])
+            curves.setdefault(line["arm"], []).append(point)
+    several = len(next(iter(curves.values()))) > 1
+    log: Log = metrics["training"]["log"] if metrics["training"] else []
+    return over_steps(log) | {
+        "reward": reward(log),
+        "accuracy": accuracy(bars, main),
+        "sizes": sizes(curves, base["mean"], main) if several else None,
+        "validity": validity(metrics["validity"]["signals"]) if metrics["validity"] else None,
+    }
+
+
+def _tint(change: float) -> str:
+    """Background of a cell with a change of accuracy: blue for gain, red for loss, full at ten points."""
+    strength = min(1.0, abs(change) / 0.10)
+    colour = "31, 95, 168" if change >= 0 else "179, 56, 44"
+    return f"background: rgba({colour}, {0.45 * strength:.2f})"
+
+
+def _seconds(value: float) -> str:
+    """Formats a duration."""
+    if value < 100:
+        return f"{value:.1f} s"
+    return f"{value / 60:.0f} min" if value < 6000 else f"{value / 3600:.1f} h"
+
+
+# --- figures: SVG text to stand within HTML ---------------------------------------------------------------------------
 
 
 def accuracy(bars: Sequence[tuple[str, Mapping[str, float]]], main: str) -> str:
@@ -96,7 +194,7 @@ def sizes(curves: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]], base:
 
 
 def reward(log: Log) -> str | None:
-    """The total with its spread, and each part in a panel of its own scale; None where no step logged a reward."""
+    """The total with its spread, and each part in a panel of its own scale; None if no step logged a reward."""
     if not _points(log, "reward"):
         return None
     parts = _named(log, "reward/", "/mean", without=("total",))
@@ -124,8 +222,8 @@ def reward(log: Log) -> str | None:
         return _svg(figure, "reward")
 
 
-def lines(log: Log, keys: Mapping[str, str], name: str, unit: str, *, share: bool = False) -> str | None:
-    """One line each: label -> key of the log; None where nothing of it was logged."""
+def _lines(log: Log, keys: Mapping[str, str], name: str, unit: str, share: bool) -> str | None:
+    """A line for each label -> key of the log; None if nothing of it was logged."""
     present = {label: _points(log, key) for label, key in keys.items()}
     present = {label: points for label, points in present.items() if points}
     if not present:
@@ -145,42 +243,28 @@ def lines(log: Log, keys: Mapping[str, str], name: str, unit: str, *, share: boo
         return _svg(figure, name)
 
 
-def gates(log: Log) -> str | None:
-    """Share of the completions that each gate rejected, the share masked, over steps."""
-    keys = _named(log, "reward/gated/", "") | ({"masked": "reward/masked"} if _points(log, "reward/masked") else {})
-    speaking = {label: key for label, key in keys.items() if any(value for _, value in _points(log, key))}
-    return lines(log, speaking, "gates", "of completions, %", share=True)
-
-
-def lengths(log: Log) -> str | None:
-    """Tokens of the completions over steps."""
-    keys = {word: f"completions/{word}_length" for word in ("mean", "min", "max")}
-    return lines(log, keys, "lengths", "tokens")
-
-
-def length_correlation(log: Log) -> str | None:
-    """Correlation of each part of the reward with length, over steps."""
-    return lines(log, _named(log, "reward/", "/length_correlation"), "length-correlation", "correlation")
-
-
-def archives(log: Log) -> str | None:
-    """Entries of the archives over steps."""
-    return lines(log, _named(log, "reward/archive/", ""), "archives", "entries held")
-
-
-def cost(log: Log) -> str | None:
-    """The reward's share of each step's time."""
-    return lines(log, {"reward": "reward_share"}, "cost", "of the step's time, %", share=True)
-
-
-def staleness(log: Log) -> str | None:
-    """Rank correlation of scores before and after each refresh of the student."""
-    keys = {"since the last refresh": "staleness", "since the start": "staleness_since_start"}
-    return lines(log, keys, "staleness", "rank correlation")
+def over_steps(log: Log) -> dict[str, str | None]:
+    """Figures of one line each, by name: what gates reject, lengths, correlation with length, archives, cost,
+    staleness."""
+    rejected = _named(log, "reward/gated/", "") | {"masked": "reward/masked"}
+    rejected = {label: key for label, key in rejected.items() if any(value for _, value in _points(log, key))}
+    drawn: dict[str, tuple[Mapping[str, str], str, bool]] = {
+        "gates": (rejected, "of completions, %", True),
+        "lengths": ({word: f"completions/{word}_length" for word in ("mean", "min", "max")}, "tokens", False),
+        "length_correlation": (_named(log, "reward/", "/length_correlation"), "correlation", False),
+        "archives": (_named(log, "reward/archive/", ""), "entries held", False),
+        "cost": ({"reward": "reward_share"}, "of the step's time, %", True),
+        "staleness": (
+            {"since the last refresh": "staleness", "since the start": "staleness_since_start"},
+            "rank correlation",
+            False,
+        ),
+    }
+    return {name: _lines(log, keys, name, unit, share) for name, (keys, unit, share) in drawn.items()}
 
 
 def validity(signals: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Rank correlation of each signal with measured gain, with intervals; None where none is defined."""
+    """Rank correlation of each signal with measured gain, with intervals; None if none is defined."""
     found = sorted(
         ((name, s["correlation"]) for name, s in signals.items() if s["correlation"]), key=lambda pair: pair[1]["mean"]
     )
@@ -215,7 +299,7 @@ def _named(log: Log, prefix: str, suffix: str, without: Sequence[str] = ()) -> d
 
 
 def _mark(x: Sequence[int]) -> dict[str, Any]:
-    """Points where there are few of them: a line through one step is invisible."""
+    """Markers for few points: a line through one step is invisible."""
     return {"marker": "o", "markersize": 3.5} if len(x) <= 25 else {}
 
 
