@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import uvicorn
+from fake_run import fakes as fakes, recipe as recipe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
