@@ -64,9 +64,9 @@ def label(
 ) -> list[Label]:
     """A label for each question, or the reason that there is none.
 
-    Answers whose canonical form is equal are one cluster; clusters whose representatives the domain finds equivalent,
-    each to the other, are one. With ``embed``, for open text, clusters are those of average linkage at a cosine
-    distance of 0.35.
+    Answers whose canonical form is equal are one cluster; clusters are merged whose representatives the domain finds
+    equivalent, in both directions, to each other and to the same others. With ``embed``, for open text, clusters are
+    those of average linkage at a cosine distance of 0.35.
 
     The completion that stands for the majority: among those of the largest cluster that ended by themselves, the one
     of median length in tokens (the shortest often leaves the steps out, the longest rambles); with ``embed`` the
@@ -231,13 +231,18 @@ def _reasoning(domain: Domain, text: str, answer: str) -> str:
 
 
 def _merged(forms: Sequence[list[int]], same: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Clusters that are the same, directly or through others, joined."""
-    group = list(range(len(forms)))
+    """Merges clusters that equal exactly the same ones.
+
+    Equality is not transitive: 50% equals 0.5 and, as a percent sign may be missing, 50. It votes for neither, and
+    must not join them.
+    """
+    equal = [{i} for i in range(len(forms))]
     for a, b in same:
-        group = [group[a] if number == group[b] else number for number in group]
-    clusters: dict[int, list[int]] = {}
-    for form, number in zip(forms, group, strict=True):
-        clusters.setdefault(number, []).extend(form)
+        equal[a].add(b)
+        equal[b].add(a)
+    clusters: dict[frozenset[int], list[int]] = {}
+    for form, others in zip(forms, equal, strict=True):
+        clusters.setdefault(frozenset(others), []).extend(form)
     return _largest_first(map(sorted, clusters.values()))
 
 
