@@ -61,9 +61,9 @@ def label(
 ) -> list[Label]:
     """A label for each question, or the reason why there is none.
 
-    Answers with the same canonical form are one cluster; clusters whose representatives the domain finds equivalent in
-    both directions are merged. With ``embed``, for open text, clusters come from average linkage at a cosine distance
-    of 0.35.
+    Answers whose canonical form is equal are one cluster; clusters are merged whose representatives the domain finds
+    equivalent, in both directions, to each other and to the same others. With ``embed``, for open text, clusters are
+    those of average linkage at a cosine distance of 0.35.
 
     The majority is represented by one of the completions of the largest cluster that were not cut off: the one of
     median length in tokens (the shortest often skips steps, the longest rambles), or with ``embed`` the medoid.
@@ -261,13 +261,18 @@ def _reasoning(domain: Domain, text: str, answer: str) -> str:
 
 
 def _merged(forms: Sequence[list[int]], same: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Clusters with those merged that are equal, directly or through others."""
-    group = list(range(len(forms)))
+    """Merges clusters that equal exactly the same ones.
+
+    Equality is not transitive: 50% equals 0.5 and, as a percent sign may be missing, 50. It votes for neither, and
+    must not join them.
+    """
+    equal = [{i} for i in range(len(forms))]
     for a, b in same:
-        group = [group[a] if number == group[b] else number for number in group]
-    clusters: dict[int, list[int]] = {}
-    for form, number in zip(forms, group, strict=True):
-        clusters.setdefault(number, []).extend(form)
+        equal[a].add(b)
+        equal[b].add(a)
+    clusters: dict[frozenset[int], list[int]] = {}
+    for form, others in zip(forms, equal, strict=True):
+        clusters.setdefault(frozenset(others), []).extend(form)
     return _largest_first(map(sorted, clusters.values()))
 
 

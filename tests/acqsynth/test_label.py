@@ -5,6 +5,7 @@ import pytest
 
 from acqsynth.config import LabellingConfig
 from acqsynth.domains import Sample
+from acqsynth.domains.math import Math
 from acqsynth.label import Label, Labeller, _reasoning, accuracy, cluster, cluster_texts, label, label_by_domain
 
 QUESTION = Sample("3+4", "99", "the generator's own")
@@ -102,10 +103,23 @@ def test_equivalence_of_one_direction_joins_nothing(sums, monkeypatch):
     assert cluster(sums, [QUESTION], [["7", "8", "9"]]) == [[[0], [1], [2]]]
 
 
-def test_clusters_join_through_others(sums, monkeypatch):
+def test_no_cluster_is_joined_through_a_third(sums, monkeypatch):
     near = lambda gold, answers: [abs(float(g.answer) - float(a)) < 1.5 for g, a in zip(gold, answers, strict=True)]  # noqa: E731
     monkeypatch.setattr(sums, "equivalent", near)
-    assert cluster(sums, [QUESTION] * 2, [["1", "3", "2", "9"], []]) == [[[0, 1, 2], [3]], []]
+    assert cluster(sums, [QUESTION] * 2, [["1", "3", "2", "9"], []]) == [[[0], [1], [2], [3]], []]
+    assert cluster(sums, [QUESTION], [["1", "2", "2.0", "9", "1.0", "9.5"]]) == [[[0, 1, 2, 4], [3, 5]]]
+    # Three votes that differ beside a fourth that is near one of them, and a pair between two pairs.
+    assert cluster(sums, [QUESTION], [["1", "4", "7", "8"]]) == [[[2, 3], [0], [1]]]
+    assert cluster(sums, [QUESTION], [["1", "1", "3", "3", "2", "2"]]) == [[[0, 1], [2, 3], [4, 5]]]
+
+
+def test_a_percentage_does_not_join_its_two_readings():
+    math = Math()
+    answers = ["0.5"] * 3 + ["50"] * 3 + ["50\\%"]
+    assert cluster(math, [QUESTION], [answers]) == [[[0, 1, 2], [3, 4, 5], [6]]]
+    assert cluster(math, [QUESTION], [["50%", "50", "50 percent"]]) == [[[0, 1, 2]]]
+    assert cluster(math, [QUESTION], [["3 km", "3", "3 m", "3 km"]]) == [[[0, 3], [1], [2]]]
+    math.checker.close()
 
 
 def embed(texts):
