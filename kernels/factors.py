@@ -240,7 +240,8 @@ def add_grams(
             total = tl.dot(a_low, b, total, input_precision=PRECISION)
     tl.store(at, total, mask=inside)
     mirror = products + start + t[None, :] * length + s[:, None]
-    tl.store(mirror, total, mask=inside)
+    off_diagonal = (s < tl.min(t, axis=0))[:, None]
+    tl.store(mirror, total, mask=inside & off_diagonal)
 
 
 @dataclass(frozen=True, eq=False)
