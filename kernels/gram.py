@@ -81,27 +81,25 @@ def gather_slots(
 
 
 @triton.jit
-def bfloat16(x, INTERPRETED: tl.constexpr):
-    """``x`` rounded to bfloat16; as float32 in Triton's interpreter, which truncates and has no such products."""
-    if INTERPRETED:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return bits.to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.bfloat16)
-
-
-@triton.jit
 def halves(
-    e,  # [BLOCK, COLUMNS] float32
+    e,  # [BLOCK, COLUMNS] float32, not negative
     INTERPRETED: tl.constexpr,
 ):
-    """``high`` and ``2 low`` in bfloat16, with ``e = high + low`` to 16 bits.
+    """``high`` and ``2 low`` in bfloat16, with ``e = high + low`` to 15 bits; ``high`` is cut off, not rounded.
 
-    The symmetric part of ``high (high + 2 low)^T`` is ``e e^T - low low^T``: two products, not three.
+    The symmetric part of ``high (high + 2 low)^T`` is ``e e^T - low low^T``: two products, not three. In Triton's
+    interpreter, which has no such products, they are float32 of the same values.
     """
-    high = bfloat16(e, INTERPRETED)
-    return high, bfloat16(2 * (e - high.to(tl.float32)), INTERPRETED)
+    bits = e.to(tl.uint32, bitcast=True)
+    cut = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    low = 2 * (e - cut)
+    if INTERPRETED:
+        bits = low.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return cut, bits.to(tl.float32, bitcast=True)
+    else:
+        high = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return high, low.to(tl.bfloat16)
 
 
 @triton.jit(do_not_specialize=["n"])
