@@ -243,8 +243,9 @@ def _mixture_stats(
 ) -> BayesStats:
     head = heads[0]
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
-    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
     n = hidden.shape[-2]
+    dtypes = hidden.dtype, head.weight.dtype
+    chosen = select_backend(backend, hidden.device, dtypes, "mixture_stats", (n, len(head.weight)))
     state = torch.empty((len(STATE_ROWS), n), dtype=torch.float64, device=hidden.device)
     votes = torch.empty((draws, n), dtype=torch.int64, device=hidden.device)
     if head.group is not None:

@@ -141,7 +141,7 @@ class TrunkDraws:
         positions = torch.arange(length, device=value.device).repeat(len(samples))
         rows = samples.to(value.device).repeat_interleave(length)
         dropout = Dropout(p, "element", 1, self._seed, rows, positions)
-        backend = select_backend(self._backend, value.device, (value.dtype,))
+        backend = select_backend(self._backend, value.device, (value.dtype,), "dropout_mask", (len(rows), columns))
         keep = torch.empty((self._draws, len(rows), columns), dtype=torch.bool, device=value.device)
         backend.dropout_mask(dropout, site, keep)
         return value.where(keep.view(value.shape), 0) / (1 - p)

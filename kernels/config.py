@@ -103,7 +103,7 @@ def table(device: str, major: int) -> dict[str, Any]:
 
 
 @functools.cache
-def tiles_for(device: str, major: int, product: str, vocab: int, depth: int) -> Tiles:
+def tiles_for(device: str, major: int, product: str, vocab: int, depth: int, kernel: str = "row_stats") -> Tiles:
     """Tiles for a weight ``[vocab, depth]``.
 
     Args:
@@ -111,14 +111,10 @@ def tiles_for(device: str, major: int, product: str, vocab: int, depth: int) -> 
         major: first number of its compute capability.
         product: ``half``, ``tf32`` or ``ieee``.
         vocab, depth: shape of the weight.
+        kernel: whose tiles: ``row_stats``, ``gram`` or ``mixture``.
     """
-    return Tiles(**_nearest(table(device, major)["row_stats"][product], vocab=vocab, depth=depth))
-
-
-@functools.cache
-def gram_tiles_for(device: str, major: int, product: str, vocab: int, depth: int) -> GramTiles:
-    """Tiles of the fold with Gram matrices; arguments as in :func:`tiles_for`."""
-    return GramTiles(**_nearest(table(device, major)["gram"][product], vocab=vocab, depth=depth))
+    kind = GramTiles if kernel == "gram" else Tiles
+    return kind(**_nearest(table(device, major)[kernel][product], vocab=vocab, depth=depth))
 
 
 @functools.cache

@@ -31,6 +31,22 @@ def keep_mask(
     return words >= threshold
 
 
+@triton.jit
+def keep_units(
+    units,  # [rows or 1, UNITS] uint32: any columns, or blocks of them
+    position,  # as in keep_mask, and so on
+    sample,
+    draw_site,
+    seed,
+    threshold,
+):
+    """Which of these units stay, ``[rows, UNITS]`` bool; a counter for each, where :func:`keep_mask` has one for four."""
+    zero = units * 0 + position * 0 + sample * 0 + draw_site * 0
+    a, b, c, d = tl.philox(seed, units // 4 + zero, position + zero, sample + zero, draw_site + zero)
+    word = units % 4
+    return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d)) >= threshold
+
+
 @triton.jit(do_not_specialize=["draws", "n", "site", "seed", "threshold"])
 def write_keep_mask(
     samples,  # [n] int64

@@ -13,6 +13,28 @@ from acqcore.kernels.fold import LOG2E, widen
 GATHER_TILE = 1 << 14
 
 
+@triton.jit
+def scored_places(
+    targets,  # [n] int64, -100 ignored
+    begin,  # the first of the rows asked for
+    n,
+    ROWS: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    """Of ``ROWS`` rows: target, whether scored, number among the scored; and how many are scored up to the last."""
+    rows = begin + tl.arange(0, ROWS)
+    target = tl.load(targets + rows, mask=rows < n, other=-100)
+    scored = target != -100
+    before = 0
+    for i in range(0, begin, SCAN):  # every program counts for itself: n is at most a few thousand
+        earlier = i + tl.arange(0, SCAN)
+        other = tl.load(targets + earlier, mask=earlier < begin, other=-100)
+        before += tl.sum((other != -100).to(tl.int32), axis=0)
+    ones = scored.to(tl.int32)
+    through = before + tl.cumsum(ones, axis=0)
+    return target, scored, through - ones, tl.max(through, axis=0)
+
+
 # Numbers of rows are not specialised on: no new variant is compiled for another N, and none can round otherwise.
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["targets", "position", "count"])
 def gather_scored(
@@ -39,21 +61,12 @@ def gather_scored(
     place = rows
     scored = inside
     if HAS_TARGETS:
-        target = tl.load(targets + rows, mask=inside, other=-100)
-        scored = target != -100
-        before = 0
-        for i in range(0, begin, SCAN):  # every program counts for itself: n is at most a few thousand
-            earlier = i + tl.arange(0, SCAN)
-            other = tl.load(targets + earlier, mask=earlier < begin, other=-100)
-            before += tl.sum((other != -100).to(tl.int32), axis=0)
-        ones = scored.to(tl.int32)
-        through = before + tl.cumsum(ones, axis=0)
-        place = through - ones
+        target, scored, place, through = scored_places(targets, begin, n, ROWS, SCAN)
         if tl.program_id(1) == 0:
             tl.store(position + rows, tl.where(scored, place, -1), mask=inside)
             tl.store(packed_targets + place, (target - vocab_start).to(tl.int32), mask=scored)
             if begin + ROWS >= n:
-                tl.store(count, tl.max(through, axis=0))
+                tl.store(count, through)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = scored[:, None] & (columns < depth)[None, :]
     source = rows.to(tl.int64)[:, None] * hidden_row + columns.to(tl.int64)[None, :] * hidden_column
@@ -74,6 +87,55 @@ def tanh(y):
     p = p * s + 1.33314422036e-1
     p = p * s + -3.33332819422e-1
     return tl.where(a < 0.625, p * s * y + y, tl.where(y < 0, -far, far))
+
+
+@triton.jit
+def product_tile(
+    a,  # [rows_a, depth], or its tensor descriptor
+    b,  # [rows_b, depth], or its tensor descriptor
+    first_a,  # the tile's first row of a
+    first_b,  # and of b
+    rows_a,
+    rows_b,
+    depth,
+    a_row,
+    a_column,
+    b_row,
+    b_column,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,  # multiply in float32 whatever the dtypes
+    PRECISION: tl.constexpr,
+):
+    """``a b^T`` of some rows, ``[BLOCK_A, BLOCK_B]`` float32; outside ``rows_a`` and ``rows_b`` it holds anything."""
+    z = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    if not DESCRIPTORS:
+        inner = tl.arange(0, BLOCK_K)
+        of_a = tl.minimum(first_a + tl.arange(0, BLOCK_A), rows_a - 1).to(tl.int64)[:, None] * a_row
+        a_at = a + of_a + inner.to(tl.int64)[None, :] * a_column
+        of_b = tl.minimum(first_b + tl.arange(0, BLOCK_B), rows_b - 1).to(tl.int64)[None, :] * b_row
+        b_at = b + of_b + inner.to(tl.int64)[:, None] * b_column
+    for k in range(0, depth, BLOCK_K):
+        if DESCRIPTORS:
+            x = a.load([first_a, k])
+            y = b.load([first_b, k]).T
+        else:
+            if EVEN_K:
+                x = tl.load(a_at)
+                y = tl.load(b_at)
+            else:
+                x = tl.load(a_at, mask=(inner < depth - k)[None, :], other=0.0)
+                y = tl.load(b_at, mask=(inner < depth - k)[:, None], other=0.0)
+            a_at += BLOCK_K * a_column
+            b_at += BLOCK_K * b_column
+        if UPCAST:
+            x = widen(x)
+            y = widen(y)
+        z = tl.dot(x, y, z, input_precision=PRECISION)
+    return z
 
 
 @triton.jit
@@ -101,35 +163,15 @@ def logit_tile(
     EVEN_K: tl.constexpr,
     EVEN_V: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    UPCAST: tl.constexpr,  # multiply in float32 whatever the weight's dtype
+    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Logits ``[BLOCK_M, BLOCK_N]`` in float32; -inf outside the vocabulary, repeated rows beyond ``n``."""
+    """Logits ``[BLOCK_M, BLOCK_N]`` in float32; -inf outside the vocabulary, anything beyond row ``n``."""
+    z = product_tile(
+        hidden, weight, first_row, begin, n, vocab, depth, hidden_row, hidden_column, weight_row, weight_column,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, DESCRIPTORS, UPCAST, PRECISION,
+    )  # fmt: skip
     columns = begin + tl.arange(0, BLOCK_N)
-    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if not DESCRIPTORS:
-        inner = tl.arange(0, BLOCK_K)
-        rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), n - 1).to(tl.int64)[:, None] * hidden_row
-        hidden_at = hidden + rows + inner.to(tl.int64)[None, :] * hidden_column
-        weight_rows = tl.minimum(columns, vocab - 1).to(tl.int64)[None, :] * weight_row
-        weight_at = weight + weight_rows + inner.to(tl.int64)[:, None] * weight_column
-    for k in range(0, depth, BLOCK_K):
-        if DESCRIPTORS:
-            a = hidden.load([first_row, k])
-            b = weight.load([begin, k]).T
-        else:
-            if EVEN_K:
-                a = tl.load(hidden_at)
-                b = tl.load(weight_at)
-            else:
-                a = tl.load(hidden_at, mask=(inner < depth - k)[None, :], other=0.0)
-                b = tl.load(weight_at, mask=(inner < depth - k)[:, None], other=0.0)
-            hidden_at += BLOCK_K * hidden_column
-            weight_at += BLOCK_K * weight_column
-        if UPCAST:
-            a = widen(a)
-            b = widen(b)
-        z = tl.dot(a, b, z, input_precision=PRECISION)
     if HAS_BIAS:
         z += tl.load(bias + columns, mask=columns < vocab, other=0.0)[None, :]
     if HAS_SCALE:

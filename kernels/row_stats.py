@@ -167,7 +167,6 @@ def _chunk(
     upcast: bool,
 ) -> None:
     n, depth = hidden.shape
-    vocab = len(weight)
     packed_targets = position = count = None
     packed = hidden
     if targets is not None or hidden.dtype != dtype or not has_descriptor(hidden):
@@ -182,14 +181,36 @@ def _chunk(
             vocab_start, HAS_TARGETS=targets is not None, ROWS=tiles.block_m, COLUMNS=columns, SCAN=1024,
             enable_fp_fusion=True,
         )  # fmt: skip
+    partial, partial_index = launch_fold(
+        packed, weight, bias, packed_targets, count, softcap, scale, temperature, tiles, precision, upcast
+    )
+    merge(partial, partial_index, position, state, index, first, vocab_start)
+
+
+def launch_fold(
+    packed: torch.Tensor,  # [n, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V] float32
+    targets: torch.Tensor | None,  # [n] int32, relative to this weight
+    count: torch.Tensor | None,  # [1] int32: rows that hold something
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    tiles: Tiles,
+    precision: str,
+    upcast: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launches :func:`product_fold`: states ``[7, splits, n]`` float32, indices ``[splits, n]`` int32."""
+    n, depth = packed.shape
+    vocab = len(weight)
     splits, split_tiles = tiles.split(vocab)
-    partial = hidden.new_empty((7, splits, n), dtype=torch.float32)
-    partial_index = hidden.new_empty((splits, n), dtype=torch.int32)
+    partial = packed.new_empty((7, splits, n), dtype=torch.float32)
+    partial_index = packed.new_empty((splits, n), dtype=torch.int32)
     descriptors = tiles.descriptors and has_descriptor(packed) and has_descriptor(weight)
     product_fold[(triton.cdiv(n, tiles.block_m) * splits,)](
         descriptor(packed, tiles.block_m, tiles.block_k) if descriptors else packed,
         descriptor(weight, tiles.block_n, tiles.block_k) if descriptors else weight,
-        bias, packed_targets, count, partial, partial_index, n, vocab, depth,
+        bias, targets, count, partial, partial_index, n, vocab, depth,
         *packed.stride(), *weight.stride(), splits, split_tiles,
         scale / (softcap or temperature), (softcap or 1.0) / temperature,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
@@ -199,4 +220,4 @@ def _chunk(
         DESCRIPTORS=descriptors, FLATTEN=tiles.flatten, UPCAST=upcast or packed.dtype != weight.dtype,
         PRECISION=precision, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
     )  # fmt: skip
-    merge(partial, partial_index, position, state, index, first, vocab_start)
+    return partial, partial_index

@@ -11,7 +11,7 @@ import torch
 from acqcore import checks
 from acqcore.backends import extension
 from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows
-from acqcore.backends.eager import gram_norm, gram_products, unnormalised
+from acqcore.backends.eager import gram_norm, unnormalised
 from acqcore.backends.extension import core as _core
 from acqcore.backends.extension import matrix, pointer
 from acqcore.philox import threshold
@@ -49,10 +49,17 @@ class Cpu(Backend):
         rows: HeadRows,
         gram: Gram | None = None,
     ) -> None:
+        bounds = None if gram is None else torch.tensor(gram.bounds, dtype=torch.int64)
         with _head_args(rows) as arguments:
-            _core.row_stats(self.instruction_set(), arguments, rows.state.data_ptr(), rows.index.data_ptr())
-        if gram is not None:
-            gram_products(unnormalised(rows.head.logits(rows.hidden, rows.temperature), rows), rows, gram)
+            _core.row_stats(
+                self.instruction_set(),
+                arguments,
+                pointer(bounds),
+                0 if gram is None else len(gram.bounds),
+                0 if gram is None else gram.products.data_ptr(),
+                rows.state.data_ptr(),
+                rows.index.data_ptr(),
+            )
 
     def logit_stats(
         self,

@@ -13,18 +13,20 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from acqcore import checks
-from acqcore.backends.base import Dropout, Gram, HeadRows
+from acqcore.backends.base import DrawRows, Dropout, Gram, HeadRows
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled
+from acqcore.head import Head
 from acqcore.philox import threshold
 
 if TYPE_CHECKING:
+    from acqcore.kernels.config import Tiles
     from acqcore.kernels.factors import Factors
 
 #: Triton decides this when a kernel is defined, so it holds for the process.
@@ -72,30 +74,29 @@ class Triton(Chunked):
         rows: HeadRows,
         gram: Gram | None = None,
     ) -> None:
-        from acqcore.kernels.config import gram_tiles_for, tiles_for
         from acqcore.kernels.gram import row_stats_and_grams
         from acqcore.kernels.row_stats import row_stats
 
         head = rows.head
-        shape, precision = _product(rows)
+        plan = _plan(rows.hidden, head)
         arguments = _head_arguments(rows) | {
             "state": rows.state,
             "index": rows.index,
-            "precision": precision,
-            "upcast": _upcast(rows),
+            "precision": plan.precision,
+            "upcast": plan.upcast,
         }
         short, long = _split(gram)
         with _launching(rows.hidden):
             if short is not None:
                 row_stats_and_grams(
                     rows.hidden, head.weight, head.bias, rows.targets, short.bounds, short.starts,
-                    products=short.products, tiles=gram_tiles_for(*shape), **arguments,
+                    products=short.products, tiles=plan.tiles("gram"), **arguments,
                 )  # fmt: skip
             for begin, end in _gaps(short, len(rows.hidden)):
                 part = slice(begin, end)
                 targets = None if rows.targets is None else rows.targets[part]
                 row_stats(
-                    rows.hidden[part], head.weight, head.bias, targets, first_row=begin, tiles=tiles_for(*shape),
+                    rows.hidden[part], head.weight, head.bias, targets, first_row=begin, tiles=plan.tiles("row_stats"),
                     **arguments,
                 )  # fmt: skip
         if long is not None:
@@ -208,34 +209,79 @@ class Triton(Chunked):
         with _launching(keep):
             dropout_mask(dropout.samples, dropout.positions, site, dropout.seed, threshold(dropout.p), keep)
 
+    def mixture_stats(
+        self,
+        rows: DrawRows,
+    ) -> None:
+        """Ensembles of several heads stay in chunked torch."""
+        from acqcore.kernels.mixture import Masks, mixture_stats
 
-def _product(rows: HeadRows) -> tuple[tuple[str, int, str, int, int], str]:
-    """Which tiles the product of these rows takes (arguments of ``tiles_for``), and its precision in float32."""
-    device, major = _device(rows.hidden)
-    weight = rows.head.weight
-    dtype = torch.promote_types(rows.hidden.dtype, weight.dtype)
+        if len(rows.heads) > 1:
+            super().mixture_stats(rows)
+            return
+        (head,) = rows.heads
+        masks = None
+        if rows.dropout is not None:
+            d = rows.dropout
+            masks = Masks(d.samples, d.positions, d.width, d.seed, threshold(d.p), 1 - d.p)
+        plan = _plan(rows.hidden, head)
+        with _launching(rows.hidden):
+            mixture_stats(
+                rows.hidden,
+                head.weight,
+                head.bias,
+                rows.targets,
+                draws=rows.draws,
+                masks=masks,
+                softcap=head.softcap,
+                scale=head.scale,
+                vocab_start=head.vocab_start,
+                state=rows.state,
+                votes=rows.votes,
+                fold_tiles=plan.tiles("row_stats"),
+                tiles=plan.tiles("mixture"),
+                precision=plan.precision,
+                upcast=plan.upcast,
+            )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the product of some hidden states with a weight is taken."""
+
+    device: str
+    major: int  # compute capability
+    product: str  # key of the tile tables
+    precision: str  # as triton.language.dot names it
+    upcast: bool
+    shape: torch.Size  # of the weight
+
+    def tiles(self, kernel: str) -> Tiles:
+        from acqcore.kernels.config import tiles_for
+
+        return tiles_for(self.device, self.major, self.product, *self.shape, kernel)
+
+
+def _plan(hidden: torch.Tensor, head: Head) -> _Plan:
+    device, major = _device(hidden)
+    dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
     product, precision = ("ieee" if dtype == torch.float32 else "half"), "ieee"
     if dtype == torch.float32 and _tf32():
         product = precision = "tf32"
-    elif major >= MIXED_SPLIT_FROM and weight.dtype != dtype:
+    elif major >= MIXED_SPLIT_FROM and head.weight.dtype != dtype:
         precision = "tf32x3"
-    return (device, major, product, *weight.shape), precision
-
-
-def _upcast(rows: HeadRows) -> bool:
-    """Whether numpy, which has no bfloat16, must take the products in float32."""
-    return INTERPRETED and torch.bfloat16 in (rows.hidden.dtype, rows.head.weight.dtype)
+    upcast = INTERPRETED and dtype == torch.bfloat16  # numpy has no bfloat16 products
+    return _Plan(device, major, product, precision, upcast, head.weight.shape)
 
 
 def _factors(rows: HeadRows) -> Factors:
-    from acqcore.kernels.config import tiles_for
     from acqcore.kernels.factors import Factors
 
-    head, (shape, precision) = rows.head, _product(rows)
+    head, plan = rows.head, _plan(rows.hidden, rows.head)
     bias = None if head.bias is None else head.bias.float().contiguous()
     return Factors(
-        head.weight, bias, head.softcap, head.scale, rows.temperature, head.vocab_start, tiles_for(*shape), precision,
-        INTERPRETED, _multiprocessors(rows.hidden),
+        head.weight, bias, head.softcap, head.scale, rows.temperature, head.vocab_start,
+        plan.tiles("row_stats"), plan.precision, INTERPRETED, _multiprocessors(rows.hidden),
     )  # fmt: skip
 
 

@@ -71,8 +71,11 @@ void run(const std::string& isa, bool (*acqcore::Operations::*operation)(const A
   if (!(ops.*operation)(args)) throw std::bad_alloc();
 }
 
-void row_stats(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index) {
-  const acqcore::RowStatsArgs args = {head, reinterpret_cast<double*>(state), reinterpret_cast<int64_t*>(index)};
+void row_stats(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t bounds, int64_t samples,
+               uintptr_t products, uintptr_t state, uintptr_t index) {
+  const acqcore::GramArgs gram = {reinterpret_cast<const int64_t*>(bounds), samples,
+                                  reinterpret_cast<float*>(products)};
+  const acqcore::RowStatsArgs args = {head, gram, reinterpret_cast<double*>(state), reinterpret_cast<int64_t*>(index)};
   run(isa, &acqcore::Operations::row_stats, args);
 }
 
@@ -169,7 +172,8 @@ void register_cpu(py::module_& m) {
   py::class_<acqcore::HeadArgs>(m, "HeadArgs")
       .def(py::init(&head_args), py::arg("threads"), py::arg("hidden"), py::arg("weight"), py::arg("bias"),
            py::arg("targets"), py::arg("softcap"), py::arg("scale"), py::arg("temperature"), py::arg("vocab_start"));
-  m.def("row_stats", &row_stats, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"));
+  m.def("row_stats", &row_stats, py::arg("isa"), py::arg("head"), py::arg("bounds"), py::arg("samples"),
+        py::arg("products"), py::arg("state"), py::arg("index"));
   m.def("delta_product", &delta_product, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("values"), py::arg("out"));
   m.def("delta_hash", &delta_hash, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),

@@ -41,9 +41,10 @@ inline void clear(LaneState& s) {
 
 inline void clear(RowState& s) { s = {0, 0, 0, 0, -1, -INFINITY, -INFINITY, -INFINITY}; }
 
-// Adds the terms of z[0, n), relative to `max`; `skip` is the position of the maximum itself, if it is among them.
-template <bool kSkip>
-inline void add_terms(const float* z, int n, float max, int skip, LaneState& s) {
+// Adds the terms of z[0, n), relative to `max`; `skip` is the position of the maximum itself, if it is among them. With
+// kKeep, `terms` is exp(z - max) 2^40, the maximum's own 0.
+template <bool kSkip, bool kKeep>
+inline void add_terms(const float* z, int n, float max, int skip, LaneState& s, float* terms /* [n] */) {
   Vec r{}, s1{}, s2{}, s11{};  // summed apart and added once, so that small terms do not drown in large sums
   for (int i = 0; i < n; i += kLanes) {
     Vec x = load(z + i) - max;
@@ -54,6 +55,7 @@ inline void add_terms(const float* z, int n, float max, int skip, LaneState& s) 
     x = absent ? broadcast(kLowest) : x;
     Vec e = exp_scaled<kShift>(x);
     e = absent ? Vec{} : e;
+    if constexpr (kKeep) store(terms + i, e);
     const Vec ex = e * x;
     r += e;
     s1 += ex;
@@ -88,7 +90,9 @@ inline void rescale(LaneState& s, float max) {
 }
 
 // Folds logits z[0, n) whose first has the vocabulary index `base`. n is a multiple of kLanes; -inf is no token at all.
-inline void fold(const float* z, int n, int64_t base, LaneState& s) {
+// With kKeep, `terms` [n] is exp(z - s.max) 2^40 with the maximum as it is after the call.
+template <bool kKeep = false>
+inline void fold(const float* z, int n, int64_t base, LaneState& s, float* terms = nullptr) {
   Vec top = load(z);
   for (int i = kLanes; i < n; i += kLanes) top = maximum(load(z + i), top);
   const float max = horizontal_max(top);
@@ -96,10 +100,11 @@ inline void fold(const float* z, int n, int64_t base, LaneState& s) {
     if (max == -INFINITY && s.max == -INFINITY) {  // nothing finite yet: only a NaN can matter
       for (int i = 0; i < n; ++i)
         if (z[i] != z[i]) s.r[0] = z[i];
+      if constexpr (kKeep) memset(terms, 0, 4 * n);
       return;
     }
     s.second = maximum(top, s.second);
-    add_terms<false>(z, n, s.max, 0, s);
+    add_terms<false, kKeep>(z, n, s.max, 0, s, terms);
     return;
   }
   int a = 0;
@@ -111,7 +116,8 @@ inline void fold(const float* z, int n, int64_t base, LaneState& s) {
     if (a >= i && a < i + kLanes) others[a - i] = -INFINITY;
     s.second = maximum(others, s.second);
   }
-  add_terms<true>(z, n, max, a, s);
+  add_terms<true, kKeep>(z, n, max, a, s, terms);
+  if constexpr (kKeep) terms[a] = kTerm;
 }
 
 inline RowState reduce(const LaneState& s) {

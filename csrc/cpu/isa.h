@@ -23,8 +23,16 @@ struct HeadArgs {
   int64_t vocab_start;
 };
 
+// Gram matrices of samples, sum_v f_s[v] f_t[v] as backends/base.py defines them; without samples, none.
+struct GramArgs {
+  const int64_t* bounds;  // [samples, 2], begin and end, ascending
+  int64_t samples;
+  float* products;        // [sum T_i^2], written
+};
+
 struct RowStatsArgs {
-  HeadArgs head;
+  HeadArgs head;   // with targets where there are samples
+  GramArgs gram;
   double* state;   // [7, N], written; rows as STATE_ROWS in row_stats.py
   int64_t* index;  // [N], written
 };

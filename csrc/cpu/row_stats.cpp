@@ -1,12 +1,16 @@
-// Row statistics of softmax(head(hidden)): tile product and fold in one loop, the logits never leave the cache.
+// Row statistics of softmax(head(hidden)), and Gram matrices of samples beside them: tile product and fold in one loop,
+// the logits never leave the cache.
 //
-// The vocabulary is cut into splits, a split into tiles. A task is a block of rows times a split: for each tile the
-// thread packs the weights once (L2), multiplies every row panel with them and folds the logits while they are in L1.
-// Splits are merged in order. The cuts depend on V alone, so a row's result depends neither on the other rows nor on
-// the number of threads. Measured on an AMD EPYC (Zen 5, 2 cores, N=4096, D=576, V=49152): the product alone runs at 490
-// GFLOP/s in float32 and 970 in bfloat16, where the BLAS of torch 2.13 reaches 200 and rounds bfloat16 results; hence a
-// product of our own rather than BLAS tiles. The fold adds 5 %.
+// The vocabulary is cut into splits, a split into tiles. A task is a block of rows times a slot of neighbouring splits:
+// for each tile the thread packs the weights once (L2), multiplies every row panel with them and folds the logits while
+// they are in L1. Where a row belongs to a sample with a Gram matrix the fold leaves its factors, and the last row of the
+// sample adds the tile to the slot's Gram (gram.h). Splits and slots are merged in order. The cuts depend on V alone and
+// samples lie in one block, so a row's or sample's result depends neither on the others nor on the number of threads.
+// Measured on an AMD EPYC (Zen 5, 2 cores, N=4096, D=576, V=49152): the product alone runs at 490 GFLOP/s in float32 and
+// 970 in bfloat16, where the BLAS of torch 2.13 reaches 200 and rounds bfloat16 results; hence a product of our own
+// rather than BLAS tiles. The fold adds 5 %.
 #include "fold.h"
+#include "gram.h"
 #include "isa.h"
 #include "parallel.h"
 #include "tile.h"
@@ -14,17 +18,46 @@
 namespace acqcore::ACQCORE_ISA {
 namespace {
 
-constexpr int64_t kMaxSplits = 32;                 // bounds the memory of the split states
-constexpr int64_t kPackedBytes = 16 << 20;         // packed hidden states held at a time
+constexpr int64_t kMaxSplits = 32;          // bounds the memory of the split states
+constexpr int64_t kGramSlots = 8;           // bounds the memory of the Grams
+constexpr int64_t kPackedBytes = 16 << 20;  // packed hidden states held at a time
+constexpr int64_t kGramBytes = 24 << 20;    // Grams of all slots held at a time, or one sample's
 constexpr int64_t kMaxRows = 4096 / kPanelRows * kPanelRows;
 
-// How the work is cut. All but the row blocks depends on the shapes of the weight alone.
+// A sample with a Gram matrix. Rows are numbered among the scored ones.
+struct Sample {
+  int64_t begin, end;
+  int64_t number;           // in GramArgs
+  int64_t product;          // its first element in GramArgs::products
+  int64_t gram;             // its first element in a slot's Grams
+  const int32_t* specials;  // its targets' columns in this weight, ascending
+  int64_t special_count;
+
+  int64_t padded() const { return gram_padded(end - begin); }
+};
+
+// Rows of a task, whose panels and samples no other block shares.
+struct Block {
+  int64_t begin, end;             // among the scored rows
+  int64_t panel;                  // its first among the chunk's
+  int64_t sample_begin, sample_end;
+};
+
+// Blocks whose hidden states are packed together.
+struct Chunk {
+  int64_t begin = 0, end = 0;    // blocks
+  int64_t rows = 0, panels = 0;
+  int64_t grams = 0;             // elements of a slot's Grams
+};
+
 struct Plan {
   Inner inner;
-  int64_t columns;     // of a split
+  int64_t columns;      // of a split
   int64_t splits;
-  int64_t chunk_rows;  // rows whose hidden states are packed together
-  int64_t block_rows;  // rows of a task
+  int64_t slots;
+  int64_t slot_splits;  // splits of a slot
+  int64_t chunk_rows;   // at most, unless a sample is longer
+  int64_t block_rows;   // wished for
 };
 
 Plan make_plan(const RowStatsArgs& args, int64_t scored) {
@@ -33,13 +66,74 @@ Plan make_plan(const RowStatsArgs& args, int64_t scored) {
   const int64_t tiles = ceil_div(args.head.weight.rows, kTile);
   p.columns = ceil_div(tiles, kMaxSplits) * kTile;
   p.splits = ceil_div(args.head.weight.rows, p.columns);
+  p.slot_splits = args.gram.samples ? ceil_div(p.splits, kGramSlots) : 1;
+  p.slots = ceil_div(p.splits, p.slot_splits);
   const int64_t fitting = kPackedBytes / (4 * greater(1, p.inner.units)) / kPanelRows * kPanelRows;
   const int64_t needed = ceil_div(scored, kPanelRows) * kPanelRows;
   p.chunk_rows = lesser(needed, lesser(kMaxRows, greater(kPanelRows, fitting)));
-  // With fewer splits than four tasks a thread, rows are cut too.
-  const int64_t blocks = greater(1, ceil_div(4 * args.head.threads, p.splits));
+  // With fewer slots than four tasks a thread, rows are cut too.
+  const int64_t blocks = greater(1, ceil_div(4 * args.head.threads, p.slots));
   p.block_rows = ceil_div(ceil_div(p.chunk_rows, blocks), kPanelRows) * kPanelRows;
   return p;
+}
+
+// The largest of what the chunks need, and of what their blocks do.
+struct Limits {
+  int64_t blocks = 0, chunks = 0;
+  int64_t chunk_rows = 0, chunk_panels = 0, chunk_grams = 0, block_rows = 0, padded = 0;
+};
+
+// Cuts the scored rows into blocks and those into chunks; with `blocks` and `chunks` null it only counts.
+Limits cut(const Plan& plan, int64_t scored, Sample* samples, int64_t sample_count, Block* blocks, Chunk* chunks) {
+  Limits limits;
+  Block block{};
+  Chunk chunk;
+  const auto close_block = [&]() {
+    if (block.end == block.begin) return;
+    const int64_t rows = block.end - block.begin;
+    block.panel = chunk.panels;
+    if (blocks) blocks[limits.blocks] = block;
+    ++limits.blocks;
+    chunk.rows += rows;
+    chunk.panels += ceil_div(rows, kPanelRows);
+    limits.block_rows = greater(limits.block_rows, rows);
+    block = {block.end, block.end, 0, block.sample_end, block.sample_end};
+  };
+  const auto close_chunk = [&]() {
+    close_block();
+    chunk.end = limits.blocks;
+    if (chunk.end == chunk.begin) return;
+    if (chunks) chunks[limits.chunks] = chunk;
+    ++limits.chunks;
+    limits.chunk_rows = greater(limits.chunk_rows, chunk.rows);
+    limits.chunk_panels = greater(limits.chunk_panels, chunk.panels);
+    limits.chunk_grams = greater(limits.chunk_grams, chunk.grams);
+    chunk = {};
+    chunk.begin = chunk.end = limits.blocks;
+  };
+  int64_t next = 0;  // sample
+  for (int64_t row = 0; row < scored;) {
+    const bool of_sample = next < sample_count && samples[next].begin == row;
+    const int64_t bound = next < sample_count ? samples[next].begin : scored;
+    const int64_t end = of_sample ? samples[next].end : lesser(row + kPanelRows, bound);
+    const int64_t gram = of_sample ? gram_elements(samples[next].padded()) : 0;
+    const bool chunk_full = chunk.rows + (end - block.begin) > plan.chunk_rows ||
+                            (of_sample && 4 * plan.slots * (chunk.grams + gram) > kGramBytes);
+    if (chunk_full) {
+      close_chunk();
+    } else if (end - block.begin > plan.block_rows) {
+      close_block();
+    }
+    if (of_sample) {
+      samples[next].gram = chunk.grams;
+      chunk.grams += gram;
+      limits.padded = greater(limits.padded, samples[next].padded());
+      block.sample_end = ++next;
+    }
+    block.end = row = end;
+  }
+  close_chunk();
+  return limits;
 }
 
 // Scratch of one thread.
@@ -47,99 +141,268 @@ struct Workspace {
   float* weights;     // [kTile / kPanelColumns, depth, kPanelColumns]
   float* logits;      // [block_rows or kPanelRows, kTile]
   LaneState* lanes;   // [block_rows]
+  float* factors;     // [padded, kTile], of a sample
+  float* scale;       // [padded], by how much its rows of the Gram shrink
 };
 
-// One task: rows [row_begin, row_end) of the chunk against one split. `rows` are the chunk's row numbers.
-void run_task(const RowStatsArgs& args, const Plan& plan, const Transform& transform, const int64_t* rows,
-              int64_t row_begin, int64_t row_end, int64_t split, const float* hidden /* packed panels of the chunk */,
-              const Workspace& ws, RowState* states /* [chunk_rows] of this split */) {
-  const int64_t last = lesser((split + 1) * plan.columns, args.head.weight.rows);
-  for (int64_t i = row_begin; i < row_end; ++i) clear(ws.lanes[i - row_begin]);
-  for (int64_t tile = split * plan.columns; tile < last; tile += kTile) {
-    const int width = static_cast<int>(lesser(kTile, last - tile));
-    for (int64_t k0 = 0; k0 < plan.inner.units || k0 == 0; k0 += plan.inner.depth) {
-      const int64_t k = lesser(plan.inner.depth, plan.inner.units - k0);
-      const bool deepest = k0 + plan.inner.depth >= plan.inner.units;
-      pack_weights(args.head.weight, plan.inner, tile, width, k0, k, ws.weights);
-      for (int64_t row = row_begin; row < row_end; row += kPanelRows) {
-        const float* a = hidden + row * plan.inner.units + k0 * kPanelRows;
-        float* logits = plan.inner.depth < plan.inner.units ? ws.logits + (row - row_begin) * kTile : ws.logits;
-        multiply_panel(plan.inner, a, ws.weights, width, k, k0 > 0, logits);
-        if (!deepest) continue;
-        for (int64_t i = row; i < lesser(row + kPanelRows, row_end); ++i) {
-          float* z = logits + (i - row) * kTile;
-          LaneState& lanes = ws.lanes[i - row_begin];
-          transform(z, width, tile);
-          if (args.head.targets) {
-            const int64_t target = args.head.targets[rows[i]] - args.head.vocab_start - tile;
-            if (target >= 0 && target < width) lanes.target = z[target];
+// What the threads share of a chunk.
+struct Shared {
+  const int64_t* rows;  // numbers of the scored rows
+  int64_t first;        // of the chunk among them
+  float* hidden;        // [panels, units, kPanelRows]
+  RowState* states;     // [splits, chunk_rows]
+  float* references;    // [slots, chunk_rows], what the slot's Grams are relative to
+  float* grams;         // [slots, chunk_grams]
+};
+
+// Adds the factors of one row, relative to the slot's reference, which rises with the row's largest logit.
+void keep_factors(const Transform& transform, const float* z, int n, float max, float& reference, float* factors,
+                  float* scale) {
+  *scale = 1;
+  float factor = 1;
+  if (max > reference) {
+    *scale = reference == -INFINITY ? 0 : expf(reference - max);
+    reference = max;
+  } else if (max < reference) {
+    factor = expf(max - reference);
+  }
+  if (!transform.capped && factor == 1) return;
+  const float inverse = transform.capped ? 1 / transform.after : 0;  // z * inverse = tanh
+  for (int i = 0; i < n; i += kLanes) {
+    const Vec f = load(factors + i);
+    const Vec t = load(z + i) * inverse;
+    store(factors + i, f == 0 ? Vec{} : f * (factor * (1.0f - t * t)));  // a padding logit is -inf
+  }
+}
+
+// Adds a tile to a sample's Gram.
+void finish_tile(const Sample& sample, const Workspace& ws, int64_t tile, int width, float* gram) {
+  const int64_t rows = sample.end - sample.begin, padded = sample.padded();
+  const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
+  int64_t low = 0, high = sample.special_count;  // the first target's column at or past the tile
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (sample.specials[middle] < tile) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  for (; low < sample.special_count && sample.specials[low] < tile + width; ++low) {
+    for (int64_t i = 0; i < rows; ++i) ws.factors[i * kTile + sample.specials[low] - tile] = 0;
+  }
+  for (int64_t i = rows; i < padded; ++i) {
+    ws.scale[i] = 1;
+    memset(ws.factors + i * kTile, 0, 4 * n);
+  }
+  bool rescaled = false;
+  for (int64_t i = 0; i < rows; ++i) rescaled = rescaled || ws.scale[i] != 1;
+  if (rescaled) rescale_gram(ws.scale, padded, gram);
+  add_to_gram(ws.factors, padded, n, gram);
+}
+
+// One task.
+void run_task(const RowStatsArgs& args, const Plan& plan, const Limits& limits, const Transform& transform,
+              const Sample* samples, const Block& block, int64_t slot, const Shared& shared, const Workspace& ws) {
+  const HeadArgs& head = args.head;
+  const bool deep = plan.inner.depth < plan.inner.units;
+  const int64_t* rows = shared.rows;
+  float* references = shared.references + slot * limits.chunk_rows - shared.first;
+  float* grams = shared.grams + slot * limits.chunk_grams;
+  for (int64_t s = block.sample_begin; s < block.sample_end; ++s) {
+    memset(grams + samples[s].gram, 0, 4 * gram_elements(samples[s].padded()));
+    for (int64_t i = samples[s].begin; i < samples[s].end; ++i) references[i] = -INFINITY;
+  }
+  const float* hidden = shared.hidden + block.panel * kPanelRows * plan.inner.units;
+  for (int64_t split = slot * plan.slot_splits; split < lesser((slot + 1) * plan.slot_splits, plan.splits); ++split) {
+    const int64_t last = lesser((split + 1) * plan.columns, head.weight.rows);
+    for (int64_t i = block.begin; i < block.end; ++i) clear(ws.lanes[i - block.begin]);
+    for (int64_t tile = split * plan.columns; tile < last; tile += kTile) {
+      const int width = static_cast<int>(lesser(kTile, last - tile));
+      const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
+      for (int64_t k0 = 0; k0 < plan.inner.units || k0 == 0; k0 += plan.inner.depth) {
+        const int64_t k = lesser(plan.inner.depth, plan.inner.units - k0);
+        const bool deepest = k0 + plan.inner.depth >= plan.inner.units;
+        pack_weights(head.weight, plan.inner, tile, width, k0, k, ws.weights);
+        int64_t s = block.sample_begin;
+        for (int64_t row = block.begin; row < block.end; row += kPanelRows) {
+          const float* a = hidden + (row - block.begin) * plan.inner.units + k0 * kPanelRows;
+          float* logits = deep ? ws.logits + (row - block.begin) * kTile : ws.logits;
+          multiply_panel(plan.inner, a, ws.weights, width, k, k0 > 0, logits);
+          if (!deepest) continue;
+          for (int64_t i = row; i < lesser(row + kPanelRows, block.end); ++i) {
+            float* z = logits + (i - row) * kTile;
+            LaneState& lanes = ws.lanes[i - block.begin];
+            transform(z, width, tile);
+            if (head.targets) {
+              const int64_t target = head.targets[rows[i]] - head.vocab_start - tile;
+              if (target >= 0 && target < width) lanes.target = z[target];
+            }
+            if (s == block.sample_end || i < samples[s].begin) {
+              fold(z, n, head.vocab_start + tile, lanes);
+              continue;
+            }
+            const int64_t own = i - samples[s].begin;
+            fold<true>(z, n, head.vocab_start + tile, lanes, ws.factors + own * kTile);
+            keep_factors(transform, z, n, lanes.max, references[i], ws.factors + own * kTile, ws.scale + own);
+            if (i + 1 == samples[s].end) {
+              finish_tile(samples[s], ws, tile, width, grams + samples[s].gram);
+              ++s;
+            }
           }
-          fold(z, static_cast<int>(ceil_div(width, kLanes) * kLanes), args.head.vocab_start + tile, lanes);
         }
       }
     }
+    RowState* states = shared.states + split * limits.chunk_rows - shared.first;
+    for (int64_t i = block.begin; i < block.end; ++i) states[i] = reduce(ws.lanes[i - block.begin]);
   }
-  for (int64_t i = row_begin; i < row_end; ++i) states[i] = reduce(ws.lanes[i - row_begin]);
+}
+
+// Merges a sample's slots, relative to its rows' largest logits, and writes its matrix of products.
+void write_products(const RowStatsArgs& args, const Plan& plan, const Limits& limits, const Sample& sample,
+                    const Shared& shared, const RowState* totals /* of the chunk */, double* scale /* [slots, padded] */) {
+  const int64_t begin = args.gram.bounds[2 * sample.number];
+  const int64_t length = args.gram.bounds[2 * sample.number + 1] - begin;
+  const int64_t count = sample.end - sample.begin, padded = sample.padded();
+  float* products = args.gram.products + sample.product;
+  if (count < length) memset(products, 0, 4 * length * length);
+  for (int64_t slot = 0; slot < plan.slots; ++slot) {
+    const float* references = shared.references + slot * limits.chunk_rows - shared.first;
+    for (int64_t i = 0; i < count; ++i) {
+      const float reference = references[sample.begin + i];
+      // Factors are kept times 2^40.
+      scale[slot * padded + i] =
+          reference == -INFINITY ? 0 : exp(double(reference) - totals[sample.begin + i - shared.first].max) * 0x1p-40;
+    }
+  }
+  for (int64_t s = 0; s < count; ++s) {
+    const int64_t block = s / kGramColumns * kGramColumns, stride = padded - block;
+    const int64_t to = shared.rows[sample.begin + s] - begin;
+    for (int64_t t = s; t < count; ++t) {
+      const float* gram = shared.grams + sample.gram + gram_offset(padded, block) + (s - block) * stride + (t - block);
+      double sum = 0;
+      for (int64_t slot = 0; slot < plan.slots; ++slot) {
+        sum += double(gram[slot * limits.chunk_grams]) * scale[slot * padded + s] * scale[slot * padded + t];
+      }
+      const int64_t other = shared.rows[sample.begin + t] - begin;
+      products[to * length + other] = products[other * length + to] = static_cast<float>(sum);
+    }
+  }
+}
+
+int ascending(const void* a, const void* b) {
+  const int32_t x = *static_cast<const int32_t*>(a), y = *static_cast<const int32_t*>(b);
+  return x < y ? -1 : x > y;
 }
 
 }  // namespace
 
 bool row_stats(const RowStatsArgs& args) {
-  const int64_t n = args.head.hidden.rows;
-  Scratch row_scratch(8 * n);
-  if (row_scratch.missing()) return false;
+  const HeadArgs& head = args.head;
+  const GramArgs& gram = args.gram;
+  const int64_t n = head.hidden.rows;
+  Scratch row_scratch(8 * n), special_scratch(4 * n), sample_scratch(gram.samples * int64_t(sizeof(Sample)));
+  if (row_scratch.missing() || special_scratch.missing() || sample_scratch.missing()) return false;
   int64_t* rows = row_scratch.as<int64_t>();
-  int64_t scored = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (args.head.targets && args.head.targets[i] == -100) {
+  int32_t* specials = special_scratch.as<int32_t>();
+  Sample* samples = sample_scratch.as<Sample>();
+  int64_t scored = 0, special_count = 0, sample_count = 0, product = 0;
+  for (int64_t i = 0, next = 0; i < n; ++i) {
+    const bool covered = next < gram.samples && i >= gram.bounds[2 * next];
+    if (covered && i == gram.bounds[2 * next]) {
+      samples[sample_count] = {scored, scored, next, product, 0, specials + special_count, 0};
+      product += (gram.bounds[2 * next + 1] - i) * (gram.bounds[2 * next + 1] - i);
+    }
+    if (head.targets && head.targets[i] == -100) {
       write_state(nullptr, i, n, args.state, args.index);
     } else {
       rows[scored++] = i;
+      if (covered) {
+        const int64_t column = head.targets[i] - head.vocab_start;
+        if (column >= 0 && column < head.weight.rows) specials[special_count++] = static_cast<int32_t>(column);
+      }
+    }
+    if (covered && i + 1 == gram.bounds[2 * next + 1]) {
+      Sample& sample = samples[sample_count];
+      sample.end = scored;
+      sample.special_count = specials + special_count - sample.specials;
+      qsort(const_cast<int32_t*>(sample.specials), sample.special_count, sizeof(int32_t), ascending);
+      if (sample.end > sample.begin) {
+        ++sample_count;
+      } else {
+        const int64_t length = gram.bounds[2 * next + 1] - gram.bounds[2 * next];
+        memset(gram.products + sample.product, 0, 4 * length * length);
+      }
+      ++next;
     }
   }
   if (scored == 0) return true;
 
   const Plan plan = make_plan(args, scored);
-  const Transform transform(args.head);
-  const int64_t logit_rows = plan.inner.depth < plan.inner.units ? plan.block_rows : kPanelRows;
+  const Transform transform(head);
+  const Limits limits = cut(plan, scored, samples, sample_count, nullptr, nullptr);
+  Scratch block_scratch(limits.blocks * int64_t(sizeof(Block))), chunk_list(limits.chunks * int64_t(sizeof(Chunk)));
+  const int64_t logit_rows = plan.inner.depth < plan.inner.units ? limits.block_rows + kPanelRows : kPanelRows;
   const auto carve = [&](Arena& arena) {
     return Workspace{arena.take<float>(kTile * plan.inner.depth), arena.take<float>(logit_rows * kTile),
-                     arena.take<LaneState>(plan.block_rows)};
+                     arena.take<LaneState>(limits.block_rows), arena.take<float>(limits.padded * kTile),
+                     arena.take<float>(limits.padded)};
   };
-  Arena layout(nullptr);
+  Shared shared{};
+  const auto carve_chunk = [&](Arena& arena) {
+    shared.hidden = arena.take<float>(limits.chunk_panels * kPanelRows * plan.inner.units);
+    shared.states = arena.take<RowState>(plan.splits * limits.chunk_rows);
+    shared.references = arena.take<float>(limits.padded ? plan.slots * limits.chunk_rows : 0);
+    shared.grams = arena.take<float>(plan.slots * limits.chunk_grams);
+  };
+  Arena layout(nullptr), chunk_layout(nullptr);
   carve(layout);
-  Scratch hidden_scratch(4 * plan.chunk_rows * plan.inner.units);
-  Scratch state_scratch(plan.splits * plan.chunk_rows * int64_t(sizeof(RowState)));
-  Scratch thread_scratch(args.head.threads * layout.used());
-  if (hidden_scratch.missing() || state_scratch.missing() || thread_scratch.missing()) return false;
-  float* hidden = hidden_scratch.as<float>();
-  RowState* states = state_scratch.as<RowState>();
+  layout.take<double>(plan.slots * limits.padded);
+  carve_chunk(chunk_layout);
+  Scratch thread_scratch(head.threads * layout.used()), chunk_scratch(chunk_layout.used());
+  if (block_scratch.missing() || chunk_list.missing() || thread_scratch.missing() || chunk_scratch.missing()) {
+    return false;
+  }
+  Block* blocks = block_scratch.as<Block>();
+  Chunk* chunks = chunk_list.as<Chunk>();
+  cut(plan, scored, samples, sample_count, blocks, chunks);
+  Arena chunk_arena(chunk_scratch.as<char>());
+  carve_chunk(chunk_arena);
+  shared.rows = rows;
 
-#pragma omp parallel num_threads(args.head.threads)
-  for (int64_t begin = 0; begin < scored; begin += plan.chunk_rows) {
-    const int64_t count = lesser(plan.chunk_rows, scored - begin);
-    const int64_t panels = ceil_div(count, kPanelRows);
-#pragma omp for
-    for (int64_t p = 0; p < panels; ++p) {
-      const int present = static_cast<int>(lesser(kPanelRows, count - p * kPanelRows));
-      pack_panel(args.head.hidden, rows + begin + p * kPanelRows, 0, present, kPanelRows, plan.inner.pairs, 0, plan.inner.units,
-                 hidden + p * kPanelRows * plan.inner.units);
-    }
-    const int64_t blocks = ceil_div(count, plan.block_rows);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < blocks * plan.splits; ++task) {
-      const int64_t split = task / blocks;
-      const int64_t row_begin = task % blocks * plan.block_rows;
+  for (int64_t c = 0; c < limits.chunks; ++c) {
+    const Chunk& chunk = chunks[c];
+    const int64_t block_count = chunk.end - chunk.begin;
+    shared.first = blocks[chunk.begin].begin;
+    const int64_t sample_begin = blocks[chunk.begin].sample_begin, sample_end = blocks[chunk.end - 1].sample_end;
+#pragma omp parallel num_threads(head.threads)
+    {
       Arena arena(thread_scratch.as<char>() + thread_number() * layout.used());
       const Workspace ws = carve(arena);
-      run_task(args, plan, transform, rows + begin, row_begin, lesser(row_begin + plan.block_rows, count), split, hidden,
-               ws, states + split * plan.chunk_rows);
-    }
+      double* scale = arena.take<double>(plan.slots * limits.padded);
 #pragma omp for
-    for (int64_t i = 0; i < count; ++i) {
-      RowState total = states[i];
-      for (int64_t split = 1; split < plan.splits; ++split) merge(total, states[split * plan.chunk_rows + i]);
-      write_state(&total, rows[begin + i], n, args.state, args.index);
+      for (int64_t p = 0; p < chunk.panels; ++p) {
+        int64_t b = chunk.begin;
+        while (b + 1 < chunk.end && blocks[b + 1].panel <= p) ++b;
+        const int64_t row = blocks[b].begin + (p - blocks[b].panel) * kPanelRows;
+        pack_panel(head.hidden, rows + row, 0, static_cast<int>(lesser(kPanelRows, blocks[b].end - row)), kPanelRows,
+                   plan.inner.pairs, 0, plan.inner.units, shared.hidden + p * kPanelRows * plan.inner.units);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < block_count * plan.slots; ++task) {
+        run_task(args, plan, limits, transform, samples, blocks[chunk.begin + task % block_count], task / block_count,
+                 shared, ws);
+      }
+#pragma omp for
+      for (int64_t i = 0; i < chunk.rows; ++i) {
+        RowState& total = shared.states[i];
+        for (int64_t split = 1; split < plan.splits; ++split) merge(total, shared.states[split * limits.chunk_rows + i]);
+        write_state(&total, rows[shared.first + i], n, args.state, args.index);
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t s = sample_begin; s < sample_end; ++s) {
+        write_products(args, plan, limits, samples[s], shared, shared.states, scale);
+      }
     }
   }
   return true;

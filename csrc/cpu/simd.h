@@ -62,6 +62,41 @@ inline double horizontal_sum(Vec v) {
   return sum;
 }
 
+// Lane i: lane from[i] of a and b one after the other. `from` is a constant once inlined.
+inline Vec shuffle(Vec a, Vec b, IntVec from) {
+#if defined(__clang__)
+  Vec out;
+  for (int i = 0; i < kLanes; ++i) out[i] = from[i] < kLanes ? a[from[i]] : b[from[i] - kLanes];
+  return out;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// Of each group of 2 kHalf lanes: a's lower and upper half added, then b's.
+template <int kHalf>
+inline Vec add_halves(Vec a, Vec b) {
+  IntVec low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    const int group = i / (2 * kHalf) * (2 * kHalf), lane = i % kHalf;
+    low[i] = group + lane + (i / kHalf % 2 ? kLanes : 0);
+    high[i] = low[i] + kHalf;
+  }
+  return shuffle(a, b, low) + shuffle(a, b, high);
+}
+
+// Lane i: the sum of the lanes of v[i]. v is overwritten.
+inline Vec horizontal_sums(Vec* v /* [kLanes] */) {
+  if constexpr (kLanes > 8) {
+    for (int i = 0; i < 8; ++i) v[i] = add_halves<8>(v[i], v[i + 8]);
+  }
+  if constexpr (kLanes > 4) {
+    for (int i = 0; i < 4; ++i) v[i] = add_halves<4>(v[i], v[i + 4]);
+  }
+  for (int i = 0; i < 2; ++i) v[i] = add_halves<2>(v[i], v[i + 2]);
+  return add_halves<1>(v[0], v[1]);
+}
+
 // exp(x) * 2^shift for -110 <= x <= 0, within 1.5 ulp. Cody-Waite reduction; polynomial of Cephes expf.
 template <int shift>
 inline Vec exp_scaled(Vec x) {

@@ -1,0 +1,79 @@
+// Gram matrices of unnormalised probabilities beside the fold, G_st = sum_v f_s[v] f_t[v], a sample each.
+//
+// Every term is positive and relative to the rows' largest logits so far, so that sums in float32 suffice; rows and
+// columns are rescaled when a maximum rises. Only blocks on and above the diagonal are kept. Vectors run along the
+// vocabulary: the factors are multiplied as the fold leaves them, without packing, and 16 sums at a time are reduced by
+// a tree of shuffles. Measured on a Xeon (Sapphire Rapids, float32): see FILLED BELOW
+#pragma once
+#include <math.h>
+
+#include "fold.h"
+#include "tile.h"
+
+namespace acqcore::ACQCORE_ISA {
+
+constexpr int kGramColumns = 4;  // rows and columns of a block of the triangle
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kGramRows = 4;  // 16 accumulators of 32 registers
+#else
+constexpr int kGramRows = 2;  // 8 of 16
+#endif
+
+inline int64_t gram_padded(int64_t rows) { return ceil_div(rows, kGramColumns) * kGramColumns; }
+
+// First element of the blocks of rows [row, row + kGramColumns); they are [kGramColumns, padded - row].
+inline int64_t gram_offset(int64_t padded, int64_t row) { return row * padded - row * (row - kGramColumns) / 2; }
+
+inline int64_t gram_elements(int64_t padded) { return gram_offset(padded, padded); }
+
+// out [kGramRows, stride] += left right^T over n columns.
+inline void gram_block(const float* left /* [kGramRows, kTile] */, const float* right /* [kGramColumns, kTile] */,
+                       int n, float* out, int64_t stride) {
+  Vec c[kGramRows * kGramColumns] = {};
+  for (int k = 0; k < n; k += kLanes) {
+    Vec r[kGramColumns];
+#pragma GCC unroll 4
+    for (int j = 0; j < kGramColumns; ++j) r[j] = load(right + j * kTile + k);
+#pragma GCC unroll 4
+    for (int i = 0; i < kGramRows; ++i) {
+      const Vec l = load(left + i * kTile + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < kGramColumns; ++j) c[i * kGramColumns + j] += l * r[j];
+    }
+  }
+  float sums[kGramRows * kGramColumns];
+#pragma GCC unroll 4
+  for (int first = 0; first < kGramRows * kGramColumns; first += kLanes) store(sums + first, horizontal_sums(c + first));
+#pragma GCC unroll 4
+  for (int i = 0; i < kGramRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kGramColumns; ++j) out[i * stride + j] += sums[i * kGramColumns + j];
+  }
+}
+
+// gram += factors factors^T over a tile of n columns.
+inline void add_to_gram(const float* factors /* [padded, kTile] */, int64_t padded, int n, float* gram) {
+  for (int64_t s = 0; s < padded; s += kGramColumns) {
+    const int64_t stride = padded - s;
+    float* out = gram + gram_offset(padded, s);
+    for (int i = 0; i < kGramColumns; i += kGramRows) {
+      for (int64_t t = 0; t < stride; t += kGramColumns) {
+        gram_block(factors + (s + i) * kTile, factors + (s + t) * kTile, n, out + i * stride + t, stride);
+      }
+    }
+  }
+}
+
+// Rows and columns of the Gram times `scale` [padded].
+inline void rescale_gram(const float* scale, int64_t padded, float* gram) {
+  for (int64_t s = 0; s < padded; s += kGramColumns) {
+    const int64_t stride = padded - s;
+    for (int i = 0; i < kGramColumns; ++i) {
+      float* row = gram + gram_offset(padded, s) + i * stride;
+      for (int64_t t = 0; t < stride; ++t) row[t] *= scale[s + i] * scale[s + t];
+    }
+  }
+}
+
+}  // namespace acqcore::ACQCORE_ISA

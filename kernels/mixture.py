@@ -1,0 +1,534 @@
+"""Statistics of a mixture of K draws (``acqcore/bayes.py``): two visits of the vocabulary, logits in registers alone.
+
+    gather_draws    packs the hidden states of every draw of the scored rows; dropout's masks are applied on the way
+    product_fold    the first visit: each packed row's state (``row_stats.py``)
+    finish_draws    each draw's normaliser and vote; expected entropy and the target's likelihood
+    mixture_fold    the second visit: what the mean distribution adds
+    finish_mixture  merges the splits of the vocabulary in float64
+
+A packed row is one draw of one token. ``PLANE`` tokens lie side by side under each draw: row ``k PLANE + r`` of their
+group is draw k of token r. The second visit takes the product the other way round, vocabulary by packed rows. In the
+matrix units' layout a thread then holds every draw of its tokens: the sums over draws take neither shuffles nor shared
+memory. K is padded to a power of two with rows of zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from acqcore.kernels.config import Tiles
+from acqcore.kernels.fold import LOG2E, merge
+from acqcore.kernels.philox import keep_mask, keep_units
+from acqcore.kernels.product import (
+    GATHER_TILE,
+    descriptor,
+    has_descriptor,
+    place,
+    product_tile,
+    scored_places,
+    tanh,
+)
+from acqcore.kernels.row_stats import SCRATCH_BYTES, launch_fold
+
+#: Tokens side by side under a draw: the columns that a matrix unit deals to the threads of a warp at a time.
+PLANE = 8
+#: Tokens of a tile of the second visit: each keeps four sums in the registers of every thread it is dealt to.
+TILE_TOKENS = 32
+#: Tokens of a program of ``gather_draws``.
+GATHER_ROWS = 32
+#: Tokens whose draws a program of ``finish_draws`` and ``finish_mixture`` merges.
+FINISH_TOKENS = 64
+#: log2 of the least probability that is told from 0; 2^FLOOR is the least normal float32.
+FLOOR = tl.constexpr(-126.0)
+LEAST = tl.constexpr(2.0**-126)
+#: Stands for -inf: its exponential is 0, and 0 * LOWEST is 0.
+LOWEST = tl.constexpr(-1e30)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Inverted dropout: what ``gather_draws`` applies to hidden states ``[N, D]``."""
+
+    samples: torch.Tensor  # [N] int64
+    positions: torch.Tensor  # [N] int64
+    width: int  # columns that drop together
+    seed: int
+    threshold: int  # floor(p 2^32)
+    kept: float  # 1 - p
+
+    def of_rows(self, part: slice) -> Masks:
+        return replace(self, samples=self.samples[part].contiguous(), positions=self.positions[part].contiguous())
+
+
+@triton.jit(do_not_specialize=["n", "seed", "threshold"], do_not_specialize_on_alignment=["targets", "samples"])
+def gather_draws(
+    hidden,  # [n, depth]; without MASKED [draws, n, depth]
+    targets,  # [n] int64, -100 ignored; None: every row is scored
+    samples,  # [n] int64, if MASKED
+    positions,  # [n] int64, if MASKED
+    packed,  # [rows, depth], written
+    packed_targets,  # [rows] int32, written: relative to vocab_start
+    position,  # [n] int32, written: a token's number among the scored, -1 if ignored
+    count,  # [1] int32, written: packed rows of groups with a scored token
+    n,
+    depth,
+    hidden_draw,
+    hidden_row,
+    hidden_column,
+    packed_row,
+    draws,
+    vocab_start,
+    width,  # columns that drop together
+    seed,
+    threshold,
+    MASKED: tl.constexpr,
+    WIDE: tl.constexpr,  # width > 1
+    HAS_TARGETS: tl.constexpr,
+    PADDED: tl.constexpr,  # draws of a group
+    PLANE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    begin = tl.program_id(0) * ROWS
+    draw = tl.program_id(2)
+    rows = begin + tl.arange(0, ROWS)
+    inside = rows < n
+    token = rows
+    scored = inside
+    if HAS_TARGETS:
+        target, scored, token, through = scored_places(targets, begin, n, ROWS, SCAN)
+        if tl.program_id(1) == 0 and draw == 0:
+            tl.store(position + rows, tl.where(scored, token, -1), mask=inside)
+            if begin + ROWS >= n:
+                tl.store(count, tl.cdiv(through, PLANE) * (PLANE * PADDED))
+    to = (token // PLANE * PADDED + draw) * PLANE + token % PLANE
+    if HAS_TARGETS and tl.program_id(1) == 0:
+        tl.store(packed_targets + to, (target - vocab_start).to(tl.int32), mask=scored)
+    first = tl.program_id(1) * COLUMNS
+    columns = first + tl.arange(0, COLUMNS)
+    mask = scored[:, None] & (columns < depth)[None, :]
+    source = rows.to(tl.int64)[:, None] * hidden_row + columns.to(tl.int64)[None, :] * hidden_column
+    if not MASKED:
+        source += draw.to(tl.int64) * hidden_draw
+    value = tl.load(hidden + source, mask=mask & (columns * 0 + draw < draws)[None, :], other=0.0)
+    if MASKED:
+        row_sample = tl.load(samples + rows, mask=inside, other=0).to(tl.uint32)[:, None]
+        row_position = tl.load(positions + rows, mask=inside, other=0).to(tl.uint32)[:, None]
+        key = draw.to(tl.uint32), seed.to(tl.uint64), threshold.to(tl.uint32)
+        if WIDE:
+            units = (columns // width).to(tl.uint32)[None, :]
+            kept = keep_units(units, row_position, row_sample, *key)
+        else:
+            groups = (first // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)[None, :]
+            kept = keep_mask(groups, row_position, row_sample, *key)
+        value = tl.where(kept, value, 0.0)
+    at = to.to(tl.int64)[:, None] * packed_row + columns[None, :]
+    tl.store(packed + at, value.to(packed.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def log1p(x):
+    """float64; the quotient makes good what ``1 + x`` rounds off."""
+    u = 1 + x
+    return tl.where(u == 1, x, tl.log(u) * (x / (u - 1)))
+
+
+@triton.jit(
+    do_not_specialize=["n", "first", "all_tokens", "rows", "draws"], do_not_specialize_on_alignment=["position"]
+)
+def finish_draws(
+    draw_state,  # [7, rows] float64
+    draw_index,  # [rows] int64
+    position,  # [n] int32: a token's number among the scored, -1 if ignored; None: its own number
+    references,  # [n] float32, written for scored tokens, by number: the largest logit under draw 0
+    norms,  # [rows] float32, written: log2 of each draw's normaliser relative to that
+    state,  # [6, all tokens] float64: rows 0 and 3 written from ``first`` on
+    votes,  # [draws, all tokens] int64, likewise
+    n,
+    first,
+    all_tokens,
+    rows,
+    draws,
+    HAS_POSITION: tl.constexpr,
+    PADDED: tl.constexpr,
+    PLANE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = tokens < n
+    token = tokens
+    if HAS_POSITION:
+        token = tl.load(position + tokens, mask=inside, other=-1)
+    scored = inside & (token >= 0)
+    at = token // PLANE * (PADDED * PLANE) + token % PLANE
+    out = first + tokens
+    all_tokens = all_tokens.to(tl.int64)
+    low = float("-inf")
+    reference = tl.load(draw_state + at, mask=scored, other=0.0)
+    tl.store(references + token, reference.to(tl.float32), mask=scored)
+    entropy = tl.zeros((TOKENS,), tl.float64)
+    best = tl.full((TOKENS,), low, tl.float64)  # the target's largest log-probability
+    likelihood = tl.zeros((TOKENS,), tl.float64)  # and the sum over draws relative to it
+    for k in range(draws):
+        top = tl.load(draw_state + at, mask=scored, other=0.0)
+        r = tl.load(draw_state + 2 * rows + at, mask=scored, other=0.0)
+        s1 = tl.load(draw_state + 3 * rows + at, mask=scored, other=0.0)
+        target = tl.load(draw_state + 6 * rows + at, mask=scored, other=low)
+        log_z = log1p(r)
+        entropy += tl.where(top == low, float("nan"), log_z - s1 / (1 + r))
+        tl.store(norms + at, ((top - reference + log_z) * LOG2E).to(tl.float32), mask=scored)
+        logprob = tl.where(target == low, low, target - top - log_z)
+        rises = logprob > best
+        new_best = tl.where(rises, logprob, best)
+        likelihood *= tl.where(rises & (best > low), tl.exp(best - new_best), 1.0)
+        likelihood += tl.where(logprob == low, 0.0, tl.exp(logprob - tl.where(new_best == low, 0.0, new_best)))
+        best = new_best
+        vote = tl.load(draw_index + at, mask=scored, other=-1)
+        tl.store(votes + k * all_tokens + out, vote, mask=inside)
+        at += PLANE
+    for _ in range(draws, PADDED):
+        tl.store(norms + at, -LOWEST, mask=scored)  # padding has no probability
+        at += PLANE
+    nan = float("nan")
+    log_target = tl.where(best == low, low, best + tl.log(likelihood / draws))
+    tl.store(state + out, tl.where(scored, entropy / draws, nan), mask=inside)
+    tl.store(state + 3 * all_tokens + out, tl.where(scored, log_target, nan), mask=inside)
+
+
+@triton.jit
+def draw_sums(
+    z,  # [VOCAB, ROWS] logits, LOWEST outside the vocabulary
+    reference,  # [GROUPS, PLANE] a logit of each token
+    norm,  # [ROWS] log2 of each draw's normaliser relative to that
+    present,  # draws that are not padding
+    DRAWS: tl.constexpr,
+    PLANE: tl.constexpr,
+    EVEN_DRAWS: tl.constexpr,
+    MAY_BE_ABSENT: tl.constexpr,  # some logits may be -inf
+):
+    """Sums over draws, each ``[VOCAB, GROUPS, PLANE]``: top = max_k y of y = log2 p_k, at least FLOOR, and sums of
+    e = 2^(y - top), y - top, e (y - top), e^2.
+    """
+    VOCAB: tl.constexpr = z.shape[0]
+    GROUPS: tl.constexpr = z.shape[1] // (DRAWS * PLANE)
+    z = tl.reshape(z, (VOCAB, GROUPS, DRAWS, PLANE)) - reference[None, :, None, :]
+    y = z * LOG2E - tl.reshape(norm, (GROUPS, DRAWS, PLANE))[None, :, :, :]
+    top = tl.maximum(tl.max(y, axis=2), FLOOR)
+    x = y - top[:, :, None, :]
+    near = x
+    if MAY_BE_ABSENT:
+        near = tl.maximum(x, LOWEST)
+    e = tl.exp2(near)
+    if not EVEN_DRAWS:
+        x = tl.where((tl.arange(0, DRAWS) < present)[None, None, :, None], x, 0.0)
+    return top, tl.sum(e, axis=2), tl.sum(x, axis=2), tl.sum(e * near, axis=2), tl.sum(e * e, axis=2)
+
+
+@triton.jit
+def in_register_pairs(x, VOCAB: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr):
+    """``[VOCAB, GROUPS, PLANE]`` -> ``[VOCAB / 16, 8, GROUPS, PLANE]``: the sum of what one thread holds on sm_90."""
+    return tl.sum(tl.reshape(x, (VOCAB // 16, 2, 8, GROUPS, PLANE)), axis=1)
+
+
+@triton.jit(do_not_specialize=["rows", "tokens", "draws"], do_not_specialize_on_alignment=["count"])
+def mixture_fold(
+    hidden,  # [rows, depth] packed, or its tensor descriptor
+    weight,  # [vocab, depth], or its tensor descriptor
+    bias,  # [vocab] float32 or None
+    references,  # [tokens] float32
+    norms,  # [rows, rounded up to whole tiles] float32
+    count,  # [1] int32: packed rows that hold something; None: all
+    partial,  # [4, splits, tokens] float32, written: information, reverse, sum_sq, spread; the first two in bits
+    rows,
+    tokens,
+    vocab,
+    depth,
+    hidden_row,
+    hidden_column,
+    weight_row,
+    weight_column,
+    splits,
+    split_tiles,  # tiles of a split
+    draws,
+    scale,  # multiplies product and bias, if HAS_SCALE
+    cap,  # multiplies tanh, if HAS_CAP
+    BLOCK_M: tl.constexpr,  # packed rows of a tile
+    BLOCK_N: tl.constexpr,  # vocabulary of a tile
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    DRAWS: tl.constexpr,  # in a tile
+    PLANE: tl.constexpr,
+    TURNS: tl.constexpr,  # tiles of DRAWS that make all draws
+    EVEN_DRAWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block, split = place(tl.program_id(0), tl.cdiv(rows, BLOCK_M * TURNS), splits, GROUP_M)
+    first_row = block * (BLOCK_M * TURNS)
+    if HAS_COUNT:
+        if first_row >= tl.load(count):
+            return
+
+    GROUPS: tl.constexpr = BLOCK_M // (DRAWS * PLANE)
+    token = block * (GROUPS * PLANE) + tl.reshape(tl.arange(0, GROUPS * PLANE), (GROUPS, PLANE))
+    information = tl.zeros((BLOCK_N // 16, 8, GROUPS, PLANE), tl.float32)
+    reverse = tl.zeros((BLOCK_N // 16, 8, GROUPS, PLANE), tl.float32)
+    sum_sq = tl.zeros((BLOCK_N // 16, 8, GROUPS, PLANE), tl.float32)
+    spread = tl.zeros((BLOCK_N // 16, 8, GROUPS, PLANE), tl.float32)
+    share = 1.0 / draws
+    first_tile = split * split_tiles
+    last_tile = min(first_tile + split_tiles, tl.cdiv(vocab, BLOCK_N))
+    for tile in range(first_tile, last_tile):
+        begin = tile * BLOCK_N
+        columns = begin + tl.arange(0, BLOCK_N)
+        for turn in tl.static_range(TURNS):
+            row = first_row + turn * BLOCK_M
+            z = product_tile(
+                weight, hidden, begin, row, vocab, rows, depth, weight_row, weight_column, hidden_row, hidden_column,
+                BLOCK_N, BLOCK_M, BLOCK_K, EVEN_K, DESCRIPTORS, UPCAST, PRECISION,
+            )  # fmt: skip
+            if HAS_BIAS:
+                z += tl.load(bias + columns, mask=columns < vocab, other=0.0)[:, None]
+            if HAS_SCALE:
+                z *= scale
+            if HAS_CAP:
+                z = tanh(z) * cap
+            if not EVEN_V:
+                z = tl.where((columns < vocab)[:, None], z, LOWEST)
+            reference = tl.load(references + token, mask=token < tokens, other=0.0)
+            norm = tl.load(norms + row + tl.arange(0, BLOCK_M))
+            present = draws - turn * DRAWS
+            new_top, new_e, new_x, new_ex, new_ee = draw_sums(
+                z, reference, norm, present, DRAWS, PLANE, EVEN_DRAWS, HAS_BIAS
+            )
+            if turn == 0:
+                top, e, x, ex, ee = new_top, new_e, new_x, new_ex, new_ee
+            else:  # relative to the larger of the two largest
+                higher = tl.maximum(top, new_top)
+                d, new_d = top - higher, new_top - higher
+                c, new_c = tl.exp2(d), tl.exp2(new_d)
+                ex = (ex + d * e) * c + (new_ex + new_d * new_e) * new_c
+                x += turn * DRAWS * d + new_x + min(present, DRAWS) * new_d
+                e = e * c + new_e * new_c
+                ee = ee * c * c + new_ee * new_c * new_c
+                top = higher
+
+        # m = p mean with p = 2^top. Terms are differences that are exactly 0 where the draws agree.
+        mean, mean_x = e * share, x * share
+        log_mean = tl.log2(tl.maximum(mean, LEAST))
+        absent = top <= FLOOR  # of no weight in any draw
+        p = tl.where(absent, 0.0, tl.exp2(top))
+        m = p * mean
+        gap = tl.where(absent, 0.0, m * (log_mean - mean_x))
+        information += in_register_pairs(p * (ex * share - mean * log_mean), BLOCK_N, GROUPS, PLANE)
+        reverse += in_register_pairs(gap, BLOCK_N, GROUPS, PLANE)
+        sum_sq += in_register_pairs(m * m, BLOCK_N, GROUPS, PLANE)
+        spread += in_register_pairs(p * p * (ee * share - mean * mean), BLOCK_N, GROUPS, PLANE)
+
+    out = partial + split * tokens + token
+    plane = splits * tokens
+    inside = token < tokens
+    tl.store(out, tl.sum(tl.sum(information, axis=0), axis=0), mask=inside)
+    tl.store(out + plane, tl.sum(tl.sum(reverse, axis=0), axis=0), mask=inside)
+    tl.store(out + 2 * plane, tl.sum(tl.sum(sum_sq, axis=0), axis=0), mask=inside)
+    tl.store(out + 3 * plane, tl.sum(tl.sum(spread, axis=0), axis=0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "first", "all_tokens"], do_not_specialize_on_alignment=["position"])
+def finish_mixture(
+    partial,  # [4, splits, n] float32
+    position,  # [n] int32, or None
+    state,  # [6, all tokens] float64: rows 1, 2, 4, 5 written from ``first`` on
+    n,
+    first,
+    all_tokens,
+    splits,
+    HAS_POSITION: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = tokens < n
+    token = tokens
+    if HAS_POSITION:
+        token = tl.load(position + tokens, mask=inside, other=-1)
+    scored = inside & (token >= 0)
+    information = tl.zeros((TOKENS,), tl.float64)
+    reverse = tl.zeros((TOKENS,), tl.float64)
+    sum_sq = tl.zeros((TOKENS,), tl.float64)
+    spread = tl.zeros((TOKENS,), tl.float64)
+    plane = splits * n
+    for split in range(splits):
+        at = partial + split * n + token
+        information += tl.load(at, mask=scored, other=0.0).to(tl.float64)
+        reverse += tl.load(at + plane, mask=scored, other=0.0).to(tl.float64)
+        sum_sq += tl.load(at + 2 * plane, mask=scored, other=0.0).to(tl.float64)
+        spread += tl.load(at + 3 * plane, mask=scored, other=0.0).to(tl.float64)
+    nan = float("nan")
+    all_tokens = all_tokens.to(tl.int64)
+    out = state + first + tokens
+    tl.store(out + all_tokens, tl.where(scored, information * LN2, nan), mask=inside)
+    tl.store(out + 2 * all_tokens, tl.where(scored, reverse * LN2, nan), mask=inside)
+    tl.store(out + 4 * all_tokens, tl.where(scored, sum_sq, nan), mask=inside)
+    tl.store(out + 5 * all_tokens, tl.where(scored, spread, nan), mask=inside)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the draws of a token lie among packed rows."""
+
+    rows: int  # packed rows of a tile of the second visit
+    draws: int  # in a tile
+    turns: int  # tiles that make all draws
+    plane: int  # tokens side by side under each draw
+
+    @property
+    def padded(self) -> int:
+        """Draws of a group of ``plane`` tokens, padding included."""
+        return self.draws * self.turns
+
+    @staticmethod
+    def of(draws: int, rows: int) -> Layout:
+        """For K draws in tiles of at most ``rows`` packed rows."""
+        tile = min(triton.next_power_of_2(draws), rows)
+        rows = min(rows, TILE_TOKENS * tile)
+        return Layout(rows, tile, triton.cdiv(draws, tile), min(PLANE, rows // tile))
+
+
+def mixture_stats(
+    hidden: torch.Tensor,  # [N, D] with masks, else [K, N, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V]
+    targets: torch.Tensor | None,  # [N] int64, -100 ignored
+    *,
+    draws: int,
+    masks: Masks | None,
+    softcap: float | None,
+    scale: float,
+    vocab_start: int,
+    state: torch.Tensor,  # [6, N] float64, written
+    votes: torch.Tensor,  # [K, N] int64, written
+    fold_tiles: Tiles,
+    tiles: Tiles,
+    precision: str = "ieee",
+    upcast: bool = False,
+) -> None:
+    """Fills ``state`` and ``votes`` of ``acqcore.bayes.BayesStats``; arguments are trusted, nothing is read back.
+
+    Dropout is not divided out of half-precision states, which would round them: it goes into ``scale``.
+
+    Args:
+        fold_tiles, tiles: of the first and the second visit; ``block_m`` counts packed rows.
+        precision, upcast: as in :func:`acqcore.kernels.row_stats.row_stats`.
+    """
+    n, depth = hidden.shape[-2:]
+    if n == 0:
+        return
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if masks is not None:
+        bias = None if bias is None else bias.double() * masks.kept
+        scale /= masks.kept
+    bias = None if bias is None else bias.float().contiguous()
+    layout = Layout.of(draws, tiles.block_m)
+    splits = max(fold_tiles.split(len(weight))[0], tiles.split(len(weight))[0])
+    group = layout.plane * layout.padded
+    row_bytes = (depth + 8) * dtype.itemsize + 32 * splits + 68
+    at_once = max(SCRATCH_BYTES // (row_bytes * group), 1) * layout.plane
+    chunks = triton.cdiv(n, at_once)
+    at_once = triton.cdiv(triton.cdiv(n, chunks), layout.plane) * layout.plane
+    for first in range(0, n, at_once):
+        part = slice(first, first + at_once)
+        _chunk(
+            hidden[..., part, :], weight, bias, None if targets is None else targets[part].contiguous(), draws,
+            masks and masks.of_rows(part), softcap, scale, vocab_start, state, votes, first,
+            layout, fold_tiles, tiles, dtype, precision, upcast,
+        )  # fmt: skip
+
+
+def _chunk(
+    hidden: torch.Tensor,  # [n, D] with masks, else [K, n, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V] float32
+    targets: torch.Tensor | None,  # [n]
+    draws: int,
+    masks: Masks | None,
+    softcap: float | None,
+    scale: float,
+    vocab_start: int,
+    state: torch.Tensor,  # [6, N], columns first to first + n written
+    votes: torch.Tensor,  # [K, N]
+    first: int,
+    layout: Layout,
+    fold_tiles: Tiles,
+    tiles: Tiles,
+    dtype: torch.dtype,
+    precision: str,
+    upcast: bool,
+) -> None:
+    n, depth = hidden.shape[-2:]
+    vocab = len(weight)
+    rows = triton.cdiv(n, layout.plane) * layout.plane * layout.padded
+    pitch = triton.cdiv(depth, 8) * 8  # rows of 16 bytes, as descriptors want them
+    packed = hidden.new_empty((rows, pitch), dtype=dtype)[:, :depth]
+    packed_targets = position = count = None
+    if targets is not None:
+        packed_targets = hidden.new_empty(rows, dtype=torch.int32)
+        position = hidden.new_empty(n, dtype=torch.int32)
+        count = hidden.new_empty(1, dtype=torch.int32)
+    columns = GATHER_TILE // GATHER_ROWS
+    gather_draws[(triton.cdiv(n, GATHER_ROWS), max(triton.cdiv(depth, columns), 1), layout.padded)](
+        hidden, targets, masks and masks.samples, masks and masks.positions, packed, packed_targets, position, count,
+        n, depth, 0 if masks else hidden.stride(0), *hidden.stride()[-2:], packed.stride(0), draws, vocab_start,
+        masks.width if masks else 1, masks.seed if masks else 0, masks.threshold if masks else 0,
+        MASKED=masks is not None, WIDE=masks is not None and masks.width > 1, HAS_TARGETS=targets is not None,
+        PADDED=layout.padded, PLANE=layout.plane, ROWS=GATHER_ROWS, COLUMNS=columns, SCAN=1024, enable_fp_fusion=True,
+    )  # fmt: skip
+
+    partial, partial_index = launch_fold(
+        packed, weight, bias, packed_targets, count, softcap, scale, 1.0, fold_tiles, precision, upcast
+    )
+    draw_state = state.new_empty((7, rows))
+    draw_index = votes.new_empty(rows)
+    merge(partial, partial_index, None, draw_state, draw_index, 0, vocab_start)
+    blocks = triton.cdiv(rows, layout.rows * layout.turns)
+    norms = partial.new_empty(blocks * layout.rows * layout.turns)
+    references = partial.new_empty(n)
+    finish = (triton.cdiv(n, FINISH_TOKENS),)
+    finish_draws[finish](
+        draw_state, draw_index, position, references, norms, state, votes, n, first, state.shape[1], rows, draws,
+        HAS_POSITION=position is not None, PADDED=layout.padded, PLANE=layout.plane, TOKENS=FINISH_TOKENS,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+
+    splits, split_tiles = tiles.split(vocab)
+    sums = partial.new_empty((4, splits, n))
+    descriptors = tiles.descriptors and has_descriptor(packed) and has_descriptor(weight)
+    mixture_fold[(blocks * splits,)](
+        descriptor(packed, layout.rows, tiles.block_k) if descriptors else packed,
+        descriptor(weight, tiles.block_n, tiles.block_k) if descriptors else weight,
+        bias, references, norms, count, sums, rows, n, vocab, depth, *packed.stride(), *weight.stride(), splits,
+        split_tiles, draws, scale / (softcap or 1.0), softcap or 1.0,
+        BLOCK_M=layout.rows, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
+        DRAWS=layout.draws, PLANE=layout.plane, TURNS=layout.turns, EVEN_DRAWS=draws == layout.padded,
+        HAS_BIAS=bias is not None, HAS_COUNT=count is not None,
+        HAS_SCALE=scale != (softcap or 1.0), HAS_CAP=softcap is not None,
+        EVEN_K=depth % tiles.block_k == 0, EVEN_V=vocab % tiles.block_n == 0,
+        DESCRIPTORS=descriptors, UPCAST=upcast or packed.dtype != weight.dtype, PRECISION=precision,
+        num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    finish_mixture[finish](
+        sums, position, state, n, first, state.shape[1], splits, HAS_POSITION=position is not None,
+        TOKENS=FINISH_TOKENS, enable_fp_fusion=True,
+    )  # fmt: skip
