@@ -21,7 +21,7 @@ import triton.language as tl
 
 from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import LOG2E, LOWEST, widen
-from acqcore.kernels.product import descriptor, has_descriptor, logit_tile, place
+from acqcore.kernels.product import descriptor, has_descriptor, logit_tile, place, to_device
 
 #: The ring, and at most so many rows share it.
 RING_BYTES = 60 << 20
@@ -351,15 +351,15 @@ def grams(
     dtype = torch.float32 if full else torch.bfloat16  # float16 has not the range of confident rows
     length = torch.tensor(lengths)
     begin = length.cumsum(0) - length
-    samples = torch.stack([begin, length, torch.tensor(starts)]).to(hidden.device)
-    owner = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(length).to(hidden.device)
+    samples = to_device(torch.stack([begin, length, torch.tensor(starts)]), hidden.device)
+    owner = to_device(torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(length), hidden.device)
     triples = [
         (i, s, t)
         for i, rows in enumerate(lengths)
         for s in range(triton.cdiv(rows, GRAM_TILE))
         for t in range(s, triton.cdiv(rows, GRAM_TILE))
     ]
-    tiles = torch.tensor(triples, dtype=torch.int32).T.contiguous().to(hidden.device)
+    tiles = to_device(torch.tensor(triples, dtype=torch.int32).T.contiguous(), hidden.device)
     high, low = factors.ring(len(hidden), dtype)
     parts, number = 1 if full else 2, len(lengths)
     for chunk, columns in factors.stretches(hidden, targets, reference, torch.zeros_like(reference), high, low):
