@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from acqcore.kernels.config import Tiles
-from acqcore.kernels.fold import LOG2E, SCALE, merge, store_state, widen
+from acqcore.kernels.fold import LOG2E, SCALE, merge, widen
 from acqcore.kernels.mixture import FINISH_TOKENS, LOWEST, Masks, draw_sums, finish_draws, finish_mixture, mixture_terms
 from acqcore.kernels.philox import keep_mask
 from acqcore.kernels.product import GATHER_TILE, descriptor, gather_scored, has_descriptor, place, tanh
@@ -140,8 +140,8 @@ def block_logits(
         if UPCAST:
             a = widen(a)
             b = widen(b)
-        # Masks are loaded a step ahead. Where a step is a block, the draws take its sums a step later, under the product
-        # of the next.
+        # Masks are loaded a step ahead. Where a step is a block, the draws take its sums a step later, under the
+        # product of the next.
         next_kept = tl.load(keep_at + min((k // BLOCK_K + 1) // STEPS, blocks - 1) * DRAWS)
         if STEPS == 1:
             next_u = tl.dot(a, b, input_precision=PRECISION)
@@ -216,11 +216,18 @@ def block_fold(
     rows = first_row + tl.arange(0, BLOCK_M)
     if HAS_TARGETS:
         row_targets = tl.load(targets + rows, mask=rows < n, other=-1)
-    top = tl.full((BLOCK_M, DRAWS), float("-inf"), tl.float32)
-    target = tl.full((BLOCK_M, DRAWS), float("-inf"), tl.float32)
+    flat = rows[:, None] * DRAWS + tl.arange(0, DRAWS)[None, :]
+    inside = flat < n * DRAWS
+    out = split * (n * DRAWS) + flat
+    plane = splits * (n * DRAWS)
+    low = tl.full((BLOCK_M, DRAWS), float("-inf"), tl.float32)
+    # Index and target change rarely: they stay in memory, not in registers beside the draws' logits.
+    tl.store(partial_index + out, tl.full((BLOCK_M, DRAWS), -1, tl.int32), mask=inside)
+    tl.store(partial + 6 * plane + out, low, mask=inside)
+    tl.debug_barrier()
+    top = low
     total = tl.zeros((BLOCK_M, DRAWS), tl.float32)  # sum of e = exp(z - top)
     moment = tl.zeros((BLOCK_M, DRAWS), tl.float32)  # sum of e (z - top)
-    index = tl.full((BLOCK_M, DRAWS), -1, tl.int32)
     column = tl.arange(0, BLOCK_N)[None, :, None]
     first_tile = split * split_tiles
     last_tile = min(first_tile + split_tiles, tl.cdiv(vocab, BLOCK_N))
@@ -233,13 +240,14 @@ def block_fold(
         )  # fmt: skip
         if HAS_TARGETS:
             local = row_targets - begin
-            if tl.max(((local >= 0) & (local < BLOCK_N)).to(tl.int32), axis=0) > 0:
+            holds = (local >= 0) & (local < BLOCK_N)
+            if tl.max(holds.to(tl.int32), axis=0) > 0:
                 hit = tl.where(column == local[:, None, None], z, float("-inf"))
-                target = tl.maximum(target, tl.max(hit, axis=1))
+                tl.store(partial + 6 * plane + out, tl.max(hit, axis=1), mask=inside & holds[:, None])
         tile_top = tl.max(z, axis=1)
         rises = tile_top > top  # false for NaN, which shows in the sums
         first = tl.min(tl.where(z == tile_top[:, None, :], column, BLOCK_N), axis=1)
-        index = tl.where(rises, begin + first, index)
+        tl.store(partial_index + out, begin + first, mask=inside & rises)
         new_top = tl.where(rises, tile_top, top)
         reference = tl.where(new_top == float("-inf"), 0.0, new_top)
         d = tl.maximum(top - reference, LOWEST)
@@ -251,12 +259,12 @@ def block_fold(
         moment = (moment + d * total) * c + tl.sum(e * x, axis=1)
         total = total * c + tl.sum(e, axis=1)
         top = new_top
-    flat = rows[:, None] * DRAWS + tl.arange(0, DRAWS)[None, :]
-    zero = tl.zeros((BLOCK_M, DRAWS), tl.float32)
-    store_state(
-        partial, partial_index, split, splits, n * DRAWS, flat, top, top, (total - 1) * SCALE, moment * SCALE, zero,
-        zero, index, target,
-    )  # fmt: skip
+    tl.store(partial + out, top, mask=inside)
+    tl.store(partial + plane + out, top, mask=inside)
+    tl.store(partial + 2 * plane + out, (total - 1) * SCALE, mask=inside)
+    tl.store(partial + 3 * plane + out, moment * SCALE, mask=inside)
+    tl.store(partial + 4 * plane + out, tl.zeros((BLOCK_M, DRAWS), tl.float32), mask=inside)
+    tl.store(partial + 5 * plane + out, tl.zeros((BLOCK_M, DRAWS), tl.float32), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "draws"], do_not_specialize_on_alignment=["count"])
