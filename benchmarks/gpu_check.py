@@ -1,31 +1,54 @@
-"""``make gpu-check``: everything that needs a GPU, on this machine's, in under ten minutes and without network.
+"""``make gpu-check``: everything that needs a GPU, on this machine's, in eight minutes and without network.
 
-Builds the package with what the interpreter has (nothing else is installed; it goes to ``build/gpu-check``), runs
-every parity test on the device, a memory checker over a small case, and the benchmarks; writes ``gpu-<name>.json`` and
-``gpu-<name>.md`` to ``--out``. Settings of the card are left as they are. It ends with a non-zero status where anything
-failed. Run as a script, as the package is not there yet.
+Stages, each with a cap in seconds; one that fails or runs out of time stops none of the others:
+
+    parity     every operation on small shapes against float64, in processes side by side; the extension is compiled
+               meanwhile, and compilers' caches are filled for the next stage
+    mission    every operation at the shapes that matter, beside the bare product, eager torch and peers
+    sanitizer  compute-sanitizer over the smallest shapes
+    score      whole students
+    tune       a bounded search for tiles of one shape, in the time that is left
+
+``gpu-<name>.json`` and ``.md`` in ``--out`` are rewritten whenever a stage has measured something more, so that a run
+that is killed keeps what it had. Peers come from ``build/gpu-peers`` (``make gpu-peers``) or the interpreter. Settings
+of the card are left as they are. The status is non-zero where anything failed. ``--dry-run`` takes the same way through
+tiny shapes on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import gpu_tables  # noqa: E402 - a script's own folder is not its package's
+
 WORK = ROOT / "build" / "gpu-check"
 SITE = WORK / "site"
-TOTAL_SECONDS = 590
+PEERS = ROOT / "build" / "gpu-peers"
+
+#: The interpreter's own CMake and Ninja come first; the toolkit is found where it is not on the caller's path.
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+
+#: stage -> cap in seconds
+CAPS = {"parity": 100.0, "mission": 150.0, "sanitizer": 60.0, "score": 60.0, "tune": 120.0}
+BUILD_SECONDS = 150.0
+#: Processes that compile and check kernels side by side; the build and the warm-up have the other cores.
+WORKERS = max(2, (os.cpu_count() or 2) - 4)
 
 
 @dataclass
@@ -39,7 +62,7 @@ class Stage:
 
 
 def missing() -> str | None:
-    """Why this machine or interpreter can not run the check, in one sentence, or None."""
+    """Why this machine or interpreter cannot run the check, in one sentence, or None."""
     if sys.version_info < (3, 11):  # noqa: UP036 - the interpreter is the user's, this package is not installed in it
         return f"expected Python 3.11 or newer, got {sys.version.split()[0]}"
     try:
@@ -55,204 +78,332 @@ def missing() -> str | None:
         return "torch finds no GPU with a working driver on this machine"
     if torch.cuda.get_device_capability() < (8, 0):
         return f"expected a GPU of compute capability 8.0 or later, got {torch.cuda.get_device_name()}"
-    for module in ("triton", "scikit_build_core", "pybind11"):
+    for module in ("triton", "pybind11"):
         if importlib.util.find_spec(module) is None:
             return f"expected an interpreter with {module}; nothing is installed here beside this package"
     return None
 
 
-class Check:
-    """Runs stages one after another within the time there is."""
+def machine(dry_run: bool) -> dict[str, Any]:
+    """What the figures depend on."""
+    import torch
 
-    def __init__(self) -> None:
-        self.stages: list[Stage] = []
+    found: dict[str, Any] = {}
+    if not dry_run:
+        properties = torch.cuda.get_device_properties(0)
+        found = {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30),
+            "l2_mib": round(getattr(properties, "L2_cache_size", 0) / 2**20),
+            "cuda": torch.version.cuda,
+            **_driver(),
+        }
+    found |= {"python": sys.version.split()[0], "torch": torch.__version__, "cores": os.cpu_count()}
+    paths = [*sys.path, *map(str, _peer_paths())]
+    for name in ("triton", "transformers", "liger-kernel", "trl", "nvidia-cutlass-dsl"):
+        versions = [dist.version for dist in importlib.metadata.distributions(name=name, path=paths)]
+        found[name] = versions[0] if versions else None
+    return found
+
+
+def _driver() -> dict[str, Any]:
+    query = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,power.limit,clocks.max.sm,clocks.max.mem",
+        "--format=csv,noheader",
+    ]
+    try:
+        line = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.splitlines()[0]
+    except (OSError, subprocess.TimeoutExpired, IndexError):
+        return {}
+    return dict(zip(("driver", "power_limit", "sm_max", "memory_max"), line.split(", "), strict=False))
+
+
+def _peer_paths() -> list[Path]:
+    """Folders of carried peers; CuTe DSL, which Liger's Hopper kernels need, keeps its packages in one of its own."""
+    return [path for path in (PEERS, PEERS / "nvidia_cutlass_dsl" / "dsl_packages") if path.exists()]
+
+
+class Run:
+    """Starts processes within the time there is, and keeps the report in step with what they have appended."""
+
+    def __init__(self, out: Path, seconds: float, dry_run: bool) -> None:
         self.started = time.monotonic()
+        self.seconds = seconds
+        self.dry_run = dry_run
+        self.out = out
+        self.rows = WORK / "rows.jsonl"
+        self.log = out / "gpu-log.txt"
+        self.stages: list[Stage] = []
+        self.tuning: list[str] = []
+        self.machine = machine(dry_run)
+        name = "dry-run" if dry_run else str(self.machine["gpu"])
+        self.stem = "gpu-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        self._written = -1
+        self.rows.unlink(missing_ok=True)
+        self.log.unlink(missing_ok=True)
 
-    def run(self, name: str, command: list[str], limit: float, log: Path, **environment: str) -> bool:
-        """Runs ``command`` in the checkout with the built package importable; its output goes to ``log``."""
-        print(f"[gpu-check] {name} ...", flush=True)
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry_run else "cuda"
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.started)
+
+    def start(self, name: str, command: list[str], **environment: str) -> subprocess.Popen[bytes]:
+        """A process that imports the site, then what the caller's PYTHONPATH has, then the carried peers."""
+        inherited = os.environ.get("PYTHONPATH", "")
+        parts = [str(SITE), *inherited.split(os.pathsep), *map(str, _peer_paths())]
+        ours = {
+            "PYTHONPATH": os.pathsep.join(part for part in parts if part),
+            "PYTHONSAFEPATH": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PATH": PATH,
+        }
+        if self.dry_run:
+            ours |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        with self._log_of(name).open("wb") as output:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | ours | environment, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def wait(self, name: str, processes: dict[str, subprocess.Popen[bytes]], limit: float) -> bool:
+        """Waits for all, ends those that are still running at the limit, and notes the stage."""
         begin = time.monotonic()
-        limit = max(1.0, min(limit, TOTAL_SECONDS - (begin - self.started)))
-        paths = {"PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-        with log.open("w") as output:
-            try:
-                result = subprocess.run(
-                    command,
-                    cwd=ROOT,
-                    env=os.environ | paths | environment,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    timeout=limit,
-                )
-                ok, detail = result.returncode == 0, f"status {result.returncode}"
-            except subprocess.TimeoutExpired:
-                ok, detail = False, f"stopped after {limit:.0f} s"
-        if not ok:
-            print("\n".join(log.read_text(errors="replace").splitlines()[-40:]))
-        self.add(name, ok, detail, time.monotonic() - begin)
-        return ok
+        deadline = begin + max(1.0, min(limit, self.left))
+        while any(process.poll() is None for process in processes.values()) and time.monotonic() < deadline:
+            time.sleep(0.25)
+            self.report()
+        stopped = [part for part, process in processes.items() if process.poll() is None]
+        for part in stopped:
+            os.killpg(processes[part].pid, signal.SIGKILL)
+            processes[part].wait()
+        failed = [part for part, process in processes.items() if process.returncode != 0 and part not in stopped]
+        details = [f"{part}: status {processes[part].returncode}" for part in failed]
+        details += [f"{part}: stopped after {time.monotonic() - begin:.0f} s" for part in stopped]
+        for part in processes:
+            self._keep_log(part, whole=part in failed + stopped)
+        self.add(name, not details, "; ".join(details) or "status 0", time.monotonic() - begin)
+        return not details
+
+    def finish(self, name: str, process: subprocess.Popen[bytes], deadline: float) -> bool:
+        """Whether a process that was started in the background ends in time; it is ended then."""
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.25)
+        ended = process.poll() is not None
+        if not ended:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        self._keep_log(name, whole=False)
+        return ended
 
     def add(self, name: str, ok: bool | None, detail: str, seconds: float = 0.0) -> None:
         self.stages.append(Stage(name, ok, round(seconds, 1), detail))
         word = {True: "ok", False: "FAILED", None: "not run"}[ok]
-        print(f"[gpu-check] {name}: {word}, {detail} ({seconds:.0f} s)", flush=True)
+        print(f"[gpu-check] {name}: {word}, {detail} ({seconds:.0f} s; {self.left:.0f} s left)", flush=True)
+        self.report(force=True)
 
-    @property
-    def failed(self) -> list[str]:
-        return [stage.name for stage in self.stages if stage.ok is False]
+    def content(self) -> dict[str, Any]:
+        rows = []
+        if self.rows.exists():
+            for line in self.rows.read_text().splitlines():
+                rows.append(json.loads(line))
+        parts: dict[str, list[dict[str, Any]]] = {"parity": [], "mission": [], "score": []}
+        for row in rows:
+            parts[row.pop("stage")].append(row)
+        stages = [asdict(stage) for stage in self.stages]
+        return {"machine": self.machine, "stages": stages, **parts, "tuning": self.tuning}
+
+    def report(self, force: bool = False) -> None:
+        """Rewrites both files where there are new rows."""
+        size = self.rows.stat().st_size if self.rows.exists() else 0
+        if not force and size == self._written:
+            return
+        try:
+            content = self.content()
+        except json.JSONDecodeError:
+            return  # a line is being written
+        self._written = size
+        for name, text in (("json", json.dumps(content, indent=1) + "\n"), ("md", gpu_tables.run_report(content))):
+            path = self.out / f"{self.stem}.{name}"
+            path.with_suffix(".part").write_text(text)
+            path.with_suffix(".part").replace(path)
+
+    def _log_of(self, name: str) -> Path:
+        return WORK / f"{re.sub(r'[^a-z0-9]+', '-', name)}.log"
+
+    def _keep_log(self, name: str, whole: bool) -> None:
+        lines = self._log_of(name).read_text(errors="replace").splitlines()
+        kept = lines if whole else lines[-60:]
+        with self.log.open("a") as file:
+            file.write(f"===== {name}\n" + "\n".join(kept[-400:]) + "\n")
+        if whole:
+            print("\n".join(kept[-15:]), flush=True)
 
 
-def build(check: Check) -> bool:
+def module(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", name, *arguments]
+
+
+def make_site() -> None:
+    """A folder to import from: the checkout's packages by links, the extension as soon as it is compiled."""
     shutil.rmtree(SITE, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--quiet"]
-    command += ["--target", str(SITE), str(ROOT)]
-    return check.run("build", command, 180, WORK / "build.log")
+    package = SITE / "acqcore"
+    package.mkdir(parents=True)
+    for path in (ROOT / "acqcore").iterdir():
+        if path.name != "__pycache__":
+            (package / path.name).symlink_to(path)
+    (package / "kernels").symlink_to(ROOT / "kernels")
+    (SITE / "acqsynth").symlink_to(ROOT / "python" / "acqsynth")
+    (SITE / "benchmarks").symlink_to(ROOT / "benchmarks")
 
 
-def list_backends(check: Check) -> None:
-    """That both GPU backends are there: one that is missing must not pass as one that was tested."""
+def start_build(run: Run) -> subprocess.Popen[bytes]:
+    """Compiles the extension for this interpreter with CMake and Ninja, in the background."""
+    jobs = max(2, (os.cpu_count() or 2) // 2)
+    folder = WORK / "build"
+    cuda = "OFF" if run.dry_run else "ON"
+    script = (
+        f"cmake -S '{ROOT}' -B '{folder}' -G Ninja -DCMAKE_BUILD_TYPE=Release -DACQCORE_CUDA={cuda} "
+        f"-DPython_EXECUTABLE='{sys.executable}' -Dpybind11_DIR=\"$('{sys.executable}' -m pybind11 --cmakedir)\" && "
+        f"cmake --build '{folder}' -j {jobs} && ln -sf '{folder}'/_core*.so '{SITE}/acqcore/'"
+    )
+    return run.start("build", ["bash", "-c", script])
+
+
+def parity(run: Run, cap: float) -> None:
+    """Triton's kernels while the extension compiles, then the extension's."""
+    deadline = time.monotonic() + cap
+    building = start_build(run)
+    common = ["--device", run.device, "--rows", str(run.rows)]
+
+    def workers(what: str, backends: list[str], count: int) -> dict[str, subprocess.Popen[bytes]]:
+        checks = module("benchmarks.gpu_parity", *common, "--backends", *backends, "--of", str(count))
+        return {
+            f"{what} {i}": run.start(f"{what} {i}", [*checks, "--worker", str(i)], OMP_NUM_THREADS="2")
+            for i in range(count)
+        }
+
+    warming = None if run.dry_run else run.start("warm-up", module("benchmarks.gpu_mission", "--warm", *common))
+    run.wait("parity of triton", workers("parity of triton", ["triton"], WORKERS), cap * 0.75)
+    if run.wait("build", {"build": building}, BUILD_SECONDS):
+        others = [name for name in backends(run) if name != "triton"]
+        if others:
+            processes = workers("parity of the extension", others, min(4, WORKERS))
+            run.wait("parity of the extension", processes, max(20.0, deadline - time.monotonic()))
+    if warming is not None and not run.finish("warm-up", warming, deadline):
+        run.add("warm-up", None, "ended before all was compiled")
+
+
+def backends(run: Run) -> list[str]:
+    """The backends of the device; one that is missing must not pass as one that was tested."""
     code = (
         "import acqcore\n"
-        "rows = [row for row in acqcore.backends() if row.name in ('cuda', 'triton')]\n"
-        "for row in rows: print(row.name, 'available' if row.available else f'missing: {row.reason}')\n"
-        "raise SystemExit(len(rows) != 2 or not all(row.available for row in rows))\n"
+        "from benchmarks.gpu_parity import backends\n"
+        "for row in acqcore.backends(): print('#', row.name, row.reason or 'available')\n"
+        f"print(*backends('{run.device}'))\n"
     )
-    check.run("backends", [sys.executable, "-c", code], 60, WORK / "backends.log")
+    run.wait("backends", {"backends": run.start("backends", [sys.executable, "-c", code])}, 60)
+    lines = (WORK / "backends.log").read_text().splitlines()
+    names = lines[-1].split() if lines and not lines[-1].startswith("#") else []
+    expected = ["cpu", "triton"] if run.dry_run else ["cuda", "triton"]
+    absent = [name for name in expected if name not in names]
+    if absent:
+        reasons = "; ".join(line[2:] for line in lines if line.startswith("#") and line.split()[1] in absent)
+        run.add("backends present", False, reasons)
+    return names
 
 
-def parity(check: Check) -> dict[str, int]:
-    """Every test that goes through the backends, for those of the device alone; counts of their outcomes."""
-    if importlib.util.find_spec("pytest") is None:
-        check.add("parity tests", False, "pytest is not installed for this interpreter, so no test ran")
-        return {}
-    tests = sorted(ROOT.glob("tests/test_*.py"))
-    files = [
-        path for path in tests if "implementation" in path.read_text() or path.stem in ("test_cuda", "test_triton")
-    ]
-    report = WORK / "parity.xml"
-    report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "-p", "no:cacheprovider", "-rs"]
-    command += [f"--junitxml={report}", "-k", "(cuda or triton) and not emulated", *map(str, files)]
-    if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", "4"]
-    check.run("parity tests", command, 260, WORK / "parity.log")
-    if not report.exists():
-        return {}
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    assert suite is not None
-    counts = {key: int(suite.get(key, "0")) for key in ("tests", "failures", "errors", "skipped")}
-    check.stages[-1].detail += ", " + ", ".join(f"{value} {key}" for key, value in counts.items())
-    return counts
+def mission(run: Run, cap: float) -> None:
+    turns = "2" if run.dry_run else "7"
+    command = module("benchmarks.gpu_mission", "--device", run.device, "--rows", str(run.rows), "--turns", turns)
+    run.wait("mission", {"mission": run.start("mission", command)}, cap)
 
 
-def memory_checker(check: Check) -> None:
-    checker = shutil.which("compute-sanitizer")
-    if checker is None:
-        check.add("memory checker", None, "compute-sanitizer is not installed")
+def sanitizer(run: Run, cap: float) -> None:
+    command = module("benchmarks.gpu_small_case", "--device", run.device)
+    checker = shutil.which("compute-sanitizer", path=PATH)
+    if run.dry_run:
+        run.wait("smallest shapes", {"smallest shapes": run.start("smallest shapes", command)}, cap)
         return
-    log = WORK / "sanitizer.log"
-    command = [
-        checker,
-        "--tool",
-        "memcheck",
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        "-m",
-        "benchmarks.gpu_small_case",
-    ]
-    check.run("memory checker", command, 120, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    if check.stages[-1].ok is False and "Device not supported" in log.read_text(errors="replace"):
-        check.stages[-1].ok, check.stages[-1].detail = None, "compute-sanitizer does not support this machine"
+    if checker is None:
+        run.add("sanitizer", None, "compute-sanitizer is not installed")
+        return
+    command = [checker, "--tool", "memcheck", "--error-exitcode", "9", *command]
+    process = run.start("sanitizer", command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    run.wait("sanitizer", {"sanitizer": process}, cap)
+    if run.stages[-1].ok is False and "Device not supported" in (WORK / "sanitizer.log").read_text(errors="replace"):
+        run.stages[-1].ok, run.stages[-1].detail = None, "compute-sanitizer does not support this machine"
 
 
-def benchmark(check: Check, name: str, limit: float) -> dict[str, Any]:
-    out = WORK / f"{name}.json"
-    out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", f"benchmarks.bench_{name}", "--device", "cuda", "--turns", "5", "--out", str(out)]
-    check.run(f"benchmark {name}", command, limit, WORK / f"{name}.log")
-    content: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    return content
+def score(run: Run, cap: float) -> None:
+    command = module("benchmarks.gpu_score", "--device", run.device, "--rows", str(run.rows))
+    run.wait("score", {"score": run.start("score", command)}, cap)
 
 
-def preferences(op: str, measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows for ``acqcore/backends/preference.json``: per class of shapes, GPU backends by their geometric mean time."""
-    sys.path.insert(0, str(SITE))
-    from acqcore.backends.preference import shape_class
-
-    products: dict[tuple[str, str, str], dict[str, list[float]]] = {}
-    for row in measured.get("rows", []):
-        peer = re.fullmatch(r"acqcore (cuda|triton) \(all fields\)", row["peer"])
-        case = re.fullmatch(r"N=(\d+) (?:D=\d+ )?V=(\d+) (\w+)", row["case"])
-        if peer and case:
-            key = (case[3], *shape_class(int(case[1]), int(case[2])))
-            products.setdefault(key, {}).setdefault(peer[1], []).append(row["seconds"])
-    rows = []
-    for (dtype, n, v), times in products.items():
-        means = {name: _geometric_mean(seconds) for name, seconds in times.items()}
-        if len(means) == 2:
-            shape = {"capability": measured["machine"]["capability"], "op": op, "dtype": dtype, "rows": n, "vocab": v}
-            rows.append(shape | {"order": sorted(means, key=lambda name: means[name])})
-    return rows
+def tune(run: Run, cap: float) -> None:
+    if run.dry_run:
+        run.add("tune", None, "an interpreter has no speed to measure")
+        return
+    seconds = max(0.0, min(cap, run.left) - 25)
+    path = run.out / f"{run.stem}-tiles.json"
+    command = module("acqcore.kernels.tune", "--shapes", "131072x4096", "--products", "half", "--candidates", "12")
+    command += ["--seconds", str(round(seconds)), "--output", str(path)]
+    run.wait("tune", {"tune": run.start("tune", command)}, cap)
+    run.tuning = (WORK / "tune.log").read_text(errors="replace").splitlines()[-60:]
+    run.report(force=True)
 
 
-def _geometric_mean(values: list[float]) -> float:
-    product = 1.0
-    for value in values:
-        product *= value ** (1 / len(values))
-    return product
+STAGES = {"parity": parity, "mission": mission, "sanitizer": sanitizer, "score": score, "tune": tune}
 
 
-def summary(name: str, check: Check, results: dict[str, Any]) -> str:
-    lines = [f"# GPU check: {name}", "", "| stage | | | s |", "|---|---|---|---|"]
-    words = {True: "ok", False: "FAILED", None: "not run"}
-    lines += [f"| {stage.name} | {words[stage.ok]} | {stage.detail} | {stage.seconds:.0f} |" for stage in check.stages]
-    bandwidth = results["logit_stats"].get("copy_bytes_per_second")
-    if bandwidth:
-        lines += ["", f"Device-to-device copy, read and written: {bandwidth / 1e9:.0f} GB/s."]
-    for case, rate in results["row_stats"].get("product_flops", {}).items():
-        lines += ["", f"Bare product, {case}: {rate / 1e12:.0f} TFLOP/s."]
-    for op in ("logit_stats", "row_stats"):
-        log = WORK / f"{op}.log"
-        if results[op]:
-            tables = log.read_text()
-            lines += ["", f"## {op}", tables[tables.index("\n**") :].rstrip()]
-    lines += ["", "## Rows for acqcore/backends/preference.json", ""]
-    lines += [f"    {json.dumps(row)}" for row in results["preference"]] or ["None: both backends are needed."]
-    return "\n".join(lines) + "\n"
+def caps(text: str) -> dict[str, float]:
+    """``mission=200,score=30``."""
+    found = dict(CAPS)
+    for entry in filter(None, text.split(",")):
+        name, _, seconds = entry.partition("=")
+        if name not in CAPS:
+            raise argparse.ArgumentTypeError(f"unknown stage {name!r}, expected one of {', '.join(CAPS)}")
+        found[name] = float(seconds)
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder for gpu-<name>.*")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=gpu_tables.RESULTS, help="folder for gpu-<name>.json and .md")
+    parser.add_argument("--stages", default=",".join(STAGES), help="stages to run, by commas; default: all")
+    parser.add_argument("--caps", type=caps, default=dict(CAPS), metavar="STAGE=SECONDS,...", help=f"default: {CAPS}")
+    parser.add_argument("--seconds", type=float, default=480.0, help="of the whole run")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, Triton's kernels interpreted")
     arguments = parser.parse_args()
-    if reason := missing():
+    chosen = arguments.stages.split(",")
+    if unknown := sorted(set(chosen) - set(STAGES)):
+        raise SystemExit(f"gpu-check: unknown stages {', '.join(unknown)}, expected {', '.join(STAGES)}")
+    if not arguments.dry_run and (reason := missing()):
         raise SystemExit(f"gpu-check: {reason}")
-    import torch
-
-    name = torch.cuda.get_device_name()
-    WORK.mkdir(parents=True, exist_ok=True)
-    check = Check()
-    counts: dict[str, int] = {}
-    results: dict[str, Any] = {"logit_stats": {}, "row_stats": {}, "preference": []}
-    if build(check):
-        list_backends(check)
-        counts = parity(check)
-        memory_checker(check)
-        for op, limit in (("logit_stats", 120), ("row_stats", 200)):
-            results[op] = benchmark(check, op, limit)
-            results["preference"] += preferences(op, results[op])
-    content = {"gpu": name, "stages": [asdict(stage) for stage in check.stages], "parity": counts, **results}
-    stem = "gpu-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
-    text = summary(name, check, results)
-    (arguments.out / f"{stem}.md").write_text(text)
-    print(
-        f"\n{text}\n[gpu-check] wrote {arguments.out / stem}.json and .md in {time.monotonic() - check.started:.0f} s"
-    )
-    if check.failed:
-        raise SystemExit(f"gpu-check: failed: {', '.join(check.failed)}")
+    WORK.mkdir(parents=True, exist_ok=True)
+    run = Run(arguments.out, arguments.seconds, arguments.dry_run)
+    make_site()
+    if "parity" not in chosen:
+        run.wait("build", {"build": start_build(run)}, BUILD_SECONDS)
+    for name in chosen:
+        if run.left < 10:
+            run.add(name, None, "no time is left")
+            continue
+        try:
+            STAGES[name](run, arguments.caps[name])
+        except Exception as error:  # the next stage is still worth its time
+            run.add(name, False, f"{type(error).__name__}: {error}")
+    run.report(force=True)
+    print((arguments.out / f"{run.stem}.md").read_text())
+    failed = [stage.name for stage in run.stages if stage.ok is False]
+    print(f"[gpu-check] {time.monotonic() - run.started:.0f} s; failed: {', '.join(failed) or 'nothing'}")
+    raise SystemExit(bool(failed))
 
 
 if __name__ == "__main__":

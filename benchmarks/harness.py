@@ -122,10 +122,28 @@ def running(
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
         except Exception as error:  # whatever somebody else's code raises here is the answer
-            absent[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            absent[name] = first_line(error)
         else:
             good[name] = call
     return good, absent
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def name(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def append(path: Path, **row: object) -> None:
+    """Adds ``row`` to a file of JSON lines in one write, so that a process that is killed loses none before it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def copy_bandwidth() -> float:

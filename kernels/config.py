@@ -57,6 +57,17 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class GramTiles(Tiles):
+    """How ``row_stats_and_grams`` cuts its product; ``block_m`` is 128.
+
+    Attributes:
+        resident: keep the Gram matrix in registers from tile to tile; else it waits in memory.
+    """
+
+    resident: bool
+
+
+@dataclass(frozen=True)
 class Strips:
     """How ``logit_stats`` cuts ``[N, V]``.
 
@@ -100,9 +111,10 @@ def tiles_for(device: str, major: int, product: str, vocab: int, depth: int, ker
         major: first number of its compute capability.
         product: ``half``, ``tf32`` or ``ieee``.
         vocab, depth: shape of the weight.
-        kernel: whose tiles.
+        kernel: whose tiles: ``row_stats``, ``gram`` or ``mixture``.
     """
-    return Tiles(**_nearest(table(device, major)[kernel][product], vocab=vocab, depth=depth))
+    kind = GramTiles if kernel == "gram" else Tiles
+    return kind(**_nearest(table(device, major)[kernel][product], vocab=vocab, depth=depth))
 
 
 @functools.cache

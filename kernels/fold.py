@@ -61,7 +61,11 @@ def fold(
     HAS_TARGETS: tl.constexpr,
     MAY_BE_ABSENT: tl.constexpr,  # some logits may be -inf
 ):
-    """The state after the columns of ``z``. The reference is ``acqcore.backends.eager.fold``."""
+    """The state after the columns of ``z``; e ``[ROWS, COLUMNS]``, the new maximum's own term among them; c ``[ROWS]``.
+
+    c takes what is relative to the old maximum to the new one; it is exactly 1 where none rose. The reference is
+    ``acqcore.backends.eager.fold``.
+    """
     COLUMNS: tl.constexpr = z.shape[1]
     column = tl.arange(0, COLUMNS)[None, :]
     if HAS_TARGETS:
@@ -99,7 +103,8 @@ def fold(
     s1 += tl.sum(ex, axis=1)
     s2 += tl.sum(e * e, axis=1)
     s11 += tl.sum(ex * x, axis=1)
-    return new_top, second, r, s1, s2, s11, index, target
+    e = tl.where(column == out[:, None], SCALE, e)  # compiled out where nobody asks for e
+    return new_top, second, r, s1, s2, s11, index, target, e, c
 
 
 @triton.jit
@@ -133,11 +138,12 @@ def store_state(
     tl.store(partial_index + at, index, mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_row", "all_rows", "n"], do_not_specialize_on_alignment=["position", "index"])
+@triton.jit(do_not_specialize=["first_row", "all_rows", "n"], do_not_specialize_on_alignment=["position", "destination", "index"])
 def merge_splits(
     partial,  # [7, splits, n] float32
     partial_index,  # [splits, n] int32
     position,  # [n] int32: where a row's state is, -1 for an ignored row; None for its own number
+    destination,  # [n] int32: the row it belongs to, -1 for none; None for its own number
     state,  # [7, rows of all chunks] float64, written from first_row on
     index,  # [rows of all chunks] int64, likewise
     first_row,
@@ -146,12 +152,17 @@ def merge_splits(
     splits,
     vocab_start,
     HAS_POSITION: tl.constexpr,
+    HAS_DESTINATION: tl.constexpr,
     SPLITS: tl.constexpr,  # splits, rounded up to a power of two
     ROWS: tl.constexpr,
 ):
     """Merges the splits of each row in float64, in an order that ``SPLITS`` alone decides (``RowStats.merge``)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
+    out_rows = first_row + rows
+    if HAS_DESTINATION:
+        out_rows = tl.load(destination + rows, mask=inside, other=-1)
+        inside = inside & (out_rows >= 0)
     at = rows
     if HAS_POSITION:
         at = tl.load(position + rows, mask=inside, other=-1)
@@ -185,7 +196,7 @@ def merge_splits(
     best = tl.max(at_winner, axis=0)
 
     nan = float("nan")
-    out = state + first_row + rows
+    out = state + out_rows
     all_rows = all_rows.to(tl.int64)
     tl.store(out, tl.where(scored, new_top, nan), mask=inside)
     tl.store(out + all_rows, tl.where(scored, second, nan), mask=inside)
@@ -195,7 +206,7 @@ def merge_splits(
     tl.store(out + 5 * all_rows, tl.where(scored, s11, nan), mask=inside)
     tl.store(out + 6 * all_rows, tl.where(scored, target, nan), mask=inside)
     best = tl.where(best >= 0, best + vocab_start, -1)
-    tl.store(index + first_row + rows, best.to(tl.int64), mask=inside)
+    tl.store(index + out_rows, best.to(tl.int64), mask=inside)
 
 
 def merge(
@@ -206,12 +217,13 @@ def merge(
     index: torch.Tensor,  # [N] int64, likewise
     first_row: int,
     vocab_start: int,
+    destination: torch.Tensor | None = None,  # [n] int32, instead of first_row
 ) -> None:
     """Launches :func:`merge_splits`."""
     splits, n = partial_index.shape
     padded = triton.next_power_of_2(splits)
     rows = max(MERGE_TILE // padded, 1)
     merge_splits[(triton.cdiv(n, rows),)](
-        partial, partial_index, position, state, index, first_row, state.shape[1], n, splits, vocab_start,
-        HAS_POSITION=position is not None, SPLITS=padded, ROWS=rows, enable_fp_fusion=True,
+        partial, partial_index, position, destination, state, index, first_row, state.shape[1], n, splits, vocab_start,
+        HAS_POSITION=position is not None, HAS_DESTINATION=destination is not None, SPLITS=padded, ROWS=rows, enable_fp_fusion=True,
     )  # fmt: skip

@@ -50,7 +50,7 @@ def logit_fold(
         z = widen(tl.load(start + columns.to(tl.int64)[None, :] * logits_column, mask=mask, other=float("-inf")))
         if HAS_SCALE:
             z *= scale
-        top, second, r, s1, s2, s11, index, target = fold(
+        top, second, r, s1, s2, s11, index, target, _, _ = fold(
             z, begin, row_targets, top, second, r, s1, s2, s11, index, target, HAS_TARGETS, True
         )
     store_state(partial, partial_index, split, splits, n, rows, top, second, r, s1, s2, s11, index, target)

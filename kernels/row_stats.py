@@ -81,7 +81,7 @@ def product_fold(
             weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, HAS_BIAS, HAS_SCALE, HAS_CAP, EVEN_K, EVEN_V,
             DESCRIPTORS, UPCAST, PRECISION,
         )  # fmt: skip
-        top, second, r, s1, s2, s11, index, target = fold(
+        top, second, r, s1, s2, s11, index, target, _, _ = fold(
             z,
             begin,
             row_targets,
@@ -112,6 +112,7 @@ def row_stats(
     state: torch.Tensor,  # [7, N] float64, written
     index: torch.Tensor,  # [N] int64, written
     tiles: Tiles,
+    first_row: int = 0,
     precision: str = "ieee",
     upcast: bool = False,
 ) -> None:
@@ -120,6 +121,7 @@ def row_stats(
     Nothing is read back from the device, so a call can be captured in a CUDA graph.
 
     Args:
+        first_row: where these rows' columns of ``state`` and ``index`` begin.
         tiles: how the product is cut (:func:`acqcore.kernels.config.tiles_for`).
         precision: of float32 products, as ``triton.language.dot`` names it: ``ieee``, ``tf32``, ``tf32x3``.
         upcast: multiply in float32 whatever the dtypes are, as is done where they differ.
@@ -132,7 +134,7 @@ def row_stats(
         part = slice(first, first + rows_at_once)
         _chunk(
             hidden[part], weight, bias, None if targets is None else targets[part].contiguous(), softcap, scale,
-            temperature, vocab_start, state, index, first, tiles, dtype, precision, upcast,
+            temperature, vocab_start, state, index, first_row + first, tiles, dtype, precision, upcast,
         )  # fmt: skip
 
 

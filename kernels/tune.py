@@ -1,7 +1,9 @@
 """Measures tile shapes on this machine's GPU and writes them to ``configs/``: ``python -m acqcore.kernels.tune``.
 
-Each candidate runs on Gaussian inputs of each shape of weight; one whose statistics differ from those of the
-architecture's own tiles is dropped and named, whatever its speed.
+Each candidate runs on Gaussian inputs of each shape of weight. A candidate that does not compile, or whose statistics
+differ from those of the architecture's own tiles, is dropped and named, whatever its speed. Candidates nearest to those
+tiles come first, so a search cut short by ``--seconds`` or ``--candidates`` has tried the likeliest. The file is
+written after every entry; until a shape is measured, it keeps the architecture's entry.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ import argparse
 import itertools
 import json
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +33,30 @@ PRODUCTS = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32
 ROWS = 4096
 
 
-def tile_candidates(product: str, major: int, fallback: Tiles) -> Iterator[Tiles]:
-    """Tiles worth trying, with the splits and the order of programs of ``fallback``."""
+@dataclass
+class Budget:
+    """Bounds a search: a moment of ``time.monotonic`` to end at, and candidates tried at most."""
+
+    deadline: float = float("inf")
+    candidates: int | None = None
+
+    def spent(self, tried: int) -> bool:
+        return time.monotonic() > self.deadline or tried == self.candidates
+
+
+def tile_candidates(product: str, major: int, fallback: Tiles) -> list[Tiles]:
+    """Tiles worth trying, nearest to ``fallback`` first, with its splits and order of programs."""
     depths = {"half": (64, 128), "tf32": (32, 64), "ieee": (16,)}[product]
     ways = [(False, False)]  # (descriptors, flatten)
     if major in (9, 10) and product != "ieee":
         ways += [(True, False), (True, True)]
     cuts = ((128, 256, 8), (128, 128, 4), (128, 128, 8), (256, 128, 8), (64, 256, 4), (128, 64, 4), (64, 128, 4))
-    for (m, n, warps), k, stages, (descriptors, flatten) in itertools.product(cuts, depths, (2, 3, 4), ways):
-        yield Tiles(m, n, k, warps, stages, fallback.group_m, fallback.splits, descriptors, flatten)
+    candidates = [
+        Tiles(m, n, k, warps, stages, fallback.group_m, fallback.splits, descriptors, flatten)
+        for (m, n, warps), k, stages, (descriptors, flatten) in itertools.product(cuts, depths, (2, 3, 4), ways)
+    ]
+    own = asdict(fallback)
+    return sorted(candidates, key=lambda tiles: sum(own[name] != value for name, value in asdict(tiles).items()))
 
 
 def strip_candidates() -> Iterator[Strips]:
@@ -53,7 +71,7 @@ def outputs(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty(7, n, dtype=torch.float64, device=device), torch.empty(n, dtype=torch.int64, device=device)
 
 
-def tune_row_stats(product: str, vocab: int, depth: int, fallback: Tiles, major: int) -> dict[str, Any]:
+def tune_row_stats(product: str, vocab: int, depth: int, fallback: Tiles, major: int, budget: Budget) -> dict[str, Any]:
     """The entry of the fastest tiles for a weight ``[vocab, depth]``."""
     g = torch.Generator("cuda").manual_seed(0)
     dtype = PRODUCTS[product]
@@ -70,13 +88,13 @@ def tune_row_stats(product: str, vocab: int, depth: int, fallback: Tiles, major:
         return state
 
     # The number of splits and the order of programs come last: they matter least.
-    first = fastest(run, list(tile_candidates(product, major, fallback)), fallback)
+    first = fastest(run, tile_candidates(product, major, fallback), fallback, budget)
     around = [replace(first, group_m=group, splits=splits) for group in (4, 8, 16, 32) for splits in (32, 64, 128, 256)]
-    best = fastest(run, around, first)
+    best = fastest(run, around, first, budget)
     return {"vocab": vocab, "depth": depth, **asdict(best)}
 
 
-def tune_logit_stats(vocab: int, fallback: Strips) -> dict[str, Any]:
+def tune_logit_stats(vocab: int, fallback: Strips, budget: Budget) -> dict[str, Any]:
     """The entry of the fastest strips for bfloat16 logits ``[ROWS, vocab]``."""
     logits = torch.randn(ROWS, vocab, device="cuda", dtype=torch.bfloat16) * 3
 
@@ -85,18 +103,25 @@ def tune_logit_stats(vocab: int, fallback: Strips) -> dict[str, Any]:
         logit_stats(logits, None, 1.0, state, index, strips)
         return state
 
-    return {"vocab": vocab, **asdict(fastest(run, list(strip_candidates()), fallback))}
+    return {"vocab": vocab, **asdict(fastest(run, list(strip_candidates()), fallback, budget))}
 
 
-def fastest(run: Any, candidates: list[Any], fallback: Any) -> Any:
+def fastest(run: Any, candidates: list[Any], fallback: Any, budget: Budget) -> Any:
     """The candidate of the least median time whose state is that of ``fallback``; ``run(candidate) -> state``."""
     expected = run(fallback)
     best, least = fallback, triton.testing.do_bench(lambda: run(fallback), return_mode="median")
-    for candidate in dict.fromkeys(candidates):
+    for tried, candidate in enumerate(dict.fromkeys(candidates)):
+        if budget.spent(tried):
+            print(f"  the budget ends after {tried} candidates", flush=True)
+            break
         try:
             state = run(candidate)
+            torch.cuda.synchronize()
         except OutOfResources:
             continue  # more shared memory or registers than the device has
+        except Exception as error:  # Triton's passes and ptxas fail in ways of their own
+            print(f"  dropped, it fails with {type(error).__name__}: {candidate}", flush=True)
+            continue
         if not torch.allclose(state, expected, rtol=1e-3, atol=1e-4):
             print(f"  dropped, its statistics differ: {candidate}", flush=True)
             continue
@@ -108,7 +133,7 @@ def fastest(run: Any, candidates: list[Any], fallback: Any) -> Any:
 
 
 def why_not() -> str | None:
-    """Why this machine can not be tuned for, or None."""
+    """Why this machine cannot be tuned for, or None."""
     if triton.knobs.runtime.interpret:
         return "TRITON_INTERPRET is set: kernels run in Triton's interpreter, which has no speed to measure"
     if not torch.cuda.is_available():
@@ -147,6 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m acqcore.kernels.tune", description=__doc__)
     parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, metavar="VxD", help="weights to tune for")
     parser.add_argument("--products", nargs="+", choices=PRODUCTS, default=tuple(PRODUCTS), help="default: all")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end the search after so long")
+    parser.add_argument("--candidates", type=int, help="most candidates of a search; an entry takes two searches")
     parser.add_argument("--output", type=Path, help="file to write; default: this device's, in the package")
     options = parser.parse_args(arguments)
     if reason := why_not():
@@ -154,20 +181,28 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     device, major = torch.cuda.get_device_name(), torch.cuda.get_device_capability()[0]
     base = json.loads((FOLDER / f"{ARCHITECTURES.get(major, 'sm_80')}.json").read_text())
-    tables: dict[str, Any] = {"architecture": base["architecture"], "row_stats": dict(base["row_stats"])}
+    path = options.output or FOLDER / file_name(device)
+    budget = Budget(time.monotonic() + options.seconds, options.candidates)
+    tables: dict[str, Any] = {**base, "row_stats": dict(base["row_stats"])}
     for product in options.products:
         known = {key: value for key, value in base["row_stats"][product][0].items() if key not in ("vocab", "depth")}
-        tables["row_stats"][product] = []
+        entries: list[dict[str, Any]] = []
         for vocab, depth in options.shapes:
+            if budget.spent(0):
+                break
             print(f"row_stats, {product}, weight [{vocab}, {depth}]", flush=True)
-            tables["row_stats"][product].append(tune_row_stats(product, vocab, depth, Tiles(**known), major))
+            entries.append(tune_row_stats(product, vocab, depth, Tiles(**known), major, budget))
+            tables["row_stats"][product] = entries
+            write(path, tables)
     strips = Strips(**{key: value for key, value in base["logit_stats"][0].items() if key != "vocab"})
-    tables["logit_stats"] = []
+    entries = []
     for vocab in sorted({vocab for vocab, _ in options.shapes}):
+        if budget.spent(0):
+            break
         print(f"logit_stats, [{ROWS}, {vocab}]", flush=True)
-        tables["logit_stats"].append(tune_logit_stats(vocab, strips))
-    path = options.output or FOLDER / file_name(device)
-    write(path, tables)
+        entries.append(tune_logit_stats(vocab, strips, budget))
+        tables["logit_stats"] = entries
+        write(path, tables)
     print(f"wrote {path}")
     return 0
 

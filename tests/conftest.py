@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,14 @@ from acqcore.backends.base import Backend, DrawRows, Dropout
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.extension import matrix, pointer
 from acqcore.backends.triton import INTERPRETED
+
+if importlib.util.find_spec("benchmarks") is None:  # it is no part of the installed package that is under test
+    _FOLDER = Path(__file__).parent.parent / "benchmarks"
+    _SPEC = importlib.util.spec_from_file_location(
+        "benchmarks", _FOLDER / "__init__.py", submodule_search_locations=[str(_FOLDER)]
+    )
+    assert _SPEC is not None
+    sys.modules["benchmarks"] = importlib.util.module_from_spec(_SPEC)
 
 
 class EmulatedCuda(Cuda):

@@ -1,4 +1,7 @@
-"""The CUDA C++ backend: statistics of logits by its kernel, of hidden states by torch's product and that kernel."""
+"""The CUDA C++ backend: statistics of logits by its kernel; of hidden states fused with the product on Hopper.
+
+Elsewhere, and where the fused kernel does not fit, torch multiplies block by block and the kernel for logits follows.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ COPY_BYTES = 16 << 20
 class Cuda(Chunked):
     name = "cuda"
     description = (
-        "CUDA C++: logits in one read; hidden states by torch's product in blocks; gradients and draws in torch"
+        "CUDA C++: logits in one read; hidden states fused with the product on Hopper, else in blocks by torch"
     )
     devices = ("cuda",)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,6 +40,46 @@ class Cuda(Chunked):
         rows: HeadRows,
         gram: Gram | None = None,
     ) -> None:
+        device = rows.hidden.device
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        with _stating_memory("row_stats"):
+            if fits_hopper(rows.hidden, rows.head.weight, capability):
+                self._fused(rows)
+            else:
+                self._blocked(rows)
+        if gram is not None:
+            self.fill_gram(rows, gram)
+
+    def _fused(
+        self,
+        rows: HeadRows,
+    ) -> None:
+        """Queue the kernel for Hopper that multiplies and folds at once; nothing is read back from the device."""
+        head, device = rows.head, rows.hidden.device.index
+        bias = None if head.bias is None else head.bias.float().contiguous()
+        targets = None if rows.targets is None else rows.targets.contiguous()
+        arguments = core.CudaRowStatsArgs(
+            matrix(rows.hidden),
+            matrix(head.weight),
+            pointer(bias),
+            pointer(targets),
+            head.softcap or 0.0,
+            head.scale,
+            rows.temperature,
+            head.vocab_start,
+            rows.state.data_ptr(),
+            rows.index.data_ptr(),
+        )
+        size = core.cuda_row_stats_sm90_scratch(arguments)
+        scratch = torch.empty(size, dtype=torch.uint8, device=rows.hidden.device)
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            core.cuda_row_stats_sm90(arguments, device, stream, scratch.data_ptr(), size)
+
+    def _blocked(
+        self,
+        rows: HeadRows,
+    ) -> None:
         """Block by block of rows and columns: product, bias, cap, then the kernel, merged along the columns."""
         head, targets = rows.head, rows.targets
         n, v = len(rows.hidden), len(head.weight)
@@ -48,7 +91,7 @@ class Cuda(Chunked):
             kept = None
         mixed = rows.hidden.dtype != head.weight.dtype
         height, width = _block(head.weight.shape[1], mixed)
-        with _stating_memory("row_stats"), float32_products():
+        with float32_products():
             buffer = rows.hidden.new_empty(min(n, height) * min(v, width), dtype=torch.float32)
             for begin in range(0, n if kept is None else len(kept), height):
                 part = slice(begin, begin + height) if kept is None else kept[begin : begin + height]
@@ -65,8 +108,6 @@ class Cuda(Chunked):
                     self._fold(z, y, rows.temperature, start, first > 0, state, index)
                 rows.state[:, part] = state
                 rows.index[part] = index
-        if gram is not None:
-            self.fill_gram(rows, gram)
 
     def logit_stats(
         self,
@@ -118,6 +159,27 @@ class Cuda(Chunked):
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
             core.cuda_logit_stats(arguments, device, stream, scratch.data_ptr(), size)
+
+
+def fits_hopper(
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    capability: tuple[int, int] | None,  # of their device; None for a CPU
+) -> bool:
+    """Whether the fused kernel takes them: 16-bit products on sm_90, weights that its copy engine can address.
+
+    Hidden states may have any strides: the kernel packs them where it has to.
+    """
+    row, column = weight.stride()
+    return (
+        capability == (9, 0)
+        and hidden.dtype == weight.dtype
+        and hidden.dtype in (torch.bfloat16, torch.float16)
+        and weight.data_ptr() % 16 == 0
+        and column == 1
+        and row % 8 == 0
+        and row >= weight.shape[1] > 0
+    )
 
 
 def _block(d: int, mixed: bool) -> tuple[int, int]:

@@ -64,28 +64,55 @@ class Triton(Chunked):
         rows: HeadRows,
         gram: Gram | None = None,
     ) -> None:
+        from acqcore.kernels.gram import row_stats_and_grams
         from acqcore.kernels.row_stats import row_stats
 
         head = rows.head
         plan = _plan(rows.hidden, head)
+        arguments = _head_arguments(rows) | {
+            "state": rows.state,
+            "index": rows.index,
+            "precision": plan.precision,
+            "upcast": plan.upcast,
+        }
+        short, long = _split(gram)
         with _launching(rows.hidden):
-            row_stats(
-                rows.hidden,
-                head.weight,
-                head.bias,
-                rows.targets,
-                softcap=head.softcap,
-                scale=head.scale,
-                temperature=rows.temperature,
-                vocab_start=head.vocab_start,
-                state=rows.state,
-                index=rows.index,
-                tiles=plan.tiles("row_stats"),
-                precision=plan.precision,
-                upcast=plan.upcast,
-            )
-        if gram is not None:
-            self.fill_gram(rows, gram)
+            if short is not None:
+                row_stats_and_grams(
+                    rows.hidden, head.weight, head.bias, rows.targets, short.bounds, short.starts,
+                    products=short.products, tiles=plan.tiles("gram"), **arguments,
+                )  # fmt: skip
+            for begin, end in _gaps(short, len(rows.hidden)):
+                part = slice(begin, end)
+                targets = None if rows.targets is None else rows.targets[part]
+                row_stats(
+                    rows.hidden[part], head.weight, head.bias, targets, first_row=begin, tiles=plan.tiles("row_stats"),
+                    **arguments,
+                )  # fmt: skip
+        if long is not None:
+            self.fill_gram(rows, long)
+
+    def longest_gram(self, depth: int) -> int:
+        from acqcore.kernels.gram import BLOCK
+
+        return BLOCK
+
+    def gram_norm(
+        self,
+        rows: HeadRows,
+        gram: Gram,
+        local_max: torch.Tensor,  # [N] float64
+        weights: torch.Tensor,  # [N] float64
+        squared: torch.Tensor,  # [len(gram.bounds)] float64, written
+    ) -> None:
+        from acqcore.kernels.gram_norm import gram_norm
+
+        with _launching(rows.hidden):
+            gram_norm(
+                rows.hidden, rows.head.weight, rows.head.bias, rows.targets, gram.bounds, gram.starts,
+                state=rows.state, index=rows.index, products=gram.products, local_max=local_max, weights=weights,
+                squared=squared, upcast=INTERPRETED, **_head_arguments(rows),
+            )  # fmt: skip
 
     def logit_stats(
         self,
@@ -176,6 +203,38 @@ def _plan(hidden: torch.Tensor, head: Head) -> _Plan:
         precision = "tf32x3"
     upcast = INTERPRETED and dtype == torch.bfloat16  # numpy has no bfloat16 products
     return _Plan(device, major, product, precision, upcast, head.weight.shape)
+
+
+def _head_arguments(rows: HeadRows) -> dict[str, Any]:
+    """What kernels must know of a head beside its tensors."""
+    head = rows.head
+    return {
+        "softcap": head.softcap,
+        "scale": head.scale,
+        "temperature": rows.temperature,
+        "vocab_start": head.vocab_start,
+    }
+
+
+def _split(gram: Gram | None) -> tuple[Gram | None, Gram | None]:
+    """The samples that fit a block of the kernel, and the longer ones; None for none."""
+    from acqcore.kernels.gram import BLOCK
+
+    if gram is None:
+        return None, None
+    parts = []
+    for wanted in (False, True):
+        own = [i for i, (begin, end) in enumerate(gram.bounds) if (end - begin > BLOCK) == wanted]
+        bounds, starts = tuple(gram.bounds[i] for i in own), tuple(gram.starts[i] for i in own)
+        parts.append(Gram(bounds, starts, gram.products) if own else None)
+    return parts[0], parts[1]
+
+
+def _gaps(gram: Gram | None, n: int) -> list[tuple[int, int]]:
+    """Stretches ``[begin, end)`` of ``n`` rows that are in no sample of ``gram``."""
+    bounds = sorted(() if gram is None else gram.bounds)
+    edges = [0, *(row for pair in bounds for row in pair), n]
+    return [(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True) if begin < end]
 
 
 @constant_when_compiled

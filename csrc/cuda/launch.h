@@ -37,4 +37,36 @@ void logit_stats(const LogitStatsArgs& args, const Launch& launch);
 // The same computed by the host from host memory, as `multiprocessors` would share it out.
 void logit_stats_on_host(const LogitStatsArgs& args, int multiprocessors);
 
+struct RowStatsArgs {
+  Matrix hidden;           // [N, D] bfloat16 or float16
+  Matrix weight;           // [V, D] of the same dtype, V < 2^30; rows contiguous and on 16 bytes
+  const float* bias;       // [V] or null
+  const int64_t* targets;  // [N] or null, -100: the row is ignored
+  double softcap;          // 0: none
+  double scale;
+  double temperature;
+  int64_t vocab_start;  // of the first row of weight in the whole vocabulary
+  double* state;        // [7, N], written
+  int64_t* index;       // [N], written
+};
+
+// How the fused product is cut and run on sm_90. Results follow from `splits` alone.
+struct ProductPlan {
+  int splits = 66;        // of the vocabulary, at most: a pair of an H100's 132 multiprocessors each
+  int group = 8;          // pairs of row blocks that walk the vocabulary side by side
+  int lag = 3;            // steps of depth 64 that the second warpgroup starts behind the first
+  bool multicast = true;  // two blocks of a cluster load half of the weights each
+  bool fold = true;       // false: the bare product, to measure
+};
+
+// Device memory that row_stats_sm90 uses beside its arguments, at most 56 MiB (more only where 256 rows need it).
+int64_t row_stats_sm90_scratch(const RowStatsArgs& args, const ProductPlan& plan = {});
+
+// Queues the operation on a device of compute capability 9.0. Throws as logit_stats does.
+void row_stats_sm90(const RowStatsArgs& args, const Launch& launch, const ProductPlan& plan = {});
+
+// The fold of float32 products [N, V] as row_stats_sm90 does it, by the host from host memory. Of `args`, hidden, weight
+// and targets are not read.
+void fold_tiles_on_host(const Matrix& products, const RowStatsArgs& args, int splits);
+
 }  // namespace acqcore::cuda

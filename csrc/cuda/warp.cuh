@@ -34,11 +34,12 @@ ACQCORE_DEVICE int lane_of(int i) {
 #endif
 }
 
-// v = op over all lanes, in every lane, by exchange with lanes 16, 8, 4, 2, 1 away; op commutes: all get the same bits.
-template <typename T, typename Op>
+// v = op over each run of `lanes` lanes, in every lane, by exchange with lanes 16, 8, 4, 2, 1 away; op commutes: all
+// get the same bits.
+template <int lanes = kWarp, typename T, typename Op>
 ACQCORE_DEVICE void butterfly(T (&v)[kHeld], Op op) {
   ACQCORE_UNROLL
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
 #if defined(__CUDACC__)
     v[0] = op(v[0], __shfl_xor_sync(~0u, v[0], offset));
 #else
@@ -76,6 +77,15 @@ ACQCORE_DEVICE float exp2_flushed(float x) {
   return y;
 #else
   return x < -126.0f ? 0.0f : exp2f(x);
+#endif
+}
+
+// a / b within 2 ulp, for b from 2^-126 to 2^126.
+ACQCORE_DEVICE float quotient(float a, float b) {
+#if defined(__CUDACC__)
+  return __fdividef(a, b);
+#else
+  return a / b;
 #endif
 }
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,18 +44,23 @@ def test_what_it_writes_is_what_is_read(path: Path, tmp_path: Path) -> None:
 
 def test_candidates() -> None:
     fallback = Tiles(128, 256, 64, 8, 4, 16, 128, descriptors=True, flatten=False)
-    assert all(tiles.splits == 128 and tiles.group_m == 16 for tiles in tune.tile_candidates("half", 9, fallback))
-    assert any(tiles.descriptors for tiles in tune.tile_candidates("half", 9, fallback))
+    candidates = tune.tile_candidates("half", 9, fallback)
+    assert all(tiles.splits == 128 and tiles.group_m == 16 for tiles in candidates)
+    assert candidates[0] == fallback  # the nearest comes first
+    assert replace(fallback, stages=3) in candidates[1:6]
     assert not any(tiles.descriptors for tiles in tune.tile_candidates("half", 8, fallback))
-    assert fallback in tune.tile_candidates("half", 9, fallback)
 
 
-def test_the_fastest_that_agrees_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Candidates are times here; 1 computes something else, 2 does not fit the device."""
+@pytest.fixture
+def search(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """``fastest`` over candidates that are times: 1 computes something else, 2 and 4 fail in ways of their own."""
+    ran: list[int] = []
 
     def run(candidate: int) -> torch.Tensor:
         if candidate == 2:
             raise tune.OutOfResources(1, 0, "shared memory")
+        if candidate == 4:
+            raise RuntimeError("PassManager::run failed")
         ran.append(candidate)
         return torch.tensor(1.0 if candidate == 1 else 0.0)
 
@@ -60,7 +68,40 @@ def test_the_fastest_that_agrees_is_taken(monkeypatch: pytest.MonkeyPatch, capsy
         function()  # type: ignore[operator]
         return float(ran[-1])
 
-    ran: list[int] = []
     monkeypatch.setattr(tune.triton.testing, "do_bench", time)
-    assert tune.fastest(run, [5, 1, 2, 3, 4], 9) == 3
-    assert "dropped, its statistics differ: 1" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return lambda candidates, budget: tune.fastest(run, candidates, 9, budget)
+
+
+def test_the_fastest_that_agrees_is_taken(search: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert search([5, 1, 2, 4, 3, 6], tune.Budget()) == 3
+    said = capsys.readouterr().out
+    assert "dropped, its statistics differ: 1" in said
+    assert "dropped, it fails with RuntimeError: 4" in said
+
+
+def test_a_search_ends_with_its_budget(search: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert search([5, 6, 3], tune.Budget(candidates=2)) == 5
+    assert "the budget ends after 2 candidates" in capsys.readouterr().out
+    assert search([5, 6, 3], tune.Budget(deadline=0.0)) == 9
+
+
+def test_every_entry_is_written_when_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in its second entry, the file holds the first, and the architecture's own tables for the rest."""
+    monkeypatch.setattr(tune, "why_not", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+    def measured(product: str, vocab: int, depth: int, fallback: Tiles, major: int, budget: object) -> dict[str, Any]:
+        if product == "tf32":
+            raise KeyboardInterrupt
+        return {"vocab": vocab, "depth": depth, **asdict(fallback)}
+
+    monkeypatch.setattr(tune, "tune_row_stats", measured)
+    path = tmp_path / "tiles.json"
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--shapes", "1024x512", "--output", str(path)])
+    base, written = json.loads((FOLDER / "sm_90.json").read_text()), json.loads(path.read_text())
+    assert [(entry["vocab"], entry["depth"]) for entry in written["row_stats"]["half"]] == [(1024, 512)]
+    assert written["row_stats"]["tf32"] == base["row_stats"]["tf32"]
+    assert written["logit_stats"] == base["logit_stats"]

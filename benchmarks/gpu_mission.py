@@ -1,0 +1,406 @@
+"""Every operation at the shapes that matter, beside the bare product and peers: the second stage of ``make gpu-check``.
+
+``python -m benchmarks.gpu_mission --device cuda --rows FILE`` takes turns within each group of peers, and appends one
+JSON object a peer to FILE: median time and spread, product-equivalents (its time over the bare product's in the same
+turn), extra memory, error against float64 on a few rows, and the clocks, power and throttle reasons seen meanwhile.
+``--warm`` calls everything once and measures nothing: it fills the caches of compilers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+import acqcore
+from benchmarks import bench_logit_stats, bench_row_stats, harness
+from benchmarks.gpu_parity import backends
+
+BARE = "bare product"
+DRAWS = 8
+ORACLE_ROWS = 64
+#: Least time that a turn spends on one peer, and most that one call may take to be called more than once.
+TURN_SECONDS, LONGEST_CALL = 20e-3, 2.0
+
+#: (N, D, V): the shape that fused heads are published at, SmolLM2's head.
+SHAPES = {"cuda": [(4096, 4096, 131072), (4096, 576, 49152)], "cpu": [(256, 64, 700), (256, 40, 333)]}
+LOGITS = {"cuda": [(4096, 151936), (4096, 50257)], "cpu": [(64, 1000), (64, 501)]}
+#: Few rows: bound by reading W. Rows whose logits pass 2^31.
+EDGES = {"cuda": [(128, 4096, 131072), (20480, 1024, 131072)], "cpu": [(16, 64, 700)]}
+
+
+@dataclass
+class Peer:
+    """``call()`` is timed; ``error(result)`` is its largest error on a few rows, against float64."""
+
+    call: Callable[[], Any]
+    error: Callable[[Any], float] | None = None
+
+
+@dataclass
+class Group:
+    """Peers that take turns, each compared with the first."""
+
+    case: str
+    peers: dict[str, Peer]
+    work: float  #: of one bare product (floating-point operations) or one read of the input (bytes)
+    unit: str = "TFLOP/s"
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Monitor:
+    """``nvidia-smi`` sampling in the background, and what it saw between two moments."""
+
+    FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
+    REASONS: ClassVar[dict[int, str]] = {
+        0x2: "application clocks", 0x4: "power cap", 0x8: "hardware slowdown", 0x20: "software thermal slowdown",
+        0x40: "hardware thermal slowdown", 0x80: "hardware power brake",
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pending = b""
+        if shutil.which("nvidia-smi"):
+            command = ["nvidia-smi", f"--query-gpu={','.join(self.FIELDS)}", "--format=csv,noheader,nounits"]
+            self._process = subprocess.Popen(
+                [*command, "-lms", "100"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+            )
+            assert self._process.stdout is not None
+            os.set_blocking(self._process.stdout.fileno(), False)
+
+    def seen(self) -> dict[str, Any]:
+        """Medians, extremes and throttle reasons since the last call; empty without ``nvidia-smi``."""
+        if self._process is None:
+            return {}
+        samples, odd = [], ""
+        for line in self._lines():
+            cells = [cell.strip() for cell in line.split(",")]
+            try:
+                samples.append((*(float(cell) for cell in cells[:4]), int(cells[4], 16)))
+            except (ValueError, IndexError):
+                odd = line
+        if not samples:
+            return {"monitor": odd or "no sample"}
+        clocks, _, power, temperature, masks = zip(*samples, strict=True)
+        reasons = 0
+        for mask in masks:
+            reasons |= int(mask)
+        return {
+            "sm_mhz": statistics.median(clocks),
+            "sm_mhz_min": min(clocks),
+            "power_w_max": max(power),
+            "temperature_c": max(temperature),
+            "throttle": [name for bit, name in self.REASONS.items() if reasons & bit],
+        }
+
+    def _lines(self) -> list[str]:
+        """Whole lines that have come since the last call."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        while chunk := self._process.stdout.read(1 << 16):  # None where nothing is waiting
+            self._pending += chunk
+        *whole, self._pending = self._pending.split(b"\n")
+        return [line.decode(errors="replace") for line in whole]
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+def seconds_of(call: Callable[[], object], repeats: int, device: str) -> float:
+    """Mean seconds of ``repeats`` calls queued one after another."""
+    if device == "cuda":
+        return harness.gpu_seconds(call, repeats)
+    return sum(harness.cpu_seconds(call) for _ in range(repeats)) / repeats
+
+
+def measure(group: Group, turns: int, device: str, rows: Path, monitor: Monitor) -> None:
+    """Measures a group and appends a row a peer; one that raises has its reason in place of figures."""
+    baseline = next(iter(group.peers))
+    known: dict[str, dict[str, Any]] = {}
+    for name, peer in group.peers.items():
+        row: dict[str, Any] = {"stage": "mission", "case": group.case, "peer": name, **group.facts}
+        try:
+            begin = time.perf_counter()
+            result = peer.call()
+            _settle(device)
+            row["first_call_s"] = round(time.perf_counter() - begin, 3)
+            if peer.error is not None:
+                row["error"] = peer.error(result)
+            del result
+            _release(device)
+            once = _second_call(peer.call, device, row)
+        except Exception as error:  # somebody else's code, or a kernel under test: the others are still measured
+            harness.append(rows, **row, not_measured=harness.first_line(error))
+            print(f"{group.case}: {name}: {harness.first_line(error)}", flush=True)
+            _release(device)
+            continue
+        known[name] = row | {"once": once}
+    if baseline not in known:
+        return
+    monitor.seen()
+    repeats = {name: max(1, min(50, math.ceil(TURN_SECONDS / row["once"]))) for name, row in known.items()}
+    times: dict[str, list[float]] = {name: [] for name in known}
+    for _ in range(turns):
+        for name, row in known.items():
+            if row["once"] <= LONGEST_CALL:
+                times[name].append(seconds_of(group.peers[name].call, repeats[name], device))
+            elif not times[name]:
+                times[name].append(row["once"])
+    clocks = monitor.seen()
+    for name, row in known.items():
+        seconds = statistics.median(times[name])
+        ratio = statistics.median(a / b for a, b in zip(times[name], times[baseline], strict=False))
+        row.pop("once")
+        row |= {
+            "ms": round(seconds * 1e3, 4),
+            "spread": round((max(times[name]) - min(times[name])) / seconds, 4),
+            "turns": len(times[name]),
+            "ratio": round(ratio, 4),
+            "rate": round(group.work / seconds / (1e12 if group.unit == "TFLOP/s" else 1e9), 1),
+            "unit": group.unit,
+            **clocks,
+        }
+        harness.append(rows, **row)
+        print(f"{group.case}: {name}: {row['ms']:.3f} ms, {ratio:.2f}, error {row.get('error')}", flush=True)
+
+
+def _second_call(call: Callable[[], object], device: str, row: dict[str, Any]) -> float:
+    """Seconds of one call; on a GPU its peak of allocated memory goes to ``row``."""
+    if device != "cuda":
+        return harness.cpu_seconds(call)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    seconds = harness.gpu_seconds(call, 1)
+    row["extra_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    return seconds
+
+
+def _settle(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _release(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
+def _largest(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got[: len(expected)].double() - expected).abs().max())
+
+
+def _relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest error of a row over its norm."""
+    got = got[: len(expected)].double()
+    if expected.ndim == 1:
+        return float(((got - expected).abs() / expected.abs()).max())
+    return float(((got - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+def automatic(device: str) -> list[str | None]:
+    """The automatic choice, and the backends named; ``cuda`` has no kernel but those of statistics."""
+    return [None, *(name for name in backends(device) if name != "cuda")]
+
+
+def named(op: str, backend: str | None) -> str:
+    return f"{op}, {backend or 'automatic'}"
+
+
+def head_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
+    """Statistics, gradient norms and gradients under one head in bfloat16."""
+    hidden, weight, targets = bench_row_stats.make_inputs(n, d, v, torch.bfloat16, device)
+    head = acqcore.Head(weight)
+    case, work = f"N={n} D={d} V={v} bfloat16", 2.0 * n * d * v
+    few = min(ORACLE_ROWS, n)
+    exact = acqcore.Head(weight.double())
+
+    def offsets(tokens: int) -> torch.Tensor:
+        return torch.arange(0, n + 1, tokens, device=device)
+
+    bare = Peer(lambda: torch.mm(hidden, weight.T))
+    oracle = acqcore.row_stats(hidden[:few].double(), exact, targets[:few], backend="eager")
+    entropy = oracle.entropy.double()
+    fields: dict[str, Callable[[Any], torch.Tensor]] = {
+        "ours": lambda stats: stats.entropy, "eager": lambda out: out[2], "peer": lambda out: out[1],
+    }  # fmt: skip
+
+    def statistics_peer(function: Callable[..., Any], kind: str) -> Peer:
+        return Peer(partial(function, hidden, weight, targets), lambda out: _largest(fields[kind](out), entropy))
+
+    names = backends(device)
+    peers = {BARE: bare}
+    peers |= {f"row_stats, {name}": statistics_peer(bench_row_stats.ours_by(name), "ours") for name in names}
+    peers["eager"] = statistics_peer(bench_row_stats.eager, "eager")
+    if device == "cuda":  # on a CPU it compiles for a minute
+        compiled = bench_row_stats.PEERS["torch.compile of eager"]
+        peers["torch.compile of eager"] = statistics_peer(compiled, "eager")
+    peers |= {
+        "Liger (logprob, entropy)": statistics_peer(bench_row_stats.liger, "peer"),
+        "TRL chunked (logprob, entropy, sum p^2, top-1)": statistics_peer(bench_row_stats.trl_chunked, "peer"),
+    }
+    yield Group(f"statistics, {case}", peers, work, facts={"accuracy": "entropy, absolute"})
+
+    few_offsets = {t: offsets(t)[: max(1, few // t) + 1] for t in (32, 128) if t <= n}
+    peers = {BARE: bare, f"row_stats, {names[0]}": statistics_peer(bench_row_stats.ours_by(names[0]), "ours")}
+    peers["row_stats, automatic"] = statistics_peer(bench_row_stats.ours, "ours")
+    for tokens, part in few_offsets.items():
+        rows = int(part[-1])
+        norm = acqcore.head_grad_norm(hidden[:rows].double(), exact, targets[:rows], part, backend="eager")
+        for backend in automatic(device):
+            peers[named(f"statistics and head_grad_norm, T={tokens}", backend)] = Peer(
+                partial(acqcore.head_grad_norm, hidden, head, targets, offsets(tokens), backend=backend),
+                partial(_relative, expected=norm),
+            )
+    yield Group(f"gradient norms, {case}", peers, work, facts={"accuracy": "norm, relative"})
+
+    gradient = acqcore.hidden_grad(hidden[:few].double(), exact, targets[:few], backend="eager")
+    longest = max(few_offsets)
+    part = few_offsets[longest]
+    rows = int(part[-1])
+    sketch = acqcore.grad_sketch(hidden[:rows].double(), exact, targets[:rows], part, backend="eager")
+    peers = {BARE: bare}
+    for backend in automatic(device):
+        peers[named("hidden_grad", backend)] = Peer(
+            partial(acqcore.hidden_grad, hidden, head, targets, backend=backend), partial(_relative, expected=gradient)
+        )
+        peers[named(f"grad_sketch, T={longest}", backend)] = Peer(
+            partial(acqcore.grad_sketch, hidden, head, targets, offsets(longest), backend=backend),
+            partial(_relative, expected=sketch),
+        )
+    yield Group(f"gradients, {case}", peers, work, facts={"accuracy": "vector, relative"})
+
+
+def draw_group(n: int, d: int, v: int, device: str) -> Group:
+    """Mutual information of dropout on hidden states, in both forms."""
+    hidden, weight, _ = bench_row_stats.make_inputs(n, d, v, torch.bfloat16, device)
+    head, few = acqcore.Head(weight), min(ORACLE_ROWS, n)
+    exact = acqcore.Head(weight.double())
+    peers = {BARE: Peer(lambda: torch.mm(hidden, weight.T))}
+    for form in ("block", "element"):
+        drawn = acqcore.mutual_information(hidden[:few].double(), exact, form=form, draws=DRAWS, backend="eager")
+        information = drawn.mutual_information.double()
+        for backend in automatic(device):
+            peers[named(f"mutual_information, {form}, K={DRAWS}", backend)] = Peer(
+                partial(acqcore.mutual_information, hidden, head, form=form, draws=DRAWS, backend=backend),
+                partial(_information_error, expected=information),
+            )
+    facts = {"accuracy": "mutual information, absolute"}
+    return Group(f"draws, N={n} D={d} V={v} bfloat16", peers, 2.0 * n * d * v, facts=facts)
+
+
+def _information_error(stats: acqcore.BayesStats, expected: torch.Tensor) -> float:
+    return _largest(stats.mutual_information, expected)
+
+
+def logit_group(n: int, v: int, device: str) -> Group:
+    """Statistics of logits in bfloat16, beside a copy of them."""
+    logits, targets = bench_logit_stats.make_inputs(n, v, torch.bfloat16, device)
+    bytes_read = float(logits.numel() * logits.element_size())
+    few = min(ORACLE_ROWS, n)
+    entropy = acqcore.logit_stats(logits[:few].double(), targets[:few], backend="eager").entropy.double()
+    target = torch.empty_like(logits)
+    peers = {"copy (read and written)": Peer(lambda: target.copy_(logits))}
+
+    def peer(function: Callable[..., Any], get: Callable[[Any], torch.Tensor]) -> Peer:
+        return Peer(partial(function, logits, targets), lambda out: _largest(get(out), entropy))
+
+    for name in backends(device):
+        peers[f"logit_stats, {name}"] = peer(bench_logit_stats.ours_by(name, True), lambda stats: stats.entropy)
+    peers["eager"] = peer(bench_logit_stats.eager, lambda out: out[2])
+    if device == "cuda":
+        compiled = bench_logit_stats.PEERS["cpu"]["torch.compile of eager"]
+        peers["torch.compile of eager"] = peer(compiled, lambda out: out[2])
+    peers["TRL fused (logprob, entropy)"] = peer(bench_logit_stats.trl_fused, lambda out: out[1])
+    return Group(
+        f"logits, N={n} V={v} bfloat16", peers, bytes_read, "GB/s", {"accuracy": "entropy, absolute"}
+    )  # fmt: skip
+
+
+def edge_group(n: int, d: int, v: int, device: str) -> Group:
+    """Statistics alone, of each backend."""
+    hidden, weight, targets = bench_row_stats.make_inputs(n, d, v, torch.bfloat16, device)
+    peers = {BARE: Peer(lambda: torch.mm(hidden, weight.T))}
+    for name in backends(device):
+        peers[f"row_stats, {name}"] = Peer(partial(bench_row_stats.ours_by(name), hidden, weight, targets))
+    return Group(f"statistics, N={n} D={d} V={v} bfloat16", peers, 2.0 * n * d * v)
+
+
+def groups(device: str) -> Iterator[Callable[[], Iterator[Group]]]:
+    """What makes each set of groups, those that matter most first; inputs exist only while a set is measured."""
+
+    def alone(make: Callable[..., Group], *shape: int) -> Callable[[], Iterator[Group]]:
+        return lambda: (make(*shape, device) for _ in range(1))
+
+    (first, *others), (first_logits, *other_logits) = SHAPES[device], LOGITS[device]
+    yield partial(head_groups, *first, device)
+    yield alone(logit_group, *first_logits)
+    yield alone(draw_group, *first)
+    for shape in others:
+        yield partial(head_groups, *shape, device)
+        yield alone(draw_group, *shape)
+    for logits_shape in other_logits:
+        yield alone(logit_group, *logits_shape)
+    for shape in EDGES[device]:
+        yield alone(edge_group, *shape)
+
+
+def warm(device: str) -> None:
+    """Calls every peer once, so that what compiles finds its result on disk later."""
+    for make in groups(device):
+        for group in make():
+            for name, peer in group.peers.items():
+                begin = time.perf_counter()
+                try:
+                    peer.call()
+                    _settle(device)
+                except Exception as error:  # measure() will say why
+                    print(f"{group.case}: {name}: {harness.first_line(error)}", flush=True)
+                    continue
+                print(f"{group.case}: {name}: {time.perf_counter() - begin:.1f} s", flush=True)
+        _release(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--rows", type=Path, required=True, help="file that results are appended to")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--warm", action="store_true", help="call everything once, measure nothing")
+    arguments = parser.parse_args()
+    device = arguments.device
+    with torch.no_grad():
+        if arguments.warm:
+            warm(device)
+            return
+        monitor = Monitor()
+        try:
+            if device == "cuda":
+                rate = harness.copy_bandwidth()
+                harness.append(arguments.rows, stage="mission", case="device", peer="copy of 2 GiB", rate=rate / 1e9)
+            for make in groups(device):
+                for group in make():
+                    measure(group, arguments.turns, device, arguments.rows, monitor)
+                _release(device)
+        finally:
+            monitor.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Tables of what a GPU showed, from the JSON that ``make gpu-check`` and ``make gpu-static`` leave; no figure is typed.
+
+``python -m benchmarks.gpu_tables`` writes ``docs/gpu.md``. Standard library alone: ``gpu_check`` uses it on machines
+where the package is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = ROOT / "docs" / "gpu.md"
+
+Row = dict[str, Any]
+
+INTRODUCTION = """\
+# GPU
+
+`make gpu-check` builds the package on a machine with a GPU, holds every operation to float64, times it beside the bare
+product and peers in one process, runs a memory checker, and leaves one file a GPU. `make gpu-static` compiles every
+kernel for sm_80, sm_90 and sm_100 without a GPU. `python -m benchmarks.gpu_tables` writes this page from their results.
+
+A product-equivalent is the time of a call over the time of the bare product `hidden @ weight.T` in bfloat16, in the
+same turn of the same process.
+"""
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table; the first column is text, the others figures."""
+    header = list(header)
+    lines = [f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}"]
+    lines += [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return str(value)
+
+
+def run_report(content: dict[str, Any]) -> str:
+    """One run of ``make gpu-check`` as Markdown."""
+    machine = content.get("machine", {})
+    parts = [f"## {machine.get('gpu', 'no GPU')}"]
+    facts = ", ".join(f"{key} {value}" for key, value in machine.items() if key != "gpu" and value)
+    words = {True: "ok", False: "failed", None: "not run"}
+    stages = [(stage["name"], words[stage["ok"]], stage["detail"], stage["seconds"]) for stage in content["stages"]]
+    parts += [facts, table(("stage", "", "", "s"), stages)]
+    parts += [part for part in (_parity(content), _mission(content), _score(content), _tuning(content)) if part]
+    rows = preferences(content)
+    if rows:
+        parts += ["Rows for `acqcore/backends/preference.json`:", "\n".join(f"    {json.dumps(row)}" for row in rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _parity(content: dict[str, Any]) -> str:
+    """Counts and worst error of each operation and backend; each check that fails, by name."""
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in content.get("parity", []):
+        found.setdefault((row["op"], row["backend"], row["dtype"]), []).append(row)
+    if not found:
+        return ""
+    rows = []
+    for (op, backend, dtype), checks in sorted(found.items()):
+        worst = max((check["worst"] for check in checks if check["worst"] is not None), default=None)
+        good = sum(check["ok"] for check in checks)
+        rows.append((op, backend, dtype, f"{good} of {len(checks)}", worst))
+    lines = ["### Parity with float64", table(("operation", "backend", "dtype", "hold", "worst error / bound"), rows)]
+    failed = [row for row in content["parity"] if not row["ok"]]
+    lines += [f"- {row['op']}, {row['case']}, {row['backend']}, {row['dtype']}: {row['message']}" for row in failed]
+    return "\n\n".join(lines[:2]) + ("\n\n" + "\n".join(lines[2:]) if failed else "")
+
+
+def _mission(content: dict[str, Any]) -> str:
+    rows = content.get("mission", [])
+    parts = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        chosen = [row for row in rows if row["case"] == case]
+        measured = [row for row in chosen if "ms" in row]
+        for row in chosen:
+            if case == "device":
+                parts.append(f"{row['peer']}, read and written: {row['rate']:.0f} GB/s")
+        if measured:
+            unit, accuracy = measured[0]["unit"], measured[0].get("accuracy", "")
+            header = ("", "ms", "spread", "product-equivalents" if unit == "TFLOP/s" else "ratio", unit, "extra MiB")
+            cells = [
+                (r["peer"], r["ms"], f"{r['spread']:.1%}", f"{r['ratio']:.2f}", r["rate"], r.get("extra_mib"))
+                for r in measured
+            ]
+            errors = [_cell(r.get("error")) for r in measured]
+            title = f"error ({accuracy})" if accuracy else "error"
+            parts += [
+                f"**{case}**",
+                table((*header, title), [(*row, e) for row, e in zip(cells, errors, strict=True)]),
+                _clocks(measured),
+            ]
+        absent = [row for row in chosen if "not_measured" in row]
+        parts += ["\n".join(f"- {row['peer']}: {row['not_measured']}" for row in absent)] if absent else []
+    return "\n\n".join(["### Time", *filter(None, parts)]) if parts else ""
+
+
+def _clocks(rows: list[Row]) -> str:
+    row = rows[0]
+    if "sm_mhz" not in row:
+        return str(row.get("monitor", ""))
+    reasons = ", ".join(row["throttle"]) or "no throttling"
+    return (
+        f"SM clock {row['sm_mhz']:.0f} MHz (lowest {row['sm_mhz_min']:.0f}), at most {row['power_w_max']:.0f} W and "
+        f"{row['temperature_c']:.0f} °C, {reasons}."
+    )
+
+
+def _score(content: dict[str, Any]) -> str:
+    parts = []
+    rows = content.get("score", [])
+    for case in dict.fromkeys(row["case"] for row in rows):
+        chosen = [row for row in rows if row["case"] == case]
+        cells = [(r["peer"], r.get("ms", r.get("not_measured")), r.get("ratio"), r.get("spread")) for r in chosen]
+        parts += [f"**{case}**", table(("", "ms", "of the trunk", "spread"), cells)]
+    return "\n\n".join(["### Whole students", *parts]) if parts else ""
+
+
+def _tuning(content: dict[str, Any]) -> str:
+    lines = content.get("tuning", [])
+    return "\n".join(["### Tuning", "", *(f"    {line}" for line in lines)]) if lines else ""
+
+
+def preferences(content: dict[str, Any]) -> list[Row]:
+    """Rows for ``acqcore/backends/preference.json``: per class of shapes, GPU backends by their geometric mean time."""
+    logs: dict[tuple[str, str, str, str], dict[str, list[float]]] = {}
+    for row in content.get("mission", []):
+        peer = re.fullmatch(r"(row_stats|logit_stats), (?!automatic)(\w+)", row["peer"])
+        case = re.search(r"N=(\d+) (?:D=\d+ )?V=(\d+) (\w+)", row["case"])
+        if peer and case and "ms" in row:
+            n, v = int(case[1]), int(case[2])
+            key = (peer[1], case[3], "few" if n < 256 else "many", "small" if v < 32768 else "large")
+            logs.setdefault(key, {}).setdefault(peer[2], []).append(row["ms"])
+    capability = content.get("machine", {}).get("capability")
+    rows = []
+    for (op, dtype, n_class, v_class), times in logs.items():
+        if len(times) > 1:
+            shape = {"capability": capability, "op": op, "dtype": dtype, "rows": n_class, "vocab": v_class}
+            rows.append(shape | {"order": sorted(times, key=lambda name: _geometric_mean(times[name]))})
+    return rows
+
+
+def _geometric_mean(values: list[float]) -> float:
+    product = 1.0
+    for value in values:
+        product *= value ** (1 / len(values))
+    return product
+
+
+def document() -> str:
+    """``docs/gpu.md``."""
+    parts = [INTRODUCTION]
+    runs = sorted(RESULTS.glob("gpu-*.json"))
+    if not runs:
+        parts.append("No GPU has been measured yet: every time is unmeasured.\n")
+    parts += [run_report(json.loads(path.read_text())) for path in runs]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    DOCUMENT.write_text(document())
+    print(f"wrote {DOCUMENT.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

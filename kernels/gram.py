@@ -1,0 +1,375 @@
+"""Statistics and Gram matrices from one visit of the weights: the exact norm of a sample's head gradient.
+
+``product_fold`` with a second accumulator. Samples are packed whole into blocks of 128 rows, and each tile, folded,
+adds the product of its exponentials with themselves to the block's Gram matrix, as flash attention adds to its output:
+rows and columns are rescaled when a maximum rises. Columns that are some row's target are left out of its sample's
+matrix and added exactly in ``gram_norm``; everything in the matrix is positive, so nothing cancels. Launches:
+
+    gather_slots    packs hidden states and targets; sorts each block's targets
+    gram_fold       one program for each (block of rows, split of the vocabulary)
+    merge_splits    merges the row states in float64
+    merge_grams     merges the Gram matrices; one sample at a time, whatever its place in its block
+
+Cuts follow from the shape of the weight and the dtype alone, and every sum has a fixed order: results are reproducible
+bit for bit and do not depend on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from acqcore.kernels.config import GramTiles
+from acqcore.kernels.fold import INV_SCALE, LOG2E, LOWEST, empty_state, fold, merge, store_state
+from acqcore.kernels.product import GATHER_TILE, descriptor, has_descriptor, logit_tile, place
+
+#: Slots of a block, and the rows of the longest sample.
+BLOCK = 128
+#: Scratch of a call: Gram matrices and states of each split, packed hidden states, of the blocks under way.
+SCRATCH_BYTES = 60 << 20
+#: Rows of the Gram matrix that a program of ``merge_grams`` merges.
+MERGE_ROWS = 16
+#: Sorts behind every target of this weight.
+NO_TARGET = tl.constexpr(2**31 - 1)
+
+
+@triton.jit(do_not_specialize_on_alignment=["targets", "slots"])
+def gather_slots(
+    hidden,  # [N, depth]
+    targets,  # [N] int64, -100 ignored
+    slots,  # [3, n] int32: the slot's row, -1 for none; first and last slot of its sample, from the block's start
+    packed,  # [n, depth], written; zero in slots without a scored row
+    packed_targets,  # [n] int32, written: relative to vocab_start
+    marks,  # [3, n] int32, written: targets of each block, sorted; first and last slot of the sample
+    position,  # [n] int32, written: the slot itself, -1 without a scored row
+    n,
+    depth,
+    hidden_row,
+    hidden_column,
+    packed_row,
+    vocab_start,
+    vocab,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    within = tl.arange(0, ROWS)
+    slot = tl.program_id(0) * ROWS + within
+    row = tl.load(slots + slot)
+    target = tl.load(targets + row, mask=row >= 0, other=-100)
+    scored = target != -100
+    if tl.program_id(1) == 0:
+        local = target - vocab_start
+        here = scored & (local >= 0) & (local < vocab)
+        local = tl.where(here, local, NO_TARGET).to(tl.int32)
+        tl.store(packed_targets + slot, local)
+        tl.store(position + slot, tl.where(scored, slot, -1))
+        tie = (local[None, :] == local[:, None]) & (within[None, :] < within[:, None])
+        rank = tl.sum(((local[None, :] < local[:, None]) | tie).to(tl.int32), axis=1)
+        place = tl.program_id(0) * ROWS + rank
+        tl.store(marks + place, local)
+        tl.store(marks + n + place, tl.load(slots + n + slot))
+        tl.store(marks + 2 * n + place, tl.load(slots + 2 * n + slot))
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    source = row.to(tl.int64)[:, None] * hidden_row + columns.to(tl.int64)[None, :] * hidden_column
+    inside = (columns < depth)[None, :]
+    value = tl.load(hidden + source, mask=scored[:, None] & inside, other=0.0)
+    destination = slot.to(tl.int64)[:, None] * packed_row + columns[None, :]
+    tl.store(packed + destination, value.to(packed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def bfloat16(x, INTERPRETED: tl.constexpr):
+    """``x`` rounded to bfloat16; as float32 in Triton's interpreter, which truncates and has no such products."""
+    if INTERPRETED:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def halves(
+    e,  # [BLOCK, COLUMNS] float32
+    INTERPRETED: tl.constexpr,
+):
+    """``high`` and ``2 low`` in bfloat16, with ``e = high + low`` to 16 bits.
+
+    The symmetric part of ``high (high + 2 low)^T`` is ``e e^T - low low^T``: two products, not three.
+    """
+    high = bfloat16(e, INTERPRETED)
+    return high, bfloat16(2 * (e - high.to(tl.float32)), INTERPRETED)
+
+
+@triton.jit(do_not_specialize=["n"])
+def gram_fold(
+    hidden,  # [n, depth], or its tensor descriptor
+    weight,  # [vocab, depth], or its tensor descriptor
+    bias,  # [vocab] float32 or None
+    targets,  # [n] int32 relative to this weight
+    marks,  # [3, n] int32: of ``gather_slots``
+    partial,  # [7, splits, n] float32, written
+    partial_index,  # [splits, n] int32, written
+    grams,  # [n / BLOCK_M, splits, BLOCK_M, BLOCK_M] float32, written
+    n,  # slots, a multiple of BLOCK_M
+    vocab,
+    depth,
+    hidden_row,
+    hidden_column,
+    weight_row,
+    weight_column,
+    splits,
+    split_tiles,  # tiles of a split
+    scale,  # multiplies product and bias
+    cap,  # multiplies tanh, if HAS_CAP
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,  # multiply in float32 whatever the weight's dtype
+    PRECISION: tl.constexpr,
+    RESIDENT: tl.constexpr,  # the Gram matrix stays in registers from tile to tile; else it waits in ``grams``
+    INTERPRETED: tl.constexpr,
+):
+    block, split = place(tl.program_id(0), n // BLOCK_M, splits, GROUP_M)
+    first_row = block * BLOCK_M
+    slots = tl.arange(0, BLOCK_M)
+    rows = first_row + slots
+    row_targets = tl.load(targets + rows)
+    top, second, r, s1, s2, s11, index, target = empty_state(BLOCK_M)
+    g = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
+    gram_at = grams + (block * splits + split).to(tl.int64) * (BLOCK_M * BLOCK_M)
+    gram_at += slots[:, None] * BLOCK_M + slots[None, :]
+    first_tile = split * split_tiles
+    last_tile = min(first_tile + split_tiles, tl.cdiv(vocab, BLOCK_N))
+    mark = tl.sum((tl.load(marks + rows) < first_tile * BLOCK_N).to(tl.int32), axis=0)
+    for tile in range(first_tile, last_tile):
+        begin = tile * BLOCK_N
+        z = logit_tile(
+            hidden, weight, bias, first_row, begin, n, vocab, depth, hidden_row, hidden_column, weight_row,
+            weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, HAS_BIAS, HAS_SCALE, HAS_CAP, EVEN_K, EVEN_V,
+            DESCRIPTORS, UPCAST, PRECISION,
+        )  # fmt: skip
+        top, second, r, s1, s2, s11, index, target, e, c = fold(
+            z, begin, row_targets, top, second, r, s1, s2, s11, index, target, True, HAS_BIAS or not EVEN_V
+        )
+        if HAS_CAP:
+            tanh = tl.maximum(z, -cap) / cap
+            e *= 1 - tanh * tanh
+        # The tile's targets, in order: each leaves the rows of its sample.
+        next_mark = tl.sum((tl.load(marks + rows) < begin + BLOCK_N).to(tl.int32), axis=0)
+        for i in range(mark, next_mark):
+            at = marks + first_row + i
+            special = tl.load(at) - begin
+            own = (slots >= tl.load(at + n)) & (slots <= tl.load(at + 2 * n))
+            e = tl.where(own[:, None] & (tl.arange(0, BLOCK_N) == special)[None, :], 0.0, e)
+        mark = next_mark
+        high, low = halves(e, INTERPRETED)
+        if not RESIDENT:
+            begun = slots < (tile - first_tile) * BLOCK_M  # not in the first tile
+            g = tl.load(gram_at, mask=begun[:, None], other=0.0)
+        g *= c[:, None] * c[None, :]
+        g = tl.dot(high, tl.trans(low), g)
+        g = tl.dot(high, tl.trans(high), g)
+        if not RESIDENT:
+            tl.store(gram_at, g)
+            tl.debug_barrier()  # other threads may load what these stored
+    if RESIDENT:
+        tl.store(gram_at, g)
+    store_state(partial, partial_index, split, splits, n, rows, top, second, r, s1, s2, s11, index, target)
+
+
+@triton.jit(do_not_specialize=["number"], do_not_specialize_on_alignment=["tops", "starts"])
+def merge_grams(
+    grams,  # [n / BLOCK, splits, BLOCK, BLOCK] float32
+    tops,  # [splits, n] float32: each split's maxima
+    position,  # [n] int32: -1 without a scored row
+    samples,  # [3, samples] int32: a sample's first slot, its length, and its number among all
+    starts,  # [all samples] int64: where a sample's matrix begins in ``products``
+    products,  # [sum T^2] float32, written
+    n,
+    splits,
+    number,  # samples
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Moves the matrices of all splits to each row's final maximum and adds their symmetric parts, first to last."""
+    first = tl.load(samples + tl.program_id(0))
+    length = tl.load(samples + number + tl.program_id(0))
+    start = tl.load(starts + tl.load(samples + 2 * number + tl.program_id(0)))
+    s = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    t = tl.arange(0, BLOCK)
+    if tl.program_id(1) * ROWS >= length:
+        return
+    inside_s, inside_t = s < length, t < length
+    top_s, top_t = tl.full((ROWS,), float("-inf"), tl.float32), tl.full((BLOCK,), float("-inf"), tl.float32)
+    for split in range(splits):
+        top_s = tl.maximum(top_s, tl.load(tops + split * n + first + s, mask=inside_s, other=0.0))
+        top_t = tl.maximum(top_t, tl.load(tops + split * n + first + t, mask=inside_t, other=0.0))
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    within = first % BLOCK
+    inside = inside_s[:, None] & inside_t[None, :]
+    own = (first // BLOCK * splits).to(tl.int64) * (BLOCK * BLOCK)
+    at = own + (within + s)[:, None] * BLOCK + (within + t)[None, :]
+    mirrored = own + (within + t)[None, :] * BLOCK + (within + s)[:, None]
+    for split in range(splits):
+        c_s = relative(tl.load(tops + split * n + first + s, mask=inside_s, other=0.0), top_s)
+        c_t = relative(tl.load(tops + split * n + first + t, mask=inside_t, other=0.0), top_t)
+        g = tl.load(grams + at + split * (BLOCK * BLOCK), mask=inside, other=0.0)
+        g += tl.load(grams + mirrored + split * (BLOCK * BLOCK), mask=inside, other=0.0)
+        total += g * (c_s[:, None] * c_t[None, :])
+    scored_s = tl.load(position + first + s, mask=inside_s, other=-1) >= 0
+    scored_t = tl.load(position + first + t, mask=inside_t, other=-1) >= 0
+    total = tl.where(scored_s[:, None] & scored_t[None, :], total * (0.5 * INV_SCALE) * INV_SCALE, 0.0)
+    tl.store(products + start + s[:, None] * length + t[None, :], total, mask=inside)
+
+
+@triton.jit
+def relative(top, new_top):
+    """``exp(top - new_top)``; 0 where the split has no finite logit."""
+    d = tl.where(top == float("-inf"), LOWEST, tl.maximum(top - new_top, LOWEST))
+    return tl.exp2(d * LOG2E)
+
+
+def pack(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of the samples of each block: the longest first, each into the fullest block with room for it."""
+    blocks: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(BLOCK + 1)]  # blocks by the slots they have left
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        room = next((room for room in range(lengths[i], BLOCK + 1) if with_room[room]), None)
+        if room is None:
+            room = BLOCK
+            with_room[room].append(len(blocks))
+            blocks.append([])
+        block = with_room[room].pop()
+        blocks[block].append(i)
+        with_room[room - lengths[i]].append(block)
+    return blocks
+
+
+def row_stats_and_grams(
+    hidden: torch.Tensor,  # [N, D] float32, bfloat16 or float16
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V]
+    targets: torch.Tensor,  # [N] int64, -100 ignored
+    bounds: Sequence[tuple[int, int]],  # [begin, end) rows of each sample, at most BLOCK
+    starts: Sequence[int],  # first element of each sample's matrix in ``products``
+    *,
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    vocab_start: int,
+    state: torch.Tensor,  # [7, N] float64, written in the samples' rows
+    index: torch.Tensor,  # [N] int64, likewise
+    products: torch.Tensor,  # [sum T^2] float32, written
+    tiles: GramTiles,
+    precision: str = "ieee",
+    upcast: bool = False,
+) -> None:
+    """Fills the row states of the samples' rows, and ``products`` of ``acqcore.backends.base.Gram``.
+
+    Arguments are trusted; those beside the samples are as in :func:`acqcore.kernels.row_stats.row_stats`.
+    """
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    bias = None if bias is None else bias.float().contiguous()
+    splits = tiles.split(len(weight))[0]
+    blocks = pack([end - begin for begin, end in bounds])
+    at_once = blocks_at_once(len(blocks), hidden.shape[1], dtype.itemsize, splits)
+    all_starts = torch.tensor(starts, dtype=torch.int64).to(hidden.device)
+    for first in range(0, len(blocks), at_once):
+        slots, samples = tables(blocks[first : first + at_once], bounds)
+        _chunk(
+            hidden, weight, bias, targets, slots.to(hidden.device), samples.to(hidden.device), all_starts, softcap,
+            scale, temperature, vocab_start, state, index, products, tiles, dtype, precision, upcast,
+        )  # fmt: skip
+
+
+def blocks_at_once(blocks: int, depth: int, itemsize: int, splits: int) -> int:
+    """Blocks under way at a time, that fit SCRATCH_BYTES, in chunks of nearly equal length."""
+    block_bytes = BLOCK * ((depth + 8) * itemsize + 32 * splits + 40) + 4 * splits * BLOCK * BLOCK
+    chunks = max(triton.cdiv(blocks, max(SCRATCH_BYTES // block_bytes, 1)), 1)
+    return max(triton.cdiv(blocks, chunks), 1)
+
+
+def tables(
+    blocks: Sequence[Sequence[int]],  # samples of each
+    bounds: Sequence[tuple[int, int]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``slots [3, n]`` of :func:`gather_slots` and ``samples [3, samples]`` of :func:`merge_grams`, int32."""
+    order = torch.tensor([i for block in blocks for i in block])
+    begins, ends = torch.tensor(bounds)[order].T
+    lengths = ends - begins
+    before = torch.tensor([0, *(sum(bounds[i][1] - bounds[i][0] for i in block) for block in blocks)]).cumsum(0)[:-1]
+    block = torch.arange(len(blocks)).repeat_interleave(torch.tensor([len(block) for block in blocks]))
+    first = lengths.cumsum(0) - lengths - before[block]  # slot in the block
+    within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    at = (block * BLOCK + first).repeat_interleave(lengths) + within
+    slots = torch.full((3, len(blocks) * BLOCK), -1)
+    slots[0, at] = begins.repeat_interleave(lengths) + within
+    slots[1, at] = first.repeat_interleave(lengths)
+    slots[2, at] = (first + lengths - 1).repeat_interleave(lengths)
+    return slots.int(), torch.stack([block * BLOCK + first, lengths, order]).int()
+
+
+def _chunk(
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V] float32
+    targets: torch.Tensor,  # [N]
+    slots: torch.Tensor,  # [3, n] int32
+    samples: torch.Tensor,  # [3, samples] int32
+    starts: torch.Tensor,  # [all samples] int64
+    softcap: float | None,
+    scale: float,
+    temperature: float,
+    vocab_start: int,
+    state: torch.Tensor,  # [7, N]
+    index: torch.Tensor,  # [N]
+    products: torch.Tensor,
+    tiles: GramTiles,
+    dtype: torch.dtype,
+    precision: str,
+    upcast: bool,
+) -> None:
+    (vocab, depth), n = weight.shape, slots.shape[1]
+    pitch = triton.cdiv(depth, 8) * 8  # rows of 16 bytes, as descriptors want them
+    packed = hidden.new_empty((n, pitch), dtype=dtype)[:, :depth]
+    packed_targets, position = hidden.new_empty((2, n), dtype=torch.int32)
+    marks = hidden.new_empty((3, n), dtype=torch.int32)
+    columns = GATHER_TILE // BLOCK
+    gather_slots[(n // BLOCK, max(triton.cdiv(depth, columns), 1))](
+        hidden, targets.contiguous(), slots, packed, packed_targets, marks, position, n, depth, *hidden.stride(),
+        packed.stride(0), vocab_start, vocab, ROWS=BLOCK, COLUMNS=columns, enable_fp_fusion=True,
+    )  # fmt: skip
+    splits, split_tiles = tiles.split(vocab)
+    partial = hidden.new_empty((7, splits, n), dtype=torch.float32)
+    partial_index = hidden.new_empty((splits, n), dtype=torch.int32)
+    grams = hidden.new_empty((n // BLOCK, splits, BLOCK, BLOCK), dtype=torch.float32)
+    descriptors = tiles.descriptors and has_descriptor(packed) and has_descriptor(weight)
+    gram_fold[(n // BLOCK * splits,)](
+        descriptor(packed, BLOCK, tiles.block_k) if descriptors else packed,
+        descriptor(weight, tiles.block_n, tiles.block_k) if descriptors else weight,
+        bias, packed_targets, marks, partial, partial_index, grams, n, vocab, depth,
+        *packed.stride(), *weight.stride(), splits, split_tiles,
+        scale / (softcap or temperature), (softcap or 1.0) / temperature,
+        BLOCK_M=BLOCK, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
+        HAS_BIAS=bias is not None, HAS_SCALE=scale != (softcap or temperature), HAS_CAP=softcap is not None,
+        EVEN_K=depth % tiles.block_k == 0, EVEN_V=vocab % tiles.block_n == 0,
+        DESCRIPTORS=descriptors, UPCAST=upcast or packed.dtype != weight.dtype, PRECISION=precision,
+        RESIDENT=tiles.resident, INTERPRETED=triton.knobs.runtime.interpret,
+        num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    merge(partial, partial_index, position, state, index, 0, vocab_start, slots[0])
+    merge_grams[(samples.shape[1], BLOCK // MERGE_ROWS)](
+        grams, partial[0], position, samples, starts, products, n, splits, samples.shape[1],
+        BLOCK=BLOCK, ROWS=MERGE_ROWS, enable_fp_fusion=True,
+    )  # fmt: skip

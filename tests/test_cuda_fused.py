@@ -1,0 +1,225 @@
+"""The fused kernel for Hopper: its fold run by the processor, its machine code read, what only a device shows."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import acqcore
+from acqcore import _core
+from acqcore.backends.cuda import fits_hopper
+from acqcore.backends.extension import matrix, pointer
+from acqcore.testing import assert_close_to_oracle
+
+SOURCE = Path(__file__).parents[1] / "csrc/cuda/row_stats_sm90.cu"
+SPLITS = 66
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+needs_hopper = pytest.mark.skipif(
+    not (ON_HOPPER and _core.cuda_built), reason="needs a device of compute capability 9.0 and a build with CUDA"
+)
+
+
+def folded(
+    products: torch.Tensor,  # [N, V] float32
+    bias: torch.Tensor | None = None,  # [V]
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    vocab_start: int = 0,
+    splits: int = SPLITS,
+) -> acqcore.RowStats:
+    """As the kernel folds them, tile by tile and split by split."""
+    n = len(products)
+    state, index = torch.empty(7, n, dtype=torch.float64), torch.empty(n, dtype=torch.int64)
+    nothing = matrix(torch.empty(0, 1, dtype=torch.bfloat16))
+    args = _core.CudaRowStatsArgs(
+        nothing, nothing, pointer(bias), 0, softcap, scale, temperature, vocab_start, state.data_ptr(), index.data_ptr()
+    )
+    _core.cuda_fold_tiles_on_host(matrix(products), args, splits)
+    return acqcore.RowStats(state, index)
+
+
+def _gaussian(n: int, v: int, seed: int = 0) -> torch.Tensor:
+    return 4 * torch.randn(n, v, generator=torch.Generator().manual_seed(seed))
+
+
+def _oracle(logits: torch.Tensor) -> acqcore.RowStats:
+    return acqcore.logit_stats(logits.double(), backend="eager")
+
+
+@pytest.mark.parametrize("splits", [1, 7, SPLITS])
+@pytest.mark.parametrize("v", [1, 2, 255, 256, 257, 1000, 70001])
+@pytest.mark.parametrize("n", [1, 17])
+def test_fold(n: int, v: int, splits: int) -> None:
+    """One column, less than a tile, a tile, a tail of one; fewer tiles than splits; a short block of rows."""
+    logits = _gaussian(n, v)
+    assert_close_to_oracle(folded(logits, splits=splits), _oracle(logits))
+
+
+@pytest.mark.parametrize("peak", [0, 255, 256, 4999])
+def test_fold_of_confident_rows(peak: int) -> None:
+    """1 - p_max near 1e-12, wherever the maximum is."""
+    logits = _gaussian(5, 5000) / 4
+    logits[:, peak] = 38.0
+    stats, oracle = folded(logits), _oracle(logits)
+    torch.testing.assert_close(stats.state[2:6], oracle.state[2:6], rtol=2e-5, atol=0)
+    assert stats.top1_index.tolist() == [peak] * 5
+
+
+def test_fold_where_every_tile_raises_the_maximum() -> None:
+    logits = torch.arange(5000.0).repeat(3, 1) / 100
+    assert_close_to_oracle(folded(logits, splits=3), _oracle(logits))
+    assert_close_to_oracle(folded(logits.flip(1).contiguous(), splits=3), _oracle(logits.flip(1)))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        [0],
+        [0, 1],
+        [1, 0],
+        [2, 9],
+        [7, 8],
+        [31, 32],
+        [255, 256],
+        [4, 260, 898],
+        [700, 703, 701],
+        [40, 44, 42, 46],
+        [899],
+    ],
+)
+def test_the_lowest_of_equal_maxima(columns: list[int]) -> None:
+    """In one lane, in lanes that share a row, in column groups, tiles and splits; the others are terms like any."""
+    logits = _gaussian(9, 900).clamp(max=4)
+    logits[:, columns] = 5.0
+    stats = folded(logits)
+    assert stats.top1_index.tolist() == [min(columns)] * 9
+    assert_close_to_oracle(stats, _oracle(logits))
+    expected = 5.0 if len(columns) > 1 else float(logits[0].topk(2).values[1])
+    assert stats.state[1, 0].item() == expected
+
+
+def test_absent_columns() -> None:
+    """-inf is no token: tiles and splits of nothing else, a row of nothing else, one token alone."""
+    logits = _gaussian(4, 2000)
+    logits[0, :600] = -torch.inf
+    logits[1] = -torch.inf
+    logits[2] = -torch.inf
+    logits[2, 1999] = -3.0e38
+    stats = folded(logits)
+    assert stats.valid.tolist() == [True, False, True, True]
+    assert stats.state[:, 1].tolist() == [-torch.inf, -torch.inf, 0, 0, 0, 0, -torch.inf]
+    assert stats.top1_index[2] == 1999
+    assert stats.state[2, 2] == 0
+    kept = torch.tensor([0, 3])
+    assert_close_to_oracle(folded(logits[kept]), _oracle(logits[kept]))
+
+
+@pytest.mark.parametrize("position", [0, 256, 1999])
+def test_a_nan_poisons_its_row_alone(position: int) -> None:
+    logits = _gaussian(20, 2000)
+    logits[9, position] = torch.nan
+    assert folded(logits).state[2].isnan().nonzero()[:, 0].tolist() == [9]
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("absent", [False, True])
+def test_bias_scale_temperature_softcap(absent: bool, softcap: float) -> None:
+    products, bias = _gaussian(7, 3000), _gaussian(1, 3000, seed=1)[0]
+    if absent and not softcap:  # tanh makes a number of -inf
+        bias[: 2 * 256] = -torch.inf
+        bias[::3] = -torch.inf
+    logits = (products.double() + bias.double()) * 0.7
+    logits = softcap * (logits / softcap).tanh() if softcap else logits
+    stats = folded(products, bias, softcap, 0.7, 1.3, vocab_start=11)
+    oracle = _oracle(logits / 1.3)
+    assert torch.equal(stats.top1_index, oracle.top1_index + 11)
+    torch.testing.assert_close(stats.state[:6], oracle.state[:6], rtol=1e-4, atol=1e-5)
+
+
+def test_where_the_kernel_fits() -> None:
+    def fits(
+        hidden: torch.dtype = torch.bfloat16,
+        weight: torch.dtype = torch.bfloat16,
+        pitch: int = 64,
+        first: int = 0,
+        capability: tuple[int, int] | None = (9, 0),
+    ) -> bool:
+        head = torch.zeros(9, pitch + 8, dtype=weight)[:, : pitch + 8].flatten()[first:][: 8 * pitch].view(8, pitch)
+        return fits_hopper(torch.zeros(2, pitch, dtype=hidden), head, capability)
+
+    assert fits()
+    assert fits(torch.float16, torch.float16)
+    assert not fits(torch.float32, torch.float32)
+    assert not fits(torch.float16)
+    assert not fits(pitch=60)  # rows of 120 bytes
+    assert not fits(first=4)  # on 8 bytes
+    assert not fits(capability=(10, 0))
+    assert not fits(capability=None)
+    weight = torch.zeros(64, 8, dtype=torch.bfloat16)
+    assert not fits_hopper(torch.zeros(2, 64, dtype=torch.bfloat16), weight.T, (9, 0))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
+def test_machine_code(tmp_path: Path) -> None:
+    """No register spills; products are Hopper's own and none is serialised; one multicast copy at least."""
+    command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
+    report = subprocess.run(
+        [*command, str(SOURCE), "-o", str(tmp_path / "code")], capture_output=True, text=True, timeout=300, check=True
+    ).stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(spills) == 11  # four variants of the product and the packing for two dtypes, and the merge
+    assert set(spills) == {("0", "0", "0")}
+    assert "serialized" not in report
+    subprocess.run([*command[:-1], "-ptx", str(SOURCE), "-o", str(tmp_path / "ptx")], timeout=300, check=True)
+    ptx = (tmp_path / "ptx").read_text()
+    assert "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16" in ptx
+    assert "multicast::cluster" in ptx
+    assert "setmaxnreg.inc" in ptx
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("n", "d", "v"), [(1, 64, 7), (129, 100, 256), (300, 576, 50257), (2500, 256, 9001), (24000, 4096, 600)]
+)
+def test_on_device(n: int, d: int, v: int, dtype: torch.dtype) -> None:
+    """One row and a short tile; a lone second block; odd V; many units; several chunks of rows."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(n, d, device="cuda", generator=generator).to(dtype)
+    weight = torch.zeros(v, -(-d // 8) * 8, device="cuda", dtype=dtype)[:, :d]
+    weight.copy_(torch.randn(v, d, device="cuda", generator=generator) * (3 / d**0.5))
+    targets = torch.randint(0, v, (n,), device="cuda", generator=generator)
+    targets[1::3] = -100
+    head = acqcore.Head(weight)
+    stats = acqcore.row_stats(hidden, head, targets, backend="cuda")
+    some = torch.arange(0, n, max(1, n // 200), device="cuda")
+    oracle = acqcore.row_stats(hidden[some].double(), acqcore.Head(weight.double()), targets[some], backend="eager")
+    part = acqcore.row_stats(hidden[some], head, targets[some], backend="cuda")
+    assert_close_to_oracle(part, oracle)
+    scored = targets[some] != -100
+    assert torch.equal(part.state[:, scored], stats.state[:, some][:, scored])
+    assert torch.equal(part.max_index, stats.max_index[some])
+    assert stats.state[:, 1::3].isnan().all()
+
+
+@needs_hopper
+def test_on_device_in_a_graph() -> None:
+    """Nothing is read back: the call can be captured, and follows the targets that are there when it is replayed."""
+    hidden = torch.randn(300, 128, device="cuda", dtype=torch.bfloat16)
+    head = acqcore.Head(torch.randn(3000, 128, device="cuda", dtype=torch.bfloat16))
+    targets = torch.arange(300, device="cuda")
+    acqcore.row_stats(hidden, head, targets, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stats = acqcore.row_stats(hidden, head, targets, backend="cuda")
+    targets[::2] = -100
+    graph.replay()
+    expected = acqcore.row_stats(hidden, head, targets, backend="cuda")
+    assert torch.equal(stats.max_index, expected.max_index)
+    assert torch.equal(stats.state.nan_to_num(), expected.state.nan_to_num())
