@@ -128,6 +128,34 @@ class Triton(Chunked):
         with _launching(logits):
             logit_stats(logits, targets, temperature, state, index, strips_for(*_device(logits), logits.shape[1]))
 
+    def delta_hash(
+        self,
+        rows: HeadRows,
+        places: torch.Tensor,  # [V] int32
+        out: torch.Tensor,  # [N, n] float32, written
+    ) -> None:
+        self._hash(rows, places, False, out)
+
+    def stats_and_hash(
+        self,
+        rows: HeadRows,
+        places: torch.Tensor,  # [V] int32
+        out: torch.Tensor,  # [N, n] float32, written
+    ) -> None:
+        self._hash(rows, places, True, out)
+
+    def _hash(self, rows: HeadRows, places: torch.Tensor, fill: bool, out: torch.Tensor) -> None:
+        from acqcore.kernels.sketch import hashed_delta
+
+        plan = _plan(rows.hidden, rows.head)
+        assert rows.targets is not None
+        with _launching(rows.hidden):
+            hashed_delta(
+                rows.hidden, rows.head.weight, rows.head.bias, rows.targets, places, state=rows.state,
+                index=rows.index, fill=fill, out=out, tiles=plan.tiles("sketch"), precision=plan.precision,
+                upcast=plan.upcast, **_head_arguments(rows),
+            )  # fmt: skip
+
     def dropout_mask(
         self,
         dropout: Dropout,
