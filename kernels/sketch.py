@@ -29,6 +29,60 @@ SCRATCH_BYTES = 56 << 20
 FINISH_ROWS, FINISH_COLUMNS = 8, 256
 
 
+@triton.jit
+def take_tile(
+    z,  # [ROWS, COLUMNS] product
+    bias,  # [vocab] float32 or None
+    places,  # [vocab] int32
+    targets,  # [ROWS] int32
+    begin,  # the tile's first column
+    low,  # the first of its columns that count
+    high,  # the one after the last
+    scale,
+    cap,
+    state,  # of the rows, as ``fold.empty_state`` orders it
+    buckets,  # [ROWS, COLUMNS] float32
+    WHOLE: tl.constexpr,  # all columns count
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    """State and buckets after the tile."""
+    COLUMNS: tl.constexpr = z.shape[1]
+    column = tl.arange(0, COLUMNS)
+    columns = begin + column
+    inside = (columns >= low) & (columns < high)
+    if HAS_BIAS:
+        if WHOLE:
+            z += tl.load(bias + columns)[None, :]
+        else:
+            z += tl.load(bias + columns, mask=inside, other=0.0)[None, :]
+    if HAS_SCALE:
+        z *= scale
+    if HAS_CAP:
+        z = tanh(z) * cap
+    if not WHOLE:
+        z = tl.where(inside[None, :], z, float("-inf"))
+    top, second, r, s1, s2, s11, index, target = state
+    top, second, r, s1, s2, s11, index, target, e, c = fold(
+        z, begin, targets, top, second, r, s1, s2, s11, index, target, True, HAS_BIAS or not WHOLE
+    )
+    if HAS_CAP:
+        slope = tl.maximum(z, -cap) / cap
+        e *= 1 - slope * slope
+    local = targets - begin
+    if tl.max(((local >= 0) & (local < COLUMNS)).to(tl.int32), axis=0) > 0:
+        e = tl.where(column[None, :] == local[:, None], 0.0, e)
+    if WHOLE:
+        of_column = tl.load((places + begin) + column)
+        sign = tl.where(of_column < 0, -1.0, 1.0)
+    else:
+        of_column = tl.load(places + columns, mask=inside, other=0)
+        sign = tl.where(inside, tl.where(of_column < 0, -1.0, 1.0), 0.0)
+    buckets = buckets * c[:, None] + e * sign[None, :]
+    return (top, second, r, s1, s2, s11, index, target), buckets
+
+
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["count"])
 def sketch_fold(
     hidden,  # [n, depth], or its tensor descriptor
@@ -76,7 +130,7 @@ def sketch_fold(
 
     rows = first_row + tl.arange(0, BLOCK_M)
     row_targets = tl.load(targets + rows, mask=rows < n, other=-1)
-    top, second, r, s1, s2, s11, index, target = empty_state(BLOCK_M)
+    state = empty_state(BLOCK_M)
     buckets = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     column = tl.arange(0, BLOCK_N)
     first_place = split % classes * BLOCK_N
@@ -98,30 +152,20 @@ def sketch_fold(
                 hidden, weight, first_row, begin, n, vocab, depth, hidden_row, hidden_column, weight_row, weight_column,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, DESCRIPTORS, UPCAST, PRECISION,
             )  # fmt: skip
-            columns = begin + column
-            inside = (columns >= low) & (columns < high) & (column < width)
-            if HAS_BIAS:
-                z += tl.load(bias + columns, mask=inside, other=0.0)[None, :]
-            if HAS_SCALE:
-                z *= scale
-            if HAS_CAP:
-                z = tanh(z) * cap
-            z = tl.where(inside[None, :], z, float("-inf"))
-            top, second, r, s1, s2, s11, index, target, e, c = fold(
-                z, begin, row_targets, top, second, r, s1, s2, s11, index, target, True, True
-            )
-            if HAS_CAP:
-                slope = tl.maximum(z, -cap) / cap
-                e *= 1 - slope * slope
-            local = row_targets - begin
-            if tl.max(((local >= 0) & (local < BLOCK_N)).to(tl.int32), axis=0) > 0:
-                e = tl.where(column[None, :] == local[:, None], 0.0, e)
-            sign = tl.where(tl.load(places + columns, mask=inside, other=0) < 0, -1.0, 1.0)
-            sign = tl.where(inside, sign, 0.0)
-            buckets = buckets * c[:, None] + e * sign[None, :]
+            if (begin >= low) & (begin + BLOCK_N <= high) & (width == BLOCK_N):
+                state, buckets = take_tile(
+                    z, bias, places, row_targets, begin, begin, high, scale, cap, state, buckets, True, HAS_BIAS,
+                    HAS_SCALE, HAS_CAP,
+                )  # fmt: skip
+            else:
+                last = min(high, begin + width)
+                state, buckets = take_tile(
+                    z, bias, places, row_targets, begin, low, last, scale, cap, state, buckets, False, HAS_BIAS,
+                    HAS_SCALE, HAS_CAP,
+                )  # fmt: skip
     at = sums + (share.to(tl.int64) * n + rows)[:, None] * dim + first_place + column[None, :]
     tl.store(at, buckets, mask=(rows < n)[:, None] & (column < width)[None, :])
-    store_state(partial, partial_index, split, splits, n, rows, top, second, r, s1, s2, s11, index, target)
+    store_state(partial, partial_index, split, splits, n, rows, *state)
 
 
 @triton.jit(
