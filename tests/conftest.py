@@ -109,6 +109,13 @@ class OnDevice(Backend):
         self.backend.delta_hash(self._rows(rows), _to_device(places), moved)
         out.copy_(moved)
 
+    def stats_and_hash(self, rows: HeadRows, places: torch.Tensor, out: torch.Tensor) -> None:
+        moved, moved_out = self._rows(rows), _to_device(out)
+        self.backend.stats_and_hash(moved, _to_device(places), moved_out)
+        rows.state.copy_(moved.state)
+        rows.index.copy_(moved.index)
+        out.copy_(moved_out)
+
     def gram_norm(
         self, rows: HeadRows, gram: Gram, local_max: torch.Tensor, weights: torch.Tensor, squared: torch.Tensor
     ) -> None:
