@@ -59,14 +59,15 @@ def label(
     max_tokens: int | None = None,
     embed: Embed | None = None,
 ) -> list[Label]:
-    """A label for each question, or the reason why there is none.
+    """A label for each question, or the reason that there is none.
 
-    Answers with the same canonical form are one cluster; clusters whose representatives the domain finds equivalent in
-    both directions are merged. With ``embed``, for open text, clusters come from average linkage at a cosine distance
-    of 0.35.
+    Answers whose canonical form is equal are one cluster; clusters whose representatives the domain finds equivalent,
+    each to the other, are one. With ``embed``, for open text, clusters are those of average linkage at a cosine
+    distance of 0.35.
 
-    The majority is represented by one of the completions of the largest cluster that were not cut off: the one of
-    median length in tokens (the shortest often skips steps, the longest rambles), or with ``embed`` the medoid.
+    The completion that stands for the majority: among those of the largest cluster that ended by themselves, the one
+    of median length in tokens (the shortest often leaves the steps out, the longest rambles); with ``embed`` the
+    medoid.
 
     Args:
         engine: of the student, or of a stronger teacher.
@@ -261,7 +262,7 @@ def _reasoning(domain: Domain, text: str, answer: str) -> str:
 
 
 def _merged(forms: Sequence[list[int]], same: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Clusters with those merged that are equal, directly or through others."""
+    """Clusters that are the same, directly or through others, joined."""
     group = list(range(len(forms)))
     for a, b in same:
         group = [group[a] if number == group[b] else number for number in group]

@@ -1,31 +1,34 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy
 import pytest
 
 from acqsynth.config import LabellingConfig
-from acqsynth.domains import Sample
+from acqsynth.domains import Domain, Sample
 from acqsynth.label import Label, Labeller, _reasoning, accuracy, cluster, cluster_texts, label, label_by_domain
 
 QUESTION = Sample("3+4", "99", "the generator's own")
 
 
-def labelled(sums, scripted, texts, **options):
+def labelled(sums: Domain, scripted: Any, texts: Sequence[str], **options: Any) -> Label:
     engine = scripted(lambda prompt, i, seed: texts[i])
     [found] = label(engine, sums, [QUESTION], k=len(texts), **options)
     return found
 
 
-def test_the_majority_is_the_label(sums, scripted):
+def test_the_majority_is_the_label(sums: Domain, scripted: Any) -> None:
     texts = ["so\n7", "3 and 4\nmake\n7.0", "8", "think\nlonger here\n 7", "no idea"]
     found = labelled(sums, scripted, texts)
     # 7, " 7" and 7.0 are one answer; of its three completions the second is the one of median length.
     assert found == Label(Sample("3+4", "7.0", "3 and 4\nmake"), 3 / 5, ["7", "7.0", "8", " 7", None])
 
 
-def test_the_domain_computes_labels(sums):
+def test_the_domain_computes_labels(sums: Domain) -> None:
     answers = {"3+4": Sample("3+4", "7")}
-    sums.computed = lambda samples, seed: [answers.get(s.question) for s in samples]
+    sums.computed = lambda samples, seed: [answers.get(s.question) for s in samples]  # type: ignore[method-assign]
     right, unknown = label_by_domain(sums, [QUESTION, Sample("what?", "1")])
     assert right == Label(Sample("3+4", "7"), 1.0, ["7"])
     assert unknown == Label(None, 0.0, [], "the domain cannot compute it")
@@ -42,8 +45,8 @@ def test_the_domain_computes_labels(sums):
         ("3 and 4\n7, I think", "7", "3 and 4\n7, I think"),
     ],
 )
-def test_the_answer_is_cut_from_the_reasoning(sums, text, answer, reasoning):
-    sums.answer_of = lambda line: line.split(":")[-1]
+def test_the_answer_is_cut_from_the_reasoning(sums: Domain, text: str, answer: str, reasoning: str) -> None:
+    sums.answer_of = lambda line: line.split(":")[-1]  # type: ignore[method-assign]
     assert _reasoning(sums, text, answer) == reasoning
 
 
@@ -56,23 +59,23 @@ def test_the_answer_is_cut_from_the_reasoning(sums, text, answer, reasoning):
         (["7...", "7...", "8"], 2 / 3, "every completion that agrees was cut off"),
     ],
 )
-def test_it_abstains(sums, scripted, texts, agreement, why):
+def test_it_abstains(sums: Domain, scripted: Any, texts: list[str], agreement: float, why: str) -> None:
     found = labelled(sums, scripted, texts, threshold=0.6)
     assert (found.sample, found.agreement, found.abstained_why) == (None, pytest.approx(agreement), why)
 
 
-def test_a_tie_is_no_majority(sums, scripted):
+def test_a_tie_is_no_majority(sums: Domain, scripted: Any) -> None:
     found = labelled(sums, scripted, ["7", "8", "8", "7"], threshold=0.5)
     assert found.abstained_why == "2 completions agree on each of two answers"
 
 
-def test_what_was_cut_off_counts_but_does_not_stand_for_the_rest(sums, scripted):
+def test_what_was_cut_off_counts_but_does_not_stand_for_the_rest(sums: Domain, scripted: Any) -> None:
     found = labelled(sums, scripted, ["a\n7...", "bb\n7", "ccc\n7..."])
     assert found.sample == Sample("3+4", "7", "bb")
     assert found.agreement == 1
 
 
-def test_how_answers_are_drawn(sums, scripted):
+def test_how_answers_are_drawn(sums: Domain, scripted: Any) -> None:
     engine = scripted(lambda prompt, i, seed: "7")
     labels = label(engine, sums, [QUESTION, Sample("1+1", "")], k=3, temperature=0.4, seed=9)
     [(prompts, sampling)] = engine.calls
@@ -82,11 +85,11 @@ def test_how_answers_are_drawn(sums, scripted):
     assert label(engine, sums, []) == []
 
 
-def test_representatives_alone_are_compared(sums, monkeypatch):
+def test_representatives_alone_are_compared(sums: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[tuple[str, str | None]] = []
     equivalent = sums.equivalent
 
-    def counted(gold, answers):
+    def counted(gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
         compared.extend((sample.answer, answer) for sample, answer in zip(gold, answers, strict=True))
         return equivalent(gold, answers)
 
@@ -96,38 +99,38 @@ def test_representatives_alone_are_compared(sums, monkeypatch):
     assert compared == [("7", "8"), ("7", "7.0"), ("8", "7.0"), ("7.0", "7")]  # the last: the other way round
 
 
-def test_equivalence_of_one_direction_joins_nothing(sums, monkeypatch):
+def test_equivalence_of_one_direction_joins_nothing(sums: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with tests instead of a gold answer: 8 is right, whatever it is compared with."""
     monkeypatch.setattr(sums, "equivalent", lambda gold, answers: [answer == "8" for answer in answers])
     assert cluster(sums, [QUESTION], [["7", "8", "9"]]) == [[[0], [1], [2]]]
 
 
-def test_clusters_join_through_others(sums, monkeypatch):
+def test_clusters_join_through_others(sums: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
     near = lambda gold, answers: [abs(float(g.answer) - float(a)) < 1.5 for g, a in zip(gold, answers, strict=True)]  # noqa: E731
     monkeypatch.setattr(sums, "equivalent", near)
     assert cluster(sums, [QUESTION] * 2, [["1", "3", "2", "9"], []]) == [[[0, 1, 2], [3]], []]
 
 
-def embed(texts):
+def embed(texts: Sequence[str]) -> Any:
     """Answers as angles in degrees."""
     angles = numpy.radians([float(text) for text in texts])
     return numpy.stack([numpy.cos(angles), numpy.sin(angles)], axis=1)
 
 
-def test_open_answers_cluster_by_their_embeddings():
+def test_open_answers_cluster_by_their_embeddings() -> None:
     # cos 49.5 degrees is 1 - 0.35: 40 is near, 60 and more are not.
     assert cluster_texts(["0", "100", "40", None, "102", "20"], embed) == [[0, 2, 5], [1, 4]]
     assert cluster_texts(["5", None], embed) == [[0]]
     assert cluster_texts([None], embed) == []
 
 
-def test_the_medoid_stands_for_open_answers(sums, scripted):
+def test_the_medoid_stands_for_open_answers(sums: Domain, scripted: Any) -> None:
     found = labelled(sums, scripted, ["0", "40", "x\n20", "180", "..."], embed=embed)
     assert found.sample == Sample("3+4", "20", "x")
     assert found.agreement == 3 / 5
 
 
-def test_accuracy_where_truth_is_known(sums):
+def test_accuracy_where_truth_is_known(sums: Domain) -> None:
     labels = [
         Label(Sample("3+4", "7"), 1.0, []),
         Label(Sample("1+1", "3"), 1.0, []),
@@ -143,14 +146,14 @@ def test_accuracy_where_truth_is_known(sums):
         accuracy(sums, labels, truth[:1])
 
 
-def test_wrong_arguments(sums, scripted):
+def test_wrong_arguments(sums: Domain, scripted: Any) -> None:
     with pytest.raises(ValueError, match=r"threshold: expected a share in \(0, 1\], got 0"):
         labelled(sums, scripted, ["7"], threshold=0)
     with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
         label(scripted(str), sums, [QUESTION], k=0)
 
 
-def test_answers_are_as_long_as_asked_for_or_as_the_domains(sums, scripted):
+def test_answers_are_as_long_as_asked_for_or_as_the_domains(sums: Domain, scripted: Any) -> None:
     engine = scripted(lambda prompt, i, seed: "7")
     label(engine, sums, [QUESTION], k=2)
     label(engine, sums, [QUESTION], k=2, max_tokens=3)
