@@ -203,31 +203,36 @@ def finish_draws(
 
 @triton.jit
 def draw_sums(
-    z,  # [VOCAB, ROWS] logits, LOWEST outside the vocabulary
-    reference,  # [GROUPS, PLANE] a logit of each token
-    norm,  # [ROWS] log2 of each draw's normaliser relative to that
-    present,  # draws that are not padding
-    DRAWS: tl.constexpr,
-    PLANE: tl.constexpr,
+    y,  # [.., .., draws, ..]: log2 of each draw's probability
+    kept,  # the same rank: draws that are not padding
     EVEN_DRAWS: tl.constexpr,
-    MAY_BE_ABSENT: tl.constexpr,  # some logits may be -inf
+    MAY_BE_ABSENT: tl.constexpr,  # some y may be -inf
 ):
-    """Sums over draws, each ``[VOCAB, GROUPS, PLANE]``: top = max_k y of y = log2 p_k, at least FLOOR, and sums of
-    e = 2^(y - top), y - top, e (y - top), e^2.
-    """
-    VOCAB: tl.constexpr = z.shape[0]
-    GROUPS: tl.constexpr = z.shape[1] // (DRAWS * PLANE)
-    z = tl.reshape(z, (VOCAB, GROUPS, DRAWS, PLANE)) - reference[None, :, None, :]
-    y = z * LOG2E - tl.reshape(norm, (GROUPS, DRAWS, PLANE))[None, :, :, :]
+    """top = max_k y, at least FLOOR, and the sums over draws of e = 2^(y - top), y - top, e (y - top), e^2."""
     top = tl.maximum(tl.max(y, axis=2), FLOOR)
-    x = y - top[:, :, None, :]
+    x = y - tl.expand_dims(top, 2)
     near = x
     if MAY_BE_ABSENT:
         near = tl.maximum(x, LOWEST)
     e = tl.exp2(near)
     if not EVEN_DRAWS:
-        x = tl.where((tl.arange(0, DRAWS) < present)[None, None, :, None], x, 0.0)
+        x = tl.where(kept, x, 0.0)
     return top, tl.sum(e, axis=2), tl.sum(x, axis=2), tl.sum(e * near, axis=2), tl.sum(e * e, axis=2)
+
+
+@triton.jit
+def mixture_terms(top, e, x, ex, ee, share):
+    """What a column adds to information, reverse (both in bits), sum_sq and spread, from :func:`draw_sums`.
+
+    m = p mean with p = 2^top. Terms are differences that are exactly 0 where the draws agree.
+    """
+    mean, mean_x = e * share, x * share
+    log_mean = tl.log2(tl.maximum(mean, LEAST))
+    absent = top <= FLOOR  # of no weight in any draw
+    p = tl.where(absent, 0.0, tl.exp2(top))
+    m = p * mean
+    reverse = tl.where(absent, 0.0, m * (log_mean - mean_x))
+    return p * (ex * share - mean * log_mean), reverse, m * m, p * p * (ee * share - mean * mean)
 
 
 @triton.jit
@@ -311,9 +316,10 @@ def mixture_fold(
             reference = tl.load(references + token, mask=token < tokens, other=0.0)
             norm = tl.load(norms + row + tl.arange(0, BLOCK_M))
             present = draws - turn * DRAWS
-            new_top, new_e, new_x, new_ex, new_ee = draw_sums(
-                z, reference, norm, present, DRAWS, PLANE, EVEN_DRAWS, HAS_BIAS
-            )
+            z = tl.reshape(z, (BLOCK_N, GROUPS, DRAWS, PLANE)) - reference[None, :, None, :]
+            y = z * LOG2E - tl.reshape(norm, (GROUPS, DRAWS, PLANE))[None, :, :, :]
+            kept = (tl.arange(0, DRAWS) < present)[None, None, :, None]
+            new_top, new_e, new_x, new_ex, new_ee = draw_sums(y, kept, EVEN_DRAWS, HAS_BIAS)
             if turn == 0:
                 top, e, x, ex, ee = new_top, new_e, new_x, new_ex, new_ee
             else:  # relative to the larger of the two largest
@@ -326,17 +332,11 @@ def mixture_fold(
                 ee = ee * c * c + new_ee * new_c * new_c
                 top = higher
 
-        # m = p mean with p = 2^top. Terms are differences that are exactly 0 where the draws agree.
-        mean, mean_x = e * share, x * share
-        log_mean = tl.log2(tl.maximum(mean, LEAST))
-        absent = top <= FLOOR  # of no weight in any draw
-        p = tl.where(absent, 0.0, tl.exp2(top))
-        m = p * mean
-        gap = tl.where(absent, 0.0, m * (log_mean - mean_x))
-        information += in_register_pairs(p * (ex * share - mean * log_mean), BLOCK_N, GROUPS, PLANE)
-        reverse += in_register_pairs(gap, BLOCK_N, GROUPS, PLANE)
-        sum_sq += in_register_pairs(m * m, BLOCK_N, GROUPS, PLANE)
-        spread += in_register_pairs(p * p * (ee * share - mean * mean), BLOCK_N, GROUPS, PLANE)
+        of_information, of_reverse, of_sum_sq, of_spread = mixture_terms(top, e, x, ex, ee, share)
+        information += in_register_pairs(of_information, BLOCK_N, GROUPS, PLANE)
+        reverse += in_register_pairs(of_reverse, BLOCK_N, GROUPS, PLANE)
+        sum_sq += in_register_pairs(of_sum_sq, BLOCK_N, GROUPS, PLANE)
+        spread += in_register_pairs(of_spread, BLOCK_N, GROUPS, PLANE)
 
     out = partial + split * tokens + token
     plane = splits * tokens

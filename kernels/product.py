@@ -116,7 +116,7 @@ def product_tile(
         inner = tl.arange(0, BLOCK_K)
         of_a = tl.minimum(first_a + tl.arange(0, BLOCK_A), rows_a - 1).to(tl.int64)[:, None] * a_row
         a_at = a + of_a + inner.to(tl.int64)[None, :] * a_column
-        of_b = tl.minimum(first_b + tl.arange(0, BLOCK_B), rows_b - 1).to(tl.int64)[None, :] * b_row
+        of_b = tl.maximum(tl.minimum(first_b + tl.arange(0, BLOCK_B), rows_b - 1), 0).to(tl.int64)[None, :] * b_row
         b_at = b + of_b + inner.to(tl.int64)[:, None] * b_column
     for k in range(0, depth, BLOCK_K):
         if DESCRIPTORS:

@@ -198,6 +198,34 @@ class Triton(Chunked):
         with _launching(logits):
             logit_stats(logits, targets, temperature, state, index, strips_for(*_device(logits), logits.shape[1]))
 
+    def delta_hash(
+        self,
+        rows: HeadRows,
+        places: torch.Tensor,  # [V] int32
+        out: torch.Tensor,  # [N, n] float32, written
+    ) -> None:
+        self._hash(rows, places, False, out)
+
+    def stats_and_hash(
+        self,
+        rows: HeadRows,
+        places: torch.Tensor,  # [V] int32
+        out: torch.Tensor,  # [N, n] float32, written
+    ) -> None:
+        self._hash(rows, places, True, out)
+
+    def _hash(self, rows: HeadRows, places: torch.Tensor, fill: bool, out: torch.Tensor) -> None:
+        from acqcore.kernels.sketch import hashed_delta
+
+        plan = _plan(rows.hidden, rows.head)
+        assert rows.targets is not None
+        with _launching(rows.hidden):
+            hashed_delta(
+                rows.hidden, rows.head.weight, rows.head.bias, rows.targets, places, state=rows.state,
+                index=rows.index, fill=fill, out=out, tiles=plan.tiles("sketch"), precision=plan.precision,
+                upcast=plan.upcast, **_head_arguments(rows),
+            )  # fmt: skip
+
     def dropout_mask(
         self,
         dropout: Dropout,
@@ -214,35 +242,36 @@ class Triton(Chunked):
         rows: DrawRows,
     ) -> None:
         """Ensembles of several heads stay in chunked torch."""
+        from acqcore.kernels.block_mixture import block_mixture_stats, serves
         from acqcore.kernels.mixture import Masks, mixture_stats
 
         if len(rows.heads) > 1:
             super().mixture_stats(rows)
             return
         (head,) = rows.heads
+        plan = _plan(rows.hidden, head)
         masks = None
         if rows.dropout is not None:
             d = rows.dropout
             masks = Masks(d.samples, d.positions, d.width, d.seed, threshold(d.p), 1 - d.p)
-        plan = _plan(rows.hidden, head)
+        options: dict[str, Any] = {
+            "draws": rows.draws,
+            "masks": masks,
+            "softcap": head.softcap,
+            "scale": head.scale,
+            "vocab_start": head.vocab_start,
+            "state": rows.state,
+            "votes": rows.votes,
+            "precision": plan.precision,
+            "upcast": plan.upcast,
+        }
+        inputs = rows.hidden, head.weight, head.bias, rows.targets
         with _launching(rows.hidden):
-            mixture_stats(
-                rows.hidden,
-                head.weight,
-                head.bias,
-                rows.targets,
-                draws=rows.draws,
-                masks=masks,
-                softcap=head.softcap,
-                scale=head.scale,
-                vocab_start=head.vocab_start,
-                state=rows.state,
-                votes=rows.votes,
-                fold_tiles=plan.tiles("row_stats"),
-                tiles=plan.tiles("mixture"),
-                precision=plan.precision,
-                upcast=plan.upcast,
-            )
+            if masks is not None and serves(masks.width, rows.hidden.shape[1], rows.draws):
+                block_mixture_stats(*inputs, tiles=plan.tiles("block_mixture"), **options)
+            else:
+                tiles = {"fold_tiles": plan.tiles("row_stats"), "tiles": plan.tiles("mixture")}
+                mixture_stats(*inputs, **tiles, **options)
 
 
 @dataclass(frozen=True)

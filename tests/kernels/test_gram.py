@@ -217,7 +217,9 @@ def test_packing() -> None:
     assert gram.pack([1] * 300) == [[*range(128)], [*range(128, 256)], [*range(256, 300)]]
 
 
-@pytest.mark.parametrize(("blocks", "depth", "splits"), [(32, 4096, 32), (782, 4096, 32), (1, 16384, 32), (40, 576, 16)])
+@pytest.mark.parametrize(
+    ("blocks", "depth", "splits"), [(32, 4096, 32), (782, 4096, 32), (1, 16384, 32), (40, 576, 16)]
+)
 def test_scratch_is_bounded(blocks: int, depth: int, splits: int) -> None:
     at_once = gram.blocks_at_once(blocks, depth, 2, splits)
     assert at_once * 128 * ((depth + 8) * 2 + 4 * 128 * splits + 32 * splits + 40) <= 64 << 20
@@ -234,9 +236,7 @@ def _norms(case: Case, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
     expected, got = torch.empty((2, len(bounds)), dtype=torch.float64)
     local_max = stats.state[0] - 0.25  # as a shard's may be lower than the vocabulary's
     factor = torch.full_like(products, 0.5).exp()
-    eager.gram_norm(
-        _rows(exact, stats), Gram(tuple(bounds), starts, products * factor), local_max, weights, expected
-    )
+    eager.gram_norm(_rows(exact, stats), Gram(tuple(bounds), starts, products * factor), local_max, weights, expected)
     head = case.head
     gram_norm.gram_norm(
         case.hidden, head.weight, head.bias, case.targets, bounds, starts, softcap=head.softcap, scale=head.scale,
