@@ -89,7 +89,7 @@ def write_factors(
     local = (target - vocab_start - begin)[:, None]
     f = tl.where(column[None, :] == local, tl.load(of_target + rows, mask=inside, other=0.0)[:, None], f)
     f = tl.where((target != -100)[:, None], f, 0.0)
-    at = rows.to(tl.int64)[:, None] * ring_row + (tile * BLOCK_N + column)[None, :]
+    at = rows[:, None] * ring_row + (tile * BLOCK_N + column)[None, :]  # the ring is small
     part = f.to(high.dtype.element_ty)
     tl.store(high + at, part, mask=inside[:, None])
     if PARTS == 2:
@@ -129,7 +129,7 @@ def add_product(
     out_at = out + rows.to(tl.int64)[:, None] * out_row + across[None, :]
     inner = tl.arange(0, BLOCK_K)
     if not DESCRIPTORS:
-        ring_at = tl.minimum(rows, n - 1).to(tl.int64)[:, None] * ring_row + inner[None, :]
+        ring_at = tl.minimum(rows, n - 1)[:, None] * ring_row + inner[None, :]
         weight_at = weight + (chunk + inner).to(tl.int64)[:, None] * weight_row
         weight_at += tl.minimum(across, depth - 1).to(tl.int64)[None, :] * weight_column
     begun = tl.zeros((BLOCK_M, 1), tl.int32) < chunk
@@ -211,16 +211,16 @@ def add_grams(
     """A tile of a sample's Gram matrix, and its mirror image."""
     program = tl.program_id(0)
     sample = tl.load(tiles + program)
-    begin = tl.load(samples + sample)
-    length = tl.load(samples + number + sample)
-    start = tl.load(samples + 2 * number + sample)
+    begin = tl.load(samples + sample).to(tl.int32)
+    length = tl.load(samples + number + sample).to(tl.int32)
+    products += tl.load(samples + 2 * number + sample)
     s = tl.load(tiles + programs + program) * TILE + tl.arange(0, TILE)
     t = tl.load(tiles + 2 * programs + program) * TILE + tl.arange(0, TILE)
     inner = tl.arange(0, BLOCK_K)
     s_at = (begin + tl.minimum(s, length - 1))[:, None] * ring_row + inner[None, :]
     t_at = (begin + tl.minimum(t, length - 1))[None, :] * ring_row + inner[:, None]
     inside = (s < length)[:, None] & (t < length)[None, :]
-    at = products + start + s[:, None] * length + t[None, :]
+    at = products + s[:, None] * length + t[None, :]
     begun = tl.zeros((TILE, 1), tl.int32) < chunk
     total = tl.load(at, mask=inside & begun, other=0.0)
     for k in range(0, columns, BLOCK_K):
@@ -239,7 +239,7 @@ def add_grams(
             total = tl.dot(a, b_low, total, input_precision=PRECISION)
             total = tl.dot(a_low, b, total, input_precision=PRECISION)
     tl.store(at, total, mask=inside)
-    mirror = products + start + t[None, :] * length + s[:, None]
+    mirror = products + t[None, :] * length + s[:, None]
     off_diagonal = (s < tl.min(t, axis=0))[:, None]
     tl.store(mirror, total, mask=inside & off_diagonal)
 
@@ -370,5 +370,5 @@ def grams(
         add_grams[(len(triples),)](
             high, low, samples, tiles, products, chunk, columns, high.stride(0), number, len(triples),
             TILE=GRAM_TILE, BLOCK_K=16 if full else 64, UPCAST=factors.upcast, PRECISION="ieee", PARTS=parts,
-            num_warps=8, num_stages=3, enable_fp_fusion=True,
+            num_warps=8, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
