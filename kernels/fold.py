@@ -139,7 +139,10 @@ def store_state(
     tl.store(partial_index + at, index, mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_row", "all_rows", "n"], do_not_specialize_on_alignment=["position", "destination", "index"])
+@triton.jit(
+    do_not_specialize=["first_row", "all_rows", "n"],
+    do_not_specialize_on_alignment=["position", "destination", "index"],
+)
 def merge_splits(
     partial,  # [7, splits, n] float32
     partial_index,  # [splits, n] int32

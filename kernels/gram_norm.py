@@ -171,8 +171,12 @@ def contract(
     total = tl.zeros((TILE, TILE), tl.float32)
     for first in range(0, length, 16):
         u = first + tl.arange(0, 16)
-        left = tl.load(delta + at_s[:, None] + u[None, :], mask=(s < length)[:, None] & (u < length)[None, :], other=0.0)
-        right = tl.load(delta + at_t[None, :] + u[:, None], mask=(t < length)[None, :] & (u < length)[:, None], other=0.0)
+        left = tl.load(
+            delta + at_s[:, None] + u[None, :], mask=(s < length)[:, None] & (u < length)[None, :], other=0.0
+        )
+        right = tl.load(
+            delta + at_t[None, :] + u[:, None], mask=(t < length)[None, :] & (u < length)[:, None], other=0.0
+        )
         total = tl.dot(left, right, total, input_precision="ieee")
     c_s = shift(targets, state, local_max, weights, begin + s, s < length, all_rows, slope)
     c_t = shift(targets, state, local_max, weights, begin + t, t < length, all_rows, slope)
