@@ -28,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-pytest gpu-check gpu-peers clean
+.PHONY: help demo test lint bench bench-pytest gpu-check gpu-peers gpu-static clean
 .DELETE_ON_ERROR:
 .PRECIOUS: %/.torch %/.ready %/.bench
 
@@ -37,7 +37,7 @@ help:  ## list the targets
 
 demo: $(DEMO)/.ready  ## score the bundled samples, a short GRPO with the score as reward, the whole loop (results in demo-output/)
 	@echo "[demo] running; results go to demo-output/"
-	@PYTHONSAFEPATH=1 $(DEMO)/bin/python -m acqsynth.demo
+	@PYTHONSAFEPATH=1 $(DEMO)/bin/python examples/demo.py
 
 # Status 5 of the second run: PYTEST_ARGS selects none of its tests.
 test: $(TEST)/.ready  ## run the tests against the built wheel; PYTEST_ARGS="-k entropy" passes arguments
@@ -68,6 +68,10 @@ gpu-peers:  ## fetch the peers of gpu-check into build/gpu-peers, which travels 
 	@$(PYTHON) -m pip install -qq --target build/gpu-peers --no-deps --no-compile --only-binary=:all: \
 		--python-version $(GPU_PYTHON_VERSION) --platform manylinux_2_28_x86_64 $(GPU_PEERS)
 
+gpu-static: $(TEST)/.bench  ## compile every GPU kernel and count what calls cost, without a GPU: benchmarks/results/gpu_static.json
+	PYTHONSAFEPATH=1 PYTHONPATH=$(BENCH_PATH) $(TEST)/bin/python -m benchmarks.gpu_static $(GPU_ARGS)
+	PYTHONSAFEPATH=1 PYTHONPATH=$(BENCH_PATH) $(TEST)/bin/python -m benchmarks.gpu_tables
+
 clean:  ## remove environments, build trees and caches
 	rm -rf $(DEMO) $(TEST) build dist demo-output .pytest_cache .ruff_cache .mypy_cache .benchmarks
 
@@ -88,7 +92,7 @@ $(TEST)/.bench: $(TEST)/.ready
 	@echo "[$(TEST)] installing the peers that benchmarks compare with"
 	@$(TEST)/bin/python -m pip install -qq -c constraints.txt "$$(echo $(TEST)/wheel/*.whl)[bench]"
 	@$(TEST)/bin/python -m pip install -qq --no-deps $(PEERS)
-	@mkdir -p $(BENCH_PATH) && ln -sfn ../../benchmarks $(BENCH_PATH)/benchmarks
+	@mkdir -p $(BENCH_PATH) && ln -sfn ../../benchmarks ../../examples $(BENCH_PATH)/
 	@touch $@
 
 # The wheel is installed by force, as its version stays while the sources change; then what its extras lack.

@@ -6,26 +6,30 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from acqcore import __version__, checks, data_files, engines
+from acqcore import __version__, checks
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
-from acqcore.data_files import Block
-from acqcore.parts import Parts
-from acqcore.plan import command as plan_command
+from acqcore.costs import command as plan_command
+from acqcore.files import data as data_files
+from acqcore.files.data import Block
+from acqcore.files.executors import executor_of
+from acqcore.files.parts import Parts
+from acqcore.files.summary import Summary, print_table
+from acqcore.files.worker import ATTEMPTS, DTYPES, Job, write_failed
+from acqcore.literals import Reduction
 from acqcore.progress import Progress
-from acqcore.run_summary import Summary, print_table
-from acqcore.score import REDUCTIONS, Request
-from acqcore.scorer import ATTEMPTS, DTYPES, Job, write_failed
+from acqcore.scoring.plan import Plan
 
 BLOCK_ROWS = 4096  # bounds memory, and costs little packing
 
@@ -78,10 +82,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help=f"comma-separated, by default entropy; any of {', '.join(REGISTRY)}",
     )
+    score.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
     score.add_argument("--prompt-column", metavar="C", help="context; with --completion-column")
     score.add_argument("--completion-column", metavar="C", help="what is scored")
     score.add_argument("--text-column", metavar="C", help="scored whole")
-    score.add_argument("--reduction", default="mean", help=f"one of {', '.join(REDUCTIONS)}")
+    score.add_argument("--reduction", default="mean", help=f"one of {', '.join(get_args(Reduction))}")
     score.add_argument("--topk", type=int, default=8, metavar="N", help="tokens of --reduction topk")
     score.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="per forward, padded")
     score.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
@@ -146,23 +151,23 @@ def _score(options: argparse.Namespace) -> int:
     begun = time.time()
     try:
         job, blocks, manifest = _prepare(options)
-        engine = engines.engine(options.engine, options.workers, options.ray_address, options.device)
+        executor = executor_of(options.engine, options.workers, options.ray_address, options.device)
         parts = Parts(job.out)
-        if engine.reports:
+        if executor.reports:
             parts.claim(manifest)
     except _WRONG_USAGE as error:
         raise _UsageError(_first_line(error)) from error
     todo = [block for block in blocks if not parts.finished(block.index)]
     n_rows, left = sum(block.rows for block in blocks), sum(block.rows for block in todo)
-    with Progress(n_rows, None if engine.reports else False, "rows") as bar:
+    with Progress(n_rows, None if executor.reports else False, "rows") as bar:
         bar.update(n_rows - left)
         try:
-            engine.run(job, todo, bar.update)
+            executor.run(job, todo, bar.update)
         except _WRONG_USAGE as error:  # of the student: what the blocks raise, the scorer keeps
-            if engine.reports:
+            if executor.reports:
                 parts.remove_unused()
             raise _UsageError(_first_line(error)) from error
-    if not engine.reports:
+    if not executor.reports:
         return 0
     summary = _collect(options, job, parts, blocks, {block.index for block in todo})
     try:
@@ -184,31 +189,66 @@ def _first_line(error: Exception) -> str:
 def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, Any]]:
     """The work and its manifest, from arguments of which all but the student is checked, the cheap things first."""
     names = [name.strip() for name in options.acquisitions.split(",")]
-    request = Request.checked(names, options.reduction, options.topk, options.batch_tokens, options.backend)
-    checks.one_pass(request.own_passes)
+    plan = Plan.of(
+        names, options.acquisition_args,
+        reduction=options.reduction, topk=options.topk, batch_tokens=options.batch_tokens, backend=options.backend,
+    )  # fmt: skip
+    plan.sample_by_sample("call acqcore.score from Python")
     for name in ("limit", "block_rows"):
         if getattr(options, name) is not None:
             checks.positive_int(name, getattr(options, name))
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    checks.engine_options(options.engine, options.workers, options.ray_address, options.device, n_processes)
-    checks.output_place(options.out, data_files.SUFFIXES, started=Parts(options.out).folder.exists())
+    if n_processes > 1 and options.engine != "accelerate":
+        raise ValueError(
+            f"engine: {n_processes} processes were launched, expected --engine accelerate, got {options.engine}"
+        )
+    for option, value in (("--workers", options.workers), ("--ray-address", options.ray_address)):
+        if value is not None and options.engine != "ray":
+            raise ValueError(f"{option}: expected it with --engine ray, got --engine {options.engine}")
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"workers: expected an int >= 1, got {options.workers}")
+    if options.engine == "ray" and options.device not in (None, "cpu", "cuda"):
+        raise ValueError(
+            f"device: expected cpu or cuda with --engine ray, which gives each worker one, got {options.device}"
+        )
+    _check_output(options.out)
     if ".parquet" in (options.data.suffix, options.out.suffix or ".parquet"):
         checks.installed("pyarrow", "parquet", "train")
     blocks, present = data_files.scan(options.data, options.block_rows, options.limit)
-    checks.data_rows(options.data, len(blocks))
+    if not blocks:
+        raise ValueError(f"data: {options.data} has no rows")
     columns = data_files.choose_columns(present, options.prompt_column, options.completion_column, options.text_column)
     job = Job(
         student=os.path.abspath(options.student) if os.path.isdir(options.student) else options.student,
         data=options.data.absolute(),
         out=options.out.absolute(),
         columns=columns,
-        request=request,
+        plan=plan,
         max_length=options.max_length,
         dtype=options.dtype,
         device=options.device,
     )
-    checks.output_columns(columns, ("row", *names, "n_tokens", "valid", "error"))
+    for column in columns:
+        if column in ("row", *names, "n_tokens", "valid", "error"):
+            raise ValueError(f"data: the column {column!r} has the name of an output column; rename it")
     return job, blocks, _manifest(options, columns)
+
+
+def _check_output(out: Path) -> None:
+    """``--out`` is a file of a known kind, or without an extension a folder that is new or that this run began."""
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"out: the folder {out.parent} does not exist")
+    if out.suffix and out.suffix not in data_files.SUFFIXES:
+        raise ValueError(
+            f"extension of {out.name}: unknown {out.suffix!r}, expected one of {', '.join(data_files.SUFFIXES)}, or "
+            "none for a folder of parquet files"
+        )
+    if out.suffix and out.is_dir():
+        raise ValueError(f"out: {out} is a folder; to write one of parquet files give it a name without an extension")
+    if not out.suffix and out.is_file():
+        raise ValueError(f"out: {out} is a file; a name without an extension is a folder of parquet files")
+    if not out.suffix and not Parts(out).folder.exists() and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"out: the folder {out} is not empty")
 
 
 def _manifest(options: argparse.Namespace, columns: dict[str, str]) -> dict[str, Any]:
@@ -217,10 +257,13 @@ def _manifest(options: argparse.Namespace, columns: dict[str, str]) -> dict[str,
     with options.data.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
-    keys = ("student", "acquisitions", "reduction", "topk", "batch_tokens", "max_length", "dtype", "device")
+    keys = (
+        "student", "acquisitions", "acquisition_args", "reduction", "topk", "batch_tokens", "max_length", "dtype",
+        "device", "backend", "limit", "block_rows",
+    )  # fmt: skip
     files = sorted(Path(options.student).rglob("*")) if os.path.isdir(options.student) else []
     return {
-        **{key: getattr(options, key) for key in (*keys, "backend", "limit", "block_rows")},
+        **{key: getattr(options, key) for key in keys},
         "columns": columns,
         "data": digest.hexdigest(),
         "student_files": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()],
@@ -232,7 +275,7 @@ def _collect(
     options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[Block], new: Collection[int]
 ) -> Summary:
     """The summary of all blocks; tells of rows that could not be scored, and marks those of failed blocks."""
-    summary = Summary(job.request.acquisitions, list(job.columns)[-1])
+    summary = Summary(job.plan.names, list(job.columns)[-1])
     place = "line" if job.data.suffix == ".jsonl" else "row"
     for block in blocks:
         report = parts.report(block.index)

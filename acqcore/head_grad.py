@@ -21,8 +21,7 @@ from typing import TypeAlias
 import torch
 
 from acqcore import checks
-from acqcore.backends import Backend, HeadRows
-from acqcore.backends import select as select_backend
+from acqcore.backends import Backend, HeadRows, select as select_backend
 from acqcore.head import Head, compute_dtype
 from acqcore.head_visit import FORMS, visit
 from acqcore.row_stats import (

@@ -59,10 +59,7 @@ class _Plain:
         if now >= self.visible_from:
             rate = self.done / max(now - self.start, 1e-9)
             print(
-                f"\rscoring: {self.done}/{self.total} {self.unit}, {rate:.0f}/s ",
-                end="",
-                file=sys.stderr,
-                flush=True,
+                f"\rscoring: {self.done}/{self.total} {self.unit}, {rate:.0f}/s ", end="", file=sys.stderr, flush=True
             )
             self.written = True
 

@@ -20,9 +20,7 @@ from functools import reduce
 import torch
 
 from acqcore import checks
-from acqcore.backends import Backend, Gram, HeadRows
-from acqcore.backends import get as get_backend
-from acqcore.backends import select as select_backend
+from acqcore.backends import Backend, Gram, HeadRows, get as get_backend, select as select_backend
 from acqcore.head import Head, compute_dtype
 from acqcore.vocab_parallel import check_tiling, gathered
 

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from acqcore import checks
-
 if TYPE_CHECKING:
     import datasets
     import pandas
@@ -43,8 +41,8 @@ class Scores(Mapping[str, torch.Tensor]):
         Raises:
             ValueError: they were not kept.
         """
-        checks.tokens_kept(self._tokens)
-        assert self._tokens is not None
+        if self._tokens is None:
+            raise ValueError("tokens: per-token values were not kept, expected score(..., keep_tokens=True)")
         return self._tokens
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -10,12 +10,7 @@ _BITS = 64
 
 
 def random_signs(
-    rows: int,
-    columns: int,
-    seed: int,
-    stream: int,
-    first_row: int = 0,
-    device: torch.device | str = "cpu",
+    rows: int, columns: int, seed: int, stream: int, first_row: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """Independent signs ``[rows, columns]`` float32, a function of (seed, stream, row + first_row, column).
 
@@ -33,12 +28,7 @@ def random_signs(
 
 
 def hashed_places(
-    rows: int,
-    places: int,
-    seed: int,
-    stream: int,
-    first_row: int = 0,
-    device: torch.device | str = "cpu",
+    rows: int, places: int, seed: int, stream: int, first_row: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """A place and a sign for each row, ``[rows]`` int32: the place in ``[0, places)``, or ``~place`` for minus.
 

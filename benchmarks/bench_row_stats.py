@@ -91,6 +91,13 @@ def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
     return LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets, 1.0, -100, 1, True)
 
 
+def liger_fallback(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> object:
+    """What Liger runs where its Hopper kernel does not: chunks of 512 tokens in torch."""
+    from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
+
+    return module._FusedLinearPPOFallbackFunction.apply(hidden, weight, targets, 1.0, -100, True)
+
+
 def cut_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> object:
     from cut_cross_entropy import linear_cross_entropy
 

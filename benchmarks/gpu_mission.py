@@ -215,7 +215,7 @@ def _relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def automatic(device: str) -> list[str | None]:
-    """The automatic choice, and the backends named; ``cuda`` has no kernel but those of statistics."""
+    """The automatic choice, and the backends named; ``cuda`` has kernels of statistics and Gram matrices alone."""
     return [None, *(name for name in backends(device) if name != "cuda")]
 
 
@@ -253,6 +253,7 @@ def head_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
         peers["torch.compile of eager"] = statistics_peer(compiled, "eager")
     peers |= {
         "Liger (logprob, entropy)": statistics_peer(bench_row_stats.liger, "peer"),
+        "Liger, its chunked fallback": statistics_peer(bench_row_stats.liger_fallback, "peer"),
         "TRL chunked (logprob, entropy, sum p^2, top-1)": statistics_peer(bench_row_stats.trl_chunked, "peer"),
     }
     yield Group(f"statistics, {case}", peers, work, facts={"accuracy": "entropy, absolute"})
@@ -263,7 +264,7 @@ def head_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
     for tokens, part in few_offsets.items():
         rows = int(part[-1])
         norm = acqcore.head_grad_norm(hidden[:rows].double(), exact, targets[:rows], part, backend="eager")
-        for backend in automatic(device):
+        for backend in [None, *names]:
             peers[named(f"statistics and head_grad_norm, T={tokens}", backend)] = Peer(
                 partial(acqcore.head_grad_norm, hidden, head, targets, offsets(tokens), backend=backend),
                 partial(_relative, expected=norm),

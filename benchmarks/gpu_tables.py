@@ -6,6 +6,7 @@ where the package is not installed.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterable
@@ -159,6 +160,49 @@ def _geometric_mean(values: list[float]) -> float:
     return product
 
 
+def static_report(content: dict[str, Any]) -> str:
+    """What ``make gpu-static`` found, as Markdown."""
+    products = {row["op"]: row["product_equivalents"] for row in content["products"]}
+    parts = [
+        "## Without a GPU",
+        f"Compiled by Triton {content['triton']} for sm_90; N={content['rows']}. Product-equivalents count products "
+        "at D=4096; bytes count the arguments of every launch and torch operation once; memory is beside the result.",
+    ]
+    rows = [
+        (
+            row["op"], row["dtype"], row["vocab"], row["depth"], products.get(row["op"]), row["launches"],
+            row["torch_operations"], row["argument_gib"], row["extra_mib"],
+        )
+        for row in content["calls"]
+        if row["arch"] == 90
+    ]  # fmt: skip
+    header = ("call", "dtype", "V", "D", "product-equivalents", "launches", "torch operations", "GiB", "extra MiB")
+    parts.append(table(header, rows))
+    rows = [
+        (
+            row["kernel"], row["dtype"], row["vocab"], row["depth"], row.get("registers", row.get("fails")),
+            row.get("stack_bytes"), row.get("shared_bytes"), row.get("matrix_instructions"), row.get("sass_per_logit"),
+        )
+        for row in content["kernels"]
+        if row["arch"] == 90
+    ]  # fmt: skip
+    header = ("kernel", "dtype", "V", "D", "registers", "stack, bytes", "shared, bytes", "matrix instructions")
+    parts.append(table((*header, "SASS a logit"), rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def merged(contents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of one GPU as one: stages and rows one after another."""
+    names = {content["machine"].get("gpu") for content in contents}
+    if len(names) > 1:
+        raise SystemExit(f"gpu_tables: runs of several GPUs, {', '.join(sorted(map(str, names)))}")
+    first = dict(contents[0])
+    for content in contents[1:]:
+        for key in ("stages", "parity", "mission", "score", "tuning"):
+            first[key] = first[key] + content[key]
+    return first
+
+
 def document() -> str:
     """``docs/gpu.md``."""
     parts = [INTRODUCTION]
@@ -166,10 +210,23 @@ def document() -> str:
     if not runs:
         parts.append("No GPU has been measured yet: every time is unmeasured.\n")
     parts += [run_report(json.loads(path.read_text())) for path in runs]
+    static = RESULTS / "gpu_static.json"
+    if static.exists():
+        parts.append(static_report(json.loads(static.read_text())))
     return "\n".join(parts)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--merge", nargs="+", type=Path, metavar="JSON", help="runs of one GPU to make one, in the first"
+    )
+    arguments = parser.parse_args()
+    if arguments.merge:
+        content = merged([json.loads(path.read_text()) for path in arguments.merge])
+        arguments.merge[0].write_text(json.dumps(content, indent=1) + "\n")
+        print(run_report(content))
+        return
     DOCUMENT.write_text(document())
     print(f"wrote {DOCUMENT.relative_to(ROOT)}")
 

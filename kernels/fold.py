@@ -47,10 +47,22 @@ def empty_state(ROWS: tl.constexpr):
 
 
 @triton.jit
+def holds_target(
+    targets,  # [ROWS] int32
+    begin,
+    COLUMNS: tl.constexpr,
+):
+    """Whether a tile from column ``begin`` on holds a row's target; few do."""
+    local = targets - begin
+    return tl.max(((local >= 0) & (local < COLUMNS)).to(tl.int32), axis=0) > 0
+
+
+@triton.jit
 def fold(
     z,  # [ROWS, COLUMNS] float32; -inf outside the vocabulary
     begin,  # the first column's index
     targets,  # [ROWS] int32, indices as ``begin``; anything else: no target here
+    holds,  # whether the tile holds a target, if HAS_TARGETS
     top,  # [ROWS] float32, and so on to index [ROWS] int32: the state
     second,
     r,
@@ -70,9 +82,8 @@ def fold(
     COLUMNS: tl.constexpr = z.shape[1]
     column = tl.arange(0, COLUMNS)[None, :]
     if HAS_TARGETS:
-        local = targets - begin
-        if tl.max(((local >= 0) & (local < COLUMNS)).to(tl.int32), axis=0) > 0:  # few tiles hold a target
-            hit = tl.where(column == local[:, None], z, float("-inf"))
+        if holds:
+            hit = tl.where(column == (targets - begin)[:, None], z, float("-inf"))
             target = tl.maximum(target, tl.max(hit, axis=1))
     tile_top = tl.max(z, axis=1)
     rises = tile_top > top  # false for NaN, which shows in the sums

@@ -207,3 +207,10 @@ def has_descriptor(matrix: torch.Tensor) -> bool:
 
 def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A table of the host's on ``device``, without waiting for what runs there."""
+    if device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)

@@ -171,7 +171,7 @@ def test_another_run_may_not_take_over(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("acqcore.scorer.iterate", interrupted)
+        patch.setattr("acqcore.scoring.plan.Plan.batches", interrupted)
         assert main(command(rows)) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert main(command(rows, acquisitions="margin")) == 2
@@ -251,7 +251,7 @@ def test_wrong_usage_is_one_sentence(
 def test_an_engine_that_is_not_installed(
     command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("acqcore.checks.files.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("acqcore.checks.basic.importlib.util.find_spec", lambda name: None)
     for engine, extra in (("ray", "ray"), ("accelerate", "train")):
         assert main(command([{"text": "a fox"}], engine=engine)) == 2
         message = f"acqcore: error: --engine {engine} needs {engine}: run 'pip install acqcore[{extra}]'\n"

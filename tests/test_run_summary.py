@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from acqcore.run_summary import Summary
+from acqcore.files.summary import Summary
 
 
 def report(**fields: Any) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def report(**fields: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def plain_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("acqcore.run_summary.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("acqcore.files.summary.importlib.util.find_spec", lambda name: None)
 
 
 def test_blocks_add_up(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,21 +1,9 @@
-"""Error L2-norm, ||p - e_y||_2, the norm of the loss gradient in the logits.
-
-Source: Paul, Ganguli & Dziugaite 2021.
-"""
-
 from __future__ import annotations
 
 import torch
 
 from acqcore.acquisitions.base import register
 from acqcore.row_stats import RowStats
-
-
-@register("el2n", needs_targets=True)
-def el2n(stats: RowStats) -> torch.Tensor:
-    """Error L2-norm, ||p - e_y||_2, the norm of the loss gradient in the logits."""
-    assert stats.residual_norm is not None
-    return stats.residual_norm
 
 
 def reference(
@@ -27,3 +15,13 @@ def reference(
     p = z.softmax(dim=1)
     p[torch.arange(len(z)), targets] -= 1
     return p.norm(dim=1)
+
+
+@register("el2n", needs_targets=True, reference=reference)
+def el2n(stats: RowStats) -> torch.Tensor:
+    """Error L2-norm, ||p - e_y||_2, the norm of the loss gradient in the logits.
+
+    Source: Paul, Ganguli & Dziugaite 2021.
+    """
+    assert stats.residual_norm is not None
+    return stats.residual_norm

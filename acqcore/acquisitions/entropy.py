@@ -1,20 +1,9 @@
-"""Predictive entropy in nats, -sum_v p_v log p_v.
-
-Source: Shannon 1948; as an acquisition function, Dagan & Engelson 1995.
-"""
-
 from __future__ import annotations
 
 import torch
 
 from acqcore.acquisitions.base import register
 from acqcore.row_stats import RowStats
-
-
-@register("entropy")
-def entropy(stats: RowStats) -> torch.Tensor:
-    """Predictive entropy in nats, -sum_v p_v log p_v."""
-    return stats.entropy
 
 
 def reference(
@@ -25,3 +14,12 @@ def reference(
     """The definition, slowly, ``[N]``."""
     p = z.softmax(dim=1)
     return -(p * z.log_softmax(dim=1).masked_fill(p == 0, 0)).sum(dim=1)
+
+
+@register("entropy", reference=reference)
+def entropy(stats: RowStats) -> torch.Tensor:
+    """Predictive entropy in nats, -sum_v p_v log p_v.
+
+    Source: Shannon 1948; as an acquisition function, Dagan & Engelson 1995.
+    """
+    return stats.entropy

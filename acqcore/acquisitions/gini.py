@@ -1,20 +1,9 @@
-"""Gini impurity, 1 - sum_v p_v^2.
-
-Source: Breiman et al. 1984; the quadratic (Renyi-2, Tsallis-2) entropy.
-"""
-
 from __future__ import annotations
 
 import torch
 
 from acqcore.acquisitions.base import register
 from acqcore.row_stats import RowStats
-
-
-@register("gini")
-def gini(stats: RowStats) -> torch.Tensor:
-    """Gini impurity, 1 - sum_v p_v^2."""
-    return stats.gini
 
 
 def reference(
@@ -24,3 +13,12 @@ def reference(
 ) -> torch.Tensor:
     """The definition, slowly, ``[N]``."""
     return 1 - z.softmax(dim=1).square().sum(dim=1)
+
+
+@register("gini", reference=reference)
+def gini(stats: RowStats) -> torch.Tensor:
+    """Gini impurity, 1 - sum_v p_v^2.
+
+    Source: Breiman et al. 1984; the quadratic (Renyi-2, Tsallis-2) entropy.
+    """
+    return stats.gini

@@ -1,20 +1,9 @@
-"""Least confidence, 1 - max_v p_v.
-
-Source: Lewis & Gale 1994; Culotta & McCallum 2005 for sequences.
-"""
-
 from __future__ import annotations
 
 import torch
 
 from acqcore.acquisitions.base import register
 from acqcore.row_stats import RowStats
-
-
-@register("least_confidence")
-def least_confidence(stats: RowStats) -> torch.Tensor:
-    """Least confidence, 1 - max_v p_v."""
-    return stats.least_confidence
 
 
 def reference(
@@ -24,3 +13,12 @@ def reference(
 ) -> torch.Tensor:
     """The definition, slowly, ``[N]``."""
     return 1 - z.softmax(dim=1).amax(dim=1)
+
+
+@register("least_confidence", reference=reference)
+def least_confidence(stats: RowStats) -> torch.Tensor:
+    """Least confidence, 1 - max_v p_v.
+
+    Source: Lewis & Gale 1994; Culotta & McCallum 2005 for sequences.
+    """
+    return stats.least_confidence

@@ -1,20 +1,9 @@
-"""Margin between the two most likely tokens, as 1 - (p_1 - p_2).
-
-Source: Scheffer et al. 2001. 1 - (p_1 - p_2) is formed as (1 - p_1) + p_2, exact for confident rows.
-"""
-
 from __future__ import annotations
 
 import torch
 
 from acqcore.acquisitions.base import register
 from acqcore.row_stats import RowStats
-
-
-@register("margin")
-def margin(stats: RowStats) -> torch.Tensor:
-    """Margin between the two most likely tokens, as 1 - (p_1 - p_2)."""
-    return stats.least_confidence + stats.top2_prob
 
 
 def reference(
@@ -28,3 +17,12 @@ def reference(
         return 1 - p[:, 0]
     top = p.topk(2, dim=1).values
     return 1 - (top[:, 0] - top[:, 1])
+
+
+@register("margin", reference=reference)
+def margin(stats: RowStats) -> torch.Tensor:
+    """Margin between the two most likely tokens, as 1 - (p_1 - p_2).
+
+    Source: Scheffer et al. 2001. 1 - (p_1 - p_2) is formed as (1 - p_1) + p_2, exact for confident rows.
+    """
+    return stats.least_confidence + stats.top2_prob

@@ -1,0 +1,199 @@
+"""Kernels compiled for a GPU that is not there: launches recorded and not run, what they compile to, its machine code.
+
+``recorded`` runs the launchers, or whole operations of the package, on tensors of the CPU and keeps what they would
+launch; ``compiled`` is what Triton would compile for such a launch; ``measured`` reads registers, stack, shared memory
+and the instructions of the fold from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+MAJORS = {80: 8, 90: 9, 100: 10}
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # what a block may have
+NAMES = {
+    torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
+    torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.int8: "i8", torch.uint32: "u32",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
+
+#: Instructions of the matrix units in SASS, and float32's where there is none for a product.
+MATRIX = r"HGMMA|QGMMA|IGMMA|UTCHMMA|UTCQMMA|UTC\w*MMA|HMMA|IMMA"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that did not run."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+    grid: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Parameter -> argument, compile options left out."""
+        found = dict(zip(self.kernel.arg_names, self.arguments, strict=False))
+        return found | {key: value for key, value in self.named.items() if key not in OPTIONS}
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors it reads or writes."""
+        values = [value.base if isinstance(value, TensorDescriptor) else value for value in self.values.values()]
+        return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches of what runs inside; no kernel runs, so what they would write stays as it was."""
+    launches: list[Launch] = []
+
+    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        if callable(grid):
+            grid = grid(dict(zip(kernel.arg_names, arguments, strict=False)) | named)
+        assert all(isinstance(size, int) and 0 < size < 2**31 for size in grid)
+        launches.append(Launch(kernel, arguments, named, tuple(grid)))
+
+    with mock.patch.object(triton.runtime.jit.JITFunction, "run", record):
+        yield launches
+
+
+def compiled(launch: Launch, arch: int) -> Any:
+    """What Triton would compile for a launch: arguments specialised on as at run time."""
+    values = launch.values
+    options = {key: value for key, value in launch.named.items() if key in OPTIONS}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for parameter in launch.kernel.params:
+        value, place = values[parameter.name], (parameter.num,)
+        specialised, aligned = not parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
+            signature[parameter.name], constants[place] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>"
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{NAMES[value.dtype]}"
+            if value.data_ptr() % 16 == 0 and aligned:
+                attributes[place] = [["tt.divisibility", 16]]
+        elif isinstance(value, bool):
+            signature[parameter.name] = "i1"
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if value < 2**31 else "i64" if value < 2**63 else "u64"
+            if value % 16 == 0 and aligned and specialised:
+                attributes[place] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def measured(launch: Launch, arch: int) -> dict[str, Any]:
+    """Registers, stack, shared memory and instructions of a launch's kernel."""
+    code = compiled(launch, arch)
+    usage = _cuobjdump(code, "--dump-resource-usage")
+    instructions = parse(_cuobjdump(code, "-sass"))
+    names = [instruction.name for instruction in instructions]
+    threads = 32 * code.metadata.num_warps
+    return {
+        "registers": int(re.findall(r"REG:(\d+)", usage)[-1]),
+        "stack_bytes": int(re.findall(r"STACK:(\d+)", usage)[-1]),
+        "spill_instructions": sum(name.startswith(("STL", "LDL")) for name in names),
+        "shared_bytes": code.metadata.shared,
+        "warps": code.metadata.num_warps,
+        "matrix_instructions": sum(bool(re.match(MATRIX, name)) for name in names),
+        "sass_per_logit": _per_logit(launch, instructions, threads),
+    }
+
+
+def _per_logit(launch: Launch, instructions: list[Instruction], threads: int) -> float | None:
+    """Instructions of a thread in the loop over the vocabulary, outside that over the depth, for each logit it folds.
+
+    None where the kernel folds no logits, or where both loops are one.
+    """
+    values = launch.values
+    if "BLOCK_N" in values and "BLOCK_M" in values:
+        logits = values["BLOCK_M"] * values["BLOCK_N"] / threads
+    elif "COLUMNS" in values and "ROWS" in values and "logits" in values:
+        logits = values["ROWS"] * values["COLUMNS"] / threads
+    else:
+        return None
+    products = [i.address for i in instructions if re.match(MATRIX, i.name)]
+    found = loops(instructions)
+    if not products and "logits" not in values:
+        # A float32 product: its loop is the one with the most multiply-adds.
+        products = [i.address for i in instructions if i.name.startswith("FFMA")]
+    if "logits" in values:
+        inner, outer = [], [loop for loop in found if _inside(instructions, loop, "MUFU")]
+    else:
+        inner = [loop for loop in found if any(loop[0] <= address <= loop[1] for address in products)]
+        inner = [loop for loop in inner if not any(_within(other, loop) for other in inner)]
+        outer = [loop for loop in found if any(_within(own, loop) for own in inner)]
+        outer = [loop for loop in outer if _inside(instructions, loop, "MUFU")]
+    if not outer:
+        return None
+    begin, end = min(outer, key=lambda loop: loop[1] - loop[0])
+    count = sum(begin <= i.address <= end for i in instructions)
+    for first, last in (loop for loop in inner if begin <= loop[0] and loop[1] <= end):
+        count -= sum(first <= i.address <= last for i in instructions)
+    return round(count / logits, 2)
+
+
+def _within(inner: tuple[int, int], outer: tuple[int, int]) -> bool:
+    return inner != outer and outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
+def _inside(instructions: list[Instruction], loop: tuple[int, int], name: str) -> bool:
+    return any(loop[0] <= i.address <= loop[1] and i.name.startswith(name) for i in instructions)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of machine code; ``target`` is where a branch goes."""
+
+    address: int
+    name: str
+    target: int | None
+
+
+def parse(sass: str) -> list[Instruction]:
+    """The instructions of ``cuobjdump -sass``, padding after the last exit left out."""
+    found = []
+    for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass):
+        words = re.sub(r"^@!?U?P\w+\s+", "", text.strip()).split()
+        target = re.search(r"\bBRA\S*\s.*?0x([0-9a-f]+)", text)
+        found.append(Instruction(int(address, 16), words[0], int(target[1], 16) if target else None))
+    while found and found[-1].name in ("NOP", "BRA"):
+        found.pop()
+    return found
+
+
+def loops(instructions: list[Instruction]) -> list[tuple[int, int]]:
+    """(first, last) address of every loop: a branch to where it or something before it is."""
+    return [(i.target, i.address) for i in instructions if i.target is not None and i.target <= i.address]
+
+
+def _cuobjdump(code: Any, option: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(code.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, option, str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

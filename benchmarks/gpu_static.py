@@ -1,0 +1,317 @@
+"""``make gpu-static``: what can be known of the GPU's kernels without a GPU; writes ``results/gpu_static.json``.
+
+Every operation of the public interface runs on tensors that are allocated but never touched, under every dtype, an even
+and an odd vocabulary and SmolLM2's head. What it would launch is compiled for sm_80, sm_90 and sm_100: registers, stack
+(spills), shared memory, matrix instructions, instructions of the fold for each logit. Each call is counted too:
+launches, torch operations, bytes of their arguments (read or written once), memory beside the result. Products are
+counted in Triton's interpreter, in a process of its own (``--part products``): multiply-adds over those of one head
+product, as the slope between two vocabularies. A new operation is one row of ``OPERATIONS``; its kernels are found by
+what it launches. The Triton of users with torch 2.11 is 3.6; the file names the one that compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import acqcore
+from acqcore.backends import triton as backend
+from benchmarks import harness
+
+RESULT = harness.RESULTS / "gpu_static.json"
+ROWS = 4096
+DRAWS = 8
+#: Tensors of more elements are never touched: operations on them are counted and not run.
+TOUCHED = 1 << 18
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an operation takes; offsets of samples of 128 and of 32 tokens."""
+
+    hidden: torch.Tensor  # [N, D]
+    weight: torch.Tensor  # [V, D]
+    targets: torch.Tensor  # [N]
+    logits: torch.Tensor  # [N, V]
+
+    def offsets(self, tokens: int) -> torch.Tensor:
+        return torch.arange(0, len(self.hidden) + 1, tokens)
+
+    @property
+    def head(self) -> acqcore.Head:
+        return acqcore.Head(self.weight)
+
+
+def _norm(tokens: int) -> Callable[[Inputs], object]:
+    return lambda x: acqcore.head_grad_norm(x.hidden, x.head, x.targets, x.offsets(tokens), backend="triton")
+
+
+def _information(form: str) -> Callable[[Inputs], object]:
+    return lambda x: acqcore.mutual_information(x.hidden, x.head, form=form, draws=DRAWS, backend="triton")
+
+
+OPERATIONS: dict[str, Callable[[Inputs], object]] = {
+    "row_stats": lambda x: acqcore.row_stats(x.hidden, x.head, x.targets, backend="triton"),
+    "row_stats, no targets": lambda x: acqcore.row_stats(x.hidden, x.head, backend="triton"),
+    "logit_stats": lambda x: acqcore.logit_stats(x.logits, x.targets, backend="triton"),
+    "statistics and head_grad_norm, T=128": _norm(128),
+    "statistics and head_grad_norm, T=32": _norm(32),
+    "hidden_grad": lambda x: acqcore.hidden_grad(x.hidden, x.head, x.targets, backend="triton"),
+    "grad_sketch, T=128": lambda x: acqcore.grad_sketch(x.hidden, x.head, x.targets, x.offsets(128), backend="triton"),
+    f"mutual_information, element, K={DRAWS}": _information("element"),
+    f"mutual_information, block, K={DRAWS}": _information("block"),
+}
+
+#: (V, D, dtypes): a head whose V divides every tile, one whose V is odd, SmolLM2's.
+HEADS = (
+    (131072, 4096, (torch.bfloat16, torch.float32)),
+    (50257, 4096, (torch.bfloat16, torch.float32)),
+    (49152, 576, (torch.bfloat16,)),
+)
+
+
+class Counter(TorchDispatchMode):
+    """Counts torch operations, bytes and memory; those on large tensors give untouched memory of the right shape."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__()
+        self.operations = 0
+        self.argument_bytes = 0
+        self._own = {t.untyped_storage()._cdata for t in (inputs.hidden, inputs.weight, inputs.targets, inputs.logits)}
+        self._live: dict[int, list[int]] = {}  # storage -> [bytes, tensors that hold it]
+        self._held = 0
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if func.is_view or func.namespace != "aten" or "empty" in func.__name__:
+            out = func(*args, **kwargs)
+        else:
+            self.operations += 1
+            out = self._run(func, args, kwargs, tensors)
+            outputs = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+            self.argument_bytes += sum(t.numel() * t.element_size() for t in [*tensors, *outputs])
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._hold(tensor)
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
+        if func._schema.is_mutable:
+            if all(t.numel() <= TOUCHED for t in tensors):
+                return func(*args, **kwargs)
+            written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+            names = [a.name for a in func._schema.arguments]
+            found = [kwargs[name] if name in kwargs else args[names.index(name)] for name in written]
+            return found[0] if len(found) == 1 else tuple(found)
+        on_meta = torch.utils._pytree.tree_map(
+            lambda t: (
+                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+                if isinstance(t, torch.Tensor)
+                else t
+            ),
+            (args, {key: value for key, value in kwargs.items() if key != "device"}),
+        )
+        if all(t.numel() <= TOUCHED for t in tensors):
+            try:
+                shaped = func(*on_meta[0], **on_meta[1], **({"device": "meta"} if "device" in kwargs else {}))
+            except (NotImplementedError, RuntimeError):  # its shape follows from its values
+                return func(*args, **kwargs)
+            sizes = [t.numel() for t in torch.utils._pytree.tree_leaves(shaped) if isinstance(t, torch.Tensor)]
+            if all(size <= TOUCHED for size in sizes):
+                return func(*args, **kwargs)
+        else:
+            shaped = func(*on_meta[0], **on_meta[1])
+        return torch.utils._pytree.tree_map(
+            lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) if isinstance(t, torch.Tensor) else t,
+            shaped,
+        )
+
+    def _hold(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._own:
+            return
+        if key not in self._live:
+            self._live[key] = [storage.nbytes(), 0]
+            self._held += storage.nbytes()
+            self.peak = max(self.peak, self._held)
+        self._live[key][1] += 1
+        weakref.finalize(tensor, self._release, key)
+
+    def _release(self, key: int) -> None:
+        entry = self._live[key]
+        entry[1] -= 1
+        if not entry[1]:
+            self._held -= entry[0]
+            del self._live[key]
+
+
+@contextlib.contextmanager
+def serving_the_cpu(major: int) -> Iterator[None]:
+    """The Triton backend takes the CPU's tensors, with the tiles of an architecture; custom operations run inside."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        patch = mock.patch.multiple(backend.Triton, devices=("cpu",), unavailable=lambda self: None)
+        stack.enter_context(patch)
+        stack.enter_context(mock.patch.object(backend, "_device", return_value=("no device", major)))
+        if not backend.INTERPRETED:
+            stack.enter_context(mock.patch.object(backend, "_launching", return_value=contextlib.nullcontext()))
+        for name, module in list(sys.modules.items()):
+            if name.startswith("acqcore"):
+                for attribute, value in list(vars(module).items()):
+                    if isinstance(value, torch._library.custom_ops.CustomOpDef):
+                        stack.enter_context(mock.patch.object(module, attribute, value._init_fn))
+        yield
+
+
+def make_inputs(vocab: int, depth: int, dtype: torch.dtype, rows: int = ROWS) -> Inputs:
+    return Inputs(
+        torch.empty(rows, depth, dtype=dtype), torch.empty(vocab, depth, dtype=dtype),
+        torch.arange(rows) % vocab, torch.empty(rows, vocab, dtype=dtype),
+    )  # fmt: skip
+
+
+def calls_and_kernels(arches: list[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A row a call, and a row for each kernel, architecture and variant that a call launches."""
+    from benchmarks import ahead_of_time
+
+    calls: list[dict[str, Any]] = []
+    kernels: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for vocab, depth, dtypes in HEADS:
+        for dtype in dtypes:
+            for arch in arches:
+                for op, run in OPERATIONS.items():
+                    case = {"op": op, "dtype": harness.name(dtype), "vocab": vocab, "depth": depth, "arch": arch}
+                    print(", ".join(map(str, case.values())), flush=True)
+                    inputs = make_inputs(vocab, depth, dtype)
+                    counter = Counter(inputs)
+                    with serving_the_cpu(ahead_of_time.MAJORS[arch]), ahead_of_time.recorded() as launches:
+                        with torch.no_grad(), counter:
+                            result = run(inputs)
+                        kept = counter._held
+                    del result
+                    bytes_of = [t.numel() * t.element_size() for launch in launches for t in launch.tensors]
+                    calls.append(
+                        case
+                        | {
+                            "launches": len(launches),
+                            "torch_operations": counter.operations,
+                            "argument_gib": round((sum(bytes_of) + counter.argument_bytes) / 2**30, 3),
+                            "extra_mib": round((counter.peak - kept) / 2**20, 2),
+                        }
+                    )
+                    for launch in {launch.name: launch for launch in launches}.values():
+                        row = {"kernel": launch.name, **case, **_measured(launch, arch)}
+                        key = tuple(str(value) for name, value in row.items() if name != "op")
+                        kernels.setdefault(key, {**row, "op": []})["op"].append(op)
+    return calls, list(kernels.values())
+
+
+def _measured(launch: Any, arch: int) -> dict[str, Any]:
+    from benchmarks import ahead_of_time
+
+    try:
+        return ahead_of_time.measured(launch, arch)
+    except Exception as error:  # a kernel that does not compile for one architecture is a finding
+        return {"fails": harness.first_line(error)}
+
+
+def products(depth: int = 4096, rows: int = 128, vocabs: tuple[int, int] = (1024, 2048)) -> list[dict[str, Any]]:
+    """Product-equivalents of every operation, of what Triton's interpreter and torch multiply."""
+    from torch.utils import flop_counter
+    from triton.runtime import interpreter
+
+    found = []
+    multiplied = 0
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def counting(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        nonlocal multiplied
+        multiplied += 2 * a.data.size * b.data.shape[-1]
+        return create_dot(self, a, b, *others)
+
+    # Torch counts addmm and not its in-place form.
+    in_place = {torch.ops.aten.addmm_: flop_counter.addmm_flop, torch.ops.aten.baddbmm_: flop_counter.baddbmm_flop}
+    with mock.patch.object(interpreter.InterpreterBuilder, "create_dot", counting), serving_the_cpu(9):
+        for op, run in OPERATIONS.items():
+            if op == "logit_stats":
+                continue
+            flops, torch_flops = [], []
+            for vocab in vocabs:
+                g = torch.Generator().manual_seed(0)
+                hidden = torch.randn(rows, depth, generator=g).bfloat16()
+                weight = (torch.randn(vocab, depth, generator=g) / depth**0.5).bfloat16()
+                inputs = Inputs(hidden, weight, torch.arange(rows) % vocab, torch.empty(1, vocab))
+                multiplied = 0
+                counter = flop_counter.FlopCounterMode(display=False, custom_mapping=in_place)
+                with counter, torch.no_grad():
+                    run(inputs)
+                flops.append(multiplied + counter.get_total_flops())
+                torch_flops.append(counter.get_total_flops())
+            one = 2 * rows * depth * (vocabs[1] - vocabs[0])
+            row = {
+                "op": op,
+                "depth": depth,
+                "product_equivalents": round((flops[1] - flops[0]) / one, 3),
+                "of_them_in_torch": round((torch_flops[1] - torch_flops[0]) / one, 3),
+            }
+            found.append(row)
+            print(row, flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("all", "kernels", "products"), default="all")
+    parser.add_argument("--arches", nargs="+", type=int, default=[80, 90, 100])
+    parser.add_argument("--out", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    import triton
+
+    content: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    if arguments.part == "products":
+        content["products"] = products()
+    else:
+        if arguments.part == "all":
+            command = [sys.executable, "-m", "benchmarks.gpu_static", "--part", "products", "--out", arguments.out]
+            subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+            content = json.loads(arguments.out.read_text())
+        content |= {"triton": triton.__version__, "rows": ROWS}
+        content["calls"], content["kernels"] = calls_and_kernels(arguments.arches)
+    write(arguments.out, content)
+    print(f"wrote {arguments.out.name}")
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """JSON with one line a row, so that a change shows as the rows that changed."""
+    parts = []
+    for key, value in content.items():
+        if isinstance(value, list):
+            rows = ",\n".join("  " + json.dumps(row) for row in value)
+            parts.append(f" {json.dumps(key)}: [\n{rows}\n ]" if value else f" {json.dumps(key)}: []")
+        else:
+            parts.append(f" {json.dumps(key)}: {json.dumps(value)}")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()
