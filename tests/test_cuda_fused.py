@@ -167,7 +167,7 @@ def test_where_the_kernel_fits() -> None:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
 def test_machine_code(tmp_path: Path) -> None:
-    """No register spills where it matters; products are Hopper's own and none is serialised; one multicast copy at least."""
+    """Products are Hopper's own and none is serialised; one multicast copy; registers do not spill in a tile."""
     command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
     report = subprocess.run(
         [*command, str(SOURCE), "-o", str(tmp_path / "code")], capture_output=True, text=True, timeout=300, check=True
