@@ -37,7 +37,7 @@ help:  ## list the targets
 
 demo: $(DEMO)/.ready  ## score the bundled samples, a short GRPO with the score as reward, the whole loop (results in demo-output/)
 	@echo "[demo] running; results go to demo-output/"
-	@PYTHONSAFEPATH=1 $(DEMO)/bin/python -m acqsynth.demo
+	@PYTHONSAFEPATH=1 $(DEMO)/bin/python examples/demo.py
 
 # Status 5 of the second run: PYTEST_ARGS selects none of its tests.
 test: $(TEST)/.ready  ## run the tests against the built wheel; PYTEST_ARGS="-k entropy" passes arguments
@@ -92,7 +92,7 @@ $(TEST)/.bench: $(TEST)/.ready
 	@echo "[$(TEST)] installing the peers that benchmarks compare with"
 	@$(TEST)/bin/python -m pip install -qq -c constraints.txt "$$(echo $(TEST)/wheel/*.whl)[bench]"
 	@$(TEST)/bin/python -m pip install -qq --no-deps $(PEERS)
-	@mkdir -p $(BENCH_PATH) && ln -sfn ../../benchmarks $(BENCH_PATH)/benchmarks
+	@mkdir -p $(BENCH_PATH) && ln -sfn ../../benchmarks ../../examples $(BENCH_PATH)/
 	@touch $@
 
 # The wheel is installed by force, as its version stays while the sources change; then what its extras lack.

@@ -6,24 +6,30 @@
 
 from __future__ import annotations
 
-from acqcore.acquisitions import Acquisition, acquisitions, register
-from acqcore.backends import BackendInfo, backends
-from acqcore.badge import badge_embedding
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from acqcore.acquisitions import Acquisition, register
+from acqcore.backends import BackendInfo
 from acqcore.bayes import BayesStats, ensemble_stats, mutual_information
-from acqcore.diversity import Archive, gradient_diversity, vendi_score
-from acqcore.ghost import grad_norm
+from acqcore.gradients.reference import Reference
 from acqcore.head import Head
 from acqcore.head_grad import head_grad_norm, hidden_grad, hidden_grad_norm
-from acqcore.influence import Reference, influence, influence_reference
 from acqcore.row_stats import RowStats, logit_stats, row_stats
-from acqcore.samples import Row, encode
-from acqcore.score import score
 from acqcore.scores import Scores
-from acqcore.select import select
-from acqcore.sharding import loading_whole
-from acqcore.sketch import grad_sketch
-from acqcore.stream import score_stream
-from acqcore.student import Student
+from acqcore.scoring.api import score, score_stream
+from acqcore.scoring.gradients import badge_embedding, grad_norm, grad_sketch, influence, influence_reference
+from acqcore.selection.diversity import Archive, gradient_diversity, vendi_score
+from acqcore.selection.subsets import select
+from acqcore.students.samples import Row, encode
+from acqcore.students.sharding import loading_whole
+from acqcore.students.student import Student
+
+if TYPE_CHECKING:
+    from acqcore.acquisitions import acquisitions
+    from acqcore.backends import backends
+else:
+    from acqcore import acquisitions, backends
 
 __version__ = "0.1.0"
 
@@ -62,3 +68,14 @@ __all__ = [
     "select",
     "vendi_score",
 ]
+
+
+class _CallablePackage(ModuleType):
+    """Calls the function that the package is named after, which would hide its modules if it took its place."""
+
+    def __call__(self):  # type: ignore[no-untyped-def]
+        return getattr(self, self.__name__.rpartition(".")[2])()
+
+
+for _package in (acquisitions, backends):
+    _package.__class__ = _CallablePackage

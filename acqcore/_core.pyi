@@ -55,6 +55,25 @@ def delta_hash(
     columns: int,
     out: int,  # float32 [N, columns], written
 ) -> None: ...
+def hidden_grad(
+    isa: str,
+    head: HeadArgs,
+    state: int,  # float64 [7, N], written
+    index: int,  # int64 [N], written
+    out: int,  # float32 [N, D], written
+) -> None: ...
+def gram_norm(
+    isa: str,
+    head: HeadArgs,
+    state: int,  # float64 [7, N], over the whole vocabulary
+    index: int,  # int64 [N], likewise
+    bounds: int,  # int64 [samples, 2], begin and end
+    samples: int,
+    products: int,  # float32 [sum T^2]
+    local_max: int,  # float64 [N], what the products are relative to
+    weights: int,  # float64 [N]
+    squared: int,  # float64 [samples], written
+) -> None: ...
 def head_grad_norm(
     isa: str,
     head: HeadArgs,

@@ -24,9 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from acqcore import checks
-from acqcore.backends import DrawRows, Dropout
-from acqcore.backends import get as get_backend
-from acqcore.backends import select as select_backend
+from acqcore.backends import DrawRows, Dropout, get as get_backend, select as select_backend
 from acqcore.backends.chunked import float32_products
 from acqcore.backends.chunked_mixture import mixture_in_chunks
 from acqcore.head import Head, compute_dtype

@@ -1,33 +1,37 @@
-"""The command line: ``acqcore score`` scores a data file, ``acqcore plan`` tells beforehand what that would take,
-``acqcore info`` tells what runs here."""
+"""Score data files with a student (``acqcore score``), estimate what that costs (``acqcore plan``), list versions and
+backends (``acqcore info``)."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from acqcore import __version__, checks, data_files, engines
+from acqcore import __version__, checks
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
-from acqcore.data_files import Block
-from acqcore.parts import Parts
-from acqcore.plan import command as plan_command
+from acqcore.costs import command as plan_command
+from acqcore.files import data as data_files
+from acqcore.files.data import Block
+from acqcore.files.executors import executor_of
+from acqcore.files.parts import Parts
+from acqcore.files.summary import Summary, print_table
+from acqcore.files.worker import ATTEMPTS, DTYPES, Job, write_failed
+from acqcore.literals import Reduction
 from acqcore.progress import Progress
-from acqcore.run_summary import Summary, print_table
-from acqcore.score import REDUCTIONS, Request
-from acqcore.scorer import ATTEMPTS, DTYPES, Job, write_failed
+from acqcore.scoring.plan import Plan
 
-BLOCK_ROWS = 4096  # bounds memory, and costs little packing
+BLOCK_ROWS = 4096  # bounds memory; larger blocks would pack hardly better
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,8 +41,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 where no row could be scored or a block failed, 2 for
-    wrong usage."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0; 1 if no row could be scored or a block failed; 2 for wrong usage; 130 if interrupted.
+    """
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
@@ -46,15 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"acqcore: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("acqcore: interrupted; the same command goes on from the last finished batch", file=sys.stderr)
+        print("acqcore: interrupted; the same command resumes after the last finished batch", file=sys.stderr)
         return 130
 
 
 class _UsageError(Exception):
-    """Wrong usage; its text is what the user is told."""
+    """Wrong usage; the user sees its text."""
 
 
-#: What wrong arguments, files, students and missing packages raise.
+#: Raised for wrong arguments, files, students and missing packages.
 _WRONG_USAGE = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
@@ -78,29 +85,40 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help=f"comma-separated, by default entropy; any of {', '.join(REGISTRY)}",
     )
-    score.add_argument("--prompt-column", metavar="C", help="context; with --completion-column")
-    score.add_argument("--completion-column", metavar="C", help="what is scored")
-    score.add_argument("--text-column", metavar="C", help="scored whole")
-    score.add_argument("--reduction", default="mean", help=f"one of {', '.join(REDUCTIONS)}")
-    score.add_argument("--topk", type=int, default=8, metavar="N", help="tokens of --reduction topk")
-    score.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="per forward, padded")
+    score.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
+    score.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
+    score.add_argument("--completion-column", metavar="C", help="column with the scored text")
+    score.add_argument("--text-column", metavar="C", help="column whose text is scored whole")
+    score.add_argument(
+        "--reduction", default="mean", help=f"of token values: {', '.join(get_args(Reduction))} (default: mean)"
+    )
+    score.add_argument(
+        "--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)"
+    )
+    score.add_argument(
+        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
+    )
     score.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
-    score.add_argument("--dtype", choices=list(DTYPES), help="of the weights, by default as stored")
-    score.add_argument("--device", metavar="D", help="by default the engine's: cpu, or a GPU for each process")
-    score.add_argument("--backend", metavar="B", help="a name from 'acqcore info'")
-    score.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
+    score.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
+    score.add_argument("--device", metavar="D", help="device (default: the engine's, cpu or one GPU per process)")
+    score.add_argument("--backend", metavar="B", help="backend, see 'acqcore info'")
+    score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
     score.add_argument(
         "--engine",
         choices=["local", "accelerate", "ray"],
         default="local",
-        help="this process, those of 'accelerate launch -m acqcore score ...', or actors of Ray",
+        help="run in this process, under 'accelerate launch -m acqcore score ...', or on Ray actors",
     )
-    score.add_argument("--workers", type=int, metavar="N", help="actors of Ray, by default one for each GPU")
-    score.add_argument("--ray-address", metavar="A", help="of a running cluster, by default one is started")
+    score.add_argument("--workers", type=int, metavar="N", help="Ray actors (default: one per GPU)")
+    score.add_argument("--ray-address", metavar="A", help="address of a running Ray cluster (default: start one)")
     score.add_argument(
-        "--block-rows", type=int, default=BLOCK_ROWS, metavar="N", help="read, scored, tried again and written at once"
+        "--block-rows",
+        type=int,
+        default=BLOCK_ROWS,
+        metavar="N",
+        help="rows per block, the unit of reading, retrying and writing",
     )
-    plan = commands.add_parser("plan", help="memory and time that scoring would take")
+    plan = commands.add_parser("plan", help="estimate memory and time of scoring")
     plan.set_defaults(command=_plan)
     plan_command.add_options(plan)
     info = commands.add_parser("info", help="versions and backends")
@@ -146,30 +164,30 @@ def _score(options: argparse.Namespace) -> int:
     begun = time.time()
     try:
         job, blocks, manifest = _prepare(options)
-        engine = engines.engine(options.engine, options.workers, options.ray_address, options.device)
+        executor = executor_of(options.engine, options.workers, options.ray_address, options.device)
         parts = Parts(job.out)
-        if engine.reports:
+        if executor.reports:
             parts.claim(manifest)
     except _WRONG_USAGE as error:
         raise _UsageError(_first_line(error)) from error
     todo = [block for block in blocks if not parts.finished(block.index)]
     n_rows, left = sum(block.rows for block in blocks), sum(block.rows for block in todo)
-    with Progress(n_rows, None if engine.reports else False, "rows") as bar:
+    with Progress(n_rows, None if executor.reports else False, "rows") as bar:
         bar.update(n_rows - left)
         try:
-            engine.run(job, todo, bar.update)
+            executor.run(job, todo, bar.update)
         except _WRONG_USAGE as error:  # of the student: what the blocks raise, the scorer keeps
-            if engine.reports:
+            if executor.reports:
                 parts.remove_unused()
             raise _UsageError(_first_line(error)) from error
-    if not engine.reports:
+    if not executor.reports:
         return 0
     summary = _collect(options, job, parts, blocks, {block.index for block in todo})
     try:
         data_files.join([parts.path(block.index) for block in blocks], job.out, job.output_columns)
     except (ValueError, TypeError) as error:
         raise _UsageError(
-            f"{options.out}: {_first_line(error)}; the scores stay in {parts.folder}, a .jsonl holds them"
+            f"{options.out}: {_first_line(error)}; the scores are kept in {parts.folder}, a .jsonl output can hold them"
         ) from error
     if not summary.failed_blocks:
         parts.remove()
@@ -182,45 +200,83 @@ def _first_line(error: Exception) -> str:
 
 
 def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, Any]]:
-    """The work and its manifest, from arguments of which all but the student is checked, the cheap things first."""
+    """The job, its blocks and its manifest. Checks all arguments but the student, the cheap ones first."""
     names = [name.strip() for name in options.acquisitions.split(",")]
-    request = Request.checked(names, options.reduction, options.topk, options.batch_tokens, options.backend)
-    checks.one_pass(request.own_passes)
+    plan = Plan.of(
+        names, options.acquisition_args,
+        reduction=options.reduction, topk=options.topk, batch_tokens=options.batch_tokens, backend=options.backend,
+    )  # fmt: skip
+    plan.sample_by_sample("call acqcore.score from Python")
     for name in ("limit", "block_rows"):
         if getattr(options, name) is not None:
             checks.positive_int(name, getattr(options, name))
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    checks.engine_options(options.engine, options.workers, options.ray_address, options.device, n_processes)
-    checks.output_place(options.out, data_files.SUFFIXES, started=Parts(options.out).folder.exists())
+    if n_processes > 1 and options.engine != "accelerate":
+        raise ValueError(
+            f"engine: {n_processes} processes were launched, expected --engine accelerate, got {options.engine}"
+        )
+    for option, value in (("--workers", options.workers), ("--ray-address", options.ray_address)):
+        if value is not None and options.engine != "ray":
+            raise ValueError(f"{option}: expected it with --engine ray, got --engine {options.engine}")
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"workers: expected an int >= 1, got {options.workers}")
+    if options.engine == "ray" and options.device not in (None, "cpu", "cuda"):
+        raise ValueError(
+            f"device: expected cpu or cuda with --engine ray, which gives each worker one, got {options.device}"
+        )
+    _check_output(options.out)
     if ".parquet" in (options.data.suffix, options.out.suffix or ".parquet"):
         checks.installed("pyarrow", "parquet", "train")
     blocks, present = data_files.scan(options.data, options.block_rows, options.limit)
-    checks.data_rows(options.data, len(blocks))
+    if not blocks:
+        raise ValueError(f"data: {options.data} has no rows")
     columns = data_files.choose_columns(present, options.prompt_column, options.completion_column, options.text_column)
     job = Job(
         student=os.path.abspath(options.student) if os.path.isdir(options.student) else options.student,
         data=options.data.absolute(),
         out=options.out.absolute(),
         columns=columns,
-        request=request,
+        plan=plan,
         max_length=options.max_length,
         dtype=options.dtype,
         device=options.device,
     )
-    checks.output_columns(columns, ("row", *names, "n_tokens", "valid", "error"))
+    for column in columns:
+        if column in ("row", *names, "n_tokens", "valid", "error"):
+            raise ValueError(f"data: the column {column!r} has the name of an output column; rename it")
     return job, blocks, _manifest(options, columns)
 
 
+def _check_output(out: Path) -> None:
+    """``--out`` is a file of a known kind, or without an extension a folder that is new or that this run began."""
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"out: the folder {out.parent} does not exist")
+    if out.suffix and out.suffix not in data_files.SUFFIXES:
+        raise ValueError(
+            f"extension of {out.name}: unknown {out.suffix!r}, expected one of {', '.join(data_files.SUFFIXES)}, or "
+            "none for a folder of parquet files"
+        )
+    if out.suffix and out.is_dir():
+        raise ValueError(f"out: {out} is a folder; to write one of parquet files give it a name without an extension")
+    if not out.suffix and out.is_file():
+        raise ValueError(f"out: {out} is a file; a name without an extension is a folder of parquet files")
+    if not out.suffix and not Parts(out).folder.exists() and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"out: the folder {out} is not empty")
+
+
 def _manifest(options: argparse.Namespace, columns: dict[str, str]) -> dict[str, Any]:
-    """What decides the numbers and which rows share a batch; not who scores them."""
+    """Everything that the values and the batches depend on, which excludes the engine."""
     digest = hashlib.sha256()
     with options.data.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
-    keys = ("student", "acquisitions", "reduction", "topk", "batch_tokens", "max_length", "dtype", "device")
+    keys = (
+        "student", "acquisitions", "acquisition_args", "reduction", "topk", "batch_tokens", "max_length", "dtype",
+        "device", "backend", "limit", "block_rows",
+    )  # fmt: skip
     files = sorted(Path(options.student).rglob("*")) if os.path.isdir(options.student) else []
     return {
-        **{key: getattr(options, key) for key in (*keys, "backend", "limit", "block_rows")},
+        **{key: getattr(options, key) for key in keys},
         "columns": columns,
         "data": digest.hexdigest(),
         "student_files": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()],
@@ -231,8 +287,8 @@ def _manifest(options: argparse.Namespace, columns: dict[str, str]) -> dict[str,
 def _collect(
     options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[Block], new: Collection[int]
 ) -> Summary:
-    """The summary of all blocks; tells of rows that could not be scored, and marks those of failed blocks."""
-    summary = Summary(job.request.acquisitions, list(job.columns)[-1])
+    """Summary of all blocks. Reports rows that could not be scored, and marks those of failed blocks."""
+    summary = Summary(job.plan.names, list(job.columns)[-1])
     place = "line" if job.data.suffix == ".jsonl" else "row"
     for block in blocks:
         report = parts.report(block.index)

@@ -21,8 +21,7 @@ from typing import TypeAlias
 import torch
 
 from acqcore import checks
-from acqcore.backends import HeadRows
-from acqcore.backends import select as select_backend
+from acqcore.backends import Backend, HeadRows, select as select_backend
 from acqcore.head import Head, compute_dtype
 from acqcore.head_visit import FORMS, visit
 from acqcore.row_stats import (
@@ -37,7 +36,7 @@ from acqcore.row_stats import (
     row_stats,
     stats_of,
 )
-from acqcore.signs import hashed_places
+from acqcore.signs import hashed_places, rotated_places
 from acqcore.vocab_parallel import summed
 
 LOSSES = ("mean", "sum")
@@ -220,10 +219,14 @@ def grad_sketch(
     checks.given("targets", targets)
     checks.one_of("loss", loss, LOSSES)
     checks.positive_int("dim", dim)
-    stats = row_stats(hidden, head, targets, temperature=temperature, backend=backend)
+    chosen = checked_backend(hidden, head, targets, temperature, backend, "delta_hash")
     bounds = checks.offsets(offsets, targets)
     weights = loss_weights(targets, bounds, loss, token_weights)
-    return grad_sketch_from(hidden, head, stats, bounds, weights, temperature, backend, dim, seed)
+    stats = None  # found in the same visit of the weights, unless ranks share them
+    if head.group is not None or not len(head.weight):
+        stats = row_stats(hidden, head, targets, temperature=temperature, backend=backend)
+    trusted = checks.targets_in_range(targets, head.vocab_size)
+    return _sketches(hidden, head, trusted, stats, bounds, weights, temperature, chosen, dim, seed)
 
 
 def loss_weights(
@@ -297,27 +300,48 @@ def grad_sketch_from(
 ) -> torch.Tensor:
     """:func:`grad_sketch` from statistics in hand, ``[B, dim]``; arguments are trusted."""
     assert stats.targets is not None
-    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
+    shape = (hidden.shape[0], head.weight.shape[0])
+    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "delta_hash", shape)
+    return _sketches(hidden, head, stats.targets, stats, bounds, weights, temperature, chosen, dim, seed)
+
+
+def _sketches(
+    hidden: torch.Tensor,  # [N, D]
+    head: Head,
+    targets: torch.Tensor,  # [N]
+    stats: RowStats | None,  # None: not known yet
+    bounds: Bounds,
+    weights: torch.Tensor,  # [N] float64
+    temperature: float,
+    chosen: Backend,
+    dim: int,
+    seed: int,
+) -> torch.Tensor:
+    """``[B, dim]``."""
+    dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     of_rows, of_columns = head_places(head, dim, seed)
-    sketches = hidden.new_zeros((len(bounds), dim // 2 + 1), dtype=_complex(stats.dtype))
+    sketches = hidden.new_zeros((len(bounds), dim // 2 + 1), dtype=_complex(dtype))
     segments = sample_of_rows(bounds, hidden.device)
     for begin in range(0, len(hidden) if len(head.weight) else 0, SKETCH_ROWS):
         part = slice(begin, begin + SKETCH_ROWS)
-        left = hidden.new_empty((len(hidden[part]), dim), dtype=stats.dtype)
-        state, index = stats.state[:, part].contiguous(), stats.max_index[part]
-        piece = HeadRows(hidden[part], head, stats.targets[part], temperature, state, index)
-        chosen.delta_hash(piece, of_rows, left)
-        left *= weights[part, None].to(stats.dtype)
-        right = hash_columns(hidden[part].to(stats.dtype), of_columns, dim)
+        left = hidden.new_empty((len(hidden[part]), dim), dtype=dtype)
+        if stats is None:
+            state, index = empty_state(hidden[part])
+            chosen.stats_and_hash(HeadRows(hidden[part], head, targets[part], temperature, state, index), of_rows, left)
+        else:
+            state, index = stats.state[:, part].contiguous(), stats.max_index[part]
+            chosen.delta_hash(HeadRows(hidden[part], head, targets[part], temperature, state, index), of_rows, left)
+        left *= weights[part, None].to(dtype)
+        right = hash_columns(hidden[part].to(dtype), of_columns, dim)
         sketches.index_add_(0, segments[part], torch.fft.rfft(left) * torch.fft.rfft(right))
     return summed(torch.fft.irfft(sketches, n=dim), head.group)
 
 
 def head_places(head: Head, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hashed places of the rows ``[V]`` and columns ``[D]`` of a head's weight (see ``signs.hashed_places``)."""
+    """Hashed places of the rows ``[V]`` and columns ``[D]`` of a head's weight, as ``signs.py`` gives them."""
     v, d = head.weight.shape
     device = head.weight.device
-    return hashed_places(v, dim, seed, 0, head.vocab_start, device), hashed_places(d, dim, seed, 1, 0, device)
+    return rotated_places(v, dim, seed, 0, head.vocab_start, device), hashed_places(d, dim, seed, 1, 0, device)
 
 
 def hash_columns(

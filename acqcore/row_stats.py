@@ -20,9 +20,7 @@ from functools import reduce
 import torch
 
 from acqcore import checks
-from acqcore.backends import Backend, Gram, HeadRows
-from acqcore.backends import get as get_backend
-from acqcore.backends import select as select_backend
+from acqcore.backends import Backend, Gram, HeadRows, get as get_backend, select as select_backend
 from acqcore.head import Head, compute_dtype
 from acqcore.vocab_parallel import check_tiling, gathered
 
@@ -238,14 +236,15 @@ def checked_backend(
     targets: torch.Tensor | None,  # [N]
     temperature: float,
     backend: str | None,
+    op: str = "row_stats",
 ) -> Backend:
-    """The arguments of :func:`row_stats`, checked, and the backend that serves them."""
+    """The arguments of :func:`row_stats`, checked, and the backend that serves them for ``op``."""
     checks.instance("head", head, Head, "acqcore.Head")
     checks.hidden(hidden, head.weight)
     checks.targets(targets, hidden, "hidden")
     checks.positive("temperature", temperature)
     shape = (hidden.shape[0], head.weight.shape[0])
-    return select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "row_stats", shape)
+    return select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), op, shape)
 
 
 def own_stats(

@@ -1,4 +1,4 @@
-"""What ``score`` gives back."""
+"""The result of ``score``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-
-from acqcore import checks
 
 if TYPE_CHECKING:
     import datasets
@@ -21,7 +19,7 @@ class Scores(Mapping[str, torch.Tensor]):
 
     Attributes:
         n_tokens: ``[n]`` int64, scored tokens.
-        valid: ``[n]`` bool, False where a value asked for is not finite in some token (a value there is NaN).
+        valid: ``[n]`` bool, False where a value is NaN.
     """
 
     def __init__(
@@ -43,8 +41,8 @@ class Scores(Mapping[str, torch.Tensor]):
         Raises:
             ValueError: they were not kept.
         """
-        checks.tokens_kept(self._tokens)
-        assert self._tokens is not None
+        if self._tokens is None:
+            raise ValueError("tokens: per-token values were not kept, expected score(..., keep_tokens=True)")
         return self._tokens
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -57,7 +55,7 @@ class Scores(Mapping[str, torch.Tensor]):
         return len(self._values)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row per sample: the acquisitions, ``n_tokens``, ``valid``; per-token values are left out.
+        """One row per sample: acquisitions, ``n_tokens`` and ``valid``, without per-token values.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.

@@ -10,12 +10,7 @@ _BITS = 64
 
 
 def random_signs(
-    rows: int,
-    columns: int,
-    seed: int,
-    stream: int,
-    first_row: int = 0,
-    device: torch.device | str = "cpu",
+    rows: int, columns: int, seed: int, stream: int, first_row: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """Independent signs ``[rows, columns]`` float32, a function of (seed, stream, row + first_row, column).
 
@@ -33,12 +28,7 @@ def random_signs(
 
 
 def hashed_places(
-    rows: int,
-    places: int,
-    seed: int,
-    stream: int,
-    first_row: int = 0,
-    device: torch.device | str = "cpu",
+    rows: int, places: int, seed: int, stream: int, first_row: int = 0, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """A place and a sign for each row, ``[rows]`` int32: the place in ``[0, places)``, or ``~place`` for minus.
 
@@ -48,6 +38,32 @@ def hashed_places(
     bits = _mix(_key(seed, stream, device) + (row + 1) * _GOLDEN)
     place = _shift_right(bits, 1) % places
     return place.where((bits & 1) == 0, ~place).to(torch.int32)
+
+
+def rotated_places(
+    rows: int,
+    places: int,
+    seed: int,
+    stream: int,
+    first_row: int = 0,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """As :func:`hashed_places`, with places that a kernel can fill in order.
+
+    Row ``g places + u`` has the place ``(u + s_g) mod places``: each group of ``places`` rows is turned by a random
+    ``s_g`` of its own, and every row has an independent sign. Consecutive rows so fall into consecutive places.
+
+    Two rows of one group never collide; two of different groups do with probability ``1 / places``, as under
+    :func:`hashed_places`. In a tensor sketch with hashed columns, entries (v, d) and (v', d') with d != d' collide with
+    probability ``1 / places`` whatever v and v' are, because the columns' difference is uniform. Signs alone make the
+    expectation exact; the variance is at most that of independent places.
+    """
+    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
+    key = _key(seed, stream, device)
+    turn = _shift_right(_mix(_mix(key) + (row // places + 1) * _GOLDEN), 1) % places
+    place = (row + turn) % places
+    negative = _mix(key + (row + 1) * _GOLDEN) & 1
+    return place.where(negative == 0, ~place).to(torch.int32)
 
 
 def _key(seed: int, stream: int, device: torch.device | str) -> torch.Tensor:

@@ -13,13 +13,13 @@ import statistics
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import acqcore
-from acqsynth import demo
 from acqsynth.models import smollm2_path
+from acqsynth.rewards import AcquisitionReward
 from acqsynth.seeds import load_seeds
 from benchmarks import harness
+from examples import demo
 
 REFERENCE = 16
 BLOCKS = 4  # of 30
@@ -38,14 +38,14 @@ REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
 def steps_of(acquisition: str, arguments: dict[str, Any]) -> list[dict[str, float]]:
     """Seconds of each step and of its reward."""
     path = smollm2_path()
-    tokenizer = AutoTokenizer.from_pretrained(path)
     student = acqcore.Student.load(path, dtype=torch.float32)
-    generator = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     if acquisition == "influence":
         rows = [{key: seed[key] for key in ("prompt", "completion")} for seed in load_seeds(kind="ordinary")]
         arguments = {"reference": rows[:REFERENCE], **arguments}
-    reward = demo.RecordedReward(student, acquisition, arguments=arguments)
-    return demo.train(generator, tokenizer, reward)["steps"]
+    steps: list[dict[str, float]] = demo.teach(str(path), AcquisitionReward(student, acquisition, arguments=arguments))[
+        "steps"
+    ]
+    return steps
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:

@@ -31,11 +31,10 @@ from scipy.stats import t as student_t
 
 from acqsynth import config
 from acqsynth.domains.arithmetic import SKILLS
-from acqsynth.stages import rows
-from acqsynth.stages.data import IN_DISTRIBUTION
-from acqsynth.stages.plan import STUDENT, Arm, Plan
-from acqsynth.stages.unit import Store
-from acqsynth.training import read_log
+from acqsynth.pipeline import Arm, plan as plan_of
+from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT
+from acqsynth.steps import Store, read_rows, read_table
+from acqsynth.train import read_log
 from acqsynth.world import Settings, base_model
 from benchmarks import harness
 
@@ -75,12 +74,12 @@ def one_seed(seed: int, output: Path, overrides: Sequence[str]) -> dict[str, Any
     """Base accuracy by skill, and each arm's."""
     found: dict[str, Any] = {"seed": seed, "arms": {}}
     for reward in (None, *ALONE):
-        plan = Plan(recipe(seed, output, overrides, reward))
+        plan = plan_of(recipe(seed, output, overrides, reward))
         store = Store(Path(plan.config.output))
         with store.locked():
-            for unit in plan.units:
-                if unit.stage != "report":
-                    store.run(unit)
+            for step in plan.steps:
+                if step.stage != "report":
+                    store.run(step)
         for name, arm in plan.arms.items():
             called = name if name in BASELINES else f"rl: {reward or 'default'}"
             found["arms"][called] = measured(store, arm)
@@ -91,7 +90,7 @@ def one_seed(seed: int, output: Path, overrides: Sequence[str]) -> dict[str, Any
 
 def measured(store: Store, arm: Arm) -> dict[str, Any]:
     """What an arm learnt, what came of it, and what its reward cost."""
-    learnt = [row for unit in arm.rows for row in rows.read(store.path(unit / "samples.parquet"))]
+    learnt = [row for unit in arm.rows for row in read_rows(store.path(unit / "samples.parquet"))]
     counts = Counter(str(row.extra["skill"]) for row in learnt)
     answers = [store.path(unit / f"answers-{IN_DISTRIBUTION}.parquet") for unit in arm.answers.values()]
     fits = [json.loads(store.path(unit / "counts.json").read_text())["rows"] for unit in arm.fits.values()]
@@ -115,7 +114,7 @@ def by_skill(files: Sequence[Path]) -> dict[str, float]:
     """Skill -> share of right answers, over all files."""
     right: dict[str, list[bool]] = {name: [] for name in SKILLS}
     for file in files:
-        table = rows.read_table(file)
+        table = read_table(file)
         for skill, verdict in zip(table["skill"], table["right"], strict=True):
             right[skill].append(verdict)
     return {name: statistics.fmean(verdicts) for name, verdicts in right.items()}

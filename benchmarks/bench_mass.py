@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from acqcore.parts import Parts
+from acqcore.files.parts import Parts
 from benchmarks import harness
 
 SENTENCES = ["the fox says no", "two and two is four", "a lazy dog sleeps", "what is it that 17 foxes want?"]

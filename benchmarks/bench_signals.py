@@ -35,12 +35,11 @@ import acqcore
 from acqsynth.domains.arithmetic import SKILLS, Arithmetic
 from acqsynth.domains.base import Sample
 from acqsynth.engines import Engine, Sampling, load
-from acqsynth.rewards.composed import DEFAULT_WEIGHTS
 from acqsynth.rewards.fusion import fuse
-from acqsynth.world import Settings, base_model
-from acqsynth.world.pretrain import Row, chat, loss_of, row
-from acqsynth.world.profile import accuracy
+from acqsynth.rewards.reward import DEFAULT_WEIGHTS
+from acqsynth.world import Row, Settings, base_model, chat, loss_of, row
 from benchmarks import harness
+from benchmarks.bench_world import accuracy
 
 DOMAIN = Arithmetic()
 TRAPS = [name for name, skill in SKILLS.items() if skill.kind in ("coin", "table")]

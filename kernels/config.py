@@ -66,6 +66,12 @@ class GramTiles(Tiles):
 
     resident: bool
 
+    def even_split(self, vocab: int) -> tuple[int, int, int]:
+        """(splits of a vocabulary, tiles of each, how many of the first have one more)."""
+        tiles = -(-vocab // self.block_n)
+        splits = min(self.splits, tiles)
+        return splits, tiles // splits, tiles % splits
+
 
 @dataclass(frozen=True)
 class Strips:

@@ -19,6 +19,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-140.0)  # stands for -inf: the exponential is exactly 0 there, and 0 * LOWEST is 0
 SHIFT = tl.constexpr(40.0)
+NO_INDEX = tl.constexpr(2**31 - 1)
 SCALE = tl.constexpr(2.0**40)
 INV_SCALE = tl.constexpr(2.0**-40)
 
@@ -46,10 +47,22 @@ def empty_state(ROWS: tl.constexpr):
 
 
 @triton.jit
+def holds_target(
+    targets,  # [ROWS] int32
+    begin,
+    COLUMNS: tl.constexpr,
+):
+    """Whether a tile from column ``begin`` on holds a row's target; few do."""
+    local = targets - begin
+    return tl.max(((local >= 0) & (local < COLUMNS)).to(tl.int32), axis=0) > 0
+
+
+@triton.jit
 def fold(
     z,  # [ROWS, COLUMNS] float32; -inf outside the vocabulary
     begin,  # the first column's index
     targets,  # [ROWS] int32, indices as ``begin``; anything else: no target here
+    holds,  # whether the tile holds a target, if HAS_TARGETS
     top,  # [ROWS] float32, and so on to index [ROWS] int32: the state
     second,
     r,
@@ -69,9 +82,8 @@ def fold(
     COLUMNS: tl.constexpr = z.shape[1]
     column = tl.arange(0, COLUMNS)[None, :]
     if HAS_TARGETS:
-        local = targets - begin
-        if tl.max(((local >= 0) & (local < COLUMNS)).to(tl.int32), axis=0) > 0:  # few tiles hold a target
-            hit = tl.where(column == local[:, None], z, float("-inf"))
+        if holds:
+            hit = tl.where(column == (targets - begin)[:, None], z, float("-inf"))
             target = tl.maximum(target, tl.max(hit, axis=1))
     tile_top = tl.max(z, axis=1)
     rises = tile_top > top  # false for NaN, which shows in the sums
@@ -138,7 +150,10 @@ def store_state(
     tl.store(partial_index + at, index, mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_row", "all_rows", "n"], do_not_specialize_on_alignment=["position", "destination", "index"])
+@triton.jit(
+    do_not_specialize=["first_row", "all_rows", "n"],
+    do_not_specialize_on_alignment=["position", "destination", "index"],
+)
 def merge_splits(
     partial,  # [7, splits, n] float32
     partial_index,  # [splits, n] int32
@@ -174,8 +189,9 @@ def merge_splits(
 
     top = tl.load(partial + at, mask=here, other=float("-inf")).to(tl.float64)
     new_top = tl.max(top, axis=0)
-    winner = tl.min(tl.where(top == new_top[None, :], split, SPLITS), axis=0)
-    wins = split == winner[None, :]
+    at_split = tl.load(partial_index + at, mask=here, other=NO_INDEX)
+    best = tl.min(tl.where(top == new_top[None, :], at_split, NO_INDEX), axis=0)  # the lowest among equals
+    wins = (top == new_top[None, :]) & (at_split == best[None, :])
     absent = top == float("-inf")
     d = tl.where(absent, 0.0, top - new_top[None, :])
     c = tl.where(absent, 0.0, tl.exp(d))
@@ -192,8 +208,6 @@ def merge_splits(
     s1 = tl.sum(c * (first + d * count), axis=0)
     s2 = tl.sum(c * c * squares, axis=0)
     s11 = tl.sum(c * (moment + 2 * d * first + d * d * count), axis=0)
-    at_winner = tl.load(partial_index + at, mask=here & wins, other=-1)
-    best = tl.max(at_winner, axis=0)
 
     nan = float("nan")
     out = state + out_rows

@@ -16,6 +16,7 @@ bit for bit and do not depend on the batch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +25,7 @@ import triton.language as tl
 
 from acqcore.kernels.config import GramTiles
 from acqcore.kernels.fold import INV_SCALE, LOG2E, LOWEST, empty_state, fold, merge, store_state
-from acqcore.kernels.product import GATHER_TILE, descriptor, has_descriptor, logit_tile, place
+from acqcore.kernels.product import GATHER_TILE, descriptor, has_descriptor, logit_tile, place, to_device
 
 #: Slots of a block, and the rows of the longest sample.
 BLOCK = 128
@@ -81,27 +82,25 @@ def gather_slots(
 
 
 @triton.jit
-def bfloat16(x, INTERPRETED: tl.constexpr):
-    """``x`` rounded to bfloat16; as float32 in Triton's interpreter, which truncates and has no such products."""
-    if INTERPRETED:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return bits.to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.bfloat16)
-
-
-@triton.jit
 def halves(
-    e,  # [BLOCK, COLUMNS] float32
+    e,  # [BLOCK, COLUMNS] float32, not negative
     INTERPRETED: tl.constexpr,
 ):
-    """``high`` and ``2 low`` in bfloat16, with ``e = high + low`` to 16 bits.
+    """``high`` and ``2 low`` in bfloat16, with ``e = high + low`` to 15 bits; ``high`` is cut off, not rounded.
 
-    The symmetric part of ``high (high + 2 low)^T`` is ``e e^T - low low^T``: two products, not three.
+    The symmetric part of ``high (high + 2 low)^T`` is ``e e^T - low low^T``: two products, not three. In Triton's
+    interpreter, which has no such products, they are float32 of the same values.
     """
-    high = bfloat16(e, INTERPRETED)
-    return high, bfloat16(2 * (e - high.to(tl.float32)), INTERPRETED)
+    bits = e.to(tl.uint32, bitcast=True)
+    cut = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    low = 2 * (e - cut)
+    if INTERPRETED:
+        bits = low.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return cut, bits.to(tl.float32, bitcast=True)
+    else:
+        high = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return high, low.to(tl.bfloat16)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -122,7 +121,8 @@ def gram_fold(
     weight_row,
     weight_column,
     splits,
-    split_tiles,  # tiles of a split
+    split_tiles,  # tiles of a split,
+    longer_splits,  # and how many of the first have one more
     scale,  # multiplies product and bias
     cap,  # multiplies tanh, if HAS_CAP
     BLOCK_M: tl.constexpr,
@@ -149,8 +149,8 @@ def gram_fold(
     g = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     gram_at = grams + (block * splits + split).to(tl.int64) * (BLOCK_M * BLOCK_M)
     gram_at += slots[:, None] * BLOCK_M + slots[None, :]
-    first_tile = split * split_tiles
-    last_tile = min(first_tile + split_tiles, tl.cdiv(vocab, BLOCK_N))
+    first_tile = split * split_tiles + min(split, longer_splits)
+    last_tile = first_tile + split_tiles + (split < longer_splits).to(tl.int32)
     mark = tl.sum((tl.load(marks + rows) < first_tile * BLOCK_N).to(tl.int32), axis=0)
     for tile in range(first_tile, last_tile):
         begin = tile * BLOCK_N
@@ -159,20 +159,21 @@ def gram_fold(
             weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, HAS_BIAS, HAS_SCALE, HAS_CAP, EVEN_K, EVEN_V,
             DESCRIPTORS, UPCAST, PRECISION,
         )  # fmt: skip
+        special = tl.load(marks + first_row + mark, mask=mark < BLOCK_M, other=NO_TARGET) - begin
         top, second, r, s1, s2, s11, index, target, e, c = fold(
-            z, begin, row_targets, top, second, r, s1, s2, s11, index, target, True, HAS_BIAS or not EVEN_V
-        )
+            z, begin, row_targets, special < BLOCK_N, top, second, r, s1, s2, s11, index, target, True,
+            HAS_BIAS or not EVEN_V,
+        )  # fmt: skip
         if HAS_CAP:
             tanh = tl.maximum(z, -cap) / cap
             e *= 1 - tanh * tanh
         # The tile's targets, in order: each leaves the rows of its sample.
-        next_mark = tl.sum((tl.load(marks + rows) < begin + BLOCK_N).to(tl.int32), axis=0)
-        for i in range(mark, next_mark):
-            at = marks + first_row + i
-            special = tl.load(at) - begin
+        while special < BLOCK_N:
+            at = marks + first_row + mark
             own = (slots >= tl.load(at + n)) & (slots <= tl.load(at + 2 * n))
             e = tl.where(own[:, None] & (tl.arange(0, BLOCK_N) == special)[None, :], 0.0, e)
-        mark = next_mark
+            mark += 1
+            special = tl.load(at + 1, mask=mark < BLOCK_M, other=NO_TARGET) - begin
         high, low = halves(e, INTERPRETED)
         if not RESIDENT:
             begun = slots < (tile - first_tile) * BLOCK_M  # not in the first tile
@@ -188,14 +189,14 @@ def gram_fold(
     store_state(partial, partial_index, split, splits, n, rows, top, second, r, s1, s2, s11, index, target)
 
 
-@triton.jit(do_not_specialize=["number"], do_not_specialize_on_alignment=["tops", "starts"])
+@triton.jit(do_not_specialize=["first_slot", "number"], do_not_specialize_on_alignment=["tops"])
 def merge_grams(
     grams,  # [n / BLOCK, splits, BLOCK, BLOCK] float32
     tops,  # [splits, n] float32: each split's maxima
     position,  # [n] int32: -1 without a scored row
-    samples,  # [3, samples] int32: a sample's first slot, its length, and its number among all
-    starts,  # [all samples] int64: where a sample's matrix begins in ``products``
+    samples,  # [3, samples] int64: a sample's first slot among all, its length, where its matrix is in ``products``
     products,  # [sum T^2] float32, written
+    first_slot,  # of this chunk
     n,
     splits,
     number,  # samples
@@ -203,9 +204,9 @@ def merge_grams(
     ROWS: tl.constexpr,
 ):
     """Moves the matrices of all splits to each row's final maximum and adds their symmetric parts, first to last."""
-    first = tl.load(samples + tl.program_id(0))
-    length = tl.load(samples + number + tl.program_id(0))
-    start = tl.load(starts + tl.load(samples + 2 * number + tl.program_id(0)))
+    first = (tl.load(samples + tl.program_id(0)) - first_slot).to(tl.int32)
+    length = tl.load(samples + number + tl.program_id(0)).to(tl.int32)
+    start = tl.load(samples + 2 * number + tl.program_id(0))
     s = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     t = tl.arange(0, BLOCK)
     if tl.program_id(1) * ROWS >= length:
@@ -241,18 +242,22 @@ def relative(top, new_top):
 
 
 def pack(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of the samples of each block: the longest first, each into the fullest block with room for it."""
-    blocks: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(BLOCK + 1)]  # blocks by the slots they have left
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        room = next((room for room in range(lengths[i], BLOCK + 1) if with_room[room]), None)
-        if room is None:
-            room = BLOCK
-            with_room[room].append(len(blocks))
-            blocks.append([])
-        block = with_room[room].pop()
-        blocks[block].append(i)
-        with_room[room - lengths[i]].append(block)
+    """Numbers of the samples of each block, filled one after another: always the longest sample that still fits."""
+    numbers: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        numbers.setdefault(length, []).append(i)
+    kinds = sorted(numbers, reverse=True)
+    blocks = []
+    while kinds:
+        block: list[int] = []
+        room = BLOCK
+        for length in kinds:
+            count = room // length
+            block += numbers[length][:count]
+            room -= length * len(numbers[length][:count])
+            numbers[length] = numbers[length][count:]
+        kinds = [length for length in kinds if numbers[length]]
+        blocks.append(block)
     return blocks
 
 
@@ -281,16 +286,22 @@ def row_stats_and_grams(
     """
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     bias = None if bias is None else bias.float().contiguous()
-    splits = tiles.split(len(weight))[0]
+    splits = tiles.even_split(len(weight))[0]
     blocks = pack([end - begin for begin, end in bounds])
     at_once = blocks_at_once(len(blocks), hidden.shape[1], dtype.itemsize, splits)
-    all_starts = torch.tensor(starts, dtype=torch.int64).to(hidden.device)
+    slots, samples = tables(blocks, bounds, starts)
+    # All before the first launch: a copy waits for what runs.
+    slots, samples = to_device(slots, hidden.device), to_device(samples, hidden.device)
+    done = 0
     for first in range(0, len(blocks), at_once):
-        slots, samples = tables(blocks[first : first + at_once], bounds)
+        own = blocks[first : first + at_once]
+        count = sum(map(len, own))
         _chunk(
-            hidden, weight, bias, targets, slots.to(hidden.device), samples.to(hidden.device), all_starts, softcap,
-            scale, temperature, vocab_start, state, index, products, tiles, dtype, precision, upcast,
+            hidden, weight, bias, targets, slots[:, first * BLOCK : (first + len(own)) * BLOCK].contiguous(),
+            samples[:, done : done + count].contiguous(), first * BLOCK, softcap, scale, temperature, vocab_start,
+            state, index, products, tiles, dtype, precision, upcast,
         )  # fmt: skip
+        done += count
 
 
 def blocks_at_once(blocks: int, depth: int, itemsize: int, splits: int) -> int:
@@ -303,21 +314,23 @@ def blocks_at_once(blocks: int, depth: int, itemsize: int, splits: int) -> int:
 def tables(
     blocks: Sequence[Sequence[int]],  # samples of each
     bounds: Sequence[tuple[int, int]],
+    starts: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``slots [3, n]`` of :func:`gather_slots` and ``samples [3, samples]`` of :func:`merge_grams`, int32."""
-    order = torch.tensor([i for block in blocks for i in block])
-    begins, ends = torch.tensor(bounds)[order].T
+    """``slots [3, n]`` of :func:`gather_slots`, int32, and ``samples [3, samples]`` of :func:`merge_grams`, int64."""
+    order = torch.tensor(list(itertools.chain.from_iterable(blocks)))
+    begins, ends = torch.tensor(list(itertools.chain.from_iterable(bounds))).view(-1, 2)[order].T
     lengths = ends - begins
-    before = torch.tensor([0, *(sum(bounds[i][1] - bounds[i][0] for i in block) for block in blocks)]).cumsum(0)[:-1]
-    block = torch.arange(len(blocks)).repeat_interleave(torch.tensor([len(block) for block in blocks]))
-    first = lengths.cumsum(0) - lengths - before[block]  # slot in the block
-    within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    before = lengths.cumsum(0) - lengths
+    counts = torch.tensor([len(block) for block in blocks])
+    block = torch.arange(len(blocks)).repeat_interleave(counts)
+    first = before - before[counts.cumsum(0) - counts][block]  # slot in the block
+    within = torch.arange(int(lengths.sum())) - before.repeat_interleave(lengths)
     at = (block * BLOCK + first).repeat_interleave(lengths) + within
     slots = torch.full((3, len(blocks) * BLOCK), -1)
     slots[0, at] = begins.repeat_interleave(lengths) + within
     slots[1, at] = first.repeat_interleave(lengths)
     slots[2, at] = (first + lengths - 1).repeat_interleave(lengths)
-    return slots.int(), torch.stack([block * BLOCK + first, lengths, order]).int()
+    return slots.int(), torch.stack([block * BLOCK + first, lengths, torch.tensor(starts)[order]])
 
 
 def _chunk(
@@ -326,8 +339,8 @@ def _chunk(
     bias: torch.Tensor | None,  # [V] float32
     targets: torch.Tensor,  # [N]
     slots: torch.Tensor,  # [3, n] int32
-    samples: torch.Tensor,  # [3, samples] int32
-    starts: torch.Tensor,  # [all samples] int64
+    samples: torch.Tensor,  # [3, samples] int64
+    first_slot: int,  # of the chunk, among those of all
     softcap: float | None,
     scale: float,
     temperature: float,
@@ -350,7 +363,7 @@ def _chunk(
         hidden, targets.contiguous(), slots, packed, packed_targets, marks, position, n, depth, *hidden.stride(),
         packed.stride(0), vocab_start, vocab, ROWS=BLOCK, COLUMNS=columns, enable_fp_fusion=True,
     )  # fmt: skip
-    splits, split_tiles = tiles.split(vocab)
+    splits, split_tiles, longer_splits = tiles.even_split(vocab)
     partial = hidden.new_empty((7, splits, n), dtype=torch.float32)
     partial_index = hidden.new_empty((splits, n), dtype=torch.int32)
     grams = hidden.new_empty((n // BLOCK, splits, BLOCK, BLOCK), dtype=torch.float32)
@@ -359,7 +372,7 @@ def _chunk(
         descriptor(packed, BLOCK, tiles.block_k) if descriptors else packed,
         descriptor(weight, tiles.block_n, tiles.block_k) if descriptors else weight,
         bias, packed_targets, marks, partial, partial_index, grams, n, vocab, depth,
-        *packed.stride(), *weight.stride(), splits, split_tiles,
+        *packed.stride(), *weight.stride(), splits, split_tiles, longer_splits,
         scale / (softcap or temperature), (softcap or 1.0) / temperature,
         BLOCK_M=BLOCK, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
         HAS_BIAS=bias is not None, HAS_SCALE=scale != (softcap or temperature), HAS_CAP=softcap is not None,
@@ -370,6 +383,6 @@ def _chunk(
     )  # fmt: skip
     merge(partial, partial_index, position, state, index, 0, vocab_start, slots[0])
     merge_grams[(samples.shape[1], BLOCK // MERGE_ROWS)](
-        grams, partial[0], position, samples, starts, products, n, splits, samples.shape[1],
+        grams, partial[0], position, samples, products, first_slot, n, splits, samples.shape[1],
         BLOCK=BLOCK, ROWS=MERGE_ROWS, enable_fp_fusion=True,
     )  # fmt: skip

@@ -16,6 +16,7 @@ A sample is cut from its first row, by its own length: the number does not depen
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,7 @@ import triton.language as tl
 
 from acqcore.kernels.fold import LOG2E, widen
 from acqcore.kernels.product import tanh as exact_tanh
+from acqcore.kernels.product import to_device
 
 #: Tiles of samples of at most so many rows, and of longer ones.
 SHORT, LONG = 16, 64
@@ -171,8 +173,12 @@ def contract(
     total = tl.zeros((TILE, TILE), tl.float32)
     for first in range(0, length, 16):
         u = first + tl.arange(0, 16)
-        left = tl.load(delta + at_s[:, None] + u[None, :], mask=(s < length)[:, None] & (u < length)[None, :], other=0.0)
-        right = tl.load(delta + at_t[None, :] + u[:, None], mask=(t < length)[None, :] & (u < length)[:, None], other=0.0)
+        left = tl.load(
+            delta + at_s[:, None] + u[None, :], mask=(s < length)[:, None] & (u < length)[None, :], other=0.0
+        )
+        right = tl.load(
+            delta + at_t[None, :] + u[:, None], mask=(t < length)[None, :] & (u < length)[:, None], other=0.0
+        )
         total = tl.dot(left, right, total, input_precision="ieee")
     c_s = shift(targets, state, local_max, weights, begin + s, s < length, all_rows, slope)
     c_t = shift(targets, state, local_max, weights, begin + t, t < length, all_rows, slope)
@@ -235,20 +241,19 @@ def gram_norm(
     depth, n = hidden.shape[1], len(hidden)
     bias = None if bias is None else bias.float().contiguous()
     targets = targets.contiguous()
-    begins, ends = torch.tensor(bounds).T
+    begins, ends = torch.tensor(list(itertools.chain.from_iterable(bounds))).view(-1, 2).T
     lengths = ends - begins
-    short, long, firsts = tile_tables(lengths)
-    samples = torch.stack([begins, lengths, torch.tensor(starts)]).to(hidden.device)
+    short, long, firsts = (to_device(table, hidden.device) for table in tile_tables(lengths))
+    samples = to_device(torch.stack([begins, lengths, torch.tensor(starts)]), hidden.device)
     keys, delta = products.new_empty((2, len(products)))
     parts = products.new_empty(short.shape[1] + long.shape[1], dtype=torch.float64)
     slope = scale / temperature
     upcast = upcast or hidden.dtype != weight.dtype
     block_k = 16 if torch.float32 in (hidden.dtype, weight.dtype) else 64
-    for table, tile, part in ((short, SHORT, parts[: short.shape[1]]), (long, LONG, parts[short.shape[1] :])):
-        programs = table.shape[1]
+    for tiles, tile, part in ((short, SHORT, parts[: short.shape[1]]), (long, LONG, parts[short.shape[1] :])):
+        programs = tiles.shape[1]
         if not programs:
             continue
-        tiles = table.to(hidden.device)
         target_delta[(programs,)](
             hidden, weight, bias, targets, state, index, weights, tiles, samples, keys, delta, n, len(bounds), programs,
             len(weight), depth, *hidden.stride(), *weight.stride(), vocab_start, scale / (softcap or temperature),
@@ -260,7 +265,7 @@ def gram_norm(
             products, keys, delta, targets, state, local_max, weights, tiles, samples, part, n, len(bounds), programs,
             slope, TILE=tile, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
-    sum_tiles[(len(bounds),)](parts, firsts.to(hidden.device), squared, len(bounds), AT_ONCE=PARTS_AT_ONCE)
+    sum_tiles[(len(bounds),)](parts, firsts, squared, len(bounds), AT_ONCE=PARTS_AT_ONCE)
 
 
 def tile_tables(

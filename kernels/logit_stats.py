@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from acqcore.kernels.config import Strips
-from acqcore.kernels.fold import empty_state, fold, merge, store_state, widen
+from acqcore.kernels.fold import empty_state, fold, holds_target, merge, store_state, widen
 from acqcore.kernels.row_stats import SCRATCH_BYTES
 
 
@@ -50,8 +50,11 @@ def logit_fold(
         z = widen(tl.load(start + columns.to(tl.int64)[None, :] * logits_column, mask=mask, other=float("-inf")))
         if HAS_SCALE:
             z *= scale
+        holds = False
+        if HAS_TARGETS:
+            holds = holds_target(row_targets, begin, COLUMNS)
         top, second, r, s1, s2, s11, index, target, _, _ = fold(
-            z, begin, row_targets, top, second, r, s1, s2, s11, index, target, HAS_TARGETS, True
+            z, begin, row_targets, holds, top, second, r, s1, s2, s11, index, target, HAS_TARGETS, True
         )
     store_state(partial, partial_index, split, splits, n, rows, top, second, r, s1, s2, s11, index, target)
 

@@ -1,6 +1,7 @@
 """Statistics of a mixture of K draws (``acqcore/bayes.py``): two visits of the vocabulary, logits in registers alone.
 
-    gather_draws    packs the hidden states of every draw of the scored rows; dropout's masks are applied on the way
+    number_scored   numbers the scored tokens, on the device alone
+    gather_draws    packs the hidden states of every draw of them; dropout's masks are applied on the way
     product_fold    the first visit: each packed row's state (``row_stats.py``)
     finish_draws    each draw's normaliser and vote; expected entropy and the target's likelihood
     mixture_fold    the second visit: what the mean distribution adds
@@ -38,8 +39,10 @@ from acqcore.kernels.row_stats import SCRATCH_BYTES, launch_fold
 PLANE = 8
 #: Tokens of a tile of the second visit: each keeps four sums in the registers of every thread it is dealt to.
 TILE_TOKENS = 32
-#: Tokens of a program of ``gather_draws``.
-GATHER_ROWS = 32
+#: Tokens of a program of ``number_scored``.
+SCAN_ROWS = 1024
+#: Packed rows of a program of ``gather_draws``.
+GATHER_ROWS = 128
 #: Tokens whose draws a program of ``finish_draws`` and ``finish_mixture`` merges.
 FINISH_TOKENS = 64
 #: log2 of the least probability that is told from 0; 2^FLOOR is the least normal float32.
@@ -65,17 +68,43 @@ class Masks:
         return replace(self, samples=self.samples[part].contiguous(), positions=self.positions[part].contiguous())
 
 
-@triton.jit(do_not_specialize=["n", "seed", "threshold"], do_not_specialize_on_alignment=["targets", "samples"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["targets"])
+def number_scored(
+    targets,  # [n] int64, -100 ignored
+    position,  # [n] int32, written: a token's number among the scored, -1 if ignored
+    sources,  # [n] int32, written: the token of each number
+    count,  # [2] int32, written: packed rows of groups with a scored token; scored tokens
+    n,
+    PADDED: tl.constexpr,
+    PLANE: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    begin = tl.program_id(0) * ROWS
+    rows = begin + tl.arange(0, ROWS)
+    _, scored, number, through = scored_places(targets, begin, n, ROWS, SCAN)
+    tl.store(position + rows, tl.where(scored, number, -1), mask=rows < n)
+    tl.store(sources + number, rows, mask=scored)
+    if begin + ROWS >= n:
+        tl.store(count, tl.cdiv(through, PLANE) * (PLANE * PADDED))
+        tl.store(count + 1, through)
+
+
+@triton.jit(
+    do_not_specialize=["n", "rows", "seed", "threshold"],
+    do_not_specialize_on_alignment=["targets", "sources", "count", "samples", "positions"],
+)
 def gather_draws(
     hidden,  # [n, depth]; without MASKED [draws, n, depth]
-    targets,  # [n] int64, -100 ignored; None: every row is scored
+    targets,  # [n] int64
+    sources,  # [n] int32 of ``number_scored``
+    count,  # [2] int32, likewise
     samples,  # [n] int64, if MASKED
     positions,  # [n] int64, if MASKED
-    packed,  # [rows, depth], written
+    packed,  # [rows, depth], written: zero in padding
     packed_targets,  # [rows] int32, written: relative to vocab_start
-    position,  # [n] int32, written: a token's number among the scored, -1 if ignored
-    count,  # [1] int32, written: packed rows of groups with a scored token
     n,
+    rows,
     depth,
     hidden_draw,
     hidden_row,
@@ -88,48 +117,46 @@ def gather_draws(
     threshold,
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,  # width > 1
-    HAS_TARGETS: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,  # else every token is scored, and there are no sources and no count
     PADDED: tl.constexpr,  # draws of a group
     PLANE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SCAN: tl.constexpr,
 ):
-    begin = tl.program_id(0) * ROWS
-    draw = tl.program_id(2)
-    rows = begin + tl.arange(0, ROWS)
-    inside = rows < n
-    token = rows
-    scored = inside
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    draw = row // PLANE % PADDED
+    token = row // (PLANE * PADDED) * PLANE + row % PLANE
+    inside = row < rows
     if HAS_TARGETS:
-        target, scored, token, through = scored_places(targets, begin, n, ROWS, SCAN)
-        if tl.program_id(1) == 0 and draw == 0:
-            tl.store(position + rows, tl.where(scored, token, -1), mask=inside)
-            if begin + ROWS >= n:
-                tl.store(count, tl.cdiv(through, PLANE) * (PLANE * PADDED))
-    to = (token // PLANE * PADDED + draw) * PLANE + token % PLANE
-    if HAS_TARGETS and tl.program_id(1) == 0:
-        tl.store(packed_targets + to, (target - vocab_start).to(tl.int32), mask=scored)
+        inside = inside & (token < tl.load(count + 1))
+        token = tl.load(sources + token, mask=inside, other=0)
+        if tl.program_id(1) == 0:
+            target = tl.load(targets + token, mask=inside, other=-100)
+            tl.store(packed_targets + row, (target - vocab_start).to(tl.int32), mask=inside)
+    else:
+        inside = inside & (token < n)
     first = tl.program_id(1) * COLUMNS
     columns = first + tl.arange(0, COLUMNS)
-    mask = scored[:, None] & (columns < depth)[None, :]
-    source = rows.to(tl.int64)[:, None] * hidden_row + columns.to(tl.int64)[None, :] * hidden_column
+    within = (columns < depth)[None, :]
+    source = token.to(tl.int64)[:, None] * hidden_row + columns.to(tl.int64)[None, :] * hidden_column
     if not MASKED:
-        source += draw.to(tl.int64) * hidden_draw
-    value = tl.load(hidden + source, mask=mask & (columns * 0 + draw < draws)[None, :], other=0.0)
+        source += draw.to(tl.int64)[:, None] * hidden_draw
+    value = tl.load(hidden + source, mask=(inside & (draw < draws))[:, None] & within, other=0.0)
     if MASKED:
-        row_sample = tl.load(samples + rows, mask=inside, other=0).to(tl.uint32)[:, None]
-        row_position = tl.load(positions + rows, mask=inside, other=0).to(tl.uint32)[:, None]
-        key = draw.to(tl.uint32), seed.to(tl.uint64), threshold.to(tl.uint32)
+        key = (
+            tl.load(positions + token, mask=inside, other=0).to(tl.uint32)[:, None],
+            tl.load(samples + token, mask=inside, other=0).to(tl.uint32)[:, None],
+            draw.to(tl.uint32)[:, None],
+            seed.to(tl.uint64),
+            threshold.to(tl.uint32),
+        )
         if WIDE:
-            units = (columns // width).to(tl.uint32)[None, :]
-            kept = keep_units(units, row_position, row_sample, *key)
+            kept = keep_units((columns // width).to(tl.uint32)[None, :], *key)
         else:
-            groups = (first // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)[None, :]
-            kept = keep_mask(groups, row_position, row_sample, *key)
+            kept = keep_mask((first // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)[None, :], *key)
         value = tl.where(kept, value, 0.0)
-    at = to.to(tl.int64)[:, None] * packed_row + columns[None, :]
-    tl.store(packed + at, value.to(packed.dtype.element_ty), mask=mask)
+    at = packed + row.to(tl.int64)[:, None] * packed_row + columns[None, :]
+    tl.store(at, value.to(packed.dtype.element_ty), mask=inside[:, None] & within)
 
 
 @triton.jit
@@ -203,31 +230,36 @@ def finish_draws(
 
 @triton.jit
 def draw_sums(
-    z,  # [VOCAB, ROWS] logits, LOWEST outside the vocabulary
-    reference,  # [GROUPS, PLANE] a logit of each token
-    norm,  # [ROWS] log2 of each draw's normaliser relative to that
-    present,  # draws that are not padding
-    DRAWS: tl.constexpr,
-    PLANE: tl.constexpr,
+    y,  # [.., .., draws, ..]: log2 of each draw's probability
+    kept,  # the same rank: draws that are not padding
     EVEN_DRAWS: tl.constexpr,
-    MAY_BE_ABSENT: tl.constexpr,  # some logits may be -inf
+    MAY_BE_ABSENT: tl.constexpr,  # some y may be -inf
 ):
-    """Sums over draws, each ``[VOCAB, GROUPS, PLANE]``: top = max_k y of y = log2 p_k, at least FLOOR, and sums of
-    e = 2^(y - top), y - top, e (y - top), e^2.
-    """
-    VOCAB: tl.constexpr = z.shape[0]
-    GROUPS: tl.constexpr = z.shape[1] // (DRAWS * PLANE)
-    z = tl.reshape(z, (VOCAB, GROUPS, DRAWS, PLANE)) - reference[None, :, None, :]
-    y = z * LOG2E - tl.reshape(norm, (GROUPS, DRAWS, PLANE))[None, :, :, :]
+    """top = max_k y, at least FLOOR, and the sums over draws of e = 2^(y - top), y - top, e (y - top), e^2."""
     top = tl.maximum(tl.max(y, axis=2), FLOOR)
-    x = y - top[:, :, None, :]
+    x = y - tl.expand_dims(top, 2)
     near = x
     if MAY_BE_ABSENT:
         near = tl.maximum(x, LOWEST)
     e = tl.exp2(near)
     if not EVEN_DRAWS:
-        x = tl.where((tl.arange(0, DRAWS) < present)[None, None, :, None], x, 0.0)
+        x = tl.where(kept, x, 0.0)
     return top, tl.sum(e, axis=2), tl.sum(x, axis=2), tl.sum(e * near, axis=2), tl.sum(e * e, axis=2)
+
+
+@triton.jit
+def mixture_terms(top, e, x, ex, ee, share):
+    """What a column adds to information, reverse (both in bits), sum_sq and spread, from :func:`draw_sums`.
+
+    m = p mean with p = 2^top. Terms are differences that are exactly 0 where the draws agree.
+    """
+    mean, mean_x = e * share, x * share
+    log_mean = tl.log2(tl.maximum(mean, LEAST))
+    absent = top <= FLOOR  # of no weight in any draw
+    p = tl.where(absent, 0.0, tl.exp2(top))
+    m = p * mean
+    reverse = tl.where(absent, 0.0, m * (log_mean - mean_x))
+    return p * (ex * share - mean * log_mean), reverse, m * m, p * p * (ee * share - mean * mean)
 
 
 @triton.jit
@@ -311,9 +343,10 @@ def mixture_fold(
             reference = tl.load(references + token, mask=token < tokens, other=0.0)
             norm = tl.load(norms + row + tl.arange(0, BLOCK_M))
             present = draws - turn * DRAWS
-            new_top, new_e, new_x, new_ex, new_ee = draw_sums(
-                z, reference, norm, present, DRAWS, PLANE, EVEN_DRAWS, HAS_BIAS
-            )
+            z = tl.reshape(z, (BLOCK_N, GROUPS, DRAWS, PLANE)) - reference[None, :, None, :]
+            y = z * LOG2E - tl.reshape(norm, (GROUPS, DRAWS, PLANE))[None, :, :, :]
+            kept = (tl.arange(0, DRAWS) < present)[None, None, :, None]
+            new_top, new_e, new_x, new_ex, new_ee = draw_sums(y, kept, EVEN_DRAWS, HAS_BIAS)
             if turn == 0:
                 top, e, x, ex, ee = new_top, new_e, new_x, new_ex, new_ee
             else:  # relative to the larger of the two largest
@@ -326,17 +359,11 @@ def mixture_fold(
                 ee = ee * c * c + new_ee * new_c * new_c
                 top = higher
 
-        # m = p mean with p = 2^top. Terms are differences that are exactly 0 where the draws agree.
-        mean, mean_x = e * share, x * share
-        log_mean = tl.log2(tl.maximum(mean, LEAST))
-        absent = top <= FLOOR  # of no weight in any draw
-        p = tl.where(absent, 0.0, tl.exp2(top))
-        m = p * mean
-        gap = tl.where(absent, 0.0, m * (log_mean - mean_x))
-        information += in_register_pairs(p * (ex * share - mean * log_mean), BLOCK_N, GROUPS, PLANE)
-        reverse += in_register_pairs(gap, BLOCK_N, GROUPS, PLANE)
-        sum_sq += in_register_pairs(m * m, BLOCK_N, GROUPS, PLANE)
-        spread += in_register_pairs(p * p * (ee * share - mean * mean), BLOCK_N, GROUPS, PLANE)
+        of_information, of_reverse, of_sum_sq, of_spread = mixture_terms(top, e, x, ex, ee, share)
+        information += in_register_pairs(of_information, BLOCK_N, GROUPS, PLANE)
+        reverse += in_register_pairs(of_reverse, BLOCK_N, GROUPS, PLANE)
+        sum_sq += in_register_pairs(of_sum_sq, BLOCK_N, GROUPS, PLANE)
+        spread += in_register_pairs(of_spread, BLOCK_N, GROUPS, PLANE)
 
     out = partial + split * tokens + token
     plane = splits * tokens
@@ -482,18 +509,22 @@ def _chunk(
     rows = triton.cdiv(n, layout.plane) * layout.plane * layout.padded
     pitch = triton.cdiv(depth, 8) * 8  # rows of 16 bytes, as descriptors want them
     packed = hidden.new_empty((rows, pitch), dtype=dtype)[:, :depth]
-    packed_targets = position = count = None
+    packed_targets = position = sources = count = None
     if targets is not None:
         packed_targets = hidden.new_empty(rows, dtype=torch.int32)
-        position = hidden.new_empty(n, dtype=torch.int32)
-        count = hidden.new_empty(1, dtype=torch.int32)
+        position, sources = hidden.new_empty((2, n), dtype=torch.int32)
+        count = hidden.new_empty(2, dtype=torch.int32)
+        number_scored[(triton.cdiv(n, SCAN_ROWS),)](
+            targets, position, sources, count, n, PADDED=layout.padded, PLANE=layout.plane, ROWS=SCAN_ROWS,
+            SCAN=SCAN_ROWS, enable_fp_fusion=True,
+        )  # fmt: skip
     columns = GATHER_TILE // GATHER_ROWS
-    gather_draws[(triton.cdiv(n, GATHER_ROWS), max(triton.cdiv(depth, columns), 1), layout.padded)](
-        hidden, targets, masks and masks.samples, masks and masks.positions, packed, packed_targets, position, count,
-        n, depth, 0 if masks else hidden.stride(0), *hidden.stride()[-2:], packed.stride(0), draws, vocab_start,
+    gather_draws[(triton.cdiv(rows, GATHER_ROWS), max(triton.cdiv(depth, columns), 1))](
+        hidden, targets, sources, count, masks and masks.samples, masks and masks.positions, packed, packed_targets,
+        n, rows, depth, 0 if masks else hidden.stride(0), *hidden.stride()[-2:], packed.stride(0), draws, vocab_start,
         masks.width if masks else 1, masks.seed if masks else 0, masks.threshold if masks else 0,
         MASKED=masks is not None, WIDE=masks is not None and masks.width > 1, HAS_TARGETS=targets is not None,
-        PADDED=layout.padded, PLANE=layout.plane, ROWS=GATHER_ROWS, COLUMNS=columns, SCAN=1024, enable_fp_fusion=True,
+        PADDED=layout.padded, PLANE=layout.plane, ROWS=GATHER_ROWS, COLUMNS=columns, enable_fp_fusion=True,
     )  # fmt: skip
 
     partial, partial_index = launch_fold(

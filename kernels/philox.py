@@ -40,7 +40,7 @@ def keep_units(
     seed,
     threshold,
 ):
-    """Which of these units stay, ``[rows, UNITS]`` bool; a counter for each, where :func:`keep_mask` has one for four."""
+    """Which of these units stay, ``[rows, UNITS]`` bool: a counter each, where :func:`keep_mask` has one for four."""
     zero = units * 0 + position * 0 + sample * 0 + draw_site * 0
     a, b, c, d = tl.philox(seed, units // 4 + zero, position + zero, sample + zero, draw_site + zero)
     word = units % 4

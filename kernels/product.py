@@ -116,7 +116,7 @@ def product_tile(
         inner = tl.arange(0, BLOCK_K)
         of_a = tl.minimum(first_a + tl.arange(0, BLOCK_A), rows_a - 1).to(tl.int64)[:, None] * a_row
         a_at = a + of_a + inner.to(tl.int64)[None, :] * a_column
-        of_b = tl.minimum(first_b + tl.arange(0, BLOCK_B), rows_b - 1).to(tl.int64)[None, :] * b_row
+        of_b = tl.maximum(tl.minimum(first_b + tl.arange(0, BLOCK_B), rows_b - 1), 0).to(tl.int64)[None, :] * b_row
         b_at = b + of_b + inner.to(tl.int64)[:, None] * b_column
     for k in range(0, depth, BLOCK_K):
         if DESCRIPTORS:
@@ -207,3 +207,10 @@ def has_descriptor(matrix: torch.Tensor) -> bool:
 
 def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+def to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A table of the host's on ``device``, without waiting for what runs there."""
+    if device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)

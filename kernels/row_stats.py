@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from acqcore.kernels.config import Tiles
-from acqcore.kernels.fold import empty_state, fold, merge, store_state
+from acqcore.kernels.fold import empty_state, fold, holds_target, merge, store_state
 from acqcore.kernels.product import GATHER_TILE, descriptor, gather_scored, has_descriptor, logit_tile, place
 
 #: Scratch of a call: split states and packed hidden states of the rows that are under way.
@@ -81,10 +81,14 @@ def product_fold(
             weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, HAS_BIAS, HAS_SCALE, HAS_CAP, EVEN_K, EVEN_V,
             DESCRIPTORS, UPCAST, PRECISION,
         )  # fmt: skip
+        holds = False
+        if HAS_TARGETS:
+            holds = holds_target(row_targets, begin, BLOCK_N)
         top, second, r, s1, s2, s11, index, target, _, _ = fold(
             z,
             begin,
             row_targets,
+            holds,
             top,
             second,
             r,

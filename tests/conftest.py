@@ -7,7 +7,6 @@ tests that involve it run: those that name it, as those of every ``implementatio
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
 import json
 import sys
@@ -20,7 +19,7 @@ import torch
 
 import acqcore
 from acqcore import _core
-from acqcore.acquisitions import REGISTRY
+from acqcore.acquisitions import REGISTRY, RowNeed
 from acqcore.backends import _BACKENDS, Gram, HeadRows
 from acqcore.backends.base import Backend, DrawRows, Dropout
 from acqcore.backends.cuda import Cuda
@@ -109,6 +108,13 @@ class OnDevice(Backend):
         moved = _to_device(out)
         self.backend.delta_hash(self._rows(rows), _to_device(places), moved)
         out.copy_(moved)
+
+    def stats_and_hash(self, rows: HeadRows, places: torch.Tensor, out: torch.Tensor) -> None:
+        moved, moved_out = self._rows(rows), _to_device(out)
+        self.backend.stats_and_hash(moved, _to_device(places), moved_out)
+        rows.state.copy_(moved.state)
+        rows.index.copy_(moved.index)
+        out.copy_(moved_out)
 
     def gram_norm(
         self, rows: HeadRows, gram: Gram, local_max: torch.Tensor, weights: torch.Tensor, squared: torch.Tensor
@@ -302,9 +308,8 @@ def brute_force() -> Callable[..., dict[str, torch.Tensor]]:
         hook.remove()
         before = scored.nonzero()[:, 0] - 1
         z, hidden, targets = logits[before], seen[0][0, before].float(), ids[scored]
-        names = [name for name, entry in REGISTRY.items() if entry.per_token is not None]
-        modules = {name: importlib.import_module(f"acqcore.acquisitions.{name}") for name in names}
-        return {name: module.reference(z, targets, hidden) for name, module in modules.items()}
+        of_rows = [entry for entry in REGISTRY.values() if entry.needs == RowNeed()]
+        return {entry.name: entry.reference(z, targets, hidden) for entry in of_rows}
 
     return run
 

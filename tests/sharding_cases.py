@@ -27,9 +27,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import acqcore
 from acqcore.row_stats import FIELDS, RowStats
-from acqcore.sharding import vocabulary_shard
-from acqcore.testing import CASES as INPUTS
-from acqcore.testing import Case, random_case
+from acqcore.students.sharding import vocabulary_shard
+from acqcore.testing import CASES as INPUTS, Case, random_case
 
 Pairs: TypeAlias = dict[str, tuple[Any, Any]]
 

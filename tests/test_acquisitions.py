@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import acqcore
-from acqcore.acquisitions.base import REGISTRY, SampleBatch
+from acqcore.acquisitions import REGISTRY, BatchNeed, DrawOptions, GradientNeed, Options, SampleBatch
 from acqcore.testing import Case, random_case
 
 BUILT_IN = (
@@ -22,8 +23,7 @@ OF_SAMPLES = ("grad_norm", "badge", "influence", "gradient_diversity", "archive_
 
 def _reference(name: str, case: Case) -> torch.Tensor:
     exact = case.to(torch.float64)
-    module = importlib.import_module(f"acqcore.acquisitions.{name}")
-    return module.reference(exact.head.logits(exact.hidden), case.targets, exact.hidden)
+    return REGISTRY[name].reference(exact.head.logits(exact.hidden), case.targets, exact.hidden)
 
 
 def test_the_list() -> None:
@@ -38,7 +38,7 @@ def test_the_list() -> None:
 def test_against_its_reference(name: str, v: int, dtype: torch.dtype, implementation: str) -> None:
     case = random_case(13, 24, v, std=2.0).to(dtype)
     entry = REGISTRY[name]
-    value = entry.per_token(case.run(implementation))
+    value = entry.value(case.run(implementation))
     if entry.finish is not None:
         value = entry.finish(value)
     expected = _reference(name, case)
@@ -52,10 +52,10 @@ def test_needs_targets_is_told_truly(name: str) -> None:
     entry = REGISTRY[name]
     if not entry.needs_targets:
         free = acqcore.row_stats(case.hidden, case.head)
-        assert torch.equal(entry.per_token(free), entry.per_token(case.run("cpu")))
+        assert torch.equal(entry.value(free), entry.value(case.run("cpu")))
     else:
         other = acqcore.row_stats(case.hidden, case.head, (case.targets + 1) % 30)  # type: ignore[operator]
-        assert not torch.equal(entry.per_token(other), entry.per_token(case.run("cpu")))
+        assert not torch.equal(entry.value(other), entry.value(case.run("cpu")))
 
 
 def test_a_known_uniform_row() -> None:
@@ -68,25 +68,26 @@ def test_a_known_uniform_row() -> None:
         "expected_gradient_length": 25 * 7 / 8, "token_grad_norm": 5 * (7 / 8) ** 0.5,
     }  # fmt: skip
     for name, value in by_hand.items():
-        assert REGISTRY[name].per_token(stats).item() == pytest.approx(value, abs=1e-5), name
+        assert REGISTRY[name].value(stats).item() == pytest.approx(value, abs=1e-5), name
 
 
-def test_grad_norm_against_its_reference(implementation: str) -> None:
+@pytest.mark.parametrize("name", ["grad_norm", "badge"])
+def test_norms_against_their_references(name: str, implementation: str) -> None:
     case = random_case(13, 24, 97, std=2.0)
     exact = case.to(torch.float64)
-    bounds = ((0, 1), (1, 6), (6, 13))
-    batch = SampleBatch(case.hidden, case.head, case.run(implementation), bounds, implementation)
-    per_sample = REGISTRY["grad_norm"].per_sample
-    assert per_sample is not None
-    got = per_sample(batch)
-    total = per_sample(batch, loss="sum")
-    module = importlib.import_module("acqcore.acquisitions.grad_norm")
-    z, y = exact.head.logits(exact.hidden), exact.targets
-    assert y is not None
-    for i, (a, b) in enumerate(bounds):
-        expected = module.reference(z[a:b], y[a:b], exact.hidden[a:b])
+    student = acqcore.Student(lambda ids: case.hidden[ids], case.head)
+    samples = [torch.tensor([3, 5]), torch.tensor([0, 1, 2, 2, 9, 12]), torch.tensor([7, 7, 8, 12, 4])]
+    rows = [acqcore.Row(ids, torch.cat([torch.tensor([-100]), ids[1:]])) for ids in samples]
+
+    def score(**options):
+        return acqcore.score(student, rows, name, acquisition_args={name: options}, backend=implementation)[name]
+
+    got, total = score(), score(loss="sum")
+    for i, ids in enumerate(samples):
+        hidden = exact.hidden[ids[:-1]]
+        expected = REGISTRY[name].reference(exact.head.logits(hidden), ids[1:], hidden)
         torch.testing.assert_close(got[i].double(), expected, rtol=1e-4, atol=0)
-        torch.testing.assert_close(total[i].double(), expected * (b - a), rtol=1e-4, atol=0)
+        torch.testing.assert_close(total[i].double(), expected * (len(ids) - 1), rtol=1e-4, atol=0)
 
 
 @pytest.fixture
@@ -95,15 +96,100 @@ def own_name() -> Iterator[str]:
     REGISTRY.pop("confidence_gap", None)
 
 
-def test_registering_ones_own(own_name: str) -> None:
+@pytest.fixture
+def student() -> acqcore.Student:
+    embedding = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    return acqcore.Student(lambda ids: embedding[ids], acqcore.Head(embedding))
+
+
+IDS = {"input_ids": torch.arange(24).view(4, 6) * 7 % 30}
+
+
+@dataclass(frozen=True)
+class GapOptions(Options):
+    power: float
+    scale: float = 1.0
+
+
+def test_registering_ones_own_with_options(own_name: str, student: acqcore.Student) -> None:
+    """Options come as a mapping or ready-made; registering the name again replaces it."""
+
+    @acqcore.register(own_name, options=GapOptions)
+    def confidence_gap(stats: acqcore.RowStats, options: GapOptions) -> torch.Tensor:
+        """(1 - 2 p1)^power."""
+        return options.scale * (1 - 2 * stats.top1_prob) ** options.power
+
+    assert acqcore.acquisitions()[own_name] == "(1 - 2 p1)^power."
+    given = {own_name: {"power": 2, "scale": 3.0}}
+    scores = acqcore.score(student, IDS, [own_name, "least_confidence"], acquisition_args=given, keep_tokens=True)
+    for gap, doubt in zip(scores.tokens[own_name], scores.tokens["least_confidence"], strict=True):
+        torch.testing.assert_close(gap, 3 * (2 * doubt - 1) ** 2)
+    ready = {own_name: GapOptions(2, 3.0)}
+    assert torch.equal(acqcore.score(student, IDS, own_name, acquisition_args=ready)[own_name], scores[own_name])
+    with pytest.raises(ValueError, match="acquisition_args: 'confidence_gap' needs 'power'"):
+        acqcore.score(student, IDS, own_name)
+    with pytest.raises(ValueError, match=r"\['confidence_gap'\]: unknown 'pover', .*did you mean 'power'"):
+        acqcore.score(student, IDS, own_name, acquisition_args={own_name: {"pover": 2}})
+
     @acqcore.register(own_name)
-    def confidence_gap(stats: acqcore.RowStats) -> torch.Tensor:
+    def again(stats: acqcore.RowStats) -> torch.Tensor:
         """1 - 2 p1."""
         return 1 - 2 * stats.top1_prob
 
     assert acqcore.acquisitions()[own_name] == "1 - 2 p1."
-    with pytest.raises(ValueError, match="'confidence_gap' is registered already"):
-        acqcore.register(own_name)(confidence_gap)
+    assert acqcore.score(student, IDS, own_name)[own_name].shape == (4,)
+
+
+def test_ones_own_over_samples_and_over_the_set(own_name: str, student: acqcore.Student) -> None:
+    @acqcore.register(own_name, needs=(BatchNeed(), GradientNeed()), over="sample")
+    def length(batch: SampleBatch, norms: torch.Tensor) -> torch.Tensor:
+        """Tokens times the norm of the gradient."""
+        return torch.tensor([end - begin for begin, end in batch.bounds]) * norms
+
+    scores = acqcore.score(student, IDS, [own_name, "grad_norm"])
+    torch.testing.assert_close(scores[own_name], 5 * scores["grad_norm"])
+
+    @acqcore.register(own_name, needs=GradientNeed(), over="set")
+    def rank(norms: torch.Tensor) -> torch.Tensor:
+        """How many samples have a smaller gradient."""
+        return (norms[:, None] > norms).sum(dim=1)
+
+    scores = acqcore.score(student, IDS, [own_name, "grad_norm"], batch_tokens=6)
+    assert scores[own_name].tolist() == scores["grad_norm"].argsort().argsort().tolist()
+    with pytest.raises(ValueError, match=r"'confidence_gap' compares all samples of a call: use acqcore\.score"):
+        acqcore.score_stream(student, ["a"], own_name)
+
+
+def test_ones_own_of_draws(own_name: str, student: acqcore.Student) -> None:
+    @acqcore.register(own_name, options=DrawOptions, needs=lambda options: options)
+    def doubt(stats: acqcore.BayesStats, options: DrawOptions) -> torch.Tensor:
+        """Mutual information in units of log K."""
+        return stats.mutual_information / torch.tensor(options.draws).log()
+
+    given = {name: {"layers": 0, "draws": 4} for name in (own_name, "mutual_information")}
+    scores = acqcore.score(student, IDS, list(given), acquisition_args=given)
+    torch.testing.assert_close(scores[own_name], scores["mutual_information"] / torch.tensor(4.0).log())
+
+
+def test_a_set_of_tokens_is_refused(own_name: str, student: acqcore.Student) -> None:
+    @acqcore.register(own_name, over="set")
+    def wrong(stats: acqcore.RowStats) -> torch.Tensor:
+        """Not of gradients."""
+        return stats.entropy
+
+    with pytest.raises(ValueError, match="'confidence_gap': expected one over sets to need gradients"):
+        acqcore.score(student, IDS, own_name)
+
+
+def test_modules_are_not_hidden() -> None:
+    """The package lists acquisitions when called, and each module can be imported by its name."""
+    import acqcore.acquisitions.entropy as module
+
+    assert module is sys.modules["acqcore.acquisitions.entropy"]
+    assert acqcore.acquisitions.entropy is module
+    assert acqcore.acquisitions() == {name: entry.description for name, entry in REGISTRY.items()}
+    for name, entry in REGISTRY.items():
+        assert entry.reference is sys.modules[f"acqcore.acquisitions.{name}"].reference
 
 
 def test_registering_without_a_docstring() -> None:

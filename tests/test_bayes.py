@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import acqcore
-from acqcore.backends import Dropout
-from acqcore.backends import get as get_backend
+from acqcore.backends import Dropout, get as get_backend
 from acqcore.bayes import FIELDS, BayesStats, ensemble_stats, mutual_information
 from acqcore.philox import keep_mask, philox4x32
 from acqcore.testing import CASES, Case, random_case

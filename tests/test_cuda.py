@@ -11,8 +11,7 @@ import torch
 
 import acqcore
 from acqcore import _core
-from acqcore.backends import HeadRows, cuda, preference
-from acqcore.backends import select as select_backend
+from acqcore.backends import HeadRows, cuda, preference, select as select_backend
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.extension import matrix, pointer
 from acqcore.testing import assert_close_to_oracle, assert_logits_match, random_case

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from acqcore.data_files import Block, Reader, Record, choose_columns, join, scan, write_block
+from acqcore.files.data import Block, Reader, Record, choose_columns, join, scan, write_block
 
 ROWS = [{"text": "a\nb", "n": 1}, {"text": 'ç, "d"', "n": 2}, {"text": "", "n": 3}, {"text": "e\r\nf", "n": 4}]
 
@@ -84,7 +84,7 @@ def test_parquet_blocks_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Across row groups, and across the batches that are decoded; only the columns asked for."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr("acqcore.data_files._READ_ROWS", 3)
+    monkeypatch.setattr("acqcore.files.data._READ_ROWS", 3)
     table = pyarrow.table({"text": [str(i) for i in range(20)], "other": list(range(20))})
     parquet.write_table(table, tmp_path / "data.parquet", row_group_size=7)
     reader = Reader(tmp_path / "data.parquet", ["text"])
@@ -100,7 +100,7 @@ def test_a_parquet_is_read_again_after_an_error(tmp_path: Path, monkeypatch: pyt
     blocks, _ = scan(tmp_path / "data.parquet", 2, None)
     assert [record.values["text"] for record in reader.read(blocks[0])] == ["0", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr("acqcore.data_files.Record", None)
+        patch.setattr("acqcore.files.data.Record", None)
         with pytest.raises(TypeError):
             reader.read(blocks[1])
     assert [record.values["text"] for record in reader.read(blocks[1])] == ["2", "3"]

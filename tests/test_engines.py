@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from acqcore.cli import main
-from acqcore.parts import Parts
+from acqcore.files.parts import Parts
 
 ROWS, BLOCKS = 5000, 50
 LAUNCH = ["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]

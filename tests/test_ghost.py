@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import acqcore
-from acqcore.ghost import grad_norm, grad_sketch_model
+from acqcore import grad_norm, grad_sketch
 
 KINDS = ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "GPT2", "Cohere", "Phi"]
 LENGTHS = (17, 9, 12, 5, 14)
@@ -81,8 +81,8 @@ def test_every_backend(implementation: str, tiny_model: Callable[..., Any]) -> N
     samples = make_samples()
     norms = grad_norm(model, samples, "all", backend=implementation)
     assert_norms(norms, exact(model, samples, list(model.parameters())))
-    sketch = grad_sketch_model(model, samples, "all", dim=64, backend=implementation)
-    expected = grad_sketch_model(model, samples, "all", dim=64, backend="eager")
+    sketch = grad_sketch(model, samples, "all", dim=64, backend=implementation)
+    expected = grad_sketch(model, samples, "all", dim=64, backend="eager")
     torch.testing.assert_close(sketch, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -138,7 +138,7 @@ def test_float64_and_bfloat16(tiny_model: Callable[..., Any]) -> None:
 def test_a_sample_does_not_depend_on_its_batch(parameters: Any, tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("Gemma3", tie_word_embeddings=True)
     samples = make_samples()
-    for function in (grad_norm, grad_sketch_model):
+    for function in (grad_norm, grad_sketch):
         together = function(model, samples, parameters, backend="eager")
         alone = function(model, samples, parameters, backend="eager", batch_tokens=1)
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5 * float(alone.abs().max()))
@@ -234,7 +234,7 @@ def test_earlier_blocks_keep_no_activations(tiny_model: Callable[..., Any]) -> N
 def test_no_samples(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("Llama")
     assert grad_norm(model, [], "all").shape == (0,)
-    assert grad_sketch_model(model, [], "all", dim=8).shape == (0, 8)
+    assert grad_sketch(model, [], "all", dim=8).shape == (0, 8)
 
 
 @pytest.mark.parametrize(("kind", "parameters"), [("Qwen2", "all"), ("GPT2", "all"), ("Llama", 1)])
@@ -244,7 +244,7 @@ def test_sketches_keep_inner_products_on_average(kind: str, parameters: Any, tin
     gradients = exact(model, samples, wanted)
     products = []
     for seed in range(60):
-        sketch = grad_sketch_model(model, samples, parameters, dim=64, seed=seed, backend="eager").double()
+        sketch = grad_sketch(model, samples, parameters, dim=64, seed=seed, backend="eager").double()
         products.append(sketch @ sketch.T)
     stacked = torch.stack(products)
     error = (stacked.mean(0) - gradients @ gradients.T) / (stacked.std(0) / len(stacked) ** 0.5)
@@ -259,7 +259,7 @@ def test_sketches_rank_pairs_as_gradients_do(tiny_model: Callable[..., Any]) -> 
     ids = stream.unfold(0, 48, 1)  # 64 windows that share from none to all but one of their tokens
     samples = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     gradients = exact(model, samples, list(model.parameters()))
-    sketch = grad_sketch_model(model, samples, "all", backend="eager").double()
+    sketch = grad_sketch(model, samples, "all", backend="eager").double()
     i, j = torch.triu_indices(64, 64, 1)
     true, sketched = ((x @ x.T)[i, j] for x in (gradients, sketch))
     ranks = torch.stack([x.argsort().argsort().double() for x in (true, sketched)])
@@ -277,12 +277,12 @@ def test_a_head_sketch_is_that_of_the_hidden_states(tiny_model: Callable[..., An
     expected = acqcore.grad_sketch(
         hidden, student.head, samples["input_ids"][0, 2:], torch.tensor([0, 7]), dim=64, backend="eager"
     )
-    torch.testing.assert_close(grad_sketch_model(student, samples, dim=64, backend="eager"), expected)
+    torch.testing.assert_close(grad_sketch(student, samples, dim=64, backend="eager"), expected)
 
 
 def test_seeds_and_names_give_other_signs(tiny_model: Callable[..., Any]) -> None:
     model, samples = tiny_model("Llama"), make_samples((9,))
-    first, again, other = (grad_sketch_model(model, samples, 1, dim=64, seed=s) for s in (0, 0, 1))
+    first, again, other = (grad_sketch(model, samples, 1, dim=64, seed=s) for s in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)
 
@@ -313,7 +313,7 @@ def test_other_wrong_arguments(tiny_model: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="batch_tokens: expected an int >= 1"):
         grad_norm(model, samples, batch_tokens=0)
     with pytest.raises(ValueError, match="dim: expected an int >= 1, got 0"):
-        grad_sketch_model(model, samples, dim=0)
+        grad_sketch(model, samples, dim=0)
     student = acqcore.Student(lambda ids: torch.randn(*ids.shape, 4), acqcore.Head(torch.randn(320, 4)))
     with pytest.raises(ValueError, match=r"parameters: 'all' needs a student whose trunk is a torch.nn.Module"):
         grad_norm(student, samples, "all")
@@ -426,7 +426,7 @@ class Routed(nn.Module):
         (Bare, 16, "no rule covers scales.0: it is used without a call of the module that owns it"),
         (Pair, 16, "no rule covers layer.weight: its Two takes or gives tuple where one tensor was expected"),
         (Changed, 16, "no rule covers layer.weight: the input of its module is changed in place"),
-        (Mixed, 16, r"no rule covers layer.weight: .* the 5 samples of 17 tokens can not be told apart"),
+        (Mixed, 16, r"no rule covers layer.weight: .* the 5 samples of 17 tokens cannot be told apart"),
         (Projected, 320, "no rule covers embedding.weight: layers of different kinds share it"),
         (Looked, 16, "no rule covers embedding.weight: its embedding does not give a multiple of the rows"),
         (Routed, 16, "no rule covers gate.weight: Gate could not be differentiated sample by sample: "),

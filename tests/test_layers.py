@@ -1,94 +1,88 @@
-"""Imports run one way, acqsynth -> score -> acquisitions -> row_stats -> backends -> kernels, _core."""
+"""The folders of acqcore import each other one way, and every module can be reached by its name."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import os
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-_SPEC = importlib.util.find_spec("acqcore")
-assert _SPEC is not None
-assert _SPEC.origin is not None
-ACQCORE = Path(_SPEC.origin).parent
+import acqcore
+
+ACQCORE = Path(acqcore.__file__).parent
 _SYNTH = importlib.util.find_spec("acqsynth")
 assert _SYNTH is not None
 assert _SYNTH.origin is not None
 ACQSYNTH = Path(_SYNTH.origin).parent
 
-#: module or package of acqcore -> what of acqcore it may import
-ALLOWED = {
+#: folder or module of acqcore -> what of acqcore it may import
+ALLOWED: dict[str, set[str]] = {
+    "acquisitions": {
+        "bayes",
+        "checks",
+        "gradients",
+        "head",
+        "head_grad",
+        "literals",
+        "row_stats",
+        "selection",
+        "students",
+    },
+    "backends": {"_core", "checks", "head", "kernels", "philox", "vocab_parallel"},
+    "bayes": {"backends", "checks", "head", "vocab_parallel"},
     "checks": set(),
-    "kernels": set(),
-    "head": {"checks"},
-    "vocab_parallel": {"checks", "head"},
-    "sharding": set(),
-    "backends": {"checks", "head", "kernels", "_core", "philox", "vocab_parallel"},
-    "row_stats": {"checks", "head", "backends", "vocab_parallel"},
-    "signs": set(),
-    "philox": set(),
-    "bayes": {"checks", "head", "backends", "vocab_parallel"},
-    "trunk_draws": {"checks", "backends", "sharding", "student"},
-    "draws": {"checks", "backends", "bayes", "head", "samples", "student", "trunk_draws"},
-    "head_visit": {"head", "backends", "row_stats", "vocab_parallel"},
-    "head_grad": {"checks", "head", "backends", "head_visit", "row_stats", "signs", "vocab_parallel"},
-    "acquisitions": {"bayes", "head", "row_stats", "head_grad", "head_visit", "checks"},
-    "testing": {"head", "row_stats"},
-    "samples": {"checks"},
-    "packing": {"checks", "samples"},
-    "student": {"checks", "head", "sharding", "vocab_parallel"},
-    "scores": {"checks"},
-    "ghost_measures": {"backends", "head", "head_grad", "row_stats", "signs"},
-    "ghost_rules": {"checks", "head", "ghost_measures"},
-    "ghost_capture": {"checks", "head", "student", "ghost_measures", "ghost_rules"},
-    "ghost": {
+    "costs": {"acquisitions", "checks", "gradients", "literals", "scoring", "selection", "students"},
+    "files": {"checks", "scoring", "students"},
+    "gradients": {
+        "backends",
         "checks",
         "head",
         "head_grad",
-        "packing",
+        "head_visit",
+        "literals",
         "row_stats",
-        "samples",
-        "student",
-        "ghost_measures",
-        "ghost_capture",
+        "signs",
+        "students",
     },
-    "sketch": {"ghost", "head", "head_grad", "samples", "student"},
-    "select": {"checks", "scores"},
-    "diversity": {"checks", "select"},
-    "badge": {"student", "samples", "ghost"},
-    "set_signals": {"checks", "diversity", "ghost", "samples", "student"},
-    "influence": {"checks", "student", "samples", "ghost", "ghost_capture"},
+    "head": {"checks"},
+    "head_grad": {"backends", "checks", "head", "head_visit", "row_stats", "signs", "vocab_parallel"},
+    "head_visit": {"backends", "head", "row_stats", "vocab_parallel"},
+    "kernels": set(),
+    "literals": set(),
+    "philox": set(),
     "progress": set(),
-    "parts": {"checks"},
-    "score": {
+    "row_stats": {"backends", "checks", "head", "vocab_parallel"},
+    "scores": {"checks"},
+    "scoring": {
+        "acquisitions",
+        "backends",
         "bayes",
         "checks",
-        "draws",
-        "ghost",
-        "influence",
+        "gradients",
         "head",
+        "head_grad",
         "head_visit",
-        "student",
-        "samples",
-        "packing",
+        "literals",
         "progress",
-        "scores",
-        "set_signals",
-        "acquisitions",
         "row_stats",
+        "scores",
+        "students",
     },
-    "stream": {"acquisitions", "checks", "samples", "score", "scores", "student"},
-    "data_files": {"checks"},
-    "scorer": {"checks", "data_files", "parts", "samples", "score", "student"},
-    "engines": {"checks", "data_files", "parts", "scorer"},
-    "run_summary": {"scorer"},
+    "selection": {"checks", "literals", "scores"},
+    "signs": set(),
+    "students": {"backends", "checks", "head", "vocab_parallel"},
+    "testing": {"head", "row_stats"},
+    "vocab_parallel": {"checks", "head"},
 }
-ABOVE_SCORE = {"__init__", "__main__", "cli", "plan"}  # may import anything of acqcore
+FRONT = {"__init__", "__main__", "cli"}  # may import anything
 
 
-def _imported(path: Path, package: str) -> set[str]:
-    """Names below ``package`` that a file imports, function-level imports included."""
+def _imported(path: Path, package: str, whole: bool = False) -> set[str]:
+    """Names below ``package`` that a file imports, function-level imports included; ``whole``: dotted to the end."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -102,28 +96,51 @@ def _imported(path: Path, package: str) -> set[str]:
         for name in names:
             parts = name.split(".")
             if parts[0] == package and len(parts) > 1:
-                found.add(parts[1])
+                found.add(name if whole else parts[1])
     return found
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.py"))
+    folders = os.walk(folder, followlinks=True)
+    return sorted(Path(root) / name for root, _, names in folders for name in names if name.endswith(".py"))
 
 
-def test_every_module_is_in_the_table() -> None:
-    present = {p.relative_to(ACQCORE).parts[0].removesuffix(".py") for p in _files(ACQCORE)} | {"kernels"}
-    assert present - ABOVE_SCORE <= set(ALLOWED)
+def test_every_folder_is_in_the_table() -> None:
+    present = {p.relative_to(ACQCORE).parts[0].removesuffix(".py") for p in _files(ACQCORE)}
+    assert present - FRONT == set(ALLOWED)
 
 
 @pytest.mark.parametrize("name", ALLOWED)
 def test_imports_run_one_way(name: str) -> None:
     folder = ACQCORE / name
-    files = _files(folder) if folder.is_dir() else [ACQCORE / f"{name}.py"]
-    for path in files:
-        if not path.exists():
-            assert name == "kernels", f"{path} is in the table but not in the package"
-            continue
+    for path in _files(folder) if folder.is_dir() else [ACQCORE / f"{name}.py"]:
         assert _imported(path, "acqcore") <= ALLOWED[name] | {name}, path
+
+
+def test_there_are_no_circles() -> None:
+    """Neither among folders nor among modules; raises CycleError, which names one."""
+    TopologicalSorter(ALLOWED).prepare()
+    paths = {_module(path): path for path in _files(ACQCORE) if path.stem not in FRONT}
+    graph = {}
+    for module, path in paths.items():
+        names = _imported(path, "acqcore", whole=True)
+        graph[module] = {name for name in names | {n.rpartition(".")[0] for n in names} if name in paths}
+    TopologicalSorter(graph).prepare()
+
+
+def test_no_module_is_hidden_by_a_function() -> None:
+    for path in _files(ACQCORE):
+        if path.stem in FRONT or "kernels" in path.parts or _module(path) == "acqcore.costs.worker":
+            continue
+        name = _module(path)
+        module = importlib.import_module(name)
+        parent, _, child = name.rpartition(".")
+        if name != "acqcore.row_stats":
+            assert getattr(sys.modules[parent], child) is module, name
+
+
+def _module(path: Path) -> str:
+    return ".".join(("acqcore", *path.relative_to(ACQCORE).with_suffix("").parts))
 
 
 def test_acqcore_never_imports_acqsynth() -> None:
@@ -132,8 +149,6 @@ def test_acqcore_never_imports_acqsynth() -> None:
 
 
 def test_acqsynth_uses_public_names_alone() -> None:
-    import acqcore
-
     for path in _files(ACQSYNTH):
         assert _imported(path, "acqcore") <= set(acqcore.__all__) | {"testing"}, path
 
@@ -141,8 +156,6 @@ def test_acqsynth_uses_public_names_alone() -> None:
 @pytest.mark.parametrize("folder", [ACQCORE], ids=["acqcore"])
 def test_top_level_imports_are_torch_and_numpy_alone(folder: Path) -> None:
     """Everything heavier is imported inside the function that needs it."""
-    import sys
-
     for path in _files(folder):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ImportFrom):

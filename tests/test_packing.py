@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from acqcore.packing import collate, partition
-from acqcore.samples import Row
+from acqcore.students.packing import collate, partition
+from acqcore.students.samples import Row
 
 
 def cost(lengths: list[int], batches: list[list[int]], overhead: int) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from acqcore.parts import Parts
+from acqcore.files.parts import Parts
 
 NAN = float("nan")
 

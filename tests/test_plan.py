@@ -13,13 +13,12 @@ import pytest
 import torch
 
 from acqcore.cli import main
-from acqcore.plan import command
-from acqcore.plan import measure as measuring
-from acqcore.plan.estimate import COMPUTED, EXTENDED, GIVEN, MEASURED, Estimate, from_rates, from_runs
-from acqcore.plan.formulas import CHUNKED_SCRATCH, DRAWS_SCRATCH, HEAD_SCRATCH, activation_bytes, batch_seconds
-from acqcore.plan.measure import Run
-from acqcore.plan.shape import Shape, shape_of, with_blocks
-from acqcore.plan.work import Passes, Work, passes
+from acqcore.costs import command, measure as measuring
+from acqcore.costs.estimate import COMPUTED, EXTENDED, GIVEN, MEASURED, Estimate, from_rates, from_runs
+from acqcore.costs.formulas import CHUNKED_SCRATCH, DRAWS_SCRATCH, HEAD_SCRATCH, activation_bytes, batch_seconds
+from acqcore.costs.measure import Run
+from acqcore.costs.shape import Shape, shape_of, with_blocks
+from acqcore.costs.work import Passes, Work, passes
 
 MIB = 1 << 20
 SHAPE = Shape(
@@ -85,14 +84,22 @@ def test_seventy_billion_parameters_are_counted_without_weights() -> None:
     ("acquisitions", "arguments", "expected"),
     [
         ("entropy,margin,loss", None, Passes(1, 1, 0)),
-        ("grad_norm", None, Passes(1, 1 + 1 + 32 / 64, 0)),
-        ("entropy,grad_norm", {"grad_norm": {"parameters": 3}}, Passes(1 + 1 + 2 * 3 / 30, 1 + 4, 3)),
-        ("grad_norm", {"grad_norm": {"parameters": "all"}}, Passes(3, 4, 30)),
-        ("influence", None, Passes(3, 4, 30)),
-        ("gradient_diversity", None, Passes(1, 2, 0)),
-        ("mutual_information", {"mutual_information": {"layers": 0, "draws": 4}}, Passes(1, 5, 0)),
-        ("mutual_information,expected_entropy", None, Passes(1 + 8, 1 + 8, 0)),  # equal arguments share the draws
-        ("mutual_information", {"mutual_information": {"layers": 3}}, Passes(1 + 27 / 30 + 8 * 3 / 30, 1 + 8, 0)),
+        ("grad_norm", None, Passes(1, 1 + 32 / 128, 0)),
+        ("entropy,grad_norm", {"grad_norm": {"parameters": 3}}, Passes(1 + 2 * 3 / 30, 1 + 2, 3)),
+        ("grad_norm", {"grad_norm": {"parameters": "all"}}, Passes(3, 1 + 2 + 0.25, 30)),
+        ("influence", None, Passes(3, 1 + 2 + 1, 30)),
+        ("influence,gradient_diversity", {"gradient_diversity": {"parameters": "all"}}, Passes(3, 1 + 2 + 1, 30)),
+        (
+            "grad_norm,influence,badge",
+            {"grad_norm": {"parameters": "all"}, "badge": {"parameters": 3}},
+            Passes(1 + 1 + 2 + 2 * 3 / 30, 1 + 2 + 0.25 + 1 + 2, 30),
+        ),
+        ("badge", None, Passes(1, 1 + 1 + 0.25, 0)),
+        ("gradient_diversity,archive_novelty", None, Passes(1, 2, 0)),
+        ("mutual_information", {"mutual_information": {"layers": 0, "draws": 4}}, Passes(1, 4, 0)),
+        ("mutual_information,expected_entropy", None, Passes(8, 8, 0)),  # equal arguments share the draws
+        ("entropy,mutual_information", None, Passes(1 + 8, 1 + 8, 0)),
+        ("mutual_information", {"mutual_information": {"layers": 3}}, Passes(27 / 30 + 8 * 3 / 30, 8, 0)),
     ],
 )
 def test_passes(acquisitions: str, arguments: Any, expected: Passes) -> None:
@@ -348,7 +355,6 @@ def test_blocks_of_several_kinds_and_long_rows_are_noted(
         ({"devices": 0}, "devices: expected an int >= 1, got 0"),
         ({"threads": 0}, "threads: expected an int >= 1, got 0"),
         ({"acquisitions": "entropie"}, "acquisitions: unknown 'entropie'"),
-        ({"acquisitions": "archive_novelty"}, "'archive_novelty' needs"),
         ({"acquisition_args": '{"grad_norm": {}}'}, "'grad_norm' is not among the acquisitions asked for"),
         (
             {"acquisitions": "grad_norm", "acquisition_args": '{"grad_norm": {"parameters": "trainable"}}'},
@@ -363,7 +369,7 @@ def test_blocks_of_several_kinds_and_long_rows_are_noted(
                 "acquisitions": "mutual_information",
                 "acquisition_args": '{"mutual_information": {"members": ["a", "b"]}}',
             },
-            "members can not be planned",
+            "members cannot be planned",
         ),
         ({"acquisition_args": "{"}, "argument --acquisition-args: invalid"),
         ({"flops": 1e12}, "--flops and --bandwidth: expected both or neither"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from acqcore.samples import Row, encode
+from acqcore.students.samples import Row, encode
 
 
 def scored_ids(row: Row) -> list[int]:

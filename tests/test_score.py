@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +11,12 @@ import pytest
 import torch
 
 import acqcore
-from acqcore.acquisitions.base import REGISTRY
-from acqcore.samples import encode
-from acqcore.score import _reduce
+from acqcore.acquisitions import REGISTRY, RowNeed
+from acqcore.scoring.plan import reduce
+from acqcore.students.samples import encode
 
 NAN = float("nan")
-NAMES = tuple(name for name, entry in REGISTRY.items() if entry.per_token is not None)
+NAMES = tuple(name for name, entry in REGISTRY.items() if entry.needs == RowNeed())
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. What is 2 + 3?",
     "a fox",
@@ -108,10 +109,14 @@ def test_grad_norm_is_that_of_autograd(
         (
             {"entropy": {}},
             ValueError,
-            "acquisition_args: unknown 'entropy', expected one of grad_norm, badge",
+            "acquisition_args: unknown 'entropy', expected one of mutual_information, predictive_entropy",
         ),
         ({"grad_norm": {"layers": 2}}, ValueError, r"acquisition_args\['grad_norm'\]: unknown 'layers'"),
-        ({"grad_norm": 2}, TypeError, r"acquisition_args\['grad_norm'\]: expected a mapping, got int"),
+        (
+            {"grad_norm": 2},
+            TypeError,
+            r"acquisition_args\['grad_norm'\]: expected a mapping or GradNormOptions, got int",
+        ),
         ({"grad_norm": {"loss": "max"}}, ValueError, "loss: unknown 'max', expected one of mean, sum"),
         ({"grad_norm": {"parameters": 99}}, ValueError, "parameters: "),
         ([("grad_norm", 1)], TypeError, "acquisition_args: expected a mapping"),
@@ -175,9 +180,7 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(
 def test_one_trunk_forward_and_one_head_pass_per_batch(
     tiny_model: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib
-
-    module = importlib.import_module("acqcore.score")
+    module = sys.modules["acqcore.scoring.run"]
     passes: list[int] = []
     real = module.row_stats
     monkeypatch.setattr(
@@ -373,7 +376,7 @@ def test_a_backend_that_does_not_serve_is_known_before_any_forward(tiny_model: C
 )
 def test_one_value_that_is_no_number_makes_its_sample_none(reduction: str, expected: list[float]) -> None:
     values = torch.tensor([1, 2, NAN, 4, -5, -6], dtype=torch.float64)
-    found = _reduce(values, [2, 2, 2], reduction, topk=1)
+    found = reduce(values, [2, 2, 2], reduction, topk=1)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
 
 

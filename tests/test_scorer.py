@@ -13,28 +13,28 @@ from typing import Any
 import pytest
 
 from acqcore.cli import main
-from acqcore.data_files import scan
-from acqcore.parts import Parts
-from acqcore.score import Request, iterate
-from acqcore.scorer import ATTEMPTS, Job, Scorer
+from acqcore.files.data import scan
+from acqcore.files.parts import Parts
+from acqcore.files.worker import ATTEMPTS, BlockScorer, Job
+from acqcore.scoring.plan import Plan
 
 ROWS = [{"text": f"the fox {i}"} for i in range(7)]
 
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("acqcore.scorer._PAUSE_S", 0.0)
+    monkeypatch.setattr("acqcore.files.worker._PAUSE_S", 0.0)
 
 
 @pytest.fixture
-def scorer(student: Path, tmp_path: Path) -> Scorer:
+def scorer(student: Path, tmp_path: Path) -> BlockScorer:
     """Of ``ROWS`` in data.jsonl, one row a batch."""
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    request = Request.checked("entropy", "mean", topk=8, batch_tokens=1, backend="eager")
+    plan = Plan.of("entropy", batch_tokens=1, backend="eager")
     data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
-    job = Job(str(student), data, out, {"text": "text"}, request, max_length=None, dtype=None, device=None)
+    job = Job(str(student), data, out, {"text": "text"}, plan, max_length=None, dtype=None, device=None)
     Parts(job.out).claim({})
-    return Scorer(job)
+    return BlockScorer(job)
 
 
 @pytest.fixture
@@ -44,14 +44,16 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     def arrange(times: int) -> list[int]:
         calls: list[int] = []
 
-        def fail(student: Any, head: Any, rows: Any, request: Any, done: Any) -> Iterator[Any]:
+        batches = Plan.batches
+
+        def fail(plan: Plan, runner: Any, rows: Any, done: Any) -> Iterator[Any]:
             calls.append(sum(i not in done for i in range(len(rows))))
-            for batch in iterate(student, head, rows, request, done):
+            for batch in batches(plan, runner, rows, done):
                 yield batch
                 if len(calls) <= times:
                     raise MemoryError("no room\nfor this")
 
-        monkeypatch.setattr("acqcore.scorer.iterate", fail)
+        monkeypatch.setattr(Plan, "batches", fail)
         return calls
 
     return arrange
@@ -62,7 +64,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(
-    scorer: Scorer, failing: Callable[[int], list[int]]
+    scorer: BlockScorer, failing: Callable[[int], list[int]]
 ) -> None:
     [block] = scan(scorer.job.data, 10, None)[0]
     calls = failing(2)
@@ -77,10 +79,10 @@ def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(
     assert [row["valid"] for row in read_lines(scorer.parts.path(0))] == [True] * 7
 
 
-def test_batches_of_another_cut_are_no_gap(scorer: Scorer) -> None:
+def test_batches_of_another_cut_are_no_gap(scorer: BlockScorer) -> None:
     """As a GPU's batches are, when the CPU goes on."""
     [block] = scan(scorer.job.data, 10, None)[0]
-    scorer.job = dataclasses.replace(scorer.job, request=dataclasses.replace(scorer.job.request, batch_tokens=8192))
+    scorer = BlockScorer(dataclasses.replace(scorer.job, plan=Plan.of("entropy", batch_tokens=8192, backend="eager")))
     scorer.parts.append(0, [0, 6], [[-7.0], [-7.0]])
     told: list[int] = []
     scorer.complete(block, told.append)
@@ -89,7 +91,7 @@ def test_batches_of_another_cut_are_no_gap(scorer: Scorer) -> None:
     assert all(value > 0 for value in values)
 
 
-def test_a_block_that_keeps_failing_is_given_up(scorer: Scorer, failing: Callable[[int], list[int]]) -> None:
+def test_a_block_that_keeps_failing_is_given_up(scorer: BlockScorer, failing: Callable[[int], list[int]]) -> None:
     [block] = scan(scorer.job.data, 10, None)[0]
     calls = failing(100)
     told: list[int] = []
@@ -102,7 +104,7 @@ def test_a_block_that_keeps_failing_is_given_up(scorer: Scorer, failing: Callabl
     assert "in fail" in "".join(reason)  # the traceback
 
 
-def test_a_block_whose_processes_died_is_given_up(scorer: Scorer) -> None:
+def test_a_block_whose_processes_died_is_given_up(scorer: BlockScorer) -> None:
     [block] = scan(scorer.job.data, 10, None)[0]
     for _ in range(ATTEMPTS):
         scorer.parts.attempt(0)
@@ -110,7 +112,7 @@ def test_a_block_whose_processes_died_is_given_up(scorer: Scorer) -> None:
     assert scorer.parts.failure(0).read_text() == f"each of {ATTEMPTS} processes that scored it died"
 
 
-def test_a_finished_block_is_left_alone(scorer: Scorer, failing: Callable[[int], list[int]]) -> None:
+def test_a_finished_block_is_left_alone(scorer: BlockScorer, failing: Callable[[int], list[int]]) -> None:
     [block] = scan(scorer.job.data, 10, None)[0]
     scorer.complete(block)
     calls = failing(100)
@@ -130,7 +132,7 @@ def test_the_same_command_tries_failed_blocks_again_and_no_others(
     assert main(arguments) == 1
     captured = capsys.readouterr()
     assert "4 of 7 rows scored" in captured.out
-    assert "3 rows with an error; 1 failed block, which the same command tries again" in " ".join(captured.out.split())
+    assert "3 rows with an error; 1 failed block, which the same command retries" in " ".join(captured.out.split())
     assert f"rows 3 to 5 of the output failed {ATTEMPTS} times: IsADirectoryError: " in captured.err
     if out == "out.jsonl":
         rows = read_lines(tmp_path / out)

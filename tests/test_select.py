@@ -136,7 +136,7 @@ def test_k_center_is_within_twice_the_best() -> None:
 @pytest.mark.parametrize("blocks", [False, True])
 def test_facility_location_step_by_step(blocks: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if blocks:
-        module = importlib.import_module("acqcore.select")
+        module = importlib.import_module("acqcore.selection.subsets")
         monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 3 * 40)
         monkeypatch.setattr(module, "_KEPT_ELEMENTS", 0)
     x = vectors(40, 6, seed).double()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,14 +9,14 @@ import pytest
 import torch
 
 import acqcore
-from acqcore.ghost import grad_sketch_model
+from acqcore.acquisitions import REGISTRY
 
 IDS = torch.arange(72).view(6, 12) * 37 % 320
 SAMPLES = {"input_ids": IDS}
 
 
 def _reference(name: str) -> Callable[..., torch.Tensor]:
-    return importlib.import_module(f"acqcore.acquisitions.{name}").reference
+    return REGISTRY[name].reference
 
 
 def test_badge_is_the_gradient_of_the_students_own_predictions(tiny_model: Callable[..., Any]) -> None:
@@ -42,7 +41,7 @@ def test_gradient_diversity(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("Llama")
     samples = {"input_ids": torch.cat([IDS, IDS[:1]])}
     value = acqcore.score(model, samples, "gradient_diversity")["gradient_diversity"]
-    sketches = grad_sketch_model(model, samples)
+    sketches = acqcore.grad_sketch(model, samples)
     torch.testing.assert_close(value.double(), _reference("gradient_diversity")(sketches), rtol=1e-3, atol=1e-5)
     assert float(value[[0, 6]].max()) < 0.02
     assert float(value[1:6].min()) > 0.05
@@ -51,7 +50,7 @@ def test_gradient_diversity(tiny_model: Callable[..., Any]) -> None:
     torch.testing.assert_close(permuted["gradient_diversity"], value[order], rtol=1e-3, atol=1e-5)
     arguments = {"gradient_diversity": {"ordered": True, "ridge": 0.1, "parameters": "all", "dim": 512, "seed": 3}}
     ordered = acqcore.score(model, samples, "gradient_diversity", acquisition_args=arguments)["gradient_diversity"]
-    of_all = grad_sketch_model(model, samples, "all", dim=512, seed=3)
+    of_all = acqcore.grad_sketch(model, samples, "all", dim=512, seed=3)
     torch.testing.assert_close(ordered, acqcore.gradient_diversity(of_all, ridge=0.1, ordered=True))
     assert float(ordered[0]) == pytest.approx(0.6931, abs=1e-3)
 
@@ -62,12 +61,12 @@ def test_archive_novelty(tiny_model: Callable[..., Any]) -> None:
     arguments = {"archive_novelty": {"archive": archive}}
     empty = acqcore.score(model, SAMPLES, "archive_novelty", acquisition_args=arguments)["archive_novelty"]
     torch.testing.assert_close(empty, torch.full((6,), 2.0).log())
-    held = grad_sketch_model(model, {"input_ids": IDS[:3]})
+    held = acqcore.grad_sketch(model, {"input_ids": IDS[:3]})
     archive.add(held)
     value = acqcore.score(model, SAMPLES, "archive_novelty", acquisition_args=arguments)["archive_novelty"]
     assert len(archive) == 3
     torch.testing.assert_close(
-        value.double(), _reference("archive_novelty")(grad_sketch_model(model, SAMPLES), held), rtol=1e-3, atol=1e-5
+        value.double(), _reference("archive_novelty")(acqcore.grad_sketch(model, SAMPLES), held), rtol=1e-3, atol=1e-5
     )
     assert float(value[:3].max()) < 0.02
     assert float(value[3:].min()) > 0.05

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import acqcore
-from acqcore.samples import encode
+from acqcore.students.samples import encode
 from acqsynth.models import smollm2_path
 
 DATA = Path(__file__).parents[1] / "../shared/data/math/gsm8k_test.jsonl"

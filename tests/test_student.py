@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import acqcore
-from acqcore.student import as_student
+from acqcore.students.student import as_student
 
 KINDS = ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "GPT2", "Cohere", "Granite", "Phi"]
 IDS = torch.arange(22).view(2, 11) * 13 % 320

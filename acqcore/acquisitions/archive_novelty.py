@@ -1,23 +1,42 @@
-"""What a sample's gradient adds to an archive of earlier ones, log(1 + r_i) of gradient directions.
-
-As ``gradient_diversity``, but against ``acqcore.Archive``, which ``score`` takes from
-``acquisition_args={"archive_novelty": {"archive": ...}}``. ``score`` leaves the archive as it is: the caller adds
-what it keeps, ``archive.add(acqcore.grad_sketch(student, kept, ...))``, with the same parameters, dim and seed.
-
-Source: as ``gradient_diversity``.
-"""
-
 from __future__ import annotations
+
+import os
+from dataclasses import dataclass
 
 import torch
 
-from acqcore.acquisitions.base import REGISTRY, Acquisition
+from acqcore import checks
+from acqcore.acquisitions.base import register
+from acqcore.acquisitions.needs import Options
+from acqcore.gradients.need import GradientNeed
+from acqcore.literals import Parameters
+from acqcore.selection.diversity import Archive
 
-REGISTRY["archive_novelty"] = Acquisition(
-    "archive_novelty",
-    "Log-determinant gain of the sample's gradient over an archive, log(1 + r_i).",
-    needs_targets=True,
-)
+
+@dataclass(frozen=True)
+class NoveltyOptions(Options):
+    """``archive``, of sketches with the same ``parameters``, ``dim`` and ``seed`` of :func:`acqcore.grad_sketch`, or a
+    path to which ``torch.save`` wrote its ``state_dict()``.
+
+    Raises:
+        TypeError, ValueError: another archive. OSError: no such file.
+    """
+
+    archive: Archive
+    parameters: Parameters = "head"
+    dim: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.archive, str | os.PathLike):
+            archive = Archive()
+            archive.load_state_dict(torch.load(self.archive, weights_only=True))
+            object.__setattr__(self, "archive", archive)
+        checks.instance("archive", self.archive, Archive, "acqcore.Archive")
+
+
+def sketch(options: NoveltyOptions) -> GradientNeed:
+    return GradientNeed(options.parameters, dim=options.dim, seed=options.seed)
 
 
 def reference(
@@ -31,3 +50,23 @@ def reference(
     cross = held @ x.T  # [m, n]
     kernel = held @ held.T + ridge * torch.eye(len(held), dtype=x.dtype)
     return (1 + x.square().sum(dim=1) - (cross * torch.linalg.solve(kernel, cross)).sum(dim=0)).log()
+
+
+@register(
+    "archive_novelty", options=NoveltyOptions, needs=sketch, over="sample", needs_targets=True, reference=reference
+)
+def archive_novelty(
+    sketches: torch.Tensor,  # [B, dim]
+    options: NoveltyOptions,
+) -> torch.Tensor:
+    """Log-determinant gain of the sample's gradient over an archive, log(1 + r_i).
+
+    The archive does not change: the caller adds the samples it keeps,
+    ``archive.add(acqcore.grad_sketch(student, kept, ...))``.
+
+    Source: as ``gradient_diversity``.
+    """
+    finite = sketches.isfinite().all(dim=1)
+    values = torch.full((len(sketches),), torch.nan)
+    values[finite] = options.archive.novelty(sketches[finite])
+    return values

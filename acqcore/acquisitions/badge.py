@@ -1,28 +1,15 @@
-"""Norm of the gradient under the student's own predictions, ||sum_t w_t (p_t - e_argmax) h_t^T||_F in the head.
-
-Label-free: short where the student is sure, whatever was written. Deeper parameters through
-``acquisition_args={"badge": {"parameters": ...}}``. For batches that are uncertain and different,
-``acqcore.badge_embedding`` gives the vectors.
-
-Source: Ash et al. 2020, "Deep batch active learning by diverse, uncertain gradient lower bounds", with each token a
-label of its own.
-"""
-
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 
-from acqcore.acquisitions.base import SampleBatch, register_sample
-from acqcore.acquisitions.grad_norm import grad_norm
-from acqcore.row_stats import predicted_targets
+from acqcore.acquisitions.base import register
+from acqcore.acquisitions.grad_norm import GradNormOptions
+from acqcore.gradients.need import GradientNeed
 
 
-@register_sample("badge", needs_targets=False)
-def badge(batch: SampleBatch, *, loss: str = "mean") -> torch.Tensor:
-    """Norm of the head gradient under the student's own predictions, ||sum_t w_t (p_t - e_argmax) h_t^T||_F."""
-    return grad_norm(replace(batch, stats=predicted_targets(batch.stats), visit=None), loss=loss)
+def norm(options: GradNormOptions) -> GradientNeed:
+    """Under the tokens that the student finds most likely."""
+    return GradientNeed(options.parameters, options.loss, predicted=True)
 
 
 def reference(
@@ -34,3 +21,16 @@ def reference(
     delta = z.softmax(dim=1)
     delta[torch.arange(len(z)), z.argmax(dim=1)] -= 1
     return (delta.T @ hidden / len(z)).norm()
+
+
+@register("badge", options=GradNormOptions, needs=norm, over="sample", reference=reference)
+def badge(norms: torch.Tensor) -> torch.Tensor:
+    """Norm of the head gradient under the student's own predictions, ||sum_t w_t (p_t - e_argmax) h_t^T||_F.
+
+    Label-free: small where the student is confident, whatever was written. :func:`acqcore.badge_embedding` gives the
+    vectors, for batches that are both uncertain and diverse.
+
+    Source: Ash et al. 2020, "Deep batch active learning by diverse, uncertain gradient lower bounds", with each token a
+    label of its own.
+    """
+    return norms

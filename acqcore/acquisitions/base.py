@@ -1,66 +1,61 @@
-"""The registry of acquisition functions: larger means more worth acquiring."""
+"""The record of an acquisition function, and the registry of them: larger means more worth acquiring."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
-from acqcore.bayes import BayesStats
-from acqcore.head import Head
-from acqcore.head_grad import Bounds
-from acqcore.head_visit import HeadVisit
-from acqcore.row_stats import RowStats
+from acqcore.acquisitions.needs import Need, Options, RowNeed
 
-
-@dataclass(frozen=True, eq=False)
-class SampleBatch:
-    """The scored tokens of B samples one after another, for an acquisition of whole samples.
-
-    Attributes:
-        hidden: ``[N, D]``.
-        head: the last layer.
-        stats: of the N rows, with targets.
-        bounds: ``[begin, end)`` rows of each sample, on the host.
-        backend: the name asked for, or None.
-        visit: the visit of the head's weights that gave ``stats``, where it kept Gram matrices.
-    """
-
-    hidden: torch.Tensor
-    head: Head
-    stats: RowStats
-    bounds: Bounds
-    backend: str | None
-    visit: HeadVisit | None = None
+Over: TypeAlias = Literal["token", "sample", "set"]
+Function = TypeVar("Function", bound=Callable[..., torch.Tensor])
 
 
 @dataclass(frozen=True)
 class Acquisition:
-    """An acquisition function: of row statistics token by token, or of a whole sample.
-
-    It has one of the functions below; with none, ``score`` computes it in a pass of its own.
+    """Everything known of an acquisition function; whatever lists or runs acquisitions reads it here.
 
     Attributes:
-        name: how ``score`` is asked for it.
+        name: as in ``acquisitions`` of :func:`acqcore.score`.
         description: one line, with the formula.
-        per_token: RowStats of T scored tokens -> ``[T]``.
-        per_draws: BayesStats of T scored tokens -> ``[T]``, for one of several draws of the student's weights.
-        per_sample: SampleBatch and the acquisition's own arguments -> ``[B]``, for one of whole samples.
-        needs_gram: it reads the Gram matrices that a visit of the head's weights keeps on request.
-        needs_targets: the value depends on the token that was written, not only on the prediction.
-        finish: applied to a per-token value and to the reduced value, for those that are averaged on another scale
-            (perplexity is averaged as a loss); None leaves them.
+        value: the results of its needs, in order -> its values; gets its options as the parameter ``options``, if it
+            has one.
+        options: frozen dataclass of its arguments.
+        needs: a need, a tuple of them, or a function of the options that gives either.
+        over: a value for each scored token, ``[N]``, then reduced; for each sample of a batch, ``[B]``; or for each
+            sample of the call, ``[n]``, in which samples are compared with each other (of gradients only).
+        needs_targets: the values depend on the tokens that were written, not only on the predictions.
+        finish: applied to token values and to reduced values, for averages on another scale (perplexity is averaged as
+            a loss).
+        reference: the definition, slow and readable. Of row statistics it takes logits ``[N, V]``, targets ``[N]`` and
+            hidden states ``[N, D]``, and gives ``[N]``.
     """
 
     name: str
     description: str
-    per_token: Callable[[RowStats], torch.Tensor] | None = None
-    per_draws: Callable[[BayesStats], torch.Tensor] | None = None
-    per_sample: Callable[..., torch.Tensor] | None = None
-    needs_gram: bool = False
+    value: Callable[..., torch.Tensor]
+    options: type[Options] = Options
+    needs: Any = RowNeed()  # noqa: RUF009  # frozen and without fields
+    over: Over = "token"
     needs_targets: bool = False
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
+    reference: Callable[..., torch.Tensor] | None = None
+
+    def needed(self, options: Options) -> tuple[Need, ...]:
+        """Its needs under ``options``."""
+        needs = self.needs(options) if callable(self.needs) else self.needs
+        return needs if isinstance(needs, tuple) else (needs,)
+
+    def compute(self, options: Options, found: Mapping[Any, Any]) -> torch.Tensor:
+        """Its values, given what each need came to."""
+        results = [found[need] for need in self.needed(options)]
+        if "options" in inspect.signature(self.value).parameters:
+            return self.value(*results, options=options)
+        return self.value(*results)
 
 
 REGISTRY: dict[str, Acquisition] = {}
@@ -69,66 +64,42 @@ REGISTRY: dict[str, Acquisition] = {}
 def register(
     name: str,
     *,
+    options: type[Options] = Options,
+    needs: Need | tuple[Need, ...] | Callable[[Any], Need | tuple[Need, ...]] = RowNeed(),  # noqa: B008
+    over: Over = "token",
     needs_targets: bool = False,
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> Callable[[Callable[[RowStats], torch.Tensor]], Callable[[RowStats], torch.Tensor]]:
-    """Decorator that makes a function of RowStats an acquisition; its docstring's first line describes it.
+    reference: Callable[..., torch.Tensor] | None = None,
+) -> Callable[[Function], Function]:
+    """Decorator that makes a function an acquisition; the first line of its docstring describes it.
 
-    >>> @acqcore.register("confidence_gap")
-    ... def confidence_gap(stats):
-    ...     '''1 - 2 p1.'''
-    ...     return 1 - 2 * stats.top1_prob
+    The arguments are those of :class:`acqcore.acquisitions.Acquisition`. Registering a name again replaces the
+    acquisition.
+
+    >>> @dataclass(frozen=True)
+    ... class GapOptions(acqcore.acquisitions.Options):
+    ...     power: float = 1.0
+    >>> @acqcore.register("confidence_gap", options=GapOptions)
+    ... def confidence_gap(stats, options):
+    ...     '''(1 - 2 p1)^power.'''
+    ...     return (1 - 2 * stats.top1_prob) ** options.power
 
     Raises:
-        ValueError: the name is taken, or the function has no docstring.
+        ValueError: the function has no docstring.
     """
 
-    def decorate(
-        function: Callable[[RowStats], torch.Tensor],
-    ) -> Callable[[RowStats], torch.Tensor]:
+    def decorate(function: Function) -> Function:
+        description = (function.__doc__ or "").strip().split("\n")[0]
+        if not description:
+            raise ValueError(f"{name}: an acquisition function needs a docstring that says what it measures")
         REGISTRY[name] = Acquisition(
-            name, _description(name, function), per_token=function, needs_targets=needs_targets, finish=finish
+            name, description, function, options, needs, over, needs_targets, finish, reference
         )
         return function
 
     return decorate
 
 
-def register_sample(
-    name: str, *, needs_targets: bool = True, needs_gram: bool = False
-) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
-    """As :func:`register`, for a function of a :class:`SampleBatch`, whose value is not a reduction over tokens."""
-
-    def decorate(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        REGISTRY[name] = Acquisition(
-            name,
-            _description(name, function),
-            per_sample=function,
-            needs_gram=needs_gram,
-            needs_targets=needs_targets,
-        )
-        return function
-
-    return decorate
-
-
-def register_draws(
-    name: str,
-) -> Callable[[Callable[[BayesStats], torch.Tensor]], Callable[[BayesStats], torch.Tensor]]:
-    """As :func:`register`, for a function of BayesStats."""
-
-    def decorate(function: Callable[[BayesStats], torch.Tensor]) -> Callable[[BayesStats], torch.Tensor]:
-        REGISTRY[name] = Acquisition(name, _description(name, function), per_draws=function)
-        return function
-
-    return decorate
-
-
-def _description(name: str, function: Callable[..., torch.Tensor]) -> str:
-    """First line of the docstring of a function that is about to be registered."""
-    if name in REGISTRY:
-        raise ValueError(f"name: the acquisition {name!r} is registered already")
-    description = (function.__doc__ or "").strip().split("\n")[0]
-    if not description:
-        raise ValueError(f"{name}: an acquisition function needs a docstring that says what it measures")
-    return description
+def acquisitions() -> dict[str, str]:
+    """Name -> one-line description of every acquisition, the user's own included."""
+    return {name: entry.description for name, entry in REGISTRY.items()}

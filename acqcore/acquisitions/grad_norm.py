@@ -1,30 +1,26 @@
-"""Norm of the sample's whole gradient, ||sum_t w_t (p_t - e_y) h_t^T||_F in the head.
-
-Source: Settles & Craven 2008 (expected gradient length), with the written tokens for labels; as a reward for generated
-data, AcquisitionSynthesis 2026. Cross-token terms are included: it is the norm of the gradient that a training step on
-the sample would take in the head, weight and bias. Deeper parameters: ``acqcore.grad_norm``, and in ``score`` through
-``acquisition_args={"grad_norm": {"parameters": ...}}``.
-"""
-
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
-from acqcore import checks
-from acqcore.acquisitions.base import SampleBatch, register_sample
-from acqcore.head_grad import LOSSES, head_grad_norm_from, loss_weights
+from acqcore.acquisitions.base import register
+from acqcore.acquisitions.needs import Options
+from acqcore.gradients.need import GradientNeed
+from acqcore.literals import Loss, Parameters
 
 
-@register_sample("grad_norm", needs_gram=True)
-def grad_norm(batch: SampleBatch, *, loss: str = "mean") -> torch.Tensor:
-    """Norm of the gradient of the sample's loss in the head, ||sum_t w_t (p_t - e_y) h_t^T||_F."""
-    checks.one_of("loss", loss, LOSSES)
-    targets = batch.stats.targets
-    assert targets is not None
-    weights = loss_weights(targets, batch.bounds, loss, None)
-    if batch.visit is not None:
-        return batch.visit.grad_norm(weights)
-    return head_grad_norm_from(batch.hidden, batch.head, batch.stats, batch.bounds, weights, 1.0, batch.backend)
+@dataclass(frozen=True)
+class GradNormOptions(Options):
+    """``parameters`` and ``loss`` of :func:`acqcore.grad_norm`."""
+
+    parameters: Parameters = "head"
+    loss: Loss = "mean"
+
+
+def norm(options: GradNormOptions) -> GradientNeed:
+    """Under the tokens that were written."""
+    return GradientNeed(options.parameters, options.loss)
 
 
 def reference(
@@ -36,3 +32,16 @@ def reference(
     delta = z.softmax(dim=1)
     delta[torch.arange(len(z)), targets] -= 1
     return (delta.T @ hidden / len(z)).norm()
+
+
+@register("grad_norm", options=GradNormOptions, needs=norm, over="sample", needs_targets=True, reference=reference)
+def grad_norm(norms: torch.Tensor) -> torch.Tensor:
+    """Norm of the gradient of the sample's loss in the head, ||sum_t w_t (p_t - e_y) h_t^T||_F.
+
+    Cross-token terms are included: it is the norm of the gradient that a training step on the sample would take in the
+    head, weight and bias, or in the deeper ``parameters``.
+
+    Source: Settles & Craven 2008 (expected gradient length), with the written tokens for labels; as a reward for
+    generated data, AcquisitionSynthesis 2026.
+    """
+    return norms

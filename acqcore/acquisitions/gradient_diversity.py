@@ -1,24 +1,34 @@
-"""What a sample's gradient adds to the others of the call, log(1 + r_i) of gradient directions.
-
-A set-level value: ``r_i`` is what the other samples' gradients leave open of this one's direction (``diversity.py``).
-It needs gradient sketches of a pass of their own, over ``parameters`` (the head by default), which ``score`` takes from
-``acquisition_args={"gradient_diversity": ...}``. Copies score ~0; the order of the samples does not matter unless
-``ordered`` is asked for.
-
-Source: Kulesza & Taskar 2012; of gradients, Jung et al. 2025 (G-Vendi).
-"""
-
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
-from acqcore.acquisitions.base import REGISTRY, Acquisition
+from acqcore import checks
+from acqcore.acquisitions.base import register
+from acqcore.acquisitions.needs import Options
+from acqcore.gradients.need import GradientNeed
+from acqcore.literals import Parameters
+from acqcore.selection.diversity import gradient_diversity as log_det_gain
 
-REGISTRY["gradient_diversity"] = Acquisition(
-    "gradient_diversity",
-    "Log-determinant gain of the sample's gradient over the others of the call, log(1 + r_i).",
-    needs_targets=True,
-)
+
+@dataclass(frozen=True)
+class DiversityOptions(Options):
+    """``parameters``, ``dim`` and ``seed`` of :func:`acqcore.grad_sketch`; ``ridge`` and ``ordered`` of
+    :func:`acqcore.gradient_diversity`."""
+
+    parameters: Parameters = "head"
+    dim: int = 4096
+    seed: int = 0
+    ridge: float = 0.01
+    ordered: bool = False
+
+    def __post_init__(self) -> None:
+        checks.ridge(self.ridge)
+
+
+def sketch(options: DiversityOptions) -> GradientNeed:
+    return GradientNeed(options.parameters, dim=options.dim, seed=options.seed)
 
 
 def reference(
@@ -34,3 +44,23 @@ def reference(
         cross = rest @ x[i]
         gains.append((1 + x[i] @ x[i] - cross @ torch.linalg.solve(kernel, cross)).log())
     return torch.stack(gains)
+
+
+@register(
+    "gradient_diversity", options=DiversityOptions, needs=sketch, over="set", needs_targets=True, reference=reference
+)
+def gradient_diversity(
+    sketches: torch.Tensor,  # [n, dim]
+    options: DiversityOptions,
+) -> torch.Tensor:
+    """Log-determinant gain of the sample's gradient over the others of the call, log(1 + r_i).
+
+    ``r_i`` is the part of the sample's direction that the other samples' gradients leave unexplained
+    (``diversity.py``). Copies score ~0. The order of the samples only matters with ``ordered``.
+
+    Source: Kulesza & Taskar 2012; of gradients, Jung et al. 2025 (G-Vendi).
+    """
+    finite = sketches.isfinite().all(dim=1)
+    values = torch.full((len(sketches),), torch.nan)
+    values[finite] = log_det_gain(sketches[finite], ridge=options.ridge, ordered=options.ordered)
+    return values

@@ -1,21 +1,46 @@
-"""Influence on a reference set: how far a gradient step on the sample moves the reference loss, to first order.
-
-``cos(G_i, mean_r G_r)`` over the parameters the reference names, between sketches that keep inner products; ``dot``
-leaves the norms in. It needs a forward and backward pass of its own: ``score`` takes the reference from
-``acquisition_args={"influence": {"reference": ...}}`` and calls ``acqcore.influence``.
-
-Source: TracIn (Pruthi et al. 2020); LESS (Xia et al. 2024) for the cosine of projected gradients.
-"""
-
 from __future__ import annotations
+
+import os
+from dataclasses import dataclass
 
 import torch
 
-from acqcore.acquisitions.base import REGISTRY, Acquisition
+from acqcore import checks
+from acqcore.acquisitions.base import register
+from acqcore.acquisitions.needs import Options
+from acqcore.gradients.need import GradientNeed
+from acqcore.gradients.reference import Reference
+from acqcore.head import Head
+from acqcore.literals import Similarity
+from acqcore.students.student import Student
 
-REGISTRY["influence"] = Acquisition(
-    "influence", "Influence on a reference set, the cosine of gradients cos(G_i, mean_r G_r).", needs_targets=True
-)
+
+@dataclass(frozen=True)
+class InfluenceOptions(Options):
+    """``reference``, from :func:`acqcore.influence_reference` or the path of a saved one, and how to compare with it.
+
+    Raises:
+        TypeError: reference is neither. ValueError: an unknown similarity, another file. OSError: no such file.
+    """
+
+    reference: Reference
+    similarity: Similarity = "cosine"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reference, str | os.PathLike):
+            object.__setattr__(self, "reference", Reference.load(self.reference))
+        checks.instance("reference", self.reference, Reference, "what acqcore.influence_reference gives")
+        checks.literal("similarity", self.similarity, Similarity)
+
+    def check(self, student: Student, head: Head) -> None:
+        """Raise ValueError if the reference was made with another student (names what differs)."""
+        self.reference.check(student, head)
+
+
+def sketch(options: InfluenceOptions) -> GradientNeed:
+    """As the reference was sketched."""
+    made = options.reference
+    return GradientNeed(made.parameters, made.loss, dim=made.dim, seed=made.seed)
 
 
 def reference(
@@ -24,3 +49,17 @@ def reference(
 ) -> torch.Tensor:
     """The definition, from gradients themselves, ``[n]``."""
     return torch.nn.functional.cosine_similarity(gradients, of_reference.mean(dim=0)[None], dim=1)
+
+
+@register("influence", options=InfluenceOptions, needs=sketch, over="sample", needs_targets=True, reference=reference)
+def influence(
+    sketches: torch.Tensor,  # [B, dim]
+    options: InfluenceOptions,
+) -> torch.Tensor:
+    """Influence on a reference set, the cosine of gradients cos(G_i, mean_r G_r).
+
+    How far a gradient step on the sample lowers the loss of the reference set, to first order; ``dot`` keeps the norms.
+
+    Source: TracIn (Pruthi et al. 2020); LESS (Xia et al. 2024) for the cosine of projected gradients.
+    """
+    return options.reference.similarity(sketches, options.similarity)

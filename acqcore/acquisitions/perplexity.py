@@ -1,8 +1,3 @@
-"""Perplexity of the written tokens, exp(mean_t -log p_y).
-
-Source: Jelinek et al. 1977. Reduced as a loss and then exponentiated, so the mean is the geometric one.
-"""
-
 from __future__ import annotations
 
 import torch
@@ -11,17 +6,16 @@ from acqcore.acquisitions.base import register
 from acqcore.row_stats import RowStats
 
 
-@register("perplexity", needs_targets=True, finish=torch.exp)
-def perplexity(stats: RowStats) -> torch.Tensor:
-    """Perplexity of the written tokens, exp(mean_t -log p_y)."""
-    assert stats.logprob is not None
-    return -stats.logprob
-
-
-def reference(
-    z: torch.Tensor,  # [N, V] logits
-    targets: torch.Tensor,  # [N]
-    hidden: torch.Tensor,  # [N, D]
-) -> torch.Tensor:
+def reference(z: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # [N, V], [N], [N, D]
     """The definition for one token, slowly, ``[N]``: the reciprocal of its probability."""
     return 1 / z.softmax(dim=1).gather(1, targets[:, None])[:, 0]
+
+
+@register("perplexity", needs_targets=True, finish=torch.exp, reference=reference)
+def perplexity(stats: RowStats) -> torch.Tensor:
+    """Perplexity of the written tokens, exp(mean_t -log p_y).
+
+    Source: Jelinek et al. 1977. Reduced as a loss and then exponentiated, so the mean is the geometric one.
+    """
+    assert stats.logprob is not None
+    return -stats.logprob

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from acqcore import checks
-from acqcore.backends.base import Backend as Backend
-from acqcore.backends.base import DrawRows as DrawRows
-from acqcore.backends.base import Dropout as Dropout
-from acqcore.backends.base import Gram as Gram
-from acqcore.backends.base import HeadRows as HeadRows
+from acqcore.backends.base import (
+    Backend as Backend,
+    DrawRows as DrawRows,
+    Dropout as Dropout,
+    Gram as Gram,
+    HeadRows as HeadRows,
+)
 from acqcore.backends.cpu import Cpu
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.eager import Eager

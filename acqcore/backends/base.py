@@ -141,7 +141,20 @@ class Backend(ABC):
         places: torch.Tensor,  # [V] int32: a place in [0, n), or its complement ~place for a minus sign
         out: torch.Tensor,  # [N, n], written
     ) -> None:
-        """Signed sums of delta's columns that share a place; zero in rows with target -100."""
+        """Signed sums of delta's columns that share a place; zero in rows with target -100.
+
+        Places are those of ``signs.rotated_places`` for the rows of this weight.
+        """
+
+    def stats_and_hash(
+        self,
+        rows: HeadRows,
+        places: torch.Tensor,  # [V] int32
+        out: torch.Tensor,  # [N, n], written
+    ) -> None:
+        """``row_stats`` and ``delta_hash`` of a whole vocabulary, in one visit of the weights where a kernel can."""
+        self.row_stats(rows)
+        self.delta_hash(rows, places, out)
 
     @abstractmethod
     def gram_norm(

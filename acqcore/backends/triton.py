@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
+import math
 import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +27,7 @@ from acqcore.philox import threshold
 
 if TYPE_CHECKING:
     from acqcore.kernels.config import Tiles
+    from acqcore.kernels.factors import Factors
 
 #: Triton decides this when a kernel is defined, so it holds for the process.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
@@ -36,6 +39,13 @@ LEAST_CAPABILITY = (8, 0)
 #: matrix units in plain TF32, whatever precision is asked for. Split in three such products (``tf32x3``) it keeps 22 of
 #: float32's 24 bits: the half-precision operand is exact in TF32, and the other is split in two.
 MIXED_SPLIT_FROM = 10
+
+
+#: Elements of the Gram matrices that one group of longer samples may have: 64 MiB.
+GRAM_ELEMENTS = 1 << 24
+
+#: Logarithm of 2^15.
+FLOAT16_SHIFT = 15 * math.log(2)
 
 
 class Triton(Chunked):
@@ -92,6 +102,23 @@ class Triton(Chunked):
         if long is not None:
             self.fill_gram(rows, long)
 
+    def fill_gram(
+        self,
+        rows: HeadRows,  # their state filled
+        gram: Gram,
+    ) -> None:
+        """The Gram matrices of samples longer than a block, in a second visit of the weights."""
+        from acqcore.kernels.factors import grams
+
+        for group in _groups(gram.bounds):
+            bounds, starts = [gram.bounds[i] for i in group], [gram.starts[i] for i in group]
+            part = _take(rows, bounds)
+            with _launching(rows.hidden):
+                grams(
+                    _factors(rows), part.hidden, part.targets, part.state[0].float(), [e - b for b, e in bounds],
+                    starts, gram.products,
+                )  # fmt: skip
+
     def longest_gram(self, depth: int) -> int:
         from acqcore.kernels.gram import BLOCK
 
@@ -114,6 +141,49 @@ class Triton(Chunked):
                 squared=squared, upcast=INTERPRETED, **_head_arguments(rows),
             )  # fmt: skip
 
+    def head_grad_norm(
+        self,
+        rows: HeadRows,
+        bounds: tuple[tuple[int, int], ...],
+        weights: torch.Tensor,  # [N] float64
+        squared: torch.Tensor,  # [len(bounds)] float64, written
+    ) -> None:
+        """By Gram matrices formed in the second visit; samples whose matrix is too large, in chunked torch."""
+        for group in _groups(bounds):
+            own = tuple(bounds[i] for i in group)
+            if (own[0][1] - own[0][0]) ** 2 > GRAM_ELEMENTS:
+                share = torch.empty(1, dtype=torch.float64, device=squared.device)
+                super().head_grad_norm(rows, own, weights, share)
+            else:
+                starts = tuple(itertools.accumulate(((end - begin) ** 2 for begin, end in own), initial=0))
+                products = torch.empty(starts[-1], device=squared.device)
+                gram = Gram(own, starts[:-1], products)
+                share = torch.empty(len(own), dtype=torch.float64, device=squared.device)
+                self.fill_gram(rows, gram)
+                self.gram_norm(rows, gram, rows.state[0], weights, share)
+            squared[group] = share
+
+    def hidden_grad(
+        self,
+        rows: HeadRows,
+        out: torch.Tensor,  # [N, D], written
+    ) -> None:
+        """In two visits of the weights, the second of which forms the logits again."""
+        from acqcore.kernels.factors import hidden_sums
+
+        assert rows.targets is not None
+        self.row_stats(rows)
+        largest, second = rows.state[0], rows.state[1]
+        # Relative to the largest logit but the target's: a confident row's factors are not all next to 0.
+        excluded = (rows.targets == rows.index) & second.isfinite()
+        reference = second.where(excluded, largest)
+        if torch.promote_types(rows.hidden.dtype, rows.head.weight.dtype) == torch.float16:
+            reference = reference - FLOAT16_SHIFT  # factors up to 2^15: float16 has few values near 0
+        reference = reference.float()
+        final = (reference.double() - largest).exp().where(rows.targets != -100, 1.0)
+        with _launching(rows.hidden):
+            hidden_sums(_factors(rows), rows.hidden, rows.targets.contiguous(), reference, final.float(), out)
+
     def logit_stats(
         self,
         logits: torch.Tensor,  # [N, V]
@@ -127,6 +197,34 @@ class Triton(Chunked):
 
         with _launching(logits):
             logit_stats(logits, targets, temperature, state, index, strips_for(*_device(logits), logits.shape[1]))
+
+    def delta_hash(
+        self,
+        rows: HeadRows,
+        places: torch.Tensor,  # [V] int32
+        out: torch.Tensor,  # [N, n] float32, written
+    ) -> None:
+        self._hash(rows, places, False, out)
+
+    def stats_and_hash(
+        self,
+        rows: HeadRows,
+        places: torch.Tensor,  # [V] int32
+        out: torch.Tensor,  # [N, n] float32, written
+    ) -> None:
+        self._hash(rows, places, True, out)
+
+    def _hash(self, rows: HeadRows, places: torch.Tensor, fill: bool, out: torch.Tensor) -> None:
+        from acqcore.kernels.sketch import hashed_delta
+
+        plan = _plan(rows.hidden, rows.head)
+        assert rows.targets is not None
+        with _launching(rows.hidden):
+            hashed_delta(
+                rows.hidden, rows.head.weight, rows.head.bias, rows.targets, places, state=rows.state,
+                index=rows.index, fill=fill, out=out, tiles=plan.tiles("sketch"), precision=plan.precision,
+                upcast=plan.upcast, **_head_arguments(rows),
+            )  # fmt: skip
 
     def dropout_mask(
         self,
@@ -144,35 +242,36 @@ class Triton(Chunked):
         rows: DrawRows,
     ) -> None:
         """Ensembles of several heads stay in chunked torch."""
+        from acqcore.kernels.block_mixture import block_mixture_stats, serves
         from acqcore.kernels.mixture import Masks, mixture_stats
 
         if len(rows.heads) > 1:
             super().mixture_stats(rows)
             return
         (head,) = rows.heads
+        plan = _plan(rows.hidden, head)
         masks = None
         if rows.dropout is not None:
             d = rows.dropout
             masks = Masks(d.samples, d.positions, d.width, d.seed, threshold(d.p), 1 - d.p)
-        plan = _plan(rows.hidden, head)
+        options: dict[str, Any] = {
+            "draws": rows.draws,
+            "masks": masks,
+            "softcap": head.softcap,
+            "scale": head.scale,
+            "vocab_start": head.vocab_start,
+            "state": rows.state,
+            "votes": rows.votes,
+            "precision": plan.precision,
+            "upcast": plan.upcast,
+        }
+        inputs = rows.hidden, head.weight, head.bias, rows.targets
         with _launching(rows.hidden):
-            mixture_stats(
-                rows.hidden,
-                head.weight,
-                head.bias,
-                rows.targets,
-                draws=rows.draws,
-                masks=masks,
-                softcap=head.softcap,
-                scale=head.scale,
-                vocab_start=head.vocab_start,
-                state=rows.state,
-                votes=rows.votes,
-                fold_tiles=plan.tiles("row_stats"),
-                tiles=plan.tiles("mixture"),
-                precision=plan.precision,
-                upcast=plan.upcast,
-            )
+            if masks is not None and serves(masks.width, rows.hidden.shape[1], rows.draws):
+                block_mixture_stats(*inputs, tiles=plan.tiles("block_mixture"), **options)
+            else:
+                tiles = {"fold_tiles": plan.tiles("row_stats"), "tiles": plan.tiles("mixture")}
+                mixture_stats(*inputs, **tiles, **options)
 
 
 @dataclass(frozen=True)
@@ -202,6 +301,45 @@ def _plan(hidden: torch.Tensor, head: Head) -> _Plan:
         precision = "tf32x3"
     upcast = INTERPRETED and dtype == torch.bfloat16  # numpy has no bfloat16 products
     return _Plan(device, major, product, precision, upcast, head.weight.shape)
+
+
+def _factors(rows: HeadRows) -> Factors:
+    from acqcore.kernels.factors import Factors
+
+    head, plan = rows.head, _plan(rows.hidden, rows.head)
+    bias = None if head.bias is None else head.bias.float().contiguous()
+    return Factors(
+        head.weight, bias, head.softcap, head.scale, rows.temperature, head.vocab_start,
+        plan.tiles("row_stats"), plan.precision, INTERPRETED, _multiprocessors(rows.hidden),
+    )  # fmt: skip
+
+
+def _groups(bounds: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Samples that share the ring of factors: in order, as many as its rows and the bound on their matrices allow."""
+    from acqcore.kernels.factors import ROWS
+
+    groups: list[list[int]] = []
+    rows, elements = ROWS, GRAM_ELEMENTS
+    for i, (begin, end) in enumerate(bounds):
+        rows, elements = rows + end - begin, elements + (end - begin) ** 2
+        if rows > ROWS or elements > GRAM_ELEMENTS:
+            groups.append([])
+            rows, elements = end - begin, (end - begin) ** 2
+        groups[-1].append(i)
+    return groups
+
+
+def _take(rows: HeadRows, bounds: Sequence[tuple[int, int]]) -> HeadRows:
+    """The rows of these samples, one after another."""
+    assert rows.targets is not None
+    if all(end == begin for (_, end), (begin, _) in itertools.pairwise(bounds)):
+        part: slice | torch.Tensor = slice(bounds[0][0], bounds[-1][1])
+    else:
+        part = torch.cat([torch.arange(begin, end) for begin, end in bounds]).to(rows.hidden.device)
+    return replace(
+        rows, hidden=rows.hidden[part], targets=rows.targets[part].contiguous(), state=rows.state[:, part].contiguous(),
+        index=rows.index[part],
+    )  # fmt: skip
 
 
 def _head_arguments(rows: HeadRows) -> dict[str, Any]:
@@ -272,6 +410,10 @@ def _device(tensor: torch.Tensor) -> tuple[str, int]:
     if INTERPRETED:
         return "interpreter", 0
     return torch.cuda.get_device_name(tensor.device), torch.cuda.get_device_capability(tensor.device)[0]
+
+
+def _multiprocessors(tensor: torch.Tensor) -> int:
+    return 1 if INTERPRETED else torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 @contextlib.contextmanager

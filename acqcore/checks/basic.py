@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Collection, Iterable
+from typing import Any, get_args
 
 import torch
 
@@ -66,6 +68,11 @@ def one_of(name: str, value: object, known: Collection[str]) -> None:
         raise ValueError(f"{name}: unknown {value!r}, expected one of {', '.join(known)}{hint}")
 
 
+def literal(name: str, value: object, of: Any) -> None:
+    """``value`` is one of the strings of a Literal."""
+    one_of(name, value, get_args(of))
+
+
 def names(name: str, values: object, known: Collection[str]) -> tuple[str, ...]:
     """A non-empty sequence of known names, or one of them as a plain string."""
     if isinstance(values, str):
@@ -104,3 +111,26 @@ def given(name: str, value: object) -> None:
 def at_most(name: str, value: int, limit: int, what: str) -> None:
     if value > limit:
         raise ValueError(f"{name}: expected at most {limit} ({what}), got {value}")
+
+
+def installed(module: str, what: str, extra: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ModuleNotFoundError(f"{what} needs {module}: run 'pip install acqcore[{extra}]'")
+
+
+def max_length(value: object, limit: int | None) -> None:
+    """Room for one scored token and its predecessor, and within what the student takes."""
+    if value is None:
+        return
+    positive_int("max_length", value)
+    assert isinstance(value, int)
+    if value < 2:
+        raise ValueError(f"max_length: expected at least 2 (a scored token and its predecessor), got {value}")
+    if limit is not None and value > limit:
+        raise ValueError(f"max_length: the student takes at most {limit} tokens, got {value}")
+
+
+def acquisition_values(name: str, values: object, n: int) -> None:
+    """The values of an acquisition for ``n`` tokens or samples."""
+    if not isinstance(values, torch.Tensor) or values.shape != (n,):
+        raise ValueError(f"acquisition {name!r}: expected it to give a tensor [{n}], got {describe(values)}")

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from acqcore.checks.basic import (
-    IGNORE_INDEX,
-    describe,
-    finite,
-    float_tensor,
-    positive,
-    positive_int,
-    same_device,
-)
+from acqcore.checks.basic import IGNORE_INDEX, describe, finite, float_tensor, positive, positive_int, same_device
 
 
 def head(weight: object, bias: object, softcap: object, scale: object) -> None:

@@ -115,6 +115,27 @@ void head_grad_norm(const std::string& isa, const acqcore::HeadArgs& head, uintp
   run(isa, &acqcore::Operations::head_grad_norm, args);
 }
 
+void hidden_grad(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
+                 uintptr_t out) {
+  const acqcore::HiddenGradArgs args = {head, reinterpret_cast<double*>(state), reinterpret_cast<int64_t*>(index),
+                                        reinterpret_cast<float*>(out)};
+  run(isa, &acqcore::Operations::hidden_grad, args);
+}
+
+void gram_norm(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index, uintptr_t bounds,
+               int64_t samples, uintptr_t products, uintptr_t local_max, uintptr_t weights, uintptr_t squared) {
+  const acqcore::GramArgs gram = {reinterpret_cast<const int64_t*>(bounds), samples,
+                                  reinterpret_cast<float*>(products)};
+  const acqcore::GramNormArgs args = {head,
+                                      reinterpret_cast<const double*>(state),
+                                      reinterpret_cast<const int64_t*>(index),
+                                      gram,
+                                      reinterpret_cast<const double*>(local_max),
+                                      reinterpret_cast<const double*>(weights),
+                                      reinterpret_cast<double*>(squared)};
+  run(isa, &acqcore::Operations::gram_norm, args);
+}
+
 acqcore::Dropout make_dropout(const std::string& form, int64_t block, uint32_t threshold, float inverse_keep,
                               uint64_t seed, uintptr_t samples, uintptr_t positions) {
   const acqcore::Draws draws = form == "element" ? acqcore::Draws::kElement : acqcore::Draws::kBlock;
@@ -178,6 +199,10 @@ void register_cpu(py::module_& m) {
         py::arg("values"), py::arg("out"));
   m.def("delta_hash", &delta_hash, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("places"), py::arg("columns"), py::arg("out"));
+  m.def("hidden_grad", &hidden_grad, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
+        py::arg("out"));
+  m.def("gram_norm", &gram_norm, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"), py::arg("bounds"),
+        py::arg("samples"), py::arg("products"), py::arg("local_max"), py::arg("weights"), py::arg("squared"));
   m.def("head_grad_norm", &head_grad_norm, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("bounds"), py::arg("samples"), py::arg("weights"), py::arg("squared"));
   py::class_<acqcore::Dropout>(m, "Dropout")

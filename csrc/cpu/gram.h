@@ -3,9 +3,10 @@
 // Every term is positive and relative to the rows' largest logits so far, so that sums in float32 suffice; rows and
 // columns are rescaled when a maximum rises. Only blocks on and above the diagonal are kept. Vectors run along the
 // vocabulary: the factors are multiplied as the fold leaves them, without packing, and 16 sums at a time are reduced by
-// a tree of shuffles. Measured on a Xeon (Sapphire Rapids, float32): see FILLED BELOW
+// a tree of shuffles.
 #pragma once
 #include <math.h>
+#include <stdlib.h>
 
 #include "fold.h"
 #include "tile.h"
@@ -19,6 +20,8 @@ constexpr int kGramRows = 4;  // 16 accumulators of 32 registers
 #else
 constexpr int kGramRows = 2;  // 8 of 16
 #endif
+
+constexpr int kGramStripe = 16;  // rows of factors that stay in L1: 24 KiB of AVX-512
 
 inline int64_t gram_padded(int64_t rows) { return ceil_div(rows, kGramColumns) * kGramColumns; }
 
@@ -52,17 +55,48 @@ inline void gram_block(const float* left /* [kGramRows, kTile] */, const float* 
   }
 }
 
-// gram += factors factors^T over a tile of n columns.
+// gram += factors factors^T over a tile of n columns. Some rows stay in L1 while the others pass by from L2.
 inline void add_to_gram(const float* factors /* [padded, kTile] */, int64_t padded, int n, float* gram) {
-  for (int64_t s = 0; s < padded; s += kGramColumns) {
-    const int64_t stride = padded - s;
-    float* out = gram + gram_offset(padded, s);
-    for (int i = 0; i < kGramColumns; i += kGramRows) {
-      for (int64_t t = 0; t < stride; t += kGramColumns) {
-        gram_block(factors + (s + i) * kTile, factors + (s + t) * kTile, n, out + i * stride + t, stride);
+  for (int64_t stripe = 0; stripe < padded; stripe += kGramStripe) {
+    for (int64_t t = stripe; t < padded; t += kGramColumns) {
+      for (int64_t s = stripe; s < lesser(stripe + kGramStripe, t + kGramColumns); s += kGramColumns) {
+        const int64_t stride = padded - s;
+        float* out = gram + gram_offset(padded, s) + (t - s);
+        for (int i = 0; i < kGramColumns; i += kGramRows) {
+          gram_block(factors + (s + i) * kTile, factors + t * kTile, n, out + i * stride, stride);
+        }
       }
     }
   }
+}
+
+inline int ascending(const void* a, const void* b) {
+  const int64_t x = *static_cast<const int64_t*>(a), y = *static_cast<const int64_t*>(b);
+  return x < y ? -1 : x > y;
+}
+
+// Sorts the columns and drops repetitions; returns how many there are then.
+inline int64_t sort_distinct(int64_t* columns, int64_t count) {
+  qsort(columns, count, sizeof(int64_t), ascending);
+  int64_t distinct = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (distinct == 0 || columns[i] != columns[distinct - 1]) columns[distinct++] = columns[i];
+  }
+  return distinct;
+}
+
+// Place of the first of the ascending columns that is at least `least`.
+inline int64_t lower_bound(const int64_t* columns, int64_t count, int64_t least) {
+  int64_t low = 0, high = count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (columns[middle] < least) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
 }
 
 // Rows and columns of the Gram times `scale` [padded].

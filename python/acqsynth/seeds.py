@@ -1,10 +1,9 @@
-"""The bundled rows: a seed set, and word problems.
+"""The bundled rows: a seed set and word problems.
 
-The seed set has 60 short samples written for this project, 20 each of mathematics, medicine and code.
-
-Most are ordinary and correct. Some are trivial, ambiguous (no answer follows from the question) or garbled on
-purpose, to show what an acquisition function makes of them: its size alone cannot tell what a student does
-not know yet from what nobody can know. The word problems are 96 of 12 kinds, all with the right answer.
+The seed set has 60 short samples written for this project, 20 each of mathematics, medicine and code. Most are ordinary
+and correct. Some are deliberately trivial, ambiguous (no answer follows from the question) or garbled, to show how
+acquisition functions respond: a large value alone does not separate what a student does not know yet from what nobody
+can know. The 96 word problems are of 12 kinds, all with the right answer.
 """
 
 from __future__ import annotations
@@ -12,15 +11,17 @@ from __future__ import annotations
 import json
 from importlib import resources
 
+from acqsynth.domains import Sample
+
 DOMAINS = ("mathematics", "medicine", "code")
 KINDS = ("ordinary", "trivial", "ambiguous", "garbled")
 
 
 def load_seeds(domain: str | None = None, kind: str | None = None) -> list[dict[str, str]]:
     """The seeds in file order, each ``{"id", "domain", "kind", "prompt", "completion"}``; in mathematics also
-    ``"answer"`` where there is one final answer.
+    ``"answer"`` if there is one final answer.
 
-    A prompt ends with a line end, so that ``acqcore.score`` takes the rows as they are.
+    A prompt ends with a newline, so ``acqcore.score`` takes the rows as they are.
 
     Args:
         domain: one of ``DOMAINS``, or None for all.
@@ -38,6 +39,20 @@ def load_seeds(domain: str | None = None, kind: str | None = None) -> list[dict[
 def load_word_problems() -> list[dict[str, str]]:
     """Each ``{"question", "reasoning", "answer"}``, the kinds mixed."""
     return _rows("word_problems.jsonl")
+
+
+def bundled(name: str) -> list[Sample]:
+    """The rows of a source ``bundled:<name>``. Those of mathematics have no reasoning: small models that are shown some
+    forget to end theirs.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name == "mathematics":
+        return [Sample(row["prompt"].strip(), row["answer"]) for row in load_seeds(name) if "answer" in row]
+    if name == "word_problems":
+        return [Sample(row["question"], row["answer"], row["reasoning"]) for row in load_word_problems()]
+    raise ValueError(f"bundled:{name}: unknown, expected bundled:mathematics or bundled:word_problems")
 
 
 def _rows(name: str) -> list[dict[str, str]]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import uvicorn
+from fake_run import fakes as fakes, recipe as recipe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -70,13 +71,13 @@ def student_path(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tm
 
 
 @pytest.fixture
-def on_socket() -> Iterator[Callable[[Any], str]]:
-    """``on_socket(app)``: the URL of an ASGI application that is served in a thread until the test ends."""
+def on_socket() -> Iterator[Callable[..., str]]:
+    """``on_socket(app, **options of uvicorn)``: the URL of an application served in a thread until the test ends."""
     running: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def serve(app: Any) -> str:
+    def serve(app: Any, **options: Any) -> str:
         listener = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", **options))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         running.append((server, thread))

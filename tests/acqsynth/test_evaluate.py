@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from acqsynth.domains import Domain, Sample
+from acqsynth.domains import Sample
 from acqsynth.engines import Sampling
-from acqsynth.evaluate import accuracy_by_skill, bootstrap, bootstrap_change, evaluate, signal_validity
+from acqsynth.evaluate import (
+    accuracy_by_skill,
+    bootstrap,
+    bootstrap_change,
+    evaluate,
+    rank_correlation,
+    signal_validity,
+)
 
 
 @pytest.fixture
-def echo(scripted: Any) -> Any:
+def echo(scripted):
     """Answers what stands behind the question mark."""
     return scripted(lambda prompt, draw, seed: prompt[-1]["content"].split("?")[1])
 
 
-def test_evaluate_takes_the_most_likely_answer_and_lets_the_domain_judge(sums: Domain, echo: Any) -> None:
+def test_evaluate_takes_the_most_likely_answer_and_lets_the_domain_judge(sums, echo):
     rows = [Sample("1+1?2", "2"), Sample("1+2?4", "3"), Sample("2+2?so\n4.0", "4"), Sample("3?none", "3")]
     found = evaluate(echo, sums, rows, seed=5)
     assert found.answers == ["2", "4", "4.0", None]
@@ -31,12 +38,12 @@ def test_evaluate_takes_the_most_likely_answer_and_lets_the_domain_judge(sums: D
     assert echo.calls[-1][1].max_tokens == 3
 
 
-def test_no_rows_are_refused(sums: Domain, echo: Any) -> None:
+def test_no_rows_are_refused(sums, echo):
     with pytest.raises(ValueError, match="rows: expected at least one, got none"):
         evaluate(echo, sums, [])
 
 
-def test_bootstrap_of_one_seed_is_the_binomial() -> None:
+def test_bootstrap_of_one_seed_is_the_binomial():
     right = np.array([[1.0] * 60 + [0.0] * 40])
     found = bootstrap(right, resamples=20000, level=0.95)
     # Resampled means of 100 rows with p = 0.6 are Binomial(100, 0.6) / 100: its 2.5 % and 97.5 % quantiles.
@@ -45,7 +52,7 @@ def test_bootstrap_of_one_seed_is_the_binomial() -> None:
     assert found.high == pytest.approx(0.69, abs=0.011)
 
 
-def test_bootstrap_over_seeds_alone() -> None:
+def test_bootstrap_over_seeds_alone():
     # Every row of a fit is the same, so only the draw of fits matters: 0, 1/2 or 1 with 1/4, 1/2, 1/4.
     right = np.array([[1.0] * 8, [0.0] * 8])
     found = bootstrap(right, resamples=4000, level=0.4)
@@ -54,14 +61,14 @@ def test_bootstrap_over_seeds_alone() -> None:
     assert (wide.low, wide.high) == (0.0, 1.0)
 
 
-def test_a_level_apart_gives_nested_intervals_and_equal_seeds_equal_ones() -> None:
+def test_a_level_apart_gives_nested_intervals_and_equal_seeds_equal_ones():
     right = np.random.default_rng(0).integers(0, 2, (3, 50)).astype(float)
     narrow, wide = bootstrap(right, level=0.8), bootstrap(right, level=0.99)
     assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
     assert bootstrap(right, seed=4) == bootstrap(right, seed=4)
 
 
-def test_change_is_paired_by_row() -> None:
+def test_change_is_paired_by_row():
     before = np.array([[1.0, 0.0] * 50])
     after = before.copy()
     after[0, 1:21:2] = 1.0  # ten of a hundred rows are newly right, none is lost
@@ -72,29 +79,29 @@ def test_change_is_paired_by_row() -> None:
     assert found.high == pytest.approx(0.16, abs=0.011)
 
 
-def test_no_change_is_exactly_none() -> None:
+def test_no_change_is_exactly_none():
     right = np.array([[1.0, 0.0, 1.0]])
     found = bootstrap_change(right, right)
     assert (found.mean, found.low, found.high) == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("right", [np.zeros(3), np.zeros((0, 3)), np.zeros((2, 0))])
-def test_what_is_no_matrix_is_refused(right: np.ndarray) -> None:
+def test_what_is_no_matrix_is_refused(right):
     with pytest.raises(ValueError, match=r"right: expected \[seeds, rows\]"):
         bootstrap(right)
 
 
-def test_a_change_over_other_rows_is_refused() -> None:
+def test_a_change_over_other_rows_is_refused():
     with pytest.raises(ValueError, match="other: expected 3 rows as in right, got 2"):
         bootstrap_change(np.zeros((1, 3)), np.zeros((1, 2)))
 
 
-def test_accuracy_by_skill() -> None:
+def test_accuracy_by_skill():
     right = np.array([[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 1.0]])
     assert accuracy_by_skill(right, ["add", "add", "sort", None]) == {"add": (0.75, 2), "sort": (0.5, 1)}
 
 
-def test_signal_validity_is_spearmans() -> None:
+def test_signal_validity_is_spearmans():
     scores = {"a": [1.0, 2.0, 3.0, 4.0, 5.0], "b": [5.0, 4.0, 3.0, 2.0, 1.0], "c": [2.0, 2.0, 1.0, 3.0, 3.0]}
     gains = [0.1, 0.3, 0.2, 0.5, 0.4]
     found = signal_validity(scores, gains)
@@ -106,13 +113,32 @@ def test_signal_validity_is_spearmans() -> None:
     assert found["a"].low < 0.8 < found["a"].high <= 1.0
 
 
-def test_an_undefined_correlation_is_none_and_not_a_number() -> None:
+def test_an_undefined_correlation_is_none_and_not_a_number():
     assert signal_validity({"flat": [1.0, 1.0, 1.0]}, [1.0, 2.0, 3.0]) == {"flat": None}
     assert signal_validity({"a": [1.0, 2.0, 3.0]}, [1.0, 1.0, 1.0]) == {"a": None}
     assert signal_validity({"a": [1.0, 2.0]}, [1.0, 2.0]) == {"a": None}
     assert signal_validity({"a": []}, []) == {"a": None}
 
 
-def test_scores_of_another_length_are_refused() -> None:
+def test_scores_of_another_length_are_refused():
     with pytest.raises(ValueError, match="scores: expected 3 values of 'a', one a batch, got 2"):
         signal_validity({"a": [1.0, 2.0]}, [1.0, 2.0, 3.0])
+
+
+def test_order_alone_counts():
+    assert rank_correlation([1.0, 2.0, 3.0], [10.0, 20.0, 1000.0]) == pytest.approx(1)
+    assert rank_correlation([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1)
+    # Spearman: 1 - 6 sum d^2 / (n (n^2 - 1)), d = 1, 1, 0, 0
+    assert rank_correlation([1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 3.0, 4.0]) == pytest.approx(1 - 6 * 2 / 60)
+
+
+def test_unscored_samples_are_left_out():
+    assert rank_correlation([1.0, None, 2.0, 3.0, math.nan], [1.0, 5.0, 2.0, 3.0, 0.0]) == pytest.approx(1)
+    assert rank_correlation([1.0, None, 2.0, 3.0], [1.0, 5.0, math.inf, 3.0]) is None
+
+
+def test_undefined_without_an_order():
+    assert rank_correlation([], []) is None
+    assert rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
+    with pytest.raises(ValueError, match="after: expected 2 scores, as before has, got 1"):
+        rank_correlation([1.0, 2.0], [1.0])

@@ -11,10 +11,10 @@ from acqsynth import models, world
 
 
 @pytest.mark.parametrize(("name", "seed"), [("world:base", 0), ("world:7", 7)])
-def test_the_worlds_model_goes_by_its_seed(name: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_worlds_model_goes_by_its_seed(name, seed, monkeypatch):
     asked: list[Any] = []
 
-    def base_model(settings: Any) -> Path:
+    def base_model(settings):
         asked.append(settings)
         return Path("made")
 
@@ -23,17 +23,17 @@ def test_the_worlds_model_goes_by_its_seed(name: str, seed: int, monkeypatch: py
     assert asked == [world.Settings(seed=seed)]
 
 
-def test_smollm2_is_the_packaged_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smollm2_is_the_packaged_one(monkeypatch):
     monkeypatch.setattr(models, "smollm2_path", lambda: Path("converted"))
     assert models.resolve("smollm2") == "converted"
 
 
 @pytest.mark.parametrize("name", ["a/hub-id", "world:", "world:x", "smollm2-135m"])
-def test_anything_else_is_a_path_or_hub_id(name: str) -> None:
+def test_anything_else_is_a_path_or_hub_id(name):
     assert models.resolve(name) == name
 
 
-def test_a_path_without_a_model_is_named(tmp_path: Path) -> None:
+def test_a_path_without_a_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path} holds no model \(no config.json\)"):
         models.resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")

@@ -17,10 +17,9 @@ import torch
 import triton
 
 from acqcore.backends.triton import MIXED_SPLIT_FROM
-from acqcore.kernels import logit_stats, philox, row_stats
-from acqcore.kernels.config import ARCHITECTURES, FOLDER, Strips, Tiles, table
-from benchmarks.ahead_of_time import MAJORS, SHARED_BYTES, Launch, recorded
-from benchmarks.ahead_of_time import compiled as _compile
+from acqcore.kernels import factors, gram, gram_norm, logit_stats, philox, row_stats
+from acqcore.kernels.config import ARCHITECTURES, FOLDER, GramTiles, Strips, Tiles, table
+from benchmarks.ahead_of_time import MAJORS, SHARED_BYTES, Launch, compiled as _compile, recorded
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 ANY_MATRIX = r"\b(mma\.sync|wgmma\.|tcgen05\.mma|cvt\.rna\.tf32)"
@@ -57,16 +56,57 @@ def _row_stats(tiles: Tiles, dtype: torch.dtype, vocab: int, depth: int, **optio
     )  # fmt: skip
 
 
-def _committed(arch: int, product: str) -> list[tuple[int, int, Tiles]]:
+def _committed(arch: int, product: str, kernel: str = "row_stats") -> list[tuple[int, int, Any]]:
     """(vocab, depth, tiles) of every entry that the repository has for an architecture and kind of product."""
+    kind = GramTiles if kernel == "gram" else Tiles
     entries = []
     for path in sorted(FOLDER.glob("*.json")):
         tables = json.loads(path.read_text())
         if tables["architecture"] == ARCHITECTURES[MAJORS[arch]]:
-            for entry in tables["row_stats"][product]:
+            for entry in tables[kernel][product]:
                 tiles = {key: value for key, value in entry.items() if key not in ("vocab", "depth")}
-                entries.append((entry["vocab"], entry["depth"], Tiles(**tiles)))
+                entries.append((entry["vocab"], entry["depth"], kind(**tiles)))
     return entries
+
+
+def _empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=of, device="meta")
+
+
+def _gram(tiles: GramTiles, dtype: torch.dtype, vocab: int, depth: int, bias: bool = False, **options: Any) -> None:
+    """Launches ``row_stats_and_grams`` and ``gram_norm`` of samples of 8, 32 and 128 rows."""
+    bounds, starts = [(0, 8), (8, 40), (40, 168)], [0, 64, 1088]
+    named: dict[str, Any] = {
+        "softcap": None, "scale": 1.0, "temperature": 1.0, "vocab_start": 0, "products": _empty(17472),
+        "state": _empty(7, 168, of=torch.float64), "index": _empty(168, of=torch.int64), **options,
+    }  # fmt: skip
+    tensors = (
+        _empty(168, depth, of=dtype), _empty(vocab, depth, of=dtype), _empty(vocab) if bias else None,
+        _empty(168, of=torch.int64),
+    )  # fmt: skip
+    gram.row_stats_and_grams(*tensors, bounds, starts, tiles=tiles, **named)
+    of_rows = _empty(168, of=torch.float64)
+    squared = _empty(3, of=torch.float64)
+    gram_norm.gram_norm(*tensors, bounds, starts, local_max=of_rows, weights=of_rows, squared=squared, **named)
+
+
+def _second_visit(tiles: Tiles, dtype: torch.dtype, vocab: int, depth: int, bias: bool, softcap: float | None) -> None:
+    """Launches the kernels of ``factors`` for 1024 rows."""
+    weight = _empty(vocab, depth, of=dtype)
+    how = factors.Factors(weight, _empty(vocab) if bias else None, softcap, 1.0, 1.0, 0, tiles, "ieee", False, 132)
+    hidden, targets, of_rows = _empty(1024, depth, of=dtype), _empty(1024, of=torch.int64), _empty(1024)
+    factors.hidden_sums(how, hidden, targets, of_rows, of_rows, _empty(1024, depth))
+    factors.grams(how, hidden, targets, of_rows, [512, 512], [0, 1 << 18], _empty(1 << 19))
+
+
+def _stack(compiled: Any, folder: Path) -> int:
+    """Bytes a thread keeps outside its registers: 0 where nothing spills."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (stack,) = re.findall(r"STACK:(\d+)", usage)
+    return int(stack)
 
 
 @pytest.mark.parametrize("arch", MAJORS)
@@ -99,12 +139,40 @@ def test_product_on_sm_90_keeps_its_accumulators_in_registers(launches: ByName, 
     """Spilled, the 128 of a thread would cost the product its speed; a few bytes outside the inner loop would not."""
     for vocab, depth, tiles in _committed(90, "half"):
         _row_stats(tiles, torch.bfloat16, vocab, depth)
-        cubin = tmp_path / "product_fold.cubin"
-        cubin.write_bytes(_compile(launches["product_fold"], 90).asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        (stack,) = re.findall(r"STACK:(\d+)", usage)
-        assert int(stack) <= 128
+        assert _stack(_compile(launches["product_fold"], 90), tmp_path) <= 128
+
+
+#: Kernels of the norm and of dL/dh, and whether they multiply matrices.
+GRADIENTS = {
+    "gather_slots": False, "gram_fold": True, "merge_grams": False, "target_delta": True, "contract": False,
+    "sum_tiles": False, "write_factors": True, "zero_targets": False, "add_product": True, "add_grams": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", MAJORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "everything"])
+def test_gradients(plain: bool, dtype: torch.dtype, arch: int, launches: dict, tmp_path: Path) -> None:
+    """With committed tiles; and with bias, cap, a vocabulary and a depth that divide no tile."""
+    product = "ieee" if dtype == torch.float32 else "half"
+    (vocab, depth, tiles), *_ = _committed(arch, product, "gram")
+    _, _, plain_tiles = _committed(arch, product)[0]
+    if not plain:
+        vocab, depth = 50257, 2001
+    options: dict[str, Any] = {"bias": not plain, "softcap": None if plain else 30.0}
+    _gram(tiles, dtype, vocab, depth, **options)
+    _second_visit(plain_tiles, dtype, vocab, depth, **options)
+    for name, multiplies in GRADIENTS.items():
+        compiled = _compile(launches[name], arch)
+        ptx = compiled.asm["ptx"]
+        assert compiled.metadata.shared <= SHARED_BYTES[arch], name
+        if multiplies and dtype != torch.float32:
+            assert MATRIX[arch] in ptx or "mma.sync" in ptx, name
+            if plain and name in ("gram_fold", "write_factors", "add_product"):
+                assert ("cp.async.bulk.tensor" in ptx) == (tiles if name == "gram_fold" else plain_tiles).descriptors
+        if arch == 90 and plain and dtype == torch.bfloat16:
+            # A few values that live across the product of a tile; none within it.
+            assert _stack(compiled, tmp_path) <= (128 if name == "gram_fold" else 0), name
 
 
 @pytest.mark.parametrize("arch", MAJORS)

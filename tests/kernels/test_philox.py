@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 
 from acqcore.kernels.philox import dropout_mask, keep_mask
-from acqcore.philox import keep_mask as reference
-from acqcore.philox import threshold
+from acqcore.philox import keep_mask as reference, threshold
 
 # (counter, key) -> words; Random123, tests/kat_vectors, philox 4x32 10
 VECTORS = [

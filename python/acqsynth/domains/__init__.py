@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from acqsynth.domains.base import Domain as Domain
-from acqsynth.domains.base import Messages as Messages
-from acqsynth.domains.base import Sample as Sample
+from acqsynth.domains.base import Domain as Domain, Messages as Messages, Sample as Sample
 
 __all__ = ["DOMAINS", "Domain", "Messages", "Sample", "domain"]
 

@@ -22,6 +22,8 @@ from acqsynth.domains.prompts import ask_for_sample
 
 _FENCED = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)```", re.DOTALL)
 
+_LINE_END = re.compile(r"\r\n?|\n")  # the line ends that ast counts; str.splitlines knows more
+
 _DOCUMENTED = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 #: What a generated assert may call beside the program's functions: nothing that reaches files, code or frames.
@@ -84,7 +86,7 @@ class Code(Domain):
         for node in ast.walk(tree):
             if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
-        return ast.unparse(tree)
+        return _unparsed(tree) or source.strip()
 
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
         """Whether each answer passes the tests of its sample; its own top-level asserts are left out.
@@ -126,13 +128,14 @@ class Code(Domain):
             return sample
         program, asserts = parts
         names = _tested(program, asserts)
-        if not names or not all(_plain(node, names) for node in asserts):
+        tests = _unparsed(ast.Module([*asserts], []))
+        if not names or tests is None or not all(_plain(node, names) for node in asserts):
             return replace(sample, answer=block)
         return replace(
             sample,
             answer=fenced(program),
             extra={
-                "tests": "\n".join(ast.unparse(node) for node in asserts),
+                "tests": tests,
                 "names": names,
                 "context": "",
                 "preamble": "import math",
@@ -175,7 +178,7 @@ def fenced(source: str) -> str:
 
 
 def split_asserts(source: str) -> tuple[str, list[ast.Assert]] | None:
-    """A program without its top-level asserts, and these; None where it does not parse."""
+    """A program without its top-level asserts, and these; None where it does not parse or nests too deep."""
     tree = _parsed(source)
     if tree is None:
         return None
@@ -183,8 +186,9 @@ def split_asserts(source: str) -> tuple[str, list[ast.Assert]] | None:
     rest = [node for node in tree.body if not isinstance(node, ast.Assert)]
     removed = _lines(asserts)
     if removed & _lines(rest):  # "assert f(1) == 1; x = 2"
-        return ast.unparse(ast.Module(rest, [])), asserts
-    kept = [line for number, line in enumerate(source.splitlines(), 1) if number not in removed]
+        text = _unparsed(ast.Module(rest, []))
+        return None if text is None else (text, asserts)
+    kept = [line for number, line in enumerate(_LINE_END.split(source), 1) if number not in removed]
     return "\n".join(kept).strip("\n"), asserts
 
 
@@ -204,6 +208,14 @@ def _parsed(source: str) -> ast.Module | None:
             warnings.simplefilter("ignore")  # of invalid escapes, and the like
             return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _unparsed(tree: ast.Module) -> str | None:
+    """The source of a tree; None where it nests too deep: ``1 + 1 + ...`` of 330 terms exceeds Python's limit."""
+    try:
+        return ast.unparse(tree)
+    except (RecursionError, ValueError):  # ValueError: an integer with too many digits
         return None
 
 
@@ -229,7 +241,8 @@ def _used(nodes: Iterable[ast.AST]) -> list[str]:
 def _tested(program: str, asserts: Sequence[ast.Assert]) -> list[str]:
     """What generated asserts take from a program that parses; not ``math`` or a built-in that it defines anew, with
     which it would decide on its own tests."""
-    defined = _defined(ast.parse(program).body)
+    tree = _parsed(program)
+    defined = _defined(tree.body if tree else [])
     return [name for name in _used(asserts) if name in defined and name not in {*PLAIN_NAMES, "math"}]
 
 
@@ -261,8 +274,8 @@ def _with_tests(sample: Sample) -> str:
             for part in ast.walk(node):
                 if isinstance(part, ast.Name) and part.id == "candidate":  # HumanEval's name for it
                     part.id = names[0]
-            if _plain(node, names):
-                shown.append(ast.unparse(node))
+            if _plain(node, names) and (source := _unparsed(ast.Module([node], []))):
+                shown.append(source)
     return fenced("\n".join([_source(sample.answer).rstrip(), "", *shown[:3]]))
 
 

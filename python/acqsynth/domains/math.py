@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from typing import ClassVar
 
 from acqsynth.domains.base import Domain, Messages, Sample
 from acqsynth.domains.data import Layout, Row, samples, text
 from acqsynth.domains.math_check import MathChecker
 from acqsynth.domains.prompts import ask_for_sample
+from acqsynth.domains.quantities import UNDERSTOOD, compare, quantity
 
 _HASHES = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
 _STATED = re.compile(r"(?<![/\w])answer(?:\s+is\b\s*:?|\s*:)\s*(\S[^\n]*)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|[,;]?\s+(?:because|since|so|which|as)\b")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?![\w])")
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's notes for a calculator
-
-_INTEGER = re.compile(r"-?\d+")
-_DECIMAL = re.compile(r"([-+]?)(?=\.?\d)(\d{1,3}(?:,\d{3})+|\d*)(\.\d*)?")
-_FRACTION = re.compile(r"([-+]?)(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")
-_FRAC = re.compile(r"\\[dt]frac(?![A-Za-z])")
-_LATEX_FRACTION = re.compile(r"([-+]?)\s*(\d*)\s*\\frac\s*(?:\{(\d+)\}\{(\d+)\}|(\d)(\d))")
-_LAYOUT = re.compile(r"\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\[!,;:]|~|\^\{?\\circ\}?|°")
-_UNIT = re.compile(
-    r"(?<=[\d}])(?:\s*\\(?:text|mathrm)\{[A-Za-z .]+\}|\s+(?!(?:and|or|sqrt|sin|cos|tan|log|mod)\b)"
-    r"(?:[A-Za-z]{3,}|cm|mm|km|kg|mg|ml|ft|in|hr|lb|oz)(?: [A-Za-z]+)*)(?:\^\{?[23]\}?)?$"
-)
-_WORDS = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*")
 
 _TASKS = re.compile(
     r"\b(find|compute|calculate|determine|evaluate|solve|simplify|what|how|which|when|who|express|factor|give|write)\b",
@@ -80,35 +68,34 @@ class Math(Domain):
         return "\n".join(part for part in (sample.reasoning, boxed) if part)
 
     def canonical(self, answer: str) -> str:
-        """A rational number in lowest terms (``0.50``, ``1/2`` and ``$0.5`` are ``1/2``; units are dropped, a percent
-        sign is kept); words in lower case; else the expression without spaces and layout."""
-        plain = _plain(answer)
-        percent = plain.endswith("%")
-        number = _rational(plain.rstrip("%").rstrip())
-        if number is not None:
-            return f"{number}%" if percent else str(number)
-        return plain.casefold() if _WORDS.fullmatch(plain) else _without_spaces(plain)
+        """A rational number in lowest terms (``0.50``, ``1/2`` and ``$0.5`` are ``1/2``, ``5 million`` is
+        ``5000000``) with its unit (``3 kilometers`` is ``3 km``; dollars and degrees are left out), words in lower
+        case, or the expression without spaces and layout."""
+        found = quantity(answer)
+        unit = "" if found.unit in UNDERSTOOD else " ".join(found.unit)
+        return found.form + (unit if unit == "%" else f" {unit}" if unit else "")
 
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
-        """Equal canonical forms, or equal for math-verify (numbers to six decimals).
+        """Equal canonical forms, or equal for math-verify (numbers to six decimals) with units that agree.
 
-        Words are right in the same words only: math-verify reads them as products of letters, equal in any order.
+        A missing unit agrees with any, two different ones do not. A percentage also equals its value: ``50%`` is
+        ``0.5``. Words are right in the same words only: math-verify reads them as products of letters, equal in any
+        order.
 
         Raises:
             RuntimeError: see ``MathChecker.equal``.
         """
         equal = [False] * len(answers)
-        unlike: dict[int, tuple[str, str]] = {}
+        unlike: list[tuple[int, tuple[str, str]]] = []
         for i, (sample, answer) in enumerate(zip(gold, answers, strict=True)):
-            if answer is None:
-                continue
-            final = _final(sample.answer)
-            truth, given = self.canonical(final), self.canonical(answer)
-            equal[i] = truth == given
-            if not equal[i] and _worth_checking(truth, given):
-                unlike[i] = (_plain(final), _plain(answer))
-        for i, result in zip(unlike, self.checker.equal(list(unlike.values())), strict=True):
-            equal[i] = result
+            if answer is not None:
+                found = compare(quantity(_final(sample.answer)), quantity(answer))
+                if isinstance(found, bool):
+                    equal[i] = found
+                else:
+                    unlike += [(i, pair) for pair in found]
+        for (i, _), result in zip(unlike, self.checker.equal([pair for _, pair in unlike]), strict=True):
+            equal[i] = equal[i] or result
         return equal
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
@@ -138,15 +125,17 @@ class Math(Domain):
 
 
 def _boxed(completion: str) -> str | None:
-    r"""The contents of the last whole ``\boxed{...}``."""
+    r"""The contents of the last whole ``\boxed{...}`` that has some, in one pass."""
     found = None
-    for match in re.finditer(r"\\f?boxed\s*\{", completion):
-        depth = 1
-        for i in range(match.end(), len(completion)):
-            depth += {"{": 1, "}": -1}.get(completion[i], 0)
-            if depth == 0:
-                found = completion[match.end() : i].strip() or found
-                break
+    last = -1  # where it begins
+    open_braces: list[tuple[int, bool]] = []  # where their contents begin; whether they are of a box
+    for match in re.finditer(r"(\\f?boxed\s*)?\{|\}", completion):
+        if match[0] != "}":
+            open_braces.append((match.end(), match[1] is not None))
+        elif open_braces:
+            begin, box = open_braces.pop()
+            if box and begin > last and (contents := completion[begin : match.start()].strip()):
+                found, last = contents, begin
     return found
 
 
@@ -164,57 +153,6 @@ def _stated(completion: str) -> str | None:
 def _final(answer: str) -> str:
     """What an answer field gives: what it marks as final, else all of it."""
     return _stated(answer) or answer.strip()
-
-
-def _plain(answer: str) -> str:
-    """An answer without delimiters, currency, units and layout."""
-    plain = answer.strip().strip("*").rstrip(".").strip()
-    for opens, closes in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
-        if plain.startswith(opens) and plain.endswith(closes) and len(plain) > len(opens) + len(closes):
-            plain = plain[len(opens) : -len(closes)].strip()
-    plain = _LAYOUT.sub("", plain.replace(r"\%", "%").replace("{,}", ",").replace("\\ ", " "))
-    plain = re.sub(r"^([-+]?)\s*(?:\\?\$|€|£)\s*", r"\1", plain)
-    plain = re.sub(r"\s*(?:\\text\{\s*percent\}|\bpercent)$", "%", plain)
-    plain = _FRAC.sub(r"\\frac", _UNIT.sub("", plain))
-    if whole := re.fullmatch(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", plain):
-        plain = whole[1].strip()
-    plain = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi", plain)
-    return re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", plain).strip()
-
-
-def _rational(plain: str) -> Fraction | None:
-    """The number that is written, also as a fraction or mixed number; None where it is something else."""
-    if len(plain) > 200:
-        return None
-    if match := _DECIMAL.fullmatch(plain):
-        sign, whole, rest = match.groups()
-        return Fraction(f"{sign}{whole.replace(',', '') or 0}{(rest or '').rstrip('.')}")
-    if match := _FRACTION.fullmatch(plain) or _LATEX_FRACTION.fullmatch(plain):
-        sign, whole, *pairs = match.groups()
-        above, below = (int(part) for part in pairs if part is not None)
-        if below:
-            return (-1 if sign == "-" else 1) * (int(whole or 0) + Fraction(above, below))
-    return None
-
-
-def _worth_checking(truth: str, given: str) -> bool:
-    """Whether canonical forms that differ may still be equal."""
-    if _WORDS.fullmatch(truth) or (_INTEGER.fullmatch(truth) and _INTEGER.fullmatch(given)):
-        return False
-    # math-verify adds up "5 5", and of an answer with a box it reads the box alone.
-    return not re.search(r"\d \d|\\boxed", given)
-
-
-def _without_spaces(plain: str) -> str:
-    """Spaces dropped, but for one that ends a command (``\\pi r``) or parts two numbers."""
-    return re.sub(r"(\\[A-Za-z]+|\d)?\s+(?=([A-Za-z])?(\d)?)", _kept_space, plain)
-
-
-def _kept_space(match: re.Match[str]) -> str:
-    before, letter, digit = match.groups()
-    if before is None:
-        return ""
-    return f"{before} " if (digit if before.isdigit() else letter) else str(before)
 
 
 def _worked(row: Row) -> Sample:

@@ -1,16 +1,80 @@
-"""Engines of text generation."""
+"""Text generation behind one small interface; ``transformers`` and ``vllm`` implement it."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from acqsynth.engines.base import Completion as Completion
-from acqsynth.engines.base import Engine as Engine
-from acqsynth.engines.base import Sampling as Sampling
-
-__all__ = ["NAMES", "Completion", "Engine", "Sampling", "load"]
+from acqsynth.domains import Messages
 
 NAMES = ("transformers", "vllm")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Args:
+        n: completions of each prompt.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: probability mass to draw from.
+        max_tokens: most tokens of a completion.
+        seed: equal seeds give equal completions on one engine, machine and batch.
+        top2: keep the log-probabilities of the two most likely tokens at each position, and of the drawn one.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 512
+    seed: int = 0
+    top2: bool = False
+
+    def __post_init__(self) -> None:
+        ranges = (
+            ("n", self.n >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("seed", self.seed >= 0, "at least 0"),
+        )
+        for name, holds, expected in ranges:
+            if not holds:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One drawn text, without the end-of-sequence token."""
+
+    text: str
+    token_ids: list[int]
+    finished: bool  #: ended by itself, not by ``max_tokens``
+    #: of the two most likely tokens at each position of ``token_ids``, larger first, before temperature; with ``top2``
+    top2_logprobs: list[tuple[float, float]] | None = None
+    #: of ``token_ids`` themselves, before temperature; with ``top2``
+    token_logprobs: list[float] | None = None
+
+
+class Engine(ABC):
+    """A model that writes."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[list[Completion]]:
+        """``sampling.n`` completions of each prompt, in order. A list of messages goes through the chat template
+        with the assistant's turn opened; a string is taken as it is."""
+
+    @abstractmethod
+    def reload(self, weights: Any) -> None:
+        """Takes new weights of the same architecture: a local path, or a state dict of name -> tensor."""
 
 
 def load(name: str, model: Any, *, tokenizer: Any = None, **options: Any) -> Engine:
@@ -34,3 +98,76 @@ def load(name: str, model: Any, *, tokenizer: Any = None, **options: Any) -> Eng
 
         return VllmEngine(model, tokenizer, **options)
     raise ValueError(f"name: unknown engine {name!r}, expected one of {', '.join(NAMES)}")
+
+
+def check(name: str, options: Mapping[str, Any]) -> None:
+    """Refuses options that the engine does not have; vLLM checks its own.
+
+    Raises:
+        ValueError: names the option.
+    """
+    if name == "transformers":
+        from acqsynth.engines.transformers import TransformersEngine
+
+        known = [p.name for p in inspect.signature(TransformersEngine).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        for option in options:
+            if option not in known:
+                raise ValueError(f"options: unknown {option!r}, expected one of {', '.join(known)}")
+
+
+# --- tokens, the same for every engine --------------------------------------------------------------------------------
+
+
+def encode(tokenizer: Any, prompts: Sequence[str | Messages], limit: int | None) -> list[list[int]]:
+    """Token ids of each prompt: messages through the chat template, a string with the special tokens that the
+    tokenizer puts around any text.
+
+    Args:
+        limit: most tokens the model can take; None for no limit.
+
+    Raises:
+        ValueError: a prompt is empty or leaves no room for a completion; messages for a tokenizer without a chat
+            template.
+    """
+    encoded = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            if not tokenizer.chat_template:
+                raise ValueError(f"prompts[{i}]: expected a string, as the tokenizer has no chat template")
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if not ids:
+            raise ValueError(f"prompts[{i}]: expected at least one token, got an empty prompt")
+        if limit is not None and len(ids) >= limit:
+            raise ValueError(f"prompts[{i}]: expected fewer than {limit} tokens, all the model takes, got {len(ids)}")
+        encoded.append(ids)
+    return encoded
+
+
+def eos_ids(tokenizer: Any, generation_config: Any) -> list[int]:
+    """Every token that ends a completion: those of the generation configuration and the tokenizer's."""
+    given = generation_config.eos_token_id if generation_config is not None else None
+    ids = given if isinstance(given, list) else [given]
+    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
+
+
+def completion(
+    tokenizer: Any,
+    ids: Sequence[int],
+    eos: Iterable[int],
+    top2: Sequence[tuple[float, float]] | None = None,
+    drawn: Sequence[float] | None = None,
+) -> Completion:
+    """The completion up to the first token of ``eos``. Ids, and for each the log-probabilities of the two most likely
+    tokens and of the drawn one, may continue beyond it."""
+    ends = set(eos)
+    length = next((t for t, token in enumerate(ids) if token in ends), len(ids))
+    kept = list(ids[:length])
+    return Completion(
+        text=tokenizer.decode(kept, skip_special_tokens=True),
+        token_ids=kept,
+        finished=length < len(ids),
+        top2_logprobs=None if top2 is None else list(top2[:length]),
+        token_logprobs=None if drawn is None else list(drawn[:length]),
+    )

@@ -13,9 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import acqcore
-from acqsynth.domains.base import Messages
-from acqsynth.engines.base import Completion, Engine, Sampling
-from acqsynth.engines.tokens import completion, encode, eos_ids
+from acqsynth.domains import Messages
+from acqsynth.engines import Completion, Engine, Sampling, completion, encode, eos_ids
 
 
 class TransformersEngine(Engine):

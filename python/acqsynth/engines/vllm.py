@@ -12,9 +12,8 @@ import numpy
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from acqsynth.domains.base import Messages
-from acqsynth.engines.base import Completion, Engine, Sampling
-from acqsynth.engines.tokens import completion, encode, eos_ids
+from acqsynth.domains import Messages
+from acqsynth.engines import Completion, Engine, Sampling, completion, encode, eos_ids
 
 
 class VllmEngine(Engine):
@@ -60,7 +59,7 @@ class VllmEngine(Engine):
         self.llm = LLM(
             model=path,
             logprobs_mode="raw_logprobs",
-            worker_extension_cls="acqsynth.engines.vllm_worker.WorkerExtension",
+            worker_extension_cls="acqsynth.engines.vllm.WorkerExtension",
             **options,
         )
         try:
@@ -143,3 +142,17 @@ def _logprobs(
         first, second = sorted((entry.logprob for entry in position.values()), reverse=True)[:2]
         pairs.append((first, second))
     return pairs, [position[token].logprob for token, position in zip(ids, positions, strict=True)]
+
+
+class WorkerExtension:
+    """Methods for the workers of vLLM, which load the class by its name (``worker_extension_cls``)."""
+
+    model_runner: Any
+
+    def repack_head(self) -> None:
+        """Packs the head's weight again after a reload. On a CPU the head multiplies a packed copy, which vLLM 0.32
+        does not update if the head is tied to the embeddings; elsewhere there is no copy."""
+        head = getattr(self.model_runner.get_model(), "lm_head", None)
+        head = getattr(head, "base_layer", head)  # under a LoRA layer
+        if head is not None and hasattr(head, "cpu_linear"):
+            head.quant_method.process_weights_after_loading(head)

@@ -1,7 +1,7 @@
-"""The report of a run: what was measured, as one HTML file that needs nothing else."""
+"""The report of a run: its numbers, and one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
-from acqsynth.report.html import render as render
+from acqsynth.report.page import render as render
 
 __all__ = ["render"]

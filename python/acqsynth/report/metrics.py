@@ -11,8 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from acqsynth.evaluate import Interval, accuracy_by_skill, bootstrap_change, signal_validity
-from acqsynth.evaluate import bootstrap as bootstrap_accuracy
+from acqsynth.evaluate import (
+    Interval,
+    accuracy_by_skill,
+    bootstrap as bootstrap_accuracy,
+    bootstrap_change,
+    signal_validity,
+)
 
 IN_DISTRIBUTION = "in_distribution"
 STUDENT = "student"
@@ -22,7 +27,7 @@ STUDENT = "student"
 class Answers:
     """One student's answers to a set."""
 
-    right: npt.NDArray[np.float64]  #: [N], 1 where right
+    right: Sequence[float] | npt.NDArray[np.float64]  #: [N], 1 if right
     skills: Sequence[str | None]  #: of N rows
 
 
@@ -66,7 +71,8 @@ def collect(
             matrices[arm, student, n, name] = np.stack([answers[arm, student, n, seed, name].right for seed in drawn])
     found["base"] = {
         student: {
-            name: _accuracy(base[student, name].right[None], base[student, name].skills, bootstrap) for name in sets
+            name: _accuracy(np.array([base[student, name].right]), base[student, name].skills, bootstrap)
+            for name in sets
         }
         for student in dict.fromkeys(student for student, _ in base)
     }
@@ -81,7 +87,7 @@ def collect(
                 right, before = matrices[arm, student, n, name], base[student, name]
                 per_set[name] = _accuracy(right, before.skills, bootstrap) | {
                     "per_seed": [float(row.mean()) for row in right],
-                    "change": asdict(bootstrap_change(right, before.right[None], **bootstrap)),
+                    "change": asdict(bootstrap_change(right, np.array([before.right]), **bootstrap)),
                 }
             rows = [learnt[arm, student, n, seed] for seed in drawn]
             results.append({"student": student, "rows_wanted": n, "rows": min(rows), "seeds": drawn, "sets": per_set})
@@ -167,44 +173,72 @@ def validity(batches: Sequence[Mapping[str, Any]], **bootstrap: Any) -> dict[str
     return {"signals": signals, "batches": [dict(batch) for batch in batches]}
 
 
-def ends(scored: Sequence[Mapping[str, Any]], n: int) -> dict[str, Any]:
-    """The n samples of largest reward, and of those that passed the gates the n of least; equal texts once.
+def samples(tables: Sequence[Mapping[str, Sequence[Any]]], n: int = 5) -> dict[str, Any] | None:
+    """The n samples of largest reward, the n of least reward that passed the gates, and n rejected ones, each text
+    once; None if no sample has a reward of its own, as with a generator that is only prompted.
 
     Args:
-        scored: each ``{"text", "reward", "gate", ...}``.
-        n: of either end.
+        tables: columns ``reward``, ``reward_<part>`` and ``completion``, or those of a sample.
+        n: of each.
     """
+    scored = [
+        _flat(dict(zip(table, row, strict=True)))
+        for table in tables
+        if "reward" in table
+        for row in zip(*table.values(), strict=True)
+    ]
+    if not scored:
+        return None
     unique = {row["text"]: row for row in scored if row["reward"] is not None}
     passed = sorted((row for row in unique.values() if not row["gate"]), key=lambda row: -row["reward"])
     rejected = [row for row in unique.values() if row["gate"]]
     return {
-        "best": [dict(row) for row in passed[:n]],
-        "worst": [dict(row) for row in passed[max(n, len(passed) - n) :]],
-        "rejected": [dict(row) for row in rejected[:n]],
+        "best": passed[:n],
+        "worst": passed[max(n, len(passed) - n) :],
+        "rejected": rejected[:n],
         "scored": len(scored),
         "gates": dict(Counter(row["gate"] for row in scored if row["gate"]).most_common()),
     }
 
 
-def added(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Text, reward, the gate that rejected it, and the parts of the reward."""
+    text = row.get("completion")
+    if text is None:
+        text = "\n".join(row[part] for part in ("question", "reasoning", "answer") if row[part])
+    elif not isinstance(text, str):
+        text = text[-1]["content"]
+    numbers = {  # trainers write NaN for a sample without a value
+        key: value for key, value in row.items() if isinstance(value, float) and math.isfinite(value)
+    }
+    return {
+        "step": row.get("step"),
+        "text": text,
+        "reward": numbers.get("reward"),
+        "gate": row.get("reward_gate") or "",
+        "parts": {key.removeprefix("reward_"): v for key, v in numbers.items() if key.startswith("reward_")},
+    }
+
+
+def sum_counts(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts of several rounds as one: numbers added, mappings of numbers too."""
     total: dict[str, Any] = {}
     for entry in counts:
         for key, value in entry.items():
             if isinstance(value, Mapping):
-                total[key] = added([total.get(key, {}), value])
+                total[key] = sum_counts([total.get(key, {}), value])
             else:
                 total[key] = total.get(key, 0) + value
     return total
 
 
 def percent(share: float) -> str:
-    """A share for a person."""
+    """Formats a share as a percentage."""
     return f"{100 * share:.1f} %"
 
 
 def points(share: float) -> str:
-    """A difference of shares in percentage points, with its sign."""
+    """Formats a difference of shares in percentage points, with its sign."""
     return f"{100 * share:+.1f}"
 
 
@@ -239,7 +273,7 @@ _ELSEWHERE = {"gain": "Gain", "loss": "Forgetting", "none": "No change shown"}
 
 
 def _judged(interval: Mapping[str, float], what: str, words: Mapping[str, str] = _HERE) -> dict[str, str]:
-    """A gain or loss only where the whole interval lies on one side."""
+    """A gain or loss only if the whole interval is on one side of zero."""
     kind = "gain" if interval["low"] > 0 else "loss" if interval["high"] < 0 else "none"
     span = f"{points(interval['mean'])} points, interval {points(interval['low'])} to {points(interval['high'])}"
     return {"kind": kind, "text": f"{words[kind]}: {what}, {span}."}

@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import acqcore
-from acqsynth.rewards.acquisition import AcquisitionReward as AcquisitionReward
-from acqsynth.rewards.acquisition import completion_text as completion_text
-from acqsynth.rewards.acquisition import ready_made as _ready_made
-from acqsynth.rewards.answers import AnswerVariance as AnswerVariance
-from acqsynth.rewards.answers import Confidence as Confidence
-from acqsynth.rewards.answers import Learnability as Learnability
-from acqsynth.rewards.answers import SampledAnswers as SampledAnswers
-from acqsynth.rewards.answers import SemanticEntropy as SemanticEntropy
-from acqsynth.rewards.composed import ComposedReward as ComposedReward
-from acqsynth.rewards.composed import Rewards as Rewards
-from acqsynth.rewards.diversity import Diversity as Diversity
-from acqsynth.rewards.embeddings import NgramEmbedder as NgramEmbedder
-from acqsynth.rewards.embeddings import SentenceEmbedder as SentenceEmbedder
-from acqsynth.rewards.gates import Gate as Gate
-from acqsynth.rewards.gates import default_gates as default_gates
-from acqsynth.rewards.gradient import Gradient as Gradient
+from acqsynth.rewards.gates import Gate as Gate, default_gates as default_gates
 from acqsynth.rewards.paper import PaperReward as PaperReward
-from acqsynth.rewards.proximity import Proximity as Proximity
-from acqsynth.rewards.scoring import STUDENT_VARIABLE as STUDENT_VARIABLE
-from acqsynth.rewards.scoring import Scorer as Scorer
-from acqsynth.rewards.signals import AcquisitionSignal as AcquisitionSignal
-from acqsynth.rewards.signals import Signal as Signal
-from acqsynth.rewards.signals import acquisition_signals as acquisition_signals
+from acqsynth.rewards.reward import (
+    AcquisitionReward as AcquisitionReward,
+    ComposedReward as ComposedReward,
+    Rewards as Rewards,
+    completion_text as completion_text,
+    reward_from_environment as _reward_from_environment,
+)
+from acqsynth.rewards.scoring import STUDENT_VARIABLE as STUDENT_VARIABLE, Scorer as Scorer
+from acqsynth.rewards.signals import (
+    AcquisitionSignal as AcquisitionSignal,
+    AnswerVariance as AnswerVariance,
+    Confidence as Confidence,
+    Diversity as Diversity,
+    Gradient as Gradient,
+    Learnability as Learnability,
+    Proximity as Proximity,
+    SampledAnswers as SampledAnswers,
+    SemanticEntropy as SemanticEntropy,
+    Signal as Signal,
+    acquisition_signals as acquisition_signals,
+)
+from acqsynth.rewards.texts import NgramEmbedder as NgramEmbedder, SentenceEmbedder as SentenceEmbedder
 
+if not TYPE_CHECKING:  # a type checker should flag misspelt names
 
-def __getattr__(name: str) -> AcquisitionReward:
-    """A ready-made reward for any registered acquisition, the user's own included."""
-    if name in acqcore.acquisitions():
-        return _ready_made(name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> AcquisitionReward:
+        """A ready-made reward for any registered acquisition, the user's own included."""
+        if name in acqcore.acquisitions():
+            return _reward_from_environment(name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -28,10 +28,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from acqsynth.domains import Domain, Sample
-from acqsynth.rewards.answers import SampledAnswers
+from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.overlap import Contamination, NearCopies, words
 from acqsynth.rewards.scoring import Scorer
-from acqsynth.rewards.shared import once
+from acqsynth.rewards.signals import SampledAnswers
 
 Verdict = bool | Sample | None
 Label = Callable[[Sequence[Sample]], Sequence[Sample | None]]
@@ -275,7 +275,7 @@ class Verified:
         self.domain = domain
 
     def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
-        return [verdict is not False for verdict in _verdicts(self.domain, samples)]
+        return [verdict is not False for verdict in Batch.of(samples).verified(self.domain)]
 
 
 class Answerable:
@@ -298,9 +298,10 @@ class Answerable:
         self.least = least or min(2, answers.k) / answers.k
 
     def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
-        known = _verdicts(self.answers.domain, samples)
+        batch = Batch.of(samples)
+        known = batch.verified(self.answers.domain)
         open_to_question = [sample for sample, verdict in zip(samples, known, strict=True) if verdict is not True]
-        shares = iter(self.answers.shares(open_to_question))
+        shares = iter(self.answers.shares(batch.part(open_to_question)))
         return [verdict is True or next(shares) >= self.least - 1e-9 for verdict in known]
 
 
@@ -371,16 +372,6 @@ _FILLERS = frozenset({"is", "are", "be", "was", "equals", "should", "must", "wil
 _GOES_ON = frozenset({"or", "and", ",", "/", "+", "-", "*", "^", "%"})
 # One of a list of options: "B) ...", "(c) ...", "D. ..." up to the end of the line or the next label.
 _OPTION = re.compile(r"(?:^|\s)(?:[A-H][).:]|\([A-Ha-h]\))\s.*?(?=$|\n|\s(?:[B-H][).:]|\([B-Hb-h]\))\s)", re.MULTILINE)
-
-
-def _verdicts(domain: Domain, samples: Sequence[Sample]) -> list[bool | None]:
-    """``domain.verify``, asked once of a sample in a call: it may run programs."""
-    known: dict[int, tuple[Sample, bool | None]] = once(("verify", id(domain)), dict)
-    new = [sample for sample in samples if id(sample) not in known]
-    if new:
-        # Held with the verdict: an id is an object's own only while that lives.
-        known.update((id(s), (s, verdict)) for s, verdict in zip(new, domain.verify(new), strict=True))
-    return [known[id(sample)][1] for sample in samples]
 
 
 def _prose(sample: Sample) -> list[tuple[str, str]]:

@@ -1,26 +1,40 @@
-"""The published reward as its code has it, to compare with: one signal plus a bonus for the format.
+"""The published rewards as their code has them, to compare with.
 
-What :class:`ComposedReward` does otherwise, and why: it multiplies gates instead of adding a bonus, since what is added
-can be traded; it takes no account of what follows the question, where this one subtracts 0.001 a character, so that
-long reasoning swamps the signal; a failure masks, where here every exception is a reward of -5; and a reward of gates
-alone (``ComposedReward(domain, [], gates=...)``) tells samples apart, where the "format only" baseline is a constant.
+:class:`PaperReward` is one signal plus a bonus for the format. :class:`acqsynth.rewards.ComposedReward` differs,
+because
+
+* what is added can be traded: it multiplies gates instead;
+* 0.001 a character is subtracted for all that follows the question, so that long reasoning swamps the signal: it takes
+  signals relative to samples of like length;
+* every exception is a reward of -5: it masks the sample;
+* the "format only" baseline is a constant: its gates alone tell samples apart.
+
+The classes below are what ``paper_compat=True`` makes of the signals of :mod:`acqsynth.rewards.signals`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
 
 from acqsynth.domains import Domain, Sample
-from acqsynth.rewards.composed import ComposedReward, Rewards
-from acqsynth.rewards.signals import Signal
+from acqsynth.engines import Completion
+from acqsynth.rewards.reward import ComposedReward, Rewards
+from acqsynth.rewards.scoring import Scorer
+from acqsynth.rewards.signals import Proximity, Published, SampledAnswers, Signal, mean
+from acqsynth.rewards.texts import Embedder
 
 _END = "</question>"
-_BONUS = 1.0  # the size of the bonus is not in the paper; that it is a constant less the length is
+_BONUS = 1.0  # the paper does not give the size of the bonus, only that it is a constant less the length
 _FAILED = -5.0
 
 
 class PaperReward(ComposedReward):
-    """``signal + 1 - 0.001 * characters after </question>``; 0 for what does not parse, -5 where anything raises.
+    """``signal + 1 - 0.001 * characters after </question>``; 0 if the text does not parse, -5 if anything raises.
 
     Args:
         domain: parses texts.
@@ -28,18 +42,15 @@ class PaperReward(ComposedReward):
         name: what TRL logs.
 
     Raises:
-        TypeError: a signal that can not be called or has no name.
+        TypeError: a signal that cannot be called or has no name.
     """
 
     def __init__(self, domain: Domain, signal: Signal | None, *, name: str = "paper_reward") -> None:
         signals = [] if signal is None else [signal]
         super().__init__(domain, signals, fusion="raw", length_normalised=False, name=name)
 
-    def score(self, texts: Sequence[str | None], groups: Sequence[Hashable], *, update: bool = True) -> Rewards:
-        """As :meth:`ComposedReward.score`; ``update`` is not read, the signals of the paper take in what they see."""
-        return self._score(texts, groups, update, by_runs=False)
-
     def _score(self, texts: Sequence[str | None], groups: Sequence[Hashable], update: bool, by_runs: bool) -> Rewards:
+        """As :meth:`ComposedReward.score`; ``update`` has no effect, the signals of the paper keep what they see."""
         rewards = Rewards([], [], {signal.name: [] for signal in self.signals}, {"parses": []})
         for text in texts:
             sample, value, total = self._released(text)
@@ -66,3 +77,152 @@ class PaperReward(ComposedReward):
             return sample, value, value + _BONUS - 0.001 * len(text.partition(_END)[2])
         except Exception:
             return sample, None, _FAILED
+
+
+class ReleasedConfidence:
+    """``1 / mean(p1 - p2)`` clipped to [0, 2], over one answer of at most 512 tokens to the raw question, p1 and p2 the
+    first two entries of a dictionary that holds the drawn token first."""
+
+    name = "confidence"
+
+    def __init__(self, answers: SampledAnswers) -> None:
+        self.answers = answers
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        sampling = replace(self.answers.sampling, n=1, max_tokens=512, top2=True)
+        values: list[float | None] = []
+        for [completion] in self.answers.engine.generate([sample.question for sample in samples], sampling):
+            margin = mean(_margins_in_dictionary_order(completion))
+            values.append(None if margin is None else min(max(1 / margin if margin else math.inf, 0.0), 2.0))
+        return values
+
+
+class ReleasedAnswerVariance:
+    """HDBSCAN clusters of the embeddings of whole completions over k, the noise label counted as a cluster. The paper
+    does not give the least size of a cluster; here it is two.
+
+    Args:
+        answers: the draws.
+        embed: of completions.
+
+    Raises:
+        ValueError: no embedder.
+    """
+
+    name = "answer_variance"
+
+    def __init__(self, answers: SampledAnswers, *, embed: Embedder | None = None) -> None:
+        if embed is None:
+            raise ValueError("embed: expected an embedder of sentences with paper_compat")
+        self.answers = answers
+        self.embed = embed
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        draws = self.answers.draw(samples)
+        return [_labels(self.embed([d.completion.text for d in drawn])) / len(drawn) for drawn in draws]
+
+
+class ReleasedProximity(Proximity):
+    """Proximity to clusters of the first character of each seed question."""
+
+    def __init__(self, embed: Embedder, seeds: Sequence[Sample], **options: Any) -> None:
+        super().__init__(embed, seeds, **options)
+        self.texts = [text[:1] for text in self.texts]
+
+
+class ReleasedDiversity:
+    """Facility location with Euclidean distances d instead of similarities: the gain of x over an archive is ``mean_i
+    max(0, d(x, a_i) - best_i)``, ``best_i`` the largest distance from a_i to another member; 1 for the first sample. A
+    sample joins at once if it gains more than 0.01. Far points are rewarded, and the gain falls to zero as the archive
+    grows.
+
+    Args:
+        embed: of questions.
+        options: of :class:`acqsynth.rewards.Diversity`, without effect.
+    """
+
+    name = "diversity"
+    set_level = True
+
+    def __init__(self, embed: Embedder, **options: Any) -> None:
+        self.embed = embed
+        self.members: list[torch.Tensor] = []  # of [d]
+        self.best: list[float] = []
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        return [self._take(vector) for vector in self.embed([sample.question for sample in samples])]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"members": list(self.members), "best": list(self.best)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.members, self.best = list(state["members"]), list(state["best"])
+
+    def _take(
+        self,
+        x: torch.Tensor,  # [d]
+    ) -> float:
+        distances = [torch.dist(x, member).item() for member in self.members]
+        gains = [max(0.0, d - best) for d, best in zip(distances, self.best, strict=True)]
+        gain = sum(gains) / len(gains) if gains else 1.0
+        if gain > 0.01:
+            self.best = [max(d, best) for d, best in zip(distances, self.best, strict=True)]
+            self.members.append(x)
+            self.best.append(max(distances, default=0.0))
+        return gain
+
+
+class ReleasedGradient:
+    """``|| grad L ||`` of the mean loss given the raw question, not capped, one sample at a time, in the student's own
+    dtype (bfloat16 in the released code).
+
+    Args:
+        student, options: as :class:`acqsynth.rewards.scoring.Scorer`.
+        domain: of the samples.
+        seeds: not used.
+    """
+
+    name = "gradient"
+
+    def __init__(self, student: Any, domain: Domain, seeds: Sequence[Sample] = (), **options: Any) -> None:
+        self.domain = domain
+        arguments = {"grad_norm": {"parameters": "all", "loss": "mean"}}
+        self.scorer = Scorer(student, ("grad_norm",), arguments=arguments, **options)
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        rows = [{"prompt": s.question + "\n", "completion": self.domain.solution(s)} for s in samples]
+        return [self.scorer([row])[0]["grad_norm"][0] for row in rows]
+
+    def refresh(self, student: Any) -> None:
+        self.scorer.refresh(student)
+
+
+Published.released.update(
+    (kind.name, kind)
+    for kind in (ReleasedConfidence, ReleasedAnswerVariance, ReleasedProximity, ReleasedDiversity, ReleasedGradient)
+)
+
+
+def _margins_in_dictionary_order(completion: Completion) -> list[float]:
+    """``p1 - p2`` of each token, of the first two of {drawn token, top tokens} as vLLM orders them."""
+    if completion.top2_logprobs is None or completion.token_logprobs is None:
+        raise ValueError("engine: gave no top2_logprobs and token_logprobs, though they were requested")
+    margins = []
+    for drawn, (first, second) in zip(completion.token_logprobs, completion.top2_logprobs, strict=True):
+        other = second if drawn == first else first
+        margins.append(math.exp(drawn) - math.exp(other))
+    return margins
+
+
+def _labels(
+    vectors: torch.Tensor,  # [k, d]
+) -> int:
+    """Number of different HDBSCAN labels, noise included."""
+    from sklearn.cluster import HDBSCAN
+
+    if len(vectors) < 2:
+        return len(vectors)
+    return len(set(HDBSCAN(min_cluster_size=2, copy=True).fit_predict(vectors.double().numpy()).tolist()))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
 import acqcore
 from acqsynth.domains import Domain, Sample
-from acqsynth.rewards.shared import once
+from acqsynth.rewards.batch import Batch
 
 STUDENT_VARIABLE = "ACQSYNTH_STUDENT"
 
@@ -82,14 +83,19 @@ class Scorer:
         self.max_length = max_length
         self.device = device
         self._reference: acqcore.Reference | None = None
+        self._shared: SharedStudent | None = None
 
     def __call__(self, samples: Sequence[Any]) -> tuple[dict[str, list[float | None]], list[int]]:
-        """Values of each acquisition (None where there is none) and scored tokens of n samples.
+        """Values of each acquisition (None for a sample without one) and scored tokens of n samples.
 
-        Signals of one reward call that hand over the same samples share one pass.
+        Signals of one reward call that pass the same batch share one pass.
         """
-        held = list(samples)  # kept with the result: an id is an object's own only while that lives
-        return once((id(self), *map(id, held)), lambda: (held, self._score(held)))[1]
+        if not isinstance(samples, Batch):
+            return self._score(samples)
+        if self not in samples.scores:
+            samples.scores[self] = self._score(samples)
+        values: tuple[dict[str, list[float | None]], list[int]] = samples.scores[self]
+        return values
 
     def sketches(self, samples: Sequence[Any], **options: Any) -> torch.Tensor:
         """``acqcore.grad_sketch`` of n samples, ``[n, dim]``; options are its ``parameters``, ``dim``, ``seed``."""
@@ -102,32 +108,54 @@ class Scorer:
     def refresh(self, student: Any) -> None:
         """Score for another student from now on; a reference given as samples is passed through it anew."""
         self.student = student
-        self._reference = None
+        self._reference = self._shared = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shared": None}  # another process loads its own
 
     def _score(self, samples: Sequence[Any]) -> tuple[dict[str, list[float | None]], list[int]]:
-        values: dict[str, list[float | None]] = {name: [None] * len(samples) for name in self.acquisitions}
-        lengths = [0] * len(samples)
+        if not samples:
+            return {name: [] for name in self.acquisitions}, []
         with _scoring:
             student = self._student()
             tokenizer = self.tokenizer or student.tokenizer
-            rows = self._rows(samples, tokenizer)
-            # A plain text of one token holds nothing to score: its first token has no predecessor.
-            picked = [i for i, r in enumerate(rows) if not isinstance(r, str) or len(tokenizer(r)["input_ids"]) > 1]
+            passes = self._passes(student, tokenizer)
+            rows, scorable = self._encoded(samples, student, tokenizer, passes["max_length"])
             scores = acqcore.score(
                 student,
-                [rows[i] for i in picked],
+                [rows[i] for i in scorable],
                 self.acquisitions,
                 acquisition_args=self._arguments(student, tokenizer),
                 reduction=self.reduction,
                 progress=False,
-                **self._passes(student, tokenizer),
+                **passes,
             )
-        for j, i in enumerate(picked):
-            lengths[i] = int(scores.n_tokens[j])
-            for name in self.acquisitions:
-                value = scores[name][j].item()
-                values[name][i] = value if math.isfinite(value) else None
-        return values, lengths
+        values: dict[str, list[float | None]] = {}
+        for name in self.acquisitions:
+            found: dict[int, float] = dict(zip(scorable, scores[name].tolist(), strict=True))
+            columns = (found.get(i, math.nan) for i in range(len(samples)))
+            values[name] = [value if math.isfinite(value) else None for value in columns]
+        counts = dict(zip(scorable, scores.n_tokens.tolist(), strict=True))
+        return values, [counts.get(i, 0) for i in range(len(samples))]
+
+    def _encoded(
+        self, samples: Sequence[Any], student: acqcore.Student, tokenizer: Any, max_length: int
+    ) -> tuple[list[acqcore.Row], list[int]]:
+        """Rows of n samples, and which can be scored: a plain text of one token has no token with a predecessor."""
+        given = self._rows(samples, tokenizer)
+        errors: dict[int, str] = {}
+        rows = acqcore.encode(
+            given,
+            tokenizer,
+            vocab_size=student.head.vocab_size,
+            limit=student.max_length,
+            max_length=max_length,
+            errors=errors,
+        )
+        for i, message in errors.items():
+            if not isinstance(given[i], str):
+                raise ValueError(f"samples[{i}]: {message}")
+        return rows, [i for i in range(len(rows)) if i not in errors]
 
     def _passes(self, student: acqcore.Student, tokenizer: Any) -> dict[str, Any]:
         return {
@@ -164,7 +192,9 @@ class Scorer:
                     "the student whose acquisition values are the reward"
                 )
         if isinstance(student, str | os.PathLike):
-            return load_student(os.fspath(student), self.device)
+            if self._shared is None:
+                self._shared = load_student(os.fspath(student), self.device)
+            return self._shared.student
         return student if isinstance(student, acqcore.Student) else acqcore.Student.from_model(student)
 
 
@@ -176,7 +206,27 @@ def training_row(domain: Domain, sample: Sample, chat: bool) -> dict[str, Any]:
     return {"prompt": "\n".join(message["content"] for message in prompt) + "\n", "completion": solution}
 
 
-@functools.cache
-def load_student(path: str, device: str | None) -> acqcore.Student:
-    """The student at ``path``, once a process; every scorer over the same path shares it."""
-    return acqcore.Student.load(path, device=device)
+@dataclass(frozen=True, eq=False)
+class SharedStudent:
+    """A student that the process has loaded: the model for generation, the same weights for scoring."""
+
+    model: Any
+    student: acqcore.Student
+
+
+#: By path and device. A student lives as long as a scorer or an engine holds it.
+_students: WeakValueDictionary[tuple[str, str | None], SharedStudent] = WeakValueDictionary()
+
+
+def load_student(path: str, device: str | None) -> SharedStudent:
+    """The student at ``path``; whoever asks for the same one while it is in use shares it."""
+    shared = _students.get((path, device))
+    if shared is None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        with acqcore.loading_whole():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        model = (model if device is None else model.to(device)).eval()
+        student = acqcore.Student.from_model(model, tokenizer=AutoTokenizer.from_pretrained(path))
+        _students[path, device] = shared = SharedStudent(model, student)
+    return shared

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
@@ -42,7 +42,7 @@ from acqsynth.serve.schema import (
     StudentRequest,
     served_acquisitions,
 )
-from acqsynth.serve.students import Loaded, Question, Students
+from acqsynth.serve.students import Loaded, Question, Students, text_size
 
 logger = logging.getLogger(__name__)
 
@@ -112,16 +112,21 @@ class Service:
             raise InvalidRequestError(f"max_length: expected at most {limits.max_length}, as this server says")
         loaded = self.students.current
         loop = asyncio.get_running_loop()
-        rows, errors = await loop.run_in_executor(self._encoding, loaded.encode, samples, limits.max_length, max_length)
+        rows: list[acqcore.Row] = []
+        errors: dict[int, str] = {}
+        for chunk in _chunks(samples, limits.max_characters):  # others are served between two of them
+            found = await loop.run_in_executor(self._encoding, loaded.encode, chunk, limits, max_length)
+            errors |= {len(rows) + i: message for i, message in found[1].items()}
+            rows += found[0]
         picked = [i for i in range(len(rows)) if i not in errors]
         values: list[Values] = [(None,) * len(question.acquisitions)] * len(rows)
         try:
-            found = await self.batcher.submit(
+            scored = await self.batcher.submit(
                 (loaded, question), [rows[i] for i in picked], [len(rows[i].ids) for i in picked]
             )
         except (ValueError, TypeError) as error:  # the rows are sound: it is what was asked of them
             raise InvalidRequestError(str(error)) from error
-        for i, value in zip(picked, found, strict=True):
+        for i, value in zip(picked, scored, strict=True):
             values[i] = value
         self.metrics.samples.labels("refused").inc(len(errors))
         return loaded, values, [row.n_scored for row in rows], errors
@@ -212,13 +217,16 @@ def create_app(service: Service) -> FastAPI:
         redirect_slashes=False,
     )
     app.add_middleware(Gate, access=service.access, limits=service.limits, metrics=service.metrics)
+    app.state.max_values = 4096 + 128 * service.limits.max_samples
     _handle_errors(app)
     bodies = APIRouter(route_class=JsonRoute)
 
     @bodies.post("/score", response_model=ScoreResponse, responses=_Documented.responses(body=True))
     async def score(body: ScoreRequest, request: Request) -> Response:
         """Values of samples, one a sample and acquisition."""
-        samples = [sample if isinstance(sample, str) else sample.model_dump() for sample in body.samples]
+        samples = [
+            sample if isinstance(sample, str) else sample.model_dump(exclude_unset=True) for sample in body.samples
+        ]
         names = tuple(dict.fromkeys(body.acquisitions))
         arguments = {name: given.model_dump(exclude_none=True) for name, given in body.acquisition_args.items()}
         question = Question(names, body.reduction, json.dumps(arguments, sort_keys=True))
@@ -293,6 +301,20 @@ def _add_handler(app: FastAPI, kind: type[Exception], handler: Callable[[Any], R
         return handler(error)
 
     app.add_exception_handler(kind, handle)
+
+
+def _chunks(samples: Sequence[Any], characters: int) -> Iterator[list[Any]]:
+    """Samples in order, of about so many characters at a time; at least one chunk."""
+    chunk: list[Any] = []
+    total = 0
+    for sample in samples:
+        size = text_size(sample)
+        if chunk and total + size > characters:
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(sample)
+        total += size
+    yield chunk
 
 
 def _logistic(x: float) -> float:

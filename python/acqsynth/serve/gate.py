@@ -30,6 +30,7 @@ class Gate:
         self._limits = limits
         self._metrics = metrics
         self._active = 0
+        self._held = 0  # bytes of bodies
         metrics.watch("acqsynth_active_requests", "Requests that are read or answered now", lambda: self._active)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,8 +47,9 @@ class Gate:
             await send(message)
 
         self._active += 1
+        held = _Held(self, self._limits.max_bodies)
         try:
-            body = await self._admitted(scope, receive)
+            body = await self._admitted(scope, receive, held)
             await self.app(scope, _replayed(body, receive), counted)
         except ServiceError as error:
             # What was not read of the body is still on its way: the connection can not be used again.
@@ -57,11 +59,12 @@ class Gate:
             await error_response(ServiceError("the scorer failed; its log tells why"))(scope, receive, counted)
         finally:
             self._active -= 1
+            held.release()
             route = scope["path"] if scope["path"] in ROUTES else "other"
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(time.monotonic() - begin)
 
-    async def _admitted(self, scope: Scope, receive: Receive) -> bytes:
+    async def _admitted(self, scope: Scope, receive: Receive, held: _Held) -> bytes:
         """The body of a request that may pass."""
         self._access.check(scope["path"], scope["headers"])
         if self._active > self._limits.max_requests and scope["path"] not in OPEN:
@@ -74,12 +77,34 @@ class Gate:
             raise TooLargeError(f"the body has {declared[:18]} bytes, at most {most} are taken")
         try:
             async with asyncio.timeout(self._limits.body_timeout):
-                return await _read(receive, most)
+                return await _read(receive, most, held)
         except TimeoutError:
             raise SlowBodyError(f"the body did not arrive in {self._limits.body_timeout:g} seconds") from None
 
 
-async def _read(receive: Receive, most: int) -> bytes:
+class _Held:
+    """The bytes that one request adds to those of a gate."""
+
+    def __init__(self, gate: Gate, most: int) -> None:
+        self._gate = gate
+        self._most = most
+        self._size = 0
+
+    def add(self, size: int) -> None:
+        """
+        Raises:
+            BusyError: all requests together hold too many bytes.
+        """
+        self._size += size
+        self._gate._held += size
+        if self._gate._held > self._most:
+            raise BusyError(f"requests of {self._most} bytes are being answered, which is the most", 1)
+
+    def release(self) -> None:
+        self._gate._held -= self._size
+
+
+async def _read(receive: Receive, most: int, held: _Held) -> bytes:
     pieces: list[bytes] = []
     size = 0
     while True:
@@ -88,6 +113,7 @@ async def _read(receive: Receive, most: int) -> bytes:
             raise GoneError("the client closed the connection")
         pieces.append(message.get("body", b""))
         size += len(pieces[-1])
+        held.add(len(pieces[-1]))
         if size > most:
             raise TooLargeError(f"the body has more than {most} bytes, at most {most} are taken")
         if not message.get("more_body", False):

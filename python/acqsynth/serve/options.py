@@ -23,8 +23,10 @@ class Limits:
         queue_tokens: tokens that may wait; beyond them a request is told to come again (429).
         max_samples: of a request.
         max_length: tokens of a sample.
+        max_characters: of a sample; a longer one is not tokenized.
         max_body: bytes of a request's body.
-        max_requests: that are read or answered at a time; with ``max_body`` a bound on memory.
+        max_bodies: bytes of all bodies held at a time, a bound on memory; beyond it requests get 429.
+        max_requests: most requests read or answered at a time.
         timeout: seconds from the arrival of a request to its answer, else 504.
         body_timeout: seconds in which a body has to arrive, else 408.
 
@@ -37,17 +39,23 @@ class Limits:
     queue_tokens: int = 262_144
     max_samples: int = 256
     max_length: int = 2048
+    max_characters: int = 1 << 16
     max_body: int = 8 << 20
+    max_bodies: int = 64 << 20
     max_requests: int = 256
     timeout: float = 120.0
     body_timeout: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("batch_tokens", "queue_tokens", "max_samples", "max_body", "max_requests"):
+        for name in (
+            "batch_tokens", "queue_tokens", "max_samples", "max_characters", "max_body", "max_bodies", "max_requests"
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.max_length < 2:
             raise ValueError(f"max_length: expected at least 2 tokens, got {self.max_length}")
+        if self.max_bodies < self.max_body:
+            raise ValueError(f"max_bodies: expected at least max_body ({self.max_body} bytes), got {self.max_bodies}")
         if not 0 <= self.wait < float("inf"):
             raise ValueError(f"wait: expected seconds, 0 or more, got {self.wait}")
         for name in ("timeout", "body_timeout"):
@@ -106,7 +114,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--queue-tokens", type=int, default=default.queue_tokens, help="tokens that may wait (%(default)s)")
     add("--max-samples", type=int, default=default.max_samples, help="of a request (%(default)s)")
     add("--max-length", type=int, default=default.max_length, help="tokens of a sample (%(default)s)")
+    add(
+        "--max-characters", type=int, default=default.max_characters,
+        help="characters of a sample; a longer one is not tokenized (%(default)s)",
+    )  # fmt: skip
     add("--max-body", type=int, default=default.max_body, help="bytes of a request (%(default)s)")
+    add("--max-bodies", type=int, default=default.max_bodies, help="bytes of all requests held at once (%(default)s)")
     add("--max-requests", type=int, default=default.max_requests, help="in work at a time (%(default)s)")
     add("--timeout", type=float, default=default.timeout, help="seconds to an answer (%(default)s)")
     add("--body-timeout", type=float, default=default.body_timeout, help="seconds for a body to arrive (%(default)s)")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -42,7 +43,11 @@ class _Served:
         return name
 
 
-AcquisitionName = Annotated[str, _Served()]
+AcquisitionName = Annotated[str, Field(max_length=64), _Served()]
+
+T = TypeVar("T")
+Few = Annotated[list[T], Field(max_length=1024, fail_fast=True)]
+Many = Annotated[list[T], Field(fail_fast=True)]
 
 
 class _Body(BaseModel):
@@ -50,21 +55,53 @@ class _Body(BaseModel):
 
 
 class Message(_Body):
-    role: str
-    content: str
+    """A turn, as chat templates take it."""
+
+    role: str = Field(max_length=64)
+    content: str | Few[dict[str, Any]] | None = None
+    name: str | None = Field(None, max_length=256)
+    reasoning_content: str | None = None
+    tool_calls: Few[dict[str, Any]] | None = None
+    tool_call_id: str | None = Field(None, max_length=256)
+
+
+#: Parameters of ``apply_chat_template`` that are the server's own; a template from a request would be run here.
+RESERVED = frozenset(
+    {
+        *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
+
+
+def _variable(name: str) -> str:
+    if not name.isidentifier() or name in RESERVED:
+        raise ValueError("expected the name of a variable of the chat template")
+    return name
+
+
+Variable = Annotated[str, Field(max_length=64), AfterValidator(_variable)]
+
+
+class _Conversation(_Body):
+    tools: Few[dict[str, Any]] | None = Field(None, description="given to the chat template")
+    chat_template_kwargs: dict[Variable, bool | int | float | str] | None = Field(
+        None, description="variables of the chat template"
+    )
 
 
 class TextSample(_Body):
     text: str
 
 
-class CompletionSample(_Body):
-    prompt: str | list[Message]
-    completion: str | list[Message]
+class CompletionSample(_Conversation):
+    prompt: str | Few[Message]
+    completion: str | Few[Message]
 
 
-class ConversationSample(_Body):
-    messages: list[Message]
+class ConversationSample(_Conversation):
+    messages: Few[Message]
 
 
 def _kind(sample: Any) -> str:
@@ -100,8 +137,8 @@ class Arguments(_Body):
 
 
 class ScoreRequest(_Body):
-    samples: list[Sample] = Field(description="as acqcore.score takes them, all of one kind")
-    acquisitions: list[AcquisitionName] = Field(["entropy"], min_length=1, max_length=32)
+    samples: Many[Sample] = Field(description="as acqcore.score takes them, all of one kind")
+    acquisitions: list[AcquisitionName] = Field(["entropy"], min_length=1, max_length=32, fail_fast=True)
     acquisition_args: dict[AcquisitionName, Arguments] = Field({}, description="name -> arguments")
     reduction: Literal["mean", "sum", "max", "topk"] = "mean"
     max_length: int | None = Field(
@@ -131,9 +168,9 @@ class ScoreResponse(BaseModel):
 class RewardRequest(_Body):
     """The wire format of OpenRLHF 0.11."""
 
-    query: list[str] = Field(description="prompts, each with its response behind it")
-    prompts: list[str]
-    labels: list[Any] | None = Field(None, description="not read")
+    query: Many[str] = Field(description="prompts, each with its response behind it")
+    prompts: Many[str]
+    labels: Many[Any] | None = Field(None, description="not read")
 
 
 class RewardResponse(BaseModel):

@@ -18,6 +18,7 @@ import acqcore
 from acqsynth.models import resolve
 from acqsynth.serve.app import Service, create_app
 from acqsynth.serve.auth import Access
+from acqsynth.serve.connections import bounded_protocol
 from acqsynth.serve.options import (
     ADMIN_TOKEN_VARIABLE,
     TOKEN_VARIABLE,
@@ -67,6 +68,7 @@ def main(options: argparse.Namespace) -> int:
     print(told(service, listener, options), flush=True)
     config = uvicorn.Config(
         create_app(service),
+        http=bounded_protocol(service.limits),
         access_log=False,
         log_level="warning",
         server_header=False,

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,9 @@ import torch
 
 import acqcore
 from acqsynth.serve.errors import ForbiddenError, InvalidRequestError, ReloadInProgressError
+from acqsynth.serve.options import Limits
+
+EMPTY = acqcore.Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,17 +38,44 @@ class Loaded:
         return {"name": self.name, "version": self.version, "fingerprint": self.fingerprint}
 
     def encode(
-        self, samples: Sequence[Any], limit: int, max_length: int | None
+        self, samples: Sequence[Any], limits: Limits, max_length: int | None
     ) -> tuple[list[acqcore.Row], dict[int, str]]:
-        """Rows of n samples, and why those that have none can not be scored: index -> message.
+        """Rows of n samples, and why some cannot be scored: index -> message. Their row is empty.
 
         Args:
-            limit: most tokens of a sample; those of a longer one can not be scored.
-            max_length: cut longer ones to so many tokens, as in ``acqcore.score``.
+            limits: ``max_length`` tokens and ``max_characters`` bound each sample.
+            max_length: truncate to this many tokens, as in ``acqcore.score``.
         """
-        errors: dict[int, str] = {}
-        limit = min(limit, self.student.max_length or limit)
-        rows = acqcore.encode(
+        most = limits.max_characters
+        errors = {
+            i: f"{size} characters, at most {most} are tokenized"
+            for i, sample in enumerate(samples)
+            if (size := text_size(sample)) > most
+        }
+        if errors:
+            fit = [i for i in range(len(samples)) if i not in errors]
+            rows, others = self.encode([samples[i] for i in fit], limits, max_length)
+            placed = dict(zip(fit, rows, strict=True))
+            errors |= {fit[i]: message for i, message in others.items()}
+            return [placed.get(i, EMPTY) for i in range(len(samples))], errors
+        try:
+            return self._encode(samples, limits, max_length, errors), errors
+        except Exception as error:  # templates and tokenizers raise anything
+            errors.clear()
+            if len(samples) == 1:
+                return [EMPTY], {0: f"{type(error).__name__}: {error}"[:500]}
+            rows = []
+            for i, sample in enumerate(samples):
+                [row], alone = self.encode([sample], limits, max_length)
+                rows.append(row)
+                errors.update((i, message) for message in alone.values())
+            return rows, errors
+
+    def _encode(
+        self, samples: Sequence[Any], limits: Limits, max_length: int | None, errors: dict[int, str]
+    ) -> list[acqcore.Row]:
+        limit = min(limits.max_length, self.student.max_length or limits.max_length)
+        return acqcore.encode(
             samples,
             self.student.tokenizer,
             vocab_size=self.vocab_size,
@@ -53,7 +83,6 @@ class Loaded:
             max_length=None if max_length is None else min(max_length, limit),
             errors=errors,
         )
-        return rows, errors
 
 
 @dataclass(frozen=True)
@@ -127,6 +156,17 @@ class Students:
     def _read(self, folder: Path) -> tuple[acqcore.Student, str]:
         student = acqcore.Student.load(folder, device=self._device)
         return student, fingerprint(student)
+
+
+def text_size(value: Any) -> int:
+    """Characters of all text in a sample."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(text_size(key) + text_size(item) for key, item in value.items())
+    if isinstance(value, Sequence):
+        return sum(map(text_size, value))
+    return 0
 
 
 def _inside(root: Path, path: str) -> Path:

@@ -67,6 +67,35 @@ def test_canonical_forgets_layout_comments_docstrings_and_asserts() -> None:
         assert isinstance(code.canonical(hostile), str)
 
 
+@pytest.mark.parametrize(
+    "deep",
+    ["+".join(["1"] * n) for n in (330, 900, 3000)]
+    + ["not " * 150 + "1", "-" * 500 + "1", "f" + "(1)" * 400, "x" + ".y" * 400, "[" * 150 + "]" * 150, "9" * 4000],
+)
+def test_programs_that_nest_too_deep_are_handled(deep: str) -> None:
+    """``ast.unparse`` raises where ``ast.parse`` does not."""
+    for source in (f"def f(x): return {deep}\nassert f(1) == 1", f"def f(x): return x\nassert f(1) == {deep}", deep):
+        assert isinstance(code.canonical(source), str)
+        for text in (source, source.replace("\n", "; ")):
+            parts = split_asserts(text)
+            assert parts is None or isinstance(parts[0], str)
+            sample = code.parse(f"<question>Write f, please: it is simple.</question><answer>{fenced(text)}</answer>")
+            assert sample is not None
+            assert code.fault(sample) is None or isinstance(code.fault(sample), str)
+            assert code.generator_prompt([sample])
+
+
+@pytest.mark.parametrize("end", ["\f", "\x0b", "\x1c", "\u2028", "\x85", "\r", "\r\n"])
+def test_lines_are_those_that_python_counts(end: str) -> None:
+    parts = split_asserts(
+        f"s = 'a'  # one{end if end.startswith(chr(13)) else end + chr(10)}def f(x): return x\nassert f(1) == 1\ny = 2"
+    )
+    assert parts is not None
+    assert "def f(x): return x" in parts[0]
+    assert "y = 2" in parts[0]
+    assert "assert" not in parts[0]
+
+
 def test_asserts_are_split_from_the_program() -> None:
     source = (
         "# Adds.\ndef f(x):\n    assert x\n    return x\n\nassert f(\n    1\n) == 1\nx = 2\nassert f(x) == 2  # two"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -57,12 +58,19 @@ def test_answer_of(math: Math, completion: str, answer: str | None) -> None:
             "18 dollars",
             "$18$",
             "18.",
-            "18\\text{ cm}",
             "018",
-            "18 km",
             "\\(18\\)",
         ),
-        ("1/2", "0.5", ".50", "\\frac{1}{2}", "\\dfrac12", "2/4", "$\\tfrac{1}{2}$", "0.5 miles per hour"),
+        ("1/2", "0.5", ".50", "\\frac{1}{2}", "\\dfrac12", "2/4", "$\\tfrac{1}{2}$"),
+        ("1/2 mi per h", "0.5 miles per hour", ".5 mph", "\\frac12\\text{ mi/h}"),
+        ("18 cm", "18\\text{ cm}", "18.0 centimeters", "18cm", "18\\,\\mathrm{cm}"),
+        ("18 cm^2", "18 square centimeters", "18\\text{ cm}^2", "18 cm^{2}"),
+        ("24", "2 dozen", "24.0"),
+        ("5000000", "$5 million", "5\\text{ million dollars}", "5 thousand thousand", "50 hundred thousand"),
+        ("10:30 am", "10:30 a.m.", "10:30 AM", "10:30am"),
+        ("18 egg", "18 eggs", "18.0 Eggs"),
+        ("20 celsius", "20°C", "20 degrees Celsius", "20^\\circ C"),
+        ("x_1", "x_{1}", "$x_1$"),
         ("-3/2", "-1.5", "-1 1/2", "-1\\frac{1}{2}", "- \\frac{3}{2}"),
         ("1450000", "1,450,000", "1,450,000.0", "1{,}450{,}000"),
         ("50%", "50\\%", "50.0 %", "50 percent"),
@@ -78,6 +86,18 @@ def test_equal_answers_have_one_canonical_form(math: Math, forms: tuple[str, ...
 
 def test_other_answers_have_other_canonical_forms(math: Math) -> None:
     answers = ["5", "5 x", "5%", "-5", "5 5", "55", "5, 5", "5 or 6", "1/0", "0", "5:5", "12,34", "1234", ""]
+    answers += [
+        "5 km",
+        "5 m",
+        "5 km^2",
+        "5 km per h",
+        "5 million km",
+        "5 euros",
+        "5 am",
+        "5 minus one",
+        "5 squared",
+        "5 i",
+    ]
     assert len({math.canonical(answer) for answer in answers}) == len(answers)
 
 
@@ -109,6 +129,119 @@ def test_other_answers_have_other_canonical_forms(math: Math) -> None:
 )
 def test_equivalent(math: Math, gold: str, answer: str | None, right: bool) -> None:
     assert math.equivalent([Sample("?", gold)], [answer]) == [right]
+
+
+@pytest.mark.parametrize(
+    ("gold", "answers"),
+    [
+        # What a number begins is not the number.
+        (
+            "4",
+            [
+                "4\\sqrt(2)",
+                "4\\mathrm{e}",
+                "4_{8}",
+                "4_8",
+                "4**2",
+                "4|7",
+                "4+",
+                "4-",
+                "4/",
+                "4^",
+                "4\\cdot",
+                "4(",
+                "4)",
+            ],
+        ),
+        (
+            "4",
+            [
+                "4'",
+                "4''",
+                "4\\ldots",
+                "4...",
+                "4, ",
+                "4;",
+                "4:",
+                "4!",
+                "4?",
+                "4i",
+                "4e",
+                "4 or",
+                "4 x",
+                "4\\pm1",
+                "4\\%\\%",
+            ],
+        ),
+        ("4", ["4\\text{ or }5", "4 mod 7", "4 \\pmod 7", "4 squared", "4 minus one", "4 plus", "4 or more than five"]),
+        ("101_2", ["101_3", "101", "101_{10}", "5_2"]),
+        ("f(2)=3", ["f(2)=4", "f(3)=3", "g(2)=3", "f(2)=3=4"]),
+        ("5", ["x+y=5", "2x=5", "x=5=6", "x<5", "x\\ne 5"]),
+        ("x=1", ["x=2", "y=1", "2x=1"]),
+        # Number words and units are part of the value.
+        ("\\$5 million", ["\\$5", "5", "5 billion", "\\$5,000"]),
+        ("2 dozen", ["2", "12", "2 hundred"]),
+        ("3 km", ["3 m", "3 miles", "3 km^2", "3 km per hour", "4 km"]),
+        ("20 minutes", ["20 hours", "20 seconds", "20 minutes per day"]),
+        ("10:30 am", ["10:30 pm", "11:30 am", "1:3"]),
+        ("$5", ["5 euros", "€5", "5 cents", "5%"]),
+        ("20°C", ["20°F", "21°C"]),
+        ("50%", ["0.05", "5000%", "50 cm", "0.5 km", "50 percent of 10"]),
+        ("2\\sqrt{3} cm", ["2\\sqrt{3} km", "2\\sqrt{2} cm"]),
+    ],
+)
+def test_answers_that_differ_in_any_part(math: Math, gold: str, answers: list[str]) -> None:
+    right = math.equivalent([Sample("?", gold)] * len(answers), answers)
+    assert [answer for answer, equal in zip(answers, right, strict=True) if equal] == []
+    right = math.equivalent([Sample("?", answer) for answer in answers], [gold] * len(answers))
+    assert [answer for answer, equal in zip(answers, right, strict=True) if equal] == []
+
+
+@pytest.mark.parametrize(
+    ("gold", "answers"),
+    [
+        ("4", ["(4)", "\\sqrt{16}", "2+2", "4.0", "x = 4", "f(2)=4", "\\text{Area} = 4", "8/2", "2^2", "\\{4\\}"]),
+        ("5000000", ["5 million", "\\$5 million", "5\\times 10^6", "5\\text{ million}", "5 million people"]),
+        ("24", ["2 dozen", "2 dozen eggs", "24 eggs"]),
+        ("3 km", ["3", "3.0 kilometers", "3 kilometres", "x = 3 km"]),
+        ("3", ["3 km", "3 people", "3 times", "3 brown eggs", "\\frac{6}{2} hours"]),
+        ("18 eggs", ["18 brown eggs", "18", "18 Eggs"]),
+        ("50%", ["0.5", "50", "1/2", "\\frac{1}{2}", "50 percent"]),
+        ("0.5", ["50%", "50\\%"]),
+        ("10:30 am", ["10:30", "10:30 A.M."]),
+        ("60°", ["60", "60 degrees", "60^\\circ"]),
+        ("2\\sqrt{3} cm", ["\\sqrt{12}", "\\sqrt{12}\\text{ cm}"]),
+        ("f(2)=3", ["f(2) = 3.0", "3"]),
+        ("y=2x+1", ["y = 1 + 2x", "2x+1"]),
+        ("4\\frac12 hours", ["4.5 hours", "9/2"]),
+    ],
+)
+def test_the_same_answer_in_other_words(math: Math, gold: str, answers: list[str]) -> None:
+    right = math.equivalent([Sample("?", gold)] * len(answers), answers)
+    assert [answer for answer, equal in zip(answers, right, strict=True) if not equal] == []
+
+
+@pytest.mark.parametrize("part", ["\\boxed{", "\\boxed", "{", "}", "\\boxed{}", "\\boxed{1", "\\boxed {{"])
+def test_long_completions_are_read_in_linear_time(math: Math, part: str) -> None:
+    begin = time.monotonic()
+    math.answer_of(part * (400_000 // len(part)))
+    math.answer_of(part * (200_000 // len(part)) + "\\boxed{7}")
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("\\boxed{\\boxed{3}}", "3"),
+        ("\\boxed{1 + \\boxed{2} }", "2"),
+        ("\\boxed{x_{1}} } and {\\boxed {y}", "y"),
+        ("\\boxed{4} \\boxed{5", "4"),
+        ("\\boxed{4} \\boxed{ }", "4"),
+        ("{\\boxed{4}", "4"),
+    ],
+)
+def test_boxes_in_boxes(math: Math, completion: str, answer: str) -> None:
+    assert math.answer_of(completion) == answer
 
 
 def test_naming_many_answers_gains_nothing(math: Math) -> None:

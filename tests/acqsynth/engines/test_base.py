@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from acqsynth import engines
-from acqsynth.engines import Sampling
-from acqsynth.engines.tokens import completion, encode, eos_ids
+from acqsynth.engines import Sampling, completion, encode, eos_ids
 
 
 @pytest.mark.parametrize(
@@ -21,19 +18,19 @@ from acqsynth.engines.tokens import completion, encode, eos_ids
         ({"seed": -1}, "seed: expected at least 0, got -1"),
     ],
 )
-def test_sampling_out_of_range(options: dict[str, Any], message: str) -> None:
+def test_sampling_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
 
 
-def test_load_by_name(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_load_by_name(model, tokenizer):
     engine = engines.load("transformers", model, tokenizer=tokenizer, batch_tokens=64)
     assert (engine.name, engine.model, engine.batch_tokens) == ("transformers", model, 64)
     with pytest.raises(ValueError, match="name: unknown engine 'sglang', expected one of transformers, vllm"):
         engines.load("sglang", model)
 
 
-def test_encode_messages_and_strings(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_encode_messages_and_strings(tokenizer):
     chat, text = encode(tokenizer, [[{"role": "user", "content": "Hi"}], "Hi"], None)
     assert tokenizer.decode(chat) == "<|user|>Hi</s><|assistant|>"
     assert tokenizer.decode(text) == "Hi"
@@ -43,13 +40,13 @@ def test_encode_messages_and_strings(tokenizer: PreTrainedTokenizerFast) -> None
         encode(tokenizer, ["abc"], 3)
 
 
-def test_messages_need_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_messages_need_a_template(tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match=r"prompts\[0\]: expected a string, as the tokenizer has no chat template"):
         encode(bare, [[{"role": "user", "content": "Hi"}]], None)
 
 
-def test_every_end_token_counts(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_every_end_token_counts(model, tokenizer):
     end = tokenizer.eos_token_id
     assert eos_ids(tokenizer, None) == [end]
     model.generation_config.eos_token_id = [7, 9]

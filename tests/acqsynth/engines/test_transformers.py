@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from acqsynth.engines import Sampling
 from acqsynth.engines.transformers import TransformersEngine, batches
@@ -16,15 +14,15 @@ GREEDY = Sampling(temperature=0.0, max_tokens=12)
 
 
 @pytest.fixture
-def engine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> TransformersEngine:
+def engine(model, tokenizer):
     return TransformersEngine(model.eval(), tokenizer, batch_tokens=10_000)
 
 
-def texts(groups: list[list[Any]]) -> list[list[str]]:
+def texts(groups):
     return [[draw.text for draw in group] for group in groups]
 
 
-def alone(engine: TransformersEngine, prompt: Any, tokens: int) -> list[int]:
+def alone(engine, prompt, tokens):
     """What ``model.generate`` writes for one prompt without padding, its end token cut."""
     tokenizer = engine.tokenizer
     if isinstance(prompt, str):
@@ -38,29 +36,27 @@ def alone(engine: TransformersEngine, prompt: Any, tokens: int) -> list[int]:
 
 
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
-def test_greedy_equals_one_prompt_at_a_time(engine: TransformersEngine, budget: int) -> None:
+def test_greedy_equals_one_prompt_at_a_time(engine, budget):
     engine.batch_tokens = budget
     groups = engine.generate(PROMPTS, GREEDY)
     assert [group[0].token_ids for group in groups] == [alone(engine, prompt, 12) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("kind", ["GPT2", "Gemma3", "Qwen2"])
-def test_learned_positions_sliding_windows_and_tied_heads(
-    tiny_model: Any, tokenizer: PreTrainedTokenizerFast, kind: str
-) -> None:
+def test_learned_positions_sliding_windows_and_tied_heads(tiny_model, tokenizer, kind):
     engine = TransformersEngine(tiny_model(kind, eos_token_id=tokenizer.eos_token_id), tokenizer)
     prompts = ["a", "What is 6 * 7?", "b" * 57]  # of 64 positions
     groups = engine.generate(prompts, GREEDY)
     assert [g[0].token_ids for g in groups] == [alone(engine, p, min(12, 64 - len(p))) for p in prompts]
 
 
-def test_greedy_draws_are_one_text(engine: TransformersEngine) -> None:
+def test_greedy_draws_are_one_text(engine):
     groups = engine.generate(PROMPTS[:2], replace(GREEDY, n=3))
     assert [len(group) for group in groups] == [3, 3]
     assert all(draw == group[0] for group in groups for draw in group)
 
 
-def test_seeds_decide_the_draws(engine: TransformersEngine) -> None:
+def test_seeds_decide_the_draws(engine):
     sampling = Sampling(n=3, max_tokens=12, seed=5)
     first = texts(engine.generate(PROMPTS, sampling))
     torch.rand(3)  # the caller's random numbers have no part in it
@@ -71,25 +67,25 @@ def test_seeds_decide_the_draws(engine: TransformersEngine) -> None:
     assert len(set(texts(engine.generate(["a"], sampling))[0])) == 3
 
 
-def test_a_small_nucleus_is_the_greedy_text(engine: TransformersEngine) -> None:
+def test_a_small_nucleus_is_the_greedy_text(engine):
     sampled = engine.generate(PROMPTS, Sampling(top_p=1e-6, max_tokens=12))
     assert texts(sampled) == texts(engine.generate(PROMPTS, GREEDY))
 
 
-def test_temperature_flattens(engine: TransformersEngine) -> None:
+def test_temperature_flattens(engine):
     greedy = engine.generate(["a"], GREEDY)[0][0].token_ids
     cold = engine.generate(["a"], Sampling(temperature=1e-3, max_tokens=12))[0][0].token_ids
     hot = engine.generate(["a"], Sampling(temperature=50.0, max_tokens=12))[0][0].token_ids
     assert cold == greedy != hot
 
 
-def test_what_the_generation_configuration_asks_for_does_not_bend_sampling(engine: TransformersEngine) -> None:
+def test_what_the_generation_configuration_asks_for_does_not_bend_sampling(engine):
     before = texts(engine.generate(PROMPTS, Sampling(max_tokens=12)))
     engine.model.generation_config.update(repetition_penalty=5.0, top_k=1, temperature=0.1)
     assert texts(engine.generate(PROMPTS, Sampling(max_tokens=12))) == before
 
 
-def test_any_of_several_end_tokens_ends(engine: TransformersEngine) -> None:
+def test_any_of_several_end_tokens_ends(engine):
     whole = alone(engine, "a", 12)
     engine.model.generation_config.eos_token_id = [engine.tokenizer.eos_token_id, whole[4]]
     [[cut]] = engine.generate(["a"], GREEDY)
@@ -102,7 +98,7 @@ def test_any_of_several_end_tokens_ends(engine: TransformersEngine) -> None:
     assert not endless.finished
 
 
-def test_logprobs_are_those_of_a_full_forward(engine: TransformersEngine) -> None:
+def test_logprobs_are_those_of_a_full_forward(engine):
     sampling = Sampling(n=2, temperature=0.5, top_p=0.9, max_tokens=12, top2=True)
     groups = engine.generate(PROMPTS[:3], sampling)
     for prompt, group in zip(PROMPTS, groups, strict=False):
@@ -120,7 +116,7 @@ def test_logprobs_are_those_of_a_full_forward(engine: TransformersEngine) -> Non
     assert plain.token_logprobs is None
 
 
-def test_the_model_in_training_is_left_as_found(engine: TransformersEngine) -> None:
+def test_the_model_in_training_is_left_as_found(engine):
     model = engine.model
     written = texts(engine.generate(PROMPTS, GREEDY))
     model.train()
@@ -144,7 +140,7 @@ def test_the_model_in_training_is_left_as_found(engine: TransformersEngine) -> N
     assert model.training
 
 
-def test_completions_end_where_the_positions_end(engine: TransformersEngine) -> None:
+def test_completions_end_where_the_positions_end(engine):
     engine.model.config.max_position_embeddings = 20
     short, long = engine.generate(["a", "a" * 15], Sampling(temperature=0.0, max_tokens=12))
     assert long[0].token_ids == alone(engine, "a" * 15, 5)
@@ -153,18 +149,18 @@ def test_completions_end_where_the_positions_end(engine: TransformersEngine) -> 
         engine.generate(["a" * 20], GREEDY)
 
 
-def test_nothing_asked_nothing_written(engine: TransformersEngine) -> None:
+def test_nothing_asked_nothing_written(engine):
     assert engine.generate([], GREEDY) == []
 
 
-def test_batches_keep_to_the_budget() -> None:
+def test_batches_keep_to_the_budget():
     lengths, room = [3, 9, 5, 5, 30], [10, 10, 10, 10, 2]
     assert list(batches(lengths, room, 40)) == [[4], [1, 2], [3, 0]]
     assert list(batches(lengths, room, 1)) == [[4], [1], [2], [3], [0]]
     assert list(batches([], [], 40)) == []
 
 
-def test_reload_from_a_state_dict_and_a_folder(engine: TransformersEngine, tmp_path: Path) -> None:
+def test_reload_from_a_state_dict_and_a_folder(engine, tmp_path):
     before = texts(engine.generate(PROMPTS, GREEDY))
     old = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
     new = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in old.items()}
@@ -178,7 +174,7 @@ def test_reload_from_a_state_dict_and_a_folder(engine: TransformersEngine, tmp_p
     assert texts(engine.generate(PROMPTS, GREEDY)) == after
 
 
-def test_a_wrong_state_changes_nothing(engine: TransformersEngine, tmp_path: Path) -> None:
+def test_a_wrong_state_changes_nothing(engine, tmp_path):
     old = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
     wrong = {name: tensor + 1 for name, tensor in old.items()}
     wrong["lm_head.weight"] = wrong["lm_head.weight"][:5]
@@ -192,7 +188,7 @@ def test_a_wrong_state_changes_nothing(engine: TransformersEngine, tmp_path: Pat
         engine.reload(tmp_path / "none")
 
 
-def test_a_tied_head_may_be_missing(tiny_model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_tied_head_may_be_missing(tiny_model, tokenizer):
     engine = TransformersEngine(tiny_model("Qwen2"), tokenizer)
     state = {n: t.clone() for n, t in engine.model.state_dict().items() if n != "lm_head.weight"}
     state["model.embed_tokens.weight"] += 1
@@ -200,13 +196,13 @@ def test_a_tied_head_may_be_missing(tiny_model: Any, tokenizer: PreTrainedTokeni
     assert engine.model.lm_head.weight.equal(state["model.embed_tokens.weight"])
 
 
-def test_a_path_brings_its_tokenizer(student_path: Path, engine: TransformersEngine) -> None:
+def test_a_path_brings_its_tokenizer(student_path, engine):
     loaded = TransformersEngine(student_path, device="cpu")
     assert not loaded.model.training
     assert texts(loaded.generate(PROMPTS, GREEDY)) == texts(engine.generate(PROMPTS, GREEDY))
 
 
-def test_wrong_arguments(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_wrong_arguments(model, tokenizer):
     with pytest.raises(ValueError, match="tokenizer: expected the model's"):
         TransformersEngine(model)
     with pytest.raises(ValueError, match="device, dtype: expected None"):

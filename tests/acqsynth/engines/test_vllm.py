@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,18 +21,18 @@ PROMPTS: list[Any] = [
 GREEDY = Sampling(temperature=0.0, max_tokens=12)
 
 
-def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(RuntimeError, match=r'needs the package vllm .*run pip install "acqcore\[vllm\]"'):
         engines.load("vllm", "some/model")
 
 
-def test_a_model_object_is_refused(model: Any, tokenizer: Any) -> None:
+def test_a_model_object_is_refused(model, tokenizer):
     with pytest.raises(TypeError, match=r"model: expected a path or hub id, .* got LlamaForCausalLM"):
         engines.load("vllm", model, tokenizer=tokenizer)
 
 
-def test_the_drawn_token_does_not_pass_for_the_top_one() -> None:
+def test_the_drawn_token_does_not_pass_for_the_top_one():
     entry = type("Logprob", (), {"__init__": lambda self, logprob: setattr(self, "logprob", logprob)})
     drawn_first = {5: entry(-4.0), 1: entry(-0.2), 2: entry(-1.9)}
     drawn_is_top = {1: entry(-0.2), 2: entry(-1.9)}
@@ -43,7 +41,7 @@ def test_the_drawn_token_does_not_pass_for_the_top_one() -> None:
 
 
 @pytest.fixture(scope="module")
-def path() -> Path:
+def path():
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
     from acqsynth.models import smollm2_path
@@ -55,18 +53,18 @@ def path() -> Path:
 
 
 @pytest.fixture(scope="module")
-def engine(path: Path) -> Iterator[VllmEngine]:
+def engine(path):
     engine = VllmEngine(path, dtype="float32", max_model_len=256, enforce_eager=True, max_num_seqs=16)
     yield engine
     engine.llm.llm_engine.engine_core.shutdown()
 
 
-def ids(groups: list[list[Any]]) -> list[list[list[int]]]:
+def ids(groups):
     return [[draw.token_ids for draw in group] for group in groups]
 
 
 @pytest.mark.network
-def test_greedy_and_top2_are_those_of_transformers(engine: VllmEngine, path: Path) -> None:
+def test_greedy_and_top2_are_those_of_transformers(engine, path):
     sampling = replace(GREEDY, top2=True)
     ours = engine.generate(PROMPTS, sampling)
     theirs = engines.load("transformers", path, device="cpu").generate(PROMPTS, sampling)
@@ -80,7 +78,7 @@ def test_greedy_and_top2_are_those_of_transformers(engine: VllmEngine, path: Pat
 
 
 @pytest.mark.network
-def test_several_draws_and_seeds(engine: VllmEngine) -> None:
+def test_several_draws_and_seeds(engine):
     sampling = Sampling(n=3, max_tokens=12, seed=5)
     prompts = [PROMPTS[1], PROMPTS[1]]  # equal prompts draw apart
     first = ids(engine.generate(prompts, sampling))
@@ -92,7 +90,7 @@ def test_several_draws_and_seeds(engine: VllmEngine) -> None:
 
 
 @pytest.mark.network
-def test_reload_takes_new_weights(engine: VllmEngine, path: Path, tmp_path: Path) -> None:
+def test_reload_takes_new_weights(engine, path, tmp_path):
     from transformers import AutoModelForCausalLM
 
     before = ids(engine.generate(PROMPTS, GREEDY))
@@ -114,7 +112,7 @@ def test_reload_takes_new_weights(engine: VllmEngine, path: Path, tmp_path: Path
 
 
 @pytest.mark.network
-def test_an_adapter_is_used(path: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_used(path, tmp_path):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

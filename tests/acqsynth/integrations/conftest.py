@@ -6,12 +6,11 @@ import itertools
 import sys
 import time
 import types
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from acqsynth.domains import Domain, Sample
+from acqsynth.domains import Domain
 from acqsynth.integrations.scorer import REWARD_VARIABLE
 from acqsynth.rewards import ComposedReward
 from acqsynth.rewards.gates import Check
@@ -31,10 +30,10 @@ class Number:
 
     name = "number"
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.sizes: list[int] = []
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+    def __call__(self, samples):
         self.sizes.append(len(samples))
         if any(sample.answer == "99" for sample in samples):
             raise RuntimeError("out of memory")
@@ -45,16 +44,16 @@ _count = itertools.count()
 
 
 @pytest.fixture
-def number() -> Number:
+def number():
     return Number()
 
 
 @pytest.fixture
-def built(number: Number, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[ComposedReward]:
+def built(number, monkeypatch, request):
     """The rewards made so far by the function that the environment names."""
     made: list[ComposedReward] = []
 
-    def build() -> ComposedReward:
+    def build():
         time.sleep(0.1)  # as loading takes: callers that come meanwhile must not make another
         gates = [Check("positive", lambda sample: not sample.answer.startswith("-"))]
         fusion = getattr(request, "param", "raw")

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
 
 from acqsynth.integrations.openrlhf import response_of, reward_func
 from acqsynth.integrations.scorer import REWARD_VARIABLE
-from acqsynth.rewards import ComposedReward
 
 PROMPT = "<|im_start|>user\nLike this: <question>A?</question><answer>1</answer><|im_end|>\n<|im_start|>assistant\n"
 
 
-def text(answer: object) -> str:
+def text(answer):
     return f"<question>What is it?</question><answer>{answer}</answer><|im_end|>"
 
 
-def one(answer: object, prompt: str = PROMPT) -> dict[str, Any]:
+def one(answer, prompt=PROMPT):
     """As OpenRLHF asks for a response: lists of one."""
     return reward_func([prompt + text(answer)], [prompt], [""])
 
 
-def checked(result: dict[str, Any], n: int) -> dict[str, Any]:
+def checked(result, n):
     assert set(result) == {"rewards", "scores", "extra_logs"}
     assert {*result["extra_logs"]} >= {"masked", "gated"}
     for values in (result["rewards"], result["scores"], *result["extra_logs"].values()):
@@ -36,7 +34,7 @@ def checked(result: dict[str, Any], n: int) -> dict[str, Any]:
     return result
 
 
-def test_16_threads_are_a_few_calls(built: list[ComposedReward], number: Any) -> None:
+def test_16_threads_are_a_few_calls(built, number):
     with ThreadPoolExecutor(16) as pool:
         results = list(pool.map(one, [i % 9 for i in range(16)]))
     assert [checked(result, 1)["rewards"].item() for result in results] == [i % 9 for i in range(16)]
@@ -46,7 +44,7 @@ def test_16_threads_are_a_few_calls(built: list[ComposedReward], number: Any) ->
 
 
 @pytest.mark.parametrize("built", ["raw", "quantile"], indirect=True)
-def test_a_list_of_several(built: list[ComposedReward]) -> None:
+def test_a_list_of_several(built):
     queries = [PROMPT + text(a) for a in (5, -5, 13, 7)] + [PROMPT + "broken"]
     result = checked(reward_func(queries, [PROMPT] * 5, [""] * 5), 5)
     rewards, logs = result["rewards"], result["extra_logs"]
@@ -59,7 +57,7 @@ def test_a_list_of_several(built: list[ComposedReward]) -> None:
         assert torch.equal(result["scores"], rewards)
 
 
-def test_a_scorer_that_raises_masks(built: list[ComposedReward], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_scorer_that_raises_masks(built, caplog):
     with caplog.at_level(logging.ERROR):
         result = checked(one(99), 1)
     assert result["extra_logs"]["masked"].tolist() == [1]
@@ -71,9 +69,7 @@ def test_a_scorer_that_raises_masks(built: list[ComposedReward], caplog: pytest.
 
 
 @pytest.mark.parametrize("value", [None, "no.such:thing", "nonsense"])
-def test_a_missing_reward_never_raises(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: str | None
-) -> None:
+def test_a_missing_reward_never_raises(monkeypatch, caplog, value):
     if value is None:
         monkeypatch.delenv(REWARD_VARIABLE, raising=False)
     else:
@@ -84,12 +80,12 @@ def test_a_missing_reward_never_raises(
     assert "the reward failed, 1 responses are masked" in caplog.text
 
 
-def test_lists_of_different_length_never_raise(built: list[ComposedReward]) -> None:
+def test_lists_of_different_length_never_raise(built):
     assert checked(reward_func([PROMPT + text(4)] * 2, [PROMPT], [""]), 2)["extra_logs"]["masked"].tolist() == [1, 1]
     assert checked_empty(reward_func([], [], []))
 
 
-def checked_empty(result: dict[str, Any]) -> bool:
+def checked_empty(result):
     return all(len(values) == 0 for values in (result["rewards"], result["scores"], *result["extra_logs"].values()))
 
 
@@ -102,14 +98,14 @@ def checked_empty(result: dict[str, Any]) -> bool:
         "<s> " + PROMPT.replace("\n", " \n") + text(4),
     ],
 )
-def test_the_prompt_is_stripped(built: list[ComposedReward], query: str) -> None:
+def test_the_prompt_is_stripped(built, query):
     """With its example left in front, the tags would be repeated and the response no sample."""
     result = checked(reward_func([query], [PROMPT], [""]), 1)
     assert result["rewards"].tolist() == [4]
     assert response_of(query, PROMPT).strip() == text(4)  # type: ignore[union-attr]
 
 
-def test_a_prompt_that_is_not_there_masks(built: list[ComposedReward], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_prompt_that_is_not_there_masks(built, caplog):
     with caplog.at_level(logging.ERROR):
         result = checked(reward_func(["something else " + text(4), PROMPT + text(8)], [PROMPT] * 2, [""] * 2), 2)
     assert result["extra_logs"]["masked"].tolist() == [1, 0]

@@ -9,23 +9,20 @@ import logging
 import math
 import types
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from acqsynth.integrations import verl
 from acqsynth.integrations.scorer import REWARD_VARIABLE
-from acqsynth.rewards import ComposedReward
 
 
-def text(answer: object) -> str:
+def text(answer):
     return f"<question>What is it?</question><answer>{answer}</answer>"
 
 
-async def batch(texts: list[str], infos: list[dict[str, Any]] | None = None) -> list[dict[str, float]]:
+async def batch(texts, infos=None):
     """As verl's reward worker does for a batch: a task for each sample, one gather."""
     calls = [
         verl.compute_score(
@@ -40,13 +37,13 @@ async def batch(texts: list[str], infos: list[dict[str, Any]] | None = None) -> 
     return await asyncio.gather(*(asyncio.create_task(call) for call in calls))
 
 
-def collated(results: list[dict[str, float]]) -> dict[str, Any]:
+def collated(results):
     """As verl makes columns of the first sample's keys, and a float32 tensor of the scores."""
     torch.tensor([result["score"] for result in results], dtype=torch.float32)
     return {key: np.array([result[key] for result in results]) for key in results[0]}
 
 
-def test_64_coroutines_are_a_few_calls(built: list[ComposedReward], number: Any) -> None:
+def test_64_coroutines_are_a_few_calls(built, number):
     results = asyncio.run(batch([text(i % 9) for i in range(64)]))
     assert [result["score"] for result in results] == [float(i % 9) for i in range(64)]
     assert sum(number.sizes) == 64
@@ -54,7 +51,7 @@ def test_64_coroutines_are_a_few_calls(built: list[ComposedReward], number: Any)
     assert len(built) == 1
 
 
-def test_a_fixed_set_of_keys(built: list[ComposedReward]) -> None:
+def test_a_fixed_set_of_keys(built):
     columns = collated(asyncio.run(batch([text(5), text(-5), "broken", text(13), text(7)])))
     assert list(columns) == ["score", "masked", "gated", "number"]
     assert columns["masked"].tolist() == [0, 0, 0, 1, 0]
@@ -66,13 +63,13 @@ def test_a_fixed_set_of_keys(built: list[ComposedReward]) -> None:
     assert np.isfinite(scores).all()
 
 
-def test_a_masked_sample_gets_the_mean_of_its_group(built: list[ComposedReward]) -> None:
+def test_a_masked_sample_gets_the_mean_of_its_group(built):
     infos = [{"prompt": [{"role": "user", "content": name}]} for name in "aaabb"]
     scores = [r["score"] for r in asyncio.run(batch([text(a) for a in (2, 6, 13, 50, 60)], infos))]
     assert scores == [2, 6, 4, 50, 60]
 
 
-def test_a_scorer_that_raises_masks(built: list[ComposedReward], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_scorer_that_raises_masks(built, caplog):
     with caplog.at_level(logging.ERROR):
         columns = collated(asyncio.run(batch([text(99), text(1), text(2)])))
     assert columns["masked"].tolist() == [1, 1, 1]
@@ -85,22 +82,22 @@ def test_a_scorer_that_raises_masks(built: list[ComposedReward], caplog: pytest.
     assert columns["masked"].tolist() == [1, 1]
 
 
-def test_verl_finds_a_coroutine_function() -> None:
+def test_verl_finds_a_coroutine_function():
     assert inspect.iscoroutinefunction(verl.compute_score)
 
 
 class Items:
     """As much of a DataProto as a reward manager sees."""
 
-    def __init__(self, *items: Any) -> None:
+    def __init__(self, *items):
         self.items = items
 
-    def __getitem__(self, key: int | slice) -> Any:
+    def __getitem__(self, key):
         return Items(*self.items[key]) if isinstance(key, slice) else self.items[key]
 
 
 class TestRewardManager:
-    def data(self, tokenizer: PreTrainedTokenizerFast, response: str, **other: Any) -> Items:
+    def data(self, tokenizer, response, **other):
         ids = tokenizer(response)["input_ids"]
         prompt, padding = [0, 0, 5, 6], 7
         return Items(
@@ -114,15 +111,13 @@ class TestRewardManager:
             )
         )
 
-    def run(self, manager: verl.AcquisitionRewardManager, *data: Items) -> list[dict[str, Any]]:
-        async def every() -> list[dict[str, Any]]:
+    def run(self, manager, *data):
+        async def every():
             return await asyncio.gather(*(asyncio.create_task(manager.run_single(d)) for d in data))
 
         return asyncio.run(every())
 
-    def test_one_batch_of_tokens(
-        self, built: list[ComposedReward], number: Any, tokenizer: PreTrainedTokenizerFast
-    ) -> None:
+    def test_one_batch_of_tokens(self, built, number, tokenizer):
         manager = verl.AcquisitionRewardManager({}, tokenizer, verl.compute_score, None, None)
         data = [self.data(tokenizer, text(i) + "</s>", uid=f"u{i // 4}") for i in range(8)]
         results = self.run(manager, *data)
@@ -131,7 +126,7 @@ class TestRewardManager:
         assert len(number.sizes) <= 2
 
     @pytest.mark.parametrize("key", ["uid", "raw_prompt"])
-    def test_groups(self, built: list[ComposedReward], tokenizer: PreTrainedTokenizerFast, key: str) -> None:
+    def test_groups(self, built, tokenizer, key):
         manager = verl.AcquisitionRewardManager({}, tokenizer)
         groups = {
             "uid": ["a", "a", "b"],
@@ -140,7 +135,7 @@ class TestRewardManager:
         data = [self.data(tokenizer, text(a), **{key: g}) for a, g in zip((4, 13, 50), groups, strict=True)]
         assert [r["reward_score"] for r in self.run(manager, *data)] == [4, 4, 50]
 
-    def test_nothing_but_padding(self, built: list[ComposedReward], tokenizer: PreTrainedTokenizerFast) -> None:
+    def test_nothing_but_padding(self, built, tokenizer):
         [result] = self.run(verl.AcquisitionRewardManager({}, tokenizer), self.data(tokenizer, ""))
         assert result["reward_extra_info"]["gated"] == 1
         assert math.isnan(result["reward_extra_info"]["number"])
@@ -156,9 +151,7 @@ class TestRewardManager:
         ("acqsynth.domains:__all__", TypeError, "to give a ComposedReward, got list"),
     ],
 )
-def test_a_missing_reward_is_told(
-    monkeypatch: pytest.MonkeyPatch, value: str | None, error: type[Exception], message: str
-) -> None:
+def test_a_missing_reward_is_told(monkeypatch, value, error, message):
     if value is None:
         monkeypatch.delenv(REWARD_VARIABLE, raising=False)
     else:
@@ -167,7 +160,7 @@ def test_a_missing_reward_is_told(
         asyncio.run(batch([text(1)]))
 
 
-def test_no_trainer_is_imported() -> None:
+def test_no_trainer_is_imported():
     folder = Path(verl.__file__).parent
     for path in folder.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

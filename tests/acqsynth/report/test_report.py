@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from html.parser import HTMLParser
-from typing import Any
 
 import numpy as np
 import pytest
 
-from acqsynth.report import metrics as measures
-from acqsynth.report import render
+from acqsynth.report import metrics as measures, render
 from acqsynth.report.metrics import Answers
 
 SKILLS = ["add", "sort"] * 20
 BOOTSTRAP = {"resamples": 400, "level": 0.95, "seed": 0}
 
 
-def answers(n_right: int) -> Answers:
+def answers(n_right):
     return Answers(np.array([1.0] * n_right + [0.0] * (40 - n_right)), SKILLS)
 
 
-def collected(**right: tuple[int, ...]) -> dict[str, Any]:
+def collected(**right):
     """Arms by name: right answers of 40, one number a seed; on the other set all arms have 10, the base student too."""
     arms = right or {"grpo": (30, 32), "no_rl": (20, 20)}
     found: dict[tuple[str, str, int, int, str], Answers] = {}
@@ -66,7 +63,7 @@ COUNTS = {"wanted": 10, "kept": 9, "completions": 30, "dropped": {"does not pars
 LABELS = {"asked": 9, "labelled": 8, "truth_known": 4, "right": 3}
 
 
-def whole() -> dict[str, Any]:
+def whole():
     found = collected()
     found["recipe"] = {
         "domain": "sums",
@@ -82,17 +79,14 @@ def whole() -> dict[str, Any]:
             "seconds": {"train": 200.0, "write": 3.0, "label": 0.0, "fit": 7.0},
         }
     found["training"] = measures.training([LOG])
-    scored = [
-        {
-            "step": i,
-            "text": f"text <{i}> & more",
-            "reward": i / 10,
-            "gate": "parses" if i == 0 else "",
-            "parts": {"x": 1.0},
-        }
-        for i in range(8)
-    ]
-    found["samples"] = measures.ends(scored, 2)
+    table = {
+        "step": list(range(8)),
+        "completion": [f"text <{i}> & more" for i in range(8)],
+        "reward": [i / 10 for i in range(8)],
+        "reward_gate": ["parses"] + [""] * 7,
+        "reward_x": [1.0] * 8,
+    }
+    found["samples"] = measures.samples([table], 2)
     batches = [
         {"skill": "ab"[i % 2], "rows": 8, "scores": {"x": float(i), "flat": 1.0}, "gain": i / 9} for i in range(6)
     ]
@@ -105,7 +99,7 @@ class Page(HTMLParser):
 
     void = frozenset({"meta", "br", "img", "link", "input", "hr"})
 
-    def __init__(self, html: str) -> None:
+    def __init__(self, html):
         super().__init__()
         self.open: list[str] = []
         self.tags: list[str] = []
@@ -115,7 +109,7 @@ class Page(HTMLParser):
         self.feed(html)
         self.close()
 
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         if tag not in self.void:
             self.open.append(tag)
@@ -123,28 +117,32 @@ class Page(HTMLParser):
         self.ids += [str(values["id"])] if "id" in values else []
         self.addresses += [str(values[name]) for name in ("href", "src", "action", "data") if name in values]
 
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+    def handle_startendtag(self, tag, attributes):
         self.handle_starttag(tag, attributes)
         self.handle_endtag(tag)
 
-    def handle_endtag(self, tag: str) -> None:
+    def handle_endtag(self, tag):
         assert self.open, f"</{tag}> closes nothing"
         assert self.open.pop() == tag
 
-    def handle_data(self, data: str) -> None:
+    def handle_data(self, data):
         self.words.append(data)
 
     @property
-    def text(self) -> str:
+    def text(self):
         return " ".join(" ".join(self.words).split())
 
 
-def page(found: Mapping[str, Any]) -> Page:
+def page(found):
     return Page(render(json.loads(json.dumps(found))))
 
 
-def test_the_page_is_whole_and_needs_nothing_else() -> None:
-    html = render(whole())
+@pytest.fixture(scope="module")
+def html():
+    return render(json.loads(json.dumps(whole())))
+
+
+def test_the_page_is_whole_and_needs_nothing_else(html):
     found = Page(html)
     assert not found.open
     assert "script" not in found.tags
@@ -156,8 +154,8 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
     assert {address.removeprefix("#") for address in found.addresses} <= set(found.ids)
 
 
-def test_every_section_and_figure_is_there() -> None:
-    found = page(whole())
+def test_every_section_and_figure_is_there(html):
+    found = Page(html)
     sections = ("accuracy", "forgetting", "training", "written", "signals", "samples", "cost", "recipe")
     assert set(sections) <= set(found.ids)
     # accuracy, sizes, reward, gates, lengths, length correlation, archives, validity, cost
@@ -176,7 +174,7 @@ def test_every_section_and_figure_is_there() -> None:
         assert words in found.text, words
 
 
-def test_what_was_not_run_is_said() -> None:
+def test_what_was_not_run_is_said():
     found = whole()
     found |= {"training": None, "samples": None, "validity": None}
     found["arms"]["no_rl"]["written"] = found["arms"]["no_rl"]["labelled"] = None
@@ -186,13 +184,13 @@ def test_what_was_not_run_is_said() -> None:
     assert "evaluation.validity.batches is 0" in text
 
 
-def test_a_log_without_rewards_is_said() -> None:
+def test_a_log_without_rewards_is_said():
     found = whole() | {"training": measures.training([[{"step": 1, "loss": 0.5}]])}
     assert found["training"]["cost"] is None
     assert "scores before it trains" in page(found).text
 
 
-def test_one_set_and_one_size_leave_no_empty_places() -> None:
+def test_one_set_and_one_size_leave_no_empty_places():
     found = whole()
     del found["sets"]["other"]
     for entry in found["arms"].values():
@@ -202,7 +200,7 @@ def test_one_set_and_one_size_leave_no_empty_places() -> None:
     assert "so forgetting elsewhere was not measured" in made.text
 
 
-def test_gain_loss_and_neither_are_said_plainly() -> None:
+def test_gain_loss_and_neither_are_said_plainly():
     said = collected(grpo=(34, 36), no_rl=(20, 20))["verdict"]
     assert [entry["kind"] for entry in said] == ["gain", "gain", "none", "note"]
     assert said[0]["text"].startswith(
@@ -216,7 +214,7 @@ def test_gain_loss_and_neither_are_said_plainly() -> None:
     assert collected(grpo=(20, 20))["verdict"][0]["text"].startswith("No gain shown: grpo over the base student")
 
 
-def test_metrics_are_those_of_the_answers() -> None:
+def test_metrics_are_those_of_the_answers():
     found = collected()
     [small, large] = found["arms"]["grpo"]["results"]
     assert (small["rows_wanted"], large["rows_wanted"]) == (10, 100)
@@ -232,7 +230,7 @@ def test_metrics_are_those_of_the_answers() -> None:
     assert found["comparisons"][1]["difference"]["mean"] == pytest.approx(11 / 40)
 
 
-def test_rounds_are_logged_one_after_the_other() -> None:
+def test_rounds_are_logged_one_after_the_other():
     found = measures.training([LOG, LOG])
     assert [(entry["round"], entry["step"]) for entry in found["log"] if "reward" in entry] == [
         (1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (2, 6),
@@ -245,25 +243,27 @@ def test_rounds_are_logged_one_after_the_other() -> None:
     }
 
 
-def test_ends_take_each_text_once_and_never_a_gated_one() -> None:
-    row = {"step": None, "parts": {}}
-    scored = [
-        {"text": "a", "reward": 0.9, "gate": "", **row},
-        {"text": "a", "reward": 0.9, "gate": "", **row},
-        {"text": "b", "reward": 0.5, "gate": "", **row},
-        {"text": "c", "reward": 0.1, "gate": "", **row},
-        {"text": "d", "reward": 0.0, "gate": "new", **row},
-        {"text": "e", "reward": None, "gate": "", **row},
-    ]
-    found = measures.ends(scored, 2)
+def test_best_and_worst_samples_take_each_text_once_and_never_a_gated_one():
+    trained = {
+        "completion": ["a", [{"role": "assistant", "content": "a"}], "b", "c", "d", "e"],
+        "reward": [0.9, 0.9, 0.5, 0.1, 0.0, float("nan")],
+        "reward_gate": ["", "", "", "", "new", ""],
+        "reward_x": [1.0, 1.0, 2.0, float("nan"), 4.0, 5.0],
+    }
+    found = measures.samples([trained], 2)
     assert [r["text"] for r in found["best"]] == ["a", "b"]
     assert [r["text"] for r in found["worst"]] == ["c"]
     assert [r["text"] for r in found["rejected"]] == ["d"]
     assert (found["scored"], found["gates"]) == (6, {"new": 1})
+    assert [r["parts"] for r in found["best"] + found["worst"]] == [{"x": 1.0}, {"x": 2.0}, {}]
+    selected = {"question": ["1+1"], "reasoning": [""], "answer": ["2"], "reward": [0.5], "reward_x": [0.25]}
+    [row] = measures.samples([selected])["best"]
+    assert row == {"step": None, "text": "1+1\n2", "reward": 0.5, "gate": "", "parts": {"x": 0.25}}
+    assert measures.samples([{"question": ["1+1"], "reasoning": [""], "answer": ["2"]}]) is None
 
 
-def test_counts_of_rounds_are_added() -> None:
-    assert measures.added([COUNTS, COUNTS]) == {
+def test_counts_of_rounds_are_added():
+    assert measures.sum_counts([COUNTS, COUNTS]) == {
         "wanted": 20,
         "kept": 18,
         "completions": 60,
@@ -271,7 +271,7 @@ def test_counts_of_rounds_are_added() -> None:
     }
 
 
-def test_validity_leaves_out_what_could_not_be_scored() -> None:
+def test_validity_leaves_out_what_could_not_be_scored():
     batches = [
         {"skill": "a", "rows": 4, "scores": {"x": 1.0, "y": None}, "gain": 0.1},
         {"skill": "b", "rows": 4, "scores": {"x": 3.0, "y": 2.0}, "gain": 0.3},

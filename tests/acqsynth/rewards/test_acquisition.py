@@ -5,15 +5,13 @@ import pickle
 import sys
 import threading
 import types
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
 import pytest
 import torch
 import trl
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from trl.scripts import grpo
 from trl.trainer.utils import get_callable_name, is_async_callable
 
@@ -21,7 +19,6 @@ import acqcore
 from acqsynth import rewards
 from acqsynth.parsing import as_text, parse_chat_sample, parse_sample
 from acqsynth.rewards import AcquisitionReward
-from acqsynth.rewards.scoring import load_student
 from acqsynth.rewards.signals import NEEDED
 
 GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
@@ -33,11 +30,11 @@ COMPLETIONS = [GOOD, BROKEN, LONGER]
 class Log:
     """What a trainer's ``log_extra`` and ``log_metric`` were given."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.columns: dict[str, list[Any]] = {}
         self.metrics: dict[str, float] = {}
 
-    def call(self, reward: AcquisitionReward, completions: list[Any]) -> list[float | None]:
+    def call(self, reward, completions):
         """``reward`` called as TRL 1.16 calls it."""
         n = len(completions)
         return reward(
@@ -52,21 +49,18 @@ class Log:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_students(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_student_of_the_environment(monkeypatch):
     monkeypatch.delenv(rewards.STUDENT_VARIABLE, raising=False)
-    load_student.cache_clear()
-    yield
-    load_student.cache_clear()
 
 
-def test_reward_is_the_score_times_the_gate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_reward_is_the_score_times_the_gate(model, tokenizer):
     values = Log().call(AcquisitionReward(model, "loss", tokenizer=tokenizer), COMPLETIONS)
     expected = acqcore.score(model, [parse_sample(GOOD), parse_sample(LONGER)], ("loss",), tokenizer=tokenizer)
     assert values == [expected["loss"][0].item(), 0.0, expected["loss"][1].item()]
     assert min(values[0], values[2]) > 0
 
 
-def test_no_sample_outranks_no_value_below_zero(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_no_sample_outranks_no_value_below_zero(model, tokenizer):
     """Influence is signed: where a sample's is below zero, 0 for the broken one would stand above it."""
     samples = [parse_sample(GOOD), parse_sample(LONGER)]
     reference = acqcore.influence_reference(model, samples[:1], tokenizer=tokenizer)
@@ -77,13 +71,11 @@ def test_no_sample_outranks_no_value_below_zero(model: LlamaForCausalLM, tokeniz
     assert values[1] == values[0] < values[2]
 
 
-def test_one_score_call_for_all_completions(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_score_call_for_all_completions(model, tokenizer, monkeypatch):
     sizes = []
     score = acqcore.score
 
-    def counted(student: Any, samples: Any, *args: Any, **options: Any) -> acqcore.Scores:
+    def counted(student, samples, *args, **options):
         sizes.append(len(samples))
         return score(student, samples, *args, **options)
 
@@ -92,9 +84,7 @@ def test_one_score_call_for_all_completions(
     assert sizes == [8]
 
 
-def test_conversational_completions_score_as_their_text(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_conversational_completions_score_as_their_text(model, tokenizer):
     reward = AcquisitionReward(model, tokenizer=tokenizer)
     turns = [[{"role": "assistant", "content": text}] for text in COMPLETIONS]
     assert Log().call(reward, turns) == Log().call(reward, COMPLETIONS)
@@ -102,14 +92,14 @@ def test_conversational_completions_score_as_their_text(
     assert Log().call(reward, blocks) == Log().call(reward, [GOOD])
 
 
-def test_a_completion_without_text_is_no_sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_completion_without_text_is_no_sample(model, tokenizer):
     tool_call = [{"role": "assistant", "content": None, "tool_calls": []}, {"role": "tool", "content": GOOD}]
     reward = AcquisitionReward(model, tokenizer=tokenizer)
     assert Log().call(reward, [tool_call, [], BROKEN, ""]) == [0.0] * 4
     assert Log().call(reward, []) == []
 
 
-def test_log_functions_get_values_and_metrics(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_log_functions_get_values_and_metrics(model, tokenizer):
     reward, log = AcquisitionReward(model, tokenizer=tokenizer), Log()
     values = log.call(reward, COMPLETIONS)
     assert log.columns == {
@@ -120,16 +110,12 @@ def test_log_functions_get_values_and_metrics(model: LlamaForCausalLM, tokenizer
     assert log.metrics["acquisition_entropy/masked"] == 0
     assert log.metrics["acquisition_entropy/mean"] == pytest.approx((values[0] + values[2]) / 2)
     assert abs(log.metrics["acquisition_entropy/length_correlation"]) == pytest.approx(1)  # of two points
-    assert log.metrics["acquisition_entropy/seconds"] == reward.seconds > 0
-    assert "acquisition_entropy/time_share" not in log.metrics  # nothing to compare the first call with
-    log.call(reward, COMPLETIONS)
-    assert 0 < log.metrics["acquisition_entropy/time_share"] <= 1
 
 
-def test_undefined_metrics_are_left_out(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_undefined_metrics_are_left_out(model, tokenizer):
     reward, log = AcquisitionReward(model, tokenizer=tokenizer), Log()
     log.call(reward, [BROKEN])
-    assert set(log.metrics) == {f"acquisition_entropy/{key}" for key in ("seconds", "parsed", "masked")}
+    assert set(log.metrics) == {f"acquisition_entropy/{key}" for key in ("parsed", "masked")}
     log.call(reward, [GOOD, GOOD])
     assert "acquisition_entropy/length_correlation" not in log.metrics
 
@@ -137,7 +123,7 @@ def test_undefined_metrics_are_left_out(model: LlamaForCausalLM, tokenizer: PreT
 class FailingTrunk(torch.nn.Module):
     """Hidden states that are NaN in rows that hold the token ``bad``."""
 
-    def __init__(self, vocab_size: int, bad: int) -> None:
+    def __init__(self, vocab_size, bad):
         super().__init__()
         torch.manual_seed(0)
         self.embedding = torch.nn.Embedding(vocab_size, 8)
@@ -145,13 +131,13 @@ class FailingTrunk(torch.nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,  # [B, T]
-    ) -> torch.Tensor:
+        input_ids,  # [B, T]
+    ):
         rows = (input_ids == self.bad).any(dim=1)[:, None, None]
         return self.embedding(input_ids).masked_fill(rows, torch.nan)
 
 
-def test_a_failure_of_the_scorer_masks_the_sample(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_failure_of_the_scorer_masks_the_sample(tokenizer):
     trunk = FailingTrunk(len(tokenizer), tokenizer("#")["input_ids"][0])
     student = acqcore.Student(trunk, acqcore.Head(trunk.embedding.weight.detach()), tokenizer=tokenizer)
     reward, log = AcquisitionReward(student), Log()
@@ -165,14 +151,14 @@ def test_a_failure_of_the_scorer_masks_the_sample(tokenizer: PreTrainedTokenizer
     assert reward.masked == 2
 
 
-def test_a_text_with_nothing_to_score_is_masked(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_text_with_nothing_to_score_is_masked(model, tokenizer):
     reward = AcquisitionReward(model, tokenizer=tokenizer, parse=as_text)
     values = Log().call(reward, ["a", "ab", " "])
     assert (values[0], values[2]) == (None, 0.0)
     assert values[1] > 0
 
 
-def test_long_samples_are_cut(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_long_samples_are_cut(model, tokenizer):
     long = GOOD.replace("42", "4" * 5000)  # the student takes 4096 tokens
     assert Log().call(AcquisitionReward(model, tokenizer=tokenizer, max_length=10**6), [long])[0] > 0
     log = Log()
@@ -180,7 +166,7 @@ def test_long_samples_are_cut(model: LlamaForCausalLM, tokenizer: PreTrainedToke
     assert all(value > 0 for value in log.call(reward, [GOOD, long]))
 
 
-def test_chat_samples_and_other_options(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_chat_samples_and_other_options(model, tokenizer):
     reward = AcquisitionReward(
         model, "margin", tokenizer=tokenizer, parse=parse_chat_sample, reduction="max", backend="eager"
     )
@@ -190,7 +176,7 @@ def test_chat_samples_and_other_options(model: LlamaForCausalLM, tokenizer: PreT
     assert Log().call(reward, [GOOD]) == expected["margin"].tolist()
 
 
-def test_the_student_is_left_as_found(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_student_is_left_as_found(model, tokenizer):
     model.train()
     model.model.norm.eval()
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
@@ -203,10 +189,12 @@ def test_the_student_is_left_as_found(model: LlamaForCausalLM, tokenizer: PreTra
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_path_is_loaded_once_and_late(student_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_is_loaded_once_and_late(student_path, monkeypatch):
     loads = []
-    load = acqcore.Student.load
-    monkeypatch.setattr(acqcore.Student, "load", lambda *args, **o: loads.append(args) or load(*args, **o))
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda path, **o: loads.append(path) or load(path, **o)
+    )
     first, second = AcquisitionReward(student_path), AcquisitionReward(str(student_path), "margin")
     Log().call(first, [BROKEN])
     assert loads == []
@@ -215,7 +203,7 @@ def test_a_path_is_loaded_once_and_late(student_path: Path, monkeypatch: pytest.
     assert len(loads) == 1
 
 
-def test_pickles_before_and_after_a_call(student_path: Path) -> None:
+def test_pickles_before_and_after_a_call(student_path):
     reward = AcquisitionReward(student_path, "el2n", name="hard")
     fresh = pickle.dumps(reward)
     values = Log().call(reward, COMPLETIONS)
@@ -227,7 +215,7 @@ def test_pickles_before_and_after_a_call(student_path: Path) -> None:
         assert Log().call(copy, COMPLETIONS) == values
 
 
-def test_threads_take_turns(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_threads_take_turns(model, tokenizer):
     model.train()
     reward = AcquisitionReward(model, tokenizer=tokenizer)
     expected = Log().call(reward, COMPLETIONS)
@@ -241,13 +229,13 @@ def test_threads_take_turns(model: LlamaForCausalLM, tokenizer: PreTrainedTokeni
     assert all(module.training for module in model.modules())
 
 
-def test_a_student_is_whole_under_zero3(student_path: Path) -> None:
+def test_a_student_is_whole_under_zero3(student_path):
     from transformers.integrations import deepspeed
 
     class TrainerConfig:
         config: ClassVar[dict[str, Any]] = {}
 
-        def is_zero3(self) -> bool:
+        def is_zero3(self):
             return True
 
     trainer_config = TrainerConfig()  # held here: transformers keeps a weak reference
@@ -259,7 +247,7 @@ def test_a_student_is_whole_under_zero3(student_path: Path) -> None:
         deepspeed.unset_hf_deepspeed_config()
 
 
-def test_what_trl_makes_of_a_reward(student_path: Path) -> None:
+def test_what_trl_makes_of_a_reward(student_path):
     reward = AcquisitionReward(student_path, "varentropy")
     assert get_callable_name(reward) == "acquisition_varentropy"
     assert not is_async_callable(reward)
@@ -276,29 +264,29 @@ def test_what_trl_makes_of_a_reward(student_path: Path) -> None:
         ({"max_length": 1}, ValueError, "max_length: expected at least 2 tokens, got 1"),
     ],
 )
-def test_bad_options_name_the_argument(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_options_name_the_argument(options, error, message):
     with pytest.raises(error, match=message):
         AcquisitionReward("somewhere", **options)
 
 
-def test_a_model_needs_its_tokenizer(model: LlamaForCausalLM) -> None:
+def test_a_model_needs_its_tokenizer(model):
     with pytest.raises(ValueError, match="tokenizer: expected the student's"):
         AcquisitionReward(model)
 
 
-def test_an_unknown_reduction_reaches_the_user(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_unknown_reduction_reaches_the_user(model, tokenizer):
     with pytest.raises(ValueError, match="reduction: unknown 'median'"):
         Log().call(AcquisitionReward(model, tokenizer=tokenizer, reduction="median"), [GOOD])
 
 
-def resolve(names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def resolve(names, tmp_path, monkeypatch):
     """The rewards ``trl grpo --reward_funcs ...`` hands to its trainer."""
     handed: list[Any] = []
 
     class Stop(Exception):  # noqa: N818
         pass
 
-    def trainer(*args: Any, reward_funcs: list[Any], **options: Any) -> None:
+    def trainer(*args, reward_funcs, **options):
         handed.extend(reward_funcs)
         raise Stop
 
@@ -315,9 +303,7 @@ def resolve(names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return handed
 
 
-def test_every_acquisition_is_a_ready_made_reward(
-    student_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_acquisition_is_a_ready_made_reward(student_path, tmp_path, monkeypatch):
     names = list(acqcore.acquisitions())
     assert len(names) >= 10
     found = resolve([f"acqsynth.rewards.{name}" for name in names], tmp_path, monkeypatch)
@@ -333,7 +319,7 @@ def test_every_acquisition_is_a_ready_made_reward(
     assert set(names) < set(dir(rewards))
 
 
-def test_arguments_reach_the_acquisition(student_path: Path) -> None:
+def test_arguments_reach_the_acquisition(student_path):
     student = acqcore.Student.load(student_path)
     sample = parse_sample(GOOD)
     reference = acqcore.influence_reference(student, [sample])
@@ -343,17 +329,17 @@ def test_arguments_reach_the_acquisition(student_path: Path) -> None:
     assert norm == pytest.approx(acqcore.grad_norm(student, [sample], "all").item(), rel=1e-5)
 
 
-def test_a_ready_made_reward_without_a_student_says_what_is_missing() -> None:
+def test_a_ready_made_reward_without_a_student_says_what_is_missing():
     with pytest.raises(RuntimeError, match="ACQSYNTH_STUDENT is not set: 'acquisition_entropy' expects"):
         Log().call(rewards.entropy, [GOOD])
 
 
-def test_other_attributes_are_missing() -> None:
+def test_other_attributes_are_missing():
     with pytest.raises(AttributeError, match="has no attribute 'entrpy'"):
         _ = rewards.entrpy
 
 
-def test_two_steps_of_grpo(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_two_steps_of_grpo(model, tokenizer, tmp_path):
     """TRL itself, with the model in training as its own student."""
     entropy = AcquisitionReward(model, tokenizer=tokenizer, parse=as_text)
     gated = AcquisitionReward(model, "loss", tokenizer=tokenizer)
@@ -386,7 +372,5 @@ def test_two_steps_of_grpo(model: LlamaForCausalLM, tokenizer: PreTrainedTokeniz
         assert row["rewards/acquisition_entropy/mean"] > 0
         assert row["rewards/acquisition_loss/mean"] == 0  # random bytes are no sample
         assert row["acquisition_loss/parsed"] == 0
-        assert row["acquisition_entropy/seconds"] > 0
-    assert 0 < steps[1]["acquisition_entropy/time_share"] < 1
     assert not model.lm_head.weight.detach().equal(before)
     assert model.training

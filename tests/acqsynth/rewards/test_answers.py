@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 
-from acqsynth.domains import Domain, Sample
+from acqsynth.domains import Sample
 from acqsynth.rewards import AnswerVariance, Confidence, Learnability, SampledAnswers, SemanticEntropy
-from acqsynth.rewards.shared import one_call
+from acqsynth.rewards.batch import Batch
 
 SCRIPT = {
     "sure": ["It is 7."] * 8,
@@ -21,51 +19,49 @@ SCRIPT = {
 
 
 @pytest.fixture
-def samples() -> list[Sample]:
+def samples():
     return [Sample("sure", "7"), Sample("torn", "7"), Sample("torn", "8"), Sample("lost", "7")]
 
 
 @pytest.fixture
-def answers(domain: Domain, scripted: Any) -> SampledAnswers:
+def answers(domain, scripted):
     return SampledAnswers(scripted(SCRIPT.__getitem__), domain)
 
 
-def test_answer_variance_counts_parsed_answers(answers: SampledAnswers, samples: list[Sample]) -> None:
+def test_answer_variance_counts_parsed_answers(answers, samples):
     assert AnswerVariance(answers)(samples) == [1 / 8, 3 / 8, 3 / 8, 0]
 
 
-def test_semantic_entropy_in_nats(answers: SampledAnswers, samples: list[Sample]) -> None:
+def test_semantic_entropy_in_nats(answers, samples):
     torn = -sum(p * math.log(p) for p in (4 / 7, 2 / 7, 1 / 7))
     assert SemanticEntropy(answers)(samples) == [0, pytest.approx(torn), pytest.approx(torn), None]
 
 
-def test_learnability_is_of_the_samples_own_answer(answers: SampledAnswers, samples: list[Sample]) -> None:
+def test_learnability_is_of_the_samples_own_answer(answers, samples):
     assert Learnability(answers)(samples) == [0, 1 / 4, 3 / 16, 0]
     assert answers.shares(samples) == [1, 1 / 2, 1 / 4, 0]
 
 
-def test_learnability_of_verified_answers(
-    answers: SampledAnswers, samples: list[Sample], domain: Domain, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_learnability_of_verified_answers(answers, samples, domain, monkeypatch):
     """An answer that is wrong, or that nobody can check, is not worth its p (1 - p)."""
     monkeypatch.setattr(type(domain), "verify", lambda self, asked: [True, None, True, False])
     assert Learnability(answers, verified=True)(samples) == [0, 0, 3 / 16, 0]
 
 
-def test_one_draw_serves_every_signal_of_a_call(domain: Domain, scripted: Any, samples: list[Sample]) -> None:
+def test_one_draw_serves_every_signal_of_a_call(domain, scripted, samples):
     engine = scripted(SCRIPT.__getitem__)
     answers = SampledAnswers(engine, domain, k=4, temperature=0.7, max_tokens=9, top2=True, seed=5)
     signals = [Confidence(answers), AnswerVariance(answers), SemanticEntropy(answers), Learnability(answers)]
-    with one_call():
-        for signal in signals:
-            signal(samples)
-            signal(samples[1:])
+    batch = Batch(samples)
+    for signal in signals:
+        signal(batch)
+        signal(batch.part(samples[1:]))
     [(prompts, sampling)] = engine.calls
     assert prompts == [[{"role": "user", "content": q}] for q in ("sure", "torn", "lost")]  # each question once
     assert (sampling.n, sampling.temperature, sampling.max_tokens, sampling.top2) == (4, 0.7, 9, True)
 
 
-def test_other_questions_draw_otherwise(domain: Domain, scripted: Any, samples: list[Sample]) -> None:
+def test_other_questions_draw_otherwise(domain, scripted, samples):
     engine = scripted(SCRIPT.__getitem__)
     for seed in (0, 1):
         answers = SampledAnswers(engine, domain, seed=seed)
@@ -76,20 +72,20 @@ def test_other_questions_draw_otherwise(domain: Domain, scripted: Any, samples: 
     assert seeds[0] == seeds[2] != seeds[3] == seeds[5]
 
 
-def test_a_failed_comparison_is_not_remembered_as_zero(answers: SampledAnswers, samples: list[Sample]) -> None:
+def test_a_failed_comparison_is_not_remembered_as_zero(answers, samples):
     equivalent, calls = answers.domain.equivalent, []
 
-    def fails_once(gold: Sequence[Sample], texts: Sequence[str | None]) -> list[bool]:
+    def fails_once(gold, texts):
         calls.append(len(gold))
         if len(calls) == 1:
             raise OSError("the sandbox is gone")
         return equivalent(gold, texts)
 
-    answers.domain.equivalent = fails_once  # type: ignore[method-assign]
-    with one_call():
-        with pytest.raises(OSError, match="sandbox"):
-            Learnability(answers)(samples)
-        assert Learnability(answers)(samples) == [0, 1 / 4, 3 / 16, 0]
+    answers.domain.equivalent = fails_once
+    batch = Batch(samples)
+    with pytest.raises(OSError, match="sandbox"):
+        Learnability(answers)(batch)
+    assert Learnability(answers)(batch) == [0, 1 / 4, 3 / 16, 0]
     assert calls == [7, 7]  # one comparison for each kind of answer: 1 + 3 + 3 + 0
 
 
@@ -103,35 +99,35 @@ class TestConfidence:
         "silent": [],
     }
 
-    def signal(self, domain: Domain, scripted: Any, **options: Any) -> Confidence:
+    def signal(self, domain, scripted, **options):
         engine = scripted(lambda question: ["7"], self.MARGINS)
         return Confidence(SampledAnswers(engine, domain, k=2, top2=True), **options)
 
-    def values(self, signal: Confidence, *names: str) -> list[float | None]:
+    def values(self, signal, *names):
         return signal([Sample(name, "7") for name in names])
 
-    def test_mean_of_one_minus_the_margin(self, domain: Domain, scripted: Any) -> None:
+    def test_mean_of_one_minus_the_margin(self, domain, scripted):
         values = self.values(self.signal(domain, scripted), "sharp", "even", "medium", "silent")
         assert values == [pytest.approx(0.15), pytest.approx(0.95), pytest.approx(0.6), None]
 
-    def test_released_value(self, domain: Domain, scripted: Any) -> None:
+    def test_released_value(self, domain, scripted):
         signal = self.signal(domain, scripted, paper_compat=True)
         assert self.values(signal, "sharp", "silent") == [pytest.approx(1 / 0.85), None]
 
-    def test_released_saturates_at_half(self, domain: Domain, scripted: Any) -> None:
+    def test_released_saturates_at_half(self, domain, scripted):
         names = ("even", "medium")  # margins 0.05 and 0.4
         assert self.values(self.signal(domain, scripted, paper_compat=True), *names) == [2, 2]
         even, medium = self.values(self.signal(domain, scripted), *names)
         assert even > medium + 0.3
 
-    def test_released_is_unbounded_confidence_upside_down(self, domain: Domain, scripted: Any) -> None:
+    def test_released_is_unbounded_confidence_upside_down(self, domain, scripted):
         """It grows as the student is less sure, from 1 up; the corrected form says so and is a share of 0 to 1."""
         released = self.values(self.signal(domain, scripted, paper_compat=True), "sharp", "medium")
         assert 1 < released[0] < released[1]
         corrected = self.values(self.signal(domain, scripted), "sharp", "medium")
         assert 0 < corrected[0] < corrected[1] < 1
 
-    def test_released_asks_without_chat_template(self, domain: Domain, scripted: Any) -> None:
+    def test_released_asks_without_chat_template(self, domain, scripted):
         released, corrected = self.signal(domain, scripted, paper_compat=True), self.signal(domain, scripted)
         self.values(released, "sharp")
         self.values(corrected, "sharp")
@@ -140,36 +136,36 @@ class TestConfidence:
         assert sampling.max_tokens == 512
         assert corrected.answers.engine.calls[0][0] == [[{"role": "user", "content": "sharp"}]]
 
-    def test_released_takes_a_drawn_token_for_the_top_one(self, domain: Domain, scripted: Any) -> None:
+    def test_released_takes_a_drawn_token_for_the_top_one(self, domain, scripted):
         # 0.05 - 0.9 < 0 where the margin is 0.85: clipped to 0, below a confident answer
         assert self.values(self.signal(domain, scripted, paper_compat=True), "unlucky") == [0]
         assert self.values(self.signal(domain, scripted), "unlucky") == [pytest.approx(0.15)]
 
-    def test_needs_the_probabilities(self, domain: Domain, scripted: Any, answers: SampledAnswers) -> None:
+    def test_needs_the_probabilities(self, domain, scripted, answers):
         with pytest.raises(ValueError, match="answers: expected them with top2=True"):
             Confidence(answers)
 
 
 class TestReleasedAnswerVariance:
-    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+    def embed(self, texts):
         """Where the text says ``at x y``."""
         return torch.tensor([[float(part) for part in text.split("at ")[1].split()[:2]] for text in texts])
 
-    def both(self, domain: Domain, scripted: Any, texts: list[str]) -> tuple[float | None, float | None]:
+    def both(self, domain, scripted, texts):
         answers = SampledAnswers(scripted(lambda question: texts), domain, k=len(texts))
         [released] = AnswerVariance(answers, paper_compat=True, embed=self.embed)([Sample("q", "7")])
         [corrected] = AnswerVariance(answers)([Sample("q", "7")])
         return released, corrected
 
-    def test_noise_is_a_cluster(self, domain: Domain, scripted: Any) -> None:
+    def test_noise_is_a_cluster(self, domain, scripted):
         near = [f"at 0 0.0{i} so 7" for i in range(5)] + [f"at 9 0.0{i} so 8" for i in range(5)]
         far = ["at 40 60 hmm", "at -50 90 hmm"]  # parsed, these have numbers of no meaning
         answers = SampledAnswers(scripted(lambda question: near + far), domain, k=12)
         assert AnswerVariance(answers, paper_compat=True, embed=self.embed)([Sample("q", "7")]) == [3 / 12]
-        domain.answer_of = lambda text: text[-1] if "so" in text else None  # type: ignore[method-assign]
+        domain.answer_of = lambda text: text[-1] if "so" in text else None
         assert AnswerVariance(answers)([Sample("q", "7")]) == [2 / 12]
 
-    def test_reasoning_is_embedded_and_the_answer_is_not(self, domain: Domain, scripted: Any) -> None:
+    def test_reasoning_is_embedded_and_the_answer_is_not(self, domain, scripted):
         ways = [f"at 0 0.0{i} so 7" for i in range(4)] + [f"at 9 0.0{i} so 7" for i in range(4)]
         assert self.both(domain, scripted, ways) == (2 / 8, 1 / 8)
         same = [f"at 0 0.0{i} so {i % 2}" for i in range(4)] * 2
@@ -177,11 +173,11 @@ class TestReleasedAnswerVariance:
         assert corrected == 2 / 8
         assert released != corrected
 
-    def test_needs_an_embedder(self, answers: SampledAnswers) -> None:
+    def test_needs_an_embedder(self, answers):
         with pytest.raises(ValueError, match="embed: expected"):
             AnswerVariance(answers, paper_compat=True)
 
 
-def test_wrong_k(domain: Domain, scripted: Any) -> None:
+def test_wrong_k(domain, scripted):
     with pytest.raises(ValueError, match="k: expected at least 1 answer, got 0"):
         SampledAnswers(scripted(SCRIPT.__getitem__), domain, k=0)

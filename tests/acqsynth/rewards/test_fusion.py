@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import Any
 
 import pytest
 
@@ -15,32 +14,32 @@ B = [0.3, 0.1, 0.2, 0.5, 0.9, 0.5]
 GROUPS = ["p", "p", "p", "q", "q", "q"]
 
 
-def z(values: list[float], spread: float) -> list[float]:
+def z(values, spread):
     mean, deviation = statistics.fmean(values), statistics.pstdev(values)
     return [(v - mean) / (deviation + spread) for v in values]
 
 
-def z_of(column: list[float]) -> list[float]:
+def z_of(column):
     spread = statistics.fmean([statistics.pstdev(column[:3]), statistics.pstdev(column[3:])])
     return z(column[:3], spread) + z(column[3:], spread)
 
 
-def test_raw() -> None:
+def test_raw():
     assert fuse({"a": A, "b": B}, GROUPS, "raw", {"b": 10}) == pytest.approx([4, 3, 6, 15, 19, 18])
 
 
-def test_z() -> None:
+def test_z():
     expected = [2 * a - b for a, b in zip(z_of(A), z_of(B), strict=True)]
     assert fuse({"a": A, "b": B}, GROUPS, "z", {"a": 2, "b": -1}) == pytest.approx(expected)
 
 
-def test_gdpo() -> None:
+def test_gdpo():
     sums = [a + b for a, b in zip(z_of(A), z_of(B), strict=True)]
     expected = [(v - statistics.fmean(sums)) / statistics.pstdev(sums) for v in sums]
     assert fuse({"a": A, "b": B}, GROUPS, "gdpo") == pytest.approx(expected)
 
 
-def test_rank() -> None:
+def test_rank():
     a = [1 / 6, 3 / 6, 5 / 6, 2 / 6, 2 / 6, 5 / 6]
     b = [5 / 6, 1 / 6, 3 / 6, 2 / 6, 5 / 6, 2 / 6]
     assert fuse({"a": A}, GROUPS, "rank") == pytest.approx(a)
@@ -48,14 +47,14 @@ def test_rank() -> None:
     assert fuse({"a": A, "b": B}, GROUPS, "rank", {"a": 3}) == pytest.approx(expected)
 
 
-def test_quantile_over_the_call_and_its_history() -> None:
+def test_quantile_over_the_call_and_its_history():
     assert fuse({"a": A}, GROUPS, "quantile") == pytest.approx([1 / 12, 3 / 12, 5 / 12, 8 / 12, 8 / 12, 11 / 12])
     with_past = fuse({"a": A}, GROUPS, "quantile", history={"a": [0.0, 3.0]})
     assert with_past == pytest.approx([3 / 16, 5 / 16, 9 / 16, 12 / 16, 12 / 16, 15 / 16])
     assert fuse({"a": [5.0]}, ["only"], "quantile", history={"a": [1.0, 2.0, 9.0]}) == pytest.approx([5 / 8])
 
 
-def test_a_group_of_near_equals_is_not_blown_up() -> None:
+def test_a_group_of_near_equals_is_not_blown_up():
     near = [1.0, 1.001, 1.002]
     wide = [0.0, 5.0, 10.0]
     for method in ("z", "gdpo", "quantile"):
@@ -66,14 +65,14 @@ def test_a_group_of_near_equals_is_not_blown_up() -> None:
     assert fuse({"a": [0.1] * 3 + [0.3] * 3}, GROUPS, "gdpo") == [0] * 6  # rounding is no spread
 
 
-def test_an_outlier_does_not_drown_the_other_signal() -> None:
+def test_an_outlier_does_not_drown_the_other_signal():
     huge = [1.0, 2.0, 1e9]
     b = [3.0, 1.0, 2.0]
     assert fuse({"a": huge, "b": b}, ["p"] * 3, "rank") == fuse({"a": [1.0, 2.0, 3.0], "b": b}, ["p"] * 3, "rank")
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_masked_samples_are_in_no_statistic(method: str) -> None:
+def test_masked_samples_are_in_no_statistic(method):
     a: list[float | None] = [1.0, None, 2.0, 4.0, 10.0, 50.0, 13.0]
     b: list[float | None] = [0.3, 7.0, 0.1, 0.2, 0.5, None, 0.9]
     groups = ["p", "p", "p", "p", "q", "q", "q"]
@@ -90,18 +89,18 @@ def test_masked_samples_are_in_no_statistic(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_negative_weight_turns_the_order_round(method: str) -> None:
+def test_a_negative_weight_turns_the_order_round(method):
     up, down = fuse({"a": A[:3]}, ["p"] * 3, method), fuse({"a": A[:3]}, ["p"] * 3, method, {"a": -1})
     assert sorted(range(3), key=up.__getitem__) == sorted(range(3), key=down.__getitem__, reverse=True)
 
 
 @pytest.mark.parametrize("method", BOUNDED)
-def test_bounded_methods_stay_inside(method: str) -> None:
+def test_bounded_methods_stay_inside(method):
     values = fuse({"a": A, "b": B}, GROUPS, method, {"a": -5, "b": 2})
     assert all(0 < value < 1 for value in values)
 
 
-def test_a_weight_of_zero_leaves_a_signal_out_and_masks_nothing() -> None:
+def test_a_weight_of_zero_leaves_a_signal_out_and_masks_nothing():
     assert fuse({"a": A, "b": [None] * 6}, GROUPS, "rank", {"b": 0}) == fuse({"a": A}, GROUPS, "rank")
 
 
@@ -115,6 +114,6 @@ def test_a_weight_of_zero_leaves_a_signal_out_and_masks_nothing() -> None:
         ({"groups": ["p"]}, "components: expected 1 values of 'a', one a sample, got 6"),
     ],
 )
-def test_wrong_arguments(options: dict[str, Any], message: str) -> None:
+def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         fuse({"a": A}, **({"groups": GROUPS} | options))

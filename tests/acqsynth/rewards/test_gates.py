@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from acqsynth.domains import Domain, Sample
 from acqsynth.rewards import SampledAnswers
+from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.gates import (
     Answerable,
     Check,
@@ -27,7 +28,6 @@ from acqsynth.rewards.gates import (
     default_gates,
     repetition,
 )
-from acqsynth.rewards.shared import one_call
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 
@@ -195,9 +195,8 @@ def test_a_sample_is_verified_once_a_call(domain: Domain, scripted: Any, sample:
     verify, asked = domain.verify, []
     domain.verify = lambda samples: asked.append(len(samples)) or verify(samples)  # type: ignore[method-assign]
     gates = Verified(domain), Answerable(SampledAnswers(scripted(lambda question: ["7"]), domain))
-    samples = [sample(3, 4), sample(5, 6)]
-    with one_call():
-        assert [gate(samples) for gate in gates] == [[True, True]] * 2
+    samples = Batch([sample(3, 4), sample(5, 6)])
+    assert [gate(samples) for gate in gates] == [[True, True]] * 2
     assert asked == [2]
 
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import acqcore
-from acqsynth.domains import Domain, Sample
+from acqsynth.domains import Sample
 from acqsynth.rewards import ComposedReward, acquisition_signals
 from acqsynth.rewards.fusion import METHODS
 
@@ -19,15 +16,15 @@ RNG = random.Random(0)
 SYMBOLS = "".join(chr(code) for code in range(33, 127) if chr(code) not in "<>")
 
 
-def shells(a: int, b: int) -> str:
+def shells(a, b):
     return f"Ada has {a} shells and finds {b} more on the beach. How many shells has she now?"
 
 
-def right(a: int, b: int) -> Sample:
+def right(a, b):
     return Sample(shells(a, b), str(a + b), f"She has {a} and finds {b}, that makes {a + b} in all.")
 
 
-def scrambled() -> str:
+def scrambled():
     return "".join(RNG.choices(SYMBOLS, k=5))
 
 
@@ -62,15 +59,16 @@ GIBBERISH = {
 SEEDS = [right(a, b) for a, b in ((2, 3), (51, 22), (17, 64), (90, 8), (40, 41), (63, 25), (11, 11), (7, 77))]
 
 
-def text(sample: Sample) -> str:
+def text(sample):
     reasoning = f"<reasoning>{sample.reasoning}</reasoning>" if sample.reasoning else ""
     return f"<question>{sample.question}</question>{reasoning}<answer>{sample.answer}</answer>"
 
 
+TAUGHT = {}
 TEXTS = [text(sample) for sample in VALID] + [text(s) for kind in GIBBERISH.values() for s in kind]
 
 
-def answers(question: str) -> Sequence[str]:
+def answers(question):
     """A student that is right on a sum every other time, and guesses where there is none."""
     numbers = [int(word) for word in question.split() if word.isdigit()]
     rng = random.Random(question)
@@ -80,8 +78,16 @@ def answers(question: str) -> Sequence[str]:
 
 
 @pytest.fixture
-def student(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Taught on questions and answers of the kind, and on their plain text."""
+def student(model, tokenizer):
+    """Taught on questions and answers of the kind, and on their plain text; once for all tests."""
+    if not TAUGHT:
+        teach(model, tokenizer)
+        TAUGHT.update({name: value.clone() for name, value in model.state_dict().items()})
+    model.load_state_dict(TAUGHT)
+    return model.eval()
+
+
+def teach(model, tokenizer):
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     rng = random.Random(1)
     for _ in range(120):
@@ -92,17 +98,14 @@ def student(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Llam
             optimizer.zero_grad()
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
-    return model.eval()
 
 
 @pytest.fixture
-def build(
-    student: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, domain: Domain, scripted: Any
-) -> Callable[..., ComposedReward]:
+def build(student, tokenizer, domain, scripted):
     """The default reward, or its gates before another signal; the domain can verify nothing."""
-    domain.verify = lambda samples: [None] * len(samples)  # type: ignore[method-assign]
+    domain.verify = lambda samples: [None] * len(samples)
 
-    def make(acquisition: str | None = None, **options: Any) -> ComposedReward:
+    def make(acquisition=None, **options):
         default = ComposedReward.default(
             domain,
             student,
@@ -124,21 +127,21 @@ def build(
     return make
 
 
-def ranks_above(totals: Sequence[float | None]) -> tuple[list[float], list[float]]:
+def ranks_above(totals):
     known = [total for total in totals if total is not None]
     assert len(known) == len(TEXTS)
     return known[: len(VALID)], known[len(VALID) :]
 
 
 @pytest.mark.parametrize("fusion", METHODS)
-def test_default_reward(build: Callable[..., ComposedReward], fusion: str) -> None:
+def test_default_reward(build, fusion):
     rewards = build(fusion=fusion).score(TEXTS, ["p"] * len(TEXTS))
     valid, gibberish = ranks_above(rewards.total)
     assert max(gibberish) < min(valid)
     assert len(set(valid)) > 1  # and it still tells the valid ones apart
 
 
-def test_every_acquisition_behind_the_default_gates(build: Callable[..., ComposedReward]) -> None:
+def test_every_acquisition_behind_the_default_gates(build):
     fooled = set()
     for acquisition in acqcore.acquisitions():
         valid, gibberish = ranks_above(build(acquisition).score(TEXTS, ["p"] * len(TEXTS)).total)
@@ -150,7 +153,7 @@ def test_every_acquisition_behind_the_default_gates(build: Callable[..., Compose
     assert fooled >= {"loss", "perplexity", "entropy", "grad_norm", "el2n", "margin"}  # the adversary is a real one
 
 
-def test_which_gate_stops_what(build: Callable[..., ComposedReward]) -> None:
+def test_which_gate_stops_what(build):
     rewards = build().score(TEXTS, ["p"] * len(TEXTS))
     stopped = [next((name for name, ok in rewards.gates.items() if not ok[i]), "") for i in range(len(TEXTS))]
     assert stopped[: len(VALID)] == [""] * len(VALID)

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import acqcore
-from acqsynth.domains import Domain, Sample
 from acqsynth.rewards import ComposedReward, Gradient, default_gates
 
 
 @pytest.fixture
-def samples(sample: Callable[..., Sample]) -> list[Sample]:
+def samples(sample):
     return [sample(3, 4, reasoning="One " * n) for n in (1, 4, 16, 40)]
 
 
-def norms(
-    model: Any, tokenizer: Any, domain: Domain, samples: list[Sample], chat: bool
-) -> tuple[list[float], list[int]]:
+def norms(model, tokenizer, domain, samples, chat):
     """``|| grad of the mean loss ||`` and the count of tokens, by autograd of one sample at a time."""
     found, counts = [], []
     for s in samples:
@@ -41,9 +36,7 @@ def norms(
     return found, counts
 
 
-def test_root_of_length_times_the_norm_of_the_mean(
-    domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_root_of_length_times_the_norm_of_the_mean(domain, samples, model, tokenizer):
     signal = Gradient(model, domain, samples, tokenizer=tokenizer)
     values, counts = norms(model, tokenizer, domain, samples, chat=True)
     expected = [value * math.sqrt(count) for value, count in zip(values, counts, strict=True)]
@@ -51,9 +44,7 @@ def test_root_of_length_times_the_norm_of_the_mean(
     assert signal.limit() == pytest.approx(max(expected), rel=1e-4)
 
 
-def test_no_more_than_the_seeds(
-    domain: Domain, sample: Callable[..., Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_no_more_than_the_seeds(domain, sample, model, tokenizer):
     seeds = [sample(3, 4), sample(5, 6)]
     signal = Gradient(model, domain, seeds, tokenizer=tokenizer)
     absurd = [sample(3, 4, answer="~}{|^`"), sample(8, 9, answer="\x7f\x7f\x7f")]
@@ -65,17 +56,11 @@ def test_no_more_than_the_seeds(
     assert signal.limit() != limit
 
 
-def test_released_is_a_loop_of_single_backwards_without_template(
-    domain: Domain,
-    samples: list[Sample],
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_released_is_a_loop_of_single_backwards_without_template(domain, samples, model, tokenizer, monkeypatch):
     sizes = []
     score = acqcore.score
 
-    def counting(student: Any, rows: Any, *args: Any, **options: Any) -> acqcore.Scores:
+    def counting(student, rows, *args, **options):
         sizes.append(len(rows))
         return score(student, rows, *args, **options)
 
@@ -88,9 +73,7 @@ def test_released_is_a_loop_of_single_backwards_without_template(
     assert sizes == [4, 4]  # the samples, and the seeds once
 
 
-def test_released_falls_with_length(
-    domain: Domain, sample: Callable[..., Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_released_falls_with_length(domain, sample, model, tokenizer):
     """A mean of more tokens is a shorter vector; over the root of the length nothing of that is left."""
     generator = torch.Generator().manual_seed(0)
     texts = [
@@ -102,16 +85,14 @@ def test_released_falls_with_length(
     released = Gradient(model, domain, paper_compat=True, tokenizer=tokenizer)(varied)
     corrected = Gradient(model, domain, varied, tokenizer=tokenizer)(varied)
 
-    def slope(values: list[Any]) -> float:
+    def slope(values):
         return statistics.linear_regression(lengths, [math.log(value) for value in values]).slope
 
     assert slope(released) < -0.2
     assert abs(slope(corrected)) < abs(slope(released))
 
 
-def test_released_rises_with_the_error_of_the_answer(
-    domain: Domain, sample: Callable[..., Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_released_rises_with_the_error_of_the_answer(domain, sample, model, tokenizer):
     """Taught that 3 + 4 is 7, the student has its largest gradient at a wrong answer. The corrected form is asked
     behind gates, where a wrong answer does not pass."""
     right, wrong = sample(3, 4), sample(3, 4, answer="9")
@@ -137,6 +118,6 @@ def test_released_rises_with_the_error_of_the_answer(
     assert rewards.total[0] > rewards.total[1]
 
 
-def test_seeds_are_needed(domain: Domain, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_seeds_are_needed(domain, model, tokenizer):
     with pytest.raises(ValueError, match="seeds: expected at least one sample"):
         Gradient(model, domain, tokenizer=tokenizer)

@@ -8,10 +8,10 @@ import statistics
 
 import pytest
 
-from acqsynth.rewards.lengths import LengthBins
+from acqsynth.rewards.fusion import LengthBins
 
 
-def drawn(n: int, seed: int = 0) -> tuple[list[float], list[int], list[float]]:
+def drawn(n, seed=0):
     """Values that grow with the length, the lengths, and the part of the values that does not."""
     rng = random.Random(seed)
     lengths = [round(2 ** rng.uniform(4, 10)) for _ in range(n)]
@@ -19,7 +19,7 @@ def drawn(n: int, seed: int = 0) -> tuple[list[float], list[int], list[float]]:
     return [length**0.5 + (1 + length / 300) * w for length, w in zip(lengths, worth, strict=True)], lengths, worth
 
 
-def test_the_correlation_with_length_goes_and_the_worth_stays() -> None:
+def test_the_correlation_with_length_goes_and_the_worth_stays():
     bins = LengthBins()
     values, lengths, worth = drawn(2000)
     assert statistics.correlation(values, lengths) > 0.8
@@ -29,14 +29,14 @@ def test_the_correlation_with_length_goes_and_the_worth_stays() -> None:
     assert 0.5 < statistics.pstdev(found) < 1.5
 
 
-def test_moments_are_those_of_the_bin() -> None:
+def test_moments_are_those_of_the_bin():
     bins = LengthBins(prior=1e-9, decay=1.0)
     values = [1.0, 2.0, 6.0]
     found = bins(values, [100, 100, 100])
     assert found == pytest.approx([(v - 3) / statistics.pstdev(values) for v in values])
 
 
-def test_between_two_bins_their_moments_are_mixed() -> None:
+def test_between_two_bins_their_moments_are_mixed():
     bins = LengthBins(prior=1e-9, decay=1.0)
     bins([0.0, 2.0] * 50 + [5.0, 7.0] * 50, [256, 256] * 50 + [512, 512] * 50)  # bins 16 and 18
     bins([3.0, 5.0] * 50, [362, 362] * 50)  # bin 17
@@ -46,7 +46,7 @@ def test_between_two_bins_their_moments_are_mixed() -> None:
     assert deviation == pytest.approx(4 - ((1 - share) * 1 + share * 4), rel=1e-3)
 
 
-def test_a_new_bin_starts_from_the_line_through_the_others() -> None:
+def test_a_new_bin_starts_from_the_line_through_the_others():
     bins = LengthBins(prior=8.0, decay=1.0)
     for length, level in ((16, 1.0), (64, 2.0), (256, 3.0)):
         bins([level - 0.5, level + 0.5] * 200, [length] * 400)
@@ -56,7 +56,7 @@ def test_a_new_bin_starts_from_the_line_through_the_others() -> None:
     assert bins([4.0], [1_000_000], update=False)[0] < -2
 
 
-def test_a_bin_without_variance_is_not_divided_by_zero() -> None:
+def test_a_bin_without_variance_is_not_divided_by_zero():
     bins = LengthBins()
     assert bins([2.0, 2.0], [10, 10]) == [0, 0]
     bins([1.0, 5.0] * 10, [500] * 20)
@@ -64,14 +64,14 @@ def test_a_bin_without_variance_is_not_divided_by_zero() -> None:
     assert abs(value) < 1
 
 
-def test_none_stays_none_and_is_not_counted() -> None:
+def test_none_stays_none_and_is_not_counted():
     one, other = LengthBins(), LengthBins()
     first, second = other([1.0, 2.0], [10, 10])
     assert one([1.0, None, 2.0], [10, 10, 10]) == [first, None, second]
     assert one.state_dict() == other.state_dict()
 
 
-def test_without_update_nothing_is_counted() -> None:
+def test_without_update_nothing_is_counted():
     bins = LengthBins()
     assert bins([3.0, 5.0], [10, 10], update=False) == [3.0, 5.0]  # nothing seen: as they are
     bins(*drawn(100)[:2])
@@ -80,7 +80,7 @@ def test_without_update_nothing_is_counted() -> None:
     assert bins.state_dict() == state
 
 
-def test_state_goes_on() -> None:
+def test_state_goes_on():
     values, lengths, _ = drawn(200)
     one, other = LengthBins(), LengthBins()
     one(values[:100], lengths[:100])
@@ -88,7 +88,7 @@ def test_state_goes_on() -> None:
     assert one(values[100:], lengths[100:]) == other(values[100:], lengths[100:])
 
 
-def test_old_values_fade() -> None:
+def test_old_values_fade():
     bins = LengthBins(decay=0.9)
     bins([0.0, 1.0] * 50, [10] * 100)
     bins([100.0, 101.0] * 50, [10] * 100)
@@ -96,6 +96,6 @@ def test_old_values_fade() -> None:
     assert abs(value) < 0.2
 
 
-def test_wrong_arguments() -> None:
+def test_wrong_arguments():
     with pytest.raises(ValueError, match="prior, decay"):
         LengthBins(decay=0)

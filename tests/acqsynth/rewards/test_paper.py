@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
-from acqsynth.domains import Domain, Sample
 from acqsynth.rewards import ComposedReward, PaperReward
 from acqsynth.rewards.gates import Length, Sound
 
@@ -16,17 +13,17 @@ QUESTION = "<question>What is it?</question>"
 class Constant:
     name = "constant"
 
-    def __init__(self, value: float = 2.0, fails_on: str = "") -> None:
+    def __init__(self, value=2.0, fails_on=""):
         self.value = value
         self.fails_on = fails_on
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+    def __call__(self, samples):
         if any(sample.answer == self.fails_on for sample in samples):
             raise RuntimeError("out of memory")
         return [self.value] * len(samples)
 
 
-def test_signal_and_bonus(domain: Domain) -> None:
+def test_signal_and_bonus(domain):
     reward = PaperReward(domain, Constant())
     texts = [QUESTION + "<answer>7</answer>", "no sample"]
     rewards = reward.score(texts, ["p", "p"])
@@ -36,7 +33,7 @@ def test_signal_and_bonus(domain: Domain) -> None:
     assert reward(["p", "p"], texts) == rewards.total
 
 
-def test_long_reasoning_swamps_the_signal(domain: Domain) -> None:
+def test_long_reasoning_swamps_the_signal(domain):
     short = QUESTION + "<answer>7</answer>"
     long = QUESTION + f"<reasoning>{'It is so. ' * 400}</reasoning><answer>7</answer>"
     released = PaperReward(domain, Constant()).score([short, long, "no sample"], ["p"] * 3).total
@@ -48,12 +45,12 @@ def test_long_reasoning_swamps_the_signal(domain: Domain) -> None:
     assert corrected[2] < corrected[1]
 
 
-def test_the_bonus_can_be_traded_for_the_signal(domain: Domain) -> None:
+def test_the_bonus_can_be_traded_for_the_signal(domain):
     """A text that no one can learn from stands on top if its signal is large; a gate does not bargain."""
     bad, good = "<question>What.</question><answer>7</answer>", QUESTION + "<answer>7</answer>"
 
     class Large(Constant):
-        def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        def __call__(self, samples):
             return [1e3 if "?" not in sample.question else 1.0 for sample in samples]
 
     released = PaperReward(domain, Large()).score([bad, good], ["p", "p"]).total
@@ -62,7 +59,7 @@ def test_the_bonus_can_be_traded_for_the_signal(domain: Domain) -> None:
     assert corrected[0] < corrected[1]
 
 
-def test_every_exception_is_minus_five(domain: Domain) -> None:
+def test_every_exception_is_minus_five(domain):
     texts = [QUESTION + "<answer>7</answer>", QUESTION + "<answer>8</answer>"]
     failing = Constant(fails_on="8")
     assert PaperReward(domain, failing).score(texts, ["p", "p"]).total == [pytest.approx(2.982), -5]
@@ -72,7 +69,7 @@ def test_every_exception_is_minus_five(domain: Domain) -> None:
     assert corrected.masked == 2
 
 
-def test_format_only_is_a_constant(domain: Domain) -> None:
+def test_format_only_is_a_constant(domain):
     texts = [QUESTION + "<answer>7</answer>", "no sample", QUESTION * 2]
     released = PaperReward(domain, None).score(texts, ["p"] * 3).total
     assert len(set(released)) == 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 
@@ -15,12 +13,12 @@ FEVER = [f"Which drug helps a patient of {n} years with a fever?" for n in range
 SEEDS = [Sample(q, "3") for q in APPLES + FEVER]
 
 
-def cosines(questions: Sequence[str], centres: torch.Tensor) -> list[float]:
+def cosines(questions, centres):
     x = torch.nn.functional.normalize(NgramEmbedder()(questions), dim=1)
     return [max(float(row @ c) for c in centres) for row in x]
 
 
-def test_largest_cosine_to_a_centre_of_questions() -> None:
+def test_largest_cosine_to_a_centre_of_questions():
     signal = Proximity(NgramEmbedder(), SEEDS, clusters=2)
     centres = signal.centres()
     assert centres.shape == (2, 1024)
@@ -36,18 +34,18 @@ def test_largest_cosine_to_a_centre_of_questions() -> None:
     assert signal([]) == []
 
 
-def test_fewer_different_seeds_than_clusters() -> None:
+def test_fewer_different_seeds_than_clusters():
     signal = Proximity(NgramEmbedder(), [SEEDS[0], SEEDS[0], SEEDS[1]])
     assert len(signal.centres()) == 2
     assert signal([SEEDS[0]]) == pytest.approx([1.0], abs=1e-5)
 
 
-def test_the_same_seed_gives_the_same_centres() -> None:
+def test_the_same_seed_gives_the_same_centres():
     one, other = (Proximity(NgramEmbedder(), SEEDS, clusters=5) for _ in range(2))
     torch.testing.assert_close(one.centres(), other.centres())
 
 
-def test_released_clusters_first_characters() -> None:
+def test_released_clusters_first_characters():
     """All it knows of twenty seeds is W: a question on apples is no nearer than any other."""
     try:
         embed = SentenceEmbedder()
@@ -65,7 +63,7 @@ def test_released_clusters_first_characters() -> None:
     assert max(values) < 0.5
 
 
-def test_wrong_arguments() -> None:
+def test_wrong_arguments():
     with pytest.raises(ValueError, match="seeds: expected at least one"):
         Proximity(NgramEmbedder(), [])
     with pytest.raises(ValueError, match="clusters: expected at least 1"):

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import acqcore
-from acqsynth.domains import Domain, Sample
 from acqsynth.rewards import AcquisitionSignal, Scorer, Signal, acquisition_signals
-from acqsynth.rewards.shared import one_call
+from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.signals import ArchiveNovelty
 
 
-def rows(samples: list[Sample]) -> list[dict[str, Any]]:
+def rows(samples):
     return [
         {
             "prompt": [{"role": "user", "content": s.question}],
@@ -27,17 +23,17 @@ def rows(samples: list[Sample]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def samples(sample: Callable[..., Sample]) -> list[Sample]:
+def samples(sample):
     return [sample(3, 4, reasoning="Three and four make seven."), sample(10, 20), sample(5, 5, answer="11")]
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+def counted(monkeypatch):
     """The acquisitions of each ``acqcore.score`` call."""
     calls: list[tuple[str, ...]] = []
     score = acqcore.score
 
-    def counting(student: Any, samples: Any, acquisitions: Any, **options: Any) -> acqcore.Scores:
+    def counting(student, samples, acquisitions, **options):
         calls.append(tuple(acquisitions))
         return score(student, samples, acquisitions, **options)
 
@@ -45,9 +41,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     return calls
 
 
-def test_values_are_those_of_the_chat_the_student_learns(
-    domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_values_are_those_of_the_chat_the_student_learns(domain, samples, model, tokenizer):
     for name in ("entropy", "grad_norm", "margin"):
         [signal] = acquisition_signals(model, [name], domain, tokenizer=tokenizer)
         assert isinstance(signal, Signal)
@@ -55,9 +49,7 @@ def test_values_are_those_of_the_chat_the_student_learns(
         assert signal(samples) == acqcore.score(model, rows(samples), (name,), tokenizer=tokenizer)[name].tolist()
 
 
-def test_a_tokenizer_without_template_scores_plain_text(
-    domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_tokenizer_without_template_scores_plain_text(domain, samples, model, tokenizer):
     [signal] = acquisition_signals(model, ["loss"], domain, tokenizer=tokenizer)
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:
@@ -68,29 +60,20 @@ def test_a_tokenizer_without_template_scores_plain_text(
     assert values == acqcore.score(model, plain, ("loss",), tokenizer=tokenizer)["loss"].tolist()
 
 
-def test_signals_of_one_student_share_a_pass_within_a_call(
-    domain: Domain,
-    samples: list[Sample],
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    counted: list[tuple[str, ...]],
-) -> None:
+def test_signals_of_one_student_share_a_pass_within_a_call(domain, samples, model, tokenizer, counted):
     signals = acquisition_signals(model, ["loss", "entropy", "gini"], domain, tokenizer=tokenizer)
-    with one_call():
-        values = [signal(samples) for signal in signals]
+    batch = Batch(samples)
+    values = [signal(batch) for signal in signals]
     assert counted == [("loss", "entropy", "gini")]
     assert len({tuple(column) for column in values}) == 3
-    with one_call():
-        signals[0](samples)
+    signals[0](Batch(samples))
     assert len(counted) == 2  # the student may have moved: a call keeps nothing for the next
     signals[0](samples)
     signals[0](samples)
     assert len(counted) == 4
 
 
-def test_every_registered_acquisition_is_a_signal(
-    domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_every_registered_acquisition_is_a_signal(domain, samples, model, tokenizer):
     needed = {"influence": {"reference": samples[:1]}, "archive_novelty": {"archive": acqcore.Archive(4)}}
     names = {name: needed.get(name, {}) for name in acqcore.acquisitions()}
     for signal in acquisition_signals(model, names, domain, tokenizer=tokenizer):
@@ -99,9 +82,7 @@ def test_every_registered_acquisition_is_a_signal(
         assert all(isinstance(value, float) for value in values)
 
 
-def test_influence_of_reference_samples_follows_the_student(
-    domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_influence_of_reference_samples_follows_the_student(domain, samples, model, tokenizer):
     [signal] = acquisition_signals(model, {"influence": {"reference": samples[:1]}}, domain, tokenizer=tokenizer)
     values = signal(samples)
     reference = acqcore.influence_reference(model, rows(samples[:1]), tokenizer=tokenizer)
@@ -120,9 +101,7 @@ def test_influence_of_reference_samples_follows_the_student(
     assert signal(samples) == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_reference_is_made_as_the_arguments_say(
-    domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_reference_is_made_as_the_arguments_say(domain, samples, model, tokenizer):
     made = {"parameters": 1, "dim": 64, "seed": 3}
     asked = {"influence": {"reference": samples[:1], "similarity": "dot", **made}}
     [signal] = acquisition_signals(model, asked, domain, tokenizer=tokenizer)
@@ -131,10 +110,8 @@ def test_the_reference_is_made_as_the_arguments_say(
     assert signal(samples) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_an_archive_of_gradients_grows_with_what_passes(
-    domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    def build() -> ArchiveNovelty:
+def test_an_archive_of_gradients_grows_with_what_passes(domain, samples, model, tokenizer):
+    def build():
         arguments = {"archive": acqcore.Archive(8), "parameters": 1, "dim": 64}
         [signal] = acquisition_signals(model, {"archive_novelty": arguments}, domain, tokenizer=tokenizer)
         assert isinstance(signal, ArchiveNovelty)
@@ -155,16 +132,14 @@ def test_an_archive_of_gradients_grows_with_what_passes(
     assert resumed(samples) == signal(samples)
 
 
-def test_what_depends_on_the_others_is_asked_with_all_of_them(
-    domain: Domain, samples: list[Sample], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_what_depends_on_the_others_is_asked_with_all_of_them(domain, samples, model, tokenizer):
     alone, among = acquisition_signals(model, ["entropy", "gradient_diversity"], domain, tokenizer=tokenizer)
     assert not alone.set_level
     assert among.set_level
     assert among([samples[0], samples[0]])[0] < 0.02 < among(samples)[0]
 
 
-def test_wrong_arguments_are_named(domain: Domain, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_wrong_arguments_are_named(domain, model, tokenizer):
     with pytest.raises(ValueError, match="acquisition: unknown 'entrpy'"):
         acquisition_signals(model, ["entrpy"], domain, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="acquisitions: expected at least one name"):

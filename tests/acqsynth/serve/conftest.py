@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import acqcore
 from acqsynth.serve.app import Service, create_app
-from acqsynth.serve.options import Limits
+from acqsynth.serve.options import ADMIN_TOKEN_VARIABLE, TOKEN_VARIABLE, Limits
 from acqsynth.serve.students import Students
+
+TOKENS = {TOKEN_VARIABLE: "secret", ADMIN_TOKEN_VARIABLE: "admin"}
+Start = Callable[..., tuple[subprocess.Popen[str], str]]
 
 SAMPLES = [
     {"prompt": f"What is {a} + {b}?\n", "completion": "Let me see. " * (a % 4) + f"It is {a + b}."}
@@ -64,3 +73,41 @@ def _asked() -> Callable[..., Any]:
 @pytest.fixture
 def samples() -> list[dict[str, str]]:
     return SAMPLES
+
+
+@pytest.fixture
+def root(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """A folder with the students ``one`` and ``two``."""
+    for name in ("one", "two"):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+    return tmp_path
+
+
+@pytest.fixture
+def start(root: Path) -> Iterator[Start]:
+    """``start("--option", ...)``: a server of the student ``one``, and its URL."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*options: str) -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-m", "acqsynth.cli", "serve", "--student", str(root / "one"), "--port", "0"]
+        environment = {**os.environ, **TOKENS, "OMP_NUM_THREADS": "1"}
+        with (root / "stderr").open("w") as errors:
+            process = subprocess.Popen(
+                [*command, *options], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+        started.append(process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        found = re.fullmatch(r"acqsynth: serving (http://127\.0\.0\.1:\d+)\n", line)
+        assert found, line + (root / "stderr").read_text()
+        return process, found[1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,54 +19,14 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import acqcore
 from acqsynth.cli import main
 from acqsynth.serve.options import ADMIN_TOKEN_VARIABLE, TOKEN_VARIABLE
 
-TOKENS = {TOKEN_VARIABLE: "secret", ADMIN_TOKEN_VARIABLE: "admin"}
 BEARER = {"Authorization": "Bearer secret"}
 NAMES = ["entropy", "loss"]
 Start = Callable[..., tuple[subprocess.Popen[str], str]]
-
-
-@pytest.fixture
-def root(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
-    """A folder with the students ``one`` and ``two``."""
-    for name in ("one", "two"):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-        with torch.no_grad():
-            model.lm_head.weight.mul_(1.5)
-    return tmp_path
-
-
-@pytest.fixture
-def start(root: Path) -> Iterator[Start]:
-    """``start("--option", ...)``: a server of the student ``one``, and its URL."""
-    started: list[subprocess.Popen[str]] = []
-
-    def run(*options: str) -> tuple[subprocess.Popen[str], str]:
-        command = [sys.executable, "-m", "acqsynth.cli", "serve", "--student", str(root / "one"), "--port", "0"]
-        environment = {**os.environ, **TOKENS, "OMP_NUM_THREADS": "1"}
-        with (root / "stderr").open("w") as errors:
-            process = subprocess.Popen(
-                [*command, *options], env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-        started.append(process)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.fullmatch(r"acqsynth: serving (http://127\.0\.0\.1:\d+)\n", line)
-        assert found, line + (root / "stderr").read_text()
-        return process, found[1]
-
-    yield run
-    for process in started:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
 
 
 async def raw(url: str, head: str, pieces: list[bytes], *, every: float = 0.0, answer: bool = True) -> int | None:
@@ -241,7 +200,7 @@ class TestUsage:
 
     @pytest.fixture(autouse=True)
     def _no_tokens(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in TOKENS:
+        for name in (TOKEN_VARIABLE, ADMIN_TOKEN_VARIABLE):
             monkeypatch.delenv(name, raising=False)
 
     def fails(self, capsys: pytest.CaptureFixture[str], *options: str) -> str:

@@ -1,0 +1,167 @@
+"""What an acquisition can need of a batch. Needs are frozen: equal ones are computed once, others not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, TypeAlias
+
+import torch
+
+from acqcore import checks
+from acqcore.gradients.need import GradientNeed
+from acqcore.head import Head
+from acqcore.head_grad import Bounds
+from acqcore.literals import Form, Layers
+from acqcore.row_stats import RowStats
+from acqcore.students.student import Student, StudentLike
+
+#: Default dropout probability on the last hidden state and in blocks: see the table in the README.
+HIDDEN_DROPOUT, BLOCK_DROPOUT = 0.1, 0.05
+
+
+@dataclass(frozen=True)
+class Options:
+    """Arguments of an acquisition. Subclasses are frozen dataclasses whose ``__post_init__`` checks the values."""
+
+    def check(self, student: Student, head: Head) -> None:
+        """Raise ValueError if they do not fit the student; called before any forward."""
+
+    @classmethod
+    def of(cls, name: str, given: Mapping[str, Any] | Options) -> Any:
+        """The options of acquisition ``name``, from a mapping or ready-made.
+
+        Raises:
+            TypeError: neither. ValueError: an unknown argument, or a missing one. Otherwise as ``__post_init__``.
+        """
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"acquisition_args[{name!r}]: expected a mapping or {cls.__name__}, got {checks.describe(given)}"
+            )
+        for argument in given:
+            checks.one_of(f"acquisition_args[{name!r}]", argument, [field.name for field in fields(cls)])
+        for argument in cls.required():
+            if argument not in given:
+                raise ValueError(
+                    f"acquisition_args: {name!r} needs {argument!r}, as in {{{name!r}: {{{argument!r}: ...}}}}"
+                )
+        return cls(**given)
+
+    @classmethod
+    def required(cls) -> tuple[str, ...]:
+        """Arguments without a default."""
+        return tuple(f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING)
+
+
+@dataclass(frozen=True)
+class RowNeed:
+    """:class:`acqcore.RowStats` of the N scored tokens, without dropout."""
+
+
+@dataclass(frozen=True)
+class BatchNeed:
+    """:class:`SampleBatch`: the hidden states themselves, where samples begin, and the statistics."""
+
+
+@dataclass(frozen=True, eq=False)
+class SampleBatch:
+    """The N scored tokens of B samples, one sample after another.
+
+    Attributes:
+        hidden: ``[N, D]``.
+        head: the last layer.
+        stats: of the N rows, with targets.
+        bounds: [begin, end) of each sample among the rows.
+        backend: the name asked for, or None.
+    """
+
+    hidden: torch.Tensor
+    head: Head
+    stats: RowStats
+    bounds: Bounds
+    backend: str | None
+
+
+@dataclass(frozen=True)
+class DrawOptions(Options):
+    """:class:`acqcore.BayesStats` of the N scored tokens under K draws: options and need of Bayesian acquisitions.
+
+    Args:
+        layers: dropout acts on the last hidden state (0), in the last n blocks, in every block (``"all"``, the
+            default), or in the student's own dropout layers at their own rates (``"own"``).
+        dropout: probability p, by default 0.1 on the last hidden state and 0.05 in blocks; ignored by ``"own"``.
+        draws: K.
+        form, block: of dropout on the last hidden state, as in :func:`acqcore.mutual_information`; either one implies
+            ``layers=0``.
+        seed: of the masks.
+        members: students to use instead of draws: models, paths or ``acqcore.Student``, all with the student's tokens.
+
+    Raises:
+        TypeError, ValueError: a value of a wrong type or out of range; arguments that exclude each other.
+    """
+
+    layers: Layers | None = None
+    dropout: float | None = None
+    draws: int = 8
+    form: Form | None = None
+    block: int | None = None
+    seed: int = 0
+    members: tuple[StudentLike, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks.draws(self.draws)
+        checks.seed(self.seed)
+        if self.members != ():
+            self._check_members()
+            self._resolve(members=tuple(self.members))
+            return
+        on_hidden = self.form is not None or self.block is not None
+        layers = self.layers if self.layers is not None else 0 if on_hidden else "all"
+        if isinstance(layers, str):
+            if layers not in ("all", "own"):
+                raise ValueError(f"layers: expected a number of blocks, 'all' or 'own', got {layers!r}")
+        elif isinstance(layers, bool) or not isinstance(layers, int):
+            raise TypeError(f"layers: expected a number of blocks, 'all' or 'own', got {checks.describe(layers)}")
+        elif layers < 0:
+            raise ValueError(f"layers: expected at least 0 blocks, got {layers}")
+        if layers == 0:
+            form, block = self.form or "element", 64 if self.block is None else self.block
+            checks.literal("form", form, Form)
+            checks.positive_int("block", block)
+            self._resolve(form=form, block=block)
+        elif on_hidden:
+            name = "block" if self.form is None else "form"
+            raise ValueError(f"{name}: applies to dropout on the last hidden state, layers=0, got layers={layers!r}")
+        dropout = self.dropout
+        if dropout is None:
+            dropout = HIDDEN_DROPOUT if layers == 0 else BLOCK_DROPOUT
+        checks.dropout(dropout)
+        self._resolve(layers=layers, dropout=dropout)
+
+    def _check_members(self) -> None:
+        if isinstance(self.members, str) or not isinstance(self.members, Sequence):
+            raise TypeError(f"members: expected a sequence of students, got {checks.describe(self.members)}")
+        if len(self.members) < 2:
+            raise ValueError(f"members: expected at least 2 students, got {len(self.members)}")
+        for field in fields(self):
+            if field.name != "members" and getattr(self, field.name) != field.default:
+                raise ValueError(f"members: replaces draws by dropout, got {field.name!r} too")
+
+    def _resolve(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def on_hidden(self) -> bool:
+        """Whether the draws follow from the hidden states of the forward without dropout."""
+        return self.layers == 0
+
+
+def draws(options: DrawOptions) -> DrawOptions:
+    """The need of an acquisition whose options are those of its draws."""
+    return options
+
+
+Need: TypeAlias = RowNeed | BatchNeed | DrawOptions | GradientNeed

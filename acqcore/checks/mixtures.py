@@ -1,0 +1,57 @@
+"""Draws of hidden states: dropout, ensembles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from acqcore.checks.basic import describe, float_tensor
+
+MOST_DRAWS = 2**16 - 1  # a draw is half a word of a mask's counter
+
+
+def draws(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"draws: expected an integer, got {describe(value)}")
+    if not 2 <= value <= MOST_DRAWS:
+        raise ValueError(f"draws: expected 2 to {MOST_DRAWS}, got {value}")
+
+
+def dropout(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"dropout: expected a number, got {describe(value)}")
+    if not 0 <= value < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {value}")
+
+
+def seed(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"seed: expected an integer, got {describe(value)}")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"seed: expected 0 to 2^63 - 1, got {value}")
+
+
+def drawn_hidden(value: object, count: int, weights: Sequence[torch.Tensor]) -> None:
+    """Hidden states of every draw ``[K, N, D]``, and the weights ``[V, D]`` of their heads: one, or K."""
+    float_tensor("hidden", value, "[K, N, D]", 3)
+    assert isinstance(value, torch.Tensor)
+    draws(len(value))
+    if count not in (1, len(value)):
+        raise ValueError(f"head: expected one, or one for each of the {len(value)} draws, got {count}")
+    for k, weight in enumerate(weights):
+        if weight.shape != weights[0].shape or weight.dtype != weights[0].dtype or weight.device != weights[0].device:
+            raise ValueError(
+                f"head: expected heads alike in shape, dtype and device, got {describe(weights[0])} and "
+                f"{describe(weight)} for draw {k}"
+            )
+
+
+def alike(what: str, first: object, other: object, draw: int) -> None:
+    if first != other:
+        raise ValueError(f"head: expected heads alike in {what}, got {first} and {other} for draw {draw}")
+
+
+def some_blocks(count: int) -> None:
+    if not count:
+        raise ValueError("layers: no list of transformer blocks found in the student's trunk; layers=0 needs none")

@@ -1,0 +1,145 @@
+"""``acqcore plan``: its options, its tables, its JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from acqcore import checks
+from acqcore.costs.estimate import Figure, from_rates, from_runs
+from acqcore.costs.measure import measure
+from acqcore.costs.shape import Shape, read_config, shape_of, stored_dtype
+from acqcore.costs.work import Work
+
+#: Load average above which a note warns that other work slowed the measurement.
+BUSY = 0.5
+ARGUMENTS_HELP = 'name -> arguments, as in {"grad_norm": {"parameters": "all"}}'
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``acqcore plan``."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--student", metavar="M", help="hub id or local path, whose configuration is read")
+    source.add_argument("--config", metavar="F", help="config.json of a transformers model; needs no weights")
+    parser.add_argument("--rows", type=int, required=True, metavar="N", help="rows to score")
+    parser.add_argument(
+        "--tokens", type=int, required=True, metavar="T", help="tokens per row (their mean, if rows differ)"
+    )
+    parser.add_argument("--scored", type=int, metavar="N", help="scored tokens per row (default: all but the first)")
+    parser.add_argument(
+        "--acquisitions", default="entropy", metavar="A,B", help="as for 'acqcore score' (default: entropy)"
+    )
+    parser.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=ARGUMENTS_HELP)
+    parser.add_argument(
+        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
+    )
+    parser.add_argument("--dtype", choices=list(_DTYPES), help="dtype of the weights (default: as stored)")
+    parser.add_argument("--device", default="cpu", metavar="D", help="device (default: cpu)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's current setting)")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="extrapolate to N devices (default: 1)")
+    parser.add_argument("--flops", type=float, metavar="F", help="FLOP/s that an absent device achieves")
+    parser.add_argument("--bandwidth", type=float, metavar="B", help="bytes/s that an absent device achieves")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(options: argparse.Namespace, print_table: Callable[[str, Sequence[str], Sequence[Sequence[str]]], None]) -> int:
+    """Print the plan.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the first line is for the user.
+    """
+    checks.positive_int("devices", options.devices)
+    if options.threads is not None:
+        checks.positive_int("threads", options.threads)
+    if (options.flops is None) != (options.bandwidth is None):
+        raise ValueError("--flops and --bandwidth: expected both or neither")
+    if options.flops is not None:
+        checks.positive("flops", options.flops)
+        checks.positive("bandwidth", options.bandwidth)
+    if options.config is not None and not Path(options.config).exists():
+        raise ValueError(f"config: no file or folder {options.config}")
+    source = options.student or options.config
+    config = read_config(source)
+    dtype = _DTYPES[options.dtype] if options.dtype else stored_dtype(config)
+    shape = shape_of(config, dtype)
+    names = [name.strip() for name in options.acquisitions.split(",")]
+    work = Work.checked(
+        shape, options.rows, options.tokens, options.scored, options.batch_tokens, names, options.acquisition_args
+    )
+    on_cpu = options.device == "cpu"
+    busy = 0.0
+    if options.flops is not None:
+        estimate = from_rates(shape, work, options.flops, options.bandwidth, options.devices, on_cpu)
+    else:
+        if not (on_cpu or (options.device.startswith("cuda") and torch.cuda.is_available())):
+            raise ValueError(
+                f"device: {options.device!r} is not on this machine, so nothing is measured; give its rates with "
+                "--flops and --bandwidth"
+            )
+        if sys.stderr.isatty():
+            print("measuring models of a few blocks, about half a minute", file=sys.stderr)
+        busy = os.getloadavg()[0]
+        runs = measure(source, config, shape, work, options.device, options.threads)
+        estimate = from_runs(shape, work, runs, options.devices, on_cpu)
+    notes = _notes(shape, work, busy)
+    if options.json:
+        document = {"model": asdict(shape), "work": asdict(work), "device": options.device, **asdict(estimate)}
+        print(json.dumps({**document, "notes": notes}, indent=1))
+        return 0
+    title = f"{shape.name}, {shape.blocks} blocks, {options.device}, {', '.join(names)}"
+    print_table(f"memory of {title}", ("", "", "source", ""), [_cells(figure) for figure in estimate.memory])
+    print_table(f"time of {title}", ("", "", "source", ""), [_cells(figure) for figure in estimate.time])
+    if estimate.layouts:
+        print_table(
+            f"{options.devices} devices like this one, computed",
+            ("", "time", "memory of each", ""),
+            [(r.name, seconds(r.seconds), size(r.bytes_per_device), r.note) for r in estimate.layouts],
+        )
+    for note in notes:
+        print(note)
+    return 0
+
+
+def _notes(shape: Shape, work: Work, busy: float) -> list[str]:
+    """Caveats of the estimate; ``busy`` is the machine's load before measuring."""
+    notes = []
+    if busy > BUSY:
+        notes.append(f"Other work ran here (load {busy:.1f} on {os.cpu_count()} cores) and slowed the measurement.")
+    if shape.kinds > 1:
+        notes.append(
+            f"The {shape.blocks} blocks are of {shape.kinds} kinds, and the first ones stand for all: "
+            "expect a larger error."
+        )
+    if work.tokens > work.batch_tokens:
+        notes.append(f"A row is longer than --batch-tokens {work.batch_tokens}: each gets its own batch.")
+    return notes
+
+
+def _cells(figure: Figure) -> tuple[str, str, str, str]:
+    shown = "" if figure.value is None else (size if figure.unit == "bytes" else seconds)(figure.value)
+    return figure.name, shown, figure.source, figure.note
+
+
+def size(value: float) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{value / 2**20:.0f} MiB" if value < 2**30 else f"{value / 2**30:.2f} GiB"
+
+
+def seconds(value: float) -> str:
+    """Seconds in the largest unit that keeps two digits."""
+    if value >= 7200:
+        return f"{value / 3600:.1f} h"
+    if value >= 120:
+        return f"{value / 60:.1f} min"
+    if value >= 0.1 or value == 0:
+        return f"{value:.{max(0, 1 - math.floor(math.log10(value))) if 0 < value < 10 else 1}f} s"
+    return f"{value * 1e3:.2g} ms"

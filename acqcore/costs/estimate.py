@@ -1,0 +1,246 @@
+"""Extrapolates measurements of small models, or a device's rates, to the whole model, all rows and N devices."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from acqcore.costs.formulas import activation_bytes, batch_seconds
+from acqcore.costs.measure import Run
+from acqcore.costs.shape import Shape
+from acqcore.costs.work import Work, passes
+
+MEASURED, EXTENDED, COMPUTED, GIVEN = "measured", "measured, extended", "computed", "computed from given rates"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A quantity and its origin.
+
+    Attributes:
+        value: in ``unit``, ``bytes`` or ``s``; None if unknown.
+        source: ``measured``; ``measured, extended`` linearly in blocks and rows; ``computed`` from sizes;
+            ``computed from given rates``.
+        note: how it was obtained.
+    """
+
+    name: str
+    value: float | None
+    unit: str
+    source: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way of using N devices, and the time and memory of each."""
+
+    name: str
+    seconds: float
+    bytes_per_device: float
+    note: str
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory and time of scoring.
+
+    Attributes:
+        peak_bytes: while scoring: of the process, or allocated by torch on a GPU.
+        scoring_seconds: of all rows on one device, without loading.
+        memory, time: their parts.
+    """
+
+    peak_bytes: float
+    scoring_seconds: float
+    memory: tuple[Figure, ...]
+    time: tuple[Figure, ...]
+    layouts: tuple[Layout, ...]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Seconds per row that scale with the number of blocks, and the rest; seconds of loading, or None."""
+
+    blocks: float
+    rest: float
+    load: float | None
+
+
+def from_runs(shape: Shape, work: Work, runs: Sequence[Run], devices: int, on_cpu: bool = True) -> Estimate:
+    """Extrapolate linearly in blocks from the one or two models measured, and in rows to a full batch.
+
+    Without a backward memory does not grow with blocks, as each frees its activations: the deeper model's peak stands
+    for the whole. The small growth between the two comes from the allocator and soon saturates: extrapolated to the 30
+    blocks of SmolLM2-135M it was 300 MiB too much.
+    """
+    depths = [run.blocks for run in runs]
+    keeps = passes(shape, work).kept_blocks > 0
+    beyond_each = _beyond(runs, work.batch_rows, keeps)
+    beyond = _at(depths, shape.blocks, beyond_each) if keeps else beyond_each[-1]
+    libraries = statistics.median(run.libraries for run in runs)
+    measured = f"{' and '.join(map(str, depths))} blocks, {runs[0].rows} of {work.batch_rows} rows of a batch"
+    full = [str(run.blocks) for run in runs if run.full_peak is not None and run.rows < work.batch_rows]
+    of_memory = measured + (f", a full batch with {' and '.join(full)}" if full else "")
+    exact = depths[-1] == shape.blocks and runs[-1].rows == work.batch_rows
+    source = MEASURED if exact else EXTENDED
+    memory = [
+        Figure("weights", shape.weight_bytes, "bytes", COMPUTED, _weights_note(shape)),
+        Figure("interpreter and libraries", libraries, "bytes", MEASURED),
+        Figure("scoring a batch", max(0.0, beyond - libraries), "bytes", source, of_memory),
+    ]
+    if not on_cpu:
+        memory.pop(1)
+    peak = shape.weight_bytes + beyond
+    memory.append(Figure("peak while scoring", peak, "bytes", source, "their sum"))
+    memory.append(_by_formula(shape, work, on_cpu))
+    if on_cpu:
+        memory.append(_while_loading(shape, libraries))
+    parts = _parts(runs, shape.blocks)
+    load = None
+    if parts.load is not None:
+        load = runs[0].start_seconds + parts.load
+    time = [
+        Figure("start", runs[0].start_seconds, "s", MEASURED, "of Python and the libraries"),
+        Figure(
+            "loading", parts.load, "s", source if parts.load is not None else "not known",
+            measured.split(",")[0] if parts.load is not None else "no weights here",
+        ),
+        Figure("a batch, in the blocks", parts.blocks * work.batch_rows, "s", source, measured),
+        Figure("a batch, in embedding and head", parts.rest * work.batch_rows, "s", source, measured),
+    ]  # fmt: skip
+    return _estimate(shape, work, devices, peak, (parts.blocks, parts.rest), load, memory, time, source)
+
+
+def from_rates(shape: Shape, work: Work, flops: float, bandwidth: float, devices: int, on_cpu: bool) -> Estimate:
+    """From sizes and a device's given rates; libraries are not counted."""
+    activations = activation_bytes(shape, work, on_cpu)
+    peak = shape.weight_bytes + activations
+    memory = [
+        Figure("weights", shape.weight_bytes, "bytes", COMPUTED, _weights_note(shape)),
+        _by_formula(shape, work, on_cpu),
+        Figure("peak while scoring", peak, "bytes", COMPUTED, "their sum, without libraries and the device's context"),
+    ]
+    trunk, head = batch_seconds(shape, work, flops, bandwidth)
+    rates = f"{flops:.3g} FLOP/s and {bandwidth:.3g} B/s given"
+    time = [
+        Figure("a batch, in the blocks", trunk, "s", GIVEN, rates),
+        Figure("a batch, in the head", head, "s", GIVEN, rates),
+    ]
+    per_row = (trunk / work.batch_rows, head / work.batch_rows)
+    return _estimate(shape, work, devices, peak, per_row, None, memory, time, GIVEN)
+
+
+def _estimate(
+    shape: Shape,
+    work: Work,
+    devices: int,
+    peak: float,
+    per_row: tuple[float, float],
+    load: float | None,
+    memory: list[Figure],
+    time: list[Figure],
+    source: str,
+) -> Estimate:
+    """The part that both estimates share: all rows, and the layouts."""
+    blocks, rest = (seconds * work.rows for seconds in per_row)
+    whole = blocks + rest
+    time.append(Figure("all rows", whole, "s", source, _batches_note(work)))
+    layouts = []
+    if devices > 1:
+        # If batches do not divide evenly, the last device to finish has one more than another.
+        batches = math.ceil(work.rows / work.batch_rows)
+        share = math.ceil(batches / devices) / batches
+        each = whole * share
+        unsharded = peak - (0 if shape.tied else shape.head_bytes * (1 - 1 / devices))
+        layouts = [
+            Layout(
+                "rows shared out, a process each",
+                each + (load or 0),
+                peak,
+                "start and loading included" if load is not None else "start and loading not included",
+            ),
+            Layout("rows shared out, a service each", each, peak, "loaded before; HTTP not included"),
+            Layout(
+                "head by vocabulary, trunk whole",
+                blocks + rest / devices,
+                unsharded,
+                "the tied head stays for the embedding" if shape.tied else "all-reduce of row states not included",
+            ),
+            Layout(
+                "head by vocabulary, trunk tensor-parallel",
+                whole / devices,
+                peak - shape.weight_bytes * (1 - 1 / devices),
+                "a lower bound: communication not included",
+            ),
+        ]
+    return Estimate(peak, whole, tuple(memory), tuple(time), tuple(layouts))
+
+
+def _at(depths: Sequence[int], blocks: int, values: Sequence[float]) -> float:
+    """The line through the values at ``depths`` (one or two), at ``blocks``; never a falling one."""
+    if len(depths) == 1:
+        return values[0]
+    slope = max(0.0, (values[1] - values[0]) / (depths[1] - depths[0]))
+    return values[0] + slope * (blocks - depths[0])
+
+
+def _beyond(runs: Sequence[Run], rows: int, keeps: bool) -> list[float]:
+    """Bytes beyond the weights of each model when ``rows``, a full batch, are scored at once."""
+    low = runs[0]
+    more = low.rows - low.fewer_rows
+    per_row = max(0, low.peak - low.fewer_peak) / more if more else 0.0
+    full = low.peak + per_row * (rows - low.rows) if low.full_peak is None else low.full_peak
+    found = [full - low.weight_bytes]
+    for run in runs[1:]:
+        if run.full_peak is not None:
+            found.append(run.full_peak - run.weight_bytes)
+        else:
+            deeper = (run.peak - run.weight_bytes) - (low.peak - low.weight_bytes)
+            found.append(found[0] + max(0, deeper) * (rows / low.rows if keeps else 1))
+    return found
+
+
+def _parts(runs: Sequence[Run], blocks: int) -> _Parts:
+    """Medians over turns: the models took turns, so that what slows the machine slows both."""
+    depths = [run.blocks for run in runs]
+    extend: Callable[[Sequence[float]], float] = partial(_at, depths, blocks)
+    whole, rest = [], []
+    for turn in zip(*(run.seconds for run in runs), strict=True):
+        row = [seconds / run.rows for seconds, run in zip(turn, runs, strict=True)]
+        whole.append(extend(row))
+        rest.append(max(0.0, _at(depths, 0, row)))
+    loads = [run.load_seconds for run in runs if run.load_seconds is not None]
+    total, outside = statistics.median(whole), statistics.median(rest)
+    return _Parts(total - outside, outside, extend(loads) if loads else None)
+
+
+def _by_formula(shape: Shape, work: Work, on_cpu: bool) -> Figure:
+    return Figure(
+        "scoring a batch, by formula", activation_bytes(shape, work, on_cpu), "bytes", COMPUTED, "docs/placement.md"
+    )
+
+
+def _while_loading(shape: Shape, libraries: float) -> Figure:
+    """On the CPU the file is mapped and is the weights, unless they are converted; then the student's probe multiplies
+    with the head in float32, a copy of one in half precision."""
+    files = shape.stored_bytes + (shape.weight_bytes if shape.dtype != shape.stored_dtype else 0)
+    copied = 0 if shape.dtype == "float32" else 4 * shape.vocabulary * shape.hidden
+    if files >= shape.weight_bytes + copied:
+        converted = shape.dtype != shape.stored_dtype
+        note = f"as {shape.stored_dtype} and as {shape.dtype}" if converted else "the file, mapped, is the weights"
+        return Figure("peak while loading", libraries + files, "bytes", COMPUTED, note)
+    size = libraries + shape.weight_bytes + copied
+    return Figure("peak while loading", size, "bytes", COMPUTED, "with the head in float32, for the probe")
+
+
+def _weights_note(shape: Shape) -> str:
+    tied = "head and embedding are one" if shape.tied else "head and embedding"
+    return f"{shape.parameters / 1e6:,.0f} M parameters, {shape.dtype}, {tied}"
+
+
+def _batches_note(work: Work) -> str:
+    return f"{work.rows} rows of {work.tokens} tokens, {math.ceil(work.rows / work.batch_rows)} batches"

@@ -1,0 +1,218 @@
+"""Calibration: scores models of a few blocks for a few seconds, each in its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+
+from acqcore.costs.formulas import activation_bytes
+from acqcore.costs.shape import Shape, shape_of, with_blocks
+from acqcore.costs.work import Work, passes
+
+#: Seconds of scoring for the whole calibration, unless two rows a turn take longer.
+BUDGET_S = 15.0
+TURNS = 5
+#: Share of the free memory that the small models may fill.
+SHARE = 0.75
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model of a few blocks, measured.
+
+    Attributes:
+        rows, seconds: rows per timed call, and the seconds of each.
+        peak: bytes while ``rows`` were scored: resident in the process, or allocated on the GPU.
+        fewer_rows, fewer_peak: the same for a call with fewer rows, which gives the bytes per row.
+        full_peak: the same for a full batch; None if that would take too long.
+        libraries: bytes of the process before the model was built; 0 on a GPU.
+        start_seconds: from the start of the process to that moment.
+        load_seconds: to build the model and read its weights; None if they are random.
+    """
+
+    blocks: int
+    rows: int
+    seconds: tuple[float, ...]
+    peak: int
+    fewer_rows: int
+    fewer_peak: int
+    full_peak: int | None
+    weight_bytes: int
+    libraries: int
+    start_seconds: float
+    load_seconds: float | None
+
+
+def measure(
+    source: str | os.PathLike[str], config: Any, shape: Shape, work: Work, device: str, threads: int | None
+) -> list[Run]:
+    """Measure a small model, and one up to three blocks deeper if the whole model is deeper than the first.
+
+    Raises:
+        ValueError: the two do not fit into free memory. RuntimeError: a measurement failed.
+    """
+    dtype = getattr(torch, shape.dtype)
+    low = work.fewest_blocks
+    depths = [low] if low == shape.blocks else [low, _deeper(config, shape, work, device)]
+    shapes = [shape_of(with_blocks(config, blocks), dtype) for blocks in depths]
+    with ExitStack() as stack:
+        workers = []
+        for small in shapes:
+            errors = stack.enter_context(tempfile.TemporaryFile("w+"))
+            workers.append(stack.enter_context(_Worker(source, small, work, device, threads, errors)))
+            workers[-1].loaded()  # one after the other: loading is timed
+        for worker in workers:
+            worker.score(1)  # to warm up
+        per_row = sum(worker.score(1)[0] for worker in workers)
+        rows = min(work.batch_rows, max(2, int(BUDGET_S / TURNS / per_row)))
+        fewer_rows = max(1, rows // 2)
+        fewer_peaks = [worker.score(fewer_rows)[1] for worker in workers]
+        turns = [[worker.score(rows) for worker in workers] for _ in range(TURNS)]
+        peaks = [max(turn[i][1] for turn in turns) for i in range(len(workers))]
+        full_peaks = _full_peaks(workers, work, rows, peaks, per_row, passes(shape, work).kept_blocks > 0)
+    return [
+        Run(
+            blocks=small.blocks,
+            rows=rows,
+            seconds=tuple(turn[i][0] for turn in turns),
+            peak=peaks[i],
+            fewer_rows=fewer_rows,
+            fewer_peak=fewer_peaks[i],
+            full_peak=full_peaks[i],
+            weight_bytes=small.weight_bytes,
+            libraries=workers[i].libraries,
+            start_seconds=workers[i].start_seconds,
+            load_seconds=workers[i].load_seconds,
+        )
+        for i, small in enumerate(shapes)
+    ]
+
+
+def _full_peaks(
+    workers: list[_Worker], work: Work, rows: int, peaks: list[int], per_row: float, keeps: bool
+) -> list[int | None]:
+    """Peaks of a full batch, if the budget allows; for the smaller model only, unless blocks keep activations."""
+    if rows == work.batch_rows:
+        return list(peaks)
+    if per_row * work.batch_rows > BUDGET_S:
+        return [None] * len(workers)
+    count = len(workers) if keeps else 1
+    return [worker.score(work.batch_rows)[1] if i < count else None for i, worker in enumerate(workers)]
+
+
+def _deeper(config: Any, shape: Shape, work: Work, device: str) -> int:
+    """Blocks of the larger of two models that fit into free memory; more blocks dilute the measurement error."""
+    low = work.fewest_blocks
+    dtype = getattr(torch, shape.dtype)
+    room = int(SHARE * free_bytes(device))
+
+    def needed(blocks: int) -> int:
+        both = [shape_of(with_blocks(config, n), dtype) for n in (low, blocks)]
+        return sum(small.weight_bytes + activation_bytes(small, work, device == "cpu") for small in both)
+
+    for blocks in range(min(low + 3, shape.blocks), low + 1, -1):
+        if needed(blocks) <= room:
+            return blocks
+    if needed(low + 1) > room:
+        raise ValueError(
+            f"plan: models of {low} and {low + 1} blocks and a batch need {needed(low + 1) / 2**30:.2f} GiB to be "
+            f"measured, {room / 2**30:.2f} GiB are free; lower --batch-tokens, or give a device's --flops and "
+            "--bandwidth"
+        )
+    return low + 1
+
+
+def free_bytes(device: str) -> int:
+    """Bytes that can still be allocated on a device."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable")
+
+
+class _Worker:
+    """The process of one small model."""
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        shape: Shape,
+        work: Work,
+        device: str,
+        threads: int | None,
+        errors: IO[str],
+    ) -> None:
+        source = os.fspath(source)
+        spec = {
+            "source": source,
+            "weights": has_weights(source),
+            "blocks": shape.blocks,
+            "dtype": shape.dtype,
+            "device": device,
+            **{key: value for key, value in asdict(work).items() if key != "rows"},
+        }
+        environment = dict(os.environ)
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        self._errors = errors
+        self._start = time.time()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "acqcore.costs.worker", json.dumps(spec)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment,
+        )  # fmt: skip
+
+    def loaded(self) -> None:
+        """Wait for the model."""
+        facts = self._reply()
+        self.libraries = int(facts["libraries"])
+        self.load_seconds: float | None = facts["load_seconds"]
+        self.start_seconds = float(facts["imported_at"]) - self._start
+
+    def score(self, rows: int) -> tuple[float, int]:
+        """Seconds and peak bytes of scoring ``rows`` rows."""
+        assert self._process.stdin is not None
+        print(rows, file=self._process.stdin, flush=True)
+        facts = self._reply()
+        return facts["seconds"], facts["peak"]
+
+    def _reply(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            said = self._errors.read().strip().splitlines()
+            raise RuntimeError(
+                f"the measuring process ended with status {self._process.wait()}"
+                + (f": {said[-1]}" if said else "; on Linux -9 is what running out of memory looks like")
+            )
+        facts: dict[str, Any] = json.loads(line)
+        if "error" in facts:
+            raise RuntimeError(f"measuring failed: {facts['error']}")
+        return facts
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def has_weights(source: str) -> bool:
+    """Whether a local directory holds weights that transformers loads."""
+    return any(Path(source).glob("*.safetensors")) if os.path.isdir(source) else False

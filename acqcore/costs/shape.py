@@ -1,0 +1,130 @@
+"""What a configuration tells of a model without its weights: sizes, counted on the meta device."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from acqcore import checks
+from acqcore.students.student import Student
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a causal language model.
+
+    Attributes:
+        name: class of the model.
+        dtype: of the weights, as they will be held.
+        stored_dtype: of the weights, as the configuration says they are stored.
+        blocks: transformer blocks of the trunk.
+        kinds: how many sorts of blocks there are, by parameters and kind of attention.
+        hidden: D.
+        vocabulary: V.
+        widest: longest side of a weight matrix in a block: the MLP's inner width, as a rule.
+        heads: attention heads of a block.
+        attention: transformers' implementation; ``eager`` holds the scores ``[B, heads, T, T]``.
+        max_tokens: most tokens a row may have, or None.
+        parameters: all of them, a tied head counted once.
+        block_parameters: those in the blocks.
+        weight_bytes: of the parameters in ``dtype``.
+        stored_bytes: of the parameters in ``stored_dtype``.
+        head_bytes: of the head's weight.
+        tied: the head's weight is the input embedding's.
+    """
+
+    name: str
+    dtype: str
+    stored_dtype: str
+    blocks: int
+    kinds: int
+    hidden: int
+    vocabulary: int
+    widest: int
+    heads: int
+    attention: str
+    max_tokens: int | None
+    parameters: int
+    block_parameters: int
+    weight_bytes: int
+    stored_bytes: int
+    head_bytes: int
+    tied: bool
+
+
+def read_config(source: str | os.PathLike[str]) -> Any:
+    """The transformers configuration in a ``config.json``, a local directory or a hub repository.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+        OSError, ValueError: there is none, or of an unknown kind (from transformers).
+    """
+    try:
+        from transformers import AutoConfig
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"reading the configuration of {os.fspath(source)!r} needs transformers: run 'pip install acqcore[train]'"
+        ) from error
+    return AutoConfig.from_pretrained(os.fspath(source))
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """The dtype that the configuration names, else float32."""
+    dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def with_blocks(config: Any, blocks: int) -> Any:
+    """A copy of the configuration for a model of the first ``blocks`` blocks."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    whole = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, (list, tuple)) and len(value) == whole:
+            setattr(text, name, value[:blocks])  # one entry a block, as layer_types
+    text.num_hidden_layers = blocks
+    return config
+
+
+def shape_of(config: Any, dtype: torch.dtype) -> Shape:
+    """Sizes of the model that ``config`` describes, its weights in ``dtype``. Allocates nothing.
+
+    Raises:
+        ValueError, TypeError: no causal language model, or one that :class:`acqcore.Student` does not take.
+    """
+    from transformers import AutoModelForCausalLM
+
+    stored = stored_dtype(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)  # it notes the dtype in there
+    student = Student.from_model(model, verify=False)
+    blocks = student.blocks
+    checks.some_blocks(len(blocks))
+    text = config.get_text_config()
+    head = student.head.weight
+    per_block = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    sorts = zip(per_block, getattr(text, "layer_types", None) or [""] * len(blocks), strict=True)
+    parameters = list(model.parameters())
+    return Shape(
+        name=type(model).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        stored_dtype=str(stored).removeprefix("torch."),
+        blocks=len(blocks),
+        kinds=len(set(sorts)),
+        hidden=head.shape[1],
+        vocabulary=head.shape[0],
+        widest=max(max(p.shape) for p in blocks[0].parameters() if p.dim() > 1),
+        heads=text.num_attention_heads,
+        attention=model.config._attn_implementation,
+        max_tokens=student.max_length,
+        parameters=sum(p.numel() for p in parameters),
+        block_parameters=sum(per_block),
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        stored_bytes=sum(p.numel() for p in parameters) * stored.itemsize,
+        head_bytes=head.numel() * head.element_size(),
+        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+    )

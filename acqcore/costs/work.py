@@ -1,0 +1,167 @@
+"""Rows to score, and the passes through trunk and head that they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from acqcore import checks
+from acqcore.acquisitions import REGISTRY, DrawOptions, GradientNeed
+from acqcore.costs.shape import Shape
+from acqcore.gradients.reference import Reference
+from acqcore.literals import Parameters
+from acqcore.scoring.plan import Plan
+from acqcore.selection.diversity import Archive
+
+#: Required arguments that are objects of a run -> objects that cost as much; measuring makes the same.
+STAND_INS: Mapping[str, Callable[[], object]] = {
+    "reference": lambda: Reference(torch.zeros(4096), 1, "all", 0, "mean", {}),
+    "archive": Archive,
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Rows to score, all of one length, and what is asked of them.
+
+    Attributes:
+        rows: how many.
+        tokens: T, of each row.
+        scored: of a row's tokens, at most T - 1.
+        batch_tokens: most padded tokens in a forward; a longer row goes alone.
+        acquisitions, arguments: as in :func:`acqcore.score`.
+    """
+
+    rows: int
+    tokens: int
+    scored: int
+    batch_tokens: int
+    acquisitions: tuple[str, ...]
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def checked(
+        cls,
+        shape: Shape,
+        rows: int,
+        tokens: int,
+        scored: int | None,
+        batch_tokens: int,
+        acquisitions: Sequence[str],
+        arguments: Mapping[str, Mapping[str, Any]] | None,
+    ) -> Work:
+        """Raises ValueError or TypeError for what cannot be scored, or cannot be planned."""
+        checks.positive_int("rows", rows)
+        checks.positive_int("tokens", tokens)
+        if tokens < 2:
+            raise ValueError(f"tokens: expected at least 2 (a scored token and its predecessor), got {tokens}")
+        if shape.max_tokens is not None and tokens > shape.max_tokens:
+            raise ValueError(f"tokens: the student takes at most {shape.max_tokens} tokens, got {tokens}")
+        scored = tokens - 1 if scored is None else scored
+        checks.positive_int("scored", scored)
+        if scored >= tokens:
+            raise ValueError(f"scored: expected at most {tokens - 1} of a row of {tokens} tokens, got {scored}")
+        work = cls(rows, tokens, scored, batch_tokens, tuple(acquisitions), {} if arguments is None else arguments)
+        for entry, options in work.plan.asked:  # raises what score would
+            for need in entry.needed(options):
+                if isinstance(need, DrawOptions) and need.members:
+                    raise ValueError(f"acquisition_args[{entry.name!r}]: members cannot be planned; plan one of them")
+                if isinstance(need, GradientNeed) and need.parameters == "trainable":
+                    raise ValueError(
+                        f"acquisition_args[{entry.name!r}]: 'trainable' depends on adapters that a configuration does "
+                        "not describe; 'all' is an upper bound"
+                    )
+        checks.block_count(work.fewest_blocks, shape.blocks)
+        return work
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan that ``score`` would make, with stand-ins for objects."""
+        arguments = self.arguments
+        if isinstance(arguments, Mapping):
+            arguments = with_objects(self.acquisitions, arguments, STAND_INS)
+        return Plan.of(self.acquisitions, arguments, batch_tokens=self.batch_tokens)
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of a full batch."""
+        return min(self.rows, max(1, self.batch_tokens // self.tokens))
+
+    @property
+    def fewest_blocks(self) -> int:
+        """The request fits no model with fewer blocks: it names the last n."""
+        named = [n.layers if isinstance(n, DrawOptions) else n.parameters for n in _trunk_needs(self.plan)]
+        return max([1, *(n for n in named if isinstance(n, int))])
+
+    @property
+    def most_draws(self) -> int:
+        """The largest number of draws in the trunk, else 1."""
+        return max([1, *(need.draws for need in self.plan.draws if not need.on_hidden)])
+
+
+def with_objects(
+    acquisitions: Sequence[str], arguments: Mapping[str, Any], objects: Mapping[str, Callable[[], object]]
+) -> dict[str, Any]:
+    """The arguments, with objects for required ones that are missing."""
+    filled = dict(arguments)
+    for name in set(acquisitions) & set(REGISTRY):
+        missing = {key: objects[key]() for key in REGISTRY[name].options.required() if key in objects}
+        if missing:
+            filled[name] = {**missing, **filled.get(name, {})}
+    return filled
+
+
+def _trunk_needs(plan: Plan) -> list[DrawOptions | GradientNeed]:
+    return [need for need in plan.needs if isinstance(need, DrawOptions | GradientNeed)]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Forwards of the whole trunk, products with the head's weight, and blocks that keep activations for a backward;
+    the first two in multiples of one."""
+
+    trunk: float
+    head: float
+    kept_blocks: int
+
+
+def passes(shape: Shape, work: Work) -> Passes:
+    """What a batch takes, read off the plan.
+
+    - One forward without dropout and one product for the statistics, if any need reads them.
+    - K draws: K products; with dropout in the last n of L blocks also one forward of the others and K of these.
+    - Gradients of one kind of target: through the blocks of the deepest one, a backward (of activations only, which
+      costs a forward) and two products; for each norm or sketch as much again through its blocks. In the head a sketch
+      takes a product; a norm T / 2D of one, beside the statistics, and under predicted targets a product more.
+    """
+    plan = work.plan
+    on_hidden = any(need.on_hidden for need in plan.draws)
+    undropped = len(plan.needs) > len(plan.draws)
+    trunk, head = float(undropped or on_hidden), float(undropped)
+    for draw in plan.draws:
+        head += draw.draws
+        if not draw.on_hidden:
+            last = draw.layers if isinstance(draw.layers, int) else shape.blocks
+            trunk += 1 - last / shape.blocks + draw.draws * last / shape.blocks
+    kept = 0
+    for predicted in (False, True):
+        needs = [n for n in plan.needs if isinstance(n, GradientNeed) and n.predicted == predicted]
+        depths = {n: _depth(n.parameters, shape) for n in needs}
+        deepest = max(depths.values(), default=0)
+        trunk += (deepest + sum(depths.values())) / shape.blocks
+        head += 2 * (deepest > 0)
+        gram = min(1.0, work.scored / (2 * shape.hidden))
+        for need in needs:
+            if isinstance(need.parameters, str):
+                head += 1 if need.dim is not None else gram + predicted
+        kept = max(kept, deepest)
+    return Passes(trunk, head, kept)
+
+
+def _depth(parameters: Parameters, shape: Shape) -> int:
+    """Blocks that a gradient reaches."""
+    return parameters if isinstance(parameters, int) else 0 if parameters == "head" else shape.blocks

@@ -1,0 +1,234 @@
+"""Scores blocks of a file in one process: reads a block, scores it, writes it and its report."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from acqcore import checks
+from acqcore.files import data as data_files
+from acqcore.files.data import Block, Record
+from acqcore.files.parts import Parts
+from acqcore.scoring.plan import Plan
+from acqcore.students.samples import EMPTY, Row, encode
+from acqcore.students.student import Student
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTEMPTS = 3  # per block
+TOP_ROWS = 5
+
+_PAUSE_S = 1.0  # before a retry, as a file server or a full GPU may recover
+
+
+@dataclass(frozen=True)
+class Job:
+    """The request, sent to every process that scores.
+
+    Attributes:
+        student: hub id, or absolute path.
+        data, out: absolute paths.
+        columns: column of the data -> key of a sample.
+        dtype: a name in ``DTYPES``; None keeps the stored one.
+        device: None for the CPU.
+    """
+
+    student: str
+    data: Path
+    out: Path
+    columns: Mapping[str, str]
+    plan: Plan
+    max_length: int | None
+    dtype: str | None
+    device: str | None
+
+    @property
+    def output_columns(self) -> list[str]:
+        return ["row", *self.columns, *self.plan.names, "n_tokens", "valid", "error"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Summary of a finished block.
+
+    Attributes:
+        rows, valid: number of rows, and of those with a value of every acquisition.
+        errors: line (or row) in the data and message, for rows that could not be scored.
+        stats: acquisition -> sum, minimum and maximum over valid rows; empty if there are none.
+        top: rows with the largest values of the first acquisition: value, row of the data from 0, text.
+        new_rows, new_tokens: scored since the last interruption.
+        started, ended: seconds since the epoch.
+        worker: host and process.
+    """
+
+    rows: int
+    valid: int
+    errors: list[tuple[int, str]]
+    stats: dict[str, tuple[float, float, float]]
+    top: list[tuple[float, int, str]]
+    new_rows: int
+    new_tokens: int
+    started: float
+    ended: float
+    worker: str
+
+
+class BlockScorer:
+    """A student with a job.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the student cannot be loaded, or does not fit
+            the job.
+    """
+
+    def __init__(self, job: Job) -> None:
+        if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()  # noise in a log file
+        self.job = job
+        self.parts = Parts(job.out)
+        self.student = Student.load(
+            job.student, dtype=None if job.dtype is None else DTYPES[job.dtype], device=job.device
+        )
+        checks.max_length(job.max_length, self.student.max_length)
+        self.runner = job.plan.runner(self.student)
+        self.reader = data_files.Reader(job.data, job.columns)
+
+    def complete(self, block: Block, on_rows: Callable[[int], None] = lambda n: None) -> None:
+        """Finish a block, or give it up after ``ATTEMPTS`` attempts, including those of killed processes.
+
+        ``on_rows`` gets the number of rows as they are done; the numbers add up to the block's.
+        """
+        counted = 0
+
+        def count(rows: int) -> None:
+            nonlocal counted
+            rows = min(max(rows, counted), block.rows)  # a retry may score some rows again
+            on_rows(rows - counted)
+            counted = rows
+
+        reason = f"each of {ATTEMPTS} processes that scored it died"
+        while not self.parts.finished(block.index):
+            if self.parts.attempt(block.index) > ATTEMPTS:
+                self.parts.fail(block.index, reason)
+                break
+            try:
+                self._score(block, count)
+            except Exception as error:  # one block must not stop the others
+                reason = f"{traceback.format_exception_only(error)[0].splitlines()[0]}\n\n{traceback.format_exc()}"
+                time.sleep(_PAUSE_S)
+        count(block.rows)
+
+    def _score(self, block: Block, count: Callable[[int], None]) -> None:
+        started = time.time()
+        job = self.job
+        records = self.reader.read(block)
+        errors = {i: message for i, record in enumerate(records) if (message := _error(record, job.columns))}
+        rows = self._encode(records, errors)
+        values = np.full((len(records), len(job.plan.names)), np.nan, dtype=np.float32)
+        done = self.parts.load(block.index)
+        for i, row_values in done.items():
+            values[i] = row_values
+        ready = len(done) + sum(row.n_scored == 0 for row in rows)
+        new_rows = new_tokens = 0
+        count(ready)
+        for batch in job.plan.batches(self.runner, rows, done):
+            values[batch.indices] = batch.values.T.numpy()
+            self.parts.append(block.index, batch.indices, batch.values.T.tolist())
+            new_rows += len(batch.indices)
+            new_tokens += batch.n_input_tokens
+            count(ready + new_rows)
+        n_tokens = np.array([row.n_scored for row in rows], dtype=np.int64)
+        data_files.write_block(self.parts.path(block.index), _table(job, block, records, values, n_tokens, errors))
+        valid = np.flatnonzero(np.isfinite(values).all(axis=1))
+        top = valid[np.argsort(-values[valid, 0], kind="stable")][:TOP_ROWS]
+        shown = list(job.columns)[-1]
+        columns = values[valid].astype(np.float64).T
+        report = Report(
+            rows=len(records),
+            valid=len(valid),
+            errors=[(records[i].line, message) for i, message in sorted(errors.items())],
+            stats={
+                name: (float(column.sum()), float(column.min()), float(column.max()))
+                for name, column in zip(job.plan.names, columns, strict=True)
+                if len(valid)
+            },
+            top=[(float(values[i, 0]), block.start + int(i), _shorten(records[i].values[shown])) for i in top],
+            new_rows=new_rows,
+            new_tokens=new_tokens,
+            started=started,
+            ended=time.time(),
+            worker=f"{platform.node()}:{os.getpid()}",
+        )
+        self.parts.finish(block.index, asdict(report))
+
+    def _encode(self, records: Sequence[Record], errors: dict[int, str]) -> list[Row]:
+        """Rows of the records; empty for those with an error, old or new."""
+        good = [i for i in range(len(records)) if i not in errors]
+        bad: dict[int, str] = {}
+        encoded = encode(
+            [{key: records[i].values[column] for column, key in self.job.columns.items()} for i in good],
+            self.student.tokenizer,
+            vocab_size=self.runner.head.vocab_size,
+            limit=self.student.max_length,
+            max_length=self.job.max_length,
+            errors=bad,
+        )
+        errors.update({good[i]: message for i, message in bad.items()})
+        rows = [EMPTY] * len(records)
+        for i, row in zip(good, encoded, strict=True):
+            rows[i] = row
+        return rows
+
+
+def write_failed(job: Job, block: Block, reason: str) -> None:
+    """Write placeholders for the rows of a block that was given up."""
+    records = [Record(block.line + i, {}) for i in range(block.rows)]
+    values = np.full((block.rows, len(job.plan.names)), np.nan, dtype=np.float32)
+    errors = dict.fromkeys(range(block.rows), f"its block failed: {reason}")
+    n_tokens = np.zeros(block.rows, dtype=np.int64)
+    data_files.write_block(Parts(job.out).path(block.index), _table(job, block, records, values, n_tokens, errors))
+
+
+def _table(
+    job: Job,
+    block: Block,
+    records: Sequence[Record],
+    values: np.ndarray,  # [n, A] float32
+    n_tokens: np.ndarray,  # [n] int64
+    errors: Mapping[int, str],
+) -> dict[str, Any]:
+    """The columns of the output, ``n`` rows each."""
+    table: dict[str, Any] = {"row": range(block.start, block.start + len(records))}
+    for column in job.columns:
+        table[column] = [None if i in errors else record.values[column] for i, record in enumerate(records)]
+    table.update({name: values[:, a] for a, name in enumerate(job.plan.names)})
+    table["n_tokens"] = n_tokens
+    table["valid"] = valid = np.isfinite(values).all(axis=1)
+    table["error"] = [errors.get(i, None if valid[i] else "a value is not finite") for i in range(len(records))]
+    return table
+
+
+def _error(record: Record, columns: Mapping[str, str]) -> str | None:
+    """The record's error, or that it lacks a column."""
+    missing = [column for column in columns if column not in record.values]
+    return record.error or (f"no column {missing[0]!r}" if missing else None)
+
+
+def _shorten(value: Any) -> str:
+    """One line from a text, or from the last message of a conversation."""
+    if not isinstance(value, str):
+        value = str(value[-1]["content"])
+    value = " ".join(value.split())
+    return value if len(value) <= 60 else value[:57] + "..."

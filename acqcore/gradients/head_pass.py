@@ -1,0 +1,100 @@
+"""Everything the head's part of the gradients follows from, each product with the head taken at most once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+
+from acqcore.backends import HeadRows
+from acqcore.backends.eager import logit_gradient
+from acqcore.head import Head
+from acqcore.head_grad import Bounds, delta_product, grad_sketch_from, head_grad_norm_from, loss_weights
+from acqcore.head_visit import HeadVisit
+from acqcore.literals import Loss
+from acqcore.row_stats import RowStats, predicted_targets
+
+
+@dataclass(frozen=True, eq=False)
+class HeadPass:
+    """The N scored tokens of B samples under the head."""
+
+    hidden: torch.Tensor  # [N, D]
+    head: Head
+    stats: RowStats
+    bounds: Bounds
+    loss: Loss
+    backend: str | None
+    visited: HeadVisit | None = None  # that gave the statistics, where it kept what the norm needs
+    _found: dict[tuple[int, int] | None, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def weights(self) -> torch.Tensor:
+        """Of each token in its sample's loss, ``[N]`` float64."""
+        assert self.stats.targets is not None
+        return loss_weights(self.stats.targets, self.bounds, self.loss, None)
+
+    def predicted(self, loss: Loss) -> HeadPass:
+        """The same tokens with the most likely ones as targets."""
+        return replace(self, stats=predicted_targets(self.stats), loss=loss, visited=None, _found={})
+
+    def squared_norm(self) -> torch.Tensor:
+        """``[B]`` float64."""
+        if None not in self._found:
+            if self.visited is not None:
+                norm = self.visited.grad_norm(self.weights)
+            else:
+                norm = head_grad_norm_from(
+                    self.hidden, self.head, self.stats, self.bounds, self.weights, 1.0, self.backend
+                )
+            self._found[None] = norm.double().square()
+        return self._found[None]
+
+    def sketch(self, dim: int, seed: int) -> torch.Tensor:
+        """``[B, dim]``."""
+        if (dim, seed) not in self._found:
+            self._found[dim, seed] = grad_sketch_from(
+                self.hidden, self.head, self.stats, self.bounds, self.weights, 1.0, self.backend, dim, seed
+            )
+        return self._found[dim, seed]
+
+    def hidden_gradient(
+        self,
+        hidden: torch.Tensor,  # [B, T, D]
+        positions: torch.Tensor,  # [N] int64
+    ) -> torch.Tensor:
+        """Gradient of the samples' losses in ``hidden``, ``[B, T, D]``; its flattened ``positions`` are the N rows."""
+        gradient = delta_product(self.hidden, self.head, self.stats, self.head.weight, 1.0, self.backend)  # [N, D]
+        gradient = (gradient * self.weights[:, None].to(gradient.dtype)).to(hidden.device)
+        spread = gradient.new_zeros(hidden.shape[0] * hidden.shape[1], hidden.shape[2])
+        return spread.index_copy_(0, positions.to(hidden.device), gradient).view(hidden.shape)
+
+    def product(
+        self,
+        sample: int,
+        ids: torch.Tensor,  # [U] int64, distinct
+        values: torch.Tensor,  # [U, D]
+    ) -> torch.Tensor:
+        """Inner product of one sample's head gradient with rows ``values`` at ``ids``, float64."""
+        rows = slice(*self.bounds[sample])
+        bias = None if self.head.bias is None else self.head.bias[ids]
+        columns = Head(self.head.weight[ids], bias, self.head.softcap, self.head.scale)
+        assert self.stats.targets is not None
+        # The few columns stand for the vocabulary: targets and maxima become indices among them.
+        target = _index_in(ids, self.stats.targets[rows])
+        maximum = _index_in(ids, self.stats.max_index[rows])
+        hidden = self.hidden[rows]
+        few = HeadRows(hidden, columns, target, 1.0, self.stats.state[:, rows], maximum)
+        delta = logit_gradient(few)  # [S, U]
+        keys = hidden.to(delta.dtype) @ values.to(delta.dtype).T  # [S, U]
+        return (self.weights[rows, None] * (delta * keys).double()).sum()
+
+
+def _index_in(
+    ids: torch.Tensor,  # [U] int64, distinct
+    wanted: torch.Tensor,  # [S] int64
+) -> torch.Tensor:
+    """Index in ``ids`` of each of ``wanted``, ``[S]``; -1 where it is not among them."""
+    equal = wanted[:, None] == ids
+    return equal.int().argmax(1).where(equal.any(1), -1)

@@ -1,0 +1,47 @@
+"""What can be asked of a sample's gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from acqcore import checks
+from acqcore.literals import Loss, Parameters
+
+
+@dataclass(frozen=True)
+class GradientNeed:
+    """The norm of each sample's gradient, ``[B]``, or a sketch of it, ``[B, dim]``; float32 on the CPU.
+
+    Args:
+        parameters, loss, predicted: as in :func:`acqcore.grad_norm`.
+        dim: length of the sketch; None asks for the norm.
+        seed: of the sketch.
+
+    Raises:
+        TypeError, ValueError: a value of a wrong type or out of range.
+    """
+
+    parameters: Parameters = "head"
+    loss: Loss = "mean"
+    predicted: bool = False
+    dim: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.parameters, str):
+            checks.one_of("parameters", self.parameters, ("head", "trainable", "all"))
+        elif isinstance(self.parameters, bool) or not isinstance(self.parameters, int):
+            raise TypeError(
+                "parameters: expected head, trainable, all or a number of transformer blocks, "
+                f"got {checks.describe(self.parameters)}"
+            )
+        elif self.parameters < 1:
+            raise ValueError(f"parameters: expected at least 1 transformer block, got {self.parameters}")
+        checks.literal("loss", self.loss, Loss)
+        if self.dim is not None:
+            checks.positive_int("dim", self.dim)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample's value."""
+        return () if self.dim is None else (self.dim,)

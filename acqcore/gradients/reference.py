@@ -1,0 +1,121 @@
+"""The sketched gradient of a reference set, with which influence compares samples.
+
+To first order a gradient step on sample i changes the loss of a reference set by ``-lr <g_i, g_ref>``. Sketches keep
+inner products (:func:`acqcore.grad_sketch`), so the reference set is scored once, and each sample costs one product
+with the mean sketch.
+
+Sources: Pruthi et al. 2020 (TracIn, one checkpoint); Xia et al. 2024 (LESS: cosine, sketches, Adam); Park et al. 2023
+(TRAK, sketches).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from acqcore import checks
+from acqcore.gradients.capture import select_parameters
+from acqcore.head import Head
+from acqcore.literals import Loss, Parameters, Similarity
+from acqcore.students.student import Student
+
+# Added to the square root of a coordinate's second moment, in units of their root mean square. A coordinate that a
+# small reference set hardly moves weighs at most ten times the average; with Adam's 1e-8 it would dominate.
+_DAMPING = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The mean gradient of a reference set, sketched; made by :func:`acqcore.influence_reference`.
+
+    Attributes:
+        mean: ``[dim]`` float32, mean of the samples' sketches.
+        n: number of samples.
+        parameters, seed, loss: of the sketches.
+        shapes: name -> shape of each parameter the gradient is taken in; ``head`` is the last layer.
+        second_moments: ``[dim]`` float32, of the preconditioner, or None.
+    """
+
+    mean: torch.Tensor
+    n: int
+    parameters: Parameters
+    seed: int
+    loss: Loss
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    second_moments: torch.Tensor | None = None
+
+    @property
+    def dim(self) -> int:
+        """Length of a sketch."""
+        return len(self.mean)
+
+    @torch.no_grad()
+    def similarity(self, sketches: torch.Tensor, similarity: Similarity = "cosine") -> torch.Tensor:
+        """Cosine or dot product of each sketch with the mean, preconditioned if there are second moments.
+
+        Args:
+            sketches: ``[n, dim]`` floating point, of the same student, parameters, dim, seed and loss; a
+                row with NaN gives NaN.
+            similarity: ``cosine`` (0 for a zero gradient) or ``dot``.
+
+        Returns:
+            ``[n]`` float32.
+
+        Raises:
+            TypeError: not a floating-point tensor.
+            ValueError: a wrong shape, another device, an unknown similarity.
+        """
+        checks.literal("similarity", similarity, Similarity)
+        checks.like_vector("sketches", sketches, self.mean, "the reference")
+        x, mean = sketches.double(), self.mean.double()
+        if self.second_moments is not None:
+            # <a, b> = sum_j a_j b_j / (sqrt(v_j) + damping), its root on each side: a cosine with itself is 1.
+            root = self.second_moments.double().sqrt()
+            half = (root + _DAMPING * root.square().mean().sqrt()).rsqrt()
+            x, mean = x * half, mean * half
+        dot = x @ mean
+        if similarity == "dot":
+            return dot.float()
+        length = x.norm(dim=1) * mean.norm()
+        return (dot / length.where(length != 0, 1.0)).float()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the reference to a file, for ``acqcore score --acquisition-args``."""
+        torch.save({field.name: getattr(self, field.name) for field in fields(self)}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Reference:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            OSError: the file cannot be read. ValueError: it is not a saved reference.
+        """
+        try:
+            return cls(**torch.load(path, weights_only=True))
+        except (TypeError, pickle.UnpicklingError, RuntimeError) as error:
+            raise ValueError(f"reference: expected a file from Reference.save, got {os.fspath(path)}") from error
+
+    def check(self, student: Student, head: Head) -> None:
+        """Compare the parameters with a student's.
+
+        Raises:
+            ValueError: the reference was made with another student (names what differs).
+        """
+        now = parameter_shapes(student, head, self.parameters)
+        for name in (*self.shapes, *now):
+            there, here = self.shapes.get(name), now.get(name)
+            if there != here:
+                shapes = ["no such parameter" if shape is None else str(list(shape)) for shape in (there, here)]
+                raise ValueError(f"reference: made with another student: {name} is {shapes[0]} there, {shapes[1]} here")
+
+
+def parameter_shapes(student: Student, head: Head, parameters: Parameters) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the head and of the selected parameters, on which the signs of a sketch depend."""
+    selection = select_parameters(student, head, parameters)
+    shapes: dict[str, tuple[int, ...]] = {"head": (head.vocab_size, head.weight.shape[1])}
+    shapes.update((name, tuple(parameter.shape)) for parameter, name in selection.names.items())
+    return shapes

@@ -1,0 +1,196 @@
+"""The pieces of a module's parameter gradients, from its input and the gradient of its output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call, vjp, vmap
+
+from acqcore import checks
+from acqcore.gradients.measures import CHUNK_ELEMENTS, DenseGrad, GradPiece, OuterGrad, RowGrad
+from acqcore.head import compute_dtype
+
+#: Most parameter elements of a module without a rule of its own, whose gradients are formed sample by sample.
+SMALL_ELEMENTS = 1 << 20
+
+#: Largest deviation of an embedding's output from a multiple of its weight's rows, relative to the largest entry.
+SCALED_ROWS_TOLERANCE = 1e-2
+
+
+class ModuleCall:
+    """One call of a module that owns selected parameters.
+
+    Args:
+        module: the module.
+        names: its own selected parameters, attribute -> name in the model.
+        args, kwargs: of the call; its first tensor is the input.
+        output: of the call.
+        batch, length: of the token ids. The first dimension of a tensor is ``batch`` or ``batch * length``, or 1 if
+            the samples share it.
+
+    Raises:
+        ValueError: the module fits no rule (names the parameter).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Mapping[str, str],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        batch: int,
+        length: int,
+    ) -> None:
+        self.names = names
+        self._module = module
+        self._shape = (batch, length)
+        self._args = [_detached(value) for value in args]
+        self._kwargs = {key: _detached(value) for key, value in kwargs.items()}
+        values = (*self._args, *self._kwargs.values())
+        self._input = _first(values)
+        for tensor in (self._input, output, *(x for x in values if isinstance(x, torch.Tensor))):
+            handled = f"its {type(module).__name__} takes or gives"
+            if not isinstance(tensor, torch.Tensor) or tensor.dim() < 1:
+                raise self._uncovered(f"{handled} {checks.describe(tensor)} where one tensor was expected")
+            if tensor.shape[0] not in (1, batch, batch * length):
+                raise self._uncovered(
+                    f"{handled} a {checks.describe(tensor)}, in which the {batch} samples of {length} tokens cannot be "
+                    "told apart"
+                )
+        self._version = self._input._version
+        self._scale = 1.0
+        if is_embedding(module):
+            if type(module).forward is not nn.Embedding.forward:
+                self._scale = self._row_scale(output.detach())
+        elif not is_linear(module):
+            size = sum(getattr(module, key).numel() for key in names)
+            if size > SMALL_ELEMENTS:
+                raise self._uncovered(
+                    f"{type(module).__name__} is neither a linear layer nor an embedding, and its {size} parameters "
+                    f"are more than the {SMALL_ELEMENTS} that are differentiated sample by sample"
+                )
+
+    def _uncovered(self, reason: str) -> ValueError:
+        return ValueError(f"parameters: no rule covers {next(iter(self.names.values()))}: {reason}")
+
+    def pieces(
+        self,
+        gradient: torch.Tensor,  # of the output, in its shape
+    ) -> dict[str, GradPiece]:
+        """The pieces of the selected parameters, by attribute."""
+        if self._input._version != self._version:
+            raise self._uncovered("the input of its module is changed in place")
+        if is_linear(self._module):
+            return self._linear(self._tokens(gradient), self._tokens(self._input))
+        if is_embedding(self._module):
+            return {"weight": self._embedding(self._tokens(gradient))}
+        return self._other(gradient)
+
+    def _linear(
+        self,
+        gradient: torch.Tensor,  # [B, T, out]
+        value: torch.Tensor,  # [B, T, in]
+    ) -> dict[str, GradPiece]:
+        pieces: dict[str, GradPiece] = {}
+        for key in self.names:
+            pieces[key] = OuterGrad(gradient, value) if key == "weight" else DenseGrad(gradient.sum(1))
+        return pieces
+
+    def _embedding(
+        self,
+        gradient: torch.Tensor,  # [B, T, D]
+    ) -> GradPiece:
+        weight: Any = self._module.weight
+        ids = self._by_sample(self._input).flatten(1)
+        padding = getattr(self._module, "padding_idx", None)
+        if padding is not None:  # autograd gives this row no gradient
+            gradient = gradient.masked_fill((ids == padding)[:, :, None], 0)
+        return RowGrad(ids, gradient * self._scale, weight.shape[0])
+
+    def _row_scale(self, output: torch.Tensor) -> float:
+        """Factor of the rows in the output (Gemma 3: the square root of the width)."""
+        weight: Any = self._module.weight
+        if self._input.is_floating_point() or self._input.dtype == torch.bool:
+            raise self._uncovered(f"its embedding takes {checks.describe(self._input)}, not token ids")
+        rows = nn.functional.embedding(self._input, weight.detach())
+        other = self._uncovered("its embedding does not give a multiple of the rows of its weight")
+        if rows.shape != output.shape:
+            raise other
+        rows, output = rows.double(), output.double()
+        scale = (rows * output).sum() / rows.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+        error = (output - scale * rows).abs().max()
+        if not bool(error <= SCALED_ROWS_TOLERANCE * output.abs().max()):
+            raise other
+        return float(scale)
+
+    def _other(
+        self,
+        gradient: torch.Tensor,  # of the output, in its shape
+    ) -> dict[str, GradPiece]:
+        """By the module's own derivative, sample by sample: exact for any computation."""
+        module, batch = self._module, self._shape[0]
+        dtype = compute_dtype(self._input.dtype)
+        values = {key: getattr(module, key).detach().to(dtype) for key in self.names}
+        arguments: dict[Any, Any] = {**dict(enumerate(self._args)), **self._kwargs}
+        inputs = {key: self._spread(x, dtype) for key, x in arguments.items() if isinstance(x, torch.Tensor)}
+
+        def of_one(one: dict[Any, torch.Tensor], out: torch.Tensor) -> dict[str, torch.Tensor]:
+            args = [one[i][None] if i in one else x for i, x in enumerate(self._args)]
+            kwargs = {key: one[key][None] if key in one else x for key, x in self._kwargs.items()}
+            return vjp(lambda own: functional_call(module, own, tuple(args), kwargs), values)[1](out[None])[0]
+
+        size = sum(value.numel() for value in values.values())
+        per_sample = vmap(of_one, chunk_size=max(1, CHUNK_ELEMENTS // size))
+        try:
+            gradients = per_sample(inputs, self._by_sample(gradient).to(dtype))
+        except RuntimeError as error:  # control flow that depends on values, such as expert routing
+            name = type(module).__name__
+            raise self._uncovered(f"{name} could not be differentiated sample by sample: {error}") from error
+        return {key: DenseGrad(value.reshape(batch, -1)) for key, value in gradients.items()}
+
+    def _spread(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor argument with samples first, floating point in ``dtype``."""
+        value = self._by_sample(value)
+        return value.to(dtype) if value.is_floating_point() else value
+
+    def _tokens(
+        self,
+        value: torch.Tensor,  # by sample, [..., P]
+    ) -> torch.Tensor:
+        """``[B, T, P]``; half precision becomes float32."""
+        batch = self._shape[0]
+        value = self._by_sample(value).reshape(batch, -1, value.shape[-1])
+        return value.to(compute_dtype(value.dtype))
+
+    def _by_sample(self, value: torch.Tensor) -> torch.Tensor:
+        """``value`` with samples along the first dimension."""
+        batch, length = self._shape
+        if value.shape[0] == batch:
+            return value
+        if value.shape[0] == 1:
+            return value.expand(batch, *value.shape[1:])
+        return value.unflatten(0, (batch, length))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """``x W^T + b``, or the transposed ``Conv1D`` of transformers (GPT-2): the same gradient, transposed."""
+    kind = type(module)
+    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return True
+    return isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward
+
+
+def is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and module.max_norm is None and not module.scale_grad_by_freq
+
+
+def _first(values: tuple[Any, ...]) -> Any:
+    return values[0] if values else None
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value

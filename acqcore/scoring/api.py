@@ -1,0 +1,164 @@
+"""``acqcore.score`` and ``acqcore.score_stream``: samples in, acquisition values out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+
+from acqcore import checks
+from acqcore.literals import Reduction
+from acqcore.progress import Progress
+from acqcore.scores import Scores
+from acqcore.scoring.plan import AcquisitionArgs, Plan
+from acqcore.students.samples import Sample, Samples
+from acqcore.students.student import Student, StudentLike, as_student
+
+
+def score(
+    student: StudentLike,
+    samples: Samples,
+    acquisitions: str | Sequence[str] = ("entropy",),
+    *,
+    acquisition_args: AcquisitionArgs | None = None,
+    tokenizer: Any = None,
+    reduction: Reduction = "mean",
+    topk: int = 8,
+    batch_tokens: int = 8192,
+    max_length: int | None = None,
+    backend: str | None = None,
+    keep_tokens: bool = False,
+    progress: bool | None = None,
+) -> Scores:
+    """Acquisition values of each sample for ``student``: how much it is worth learning from, larger is more.
+
+    The samples are tokenized once. Each batch takes one trunk forward for all acquisitions, one more for each set of
+    draws, and one backward for all gradients of the same targets; only the hidden states that predict a scored token
+    reach the head. A sample's values do not depend on what else is scored with it, except those that compare the
+    samples of a call (``gradient_diversity``).
+
+    Args:
+        student: a transformers causal language model, a PEFT model, a hub id or local path, or ``acqcore.Student``.
+            Mode, gradients, dtype and device are unchanged. For sharded models see ``acqcore.Student.from_model``;
+            other models make no collective calls.
+        samples: a list of strings (scored whole); of ``{"prompt", "completion"}``, strings or messages (the
+            completion is scored); of ``{"messages"}`` (the last assistant turn is scored, through the chat
+            template); a ``datasets.Dataset`` with such columns or ``"text"``; or tensors ``{"input_ids" [B,
+            T], "attention_mask" [B, T], "labels" [B, T]}``, padded on either side, labels aligned with input_ids
+            and -100 where not scored (mask and labels optional); or rows from ``acqcore.encode``.
+        acquisitions: names from ``acqcore.acquisitions()``.
+        acquisition_args: name -> arguments of that acquisition, as a mapping or as its options.
+
+            - ``grad_norm``, ``badge``: ``parameters`` and ``loss`` of :func:`acqcore.grad_norm`.
+            - ``influence``: ``reference``, from :func:`acqcore.influence_reference` (required), and ``similarity``.
+            - ``gradient_diversity``: ``parameters``, ``dim`` and ``seed`` of :func:`acqcore.grad_sketch`, ``ridge``
+              and ``ordered`` of :func:`acqcore.gradient_diversity`.
+            - ``archive_novelty``: ``archive``, an ``acqcore.Archive`` (required), ``parameters``, ``dim``, ``seed``.
+            - ``mutual_information`` and the others of several draws: ``layers`` (dropout in the last n blocks,
+              ``"all"``, ``"own"``, or 0 for the last hidden state), ``draws``, ``dropout``, ``form``, ``block``,
+              ``seed``, or ``members``, an ensemble: see ``acqcore.acquisitions.DrawOptions``. Equal arguments share
+              the draws.
+        tokenizer: of the student; by default the one loaded with a path. Tensors need none.
+        reduction: of a sample's token values: ``mean``, ``sum``, ``max``, or ``topk``, the mean of the largest.
+        topk: number of values that ``topk`` averages; all if there are fewer.
+        batch_tokens: maximum padded tokens per trunk forward; a longer sample gets its own batch.
+        max_length: truncates samples to this many tokens: first the oldest tokens of the prompt, down to the one that
+            predicts the completion's first, then the end of the completion; plain strings keep their beginning.
+        backend: a name from ``acqcore.backends()``; by default the first that fits.
+        keep_tokens: keep per-token values in ``Scores.tokens``.
+        progress: show a bar on stderr; by default on a terminal, after a few seconds.
+
+    Returns:
+        Scores in input order, float32. Where a token has no finite value, the sample's value is NaN and the sample is
+        not valid.
+
+    Raises:
+        TypeError: an argument of a wrong type, samples of several kinds, a missing tokenizer.
+        ValueError: an unknown name, a sample with nothing to score or longer than the student takes (names its index),
+            a model whose logits acqcore cannot reproduce, parameters or layers that the student does not have.
+        RuntimeError: the backend is not available here; under FSDP or ZeRO-3, another rank raised.
+    """
+    plan = Plan.of(
+        acquisitions, acquisition_args,
+        reduction=reduction, topk=topk, batch_tokens=batch_tokens, backend=backend,
+    )  # fmt: skip
+    return _score(plan, student, samples, tokenizer, max_length, keep_tokens, progress)
+
+
+def _score(
+    plan: Plan,
+    student: StudentLike,
+    samples: Samples,
+    tokenizer: Any,
+    max_length: int | None,
+    keep_tokens: bool,
+    progress: bool | None,
+) -> Scores:
+    runner = plan.runner(student)
+    with runner.student.in_step():
+        rows = runner.encode(samples, tokenizer, max_length)
+        values = torch.full((len(plan.names), len(rows)), torch.nan)
+        tokens: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in plan.of_tokens}
+        sketches = {need: torch.zeros(len(rows), *need.shape) for need in plan.set_needs}
+        with Progress(sum(len(row.ids) for row in rows), progress) as bar:
+            for batch in plan.batches(runner, rows):
+                values[:, batch.indices] = batch.values
+                for need, of_samples in batch.sketches.items():
+                    sketches[need][batch.indices] = of_samples
+                if keep_tokens:
+                    for i, sample in zip(batch.indices, batch.tokens, strict=True):
+                        for name, column in sample.items():
+                            tokens[name][i] = column.clone()  # a view would keep the whole batch
+                bar.update(batch.n_input_tokens)
+    for entry, options in plan.of_sets:
+        column = entry.compute(options, sketches)
+        checks.acquisition_values(entry.name, column, len(rows))
+        values[plan.names.index(entry.name)] = column
+    n_tokens = torch.tensor([row.n_scored for row in rows], dtype=torch.int64)
+    valid = values.isfinite().all(dim=0)
+    return Scores(dict(zip(plan.names, values, strict=True)), n_tokens, valid, tokens if keep_tokens else None)
+
+
+def score_stream(
+    student: StudentLike,
+    samples: Iterable[Sample],
+    acquisitions: str | Sequence[str] = ("entropy",),
+    *,
+    chunk: int = 4096,
+    **options: Any,
+) -> Iterator[Scores]:
+    """Acquisition values of any number of samples, one chunk in memory at a time.
+
+    Args:
+        student: as in :func:`acqcore.score`; loaded once.
+        samples: strings or mappings as there, from a list, a generator, a ``datasets.IterableDataset``; read one chunk
+            at a time.
+        acquisitions: names from ``acqcore.acquisitions()``, except those that compare the samples of a call.
+        chunk: samples per chunk.
+        options: the other arguments of :func:`acqcore.score`.
+
+    Returns:
+        An iterator of Scores, in order, of ``chunk`` samples each; the last may have fewer.
+
+    Raises:
+        TypeError, ValueError: at once for student, chunk and acquisitions; for the samples of a chunk when it is read,
+            with the index of its first sample in front of the message.
+    """
+    checks.positive_int("chunk", chunk)
+    Plan.of(acquisitions, options.get("acquisition_args")).sample_by_sample("use acqcore.score")
+    return _stream(as_student(student), iter(samples), acquisitions, chunk, options)
+
+
+def _stream(
+    student: Student, samples: Iterator[Sample], acquisitions: str | Sequence[str], chunk: int, options: dict[str, Any]
+) -> Iterator[Scores]:
+    start = 0
+    while held := list(islice(samples, chunk)):
+        try:
+            scores = score(student, held, acquisitions, **options)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"chunk from sample {start}: {error}") from error
+        start += len(held)
+        yield scores

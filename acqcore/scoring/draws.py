@@ -1,0 +1,119 @@
+"""Statistics of a student's draws, or of the members of an ensemble, for a batch."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+
+from acqcore.acquisitions import DrawOptions
+from acqcore.backends import Dropout
+from acqcore.bayes import BayesStats, dropout_stats, ensemble_stats
+from acqcore.head import Head
+from acqcore.head_grad import Bounds
+from acqcore.students.packing import collate
+from acqcore.students.samples import Row
+from acqcore.students.student import Student, as_student
+from acqcore.students.trunk_draws import TrunkDraws, member_hidden
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B samples that share a trunk forward, padded on the right: the student is causal, so no token sees padding."""
+
+    rows: Sequence[Row]
+    input_ids: torch.Tensor  # [B, T] int64
+    positions: torch.Tensor  # [N] int64, of the scored tokens' predecessors in the flattened batch
+    targets: torch.Tensor  # [N] int64, the scored tokens
+    offsets: torch.Tensor  # [B + 1] int64
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Batch:
+        return cls(rows, *collate(rows))
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """[begin, end) of each sample among the N tokens."""
+        return tuple(pairwise(self.offsets.tolist()))
+
+    @cached_property
+    def mask_keys(self) -> torch.Tensor:
+        """``[B]`` int64: masks depend on a sample's tokens, not on its place in the batch."""
+        return torch.tensor([zlib.crc32(row.ids.numpy().tobytes()) for row in self.rows])
+
+
+class Draws:
+    """Statistics under given options.
+
+    Raises:
+        TypeError, ValueError: members that are not students, or are sharded by FSDP or ZeRO-3; layers the student does
+            not have.
+    """
+
+    def __init__(
+        self, student: Student, head: Head, options: DrawOptions, batch_tokens: int, backend: str | None
+    ) -> None:
+        self._head = head
+        self._options = options
+        self._batch_tokens = batch_tokens
+        self._backend = backend
+        self._members = [as_student(member) for member in options.members]
+        for i, member in enumerate(self._members):
+            if member.forwards_are_collective:  # ranks run the student's forwards in step, not those of members
+                raise ValueError(
+                    f"members: expected models whose forwards are each rank's own, got one under FSDP or ZeRO-3 at {i}"
+                )
+        self._trunk: TrunkDraws | None = None
+        if not self._members and not options.on_hidden:
+            assert options.layers is not None
+            assert options.dropout is not None
+            self._trunk = TrunkDraws(student, options.layers, options.draws, options.dropout, options.seed, backend)
+
+    def of_hidden(
+        self,
+        batch: Batch,
+        hidden: torch.Tensor,  # [N, D] of the scored tokens, on the head's device
+    ) -> BayesStats:
+        """Dropout on the last hidden state, ``options.on_hidden``."""
+        options = self._options
+        assert options.dropout is not None
+        assert options.form is not None
+        assert options.block is not None
+        of_rows = batch.mask_keys.repeat_interleave(batch.offsets.diff()).to(hidden.device)
+        places = (batch.positions % batch.input_ids.shape[1]).to(hidden.device)
+        dropout = Dropout(options.dropout, options.form, options.block, options.seed, of_rows, places)
+        return dropout_stats(hidden, self._head, dropout, options.draws, batch.targets.to(hidden.device), self._backend)
+
+    def of_forwards(self, batch: Batch) -> BayesStats:
+        """Dropout inside the trunk, or an ensemble: forwards of their own."""
+        count, length = batch.input_ids.shape
+        at_once = 1 if self._members else self._options.draws
+        size = max(1, self._batch_tokens // (length * at_once))  # samples whose draws share a forward
+        parts = [self._part(batch, begin, min(begin + size, count)) for begin in range(0, count, size)]
+        return BayesStats(
+            torch.cat([part.state for part in parts], dim=1),
+            torch.cat([part.votes for part in parts], dim=1),
+            batch.targets.to(self._head.weight.device),
+            parts[0].dtype,
+        )
+
+    def _part(self, batch: Batch, begin: int, end: int) -> BayesStats:
+        """Of the samples from ``begin`` to ``end``."""
+        length = batch.input_ids.shape[1]
+        input_ids = batch.input_ids[begin:end]
+        first, last = int(batch.offsets[begin]), int(batch.offsets[end])
+        places = batch.positions[first:last] - begin * length  # [n]
+        device = self._head.weight.device
+        heads: Head | list[Head] = self._head
+        if self._trunk is None:
+            hidden = member_hidden(self._members, input_ids, device)
+            heads = [member.head for member in self._members]
+        else:
+            hidden = self._trunk.hidden(input_ids, batch.mask_keys[begin:end])
+        picked = hidden.flatten(1, 2).index_select(1, places.to(hidden.device))  # [K, n, D]
+        picked = picked.to(device=device, dtype=torch.promote_types(hidden.dtype, self._head.weight.dtype))
+        return ensemble_stats(picked, heads, batch.targets[first:last].to(device), backend=self._backend)

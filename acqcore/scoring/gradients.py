@@ -1,0 +1,289 @@
+"""Gradients of a student's samples: their norms, sketches, and influence on a reference set."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+
+from acqcore import checks, head_grad
+from acqcore.acquisitions.influence import InfluenceOptions
+from acqcore.gradients.need import GradientNeed
+from acqcore.gradients.reference import Reference, parameter_shapes
+from acqcore.head import Head
+from acqcore.literals import Loss, Parameters, Similarity
+from acqcore.scoring.run import Runner
+from acqcore.students.samples import Samples
+from acqcore.students.student import StudentLike
+
+
+def grad_norm(
+    student: StudentLike,
+    samples: Samples,
+    parameters: Parameters = "head",
+    *,
+    loss: Loss = "mean",
+    predicted: bool = False,
+    tokenizer: Any = None,
+    batch_tokens: int = 8192,
+    max_length: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Exact norm of the gradient of each sample's own loss, from one forward and backward per batch.
+
+    Args:
+        student, samples, tokenizer, batch_tokens, max_length, backend: as in :func:`acqcore.score`. The student is in
+            evaluation mode meanwhile; its modes, gradients and hooks are restored.
+        parameters: where the gradient is taken:
+
+            - ``"head"``: the last layer's weight and bias, without a backward; with an adapter on it, the weight that
+              is their sum.
+            - ``n >= 1``: the last n transformer blocks with every parameter in them, adapters and frozen ones too, and
+              nothing else: neither the final norm nor the head. Earlier blocks keep no activations.
+            - ``"trainable"``: parameters with ``requires_grad=True``, such as LoRA adapters and ``modules_to_save``.
+            - ``"all"``: every parameter, frozen ones too; a tied head and embedding are one.
+        loss: the sample's loss is the ``mean`` or the ``sum`` of ``-log p`` over its scored tokens.
+        predicted: replace each scored token by the student's most likely one; what is written only serves as context.
+
+    Returns:
+        ``[n]`` float32 on the CPU, in the order of the samples; NaN where a token has no finite value.
+
+    Raises:
+        TypeError, ValueError: as :func:`acqcore.score`; an unknown loss; parameters of another type, more blocks than
+            the model has, nothing trainable; a parameter whose gradient no rule covers (named): that of an adapter on
+            the head, or of a large module other than linear layers and embeddings (fused experts).
+    """
+    need = GradientNeed(parameters, loss, predicted)
+    return _of_samples(Runner(student, (need,), batch_tokens, backend), samples, tokenizer, max_length, need)
+
+
+@overload
+def grad_sketch(
+    hidden: torch.Tensor,
+    head: Head,
+    targets: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    dim: int = 4096,
+    seed: int = 0,
+    loss: Loss = "mean",
+    token_weights: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def grad_sketch(
+    student: StudentLike,
+    samples: Samples,
+    parameters: Parameters = "head",
+    *,
+    dim: int = 4096,
+    seed: int = 0,
+    loss: Loss = "mean",
+    tokenizer: Any = None,
+    batch_tokens: int = 8192,
+    max_length: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+
+
+def grad_sketch(*arguments: Any, **options: Any) -> torch.Tensor:
+    """A sketch of each sample's gradient that keeps inner products: ``E <S_i, S_j> = <G_i, G_j>``.
+
+    Two forms: ``grad_sketch(hidden, head, targets, offsets, ...)`` for the head's gradient of hidden states
+    (:func:`acqcore.head_grad.grad_sketch`), and ``grad_sketch(student, samples, parameters="head"|n|"trainable"|"all",
+    ...)`` for a student's samples (:func:`student_grad_sketch`), from one batched forward and backward.
+
+    Returns:
+        ``[B, dim]`` float32; only sketches of the same parameters, dim and seed can be compared.
+
+    Raises: as those functions.
+    """
+    of_hidden = isinstance(arguments[0], torch.Tensor) if arguments else "hidden" in options
+    function: Any = head_grad.grad_sketch if of_hidden else student_grad_sketch
+    return function(*arguments, **options)
+
+
+def student_grad_sketch(
+    student: StudentLike,
+    samples: Samples,
+    parameters: Parameters = "head",
+    *,
+    dim: int = 4096,
+    seed: int = 0,
+    loss: Loss = "mean",
+    predicted: bool = False,
+    tokenizer: Any = None,
+    batch_tokens: int = 8192,
+    max_length: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """A sketch of the gradient of each sample's own loss: ``E <S_i, S_j> = <G_i, G_j>`` over random signs.
+
+    Every parameter is sketched with signs of its own, and the sketches are added up. The head's is that of
+    :func:`acqcore.grad_sketch`, without its bias. A deeper matrix gives the hashed entries of
+    ``sum_t (A^T g_t) (B^T x_t)^T``, A and B random signs that leave at most 256 rows and columns; biases and norms are
+    hashed entry by entry.
+
+    Args:
+        student, samples, parameters, loss, predicted, tokenizer, batch_tokens, max_length, backend: as in
+            :func:`grad_norm`.
+        dim: length of a sketch.
+        seed: of the signs.
+
+    Returns:
+        ``[n, dim]`` float32 on the CPU, in the order of the samples.
+
+    Raises: as :func:`grad_norm`; ValueError for dim < 1.
+    """
+    checks.positive_int("dim", dim)
+    need = GradientNeed(parameters, loss, predicted, dim, seed)
+    return _of_samples(Runner(student, (need,), batch_tokens, backend), samples, tokenizer, max_length, need)
+
+
+def badge_embedding(
+    student: StudentLike,
+    samples: Samples,
+    parameters: Parameters = "head",
+    *,
+    dim: int = 4096,
+    seed: int = 0,
+    loss: Loss = "mean",
+    tokenizer: Any = None,
+    batch_tokens: int = 8192,
+    max_length: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Sketch of each sample's gradient with the student's most likely tokens as the targets.
+
+    Short where the student is confident, so that k-means++ over it (``acqcore.select(..., method="badge")``) takes
+    samples that are both uncertain and diverse. It needs no labels: what is written only serves as context.
+
+    Args:
+        student, samples, parameters, dim, seed, loss, tokenizer, batch_tokens, max_length, backend: as in
+            :func:`acqcore.grad_sketch`.
+
+    Returns:
+        ``[n, dim]`` float32 on the CPU, in the order of the samples.
+
+    Raises: as :func:`acqcore.grad_sketch`.
+
+    Source: Ash et al. 2020, "Deep batch active learning by diverse, uncertain gradient lower bounds", with each token a
+    label of its own.
+    """
+    return student_grad_sketch(
+        student, samples, parameters, dim=dim, seed=seed, loss=loss, predicted=True, tokenizer=tokenizer,
+        batch_tokens=batch_tokens, max_length=max_length, backend=backend,
+    )  # fmt: skip
+
+
+def influence_reference(
+    student: StudentLike,
+    samples: Samples,
+    *,
+    parameters: Parameters = "all",
+    dim: int = 4096,
+    seed: int = 0,
+    loss: Loss = "mean",
+    precondition: str | torch.Tensor | None = None,
+    tokenizer: Any = None,
+    batch_tokens: int = 8192,
+    max_length: int | None = None,
+    backend: str | None = None,
+) -> Reference:
+    """The mean gradient sketch of a reference set, such as a validation set of the target task.
+
+    Args:
+        student, samples, loss, tokenizer, batch_tokens, max_length, backend: as in :func:`acqcore.grad_sketch`.
+        parameters: ``all``, ``trainable``, the last n blocks, or ``head``. All by default: among learnable and
+            unlearnable samples (random answers), influence through the head alone ranked an unlearnable one first half
+            of the time, influence through every parameter never.
+        dim: length of a sketch; the error of a cosine falls as dim grows.
+        seed: of the sketch.
+        precondition: None, or second moments v of the sketch coordinates: ``"reference"`` for those of this set, or
+            ``[dim]`` of your own (the running mean of squared sketches of training batches). Coordinate j of an inner
+            product is then divided by ``sqrt(v_j)``, damped. It has the form of Adam's preconditioner (LESS) but is not
+            the same: Adam divides each parameter by its own moment, and each coordinate of a sketch mixes all of them.
+
+    Returns:
+        A Reference on the CPU.
+
+    Raises:
+        TypeError, ValueError: as :func:`acqcore.grad_sketch`; no samples; a sample whose gradient is not finite; second
+            moments of another shape, negative or not finite.
+    """
+    checks.positive_int("dim", dim)
+    if isinstance(precondition, torch.Tensor):
+        checks.float_tensor("precondition", precondition, "[dim]", 1)
+        if len(precondition) != dim:
+            raise ValueError(f"precondition: expected [dim] with dim = {dim}, got {checks.describe(precondition)}")
+        if not bool((precondition.isfinite() & (precondition >= 0)).all()) or not bool(precondition.any()):
+            raise ValueError("precondition: expected finite second moments >= 0, not all of them 0")
+    elif precondition is not None:
+        checks.one_of("precondition", precondition, ("reference",))
+    need = GradientNeed(parameters, loss, dim=dim, seed=seed)
+    runner = Runner(student, (need,), batch_tokens, backend)
+    sketches = _of_samples(runner, samples, tokenizer, max_length, need)
+    if len(sketches) == 0:
+        raise ValueError("samples: expected at least one reference sample, got none")
+    bad = ~sketches.isfinite().all(dim=1)
+    if bool(bad.any()):
+        raise ValueError(f"samples[{int(bad.nonzero()[0])}]: expected a finite gradient, got NaN or infinity")
+    if not bool(sketches.any()):
+        raise ValueError("samples: expected a reference set with a gradient, all of its gradients are zero")
+    mean = sketches.double().mean(dim=0).float()
+    if isinstance(precondition, torch.Tensor):
+        moments: torch.Tensor | None = precondition.detach().to("cpu", torch.float32)
+    else:
+        moments = None if precondition is None else sketches.double().square().mean(dim=0).float()
+    shapes = parameter_shapes(runner.student, runner.head, parameters)
+    return Reference(mean, len(sketches), parameters, seed, loss, shapes, moments)
+
+
+def influence(
+    student: StudentLike,
+    samples: Samples,
+    reference: Reference,
+    *,
+    similarity: Similarity = "cosine",
+    tokenizer: Any = None,
+    batch_tokens: int = 8192,
+    max_length: int | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """How much training on each sample would help the reference set, to first order; larger is more.
+
+    Parameters, sketch and loss are the reference's. It may come from an earlier checkpoint: only parameter shapes must
+    match.
+
+    Args:
+        student, samples, tokenizer, batch_tokens, max_length, backend: as in :func:`acqcore.grad_sketch`.
+        reference: made by :func:`influence_reference` with this student.
+        similarity: ``cosine``, which ignores the length of a sample's gradient, or ``dot``.
+
+    Returns:
+        ``[n]`` float32 on the CPU; NaN where a token has no finite value.
+
+    Raises:
+        TypeError: reference is not a Reference. ValueError: it was made with another student (names what differs), an
+            unknown similarity. Otherwise as :func:`acqcore.grad_sketch`.
+    """
+    options = InfluenceOptions(reference, similarity)
+    need = GradientNeed(reference.parameters, reference.loss, dim=reference.dim, seed=reference.seed)
+    runner = Runner(student, (need,), batch_tokens, backend)
+    options.check(runner.student, runner.head)
+    return reference.similarity(_of_samples(runner, samples, tokenizer, max_length, need), similarity)
+
+
+def _of_samples(
+    runner: Runner, samples: Samples, tokenizer: Any, max_length: int | None, need: GradientNeed
+) -> torch.Tensor:
+    """What the need comes to for all samples, ``[n, ...]``."""
+    with runner.student.in_step():
+        rows = runner.encode(samples, tokenizer, max_length)
+        values = torch.zeros(len(rows), *need.shape)
+        for found in runner.batches(rows):
+            values[found.indices] = found.results[need]
+    return values

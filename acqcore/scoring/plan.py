@@ -1,0 +1,183 @@
+"""A request, checked: which acquisitions with which options, what they need, and how values are reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+
+from acqcore import checks
+from acqcore.acquisitions import REGISTRY, Acquisition, DrawOptions, GradientNeed, Options
+from acqcore.acquisitions.needs import Need
+from acqcore.literals import Reduction
+from acqcore.scoring.run import Found, Runner
+from acqcore.students.samples import Row
+from acqcore.students.student import StudentLike
+
+#: name -> arguments of that acquisition, as a mapping or as its options.
+AcquisitionArgs: TypeAlias = Mapping[str, Mapping[str, Any] | Options]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Finished samples: ``indices`` into the rows, values of A acquisitions in float32 on the CPU.
+
+    Acquisitions over sets have no values yet: ``sketches`` holds what they need of the samples.
+    """
+
+    indices: list[int]
+    values: torch.Tensor  # [A, B]
+    tokens: list[dict[str, torch.Tensor]]  # B of name -> [scored tokens], for acquisitions of tokens
+    sketches: Mapping[GradientNeed, torch.Tensor]  # [B, ...]
+    n_input_tokens: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Arguments of :func:`acqcore.score`, checked; made by :meth:`of`."""
+
+    asked: tuple[tuple[Acquisition, Options], ...]
+    reduction: Reduction
+    topk: int
+    batch_tokens: int
+    backend: str | None
+
+    @classmethod
+    def of(
+        cls,
+        acquisitions: str | Sequence[str],
+        arguments: AcquisitionArgs | None = None,
+        *,
+        reduction: Reduction = "mean",
+        topk: int = 8,
+        batch_tokens: int = 8192,
+        backend: str | None = None,
+    ) -> Plan:
+        """Raises TypeError or ValueError, as :func:`acqcore.score`."""
+        names = checks.names("acquisitions", acquisitions, REGISTRY)
+        checks.literal("reduction", reduction, Reduction)
+        checks.positive_int("topk", topk)
+        checks.positive_int("batch_tokens", batch_tokens)
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, Mapping):
+            raise TypeError(f"acquisition_args: expected a mapping name -> arguments, got {checks.describe(arguments)}")
+        for name in arguments:
+            if name not in names:
+                raise ValueError(f"acquisition_args: {name!r} is not among the acquisitions asked for")
+            checks.one_of("acquisition_args", name, [n for n, entry in REGISTRY.items() if fields(entry.options)])
+        records = [REGISTRY[name] for name in names]
+        asked = tuple((entry, entry.options.of(entry.name, arguments.get(entry.name, {}))) for entry in records)
+        for entry, options in asked:
+            needs = entry.needed(options)
+            if entry.over == "set" and not all(isinstance(need, GradientNeed) for need in needs):
+                raise ValueError(f"acquisition {entry.name!r}: expected one over sets to need gradients, got {needs}")
+        return cls(asked, reduction, topk, batch_tokens, backend)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(entry.name for entry, _ in self.asked)
+
+    @cached_property
+    def needs(self) -> tuple[Need, ...]:
+        """Each need once, in the order in which they are asked for."""
+        return tuple(dict.fromkeys(need for entry, options in self.asked for need in entry.needed(options)))
+
+    @property
+    def draws(self) -> list[DrawOptions]:
+        return [need for need in self.needs if isinstance(need, DrawOptions)]
+
+    @property
+    def of_tokens(self) -> list[str]:
+        """Acquisitions with a value for each token."""
+        return [entry.name for entry, _ in self.asked if entry.over == "token"]
+
+    @property
+    def of_sets(self) -> list[tuple[Acquisition, Options]]:
+        """Acquisitions whose values compare the samples of a call."""
+        return [(entry, options) for entry, options in self.asked if entry.over == "set"]
+
+    @cached_property
+    def set_needs(self) -> tuple[GradientNeed, ...]:
+        """Needs of acquisitions over sets, each once."""
+        needs = (need for entry, options in self.of_sets for need in entry.needed(options))
+        return tuple(dict.fromkeys(need for need in needs if isinstance(need, GradientNeed)))
+
+    def sample_by_sample(self, instead: str) -> None:
+        """Raise ValueError where samples would be compared that are never together; ``instead`` is the advice."""
+        for entry, _ in self.of_sets:
+            raise ValueError(f"acquisitions: {entry.name!r} compares all samples of a call: {instead}")
+
+    def runner(self, student: StudentLike) -> Runner:
+        """What computes the needs. Raises as :class:`Runner`; ValueError for options that do not fit the student."""
+        runner = Runner(student, self.needs, self.batch_tokens, self.backend)
+        for _, options in self.asked:
+            options.check(runner.student, runner.head)
+        return runner
+
+    def batches(self, runner: Runner, rows: Sequence[Row], done: Collection[int] = ()) -> Iterator[Batch]:
+        """Values of each batch of :meth:`Runner.batches`."""
+        for found in runner.batches(rows, done):
+            yield self._batch(found)
+
+    def _batch(self, found: Found) -> Batch:
+        counts = found.counts
+        columns: dict[str, torch.Tensor] = {}
+        for entry, options in self.asked:
+            if entry.over != "set":
+                column = entry.compute(options, found.results)
+                checks.acquisition_values(entry.name, column, sum(counts) if entry.over == "token" else len(counts))
+                columns[entry.name] = column.double()
+        of_host = _on_host(columns)
+        values = torch.full((len(self.asked), len(counts)), torch.nan)
+        tokens: list[dict[str, torch.Tensor]] = [{} for _ in counts]
+        for a, (entry, _) in enumerate(self.asked):
+            if entry.over == "sample":
+                values[a] = _finite(of_host[entry.name].float())
+            elif entry.over == "token":
+                # An infinity of either sign becomes NaN here: later a maximum would hide it.
+                column = _finite(of_host[entry.name])
+                values[a] = _finish(entry, reduce(column, counts, self.reduction, self.topk))
+                for sample, piece in zip(tokens, _finish(entry, column).split(counts), strict=True):
+                    sample[entry.name] = piece
+        sketches = {need: found.results[need] for need in self.set_needs}
+        return Batch(found.indices, values, tokens, sketches, found.n_input_tokens)
+
+
+def _on_host(columns: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The columns on the CPU by one copy a device: on a GPU each copy would wait for it."""
+    found = dict(columns)
+    on_gpu = {name: column for name, column in columns.items() if column.device.type != "cpu"}
+    if on_gpu:
+        device = next(iter(on_gpu.values())).device
+        pieces = torch.cat([column.to(device) for column in on_gpu.values()]).cpu()
+        found.update(zip(on_gpu, pieces.split([len(column) for column in on_gpu.values()]), strict=True))
+    return found
+
+
+def reduce(
+    values: torch.Tensor,  # [N] float64, sample after sample
+    counts: list[int],  # [B], their sum is N
+    reduction: Reduction,
+    topk: int,
+) -> torch.Tensor:
+    """``[B]``; NaN where a value of the sample is."""
+    if reduction == "topk":  # NaN counts as the largest
+        return torch.stack([piece.topk(min(topk, len(piece))).values.mean() for piece in values.split(counts)])
+    return torch.segment_reduce(values, reduction, lengths=torch.tensor(counts, device=values.device))
+
+
+def _finish(
+    entry: Acquisition,
+    values: torch.Tensor,  # [n] float64
+) -> torch.Tensor:
+    """``[n]`` float32, NaN where not finite."""
+    return _finite((values if entry.finish is None else entry.finish(values)).float())
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    """The same shape, NaN where not finite."""
+    return values.where(values.isfinite(), torch.nan)

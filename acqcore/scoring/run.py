@@ -1,0 +1,139 @@
+"""Runs the student over batches of samples and computes what is needed of each, once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from acqcore import checks
+from acqcore.acquisitions import BatchNeed, DrawOptions, RowNeed, SampleBatch
+from acqcore.acquisitions.needs import Need
+from acqcore.gradients.head_pass import HeadPass
+from acqcore.gradients.need import GradientNeed
+from acqcore.gradients.per_sample import SampleGradients
+from acqcore.head_visit import visit
+from acqcore.row_stats import checked_backend, row_stats
+from acqcore.scoring.draws import Batch, Draws
+from acqcore.students.packing import OVERHEAD_TOKENS, partition
+from acqcore.students.samples import Row, Samples, encode
+from acqcore.students.student import StudentLike, as_student
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A batch that is done.
+
+    Attributes:
+        indices: of its samples among the rows.
+        counts: scored tokens of each sample; their sum is N.
+        results: need -> RowStats or BayesStats of the N tokens, SampleBatch, or values of the samples.
+        n_input_tokens: of the samples, without padding.
+    """
+
+    indices: list[int]
+    counts: list[int]
+    results: Mapping[Need, Any]
+    n_input_tokens: int
+
+
+class Runner:
+    """Computes needs of a student's samples, batch by batch.
+
+    One forward without dropout serves all needs that read it, and keeps a graph only if a gradient reaches the trunk;
+    one backward serves all gradients of the same targets; equal draws are taken once.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: before any forward: as :func:`acqcore.score` for a student, backend, draws
+            or parameters that do not fit together.
+    """
+
+    def __init__(self, student: StudentLike, needs: Collection[Need], batch_tokens: int, backend: str | None) -> None:
+        checks.positive_int("batch_tokens", batch_tokens)
+        self.student = student = as_student(student)
+        self.head = head = student.head
+        row_stats(head.weight[:0], head, backend=backend)  # no rows: raises what a batch would
+        self._needs = needs
+        self._batch_tokens = batch_tokens
+        self._backend = backend
+        self._draws = {
+            need: Draws(student, head, need, batch_tokens, backend) for need in needs if isinstance(need, DrawOptions)
+        }
+        gradients = [need for need in needs if isinstance(need, GradientNeed)]
+        self._gradients = SampleGradients(student, head, gradients) if gradients else None
+
+    def encode(self, samples: Samples, tokenizer: Any, max_length: int | None) -> list[Row]:
+        """The samples as rows; ``tokenizer`` None stands for the student's own."""
+        tokenizer = tokenizer if tokenizer is not None else self.student.tokenizer
+        limit = self.student.max_length
+        return encode(samples, tokenizer, vocab_size=self.head.vocab_size, limit=limit, max_length=max_length)
+
+    def batches(self, rows: Sequence[Row], done: Collection[int] = ()) -> Iterator[Found]:
+        """Batches of ``rows`` as they finish; rows with nothing to score are left out.
+
+        The batches are a function of the rows, ``batch_tokens`` and the device's type. Batches whose rows are all in
+        ``done`` are skipped.
+        """
+        scored = [i for i, row in enumerate(rows) if row.n_scored]
+        lengths = [len(rows[i].ids) for i in scored]
+        overhead = OVERHEAD_TOKENS.get(self.student.device.type, OVERHEAD_TOKENS["cuda"])
+        for picked in partition(lengths, self._batch_tokens, overhead):
+            indices = [scored[i] for i in picked]
+            if any(i not in done for i in indices):
+                batch = Batch.of([rows[i] for i in indices])
+                tokens = sum(len(row.ids) for row in batch.rows)
+                yield Found(indices, batch.offsets.diff().tolist(), self._results(batch), tokens)
+
+    def _results(self, batch: Batch) -> dict[Need, Any]:
+        # The mode is switched for each batch, not around the generator: a paused generator would leave its caller
+        # without gradients. In inference mode autograd could not run.
+        results: dict[Need, Any] = {}
+        with torch.inference_mode(False), self.student.scoring():
+            for options, draws in self._draws.items():
+                if not options.on_hidden:  # first, while no graph is held
+                    results[options] = draws.of_forwards(batch)
+            if any(not isinstance(need, DrawOptions) or need.on_hidden for need in self._needs):
+                self._without_dropout(batch, results)
+        return results
+
+    def _without_dropout(self, batch: Batch, results: dict[Need, Any]) -> None:
+        """Add what follows from one forward without dropout to the results."""
+        gradients, head = self._gradients, self.head
+        input_ids = batch.input_ids.to(self.student.device)
+        forward = nullcontext(None) if gradients is None else gradients.forward(input_ids)
+        with forward as of_graph:
+            hidden = self.student.hidden(input_ids) if of_graph is None else of_graph  # [B, T, D]
+            picked = hidden.detach().flatten(0, 1).index_select(0, batch.positions.to(hidden.device))  # [N, D]
+            # A head in float32 over a half-precision trunk (an adapter's sum): widening hidden is exact.
+            dtype = torch.promote_types(picked.dtype, head.weight.dtype)
+            picked = picked.to(device=head.weight.device, dtype=dtype)
+            for options, draws in self._draws.items():
+                if options.on_hidden:
+                    results[options] = draws.of_hidden(batch, picked)
+            if all(isinstance(need, DrawOptions) for need in self._needs):
+                return
+            with torch.autocast(hidden.device.type, enabled=False):
+                seen = self._visit_head(picked, batch)
+                results[RowNeed()] = seen.stats
+                results[BatchNeed()] = SampleBatch(picked, head, seen.stats, seen.bounds, self._backend)
+                if gradients is not None:
+                    results.update(gradients.measure(hidden, batch.positions, seen).items())
+
+    def _visit_head(
+        self,
+        hidden: torch.Tensor,  # [N, D]
+        batch: Batch,
+    ) -> HeadPass:
+        """Everything that is asked of the head for the written targets."""
+        head, gradients = self.head, self._gradients
+        targets = batch.targets.to(hidden.device)
+        if gradients is None or not gradients.of_head:
+            stats = row_stats(hidden, head, targets, backend=self._backend)
+            loss = "mean" if gradients is None else gradients.loss
+            return HeadPass(hidden, head, stats, batch.bounds, loss, self._backend)
+        backend = checked_backend(hidden, head, targets, 1.0, self._backend)
+        visited = visit(hidden, head, targets, batch.bounds, 1.0, backend)
+        return HeadPass(hidden, head, visited.stats, batch.bounds, gradients.loss, self._backend, visited)

@@ -1,0 +1,1 @@
+"""Choosing among vectors: subsets, and the worth of a vector beside others."""

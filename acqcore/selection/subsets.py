@@ -1,0 +1,238 @@
+"""Selects k of n samples: the highest scores, or a diverse subset by their vectors.
+
+Every method is greedy, so the first j of k choices are the choice for j. Only ``facility_location`` looks at all pairs,
+in a bounded buffer: memory stays O(n d + n k).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from acqcore import checks
+from acqcore.literals import Method
+from acqcore.scores import Scores
+
+# Facility location computes this many similarities at once (64 MiB of float32), and keeps all of them up to the second
+# number (256 MiB), which halves the time on 2000 noisy vectors of 4096.
+_BLOCK_ELEMENTS = 1 << 24
+_KEPT_ELEMENTS = 1 << 26
+# Stale gains of facility location refreshed in one pass over the vectors; doubled until they decide the choice.
+_REFRESH = 8
+
+
+@torch.no_grad()
+def select(
+    candidates: torch.Tensor | Scores,
+    k: int,
+    method: Method = "top_k",
+    *,
+    acquisition: str | None = None,
+    seed: int = 0,
+    ridge: float = 0.01,
+) -> torch.Tensor:
+    """Indices of k of n candidates, in order of choice.
+
+    =====================  ================================================================================
+    method                 each choice is
+    =====================  ================================================================================
+    ``top_k``              the highest score left; NaN is never chosen
+    ``k_center``           the vector farthest from those chosen, after the one nearest to the mean; the
+                           largest distance left is at most twice the smallest possible (Gonzalez 1985;
+                           Sener & Savarese 2018)
+    ``facility_location``  the largest gain in ``sum_i max_{j chosen} max(0, cos(x_i, x_j))``, by lazy
+                           evaluation (Minoux 1978); within 1 - 1/e of the best (Nemhauser, Wolsey & Fisher
+                           1978)
+    ``badge``              drawn with probability proportional to the squared distance from those chosen,
+                           the first uniformly: k-means++ seeding (Arthur & Vassilvitskii 2007); on
+                           :func:`acqcore.badge_embedding` the BADGE of Ash et al. 2020
+    ``log_det``            the largest gain in ``log det(I + K / s)``, K the Gram matrix of those chosen:
+                           greedy MAP of a determinantal point process (Kulesza & Taskar 2012) by
+                           incremental Cholesky (Chen, Zhang & Zhou 2018); within 1 - 1/e of the best. A long
+                           vector is worth more than a short one
+    =====================  ================================================================================
+
+    Args:
+        candidates: for ``top_k`` scores ``[n]`` or :class:`acqcore.Scores`; for the others vectors ``[n, d]`` such as
+            sketches or embeddings. float32, bfloat16, float16 or float64; distances and similarities are computed in
+            float32 or float64.
+        k: number of choices, 1 to n (for ``top_k`` to the number of scores that are not NaN).
+        method: as above.
+        acquisition: the column of Scores, if there are several.
+        seed: of ``badge``; the other methods are deterministic.
+        ridge: ``s`` of ``log_det``, in units of the mean squared length of the vectors.
+
+    Returns:
+        ``[k]`` int64 on the device of the candidates, no index twice. Among exact equals the lower index
+        comes first.
+
+    Raises:
+        TypeError: candidates that are not a floating-point tensor (or Scores for ``top_k``), k not an int.
+        ValueError: an unknown method, k out of range, a wrong shape, a vector that is not finite, Scores of
+            several acquisitions and no name, ridge below 1e-9.
+    """
+    checks.literal("method", method, Method)
+    checks.positive_int("k", k)
+    if method == "top_k":
+        scores = _column(candidates, acquisition) if isinstance(candidates, Scores) else candidates
+        checks.float_tensor("candidates", scores, "[n]", 1)
+        return _top_k(scores, k)
+    checks.vectors("candidates", candidates)
+    assert isinstance(candidates, torch.Tensor)
+    checks.at_most("k", k, len(candidates), "the number of candidates")
+    vectors = candidates if candidates.dtype == torch.float64 else candidates.float()
+    if method == "k_center":
+        return _k_center(vectors, k)
+    if method == "facility_location":
+        return _facility_location(vectors, k)
+    if method == "badge":
+        return _badge(vectors, k, seed)
+    checks.ridge(ridge)
+    return _log_det(vectors, k, ridge)
+
+
+def _column(scores: Scores, acquisition: str | None) -> torch.Tensor:
+    """Scores of the acquisition; of the only one where that is None."""
+    if acquisition is not None:
+        checks.one_of("acquisition", acquisition, scores)
+        return scores[acquisition]
+    if len(scores) != 1:
+        raise ValueError(
+            f"candidates: expected scores of one acquisition, got {', '.join(scores) or 'none'}; acquisition= names one"
+        )
+    return next(iter(scores.values()))
+
+
+def _top_k(
+    scores: torch.Tensor,  # [n]
+    k: int,
+) -> torch.Tensor:
+    known = (~scores.isnan()).nonzero()[:, 0]
+    checks.at_most("k", k, len(known), "the number of scores that are not NaN")
+    return known[scores[known].sort(descending=True, stable=True).indices[:k]]
+
+
+def _k_center(
+    vectors: torch.Tensor,  # [n, d]
+    k: int,
+) -> torch.Tensor:
+    chosen = torch.empty(k, dtype=torch.int64, device=vectors.device)
+    nearest = torch.full_like(vectors[:, 0], torch.inf)  # [n] distance to the nearest one chosen; -1 if chosen
+    pick = distances(vectors, vectors.mean(dim=0)).argmin()
+    for j in range(k):
+        chosen[j] = pick
+        nearest = torch.minimum(nearest, distances(vectors, vectors[pick]))
+        nearest[chosen[: j + 1]] = -1
+        pick = nearest.argmax()
+    return chosen
+
+
+def _badge(
+    vectors: torch.Tensor,  # [n, d]
+    k: int,
+    seed: int,
+) -> torch.Tensor:
+    draws = torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    chosen = torch.empty(k, dtype=torch.int64)
+    squared = torch.full((len(vectors),), torch.inf, dtype=torch.float64)  # [n] to the nearest one chosen
+    left = torch.ones(len(vectors), dtype=torch.float64)
+    for j in range(k):
+        weights = left if j == 0 else squared * left
+        if not bool(weights.any()):  # only copies of those chosen are left
+            weights = left
+        total = weights.cumsum(0)
+        # right=True passes over weights of zero; the clamp is for a draw that rounds up to the total.
+        pick = torch.searchsorted(total, draws[j] * total[-1], right=True)
+        chosen[j] = pick.clamp_max(int(weights.nonzero()[-1]))
+        left[chosen[j]] = 0
+        squared = torch.minimum(squared, distances(vectors, vectors[chosen[j]]).double().square().cpu())
+    return chosen.to(vectors.device)
+
+
+def distances(
+    vectors: torch.Tensor,  # [n, d]
+    point: torch.Tensor,  # [d]
+) -> torch.Tensor:
+    """Euclidean distances ``[n]``, by differences: a copy is at 0, which the expanded square would miss."""
+    return torch.cdist(vectors, point[None], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+
+
+def _facility_location(
+    vectors: torch.Tensor,  # [n, d]
+    k: int,
+) -> torch.Tensor:
+    n = len(vectors)
+    unit = torch.nn.functional.normalize(vectors, dim=1)
+    covered = torch.zeros_like(unit[:, 0])  # [n] similarity to the nearest one chosen
+
+    kept = unit @ unit.T if n * n <= _KEPT_ELEMENTS else None
+
+    def gains(indices: torch.Tensor) -> torch.Tensor:  # [m] -> [m]
+        similarity = unit[indices] @ unit.T if kept is None else kept[indices]  # [m, n]
+        # The floor of covered at 0 is the clip.
+        return (similarity - covered).clamp_min_(0).sum(dim=1, dtype=torch.float64)
+
+    block = max(1, _BLOCK_ELEMENTS // n)
+    bounds = torch.cat([gains(indices) for indices in torch.arange(n, device=unit.device).split(block)])
+    taken = torch.zeros(n, dtype=torch.bool, device=unit.device)
+    chosen = torch.empty(k, dtype=torch.int64, device=unit.device)
+    for j in range(k):
+        # Gains only fall as the choice grows, so an old gain bounds a new one: refresh the highest until the
+        # highest of all is fresh.
+        fresh = taken.clone() if j else torch.ones_like(taken)
+        count = _REFRESH
+        while not fresh[pick := bounds.argmax()]:
+            stale = bounds.where(~fresh, -torch.inf).topk(min(count, block, n)).indices
+            stale = stale[~fresh[stale]]
+            bounds[stale] = gains(stale)
+            fresh[stale] = True
+            count *= 2
+        chosen[j] = pick
+        taken[pick] = True
+        bounds[pick] = -torch.inf
+        covered = torch.maximum(covered, unit @ unit[pick] if kept is None else kept[pick])
+    return chosen
+
+
+def _log_det(
+    vectors: torch.Tensor,  # [n, d]
+    k: int,
+    ridge: float,
+) -> torch.Tensor:
+    squared = vectors.double().square().sum(dim=1)
+    unit = squared.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    chosen, _ = pivoted_cholesky(lambda i: (vectors @ vectors[i]) / unit, squared / unit, k, ridge)
+    return chosen
+
+
+def pivoted_cholesky(
+    kernel_row: Callable[[torch.Tensor], torch.Tensor],  # index -> [n]
+    diagonal: torch.Tensor,  # [n] float64
+    k: int,
+    ridge: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy choice of k rows of a positive semi-definite kernel by ``log det(I + K / ridge)``.
+
+    The gain of i is ``log(1 + r_i / ridge)`` with r_i its variance given those chosen,
+    ``k_ii - k_iS (K_SS + ridge I)^-1 k_Si``: the choice is the largest r_i.
+
+    Returns:
+        Indices ``[k]`` int64 and their r at the time of choice, ``[k]`` float64.
+
+    Source: Chen, Zhang & Zhou 2018, algorithm 1, with the ridge on the diagonal.
+    """
+    n = len(diagonal)
+    factor = torch.zeros((n, k), dtype=torch.float64, device=diagonal.device)
+    residual = diagonal.clone()
+    chosen = torch.empty(k, dtype=torch.int64, device=diagonal.device)
+    gained = torch.empty(k, dtype=torch.float64, device=diagonal.device)
+    for j in range(k):
+        pick = residual.argmax()
+        chosen[j], gained[j] = pick, residual[pick].clamp_min(0)
+        column = kernel_row(pick).double() - factor[:, :j] @ factor[pick, :j]
+        column /= (gained[j] + ridge).sqrt()
+        factor[:, j] = column
+        residual -= column.square()
+        residual[chosen[: j + 1]] = -torch.inf
+    return chosen, gained

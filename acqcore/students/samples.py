@@ -1,0 +1,357 @@
+"""Turns samples into token ids and scored positions.
+
+=====================================  ====================================================================
+a sample                               scored tokens
+=====================================  ====================================================================
+``"text"``, ``{"text"}``               every token with a predecessor, special tokens included
+``{"prompt", "completion"}`` strings   the tokens after the prompt
+``{"prompt", "completion"}`` messages  the tokens after the rendered prompt and the opening of the reply
+``{"messages"}``                       the last assistant turn, its closing tokens included
+tensors ``{"input_ids", ...}``         labels other than -100, else every real token with a predecessor
+=====================================  ====================================================================
+
+The whole text is tokenized at once: tokens of joined pieces may differ from those the model sees. The completion begins
+with the first token whose span ends after the prompt, so a token across the boundary is scored. A ``datasets.Dataset``
+with these columns is a list of its rows. Rows from :func:`encode` are samples too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+
+from acqcore import checks
+
+T = TypeVar("T")
+Message: TypeAlias = Mapping[str, Any]
+Sample: TypeAlias = str | Mapping[str, Any]
+Samples: TypeAlias = Sequence["Sample | Row"] | Mapping[str, torch.Tensor] | Any  # Any: datasets.Dataset
+
+#: Keys of mapping samples; the first entry that is present is used.
+KINDS = (("prompt", "completion"), ("messages",), ("text",))
+EXPECTED = (
+    'strings, mappings with "prompt" and "completion", "messages" or "text", a datasets.Dataset with such '
+    'columns, or tensors {"input_ids", "attention_mask", "labels"}'
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One tokenized sample; its tensors are read-only.
+
+    Attributes:
+        ids: ``[T]`` int64.
+        targets: ``[T]`` int64, aligned with ``ids``: the token at this position if it is scored, else -100. The first
+            is always -100, as nothing predicts it.
+    """
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+
+    @cached_property
+    def n_scored(self) -> int:
+        return int((self.targets != checks.IGNORE_INDEX).sum())
+
+
+EMPTY = Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A sample as text, whose first ``boundary`` characters are context."""
+
+    text: str
+    boundary: int
+    has_special_tokens: bool  # written by a chat template
+
+
+def encode(
+    samples: Samples,
+    tokenizer: Any,
+    *,
+    vocab_size: int,
+    limit: int | None,
+    max_length: int | None = None,
+    errors: dict[int, str] | None = None,
+) -> list[Row]:
+    """Tokenized samples, in order.
+
+    Args:
+        samples: of one of the kinds above, or rows from an earlier call.
+        tokenizer: a transformers tokenizer; not needed for tensors.
+        vocab_size: upper bound of the ids.
+        limit: maximum tokens that the student takes, or None.
+        max_length: truncate to this many tokens: first the oldest context, down to the token that predicts the first
+            scored one, then the end.
+        errors: if given, a bad sample becomes an empty row and an entry ``index -> message`` instead of raising.
+
+    Raises:
+        TypeError: samples of an unknown kind or of several kinds, a missing tokenizer.
+        ValueError: a sample with nothing to score, or longer than the student takes; names its index.
+    """
+    checks.max_length(max_length, limit)
+    if isinstance(samples, Mapping):
+        rows = _tensor_rows(samples)
+    else:
+        listed = _listed(samples)
+        encoded = [sample for sample in listed if isinstance(sample, Row)]
+        rows = encoded if len(encoded) == len(listed) else _tokenize(_texts(listed, tokenizer, errors), tokenizer)
+
+    # All rows at once; one by one only to name the bad one.
+    every = torch.cat([row.ids for row in rows]) if rows else EMPTY.ids
+    known = bool(((every >= 0) & (every < vocab_size)).all())
+
+    def finish(index: int, row: Row) -> Row:
+        if not known:
+            bad = (row.ids < 0) | (row.ids >= vocab_size)
+            if bool(bad.any()):
+                raise ValueError(
+                    f"samples[{index}]: token id {int(row.ids[bad][0])} is outside the student's vocabulary of "
+                    f"{vocab_size}; does the tokenizer belong to the student?"
+                )
+        if row.n_scored == 0:
+            raise ValueError(
+                f"samples[{index}]: nothing to score, expected at least one scored token with a token before it"
+            )
+        if max_length is not None:
+            return _truncate(row, max_length)
+        if limit is not None and len(row.ids) > limit:
+            raise ValueError(
+                f"samples[{index}]: {len(row.ids)} tokens, the student takes at most {limit}; max_length= truncates"
+            )
+        return row
+
+    done = errors if errors is not None else {}
+    return [EMPTY if i in done else _attempt(i, errors, finish, i, row) or EMPTY for i, row in enumerate(rows)]
+
+
+def _attempt(index: int, errors: dict[int, str] | None, step: Callable[..., T], *arguments: Any) -> T | None:
+    """``step(*arguments)``; a bad sample raises, or is recorded in ``errors`` if given."""
+    try:
+        return step(*arguments)
+    except (ValueError, TypeError) as error:
+        if errors is None:
+            raise
+        errors[index] = str(error).removeprefix(f"samples[{index}]: ")
+        return None
+
+
+def _listed(samples: Any) -> list[Any]:
+    """The samples as a list; a ``datasets.Dataset`` without unused columns."""
+    columns = getattr(samples, "column_names", None)
+    if columns is not None and hasattr(samples, "select_columns"):
+        kind = _kind_of_columns(columns)
+        return list(samples.select_columns(list(kind)))
+    if isinstance(samples, (str, bytes)) or not isinstance(samples, Sequence):
+        raise TypeError(f"samples: expected a list of {EXPECTED}, got {checks.describe(samples)}")
+    return list(samples)
+
+
+def _kind_of_columns(columns: Sequence[str]) -> tuple[str, ...]:
+    """The first of ``KINDS`` whose columns a data set has."""
+    for kind in KINDS:
+        if all(key in columns for key in kind):
+            return kind
+    expected = ", or ".join(" and ".join(kind) for kind in KINDS)
+    raise TypeError(f"samples: expected columns {expected}, got {', '.join(columns)}")
+
+
+def _kind(index: int, sample: object) -> tuple[str, ...]:
+    """The keys that make a sample's kind; none for a string."""
+    if isinstance(sample, str):
+        return ()
+    if isinstance(sample, Mapping):
+        for kind in KINDS:
+            if all(key in sample for key in kind):
+                return kind
+        keys = ", ".join(repr(key) for key in sample)
+        raise TypeError(f"samples[{index}]: expected {EXPECTED}, got a mapping with keys {keys}")
+    raise TypeError(f"samples[{index}]: expected {EXPECTED}, got {checks.describe(sample)}")
+
+
+def _check_text(index: int, key: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"samples[{index}]: {key}: expected a string, got {checks.describe(value)}")
+
+
+def _check_messages(index: int, key: str, value: object) -> None:
+    """A list of chat messages with roles."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"samples[{index}]: {key}: expected a list of messages, got {checks.describe(value)}")
+    for message in value:
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise TypeError(
+                f'samples[{index}]: {key}: expected messages with "role" and "content", got {checks.describe(message)}'
+            )
+
+
+def _texts(samples: list[Sample], tokenizer: Any, errors: dict[int, str] | None) -> list[_Text]:
+    if not samples:
+        return []
+    if tokenizer is None:
+        raise TypeError("tokenizer: samples of text need one, got none; pass tokenizer= or a student loaded by path")
+    if not callable(tokenizer) or not hasattr(tokenizer, "apply_chat_template"):
+        raise TypeError(f"tokenizer: expected a transformers tokenizer, got {checks.describe(tokenizer)}")
+    kinds = [_attempt(i, errors, _kind, i, sample) for i, sample in enumerate(samples)]
+    first = next((kind for kind in kinds if kind is not None), None)
+    texts = []
+    for i, (sample, kind) in enumerate(zip(samples, kinds, strict=True)):
+        text = None
+        if kind is not None:
+            text = _attempt(i, errors, _text, i, sample, kind, first, tokenizer)
+        texts.append(text or _Text("", 0, False))
+    return texts
+
+
+def _text(index: int, sample: Any, kind: tuple[str, ...], first: tuple[str, ...], tokenizer: Any) -> _Text:
+    if kind != first:
+        names = [" and ".join(keys) or "a string" for keys in (first, kind)]
+        raise TypeError(f"samples[{index}]: expected {names[0]} as in the samples before it, got {names[1]}")
+    if kind == ():
+        return _Text(sample, 0, False)
+    values = [sample[key] for key in kind]
+    if kind == ("text",):
+        _check_text(index, "text", values[0])
+        return _Text(values[0], 0, False)
+    if kind == ("messages",):
+        _check_messages(index, "messages", values[0])
+        if not values[0] or values[0][-1]["role"] != "assistant":
+            role = repr(values[0][-1]["role"]) if values[0] else "no message"
+            raise ValueError(
+                f"samples[{index}]: messages: expected the assistant's turn last (it is scored), got {role}"
+            )
+        return _conversation(index, values[0][:-1], values[0][-1:], tokenizer)
+    prompt, completion = values
+    if isinstance(prompt, str):
+        _check_text(index, "completion", completion)
+        if not completion:
+            raise ValueError(f"samples[{index}]: the completion is empty, there is nothing to score")
+        return _Text(prompt + completion, len(prompt), False)
+    if not isinstance(prompt, Sequence):
+        raise TypeError(
+            f"samples[{index}]: prompt: expected a string or a list of messages, got {checks.describe(prompt)}"
+        )
+    _check_messages(index, "prompt", prompt)
+    _check_messages(index, "completion", completion)
+    return _conversation(index, prompt, completion, tokenizer)
+
+
+def _conversation(index: int, context: Sequence[Message], reply: Sequence[Message], tokenizer: Any) -> _Text:
+    """The rendered conversation; the reply begins after the rendered context and generation prompt."""
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("tokenizer: messages need a chat template, this tokenizer has none")
+    if not context:
+        raise ValueError(f"samples[{index}]: expected a message before the one that is scored, got none")
+    if not any(message["content"] or message.get("tool_calls") for message in reply):
+        raise ValueError(f"samples[{index}]: the completion is empty, there is nothing to score")
+
+    def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise ValueError(f"samples[{index}]: the chat template refuses it: {error}") from error
+
+    text = render([*context, *reply], False)
+    # The common prefix: with the reply present a template may render earlier turns or its opening differently, as those
+    # do that drop or open a reasoning block.
+    boundary = _common_length(text, render(context, True))
+    return _Text(text, boundary, True)
+
+
+def _tokenize(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
+    """Rows of ``texts``."""
+    rows = [EMPTY] * len(texts)
+    for has_special_tokens in (False, True):
+        picked = [i for i, text in enumerate(texts) if text.has_special_tokens == has_special_tokens and text.text]
+        if not picked:
+            continue
+        options = {"add_special_tokens": not has_special_tokens, "return_attention_mask": False, "verbose": False}
+        whole = [texts[i].text for i in picked]
+        contexts = [texts[i].boundary for i in picked]
+        if getattr(tokenizer, "is_fast", False):
+            batch = tokenizer(whole, return_offsets_mapping=True, **options)
+            starts: Iterable[int] = map(_start_by_offsets, batch["offset_mapping"], contexts)
+        else:
+            batch = tokenizer(whole, **options)
+            # Without offsets: the ids that the whole text shares with its context.
+            alone = tokenizer([texts[i].text[: texts[i].boundary] for i in picked], **options)["input_ids"]
+            starts = map(_common_length, batch["input_ids"], alone)
+        for i, ids, start in zip(picked, batch["input_ids"], starts, strict=True):
+            rows[i] = _row(torch.tensor(ids, dtype=torch.int64), start)
+    return rows
+
+
+def _start_by_offsets(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
+    """Index of the first token whose span ends after ``boundary``; for plain text, 0."""
+    for position, (_, end) in enumerate(offsets):
+        if end > boundary:
+            return position
+    return len(offsets)
+
+
+def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Length of the longest common prefix."""
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length
+
+
+def _row(
+    ids: torch.Tensor,  # [T] int64
+    start: int,
+) -> Row:
+    """The row whose tokens from ``start`` on are scored, except the very first, which nothing predicts."""
+    targets = ids.clone()
+    targets[: max(start, 1)] = checks.IGNORE_INDEX
+    return Row(ids, targets)
+
+
+def _truncate(row: Row, max_length: int) -> Row:
+    excess = len(row.ids) - max_length
+    if excess <= 0:
+        return row
+    first_scored = int((row.targets != checks.IGNORE_INDEX).int().argmax())
+    drop = min(excess, first_scored - 1)
+    return Row(row.ids[drop : drop + max_length], row.targets[drop : drop + max_length])
+
+
+def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
+    """Rows of ``input_ids [B, T]``, ``attention_mask [B, T]`` and ``labels [B, T]``, padded on either side."""
+    if "input_ids" not in samples:
+        keys = ", ".join(repr(key) for key in samples)
+        raise TypeError(f'samples: expected a list, or a mapping of tensors with "input_ids", got keys {keys}')
+    for key in ("input_ids", "attention_mask", "labels"):
+        value = samples.get(key)
+        if value is None and key != "input_ids":
+            continue
+        name = f'samples["{key}"]'
+        if not isinstance(value, torch.Tensor) or (value.is_floating_point() and key != "attention_mask"):
+            raise TypeError(f"{name}: expected an integer tensor [B, T], got {checks.describe(value)}")
+        if value.dim() != 2:
+            raise ValueError(f"{name}: expected shape [B, T], got {checks.describe(value)}")
+        if value.shape != samples["input_ids"].shape:
+            raise ValueError(
+                f"{name}: expected {list(samples['input_ids'].shape)} as input_ids, got {checks.describe(value)}"
+            )
+    input_ids = samples["input_ids"].cpu().long()
+    mask = samples.get("attention_mask")
+    keep = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
+    labels = samples.get("labels")
+    targets = input_ids if labels is None else labels.cpu().long()
+    rows = []
+    for ids, target, kept in zip(input_ids, targets, keep, strict=True):
+        target = target[kept].clone()
+        target[:1] = checks.IGNORE_INDEX
+        rows.append(Row(ids[kept], target))
+    return rows

@@ -1,0 +1,178 @@
+"""Draws of a student's final hidden states: dropout inside its trunk, or the members of an ensemble.
+
+Dropout in the last n blocks acts on the outputs that each attention and MLP adds to the residual stream. Earlier blocks
+run once. All draws of the last blocks run as one batch in the model's own code, in which the earlier blocks return
+their stored output. Masks come from ``philox.py``, so a sample's draws depend neither on its batch nor on the backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from acqcore import checks
+from acqcore.backends import Dropout, select as select_backend
+from acqcore.students.sharding import matrix_owners, replaced_forward
+from acqcore.students.student import Student
+
+
+class TrunkDraws:
+    """Hidden states of K draws under dropout in the trunk.
+
+    Args:
+        student: whose trunk runs.
+        layers: the last n blocks, ``"all"``, or ``"own"``: the student's ``nn.Dropout`` modules at their own rates.
+            Functional dropout, such as that of attention weights in transformers, stays off.
+        draws: K.
+        dropout: probability p for blocks; ignored by ``"own"``.
+        seed: of the masks.
+        backend: as in :func:`acqcore.row_stats`.
+
+    Raises:
+        ValueError: a trunk without blocks, fewer blocks than asked for, a block without residual branches, no dropout
+            layer of the student's own.
+    """
+
+    def __init__(
+        self, student: Student, layers: int | str, draws: int, dropout: float, seed: int, backend: str | None
+    ) -> None:
+        blocks = student.blocks
+        self._student = student
+        self._draws = draws
+        self._seed = seed
+        self._dropped = 0
+        self._backend = backend
+        self._skipped: list[nn.Module] = []
+        self._sites: list[tuple[int, nn.Module, float]] = []
+        if layers == "own":
+            modules = student.trunk.modules() if isinstance(student.trunk, nn.Module) else ()
+            own = [module for module in modules if isinstance(module, nn.Dropout)]
+            self._sites = [(site, module, module.p) for site, module in enumerate(own, 1) if module.p > 0]
+            if not self._sites:
+                raise ValueError("layers: 'own' needs a student with dropout layers of p > 0, this one has none")
+            return
+        checks.some_blocks(len(blocks))
+        assert student._module is not None
+        count = len(blocks) if layers == "all" else layers
+        assert isinstance(count, int)
+        if count > len(blocks):
+            raise ValueError(f"layers: expected at most {len(blocks)} transformer blocks, got {count}")
+        first = len(blocks) - count
+        # Ranks that run forwards together skip nothing: another rank may be at a forward of all blocks.
+        self._skipped = [] if student.forwards_are_collective else blocks[:first]
+        site, owners = 0, matrix_owners(student._module)
+        for i, block in enumerate(blocks):
+            branches = _branches(block, owners)
+            if not branches:
+                name = type(block).__name__
+                raise ValueError(
+                    f"layers: {name} has no child that multiplies by a matrix, so nothing dropout could act on"
+                )
+            for branch in branches:
+                site += 1  # counted over the whole model, so a block has the same masks whatever ``layers`` is
+                if i >= first:
+                    self._sites.append((site, branch, dropout))
+
+    def hidden(
+        self,
+        input_ids: torch.Tensor,  # [B, T] int64, padded on the right
+        samples: torch.Tensor,  # [B] int64: mask key of each sample
+    ) -> torch.Tensor:
+        """Final hidden states ``[K, B, T, D]``."""
+        expanded = input_ids.repeat(self._draws, 1)  # [K * B, T]
+        self._dropped = 0
+        with ExitStack() as stack:
+            if self._skipped:
+                entering = self._entering(input_ids)
+                for block in self._skipped:
+                    stack.enter_context(replaced_forward(block, lambda *_, **__: entering))
+            for site, module, p in self._sites:
+                hook = module.register_forward_hook(self._dropping(site, p, samples))
+                stack.callback(hook.remove)
+            hidden = self._student.hidden(expanded)
+        if not self._dropped:
+            raise ValueError("layers: the student's forward went through none of the modules that dropout acts on")
+        return hidden.unflatten(0, (self._draws, len(input_ids)))
+
+    def _entering(
+        self,
+        input_ids: torch.Tensor,  # [B, T]
+    ) -> Any:
+        """Output of the last skipped block, repeated for each draw; later blocks do not run."""
+        found: list[Any] = []
+
+        def stop(module: nn.Module, arguments: Any, output: Any) -> None:
+            found.append(output)
+            raise _Found
+
+        hook = self._skipped[-1].register_forward_hook(stop)
+        try:
+            self._student.hidden(input_ids)
+        except _Found:
+            pass
+        finally:
+            hook.remove()
+        output = found[0]
+        if isinstance(output, torch.Tensor):
+            return output.repeat(self._draws, 1, 1)
+        return (output[0].repeat(self._draws, 1, 1), *output[1:])
+
+    def _dropping(
+        self,
+        site: int,
+        p: float,
+        samples: torch.Tensor,  # [B]
+    ) -> Callable[..., Any]:
+        def drop(module: nn.Module, arguments: Any, output: Any) -> Any:
+            value = output[0] if isinstance(output, tuple) else output
+            dropped = self._drop(value, site, p, samples)
+            return (dropped, *output[1:]) if isinstance(output, tuple) else dropped
+
+        return drop
+
+    def _drop(
+        self,
+        value: torch.Tensor,  # [K * B, T, D]
+        site: int,
+        p: float,
+        samples: torch.Tensor,  # [B]
+    ) -> torch.Tensor:
+        rows = self._draws * len(samples)
+        if not isinstance(value, torch.Tensor) or value.dim() != 3 or value.shape[0] != rows:
+            raise ValueError(f"layers: dropout acts on [{rows}, T, D], got {checks.describe(value)}")
+        self._dropped += 1
+        _, length, columns = value.shape
+        positions = torch.arange(length, device=value.device).repeat(len(samples))
+        of_rows = samples.to(value.device).repeat_interleave(length)
+        dropout = Dropout(p, "element", 1, self._seed, of_rows, positions)
+        shape = (len(of_rows), columns)
+        backend = select_backend(self._backend, value.device, (value.dtype,), "dropout_mask", shape)
+        keep = torch.empty((self._draws, *shape), dtype=torch.bool, device=value.device)
+        backend.dropout_mask(dropout, site, keep)
+        return value.where(keep.view(value.shape), 0) / (1 - p)
+
+
+class _Found(Exception):  # noqa: N818
+    """Ends a forward after the last skipped block."""
+
+
+def _branches(block: nn.Module, owners: set[nn.Module]) -> list[nn.Module]:
+    """The children of a block that add to the residual stream: those that own a matrix, or contain one that does."""
+    return [child for child in block.children() if not owners.isdisjoint(child.modules())]
+
+
+def member_hidden(
+    members: Sequence[Student],
+    input_ids: torch.Tensor,  # [B, T] int64
+    device: torch.device,
+) -> torch.Tensor:
+    """Final hidden states of each member of an ensemble, ``[K, B, T, D]`` on ``device``."""
+    hidden = []
+    for member in members:
+        with member.scoring():
+            hidden.append(member.hidden(input_ids.to(member.device)).to(device))
+    return torch.stack(hidden)

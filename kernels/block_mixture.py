@@ -1,0 +1,474 @@
+"""The mixture of draws whose dropout takes blocks of columns (``mixture.py``): one product of partial logits a visit.
+
+``u_b``, the partial logits of block b, are formed once on the matrix units, and every draw sums those it keeps,
+``z_k = sum_b keep_kb u_b``, in registers. What that costs on an sm_90 multiprocessor, for a column and token of a head
+of depth D, K = 8 draws and blocks of 64:
+
+    u_b on the matrix units       64 multiply-adds a block at 2048 a cycle       0.031 cycles, one product
+    sums over draws               8 multiply-adds a block at 128 a cycle         0.063 cycles, two products
+    operands from L2              16 KiB a tile of 64 x 64 and block, 34 B/cycle 0.118 cycles, 3.8 products
+
+z_k fills half the register file (64 tokens x 64 columns x 8 draws), which bounds the tile and so the traffic: about
+four products a visit where K separate products are eight. Not taken: subtracting the dropped blocks alone is a tenth
+of the sums, but which they are differs from token to token, and a warp holds eight of them; recombining on the matrix
+units, u_b split in two bfloat16 and masks as a block-diagonal matrix of eight tokens, costs two products as well.
+
+The layout is tokens by vocabulary: a thread then holds few tokens, hence few masks, for many columns, and all draws.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from acqcore.kernels.config import Tiles
+from acqcore.kernels.fold import LOG2E, SCALE, merge, widen
+from acqcore.kernels.mixture import FINISH_TOKENS, LOWEST, Masks, draw_sums, finish_draws, finish_mixture, mixture_terms
+from acqcore.kernels.philox import keep_mask
+from acqcore.kernels.product import GATHER_TILE, descriptor, gather_scored, has_descriptor, place, tanh
+from acqcore.kernels.row_stats import SCRATCH_BYTES
+
+#: Draws whose logits a program holds.
+MAX_DRAWS = 8
+#: Counters of a program of ``write_block_masks``, each of four blocks.
+MASK_TILE = 256
+
+
+def serves(width: int, depth: int, draws: int) -> bool:
+    """Whether the kernels here take blocks of ``width`` columns: whole steps of the product, and draws that fit."""
+    return draws <= MAX_DRAWS and (width % 16 == 0 or width >= depth)
+
+
+@triton.jit(
+    do_not_specialize=["n", "draws", "seed", "threshold"], do_not_specialize_on_alignment=["samples", "position"]
+)
+def write_block_masks(
+    samples,  # [n] int64
+    positions,  # [n] int64
+    position,  # [n] int32: a token's number among the scored, -1 if ignored; None: its own number
+    keep,  # [n, blocks, DRAWS] float32, written by number: 1 or 0
+    n,
+    blocks,
+    draws,
+    seed,
+    threshold,
+    HAS_POSITION: tl.constexpr,
+    DRAWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    to = rows
+    if HAS_POSITION:
+        to = tl.load(position + rows, mask=inside, other=-1)
+    first = tl.program_id(1) * GROUPS
+    draw = tl.program_id(2)
+    kept = keep_mask(
+        (first + tl.arange(0, GROUPS)).to(tl.uint32)[None, :],
+        tl.load(positions + rows, mask=inside, other=0).to(tl.uint32)[:, None],
+        tl.load(samples + rows, mask=inside, other=0).to(tl.uint32)[:, None],
+        draw.to(tl.uint32),
+        seed.to(tl.uint64),
+        threshold.to(tl.uint32),
+    )
+    block = 4 * first + tl.arange(0, 4 * GROUPS)
+    at = (to.to(tl.int64)[:, None] * blocks + block[None, :]) * DRAWS + draw
+    written = (inside & (to >= 0))[:, None] & (block < blocks)[None, :]
+    tl.store(keep + at, kept.to(tl.float32), mask=written)
+
+
+@triton.jit
+def block_logits(
+    hidden,  # [n, depth], or its tensor descriptor
+    weight,  # [vocab, depth], or its tensor descriptor
+    keep,  # [n, blocks, DRAWS] float32
+    bias,  # [vocab] float32 or None
+    first_row,
+    begin,  # the tile's first column
+    n,
+    vocab,
+    depth,
+    blocks,
+    hidden_row,
+    hidden_column,
+    weight_row,
+    weight_column,
+    scale,  # multiplies product and bias, if HAS_SCALE
+    cap,  # multiplies tanh, if HAS_CAP
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,  # of BLOCK_K columns in a block
+    DRAWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Logits ``[BLOCK_M, BLOCK_N, DRAWS]`` in float32; LOWEST outside the vocabulary, anything beyond row ``n``."""
+    rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), n - 1)
+    columns = begin + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    keep_at = keep + rows.to(tl.int64)[:, None] * (blocks * DRAWS) + tl.arange(0, DRAWS)[None, :]
+    if not DESCRIPTORS:
+        hidden_at = hidden + rows.to(tl.int64)[:, None] * hidden_row + inner.to(tl.int64)[None, :] * hidden_column
+        of_weight = tl.minimum(columns, vocab - 1).to(tl.int64)[None, :] * weight_row
+        weight_at = weight + of_weight + inner.to(tl.int64)[:, None] * weight_column
+    z = tl.zeros((BLOCK_M, BLOCK_N, DRAWS), tl.float32)
+    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    kept = tl.load(keep_at)
+    old_kept = kept
+    for k in range(0, depth, BLOCK_K):
+        if DESCRIPTORS:
+            a = hidden.load([first_row, k])
+            b = weight.load([begin, k]).T
+        else:
+            if EVEN_K:
+                a = tl.load(hidden_at)
+                b = tl.load(weight_at)
+            else:
+                a = tl.load(hidden_at, mask=(inner < depth - k)[None, :], other=0.0)
+                b = tl.load(weight_at, mask=(inner < depth - k)[:, None], other=0.0)
+            hidden_at += BLOCK_K * hidden_column
+            weight_at += BLOCK_K * weight_column
+        if UPCAST:
+            a = widen(a)
+            b = widen(b)
+        # Masks are loaded a step ahead. Where a step is a block, the draws take its sums a step later, under the
+        # product of the next.
+        next_kept = tl.load(keep_at + min((k // BLOCK_K + 1) // STEPS, blocks - 1) * DRAWS)
+        if STEPS == 1:
+            next_u = tl.dot(a, b, input_precision=PRECISION)
+            z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * old_kept[:, None, :]
+            u = next_u
+            old_kept = kept
+        else:
+            u = tl.dot(a, b, u, input_precision=PRECISION)
+            if (k // BLOCK_K + 1) % STEPS == 0 or k + BLOCK_K >= depth:
+                z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * kept[:, None, :]
+                u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        kept = next_kept
+    if STEPS == 1:
+        z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * old_kept[:, None, :]
+    if HAS_BIAS:
+        z += tl.load(bias + columns, mask=columns < vocab, other=0.0)[None, :, None]
+    if HAS_SCALE:
+        z *= scale
+    if HAS_CAP:
+        z = tanh(z) * cap
+    if not EVEN_V:
+        z = tl.where((columns < vocab)[None, :, None], z, LOWEST)
+    return z
+
+
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["count"])
+def block_fold(
+    hidden,  # [n, depth], or its tensor descriptor
+    weight,  # [vocab, depth], or its tensor descriptor
+    keep,  # [n, blocks, DRAWS] float32
+    bias,  # [vocab] float32 or None
+    targets,  # [n] int32 relative to this weight, or None
+    count,  # [1] int32: rows that hold something; None: n
+    partial,  # [7, splits, n DRAWS] float32, written as by ``row_stats.product_fold``; second, s2 and s11 are empty
+    partial_index,  # [splits, n DRAWS] int32, written
+    n,
+    vocab,
+    depth,
+    blocks,
+    hidden_row,
+    hidden_column,
+    weight_row,
+    weight_column,
+    splits,
+    split_tiles,
+    scale,
+    cap,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    DRAWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The first visit: the state of every draw."""
+    block, split = place(tl.program_id(0), tl.cdiv(n, BLOCK_M), splits, GROUP_M)
+    first_row = block * BLOCK_M
+    if HAS_COUNT:
+        if first_row >= tl.load(count):
+            return
+
+    rows = first_row + tl.arange(0, BLOCK_M)
+    if HAS_TARGETS:
+        row_targets = tl.load(targets + rows, mask=rows < n, other=-1)
+    flat = rows[:, None] * DRAWS + tl.arange(0, DRAWS)[None, :]
+    inside = flat < n * DRAWS
+    out = split * (n * DRAWS) + flat
+    plane = splits * (n * DRAWS)
+    low = tl.full((BLOCK_M, DRAWS), float("-inf"), tl.float32)
+    # Index and target change rarely: they stay in memory, not in registers beside the draws' logits.
+    tl.store(partial_index + out, tl.full((BLOCK_M, DRAWS), -1, tl.int32), mask=inside)
+    tl.store(partial + 6 * plane + out, low, mask=inside)
+    tl.debug_barrier()
+    top = low
+    total = tl.zeros((BLOCK_M, DRAWS), tl.float32)  # sum of e = exp(z - top)
+    moment = tl.zeros((BLOCK_M, DRAWS), tl.float32)  # sum of e (z - top)
+    column = tl.arange(0, BLOCK_N)[None, :, None]
+    first_tile = split * split_tiles
+    last_tile = min(first_tile + split_tiles, tl.cdiv(vocab, BLOCK_N))
+    for tile in range(first_tile, last_tile):
+        begin = tile * BLOCK_N
+        z = block_logits(
+            hidden, weight, keep, bias, first_row, begin, n, vocab, depth, blocks, hidden_row, hidden_column,
+            weight_row, weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, DRAWS, HAS_BIAS, HAS_SCALE,
+            HAS_CAP, EVEN_K, EVEN_V, DESCRIPTORS, UPCAST, PRECISION,
+        )  # fmt: skip
+        if HAS_TARGETS:
+            local = row_targets - begin
+            holds = (local >= 0) & (local < BLOCK_N)
+            if tl.max(holds.to(tl.int32), axis=0) > 0:
+                hit = tl.where(column == local[:, None, None], z, float("-inf"))
+                tl.store(partial + 6 * plane + out, tl.max(hit, axis=1), mask=inside & holds[:, None])
+        tile_top = tl.max(z, axis=1)
+        rises = tile_top > top  # false for NaN, which shows in the sums
+        first = tl.min(tl.where(z == tile_top[:, None, :], column, BLOCK_N), axis=1)
+        tl.store(partial_index + out, begin + first, mask=inside & rises)
+        new_top = tl.where(rises, tile_top, top)
+        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+        d = tl.maximum(top - reference, LOWEST)
+        c = tl.exp2(d * LOG2E)
+        x = z - reference[:, None, :]
+        if HAS_BIAS:  # which may be -inf
+            x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+        e = tl.exp2(x * LOG2E)
+        moment = (moment + d * total) * c + tl.sum(e * x, axis=1)
+        total = total * c + tl.sum(e, axis=1)
+        top = new_top
+    tl.store(partial + out, top, mask=inside)
+    tl.store(partial + plane + out, top, mask=inside)
+    tl.store(partial + 2 * plane + out, (total - 1) * SCALE, mask=inside)
+    tl.store(partial + 3 * plane + out, moment * SCALE, mask=inside)
+    tl.store(partial + 4 * plane + out, tl.zeros((BLOCK_M, DRAWS), tl.float32), mask=inside)
+    tl.store(partial + 5 * plane + out, tl.zeros((BLOCK_M, DRAWS), tl.float32), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "draws"], do_not_specialize_on_alignment=["count"])
+def block_mixture(
+    hidden,  # [n, depth], or its tensor descriptor
+    weight,  # [vocab, depth], or its tensor descriptor
+    keep,  # [n, blocks, DRAWS] float32
+    bias,  # [vocab] float32 or None
+    references,  # [n] float32
+    norms,  # [n, DRAWS] float32
+    count,  # [1] int32: rows that hold something; None: n
+    partial,  # [4, splits, n] float32, written: information, reverse, sum_sq, spread; the first two in bits
+    n,
+    vocab,
+    depth,
+    blocks,
+    hidden_row,
+    hidden_column,
+    weight_row,
+    weight_column,
+    splits,
+    split_tiles,
+    draws,
+    scale,
+    cap,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    DRAWS: tl.constexpr,
+    EVEN_DRAWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_COUNT: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The second visit: what the mean distribution adds."""
+    block, split = place(tl.program_id(0), tl.cdiv(n, BLOCK_M), splits, GROUP_M)
+    first_row = block * BLOCK_M
+    if HAS_COUNT:
+        if first_row >= tl.load(count):
+            return
+
+    rows = first_row + tl.arange(0, BLOCK_M)
+    inside = rows < n
+    information = tl.zeros((BLOCK_M,), tl.float32)
+    reverse = tl.zeros((BLOCK_M,), tl.float32)
+    sum_sq = tl.zeros((BLOCK_M,), tl.float32)
+    spread = tl.zeros((BLOCK_M,), tl.float32)
+    share = 1.0 / draws
+    kept = (tl.arange(0, DRAWS) < draws)[None, None, :]
+    first_tile = split * split_tiles
+    last_tile = min(first_tile + split_tiles, tl.cdiv(vocab, BLOCK_N))
+    for tile in range(first_tile, last_tile):
+        z = block_logits(
+            hidden, weight, keep, bias, first_row, tile * BLOCK_N, n, vocab, depth, blocks, hidden_row, hidden_column,
+            weight_row, weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, DRAWS, HAS_BIAS, HAS_SCALE,
+            HAS_CAP, EVEN_K, EVEN_V, DESCRIPTORS, UPCAST, PRECISION,
+        )  # fmt: skip
+        reference = tl.load(references + rows, mask=inside, other=0.0)
+        norm = tl.load(norms + rows[:, None] * DRAWS + tl.arange(0, DRAWS)[None, :], mask=inside[:, None], other=0.0)
+        y = (z - reference[:, None, None]) * LOG2E - norm[:, None, :]
+        top, e, x, ex, ee = draw_sums(y, kept, EVEN_DRAWS, HAS_BIAS)
+        of_information, of_reverse, of_sum_sq, of_spread = mixture_terms(top, e, x, ex, ee, share)
+        information += tl.sum(of_information, axis=1)
+        reverse += tl.sum(of_reverse, axis=1)
+        sum_sq += tl.sum(of_sum_sq, axis=1)
+        spread += tl.sum(of_spread, axis=1)
+    out = partial + split * n + rows
+    plane = splits * n
+    tl.store(out, information, mask=inside)
+    tl.store(out + plane, reverse, mask=inside)
+    tl.store(out + 2 * plane, sum_sq, mask=inside)
+    tl.store(out + 3 * plane, spread, mask=inside)
+
+
+def block_mixture_stats(
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V]
+    targets: torch.Tensor | None,  # [N] int64, -100 ignored
+    *,
+    draws: int,
+    masks: Masks,
+    softcap: float | None,
+    scale: float,
+    vocab_start: int,
+    state: torch.Tensor,  # [6, N] float64, written
+    votes: torch.Tensor,  # [K, N] int64, written
+    tiles: Tiles,
+    precision: str = "ieee",
+    upcast: bool = False,
+) -> None:
+    """:func:`acqcore.kernels.mixture.mixture_stats` for blocks of columns that :func:`serves` names."""
+    n, depth = hidden.shape
+    if n == 0:
+        return
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    bias = None if bias is None else (bias.double() * masks.kept).float().contiguous()
+    scale /= masks.kept
+    padded = triton.next_power_of_2(draws)
+    blocks = max(triton.cdiv(depth, masks.width), 1)
+    row_bytes = (depth + 8) * dtype.itemsize + padded * (32 * tiles.split(len(weight))[0] + 68 + 4 * blocks)
+    at_once = max(SCRATCH_BYTES // row_bytes // tiles.block_m, 1) * tiles.block_m
+    at_once = triton.cdiv(triton.cdiv(n, triton.cdiv(n, at_once)), tiles.block_m) * tiles.block_m
+    for first in range(0, n, at_once):
+        part = slice(first, first + at_once)
+        _chunk(
+            hidden[part], weight, bias, None if targets is None else targets[part].contiguous(), draws,
+            masks.of_rows(part), softcap, scale, vocab_start, state, votes, first, padded, blocks, tiles, dtype,
+            precision, upcast,
+        )  # fmt: skip
+
+
+def _chunk(
+    hidden: torch.Tensor,  # [n, D]
+    weight: torch.Tensor,  # [V, D]
+    bias: torch.Tensor | None,  # [V] float32
+    targets: torch.Tensor | None,  # [n]
+    draws: int,
+    masks: Masks,
+    softcap: float | None,
+    scale: float,
+    vocab_start: int,
+    state: torch.Tensor,  # [6, N], columns first to first + n written
+    votes: torch.Tensor,  # [K, N]
+    first: int,
+    padded: int,
+    blocks: int,
+    tiles: Tiles,
+    dtype: torch.dtype,
+    precision: str,
+    upcast: bool,
+) -> None:
+    n, depth = hidden.shape
+    vocab = len(weight)
+    pitch = triton.cdiv(depth, 8) * 8
+    packed = hidden.new_empty((n, pitch), dtype=dtype)[:, :depth]
+    packed_targets = position = count = None
+    if targets is not None:
+        packed_targets, position = hidden.new_empty((2, n), dtype=torch.int32)
+        count = hidden.new_empty(1, dtype=torch.int32)
+    columns = GATHER_TILE // tiles.block_m
+    gather_scored[(triton.cdiv(n, tiles.block_m), max(triton.cdiv(depth, columns), 1))](
+        hidden, targets, packed, packed_targets, position, count, n, depth, *hidden.stride(), packed.stride(0),
+        vocab_start, HAS_TARGETS=targets is not None, ROWS=tiles.block_m, COLUMNS=columns, SCAN=1024,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    keep = hidden.new_empty((n, blocks, padded), dtype=torch.float32)
+    groups = min(triton.next_power_of_2(triton.cdiv(blocks, 4)), MASK_TILE)
+    write_block_masks[(triton.cdiv(n, MASK_TILE // groups), triton.cdiv(blocks, 4 * groups), padded)](
+        masks.samples, masks.positions, position, keep, n, blocks, draws, masks.seed, masks.threshold,
+        HAS_POSITION=position is not None, DRAWS=padded, ROWS=MASK_TILE // groups, GROUPS=groups,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+
+    splits, split_tiles = tiles.split(vocab)
+    descriptors = tiles.descriptors and has_descriptor(packed) and has_descriptor(weight)
+    block_k = tiles.block_k if masks.width >= depth else min(tiles.block_k, masks.width & -masks.width)
+    operands = (
+        descriptor(packed, tiles.block_m, block_k) if descriptors else packed,
+        descriptor(weight, tiles.block_n, block_k) if descriptors else weight,
+        keep,
+        bias,
+    )
+    strides = *packed.stride(), *weight.stride(), splits, split_tiles
+    factors = scale / (softcap or 1.0), softcap or 1.0
+    options = {
+        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": block_k,
+        "STEPS": triton.cdiv(min(masks.width, depth), block_k) or 1, "GROUP_M": tiles.group_m, "DRAWS": padded,
+        "HAS_BIAS": bias is not None, "HAS_COUNT": count is not None, "HAS_SCALE": factors[0] != 1.0,
+        "HAS_CAP": softcap is not None, "EVEN_K": depth % block_k == 0, "EVEN_V": vocab % tiles.block_n == 0,
+        "DESCRIPTORS": descriptors, "UPCAST": upcast or packed.dtype != weight.dtype, "PRECISION": precision,
+        "num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+    grid = (triton.cdiv(n, tiles.block_m) * splits,)
+    partial = hidden.new_empty((7, splits, n * padded), dtype=torch.float32)
+    partial_index = hidden.new_empty((splits, n * padded), dtype=torch.int32)
+    block_fold[grid](
+        *operands, packed_targets, count, partial, partial_index, n, vocab, depth, blocks, *strides, *factors,
+        HAS_TARGETS=targets is not None, **options,
+    )  # fmt: skip
+    draw_state = state.new_empty((7, n * padded))
+    draw_index = votes.new_empty(n * padded)
+    merge(partial, partial_index, None, draw_state, draw_index, 0, vocab_start)
+    norms = partial.new_empty((n, padded))
+    references = partial.new_empty(n)
+    finish = (triton.cdiv(n, FINISH_TOKENS),)
+    finish_draws[finish](
+        draw_state, draw_index, position, references, norms, state, votes, n, first, state.shape[1], n * padded, draws,
+        HAS_POSITION=position is not None, PADDED=padded, PLANE=1, TOKENS=FINISH_TOKENS, enable_fp_fusion=True,
+    )  # fmt: skip
+    sums = partial.new_empty((4, splits, n))
+    block_mixture[grid](
+        *operands, references, norms, count, sums, n, vocab, depth, blocks, *strides, draws, *factors,
+        EVEN_DRAWS=draws == padded, **options,
+    )  # fmt: skip
+    finish_mixture[finish](
+        sums, position, state, n, first, state.shape[1], splits, HAS_POSITION=position is not None,
+        TOKENS=FINISH_TOKENS, enable_fp_fusion=True,
+    )  # fmt: skip

@@ -1,0 +1,374 @@
+"""A second visit of the weights: gradients in the logits, a stretch of the vocabulary at a time, and their products.
+
+With the statistics known, ``write_factors`` forms ``a_s exp(z_s[v] - m_s) cap'`` in tiles and writes them as two
+bfloat16 (or float16) numbers, 16 bits in all, to a ring; float32 inputs as float32. From the ring, on the matrix units,
+
+    add_product      out += factors W     (dL/dh: attention with the vocabulary as keys and values)
+    add_grams        products += factors factors^T within each sample, for samples longer than a block of ``gram``
+
+Cuts follow from the shape of the weight, the dtype and, for ``add_grams``, the sample's own length. Every sum has a
+fixed order, so results are reproducible bit for bit; a row's do not depend on its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from acqcore.kernels.config import Tiles
+from acqcore.kernels.fold import LOG2E, LOWEST, widen
+from acqcore.kernels.product import descriptor, has_descriptor, logit_tile, place, to_device
+
+#: The ring, and at most so many rows share it.
+RING_BYTES = 60 << 20
+ROWS = 4096
+#: Rows and columns of a tile of ``add_grams``.
+GRAM_TILE = 128
+
+
+@triton.jit(do_not_specialize=["n", "chunk"])
+def write_factors(
+    hidden,  # [n, depth], or its tensor descriptor
+    weight,  # [vocab, depth], or its tensor descriptor
+    bias,  # [vocab] float32 or None
+    targets,  # [n] int64, -100 ignored
+    reference,  # [n] float32: m
+    of_target,  # [n] float32: the factor in the target's column
+    high,  # [n, ring_row], written; zero in ignored rows and outside the vocabulary
+    low,  # the same: what ``high`` leaves of a factor; None in float32
+    n,
+    chunk,  # first column of the stretch
+    vocab,
+    depth,
+    hidden_row,
+    hidden_column,
+    weight_row,
+    weight_column,
+    ring_row,
+    vocab_start,
+    scale,  # multiplies product and bias
+    cap,  # multiplies tanh, if HAS_CAP
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    block, tile = place(tl.program_id(0), tl.cdiv(n, BLOCK_M), ring_row // BLOCK_N, GROUP_M)
+    first_row = block * BLOCK_M
+    begin = chunk + tile * BLOCK_N
+    z = logit_tile(
+        hidden, weight, bias, first_row, begin, n, vocab, depth, hidden_row, hidden_column, weight_row,
+        weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, HAS_BIAS, HAS_SCALE, HAS_CAP, EVEN_K, EVEN_V,
+        DESCRIPTORS, UPCAST, PRECISION,
+    )  # fmt: skip
+    rows = first_row + tl.arange(0, BLOCK_M)
+    inside = rows < n
+    target = tl.load(targets + rows, mask=inside, other=-100)
+    m = tl.load(reference + rows, mask=inside, other=0.0)
+    x = z - m[:, None]
+    if HAS_BIAS or not EVEN_V:
+        x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    f = tl.exp2(x * LOG2E)
+    if HAS_CAP:
+        tanh = tl.maximum(z, -cap, propagate_nan=tl.PropagateNan.ALL) / cap
+        f *= 1 - tanh * tanh
+    column = tl.arange(0, BLOCK_N)
+    local = (target - vocab_start - begin)[:, None]
+    f = tl.where(column[None, :] == local, tl.load(of_target + rows, mask=inside, other=0.0)[:, None], f)
+    f = tl.where((target != -100)[:, None], f, 0.0)
+    at = rows[:, None] * ring_row + (tile * BLOCK_N + column)[None, :]  # the ring is small
+    part = f.to(high.dtype.element_ty)
+    tl.store(high + at, part, mask=inside[:, None])
+    if PARTS == 2:
+        tl.store(low + at, (f - widen(part)).to(low.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["n", "chunk", "columns"])
+def add_product(
+    high,  # [n, ring_row], or its tensor descriptor
+    low,  # the same, or None
+    weight,  # [vocab, depth], or its tensor descriptor
+    out,  # [n, depth] float32, added to
+    final,  # [n] float32, multiplies a row of ``out`` after the last stretch
+    n,
+    chunk,
+    columns,  # of the ring, up to the end of the vocabulary
+    vocab,
+    depth,
+    ring_row,
+    weight_row,
+    weight_column,
+    out_row,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    block, tile = place(tl.program_id(0), tl.cdiv(n, BLOCK_M), tl.cdiv(depth, BLOCK_N), GROUP_M)
+    first_row = block * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    across = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (rows < n)[:, None] & (across < depth)[None, :]
+    out_at = out + rows.to(tl.int64)[:, None] * out_row + across[None, :]
+    inner = tl.arange(0, BLOCK_K)
+    if not DESCRIPTORS:
+        ring_at = tl.minimum(rows, n - 1)[:, None] * ring_row + inner[None, :]
+        weight_at = weight + (chunk + inner).to(tl.int64)[:, None] * weight_row
+        weight_at += tl.minimum(across, depth - 1).to(tl.int64)[None, :] * weight_column
+    begun = tl.zeros((BLOCK_M, 1), tl.int32) < chunk
+    total = tl.load(out_at, mask=inside & begun, other=0.0)
+    for k in range(0, columns, BLOCK_K):
+        if DESCRIPTORS:
+            a = high.load([first_row, k])
+            b = weight.load([chunk + k, tile * BLOCK_N])
+        else:
+            a = tl.load(high + ring_at + k)
+            b = tl.load(weight_at, mask=(inner < columns - k)[:, None], other=0.0)
+            weight_at += BLOCK_K * weight_row
+        if UPCAST:
+            a = widen(a)
+            b = widen(b)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+        if PARTS == 2:
+            if DESCRIPTORS:
+                a = low.load([first_row, k])
+            else:
+                a = tl.load(low + ring_at + k)
+            if UPCAST:
+                a = widen(a)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+    if chunk + columns == vocab:
+        total *= tl.load(final + rows, mask=rows < n, other=0.0)[:, None]
+    tl.store(out_at, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["chunk", "columns", "vocab_start", "number"])
+def zero_targets(
+    targets,  # [n] int64
+    high,  # [n, ring_row]: zeroed in each row at the targets of its sample
+    low,
+    samples,  # [3, number] int64: first row, length, start of the sample's matrix
+    owner,  # [n] int32: each row's sample, -1 for none
+    chunk,
+    columns,
+    ring_row,
+    vocab_start,
+    number,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Program u zeroes the column of row u's target."""
+    u = tl.program_id(0)
+    sample = tl.load(owner + u)
+    column = tl.load(targets + u) - vocab_start - chunk
+    if sample >= 0:
+        if (column >= 0) & (column < columns):
+            begin = tl.load(samples + sample)
+            length = tl.load(samples + number + sample)
+            for first in range(0, length, ROWS):
+                row = first + tl.arange(0, ROWS)
+                at = (begin + row).to(tl.int64) * ring_row + column
+                tl.store(high + at, tl.zeros((ROWS,), high.dtype.element_ty), mask=row < length)
+                if PARTS == 2:
+                    tl.store(low + at, tl.zeros((ROWS,), low.dtype.element_ty), mask=row < length)
+
+
+@triton.jit(do_not_specialize=["chunk", "columns", "number", "programs"])
+def add_grams(
+    high,  # [n, ring_row]
+    low,
+    samples,  # [3, number] int64
+    tiles,  # [3, programs] int32: sample, tile of rows, tile of columns not before it
+    products,  # [sum T^2] float32, added to
+    chunk,
+    columns,
+    ring_row,
+    number,
+    programs,
+    TILE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """A tile of a sample's Gram matrix, and its mirror image."""
+    program = tl.program_id(0)
+    sample = tl.load(tiles + program)
+    begin = tl.load(samples + sample).to(tl.int32)
+    length = tl.load(samples + number + sample).to(tl.int32)
+    products += tl.load(samples + 2 * number + sample)
+    s = tl.load(tiles + programs + program) * TILE + tl.arange(0, TILE)
+    t = tl.load(tiles + 2 * programs + program) * TILE + tl.arange(0, TILE)
+    inner = tl.arange(0, BLOCK_K)
+    s_at = (begin + tl.minimum(s, length - 1))[:, None] * ring_row + inner[None, :]
+    t_at = (begin + tl.minimum(t, length - 1))[None, :] * ring_row + inner[:, None]
+    inside = (s < length)[:, None] & (t < length)[None, :]
+    at = products + s[:, None] * length + t[None, :]
+    begun = tl.zeros((TILE, 1), tl.int32) < chunk
+    total = tl.load(at, mask=inside & begun, other=0.0)
+    for k in range(0, columns, BLOCK_K):
+        a = tl.load(high + s_at + k)
+        b = tl.load(high + t_at + k)
+        if UPCAST:
+            a = widen(a)
+            b = widen(b)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+        if PARTS == 2:
+            a_low = tl.load(low + s_at + k)
+            b_low = tl.load(low + t_at + k)
+            if UPCAST:
+                a_low = widen(a_low)
+                b_low = widen(b_low)
+            total = tl.dot(a, b_low, total, input_precision=PRECISION)
+            total = tl.dot(a_low, b, total, input_precision=PRECISION)
+    tl.store(at, total, mask=inside)
+    mirror = products + t[None, :] * length + s[:, None]
+    off_diagonal = (s < tl.min(t, axis=0))[:, None]
+    tl.store(mirror, total, mask=inside & off_diagonal)
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """How a call forms its factors; tensors are on the device."""
+
+    weight: torch.Tensor  # [V, D]
+    bias: torch.Tensor | None  # [V] float32
+    softcap: float | None
+    scale: float
+    temperature: float
+    vocab_start: int
+    tiles: Tiles
+    precision: str
+    upcast: bool
+    multiprocessors: int
+
+    def ring(self, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``high`` and ``low [n, columns]`` for ``n`` rows: programs fill the multiprocessors, all in RING_BYTES."""
+        itemsize = 4  # two halves, or one float32
+        m, width = self.tiles.block_m, self.tiles.block_n
+        most = max(RING_BYTES // (itemsize * max(n, 1) * width), 1)
+        most = min(most, triton.cdiv(len(self.weight), width))
+        blocks = triton.cdiv(n, m)
+
+        def use(tiles: int) -> float:
+            return blocks * tiles / (triton.cdiv(blocks * tiles, self.multiprocessors) * self.multiprocessors)
+
+        columns = width * max(range(max(most // 2, 1), most + 1), key=lambda tiles: (use(tiles), tiles))
+        high = self.weight.new_empty((n, columns), dtype=dtype)
+        return high, torch.empty_like(high) if dtype != torch.float32 else None
+
+    def stretches(
+        self,
+        hidden: torch.Tensor,  # [n, D]
+        targets: torch.Tensor,  # [n] int64
+        reference: torch.Tensor,  # [n] float32
+        of_target: torch.Tensor,  # [n] float32
+        high: torch.Tensor,  # [n, columns], written
+        low: torch.Tensor | None,
+    ) -> Iterator[tuple[int, int]]:
+        """(first column, columns) of each stretch of the vocabulary whose factors the ring then holds."""
+        (vocab, depth), n, tiles, weight = self.weight.shape, len(hidden), self.tiles, self.weight
+        descriptors = tiles.descriptors and has_descriptor(hidden) and has_descriptor(weight)
+        over = self.softcap or self.temperature
+        for chunk in range(0, vocab, high.shape[1]):
+            write_factors[(triton.cdiv(n, tiles.block_m) * (high.shape[1] // tiles.block_n),)](
+                descriptor(hidden, tiles.block_m, tiles.block_k) if descriptors else hidden,
+                descriptor(weight, tiles.block_n, tiles.block_k) if descriptors else weight,
+                self.bias, targets, reference, of_target, high, low, n, chunk, vocab, depth,
+                *hidden.stride(), *weight.stride(), high.stride(0), self.vocab_start,
+                self.scale / over, (self.softcap or 1.0) / self.temperature,
+                BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
+                HAS_BIAS=self.bias is not None, HAS_SCALE=self.scale != over, HAS_CAP=self.softcap is not None,
+                EVEN_K=depth % tiles.block_k == 0, EVEN_V=vocab % high.shape[1] == 0, DESCRIPTORS=descriptors,
+                UPCAST=self.upcast or hidden.dtype != weight.dtype, PRECISION=self.precision,
+                PARTS=1 if low is None else 2, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+            )  # fmt: skip
+            yield chunk, min(high.shape[1], vocab - chunk)
+
+
+def hidden_sums(
+    factors: Factors,
+    hidden: torch.Tensor,  # [N, D]
+    targets: torch.Tensor,  # [N] int64, -100 ignored
+    reference: torch.Tensor,  # [N] float32
+    final: torch.Tensor,  # [N] float32
+    out: torch.Tensor,  # [N, D] float32, written
+) -> None:
+    """``out_s = final_s sum_v exp(z_s[v] - reference_s) cap' W_v`` over the columns but the row's target."""
+    weight, tiles = factors.weight, factors.tiles
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    (vocab, depth), n = weight.shape, len(hidden)
+    groups = max(triton.cdiv(n, ROWS), 1)
+    at_once = triton.cdiv(triton.cdiv(n, groups), tiles.block_m) * tiles.block_m
+    no_target = torch.zeros_like(reference)
+    for first in range(0, n, at_once):
+        part = slice(first, first + at_once)
+        rows = len(reference[part])
+        high, low = factors.ring(rows, dtype)
+        descriptors = tiles.descriptors and has_descriptor(weight)
+        stretches = factors.stretches(hidden[part], targets[part], reference[part], no_target, high, low)
+        for chunk, columns in stretches:
+            add_product[(triton.cdiv(rows, tiles.block_m) * triton.cdiv(depth, tiles.block_n),)](
+                descriptor(high, tiles.block_m, tiles.block_k) if descriptors else high,
+                descriptor(low, tiles.block_m, tiles.block_k) if descriptors and low is not None else low,
+                descriptor(weight, tiles.block_k, tiles.block_n) if descriptors else weight,
+                out[part], final[part], rows, chunk, columns, vocab, depth, high.stride(0), *weight.stride(),
+                out.stride(0), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+                GROUP_M=tiles.group_m, DESCRIPTORS=descriptors, UPCAST=factors.upcast or weight.dtype != dtype,
+                PRECISION=factors.precision, PARTS=1 if low is None else 2, num_warps=tiles.warps,
+                num_stages=max(tiles.stages - 1, 1), enable_fp_fusion=True,
+            )  # fmt: skip
+
+
+def grams(
+    factors: Factors,
+    hidden: torch.Tensor,  # [n, D]: rows of the samples, one after another
+    targets: torch.Tensor,  # [n] int64, -100 ignored
+    reference: torch.Tensor,  # [n] float32
+    lengths: list[int],
+    starts: list[int],  # first element of each sample's matrix in ``products``
+    products: torch.Tensor,  # [sum T^2] float32, written
+) -> None:
+    """Gram matrices as in ``gram``, relative to ``reference``, of samples of any length."""
+    full = torch.float32 in (hidden.dtype, factors.weight.dtype)
+    dtype = torch.float32 if full else torch.bfloat16  # float16 has not the range of confident rows
+    length = torch.tensor(lengths)
+    begin = length.cumsum(0) - length
+    samples = to_device(torch.stack([begin, length, torch.tensor(starts)]), hidden.device)
+    owner = to_device(torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(length), hidden.device)
+    triples = [
+        (i, s, t)
+        for i, rows in enumerate(lengths)
+        for s in range(triton.cdiv(rows, GRAM_TILE))
+        for t in range(s, triton.cdiv(rows, GRAM_TILE))
+    ]
+    tiles = to_device(torch.tensor(triples, dtype=torch.int32).T.contiguous(), hidden.device)
+    high, low = factors.ring(len(hidden), dtype)
+    parts, number = 1 if full else 2, len(lengths)
+    for chunk, columns in factors.stretches(hidden, targets, reference, torch.zeros_like(reference), high, low):
+        zero_targets[(len(hidden),)](
+            targets, high, low, samples, owner, chunk, columns, high.stride(0), factors.vocab_start, number,
+            PARTS=parts, ROWS=256, enable_fp_fusion=True,
+        )  # fmt: skip
+        add_grams[(len(triples),)](
+            high, low, samples, tiles, products, chunk, columns, high.stride(0), number, len(triples),
+            TILE=GRAM_TILE, BLOCK_K=16 if full else 64, UPCAST=factors.upcast, PRECISION="ieee", PARTS=parts,
+            num_warps=8, num_stages=2, enable_fp_fusion=True,
+        )  # fmt: skip

@@ -1,0 +1,33 @@
+"""Models that are made once and kept on disk."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Where models are kept: ``ACQCORE_CACHE``, else ``~/.cache/acqcore``."""
+    return Path(os.environ.get("ACQCORE_CACHE") or Path.home() / ".cache" / "acqcore")
+
+
+def cached(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder of that name in the cache; ``make(folder)`` fills it if it is missing.
+
+    The folder appears in one step, so an interrupted or concurrent call leaves nothing half-written.
+    """
+    target = cache_dir() / name
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix="making-") as temporary:
+            folder = Path(temporary) / name
+            folder.mkdir()
+            make(folder)
+            try:
+                folder.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another process finished first
+                    raise
+    return target

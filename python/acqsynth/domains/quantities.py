@@ -1,0 +1,240 @@
+"""Reads an answer as a number or expression with its unit, and says what has to be equal for two to be equal."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+from acqsynth.domains.math_check import LONGEST
+
+_INTEGER = re.compile(r"-?\d+")
+_DECIMAL = re.compile(r"([-+]?)(?=\.?\d)(\d{1,3}(?:,\d{3})+|\d*)(\.\d*)?")
+_FRACTION = re.compile(r"([-+]?)(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")
+_FRAC = re.compile(r"\\[dt]frac(?![A-Za-z])")
+_LATEX_FRACTION = re.compile(r"([-+]?)\s*(\d*)\s*\\frac\s*(?:\{(\d+)\}\{(\d+)\}|(\d)(\d))")
+_LAYOUT = re.compile(r"\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\[!,;:]|~")
+_DEGREE = re.compile(r"\^\{?\\circ\}?|\\degree(?![A-Za-z])|°")
+_CURRENCY = re.compile(r"^([-+]?)\s*(\\?\$|€|£|¥)\s*(?=[\d.])")
+# Possessive, so that no answer makes it backtrack.
+_UNIT = re.compile(
+    r"(?<=[\d})])(\s*+)((?=[A-Za-z\\])(?:\\(?:text|textrm|mathrm|mbox)\{[A-Za-z .,/-]++\}|[A-Za-z ./-])++)"
+    r"(?:\^\{?([23])\}?)?$"
+)
+_TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{([^{}]*)\}")
+#: Words for numbers that multiply the number before them.
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+
+#: Other names of a unit; any other word of three letters or more is a unit too, in the singular.
+UNITS = {
+    name: unit
+    for unit, names in {
+        "dollar": "usd", "euro": "eur", "pound": "lb lbs gbp", "cent": "", "am": "", "pm": "",
+        "mm": "millimeter millimetre", "cm": "centimeter centimetre", "m": "meter metre", "km": "kilometer kilometre",
+        "in": "inch inche", "ft": "foot feet", "yd": "yard", "mi": "mile", "mi per h": "mph", "km per h": "kph kmph",
+        "mg": "milligram", "g": "gram", "kg": "kilogram", "oz": "ounce", "ml": "milliliter millilitre",
+        "l": "liter litre", "s": "sec second", "min": "minute", "h": "hr hour", "day": "", "week": "wk",
+        "year": "yr", "hz": "hertz", "degree": "deg", "celsius": "", "fahrenheit": "", "person": "people",
+        "child": "children", "man": "men", "woman": "women",
+    }.items()
+    for name in (unit, *names.split())
+}  # fmt: skip
+
+#: Words after a number that are no unit: they change the value, or belong to a formula.
+NO_UNITS = frozenset(
+    {
+        *("and", "or", "minus", "plus", "divided", "squared", "cubed", "factorial", "choose", "base", "mod", "modulo"),
+        *("remainder", "negative", "not", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight"),
+        *("nine", "ten", "eleven", "twelve", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty"),
+        *("ninety", "half", "halve", "third", "quarter", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth"),
+        *("tenth", "hundredth", "thousandth", "sqrt", "sin", "cos", "tan", "cot", "csc", "log", "exp", "lim", "max"),
+        *("gcd", "lcm", "det", "inf", "infty", "infinity", "alpha", "beta", "gamma", "delta", "epsilon", "theta"),
+        *("lambda", "rho", "sigma", "tau", "phi", "psi", "omega"),
+    }
+)
+
+#: Units that are understood where none is written, and left out of the canonical form.
+UNDERSTOOD = frozenset({("dollar",), ("degree",)})
+
+_LABEL = re.compile(
+    r"\\(?:text|mathrm)\{[^{}]*\}|[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z0-9, ]*\))?|"
+    r"[A-Za-z]{3,}(?: [A-Za-z]+)*|\\angle ?[A-Z]+"
+)
+_EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
+_WORDS = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*")
+
+
+class Quantity(NamedTuple):
+    """An answer, read."""
+
+    form: str  #: canonical form without the unit
+    plain: str  #: as LaTeX without the unit
+    unit: tuple[str, ...]  #: its words; ``("%",)`` for a percentage
+
+
+def quantity(answer: str) -> Quantity:
+    """Reads an answer; one of more than ``LONGEST`` characters is only compared as text."""
+    if len(answer) > LONGEST:
+        return Quantity(" ".join(answer.split()), answer, ())
+    plain, unit = _with_unit(_plain(answer))
+    number = _rational(plain)
+    if number is not None:
+        while unit and unit[0] in SCALES:
+            number, unit = number * SCALES[unit[0]], unit[1:]
+        scaled = str(number) != str(_rational(plain))
+        return Quantity(str(number), str(number) if scaled else plain, unit)
+    if not any(word in SCALES for word in unit):
+        form = plain.casefold() if _WORDS.fullmatch(plain) else _without_spaces(plain)
+        return Quantity(form, plain, unit)
+    plain = _plain(answer)
+    return Quantity(_without_spaces(plain), plain, ())
+
+
+def _with_unit(plain: str) -> tuple[str, tuple[str, ...]]:
+    """An answer without its unit, and the unit."""
+    before: tuple[str, ...] = ()
+    if currency := _CURRENCY.match(plain):
+        before = ({"€": "euro", "£": "pound", "¥": "yen"}.get(currency[2], "dollar"),)
+        plain = currency[1] + plain[currency.end() :]
+    if percent := re.search(r"(?<!\s)\s*+(?:%|\\text\{\s*percent\}|\bpercent)$", plain):
+        return plain[: percent.start()].strip(), ("%",)
+    plain = re.sub(r"(?<=[\d})])\s*([CF])$", r" \1", _DEGREE.sub("", plain)) if _DEGREE.search(plain) else plain
+    found = _UNIT.search(plain)
+    if found is None:
+        return plain, before
+    spaced = bool(found[1]) or "\\" in found[2]
+    names = [_unit_word(word) for word in _TEXT.sub(r" \1 ", found[2]).replace(".", "").replace("/", " per ").split()]
+    words = " ".join(names).split()
+    if not words or not all(_is_unit(word, i, spaced) for i, word in enumerate(words)):
+        return plain, before
+    if found[3]:
+        words[-1] += f"^{found[3]}"
+    for name, power in (("square", "^2"), ("cubic", "^3")):
+        if words[0] == name and len(words) > 1:
+            words = [words[1] + power, *words[2:]]
+    if words[0] in ("degree", "C", "F") and len(words) <= 2:
+        words = [{"C": "celsius", "F": "fahrenheit"}.get(words[-1], words[-1])]
+    scales = [word for word in words if word in SCALES]
+    rest = [word for word in words if word not in SCALES]
+    return plain[: found.start()].strip(), (*scales, *(rest or before))
+
+
+def _unit_word(word: str) -> str:
+    """A word of a unit in the singular, abbreviated where it has an abbreviation."""
+    if word in ("C", "F") or word.casefold() in NO_UNITS:
+        return word if word in ("C", "F") else word.casefold()
+    word = word.casefold()
+    single = word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+    return UNITS.get(word) or UNITS.get(single) or single
+
+
+def _is_unit(word: str, place: int, spaced: bool) -> bool:
+    if word in NO_UNITS or word.removesuffix("^2") in NO_UNITS:
+        return False
+    if place or word in SCALES:
+        return True
+    known = word in UNITS.values() or word in ("C", "F")
+    return (known or len(word) > 2) if spaced else (known and len(word) > 1)
+
+
+def _agree(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    """Whether one unit is missing, or only says more than the other: ``egg`` and ``brown egg``."""
+    fewer, more = sorted((set(a), set(b)), key=len)
+    return not fewer or (fewer <= more and "per" not in more - fewer)
+
+
+def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
+    """Whether two answers are equal, or the pairs of which one has to be equal for math-verify."""
+    if (truth.form, truth.unit) == (given.form, given.unit):
+        return True
+    if not _agree(truth.unit, given.unit):
+        return False
+    if truth.form == given.form:
+        return True
+    if {truth.unit, given.unit} & {("am",), ("pm",)}:
+        return False  # 10:30 is no ratio
+    pairs = [(truth, given)]
+    if (truth.unit == ("%",)) != (given.unit == ("%",)):
+        pairs.append((_hundredth(truth), _hundredth(given)))
+        if pairs[-1][0].form == pairs[-1][1].form:
+            return True
+    unlike = [(a.plain, b.plain) for a, b in pairs if _worth_checking(a.form, b.form)]
+    return [pair for a, b in unlike for pair in _sides(a, b)]
+
+
+def _hundredth(quantity: Quantity) -> Quantity:
+    """The value of a percentage; any other answer as it is."""
+    if quantity.unit != ("%",):
+        return quantity
+    number = _rational(quantity.plain)
+    if number is None:
+        return Quantity(f"({quantity.form})/100", rf"\frac{{{quantity.plain}}}{{100}}", ())
+    return Quantity(str(number / 100), str(number / 100), ())
+
+
+def _sides(truth: str, given: str) -> list[tuple[str, str]]:
+    """What math-verify has to find equal: it solves equations and finds those without solution equal, and reads the
+    last side of an equation where a number is expected."""
+    sides = [[side.strip() for side in _EQUALS.split(plain)] for plain in (truth, given)]
+    left, right = sides
+    if len(left) == len(right) == 1:
+        return [(truth, given)]
+    if len(left) == len(right) == 2:
+        if _without_spaces(left[0]) == _without_spaces(right[0]):
+            return [(left[1], right[1])]
+        return [] if re.search(r"[A-Za-z]\(", truth + given) else [(truth, given)]
+    if len(left) + len(right) == 3:
+        long, short = (left, right[0]) if len(left) == 2 else (right, left[0])
+        if _LABEL.fullmatch(long[0]):
+            return [(long[1], short) if long is left else (short, long[1])]
+    return []
+
+
+def _plain(answer: str) -> str:
+    """An answer without delimiters and layout."""
+    plain = re.sub(r"(?<!\.)\.$", "", answer.strip().strip("*")).strip()
+    for opens, closes in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+        if plain.startswith(opens) and plain.endswith(closes) and len(plain) > len(opens) + len(closes):
+            plain = plain[len(opens) : -len(closes)].strip()
+    plain = _LAYOUT.sub("", plain.replace(r"\%", "%").replace("{,}", ",").replace("\\ ", " "))
+    plain = _FRAC.sub(r"\\frac", plain)
+    if whole := re.fullmatch(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", plain):
+        plain = whole[1].strip()
+    plain = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi", plain)
+    return re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", plain).strip()
+
+
+def _rational(plain: str) -> Fraction | None:
+    """The number that is written, also as a fraction or mixed number; None where it is something else."""
+    if len(plain) > 200:
+        return None
+    if match := _DECIMAL.fullmatch(plain):
+        sign, whole, rest = match.groups()
+        return Fraction(f"{sign}{whole.replace(',', '') or 0}{(rest or '').rstrip('.')}")
+    if match := _FRACTION.fullmatch(plain) or _LATEX_FRACTION.fullmatch(plain):
+        sign, whole, *pairs = match.groups()
+        above, below = (int(part) for part in pairs if part is not None)
+        if below:
+            return (-1 if sign == "-" else 1) * (int(whole or 0) + Fraction(above, below))
+    return None
+
+
+def _worth_checking(truth: str, given: str) -> bool:
+    """Whether canonical forms that differ may still be equal."""
+    if _WORDS.fullmatch(truth) or (_INTEGER.fullmatch(truth) and _INTEGER.fullmatch(given)):
+        return False
+    # math-verify adds up "5 5", and of an answer with a box it reads the box alone.
+    return not re.search(r"\d \d|\\boxed", given)
+
+
+def _without_spaces(plain: str) -> str:
+    """Spaces dropped, but for one that ends a command (``\\pi r``) or parts two numbers; ``x^{2}`` is ``x^2``."""
+    plain = re.sub(r"([_^])\{(\w)\}", r"\1\2", plain)
+    return re.sub(r"(\\[A-Za-z]+|\d)?\s+(?=([A-Za-z])?(\d)?)", _kept_space, plain)
+
+
+def _kept_space(match: re.Match[str]) -> str:
+    before, letter, digit = match.groups()
+    if before is None:
+        return ""
+    return f"{before} " if (digit if before.isdigit() else letter) else str(before)

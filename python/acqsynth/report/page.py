@@ -1,0 +1,320 @@
+"""``metrics.json`` as one HTML page with figures: styles and SVG are in the file, nothing is fetched, no script
+runs."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import matplotlib
+import yaml
+
+matplotlib.use("svg")
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT, percent, points
+
+INK, QUIET, RULE = "#1d2733", "#5d6b7a", "#d9dfe6"
+MAIN, OTHER, BAD = "#1f5fa8", "#a9b8c7", "#b3382c"
+#: safe for colour-blind readers (Okabe and Ito)
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#5d6b7a", "#e69f00")
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": QUIET,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#edf0f3",
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+}
+_WIDTH = 8.6  # inches; the page scales it
+
+Log = Sequence[Mapping[str, Any]]
+
+
+def render(metrics: Mapping[str, Any]) -> str:
+    """The page.
+
+    Args:
+        metrics: of :func:`acqsynth.report.metrics.collect`, with ``recipe``, ``training``, ``samples`` and
+            ``validity``; the latter three are None if the run had none.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("acqsynth", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"percent": percent, "points": points, "tint": _tint, "seconds": _seconds}
+    return environment.get_template("page.html.jinja").render(
+        metrics=metrics,
+        main=metrics["main"],
+        recipe=yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True),
+        largest=_largest(metrics),
+        table=_table(metrics),
+        skills=_skills(metrics),
+        figures=_figures(metrics),
+        in_distribution=IN_DISTRIBUTION,
+        student=STUDENT,
+    )
+
+
+def _largest(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Arm -> result of the recipe's own student with the most rows."""
+    found = {}
+    for arm, entry in metrics["arms"].items():
+        own = [result for result in entry["results"] if result["student"] == STUDENT]
+        found[arm] = max(own, key=lambda result: result["rows_wanted"])
+    return found
+
+
+def _table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A line for each arm, student and size, the recipe's own student first."""
+    lines = []
+    for arm, entry in metrics["arms"].items():
+        lines += [{"arm": arm, **result} for result in entry["results"]]
+    return sorted(lines, key=lambda line: (line["student"] != STUDENT, line["student"], line["rows_wanted"]))
+
+
+def _skills(metrics: Mapping[str, Any]) -> list[tuple[str, int, list[float | None]]]:
+    """Skill, its rows, and accuracy of the base student and of each arm."""
+    base = metrics["base"][STUDENT][IN_DISTRIBUTION]["skills"]
+    arms = [result["sets"][IN_DISTRIBUTION]["skills"] for result in _largest(metrics).values()]
+    return [
+        (skill, entry["rows"], [entry["accuracy"], *(arm[skill]["accuracy"] for arm in arms)])
+        for skill, entry in base.items()
+    ]
+
+
+def _figures(metrics: Mapping[str, Any]) -> dict[str, str | None]:
+    """Name -> SVG; None if there is nothing to show."""
+    main, largest = metrics["main"], _largest(metrics)
+    base = metrics["base"][STUDENT][IN_DISTRIBUTION]["accuracy"]
+    bars = [("base student", base)]
+    bars += [(arm, result["sets"][IN_DISTRIBUTION]["accuracy"]) for arm, result in largest.items()]
+    curves: dict[str, list[tuple[int, Any]]] = {}
+    for line in _table(metrics):
+        if line["student"] == STUDENT:
+            point = (line["rows_wanted"], line["sets"][IN_DISTRIBUTION]["accuracy"])
+            curves.setdefault(line["arm"], []).append(point)
+    several = len(next(iter(curves.values()))) > 1
+    log: Log = metrics["training"]["log"] if metrics["training"] else []
+    return over_steps(log) | {
+        "reward": reward(log),
+        "accuracy": accuracy(bars, main),
+        "sizes": sizes(curves, base["mean"], main) if several else None,
+        "validity": validity(metrics["validity"]["signals"]) if metrics["validity"] else None,
+    }
+
+
+def _tint(change: float) -> str:
+    """Background of a cell with a change of accuracy: blue for gain, red for loss, full at ten points."""
+    strength = min(1.0, abs(change) / 0.10)
+    colour = "31, 95, 168" if change >= 0 else "179, 56, 44"
+    return f"background: rgba({colour}, {0.45 * strength:.2f})"
+
+
+def _seconds(value: float) -> str:
+    """Formats a duration."""
+    if value < 100:
+        return f"{value:.1f} s"
+    return f"{value / 60:.0f} min" if value < 6000 else f"{value / 3600:.1f} h"
+
+
+# --- figures: SVG text to stand within HTML ---------------------------------------------------------------------------
+
+
+def accuracy(bars: Sequence[tuple[str, Mapping[str, float]]], main: str) -> str:
+    """Horizontal bars with intervals: ``(arm, accuracy)``, the base student first and as a line through all."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.6 + 0.34 * len(bars)), layout="constrained")
+        axes = figure.subplots()
+        names = [name for name, _ in bars]
+        means = [100 * interval["mean"] for _, interval in bars]
+        spans = [
+            [100 * (interval["mean"] - interval["low"]) for _, interval in bars],
+            [100 * (interval["high"] - interval["mean"]) for _, interval in bars],
+        ]
+        colours = [MAIN if name == main else OTHER for name in names]
+        axes.barh(names, means, color=colours, height=0.62)
+        # Drawn apart: a mean can lie outside a percentile interval of few rows by rounding.
+        spans = [[max(0.0, value) for value in side] for side in spans]
+        axes.errorbar(means, range(len(names)), xerr=spans, fmt="none", ecolor=INK, elinewidth=1.1, capsize=3)
+        axes.axvline(means[0], color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
+        right = max(100 * interval["high"] for _, interval in bars)
+        for y, mean in enumerate(means):
+            axes.annotate(
+                f"{mean:.1f}", (max(right, 1), y), xytext=(8, 0), textcoords="offset points", va="center", color=INK
+            )
+        axes.set_xlim(0, max(right, 1) * 1.08)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.set_xlabel("right answers, %")
+        return _svg(figure, "accuracy")
+
+
+def sizes(curves: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]], base: float, main: str) -> str:
+    """Accuracy over rows learnt: arm -> ``(rows, accuracy)``."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 2.8), layout="constrained")
+        axes = figure.subplots()
+        axes.axhline(100 * base, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)), label="base")
+        for i, (arm, curve) in enumerate(curves.items()):
+            x = [rows for rows, _ in curve]
+            colour = SERIES[i % len(SERIES)]
+            axes.plot(x, [100 * v["mean"] for _, v in curve], "o-", color=colour, label=arm, markersize=4)
+            if arm == main:
+                low, high = ([100 * v[side] for _, v in curve] for side in ("low", "high"))
+                axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+        axes.set_xscale("log")
+        axes.set_xlabel("rows learnt")
+        axes.set_ylabel("right answers, %")
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return _svg(figure, "sizes")
+
+
+def reward(log: Log) -> str | None:
+    """The total with its spread, and each part in a panel of its own scale; None if no step logged a reward."""
+    if not _points(log, "reward"):
+        return None
+    parts = _named(log, "reward/", "/mean", without=("total",))
+    with matplotlib.rc_context(_STYLE):
+        panels = 1 + len(parts)
+        columns = 2 if panels in (2, 4) else min(3, panels)
+        lines = -(-panels // columns)
+        figure = Figure(figsize=(_WIDTH, 0.4 + 1.9 * lines), layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False).ravel()
+        x, y = zip(*_points(log, "reward"), strict=True)
+        grid[0].plot(x, y, color=MAIN, **_mark(x))
+        spread = dict(_points(log, "reward_std"))
+        if set(x) <= set(spread):
+            low, high = ([a + sign * spread[step] for step, a in zip(x, y, strict=True)] for sign in (-1, 1))
+            grid[0].fill_between(x, low, high, color=MAIN, alpha=0.12, linewidth=0)
+        grid[0].set_title("reward \u00b1 deviation")
+        for axes, (name, key), colour in zip(grid[1:], parts.items(), SERIES[1:] * 4, strict=False):
+            steps, values = zip(*_points(log, key), strict=True)
+            axes.plot(steps, values, color=colour, **_mark(steps))
+            axes.set_title(name)
+        for axes in grid[panels:]:
+            axes.set_visible(False)
+        for axes in grid[:panels]:
+            _steps(axes)
+        return _svg(figure, "reward")
+
+
+def _lines(log: Log, keys: Mapping[str, str], name: str, unit: str, share: bool) -> str | None:
+    """A line for each label -> key of the log; None if nothing of it was logged."""
+    present = {label: _points(log, key) for label, key in keys.items()}
+    present = {label: points for label, points in present.items() if points}
+    if not present:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 2.5), layout="constrained")
+        axes = figure.subplots()
+        for i, (label, points) in enumerate(present.items()):
+            x, y = zip(*points, strict=True)
+            values = [100 * value for value in y] if share else y
+            axes.plot(x, values, color=SERIES[i % len(SERIES)], label=label, **_mark(x))
+        axes.set_ylabel(unit)
+        axes.set_ylim(bottom=0 if share or min(min(y for _, y in points) for points in present.values()) >= 0 else None)
+        _steps(axes)
+        if len(present) > 1:
+            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return _svg(figure, name)
+
+
+def over_steps(log: Log) -> dict[str, str | None]:
+    """Figures of one line each, by name: what gates reject, lengths, correlation with length, archives, cost,
+    staleness."""
+    rejected = _named(log, "reward/gated/", "") | {"masked": "reward/masked"}
+    rejected = {label: key for label, key in rejected.items() if any(value for _, value in _points(log, key))}
+    drawn: dict[str, tuple[Mapping[str, str], str, bool]] = {
+        "gates": (rejected, "of completions, %", True),
+        "lengths": ({word: f"completions/{word}_length" for word in ("mean", "min", "max")}, "tokens", False),
+        "length_correlation": (_named(log, "reward/", "/length_correlation"), "correlation", False),
+        "archives": (_named(log, "reward/archive/", ""), "entries held", False),
+        "cost": ({"reward": "reward_share"}, "of the step's time, %", True),
+        "staleness": (
+            {"since the last refresh": "staleness", "since the start": "staleness_since_start"},
+            "rank correlation",
+            False,
+        ),
+    }
+    return {name: _lines(log, keys, name, unit, share) for name, (keys, unit, share) in drawn.items()}
+
+
+def validity(signals: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Rank correlation of each signal with measured gain, with intervals; None if none is defined."""
+    found = sorted(
+        ((name, s["correlation"]) for name, s in signals.items() if s["correlation"]), key=lambda pair: pair[1]["mean"]
+    )
+    if not found:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.7 + 0.32 * len(found)), layout="constrained")
+        axes = figure.subplots()
+        for y, (_, interval) in enumerate(found):
+            axes.plot([interval["low"], interval["high"]], [y, y], color=OTHER, linewidth=2.2, solid_capstyle="round")
+            axes.plot(interval["mean"], y, "o", color=MAIN, markersize=6)
+        axes.set_yticks(range(len(found)), [name for name, _ in found])
+        axes.axvline(0, color=QUIET, linewidth=0.9)
+        axes.set_xlim(-1.05, 1.05)
+        axes.set_ylim(-0.6, len(found) - 0.4)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.set_xlabel("rank correlation with the gain measured")
+        return _svg(figure, "validity")
+
+
+def _points(log: Log, key: str) -> list[tuple[int, float]]:
+    """(step, value) of the steps that logged a number under the key."""
+    return [(int(e["step"]), float(e[key])) for e in log if isinstance(e.get(key), int | float)]
+
+
+def _named(log: Log, prefix: str, suffix: str, without: Sequence[str] = ()) -> dict[str, str]:
+    """Name -> key, of the keys ``<prefix><name><suffix>`` whose name has no further parts."""
+    keys = dict.fromkeys(key for entry in log for key in entry if key.startswith(prefix) and key.endswith(suffix))
+    names = {key.removeprefix(prefix).removesuffix(suffix): key for key in keys if _points(log, key)}
+    return {name: key for name, key in names.items() if "/" not in name and name not in without}
+
+
+def _mark(x: Sequence[int]) -> dict[str, Any]:
+    """Markers for few points: a line through one step is invisible."""
+    return {"marker": "o", "markersize": 3.5} if len(x) <= 25 else {}
+
+
+def _steps(axes: Axes) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The bare ``<svg>`` element, without metadata; identifiers begin with the figure's name, as a page has many."""
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'\b(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"<svg[^>]*viewBox=\"([^\"]*)\"[^>]*>", r'<svg viewBox="\1" role="img">', svg, count=1)
+    return svg.replace("xlink:href", "href")

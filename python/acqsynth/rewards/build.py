@@ -1,0 +1,228 @@
+"""The reward that a recipe describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+import acqcore
+from acqsynth import engines, models
+from acqsynth.config import EngineConfig, RewardConfig
+from acqsynth.domains import Domain, Sample
+from acqsynth.engines import Engine
+from acqsynth.engines.transformers import TransformersEngine
+from acqsynth.label import Labeller
+from acqsynth.rewards.gates import Gate, default_gates
+from acqsynth.rewards.paper import PaperReward
+from acqsynth.rewards.reward import DEFAULT_WEIGHTS, ComposedReward
+from acqsynth.rewards.scoring import load_student
+from acqsynth.rewards.signals import (
+    AnswerVariance,
+    Confidence,
+    Diversity,
+    Gradient,
+    Learnability,
+    Proximity,
+    SampledAnswers,
+    SemanticEntropy,
+    Signal,
+    acquisition_signals,
+)
+from acqsynth.rewards.texts import NgramEmbedder, SentenceEmbedder
+
+ANSWER_SIGNALS = ("confidence", "answer_variance", "semantic_entropy", "learnability")
+DEFAULT_SIGNALS: dict[str, dict[str, Any]] = {
+    "mutual_information": {},
+    "influence": {},
+    "learnability": {"verified": True},
+    "diversity": {},
+}
+
+
+def build(
+    config: RewardConfig,
+    domain: Domain,
+    student: str,
+    engine: EngineConfig | None,
+    *,
+    seeds: Sequence[Sample],
+    evaluation: Sequence[Sample],
+) -> ComposedReward:
+    """The composed reward of a recipe.
+
+    Args:
+        config: its signals, gates and fusion.
+        domain: of the samples.
+        student: path or hub id of the student that scores.
+        engine: samples the student's answers; None makes no engine, for a reward that is never called.
+        seeds: rows that the generator is shown, and the reference of influence.
+        evaluation: rows that no sample may repeat.
+
+    Raises:
+        ValueError, TypeError: an unknown signal, gate or option, or a value out of range; names the key.
+    """
+    wanted = DEFAULT_SIGNALS if config.signals is None else config.signals
+    weights = config.weights or (DEFAULT_WEIGHTS if config.signals is None else None)
+    scoring = dict(config.scoring)
+    majority = config.labelling is not None and config.labelling.method == "majority"
+    sampled = [name for name in ANSWER_SIGNALS if name in wanted]
+    answering: Engine | None = None
+    if engine is not None and (sampled or majority):
+        answering = student_engine(engine, student, scoring)
+    drawn: Any = None
+    if sampled:
+        options = {"top2": "confidence" in wanted, **config.answers}
+        drawn = _named("answers", SampledAnswers, answering, domain, **options)
+    signals = _signals(config, wanted, domain, student, drawn, seeds, scoring)
+    if config.paper_compat:
+        return PaperReward(domain, signals[0])
+    gates = _named(
+        "scoring",
+        default_gates,
+        domain,
+        seeds=seeds,
+        evaluation=evaluation,
+        label=_label(config, domain, engine, student, answering),
+        student=student,
+        answers=drawn,
+        **scoring,
+    )
+    return ComposedReward(domain, signals, gates=_picked(gates, config.gates), fusion=config.fusion, weights=weights)
+
+
+def check(config: RewardConfig, domain: Domain) -> None:
+    """Makes the reward without a model, so that a wrong key is found before a run.
+
+    Raises:
+        ValueError, TypeError: as :func:`build`.
+    """
+    row = [Sample("question", "answer")]
+    build(config, domain, "student", None, seeds=row, evaluation=row)
+
+
+class StudentEngine(TransformersEngine):
+    """Generates with the copy of the student that the reward scores with.
+
+    Args:
+        path: path or hub id of the student.
+        device: where the process loads it.
+        options: of TransformersEngine.
+    """
+
+    def __init__(self, path: str, device: str | None, **options: Any) -> None:
+        self._device = device
+        self._shared = load_student(path, device)
+        super().__init__(self._shared.model, self._shared.student.tokenizer, **options)
+
+    def reload(self, weights: Any) -> None:
+        """Takes the student at another path, shared like the first one."""
+        self._shared = load_student(str(weights), self._device)
+        self.model = self._shared.model
+
+
+def student_engine(config: EngineConfig, student: str, scoring: dict[str, Any]) -> Engine:
+    """An engine of the student; with transformers the same copy of the weights scores and answers.
+
+    Args:
+        config: of the engine.
+        student: path or hub id.
+        scoring: options of the scorers, which get the engine's device.
+    """
+    if config.name != "transformers" or "dtype" in config.options:
+        return engines.load(config.name, student, **config.options)
+    options = dict(config.options)
+    device = options.pop("device", None) or scoring.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if scoring.setdefault("device", device) != device:
+        return engines.load(config.name, student, **config.options)
+    return StudentEngine(student, device, **options)
+
+
+class _Label:
+    """The labels of a reward's samples."""
+
+    def __init__(self, labeller: Labeller) -> None:
+        self.labeller = labeller
+        self.refresh = labeller.refresh
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Sample | None]:
+        return [label.sample for label in self.labeller(samples)]
+
+
+def _label(
+    config: RewardConfig, domain: Domain, engine: EngineConfig | None, student: str, answering: Engine | None
+) -> _Label | None:
+    labelling = config.labelling
+    if labelling is None or labelling.method == "own":
+        return None
+
+    def load() -> Any:
+        if engine is None or labelling.teacher is None:
+            return answering
+        return engines.load(engine.name, models.resolve(labelling.teacher), **engine.options)
+
+    return _Label(_named("labelling", Labeller, labelling, domain, load))
+
+
+def _signals(
+    config: RewardConfig,
+    wanted: Mapping[str, dict[str, Any]],
+    domain: Domain,
+    student: str,
+    drawn: Any,
+    seeds: Sequence[Sample],
+    scoring: Mapping[str, Any],
+) -> list[Signal]:
+    """The signals in the order of the recipe; acquisitions share one pass."""
+    released: dict[str, Any] = {"paper_compat": True} if config.paper_compat else {}
+    embedded = {**released, "embed": _embedder(config.embedder)} if released else {}
+    kinds: dict[str, tuple[Callable[..., Signal], tuple[Any, ...], dict[str, Any]]] = {
+        "confidence": (Confidence, (drawn,), released),
+        "answer_variance": (AnswerVariance, (drawn,), embedded),
+        "semantic_entropy": (SemanticEntropy, (drawn,), {}),
+        "learnability": (Learnability, (drawn,), {}),
+        "proximity": (Proximity, (_embedder(config.embedder), seeds), released),
+        "diversity": (Diversity, (_embedder(config.embedder),), released),
+        "gradient": (Gradient, (student, domain, seeds), {**released, **scoring}),
+    }
+    acquisitions: dict[str, dict[str, Any]] = {}
+    made: dict[str, Signal] = {}
+    for name, options in wanted.items():
+        if name in kinds:
+            kind, arguments, fixed = kinds[name]
+            made[name] = _named(f"signals.{name}", kind, *arguments, **fixed, **options)
+        elif name in acqcore.acquisitions():
+            reference = {"reference": list(seeds[: config.reference])} if name == "influence" else {}
+            acquisitions[name] = reference | options
+        else:
+            known = ", ".join((*kinds, *acqcore.acquisitions()))
+            raise ValueError(f"signals: unknown {name!r}, expected one of {known}")
+    if acquisitions:
+        for signal in _named("scoring", acquisition_signals, student, acquisitions, domain, **scoring):
+            made[signal.name] = signal
+    return [made[name] for name in wanted]
+
+
+def _embedder(name: str) -> Any:
+    if name == "ngram":
+        return NgramEmbedder()
+    return SentenceEmbedder(None if name == "minilm" else name)
+
+
+def _picked(gates: Sequence[Gate], names: Sequence[str] | None) -> list[Gate]:
+    """The gates named, in their own order, cheap ones first."""
+    known = [gate.name for gate in gates]
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"gates: unknown {name!r}, expected one of {', '.join(known)}")
+    return [gate for gate in gates if names is None or gate.name in names]
+
+
+def _named(key: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """``make(...)``; its errors name the key of the recipe."""
+    try:
+        return make(*arguments, **options)
+    except (TypeError, ValueError) as error:
+        told = str(error).partition("__init__() ")[2] or str(error)
+        raise type(error)(f"{key}: {told}") from error

@@ -1,0 +1,527 @@
+"""The steps of a run on disk: skipped when nothing they read has changed, resumed when they were killed.
+
+A step writes into ``<stage>/<name>.partial``. When it finishes, one rename gives the folder its final name
+``<stage>/<name>``. ``stage.json`` in it records what the artefacts were made from: the settings, the digests of the
+input artefacts and the stamps of files outside the run. A killed step leaves its ``.partial`` folder behind; when the
+same step starts again it finds the trainer's checkpoints there and, in the subfolder ``work``, the chunks that were
+finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import pyarrow
+import pyarrow.parquet
+from pydantic import BaseModel
+
+import acqcore
+from acqsynth import models
+from acqsynth.config import Source
+from acqsynth.domains import Sample
+
+#: In the order of a run. The number of a stage's folder is its place here.
+STAGES = ("seeds", "train", "generate", "label", "fit", "evaluate", "report")
+LAYOUT = 2  #: version of ``stage.json``
+
+_MANIFEST = "stage.json"
+_WORK = "work"
+T = TypeVar("T")
+
+
+class StepError(Exception):
+    """A step that cannot finish; the text is one sentence for the user."""
+
+
+class Model(str):
+    """A model that the recipe names. The step's function gets the path or hub id for ``from_pretrained``, and the step
+    runs again when the files at that path change."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A function, its arguments and the folder it fills.
+
+    Args:
+        stage: one of ``STAGES``.
+        name: of the folder within the stage.
+        function: called as ``function(context, **arguments)``; writes into ``context.folder``.
+        arguments: everything that the function reads. Mappings, lists and dataclasses may hold other steps and their
+            artefacts, which the function gets as paths, and :class:`Model`. The rest are sections of a recipe and
+            values that JSON can hold.
+    """
+
+    stage: str
+    name: str
+    function: Callable[..., None]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{STAGES.index(self.stage):02d}-{self.stage}/{self.name}"
+
+    def __truediv__(self, path: str) -> Artefact:
+        return Artefact(self, path)
+
+    @property
+    def inputs(self) -> list[Artefact]:
+        """The artefacts of other steps that this one reads, in the order of the arguments."""
+        return [leaf for leaf in _leaves(self.arguments) if isinstance(leaf, Artefact)]
+
+    @property
+    def outside(self) -> list[str]:
+        """Files, folders and hub ids from outside the run that the step reads."""
+        found = [leaf for leaf in _leaves(self.arguments) if not isinstance(leaf, Artefact)]
+        return [leaf.source if isinstance(leaf, Source) else str(leaf) for leaf in found]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the artefacts, apart from the content of the inputs, as JSON reads it back."""
+        function = f"{self.function.__module__}.{self.function.__qualname__}"
+        settings = {"function": function, "version": acqcore.__version__, **_plain(self.arguments)}
+        return dict(json.loads(json.dumps(settings)))
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A file or folder that a step writes; with an empty path, all that it writes."""
+
+    step: Step
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.step}/{self.path}" if self.path else str(self.step)
+
+
+class Stateful(Protocol):
+    """An object whose state is saved between chunks."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+def _nothing(line: str) -> None:
+    """Prints nothing."""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the function of a step is given beside its arguments.
+
+    Args:
+        folder: artefacts go here.
+        say: prints a line for the user.
+        status: shows a line until the next one, where the output is a terminal.
+    """
+
+    folder: Path
+    say: Callable[[str], None] = _nothing
+    status: Callable[[str], None] = _nothing
+
+    @property
+    def scratch(self) -> Path:
+        """A folder that survives a kill and is removed when the step is done."""
+        folder = self.folder / _WORK
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def chunks(
+        self,
+        name: str,
+        items: Sequence[T],
+        size: int,
+        function: Callable[[int, Sequence[T]], Any],
+        state: Stateful | None = None,
+    ) -> Iterator[Any]:
+        """``function(start, items[start : start + size])`` for each chunk, in order. A chunk that was finished before a
+        kill is not computed again.
+
+        Args:
+            name: of the chunks within this step.
+            function: its results must be JSON.
+            state: what the function changes as it goes. It is saved with each chunk, and restored before the first
+                chunk that is computed after finished ones.
+        """
+        last: Path | None = None
+        behind = False
+        for start in range(0, len(items), size):
+            path = self.scratch / f"{name}-{start:07d}.json"
+            if path.exists():
+                behind = True
+            else:
+                if state is not None and behind and last is not None:
+                    state.load_state_dict(_torch_load(last))
+                behind = False
+                result = function(start, items[start : start + size])
+                if state is not None:
+                    _torch_save(state.state_dict(), path.with_suffix(".pt"))
+                write_json(path, result)
+                if state is not None and last is not None:
+                    last.unlink(missing_ok=True)
+            last = path.with_suffix(".pt")
+            # Read back, so that a resumed run sees exactly what this one does.
+            yield json.loads(path.read_text(encoding="utf-8"))
+
+    def write(self, name: str, content: Any) -> None:
+        """A JSON artefact."""
+        write_json(self.folder / name, content)
+
+
+class Store:
+    """The folder of a run: runs steps and knows which are done.
+
+    Args:
+        output: the folder, created if missing.
+        say, status: as in :class:`StepContext`.
+    """
+
+    def __init__(
+        self, output: Path, say: Callable[[str], None] = _nothing, status: Callable[[str], None] = _nothing
+    ) -> None:
+        self.output = output
+        self.say = say
+        self.status = status
+        self._reasons: dict[Step, str | None] = {}  # valid because only this process writes to the folder
+
+    def path(self, artefact: Step | Artefact) -> Path:
+        """Where a finished step's folder, or one of its artefacts, is."""
+        return self.output / str(artefact)
+
+    def reason(self, step: Step) -> str | None:
+        """Why the step has to run, in a few words; None if it is done and nothing that it reads has changed.
+
+        Raises:
+            StepError: the folder holds a run of another layout.
+        """
+        if step not in self._reasons:
+            self._reasons[step] = self._reason(step)
+        return self._reasons[step]
+
+    def _reason(self, step: Step) -> str | None:
+        manifest = _read_manifest(self.path(step))
+        for artefact in step.inputs:
+            if self.reason(artefact.step) is not None:
+                return "never ran" if manifest is None else f"{artefact.step}, which it reads, has to run"
+        expected = self._made_from(step)
+        if manifest is None:
+            begun = _read_stage(self._partial(step))
+            return "was interrupted, resumes" if begun and begun["made_from"] == expected else "never ran"
+        if (changed := _first_change(manifest["made_from"], expected)) is not None:
+            return changed
+        for name, (size, _) in manifest["artefacts"].items():
+            path = self.path(step) / name
+            if not path.is_file() or path.stat().st_size != size:
+                return f"{name} is missing or truncated"
+        return None
+
+    def run(self, step: Step) -> bool:
+        """Brings the inputs of the step, then the step itself, up to date.
+
+        Returns:
+            whether the step itself ran.
+
+        Raises:
+            StepError: the work failed for a reason that the user can mend. Finished steps stay as they are.
+        """
+        if step in self._reasons and self._reasons[step] is None:
+            return False
+        for artefact in step.inputs:
+            self.run(artefact.step)
+        self._commit(step)
+        self._reasons.pop(step, None)  # the inputs may have changed
+        if (reason := self.reason(step)) is None:
+            return False
+        self.say(f"[{step}] starts: {reason}")
+        begin = time.perf_counter()
+        partial = self._partial(step)
+        begun = {"layout": LAYOUT, "made_from": self._made_from(step)}
+        with self._user_errors(step):
+            if _read_stage(partial) != begun:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                write_json(partial / _MANIFEST, begun)
+            context = StepContext(
+                partial, lambda line: self.say(f"[{step}] {line}"), lambda line: self.status(f"[{step}] {line}")
+            )
+            step.function(context, **_replaced(step.arguments, self._resolve))
+            shutil.rmtree(partial / _WORK, ignore_errors=True)
+            seconds = round(time.perf_counter() - begin, 3)
+            write_json(partial / _MANIFEST, {**begun, "artefacts": _digests(partial), "seconds": seconds})
+            self._commit(step)
+        self._reasons[step] = None
+        self.say(f"[{step}] done in {time.perf_counter() - begin:.1f} s")
+        return True
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other runs out of the folder.
+
+        Raises:
+            StepError: another run is using it, or it cannot be written.
+        """
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            file = (self.output / ".lock").open("w")
+        except OSError as error:
+            raise StepError(f"output: cannot write to {self.output}: {error.strerror}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise StepError(f"output: another run is using {self.output}") from error
+            yield
+
+    def _partial(self, step: Step) -> Path:
+        return self.path(step).with_name(step.name + ".partial")
+
+    def _commit(self, step: Step) -> None:
+        """Renames a finished partial folder, replacing an older result."""
+        partial, final = self._partial(step), self.path(step)
+        if _read_manifest(partial) is not None:
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+
+    def _resolve(self, leaf: Any) -> Any:
+        """What the function gets for a leaf of its arguments."""
+        if isinstance(leaf, Artefact):
+            return self.path(leaf)
+        if not isinstance(leaf, Model):
+            return leaf
+        try:
+            return models.resolve(leaf)
+        except FileNotFoundError as error:
+            raise StepError(f"model: {error}") from error
+
+    def _made_from(self, step: Step) -> dict[str, Any]:
+        """What an up-to-date manifest of the step says; the inputs are done."""
+        return {
+            "settings": step.settings(),
+            "inputs": {str(artefact): self._digest(artefact) for artefact in step.inputs},
+            "outside": {path: _stamp(Path(path).expanduser()) for path in step.outside},
+        }
+
+    def _digest(self, artefact: Artefact) -> str:
+        manifest = _read_manifest(self.path(artefact.step))
+        files = manifest["artefacts"] if manifest else {}
+        below = f"{artefact.path}/" if artefact.path else ""
+        picked = {name: file for name, file in files.items() if name == artefact.path or name.startswith(below)}
+        if not picked:
+            raise StepError(f"{artefact} was not written; remove the folder {artefact.step} and run again")
+        return hashlib.sha256(json.dumps(picked, sort_keys=True).encode()).hexdigest()
+
+    @contextmanager
+    def _user_errors(self, step: Step) -> Iterator[None]:
+        """Turns failures that the user can mend into one sentence."""
+        try:
+            yield
+        except StepError as error:
+            raise StepError(f"{step}: {error}") from error
+        except Exception as error:
+            if _disk_is_full(error):
+                free = shutil.disk_usage(self.output).free / 2**20
+                raise StepError(
+                    f"{step}: no space left for {self.output} ({free:.0f} MiB free); free some and run the same "
+                    "command again, finished steps are kept"
+                ) from error
+            if isinstance(error, ValueError | TypeError | OSError | ImportError | RuntimeError):
+                raise StepError(f"{step}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+            raise
+
+
+def seconds_of(path: Path) -> float:
+    """Seconds from the last start to the end of the step that made an artefact; 0 if unknown."""
+    for folder in (path, *path.parents):
+        if (manifest := _read_manifest(folder)) is not None:
+            return float(manifest["seconds"])
+    return 0.0
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes ``content`` to ``path``, completely or not at all.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+# --- samples and tables as parquet ------------------------------------------------------------------------------------
+
+
+def write_rows(path: Path, samples: Sequence[Sample], columns: Mapping[str, Sequence[Any]] | None = None) -> None:
+    """Samples, one a row, and further columns; ``extra`` as JSON.
+
+    Raises:
+        ValueError: a column of another length. OSError: the file cannot be written.
+    """
+    table: dict[str, Sequence[Any]] = {
+        name: [getattr(sample, name) for sample in samples] for name in ("question", "reasoning", "answer")
+    }
+    table["extra"] = [json.dumps(dict(sample.extra), ensure_ascii=False) for sample in samples]
+    write_table(path, {**table, **(columns or {})})
+
+
+def read_rows(path: Path) -> list[Sample]:
+    """The samples that :func:`write_rows` wrote, without further columns."""
+    table = read_table(path)
+    columns = [table[name] for name in ("question", "answer", "reasoning", "extra")]
+    return [
+        Sample(q, answer, reasoning, json.loads(extra)) for q, answer, reasoning, extra in zip(*columns, strict=True)
+    ]
+
+
+def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Columns of equal length.
+
+    Raises:
+        ValueError: columns of different length. OSError: the file cannot be written.
+    """
+    pyarrow.parquet.write_table(pyarrow.table({name: list(values) for name, values in columns.items()}), path)
+
+
+def read_table(path: Path) -> dict[str, list[Any]]:
+    """The columns of a parquet file."""
+    return dict(pyarrow.parquet.read_table(path).to_pydict())
+
+
+# --- arguments and manifests ------------------------------------------------------------------------------------------
+
+
+def _replaced(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """``value`` with ``leaf`` applied to every artefact, model and source within."""
+    if isinstance(value, Step):
+        value = Artefact(value, "")
+    if isinstance(value, Artefact | Model | Source):
+        return leaf(value)
+    if isinstance(value, Mapping):
+        return {key: _replaced(part, leaf) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replaced(part, leaf) for part in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+        return dataclasses.replace(value, **_replaced(parts, leaf))
+    if isinstance(value, BaseModel):  # a section may hold sources; it comes back as it is
+        for name in type(value).model_fields:
+            _replaced(getattr(value, name), leaf)
+    return value
+
+
+def _leaves(value: Any) -> list[Any]:
+    """Every artefact, model and source within ``value``."""
+    found: list[Any] = []
+
+    def add(leaf: Any) -> Any:
+        found.append(leaf)
+        return leaf
+
+    _replaced(value, add)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it; artefacts by their names."""
+    if isinstance(value, Step | Artefact):
+        return str(value)
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: _plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value
+
+
+def _read_stage(folder: Path) -> dict[str, Any] | None:
+    """``stage.json`` of a step that finished or began; None if there is none."""
+    try:
+        stage = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if stage.get("layout") != LAYOUT:
+        output = folder.parent.parent
+        raise StepError(f"output: {output} holds a run of an older version; remove it or set another output")
+    return dict(stage)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """``stage.json`` of a finished step; None if there is none or the step was killed."""
+    stage = _read_stage(folder)
+    return stage if stage is not None and "artefacts" in stage else None
+
+
+def _digests(folder: Path) -> dict[str, tuple[int, str]]:
+    """Relative path -> size and SHA-256 of every artefact below ``folder``."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _MANIFEST)
+    return {str(path.relative_to(folder)): (path.stat().st_size, _sha256(path)) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _stamp(path: Path) -> Any:
+    """A value that changes when an outside file does: its SHA-256, or sizes and times of the files below a folder,
+    which may hold a large model."""
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        return [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    return _sha256(path) if path.is_file() else None
+
+
+def _first_change(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str | None:
+    """The first key in which two manifests differ, as a reason."""
+    for key in [*now, *(key for key in before if key not in now)]:
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        inner = f"{path}{key}"
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            return _first_change(old, new, f"{inner}.")
+        section, _, name = inner.partition(".")
+        return f"{name or section} changed"
+    return None
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Whether the system ran out of space. Libraries wrap its error: safetensors and Arrow keep the text, torch's
+    archive writer does not even keep that."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(text in str(seen) for text in ("No space left on device", "PytorchStreamWriter failed writing")):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _torch_save(state: Any, path: Path) -> None:
+    import torch
+
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
+def _torch_load(path: Path) -> Any:
+    import torch
+
+    return torch.load(path, weights_only=False)

@@ -1,0 +1,293 @@
+"""Questions from a generator: the prompts it is asked, the samples kept, and the best of several candidates."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+from acqsynth.domains import Domain, Messages, Sample
+from acqsynth.domains.prompts import written
+from acqsynth.engines import Engine, Sampling
+from acqsynth.rewards.batch import Batch
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: Least yield that the size of the next round is computed from: one bad round must not make the next one endless.
+_LEAST_RATE = 0.05
+
+
+def prompts(
+    domain: Domain, seeds: Sequence[Sample], n: int, *, shown: int, turns: bool = False, seed: int
+) -> list[Messages]:
+    """n prompts that ask a generator for a new sample, each with ``shown`` different seeds as examples.
+
+    The seeds are dealt like cards: all of them, shuffled, before any comes again, so that the uses of two seeds differ
+    by at most one.
+
+    Args:
+        domain: writes the request.
+        seeds: the pool.
+        n: prompts.
+        shown: seeds of a prompt.
+        turns: show each seed as an earlier answer to the same request, not within it.
+        seed: of the draws.
+
+    Raises:
+        ValueError: n below 1, shown negative or more than there are seeds.
+    """
+    if n < 1:
+        raise ValueError(f"n: expected at least 1, got {n}")
+    if not 0 <= shown <= len(seeds):
+        raise ValueError(f"shown: expected 0 to {len(seeds)}, the number of seeds, got {shown}")
+    shuffle = random.Random(seed).shuffle
+    deck: list[int] = []
+    asked: list[Messages] = []
+    for _ in range(n):
+        hand: list[int] = []
+        while len(hand) < shown:
+            if not deck:
+                deck = list(range(len(seeds)))
+                shuffle(deck)
+            # A fresh deck may start with a card that the hand holds already: that one waits for the next prompt.
+            hand.append(deck.pop(next(i for i, card in enumerate(deck) if card not in hand)))
+        examples = [seeds[card] for card in hand]
+        if turns:
+            request = domain.generator_prompt([])
+            earlier = [[*request, {"role": "assistant", "content": written(sample)}] for sample in examples]
+            asked.append([message for turn in (*earlier, request) for message in turn])
+        else:
+            asked.append(domain.generator_prompt(examples))
+    return asked
+
+
+@dataclass
+class WriteResult(Generic[T]):
+    """What was kept, in the order of writing, and what became of the rest."""
+
+    rows: list[T]
+    wanted: int
+    completions: int = 0  #: drawn
+    rounds: int = 0  #: passes over the prompts, or over some of them
+    dropped: dict[str, int] = field(default_factory=dict)  #: reason -> completions that were not kept
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether there are fewer rows than were wanted."""
+        return len(self.rows) < self.wanted
+
+
+def write(
+    engine: Engine,
+    domain: Domain,
+    prompts: Sequence[Messages],
+    sampling: Sampling,
+    *,
+    rows: int,
+    gates: Sequence[Any] = (),
+    rounds: int = 8,
+) -> WriteResult[Sample]:
+    """Samples that parse, have no fault, pass the gates and ask a new question.
+
+    Args:
+        engine: of the generator.
+        domain: parses samples and names faults.
+        prompts: asked in turn; when all were asked, again with other random seeds.
+        sampling: how completions are drawn; its seed is that of the first round.
+        rows: how many are wanted.
+        gates: as in :mod:`acqsynth.rewards.gates`, in order; those with an archive add what is kept.
+        rounds: after this many the result is returned incomplete, with a warning. A round asks as many prompts as are
+            likely to suffice, each at most once.
+
+    Raises:
+        ValueError: rows, rounds or the number of prompts is below 1.
+    """
+    asked: set[str] = set()
+
+    def keep(picked: Sequence[Messages], sampling: Sampling, dropped: Counter[str]) -> list[Sample]:
+        samples = []
+        for sample in (domain.parse(draw.text) for group in engine.generate(picked, sampling) for draw in group):
+            fault = "does not parse" if sample is None else domain.fault(sample)
+            if sample is None or fault:
+                dropped[str(fault)] += 1
+            else:
+                samples.append(sample)
+        kept = [sample for sample in passing(gates, samples, dropped) if _is_new(sample, asked, dropped)]
+        for gate in gates:
+            if hasattr(gate, "accept"):
+                gate.accept(kept)
+        return kept
+
+    return _draw_until(prompts, keep, sampling, rows=rows, rounds=rounds, per_prompt=sampling.n)
+
+
+def passing(gates: Sequence[Any], samples: Sequence[Sample], dropped: Counter[str]) -> list[Sample]:
+    """The samples that every gate passes, in order; the others are counted under the first gate that rejects them."""
+    left = Batch(samples)
+    for gate in gates:
+        verdicts = gate(left) if left else []
+        for verdict in verdicts:
+            if verdict is None or verdict is False:
+                dropped[f"gate {gate.name}" if verdict is False else f"gate {gate.name} could not tell"] += 1
+        passed = [(s, v) for s, v in zip(left, verdicts, strict=True) if v is True or isinstance(v, Sample)]
+        left = left.part(sample if verdict is True else verdict for sample, verdict in passed)
+    return left
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+
+
+class Scorer(Protocol):
+    """Scores candidates; :class:`acqsynth.rewards.ComposedReward` does."""
+
+    def score(self, texts: Sequence[str], groups: Sequence[Hashable]) -> Any:
+        """``total``, ``samples``, ``components`` and ``gates`` of n texts; the candidates of a prompt are a group."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One completion with its score."""
+
+    prompt: Messages
+    text: str
+    sample: Sample | None  #: None if the text does not parse
+    total: float | None  #: None if a scorer failed
+    components: dict[str, float | None]
+    gates: dict[str, bool]
+
+    @property
+    def rejected_by(self) -> str | None:
+        """Why it cannot be training data; None if it can."""
+        if self.sample is None:
+            return "does not parse"
+        gate = next((name for name, passes in self.gates.items() if not passes), None)
+        if gate is not None:
+            return f"gate {gate}"
+        return "a scorer failed" if self.total is None else None
+
+
+def candidates(
+    engine: Engine, prompts: Sequence[Messages], reward: Scorer, sampling: Sampling
+) -> list[list[Candidate]]:
+    """``sampling.n`` candidates of each prompt, scored in one call."""
+    texts = [draw.text for group in engine.generate(prompts, sampling) for draw in group]
+    groups = [i for i in range(len(prompts)) for _ in range(sampling.n)]
+    rewards = reward.score(texts, groups)
+    found = [
+        Candidate(
+            prompts[groups[i]],
+            text,
+            rewards.samples[i],
+            rewards.total[i],
+            {name: values[i] for name, values in rewards.components.items()},
+            {name: passes[i] for name, passes in rewards.gates.items()},
+        )
+        for i, text in enumerate(texts)
+    ]
+    return [found[i : i + sampling.n] for i in range(0, len(found), sampling.n)]
+
+
+def best(
+    engine: Engine,
+    prompts: Sequence[Messages],
+    reward: Scorer,
+    sampling: Sampling,
+    *,
+    rows: int,
+    threshold: float = -math.inf,
+    rounds: int = 8,
+) -> WriteResult[Candidate]:
+    """Rejection sampling: the best candidate of each prompt by the reward.
+
+    Args:
+        engine: of the generator, which is not trained.
+        prompts, rows, rounds: as in :func:`write`.
+        reward: scores candidates; one that a gate rejects or a scorer fails on is never kept.
+        sampling: its ``n`` is the number of candidates of a prompt.
+        threshold: least total of what is kept.
+
+    Returns:
+        Candidates with a sample and a total, of different questions.
+
+    Raises:
+        ValueError: rows, rounds or the number of prompts is below 1.
+    """
+    asked: set[str] = set()
+
+    def keep(picked: Sequence[Messages], sampling: Sampling, dropped: Counter[str]) -> list[Candidate]:
+        kept = []
+        for group in candidates(engine, picked, reward, sampling):
+            dropped.update(reason for candidate in group if (reason := candidate.rejected_by))
+            valid = sorted((c for c in group if c.rejected_by is None), key=_total, reverse=True)
+            dropped["not the best of its prompt"] += len(valid[1:])
+            for candidate in valid[:1]:
+                assert candidate.sample is not None
+                if _total(candidate) < threshold:
+                    dropped["below the threshold"] += 1
+                elif _is_new(candidate.sample, asked, dropped):
+                    kept.append(candidate)
+        return kept
+
+    return _draw_until(prompts, keep, sampling, rows=rows, rounds=rounds, per_prompt=1)
+
+
+def _total(candidate: Candidate) -> float:
+    return -math.inf if candidate.total is None else candidate.total
+
+
+def _is_new(sample: Sample, asked: set[str], dropped: Counter[str]) -> bool:
+    """Whether nothing asked the question before; notes it."""
+    question = " ".join(sample.question.lower().split())
+    new = question not in asked
+    asked.add(question)
+    dropped["asks what another one asks"] += not new
+    return new
+
+
+def _draw_until(
+    prompts: Sequence[Messages],
+    keep: Callable[[Sequence[Messages], Sampling, Counter[str]], list[T]],
+    sampling: Sampling,
+    *,
+    rows: int,
+    rounds: int,
+    per_prompt: int,
+) -> WriteResult[T]:
+    """Rounds of ``keep``, which draws for some prompts and counts what it drops, until there are enough rows.
+
+    Args:
+        prompts, rows, rounds: as in :func:`write`.
+        keep: returns the rows kept.
+        sampling: of the first round; later ones use the seeds that follow.
+        per_prompt: most rows that one prompt can yield.
+    """
+    for name, value in (("rows", rows), ("rounds", rounds), ("prompts", len(prompts))):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    result: WriteResult[T] = WriteResult([], rows)
+    dropped: Counter[str] = Counter()
+    next_prompt = offered = 0
+    while result.incomplete and result.rounds < rounds:
+        rate = max(len(result.rows) / offered, _LEAST_RATE) if offered else 1.0
+        asked = min(len(prompts), math.ceil((rows - len(result.rows)) / (rate * per_prompt)))
+        picked = [prompts[(next_prompt + i) % len(prompts)] for i in range(asked)]
+        result.rows += keep(picked, replace(sampling, seed=sampling.seed + result.rounds), dropped)
+        next_prompt = (next_prompt + asked) % len(prompts)
+        offered += asked * per_prompt
+        result.completions += asked * sampling.n
+        result.rounds += 1
+    surplus = len(result.rows) - rows
+    if surplus > 0:
+        dropped["more than were wanted"] += surplus
+        del result.rows[rows:]
+    result.dropped = {reason: count for reason, count in dropped.most_common() if count}
+    if result.incomplete:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in result.dropped.items())
+        logger.warning("%d rows of %d after %d rounds (%s)", len(result.rows), rows, result.rounds, reasons)
+    return result

@@ -1,0 +1,180 @@
+"""The reward of a recipe is what the recipe names."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from acqsynth import config as recipes, engines
+from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig
+from acqsynth.domains import Sample
+from acqsynth.domains.arithmetic import Arithmetic
+from acqsynth.rewards import PaperReward
+from acqsynth.rewards.build import build, check
+from acqsynth.rewards.paper import ReleasedDiversity
+from acqsynth.rewards.reward import DEFAULT_WEIGHTS
+
+SEEDS = [Sample(f"{n}+{n}", str(2 * n), f"{n} and {n}") for n in range(1, 9)]
+
+
+def reward(config, domain, student, engine=EngineConfig()):  # noqa: B008
+    return build(config, domain, str(student), engine, seeds=SEEDS, evaluation=SEEDS[:2])
+
+
+def test_the_default_reward(domain, student_path):
+    made = reward(RewardConfig(answers={"k": 2}, reference=3), domain, student_path)
+    assert [signal.name for signal in made.signals] == ["mutual_information", "influence", "learnability", "diversity"]
+    assert made.fusion == "z"
+    assert made.weights == DEFAULT_WEIGHTS
+    assert made.signals[2].answers.k == 2
+    assert "not_in_evaluation" in [gate.name for gate in made.gates]
+
+
+@pytest.mark.parametrize("signals", [None, {"diversity": {}}])
+def test_a_reward_of_labelled_samples(student_path, signals):
+    asked = [Sample("double 321", "0"), Sample("no question", "1")]
+    computed = RewardConfig(signals=signals, labelling=LabellingConfig(method="computed"))
+    [gate] = [g for g in reward(computed, Arithmetic(), student_path).gates if g.name == "labelled"]
+    assert gate(asked) == [Sample("double 321", "642", "", {"skill": "double"}), False]
+    own = RewardConfig(signals=signals, labelling=LabellingConfig(method="own"))
+    for config in (own, RewardConfig(signals=signals)):
+        assert "labelled" not in [g.name for g in reward(config, Arithmetic(), student_path).gates]
+
+
+def weights(engine):
+    return engine.model.get_output_embeddings().weight.data_ptr()
+
+
+def test_the_reward_holds_one_copy_of_the_student_and_moves_it(domain, student_path, tmp_path):
+    """Scorers, sampled answers and labels use the same weights, before and after a refresh."""
+    config = RewardConfig(labelling=LabellingConfig(k=4), answers={"k": 2, "max_tokens": 4})
+    made = reward(config, domain, student_path)
+    parts = {part.name: part for part in (*made.signals, *made.gates)}
+    engine = parts["learnability"].answers.engine
+    assert parts["labelled"].label.labeller.engine is engine
+    made.score(["<question>1 + 1?</question><answer>2</answer>"], [0])
+    scorers = [parts[name].scorer for name in ("mutual_information", "influence", "fluent")]
+    student = scorers[0]._student()
+    assert all(scorer._student() is student for scorer in scorers)
+    assert weights(engine) == student.head.weight.data_ptr()
+    newer = tmp_path / "newer"
+    with torch.no_grad():
+        engine.model.get_output_embeddings().weight.mul_(2.0)
+    engine.model.save_pretrained(newer)
+    engine.tokenizer.save_pretrained(newer)
+    made.refresh(str(newer))
+    moved = scorers[0]._student()
+    assert moved is not student
+    assert all(scorer._student() is moved for scorer in scorers)
+    assert weights(engine) == moved.head.weight.data_ptr()
+
+
+def test_an_engine_on_another_device_or_in_another_dtype_loads_its_own(domain, student_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(engines, "load", lambda name, path, **options: loaded.append((name, path, options)))
+    config = RewardConfig(signals={"learnability": {}, "entropy": {}}, scoring={"device": "cpu"})
+    reward(config, domain, student_path, EngineConfig(options={"dtype": "bfloat16"}))
+    reward(config, domain, student_path, EngineConfig(options={"device": "meta"}))
+    reward(config, domain, student_path, EngineConfig(name="vllm"))
+    path = str(student_path)
+    assert loaded == [
+        ("transformers", path, {"dtype": "bfloat16"}),
+        ("transformers", path, {"device": "meta"}),
+        ("vllm", path, {}),
+    ]
+
+
+def test_a_teacher_labels_with_an_engine_of_its_own(domain, scripted, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(engines, "load", lambda name, path: loaded.append(path) or scripted(lambda question: ["2"]))
+    config = RewardConfig(
+        signals={"diversity": {}},
+        gates=["labelled"],
+        labelling=LabellingConfig(method="teacher", teacher="a/teacher", k=2),
+    )
+    [gate] = reward(config, domain, "student").gates
+    assert gate([Sample("1 + 1?", "3")]) == [Sample("1 + 1?", "2")]
+    assert loaded == ["a/teacher"]
+
+
+def test_signals_are_those_named_in_their_order(domain, student_path):
+    names = ["diversity", "entropy", "semantic_entropy", "gradient", "margin", "confidence", "proximity"]
+    config = RewardConfig(
+        signals={name: {} for name in names} | {"proximity": {"clusters": 4}},
+        fusion="z",
+        weights={"entropy": 2.0},
+        gates=["sound", "new"],
+    )
+    made = reward(config, domain, student_path)
+    assert [signal.name for signal in made.signals] == names
+    assert made.fusion == "z"
+    assert made.weights["entropy"] == 2.0
+    assert [gate.name for gate in made.gates] == ["sound", "new"]
+    by_name = {signal.name: signal for signal in made.signals}
+    assert by_name["entropy"].scorer is by_name["margin"].scorer
+    assert by_name["confidence"].answers.sampling.top2
+
+
+def test_the_released_reward(domain, student_path):
+    made = reward(RewardConfig(signals={"diversity": {}}, paper_compat=True), domain, student_path)
+    assert isinstance(made, PaperReward)
+    assert isinstance(made.signals[0], ReleasedDiversity)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (RewardConfig(signals={"entropi": {}}), "^signals: unknown 'entropi', expected one of confidence"),
+        (RewardConfig(signals={"entropy": {}}, gates=["sond"]), "^gates: unknown 'sond', expected one of sound"),
+        (RewardConfig(gates=["sond"]), "^gates: unknown 'sond', expected one of sound"),
+    ],
+)
+def test_an_unknown_part_is_named(domain, student_path, config, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check(config, domain)
+
+
+@pytest.mark.parametrize("name", recipes.recipes())
+def test_every_reward_of_the_recipes_can_be_made(domain, student_path, name):
+    made = reward(recipes.load(name).reward, domain, student_path)
+    assert made.signals
+    check(recipes.load(name).reward, domain)
+
+
+def test_a_call_of_the_default_reward_reads_each_sample_as_rarely_as_it_can(domain, student_path, sample):
+    """32 samples: the student's passes beside its generation, and the tokenizer's calls, one a prompt of the engine."""
+    config = RewardConfig(answers={"k": 2, "max_tokens": 4}, scoring={"batch_tokens": 65536})
+    seeds = [sample(10 * a + 1, 7) for a in range(1, 9)]
+    made = build(config, domain, str(student_path), EngineConfig(), seeds=seeds, evaluation=[])
+    engine = made.signals[2].answers.engine
+    texts = [
+        f"<question>{s.question}</question><answer>{s.answer}</answer>" for s in (sample(a, 100) for a in range(32))
+    ]
+    made.score(texts, [0] * 32, update=False)  # the limits of the seeds and the reference
+    counts = Counter()
+    generate, tokenizer = engine.generate, type(engine.tokenizer)
+
+    def generating(*arguments):
+        counts["generating"] += 1
+        try:
+            return generate(*arguments)
+        finally:
+            counts["generating"] -= 1
+
+    def tokenizing(self, *arguments, inner=tokenizer.__call__, **options):
+        counts["tokenizer"] += 1
+        return inner(self, *arguments, **options)
+
+    engine.generate = generating
+    hook = engine.model.model.register_forward_pre_hook(
+        lambda *_: counts.update(forwards=not counts["generating"]), with_kwargs=False
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "__call__", tokenizing)
+        rewards = made.score(texts, [0] * 32, update=False)
+    hook.remove()
+    assert all(rewards.passed)
+    assert counts["tokenizer"] <= 35
+    assert counts["forwards"] <= 4

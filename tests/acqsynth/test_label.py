@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import numpy
+import pytest
+
+from acqsynth.config import LabellingConfig
+from acqsynth.domains import Sample
+from acqsynth.domains.math import Math
+from acqsynth.label import Label, Labeller, _reasoning, accuracy, cluster, cluster_texts, label, label_by_domain
+
+QUESTION = Sample("3+4", "99", "the generator's own")
+
+
+def labelled(sums, scripted, texts, **options):
+    engine = scripted(lambda prompt, i, seed: texts[i])
+    [found] = label(engine, sums, [QUESTION], k=len(texts), **options)
+    return found
+
+
+def test_the_majority_is_the_label(sums, scripted):
+    texts = ["so\n7", "3 and 4\nmake\n7.0", "8", "think\nlonger here\n 7", "no idea"]
+    found = labelled(sums, scripted, texts)
+    # 7, " 7" and 7.0 are one answer; of its three completions the second is the one of median length.
+    assert found == Label(Sample("3+4", "7.0", "3 and 4\nmake"), 3 / 5, ["7", "7.0", "8", " 7", None])
+
+
+def test_the_domain_computes_labels(sums):
+    answers = {"3+4": Sample("3+4", "7")}
+    sums.computed = lambda samples, seed: [answers.get(s.question) for s in samples]
+    right, unknown = label_by_domain(sums, [QUESTION, Sample("what?", "1")])
+    assert right == Label(Sample("3+4", "7"), 1.0, ["7"])
+    assert unknown == Label(None, 0.0, [], "the domain cannot compute it")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "reasoning"),
+    [
+        ("7", "7", ""),
+        ("3 and 4\n7\n", "7", "3 and 4"),
+        ("3 and 4\nso it is:7", "7", "3 and 4"),
+        ("it is:7", "7", "it is:7"),  # the one line there is holds the steps
+        ("a loop\n```\nf()\n```", "```\nf()\n```", "a loop"),
+        ("3 and 4\n7, I think", "7", "3 and 4\n7, I think"),
+    ],
+)
+def test_the_answer_is_cut_from_the_reasoning(sums, text, answer, reasoning):
+    sums.answer_of = lambda line: line.split(":")[-1]
+    assert _reasoning(sums, text, answer) == reasoning
+
+
+@pytest.mark.parametrize(
+    ("texts", "agreement", "why"),
+    [
+        (["no", "idea"], 0.0, "no completion gives an answer"),
+        (["7", "8", "9", "7"], 0.5, "agreement 0.50 is below 0.60"),
+        (["7", "no", "idea"], 1 / 3, "agreement 0.33 is below 0.60"),
+        (["7...", "7...", "8"], 2 / 3, "every completion that agrees was cut off"),
+    ],
+)
+def test_it_abstains(sums, scripted, texts, agreement, why):
+    found = labelled(sums, scripted, texts, threshold=0.6)
+    assert (found.sample, found.agreement, found.abstained_why) == (None, pytest.approx(agreement), why)
+
+
+def test_a_tie_is_no_majority(sums, scripted):
+    found = labelled(sums, scripted, ["7", "8", "8", "7"], threshold=0.5)
+    assert found.abstained_why == "2 completions agree on each of two answers"
+
+
+def test_what_was_cut_off_counts_but_does_not_stand_for_the_rest(sums, scripted):
+    found = labelled(sums, scripted, ["a\n7...", "bb\n7", "ccc\n7..."])
+    assert found.sample == Sample("3+4", "7", "bb")
+    assert found.agreement == 1
+
+
+def test_how_answers_are_drawn(sums, scripted):
+    engine = scripted(lambda prompt, i, seed: "7")
+    labels = label(engine, sums, [QUESTION, Sample("1+1", "")], k=3, temperature=0.4, seed=9)
+    [(prompts, sampling)] = engine.calls
+    assert prompts == [sums.student_prompt("3+4"), sums.student_prompt("1+1")]
+    assert (sampling.n, sampling.temperature, sampling.seed, sampling.max_tokens) == (3, 0.4, 9, 8)
+    assert [found.sample.question for found in labels if found.sample] == ["3+4", "1+1"]
+    assert label(engine, sums, []) == []
+
+
+def test_representatives_alone_are_compared(sums, monkeypatch):
+    compared: list[tuple[str, str | None]] = []
+    equivalent = sums.equivalent
+
+    def counted(gold, answers):
+        compared.extend((sample.answer, answer) for sample, answer in zip(gold, answers, strict=True))
+        return equivalent(gold, answers)
+
+    monkeypatch.setattr(sums, "equivalent", counted)
+    answers = ["7", " 7", "7 ", "8", "7.0", None, "8"]
+    assert cluster(sums, [QUESTION], [answers]) == [[[0, 1, 2, 4], [3, 6]]]
+    assert compared == [("7", "8"), ("7", "7.0"), ("8", "7.0"), ("7.0", "7")]  # the last: the other way round
+
+
+def test_equivalence_of_one_direction_joins_nothing(sums, monkeypatch):
+    """As with tests instead of a gold answer: 8 is right, whatever it is compared with."""
+    monkeypatch.setattr(sums, "equivalent", lambda gold, answers: [answer == "8" for answer in answers])
+    assert cluster(sums, [QUESTION], [["7", "8", "9"]]) == [[[0], [1], [2]]]
+
+
+def test_no_cluster_is_joined_through_a_third(sums, monkeypatch):
+    near = lambda gold, answers: [abs(float(g.answer) - float(a)) < 1.5 for g, a in zip(gold, answers, strict=True)]  # noqa: E731
+    monkeypatch.setattr(sums, "equivalent", near)
+    assert cluster(sums, [QUESTION] * 2, [["1", "3", "2", "9"], []]) == [[[0], [1], [2], [3]], []]
+    assert cluster(sums, [QUESTION], [["1", "2", "2.0", "9", "1.0", "9.5"]]) == [[[0, 1, 2, 4], [3, 5]]]
+    # Three votes that differ beside a fourth that is near one of them, and a pair between two pairs.
+    assert cluster(sums, [QUESTION], [["1", "4", "7", "8"]]) == [[[2, 3], [0], [1]]]
+    assert cluster(sums, [QUESTION], [["1", "1", "3", "3", "2", "2"]]) == [[[0, 1], [2, 3], [4, 5]]]
+
+
+def test_a_percentage_does_not_join_its_two_readings():
+    math = Math()
+    answers = ["0.5"] * 3 + ["50"] * 3 + ["50\\%"]
+    assert cluster(math, [QUESTION], [answers]) == [[[0, 1, 2], [3, 4, 5], [6]]]
+    assert cluster(math, [QUESTION], [["50%", "50", "50 percent"]]) == [[[0, 1, 2]]]
+    assert cluster(math, [QUESTION], [["3 km", "3", "3 m", "3 km"]]) == [[[0, 3], [1], [2]]]
+    math.checker.close()
+
+
+def embed(texts):
+    """Answers as angles in degrees."""
+    angles = numpy.radians([float(text) for text in texts])
+    return numpy.stack([numpy.cos(angles), numpy.sin(angles)], axis=1)
+
+
+def test_open_answers_cluster_by_their_embeddings():
+    # cos 49.5 degrees is 1 - 0.35: 40 is near, 60 and more are not.
+    assert cluster_texts(["0", "100", "40", None, "102", "20"], embed) == [[0, 2, 5], [1, 4]]
+    assert cluster_texts(["5", None], embed) == [[0]]
+    assert cluster_texts([None], embed) == []
+
+
+def test_the_medoid_stands_for_open_answers(sums, scripted):
+    found = labelled(sums, scripted, ["0", "40", "x\n20", "180", "..."], embed=embed)
+    assert found.sample == Sample("3+4", "20", "x")
+    assert found.agreement == 3 / 5
+
+
+def test_accuracy_where_truth_is_known(sums):
+    labels = [
+        Label(Sample("3+4", "7"), 1.0, []),
+        Label(Sample("1+1", "3"), 1.0, []),
+        Label(Sample("?", "3"), 1.0, []),
+        Label(None, 0.0, [], "why"),
+    ]
+    found = accuracy(sums, labels)
+    assert (found.labelled, found.known, found.right, found.share) == (3, 2, 1, 0.5)
+    truth = [Sample("", "7"), Sample("", "3.0"), Sample("", "4"), Sample("", "0")]
+    assert accuracy(sums, labels, truth).share == pytest.approx(2 / 3)
+    assert accuracy(sums, labels[3:]).share is None
+    with pytest.raises(ValueError, match="truth: expected 4 samples, one a label, got 1"):
+        accuracy(sums, labels, truth[:1])
+
+
+def test_wrong_arguments(sums, scripted):
+    with pytest.raises(ValueError, match=r"threshold: expected a share in \(0, 1\], got 0"):
+        labelled(sums, scripted, ["7"], threshold=0)
+    with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
+        label(scripted(str), sums, [QUESTION], k=0)
+
+
+def test_answers_are_as_long_as_asked_for_or_as_the_domains(sums, scripted):
+    engine = scripted(lambda prompt, i, seed: "7")
+    label(engine, sums, [QUESTION], k=2)
+    label(engine, sums, [QUESTION], k=2, max_tokens=3)
+    assert [sampling.max_tokens for _, sampling in engine.calls] == [sums.answer_tokens, 3]
+
+
+def test_a_labeller_asks_the_student_or_the_teacher(sums, scripted):
+    engine = scripted(lambda prompt, i, seed: "7" if i < 3 else "8")
+    engine.reload = moved = [].append
+    for method, teacher in (("majority", None), ("teacher", "a/teacher")):
+        labeller = Labeller(LabellingConfig(method=method, teacher=teacher, k=4), sums, lambda: engine)
+        [found] = labeller([Sample("3+4", "9")], 5)
+        assert (found.sample, found.agreement) == (Sample("3+4", "7"), 0.75)
+        assert engine.calls[-1][1].seed == 5
+        labeller.refresh("a/newer/student")
+    assert moved.__self__ == ["a/newer/student"]  # a teacher does not move
+    with pytest.raises(ValueError, match="options: unknown 'kk', expected max_tokens"):
+        Labeller(LabellingConfig(options={"kk": 1}), sums, lambda: engine)
+
+
+def test_a_labeller_of_the_domain_needs_no_engine(sums):
+    sums.computed = lambda samples, seed: [Sample("3+4", "7")]
+    [found] = Labeller(LabellingConfig(method="computed"), sums, pytest.fail)([QUESTION])
+    assert found.sample == Sample("3+4", "7")

@@ -1,0 +1,378 @@
+"""A whole recipe with fakes in the place of the models: artefacts, sharing, skipping, kills, and what failures say."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fake_run
+import pytest
+
+import acqsynth.train  # noqa: F401  (before processes are forked)
+from acqsynth import config as recipes, label, pipeline, write
+from acqsynth.cli import main
+from acqsynth.config import ConfigError
+from acqsynth.domains import Sample
+from acqsynth.steps import StepError, Store, read_rows, read_table
+
+
+def run(recipe, *overrides):
+    plan = plan_of(recipe, *overrides)
+    store = Store(Path(plan.config.output))
+    return plan, store, [str(step) for step in plan.steps if store.run(step)]
+
+
+def plan_of(recipe, *overrides):
+    return pipeline.plan(recipes.load(recipe, overrides))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a recipe that ran to its end."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "recipe.yaml").write_text(fake_run.RECIPE + f"output: {folder / 'out'}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        fake_run.install(patch.setattr)
+        run(folder / "recipe.yaml")
+    return folder / "out"
+
+
+@pytest.fixture
+def done(finished, recipe, fakes):
+    """The recipe, run to its end in a folder of this test's own."""
+    shutil.copytree(finished, recipe.parent / "out")
+    fakes.clear()
+    return recipe
+
+
+def contents(output):
+    """Every artefact, without what times differ in."""
+    found: dict[str, Any] = {}
+    for path in sorted(output.rglob("*")):
+        if not path.is_file() or path.name in (".lock", "run.log", "report.html"):
+            continue
+        if path.name in ("stage.json", "metrics.json"):
+            content = json.loads(path.read_text())
+            content.pop("seconds", None)
+            content.get("artefacts", {}).pop("metrics.json", None)
+            content.get("artefacts", {}).pop("report.html", None)
+            for arm in content.get("arms", {}).values():
+                arm.pop("seconds", None)
+            found[str(path.relative_to(output))] = content
+        else:
+            found[str(path.relative_to(output))] = path.read_bytes()
+    return found
+
+
+def test_every_artefact_is_there(fakes, recipe):
+    plan, store, ran = run(recipe)
+    output = store.output
+    assert ran == [str(step) for step in plan.steps]
+    assert [folder.name for folder in sorted(output.iterdir())] == [
+        "00-seeds",
+        "01-train",
+        "02-generate",
+        "03-label",
+        "04-fit",
+        "05-evaluate",
+        "06-report",
+    ]
+    assert list(plan.arms) == ["grpo", "no_rl", "random_real", "filtered_real", "error_driven"]
+    for arm in plan.arms:
+        for seed in (0, 1):
+            assert (output / f"04-fit/{arm}-student-70-s{seed}/model/config.json").is_file()
+            counts = json.loads((output / f"04-fit/{arm}-student-70-s{seed}/counts.json").read_text())
+            assert counts == {"wanted": 70, "rows": 70}, arm
+    assert (output / "06-report/report/report.html").is_file()
+    assert not list(output.rglob("*.partial"))
+    assert not list(output.rglob("work"))
+    metrics = json.loads((output / "06-report/report/metrics.json").read_text())
+    assert set(metrics["sets"]) == {"in_distribution", "more"}
+    base = read_table(output / "05-evaluate/base-student/answers-in_distribution.parquet")
+    assert metrics["base"]["student"]["in_distribution"]["accuracy"]["mean"] == sum(base["right"]) / 150
+    assert metrics["training"]["cost"] == {
+        "steps": 3,
+        "seconds_per_step": 2.0,
+        "reward_seconds_per_step": pytest.approx(0.1),
+        "share": pytest.approx(0.05),
+    }
+    assert [row["text"] for row in metrics["samples"]["best"]] == [f"<b>text {i}</b>" for i in (10, 9, 8, 7, 6)]
+    assert metrics["validity"]["signals"]["size"]["batches"] == 4
+    labelled = metrics["arms"]["grpo"]["labelled"]
+    assert labelled["asked"] == metrics["arms"]["grpo"]["written"]["kept"]
+    assert 0 < labelled["right"] < labelled["truth_known"] == labelled["labelled"] < labelled["asked"]
+    assert metrics["arms"]["random_real"]["written"] is None
+
+
+def test_a_second_run_does_nothing(fakes, done):
+    output = done.parent / "out"
+    before = contents(output)
+    assert run(done)[2] == []
+    assert not fakes
+    assert contents(output) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "stages"),
+    [
+        ("evaluation.resamples=30", {"06-report"}),
+        ("evaluation.validity.batches=2", {"05-evaluate", "06-report"}),
+        ("student.seeds=[0, 1, 2]", {"04-fit", "05-evaluate", "06-report"}),
+        ("labelling.k=5", {"03-label", "06-report"}),
+        ("data.real.limit=100", {"00-seeds", "02-generate", "04-fit", "05-evaluate", "06-report"}),
+    ],
+)
+def test_a_changed_key_runs_only_what_reads_it(fakes, done, override, stages):
+    """With k = 5 the fake's labels come out the same, so their fits are spared."""
+    ran = run(done, override)[2]
+    assert {step.split("/")[0] for step in ran} == stages
+    if override.startswith("data.real"):
+        assert not any("grpo" in step or "no_rl" in step for step in ran)
+    if override.startswith("student.seeds"):
+        assert all(step.endswith("-s2") or "report" in step for step in ran)
+
+
+def test_arms_share_what_reads_the_same(fakes, recipe):
+    """Prompting alone is the recipe's own arm and a baseline: one step each. Names are unique within a stage."""
+    plan = plan_of(recipe, "generator.method=none")
+    assert plan.main == "no_rl"
+    assert [str(step) for step in plan.of("generate")].count("02-generate/no_rl") == 1
+    assert plan.of("train") == []
+    for each in (plan, plan_of(recipe, "rounds=2", "baselines=[no_rl, best_of_n]")):
+        names = [str(step) for step in each.steps]
+        assert len(set(names)) == len(names)
+    grpo = plan_of(recipe, "baselines=[no_rl, best_of_n]")
+    selected = next(step for step in grpo.of("generate") if step.name == "best_of_n")
+    assert selected.arguments["spent"].step is grpo.arms["grpo"].trained[0]
+    best = plan_of(recipe, "generator.method=best_of_n", "baselines=[best_of_n, no_rl]")
+    assert list(best.arms) == ["best_of_n", "no_rl"]
+    assert best.arms["best_of_n"].written[0].arguments["spent"] is None
+
+
+def test_all_arms_learn_equal_rows_with_equal_settings(fakes, recipe):
+    plan = plan_of(recipe, "student.rows=[10, 70]", "student.others={small: other}")
+    settings = {}
+    for arm in plan.arms.values():
+        for key, fit in arm.fits.items():
+            other = {name: value for name, value in fit.settings().items() if name != "samples"}
+            settings.setdefault(key, set()).add(json.dumps(other, sort_keys=True))
+    assert list(settings) == [(s, n, seed) for s in ("student", "small") for n in (10, 70) for seed in (0, 1)]
+    assert all(len(each) == 1 for each in settings.values())
+    writing = [plan.arms[name].written[0].arguments["writing"] for name in ("grpo", "no_rl", "error_driven")]
+    assert {each.n for each in writing} == {90}
+
+
+def test_rounds_alternate(fakes, recipe):
+    """The student of a round scores and labels the next, whose generator goes on from the one before."""
+    plan, store, _ = run(recipe, "rounds=3", "baselines=[no_rl]", "evaluation.validity.batches=0")
+    arm = plan.arms["grpo"]
+    assert [str(step) for step in arm.trained] == [f"01-train/grpo-round-{i}" for i in (1, 2, 3)]
+    first, second, third = (step.arguments for step in arm.trained)
+    assert (first["generator"], first["scoring"].student) == ("generator", "student")
+    assert second["generator"].step is arm.trained[0]
+    assert third["generator"].step is arm.trained[1]
+    fits = [second["scoring"].student.step, third["scoring"].student.step]
+    assert [str(fit) for fit in fits] == ["04-fit/grpo-round-1", "04-fit/grpo-round-2"]
+    assert [fit.arguments["n"] for fit in fits] == [24, 24 + 23]
+    assert [len(fit.arguments["samples"]) for fit in (*fits, arm.fits["student", 70, 0])] == [1, 2, 3]
+    assert arm.labelled[1].arguments["model"].step is fits[0]
+    assert [step.arguments["writing"].n for step in arm.written] == [30, 30, 30]
+    # The fake trainer adds 5, and 1 where the student that scores has learnt.
+    strengths = [json.loads((store.path(u / "model") / "config.json").read_text())["strength"] for u in arm.trained]
+    assert strengths == [45, 51, 57]
+    metrics = json.loads((store.path(plan.report / "metrics.json")).read_text())
+    assert [entry["step"] for entry in metrics["training"]["log"]] == list(range(1, 10))
+
+
+def test_rejection_sampling_spends_what_training_did(fakes, recipe):
+    _, store, _ = run(recipe, "baselines=[best_of_n]", "evaluation.validity.batches=0")
+    counts = json.loads((store.output / "02-generate/best_of_n/counts.json").read_text())
+    # Training drew 12 completions in the fake; 90 questions are wanted: (12 + 90) / 90 of them, at least 2 a prompt.
+    assert counts["completions"] == 180
+    table = read_table(store.output / "02-generate/best_of_n/samples.parquet")
+    assert len(table["reward"]) == counts["kept"] > 70
+    assert table["reward_size"] == [1.0] * counts["kept"]
+
+
+def test_errors_are_shown_by_their_skills_share(fakes, recipe):
+    pool = [Sample(f"a{i}", "1", "", {"skill": "a"}) for i in range(10)]
+    pool += [Sample(f"b{i}", "1", "", {"skill": "b"}) for i in range(90)]
+    # Every a is wrong, a tenth of b: a's share of errors is ten times b's.
+    right = [False] * 10 + [i >= 9 for i in range(90)]
+    drawn = Counter(sample.question[0] for sample in pipeline.sample_mistakes(pool, right, 11000, seed=0))
+    assert drawn["a"] / drawn["b"] == pytest.approx(10, rel=0.15)
+    with pytest.raises(StepError, match="error_driven: the student makes no mistake on the held-out rows"):
+        pipeline.sample_mistakes(pool, [True] * 100, 5, seed=0)
+
+
+def test_filtered_rows_are_the_ones_ranked_first(finished):
+    found = read_rows(finished / "02-generate/filtered_real/samples.parquet")
+    assert [sample.question for sample in found] == [f"{n}+1" for n in range(399, 329, -1)]
+    drawn = read_rows(finished / "02-generate/random_real/samples.parquet")
+    assert len({sample.question for sample in drawn}) == 70
+
+
+def test_signals_of_a_pool_are_given_one_batch():
+    seen = []
+    reward = SimpleNamespace(signals=[Recorded(name, seen) for name in ("a", "b")])
+    assert pipeline._values(reward, [Sample("1+1", "2")]) == {"a": [1.0], "b": [1.0]}
+    assert seen[0] is seen[1]
+
+
+class Recorded:
+    def __init__(self, name, seen):
+        self.name = name
+        self.seen = seen
+
+    def __call__(self, samples):
+        self.seen.append(samples)
+        return [1.0] * len(samples)
+
+
+def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):
+    _, store, _ = run(recipe, "data.real={source: 'sums:1140', limit: 100}", "evaluation.validity.batches=0")
+    sizes = json.loads((store.output / "00-seeds/rows/rows.json").read_text())
+    assert sizes["real"] == {"rows": 90, "left_out": 10}
+    assert sizes["evaluation-in_distribution"] == {"rows": 150, "left_out": 0}
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.seeds.source=nowhere.jsonl", "00-seeds/rows: data.seeds: nowhere.jsonl: no such file"),
+        ("data.real={source: 'sums:1000', limit: 100}", "data.real: every row is also in an evaluation set"),
+        ("data.held_out={source: 'bundled:physics'}", "data.held_out: bundled:physics: unknown, expected"),
+        ("evaluation.others.more.source=gone", "evaluation.others.more: gone: no such file"),
+        ("data.seeds={source: 'bundled:mathematics', skip: 50}", "has no rows after the first 50"),
+        ("evaluation.validity.rows=500", "05-evaluate/validity: expected 500 real rows of a skill"),
+    ],
+)
+def test_data_that_can_not_be_used_is_one_sentence(fakes, recipe, override, sentence):
+    with pytest.raises(StepError) as caught:
+        run(recipe, override)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_written_is_one_sentence(fakes, recipe, monkeypatch):
+    nothing = SimpleNamespace(rows=[], completions=64, dropped={"does not parse": 60, "gate new": 4})
+    monkeypatch.setattr(write, "write", lambda *arguments, **options: nothing)
+    told = r"none of 128 completions is a sample \(120 does not parse, 8 gate new\)"
+    with pytest.raises(StepError, match=told):
+        run(recipe)
+
+
+def test_nothing_labelled_is_one_sentence(fakes, recipe, monkeypatch):
+    silent = SimpleNamespace(sample=None, agreement=0.0)
+    monkeypatch.setattr(label, "label", lambda engine, domain, samples, **options: [silent] * len(samples))
+    with pytest.raises(StepError, match=r"03-label/grpo: the answers agree on none of [0-9]+ questions"):
+        run(recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("domain=sum", "domain: unknown 'sum', expected one of math, medical, code, arithmetic"),
+        ("evaluation.others={more: {source: x, domain: y}}", "evaluation.others.more.domain: unknown 'y'"),
+        ("generator.options.learning_rat=1", "generator.options: GRPOConfig has no field 'learning_rat'; did you mean"),
+        ("generator.options.num_generations=3", "generator.options: generation_batch_size (8) must be divisible"),
+        ("generator.options.lora={rank: 2}", "generator.options.lora: LoraConfig has no field 'rank'"),
+        ("generator={model: m, method: dpo, options: {bet: 1}}", "generator.options: DPOConfig has no field 'bet'"),
+        ("student.options.epochs=1", "student.options: SFTConfig has no field 'epochs'"),
+        ("evaluation.validity.options.epochs=1", "evaluation.validity.options: SFTConfig has no field 'epochs'"),
+        ("engine.options.batch_token=1", "engine.options: unknown 'batch_token', expected one of device, dtype"),
+        ("labelling.options.kk=1", "labelling.options: unknown 'kk', expected max_tokens"),
+        ("reward.signals={entropi: {}}", "reward.signals: unknown 'entropi', expected one of confidence"),
+        (
+            "reward.signals.diversity.ridg=1",
+            "reward.signals.diversity: got an unexpected keyword argument 'ridg'",
+        ),
+        ("reward.weights={margin: 1}", "reward.weights: unknown ['margin'], expected"),
+        ("reward.gates=[sond]", "reward.gates: unknown 'sond', expected one of sound"),
+        ("reward.scoring={max_length: 1}", "reward.scoring: max_length: expected at least 2 tokens, got 1"),
+        ("reward.scoring={max_lenth: 1}", "reward.scoring: got an unexpected keyword argument 'max_lenth'"),
+        ("reward.answers={k: 0}", "reward.answers: k: expected at least 1 answer, got 0"),
+        ("reward.answers={temperature: -1}", "reward.answers: temperature: expected at least 0, got -1"),
+        ("reward.labelling={options: {kk: 1}}", "reward.labelling.options: unknown 'kk'"),
+    ],
+)
+def test_the_plan_finds_what_a_library_would_refuse(tmp_path, override, sentence):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(fake_run.RECIPE.replace("domain: sums", "domain: math"))
+    with pytest.raises(ConfigError) as caught:
+        plan_of(recipe, override)
+    assert str(caught.value).startswith(sentence)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", recipes.recipes())
+def test_every_recipe_of_the_package_has_a_plan(name):
+    plan = pipeline.plan(recipes.load(name))
+    assert str(plan.report) == "06-report/report"
+    assert plan.main in plan.arms
+
+
+KILLED = [
+    "train-checkpoint 1",
+    "write 2",
+    "label 1",
+    "fit 1",
+    "fit 3",
+    "generate 9",
+    "best 2",
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run ends with that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = start(folder, None)
+    process.join(120)
+    assert process.exitcode == 0
+    return contents(folder / "out")
+
+
+@pytest.mark.parametrize("pause", KILLED)
+def test_killed_and_started_again_it_ends_with_the_same(whole, pause, tmp_path):
+    process = start(tmp_path, pause)
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "reached").exists():
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    finished = [path for path in (tmp_path / "out").rglob("stage.json") if path.parent.suffix != ".partial"]
+    times = {path: path.stat().st_mtime_ns for path in finished}
+    assert times
+    again = start(tmp_path, None)
+    again.join(120)
+    assert again.exitcode == 0
+    assert {path: path.stat().st_mtime_ns for path in finished} == times
+    assert contents(tmp_path / "out") == whole
+
+
+def start(folder, pause):
+    """The recipe in a process of its own, which waits at the call named by ``pause``; forked, to spare imports."""
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, pause))
+    process.start()
+    return process
+
+
+def _run(folder, pause):
+    os.chdir(folder)
+    fake_run.calls.clear()
+    if pause is not None:
+        os.environ.update({"ACQSYNTH_TEST_PAUSE": pause, "ACQSYNTH_TEST_PAUSE_FILE": str(folder / "reached")})
+    Path("recipe.yaml").write_text(fake_run.RECIPE + "output: out\nbaselines: [no_rl, best_of_n, error_driven]\n")
+    fake_run.install(setattr)
+    sys.exit(main(["run", "recipe.yaml"]))

@@ -1,0 +1,419 @@
+"""Training through TRL: what is learnt, what a folder holds afterwards, and kills."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import math
+from types import SimpleNamespace
+
+import pandas
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig
+
+from acqsynth import train
+from acqsynth.domains import Sample
+from acqsynth.engines import Sampling
+from acqsynth.engines.transformers import TransformersEngine
+from acqsynth.parsing import as_text
+from acqsynth.rewards import AcquisitionReward
+from acqsynth.train import REWARD_STATE, Progress, RewardStates, last_checkpoint, newest_checkpoint, read_log
+from acqsynth.write import Candidate
+
+SAMPLES = [Sample(f"{a}+{b}", str(a + b), f"{a} and {b}") for a in range(4) for b in range(4)]
+ASK = [[{"role": "user", "content": f"prompt {i}"}] for i in range(8)]
+REPLAY = [
+    {"prompt": [{"role": "user", "content": f"greet {i}"}], "completion": [{"role": "assistant", "content": "hello"}]}
+    for i in range(9)
+]
+QUICK = {"gradient_checkpointing": False, "use_cpu": True, "disable_tqdm": True}
+SHORT = QUICK | {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
+GRPO = SHORT | {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 6}
+DPO = SHORT | {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2}
+
+
+def weights(path):
+    return AutoModelForCausalLM.from_pretrained(path).state_dict()
+
+
+def changed(before, after):
+    """Names of the parameters that differ."""
+    before, after = weights(before), weights(after)
+    return {name for name in before if not before[name].equal(after[name])}
+
+
+class KillAt(TrainerCallback):
+    """Ends the run after a step, as a signal would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **rest):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def test_options_win_over_defaults(tmp_path):
+    given = {"learning_rate": 3.0, "use_cpu": True, "lora": {"r": 3}}
+    config, lora = train.configuration("sft", given, tmp_path)
+    assert (config.learning_rate, config.max_length, config.output_dir) == (3.0, 2048, str(tmp_path))
+    assert (config.report_to, config.logging_steps, lora.r, lora.task_type) == ([], 1, 3, "CAUSAL_LM")
+    assert isinstance(config, SFTConfig)
+    assert given == {"learning_rate": 3.0, "use_cpu": True, "lora": {"r": 3}}
+    assert train.configuration("dpo", {"use_cpu": True}, tmp_path)[1] is None
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("grpo", {"num_generation": 2}, "options: GRPOConfig has no field 'num_generation'; did you mean 'num_gen"),
+        (
+            "sft",
+            {"learning_rates": 1},
+            "options: SFTConfig has no field 'learning_rates'; did you mean 'learning_rate'",
+        ),
+        ("dpo", {"zzz": 1}, "options: DPOConfig has no field 'zzz'$"),
+        ("grpo", {"lora": {"rank": 2}}, "options.lora: LoraConfig has no field 'rank'"),
+        ("sft", {"output_dir": "x"}, "options: output_dir is set by the argument output"),
+        (
+            "grpo",
+            GRPO | {"num_generations": 3},
+            r"generation_batch_size \(4\) must be divisible by num_generations \(3",
+        ),
+    ],
+)
+def test_wrong_options(tmp_path, method, options, message):
+    with pytest.raises(ValueError, match=message):
+        train.configuration(method, options, tmp_path)
+
+
+@pytest.mark.parametrize("batch", [None, 8, 2])
+def test_the_published_settings_by_default(tmp_path, batch):
+    options = {} if batch is None else {"per_device_train_batch_size": batch}
+    config, _ = train.configuration("sft", options, tmp_path)
+    assert (config.num_train_epochs, config.learning_rate, config.lr_scheduler_type) == (5, 2e-5, "cosine")
+    assert config.get_warmup_steps(1000) == 50
+    assert config.completion_only_loss
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 16
+
+
+# --- the student ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_what_a_student_is_asked_and_says(sums):
+    assert train.training_rows(sums, SAMPLES[5:6]) == [
+        {
+            "prompt": [{"role": "user", "content": "1+1"}],
+            "completion": [{"role": "assistant", "content": "1 and 1\n2"}],
+        }
+    ]
+
+
+def test_replay_is_a_share_of_all_rows():
+    drawn = train.sample_replay(REPLAY, 0.2, 16, seed=0)
+    assert len(drawn) == 4
+    assert all(row in REPLAY for row in drawn)
+    assert drawn == train.sample_replay(REPLAY, 0.2, 16, seed=0) != train.sample_replay(REPLAY, 0.2, 16, seed=1)
+    with pytest.raises(ValueError, match=r"replay_share: expected a share in \[0, 1\), got 1.0"):
+        train.sample_replay(REPLAY, 1.0, 16, seed=0)
+    with pytest.raises(ValueError, match=r"replay: expected 16 rows for a share of 0.5 beside 16 samples, got 9"):
+        train.sample_replay(REPLAY, 0.5, 16, seed=0)
+
+
+def test_a_student_learns_and_its_folder_is_a_model(sums, student_path, tmp_path):
+    options = QUICK | {"num_train_epochs": 80, "learning_rate": 1e-2, "save_strategy": "no"}
+    output, said, shown = tmp_path / "out", [], []
+    callbacks = [Progress(said.append, shown.append)]
+    assert train.sft(str(student_path), sums, SAMPLES, output, options, callbacks=callbacks) == output
+    losses = [row["loss"] for row in read_log(output) if "loss" in row]
+    assert losses[-1] < 0.1 < 4 < losses[0]
+    engine = TransformersEngine(output)
+    asked = [sums.student_prompt(sample.question) for sample in SAMPLES]
+    answers = [sums.answer_of(g[0].text) for g in engine.generate(asked, Sampling(temperature=0, max_tokens=16))]
+    assert sums.equivalent(SAMPLES, answers).count(True) >= 14
+    card = (output / "README.md").read_text()
+    assert "- sft" in card
+    assert len(shown) == 80
+    assert [line.partition(":")[0] for line in said] == [f"step {step} of 80" for step in range(8, 81, 8)]
+    assert said[-1].startswith("step 80 of 80: loss ")
+
+
+def test_the_loss_is_that_of_the_completion(sums, student_path, tmp_path):
+    """Of a sample and of replayed rows."""
+    options = QUICK | {"max_steps": 1, "save_strategy": "no"}
+    train.sft(str(student_path), sums, SAMPLES[:1], tmp_path, options)
+    tokenizer, model = AutoTokenizer.from_pretrained(student_path), AutoModelForCausalLM.from_pretrained(student_path)
+    [row] = train.training_rows(sums, SAMPLES[:1])
+    whole = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True)["input_ids"]
+    first = len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"])
+    with torch.no_grad():
+        logprobs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+    expected = -torch.stack([logprobs[t - 1, whole[t]] for t in range(first, len(whole))]).mean()
+    assert read_log(tmp_path)[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert whole[-1] == tokenizer.eos_token_id  # learnt too
+
+
+def test_a_killed_fit_with_lora_and_replay_ends_as_if_it_had_not_been(sums, student_path, tmp_path):
+    options = QUICK | {"num_train_epochs": 2, "learning_rate": 1e-2, "gradient_accumulation_steps": 2}
+    options["lora"] = {"r": 2, "target_modules": ["up_proj"]}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    learnt = (str(student_path), sums, SAMPLES[:12])
+    replayed = {"replay": REPLAY, "replay_share": 0.25}
+    train.sft(*learnt, whole, options, **replayed)
+    with pytest.raises(KeyboardInterrupt):
+        train.sft(*learnt, cut, options, **replayed, callbacks=[KillAt(3)])
+    assert [folder.name for folder in cut.glob("checkpoint-*")] == ["checkpoint-2"]
+    train.sft(*learnt, cut, options, **replayed)
+    assert not changed(whole, cut)
+    assert [row["step"] for row in read_log(cut)] == [row["step"] for row in read_log(whole)] == [1, 2, 3, 4, 4]
+    assert changed(student_path, whole) == {f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)}
+    assert (whole / "adapter" / "adapter_config.json").is_file()
+
+
+def test_wrong_arguments(sums, student_path, answer_reward, tmp_path):
+    with pytest.raises(ValueError, match="samples: expected at least one"):
+        train.sft(str(student_path), sums, [], tmp_path)
+    with pytest.raises(ValueError, match="prompts: expected at least one"):
+        train.grpo(str(student_path), [], answer_reward, tmp_path)
+    with pytest.raises(ValueError, match="every: expected at least 1 step, got 0"):
+        train.Refresh(0, print)
+
+
+# --- GRPO -------------------------------------------------------------------------------------------------------------
+
+
+def test_two_steps_of_grpo_and_what_they_leave(student_path, tokenizer, model, tmp_path):
+    """With two rewards of this package, activation checkpointing as TRL has it, and batches accumulated."""
+    entropy = AcquisitionReward(model, tokenizer=tokenizer, parse=as_text)
+    rewards = [entropy, AcquisitionReward(model, "loss", tokenizer=tokenizer)]
+    options = GRPO | {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    options["gradient_checkpointing"] = True
+    output = tmp_path / "out"
+    assert train.grpo(str(student_path), ASK, rewards, output, options) == output
+    steps = [row for row in read_log(output) if "reward" in row]
+    assert [row["step"] for row in steps] == [1, 2]
+    for row in steps:
+        assert row["rewards/acquisition_entropy/mean"] == pytest.approx(row["reward"])  # nothing parses as a sample
+        assert row["acquisition_loss/parsed"] == 0
+        assert 0 < row["reward_seconds"] < row["seconds"]
+        assert row["reward_share"] == pytest.approx(row["reward_seconds"] / row["seconds"])
+        assert row["completions/mean_length"] <= 6
+    table = pandas.read_parquet(output / "completions" / "completions_00002.parquet")
+    assert len(table) == 4
+    assert {"prompt", "completion", "advantage", "acquisition_entropy", "acquisition_entropy_value"} <= set(table)
+    assert table["acquisition_entropy"].tolist() == pytest.approx(table["acquisition_entropy_value"].tolist())
+    assert changed(student_path, output)
+    assert json.loads((output / "config.json").read_text())["use_cache"] is True
+    assert AutoTokenizer.from_pretrained(output).chat_template == tokenizer.chat_template
+    assert "GRPO" in (output / "README.md").read_text()
+    assert not list(output.glob("checkpoint-*"))
+
+
+def test_a_killed_grpo_ends_as_if_it_had_not_been(student_path, answer_reward, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train.grpo(str(student_path), ASK, answer_reward, whole, GRPO)
+    reward = type(answer_reward)()
+    with pytest.raises(KeyboardInterrupt):
+        train.grpo(str(student_path), ASK, reward, cut, GRPO, callbacks=[KillAt(3)])
+    assert [folder.name for folder in cut.glob("checkpoint-*")] == ["checkpoint-2"]
+    (cut / "checkpoint-3").mkdir()  # cut off while it was written
+    (cut / "checkpoint-3" / "model.safetensors").write_text("half")
+    reward = type(answer_reward)()  # another process
+    train.grpo(str(student_path), ASK, reward, cut, GRPO)
+    assert reward.calls == 4  # its state came from the checkpoint, two steps followed
+    assert not changed(whole, cut)
+    logs = [
+        [{key: row[key] for key in ("step", "reward", "calls", "loss")} for row in read_log(path) if "reward" in row]
+        for path in (whole, cut)
+    ]
+    assert logs[0] == logs[1]
+    assert [row["calls"] for row in logs[0]] == [1, 2, 3, 4]
+    for step in range(1, 5):
+        name = f"completions/completions_{step:05d}.parquet"
+        assert pandas.read_parquet(whole / name).equals(pandas.read_parquet(cut / name))
+
+
+def test_lora_is_trained_and_merged(student_path, answer_reward, tmp_path):
+    options = GRPO | {"max_steps": 1, "lora": {"r": 2, "target_modules": ["q_proj"]}}
+    train.grpo(str(student_path), ASK, answer_reward, tmp_path, options)
+    assert changed(student_path, tmp_path) == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
+    base = AutoModelForCausalLM.from_pretrained(student_path)
+    merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    assert all(merged[name].allclose(value, atol=1e-6) for name, value in weights(tmp_path).items())
+
+
+def test_the_student_is_refreshed_and_its_staleness_logged(student_path, answer_reward, tmp_path):
+    students = []
+
+    def probe():
+        order = {0: [1.0, 2.0, 3.0, 4.0], 1: [2.0, 1.0, 3.0, 4.0], 2: [2.0, 1.0, 4.0, 3.0]}[len(students)]
+        return [*order, None]
+
+    refresh = train.Refresh(every=1, student=students.append, probe=probe)
+    train.grpo(str(student_path), ASK, answer_reward, tmp_path, GRPO | {"max_steps": 3}, refresh=refresh)
+    assert students == [1, 2]  # after the last step there is nothing left to score
+    entries = [row for row in read_log(tmp_path) if "student_refreshed" in row]
+    assert [(row["step"], row["staleness"]) for row in entries] == [(1, pytest.approx(0.8)), (2, pytest.approx(0.8))]
+    assert [row["staleness_since_start"] for row in entries] == [pytest.approx(0.8), pytest.approx(0.6)]
+
+
+def test_a_run_that_goes_on_begins_with_the_student_it_had(student_path, answer_reward, tmp_path):
+    students = []
+    arguments = (str(student_path), ASK, answer_reward, tmp_path, GRPO | {"save_steps": 3})
+    refresh = train.Refresh(every=2, student=students.append)
+    with pytest.raises(KeyboardInterrupt):
+        train.grpo(*arguments, refresh=refresh, callbacks=[KillAt(4)])
+    assert students == [2]
+    train.grpo(*arguments, refresh=refresh)
+    assert students == [2, 2]
+
+
+def test_an_async_reward_is_timed_too(student_path, tmp_path):
+    class Slow:
+        async def __call__(self, completions, **columns):
+            await asyncio.sleep(0.05)
+            return [float(i) for i in range(len(completions))]
+
+    train.grpo(str(student_path), ASK, Slow(), tmp_path, GRPO | {"max_steps": 1})
+    [row] = [row for row in read_log(tmp_path) if "reward" in row]
+    assert row["rewards/Slow/mean"] == pytest.approx(1.5)
+    assert 0.05 <= row["reward_seconds"] < row["seconds"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="it would start vllm")
+def test_vllm_modes_pass_through(student_path, answer_reward, tmp_path):
+    options = GRPO | {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.2}
+    with pytest.raises(ImportError, match="vLLM is not available"):
+        train.grpo(str(student_path), ASK, answer_reward, tmp_path, options)
+
+
+# --- DPO --------------------------------------------------------------------------------------------------------------
+
+
+def scored(total, passes=True, sample=True):
+    return Candidate(ASK[0], f"text {total}", Sample("1+1", "2") if sample else None, total, {}, {"good": passes})
+
+
+def test_pairs_of_best_and_worst():
+    groups = [
+        [scored(1.0), scored(3.0), scored(2.0), scored(None)],
+        [scored(4.0, passes=False), scored(1.0), scored(0.0, sample=False)],  # the best is gated, the worst no sample
+        [scored(1.0), scored(1.0)],
+        [scored(5.0, passes=False), scored(0.0, sample=False)],
+        [scored(None), scored(2.0)],
+        [scored(1.0), scored(1.25)],
+    ]
+    totals = [(row["chosen_total"], row["rejected_total"]) for row in train.pairs(groups)]
+    assert totals == [(3.0, 1.0), (1.0, 0.0), (1.25, 1.0)]
+    assert [row["chosen_total"] for row in train.pairs(groups, margin=0.5)] == [3.0, 1.0]
+    assert train.pairs(groups)[0] == {
+        "prompt": ASK[0],
+        "chosen": [{"role": "assistant", "content": "text 3.0"}],
+        "rejected": [{"role": "assistant", "content": "text 1.0"}],
+        "chosen_total": 3.0,
+        "rejected_total": 1.0,
+    }
+
+
+@pytest.fixture
+def engine(scripted, written):
+    return scripted(lambda prompt, i, seed: written(f"{i}+{prompt[0]['content'][-1]}", i) if i else "no sample")
+
+
+def test_two_steps_of_dpo_and_what_they_leave(student_path, engine, answer_reward, tmp_path):
+    output = tmp_path / "out"
+    options = DPO | {"lora": {"r": 2, "target_modules": ["q_proj", "v_proj"]}}
+    found = train.dpo(
+        str(student_path), ASK[:4], answer_reward, output, options, sampling=Sampling(n=3), engine=lambda: engine
+    )
+    assert found == output
+    table = pandas.read_parquet(output / "pairs.parquet")
+    assert table["chosen_total"].tolist() == [2.0] * 4
+    assert table["rejected_total"].tolist() == [0.0] * 4
+    assert table["rejected"][0][0]["content"] == "no sample"
+    assert [row["step"] for row in read_log(output) if "rewards/margins" in row] == [1, 2]
+    assert changed(student_path, output) == {
+        f"model.layers.{i}.self_attn.{m}_proj.weight" for i in range(2) for m in "qv"
+    }
+    assert (output / "adapter" / "adapter_model.safetensors").is_file()
+    assert not list(output.glob("checkpoint-*"))
+    assert "DPO" in (output / "README.md").read_text()
+
+
+def test_a_killed_run_keeps_its_pairs(student_path, engine, answer_reward, tmp_path):
+    arguments = (str(student_path), ASK[:4], answer_reward, tmp_path / "out", DPO)
+    with pytest.raises(KeyboardInterrupt):
+        train.dpo(*arguments, sampling=Sampling(n=3), engine=lambda: engine, callbacks=[KillAt(1)])
+    train.dpo(*arguments, sampling=Sampling(n=3), engine=lambda: engine)
+    assert len(engine.calls) == 1
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_no_pairs(student_path, scripted, answer_reward, tmp_path):
+    with pytest.raises(ValueError, match=r"prompts: expected a prompt whose best candidate .* found none of 4"):
+        train.dpo(
+            str(student_path),
+            ASK[:4],
+            answer_reward,
+            tmp_path,
+            DPO,
+            sampling=Sampling(n=2),
+            engine=lambda: scripted(lambda *_: "no sample"),
+        )
+
+
+# --- logs and checkpoints ---------------------------------------------------------------------------------------------
+
+
+def checkpoint(folder, step, whole=True):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir()
+    if whole:
+        torch.save([], path / REWARD_STATE)
+    return path
+
+
+def test_the_last_whole_checkpoint(tmp_path):
+    assert last_checkpoint(tmp_path / "none") is None
+    checkpoint(tmp_path, 9)
+    newest = checkpoint(tmp_path, 10)
+    checkpoint(tmp_path, 11, whole=False)
+    assert last_checkpoint(tmp_path) == newest
+
+
+def test_the_newest_checkpoint_before_a_step(tmp_path):
+    assert newest_checkpoint(tmp_path, 10) is None
+    for name in ("checkpoint-2", "checkpoint-4", "checkpoint-10", "checkpoint-last", "checkpoint-6"):
+        (tmp_path / name).mkdir()
+        if name != "checkpoint-6":  # which is not whole
+            (tmp_path / name / "config.json").write_text("{}")
+    assert newest_checkpoint(tmp_path, 10) == tmp_path / "checkpoint-4"
+    assert newest_checkpoint(tmp_path, 11) == tmp_path / "checkpoint-10"
+    assert newest_checkpoint(tmp_path, 2) is None
+
+
+def test_numbers_that_are_not_finite_are_none_in_the_log(tmp_path):
+    log = [{"step": 1, "reward": 0.5}, {"step": 2, "reward": math.nan}, {"step": 3, "reward": math.inf}]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    assert [row["reward"] for row in read_log(tmp_path)] == [0.5, None, None]
+
+
+def test_rewards_with_a_state_are_restored(tmp_path, answer_reward):
+    answer_reward.calls = 7
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    saved = RewardStates([print, answer_reward])
+    saved.on_save(
+        SimpleNamespace(output_dir=tmp_path), SimpleNamespace(is_world_process_zero=True, global_step=1), None
+    )
+    assert last_checkpoint(tmp_path) == folder
+    fresh = type(answer_reward)()
+    RewardStates([print, fresh]).restore(folder)
+    assert fresh.calls == 7

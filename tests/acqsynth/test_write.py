@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+
+import pytest
+
+from acqsynth.domains import Sample
+from acqsynth.engines import Sampling
+from acqsynth.write import best, candidates, passing, prompts, write
+
+SEEDS = [Sample(f"{i}+{i}", str(2 * i)) for i in range(7)]
+ASK = [[{"role": "user", "content": f"prompt {i}"}] for i in range(4)]
+
+
+@pytest.mark.parametrize("shown", [1, 3, 7])
+def test_seeds_are_used_equally_and_never_twice_in_a_prompt(sums, shown):
+    asked = prompts(sums, SEEDS, 20, shown=shown, seed=1)
+    hands = [prompt[0]["content"].split()[1:] for prompt in asked]
+    assert all(len(set(hand)) == shown for hand in hands)
+    used = Counter(question for hand in hands for question in hand)
+    assert set(used) == {seed.question for seed in SEEDS}
+    assert max(used.values()) - min(used.values()) <= 1
+
+
+def test_the_seed_decides_the_order(sums):
+    first = prompts(sums, SEEDS, 5, shown=2, seed=1)
+    assert first == prompts(sums, SEEDS, 5, shown=2, seed=1)
+    assert first != prompts(sums, SEEDS, 5, shown=2, seed=2)
+    assert prompts(sums, [], 2, shown=0, seed=1) == [sums.generator_prompt([])] * 2
+
+
+def test_prompts_that_can_not_be(sums):
+    with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
+        prompts(sums, SEEDS, 0, shown=1, seed=0)
+    with pytest.raises(ValueError, match="shown: expected 0 to 7, the number of seeds, got 8"):
+        prompts(sums, SEEDS, 1, shown=8, seed=0)
+
+
+def test_seeds_are_shown_within_the_request_or_as_turns(sums):
+    [within] = prompts(sums, SEEDS[:2], 1, shown=2, seed=0)
+    assert [message["role"] for message in within] == ["user"]
+    apart = prompts(sums, SEEDS, 4, shown=2, turns=True, seed=0)
+    for messages in apart:
+        assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
+        assert {message["content"] for message in messages[::2]} == {"new "}
+        shown = [sums.parse(message["content"]) for message in messages[1::2]]
+        assert all(sample in SEEDS for sample in shown)
+        assert shown[0] != shown[1]
+
+
+class Large:
+    """A gate with an archive: the answer is at least 5; 9 it can not tell."""
+
+    name = "large"
+
+    def __init__(self):
+        self.archive: list[str] = []
+
+    def __call__(self, samples):
+        return [None if sample.answer == "9" else int(sample.answer) >= 5 for sample in samples]
+
+    def accept(self, samples):
+        self.archive += [sample.question for sample in samples]
+
+
+def test_gates_speak_in_order():
+    samples = [Sample("q", str(i)) for i in (4, 5, 9, 6)]
+    dropped: Counter[str] = Counter()
+    even = type("Even", (), {"name": "even", "__call__": lambda self, rows: [int(r.answer) % 2 == 0 for r in rows]})()
+    assert passing([Large(), even], samples, dropped) == [samples[3]]
+    assert dropped == {"gate large": 1, "gate large could not tell": 1, "gate even": 1}
+    assert passing([Large()], [], dropped) == []
+
+
+def test_a_gate_may_pass_a_sample_as_another():
+    doubled = type("Doubled", (), {"name": "doubled", "__call__": lambda self, rows: [_doubled(row) for row in rows]})()
+    dropped: Counter[str] = Counter()
+    assert passing([doubled, Large()], [Sample("q", "2"), Sample("q", "3")], dropped) == [Sample("q", "6")]
+    assert dropped == {"gate large": 1}
+
+
+def _doubled(sample):
+    return Sample(sample.question, str(2 * int(sample.answer)))
+
+
+def test_what_is_kept_and_why_the_rest_is_not(sums, scripted, written):
+    texts = [
+        written("1+4", 5),
+        "no sample",
+        written("1-4", 5),
+        written("1+1", 2),
+        written("5+4", 9),
+        written("1+ 4 ", 5),
+        written("1+4", 5),
+        written("3+4", 7),
+    ]
+    engine, gate = scripted(lambda prompt, i, seed: texts[2 * int(prompt[0]["content"][-1]) + i]), Large()
+    found = write(engine, sums, ASK, Sampling(n=2, seed=3), rows=8, gates=[gate], rounds=1)
+    assert [sample.question for sample in found.rows] == ["1+4", "1+ 4", "3+4"]
+    assert found.dropped == {
+        "does not parse": 1,
+        "no sum": 1,
+        "gate large": 1,
+        "gate large could not tell": 1,
+        "asks what another one asks": 1,
+    }
+    assert (found.completions, found.rounds, found.wanted, found.incomplete) == (8, 1, 8, True)
+    assert gate.archive == ["1+4", "1+ 4", "3+4"]
+
+
+def test_rounds_go_on_with_new_seeds_until_there_are_enough(sums, scripted, written):
+    def says(prompt, i, seed):
+        return written(f"{seed}+{prompt[0]['content'][-1]}", seed) if i == 0 else "no sample"
+
+    engine = scripted(says)
+    found = write(engine, sums, ASK, Sampling(n=2, seed=5), rows=7)
+    assert len(found.rows) == 7
+    assert not found.incomplete
+    # All four prompts, half of whose completions are kept; then the three that are enough at this rate.
+    assert [[p[0]["content"] for p in asked] for asked, _ in engine.calls] == [
+        [f"prompt {i}" for i in (0, 1, 2, 3)],
+        [f"prompt {i}" for i in (0, 1, 2)],
+    ]
+    assert [sampling.seed for _, sampling in engine.calls] == [5, 6]
+    assert found.completions == 14
+
+
+def test_a_round_asks_no_more_prompts_than_it_needs(sums, scripted, written):
+    engine = scripted(lambda prompt, i, seed: written(f"{i}+{prompt[0]['content'][-1]}", i))
+    found = write(engine, sums, ASK, Sampling(n=3), rows=4)
+    assert [len(asked) for asked, _ in engine.calls] == [2]
+    assert found.dropped == {"more than were wanted": 2}
+    assert len(found.rows) == 4
+
+
+def test_it_gives_up_and_says_so(sums, scripted, caplog):
+    engine = scripted(lambda prompt, i, seed: "no sample")
+    with caplog.at_level(logging.WARNING):
+        found = write(engine, sums, ASK, Sampling(), rows=2, rounds=3)
+    assert (found.rows, found.rounds, found.incomplete, found.completions) == ([], 3, True, 10)
+    assert caplog.messages == ["0 rows of 2 after 3 rounds (10 does not parse)"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": 0}, "rows: expected at least 1, got 0"),
+        ({"rows": 1, "rounds": 0}, "rounds: expected at least 1, got 0"),
+        ({"rows": 1, "prompts": []}, "prompts: expected at least 1, got 0"),
+    ],
+)
+def test_nothing_to_do(sums, scripted, options, message):
+    asked = options.pop("prompts", ASK)
+    with pytest.raises(ValueError, match=message):
+        write(scripted(str), sums, asked, Sampling(), **options)
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine(scripted, written):
+    texts = [
+        [written("1+1", 2), written("2+3", 5), "no sample"],
+        [written("bad 9+9", 18), written("6+7", 13), written("2+2", 4)],
+        [written("2 + 3", 5), written("1+2", 3), written("2+3", 6)],
+    ]
+    return scripted(lambda prompt, i, seed: texts[int(prompt[0]["content"][-1])][i])
+
+
+def test_candidates_of_a_prompt_are_a_group(engine, answer_reward):
+    groups = candidates(engine, ASK[:3], answer_reward, Sampling(n=3))
+    assert answer_reward.groups == [[0, 0, 0, 1, 1, 1, 2, 2, 2]]
+    assert [[scored.total for scored in group] for group in groups] == [[2, 5, 0], [0, None, 4], [5, 3, 6]]
+    assert [[scored.rejected_by for scored in group] for group in groups] == [
+        [None, None, "does not parse"],
+        ["gate good", "a scorer failed", None],
+        [None] * 3,
+    ]
+    assert groups[1][2].sample == Sample("2+2", "4")
+    assert groups[1][2].prompt == ASK[1]
+    assert groups[1][0].components == {"value": 18.0}
+    assert groups[1][0].gates == {"parses": True, "good": False}
+
+
+def test_the_best_of_each_prompt(engine, answer_reward):
+    found = best(engine, ASK[:3], answer_reward, Sampling(n=3), rows=3, rounds=1)
+    assert [(scored.sample.question, scored.total) for scored in found.rows] == [("2+3", 5), ("2+2", 4)]
+    assert found.dropped == {
+        "not the best of its prompt": 3,
+        "does not parse": 1,
+        "gate good": 1,
+        "a scorer failed": 1,
+        "asks what another one asks": 1,
+    }
+    assert (found.completions, found.incomplete) == (9, True)
+
+
+def test_a_threshold_and_as_many_rows_as_wanted(engine, answer_reward):
+    found = best(engine, ASK[:3], answer_reward, Sampling(n=3), rows=1, threshold=4.5)
+    assert [scored.total for scored in found.rows] == [5]
+    assert len(engine.calls) == 1
+    assert len(engine.calls[0][0]) == 1
+    high = best(engine, ASK[:3], answer_reward, Sampling(n=3), rows=1, threshold=math.inf, rounds=2)
+    assert high.rows == []
+    assert high.dropped["below the threshold"] > 0

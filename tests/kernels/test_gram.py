@@ -1,0 +1,273 @@
+"""Gram matrices beside the row states, and the norms they give, in Triton's interpreter, against float64 eager."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from acqcore.backends import eager
+from acqcore.backends.base import Gram, HeadRows
+from acqcore.head import Head
+from acqcore.kernels import gram, gram_norm
+from acqcore.kernels.config import GramTiles
+from acqcore.row_stats import RowStats
+from acqcore.testing import CASES, Case, assert_close_to_oracle, case_from_logits, random_case
+
+TILES = GramTiles(128, 32, 16, 4, 1, 2, 3, descriptors=False, flatten=False, resident=False)
+RESIDENT = replace(TILES, resident=True)
+#: Of all cases those with targets that tiles of 32 columns serve in seconds.
+SMALL = (
+    "random", "all logits -150", "all logits equal", "-inf columns", "confident 1e-12", "ties", "V = 1", "V = 2",
+    "V = 255", "V = 256", "V = 257", "D = 1", "strided", "some rows ignored", "everything",
+)  # fmt: skip
+
+Bounds = Sequence[tuple[int, int]]
+
+
+@pytest.fixture(autouse=True)
+def _numpy_may_meet_infinities() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+def _starts(bounds: Bounds) -> tuple[int, ...]:
+    return tuple(itertools.accumulate(((end - begin) ** 2 for begin, end in bounds), initial=0))
+
+
+def _run(case: Case, bounds: Bounds, tiles: GramTiles = TILES) -> tuple[RowStats, Gram]:
+    n, starts, head = len(case.hidden), _starts(bounds), case.head
+    state = torch.full((7, n), 123.0, dtype=torch.float64)
+    index = torch.full((n,), 123)
+    products = torch.full((starts[-1],), 123.0)
+    assert case.targets is not None
+    gram.row_stats_and_grams(
+        case.hidden, head.weight, head.bias, case.targets, bounds, starts[:-1], softcap=head.softcap, scale=head.scale,
+        temperature=case.temperature, vocab_start=head.vocab_start, state=state, index=index, products=products,
+        tiles=tiles, upcast=case.hidden.dtype == torch.bfloat16,
+    )  # fmt: skip
+    norm = torch.linalg.vector_norm(case.hidden, dim=1, dtype=torch.float32).where(case.targets != -100, torch.nan)
+    return RowStats(state, index, case.targets, norm), Gram(tuple(bounds), starts[:-1], products)
+
+
+def _rows(case: Case, stats: RowStats) -> HeadRows:
+    return HeadRows(case.hidden, case.head, case.targets, case.temperature, stats.state, stats.max_index)
+
+
+def _expected(case: Case, bounds: Bounds) -> torch.Tensor:
+    """Products in float64."""
+    exact = case.to(torch.float64)
+    rows = _rows(exact, exact.run("eager"))
+    out = Gram(tuple(bounds), _starts(bounds)[:-1], torch.zeros(_starts(bounds)[-1], dtype=torch.float64))
+    eager.gram_products(eager.unnormalised(exact.head.logits(exact.hidden, exact.temperature), rows), rows, out)
+    return out.products
+
+
+def _assert_products(got: Gram, expected: torch.Tensor) -> None:
+    """Each entry within 1e-4 of the product of its rows' norms, which bounds it."""
+    for (begin, end), start in zip(got.bounds, got.starts, strict=True):
+        part, length = slice(start, start + (end - begin) ** 2), end - begin
+        mine, exact = (x[part].double().view(length, length) for x in (got.products, expected))
+        norms = exact.diagonal().sqrt()
+        assert ((mine - exact).abs() <= 1e-4 * norms[:, None] * norms + 1e-38).all()
+
+
+def _cut(n: int) -> Bounds:
+    edges = sorted({0, 1, 3, n // 2, n} & set(range(n + 1)))
+    return tuple(itertools.pairwise(edges))
+
+
+def _exact_case(n: int, d: int, v: int) -> Case:
+    """Logits are exact in any order of summation: numpy's product rounds a row by its place, matrix units do not."""
+    case = random_case(n, d, v)
+    return replace(
+        case, hidden=(case.hidden * 8).round() / 8, head=replace(case.head, weight=(case.head.weight * 8).round() / 8)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_parity(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]().to(dtype)
+    bounds = _cut(len(case.hidden))
+    stats, got = _run(case, bounds)
+    assert_close_to_oracle(stats, case.oracle())
+    _assert_products(got, _expected(case, bounds))
+
+
+@pytest.mark.parametrize("tiles", [TILES, RESIDENT], ids=["waiting", "resident"])
+@pytest.mark.parametrize("rise", [True, False])
+def test_maxima_that_rise_at_every_tile_and_never(rise: bool, tiles: GramTiles) -> None:
+    """Over a range of 90 nats, so that most rescalings leave nothing of what came before."""
+    logits = torch.arange(1440.0).expand(3, 1440) / 16 + torch.tensor([[0.0], [0.5], [-3.0]])
+    case = case_from_logits(logits if rise else logits.flip(1), torch.tensor([0, 700, 1439]))
+    bounds = ((0, 2), (2, 3))
+    stats, got = _run(case, bounds, replace(tiles, splits=2))
+    assert_close_to_oracle(stats, case.oracle())
+    _assert_products(got, _expected(case, bounds))
+
+
+def test_where_the_matrix_waits_does_not_show() -> None:
+    case, bounds = _exact_case(40, 32, 300), ((0, 7), (7, 40))
+    waiting, resident = _run(case, bounds, TILES)[1], _run(case, bounds, RESIDENT)[1]
+    assert torch.equal(waiting.products, resident.products)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7, 1000])
+def test_any_number_of_splits(splits: int) -> None:
+    case, bounds = random_case(10, 40, 509, std=8.0), ((0, 4), (4, 10))
+    stats, got = _run(case, bounds, replace(TILES, splits=splits))
+    assert_close_to_oracle(stats, case.oracle())
+    _assert_products(got, _expected(case, bounds))
+
+
+def test_targets_leave_the_matrix_of_their_own_sample_alone() -> None:
+    """Two samples in a block, one's target the other's largest logit; targets at the edges of tiles, and repeated."""
+    logits = torch.randn(8, 97, generator=torch.Generator().manual_seed(0))
+    logits[:4, 31] += 6.0
+    logits[4:, 64] += 6.0
+    case = case_from_logits(logits, torch.tensor([64, 64, 96, 0, 31, 32, 63, 31]))
+    bounds = ((0, 4), (4, 8))
+    _, got = _run(case, bounds)
+    expected = _expected(case, bounds)
+    _assert_products(got, expected)
+    p = (logits - logits.amax(dim=1, keepdim=True)).exp()[:4]
+    assert got.products[0].item() == pytest.approx(p[0].square().sum().item() - p[0, [64, 96, 0]].square().sum().item())
+
+
+def test_bits_of_a_sample_do_not_depend_on_its_batch() -> None:
+    """Alone, after others in its block, in another block: the same bits, in a second run too."""
+    case = _exact_case(300, 24, 200)
+    assert case.targets is not None
+    case.targets[[3, 90, 200]] = -100
+    bounds = ((0, 100), (100, 117), (117, 118), (118, 240), (240, 300))
+    stats, whole = _run(case, bounds)
+    again, same = _run(case, bounds)
+    assert torch.equal(whole.products, same.products)
+    assert torch.equal(stats.state.nan_to_num(7.0), again.state.nan_to_num(7.0))
+    for (begin, end), start in zip(bounds, whole.starts, strict=True):
+        part = replace(case, hidden=case.hidden[begin:end], targets=case.targets[begin:end])
+        alone, own = _run(part, ((0, end - begin),))
+        assert torch.equal(own.products, whole.products[start : start + (end - begin) ** 2])
+        assert torch.equal(alone.state.nan_to_num(7.0), stats.state[:, begin:end].nan_to_num(7.0))
+
+
+def test_bits_do_not_depend_on_scratch_or_grouping(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _exact_case(400, 16, 120)
+    bounds = tuple((i, i + 50) for i in range(0, 400, 50))
+    _, whole = _run(case, bounds)
+    assert torch.equal(_run(case, bounds, replace(TILES, group_m=1))[1].products, whole.products)
+    monkeypatch.setattr(gram, "SCRATCH_BYTES", 1)
+    assert gram.blocks_at_once(4, 16, 4, 3) == 1
+    assert torch.equal(_run(case, bounds)[1].products, whole.products)
+
+
+def test_ignored_rows_may_hold_anything() -> None:
+    case = _exact_case(30, 16, 100)
+    assert case.targets is not None
+    bounds = ((0, 12), (12, 30))
+    case.targets[::3] = -100
+    expected = _run(case, bounds)
+    case.hidden[::3] = torch.nan
+    stats, got = _run(case, bounds)
+    assert torch.equal(got.products, expected[1].products)
+    assert torch.equal(stats.state.nan_to_num(7.0), expected[0].state.nan_to_num(7.0))
+    first = got.products[:144].view(12, 12)
+    assert (first[::3] == 0).all()
+    assert (first[:, ::3] == 0).all()
+    assert stats.state[:, ::3].isnan().all()
+    assert (stats.max_index[::3] == -1).all()
+
+
+def test_a_row_without_finite_logits_leaves_other_samples_alone() -> None:
+    case = random_case(6, 8, 40)
+    case.hidden[1] = torch.nan
+    _, got = _run(case, ((0, 3), (3, 6)))
+    assert got.products[:9].isnan().any()
+    assert got.products[9:].isfinite().all()
+
+
+def test_rows_outside_samples_are_left_alone() -> None:
+    case = random_case(20, 8, 40)
+    stats, _ = _run(case, ((5, 9), (12, 20)))
+    assert (stats.state[:, [0, 4, 9, 11]] == 123).all()
+    assert (stats.max_index[[0, 4, 9, 11]] == 123).all()
+
+
+@pytest.mark.parametrize("depth", [33, 64])
+def test_descriptors_read_what_pointers_read(depth: int) -> None:
+    case = random_case(20, depth, 130)
+    bounds = ((0, 20),)
+    by_pointer, by_descriptor = (_run(case, bounds, replace(TILES, descriptors=d))[1] for d in (False, True))
+    assert torch.equal(by_pointer.products, by_descriptor.products)
+
+
+def test_packing() -> None:
+    """Whole samples, at most 128 rows a block, no more blocks than first fit would open."""
+    lengths = [1, 128, 64, 65, 63, 3, 60, 128, 2]
+    blocks = gram.pack(lengths)
+    assert sorted(i for block in blocks for i in block) == list(range(9))
+    assert all(sum(lengths[i] for i in block) <= 128 for block in blocks)
+    assert len(blocks) == 5
+    assert gram.pack([1] * 300) == [[*range(128)], [*range(128, 256)], [*range(256, 300)]]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "depth", "splits"), [(32, 4096, 32), (782, 4096, 32), (1, 16384, 32), (40, 576, 16)]
+)
+def test_scratch_is_bounded(blocks: int, depth: int, splits: int) -> None:
+    at_once = gram.blocks_at_once(blocks, depth, 2, splits)
+    assert at_once * 128 * ((depth + 8) * 2 + 4 * 128 * splits + 32 * splits + 40) <= 64 << 20
+    assert at_once * -(-blocks // at_once) < blocks + at_once
+
+
+def _norms(case: Case, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared norms by the kernel and by eager in float64, from the same float64 statistics and products."""
+    exact = case.to(torch.float64)
+    stats, products = exact.run("eager"), _expected(case, bounds)
+    starts = _starts(bounds)[:-1]
+    assert case.targets is not None
+    weights = torch.linspace(-1, 2, len(case.hidden), dtype=torch.float64).where(case.targets != -100, 0)
+    expected, got = torch.empty((2, len(bounds)), dtype=torch.float64)
+    local_max = stats.state[0] - 0.25  # as a shard's may be lower than the vocabulary's
+    factor = torch.full_like(products, 0.5).exp()
+    eager.gram_norm(_rows(exact, stats), Gram(tuple(bounds), starts, products * factor), local_max, weights, expected)
+    head = case.head
+    gram_norm.gram_norm(
+        case.hidden, head.weight, head.bias, case.targets, bounds, starts, softcap=head.softcap, scale=head.scale,
+        temperature=case.temperature, vocab_start=head.vocab_start, state=stats.state, index=stats.max_index,
+        products=(products * factor).float(), local_max=local_max, weights=weights, squared=got,
+        upcast=case.hidden.dtype == torch.bfloat16,
+    )  # fmt: skip
+    return got, expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["plain", "everything", "repeated", "shard", "odd depth"])
+def test_norm(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of one tile of 16, one of 64 and four of 64; a part of ``sum_tiles`` at a time."""
+    monkeypatch.setattr(gram_norm, "PARTS_AT_ONCE", 2)
+    options = {"bias": True, "softcap": 15.0, "scale": 0.5, "temperature": 1.3} if name == "everything" else {}
+    case = random_case(120, 70 if name == "odd depth" else 64, 90, **options)
+    assert case.targets is not None
+    if name == "repeated":
+        case.targets[:] = case.targets[::10].repeat_interleave(10)
+        case.targets[::4] = case.run("eager").max_index[::4]
+    if name == "shard":
+        head = Head(case.head.weight, vocab_start=40, vocab_size=200)
+        case = replace(case, head=head, targets=case.targets + 60)  # some are another rank's
+    case.targets[[2, 30, 110]] = -100
+    got, expected = _norms(case.to(dtype), ((0, 1), (1, 17), (17, 40), (40, 120)))
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=0)
+
+
+def test_tiles_of_samples() -> None:
+    short, long, firsts = gram_norm.tile_tables(torch.tensor([1, 70, 17, 16]))
+    assert short.tolist() == [[0, 3], [0, 0], [0, 0]]
+    assert long.tolist() == [[1, 1, 1, 1, 2], [0, 0, 1, 1, 0], [0, 1, 0, 1, 0]]
+    assert firsts.tolist() == [[0, 2, 6, 1], [1, 6, 7, 2]]

@@ -1,0 +1,127 @@
+"""Counts tokenizations, trunk forwards, backwards and products with the head: each request takes the fewest."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.backends import get
+from acqcore.backends.base import Backend
+from acqcore.costs.shape import shape_of
+from acqcore.costs.work import Work, passes
+
+SAMPLES = [{"prompt": "What is 2 + 3?", "completion": f" The answer is {i}."} for i in range(6)]
+ALL = {"parameters": "all"}
+DRAWN = ("mutual_information", "predictive_entropy", "expected_entropy", "variation_ratio", "bald_quadratic")
+OF_ROWS = (
+    "loss", "perplexity", "entropy", "varentropy", "least_confidence", "margin", "gini", "el2n",
+    "expected_gradient_length", "token_grad_norm",
+)  # fmt: skip
+
+# acquisitions, arguments -> tokenized samples, trunk forwards, backwards, products with the head (a draw is one)
+REQUESTS = {
+    "entropy": (("entropy",), {}, (6, 1, 0, 1)),
+    "row statistics": (OF_ROWS, {}, (6, 1, 0, 1)),
+    "mutual information": (("mutual_information",), {}, (6, 1, 0, 8)),
+    "mutual information, hidden": (("mutual_information",), {"mutual_information": {"layers": 0}}, (6, 1, 0, 8)),
+    "mutual information, last block": (("mutual_information",), {"mutual_information": {"layers": 1}}, (6, 2, 0, 8)),
+    "entropy, mutual information": (("entropy", "mutual_information"), {}, (6, 2, 0, 9)),
+    "draws": (DRAWN, {}, (6, 1, 0, 8)),
+    "norm, head": (("grad_norm",), {}, (6, 1, 0, 1)),
+    "entropy, norm, head": (("entropy", "grad_norm"), {}, (6, 1, 0, 1)),
+    "norm": (("grad_norm",), {"grad_norm": ALL}, (6, 1, 1, 2)),
+    "influence": (("influence",), {"influence": {}}, (6, 1, 1, 3)),
+    "norm, influence": (("grad_norm", "influence"), {"grad_norm": ALL, "influence": {}}, (6, 1, 1, 3)),
+    "norm, influence, diversity": (
+        ("grad_norm", "influence", "gradient_diversity"),
+        {"grad_norm": ALL, "influence": {}, "gradient_diversity": ALL},
+        (6, 1, 1, 3),
+    ),
+    "norm, diversity of the last block, both losses": (
+        ("grad_norm", "gradient_diversity"),
+        {"grad_norm": {"loss": "sum", **ALL}, "gradient_diversity": {"parameters": 1}},
+        (6, 1, 1, 2),
+    ),
+    "norm, badge": (("grad_norm", "badge"), {"grad_norm": ALL, "badge": {"parameters": 1}}, (6, 1, 2, 3)),
+    "diversity, novelty, head": (
+        ("gradient_diversity", "archive_novelty"),
+        {"archive_novelty": {"archive": acqcore.Archive()}},
+        (6, 1, 0, 2),
+    ),
+    "mutual information, influence": (("mutual_information", "influence"), {"influence": {}}, (6, 2, 1, 11)),
+    "everything": (
+        tuple(acqcore.acquisitions()),
+        {
+            "grad_norm": ALL,
+            "badge": ALL,
+            "influence": {},
+            "gradient_diversity": ALL,
+            "archive_novelty": {"archive": acqcore.Archive(), **ALL},
+        },
+        (6, 2, 2, 13),
+    ),
+}
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch, tokenizer) -> Counter[str]:
+    """Counts from now on: ``tokenized``, ``forwards``, ``tokens`` through them, ``backwards``, ``products``."""
+    counted: Counter[str] = Counter()
+
+    def hook(owner, name, add) -> None:
+        original = getattr(owner, name)
+
+        def counting(*args, **kwargs):
+            add(*args, **kwargs)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    hook(type(tokenizer), "__call__", lambda _, texts, **__: counted.update(tokenized=len(texts)))
+    hook(acqcore.Student, "hidden", lambda _, ids: counted.update(forwards=1, tokens=ids.numel()))
+    backend = type(get("cpu"))
+    for name in ("row_stats", "delta_product", "delta_hash", "head_grad_norm"):
+        assert name in vars(Backend)
+        hook(backend, name, lambda _, rows, *__: counted.update(products=int(len(rows.hidden) > 0)))
+    hook(backend, "mixture_stats", lambda _, rows: counted.update(products=rows.draws))
+
+    grad, inside = torch.autograd.grad, []
+
+    def backward(*args, **kwargs):  # within it small modules are differentiated, sample by sample
+        counted.update(backwards=int(not inside))
+        inside.append(None)
+        try:
+            return grad(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(torch.autograd, "grad", backward)
+    return counted
+
+
+@pytest.mark.parametrize("name", ["row statistics", "mutual information", "entropy, mutual information", "draws"])
+def test_plans_count_the_same(name: str, tiny_model, tokenizer, count: Counter[str]) -> None:
+    """What ``acqcore plan`` computes from, against a batch of rows of one length."""
+    acquisitions, arguments, _ = REQUESTS[name]
+    model = tiny_model("Llama")
+    samples = {"input_ids": torch.arange(72).view(6, 12)}
+    acqcore.score(acqcore.Student.from_model(model, verify=False), samples, acquisitions, acquisition_args=arguments)
+    shape = shape_of(model.config, torch.float32)
+    planned = passes(shape, Work.checked(shape, 6, 12, None, 8192, acquisitions, arguments))
+    assert (planned.trunk, planned.head) == (count["tokens"] / 72, count["products"])
+
+
+@pytest.mark.parametrize("request_of", REQUESTS)
+def test_nothing_runs_twice(request_of: str, tiny_model, tokenizer, count: Counter[str]) -> None:
+    acquisitions, arguments, expected = REQUESTS[request_of]
+    student = acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
+    if "influence" in arguments:
+        reference = acqcore.influence_reference(student, SAMPLES[:2])
+        arguments = {**arguments, "influence": {"reference": reference}}
+    count.clear()
+    acqcore.score(student, SAMPLES, acquisitions, acquisition_args=arguments, backend="cpu")
+    found = tuple(count[name] for name in ("tokenized", "forwards", "backwards", "products"))
+    assert found == expected
