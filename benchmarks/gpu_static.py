@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 from unittest import mock
 
@@ -177,6 +178,8 @@ def serving_the_cpu(major: int) -> Iterator[None]:
         patch = mock.patch.multiple(backend.Triton, devices=("cpu",), unavailable=lambda self: None)
         stack.enter_context(patch)
         stack.enter_context(mock.patch.object(backend, "_device", return_value=("no device", major)))
+        of_device = SimpleNamespace(multi_processor_count=132, major=major, minor=0, name="no device")
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", return_value=of_device))
         if not backend.INTERPRETED:
             stack.enter_context(mock.patch.object(backend, "_launching", return_value=contextlib.nullcontext()))
         for name, module in list(sys.modules.items()):
@@ -211,7 +214,14 @@ def calls_and_kernels(cases: list[Case], path: Path) -> None:
         for op in OPERATIONS:
             case = {"op": op, "dtype": harness.name(dtype), "vocab": vocab, "depth": depth, "arch": arch}
             print(", ".join(map(str, case.values())), flush=True)
-            _, counter, launches, extra = call(op, inputs, arch)
+            content = read(path)
+            content["calls"] = [row for row in content.get("calls", []) if any(row[key] != case[key] for key in case)]
+            try:
+                _, counter, launches, extra = call(op, inputs, arch)
+            except Exception as error:  # an operation that fails is a finding; the others are still taken
+                content["calls"].append(case | {"fails": harness.first_line(error)})
+                write(path, content)
+                continue
             moved = counter.argument_bytes + sum(launch.bytes for launch in launches)
             counts = case | {
                 "launches": len(launches),
@@ -221,7 +231,6 @@ def calls_and_kernels(cases: list[Case], path: Path) -> None:
             }
             variants = {launch.name: launch for launch in launches}.values()
             kernels = [{"kernel": launch.name, **case, **_measured(launch, arch)} for launch in variants]
-            content = read(path)
             for key, rows in (("calls", [counts]), ("kernels", kernels)):
                 others = [row for row in content.get(key, []) if any(row[name] != case[name] for name in case)]
                 content[key] = sorted([*others, *rows], key=_place)
@@ -273,10 +282,17 @@ def products(depth: int = 4096, rows: int = 128, vocabs: tuple[int, int] = (1024
                 inputs = Inputs(hidden, weight, torch.arange(rows) % vocab, torch.empty(1, vocab))
                 multiplied = 0
                 counter = flop_counter.FlopCounterMode(display=False, custom_mapping=in_place)
-                with counter, torch.no_grad():
-                    run(inputs)
+                try:
+                    with counter, torch.no_grad():
+                        run(inputs)
+                except Exception as error:  # the others are still taken
+                    found.append({"op": op, "depth": depth, "fails": harness.first_line(error)})
+                    break
                 flops.append(multiplied + counter.get_total_flops())
                 torch_flops.append(counter.get_total_flops())
+            if len(flops) < len(vocabs):
+                print(found[-1], flush=True)
+                continue
             one = 2 * rows * depth * (vocabs[1] - vocabs[0])
             row = {
                 "op": op,

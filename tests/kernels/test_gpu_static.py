@@ -28,11 +28,13 @@ ONCE_A_CALL = ("merge_splits",)
 
 
 def test_products() -> None:
+    assert [row for row in TABLE["products"] if "fails" in row] == []
     found = {row["op"]: row["product_equivalents"] for row in TABLE["products"]}
     assert {op: value for op, value in found.items() if value > PRODUCTS[op]} == {}
 
 
 def test_every_operation_is_in_the_table() -> None:
+    assert [row for row in TABLE["calls"] if "fails" in row] == []
     assert {row["op"] for row in TABLE["calls"]} == set(gpu_static.OPERATIONS)
     assert {row["op"] for row in TABLE["products"]} == set(PRODUCTS)
 
