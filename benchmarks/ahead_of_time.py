@@ -36,6 +36,25 @@ MATRIX = r"HGMMA|QGMMA|IGMMA|UTCHMMA|UTCQMMA|UTC\w*MMA|HMMA|IMMA"
 
 
 @dataclass(frozen=True)
+class Argument:
+    """A tensor, or the descriptor of one, that a launch was given; its memory is not kept."""
+
+    dtype: torch.dtype
+    address: int
+    bytes: int
+    block: tuple[int, ...] | None  #: of a descriptor
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """What is kept of an argument."""
+        tensor = value.base if isinstance(value, TensorDescriptor) else value
+        if not isinstance(tensor, torch.Tensor):
+            return value
+        block = tuple(value.block_shape) if isinstance(value, TensorDescriptor) else None
+        return cls(tensor.dtype, tensor.data_ptr(), tensor.numel() * tensor.element_size(), block)
+
+
+@dataclass(frozen=True)
 class Launch:
     """One launch that did not run."""
 
@@ -55,10 +74,9 @@ class Launch:
         return found | {key: value for key, value in self.named.items() if key not in OPTIONS}
 
     @property
-    def tensors(self) -> list[torch.Tensor]:
-        """The tensors it reads or writes."""
-        values = [value.base if isinstance(value, TensorDescriptor) else value for value in self.values.values()]
-        return [value for value in values if isinstance(value, torch.Tensor)]
+    def bytes(self) -> int:
+        """Of every tensor it reads or writes, once."""
+        return sum(value.bytes for value in self.values.values() if isinstance(value, Argument))
 
 
 Launches = TypeVar("Launches", bound=list[Launch])
@@ -72,7 +90,8 @@ def recorded(launches: Launches) -> Iterator[Launches]:
         if callable(grid):
             grid = grid(dict(zip(kernel.arg_names, arguments, strict=False)) | named)
         assert all(isinstance(size, int) and 0 < size < 2**31 for size in grid)
-        launches.append(Launch(kernel, arguments, named, tuple(grid)))
+        kept = {key: Argument.of(value) for key, value in named.items()}
+        launches.append(Launch(kernel, tuple(map(Argument.of, arguments)), kept, tuple(grid)))
 
     with mock.patch.object(triton.runtime.jit.JITFunction, "run", record):
         yield launches
@@ -90,11 +109,11 @@ def compiled(launch: Launch, arch: int) -> Any:
         specialised, aligned = not parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
             signature[parameter.name], constants[place] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            signature[parameter.name] = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>"
-        elif isinstance(value, torch.Tensor):
+        elif isinstance(value, Argument) and value.block is not None:
+            signature[parameter.name] = f"tensordesc<{NAMES[value.dtype]}{list(value.block)}>"
+        elif isinstance(value, Argument):
             signature[parameter.name] = f"*{NAMES[value.dtype]}"
-            if value.data_ptr() % 16 == 0 and aligned:
+            if value.address % 16 == 0 and aligned:
                 attributes[place] = [["tt.divisibility", 16]]
         elif isinstance(value, bool):
             signature[parameter.name] = "i1"
@@ -122,11 +141,11 @@ def measured(launch: Launch, arch: int) -> dict[str, Any]:
         "shared_bytes": code.metadata.shared,
         "warps": code.metadata.num_warps,
         "matrix_instructions": sum(bool(re.match(MATRIX, name)) for name in names),
-        "sass_per_logit": _per_logit(launch, instructions, threads),
+        "sass_per_logit": fold_instructions(launch, instructions, threads),
     }
 
 
-def _per_logit(launch: Launch, instructions: list[Instruction], threads: int) -> float | None:
+def fold_instructions(launch: Launch, instructions: list[Instruction], threads: int) -> float | None:
     """Instructions of a thread in the loop over the vocabulary, outside that over the depth, for each logit it folds.
 
     None where the kernel folds no logits, or where both loops are one.

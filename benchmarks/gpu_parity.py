@@ -189,11 +189,17 @@ def _equal(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
         raise AssertionError(f"{what}: {different} of {a.numel()} values differ")
 
 
-def _calls(case: Case, offsets: torch.Tensor, backend: str) -> dict[str, Callable[[], torch.Tensor]]:
+def _calls(
+    case: Case,
+    offsets: torch.Tensor,  # [B + 1]
+    backend: str,
+    logits: torch.Tensor | None = None,  # [N, V]; None: those of the case
+) -> dict[str, Callable[[], torch.Tensor]]:
     """Every operation on one case, as a tensor."""
     assert case.targets is not None
     hidden, head, targets = case.hidden, case.head, case.targets
-    logits = head.logits(hidden).to(hidden.dtype)
+    if logits is None:
+        logits = head.logits(hidden).to(hidden.dtype)
     information = partial(acqcore.mutual_information, hidden, head, offsets=offsets, targets=targets, backend=backend)
     return {
         "row_stats": lambda: acqcore.row_stats(hidden, head, targets, backend=backend).state,
@@ -224,12 +230,14 @@ def _repeats(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
 def _batch_invariance(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
     """The first sample alone, and the first two, have the bits they have among all."""
     case, offsets = _gradient_case("128 tokens", dtype, device)
-    whole = _calls(case, offsets, backend)[op]()
+    # torch's own product depends on the batch: logits are formed once and cut.
+    logits = case.head.logits(case.hidden).to(dtype)
+    whole = _calls(case, offsets, backend, logits)[op]()
     for samples in (1, 2):
         rows = int(offsets[samples])
         assert case.targets is not None
         part = Case(case.hidden[:rows], case.head, case.targets[:rows])
-        got = _calls(part, offsets[: samples + 1], backend)[op]()
+        got = _calls(part, offsets[: samples + 1], backend, logits[:rows])[op]()
         # States are [fields, N]; norms, gradients and sketches have rows or samples first.
         of_state = op in ("row_stats", "logit_stats") or op.startswith("mutual")
         expected = whole[:, :rows] if of_state else whole[: len(got)]
@@ -249,6 +257,19 @@ def _graph(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
     graph.replay()
     _equal(captured, call(), "a replay")
     return 0.0
+
+
+def promised(check: Check, backend: str, dtype: torch.dtype) -> bool:
+    """Whether the backend promises this: all but ``cuda`` repeat bit for bit and do not look at the batch.
+
+    What ``cuda`` has no kernel for is torch, whose products follow the number of rows and whose ``index_add_`` adds in
+    any order.
+    """
+    if backend != "cuda" or check.op not in ("repeats", "batch invariance"):
+        return True
+    if check.op == "repeats":
+        return check.case != "grad_sketch"
+    return check.case == "logit_stats" or (check.case == "row_stats" and dtype != torch.float32)
 
 
 def checks(device: str) -> Iterator[Check]:
@@ -298,7 +319,8 @@ def main() -> None:
         for check in checks(arguments.device)
         for backend in names
         for dtype in check.dtypes
-    ]  # fmt: skip
+        if promised(check, backend, dtype)
+    ]
     failed = 0
     for check, backend, dtype in todo[arguments.worker :: arguments.of]:
         begin = time.perf_counter()

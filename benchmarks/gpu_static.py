@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 from unittest import mock
 
@@ -30,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import acqcore
 from acqcore.backends import triton as backend
-from benchmarks import harness
+from benchmarks import ahead_of_time, harness
 
 RESULT = harness.RESULTS / "gpu_static.json"
 ROWS = 4096
@@ -177,6 +178,8 @@ def serving_the_cpu(major: int) -> Iterator[None]:
         patch = mock.patch.multiple(backend.Triton, devices=("cpu",), unavailable=lambda self: None)
         stack.enter_context(patch)
         stack.enter_context(mock.patch.object(backend, "_device", return_value=("no device", major)))
+        of_device = SimpleNamespace(multi_processor_count=132, major=major, minor=0, name="no device")
+        stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", return_value=of_device))
         if not backend.INTERPRETED:
             stack.enter_context(mock.patch.object(backend, "_launching", return_value=contextlib.nullcontext()))
         for name, module in list(sys.modules.items()):
@@ -194,33 +197,41 @@ def make_inputs(vocab: int, depth: int, dtype: torch.dtype, rows: int = ROWS) ->
     )  # fmt: skip
 
 
+def call(op: str, inputs: Inputs, arch: int) -> tuple[object, Counter, list[ahead_of_time.Launch], int]:
+    """An operation's result, its counts, its launches, and bytes held beside inputs and result at most."""
+    counter = Counter(inputs)
+    launches: list[ahead_of_time.Launch] = []
+    with serving_the_cpu(ahead_of_time.MAJORS[arch]), ahead_of_time.recorded(launches):
+        with torch.no_grad(), counter:
+            result = OPERATIONS[op](inputs)
+        return result, counter, launches, counter.peak - counter.held
+
+
 def calls_and_kernels(cases: list[Case], path: Path) -> None:
     """Counts and compiles every operation of every case, and adds the rows to the file after each."""
-    from benchmarks import ahead_of_time
-
     for vocab, depth, dtype, arch in cases:
         inputs = make_inputs(vocab, depth, dtype)
-        for op, run in OPERATIONS.items():
+        for op in OPERATIONS:
             case = {"op": op, "dtype": harness.name(dtype), "vocab": vocab, "depth": depth, "arch": arch}
             print(", ".join(map(str, case.values())), flush=True)
-            counter = Counter(inputs)
-            launches: list[ahead_of_time.Launch] = []
-            with serving_the_cpu(ahead_of_time.MAJORS[arch]), ahead_of_time.recorded(launches):
-                with torch.no_grad(), counter:
-                    result = run(inputs)
-                kept = counter.held
-            del result
-            bytes_of = [t.numel() * t.element_size() for launch in launches for t in launch.tensors]
-            call = case | {
+            content = read(path)
+            content["calls"] = [row for row in content.get("calls", []) if any(row[key] != case[key] for key in case)]
+            try:
+                _, counter, launches, extra = call(op, inputs, arch)
+            except Exception as error:  # an operation that fails is a finding; the others are still taken
+                content["calls"].append(case | {"fails": harness.first_line(error)})
+                write(path, content)
+                continue
+            moved = counter.argument_bytes + sum(launch.bytes for launch in launches)
+            counts = case | {
                 "launches": len(launches),
                 "torch_operations": counter.operations,
-                "argument_gib": round((sum(bytes_of) + counter.argument_bytes) / 2**30, 3),
-                "extra_mib": round((counter.peak - kept) / 2**20, 2),
+                "argument_gib": round(moved / 2**30, 3),
+                "extra_mib": round(extra / 2**20, 2),
             }
             variants = {launch.name: launch for launch in launches}.values()
             kernels = [{"kernel": launch.name, **case, **_measured(launch, arch)} for launch in variants]
-            content = read(path)
-            for key, rows in (("calls", [call]), ("kernels", kernels)):
+            for key, rows in (("calls", [counts]), ("kernels", kernels)):
                 others = [row for row in content.get(key, []) if any(row[name] != case[name] for name in case)]
                 content[key] = sorted([*others, *rows], key=_place)
             write(path, content)
@@ -231,9 +242,7 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     return -row["arch"] if row["arch"] == 90 else row["arch"], row["dtype"], -row["vocab"], op, row.get("kernel", "")
 
 
-def _measured(launch: Any, arch: int) -> dict[str, Any]:
-    from benchmarks import ahead_of_time
-
+def _measured(launch: ahead_of_time.Launch, arch: int) -> dict[str, Any]:
     try:
         return ahead_of_time.measured(launch, arch)
     except Exception as error:  # a kernel that does not compile for one architecture is a finding
@@ -273,10 +282,17 @@ def products(depth: int = 4096, rows: int = 128, vocabs: tuple[int, int] = (1024
                 inputs = Inputs(hidden, weight, torch.arange(rows) % vocab, torch.empty(1, vocab))
                 multiplied = 0
                 counter = flop_counter.FlopCounterMode(display=False, custom_mapping=in_place)
-                with counter, torch.no_grad():
-                    run(inputs)
+                try:
+                    with counter, torch.no_grad():
+                        run(inputs)
+                except Exception as error:  # the others are still taken
+                    found.append({"op": op, "depth": depth, "fails": harness.first_line(error)})
+                    break
                 flops.append(multiplied + counter.get_total_flops())
                 torch_flops.append(counter.get_total_flops())
+            if len(flops) < len(vocabs):
+                print(found[-1], flush=True)
+                continue
             one = 2 * rows * depth * (vocabs[1] - vocabs[0])
             row = {
                 "op": op,

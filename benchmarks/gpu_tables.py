@@ -162,7 +162,7 @@ def _geometric_mean(values: list[float]) -> float:
 
 def static_report(content: dict[str, Any]) -> str:
     """What ``make gpu-static`` found, as Markdown."""
-    products = {row["op"]: row["product_equivalents"] for row in content["products"]}
+    products = {row["op"]: row.get("product_equivalents") for row in content["products"]}
     parts = [
         "## Without a GPU",
         f"Compiled by Triton {content['triton']} for sm_90; N={content['rows']}. Product-equivalents count products "
@@ -170,8 +170,9 @@ def static_report(content: dict[str, Any]) -> str:
     ]
     rows = [
         (
-            row["op"], row["dtype"], row["vocab"], row["depth"], products.get(row["op"]), row["launches"],
-            row["torch_operations"], row["argument_gib"], row["extra_mib"],
+            row["op"], row["dtype"], row["vocab"], row["depth"], products.get(row["op"]),
+            row.get("launches", row.get("fails")), row.get("torch_operations"), row.get("argument_gib"),
+            row.get("extra_mib"),
         )
         for row in content["calls"]
         if row["arch"] == 90

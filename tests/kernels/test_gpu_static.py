@@ -1,0 +1,118 @@
+"""The committed table of what kernels compile to and what calls cost, and that this checkout is no worse."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import ahead_of_time, gpu_static
+
+TABLE: dict[str, Any] = json.loads(gpu_static.RESULT.read_text())
+
+#: Product-equivalents at D = 4096 that an operation may take.
+PRODUCTS = {
+    "row_stats": 1.0,
+    "row_stats, no targets": 1.0,
+    "statistics and head_grad_norm, T=128": 1.15,
+    "statistics and head_grad_norm, T=32": 1.15,
+    "hidden_grad": 4.2,
+    "grad_sketch, T=128": 2.2,
+    "mutual_information, element, K=8": 16.3,
+    "mutual_information, block, K=8": 2.5,
+}
+#: Kernels outside any loop over the vocabulary, whose spills cost nothing that shows.
+ONCE_A_CALL = ("merge_splits",)
+
+
+def test_products() -> None:
+    assert [row for row in TABLE["products"] if "fails" in row] == []
+    found = {row["op"]: row["product_equivalents"] for row in TABLE["products"]}
+    assert {op: value for op, value in found.items() if value > PRODUCTS[op]} == {}
+
+
+def test_every_operation_is_in_the_table() -> None:
+    assert [row for row in TABLE["calls"] if "fails" in row] == []
+    assert {row["op"] for row in TABLE["calls"]} == set(gpu_static.OPERATIONS)
+    assert {row["op"] for row in TABLE["products"]} == set(PRODUCTS)
+
+
+def test_launches_do_not_follow_from_the_vocabulary() -> None:
+    counts: dict[tuple[Any, ...], set[tuple[int, int]]] = {}
+    for row in TABLE["calls"]:
+        if row["depth"] == 4096:
+            key = (row["op"], row["dtype"], row["arch"])
+            counts.setdefault(key, set()).add((row["launches"], row["torch_operations"]))
+    assert {key: found for key, found in counts.items() if len(found) > 1} == {}
+
+
+def test_extra_memory_is_bounded() -> None:
+    assert {(row["op"], row["vocab"]): row["extra_mib"] for row in TABLE["calls"] if row["extra_mib"] > 64} == {}
+
+
+def test_every_kernel_compiles_and_fits() -> None:
+    assert [row for row in TABLE["kernels"] if "fails" in row] == []
+    for row in TABLE["kernels"]:
+        assert row["shared_bytes"] <= ahead_of_time.SHARED_BYTES[row["arch"]]
+
+
+def test_kernels_at_work_do_not_spill() -> None:
+    """On sm_90, in half precision, where the vocabulary divides the tiles."""
+    spills = {
+        (row["kernel"], row["vocab"]): row["stack_bytes"]
+        for row in TABLE["kernels"]
+        if (row["arch"], row["dtype"], row["vocab"]) == (90, "bfloat16", 131072) and row["kernel"] not in ONCE_A_CALL
+    }
+    assert {kernel: stack for kernel, stack in spills.items() if stack} == {}
+
+
+@pytest.mark.parametrize("op", ["row_stats", "logit_stats", "statistics and head_grad_norm, T=128"])
+def test_calls_cost_what_the_table_says(op: str) -> None:
+    vocab, depth, arch = 50257, 4096, 90
+    (row,) = [
+        row
+        for row in TABLE["calls"]
+        if (row["op"], row["vocab"], row["arch"], row["dtype"]) == (op, vocab, arch, "bfloat16")
+    ]
+    _, counter, launches, extra = gpu_static.call(op, gpu_static.make_inputs(vocab, depth, torch.bfloat16), arch)
+    assert len(launches) <= row["launches"]
+    assert counter.operations <= row["torch_operations"]
+    assert extra / 2**20 <= row["extra_mib"] + 0.01
+
+
+def test_the_fold_costs_what_the_table_says() -> None:
+    vocab, depth, arch = 131072, 4096, 90
+    rows = [r for r in TABLE["kernels"] if (r["op"], r["kernel"], r["vocab"]) == ("logit_stats", "logit_fold", vocab)]
+    (row,) = [r for r in rows if (r["arch"], r["dtype"]) == (arch, "bfloat16")]
+    inputs = gpu_static.make_inputs(vocab, depth, torch.bfloat16)
+    launches = gpu_static.call("logit_stats", inputs, arch)[2]
+    found = ahead_of_time.measured(next(launch for launch in launches if launch.name == "logit_fold"), arch)
+    assert found["stack_bytes"] <= row["stack_bytes"]
+    assert found["sass_per_logit"] <= 1.1 * row["sass_per_logit"]  # other versions of Triton schedule otherwise
+
+
+def test_loops_and_instructions() -> None:
+    """Of a loop over the vocabulary with one over the depth inside: what is outside the inner one is the fold."""
+    sass = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E R2, [R4] ;
+        /*0020*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR4] ;
+        /*0030*/              @!P0 BRA 0x20 ;
+        /*0040*/                   MUFU.EX2 R5, R6 ;
+        /*0050*/                   FADD R5, R5, R6 ;
+        /*0060*/               @P1 BRA 0x10 ;
+        /*0070*/                   EXIT ;
+        /*0080*/                   BRA 0x80;
+        /*0090*/                   NOP ;
+    """
+    instructions = ahead_of_time.parse(sass)
+    assert [i.name for i in instructions][-1] == "EXIT"
+    assert ahead_of_time.loops(instructions) == [(0x20, 0x30), (0x10, 0x60)]
+
+    class OfTile(ahead_of_time.Launch):
+        values = {"BLOCK_M": 16, "BLOCK_N": 8}  # type: ignore[assignment]  # noqa: RUF012
+
+    launch = OfTile(None, (), {}, (1,))
+    assert ahead_of_time.fold_instructions(launch, instructions, threads=128) == 4.0
