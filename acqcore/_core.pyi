@@ -181,6 +181,9 @@ class CudaRowStatsArgs:
         vocab_start: int,
         state: int,  # float64 [7, N], written
         index: int,  # int64 [N], written
+        slots: int = 0,  # int32 [slot_count, 4] of backends/slots.py, or 0: no Gram matrices
+        slot_count: int = 0,
+        products: int = 0,  # float32, the Gram matrices, written
     ) -> None: ...
 
 def cuda_row_stats_sm90_scratch(args: CudaRowStatsArgs) -> int:

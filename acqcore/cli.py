@@ -1,5 +1,5 @@
-"""The command line: ``acqcore score`` scores a data file, ``acqcore plan`` tells beforehand what that would take,
-``acqcore info`` tells what runs here."""
+"""Score data files with a student (``acqcore score``), estimate what that costs (``acqcore plan``), list versions and
+backends (``acqcore info``)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from acqcore.literals import Reduction
 from acqcore.progress import Progress
 from acqcore.scoring.plan import Plan
 
-BLOCK_ROWS = 4096  # bounds memory, and costs little packing
+BLOCK_ROWS = 4096  # bounds memory; larger blocks would pack hardly better
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,8 +41,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 where no row could be scored or a block failed, 2 for
-    wrong usage."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0; 1 if no row could be scored or a block failed; 2 for wrong usage; 130 if interrupted.
+    """
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
@@ -50,15 +53,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"acqcore: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("acqcore: interrupted; the same command goes on from the last finished batch", file=sys.stderr)
+        print("acqcore: interrupted; the same command resumes after the last finished batch", file=sys.stderr)
         return 130
 
 
 class _UsageError(Exception):
-    """Wrong usage; its text is what the user is told."""
+    """Wrong usage; the user sees its text."""
 
 
-#: What wrong arguments, files, students and missing packages raise.
+#: Raised for wrong arguments, files, students and missing packages.
 _WRONG_USAGE = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
@@ -83,29 +86,39 @@ def _parser() -> argparse.ArgumentParser:
         help=f"comma-separated, by default entropy; any of {', '.join(REGISTRY)}",
     )
     score.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
-    score.add_argument("--prompt-column", metavar="C", help="context; with --completion-column")
-    score.add_argument("--completion-column", metavar="C", help="what is scored")
-    score.add_argument("--text-column", metavar="C", help="scored whole")
-    score.add_argument("--reduction", default="mean", help=f"one of {', '.join(get_args(Reduction))}")
-    score.add_argument("--topk", type=int, default=8, metavar="N", help="tokens of --reduction topk")
-    score.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="per forward, padded")
+    score.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
+    score.add_argument("--completion-column", metavar="C", help="column with the scored text")
+    score.add_argument("--text-column", metavar="C", help="column whose text is scored whole")
+    score.add_argument(
+        "--reduction", default="mean", help=f"of token values: {', '.join(get_args(Reduction))} (default: mean)"
+    )
+    score.add_argument(
+        "--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)"
+    )
+    score.add_argument(
+        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
+    )
     score.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
-    score.add_argument("--dtype", choices=list(DTYPES), help="of the weights, by default as stored")
-    score.add_argument("--device", metavar="D", help="by default the engine's: cpu, or a GPU for each process")
-    score.add_argument("--backend", metavar="B", help="a name from 'acqcore info'")
-    score.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
+    score.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
+    score.add_argument("--device", metavar="D", help="device (default: the engine's, cpu or one GPU per process)")
+    score.add_argument("--backend", metavar="B", help="backend, see 'acqcore info'")
+    score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
     score.add_argument(
         "--engine",
         choices=["local", "accelerate", "ray"],
         default="local",
-        help="this process, those of 'accelerate launch -m acqcore score ...', or actors of Ray",
+        help="run in this process, under 'accelerate launch -m acqcore score ...', or on Ray actors",
     )
-    score.add_argument("--workers", type=int, metavar="N", help="actors of Ray, by default one for each GPU")
-    score.add_argument("--ray-address", metavar="A", help="of a running cluster, by default one is started")
+    score.add_argument("--workers", type=int, metavar="N", help="Ray actors (default: one per GPU)")
+    score.add_argument("--ray-address", metavar="A", help="address of a running Ray cluster (default: start one)")
     score.add_argument(
-        "--block-rows", type=int, default=BLOCK_ROWS, metavar="N", help="read, scored, tried again and written at once"
+        "--block-rows",
+        type=int,
+        default=BLOCK_ROWS,
+        metavar="N",
+        help="rows per block, the unit of reading, retrying and writing",
     )
-    plan = commands.add_parser("plan", help="memory and time that scoring would take")
+    plan = commands.add_parser("plan", help="estimate memory and time of scoring")
     plan.set_defaults(command=_plan)
     plan_command.add_options(plan)
     info = commands.add_parser("info", help="versions and backends")
@@ -174,7 +187,7 @@ def _score(options: argparse.Namespace) -> int:
         data_files.join([parts.path(block.index) for block in blocks], job.out, job.output_columns)
     except (ValueError, TypeError) as error:
         raise _UsageError(
-            f"{options.out}: {_first_line(error)}; the scores stay in {parts.folder}, a .jsonl holds them"
+            f"{options.out}: {_first_line(error)}; the scores are kept in {parts.folder}, a .jsonl output can hold them"
         ) from error
     if not summary.failed_blocks:
         parts.remove()
@@ -187,7 +200,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, Any]]:
-    """The work and its manifest, from arguments of which all but the student is checked, the cheap things first."""
+    """The job, its blocks and its manifest. Checks all arguments but the student, the cheap ones first."""
     names = [name.strip() for name in options.acquisitions.split(",")]
     plan = Plan.of(
         names, options.acquisition_args,
@@ -252,7 +265,7 @@ def _check_output(out: Path) -> None:
 
 
 def _manifest(options: argparse.Namespace, columns: dict[str, str]) -> dict[str, Any]:
-    """What decides the numbers and which rows share a batch; not who scores them."""
+    """Everything that the values and the batches depend on, which excludes the engine."""
     digest = hashlib.sha256()
     with options.data.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -274,7 +287,7 @@ def _manifest(options: argparse.Namespace, columns: dict[str, str]) -> dict[str,
 def _collect(
     options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[Block], new: Collection[int]
 ) -> Summary:
-    """The summary of all blocks; tells of rows that could not be scored, and marks those of failed blocks."""
+    """Summary of all blocks. Reports rows that could not be scored, and marks those of failed blocks."""
     summary = Summary(job.plan.names, list(job.columns)[-1])
     place = "line" if job.data.suffix == ".jsonl" else "row"
     for block in blocks:

@@ -15,3 +15,5 @@ Layers: TypeAlias = Literal["all", "own"] | int
 #: Dropout of single columns of the last hidden state, or of groups of them.
 Form: TypeAlias = Literal["element", "block"]
 Similarity: TypeAlias = Literal["cosine", "dot"]
+#: Of :func:`acqcore.select`.
+Method: TypeAlias = Literal["top_k", "k_center", "facility_location", "badge", "log_det"]

@@ -1,4 +1,4 @@
-"""A progress bar on stderr that needs nothing: tqdm's where it is installed, else a plain line."""
+"""A progress bar on stderr: tqdm's if it is installed, else a plain line."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import sys
 import time
 from types import TracebackType
 
-_DELAY_S = 3.0  # by itself the bar appears only when the work takes longer
+_DELAY_S = 3.0  # before the bar appears by itself
 
 
 class Progress:
     """Counts work on stderr.
 
     Args:
-        total: units of work to come.
-        show: True or False; None shows it on a terminal, after a few seconds.
-        unit: what is counted.
+        total: units of work.
+        show: True or False; None shows the bar on a terminal, after a few seconds.
+        unit: name of the unit.
     """
 
     def __init__(self, total: int, show: bool | None, unit: str = "tokens") -> None:

@@ -1,4 +1,4 @@
-"""What ``score`` gives back."""
+"""The result of ``score``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Scores(Mapping[str, torch.Tensor]):
 
     Attributes:
         n_tokens: ``[n]`` int64, scored tokens.
-        valid: ``[n]`` bool, False where a value asked for is not finite in some token (a value there is NaN).
+        valid: ``[n]`` bool, False where a value is NaN.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Scores(Mapping[str, torch.Tensor]):
         return len(self._values)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row per sample: the acquisitions, ``n_tokens``, ``valid``; per-token values are left out.
+        """One row per sample: acquisitions, ``n_tokens`` and ``valid``, without per-token values.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -61,10 +61,12 @@ class Launch:
         return [value for value in values if isinstance(value, torch.Tensor)]
 
 
+Launches = TypeVar("Launches", bound=list[Launch])
+
+
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """The launches of what runs inside; no kernel runs, so what they would write stays as it was."""
-    launches: list[Launch] = []
+def recorded(launches: Launches) -> Iterator[Launches]:
+    """Adds the launches of what runs inside; no kernel runs, so what they would write stays as it was."""
 
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
         if callable(grid):

@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from unittest import mock
 
 import torch
@@ -84,6 +84,10 @@ HEADS = (
 )
 
 
+#: (V, D, dtype, architecture)
+Case: TypeAlias = tuple[int, int, torch.dtype, int]
+
+
 class Counter(TorchDispatchMode):
     """Counts torch operations, bytes and memory; those on large tensors give untouched memory of the right shape."""
 
@@ -93,7 +97,7 @@ class Counter(TorchDispatchMode):
         self.argument_bytes = 0
         self._own = {t.untyped_storage()._cdata for t in (inputs.hidden, inputs.weight, inputs.targets, inputs.logits)}
         self._live: dict[int, list[int]] = {}  # storage -> [bytes, tensors that hold it]
-        self._held = 0
+        self.held = 0  #: bytes that live tensors hold, beside the inputs
         self.peak = 0
 
     def __torch_dispatch__(
@@ -151,8 +155,8 @@ class Counter(TorchDispatchMode):
             return
         if key not in self._live:
             self._live[key] = [storage.nbytes(), 0]
-            self._held += storage.nbytes()
-            self.peak = max(self.peak, self._held)
+            self.held += storage.nbytes()
+            self.peak = max(self.peak, self.held)
         self._live[key][1] += 1
         weakref.finalize(tensor, self._release, key)
 
@@ -160,7 +164,7 @@ class Counter(TorchDispatchMode):
         entry = self._live[key]
         entry[1] -= 1
         if not entry[1]:
-            self._held -= entry[0]
+            self.held -= entry[0]
             del self._live[key]
 
 
@@ -190,40 +194,41 @@ def make_inputs(vocab: int, depth: int, dtype: torch.dtype, rows: int = ROWS) ->
     )  # fmt: skip
 
 
-def calls_and_kernels(arches: list[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """A row a call, and a row for each kernel, architecture and variant that a call launches."""
+def calls_and_kernels(cases: list[Case], path: Path) -> None:
+    """Counts and compiles every operation of every case, and adds the rows to the file after each."""
     from benchmarks import ahead_of_time
 
-    calls: list[dict[str, Any]] = []
-    kernels: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for vocab, depth, dtypes in HEADS:
-        for dtype in dtypes:
-            for arch in arches:
-                for op, run in OPERATIONS.items():
-                    case = {"op": op, "dtype": harness.name(dtype), "vocab": vocab, "depth": depth, "arch": arch}
-                    print(", ".join(map(str, case.values())), flush=True)
-                    inputs = make_inputs(vocab, depth, dtype)
-                    counter = Counter(inputs)
-                    with serving_the_cpu(ahead_of_time.MAJORS[arch]), ahead_of_time.recorded() as launches:
-                        with torch.no_grad(), counter:
-                            result = run(inputs)
-                        kept = counter._held
-                    del result
-                    bytes_of = [t.numel() * t.element_size() for launch in launches for t in launch.tensors]
-                    calls.append(
-                        case
-                        | {
-                            "launches": len(launches),
-                            "torch_operations": counter.operations,
-                            "argument_gib": round((sum(bytes_of) + counter.argument_bytes) / 2**30, 3),
-                            "extra_mib": round((counter.peak - kept) / 2**20, 2),
-                        }
-                    )
-                    for launch in {launch.name: launch for launch in launches}.values():
-                        row = {"kernel": launch.name, **case, **_measured(launch, arch)}
-                        key = tuple(str(value) for name, value in row.items() if name != "op")
-                        kernels.setdefault(key, {**row, "op": []})["op"].append(op)
-    return calls, list(kernels.values())
+    for vocab, depth, dtype, arch in cases:
+        inputs = make_inputs(vocab, depth, dtype)
+        for op, run in OPERATIONS.items():
+            case = {"op": op, "dtype": harness.name(dtype), "vocab": vocab, "depth": depth, "arch": arch}
+            print(", ".join(map(str, case.values())), flush=True)
+            counter = Counter(inputs)
+            launches: list[ahead_of_time.Launch] = []
+            with serving_the_cpu(ahead_of_time.MAJORS[arch]), ahead_of_time.recorded(launches):
+                with torch.no_grad(), counter:
+                    result = run(inputs)
+                kept = counter.held
+            del result
+            bytes_of = [t.numel() * t.element_size() for launch in launches for t in launch.tensors]
+            call = case | {
+                "launches": len(launches),
+                "torch_operations": counter.operations,
+                "argument_gib": round((sum(bytes_of) + counter.argument_bytes) / 2**30, 3),
+                "extra_mib": round((counter.peak - kept) / 2**20, 2),
+            }
+            variants = {launch.name: launch for launch in launches}.values()
+            kernels = [{"kernel": launch.name, **case, **_measured(launch, arch)} for launch in variants]
+            content = read(path)
+            for key, rows in (("calls", [call]), ("kernels", kernels)):
+                others = [row for row in content.get(key, []) if any(row[name] != case[name] for name in case)]
+                content[key] = sorted([*others, *rows], key=_place)
+            write(path, content)
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    op = list(OPERATIONS).index(row["op"])
+    return -row["arch"] if row["arch"] == 90 else row["arch"], row["dtype"], -row["vocab"], op, row.get("kernel", "")
 
 
 def _measured(launch: Any, arch: int) -> dict[str, Any]:
@@ -233,6 +238,11 @@ def _measured(launch: Any, arch: int) -> dict[str, Any]:
         return ahead_of_time.measured(launch, arch)
     except Exception as error:  # a kernel that does not compile for one architecture is a finding
         return {"fails": harness.first_line(error)}
+
+
+def _addmm_flops(out: Any, left: Any, right: Any, **_: Any) -> int:
+    """Of ``out += left @ right``, from their shapes."""
+    return 2 * int(left[0]) * int(left[1]) * int(right[1])
 
 
 def products(depth: int = 4096, rows: int = 128, vocabs: tuple[int, int] = (1024, 2048)) -> list[dict[str, Any]]:
@@ -250,7 +260,7 @@ def products(depth: int = 4096, rows: int = 128, vocabs: tuple[int, int] = (1024
         return create_dot(self, a, b, *others)
 
     # Torch counts addmm and not its in-place form.
-    in_place = {torch.ops.aten.addmm_: flop_counter.addmm_flop, torch.ops.aten.baddbmm_: flop_counter.baddbmm_flop}
+    in_place = {torch.ops.aten.addmm_: _addmm_flops}
     with mock.patch.object(interpreter.InterpreterBuilder, "create_dot", counting), serving_the_cpu(9):
         for op, run in OPERATIONS.items():
             if op == "logit_stats":
@@ -282,23 +292,39 @@ def products(depth: int = 4096, rows: int = 128, vocabs: tuple[int, int] = (1024
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("all", "kernels", "products"), default="all")
-    parser.add_argument("--arches", nargs="+", type=int, default=[80, 90, 100])
+    parser.add_argument("--arches", nargs="+", type=int, default=[90, 80, 100])
+    parser.add_argument(
+        "--vocabs", nargs="+", type=int, help="heads to take again, by their vocabularies; default: all"
+    )
+    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), help="default: all")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
-    import triton
-
-    content: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    if arguments.part == "products":
-        content["products"] = products()
-    else:
-        if arguments.part == "all":
+    if arguments.part in ("all", "products"):
+        if not backend.INTERPRETED:  # Triton decides that once for a process
             command = [sys.executable, "-m", "benchmarks.gpu_static", "--part", "products", "--out", arguments.out]
             subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
-            content = json.loads(arguments.out.read_text())
-        content |= {"triton": triton.__version__, "rows": ROWS}
-        content["calls"], content["kernels"] = calls_and_kernels(arguments.arches)
-    write(arguments.out, content)
+        else:
+            write(arguments.out, read(arguments.out) | {"products": products()})
+    if arguments.part in ("all", "kernels"):
+        import triton
+
+        write(arguments.out, {"triton": triton.__version__, "rows": ROWS} | read(arguments.out))
+        dtypes = {harness.name(dtype): dtype for _, _, known in HEADS for dtype in known}
+        cases = [
+            (vocab, depth, dtype, arch)
+            for arch in arguments.arches
+            for vocab, depth, known in HEADS
+            for dtype in known
+            if dtype in [dtypes[name] for name in arguments.dtypes or dtypes] and vocab in (arguments.vocabs or [vocab])
+        ]
+        calls_and_kernels(cases, arguments.out)
     print(f"wrote {arguments.out.name}")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The file, or nothing."""
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return content
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

@@ -178,7 +178,7 @@ def static_report(content: dict[str, Any]) -> str:
     ]  # fmt: skip
     header = ("call", "dtype", "V", "D", "product-equivalents", "launches", "torch operations", "GiB", "extra MiB")
     parts.append(table(header, rows))
-    rows = [
+    kernels = [
         (
             row["kernel"], row["dtype"], row["vocab"], row["depth"], row.get("registers", row.get("fails")),
             row.get("stack_bytes"), row.get("shared_bytes"), row.get("matrix_instructions"), row.get("sass_per_logit"),
@@ -186,8 +186,9 @@ def static_report(content: dict[str, Any]) -> str:
         for row in content["kernels"]
         if row["arch"] == 90
     ]  # fmt: skip
-    header = ("kernel", "dtype", "V", "D", "registers", "stack, bytes", "shared, bytes", "matrix instructions")
-    parts.append(table((*header, "SASS a logit"), rows))
+    kernels = list(dict.fromkeys(kernels))
+    names = ("kernel", "dtype", "V", "D", "registers", "stack, bytes", "shared, bytes", "matrix instructions")
+    parts.append(table((*names, "SASS a logit"), kernels))
     return "\n\n".join(parts) + "\n"
 
 

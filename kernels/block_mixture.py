@@ -122,8 +122,6 @@ def block_logits(
         weight_at = weight + of_weight + inner.to(tl.int64)[:, None] * weight_column
     z = tl.zeros((BLOCK_M, BLOCK_N, DRAWS), tl.float32)
     u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    kept = tl.load(keep_at)
-    old_kept = kept
     for k in range(0, depth, BLOCK_K):
         if DESCRIPTORS:
             a = hidden.load([first_row, k])
@@ -140,22 +138,23 @@ def block_logits(
         if UPCAST:
             a = widen(a)
             b = widen(b)
-        # Masks are loaded a step ahead. Where a step is a block, the draws take its sums a step later, under the
-        # product of the next.
-        next_kept = tl.load(keep_at + min((k // BLOCK_K + 1) // STEPS, blocks - 1) * DRAWS)
+        step = k // BLOCK_K
         if STEPS == 1:
+            # The draws take a block's sums under the product of the next. Its masks are loaded here: carried over two
+            # steps of the loop, Triton's pipeline overwrites them.
             next_u = tl.dot(a, b, input_precision=PRECISION)
-            z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * old_kept[:, None, :]
+            kept = tl.load(keep_at + tl.maximum(step - 1, 0) * DRAWS)
+            z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * kept[:, None, :]
             u = next_u
-            old_kept = kept
         else:
             u = tl.dot(a, b, u, input_precision=PRECISION)
-            if (k // BLOCK_K + 1) % STEPS == 0 or k + BLOCK_K >= depth:
+            if (step + 1) % STEPS == 0 or k + BLOCK_K >= depth:
+                kept = tl.load(keep_at + step // STEPS * DRAWS)
                 z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * kept[:, None, :]
                 u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        kept = next_kept
     if STEPS == 1:
-        z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * old_kept[:, None, :]
+        kept = tl.load(keep_at + (blocks - 1) * DRAWS)
+        z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * kept[:, None, :]
     if HAS_BIAS:
         z += tl.load(bias + columns, mask=columns < vocab, other=0.0)[None, :, None]
     if HAS_SCALE:

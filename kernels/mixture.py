@@ -1,6 +1,7 @@
 """Statistics of a mixture of K draws (``acqcore/bayes.py``): two visits of the vocabulary, logits in registers alone.
 
-    gather_draws    packs the hidden states of every draw of the scored rows; dropout's masks are applied on the way
+    number_scored   numbers the scored tokens, on the device alone
+    gather_draws    packs the hidden states of every draw of them; dropout's masks are applied on the way
     product_fold    the first visit: each packed row's state (``row_stats.py``)
     finish_draws    each draw's normaliser and vote; expected entropy and the target's likelihood
     mixture_fold    the second visit: what the mean distribution adds
@@ -38,8 +39,10 @@ from acqcore.kernels.row_stats import SCRATCH_BYTES, launch_fold
 PLANE = 8
 #: Tokens of a tile of the second visit: each keeps four sums in the registers of every thread it is dealt to.
 TILE_TOKENS = 32
-#: Tokens of a program of ``gather_draws``.
-GATHER_ROWS = 32
+#: Tokens of a program of ``number_scored``.
+SCAN_ROWS = 1024
+#: Packed rows of a program of ``gather_draws``.
+GATHER_ROWS = 128
 #: Tokens whose draws a program of ``finish_draws`` and ``finish_mixture`` merges.
 FINISH_TOKENS = 64
 #: log2 of the least probability that is told from 0; 2^FLOOR is the least normal float32.
@@ -65,17 +68,43 @@ class Masks:
         return replace(self, samples=self.samples[part].contiguous(), positions=self.positions[part].contiguous())
 
 
-@triton.jit(do_not_specialize=["n", "seed", "threshold"], do_not_specialize_on_alignment=["targets", "samples"])
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["targets"])
+def number_scored(
+    targets,  # [n] int64, -100 ignored
+    position,  # [n] int32, written: a token's number among the scored, -1 if ignored
+    sources,  # [n] int32, written: the token of each number
+    count,  # [2] int32, written: packed rows of groups with a scored token; scored tokens
+    n,
+    PADDED: tl.constexpr,
+    PLANE: tl.constexpr,
+    ROWS: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    begin = tl.program_id(0) * ROWS
+    rows = begin + tl.arange(0, ROWS)
+    _, scored, number, through = scored_places(targets, begin, n, ROWS, SCAN)
+    tl.store(position + rows, tl.where(scored, number, -1), mask=rows < n)
+    tl.store(sources + number, rows, mask=scored)
+    if begin + ROWS >= n:
+        tl.store(count, tl.cdiv(through, PLANE) * (PLANE * PADDED))
+        tl.store(count + 1, through)
+
+
+@triton.jit(
+    do_not_specialize=["n", "rows", "seed", "threshold"],
+    do_not_specialize_on_alignment=["targets", "sources", "count", "samples", "positions"],
+)
 def gather_draws(
     hidden,  # [n, depth]; without MASKED [draws, n, depth]
-    targets,  # [n] int64, -100 ignored; None: every row is scored
+    targets,  # [n] int64
+    sources,  # [n] int32 of ``number_scored``
+    count,  # [2] int32, likewise
     samples,  # [n] int64, if MASKED
     positions,  # [n] int64, if MASKED
-    packed,  # [rows, depth], written
+    packed,  # [rows, depth], written: zero in padding
     packed_targets,  # [rows] int32, written: relative to vocab_start
-    position,  # [n] int32, written: a token's number among the scored, -1 if ignored
-    count,  # [1] int32, written: packed rows of groups with a scored token
     n,
+    rows,
     depth,
     hidden_draw,
     hidden_row,
@@ -88,48 +117,46 @@ def gather_draws(
     threshold,
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,  # width > 1
-    HAS_TARGETS: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,  # else every token is scored, and there are no sources and no count
     PADDED: tl.constexpr,  # draws of a group
     PLANE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SCAN: tl.constexpr,
 ):
-    begin = tl.program_id(0) * ROWS
-    draw = tl.program_id(2)
-    rows = begin + tl.arange(0, ROWS)
-    inside = rows < n
-    token = rows
-    scored = inside
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    draw = row // PLANE % PADDED
+    token = row // (PLANE * PADDED) * PLANE + row % PLANE
+    inside = row < rows
     if HAS_TARGETS:
-        target, scored, token, through = scored_places(targets, begin, n, ROWS, SCAN)
-        if tl.program_id(1) == 0 and draw == 0:
-            tl.store(position + rows, tl.where(scored, token, -1), mask=inside)
-            if begin + ROWS >= n:
-                tl.store(count, tl.cdiv(through, PLANE) * (PLANE * PADDED))
-    to = (token // PLANE * PADDED + draw) * PLANE + token % PLANE
-    if HAS_TARGETS and tl.program_id(1) == 0:
-        tl.store(packed_targets + to, (target - vocab_start).to(tl.int32), mask=scored)
+        inside = inside & (token < tl.load(count + 1))
+        token = tl.load(sources + token, mask=inside, other=0)
+        if tl.program_id(1) == 0:
+            target = tl.load(targets + token, mask=inside, other=-100)
+            tl.store(packed_targets + row, (target - vocab_start).to(tl.int32), mask=inside)
+    else:
+        inside = inside & (token < n)
     first = tl.program_id(1) * COLUMNS
     columns = first + tl.arange(0, COLUMNS)
-    mask = scored[:, None] & (columns < depth)[None, :]
-    source = rows.to(tl.int64)[:, None] * hidden_row + columns.to(tl.int64)[None, :] * hidden_column
+    within = (columns < depth)[None, :]
+    source = token.to(tl.int64)[:, None] * hidden_row + columns.to(tl.int64)[None, :] * hidden_column
     if not MASKED:
-        source += draw.to(tl.int64) * hidden_draw
-    value = tl.load(hidden + source, mask=mask & (columns * 0 + draw < draws)[None, :], other=0.0)
+        source += draw.to(tl.int64)[:, None] * hidden_draw
+    value = tl.load(hidden + source, mask=(inside & (draw < draws))[:, None] & within, other=0.0)
     if MASKED:
-        row_sample = tl.load(samples + rows, mask=inside, other=0).to(tl.uint32)[:, None]
-        row_position = tl.load(positions + rows, mask=inside, other=0).to(tl.uint32)[:, None]
-        key = draw.to(tl.uint32), seed.to(tl.uint64), threshold.to(tl.uint32)
+        key = (
+            tl.load(positions + token, mask=inside, other=0).to(tl.uint32)[:, None],
+            tl.load(samples + token, mask=inside, other=0).to(tl.uint32)[:, None],
+            draw.to(tl.uint32)[:, None],
+            seed.to(tl.uint64),
+            threshold.to(tl.uint32),
+        )
         if WIDE:
-            units = (columns // width).to(tl.uint32)[None, :]
-            kept = keep_units(units, row_position, row_sample, *key)
+            kept = keep_units((columns // width).to(tl.uint32)[None, :], *key)
         else:
-            groups = (first // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)[None, :]
-            kept = keep_mask(groups, row_position, row_sample, *key)
+            kept = keep_mask((first // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)[None, :], *key)
         value = tl.where(kept, value, 0.0)
-    at = to.to(tl.int64)[:, None] * packed_row + columns[None, :]
-    tl.store(packed + at, value.to(packed.dtype.element_ty), mask=mask)
+    at = packed + row.to(tl.int64)[:, None] * packed_row + columns[None, :]
+    tl.store(at, value.to(packed.dtype.element_ty), mask=inside[:, None] & within)
 
 
 @triton.jit
@@ -482,18 +509,22 @@ def _chunk(
     rows = triton.cdiv(n, layout.plane) * layout.plane * layout.padded
     pitch = triton.cdiv(depth, 8) * 8  # rows of 16 bytes, as descriptors want them
     packed = hidden.new_empty((rows, pitch), dtype=dtype)[:, :depth]
-    packed_targets = position = count = None
+    packed_targets = position = sources = count = None
     if targets is not None:
         packed_targets = hidden.new_empty(rows, dtype=torch.int32)
-        position = hidden.new_empty(n, dtype=torch.int32)
-        count = hidden.new_empty(1, dtype=torch.int32)
+        position, sources = hidden.new_empty((2, n), dtype=torch.int32)
+        count = hidden.new_empty(2, dtype=torch.int32)
+        number_scored[(triton.cdiv(n, SCAN_ROWS),)](
+            targets, position, sources, count, n, PADDED=layout.padded, PLANE=layout.plane, ROWS=SCAN_ROWS,
+            SCAN=SCAN_ROWS, enable_fp_fusion=True,
+        )  # fmt: skip
     columns = GATHER_TILE // GATHER_ROWS
-    gather_draws[(triton.cdiv(n, GATHER_ROWS), max(triton.cdiv(depth, columns), 1), layout.padded)](
-        hidden, targets, masks and masks.samples, masks and masks.positions, packed, packed_targets, position, count,
-        n, depth, 0 if masks else hidden.stride(0), *hidden.stride()[-2:], packed.stride(0), draws, vocab_start,
+    gather_draws[(triton.cdiv(rows, GATHER_ROWS), max(triton.cdiv(depth, columns), 1))](
+        hidden, targets, sources, count, masks and masks.samples, masks and masks.positions, packed, packed_targets,
+        n, rows, depth, 0 if masks else hidden.stride(0), *hidden.stride()[-2:], packed.stride(0), draws, vocab_start,
         masks.width if masks else 1, masks.seed if masks else 0, masks.threshold if masks else 0,
         MASKED=masks is not None, WIDE=masks is not None and masks.width > 1, HAS_TARGETS=targets is not None,
-        PADDED=layout.padded, PLANE=layout.plane, ROWS=GATHER_ROWS, COLUMNS=columns, SCAN=1024, enable_fp_fusion=True,
+        PADDED=layout.padded, PLANE=layout.plane, ROWS=GATHER_ROWS, COLUMNS=columns, enable_fp_fusion=True,
     )  # fmt: skip
 
     partial, partial_index = launch_fold(

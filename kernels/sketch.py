@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from acqcore.kernels.config import Tiles
-from acqcore.kernels.fold import INV_SCALE, LOWEST, empty_state, fold, merge, store_state
+from acqcore.kernels.fold import INV_SCALE, LOWEST, empty_state, fold, holds_target, merge, store_state
 from acqcore.kernels.product import GATHER_TILE, descriptor, gather_scored, has_descriptor, place, product_tile, tanh
 
 #: Scratch of a call: bucket sums, states and packed hidden states of the rows under way.
@@ -35,6 +35,7 @@ def take_tile(
     bias,  # [vocab] float32 or None
     places,  # [vocab] int32
     targets,  # [ROWS] int32
+    holds,  # whether the tile holds a target
     begin,  # the tile's first column
     low,  # the first of its columns that count
     high,  # the one after the last
@@ -65,14 +66,13 @@ def take_tile(
         z = tl.where(inside[None, :], z, float("-inf"))
     top, second, r, s1, s2, s11, index, target = state
     top, second, r, s1, s2, s11, index, target, e, c = fold(
-        z, begin, targets, top, second, r, s1, s2, s11, index, target, True, HAS_BIAS or not WHOLE
+        z, begin, targets, holds, top, second, r, s1, s2, s11, index, target, True, HAS_BIAS or not WHOLE
     )
     if HAS_CAP:
         slope = tl.maximum(z, -cap) / cap
         e *= 1 - slope * slope
-    local = targets - begin
-    if tl.max(((local >= 0) & (local < COLUMNS)).to(tl.int32), axis=0) > 0:
-        e = tl.where(column[None, :] == local[:, None], 0.0, e)
+    if holds:
+        e = tl.where(column[None, :] == (targets - begin)[:, None], 0.0, e)
     if WHOLE:
         of_column = tl.load((places + begin) + column)
         sign = tl.where(of_column < 0, -1.0, 1.0)
@@ -148,19 +148,20 @@ def sketch_fold(
         wraps = (start + width > dim).to(tl.int32)
         for turned in range(1 - wraps, 2):  # what wraps around lies at the group's beginning
             begin = origin + start - (1 - turned) * dim
+            holds = holds_target(row_targets, begin, BLOCK_N)
             z = product_tile(
                 hidden, weight, first_row, begin, n, vocab, depth, hidden_row, hidden_column, weight_row, weight_column,
                 BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, DESCRIPTORS, UPCAST, PRECISION,
             )  # fmt: skip
             if (begin >= low) & (begin + BLOCK_N <= high) & (width == BLOCK_N):
                 state, buckets = take_tile(
-                    z, bias, places, row_targets, begin, begin, high, scale, cap, state, buckets, True, HAS_BIAS,
+                    z, bias, places, row_targets, holds, begin, begin, high, scale, cap, state, buckets, True, HAS_BIAS,
                     HAS_SCALE, HAS_CAP,
                 )  # fmt: skip
             else:
                 last = min(high, begin + width)
                 state, buckets = take_tile(
-                    z, bias, places, row_targets, begin, low, last, scale, cap, state, buckets, False, HAS_BIAS,
+                    z, bias, places, row_targets, holds, begin, low, last, scale, cap, state, buckets, False, HAS_BIAS,
                     HAS_SCALE, HAS_CAP,
                 )  # fmt: skip
     at = sums + (share.to(tl.int64) * n + rows)[:, None] * dim + first_place + column[None, :]

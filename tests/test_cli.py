@@ -173,7 +173,7 @@ def test_another_run_may_not_take_over(
     with monkeypatch.context() as patch:
         patch.setattr("acqcore.scoring.plan.Plan.batches", interrupted)
         assert main(command(rows)) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert main(command(rows, acquisitions="margin")) == 2
     message = capsys.readouterr().err
     assert "holds a cut-off run with another acquisitions ('entropy' there, 'margin' here)" in message
@@ -203,6 +203,29 @@ def test_blocks_are_joined(suffix: str, command: Callable[..., list[str]], tmp_p
     ]
 
 
+def test_every_acquisition_that_does_not_compare_samples(
+    command: Callable[..., list[str]], student: Path, tmp_path: Path
+) -> None:
+    loaded = acqcore.Student.load(student)
+    reference, archive = acqcore.influence_reference(loaded, TEXTS[:2], dim=64, backend="eager"), acqcore.Archive()
+    archive.add(acqcore.grad_sketch(loaded, TEXTS[:2], dim=64, backend="eager"))
+    reference.save(tmp_path / "reference.pt")
+    torch.save(archive.state_dict(), tmp_path / "archive.pt")
+    names = [name for name in acqcore.acquisitions() if name != "gradient_diversity"]
+    arguments = {
+        "grad_norm": {"parameters": "all"},
+        "mutual_information": {"layers": 1, "draws": 2},
+        "influence": {"reference": str(tmp_path / "reference.pt")},
+        "archive_novelty": {"archive": str(tmp_path / "archive.pt"), "dim": 64},
+    }
+    rows = [{"text": text} for text in TEXTS]
+    assert main(command(rows, acquisitions=",".join(names), acquisition_args=json.dumps(arguments))) == 0
+    given = {**arguments, "influence": {"reference": reference}, "archive_novelty": {"archive": archive, "dim": 64}}
+    scores = acqcore.score(loaded, TEXTS, names, acquisition_args=given, backend="eager")
+    for row, *expected in zip(read_lines(tmp_path / "out.jsonl"), *scores.values(), strict=True):
+        assert [row[name] for name in names] == pytest.approx([value.item() for value in expected], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -226,6 +249,15 @@ def test_blocks_are_joined(suffix: str, command: Callable[..., list[str]], tmp_p
         ({"engine": "ray", "workers": 0}, "workers: expected an int >= 1, got 0"),
         ({"engine": "ray", "device": "cuda:1"}, "device: expected cpu or cuda with --engine ray"),
         ({"dtype": "int8"}, "argument --dtype: invalid choice: 'int8'"),
+        (
+            {"acquisitions": "gradient_diversity"},
+            "'gradient_diversity' compares all samples of a call: call acqcore.score",
+        ),
+        ({"acquisitions": "influence"}, "acquisition_args: 'influence' needs 'reference'"),
+        (
+            {"acquisitions": "influence", "acquisition_args": '{"influence": {"reference": "data.jsonl"}}'},
+            "reference: expected a file from Reference.save, got data.jsonl",
+        ),
     ],
 )
 def test_wrong_usage_is_one_sentence(

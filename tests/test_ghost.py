@@ -426,7 +426,7 @@ class Routed(nn.Module):
         (Bare, 16, "no rule covers scales.0: it is used without a call of the module that owns it"),
         (Pair, 16, "no rule covers layer.weight: its Two takes or gives tuple where one tensor was expected"),
         (Changed, 16, "no rule covers layer.weight: the input of its module is changed in place"),
-        (Mixed, 16, r"no rule covers layer.weight: .* the 5 samples of 17 tokens can not be told apart"),
+        (Mixed, 16, r"no rule covers layer.weight: .* the 5 samples of 17 tokens cannot be told apart"),
         (Projected, 320, "no rule covers embedding.weight: layers of different kinds share it"),
         (Looked, 16, "no rule covers embedding.weight: its embedding does not give a multiple of the rows"),
         (Routed, 16, "no rule covers gate.weight: Gate could not be differentiated sample by sample: "),

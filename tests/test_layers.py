@@ -72,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
         "scores",
         "students",
     },
-    "selection": {"checks", "scores"},
+    "selection": {"checks", "literals", "scores"},
     "signs": set(),
     "students": {"backends", "checks", "head", "vocab_parallel"},
     "testing": {"head", "row_stats"},

@@ -10,6 +10,8 @@ import torch
 import acqcore
 from acqcore.backends import get
 from acqcore.backends.base import Backend
+from acqcore.costs.shape import shape_of
+from acqcore.costs.work import Work, passes
 
 SAMPLES = [{"prompt": "What is 2 + 3?", "completion": f" The answer is {i}."} for i in range(6)]
 ALL = {"parameters": "all"}
@@ -66,7 +68,7 @@ REQUESTS = {
 
 @pytest.fixture
 def count(monkeypatch: pytest.MonkeyPatch, tokenizer) -> Counter[str]:
-    """Counts from now on: ``tokenized``, ``forwards``, ``backwards``, ``products``."""
+    """Counts from now on: ``tokenized``, ``forwards``, ``tokens`` through them, ``backwards``, ``products``."""
     counted: Counter[str] = Counter()
 
     def hook(owner, name, add) -> None:
@@ -79,7 +81,7 @@ def count(monkeypatch: pytest.MonkeyPatch, tokenizer) -> Counter[str]:
         monkeypatch.setattr(owner, name, counting)
 
     hook(type(tokenizer), "__call__", lambda _, texts, **__: counted.update(tokenized=len(texts)))
-    hook(acqcore.Student, "hidden", lambda *_: counted.update(forwards=1))
+    hook(acqcore.Student, "hidden", lambda _, ids: counted.update(forwards=1, tokens=ids.numel()))
     backend = type(get("cpu"))
     for name in ("row_stats", "delta_product", "delta_hash", "head_grad_norm"):
         assert name in vars(Backend)
@@ -98,6 +100,18 @@ def count(monkeypatch: pytest.MonkeyPatch, tokenizer) -> Counter[str]:
 
     monkeypatch.setattr(torch.autograd, "grad", backward)
     return counted
+
+
+@pytest.mark.parametrize("name", ["row statistics", "mutual information", "entropy, mutual information", "draws"])
+def test_plans_count_the_same(name: str, tiny_model, tokenizer, count: Counter[str]) -> None:
+    """What ``acqcore plan`` computes from, against a batch of rows of one length."""
+    acquisitions, arguments, _ = REQUESTS[name]
+    model = tiny_model("Llama")
+    samples = {"input_ids": torch.arange(72).view(6, 12)}
+    acqcore.score(acqcore.Student.from_model(model, verify=False), samples, acquisitions, acquisition_args=arguments)
+    shape = shape_of(model.config, torch.float32)
+    planned = passes(shape, Work.checked(shape, 6, 12, None, 8192, acquisitions, arguments))
+    assert (planned.trunk, planned.head) == (count["tokens"] / 72, count["products"])
 
 
 @pytest.mark.parametrize("request_of", REQUESTS)

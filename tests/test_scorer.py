@@ -132,7 +132,7 @@ def test_the_same_command_tries_failed_blocks_again_and_no_others(
     assert main(arguments) == 1
     captured = capsys.readouterr()
     assert "4 of 7 rows scored" in captured.out
-    assert "3 rows with an error; 1 failed block, which the same command tries again" in " ".join(captured.out.split())
+    assert "3 rows with an error; 1 failed block, which the same command retries" in " ".join(captured.out.split())
     assert f"rows 3 to 5 of the output failed {ATTEMPTS} times: IsADirectoryError: " in captured.err
     if out == "out.jsonl":
         rows = read_lines(tmp_path / out)

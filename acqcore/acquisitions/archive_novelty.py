@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,11 @@ from acqcore.selection.diversity import Archive
 
 @dataclass(frozen=True)
 class NoveltyOptions(Options):
-    """``archive``, of sketches with the same ``parameters``, ``dim`` and ``seed`` of :func:`acqcore.grad_sketch`.
+    """``archive``, of sketches with the same ``parameters``, ``dim`` and ``seed`` of :func:`acqcore.grad_sketch`, or a
+    path to which ``torch.save`` wrote its ``state_dict()``.
 
     Raises:
-        TypeError: another archive.
+        TypeError, ValueError: another archive. OSError: no such file.
     """
 
     archive: Archive
@@ -26,6 +28,10 @@ class NoveltyOptions(Options):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.archive, str | os.PathLike):
+            archive = Archive()
+            archive.load_state_dict(torch.load(self.archive, weights_only=True))
+            object.__setattr__(self, "archive", archive)
         checks.instance("archive", self.archive, Archive, "acqcore.Archive")
 
 

@@ -31,7 +31,8 @@ class Acquisition:
         needs_targets: the values depend on the tokens that were written, not only on the predictions.
         finish: applied to token values and to reduced values, for averages on another scale (perplexity is averaged as
             a loss).
-        reference: the definition, slow and readable.
+        reference: the definition, slow and readable. Of row statistics it takes logits ``[N, V]``, targets ``[N]`` and
+            hidden states ``[N, D]``, and gives ``[N]``.
     """
 
     name: str

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +17,18 @@ from acqcore.students.student import Student
 
 @dataclass(frozen=True)
 class InfluenceOptions(Options):
-    """``reference``, from :func:`acqcore.influence_reference`, and how gradients are compared with it.
+    """``reference``, from :func:`acqcore.influence_reference` or the path of a saved one, and how to compare with it.
 
     Raises:
-        TypeError: reference is not a Reference. ValueError: an unknown similarity.
+        TypeError: reference is neither. ValueError: an unknown similarity, another file. OSError: no such file.
     """
 
     reference: Reference
     similarity: Similarity = "cosine"
 
     def __post_init__(self) -> None:
+        if isinstance(self.reference, str | os.PathLike):
+            object.__setattr__(self, "reference", Reference.load(self.reference))
         checks.instance("reference", self.reference, Reference, "what acqcore.influence_reference gives")
         checks.literal("similarity", self.similarity, Similarity)
 

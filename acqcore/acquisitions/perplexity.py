@@ -6,11 +6,7 @@ from acqcore.acquisitions.base import register
 from acqcore.row_stats import RowStats
 
 
-def reference(
-    z: torch.Tensor,  # [N, V] logits
-    targets: torch.Tensor,  # [N]
-    hidden: torch.Tensor,  # [N, D]
-) -> torch.Tensor:
+def reference(z: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # [N, V], [N], [N, D]
     """The definition for one token, slowly, ``[N]``: the reciprocal of its probability."""
     return 1 / z.softmax(dim=1).gather(1, targets[:, None])[:, 0]
 

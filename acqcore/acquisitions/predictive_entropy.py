@@ -7,9 +7,7 @@ from acqcore.acquisitions.needs import DrawOptions, draws
 from acqcore.bayes import BayesStats
 
 
-def reference(
-    p: torch.Tensor,  # [K, N, V] probabilities of every draw
-) -> torch.Tensor:
+def reference(p: torch.Tensor) -> torch.Tensor:  # [K, N, V] probabilities of every draw
     """The definition, slowly, ``[N]``."""
     return torch.special.entr(p.mean(dim=0)).sum(dim=-1)
 

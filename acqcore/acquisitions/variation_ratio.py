@@ -7,9 +7,7 @@ from acqcore.acquisitions.needs import DrawOptions, draws
 from acqcore.bayes import BayesStats
 
 
-def reference(
-    p: torch.Tensor,  # [K, N, V] probabilities of every draw
-) -> torch.Tensor:
+def reference(p: torch.Tensor) -> torch.Tensor:  # [K, N, V] probabilities of every draw
     """The definition, slowly, ``[N]``."""
     votes = torch.nn.functional.one_hot(p.argmax(dim=2), p.shape[2])  # [K, N, V]
     return 1 - votes.sum(dim=0).amax(dim=1).to(p.dtype) / len(p)

@@ -15,6 +15,7 @@ from acqcore.backends import extension
 from acqcore.backends.base import Gram, HeadRows
 from acqcore.backends.chunked import Chunked, float32_products
 from acqcore.backends.extension import constant_when_compiled, core, matrix, pointer
+from acqcore.backends.slots import BLOCK, slot_table
 from acqcore.head import Head
 
 #: A block of logits that row_stats holds: at most 1024 rows x 8192 columns, 32 MiB in float32.
@@ -42,22 +43,28 @@ class Cuda(Chunked):
     ) -> None:
         device = rows.hidden.device
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        fits = fits_hopper(rows.hidden, rows.head.weight, capability)
+        kept, rest = _kept_while_folding(rows.head, gram) if fits else (None, gram)
         with _stating_memory("row_stats"):
-            if fits_hopper(rows.hidden, rows.head.weight, capability):
-                self._fused(rows)
+            if fits:
+                self._fused(rows, kept)
             else:
                 self._blocked(rows)
-        if gram is not None:
-            self.fill_gram(rows, gram)
+        if rest is not None:
+            self.fill_gram(rows, rest)
 
     def _fused(
         self,
         rows: HeadRows,
+        gram: Gram | None,  # samples of at most BLOCK rows
     ) -> None:
         """Queue the kernel for Hopper that multiplies and folds at once; nothing is read back from the device."""
         head, device = rows.head, rows.hidden.device.index
         bias = None if head.bias is None else head.bias.float().contiguous()
         targets = None if rows.targets is None else rows.targets.contiguous()
+        slots = None
+        if gram is not None:
+            slots = slot_table(gram.bounds, gram.starts, len(rows.hidden)).to(rows.hidden.device)
         arguments = core.CudaRowStatsArgs(
             matrix(rows.hidden),
             matrix(head.weight),
@@ -69,6 +76,9 @@ class Cuda(Chunked):
             head.vocab_start,
             rows.state.data_ptr(),
             rows.index.data_ptr(),
+            pointer(slots),
+            0 if slots is None else len(slots),
+            0 if gram is None else gram.products.data_ptr(),
         )
         size = core.cuda_row_stats_sm90_scratch(arguments)
         scratch = torch.empty(size, dtype=torch.uint8, device=rows.hidden.device)
@@ -180,6 +190,28 @@ def fits_hopper(
         and row % 8 == 0
         and row >= weight.shape[1] > 0
     )
+
+
+def _kept_while_folding(
+    head: Head,
+    gram: Gram | None,
+) -> tuple[Gram | None, Gram | None]:
+    """The samples whose matrices the fused kernel keeps, of at most BLOCK rows and without a softcap, and the others.
+
+    The first is None only without a Gram or under a softcap: rows are cut alike whatever samples they come with.
+    """
+    if gram is None or head.softcap is not None:
+        return None, gram
+    short = [end - begin <= BLOCK for begin, end in gram.bounds]
+    kept, rest = (
+        Gram(
+            tuple(b for b, own in zip(gram.bounds, short, strict=True) if own == wanted),
+            tuple(s for s, own in zip(gram.starts, short, strict=True) if own == wanted),
+            gram.products,
+        )
+        for wanted in (True, False)
+    )
+    return kept, rest if rest.bounds else None
 
 
 def _block(d: int, mixed: bool) -> tuple[int, int]:

@@ -1,5 +1,5 @@
-"""What scoring will cost before it is run: memory and time of a model configuration, a batch and a device.
+"""Estimates memory and time of scoring from a model configuration, a batch and a device: ``acqcore plan``.
 
-Models of few blocks are made from the configuration and scored for a few seconds; the whole model follows, as its
-blocks are alike. ``acqcore plan`` is the way in.
+Models of a few blocks are built from the configuration and scored for a few seconds. As blocks are alike, the whole
+model follows by extrapolation.
 """

@@ -19,7 +19,7 @@ from acqcore.costs.measure import measure
 from acqcore.costs.shape import Shape, read_config, shape_of, stored_dtype
 from acqcore.costs.work import Work
 
-#: Load average above which the user is told that other work is in the times.
+#: Load average above which a note warns that other work slowed the measurement.
 BUSY = 0.5
 ARGUMENTS_HELP = 'name -> arguments, as in {"grad_norm": {"parameters": "all"}}'
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,28 +28,34 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``acqcore plan``."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--student", metavar="M", help="hub id or local path; of it, the configuration is read")
-    source.add_argument("--config", metavar="F", help="config.json of a transformers model; no weights are needed")
-    parser.add_argument("--rows", type=int, required=True, metavar="N", help="how many are scored")
-    parser.add_argument("--tokens", type=int, required=True, metavar="T", help="of a row; the mean where they differ")
-    parser.add_argument("--scored", type=int, metavar="N", help="of a row's tokens, by default all but the first")
-    parser.add_argument("--acquisitions", default="entropy", metavar="A,B", help="as of 'acqcore score'")
+    source.add_argument("--student", metavar="M", help="hub id or local path, whose configuration is read")
+    source.add_argument("--config", metavar="F", help="config.json of a transformers model; needs no weights")
+    parser.add_argument("--rows", type=int, required=True, metavar="N", help="rows to score")
+    parser.add_argument(
+        "--tokens", type=int, required=True, metavar="T", help="tokens per row (their mean, if rows differ)"
+    )
+    parser.add_argument("--scored", type=int, metavar="N", help="scored tokens per row (default: all but the first)")
+    parser.add_argument(
+        "--acquisitions", default="entropy", metavar="A,B", help="as for 'acqcore score' (default: entropy)"
+    )
     parser.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=ARGUMENTS_HELP)
-    parser.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="per forward, padded")
-    parser.add_argument("--dtype", choices=list(_DTYPES), help="of the weights, by default as stored")
-    parser.add_argument("--device", default="cpu", metavar="D", help="by default cpu")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU, by default as here")
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="extrapolate to so many")
-    parser.add_argument("--flops", type=float, metavar="F", help="of a device not here: FLOP/s it achieves")
-    parser.add_argument("--bandwidth", type=float, metavar="B", help="of a device not here: bytes/s it achieves")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    parser.add_argument(
+        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
+    )
+    parser.add_argument("--dtype", choices=list(_DTYPES), help="dtype of the weights (default: as stored)")
+    parser.add_argument("--device", default="cpu", metavar="D", help="device (default: cpu)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's current setting)")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="extrapolate to N devices (default: 1)")
+    parser.add_argument("--flops", type=float, metavar="F", help="FLOP/s that an absent device achieves")
+    parser.add_argument("--bandwidth", type=float, metavar="B", help="bytes/s that an absent device achieves")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def run(options: argparse.Namespace, print_table: Callable[[str, Sequence[str], Sequence[Sequence[str]]], None]) -> int:
     """Print the plan.
 
     Raises:
-        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the first sentence tells the user why not.
+        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the first line is for the user.
     """
     checks.positive_int("devices", options.devices)
     if options.threads is not None:
@@ -80,7 +86,7 @@ def run(options: argparse.Namespace, print_table: Callable[[str, Sequence[str], 
                 "--flops and --bandwidth"
             )
         if sys.stderr.isatty():
-            print("measuring models of few blocks, about half a minute", file=sys.stderr)
+            print("measuring models of a few blocks, about half a minute", file=sys.stderr)
         busy = os.getloadavg()[0]
         runs = measure(source, config, shape, work, options.device, options.threads)
         estimate = from_runs(shape, work, runs, options.devices, on_cpu)
@@ -104,17 +110,17 @@ def run(options: argparse.Namespace, print_table: Callable[[str, Sequence[str], 
 
 
 def _notes(shape: Shape, work: Work, busy: float) -> list[str]:
-    """What makes the estimate worse; ``busy`` is the machine's load before measuring."""
+    """Caveats of the estimate; ``busy`` is the machine's load before measuring."""
     notes = []
     if busy > BUSY:
-        notes.append(f"Other work ran here (load {busy:.1f} on {os.cpu_count()} cores): it is in the measured times.")
+        notes.append(f"Other work ran here (load {busy:.1f} on {os.cpu_count()} cores) and slowed the measurement.")
     if shape.kinds > 1:
         notes.append(
             f"The {shape.blocks} blocks are of {shape.kinds} kinds, and the first ones stand for all: "
             "expect a larger error."
         )
     if work.tokens > work.batch_tokens:
-        notes.append(f"A row is longer than --batch-tokens {work.batch_tokens}: each goes alone.")
+        notes.append(f"A row is longer than --batch-tokens {work.batch_tokens}: each gets its own batch.")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""From measurements of small models, or from a device's rates, to the whole model, all rows and N devices."""
+"""Extrapolates measurements of small models, or a device's rates, to the whole model, all rows and N devices."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ MEASURED, EXTENDED, COMPUTED, GIVEN = "measured", "measured, extended", "compute
 
 @dataclass(frozen=True)
 class Figure:
-    """A quantity and where it comes from.
+    """A quantity and its origin.
 
     Attributes:
-        name: of what.
-        value: in ``unit``; None where it is not known.
-        unit: ``bytes`` or ``s``.
-        source: ``measured`` as it is; ``measured, extended`` linearly in blocks and rows; ``computed`` from sizes;
+        value: in ``unit``, ``bytes`` or ``s``; None if unknown.
+        source: ``measured``; ``measured, extended`` linearly in blocks and rows; ``computed`` from sizes;
             ``computed from given rates``.
-        note: how.
+        note: how it was obtained.
     """
 
     name: str
@@ -38,7 +36,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Layout:
-    """A way of using N devices, and what follows for each of them."""
+    """A way of using N devices, and the time and memory of each."""
 
     name: str
     seconds: float
@@ -51,9 +49,9 @@ class Estimate:
     """Memory and time of scoring.
 
     Attributes:
-        peak_bytes: while the rows are scored: of the process, or on a GPU of what torch allocates.
-        scoring_seconds: of all rows on one device, loading not included.
-        memory, time: what these are made of.
+        peak_bytes: while scoring: of the process, or allocated by torch on a GPU.
+        scoring_seconds: of all rows on one device, without loading.
+        memory, time: their parts.
     """
 
     peak_bytes: float
@@ -65,7 +63,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Seconds of a row that grow with the blocks, and the others'; seconds of loading, or None."""
+    """Seconds per row that scale with the number of blocks, and the rest; seconds of loading, or None."""
 
     blocks: float
     rest: float
@@ -73,11 +71,11 @@ class _Parts:
 
 
 def from_runs(shape: Shape, work: Work, runs: Sequence[Run], devices: int, on_cpu: bool = True) -> Estimate:
-    """Linear in blocks from the one or two models measured, and in rows from the batch measured to the full one.
+    """Extrapolate linearly in blocks from the one or two models measured, and in rows to a full batch.
 
-    Without a backward pass memory does not grow with blocks, as each frees what it made: the deeper model's stands for
-    the whole. What it has beyond the other's is the allocator's, and soon ends: extended to 30 blocks of SmolLM2-135M
-    it was 300 MiB too much.
+    Without a backward memory does not grow with blocks, as each frees its activations: the deeper model's peak stands
+    for the whole. The small growth between the two comes from the allocator and soon saturates: extrapolated to the 30
+    blocks of SmolLM2-135M it was 300 MiB too much.
     """
     depths = [run.blocks for run in runs]
     keeps = passes(shape, work).kept_blocks > 0
@@ -118,7 +116,7 @@ def from_runs(shape: Shape, work: Work, runs: Sequence[Run], devices: int, on_cp
 
 
 def from_rates(shape: Shape, work: Work, flops: float, bandwidth: float, devices: int, on_cpu: bool) -> Estimate:
-    """From sizes and what a device achieves, as given; libraries are not counted."""
+    """From sizes and a device's given rates; libraries are not counted."""
     activations = activation_bytes(shape, work, on_cpu)
     peak = shape.weight_bytes + activations
     memory = [
@@ -147,13 +145,13 @@ def _estimate(
     time: list[Figure],
     source: str,
 ) -> Estimate:
-    """What both ways to an estimate share: all rows, told as measured or given as ``source`` is, and the layouts."""
+    """The part that both estimates share: all rows, and the layouts."""
     blocks, rest = (seconds * work.rows for seconds in per_row)
     whole = blocks + rest
     time.append(Figure("all rows", whole, "s", source, _batches_note(work)))
     layouts = []
     if devices > 1:
-        # The last device to finish has a whole batch more than another where they do not divide.
+        # If batches do not divide evenly, the last device to finish has one more than another.
         batches = math.ceil(work.rows / work.batch_rows)
         share = math.ceil(batches / devices) / batches
         each = whole * share

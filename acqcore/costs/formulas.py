@@ -1,4 +1,4 @@
-"""Memory and time from sizes alone, for a model that can not be run here."""
+"""Memory and time from sizes alone, for a model that cannot run here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration: models of few blocks, scored in turn for a few seconds, each in a process of its own."""
+"""Calibration: scores models of a few blocks for a few seconds, each in its own process."""
 
 from __future__ import annotations
 
@@ -20,28 +20,25 @@ from acqcore.costs.formulas import activation_bytes
 from acqcore.costs.shape import Shape, shape_of, with_blocks
 from acqcore.costs.work import Work, passes
 
-#: Seconds of scoring that calibration may take, where two rows a turn do not take longer.
+#: Seconds of scoring for the whole calibration, unless two rows a turn take longer.
 BUDGET_S = 15.0
 TURNS = 5
-#: Of the memory that is free, how much the small models may fill.
+#: Share of the free memory that the small models may fill.
 SHARE = 0.75
 
 
 @dataclass(frozen=True)
 class Run:
-    """A model of a few blocks, scored.
+    """A model of a few blocks, measured.
 
     Attributes:
-        blocks: of the model.
-        rows: of the timed calls.
-        seconds: of each turn's call.
-        peak: bytes, the largest while ``rows`` were scored: of the process, or allocated on the GPU.
-        fewer_rows, fewer_peak: the same for a call with fewer rows, which tells what a row adds.
-        full_peak: the same for a full batch; None where that would take too long.
-        weight_bytes: of the model.
-        libraries: bytes of the process before there was a model; 0 on a GPU.
-        start_seconds: from the start of the process to then.
-        load_seconds: of reading the model's weights and its construction; None where they are random.
+        rows, seconds: rows per timed call, and the seconds of each.
+        peak: bytes while ``rows`` were scored: resident in the process, or allocated on the GPU.
+        fewer_rows, fewer_peak: the same for a call with fewer rows, which gives the bytes per row.
+        full_peak: the same for a full batch; None if that would take too long.
+        libraries: bytes of the process before the model was built; 0 on a GPU.
+        start_seconds: from the start of the process to that moment.
+        load_seconds: to build the model and read its weights; None if they are random.
     """
 
     blocks: int
@@ -60,10 +57,10 @@ class Run:
 def measure(
     source: str | os.PathLike[str], config: Any, shape: Shape, work: Work, device: str, threads: int | None
 ) -> list[Run]:
-    """Runs of a small model, and of one up to three blocks deeper where the whole is deeper than the first.
+    """Measure a small model, and one up to three blocks deeper if the whole model is deeper than the first.
 
     Raises:
-        ValueError: the two do not fit into the memory that is free. RuntimeError: a run failed.
+        ValueError: the two do not fit into free memory. RuntimeError: a measurement failed.
     """
     dtype = getattr(torch, shape.dtype)
     low = work.fewest_blocks
@@ -105,7 +102,7 @@ def measure(
 def _full_peaks(
     workers: list[_Worker], work: Work, rows: int, peaks: list[int], per_row: float, keeps: bool
 ) -> list[int | None]:
-    """Of a full batch, where the budget allows; of the smaller model alone unless blocks keep activations."""
+    """Peaks of a full batch, if the budget allows; for the smaller model only, unless blocks keep activations."""
     if rows == work.batch_rows:
         return list(peaks)
     if per_row * work.batch_rows > BUDGET_S:
@@ -115,7 +112,7 @@ def _full_peaks(
 
 
 def _deeper(config: Any, shape: Shape, work: Work, device: str) -> int:
-    """Blocks of the larger of two models that fit into what is free; the more, the less an error of either counts."""
+    """Blocks of the larger of two models that fit into free memory; more blocks dilute the measurement error."""
     low = work.fewest_blocks
     dtype = getattr(torch, shape.dtype)
     room = int(SHARE * free_bytes(device))
@@ -137,7 +134,7 @@ def _deeper(config: Any, shape: Shape, work: Work, device: str) -> int:
 
 
 def free_bytes(device: str) -> int:
-    """What can still be allocated on a device."""
+    """Bytes that can still be allocated on a device."""
     if device != "cpu":
         return torch.cuda.mem_get_info(device)[0]
     for line in Path("/proc/meminfo").read_text().splitlines():
@@ -185,7 +182,7 @@ class _Worker:
         self.start_seconds = float(facts["imported_at"]) - self._start
 
     def score(self, rows: int) -> tuple[float, int]:
-        """Seconds and peak bytes of scoring so many rows."""
+        """Seconds and peak bytes of scoring ``rows`` rows."""
         assert self._process.stdin is not None
         print(rows, file=self._process.stdin, flush=True)
         facts = self._reply()

@@ -135,8 +135,8 @@ def passes(shape: Shape, work: Work) -> Passes:
     - One forward without dropout and one product for the statistics, if any need reads them.
     - K draws: K products; with dropout in the last n of L blocks also one forward of the others and K of these.
     - Gradients of one kind of target: through the blocks of the deepest one, a backward (of activations only, which
-      costs a forward) and two products; for each norm or sketch as much again through its blocks, one product for its
-      head part, and T / D of one for the Gram matrix of a norm.
+      costs a forward) and two products; for each norm or sketch as much again through its blocks. In the head a sketch
+      takes a product; a norm T / 2D of one, beside the statistics, and under predicted targets a product more.
     """
     plan = work.plan
     on_hidden = any(need.on_hidden for need in plan.draws)
@@ -154,9 +154,10 @@ def passes(shape: Shape, work: Work) -> Passes:
         deepest = max(depths.values(), default=0)
         trunk += (deepest + sum(depths.values())) / shape.blocks
         head += 2 * (deepest > 0)
+        gram = min(1.0, work.scored / (2 * shape.hidden))
         for need in needs:
             if isinstance(need.parameters, str):
-                head += 1 if need.dim is not None else 1 + min(1.0, work.scored / shape.hidden)
+                head += 1 if need.dim is not None else gram + predicted
         kept = max(kept, deepest)
     return Passes(trunk, head, kept)
 

@@ -53,7 +53,7 @@ def _load(spec: dict[str, Any]) -> tuple[Callable[[int], object], dict[str, Any]
     transformers.logging.disable_progress_bar()
     on_gpu = spec["device"] != "cpu"
     if not on_gpu:
-        _reset_peak()  # raises here where memory can not be measured
+        _reset_peak()  # raises here where memory cannot be measured
     config = with_blocks(read_config(spec["source"]), spec["blocks"])
     dtype = getattr(torch, spec["dtype"])
     with torch.device("meta"):

@@ -1,5 +1,8 @@
-"""Rows of jsonl, csv and parquet files in blocks: read a block at a time, and line by line, so that one bad line spoils
-nothing else; written a block at a time, and joined into one file."""
+"""Blocks of rows of jsonl, csv and parquet files.
+
+Reads a block at a time, line by line, so that a bad line spoils nothing else. Writes a block at a time, and joins the
+blocks into one file.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,7 @@ from acqcore import checks
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
-#: Columns that make a sample, in the order in which they are looked for, and the sample's keys they stand
-#: for.
+#: Columns that make a sample -> keys of the sample; the first entry whose columns are present is used.
 KNOWN_COLUMNS: tuple[dict[str, str], ...] = (
     {"prompt": "prompt", "completion": "completion"},
     {"messages": "messages"},
@@ -28,14 +30,13 @@ KNOWN_COLUMNS: tuple[dict[str, str], ...] = (
     {"text": "text"},
 )
 
-_READ_BYTES = 1 << 20  # of a parquet's column at a time
+_READ_BYTES = 1 << 20  # of a parquet column at a time
 _READ_ROWS = 1024  # of a parquet at a time
 
 
 @dataclass(frozen=True)
 class Record:
-    """One data row: where it stands in its file (line of a jsonl, else row, from 1), and its values or an
-    error."""
+    """One data row: its line (jsonl) or row in the file, from 1, and its values or an error."""
 
     line: int
     values: dict[str, Any]
@@ -44,14 +45,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive rows of a file, scored, tried again and written as one.
+    """Consecutive rows of a file, scored, retried and written together.
 
     Attributes:
         index: of the block.
-        start: its first row in the file, from 0.
-        rows: how many it has.
-        line: where it begins: line of a jsonl, else row, from 1.
-        offset: the same in bytes, for jsonl and csv.
+        start: its first row, from 0.
+        rows: number of rows.
+        line: its first line (jsonl) or row, from 1.
+        offset: its first byte, for jsonl and csv.
     """
 
     index: int
@@ -62,16 +63,16 @@ class Block:
 
 
 def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], list[str]]:
-    """The blocks of a file's first ``limit`` rows and the columns that some row has; no row is kept.
+    """The blocks of a file's first ``limit`` rows, and every column that occurs; no row is kept.
 
-    Blank lines of a jsonl are not rows. Each block has ``block_rows`` rows, the last one what is left.
+    Blank lines of a jsonl are not rows. Each block has ``block_rows`` rows, the last the remainder.
 
     Raises:
-        ValueError: another extension than ``SUFFIXES``, a csv that is none. OSError: the file cannot be read.
+        ValueError: an extension not in ``SUFFIXES``, a malformed csv. OSError: the file cannot be read.
         ModuleNotFoundError: parquet without pyarrow.
     """
     checks.one_of("extension of " + path.name, path.suffix, SUFFIXES)
-    path.stat()  # a missing file is told alike for every extension
+    path.stat()  # one error for a missing file, whatever its extension
     if path.suffix == ".parquet":
         return _scan_parquet(path, block_rows, limit)
     blocks: list[Block] = []
@@ -100,16 +101,16 @@ def _scan_parquet(path: Path, block_rows: int, limit: int | None) -> tuple[list[
 
 
 class Reader:
-    """Reads blocks of a file, those of a parquet cheapest in their order: what lies between is decoded.
+    """Reads blocks of a file. Parquet is cheapest in order: rows in between are decoded too.
 
     Args:
-        columns: what is read of a parquet; of other files all is.
+        columns: columns to read of a parquet; other files are read whole.
     """
 
     def __init__(self, path: Path, columns: Collection[str]) -> None:
         self.path, self.columns = path, list(columns)
         self._batches: Iterator[Any] | None = None
-        self._batch: Any = None  # of a parquet, the one last decoded
+        self._batch: Any = None  # the parquet batch decoded last
         self._first = 0  # its first row
 
     def read(self, block: Block) -> list[Record]:
@@ -120,7 +121,7 @@ class Reader:
         try:
             return self._read_parquet(block)
         except Exception:
-            self._batches = None  # a next attempt begins anew
+            self._batches = None  # the next attempt starts over
             raise
 
     def _read_parquet(self, block: Block) -> list[Record]:
@@ -142,21 +143,21 @@ class Reader:
 def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
     import pyarrow.parquet
 
-    # Without both settings a row group's whole column is held: 98 MiB instead of 4 for a million texts of 100 bytes.
+    # Without both settings a row group's whole column is kept: 98 MiB instead of 4 for a million texts of 100 bytes.
     with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
         yield from file.iter_batches(_READ_ROWS, columns=columns)
 
 
 @contextmanager
 def _open(path: Path, line: int = 1, offset: int | None = None) -> Iterator[tuple[Iterator[Record], Callable[[], int]]]:
-    """The records of a jsonl or csv from a place on, and how to tell the place after the last one taken."""
+    """The records of a jsonl or csv from an offset on, and a function that gives the offset after the last one read."""
     if path.suffix == ".jsonl":
         with path.open("rb") as file:
             file.seek(offset or 0)
             yield _jsonl_records(file, line), file.tell
         return
     with path.open(newline="", encoding="utf-8") as text:
-        lines = iter(text.readline, "")  # not the file itself: while it is iterated it does not tell its place
+        lines = iter(text.readline, "")  # iterating the file itself would disable tell()
         header = next(csv.reader(lines), [])
         if offset is not None:
             text.seek(offset)
@@ -186,7 +187,7 @@ def _csv_records(path: Path, lines: Iterator[str], header: Sequence[str], first:
     number = first
     try:
         for number, values in enumerate(csv.DictReader(lines, header), start=first):
-            values.pop(None, None)  # cells beyond the header's
+            values.pop(None, None)  # cells without a header
             yield Record(number, values)
     except csv.Error as error:
         raise ValueError(f"{path.name}: after row {number}: {error}") from error
@@ -195,11 +196,11 @@ def _csv_records(path: Path, lines: Iterator[str], header: Sequence[str], first:
 def choose_columns(
     present: Collection[str], prompt: str | None, completion: str | None, text: str | None
 ) -> dict[str, str]:
-    """Column -> key of a sample: those named, else the first of ``KNOWN_COLUMNS`` that are present.
+    """Column -> key of a sample: the named columns, else the first of ``KNOWN_COLUMNS`` that are present.
 
     Raises:
-        ValueError: only one of prompt and completion, both kinds, a named column that no row has, or none
-            known.
+        ValueError: prompt without completion or the reverse, text beside them, a named column that no row has, no known
+            columns.
     """
     if (prompt is None) != (completion is None):
         raise ValueError("--prompt-column and --completion-column: expected both or neither")
@@ -225,8 +226,8 @@ def choose_columns(
 
 
 def write_block(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
-    """Rows as a part of a file to come: parquet, or lines of jsonl (NaN as null) or csv (NaN as an empty cell, no
-    header); in one step, never half a part.
+    """Write rows as one part of a file: parquet, lines of jsonl (NaN as null), or csv (NaN as an empty cell, without a
+    header). The part appears atomically.
 
     Raises:
         ModuleNotFoundError: parquet without pyarrow.
@@ -255,17 +256,17 @@ def _write_lines(file: TextIO, suffix: str, table: Mapping[str, Sequence[Any]]) 
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON knows: NumPy numbers as Python's, NaN as null."""
+    """The value as JSON has it: NumPy numbers as Python's, NaN as null."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def join(blocks: Sequence[Path], out: Path, columns: Sequence[str]) -> None:
-    """Parts that :func:`write_block` wrote, a part at a time, into one file, or, where ``out`` has no extension, into
-    a folder of parquet files with one schema; in one step, replacing what is there.
+    """Join the parts that :func:`write_block` wrote into one file, or, if ``out`` has no extension, into a folder of
+    parquet files with one schema. Replaces ``out`` atomically.
 
     Raises:
-        ValueError, TypeError: parts whose columns no parquet schema holds together (from pyarrow).
+        ValueError, TypeError: no parquet schema fits the columns of all parts (from pyarrow).
     """
     temporary = out.with_name(out.name + ".tmp")
     if out.suffix in (".jsonl", ".csv"):
@@ -286,10 +287,10 @@ def join(blocks: Sequence[Path], out: Path, columns: Sequence[str]) -> None:
 def _join_parquet(blocks: Sequence[Path], out: Path, into_folder: bool) -> None:
     import pyarrow.parquet
 
-    # A column without a value in one part has the null type there.
+    # A column that is empty in one part has the null type there.
     schema = pyarrow.unify_schemas([pyarrow.parquet.read_schema(block) for block in blocks])
     if into_folder:
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was cut off here
+        shutil.rmtree(out, ignore_errors=True)  # left by an interrupted run
         out.mkdir()
         for i, block in enumerate(blocks):
             pyarrow.parquet.write_table(_read_part(block).cast(schema), out / f"part-{i:06d}.parquet")
@@ -300,7 +301,7 @@ def _join_parquet(blocks: Sequence[Path], out: Path, into_folder: bool) -> None:
 
 
 def _read_part(path: Path) -> Any:
-    """The part as a pyarrow table; no column is made of folders named ``key=value``, as ``read_table`` does."""
+    """The part as a pyarrow table. ``read_table`` would make columns of folders named ``key=value``."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:

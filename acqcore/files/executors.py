@@ -22,7 +22,7 @@ from acqcore.files.data import Block
 from acqcore.files.parts import Parts
 from acqcore.files.worker import BlockScorer, Job
 
-_RAY_OBJECT_STORE_BYTES = 1 << 27  # of a cluster of our own, which holds descriptions of blocks alone
+_RAY_OBJECT_STORE_BYTES = 1 << 27  # our own cluster only stores descriptions of blocks
 
 
 class Executor(Protocol):
@@ -30,15 +30,15 @@ class Executor(Protocol):
 
     @property
     def reports(self) -> bool:
-        """Whether this is the process that prepares, joins and reports."""
+        """Whether this process prepares, joins and reports."""
         ...
 
     def run(self, job: Job, blocks: Sequence[Block], on_rows: Callable[[int], None]) -> None:
-        """Complete the blocks; ``on_rows`` is told of rows as they are done with.
+        """Complete the blocks; ``on_rows`` gets the number of rows as they are done.
 
         Raises:
-            ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the student cannot be loaded, or not
-                serve the job.
+            ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the student cannot be loaded, or does not
+                fit the job.
         """
         ...
 
@@ -56,10 +56,10 @@ class Local:
 
 
 class Accelerate:
-    """The processes of ``accelerate launch``, each on its device: block i goes to process i modulo their number.
+    """The processes of ``accelerate launch``, one device each: block i goes to process i modulo their number.
 
     Args:
-        device: as in a Job; with ``"cpu"``, or without a GPU, the processes talk through gloo.
+        device: as in a Job; with ``"cpu"``, or without a GPU, the processes communicate through gloo.
     """
 
     def __init__(self, device: str | None) -> None:
@@ -67,7 +67,7 @@ class Accelerate:
         from accelerate.utils import parse_flag_from_env
 
         on_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-        # Processes meet at the end alone, and the slowest may be hours behind.
+        # Processes only meet at the end, and the slowest may be hours behind.
         self._state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
 
     @property
@@ -77,7 +77,7 @@ class Accelerate:
     def run(self, job: Job, blocks: Sequence[Block], on_rows: Callable[[int], None]) -> None:
         from accelerate.utils import broadcast_object_list
 
-        # What is left to do is what the reporting process found: others may look while it already scores.
+        # The reporting process decides which blocks are left: others may look after it has begun to score.
         [blocks] = broadcast_object_list([list(blocks)])
         rank, n_processes = self._state.process_index, self._state.num_processes
         own = blocks[rank::n_processes]
@@ -92,22 +92,22 @@ class Accelerate:
 
 
 def _count_finished(parts: Parts, blocks: Sequence[Block], on_rows: Callable[[int], None]) -> list[Block]:
-    """Tells of the blocks that other processes have finished; gives those they have not."""
+    """Counts the blocks that other processes have finished, and returns the rest."""
     left = [block for block in blocks if not parts.finished(block.index)]
     on_rows(sum(block.rows for block in blocks) - sum(block.rows for block in left))
     return left
 
 
 class Ray:
-    """A pool of Ray actors, a student each, on a GPU each where the cluster has any and the device is not the CPU.
+    """A pool of Ray actors with a student each, and a GPU each if the cluster has any and the device is not the CPU.
 
-    A block travels as its description, and is read and written by the actor: data, output and student lie where every
-    node finds them. An actor that dies is started again, and its block is done again from its last finished batch.
+    Actors read and write their blocks themselves, so data, output and a local student must be on shared storage. A dead
+    actor is restarted, and its block resumes after the last finished batch.
 
     Args:
-        workers: actors; by default as many as the cluster has GPUs, without GPUs its cores by the threads of this
-            process.
-        address: of a running cluster; by default that of the environment (``RAY_ADDRESS``), else one is started here.
+        workers: number of actors; by default one per GPU of the cluster, or without GPUs its cores divided by the
+            threads of this process.
+        address: of a running cluster; by default ``RAY_ADDRESS``, else a cluster is started.
     """
 
     reports = True
@@ -155,7 +155,7 @@ class Ray:
 
 
 class _Actor:
-    """A scorer in a process of Ray's. One that cannot be made says so with the first block: Ray prints pages."""
+    """A scorer in a Ray process. If it cannot be created it says so with the first block: Ray would print pages."""
 
     def __init__(self, job: Job, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -174,10 +174,10 @@ class _Actor:
 
 @contextlib.contextmanager
 def _connected(address: str | None, folder: Path) -> Iterator[None]:
-    """A connection to Ray: the one there is, to ``address``, or to a cluster that is started and stopped again.
+    """A connection to Ray: an existing one, to ``address``, or to a cluster that is started and stopped again.
 
     Args:
-        folder: one without Python modules: Ray puts the current folder before all others on its workers' paths.
+        folder: a folder without Python modules: Ray puts the current folder first on its workers' paths.
     """
     import ray
     import ray.data
@@ -200,7 +200,7 @@ def _connected(address: str | None, folder: Path) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Ray itself tries for a quarter of an hour."""
+    """Fails fast: Ray itself would try for a quarter of an hour."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         try:

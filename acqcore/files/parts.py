@@ -1,4 +1,4 @@
-"""Finished blocks and batches of a scoring run on disk, so that a run that was cut off goes on where it stopped."""
+"""Finished blocks and batches of a scoring run on disk, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 
 class Parts:
-    """The folder ``<out>.parts``: a manifest of what is being computed, and files for each block of rows.
+    """The folder ``<out>.parts``: the manifest of a run, and files for each block of rows.
 
     ========================  ===================================================================================
-    ``block-000000.batches``  a line for each finished batch: its rows, counted within the block, and their values
-    ``block-000000.<out's>``  the rows of the block as they go into the output
-    ``block-000000.json``     written last: the block is finished; what its rows came to
-    ``block-000000.attempts`` a byte for each time that its scoring began
-    ``block-000000.failure``  why no further attempt is made
+    ``block-000000.batches``  a line per finished batch: its rows, counted within the block, and their values
+    ``block-000000.<suffix>``  the rows of the block, as they go into the output
+    ``block-000000.json``     the report; written last, it marks the block as finished
+    ``block-000000.attempts`` a byte per attempt
+    ``block-000000.failure``  why the block was given up
     ========================  ===================================================================================
 
-    Processes share the folder; each block belongs to one at a time.
+    Processes share the folder; each block belongs to one process at a time.
     """
 
     def __init__(self, out: Path) -> None:
@@ -29,10 +29,10 @@ class Parts:
         self._suffix = out.suffix or ".parquet"
 
     def claim(self, manifest: Mapping[str, Any]) -> None:
-        """Make the folder, or go on with what is there; blocks that failed are to be tried again.
+        """Create the folder, or resume the run that it belongs to; failed blocks may be tried again.
 
         Raises:
-            ValueError: the folder belongs to a run with another manifest; names what differs.
+            ValueError: the folder belongs to another run (names what differs).
         """
         path = self.folder / "manifest.json"
         text = json.dumps(manifest, indent=1)
@@ -52,8 +52,7 @@ class Parts:
                 left.unlink()
 
     def load(self, block: int) -> dict[int, list[float]]:
-        """Row of the block -> its values, for the batches that are finished; a line that a kill left unfinished is cut
-        off."""
+        """Row of the block -> values, for finished batches; truncates a line that a killed process left unfinished."""
         path = self._file(block, ".batches")
         if not path.exists():
             return {}
@@ -68,30 +67,30 @@ class Parts:
         return done
 
     def append(self, block: int, rows: Sequence[int], values: Sequence[Sequence[float]]) -> None:
-        """Keep a finished batch: for each of ``rows`` its values."""
+        """Record a finished batch: rows of the block, and their values."""
         with self._file(block, ".batches").open("a") as file:
             file.write(json.dumps({"rows": list(rows), "values": [list(row) for row in values]}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def attempt(self, block: int) -> int:
-        """Note that the scoring of a block begins, and for which time in this run; a process that dies has counted."""
+        """Count an attempt at a block; returns how many there were in this run, those of killed processes included."""
         with self._file(block, ".attempts").open("ab") as file:
             file.write(b".")
             file.flush()
             return file.tell()
 
     def path(self, block: int) -> Path:
-        """Where the rows of a block go."""
+        """The file for the rows of a block."""
         return self._file(block, self._suffix)
 
     def finish(self, block: int, report: Mapping[str, Any]) -> None:
-        """Keep what a block came to, whose rows are written: it is finished."""
+        """Record the report of a block whose rows are written; the block is then finished."""
         _write(self._file(block, ".json"), json.dumps(report))
         self._file(block, ".batches").unlink(missing_ok=True)
 
     def report(self, block: int) -> dict[str, Any] | None:
-        """What a finished block came to; None of another."""
+        """The report of a block; None if it is not finished."""
         path = self._file(block, ".json")
         return json.loads(path.read_text()) if path.exists() else None
 
@@ -99,19 +98,19 @@ class Parts:
         return self._file(block, ".json").exists()
 
     def fail(self, block: int, reason: str) -> None:
-        """Keep why a block is given up; the first line says it in short."""
+        """Record why a block was given up; the first line is a summary."""
         _write(self.failure(block), reason)
 
     def failure(self, block: int) -> Path:
-        """The file that says why a block was given up."""
+        """The file with the reason why a block was given up."""
         return self._file(block, ".failure")
 
     def remove(self) -> None:
-        """Remove the folder, once everything in it stands in the output."""
+        """Remove the folder, once the output holds everything."""
         shutil.rmtree(self.folder)
 
     def remove_unused(self) -> None:
-        """Remove the folder where it holds nothing of any block."""
+        """Remove the folder if no block has begun."""
         if not any(self.folder.glob("block-*")):
             self.remove()
 
@@ -125,7 +124,7 @@ def _short(value: object) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """In one step, whichever process comes first."""
+    """Atomically, as several processes may write the same."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -12,11 +12,11 @@ from acqcore.files.worker import TOP_ROWS
 
 
 class Summary:
-    """Adds up reports; holds as much for a million blocks as for one.
+    """Aggregates block reports in constant memory.
 
     Args:
         acquisitions: names, in order.
-        shown: the column of the data whose text is shown beside the highest rows.
+        shown: column whose text is shown beside the highest rows.
     """
 
     def __init__(self, acquisitions: Sequence[str], shown: str) -> None:
@@ -29,7 +29,7 @@ class Summary:
         self._workers: set[str] = set()
 
     def add(self, report: Mapping[str, Any], new: bool) -> None:
-        """A block's report (the fields of ``acqcore.files.worker.Report``); ``new`` where this run finished it."""
+        """Add a report (fields of ``acqcore.files.worker.Report``); ``new`` if this run finished the block."""
         self.rows += report["rows"]
         self.valid += report["valid"]
         self.errors += len(report["errors"])
@@ -46,19 +46,19 @@ class Summary:
             self._workers.add(report["worker"])
 
     def add_failed(self, rows: int) -> None:
-        """A block of ``rows`` rows that was given up."""
+        """Add a block of ``rows`` rows that was given up."""
         self.rows += rows
         self.errors += rows
         self.failed_blocks += 1
 
     def print(self, out: Path, begun: float) -> None:
-        """Tables of values and of the highest rows, and the throughput of a run that began at ``begun``, seconds since
-        the epoch."""
+        """Print tables of values and of the highest rows, and the throughput of a run that began at ``begun`` (seconds
+        since the epoch)."""
         title = f"{self.valid} of {self.rows} rows scored, written to {out}"
         if self.errors:
             title += f"; {self.errors} rows with an error"
         if self.failed_blocks:
-            title += f"; {_count(self.failed_blocks, 'failed block')}, which the same command tries again"
+            title += f"; {_count(self.failed_blocks, 'failed block')}, which the same command retries"
         lines = []
         for name, (total, least, largest) in self._stats.items():
             figures = (total / self.valid, least, largest) if self.valid else ()
@@ -84,7 +84,7 @@ def _count(n: int, what: str, plural: str = "s") -> str:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """By rich where it is installed, else in plain columns."""
+    """Print a table with rich if it is installed, else in plain columns."""
     if importlib.util.find_spec("rich"):
         from rich.console import Console
         from rich.table import Table
@@ -94,7 +94,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         for i, name in enumerate(header):
             table.add_column(name, justify="left" if i in (0, len(header) - 1) else "right")
         for row in rows:
-            table.add_row(*map(Text, row))  # as Text: brackets in a sample are no markup
+            table.add_row(*map(Text, row))  # Text: brackets in a sample are not markup
         Console().print(table)
         return
     print(title)

@@ -1,4 +1,4 @@
-"""What a process does that scores blocks of a file: read a block, score it, write it, say what it came to."""
+"""Scores blocks of a file in one process: reads a block, scores it, writes it and its report."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from acqcore.students.samples import EMPTY, Row, encode
 from acqcore.students.student import Student
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ATTEMPTS = 3  # at a block, before it is given up
+ATTEMPTS = 3  # per block
 TOP_ROWS = 5
 
-_PAUSE_S = 1.0  # before a block is tried again: what fails for a moment (a file server, a full GPU) may not then
+_PAUSE_S = 1.0  # before a retry, as a file server or a full GPU may recover
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of every block; travels to the processes that score.
+    """The request, sent to every process that scores.
 
     Attributes:
         student: hub id, or absolute path.
         data, out: absolute paths.
         columns: column of the data -> key of a sample.
-        dtype: a name in ``DTYPES``; None as stored.
+        dtype: a name in ``DTYPES``; None keeps the stored one.
         device: None for the CPU.
     """
 
@@ -59,14 +59,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Report:
-    """What a finished block came to.
+    """Summary of a finished block.
 
     Attributes:
-        rows, valid: how many it has, and how many with a value of each acquisition.
-        errors: of rows that could not be scored, their line (or row) in the data and what is wrong.
-        stats: acquisition -> sum, least and largest of its values in valid rows; empty where there are none.
-        top: the rows with the largest values of the first acquisition: value, row of the data from 0, text.
-        new_rows, new_tokens: rows scored and tokens fed to the student since the last interruption.
+        rows, valid: number of rows, and of those with a value of every acquisition.
+        errors: line (or row) in the data and message, for rows that could not be scored.
+        stats: acquisition -> sum, minimum and maximum over valid rows; empty if there are none.
+        top: rows with the largest values of the first acquisition: value, row of the data from 0, text.
+        new_rows, new_tokens: scored since the last interruption.
         started, ended: seconds since the epoch.
         worker: host and process.
     """
@@ -84,10 +84,10 @@ class Report:
 
 
 class BlockScorer:
-    """A student, and what is asked of it.
+    """A student with a job.
 
     Raises:
-        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the student cannot be loaded, or not serve
+        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the student cannot be loaded, or does not fit
             the job.
     """
 
@@ -95,7 +95,7 @@ class BlockScorer:
         if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
             from transformers.utils import logging
 
-            logging.disable_progress_bar()  # in a log file they are noise between the messages
+            logging.disable_progress_bar()  # noise in a log file
         self.job = job
         self.parts = Parts(job.out)
         self.student = Student.load(
@@ -106,15 +106,15 @@ class BlockScorer:
         self.reader = data_files.Reader(job.data, job.columns)
 
     def complete(self, block: Block, on_rows: Callable[[int], None] = lambda n: None) -> None:
-        """Finish a block, or fail it after ``ATTEMPTS`` attempts, those in which a process died included.
+        """Finish a block, or give it up after ``ATTEMPTS`` attempts, including those of killed processes.
 
-        ``on_rows`` is told of rows as they are done with, in all as many as the block has.
+        ``on_rows`` gets the number of rows as they are done; the numbers add up to the block's.
         """
         counted = 0
 
         def count(rows: int) -> None:
             nonlocal counted
-            rows = min(max(rows, counted), block.rows)  # of an attempt that scores some again: no more than there are
+            rows = min(max(rows, counted), block.rows)  # a retry may score some rows again
             on_rows(rows - counted)
             counted = rows
 
@@ -125,7 +125,7 @@ class BlockScorer:
                 break
             try:
                 self._score(block, count)
-            except Exception as error:  # whatever it is, the other blocks are worth scoring
+            except Exception as error:  # one block must not stop the others
                 reason = f"{traceback.format_exception_only(error)[0].splitlines()[0]}\n\n{traceback.format_exc()}"
                 time.sleep(_PAUSE_S)
         count(block.rows)
@@ -174,7 +174,7 @@ class BlockScorer:
         self.parts.finish(block.index, asdict(report))
 
     def _encode(self, records: Sequence[Record], errors: dict[int, str]) -> list[Row]:
-        """Rows of the records; those with an entry in ``errors``, or that get one here, are empty."""
+        """Rows of the records; empty for those with an error, old or new."""
         good = [i for i in range(len(records)) if i not in errors]
         bad: dict[int, str] = {}
         encoded = encode(
@@ -193,7 +193,7 @@ class BlockScorer:
 
 
 def write_failed(job: Job, block: Block, reason: str) -> None:
-    """The rows of a block that was given up, as they stand in the output until it is finished."""
+    """Write placeholders for the rows of a block that was given up."""
     records = [Record(block.line + i, {}) for i in range(block.rows)]
     values = np.full((block.rows, len(job.plan.names)), np.nan, dtype=np.float32)
     errors = dict.fromkeys(range(block.rows), f"its block failed: {reason}")
@@ -227,7 +227,7 @@ def _error(record: Record, columns: Mapping[str, str]) -> str | None:
 
 
 def _shorten(value: Any) -> str:
-    """One line of a text, or of a conversation's last message."""
+    """One line from a text, or from the last message of a conversation."""
     if not isinstance(value, str):
         value = str(value[-1]["content"])
     value = " ".join(value.split())

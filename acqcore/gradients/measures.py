@@ -53,7 +53,7 @@ GradPiece: TypeAlias = OuterGrad | RowGrad | DenseGrad
 
 
 def merged(pieces: Sequence[GradPiece]) -> GradPiece | None:
-    """The gradient of a parameter that was used several times, None where the uses are of different kinds."""
+    """The gradient of a parameter that was used several times, None if the uses are of different kinds."""
     if len(pieces) == 1:
         return pieces[0]
     outer = [piece for piece in pieces if isinstance(piece, OuterGrad)]
@@ -69,7 +69,7 @@ def merged(pieces: Sequence[GradPiece]) -> GradPiece | None:
 
 
 class SquaredNorm:
-    """Squared Frobenius norm of each sample's gradient, ``values [B]`` float64: ghost norms, added up."""
+    """Squared Frobenius norm of each sample's gradient, ``values [B]`` float64: the sum of ghost norms."""
 
     def __init__(self, batch: int, device: torch.device) -> None:
         self.values = torch.zeros(batch, dtype=torch.float64, device=device)
@@ -89,7 +89,7 @@ class SquaredNorm:
         self.values += head.squared_norm()
 
     def add_tied(self, head: HeadPass, name: str, rows: RowGrad) -> None:
-        """The one weight that is both head and embedding: the two norms and twice their inner product."""
+        """A weight that is both head and embedding: both norms and twice their inner product."""
         self.add_head(head)
         self.add(name, rows)
         keys, sums = _row_sums(rows)
@@ -102,11 +102,11 @@ class SquaredNorm:
 class Sketch:
     """A sketch of each sample's gradient, ``values [B, dim]``: the sum of every parameter's own.
 
-    Signs of different parameters are independent, so that the inner products of the parameters add up and
-    those between parameters vanish in expectation. The head and embeddings are sketched as by
-    ``head_grad.grad_sketch``. A deeper matrix is projected to at most WIDTH rows and columns with dense signs, and
-    the entries of that are hashed, as the entries of small parameters are, to one place each (Weinberger et al. 2009,
-    "Feature hashing"): two Fourier transforms per token and layer would cost more. Hashes hang on the parameter's name.
+    Parameters have independent signs, so inner products within parameters add up and those between them vanish in
+    expectation. The head and embeddings are sketched as in ``head_grad.grad_sketch``. A deeper matrix is projected to
+    at most WIDTH rows and columns with dense signs. Its entries, like those of small parameters, are then hashed to one
+    place each (Weinberger et al. 2009, "Feature hashing"), which costs less than two Fourier transforms per token and
+    layer. Hashes depend on the parameter's name.
     """
 
     def __init__(self, batch: int, device: torch.device, dim: int, seed: int) -> None:
@@ -131,7 +131,7 @@ class Sketch:
         self.values += head.sketch(self.dim, self.seed)
 
     def add_tied(self, head: HeadPass, name: str, rows: RowGrad) -> None:
-        """The one weight that is both head and embedding: under the same hash, the sketch of the sum."""
+        """A weight that is both head and embedding: the sketch of the sum, under the head's hash."""
         self.add_head(head)
         of_rows, of_columns = head_places(head.head, self.dim, self.seed)
         self._add_rows(rows, of_rows.to(rows.ids.device), of_columns.to(rows.ids.device))
@@ -141,7 +141,7 @@ class Sketch:
         values: torch.Tensor,  # [B, T, P]
         stream: int,
     ) -> torch.Tensor:
-        """``[B, T, min(P, WIDTH)]``, inner products kept in expectation; the values themselves where P is small."""
+        """``[B, T, min(P, WIDTH)]``, preserving inner products in expectation; the values themselves if P is small."""
         if values.shape[2] <= WIDTH:
             return values
         signs = random_signs(values.shape[2], WIDTH, self.seed, stream, device=values.device)
@@ -153,7 +153,7 @@ class Sketch:
         of_rows: torch.Tensor,  # [size] int32, hashed places
         of_columns: torch.Tensor,  # [Q] int32, hashed places
     ) -> None:
-        """Entry (v, d) goes to place (of_rows[v] + of_columns[d]) mod dim: a row's hash, turned by its place."""
+        """Entry (v, d) goes to place (of_rows[v] + of_columns[d]) mod dim: a row's hash, rotated by its place."""
         places = torch.arange(self.dim, device=rows.ids.device)
         for b in range(len(self.values)):
             hashed = hash_columns(rows.values[b], of_columns, self.dim)  # [T, dim]
@@ -181,7 +181,7 @@ def _stream(name: str) -> int:
 
 
 def _outer_squared(piece: OuterGrad) -> torch.Tensor:
-    """``[B]`` float64: by the tokens' Grams, or through the gradient itself, whichever multiplies less."""
+    """``[B]`` float64, by the Gram matrices of the tokens or through the gradient itself, whichever costs less."""
     left, right = piece.left, piece.right
     (_, t, p), q = left.shape, right.shape[2]
     if t * (p + q) < p * q:
@@ -193,8 +193,7 @@ def _outer_squared(piece: OuterGrad) -> torch.Tensor:
 
 
 def _row_sums(rows: RowGrad) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows of each sample's gradient that may differ from zero, ``[U, Q]``, and their keys ``[U]``, sample *
-    size + row."""
+    """Nonzero rows of each sample's gradient, ``[U, Q]``, and their keys ``[U]``, sample * size + row."""
     b = len(rows.ids)
     keys = torch.arange(b, device=rows.ids.device)[:, None] * rows.size + rows.ids
     keys, places = keys.unique(return_inverse=True)

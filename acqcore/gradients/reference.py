@@ -10,8 +10,10 @@ Sources: Pruthi et al. 2020 (TracIn, one checkpoint); Xia et al. 2024 (LESS: cos
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -80,6 +82,22 @@ class Reference:
             return dot.float()
         length = x.norm(dim=1) * mean.norm()
         return (dot / length.where(length != 0, 1.0)).float()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the reference to a file, for ``acqcore score --acquisition-args``."""
+        torch.save({field.name: getattr(self, field.name) for field in fields(self)}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Reference:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            OSError: the file cannot be read. ValueError: it is not a saved reference.
+        """
+        try:
+            return cls(**torch.load(path, weights_only=True))
+        except (TypeError, pickle.UnpicklingError, RuntimeError) as error:
+            raise ValueError(f"reference: expected a file from Reference.save, got {os.fspath(path)}") from error
 
     def check(self, student: Student, head: Head) -> None:
         """Compare the parameters with a student's.

@@ -1,16 +1,15 @@
-"""Set-level signals: what a vector adds to a batch or to an archive, by the directions of the vectors alone.
+"""Set-level signals: how much the direction of a vector adds to a batch or to an archive.
 
-Vectors ``[n, d]`` are sketches of gradients or embeddings; ``x`` are their directions (a zero vector has none
-and adds nothing), ``K = x x^T`` their cosines. What a set S leaves open of a vector is its variance given S
-in a Gaussian process with kernel K,
+Vectors ``[n, d]`` are sketches of gradients, or embeddings; ``x`` are their directions (a zero vector has none and adds
+nothing), ``K = x x^T`` their cosines. A set S leaves of a vector its variance given S in a Gaussian process with kernel
+K,
 
     r_i = k_ii - k_iS (K_SS + ridge I)^-1 k_Si = det(K_{S+i} + ridge I) / det(K_S + ridge I) - ridge,
 
-1 for a direction orthogonal to S, ``ridge / (1 + ridge)`` for a copy of a member. The signals are the
-log-determinant gain ``log(1 + r_i)``: the information, in nats, that the direction adds when it is seen under
-unit noise and S is known up to noise ``ridge``. With one noise for both, the gain ``log(1 + r_i / ridge)``
-gives a copy ``log 2`` however small the ridge (two noisy looks tell more than one); here it gives a copy
-about ``ridge``, next to nothing.
+which is 1 for a direction orthogonal to S and ``ridge / (1 + ridge)`` for a copy of a member. The signals are the
+log-determinant gain ``log(1 + r_i)``: the information, in nats, that the direction adds when it is observed under unit
+noise and S is known up to noise ``ridge``. With one noise for both, ``log(1 + r_i / ridge)``, a copy would gain
+``log 2`` however small the ridge, as two noisy observations tell more than one; here it gains about ``ridge``.
 
 Sources: Kulesza & Taskar 2012 (determinants as diversity); Krause, Singh & Guestrin 2008 (information gain);
 Friedman & Dieng 2023 (Vendi score); Jung et al. 2025 (G-Vendi: of gradients).
@@ -29,17 +28,16 @@ from acqcore.selection.subsets import pivoted_cholesky
 
 @torch.no_grad()
 def gradient_diversity(vectors: torch.Tensor, *, ridge: float = 0.01, ordered: bool = False) -> torch.Tensor:
-    """What each vector adds to the rest of its batch, ``log(1 + r_i)`` nats.
+    """Gain of each vector over the rest of its batch, ``log(1 + r_i)`` nats.
 
-    Leave-one-out: the rest is the whole batch but i, so that a permuted batch gives permuted values; copies
-    of each other all score ~0. One factorisation gives every r_i: ``r_i + ridge = 1 / ((K + ridge
-    I)^-1)_ii``.
+    Leave-one-out: a permuted batch gives permuted values, and copies of each other all score ~0. One factorization
+    gives every r_i: ``r_i + ridge = 1 / ((K + ridge I)^-1)_ii``.
 
     Args:
         vectors: ``[n, d]`` float32, bfloat16, float16 or float64, such as :func:`acqcore.grad_sketch`.
-        ridge: noise on the rest of the batch; a copy scores at most about this much. Raise it where n is
-            near d or beyond: vectors that together span the space explain each other.
-        ordered: the rest is the vectors before i: the first of several copies has the credit, the others ~0.
+        ridge: noise on the rest of the batch; a copy scores at most about this much. Raise it for n near d or beyond,
+            as vectors that span the space explain each other.
+        ordered: compare i with the vectors before it only: the first of several copies gets the credit.
 
     Returns:
         ``[n]`` float32 (float64 for float64 inputs) between 0 and log 2.
@@ -93,15 +91,14 @@ def vendi_score(vectors: torch.Tensor) -> torch.Tensor:
 
 
 class Archive:
-    """A growing, bounded set of directions, and what a new vector adds to it.
+    """A bounded set of directions, and the gain of a new vector over it.
 
-    It keeps those that greedy log-determinant selection takes from the ones it holds and the ones it is
-    given, up to ``capacity``, the older among equals; what those kept explain as well as they would a copy
-    (``r <= ridge``) takes no room. Nothing is drawn. Being the most spread-out subset, it remembers the
-    extent of what was seen and not its density.
+    It keeps the directions that greedy log-determinant selection takes from old and new ones, up to ``capacity``, the
+    older among equals. Directions that the kept ones explain as well as a copy (``r <= ridge``) are dropped. As the
+    most spread-out subset it remembers the extent of what was seen, not its density. It is deterministic.
 
     Args:
-        capacity: most vectors held; memory is ``capacity * d`` floats, an update costs
+        capacity: maximum number of vectors; memory is ``capacity * d`` floats, an update costs
             ``O((capacity + n)^2 (d + capacity))``.
         ridge: as in :func:`gradient_diversity`.
 
@@ -125,7 +122,7 @@ class Archive:
 
     @torch.no_grad()
     def novelty(self, vectors: torch.Tensor) -> torch.Tensor:
-        """What each vector alone adds to the archive, ``log(1 + r_i)`` nats; the archive stays as it is.
+        """Gain of each vector over the archive, ``log(1 + r_i)`` nats; the archive does not change.
 
         Args:
             vectors: ``[n, d]`` floating point on the archive's device.
@@ -151,7 +148,7 @@ class Archive:
 
     @torch.no_grad()
     def add(self, vectors: torch.Tensor) -> None:
-        """Take in vectors ``[n, d]``; raises as :meth:`novelty`."""
+        """Add vectors ``[n, d]``; raises as :meth:`novelty`."""
         checks.vectors("vectors", vectors, self._held, "the archive")
         pool = _directions(vectors).float()
         if self._held is not None:
@@ -167,7 +164,7 @@ class Archive:
         return {"capacity": self.capacity, "ridge": self.ridge, "vectors": self._held}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Become the archive that :meth:`state_dict` described.
+        """Restore what :meth:`state_dict` gave.
 
         Raises:
             TypeError: not a mapping, or an entry of a wrong type.

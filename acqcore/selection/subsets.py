@@ -1,7 +1,7 @@
-"""Choosing k of n samples: the highest scores, or a diverse subset by vectors that stand for them.
+"""Selects k of n samples: the highest scores, or a diverse subset by their vectors.
 
-Every method is greedy and gives its choices in order, so that the first j of k are the choice for j. None but
-``facility_location`` looks at all pairs, in a bounded buffer: memory stays O(n d + n k).
+Every method is greedy, so the first j of k choices are the choice for j. Only ``facility_location`` looks at all pairs,
+in a bounded buffer: memory stays O(n d + n k).
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from collections.abc import Callable
 import torch
 
 from acqcore import checks
+from acqcore.literals import Method
 from acqcore.scores import Scores
 
-METHODS = ("top_k", "k_center", "facility_location", "badge", "log_det")
-
-# Facility location computes this many similarities at once (64 MiB of float32), and keeps them all where they are no
-# more than the second (256 MiB): on 2000 noisy vectors of 4096 that halves the time.
+# Facility location computes this many similarities at once (64 MiB of float32), and keeps all of them up to the second
+# number (256 MiB), which halves the time on 2000 noisy vectors of 4096.
 _BLOCK_ELEMENTS = 1 << 24
 _KEPT_ELEMENTS = 1 << 26
-# Stale gains of facility location refreshed together at first, one pass over the vectors serving them all; doubled
-# as long as they do not decide the choice.
+# Stale gains of facility location refreshed in one pass over the vectors; doubled until they decide the choice.
 _REFRESH = 8
 
 
@@ -28,7 +26,7 @@ _REFRESH = 8
 def select(
     candidates: torch.Tensor | Scores,
     k: int,
-    method: str = "top_k",
+    method: Method = "top_k",
     *,
     acquisition: str | None = None,
     seed: int = 0,
@@ -56,13 +54,13 @@ def select(
     =====================  ================================================================================
 
     Args:
-        candidates: for ``top_k`` scores ``[n]`` or :class:`acqcore.Scores`; for the others vectors ``[n, d]``
-            such as sketches or embeddings. float32, bfloat16, float16 or float64; distances and similarities
-            are in float32 at least.
-        k: how many, 1 to n (for ``top_k`` to the number of scores that are not NaN).
+        candidates: for ``top_k`` scores ``[n]`` or :class:`acqcore.Scores`; for the others vectors ``[n, d]`` such as
+            sketches or embeddings. float32, bfloat16, float16 or float64; distances and similarities are computed in
+            float32 or float64.
+        k: number of choices, 1 to n (for ``top_k`` to the number of scores that are not NaN).
         method: as above.
-        acquisition: which of several in Scores.
-        seed: of the draws of ``badge``; the other methods draw nothing.
+        acquisition: the column of Scores, if there are several.
+        seed: of ``badge``; the other methods are deterministic.
         ridge: ``s`` of ``log_det``, in units of the mean squared length of the vectors.
 
     Returns:
@@ -74,7 +72,7 @@ def select(
         ValueError: an unknown method, k out of range, a wrong shape, a vector that is not finite, Scores of
             several acquisitions and no name, ridge below 1e-9.
     """
-    checks.one_of("method", method, METHODS)
+    checks.literal("method", method, Method)
     checks.positive_int("k", k)
     if method == "top_k":
         scores = _column(candidates, acquisition) if isinstance(candidates, Scores) else candidates

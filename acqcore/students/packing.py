@@ -1,4 +1,4 @@
-"""Which samples share a trunk forward, and how: batches that waste few padded tokens, longest first."""
+"""Groups samples into padded batches that waste few tokens, longest first."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from acqcore import checks
 from acqcore.students.samples import Row
 
-# What a batch costs beyond its tokens, in tokens: fewer, larger batches are worth this much padding each.
-# cuda: a guess for kernel launches of some tens of layers, not measured.
+# Fixed cost of a batch, in tokens: saving a batch is worth this much padding. cuda: a guess for the kernel launches of
+# some tens of layers, not measured.
 OVERHEAD_TOKENS = {"cpu": 64, "cuda": 2048}
 
 
@@ -21,12 +21,11 @@ def partition(
     batch_tokens: int,
     overhead: int,
 ) -> list[list[int]]:
-    """Indices of the samples of each batch, a batch being padded to its longest sample.
+    """Indices of the samples of each batch, which is padded to its longest sample.
 
-    Sorted by length, longest first (what does not fit in memory fails at once), and cut into contiguous runs
-    that minimise the sum of padded tokens plus ``overhead`` per batch, each at most ``batch_tokens`` padded
-    tokens; a sample longer than that is a batch of its own. Exact, by dynamic programming over the sorted
-    list; equal lengths keep their order, so the result is a function of the arguments.
+    Samples are sorted by length, longest first, so that running out of memory happens early, and cut into contiguous
+    runs of at most ``batch_tokens`` padded tokens; a longer sample gets its own batch. Dynamic programming minimizes
+    the padded tokens plus ``overhead`` per batch. The sort is stable, so the result is a function of the arguments.
     """
     n = len(lengths)
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
@@ -49,8 +48,8 @@ def partition(
 
 
 def collate(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids ``[B, T]`` padded on the right; of the N scored tokens the flat positions before them,
-    themselves, and the samples' offsets ``[B + 1]``."""
+    """Token ids ``[B, T]`` padded on the right; for the N scored tokens the flat positions of their predecessors, the
+    tokens, and the samples' offsets ``[B + 1]``."""
     input_ids = pad_sequence([row.ids for row in rows], batch_first=True)
     targets = pad_sequence([row.targets for row in rows], batch_first=True, padding_value=checks.IGNORE_INDEX)
     of_row = targets.ne(checks.IGNORE_INDEX)

@@ -1,19 +1,18 @@
-"""Samples as users hold them, turned into token ids and the positions that are scored.
+"""Turns samples into token ids and scored positions.
 
 =====================================  ====================================================================
-a sample                               what is scored
+a sample                               scored tokens
 =====================================  ====================================================================
-``"text"``, ``{"text"}``               every token with a predecessor; the tokenizer's own special tokens stay
+``"text"``, ``{"text"}``               every token with a predecessor, special tokens included
 ``{"prompt", "completion"}`` strings   the tokens after the prompt
 ``{"prompt", "completion"}`` messages  the tokens after the rendered prompt and the opening of the reply
 ``{"messages"}``                       the last assistant turn, its closing tokens included
 tensors ``{"input_ids", ...}``         labels other than -100, else every real token with a predecessor
 =====================================  ====================================================================
 
-The whole text is tokenized once, never in pieces: joining pieces gives other tokens than the model would see.
-The completion begins with the first token whose span ends after the prompt, so a token that straddles the
-boundary is scored. A ``datasets.Dataset`` with these columns is read as a list of its rows. What :func:`encode` gave
-is itself a list of samples.
+The whole text is tokenized at once: tokens of joined pieces may differ from those the model sees. The completion begins
+with the first token whose span ends after the prompt, so a token across the boundary is scored. A ``datasets.Dataset``
+with these columns is a list of its rows. Rows from :func:`encode` are samples too.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Message: TypeAlias = Mapping[str, Any]
 Sample: TypeAlias = str | Mapping[str, Any]
 Samples: TypeAlias = Sequence["Sample | Row"] | Mapping[str, torch.Tensor] | Any  # Any: datasets.Dataset
 
-#: Keys of a sample that is a mapping, in the order in which they are looked for.
+#: Keys of mapping samples; the first entry that is present is used.
 KINDS = (("prompt", "completion"), ("messages",), ("text",))
 EXPECTED = (
     'strings, mappings with "prompt" and "completion", "messages" or "text", a datasets.Dataset with such '
@@ -42,12 +41,12 @@ EXPECTED = (
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One tokenized sample; its tensors are not written to once it is made.
+    """One tokenized sample; its tensors are read-only.
 
     Attributes:
         ids: ``[T]`` int64.
-        targets: ``[T]`` int64, aligned with ``ids``: the token at this position if it is scored, else -100.
-            The first is always -100: nothing predicts it.
+        targets: ``[T]`` int64, aligned with ``ids``: the token at this position if it is scored, else -100. The first
+            is always -100, as nothing predicts it.
     """
 
     ids: torch.Tensor
@@ -63,11 +62,11 @@ EMPTY = Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
 
 @dataclass(frozen=True)
 class _Text:
-    """A sample as text: the first ``boundary`` characters are context."""
+    """A sample as text, whose first ``boundary`` characters are context."""
 
     text: str
     boundary: int
-    from_template: bool  # it has its special tokens already
+    has_special_tokens: bool  # written by a chat template
 
 
 def encode(
@@ -82,14 +81,13 @@ def encode(
     """Tokenized samples, in order.
 
     Args:
-        samples: any of the kinds above, all of one kind, or rows from an earlier call.
+        samples: of one of the kinds above, or rows from an earlier call.
         tokenizer: a transformers tokenizer; not needed for tensors.
-        vocab_size: ids must lie below it.
-        limit: most tokens the student takes, or None.
-        max_length: truncate to this many tokens: the oldest context goes first, down to the one token that
-            predicts the first scored one, then the end of what is scored.
-        errors: where given, a bad sample becomes an empty row and an entry ``index -> message`` instead of
-            raising.
+        vocab_size: upper bound of the ids.
+        limit: maximum tokens that the student takes, or None.
+        max_length: truncate to this many tokens: first the oldest context, down to the token that predicts the first
+            scored one, then the end.
+        errors: if given, a bad sample becomes an empty row and an entry ``index -> message`` instead of raising.
 
     Raises:
         TypeError: samples of an unknown kind or of several kinds, a missing tokenizer.
@@ -103,7 +101,7 @@ def encode(
         encoded = [sample for sample in listed if isinstance(sample, Row)]
         rows = encoded if len(encoded) == len(listed) else _tokenize(_texts(listed, tokenizer, errors), tokenizer)
 
-    # All rows at once, and one by one only to name the one that is wrong.
+    # All rows at once; one by one only to name the bad one.
     every = torch.cat([row.ids for row in rows]) if rows else EMPTY.ids
     known = bool(((every >= 0) & (every < vocab_size)).all())
 
@@ -132,7 +130,7 @@ def encode(
 
 
 def _attempt(index: int, errors: dict[int, str] | None, step: Callable[..., T], *arguments: Any) -> T | None:
-    """``step(*arguments)``; a bad sample raises, or is noted in ``errors`` where there is one."""
+    """``step(*arguments)``; a bad sample raises, or is recorded in ``errors`` if given."""
     try:
         return step(*arguments)
     except (ValueError, TypeError) as error:
@@ -143,7 +141,7 @@ def _attempt(index: int, errors: dict[int, str] | None, step: Callable[..., T], 
 
 
 def _listed(samples: Any) -> list[Any]:
-    """The samples as a list; of a ``datasets.Dataset`` only the columns that are read."""
+    """The samples as a list; a ``datasets.Dataset`` without unused columns."""
     columns = getattr(samples, "column_names", None)
     if columns is not None and hasattr(samples, "select_columns"):
         kind = _kind_of_columns(columns)
@@ -243,8 +241,7 @@ def _text(index: int, sample: Any, kind: tuple[str, ...], first: tuple[str, ...]
 
 
 def _conversation(index: int, context: Sequence[Message], reply: Sequence[Message], tokenizer: Any) -> _Text:
-    """The rendered conversation; the reply begins where the rendered context and its generation prompt
-    end."""
+    """The rendered conversation; the reply begins after the rendered context and generation prompt."""
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
@@ -263,20 +260,20 @@ def _conversation(index: int, context: Sequence[Message], reply: Sequence[Messag
             raise ValueError(f"samples[{index}]: the chat template refuses it: {error}") from error
 
     text = render([*context, *reply], False)
-    # The common prefix, because a template may write earlier turns or the opening of a reply in another way
-    # once the reply is there (as those that drop or open a reasoning block do).
+    # The common prefix: with the reply present a template may render earlier turns or its opening differently, as those
+    # do that drop or open a reasoning block.
     boundary = _common_length(text, render(context, True))
     return _Text(text, boundary, True)
 
 
 def _tokenize(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
-    """Rows of ``texts``; text from a chat template has its special tokens already."""
+    """Rows of ``texts``."""
     rows = [EMPTY] * len(texts)
-    for from_template in (False, True):
-        picked = [i for i, text in enumerate(texts) if text.from_template == from_template and text.text]
+    for has_special_tokens in (False, True):
+        picked = [i for i, text in enumerate(texts) if text.has_special_tokens == has_special_tokens and text.text]
         if not picked:
             continue
-        options = {"add_special_tokens": not from_template, "return_attention_mask": False, "verbose": False}
+        options = {"add_special_tokens": not has_special_tokens, "return_attention_mask": False, "verbose": False}
         whole = [texts[i].text for i in picked]
         contexts = [texts[i].boundary for i in picked]
         if getattr(tokenizer, "is_fast", False):
@@ -284,7 +281,7 @@ def _tokenize(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
             starts: Iterable[int] = map(_start_by_offsets, batch["offset_mapping"], contexts)
         else:
             batch = tokenizer(whole, **options)
-            # Tokenizers without offsets: the ids that the whole shares with its context alone.
+            # Without offsets: the ids that the whole text shares with its context.
             alone = tokenizer([texts[i].text[: texts[i].boundary] for i in picked], **options)["input_ids"]
             starts = map(_common_length, batch["input_ids"], alone)
         for i, ids, start in zip(picked, batch["input_ids"], starts, strict=True):
@@ -293,8 +290,7 @@ def _tokenize(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
 
 
 def _start_by_offsets(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
-    """Index of the first token whose span ends after ``boundary``; of a plain text that is its first
-    token."""
+    """Index of the first token whose span ends after ``boundary``; for plain text, 0."""
     for position, (_, end) in enumerate(offsets):
         if end > boundary:
             return position
@@ -315,7 +311,7 @@ def _row(
     ids: torch.Tensor,  # [T] int64
     start: int,
 ) -> Row:
-    """The row whose tokens from ``start`` on are scored, but for the very first, which nothing predicts."""
+    """The row whose tokens from ``start`` on are scored, except the very first, which nothing predicts."""
     targets = ids.clone()
     targets[: max(start, 1)] = checks.IGNORE_INDEX
     return Row(ids, targets)
@@ -331,7 +327,7 @@ def _truncate(row: Row, max_length: int) -> Row:
 
 
 def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
-    """Rows of ``input_ids [B, T]``, ``attention_mask [B, T]`` and ``labels [B, T]``, padded on any side."""
+    """Rows of ``input_ids [B, T]``, ``attention_mask [B, T]`` and ``labels [B, T]``, padded on either side."""
     if "input_ids" not in samples:
         keys = ", ".join(repr(key) for key in samples)
         raise TypeError(f'samples: expected a list, or a mapping of tensors with "input_ids", got keys {keys}')

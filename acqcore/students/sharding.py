@@ -1,14 +1,12 @@
-"""Models whose parameters are spread over processes: by rows of the head, or in pieces of every parameter.
+"""Models whose parameters are sharded over processes.
 
-Two kinds, told apart because their ranks hold different rows of a batch:
+- Tensor parallel: the ranks run the same samples through one forward. A head whose weight is a DTensor sharded along
+  the vocabulary stays sharded (``Head(group=)``); with any other placement it is gathered.
+- Data parallel (FSDP2, FSDP1, ZeRO-3): each rank has its own samples, and parameters are gathered where they are used.
+  A merge over the vocabulary would mix rows of different samples, so the head is gathered. Every forward is a
+  collective, so all ranks run equally many: :meth:`DataParallel.in_step`.
 
-- tensor parallel: the ranks pass the same samples through one forward. A head whose weight is a DTensor cut along the
-  vocabulary stays cut (``Head(group=)``); of any other placement it is gathered.
-- data parallel (FSDP2, FSDP1, ZeRO-3): each rank has samples of its own, and every parameter is gathered where it is
-  used. A merge over the vocabulary would mix rows of different samples, so the head is gathered. Every forward is a
-  collective, so that the ranks take as many: :meth:`DataParallel.in_step`.
-
-Nothing here is imported or done for a model that is whole.
+Models that are not sharded import and run nothing of this.
 """
 
 from __future__ import annotations
@@ -24,18 +22,18 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-# Held while the globals of transformers and the environment are others: two threads would restore each other's.
+# Held while the globals of transformers and the environment are replaced: threads would restore each other's.
 _loading = threading.RLock()
 
 
 def is_dtensor(value: object) -> bool:
-    """Whether a tensor is a DTensor; where the module was not imported nothing is."""
+    """Whether a tensor is a DTensor; nothing is, unless the module was imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
-    """The same shape; of a DTensor the whole, by a collective unless every rank holds it."""
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor of a DTensor, by a collective unless it is replicated; any other tensor itself."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -43,17 +41,17 @@ def vocabulary_shard(
     weight: torch.Tensor,  # [V, D]
     bias: torch.Tensor | None,  # [V]
 ) -> dict[str, Any]:
-    """Arguments of ``Head`` for a weight as it lies on this rank: the whole, or a shard and its group.
+    """Arguments of ``Head``: the whole weight, or this rank's shard and its group.
 
-    A DTensor cut into rows along one dimension of its mesh, and on the others the same everywhere, is a shard.
+    A shard is a DTensor split into rows along one dimension of its mesh and replicated along the others.
     """
     if not is_dtensor(weight):
-        return {"weight": weight, "bias": None if bias is None else full(bias)}
+        return {"weight": weight, "bias": None if bias is None else gathered(bias)}
     mesh, placements = weight.device_mesh, weight.placements  # type: ignore[attr-defined]
     cut = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
     by_rows = sys.modules["torch.distributed.tensor"].Shard(0)
     if [placements[i] for i in cut] != [by_rows]:
-        return {"weight": full(weight), "bias": None if bias is None else full(bias)}
+        return {"weight": gathered(weight), "bias": None if bias is None else gathered(bias)}
     # As torch.chunk: ranks at the end may have fewer rows, or none.
     size = -(-weight.shape[0] // mesh.size(cut[0]))
     start = min(size * mesh.get_local_rank(cut[0]), weight.shape[0])
@@ -71,24 +69,24 @@ def vocabulary_shard(
 
 
 class DataParallel(ABC):
-    """A model each of whose parameters is in pieces on the ranks of a data-parallel group."""
+    """A model whose parameters are sharded over the ranks of a data-parallel group."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     @abstractmethod
     def groups(self) -> list[distributed.ProcessGroup | None]:
-        """The groups whose ranks run forwards together; None stands for all processes."""
+        """The groups whose ranks run forwards together; None means all processes."""
 
     @abstractmethod
     def whole(self, layer: nn.Module) -> Any:
-        """A context in which the layer's own parameters are whole tensors or DTensors; all ranks enter it together."""
+        """Context in which the layer's own parameters are whole tensors or DTensors; a collective."""
 
     def rest(self) -> None:  # noqa: B027
-        """Give back what a forward leaves gathered."""
+        """Free parameters that a forward left gathered."""
 
     def step(self, forward: bool, failed: bool = False) -> tuple[bool, bool]:
-        """Whether any rank has a forward to run, which all then run with it, and whether any has failed."""
+        """Whether any rank has a forward to run, which all ranks then join, and whether any has failed."""
         flags = torch.tensor([forward, failed], dtype=torch.int32, device=next(self.model.parameters()).device)
         for group in self.groups():
             distributed.all_reduce(flags, distributed.ReduceOp.MAX, group=group)
@@ -97,12 +95,11 @@ class DataParallel(ABC):
 
     @contextmanager
     def in_step(self, idle: Callable[[], Any]) -> Iterator[None]:
-        """On leaving, also by an error, ``idle`` runs as long as another rank has a forward to run.
-
-        Within, each forward begins with ``step(True)``.
+        """Context whose forwards begin with ``step(True)``. On exit, also by an error, ``idle`` runs as long as another
+        rank has a forward to run.
 
         Raises:
-            RuntimeError: another rank raised: what follows here would wait for it in vain.
+            RuntimeError: another rank raised, and would not take part in further collectives.
         """
         failed = True
         try:
@@ -121,7 +118,7 @@ class Fsdp2(DataParallel):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.rest()  # what is gathered at this moment is no DTensor
+        self.rest()  # gathered parameters are not DTensors
         mesh = next(p for p in model.parameters() if is_dtensor(p)).device_mesh  # type: ignore[attr-defined]
         self._groups = [mesh.get_group(i) for i in range(mesh.ndim)]
 
@@ -134,7 +131,7 @@ class Fsdp2(DataParallel):
         yield
 
     def rest(self) -> None:
-        """The root keeps what it gathered for a backward that does not come; a later step would leave it stale."""
+        """The root keeps gathered parameters for a backward that does not come; a later step would make them stale."""
         for module in self.model.modules():
             if isinstance(module, sys.modules["torch.distributed.fsdp"].FSDPModule):
                 module.reshard()
@@ -152,7 +149,7 @@ class Fsdp1(DataParallel):
         # From the outermost to the innermost.
         owners = [unit for unit in units if any(module is layer for module in unit.modules())]
         with ExitStack() as stack:
-            # The root first: it tells the others that they are inside it.
+            # The root first: it marks the other units as nested.
             for unit in {id(unit): unit for unit in (owners[0], owners[-1])}.values():
                 stack.enter_context(type(unit).summon_full_params(unit, recurse=False, writeback=False))
             yield
@@ -174,7 +171,7 @@ class Zero3(DataParallel):
 
 
 def data_parallel(model: nn.Module) -> DataParallel | None:
-    """How the parameters of a model are sharded over ranks with samples of their own, None where they are not."""
+    """How a model is sharded over ranks with different samples, None if it is not."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return Zero3(model)
@@ -190,8 +187,8 @@ def is_fsdp1(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
 
 
-def inside(module: nn.Module) -> Any:
-    """The module inside wrappers that shard it: FSDP1's, DeepSpeed's engine."""
+def unwrapped(module: nn.Module) -> Any:
+    """The module inside sharding wrappers: FSDP1's, DeepSpeed's engine."""
     deepspeed = sys.modules.get("deepspeed")
     while is_fsdp1(module) or (deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine)):
         module = module.module  # type: ignore[assignment]
@@ -199,13 +196,13 @@ def inside(module: nn.Module) -> Any:
 
 
 def matrix_owners(model: nn.Module) -> set[nn.Module]:
-    """The modules with a parameter of two dimensions or more of their own, however it is sharded."""
+    """The modules that own a parameter of two or more dimensions, however it is sharded."""
     owners = set()
     for module in model.modules():
         if any(len(getattr(p, "ds_shape", p.shape)) >= 2 for p in module._parameters.values() if p is not None):
             owners.add(module)
         flat: Any = module._flat_param if is_fsdp1(module) else None
-        if flat is not None:  # FSDP1 keeps the shapes of what it has flattened nowhere else
+        if flat is not None:  # FSDP1 keeps the shapes of flattened parameters nowhere else
             for info, shape in zip(flat._param_infos, flat._shapes, strict=True):
                 if len(shape) >= 2:
                     owners.add(info.module)
@@ -214,8 +211,8 @@ def matrix_owners(model: nn.Module) -> set[nn.Module]:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward meanwhile; hooks run as ever."""
-    own = module.__dict__.get("forward")  # an instance's own: accelerate and others put one there
+    """Context in which a module has another forward; its hooks still run."""
+    own = module.__dict__.get("forward")  # set on the instance by accelerate and others
     module.forward = forward
     try:
         yield
@@ -228,11 +225,11 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def loading_whole() -> Iterator[None]:
-    """A model that transformers loads meanwhile is whole on every rank, whatever the run around it does to its own.
+    """Context in which transformers loads whole models on every rank.
 
-    In a ZeRO-3 run transformers shards any model it loads, by a global configuration; in one of accelerate's FSDP with
-    ``FSDP_CPU_RAM_EFFICIENT_LOADING`` it leaves the weights out on all ranks but the first of a node. Both are as found
-    on leaving, also by an error. Threads take turns.
+    In a ZeRO-3 run transformers shards every model it loads, by a global configuration. Under accelerate's FSDP with
+    ``FSDP_CPU_RAM_EFFICIENT_LOADING`` only the first rank of a node gets the weights. Both settings are restored on
+    exit. Threads take turns.
     """
     from transformers.integrations import deepspeed
 

@@ -1,4 +1,4 @@
-"""The student: a trunk that gives hidden states and the head on top of it, from whatever the user holds."""
+"""The student: a trunk that gives hidden states, and the head on top of it."""
 
 from __future__ import annotations
 
@@ -15,46 +15,42 @@ from acqcore.head import Head, compute_dtype
 from acqcore.students.sharding import (
     DataParallel,
     data_parallel,
-    full,
-    inside,
+    gathered,
     is_dtensor,
     loading_whole,
     replaced_forward,
+    unwrapped,
     vocabulary_shard,
 )
 from acqcore.vocab_parallel import summed
 
-#: Entries of a model's configuration that scale its logits -> what they multiply them by.
+#: Configuration entries that scale the logits -> factor for a value.
 LOGIT_SCALES: dict[str, Callable[[float], float]] = {
     "logit_scale": lambda value: value,  # Cohere
     "lm_head_multiplier": lambda value: value,  # Falcon H1
     "logits_scaling": lambda value: 1 / value,  # Granite
 }
 
-#: Largest difference between the model's own logits and ours in the probe, relative to the largest logit.
-#: Both sides see the same hidden states; what is left is the rounding of the model's product and of its
-#: logits.
+#: Largest difference between the model's logits and ours in the probe, relative to the largest logit. Both sides see
+#: the same hidden states, so only the model's product and logits are rounded differently.
 PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
-# Models whose probe has passed: a reward that is called with the model itself at each step pays for one
-# probe.
+# Models that passed the probe: a reward called with the model at each step pays for it once.
 _VERIFIED: WeakSet[torch.nn.Module] = WeakSet()
 
 
 class Student:
-    """A causal language model as ``score`` needs it: hidden states, and the head that turns them into logits.
+    """A causal language model split into a trunk, which gives hidden states, and the head, which gives logits.
 
     Args:
-        trunk: called with ``input_ids [B, T]`` int64; gives hidden states ``[B, T, D]`` or an object with
-            them as ``last_hidden_state``, the final norm included. Must be causal. Called without an
-            attention mask.
+        trunk: maps ``input_ids [B, T]`` int64 to hidden states ``[B, T, D]``, or to an object with them as
+            ``last_hidden_state``, after the final norm. Must be causal: it gets no attention mask.
         head: the last layer.
-        tokenizer: used where ``score`` is given none.
-        max_length: most tokens a sample may have; None for no limit.
+        tokenizer: default for ``score``.
+        max_length: maximum tokens per sample; None for no limit.
 
     Raises:
-        TypeError: trunk is not callable, head is not a Head.
-        ValueError: max_length below 1.
+        TypeError: trunk is not callable, head is not a Head. ValueError: max_length below 1.
     """
 
     def __init__(
@@ -70,30 +66,27 @@ class Student:
         self.max_length = max_length
         self._find_head: Callable[[], Head] = lambda: head
         self._module = trunk if isinstance(trunk, torch.nn.Module) else None
-        self._spread: DataParallel | None = None
+        self._data_parallel: DataParallel | None = None
 
     @classmethod
     def from_model(cls, model: torch.nn.Module, *, tokenizer: Any = None, verify: bool = True) -> Student:
-        """The student inside a transformers causal language model or a PEFT model around one.
+        """The student inside a transformers causal language model, or a PEFT model around one.
 
-        The parameters are the model's own and stay live: a student made once follows the model as it is
-        trained.
+        Parameters are shared with the model: the student follows it in training. Sharded models stay sharded:
 
-        Models sharded before are taken as they are. Tensor parallel (transformers' ``tp_plan``, DTensors): all ranks
-        score the same samples, and a head cut along the vocabulary stays so. FSDP2, FSDP1 and ZeRO-3, given as the
-        trainer wraps them: each rank scores samples of its own, any number, and all call together; the head is gathered
-        once a call.
+        - Tensor parallel (transformers' ``tp_plan``, DTensors): all ranks score the same samples. A head sharded along
+          the vocabulary is not gathered.
+        - FSDP2, FSDP1 and ZeRO-3, as the trainer wraps them: each rank scores its own samples, any number of them, and
+          all ranks call together. The head is gathered once per call.
 
         Args:
-            model: any ``...ForCausalLM``; LoRA layers and ``modules_to_save`` are honoured, on the head too.
-            tokenizer: used where ``score`` is given none.
-            verify: run a probe of a few tokens through the model and through trunk and head, and compare the
-                logits. A model object that has passed is not probed again.
+            model: any ``...ForCausalLM``; LoRA layers and ``modules_to_save`` are applied, on the head too.
+            tokenizer: default for ``score``.
+            verify: compare the model's logits with those of trunk and head on a few tokens, once per model object.
 
         Raises:
             TypeError: not a module with a base model and an output embedding.
-            ValueError: an encoder-decoder, a head adapter that acqcore does not know, or a probe that
-                differs.
+            ValueError: an encoder-decoder, an unknown adapter on the head, or logits that differ.
         """
         checks.module("model", model)
         causal = _unwrap(model)
@@ -112,8 +105,8 @@ class Student:
         student.tokenizer = tokenizer
         student.max_length = getattr(config, "max_position_embeddings", None)
         student._module = model
-        student._spread = data_parallel(model)
-        student._find_head = lambda: _find_head(causal, student._spread)
+        student._data_parallel = data_parallel(model)
+        student._find_head = lambda: _find_head(causal, student._data_parallel)
         if verify and model not in _VERIFIED:
             _probe(student, model)
             _VERIFIED.add(model)
@@ -123,16 +116,16 @@ class Student:
     def load(
         cls, path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Student:
-        """The student and its tokenizer from a local directory or a hub id, whole also in a run that shards its models.
+        """Load the student and its tokenizer from a local directory or the hub. It is never sharded, even in a run that
+        shards its models.
 
         Args:
-            path: what transformers' ``from_pretrained`` takes.
-            dtype: of the weights; by default the one they are stored in.
-            device: where they go; by default the CPU.
+            path: as in transformers' ``from_pretrained``.
+            dtype: of the weights; by default as stored.
+            device: by default the CPU.
 
         Raises:
-            ModuleNotFoundError: transformers is not installed.
-            OSError: there is no such model (from transformers).
+            ModuleNotFoundError: transformers is not installed. OSError: no such model (from transformers).
         """
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,25 +142,25 @@ class Student:
 
     @property
     def head(self) -> Head:
-        """The head as it is now; with an unmerged adapter on it, the sum of its weights (a ``[V, D]``
-        copy). Of FSDP or ZeRO-3 it is gathered: all ranks ask together."""
+        """The current head. An unmerged adapter is added to its weight, in a ``[V, D]`` copy. Under FSDP and ZeRO-3 the
+        head is gathered, a collective."""
         return self._find_head()
 
     @property
     def sharded(self) -> bool:
-        """Whether parameters are spread over processes: DTensors, FSDP, ZeRO-3."""
-        return self._spread is not None or (
+        """Whether parameters are sharded over processes: DTensors, FSDP, ZeRO-3."""
+        return self._data_parallel is not None or (
             self._module is not None and any(is_dtensor(parameter) for parameter in self._module.parameters())
         )
 
     @property
     def forwards_are_collective(self) -> bool:
-        """Whether ranks with samples of their own run each forward together (FSDP, ZeRO-3)."""
-        return self._spread is not None
+        """Whether ranks with different samples run each forward together (FSDP, ZeRO-3)."""
+        return self._data_parallel is not None
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the device of the trunk's first parameter, else of the head."""
+        """Device of the token ids: that of the trunk's first parameter, else of the head."""
         for module in (self.trunk, self._module):
             if isinstance(module, torch.nn.Module):
                 for parameter in module.parameters():
@@ -184,7 +177,7 @@ class Student:
             if isinstance(module, torch.nn.ModuleList) and module not in nested:
                 nested.update(module.modules())
                 longest = max(longest, list(module), key=len)
-        return [inside(block) for block in longest]
+        return [unwrapped(block) for block in longest]
 
     def hidden(
         self,
@@ -197,12 +190,12 @@ class Student:
             ValueError: its shape is not ``[B, T, D]``.
         """
         config = getattr(self.trunk, "config", None)
-        # A key-value cache would hold every layer's keys and values for nothing.
+        # A key-value cache would keep every layer's keys and values for nothing.
         options = {"use_cache": False} if hasattr(config, "use_cache") else {}
-        if self._spread is None:
+        if self._data_parallel is None:
             output = self.trunk(input_ids, **options)
         else:
-            self._spread.step(True)
+            self._data_parallel.step(True)
             output = self._through_root(input_ids, options)
         hidden = output if isinstance(output, torch.Tensor) else getattr(output, "last_hidden_state", None)
         if not isinstance(hidden, torch.Tensor):
@@ -215,17 +208,15 @@ class Student:
                 f"trunk: expected hidden states [B, T, D] for input_ids {list(input_ids.shape)}, "
                 f"got {checks.describe(hidden)}"
             )
-        return full(hidden)
+        return gathered(hidden)
 
     def _through_root(
         self,
         input_ids: torch.Tensor,  # [B, T] int64
         options: dict[str, Any],
     ) -> torch.Tensor:
-        """Hidden states ``[B, T, D]`` of a forward of the whole model, whose wrappers gather what it uses.
-
-        In the head's place a function keeps what the head would see.
-        """
+        """Hidden states ``[B, T, D]`` of a forward of the whole model, whose wrappers gather parameters. The head is
+        replaced by a function that keeps its input."""
         assert self._module is not None
         seen: list[torch.Tensor] = []
 
@@ -233,17 +224,15 @@ class Student:
             seen.append(hidden)
             return hidden[..., :1]
 
-        with replaced_forward(inside(_unwrap(self._module).get_output_embeddings()), keep):
+        with replaced_forward(unwrapped(_unwrap(self._module).get_output_embeddings()), keep):
             self._module(input_ids=input_ids, **options)
         return seen[0]
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
-        """Around all forwards of a call: of FSDP and ZeRO-3 every rank runs as many, those that are done on one token.
-
-        A rank that raises leaves when the others are done, not before.
-        """
-        if self._spread is None:
+        """Context for all forwards of a call. Under FSDP and ZeRO-3 every rank runs equally many; ranks that are done
+        run them on one token. A rank that raises waits for the others."""
+        if self._data_parallel is None:
             yield
             return
         token = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
@@ -252,16 +241,15 @@ class Student:
             with self.scoring():
                 self._through_root(token, {})
 
-        with self._spread.in_step(idle):
+        with self._data_parallel.in_step(idle):
             yield
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """Evaluation mode without gradients; on leaving, each module's training flag is as it was."""
+        """Context in evaluation mode without gradients; each module's training flag is restored."""
         modules = list(self._module.modules()) if self._module is not None else []
         flags = [module.training for module in modules]
-        # Flags are set one by one: train() and eval() would give every submodule the root's mode, and some
-        # classes override them to do more.
+        # Set one by one: eval() and train() give every submodule the root's mode, and some classes override them.
         for module in modules:
             module.training = False
         try:
@@ -276,7 +264,7 @@ StudentLike: TypeAlias = Student | torch.nn.Module | str | os.PathLike[str]
 
 
 def as_student(student: StudentLike) -> Student:
-    """The Student behind what a user gave: itself, a model, or a path or hub id to load.
+    """The Student of a Student, a model, or a path or hub id.
 
     Raises:
         TypeError: none of these. Otherwise as ``Student.from_model`` and ``Student.load``.
@@ -292,7 +280,7 @@ def as_student(student: StudentLike) -> Student:
 def _unwrap(model: Any) -> Any:
     """The transformers model inside torch.compile, DataParallel, FSDP1, DeepSpeed and PEFT wrappers."""
     while True:
-        model = inside(model)
+        model = unwrapped(model)
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
@@ -304,7 +292,7 @@ def _unwrap(model: Any) -> Any:
 
 
 def _find_trunk(model: Any) -> torch.nn.Module:
-    """The module below the head: named by ``base_model_prefix``, else what ``get_decoder`` gives."""
+    """The module below the head: ``base_model_prefix``, else ``get_decoder()``."""
     trunk = getattr(model, getattr(model, "base_model_prefix", ""), None)
     if trunk is None:
         trunk = model.get_decoder()
@@ -318,16 +306,16 @@ def _find_trunk(model: Any) -> torch.nn.Module:
 
 def _find_head(model: Any, spread: DataParallel | None) -> Head:
     config = model.config.get_text_config()
-    layer = inside(model.get_output_embeddings())
+    layer = unwrapped(model.get_output_embeddings())
     if spread is None:
         weight, bias = _projection(layer)
         placed = vocabulary_shard(weight.detach(), None if bias is None else bias.detach())
     else:
         with torch.no_grad(), spread.whole(layer):
-            # A copy: what was gathered for the moment goes when it ends.
+            # A copy: the gathered tensors are freed on exit.
             weight, bias = _projection(layer)
-            bias = None if bias is None else full(bias.detach()).clone()
-            placed = {"weight": full(weight.detach()).clone(), "bias": bias}
+            bias = None if bias is None else gathered(bias.detach()).clone()
+            placed = {"weight": gathered(weight.detach()).clone(), "bias": bias}
     scale = 1.0
     for name, factor in LOGIT_SCALES.items():
         value = getattr(config, name, None)
@@ -337,7 +325,7 @@ def _find_head(model: Any, spread: DataParallel | None) -> Head:
 
 
 def _projection(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight ``[V, D]`` and bias ``[V]`` of the output embedding, adapters of PEFT included."""
+    """Weight ``[V, D]`` and bias ``[V]`` of the output embedding, with PEFT adapters applied."""
     if type(layer).__module__.partition(".")[0] == "peft":
         return _adapted_projection(layer)
     if not isinstance(layer, torch.nn.Linear):
@@ -378,7 +366,7 @@ def _adapted_projection(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     for adapter in layer.active_adapters:
         if adapter not in layer.lora_A:
             continue
-        # In half precision the sum would round away most of a small update; the model itself never forms it.
+        # Half precision would round away most of a small update; the model never forms this sum.
         dtype = compute_dtype(weight.dtype)
         weight = weight.to(dtype) + layer.get_delta_weight(adapter).to(dtype)
         extra = layer.lora_B[adapter].bias
@@ -389,21 +377,20 @@ def _adapted_projection(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _probe(student: Student, model: torch.nn.Module) -> None:
-    """Hold trunk and head to the model's own logits, and the trunk to causality, on two rows of four
-    tokens."""
+    """Compare trunk and head with the model's own logits, and check causality, on two rows of four tokens."""
     head = student.head
     vocab_size = head.vocab_size
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) * max(1, vocab_size // 7) % vocab_size  # differ at the end
     ids = ids.to(student.device)
     with student.scoring(), student.in_step():
-        own = full(model(input_ids=ids).logits)
+        own = gathered(model(input_ids=ids).logits)
         hidden = student.hidden(ids)
         ours = head.logits(hidden.to(head.weight.device).flatten(0, 1)).view(*ids.shape, -1)
-        if head.group is not None:  # eight tokens' logits, once a model, so that all ranks come to one verdict
+        if head.group is not None:  # logits of eight tokens, once a model: all ranks must agree on the verdict
             ours = _in_vocabulary(ours, head)
             own = own if own.shape[-1] == vocab_size else _in_vocabulary(own, head)
     tolerance = PROBE_TOLERANCE[hidden.dtype]
-    name = type(inside(model)).__name__
+    name = type(unwrapped(model)).__name__
     advice = "it changes them in a way that acqcore does not know; use acqcore.Student(trunk, head)"
     if own.shape != ours.shape:
         raise ValueError(
@@ -425,7 +412,7 @@ def _in_vocabulary(
     logits: torch.Tensor,  # [B, T, v] of the head's own rows
     head: Head,
 ) -> torch.Tensor:
-    """Those of every rank, ``[B, T, V]``."""
+    """The logits of all ranks, ``[B, T, V]``."""
     whole = logits.new_zeros((*logits.shape[:-1], head.vocab_size))
     whole[..., head.vocab_start : head.vocab_start + len(head.weight)] = logits
     return summed(whole, head.group)

@@ -1,8 +1,8 @@
 """Draws of a student's final hidden states: dropout inside its trunk, or the members of an ensemble.
 
-Dropout in the last n blocks acts on what each attention and MLP adds to the residual stream. Earlier blocks run once;
-all draws of the last blocks run as one batch, in the model's own code: the skipped blocks hand on what they gave
-before. Masks are those of ``philox.py``, so a sample's draws depend neither on its batch nor on the backend.
+Dropout in the last n blocks acts on the outputs that each attention and MLP adds to the residual stream. Earlier blocks
+run once. All draws of the last blocks run as one batch in the model's own code, in which the earlier blocks return
+their stored output. Masks come from ``philox.py``, so a sample's draws depend neither on its batch nor on the backend.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class TrunkDraws:
 
     Args:
         student: whose trunk runs.
-        layers: the last so many blocks, ``"all"``, or ``"own"``: the student's own ``nn.Dropout`` modules at their own
-            rates. What a model drops by a function instead, as transformers does attention's weights, stays whole.
+        layers: the last n blocks, ``"all"``, or ``"own"``: the student's ``nn.Dropout`` modules at their own rates.
+            Functional dropout, such as that of attention weights in transformers, stays off.
         draws: K.
-        dropout: probability p for blocks; not read for ``"own"``.
+        dropout: probability p for blocks; ignored by ``"own"``.
         seed: of the masks.
         backend: as in :func:`acqcore.row_stats`.
 
     Raises:
         ValueError: a trunk without blocks, fewer blocks than asked for, a block without residual branches, no dropout
-            layer to switch on.
+            layer of the student's own.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TrunkDraws:
         if count > len(blocks):
             raise ValueError(f"layers: expected at most {len(blocks)} transformer blocks, got {count}")
         first = len(blocks) - count
-        # Where ranks run forwards together all are whole: another may be at a forward that skips nothing.
+        # Ranks that run forwards together skip nothing: another rank may be at a forward of all blocks.
         self._skipped = [] if student.forwards_are_collective else blocks[:first]
         site, owners = 0, matrix_owners(student._module)
         for i, block in enumerate(blocks):
@@ -73,14 +73,14 @@ class TrunkDraws:
                     f"layers: {name} has no child that multiplies by a matrix, so nothing dropout could act on"
                 )
             for branch in branches:
-                site += 1  # of the whole model: a block has the same masks however many are asked for
+                site += 1  # counted over the whole model, so a block has the same masks whatever ``layers`` is
                 if i >= first:
                     self._sites.append((site, branch, dropout))
 
     def hidden(
         self,
         input_ids: torch.Tensor,  # [B, T] int64, padded on the right
-        samples: torch.Tensor,  # [B] int64: what tells the samples' masks apart
+        samples: torch.Tensor,  # [B] int64: mask key of each sample
     ) -> torch.Tensor:
         """Final hidden states ``[K, B, T, D]``."""
         expanded = input_ids.repeat(self._draws, 1)  # [K * B, T]
@@ -102,7 +102,7 @@ class TrunkDraws:
         self,
         input_ids: torch.Tensor,  # [B, T]
     ) -> Any:
-        """What the last skipped block gives, once for each draw; blocks after it do not run."""
+        """Output of the last skipped block, repeated for each draw; later blocks do not run."""
         found: list[Any] = []
 
         def stop(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -157,11 +157,11 @@ class TrunkDraws:
 
 
 class _Found(Exception):  # noqa: N818
-    """The forward has gone as far as it is needed."""
+    """Ends a forward after the last skipped block."""
 
 
 def _branches(block: nn.Module, owners: set[nn.Module]) -> list[nn.Module]:
-    """What a block adds to the residual stream: its children that multiply by a matrix, of ``owners`` or with one."""
+    """The children of a block that add to the residual stream: those that own a matrix, or contain one that does."""
     return [child for child in block.children() if not owners.isdisjoint(child.modules())]
 
 

@@ -25,7 +25,8 @@ cuda::LogitStatsArgs logit_stats_args(const Matrix& logits, uintptr_t targets, d
 
 cuda::RowStatsArgs row_stats_args(const Matrix& hidden, const Matrix& weight, uintptr_t bias, uintptr_t targets,
                                   double softcap, double scale, double temperature, int64_t vocab_start,
-                                  uintptr_t state, uintptr_t index) {
+                                  uintptr_t state, uintptr_t index, uintptr_t slots, int64_t slot_count,
+                                  uintptr_t products) {
   return {hidden,
           weight,
           reinterpret_cast<const float*>(bias),
@@ -35,7 +36,8 @@ cuda::RowStatsArgs row_stats_args(const Matrix& hidden, const Matrix& weight, ui
           temperature,
           vocab_start,
           reinterpret_cast<double*>(state),
-          reinterpret_cast<int64_t*>(index)};
+          reinterpret_cast<int64_t*>(index),
+          {reinterpret_cast<const cuda::Slot*>(slots), slot_count, reinterpret_cast<float*>(products)}};
 }
 
 #if defined(ACQCORE_CUDA)
@@ -63,7 +65,7 @@ void register_cuda(py::module_& m) {
   py::class_<cuda::RowStatsArgs>(m, "CudaRowStatsArgs")
       .def(py::init(&row_stats_args), py::arg("hidden"), py::arg("weight"), py::arg("bias"), py::arg("targets"),
            py::arg("softcap"), py::arg("scale"), py::arg("temperature"), py::arg("vocab_start"), py::arg("state"),
-           py::arg("index"));
+           py::arg("index"), py::arg("slots") = 0, py::arg("slot_count") = 0, py::arg("products") = 0);
   m.def("cuda_fold_tiles_on_host", &cuda::fold_tiles_on_host, py::arg("products"), py::arg("args"), py::arg("splits"),
         py::call_guard<py::gil_scoped_release>());
 #if defined(ACQCORE_CUDA)

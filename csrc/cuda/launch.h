@@ -37,6 +37,20 @@ void logit_stats(const LogitStatsArgs& args, const Launch& launch);
 // The same computed by the host from host memory, as `multiprocessors` would share it out.
 void logit_stats_on_host(const LogitStatsArgs& args, int multiprocessors);
 
+// A place in the blocks of 128 rows in which samples are folded that keep a Gram matrix.
+struct alignas(16) Slot {
+  int32_t row;          // of hidden, -1 for none
+  int16_t first, last;  // slots of its sample, from the block's start
+  int64_t start;        // of its sample's matrix in `products`, -1 for none
+};
+
+// Gram matrices kept beside the row states: see acqcore/backends/base.py.
+struct GramArgs {
+  const Slot* slots = nullptr;  // [count] or null: no matrices, and every row of hidden is folded
+  int64_t count = 0;            // a multiple of 256
+  float* products = nullptr;    // written
+};
+
 struct RowStatsArgs {
   Matrix hidden;           // [N, D] bfloat16 or float16
   Matrix weight;           // [V, D] of the same dtype, V < 2^30; rows contiguous and on 16 bytes
@@ -48,15 +62,14 @@ struct RowStatsArgs {
   int64_t vocab_start;  // of the first row of weight in the whole vocabulary
   double* state;        // [7, N], written
   int64_t* index;       // [N], written
+  GramArgs gram = {};   // with it: targets are not null, softcap is 0
 };
 
 // How the fused product is cut and run on sm_90. Results follow from `splits` alone.
 struct ProductPlan {
-  int splits = 66;        // of the vocabulary, at most: a pair of an H100's 132 multiprocessors each
-  int group = 8;          // pairs of row blocks that walk the vocabulary side by side
-  int lag = 3;            // steps of depth 64 that the second warpgroup starts behind the first
-  bool multicast = true;  // two blocks of a cluster load half of the weights each
-  bool fold = true;       // false: the bare product, to measure
+  int splits = 0;  // of the vocabulary, at most; 0: as many as suit it
+  int group = 8;   // pairs of row blocks that walk the vocabulary side by side
+  int lag = 3;     // steps of depth 64 that the second warpgroup starts behind the first, at most
 };
 
 // Device memory that row_stats_sm90 uses beside its arguments, at most 56 MiB (more only where 256 rows need it).

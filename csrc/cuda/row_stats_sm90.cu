@@ -16,8 +16,8 @@
 // each consumer warp of both blocks, for the copy writes to both. Step j waits for the stage of step j - kStages. A warp
 // frees step j once its products of step j + 1 are queued, and the last step of a tile before it folds. Take the
 // consumer that is furthest behind, at step j of its unit: all others have begun j, so they have freed j - 2 and what
-// is before, the stages of j to j + 2 can be loaded, and it goes on. At the first step of a tile all have freed j - 1,
-// so that four steps can be loaded and the first warpgroup can reach the lead that the second waits for.
+// is before, the stages of j and j + 1 can be loaded, and it goes on. At the first step of a tile all have freed j - 1,
+// so that the whole ring can be loaded and the first warpgroup can reach the lead that the second waits for.
 //
 // Why it does not stall. The two warpgroups share the tensor cores: 1024 cycles a step. The second starts `lag` steps
 // behind in every tile, so one folds (about 1500 cycles) while the other multiplies alone, at 512 cycles a step.
@@ -25,6 +25,11 @@
 // At N = 4096, D = 4096, V = 131072: 16 pairs x 66 splits over 66 clusters are 16 units each, of 7 or 8 tiles: 124 or
 // 125 tiles of 65536 cycles, 1 % above an even share. L2 delivers 32 KiB a block and step, 32 bytes a cycle; memory
 // is read for 8 pairs side by side: 17 MB of hidden states stay in L2, the weights pass twice, 0.35 TB/s.
+//
+// The Gram matrix of a block's 128 rows takes their exponentials, in bfloat16, through shared memory: the first
+// warpgroup multiplies its own with its own, the second its own with all. By symmetry that is everything, and the first,
+// which leads, never waits for the second's of the same tile. The matrix itself waits in L2 from tile to tile. A row's
+// targets and those of its sample are left out. The terms take the room of a stage. merge_grams adds up the splits.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -39,18 +44,24 @@ namespace {
 
 constexpr int kRows = 128;   // of a block
 constexpr int kDepth = 64;   // of a stage: 128 bytes, the width of the swizzle
-constexpr int kStages = 4;
 constexpr int kBlocks = 2;   // of a cluster
 constexpr int kPairRows = kBlocks * kRows;
 constexpr int kBoxBytes = kRows * kDepth * 2;  // all boxes are 128 rows of 64 columns
 constexpr int kStageBytes = 3 * kBoxBytes;     // hidden states, two halves of the weights
-constexpr int kSharedBytes = kStages * kStageBytes + 1024 + 2 * kStages * 8;
+constexpr int kGramFloats = (64 + kGramRows) * 64;  // of a block: the lower half of its rows has the columns of all
 constexpr int kWarpgroup = 4 * kWarp;
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kConsumerWarps = 8;
 constexpr int kProductDepth = 16;
-constexpr int kLagBarrier = 1;
+// Named barriers. Of the terms in shared memory: the first warpgroup has written its own, the second has read them.
+constexpr int kLagBarrier = 1, kTermsBarrier = 2, kReadBarrier = 3, kOwnBarrier = 4;  // one more for the second
 constexpr int64_t kScratchBytes = 56 << 20;
+
+// A slot's target as a column of this weight, negative for none, and the slots of its sample in the block.
+struct alignas(8) Mark {
+  int column;
+  int16_t first, last;
+};
 
 struct ProductArgs {
   const int* count;  // [1] rows that hold something, or null: `rows`
@@ -60,9 +71,10 @@ struct ProductArgs {
   int splits;
   int group;
   int lag;
-  bool multicast;
   Logits logits;
   RowPartial* partials;  // [splits, rows], written
+  const Mark* marks;     // [rows] or null: no Gram matrices
+  float* grams;          // [rows / 128, splits, kGramFloats], written
 };
 
 // What a cluster works on at a time.
@@ -81,27 +93,38 @@ __device__ Unit unit_at(const ProductArgs& args, int pairs, int unit) {
           split_begin(split + 1, args.splits, args.tiles)};
 }
 
-// A place in the ring of stages.
+// Shared memory: a ring of stages; the terms of a tile and what rows were multiplied by, for the Gram matrix; barriers.
+template <bool grams>
+struct Ring {
+  static constexpr int kStages = grams ? 3 : 4;
+  static constexpr int kTerms = kStages * kStageBytes, kFactors = kTerms + (grams ? kGramTileBytes : 0);
+  static constexpr int kBarriers = kFactors + (grams ? kRows * 4 : 0);
+  static constexpr int kBytes = kBarriers + 2 * kStages * 8;
+  uint32_t stages;  // address, a multiple of 1024 as the swizzle wants it
+  __device__ uint32_t hidden(int stage) const { return stages + stage * kStageBytes; }
+  __device__ uint32_t weight(int stage) const { return stages + stage * kStageBytes + kBoxBytes; }
+  __device__ uint32_t full_at(int stage) const { return stages + kBarriers + 8 * stage; }
+  __device__ uint32_t empty_at(int stage) const { return stages + kBarriers + 8 * (kStages + stage); }
+  __device__ uint32_t terms() const { return stages + kTerms; }
+};
+
+constexpr int kAlignment = 1024;
+
+// A place in a ring.
+template <int stages>
 struct Place {
   int stage = 0;
   uint32_t parity = 0;
   __device__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
+    if (++stage == stages) stage = 0, parity ^= 1;
   }
 };
 
-struct Ring {
-  uint32_t stages, full, empty;  // addresses in shared memory
-  __device__ uint32_t hidden(int stage) const { return stages + stage * kStageBytes; }
-  __device__ uint32_t weight(int stage) const { return stages + stage * kStageBytes + kBoxBytes; }
-  __device__ uint32_t full_at(int stage) const { return full + 8 * stage; }
-  __device__ uint32_t empty_at(int stage) const { return empty + 8 * stage; }
-};
-
 // One thread fills the ring.
+template <bool grams>
 __device__ void load_units(const CUtensorMap& hidden, const CUtensorMap& weight, const ProductArgs& args,
-                           const Ring& ring, int pairs, int rank) {
-  Place at;
+                           const Ring<grams>& ring, int pairs, int rank) {
+  Place<Ring<grams>::kStages> at;
   for (int u = blockIdx.x / kBlocks; u < pairs * args.splits; u += gridDim.x / kBlocks) {
     const Unit unit = unit_at(args, pairs, u);
     const int row = unit.first_row + rank * kRows;
@@ -111,38 +134,90 @@ __device__ void load_units(const CUtensorMap& hidden, const CUtensorMap& weight,
         hopper::barrier_wait(ring.empty_at(at.stage), at.parity ^ 1);
         hopper::barrier_expect(full, kStageBytes);
         hopper::load_box(hidden, ring.hidden(at.stage), full, k * kDepth, row);
-        const int column = tile * kTileColumns;
-        if (args.multicast) {
-          hopper::load_box(weight, ring.weight(at.stage) + rank * kBoxBytes, full, k * kDepth, column + rank * kRows,
-                           (1 << kBlocks) - 1);
-        } else {
-          hopper::load_box(weight, ring.weight(at.stage), full, k * kDepth, column);
-          hopper::load_box(weight, ring.weight(at.stage) + kBoxBytes, full, k * kDepth, column + kRows);
-        }
+        hopper::load_box(weight, ring.weight(at.stage) + rank * kBoxBytes, full, k * kDepth,
+                         tile * kTileColumns + rank * kRows, (1 << kBlocks) - 1);
       }
     }
   }
 }
 
-// One warpgroup multiplies and folds its 64 rows of the block.
-template <DType dtype, Transform transform, bool folds>
-__device__ void fold_units(const ProductArgs& args, const Ring& ring, int pairs, int rank, int warpgroup) {
+// Zeroes, in a warp's rows of a tile's terms, the columns that are targets of the row's own sample.
+__device__ void leave_out_targets(const Mark* marks /* [128] */, int begin, int first_row, char* terms) {
+  const int lane = threadIdx.x % kWarp, row = first_row + lane % 16;
+  for (int i = 0; i < kGramRows; i += kWarp) {
+    const Mark mark = marks[i + lane];
+    const int span = mark.first | mark.last << 16;
+    for (uint32_t here = __ballot_sync(~0u, unsigned(mark.column - begin) < kTileColumns); here; here &= here - 1) {
+      const int source = __ffs(here) - 1;
+      const int column = __shfl_sync(~0u, mark.column, source) - begin, of = __shfl_sync(~0u, span, source);
+      if (lane < 16 && row >= (of & 0xffff) && row <= of >> 16) {
+        *reinterpret_cast<uint16_t*>(terms + place_of(row, column)) = 0;
+      }
+    }
+  }
+}
+
+// gram = factors gram factors + terms terms^T for a warpgroup's 64 rows and the block's first `columns` rows. The same
+// thread reads and writes an element in every tile.
+template <int columns>
+__device__ void add_products(float* gram /* [64, columns] */, bool begun, uint32_t terms, int own_rows,
+                             const float (&row_factor)[2], const float* factors /* [columns] */) {
+  constexpr int kProducts = 64 / kProductDepth, step = kProductDepth * 2 / 16;
   const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
-  const uint32_t own_rows = warpgroup * (kRows / 2) * kDepth * 2;
+  float d[columns / 2];
+  const uint64_t a = hopper::matrix_descriptor(terms + own_rows * 128), b = hopper::matrix_descriptor(terms);
+  hopper::product_fence();
+#pragma unroll
+  for (int i = 0; i < kTileColumns / kProductDepth; ++i) {
+    const int at = i / kProducts * (kGramChunk / 16) + i % kProducts * step;
+    hopper::product(d, a + at, b + at, i > 0);
+  }
+  hopper::product_commit();
+  float2* own = reinterpret_cast<float2*>(gram + (16 * warp + lane / kSharing) * columns + lane % kSharing * 2);
+  float2 before[2][columns / 8];
+#pragma unroll
+  for (int j = 0; j < columns / 8; ++j) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      before[half][j] = begun ? own[(8 * half * columns + 8 * j) / 2] : make_float2(0, 0);
+    }
+  }
+  hopper::product_wait<0>();
+  hopper::pin(d);
+#pragma unroll
+  for (int j = 0; j < columns / 8; ++j) {
+    const float2 factor = *reinterpret_cast<const float2*>(factors + 8 * j + lane % kSharing * 2);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      own[(8 * half * columns + 8 * j) / 2] =
+          make_float2(fmaf(before[half][j].x, row_factor[half] * factor.x, d[4 * j + 2 * half]),
+                      fmaf(before[half][j].y, row_factor[half] * factor.y, d[4 * j + 2 * half + 1]));
+    }
+  }
+}
+
+// One warpgroup multiplies and folds its 64 rows of the block.
+template <DType dtype, Transform transform, bool grams>
+__device__ void fold_units(const ProductArgs& args, const Ring<grams>& ring, char* shared, int pairs, int rank,
+                           int warpgroup) {
+  const int warp = threadIdx.x % kWarpgroup / kWarp, lane = threadIdx.x % kWarp;
+  const int own_rows = warpgroup * (kRows / 2), warp_rows = own_rows + 16 * warp;
   float z[kHeld][kLaneLogits];
-  Place at;
+  Place<Ring<grams>::kStages> at;
+  if (grams && warpgroup == 1) hopper::named_arrive(kReadBarrier, 2 * kWarpgroup);
   const auto release = [&](int stage) {
     if (lane < kBlocks) hopper::barrier_arrive(ring.empty_at(stage), lane);
   };
   for (int u = blockIdx.x / kBlocks; u < pairs * args.splits; u += gridDim.x / kBlocks) {
     const Unit unit = unit_at(args, pairs, u);
+    const int block_row = unit.first_row + rank * kRows;
     RowLane rows[kHeld][2] = {{empty_row(), empty_row()}};
     for (int tile = unit.first_tile; tile < unit.last_tile; ++tile) {
       if (args.lag && warpgroup == 1) hopper::named_sync(kLagBarrier, 2 * kWarpgroup);
       int previous = 0;
       for (int k = 0; k < args.depth_steps; ++k, at.advance()) {
         hopper::barrier_wait(ring.full_at(at.stage), at.parity);
-        const uint64_t a = hopper::matrix_descriptor(ring.hidden(at.stage) + own_rows);
+        const uint64_t a = hopper::matrix_descriptor(ring.hidden(at.stage) + own_rows * kDepth * 2);
         const uint64_t b = hopper::matrix_descriptor(ring.weight(at.stage));
         hopper::product_fence();
 #pragma unroll
@@ -161,33 +236,63 @@ __device__ void fold_units(const ProductArgs& args, const Ring& ring, int pairs,
       hopper::product_wait<0>();
       hopper::pin(z[0]);
       release(previous);
-      if constexpr (folds) {
-        finish_logits<transform>(z, tile * kTileColumns, args.logits);
-        fold_tile(z, tile * kTileColumns, rows);
+      finish_logits<transform>(z, tile * kTileColumns, args.logits);
+      Raised raised[kHeld][2];
+      fold_tile<grams>(z, tile * kTileColumns, rows, raised);
+      if constexpr (grams) {
+        int first_row = warp_rows, row_of_block = block_row;
+        asm volatile("" : "+r"(first_row), "+r"(row_of_block));  // so that its addresses take no registers while the product runs
+        char* terms = shared + Ring<grams>::kTerms;
+        auto* factors = reinterpret_cast<float*>(shared + Ring<grams>::kFactors);
+        const float factor[2] = {raised[0][0].factor, raised[0][1].factor};
+        if (warpgroup == 1) {
+          hopper::named_sync(kOwnBarrier + 1, kWarpgroup);  // all its warps are done with the last tile's terms
+        } else {
+          hopper::named_sync(kReadBarrier, 2 * kWarpgroup);  // both warpgroups are
+        }
+        store_terms(z, raised, first_row, terms);
+        if (lane % kSharing == 0) {
+          factors[first_row + lane / kSharing] = factor[0];
+          factors[first_row + lane / kSharing + 8] = factor[1];
+        }
+        leave_out_targets(args.marks + row_of_block, tile * kTileColumns, first_row, terms);
+        hopper::fence_for_products();
+        float* gram = args.grams + (int64_t(row_of_block / kRows) * args.splits + unit.split) * kGramFloats;
+        const bool begun = tile > unit.first_tile;
+        if (warpgroup == 0) {
+          hopper::named_arrive(kTermsBarrier, 2 * kWarpgroup);
+          hopper::named_sync(kOwnBarrier, kWarpgroup);
+          add_products<64>(gram, begun, ring.terms(), 0, factor, factors);
+        } else {
+          hopper::named_sync(kTermsBarrier, 2 * kWarpgroup);
+          add_products<kGramRows>(gram + 64 * 64, begun, ring.terms(), own_rows, factor, factors);
+          hopper::named_arrive(kReadBarrier, 2 * kWarpgroup);
+        }
       }
     }
     combine_lanes(rows);
-    const int row = unit.first_row + rank * kRows + warpgroup * (kRows / 2) + 16 * warp + lane / kSharing;
+    const int row = block_row + warp_rows + lane / kSharing;
     if (lane % kSharing == 0) {
       RowPartial* partials = args.partials + int64_t(unit.split) * args.rows + row;
       if (row < args.rows) partials[0] = partial_of(rows[0][0]);
       if (row + 8 < args.rows) partials[8] = partial_of(rows[0][1]);
     }
   }
+  if (grams && warpgroup == 0) hopper::named_sync(kReadBarrier, 2 * kWarpgroup);
 }
 
-template <DType dtype, Transform transform, bool folds>
+template <DType dtype, Transform transform, bool grams>
 __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     product_fold(const __grid_constant__ CUtensorMap hidden /* [rows, depth] */,
                  const __grid_constant__ CUtensorMap weight /* [vocab, depth] */,
                  const __grid_constant__ ProductArgs args) {
-  extern __shared__ char shared[];
-  const uint32_t begin = (hopper::shared_address(shared) + 1023) & ~1023u;  // as the swizzle wants it
-  const Ring ring = {begin, begin + kStages * kStageBytes, begin + kStages * kStageBytes + 8 * kStages};
+  extern __shared__ char unaligned[];
+  const uint32_t skipped = -hopper::shared_address(unaligned) % kAlignment;
+  const Ring<grams> ring = {hopper::shared_address(unaligned) + skipped};
   const int rank = hopper::cluster_rank();
   const int pairs = ((args.count ? *args.count : args.rows) + kPairRows - 1) / kPairRows;
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
+    for (int stage = 0; stage < ring.kStages; ++stage) {
       hopper::barrier_init(ring.full_at(stage), 1);
       hopper::barrier_init(ring.empty_at(stage), kBlocks * kConsumerWarps);
     }
@@ -201,7 +306,7 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) load_units(hidden, weight, args, ring, pairs, rank);
   } else {
     hopper::raise_registers<232>();
-    fold_units<dtype, transform, folds>(args, ring, pairs, rank, threadIdx.x / kWarpgroup - 1);
+    fold_units<dtype, transform>(args, ring, unaligned + skipped, pairs, rank, threadIdx.x / kWarpgroup - 1);
   }
   __syncwarp();
   hopper::cluster_sync();  // the other block may still write to this one's memory and barriers
@@ -211,7 +316,9 @@ constexpr int kPackRows = 8;  // of a block, one a warp
 
 struct PackArgs {
   Matrix hidden, weight;   // of the chunk's rows, of the vocabulary
-  const int64_t* targets;  // [rows] or null
+  int rows;                // of the chunk
+  const Slot* slots;       // [rows] or null: which row of `hidden` each takes; else scored ones move together
+  const int64_t* targets;  // of hidden's rows, or null
   int64_t vocab_start;
   Logits logits;
   bool capped, vectors;  // vectors: hidden states in 16-byte loads
@@ -219,7 +326,8 @@ struct PackArgs {
   int pitch;
   int* position;         // [rows], written: a row's place in `packed`, -1 if ignored
   float* target_logit;   // [rows], written: -inf where the target is not of this vocabulary
-  int* count;            // [1], written: scored rows
+  int* count;            // [1], written without slots: scored rows
+  Mark* marks;           // [rows], written with slots
 };
 
 // Eight elements from column `begin` on, zero beyond the last.
@@ -241,10 +349,11 @@ __device__ void load_eight(const uint16_t* row, int64_t stride, int begin, int c
 template <DType dtype>
 __global__ void __launch_bounds__(kPackRows* kWarp) pack_rows(const __grid_constant__ PackArgs args) {
   const int first = blockIdx.x * kPackRows, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int row = first + warp, rows = static_cast<int>(args.hidden.rows);
-  const auto scored = [&](int i) { return i < rows && (!args.targets || args.targets[i] != -100); };
+  const int row = first + warp, rows = args.rows;
+  const auto source_of = [&](int i) { return i >= rows ? -1 : args.slots ? args.slots[i].row : i; };
+  const auto scored = [&](int i) { return source_of(i) >= 0 && (!args.targets || args.targets[source_of(i)] != -100); };
   int place = row;
-  if (args.targets) {  // every block counts the rows before its own
+  if (args.targets && !args.slots) {  // every block counts the rows before its own
     __shared__ int before;
     if (threadIdx.x == 0) before = 0;
     __syncthreads();
@@ -257,13 +366,23 @@ __global__ void __launch_bounds__(kPackRows* kWarp) pack_rows(const __grid_const
     for (int i = first; i < row; ++i) place += scored(i);
   }
   const bool here = scored(row);
-  if (lane == 0 && row == rows - 1) *args.count = place + here;
+  if (lane == 0 && row == rows - 1 && !args.slots) *args.count = place + here;
   if (row >= rows) return;
   if (lane == 0) args.position[row] = here ? place : -1;
-  if (!here) return;
-  const int64_t target = args.targets ? args.targets[row] - args.vocab_start : -1;
+  const int source_row = source_of(row);
+  const int64_t target = here && args.targets ? args.targets[source_row] - args.vocab_start : -1;
   const bool owned = target >= 0 && target < args.weight.rows;
-  const auto* source = static_cast<const uint16_t*>(args.hidden.data) + row * args.hidden.row_stride;
+  if (args.slots && lane == 0) {
+    args.marks[row] = {owned ? static_cast<int>(target) : -1, args.slots[row].first, args.slots[row].last};
+  }
+  if (!here) {
+    if (!args.slots) return;
+    for (int c = 8 * lane; c < args.pitch; c += 8 * kWarp) {
+      *reinterpret_cast<uint4*>(args.packed + int64_t(place) * args.pitch + c) = make_uint4(0, 0, 0, 0);
+    }
+    return;
+  }
+  const auto* source = static_cast<const uint16_t*>(args.hidden.data) + source_row * args.hidden.row_stride;
   const auto* weight = static_cast<const uint16_t*>(args.weight.data) + (owned ? target : 0) * args.weight.row_stride;
   const int depth = static_cast<int>(args.hidden.columns);
   float product = 0;
@@ -293,7 +412,8 @@ struct MergeArgs {
   const RowPartial* partials;  // [splits, rows]
   int splits, rows;
   const int* position;        // [rows] or null: a row's partials are at its own number
-  const int64_t* targets;     // [rows] or null
+  const Slot* slots;          // [rows] or null: a row's state goes to its own number
+  const int64_t* targets;     // [all_rows] or null
   const float* target_logit;  // [rows], where targets are
   int64_t vocab_start, all_rows;
   double* state;   // [7, all_rows], `rows` of them written
@@ -315,14 +435,57 @@ __global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_const
     if (lane % (2 * lanes) == 0) merge(s, later);
   }
   if (lane != 0 || row >= args.rows) return;
+  const int out = args.slots ? args.slots[row].row : row;
+  if (out < 0) return;
   if (s.index >= 0) s.index += args.vocab_start;
   if (args.targets && at >= 0) {
     // The maximum's own logit, not one summed in another order: a confident row's logprob is -log1p(R).
-    s.target = args.targets[row] == s.index ? s.max : double(args.target_logit[row]);
+    s.target = args.targets[out] == s.index ? s.max : double(args.target_logit[row]);
   }
   const double values[7] = {s.max, s.second, s.sums.r, s.sums.s1, s.sums.s2, s.sums.s11, s.target};
-  for (int i = 0; i < 7; ++i) args.state[i * args.all_rows + row] = at >= 0 ? values[i] : NAN;
-  args.index[row] = at >= 0 ? s.index : -1;
+  for (int i = 0; i < 7; ++i) args.state[i * args.all_rows + out] = at >= 0 ? values[i] : NAN;
+  args.index[out] = at >= 0 ? s.index : -1;
+}
+
+struct MergeGramsArgs {
+  const float* grams;          // [rows / 128, splits, kGramFloats]
+  const RowPartial* partials;  // [splits, rows]
+  int splits, rows;
+  const Slot* slots;    // [rows]
+  const int* position;  // [rows]
+  const double* max;    // [all rows]: of the row states
+  float* products;      // written
+};
+
+// A warp for each row of the matrices: all splits moved to the final maxima and added, first to last. Only a slot and
+// those before it in its sample are looked at, so that what a sample gets does not depend on its place.
+__global__ void __launch_bounds__(kMergeThreads) merge_grams(const __grid_constant__ MergeGramsArgs args) {
+  const int slot = (blockIdx.x * kMergeThreads + threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
+  if (slot >= args.rows) return;
+  const Slot own = args.slots[slot];
+  if (own.row < 0 || own.start < 0) return;
+  const int s = slot % kGramRows, block = slot / kGramRows * kGramRows, length = own.last - own.first + 1;
+  const bool scored = args.position[slot] >= 0;
+  const float top_s = static_cast<float>(args.max[own.row]);
+  const float* row = args.grams + int64_t(slot / kGramRows) * args.splits * kGramFloats +
+                     (s < 64 ? s * 64 : 64 * 64 + (s - 64) * kGramRows);
+  const auto factor = [](float top, float final) { return top == -INFINITY ? 0.0f : expf(top - final); };
+  for (int t = own.first + lane; t <= s; t += kWarp) {
+    float total = 0;
+    if (scored && args.position[block + t] >= 0) {
+      const float top_t = static_cast<float>(args.max[args.slots[block + t].row]);
+#pragma unroll 4
+      for (int split = 0; split < args.splits; ++split) {
+        const RowPartial* tops = args.partials + int64_t(split) * args.rows;
+        const float c = factor(tops[slot].top, top_s) * factor(tops[block + t].top, top_t);
+        total = fmaf(row[int64_t(split) * kGramFloats + t], c, total);
+      }
+      total *= static_cast<float>(kUnscale * kUnscale);
+    }
+    float* products = args.products + own.start;
+    products[(s - own.first) * length + t - own.first] = total;
+    products[(t - own.first) * length + s - own.first] = total;
+  }
 }
 
 void check(cudaError_t error, const char* call) {
@@ -343,23 +506,37 @@ bool addressable(const Matrix& m) {
 
 bool packs(const RowStatsArgs& args) { return args.targets || !addressable(args.hidden); }
 
+// Splits are multiples of half the clusters of an H100: with an even number of pairs all get equally many units. On an
+// H100, N = 4096: 66 splits of 7.8 tiles took 6.2 ms, 33 6.4 and 132 6.7 (V = 131072, D = 4096); 33 splits of 5.8 tiles
+// took 0.46 ms, 66 0.55 and 132 0.57 (V = 49152, D = 576).
+int splits_of(const ProductPlan& plan, int64_t vocab) {
+  constexpr int64_t kStep = 33, kTilesOfSplit = 7;
+  const int64_t tiles = ceil_div<int64_t>(vocab, kTileColumns);
+  const int64_t splits = plan.splits ? plan.splits : kStep * std::max<int64_t>(tiles / (kStep * kTilesOfSplit), 1);
+  return static_cast<int>(std::min(splits, tiles));
+}
+
 // The chunk's part of the scratch memory; offsets are of 256 bytes.
 struct Layout {
-  int64_t rows;  // of a chunk
+  int64_t all_rows, rows;  // of the call and of a chunk: slots with Gram matrices, else rows of the hidden states
   int splits, pitch;
-  int64_t partials, position, target_logit, count, bytes;
+  int64_t partials, position, target_logit, count, marks, grams, bytes;
 };
 
 Layout layout_of(const RowStatsArgs& args, const ProductPlan& plan) {
-  const int64_t n = args.hidden.rows;
+  const bool with_grams = args.gram.slots;
   Layout layout;
-  layout.splits = static_cast<int>(std::min<int64_t>(plan.splits, ceil_div<int64_t>(args.weight.rows, kTileColumns)));
+  layout.all_rows = with_grams ? args.gram.count : args.hidden.rows;
+  layout.splits = splits_of(plan, args.weight.rows);
   layout.pitch = static_cast<int>(ceil_div<int64_t>(args.hidden.columns, 8) * 8);
-  const int64_t row_bytes = layout.splits * int64_t(sizeof(RowPartial)) + (packs(args) ? 2 * layout.pitch + 8 : 0);
-  const int64_t pairs = ceil_div<int64_t>(n, kPairRows);
+  const int64_t gram_bytes = with_grams ? layout.splits * kGramFloats * 4 / kGramRows : 0;  // of a row
+  const int64_t mark_bytes = with_grams ? sizeof(Mark) : 0;
+  const int64_t row_bytes = layout.splits * int64_t(sizeof(RowPartial)) + (packs(args) ? 2 * layout.pitch + 8 : 0) +
+                            gram_bytes + mark_bytes;
+  const int64_t pairs = ceil_div<int64_t>(layout.all_rows, kPairRows);
   const int64_t most = std::max<int64_t>(kScratchBytes / row_bytes / kPairRows, 1);
   const int64_t chunks = std::max<int64_t>(ceil_div(pairs, most), 1);  // of nearly equal length
-  layout.rows = std::min(n, ceil_div(pairs, chunks) * kPairRows);
+  layout.rows = std::min(layout.all_rows, ceil_div(pairs, chunks) * kPairRows);
   int64_t end = packs(args) ? layout.rows * layout.pitch * 2 : 0;
   const auto take = [&](int64_t bytes) {
     const int64_t begin = end = ceil_div<int64_t>(end, 256) * 256;
@@ -370,6 +547,8 @@ Layout layout_of(const RowStatsArgs& args, const ProductPlan& plan) {
   layout.position = take(layout.rows * 4);
   layout.target_logit = take(layout.rows * 4);
   layout.count = take(4);
+  layout.marks = take(layout.rows * mark_bytes);
+  layout.grams = take(layout.rows * gram_bytes);
   layout.bytes = end;
   return layout;
 }
@@ -403,31 +582,31 @@ CUtensorMap tensor_map(const void* data, int64_t rows, int64_t columns, int64_t 
   return map;
 }
 
-template <DType dtype, Transform transform, bool folds>
-void launch_product(const CUtensorMap& hidden, const CUtensorMap& weight, const ProductArgs& args,
-                    const Launch& launch) {
-  const auto kernel = product_fold<dtype, transform, folds>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-        "cudaFuncSetAttribute");
+template <DType dtype, Transform transform, bool grams>
+void launch_product(const CUtensorMap& hidden, const CUtensorMap& weight, ProductArgs args, const Launch& launch) {
+  const auto kernel = product_fold<dtype, transform, grams>;
+  constexpr int stages = Ring<grams>::kStages, shared = Ring<grams>::kBytes + kAlignment;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "cudaFuncSetAttribute");
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, launch.device),
         "cudaDeviceGetAttribute");
+  // One stage stays for loads, and the lead is less than a tile.
+  args.lag = args.depth_steps > stages ? std::min(args.lag, stages - 1) : 0;
   const int units = ceil_div(args.rows, kPairRows) * args.splits;
   const int clusters = std::max(std::min(units, multiprocessors / kBlocks), 1);
-  kernel<<<clusters * kBlocks, kThreads, kSharedBytes, static_cast<cudaStream_t>(launch.stream)>>>(hidden, weight,
-                                                                                                    args);
+  kernel<<<clusters * kBlocks, kThreads, shared, static_cast<cudaStream_t>(launch.stream)>>>(hidden, weight, args);
   check(cudaGetLastError(), "launch of product_fold");
 }
 
 template <DType dtype>
 void launch_product(const CUtensorMap& hidden, const CUtensorMap& weight, const ProductArgs& args, bool capped,
-                    bool folds, const Launch& launch) {
-  if (!folds) return launch_product<dtype, Transform::kNone, false>(hidden, weight, args, launch);
-  if (capped) return launch_product<dtype, Transform::kCapped, true>(hidden, weight, args, launch);
-  if (changes(args.logits)) {
-    return launch_product<dtype, Transform::kAffine, true>(hidden, weight, args, launch);
-  }
-  launch_product<dtype, Transform::kNone, true>(hidden, weight, args, launch);
+                    const Launch& launch) {
+  const bool affine = changes(args.logits);
+  if (args.marks && affine) return launch_product<dtype, Transform::kAffine, true>(hidden, weight, args, launch);
+  if (args.marks) return launch_product<dtype, Transform::kNone, true>(hidden, weight, args, launch);
+  if (capped) return launch_product<dtype, Transform::kCapped, false>(hidden, weight, args, launch);
+  if (affine) return launch_product<dtype, Transform::kAffine, false>(hidden, weight, args, launch);
+  launch_product<dtype, Transform::kNone, false>(hidden, weight, args, launch);
 }
 
 template <DType dtype>
@@ -435,44 +614,54 @@ void launch_chunks(const RowStatsArgs& args, const Launch& launch, const Product
   const auto stream = static_cast<cudaStream_t>(launch.stream);
   auto* scratch = static_cast<char*>(launch.scratch);
   const Matrix &h = args.hidden, &w = args.weight;
-  const bool capped = args.softcap != 0, pack = packs(args);
+  const bool capped = args.softcap != 0, pack = packs(args), with_grams = args.gram.slots;
   const Logits logits = logits_of(args, static_cast<int>(w.rows));
   const CUtensorMap weight = tensor_map(w.data, w.rows, w.columns, w.row_stride, dtype);
   auto* partials = reinterpret_cast<RowPartial*>(scratch + layout.partials);
   auto* position = reinterpret_cast<int*>(scratch + layout.position);
   auto* target_logit = reinterpret_cast<float*>(scratch + layout.target_logit);
   auto* count = reinterpret_cast<int*>(scratch + layout.count);
-  for (int64_t first = 0; first < h.rows; first += layout.rows) {
+  auto* marks = with_grams ? reinterpret_cast<Mark*>(scratch + layout.marks) : nullptr;
+  auto* grams = with_grams ? reinterpret_cast<float*>(scratch + layout.grams) : nullptr;
+  for (int64_t first = 0; first < layout.all_rows; first += layout.rows) {
+    const int rows = static_cast<int>(std::min(layout.rows, layout.all_rows - first));
+    const int64_t skipped = with_grams ? 0 : first;  // slots name their rows
+    const Slot* slots = with_grams ? args.gram.slots + first : nullptr;
     Matrix part = h;
-    part.data = static_cast<const uint16_t*>(h.data) + first * h.row_stride;
-    part.rows = std::min(layout.rows, h.rows - first);
-    const int rows = static_cast<int>(part.rows);
-    const int64_t* targets = args.targets ? args.targets + first : nullptr;
+    part.data = static_cast<const uint16_t*>(h.data) + skipped * h.row_stride;
+    const int64_t* targets = args.targets ? args.targets + skipped : nullptr;
     if (pack) {
-      const PackArgs arguments = {part,    w,           targets,      args.vocab_start, logits,      capped,
-                                  addressable(part),    reinterpret_cast<uint16_t*>(scratch), layout.pitch, position,
-                                  target_logit, count};
+      const PackArgs arguments = {part,         w,        rows,  slots,  targets, args.vocab_start,
+                                  logits,       capped,   addressable(part),    reinterpret_cast<uint16_t*>(scratch),
+                                  layout.pitch, position, target_logit,         count,
+                                  marks};
       pack_rows<dtype><<<ceil_div(rows, kPackRows), kPackRows * kWarp, 0, stream>>>(arguments);
       check(cudaGetLastError(), "launch of pack_rows");
     }
     const CUtensorMap hidden = pack ? tensor_map(scratch, rows, h.columns, layout.pitch, dtype)
                                     : tensor_map(part.data, rows, h.columns, h.row_stride, dtype);
-    const int steps = static_cast<int>(ceil_div<int64_t>(h.columns, kDepth));
-    const ProductArgs arguments = {pack ? count : nullptr,
+    const ProductArgs arguments = {pack && !with_grams ? count : nullptr,
                                    rows,
-                                   steps,
+                                   static_cast<int>(ceil_div<int64_t>(h.columns, kDepth)),
                                    static_cast<int>(ceil_div<int64_t>(w.rows, kTileColumns)),
                                    layout.splits,
                                    plan.group,
-                                   steps > kStages ? plan.lag : 0,  // so that it leads by less than a tile
-                                   plan.multicast,
+                                   plan.lag,
                                    logits,
-                                   partials};
-    launch_product<dtype>(hidden, weight, arguments, capped, plan.fold, launch);
-    const MergeArgs merging = {partials,         layout.splits, rows,   pack ? position : nullptr, targets, target_logit,
-                               args.vocab_start, h.rows,        args.state + first, args.index + first};
+                                   partials,
+                                   marks,
+                                   grams};
+    launch_product<dtype>(hidden, weight, arguments, capped, launch);
+    const MergeArgs merging = {partials,         layout.splits, rows,    pack ? position : nullptr, slots,
+                               targets,          target_logit,  args.vocab_start, h.rows,
+                               args.state + skipped, args.index + skipped};
     merge_splits<<<ceil_div(rows * kMergeLanes, kMergeThreads), kMergeThreads, 0, stream>>>(merging);
     check(cudaGetLastError(), "launch of merge_splits");
+    if (!with_grams) continue;
+    const MergeGramsArgs summing = {grams, partials, layout.splits, rows, slots, position, args.state,
+                                    args.gram.products};
+    merge_grams<<<ceil_div(rows * kWarp, kMergeThreads), kMergeThreads, 0, stream>>>(summing);
+    check(cudaGetLastError(), "launch of merge_grams");
   }
 }
 

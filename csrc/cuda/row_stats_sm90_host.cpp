@@ -16,6 +16,7 @@ void fold_rows(const Matrix& products, int64_t first, int begin_tile, int end_ti
                RowPartial* partials /* [16] written */) {
   float z[kHeld][kLaneLogits];
   RowLane rows[kHeld][2];
+  Raised raised[kHeld][2];
   for (auto& lane : rows) lane[0] = lane[1] = empty_row();
   const auto* data = static_cast<const float*>(products.data);
   for (int tile = begin_tile; tile < end_tile; ++tile) {
@@ -28,7 +29,7 @@ void fold_rows(const Matrix& products, int64_t first, int begin_tile, int end_ti
       }
     }
     finish_logits<transform>(z, tile * kTileColumns, logits);
-    fold_tile(z, tile * kTileColumns, rows);
+    fold_tile<false>(z, tile * kTileColumns, rows, raised);
   }
   combine_lanes(rows);
   for (int row = 0; row < kWarpRows; ++row) partials[row] = partial_of(rows[row % 8 * kSharing][row / 8]);

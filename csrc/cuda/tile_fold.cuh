@@ -67,11 +67,19 @@ ACQCORE_DEVICE float largest_of(const float (&groups)[kColumnGroups]) {
   return fmaxf(a, fmaxf(fmaxf(groups[4], groups[5]), fmaxf(groups[6], groups[7])));
 }
 
+// What a tile did to a row whose maximum it raised, for its exponentials.
+struct Raised {
+  static constexpr int kNone = 1 << 30;
+  int taken;     // the column of the tile where this lane met the new maximum
+  float factor;  // of the terms of earlier tiles
+};
+
 // Moves the rows whose maximum the tile raises to it: the new maximum leaves the tile, the old one joins the sums.
 template <int half>
 ACQCORE_DEVICE void raise_rows(float (&z)[kHeld][kLaneLogits], float (&groups)[kHeld][kColumnGroups],
-                               const float (&tile_top)[kHeld], int begin, RowLane (&rows)[kHeld][2]) {
-  constexpr int none = 1 << 30;
+                               const float (&tile_top)[kHeld], int begin, RowLane (&rows)[kHeld][2],
+                               Raised (&raised)[kHeld][2]) {
+  constexpr int none = Raised::kNone;
   int own[kHeld], first[kHeld];
   float rest[kHeld];
   ACQCORE_UNROLL
@@ -80,6 +88,7 @@ ACQCORE_DEVICE void raise_rows(float (&z)[kHeld][kLaneLogits], float (&groups)[k
     if (tile_top[i] > rows[i][half].top && largest_of(groups[i]) == tile_top[i]) {
       own[i] = take_out<half>(z[i], groups[i], tile_top[i], lane_of(i));
     }
+    raised[i][half].taken = own[i];
     first[i] = own[i];
     rest[i] = largest_of(groups[i]);
   }
@@ -98,7 +107,9 @@ ACQCORE_DEVICE void raise_rows(float (&z)[kHeld][kLaneLogits], float (&groups)[k
     }
     const float d = fmaxf(row.top - tile_top[i], kLowest);
     const float y = d * kLog2e;
-    rebase(row.sums, exp2_flushed(y), d);
+    const float c = exp2_flushed(y);
+    rebase(row.sums, c, d);
+    if (row.top != -INFINITY) raised[i][half].factor = c;
     if (lane_of(i) % kSharing == 0) add_term(row.sums, exp2_flushed(y + kTermLog2), d);
     // An equal maximum of a higher column is a term like any other.
     if (own[i] != first[i] && own[i] != none) add_term(row.sums, 0x1p40f, 0.0f);
@@ -108,8 +119,11 @@ ACQCORE_DEVICE void raise_rows(float (&z)[kHeld][kLaneLogits], float (&groups)[k
   }
 }
 
-// The states after the tile whose first column is `begin`; its logits are overwritten. -inf is no token at all.
-ACQCORE_DEVICE void fold_tile(float (&z)[kHeld][kLaneLogits], int begin, RowLane (&rows)[kHeld][2]) {
+// The states after the tile whose first column is `begin`. -inf is no token at all. Logits are overwritten: with `keeps`
+// by 2^40 exp(z - top), and by 0 where a lane met a new maximum.
+template <bool keeps>
+ACQCORE_DEVICE void fold_tile(float (&z)[kHeld][kLaneLogits], int begin, RowLane (&rows)[kHeld][2],
+                              Raised (&raised)[kHeld][2]) {
   float groups[2][kHeld][kColumnGroups], tile_top[2][kHeld];
   ACQCORE_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -126,16 +140,17 @@ ACQCORE_DEVICE void fold_tile(float (&z)[kHeld][kLaneLogits], int begin, RowLane
     }
     butterfly<kSharing>(tile_top[half], [](float a, float b) { return fmaxf(a, b); });
   }
+  for (int i = 0; i < kHeld; ++i) raised[i][0] = raised[i][1] = {Raised::kNone, 1.0f};
   bool rises[kHeld];
   for (int i = 0; i < kHeld; ++i) rises[i] = tile_top[0][i] > rows[i][0].top;
   if (ballot(rises)) {
-    raise_rows<0>(z, groups[0], tile_top[0], begin, rows);
+    raise_rows<0>(z, groups[0], tile_top[0], begin, rows, raised);
   } else {
     for (int i = 0; i < kHeld; ++i) rows[i][0].second = fmaxf(rows[i][0].second, tile_top[0][i]);
   }
   for (int i = 0; i < kHeld; ++i) rises[i] = tile_top[1][i] > rows[i][1].top;
   if (ballot(rises)) {
-    raise_rows<1>(z, groups[1], tile_top[1], begin, rows);
+    raise_rows<1>(z, groups[1], tile_top[1], begin, rows, raised);
   } else {
     for (int i = 0; i < kHeld; ++i) rows[i][1].second = fmaxf(rows[i][1].second, tile_top[1][i]);
   }
@@ -148,7 +163,10 @@ ACQCORE_DEVICE void fold_tile(float (&z)[kHeld][kLaneLogits], int begin, RowLane
     ACQCORE_UNROLL
     for (int j = 0; j < kLaneLogits; ++j) {
       const int half = j / 2 % 2;
-      add_logit(tile[half], z[i][j], reference[half], {kLog2e, kLowest});
+      const float x = maximum_or_nan(z[i][j] - reference[half], kLowest);
+      const float e = exp2_flushed(fmaf(x, kLog2e, kTermLog2));
+      add_term(tile[half], e, x);
+      if constexpr (keeps) z[i][j] = e;
     }
     add(rows[i][0].sums, tile[0]);
     add(rows[i][1].sums, tile[1]);
@@ -171,6 +189,50 @@ ACQCORE_DEVICE void combine_lanes(RowLane (&rows)[kHeld][2]) {
     butterfly<kSharing>(s11, plus);
     for (int i = 0; i < kHeld; ++i) rows[i][half].sums = {r[i], s1[i], s2[i], s11[i]};
   }
+}
+
+// Exponentials of 128 rows of a tile as bfloat16, for the warpgroup's product: four matrices of 64 columns, 128 bytes a
+// row, 16-byte words swizzled as the copy engine does it.
+constexpr int kGramRows = 128;
+constexpr int kGramChunk = kGramRows * 128;  // bytes of 64 columns
+constexpr int kGramTileBytes = kTileColumns / 64 * kGramChunk;
+
+ACQCORE_DEVICE constexpr int place_of(int row, int column) {
+  return column / 64 * kGramChunk + row * 128 + (column % 64 / 8 ^ row % 8) * 16 + column % 8 * 2;
+}
+
+ACQCORE_DEVICE uint32_t bfloat16_pair(float low, float high) {
+#if defined(__CUDACC__)
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+#else
+  const auto rounded = [](float f) { return (to_bits(f) + 0x7fff + (to_bits(f) >> 16 & 1)) >> 16; };
+  return rounded(low) | rounded(high) << 16;
+#endif
+}
+
+constexpr uint16_t kTopTerm = (127 + 40) << 7;  // 2^40 in bfloat16
+
+// Stores what fold_tile<true> left of a warp's 16 rows from `first_row` of `tile` on.
+ACQCORE_DEVICE void store_terms(const float (&e)[kHeld][kLaneLogits], const Raised (&raised)[kHeld][2],
+                                int first_row, char* tile) {
+  ACQCORE_UNROLL
+  for (int i = 0; i < kHeld; ++i) {
+    const int row = first_row + lane_of(i) / kSharing;
+    ACQCORE_UNROLL
+    for (int j = 0; j < kLaneLogits; j += 2) {
+      const int column = column_of_register(lane_of(i), j);
+      *reinterpret_cast<uint32_t*>(tile + place_of(row + 8 * (j / 2 % 2), column)) =
+          bfloat16_pair(e[i][j], e[i][j + 1]);
+    }
+    ACQCORE_UNROLL
+    for (int half = 0; half < 2; ++half) {  // its own columns, so that no other lane writes there
+      const int column = raised[i][half].taken;
+      if (column != Raised::kNone) *reinterpret_cast<uint16_t*>(tile + place_of(row + 8 * half, column)) = kTopTerm;
+    }
+  }
+  sync_warp();
 }
 
 // tanh within 2 ulp: an odd polynomial near 0 (Cephes tanhf), else (1 - t) / (1 + t) with t = exp(-2 |y|).

@@ -34,6 +34,13 @@ ACQCORE_DEVICE int lane_of(int i) {
 #endif
 }
 
+// What a lane of the warp wrote to memory is seen by the others.
+ACQCORE_DEVICE void sync_warp() {
+#if defined(__CUDACC__)
+  __syncwarp();
+#endif
+}
+
 // v = op over each run of `lanes` lanes, in every lane, by exchange with lanes 16, 8, 4, 2, 1 away; op commutes: all
 // get the same bits.
 template <int lanes = kWarp, typename T, typename Op>

@@ -177,6 +177,8 @@ def _needed(steps: Sequence[Step]) -> set[Step]:
 @contextlib.contextmanager
 def _quiet(log: Path) -> Iterator[None]:
     """Redirects what libraries print, warn and log to a file."""
+    from transformers.utils import logging as transformers_logging
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with log.open("a", encoding="utf-8", buffering=1) as file:
@@ -184,6 +186,8 @@ def _quiet(log: Path) -> Iterator[None]:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
         root.addHandler(handler)
+        transformers_logging.disable_default_handler()  # it holds the stderr of its import
+        transformers_logging.enable_propagation()
         shown = warnings.showwarning
         warnings.showwarning = lambda message, category, filename, lineno, *rest: print(
             warnings.formatwarning(message, category, filename, lineno), file=file
@@ -193,6 +197,8 @@ def _quiet(log: Path) -> Iterator[None]:
                 yield
         finally:
             warnings.showwarning = shown
+            transformers_logging.disable_propagation()
+            transformers_logging.enable_default_handler()
             root.removeHandler(handler)
 
 

@@ -464,7 +464,7 @@ def train_generator(
             refresh = train.Refresh(
                 scoring.reward.refresh_steps,
                 newer,
-                lambda: _fused({signal.name: signal(seeds[:_PROBE]) for signal in reward.signals}, reward),
+                lambda: _fused(_values(reward, seeds[:_PROBE]), reward),
             )
         train.grpo(str(generator), asked, reward, output, options, refresh=refresh, callbacks=callbacks)
         drawn = sum(len(read_table(path)["prompt"]) for path in output.glob("completions/*.parquet"))
@@ -545,11 +545,8 @@ def filter_rows(context: StepContext, *, scoring: Scoring, real: Path, n: int) -
     one group. The gates are not asked: the rows are real."""
     pool, reward = read_rows(real), scoring.build()
 
-    def chunk(start: int, some: Sequence[Sample]) -> dict[str, list[float | None]]:
-        return {signal.name: list(signal(some)) for signal in reward.signals}
-
     columns: dict[str, list[float | None]] = {signal.name: [] for signal in reward.signals}
-    for scores in context.chunks("scores", pool, 4 * CHUNK, chunk):
+    for scores in context.chunks("scores", pool, 4 * CHUNK, lambda start, some: _values(reward, some)):
         for name, values in scores.items():
             columns[name] += values
     totals = _fused(columns, reward)
@@ -734,9 +731,9 @@ def measure_validity(
     def measure(start: int, some: Sequence[tuple[str | None, list[Sample]]]) -> dict[str, Any]:
         [(skill, batch)] = some
         scores: dict[str, float | None] = {}
-        for signal in reward.signals:
-            values = [value for value in signal(batch) if value is not None]
-            scores[signal.name] = fmean(values) if values else None
+        for name, values in _values(reward, batch).items():
+            known = [value for value in values if value is not None]
+            scores[name] = fmean(known) if known else None
         folder = context.scratch / f"student-{start}"
         fixed = {"save_strategy": "no", "seed": seed, "disable_tqdm": True}
         train.sft(student, domain, batch, folder, fixed | options | validity.options)
@@ -850,6 +847,14 @@ def _engine(config: EngineConfig, model: str | Path) -> Engine:
 
 def _sampling(config: SamplingConfig, n: int, seed: int) -> Sampling:
     return Sampling(n, config.temperature, config.top_p, config.max_tokens, seed)
+
+
+def _values(reward: Any, samples: Sequence[Sample]) -> dict[str, list[float | None]]:
+    """Each signal's values of the samples; signals share what they compute."""
+    from acqsynth.rewards.batch import Batch
+
+    batch = Batch(samples)
+    return {signal.name: list(signal(batch)) for signal in reward.signals}
 
 
 def _fused(columns: Mapping[str, Sequence[float | None]], reward: Any) -> list[float | None]:

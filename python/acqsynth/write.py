@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from acqsynth.domains import Domain, Messages, Sample
 from acqsynth.domains.prompts import written
 from acqsynth.engines import Engine, Sampling
+from acqsynth.rewards.batch import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -128,14 +129,14 @@ def write(
 
 def passing(gates: Sequence[Any], samples: Sequence[Sample], dropped: Counter[str]) -> list[Sample]:
     """The samples that every gate passes, in order; the others are counted under the first gate that rejects them."""
-    left = list(samples)
+    left = Batch(samples)
     for gate in gates:
         verdicts = gate(left) if left else []
         for verdict in verdicts:
             if verdict is None or verdict is False:
                 dropped[f"gate {gate.name}" if verdict is False else f"gate {gate.name} could not tell"] += 1
         passed = [(s, v) for s, v in zip(left, verdicts, strict=True) if v is True or isinstance(v, Sample)]
-        left = [sample if verdict is True else verdict for sample, verdict in passed]
+        left = left.part(sample if verdict is True else verdict for sample, verdict in passed)
     return left
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import transformers
 
 from acqsynth import label, train
 from acqsynth.cli import main
@@ -118,9 +119,14 @@ def test_what_libraries_print_goes_to_the_log(fakes, recipe, monkeypatch, capsys
 
     def chatty(*arguments, **options):
         print("{'loss': 1.0}")
+        transformers.utils.logging.get_logger("transformers.generation").warning("flags are not valid")
         inner(*arguments, **options)
 
     monkeypatch.setattr(train, "grpo", chatty)
     assert main(["train", str(recipe)]) == 0
-    assert "loss" not in capsys.readouterr().out
-    assert "{'loss': 1.0}" in (recipe.parent / "out/run.log").read_text()
+    printed = capsys.readouterr()
+    assert "loss" not in printed.out
+    assert printed.err == ""
+    log = (recipe.parent / "out/run.log").read_text()
+    assert "{'loss': 1.0}" in log
+    assert "flags are not valid" in log

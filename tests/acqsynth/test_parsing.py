@@ -8,24 +8,24 @@ WHOLE = "<question>2 + 2?</question> <reasoning>Count on.</reasoning>\n<answer>4
 SHORT = "<question> 2 + 2? </question><answer>\n4\n</answer>"
 
 
-def test_the_question_is_context_and_the_rest_is_scored():
+def test_the_question_is_context_and_the_rest_is_scored() -> None:
     assert parse_sample(WHOLE) == {"prompt": "2 + 2?\n", "completion": "Count on.\n4"}
 
 
-def test_reasoning_is_optional_and_contents_are_stripped():
+def test_reasoning_is_optional_and_contents_are_stripped() -> None:
     assert parse_sample(SHORT) == {"prompt": "2 + 2?\n", "completion": "4"}
 
 
-def test_text_around_the_tags_is_not_part_of_the_sample():
+def test_text_around_the_tags_is_not_part_of_the_sample() -> None:
     assert parse_sample(f"Sure!\n{SHORT}\nHope it helps.") == parse_sample(SHORT)
 
 
-def test_contents_keep_their_lines_and_other_tags():
+def test_contents_keep_their_lines_and_other_tags() -> None:
     sample = fields("<question>a\n\n<b>c</b> if x < y</question><answer>d</answer>")
     assert sample == {"question": "a\n\n<b>c</b> if x < y", "answer": "d"}
 
 
-def test_a_chat_sample_has_the_same_parts():
+def test_a_chat_sample_has_the_same_parts() -> None:
     assert parse_chat_sample(WHOLE) == {
         "messages": [
             {"role": "user", "content": "2 + 2?"},
@@ -57,11 +57,11 @@ def test_a_chat_sample_has_the_same_parts():
         "</question>a<question><answer>4</answer>",
     ],
 )
-def test_a_broken_format_is_none(text):
+def test_a_broken_format_is_none(text: str) -> None:
     assert parse_sample(text) is None
     assert parse_chat_sample(text) is None
 
 
-def test_as_text():
+def test_as_text() -> None:
     assert as_text("  two words\n") == "two words"
     assert as_text(" \n") is None

@@ -220,6 +220,23 @@ def test_filtered_rows_are_the_ones_ranked_first(finished):
     assert len({sample.question for sample in drawn}) == 70
 
 
+def test_signals_of_a_pool_are_given_one_batch():
+    seen = []
+    reward = SimpleNamespace(signals=[Recorded(name, seen) for name in ("a", "b")])
+    assert pipeline._values(reward, [Sample("1+1", "2")]) == {"a": [1.0], "b": [1.0]}
+    assert seen[0] is seen[1]
+
+
+class Recorded:
+    def __init__(self, name, seen):
+        self.name = name
+        self.seen = seen
+
+    def __call__(self, samples):
+        self.seen.append(samples)
+        return [1.0] * len(samples)
+
+
 def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):
     _, store, _ = run(recipe, "data.real={source: 'sums:1140', limit: 100}", "evaluation.validity.batches=0")
     sizes = json.loads((store.output / "00-seeds/rows/rows.json").read_text())

@@ -8,73 +8,38 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from acqcore.backends.triton import MIXED_SPLIT_FROM
 from acqcore.kernels import factors, gram, gram_norm, logit_stats, philox, row_stats
 from acqcore.kernels.config import ARCHITECTURES, FOLDER, GramTiles, Strips, Tiles, table
+from benchmarks.ahead_of_time import MAJORS, SHARED_BYTES, Launch, compiled as _compile, recorded
 
-MAJORS = {80: 8, 90: 9, 100: 10}
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # what a block may have
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 ANY_MATRIX = r"\b(mma\.sync|wgmma\.|tcgen05\.mma|cvt\.rna\.tf32)"
-NAMES = {
-    torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
-}  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+class ByName(list[Launch]):
+    """Launches; by a kernel's name, its last."""
+
+    def __getitem__(self, name: Any) -> Any:
+        return [launch for launch in self if launch.name == name][-1]
+
+    def __contains__(self, name: object) -> bool:
+        return any(launch.name == name for launch in self)
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Kernel name -> (kernel, arguments, named arguments) of its last launch; nothing runs."""
-    found: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
-
-    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        assert all(isinstance(size, int) and 0 < size < 2**31 for size in grid)
-        found[kernel.__name__] = kernel, arguments, named
-
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", record)
-    return found
-
-
-def _compile(launch: tuple[Any, tuple[Any, ...], dict[str, Any]], arch: int) -> Any:
-    """What Triton would compile for a launch: arguments specialised on as at run time."""
-    kernel, arguments, named = launch
-    options = {key: value for key, value in named.items() if key in OPTIONS}
-    values = dict(zip(kernel.arg_names, arguments, strict=False))
-    values |= {key: value for key, value in named.items() if key not in OPTIONS}
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    for parameter in kernel.params:
-        value, place = values[parameter.name], (parameter.num,)
-        specialised, aligned = not parameter.do_not_specialize, not parameter.do_not_specialize_on_alignment
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
-            signature[parameter.name], constants[place] = "constexpr", value
-        elif isinstance(value, TensorDescriptor):
-            signature[parameter.name] = f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>"
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = f"*{NAMES[value.dtype]}"
-            if value.data_ptr() % 16 == 0 and aligned:
-                attributes[place] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64" if value < 2**63 else "u64"
-            if value % 16 == 0 and aligned and specialised:
-                attributes[place] = [["tt.divisibility", 16]]
-    return triton.compile(
-        ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", arch, 32), options=options
-    )
+def launches() -> Iterator[ByName]:
+    """What a test would launch; nothing runs."""
+    with recorded(ByName()) as found:
+        yield found
 
 
 def _row_stats(tiles: Tiles, dtype: torch.dtype, vocab: int, depth: int, **options: Any) -> None:
@@ -150,7 +115,7 @@ def _stack(compiled: Any, folder: Path) -> int:
     [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False)],
     ids=["bfloat16", "float16", "tf32", "float32"],
 )
-def test_product_with_committed_tiles(dtype: torch.dtype, tf32: bool, arch: int, launches: dict) -> None:
+def test_product_with_committed_tiles(dtype: torch.dtype, tf32: bool, arch: int, launches: ByName) -> None:
     product = "tf32" if tf32 else "ieee" if dtype == torch.float32 else "half"
     entries = _committed(arch, product)
     assert entries
@@ -170,7 +135,7 @@ def test_product_with_committed_tiles(dtype: torch.dtype, tf32: bool, arch: int,
             assert re.search(r"cp\.async\.cg\.shared\.global.*, 0x10", ptx)  # 16 bytes at a time
 
 
-def test_product_on_sm_90_keeps_its_accumulators_in_registers(launches: dict, tmp_path: Path) -> None:
+def test_product_on_sm_90_keeps_its_accumulators_in_registers(launches: ByName, tmp_path: Path) -> None:
     """Spilled, the 128 of a thread would cost the product its speed; a few bytes outside the inner loop would not."""
     for vocab, depth, tiles in _committed(90, "half"):
         _row_stats(tiles, torch.bfloat16, vocab, depth)
@@ -212,7 +177,7 @@ def test_gradients(plain: bool, dtype: torch.dtype, arch: int, launches: dict, t
 
 @pytest.mark.parametrize("arch", MAJORS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_product_with_all_that_a_head_has(dtype: torch.dtype, arch: int, launches: dict) -> None:
+def test_product_with_all_that_a_head_has(dtype: torch.dtype, arch: int, launches: ByName) -> None:
     """A bias, a cap, a scale, a vocabulary and a depth that divide no tile."""
     _, _, tiles = _committed(arch, "half" if dtype != torch.float32 else "ieee")[0]
     _row_stats(tiles, dtype, 50257, 2001, bias=True, softcap=30.0, scale=0.5, temperature=0.7)
@@ -223,7 +188,7 @@ def test_product_with_all_that_a_head_has(dtype: torch.dtype, arch: int, launche
 
 
 @pytest.mark.parametrize("arch", MAJORS)
-def test_product_of_mixed_dtypes_is_not_rounded(arch: int, launches: dict) -> None:
+def test_product_of_mixed_dtypes_is_not_rounded(arch: int, launches: ByName) -> None:
     """In float32, or where that ends in TF32 whatever is asked, in three products of split operands."""
     _, _, tiles = _committed(arch, "ieee")[0]
     split = MAJORS[arch] >= MIXED_SPLIT_FROM
@@ -244,7 +209,7 @@ def test_product_of_mixed_dtypes_is_not_rounded(arch: int, launches: dict) -> No
 
 
 @pytest.mark.parametrize("arch", MAJORS)
-def test_gather_and_merge(arch: int, launches: dict) -> None:
+def test_gather_and_merge(arch: int, launches: ByName) -> None:
     _, _, tiles = _committed(arch, "half")[0]
     _row_stats(tiles, torch.bfloat16, 131072, 4096)
     for name in ("gather_scored", "merge_splits"):
@@ -254,7 +219,7 @@ def test_gather_and_merge(arch: int, launches: dict) -> None:
 
 @pytest.mark.parametrize("arch", MAJORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_logit_stats(dtype: torch.dtype, arch: int, launches: dict) -> None:
+def test_logit_stats(dtype: torch.dtype, arch: int, launches: ByName) -> None:
     entries = table(ARCHITECTURES[MAJORS[arch]], MAJORS[arch])["logit_stats"]
     for entry in entries:
         strips = Strips(**{key: value for key, value in entry.items() if key != "vocab"})
@@ -266,7 +231,7 @@ def test_logit_stats(dtype: torch.dtype, arch: int, launches: dict) -> None:
 
 
 @pytest.mark.parametrize("arch", MAJORS)
-def test_keep_mask(arch: int, launches: dict) -> None:
+def test_keep_mask(arch: int, launches: ByName) -> None:
     rows = torch.empty(40, dtype=torch.int64, device="meta")
     philox.dropout_mask(rows, rows, 3, 2**63, 2**31, torch.empty(8, 40, 1000, dtype=torch.bool, device="meta"))
     assert "mul.hi.u32" in _compile(launches["write_keep_mask"], arch).asm["ptx"]

@@ -137,8 +137,12 @@ def page(found):
     return Page(render(json.loads(json.dumps(found))))
 
 
-def test_the_page_is_whole_and_needs_nothing_else():
-    html = render(whole())
+@pytest.fixture(scope="module")
+def html():
+    return render(json.loads(json.dumps(whole())))
+
+
+def test_the_page_is_whole_and_needs_nothing_else(html):
     found = Page(html)
     assert not found.open
     assert "script" not in found.tags
@@ -150,8 +154,8 @@ def test_the_page_is_whole_and_needs_nothing_else():
     assert {address.removeprefix("#") for address in found.addresses} <= set(found.ids)
 
 
-def test_every_section_and_figure_is_there():
-    found = page(whole())
+def test_every_section_and_figure_is_there(html):
+    found = Page(html)
     sections = ("accuracy", "forgetting", "training", "written", "signals", "samples", "cost", "recipe")
     assert set(sections) <= set(found.ids)
     # accuracy, sizes, reward, gates, lengths, length correlation, archives, validity, cost

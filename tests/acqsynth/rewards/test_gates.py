@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from acqsynth.domains import Sample
+from acqsynth.domains import Domain, Sample
 from acqsynth.rewards import SampledAnswers
 from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.gates import (
@@ -29,17 +32,17 @@ from acqsynth.rewards.gates import (
 DATA = Path(__file__).parents[4] / "shared" / "data"
 
 
-def passes(gate, question, answer="7", reasoning=""):
+def passes(gate: Gate, question: str, answer: str = "7", reasoning: str = "") -> bool | None:
     [verdict] = gate([Sample(question, answer, reasoning)])
     return verdict
 
 
-def test_sound(domain):
+def test_sound(domain: Domain) -> None:
     assert passes(Sound(domain), "What is 3 + 4?")
     assert not passes(Sound(domain), "Three and four.")
 
 
-def test_length():
+def test_length() -> None:
     gate = Length(question=(8, 20), whole=(10, 30))
     assert passes(gate, "x" * 8, "77")
     assert not passes(gate, "x" * 7, "777")
@@ -61,7 +64,7 @@ class TestNoRepetition:
             "数数数数数数数数数数数数数数数数数数",
         ],
     )
-    def test_repeated_text(self, text):
+    def test_repeated_text(self, text: str) -> None:
         assert not passes(NoRepetition(), text)
         assert not passes(NoRepetition(), "What is 3 + 4?", text)
         assert not passes(NoRepetition(), "What is 3 + 4?", "7", text)
@@ -75,22 +78,22 @@ class TestNoRepetition:
             "List the squares: 1, 4, 9, 16, 25, 36, 49, 64, 81.",
         ],
     )
-    def test_honest_text(self, text):
+    def test_honest_text(self, text: str) -> None:
         assert passes(NoRepetition(), text)
 
-    def test_share_of_runs(self):
+    def test_share_of_runs(self) -> None:
         assert repetition("abcdefgh" * 2) == pytest.approx(1 / 9)
         assert repetition("abcdefgh" * 20) == pytest.approx(1 - 8 / 153)
         assert repetition("a" * 15) == 0
 
-    def test_real_data_passes(self):
+    def test_real_data_passes(self) -> None:
         path = DATA / "math" / "gsm8k_train.jsonl"
         if not path.is_file():
             pytest.skip(f"{path} is not here")
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert all(NoRepetition()([Sample(row["question"], row["answer"]) for row in rows]))
 
-    def test_wrong_limit(self):
+    def test_wrong_limit(self) -> None:
         with pytest.raises(ValueError, match="limit"):
             NoRepetition(0)
 
@@ -107,7 +110,7 @@ class TestNoLeak:
             ("Since it is due to low iron in blood, what is it?", "low iron in blood"),
         ],
     )
-    def test_leaks(self, domain, question, answer):
+    def test_leaks(self, domain: Domain, question: str, answer: str) -> None:
         assert not passes(NoLeak(domain), question, answer)
 
     @pytest.mark.parametrize(
@@ -126,19 +129,19 @@ class TestNoLeak:
             ("What is 3 + 4?", "7"),
         ],
     )
-    def test_honest_questions(self, domain, question, answer):
+    def test_honest_questions(self, domain: Domain, question: str, answer: str) -> None:
         assert passes(NoLeak(domain), question, answer)
 
-    def test_the_whole_solution_in_the_question(self, domain):
+    def test_the_whole_solution_in_the_question(self, domain: Domain) -> None:
         reasoning = "Three shells and four shells make seven shells in all."
         assert not passes(NoLeak(domain), f"What is 3 + 4? {reasoning}", "7", reasoning)
         assert passes(NoLeak(domain), "What is 3 + 4?", "7", reasoning)
 
-    def test_one_label_is_no_list_of_options(self, domain):
+    def test_one_label_is_no_list_of_options(self, domain: Domain) -> None:
         assert not passes(NoLeak(domain), "Vitamin A. The answer is 7. What is 3 + 4?", "7")
         assert not passes(NoLeak(domain), "Vitamin A. It is low iron in blood. What is it?", "low iron in blood")
 
-    def test_real_data_passes(self, domain):
+    def test_real_data_passes(self, domain: Domain) -> None:
         path = DATA / "math" / "gsm8k_train.jsonl"
         if not path.is_file():
             pytest.skip(f"{path} is not here")
@@ -147,7 +150,7 @@ class TestNoLeak:
         assert NoLeak(domain)(samples).count(False) <= 3  # of 3,000
 
 
-def test_new(sample):
+def test_new(sample: Callable[..., Sample]) -> None:
     gate = New([sample(3, 4)])
     assert gate([sample(3, 4), sample(30, 40), sample(30, 40)]) == [False, True, True]  # copies in a call are no matter
     assert len(gate) == 0
@@ -159,17 +162,17 @@ def test_new(sample):
     assert other([sample(3, 4), sample(30, 40), sample(31, 40)]) == [False, False, True]
 
 
-def test_not_in_evaluation(sample):
+def test_not_in_evaluation(sample: Callable[..., Sample]) -> None:
     gate = NotInEvaluation([sample(3, 4)])
     assert gate([sample(3, 4), sample(5, 4)]) == [False, True]
 
 
-def test_verified(domain, sample):
+def test_verified(domain: Domain, sample: Callable[..., Sample]) -> None:
     unknown = Sample("Who was it?", "Ada")
     assert Verified(domain)([sample(3, 4), sample(3, 4, answer="8"), unknown]) == [True, False, True]
 
 
-def test_answerable(domain, scripted):
+def test_answerable(domain: Domain, scripted: Any) -> None:
     script = {"weak?": ["7", "8", "9", "7"], "lost?": ["1", "2", "3", "no"], "once?": ["7", "8", "8", "8"]}
     answers = SampledAnswers(scripted(script.__getitem__), domain, k=4)
     samples = [Sample(question, "7") for question in script]
@@ -180,7 +183,7 @@ def test_answerable(domain, scripted):
         Answerable(answers, least=0.0)
 
 
-def test_an_answer_known_to_be_right_needs_no_student(domain, scripted, sample):
+def test_an_answer_known_to_be_right_needs_no_student(domain: Domain, scripted: Any, sample: Any) -> None:
     engine = scripted(lambda question: ["no idea"])
     gate = Answerable(SampledAnswers(engine, domain))
     assert gate([sample(3, 4), Sample("Who?", "7"), sample(3, 4, answer="9")]) == [True, False, False]
@@ -188,16 +191,16 @@ def test_an_answer_known_to_be_right_needs_no_student(domain, scripted, sample):
     assert len(prompts) == 2
 
 
-def test_a_sample_is_verified_once_a_call(domain, scripted, sample):
+def test_a_sample_is_verified_once_a_call(domain: Domain, scripted: Any, sample: Any) -> None:
     verify, asked = domain.verify, []
-    domain.verify = lambda samples: asked.append(len(samples)) or verify(samples)
+    domain.verify = lambda samples: asked.append(len(samples)) or verify(samples)  # type: ignore[method-assign]
     gates = Verified(domain), Answerable(SampledAnswers(scripted(lambda question: ["7"]), domain))
     samples = Batch([sample(3, 4), sample(5, 6)])
     assert [gate(samples) for gate in gates] == [[True, True]] * 2
     assert asked == [2]
 
 
-def test_check():
+def test_check() -> None:
     gate = Check("short", lambda sample: len(sample.question) < 5)
     assert isinstance(gate, Gate)
     assert gate([Sample("Who?", "7"), Sample("Whoever?", "7")]) == [True, False]
@@ -205,7 +208,7 @@ def test_check():
 
 class TestFluent:
     @pytest.fixture
-    def student(self, model, tokenizer, sample):
+    def student(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: Any) -> LlamaForCausalLM:
         """Taught a few steps on questions of the kind."""
         import torch
 
@@ -218,7 +221,9 @@ class TestFluent:
             optimizer.step()
         return model
 
-    def test_random_tokens_and_salad(self, student, tokenizer, sample):
+    def test_random_tokens_and_salad(
+        self, student: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: Any
+    ) -> None:
         gate = Fluent(student, [sample(a, 60 - a) for a in range(10, 20)], tokenizer=tokenizer)
         words = sample(11, 12).question.split()
         gibberish = ["~{ q#v|Z@ x!0 )_ kW^ ?=;: jJ$ 3~ &", " ".join(sorted(words)), " ".join(reversed(words))]
@@ -228,7 +233,7 @@ class TestFluent:
         assert gate([sample(11, 12, reasoning="~~")]) == [True]  # too short to be read as a text
         assert gate([]) == []
 
-    def test_the_limit(self, model, tokenizer, sample):
+    def test_the_limit(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: Any) -> None:
         import acqcore
 
         seeds = [sample(3, 4), sample(50, 6, reasoning="Fifty and six are fifty-six, as one counts.")]
@@ -243,20 +248,24 @@ class TestFluent:
         gate.refresh(type(model)(model.config))
         assert gate.limits() != before
 
-    def test_it_goes_by_the_mean_whatever_the_signals_do(self, model, tokenizer, sample):
+    def test_it_goes_by_the_mean_whatever_the_signals_do(
+        self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: Callable[..., Sample]
+    ) -> None:
         one, other = (
             Fluent(model, [sample(3, 4), sample(5, 6)], tokenizer=tokenizer, reduction=reduction).limits()
             for reduction in ("mean", "sum")
         )
         assert one == other
 
-    def test_seeds_are_needed(self, model, tokenizer):
+    def test_seeds_are_needed(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
         with pytest.raises(ValueError, match="seeds: expected at least one"):
             Fluent(model, [], tokenizer=tokenizer)
 
 
-def test_default_gates_go_by_what_is_there(domain, scripted, sample, model, tokenizer):
-    def names(**options):
+def test_default_gates_go_by_what_is_there(
+    domain: Domain, scripted: Any, sample: Any, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def names(**options: Any) -> list[str]:
         return [gate.name for gate in default_gates(domain, seeds=[sample(3, 4)], **options)]
 
     first = ["sound", "length", "no_repetition", "no_leak", "new"]

@@ -64,6 +64,7 @@ def text(sample):
     return f"<question>{sample.question}</question>{reasoning}<answer>{sample.answer}</answer>"
 
 
+TAUGHT = {}
 TEXTS = [text(sample) for sample in VALID] + [text(s) for kind in GIBBERISH.values() for s in kind]
 
 
@@ -78,7 +79,15 @@ def answers(question):
 
 @pytest.fixture
 def student(model, tokenizer):
-    """Taught on questions and answers of the kind, and on their plain text."""
+    """Taught on questions and answers of the kind, and on their plain text; once for all tests."""
+    if not TAUGHT:
+        teach(model, tokenizer)
+        TAUGHT.update({name: value.clone() for name, value in model.state_dict().items()})
+    model.load_state_dict(TAUGHT)
+    return model.eval()
+
+
+def teach(model, tokenizer):
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     rng = random.Random(1)
     for _ in range(120):
@@ -89,7 +98,6 @@ def student(model, tokenizer):
             optimizer.zero_grad()
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
-    return model.eval()
 
 
 @pytest.fixture

@@ -12,16 +12,16 @@ from acqsynth.rewards.overlap import Contamination, NearCopies, words
 SHELLS = "Ada has 12 shells and finds 30 more on the beach. How many shells does she have now?"
 
 
-def test_words():
+def test_words() -> None:
     assert words("It's 3.5 km, x_1 = −2!") == ["it", "'", "s", "3", ".", "5", "km", ",", "x_1", "=", "−", "2", "!"]
 
 
-def jaccard(a, b, n=5):
+def jaccard(a: str, b: str, n: int = 5) -> float:
     cut = [{t[i : i + n] for i in range(len(t) - n + 1)} for t in (a.lower(), b.lower())]
     return len(cut[0] & cut[1]) / len(cut[0] | cut[1])
 
 
-def test_found_as_by_comparing_with_every_text():
+def test_found_as_by_comparing_with_every_text() -> None:
     """The lists that are not read hold nothing that would have been found."""
     rng = random.Random(0)
     stock = [" ".join(rng.choices("abc", k=1)[0] * rng.randint(1, 3) for _ in range(14)) for _ in range(300)]
@@ -39,7 +39,7 @@ def test_found_as_by_comparing_with_every_text():
     assert 30 <= hits < len(asked)
 
 
-def test_a_copy_in_other_numbers_is_another_exercise():
+def test_a_copy_in_other_numbers_is_another_exercise() -> None:
     copies = NearCopies()
     copies.add([SHELLS])
     assert copies.find(SHELLS.upper().replace(" ", "  ")) == SHELLS
@@ -51,7 +51,7 @@ def test_a_copy_in_other_numbers_is_another_exercise():
     assert strict.find(SHELLS.replace("12", "13")) == SHELLS
 
 
-def test_the_oldest_make_room():
+def test_the_oldest_make_room() -> None:
     copies = NearCopies(capacity=3)
     texts = [f"{word} is a word of its own" for word in ("Saddle", "Violin", "Kernel", "Copper")]
     copies.add(texts[:3])
@@ -64,7 +64,7 @@ def test_the_oldest_make_room():
     assert copies.find(texts[1]) == texts[1]
 
 
-def test_short_texts():
+def test_short_texts() -> None:
     copies = NearCopies()
     copies.add(["ab", ""])
     assert copies.find("AB") == "ab"
@@ -72,7 +72,7 @@ def test_short_texts():
     assert copies.find("") == ""
 
 
-def test_thousands_of_texts_in_a_moment():
+def test_thousands_of_texts_in_a_moment() -> None:
     """A guard against reading every list, not a measurement: that would take a minute."""
     rng = random.Random(0)
     vocabulary = ["".join(rng.choices("abcdefghijklmnop", k=5)) for _ in range(300)]
@@ -84,7 +84,7 @@ def test_thousands_of_texts_in_a_moment():
     assert time.perf_counter() - begin < 20
 
 
-def test_wrong_arguments():
+def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="threshold"):
         NearCopies(0)
     with pytest.raises(ValueError, match="n, capacity"):
@@ -96,20 +96,20 @@ def test_wrong_arguments():
 class TestContamination:
     LONG = "A train leaves the station at nine and travels for three hours at a speed of 80 km per hour. How far?"
 
-    def test_a_run_of_thirteen_words(self):
+    def test_a_run_of_thirteen_words(self) -> None:
         found = Contamination([self.LONG])
         run = " ".join(self.LONG.split()[2:15])
         assert f"Suppose {run.upper()}, say" in found
         assert f"Suppose {' '.join(self.LONG.split()[2:14])}, say" not in found
         assert self.LONG in found
 
-    def test_a_short_text_as_a_whole(self):
+    def test_a_short_text_as_a_whole(self) -> None:
         found = Contamination(["What is 3 + 4?"])
         assert "what is 3 +  4 ?" in found
         assert "What is 3 + 5?" not in found
         assert "Well, what is 3 + 4?" not in found
 
-    def test_phrases_of_the_genre_do_not_count(self):
+    def test_phrases_of_the_genre_do_not_count(self) -> None:
         phrase = "Think step by step and give the final answer after four number signs on a line of its own."
         rows = [f"{name} asks a thing of {name}. {phrase}" for name in "ABCDEFGHIJK"]
         assert f"Something else altogether. {phrase}" not in Contamination(rows)

@@ -1,0 +1,195 @@
+"""Kernels of the mixture of draws in Triton's interpreter, with cuts that the committed tiles do not reach here.
+
+What each kind of mistake breaks: a wrong tail tile, vocabulary or tokens: ``test_cuts`` (V and N divide nothing);
+draws merged without moving them to a common maximum, or padding that counts: ``test_cuts`` with 19 and 5 draws; a mask
+of another row, draw or column: ``test_packed_rows``; reference instead of kernel: ``test_kernels_run``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from acqcore.backends import DrawRows, Dropout
+from acqcore.backends import get as get_backend
+from acqcore.backends.triton import Triton
+from acqcore.head import Head
+from acqcore.kernels import block_mixture, mixture
+from acqcore.kernels.block_mixture import block_mixture_stats
+from acqcore.kernels.config import Tiles
+from acqcore.kernels.mixture import Layout, Masks, mixture_stats
+from acqcore.philox import keep_mask, threshold
+from acqcore.testing import Case, random_case
+
+
+@pytest.fixture(autouse=True)
+def _numpy_may_meet_infinities() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+def _tiles(block_m: int, block_n: int, block_k: int = 16, splits: int = 3, descriptors: bool = False) -> Tiles:
+    return Tiles(block_m, block_n, block_k, 4, 1, 2, splits, descriptors, flatten=False)
+
+
+def _run(case: Case, draws: int, width: int, tiles: Tiles, p: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
+    """State ``[6, N]`` and votes ``[K, N]`` by the kernels; the block form's if ``width`` is not 1."""
+    n = len(case.hidden)
+    positions = torch.arange(n)
+    masks = Masks(torch.full_like(positions, 4), positions, width, 11, threshold(p), 1 - p)
+    state, votes = torch.empty(6, n, dtype=torch.float64), torch.empty(draws, n, dtype=torch.int64)
+    head = case.head
+    options: dict[str, Any] = {
+        "draws": draws, "masks": masks, "softcap": head.softcap, "scale": head.scale, "vocab_start": 0,
+        "state": state, "votes": votes, "upcast": True,
+    }  # fmt: skip
+    if width == 1:
+        mixture_stats(case.hidden, head.weight, head.bias, case.targets, fold_tiles=tiles, tiles=tiles, **options)
+    else:
+        block_mixture_stats(case.hidden, head.weight, head.bias, case.targets, tiles=tiles, **options)
+    return state, votes
+
+
+def _oracle(case: Case, draws: int, width: int, p: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
+    exact = case.to(torch.float64)
+    n = len(case.hidden)
+    positions = torch.arange(n)
+    dropout = Dropout(p, "element" if width == 1 else "block", width, 11, torch.full_like(positions, 4), positions)
+    state, votes = torch.empty(6, n, dtype=torch.float64), torch.empty(draws, n, dtype=torch.int64)
+    rows = DrawRows(exact.hidden, (exact.head,), case.targets, draws, dropout, state, votes)
+    get_backend("eager").mixture_stats(rows)
+    return state, votes
+
+
+def _case(n: int, d: int, v: int, **options: Any) -> Case:
+    """A third of the rows ignored, column 7 impossible."""
+    case = random_case(n, d, v, bias=True, seed=5, **options)
+    assert case.targets is not None
+    assert case.head.bias is not None
+    case.targets[case.targets == 7] = 8
+    case.targets[1::3] = -100
+    case.head.bias[7] = -torch.inf
+    return case
+
+
+@pytest.mark.parametrize(
+    ("draws", "width", "tiles"),
+    [
+        (8, 1, _tiles(64, 16)),
+        (2, 1, _tiles(64, 32)),
+        (5, 1, _tiles(64, 16, descriptors=True)),  # padded to 8
+        (19, 1, _tiles(16, 128)),  # in two turns, the second padded
+        (8, 16, _tiles(16, 32)),
+        (8, 32, _tiles(16, 32)),  # two steps of the product a block, and a short last block
+        (5, 16, _tiles(32, 16, descriptors=True)),
+        (3, 1000, _tiles(16, 32)),  # one block for all columns
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cuts(draws: int, width: int, tiles: Tiles, dtype: torch.dtype) -> None:
+    case = _case(11, 56 if tiles.descriptors else 43, 107, softcap=9.0, scale=0.7).to(dtype)
+    state, votes = _run(case, draws, width, tiles)
+    expected, expected_votes = _oracle(case, draws, width)
+    torch.testing.assert_close(state, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert torch.equal(votes, expected_votes)
+    again, _ = _run(case, draws, width, tiles)
+    assert torch.equal(state.nan_to_num(9), again.nan_to_num(9))
+
+
+@pytest.mark.parametrize("width", [1, 16])
+def test_a_row_does_not_depend_on_its_batch(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit: neither on the rows beside it, nor on how many are under way at a time."""
+    case = _case(20, 32, 60)
+    # Multiples of 1/8: numpy rounds the product of a row by its place in the tile, as no matrix unit does.
+    case = replace(case, hidden=(case.hidden * 8).round() / 8)
+    case = replace(case, head=replace(case.head, weight=(case.head.weight * 8).round() / 8))
+    tiles = _tiles(16, 32)
+    state, votes = _run(case, 4, width, tiles)
+    assert case.targets is not None
+    short, short_votes = _run(Case(case.hidden[:6], case.head, case.targets[:6]), 4, width, tiles)
+    assert torch.equal(short.nan_to_num(9), state[:, :6].nan_to_num(9))
+    assert torch.equal(short_votes, votes[:, :6])
+    for module in (mixture, block_mixture):
+        monkeypatch.setattr(module, "SCRATCH_BYTES", 1 << 16)
+    chunked, _ = _run(case, 4, width, tiles)
+    assert torch.equal(chunked.nan_to_num(9), state.nan_to_num(9))
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("draws", [4, 6])
+def test_packed_rows(draws: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every packed row is its token's hidden state under its draw's mask, bit for bit; padding is zero."""
+    case = _case(21, 45, 40).to(torch.bfloat16)
+    assert case.targets is not None
+    seen: list[torch.Tensor] = []
+
+    class Enough(Exception):
+        pass
+
+    def stop(packed: torch.Tensor, *_: Any) -> None:
+        seen.append(packed)
+        raise Enough
+
+    monkeypatch.setattr(mixture, "launch_fold", stop)
+    positions = torch.arange(21) * 3
+    samples = torch.arange(21) // 4
+    masks = Masks(samples, positions, width, 2**62 + 5, threshold(0.4), 0.6)
+    tiles = _tiles(64, 16)
+    with pytest.raises(Enough):
+        mixture_stats(
+            case.hidden, case.head.weight, None, case.targets, draws=draws, masks=masks, softcap=None, scale=1.0,
+            vocab_start=0, state=torch.empty(6, 21, dtype=torch.float64), votes=torch.empty(draws, 21).long(),
+            fold_tiles=tiles, tiles=tiles,
+        )  # fmt: skip
+    layout = Layout.of(draws, 64)
+    scored = (case.targets != -100).nonzero()[:, 0]
+    packed = seen[0].view(-1, layout.padded, layout.plane, 45)
+    for k in range(layout.padded):
+        keep = torch.zeros(21, 45, dtype=torch.bool)
+        if k < draws:
+            keep = keep_mask(samples, positions, -(-45 // width), 0.4, 2**62 + 5, k)
+            keep = keep.repeat_interleave(width, dim=1)[:, :45]
+        expected = case.hidden.where(keep, 0)[scored]
+        assert torch.equal(packed[:, k].reshape(-1, 45)[: len(scored)], expected)
+
+
+def test_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each form reaches its kernel: without its launcher there is no result."""
+    n = 3
+    state, votes = torch.empty(6, n, dtype=torch.float64), torch.empty(2, n, dtype=torch.int64)
+    case = random_case(n, 32, 20)
+    rows = torch.arange(n)
+
+    def draw(form: str, block: int) -> None:
+        dropout = Dropout(0.1, form, block, 0, rows, rows)
+        Triton().mixture_stats(DrawRows(case.hidden, (case.head,), None, 2, dropout, state, votes))
+
+    monkeypatch.setattr(mixture, "mixture_fold", None)
+    draw("block", 16)
+    for form, block in (("element", 1), ("block", 7)):  # blocks that no step of the product divides: as elements
+        with pytest.raises(TypeError):
+            draw(form, block)
+    monkeypatch.setattr(block_mixture, "block_mixture", None)
+    with pytest.raises(TypeError):
+        draw("block", 16)
+
+
+def test_an_ensemble_of_one_head() -> None:
+    """Hidden states in hand take the kernels; several heads are chunked torch."""
+    case = random_case(9, 40, 90)
+    drawn = torch.stack([random_case(9, 40, 90, seed=k).hidden for k in range(3)])
+    state, votes = torch.empty(6, 9, dtype=torch.float64), torch.empty(3, 9, dtype=torch.int64)
+    Triton().mixture_stats(DrawRows(drawn, (case.head,), case.targets, 3, None, state, votes))
+    exact = Head(case.head.weight.double())
+    expected, expected_votes = torch.empty_like(state), torch.empty_like(votes)
+    get_backend("eager").mixture_stats(
+        DrawRows(drawn.double(), (exact,), case.targets, 3, None, expected, expected_votes)
+    )
+    torch.testing.assert_close(state, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(votes, expected_votes)

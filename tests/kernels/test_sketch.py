@@ -1,0 +1,126 @@
+"""Hashed gradients beside the row states, in Triton's interpreter, with cuts that the committed tiles do not reach here.
+
+What each kind of mistake breaks: a wrong tail tile, or a stretch that wraps around its group and is not masked:
+``test_cuts`` (dims that divide neither V nor a tile); bucket sums that are not moved to a new maximum: its rising
+logits; a target's column that is not left out: its confident rows; reference instead of kernel: ``test_kernel_runs``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from acqcore.backends import HeadRows
+from acqcore.backends import get as get_backend
+from acqcore.backends.triton import Triton
+from acqcore.head import Head
+from acqcore.kernels import sketch
+from acqcore.kernels.config import Tiles
+from acqcore.signs import rotated_places
+from acqcore.testing import CASES, Case, random_case
+
+TILES = Tiles(16, 16, 16, 4, 1, 2, 4, descriptors=False, flatten=False)
+
+
+@pytest.fixture(autouse=True)
+def _numpy_may_meet_infinities() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+def _run(case: Case, dim: int, tiles: Tiles = TILES) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hashed gradients ``[N, dim]``, state ``[7, N]`` and index ``[N]`` of one visit."""
+    head, n = case.head, len(case.hidden)
+    state, index = torch.empty(7, n, dtype=torch.float64), torch.empty(n, dtype=torch.int64)
+    out = torch.empty(n, dim)
+    places = rotated_places(len(head.weight), dim, 3, 0, head.vocab_start)
+    assert case.targets is not None
+    sketch.hashed_delta(
+        case.hidden, head.weight, head.bias, case.targets, places, softcap=head.softcap, scale=head.scale,
+        temperature=case.temperature, vocab_start=head.vocab_start, state=state, index=index, fill=True, out=out,
+        tiles=tiles, upcast=True,
+    )  # fmt: skip
+    return out, state, index
+
+
+def _oracle(case: Case, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    exact, n = case.to(torch.float64), len(case.hidden)
+    state, index = torch.empty(7, n, dtype=torch.float64), torch.empty(n, dtype=torch.int64)
+    out = torch.empty(n, dim, dtype=torch.float64)
+    places = rotated_places(len(case.head.weight), dim, 3, 0, case.head.vocab_start)
+    rows = HeadRows(exact.hidden, exact.head, case.targets, case.temperature, state, index)
+    get_backend("eager").stats_and_hash(rows, places, out)
+    return out, state, index
+
+
+def _assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within 1e-5 of each row's largest entry, however small that is."""
+    assert torch.equal(got.isnan(), expected.isnan())
+    size = expected.abs().amax(dim=1, keepdim=True).nan_to_num(1.0).clamp_min(1e-300)
+    assert float(((got.double() - expected).abs() / size).nan_to_num(0).max()) < 1e-5
+
+
+@pytest.mark.parametrize("dim", [7, 16, 40, 1000])
+@pytest.mark.parametrize(
+    "name", ["random", "rising logits", "-inf columns", "confident 1e-20", "ties", "V = 257", "everything"]
+)
+def test_cuts(name: str, dim: int) -> None:
+    case = CASES[name]()
+    if len(case.head.weight) * case.hidden.shape[0] > 1 << 13 and dim == 7:
+        case = replace(case, hidden=case.hidden[:3], targets=case.targets if case.targets is None else case.targets[:3])
+    got, state, index = _run(case, dim)
+    expected, expected_state, expected_index = _oracle(case, dim)
+    _assert_close(got, expected)
+    torch.testing.assert_close(state, expected_state, rtol=2e-5, atol=2e-5, equal_nan=True)
+    assert torch.equal(index, expected_index)
+
+
+def test_some_rows_ignored() -> None:
+    case = CASES["some rows ignored"]()
+    got, _, index = _run(case, 32)
+    _assert_close(got, _oracle(case, 32)[0])
+    assert case.targets is not None
+    assert got[case.targets == -100].count_nonzero() == 0
+    assert torch.equal(index == -1, case.targets == -100)
+
+
+def test_bits_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case(20, 32, 60)
+    # Multiples of 1/8: numpy rounds the product of a row by its place in the tile, as no matrix unit does.
+    case = replace(case, hidden=(case.hidden * 8).round() / 8)
+    case = replace(case, head=replace(case.head, weight=(case.head.weight * 8).round() / 8))
+    whole, _, _ = _run(case, 32)
+    assert torch.equal(_run(case, 32)[0], whole)
+    assert case.targets is not None
+    part = Case(case.hidden[15:], case.head, case.targets[15:])
+    assert torch.equal(_run(part, 32)[0], whole[15:])
+    monkeypatch.setattr(sketch, "SCRATCH_BYTES", 1 << 12)
+    assert torch.equal(_run(case, 32)[0], whole)
+
+
+def test_shards_add_up() -> None:
+    """Each shard's share, from the statistics of the whole: cut where no group of columns begins."""
+    case = random_case(5, 24, 130)
+    whole, state, index = _run(case, 32)
+    total = torch.zeros_like(whole)
+    for begin, end in ((0, 45), (45, 130)):
+        head = Head(case.head.weight[begin:end], vocab_start=begin, vocab_size=130)
+        part = torch.empty_like(whole)
+        rows = HeadRows(case.hidden, head, case.targets, 1.0, state, index)
+        Triton().delta_hash(rows, rotated_places(end - begin, 32, 3, 0, begin), part)
+        total += part
+    torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = random_case(2, 16, 20)
+    monkeypatch.setattr(sketch, "sketch_fold", None)
+    state, index = torch.empty(7, 2, dtype=torch.float64), torch.empty(2, dtype=torch.int64)
+    rows = HeadRows(case.hidden, case.head, case.targets, 1.0, state, index)
+    with pytest.raises(TypeError):
+        Triton().stats_and_hash(rows, rotated_places(20, 16, 0, 0), torch.empty(2, 16))

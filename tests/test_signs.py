@@ -1,0 +1,73 @@
+"""Hashes of a sketch: what collides, and what that does to inner products."""
+
+from __future__ import annotations
+
+import torch
+
+from acqcore.head import Head
+from acqcore.head_grad import grad_sketch, hash_columns
+from acqcore.signs import hashed_places, rotated_places
+
+
+def test_rotated_places_do_not_depend_on_the_shard() -> None:
+    whole = rotated_places(500, 48, 7, 0)
+    assert torch.equal(rotated_places(123, 48, 7, 0, 77), whole[77:200])
+    assert not torch.equal(rotated_places(500, 48, 8, 0), whole)
+    assert not torch.equal(rotated_places(500, 48, 7, 1), whole)
+
+
+def test_a_group_fills_every_place_once_in_order() -> None:
+    places = rotated_places(480, 48, 7, 0)
+    places = torch.where(places < 0, ~places, places).view(10, 48)
+    assert torch.equal(places.sort(dim=1).values, torch.arange(48, dtype=torch.int32).expand(10, 48))
+    assert torch.equal(places.diff(dim=1) % 48, torch.ones(10, 47, dtype=torch.int32))
+    assert len(places[:, 0].unique()) > 5
+
+
+def test_collisions_are_those_of_independent_places() -> None:
+    """Rows of two groups share a place in 1 of 32 seeds; signs are fair and independent."""
+    seeds = 4000
+    drawn = torch.stack([rotated_places(70, 32, seed, 0) for seed in range(seeds)])
+    places = torch.where(drawn < 0, ~drawn, drawn)
+    for a, b in ((0, 32), (3, 40), (31, 69)):
+        share = (places[:, a] == places[:, b]).double().mean()
+        assert abs(float(share) - 1 / 32) < 5 * (1 / 32 / seeds) ** 0.5
+    signs = torch.where(drawn < 0, -1.0, 1.0).double()
+    correlation = signs.T @ signs / seeds - torch.eye(70)
+    assert float(correlation.abs().max()) < 5.5 / seeds**0.5
+
+
+def test_inner_products_keep_mean_and_variance() -> None:
+    """Over seeds: unbiased, with the variance that independent places give."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 300, generator=g, dtype=torch.float64)
+    y += 0.5 * x
+    exact, dim, seeds = float(x @ y), 64, 3000
+    products = []
+    for places in (rotated_places, hashed_places):
+        hashed = [hash_columns(torch.stack([x, y]), places(300, dim, seed, 0), dim) for seed in range(seeds)]
+        products.append(torch.stack([h[0] @ h[1] for h in hashed]))
+    size = float((x.square().sum() * y.square().sum() + exact**2) / dim) ** 0.5  # bound on the deviation
+    for product in products:
+        assert abs(float(product.mean()) - exact) < 5 * size / seeds**0.5
+    assert float(products[0].std()) < 1.05 * float(products[1].std())
+
+
+def test_sketches_of_gradients_keep_inner_products() -> None:
+    """``E <S_i, S_j> = <G_i, G_j>`` for whole head gradients, deviation at most that of the tensor sketch."""
+    g = torch.Generator().manual_seed(1)
+    hidden = torch.randn(6, 12, generator=g, dtype=torch.float64)
+    weight = torch.randn(90, 12, generator=g, dtype=torch.float64)
+    targets, offsets = torch.tensor([3, 50, 7, 89, 50, 1]), torch.tensor([0, 3, 6])
+    head = Head(weight)
+    delta = (hidden @ weight.T).softmax(dim=1) - torch.nn.functional.one_hot(targets, 90)
+    first, second = (torch.einsum("tv,td->vd", delta[p], hidden[p]) / 3 for p in (slice(0, 3), slice(3, 6)))
+    exact, dim, seeds = float((first * second).sum()), 32, 400
+    got = []
+    for seed in range(seeds):
+        a, b = grad_sketch(hidden, head, targets, offsets, dim=dim, seed=seed, backend="eager")
+        got.append(float(a @ b))
+    product = torch.tensor(got)
+    size = float(first.norm() * second.norm()) * (2 / dim) ** 0.5
+    assert abs(float(product.mean()) - exact) < 5 * size / seeds**0.5
+    assert float(product.std()) < 1.2 * size
