@@ -22,6 +22,7 @@ import torch
 
 from acqcore import checks
 from acqcore.backends import Backend, HeadRows, select as select_backend
+from acqcore.backends.scatter import add_at
 from acqcore.head import Head, compute_dtype
 from acqcore.head_visit import FORMS, visit
 from acqcore.row_stats import (
@@ -75,7 +76,7 @@ def hidden_grad(
     Raises: as :func:`acqcore.row_stats`; TypeError where targets are None.
     """
     checks.given("targets", targets)
-    chosen = checked_backend(hidden, head, targets, temperature, backend)
+    chosen = checked_backend(hidden, head, targets, temperature, backend, "hidden_grad")
     trusted = checks.targets_in_range(targets, head.vocab_size)
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     state, index = empty_state(hidden)
@@ -175,7 +176,7 @@ def head_grad_norm(
     checks.given("targets", targets)
     checks.one_of("loss", loss, LOSSES)
     checks.one_of("form", form, FORMS)
-    chosen = checked_backend(hidden, head, targets, temperature, backend)
+    chosen = checked_backend(hidden, head, targets, temperature, backend, "head_grad_norm")
     bounds = checks.offsets(offsets, targets)
     weights = loss_weights(targets, bounds, loss, token_weights)
     return visit(hidden, head, targets, bounds, temperature, chosen, form).grad_norm(weights)
@@ -238,7 +239,8 @@ def loss_weights(
     """Weight of each token's gradient in its sample's, ``[N]`` float64: zero where ignored."""
     segments = sample_of_rows(bounds, targets.device)
     weights = (targets != checks.IGNORE_INDEX).double()
-    counts = weights.new_zeros(len(bounds)).index_add_(0, segments, weights)
+    counts = weights.new_zeros(len(bounds))
+    add_at(counts, 0, segments, weights)
     checks.scored_tokens(counts)
     if token_weights is not None:
         checks.token_weights(token_weights, targets)
@@ -262,7 +264,8 @@ def delta_product(
 ) -> torch.Tensor:
     """``delta values``, ``[N, n]``: zero in ignored rows. Of a shard V are its own rows, and the product is the sum."""
     assert stats.targets is not None
-    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype))
+    shape = (hidden.shape[0], head.weight.shape[0])
+    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "delta_product", shape)
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     out = torch.zeros((hidden.shape[0], values.shape[1]), dtype=dtype, device=hidden.device)
     rows = HeadRows(hidden, head, stats.targets, temperature, stats.state, stats.max_index)
@@ -333,7 +336,7 @@ def _sketches(
             chosen.delta_hash(HeadRows(hidden[part], head, targets[part], temperature, state, index), of_rows, left)
         left *= weights[part, None].to(dtype)
         right = hash_columns(hidden[part].to(dtype), of_columns, dim)
-        sketches.index_add_(0, segments[part], torch.fft.rfft(left) * torch.fft.rfft(right))
+        add_at(sketches, 0, segments[part], torch.fft.rfft(left) * torch.fft.rfft(right))
     return summed(torch.fft.irfft(sketches, n=dim), head.group)
 
 
@@ -352,7 +355,8 @@ def hash_columns(
     """Signed sums of the columns that share a place, ``[..., dim]``."""
     minus = places < 0
     out = values.new_zeros((*values.shape[:-1], dim))
-    return out.index_add_(-1, torch.where(minus, ~places, places), values.where(~minus, -values))
+    add_at(out, out.ndim - 1, torch.where(minus, ~places, places), values.where(~minus, -values))
+    return out
 
 
 def _complex(dtype: torch.dtype) -> torch.dtype:

@@ -147,10 +147,7 @@ def add_product(
             b = widen(b)
         total = tl.dot(a, b, total, input_precision=PRECISION)
         if PARTS == 2:
-            if DESCRIPTORS:
-                a = low.load([first_row, k])
-            else:
-                a = tl.load(low + ring_at + k)
+            a = low.load([first_row, k]) if DESCRIPTORS else tl.load(low + ring_at + k)
             if UPCAST:
                 a = widen(a)
             total = tl.dot(a, b, total, input_precision=PRECISION)

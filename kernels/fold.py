@@ -239,5 +239,6 @@ def merge(
     rows = max(MERGE_TILE // padded, 1)
     merge_splits[(triton.cdiv(n, rows),)](
         partial, partial_index, position, destination, state, index, first_row, state.shape[1], n, splits, vocab_start,
-        HAS_POSITION=position is not None, HAS_DESTINATION=destination is not None, SPLITS=padded, ROWS=rows, enable_fp_fusion=True,
+        HAS_POSITION=position is not None, HAS_DESTINATION=destination is not None, SPLITS=padded, ROWS=rows,
+        enable_fp_fusion=True,
     )  # fmt: skip

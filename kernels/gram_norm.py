@@ -24,8 +24,7 @@ import triton
 import triton.language as tl
 
 from acqcore.kernels.fold import LOG2E, widen
-from acqcore.kernels.product import tanh as exact_tanh
-from acqcore.kernels.product import to_device
+from acqcore.kernels.product import tanh as exact_tanh, to_device
 
 #: Tiles of samples of at most so many rows, and of longer ones.
 SHORT, LONG = 16, 64

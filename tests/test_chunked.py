@@ -15,6 +15,7 @@ from acqcore.backends import _BACKENDS, chunked, chunked_mixture
 from acqcore.backends.base import Gram, HeadRows
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.eager import Eager
+from acqcore.backends.scatter import add_at
 from acqcore.bayes import BayesStats
 from acqcore.head_grad import grad_sketch
 from acqcore.testing import Case, random_case
@@ -210,6 +211,45 @@ def test_products_are_float32_whatever_the_process_allows(monkeypatch: pytest.Mo
         assert settings.fp32_precision == "tf32"
     finally:
         settings.fp32_precision = before
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "pass",
+        "torch.set_float32_matmul_precision('high')",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    ],
+)
+def test_either_setting_of_torch_is_overruled_and_restored(setting: str) -> None:
+    """In a process of its own: which of the two settings was touched can not be undone."""
+    code = (
+        "import torch\n"
+        "from acqcore.backends.chunked import float32_products\n"
+        "def seen():\n"
+        "    try: older = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32\n"
+        "    except RuntimeError: older = 'they disagree'\n"
+        "    return torch.backends.cuda.matmul.fp32_precision, older\n"
+        f"{setting}\n"
+        "before = seen()\n"
+        "with float32_products(): assert seen() == ('ieee', ('highest', False)), seen()\n"
+        "assert seen() == before, (before, seen())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_sums_at_places() -> None:
+    """The form that a GPU takes gives what ``index_add_`` does, along either dimension and for complex numbers."""
+    places = torch.tensor([2, 0, 2, 1, 2])
+    for dim, dtype in [(0, torch.float64), (1, torch.float32), (0, torch.complex64)]:
+        values = torch.randn(5, 5, dtype=dtype)
+        expected, got = torch.zeros(4, 5, dtype=dtype), torch.zeros(4, 5, dtype=dtype)
+        if dim:
+            expected, got = expected.T.contiguous(), got.T.contiguous()
+        add_at(expected, dim, places, values)
+        torch.ops.aten.index_put_(got, [*[None] * dim, places], values, True)
+        torch.testing.assert_close(got, expected)
 
 
 def _stop() -> torch.Tensor:

@@ -6,8 +6,8 @@ float32, no more than ``BUFFER_BYTES`` exists at a time.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows
 from acqcore.backends.chunked_mixture import mixture_in_chunks
 from acqcore.backends.eager import gram_norm, gram_products, logit_gradient, unnormalised
+from acqcore.backends.scatter import add_at
 from acqcore.head import Head, compute_dtype
 from acqcore.philox import keep_mask
 
@@ -28,15 +29,23 @@ MASK_TEMPORARIES = 4
 MAX_ROWS = 1024
 
 
-@contextmanager
+@contextlib.contextmanager
 def float32_products() -> Iterator[None]:
-    """TF32 off for torch's products on a GPU: trainers set it for the whole process, and it costs 1e-3 of a logit."""
+    """TF32 off for torch's products on a GPU: trainers set it for the whole process, and it costs 1e-3 of a logit.
+
+    torch has two settings, an older and a newer, and raises where one is read while they disagree: both are set, and
+    both restored.
+    """
     settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
+    before, older = settings.fp32_precision, None
+    with contextlib.suppress(RuntimeError):  # they disagree already
+        older = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # sets the newer too
     try:
         yield
     finally:
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
         settings.fp32_precision = before
 
 
@@ -69,7 +78,7 @@ class Chunked(Backend):
         for part, piece in _row_chunks(rows, 0, len(rows.hidden)):
             for columns in _vocab_chunks(rows, len(rows.hidden), 0):
                 delta = _delta(piece, columns)
-                out[part].index_add_(1, places[columns], delta.where(~minus[columns], -delta))
+                add_at(out[part], 1, places[columns], delta.where(~minus[columns], -delta))
 
     def longest_gram(self, depth: int) -> int:
         return min(_rows_at_once(depth), depth)

@@ -51,9 +51,9 @@ FLOAT16_SHIFT = 15 * math.log(2)
 class Triton(Chunked):
     name = "triton"
     description = (
-        "Triton kernels run by Triton's interpreter (TRITON_INTERPRET=1), for tests; head gradients and draws in torch"
+        "Triton kernels run by Triton's interpreter (TRITON_INTERPRET=1), for tests"
         if INTERPRETED
-        else "Triton: product and statistics fused, never holds the logits; head gradients and draws in chunked torch"
+        else "Triton: statistics, head gradients and draws fused with the product; never holds the logits"
     )
     automatic = not INTERPRETED
     devices = ("cpu",) if INTERPRETED else ("cuda",)

@@ -18,6 +18,7 @@ from typing import TypeAlias
 
 import torch
 
+from acqcore.backends.scatter import add_at
 from acqcore.gradients.head_pass import HeadPass
 from acqcore.head_grad import hash_columns, head_places
 from acqcore.signs import hashed_places, random_signs
@@ -79,7 +80,7 @@ class SquaredNorm:
         elif isinstance(piece, RowGrad):
             keys, sums = _row_sums(piece)
             squared = torch.zeros(len(piece.ids), dtype=torch.float64, device=sums.device)
-            squared.index_add_(0, keys // piece.size, sums.double().square().sum(1))
+            add_at(squared, 0, keys // piece.size, sums.double().square().sum(1))
         else:
             squared = piece.values.double().square().sum(1)
         self.values += squared.to(self.values.device)
@@ -197,4 +198,5 @@ def _row_sums(rows: RowGrad) -> tuple[torch.Tensor, torch.Tensor]:
     keys = torch.arange(b, device=rows.ids.device)[:, None] * rows.size + rows.ids
     keys, places = keys.unique(return_inverse=True)
     sums = rows.values.new_zeros(len(keys), rows.values.shape[2])
-    return keys, sums.index_add_(0, places.flatten(), rows.values.flatten(0, 1))
+    add_at(sums, 0, places.flatten(), rows.values.flatten(0, 1))
+    return keys, sums

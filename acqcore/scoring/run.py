@@ -134,6 +134,6 @@ class Runner:
             stats = row_stats(hidden, head, targets, backend=self._backend)
             loss = "mean" if gradients is None else gradients.loss
             return HeadPass(hidden, head, stats, batch.bounds, loss, self._backend)
-        backend = checked_backend(hidden, head, targets, 1.0, self._backend)
+        backend = checked_backend(hidden, head, targets, 1.0, self._backend, "head_grad_norm")
         visited = visit(hidden, head, targets, batch.bounds, 1.0, backend)
         return HeadPass(hidden, head, visited.stats, batch.bounds, gradients.loss, self._backend, visited)
