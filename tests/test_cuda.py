@@ -251,6 +251,8 @@ def test_choice_among_gpu_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("row_stats", 4096, 151936) == "triton"
     assert chosen("logit_stats", 4096, 151936) == "cuda"
     assert chosen("logit_stats", 4096, 151936, "triton") == "triton"
+    for op in ("dropout_mask", "mixture_stats", "head_grad_norm", "hidden_grad", "delta_hash"):
+        assert chosen(op, 4096, 151936) == "triton"
     assert chosen("", 0, 0) == "triton"  # an operation that the table does not know: the first that fits
     measured: dict[str, Any] = {"op": "row_stats", "capability": "9.0", "dtype": "bfloat16", "rows": "few"}
     rows = [measured | {"vocab": "large", "order": ["cuda", "triton"]}]

@@ -17,7 +17,7 @@ import torch
 import triton
 
 from acqcore.backends.triton import MIXED_SPLIT_FROM
-from acqcore.kernels import factors, gram, gram_norm, logit_stats, philox, row_stats
+from acqcore.kernels import block_mixture, factors, gram, gram_norm, logit_stats, mixture, philox, row_stats, sketch
 from acqcore.kernels.config import ARCHITECTURES, FOLDER, GramTiles, Strips, Tiles, table
 from benchmarks.ahead_of_time import MAJORS, SHARED_BYTES, Launch, compiled as _compile, recorded
 
@@ -57,7 +57,7 @@ def _row_stats(tiles: Tiles, dtype: torch.dtype, vocab: int, depth: int, **optio
 
 
 def _committed(arch: int, product: str, kernel: str = "row_stats") -> list[tuple[int, int, Any]]:
-    """(vocab, depth, tiles) of every entry that the repository has for an architecture and kind of product."""
+    """(vocab, depth, tiles) of every entry that the repository has for an architecture, kernel and kind of product."""
     kind = GramTiles if kernel == "gram" else Tiles
     entries = []
     for path in sorted(FOLDER.glob("*.json")):
@@ -228,6 +228,63 @@ def test_logit_stats(dtype: torch.dtype, arch: int, launches: ByName) -> None:
         logit_stats.logit_stats(logits, None, 1.0, state, index, strips)
         compiled = _compile(launches["logit_fold"], arch)
         assert re.search(r"ld\.global.*\.v4\.b32", compiled.asm["ptx"])  # 16-byte loads
+
+
+def _stack(compiled: Any, folder: Path) -> int:
+    """Bytes of local memory of a thread: registers that were spilled."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
+    (stack,) = re.findall(r"STACK:(\d+)", subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return int(stack)
+
+
+def _empty(*shape: int, of: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=of, device="meta")
+
+
+@pytest.mark.parametrize("arch", MAJORS)
+@pytest.mark.parametrize("form", ["element", "block"])
+def test_mixture_with_committed_tiles(form: str, arch: int, launches: dict, tmp_path: Path) -> None:
+    """Eight draws of a token meet in the registers of one thread; a few bytes wait outside the product's loop."""
+    kernel = {"element": "mixture", "block": "block_mixture"}[form]
+    for vocab, depth, tiles in _committed(arch, "half", kernel):
+        places = _empty(512, of=torch.int64)
+        masks = mixture.Masks(places, places, 64 if form == "block" else 1, 3, 2**28, 0.9)
+        options = {
+            "draws": 8, "masks": masks, "softcap": None, "scale": 1.0, "vocab_start": 0,
+            "state": _empty(6, 512, of=torch.float64), "votes": _empty(8, 512, of=torch.int64),
+        }  # fmt: skip
+        inputs = _empty(512, depth), _empty(vocab, depth), None, _empty(512, of=torch.int64)
+        if form == "element":
+            mixture.mixture_stats(*inputs, fold_tiles=tiles, tiles=tiles, **options)
+            names = {"mixture_fold": 0, "gather_draws": 0, "finish_draws": 0, "finish_mixture": 0}
+        else:
+            block_mixture.block_mixture_stats(*inputs, tiles=tiles, **options)
+            names = {"block_fold": 32, "block_mixture": 16, "write_block_masks": 0}
+        for name, most in names.items():
+            compiled = _compile(launches[name], arch)
+            assert compiled.metadata.shared <= SHARED_BYTES[arch]
+            assert _stack(compiled, tmp_path) <= most, name
+            if "fold" in name or name == "block_mixture":
+                assert MATRIX[arch] in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("arch", MAJORS)
+def test_sketch_with_committed_tiles(arch: int, launches: dict, tmp_path: Path) -> None:
+    for vocab, depth, tiles in _committed(arch, "half", "sketch"):
+        sketch.hashed_delta(
+            _empty(512, depth), _empty(vocab, depth), None, _empty(512, of=torch.int64),
+            _empty(vocab, of=torch.int32), softcap=None, scale=1.0, temperature=1.0, vocab_start=0,
+            state=_empty(7, 512, of=torch.float64), index=_empty(512, of=torch.int64), fill=True,
+            out=_empty(512, 4096, of=torch.float32), tiles=tiles,
+        )  # fmt: skip
+        compiled = _compile(launches["sketch_fold"], arch)
+        assert compiled.metadata.shared <= SHARED_BYTES[arch]
+        assert _stack(compiled, tmp_path) <= 64
+        assert MATRIX[arch] in compiled.asm["ptx"]
+        for opcode in ("atom.", "red."):  # sums have one order
+            assert opcode not in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("arch", MAJORS)

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from acqcore.backends import DrawRows, Dropout
-from acqcore.backends import get as get_backend
+from acqcore.backends import DrawRows, Dropout, get as get_backend
 from acqcore.backends.triton import Triton
 from acqcore.head import Head
 from acqcore.kernels import block_mixture, mixture
@@ -129,19 +128,19 @@ def test_packed_rows(draws: int, width: int, monkeypatch: pytest.MonkeyPatch) ->
     assert case.targets is not None
     seen: list[torch.Tensor] = []
 
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     def stop(packed: torch.Tensor, *_: Any) -> None:
         seen.append(packed)
-        raise Enough
+        raise EnoughError
 
     monkeypatch.setattr(mixture, "launch_fold", stop)
     positions = torch.arange(21) * 3
     samples = torch.arange(21) // 4
     masks = Masks(samples, positions, width, 2**62 + 5, threshold(0.4), 0.6)
     tiles = _tiles(64, 16)
-    with pytest.raises(Enough):
+    with pytest.raises(EnoughError):
         mixture_stats(
             case.hidden, case.head.weight, None, case.targets, draws=draws, masks=masks, softcap=None, scale=1.0,
             vocab_start=0, state=torch.empty(6, 21, dtype=torch.float64), votes=torch.empty(draws, 21).long(),
