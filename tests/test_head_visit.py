@@ -23,12 +23,15 @@ N = sum(LENGTHS)
 
 
 def _rising() -> Case:
-    """Every row's largest logit rises with every tile, at a pace of its own, and falls in some rows."""
+    """Every row's largest logit rises with every tile, at a pace of its own, or falls.
+
+    So many columns that the cpu backend's partial sums cover several tiles on every instruction set.
+    """
     g = torch.Generator().manual_seed(3)
-    steps = torch.arange(3000.0) / 90
+    steps = torch.arange(16000.0) / 1600
     pace = torch.linspace(-1, 1, N)[:, None]
-    logits = steps * pace + torch.randn(N, 3000, generator=g)
-    return case_from_logits(logits, torch.randint(0, 3000, (N,), generator=g))
+    logits = steps * pace + torch.randn(N, 16000, generator=g)
+    return case_from_logits(logits, torch.randint(0, 16000, (N,), generator=g))
 
 
 def _repeated() -> Case:
@@ -88,7 +91,10 @@ def _autograd(case: Case, weights: torch.Tensor) -> torch.Tensor:
     for begin, end in BOUNDS:
         z = head.logits(exact.hidden[begin:end], exact.temperature)
         loss = torch.nn.functional.cross_entropy(
-            z, exact.targets[begin:end], ignore_index=-100, reduction="none"  # type: ignore[index]
+            z,
+            exact.targets[begin:end],
+            ignore_index=-100,
+            reduction="none",  # type: ignore[index]
         )
         parameters = [weight] if bias is None else [weight, bias]
         gradients = torch.autograd.grad((loss * weights[begin:end]).sum(), parameters)
@@ -106,6 +112,24 @@ def test_norms(name: str, form: str, dtype: torch.dtype, rtol: float, implementa
     chosen = get_backend(implementation)
     got = visit(case.hidden, case.head, case.targets, BOUNDS, case.temperature, chosen, form).grad_norm(weights)
     torch.testing.assert_close(got.double(), _autograd(case, weights), rtol=rtol, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_hidden_grad(name: str, dtype: torch.dtype, implementation: str) -> None:
+    """Each row's gradient within 1e-4 of its own norm, or of what float32 keeps of the weights' sum."""
+    case = _case(name).to(dtype)
+    assert case.targets is not None
+    got = acqcore.hidden_grad(
+        case.hidden, case.head, case.targets, temperature=case.temperature, backend=implementation
+    )
+    exact = case.to(torch.float64)
+    hidden = exact.hidden.requires_grad_()
+    z = exact.head.logits(hidden, exact.temperature)
+    loss = torch.nn.functional.cross_entropy(z, case.targets, ignore_index=-100, reduction="sum")
+    (expected,) = torch.autograd.grad(loss, hidden)
+    error = (got.double() - expected).norm(dim=1)
+    assert (error <= 1e-4 * expected.norm(dim=1) + 1e-6 * exact.head.weight.norm(dim=1).mean()).all()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -205,7 +229,7 @@ def test_a_row_that_is_not_finite_spoils_its_sample_alone(implementation: str) -
 
 @pytest.mark.parametrize("name", ["everything", "-inf tiles"])
 def test_shards_add_up(name: str, implementation: str) -> None:
-    """Each shard's share from its own Gram and the state of the whole vocabulary; the first may have no finite logit."""
+    """Each shard's share, from its own Gram and the whole vocabulary's state; the first may have no finite logit."""
     case = _case(name)
     assert case.targets is not None
     assert case.head.bias is not None
