@@ -66,10 +66,12 @@ def measure(
     memory: bool = True,
     device: str = "cpu",
     ceiling: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Row]:
     """Times ``peers`` in turn, after one call each to warm up (and to take its peak memory).
 
     ``work`` is what each call does, in bytes or floating-point operations; ``ceiling`` is in units of it a second.
+    On the CPU a call takes the difference of two readings of ``clock``, in seconds.
     """
     on_gpu = device == "cuda"
     peak = peak_gpu_mib if on_gpu else peak_mib
@@ -78,7 +80,7 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in peers}
     for _ in range(turns):
         for name, call in peers.items():
-            times[name].append(gpu_seconds(call, repeats[name]) if on_gpu else cpu_seconds(call))
+            times[name].append(gpu_seconds(call, repeats[name]) if on_gpu else cpu_seconds(call, clock))
     rows = []
     for name in peers:
         seconds = statistics.median(times[name])
@@ -89,10 +91,10 @@ def measure(
     return rows
 
 
-def cpu_seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def cpu_seconds(call: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
     result = call()
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     del result
     return seconds
 

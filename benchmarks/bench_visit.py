@@ -1,0 +1,118 @@
+"""One visit of a head's weights on the CPU: statistics, and the cost of gradient norms, dL/dh and mutual information.
+
+``python -m benchmarks.bench_visit`` measures SmolLM2's head (D = 576, V = 49152) in float32 and bfloat16, in samples of
+several lengths, beside the bare product, Opacus where it is installed and one backward per sample, and writes
+``results/visit.json`` and a plot. ``--clock cpu`` counts the process's time on the processor, for a machine that others
+use as well; take one thread with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import time
+from collections.abc import Callable
+
+import torch
+
+import acqcore
+from benchmarks import harness
+from benchmarks.bench_gradients import D, V, loop, opacus
+
+STATISTICS = "statistics"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DRAWS = 8
+
+
+def inputs(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states ``[rows, D]``, weight ``[V, D]`` and targets ``[rows]``; logits of standard deviation 3."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, D, generator=g) * (3 / D**0.5)
+    hidden = torch.randn(rows, D, generator=g)
+    return hidden.to(dtype), weight.to(dtype), torch.randint(0, V, (rows,), generator=g)
+
+
+def norm_peers(
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    targets: torch.Tensor,  # [N]
+    length: int,
+) -> dict[str, Callable[[], object]]:
+    """Gradient norms of samples of ``length`` rows; those of every peer agree with ours to 1e-3, or this raises."""
+    head, offsets = acqcore.Head(weight), torch.arange(0, len(hidden) + 1, length)
+    peers: dict[str, Callable[[], object]] = {
+        STATISTICS: lambda: acqcore.row_stats(hidden, head, targets),
+        "statistics and norm": lambda: acqcore.head_grad_norm(hidden, head, targets, offsets),
+        "statistics and norm, two visits": lambda: acqcore.head_grad_norm(
+            hidden, head, targets, offsets, form="direct"
+        ),
+        "bare product (torch)": lambda: hidden @ weight.T,
+    }
+    if hidden.dtype == torch.float32:
+        layer = torch.nn.Linear(D, V, bias=False)
+        layer.weight = torch.nn.Parameter(weight)
+        batch, of_batch = hidden.view(-1, length, D), targets.view(-1, length)
+        expected = acqcore.head_grad_norm(hidden, head, targets, offsets)
+        found: dict[str, Callable[..., torch.Tensor]] = {"one backward per sample": loop}
+        if importlib.util.find_spec("opacus") is not None:
+            found["Opacus ghost norm"] = opacus
+        for name, function in found.items():
+            torch.testing.assert_close(function(batch, layer, of_batch), expected, rtol=1e-3, atol=0)
+            peers[name] = _bind(function, batch, layer, of_batch)
+    return peers
+
+
+def row_peers(
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    targets: torch.Tensor,  # [N]
+) -> dict[str, Callable[[], object]]:
+    head = acqcore.Head(weight)
+    return {
+        STATISTICS: lambda: acqcore.row_stats(hidden, head, targets),
+        "hidden_grad": lambda: acqcore.hidden_grad(hidden, head, targets),
+        f"mutual information, block, K={DRAWS}": lambda: acqcore.mutual_information(
+            hidden, head, form="block", draws=DRAWS
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512, 2048])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    arguments = parser.parse_args()
+    rows: list[harness.Row] = []
+    for dtype in arguments.dtypes:
+        hidden, weight, targets = inputs(arguments.rows, DTYPES[dtype])
+        cases = {f"samples of {t}": norm_peers(hidden, weight, targets, t) for t in arguments.lengths}
+        cases["rows"] = row_peers(hidden, weight, targets)
+        for what, peers in cases.items():
+            case = f"{dtype}, N={arguments.rows} D={D} V={V}, {what}"
+            print(f"measuring {case} ...", flush=True)
+            rows += harness.measure(
+                case,
+                peers,
+                baseline=STATISTICS,
+                work=2.0 * len(hidden) * D * V,
+                turns=arguments.turns,
+                clock=CLOCKS[arguments.clock],
+            )
+    harness.report("visit", rows, unit="GFLOP/s", notes={"ratio_to": STATISTICS, "clock": arguments.clock})
+
+
+def _bind(
+    function: Callable[..., torch.Tensor],
+    hidden: torch.Tensor,  # [B, T, D]
+    head: torch.nn.Linear,
+    targets: torch.Tensor,  # [B, T]
+) -> Callable[[], object]:
+    return lambda: function(hidden, head, targets)
+
+
+if __name__ == "__main__":
+    main()
