@@ -34,7 +34,8 @@ class Gram:
     - ``cap'_s[v] = 1 - (z_s[v] temperature / softcap)^2`` is the derivative of the softcap, 1 without one. The constant
       ``scale / temperature`` is left out.
 
-    Rows with target -100 hold zeros. A row without a finite logit, or with NaN, may hold anything.
+    Rows with target -100, and rows whose logits over this weight are all -inf, hold zeros. A row with NaN may hold
+    anything.
     """
 
     bounds: tuple[tuple[int, int], ...]  # [begin, end) rows of each covered sample, known on the host
@@ -179,8 +180,8 @@ class Backend(ABC):
         """Fill the state as ``row_stats`` does, and ``out`` in the same visit of the weights.
 
         ``out_s = sum_v exp(z_s[v] - m_s) cap'_s[v] W_v`` over the columns of this weight but the row's target, with
-        ``m_s`` and ``cap'`` as in :class:`Gram`; zero in rows with target -100. ``head_grad.hidden_grad``
-        makes dL/dh of it: normalised, the target's column added exactly.
+        ``m_s`` and ``cap'`` as in :class:`Gram`; zero where its rows are. ``head_grad.hidden_grad`` makes dL/dh of it:
+        normalised, the target's column added exactly.
         """
 
     @abstractmethod

@@ -23,7 +23,7 @@ constexpr int64_t kStateBytes = 16 << 20;    // states of the splits
 constexpr float kNone = -87.0f;              // below, exp is taken as 0: 1e-38
 constexpr int64_t kBufferBytes = 4 << 20;    // logits of a tile that wait for further products
 constexpr int kDrawGroup = 8;                // draws summed at once in the block form
-constexpr int kPlane = kPanelRows * kTile;   // logits of a panel of rows under one draw
+constexpr int kPlane = kPanelRows * kTile + 2 * kLanes;  // logits of a panel of rows under one draw; planes share no cache sets
 
 struct Plan {
   Inner inner;

@@ -7,26 +7,45 @@
 
 namespace acqcore::ACQCORE_ISA {
 
-constexpr int kLoadUnits = 256;  // units read at once while packing, on the stack
+constexpr int kLoadUnits = 128;  // units of a row read at once while packing, on the stack; a multiple of kLanes
+
+// Units [begin, begin + n) of a row.
+inline void load_units(const Matrix& m, int64_t row, bool pairs, int64_t begin, int64_t n, float* out /* [n] */) {
+  if (pairs) {
+    load_pairs(m, row, begin, n, out);
+  } else {
+    load_floats(m, row, begin, n, out);
+  }
+}
 
 // Interleaves `count` rows of a matrix into a panel of `width`, units [begin, begin + n); missing rows become 0.
 // rows: [count] row numbers, or null for first, first + 1, ...
 inline void pack_panel(const Matrix& m, const int64_t* rows, int64_t first, int count, int width, bool pairs,
                        int64_t begin, int64_t n, float* panel /* [n, width] */) {
-  float units[kLoadUnits];
-  for (int j = 0; j < width; ++j) {
+  const auto number = [&](int j) { return rows ? rows[j] : first + j; };
+  float units[kLanes * kLoadUnits];
+  int j = 0;
+  for (; j + kLanes <= count; j += kLanes) {  // transposed in registers
+    for (int64_t k0 = 0; k0 < n; k0 += kLoadUnits) {
+      const int64_t part = n - k0 < kLoadUnits ? n - k0 : kLoadUnits;
+      for (int i = 0; i < kLanes; ++i) load_units(m, number(j + i), pairs, begin + k0, part, units + i * kLoadUnits);
+      for (int64_t k = 0; k < part; k += kLanes) {
+        Vec v[kLanes];
+        for (int i = 0; i < kLanes; ++i) v[i] = load(units + i * kLoadUnits + k);  // past `part` anything
+        transpose(v);
+        const int64_t present = part - k < kLanes ? part - k : kLanes;
+        for (int64_t i = 0; i < present; ++i) store(panel + (k0 + k + i) * width + j, v[i]);
+      }
+    }
+  }
+  for (; j < width; ++j) {
     if (j >= count) {
       for (int64_t k = 0; k < n; ++k) panel[k * width + j] = 0;
       continue;
     }
-    const int64_t row = rows ? rows[j] : first + j;
     for (int64_t k0 = 0; k0 < n; k0 += kLoadUnits) {
       const int64_t part = n - k0 < kLoadUnits ? n - k0 : kLoadUnits;
-      if (pairs) {
-        load_pairs(m, row, begin + k0, part, units);
-      } else {
-        load_floats(m, row, begin + k0, part, units);
-      }
+      load_units(m, number(j), pairs, begin + k0, part, units);
       for (int64_t k = 0; k < part; ++k) panel[(k0 + k) * width + j] = units[k];
     }
   }

@@ -85,6 +85,30 @@ inline Vec add_halves(Vec a, Vec b) {
   return shuffle(a, b, low) + shuffle(a, b, high);
 }
 
+// One step of a transposition: blocks of kHalf lanes off the diagonal change places.
+template <int kHalf>
+inline void exchange(Vec* v /* [kLanes] */) {
+  IntVec low, high;
+  for (int i = 0; i < kLanes; ++i) {
+    low[i] = i & kHalf ? kLanes + i - kHalf : i;
+    high[i] = i & kHalf ? kLanes + i : i + kHalf;
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kHalf) continue;
+    const Vec a = v[i], b = v[i + kHalf];
+    v[i] = shuffle(a, b, low);
+    v[i + kHalf] = shuffle(a, b, high);
+  }
+}
+
+// Lane j of v[i] <-> lane i of v[j].
+inline void transpose(Vec* v /* [kLanes] */) {
+  if constexpr (kLanes > 8) exchange<8>(v);
+  if constexpr (kLanes > 4) exchange<4>(v);
+  exchange<2>(v);
+  exchange<1>(v);
+}
+
 // Lane i: the sum of the lanes of v[i]. v is overwritten.
 inline Vec horizontal_sums(Vec* v /* [kLanes] */) {
   if constexpr (kLanes > 8) {

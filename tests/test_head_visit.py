@@ -1,0 +1,235 @@
+"""One visit of the head's weights: Gram matrices and unnormalised sums beside the statistics, on hard inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.backends import HeadRows
+from acqcore.backends import get as get_backend
+from acqcore.head_grad import loss_weights
+from acqcore.head_visit import visit
+from acqcore.row_stats import empty_gram, empty_state
+from acqcore.testing import Case, case_from_logits, random_case
+
+#: Samples of 1, 2, 17, 40, 21 and 5 rows: no multiple of a block or panel among the longer.
+LENGTHS = (1, 2, 17, 40, 21, 5)
+BOUNDS = tuple((sum(LENGTHS[:i]), sum(LENGTHS[: i + 1])) for i in range(len(LENGTHS)))
+N = sum(LENGTHS)
+
+
+def _rising() -> Case:
+    """Every row's largest logit rises with every tile, at a pace of its own, and falls in some rows."""
+    g = torch.Generator().manual_seed(3)
+    steps = torch.arange(3000.0) / 90
+    pace = torch.linspace(-1, 1, N)[:, None]
+    logits = steps * pace + torch.randn(N, 3000, generator=g)
+    return case_from_logits(logits, torch.randint(0, 3000, (N,), generator=g))
+
+
+def _repeated() -> Case:
+    """Two targets for all rows, and rows that are alike: cross-token terms are as large as they can be."""
+    case = random_case(N, 40, 700)
+    hidden = case.hidden[:1] + 0.01 * case.hidden
+    return Case(hidden, case.head, torch.arange(N) % 2 * 600)
+
+
+def _with_targets(top: bool) -> Case:
+    """Every target is the largest logit of its row, or none is, by a wide margin."""
+    case = random_case(N, 48, 1000, std=6.0)
+    z = case.head.logits(case.hidden)
+    return Case(case.hidden, case.head, z.argmax(dim=1) if top else z.argmin(dim=1))
+
+
+def _impossible() -> Case:
+    """Whole tiles of -inf logits, the first and the last among them."""
+    case = random_case(N, 40, 2000, bias=True)
+    assert case.head.bias is not None
+    case.head.bias[:1100] = -math.inf
+    case.head.bias[1900:] = -math.inf
+    return Case(case.hidden, case.head, torch.arange(N) + 1100)
+
+
+CASES = {
+    "rising": _rising,
+    "repeated targets": _repeated,
+    "top targets": lambda: _with_targets(True),
+    "far targets": lambda: _with_targets(False),
+    "-inf tiles": _impossible,
+    "one tile and a column": lambda: random_case(N, 24, 385),
+    "few columns": lambda: random_case(N, 24, 7),
+    "one column": lambda: random_case(N, 24, 1),
+    "deep": lambda: random_case(N, 1400, 900),
+    "flat": lambda: random_case(N, 40, 5000, std=0.01),
+    "std 30": lambda: random_case(N, 64, 3000, std=30.0),
+    "softcap": lambda: random_case(N, 40, 1300, std=20.0, softcap=10.0),
+    "everything": lambda: random_case(N, 41, 1500, bias=True, softcap=15.0, scale=0.5, temperature=1.3),
+}
+
+
+def _case(name: str) -> Case:
+    case = CASES[name]()
+    assert case.targets is not None
+    case.targets[[2, 7, 30, N - 1]] = -100
+    return case
+
+
+def _autograd(case: Case, weights: torch.Tensor) -> torch.Tensor:
+    """Norm of each sample's gradient in weight and bias, ``[B]``, by autograd in float64."""
+    exact = case.to(torch.float64)
+    weight = exact.head.weight.requires_grad_()
+    bias = None if exact.head.bias is None else exact.head.bias.double().requires_grad_()
+    head = dataclasses.replace(exact.head, weight=weight, bias=bias)
+    norms = []
+    for begin, end in BOUNDS:
+        z = head.logits(exact.hidden[begin:end], exact.temperature)
+        loss = torch.nn.functional.cross_entropy(
+            z, exact.targets[begin:end], ignore_index=-100, reduction="none"  # type: ignore[index]
+        )
+        parameters = [weight] if bias is None else [weight, bias]
+        gradients = torch.autograd.grad((loss * weights[begin:end]).sum(), parameters)
+        norms.append(sum(g.nan_to_num(0).square().sum() for g in gradients).sqrt())  # type: ignore[union-attr]
+    return torch.stack(norms)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-3), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("form", ["gram", "direct"])
+@pytest.mark.parametrize("name", CASES)
+def test_norms(name: str, form: str, dtype: torch.dtype, rtol: float, implementation: str) -> None:
+    case = _case(name).to(dtype)
+    assert case.targets is not None
+    weights = torch.linspace(0.1, 2, N).double() * (case.targets != -100)
+    chosen = get_backend(implementation)
+    got = visit(case.hidden, case.head, case.targets, BOUNDS, case.temperature, chosen, form).grad_norm(weights)
+    torch.testing.assert_close(got.double(), _autograd(case, weights), rtol=rtol, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_statistics_are_those_of_row_stats(name: str, implementation: str) -> None:
+    """Bit by bit: a Gram or an unnormalised sum beside the fold changes nothing of it."""
+    case = _case(name)
+    assert case.targets is not None
+    chosen = get_backend(implementation)
+    alone = case.run(implementation)
+    with_gram = visit(case.hidden, case.head, case.targets, BOUNDS, case.temperature, chosen, "gram").stats
+    assert torch.equal(with_gram.state.nan_to_num(7), alone.state.nan_to_num(7))
+    assert torch.equal(with_gram.max_index, alone.max_index)
+    state, index = empty_state(case.hidden)
+    rows = HeadRows(case.hidden, case.head, case.targets, case.temperature, state, index)
+    chosen.hidden_grad(rows, torch.empty_like(case.hidden))
+    assert torch.equal(state.nan_to_num(7), alone.state.nan_to_num(7))
+    assert torch.equal(index, alone.max_index)
+
+
+@pytest.mark.parametrize("name", ["rising", "repeated targets", "everything", "-inf tiles", "std 30"])
+def test_products_are_their_definition(name: str, implementation: str) -> None:
+    """Entry by entry against float64: symmetric, zero in ignored rows, the targets' columns left out."""
+    case = _case(name)
+    got, expected = (_products(c, b) for c, b in ((case, implementation), (case.to(torch.float64), "eager")))
+    scale = expected.diagonal(dim1=1, dim2=2).sqrt()
+    bound = scale[:, :, None] * scale[:, None, :]
+    assert ((got.double() - expected).abs() <= 1e-4 * bound + 1e-30).all()
+    assert torch.equal(got, got.mT)
+    assert case.targets is not None
+    ignored = (case.targets == -100).view(2, -1)
+    assert (got[ignored] == 0).all()
+
+
+def _products(case: Case, backend: str) -> torch.Tensor:
+    """Gram matrices of two samples of 43 rows, ``[2, 43, 43]``."""
+    bounds = ((0, 43), (43, 86))
+    gram = empty_gram(bounds, case.hidden, case.hidden.dtype)
+    gram.products.fill_(torch.nan)
+    state, index = empty_state(case.hidden)
+    rows = HeadRows(case.hidden, case.head, case.targets, case.temperature, state, index)
+    get_backend(backend).row_stats(rows, gram)
+    return gram.products.view(2, 43, 43)
+
+
+@pytest.mark.parametrize("isa", [isa for isa, missing in acqcore._core.isas() if not missing])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_sample_does_not_depend_on_its_batch(
+    threads: int, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit, whatever is scored beside it and on however many threads."""
+    monkeypatch.setenv("ACQCORE_ISA", isa)
+    case = random_case(700, 40, 5000).to(dtype)
+    assert case.targets is not None
+    offsets = torch.tensor([0, 3, 40, 41, 350, 700])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        whole = acqcore.head_grad_norm(case.hidden, case.head, case.targets, offsets, form="gram", backend="cpu")
+        grads = acqcore.hidden_grad(case.hidden, case.head, case.targets, backend="cpu")
+        torch.set_num_threads(1)
+        for i, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
+            own, head, y = case.hidden[begin:end], case.head, case.targets[begin:end]
+            alone = acqcore.head_grad_norm(own, head, y, torch.tensor([0, end - begin]), form="gram", backend="cpu")
+            assert alone[0] == whole[i]
+            assert torch.equal(acqcore.hidden_grad(own, head, y, backend="cpu"), grads[begin:end])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("gap", [7.0, 14.0, 20.0, 27.0])
+def test_confident_samples(gap: float, implementation: str) -> None:
+    """Norms down to 1e-9 where every target is all but certain, and the rows' runners-up are shared."""
+    logits = torch.full((12, 900), -gap - 20.0)
+    logits[:, 450] = -gap
+    targets = torch.arange(12) * 70
+    logits[torch.arange(12), targets] = 0.0
+    case = case_from_logits(logits, targets)
+    p = logits.double().softmax(dim=1)
+    p[torch.arange(12), targets] = 0
+    p[torch.arange(12), targets] = -p.sum(dim=1)  # hidden states are unit vectors: the gradient has these rows
+    expected = torch.stack([p[:5].norm() / 5, p[5:].norm() / 7])
+    got = acqcore.head_grad_norm(
+        case.hidden, case.head, targets, torch.tensor([0, 5, 12]), form="gram", backend=implementation
+    )
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_a_row_that_is_not_finite_spoils_its_sample_alone(implementation: str) -> None:
+    case = random_case(20, 24, 900)
+    case.hidden[6] = torch.nan
+    got = acqcore.head_grad_norm(
+        case.hidden, case.head, case.targets, torch.tensor([0, 5, 9, 20]), form="gram", backend=implementation
+    )
+    assert got.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["everything", "-inf tiles"])
+def test_shards_add_up(name: str, implementation: str) -> None:
+    """Each shard's share from its own Gram and the state of the whole vocabulary; the first may have no finite logit."""
+    case = _case(name)
+    assert case.targets is not None
+    assert case.head.bias is not None
+    chosen, head = get_backend(implementation), case.head
+    weights = torch.linspace(0.1, 2, N).double() * (case.targets != -100)
+    whole = visit(case.hidden, head, case.targets, BOUNDS, case.temperature, chosen, "gram")
+    expected = whole.grad_norm(weights).double().square()
+    parts = []
+    for begin, end in ((0, 400), (400, len(head.weight))):
+        shard = acqcore.Head(
+            head.weight[begin:end], head.bias[begin:end], head.softcap, head.scale, begin, len(head.weight)
+        )
+        parts.append(visit(case.hidden, shard, case.targets, BOUNDS, case.temperature, chosen, "gram"))
+    stats = parts[0].stats.merge(parts[1].stats)
+    shares = [dataclasses.replace(part, stats=stats).grad_norm(weights).double().square() for part in parts]
+    torch.testing.assert_close(shares[0] + shares[1], expected, rtol=1e-5, atol=0)
+
+
+def test_samples_that_are_too_long_take_the_other_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _case("repeated targets")
+    assert case.targets is not None
+    cpu = get_backend("cpu")
+    monkeypatch.setattr(type(cpu), "longest_gram", lambda *_: 17)
+    weights = loss_weights(case.targets, BOUNDS, "sum", None)
+    visited = visit(case.hidden, case.head, case.targets, BOUNDS, 1.0, cpu)
+    assert visited.short == (0, 1, 2, 5)
+    torch.testing.assert_close(visited.grad_norm(weights).double(), _autograd(case, weights), rtol=1e-4, atol=0)
