@@ -39,7 +39,7 @@ class Stage:
 
 
 def missing() -> str | None:
-    """Why this machine or interpreter can not run the check, in one sentence, or None."""
+    """Why this machine or interpreter cannot run the check, in one sentence, or None."""
     if sys.version_info < (3, 11):  # noqa: UP036 - the interpreter is the user's, this package is not installed in it
         return f"expected Python 3.11 or newer, got {sys.version.split()[0]}"
     try:
