@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -153,6 +154,17 @@ def student_rows(turns: int, data: Path, count: int) -> list[harness.Row]:
             total = list(torch.autograd.grad(loss, parameters))
         return total
 
+    reference = acqcore.influence_reference(student, samples[:2])
+    arguments: dict[str, dict[str, Any]] = {
+        "grad_norm": {"parameters": "all"},
+        "influence": {"reference": reference},
+        "gradient_diversity": {"parameters": "all"},
+    }
+
+    def score(*names: str) -> Callable[[], object]:
+        given = {name: arguments[name] for name in names}
+        return lambda: acqcore.score(student, samples, names, acquisition_args=given, progress=False)
+
     assert weight.shape == (V, D)
     peers: dict[str, Callable[[], object]] = {
         TRUNK: trunk,
@@ -161,6 +173,8 @@ def student_rows(turns: int, data: Path, count: int) -> list[harness.Row]:
         ),
         "acqcore.grad_norm(parameters='all')": lambda: acqcore.grad_norm(student, samples, "all"),
         "acqcore.grad_sketch(parameters='all')": lambda: acqcore.grad_sketch(student, samples, "all"),
+        **{f"score({name}), all layers": score(name) for name in arguments},
+        f"score({', '.join(arguments)}), all layers": score(*arguments),
         "ordinary batched forward and backward": batched,
         "one backward per sample, all parameters": backward_per_sample,
     }

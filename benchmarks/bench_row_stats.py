@@ -133,7 +133,7 @@ GPU_PEERS: dict[str, Callable[..., object]] = {
 
 
 def missing(peer: str) -> str | None:
-    """Why a peer can not run here, or None."""
+    """Why a peer cannot run here, or None."""
     if not hasattr(torch.nn.functional, "linear_cross_entropy") and peer.startswith("torch linear"):
         return "this torch has no linear_cross_entropy"
     module = {"TRL": "trl", "Liger": "liger_kernel"}.get(peer.split()[0])

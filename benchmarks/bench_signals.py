@@ -124,7 +124,7 @@ def scored(student: acqcore.Student, name: str, arguments: dict[str, Any], sampl
 
 def learnability(engine: Engine, samples: Sequence[Sample], *, verified: bool) -> Values:
     """Variance of being right over ``ANSWERS`` sampled answers, unbiased: k/(k-1) p(1-p). Right is what equals the
-    sample's own answer; ``verified`` leaves out (None) the samples whose answer the domain can not prove right."""
+    sample's own answer; ``verified`` leaves out (None) the samples whose answer the domain cannot prove right."""
     sampling = Sampling(n=ANSWERS, max_tokens=DOMAIN.answer_tokens)
     groups = engine.generate([DOMAIN.student_prompt(sample.question) for sample in samples], sampling)
     values: Values = []

@@ -10,7 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +291,38 @@ def tiny_model() -> Callable[..., Any]:
         return model.eval()
 
     return build
+
+
+@pytest.fixture
+def exact() -> Callable[..., torch.Tensor]:
+    """``exact(model, samples, parameters, loss="mean")``: the gradient of each sample, ``[n, total]`` float64.
+
+    One backward per sample, unpadded, through the model's own logits. Samples are tensors padded on the right.
+    """
+
+    def run(
+        model: Any, samples: dict[str, torch.Tensor], parameters: Sequence[torch.Tensor], loss: str = "mean"
+    ) -> torch.Tensor:
+        found = [p.requires_grad for p in parameters]
+        rows = []
+        for ids, mask, labels in zip(
+            samples["input_ids"], samples["attention_mask"], samples.get("labels", samples["input_ids"]), strict=True
+        ):
+            length = int(mask.sum())
+            for p in parameters:
+                p.requires_grad_(True)
+            logits = model(input_ids=ids[None, :length]).logits[0, :-1]
+            value = torch.nn.functional.cross_entropy(logits, labels[1:length], reduction=loss)
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            pieces = [
+                p.new_zeros(p.numel()) if g is None else g.flatten() for g, p in zip(gradients, parameters, strict=True)
+            ]
+            rows.append(torch.cat(pieces).double())
+        for p, flag in zip(parameters, found, strict=True):
+            p.requires_grad_(flag)
+        return torch.stack(rows)
+
+    return run
 
 
 @pytest.fixture

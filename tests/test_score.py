@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import acqcore
 from acqcore.acquisitions import REGISTRY, RowNeed
@@ -76,7 +77,7 @@ def test_agrees_with_one_sample_at_a_time(
 @pytest.mark.parametrize("parameters", ["head", 1, "all"])
 @pytest.mark.parametrize("loss", ["mean", "sum"])
 def test_grad_norm_is_that_of_autograd(
-    loss: str, parameters: str | int, backend: str, tiny_model: Callable[..., Any], tokenizer: Any
+    loss: str, parameters: str | int, backend: str, tiny_model: Callable[..., Any], tokenizer: Any, exact: Any
 ) -> None:
     """Beside acquisitions of tokens, in the same call."""
     model = tiny_model("Llama")
@@ -90,12 +91,12 @@ def test_grad_norm_is_that_of_autograd(
         1: model.model.layers[-1].parameters,
         "all": model.parameters,
     }[parameters]
-    for i, row in enumerate(encode(SAMPLES, tokenizer, vocab_size=320, limit=64)):
-        targets = row.targets[1:]
-        logits = model(input_ids=row.ids[None]).logits[0, :-1]
-        value = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction=loss)
-        norm = torch.stack([g.square().sum() for g in torch.autograd.grad(value, list(of()))]).sum().sqrt()
-        torch.testing.assert_close(scores["grad_norm"][i], norm, rtol=1e-3, atol=0)
+    rows = encode(SAMPLES, tokenizer, vocab_size=320, limit=64)
+    ids, labels = (pad_sequence([getattr(row, name) for row in rows], True) for name in ("ids", "targets"))
+    mask = (torch.arange(ids.shape[1]) < torch.tensor([len(row.ids) for row in rows])[:, None]).long()
+    samples = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    expected = exact(model, samples, list(of()), loss).norm(dim=1)
+    torch.testing.assert_close(scores["grad_norm"].double(), expected, rtol=1e-3, atol=0)
     alone = acqcore.score(model, SAMPLES, "grad_norm", acquisition_args=arguments, tokenizer=tokenizer, backend=backend)
     torch.testing.assert_close(alone["grad_norm"], scores["grad_norm"], rtol=1e-4, atol=0)
     assert alone.valid.all()

@@ -97,7 +97,7 @@ def targets_in_range(value: torch.Tensor | None, vocab_size: int) -> torch.Tenso
     """Targets ``[N]`` that a backend can trust.
 
     On the CPU one outside the vocabulary raises. On other devices reading values would make the host wait for all that
-    is queued, in every batch, and can not be captured in a CUDA graph: there it is ignored as -100 is, so that its row
+    is queued, in every batch, and cannot be captured in a CUDA graph: there it is ignored as -100 is, so that its row
     is NaN and not valid.
     """
     if value is None:

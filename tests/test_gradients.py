@@ -29,28 +29,6 @@ def make_samples(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> dict[str, t
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def exact(
-    model: Any, samples: dict[str, torch.Tensor], parameters: Sequence[torch.Tensor], loss: str = "mean"
-) -> torch.Tensor:
-    """Gradients ``[n, total]`` by one backward per sample, unpadded, through the model's own logits."""
-    found = [p.requires_grad for p in parameters]
-    rows = []
-    for ids, mask, labels in zip(*samples.values(), strict=True):
-        length = int(mask.sum())
-        for p in parameters:
-            p.requires_grad_(True)
-        logits = model(input_ids=ids[None, :length]).logits[0, :-1]
-        value = nn.functional.cross_entropy(logits, labels[1:length], reduction=loss)
-        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-        pieces = [
-            p.new_zeros(p.numel()) if g is None else g.flatten() for g, p in zip(gradients, parameters, strict=True)
-        ]
-        rows.append(torch.cat(pieces).double())
-    for p, flag in zip(parameters, found, strict=True):
-        p.requires_grad_(flag)
-    return torch.stack(rows)
-
-
 def assert_norms(actual: torch.Tensor, gradients: torch.Tensor, rtol: float = 1e-4) -> None:
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), gradients.norm(dim=1), rtol=rtol, atol=0)
@@ -69,14 +47,16 @@ def lora(model: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter(kind: str, tied: bool, tiny_model: Callable[..., Any]) -> None:
+def test_every_parameter(
+    kind: str, tied: bool, tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
+) -> None:
     model = tiny_model(kind, tie_word_embeddings=tied)
     samples = make_samples()
     gradients = exact(model, samples, list(model.parameters()))
     assert_norms(grad_norm(model, samples, "all", backend="eager"), gradients)
 
 
-def test_every_backend(implementation: str, tiny_model: Callable[..., Any]) -> None:
+def test_every_backend(implementation: str, tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]) -> None:
     model = tiny_model("Gemma2", tie_word_embeddings=True)
     samples = make_samples()
     norms = grad_norm(model, samples, "all", backend=implementation)
@@ -88,7 +68,7 @@ def test_every_backend(implementation: str, tiny_model: Callable[..., Any]) -> N
 
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_last_blocks(kind: str, n: int, tiny_model: Callable[..., Any]) -> None:
+def test_last_blocks(kind: str, n: int, tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]) -> None:
     model = tiny_model(kind)
     samples = make_samples()
     gradients = exact(model, samples, last_blocks(model, n), "sum")
@@ -96,7 +76,7 @@ def test_last_blocks(kind: str, n: int, tiny_model: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Granite"])
-def test_head(kind: str, tiny_model: Callable[..., Any]) -> None:
+def test_head(kind: str, tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]) -> None:
     model = tiny_model(kind, tie_word_embeddings=False)
     samples = make_samples()
     gradients = exact(model, samples, list(model.lm_head.parameters()))
@@ -105,7 +85,9 @@ def test_head(kind: str, tiny_model: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("save", [None, ["lm_head"], ["embed_tokens"]])
 @pytest.mark.parametrize(("kind", "targets"), [("Llama", ["q_proj", "down_proj"]), ("Qwen3", "all-linear")])
-def test_trainable_adapters(kind: str, targets: Any, save: Any, tiny_model: Callable[..., Any]) -> None:
+def test_trainable_adapters(
+    kind: str, targets: Any, save: Any, tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
+) -> None:
     model = lora(tiny_model(kind), target_modules=targets, modules_to_save=save)
     samples = make_samples()
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -115,7 +97,7 @@ def test_trainable_adapters(kind: str, targets: Any, save: Any, tiny_model: Call
 
 
 def test_frozen_parameters_count_among_all_and_trainable_ones_alone_do_not(
-    tiny_model: Callable[..., Any],
+    tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
 ) -> None:
     model = lora(tiny_model("GPT2"), target_modules=["c_attn"], fan_in_fan_out=True)
     samples = make_samples()
@@ -124,7 +106,7 @@ def test_frozen_parameters_count_among_all_and_trainable_ones_alone_do_not(
     assert_norms(grad_norm(model, samples, "trainable", backend="eager"), exact(model, samples, trainable))
 
 
-def test_float64_and_bfloat16(tiny_model: Callable[..., Any]) -> None:
+def test_float64_and_bfloat16(tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]) -> None:
     model = tiny_model("Qwen2").double()
     samples = make_samples()
     gradients = exact(model, samples, list(model.parameters()))
@@ -144,7 +126,7 @@ def test_a_sample_does_not_depend_on_its_batch(parameters: Any, tiny_model: Call
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5 * float(alone.abs().max()))
 
 
-def test_long_samples_take_the_direct_form(tiny_model: Callable[..., Any]) -> None:
+def test_long_samples_take_the_direct_form(tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]) -> None:
     model = tiny_model("Llama")
     samples = make_samples((64, 60))  # more tokens than Gram products are worth in layers of 32 columns
     assert_norms(grad_norm(model, samples, "all", backend="eager"), exact(model, samples, list(model.parameters())))
@@ -176,7 +158,7 @@ class WithLogits(nn.Module):
         return type("Output", (), {"logits": self.trunk(input_ids) @ self.weight.T})
 
 
-def test_a_layer_that_is_used_twice_and_a_head_given_as_such() -> None:
+def test_a_layer_that_is_used_twice_and_a_head_given_as_such(exact: Callable[..., torch.Tensor]) -> None:
     trunk, weight = Trunk(), torch.randn(320, 16)
     samples = make_samples()
     student = acqcore.Student(trunk, acqcore.Head(weight))
@@ -238,7 +220,9 @@ def test_no_samples(tiny_model: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(("kind", "parameters"), [("Qwen2", "all"), ("GPT2", "all"), ("Llama", 1)])
-def test_sketches_keep_inner_products_on_average(kind: str, parameters: Any, tiny_model: Callable[..., Any]) -> None:
+def test_sketches_keep_inner_products_on_average(
+    kind: str, parameters: Any, tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
+) -> None:
     model, samples = tiny_model(kind), make_samples()
     wanted = list(model.parameters()) if parameters == "all" else last_blocks(model, 1)
     gradients = exact(model, samples, wanted)
@@ -253,7 +237,9 @@ def test_sketches_keep_inner_products_on_average(kind: str, parameters: Any, tin
     assert (stacked.std(0) / (norms * norms[:, None])).max() < 0.5
 
 
-def test_sketches_rank_pairs_as_gradients_do(tiny_model: Callable[..., Any]) -> None:
+def test_sketches_rank_pairs_as_gradients_do(
+    tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
+) -> None:
     model = tiny_model("Llama", tie_word_embeddings=True)
     stream = torch.randint(3, 320, (111,), generator=torch.Generator().manual_seed(0))
     ids = stream.unfold(0, 48, 1)  # 64 windows that share from none to all but one of their tokens
