@@ -1,4 +1,4 @@
-"""The product on a laptop, ``make demo``: scores, a short GRPO with a score as reward, and the whole loop.
+"""The product on a laptop, ``make demo``.
 
 1. SmolLM2-135M-Instruct scores the bundled seeds with every acquisition of row statistics in one call.
 2. The same model learns, for a few steps of TRL's GRPO, to write samples that a frozen copy of it is unsure of.
@@ -6,7 +6,6 @@
    reward, its questions labelled and learnt by a student, against baselines at equal rows, with a report.
 
 Every number printed is measured in this run. ``demo-output/`` keeps them: ``scores.parquet``, ``demo.json``, ``loop/``.
-``make bench BENCH=bench_score`` compares the scoring with the same statistics in plain torch.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ def main() -> None:
     quiet()
     begin = time.perf_counter()
     OUTPUT.mkdir(exist_ok=True)
-    path = find_model()
-    backend = next(row for row in acqcore.backends() if row.available)
+    path, backend = find_model(), next(row for row in acqcore.backends() if row.available)
     measured: dict[str, Any] = {
         "model": path,
         "versions": {module.__name__: module.__version__ for module in (acqcore, torch, transformers, trl)},
@@ -74,12 +72,11 @@ def main() -> None:
     measured["loop"] = run_loop()
     measured["seconds"] = time.perf_counter() - begin
     (OUTPUT / "demo.json").write_text(json.dumps(measured, indent=2) + "\n")
-    console.print(f"\n{measured['seconds']:.0f} s in all; {OUTPUT}/scores.parquet and {OUTPUT}/demo.json written")
-    console.print(f"The report of the loop: {report()}")
+    console.print(f"\n{measured['seconds']:.0f} s in all; numbers in {OUTPUT}, the report of the loop in {report()}")
 
 
 def quiet() -> None:
-    """Turns the libraries' own bars and notices off."""
+    """Turns the libraries' bars and notices off."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -87,15 +84,13 @@ def quiet() -> None:
 
 
 def find_model() -> str:
-    """Path of the packaged model, else the hub id; says which."""
+    """Path of the packaged model, else the hub id."""
     try:
         with console.status("SmolLM2-135M-Instruct: converting the packaged weights (once, half a minute)"):
-            path = str(smollm2_path())
+            return str(smollm2_path())
     except FileNotFoundError as error:
         console.print(f"[yellow]{error}[/]\nTaking {HUB_ID} from the hub.")
         return HUB_ID
-    console.print("SmolLM2-135M-Instruct, from the package that carries it")
-    return path
 
 
 def score(student: acqcore.Student) -> dict[str, float]:
@@ -111,8 +106,9 @@ def score(student: acqcore.Student) -> dict[str, float]:
     table = table.sort_values("entropy", ascending=False).reset_index(drop=True)
     table["question"] = table["prompt"].str.strip().str.slice(0, 48)
     ends = table.drop(index=range(8, len(table) - 8))
-    shown = ends[["entropy", "loss", "kind", "domain", "question"]]
-    show("Ranked by entropy, nats per token (both ends)", shown.round(3))
+    numbers = ends[["entropy", "loss"]].map("{:.3f}".format)
+    ranked = pandas.concat([numbers, ends[["kind", "domain", "question"]]], axis=1)
+    show("Ranked by entropy, nats per token (both ends)", ranked)
     means = table.groupby("kind")[list(ACQUISITIONS)].mean().loc[list(KINDS)].T
     show("Mean by kind", means.map("{:.4g}".format).reset_index(names="acquisition"))
     tokens = int(table["n_tokens"].sum())
@@ -122,7 +118,10 @@ def score(student: acqcore.Student) -> dict[str, float]:
 
 def show(title: str, frame: pandas.DataFrame) -> None:
     """Prints a table."""
-    table = Table(*map(str, frame.columns), title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for name, column in frame.items():
+        width = None if name == "question" else max(len(str(name)), *column.map(len))
+        table.add_column(str(name), no_wrap=True, min_width=width)
     for row in frame.itertuples(index=False):
         table.add_row(*map(str, row))
     console.print(table)
@@ -165,8 +164,8 @@ def teach(path: str, reward: AcquisitionReward) -> dict[str, Any]:
     }
     with console.status("training") as status:
         train.grpo(path, prompts(), reward, output, options, callbacks=[train.Progress(console.print, status.update)])
-    keys = {"seconds": "seconds", "reward_seconds": "reward_seconds", "reward_share": "reward_share"}
-    keys |= {"reward": "reward", "parsed": f"{reward.__name__}/parsed"}
+    keys = {key: key for key in ("seconds", "reward_seconds", "reward_share", "reward")}
+    keys["parsed"] = f"{reward.__name__}/parsed"
     steps = [{key: row[name] for key, name in keys.items()} for row in train.read_log(output) if "reward" in row]
     share = sum(step["reward_seconds"] for step in steps) / sum(step["seconds"] for step in steps)
     parsed = statistics.fmean(step["parsed"] for step in steps)
@@ -180,7 +179,7 @@ def teach(path: str, reward: AcquisitionReward) -> dict[str, Any]:
 
 
 def run_loop() -> dict[str, Any]:
-    """Runs the recipe ``arithmetic``; its seconds and the verdict of its report."""
+    """Runs the recipe ``arithmetic``."""
     console.rule("3. the whole loop, in a world of arithmetic")
     begin = time.perf_counter()
     status = cli.main(["run", "arithmetic", f"output={OUTPUT / 'loop'}"])

@@ -19,9 +19,10 @@ import pytest
 import acqsynth.train  # noqa: F401  (before processes are forked)
 from acqsynth import config as recipes, label, pipeline, write
 from acqsynth.cli import main
-from acqsynth.config import ConfigError
+from acqsynth.config import ConfigError, EngineConfig, RewardConfig, SamplingConfig
 from acqsynth.domains import Sample
-from acqsynth.steps import StepError, Store, read_rows, read_table
+from acqsynth.pipeline import Replay, Scoring
+from acqsynth.steps import StepContext, StepError, Store, read_rows, read_table, write_rows
 
 
 def run(recipe, *overrides):
@@ -318,6 +319,67 @@ def test_every_recipe_of_the_package_has_a_plan(name):
     plan = pipeline.plan(recipes.load(name))
     assert str(plan.report) == "06-report/report"
     assert plan.main in plan.arms
+
+
+SEEDS = [Sample(f"{n}+{n}", str(2 * n), f"{n} and {n}") for n in range(1, 9)]
+TRAINER = {"max_steps": 3, "use_cpu": True, "bf16": False, "save_steps": 1, "gradient_checkpointing": False}
+
+
+@pytest.fixture
+def scoring(sums, student_path, tmp_path, monkeypatch):
+    """A default reward over a student of a few thousand parameters, which refreshes every two steps."""
+    monkeypatch.setattr(pipeline, "find_domain", lambda name: sums)
+    write_rows(tmp_path / "seeds.parquet", SEEDS)
+    reward = RewardConfig(answers={"k": 2, "max_tokens": 4}, refresh_steps=2)
+    return Scoring(reward, "sums", EngineConfig(), student_path, tmp_path / "seeds.parquet", tmp_path / "seeds.parquet")
+
+
+def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp_path):
+    said = []
+    options = TRAINER | {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4}
+    arguments = {"generator": student_path, "prompts": 4, "shown": 2, "turns": False, "seed": 0}
+    pipeline.train_generator(
+        StepContext(tmp_path, said.append),
+        scoring=scoring,
+        method="grpo",
+        candidates=None,
+        options=options,
+        **arguments,
+    )
+    assert (tmp_path / "model/config.json").is_file()
+    assert json.loads((tmp_path / "counts.json").read_text()) == {"completions": 6}
+    assert sum("of 3: reward" in line for line in said) == 3
+    moved = f"step 2: the reward scores with {tmp_path / 'model/checkpoint-1'}"
+    assert [line for line in said if "scores with" in line] == [moved]
+    # DPO draws its candidates first; of random bytes none is a sample.
+    with pytest.raises(ValueError, match="expected a prompt whose best candidate passes the gates"):
+        pipeline.train_generator(
+            StepContext(tmp_path / "dpo"), scoring=scoring, method="dpo", options=TRAINER,
+            candidates=(SamplingConfig(max_tokens=4), 2), **arguments,
+        )  # fmt: skip
+
+
+def test_a_student_learns_rows_and_replay(scoring, student_path, tmp_path):
+    write_rows(tmp_path / "samples.parquet", SEEDS[:4])
+    said = []
+    pipeline.fit_student(
+        StepContext(tmp_path, said.append), domain="sums", student=str(student_path), n=3, options=TRAINER, seed=0,
+        samples=[tmp_path / "samples.parquet"], replay=Replay(0.5, "sums", tmp_path / "seeds.parquet"),
+    )  # fmt: skip
+    assert json.loads((tmp_path / "counts.json").read_text()) == {"wanted": 3, "rows": 3}
+    assert (tmp_path / "model/config.json").is_file()
+    assert said[-1].startswith("step 3 of 3: loss ")
+    with pytest.raises(ValueError, match=r"replay: expected 9 rows for a share of 0\.75 beside 3 samples, got 8"):
+        pipeline.fit_student(
+            StepContext(tmp_path), domain="sums", student=str(student_path), n=3, options=TRAINER, seed=0,
+            samples=[tmp_path / "samples.parquet"], replay=Replay(0.75, "sums", tmp_path / "seeds.parquet"),
+        )  # fmt: skip
+
+
+def test_rows_are_ranked_by_the_weights_of_the_reward():
+    reward = SimpleNamespace(fusion="raw", weights={"entropy": 2.0, "margin": -1.0})
+    fused = pipeline._fused({"entropy": [3.0, 1.0, None, 2.0], "margin": [0.0, 9.0, 5.0, 1.0]}, reward)
+    assert fused == [6.0, -7.0, None, 3.0]
 
 
 KILLED = [

@@ -24,15 +24,15 @@ class TransformersEngine(Engine):
     ``max_tokens``, or where the model's positions end.
 
     Args:
-        model: a local path or hub id, or a causal LM (a PEFT model too), which stays where it is and whose mode,
-            gradients and random state are left as found.
+        model: a local path or hub id, or a causal LM (a PEFT model too), which stays on its device; its mode, gradients
+            and the random state are left unchanged.
         tokenizer: by default the one beside the path; a model given as an object needs it.
         device: where a path is loaded; by default the first GPU, else the CPU.
         dtype: of a path's weights; by default the one they were saved in.
-        batch_tokens: most tokens of one batch, prompts and completions with their padding; a longer row goes alone.
+        batch_tokens: most tokens of one batch, prompts and completions with padding; a longer row gets its own batch.
 
     Raises:
-        ValueError: a model without a tokenizer; a device or dtype for a model that is loaded already.
+        ValueError: a model without a tokenizer; a device or dtype for a model that is already loaded.
     """
 
     name = "transformers"
@@ -127,7 +127,7 @@ class TransformersEngine(Engine):
             input_ids=tokens.to(self.model.device),
             attention_mask=mask.to(self.model.device),
             logits_processor=LogitsProcessorList([] if kept is None else [kept]),
-            # What a model's own generation configuration asks for beside these would bend what Sampling says.
+            # The model's own generation configuration must not override Sampling.
             generation_config=GenerationConfig(
                 do_sample=sampling.temperature > 0,
                 temperature=sampling.temperature or 1.0,
@@ -152,7 +152,7 @@ class TransformersEngine(Engine):
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Evaluation mode without gradients, random numbers apart; on leaving, all is as it was."""
+        """Evaluation mode without gradients, with random numbers of its own; restores all on exit."""
         modules = list(self.model.modules())
         flags = [module.training for module in modules]
         device = self.model.device
@@ -167,14 +167,14 @@ class TransformersEngine(Engine):
 
 
 def batches(lengths: Sequence[int], room: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of rows that run together, longest prompts first.
+    """Indices of the rows of each batch, longest prompts first.
 
     Rows of a batch have the same room, so that what a row may write does not depend on its neighbours.
 
     Args:
         lengths: tokens of each prompt.
         room: most tokens of each completion.
-        budget: most tokens of a batch, padding included; a row above it goes alone.
+        budget: most tokens of a batch, padding included; a longer row gets its own batch.
     """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -15,13 +15,13 @@ Result = TypeVar("Result")
 
 
 class Coalescer(Generic[Item, Result]):
-    """Collects items from any threads and event loops, and gives them to ``function`` in batches.
+    """Collects items from threads and event loops and passes them to ``function`` in batches.
 
-    A batch is run when ``limit`` items wait, or ``wait`` seconds after its first. One batch runs at a time, in a thread
-    of its own; what arrives meanwhile makes the next one.
+    A batch runs when ``limit`` items are queued, or ``wait`` seconds after its first item. One batch runs at a time, in
+    a dedicated thread; items that arrive meanwhile form the next one.
 
     Args:
-        function: n items -> n results, in order; what it raises is raised for each item of the batch.
+        function: n items -> n results, in order; its exceptions are raised for each item of the batch.
         limit: most items of a batch.
         wait: seconds that the first item of a batch waits for others.
 
@@ -44,10 +44,10 @@ class Coalescer(Generic[Item, Result]):
         self._worker: threading.Thread | None = None
 
     def submit(self, item: Item) -> Future[Result]:
-        """The result to come of an item."""
+        """The future result of an item."""
         future: Future[Result] = Future()
         self._queue.put((item, future))
-        with self._start:  # started at the first item, and again in a process that was forked since
+        with self._start:  # started at the first item, and again after a fork
             if self._worker is None or not self._worker.is_alive():
                 self._worker = threading.Thread(target=self._work, name="acqsynth-coalescer", daemon=True)
                 self._worker.start()
@@ -58,7 +58,7 @@ class Coalescer(Generic[Item, Result]):
         return self.submit(item).result()
 
     async def ask(self, item: Item) -> Result:
-        """The result of an item; the event loop goes on meanwhile."""
+        """The result of an item, awaited."""
         return await asyncio.wrap_future(self.submit(item))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Coalescer(Generic[Item, Result]):
                     batch.append(self._queue.get(timeout=max(0.0, deadline - time.monotonic())))
                 except queue.Empty:
                     break
-            # A caller that gave up (a cancelled task) is not answered.
+            # Cancelled callers are not answered.
             self._run([(item, future) for item, future in batch if future.set_running_or_notify_cancel()])
 
     def _run(self, batch: Sequence[tuple[Item, Future[Result]]]) -> None:
@@ -86,7 +86,7 @@ class Coalescer(Generic[Item, Result]):
             results = self.function([item for item, _ in batch])
             if len(results) != len(batch):
                 raise ValueError(f"function: expected {len(batch)} results, one an item, got {len(results)}")
-        except BaseException as error:  # a worker that dies would leave its callers waiting for ever
+        except BaseException as error:  # a dead worker would leave its callers waiting forever
             for _, future in batch:
                 future.set_exception(error)
             return

@@ -1,10 +1,9 @@
-"""The reward of OpenRLHF 0.11: ``--reward.remote_url my_reward.py``, with in that file
+"""A reward for OpenRLHF 0.11: ``--reward.remote_url my_reward.py``, a file with the line
 
     from acqsynth.integrations.openrlhf import reward_func
 
-and ``ACQSYNTH_REWARD`` naming the reward. OpenRLHF calls it from threads with lists of one element; they are scored in
-batches. It never raises: OpenRLHF would make a broken batch of that. What fails is masked, counted in ``extra_logs``,
-and told in the log.
+``ACQSYNTH_REWARD`` names the reward. OpenRLHF calls it from threads with lists of one element; they are scored in
+batches. It never raises, which would break OpenRLHF's batch: failures are masked, counted in ``extra_logs`` and logged.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
     """Rewards of n responses.
 
     Args:
-        queries: n prompts each with its response behind it, special tokens included.
+        queries: n prompts, each followed by its response, special tokens included.
         prompts: the n prompts; equal ones that meet in a batch are a group.
         labels: not read.
 
     Returns:
-        ``rewards`` float32 ``[n]``; ``scores`` float32 ``[n]`` between 0 and 1, the rewards themselves where the fusion
-        is bounded, else their logistic; ``extra_logs``, name -> float32 ``[n]``: ``masked`` and ``gated``, 0 or 1, and
-        each signal, 0 where it has no value.
+        ``rewards`` float32 ``[n]``; ``scores`` float32 ``[n]`` between 0 and 1, the rewards themselves if the fusion is
+        bounded, else their logistic; ``extra_logs``, name -> float32 ``[n]``: ``masked`` and ``gated``, 0 or 1, and
+        each signal, 0 if it has no value.
     """
     names: list[str] = []
     bounded = True
@@ -59,17 +58,17 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
 
 
 def response_of(query: str, prompt: str) -> str | None:
-    """What stands behind the prompt, or None where the prompt can not be found in the query.
+    """The text after the prompt; None if the query does not contain the prompt.
 
-    The query is decoded from tokens, so that it may differ from the prompt in special tokens before it and in white
-    space. An example shown in the prompt must not pass for the response.
+    The query is decoded from tokens, so it may begin with special tokens and differ in white space. An example shown in
+    the prompt must not be taken for the response.
     """
     if query.startswith(prompt):
         return query[len(prompt) :]
     begin = query.find(prompt.strip())
     if begin >= 0:
         return query[begin + len(prompt.strip()) :]
-    # The same but for white space: count the other characters of the prompt off.
+    # Ignore white space: skip as many other characters as the prompt has.
     plain = "".join(prompt.split())
     begin = "".join(query.split()).find(plain)
     if begin < 0 or not plain:

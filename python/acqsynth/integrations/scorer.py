@@ -1,4 +1,4 @@
-"""One text at a time in, a number out: what verl and OpenRLHF share."""
+"""Rewards of single texts, for verl and OpenRLHF."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ REWARD_VARIABLE = "ACQSYNTH_REWARD"
 
 @dataclass(frozen=True)
 class Scored:
-    """What is known of one text; every field is a number in every case."""
+    """The result of one text; every field is always a number."""
 
-    score: float  #: the total; the mean of the others of its group, which moves nothing, where it is masked
+    score: float  #: the total; if masked, the mean of the others of its group, which has next to no advantage
     masked: bool  #: a scorer failed
     gated: bool  #: a gate rejected it
     components: dict[str, float]  #: each signal; NaN where it has no value
@@ -32,11 +32,11 @@ class Scored:
 class TextScorer:
     """Scores single texts in batches by a composed reward; never raises for a text.
 
-    Texts of equal group that meet in a batch are one group. As a batch need not hold a whole group, the reward's fusion
-    should compare across calls: ``quantile``, the default, does; ``raw`` too.
+    Texts of the same group in one batch are a group. A batch need not hold a whole group, so the reward's fusion should
+    compare across calls, as ``quantile`` (the default) and ``raw`` do.
 
-    These trainers know no masked sample. One gets the mean of the scored ones of its group in the batch, else of the
-    batch, else of the last batch that had some (1/2 before any): next to no advantage.
+    These trainers have no masked samples. A masked sample gets the mean of the scored ones of its group in the batch,
+    else of the batch, else of the last batch with a score (1/2 before any): next to no advantage.
 
     Args:
         reward: the reward, or None for that of the environment.
@@ -50,7 +50,7 @@ class TextScorer:
 
     @property
     def reward(self) -> ComposedReward:
-        """The reward; made here if it is to come from the environment."""
+        """The reward; made here if the environment names it."""
         return self._given if self._given is not None else reward_from_environment()
 
     def _score(self, items: list[tuple[str | None, Hashable]]) -> Sequence[Scored]:
@@ -82,17 +82,17 @@ class TextScorer:
         return found
 
     def masked(self, names: Sequence[str]) -> Scored:
-        """What a text gets that could not be scored at all."""
+        """The result of a text that could not be scored."""
         return Scored(self._typical, True, False, dict.fromkeys(names, float("nan")))
 
 
-#: Many threads ask for the first time at once.
+#: Many threads make their first request at once.
 _making = threading.RLock()
 _made: dict[str, ComposedReward] = {}
 
 
 def reward_from_environment() -> ComposedReward:
-    """The reward that ``ACQSYNTH_REWARD`` names, made once a process.
+    """The reward that ``ACQSYNTH_REWARD`` names, made once per process.
 
     Raises:
         RuntimeError: the variable is not set. ValueError: it is not ``module:attribute``. ImportError, AttributeError:
@@ -116,7 +116,7 @@ def _scorer(path: str | None) -> TextScorer:
 
 
 def scorer_from_environment() -> TextScorer:
-    """One scorer a process for the reward of the environment, so that all callers share its batches."""
+    """One scorer per process for the reward of the environment, so that all callers share its batches."""
     with _making:
         return _scorer(os.environ.get(REWARD_VARIABLE))
 

@@ -1,17 +1,17 @@
-"""The reward of verl 0.9: as a function of one sample, or as a reward manager.
+"""A reward for verl 0.9: a function of one sample, or a reward manager.
 
     export ACQSYNTH_REWARD=my_rewards:build          # a function that makes a ComposedReward
     reward.custom_reward_function.path=pkg://acqsynth.integrations.verl
     reward.custom_reward_function.name=compute_score
 
-or, which sees the prompt and so knows the groups,
+or, to know the groups, which takes the prompt,
 
     reward.reward_manager.source=importlib
     reward.reward_manager.module.path=pkg://acqsynth.integrations.verl
     reward.reward_manager.name=AcquisitionRewardManager
 
-verl calls each for one sample at a time, many at once; they are scored in batches. A reward worker is a process of its
-own: archives and histories are per worker.
+verl makes concurrent calls of one sample each; they are scored in batches. Each reward worker is a process with
+archives and histories of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from acqsynth.integrations.scorer import Scored, scorer_from_environment
 
-#: Keys of ``extra_info`` that tell which completions answer one prompt, the first that is there counts.
+#: Keys of ``extra_info`` that identify the prompt of a completion; the first one present counts.
 GROUP_KEYS = ("uid", "prompt", "index")
 
 
@@ -39,14 +39,14 @@ async def compute_score(
     Args:
         data_source, ground_truth, options: of verl; not read.
         solution_str: what the generator wrote.
-        extra_info: its ``uid``, ``prompt`` or ``index`` tells the group.
+        extra_info: its ``uid``, ``prompt`` or ``index`` identifies the group.
 
     Returns:
-        ``score``, then 0 or 1 for ``masked`` and ``gated``, then each signal (NaN where it has no value): the same keys
-        for every sample, as verl requires.
+        ``score``, then 0 or 1 for ``masked`` and ``gated``, then each signal (NaN without a value): the same keys for
+        every sample, as verl requires.
 
     Raises:
-        RuntimeError, ValueError, ImportError, AttributeError, TypeError: no reward can be had from the environment.
+        RuntimeError, ValueError, ImportError, AttributeError, TypeError: the environment names no usable reward.
     """
     info = extra_info or {}
     group = next((_key(info[key]) for key in GROUP_KEYS if info.get(key) is not None), None)
@@ -54,7 +54,7 @@ async def compute_score(
 
 
 class AcquisitionRewardManager:
-    """The same as verl's reward manager: it takes verl's own batch of one, and tells groups by ``uid`` or prompt.
+    """The same as a reward manager of verl: it takes verl's batch of one and groups by ``uid`` or prompt.
 
     Args:
         config, compute_score, reward_router_address, reward_model_tokenizer: of verl; not read.
@@ -76,7 +76,7 @@ class AcquisitionRewardManager:
         """Score of one sample.
 
         Args:
-            data: a ``DataProto`` of one item (of several turns' items the last counts): ``batch`` with ``responses
+            data: a ``DataProto`` of one item (the last of several turns' items counts): ``batch`` with ``responses
                 [R]`` and ``attention_mask [P + R]``, ``non_tensor_batch`` with ``uid`` or ``raw_prompt``.
 
         Returns:

@@ -18,10 +18,10 @@ from acqsynth.rewards.batch import Batch
 
 STUDENT_VARIABLE = "ACQSYNTH_STUDENT"
 
-#: Arguments of ``acqcore.influence_reference`` that may stand beside influence's samples.
+#: Arguments of ``acqcore.influence_reference`` that may accompany influence's samples.
 REFERENCE = ("parameters", "dim", "seed")
 
-#: A student's mode is switched while it scores, so threads of one process (AsyncGRPO has several) take turns.
+#: Scoring switches the student's mode, so the threads of a process (AsyncGRPO has several) take turns.
 _scoring = threading.Lock()
 
 
@@ -29,17 +29,17 @@ class Scorer:
     """Values of one or more acquisitions for one student, by one ``acqcore.score`` call.
 
     Args:
-        student: a transformers causal LM (the model in training too: it is scored in eval mode and left as
-            found), an ``acqcore.Student``, a path or hub id, or None for the path in the environment variable
+        student: a transformers causal LM (even the model in training: it is scored in eval mode and left unchanged), an
+            ``acqcore.Student``, a path or hub id, or None for the path in the environment variable
             ``ACQSYNTH_STUDENT``. A path is loaded at the first call and shared by all scorers of the process.
         acquisitions: names from ``acqcore.acquisitions()``.
-        domain: with it samples are :class:`acqsynth.domains.Sample`, scored as the student is trained on them:
-            its prompt (through the chat template where the tokenizer has one), then its solution. Without it they
-            are what ``acqcore.score`` takes.
-        arguments: name -> arguments of that acquisition, as in ``acquisition_args`` of ``acqcore.score``. In place of
-            influence's ``acqcore.Reference`` samples may be given, and ``parameters``, ``dim``, ``seed`` of
-            ``acqcore.influence_reference`` with them; their gradient is taken at the first call.
-        name: who needs the student, for the message where it is missing.
+        domain: makes samples :class:`acqsynth.domains.Sample`, scored as the student is trained on them: its prompt
+            (through the chat template if the tokenizer has one), then its solution. Without it samples are those of
+            ``acqcore.score``.
+        arguments: name -> arguments of that acquisition, as in ``acquisition_args`` of ``acqcore.score``. Instead
+            of influence's ``acqcore.Reference``, samples may be given, with ``parameters``, ``dim`` and ``seed`` of
+            ``acqcore.influence_reference``; their gradient is taken at the first call.
+        name: who needs the student, for the message if it is missing.
         reduction, tokenizer, backend, batch_tokens, max_length, device: as :class:`AcquisitionReward`.
 
     Raises:
@@ -106,7 +106,7 @@ class Scorer:
             return acqcore.grad_sketch(student, rows, **options, **self._passes(student, tokenizer))
 
     def refresh(self, student: Any) -> None:
-        """Score for another student from now on; a reference given as samples is passed through it anew."""
+        """Scores for another student from now on; the gradient of reference samples is taken again."""
         self.student = student
         self._reference = self._shared = None
 
