@@ -17,7 +17,8 @@ agreement, unsolvable questions the entropy that no honest sample reaches; so no
                       that are unsolvable, ambiguous or wrongly answered do not come back
 ====================  ===========================================================================================
 
-Cheap ones come first; each is asked of what passed those before it.
+Cheap ones come first; each is asked of what passed those before it. Those that compare or measure text see its normal
+form (:mod:`acqsynth.normal_form`): a text that only looks different is the same.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from acqsynth.domains import Domain, Sample
+from acqsynth.normal_form import normal_form, visible
 from acqsynth.rewards.answers import SampledAnswers
 from acqsynth.rewards.overlap import Contamination, NearCopies, words
 from acqsynth.rewards.scoring import Scorer
@@ -63,7 +65,7 @@ class Sound:
 
 
 class Length:
-    """Characters of the question, and of question, reasoning and answer together, within bounds, both inclusive.
+    """Visible characters of the question, and of question, reasoning and answer together, within bounds, inclusive.
 
     Questions of GSM8K, MBPP, HumanEval and PubMedQA have 36 to 1,360 characters, whole samples up to 3,500; those of
     the world of arithmetic have 8.
@@ -80,7 +82,7 @@ class Length:
 
     def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
         return [
-            self.question[0] <= len(sample.question) <= self.question[1]
+            self.question[0] <= len(visible(sample.question).strip()) <= self.question[1]
             and self.whole[0] <= sample_length(sample) <= self.whole[1]
             for sample in samples
         ]
@@ -102,7 +104,8 @@ class NoRepetition:
 
     def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
         return [
-            max(repetition(text) for text in (sample.question, sample.reasoning, sample.answer)) <= self.limit
+            max(repetition(normal_form(text)) for text in (sample.question, sample.reasoning, sample.answer))
+            <= self.limit
             for sample in samples
         ]
 
@@ -128,13 +131,16 @@ class NoLeak:
         return [not self._leaks(sample) for sample in samples]
 
     def _leaks(self, sample: Sample) -> bool:
-        question = words(sample.question)
-        options = len(_OPTION.findall(sample.question)) > 1
-        told = words(_OPTION.sub(" ", sample.question)) if options else question
-        reasoning = words(sample.reasoning)
+        asked = visible(sample.question)
+        question = words(normal_form(asked))
+        options = len(_OPTION.findall(asked)) > 1
+        told = words(normal_form(_OPTION.sub(" ", asked))) if options else question
+        reasoning = words(normal_form(sample.reasoning))
         if len(reasoning) >= _LONG_REASONING and _find(told, reasoning):
             return True
-        answers = {tuple(words(answer)) for answer in (sample.answer, self.domain.canonical(sample.answer))} - {()}
+        answers = {
+            tuple(words(normal_form(answer))) for answer in (sample.answer, self.domain.canonical(sample.answer))
+        } - {()}
         return any(
             bool(_find(told, list(answer))) if len(answer) >= _LONG_ANSWER else _stated(question, list(answer))
             for answer in answers
@@ -350,8 +356,8 @@ def default_gates(
 
 
 def sample_length(sample: Sample) -> int:
-    """Characters of question, reasoning and answer."""
-    return len(sample.question) + len(sample.reasoning) + len(sample.answer)
+    """Visible characters of question, reasoning and answer."""
+    return sum(len(visible(text).strip()) for text in (sample.question, sample.reasoning, sample.answer))
 
 
 def repetition(text: str) -> float:

@@ -53,6 +53,36 @@ def test_length() -> None:
         Length(whole=(5, 1))
 
 
+@pytest.mark.parametrize("blank", ["\u200b", "\u00ad", "\u2060 ", "\ufeff", "\u3164", "\U000e0020", "\u202e", "\x00"])
+def test_characters_that_show_nothing_have_no_length(blank: str) -> None:
+    gate = Length(question=(4, 20), whole=(6, 60))
+    assert not passes(gate, blank * 10)
+    assert not passes(gate, f"abc{blank * 10}")
+    assert passes(gate, f"abcd{blank.strip() * 100}", "77")
+    assert repetition("the th" + blank) == 0
+
+
+@pytest.mark.parametrize(
+    "disguised",
+    [
+        "What is 3 + 4? The ans\u200bwer is **7**.",
+        "Ｗｈａｔ ｉｓ ３ ＋ ４？ Ｔｈｅ ａｎｓｗｅｒ ｉｓ ７．",
+        "3 + 4? Thе аnswer is 7.0",
+        "3 + 4? The answer is 07",
+    ],
+)
+def test_a_disguised_leak_is_one(domain: Domain, disguised: str) -> None:
+    assert not passes(NoLeak(domain), disguised)
+
+
+@pytest.mark.parametrize(
+    "disguised",
+    ["the t\u200bhe **the** th\u00ade the the", "ｔｈｅ the ｔｈｅ the ｔｈｅ the", "thе the thе the thе the"],
+)
+def test_disguised_repetition_is_one(disguised: str) -> None:
+    assert not passes(NoRepetition(), disguised)
+
+
 class TestNoRepetition:
     @pytest.mark.parametrize(
         "text",
