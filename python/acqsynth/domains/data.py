@@ -122,12 +122,17 @@ def _jsonl(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line, parse_int=_integer)
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{source}: row {number}: not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{source}: row {number}: expected a JSON object, got {type(row).__name__}")
             yield number, row
+
+
+def _integer(digits: str) -> int | str:
+    """An integer; one that Python refuses to read, of thousands of digits, as text."""
+    return int(digits) if len(digits) <= 4000 else digits
 
 
 def _parquet(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -158,6 +158,7 @@ class New:
 
     def __init__(self, seeds: Sequence[Sample] = (), **options: Any) -> None:
         """``options`` are those of NearCopies, ``capacity`` that of the archive."""
+        require_samples("seeds", seeds)
         self.seeds = NearCopies(**(options | {"capacity": max(1, len(seeds))}))
         self.seeds.add(sample.question for sample in seeds)
         self.archive = NearCopies(**options)
@@ -186,6 +187,7 @@ class NotInEvaluation:
     name = "not_in_evaluation"
 
     def __init__(self, rows: Sequence[Sample], **options: Any) -> None:
+        require_samples("rows", rows)
         self.contamination = Contamination((row.question for row in rows), **options)
 
     def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
@@ -213,6 +215,7 @@ class Fluent:
     def __init__(self, student: Any, seeds: Sequence[Sample], *, deviations: float = 4.0, **options: Any) -> None:
         if not seeds:
             raise ValueError("seeds: expected at least one sample")
+        require_samples("seeds", seeds)
         self.scorer = Scorer(student, ("loss",), **(options | {"reduction": "mean"}))
         self.seeds = seeds
         self.deviations = deviations
@@ -353,6 +356,19 @@ def default_gates(
     if answers is not None:
         gates.append(Answerable(answers))
     return gates
+
+
+def require_samples(name: str, rows: Sequence[Any]) -> None:
+    """
+    Raises:
+        TypeError: a row that is no ``Sample``; names it.
+    """
+    for i, row in enumerate(rows):
+        if not isinstance(row, Sample):
+            raise TypeError(
+                f"{name}[{i}]: expected acqsynth.domains.Sample(question, answer), got {type(row).__name__}; "
+                "Domain.load reads rows as samples"
+            )
 
 
 def sample_length(sample: Sample) -> int:

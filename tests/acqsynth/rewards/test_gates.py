@@ -42,6 +42,17 @@ def test_sound(domain: Domain) -> None:
     assert not passes(Sound(domain), "Three and four.")
 
 
+@pytest.mark.parametrize(
+    "make", [New, NotInEvaluation, lambda rows: Fluent(None, rows)], ids=["new", "evaluation", "fluent"]
+)
+@pytest.mark.parametrize("row", [{"question": "a", "answer": "b"}, "a text", None])
+def test_rows_are_samples(make: Callable[..., Any], row: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"(seeds|rows)\[1\]: expected acqsynth.domains.Sample\(question, answer\), got"
+    ):
+        make([Sample("What is 3 + 4?", "7"), row])
+
+
 def test_length() -> None:
     gate = Length(question=(8, 20), whole=(10, 30))
     assert passes(gate, "x" * 8, "77")
