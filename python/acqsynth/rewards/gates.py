@@ -136,13 +136,13 @@ class NoLeak:
         options = len(_OPTION.findall(asked)) > 1
         told = words(normal_form(_OPTION.sub(" ", asked))) if options else question
         reasoning = words(normal_form(sample.reasoning))
-        if len(reasoning) >= _LONG_REASONING and _find(told, reasoning):
+        if len(reasoning) >= _LONG_REASONING and _holds(told, reasoning):
             return True
         answers = {
             tuple(words(normal_form(answer))) for answer in (sample.answer, self.domain.canonical(sample.answer))
         } - {()}
         return any(
-            bool(_find(told, list(answer))) if len(answer) >= _LONG_ANSWER else _stated(question, list(answer))
+            _holds(told, answer) if len(answer) >= _LONG_ANSWER else _stated(question, list(answer))
             for answer in answers
         )
 
@@ -408,6 +408,11 @@ def _verdicts(domain: Domain, samples: Sequence[Sample]) -> list[bool | None]:
 def _prose(sample: Sample) -> list[tuple[str, str]]:
     solution = [("reasoning", sample.reasoning), ("answer", sample.answer)]
     return [("question", sample.question), *((field, text) for field, text in solution if len(text) >= _PROSE)]
+
+
+def _holds(text: Sequence[str], part: Sequence[str]) -> bool:
+    """Whether the words of ``part`` stand in ``text``; by a search of strings, which is linear."""
+    return "\n".join(["", *part, ""]) in "\n".join(["", *text, ""])
 
 
 def _find(text: list[str], part: list[str]) -> list[int]:

@@ -26,7 +26,7 @@ from acqsynth.rewards.gates import Length, New, NoLeak, NoRepetition, NotInEvalu
 
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
-SLOW = 2.0  # seconds that no example may take
+SLOW = 2.0  # seconds of the processor that no example may take
 
 FRAGMENTS = [
     *("<question>", "</question>", "<reasoning>", "</reasoning>", "<answer>", "</answer>", "```python\n", "```", "\n"),
@@ -70,7 +70,7 @@ FRAGMENTS = [
 texts = st.one_of(
     st.text(max_size=200),
     st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join),
-    st.builds(lambda part, times: part * times, st.sampled_from(FRAGMENTS), st.integers(1, 3000)),
+    st.builds(lambda part, size: part * (size // len(part)), st.sampled_from(FRAGMENTS), st.integers(1, 60_000)),
 )
 
 
@@ -100,7 +100,7 @@ def math() -> Iterator[Math]:
 @fuzzed(60, text=texts, other=texts)
 def test_a_domain_reads_any_text(name: str, text: str, other: str) -> None:
     own = domain(name)
-    begin = time.monotonic()
+    begin = time.process_time()
     wrapped = f"<question>{text}</question><answer>{other}</answer>"
     for sample in (own.parse(text), own.parse(wrapped), Sample(text or "?", other or "?", text)):
         if sample is not None:
@@ -111,7 +111,7 @@ def test_a_domain_reads_any_text(name: str, text: str, other: str) -> None:
     answer = own.answer_of(text)
     assert answer is None or isinstance(own.canonical(answer), str)
     assert isinstance(own.canonical(other), str)
-    assert time.monotonic() - begin < SLOW
+    assert time.process_time() - begin < SLOW
 
 
 @fuzzed(30, gold=texts, answer=texts)
@@ -124,7 +124,7 @@ def test_any_two_answers_compare(math: Math, gold: str, answer: str) -> None:
 @fuzzed(60, text=texts, other=texts)
 def test_a_gate_takes_any_text(text: str, other: str) -> None:
     own: Domain = domain("math")
-    begin = time.monotonic()
+    begin = time.process_time()
     samples = [Sample(text, other, text), Sample(other, text)]
     gates = [Sound(own), Length(), NoRepetition(), NoLeak(own), New(samples[1:]), NotInEvaluation(samples[1:])]
     for gate in gates:
@@ -132,7 +132,7 @@ def test_a_gate_takes_any_text(text: str, other: str) -> None:
     assert gates[4](samples[1:]) == [False]  # a copy of itself
     assert gates[5](samples[1:]) == [False]
     assert normal_form(text) == normal_form(text + "\u200b")
-    assert time.monotonic() - begin < SLOW
+    assert time.process_time() - begin < SLOW
 
 
 values = st.recursive(
@@ -187,7 +187,7 @@ def test_a_parquet_file_gives_samples_or_names_itself(
 
 
 def check(name: str, path: Path) -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     try:
         found = domain(name).load(str(path))
     except ValueError as error:
@@ -195,4 +195,4 @@ def check(name: str, path: Path) -> None:
     else:
         assert found
         assert all(isinstance(sample, Sample) for sample in found)
-    assert time.monotonic() - begin < SLOW
+    assert time.process_time() - begin < SLOW
