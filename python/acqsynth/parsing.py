@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 
+from acqsynth.normal_form import visible
+
 TAGS = ("question", "reasoning", "answer")
 
 _TAG = re.compile(r"<(/?)(question|reasoning|answer)>")
@@ -24,7 +26,7 @@ def fields(text: str) -> dict[str, str] | None:
     for start, end in zip(tags[::2], tags[1::2], strict=False):
         opens, closes = start[1] == "", end[1] == "/"
         content = text[start.end() : end.start()].strip()
-        if not opens or not closes or start[2] != end[2] or start[2] in found or not content:
+        if not opens or not closes or start[2] != end[2] or start[2] in found or not visible(content).strip():
             return None
         found[start[2]] = content
     in_order = tuple(found) in (TAGS, ("question", "answer"))
@@ -59,7 +61,7 @@ def parse_chat_sample(text: str) -> dict[str, list[dict[str, str]]] | None:
 
 def as_text(text: str) -> str | None:
     """The whole text, stripped, for generators that write no tags; None where nothing is left."""
-    return text.strip() or None
+    return text.strip() if visible(text).strip() else None
 
 
 def _solution(sample: dict[str, str]) -> str:

@@ -20,6 +20,14 @@ def test_text_around_the_tags_is_not_part_of_the_sample() -> None:
     assert parse_sample(f"Sure!\n{SHORT}\nHope it helps.") == parse_sample(SHORT)
 
 
+@pytest.mark.parametrize("blank", ["\u200b", "\u00ad\u00ad", " \ufeff ", "\u2060", "\u202e", "\u3164"])
+def test_contents_that_show_nothing_are_empty(blank: str) -> None:
+    assert fields(f"<question>{blank}</question><answer>4</answer>") is None
+    assert fields(f"<question>2 + 2?</question><answer>{blank}</answer>") is None
+    assert fields(f"<question>2 {blank}+ 2?</question><answer>4</answer>") is not None
+    assert as_text(blank) is None
+
+
 def test_contents_keep_their_lines_and_other_tags() -> None:
     sample = fields("<question>a\n\n<b>c</b> if x < y</question><answer>d</answer>")
     assert sample == {"question": "a\n\n<b>c</b> if x < y", "answer": "d"}

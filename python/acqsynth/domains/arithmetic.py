@@ -26,8 +26,8 @@ COIN = ("no", "yes")
 ROWS = 1000  #: of the source ``world``
 
 _TEST_SHARE = 5  # one question of so many is kept for tests
-_NUMBER = re.compile(r"0|[1-9][0-9]*")
-_WORLD = re.compile(r"world(?::([0-9]+))?")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
+_WORLD = re.compile(r"world(?::([0-9]{1,18}))?")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Arithmetic(Domain):
 
     def canonical(self, answer: str) -> str:
         answer = answer.strip().lower()
-        return str(int(answer)) if answer.isascii() and answer.isdigit() else answer
+        return answer.lstrip("0") or "0" if answer.isascii() and answer.isdigit() else answer
 
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
         return [

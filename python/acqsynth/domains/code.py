@@ -24,6 +24,8 @@ _FENCED = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)```", re.DOTALL)
 
 _LINE_END = re.compile(r"\r\n?|\n")  # the line ends that ast counts; str.splitlines knows more
 
+LONGEST = 100_000  # characters of a program; parsing takes a second for each million
+
 _DOCUMENTED = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 #: What a generated assert may call beside the program's functions: nothing that reaches files, code or frames.
@@ -203,6 +205,8 @@ def _source(answer: str) -> str:
 
 
 def _parsed(source: str) -> ast.Module | None:
+    if len(source) > LONGEST:
+        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of invalid escapes, and the like

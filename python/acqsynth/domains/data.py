@@ -122,28 +122,34 @@ def _jsonl(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                row = json.loads(line, parse_int=_integer)
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{source}: row {number}: not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{source}: row {number}: expected a JSON object, got {type(row).__name__}")
             yield number, row
 
 
+def _integer(digits: str) -> int | str:
+    """An integer; one that Python refuses to read, of thousands of digits, as text."""
+    return int(digits) if len(digits) <= 4000 else digits
+
+
 def _parquet(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{source}: not a parquet file ({error})") from None
-    with file:
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+        with pyarrow.parquet.ParquetFile(path) as file:
+            batches = file.iter_batches(batch_size=1024)
+            while (batch := next(batches, None)) is not None:
+                found = batch.to_pylist()
+                for number, row in enumerate(found, number + 1):  # noqa: B020 - goes on from the last batch
+                    yield number, row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        where = f"after row {number}: " if number else ""
+        raise ValueError(f"{source}: {where}not a parquet file ({error})") from None
 
 
 def _hub(source: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -17,7 +17,8 @@ agreement, unsolvable questions the entropy that no honest sample reaches; so no
                       that are unsolvable, ambiguous or wrongly answered do not come back
 ====================  ===========================================================================================
 
-Cheap ones come first; each is asked of what passed those before it.
+Cheap ones come first; each is asked of what passed those before it. Those that compare or measure text see its normal
+form (:mod:`acqsynth.normal_form`): a text that only looks different is the same.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from acqsynth.domains import Domain, Sample
+from acqsynth.normal_form import normal_form, visible
 from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.overlap import Contamination, NearCopies, words
 from acqsynth.rewards.scoring import Scorer
@@ -63,7 +65,7 @@ class Sound:
 
 
 class Length:
-    """Characters of the question, and of question, reasoning and answer together, within bounds, both inclusive.
+    """Visible characters of the question, and of question, reasoning and answer together, within bounds, inclusive.
 
     Questions of GSM8K, MBPP, HumanEval and PubMedQA have 36 to 1,360 characters, whole samples up to 3,500; those of
     the world of arithmetic have 8.
@@ -80,7 +82,7 @@ class Length:
 
     def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
         return [
-            self.question[0] <= len(sample.question) <= self.question[1]
+            self.question[0] <= len(visible(sample.question).strip()) <= self.question[1]
             and self.whole[0] <= sample_length(sample) <= self.whole[1]
             for sample in samples
         ]
@@ -102,7 +104,8 @@ class NoRepetition:
 
     def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
         return [
-            max(repetition(text) for text in (sample.question, sample.reasoning, sample.answer)) <= self.limit
+            max(repetition(normal_form(text)) for text in (sample.question, sample.reasoning, sample.answer))
+            <= self.limit
             for sample in samples
         ]
 
@@ -128,15 +131,18 @@ class NoLeak:
         return [not self._leaks(sample) for sample in samples]
 
     def _leaks(self, sample: Sample) -> bool:
-        question = words(sample.question)
-        options = len(_OPTION.findall(sample.question)) > 1
-        told = words(_OPTION.sub(" ", sample.question)) if options else question
-        reasoning = words(sample.reasoning)
-        if len(reasoning) >= _LONG_REASONING and _find(told, reasoning):
+        asked = visible(sample.question)
+        question = words(normal_form(asked))
+        options = len(_OPTION.findall(asked)) > 1
+        told = words(normal_form(_OPTION.sub(" ", asked))) if options else question
+        reasoning = words(normal_form(sample.reasoning))
+        if len(reasoning) >= _LONG_REASONING and _holds(told, reasoning):
             return True
-        answers = {tuple(words(answer)) for answer in (sample.answer, self.domain.canonical(sample.answer))} - {()}
+        answers = {
+            tuple(words(normal_form(answer))) for answer in (sample.answer, self.domain.canonical(sample.answer))
+        } - {()}
         return any(
-            bool(_find(told, list(answer))) if len(answer) >= _LONG_ANSWER else _stated(question, list(answer))
+            _holds(told, answer) if len(answer) >= _LONG_ANSWER else _stated(question, list(answer))
             for answer in answers
         )
 
@@ -152,6 +158,7 @@ class New:
 
     def __init__(self, seeds: Sequence[Sample] = (), **options: Any) -> None:
         """``options`` are those of NearCopies, ``capacity`` that of the archive."""
+        require_samples("seeds", seeds)
         self.seeds = NearCopies(**(options | {"capacity": max(1, len(seeds))}))
         self.seeds.add(sample.question for sample in seeds)
         self.archive = NearCopies(**options)
@@ -180,6 +187,7 @@ class NotInEvaluation:
     name = "not_in_evaluation"
 
     def __init__(self, rows: Sequence[Sample], **options: Any) -> None:
+        require_samples("rows", rows)
         self.contamination = Contamination((row.question for row in rows), **options)
 
     def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
@@ -207,6 +215,7 @@ class Fluent:
     def __init__(self, student: Any, seeds: Sequence[Sample], *, deviations: float = 4.0, **options: Any) -> None:
         if not seeds:
             raise ValueError("seeds: expected at least one sample")
+        require_samples("seeds", seeds)
         self.scorer = Scorer(student, ("loss",), **(options | {"reduction": "mean"}))
         self.seeds = seeds
         self.deviations = deviations
@@ -350,9 +359,22 @@ def default_gates(
     return gates
 
 
+def require_samples(name: str, rows: Sequence[Any]) -> None:
+    """
+    Raises:
+        TypeError: a row that is no ``Sample``; names it.
+    """
+    for i, row in enumerate(rows):
+        if not isinstance(row, Sample):
+            raise TypeError(
+                f"{name}[{i}]: expected acqsynth.domains.Sample(question, answer), got {type(row).__name__}; "
+                "Domain.load reads rows as samples"
+            )
+
+
 def sample_length(sample: Sample) -> int:
-    """Characters of question, reasoning and answer."""
-    return len(sample.question) + len(sample.reasoning) + len(sample.answer)
+    """Visible characters of question, reasoning and answer."""
+    return sum(len(visible(text).strip()) for text in (sample.question, sample.reasoning, sample.answer))
 
 
 def repetition(text: str) -> float:
@@ -377,6 +399,11 @@ _OPTION = re.compile(r"(?:^|\s)(?:[A-H][).:]|\([A-Ha-h]\))\s.*?(?=$|\n|\s(?:[B-H
 def _prose(sample: Sample) -> list[tuple[str, str]]:
     solution = [("reasoning", sample.reasoning), ("answer", sample.answer)]
     return [("question", sample.question), *((field, text) for field, text in solution if len(text) >= _PROSE)]
+
+
+def _holds(text: Sequence[str], part: Sequence[str]) -> bool:
+    """Whether the words of ``part`` stand in ``text``; by a search of strings, which is linear."""
+    return "\n".join(["", *part, ""]) in "\n".join(["", *text, ""])
 
 
 def _find(text: list[str], part: list[str]) -> list[int]:

@@ -1,13 +1,20 @@
-"""Texts that share wording: near copies by Jaccard, and runs of words shared with an evaluation set."""
+"""Texts that share wording: near copies by Jaccard, and runs of words shared with an evaluation set.
+
+Both compare the normal form of texts (:mod:`acqsynth.normal_form`).
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, deque
 from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from acqsynth.normal_form import normal_form, numbers
 
 _WORD = re.compile(r"\w+|[^\w\s]")
-_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+_PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[;:!?'\"]")
 
 
 def words(text: str) -> list[str]:
@@ -15,12 +22,20 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
+@dataclass(frozen=True)
+class _Held:
+    text: str
+    form: str
+    shingles: frozenset[str]
+    numbers: Counter[Fraction]
+
+
 class NearCopies:
     """A bounded set of texts that finds one whose shingles overlap with a new text's.
 
-    Shingles are runs of ``n`` characters of the text in lower case, white space as single blanks. Two texts are near
-    copies if the Jaccard index of their shingles is at least ``threshold`` and their numbers are the same: an exercise
-    in other numbers is another exercise.
+    Shingles are runs of ``n`` characters of the normal form. Two texts are near copies if the Jaccard index of their
+    shingles is at least ``threshold`` and the new one has all numbers of the other: an exercise in other numbers is
+    another exercise, one with a number more is not. Numbers compare by value.
 
     Args:
         threshold: in (0, 1].
@@ -46,8 +61,7 @@ class NearCopies:
         self.n = n
         self.capacity = capacity
         self.same_numbers = same_numbers
-        self._texts: dict[int, str] = {}
-        self._shingles: dict[int, frozenset[str]] = {}
+        self._texts: dict[int, _Held] = {}
         self._holders: dict[str, set[int]] = {}  # shingle -> texts
         self._order: deque[int] = deque()
         self._next = 0
@@ -58,56 +72,58 @@ class NearCopies:
     def add(self, texts: Iterable[str]) -> None:
         """Take in texts; one that is there already is not held twice."""
         for text in texts:
-            shingles = self._cut(text)
-            if any(self._texts[i] == text for i in self._holders.get(next(iter(shingles)), ())):
+            new = self._read(text)
+            if any(self._texts[i].form == new.form for i in self._holders.get(next(iter(new.shingles)), ())):
                 continue
             if len(self._order) == self.capacity:
                 self._drop(self._order.popleft())
-            self._texts[self._next], self._shingles[self._next] = text, shingles
-            for shingle in shingles:
+            self._texts[self._next] = new
+            for shingle in new.shingles:
                 self._holders.setdefault(shingle, set()).add(self._next)
             self._order.append(self._next)
             self._next += 1
 
     def find(self, text: str) -> str | None:
         """A text held that the given one is a near copy of, the most similar, or None."""
-        shingles = self._cut(text)
+        asked_of = self._read(text)
+        shingles = asked_of.shingles
         # Overlap of at least t |S| leaves room for so many misses; one of any more shingles must be a hit.
         asked = len(shingles) - int(self.threshold * len(shingles)) + 1
         rarest = sorted(shingles, key=lambda shingle: len(self._holders.get(shingle, ())))[:asked]
         candidates = {i for shingle in rarest for i in self._holders.get(shingle, ())}
-        numbers = Counter(_NUMBER.findall(text))
         best, found = self.threshold, None
         for i in sorted(candidates):
-            common = len(shingles & self._shingles[i])
-            jaccard = common / (len(shingles) + len(self._shingles[i]) - common)
+            held = self._texts[i]
+            common = len(shingles & held.shingles)
+            jaccard = common / (len(shingles) + len(held.shingles) - common)
             if jaccard < best or (found is not None and jaccard == best):
                 continue
-            if self.same_numbers and Counter(_NUMBER.findall(self._texts[i])) != numbers:
+            if self.same_numbers and not held.numbers <= asked_of.numbers:
                 continue
-            best, found = jaccard, self._texts[i]
+            best, found = jaccard, held.text
         return found
 
     def texts(self) -> list[str]:
         """Those held, the oldest first."""
-        return [self._texts[i] for i in self._order]
+        return [self._texts[i].text for i in self._order]
 
-    def _cut(self, text: str) -> frozenset[str]:
-        plain = " ".join(text.lower().split())
-        return frozenset(plain[i : i + self.n] for i in range(max(1, len(plain) - self.n + 1)))
+    def _read(self, text: str) -> _Held:
+        form = normal_form(text)
+        shingles = frozenset(form[i : i + self.n] for i in range(max(1, len(form) - self.n + 1)))
+        return _Held(text, form, shingles, numbers(form))
 
     def _drop(self, i: int) -> None:
-        for shingle in self._shingles.pop(i):
+        for shingle in self._texts.pop(i).shingles:
             holders = self._holders[shingle]
             holders.discard(i)
             if not holders:
                 del self._holders[shingle]
-        del self._texts[i]
 
 
 class Contamination:
     """Whether a text holds a run of ``n`` words of an evaluation set, or the whole of one of its shorter texts.
 
+    Words are those of the normal form; punctuation between them is not counted.
     Runs that stand in more than ``common`` of the texts are phrases of the genre, and are not counted.
 
     Args:
@@ -125,15 +141,19 @@ class Contamination:
         counts: Counter[tuple[str, ...]] = Counter()
         self._short: set[tuple[str, ...]] = set()
         for text in texts:
-            found = words(text)
+            found = _comparable(text)
             if len(found) < n:
                 self._short.add(tuple(found))
             counts.update(set(_runs(found, n)))
         self._runs = {run for run, count in counts.items() if count <= common}
 
     def __contains__(self, text: object) -> bool:
-        found = words(str(text))
+        found = _comparable(str(text))
         return tuple(found) in self._short or any(run in self._runs for run in _runs(found, self.n))
+
+
+def _comparable(text: str) -> list[str]:
+    return words(_PUNCTUATION.sub(" ", normal_form(text)))
 
 
 def _runs(found: list[str], n: int) -> Iterable[tuple[str, ...]]:

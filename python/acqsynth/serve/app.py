@@ -93,6 +93,7 @@ class Service:
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="acqsynth-encode")
         # Of /get_reward: what a masked sample gets, and the bound that no gated one passes.
         self._typical = 0.0
+        self._parsed = False
         self._least = 0.0
 
     def _values(self, key: Key, rows: list[acqcore.Row]) -> list[Values]:
@@ -146,6 +147,13 @@ class Service:
         question = Question((self.acquisition,), "mean", "{}")
         _, scored, _, _ = await self.score([samples[i] for i in parsed], question, self.limits.max_length)
         values = dict(zip(parsed, (row[0] for row in scored), strict=True))
+        if responses and not parsed and not self._parsed:
+            logger.warning(
+                "/get_reward: none of %d responses has the form <question>...</question><answer>...</answer>, so each "
+                "gets the least reward; ask for this form in the prompts",
+                len(responses),
+            )
+        self._parsed = True  # or said once
         known = [value for value in values.values() if value is not None]
         if known:
             self._typical = statistics.fmean(known)

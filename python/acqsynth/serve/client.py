@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 import time
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
-from acqsynth.serve.options import TOKEN_VARIABLE, token_from
+from acqsynth.serve.options import TOKEN_VARIABLE, is_loopback, token_from
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +84,11 @@ class ScorerClient:
             is waited for at least.
         breaker: stops asking a server that does not answer; by default one of 3 failures and 30 seconds.
 
+    A scorer on this machine is asked directly; for others the proxies of the environment apply.
+
     Raises:
         ValueError: no such URL, or a number out of range.
+        RuntimeError: the environment names a proxy that httpx cannot use.
     """
 
     def __init__(
@@ -110,6 +116,11 @@ class ScorerClient:
         self.backoff = backoff
         self.breaker = breaker or CircuitBreaker()
         self._token = token
+        self._loopback = is_loopback(urlsplit(self.url).hostname or "")
+        try:
+            self._client({})
+        except (ImportError, ValueError) as error:
+            raise RuntimeError(f"{self.url}: {self._proxy()}cannot be used: {error}") from error
 
     async def score(
         self,
@@ -137,15 +148,32 @@ class ScorerClient:
         }
         token = self._token if self._token is not None else token_from(TOKEN_VARIABLE, None)
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        chunks = [list(samples[i : i + self.batch]) for i in range(0, len(samples), self.batch)]
-        answers = await self._all([{"samples": chunk, **question} for chunk in chunks], headers)
-        values: dict[str, list[float | None]] = {name: [] for name in acquisitions}
-        n_tokens: list[int] = []
+        sound = [i for i, sample in enumerate(samples) if _encodable(i, sample)]
+        chunks = [sound[i : i + self.batch] for i in range(0, len(sound), self.batch)]
+        bodies = [{"samples": [samples[i] for i in chunk], **question} for chunk in chunks]
+        answers = await self._all(bodies, headers)
+        values: dict[str, list[float | None]] = {name: [None] * len(samples) for name in acquisitions}
+        n_tokens = [0] * len(samples)
         for chunk, answer in zip(chunks, answers, strict=True):
-            n_tokens += [0] * len(chunk) if answer is None else self._column(answer["n_tokens"], chunk)
+            if answer is None:
+                continue
+            for i, count in zip(chunk, self._column(answer["n_tokens"], chunk), strict=True):
+                n_tokens[i] = count
             for name, column in values.items():
-                column += [None] * len(chunk) if answer is None else self._column(answer["values"][name], chunk)
+                for i, value in zip(chunk, self._column(answer["values"].get(name, []), chunk), strict=True):
+                    column[i] = value
         return values, n_tokens
+
+    def _client(self, headers: Mapping[str, str]) -> httpx.AsyncClient:
+        timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)
+        return httpx.AsyncClient(headers=dict(headers), timeout=timeout, trust_env=not self._loopback)
+
+    def _proxy(self) -> str:
+        """Names the proxy that a request goes through; empty without one."""
+        bypassed = self._loopback or urllib.request.proxy_bypass(urlsplit(self.url).hostname or "")
+        proxies = {} if bypassed else urllib.request.getproxies()
+        proxy = proxies.get(urlsplit(self.url).scheme) or proxies.get("all")
+        return f"through the proxy {_without_password(proxy)} of the environment: " if proxy else ""
 
     async def _all(
         self, bodies: Sequence[Mapping[str, Any]], headers: Mapping[str, str]
@@ -160,7 +188,7 @@ class ScorerClient:
                 return await self._ask(http, body)
 
         # A client of its own for each call: its connections belong to the event loop that runs now.
-        async with httpx.AsyncClient(headers=headers, timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS)) as http:
+        async with self._client(headers) as http:
             tasks = [asyncio.ensure_future(ask(http, body)) for body in bodies]
             try:
                 _, late = await asyncio.wait(tasks, timeout=self.timeout, return_when=asyncio.FIRST_EXCEPTION)
@@ -188,7 +216,7 @@ class ScorerClient:
             try:
                 response = await http.post(f"{self.url}/score", json=body)
             except httpx.TransportError as error:
-                reason = f"{type(error).__name__}: {error}"
+                reason = f"{self._proxy()}{type(error).__name__}: {error}"
             else:
                 if response.status_code not in _AGAIN:
                     self.breaker.succeeded()
@@ -223,6 +251,21 @@ class ScorerClient:
 
     def __repr__(self) -> str:
         return f"ScorerClient({self.url!r})"
+
+
+def _encodable(index: int, sample: Any) -> bool:
+    """Whether a sample is JSON in UTF-8; one with half a surrogate pair, say, is not and gets no value."""
+    try:
+        json.dumps(sample, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        logger.error("samples[%d]: cannot be sent: %s", index, error)
+        return False
+    return True
+
+
+def _without_password(proxy: str) -> str:
+    scheme, found, rest = proxy.rpartition("://")
+    return f"{scheme}{found}{rest.rpartition('@')[2]}"
 
 
 def _reason(response: httpx.Response) -> str:

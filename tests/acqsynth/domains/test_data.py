@@ -39,6 +39,27 @@ def test_columns_are_mapped(math: Domain, tmp_path: Path) -> None:
     assert math.load(source, columns=columns) == [Sample("What is 2 + 2?", "4", "Count.")]
 
 
+def test_an_integer_of_any_length_that_nobody_reads_is_no_fault(math: Domain, tmp_path: Path) -> None:
+    lines = [f'{{"id": {"9" * 5000}, "question": "What is 2 + 2?", "answer": "4", "x": [-{"1" * 4999}, {{"y": 12}}]}}']
+    assert math.load(jsonl(tmp_path / "rows.jsonl", lines)) == [Sample("What is 2 + 2?", "4")]
+    [(_, row)] = rows(jsonl(tmp_path / "rows.jsonl", lines))
+    assert row["x"][1] == {"y": 12}
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"a": ' * 50_000, '{"question": "\udcff"', "\x00", '"' * 100])
+def test_a_line_that_cannot_be_read_is_named(math: Domain, tmp_path: Path, line: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(f"{json.dumps(ROWS[0])}\n{line}\n".encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl: row 2: not JSON"):
+        math.load(str(path))
+
+
+def test_a_byte_order_mark_is_no_fault(math: Domain, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n", encoding="utf-8-sig")
+    assert math.load(str(path)) == [Sample("What is 0 + 1?", "1")]
+
+
 def test_rows_after_the_limit_are_not_read(math: Domain, tmp_path: Path) -> None:
     source = jsonl(tmp_path / "rows.jsonl", [*ROWS[:2], "no json"])
     assert len(math.load(source, limit=2)) == 2

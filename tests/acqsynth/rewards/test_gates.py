@@ -42,6 +42,17 @@ def test_sound(domain: Domain) -> None:
     assert not passes(Sound(domain), "Three and four.")
 
 
+@pytest.mark.parametrize(
+    "make", [New, NotInEvaluation, lambda rows: Fluent(None, rows)], ids=["new", "evaluation", "fluent"]
+)
+@pytest.mark.parametrize("row", [{"question": "a", "answer": "b"}, "a text", None])
+def test_rows_are_samples(make: Callable[..., Any], row: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"(seeds|rows)\[1\]: expected acqsynth.domains.Sample\(question, answer\), got"
+    ):
+        make([Sample("What is 3 + 4?", "7"), row])
+
+
 def test_length() -> None:
     gate = Length(question=(8, 20), whole=(10, 30))
     assert passes(gate, "x" * 8, "77")
@@ -51,6 +62,36 @@ def test_length() -> None:
     assert not passes(gate, "x" * 20, "7", "r" * 10)
     with pytest.raises(ValueError, match="whole: expected"):
         Length(whole=(5, 1))
+
+
+@pytest.mark.parametrize("blank", ["\u200b", "\u00ad", "\u2060 ", "\ufeff", "\u3164", "\U000e0020", "\u202e", "\x00"])
+def test_characters_that_show_nothing_have_no_length(blank: str) -> None:
+    gate = Length(question=(4, 20), whole=(6, 60))
+    assert not passes(gate, blank * 10)
+    assert not passes(gate, f"abc{blank * 10}")
+    assert passes(gate, f"abcd{blank.strip() * 100}", "77")
+    assert repetition("the th" + blank) == 0
+
+
+@pytest.mark.parametrize(
+    "disguised",
+    [
+        "What is 3 + 4? The ans\u200bwer is **7**.",
+        "Ｗｈａｔ ｉｓ ３ ＋ ４？ Ｔｈｅ ａｎｓｗｅｒ ｉｓ ７．",
+        "3 + 4? Thе аnswer is 7.0",
+        "3 + 4? The answer is 07",
+    ],
+)
+def test_a_disguised_leak_is_one(domain: Domain, disguised: str) -> None:
+    assert not passes(NoLeak(domain), disguised)
+
+
+@pytest.mark.parametrize(
+    "disguised",
+    ["the t\u200bhe **the** th\u00ade the the", "ｔｈｅ the ｔｈｅ the ｔｈｅ the", "thе the thе the thе the"],
+)
+def test_disguised_repetition_is_one(disguised: str) -> None:
+    assert not passes(NoRepetition(), disguised)
 
 
 class TestNoRepetition:

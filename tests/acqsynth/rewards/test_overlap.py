@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 import time
+from collections.abc import Callable
 
 import pytest
 
+from acqsynth.normal_form import normal_form
 from acqsynth.rewards.overlap import Contamination, NearCopies, words
 
 SHELLS = "Ada has 12 shells and finds 30 more on the beach. How many shells does she have now?"
@@ -49,6 +52,118 @@ def test_a_copy_in_other_numbers_is_another_exercise() -> None:
     strict = NearCopies(same_numbers=False)
     strict.add([SHELLS])
     assert strict.find(SHELLS.replace("12", "13")) == SHELLS
+
+
+DISGUISES: dict[str, Callable[[str], str]] = {
+    "zero width": lambda text: "\u200b".join(text),
+    "a joiner every sixth word": lambda text: every_sixth(text, lambda word: word[:1] + "\u2060" + word[1:]),
+    "soft hyphens": lambda text: text.replace("e", "e\u00ad"),
+    "directions": lambda text: "\u202d" + text.replace(" ", " \u200e") + "\u202c",
+    "selectors": lambda text: text.replace("a", "a\ufe0f").replace("s", "s\U000e0101"),
+    "tags": lambda text: text + "\U000e0041\U000e0042",
+    "Hangul filler": lambda text: text.replace(" ", " \u3164"),
+    "no-break spaces": lambda text: text.replace(" ", "\u00a0\u2003"),
+    "bold": lambda text: every_sixth(text, lambda word: f"**{word}**"),
+    "all marks": lambda text: every_sixth(text, lambda word: f"__*`~~{word}~~`*__"),
+    "bold inside words": lambda text: text.replace("she", "s**h**e"),
+    "HTML": lambda text: every_sixth(text, lambda word: f"<b class='x'>{word}</b>"),
+    "entities": lambda text: text.replace("s", "&#115;").replace(" ", "&nbsp;"),
+    "LaTeX": lambda text: every_sixth(text, lambda word: rf"\textbf{{{word}}}"),
+    "dollars": lambda text: re.sub(r"(\d+)", r"$\1$", text),
+    "a quotation": lambda text: "> " + text,
+    "full width": lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
+    "bold letters": lambda text: "".join(chr(0x1D41A + ord(c) - 97) if "a" <= c <= "z" else c for c in text),
+    "circled letters": lambda text: "".join(chr(0x24D0 + ord(c) - 97) if "a" <= c <= "z" else c for c in text),
+    "small capitals": lambda text: text.translate(str.maketrans("aeo", "ᴀᴇᴏ")),
+    "Cyrillic": lambda text: text.translate(str.maketrans("aeopcxyAHM", "аеорсхуАНМ")),
+    "Greek": lambda text: text.translate(str.maketrans("oivAHM", "οινΑΗΜ")),
+    "decomposed accents": lambda text: text.replace("e", "e\u0301"),
+    "accents": lambda text: text.replace("e", "é").replace("o", "ö"),
+    "Arabic digits": lambda text: text.translate(str.maketrans("0123", "٠١٢٣")),
+    "full-width digits": lambda text: text.translate(str.maketrans("0123", "０１２３")),
+    "decimals": lambda text: re.sub(r"(\d+)", r"\1.0", text),
+    "zeros before": lambda text: re.sub(r"(\d+)", r"00\1", text),
+    "numbered": lambda text: "1. " + text,
+    "numbered behind": lambda text: text + " (1)",
+    "both, and a label": lambda text: "Question 17: 2) " + text + " [3]",
+    "a label behind": lambda text: text + " Version 4",
+    "a number more": lambda text: text.replace("beach", "beach at 9"),
+    "a year": lambda text: "In 1999 " + text,
+}  # fmt: skip
+
+
+def every_sixth(text: str, change: Callable[[str], str]) -> str:
+    return " ".join(change(word) if i % 6 == 0 else word for i, word in enumerate(text.split(" ")))
+
+
+@pytest.mark.parametrize("name", DISGUISES)
+def test_a_text_that_only_looks_different_is_the_same(name: str) -> None:
+    other = DISGUISES[name](SHELLS)
+    assert other != SHELLS
+    copies = NearCopies()
+    copies.add([SHELLS])
+    assert copies.find(other) == SHELLS
+    if name not in ("a number more", "a year"):
+        copies.add([other])
+        assert len(copies) == 1
+        assert other in Contamination([SHELLS])
+        # Of two disguised copies neither excuses the other.
+        disguised = NearCopies()
+        disguised.add([other])
+        assert disguised.find(SHELLS) == other
+        assert disguised.find("2. " + other + " (7)") == other
+    changed = DISGUISES[name](SHELLS.replace("12", "13"))
+    assert copies.find(changed) is None
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("What is 7 * 8 to you?", "What is 78 to you?"),
+        ("What is f(5) in the end?", "What is f(6) in the end?"),
+        ("12 birds sit on a long wire.", "13 birds sit on a long wire."),
+        ("He runs 1.5 km every day.", "He runs 15 km every day."),
+        ("He owes 1,200 dollars to her.", "He owes 1.200 dollars to her."),
+        ("Compute the power 2**3 for me.", "Compute the power 2**4 for me."),
+        ("How many birds are left out of 5?", "How many birds are left out of 6?"),
+        ("Is a < b and c > d where a is 5?", "Is a < b and c > d where a is 6?"),
+    ],
+)
+def test_texts_that_differ_in_a_number_stay_apart(a: str, b: str) -> None:
+    copies = NearCopies(0.1)
+    copies.add([a])
+    assert copies.find(b) is None
+    assert copies.find(a) == a
+    assert a in Contamination([a])
+    assert b not in Contamination([a])
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "a*",
+        " *",
+        "(",
+        "1",
+        "#",
+        "<b ",
+        "1.",
+        "\u200b",
+        "(1",
+        " 1",
+        "-",
+        "1,111,",
+        "\n>",
+        "\\text",
+        "&#x41;",
+        "1 * ",
+        "é",
+    ],
+)
+def test_the_normal_form_takes_linear_time(part: str) -> None:
+    begin = time.perf_counter()
+    normal_form(part * (100_000 // len(part)))
+    assert time.perf_counter() - begin < 5
 
 
 def test_the_oldest_make_room() -> None:

@@ -78,6 +78,43 @@ class TestScore:
         assert answer["values"]["loss"] == expected["loss"].tolist()
         assert answer["n_tokens"] == expected.n_tokens.tolist()
 
+    def test_tools_and_tool_calls(self, serve: Serve, asked: Any, student: acqcore.Student) -> None:
+        call = {"id": "a", "type": "function", "function": {"name": "add", "arguments": {"x": 1, "y": [2]}}}
+        turns = [
+            CHAT[0],
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "4", "name": "add", "tool_call_id": "a"},
+            CHAT[1],
+        ]
+        tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+        chosen = [
+            {"messages": turns, "tools": tools},
+            {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": False}},
+        ]
+        answer = post(serve, asked, "/score", {"samples": chosen, "acquisitions": ["loss"]}).json()
+        expected = acqcore.score(student, chosen, "loss", progress=False)
+        assert answer["values"]["loss"] == expected["loss"].tolist()
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"chat_template": "{{ 1 }}"},
+            {"tokenize": True},
+            {"add_generation_prompt": True},
+            {"conversation": "x"},
+            {"a b": 1},
+            {"x": {"y": 1}},
+        ],
+    )
+    def test_a_request_brings_no_template_of_its_own(
+        self, serve: Serve, asked: Any, forwards: list[int], options: dict[str, Any]
+    ) -> None:
+        body = {"samples": [{"messages": CHAT, "chat_template_kwargs": options}]}
+        status, kind, text = error_of(post(serve, asked, "/score", body))
+        assert (status, kind) == (422, "invalid_request")
+        assert "chat_template_kwargs" in text
+        assert forwards == []
+
     def test_reduction_arguments_and_length(
         self, serve: Serve, asked: Any, student: acqcore.Student, samples: list[Any]
     ) -> None:
@@ -415,6 +452,20 @@ class TestGetReward:
             "gated": [0, 1, 0, 0],
             "entropy": [good, 0, 0, longer],
         }
+
+    def test_responses_without_the_form_are_told_once(
+        self, serve: Serve, asked: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def main(*queries: str) -> None:
+            async with asked(serve()) as client:
+                for query in queries:
+                    await client.post("/get_reward", json={"query": [query] * 2, "prompts": [""] * 2})
+
+        asyncio.run(main("What is 2 + 2? 4.", "What is 3 + 3? 6."))
+        assert caplog.text.count("none of 2 responses has the form <question>") == 1
+        caplog.clear()
+        asyncio.run(main(GOOD, "no form"))
+        assert "has the form" not in caplog.text
 
     def test_a_masked_sample_gets_what_is_typical(
         self, serve: Serve, asked: Any, monkeypatch: pytest.MonkeyPatch

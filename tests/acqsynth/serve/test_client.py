@@ -74,6 +74,59 @@ def ask(client: ScorerClient, texts: list[str], **options: Any) -> tuple[dict[st
     return asyncio.run(client.score(texts, ["loss"], **options))
 
 
+@pytest.mark.parametrize(
+    "bad", ["c \ud83d d", "\udc00", {"text": "\ud800"}, {"text": float("nan")}, {"text": {1}}, object()]
+)
+def test_a_sample_that_is_no_json_costs_itself(reached: Any, bad: Any, caplog: pytest.LogCaptureFixture) -> None:
+    reached(Server(200))
+    values, n_tokens = ask(ScorerClient(URL, batch=2), ["1", bad, "2", "3", bad])
+    assert values == {"loss": [1.0, None, 2.0, 3.0, None]}
+    assert n_tokens == [7, 0, 7, 7, 0]
+    assert "samples[1]: cannot be sent" in caplog.text
+
+
+class TestProxies:
+    NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+
+    @pytest.fixture(autouse=True)
+    def _no_proxy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in self.NAMES:
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.lower(), raising=False)
+
+    @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+    @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "127.8.9.1"])
+    def test_a_scorer_on_this_machine_is_asked_directly(
+        self, monkeypatch: pytest.MonkeyPatch, name: str, host: str, on_socket: Any
+    ) -> None:
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+        client = ScorerClient(f"http://{host}:8000", attempts=1)
+
+        async def transports() -> bool:
+            async with client._client({}) as http:
+                return any(http._mounts.values())
+
+        assert not asyncio.run(transports())
+
+    @pytest.mark.parametrize("proxy", ["http://user:secret@127.0.0.1:9", "http://127.0.0.1:9"])
+    def test_a_proxy_that_fails_is_named(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, proxy: str
+    ) -> None:
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        client = ScorerClient("http://scorer.example:8000", attempts=1)
+        assert ask(client, ["1"]) == ({"loss": [None]}, [0])
+        assert "through the proxy http://127.0.0.1:9 of the environment: ConnectError" in caplog.text
+        assert "secret" not in caplog.text
+        monkeypatch.setenv("NO_PROXY", "scorer.example")
+        assert client._proxy() == ""
+
+    def test_a_proxy_that_cannot_be_used_is_an_error_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ALL_PROXY", "socks9://127.0.0.1:9")
+        with pytest.raises(RuntimeError, match=r"socks9://127.0.0.1:9 of the environment: cannot be used"):
+            ScorerClient("http://scorer.example:8000")
+        ScorerClient("http://127.0.0.1:8000")
+
+
 def test_answers_come_back_in_order_however_they_are_split(reached: Any) -> None:
     server = Server(200)
     reached(server)

@@ -1,7 +1,14 @@
-"""Requests made up from the schema, right and wrong ones: none ends in a 500, and the schema tells the truth."""
+"""Requests made up from the schema, right and wrong ones, and bodies of no schema: none ends in a 500, and the schema
+tells the truth.
+
+Seeds are fixed here; ``make fuzz`` sets others, and more examples, for an hour.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +18,7 @@ import hypothesis
 import pytest
 import requests
 import schemathesis
+from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -21,6 +29,9 @@ from schemathesis.specs.openapi.checks import (
 
 from acqsynth.serve.app import Service, create_app
 from acqsynth.serve.auth import Access
+
+SEED = int(os.environ.get("FUZZ_SEED", "0"))
+FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
 
 CHECKS: list[Any] = [
     not_a_server_error,
@@ -50,9 +61,9 @@ def test_no_request_ends_in_a_500(
             if mode == GenerationMode.NEGATIVE and operation.method == "get":
                 continue  # nothing of such a request can be wrong
 
-            @hypothesis.seed(0)
+            @hypothesis.seed(SEED)
             @hypothesis.settings(
-                max_examples={"/score": 80, "/get_reward": 40, "/student": 40}.get(operation.path, 3),
+                max_examples=FACTOR * {"/score": 160, "/get_reward": 40, "/student": 40}.get(operation.path, 3),
                 deadline=None,
                 database=None,
                 suppress_health_check=list(hypothesis.HealthCheck),
@@ -71,3 +82,79 @@ def test_no_request_ends_in_a_500(
         assert len(forwards) > 10
     else:
         assert statuses[422] > 60, statuses
+
+
+texts = st.one_of(
+    st.text(max_size=50),
+    st.sampled_from(["", "\u200b", "\x00", "a" * 5000, "\U0001f98a" * 100, "<question>a</question><answer>b</answer>"]),
+)
+keys = st.sampled_from(
+    [
+        *("samples", "acquisitions", "acquisition_args", "reduction", "max_length", "text", "prompt", "completion"),
+        *("messages", "role", "content", "tools", "tool_calls", "chat_template_kwargs", "query", "prompts", "labels"),
+        *("path", "entropy"),
+    ]
+)
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(keys | texts, inner, max_size=4)),
+    max_leaves=12,
+)
+turns = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": texts | values}
+    ),
+    max_size=4,
+)
+samples = st.one_of(
+    texts,
+    st.fixed_dictionaries({"text": texts}),
+    st.fixed_dictionaries({"prompt": texts | turns, "completion": texts | turns}),
+    st.fixed_dictionaries({"messages": turns}, optional={"tools": values, "chat_template_kwargs": values}),
+    values,
+)
+bodies = st.one_of(
+    st.fixed_dictionaries({"samples": st.lists(samples, max_size=6)}, optional={"max_length": st.integers(2, 50)}),
+    st.fixed_dictionaries({"query": st.lists(texts, max_size=4), "prompts": st.lists(texts, max_size=4)}),
+    st.fixed_dictionaries({"path": texts}),
+    st.dictionaries(keys, values, max_size=6),
+    values,
+)
+
+
+def test_no_body_ends_in_a_500(serve: Callable[..., Service], on_socket: Callable[[Any], str], tmp_path: Path) -> None:
+    """Nor takes 2 seconds, nor leaves the server unwell."""
+    limits = {"max_body": 1 << 16, "max_samples": 16, "max_length": 512}
+    address = on_socket(create_app(serve(root=tmp_path, access=Access(None, "admin"), limits=limits)))
+    headers = {"Authorization": "Bearer admin", "Content-Type": "application/json"}
+    statuses: Counter[int] = Counter()
+    with requests.Session() as session:
+
+        @hypothesis.seed(SEED)
+        @hypothesis.settings(
+            max_examples=200 * FACTOR, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
+        )
+        @hypothesis.given(
+            path=st.sampled_from(["/score", "/score", "/get_reward", "/student"]),
+            body=bodies,
+            cut=st.one_of(st.none(), st.integers(0, 200)),
+            junk=st.binary(max_size=4),
+        )
+        def check(path: str, body: Any, cut: int | None, junk: bytes) -> None:
+            raw = json.dumps(body).encode()
+            if cut is not None:
+                raw = raw[:cut] + junk + raw[cut + 1 :]
+            begin = time.monotonic()
+            response = session.post(address + path, data=raw, headers=headers, timeout=30)
+            assert time.monotonic() - begin < 2
+            statuses[response.status_code] += 1
+            assert response.status_code in (200, 400, 413, 422), response.text
+            if response.status_code != 200:
+                assert set(response.json()) == {"error"}
+                assert len(response.content) < 2000
+            assert session.get(address + "/health", timeout=2).status_code == 200
+
+        check()
+    assert statuses[200] > 10, statuses
+    assert statuses[400] > 10, statuses
+    assert statuses[422] > 10, statuses

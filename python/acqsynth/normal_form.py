@@ -1,0 +1,111 @@
+"""The form in which texts that a reader cannot tell apart are equal, for gates that compare texts.
+
+A generator that is rewarded for new questions finds every way to write an old one in other code points: zero-width
+characters, soft hyphens, full-width or bold letters, look-alikes of another script, decomposed accents, Markdown, HTML
+and LaTeX marks, other digits, ``5.0`` for ``5``, a number before or behind.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections import Counter
+from fractions import Fraction
+
+# Look-alikes that Unicode's compatibility forms leave alone, after the form of UTS 39 ("confusables"): pairs of equal
+# length, first those with the shape of a capital letter.
+_CAPITALS = (
+    "АВЕЅІЈКМНОРСТУХԚԜΑΒΕΖΗΙΚΜΝΟΡΤΥΧᎪᏴᏟᎠᎬᎻᎫᏦᏞᎷᏢᏒᏚᎢᏙᎳᏃ",
+    "ABESIJKMHOPCTYXQWABEZHIKMNOPTYXABCDEHJKLMPRSTVWZ",
+)
+_SMALL = (
+    "асԁеһіјкӏмоԛрѕтԝхуνοραικυτχγεηƄɑɡɩıłøđðþօհոսցզ",
+    "acdehijklmoqpstwxyvopaikutxyenbagiiloddpohnugq",
+)
+_SMALL_CAPITALS = ("ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘʀꜱᴛᴜᴠᴡʏᴢ", "abcdefghijklmnoprstuvwyz")
+_SIGNS = ("‐‑‒–—―−﹣－‘’‚‛′ʹʼ“”„‟″⁄∕÷×∙·•。、", "---------'''''''\"\"\"\"\"///x***.,")
+_ALIKE = {
+    **{ord(a): b for pair in (_CAPITALS, _SMALL, _SMALL_CAPITALS, _SIGNS) for a, b in zip(*pair, strict=True)},
+    **{0x1F1E6 + i: letter for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")},  # regional indicators
+}
+_INVISIBLE = frozenset({"Cf", "Cs", "Co", "Cn", "Cc"})
+# Of other categories: joiners, fillers, blank signs, variation selectors.
+_BLANK = frozenset(
+    "\u034f\u115f\u1160\u180b\u180c\u180d\u2800\u3164\uffa0\U0001d159" + "".join(map(chr, range(0xE0100, 0xE01F0)))
+)
+_ACCENTS = re.compile("[\u0300-\u036f\u0483-\u0489\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f]")
+
+_TAG = re.compile(
+    r"</?(?:b|i|u|s|p|a|em|strong|sub|sup|span|br|div|font|mark|code|small|big|tt|del|ins)(?:\s[^<>]*)?/?>"
+)
+_COMMAND = re.compile(
+    r"\\(?:text\w*|math\w+|emph|underline|mbox|displaystyle)(?![a-z])|\\[,;:! ()\[\]]|\\(?=[^\w\s])|[{}$]"
+)
+_MARK = re.compile(r"(\d ?\*+ ?(?=\d))|[*_~`]+")  # a star between two numbers multiplies
+_LINE = re.compile(r"^[ \t]*(?:#{1,6}|>+|[-+])[ \t]+", re.MULTILINE)
+_NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\w.])\.\d+")
+
+_LABEL = r"(?:(?:question|problem|exercise|task|example|variant|version|part|number|no|nr|q|v)(?![a-z])\.?\s*)"
+_BEFORE = re.compile(rf"^\W*(?:{_LABEL}[#(\[]?\d+[.):\]]*|[#(\[]?\d+(?:[.)\]:]+(?=\s)|\.(?=[a-z])))\s*")
+_BEHIND = re.compile(rf"(?<=[.?!])(?:\s*[#(\[]\s*{_LABEL}?\d+\s*[)\]]?|\s+{_LABEL}?\d+)[\s.]*$")
+_END = 64  # characters at either end in which a numbering is looked for
+
+
+def visible(text: str) -> str:
+    """The text in compatibility form, without characters that show nothing."""
+    plain = unicodedata.normalize("NFKD", text)
+    if plain.isascii() and plain.isprintable():
+        return plain
+    return "".join(
+        char
+        for char in plain
+        if char.isspace() or (unicodedata.category(char) not in _INVISIBLE and char not in _BLANK)
+    )
+
+
+def normal_form(text: str) -> str:
+    """The text as gates compare it: small letters, single blanks, numbers by value, no marks, no numbering."""
+    plain = visible(html.unescape(text))
+    if not plain.isascii():
+        plain = _ACCENTS.sub("", plain).translate(_ALIKE)
+        plain = unicodedata.normalize("NFC", "".join(map(_digit, plain)))
+    plain = plain.casefold().translate(_ALIKE)
+    plain = _COMMAND.sub("", _TAG.sub("", plain))
+    plain = _MARK.sub(r"\1", " ".join(_LINE.sub("", plain).split()))
+    plain = _NUMBER.sub(lambda found: _written(value(found[0])), plain)
+    for _ in range(4):  # "Question 3: 1. ... (5)"
+        bare = _BEFORE.sub("", plain[:_END], count=1) + plain[_END:]
+        bare = bare[:-_END] + _BEHIND.sub("", bare[-_END:], count=1)
+        if not bare.strip() or bare == plain:
+            break
+        plain = bare
+    return " ".join(plain.split())
+
+
+def numbers(plain: str) -> Counter[Fraction]:
+    """The values of the numbers in a normal form."""
+    return Counter(value(found) for found in _NUMBER.findall(plain))
+
+
+def value(number: str) -> Fraction:
+    """Of a number as :func:`normal_form` finds it."""
+    whole, _, rest = number.replace(",", "").partition(".")
+    # Only so many digits, as Python refuses to read integers of thousands.
+    rest = rest[:30]
+    return int(whole[-300:] or "0") + Fraction(int(rest or "0"), 10 ** len(rest))
+
+
+def _written(number: Fraction) -> str:
+    if number.denominator == 1:
+        return str(number.numerator)
+    whole, rest = divmod(number, 1)
+    digits = ""
+    while rest:
+        digit, rest = divmod(rest * 10, 1)
+        digits += str(digit)
+    return f"{whole}.{digits}"
+
+
+def _digit(char: str) -> str:
+    return str(unicodedata.digit(char)) if char.isdigit() and not char.isascii() else char
