@@ -85,7 +85,8 @@ def test_seventy_billion_parameters_are_counted_without_weights() -> None:
     ("acquisitions", "arguments", "expected"),
     [
         ("entropy,margin,loss", None, Passes(1, 1, 0)),
-        ("grad_norm", None, Passes(1, 1 + 1 + 32 / 64, 0)),
+        ("grad_norm", None, Passes(1, 1 + 32 / (2 * 64), 0)),
+        ("badge", None, Passes(1, 1 + 1 + 32 / (2 * 64), 0)),
         ("entropy,grad_norm", {"grad_norm": {"parameters": 3}}, Passes(1 + 1 + 2 * 3 / 30, 1 + 4, 3)),
         ("grad_norm", {"grad_norm": {"parameters": "all"}}, Passes(3, 4, 30)),
         ("influence", None, Passes(3, 4, 30)),

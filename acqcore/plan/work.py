@@ -94,7 +94,8 @@ def passes(shape: Shape, work: Work) -> Passes:
     """What the acquisitions take, counted.
 
     - Those of tokens share one forward and one product.
-    - Of samples, from the head pass (``grad_norm``): one product more, and T / D of one for the Gram matrix.
+    - Of samples, from the head pass: T / 2D of a product for the Gram matrix, at most the two of a second visit. Its
+      targets are known in the first visit for ``grad_norm``, and are the first visit's result for ``badge``.
     - Of K draws: K products; with dropout in the last n of L blocks also a forward of the others and K of these.
     - Gradients deeper than the head: a forward, a backward (of activations alone: as much again) and their norms or
       sketches (about as much again) through the blocks asked for; a product for the statistics, two for the gradient of
@@ -108,7 +109,7 @@ def passes(shape: Shape, work: Work) -> Passes:
         trunk, head = 1.0, 1.0
     for entry in one_pass:
         if entry.per_sample is not None:
-            head += 1 + min(1.0, work.scored / shape.hidden)
+            head += min(2.0, work.scored / (2 * shape.hidden)) + (0 if entry.needs_gram else 1)
     for options in set(request.draw_options.values()):
         head += options.draws
         if options.layers != 0:
