@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import acqcore
-from acqcore.backends import HeadRows
-from acqcore.backends import get as get_backend
+from acqcore.backends import HeadRows, get as get_backend
 from acqcore.head_grad import loss_weights
 from acqcore.head_visit import visit
 from acqcore.row_stats import empty_gram, empty_state

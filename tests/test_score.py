@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import acqcore
 from acqcore.acquisitions import REGISTRY, RowNeed
+from acqcore.backends import get as get_backend
 from acqcore.scoring.plan import reduce
 from acqcore.students.samples import encode
 
@@ -404,3 +405,30 @@ def test_progress_is_shown_where_asked(
         assert capsys.readouterr().err == ""
     acqcore.score(model, TEXTS, tokenizer=tokenizer, backend="eager", progress=True)
     assert "scoring" in capsys.readouterr().err
+
+
+def test_statistics_and_gradient_norm_are_one_visit_of_the_head(
+    tiny_model: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many calls of the backend as for statistics alone, and none that forms delta in a second visit."""
+    cpu = type(get_backend("cpu"))
+    calls: list[str] = []
+
+    def counted(name: str) -> Callable[..., None]:
+        original = getattr(cpu, name)
+
+        def call(self: Any, rows: Any, *arguments: Any) -> None:
+            if len(rows.hidden):
+                calls.append(name)
+            original(self, rows, *arguments)
+
+        return call
+
+    for name in ("row_stats", "head_grad_norm", "delta_product", "delta_hash"):
+        monkeypatch.setattr(cpu, name, counted(name))
+    student = acqcore.Student.from_model(tiny_model("Llama"))
+    acqcore.score(student, SAMPLES, "entropy", tokenizer=tokenizer, backend="cpu")
+    alone, calls[:] = calls[:], []
+    acqcore.score(student, SAMPLES, ("entropy", "grad_norm", "el2n"), tokenizer=tokenizer, backend="cpu")
+    assert calls == alone
+    assert set(calls) == {"row_stats"}
