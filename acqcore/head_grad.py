@@ -227,6 +227,7 @@ def grad_sketch(
     if head.group is not None or not len(head.weight):
         stats = row_stats(hidden, head, targets, temperature=temperature, backend=backend)
     trusted = checks.targets_in_range(targets, head.vocab_size)
+    assert trusted is not None
     return _sketches(hidden, head, trusted, stats, bounds, weights, temperature, chosen, dim, seed)
 
 

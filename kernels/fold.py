@@ -219,7 +219,7 @@ def merge_splits(
     tl.store(out + 4 * all_rows, tl.where(scored, s2, nan), mask=inside)
     tl.store(out + 5 * all_rows, tl.where(scored, s11, nan), mask=inside)
     tl.store(out + 6 * all_rows, tl.where(scored, target, nan), mask=inside)
-    best = tl.where(best >= 0, best + vocab_start, -1)
+    best = tl.where(scored & (best >= 0), best + vocab_start, -1)
     tl.store(index + out_rows, best.to(tl.int64), mask=inside)
 
 
