@@ -15,6 +15,7 @@ from acqcore.bayes import BayesStats, ensemble_stats, mutual_information
 from acqcore.gradients.reference import Reference
 from acqcore.head import Head
 from acqcore.head_grad import head_grad_norm, hidden_grad, hidden_grad_norm
+from acqcore.literals import Reduction
 from acqcore.row_stats import RowStats, logit_stats, row_stats
 from acqcore.scores import Scores
 from acqcore.scoring.api import score, score_stream
@@ -39,6 +40,7 @@ __all__ = [
     "BackendInfo",
     "BayesStats",
     "Head",
+    "Reduction",
     "Reference",
     "Row",
     "RowStats",

@@ -6,8 +6,7 @@ A program walks over one stretch of the vocabulary and keeps, for each of its ro
     second   the largest of all others           target   the target's logit
     r, s1, s2, s11   sums over all columns but ``index`` of e, e x, e^2, e x^2; x = z - top, e = 2^40 exp(x)
 
-The factor 2^40 keeps e^2 of a runner-up at 1e-20 a normal float32; it costs nothing, as it joins the exponent's
-multiply-add. Impossible tokens (-inf) add nothing.
+The factor 2^40 keeps e^2 of a runner-up at 1e-20 a normal float32. Impossible tokens (-inf) add nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-140.0)  # stands for -inf: the exponential is exactly 0 there, and 0 * LOWEST is 0
-SHIFT = tl.constexpr(40.0)
 NO_INDEX = tl.constexpr(2**31 - 1)
 SCALE = tl.constexpr(2.0**40)
 INV_SCALE = tl.constexpr(2.0**-40)
@@ -109,7 +107,8 @@ def fold(
     x = z - reference[:, None]
     if MAY_BE_ABSENT:
         x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    e = tl.exp2(x * LOG2E + SHIFT)
+    # Joined to the multiply-add, the factor saves an instruction and makes Triton 3.9 spill 512 bytes on sm_90.
+    e = tl.exp2(x * LOG2E) * SCALE
     ex = e * x
     r += tl.sum(e, axis=1)
     s1 += tl.sum(ex, axis=1)

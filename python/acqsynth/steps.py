@@ -524,4 +524,4 @@ def _torch_save(state: Any, path: Path) -> None:
 def _torch_load(path: Path) -> Any:
     import torch
 
-    return torch.load(path, weights_only=False)
+    return torch.load(path, weights_only=True)

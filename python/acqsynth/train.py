@@ -469,7 +469,7 @@ class RewardStates(TrainerCallback):
 
     def restore(self, checkpoint: Path) -> None:
         """Rewards continue from where they stood at the checkpoint."""
-        states = torch.load(checkpoint / REWARD_STATE, weights_only=False)
+        states = torch.load(checkpoint / REWARD_STATE, weights_only=True)
         for reward, state in zip(self.rewards, states, strict=True):
             reward.load_state_dict(state)
 

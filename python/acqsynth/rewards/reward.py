@@ -44,6 +44,7 @@ from typing import Any
 import torch
 
 import acqcore
+from acqcore import Reduction
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Engine
 from acqsynth.parsing import parse_sample
@@ -622,7 +623,7 @@ class RemoteAcquisitionReward(AcquisitionReward):
         url: str,
         parse: Parser = parse_sample,
         arguments: Mapping[str, Any] | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         max_length: int = 2048,
         token: str | None = None,
         client: Mapping[str, Any] | None = None,

@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import torch
 
 import acqcore
+from acqcore import Reduction
 from acqsynth.domains import Domain, Sample
 from acqsynth.rewards.batch import Batch
 
@@ -54,7 +55,7 @@ class Scorer:
         domain: Domain | None = None,
         arguments: Mapping[str, Mapping[str, Any]] | None = None,
         name: str = "a scorer",
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         tokenizer: Any = None,
         backend: str | None = None,
         batch_tokens: int = 8192,

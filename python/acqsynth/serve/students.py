@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import acqcore
+from acqcore import Reduction
 from acqsynth.serve.errors import ForbiddenError, InvalidRequestError, ReloadInProgressError
 from acqsynth.serve.options import Limits
 
@@ -90,7 +91,7 @@ class Question:
     """What is asked of a student: of one question all samples can share a batch."""
 
     acquisitions: tuple[str, ...]
-    reduction: str
+    reduction: Reduction
     arguments: str  #: ``acquisition_args`` of ``acqcore.score`` as JSON
 
     def values(
