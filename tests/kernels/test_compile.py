@@ -267,7 +267,8 @@ def test_sketch_with_committed_tiles(arch: int, launches: dict, tmp_path: Path) 
     for vocab, depth, tiles in _committed(arch, "half", "sketch"):
         sketch.hashed_delta(
             _empty(512, depth, of=torch.bfloat16), _empty(vocab, depth, of=torch.bfloat16), None,
-            _empty(512, of=torch.int64), _empty(vocab, of=torch.int32), softcap=None, scale=1.0, temperature=1.0, vocab_start=0,
+            _empty(512, of=torch.int64), _empty(vocab, of=torch.int32),
+            softcap=None, scale=1.0, temperature=1.0, vocab_start=0,
             state=_empty(7, 512, of=torch.float64), index=_empty(512, of=torch.int64), fill=True,
             out=_empty(512, 4096, of=torch.float32), tiles=tiles,
         )  # fmt: skip
