@@ -185,7 +185,9 @@ def test_compiles_without_graph_breaks(implementation: str) -> None:
 def test_custom_ops_are_well_formed() -> None:
     case = random_case(6, 8, 40)
     state, index = torch.empty(7, 6, dtype=torch.float64), torch.empty(6, dtype=torch.int64)
-    args = (case.hidden, case.head.weight, None, case.targets, None, 1.0, 1.0, 0, 40, "cpu", state, index)
-    torch.library.opcheck(torch.ops.acqcore.row_stats.default, args)
+    args = (case.hidden, case.head.weight, None, case.targets, None, 1.0, 1.0, 0, 40, "cpu")
+    torch.library.opcheck(torch.ops.acqcore.row_stats.default, (*args, [], state, index, None))
+    products = torch.empty(2 * 2 + 4 * 4)
+    torch.library.opcheck(torch.ops.acqcore.row_stats.default, (*args, [0, 2, 2, 6], state, index, products))
     args = (case.head.logits(case.hidden), case.targets, 1.0, "cpu", state, index)
     torch.library.opcheck(torch.ops.acqcore.logit_stats.default, args)
