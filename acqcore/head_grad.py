@@ -208,7 +208,7 @@ def grad_sketch(
     Args:
         hidden, head, targets, offsets, loss, token_weights, temperature, backend: as in :func:`head_grad_norm`.
         dim: length of a sketch.
-        seed: of the signs; sketches of different seeds can not be compared.
+        seed: of the signs; sketches of different seeds cannot be compared.
 
     Returns:
         ``[B, dim]`` float32 (float64 for float64 inputs).

@@ -223,7 +223,7 @@ def test_products_are_float32_whatever_the_process_allows(monkeypatch: pytest.Mo
     ],
 )
 def test_either_setting_of_torch_is_overruled_and_restored(setting: str) -> None:
-    """In a process of its own: which of the two settings was touched can not be undone."""
+    """In a process of its own: which of the two settings was touched cannot be undone."""
     code = (
         "import torch\n"
         "from acqcore.backends.chunked import float32_products\n"

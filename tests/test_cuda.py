@@ -58,7 +58,7 @@ def test_bits_do_not_depend_on_how_rows_are_shared_out(dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v", [33333, 40960])
 def test_bits_do_not_depend_on_batch_strides_or_alignment(v: int, dtype: torch.dtype) -> None:
-    """Rows that can not be read in 16-byte loads go another way and end in the same place."""
+    """Rows that cannot be read in 16-byte loads go another way and end in the same place."""
     logits = _gaussian(5, v, dtype)
     expected, _ = on_host(logits)
     apart = torch.zeros(5, v + 7, dtype=dtype)[:, 3 : v + 3].copy_(logits)

@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def constant_when_compiled(function: F) -> F:
-    """``torch.compile`` calls it once and keeps the answer: for facts of the machine that it can not trace.
+    """``torch.compile`` calls it once and keeps the answer: for facts of the machine that it cannot trace.
 
     This is what ``torch.compiler.assume_constant_result`` does, which would import torch._dynamo, one second.
     """

@@ -2,7 +2,7 @@
 //
 // Every algorithm is written once. CMake compiles it once per instruction set, in a namespace of that name, and
 // dispatch.cpp picks a table at run time. Code in those namespaces uses no std:: templates: the linker keeps one copy of
-// an inline function, and it might keep the one that an older processor can not run.
+// an inline function, and it might keep the one that an older processor cannot run.
 #pragma once
 #include <cstdint>
 

@@ -170,7 +170,7 @@ class Scores:
 
 
 class AnswerReward:
-    """The answer's value is the reward: the larger the better, 13 can not be scored, questions with "bad" are gated.
+    """The answer's value is the reward: the larger the better, 13 cannot be scored, questions with "bad" are gated.
 
     Under TRL's contract the reward is the share of "e" in the text, plus a count of calls, its state."""
 

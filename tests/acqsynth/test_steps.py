@@ -198,7 +198,7 @@ def test_a_disk_that_really_fills_up(tmp_path):
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True, check=False
     )
     if mounted.returncode:
-        pytest.skip("a small file system can not be mounted here")
+        pytest.skip("a small file system cannot be mounted here")
     try:
         first, _ = pair("x")
         Store(place).run(first)

@@ -51,7 +51,7 @@ def test_seeds_are_shown_within_the_request_or_as_turns(sums):
 
 
 class Large:
-    """A gate with an archive: the answer is at least 5; 9 it can not tell."""
+    """A gate with an archive: the answer is at least 5; 9 it cannot tell."""
 
     name = "large"
 

@@ -68,7 +68,7 @@ class Domain(ABC):
 
         Raises:
             FileNotFoundError: no such local file. ValueError: a column is missing (names it and those there are), a
-                row can not be read (names its number), or there are no rows.
+                row cannot be read (names its number), or there are no rows.
         """
 
     def parse(self, text: str) -> Sample | None:
@@ -87,11 +87,11 @@ class Domain(ABC):
         return None
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
-        """Whether each sample's own answer is right; None where the domain can not tell."""
+        """Whether each sample's own answer is right; None where the domain cannot tell."""
         return [None] * len(samples)
 
     def computed(self, samples: Sequence[Sample], seed: int) -> list[Sample | None]:
-        """The samples with the answer that the domain computes in the place of their own; None where it can not.
+        """The samples with the answer that the domain computes in the place of their own; None where it cannot.
 
         Args:
             seed: of answers that are left to chance.

@@ -321,7 +321,7 @@ def _humaneval(row: Row) -> Sample:
     return Sample(
         f"Complete this Python function:\n{fenced(prompt)}",
         fenced(prompt + solution),
-        # What the tests use of the prompt beside the function (a helper) is theirs: a program can not replace it.
+        # What the tests use of the prompt beside the function (a helper) is theirs: a program cannot replace it.
         extra={
             "tests": f"{row['test']}\n\ncheck({name})",
             "names": [name],

@@ -259,7 +259,7 @@ class Child:
     def operate(self, operation: str, remote: Remote, *arguments: Any, **named: Any) -> Any:
         def refer(value: Any) -> dict[str, int]:
             if type(value) is not Remote:
-                raise TypeError(f"a test passes a {type(value).__name__}, which can not be given to the program")
+                raise TypeError(f"a test passes a {type(value).__name__}, which cannot be given to the program")
             return {"object": object.__getattribute__(value, "_number")}
 
         value, left = self.ask(

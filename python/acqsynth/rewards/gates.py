@@ -276,7 +276,7 @@ class Labelled:
 
 
 class Verified:
-    """``domain.verify`` does not find the sample's own answer wrong; where it can not tell, the sample passes."""
+    """``domain.verify`` does not find the sample's own answer wrong; where it cannot tell, the sample passes."""
 
     name = "verified"
 
@@ -290,7 +290,7 @@ class Verified:
 class Answerable:
     """At least ``least`` of the student's k sampled answers equal the sample's own, or the domain finds it right.
 
-    A question without an answer scatters the student's, and a wrong answer meets none of them. Where the domain can not
+    A question without an answer scatters the student's, and a wrong answer meets none of them. Where the domain cannot
     tell, what the student never solves is lost with these.
 
     Args:

@@ -60,7 +60,7 @@ class Service:
         backend: as in ``acqcore.score``.
 
     Raises:
-        ValueError: an acquisition that can not be served, a backend that is unknown or does not serve the student.
+        ValueError: an acquisition that cannot be served, a backend that is unknown or does not serve the student.
         RuntimeError: the backend is not available here.
     """
 

@@ -37,7 +37,7 @@ class Access:
         expected = self.admin_token if path in ADMIN else self.token
         if expected is None:
             if path in ADMIN:
-                raise ForbiddenError("the student can not be changed: the server was started without an admin token")
+                raise ForbiddenError("the student cannot be changed: the server was started without an admin token")
             return
         given = [value for name, value in headers if name == b"authorization"]
         secret = _secret(given[0]) if len(given) == 1 else None

@@ -52,7 +52,7 @@ class Gate:
             body = await self._admitted(scope, receive, held)
             await self.app(scope, _replayed(body, receive), counted)
         except ServiceError as error:
-            # What was not read of the body is still on its way: the connection can not be used again.
+            # What was not read of the body is still on its way: the connection cannot be used again.
             await error_response(error, close=True)(scope, receive, counted)
         except Exception:
             logger.exception("%s failed", scope["path"] if scope["path"] in ROUTES else "a request")

@@ -68,8 +68,8 @@ def token_from(variable: str, file: Path | None, environment: Mapping[str, str] 
     is never taken from there.
 
     Raises:
-        ValueError: it is empty or has a character that a header can not carry.
-        OSError: the file can not be read.
+        ValueError: it is empty or has a character that a header cannot carry.
+        OSError: the file cannot be read.
     """
     if file is not None:
         token, source = file.read_text(encoding="utf-8").strip(), str(file)

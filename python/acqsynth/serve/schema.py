@@ -123,7 +123,7 @@ Sample = Annotated[
 
 
 class Arguments(_Body):
-    """Of an acquisition, as in ``acquisition_args`` of ``acqcore.score``; what can not stand in a request is left
+    """Of an acquisition, as in ``acquisition_args`` of ``acqcore.score``; what cannot stand in a request is left
     out."""
 
     parameters: Literal["head", "trainable", "all"] | Annotated[int, Field(ge=1)] | None = None
@@ -142,7 +142,7 @@ class ScoreRequest(_Body):
     acquisition_args: dict[AcquisitionName, Arguments] = Field({}, description="name -> arguments")
     reduction: Literal["mean", "sum", "max", "topk"] = "mean"
     max_length: int | None = Field(
-        None, ge=2, description="cut longer samples to so many tokens; without it they can not be scored"
+        None, ge=2, description="cut longer samples to so many tokens; without it they cannot be scored"
     )
 
 

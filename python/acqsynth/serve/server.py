@@ -106,7 +106,7 @@ def prepared(options: argparse.Namespace) -> tuple[Service, socket.socket]:
     try:
         listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
     except OSError as error:
-        raise UsageError(f"{options.host}:{options.port} can not be served on: {error}") from error
+        raise UsageError(f"{options.host}:{options.port} cannot be served on: {error}") from error
     if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
         from transformers.utils import logging
 

@@ -137,11 +137,11 @@ class Students:
             path: of a saved model below the root, relative to it.
 
         Raises:
-            ForbiddenError: there is no root. InvalidRequestError: no such model, or it can not be loaded; the one
+            ForbiddenError: there is no root. InvalidRequestError: no such model, or it cannot be loaded; the one
                 before stays. ReloadInProgressError: another is being loaded.
         """
         if self._root is None:
-            raise ForbiddenError("the student can not be changed: the server was started without --student-root")
+            raise ForbiddenError("the student cannot be changed: the server was started without --student-root")
         if self._loading.locked():
             raise ReloadInProgressError("another student is being loaded")
         async with self._loading:
@@ -150,7 +150,7 @@ class Students:
                 student, mark = await asyncio.to_thread(self._read, folder)
             except Exception as error:  # whatever transformers makes of broken files
                 reason = str(error).strip().split("\n")[0].replace(str(self._root), "")
-                raise InvalidRequestError(f"path: {path!r} can not be loaded: {reason}") from error
+                raise InvalidRequestError(f"path: {path!r} cannot be loaded: {reason}") from error
             self.current = Loaded(path, self.current.version + 1, mark, student)
             return self.current
 

@@ -24,7 +24,7 @@ def shared_data() -> Callable[[str], str]:
 
 @pytest.fixture
 def contained() -> None:
-    """Skips where programs can not be contained, with the reason."""
+    """Skips where programs cannot be contained, with the reason."""
     try:
         sandbox.require()
     except RuntimeError as error:

@@ -47,7 +47,7 @@ def test_answer_of_is_the_last_whole_block() -> None:
     assert code.answer_of("```\nx = 1\n```\n```python\nx = 2") == fenced("x = 1")
     assert code.answer_of("def f(x):\n    return x\n") == fenced("def f(x):\n    return x")
     assert code.answer_of("```python\n    x = 1\n```") == "```python\n    x = 1\n```"
-    for nothing in ("", "I can not.", "```python\n\n```", "```python\nx = 1"):
+    for nothing in ("", "I cannot.", "```python\n\n```", "```python\nx = 1"):
         assert code.answer_of(nothing) is None
 
 

@@ -400,7 +400,7 @@ class TestValues:
 
     def test_a_function_of_the_tests_can_not_be_given_away(self) -> None:
         result = one("def f(g): return g(1)", "f(lambda x: x)", ("f",))
-        assert result.detail == "tests: TypeError: a test passes a function, which can not be given to the program"
+        assert result.detail == "tests: TypeError: a test passes a function, which cannot be given to the program"
 
     def test_sets_keep_one_order(self) -> None:
         orders = {one("print(list({'a', 'b', 'c', 'd', 'e'}))").stdout for _ in range(5)}

@@ -26,7 +26,7 @@ Plain.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
 
 
 class Number:
-    """The answer as a number; 13 can not be scored, 99 raises."""
+    """The answer as a number; 13 cannot be scored, 99 raises."""
 
     name = "number"
 

@@ -572,7 +572,7 @@ class TestStudent:
             ("empty", "with a whole model"),
             ("adapter", "with a whole model"),
             ("second/config.json", "with a whole model"),
-            ("broken", "'broken' can not be loaded: "),
+            ("broken", "'broken' cannot be loaded: "),
         ],
     )
     def test_nothing_else_is_loaded_and_the_one_before_stays(
