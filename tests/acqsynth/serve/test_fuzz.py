@@ -136,7 +136,7 @@ def test_no_body_ends_in_a_500(serve: Callable[..., Service], on_socket: Callabl
         )
         @hypothesis.given(
             path=st.sampled_from(["/score", "/score", "/get_reward", "/student"]),
-            body=bodies,
+            body=st.one_of(bodies, st.just({"samples": ["the quick brown fox"], "acquisitions": ["entropy"]})),
             cut=st.one_of(st.none(), st.integers(0, 200)),
             junk=st.binary(max_size=4),
         )
@@ -155,6 +155,6 @@ def test_no_body_ends_in_a_500(serve: Callable[..., Service], on_socket: Callabl
             assert session.get(address + "/health", timeout=2).status_code == 200
 
         check()
-    assert statuses[200] >= 5, statuses  # some bodies of the seed are sound
+    assert statuses[200] > 10, statuses
     assert statuses[400] > 10, statuses
     assert statuses[422] > 10, statuses
