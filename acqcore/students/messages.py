@@ -121,4 +121,5 @@ def _is_finite(value: Any) -> bool:
 
 
 def _missing(value: object) -> str:
-    return "no value" if value is None or value != value else checks.describe(value)  # noqa: PLR0124 - NaN
+    empty = value is None or (isinstance(value, float) and math.isnan(value))
+    return "no value" if empty else checks.describe(value)

@@ -188,7 +188,7 @@ def _text(index: int, sample: Any, kind: tuple[str, ...], first: tuple[str, ...]
         return _conversation(index, messages[:-1], messages[-1:], tokenizer)
     prompt, completion = values
     if not isinstance(prompt, list):
-        if isinstance(prompt, Mapping) or isinstance(prompt, bool):
+        if isinstance(prompt, (Mapping, bool)):
             raise TypeError(
                 f"samples[{index}]: {kind[0]}: expected a string or a list of messages, got {checks.describe(prompt)}"
             )
@@ -303,7 +303,8 @@ def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
     if "input_ids" not in samples:
         keys = ", ".join(repr(key) for key in samples)
         raise TypeError(
-            f'samples: expected a list, a mapping of tensors with "input_ids", or of columns such as "text", got keys {keys}'
+            'samples: expected a list, a mapping of tensors with "input_ids", or of columns such as "text", '
+            f"got keys {keys}"
         )
     for key in ("input_ids", "attention_mask", "labels"):
         value = samples.get(key)

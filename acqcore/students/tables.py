@@ -61,7 +61,7 @@ def _columns(samples: Any) -> list[Any] | None:
     if isinstance(samples, Mapping):
         return list(samples)
     names = getattr(samples, "column_names", None)  # datasets, Arrow
-    if names is None and hasattr(samples, "iloc") or hasattr(samples, "to_dicts"):  # pandas, polars
+    if names is None and (hasattr(samples, "iloc") or hasattr(samples, "to_dicts")):  # pandas, polars
         names = getattr(samples, "columns", None)
     return None if names is None or not hasattr(samples, "__getitem__") else list(names)
 
