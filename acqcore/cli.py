@@ -21,16 +21,21 @@ from acqcore import __version__, checks
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
 from acqcore.costs import command as plan_command
-from acqcore.files import data as data_files
+from acqcore.files import data as data_files, hub, reference as reference_command
 from acqcore.files.data import Block
 from acqcore.files.executors import executor_of
 from acqcore.files.parts import Parts
 from acqcore.files.summary import Summary, print_table
+from acqcore.files.top import write_top
 from acqcore.files.worker import ATTEMPTS, DTYPES, Job, write_failed
 from acqcore.literals import Reduction
 from acqcore.progress import Progress
 from acqcore.scoring.plan import Plan
 
+_DESCRIPTION = (
+    "Scores data files with a student (score), computes what influence is measured against (reference), estimates "
+    "memory and time beforehand (plan), and lists versions and backends (info)."
+)
 BLOCK_ROWS = 4096  # bounds memory; larger blocks would pack hardly better
 
 
@@ -66,12 +71,17 @@ _WRONG_USAGE = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="acqcore", description=__doc__)
+    parser = _Parser(prog="acqcore", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"acqcore {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     score = commands.add_parser("score", help="score the rows of a data file with a student")
     score.set_defaults(command=_score)
     score.add_argument("--student", required=True, metavar="M", help="hub id or local path")
-    score.add_argument("--data", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
+    score.add_argument(
+        "--data", required=True, type=Path, metavar="F", help="a .jsonl, .csv or .parquet file, or a data set: org/name"
+    )
+    score.add_argument("--data-config", metavar="C", help="configuration of a data set")
+    score.add_argument("--split", default="train", metavar="S", help="split of a data set (default: train)")
     score.add_argument(
         "--out",
         required=True,
@@ -84,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
         default="entropy",
         metavar="A,B",
         help=f"comma-separated, by default entropy; any of {', '.join(REGISTRY)}",
+    )
+    score.add_argument("--top-k", type=int, metavar="K", help="write the K rows of the highest first acquisition only")
+    score.add_argument(
+        "--keep-tokens", action="store_true", help="write the value of every scored token, and the tokens' ids"
     )
     score.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
     score.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
@@ -118,6 +132,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="rows per block, the unit of reading, retrying and writing",
     )
+    reference = commands.add_parser("reference", help="compute the reference that influence is measured against")
+    reference.set_defaults(command=_reference)
+    reference_command.add_options(reference)
     plan = commands.add_parser("plan", help="estimate memory and time of scoring")
     plan.set_defaults(command=_plan)
     plan_command.add_options(plan)
@@ -153,6 +170,13 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
+def _reference(options: argparse.Namespace) -> int:
+    try:
+        return reference_command.run(options)
+    except _WRONG_USAGE as error:
+        raise _UsageError(_first_line(error)) from error
+
+
 def _plan(options: argparse.Namespace) -> int:
     try:
         return plan_command.run(options, print_table)
@@ -169,6 +193,7 @@ def _score(options: argparse.Namespace) -> int:
         if executor.reports:
             parts.claim(manifest)
     except _WRONG_USAGE as error:
+        Parts(options.out).remove_unclaimed()
         raise _UsageError(_first_line(error)) from error
     todo = [block for block in blocks if not parts.finished(block.index)]
     n_rows, left = sum(block.rows for block in blocks), sum(block.rows for block in todo)
@@ -184,14 +209,19 @@ def _score(options: argparse.Namespace) -> int:
         return 0
     summary = _collect(options, job, parts, blocks, {block.index for block in todo})
     try:
-        data_files.join([parts.path(block.index) for block in blocks], job.out, job.output_columns)
+        written = [parts.path(block.index) for block in blocks]
+        if options.top_k is not None:
+            top = parts.folder / f"top{written[0].suffix}"
+            write_top(written, options.top_k, job.plan.names[0], job.output_columns, top)
+            written = [top]
+        data_files.join(written, job.out, job.output_columns)
     except (ValueError, TypeError) as error:
         raise _UsageError(
             f"{options.out}: {_first_line(error)}; the scores are kept in {parts.folder}, a .jsonl output can hold them"
         ) from error
     if not summary.failed_blocks:
         parts.remove()
-    summary.print(options.out, begun)
+    summary.print(options.out, begun, options.top_k)
     return 1 if summary.failed_blocks or summary.errors == summary.rows else 0
 
 
@@ -207,7 +237,9 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
         reduction=options.reduction, topk=options.topk, batch_tokens=options.batch_tokens, backend=options.backend,
     )  # fmt: skip
     plan.sample_by_sample("call acqcore.score from Python")
-    for name in ("limit", "block_rows"):
+    if options.keep_tokens and not plan.of_tokens:
+        raise ValueError(f"--keep-tokens: none of {', '.join(names)} has a value for each token")
+    for name in ("limit", "block_rows", "top_k"):
         if getattr(options, name) is not None:
             checks.positive_int(name, getattr(options, name))
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -225,26 +257,30 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
             f"device: expected cpu or cuda with --engine ray, which gives each worker one, got {options.device}"
         )
     _check_output(options.out)
-    if ".parquet" in (options.data.suffix, options.out.suffix or ".parquet"):
+    data = options.data
+    if hub.is_name(data):
+        data = hub.export(data, options.data_config, options.split, Parts(options.out).folder)
+    if ".parquet" in (data.suffix, options.out.suffix or ".parquet"):
         checks.installed("pyarrow", "parquet", "train")
-    blocks, present = data_files.scan(options.data, options.block_rows, options.limit)
+    blocks, present = data_files.scan(data, options.block_rows, options.limit)
     if not blocks:
         raise ValueError(f"data: {options.data} has no rows")
     columns = data_files.choose_columns(present, options.prompt_column, options.completion_column, options.text_column)
     job = Job(
         student=os.path.abspath(options.student) if os.path.isdir(options.student) else options.student,
-        data=options.data.absolute(),
+        data=data.absolute(),
         out=options.out.absolute(),
         columns=columns,
         plan=plan,
         max_length=options.max_length,
         dtype=options.dtype,
         device=options.device,
+        keep_tokens=options.keep_tokens,
     )
     for column in columns:
-        if column in ("row", *names, "n_tokens", "valid", "error"):
+        if column in job.added_columns:
             raise ValueError(f"data: the column {column!r} has the name of an output column; rename it")
-    return job, blocks, _manifest(options, columns)
+    return job, blocks, _manifest(options, data, columns)
 
 
 def _check_output(out: Path) -> None:
@@ -264,15 +300,15 @@ def _check_output(out: Path) -> None:
         raise ValueError(f"out: the folder {out} is not empty")
 
 
-def _manifest(options: argparse.Namespace, columns: dict[str, str]) -> dict[str, Any]:
+def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str]) -> dict[str, Any]:
     """Everything that the values and the batches depend on, which excludes the engine."""
     digest = hashlib.sha256()
-    with options.data.open("rb") as file:
+    with data.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     keys = (
         "student", "acquisitions", "acquisition_args", "reduction", "topk", "batch_tokens", "max_length", "dtype",
-        "device", "backend", "limit", "block_rows",
+        "device", "backend", "limit", "block_rows", "keep_tokens",
     )  # fmt: skip
     files = sorted(Path(options.student).rglob("*")) if os.path.isdir(options.student) else []
     return {

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import acqcore
 from acqcore.students.samples import Row, encode
 
 
@@ -142,6 +144,60 @@ class TestDataset:
             encoded(data.select_columns(["id"]))
 
 
+class TestTables:
+    ROWS = ({"prompt": "a", "completion": " fox", "id": 1}, {"prompt": "the", "completion": " dog", "id": 2})
+
+    def table(self, kind: str) -> Any:
+        columns = {key: [row[key] for row in self.ROWS] for key in self.ROWS[0]}
+        if kind == "dict":
+            return columns
+        module = pytest.importorskip(kind)
+        return module.table(columns) if kind == "pyarrow" else module.DataFrame(columns)
+
+    @pytest.mark.parametrize("kind", ["dict", "pandas", "polars", "pyarrow"])
+    def test_rows_of_a_table(self, kind: str, encoded: Any) -> None:
+        expected = [(row.ids.tolist(), row.targets.tolist()) for row in encoded(list(self.ROWS))]
+        assert [(row.ids.tolist(), row.targets.tolist()) for row in encoded(self.table(kind))] == expected
+
+    def test_a_frame_with_another_index(self, encoded: Any) -> None:
+        frame = pytest.importorskip("pandas").DataFrame({"text": ["a fox", "the dog"]}, index=[7, 3])
+        assert [row.ids.tolist() for row in encoded(frame)] == [
+            row.ids.tolist() for row in encoded(["a fox", "the dog"])
+        ]
+
+    def test_batches_of_a_data_set(self, student: Path) -> None:
+        data = pytest.importorskip("datasets").Dataset.from_list(
+            [*self.ROWS, {"prompt": "x", "completion": "y", "id": 3}]
+        )
+        loaded = acqcore.Student.load(student)
+        scored = data.map(lambda batch: acqcore.score(loaded, batch, ["entropy", "loss"]), batched=True, batch_size=2)
+        whole = acqcore.score(loaded, data, ["entropy", "loss"])
+        assert scored.column_names == ["prompt", "completion", "id", "entropy", "loss"]
+        assert scored["loss"][:] == pytest.approx(whole["loss"].tolist(), rel=1e-5)
+
+    def test_texts_of_a_tokenized_data_set(self, encoded: Any) -> None:
+        rows = encoded({"text": ["a fox", "the dog"], "input_ids": [[5], [6]]})
+        assert [row.ids.tolist() for row in rows] == [row.ids.tolist() for row in encoded(["a fox", "the dog"])]
+
+    @pytest.mark.parametrize(
+        ("table", "error", "message"),
+        [
+            ({"id": [1]}, TypeError, "expected columns prompt and completion, or messages, or text, got id"),
+            ({}, TypeError, "expected columns prompt and completion, or messages, or text, got none"),
+            ({"prompt": "a", "completion": "b"}, TypeError, r"samples\['prompt'\]: expected a list .* got str"),
+            (
+                {"prompt": ["a", "b"], "completion": ["c"]},
+                ValueError,
+                "columns of one length, got prompt 2, completion 1",
+            ),
+            ({"text": ["a fox", None]}, TypeError, r"samples\[1\]: text: expected a string, got NoneType"),
+        ],
+    )
+    def test_wrong_tables(self, table: Any, error: type[Exception], message: str, encoded: Any) -> None:
+        with pytest.raises(error, match=message):
+            encoded(table)
+
+
 class TestTensors:
     IDS = ((5, 6, 7, 8), (9, 10, 11))
 
@@ -173,7 +229,11 @@ class TestTensors:
     @pytest.mark.parametrize(
         ("samples", "error", "message"),
         [
-            ({"ids": torch.ones(1, 2)}, TypeError, "with \"input_ids\", got keys 'ids'"),
+            (
+                {"ids": torch.ones(1, 2)},
+                TypeError,
+                "expected columns prompt and completion, or messages, or text, got ids",
+            ),
             (
                 {"input_ids": [[1, 2]]},
                 TypeError,

@@ -293,14 +293,22 @@ def _join_parquet(blocks: Sequence[Path], out: Path, into_folder: bool) -> None:
         shutil.rmtree(out, ignore_errors=True)  # left by an interrupted run
         out.mkdir()
         for i, block in enumerate(blocks):
-            pyarrow.parquet.write_table(_read_part(block).cast(schema), out / f"part-{i:06d}.parquet")
+            pyarrow.parquet.write_table(read_part(block).cast(schema), out / f"part-{i:06d}.parquet")
         return
     with pyarrow.parquet.ParquetWriter(out, schema) as writer:
         for block in blocks:
-            writer.write_table(_read_part(block).cast(schema))
+            writer.write_table(read_part(block).cast(schema))
 
 
-def _read_part(path: Path) -> Any:
+def join_tables(tables: Sequence[Any]) -> Any:
+    """pyarrow tables one below the other; a column that is empty in one has the null type there."""
+    import pyarrow
+
+    schema = pyarrow.unify_schemas([table.schema for table in tables])
+    return pyarrow.concat_tables([table.cast(schema) for table in tables])
+
+
+def read_part(path: Path) -> Any:
     """The part as a pyarrow table. ``read_table`` would make columns of folders named ``key=value``."""
     import pyarrow.parquet
 

@@ -14,11 +14,13 @@ class Parts:
     """The folder ``<out>.parts``: the manifest of a run, and files for each block of rows.
 
     ========================  ===================================================================================
-    ``block-000000.batches``  a line per finished batch: its rows, counted within the block, and their values
+    ``block-000000.batches``  a line per finished batch: its rows, counted within the block, and their values; values
+                              of their tokens, if they are kept
     ``block-000000.<suffix>``  the rows of the block, as they go into the output
     ``block-000000.json``     the report; written last, it marks the block as finished
     ``block-000000.attempts`` a byte per attempt
     ``block-000000.failure``  why the block was given up
+    ``data-*.parquet``        the rows of a data set that was named, see ``acqcore.files.hub``
     ========================  ===================================================================================
 
     Processes share the folder; each block belongs to one process at a time.
@@ -51,8 +53,11 @@ class Parts:
             for left in self.folder.glob(pattern):
                 left.unlink()
 
-    def load(self, block: int) -> dict[int, list[float]]:
-        """Row of the block -> values, for finished batches; truncates a line that a killed process left unfinished."""
+    def load(self, block: int, key: str = "values") -> dict[int, Any]:
+        """Row of the block -> values (or ``"tokens"``), for finished batches.
+
+        Truncates a line that a killed process left unfinished.
+        """
         path = self._file(block, ".batches")
         if not path.exists():
             return {}
@@ -60,16 +65,25 @@ class Parts:
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             os.truncate(path, len(whole))
-        done: dict[int, list[float]] = {}
+        done: dict[int, Any] = {}
         for line in whole.splitlines():
             batch = json.loads(line)
-            done.update(zip(batch["rows"], batch["values"], strict=True))
+            done.update(zip(batch["rows"], batch[key], strict=True))
         return done
 
-    def append(self, block: int, rows: Sequence[int], values: Sequence[Sequence[float]]) -> None:
-        """Record a finished batch: rows of the block, and their values."""
+    def append(
+        self,
+        block: int,
+        rows: Sequence[int],
+        values: Sequence[Sequence[float]],
+        tokens: Sequence[Mapping[str, Sequence[float]]] | None = None,
+    ) -> None:
+        """Record a finished batch: rows of the block, their values, and those of their tokens by acquisition."""
+        batch: dict[str, Any] = {"rows": list(rows), "values": [list(row) for row in values]}
+        if tokens is not None:
+            batch["tokens"] = tokens
         with self._file(block, ".batches").open("a") as file:
-            file.write(json.dumps({"rows": list(rows), "values": [list(row) for row in values]}) + "\n")
+            file.write(json.dumps(batch) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -108,6 +122,11 @@ class Parts:
     def remove(self) -> None:
         """Remove the folder, once the output holds everything."""
         shutil.rmtree(self.folder)
+
+    def remove_unclaimed(self) -> None:
+        """Remove the folder if it belongs to no run."""
+        if self.folder.exists() and not (self.folder / "manifest.json").exists():
+            self.remove()
 
     def remove_unused(self) -> None:
         """Remove the folder if no block has begun."""

@@ -41,6 +41,7 @@ class Job:
         columns: column of the data -> key of a sample.
         dtype: a name in ``DTYPES``; None keeps the stored one.
         device: None for the CPU.
+        keep_tokens: write the values of each token too.
     """
 
     student: str
@@ -51,10 +52,23 @@ class Job:
     max_length: int | None
     dtype: str | None
     device: str | None
+    keep_tokens: bool = False
+
+    @property
+    def token_columns(self) -> dict[str, str]:
+        """Acquisition -> column with the values of its tokens."""
+        return {name: f"{name}_tokens" for name in self.plan.of_tokens} if self.keep_tokens else {}
+
+    @property
+    def added_columns(self) -> list[str]:
+        """Columns of the output that do not come from the data."""
+        ids = ["token_ids"] * self.keep_tokens
+        return ["row", *self.plan.names, *self.token_columns.values(), *ids, "n_tokens", "valid", "error"]
 
     @property
     def output_columns(self) -> list[str]:
-        return ["row", *self.columns, *self.plan.names, "n_tokens", "valid", "error"]
+        row, *added = self.added_columns
+        return [row, *self.columns, *added]
 
 
 @dataclass(frozen=True)
@@ -145,12 +159,19 @@ class BlockScorer:
         count(ready)
         for batch in job.plan.batches(self.runner, rows, done):
             values[batch.indices] = batch.values.T.numpy()
-            self.parts.append(block.index, batch.indices, batch.values.T.tolist())
+            tokens = None
+            if job.keep_tokens:
+                tokens = [{name: column.tolist() for name, column in sample.items()} for sample in batch.tokens]
+            self.parts.append(block.index, batch.indices, batch.values.T.tolist(), tokens)
             new_rows += len(batch.indices)
             new_tokens += batch.n_input_tokens
             count(ready + new_rows)
         n_tokens = np.array([row.n_scored for row in rows], dtype=np.int64)
-        data_files.write_block(self.parts.path(block.index), _table(job, block, records, values, n_tokens, errors))
+        table = _table(job, block, records, values, n_tokens, errors)
+        if job.keep_tokens:
+            table |= _token_table(job, rows, self.parts.load(block.index, "tokens"))
+        table = {column: table[column] for column in job.output_columns}
+        data_files.write_block(self.parts.path(block.index), table)
         valid = np.flatnonzero(np.isfinite(values).all(axis=1))
         top = valid[np.argsort(-values[valid, 0], kind="stable")][:TOP_ROWS]
         shown = list(job.columns)[-1]
@@ -198,7 +219,9 @@ def write_failed(job: Job, block: Block, reason: str) -> None:
     values = np.full((block.rows, len(job.plan.names)), np.nan, dtype=np.float32)
     errors = dict.fromkeys(range(block.rows), f"its block failed: {reason}")
     n_tokens = np.zeros(block.rows, dtype=np.int64)
-    data_files.write_block(Parts(job.out).path(block.index), _table(job, block, records, values, n_tokens, errors))
+    table = dict.fromkeys(job.output_columns, [None] * block.rows)
+    table |= _table(job, block, records, values, n_tokens, errors)
+    data_files.write_block(Parts(job.out).path(block.index), table)
 
 
 def _table(
@@ -217,6 +240,17 @@ def _table(
     table["n_tokens"] = n_tokens
     table["valid"] = valid = np.isfinite(values).all(axis=1)
     table["error"] = [errors.get(i, None if valid[i] else "a value is not finite") for i in range(len(records))]
+    return table
+
+
+def _token_table(job: Job, rows: Sequence[Row], tokens: Mapping[int, Mapping[str, list[float]]]) -> dict[str, Any]:
+    """The columns with a list for each row: values of its scored tokens, and their ids; None where nothing is."""
+    table: dict[str, Any] = {
+        column: [tokens[i][name] if i in tokens else None for i in range(len(rows))]
+        for name, column in job.token_columns.items()
+    }
+    scored = [row.targets[row.targets != checks.IGNORE_INDEX].tolist() for row in rows]
+    table["token_ids"] = [ids or None for ids in scored]
     return table
 
 

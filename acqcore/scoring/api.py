@@ -45,9 +45,10 @@ def score(
             other models make no collective calls.
         samples: a list of strings (scored whole); of ``{"prompt", "completion"}``, strings or messages (the
             completion is scored); of ``{"messages"}`` (the last assistant turn is scored, through the chat
-            template); a ``datasets.Dataset`` with such columns or ``"text"``; or tensors ``{"input_ids" [B,
-            T], "attention_mask" [B, T], "labels" [B, T]}``, padded on either side, labels aligned with input_ids
-            and -100 where not scored (mask and labels optional); or rows from ``acqcore.encode``.
+            template); a table with such columns or ``"text"`` (``datasets.Dataset``, pandas, polars or pyarrow, a dict
+            of lists, and so the batch of ``Dataset.map(batched=True)``); or tensors ``{"input_ids" [B, T],
+            "attention_mask" [B, T], "labels" [B, T]}``, padded on either side, labels aligned with input_ids and -100
+            where not scored (mask and labels optional); or rows from ``acqcore.encode``.
         acquisitions: names from ``acqcore.acquisitions()``.
         acquisition_args: name -> arguments of that acquisition, as a mapping or as its options.
 

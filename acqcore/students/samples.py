@@ -11,15 +11,16 @@ tensors ``{"input_ids", ...}``         labels other than -100, else every real t
 =====================================  ====================================================================
 
 The whole text is tokenized at once: tokens of joined pieces may differ from those the model sees. The completion begins
-with the first token whose span ends after the prompt, so a token across the boundary is scored. A ``datasets.Dataset``
-with these columns is a list of its rows. Rows from :func:`encode` are samples too.
+with the first token whose span ends after the prompt, so a token across the boundary is scored. A table with these
+columns (``datasets.Dataset``, pandas, polars, pyarrow, a dict of lists) stands for its rows. Rows from :func:`encode`
+are samples too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -29,12 +30,13 @@ from acqcore import checks
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, Any]
 Sample: TypeAlias = str | Mapping[str, Any]
-Samples: TypeAlias = Sequence["Sample | Row"] | Mapping[str, torch.Tensor] | Any  # Any: datasets.Dataset
+#: Any: tables with named columns (``datasets.Dataset``, pandas, polars, pyarrow).
+Samples: TypeAlias = Sequence["Sample | Row"] | Mapping[str, torch.Tensor] | Mapping[str, Sequence[Any]] | Any
 
 #: Keys of mapping samples; the first entry that is present is used.
 KINDS = (("prompt", "completion"), ("messages",), ("text",))
 EXPECTED = (
-    'strings, mappings with "prompt" and "completion", "messages" or "text", a datasets.Dataset with such '
+    'strings, mappings with "prompt" and "completion", "messages" or "text", a table or dict of lists with such '
     'columns, or tensors {"input_ids", "attention_mask", "labels"}'
 )
 
@@ -94,7 +96,7 @@ def encode(
         ValueError: a sample with nothing to score, or longer than the student takes; names its index.
     """
     checks.max_length(max_length, limit)
-    if isinstance(samples, Mapping):
+    if isinstance(samples, Mapping) and _holds_ids(samples):
         rows = _tensor_rows(samples)
     else:
         listed = _listed(samples)
@@ -141,23 +143,59 @@ def _attempt(index: int, errors: dict[int, str] | None, step: Callable[..., T], 
 
 
 def _listed(samples: Any) -> list[Any]:
-    """The samples as a list; a ``datasets.Dataset`` without unused columns."""
-    columns = getattr(samples, "column_names", None)
-    if columns is not None and hasattr(samples, "select_columns"):
+    """The samples as a list; of a table, the columns that make samples."""
+    columns = _columns(samples)
+    if columns is not None:
         kind = _kind_of_columns(columns)
-        return list(samples.select_columns(list(kind)))
+        values = [_values(key, columns[key]()) for key in kind]
+        lengths = [len(column) for column in values]
+        if len(set(lengths)) != 1:
+            pairs = ", ".join(f"{key} {n}" for key, n in zip(kind, lengths, strict=True))
+            raise ValueError(f"samples: expected columns of one length, got {pairs}")
+        return [dict(zip(kind, row, strict=True)) for row in zip(*values, strict=True)]
     if isinstance(samples, (str, bytes)) or not isinstance(samples, Sequence):
         raise TypeError(f"samples: expected a list of {EXPECTED}, got {checks.describe(samples)}")
     return list(samples)
 
 
-def _kind_of_columns(columns: Sequence[str]) -> tuple[str, ...]:
-    """The first of ``KINDS`` whose columns a data set has."""
+def _holds_ids(samples: Mapping[str, Any]) -> bool:
+    """Whether a mapping is a batch of tensors. A tokenized data set keeps its texts, which are scored."""
+    if "input_ids" not in samples:
+        return False
+    return isinstance(samples["input_ids"], torch.Tensor) or not any(all(k in samples for k in kind) for kind in KINDS)
+
+
+def _columns(samples: Any) -> dict[str, Callable[[], Any]] | None:
+    """Name -> a function that reads the column, of a table or a dict of lists; None for anything else."""
+    if isinstance(samples, Mapping):  # a batch of Dataset.map decodes a column when it is read
+        return {str(name): partial(samples.__getitem__, name) for name in samples}
+    names = getattr(samples, "column_names", None)  # datasets, pyarrow
+    if names is None:
+        names = getattr(samples, "columns", None)  # pandas, polars
+    if names is None or not hasattr(samples, "__getitem__"):
+        return None
+    return {str(name): partial(samples.__getitem__, name) for name in names}
+
+
+def _values(name: str, column: Any) -> list[Any]:
+    """The cells of a column as Python objects."""
+    for method in ("to_pylist", "to_list"):  # pyarrow; pandas and polars
+        if hasattr(column, method):
+            column = getattr(column, method)()
+    if isinstance(column, (str, bytes)) or not isinstance(column, Iterable):
+        raise TypeError(
+            f"samples[{name!r}]: expected a list with an entry for each sample, got {checks.describe(column)}"
+        )
+    return list(column)
+
+
+def _kind_of_columns(columns: Collection[str]) -> tuple[str, ...]:
+    """The first of ``KINDS`` whose columns a table has."""
     for kind in KINDS:
         if all(key in columns for key in kind):
             return kind
     expected = ", or ".join(" and ".join(kind) for kind in KINDS)
-    raise TypeError(f"samples: expected columns {expected}, got {', '.join(columns)}")
+    raise TypeError(f"samples: expected columns {expected}, got {', '.join(columns) or 'none'}")
 
 
 def _kind(index: int, sample: object) -> tuple[str, ...]:
@@ -328,9 +366,6 @@ def _truncate(row: Row, max_length: int) -> Row:
 
 def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
     """Rows of ``input_ids [B, T]``, ``attention_mask [B, T]`` and ``labels [B, T]``, padded on either side."""
-    if "input_ids" not in samples:
-        keys = ", ".join(repr(key) for key in samples)
-        raise TypeError(f'samples: expected a list, or a mapping of tensors with "input_ids", got keys {keys}')
     for key in ("input_ids", "attention_mask", "labels"):
         value = samples.get(key)
         if value is None and key != "input_ids":
