@@ -30,7 +30,7 @@ def export(data: Path, config: str | None, split: str, folder: Path) -> Path:
     import datasets
 
     key = hashlib.sha256(repr((str(data), config, split)).encode()).hexdigest()[:12]
-    target = folder / f"data-{key}.parquet"
+    target = folder / f"dataset-{key}.parquet"
     if not target.exists():
         try:
             rows = datasets.load_dataset(str(data), config, split=split)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
@@ -62,9 +63,9 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"out: the folder {options.out.parent} does not exist")
     if options.data.suffix == ".parquet":
         checks.installed("pyarrow", "parquet", "train")
-    blocks, present = data_files.scan(options.data, _BLOCK_ROWS, options.limit)
+    _, present = data_files.scan(options.data, _BLOCK_ROWS, options.limit)
     columns = data_files.choose_columns(present, options.prompt_column, options.completion_column, options.text_column)
-    samples = _samples(options.data, blocks, columns)
+    samples = _samples(options.data, options.limit, columns)
     dtype = None if options.dtype is None else DTYPES[options.dtype]
     reference = influence_reference(
         Student.load(options.student, dtype=dtype, device=options.device), samples,
@@ -79,14 +80,12 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _samples(data: Path, blocks: list[data_files.Block], columns: dict[str, str]) -> list[dict[str, Any]]:
-    reader = data_files.Reader(data, columns)
+def _samples(data: Path, limit: int | None, columns: dict[str, str]) -> list[dict[str, Any]]:
     place = "line" if data.suffix == ".jsonl" else "row"
     samples = []
-    for block in blocks:
-        for record in reader.read(block):
-            missing = [column for column in columns if column not in record.values]
-            if record.error or missing:
-                raise ValueError(f"{data}: {place} {record.line}: {record.error or f'no column {missing[0]!r}'}")
-            samples.append({key: record.values[column] for column, key in columns.items()})
+    for record in islice(data_files.records(data), limit):
+        missing = [column for column in columns if column not in record.values]
+        if record.error or missing:
+            raise ValueError(f"{data}: {place} {record.line}: {record.error or f'no column {missing[0]!r}'}")
+        samples.append({key: record.values[column] for column, key in columns.items()})
     return samples

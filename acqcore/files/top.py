@@ -3,68 +3,82 @@
 from __future__ import annotations
 
 import csv
+import heapq
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from acqcore.files.data import join_tables, read_part
 
+def keep_top(blocks: Sequence[Path], k: int, name: str, columns: Sequence[str], folder: Path) -> list[Path]:
+    """Parts in ``folder`` with the ``k`` rows of the largest values of acquisition ``name``, in input order.
 
-def write_top(blocks: Iterable[Path], k: int, name: str, columns: Sequence[str], out: Path) -> None:
-    """Write the ``k`` rows with the largest values of acquisition ``name`` as one block, the largest first.
-
-    Equal values stay in input order; rows without a value are left out. At most ``k`` rows and one block are in memory.
+    Of equal values the first rows are kept; rows without a value never are. Memory holds ``k`` values and one block.
 
     Args:
-        blocks: parts that ``write_block`` wrote, in order; their extension is that of ``out``.
+        blocks: parts that ``write_block`` wrote, in order.
         columns: of the parts.
     """
-    if out.suffix == ".parquet":
-        _write_parquet(blocks, k, name, out)
+
+    def values() -> Iterator[tuple[float, int, int]]:
+        for b, block in enumerate(blocks):
+            for r, value in enumerate(_column(block, name, columns)):
+                if math.isfinite(value):
+                    yield value, -b, -r
+
+    kept: dict[int, list[int]] = {}
+    for _, b, r in heapq.nlargest(k, values()):
+        kept.setdefault(-b, []).append(-r)
+    if not kept:
+        kept = {0: []}  # an output without rows has its columns
+    return [_write(blocks[b], sorted(rows), folder / blocks[b].name) for b, rows in sorted(kept.items())]
+
+
+def _column(block: Path, name: str, columns: Sequence[str]) -> Iterator[float]:
+    """The values of a column, NaN where there is none."""
+    if block.suffix == ".parquet":
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(block) as file:
+            cells: list[Any] = file.read(columns=[name]).column(0).to_pylist()
+        yield from (math.nan if cell is None else cell for cell in cells)
         return
     place = list(columns).index(name)
-    best: list[tuple[float, str]] = []
-    for block in blocks:
-        with block.open(newline="", encoding="utf-8") as file:
-            rows = _csv(file, place) if out.suffix == ".csv" else _jsonl(file, name)
-            best += [(value, row) for value, row in rows if math.isfinite(value)]
-        best = sorted(best, key=lambda pair: -pair[0])[:k]  # stable
-    with out.open("w", newline="", encoding="utf-8") as file:
-        file.writelines(row for _, row in best)
+    for row in _texts(block):
+        if block.suffix == ".jsonl":
+            value = json.loads(row)[name]
+            yield math.nan if value is None else value
+        else:
+            yield float(next(csv.reader([row]))[place] or "nan")
 
 
-def _jsonl(file: Iterable[str], name: str) -> Iterable[tuple[float, str]]:
-    """Value and line of each row."""
-    for line in file:
-        value = json.loads(line)[name]
-        yield math.nan if value is None else value, line
+def _texts(block: Path) -> Iterator[str]:
+    """The text of each row; a row of a csv may span lines."""
+    with block.open(newline="", encoding="utf-8") as file:
+        if block.suffix == ".jsonl":
+            yield from file
+            return
+        held: list[str] = []
+
+        def lines() -> Iterator[str]:
+            for line in file:
+                held.append(line)
+                yield line
+
+        for _ in csv.reader(lines()):
+            yield "".join(held)
+            held.clear()
 
 
-def _csv(file: Iterable[str], place: int) -> Iterable[tuple[float, str]]:
-    """Value and text of each row, which may span lines."""
-    held: list[str] = []
+def _write(block: Path, rows: list[int], out: Path) -> Path:
+    if block.suffix == ".parquet":
+        import pyarrow.parquet
 
-    def lines() -> Iterable[str]:
-        for line in file:
-            held.append(line)
-            yield line
-
-    for cells in csv.reader(lines()):
-        yield float(cells[place] or "nan"), "".join(held)
-        held.clear()
-
-
-def _write_parquet(blocks: Iterable[Path], k: int, name: str, out: Path) -> None:
-    import numpy as np
-    import pyarrow.parquet
-
-    best: Any = None
-    for block in blocks:
-        table = read_part(block)
-        best = table if best is None else join_tables([best, table])
-        values = best.column(name).to_numpy()
-        order = np.argsort(-values, kind="stable")  # NaN sorts last
-        best = best.take(order[np.isfinite(values[order])][:k])
-    pyarrow.parquet.write_table(best, out)
+        with pyarrow.parquet.ParquetFile(block) as file:
+            pyarrow.parquet.write_table(file.read().take(rows), out)
+        return out
+    wanted = set(rows)
+    with out.open("w", newline="", encoding="utf-8") as text:
+        text.writelines(row for i, row in enumerate(_texts(block)) if i in wanted)
+    return out
