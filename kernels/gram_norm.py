@@ -254,10 +254,10 @@ def gram_norm(
             continue
         target_delta[(programs,)](
             hidden, weight, bias, targets, state, index, weights, tiles, cut.samples, keys, delta, n, len(bounds),
-            programs, len(weight), depth, *hidden.stride(), *weight.stride(), vocab_start, scale / (softcap or temperature),
-            (softcap or 1.0) / temperature, slope, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None,
-            EVEN_K=depth % block_k == 0, UPCAST=upcast, TILE=tile, BLOCK_K=block_k, num_warps=4, num_stages=3,
-            enable_fp_fusion=True,
+            programs, len(weight), depth, *hidden.stride(), *weight.stride(), vocab_start,
+            scale / (softcap or temperature), (softcap or 1.0) / temperature, slope, HAS_BIAS=bias is not None,
+            HAS_CAP=softcap is not None, EVEN_K=depth % block_k == 0, UPCAST=upcast, TILE=tile, BLOCK_K=block_k,
+            num_warps=4, num_stages=3, enable_fp_fusion=True,
         )  # fmt: skip
         contract[(programs,)](
             products, keys, delta, targets, state, local_max, weights, tiles, cut.samples, part, n, len(bounds),
