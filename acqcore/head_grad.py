@@ -352,6 +352,8 @@ def _sketches(
     """``[B, dim]``."""
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     of_rows, of_columns = head_places(head, dim, seed)
+    if not bounds:  # of which torch has no transform
+        return hidden.new_empty((0, dim), dtype=dtype)
     sketches = hidden.new_zeros((len(bounds), dim // 2 + 1), dtype=_complex(dtype))
     segments = sample_of_rows(bounds, hidden.device)
     for begin in range(0, len(hidden) if len(head.weight) else 0, SKETCH_ROWS):
@@ -364,8 +366,11 @@ def _sketches(
             state, index = stats.state[:, part].contiguous(), stats.max_index[part]
             chosen.delta_hash(HeadRows(hidden[part], head, targets[part], temperature, state, index), of_rows, left)
         left *= weights[part, None].to(dtype)
-        right = hash_columns(hidden[part].to(dtype), of_columns, dim)
-        add_at(sketches, 0, segments[part], torch.fft.rfft(left) * torch.fft.rfft(right))
+        spectrum = torch.fft.rfft(left)
+        del left  # so that no more than 64 MiB are held at a time
+        spectrum *= torch.fft.rfft(hash_columns(hidden[part], of_columns, dim, dtype))
+        add_at(sketches, 0, segments[part], spectrum)
+        del spectrum
     return summed(torch.fft.irfft(sketches, n=dim), head.group)
 
 
@@ -380,11 +385,13 @@ def hash_columns(
     values: torch.Tensor,  # [..., D]
     places: torch.Tensor,  # [D] int32
     dim: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Signed sums of the columns that share a place, ``[..., dim]``."""
+    """Signed sums of the columns that share a place, ``[..., dim]`` in ``dtype``."""
     minus = places < 0
-    out = values.new_zeros((*values.shape[:-1], dim))
-    add_at(out, out.ndim - 1, torch.where(minus, ~places, places), values.where(~minus, -values))
+    out = values.new_zeros((*values.shape[:-1], dim), dtype=dtype)
+    sign = torch.where(minus, -1, 1).to(dtype)
+    add_at(out, out.ndim - 1, torch.where(minus, ~places, places), values * sign)
     return out
 
 

@@ -317,7 +317,9 @@ def hidden_sums(
     weight, tiles = factors.weight, factors.tiles
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     (vocab, depth), n = weight.shape, len(hidden)
-    groups = max(triton.cdiv(n, ROWS), 1)
+    if n == 0:
+        return
+    groups = triton.cdiv(n, ROWS)
     at_once = triton.cdiv(triton.cdiv(n, groups), tiles.block_m) * tiles.block_m
     no_target = torch.zeros_like(reference)
     for first in range(0, n, at_once):
