@@ -20,6 +20,7 @@ import acqcore
 from acqcore.bayes import FIELDS as BAYES_FIELDS
 from acqcore.testing import CASES, Case, assert_logits_match, random_case, worst_errors
 from benchmarks import harness
+from benchmarks.gpu_variants import VARIANTS, under
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = (torch.bfloat16, torch.float32, torch.float16)
@@ -305,21 +306,50 @@ def checks(device: str) -> Iterator[Check]:
             yield Check("mutual_information", f"{form}, {name}", (torch.bfloat16, torch.float32), run)
 
 
+def variants() -> Iterator[Check]:
+    """What chooses among ``gpu_variants``: repeats first, as what is wrong there is a race."""
+    for name in VARIANTS["hidden_grad"]:
+        for case in ("128 tokens", "odd", "everything"):
+            run = under("hidden_grad", name, partial(_hidden_grad, case))
+            yield Check("hidden_grad", f"{case}; {name}", HALF if case == "128 tokens" else HALF[:1], run)
+        run = under("hidden_grad", name, partial(_repeats, "hidden_grad"))
+        yield Check("repeats", f"hidden_grad; {name}", (torch.bfloat16,), run)
+    for name in VARIANTS["mutual_information, block"]:
+        for case in ("wide", "depth no multiple of a block", "some rows ignored"):
+            run = under("mutual_information, block", name, partial(_mutual_information, "block", case))
+            yield Check("mutual_information", f"block, {case}; {name}", HALF[:1], run)
+        run = under("mutual_information, block", name, partial(_long_information))
+        yield Check("mutual_information", f"block, deep; {name}", (torch.bfloat16,), run)
+        run = under("mutual_information, block", name, partial(_repeats, "mutual_information, block"))
+        yield Check("repeats", f"mutual_information, block; {name}", (torch.bfloat16,), run)
+
+
+def _long_information(backend: str, dtype: torch.dtype, device: str) -> float:
+    """As deep as a large model's, so that the pipeline runs in its steady state."""
+    case = random_case(96, 4096, 1000).to(dtype, device)
+    exact = case.to(torch.float64, device)
+    got = acqcore.mutual_information(case.hidden, case.head, form="block", draws=8, seed=3, backend=backend)
+    oracle = acqcore.mutual_information(exact.hidden, exact.head, form="block", draws=8, seed=3, backend="eager")
+    return _bayes_error(got, oracle) / BAYES[dtype]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--backends", nargs="+", help="default: all of the device")
     parser.add_argument("--rows", type=Path, required=True, help="file that results are appended to")
+    parser.add_argument("--ops", nargs="+", help="operations to check; default: all")
+    parser.add_argument("--variants", action="store_true", help="only what chooses among variants")
     parser.add_argument("--worker", type=int, default=0)
     parser.add_argument("--of", type=int, default=1)
     arguments = parser.parse_args()
     names = arguments.backends or backends(arguments.device)
     todo = [
         (check, backend, dtype)
-        for check in checks(arguments.device)
+        for check in (variants() if arguments.variants else checks(arguments.device))
         for backend in names
         for dtype in check.dtypes
-        if promised(check, backend, dtype)
+        if promised(check, backend, dtype) and (not arguments.ops or check.op in arguments.ops)
     ]
     failed = 0
     for check, backend, dtype in todo[arguments.worker :: arguments.of]:

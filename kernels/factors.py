@@ -21,11 +21,15 @@ import triton.language as tl
 
 from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import LOG2E, LOWEST, widen
-from acqcore.kernels.product import descriptor, has_descriptor, logit_tile, place, to_device
+from acqcore.kernels.product import descriptor, has_descriptor, kept_tables, logit_tile, place, to_device
 
 #: The ring, and at most so many rows share it.
 RING_BYTES = 60 << 20
 ROWS = 4096
+#: Numbers in half precision that make a factor of ``hidden_sums``.
+PARTS = 2
+#: Its products are torch's.
+LIBRARY = False
 #: Rows and columns of a tile of ``add_grams``.
 GRAM_TILE = 128
 
@@ -256,9 +260,10 @@ class Factors:
     upcast: bool
     multiprocessors: int
 
-    def ring(self, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def ring(self, n: int, dtype: torch.dtype, parts: int = 2) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``high`` and ``low [n, columns]`` for ``n`` rows: programs fill the multiprocessors, all in RING_BYTES."""
-        itemsize = 4  # two halves, or one float32
+        parts = 1 if dtype == torch.float32 else parts
+        itemsize = parts * dtype.itemsize
         m, width = self.tiles.block_m, self.tiles.block_n
         most = max(RING_BYTES // (itemsize * max(n, 1) * width), 1)
         most = min(most, triton.cdiv(len(self.weight), width))
@@ -269,7 +274,7 @@ class Factors:
 
         columns = width * max(range(max(most // 2, 1), most + 1), key=lambda tiles: (use(tiles), tiles))
         high = self.weight.new_empty((n, columns), dtype=dtype)
-        return high, torch.empty_like(high) if dtype != torch.float32 else None
+        return high, torch.empty_like(high) if parts == 2 else None
 
     def stretches(
         self,
@@ -312,15 +317,28 @@ def hidden_sums(
     weight, tiles = factors.weight, factors.tiles
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     (vocab, depth), n = weight.shape, len(hidden)
-    groups = max(triton.cdiv(n, ROWS), 1)
+    if n == 0:
+        return
+    groups = triton.cdiv(n, ROWS)
     at_once = triton.cdiv(triton.cdiv(n, groups), tiles.block_m) * tiles.block_m
     no_target = torch.zeros_like(reference)
     for first in range(0, n, at_once):
         part = slice(first, first + at_once)
         rows = len(reference[part])
-        high, low = factors.ring(rows, dtype)
+        high, low = factors.ring(rows, dtype, PARTS)
         descriptors = tiles.descriptors and has_descriptor(weight)
         stretches = factors.stretches(hidden[part], targets[part], reference[part], no_target, high, low)
+        if LIBRARY and weight.dtype == dtype and dtype != torch.float32 and weight.device.type != "cpu":
+            sums = out[part]
+            for chunk, columns in stretches:
+                keys = weight[chunk : chunk + columns]
+                for factor in (high,) if low is None else (high, low):
+                    if chunk == 0 and factor is high:
+                        torch.mm(factor[:, :columns], keys, out_dtype=torch.float32, out=sums)
+                    else:
+                        torch.addmm(sums, factor[:, :columns], keys, out_dtype=torch.float32, out=sums)
+            sums *= final[part, None]
+            continue
         for chunk, columns in stretches:
             add_product[(triton.cdiv(rows, tiles.block_m) * triton.cdiv(depth, tiles.block_n),)](
                 descriptor(high, tiles.block_m, tiles.block_k) if descriptors else high,
@@ -339,24 +357,15 @@ def grams(
     hidden: torch.Tensor,  # [n, D]: rows of the samples, one after another
     targets: torch.Tensor,  # [n] int64, -100 ignored
     reference: torch.Tensor,  # [n] float32
-    lengths: list[int],
-    starts: list[int],  # first element of each sample's matrix in ``products``
+    lengths: tuple[int, ...],
+    starts: tuple[int, ...],  # first element of each sample's matrix in ``products``
     products: torch.Tensor,  # [sum T^2] float32, written
 ) -> None:
     """Gram matrices as in ``gram``, relative to ``reference``, of samples of any length."""
     full = torch.float32 in (hidden.dtype, factors.weight.dtype)
     dtype = torch.float32 if full else torch.bfloat16  # float16 has not the range of confident rows
-    length = torch.tensor(lengths)
-    begin = length.cumsum(0) - length
-    samples = to_device(torch.stack([begin, length, torch.tensor(starts)]), hidden.device)
-    owner = to_device(torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(length), hidden.device)
-    triples = [
-        (i, s, t)
-        for i, rows in enumerate(lengths)
-        for s in range(triton.cdiv(rows, GRAM_TILE))
-        for t in range(s, triton.cdiv(rows, GRAM_TILE))
-    ]
-    tiles = to_device(torch.tensor(triples, dtype=torch.int32).T.contiguous(), hidden.device)
+    samples, owner, tiles = gram_tables(lengths, starts, GRAM_TILE, hidden.device)
+    programs = tiles.shape[1]
     high, low = factors.ring(len(hidden), dtype)
     parts, number = 1 if full else 2, len(lengths)
     for chunk, columns in factors.stretches(hidden, targets, reference, torch.zeros_like(reference), high, low):
@@ -364,8 +373,26 @@ def grams(
             targets, high, low, samples, owner, chunk, columns, high.stride(0), factors.vocab_start, number,
             PARTS=parts, ROWS=256, enable_fp_fusion=True,
         )  # fmt: skip
-        add_grams[(len(triples),)](
-            high, low, samples, tiles, products, chunk, columns, high.stride(0), number, len(triples),
+        add_grams[(programs,)](
+            high, low, samples, tiles, products, chunk, columns, high.stride(0), number, programs,
             TILE=GRAM_TILE, BLOCK_K=16 if full else 64, UPCAST=factors.upcast, PRECISION="ieee", PARTS=parts,
             num_warps=8, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
+
+
+@kept_tables
+def gram_tables(
+    lengths: tuple[int, ...],
+    starts: tuple[int, ...],
+    tile: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``samples [3, B]`` and ``owner [n]`` of :func:`zero_targets`, ``tiles [3, programs]`` of :func:`add_grams`."""
+    length = torch.tensor(lengths)
+    begin = length.cumsum(0) - length
+    samples = torch.stack([begin, length, torch.tensor(starts)])
+    owner = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(length)
+    sides = [triton.cdiv(rows, tile) for rows in lengths]
+    triples = [(i, s, t) for i, side in enumerate(sides) for s in range(side) for t in range(s, side)]
+    tiles = torch.tensor(triples, dtype=torch.int32).T.contiguous()
+    return to_device(samples, device), to_device(owner, device), to_device(tiles, device)

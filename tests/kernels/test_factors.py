@@ -118,7 +118,7 @@ def test_grams_of_long_samples(name: str, dtype: torch.dtype, monkeypatch: pytes
     eager.gram_products(eager.unnormalised(exact.head.logits(exact.hidden, exact.temperature), rows), rows, expected)
     products = torch.full((1700,), 123.0)
     factors.grams(
-        _factors(case, TILES), case.hidden, case.targets, stats.state[0].float(), [10, 40], [0, 100], products
+        _factors(case, TILES), case.hidden, case.targets, stats.state[0].float(), (10, 40), (0, 100), products
     )
     for (begin, end), start in zip(bounds, expected.starts, strict=True):
         length = end - begin
@@ -147,6 +147,6 @@ def test_groups_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     from acqcore.backends import triton
 
     bounds = [(0, 3000), (3000, 4000), (4000, 4100), (4100, 9000), (9000, 9200)]
-    assert triton._groups(bounds) == [[0, 1], [2], [3], [4]]
+    assert triton._groups(bounds) == [(0, 2), (2, 3), (3, 4), (4, 5)]
     edges = list(itertools.pairwise(range(0, 3072, 256)))
-    assert triton._groups([(a, b) for a, b in edges]) == [list(range(11))]
+    assert triton._groups([(a, b) for a, b in edges]) == [(0, 11)]
