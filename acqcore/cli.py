@@ -1,5 +1,5 @@
-"""Score data files with a student (``acqcore score``), estimate what that costs (``acqcore plan``), list versions and
-backends (``acqcore info``)."""
+"""Score data files with a student (``acqcore score``), choose the rows to train on (``acqcore select``), estimate what
+scoring costs (``acqcore plan``), list versions and backends (``acqcore info``)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from acqcore import __version__, checks
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
 from acqcore.costs import command as plan_command
-from acqcore.files import data as data_files
+from acqcore.files import choose, data as data_files
 from acqcore.files.data import Block
 from acqcore.files.executors import executor_of
 from acqcore.files.parts import Parts
@@ -85,24 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help=f"comma-separated, by default entropy; any of {', '.join(REGISTRY)}",
     )
-    score.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
-    score.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
-    score.add_argument("--completion-column", metavar="C", help="column with the scored text")
-    score.add_argument("--text-column", metavar="C", help="column whose text is scored whole")
-    score.add_argument(
-        "--reduction", default="mean", help=f"of token values: {', '.join(get_args(Reduction))} (default: mean)"
-    )
-    score.add_argument(
-        "--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)"
-    )
-    score.add_argument(
-        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
-    )
-    score.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
-    score.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
-    score.add_argument("--device", metavar="D", help="device (default: the engine's, cpu or one GPU per process)")
-    score.add_argument("--backend", metavar="B", help="backend, see 'acqcore info'")
-    score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
+    _add_scoring_options(score)
     score.add_argument(
         "--engine",
         choices=["local", "accelerate", "ray"],
@@ -118,12 +101,38 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="rows per block, the unit of reading, retrying and writing",
     )
+    chosen = commands.add_parser("select", help="choose the rows of a data file that a student would learn most from")
+    chosen.set_defaults(command=_select)
+    choose.add_options(chosen)
+    _add_scoring_options(chosen)
     plan = commands.add_parser("plan", help="estimate memory and time of scoring")
     plan.set_defaults(command=_plan)
     plan_command.add_options(plan)
     info = commands.add_parser("info", help="versions and backends")
     info.set_defaults(command=_info)
     return parser
+
+
+def _add_scoring_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that scores rows of a file."""
+    parser.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
+    parser.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
+    parser.add_argument("--completion-column", metavar="C", help="column with the scored text")
+    parser.add_argument("--text-column", metavar="C", help="column whose text is scored whole")
+    parser.add_argument(
+        "--reduction", default="mean", help=f"of token values: {', '.join(get_args(Reduction))} (default: mean)"
+    )
+    parser.add_argument(
+        "--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
+    )
+    parser.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
+    parser.add_argument("--device", metavar="D", help="device (default: the engine's, cpu or one GPU per process)")
+    parser.add_argument("--backend", metavar="B", help="backend, see 'acqcore info'")
+    parser.add_argument("--limit", type=int, metavar="N", help="read only the first N rows")
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -158,6 +167,16 @@ def _plan(options: argparse.Namespace) -> int:
         return plan_command.run(options, print_table)
     except _WRONG_USAGE as error:
         raise _UsageError(_first_line(error)) from error
+
+
+def _select(options: argparse.Namespace) -> int:
+    try:
+        return choose.run(options, print_table)
+    except _WRONG_USAGE as error:
+        raise _UsageError(_first_line(error)) from error
+    except KeyboardInterrupt:
+        print("acqcore: interrupted; nothing was written", file=sys.stderr)
+        return 130
 
 
 def _score(options: argparse.Namespace) -> int:

@@ -244,15 +244,62 @@ def write_block(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
     os.replace(temporary, path)
 
 
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], source: Path) -> None:
+    """Write rows as one file that appears atomically.
+
+    Args:
+        rows: column -> value; a jsonl keeps a missing column missing, the others leave its cell empty.
+        columns: all of them, in order.
+        source: the file that the rows come from; a parquet's types are kept in a parquet.
+
+    Raises:
+        ModuleNotFoundError: parquet without pyarrow.
+        ValueError, TypeError: values that parquet cannot hold in one column (from pyarrow).
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            table = {
+                name: pyarrow.array([row.get(name) for row in rows], kind) for name, kind in _types(source, columns)
+            }
+            pyarrow.parquet.write_table(pyarrow.table(table), temporary)
+        else:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                if path.suffix == ".csv":
+                    csv.writer(file).writerow(columns)
+                for row in rows:
+                    present = columns if path.suffix == ".csv" else [name for name in columns if name in row]
+                    _write_lines(file, path.suffix, {name: [row.get(name)] for name in present})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _types(source: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Each column with its type in a parquet file; None for a type that its values decide."""
+    known = {}
+    if source.suffix == ".parquet":
+        import pyarrow.parquet
+
+        schema = pyarrow.parquet.read_schema(source)
+        known = dict(zip(schema.names, schema.types, strict=True))
+    return ((name, known.get(name)) for name in columns)
+
+
 def _write_lines(file: TextIO, suffix: str, table: Mapping[str, Sequence[Any]]) -> None:
     rows = zip(*(map(_plain, column) for column in table.values()), strict=True)
     if suffix == ".jsonl":
         for row in rows:
-            file.write(json.dumps(dict(zip(table, row, strict=True)), ensure_ascii=False) + "\n")
+            file.write(json.dumps(dict(zip(table, row, strict=True)), ensure_ascii=False, default=str) + "\n")
         return
     writer = csv.writer(file)
     for row in rows:
-        writer.writerow(json.dumps(cell, ensure_ascii=False) if isinstance(cell, list) else cell for cell in row)
+        writer.writerow(
+            json.dumps(cell, ensure_ascii=False, default=str) if isinstance(cell, (list, dict)) else cell
+            for cell in row
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,15 +92,9 @@ class BlockScorer:
     """
 
     def __init__(self, job: Job) -> None:
-        if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
-            from transformers.utils import logging
-
-            logging.disable_progress_bar()  # noise in a log file
         self.job = job
         self.parts = Parts(job.out)
-        self.student = Student.load(
-            job.student, dtype=None if job.dtype is None else DTYPES[job.dtype], device=job.device
-        )
+        self.student = load_student(job.student, job.dtype, job.device)
         checks.max_length(job.max_length, self.student.max_length)
         self.runner = job.plan.runner(self.student)
         self.reader = data_files.Reader(job.data, job.columns)
@@ -134,7 +128,7 @@ class BlockScorer:
         started = time.time()
         job = self.job
         records = self.reader.read(block)
-        errors = {i: message for i, record in enumerate(records) if (message := _error(record, job.columns))}
+        errors = {i: message for i, record in enumerate(records) if (message := record_error(record, job.columns))}
         rows = self._encode(records, errors)
         values = np.full((len(records), len(job.plan.names)), np.nan, dtype=np.float32)
         done = self.parts.load(block.index)
@@ -164,7 +158,7 @@ class BlockScorer:
                 for name, column in zip(job.plan.names, columns, strict=True)
                 if len(valid)
             },
-            top=[(float(values[i, 0]), block.start + int(i), _shorten(records[i].values[shown])) for i in top],
+            top=[(float(values[i, 0]), block.start + int(i), shorten(records[i].values[shown])) for i in top],
             new_rows=new_rows,
             new_tokens=new_tokens,
             started=started,
@@ -190,6 +184,15 @@ class BlockScorer:
         for i, row in zip(good, encoded, strict=True):
             rows[i] = row
         return rows
+
+
+def load_student(source: str, dtype: str | None, device: str | None) -> Student:
+    """The student at a hub id or path; ``dtype`` is a name in ``DTYPES``. Raises as ``Student.load``."""
+    if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # noise in a log file
+    return Student.load(source, dtype=None if dtype is None else DTYPES[dtype], device=device)
 
 
 def write_failed(job: Job, block: Block, reason: str) -> None:
@@ -220,13 +223,13 @@ def _table(
     return table
 
 
-def _error(record: Record, columns: Mapping[str, str]) -> str | None:
+def record_error(record: Record, columns: Iterable[str]) -> str | None:
     """The record's error, or that it lacks a column."""
     missing = [column for column in columns if column not in record.values]
     return record.error or (f"no column {missing[0]!r}" if missing else None)
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
     """One line from a text, or from the last message of a conversation."""
     if not isinstance(value, str):
         value = str(value[-1]["content"])
