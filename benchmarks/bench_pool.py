@@ -67,7 +67,6 @@ TUNED_ON, REPORTED_ON = "clinc150", "banking77"
 TUNING_SEEDS, SEEDS = (100, 101, 102), tuple(range(8))
 CHOSEN, BATCH, LENGTH, LABEL_LENGTH = 400, 32, 48, 11
 WARM_EPOCHS = 8.0
-CHOICES = harness.RESULTS / "pool-choices.json"
 
 RATES, EPOCHS, STARTS = (2e-4, 5e-4, 1e-3), (4.0, 8.0), ("warm", "anew")
 STATES = ("last", "mean")
@@ -430,6 +429,7 @@ def main() -> None:
     made_choices = arguments.choices or arguments.out / "pool-choices.json"
     if arguments.stage != "table":
         bench = _bench(arguments, log, deadline)
+        log.add(stage="machine", machine={**harness.machine(), "graph": bench.fitter.captured})
         try:
             if arguments.choices is None and (arguments.stage in ("all", "tune")):
                 choices = tune(bench)

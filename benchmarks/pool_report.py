@@ -14,7 +14,7 @@ from benchmarks import harness
 from benchmarks.paired import Difference, difference, holm
 from benchmarks.pool_data import KINDS
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, PICTURE = DOCS / "evidence-pool.md", DOCS / "evidence-pool.png"
 BEGIN, END = "<!-- results: written by bench_pool -->", "<!-- end of results -->"
 RANDOM, DEFAULT, VARENTROPY = "random", "default", "varentropy"
@@ -65,16 +65,21 @@ def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bo
     made = json.loads(choices.read_text()) if choices.exists() else {}
     text = tables(results, made)
     print(text)
-    content = {"machine": harness.machine(), "choices": made, **summary(results), "units": list(rows)}
+    machines = [row["machine"] for row in rows if row["stage"] == "machine"]
+    content = {"machines": machines, "choices": made, **summary(results), "units": list(rows)}
     targets = [out / "pool.json"] if small else [out / "pool.json", harness.RESULTS / "pool.json"]
     for path in targets:
         path.write_text(json.dumps(content, indent=1) + "\n")
     picture(results, out / PICTURE.name)
     if not small:
         picture(results, PICTURE)
-        page = PAGE.read_text()
-        before, after = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
-        PAGE.write_text(f"{before}\n\n{text}\n\n{after}")
+        write_section(PAGE, BEGIN, END, text)
+
+
+def write_section(page: Path, begin: str, end: str, text: str) -> None:
+    """Puts ``text`` between the two marks of a page."""
+    held = page.read_text()
+    page.write_text(f"{held[: held.index(begin) + len(begin)]}\n\n{text}\n\n{held[held.index(end) :]}")
 
 
 def families(results: Results) -> dict[str, dict[str, tuple[Difference, float]]]:

@@ -174,7 +174,8 @@ class TestChoosers:
     def test_huds_of_equal_uncertainties(self) -> None:
         vectors = torch.eye(4)
         vectors[3] = -1.0
-        assert pool_signals.huds(torch.ones(4), vectors, 4).tolist() == [0, 1, 2, 3]  # one stratum; 3 lies along the mean
+        chosen = pool_signals.huds(torch.ones(4), vectors, 4)  # one stratum, whose mean 3 lies along
+        assert chosen.tolist() == [0, 1, 2, 3]
 
     def test_balanced_takes_labels_in_turn(self) -> None:
         assert pool_signals.balanced([5, 4, 3, 2, 1, 0], [0, 0, 0, 1, 1, 2], 4) == [5, 4, 2, 3]
