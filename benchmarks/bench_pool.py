@@ -82,7 +82,9 @@ ARMS = (RANDOM, DEFAULT, ORACLE, *RANKING, *SETS, CONTROL)
 #: What ``default`` may be: a gate on the label's trust, a ranking, a spread.
 RECIPES = tuple(
     Recipe(*parts)
-    for parts in product(("agree", "half"), ("none", "mutual information", "rho loss"), ("top", "balanced", "cover"))
+    for parts in product(
+        ("agree", "half"), ("none", "mutual information", "loss", "rho loss"), ("top", "balanced", "cover")
+    )
 )
 FIRST_RECIPE, FULL = RECIPES[0], Sizes()
 
@@ -242,6 +244,7 @@ class Seed:
             labels = torch.tensor([names.index(row.intent) for row in self.task.pools[pool]])
             self._signals[pool] = Signals(
                 self._bench.fitter, self.warm, self.pools[pool], self.development, labels,
+                texts=[row.text for row in self.task.pools[pool]],
                 refit=Refit(self.choices.epochs, self.choices.rate), stop=self._bench.encode.stop, seed=self.number,
                 state=self.choices.state,
             )  # fmt: skip

@@ -177,6 +177,11 @@ class TestChoosers:
         chosen = pool_signals.huds(torch.ones(4), vectors, 4)  # one stratum, whose mean 3 lies along
         assert chosen.tolist() == [0, 1, 2, 3]
 
+    def test_distinct_keeps_the_first_of_near_copies(self) -> None:
+        vectors = torch.tensor([[1.0, 0.0], [0.99, 0.05], [0.0, 2.0], [0.05, 1.0], [1.0, 1.0]])
+        assert pool_signals.distinct([4, 1, 0, 3, 2], vectors, threshold=0.95) == [4, 1, 3]
+        assert pool_signals.distinct([0, 2], vectors, threshold=0.95) == [0, 2]
+
     def test_balanced_takes_labels_in_turn(self) -> None:
         assert pool_signals.balanced([5, 4, 3, 2, 1, 0], [0, 0, 0, 1, 1, 2], 4) == [5, 4, 2, 3]
         assert pool_signals.balanced([0, 1, 2], [7, 7, 7], 3) == [0, 1, 2]
