@@ -178,8 +178,11 @@ class Encoder:
 class Bench:
     """One student on one data set."""
 
-    def __init__(self, fitter: Fitter, encode: Encoder, folder: Path, scale: Scale, log: Log, deadline: float) -> None:
-        self.fitter, self.encode, self.scale, self.log = fitter, encode, scale, log
+    def __init__(
+        self, fitter: Fitter, encode: Encoder, folder: Path, scale: Scale, log: Log, deadline: float,
+        backend: str | None = None,
+    ) -> None:  # fmt: skip
+        self.fitter, self.encode, self.scale, self.log, self.backend = fitter, encode, scale, log, backend
         self._folder, self._deadline = folder, deadline
         self._data: dict[str, tuple[list[Message], list[Message], list[Message]]] = {}
         self._base = fitter.weights()
@@ -246,7 +249,7 @@ class Seed:
                 self._bench.fitter, self.warm, self.pools[pool], self.development, labels,
                 texts=[row.text for row in self.task.pools[pool]],
                 refit=Refit(self.choices.epochs, self.choices.rate), stop=self._bench.encode.stop, seed=self.number,
-                state=self.choices.state,
+                state=self.choices.state, backend=self._bench.backend,
             )  # fmt: skip
             self._bench.fitter.restore(self.warm)
         return self._signals[pool]
@@ -425,6 +428,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop cleanly after this time")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the report (default: %(default)s)")
     parser.add_argument("--no-graph", action="store_true", help="plain training steps in place of a CUDA graph")
+    parser.add_argument("--backend", default=None, help="of acqcore (default: the first that fits)")
     parser.add_argument("--small", action="store_true", help="a tenth of every size, to try the code out; not evidence")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
@@ -460,7 +464,8 @@ def _bench(arguments: argparse.Namespace, log: Log, deadline: float) -> Bench:
     begin = time.perf_counter()
     fitter = Fitter(model, batch=scale.batch, length=LENGTH, label_length=LABEL_LENGTH, graph=not arguments.no_graph)
     print(f"student ready in {time.perf_counter() - begin:.1f} s, {'CUDA graph' if fitter.captured else 'plain steps'}")
-    return Bench(fitter, Encoder(AutoTokenizer.from_pretrained(student)), arguments.data, scale, log, deadline)
+    encode = Encoder(AutoTokenizer.from_pretrained(student))
+    return Bench(fitter, encode, arguments.data, scale, log, deadline, arguments.backend)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -264,25 +264,25 @@ class Fitter:
         ``exact`` takes the float32 weights.
         """
         forward = self.exact if exact else self._forward
-        found, right = [], []
-        for begin in range(0, len(rows), at_once):
-            part = rows[slice(begin, begin + at_once)]
+        found = torch.zeros(len(rows), device=self.device)
+        right = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        for index, part in _parts(rows, at_once):
             losses, likeliest = forward.token_losses(part.ids, part.places, part.targets)
-            found.append(losses.sum(dim=1))
-            right.append(((likeliest == part.targets) | part.targets.eq(IGNORED)).all(dim=1))
-        return torch.cat(found), torch.cat(right)
+            found[index] = losses.sum(dim=1)
+            right[index] = ((likeliest == part.targets) | part.targets.eq(IGNORED)).all(dim=1)
+        return found, right
 
     @torch.no_grad()
     def states(self, rows: Rows, at_once: int = 250) -> tuple[torch.Tensor, torch.Tensor]:
         """Final hidden states of the prompt, its last and its mean: ``[n, D]`` float32 each."""
-        last, mean = [], []
-        for begin in range(0, len(rows), at_once):
-            part = rows[slice(begin, begin + at_once)]
+        last = torch.zeros(len(rows), self._forward.norm.shape[0], device=self.device)
+        mean = torch.zeros_like(last)
+        for index, part in _parts(rows, at_once):
             hidden = self._forward.hidden(part.ids).float()
             within = torch.arange(hidden.shape[1], device=self.device) < part.prompt[:, None]
-            mean.append((hidden * within[:, :, None]).sum(dim=1) / part.prompt[:, None])
-            last.append(hidden[torch.arange(len(part), device=self.device), part.prompt - 1])
-        return torch.cat(last), torch.cat(mean)
+            mean[index] = (hidden * within[:, :, None]).sum(dim=1) / part.prompt[:, None]
+            last[index] = hidden[torch.arange(len(part), device=self.device), part.prompt - 1]
+        return last, mean
 
     def along(self, reference: Rows, rows: Rows, relative: float = 1e-3) -> torch.Tensor:
         """Inner product of each row's gradient with the reference rows' mean gradient, ``[n]``, over all parameters.
@@ -308,7 +308,10 @@ class Fitter:
     def greedy(self, rows: Rows, stop: int, at_once: int = 250) -> torch.Tensor:
         """Mean ``-log p`` of the tokens that greedy decoding writes after each prompt, ``[n]``; it ends with ``stop``
         or after as many tokens as the longest label has."""
-        return torch.cat([self._greedy(rows[slice(i, i + at_once)], stop) for i in range(0, len(rows), at_once)])
+        found = torch.zeros(len(rows), device=self.device)
+        for index, part in _parts(rows, at_once, rows.targets.shape[1]):
+            found[index] = self._greedy(part, stop)
+        return found
 
     @torch.no_grad()
     def _greedy(self, rows: Rows, stop: int) -> torch.Tensor:
@@ -371,6 +374,15 @@ class Fitter:
             self._compute()
         self._graph = graph
         self.restore(before)
+
+
+def _parts(rows: Rows, at_once: int, room: int = 0) -> Iterator[tuple[torch.Tensor, Rows]]:
+    """Indices and rows of like length, cut to the longest of each part; ``room``: tokens to be written after prompts."""
+    ends = rows.prompt + (room or rows.targets.ne(IGNORED).sum(dim=1))
+    order = ends.argsort(descending=True)
+    for part, longest in zip(order.split(at_once), ends[order[::at_once]].tolist(), strict=True):
+        held = rows[part]
+        yield part, replace(held, ids=held.ids[:, :longest])
 
 
 @torch.no_grad()

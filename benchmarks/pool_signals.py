@@ -70,11 +70,13 @@ class Signals:
         refit: of RHO-loss.
         stop: token that ends a label.
         seed: of everything random here.
+        state: ``last`` or ``mean``, which of the prompts' hidden states distances are taken of.
+        backend: of ``acqcore``.
     """
 
     def __init__(
         self, fitter: Fitter, warm: Sequence[torch.Tensor], pool: Rows, development: Rows, labels: torch.Tensor,
-        *, texts: Sequence[str], refit: Refit, stop: int, seed: int, state: str = "last",
+        *, texts: Sequence[str], refit: Refit, stop: int, seed: int, state: str = "last", backend: str | None = None,
     ) -> None:  # fmt: skip
         self._fitter, self._warm = fitter, warm
         self._pool, self._development = pool, development
@@ -84,6 +86,7 @@ class Signals:
         self._student = acqcore.Student.from_model(fitter.model)
         self._samples = samples(pool)
         self._batch_tokens = 32768 if fitter.device.type == "cuda" else 4096
+        self._backend = backend
         self._values: dict[str, torch.Tensor] = {}
 
     def __len__(self) -> int:
@@ -110,7 +113,9 @@ class Signals:
             arguments = {"mutual_information": {**MUTUAL_INFORMATION[name], "seed": seed}}
             return self._score(rows, ("mutual_information",), arguments)["mutual_information"]
         if name == "influence":
-            norms = acqcore.grad_norm(self._student, rows, "all", batch_tokens=self._batch_tokens)
+            norms = acqcore.grad_norm(
+                self._student, rows, "all", batch_tokens=self._batch_tokens, backend=self._backend
+            )
             return self._fitter.along(self._development, scored).cpu() / norms.clamp_min(1e-12)
         if name == "rho loss":
             return self._rho(scored, seed)
@@ -130,8 +135,9 @@ class Signals:
         self, rows: Sequence[acqcore.Row], names: Sequence[str], arguments: dict[str, Any] | None = None
     ) -> acqcore.Scores:
         return acqcore.score(
-            self._student, rows, names, acquisition_args=arguments, batch_tokens=self._batch_tokens, progress=False
-        )
+            self._student, rows, names, acquisition_args=arguments, batch_tokens=self._batch_tokens,
+            backend=self._backend, progress=False,
+        )  # fmt: skip
 
     def _rho(self, rows: Rows, seed: int) -> torch.Tensor:
         """Mean loss under the warm student minus that under one fitted to the development rows (Mindermann et al.
@@ -163,7 +169,9 @@ class Signals:
     def choose(self, arm: str, k: int) -> list[int]:
         """Indices of k rows by one of the arms that need no recipe."""
         if arm == "badge":
-            vectors = acqcore.badge_embedding(self._student, self._samples, batch_tokens=self._batch_tokens)
+            vectors = acqcore.badge_embedding(
+                self._student, self._samples, batch_tokens=self._batch_tokens, backend=self._backend
+            )
             return acqcore.select(vectors, k, "badge", seed=self._seed).tolist()
         if arm == "facility location":
             return acqcore.select(self.states, k, "facility_location").tolist()
