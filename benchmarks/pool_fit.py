@@ -377,7 +377,7 @@ class Fitter:
 
 
 def _parts(rows: Rows, at_once: int, room: int = 0) -> Iterator[tuple[torch.Tensor, Rows]]:
-    """Indices and rows of like length, cut to the longest of each part; ``room``: tokens to be written after prompts."""
+    """Indices and rows of like length, cut to the longest of each part; ``room``: tokens to write after prompts."""
     ends = rows.prompt + (room or rows.targets.ne(IGNORED).sum(dim=1))
     order = ends.argsort(descending=True)
     for part, longest in zip(order.split(at_once), ends[order[::at_once]].tolist(), strict=True):
