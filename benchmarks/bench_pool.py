@@ -51,7 +51,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, pool_report
+from benchmarks import gsm8k, harness, pool_report
 from benchmarks.pool_data import CLEAN, Message, Sizes, Task, load, task
 from benchmarks.pool_fit import Fitter, Rows, pad
 from benchmarks.pool_signals import (
@@ -420,7 +420,7 @@ def _by_arm(pool: str, arm: str) -> Callable[[Seed], list[int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--student", default=None, help="folder or hub id (default: the packaged SmolLM2)")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/intents"), help="folder of the intent files")
+    parser.add_argument("--data", type=Path, default=gsm8k.FOLDER / "intents", help="folder of the intent files")
     parser.add_argument("--out", type=Path, default=Path("bench-pool"), help="folder of the log (default: %(default)s)")
     parser.add_argument("--stage", choices=("all", "tune", "report", "table"), default="all")
     parser.add_argument("--choices", type=Path, default=None, help="read the choices from this file, do not tune")

@@ -37,7 +37,7 @@ import torch
 from scipy.stats import rankdata
 
 import acqcore
-from benchmarks import harness
+from benchmarks import gsm8k, harness
 from benchmarks.pool_report import DOCS, write_section
 from benchmarks.pool_signals import MUTUAL_INFORMATION
 
@@ -288,7 +288,7 @@ def picture(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--student", default=None, help="folder or hub id (default: the packaged SmolLM2)")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/protoqa/dev_scraped.jsonl"))
+    parser.add_argument("--data", type=Path, default=gsm8k.FOLDER / "protoqa" / "dev_scraped.jsonl")
     parser.add_argument("--out", type=Path, default=None, help="write there, not to results/ and docs/")
     parser.add_argument("--questions", type=int, default=None, help="a random sample of so many (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -301,7 +301,10 @@ def main() -> None:
     path = harness.RESULTS / "protoqa.json" if out is None else out / "protoqa.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
-    picture(content["results"], PICTURE if out is None else out / PICTURE.name)
+    try:
+        picture(content["results"], PICTURE if out is None else out / PICTURE.name)
+    except ModuleNotFoundError as error:
+        print(f"no picture: {error}; --render draws it where matplotlib is installed")
     if out is None:
         write_section(PAGE, BEGIN, END, text)
 

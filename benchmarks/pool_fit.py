@@ -171,25 +171,32 @@ class Fitter:
         batch, length, label_length: the one shape of training batches, ``[batch, length]`` with labels of at most
             ``label_length`` tokens.
         graph: capture the step in a CUDA graph; ignored on a CPU.
+        dtype: of the forward's weights, which are then apart from the masters; by default bfloat16 on a GPU, and on a
+            CPU the masters themselves.
 
     Raises:
         ValueError: the model's logits are not those of :class:`Llama`.
     """
 
-    def __init__(self, model: Any, *, batch: int, length: int, label_length: int, graph: bool = True) -> None:
+    def __init__(
+        self, model: Any, *, batch: int, length: int, label_length: int, graph: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self.model = model.eval()
         self.length = length
         self.batch = batch
         self.device = next(model.parameters()).device
         on_gpu = self.device.type == "cuda"
         own = list(model.parameters())
-        #: float32 weights that the optimiser moves; on a CPU the model's own.
-        self.masters = [p.detach().clone() if on_gpu else p.detach() for p in own]
+        if dtype is None and on_gpu:
+            dtype = torch.bfloat16
+        #: float32 weights that the optimiser moves.
+        self.masters = [p.detach() if dtype is None else p.detach().clone() for p in own]
         self.exact = Llama.of(model, self.masters, length)  # float32
         _check(model, self.exact)
-        if on_gpu:
+        if dtype is not None:
             for p in own:  # parameters alone: rounding the rotary frequencies would turn far positions wrongly
-                p.data = p.data.to(torch.bfloat16)
+                p.data = p.data.to(dtype)
         self._weights = [p.detach().requires_grad_() for p in model.parameters()]
         self._forward = Llama.of(model, self._weights, length)
         for p in model.parameters():
@@ -358,15 +365,19 @@ class Fitter:
         if self._weights[0].data_ptr() != self.masters[0].data_ptr():
             torch._foreach_copy_(self._weights, self.masters)
 
-    def _capture(self) -> None:
-        """Warm-up on a side stream, then the capture, as torch asks for; weights and moments are put back."""
-        before = self.weights()
+    def _rehearse(self) -> None:
+        """Three steps, so that the optimiser's state and every kernel are there before a capture."""
         self._targets.fill_(1)
+        for _ in range(3):
+            self._compute()
+
+    def _capture(self) -> None:
+        """Rehearses on a side stream, then captures, as torch asks for; weights and moments are put back."""
+        before = self.weights()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._compute()
+            self._rehearse()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -70,7 +70,11 @@ def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bo
     targets = [out / "pool.json"] if small else [out / "pool.json", harness.RESULTS / "pool.json"]
     for path in targets:
         path.write_text(json.dumps(content, indent=1) + "\n")
-    picture(results, out / PICTURE.name)
+    try:
+        picture(results, out / PICTURE.name)
+    except ModuleNotFoundError as error:
+        print(f"no picture: {error}; --stage table draws it where matplotlib is installed")
+        return
     if not small:
         picture(results, PICTURE)
         write_section(PAGE, BEGIN, END, text)

@@ -168,15 +168,16 @@ class Signals:
 
     def choose(self, arm: str, k: int) -> list[int]:
         """Indices of k rows by one of the arms that need no recipe."""
+        device = self._fitter.device
         if arm == "badge":
             vectors = acqcore.badge_embedding(
                 self._student, self._samples, batch_tokens=self._batch_tokens, backend=self._backend
             )
-            return acqcore.select(vectors, k, "badge", seed=self._seed).tolist()
+            return acqcore.select(vectors.to(device), k, "badge", seed=self._seed).tolist()
         if arm == "facility location":
-            return acqcore.select(self.states, k, "facility_location").tolist()
+            return acqcore.select(self.states.to(device), k, "facility_location").tolist()
         if arm == "sift":
-            return sift(self.states, self.prompts, k).tolist()
+            return sift(self.states.to(device), self.prompts.to(device), k).tolist()
         if arm == "huds":
             return huds(self._fitter.greedy(self._pool, self._stop).cpu(), self.states, k).tolist()
         raise ValueError(f"unknown arm {arm!r}")
@@ -202,7 +203,8 @@ class Signals:
             return balanced(order, self.labels.tolist(), k)
         if recipe.spread == "cover":
             short = torch.tensor(order if recipe.value == "none" else order[: 3 * k])
-            return short[acqcore.select(self.states[short], k, "facility_location")].tolist()
+            vectors = self.states[short].to(self._fitter.device)
+            return short[acqcore.select(vectors, k, "facility_location").cpu()].tolist()
         raise ValueError(f"unknown spread {recipe.spread!r}")
 
     def _order(self, value: str) -> list[int]:

@@ -303,6 +303,25 @@ class TestFitter:
             results.append(fitter.test(rows).loss)
         assert results[0] == results[2] != results[1]
 
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.bfloat16, 0.1)], ids=str)
+    def test_a_gpus_copies_of_the_weights(self, dtype: torch.dtype, tolerance: float, fitter: pool_fit.Fitter) -> None:
+        """What runs on a GPU but for the capture: masters apart, a rehearsal, weights and moments put back."""
+        apart = pool_fit.Fitter(llama(), batch=4, length=LENGTH, label_length=LABEL_LENGTH, dtype=dtype)
+        assert next(apart.model.parameters()).dtype == dtype
+        before, rows = apart.weights(), some_rows(10)
+        apart._rehearse()
+        apart.restore(before)
+        results = []
+        for one in (fitter, apart):
+            one.fit(rows, epochs=4, rate=1e-2, seed=0)
+            results.append(one.test(rows).loss)
+        assert results[0] == pytest.approx(results[1], rel=tolerance, abs=1e-6)
+        assert results[0] < 0.9 * math.log(VOCABULARY)
+        samples = pool_signals.samples(rows)
+        scored = acqcore.score(apart.model, samples, "loss")["loss"]  # the model is the student that was fitted
+        counted = rows.targets.ne(-100).sum(dim=1)
+        torch.testing.assert_close(scored, apart.losses(rows)[0] / counted, rtol=max(tolerance, 1e-4), atol=1e-4)
+
     def test_inner_products_of_gradients_are_autograds(self, fitter: pool_fit.Fitter) -> None:
         rows, reference = some_rows(6), some_rows(5, seed=1)
         model = llama()
