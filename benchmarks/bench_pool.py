@@ -244,6 +244,8 @@ class Seed:
         self._signals.clear()
 
     def signals(self, pool: str) -> Signals:
+        """Of a pool, with the warm student in place: another seed's may have been there since."""
+        self._bench.fitter.restore(self.warm)
         if pool not in self._signals:
             names = self.task.intents
             labels = torch.tensor([names.index(row.intent) for row in self.task.pools[pool]])
@@ -253,7 +255,6 @@ class Seed:
                 refit=Refit(self.choices.epochs, self.choices.rate), stop=self._bench.encode.stop, seed=self.number,
                 state=self.choices.state, backend=self._bench.backend,
             )  # fmt: skip
-            self._bench.fitter.restore(self.warm)
         return self._signals[pool]
 
     def tested(self, pool: str, chosen: Sequence[int], *, development: bool = False) -> dict[str, float]:
@@ -405,6 +406,7 @@ def run(bench: Bench, choices: Choices, data: str = REPORTED_ON, seeds: Sequence
                 continue
             bench.check_time()
             if stage == "warm":
+                bench.fitter.restore(made.warm)
                 warm = bench.fitter.test(made.test_rows)
                 bench.log.add(**key, accuracy=warm.accuracy, loss=warm.loss)
                 continue

@@ -462,6 +462,18 @@ class TestBench:
         assert bench_pool.tune(bench(folder, Log(log.path), scale), seeds=(100,)) == choices
         assert log.path.read_text() == before
 
+    def test_seeds_do_not_see_each_other(self, folder: Path, tmp_path: Path) -> None:
+        """They take turns with one student: another seed's fits change no signal and no outcome."""
+        alone = bench(folder, Log(tmp_path / "alone.jsonl")).seed("clinc150", 100, CHOICES, ("B",))
+        expected = alone.signals("B").value("loss"), alone.tested("B", range(12))
+        shared = bench(folder, Log(tmp_path / "shared.jsonl"))
+        first, second = (shared.seed("clinc150", seed, CHOICES, ("B",)) for seed in (100, 101))
+        first.signals("B")
+        second.tested("B", range(12))
+        found = first.signals("B").value("loss"), first.tested("B", range(12))
+        torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+        assert found[1] == expected[1]
+
 
 def test_the_page_has_the_places_that_the_bench_writes_to() -> None:
     page = pool_report.PAGE.read_text()
