@@ -160,6 +160,9 @@ class SampleError(BaseModel):
 class ScoreResponse(BaseModel):
     student: StudentInfo = Field(description="that scored all samples of the request")
     values: dict[str, list[float | None]] = Field(description="acquisition -> one value a sample")
+    stderr: dict[str, list[float | None]] = Field(
+        {}, description="acquisition that is estimated at random -> the standard error of each value"
+    )
     n_tokens: list[int] = Field(description="scored tokens of each sample")
     valid: list[bool] = Field(description="false where a value is null")
     errors: list[SampleError] = Field(description="of samples that could not be scored at all")
