@@ -77,6 +77,18 @@ def _draws(half: str | None = None, pass_: int = 0, acquisition: str = MI, **opt
     return Signal("draws", acquisition, options, half, pass_)
 
 
+def _linear(probes: int, posterior: str = "dropout", half: str | None = None, **options: Any) -> Signal:
+    asked = {"form": "linear", "posterior": posterior, "probes": probes, **options}
+    return Signal("linear" if posterior == "dropout" else "weights", MI, asked, half)
+
+
+def _family(name: str, most: int, **options: Any) -> dict[str, Signal]:
+    """1, 2, 4 ... ``most`` probes, each with half of its probes as its half."""
+    counts = [2**i for i in range(most.bit_length())]
+    named = {count: f"{name}, {count} probe{'s' * (count > 1)}" for count in counts}
+    return {named[count]: _linear(count, half=named.get(count // 2), **options) for count in counts}
+
+
 ALL_BLOCKS = {"layers": "all", "dropout": 0.05}
 
 #: Name -> signal. The name says all that is not a default of the form.
@@ -87,6 +99,12 @@ SIGNALS: dict[str, Signal] = {
     "draws, all blocks, 4, p=0.05": _draws(draws=4, **ALL_BLOCKS),
     "draws, all blocks, 8, p=0.01": _draws(draws=8, layers="all", dropout=0.01),
     "draws, all blocks, 8, calibrated p": _draws(draws=8, layers="all", dropout="calibrated"),
+    **_family("linear, all blocks", 16),
+    "linear, last 8 blocks, 4 probes": _linear(4, layers=8),
+    "linear, last 4 blocks, 4 probes": _linear(4, layers=4),
+    "linear, last hidden state, 4 probes": _linear(4, layers=0),
+    **_family("isotropic weights, all blocks", 8, posterior="isotropic"),
+    "isotropic weights, last 8 blocks, 4 probes": _linear(4, "isotropic", layers=8),
     "draws, last 4 blocks, 8, p=0.05": _draws(draws=8, layers=4, dropout=0.05),
     "draws, last hidden state, 8, p=0.1": _draws(draws=8, layers=0, dropout=0.1),
     "draws, last hidden state, 8, p=0.1, blocks of 64": _draws(draws=8, layers=0, dropout=0.1, form="block"),
@@ -107,7 +125,8 @@ SIGNALS: dict[str, Signal] = {
 MANY_DRAWS = ("draws, all blocks, 64, calibrated p", "draws, all blocks, 64, p=0.05")
 #: Of the toy students: those of real rows that mean something with a vocabulary of 200 tokens and 3 or 6 blocks.
 TOY_SKIPPED = (TRUNK, "influence, head", "influence, all parameters", "gradient_diversity, head",
-               "draws, last 4 blocks, 8, p=0.05")  # fmt: skip
+               "draws, last 4 blocks, 8, p=0.05", "linear, last 8 blocks, 4 probes", "linear, last 4 blocks, 4 probes",
+               "isotropic weights, last 8 blocks, 4 probes")  # fmt: skip
 
 
 class Store:
@@ -232,7 +251,7 @@ class Real:
         if scores is None:
             return {"seconds": seconds}
         unit = {"seconds": seconds, "values": _rounded(scores[signal.acquisition])}
-        error = getattr(scores, "stderr", {}).get(signal.acquisition)
+        error = scores.stderr.get(signal.acquisition)
         if error is not None:
             unit["stderr"] = _rounded(error)
         return unit
@@ -408,8 +427,9 @@ def _of_set(
                 cell["split_half"] = _or_none(stepped_up(float(spearman(halves))))
         if all("stderr" in unit for unit in units.values()):
             errors = np.array([unit["stderr"] for unit in units.values()])
-            kept = 1 - np.nanmean(errors**2, axis=1) / np.nanvar(values, axis=1, ddof=1)
-            cell["from_stderr"] = round(float(np.clip(kept, 0, 1).mean()), 3)
+            if np.isfinite(errors).any():  # one probe has no standard error
+                kept = 1 - np.nanmean(errors**2, axis=1) / np.nanvar(values, axis=1, ddof=1)
+                cell["from_stderr"] = round(float(np.clip(kept, 0, 1).mean()), 3)
     for many in MANY_DRAWS:
         truth = _values(real, of_set, many)
         if many != name and len(truth) > 1 and len(units) > 0 and "values" in next(iter(units.values())):
