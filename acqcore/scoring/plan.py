@@ -97,6 +97,11 @@ class Plan:
         return [entry.name for entry, options in self.asked if entry.values_over(options) == "token"]
 
     @property
+    def estimated(self) -> list[str]:
+        """Acquisitions whose values have standard errors."""
+        return [entry.name for entry, options in self.asked if entry.stderr is not None and options.estimated]
+
+    @property
     def of_sets(self) -> list[tuple[Acquisition, Options]]:
         """Acquisitions whose values compare the samples of a call."""
         return [(entry, options) for entry, options in self.asked if entry.values_over(options) == "set"]

@@ -131,7 +131,10 @@ class Arguments(_Body):
     layers: Literal["all", "own"] | Annotated[int, Field(ge=0)] | None = None
     draws: int | None = Field(None, ge=2, le=32, description="each costs a pass of its own")
     dropout: float | None = Field(None, ge=0, lt=1)
-    form: Literal["element", "block"] | None = None
+    form: Literal["element", "block", "linear"] | None = None
+    posterior: Literal["dropout", "isotropic"] | None = None
+    probes: int | None = Field(None, ge=1, le=32, description="each costs a backward of its own")
+    variance: float | None = Field(None, gt=0)
     block: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
 
