@@ -1,12 +1,20 @@
 """Random cotangents of the logits whose second moment is the Fisher matrix of the softmax.
 
-With independent signs ``r_v = +-1`` the cotangent ``c = sqrt(p) r - p sum_v sqrt(p_v) r_v`` has mean 0 and
-``E c c^T = diag(p) - p p^T``. Carried back through the network it gives a g with
+A cotangent c with ``E c c^T = diag(p) - p p^T``, carried back through the network, gives a g with
 
-    E_r g_i^2 = E_{y ~ p} (d log p_y / d theta_i)^2,
+    E g_i^2 = E_{y ~ p} (d log p_y / d theta_i)^2,
 
 so one backward estimates, without bias and without sampling a token, what a small perturbation of theta does to the
-prediction. Signs are independent between tokens, so the square of a sample's g is unbiased for the sum over its tokens.
+prediction. Cotangents of different tokens are independent, so the square of a sample's g is unbiased for the sum over
+its tokens.
+
+With independent signs ``r_v = +-1``, a the most likely token and q the distribution of the others,
+
+    c = r_a sqrt(p_a (1 - p_a)) (e_a - q) + sqrt(1 - p_a) (sqrt(q) r - q sum_v sqrt(q_v) r_v).
+
+By the law of total variance the two terms make up the Fisher matrix: between a and the rest, and within the rest. The
+first has no noise of its own where two tokens share the probability; ``sqrt(p) r - p sum_v sqrt(p_v) r_v``, which has
+the same moments, vanishes there half of the time. Nothing cancels in confident rows: ``p_a (1 - p_a)`` is ``R / Z^2``.
 """
 
 from __future__ import annotations

@@ -75,11 +75,7 @@ class DrawRows:
 
 @dataclass(frozen=True, eq=False)
 class Probes:
-    """P random cotangents of each row's logits, ``c = sqrt(p) r - p sum_v sqrt(p_v) r_v`` with signs r.
-
-    The signs are those of ``philox.signs`` for probes 0 to P - 1. ``E c c^T = diag(p) - p p^T``, the Fisher matrix of
-    the softmax, so for any Jacobian J of the logits ``E (J c)_i^2 = E_y (d log p_y / d theta_i)^2``.
-    """
+    """P random cotangents of each row's logits, as in ``acqcore.fisher``, with signs ``philox.signs``."""
 
     count: int
     seed: int
@@ -220,8 +216,7 @@ class Backend(ABC):
     ) -> None:
         """Each probe's cotangent carried back through the head, dL/dh, from the state of the whole vocabulary.
 
-        Zero in rows with target -100. Exact for confident rows: the entry of the largest logit is
-        ``(r_a R - S) / (sqrt(Z) Z)``, S the unnormalised sum over the other columns.
+        Zero in rows with target -100.
         """
 
     @abstractmethod

@@ -176,9 +176,9 @@ def fisher_grad(
 ) -> None:
     """``Backend.fisher_grad`` in one visit of the weights.
 
-    With e unnormalised probabilities, a the most likely token, its column left out of the sums over v,
+    With e unnormalised probabilities, R their sum without the most likely token a, ``Z = 1 + R``, and over the others
     ``A = sum_v sqrt(e_v) r_v W_v``, ``B = sum_v e_v W_v`` and ``S = sum_v sqrt(e_v) r_v``:
-    ``c W = (A - (r_a + S) / Z B + (r_a R - S) / Z W_a) / sqrt(Z)``.
+    ``c W = A / sqrt(Z) - (S / sqrt(Z) + r_a sqrt(R) / Z) B / R + r_a sqrt(R) / Z W_a``.
     """
     for part, piece in _row_chunks(rows, 0, len(rows.hidden)):
         among = replace(probes, samples=probes.samples[part], positions=probes.positions[part])
@@ -214,15 +214,15 @@ def _fisher_rows(
             sums[k] += signed.sum(dim=1, dtype=torch.float64)
             out[k].addmm_(signed.mul_(slope), weight)
     of_top = fisher_top_signs(probes, index)  # [P, N]
-    total = 1 + r
-    factor = (head.scale / rows.temperature / total.sqrt()).where(scored, 0)
+    root_total = (1 + r).sqrt()
+    of_weight = of_top * r.sqrt() / root_total  # [P, N], as those below before the division by sqrt(Z)
+    of_mean = -((sums + of_weight) / r).where(r > 0, 0)
     slope = 1.0 if head.softcap is None else 1 - (rows.state[0] * (rows.temperature / head.softcap)).square()
-    of_mean = -(of_top + sums) / total
-    of_weight = (of_top * r - sums) / total * slope
+    factor = (head.scale / rows.temperature / root_total).where(scored, 0)
     top_weight = head.weight[index].to(dtype)
     for k in range(probes.count):
         out[k].addcmul_(of_mean[k, :, None].to(dtype), mean)
-        out[k].addcmul_(of_weight[k, :, None].to(dtype), top_weight)
+        out[k].addcmul_((of_weight[k] * slope)[:, None].to(dtype), top_weight)
         out[k].mul_(factor[:, None].to(dtype)).masked_fill_(~scored[:, None], 0)
 
 

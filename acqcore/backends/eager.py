@@ -274,22 +274,21 @@ def logit_gradient(rows: HeadRows) -> torch.Tensor:
 
 
 def fisher_cotangent(rows: HeadRows, probes: Probes, k: int) -> torch.Tensor:
-    """Cotangent k in ``W h + b``, ``[N, V]``: ``sqrt(p) r - p sum sqrt(p) r`` times the slope of cap and temperature.
+    """Cotangent k in ``W h + b``, ``[N, V]``, the definition in ``fisher.py`` times the slope of cap and temperature.
 
     Zero in ignored rows.
     """
     head = rows.head
     z = head.logits(rows.hidden, rows.temperature)
     top = torch.arange(z.shape[1], device=z.device) == rows.index[:, None]
-    r, largest = rows.state[2, :, None], rows.state[0, :, None]
-    root = ((z.double() - largest) / 2).exp()  # of unnormalised probabilities
-    positive = signs(probes.samples, probes.positions, slice(0, z.shape[1]), probes.seed, k)
-    signed = root.where(positive, -root)
-    of_others = signed.masked_fill(top, 0).sum(dim=1, keepdim=True)
-    of_top = signed.gather(1, rows.index.clamp_min(0)[:, None])  # the sign itself
-    others = signed - root.square() * (of_top + of_others) / (1 + r)
-    # Written out, 1 - p of the most likely token would lose what a confident row has left.
-    cotangent = torch.where(top, (of_top * r - of_others) / (1 + r), others) / (1 + r).sqrt()
+    rest, largest = rows.state[2, :, None], rows.state[0, :, None]  # R, and m
+    total = 1 + rest
+    sign = signs(probes.samples, probes.positions, slice(0, z.shape[1]), probes.seed, k).double() * 2 - 1
+    of_top = sign.gather(1, rows.index.clamp_min(0)[:, None])
+    q = ((z.double() - largest).exp() / rest).masked_fill(top | (rest == 0), 0)  # of the others
+    of_others = q.sqrt() * sign
+    of_others = of_others - q * of_others.sum(dim=1, keepdim=True)
+    cotangent = of_top * rest.sqrt() / total * torch.where(top, 1, -q) + (rest / total).sqrt() * of_others
     cotangent = cotangent.to(z.dtype) * cap_slope(z, rows) * (head.scale / rows.temperature)
     assert rows.targets is not None
     return cotangent.masked_fill((rows.targets == -100)[:, None], 0)
