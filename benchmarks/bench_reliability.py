@@ -257,13 +257,18 @@ class Real:
         return unit
 
     def flops(self, signal: Signal, name: str) -> dict[str, Any]:
-        """Floating-point operations of all matrix products for the first rows, in multiples of none: absolute."""
+        """Floating-point operations of all matrix products for the first rows."""
         rows = self.rows[name][:COUNTED_ROWS]
         self.resolved(signal, 0)
+        # The counter sees torch's products and acqcore's operators; gradients of the head are in torch on eager alone.
+        backend = "eager" if signal.family == "influence" else "cpu"
         counter = FlopCounterMode(display=False, custom_mapping=HEAD_OPERATIONS)
         with counter:
-            self.score(signal, rows, 0, "eager")
-        return {"flops": counter.get_total_flops()}
+            self.score(signal, rows, 0, backend)
+        probes = signal.options.get("probes")
+        unseen = 0 if probes is None else probes + 2  # products of the kernel of the cotangents
+        scored = sum(row.n_scored for row in rows)
+        return {"flops": counter.get_total_flops() + unseen * _product(scored, self.student.head.weight.shape)}
 
     def _trunk(self, rows: Sequence[acqcore.Row]) -> None:
         """The forwards that ``score`` makes, alone."""

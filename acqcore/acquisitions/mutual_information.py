@@ -28,6 +28,8 @@ def stderr(found: BayesStats | torch.Tensor, options: DrawOptions | LinearOption
     if not isinstance(options, LinearOptions):
         return None
     assert isinstance(found, torch.Tensor)
+    if found.shape[1] == 1:
+        return torch.full_like(found[:, 0], torch.nan)
     return options.factor * found.std(dim=1) / found.shape[1] ** 0.5
 
 

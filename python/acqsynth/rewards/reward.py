@@ -103,9 +103,7 @@ class Rewards:
     @property
     def spread(self) -> dict[str, Spread]:
         """Of each signal with standard errors, within the groups."""
-        return {
-            name: Spread.within(self.components[name], errors, self.groups) for name, errors in self.stderr.items()
-        }
+        return {name: Spread.within(self.components[name], errors, self.groups) for name, errors in self.stderr.items()}
 
     @property
     def rejected_by(self) -> list[str]:

@@ -101,9 +101,7 @@ class Question:
     reduction: Reduction
     arguments: str  #: ``acquisition_args`` of ``acqcore.score`` as JSON
 
-    def values(
-        self, loaded: Loaded, rows: list[acqcore.Row], batch_tokens: int, backend: str | None
-    ) -> list[Values]:
+    def values(self, loaded: Loaded, rows: list[acqcore.Row], batch_tokens: int, backend: str | None) -> list[Values]:
         """Values of each row, with their standard errors."""
         scores = acqcore.score(
             loaded.student,

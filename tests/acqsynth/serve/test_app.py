@@ -18,7 +18,7 @@ from acqsynth.parsing import parse_sample
 from acqsynth.serve.app import Service
 from acqsynth.serve.auth import Access
 from acqsynth.serve.schema import served_acquisitions
-from acqsynth.serve.students import Question
+from acqsynth.serve.students import Question, Values
 
 GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
 LONGER = "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
