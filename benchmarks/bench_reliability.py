@@ -265,10 +265,7 @@ class Real:
         counter = FlopCounterMode(display=False, custom_mapping=HEAD_OPERATIONS)
         with counter:
             self.score(signal, rows, 0, backend)
-        probes = signal.options.get("probes")
-        unseen = 0 if probes is None else probes + 2  # products of the kernel of the cotangents
-        scored = sum(row.n_scored for row in rows)
-        return {"flops": counter.get_total_flops() + unseen * _product(scored, self.student.head.weight.shape)}
+        return {"flops": counter.get_total_flops()}
 
     def _trunk(self, rows: Sequence[acqcore.Row]) -> None:
         """The forwards that ``score`` makes, alone."""
@@ -309,8 +306,13 @@ def _mixture_flops(hidden: torch.Size, weights: Sequence[torch.Size], *rest: Any
     return _product(hidden[0], weights[0]) * (draws if form == "element" else 1)
 
 
-#: The products inside acqcore's operators, which torch's counter does not see.
+def _addmm_flops(_: torch.Size, a: torch.Size, b: torch.Size, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+#: The products inside acqcore's operators and in place, which torch's counter does not see.
 HEAD_OPERATIONS = {
+    torch.ops.aten.addmm_: _addmm_flops,
     torch.ops.acqcore.row_stats: _row_stats_flops,
     torch.ops.acqcore.mixture_stats: _mixture_flops,
 }
