@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ def _family(name: str, most: int, **options: Any) -> dict[str, Signal]:
     return {named[count]: _linear(count, half=named.get(count // 2), **options) for count in counts}
 
 
-ALL_BLOCKS = {"layers": "all", "dropout": 0.05}
+ALL_BLOCKS: dict[str, Any] = {"layers": "all", "dropout": 0.05}
 
 #: Name -> signal. The name says all that is not a default of the form.
 SIGNALS: dict[str, Signal] = {
@@ -277,7 +277,7 @@ class Real:
             for picked in partition(lengths, self.batch_tokens, overhead):
                 self.student.hidden(collate([rows[i] for i in picked])[0].to(self.student.device))
 
-    def _reference(self, parameters: str, seed: int) -> acqcore.Reference:
+    def _reference(self, parameters: Literal["head", "all"], seed: int) -> acqcore.Reference:
         if (parameters, seed) not in self._made:
             self._made[parameters, seed] = acqcore.influence_reference(
                 self.student, self.reference, parameters=parameters, seed=seed, batch_tokens=self.batch_tokens
