@@ -321,6 +321,7 @@ def variants(run: Run, cap: float) -> None:
     checks = workers("parity of variants", half, "benchmarks.gpu_parity", *rows, "--variants", "--backends", "triton")
     norms = workers(
         "parity of norms", 2, "benchmarks.gpu_parity", *rows, "--backends", "triton", "--ops", "head_grad_norm",
+        "the host never waits",
     )  # fmt: skip
     warming = workers("warm-up", half, "benchmarks.gpu_variants")
     smallest = workers("smallest shapes", 3, "benchmarks.gpu_small_case")

@@ -246,6 +246,20 @@ def _batch_invariance(op: str, backend: str, dtype: torch.dtype, device: str) ->
     return 0.0
 
 
+def _host_never_waits(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
+    """All is queued without a look at the device; what torch knows of such looks raises."""
+    case, offsets = _gradient_case("128 tokens", dtype, device)
+    call = _calls(case, offsets.cpu(), backend)[op]
+    call()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return 0.0
+
+
 def _graph(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
     """Captured once, a replay over new inputs gives what a call gives."""
     case, offsets = _gradient_case("128 tokens", dtype, device)
@@ -288,6 +302,8 @@ def checks(device: str) -> Iterator[Check]:
         yield Check("batch invariance", op, (torch.bfloat16, torch.float32), partial(_batch_invariance, op))
         if device == "cuda" and op in ("row_stats", "logit_stats", "hidden_grad"):
             yield Check("graph capture", op, (torch.bfloat16,), partial(_graph, op))
+        if device == "cuda" and op != "grad_sketch":
+            yield Check("the host never waits", op, (torch.bfloat16,), partial(_host_never_waits, op))
     for view in ("rows", "rows, unaligned", "columns", "every third", "V = 50257"):
         yield Check("logit_stats", view, ALL, partial(_logit_stats, view))
     for name in CASES:

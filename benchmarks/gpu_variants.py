@@ -67,6 +67,7 @@ def calls(n: int, d: int, v: int, device: str) -> dict[str, Callable[[], Any]]:
     hidden, weight, targets = bench_row_stats.make_inputs(n, d, v, torch.bfloat16, device)
     head = acqcore.Head(weight)
     found: dict[str, Callable[[], Any]] = {}
+    call: Callable[..., Any]
     for name in VARIANTS["mutual_information, block"]:
         call = partial(acqcore.mutual_information, hidden, head, form="block", draws=8, backend="triton")
         found[f"block, {name}"] = under("mutual_information, block", name, call)

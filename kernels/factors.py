@@ -30,6 +30,8 @@ ROWS = 4096
 PARTS = 2
 #: Its products are torch's.
 LIBRARY = False
+#: Rows whose targets' weights are gathered at a time.
+GATHERED_ROWS = 1024
 #: Rows and columns of a tile of ``add_grams``.
 GRAM_TILE = 128
 
@@ -44,6 +46,7 @@ def write_factors(
     of_target,  # [n] float32: the factor in the target's column
     high,  # [n, ring_row], written; zero in ignored rows and outside the vocabulary
     low,  # the same: what ``high`` leaves of a factor; None in float32
+    lost,  # [tiles, n] float32, written: the sum of what ``high`` leaves, if ROUNDED
     n,
     chunk,  # first column of the stretch
     vocab,
@@ -69,6 +72,7 @@ def write_factors(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):
     block, tile = place(tl.program_id(0), tl.cdiv(n, BLOCK_M), ring_row // BLOCK_N, GROUP_M)
     first_row = block * BLOCK_M
@@ -98,6 +102,9 @@ def write_factors(
     tl.store(high + at, part, mask=inside[:, None])
     if PARTS == 2:
         tl.store(low + at, (f - widen(part)).to(low.dtype.element_ty), mask=inside[:, None])
+    if ROUNDED:
+        of_row = tl.sum(f - widen(part), axis=1)
+        tl.store(lost + (begin // BLOCK_N).to(tl.int64) * n + rows, of_row, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "chunk", "columns"])
@@ -284,6 +291,7 @@ class Factors:
         of_target: torch.Tensor,  # [n] float32
         high: torch.Tensor,  # [n, columns], written
         low: torch.Tensor | None,
+        lost: torch.Tensor | None = None,  # [tiles of all stretches, n] float32, written
     ) -> Iterator[tuple[int, int]]:
         """(first column, columns) of each stretch of the vocabulary whose factors the ring then holds."""
         (vocab, depth), n, tiles, weight = self.weight.shape, len(hidden), self.tiles, self.weight
@@ -293,14 +301,15 @@ class Factors:
             write_factors[(triton.cdiv(n, tiles.block_m) * (high.shape[1] // tiles.block_n),)](
                 descriptor(hidden, tiles.block_m, tiles.block_k) if descriptors else hidden,
                 descriptor(weight, tiles.block_n, tiles.block_k) if descriptors else weight,
-                self.bias, targets, reference, of_target, high, low, n, chunk, vocab, depth,
+                self.bias, targets, reference, of_target, high, low, lost, n, chunk, vocab, depth,
                 *hidden.stride(), *weight.stride(), high.stride(0), self.vocab_start,
                 self.scale / over, (self.softcap or 1.0) / self.temperature,
                 BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
                 HAS_BIAS=self.bias is not None, HAS_SCALE=self.scale != over, HAS_CAP=self.softcap is not None,
                 EVEN_K=depth % tiles.block_k == 0, EVEN_V=vocab % high.shape[1] == 0, DESCRIPTORS=descriptors,
                 UPCAST=self.upcast or hidden.dtype != weight.dtype, PRECISION=self.precision,
-                PARTS=1 if low is None else 2, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+                PARTS=1 if low is None else 2, ROUNDED=lost is not None, num_warps=tiles.warps,
+                num_stages=tiles.stages, enable_fp_fusion=True,
             )  # fmt: skip
             yield chunk, min(high.shape[1], vocab - chunk)
 
@@ -327,7 +336,11 @@ def hidden_sums(
         rows = len(reference[part])
         high, low = factors.ring(rows, dtype, PARTS)
         descriptors = tiles.descriptors and has_descriptor(weight)
-        stretches = factors.stretches(hidden[part], targets[part], reference[part], no_target, high, low)
+        lost = None
+        if low is None and dtype != torch.float32:
+            ring = high.shape[1]
+            lost = reference.new_empty((triton.cdiv(vocab, ring) * (ring // tiles.block_n), rows))
+        stretches = factors.stretches(hidden[part], targets[part], reference[part], no_target, high, low, lost)
         if LIBRARY and weight.dtype == dtype and dtype != torch.float32 and weight.device.type != "cpu":
             sums = out[part]
             for chunk, columns in stretches:
@@ -338,6 +351,8 @@ def hidden_sums(
                     else:
                         torch.addmm(sums, factor[:, :columns], keys, out_dtype=torch.float32, out=sums)
             sums *= final[part, None]
+            if lost is not None:
+                add_lost(factors, targets[part], lost.sum(0) * final[part], sums)
             continue
         for chunk, columns in stretches:
             add_product[(triton.cdiv(rows, tiles.block_m) * triton.cdiv(depth, tiles.block_n),)](
@@ -350,6 +365,27 @@ def hidden_sums(
                 PRECISION=factors.precision, PARTS=1 if low is None else 2, num_warps=tiles.warps,
                 num_stages=max(tiles.stages - 1, 1), enable_fp_fusion=True,
             )  # fmt: skip
+        if lost is not None:
+            add_lost(factors, targets[part], lost.sum(0) * final[part], out[part])
+
+
+def add_lost(
+    factors: Factors,
+    targets: torch.Tensor,  # [n] int64
+    lost: torch.Tensor,  # [n] float32
+    out: torch.Tensor,  # [n, D] float32, added to
+) -> None:
+    """Gives what rounding took from a row's factors to its target's column, where that is a row of this weight.
+
+    The gradient is a sum of differences, factor times ``W_v - W_y``: rounded factors that the target's column balances
+    keep it so, and what all rows of W have in common still cancels.
+    """
+    local = targets - factors.vocab_start
+    here = (local >= 0) & (local < len(factors.weight))
+    for begin in range(0, len(out), GATHERED_ROWS):
+        part = slice(begin, begin + GATHERED_ROWS)
+        columns = factors.weight[local[part].where(here[part], 0)]
+        out[part].addcmul_(lost[part].where(here[part], 0)[:, None], columns.to(out.dtype))
 
 
 def grams(
