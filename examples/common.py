@@ -11,6 +11,9 @@ import torch
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
+#: Mutual information without draws: one forward, and a backward for each probe.
+LINEAR = {"form": "linear", "probes": 2}
+
 #: Some facts, some sums, and coins, which nobody can learn.
 ROWS = [
     *({"prompt": f"{a} * {b} =", "completion": f" {a * b}."} for a in range(11, 19) for b in (7, 12, 23)),

@@ -1,6 +1,6 @@
 """An acquisition of your own: one function of the statistics that the pass over the head already has.
 
-    python examples/custom_acquisition.py
+python examples/custom_acquisition.py
 """
 
 from __future__ import annotations

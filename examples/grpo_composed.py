@@ -2,8 +2,8 @@
 
     python examples/grpo_composed.py --steps 20
 
-A question that does not parse, copies a seed, gives its answer away or cannot be answered is rejected; what passes is scored by
-mutual information and novelty. Add ``Learnability`` with verified answers where the domain can check them.
+A question that does not parse, copies a seed, gives its answer away or cannot be answered is rejected. What passes is
+scored by mutual information and novelty. Add ``Learnability`` with verified answers where the domain can check them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import common
+import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from acqsynth.domains import domain
-from acqsynth.rewards import ComposedReward, Diversity, acquisition_signals, default_gates
+from acqsynth.rewards import ComposedReward, Diversity, NgramEmbedder, acquisition_signals, default_gates
 from acqsynth.seeds import bundled
 
 
@@ -27,18 +28,19 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
     options = parser.parse_args(arguments)
 
     maths, seeds = domain("math"), bundled("mathematics")
+    information = acquisition_signals(options.student, {"mutual_information": common.LINEAR}, maths)
     reward = ComposedReward(
         maths,
-        [*acquisition_signals(maths, options.student, ["mutual_information"]), Diversity()],
+        [*information, Diversity(NgramEmbedder())],
         gates=default_gates(maths, seeds=seeds),
         fusion="z",
         weights={"mutual_information": 1.0, "diversity": 0.1},
     )
-    asked = [{"prompt": maths.prompt(seeds[i % len(seeds) : i % len(seeds) + 2])} for i in range(2 * options.steps)]
+    shown = [[seeds[i % len(seeds)], seeds[(i + 1) % len(seeds)]] for i in range(2 * options.steps)]
     trainer = GRPOTrainer(
         model=options.student,
         reward_funcs=[reward],
-        train_dataset=Dataset.from_list(asked),
+        train_dataset=Dataset.from_list([{"prompt": maths.generator_prompt(pair)} for pair in shown]),
         args=GRPOConfig(
             output_dir=options.output,
             max_steps=options.steps,
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
             logging_steps=1,
             save_strategy="no",
             report_to="none",
+            bf16=torch.cuda.is_available(),
             gradient_checkpointing=False,
         ),
     )

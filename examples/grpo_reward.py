@@ -1,4 +1,4 @@
-"""GRPO in TRL, rewarded by what the student is unsure of.
+"""GRPO in TRL, rewarded by what the student could still learn.
 
     python examples/grpo_reward.py --steps 20
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import common
+import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -30,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
     parser.add_argument("--output", default="grpo-output")
     options = parser.parse_args(arguments)
 
-    reward = AcquisitionReward(options.student, options.acquisition)
+    arguments_of = {"mutual_information": common.LINEAR}
+    reward = AcquisitionReward(options.student, options.acquisition, arguments=arguments_of.get(options.acquisition))
     prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": ASK}]}] * 2 * options.steps)
     trainer = GRPOTrainer(
         model=options.student,
@@ -46,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
             logging_steps=1,
             save_strategy="no",
             report_to="none",
+            bf16=torch.cuda.is_available(),
             gradient_checkpointing=False,
         ),
     )

@@ -2,7 +2,7 @@
 
     python examples/influence_to_validation.py
 
-The validation rows are sums; the pool mixes sums, facts and coins. The shares printed say which kind the highest rows are of.
+The validation rows are sums; the pool mixes sums, facts and coins. Printed is which kinds the highest rows are of.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Score a data set within ``Dataset.map``, and keep the rows with the highest values.
 
-    python examples/score_dataset.py
-    python examples/score_dataset.py --data rows.jsonl --acquisition grad_norm --keep 100
+python examples/score_dataset.py
+python examples/score_dataset.py --data rows.jsonl --acquisition grad_norm --keep 100
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     random.Random(0).shuffle(rows)
     held_out, pool = rows[: len(rows) // 4], rows[len(rows) // 4 :]
     base, tokenizer = common.pair(options.student)
-    scores = acqcore.score(base, pool, [options.acquisition], tokenizer=tokenizer)
+    linear = {"mutual_information": common.LINEAR} if options.acquisition == "mutual_information" else None
+    scores = acqcore.score(base, pool, [options.acquisition], acquisition_args=linear, tokenizer=tokenizer)
     chosen = acqcore.select(scores[options.acquisition], options.n).tolist()
     arms = {"chosen": [pool[i] for i in chosen], "random": random.Random(1).sample(pool, options.n)}
 
