@@ -132,11 +132,15 @@ TOY_SKIPPED = (TRUNK, "influence, head", "influence, all parameters", "gradient_
 class Store:
     """The finished units of a run; the first line holds its settings.
 
+    Args:
+        settings: of this run; empty to read a finished one, of whatever machine.
+        seconds: no unit begins after so many.
+
     Raises:
         SystemExit: the folder holds a run of other settings (names them).
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], seconds: float) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], seconds: float = math.inf) -> None:
         self.path = folder / "units.jsonl"
         self._until = time.monotonic() + seconds
         wanted = json.loads(json.dumps(settings))
@@ -628,7 +632,8 @@ def main() -> None:
         "machine": harness.machine(), "device": arguments.device, "dtype": dtype, "rows": arguments.rows,
         "scored_tokens": arguments.tokens or "whole",
     }  # fmt: skip
-    store = Store(arguments.out, settings, arguments.seconds)
+    measuring = set(arguments.parts) != {"report"}
+    store = Store(arguments.out, settings if measuring else {}, arguments.seconds)
     if {"real", "flops"} & set(arguments.parts):
         student = arguments.student or smollm2_path()
         tokens = arguments.tokens or None
