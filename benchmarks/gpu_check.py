@@ -46,7 +46,7 @@ PEERS = ROOT / "build" / "gpu-peers"
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
 
 #: stage -> cap in seconds
-CAPS = {"parity": 100.0, "variants": 75.0, "mission": 150.0, "sanitizer": 60.0, "score": 60.0, "tune": 120.0}
+CAPS = {"parity": 100.0, "variants": 85.0, "mission": 150.0, "sanitizer": 60.0, "score": 60.0, "tune": 120.0}
 BUILD_SECONDS = 150.0
 #: Processes that compile and check kernels side by side; the build and the warm-up have the other cores.
 WORKERS = max(2, (os.cpu_count() or 2) - 4)
@@ -317,18 +317,22 @@ def variants(run: Run, cap: float) -> None:
         }  # fmt: skip
 
     half = max(2, WORKERS // 2)
-    rows = ["--rows", str(run.rows)]
-    checks = workers("parity of variants", half, "benchmarks.gpu_parity", *rows, "--variants", "--backends", "triton")
-    norms = workers(
-        "parity of norms", 2, "benchmarks.gpu_parity", *rows, "--backends", "triton", "--ops", "head_grad_norm",
-        "the host never waits",
-    )  # fmt: skip
-    warming = workers("warm-up", half, "benchmarks.gpu_variants")
-    smallest = workers("smallest shapes", 3, "benchmarks.gpu_small_case")
-    run.wait("parity of variants", checks | norms | warming | smallest, cap * 0.7)
+    rows = ["--rows", str(run.rows), "--dtypes", "bfloat16"]
+    cases = ["128 tokens", "32 tokens", "odd"]
+    parity = ("benchmarks.gpu_parity", *rows)
+    checks = workers("parity of variants", half, *parity, "--variants", "--backends", "triton")
+    checks |= workers(
+        "parity of norms", 2, *parity, "--backends", "triton", "--ops", "head_grad_norm", "--cases", *cases
+    )
+    ops = ["--ops", "the host never waits", "--cases", "row_stats", "head_grad_norm", "hidden_grad"]
+    checks |= workers("waits", 1, *parity, "--backends", "triton", *ops)
+    run.wait("parity of variants", checks | workers("warm-up", half, "benchmarks.gpu_variants"), cap * 0.75)
     if run.wait("build", {"build": building}, BUILD_SECONDS) and "cuda" in backends(run):
-        command = ("benchmarks.gpu_parity", *rows, "--backends", "cuda", "--ops", "head_grad_norm", "hidden_grad")
-        run.wait("parity of cuda", workers("parity of cuda", 6, *command), max(15.0, deadline - time.monotonic()))
+        of_cuda = workers(
+            "parity of cuda", 6, *parity, "--backends", "cuda", "--ops", "head_grad_norm", "hidden_grad",
+            "--cases", *cases,
+        )  # fmt: skip
+        run.wait("parity of cuda", of_cuda, max(15.0, deadline - time.monotonic()))
 
 
 def backends(run: Run) -> list[str]:

@@ -33,9 +33,6 @@ VARIANTS: dict[str, dict[str, tuple[tuple[Any, str, Any], ...]]] = {
         "masks carried": ((block_mixture, "BITS", False), (block_mixture, "CARRY", True)),
         "bits": ((block_mixture, "BITS", True), (block_mixture, "CARRY", False)),
         "bits carried": ((block_mixture, "BITS", True), (block_mixture, "CARRY", True)),
-        "bits, two stages": (
-            (block_mixture, "BITS", True), (block_mixture, "CARRY", False), (block_mixture, "STAGES", 2),
-        ),
     },
 }  # fmt: skip
 

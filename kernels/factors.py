@@ -24,7 +24,7 @@ from acqcore.kernels.fold import LOG2E, LOWEST, widen
 from acqcore.kernels.product import descriptor, has_descriptor, kept_tables, logit_tile, place, to_device
 
 #: The ring, and at most so many rows share it.
-RING_BYTES = 60 << 20
+RING_BYTES = 54 << 20
 ROWS = 4096
 #: Numbers in half precision that make a factor of ``hidden_sums``.
 PARTS = 2
@@ -97,14 +97,14 @@ def write_factors(
     local = (target - vocab_start - begin)[:, None]
     f = tl.where(column[None, :] == local, tl.load(of_target + rows, mask=inside, other=0.0)[:, None], f)
     f = tl.where((target != -100)[:, None], f, 0.0)
-    at = rows[:, None] * ring_row + (tile * BLOCK_N + column)[None, :]  # the ring is small
     part = f.to(high.dtype.element_ty)
+    if ROUNDED:
+        of_row = tl.sum(f, axis=1) - tl.sum(widen(part), axis=1)
+        tl.store(lost + (begin // BLOCK_N).to(tl.int64) * n + rows, of_row, mask=inside)
+    at = rows[:, None] * ring_row + (tile * BLOCK_N + column)[None, :]  # the ring is small
     tl.store(high + at, part, mask=inside[:, None])
     if PARTS == 2:
         tl.store(low + at, (f - widen(part)).to(low.dtype.element_ty), mask=inside[:, None])
-    if ROUNDED:
-        of_row = tl.sum(f - widen(part), axis=1)
-        tl.store(lost + (begin // BLOCK_N).to(tl.int64) * n + rows, of_row, mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "chunk", "columns"])
@@ -351,9 +351,7 @@ def hidden_sums(
                     else:
                         torch.addmm(sums, factor[:, :columns], keys, out_dtype=torch.float32, out=sums)
             sums *= final[part, None]
-            if lost is not None:
-                add_lost(factors, targets[part], lost.sum(0) * final[part], sums)
-            continue
+            stretches = iter(())
         for chunk, columns in stretches:
             add_product[(triton.cdiv(rows, tiles.block_m) * triton.cdiv(depth, tiles.block_n),)](
                 descriptor(high, tiles.block_m, tiles.block_k) if descriptors else high,
@@ -365,6 +363,7 @@ def hidden_sums(
                 PRECISION=factors.precision, PARTS=1 if low is None else 2, num_warps=tiles.warps,
                 num_stages=max(tiles.stages - 1, 1), enable_fp_fusion=True,
             )  # fmt: skip
+        del high, low, stretches  # their room is needed
         if lost is not None:
             add_lost(factors, targets[part], lost.sum(0) * final[part], out[part])
 
