@@ -106,7 +106,7 @@ class Scale:
     new_tokens: int = 28
     steps: int = 12
     prompts: int = 32  # of a step of GRPO
-    rows_at_once: int = 1024
+    rows_at_once: int = 1600  # 385 requests in two batches
     tuning_seeds: tuple[int, ...] = TUNING_SEEDS
     rates: tuple[float, ...] = RATES
     epochs: tuple[float, ...] = EPOCHS

@@ -30,8 +30,8 @@ TOPICS = ("card_arrival", "exchange_rate", "top_up", "cash_fee")
 
 
 @pytest.fixture(autouse=True)
-def cheap_mutual_information(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_write, "MUTUAL_INFORMATION", {"layers": 1, "draws": 2})
+def few_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_write, "MUTUAL_INFORMATION", {"form": "linear", "probes": 2})
 
 
 @pytest.fixture
@@ -359,8 +359,8 @@ class TestReport:
     def test_gains_are_paired_and_corrected(self) -> None:
         results = write_report.Results(self.rows(0.04))
         primary = results.minus(BEST + DEFAULT, AS_IT_IS)
-        pairs = [(100 * results.found[a][s]["accuracy"] for s in range(6)) for a in (BEST + DEFAULT, AS_IT_IS)]
-        assert primary == paired.difference(*map(list, pairs))
+        pairs = [[100 * results.found[a][s]["accuracy"] for s in range(6)] for a in (BEST + DEFAULT, AS_IT_IS)]
+        assert primary == paired.difference(*pairs)
         compared = results.comparisons()
         assert set(compared) == {
             (BEST + "random", AS_IT_IS), (GRPO + DEFAULT, AS_IT_IS), (GRPO + "entropy", AS_IT_IS),
