@@ -51,7 +51,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, pool_report
+from benchmarks import gsm8k, harness, pool_report
 from benchmarks.pool_data import CLEAN, Message, Sizes, Task, load, task
 from benchmarks.pool_fit import Fitter, Rows, pad
 from benchmarks.pool_signals import (
@@ -67,7 +67,6 @@ TUNED_ON, REPORTED_ON = "clinc150", "banking77"
 TUNING_SEEDS, SEEDS = (100, 101, 102), tuple(range(8))
 CHOSEN, BATCH, LENGTH, LABEL_LENGTH = 400, 32, 48, 11
 WARM_EPOCHS = 8.0
-CHOICES = harness.RESULTS / "pool-choices.json"
 
 RATES, EPOCHS, STARTS = (2e-4, 5e-4, 1e-3), (4.0, 8.0), ("warm", "anew")
 STATES = ("last", "mean")
@@ -83,7 +82,9 @@ ARMS = (RANDOM, DEFAULT, ORACLE, *RANKING, *SETS, CONTROL)
 #: What ``default`` may be: a gate on the label's trust, a ranking, a spread.
 RECIPES = tuple(
     Recipe(*parts)
-    for parts in product(("agree", "half"), ("none", "mutual information", "rho loss"), ("top", "balanced", "cover"))
+    for parts in product(
+        ("agree", "half"), ("none", "mutual information", "loss", "rho loss"), ("top", "balanced", "cover")
+    )
 )
 FIRST_RECIPE, FULL = RECIPES[0], Sizes()
 
@@ -177,8 +178,11 @@ class Encoder:
 class Bench:
     """One student on one data set."""
 
-    def __init__(self, fitter: Fitter, encode: Encoder, folder: Path, scale: Scale, log: Log, deadline: float) -> None:
-        self.fitter, self.encode, self.scale, self.log = fitter, encode, scale, log
+    def __init__(
+        self, fitter: Fitter, encode: Encoder, folder: Path, scale: Scale, log: Log, deadline: float,
+        backend: str | None = None,
+    ) -> None:  # fmt: skip
+        self.fitter, self.encode, self.scale, self.log, self.backend = fitter, encode, scale, log, backend
         self._folder, self._deadline = folder, deadline
         self._data: dict[str, tuple[list[Message], list[Message], list[Message]]] = {}
         self._base = fitter.weights()
@@ -206,7 +210,7 @@ class Seed:
     """Warm student, pools and test rows of one seed, and the fits already made."""
 
     def __init__(self, bench: Bench, task: Task, seed: int, choices: Choices, pools: Sequence[str]) -> None:
-        self._bench, self.task, self.number = bench, task, seed
+        self._bench, self.task, self.number, self.choices = bench, task, seed, choices
         fitter = bench.fitter
 
         def placed(messages: Sequence[Message]) -> Rows:
@@ -218,7 +222,7 @@ class Seed:
         self.kinds = {name: [row.kind for row in task.pools[name]] for name in pools}
         self._signals: dict[str, Signals] = {}
         self._fits: dict[tuple[Any, ...], dict[str, float]] = {}
-        self._start(choices)
+        self._start()
 
     @property
     def scale(self) -> Scale:
@@ -226,27 +230,31 @@ class Seed:
 
     def adopt(self, choices: Choices) -> None:
         """Makes the warm student of these choices, if it is another; its signals are dropped with it."""
-        if choices != self.choices:
-            self._start(choices)
+        known, self.choices = self.choices, choices
+        if choices.rate != known.rate:
+            self._start()
+        elif choices != known:
+            self._signals.clear()
 
-    def _start(self, choices: Choices) -> None:
-        bench = self._bench
-        self.choices = choices
+    def _start(self) -> None:
+        bench, choices = self._bench, self.choices
         bench.start_anew()
         bench.fitter.fit(self.warm_rows, epochs=bench.scale.warm_epochs, rate=choices.rate, seed=self.number)
         self.warm = bench.fitter.weights()
         self._signals.clear()
 
     def signals(self, pool: str) -> Signals:
+        """Of a pool, with the warm student in place: another seed's may have been there since."""
+        self._bench.fitter.restore(self.warm)
         if pool not in self._signals:
             names = self.task.intents
             labels = torch.tensor([names.index(row.intent) for row in self.task.pools[pool]])
             self._signals[pool] = Signals(
                 self._bench.fitter, self.warm, self.pools[pool], self.development, labels,
+                texts=[row.text for row in self.task.pools[pool]],
                 refit=Refit(self.choices.epochs, self.choices.rate), stop=self._bench.encode.stop, seed=self.number,
-                state=self.choices.state,
+                state=self.choices.state, backend=self._bench.backend,
             )  # fmt: skip
-            self._bench.fitter.restore(self.warm)
         return self._signals[pool]
 
     def tested(self, pool: str, chosen: Sequence[int], *, development: bool = False) -> dict[str, float]:
@@ -381,31 +389,33 @@ def _name(recipe: Recipe) -> str:
 
 
 def run(bench: Bench, choices: Choices, data: str = REPORTED_ON, seeds: Sequence[int] = SEEDS) -> None:
-    """All arms of one seed before the next seed, so that a stop leaves complete seeds."""
-    arms = bench.scale.arms
-    for seed in seeds:
-        keys = [(pool, arm) for pool in ("B", "A") for arm in arms]
-        asked = [(pool, name) for pool in ("B",) for name in STOCHASTIC if name in arms]
-        log = bench.log
-        if all(log.get(stage="report", seed=seed, pool=p, arm=a) is not None for p, a in keys) and all(
-            log.get(stage="reliability", seed=seed, pool=p, arm=a) is not None for p, a in asked
-        ):
+    """Pool B, which has the primary outcome, then pool A; all arms of one seed before the next, so that a stop leaves
+    complete seeds."""
+    for pool, seed in product(("B", "A"), seeds):
+        asked = [("report", arm) for arm in bench.scale.arms]
+        if pool == "B":
+            asked += [("warm", ""), *(("reliability", name) for name in STOCHASTIC if name in bench.scale.arms)]
+        left = [(s, arm) for s, arm in asked if bench.log.get(stage=s, seed=seed, pool=pool, arm=arm) is None]
+        if not left:
             continue
-        made = bench.seed(data, seed, choices)
-        if log.get(stage="warm", seed=seed, pool="", arm="") is None:
-            warm = bench.fitter.test(made.test_rows)
-            log.add(stage="warm", seed=seed, pool="", arm="", accuracy=warm.accuracy, loss=warm.loss)
-        for pool, arm in keys:
-            made.unit("report", pool, arm, _by_arm(pool, arm))
-        for pool, name in asked:
-            if log.get(stage="reliability", seed=seed, pool=pool, arm=name) is None:
-                bench.check_time()
-                try:
-                    value: dict[str, Any] = {"reliability": made.signals(pool).reliability(name)}
-                except Exception as error:  # as above
-                    bench.fitter.restore(made.warm)
-                    value = {"failed": harness.first_line(error)}
-                log.add(stage="reliability", seed=seed, pool=pool, arm=name, **value)
+        made = bench.seed(data, seed, choices, (pool,))
+        for stage, arm in left:
+            key = {"stage": stage, "seed": seed, "pool": pool, "arm": arm}
+            if stage == "report":
+                made.unit("report", pool, arm, _by_arm(pool, arm))
+                continue
+            bench.check_time()
+            if stage == "warm":
+                bench.fitter.restore(made.warm)
+                warm = bench.fitter.test(made.test_rows)
+                bench.log.add(**key, accuracy=warm.accuracy, loss=warm.loss)
+                continue
+            try:
+                value: dict[str, Any] = {"reliability": made.signals(pool).reliability(arm)}
+            except Exception as error:  # as an arm's
+                bench.fitter.restore(made.warm)
+                value = {"failed": harness.first_line(error)}
+            bench.log.add(**key, **value)
 
 
 def _by_arm(pool: str, arm: str) -> Callable[[Seed], list[int]]:
@@ -415,14 +425,17 @@ def _by_arm(pool: str, arm: str) -> Callable[[Seed], list[int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--student", default=None, help="folder or hub id (default: the packaged SmolLM2)")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/intents"), help="folder of the intent files")
+    parser.add_argument("--data", type=Path, default=gsm8k.FOLDER / "intents", help="folder of the intent files")
     parser.add_argument("--out", type=Path, default=Path("bench-pool"), help="folder of the log (default: %(default)s)")
     parser.add_argument("--stage", choices=("all", "tune", "report", "table"), default="all")
     parser.add_argument("--choices", type=Path, default=None, help="read the choices from this file, do not tune")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop cleanly after this time")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the report (default: %(default)s)")
+    parser.add_argument("--tuning-seeds", type=int, default=len(TUNING_SEEDS), help="(default: %(default)s)")
+    parser.add_argument("--without", nargs="*", default=[], choices=RANKING + SETS, help="arms to leave out")
     parser.add_argument("--no-graph", action="store_true", help="plain training steps in place of a CUDA graph")
+    parser.add_argument("--backend", default=None, help="of acqcore (default: the first that fits)")
     parser.add_argument("--small", action="store_true", help="a tenth of every size, to try the code out; not evidence")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
@@ -430,9 +443,10 @@ def main() -> None:
     made_choices = arguments.choices or arguments.out / "pool-choices.json"
     if arguments.stage != "table":
         bench = _bench(arguments, log, deadline)
+        log.add(stage="machine", machine={**harness.machine(), "graph": bench.fitter.captured})
         try:
             if arguments.choices is None and (arguments.stage in ("all", "tune")):
-                choices = tune(bench)
+                choices = tune(bench, range(TUNING_SEEDS[0], TUNING_SEEDS[0] + arguments.tuning_seeds))
                 made_choices.write_text(json.dumps({"tuned_on": TUNED_ON, "choices": asdict(choices)}, indent=1) + "\n")
             if arguments.stage in ("all", "report"):
                 run(bench, Choices.read(made_choices), seeds=range(arguments.seeds))
@@ -453,11 +467,13 @@ def _bench(arguments: argparse.Namespace, log: Log, deadline: float) -> Bench:
     if arguments.small:
         sizes = Sizes(intents=10, warm=2, development=16, pool=120, test=40)
         scale = Scale(sizes, chosen=24, batch=8, rates=(5e-4,), epochs=(2.0,), recipes=RECIPES[:3])
+    scale = replace(scale, arms=tuple(arm for arm in scale.arms if arm not in arguments.without))
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).to(arguments.device)
     begin = time.perf_counter()
     fitter = Fitter(model, batch=scale.batch, length=LENGTH, label_length=LABEL_LENGTH, graph=not arguments.no_graph)
     print(f"student ready in {time.perf_counter() - begin:.1f} s, {'CUDA graph' if fitter.captured else 'plain steps'}")
-    return Bench(fitter, Encoder(AutoTokenizer.from_pretrained(student)), arguments.data, scale, log, deadline)
+    encode = Encoder(AutoTokenizer.from_pretrained(student))
+    return Bench(fitter, encode, arguments.data, scale, log, deadline, arguments.backend)
 
 
 if __name__ == "__main__":

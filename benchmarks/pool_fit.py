@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -171,25 +171,32 @@ class Fitter:
         batch, length, label_length: the one shape of training batches, ``[batch, length]`` with labels of at most
             ``label_length`` tokens.
         graph: capture the step in a CUDA graph; ignored on a CPU.
+        dtype: of the forward's weights, which are then apart from the masters; by default bfloat16 on a GPU, and on a
+            CPU the masters themselves.
 
     Raises:
         ValueError: the model's logits are not those of :class:`Llama`.
     """
 
-    def __init__(self, model: Any, *, batch: int, length: int, label_length: int, graph: bool = True) -> None:
+    def __init__(
+        self, model: Any, *, batch: int, length: int, label_length: int, graph: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self.model = model.eval()
         self.length = length
         self.batch = batch
         self.device = next(model.parameters()).device
         on_gpu = self.device.type == "cuda"
         own = list(model.parameters())
-        #: float32 weights that the optimiser moves; on a CPU the model's own.
-        self.masters = [p.detach().clone() if on_gpu else p.detach() for p in own]
+        if dtype is None and on_gpu:
+            dtype = torch.bfloat16
+        #: float32 weights that the optimiser moves.
+        self.masters = [p.detach() if dtype is None else p.detach().clone() for p in own]
         self.exact = Llama.of(model, self.masters, length)  # float32
         _check(model, self.exact)
-        if on_gpu:
+        if dtype is not None:
             for p in own:  # parameters alone: rounding the rotary frequencies would turn far positions wrongly
-                p.data = p.data.to(torch.bfloat16)
+                p.data = p.data.to(dtype)
         self._weights = [p.detach().requires_grad_() for p in model.parameters()]
         self._forward = Llama.of(model, self._weights, length)
         for p in model.parameters():
@@ -264,25 +271,25 @@ class Fitter:
         ``exact`` takes the float32 weights.
         """
         forward = self.exact if exact else self._forward
-        found, right = [], []
-        for begin in range(0, len(rows), at_once):
-            part = rows[slice(begin, begin + at_once)]
+        found = torch.zeros(len(rows), device=self.device)
+        right = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        for index, part in _parts(rows, at_once):
             losses, likeliest = forward.token_losses(part.ids, part.places, part.targets)
-            found.append(losses.sum(dim=1))
-            right.append(((likeliest == part.targets) | part.targets.eq(IGNORED)).all(dim=1))
-        return torch.cat(found), torch.cat(right)
+            found[index] = losses.sum(dim=1)
+            right[index] = ((likeliest == part.targets) | part.targets.eq(IGNORED)).all(dim=1)
+        return found, right
 
     @torch.no_grad()
     def states(self, rows: Rows, at_once: int = 250) -> tuple[torch.Tensor, torch.Tensor]:
         """Final hidden states of the prompt, its last and its mean: ``[n, D]`` float32 each."""
-        last, mean = [], []
-        for begin in range(0, len(rows), at_once):
-            part = rows[slice(begin, begin + at_once)]
+        last = torch.zeros(len(rows), self._forward.norm.shape[0], device=self.device)
+        mean = torch.zeros_like(last)
+        for index, part in _parts(rows, at_once):
             hidden = self._forward.hidden(part.ids).float()
             within = torch.arange(hidden.shape[1], device=self.device) < part.prompt[:, None]
-            mean.append((hidden * within[:, :, None]).sum(dim=1) / part.prompt[:, None])
-            last.append(hidden[torch.arange(len(part), device=self.device), part.prompt - 1])
-        return torch.cat(last), torch.cat(mean)
+            mean[index] = (hidden * within[:, :, None]).sum(dim=1) / part.prompt[:, None]
+            last[index] = hidden[torch.arange(len(part), device=self.device), part.prompt - 1]
+        return last, mean
 
     def along(self, reference: Rows, rows: Rows, relative: float = 1e-3) -> torch.Tensor:
         """Inner product of each row's gradient with the reference rows' mean gradient, ``[n]``, over all parameters.
@@ -308,7 +315,10 @@ class Fitter:
     def greedy(self, rows: Rows, stop: int, at_once: int = 250) -> torch.Tensor:
         """Mean ``-log p`` of the tokens that greedy decoding writes after each prompt, ``[n]``; it ends with ``stop``
         or after as many tokens as the longest label has."""
-        return torch.cat([self._greedy(rows[slice(i, i + at_once)], stop) for i in range(0, len(rows), at_once)])
+        found = torch.zeros(len(rows), device=self.device)
+        for index, part in _parts(rows, at_once, rows.targets.shape[1]):
+            found[index] = self._greedy(part, stop)
+        return found
 
     @torch.no_grad()
     def _greedy(self, rows: Rows, stop: int) -> torch.Tensor:
@@ -355,15 +365,19 @@ class Fitter:
         if self._weights[0].data_ptr() != self.masters[0].data_ptr():
             torch._foreach_copy_(self._weights, self.masters)
 
-    def _capture(self) -> None:
-        """Warm-up on a side stream, then the capture, as torch asks for; weights and moments are put back."""
-        before = self.weights()
+    def _rehearse(self) -> None:
+        """Three steps, so that the optimiser's state and every kernel are there before a capture."""
         self._targets.fill_(1)
+        for _ in range(3):
+            self._compute()
+
+    def _capture(self) -> None:
+        """Rehearses on a side stream, then captures, as torch asks for; weights and moments are put back."""
+        before = self.weights()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._compute()
+            self._rehearse()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -371,6 +385,15 @@ class Fitter:
             self._compute()
         self._graph = graph
         self.restore(before)
+
+
+def _parts(rows: Rows, at_once: int, room: int = 0) -> Iterator[tuple[torch.Tensor, Rows]]:
+    """Indices and rows of like length, cut to the longest of each part; ``room``: tokens to write after prompts."""
+    ends = rows.prompt + (room or rows.targets.ne(IGNORED).sum(dim=1))
+    order = ends.argsort(descending=True)
+    for part, longest in zip(order.split(at_once), ends[order[::at_once]].tolist(), strict=True):
+        held = rows[part]
+        yield part, replace(held, ids=held.ids[:, :longest])
 
 
 @torch.no_grad()

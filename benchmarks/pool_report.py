@@ -14,28 +14,38 @@ from benchmarks import harness
 from benchmarks.paired import Difference, difference, holm
 from benchmarks.pool_data import KINDS
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, PICTURE = DOCS / "evidence-pool.md", DOCS / "evidence-pool.png"
 BEGIN, END = "<!-- results: written by bench_pool -->", "<!-- end of results -->"
 RANDOM, DEFAULT, VARENTROPY = "random", "default", "varentropy"
 
 
 class Results:
-    """The report's rows of seeds in which every arm that did not fail is there, for both pools."""
+    """The report's rows, of each pool those of the seeds in which every arm that did not fail is there.
+
+    Attributes:
+        seeds: pool -> its complete seeds; a pool without any is left out.
+        arms: in the order of the run.
+        failed: arm -> its error.
+        warm: accuracy of the warm student, in points of 100.
+        reliability: stochastic signal -> mean test-retest correlation.
+    """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         report = [row for row in rows if row["stage"] == "report"]
         self.failed = {row["arm"]: row["failed"] for row in rows if "failed" in row}
         self.arms = [arm for arm in dict.fromkeys(row["arm"] for row in report) if arm not in self.failed]
         found = {(row["seed"], row["pool"], row["arm"]): row for row in report}
-        self.pools = sorted({row["pool"] for row in report})
-        self.seeds = sorted(
-            seed
-            for seed in {row["seed"] for row in report}
-            if all((seed, pool, arm) in found for pool in self.pools for arm in self.arms)
-        )
+        pools = sorted({row["pool"] for row in report})
+        complete = {
+            pool: sorted(
+                seed for seed in {row["seed"] for row in report} if all((seed, pool, arm) in found for arm in self.arms)
+            )
+            for pool in pools
+        }
+        self.seeds = {pool: seeds for pool, seeds in complete.items() if seeds}
         self._found = found
-        warm = [row["accuracy"] for row in rows if row["stage"] == "warm" and row["seed"] in self.seeds]
+        warm = [row["accuracy"] for row in rows if row["stage"] == "warm"]
         self.warm = statistics.fmean(warm) * 100 if warm else math.nan
         kept: dict[str, list[float]] = {}
         for row in rows:
@@ -45,11 +55,11 @@ class Results:
 
     def values(self, pool: str, arm: str, column: str = "accuracy") -> list[float]:
         """In points of 100, one a seed."""
-        return [100 * self._found[seed, pool, arm][column] for seed in self.seeds]
+        return [100 * self._found[seed, pool, arm][column] for seed in self.seeds[pool]]
 
     def kinds(self, pool: str, arm: str) -> dict[str, float]:
         """Kind -> mean share of the chosen rows, in points of 100."""
-        rows = [self._found[seed, pool, arm]["kinds"] for seed in self.seeds]
+        rows = [self._found[seed, pool, arm]["kinds"] for seed in self.seeds[pool]]
         return {kind: 100 * statistics.fmean(row.get(kind, 0.0) for row in rows) for kind in KINDS}
 
     def minus(self, pool: str, arm: str, other: str, column: str = "accuracy") -> Difference:
@@ -59,28 +69,37 @@ class Results:
 def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bool = False) -> None:
     """Prints the tables and writes them: beside the log, and, unless ``small``, to ``results/`` and ``docs/``."""
     results = Results(rows)
-    if not results.seeds or DEFAULT not in results.arms:
-        print(f"{len(rows)} units are done; no seed of the report is complete yet")
+    if "B" not in results.seeds or DEFAULT not in results.arms:
+        print(f"{len(rows)} units are done; no seed of pool B is complete yet")
         return
     made = json.loads(choices.read_text()) if choices.exists() else {}
     text = tables(results, made)
     print(text)
-    content = {"machine": harness.machine(), "choices": made, **summary(results), "units": list(rows)}
+    machines = [row["machine"] for row in rows if row["stage"] == "machine"]
+    content = {"machines": machines, "choices": made, **summary(results), "units": list(rows)}
     targets = [out / "pool.json"] if small else [out / "pool.json", harness.RESULTS / "pool.json"]
     for path in targets:
         path.write_text(json.dumps(content, indent=1) + "\n")
-    picture(results, out / PICTURE.name)
+    try:
+        picture(results, out / PICTURE.name)
+    except ModuleNotFoundError as error:
+        print(f"no picture: {error}; --stage table draws it where matplotlib is installed")
+        return
     if not small:
         picture(results, PICTURE)
-        page = PAGE.read_text()
-        before, after = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
-        PAGE.write_text(f"{before}\n\n{text}\n\n{after}")
+        write_section(PAGE, BEGIN, END, text)
+
+
+def write_section(page: Path, begin: str, end: str, text: str) -> None:
+    """Puts ``text`` between the two marks of a page."""
+    held = page.read_text()
+    page.write_text(f"{held[: held.index(begin) + len(begin)]}\n\n{text}\n\n{held[held.index(end) :]}")
 
 
 def families(results: Results) -> dict[str, dict[str, tuple[Difference, float]]]:
     """Family -> comparison -> its difference and its p, adjusted by Holm within the family."""
     found: dict[str, dict[str, Difference]] = {}
-    for pool in results.pools:
+    for pool in results.seeds:
         found[f"{pool}: default minus"] = {
             arm: results.minus(pool, DEFAULT, arm) for arm in results.arms if arm not in (DEFAULT, RANDOM)
         }
@@ -99,7 +118,7 @@ def summary(results: Results) -> dict[str, Any]:
     return {
         "seeds": results.seeds,
         "primary": asdict(primary),
-        "default_minus_random_on_A": asdict(results.minus("A", DEFAULT, RANDOM)) if "A" in results.pools else None,
+        "default_minus_random_on_A": asdict(results.minus("A", DEFAULT, RANDOM)) if "A" in results.seeds else None,
         "junk_default_minus_random": asdict(results.minus("B", DEFAULT, RANDOM, "junk")),
         "families": {
             name: {arm: {**asdict(one), "p_holm": p} for arm, (one, p) in family.items()}
@@ -115,14 +134,14 @@ def tables(results: Results, choices: dict[str, Any]) -> str:
     junk, of_random = (statistics.fmean(results.values("B", arm, "junk")) for arm in (DEFAULT, RANDOM))
     made = families(results)
     lines = [
-        f"BANKING77, {len(results.seeds)} paired seeds; the warm student names {results.warm:.1f} % of the intents.",
+        f"BANKING77, {len(results.seeds['B'])} paired seeds; the warm student is right in {results.warm:.1f} %.",
         "",
         f"- **Primary: default minus random on pool B: {interval(primary)} points** "
         f"({verdict(primary, primary.p)}; paired standard deviation {primary.deviation:.1f}, a difference of "
         f"{primary.detectable:.1f} would be found in 80 % of such runs).",
         f"- Junk chosen on pool B: {junk:.1f} % by default, {of_random:.1f} % at random.",
     ]
-    if "A" in results.pools:
+    if "A" in results.seeds:
         on_a = results.minus("A", DEFAULT, RANDOM)
         lines.append(f"- Default minus random on pool A: {interval(on_a)} points ({verdict(on_a, on_a.p)}).")
     if VARENTROPY in results.arms:
@@ -135,8 +154,8 @@ def tables(results: Results, choices: dict[str, Any]) -> str:
             f"- Chosen on CLINC150: rate {one['rate']:g}, {one['epochs']:g} epochs, start {one['start']}, states "
             f"{one['state']}; default = gate {recipe['gate']}, value {recipe['value']}, spread {recipe['spread']}."
         )
-    for pool in reversed(results.pools):
-        lines += ["", f"**Pool {pool}**", ""]
+    for pool in sorted(results.seeds, reverse=True):
+        lines += ["", f"**Pool {pool}**, {len(results.seeds[pool])} seeds", ""]
         headings = ["arm", "accuracy, %", "minus random", "p (Holm)", "default minus it", "p (Holm)"]
         headings += ["junk, %", *KINDS[1:], "test-retest"] if pool == "B" else []
         lines += ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
@@ -185,7 +204,7 @@ def picture(results: Results, path: Path) -> None:
         1, 2, figsize=(10, 0.36 * len(arms) + 1.4), sharey=True, width_ratios=(3, 2), layout="constrained"
     )
     styles = {"B": ("#c44e52", -0.14, "45 % junk"), "A": ("#4c72b0", 0.14, "as published")}
-    for pool in results.pools:
+    for pool in results.seeds:
         colour, shift, label = styles[pool]
         found = [results.minus(pool, arm, RANDOM) for arm in arms]
         means = [one.mean for one in found]
