@@ -106,7 +106,7 @@ class Scale:
     new_tokens: int = 28
     steps: int = 12
     prompts: int = 32  # of a step of GRPO
-    rows_at_once: int = 1024
+    rows_at_once: int = 1600  # 385 requests in two batches
     tuning_seeds: tuple[int, ...] = TUNING_SEEDS
     rates: tuple[float, ...] = RATES
     epochs: tuple[float, ...] = EPOCHS
@@ -156,6 +156,9 @@ class Seed:
         intents = sorted(rng.sample(every, min(bench.scale.intents, len(every))))
         rng.shuffle(train)
         of_intent = {intent: [row for row in train if row.intent == intent and self._fits(row)] for intent in intents}
+        short = [intent for intent, rows in of_intent.items() if len(rows) < 2 + bench.scale.each]
+        if short:
+            raise ValueError(f"data: fewer than {2 + bench.scale.each} rows of {', '.join(short)} are short enough")
         self.shown = {intent: rows[:2] for intent, rows in of_intent.items()}
         self.real = [row for rows in of_intent.values() for row in rows[2 : 2 + bench.scale.each]]
         tested = [row for row in test if row.intent in of_intent and bench.encode.fits(row)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import statistics
@@ -14,7 +15,7 @@ from benchmarks import harness
 from benchmarks.paired import Difference, difference, holm
 from benchmarks.pool_report import interval, verdict
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, PICTURE = DOCS / "evidence-write.md", DOCS / "evidence-write.png"
 BEGIN, END = "<!-- results: written by bench_write -->", "<!-- end of results -->"
 AS_IT_IS, PRIMARY, ORIENTATION = "as it is", "best of 8: default", ("warm", "real rows")
@@ -124,7 +125,9 @@ def tables(results: Results, choices: dict[str, Any]) -> str:
 
 
 def picture(results: Results, path: Path) -> None:
-    """Accuracy against the generator as it is, with 95 % intervals."""
+    """Accuracy against the generator as it is, with 95 % intervals; nothing where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
     import matplotlib
 
     matplotlib.use("Agg")

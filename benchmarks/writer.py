@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention import sdpa_kernel
 
-from benchmarks.pool_fit import CLIP, Llama, _rotated as rotated
+from benchmarks.pool_fit import ATTENTION, CLIP, Llama, _rotated as rotated
 
 BETAS = (0.9, 0.95)
 
@@ -94,10 +95,11 @@ class Writer:
         ids, within = ids.to(self.device), within.to(self.device)
         generator = torch.Generator(self.device).manual_seed(seed)
         share = max(1, self.rows_at_once // n)
-        parts = [
-            self._draw(ids[i : i + share], within[i : i + share], n, temperature, generator)
-            for i in range(0, len(ids), share)
-        ]
+        with sdpa_kernel(ATTENTION):  # cuDNN's would build a plan for each length
+            parts = [
+                self._draw(ids[i : i + share], within[i : i + share], n, temperature, generator)
+                for i in range(0, len(ids), share)
+            ]
         written, kept, finished = (torch.cat(column) for column in zip(*parts, strict=True))
         return Draws(ids.repeat_interleave(n, 0), within.repeat_interleave(n, 0), written, kept, finished)
 
@@ -149,14 +151,17 @@ class Writer:
             advantages: ``[rows]`` float32; 0 leaves a row out.
 
         Returns:
-            The norm of the gradient.
+            The norm of the gradient; 0, and no step is taken, where every advantage is 0.
         """
         ids = torch.cat([draws.prompts, draws.ids], dim=1)
         total = [torch.zeros_like(p) for p in self._weights]
         used = advantages.to(self.device).nonzero()[:, 0]
-        for rows in used.split(self.rows_at_once // 4):
-            hidden = _masked(self._forward, ids[rows, :-1], draws.within[rows])
-            p = draws.prompts.shape[1]
+        if not len(used):
+            return 0.0  # nothing to tell apart
+        p = draws.prompts.shape[1]
+        for rows in used.split(max(1, self.rows_at_once // 4)):
+            with sdpa_kernel(ATTENTION):
+                hidden = _masked(self._forward, ids[rows, :-1], draws.within[rows])
             logits = F.linear(hidden[:, p - 1 :], self._forward.head).float() / temperature
             losses = F.cross_entropy(logits.flatten(0, 1), draws.ids[rows].flatten(), reduction="none")
             of_rows = (losses.view(len(rows), -1) * draws.kept[rows]).sum(dim=1) / self.new_tokens
