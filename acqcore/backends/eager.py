@@ -285,7 +285,7 @@ def add_fisher_sums(
     assert rows.targets is not None
     head = rows.head
     bias = None if head.bias is None else head.bias[columns]
-    few = replace(head, weight=head.weight[columns], bias=bias, vocab_start=0, vocab_size=None)
+    few = replace(head, weight=head.weight[columns], bias=bias, vocab_start=0, vocab_size=columns.stop - columns.start)
     z = few.logits(rows.hidden, rows.temperature)
     weight = few.weight.to(z.dtype)
     root = ((z - rows.state[0, :, None].to(z.dtype)) / 2).exp()
