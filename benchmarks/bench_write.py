@@ -67,7 +67,7 @@ from acqsynth.rewards.overlap import NearCopies
 from acqsynth.rewards.reward import DEFAULT_WEIGHTS, ComposedReward
 from acqsynth.rewards.signals import Diversity
 from acqsynth.rewards.texts import NgramEmbedder
-from benchmarks import harness, write_report
+from benchmarks import gsm8k, harness, write_report
 from benchmarks.bench_pool import Encoder, Log, Stopped
 from benchmarks.pool_data import Message, load
 from benchmarks.pool_fit import Fitter, Rows
@@ -133,8 +133,9 @@ class Bench:
 
     def __init__(
         self, fitter: Fitter, writer: Writer, encode: Encoder, tokenizer: Any, folder: Path, scale: Scale, log: Log,
-        deadline: float,
+        deadline: float, backend: str | None = None,
     ) -> None:  # fmt: skip
+        self.backend = backend
         self.fitter, self.writer, self.encode, self.tokenizer = fitter, writer, encode, tokenizer
         self.folder, self.scale, self.log = folder, scale, log
         self._deadline = deadline
@@ -171,7 +172,7 @@ class Seed:
         self.test_rows, self.warm_rows = self._placed(self.test), self.placed(seeds)
         self.steps: list[dict[str, float]] = []  #: of the last GRPO
         self._candidates: Candidates | None = None
-        self.adopt(choices)
+        self._start()
 
     def _fits(self, row: Message) -> bool:
         """Two examples of such a row leave room in a generator's prompt."""
@@ -179,10 +180,16 @@ class Seed:
         return self.bench.encode.fits(row) and written <= self.bench.scale.new_tokens
 
     def adopt(self, choices: Choices) -> None:
-        """Makes the warm student of these choices, from the untrained one."""
-        if self._candidates is not None and choices.temperature != self.choices.temperature:
+        """Takes up other choices; the warm student and the candidates stay where these do not change them."""
+        known, self.choices = self.choices, choices
+        if choices.temperature != known.temperature:
             self._candidates = None
-        self.choices, fitter = choices, self.bench.fitter
+        if choices.rate != known.rate:
+            self._start()
+
+    def _start(self) -> None:
+        """Makes the warm student, from the untrained one."""
+        fitter, choices = self.bench.fitter, self.choices
         fitter.restore(self.bench.base)
         fitter.fit(self.warm_rows, epochs=self.bench.scale.warm_epochs, rate=choices.rate, seed=self.number)
         self.warm = fitter.weights()
@@ -314,6 +321,8 @@ class Seed:
             return
         bench.check_time()
         begin = time.perf_counter()
+        bench.fitter.restore(self.warm)  # another seed's may have been there since
+        self.steps = []
         try:
             rows = learnt()
             chosen = time.perf_counter()
@@ -326,7 +335,7 @@ class Seed:
             return
         bench.log.add(
             **key, **outcome, rows=len(rows), agreed=self.agreed(rows) if rows else 0.0,
-            examples=[row.text for row in rows[:4]], steps=self.steps if arm.startswith(GRPO) else [],
+            examples=[row.text for row in rows[:4]], steps=self.steps,
             writing=round(chosen - begin, 3), fitting=round(time.perf_counter() - chosen, 3),
         )  # fmt: skip
 
@@ -357,13 +366,16 @@ class StudentSignals:
             return p if name == "agreement" else p * (1 - p)
         rows = self._seed.placed(samples)
         if name == "influence":
-            norms = acqcore.grad_norm(self._student, as_rows(rows), "all", batch_tokens=self._batch_tokens)
+            norms = acqcore.grad_norm(
+                self._student, as_rows(rows), "all", batch_tokens=self._batch_tokens, backend=self._seed.bench.backend
+            )
             return self._fitter.along(self._seed.warm_rows, rows).cpu() / norms.clamp_min(1e-12)
         acquisition = name.replace(" ", "_")
         arguments = {acquisition: {**MUTUAL_INFORMATION, "seed": self._seed.number}}
         return acqcore.score(
             self._student, as_rows(rows), acquisition, progress=False, batch_tokens=self._batch_tokens,
             acquisition_args=arguments if acquisition == "mutual_information" else None,
+            backend=self._seed.bench.backend,
         )[acquisition]  # fmt: skip
 
 
@@ -484,8 +496,7 @@ def tune(bench: Bench) -> Choices:
         if log.get(stage=stage, seed=number, pool="", arm=name) is None:
             if number not in made:
                 made[number] = Seed(bench, TUNED_ON, number, choices)
-            elif made[number].choices != choices:
-                made[number].adopt(choices)
+            made[number].adopt(choices)
             made[number].unit(stage, name, lambda: made[number].rows_of(arm))
         row = log.get(stage=stage, seed=number, pool="", arm=name)
         assert row is not None
@@ -527,8 +538,9 @@ def line_ends(tokenizer: Any) -> list[int]:
 
 
 def make(
-    student: str, data: Path, out: Path, device: str, scale: Scale, *, seconds: float = float("inf"), graph: bool = True
-) -> Bench:
+    student: str, data: Path, out: Path, device: str, scale: Scale, *, seconds: float = float("inf"),
+    graph: bool = True, backend: str | None = None,
+) -> Bench:  # fmt: skip
     """The bench of a model folder or hub id."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -542,16 +554,8 @@ def make(
     fitter = Fitter(models[0], batch=scale.batch, length=scale.length, label_length=scale.label_length, graph=graph)
     print(f"student and generator ready in {time.monotonic() - begin:.1f} s", flush=True)
     log = Log(out / "write.jsonl")
-    return Bench(
-        fitter,
-        writer,
-        Encoder(tokenizer, scale.length, scale.label_length),
-        tokenizer,
-        data,
-        scale,
-        log,
-        begin + seconds,
-    )
+    encode = Encoder(tokenizer, scale.length, scale.label_length)
+    return Bench(fitter, writer, encode, tokenizer, data, scale, log, begin + seconds, backend)
 
 
 #: Minutes on two cores: it shows that everything runs, and nothing else.
@@ -564,7 +568,7 @@ SMALL = Scale(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--student", default=None, help="folder or hub id (default: the packaged SmolLM2)")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/intents"), help="folder of the intent files")
+    parser.add_argument("--data", type=Path, default=gsm8k.FOLDER / "intents", help="folder of the intent files")
     parser.add_argument(
         "--out", type=Path, default=Path("bench-write"), help="folder of write.jsonl (default: %(default)s)"
     )
@@ -575,6 +579,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=6, help="of all arms but GRPO's (default: %(default)s)")
     parser.add_argument("--grpo-seeds", type=int, default=3, help="of GRPO's arms (default: %(default)s)")
     parser.add_argument("--no-graph", action="store_true", help="plain training steps in place of a CUDA graph")
+    parser.add_argument("--backend", default=None, help="of acqcore (default: the first that fits)")
     parser.add_argument("--small", action="store_true", help="a handful of rows, to try the code out; not evidence")
     arguments = parser.parse_args()
     made = arguments.choices or arguments.out / "write-choices.json"
@@ -586,8 +591,9 @@ def main() -> None:
             student = str(smollm2_path())
         bench = make(
             student, arguments.data, arguments.out, arguments.device, SMALL if arguments.small else Scale(),
-            seconds=arguments.seconds, graph=not arguments.no_graph,
+            seconds=arguments.seconds, graph=not arguments.no_graph, backend=arguments.backend,
         )  # fmt: skip
+        bench.log.add(stage="machine", machine={**harness.machine(), "graph": bench.fitter.captured})
         try:
             if arguments.choices is None and arguments.stage in ("all", "tune"):
                 choices = tune(bench)

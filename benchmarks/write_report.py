@@ -67,7 +67,7 @@ def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bo
     text = tables(results, made)
     print(text)
     content = {
-        "machine": harness.machine(),
+        "machines": [row["machine"] for row in rows if row["stage"] == "machine"],
         "choices": made,
         "primary": asdict(results.minus(PRIMARY, AS_IT_IS)),
         "secondary": {

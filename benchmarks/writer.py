@@ -48,21 +48,29 @@ class Writer:
     """A Llama that writes, and learns from the advantages of what it wrote.
 
     Args:
-        model: of transformers, in float32 on its device; on a GPU the forward rounds its weights to bfloat16.
+        model: of transformers, in float32 on its device.
         stops: tokens that end a completion.
         prompt_length, new_tokens: most tokens of a prompt, and of a completion with its stop.
-        rows_at_once: rows of a decoding batch, and of a backward.
+        rows_at_once: rows of a decoding batch; a backward takes a quarter.
+        dtype: of the weights in the forward (default: bfloat16 on a GPU, else float32).
     """
 
     def __init__(
-        self, model: Any, stops: Sequence[int], *, prompt_length: int, new_tokens: int, rows_at_once: int = 1024
+        self,
+        model: Any,
+        stops: Sequence[int],
+        *,
+        prompt_length: int,
+        new_tokens: int,
+        rows_at_once: int = 1024,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.device = next(model.parameters()).device
         self.prompt_length, self.new_tokens, self.rows_at_once = prompt_length, new_tokens, rows_at_once
         self._stops = torch.tensor(sorted(stops), device=self.device)
-        on_gpu = self.device.type == "cuda"
+        if dtype is None:
+            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
-        dtype = torch.bfloat16 if on_gpu else torch.float32
         self._weights = [p.detach().to(dtype, copy=True).requires_grad_() for p in self.masters]
         self._forward = Llama.of(model, self._weights, prompt_length + new_tokens)
         self._optimizer = torch.optim.AdamW(self.masters, betas=BETAS, weight_decay=0.0, fused=True)

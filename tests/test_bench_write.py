@@ -135,6 +135,20 @@ class TestWriter:
         for p, g in zip(writer.masters, expected, strict=True):
             torch.testing.assert_close(p.grad, g * scale, rtol=1e-3, atol=1e-6)
 
+    def test_rounded_weights_follow_the_masters(self, model: Any) -> None:
+        """As on a GPU: the forward in bfloat16, the step in float32."""
+        exact, rounded = (
+            Writer(model, STOPS, prompt_length=8, new_tokens=5, dtype=dtype) for dtype in (None, torch.bfloat16)
+        )
+        draws = rounded.draw(PROMPTS, 4, temperature=1.0, seed=0)
+        assert draws.kept.any()
+        a = torch.tensor([0.5, -1.0, 0.0, 2.0] * 3)
+        norms = [writer.learn(draws, a, temperature=1.0, rate=1e-3) for writer in (exact, rounded)]
+        assert norms[1] == pytest.approx(norms[0], rel=0.03)
+        for master, weight in zip(rounded.masters, rounded._weights, strict=True):
+            assert master.dtype == torch.float32
+            assert torch.equal(weight, master.to(torch.bfloat16))
+
     def test_learning_makes_the_rewarded_likelier(self, model: Any) -> None:
         writer = Writer(model, STOPS, prompt_length=8, new_tokens=4)
         before = writer.weights()
