@@ -54,7 +54,12 @@ class Job:
 
     @property
     def output_columns(self) -> list[str]:
-        return ["row", *self.columns, *self.plan.names, "n_tokens", "valid", "error"]
+        return ["row", *self.columns, *self.measured, "n_tokens", "valid", "error"]
+
+    @property
+    def measured(self) -> list[str]:
+        """Columns of figures: acquisitions, then ``<name>_stderr`` of those that are estimated at random."""
+        return [*self.plan.names, *(f"{name}_stderr" for name in self.plan.estimated)]
 
 
 @dataclass(frozen=True)
@@ -136,21 +141,23 @@ class BlockScorer:
         records = self.reader.read(block)
         errors = {i: message for i, record in enumerate(records) if (message := _error(record, job.columns))}
         rows = self._encode(records, errors)
-        values = np.full((len(records), len(job.plan.names)), np.nan, dtype=np.float32)
+        figures = np.full((len(records), len(job.measured)), np.nan, dtype=np.float32)
         done = self.parts.load(block.index)
-        for i, row_values in done.items():
-            values[i] = row_values
+        for i, of_row in done.items():
+            figures[i] = of_row
         ready = len(done) + sum(row.n_scored == 0 for row in rows)
         new_rows = new_tokens = 0
         count(ready)
         for batch in job.plan.batches(self.runner, rows, done):
-            values[batch.indices] = batch.values.T.numpy()
-            self.parts.append(block.index, batch.indices, batch.values.T.tolist())
+            found = torch.cat([batch.values, *(batch.stderr[name][None] for name in job.plan.estimated)]).T
+            figures[batch.indices] = found.numpy()
+            self.parts.append(block.index, batch.indices, found.tolist())
             new_rows += len(batch.indices)
             new_tokens += batch.n_input_tokens
             count(ready + new_rows)
         n_tokens = np.array([row.n_scored for row in rows], dtype=np.int64)
-        data_files.write_block(self.parts.path(block.index), _table(job, block, records, values, n_tokens, errors))
+        data_files.write_block(self.parts.path(block.index), _table(job, block, records, figures, n_tokens, errors))
+        values = figures[:, : len(job.plan.names)]
         valid = np.flatnonzero(np.isfinite(values).all(axis=1))
         top = valid[np.argsort(-values[valid, 0], kind="stable")][:TOP_ROWS]
         shown = list(job.columns)[-1]
@@ -195,17 +202,17 @@ class BlockScorer:
 def write_failed(job: Job, block: Block, reason: str) -> None:
     """Write placeholders for the rows of a block that was given up."""
     records = [Record(block.line + i, {}) for i in range(block.rows)]
-    values = np.full((block.rows, len(job.plan.names)), np.nan, dtype=np.float32)
+    figures = np.full((block.rows, len(job.measured)), np.nan, dtype=np.float32)
     errors = dict.fromkeys(range(block.rows), f"its block failed: {reason}")
     n_tokens = np.zeros(block.rows, dtype=np.int64)
-    data_files.write_block(Parts(job.out).path(block.index), _table(job, block, records, values, n_tokens, errors))
+    data_files.write_block(Parts(job.out).path(block.index), _table(job, block, records, figures, n_tokens, errors))
 
 
 def _table(
     job: Job,
     block: Block,
     records: Sequence[Record],
-    values: np.ndarray,  # [n, A] float32
+    figures: np.ndarray,  # [n, columns of job.measured] float32
     n_tokens: np.ndarray,  # [n] int64
     errors: Mapping[int, str],
 ) -> dict[str, Any]:
@@ -213,9 +220,9 @@ def _table(
     table: dict[str, Any] = {"row": range(block.start, block.start + len(records))}
     for column in job.columns:
         table[column] = [None if i in errors else record.values[column] for i, record in enumerate(records)]
-    table.update({name: values[:, a] for a, name in enumerate(job.plan.names)})
+    table.update({name: figures[:, a] for a, name in enumerate(job.measured)})
     table["n_tokens"] = n_tokens
-    table["valid"] = valid = np.isfinite(values).all(axis=1)
+    table["valid"] = valid = np.isfinite(figures[:, : len(job.plan.names)]).all(axis=1)
     table["error"] = [errors.get(i, None if valid[i] else "a value is not finite") for i in range(len(records))]
     return table
 
