@@ -278,7 +278,7 @@ def picture(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.axvline(0, color="#888888", lw=0.8)
         axis.set_title(level, fontsize=10, loc="left")
-        axis.set_xlabel("Spearman with the entropy of people's answers")
+        axis.set_xlabel("Spearman with the entropy of people's answers", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
