@@ -145,7 +145,7 @@ def signals(model: Any, tokenizer: Any, questions: Sequence[Question], n_answers
     greedy = [answer for (answer,) in write(prompts, 1)]
     drawn = write(prompts, n_answers, seed=1)
     student = acqcore.Student.from_model(model)
-    batch_tokens = 32768 if model.device.type == "cuda" else 4096
+    batch_tokens = 16384 if model.device.type == "cuda" else 4096
     found: dict[str, dict[str, Values]] = {}
     for level in ("first token", "whole answer"):
         first = level == "first token"
