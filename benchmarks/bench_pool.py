@@ -78,7 +78,8 @@ RANKING = (
 SPREADS = ("top", "balanced")
 SETS = ("badge", "facility location", "sift", "huds")
 RANDOM, ORACLE, CONTROL, DEFAULT = "random", "clean oracle", "random, and development rows", "default"
-ARMS = (RANDOM, DEFAULT, ORACLE, *RANKING, *SETS, CONTROL)
+OPTIONAL = (ORACLE, *RANKING, *SETS, CONTROL)
+ARMS = (RANDOM, DEFAULT, *OPTIONAL)
 #: What ``default`` may be: a gate on the label's trust, a ranking, a spread.
 RECIPES = tuple(
     Recipe(*parts)
@@ -433,7 +434,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop cleanly after this time")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the report (default: %(default)s)")
     parser.add_argument("--tuning-seeds", type=int, default=len(TUNING_SEEDS), help="(default: %(default)s)")
-    parser.add_argument("--without", nargs="*", default=[], choices=RANKING + SETS, help="arms to leave out")
+    parser.add_argument("--without", nargs="*", default=[], choices=OPTIONAL, help="arms to leave out")
     parser.add_argument("--no-graph", action="store_true", help="plain training steps in place of a CUDA graph")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the student's weights (default: bfloat16 on a GPU)"
