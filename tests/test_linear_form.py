@@ -12,6 +12,7 @@ import torch
 
 import acqcore
 from acqcore.acquisitions import LinearOptions
+from acqcore.gradients.per_sample import controlled
 from acqcore.gradients.rules import is_linear
 
 RHO = 0.05 / 0.95  # variance of the noise of the default dropout
@@ -174,15 +175,16 @@ def test_standard_errors_are_those_of_other_seeds(options: dict[str, Any], tiny_
     torch.testing.assert_close(claimed, spread, rtol=0.4, atol=0)
 
 
-def test_the_control_is_unbiased_and_takes_noise_away(tiny_model: Callable[..., Any]) -> None:
-    """Against the mean of single probes, which have no control."""
-    model = tiny_model("Llama")
-    samples = _samples(9, 7, 17)
-    single = torch.stack([_score(model, samples, probes=1, seed=seed)["mutual_information"] for seed in range(400)])
-    pairs = torch.stack([_score(model, samples, probes=2, seed=seed)["mutual_information"] for seed in range(200)])
-    error = (single.var(dim=0) / 400 + pairs.var(dim=0) / 200).sqrt()
-    assert bool(((single.mean(dim=0) - pairs.mean(dim=0)).abs() < 3 * error).all())
-    assert float((pairs.var(dim=0) / (single.var(dim=0) / 2)).mean()) < 0.9
+def test_the_control_is_unbiased_and_takes_noise_away() -> None:
+    """Squares that go along with the size of their cotangents, and noise of their own."""
+    generator = torch.Generator().manual_seed(0)
+    excess = torch.randn(100000, 3, generator=generator, dtype=torch.float64) * 0.3
+    squares = (1 + excess) * (1 + 0.1 * torch.randn(100000, 3, generator=generator, dtype=torch.float64))
+    for probes in (2, 3):
+        mean = controlled(squares[:, :probes], excess[:, :probes]).mean(dim=1)
+        assert abs(float(mean.mean()) - 1) < 3 * float(mean.std()) / 100000**0.5
+        assert float(mean.var()) < 0.25 * float(squares[:, :probes].mean(dim=1).var())
+    assert torch.equal(controlled(squares[:, :1], excess[:, :1]), squares[:, :1])
 
 
 def test_one_probe_has_no_standard_error(tiny_model: Callable[..., Any]) -> None:
