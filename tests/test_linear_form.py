@@ -183,7 +183,7 @@ def test_the_control_is_unbiased_and_takes_noise_away() -> None:
     for probes in (2, 3):
         mean = controlled(squares[:, :probes], excess[:, :probes]).mean(dim=1)
         assert abs(float(mean.mean()) - 1) < 3 * float(mean.std()) / 100000**0.5
-        assert float(mean.var()) < 0.25 * float(squares[:, :probes].mean(dim=1).var())
+        assert float(mean.var()) < 0.35 * float(squares[:, :probes].mean(dim=1).var())
     assert torch.equal(controlled(squares[:, :1], excess[:, :1]), squares[:, :1])
 
 
