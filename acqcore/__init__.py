@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from acqcore.acquisitions import Acquisition, register
 from acqcore.backends import BackendInfo
 from acqcore.bayes import BayesStats, ensemble_stats, mutual_information
+from acqcore.gradients.laplace import LaplacePosterior
 from acqcore.gradients.reference import Reference
 from acqcore.head import Head
 from acqcore.head_grad import head_grad_norm, hidden_grad, hidden_grad_norm
@@ -20,7 +21,15 @@ from acqcore.row_stats import RowStats, logit_stats, row_stats
 from acqcore.scores import Scores
 from acqcore.scoring.api import score, score_stream
 from acqcore.scoring.calibration import calibrate_dropout
-from acqcore.scoring.gradients import badge_embedding, grad_norm, grad_sketch, influence, influence_reference
+from acqcore.scoring.epig import EpigReference, epig, epig_reference
+from acqcore.scoring.gradients import (
+    badge_embedding,
+    grad_norm,
+    grad_sketch,
+    influence,
+    influence_reference,
+    laplace_posterior,
+)
 from acqcore.selection.diversity import Archive, gradient_diversity, vendi_score
 from acqcore.selection.subsets import select
 from acqcore.selection.trust import label_trust
@@ -41,7 +50,9 @@ __all__ = [
     "Archive",
     "BackendInfo",
     "BayesStats",
+    "EpigReference",
     "Head",
+    "LaplacePosterior",
     "Reduction",
     "Reference",
     "Row",
@@ -55,6 +66,8 @@ __all__ = [
     "calibrate_dropout",
     "encode",
     "ensemble_stats",
+    "epig",
+    "epig_reference",
     "grad_norm",
     "grad_sketch",
     "gradient_diversity",
@@ -64,6 +77,7 @@ __all__ = [
     "influence",
     "influence_reference",
     "label_trust",
+    "laplace_posterior",
     "loading_whole",
     "logit_stats",
     "mutual_information",

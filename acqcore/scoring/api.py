@@ -63,8 +63,8 @@ def score(
               ``seed``, or ``members``, an ensemble: see ``acqcore.acquisitions.DrawOptions``. Equal arguments share
               the draws.
             - ``mutual_information`` with ``form="linear"``: ``posterior``, ``probes``, ``layers``, ``dropout`` or
-              ``variance``, ``seed``: see ``acqcore.acquisitions.LinearOptions``. It has no values of tokens, and a
-              standard error in ``Scores.stderr``.
+              ``variance`` or ``reference``, ``seed``: see ``acqcore.acquisitions.LinearOptions``. It has no values of
+              tokens, and a standard error in ``Scores.stderr``.
         tokenizer: of the student; by default the one loaded with a path. Tensors need none.
         reduction: of a sample's token values: ``mean``, ``sum``, ``max``, or ``topk``, the mean of the largest.
         topk: number of values that ``topk`` averages; all if there are fewer.
