@@ -4,7 +4,6 @@ Stages, each with a cap in seconds; one that fails or runs out of time stops non
 
     parity     every operation on small shapes against float64, in processes side by side; the extension is compiled
                meanwhile, and compilers' caches are filled for the next stage
-    variants   instead of it: what chooses among variants (``gpu_variants``), and the norm's and dL/dh's parity
     mission    every operation at the shapes that matter, beside the bare product, eager torch and peers
     sanitizer  compute-sanitizer over the smallest shapes
     score      whole students
@@ -46,7 +45,7 @@ PEERS = ROOT / "build" / "gpu-peers"
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
 
 #: stage -> cap in seconds
-CAPS = {"parity": 100.0, "variants": 85.0, "mission": 150.0, "sanitizer": 60.0, "score": 60.0, "tune": 120.0}
+CAPS = {"parity": 100.0, "mission": 150.0, "sanitizer": 60.0, "score": 60.0, "tune": 120.0}
 BUILD_SECONDS = 150.0
 #: Processes that compile and check kernels side by side; the build and the warm-up have the other cores.
 WORKERS = max(2, (os.cpu_count() or 2) - 4)
@@ -301,40 +300,6 @@ def parity(run: Run, cap: float) -> None:
         run.add("warm-up", None, "ended before all was compiled")
 
 
-def variants(run: Run, cap: float) -> None:
-    """Parity of every variant, and everything that the mission will call compiled, while the extension is built."""
-    deadline = time.monotonic() + cap
-    building = start_build(run)
-    common = ["--device", run.device]
-
-    def workers(name: str, count: int, *arguments: str) -> dict[str, subprocess.Popen[bytes]]:
-        return {
-            f"{name} {i}": run.start(
-                f"{name} {i}", [*module(*arguments), *common, "--worker", str(i), "--of", str(count)],
-                OMP_NUM_THREADS="1",
-            )
-            for i in range(count)
-        }  # fmt: skip
-
-    half = max(2, WORKERS // 2)
-    rows = ["--rows", str(run.rows), "--dtypes", "bfloat16"]
-    cases = ["128 tokens", "32 tokens", "odd"]
-    parity = ("benchmarks.gpu_parity", *rows)
-    checks = workers("parity of variants", half, *parity, "--variants", "--backends", "triton")
-    checks |= workers(
-        "parity of norms", 2, *parity, "--backends", "triton", "--ops", "head_grad_norm", "--cases", *cases
-    )
-    ops = ["--ops", "the host never waits", "--cases", "row_stats", "head_grad_norm", "hidden_grad"]
-    checks |= workers("waits", 1, *parity, "--backends", "triton", *ops)
-    run.wait("parity of variants", checks | workers("warm-up", half, "benchmarks.gpu_variants"), cap * 0.75)
-    if run.wait("build", {"build": building}, BUILD_SECONDS) and "cuda" in backends(run):
-        of_cuda = workers(
-            "parity of cuda", 6, *parity, "--backends", "cuda", "--ops", "head_grad_norm", "hidden_grad",
-            "--cases", *cases,
-        )  # fmt: skip
-        run.wait("parity of cuda", of_cuda, max(15.0, deadline - time.monotonic()))
-
-
 def backends(run: Run) -> list[str]:
     """The backends of the device; one that is missing must not pass as one that was tested."""
     code = (
@@ -404,7 +369,6 @@ def tune(run: Run, cap: float) -> None:
 
 STAGES = {
     "parity": parity,
-    "variants": variants,
     "mission": mission,
     "sanitizer": sanitizer,
     "score": score,
@@ -426,8 +390,7 @@ def caps(text: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=gpu_tables.RESULTS, help="folder for gpu-<name>.json and .md")
-    default = ",".join(name for name in STAGES if name != "variants")
-    parser.add_argument("--stages", default=default, help=f"stages to run, by commas; default: {default}")
+    parser.add_argument("--stages", default=",".join(STAGES), help="stages to run, by commas; default: all")
     parser.add_argument("--groups", default="", help="of the mission, by commas; default: all")
     parser.add_argument("--caps", type=caps, default=dict(CAPS), metavar="STAGE=SECONDS,...", help=f"default: {CAPS}")
     parser.add_argument("--seconds", type=float, default=480.0, help="of the whole run")
@@ -443,7 +406,7 @@ def main() -> None:
     run = Run(arguments.out, arguments.seconds, arguments.dry_run)
     run.groups = list(filter(None, arguments.groups.split(",")))
     make_site()
-    if not {"parity", "variants"} & set(chosen):
+    if "parity" not in chosen:
         run.wait("build", {"build": start_build(run)}, BUILD_SECONDS)
     for name in chosen:
         if run.left < 10:

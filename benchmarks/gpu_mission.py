@@ -28,7 +28,6 @@ import torch
 import acqcore
 from benchmarks import bench_logit_stats, bench_row_stats, harness
 from benchmarks.gpu_parity import backends
-from benchmarks.gpu_variants import VARIANTS, under
 
 BARE = "bare product"
 DRAWS = 8
@@ -290,12 +289,6 @@ def head_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
             partial(acqcore.grad_sketch, hidden, head, targets, offsets(longest), backend=backend),
             partial(_relative, expected=sketch),
         )
-    for variant in VARIANTS["hidden_grad"] if device == "cuda" else ():
-        for backend in ("triton", "cuda"):
-            call = partial(acqcore.hidden_grad, hidden, head, targets, backend=backend)
-            peers[f"hidden_grad, {backend}; {variant}"] = Peer(
-                under("hidden_grad", variant, call), partial(_relative, expected=gradient)
-            )
     yield Group(f"gradients, {case}", peers, work, facts={"accuracy": "vector, relative"})
 
 
@@ -312,11 +305,6 @@ def draw_group(n: int, d: int, v: int, device: str) -> Group:
             peers[named(f"mutual_information, {form}, K={DRAWS}", backend)] = Peer(
                 partial(acqcore.mutual_information, hidden, head, form=form, draws=DRAWS, backend=backend),
                 partial(_information_error, expected=information),
-            )
-        for variant in VARIANTS["mutual_information, block"] if (device, form) == ("cuda", "block") else ():
-            call = partial(acqcore.mutual_information, hidden, head, form=form, draws=DRAWS, backend="triton")
-            peers[f"mutual_information, block, K={DRAWS}, triton; {variant}"] = Peer(
-                under("mutual_information, block", variant, call), partial(_information_error, expected=information)
             )
     facts = {"accuracy": "mutual information, absolute"}
     return Group(f"draws, N={n} D={d} V={v} bfloat16", peers, 2.0 * n * d * v, facts=facts)

@@ -20,7 +20,6 @@ import acqcore
 from acqcore.bayes import FIELDS as BAYES_FIELDS
 from acqcore.testing import CASES, Case, assert_logits_match, random_case, worst_errors
 from benchmarks import harness
-from benchmarks.gpu_variants import VARIANTS, under
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = (torch.bfloat16, torch.float32, torch.float16)
@@ -152,11 +151,13 @@ def _grad_sketch(name: str, backend: str, dtype: torch.dtype, device: str) -> fl
 def _mutual_information(form: str, name: str, backend: str, dtype: torch.dtype, device: str) -> float:
     cases = {
         "wide": lambda: random_case(256, 256, 4096),
+        "deep": lambda: random_case(96, 4096, 1000),  # a pipeline in its steady state
         "depth no multiple of a block": lambda: random_case(11, 1411, 700, bias=True, softcap=9.0, scale=0.7),
     }
     case = (cases[name] if name in cases else CASES[name])().to(dtype, device)
     exact = case.to(torch.float64, device)
-    options = {"draws": 8 if name == "wide" else 5, "form": form, "block": 64 if name == "wide" else 16, "seed": 3}
+    large = name in ("wide", "deep")
+    options = {"draws": 8 if large else 5, "form": form, "block": 64 if large else 16, "seed": 3}
     got = acqcore.mutual_information(case.hidden, case.head, targets=case.targets, backend=backend, **options)  # type: ignore[arg-type]
     oracle = acqcore.mutual_information(exact.hidden, exact.head, targets=exact.targets, backend="eager", **options)  # type: ignore[arg-type]
     return _bayes_error(got, oracle) / BAYES[dtype]
@@ -294,7 +295,7 @@ def checks(device: str) -> Iterator[Check]:
         yield Check("hidden_grad", name, ALL, partial(_hidden_grad, name))
         yield Check("grad_sketch", name, ALL, partial(_grad_sketch, name))
     for form in ("element", "block"):
-        for name in ("wide", "depth no multiple of a block"):
+        for name in ("wide", "deep", "depth no multiple of a block"):
             yield Check("mutual_information", f"{form}, {name}", ALL, partial(_mutual_information, form, name))
     yield Check("row_stats", "full tiles", ALL, _wide)
     for op in OPERATIONS:
@@ -322,55 +323,21 @@ def checks(device: str) -> Iterator[Check]:
             yield Check("mutual_information", f"{form}, {name}", (torch.bfloat16, torch.float32), run)
 
 
-def variants() -> Iterator[Check]:
-    """What chooses among ``gpu_variants``: repeats first, as what is wrong there is a race."""
-    for name in VARIANTS["hidden_grad"]:
-        for case in ("128 tokens", "odd", "everything"):
-            run = under("hidden_grad", name, partial(_hidden_grad, case))
-            yield Check("hidden_grad", f"{case}; {name}", HALF if case == "128 tokens" else HALF[:1], run)
-        run = under("hidden_grad", name, partial(_repeats, "hidden_grad"))
-        yield Check("repeats", f"hidden_grad; {name}", (torch.bfloat16,), run)
-    for name in VARIANTS["mutual_information, block"]:
-        for case in ("wide", "depth no multiple of a block"):
-            run = under("mutual_information, block", name, partial(_mutual_information, "block", case))
-            yield Check("mutual_information", f"block, {case}; {name}", HALF[:1], run)
-        run = under("mutual_information, block", name, partial(_long_information))
-        yield Check("mutual_information", f"block, deep; {name}", (torch.bfloat16,), run)
-        run = under("mutual_information, block", name, partial(_repeats, "mutual_information, block"))
-        yield Check("repeats", f"mutual_information, block; {name}", (torch.bfloat16,), run)
-
-
-def _long_information(backend: str, dtype: torch.dtype, device: str) -> float:
-    """As deep as a large model's, so that the pipeline runs in its steady state."""
-    case = random_case(96, 4096, 1000).to(dtype, device)
-    exact = case.to(torch.float64, device)
-    got = acqcore.mutual_information(case.hidden, case.head, form="block", draws=8, seed=3, backend=backend)
-    oracle = acqcore.mutual_information(exact.hidden, exact.head, form="block", draws=8, seed=3, backend="eager")
-    return _bayes_error(got, oracle) / BAYES[dtype]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--backends", nargs="+", help="default: all of the device")
     parser.add_argument("--rows", type=Path, required=True, help="file that results are appended to")
-    parser.add_argument("--ops", nargs="+", help="operations to check; default: all")
-    parser.add_argument("--cases", nargs="+", help="their cases; default: all")
-    parser.add_argument("--dtypes", nargs="+", help="default: all")
-    parser.add_argument("--variants", action="store_true", help="only what chooses among variants")
     parser.add_argument("--worker", type=int, default=0)
     parser.add_argument("--of", type=int, default=1)
     arguments = parser.parse_args()
     names = arguments.backends or backends(arguments.device)
     todo = [
         (check, backend, dtype)
-        for check in (variants() if arguments.variants else checks(arguments.device))
+        for check in checks(arguments.device)
         for backend in names
         for dtype in check.dtypes
         if promised(check, backend, dtype)
-        and check.op in (arguments.ops or [check.op])
-        and check.case in (arguments.cases or [check.case])
-        and harness.name(dtype) in (arguments.dtypes or [harness.name(dtype)])
     ]
     failed = 0
     for check, backend, dtype in todo[arguments.worker :: arguments.of]:

@@ -33,11 +33,7 @@ from acqcore.kernels.row_stats import SCRATCH_BYTES
 MAX_DRAWS = 8
 #: Counters of a program of ``write_block_masks``, each of four blocks.
 MASK_TILE = 256
-#: Masks as bits of words, four blocks a word, rather than as float32.
-BITS = False
-#: Masks are loaded before the step that uses them.
-CARRY = False
-#: Of the loop over words: each stage has four blocks.
+#: Stages of the loop over words: each has four blocks of operands.
 STAGES = 3
 
 
@@ -46,49 +42,8 @@ def serves(width: int, depth: int, draws: int) -> bool:
     return draws <= MAX_DRAWS and (width % 16 == 0 or width >= depth)
 
 
-@triton.jit(
-    do_not_specialize=["n", "draws", "seed", "threshold"], do_not_specialize_on_alignment=["samples", "position"]
-)
+@triton.jit(do_not_specialize=["n", "seed", "threshold"], do_not_specialize_on_alignment=["samples", "position"])
 def write_block_masks(
-    samples,  # [n] int64
-    positions,  # [n] int64
-    position,  # [n] int32: a token's number among the scored, -1 if ignored; None: its own number
-    keep,  # [n, blocks, DRAWS] float32, written by number: 1 or 0
-    n,
-    blocks,
-    draws,
-    seed,
-    threshold,
-    HAS_POSITION: tl.constexpr,
-    DRAWS: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < n
-    to = rows
-    if HAS_POSITION:
-        to = tl.load(position + rows, mask=inside, other=-1)
-    first = tl.program_id(1) * GROUPS
-    draw = tl.program_id(2)
-    kept = keep_mask(
-        (first + tl.arange(0, GROUPS)).to(tl.uint32)[None, :],
-        tl.load(positions + rows, mask=inside, other=0).to(tl.uint32)[:, None],
-        tl.load(samples + rows, mask=inside, other=0).to(tl.uint32)[:, None],
-        draw.to(tl.uint32),
-        seed.to(tl.uint64),
-        threshold.to(tl.uint32),
-    )
-    block = 4 * first + tl.arange(0, 4 * GROUPS)
-    at = (to.to(tl.int64)[:, None] * blocks + block[None, :]) * DRAWS + draw
-    written = (inside & (to >= 0))[:, None] & (block < blocks)[None, :]
-    tl.store(keep + at, kept.to(tl.float32), mask=written)
-
-
-@triton.jit(
-    do_not_specialize=["n", "draws", "seed", "threshold"], do_not_specialize_on_alignment=["samples", "position"]
-)
-def write_block_bits(
     samples,  # [n] int64
     positions,  # [n] int64
     position,  # [n] int32: a token's number among the scored, -1 if ignored; None: its own number
@@ -137,7 +92,7 @@ def unpacked(
 def block_logits(
     hidden,  # [n, depth], or its tensor descriptor
     weight,  # [vocab, depth], or its tensor descriptor
-    keep,  # [n, blocks, DRAWS] float32; with BITS [n, words] int32
+    keep,  # [n, words] int32, of ``write_block_masks``
     bias,  # [vocab] float32 or None
     first_row,
     begin,  # the tile's first column
@@ -156,8 +111,6 @@ def block_logits(
     BLOCK_K: tl.constexpr,
     STEPS: tl.constexpr,  # of BLOCK_K columns in a block
     DRAWS: tl.constexpr,
-    BITS: tl.constexpr,
-    CARRY: tl.constexpr,  # masks are loaded a step, or a word, before they are used
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -171,25 +124,17 @@ def block_logits(
     rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), n - 1)
     columns = begin + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
-    if BITS:
-        words = (blocks + 3) // 4
-        word_at = keep + rows.to(tl.int64) * words
-    else:
-        keep_at = keep + rows.to(tl.int64)[:, None] * (blocks * DRAWS) + tl.arange(0, DRAWS)[None, :]
+    words = (blocks + 3) // 4
+    word_at = keep + rows.to(tl.int64) * words
     if not DESCRIPTORS:
         hidden_at = hidden + rows.to(tl.int64)[:, None] * hidden_row + inner.to(tl.int64)[None, :] * hidden_column
         of_weight = tl.minimum(columns, vocab - 1).to(tl.int64)[None, :] * weight_row
         weight_at = weight + of_weight + inner.to(tl.int64)[:, None] * weight_column
     z = tl.zeros((BLOCK_M, BLOCK_N, DRAWS), tl.float32)
-    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if BITS and STEPS == 1:
-        if CARRY:
-            word = tl.load(word_at)
+    if STEPS == 1:
+        # A word holds the masks of four blocks.
         for first in range(0, depth, 4 * BLOCK_K):
-            if CARRY:
-                next_word = tl.load(word_at + tl.minimum(first // (4 * BLOCK_K) + 1, words - 1))
-            else:
-                word = tl.load(word_at + first // (4 * BLOCK_K))
+            word = tl.load(word_at + first // (4 * BLOCK_K))
             for j in tl.static_range(4):
                 k = first + j * BLOCK_K
                 if DESCRIPTORS:
@@ -209,11 +154,8 @@ def block_logits(
                     b = widen(b)
                 u = tl.dot(a, b, input_precision=PRECISION)
                 z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * unpacked(word, 8 * j, DRAWS)[:, None, :]
-            if CARRY:
-                word = next_word
     else:
-        if STEPS == 1 and CARRY:
-            kept = tl.load(keep_at)
+        u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, depth, BLOCK_K):
             if DESCRIPTORS:
                 a = hidden.load([first_row, k])
@@ -230,32 +172,13 @@ def block_logits(
             if UPCAST:
                 a = widen(a)
                 b = widen(b)
+            u = tl.dot(a, b, u, input_precision=PRECISION)
             step = k // BLOCK_K
-            if STEPS == 1:
-                # The draws take a block's sums under the product of the next. Its masks are loaded here: carried over
-                # two steps of the loop, Triton's pipeline overwrites them.
-                next_u = tl.dot(a, b, input_precision=PRECISION)
-                if CARRY:
-                    next_kept = tl.load(keep_at + step * DRAWS)
-                else:
-                    kept = tl.load(keep_at + tl.maximum(step - 1, 0) * DRAWS)
+            if (step + 1) % STEPS == 0 or k + BLOCK_K >= depth:
+                block = step // STEPS
+                kept = unpacked(tl.load(word_at + block // 4), 8 * (block % 4), DRAWS)
                 z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * kept[:, None, :]
-                u = next_u
-                if CARRY:
-                    kept = next_kept
-            else:
-                u = tl.dot(a, b, u, input_precision=PRECISION)
-                if (step + 1) % STEPS == 0 or k + BLOCK_K >= depth:
-                    block = step // STEPS
-                    if BITS:
-                        kept = unpacked(tl.load(word_at + block // 4), 8 * (block % 4), DRAWS)
-                    else:
-                        kept = tl.load(keep_at + block * DRAWS)
-                    z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * kept[:, None, :]
-                    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if STEPS == 1:
-            kept = tl.load(keep_at + (blocks - 1) * DRAWS)
-            z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * kept[:, None, :]
+                u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if HAS_BIAS:
         z += tl.load(bias + columns, mask=columns < vocab, other=0.0)[None, :, None]
     if HAS_SCALE:
@@ -271,7 +194,7 @@ def block_logits(
 def block_fold(
     hidden,  # [n, depth], or its tensor descriptor
     weight,  # [vocab, depth], or its tensor descriptor
-    keep,  # [n, blocks, DRAWS] float32
+    keep,  # [n, words] int32, of ``write_block_masks``
     bias,  # [vocab] float32 or None
     targets,  # [n] int32 relative to this weight, or None
     count,  # [1] int32: rows that hold something; None: n
@@ -295,8 +218,6 @@ def block_fold(
     STEPS: tl.constexpr,
     GROUP_M: tl.constexpr,
     DRAWS: tl.constexpr,
-    BITS: tl.constexpr,
-    CARRY: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
     HAS_COUNT: tl.constexpr,
@@ -337,7 +258,7 @@ def block_fold(
         begin = tile * BLOCK_N
         z = block_logits(
             hidden, weight, keep, bias, first_row, begin, n, vocab, depth, blocks, hidden_row, hidden_column,
-            weight_row, weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, DRAWS, BITS, CARRY, HAS_BIAS,
+            weight_row, weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, DRAWS, HAS_BIAS,
             HAS_SCALE, HAS_CAP, EVEN_K, EVEN_V, DESCRIPTORS, UPCAST, PRECISION,
         )  # fmt: skip
         if HAS_TARGETS:
@@ -373,7 +294,7 @@ def block_fold(
 def block_mixture(
     hidden,  # [n, depth], or its tensor descriptor
     weight,  # [vocab, depth], or its tensor descriptor
-    keep,  # [n, blocks, DRAWS] float32
+    keep,  # [n, words] int32, of ``write_block_masks``
     bias,  # [vocab] float32 or None
     references,  # [n] float32
     norms,  # [n, DRAWS] float32
@@ -398,8 +319,6 @@ def block_mixture(
     STEPS: tl.constexpr,
     GROUP_M: tl.constexpr,
     DRAWS: tl.constexpr,
-    BITS: tl.constexpr,
-    CARRY: tl.constexpr,
     EVEN_DRAWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_COUNT: tl.constexpr,
@@ -431,7 +350,7 @@ def block_mixture(
     for tile in range(first_tile, last_tile):
         z = block_logits(
             hidden, weight, keep, bias, first_row, tile * BLOCK_N, n, vocab, depth, blocks, hidden_row, hidden_column,
-            weight_row, weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, DRAWS, BITS, CARRY, HAS_BIAS,
+            weight_row, weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, DRAWS, HAS_BIAS,
             HAS_SCALE, HAS_CAP, EVEN_K, EVEN_V, DESCRIPTORS, UPCAST, PRECISION,
         )  # fmt: skip
         reference = tl.load(references + rows, mask=inside, other=0.0)
@@ -477,7 +396,7 @@ def block_mixture_stats(
     scale /= masks.kept
     padded = triton.next_power_of_2(draws)
     blocks = max(triton.cdiv(depth, masks.width), 1)
-    row_bytes = (depth + 8) * dtype.itemsize + padded * (32 * tiles.split(len(weight))[0] + 68 + 4 * blocks)
+    row_bytes = (depth + 8) * dtype.itemsize + padded * (32 * tiles.split(len(weight))[0] + 68) + blocks + 4
     at_once = max(SCRATCH_BYTES // row_bytes // tiles.block_m, 1) * tiles.block_m
     at_once = triton.cdiv(triton.cdiv(n, triton.cdiv(n, at_once)), tiles.block_m) * tiles.block_m
     for first in range(0, n, at_once):
@@ -526,26 +445,17 @@ def _chunk(
     words = triton.cdiv(blocks, 4)
     groups = min(triton.next_power_of_2(words), MASK_TILE)
     rows = MASK_TILE // groups
-    if BITS:
-        keep = hidden.new_empty((n, words), dtype=torch.int32)
-        write_block_bits[(triton.cdiv(n, rows), triton.cdiv(words, groups))](
-            masks.samples, masks.positions, position, keep, n, words, masks.seed, masks.threshold,
-            HAS_POSITION=position is not None, DRAWS=padded, ROWS=rows, GROUPS=groups, enable_fp_fusion=True,
-        )  # fmt: skip
-    else:
-        keep = hidden.new_empty((n, blocks, padded), dtype=torch.float32)
-        write_block_masks[(triton.cdiv(n, rows), triton.cdiv(words, groups), padded)](
-            masks.samples, masks.positions, position, keep, n, blocks, draws, masks.seed, masks.threshold,
-            HAS_POSITION=position is not None, DRAWS=padded, ROWS=rows, GROUPS=groups, enable_fp_fusion=True,
-        )  # fmt: skip
+    keep = hidden.new_empty((n, words), dtype=torch.int32)
+    write_block_masks[(triton.cdiv(n, rows), triton.cdiv(words, groups))](
+        masks.samples, masks.positions, position, keep, n, words, masks.seed, masks.threshold,
+        HAS_POSITION=position is not None, DRAWS=padded, ROWS=rows, GROUPS=groups, enable_fp_fusion=True,
+    )  # fmt: skip
 
     splits, split_tiles = tiles.split(vocab)
     descriptors = tiles.descriptors and has_descriptor(packed) and has_descriptor(weight)
     block_k = tiles.block_k if masks.width >= depth else min(tiles.block_k, masks.width & -masks.width)
     steps = triton.cdiv(min(masks.width, depth), block_k) or 1
-    stages = tiles.stages
-    if BITS and steps == 1:
-        stages = min(stages, STAGES)
+    stages = min(tiles.stages, STAGES) if steps == 1 else tiles.stages
     operands = (
         descriptor(packed, tiles.block_m, block_k) if descriptors else packed,
         descriptor(weight, tiles.block_n, block_k) if descriptors else weight,
@@ -556,7 +466,7 @@ def _chunk(
     factors = scale / (softcap or 1.0), softcap or 1.0
     options = {
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": block_k,
-        "STEPS": steps, "GROUP_M": tiles.group_m, "DRAWS": padded, "BITS": BITS, "CARRY": CARRY,
+        "STEPS": steps, "GROUP_M": tiles.group_m, "DRAWS": padded,
         "HAS_BIAS": bias is not None, "HAS_COUNT": count is not None, "HAS_SCALE": factors[0] != 1.0,
         "HAS_CAP": softcap is not None, "EVEN_K": depth % (4 * block_k) == 0, "EVEN_V": vocab % tiles.block_n == 0,
         "DESCRIPTORS": descriptors, "UPCAST": upcast or packed.dtype != weight.dtype, "PRECISION": precision,

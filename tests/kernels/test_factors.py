@@ -63,21 +63,25 @@ def _expected(case: Case) -> torch.Tensor:
     return 2 * out
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SMALL)
-def test_sums(name: str, dtype: torch.dtype) -> None:
-    case = CASES[name]().to(dtype)
+def test_sums(name: str) -> None:
+    case = CASES[name]()
     got, expected = _sums(case), _expected(case)
     error = (got - expected).norm(dim=1)
     of_all = replace(case, targets=torch.full_like(case.targets, case.head.vocab_size))  # the target's share included
     assert (error <= 3e-5 * _expected(of_all).norm(dim=1) + 1e-30).all()
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_sums_of_rounded_factors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One bfloat16 a factor: off by 2^-8 at most (the interpreter cuts, a GPU rounds); what is lost is the target's."""
-    monkeypatch.setattr(factors, "PARTS", 1)
-    case = CASES[name]().to(torch.bfloat16)
+@pytest.mark.parametrize("name", [*SMALL, "rows alike"])
+def test_sums_of_rounded_factors(name: str) -> None:
+    """One bfloat16 a factor, off by 2^-8 at most (the interpreter cuts, a GPU rounds); what is lost is the target's.
+
+    So the error is that of differences of rows: what all rows of W have in common cancels, be it large.
+    """
+    case = random_case(20, 24, 300) if name == "rows alike" else CASES[name]()
+    if name == "rows alike":
+        case = replace(case, head=replace(case.head, weight=case.head.weight + 30 * torch.randn(24)))
+    case = case.to(torch.bfloat16)
     exact = case.to(torch.float64)
     state = exact.run("eager").state
     assert case.targets is not None
@@ -86,8 +90,9 @@ def test_sums_of_rounded_factors(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     f = eager.unnormalised(exact.head.logits(exact.hidden, exact.temperature), rows)
     scored = (case.targets != -100)[:, None]
     f = f.masked_fill((torch.arange(f.shape[1]) + case.head.vocab_start == case.targets[:, None]) | ~scored, 0)
-    to_target = torch.cdist(exact.head.weight[case.targets.clamp(min=0) - case.head.vocab_start], exact.head.weight)
-    bound = 2 * (f * to_target).sum(dim=1) * 2**-8 + 3e-5 * f.sum(dim=1) * exact.head.weight.norm(dim=1).max()
+    of_targets = exact.head.weight[case.targets.clamp(min=0) - case.head.vocab_start]
+    bound = 2 * (f * torch.cdist(of_targets, exact.head.weight)).sum(dim=1) * 2**-8
+    bound += 3e-5 * f.sum(dim=1) * exact.head.weight.norm(dim=1).max()
     assert ((got - expected).norm(dim=1) <= bound + 1e-30).all()
 
 

@@ -101,16 +101,12 @@ def test_cuts(draws: int, width: int, tiles: Tiles, dtype: torch.dtype) -> None:
     assert torch.equal(state.nan_to_num(9), again.nan_to_num(9))
 
 
-@pytest.mark.parametrize(("bits", "carry"), [(False, True), (True, False), (True, True)])
-@pytest.mark.parametrize(("width", "depth"), [(16, 43), (16, 128), (32, 43), (1000, 43)])
-def test_ways_of_holding_masks(
-    width: int, depth: int, bits: bool, carry: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(block_mixture, "BITS", bits)
-    monkeypatch.setattr(block_mixture, "CARRY", carry)
-    case = _case(11, depth, 107, softcap=9.0, scale=0.7).to(torch.bfloat16)
-    state, votes = _run(case, 5, width, _tiles(16, 32))
-    expected, expected_votes = _oracle(case, 5, width)
+@pytest.mark.parametrize("depth", [100, 128])
+def test_masks_of_more_blocks_than_a_word_holds(depth: int) -> None:
+    """Seven blocks, of which the last is short and its word not full; eight."""
+    case = _case(11, depth, 107)
+    state, votes = _run(case, 8, 16, _tiles(16, 32))
+    expected, expected_votes = _oracle(case, 8, 16)
     torch.testing.assert_close(state, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert torch.equal(votes, expected_votes)
 
