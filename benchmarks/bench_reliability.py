@@ -269,7 +269,10 @@ class Real:
         counter = FlopCounterMode(display=False, custom_mapping=HEAD_OPERATIONS)
         with counter:
             self.score(signal, rows, 0, backend)
-        return {"flops": counter.get_total_flops()}
+        # The cotangents' kernel is out of sight: logits, their mean row of the weights, a product for each probe.
+        unseen = 2 + signal.options["probes"] if "probes" in signal.options else 0
+        scored = sum(row.n_scored for row in rows)
+        return {"flops": counter.get_total_flops() + unseen * _product(scored, self.student.head.weight.shape)}
 
     def _trunk(self, rows: Sequence[acqcore.Row]) -> None:
         """The forwards that ``score`` makes, alone."""
@@ -310,13 +313,8 @@ def _mixture_flops(hidden: torch.Size, weights: Sequence[torch.Size], *rest: Any
     return _product(hidden[0], weights[0]) * (draws if form == "element" else 1)
 
 
-def _addmm_flops(_: torch.Size, a: torch.Size, b: torch.Size, **__: Any) -> int:
-    return 2 * a[0] * a[1] * b[1]
-
-
-#: The products inside acqcore's operators and in place, which torch's counter does not see.
+#: The products inside acqcore's operators, which torch's counter does not see.
 HEAD_OPERATIONS = {
-    torch.ops.aten.addmm_: _addmm_flops,
     torch.ops.acqcore.row_stats: _row_stats_flops,
     torch.ops.acqcore.mixture_stats: _mixture_flops,
 }
