@@ -284,9 +284,10 @@ def add_fisher_sums(
     assert rows.targets is not None
     head = rows.head
     bias = None if head.bias is None else head.bias[columns]
-    few = replace(head, weight=head.weight[columns], bias=bias, vocab_start=0, vocab_size=None)
+    weight = head.weight[columns]
+    few = replace(head, weight=weight, bias=bias, vocab_start=0, vocab_size=len(weight))
     z = few.logits(rows.hidden, rows.temperature)
-    weight = few.weight.to(z.dtype)
+    weight = weight.to(z.dtype)
     root = ((z - rows.state[0, :, None].to(z.dtype)) / 2).exp()
     top = torch.arange(columns.start, columns.stop, device=z.device) == rows.index[:, None]
     root = root.masked_fill(top | (rows.targets == -100)[:, None], 0)
