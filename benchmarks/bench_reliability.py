@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from benchmarks import harness, real_rows, toy_student
 
 TRUNK, ENTROPY = "trunk", "entropy"
 MI = "mutual_information"
+EPIG = "epig"
 BOOTSTRAP = 1000  # resamples of the rows
 LEVEL = 0.95
 REFERENCE_ROWS = 16  # of influence and of expected predictive information gain
@@ -58,8 +59,8 @@ class Signal:
     Attributes:
         family: colours the picture.
         acquisition: name in acqcore.
-        options: of it; the value ``"calibrated"`` of ``dropout`` stands for the student's own rate, ``"reference"`` for
-            reference rows.
+        options: of it; the value ``"calibrated"`` of ``dropout`` stands for the student's own rate, and ``reference``
+            names the kind of reference set.
         half: the signal with half the draws or probes.
         pass_: signals of a pass wait until those of the one before have all seeds; products are counted for pass 0.
         stochastic: values depend on the seed.
@@ -116,6 +117,8 @@ SIGNALS: dict[str, Signal] = {
     "bald_quadratic, all blocks, 8, p=0.05": _draws(pass_=1, acquisition="bald_quadratic", draws=8, **ALL_BLOCKS),
     "influence, head": Signal("influence", "influence", {"reference": "head"}),
     "influence, all parameters": Signal("influence", "influence", {"reference": "all"}),
+    "epig, 2 probes": Signal("epig", EPIG, {"reference": EPIG, "probes": 2}),
+    "epig, 4 probes": Signal("epig", EPIG, {"reference": EPIG, "probes": 4}, half="epig, 2 probes"),
     "gradient_diversity, head": Signal("influence", "gradient_diversity", {"parameters": "head"}),
     "draws, all blocks, 64, calibrated p": _draws(pass_=2, draws=64, layers="all", dropout="calibrated"),
     "draws, all blocks, 64, p=0.05": _draws(pass_=2, draws=64, **ALL_BLOCKS),
@@ -124,9 +127,11 @@ SIGNALS: dict[str, Signal] = {
 #: Signals that stand for the value without noise, where they agree with themselves.
 MANY_DRAWS = ("draws, all blocks, 64, calibrated p", "draws, all blocks, 64, p=0.05")
 #: Of the toy students: those of real rows that mean something with a vocabulary of 200 tokens and 3 or 6 blocks.
-TOY_SKIPPED = (TRUNK, "influence, head", "influence, all parameters", "gradient_diversity, head",
-               "draws, last 4 blocks, 8, p=0.05", "linear, last 8 blocks, 4 probes", "linear, last 4 blocks, 4 probes",
-               "isotropic weights, last 8 blocks, 4 probes")  # fmt: skip
+TOY_SKIPPED = (
+    TRUNK, "epig, 2 probes", "epig, 4 probes", "influence, head", "influence, all parameters",
+    "gradient_diversity, head", "draws, last 4 blocks, 8, p=0.05", "linear, last 8 blocks, 4 probes",
+    "linear, last 4 blocks, 4 probes", "isotropic weights, last 8 blocks, 4 probes",
+)  # fmt: skip
 
 
 class Store:
@@ -204,15 +209,18 @@ class Real:
         self._made: dict[Any, Any] = {}
 
     def score(self, signal: Signal, rows: Sequence[acqcore.Row], seed: int, backend: str | None = None) -> Any:
-        """Scores, or None for the bare trunk."""
+        """Values and standard errors ``[n]``, the latter None where there are none; None of the bare trunk."""
         if not signal.acquisition:
             return self._trunk(rows)
         options = self.resolved(signal, seed)
+        passes: dict[str, Any] = {"batch_tokens": self.batch_tokens, "backend": backend}
+        if signal.acquisition == EPIG:
+            return acqcore.epig(self.student, rows, **options, **passes), None
         arguments = {signal.acquisition: options} if options else None
-        return acqcore.score(
-            self.student, rows, signal.acquisition, acquisition_args=arguments,
-            batch_tokens=self.batch_tokens, backend=backend, progress=False,
-        )  # fmt: skip
+        scores = acqcore.score(
+            self.student, rows, signal.acquisition, acquisition_args=arguments, progress=False, **passes
+        )
+        return scores[signal.acquisition], scores.stderr.get(signal.acquisition)
 
     def resolved(self, signal: Signal, seed: int) -> dict[str, Any]:
         """The arguments of a signal under a seed, placeholders filled in."""
@@ -245,20 +253,18 @@ class Real:
         self.prepare(signal, seed)
         self._settle()
         begin = time.perf_counter()
-        scores = self.score(signal, self.rows[name], seed)
+        found = self.score(signal, self.rows[name], seed)
         self._settle()
-        return time.perf_counter() - begin, scores
+        return time.perf_counter() - begin, found
 
     def unit(self, signal: Signal, name: str, seed: int) -> dict[str, Any]:
         """Values, their standard errors where the estimator gives them, and seconds."""
-        seconds, scores = self.seconds(signal, name, seed)
-        if scores is None:
+        seconds, found = self.seconds(signal, name, seed)
+        if found is None:
             return {"seconds": seconds}
-        unit = {"seconds": seconds, "values": _rounded(scores[signal.acquisition])}
-        error = scores.stderr.get(signal.acquisition)
-        if error is not None:
-            unit["stderr"] = _rounded(error)
-        return unit
+        values, errors = found
+        unit: dict[str, Any] = {"seconds": seconds, "values": _rounded(values)}
+        return unit if errors is None else {**unit, "stderr": _rounded(errors)}
 
     def flops(self, signal: Signal, name: str) -> dict[str, Any]:
         """Floating-point operations of all matrix products for the first rows."""
@@ -284,13 +290,15 @@ class Real:
             for picked in partition(lengths, self.batch_tokens, overhead):
                 self.student.hidden(collate([rows[i] for i in picked])[0].to(self.student.device))
 
-    def _reference(self, parameters: Literal["head", "all"], seed: int) -> acqcore.Reference:
-        if (parameters, seed) not in self._made:
-            self._made[parameters, seed] = acqcore.influence_reference(
-                self.student, self.reference, parameters=parameters, seed=seed, batch_tokens=self.batch_tokens
-            )
-        made: acqcore.Reference = self._made[parameters, seed]
-        return made
+    def _reference(self, kind: Any, seed: int) -> Any:
+        if (kind, seed) not in self._made:
+            given: dict[str, Any] = {"seed": seed, "batch_tokens": self.batch_tokens}
+            if kind == EPIG:
+                made: Any = acqcore.epig_reference(self.student, self.reference, **given)
+            else:
+                made = acqcore.influence_reference(self.student, self.reference, parameters=kind, **given)
+            self._made[kind, seed] = made
+        return self._made[kind, seed]
 
     def _settle(self) -> None:
         if self.device == "cuda":
