@@ -1,6 +1,6 @@
 """Does a signal agree with itself? Reliability of every stochastic signal on a real model, against what it costs.
 
-Three parts, each a subset of ``--parts``:
+Four parts, each a subset of ``--parts``:
 
 ``real``  SmolLM2-135M on rows of five data sets (``real_rows``). A signal is scored under several seeds; its
           *test-retest* reliability is the rank correlation of two seeds' values within a data set, the mean over all
@@ -10,6 +10,8 @@ Three parts, each a subset of ``--parts``:
 ``flops`` The same costs counted: multiply-adds of every matrix product, by torch's counter.
 ``toy``   Students whose ignorance is known (``toy_student``), of seeds that nobody tuned on: AUROC of what they do not
           know above what is ambiguous, and rank correlation with 64 draws.
+``world`` Base models of the arithmetic world, likewise: where the traps rank among the skills, and the same correlation
+          over all samples and within a skill.
 
 Each unit of work (data set, signal, seed) is one line of ``<out>/units.jsonl``, written when it is done. A later run
 with the same ``--out`` goes on where it stopped, which ``--seconds`` makes it do by itself; ``--parts report`` writes
@@ -49,6 +51,8 @@ COUNTED_ROWS = 2  # whose products are counted
 RISE = 0.02  #: share of the loss that draws at the calibrated rate add
 TOY_SEEDS = (41, 42, 43, 44, 45)  # nobody tuned on them
 TOY_STEPS = {3: 400, 6: 800}  # blocks -> training steps that bring a student to know the table
+WORLD_SEEDS = (12, 13, 14, 15, 16)  # those of bench_signals and of tuning end at 11
+WORLD_QUESTIONS = 32  # of each skill
 TOY_QUESTIONS = 256  # of each kind
 
 
@@ -369,6 +373,37 @@ class Toy:
         }
 
 
+# --- the arithmetic world ---------------------------------------------------------------------------------------------
+
+
+class World:
+    """The base model of a seed, and questions of every skill."""
+
+    def __init__(self, seed: int) -> None:
+        # Here, as a machine that measures real rows alone need not have what the loop requires.
+        from acqsynth.world import Settings, base_model
+        from benchmarks.bench_signals import DOMAIN, SKILLS, messages
+
+        self.student = acqcore.Student.load(base_model(Settings(seed=seed)))
+        skills = [DOMAIN.rows(WORLD_QUESTIONS, seed, skills=[name]) for name in SKILLS]
+        self.rows = [row for rows in skills for row in messages(rows)]
+        self.rate = acqcore.calibrate_dropout(self.student, self.rows[::8], rise=RISE)
+
+    def unit(self, signal: Signal) -> dict[str, Any]:
+        """Values of the skills one after another, seconds."""
+        options = dict(signal.options) | ({"seed": 0} if signal.stochastic else {})
+        if options.get("dropout") == "calibrated":
+            options["dropout"] = self.rate
+        asked = {signal.acquisition: options} if options else None
+        begin = time.perf_counter()
+        # The sum, as the recipe has it: what a row tells is the sum of what its tokens tell.
+        scores = acqcore.score(
+            self.student, self.rows, signal.acquisition, acquisition_args=asked, reduction="sum", progress=False
+        )
+        seconds = time.perf_counter() - begin
+        return {"rate": self.rate, "seconds": seconds, "values": _rounded(scores[signal.acquisition])}
+
+
 # --- what the units come to -------------------------------------------------------------------------------------------
 
 
@@ -411,8 +446,9 @@ def summary(store: Store) -> list[dict[str, Any]]:
             if units:
                 row["sets"][of_set] = _of_set(of_set, name, signal, units, real, flops)
         row["toy"] = _of_toys(name, toy)
+        row["world"] = _of_worlds(name, store.found("world"))
         table.append(row)
-    return [row for row in table if row["sets"] or row["toy"]]
+    return [row for row in table if row["sets"] or row["toy"] or row["world"]]
 
 
 def _of_set(
@@ -488,6 +524,36 @@ def _of_toys(name: str, toy: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> dic
     return found
 
 
+def _of_worlds(name: str, worlds: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> dict[str, Any]:
+    """Over seeds: the skill with the largest mean, the best rank of a trap, agreement with many draws."""
+    units = {key[0]: unit for key, unit in worlds.items() if key[1] == name}
+    if not units:
+        return {}
+    from benchmarks.bench_signals import SKILLS, TRAPS
+
+    tops, ranks = [], []
+    for unit in units.values():
+        means = dict(zip(SKILLS, np.array(unit["values"]).reshape(len(SKILLS), -1).mean(axis=1), strict=True))
+        order = sorted(means, key=means.__getitem__, reverse=True)
+        tops.append(order[0])
+        ranks.append(1 + min(order.index(trap) for trap in TRAPS))
+    found: dict[str, Any] = {"seeds": sorted(units), "tops": tops, "best_trap": ranks}
+    found["entropy"] = round(
+        statistics.median(u["seconds"] / worlds[s, ENTROPY]["seconds"] for s, u in units.items()), 2
+    )
+    for many in MANY_DRAWS:
+        pairs = [
+            np.array([unit["values"], worlds[seed, many]["values"]])
+            for seed, unit in units.items()
+            if (seed, many) in worlds and many != name
+        ]
+        if pairs:
+            found[f"to {many}"] = round(statistics.fmean(float(spearman(pair)) for pair in pairs), 3)
+            within = [spearman(pair.reshape(2, len(SKILLS), -1)) for pair in pairs]
+            found[f"within skills to {many}"] = _or_none(np.nanmean(within))
+    return found
+
+
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
@@ -504,6 +570,20 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             cells = [_reliability(row["sets"].get(name)) for name in sets]
             cells += [_median(row, column) for column in ("entropy", "entropy_counted", "trunks")]
             lines.append(f"| {row['signal']} | {' | '.join(cells)} |")
+        lines.append("")
+    worlds = [row for row in rows if row["world"]]
+    if worlds:
+        agreement = "as 64 draws: all samples | within a skill"
+        lines += [
+            f"| signal | skill on top | best rank of a trap of {len(SKILLS)} | {agreement} | cost |",
+            "|---" * 6 + "|",
+        ]
+        for row in worlds:
+            cell = row["world"]
+            agreements = [cell.get(f"{what}to {MANY_DRAWS[0]}") for what in ("", "within skills ")]
+            cells = [", ".join(cell["tops"]), ", ".join(map(str, cell["best_trap"]))]
+            cells += ["" if value is None else f"{value:.2f}" for value in agreements]
+            lines.append(f"| {row['signal']} | {' | '.join(cells)} | {cell['entropy']:.1f} |")
         lines.append("")
     depths = list(dict.fromkeys(depth for row in rows for depth in row["toy"]))
     if depths:
@@ -616,9 +696,23 @@ def measure_toys(store: Store, names: Sequence[str], seeds: Sequence[int]) -> bo
     return True
 
 
+def measure_worlds(store: Store, names: Sequence[str], seeds: Sequence[int]) -> bool:
+    for seed in seeds:
+        missing = [name for name in names if ("world", seed, name) not in store.units and name not in TOY_SKIPPED]
+        if not missing:
+            continue
+        world = World(seed)
+        for name in missing:
+            if not store.run(("world", seed, name), partial(world.unit, SIGNALS[name])):
+                return False
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("real", "flops", "toy", "report"), default=["real", "report"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=("real", "flops", "toy", "world", "report"), default=["real", "report"]
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default float32, on a GPU bfloat16")
     parser.add_argument("--student", type=Path, help="folder of the model; by default SmolLM2-135M-Instruct")
@@ -628,6 +722,7 @@ def main() -> None:
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, metavar="NAME", default=list(SIGNALS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--toy-seeds", type=int, nargs="+", default=list(TOY_SEEDS))
+    parser.add_argument("--world-seeds", type=int, nargs="+", default=list(WORLD_SEEDS))
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no unit after so many")
     parser.add_argument("--out", type=Path, default=Path("runs/reliability"), help="folder of the units")
     parser.add_argument("--result", type=Path, help="JSON of the tables")
@@ -650,6 +745,8 @@ def main() -> None:
             measure_flops(store, real, arguments.signals)
     if "toy" in arguments.parts:
         measure_toys(store, arguments.signals, arguments.toy_seeds)
+    if "world" in arguments.parts:
+        measure_worlds(store, arguments.signals, arguments.world_seeds)
     if "report" in arguments.parts:
         report(store, arguments.result, arguments.picture)
 
