@@ -575,7 +575,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     if worlds:
         agreement = "as 64 draws: all samples | within a skill"
         lines += [
-            f"| signal | skill on top | best rank of a trap of {len(SKILLS)} | {agreement} | cost |",
+            f"| signal | skill on top | best rank of a trap | {agreement} | cost |",
             "|---" * 6 + "|",
         ]
         for row in worlds:
