@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -105,7 +106,9 @@ class Eager(Backend):
         signed: torch.Tensor,  # [P, N] float64, written
         squares: torch.Tensor,  # [N] float64, written
     ) -> None:
-        add_fisher_sums(rows, probes, slice(0, len(rows.head.weight)), sums.zero_(), signed.zero_(), squares.zero_())
+        whole = slice(0, len(rows.head.weight))
+        positive = [signs(probes.samples, probes.positions, whole, probes.seed, k) for k in range(probes.count)]
+        add_fisher_sums(rows, positive, whole, sums.zero_(), signed.zero_(), squares.zero_())
 
     def dropout_mask(
         self,
@@ -274,7 +277,7 @@ def logit_gradient(rows: HeadRows) -> torch.Tensor:
 
 def add_fisher_sums(
     rows: HeadRows,
-    probes: Probes,
+    positive: Sequence[torch.Tensor],  # P of [N, columns] bool: the signs of each probe
     columns: slice,  # of the weight
     sums: torch.Tensor,  # [P + 1, N, D], added to
     signed: torch.Tensor,  # [P, N] float64, added to
@@ -294,8 +297,8 @@ def add_fisher_sums(
     slope = cap_slope(z, rows)
     sums[0].addmm_(root.square() * slope, weight)
     squares += (root * slope).square().double() @ weight.double().square().sum(dim=1)
-    for k in range(probes.count):
-        factors = root.where(signs(probes.samples, probes.positions, columns, probes.seed, k), -root)
+    for k, sign in enumerate(positive):
+        factors = root.where(sign, -root)
         signed[k] += factors.sum(dim=1, dtype=torch.float64)
         sums[1 + k].addmm_(factors * slope, weight)
 
