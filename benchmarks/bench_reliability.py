@@ -1,6 +1,6 @@
 """Does a signal agree with itself? Reliability of every stochastic signal on a real model, against what it costs.
 
-Three parts, each a subset of ``--parts``:
+Four parts, each a subset of ``--parts``:
 
 ``real``  SmolLM2-135M on rows of five data sets (``real_rows``). A signal is scored under several seeds; its
           *test-retest* reliability is the rank correlation of two seeds' values within a data set, the mean over all
@@ -10,6 +10,8 @@ Three parts, each a subset of ``--parts``:
 ``flops`` The same costs counted: multiply-adds of every matrix product, by torch's counter.
 ``toy``   Students whose ignorance is known (``toy_student``), of seeds that nobody tuned on: AUROC of what they do not
           know above what is ambiguous, and rank correlation with 64 draws.
+``world`` Base models of the arithmetic world, likewise: where the traps rank among the skills, and the same correlation
+          over all samples and within a skill.
 
 Each unit of work (data set, signal, seed) is one line of ``<out>/units.jsonl``, written when it is done. A later run
 with the same ``--out`` goes on where it stopped, which ``--seconds`` makes it do by itself; ``--parts report`` writes
@@ -28,7 +30,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +43,7 @@ from benchmarks import harness, real_rows, toy_student
 
 TRUNK, ENTROPY = "trunk", "entropy"
 MI = "mutual_information"
+EPIG = "epig"
 BOOTSTRAP = 1000  # resamples of the rows
 LEVEL = 0.95
 REFERENCE_ROWS = 16  # of influence and of expected predictive information gain
@@ -48,6 +51,8 @@ COUNTED_ROWS = 2  # whose products are counted
 RISE = 0.02  #: share of the loss that draws at the calibrated rate add
 TOY_SEEDS = (41, 42, 43, 44, 45)  # nobody tuned on them
 TOY_STEPS = {3: 400, 6: 800}  # blocks -> training steps that bring a student to know the table
+WORLD_SEEDS = (12, 13, 14, 15, 16)  # those of bench_signals and of tuning end at 11
+WORLD_QUESTIONS = 32  # of each skill
 TOY_QUESTIONS = 256  # of each kind
 
 
@@ -58,8 +63,8 @@ class Signal:
     Attributes:
         family: colours the picture.
         acquisition: name in acqcore.
-        options: of it; the value ``"calibrated"`` of ``dropout`` stands for the student's own rate, ``"reference"`` for
-            reference rows.
+        options: of it; the value ``"calibrated"`` of ``dropout`` stands for the student's own rate, and ``reference``
+            names the kind of reference set.
         half: the signal with half the draws or probes.
         pass_: signals of a pass wait until those of the one before have all seeds; products are counted for pass 0.
         stochastic: values depend on the seed.
@@ -116,6 +121,8 @@ SIGNALS: dict[str, Signal] = {
     "bald_quadratic, all blocks, 8, p=0.05": _draws(pass_=1, acquisition="bald_quadratic", draws=8, **ALL_BLOCKS),
     "influence, head": Signal("influence", "influence", {"reference": "head"}),
     "influence, all parameters": Signal("influence", "influence", {"reference": "all"}),
+    "epig, 2 probes": Signal("epig", EPIG, {"reference": EPIG, "probes": 2}),
+    "epig, 4 probes": Signal("epig", EPIG, {"reference": EPIG, "probes": 4}, half="epig, 2 probes"),
     "gradient_diversity, head": Signal("influence", "gradient_diversity", {"parameters": "head"}),
     "draws, all blocks, 64, calibrated p": _draws(pass_=2, draws=64, layers="all", dropout="calibrated"),
     "draws, all blocks, 64, p=0.05": _draws(pass_=2, draws=64, **ALL_BLOCKS),
@@ -124,9 +131,11 @@ SIGNALS: dict[str, Signal] = {
 #: Signals that stand for the value without noise, where they agree with themselves.
 MANY_DRAWS = ("draws, all blocks, 64, calibrated p", "draws, all blocks, 64, p=0.05")
 #: Of the toy students: those of real rows that mean something with a vocabulary of 200 tokens and 3 or 6 blocks.
-TOY_SKIPPED = (TRUNK, "influence, head", "influence, all parameters", "gradient_diversity, head",
-               "draws, last 4 blocks, 8, p=0.05", "linear, last 8 blocks, 4 probes", "linear, last 4 blocks, 4 probes",
-               "isotropic weights, last 8 blocks, 4 probes")  # fmt: skip
+TOY_SKIPPED = (
+    TRUNK, "epig, 2 probes", "epig, 4 probes", "influence, head", "influence, all parameters",
+    "gradient_diversity, head", "draws, last 4 blocks, 8, p=0.05", "linear, last 8 blocks, 4 probes",
+    "linear, last 4 blocks, 4 probes", "isotropic weights, last 8 blocks, 4 probes",
+)  # fmt: skip
 
 
 class Store:
@@ -204,15 +213,18 @@ class Real:
         self._made: dict[Any, Any] = {}
 
     def score(self, signal: Signal, rows: Sequence[acqcore.Row], seed: int, backend: str | None = None) -> Any:
-        """Scores, or None for the bare trunk."""
+        """Values and standard errors ``[n]``, the latter None where there are none; None of the bare trunk."""
         if not signal.acquisition:
             return self._trunk(rows)
         options = self.resolved(signal, seed)
+        passes: dict[str, Any] = {"batch_tokens": self.batch_tokens, "backend": backend}
+        if signal.acquisition == EPIG:
+            return acqcore.epig(self.student, rows, **options, **passes), None
         arguments = {signal.acquisition: options} if options else None
-        return acqcore.score(
-            self.student, rows, signal.acquisition, acquisition_args=arguments,
-            batch_tokens=self.batch_tokens, backend=backend, progress=False,
-        )  # fmt: skip
+        scores = acqcore.score(
+            self.student, rows, signal.acquisition, acquisition_args=arguments, progress=False, **passes
+        )
+        return scores[signal.acquisition], scores.stderr.get(signal.acquisition)
 
     def resolved(self, signal: Signal, seed: int) -> dict[str, Any]:
         """The arguments of a signal under a seed, placeholders filled in."""
@@ -245,20 +257,18 @@ class Real:
         self.prepare(signal, seed)
         self._settle()
         begin = time.perf_counter()
-        scores = self.score(signal, self.rows[name], seed)
+        found = self.score(signal, self.rows[name], seed)
         self._settle()
-        return time.perf_counter() - begin, scores
+        return time.perf_counter() - begin, found
 
     def unit(self, signal: Signal, name: str, seed: int) -> dict[str, Any]:
         """Values, their standard errors where the estimator gives them, and seconds."""
-        seconds, scores = self.seconds(signal, name, seed)
-        if scores is None:
+        seconds, found = self.seconds(signal, name, seed)
+        if found is None:
             return {"seconds": seconds}
-        unit = {"seconds": seconds, "values": _rounded(scores[signal.acquisition])}
-        error = scores.stderr.get(signal.acquisition)
-        if error is not None:
-            unit["stderr"] = _rounded(error)
-        return unit
+        values, errors = found
+        unit: dict[str, Any] = {"seconds": seconds, "values": _rounded(values)}
+        return unit if errors is None else {**unit, "stderr": _rounded(errors)}
 
     def flops(self, signal: Signal, name: str) -> dict[str, Any]:
         """Floating-point operations of all matrix products for the first rows."""
@@ -269,7 +279,10 @@ class Real:
         counter = FlopCounterMode(display=False, custom_mapping=HEAD_OPERATIONS)
         with counter:
             self.score(signal, rows, 0, backend)
-        return {"flops": counter.get_total_flops()}
+        # The cotangents' kernel is out of sight: logits, their mean row of the weights, a product for each probe.
+        unseen = 2 + signal.options["probes"] if "probes" in signal.options else 0
+        scored = sum(row.n_scored for row in rows)
+        return {"flops": counter.get_total_flops() + unseen * _product(scored, self.student.head.weight.shape)}
 
     def _trunk(self, rows: Sequence[acqcore.Row]) -> None:
         """The forwards that ``score`` makes, alone."""
@@ -281,13 +294,15 @@ class Real:
             for picked in partition(lengths, self.batch_tokens, overhead):
                 self.student.hidden(collate([rows[i] for i in picked])[0].to(self.student.device))
 
-    def _reference(self, parameters: Literal["head", "all"], seed: int) -> acqcore.Reference:
-        if (parameters, seed) not in self._made:
-            self._made[parameters, seed] = acqcore.influence_reference(
-                self.student, self.reference, parameters=parameters, seed=seed, batch_tokens=self.batch_tokens
-            )
-        made: acqcore.Reference = self._made[parameters, seed]
-        return made
+    def _reference(self, kind: Any, seed: int) -> Any:
+        if (kind, seed) not in self._made:
+            given: dict[str, Any] = {"seed": seed, "batch_tokens": self.batch_tokens}
+            if kind == EPIG:
+                made: Any = acqcore.epig_reference(self.student, self.reference, **given)
+            else:
+                made = acqcore.influence_reference(self.student, self.reference, parameters=kind, **given)
+            self._made[kind, seed] = made
+        return self._made[kind, seed]
 
     def _settle(self) -> None:
         if self.device == "cuda":
@@ -310,13 +325,8 @@ def _mixture_flops(hidden: torch.Size, weights: Sequence[torch.Size], *rest: Any
     return _product(hidden[0], weights[0]) * (draws if form == "element" else 1)
 
 
-def _addmm_flops(_: torch.Size, a: torch.Size, b: torch.Size, **__: Any) -> int:
-    return 2 * a[0] * a[1] * b[1]
-
-
-#: The products inside acqcore's operators and in place, which torch's counter does not see.
+#: The products inside acqcore's operators, which torch's counter does not see.
 HEAD_OPERATIONS = {
-    torch.ops.aten.addmm_: _addmm_flops,
     torch.ops.acqcore.row_stats: _row_stats_flops,
     torch.ops.acqcore.mixture_stats: _mixture_flops,
 }
@@ -363,6 +373,37 @@ class Toy:
         }
 
 
+# --- the arithmetic world ---------------------------------------------------------------------------------------------
+
+
+class World:
+    """The base model of a seed, and questions of every skill."""
+
+    def __init__(self, seed: int) -> None:
+        # Here, as a machine that measures real rows alone need not have what the loop requires.
+        from acqsynth.world import Settings, base_model
+        from benchmarks.bench_signals import DOMAIN, SKILLS, messages
+
+        self.student = acqcore.Student.load(base_model(Settings(seed=seed)))
+        skills = [DOMAIN.rows(WORLD_QUESTIONS, seed, skills=[name]) for name in SKILLS]
+        self.rows = [row for rows in skills for row in messages(rows)]
+        self.rate = acqcore.calibrate_dropout(self.student, self.rows[::8], rise=RISE)
+
+    def unit(self, signal: Signal) -> dict[str, Any]:
+        """Values of the skills one after another, seconds."""
+        options = dict(signal.options) | ({"seed": 0} if signal.stochastic else {})
+        if options.get("dropout") == "calibrated":
+            options["dropout"] = self.rate
+        asked = {signal.acquisition: options} if options else None
+        begin = time.perf_counter()
+        # The sum, as the recipe has it: what a row tells is the sum of what its tokens tell.
+        scores = acqcore.score(
+            self.student, self.rows, signal.acquisition, acquisition_args=asked, reduction="sum", progress=False
+        )
+        seconds = time.perf_counter() - begin
+        return {"rate": self.rate, "seconds": seconds, "values": _rounded(scores[signal.acquisition])}
+
+
 # --- what the units come to -------------------------------------------------------------------------------------------
 
 
@@ -405,8 +446,9 @@ def summary(store: Store) -> list[dict[str, Any]]:
             if units:
                 row["sets"][of_set] = _of_set(of_set, name, signal, units, real, flops)
         row["toy"] = _of_toys(name, toy)
+        row["world"] = _of_worlds(name, store.found("world"))
         table.append(row)
-    return [row for row in table if row["sets"] or row["toy"]]
+    return [row for row in table if row["sets"] or row["toy"] or row["world"]]
 
 
 def _of_set(
@@ -482,6 +524,36 @@ def _of_toys(name: str, toy: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> dic
     return found
 
 
+def _of_worlds(name: str, worlds: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> dict[str, Any]:
+    """Over seeds: the skill with the largest mean, the best rank of a trap, agreement with many draws."""
+    units = {key[0]: unit for key, unit in worlds.items() if key[1] == name}
+    if not units:
+        return {}
+    from benchmarks.bench_signals import SKILLS, TRAPS
+
+    tops, ranks = [], []
+    for unit in units.values():
+        means = dict(zip(SKILLS, np.array(unit["values"]).reshape(len(SKILLS), -1).mean(axis=1), strict=True))
+        order = sorted(means, key=means.__getitem__, reverse=True)
+        tops.append(order[0])
+        ranks.append(1 + min(order.index(trap) for trap in TRAPS))
+    found: dict[str, Any] = {"seeds": sorted(units), "tops": tops, "best_trap": ranks}
+    found["entropy"] = round(
+        statistics.median(u["seconds"] / worlds[s, ENTROPY]["seconds"] for s, u in units.items()), 2
+    )
+    for many in MANY_DRAWS:
+        pairs = [
+            np.array([unit["values"], worlds[seed, many]["values"]])
+            for seed, unit in units.items()
+            if (seed, many) in worlds and many != name
+        ]
+        if pairs:
+            found[f"to {many}"] = round(statistics.fmean(float(spearman(pair)) for pair in pairs), 3)
+            within = [spearman(pair.reshape(2, len(SKILLS), -1)) for pair in pairs]
+            found[f"within skills to {many}"] = _or_none(np.nanmean(within))
+    return found
+
+
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
@@ -498,6 +570,20 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             cells = [_reliability(row["sets"].get(name)) for name in sets]
             cells += [_median(row, column) for column in ("entropy", "entropy_counted", "trunks")]
             lines.append(f"| {row['signal']} | {' | '.join(cells)} |")
+        lines.append("")
+    worlds = [row for row in rows if row["world"]]
+    if worlds:
+        agreement = "as 64 draws: all samples | within a skill"
+        lines += [
+            f"| signal | skill on top | best rank of a trap | {agreement} | cost |",
+            "|---" * 6 + "|",
+        ]
+        for row in worlds:
+            cell = row["world"]
+            agreements = [cell.get(f"{what}to {MANY_DRAWS[0]}") for what in ("", "within skills ")]
+            cells = [", ".join(cell["tops"]), ", ".join(map(str, cell["best_trap"]))]
+            cells += ["" if value is None else f"{value:.2f}" for value in agreements]
+            lines.append(f"| {row['signal']} | {' | '.join(cells)} | {cell['entropy']:.1f} |")
         lines.append("")
     depths = list(dict.fromkeys(depth for row in rows for depth in row["toy"]))
     if depths:
@@ -610,9 +696,23 @@ def measure_toys(store: Store, names: Sequence[str], seeds: Sequence[int]) -> bo
     return True
 
 
+def measure_worlds(store: Store, names: Sequence[str], seeds: Sequence[int]) -> bool:
+    for seed in seeds:
+        missing = [name for name in names if ("world", seed, name) not in store.units and name not in TOY_SKIPPED]
+        if not missing:
+            continue
+        world = World(seed)
+        for name in missing:
+            if not store.run(("world", seed, name), partial(world.unit, SIGNALS[name])):
+                return False
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=("real", "flops", "toy", "report"), default=["real", "report"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=("real", "flops", "toy", "world", "report"), default=["real", "report"]
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default float32, on a GPU bfloat16")
     parser.add_argument("--student", type=Path, help="folder of the model; by default SmolLM2-135M-Instruct")
@@ -622,6 +722,7 @@ def main() -> None:
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, metavar="NAME", default=list(SIGNALS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--toy-seeds", type=int, nargs="+", default=list(TOY_SEEDS))
+    parser.add_argument("--world-seeds", type=int, nargs="+", default=list(WORLD_SEEDS))
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no unit after so many")
     parser.add_argument("--out", type=Path, default=Path("runs/reliability"), help="folder of the units")
     parser.add_argument("--result", type=Path, help="JSON of the tables")
@@ -644,6 +745,8 @@ def main() -> None:
             measure_flops(store, real, arguments.signals)
     if "toy" in arguments.parts:
         measure_toys(store, arguments.signals, arguments.toy_seeds)
+    if "world" in arguments.parts:
+        measure_worlds(store, arguments.signals, arguments.world_seeds)
     if "report" in arguments.parts:
         report(store, arguments.result, arguments.picture)
 

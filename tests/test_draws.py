@@ -291,3 +291,22 @@ def test_tells_ignorance_from_ambiguity() -> None:
     for name, low, high in (("mutual_information", 0.9, 1.0), ("entropy", 0.0, 0.65)):
         others = torch.cat([values["easy"][name], values["ambiguous"][name]])
         assert low <= toy.auroc(values["unseen"][name], others) <= high
+
+
+@pytest.mark.parametrize("layers", ["all", 1])
+def test_forwards_of_draws_get_tokens_on_the_students_device(
+    layers: Any, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches are made on the CPU; a device without kernels stands for a GPU."""
+    student = acqcore.Student.from_model(tiny_model("Llama"))
+    seen: list[str] = []
+
+    def hidden(self: acqcore.Student, input_ids: torch.Tensor) -> torch.Tensor:
+        seen.append(input_ids.device.type)
+        raise InterruptedError
+
+    monkeypatch.setattr(acqcore.Student, "device", torch.device("meta"))
+    monkeypatch.setattr(acqcore.Student, "hidden", hidden)
+    with pytest.raises(InterruptedError):
+        _score(student, _ids(5, 7), "mutual_information", layers=layers)
+    assert seen == ["meta"]

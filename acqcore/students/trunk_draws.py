@@ -52,10 +52,11 @@ class TrunkDraws:
 
     def hidden(
         self,
-        input_ids: torch.Tensor,  # [B, T] int64, padded on the right
+        input_ids: torch.Tensor,  # [B, T] int64, padded on the right, on any device
         samples: torch.Tensor,  # [B] int64: mask key of each sample
     ) -> torch.Tensor:
         """Final hidden states ``[K, B, T, D]``."""
+        input_ids = input_ids.to(self._student.device)
         expanded = input_ids.repeat(self._draws, 1)  # [K * B, T]
         self._dropped = 0
         with ExitStack() as stack:
