@@ -281,7 +281,7 @@ def test_nothing_labelled_is_one_sentence(fakes, recipe, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("domain=sum", "domain: unknown 'sum', expected one of math, medical, code, arithmetic"),
+        ("domain=sum", "domain: unknown 'sum', expected one of math, medical, code, classification, arithmetic"),
         ("evaluation.others={more: {source: x, domain: y}}", "evaluation.others.more.domain: unknown 'y'"),
         ("generator.options.learning_rat=1", "generator.options: GRPOConfig has no field 'learning_rat'; did you mean"),
         ("generator.options.num_generations=3", "generator.options: generation_batch_size (8) must be divisible"),
