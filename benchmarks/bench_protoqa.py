@@ -145,7 +145,7 @@ def signals(model: Any, tokenizer: Any, questions: Sequence[Question], n_answers
     greedy = [answer for (answer,) in write(prompts, 1)]
     drawn = write(prompts, n_answers, seed=1)
     student = acqcore.Student.from_model(model)
-    batch_tokens = 32768 if model.device.type == "cuda" else 4096
+    batch_tokens = 16384 if model.device.type == "cuda" else 4096
     found: dict[str, dict[str, Values]] = {}
     for level in ("first token", "whole answer"):
         first = level == "first token"
@@ -278,7 +278,7 @@ def picture(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.axvline(0, color="#888888", lw=0.8)
         axis.set_title(level, fontsize=10, loc="left")
-        axis.set_xlabel("Spearman with the entropy of people's answers")
+        axis.set_xlabel("Spearman with the entropy of people's answers", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -140,9 +140,18 @@ class Llama:
         """``-log p`` of each token of the label, 0 past its end, and the likeliest token: ``[B, L]`` each."""
         hidden = self.hidden(ids)
         picked = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))
-        logits = F.linear(picked, self.head).float()
+        logits = self.logits(picked)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
         return losses.view_as(targets), logits.detach().argmax(dim=2)
+
+    def logits(
+        self,
+        hidden: torch.Tensor,  # [..., D]
+    ) -> torch.Tensor:
+        """``[..., V]`` float32. Without gradients the product is one of float32: rounded to bfloat16, logits tie."""
+        if torch.is_grad_enabled():
+            return F.linear(hidden, self.head).float()
+        return F.linear(hidden.float(), self.head.float())
 
 
 def _rotated(
@@ -331,7 +340,7 @@ class Fitter:
         going = torch.ones(n, dtype=torch.bool, device=self.device)
         for j in range(label_length):
             at = (rows.prompt + j - 1).clamp_max(ids.shape[1] - 1)
-            logp = F.linear(self._forward.hidden(ids)[every, at], self._forward.head).float().log_softmax(dim=1)
+            logp = self._forward.logits(self._forward.hidden(ids)[every, at]).log_softmax(dim=1)
             best, token = logp.max(dim=1)
             total -= best.where(going, 0)
             count += going
@@ -401,6 +410,6 @@ def _check(model: Any, forward: Llama) -> None:
     """Raises ValueError unless the forward is the model's."""
     ids = torch.arange(2 * 8, device=forward.embedding.device).view(2, 8) % len(forward.embedding)
     expected = model(input_ids=ids, use_cache=False).logits.float()
-    error = (F.linear(forward.hidden(ids), forward.head) - expected).abs().max() / expected.abs().max()
+    error = (forward.logits(forward.hidden(ids)) - expected).abs().max() / expected.abs().max()
     if not bool(error < 1e-3):
         raise ValueError(f"model: its logits are not those of the Llama forward: they differ by {float(error):.1e}")

@@ -85,7 +85,7 @@ class Signals:
         self._refit, self._stop, self._seed, self._state = refit, stop, seed, state
         self._student = acqcore.Student.from_model(fitter.model)
         self._samples = samples(pool)
-        self._batch_tokens = 32768 if fitter.device.type == "cuda" else 4096
+        self._batch_tokens = 16384 if fitter.device.type == "cuda" else 4096
         self._backend = backend
         self._values: dict[str, torch.Tensor] = {}
 

@@ -173,7 +173,7 @@ def test_bad_lines_are_named_and_not_chosen(
     (tmp_path / "out.jsonl").unlink()
     assert main(choose(rows, n=9)) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "acqcore: error: n: expected at most 8 (the number of rows that can be chosen), got 9"
+        "acqcore: error: --n: expected at most 8 (the number of rows that can be chosen), got 9"
     )
 
 
@@ -210,10 +210,10 @@ def test_rows_without_a_finite_value_are_not_chosen(
         ({"student": None, "method": "badge"}, "--student: expected a model"),
         ({"among": 5}, "--among: expected it with --signal and a diverse --method"),
         ({"method": "badge", "among": 2}, "--among: expected at least --n = 3, got 2"),
-        ({"acquisition_args": '{"loss": {}}'}, "acquisition_args: 'loss' is not among the acquisitions asked for"),
-        ({"signal": "influence"}, "acquisition_args: 'influence' needs 'reference'"),
+        ({"acquisition_args": '{"loss": {}}'}, "--acquisition-args: 'loss' is not among the acquisitions asked for"),
+        ({"signal": "influence"}, "--acquisition-args: 'influence' needs 'reference'"),
         ({"out": "out.txt"}, "extension of out.txt: unknown '.txt'"),
-        ({"out": "data.jsonl"}, "out: data.jsonl exists; remove it, or name another file"),
+        ({"out": "data.jsonl"}, "out: data.jsonl is or holds the data, which would be lost; name another output"),
         ({"out": "missing/out.csv"}, "out: the folder missing does not exist"),
         ({"data": "missing.jsonl"}, "No such file or directory: 'missing.jsonl'"),
         ({"student": "./missing"}, "missing"),

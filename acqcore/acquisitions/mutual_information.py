@@ -20,7 +20,7 @@ def needs(options: DrawOptions | LinearOptions) -> DrawOptions | ProbeNeed:
 
 def over(options: DrawOptions | LinearOptions) -> Over:
     """Noise before a token moves all tokens after it: the linear form has no value of a single token."""
-    return "sample" if isinstance(options, LinearOptions) else "token"
+    return "average" if isinstance(options, LinearOptions) else "token"
 
 
 def stderr(found: BayesStats | torch.Tensor, options: DrawOptions | LinearOptions) -> torch.Tensor | None:
@@ -28,7 +28,9 @@ def stderr(found: BayesStats | torch.Tensor, options: DrawOptions | LinearOption
     if not isinstance(options, LinearOptions):
         return None
     assert isinstance(found, torch.Tensor)
-    return options.factor * found.std(dim=1) / found.shape[1] ** 0.5
+    if options.probes == 1:
+        return torch.full_like(found[:, 0], torch.nan)
+    return options.factor * found.std(dim=1) / options.probes**0.5
 
 
 @register("mutual_information", options=InformationOptions, needs=needs, over=over, stderr=stderr, reference=reference)
@@ -39,8 +41,8 @@ def mutual_information(
     """Mutual information of prediction and weights in nats a token, H(mean_k p_k) - mean_k H(p_k).
 
     The linear form is its limit for small noise of variance s^2 on activations or weights theta, the delta method:
-    ``1/2 sum_i s_i^2 E_{y ~ p} (d log p_y / d theta_i)^2``, added up over a sample's scored tokens and divided by their
-    number, whatever the reduction.
+    ``1/2 sum_i s_i^2 E_{y ~ p} (d log p_y / d theta_i)^2``, averaged over a sample's scored tokens, or added up with
+    ``reduction="sum"``.
 
     Source: Houlsby et al. 2011 (BALD); by MC dropout, Gal, Islam & Ghahramani 2017.
     """

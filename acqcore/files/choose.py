@@ -14,7 +14,9 @@ import torch
 from acqcore import checks
 from acqcore.files import data as data_files
 from acqcore.files.data import Record
-from acqcore.files.worker import TOP_ROWS, load_student, record_error, shorten
+from acqcore.files.output import check_output
+from acqcore.files.table import write_rows
+from acqcore.files.worker import TOP_ROWS, load_student, record_error, sample_of, shorten
 from acqcore.literals import Method
 from acqcore.scoring.api import score
 from acqcore.scoring.gradients import badge_embedding
@@ -36,7 +38,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--student", metavar="M", help="hub id or local path; not needed where the data have the column of --signal"
     )
     parser.add_argument("--data", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
-    parser.add_argument("--out", required=True, type=Path, metavar="F", help="a new .jsonl, .csv or .parquet")
+    parser.add_argument("--out", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     parser.add_argument("--n", required=True, type=int, metavar="N", help="rows to choose")
     parser.add_argument(
         "--signal",
@@ -129,7 +132,9 @@ class _Request:
                 backend=options.backend,
             )  # fmt: skip
             self.names = plan.names if names else ()
-        _check_output(options.out)
+        check_output(options.out, options.data, options.overwrite)
+        if not options.out.suffix:
+            raise ValueError(f"out: expected a name with an extension, got {options.out}")
         if ".parquet" in (options.data.suffix, options.out.suffix):
             checks.installed("pyarrow", "parquet", "train")
 
@@ -167,7 +172,7 @@ class _Request:
         name = self.options.signal
         values = []
         for index, record in enumerate(pool.records):
-            message = record_error(record, [name])
+            message = record_error(record, {name: "score"})
             try:
                 value = math.nan if message else float(record.values[name])
             except (TypeError, ValueError):
@@ -194,7 +199,7 @@ class _Request:
                 good.append(index)
         bad: dict[int, str] = {}
         rows = encode(
-            [{key: pool.records[i].values[column] for column, key in columns.items()} for i in good],
+            [sample_of(pool.records[i], columns) for i in good],
             self.student.tokenizer,
             vocab_size=self.student.head.vocab_size,
             limit=self.student.max_length,
@@ -272,15 +277,6 @@ class _Request:
             )
 
 
-def _check_output(out: Path) -> None:
-    """``--out`` is a new file of a known kind."""
-    checks.one_of("extension of " + out.name, out.suffix, data_files.SUFFIXES)
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"out: the folder {out.parent} does not exist")
-    if out.exists():
-        raise ValueError(f"out: {out} exists; remove it, or name another file")
-
-
 def _write(out: Path, source: Path, pool: _Pool, extra: dict[int, dict[str, Any]]) -> None:
     """Write the chosen rows with what is added to them."""
     number = [] if "row" in pool.columns else ["row"]
@@ -288,4 +284,4 @@ def _write(out: Path, source: Path, pool: _Pool, extra: dict[int, dict[str, Any]
         {**({"row": index} if number else {}), **pool.records[index].values, **extra[index]} for index in sorted(extra)
     ]
     columns = [*number, *pool.columns, *(column for column in next(iter(extra.values())))]
-    data_files.write_rows(out, rows, columns, source)
+    write_rows(out, rows, columns, source)

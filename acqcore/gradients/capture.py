@@ -191,6 +191,11 @@ class Capture:
                 handles.append(owner.register_forward_hook(self._after_forward, with_kwargs=True))
             for site in self._sites:
                 handles.append(site.register_forward_hook(self._after_site))
+            # Trainers with gradient checkpointing make the embedding's output require a gradient: the graph would begin
+            # there, and modules that do not follow one of ours would see none.
+            for module in self._modules:
+                if isinstance(module, nn.Embedding) and module not in self._owners:
+                    handles.append(module.register_forward_hook(_detach))
             yield
         finally:
             for handle in handles:
@@ -282,7 +287,7 @@ class Capture:
         self._uses.update(names.values())
         if output.shape[0] == 1:  # shared by all samples, as positions are: a row each tells their gradients apart
             output = output.expand(self._shape[0], *output.shape[1:])
-        output = self._in_graph(output)
+        output = self._in_graph(output.detach() if isinstance(module, nn.Embedding) else output)
         output.register_hook(partial(self._after_backward, [call]))
         return output
 
@@ -332,3 +337,7 @@ class Capture:
             raise ValueError(f"parameters: no rule covers {name}: layers of different kinds share it")
         for taker in self._of_parameters:
             taker.add(name, piece)
+
+
+def _detach(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    return output.detach() if isinstance(output, torch.Tensor) else output

@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from acqsynth.recipes import recipes
+
 BUNDLED = "bundled:"  #: prefix of sources that are in the package
 
 T = TypeVar("T")
@@ -321,12 +323,6 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from None
-
-
-def recipes() -> list[str]:
-    """Names of the recipes in the package."""
-    folder = resources.files("acqsynth") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def documented(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:

@@ -18,7 +18,7 @@ from acqsynth.parsing import parse_sample
 from acqsynth.serve.app import Service
 from acqsynth.serve.auth import Access
 from acqsynth.serve.schema import served_acquisitions
-from acqsynth.serve.students import Question
+from acqsynth.serve.students import Question, Values
 
 GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
 LONGER = "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
@@ -128,6 +128,21 @@ class TestScore:
         for name in names:
             assert answer["values"][name] == expected[name].tolist()
 
+    def test_estimates_come_with_their_standard_errors(
+        self, serve: Serve, asked: Any, student: acqcore.Student, samples: list[Any]
+    ) -> None:
+        arguments = {"mutual_information": {"form": "linear", "probes": 3, "seed": 5}}
+        names = ["entropy", "mutual_information"]
+        body = {"samples": samples, "acquisitions": names, "acquisition_args": arguments}
+        answer = post(serve, asked, "/score", body).json()
+        expected = acqcore.score(student, samples, names, acquisition_args=arguments, progress=False)
+        assert answer["values"]["mutual_information"] == expected["mutual_information"].tolist()
+        assert answer["stderr"] == {"mutual_information": expected.stderr["mutual_information"].tolist()}
+        single = {**arguments["mutual_information"], "probes": 1}
+        answer = post(serve, asked, "/score", {**body, "acquisition_args": {"mutual_information": single}}).json()
+        assert answer["stderr"] == {"mutual_information": [None] * len(samples)}
+        assert post(serve, asked, "/score", {"samples": samples}).json()["stderr"] == {}
+
     def test_coalesced_requests_get_the_numbers_of_lone_ones(
         self, serve: Serve, asked: Any, student: acqcore.Student, samples: list[Any], forwards: list[int]
     ) -> None:
@@ -160,6 +175,42 @@ class TestScore:
         assert answer["errors"][0]["message"].startswith("nothing to score")
         assert answer["errors"][2]["message"].startswith("160 tokens, the student takes at most 64")
 
+    @pytest.mark.parametrize(
+        ("bad", "message"),
+        [
+            (3, "expected strings, mappings with"),
+            (None, "expected strings, mappings with"),
+            ({"prompt": "a"}, "got a mapping with keys 'prompt'"),
+            ({"text": ["a"]}, "text: expected a string, got list"),
+            ({"text": None}, "text: expected a string, got no value"),
+            ({"text": "\ud800 is half a character"}, "text: character 0 is the lone surrogate U+D800"),
+            ({"messages": [{"role": "user", "content": "a"}]}, "expected text as in the samples before it"),
+            ({"text": "a" * 70_000}, "70004 characters, at most 65536 are tokenized"),
+        ],
+    )
+    def test_the_fault_of_a_sample_is_its_own(
+        self, serve: Serve, asked: Any, student: acqcore.Student, bad: Any, message: str
+    ) -> None:
+        good = [{"text": "a fox", "id": 1}, {"text": "the dog", "weight": 0.5}]
+        body = json.dumps({"samples": [good[0], bad, good[1]], "acquisitions": "entropy"}).encode()
+        answer = post(serve, asked, "/score", body).json()
+        expected = acqcore.score(student, good, "entropy", progress=False)["entropy"].tolist()
+        assert answer["values"]["entropy"] == [pytest.approx(expected[0]), None, pytest.approx(expected[1])]
+        assert answer["valid"] == [True, False, True]
+        [error] = answer["errors"]
+        assert error["index"] == 1
+        assert message in error["message"]
+
+    def test_rows_as_anywhere_else(self, serve: Serve, asked: Any, student: acqcore.Student) -> None:
+        """Question and answer, a number as text, keys of a message that only templates know."""
+        for chosen in (
+            [{"question": "What is 2 + 2?", "answer": 40000}],
+            [{"messages": [{**CHAT[0], "weight": 1}, CHAT[1]]}],
+        ):
+            answer = post(serve, asked, "/score", {"samples": chosen, "acquisitions": "loss"}).json()
+            assert answer["errors"] == []
+            assert answer["values"]["loss"] == acqcore.score(student, chosen, "loss", progress=False)["loss"].tolist()
+
     def test_a_value_that_is_not_finite_is_null(
         self, serve: Serve, asked: Any, student: acqcore.Student, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -179,8 +230,7 @@ class TestScore:
         [
             ({}, "samples: Field required"),
             ([], "body: "),
-            ({"samples": [3]}, "samples.0.string: Input should be a valid string"),
-            ({"samples": [{"prompt": "a"}]}, "samples.0.completion.completion: Field required"),
+            ({"samples": "a"}, "samples: Input should be a valid array"),
             ({"samples": ["a"], "more": 1}, "more: Extra inputs are not permitted"),
             ({"samples": ["a"], "acquisitions": ["influence"]}, "unknown 'influence', expected one of"),
             ({"samples": ["a"], "acquisitions": []}, "acquisitions: List should have at least 1 item"),
@@ -215,7 +265,8 @@ class TestScore:
             (b'{"samples": ["a b"]', 400),
             (b"\xff\xfe", 400),
             (b'{"samples": ["\xff"]}', 400),
-            (b'{"samples": ["\\ud800 is half a character"]}', 400),
+            (b'{"samples": ["\\ud800 is half a character"', 400),
+            (b'{"samples": ["a b"], "reduction": "\\ud800"}', 422),
             (b'{"samples": NaN}', 422),
             (b'{"samples": ["a b"], "max_length": Infinity}', 422),
             (b'{"samples": ["a b"], "max_length": 1e999}', 422),
@@ -470,8 +521,8 @@ class TestGetReward:
     def test_a_masked_sample_gets_what_is_typical(
         self, serve: Serve, asked: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        values = iter([[(None,)], [(2.0,), (4.0,)], [(None,)], [(-1.0,)]])
-        monkeypatch.setattr(Question, "values", lambda *_: next(values))
+        values = iter([[None], [2.0, 4.0], [None], [-1.0]])
+        monkeypatch.setattr(Question, "values", lambda *_: [Values((value,), {}) for value in next(values)])
 
         async def main() -> list[list[float]]:
             async with asked(serve(acquisition="loss")) as client:
