@@ -137,7 +137,7 @@ def picture(results: Results, path: Path) -> None:
         arm for arm in results.arms if arm != AS_IT_IS and results.found[arm].keys() & results.found[AS_IT_IS].keys()
     ]
     found = sorted(((results.minus(arm, AS_IT_IS), arm) for arm in arms), key=lambda pair: pair[0].mean)
-    figure, axis = pyplot.subplots(figsize=(7, 0.36 * len(found) + 1.2), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(8, 0.36 * len(found) + 1.2), layout="constrained")
     half = [0.0 if math.isinf(one.high) else one.high - one.mean for one, _ in found]
     axis.errorbar(
         [one.mean for one, _ in found], range(len(found)), xerr=half, fmt="o", color="#c44e52", ms=4, capsize=2, lw=1
@@ -146,7 +146,7 @@ def picture(results: Results, path: Path) -> None:
     axis.set_yticks(range(len(found)), [f"{arm} ({one.n} seeds)" for one, arm in found])
     for tick, (_, arm) in zip(axis.get_yticklabels(), found, strict=True):
         tick.set_fontweight("bold" if arm == PRIMARY else "normal")
-    axis.set_xlabel(f"accuracy against the generator {AS_IT_IS}, points (95 % interval)")
+    axis.set_xlabel(f"minus the generator {AS_IT_IS}, points (95 % interval)")
     axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

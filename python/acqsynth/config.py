@@ -242,6 +242,8 @@ class EvaluationConfig(Section):
     """most rows of each set"""
     max_tokens: Count | None = None
     """most tokens of an answer; by default the domain's"""
+    likelihood: bool = False
+    """measure the likeliest of the set's labels too (classification, engine transformers)"""
     resamples: Count = 2000
     """bootstrap resamples of rows and seeds"""
     level: float = Field(default=0.95, gt=0, lt=1)

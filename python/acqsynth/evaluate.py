@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +64,29 @@ def evaluate(
     completions = [group[0].text for group in drawn]
     answers = [domain.answer_of(text) for text in completions]
     return Evaluation(completions, answers, domain.equivalent(rows, answers))
+
+
+def evaluate_by_likelihood(engine: Any, domain: Domain, rows: Sequence[Sample], labels: Sequence[str]) -> Evaluation:
+    """The likeliest label of each row: no answer is outside of the set, and none is lost to another spelling.
+
+    Args:
+        engine: over the student; ``transformers``, as it takes the log-probabilities of given texts.
+        domain: asks and judges.
+        rows: n rows with the right answer.
+        labels: different names; of equals the first is taken.
+
+    Raises:
+        ValueError: no rows or labels, or an engine that cannot do it.
+    """
+    if not rows or not labels:
+        raise ValueError(f"rows, labels: expected at least one of each, got {len(rows)} and {len(labels)}")
+    if not hasattr(engine, "logprobs"):
+        raise ValueError(f"engine: the likelihood of labels needs transformers, got {engine.name}")
+    texts = [domain.solution(Sample("", label)) for label in labels]
+    values = np.array(engine.logprobs([domain.student_prompt(row.question) for row in rows], texts))  # [n, m]
+    best = values.argmax(axis=1).tolist()
+    answers: list[str | None] = [labels[i] for i in best]
+    return Evaluation([texts[i] for i in best], answers, domain.equivalent(rows, answers))
 
 
 def bootstrap(right: Right, *, resamples: int = 2000, level: float = 0.95, seed: int = 0) -> Interval:

@@ -200,11 +200,14 @@ def plan(config: Config) -> Plan:
         evaluation = rows / f"evaluation-{IN_DISTRIBUTION}.parquet"
         return Scoring(config.reward, config.domain, config.engine, scorer, rows / "seeds.parquet", evaluation)
 
+    # Left out where it is off, so that runs from before there was a choice stay valid.
+    likelihood: dict[str, Any] = {"likelihood": True} if config.evaluation.likelihood else {}
+
     def answer(name: str, model: Any, sets: Mapping[str, str] | None = None) -> Step:
         asked = {f"evaluation-{key}": domain for key, domain in found.sets.items()} if sets is None else sets
         return step(
             "evaluate", name, answer_rows,
-            model=model, engine=config.engine, max_tokens=config.evaluation.max_tokens, seed=config.seed,
+            model=model, engine=config.engine, max_tokens=config.evaluation.max_tokens, seed=config.seed, **likelihood,
             sets={key.removeprefix("evaluation-"): (domain, rows / f"{key}.parquet") for key, domain in asked.items()},
         )  # fmt: skip
 
@@ -693,12 +696,14 @@ def answer_rows(
     engine: EngineConfig,
     max_tokens: int | None,
     seed: int,
+    likelihood: bool = False,
 ) -> None:
-    """Writes ``answers-<set>.parquet``: question, gold answer, skill, completion, answer, right.
+    """Writes ``answers-<set>.parquet``: question, gold answer, skill, completion, answer, right; with ``likelihood``
+    also the likeliest of the set's labels and whether it is right.
 
     ``sets``: name -> domain and rows.
     """
-    from acqsynth.evaluate import evaluate
+    from acqsynth.evaluate import evaluate, evaluate_by_likelihood
 
     answering = _engine(engine, model)
     for name, (domain, path) in sets.items():
@@ -711,6 +716,21 @@ def answer_rows(
         for some in context.chunks(f"answers-{name}", gold, 2 * CHUNK, chunk):
             for column, values in columns.items():
                 values += some[column]
+        likely: dict[str, list[Any]] = {}
+        if likelihood:
+            labels = list(dict.fromkeys(sample.answer for sample in gold))
+
+            def likeliest(
+                start: int, some: Sequence[Sample], own: Domain = own, labels: Sequence[str] = labels
+            ) -> dict[str, list[Any]]:
+                return asdict(evaluate_by_likelihood(answering, own, some, labels))
+
+            likely = {"likeliest": [], "likeliest_right": []}
+            for some in context.chunks(f"likelihood-{name}", gold, 2 * CHUNK, likeliest):
+                likely["likeliest"] += some["answers"]
+                likely["likeliest_right"] += some["right"]
+            written, best = fmean(columns["right"]), fmean(likely["likeliest_right"])
+            context.say(f"{name}: {written:.1%} right as written, {best:.1%} by the likeliest of {len(labels)} labels")
         write_table(
             context.folder / f"answers-{name}.parquet",
             {
@@ -720,6 +740,7 @@ def answer_rows(
                 "completion": columns["completions"],
                 "answer": columns["answers"],
                 "right": columns["right"],
+                **likely,
             },
         )
 

@@ -9,12 +9,14 @@ import pytest
 from scipy.stats import spearmanr
 
 from acqsynth.domains import Sample
+from acqsynth.domains.classification import Classification
 from acqsynth.engines import Sampling
 from acqsynth.evaluate import (
     accuracy_by_skill,
     bootstrap,
     bootstrap_change,
     evaluate,
+    evaluate_by_likelihood,
     rank_correlation,
     signal_validity,
 )
@@ -135,6 +137,34 @@ def test_order_alone_counts():
 def test_unscored_samples_are_left_out():
     assert rank_correlation([1.0, None, 2.0, 3.0, math.nan], [1.0, 5.0, 2.0, 3.0, 0.0]) == pytest.approx(1)
     assert rank_correlation([1.0, None, 2.0, 3.0], [1.0, 5.0, math.inf, 3.0]) is None
+
+
+class Likely:
+    """An engine that finds the text named in the prompt the likeliest, and all others equal."""
+
+    name = "likely"
+
+    def logprobs(self, prompts, texts):
+        return [[0.0 if prompt[-1]["content"].startswith(f"{text}!") else -1.0 for text in texts] for prompt in prompts]
+
+
+def test_the_likeliest_label_is_the_answer():
+    labels = ["card", "card_arrival", 'say "hi", then go', *(f"intent_{i}" for i in range(147))]
+    domain = Classification(labels)
+    rows = [Sample(f"{domain.solution(Sample('', label))}! Where?", label) for label in labels]
+    rows += [Sample("card arrival! Where?", "card"), Sample("none", "card"), Sample("none", "card_arrival")]
+    found = evaluate_by_likelihood(Likely(), domain, rows, labels)
+    assert found.answers == [*labels, "card_arrival", "card", "card"]  # of equals the first
+    assert found.right == [True] * 150 + [False, True, False]
+    assert found.completions[1] == "card arrival"
+
+
+def test_likelihood_needs_labels_and_an_engine_that_gives_it(echo):
+    rows = [Sample("Where?", "card")]
+    with pytest.raises(ValueError, match="rows, labels: expected at least one of each, got 1 and 0"):
+        evaluate_by_likelihood(Likely(), Classification(), rows, [])
+    with pytest.raises(ValueError, match="engine: the likelihood of labels needs transformers, got scripted"):
+        evaluate_by_likelihood(echo, Classification(), rows, ["card"])
 
 
 def test_undefined_without_an_order():

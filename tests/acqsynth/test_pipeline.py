@@ -281,7 +281,7 @@ def test_nothing_labelled_is_one_sentence(fakes, recipe, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("domain=sum", "domain: unknown 'sum', expected one of math, medical, code, arithmetic"),
+        ("domain=sum", "domain: unknown 'sum', expected one of math, medical, code, classification, arithmetic"),
         ("evaluation.others={more: {source: x, domain: y}}", "evaluation.others.more.domain: unknown 'y'"),
         ("generator.options.learning_rat=1", "generator.options: GRPOConfig has no field 'learning_rat'; did you mean"),
         ("generator.options.num_generations=3", "generator.options: generation_batch_size (8) must be divisible"),
@@ -357,6 +357,23 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
             StepContext(tmp_path / "dpo"), scoring=scoring, method="dpo", options=TRAINER,
             candidates=(SamplingConfig(max_tokens=4), 2), **arguments,
         )  # fmt: skip
+
+
+def test_answers_by_likelihood(student_path, tmp_path):
+    """The likeliest label is one of the set's, whatever an untrained student writes."""
+    rows = [Sample(f"text {i}", label) for i in range(3) for label in ("card", "card_arrival", "a, b")]
+    write_rows(tmp_path / "rows.parquet", rows)
+    said = []
+    pipeline.answer_rows(
+        StepContext(tmp_path, said.append), sets={"test": ("classification", tmp_path / "rows.parquet")},
+        model=student_path, engine=EngineConfig(), max_tokens=4, seed=0, likelihood=True,
+    )  # fmt: skip
+    table = read_table(tmp_path / "answers-test.parquet")
+    assert set(table["likeliest"]) <= {"card", "card_arrival", "a, b"}
+    assert table["likeliest_right"] == [a == b for a, b in zip(table["likeliest"], table["gold"], strict=True)]
+    assert table["right"] == [False] * 9
+    assert said[-1].startswith("test: 0.0% right as written, ")
+    assert said[-1].endswith("by the likeliest of 3 labels")
 
 
 def test_a_student_learns_rows_and_replay(scoring, student_path, tmp_path):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,64 @@ class TransformersEngine(Engine):
                 done.update(zip(batch, self._batch([rows[i] for i in batch], room[batch[0]], sampling), strict=True))
         groups = [[done[i * draws + draw] for draw in range(draws)] for i in range(len(ids))]
         return [group * sampling.n for group in groups] if greedy else groups
+
+    def logprobs(self, prompts: Sequence[str | Messages], texts: Sequence[str], at_once: int = 32) -> list[list[float]]:
+        """Log-probability of each of m texts, its end included, as the completion of each of n prompts.
+
+        The end makes a text that begins another one comparable with it. A prompt's keys and values are computed once.
+
+        Args:
+            prompts: as in :meth:`generate`.
+            texts: not empty; tokenized apart from the prompt, as a completion is written.
+            at_once: texts of a forward.
+
+        Returns:
+            n lists of m numbers, nats.
+
+        Raises:
+            ValueError: an empty text or prompt, a tokenizer without an end-of-sequence token, or more tokens than the
+                model takes.
+        """
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        ids = encode(self.tokenizer, prompts, limit)
+        ends = eos_ids(self.tokenizer, self.model.generation_config)
+        pieces = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        if not ends or not all(pieces):
+            raise ValueError(
+                "texts: expected texts of at least one token, and a tokenizer with an end-of-sequence token"
+            )
+        end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else ends[0]
+        rows = [[*piece, end] for piece in pieces]
+        if limit and max(map(len, ids), default=0) + max(map(len, rows), default=0) > limit:
+            raise ValueError(f"texts: expected prompt and text within {limit} tokens, all that the model takes")
+        parts = [self._padded(rows[i : i + at_once]) for i in range(0, len(rows), at_once)]
+        with self._generating():
+            return [[value for part in parts for value in values(part)] for values in map(self._continued, ids)]
+
+    def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids ``[m, T]``, padded on the right, and which of them are there."""
+        tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+        there = torch.zeros_like(tokens, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = torch.tensor(row)
+            there[i, : len(row)] = True
+        return tokens.to(self.model.device), there.to(self.model.device)
+
+    def _continued(self, prompt: list[int]) -> Callable[[tuple[torch.Tensor, torch.Tensor]], list[float]]:
+        """Gives the log-probability of each row of a part after a prompt."""
+        first = self.model(input_ids=torch.tensor([prompt], device=self.model.device), use_cache=True)
+
+        def values(part: tuple[torch.Tensor, torch.Tensor]) -> list[float]:
+            tokens, there = part
+            cache = copy.deepcopy(first.past_key_values)
+            cache.batch_repeat_interleave(len(tokens))
+            later = self.model(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True).logits  # [m, T - 1, V]
+            logits = torch.cat([first.logits[:, -1:].expand(len(tokens), -1, -1), later], dim=1).float()
+            own = logits.gather(2, tokens[:, :, None])[:, :, 0] - logits.logsumexp(dim=2)
+            found: list[float] = own.where(there, 0).sum(dim=1).tolist()
+            return found
+
+        return values
 
     def reload(self, weights: str | os.PathLike[str] | Mapping[str, torch.Tensor]) -> None:
         """As in :class:`Engine`; a path is a folder that ``from_pretrained`` reads. Weights are copied in place.

@@ -50,6 +50,29 @@ def test_learned_positions_sliding_windows_and_tied_heads(tiny_model, tokenizer,
     assert [g[0].token_ids for g in groups] == [alone(engine, p, min(12, 64 - len(p))) for p in prompts]
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 32])
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Gemma3", "Qwen2"])
+def test_logprobs_of_texts(tiny_model, tokenizer, kind, at_once):
+    """Against one forward of prompt and text, padding and cache apart; a text that begins another has its own end."""
+    engine = TransformersEngine(tiny_model(kind, eos_token_id=tokenizer.eos_token_id), tokenizer)
+    prompts, answers = ["a", "What is 6 * 7?"], ["card", "card arrival", 'say "hi", then go']
+    found = engine.logprobs(prompts, answers, at_once)
+    for prompt, row in zip(prompts, found, strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+        for answer, value in zip(answers, row, strict=True):
+            own = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            with torch.no_grad():
+                logits = engine.model(torch.tensor([ids + own])).logits[0, len(ids) - 1 : -1].float()
+            expected = logits.log_softmax(dim=1).gather(1, torch.tensor(own)[:, None]).sum()
+            assert value == pytest.approx(expected.item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("answers", [[""], ["card", ""], ["b" * 5000]])
+def test_logprobs_of_no_text_or_too_long_a_one(engine, answers):
+    with pytest.raises(ValueError, match="texts: expected"):
+        engine.logprobs(["a"], answers)
+
+
 def test_greedy_draws_are_one_text(engine):
     groups = engine.generate(PROMPTS[:2], replace(GREEDY, n=3))
     assert [len(group) for group in groups] == [3, 3]
