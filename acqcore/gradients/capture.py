@@ -1,96 +1,45 @@
-"""Selects parameters, and catches the pieces of their gradients while a backward pass runs.
+"""Catches the pieces of the selected parameters' gradients while a backward pass runs.
 
-Hooks on the modules that own a selected parameter keep their inputs and see the gradients of their outputs. No
-parameter requires a gradient meanwhile: autograd computes gradients of activations only, and none before the first
-selected module, where activations are not kept.
+The output of each module that owns a selected parameter goes through a *tap*, which hands it on and sees its gradient.
+The backward runs towards the taps' own leaf and nothing else, whatever requires a gradient besides (gradient
+checkpointing and PEFT make embeddings do so). No parameter requires a gradient meanwhile: autograd computes gradients
+of activations only, and none before the first tap, where activations are not kept.
+
+Before the first batch the pieces of a few tokens are compared with autograd's own gradients, parameter by parameter and
+sample by sample. Where they differ, or a module fits no rule, samples come one at a time, and autograd itself gives the
+gradient of the parameters in question. Experts that are called with the tokens routed to them are of this kind.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from acqcore import checks
-from acqcore.gradients.measures import GradPiece, merged
-from acqcore.gradients.rules import ModuleCall
-from acqcore.head import Head
+from acqcore.gradients.measures import DenseGrad, GradPiece, RowGrad, SquaredNorm, merged, scaled
+from acqcore.gradients.rules import ModuleCall, Uncovered, is_embedding, is_linear
+from acqcore.head import compute_dtype
 from acqcore.students.student import Student
 
+#: Shape of the token ids on which pieces are compared with autograd.
+PROBE = (2, 8)
 
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """The parameters that a gradient is taken in.
-
-    Attributes:
-        names: parameter -> name; the head's only if the trunk owns it too (tied to the embedding).
-        head: name of the head's weight, None if it is not selected. Its bias comes with it.
-    """
-
-    names: Mapping[torch.Tensor, str]
-    head: str | None
-
-
-def select_parameters(student: Student, head: Head, parameters: str | int) -> Selection:
-    """The parameters named by ``parameters``, see :func:`acqcore.grad_norm`.
-
-    Raises:
-        ValueError: more blocks than the trunk has, no trainable parameter, a quantised parameter, a student whose
-            parameters are sharded over processes.
-    """
-    if parameters == "head":
-        return Selection({}, "head")
-    module, trunk = student._module, student.trunk
-    if module is None:
-        raise ValueError(
-            f"parameters: {parameters!r} needs a student whose trunk is a torch.nn.Module; of any other "
-            "callable only 'head' is known"
-        )
-    if student.sharded or head.group is not None:
-        raise ValueError(
-            f"parameters: {parameters!r} needs a student whose parameters are whole on each rank; of one spread over "
-            "processes (tensor parallel, FSDP, ZeRO-3) only 'head' is known"
-        )
-    assert isinstance(trunk, nn.Module)
-    names: dict[torch.Tensor, str] = {p: name for name, p in module.named_parameters()}
-    if isinstance(parameters, int):
-        blocks = student.blocks
-        checks.block_count(parameters, len(blocks))
-        last = {p for block in blocks[-parameters:] for p in block.parameters()}
-        names = {p: name for p, name in names.items() if p in last}
-        checks.differentiable(names)
-        return Selection(names, None)
-    if module is trunk:  # a head given on its own is not part of the module
-        for name, value in (("head.weight", head.weight), ("head.bias", head.bias)):
-            if value is not None and _name(value, names) is None:
-                names[value] = name
-    if parameters == "trainable":
-        names = {p: name for p, name in names.items() if p.requires_grad}
-    if not names:
-        raise ValueError(f"parameters: {parameters!r}: no parameter of the student has requires_grad=True")
-    checks.differentiable(names)
-    weight = _name(head.weight, names)
-    bias = None if head.bias is None else _name(head.bias, names)
-    if head.bias is not None and (weight is None) != (bias is None):
-        alone, other = (weight, "bias") if bias is None else (bias, "weight")
-        raise ValueError(f"parameters: no rule covers {alone} without the head's {other}")
-    of_trunk = set(trunk.parameters())
-    names = {p: name for p, name in names.items() if p in of_trunk or name not in (weight, bias)}
-    return Selection(names, weight)
+#: Largest difference of a parameter's gradient norm from autograd's, relative to it, and to the norm of all together:
+#: a gradient that is zero but for rounding, as that of a key's bias, has no relative error.
+PROBE_TOLERANCE = {
+    torch.float64: (1e-6, 1e-9),
+    torch.float32: (2e-3, 1e-5),
+    torch.float16: (5e-2, 5e-3),
+    torch.bfloat16: (5e-2, 1e-2),
+}
 
 
-def _name(value: torch.Tensor, names: Mapping[torch.Tensor, str]) -> str | None:
-    """Name of the parameter that shares the memory of ``value``."""
-    for parameter, name in names.items():
-        if parameter.data_ptr() == value.data_ptr() and parameter.shape == value.shape:
-            return name
-    return None
+class OneByOne(Exception):  # noqa: N818
+    """A batch whose samples a module does not keep apart: they must come one at a time."""
 
 
 class Capture:
@@ -99,45 +48,92 @@ class Capture:
     Args:
         student: whose trunk runs.
         names: parameter -> name.
-        heads: names of head weights among them, which the trunk may hold without using.
+        tied: names of head weights among them: an embedding's rows and the head's add up.
     """
 
-    def __init__(self, student: Student, names: Mapping[torch.Tensor, str], heads: Collection[str | None] = ()) -> None:
+    def __init__(self, student: Student, names: Mapping[torch.Tensor, str], tied: Collection[str | None] = ()) -> None:
         self._student = student
         self._names = names
-        self._heads = heads
+        self._tied = tied
         self._modules = [] if student._module is None else list(student._module.modules())
         self._owners: dict[nn.Module, dict[str, str]] = {}  # module -> attribute -> name
         for module in self._modules:
             own = {key: names[p] for key, p in module._parameters.items() if p is not None and p in names}
             if own:
                 self._owners[module] = own
-        self._verified = False
+        parameters = [p for module in self._modules for p in module._parameters.values() if p is not None]
+        self._half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters)
+        #: Whether batches must be of one sample; known once :meth:`prepare` ran.
+        self.one_by_one = False
+        self._prepared = False
+        self._by_autograd: dict[torch.Tensor, str] = {}
+        #: Names of parameters that have a gradient in the probe.
+        self.used: set[str] = set()
+        self._forms: dict[nn.Module, set[tuple[str, str]]] = {}
+        self._failed: set[str] | None = None  # names that fit no rule, while the probe runs
         self._active = False
         self._shape = (0, 0)
-        self._leaves: list[torch.Tensor] = []
+        self._leaf = torch.zeros(())
         self._uses: Counter[str] = Counter()
         self._pending: dict[str, list[GradPiece]] = {}
+        self._arrived: set[str] = set()
+        self._factor: torch.Tensor | None = None
         self._last = True
         self._emit: Callable[[str, GradPiece], None]
 
+    def prepare(self) -> None:
+        """Find out on a few tokens which rules hold, once; call it before the first batch is made."""
+        if not self._prepared:
+            self._prepared = True
+            failed = self._probe(PROBE[0])
+            if failed is None or failed:
+                self.take_one_by_one()
+            self._refuse_unseen()
+
+    def take_one_by_one(self) -> None:
+        """From here on batches are of one sample. What fits no rule then is left to autograd."""
+        self.one_by_one = True
+        self._forms.clear()
+        failed = self._probe(1)
+        if failed is None:
+            failed = self.used = set(self._names.values())
+        ruled = {name for m, own in self._owners.items() if is_linear(m) or is_embedding(m) for name in own.values()}
+        self._by_autograd = {p: name for p, name in self._names.items() if name in failed or name not in ruled}
+
+    def _refuse_unseen(self) -> None:
+        """Refuse parameters that change the logits but not the hidden states, such as adapters on the head."""
+        names, student = self._names, self._student
+        silent = {p: name for p, name in names.items() if name not in self.used and name not in self._tied}
+        if not silent or student._logits is None:
+            return
+        ids = torch.arange(2, device=student.device)[None] % student._vocab_size
+        with torch.inference_mode(False), student.scoring(), torch.enable_grad(), self.attached():
+            with ExitStack() as stack:
+                for parameter in silent:
+                    stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                    parameter.requires_grad_(True)
+                logits = student._logits(ids)
+                if not logits.requires_grad:
+                    return
+                gradients = torch.autograd.grad(logits.sum(), list(silent), allow_unused=True)
+        seen = [n for n, g in zip(silent.values(), gradients, strict=True) if g is not None]
+        if seen:
+            more = f" and {len(seen) - 1} more" if len(seen) > 1 else ""
+            raise ValueError(f"parameters: no rule covers {seen[0]}{more}: it is part of the student's head")
+
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks installed and no parameter requiring a gradient; both are restored on exit."""
-        parameters = {p for module in self._modules for p in module._parameters.values() if p is not None}
-        required = [p for p in parameters if p.requires_grad]
-        handles = []
-        try:
-            for parameter in required:
-                parameter.requires_grad_(False)
+        """Hooks installed, and no parameter but those left to autograd requiring a gradient; undone on exit."""
+        parameters = {p: p.requires_grad for m in self._modules for p in m._parameters.values() if p is not None}
+        with ExitStack() as stack:
+            for parameter, required in parameters.items():
+                wanted = parameter in self._by_autograd
+                if required != wanted:
+                    parameter.requires_grad_(wanted)
+                    stack.callback(parameter.requires_grad_, required)
             for owner in self._owners:
-                handles.append(owner.register_forward_hook(self._after_forward, with_kwargs=True))
+                stack.callback(owner.register_forward_hook(self._after_forward, with_kwargs=True).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter in required:
-                parameter.requires_grad_(True)
 
     def forward(
         self,
@@ -146,21 +142,17 @@ class Capture:
         """The trunk's hidden states ``[B, T, D]`` with the graph that :meth:`backward` needs.
 
         Raises:
-            ValueError: a selected parameter is used in a way that the hooks do not see.
+            OneByOne: samples that a module does not keep apart. ValueError: a module that fits no rule.
         """
         self._shape = (input_ids.shape[0], input_ids.shape[1])
-        self._leaves.clear()
+        self._leaf = torch.zeros((), requires_grad=True)
         self._uses.clear()
         self._pending.clear()
         self._active = True
         try:
-            hidden = self._student.hidden(input_ids)
+            return self._student.hidden(input_ids)
         finally:
             self._active = False
-        if not self._verified:
-            self._verify(input_ids[:1, :2])
-            self._verified = True
-        return hidden
 
     def backward(
         self,
@@ -169,71 +161,203 @@ class Capture:
         emit: Callable[[str, GradPiece], None],
         last: bool = True,
     ) -> None:
-        """Pass each parameter's piece to ``emit`` as soon as it is complete; ``last`` frees the graph."""
-        self._emit, self._last = emit, last
-        if hidden.requires_grad:
-            torch.autograd.grad(
-                hidden, self._leaves, gradient.to(hidden.dtype), allow_unused=True, retain_graph=not last
+        """Pass each parameter's piece to ``emit`` as soon as it is complete; ``last`` frees the graph.
+
+        Raises:
+            ValueError: a parameter took part in the forward and got no gradient, or autograd fails.
+        """
+        self._backward(hidden, gradient, emit, last, self._by_autograd, self._after_autograd)
+        silent = [name for name in self.used if self._uses[name] and name not in self._arrived]
+        if silent:
+            raise ValueError(
+                f"parameters: {silent[0]} took part in the forward and got no gradient; "
+                "is part of the student detached or run without gradients?"
             )
+
+    def _backward(
+        self,
+        hidden: torch.Tensor,  # [B, T, D]
+        gradient: torch.Tensor,  # [B, T, D]
+        emit: Callable[[str, GradPiece], None],
+        last: bool,
+        whole: Mapping[torch.Tensor, str],
+        receive: Callable[[torch.Tensor, torch.Tensor], None],
+    ) -> None:
+        """The pieces to ``emit``, and autograd's gradients of the parameters ``whole`` to ``receive``."""
+        self._emit, self._last = emit, last
+        self._arrived.clear()
+        self._factor = None
+        if self._half or torch.is_autocast_enabled(hidden.device.type):
+            # The mean over a long sample would underflow in half precision.
+            largest = gradient.flatten(1).abs().amax(1).double()
+            exponent = torch.frexp(largest.where(largest.isfinite() & (largest > 0), 1.0)).exponent
+            self._factor = torch.ldexp(torch.ones_like(largest), exponent)  # [B]
+            gradient = gradient / self._factor[:, None, None].to(gradient)
+        if hidden.requires_grad:
+            with _streamed(whole, receive):
+                try:
+                    inputs = [self._leaf, *whole]
+                    torch.autograd.backward(hidden, gradient.to(hidden.dtype), retain_graph=not last, inputs=inputs)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    name = next(iter(self._names.values()))
+                    raise ValueError(f"parameters: the gradient of {name} and others cannot be taken: {error}") from error
         for name in list(self._pending):  # a call that nothing depends on gets no gradient
             self._finish(name)
 
-    def _verify(
-        self,
-        input_ids: torch.Tensor,  # [1, 2]
-    ) -> None:
-        """Ask autograd whether parameters whose modules were not called change the logits all the same."""
-        silent = {p: name for p, name in self._names.items() if not self._uses[name] and name not in self._heads}
-        if not silent:
-            return
+    def _probe(self, batch: int) -> set[str] | None:
+        """Compare the pieces of a few tokens with autograd's gradients: names of parameters whose pieces differ or that
+        fit no rule; None where samples cannot be batched or the modules' outputs not be tapped."""
         student = self._student
-        assert student._module is not None
+        length = min(PROBE[1], student.max_length or PROBE[1])
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(student._vocab_size, (batch, length), generator=generator).to(student.device)
+        norms: dict[str, torch.Tensor] = {}
+        squares: Counter[str] = Counter()
+        bad: set[str] = set()
+
+        def receive(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+            squares[self._names[parameter]] += float(gradient.double().square().sum())
+
+        def emit(name: str, piece: GradPiece) -> None:
+            measure = SquaredNorm(batch, student.device)
+            measure.add(name, piece)
+            norms[name] = measure.values.sqrt().cpu()
+
+        self._by_autograd, self._failed = dict(self._names), bad
         try:
-            for parameter in silent:
-                parameter.requires_grad_(True)
-            if student._module is student.trunk:
-                output = student.hidden(input_ids)
-            else:
-                output = student._module(input_ids=input_ids).logits
-            used = []
-            if output.requires_grad:
-                gradients = torch.autograd.grad(output.sum(), list(silent), allow_unused=True)
-                used = [n for n, g in zip(silent.values(), gradients, strict=True) if g is not None]
+            with torch.inference_mode(False), student.scoring(), torch.enable_grad(), self.attached():
+                hidden = self.forward(ids)
+                tolerance, floor = PROBE_TOLERANCE[torch.bfloat16 if self._half else hidden.dtype]
+                for sample in range(batch):
+                    noise = torch.zeros(hidden.shape, dtype=compute_dtype(hidden.dtype))
+                    noise[sample] = torch.randn(hidden.shape[1:], generator=generator)
+                    squares.clear()
+                    norms.clear()
+                    last = sample == batch - 1
+                    self._backward(hidden, noise.to(hidden.device), emit, last, self._names, receive)
+                    total = sum(squares.values()) ** 0.5
+                    for name in self._names.values():
+                        expected = torch.zeros(batch, dtype=torch.float64)
+                        expected[sample] = size = squares[name] ** 0.5
+                        error = float((norms.get(name, torch.zeros(batch)) - expected).abs().max())
+                        if not error <= tolerance * size + floor * total:
+                            bad.add(name)
+                        if size > floor * total:
+                            self.used.add(name)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # of the student's own code, which a tapped output or a batch may not suit
+            return None
         finally:
-            for parameter in silent:
-                parameter.requires_grad_(False)
-        if used:
-            more = f" and {len(used) - 1} more" if len(used) > 1 else ""
-            raise ValueError(
-                f"parameters: no rule covers {used[0]}{more}: it is used without a call of the module that owns it"
-            )
+            self._by_autograd, self._failed = {}, None
+        return bad
 
     def _after_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> torch.Tensor | None:
         if not self._active:
             return None
-        names = self._owners[module]
-        call = ModuleCall(module, names, args, kwargs, output, *self._shape)
+        names = {key: name for key, name in self._owners[module].items() if self._captured(name)}
+        if not names:
+            return None
+        probing = self._failed is not None
+        try:
+            call = ModuleCall(module, names, args, kwargs, output, *self._shape)
+        except Uncovered as error:
+            if self._failed is None and self._shape[0] > 1:
+                raise OneByOne from error
+            if self._failed is None:
+                raise
+            self._failed.update(names.values())
+            return None
+        # A batch must not tell its samples apart by a shape that the module's calls in the probe did not have: as many
+        # tokens may be routed to an expert as there are samples.
+        if self._shape[0] > 1 and not probing and call.forms not in self._forms.get(module, ()):
+            raise OneByOne
+        if probing:
+            self._forms.setdefault(module, set()).add(call.forms)
         self._uses.update(names.values())
-        if output.shape[0] == 1:  # shared by all samples, as positions are: a row each tells their gradients apart
-            output = output.expand(self._shape[0], *output.shape[1:])
-        if not output.requires_grad:  # the graph begins here, with a copy: a leaf must not change in place
-            self._leaves.append(output.detach().requires_grad_())
-            output = self._leaves[-1].clone()
-        output.register_hook(partial(self._after_backward, [call]))
-        return output
+        return _Tap.apply(output, self._leaf, self, call)  # type: ignore[no-any-return]
+
+    def _captured(self, name: str) -> bool:
+        return self._failed is not None or name not in self._by_autograd.values()
 
     def _after_backward(self, calls: list[ModuleCall], gradient: torch.Tensor) -> None:
         call = calls.pop() if self._last else calls[0]  # the last backward frees the module's input
-        for key, piece in call.pieces(gradient).items():
+        try:
+            pieces = call.pieces(gradient)
+        except Uncovered:
+            if self._failed is None:
+                raise
+            self._failed.update(call.names.values())
+            return
+        for key, piece in pieces.items():
             name = call.names[key]
             self._pending.setdefault(name, []).append(piece)
             if len(self._pending[name]) == self._uses[name]:
                 self._finish(name)
 
+    def _after_autograd(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        name = self._by_autograd[parameter]
+        gradient = gradient.to(compute_dtype(gradient.dtype))
+        piece: GradPiece = DenseGrad(gradient.reshape(1, -1))
+        if name in self._tied:
+            rows = torch.arange(len(gradient), device=gradient.device)[None]
+            piece = RowGrad(rows, gradient[None], len(gradient))
+        self._pending[name] = [piece]
+        self._finish(name)
+
     def _finish(self, name: str) -> None:
         piece = merged(self._pending.pop(name))
         if piece is None:
-            raise ValueError(f"parameters: no rule covers {name}: layers of different kinds share it")
-        self._emit(name, piece)
+            if self._failed is None:
+                raise ValueError(f"parameters: no rule covers {name}: layers of different kinds share it")
+            self._failed.add(name)
+            return
+        self._arrived.add(name)
+        self._emit(name, piece if self._factor is None else scaled(piece, self._factor))
+
+
+class _Tap(torch.autograd.Function):
+    """Hands on a module's output, and its gradient to a capture."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, leaf: torch.Tensor, capture: Capture, call: ModuleCall) -> torch.Tensor:
+        ctx.capture, ctx.calls, ctx.device = capture, [call], leaf.device
+        batch = capture._shape[0]
+        ctx.shared = batch > 1 and output.shape[0] == 1
+        if ctx.shared:  # as positions are: a row for each sample tells their gradients apart
+            return output.expand(batch, *output.shape[1:]).clone()
+        # What is handed on may change in place. A linear layer does not need its output again.
+        return output.data if is_linear(call.module) and output._base is None else output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # type: ignore[override]
+        gradient = gradients[0]
+        ctx.capture._after_backward(ctx.calls, gradient)
+        own = None
+        if ctx.needs_input_grad[0]:
+            own = gradient.sum(0, keepdim=True) if ctx.shared else gradient
+        return own, torch.zeros((), device=ctx.device), None, None
+
+
+@contextmanager
+def _streamed(
+    parameters: Collection[torch.Tensor], receive: Callable[[torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """Context in which gradients of leaves go to ``receive`` one by one; ``grad`` is restored on exit."""
+    kept = [(parameter, parameter.grad) for parameter in parameters]
+
+    def arrived(parameter: torch.Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        receive(parameter, gradient)
+
+    with ExitStack() as stack:
+        for parameter, gradient in kept:
+            parameter.grad = None
+            stack.callback(setattr, parameter, "grad", gradient)
+            stack.callback(parameter.register_post_accumulate_grad_hook(arrived).remove)
+        yield

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from acqcore.gradients.capture import Capture, select_parameters
+from acqcore.gradients.capture import Capture
 from acqcore.gradients.head_pass import HeadPass
 from acqcore.gradients.measures import GradPiece, Measure, RowGrad, Sketch, SquaredNorm
 from acqcore.gradients.need import GradientNeed
+from acqcore.gradients.selection import select_parameters
 from acqcore.head import Head
 from acqcore.literals import Loss, Parameters
 from acqcore.students.student import Student
@@ -53,6 +54,32 @@ class SampleGradients:
         self.of_head = any(
             need.dim is None and not need.predicted and self._selections[need.parameters].head for need in needs
         )
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether batches must be of one sample; known once :meth:`prepare` ran."""
+        return self.deep and self._capture.one_by_one
+
+    def prepare(self) -> None:
+        """What a few tokens tell of the student; call it before batches are made.
+
+        Raises:
+            ValueError: selected parameters none of which has a gradient.
+        """
+        if not self.deep:
+            return
+        self._capture.prepare()
+        for parameters, selection in self._selections.items():
+            if selection.names and selection.head is None and self._capture.used.isdisjoint(selection.names.values()):
+                name = next(iter(selection.names.values()))
+                raise ValueError(
+                    f"parameters: {parameters!r}: {name} and the others have no gradient: the student's forward does "
+                    "not use them, as those of a merged or disabled adapter"
+                )
+
+    def take_one_by_one(self) -> None:
+        """From here on batches are of one sample."""
+        self._capture.take_one_by_one()
 
     @contextmanager
     def forward(

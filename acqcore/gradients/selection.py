@@ -1,0 +1,82 @@
+"""Selects the parameters that a gradient is taken in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from acqcore import checks
+from acqcore.head import Head
+from acqcore.students.student import Student
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The parameters that a gradient is taken in.
+
+    Attributes:
+        names: parameter -> name; the head's only if the trunk owns it too (tied to the embedding).
+        head: name of the head's weight, None if it is not selected. Its bias comes with it.
+    """
+
+    names: Mapping[torch.Tensor, str]
+    head: str | None
+
+
+def select_parameters(student: Student, head: Head, parameters: str | int) -> Selection:
+    """The parameters named by ``parameters``, see :func:`acqcore.grad_norm`.
+
+    Raises:
+        ValueError: more blocks than the trunk has, no trainable parameter, a quantised parameter, a student whose
+            parameters are sharded over processes.
+    """
+    if parameters == "head":
+        return Selection({}, "head")
+    module, trunk = student._module, student.trunk
+    if module is None:
+        raise ValueError(
+            f"parameters: {parameters!r} needs a student whose trunk is a torch.nn.Module; of any other "
+            "callable only 'head' is known"
+        )
+    if student.sharded or head.group is not None:
+        raise ValueError(
+            f"parameters: {parameters!r} needs a student whose parameters are whole on each rank; of one spread over "
+            "processes (tensor parallel, FSDP, ZeRO-3) only 'head' is known"
+        )
+    assert isinstance(trunk, nn.Module)
+    names: dict[torch.Tensor, str] = {p: name for name, p in module.named_parameters()}
+    if isinstance(parameters, int):
+        blocks = student.blocks
+        checks.block_count(parameters, len(blocks))
+        last = {p for block in blocks[-parameters:] for p in block.parameters()}
+        names = {p: name for p, name in names.items() if p in last}
+        checks.differentiable(names)
+        return Selection(names, None)
+    if module is trunk:  # a head given on its own is not part of the module
+        for name, value in (("head.weight", head.weight), ("head.bias", head.bias)):
+            if value is not None and _name(value, names) is None:
+                names[value] = name
+    if parameters == "trainable":
+        names = {p: name for p, name in names.items() if p.requires_grad}
+    if not names:
+        raise ValueError(f"parameters: {parameters!r}: no parameter of the student has requires_grad=True")
+    checks.differentiable(names)
+    weight = _name(head.weight, names)
+    bias = None if head.bias is None else _name(head.bias, names)
+    if head.bias is not None and (weight is None) != (bias is None):
+        alone, other = (weight, "bias") if bias is None else (bias, "weight")
+        raise ValueError(f"parameters: no rule covers {alone} without the head's {other}")
+    of_trunk = set(trunk.parameters())
+    names = {p: name for p, name in names.items() if p in of_trunk or name not in (weight, bias)}
+    return Selection(names, weight)
+
+
+def _name(value: torch.Tensor, names: Mapping[torch.Tensor, str]) -> str | None:
+    """Name of the parameter that shares the memory of ``value``."""
+    for parameter, name in names.items():
+        if parameter.data_ptr() == value.data_ptr() and parameter.shape == value.shape:
+            return name
+    return None
