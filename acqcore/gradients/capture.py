@@ -67,8 +67,9 @@ class Capture:
         self.one_by_one = False
         self._prepared = False
         self._by_autograd: dict[torch.Tensor, str] = {}
-        #: Names of parameters that have a gradient in the probe.
+        #: Names of parameters that have a gradient in the probe, more than rounding.
         self.used: set[str] = set()
+        self._touched: set[str] = set()  # names of parameters that autograd gives any gradient in the probe
         self._forms: dict[nn.Module, set[tuple[str, str]]] = {}
         self._failed: set[str] | None = None  # names that fit no rule, while the probe runs
         self._active = False
@@ -96,14 +97,15 @@ class Capture:
         self._forms.clear()
         failed = self._probe(1)
         if failed is None:
-            failed = self.used = set(self._names.values())
+            failed = self.used = self._touched = set(self._names.values())
         ruled = {name for m, own in self._owners.items() if is_linear(m) or is_embedding(m) for name in own.values()}
         self._by_autograd = {p: name for p, name in self._names.items() if name in failed or name not in ruled}
 
     def _refuse_unseen(self) -> None:
         """Refuse parameters that change the logits but not the hidden states, such as adapters on the head."""
         names, student = self._names, self._student
-        silent = {p: name for p, name in names.items() if name not in self.used and name not in self._tied}
+        seen_here = self._touched.union(self._tied)
+        silent = {p: name for p, name in names.items() if name not in seen_here}
         if not silent or student._logits is None:
             return
         ids = torch.arange(2, device=student.device)[None] % student._vocab_size
@@ -218,6 +220,7 @@ class Capture:
         bad: set[str] = set()
 
         def receive(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+            self._touched.add(self._names[parameter])
             squares[self._names[parameter]] += float(gradient.double().square().sum())
 
         def emit(name: str, piece: GradPiece) -> None:

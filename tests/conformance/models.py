@@ -140,13 +140,45 @@ SMALL: dict[str, Any] = {
     # other modalities
     "image_size": 16,
     "patch_size": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
     "type_vocab_size": 2,
     # no randomness of their own
     "attention_dropout": 0.0,
 }  # fmt: skip
 
 #: Type -> entries that differ from ``SMALL``.
-OWN: dict[str, dict[str, Any]] = {}
+OWN: dict[str, dict[str, Any]] = {
+    **{kind: {"num_key_value_heads": 4} for kind in (
+        "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash",
+        "minicpm3", "sarvam_mla", "youtu", "dots3_note", "dots3_note_text",
+    )},
+    **{kind: {"layer_types": ["linear_attention", "full_attention"]} for kind in (
+        "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", 
+    )},
+    **{kind: {"layer_types": ["linear_attention", "full_attention"], "num_key_value_heads": 4} for kind in (
+        "kimi_linear", "bailing_hybrid",
+    )},
+    **{kind: {"text_config": {"layer_types": ["linear_attention", "full_attention"]}} for kind in (
+        "qwen3_5", "qwen3_5_moe", "qwen4_exp",
+    )},
+    "bamba": {"attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "zamba": {"layer_types": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "sliding_attention"]},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "zaya": {"num_experts_per_tok": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attention_head_size": 8},
+    "xlstm": {"num_heads": 4},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+}  # fmt: skip
 
 
 def kinds() -> dict[str, str]:
