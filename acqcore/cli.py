@@ -1,5 +1,5 @@
-"""Score data files with a student (``acqcore score``), estimate what that costs (``acqcore plan``), list versions and
-backends (``acqcore info``)."""
+"""Score data files with a student (``acqcore score``), keep the best rows (``acqcore select``), estimate what scoring
+costs (``acqcore plan``), list versions and backends (``acqcore info``)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from acqcore import __version__, checks
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
 from acqcore.costs import command as plan_command
-from acqcore.files import data as data_files
+from acqcore.files import data as data_files, select as select_command
 from acqcore.files.data import Block
-from acqcore.files.executors import executor_of
+from acqcore.files.executors import Executor, executor_of
+from acqcore.files.output import check_output
 from acqcore.files.parts import Parts
 from acqcore.files.summary import Summary, print_table
+from acqcore.files.table import join
 from acqcore.files.worker import ATTEMPTS, DTYPES, Job, write_failed
 from acqcore.literals import Reduction
 from acqcore.progress import Progress
@@ -35,6 +37,9 @@ BLOCK_ROWS = 4096  # bounds memory; larger blocks would pack hardly better
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)  # --top is not --topk
+
     def error(self, message: str) -> Any:
         """One sentence without the usage text."""
         self.exit(2, f"acqcore: error: {message}\n")
@@ -50,11 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options))
     except _UsageError as error:
-        print(f"acqcore: error: {error}", file=sys.stderr)
+        print(f"acqcore: error: {_of_options(str(error), options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("acqcore: interrupted; the same command resumes after the last finished batch", file=sys.stderr)
         return 130
+
+
+def _of_options(message: str, options: argparse.Namespace) -> str:
+    """The message with the option in the place of the argument that it begins with: ``--max-length: expected ...``."""
+    name, colon, rest = message.partition(":")
+    return f"--{name.replace('_', '-')}{colon}{rest}" if name in vars(options) else message
 
 
 class _UsageError(Exception):
@@ -67,6 +78,7 @@ _WRONG_USAGE = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="acqcore", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"acqcore {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     score = commands.add_parser("score", help="score the rows of a data file with a student")
     score.set_defaults(command=_score)
@@ -77,13 +89,15 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         type=Path,
         metavar="F",
-        help=".parquet, .jsonl or .csv; without an extension a folder of parquet files",
+        help=".parquet, .jsonl or .csv; without an extension a folder of parquet files; has every column of the data",
     )
+    score.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     score.add_argument(
         "--acquisitions",
         default="entropy",
         metavar="A,B",
-        help=f"comma-separated, by default entropy; any of {', '.join(REGISTRY)}",
+        help="comma-separated, by default entropy; any of "
+        f"{', '.join(name for name, entry in REGISTRY.items() if entry.over != 'set')}",
     )
     score.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
     score.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
@@ -102,6 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
     score.add_argument("--device", metavar="D", help="device (default: the engine's, cpu or one GPU per process)")
     score.add_argument("--backend", metavar="B", help="backend, see 'acqcore info'")
+    score.add_argument(
+        "--keep-tokens",
+        action="store_true",
+        help="also write the scored tokens (token_ids) and their values (<acquisition>_tokens), a list each",
+    )
     score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
     score.add_argument(
         "--engine",
@@ -118,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="rows per block, the unit of reading, retrying and writing",
     )
+    select = commands.add_parser("select", help="keep the rows of a scored file that are worth most")
+    select.set_defaults(command=_select)
+    select_command.add_options(select)
     plan = commands.add_parser("plan", help="estimate memory and time of scoring")
     plan.set_defaults(command=_plan)
     plan_command.add_options(plan)
@@ -160,6 +182,13 @@ def _plan(options: argparse.Namespace) -> int:
         raise _UsageError(_first_line(error)) from error
 
 
+def _select(options: argparse.Namespace) -> int:
+    try:
+        return select_command.run(options)
+    except _WRONG_USAGE as error:
+        raise _UsageError(_first_line(error)) from error
+
+
 def _score(options: argparse.Namespace) -> int:
     begun = time.time()
     try:
@@ -170,25 +199,33 @@ def _score(options: argparse.Namespace) -> int:
             parts.claim(manifest)
     except _WRONG_USAGE as error:
         raise _UsageError(_first_line(error)) from error
+    try:
+        return _run(options, job, blocks, executor, parts, begun)
+    finally:
+        parts.release()
+
+
+def _run(
+    options: argparse.Namespace, job: Job, blocks: Sequence[Block], executor: Executor, parts: Parts, begun: float
+) -> int:
     todo = [block for block in blocks if not parts.finished(block.index)]
     n_rows, left = sum(block.rows for block in blocks), sum(block.rows for block in todo)
     with Progress(n_rows, None if executor.reports else False, "rows") as bar:
         bar.update(n_rows - left)
         try:
             executor.run(job, todo, bar.update)
-        except _WRONG_USAGE as error:  # of the student: what the blocks raise, the scorer keeps
+        except Exception as error:  # of the student, whose files may hold anything; what blocks raise, the scorer keeps
             if executor.reports:
                 parts.remove_unused()
-            raise _UsageError(_first_line(error)) from error
+            kind = "" if isinstance(error, _WRONG_USAGE) else f"{type(error).__name__}: "
+            raise _UsageError(kind + (_first_line(error) or type(error).__name__)) from error
     if not executor.reports:
         return 0
     summary = _collect(options, job, parts, blocks, {block.index for block in todo})
     try:
-        data_files.join([parts.path(block.index) for block in blocks], job.out, job.output_columns)
-    except (ValueError, TypeError) as error:
-        raise _UsageError(
-            f"{options.out}: {_first_line(error)}; the scores are kept in {parts.folder}, a .jsonl output can hold them"
-        ) from error
+        join([parts.path(block.index) for block in blocks], job.out, job.output_columns)
+    except OSError as error:
+        raise _UsageError(f"{options.out}: {_first_line(error)}; the scores are kept in {parts.folder}") from error
     if not summary.failed_blocks:
         parts.remove()
     summary.print(options.out, begun)
@@ -224,7 +261,11 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
         raise ValueError(
             f"device: expected cpu or cuda with --engine ray, which gives each worker one, got {options.device}"
         )
-    _check_output(options.out)
+    if options.engine != "ray":  # whose workers may have other devices
+        checks.device("device", options.device)
+    if Path(options.student).is_file():
+        raise ValueError(f"student: expected a folder or hub id, {options.student} is a file")
+    check_output(options.out, options.data, options.overwrite)
     if ".parquet" in (options.data.suffix, options.out.suffix or ".parquet"):
         checks.installed("pyarrow", "parquet", "train")
     blocks, present = data_files.scan(options.data, options.block_rows, options.limit)
@@ -240,28 +281,10 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
         max_length=options.max_length,
         dtype=options.dtype,
         device=options.device,
+        kept=present,
+        keep_tokens=options.keep_tokens,
     )
-    for column in columns:
-        if column in ("row", *names, "n_tokens", "valid", "error"):
-            raise ValueError(f"data: the column {column!r} has the name of an output column; rename it")
     return job, blocks, _manifest(options, columns)
-
-
-def _check_output(out: Path) -> None:
-    """``--out`` is a file of a known kind, or without an extension a folder that is new or that this run began."""
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"out: the folder {out.parent} does not exist")
-    if out.suffix and out.suffix not in data_files.SUFFIXES:
-        raise ValueError(
-            f"extension of {out.name}: unknown {out.suffix!r}, expected one of {', '.join(data_files.SUFFIXES)}, or "
-            "none for a folder of parquet files"
-        )
-    if out.suffix and out.is_dir():
-        raise ValueError(f"out: {out} is a folder; to write one of parquet files give it a name without an extension")
-    if not out.suffix and out.is_file():
-        raise ValueError(f"out: {out} is a file; a name without an extension is a folder of parquet files")
-    if not out.suffix and not Parts(out).folder.exists() and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"out: the folder {out} is not empty")
 
 
 def _manifest(options: argparse.Namespace, columns: dict[str, str]) -> dict[str, Any]:
@@ -272,7 +295,7 @@ def _manifest(options: argparse.Namespace, columns: dict[str, str]) -> dict[str,
             digest.update(piece)
     keys = (
         "student", "acquisitions", "acquisition_args", "reduction", "topk", "batch_tokens", "max_length", "dtype",
-        "device", "backend", "limit", "block_rows",
+        "device", "backend", "limit", "block_rows", "keep_tokens",
     )  # fmt: skip
     files = sorted(Path(options.student).rglob("*")) if os.path.isdir(options.student) else []
     return {
@@ -288,7 +311,7 @@ def _collect(
     options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[Block], new: Collection[int]
 ) -> Summary:
     """Summary of all blocks. Reports rows that could not be scored, and marks those of failed blocks."""
-    summary = Summary(job.plan.names, list(job.columns)[-1])
+    summary = Summary(job.plan.names, job.shown)
     place = "line" if job.data.suffix == ".jsonl" else "row"
     for block in blocks:
         report = parts.report(block.index)

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import torch
 
 import acqcore
 from acqcore.cli import main
+from acqcore.files.parts import Parts
+from acqcore.files.table import join, write_block
 
 TEXTS = ["The quick brown fox", "a fox", "The answer is 5.", "def add(a, b): return a + b", "the lazy dog"]
 
@@ -95,7 +98,7 @@ def test_bad_lines_are_reported_and_the_rest_is_scored(
         "",
         {"prompt": "a", "completion": ""},
         {"prompt": "a"},
-        {"prompt": "a", "completion": 3},
+        {"prompt": "a", "completion": [3]},
         {"prompt": "a", "completion": "fox " * 80},
         good,
     ]
@@ -107,7 +110,7 @@ def test_bad_lines_are_reported_and_the_rest_is_scored(
     assert errors[0].startswith(f"{data}: line 2: not JSON: ")
     assert errors[1] == f"{data}: line 4: the completion is empty, there is nothing to score"
     assert errors[2] == f"{data}: line 5: no column 'completion'"
-    assert errors[3] == f"{data}: line 6: completion: expected a string, got int"
+    assert errors[3] == f"{data}: line 6: completion: expected a string, got list"
     assert "tokens, the student takes at most 64" in errors[4]
     assert "2 of 7 rows scored" in captured.out
     assert "[/b] fox" in captured.out
@@ -120,7 +123,7 @@ def test_bad_lines_are_reported_and_the_rest_is_scored(
 
 
 def test_nothing_but_bad_lines(command: Callable[..., list[str]], tmp_path: Path) -> None:
-    assert main(command([{"text": ""}, {"text": 3}])) == 1
+    assert main(command([{"text": ""}, {"text": True}])) == 1
     assert [row["valid"] for row in read_lines(tmp_path / "out.jsonl")] == [False, False]
 
 
@@ -151,7 +154,7 @@ def test_a_killed_run_goes_on_where_it_stopped(command: Callable[..., list[str]]
     resumed = read_lines(out)
     assert {row["row"] for row in resumed if row["entropy"] == -7} == done
 
-    assert main(arguments) == 0  # from the start: the parts are gone
+    assert main([*arguments, "--overwrite"]) == 0  # from the start: the parts are gone
     whole = read_lines(out)
     first = {row: values for batch in finished for row, values in zip(batch["rows"], batch["values"], strict=True)}
     for row, again in zip(whole, resumed, strict=True):
@@ -239,10 +242,10 @@ def test_every_acquisition_that_does_not_compare_samples(
         ({"student": "./missing"}, "missing"),
         ({"text_column": "body"}, "data: no column 'body', expected one of text"),
         ({"prompt_column": "text"}, "--prompt-column and --completion-column: expected both or neither"),
-        ({"limit": 0}, "limit: expected an int >= 1, got 0"),
+        ({"limit": 0}, "--limit: expected an int >= 1, got 0"),
         ({"limit": "x"}, "argument --limit: invalid int value: 'x'"),
-        ({"max_length": 65}, "max_length: the student takes at most 64 tokens, got 65"),
-        ({"block_rows": 0}, "block_rows: expected an int >= 1, got 0"),
+        ({"max_length": 65}, "--max-length: the student takes at most 64 tokens, got 65"),
+        ({"block_rows": 0}, "--block-rows: expected an int >= 1, got 0"),
         ({"engine": "dask"}, "argument --engine: invalid choice: 'dask'"),
         ({"workers": 2}, "--workers: expected it with --engine ray, got --engine local"),
         ({"engine": "accelerate", "ray_address": "auto"}, "--ray-address: expected it with --engine ray"),
@@ -253,7 +256,7 @@ def test_every_acquisition_that_does_not_compare_samples(
             {"acquisitions": "gradient_diversity"},
             "'gradient_diversity' compares all samples of a call: call acqcore.score",
         ),
-        ({"acquisitions": "influence"}, "acquisition_args: 'influence' needs 'reference'"),
+        ({"acquisitions": "influence"}, "--acquisition-args: 'influence' needs 'reference'"),
         (
             {"acquisitions": "influence", "acquisition_args": '{"influence": {"reference": "data.jsonl"}}'},
             "reference: expected a file from Reference.save, got data.jsonl",
@@ -295,7 +298,7 @@ def test_launched_processes_do_not_all_score_everything(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(command([{"text": "a fox"}])) == 2
-    message = "acqcore: error: engine: 2 processes were launched, expected --engine accelerate, got local\n"
+    message = "acqcore: error: --engine: 2 processes were launched, expected --engine accelerate, got local\n"
     assert capsys.readouterr().err == message
 
 
@@ -313,7 +316,7 @@ def test_a_folder_as_output(command: Callable[..., list[str]], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("full", "out: the folder full is not empty"),
+        ("full", "out: the folder full is not empty, and holds other files"),
         ("folder.jsonl", "out: folder.jsonl is a folder; to write one of parquet files give it a name without an ext"),
         ("file", "out: file is a file; a name without an extension is a folder of parquet files"),
     ],
@@ -346,9 +349,232 @@ def test_a_student_that_does_not_load_leaves_nothing(command: Callable[..., list
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_column_with_an_outputs_name(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command([{"entropy": "a fox"}], text_column="entropy")) == 2
-    assert "the column 'entropy' has the name of an output column" in capsys.readouterr().err
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_every_column_is_kept(suffix: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
+    """In order, of rows with an error too; one with the name of a column of ours under another name."""
+    rows = [
+        {"id": 7, "text": "a fox", "entropy": 0.5, "row": "x", "data_row": "y"},
+        {"id": 8, "text": "", "entropy": 0.25, "row": "z", "data_row": "w"},
+    ]
+    out = tmp_path / f"out.{suffix}"
+    assert main(command(rows, out=out, block_rows=1)) == 0
+    found = {"jsonl": read_lines, "csv": read_csv, "parquet": read_parquet}[suffix](out)
+    names = ["id", "text", "data_entropy", "data_row", "data_data_row"]
+    assert list(found[0]) == ["row", *names, "entropy", "n_tokens", "valid", "error"]
+    for before, after in zip(rows, found, strict=True):
+        assert [str(value) for value in before.values()] == [str(after[name]) for name in names]
+    assert (found[1]["error"] or "").startswith("nothing to score")
+
+
+def test_an_output_is_scored_again(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert main(command([{"text": text} for text in TEXTS], out=tmp_path / "first.jsonl")) == 0
+    arguments = command([], data=tmp_path / "first.jsonl", out=tmp_path / "out.jsonl", acquisitions="loss")
+    assert main(arguments) == 0
+    first, second = read_lines(tmp_path / "first.jsonl"), read_lines(tmp_path / "out.jsonl")
+    assert [row["entropy"] for row in second] == [row["entropy"] for row in first]
+    assert [row["data_row"] for row in second] == [0, 1, 2, 3, 4]
+
+
+def test_values_of_tokens(command: Callable[..., list[str]], student: Path, tmp_path: Path) -> None:
+    rows = [{"text": TEXTS[0]}, {"text": ""}, {"text": TEXTS[2]}]
+    assert main([*command(rows, acquisitions="loss,grad_norm,entropy"), "--keep-tokens"]) == 0
+    found = read_lines(tmp_path / "out.jsonl")
+    scores = acqcore.score(str(student), [TEXTS[0], TEXTS[2]], ("loss", "entropy"), keep_tokens=True, backend="eager")
+    tokenizer = acqcore.Student.load(student).tokenizer
+    for row, i in ((found[0], 0), (found[2], 1)):
+        assert row["token_ids"] == tokenizer(row["text"]).input_ids[1:]
+        assert row["loss_tokens"] == pytest.approx(scores.tokens["loss"][i].tolist(), rel=1e-5)
+        assert row["entropy_tokens"] == pytest.approx(scores.tokens["entropy"][i].tolist(), rel=1e-5)
+        assert "grad_norm_tokens" not in row
+    assert found[1]["token_ids"] == found[1]["loss_tokens"] == []
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv", ""])
+def test_tool_calls_of_any_arguments(suffix: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
+    rows = [conversation({"x": 1}), conversation({"x": "one"}), conversation({})]
+    for block_rows in (1, 3):
+        out = tmp_path / f"{block_rows}.{suffix}".removesuffix(".")
+        assert main(command(rows, out=out, block_rows=block_rows)) == 0
+        if suffix in ("parquet", ""):
+            found = read_parquet(out)
+            for before, after in zip(rows, found, strict=True):
+                turns = [{k: v for k, v in turn.items() if v is not None} for turn in json.loads(after["messages"])]
+                assert turns == before["messages"]
+        else:
+            found = read_lines(out) if suffix == "jsonl" else read_csv(out)
+        assert all(row["valid"] in (True, "True") for row in found)
+
+
+def conversation(arguments: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {
+        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "ok", "tool_calls": [call]}]
+    }
+
+
+def test_conversations_in_a_csv(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    rows = [conversation({"x": 1})["messages"], conversation({"x": 2})["messages"]]
+    assert main(command([{"messages": row} for row in rows], out=tmp_path / "first.csv")) == 0
+    assert main(command([], data=tmp_path / "first.csv")) == 0
+    for row, found in zip(rows, read_lines(tmp_path / "out.jsonl"), strict=True):
+        assert json.loads(found["messages"]) == row
+        assert found["valid"]
+
+
+class TestOutput:
+    """Nothing is lost that the user did not give up by name."""
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+    def test_the_data_is_never_the_output(
+        self, suffix: str, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = tmp_path / f"in.{suffix}"
+        assert main(command([{"text": "a fox"}], out=data)) == 0
+        before = data.read_bytes()
+        (tmp_path / "linked").symlink_to(tmp_path)
+        for out in (data, tmp_path / "linked" / data.name):
+            for more in ([], ["--overwrite"]):
+                assert main([*command([], data=data, out=out), *more]) == 2
+                assert "is or holds the data, which would be lost" in capsys.readouterr().err
+        assert data.read_bytes() == before
+
+    def test_a_folder_that_holds_the_data(
+        self, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(command([{"text": "a fox"}], out=tmp_path / "scores")) == 0
+        [data] = (tmp_path / "scores").iterdir()
+        assert main([*command([], data=data, out=tmp_path / "scores"), "--overwrite"]) == 2
+        assert "is or holds the data" in capsys.readouterr().err
+        assert data.exists()
+
+    @pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet", "out"])
+    def test_an_output_is_replaced_where_asked(
+        self, name: str, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = command([{"text": "a fox"}], out=tmp_path / name)
+        assert main(arguments) == 0
+        assert main(arguments) == 2
+        assert f"--out: {tmp_path / name} exists; --overwrite replaces it" in capsys.readouterr().err
+        assert main([*command([{"text": "a fox"}] * 2, out=tmp_path / name), "--overwrite"]) == 0
+        assert "2 of 2 rows scored" in capsys.readouterr().out
+
+    def test_a_folder_of_others_stays(
+        self, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Whatever a cut-off run left beside it."""
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "notes.txt").write_text("keep")
+        arguments = [*command([{"text": "a fox"}], out=tmp_path / "out"), "--overwrite"]
+        for _ in range(2):
+            assert main(arguments) == 2
+            assert "holds other files than parts of an output" in capsys.readouterr().err
+            (tmp_path / "out.parts").mkdir(exist_ok=True)
+            (tmp_path / "out.parts" / "manifest.json").write_text("{}")
+        assert (tmp_path / "out" / "notes.txt").read_text() == "keep"
+
+    def test_two_processes(
+        self, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = command([{"text": "a fox"}])
+        first = Parts(tmp_path / "out.jsonl")
+        first.claim({})
+        assert main(arguments) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert "another process is writing to" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda"}, "--device: 'cuda' is not available"),
+        ({"device": "cuda:7"}, "--device: 'cuda:7' is not available"),
+        ({"device": "gpu"}, "--device: expected cpu, cuda or cuda:1, got 'gpu'"),
+        ({"device": "meta"}, "--device: expected a device that computes, got 'meta'"),
+        ({"student": "data.jsonl"}, "--student: expected a folder or hub id, data.jsonl is a file"),
+        ({"student": "empty"}, ""),
+        ({"student": "broken"}, ""),
+        ({"student": "untemplated", "data": "chat.jsonl"}, "the tokenizer of"),
+    ],
+)
+def test_what_a_run_would_find_out_is_one_sentence(
+    options: dict[str, Any],
+    message: str,
+    command: Callable[..., list[str]],
+    student: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And nothing is left that keeps the mended command from running."""
+    if torch.cuda.is_available() and options.get("device") == "cuda":
+        pytest.skip("this machine has one")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(student, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
+    shutil.copytree(student, tmp_path / "untemplated")
+    (tmp_path / "untemplated" / "chat_template.jinja").unlink()
+    (tmp_path / "chat.jsonl").write_text(json.dumps(conversation({})) + "\n")
+    rows = [{"text": "a fox"}]
+    assert main(command(rows, **options)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line for line in lines if not line.startswith("acqcore: error: ")] == []
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert main(command(rows)) == 0
+
+
+@pytest.mark.parametrize("words", [["--top", "5"], ["--acq", "loss"], ["--dev", "cpu"]])
+def test_options_are_not_abbreviated(
+    words: list[str], command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*command([{"text": "a fox"}]), *words])
+    assert f"unrecognized arguments: {' '.join(words)}" in capsys.readouterr().err
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"acqcore {acqcore.__version__}\n"
+    with pytest.raises(SystemExit, match="0"):
+        main(["score", "--help"])
+    offered = capsys.readouterr().out
+    assert "gradient_diversity" not in offered
+    assert "mutual_information" in offered
+
+
+class TestSelect:
+    ROWS = ({"id": 0, "loss": 1.5}, {"id": 1, "loss": None}, {"id": 2, "loss": 3.0}, {"id": 3, "loss": -1})
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+    @pytest.mark.parametrize(("more", "ids"), [([], [2, 0]), (["--lowest"], [3, 0])])
+    def test_the_best_rows(self, suffix: str, more: list[str], ids: list[int], tmp_path: Path) -> None:
+        data, out = tmp_path / f"in.{suffix}", tmp_path / f"out.{suffix}"
+        write_block(data, {name: [row[name] for row in self.ROWS] for name in ("id", "loss")})
+        join([data], data, ["id", "loss"])
+        words = ["select", "--data", str(data), "--by", "loss", "--count", "2", "--out", str(out)]
+        assert main([*words, *more]) == 0
+        found = {"jsonl": read_lines, "csv": read_csv, "parquet": read_parquet}[suffix](out)
+        assert [int(row["id"]) for row in found] == ids
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([data.name, out.name])
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--by", "los", "--count", "1"], "--by: unknown 'los', expected one of id, loss; did you mean 'loss'?"),
+            (["--by", "loss", "--count", "4"], "--count: expected at most 3, the rows with a score in 'loss', got 4"),
+            (["--by", "loss", "--count", "0"], "--count: expected an int >= 1, got 0"),
+        ],
+    )
+    def test_wrong_usage(
+        self, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = tmp_path / "in.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in self.ROWS))
+        assert main(["select", "--data", str(data), "--out", str(tmp_path / "out.csv"), *words]) == 2
+        assert capsys.readouterr().err == f"acqcore: error: {message}\n"
 
 
 def test_info_as_a_module_tells_backends_and_versions() -> None:

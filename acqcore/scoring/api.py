@@ -31,6 +31,7 @@ def score(
     backend: str | None = None,
     keep_tokens: bool = False,
     progress: bool | None = None,
+    errors: dict[int, str] | None = None,
 ) -> Scores:
     """Acquisition values of each sample for ``student``: how much it is worth learning from, larger is more.
 
@@ -44,8 +45,9 @@ def score(
             Mode, gradients, dtype and device are unchanged. For sharded models see ``acqcore.Student.from_model``;
             other models make no collective calls.
         samples: a list of strings (scored whole); of ``{"prompt", "completion"}``, strings or messages (the
-            completion is scored); of ``{"messages"}`` (the last assistant turn is scored, through the chat
-            template); a ``datasets.Dataset`` with such columns or ``"text"``; or tensors ``{"input_ids" [B,
+            completion is scored); of ``{"question", "answer"}``, the same; of ``{"messages"}`` (the last assistant
+            turn is scored, through the chat template); a table with such columns or ``"text"``: a
+            ``datasets.Dataset``, a pandas, polars or Arrow table, a mapping of lists; tensors ``{"input_ids" [B,
             T], "attention_mask" [B, T], "labels" [B, T]}``, padded on either side, labels aligned with input_ids
             and -100 where not scored (mask and labels optional); or rows from ``acqcore.encode``.
         acquisitions: names from ``acqcore.acquisitions()``.
@@ -69,6 +71,8 @@ def score(
         backend: a name from ``acqcore.backends()``; by default the first that fits.
         keep_tokens: keep per-token values in ``Scores.tokens``.
         progress: show a bar on stderr; by default on a terminal, after a few seconds.
+        errors: a dict that gets ``index -> message`` of each sample that cannot be scored. Such a sample then has NaN
+            values, is not valid, and does not raise.
 
     Returns:
         Scores in input order, float32. Where a token has no finite value, the sample's value is NaN and the sample is
@@ -84,7 +88,7 @@ def score(
         acquisitions, acquisition_args,
         reduction=reduction, topk=topk, batch_tokens=batch_tokens, backend=backend,
     )  # fmt: skip
-    return _score(plan, student, samples, tokenizer, max_length, keep_tokens, progress)
+    return _score(plan, student, samples, tokenizer, max_length, keep_tokens, progress, errors)
 
 
 def _score(
@@ -95,10 +99,11 @@ def _score(
     max_length: int | None,
     keep_tokens: bool,
     progress: bool | None,
+    errors: dict[int, str] | None,
 ) -> Scores:
     runner = plan.runner(student)
     with runner.student.in_step():
-        rows = runner.encode(samples, tokenizer, max_length)
+        rows = runner.encode(samples, tokenizer, max_length, errors)
         values = torch.full((len(plan.names), len(rows)), torch.nan)
         tokens: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in plan.of_tokens}
         sketches = {need: torch.zeros(len(rows), *need.shape) for need in plan.set_needs}
@@ -116,6 +121,7 @@ def _score(
         column = entry.compute(options, sketches)
         checks.acquisition_values(entry.name, column, len(rows))
         values[plan.names.index(entry.name)] = column
+    values[:, [i for i, row in enumerate(rows) if row.n_scored == 0]] = torch.nan
     n_tokens = torch.tensor([row.n_scored for row in rows], dtype=torch.int64)
     valid = values.isfinite().all(dim=0)
     return Scores(dict(zip(plan.names, values, strict=True)), n_tokens, valid, tokens if keep_tokens else None)
