@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,27 @@ from acqcore import checks
 from acqcore.students.tables import plain
 
 _PROBE = "acqcore"
+
+#: Begins with a character that no reply begins with.
+_OTHER = "\ue0f1acqcore"
+
+#: Types of content whose placeholders a template would write.
+_NOT_TEXT = ("image", "audio", "video")
+
+#: Of templates that say what the assistant generates.
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+#: Keys of messages and tool calls whose values are no text of theirs.
+_STRUCTURE = frozenset({"role", "type", "id", "tool_call_id"})
+
+#: Arguments of ``apply_chat_template`` that are no template variables.
+_TAKEN = frozenset(
+    {
+        *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+        *("return_assistant_tokens_mask", "sanitize_control_tokens", "messages"),
+    }
+)
 
 
 def text_of(index: int, key: str, value: object) -> str:
@@ -49,7 +72,7 @@ def messages_of(index: int, key: str, value: object) -> list[dict[str, Any]]:
     A key whose value is null counts as absent: a table has nulls where one row of a column lacks a key of another.
 
     Raises:
-        TypeError: anything else.
+        TypeError: anything else. ValueError: content that is no text: a student reads text alone.
     """
     found = plain(value)
     if not isinstance(found, list):
@@ -62,6 +85,10 @@ def messages_of(index: int, key: str, value: object) -> list[dict[str, Any]]:
                 f'samples[{index}]: {key}: expected messages with "role" and "content" (or "tool_calls"), '
                 f"got {checks.describe(message)}"
             )
+        for part in given["content"] if isinstance(given.get("content"), list) else ():
+            kind = str(part.get("type", "text")) if isinstance(part, Mapping) else "text"
+            if any(word in kind for word in _NOT_TEXT):
+                raise ValueError(f"samples[{index}]: {key}: expected text alone, got content of type {kind!r}")
         if isinstance(given.get("content"), numbers.Number):
             given["content"] = text_of(index, key, given["content"])
         messages.append(given)
@@ -123,3 +150,115 @@ def _is_finite(value: Any) -> bool:
 def _missing(value: object) -> str:
     empty = value is None or (isinstance(value, float) and math.isnan(value))
     return "no value" if empty else checks.describe(value)
+
+
+def template_options(index: int, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What a sample asks of the chat template besides its messages: ``tools`` and ``chat_template_kwargs``, as in TRL.
+
+    Raises:
+        TypeError: tools that are no list, or no JSON text of one; template variables that are no mapping.
+        ValueError: template variables that change what a sample is.
+    """
+    tools = plain(sample.get("tools"))
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools or "null")
+        except ValueError as error:
+            raise TypeError(f"samples[{index}]: tools: expected a list of tools or its JSON text: {error}") from None
+    if tools is not None and not isinstance(tools, list):
+        raise TypeError(f"samples[{index}]: tools: expected a list of tools, got {checks.describe(tools)}")
+    variables = plain(sample.get("chat_template_kwargs")) or {}
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"samples[{index}]: chat_template_kwargs: expected a mapping of template variables, "
+            f"got {checks.describe(variables)}"
+        )
+    taken = sorted(_TAKEN.intersection(variables))
+    if taken:
+        raise ValueError(f"samples[{index}]: chat_template_kwargs: {taken[0]!r} is set by acqcore")
+    return {**({"tools": tools} if tools else {}), **variables}  # some templates write a heading for an empty list
+
+
+def reply_start(
+    index: int,
+    tokenizer: Any,
+    text: str,
+    context: Sequence[Mapping[str, Any]],
+    reply: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+) -> int:
+    """Where the reply begins in the rendered conversation.
+
+    That is after the rendered context and generation prompt where the template only appends. Where it renders the
+    context in another way when a reply follows, it is where a rendering of another reply begins to differ.
+
+    Raises:
+        ValueError: the template refuses the conversation, or what would be scored lacks the reply's text.
+    """
+    prompt = rendered(index, tokenizer, context, True, **options)
+    start = len(prompt) if text.startswith(prompt) else None
+    if start is None or prompt == rendered(index, tokenizer, context, False, **options):
+        try:
+            other = rendered(index, tokenizer, [*context, _other(reply[0]), *reply[1:]], False, **options)
+        except ValueError:  # a template may refuse what it cannot parse
+            other = None
+        if other is not None:
+            start = common_length(text, other)
+    scored = "" if start is None else text[start:]
+    for message in reply:
+        if not any(shown in scored for shown in _shown(message)):
+            raise ValueError(
+                f"samples[{index}]: the chat template does not write the reply where it is scored: expected "
+                f"{_shown(message)[0][:80]!r} in {scored[:80]!r}"
+            )
+    assert start is not None
+    return start
+
+
+def generated(
+    index: int, tokenizer: Any, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> list[int] | None:
+    """Of each token of the rendered conversation 1 if the template marks it as generated by the assistant; None for a
+    template without such marks, or a tokenizer without offsets."""
+    template = tokenizer.get_chat_template(tools=options.get("tools")) if getattr(tokenizer, "is_fast", False) else ""
+    if not _MARK.search(template):
+        return None
+    try:
+        found = tokenizer.apply_chat_template(
+            list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
+        )
+    except Exception as error:
+        raise ValueError(f"samples[{index}]: the chat template refuses it: {error}") from error
+    return list(found["assistant_masks"])
+
+
+def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Length of the longest common prefix."""
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length
+
+
+def _other(value: Any, key: str = "") -> Any:
+    """A message, every text of which is another one."""
+    if isinstance(value, Mapping):
+        return {k: v if k in _STRUCTURE else _other(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_other(part, key) for part in value]
+    # Arguments may be JSON text, which a template parses.
+    return _OTHER if isinstance(value, str) and key != "arguments" else value
+
+
+def _shown(message: Mapping[str, Any]) -> list[str]:
+    """Texts one of which is in every rendering of a message: templates strip, take out reasoning, or write JSON."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = next((part["text"] for part in content if isinstance(part, Mapping) and part.get("text")), None)
+    if not content:
+        calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+        content = next((call["name"] for call in calls if isinstance(call, Mapping) and call.get("name")), "")
+    content = str(content)
+    return [content.strip(), content.rpartition("</think>")[2].strip(), json.dumps(content)[1:-1]]
