@@ -66,6 +66,11 @@ class Capture:
         #: Whether batches must be of one sample; known once :meth:`prepare` ran.
         self.one_by_one = False
         self._prepared = False
+        rows, length = PROBE
+        length = min(length, student.max_length or length)
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(student._vocab_size, (rows, length), generator=generator)
+        self._tokens = tokens.to(student.device)  # of the probe
         self._by_autograd: dict[torch.Tensor, str] = {}
         #: Names of parameters that have a gradient in the probe, more than rounding.
         self.used: set[str] = set()
@@ -82,20 +87,30 @@ class Capture:
         self._last = True
         self._emit: Callable[[str, GradPiece], None]
 
-    def prepare(self) -> None:
-        """Find out on a few tokens which rules hold, once; call it before the first batch is made."""
-        if not self._prepared:
-            self._prepared = True
-            failed = self._probe(PROBE[0])
-            if failed is None or failed:
-                self.take_one_by_one()
-            self._refuse_unseen()
+    def prepare(
+        self,
+        input_ids: torch.Tensor,  # [n, T] int64, of real samples
+    ) -> None:
+        """Find out on a few tokens which rules hold, once; call it before the first batch is made.
+
+        Real samples are tried where arbitrary tokens reach none of the parameters: an adapter may wait for a token.
+        """
+        if self._prepared:
+            return
+        self._prepared = True
+        failed = self._probe(self._tokens)
+        if failed is not None and not self.used:
+            self._tokens = input_ids.to(self._student.device)
+            failed = self._probe(self._tokens)
+        if failed is None or failed:
+            self.take_one_by_one()
+        self._refuse_unseen()
 
     def take_one_by_one(self) -> None:
         """From here on batches are of one sample. What fits no rule then is left to autograd."""
         self.one_by_one = True
         self._forms.clear()
-        failed = self._probe(1)
+        failed = self._probe(self._tokens[:1])
         if failed is None:
             failed = self.used = self._touched = set(self._names.values())
         ruled = {name for m, own in self._owners.items() if is_linear(m) or is_embedding(m) for name in own.values()}
@@ -208,13 +223,14 @@ class Capture:
         for name in list(self._pending):  # a call that nothing depends on gets no gradient
             self._finish(name)
 
-    def _probe(self, batch: int) -> set[str] | None:
+    def _probe(
+        self,
+        ids: torch.Tensor,  # [n, T] int64
+    ) -> set[str] | None:
         """Compare the pieces of a few tokens with autograd's gradients: names of parameters whose pieces differ or that
         fit no rule; None where samples cannot be batched or the modules' outputs not be tapped."""
-        student = self._student
-        length = min(PROBE[1], student.max_length or PROBE[1])
+        student, batch = self._student, len(ids)
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(student._vocab_size, (batch, length), generator=generator).to(student.device)
         norms: dict[str, torch.Tensor] = {}
         squares: Counter[str] = Counter()
         bad: set[str] = set()

@@ -60,7 +60,10 @@ class SampleGradients:
         """Whether batches must be of one sample; known once :meth:`prepare` ran."""
         return self.deep and self._capture.one_by_one
 
-    def prepare(self) -> None:
+    def prepare(
+        self,
+        input_ids: torch.Tensor,  # [n, T] int64, of real samples
+    ) -> None:
         """What a few tokens tell of the student; call it before batches are made.
 
         Raises:
@@ -68,7 +71,7 @@ class SampleGradients:
         """
         if not self.deep:
             return
-        self._capture.prepare()
+        self._capture.prepare(input_ids)
         for parameters, selection in self._selections.items():
             if selection.names and selection.head is None and self._capture.used.isdisjoint(selection.names.values()):
                 name = next(iter(selection.names.values()))

@@ -24,6 +24,10 @@ from acqcore.students.samples import Row, Samples, encode
 from acqcore.students.student import StudentLike, as_student
 
 
+#: Most rows on which it is tried what a student's gradients need.
+PROBED_ROWS = 4
+
+
 @dataclass(frozen=True, eq=False)
 class Found:
     """A batch that is done.
@@ -84,7 +88,7 @@ class Runner:
         lengths = [len(rows[i].ids) for i in scored]
         overhead = OVERHEAD_TOKENS.get(self.student.device.type, OVERHEAD_TOKENS["cuda"])
         if scored and self._gradients is not None:
-            self._gradients.prepare()
+            self._gradients.prepare(Batch.of([rows[i] for i in (scored * 2)[: max(2, min(PROBED_ROWS, len(scored)))]]).input_ids)
         groups = self.student.length_groups(lengths)
         for picked in partition(lengths, self._batch_tokens, overhead, groups):
             indices = [scored[i] for i in picked]
