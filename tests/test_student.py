@@ -82,7 +82,9 @@ class TestVerification:
     def test_an_unknown_change_of_the_logits_is_refused(self, tiny_model: Callable[..., Any]) -> None:
         model = tiny_model("Llama")
         model.register_forward_hook(lambda _, args, output: setattr(output, "logits", output.logits.cumsum(1)))
-        with pytest.raises(ValueError, match="LlamaForCausalLM changes the logits of its output embedding by more than"):
+        with pytest.raises(
+            ValueError, match="LlamaForCausalLM changes the logits of its output embedding by more than"
+        ):
             acqcore.Student.from_model(model)
 
     def test_a_head_that_is_not_what_its_weight_says_is_refused(self, tiny_model: Callable[..., Any]) -> None:

@@ -219,7 +219,9 @@ class Capture:
                     raise
                 except RuntimeError as error:
                     name = next(iter(self._names.values()))
-                    raise ValueError(f"parameters: the gradient of {name} and others cannot be taken: {error}") from error
+                    raise ValueError(
+                        f"parameters: the gradient of {name} and others cannot be taken: {error}"
+                    ) from error
         for name in list(self._pending):  # a call that nothing depends on gets no gradient
             self._finish(name)
 

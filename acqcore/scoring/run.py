@@ -88,7 +88,9 @@ class Runner:
         lengths = [len(rows[i].ids) for i in scored]
         overhead = OVERHEAD_TOKENS.get(self.student.device.type, OVERHEAD_TOKENS["cuda"])
         if scored and self._gradients is not None:
-            self._gradients.prepare(Batch.of([rows[i] for i in (scored * 2)[: max(2, min(PROBED_ROWS, len(scored)))]]).input_ids)
+            self._gradients.prepare(
+                Batch.of([rows[i] for i in (scored * 2)[: max(2, min(PROBED_ROWS, len(scored)))]]).input_ids
+            )
         groups = self.student.length_groups(lengths)
         for picked in partition(lengths, self._batch_tokens, overhead, groups):
             indices = [scored[i] for i in picked]

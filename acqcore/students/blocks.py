@@ -25,7 +25,6 @@ DEPTH = 6
 TOLERANCE = 1e-5
 
 
-
 @dataclass
 class _Known:
     """What was found in a module, by name: references would keep it alive."""

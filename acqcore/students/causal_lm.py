@@ -179,6 +179,11 @@ class CausalLM:
             raise ValueError(
                 f"model: {self.name} calls its output embedding {len(seen)} times in a forward, expected once; {ADVICE}"
             )
+        if seen[0].dim() != 3 or seen[0].shape[:2] != input_ids.shape:
+            raise ValueError(
+                f"model: the output embedding of {self.name} gets {list(seen[0].shape)} for input_ids "
+                f"{list(input_ids.shape)}, expected [B, T, D]: virtual tokens are not scored"
+            )
         return seen[0], output
 
     def _whole(

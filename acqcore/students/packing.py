@@ -30,7 +30,9 @@ def partition(
     """
     if groups is not None and len(set(groups)) > 1:
         batches = []
-        for group in sorted(set(groups), key=lambda g: -max(n for n, own in zip(lengths, groups, strict=True) if own == g)):
+        for group in sorted(
+            set(groups), key=lambda g: -max(n for n, own in zip(lengths, groups, strict=True) if own == g)
+        ):
             members = [i for i, own in enumerate(groups) if own == group]
             parts = partition([lengths[i] for i in members], batch_tokens, overhead)
             batches += [[members[i] for i in part] for part in parts]

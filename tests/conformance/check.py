@@ -1,11 +1,12 @@
 """What acqcore computes for a student, held to plain autograd on the model's own logits.
 
 A verdict is ``right``, ``refused`` (a ValueError or TypeError that names the argument), ``wrong`` or ``raw`` (any other
-exception), with a reason unless it is right.
+exception), with a reason unless it is right; ``none`` where the model itself fails.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -42,6 +43,10 @@ class Wrong(Exception):  # noqa: N818
     """A value that differs from its reference."""
 
 
+class NoReference(Exception):  # noqa: N818
+    """The model itself fails."""
+
+
 def samples(vocabulary: int) -> list[torch.Tensor]:
     """Rows of token ids; the first two tokens of each are context."""
     generator = torch.Generator().manual_seed(3)
@@ -61,7 +66,7 @@ def padded(rows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def check(model: Any, vocabulary: int, checks: Sequence[str] = CHECKS) -> dict[str, Verdict]:
-    """The verdict of each check. ``model`` is changed: adapters are added, its dtype too."""
+    """The verdict of each check. Adapters are added to ``model``."""
     rows = samples(vocabulary)
     functions: dict[str, Callable[[Any, list[torch.Tensor]], None]] = {
         "scores": _scores,
@@ -71,7 +76,7 @@ def check(model: Any, vocabulary: int, checks: Sequence[str] = CHECKS) -> dict[s
         "draws": _draws,
         "bf16": _bf16,
     }
-    order = [name for name in ("scores", "head", "all", "draws", "lora", "bf16") if name in checks]
+    order = [name for name in ("scores", "head", "all", "draws", "bf16", "lora") if name in checks]
     return {name: _verdict(functions[name], model, rows) for name in order}
 
 
@@ -80,6 +85,8 @@ def _verdict(function: Callable[[Any, list[torch.Tensor]], None], model: Any, ro
         function(model, rows)
     except Wrong as error:
         return Verdict("wrong", str(error))
+    except NoReference as error:
+        return Verdict("none", str(error))
     except (ValueError, TypeError) as error:
         if type(error) in (ValueError, TypeError) and REFUSAL.match(str(error)):
             return Verdict("refused", str(error))
@@ -111,7 +118,10 @@ def _show(values: torch.Tensor) -> str:
 
 def _logits(model: Any, row: torch.Tensor) -> torch.Tensor:
     """``[T - 2, V]``, that predict the scored tokens."""
-    return model(input_ids=row[None]).logits[0, 1:-1]
+    try:
+        return model(input_ids=row[None]).logits[0, 1:-1]
+    except Exception as error:
+        raise NoReference(f"{type(error).__name__}: {error}") from error
 
 
 def _loss(model: Any, row: torch.Tensor) -> torch.Tensor:
@@ -125,7 +135,9 @@ def _scores(model: Any, rows: list[torch.Tensor]) -> None:
         expected = []
         for row in rows:
             log_p = _logits(model, row).double().log_softmax(1)
-            value = -(log_p.exp() * log_p).nansum(1) if name == "entropy" else -log_p[torch.arange(len(row) - 2), row[2:]]
+            value = (
+                -(log_p.exp() * log_p).nansum(1) if name == "entropy" else -log_p[torch.arange(len(row) - 2), row[2:]]
+            )
             expected.append(value.mean())
         _compare(lambda x, name=name: acqcore.score(model, x, name)[name], rows, torch.stack(expected), 2e-4, 1e-5)
 
@@ -225,6 +237,6 @@ def _dropped(model: Any, row: torch.Tensor, sites: list[Any], draw: int) -> torc
 
 @torch.no_grad()
 def _bf16(model: Any, rows: list[torch.Tensor]) -> None:
-    model = model.to(torch.bfloat16)
+    model = copy.deepcopy(model).to(torch.bfloat16)
     expected = torch.stack([_loss(model, row).double() for row in rows])
     _compare(lambda x: acqcore.score(model, x, "loss")["loss"], rows, expected, 5e-2, 5e-2)

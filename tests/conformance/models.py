@@ -205,7 +205,9 @@ def small(kind: Any, own: dict[str, Any]) -> Any:
     if dataclasses.is_dataclass(kind):
         known |= {field.name for field in dataclasses.fields(kind)}
     entries = {key: value for key, value in SMALL.items() if key in known or key in kind.attribute_map}
-    entries.update({key: value for key, value in own.items() if not isinstance(value, dict) or key not in kind.sub_configs})
+    entries.update(
+        {key: value for key, value in own.items() if not isinstance(value, dict) or key not in kind.sub_configs}
+    )
     for key, nested in (kind.sub_configs or {}).items():
         if isinstance(nested, type) and nested.__name__ != "AutoConfig":
             entries[key] = small(nested, own.get(key, {})).to_dict()
