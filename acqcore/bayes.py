@@ -172,7 +172,7 @@ def mutual_information(
     checks.instance("head", head, Head, "acqcore.Head")
     checks.hidden(hidden, head.weight)
     checks.targets(targets, hidden, "hidden")
-    samples, positions = _places(hidden, offsets)
+    samples, positions = places(hidden, offsets)
     return dropout_stats(hidden, head, Dropout(dropout, form, block, seed, samples, positions), draws, targets, backend)
 
 
@@ -218,7 +218,7 @@ def dropout_stats(
     return _mixture_stats(hidden, (head,), dropout, draws, targets, backend)
 
 
-def _places(
+def places(
     hidden: torch.Tensor,  # [N, D]
     offsets: torch.Tensor | None,  # [B + 1]
 ) -> tuple[torch.Tensor, torch.Tensor]:

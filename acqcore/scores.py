@@ -20,6 +20,8 @@ class Scores(Mapping[str, torch.Tensor]):
     Attributes:
         n_tokens: ``[n]`` int64, scored tokens.
         valid: ``[n]`` bool, False where a value is NaN.
+        stderr: name -> ``[n]`` float32, standard errors of the values of stochastic acquisitions that estimate them
+            (mutual information in its linear form); NaN where there is one probe.
     """
 
     def __init__(
@@ -28,11 +30,13 @@ class Scores(Mapping[str, torch.Tensor]):
         n_tokens: torch.Tensor,  # [n] int64
         valid: torch.Tensor,  # [n] bool
         tokens: Mapping[str, list[torch.Tensor]] | None = None,  # name -> n of [n_tokens] float32
+        stderr: Mapping[str, torch.Tensor] | None = None,  # name -> [n] float32
     ) -> None:
         self._values = dict(values)
         self.n_tokens = n_tokens
         self.valid = valid
         self._tokens = tokens
+        self.stderr: Mapping[str, torch.Tensor] = {} if stderr is None else dict(stderr)
 
     @property
     def tokens(self) -> Mapping[str, list[torch.Tensor]]:

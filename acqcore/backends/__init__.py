@@ -18,6 +18,7 @@ from acqcore.backends.base import (
     Dropout as Dropout,
     Gram as Gram,
     HeadRows as HeadRows,
+    Probes as Probes,
 )
 from acqcore.backends.cpu import Cpu
 from acqcore.backends.cuda import Cuda

@@ -73,6 +73,16 @@ class DrawRows:
     votes: torch.Tensor  # [K, N] int64, contiguous
 
 
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """P random cotangents of each row's logits, as in ``acqcore.fisher``, with signs ``philox.signs``."""
+
+    count: int
+    seed: int
+    samples: torch.Tensor  # [N] int64: per-sample key
+    positions: torch.Tensor  # [N] int64: of each row in its sample
+
+
 class Backend(ABC):
     """One way of filling the row state. Adapters only: the arithmetic is in kernels, csrc or plain torch."""
 
@@ -195,6 +205,18 @@ class Backend(ABC):
         ``out_s = sum_v exp(z_s[v] - m_s) cap'_s[v] W_v`` over the columns of this weight but the row's target, with
         ``m_s`` and ``cap'`` as in :class:`Gram`; zero where its rows are. ``head_grad.hidden_grad`` makes dL/dh of it:
         normalised, the target's column added exactly.
+        """
+
+    @abstractmethod
+    def fisher_grad(
+        self,
+        rows: HeadRows,
+        probes: Probes,
+        out: torch.Tensor,  # [P, N, D] float32 (float64 on eager in float64), written
+    ) -> None:
+        """Each probe's cotangent carried back through the head, dL/dh, from the state of the whole vocabulary.
+
+        Zero in rows with target -100.
         """
 
     @abstractmethod

@@ -10,7 +10,8 @@ import torch
 
 from acqcore import checks
 from acqcore.backends import extension
-from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows
+from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows, Probes
+from acqcore.backends.chunked import fisher_grad
 from acqcore.backends.extension import core as _core, matrix, pointer
 from acqcore.philox import threshold
 
@@ -170,6 +171,14 @@ class Cpu(Backend):
                 rows.index.data_ptr(),
                 out.data_ptr(),
             )
+
+    def fisher_grad(
+        self,
+        rows: HeadRows,
+        probes: Probes,
+        out: torch.Tensor,  # [P, N, D] float32, written
+    ) -> None:
+        fisher_grad(rows, probes, out)
 
     def dropout_mask(
         self,

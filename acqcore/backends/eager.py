@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows
+from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows, Probes
 from acqcore.head import compute_dtype
-from acqcore.philox import keep_mask
+from acqcore.philox import keep_mask, signs
 
 
 class Eager(Backend):
@@ -97,6 +97,17 @@ class Eager(Backend):
         factors.scatter_(1, columns[:, None], factors.gather(1, columns[:, None]).masked_fill(here[:, None], 0))
         torch.mm(factors, rows.head.weight.to(factors.dtype), out=out)
 
+    def fisher_grad(
+        self,
+        rows: HeadRows,
+        probes: Probes,
+        out: torch.Tensor,  # [P, N, D], written
+    ) -> None:
+        weight = rows.head.weight
+        for k in range(probes.count):
+            cotangent = fisher_cotangent(rows, probes, k)
+            torch.mm(cotangent, weight.to(cotangent.dtype), out=out[k])
+
     def dropout_mask(
         self,
         dropout: Dropout,
@@ -167,7 +178,7 @@ def unnormalised(
     """``exp(z - m) cap'``, ``[N, V]``, the factors of :class:`Gram`; zero in ignored rows."""
     assert rows.targets is not None
     factors = (z - rows.state[0, :, None].to(z.dtype)).exp().masked_fill(z == -torch.inf, 0)
-    factors = factors * _cap_slope(z, rows)
+    factors = factors * cap_slope(z, rows)
     return factors.masked_fill((rows.targets == -100)[:, None], 0)
 
 
@@ -218,7 +229,7 @@ def gram_norm(
         z = few.logits(rows.hidden[part], rows.temperature)
         e = (z.double() - largest[part, None]).exp()
         top = same & (y == rows.index[part])[:, None]
-        delta = (e - same * (1 + r[part, None])).where(~top, -r[part, None]) * _cap_slope(z, rows)
+        delta = (e - same * (1 + r[part, None])).where(~top, -r[part, None]) * cap_slope(z, rows)
         delta = delta.where(distinct, 0) * scale[part, None]
         products = gram.products[start : start + length**2].view(length, length).double()
         c = scale[part] * shift[part]
@@ -228,7 +239,7 @@ def gram_norm(
         squared[i] = ((c[:, None] * products * c + delta @ delta.T) * keys).sum()
 
 
-def _cap_slope(
+def cap_slope(
     z: torch.Tensor,  # [..., V] logits
     rows: HeadRows,
 ) -> torch.Tensor | float:
@@ -259,7 +270,28 @@ def logit_gradient(rows: HeadRows) -> torch.Tensor:
     of_target = torch.where(targets[here] == rows.index[here], (-r / (1 + r))[here], of_target)
     p[here, local[here]] = of_target.to(p.dtype)
     slope = head.scale / rows.temperature
-    return (p * _cap_slope(z, rows) * slope).masked_fill((targets == -100)[:, None], 0)
+    return (p * cap_slope(z, rows) * slope).masked_fill((targets == -100)[:, None], 0)
+
+
+def fisher_cotangent(rows: HeadRows, probes: Probes, k: int) -> torch.Tensor:
+    """Cotangent k in ``W h + b``, ``[N, V]``, the definition in ``fisher.py`` times the slope of cap and temperature.
+
+    Zero in ignored rows.
+    """
+    head = rows.head
+    z = head.logits(rows.hidden, rows.temperature)
+    top = torch.arange(z.shape[1], device=z.device) == rows.index[:, None]
+    rest, largest = rows.state[2, :, None], rows.state[0, :, None]  # R, and m
+    total = 1 + rest
+    sign = signs(probes.samples, probes.positions, slice(0, z.shape[1]), probes.seed, k).double() * 2 - 1
+    of_top = sign.gather(1, rows.index.clamp_min(0)[:, None])
+    q = ((z.double() - largest).exp() / rest).masked_fill(top | (rest == 0), 0)  # of the others
+    of_others = q.sqrt() * sign
+    of_others = of_others - q * of_others.sum(dim=1, keepdim=True)
+    cotangent = of_top * rest.sqrt() / total * torch.where(top, 1, -q) + (rest / total).sqrt() * of_others
+    cotangent = cotangent.to(z.dtype) * cap_slope(z, rows) * (head.scale / rows.temperature)
+    assert rows.targets is not None
+    return cotangent.masked_fill((rows.targets == -100)[:, None], 0)
 
 
 def fold(

@@ -1,6 +1,7 @@
 """Catches the pieces of the selected parameters' gradients while a backward pass runs.
 
-The output of each module that owns a selected parameter goes through a *tap*, which hands it on and sees its gradient.
+The output of each module that owns a selected parameter goes through a *tap*, which hands it on and sees its gradient;
+so do the outputs that dropout acts on.
 The backward runs towards the taps' own leaf and nothing else, whatever requires a gradient besides (gradient
 checkpointing and PEFT make embeddings do so). No parameter requires a gradient meanwhile: autograd computes gradients
 of activations only, and none before the first tap, where activations are not kept.
@@ -13,16 +14,19 @@ gradient of the parameters in question. Experts that are called with the tokens 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from acqcore import checks
 from acqcore.gradients.measures import DenseGrad, GradPiece, RowGrad, SquaredNorm, merged, scaled
 from acqcore.gradients.rules import ModuleCall, Uncovered, is_embedding, is_linear
 from acqcore.head import compute_dtype
+from acqcore.students.blocks import first_tensor, with_first
 from acqcore.students.student import Student
 
 #: Shape of the token ids on which pieces are compared with autograd.
@@ -42,6 +46,19 @@ class OneByOne(Exception):  # noqa: N818
     """A batch whose samples a module does not keep apart: they must come one at a time."""
 
 
+class PieceTaker(Protocol):
+    def takes(self, name: str) -> bool:
+        """Whether it wants this parameter's gradient."""
+
+    def add(self, name: str, piece: GradPiece) -> None:
+        """The gradient of a selected parameter."""
+
+
+class SiteTaker(Protocol):
+    def add_site(self, module: nn.Module, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        """The output of a site and its gradient, ``[B, ..., D]`` or ``[B * T, D]`` each."""
+
+
 class Capture:
     """Catches the pieces of the selected parameters' gradients.
 
@@ -49,9 +66,16 @@ class Capture:
         student: whose trunk runs.
         names: parameter -> name.
         tied: names of head weights among them: an embedding's rows and the head's add up.
+        sites: modules whose outputs dropout acts on.
     """
 
-    def __init__(self, student: Student, names: Mapping[torch.Tensor, str], tied: Collection[str | None] = ()) -> None:
+    def __init__(
+        self,
+        student: Student,
+        names: Mapping[torch.Tensor, str],
+        tied: Collection[str | None] = (),
+        sites: Collection[nn.Module] = (),
+    ) -> None:
         self._student = student
         self._names = names
         self._tied = tied
@@ -84,8 +108,11 @@ class Capture:
         self._pending: dict[str, list[GradPiece]] = {}
         self._arrived: set[str] = set()
         self._factor: torch.Tensor | None = None
+        self._sites = list(sites)
+        self._ran_sites = 0
         self._last = True
-        self._emit: Callable[[str, GradPiece], None]
+        self._of_parameters: Sequence[PieceTaker] = ()
+        self._of_sites: Sequence[SiteTaker] = ()
 
     def prepare(
         self,
@@ -95,7 +122,7 @@ class Capture:
 
         Real samples are tried where arbitrary tokens reach none of the parameters: an adapter may wait for a token.
         """
-        if self._prepared:
+        if self._prepared or not self._names:
             return
         self._prepared = True
         failed = self._probe(self._tokens)
@@ -150,6 +177,8 @@ class Capture:
                     stack.callback(parameter.requires_grad_, required)
             for owner in self._owners:
                 stack.callback(owner.register_forward_hook(self._after_forward, with_kwargs=True).remove)
+            for site in self._sites:
+                stack.callback(site.register_forward_hook(self._after_site).remove)
             yield
 
     def forward(
@@ -159,32 +188,39 @@ class Capture:
         """The trunk's hidden states ``[B, T, D]`` with the graph that :meth:`backward` needs.
 
         Raises:
-            OneByOne: samples that a module does not keep apart. ValueError: a module that fits no rule.
+            OneByOne: samples that a module does not keep apart. ValueError: a module that fits no rule; no site ran.
         """
         self._shape = (input_ids.shape[0], input_ids.shape[1])
         self._leaf = torch.zeros((), requires_grad=True)
         self._uses.clear()
         self._pending.clear()
+        self._ran_sites = 0
         self._active = True
         try:
-            return self._student.hidden(input_ids)
+            hidden = self._student.hidden(input_ids)
         finally:
             self._active = False
+        if self._sites and not self._ran_sites:
+            raise ValueError("layers: the student's forward went through none of the modules that dropout acts on")
+        return hidden
 
     def backward(
         self,
         hidden: torch.Tensor,  # [B, T, D] of forward
         gradient: torch.Tensor,  # [B, T, D]
-        emit: Callable[[str, GradPiece], None],
+        of_parameters: Sequence[PieceTaker],
+        of_sites: Sequence[SiteTaker],
         last: bool = True,
     ) -> None:
-        """Pass each parameter's piece to ``emit`` as soon as it is complete; ``last`` frees the graph.
+        """Pass each parameter's piece to ``of_parameters`` as soon as it is complete, and each site's gradient to
+        ``of_sites``; ``last`` frees the graph.
 
         Raises:
             ValueError: a parameter took part in the forward and got no gradient, or autograd fails.
         """
-        self._backward(hidden, gradient, emit, last, self._by_autograd, self._after_autograd)
-        silent = [name for name in self.used if self._uses[name] and name not in self._arrived]
+        self._of_sites = of_sites
+        self._backward(hidden, gradient, of_parameters, last, self._by_autograd, self._after_autograd)
+        silent = [n for n in self.used if self._uses[n] and n not in self._arrived and self._taken(n)]
         if silent:
             raise ValueError(
                 f"parameters: {silent[0]} took part in the forward and got no gradient; "
@@ -195,13 +231,13 @@ class Capture:
         self,
         hidden: torch.Tensor,  # [B, T, D]
         gradient: torch.Tensor,  # [B, T, D]
-        emit: Callable[[str, GradPiece], None],
+        of_parameters: Sequence[PieceTaker],
         last: bool,
         whole: Mapping[torch.Tensor, str],
         receive: Callable[[torch.Tensor, torch.Tensor], None],
     ) -> None:
-        """The pieces to ``emit``, and autograd's gradients of the parameters ``whole`` to ``receive``."""
-        self._emit, self._last = emit, last
+        """The pieces to ``of_parameters``, and autograd's gradients of the parameters ``whole`` to ``receive``."""
+        self._of_parameters, self._last = of_parameters, last
         self._arrived.clear()
         self._factor = None
         if self._half or torch.is_autocast_enabled(hidden.device.type):
@@ -241,11 +277,16 @@ class Capture:
             self._touched.add(self._names[parameter])
             squares[self._names[parameter]] += float(gradient.double().square().sum())
 
-        def emit(name: str, piece: GradPiece) -> None:
-            measure = SquaredNorm(batch, student.device)
-            measure.add(name, piece)
-            norms[name] = measure.values.sqrt().cpu()
+        class Norms:
+            def takes(self, name: str) -> bool:
+                return True
 
+            def add(self, name: str, piece: GradPiece) -> None:
+                measure = SquaredNorm(batch, student.device)
+                measure.add(name, piece)
+                norms[name] = measure.values.sqrt().cpu()
+
+        self._of_sites = ()
         self._by_autograd, self._failed = dict(self._names), bad
         try:
             with torch.inference_mode(False), student.scoring(), torch.enable_grad(), self.attached():
@@ -257,7 +298,7 @@ class Capture:
                     squares.clear()
                     norms.clear()
                     last = sample == batch - 1
-                    self._backward(hidden, noise.to(hidden.device), emit, last, self._names, receive)
+                    self._backward(hidden, noise.to(hidden.device), [Norms()], last, self._names, receive)
                     total = sum(squares.values()) ** 0.5
                     for name in self._names.values():
                         expected = torch.zeros(batch, dtype=torch.float64)
@@ -300,13 +341,39 @@ class Capture:
         if probing:
             self._forms.setdefault(module, set()).add(call.forms)
         self._uses.update(names.values())
-        return _Tap.apply(output, self._leaf, self, call)  # type: ignore[no-any-return]
+        # A linear layer does not need its output again, so it may change in place; other outputs are handed on as copies.
+        alias = is_linear(module) and output._base is None
+        receive = partial(self._after_backward, [call])
+        return _Tap.apply(output, self._leaf, self._shape[0], alias, receive)  # type: ignore[no-any-return]
+
+    def _after_site(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not self._active:
+            return None
+        value = first_tensor(output)
+        batch, length = self._shape
+        if value is None or value.dim() < 2 or value.shape[0] not in (batch, batch * length):
+            raise ValueError(f"layers: dropout acts on [{batch}, T, D], got {checks.describe(value)}")
+        self._ran_sites += 1
+        receive = partial(self._after_site_backward, module, value.detach())
+        return with_first(output, _Tap.apply(value, self._leaf, batch, False, receive))
+
+    def _after_site_backward(self, module: nn.Module, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        if self._factor is not None:
+            of_samples = gradient.to(compute_dtype(gradient.dtype)).reshape(len(self._factor), -1)
+            gradient = (of_samples * self._factor.to(of_samples)[:, None]).view(gradient.shape)
+        for taker in self._of_sites:
+            taker.add_site(module, value, gradient)
+
+    def _taken(self, name: str) -> bool:
+        return any(taker.takes(name) for taker in self._of_parameters)
 
     def _captured(self, name: str) -> bool:
         return self._failed is not None or name not in self._by_autograd.values()
 
     def _after_backward(self, calls: list[ModuleCall], gradient: torch.Tensor) -> None:
         call = calls.pop() if self._last else calls[0]  # the last backward frees the module's input
+        if not any(map(self._taken, call.names.values())):
+            return
         try:
             pieces = call.pieces(gradient)
         except Uncovered:
@@ -338,30 +405,37 @@ class Capture:
             self._failed.add(name)
             return
         self._arrived.add(name)
-        self._emit(name, piece if self._factor is None else scaled(piece, self._factor))
+        piece = piece if self._factor is None else scaled(piece, self._factor)
+        for taker in self._of_parameters:
+            taker.add(name, piece)
 
 
 class _Tap(torch.autograd.Function):
-    """Hands on a module's output, and its gradient to a capture."""
+    """Hands on a module's output, and its gradient to ``receive``."""
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, leaf: torch.Tensor, capture: Capture, call: ModuleCall) -> torch.Tensor:
-        ctx.capture, ctx.calls, ctx.device = capture, [call], leaf.device
-        batch = capture._shape[0]
+    def forward(
+        ctx: Any,
+        output: torch.Tensor,
+        leaf: torch.Tensor,
+        batch: int,
+        alias: bool,
+        receive: Callable[[torch.Tensor], None],
+    ) -> torch.Tensor:
+        ctx.receive, ctx.device = receive, leaf.device
         ctx.shared = batch > 1 and output.shape[0] == 1
         if ctx.shared:  # as positions are: a row for each sample tells their gradients apart
             return output.expand(batch, *output.shape[1:]).clone()
-        # What is handed on may change in place. A linear layer does not need its output again.
-        return output.data if is_linear(call.module) and output._base is None else output.clone()
+        return output.data if alias else output.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # type: ignore[override]
-        gradient = gradients[0]
-        ctx.capture._after_backward(ctx.calls, gradient)
+        [gradient] = gradients
+        ctx.receive(gradient)
         own = None
         if ctx.needs_input_grad[0]:
             own = gradient.sum(0, keepdim=True) if ctx.shared else gradient
-        return own, torch.zeros((), device=ctx.device), None, None
+        return own, torch.zeros((), device=ctx.device), None, None, None
 
 
 @contextmanager

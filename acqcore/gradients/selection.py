@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from acqcore import checks
+from acqcore.gradients.rules import is_linear
 from acqcore.head import Head
 from acqcore.students.student import Student
 
@@ -72,6 +73,40 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
     of_trunk = set(trunk.parameters())
     names = {p: name for p, name in names.items() if p in of_trunk or name not in (weight, bias)}
     return Selection(names, weight)
+
+
+def select_linear(student: Student, layers: int | str) -> Selection:
+    """The weights of the linear layers in the last ``layers`` blocks, or in all (``"all"``).
+
+    Raises:
+        ValueError: a trunk without blocks or with fewer, no linear layer in them, a student whose parameters are
+            sharded over processes.
+    """
+    blocks = student.blocks
+    checks.some_blocks(len(blocks))
+    whole_parameters(student, "layers")
+    count = len(blocks) if isinstance(layers, str) else layers
+    checks.enough_blocks(count, len(blocks))
+    within = {module for block in blocks[len(blocks) - count :] for module in block.modules() if is_linear(module)}
+    assert student._module is not None
+    names = {
+        module.weight: f"{name}.weight"
+        for name, module in student._module.named_modules()
+        if module in within and isinstance(module.weight, torch.Tensor)
+    }
+    if not names:
+        raise ValueError("layers: expected linear layers in the student's blocks, found none")
+    checks.differentiable(names)
+    return Selection(names, None)
+
+
+def whole_parameters(student: Student, argument: str) -> None:
+    """Raise ValueError for a student whose parameters are spread over processes; ``argument`` asked for them."""
+    if student.sharded:
+        raise ValueError(
+            f"{argument}: gradients in the trunk need a student whose parameters are whole on each rank, got one "
+            "spread over processes (tensor parallel, FSDP, ZeRO-3)"
+        )
 
 
 def _name(value: torch.Tensor, names: Mapping[torch.Tensor, str]) -> str | None:

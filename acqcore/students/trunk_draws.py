@@ -1,7 +1,8 @@
 """Draws of a student's final hidden states: dropout inside its trunk, or the members of an ensemble.
 
 Dropout in the last n blocks acts on the outputs that each attention and MLP adds to the residual stream, wherever the
-sum is written: ``blocks.py`` finds them. Earlier blocks run once. All draws of the last blocks run as one batch in the model's own code, in which the earlier blocks return
+sum is written: ``blocks.py`` finds them. Earlier blocks run once. All draws of the last blocks run as one batch in the
+model's own code, in which the earlier blocks return
 their stored output. Masks come from ``philox.py``, so a sample's draws depend neither on its batch nor on the backend.
 """
 
@@ -16,7 +17,9 @@ from torch import nn
 
 from acqcore import checks
 from acqcore.backends import Dropout, select as select_backend
+from acqcore.literals import Layers
 from acqcore.students.blocks import first_tensor, with_first
+from acqcore.students.dropout_sites import DropoutSites
 from acqcore.students.sharding import replaced_forward
 from acqcore.students.student import Student
 
@@ -26,66 +29,46 @@ class TrunkDraws:
 
     Args:
         student: whose trunk runs.
-        layers: the last n blocks, ``"all"``, or ``"own"``: the student's ``nn.Dropout`` modules at their own rates.
-            Functional dropout, such as that of attention weights in transformers, stays off.
+        layers: the last n blocks, ``"all"``, or ``"own"``, as in :meth:`DropoutSites.of`.
         draws: K.
         dropout: probability p for blocks; ignored by ``"own"``.
         seed: of the masks.
         backend: as in :func:`acqcore.row_stats`.
 
     Raises:
-        ValueError: a trunk without blocks, fewer blocks than asked for, a block whose residual branches are not modules
-            of its own, no dropout layer of the student's own.
+        ValueError: as :meth:`DropoutSites.of`.
     """
 
     def __init__(
-        self, student: Student, layers: int | str, draws: int, dropout: float, seed: int, backend: str | None
+        self, student: Student, layers: Layers, draws: int, dropout: float, seed: int, backend: str | None
     ) -> None:
-        blocks = student.blocks
+        found = DropoutSites.of(student, layers, dropout)
         self._student = student
         self._draws = draws
         self._seed = seed
         self._dropped = 0
         self._backend = backend
-        self._skipped: list[nn.Module] = []
-        self._sites: list[tuple[int, nn.Module, float]] = []
-        if layers == "own":
-            modules = student.trunk.modules() if isinstance(student.trunk, nn.Module) else ()
-            own = [module for module in modules if isinstance(module, nn.Dropout)]
-            self._sites = [(site, module, module.p) for site, module in enumerate(own, 1) if module.p > 0]
-            if not self._sites:
-                raise ValueError("layers: 'own' needs a student with dropout layers of p > 0, this one has none")
-            return
-        checks.some_blocks(len(blocks))
-        assert student._module is not None
-        count = len(blocks) if layers == "all" else layers
-        assert isinstance(count, int)
-        if count > len(blocks):
-            raise ValueError(f"layers: expected at most {len(blocks)} transformer blocks, got {count}")
-        first = len(blocks) - count
-        site = 0
-        for i, branches in enumerate(student.branches):
-            for branch in branches:
-                site += 1  # counted over the whole model, so a block has the same masks whatever ``layers`` is
-                if i >= first:
-                    self._sites.append((site, branch, dropout))
+        self._sites = found.sites
+        self._skipped: tuple[nn.Module, ...] = ()
         # Ranks that run forwards together skip nothing: another rank may be at a forward of all blocks.
-        if first and not student.forwards_are_collective and student.may_skip(first, lambda: self._skipping(first)):
-            self._skipped = blocks[:first]
+        before = found.before
+        if before and not student.forwards_are_collective:
+            if student.may_skip(len(before), lambda: self._skipping(before)):
+                self._skipped = before
 
-    def _skipping(self, first: int) -> bool:
+    def _skipping(self, before: tuple[nn.Module, ...]) -> bool:
         """Whether stored outputs stand for the first blocks: not where a later block reads more of them."""
         ids = torch.arange(4, device=self._student.device)[None] % 4
         sites, draws = self._sites, self._draws
         with self._student.scoring(), torch.inference_mode(False):
             expected = self._student.hidden(ids)
-            self._skipped, self._sites, self._draws = self._student.blocks[:first], [], 1
+            self._skipped, self._sites, self._draws = before, (), 1
             try:
                 found = self._hidden(ids, ids[:, 0])[0]
             except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
                 return False
             finally:
-                self._skipped, self._sites, self._draws = [], sites, draws
+                self._skipped, self._sites, self._draws = (), sites, draws
         error = (found.double() - expected.double()).abs().max()
         return bool(error <= 16 * torch.finfo(expected.dtype).eps * expected.double().abs().max())
 
