@@ -28,7 +28,9 @@ def stderr(found: BayesStats | torch.Tensor, options: DrawOptions | LinearOption
     if not isinstance(options, LinearOptions):
         return None
     assert isinstance(found, torch.Tensor)
-    return options.factor * found.std(dim=1) / found.shape[1] ** 0.5
+    if options.probes == 1:
+        return torch.full_like(found[:, 0], torch.nan)
+    return options.factor * found.std(dim=1) / options.probes**0.5
 
 
 @register("mutual_information", options=InformationOptions, needs=needs, over=over, stderr=stderr, reference=reference)
