@@ -47,7 +47,13 @@ def decoder(kind: str) -> Any:
     sizes = {"vocab_size": 320, "pad_token_id": 0}
     narrow = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
     dims = {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64}
-    opt = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+    opt = {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
     configs: dict[str, Callable[[], tuple[str, Any]]] = {
         "bloom": lambda: ("BloomForCausalLM", t.BloomConfig(**sizes, hidden_size=32, n_layer=2, n_head=4)),
         "mpt": lambda: ("MptForCausalLM", t.MptConfig(**sizes, d_model=32, n_heads=4, n_layers=2, max_seq_len=64)),
@@ -92,7 +98,9 @@ def test_branches_are_what_a_block_adds_to_the_stream(kind: str, expected: list[
         for branches in student.branches for branch in branches
     ]  # fmt: skip
     block = student.blocks[0]
-    handles.append(block.register_forward_hook(lambda _, args, kwargs, output: seen.extend([args, output]), with_kwargs=True))
+    handles.append(
+        block.register_forward_hook(lambda _, args, kwargs, output: seen.extend([args, output]), with_kwargs=True)
+    )
     with torch.no_grad():
         model(input_ids=torch.arange(8)[None])
     for handle in handles:
@@ -123,10 +131,14 @@ def test_blocks_of_a_vision_language_student_are_those_that_text_visits(
     t = pytest.importorskip("transformers")
     clip = VISION | {"image_size": 16, "patch_size": 8}
     if kind == "llava":
-        config = t.LlavaConfig(t.CLIPVisionConfig(**clip), t.LlamaConfig(**SMALL), image_token_index=319)
+        config = t.LlavaConfig(
+            vision_config=t.CLIPVisionConfig(**clip), text_config=t.LlamaConfig(**SMALL), image_token_index=319
+        )
         model = build("LlavaForConditionalGeneration", config)
     elif kind == "gemma3":
-        config = t.Gemma3Config({**SMALL, "head_dim": 8}, clip, mm_tokens_per_image=4, image_token_index=319)
+        config = t.Gemma3Config(
+            text_config={**SMALL, "head_dim": 8}, vision_config=clip, mm_tokens_per_image=4, image_token_index=319
+        )
         model = build("Gemma3ForConditionalGeneration", config)
     else:
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
@@ -184,7 +196,8 @@ class TestLogitMap:
         assert found.softcap == (softcap if softcap is None else pytest.approx(softcap, rel=1e-5))
 
     @pytest.mark.parametrize(
-        "other", [lambda z: z + 1, lambda z: -z, lambda z: z.relu(), lambda z: z * 0, lambda z: z.sign() * z.abs().sqrt()]
+        "other",
+        [lambda z: z + 1, lambda z: -z, lambda z: z.relu(), lambda z: z * 0, lambda z: z.sign() * z.abs().sqrt()],
     )
     def test_anything_else_is_none(self, other: Any) -> None:
         assert LogitMap.fitted(other(torch.tensor(KNOWN_LOGITS))) is None

@@ -289,7 +289,9 @@ class TestUsedWithoutAGradient:
             return (args[0].detach(),) if args[0].shape[1] == 13 else None
 
         model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(cut)
-        with pytest.raises(ValueError, match=r"parameters: .*q_proj.weight took part in the forward and got no gradient"):
+        with pytest.raises(
+            ValueError, match=r"parameters: model.layers.1.* took part in the forward and got no gradient"
+        ):
             grad_norm(model, rows(13, 6), 1, backend="eager")
         assert len(calls) > 1
 
@@ -298,16 +300,19 @@ class TestUsedWithoutAGradient:
 def test_half_precision_gradients_do_not_underflow(
     dtype: torch.dtype, tiny_model: Callable[..., Any], exact: Exact
 ) -> None:
-    """The mean over 1,000 tokens that the student is sure of divides small gradients by 1,000."""
+    """The mean over hundreds of tokens that the student is sure of divides gradients that are small already."""
     model = tiny_model("Llama", max_position_embeddings=1024).to(dtype)
     with torch.no_grad():
-        model.lm_head.weight *= 4
+        model.lm_head.weight *= 8
         ids = torch.randint(3, 320, (1, 1024), generator=torch.Generator().manual_seed(0))
-        sure = torch.cat([ids[:, :1], model(input_ids=ids).logits[:, :-1].argmax(2)], 1)
+        probability, token = model(input_ids=ids).logits[:, :-1].float().softmax(2).max(2)
+        sure = torch.cat([ids[:, :1], token.masked_fill(probability < 0.995, -100)], 1)
     samples = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": sure}
-    assert float(acqcore.score(model, samples, "loss")["loss"]) < 0.05
+    scores = acqcore.score(model, samples, "loss")
+    assert float(scores["loss"]) < 0.003
+    assert int(scores.n_tokens) > 100
     mean = float(grad_norm(model, samples, 1, backend="eager"))
     total = float(grad_norm(model, samples, 1, loss="sum", backend="eager"))
-    assert mean == pytest.approx(total / 1023, rel=1e-5)
+    assert mean == pytest.approx(total / int(scores.n_tokens), rel=1e-3)
     [expected] = exact(model.float(), samples, list(model.model.layers[-1].parameters())).norm(dim=1).tolist()
     assert mean == pytest.approx(expected, rel=0.02 if dtype == torch.float16 else 0.1)

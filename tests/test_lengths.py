@@ -44,7 +44,13 @@ def test_rope_that_goes_by_the_longest_sequence(kind: str) -> None:
     """Phi-3's two sets of frequencies; Llama's, which grow with the sequence and with those it has seen before."""
     t = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    own = {"vocab_size": 96, "intermediate_size": 48, "num_hidden_layers": 2, "initializer_range": 0.2, "pad_token_id": 0}
+    own = {
+        "vocab_size": 96,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+    }
     if kind == "longrope":
         config = t.Phi3Config(**SIZES, **own, original_max_position_embeddings=16, rope_parameters=rope(kind))
         model = t.Phi3ForCausalLM(config).eval()

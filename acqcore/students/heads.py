@@ -14,7 +14,7 @@ from acqcore.students.sharding import DataParallel, gathered, is_dtensor, unwrap
 
 #: Logits that stand in for the output embedding's own while the model's map of them is read off. The smallest shows
 #: the scale where a cap does not act yet, the largest the cap.
-KNOWN_LOGITS = (2.0**-10, -50.0, -1.0, 0.0, 1.0, 50.0)
+KNOWN_LOGITS = (2.0**-14, -50.0, -1.0, 0.0, 1.0, 50.0)
 
 #: Largest deviation of the mapped known logits from scale and cap, relative to their size.
 MAP_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
