@@ -126,7 +126,7 @@ class Experts(nn.Module):
         weights, chosen = self.gate(tokens).softmax(1).topk(self.k, 1)
         out = torch.zeros_like(tokens)
         for e, expert in enumerate(self.experts):
-            slot, token = torch.where(chosen.T == e)
+            slot, token = torch.where(e == chosen.T)
             if len(token):
                 out = out.index_add(0, token, expert(tokens[token]) * weights[token, slot, None])
         return x + out.view(x.shape)
@@ -278,7 +278,7 @@ class TestUsedWithoutAGradient:
         """Blocks behind which the graph is cut have no gradient: zeros would say that training does not move them."""
         model = tiny_model("Llama")
         model.model.norm.register_forward_pre_hook(lambda _, args: (args[0].detach(),))
-        with pytest.raises(ValueError, match="parameters: 1: .* have no gradient"):
+        with pytest.raises(ValueError, match=r"parameters: 1: .* have no gradient"):
             grad_norm(model, rows(9, 6), 1, backend="eager")
 
     def test_a_part_detached_after_the_probe(self, tiny_model: Callable[..., Any]) -> None:

@@ -13,7 +13,7 @@ gradient of the parameters in question. Experts that are called with the tokens 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -151,15 +151,14 @@ class Capture:
         if not silent or student._logits is None:
             return
         ids = torch.arange(2, device=student.device)[None] % student._vocab_size
-        with torch.inference_mode(False), student.scoring(), torch.enable_grad(), self.attached():
-            with ExitStack() as stack:
-                for parameter in silent:
-                    stack.callback(parameter.requires_grad_, parameter.requires_grad)
-                    parameter.requires_grad_(True)
-                logits = student._logits(ids)
-                if not logits.requires_grad:
-                    return
-                gradients = torch.autograd.grad(logits.sum(), list(silent), allow_unused=True)
+        with torch.inference_mode(False), student.scoring(), torch.enable_grad(), self.attached(), ExitStack() as stack:
+            for parameter in silent:
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(True)
+            logits = student._logits(ids)
+            if not logits.requires_grad:
+                return
+            gradients = torch.autograd.grad(logits.sum(), list(silent), allow_unused=True)
         seen = [n for n, g in zip(silent.values(), gradients, strict=True) if g is not None]
         if seen:
             more = f" and {len(seen) - 1} more" if len(seen) > 1 else ""
@@ -270,7 +269,7 @@ class Capture:
         student, batch = self._student, len(ids)
         generator = torch.Generator().manual_seed(0)
         norms: dict[str, torch.Tensor] = {}
-        squares: Counter[str] = Counter()
+        squares: defaultdict[str, float] = defaultdict(float)
         bad: set[str] = set()
 
         def receive(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -341,10 +340,10 @@ class Capture:
         if probing:
             self._forms.setdefault(module, set()).add(call.forms)
         self._uses.update(names.values())
-        # A linear layer does not need its output again, so it may change in place; other outputs are handed on as copies.
+        # A linear layer does not need its output again, so that may change in place; other outputs are copied.
         alias = is_linear(module) and output._base is None
         receive = partial(self._after_backward, [call])
-        return _Tap.apply(output, self._leaf, self._shape[0], alias, receive)  # type: ignore[no-any-return]
+        return _Tap.apply(output, self._leaf, self._shape[0], alias, receive)
 
     def _after_site(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self._active:
@@ -429,7 +428,7 @@ class _Tap(torch.autograd.Function):
         return output.data if alias else output.clone()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         [gradient] = gradients
         ctx.receive(gradient)
         own = None

@@ -20,7 +20,7 @@ SMALL_ELEMENTS = 1 << 20
 SCALED_ROWS_TOLERANCE = 1e-2
 
 
-class Uncovered(ValueError):
+class Uncovered(ValueError):  # noqa: N818
     """A call that fits no rule."""
 
 
@@ -58,11 +58,12 @@ class ModuleCall:
         self._args = [_detached(value) for value in args]
         self._kwargs = {key: _detached(value) for key, value in kwargs.items()}
         values = (*self._args, *self._kwargs.values())
-        self._input = next((value for value in values if isinstance(value, torch.Tensor)), None)
-        if not isinstance(self._input, torch.Tensor) or not isinstance(output, torch.Tensor):
+        given = next((value for value in values if isinstance(value, torch.Tensor)), None)
+        if given is None or not isinstance(output, torch.Tensor):
             handled = f"its {type(module).__name__} takes or gives"
-            odd = output if isinstance(self._input, torch.Tensor) else self._input
+            odd = given if given is None else output
             raise self._uncovered(f"{handled} {checks.describe(odd)} where one tensor was expected")
+        self._input = given
         if batch > 1:
             for tensor in (output, *(x for x in values if isinstance(x, torch.Tensor))):
                 if form(tensor, batch, length) is None:

@@ -23,7 +23,6 @@ from acqcore.students.packing import OVERHEAD_TOKENS, partition
 from acqcore.students.samples import Row, Samples, encode
 from acqcore.students.student import StudentLike, as_student
 
-
 #: Most rows on which it is tried what a student's gradients need.
 PROBED_ROWS = 4
 

@@ -7,7 +7,7 @@ a module that adds the stream to its own output is no branch, but one inside it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,14 +115,18 @@ def with_first(output: Any, tensor: torch.Tensor) -> Any:
 
 
 def _streaming(module: nn.Module, forward: Callable[[], Any]) -> list[nn.Module]:
-    """Members of lists, none inside another, that own a matrix and were called with a tensor of their output's shape."""
+    """Members of lists, none inside another, that hold a matrix and were called with a tensor of their output's shape.
+
+    A plain layer is no block: some models have a list of them that leads the stream in or out.
+    """
     owners = matrix_owners(module)
     listed = [
         member
         for container in module.modules()
         if isinstance(container, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
         for member in container.children()
-        if not owners.isdisjoint(member.modules())
+        if not (type(member).__module__.startswith("torch.nn.modules") and not list(member.children()))
+        and not owners.isdisjoint(member.modules())
     ]
     seen: dict[nn.Module, None] = {}
 
@@ -243,7 +247,7 @@ class _Analysis:
 
     def _run(
         self,
-        given: dict[nn.Module, torch.Tensor | None],
+        given: Mapping[nn.Module, torch.Tensor | None],
         watched: Iterable[nn.Module],
         first: bool = False,
         streams: dict[nn.Module, torch.Tensor] | None = None,

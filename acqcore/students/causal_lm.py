@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -84,6 +85,8 @@ class CausalLM:
     def head(self) -> Head:
         """The current head. A collective under FSDP and ZeRO-3."""
         placed = placed_projection(self._causal, self.data_parallel)
+        if self._map.columns is not None:
+            placed["vocab_size"] = self._map.columns
         return Head(**placed, softcap=self._map.softcap, scale=self._map.scale)
 
     def read_logit_map(self) -> None:
@@ -95,35 +98,44 @@ class CausalLM:
         placed = placed_projection(self._causal, self.data_parallel)
         weight = placed["weight"]
         self.vocab_size: int = placed.get("vocab_size", len(weight))
+        embedding = getattr(self._causal, "get_input_embeddings", lambda: None)()
+        rows = getattr(embedding, "num_embeddings", self.vocab_size)
+        #: Token ids below it may be given.
+        self.token_ids = min(self.vocab_size, rows)
         if weight.device.type == "meta":  # has no values
             return
         if self._model not in _MAPS:
             _MAPS[self._model] = self._logit_map(Head(**placed))
         self._map = _MAPS[self._model]
+        self.vocab_size = self._map.columns or self.vocab_size
 
     def _logit_map(self, head: Head) -> LogitMap:
         known = torch.tensor(KNOWN_LOGITS, device=head.weight.device)
         if head.weight.dtype == torch.float64:
             known = known.double()
-        columns = torch.arange(len(head.weight), device=known.device) + head.vocab_start
+        if self.data_parallel is None:
+            columns = torch.arange(self.vocab_size, device=known.device)
+        else:  # hooks of the head, which gather its logits, run
+            columns = torch.arange(len(head.weight), device=known.device) + head.vocab_start
         given = known[columns % len(known)]  # [v]
-        ids = torch.arange(4, device=next(self._model.parameters()).device)[None] % self.vocab_size
+        ids = torch.arange(4, device=next(self._model.parameters()).device)[None] % self.token_ids
         _, output = self._run(ids, lambda hidden: given.to(hidden.device).expand(*hidden.shape[:-1], -1))
         logits = self._whole(gathered(output.logits), head)  # [1, 4, V]
         refused = ValueError(
-            f"model: {self.name} changes the logits of its output embedding by more than a scale and a softcap; {ADVICE}"
+            f"model: {self.name} changes the logits of its output embedding by more than a scale and a softcap; "
+            f"{ADVICE}"
         )
-        if logits.shape[-1] != self.vocab_size:
+        count = logits.shape[-1]
+        if count != self.vocab_size and (count > self.vocab_size or head.group is not None):
             raise refused
-        first = logits[0, 0, torch.arange(len(known)).to(logits.device) % self.vocab_size]
-        found = LogitMap.fitted(first) if self.vocab_size >= len(known) else LogitMap()
+        found = LogitMap.fitted(logits[0, 0, : len(known)]) if count >= len(known) else LogitMap()
         if found is None:
             raise refused
-        expected = found(known[torch.arange(self.vocab_size, device=known.device) % len(known)].double())
+        expected = found(known[torch.arange(count, device=known.device) % len(known)].double())
         error = (logits.to(expected) - expected).abs() / expected.abs().clamp_min(1e-12)
         if not bool((error <= MAP_TOLERANCE[logits.dtype]).all()):
             raise refused
-        return found
+        return found if count == self.vocab_size else replace(found, columns=count)
 
     def verify(self) -> None:
         """Compare trunk and head with the model's own logits, and check causality, once per model object.
@@ -133,8 +145,10 @@ class CausalLM:
         """
         if self._model in _VERIFIED:
             return
-        head, vocab_size = self.head(), self.vocab_size
-        ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) * max(1, vocab_size // 7) % vocab_size  # differ at the end
+        head = self.head()
+        ids = (
+            torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) * max(1, self.token_ids // 7) % self.token_ids
+        )  # differ at the end
         ids = ids.to(next(self._model.parameters()).device)
         with torch.no_grad():
             own = self._whole(self.logits(ids), head)
@@ -166,14 +180,15 @@ class CausalLM:
         input_ids: torch.Tensor,  # [B, T] int64
         give: Callable[[torch.Tensor], torch.Tensor],
     ) -> tuple[torch.Tensor, Any]:
-        """What enters the output embedding, and the model's output where the output embedding gives ``give(hidden)``."""
+        """What enters the output embedding, and the model's output where that gives ``give(hidden)``."""
         seen: list[torch.Tensor] = []
 
         def keep(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             seen.append(hidden)
             return give(hidden)
 
-        with replaced_forward(unwrapped(self._causal.get_output_embeddings()), keep):
+        layer = unwrapped(self._causal.get_output_embeddings())
+        with replaced_forward(layer, keep), nullcontext() if self.data_parallel is not None else _unhooked(layer):
             output = self._root(input_ids=input_ids, **self._options)
         if len(seen) != 1:
             raise ValueError(
@@ -195,6 +210,17 @@ class CausalLM:
         if head.group is not None and logits.shape[-1] != self.vocab_size:
             return _in_vocabulary(logits, head)
         return logits
+
+
+@contextmanager
+def _unhooked(layer: torch.nn.Module) -> Iterator[None]:
+    """Context without the hooks on a layer's output: those of tensor parallelism expect its own logits."""
+    hooks = layer._forward_hooks
+    layer._forward_hooks = type(hooks)()
+    try:
+        yield
+    finally:
+        layer._forward_hooks = hooks
 
 
 def _innermost(model: Any) -> Any:

@@ -33,8 +33,8 @@ class DropoutSites:
                 dropout, such as that of attention weights in transformers, stays off.
 
         Raises:
-            ValueError: a trunk without blocks, fewer blocks than asked for, a block whose branches are not modules of its
-                own, no dropout layer of the student's own.
+            ValueError: a trunk without blocks, fewer blocks than asked for, a block whose branches are not modules of
+                its own, no dropout layer of the student's own.
         """
         if layers == "own":
             modules = student.trunk.modules() if isinstance(student.trunk, nn.Module) else ()

@@ -26,6 +26,7 @@ class LogitMap:
 
     scale: float = 1.0
     softcap: float | None = None
+    columns: int | None = None  # logits that the model gives where it leaves out the padding of its vocabulary
 
     @classmethod
     def fitted(cls, mapped: torch.Tensor) -> LogitMap | None:

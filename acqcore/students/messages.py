@@ -17,9 +17,6 @@ _PROBE = "acqcore"
 #: Begins with a character that no reply begins with.
 _OTHER = "\ue0f1acqcore"
 
-#: Types of content whose placeholders a template would write.
-_NOT_TEXT = ("image", "audio", "video")
-
 #: Of templates that say what the assistant generates.
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -72,7 +69,7 @@ def messages_of(index: int, key: str, value: object) -> list[dict[str, Any]]:
     A key whose value is null counts as absent: a table has nulls where one row of a column lacks a key of another.
 
     Raises:
-        TypeError: anything else. ValueError: content that is no text: a student reads text alone.
+        TypeError: anything else.
     """
     found = plain(value)
     if not isinstance(found, list):
@@ -85,10 +82,6 @@ def messages_of(index: int, key: str, value: object) -> list[dict[str, Any]]:
                 f'samples[{index}]: {key}: expected messages with "role" and "content" (or "tool_calls"), '
                 f"got {checks.describe(message)}"
             )
-        for part in given["content"] if isinstance(given.get("content"), list) else ():
-            kind = str(part.get("type", "text")) if isinstance(part, Mapping) else "text"
-            if any(word in kind for word in _NOT_TEXT):
-                raise ValueError(f"samples[{index}]: {key}: expected text alone, got content of type {kind!r}")
         if isinstance(given.get("content"), numbers.Number):
             given["content"] = text_of(index, key, given["content"])
         messages.append(given)
@@ -200,10 +193,12 @@ def reply_start(
     if start is None or prompt == rendered(index, tokenizer, context, False, **options):
         try:
             other = rendered(index, tokenizer, [*context, _other(reply[0]), *reply[1:]], False, **options)
-        except ValueError:  # a template may refuse what it cannot parse
-            other = None
-        if other is not None:
             start = common_length(text, other)
+            # Nor may any of the context come after the reply.
+            other = rendered(index, tokenizer, [*context[:-1], _other(context[-1]), *reply], False, **options)
+            start = start if other.endswith(text[start:]) else None
+        except ValueError:  # a template may refuse what it cannot parse
+            pass
     scored = "" if start is None else text[start:]
     for message in reply:
         if not any(shown in scored for shown in _shown(message)):

@@ -14,8 +14,9 @@ tensors ``{"input_ids", ...}``         labels other than -100, else every real t
 The whole text is tokenized at once: tokens of joined pieces may differ from those the model sees. The completion begins
 with the first token whose span ends after the prompt, so a token across the boundary is scored. A table with these
 columns (``datasets.Dataset``, pandas, polars, Arrow, a mapping of lists) is a list of its rows. A number is its text,
-and other keys and columns are not read, except ``tools`` and ``chat_template_kwargs`` of conversations, which the chat
-template gets. Where it marks what the assistant generates, only that is scored. Rows from :func:`encode` are samples too.
+and other keys and columns are not read, except ``tools`` and ``chat_template_kwargs`` of conversations, which go to the
+chat template. Of a conversation the reply alone is scored, or it is refused; a template that marks what the assistant
+generates decides which of its tokens. Rows from :func:`encode` are samples too.
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ import torch
 
 from acqcore import checks
 from acqcore.students.messages import (
-    common_length, generated, messages_of, rendered, reply_start, sound, template_options, text_of,
+    common_length,
+    generated,
+    messages_of,
+    rendered,
+    reply_start,
+    sound,
+    template_options,
+    text_of,
 )  # fmt: skip
 from acqcore.students.tables import BESIDE, EXPECTED, kind_of, listed, plain
 
@@ -265,16 +273,21 @@ def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
         alone = tokenizer([text.text[: text.boundary] for text in texts], **options)["input_ids"]
         starts = map(common_length, batch["input_ids"], alone)
     rows = [_row(torch.tensor(ids), start) for ids, start in zip(batch["input_ids"], starts, strict=True)]
-    return [_marked(_once(row, text, tokenizer), text) for row, text in zip(rows, texts, strict=True)]
+    added = tokenizer([""], **options)["input_ids"][0]
+    return [_marked(_once(row, added, tokenizer), text) for row, text in zip(rows, texts, strict=True)]
 
 
-def _once(row: Row, text: _Text, tokenizer: Any) -> Row:
-    """The row without a special token that the text begins or ends with and the tokenizer adds once more."""
-    ids, added = row.ids, [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "eos", "sep")]
-    if text.has_special_tokens or len(ids) < 2:
+def _once(row: Row, added: Sequence[int], tokenizer: Any) -> Row:
+    """The row without a special token that the text begins or ends with and the tokenizer adds once more.
+
+    Args:
+        added: what the tokenizer makes of an empty text.
+    """
+    ids, names = row.ids, [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "eos", "sep")]
+    if len(added) == 0 or len(ids) < 2:
         return row
-    first = int(ids[0] == ids[1] and int(ids[0]) in added[:2])
-    last = int(len(ids) - first > 1 and ids[-1] == ids[-2] and int(ids[-1]) in added[2:])
+    first = int(added[0] in names[:2] and added[0] == int(ids[0]) == int(ids[1]))
+    last = int(len(ids) - first > 1 and added[-1] in names[2:] and added[-1] == int(ids[-1]) == int(ids[-2]))
     if not first and not last:
         return row
     targets = row.targets[first : len(ids) - last].clone()

@@ -94,7 +94,7 @@ class Student:
             causal.read_logit_map()
             if verify:
                 causal.verify()
-        student._vocab_size = causal.vocab_size
+        student._vocab_size = causal.token_ids
         return student
 
     @classmethod

@@ -51,10 +51,9 @@ class TrunkDraws:
         self._sites = found.sites
         self._skipped: tuple[nn.Module, ...] = ()
         # Ranks that run forwards together skip nothing: another rank may be at a forward of all blocks.
-        before = found.before
-        if before and not student.forwards_are_collective:
-            if student.may_skip(len(before), lambda: self._skipping(before)):
-                self._skipped = before
+        before, alone = found.before, not student.forwards_are_collective
+        if before and alone and student.may_skip(len(before), lambda: self._skipping(before)):
+            self._skipped = before
 
     def _skipping(self, before: tuple[nn.Module, ...]) -> bool:
         """Whether stored outputs stand for the first blocks: not where a later block reads more of them."""

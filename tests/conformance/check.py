@@ -184,13 +184,22 @@ def _lora(model: Any, rows: list[torch.Tensor]) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     head = model.get_output_embeddings()
-    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    # PEFT refuses this one in Mamba's blocks, whose kernels read its weight.
+    recurrent = "mamba" in type(model).__name__.lower() or "falconh1" in type(model).__name__.lower()
+    linear = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and m is not head and not (recurrent and n.endswith("out_proj"))
+    ]
     if not linear:
         linear = [n for n, m in model.named_modules() if type(m).__name__ == "Conv1D"]
     model.requires_grad_(False)
     config = LoraConfig(r=2, target_modules=linear, init_lora_weights=False)
     torch.manual_seed(0)
-    inject_adapter_in_model(config, model)
+    try:
+        inject_adapter_in_model(config, model)
+    except Exception as error:  # PEFT refuses some layers of some models
+        raise NoReference(f"{type(error).__name__}: {error}") from error
     _compare(lambda x: acqcore.grad_norm(model.eval(), x, "trainable"), rows, _norms(model, rows), 2e-3)
 
 

@@ -153,7 +153,7 @@ OWN: dict[str, dict[str, Any]] = {
         "minicpm3", "sarvam_mla", "youtu", "dots3_note", "dots3_note_text",
     )},
     **{kind: {"layer_types": ["linear_attention", "full_attention"]} for kind in (
-        "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text", 
+        "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text",
     )},
     **{kind: {"layer_types": ["linear_attention", "full_attention"], "num_key_value_heads": 4} for kind in (
         "kimi_linear", "bailing_hybrid",

@@ -92,6 +92,48 @@ def main() -> None:
             if name != "unbuilt" and verdict[0] != "right":
                 print(f"    {name}: {verdict[1]}", flush=True)
 
+    if not options.kinds:
+        write(options.table, done)
+
+
+def write(path: Path, done: dict[str, dict[str, Any]]) -> None:
+    """The table of supported students, and what it says of each type."""
+    import transformers
+
+    built = {kind: entry for kind, entry in sorted(done.items()) if "unbuilt" not in entry["found"]}
+    verdicts = [[found[0] for found in entry["found"].values()] for entry in built.values()]
+    sound = sum(set(of_kind) <= {"right", "refused", "none"} for of_kind in verdicts)
+    right = sum(set(of_kind) <= {"right", "none"} for of_kind in verdicts)
+    lines = [
+        "# Supported students",
+        "",
+        f"Every causal language model type of transformers {transformers.__version__} of which a small random model",
+        f"can be made: {len(built)} of {len(done)}. Of these {right} are right in all that was asked, and {sound} right",
+        "or refused by name.",
+        "",
+        "Each value is held to plain autograd on the model's own logits, in float32, one sample at a time, for samples",
+        'that are scored alone, and in a batch, padded. "yes" is right, "no" refused with a ValueError that says why',
+        '(below), "-" what the model or PEFT itself cannot do. LoRA is on every linear layer that PEFT takes.',
+        "`make conformance` writes this page.",
+        "",
+        "| type | class | " + " | ".join(check.TITLES.values()) + " |",
+        "|---|---|" + "---|" * len(check.TITLES),
+    ]
+    words = {"right": "yes", "refused": "no", "none": "-", "wrong": "WRONG", "raw": "RAISES"}
+    reasons: dict[str, list[str]] = {}
+    for kind, entry in built.items():
+        found = entry["found"]
+        cells = [words[found[name][0]] if name in found else "-" for name in check.TITLES]
+        lines.append(f"| `{kind}` | {entry['class']} | " + " | ".join(cells) + " |")
+        for name, (verdict, reason) in found.items():
+            if verdict in ("refused", "wrong", "raw"):
+                reasons.setdefault(f"{reason.splitlines()[0]}", []).append(f"`{kind}` ({check.TITLES[name]})")
+    lines += ["", "## Refused", ""]
+    lines += [f"- {', '.join(kinds)}: {reason}" for reason, kinds in sorted(reasons.items())]
+    lines += ["", "## Not tried", "", "No small model of these can be made, or it needs a package that is missing:", ""]
+    lines += [", ".join(f"`{kind}`" for kind, entry in sorted(done.items()) if "unbuilt" in entry["found"]) + "."]
+    path.write_text("\n".join(lines) + "\n")
+
 
 if __name__ == "__main__":
     main()

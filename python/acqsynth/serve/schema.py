@@ -57,9 +57,9 @@ RESERVED = frozenset(
 
 _SAMPLE = {
     "anyOf": [{"type": "string"}, {"type": "object"}],
-    "description": 'a string, or an object with "prompt" and "completion" (strings or messages), "messages", "question" '
-    'and "answer", or "text"; beside messages "tools" and "chat_template_kwargs", variables of the chat template. Other '
-    "keys are not read.",
+    "description": 'a string, or an object with "prompt" and "completion" (strings or messages), "messages", '
+    '"question" and "answer", or "text"; beside messages "tools" and "chat_template_kwargs", variables of the chat '
+    "template. Other keys are not read.",
     "examples": [{"prompt": "What is 2 + 2?\n", "completion": "It is 4."}],
 }
 #: A sample as acqcore.score takes it. What is wrong with one is told in ``errors`` of the answer.
