@@ -9,7 +9,7 @@ import torch
 
 from acqcore.backends import HeadRows, Probes
 from acqcore.backends.eager import logit_gradient
-from acqcore.fisher import fisher_grad_from
+from acqcore.fisher import FisherGrads, fisher_grads
 from acqcore.head import Head
 from acqcore.head_grad import Bounds, delta_product, grad_sketch_from, head_grad_norm_from, loss_weights
 from acqcore.head_visit import HeadVisit
@@ -37,6 +37,17 @@ class HeadPass:
         """Of each token in its sample's loss, ``[N]`` float64."""
         assert self.stats.targets is not None
         return loss_weights(self.stats.targets, self.bounds, self.loss, None)
+
+    def excess(self, carried: FisherGrads) -> torch.Tensor:
+        """By how much the squared norm of each probe's gradient exceeds its expectation, as a share of it, ``[B, P]``.
+
+        0 where the expectation is.
+        """
+        lengths = torch.tensor(self.counts, device=carried.expected.device)
+        squares = carried.gradients.double().square().sum(dim=2).T.contiguous()  # [N, P]
+        found = torch.segment_reduce(squares, "sum", lengths=lengths, axis=0)
+        expected = torch.segment_reduce(carried.expected, "sum", lengths=lengths)[:, None]
+        return (found / expected - 1).where(expected != 0, 0)
 
     @property
     def counts(self) -> list[int]:
@@ -76,10 +87,10 @@ class HeadPass:
         gradient = delta_product(self.hidden, self.head, self.stats, self.head.weight, 1.0, self.backend)  # [N, D]
         return spread(gradient * self.weights[:, None].to(gradient.dtype), hidden, positions)
 
-    def fisher_gradients(self, probes: int, seed: int) -> torch.Tensor:
-        """dL/dh of each probe of ``acqcore.fisher``, ``[P, N, D]``."""
+    def fisher_grads(self, probes: int, seed: int) -> FisherGrads:
+        """Random cotangents of the tokens, carried back through the head."""
         of_rows = Probes(probes, seed, self.mask_keys, self.places)
-        return fisher_grad_from(self.hidden, self.head, self.stats, of_rows, 1.0, self.backend)
+        return fisher_grads(self.hidden, self.head, self.stats, of_rows, 1.0, self.backend)
 
     def product(
         self,
