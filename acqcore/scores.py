@@ -59,7 +59,8 @@ class Scores(Mapping[str, torch.Tensor]):
         return len(self._values)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row per sample: acquisitions, ``n_tokens`` and ``valid``, without per-token values.
+        """One row per sample: acquisitions, ``<name>_stderr`` of those with standard errors, ``n_tokens`` and
+        ``valid``, without per-token values.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -79,7 +80,8 @@ class Scores(Mapping[str, torch.Tensor]):
         return datasets.Dataset.from_dict({name: column.numpy() for name, column in self._columns().items()})
 
     def _columns(self) -> dict[str, torch.Tensor]:
-        return {**self._values, "n_tokens": self.n_tokens, "valid": self.valid}
+        errors = {f"{name}_stderr": column for name, column in self.stderr.items()}
+        return {**self._values, **errors, "n_tokens": self.n_tokens, "valid": self.valid}
 
     def __repr__(self) -> str:
         n, invalid = len(self.n_tokens), int((~self.valid).sum())

@@ -195,6 +195,29 @@ def test_one_probe_has_no_standard_error(tiny_model: Callable[..., Any]) -> None
     assert not acqcore.score(model, samples, "mutual_information").stderr
 
 
+@pytest.mark.parametrize("posterior", ["dropout", "isotropic"])
+def test_a_sum_is_the_average_times_the_tokens(posterior: str, tiny_model: Callable[..., Any]) -> None:
+    model, samples = tiny_model("Llama"), _samples(5, 9, 17)
+    asked = {"mutual_information": {"form": "linear", "posterior": posterior}}
+    mean, total = (
+        acqcore.score(model, samples, "mutual_information", acquisition_args=asked, reduction=reduction)
+        for reduction in ("mean", "sum")
+    )
+    for found, average in ((total, mean), (total.stderr, mean.stderr)):
+        column, expected = found["mutual_information"], average["mutual_information"] * mean.n_tokens
+        torch.testing.assert_close(column, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["max", "topk"])
+def test_there_are_no_values_of_tokens_to_reduce(reduction: Any, tiny_model: Callable[..., Any]) -> None:
+    message = f"reduction: 'mutual_information' has no values of tokens .* expected 'mean' or 'sum', got '{reduction}'"
+    with pytest.raises(ValueError, match=message):
+        acqcore.score(
+            tiny_model("Llama"), _samples(5), "mutual_information",
+            acquisition_args={"mutual_information": {"form": "linear"}}, reduction=reduction,
+        )  # fmt: skip
+
+
 def test_other_gradients_share_the_graph(tiny_model: Callable[..., Any]) -> None:
     """Both posteriors' backwards and those of the loss come from one graph, and leave each other's numbers alone."""
     model = tiny_model("Llama")

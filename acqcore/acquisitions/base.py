@@ -11,7 +11,7 @@ import torch
 
 from acqcore.acquisitions.needs import Need, Options, RowNeed
 
-Over: TypeAlias = Literal["token", "sample", "set"]
+Over: TypeAlias = Literal["token", "average", "sample", "set"]
 Function = TypeVar("Function", bound=Callable[..., torch.Tensor])
 
 
@@ -26,7 +26,8 @@ class Acquisition:
             has one.
         options: frozen dataclass of its arguments.
         needs: a need, a tuple of them, or a function of the options that gives either.
-        over: a value for each scored token, ``[N]``, then reduced; for each sample of a batch, ``[B]``; or for each
+        over: a value for each scored token, ``[N]``, then reduced; the average over the tokens of each sample of a
+            batch, ``[B]``, which can be reduced by mean or sum alone; for each sample of a batch, ``[B]``; or for each
             sample of the call, ``[n]``, in which samples are compared with each other (of gradients only); or a
             function of the options that gives one of these.
         needs_targets: the values depend on the tokens that were written, not only on the predictions.

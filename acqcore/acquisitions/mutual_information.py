@@ -20,7 +20,7 @@ def needs(options: DrawOptions | LinearOptions) -> DrawOptions | ProbeNeed:
 
 def over(options: DrawOptions | LinearOptions) -> Over:
     """Noise before a token moves all tokens after it: the linear form has no value of a single token."""
-    return "sample" if isinstance(options, LinearOptions) else "token"
+    return "average" if isinstance(options, LinearOptions) else "token"
 
 
 def stderr(found: BayesStats | torch.Tensor, options: DrawOptions | LinearOptions) -> torch.Tensor | None:
@@ -41,8 +41,8 @@ def mutual_information(
     """Mutual information of prediction and weights in nats a token, H(mean_k p_k) - mean_k H(p_k).
 
     The linear form is its limit for small noise of variance s^2 on activations or weights theta, the delta method:
-    ``1/2 sum_i s_i^2 E_{y ~ p} (d log p_y / d theta_i)^2``, added up over a sample's scored tokens and divided by their
-    number, whatever the reduction.
+    ``1/2 sum_i s_i^2 E_{y ~ p} (d log p_y / d theta_i)^2``, averaged over a sample's scored tokens, or added up with
+    ``reduction="sum"``.
 
     Source: Houlsby et al. 2011 (BALD); by MC dropout, Gal, Islam & Ghahramani 2017.
     """

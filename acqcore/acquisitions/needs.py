@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 
@@ -26,6 +26,9 @@ WEIGHT_VARIANCE = 1e-6
 @dataclass(frozen=True)
 class Options:
     """Arguments of an acquisition. Subclasses are frozen dataclasses whose ``__post_init__`` checks the values."""
+
+    #: Whether an acquisition that gives standard errors gives them under these arguments.
+    estimated: ClassVar[bool] = True
 
     def check(self, student: Student, head: Head) -> None:
         """Raise ValueError if they do not fit the student; called before any forward."""
@@ -104,6 +107,8 @@ class DrawOptions(Options):
     Raises:
         TypeError, ValueError: a value of a wrong type or out of range; arguments that exclude each other.
     """
+
+    estimated: ClassVar[bool] = False  # draws share their masks over tokens, which a sample's spread does not show
 
     layers: Layers | None = None
     dropout: float | None = None

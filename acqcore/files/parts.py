@@ -23,7 +23,7 @@ class Parts:
     """The folder ``<out>.parts``: the manifest of a run, and files for each block of rows.
 
     ========================  ===================================================================================
-    ``block-000000.batches``  a line per finished batch: its rows, counted within the block, and their values
+    ``block-000000.batches``  a line per finished batch: its rows, counted within the block, and their figures
     ``block-000000.<suffix>``  the rows of the block, as they go into the output
     ``block-000000.json``     the report; written last, it marks the block as finished
     ``block-000000.attempts`` a byte per attempt

@@ -14,6 +14,7 @@ from acqsynth.domains import Sample
 from acqsynth.rewards import AcquisitionReward, ComposedReward, combined
 from acqsynth.rewards.gates import New
 from acqsynth.rewards.reward import _warn_once
+from acqsynth.rewards.scoring import Scored
 
 
 class Words:
@@ -67,7 +68,8 @@ class TestText:
     @staticmethod
     def reward(monkeypatch: pytest.MonkeyPatch, values: list[float], world: int, **options: Any) -> AcquisitionReward:
         reward = AcquisitionReward("a path", parse=lambda text: text or None, **options)
-        reward.scorer = lambda samples: ({reward.acquisition: values}, [3] * len(values))  # type: ignore[assignment]
+        scored = Scored({reward.acquisition: values}, [3] * len(values), {})
+        reward.scorer = lambda samples: scored  # type: ignore[assignment]
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: world > 1)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
         return reward
