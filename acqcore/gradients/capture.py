@@ -144,7 +144,7 @@ class Capture:
         self._by_autograd = {p: name for p, name in self._names.items() if name in failed or name not in ruled}
 
     def _refuse_unseen(self) -> None:
-        """Refuse parameters that change the logits but not the hidden states, such as adapters on the head."""
+        """Refuse parameters that the logits depend on and the hidden states do not, such as adapters on the head."""
         names, student = self._names, self._student
         seen_here = self._touched.union(self._tied)
         silent = {p: name for p, name in names.items() if name not in seen_here}
@@ -155,11 +155,10 @@ class Capture:
             for parameter in silent:
                 stack.callback(parameter.requires_grad_, parameter.requires_grad)
                 parameter.requires_grad_(True)
-            logits = student._logits(ids)
-            if not logits.requires_grad:
-                return
-            gradients = torch.autograd.grad(logits.sum(), list(silent), allow_unused=True)
-        seen = [n for n, g in zip(silent.values(), gradients, strict=True) if g is not None]
+            reached = _reached(student.hidden(ids), silent)
+            seen = [name for name in _reached(student._logits(ids), silent) if name not in reached]
+        if reached and not self.one_by_one:  # by some tokens, but not by those of the probe
+            self.take_one_by_one()
         if seen:
             more = f" and {len(seen) - 1} more" if len(seen) > 1 else ""
             raise ValueError(f"parameters: no rule covers {seen[0]}{more}: it is part of the student's head")
@@ -435,6 +434,14 @@ class _Tap(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             own = gradient.sum(0, keepdim=True) if ctx.shared else gradient
         return own, torch.zeros((), device=ctx.device), None, None, None
+
+
+def _reached(output: torch.Tensor, parameters: Mapping[torch.Tensor, str]) -> list[str]:
+    """Names of the parameters that have a gradient in the output."""
+    if not output.requires_grad:
+        return []
+    gradients = torch.autograd.grad(output.sum(), list(parameters), allow_unused=True)
+    return [name for name, gradient in zip(parameters.values(), gradients, strict=True) if gradient is not None]
 
 
 @contextmanager

@@ -26,7 +26,7 @@ import check
 import models
 
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 240
+LIMIT_S = 600
 
 
 def verdicts(kind: str) -> dict[str, Any]:
@@ -108,8 +108,8 @@ def write(path: Path, done: dict[str, dict[str, Any]]) -> None:
         "# Supported students",
         "",
         f"Every causal language model type of transformers {transformers.__version__} of which a small random model",
-        f"can be made: {len(built)} of {len(done)}. Of these {right} are right in all that was asked, and {sound} right",
-        "or refused by name.",
+        f"can be made: {len(built)} of {len(done)}. Of these {right} are right in all that was asked, and {sound}",
+        "right or refused by name.",
         "",
         "Each value is held to plain autograd on the model's own logits, in float32, one sample at a time, for samples",
         'that are scored alone, and in a batch, padded. "yes" is right, "no" refused with a ValueError that says why',

@@ -94,7 +94,7 @@ class TestText:
         options = {"acquisition": "influence", "arguments": arguments}
         assert self.reward(monkeypatch, [-7.0], 1, **options)(["p", "p"], ["", "a"]) == [-7.0, -7.0]
         for values in ([-7.0], [7.0]):  # on every rank alike: one that raised alone would leave the others waiting
-            with pytest.raises(RuntimeError, match="influence have no least one, .* make the reward with sync=True"):
+            with pytest.raises(RuntimeError, match=r"influence have no least one, .* make the reward with sync=True"):
                 self.reward(monkeypatch, values, 2, **options)(["p", "p"], ["", "a"])
 
         def gather(found: list[Any], own: float) -> None:
