@@ -210,6 +210,18 @@ class TestLogitMap:
         model = build("RecurrentGemmaForCausalLM", config).bfloat16()
         assert acqcore.Student.from_model(model).head.softcap == 3.0
 
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_padding_of_the_vocabulary_is_left_out(
+        self, tied: bool, tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
+    ) -> None:
+        model = tiny_model("Llama", tie_word_embeddings=tied)
+        model.register_forward_hook(lambda *args: setattr(args[-1], "logits", args[-1].logits[..., :300]))
+        assert acqcore.Student.from_model(model).head.vocab_size == 300
+        ids = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
+        samples = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        expected = exact(model, samples, list(model.parameters())).norm(dim=1)
+        torch.testing.assert_close(acqcore.grad_norm(model, samples, "all").double(), expected, rtol=1e-4, atol=0)
+
     def test_a_bias_of_the_logits_is_refused(self, tiny_model: Callable[..., Any]) -> None:
         model = tiny_model("Llama")
         model.register_forward_hook(lambda *args: setattr(args[-1], "logits", args[-1].logits + torch.arange(320)))

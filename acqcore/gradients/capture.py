@@ -16,8 +16,10 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -32,6 +34,9 @@ from acqcore.students.student import Student
 #: Shape of the token ids on which pieces are compared with autograd.
 PROBE = (2, 8)
 
+#: Most findings kept of a model: a training run may change its state any number of times.
+KEPT_FINDINGS = 16
+
 #: Largest difference of a parameter's gradient norm from autograd's, relative to it, and to the norm of all together:
 #: a gradient that is zero but for rounding, as that of a key's bias, has no relative error.
 PROBE_TOLERANCE = {
@@ -44,6 +49,26 @@ PROBE_TOLERANCE = {
 
 class OneByOne(Exception):  # noqa: N818
     """A batch whose samples a module does not keep apart: they must come one at a time."""
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What a few tokens told of a student."""
+
+    one_by_one: bool
+    by_autograd: frozenset[str]
+    used: frozenset[str]
+    forms: dict[int, frozenset[tuple[str, str]]]  # of the modules, by their number
+
+
+# Module -> its state and the selected names -> findings: a reward called at each step pays for them once.
+_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], _Findings]] = WeakKeyDictionary()
+
+
+def _state(module: nn.Module) -> tuple[Any, ...]:
+    """What may change how a module's parameters are used: its hooks, and the state of PEFT's adapters."""
+    adapters = [getattr(module, name, None) for name in ("merged_adapters", "_disable_adapters", "_active_adapter")]
+    return id(module), len(module._forward_hooks), len(module._forward_pre_hooks), str(adapters)
 
 
 class PieceTaker(Protocol):
@@ -125,6 +150,12 @@ class Capture:
         if self._prepared or not self._names:
             return
         self._prepared = True
+        assert self._student._module is not None
+        known = _KNOWN.setdefault(self._student._module, {})
+        state = (frozenset(self._names.values()), *map(_state, self._modules))
+        if state in known:
+            self._restore(known[state])
+            return
         failed = self._probe(self._tokens)
         if failed is not None and not self.used:
             self._tokens = input_ids.to(self._student.device)
@@ -132,6 +163,20 @@ class Capture:
         if failed is None or failed:
             self.take_one_by_one()
         self._refuse_unseen()
+        if self.used:  # other samples may reach what these do not
+            if len(known) == KEPT_FINDINGS:
+                known.clear()
+            known[state] = self._findings()
+
+    def _findings(self) -> _Findings:
+        forms = {i: frozenset(self._forms[m]) for i, m in enumerate(self._modules) if m in self._forms}
+        names = frozenset(self._by_autograd.values())
+        return _Findings(self.one_by_one, names, frozenset(self.used), forms)
+
+    def _restore(self, found: _Findings) -> None:
+        self.one_by_one, self.used = found.one_by_one, set(found.used)
+        self._by_autograd = {p: name for p, name in self._names.items() if name in found.by_autograd}
+        self._forms = {self._modules[i]: set(forms) for i, forms in found.forms.items()}
 
     def take_one_by_one(self) -> None:
         """From here on batches are of one sample. What fits no rule then is left to autograd."""

@@ -110,8 +110,9 @@ def whole_parameters(student: Student, argument: str) -> None:
 
 
 def _name(value: torch.Tensor, names: Mapping[torch.Tensor, str]) -> str | None:
-    """Name of the parameter that shares the memory of ``value``."""
+    """Name of the parameter that shares the memory of ``value``, which may leave out its last rows."""
     for parameter, name in names.items():
-        if parameter.data_ptr() == value.data_ptr() and parameter.shape == value.shape:
+        alike = parameter.dim() == value.dim() and parameter.shape[1:] == value.shape[1:]
+        if alike and parameter.data_ptr() == value.data_ptr() and len(parameter) >= len(value):
             return name
     return None

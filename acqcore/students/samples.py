@@ -273,8 +273,10 @@ def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
         alone = tokenizer([text.text[: text.boundary] for text in texts], **options)["input_ids"]
         starts = map(common_length, batch["input_ids"], alone)
     rows = [_row(torch.tensor(ids), start) for ids, start in zip(batch["input_ids"], starts, strict=True)]
-    added = tokenizer([""], **options)["input_ids"][0]
-    return [_marked(_once(row, added, tokenizer), text) for row, text in zip(rows, texts, strict=True)]
+    if any(len(ids) > 1 and (ids[0] == ids[1] or ids[-1] == ids[-2]) for ids in batch["input_ids"]):
+        added = tokenizer([""], **options)["input_ids"][0]
+        rows = [_once(row, added, tokenizer) for row in rows]
+    return [_marked(row, text) for row, text in zip(rows, texts, strict=True)]
 
 
 def _once(row: Row, added: Sequence[int], tokenizer: Any) -> Row:
