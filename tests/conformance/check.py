@@ -82,6 +82,7 @@ def check(model: Any, vocabulary: int, checks: Sequence[str] = CHECKS) -> dict[s
 
 def _verdict(function: Callable[[Any, list[torch.Tensor]], None], model: Any, rows: list[torch.Tensor]) -> Verdict:
     try:
+        acqcore.Student.from_model(model)  # refuses before a reference is made
         function(model, rows)
     except Wrong as error:
         return Verdict("wrong", str(error))
@@ -232,7 +233,7 @@ def _dropped(model: Any, row: torch.Tensor, sites: list[Any], draw: int) -> torc
             value = output[0] if isinstance(output, (tuple, list)) else output
             keep = keep_mask(sample, torch.arange(len(row)), value.shape[-1], p, 0, draw, site)
             value = value * keep.view(value.shape) / (1 - p)
-            return (value, *output[1:]) if isinstance(output, (tuple, list)) else value
+            return type(output)([value, *output[1:]]) if isinstance(output, (tuple, list)) else value
 
         return drop
 
