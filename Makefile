@@ -31,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs fuzz lint bench bench-pytest gpu-check gpu-peers gpu-static clean
+.PHONY: help demo test docs conformance fuzz lint bench bench-pytest gpu-check gpu-peers gpu-static clean
 .DELETE_ON_ERROR:
 .PRECIOUS: %/.torch %/.ready %/.bench %/.docs
 
@@ -51,6 +51,9 @@ test: $(TEST)/.ready  ## run the tests against the built wheel; PYTEST_ARGS="-k 
 	@echo "[test] the Triton backend, in Triton's interpreter"
 	@TRITON_INTERPRET=1 $(PYTEST) $(PYTEST_ARGS) \
 		$(INTERPRETED) $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
+
+conformance: $(TEST)/.ready  ## check every model type that transformers knows, about an hour: docs/students.md; goes on where it was cut off
+	PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(TEST)/bin/python tests/conformance/table.py
 
 # Seeds count up from FUZZ_SEED, and are printed: FUZZ_SEED=<that> FUZZ_MINUTES=1 repeats a failure.
 fuzz: $(TEST)/.ready  ## random texts, data files and HTTP bodies for an hour: FUZZ_MINUTES=60 FUZZ_SEED=1

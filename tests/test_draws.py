@@ -136,6 +136,7 @@ def test_earlier_blocks_run_once(tiny_model: Callable[..., Any]) -> None:
     """Of three blocks only the last sees the eight draws; no forward without dropout runs, as nothing reads it."""
     model = tiny_model("Llama", num_hidden_layers=3)
     student = acqcore.Student.from_model(model)
+    _score(student, _ids(6), "mutual_information", layers=1)  # finds blocks and branches, once per model
     rows: dict[int, int] = {0: 0, 1: 0, 2: 0}
 
     def count(i: int) -> Callable[..., Any]:

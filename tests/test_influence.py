@@ -218,3 +218,17 @@ def test_bad_influence_arguments(tiny_model: Callable[..., Any]) -> None:
         acqcore.influence(model, samples(2), reference, similarity="l2")
     with pytest.raises(TypeError, match="student: expected"):
         acqcore.influence(3, samples(2), reference)  # type: ignore[arg-type]
+
+
+def test_the_error_of_a_cosine_is_that_of_its_dimension(
+    tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
+) -> None:
+    model = tiny_model("Llama")
+    ids = torch.randint(3, 320, (48, 12), generator=torch.Generator().manual_seed(0))
+    samples = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    gradients = exact(model, samples, list(model.parameters()))
+    true = torch.nn.functional.cosine_similarity(gradients, gradients[:8].mean(0)[None])
+    for dim in (1024, 4096, 16384):
+        reference = acqcore.influence_reference(model, {key: value[:8] for key, value in samples.items()}, dim=dim)
+        error = acqcore.influence(model, samples, reference).double() - true
+        assert 0.6 < float(error[8:].std()) * dim**0.5 < 1.4

@@ -315,6 +315,7 @@ def test_bad_arguments(
     """Refused before a forward is paid for."""
     model = tiny_model("Llama")
     student = acqcore.Student.from_model(model)
+    assert len(student.blocks) == 2  # found once, by a forward
     model.register_forward_pre_hook(_fail)
     model.model.register_forward_pre_hook(_fail)
     with pytest.raises(error, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any, ClassVar
 
@@ -501,3 +502,170 @@ def test_rows_are_samples(encoded: Any) -> None:
         encoded(rows, None, limit=2)
     with pytest.raises(TypeError, match=r"samples\[0\]: expected strings, .*, got Row"):
         encoded([rows[0], "a quick fox"])
+
+
+class TestChatTemplates:
+    """What is scored is the reply, whatever the template does with the turns before it."""
+
+    USER: ClassVar[list[dict[str, str]]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Which city has the Colosseum?"},
+    ]
+    REPLY: ClassVar[dict[str, str]] = {"role": "assistant", "content": "Rome"}
+
+    # As Pixtral's: the system text goes into the last turn of the user, but only where that is last.
+    MOVES = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST]"
+        "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n{% endif %}"
+        "{{ m['content'] }}[/INST]{% elif m['role'] == 'assistant' %}{{ m['content'] }}<|im_end|>{% endif %}"
+        "{% endfor %}"
+    )
+    # The number of turns is in front.
+    COUNTS = (
+        "{{ messages | length }} turns {% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    # The last turn alone is written whole.
+    SHORTENS = (
+        "{% for m in messages %}{{ m['role'] }}: "
+        "{% if loop.last %}{{ m['content'] }}{% else %}{{ m['content'][:5] }}{% endif %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    # Knows no generation prompt.
+    IGNORES = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}<|im_end|>{% endfor %}"
+
+    @staticmethod
+    def templated(tokenizer: Any, template: str) -> Any:
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend_tokenizer, chat_template=template, bos_token="<|bos|>"
+        )
+
+    @pytest.mark.parametrize("template", [MOVES, COUNTS, SHORTENS, IGNORES])
+    @pytest.mark.parametrize("reply", ["Rome", "  Rome ", "Which city has the Colosseum? Rome"])
+    def test_that_do_not_only_append(self, template: str, reply: str, encoded: Any, tokenizer: Any) -> None:
+        own = self.templated(tokenizer, template)
+        message = {"role": "assistant", "content": reply}
+        shown = reply.strip() if template == self.IGNORES else reply
+        for sample in (
+            {"messages": [*self.USER, message]},
+            {"prompt": self.USER, "completion": [message]},
+        ):
+            (row,) = encoded([sample], own, limit=None)
+            assert own.decode(scored_ids(row)) == f"{shown}<|im_end|>"
+            assert own.decode(row.ids) == own.apply_chat_template([*self.USER, message], tokenize=False)
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{% for m in messages %}{% if m['role'] != 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}.",
+            "{% for m in messages | reverse %}{{ m['content'] }}<|im_end|>{% endfor %}",
+            "{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}",
+        ],
+        ids=["leaves it out", "writes it first", "changes it"],
+    )
+    def test_that_do_not_write_the_reply_last_are_refused(self, template: str, encoded: Any, tokenizer: Any) -> None:
+        with pytest.raises(
+            ValueError, match=r"samples\[0\]: the chat template does not write the reply where it is sco"
+        ):
+            encoded([{"messages": [*self.USER, self.REPLY]}], self.templated(tokenizer, template), limit=None)
+
+    def test_marks_of_what_the_assistant_generates(self, encoded: Any, tokenizer: Any) -> None:
+        template = (
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+            "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>"
+            "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        own = self.templated(tokenizer, template)
+        (row,) = encoded([{"messages": [*self.USER, self.REPLY]}], own, limit=None)
+        assert own.decode(scored_ids(row)) == "Rome<|im_end|>"  # the newline behind it is the template's
+        tool = {"role": "tool", "content": "Italy"}
+        completion = [{"role": "assistant", "content": "where?"}, tool, self.REPLY]
+        (row,) = encoded([{"prompt": self.USER, "completion": completion}], own, limit=None)
+        assert own.decode(scored_ids(row)) == "where?<|im_end|>Rome<|im_end|>"
+        history = [*self.USER, self.REPLY, {"role": "user", "content": "and?"}]
+        (row,) = encoded([{"messages": [*history, {"role": "assistant", "content": "Nîmes"}]}], own, limit=None)
+        assert own.decode(scored_ids(row)) == "Nîmes<|im_end|>"
+
+    TOOLS = "{% if tools is defined and tools %}{{ tools | tojson }}\n{% endif %}{% if loud %}LOUD {% endif %}"
+
+    @pytest.mark.parametrize("as_text", [False, True])
+    def test_tools_and_variables_reach_the_template(self, as_text: bool, encoded: Any, tokenizer: Any) -> None:
+        own = self.templated(tokenizer, self.TOOLS + tokenizer.chat_template)
+        tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+        given = json.dumps(tools) if as_text else tools
+        plain = {"prompt": self.USER, "completion": [self.REPLY]}
+        rows = encoded(
+            [plain, plain | {"tools": given}, plain | {"tools": [], "chat_template_kwargs": {"loud": True}}],
+            own, limit=None,
+        )  # fmt: skip
+        assert own.decode(rows[1].ids) == own.apply_chat_template([*self.USER, self.REPLY], tools=tools, tokenize=False)
+        assert own.decode(rows[2].ids) == "LOUD " + own.decode(rows[0].ids)
+        assert [own.decode(scored_ids(row)) for row in rows] == ["Rome<|im_end|>\n"] * 3
+
+    @pytest.mark.parametrize(
+        ("sample", "error", "message"),
+        [
+            (
+                {"prompt": "a", "completion": "b", "tools": [{}]},
+                ValueError,
+                "tools: only conversations have a template",
+            ),
+            (
+                {"text": "a fox", "chat_template_kwargs": {"x": 1}},
+                ValueError,
+                "chat_template_kwargs: only conversations",
+            ),
+            (
+                {"messages": [*USER, REPLY], "tools": "nonsense"},
+                TypeError,
+                "tools: expected a list of tools or its JSON",
+            ),
+            ({"messages": [*USER, REPLY], "tools": {"a": 1}}, TypeError, "tools: expected a list of tools, got dict"),
+            (
+                {"messages": [*USER, REPLY], "chat_template_kwargs": [1]},
+                TypeError,
+                "expected a mapping of template var",
+            ),
+            (
+                {"messages": [*USER, REPLY], "chat_template_kwargs": {"add_generation_prompt": True}},
+                ValueError,
+                "chat_template_kwargs: 'add_generation_prompt' is set by acqcore",
+            ),
+        ],
+    )
+    def test_what_would_change_the_text_is_never_dropped(
+        self, sample: Any, error: type[Exception], message: str, encoded: Any
+    ) -> None:
+        with pytest.raises(error, match=re.escape(message)):
+            encoded([sample], limit=None)
+
+
+class TestSpecialTokensOnce:
+    @pytest.fixture
+    def adds(self, tokenizer: Any) -> Any:
+        """A tokenizer that puts a token in front of a text and one behind it."""
+        from tokenizers.processors import TemplateProcessing
+        from transformers import PreTrainedTokenizerFast
+
+        backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+        special = [(name, backend.token_to_id(name)) for name in ("<|bos|>", "<|eos|>")]
+        backend.post_processor = TemplateProcessing(single="<|bos|> $A <|eos|>", special_tokens=special)
+        return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|eos|>")
+
+    @pytest.mark.parametrize("written", ["a fox", "<|bos|>a fox", "a fox<|eos|>", "<|bos|>a fox<|eos|>"])
+    def test_a_text_that_has_them(self, written: str, encoded: Any, adds: Any, tokenizer: Any) -> None:
+        bare = tokenizer("a fox").input_ids
+        (row,) = encoded([written], adds)
+        assert row.ids.tolist() == [1, *bare, 2]
+        assert row.targets.tolist() == [-100, *bare, 2]
+
+    def test_a_prompt_that_has_one(self, encoded: Any, adds: Any, tokenizer: Any) -> None:
+        (row,) = encoded([{"prompt": "<|bos|>a", "completion": " fox"}], adds)
+        assert row.ids.tolist() == [1, *tokenizer("a fox").input_ids, 2]
+        assert scored_ids(row) == [*tokenizer(" fox").input_ids, 2]
+
+    def test_those_that_are_meant_stay(self, encoded: Any, tokenizer: Any) -> None:
+        (row,) = encoded(["<|bos|><|bos|>a fox"])
+        assert row.ids.tolist()[:2] == [1, 1]  # nothing was added

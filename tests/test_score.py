@@ -189,6 +189,8 @@ def test_one_trunk_forward_and_one_head_pass_per_batch(
         module, "row_stats", lambda hidden, *a, **k: (passes.append(len(hidden)), real(hidden, *a, **k))[1]
     )
     student = acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
+    acqcore.score(student, SAMPLES, NAMES, backend="eager")  # what is looked up once per model
+    passes.clear()
     forwards: list[torch.Size] = []
     assert isinstance(student.trunk, torch.nn.Module)
     student.trunk.register_forward_pre_hook(

@@ -11,7 +11,12 @@ def reference(z: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> t
     return 1 / z.softmax(dim=1).gather(1, targets[:, None])[:, 0]
 
 
-@register("perplexity", needs_targets=True, finish=torch.exp, reference=reference)
+def finish(values: torch.Tensor) -> torch.Tensor:
+    """Of the same shape: exp, at most the largest float32, or the most surprising samples would have no value."""
+    return values.exp().clamp_max(torch.finfo(torch.float32).max)
+
+
+@register("perplexity", needs_targets=True, finish=finish, reference=reference)
 def perplexity(stats: RowStats) -> torch.Tensor:
     """Perplexity of the written tokens, exp(mean_t -log p_y).
 

@@ -102,9 +102,9 @@ def shape_of(config: Any, dtype: torch.dtype) -> Shape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)  # it notes the dtype in there
     student = Student.from_model(model, verify=False)
-    blocks = student.blocks
-    checks.some_blocks(len(blocks))
     text = config.get_text_config()
+    blocks = _blocks(model.get_decoder(), text.num_hidden_layers)
+    checks.some_blocks(len(blocks))
     head = student.head.weight
     per_block = [sum(p.numel() for p in block.parameters()) for block in blocks]
     sorts = zip(per_block, getattr(text, "layer_types", None) or [""] * len(blocks), strict=True)
@@ -128,3 +128,11 @@ def shape_of(config: Any, dtype: torch.dtype) -> Shape:
         head_bytes=head.numel() * head.element_size(),
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
     )
+
+
+def _blocks(trunk: torch.nn.Module, count: int) -> list[torch.nn.Module]:
+    """The list of as many modules as the configuration has blocks: a model without values cannot run to find them."""
+    for module in trunk.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return list(module)
+    return []

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from acqcore.gradients.capture import select_linear
+from acqcore.gradients.selection import select_linear
 from acqcore.literals import Layers
 from acqcore.students.student import Student
 

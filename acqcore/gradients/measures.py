@@ -70,6 +70,18 @@ def merged(pieces: Sequence[GradPiece]) -> GradPiece | None:
     return None
 
 
+def scaled(
+    piece: GradPiece,
+    factor: torch.Tensor,  # [B]
+) -> GradPiece:
+    """The gradient of each sample times its factor."""
+    if isinstance(piece, OuterGrad):
+        return OuterGrad(piece.left * factor.to(piece.left)[:, None, None], piece.right)
+    if isinstance(piece, RowGrad):
+        return RowGrad(piece.ids, piece.values * factor.to(piece.values)[:, None, None], piece.size)
+    return DenseGrad(piece.values * factor.to(piece.values)[:, None])
+
+
 class SquaredNorm:
     """Squared Frobenius norm of each sample's gradient, ``values [B]`` float64: the sum of ghost norms."""
 

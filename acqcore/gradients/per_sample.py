@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from acqcore import checks
-from acqcore.gradients.capture import Capture, PieceTaker, select_linear, select_parameters, whole_parameters
+from acqcore.gradients.capture import Capture, PieceTaker
 from acqcore.gradients.head_pass import HeadPass, spread
 from acqcore.gradients.measures import (
     GradPiece,
@@ -33,6 +33,7 @@ from acqcore.gradients.measures import (
     WeightedNorm,
 )
 from acqcore.gradients.need import GradientNeed, ProbeNeed
+from acqcore.gradients.selection import select_linear, select_parameters, whole_parameters
 from acqcore.head import Head
 from acqcore.literals import Loss, Parameters
 from acqcore.students.dropout_sites import DropoutSites
@@ -82,6 +83,35 @@ class SampleGradients:
         self.of_head = any(
             need.dim is None and not need.predicted and self._selections[need.parameters].head for need in self._needs
         )
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether batches must be of one sample; known once :meth:`prepare` ran."""
+        return self.deep and self._capture.one_by_one
+
+    def prepare(
+        self,
+        input_ids: torch.Tensor,  # [n, T] int64, of real samples
+    ) -> None:
+        """What a few tokens tell of the student; call it before batches are made.
+
+        Raises:
+            ValueError: selected parameters none of which has a gradient.
+        """
+        if not self.deep:
+            return
+        self._capture.prepare(input_ids)
+        for parameters, selection in self._selections.items():
+            if selection.names and selection.head is None and self._capture.used.isdisjoint(selection.names.values()):
+                name = next(iter(selection.names.values()))
+                raise ValueError(
+                    f"parameters: {parameters!r}: {name} and the others have no gradient: the student's forward does "
+                    "not use them, as those of a merged or disabled adapter"
+                )
+
+    def take_one_by_one(self) -> None:
+        """From here on batches are of one sample."""
+        self._capture.take_one_by_one()
 
     @contextmanager
     def forward(

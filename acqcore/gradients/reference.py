@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from acqcore import checks
-from acqcore.gradients.capture import select_parameters
+from acqcore.gradients.selection import select_parameters
 from acqcore.head import Head
 from acqcore.literals import Loss, Parameters, Similarity
 from acqcore.students.student import Student

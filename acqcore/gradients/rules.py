@@ -20,6 +20,10 @@ SMALL_ELEMENTS = 1 << 20
 SCALED_ROWS_TOLERANCE = 1e-2
 
 
+class Uncovered(ValueError):  # noqa: N818
+    """A call that fits no rule."""
+
+
 class ModuleCall:
     """One call of a module that owns selected parameters.
 
@@ -28,11 +32,14 @@ class ModuleCall:
         names: its own selected parameters, attribute -> name in the model.
         args, kwargs: of the call; its first tensor is the input.
         output: of the call.
-        batch, length: of the token ids. The first dimension of a tensor is ``batch`` or ``batch * length``, or 1 if
-            the samples share it.
+        batch, length: of the token ids. A tensor has a :func:`form` that tells its samples apart; all that a module
+            gets of a batch of one belongs to that sample.
+
+    Attributes:
+        forms: of input and output.
 
     Raises:
-        ValueError: the module fits no rule (names the parameter).
+        Uncovered: the module fits no rule (names the parameter).
     """
 
     def __init__(
@@ -46,21 +53,25 @@ class ModuleCall:
         length: int,
     ) -> None:
         self.names = names
-        self._module = module
+        self.module = module
         self._shape = (batch, length)
         self._args = [_detached(value) for value in args]
         self._kwargs = {key: _detached(value) for key, value in kwargs.items()}
         values = (*self._args, *self._kwargs.values())
-        self._input = _first(values)
-        for tensor in (self._input, output, *(x for x in values if isinstance(x, torch.Tensor))):
+        given = next((value for value in values if isinstance(value, torch.Tensor)), None)
+        if given is None or not isinstance(output, torch.Tensor):
             handled = f"its {type(module).__name__} takes or gives"
-            if not isinstance(tensor, torch.Tensor) or tensor.dim() < 1:
-                raise self._uncovered(f"{handled} {checks.describe(tensor)} where one tensor was expected")
-            if tensor.shape[0] not in (1, batch, batch * length):
-                raise self._uncovered(
-                    f"{handled} a {checks.describe(tensor)}, in which the {batch} samples of {length} tokens cannot be "
-                    "told apart"
-                )
+            odd = given if given is None else output
+            raise self._uncovered(f"{handled} {checks.describe(odd)} where one tensor was expected")
+        self._input = given
+        if batch > 1:
+            for tensor in (output, *(x for x in values if isinstance(x, torch.Tensor))):
+                if form(tensor, batch, length) is None:
+                    raise self._uncovered(
+                        f"its {type(module).__name__} takes or gives a {checks.describe(tensor)}, in which the {batch} "
+                        f"samples of {length} tokens cannot be told apart"
+                    )
+        self.forms = (str(form(self._input, batch, length)), str(form(output, batch, length)))
         self._version = self._input._version
         self._scale = 1.0
         if is_embedding(module):
@@ -74,8 +85,8 @@ class ModuleCall:
                     f"are more than the {SMALL_ELEMENTS} that are differentiated sample by sample"
                 )
 
-    def _uncovered(self, reason: str) -> ValueError:
-        return ValueError(f"parameters: no rule covers {next(iter(self.names.values()))}: {reason}")
+    def _uncovered(self, reason: str) -> Uncovered:
+        return Uncovered(f"parameters: no rule covers {next(iter(self.names.values()))}: {reason}")
 
     def pieces(
         self,
@@ -84,9 +95,9 @@ class ModuleCall:
         """The pieces of the selected parameters, by attribute."""
         if self._input._version != self._version:
             raise self._uncovered("the input of its module is changed in place")
-        if is_linear(self._module):
+        if is_linear(self.module):
             return self._linear(self._tokens(gradient), self._tokens(self._input))
-        if is_embedding(self._module):
+        if is_embedding(self.module):
             return {"weight": self._embedding(self._tokens(gradient))}
         return self._other(gradient)
 
@@ -104,16 +115,16 @@ class ModuleCall:
         self,
         gradient: torch.Tensor,  # [B, T, D]
     ) -> GradPiece:
-        weight: Any = self._module.weight
+        weight: Any = self.module.weight
         ids = self._by_sample(self._input).flatten(1)
-        padding = getattr(self._module, "padding_idx", None)
+        padding = getattr(self.module, "padding_idx", None)
         if padding is not None:  # autograd gives this row no gradient
             gradient = gradient.masked_fill((ids == padding)[:, :, None], 0)
         return RowGrad(ids, gradient * self._scale, weight.shape[0])
 
     def _row_scale(self, output: torch.Tensor) -> float:
         """Factor of the rows in the output (Gemma 3: the square root of the width)."""
-        weight: Any = self._module.weight
+        weight: Any = self.module.weight
         if self._input.is_floating_point() or self._input.dtype == torch.bool:
             raise self._uncovered(f"its embedding takes {checks.describe(self._input)}, not token ids")
         rows = nn.functional.embedding(self._input, weight.detach())
@@ -132,7 +143,7 @@ class ModuleCall:
         gradient: torch.Tensor,  # of the output, in its shape
     ) -> dict[str, GradPiece]:
         """By the module's own derivative, sample by sample: exact for any computation."""
-        module, batch = self._module, self._shape[0]
+        module, batch = self.module, self._shape[0]
         dtype = compute_dtype(self._input.dtype)
         values = {key: getattr(module, key).detach().to(dtype) for key in self.names}
         arguments: dict[Any, Any] = {**dict(enumerate(self._args)), **self._kwargs}
@@ -147,7 +158,7 @@ class ModuleCall:
         per_sample = vmap(of_one, chunk_size=max(1, CHUNK_ELEMENTS // size))
         try:
             gradients = per_sample(inputs, self._by_sample(gradient).to(dtype))
-        except RuntimeError as error:  # control flow that depends on values, such as expert routing
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:  # control flow that depends on values
             name = type(module).__name__
             raise self._uncovered(f"{name} could not be differentiated sample by sample: {error}") from error
         return {key: DenseGrad(value.reshape(batch, -1)) for key, value in gradients.items()}
@@ -169,11 +180,25 @@ class ModuleCall:
     def _by_sample(self, value: torch.Tensor) -> torch.Tensor:
         """``value`` with samples along the first dimension."""
         batch, length = self._shape
+        if batch == 1:
+            return value if value.shape[:1] == (1,) else value[None]
         if value.shape[0] == batch:
             return value
         if value.shape[0] == 1:
             return value.expand(batch, *value.shape[1:])
         return value.unflatten(0, (batch, length))
+
+
+def form(tensor: torch.Tensor, batch: int, length: int) -> str | None:
+    """How a tensor tells the samples of a batch apart, None if it does not. ``[n, P]`` with n samples is not among
+    them: as many tokens may have been picked from the batch."""
+    if tensor.dim() >= 2 and tensor.shape[:2] == (batch, length):
+        return "tokens"
+    if tensor.dim() >= 3 and tensor.shape[0] == batch:
+        return "samples"
+    if tensor.dim() >= 1 and tensor.shape[0] == batch * length:
+        return "flat"
+    return "shared" if tensor.dim() >= 1 and tensor.shape[0] == 1 else None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -186,10 +211,6 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) and module.max_norm is None and not module.scale_grad_by_freq
-
-
-def _first(values: tuple[Any, ...]) -> Any:
-    return values[0] if values else None
 
 
 def _detached(value: Any) -> Any:

@@ -24,8 +24,8 @@ import torch
 from acqcore import checks
 from acqcore.acquisitions import LinearOptions
 from acqcore.acquisitions.needs import WEIGHT_VARIANCE
-from acqcore.gradients.capture import select_linear
 from acqcore.gradients.need import ProbeNeed
+from acqcore.gradients.selection import select_linear
 from acqcore.literals import Layers
 from acqcore.scoring.run import Runner
 from acqcore.students.samples import Samples

@@ -202,7 +202,9 @@ def influence_reference(
         parameters: ``all``, ``trainable``, the last n blocks, or ``head``. All by default: among learnable and
             unlearnable samples (random answers), influence through the head alone ranked an unlearnable one first half
             of the time, influence through every parameter never.
-        dim: length of a sketch; the error of a cosine falls as dim grows.
+        dim: length of a sketch. The standard error of a cosine is ``1 / sqrt(dim)``, 0.016 at 4096, whatever the model.
+            Ranks can be trusted where the samples' cosines differ by more: of random rows, whose cosines had a standard
+            deviation of 0.018, dim 4096 kept the ranks at a Spearman correlation of 0.78, 16384 at 0.91, 65536 at 0.98.
         seed: of the sketch.
         precondition: None, or second moments v of the sketch coordinates: ``"reference"`` for those of this set, or
             ``[dim]`` of your own (the running mean of squared sketches of training batches). Coordinate j of an inner

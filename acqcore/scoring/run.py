@@ -12,6 +12,7 @@ import torch
 from acqcore import checks
 from acqcore.acquisitions import BatchNeed, DrawOptions, RowNeed, SampleBatch
 from acqcore.acquisitions.needs import Need
+from acqcore.gradients.capture import OneByOne
 from acqcore.gradients.head_pass import HeadPass
 from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.gradients.per_sample import SampleGradients
@@ -21,6 +22,9 @@ from acqcore.scoring.draws import Batch, Draws
 from acqcore.students.packing import OVERHEAD_TOKENS, partition
 from acqcore.students.samples import Row, Samples, encode
 from acqcore.students.student import StudentLike, as_student
+
+#: Most rows on which it is tried what a student's gradients need.
+PROBED_ROWS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,12 +86,32 @@ class Runner:
         scored = [i for i, row in enumerate(rows) if row.n_scored]
         lengths = [len(rows[i].ids) for i in scored]
         overhead = OVERHEAD_TOKENS.get(self.student.device.type, OVERHEAD_TOKENS["cuda"])
-        for picked in partition(lengths, self._batch_tokens, overhead):
+        if scored and self._gradients is not None:
+            self._gradients.prepare(
+                Batch.of([rows[i] for i in (scored * 2)[: max(2, min(PROBED_ROWS, len(scored)))]]).input_ids
+            )
+        groups = self.student.length_groups(lengths)
+        for picked in partition(lengths, self._batch_tokens, overhead, groups):
             indices = [scored[i] for i in picked]
             if any(i not in done for i in indices):
-                batch = Batch.of([rows[i] for i in indices])
-                tokens = sum(len(row.ids) for row in batch.rows)
-                yield Found(indices, batch.offsets.diff().tolist(), self._results(batch), tokens)
+                yield from self._batch(rows, indices)
+
+    def _batch(self, rows: Sequence[Row], indices: list[int]) -> Iterator[Found]:
+        """What there is to find of some rows that share a batch, or in batches of one where gradients need that."""
+        if len(indices) > 1 and self._gradients is not None and self._gradients.one_by_one:
+            for i in indices:
+                yield from self._batch(rows, [i])
+            return
+        batch = Batch.of([rows[i] for i in indices])
+        tokens = sum(len(row.ids) for row in batch.rows)
+        try:
+            results = self._results(batch)
+        except OneByOne:
+            assert self._gradients is not None
+            self._gradients.take_one_by_one()
+            yield from self._batch(rows, indices)
+            return
+        yield Found(indices, batch.offsets.diff().tolist(), results, tokens)
 
     def _results(self, batch: Batch) -> dict[Need, Any]:
         # The mode is switched for each batch, not around the generator: a paused generator would leave its caller

@@ -1,4 +1,4 @@
-"""Where dropout acts in a student's trunk: the outputs that each attention and MLP adds to the residual stream."""
+"""Where dropout acts in a student's trunk: the outputs that its blocks add to the residual stream."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from torch import nn
 
 from acqcore import checks
 from acqcore.literals import Layers
-from acqcore.students.sharding import matrix_owners
 from acqcore.students.student import Student
 
 
@@ -34,8 +33,8 @@ class DropoutSites:
                 dropout, such as that of attention weights in transformers, stays off.
 
         Raises:
-            ValueError: a trunk without blocks, fewer blocks than asked for, a block without residual branches, no
-                dropout layer of the student's own.
+            ValueError: a trunk without blocks, fewer blocks than asked for, a block whose branches are not modules of
+                its own, no dropout layer of the student's own.
         """
         if layers == "own":
             modules = student.trunk.modules() if isinstance(student.trunk, nn.Module) else ()
@@ -46,27 +45,15 @@ class DropoutSites:
             return cls(active, ())
         blocks = student.blocks
         checks.some_blocks(len(blocks))
-        assert student._module is not None
         count = len(blocks) if layers == "all" else layers
         assert isinstance(count, int)
         checks.enough_blocks(count, len(blocks))
         first = len(blocks) - count
-        number, owners = 0, matrix_owners(student._module)
+        number = 0
         sites: list[tuple[int, nn.Module, float]] = []
-        for i, block in enumerate(blocks):
-            branches = _branches(block, owners)
-            if not branches:
-                name = type(block).__name__
-                raise ValueError(
-                    f"layers: {name} has no child that multiplies by a matrix, so nothing dropout could act on"
-                )
+        for i, branches in enumerate(student.branches):
             for branch in branches:
                 number += 1
                 if i >= first:
                     sites.append((number, branch, dropout))
         return cls(tuple(sites), tuple(blocks[:first]))
-
-
-def _branches(block: nn.Module, owners: set[nn.Module]) -> list[nn.Module]:
-    """The children of a block that add to the residual stream: those that own a matrix, or contain one that does."""
-    return [child for child in block.children() if not owners.isdisjoint(child.modules())]

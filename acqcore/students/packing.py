@@ -20,13 +20,23 @@ def partition(
     lengths: Sequence[int],  # [n], each >= 1
     batch_tokens: int,
     overhead: int,
+    groups: Sequence[int] | None = None,  # [n]
 ) -> list[list[int]]:
-    """Indices of the samples of each batch, which is padded to its longest sample.
+    """Indices of the samples of each batch, which is padded to its longest sample; its samples are of one group.
 
     Samples are sorted by length, longest first, so that running out of memory happens early, and cut into contiguous
     runs of at most ``batch_tokens`` padded tokens; a longer sample gets its own batch. Dynamic programming minimizes
     the padded tokens plus ``overhead`` per batch. The sort is stable, so the result is a function of the arguments.
     """
+    if groups is not None and len(set(groups)) > 1:
+        batches = []
+        for group in sorted(
+            set(groups), key=lambda g: -max(n for n, own in zip(lengths, groups, strict=True) if own == g)
+        ):
+            members = [i for i, own in enumerate(groups) if own == group]
+            parts = partition([lengths[i] for i in members], batch_tokens, overhead)
+            batches += [[members[i] for i in part] for part in parts]
+        return batches
     n = len(lengths)
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     sizes = np.arange(1, n + 1)

@@ -14,7 +14,9 @@ tensors ``{"input_ids", ...}``         labels other than -100, else every real t
 The whole text is tokenized at once: tokens of joined pieces may differ from those the model sees. The completion begins
 with the first token whose span ends after the prompt, so a token across the boundary is scored. A table with these
 columns (``datasets.Dataset``, pandas, polars, Arrow, a mapping of lists) is a list of its rows. A number is its text,
-and other keys and columns are not read. Rows from :func:`encode` are samples too.
+and other keys and columns are not read, except ``tools`` and ``chat_template_kwargs`` of conversations, which go to the
+chat template. Of a conversation the reply alone is scored, or it is refused; a template that marks what the assistant
+generates decides which of its tokens. Rows from :func:`encode` are samples too.
 """
 
 from __future__ import annotations
@@ -27,8 +29,17 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from acqcore import checks
-from acqcore.students.messages import messages_of, rendered, sound, text_of
-from acqcore.students.tables import EXPECTED, kind_of, listed, plain
+from acqcore.students.messages import (
+    common_length,
+    generated,
+    messages_of,
+    rendered,
+    reply_start,
+    sound,
+    template_options,
+    text_of,
+)  # fmt: skip
+from acqcore.students.tables import BESIDE, EXPECTED, kind_of, listed, plain
 
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, Any]
@@ -64,6 +75,7 @@ class _Text:
     text: str
     boundary: int
     has_special_tokens: bool  # written by a chat template
+    generated: list[int] | None = None  # of each token 1 if the template marks it as the assistant's
 
 
 def encode(
@@ -173,6 +185,10 @@ def _text(index: int, sample: Any, kind: tuple[str, ...], first: tuple[str, ...]
     if kind != first:
         names = [" and ".join(keys) or "a string" for keys in (first, kind)]
         raise TypeError(f"samples[{index}]: expected {names[0]} as in the samples before it, got {names[1]}")
+    if kind != () and kind != ("messages",) and not isinstance(plain(sample[kind[0]]), list):
+        for key in BESIDE:
+            if sample.get(key):
+                raise ValueError(f"samples[{index}]: {key}: only conversations have a template that takes it")
     if kind == ():
         return _Text(sound(index, "text", sample), 0, False)
     values = [plain(sample[key]) for key in kind]
@@ -185,7 +201,7 @@ def _text(index: int, sample: Any, kind: tuple[str, ...], first: tuple[str, ...]
             raise ValueError(
                 f"samples[{index}]: messages: expected the assistant's turn last (it is scored), got {role}"
             )
-        return _conversation(index, messages[:-1], messages[-1:], tokenizer)
+        return _conversation(index, messages[:-1], messages[-1:], tokenizer, template_options(index, sample))
     prompt, completion = values
     if not isinstance(prompt, list):
         if isinstance(prompt, (Mapping, bool)):
@@ -197,11 +213,13 @@ def _text(index: int, sample: Any, kind: tuple[str, ...], first: tuple[str, ...]
             raise ValueError(f"samples[{index}]: the {kind[1]} is empty, there is nothing to score")
         return _Text(prompt + completion, len(prompt), False)
     context, reply = messages_of(index, kind[0], prompt), messages_of(index, kind[1], completion)
-    return _conversation(index, context, reply, tokenizer)
+    return _conversation(index, context, reply, tokenizer, template_options(index, sample))
 
 
-def _conversation(index: int, context: Sequence[Message], reply: Sequence[Message], tokenizer: Any) -> _Text:
-    """The rendered conversation; the reply begins after the rendered context and generation prompt."""
+def _conversation(
+    index: int, context: Sequence[Message], reply: Sequence[Message], tokenizer: Any, options: Mapping[str, Any]
+) -> _Text:
+    """The rendered conversation, and where its reply is."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("tokenizer: messages need a chat template, this tokenizer has none")
     if not context:
@@ -209,11 +227,9 @@ def _conversation(index: int, context: Sequence[Message], reply: Sequence[Messag
     if not any(message.get("content") or message.get("tool_calls") for message in reply):
         raise ValueError(f"samples[{index}]: the completion is empty, there is nothing to score")
 
-    text = sound(index, "messages", rendered(index, tokenizer, [*context, *reply], False))
-    # The common prefix: with the reply present a template may render earlier turns or its opening differently, as those
-    # do that drop or open a reasoning block.
-    boundary = _common_length(text, rendered(index, tokenizer, context, True))
-    return _Text(text, boundary, True)
+    text = sound(index, "messages", rendered(index, tokenizer, [*context, *reply], False, **options))
+    start = reply_start(index, tokenizer, text, context, reply, options)
+    return _Text(text, start, True, generated(index, tokenizer, [*context, *reply], options))
 
 
 def _tokenize(texts: Sequence[_Text], tokenizer: Any, errors: dict[int, str] | None) -> list[Row]:
@@ -255,10 +271,38 @@ def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
         batch = tokenizer(whole, **options)
         # Without offsets: the ids that the whole text shares with its context.
         alone = tokenizer([text.text[: text.boundary] for text in texts], **options)["input_ids"]
-        starts = map(_common_length, batch["input_ids"], alone)
-    return [
-        _row(torch.tensor(ids, dtype=torch.int64), start) for ids, start in zip(batch["input_ids"], starts, strict=True)
-    ]
+        starts = map(common_length, batch["input_ids"], alone)
+    rows = [_row(torch.tensor(ids), start) for ids, start in zip(batch["input_ids"], starts, strict=True)]
+    if any(len(ids) > 1 and (ids[0] == ids[1] or ids[-1] == ids[-2]) for ids in batch["input_ids"]):
+        added = tokenizer([""], **options)["input_ids"][0]
+        rows = [_once(row, added, tokenizer) for row in rows]
+    return [_marked(row, text) for row, text in zip(rows, texts, strict=True)]
+
+
+def _once(row: Row, added: Sequence[int], tokenizer: Any) -> Row:
+    """The row without a special token that the text begins or ends with and the tokenizer adds once more.
+
+    Args:
+        added: what the tokenizer makes of an empty text.
+    """
+    ids, names = row.ids, [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "eos", "sep")]
+    if len(added) == 0 or len(ids) < 2:
+        return row
+    first = int(added[0] in names[:2] and added[0] == int(ids[0]) == int(ids[1]))
+    last = int(len(ids) - first > 1 and added[-1] in names[2:] and added[-1] == int(ids[-1]) == int(ids[-2]))
+    if not first and not last:
+        return row
+    targets = row.targets[first : len(ids) - last].clone()
+    targets[0] = checks.IGNORE_INDEX
+    return Row(ids[first : len(ids) - last], targets)
+
+
+def _marked(row: Row, text: _Text) -> Row:
+    """The row of which only tokens that the template marks are scored."""
+    if text.generated is None or len(text.generated) != len(row.ids):
+        return row
+    marks = torch.tensor(text.generated, dtype=torch.bool)
+    return Row(row.ids, row.targets.masked_fill(~marks, checks.IGNORE_INDEX))
 
 
 def _start_by_offsets(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
@@ -267,16 +311,6 @@ def _start_by_offsets(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
         if end > boundary:
             return position
     return len(offsets)
-
-
-def _common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Length of the longest common prefix."""
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
 
 
 def _row(

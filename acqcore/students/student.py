@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
-from weakref import WeakSet
 
 import torch
 
 from acqcore import checks
-from acqcore.head import Head, compute_dtype
-from acqcore.students.sharding import (
-    DataParallel,
-    data_parallel,
-    gathered,
-    is_dtensor,
-    loading_whole,
-    replaced_forward,
-    unwrapped,
-    vocabulary_shard,
-)
-from acqcore.vocab_parallel import summed
-
-#: Configuration entries that scale the logits -> factor for a value.
-LOGIT_SCALES: dict[str, Callable[[float], float]] = {
-    "logit_scale": lambda value: value,  # Cohere
-    "lm_head_multiplier": lambda value: value,  # Falcon H1
-    "logits_scaling": lambda value: 1 / value,  # Granite
-}
-
-#: Largest difference between the model's logits and ours in the probe, relative to the largest logit. Both sides see
-#: the same hidden states, so only the model's product and logits are rounded differently.
-PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-
-# Models that passed the probe: a reward called with the model at each step pays for it once.
-_VERIFIED: WeakSet[torch.nn.Module] = WeakSet()
+from acqcore.head import Head
+from acqcore.students.blocks import Blocks
+from acqcore.students.causal_lm import CausalLM
+from acqcore.students.lengths import Lengths
+from acqcore.students.sharding import DataParallel, gathered, is_dtensor, loading_whole
 
 
 class Student:
@@ -65,12 +43,22 @@ class Student:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._find_head: Callable[[], Head] = lambda: head
+        self._vocab_size = head.vocab_size
+        # A key-value cache would keep every layer's keys and values for nothing.
+        options = {"use_cache": False} if hasattr(getattr(trunk, "config", None), "use_cache") else {}
+        self._forward: Callable[[torch.Tensor], Any] = lambda input_ids: trunk(input_ids, **options)
+        self._logits: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._module = trunk if isinstance(trunk, torch.nn.Module) else None
         self._data_parallel: DataParallel | None = None
+        self._blocks = Blocks(self._module)
+        self._lengths = Lengths(self._module)
 
     @classmethod
     def from_model(cls, model: torch.nn.Module, *, tokenizer: Any = None, verify: bool = True) -> Student:
         """The student inside a transformers causal language model, or a PEFT model around one.
+
+        Its hidden states are what enters the output embedding when the model runs, PEFT wrapper included. The scale and
+        the softcap of the logits are read off the model: its output embedding gives known values in one forward.
 
         Parameters are shared with the model: the student follows it in training. Sharded models stay sharded:
 
@@ -85,31 +73,28 @@ class Student:
             verify: compare the model's logits with those of trunk and head on a few tokens, once per model object.
 
         Raises:
-            TypeError: not a module with a base model and an output embedding.
-            ValueError: an encoder-decoder, an unknown adapter on the head, or logits that differ.
+            TypeError: not a module with an output embedding.
+            ValueError: an encoder-decoder, an unknown adapter on the head, a quantised output embedding, logits that
+                are no scaled and capped product, a model that is not causal.
         """
         checks.module("model", model)
-        causal = _unwrap(model)
-        name = type(causal).__name__
-        embeddings = getattr(causal, "get_output_embeddings", None)
-        if not hasattr(causal, "config") or embeddings is None or embeddings() is None:
-            raise TypeError(
-                f"model: expected a transformers causal language model with an output embedding, got {name}; "
-                "acqcore.Student(trunk, head) takes any other"
-            )
-        if getattr(causal.config, "is_encoder_decoder", False):
-            raise ValueError(f"model: expected a decoder-only language model, {name} is an encoder-decoder")
-        config = causal.config.get_text_config()
+        causal = CausalLM(model)
         student = cls.__new__(cls)
-        student.trunk = _find_trunk(causal)
+        student.trunk = causal.trunk
         student.tokenizer = tokenizer
-        student.max_length = getattr(config, "max_position_embeddings", None)
+        student.max_length = getattr(causal.config, "max_position_embeddings", None)
         student._module = model
-        student._data_parallel = data_parallel(model)
-        student._find_head = lambda: _find_head(causal, student._data_parallel)
-        if verify and model not in _VERIFIED:
-            _probe(student, model)
-            _VERIFIED.add(model)
+        student._data_parallel = causal.data_parallel
+        student._forward = causal.hidden
+        student._logits = causal.logits
+        student._find_head = causal.head
+        student._blocks = Blocks(model)
+        student._lengths = Lengths(model)
+        with student.scoring(), student.in_step():
+            causal.read_logit_map()
+            if verify:
+                causal.verify()
+        student._vocab_size = causal.token_ids
         return student
 
     @classmethod
@@ -169,34 +154,42 @@ class Student:
 
     @property
     def blocks(self) -> list[torch.nn.Module]:
-        """The trunk's transformer blocks: the longest list of modules that is not inside another; may be empty."""
-        longest: list[torch.nn.Module] = []
-        nested: set[torch.nn.Module] = set()
-        modules = self.trunk.modules() if isinstance(self.trunk, torch.nn.Module) else ()
-        for module in modules:  # an outer module comes before those inside it
-            if isinstance(module, torch.nn.ModuleList) and module not in nested:
-                nested.update(module.modules())
-                longest = max(longest, list(module), key=len)
-        return [unwrapped(block) for block in longest]
+        """The transformer blocks in the order in which they run; may be empty. Found by a forward of a few tokens, once
+        per model: modules of a list that take and give the residual stream."""
+        return self._blocks.found(self._few_tokens)
+
+    @property
+    def branches(self) -> list[list[torch.nn.Module]]:
+        """Of each block the modules whose outputs it adds to the residual stream, found with the blocks.
+
+        Raises:
+            ValueError: a block adds something to the stream that is no module's output.
+        """
+        return self._blocks.branches(self._few_tokens)
+
+    def may_skip(self, count: int, check: Callable[[], bool]) -> bool:
+        """Whether the first ``count`` blocks may give a stored output, as ``check`` finds once per model."""
+        return self._blocks.skippable(count, self._few_tokens, check)
+
+    def _few_tokens(self) -> None:
+        """A forward without gradients that visits every block."""
+        with self.scoring(), torch.inference_mode(False):
+            self.hidden(torch.arange(4, device=self.device)[None] % self._vocab_size)
 
     def hidden(
         self,
         input_ids: torch.Tensor,  # [B, T] int64
     ) -> torch.Tensor:
-        """Final hidden states ``[B, T, D]`` of one trunk forward.
+        """Final hidden states ``[B, T, D]`` of one forward.
 
         Raises:
             TypeError: the trunk gave neither a tensor nor an object with ``last_hidden_state``.
             ValueError: its shape is not ``[B, T, D]``.
         """
-        config = getattr(self.trunk, "config", None)
-        # A key-value cache would keep every layer's keys and values for nothing.
-        options = {"use_cache": False} if hasattr(config, "use_cache") else {}
-        if self._data_parallel is None:
-            output = self.trunk(input_ids, **options)
-        else:
+        if self._data_parallel is not None:
             self._data_parallel.step(True)
-            output = self._through_root(input_ids, options)
+        self._lengths.reset()
+        output = self._forward(input_ids)
         hidden = output if isinstance(output, torch.Tensor) else getattr(output, "last_hidden_state", None)
         if not isinstance(hidden, torch.Tensor):
             raise TypeError(
@@ -210,23 +203,15 @@ class Student:
             )
         return gathered(hidden)
 
-    def _through_root(
-        self,
-        input_ids: torch.Tensor,  # [B, T] int64
-        options: dict[str, Any],
-    ) -> torch.Tensor:
-        """Hidden states ``[B, T, D]`` of a forward of the whole model, whose wrappers gather parameters. The head is
-        replaced by a function that keeps its input."""
-        assert self._module is not None
-        seen: list[torch.Tensor] = []
-
-        def keep(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            seen.append(hidden)
-            return hidden[..., :1]
-
-        with replaced_forward(unwrapped(_unwrap(self._module).get_output_embeddings()), keep):
-            self._module(input_ids=input_ids, **options)
-        return seen[0]
+    def length_groups(self, lengths: Sequence[int]) -> list[int]:
+        """Samples may share a batch if this is the same for their lengths; runs a short row where that is not known."""
+        if len(set(lengths)) > 1:
+            longest = 1 << (max(lengths) - 1).bit_length()  # a power of two, so that few lengths are ever checked
+            if self.max_length is not None:
+                longest = min(longest, max(self.max_length, max(lengths)))
+            with self.scoring(), torch.inference_mode(False):
+                self._lengths.check(longest, lambda input_ids: self.hidden(input_ids.to(self.device)))
+        return [self._lengths.group(length) for length in lengths]
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
@@ -239,7 +224,7 @@ class Student:
 
         def idle() -> None:
             with self.scoring():
-                self._through_root(token, {})
+                self._forward(token)
 
         with self._data_parallel.in_step(idle):
             yield
@@ -275,144 +260,3 @@ def as_student(student: StudentLike) -> Student:
         return Student.load(student)
     checks.module("student", student)
     return Student.from_model(student)
-
-
-def _unwrap(model: Any) -> Any:
-    """The transformers model inside torch.compile, DataParallel, FSDP1, DeepSpeed and PEFT wrappers."""
-    while True:
-        model = unwrapped(model)
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
-            model = model.module
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
-
-
-def _find_trunk(model: Any) -> torch.nn.Module:
-    """The module below the head: ``base_model_prefix``, else ``get_decoder()``."""
-    trunk = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    if trunk is None:
-        trunk = model.get_decoder()
-    if not isinstance(trunk, torch.nn.Module) or trunk is model:
-        raise ValueError(
-            f"model: {type(model).__name__} has no base model that gives hidden states; "
-            "use acqcore.Student(trunk, head)"
-        )
-    return trunk
-
-
-def _find_head(model: Any, spread: DataParallel | None) -> Head:
-    config = model.config.get_text_config()
-    layer = unwrapped(model.get_output_embeddings())
-    if spread is None:
-        weight, bias = _projection(layer)
-        placed = vocabulary_shard(weight.detach(), None if bias is None else bias.detach())
-    else:
-        with torch.no_grad(), spread.whole(layer):
-            # A copy: the gathered tensors are freed on exit.
-            weight, bias = _projection(layer)
-            bias = None if bias is None else gathered(bias.detach()).clone()
-            placed = {"weight": gathered(weight.detach()).clone(), "bias": bias}
-    scale = 1.0
-    for name, factor in LOGIT_SCALES.items():
-        value = getattr(config, name, None)
-        if value is not None:
-            scale *= factor(float(value))
-    return Head(**placed, softcap=getattr(config, "final_logit_softcapping", None), scale=scale)
-
-
-def _projection(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight ``[V, D]`` and bias ``[V]`` of the output embedding, with PEFT adapters applied."""
-    if type(layer).__module__.partition(".")[0] == "peft":
-        return _adapted_projection(layer)
-    if not isinstance(layer, torch.nn.Linear):
-        raise ValueError(
-            f"model: expected its output embedding to be torch.nn.Linear, got {checks.describe(layer)}; "
-            "use acqcore.Student(trunk, head)"
-        )
-    return layer.weight, layer.bias
-
-
-def _adapted_projection(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    from peft.tuners.lora import Linear as LoraLinear
-    from peft.utils import ModulesToSaveWrapper
-
-    if isinstance(layer, ModulesToSaveWrapper):
-        if layer.disable_adapters or not layer.active_adapters:
-            return _projection(layer.original_module)
-        return _projection(layer.modules_to_save[layer.active_adapters[0]])
-    if not isinstance(layer, LoraLinear):
-        raise ValueError(
-            f"model: the adapter on the output embedding is {checks.describe(layer)}; expected LoRA or "
-            "modules_to_save, merge it first"
-        )
-    variants = [name for name in layer.active_adapters if name in layer.lora_variant]
-    if variants:
-        kind = type(layer.lora_variant[variants[0]]).__name__
-        raise ValueError(
-            f"model: the adapter on the output embedding is a LoRA variant ({kind}); expected plain LoRA, "
-            "merge it first"
-        )
-    if layer.merged and layer.disable_adapters:
-        raise ValueError(
-            "model: the adapter on the output embedding is both merged and disabled; call model.unmerge_adapter() first"
-        )
-    weight, bias = _projection(layer.base_layer)
-    if layer.disable_adapters or layer.merged:
-        return weight, bias
-    for adapter in layer.active_adapters:
-        if adapter not in layer.lora_A:
-            continue
-        # Half precision would round away most of a small update; the model never forms this sum.
-        dtype = compute_dtype(weight.dtype)
-        weight = weight.to(dtype) + layer.get_delta_weight(adapter).to(dtype)
-        extra = layer.lora_B[adapter].bias
-        if extra is not None:
-            extra = extra.to(dtype) * layer.scaling[adapter]
-            bias = extra if bias is None else bias.to(dtype) + extra
-    return weight, bias
-
-
-def _probe(student: Student, model: torch.nn.Module) -> None:
-    """Compare trunk and head with the model's own logits, and check causality, on two rows of four tokens."""
-    head = student.head
-    vocab_size = head.vocab_size
-    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) * max(1, vocab_size // 7) % vocab_size  # differ at the end
-    ids = ids.to(student.device)
-    with student.scoring(), student.in_step():
-        own = gathered(model(input_ids=ids).logits)
-        hidden = student.hidden(ids)
-        ours = head.logits(hidden.to(head.weight.device).flatten(0, 1)).view(*ids.shape, -1)
-        if head.group is not None:  # logits of eight tokens, once a model: all ranks must agree on the verdict
-            ours = _in_vocabulary(ours, head)
-            own = own if own.shape[-1] == vocab_size else _in_vocabulary(own, head)
-    tolerance = PROBE_TOLERANCE[hidden.dtype]
-    name = type(unwrapped(model)).__name__
-    advice = "it changes them in a way that acqcore does not know; use acqcore.Student(trunk, head)"
-    if own.shape != ours.shape:
-        raise ValueError(
-            f"model: {name} gives logits {list(own.shape)} where its trunk and head give {list(ours.shape)}: {advice}"
-        )
-    own = own.to(ours)
-    error, largest = float((own - ours).abs().max()), float(own.abs().max())
-    if not error <= tolerance * largest:
-        raise ValueError(
-            f"model: the logits of {name} differ from those of its trunk and head by {error:.3g} (largest logit "
-            f"{largest:.3g}): {advice}"
-        )
-    before = hidden[:, :-1].double()
-    if not float((before[0] - before[1]).abs().max()) <= tolerance * float(before.abs().max()):
-        raise ValueError(f"model: expected a causal language model, in {name} a token sees those after it")
-
-
-def _in_vocabulary(
-    logits: torch.Tensor,  # [B, T, v] of the head's own rows
-    head: Head,
-) -> torch.Tensor:
-    """The logits of all ranks, ``[B, T, V]``."""
-    whole = logits.new_zeros((*logits.shape[:-1], head.vocab_size))
-    whole[..., head.vocab_start : head.vocab_start + len(head.weight)] = logits
-    return summed(whole, head.group)

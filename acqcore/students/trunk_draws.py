@@ -1,7 +1,8 @@
 """Draws of a student's final hidden states: dropout inside its trunk, or the members of an ensemble.
 
-Dropout in the last n blocks acts on the outputs that each attention and MLP adds to the residual stream. Earlier blocks
-run once. All draws of the last blocks run as one batch in the model's own code, in which the earlier blocks return
+Dropout in the last n blocks acts on the outputs that each attention and MLP adds to the residual stream, wherever the
+sum is written: ``blocks.py`` finds them. Earlier blocks run once. All draws of the last blocks run as one batch in the
+model's own code, in which the earlier blocks return
 their stored output. Masks come from ``philox.py``, so a sample's draws depend neither on its batch nor on the backend.
 """
 
@@ -17,6 +18,7 @@ from torch import nn
 from acqcore import checks
 from acqcore.backends import Dropout, select as select_backend
 from acqcore.literals import Layers
+from acqcore.students.blocks import first_tensor, with_first
 from acqcore.students.dropout_sites import DropoutSites
 from acqcore.students.sharding import replaced_forward
 from acqcore.students.student import Student
@@ -47,8 +49,27 @@ class TrunkDraws:
         self._dropped = 0
         self._backend = backend
         self._sites = found.sites
+        self._skipped: tuple[nn.Module, ...] = ()
         # Ranks that run forwards together skip nothing: another rank may be at a forward of all blocks.
-        self._skipped = () if student.forwards_are_collective else found.before
+        before, alone = found.before, not student.forwards_are_collective
+        if before and alone and student.may_skip(len(before), lambda: self._skipping(before)):
+            self._skipped = before
+
+    def _skipping(self, before: tuple[nn.Module, ...]) -> bool:
+        """Whether stored outputs stand for the first blocks: not where a later block reads more of them."""
+        ids = torch.arange(4, device=self._student.device)[None] % 4
+        sites, draws = self._sites, self._draws
+        with self._student.scoring(), torch.inference_mode(False):
+            expected = self._student.hidden(ids)
+            self._skipped, self._sites, self._draws = before, (), 1
+            try:
+                found = self._hidden(ids, ids[:, 0])[0]
+            except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
+                return False
+            finally:
+                self._skipped, self._sites, self._draws = (), sites, draws
+        error = (found.double() - expected.double()).abs().max()
+        return bool(error <= 16 * torch.finfo(expected.dtype).eps * expected.double().abs().max())
 
     def hidden(
         self,
@@ -57,8 +78,18 @@ class TrunkDraws:
     ) -> torch.Tensor:
         """Final hidden states ``[K, B, T, D]``."""
         input_ids = input_ids.to(self._student.device)
-        expanded = input_ids.repeat(self._draws, 1)  # [K * B, T]
         self._dropped = 0
+        hidden = self._hidden(input_ids, samples)
+        if not self._dropped:
+            raise ValueError("layers: the student's forward went through none of the modules that dropout acts on")
+        return hidden
+
+    def _hidden(
+        self,
+        input_ids: torch.Tensor,  # [B, T]
+        samples: torch.Tensor,  # [B]
+    ) -> torch.Tensor:
+        expanded = input_ids.repeat(self._draws, 1)  # [K * B, T]
         with ExitStack() as stack:
             if self._skipped:
                 entering = self._entering(input_ids)
@@ -68,8 +99,6 @@ class TrunkDraws:
                 hook = module.register_forward_hook(self._dropping(site, p, samples))
                 stack.callback(hook.remove)
             hidden = self._student.hidden(expanded)
-        if not self._dropped:
-            raise ValueError("layers: the student's forward went through none of the modules that dropout acts on")
         return hidden.unflatten(0, (self._draws, len(input_ids)))
 
     def _entering(
@@ -91,9 +120,10 @@ class TrunkDraws:
         finally:
             hook.remove()
         output = found[0]
-        if isinstance(output, torch.Tensor):
-            return output.repeat(self._draws, 1, 1)
-        return (output[0].repeat(self._draws, 1, 1), *output[1:])
+        value = first_tensor(output)
+        if value is None or value.shape[:2] != input_ids.shape:
+            raise ValueError(f"layers: expected a block to give [B, T, ...], got {checks.describe(value)}")
+        return with_first(output, value.repeat(self._draws, *[1] * (value.dim() - 1)))
 
     def _dropping(
         self,
@@ -102,9 +132,10 @@ class TrunkDraws:
         samples: torch.Tensor,  # [B]
     ) -> Callable[..., Any]:
         def drop(module: nn.Module, arguments: Any, output: Any) -> Any:
-            value = output[0] if isinstance(output, tuple) else output
-            dropped = self._drop(value, site, p, samples)
-            return (dropped, *output[1:]) if isinstance(output, tuple) else dropped
+            value = first_tensor(output)
+            if value is None:
+                raise ValueError(f"layers: dropout acts on a tensor, {type(module).__name__} gives none")
+            return with_first(output, self._drop(value, site, p, samples))
 
         return drop
 
@@ -116,10 +147,12 @@ class TrunkDraws:
         samples: torch.Tensor,  # [B]
     ) -> torch.Tensor:
         rows = self._draws * len(samples)
-        if not isinstance(value, torch.Tensor) or value.dim() != 3 or value.shape[0] != rows:
+        columns = value.shape[-1]
+        # Some models flatten the tokens before their MLP.
+        if value.shape[0] % rows or value.dim() != (3 if value.shape[0] == rows else 2):
             raise ValueError(f"layers: dropout acts on [{rows}, T, D], got {checks.describe(value)}")
         self._dropped += 1
-        _, length, columns = value.shape
+        length = value.numel() // (rows * columns)
         positions = torch.arange(length, device=value.device).repeat(len(samples))
         of_rows = samples.to(value.device).repeat_interleave(length)
         dropout = Dropout(p, "element", 1, self._seed, of_rows, positions)

@@ -11,6 +11,7 @@ from acqsynth.rewards.reward import (
     AcquisitionReward as AcquisitionReward,
     ComposedReward as ComposedReward,
     Rewards as Rewards,
+    combined as combined,
     completion_text as completion_text,
     reward_from_environment as _reward_from_environment,
 )

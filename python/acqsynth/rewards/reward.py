@@ -25,13 +25,17 @@ what is added can be traded, and text that is no question has the largest signal
 On the command line any acquisition is a ready-made reward, ``trl grpo --reward_funcs acqsynth.rewards.entropy``, whose
 student the environment variable ``ACQSYNTH_STUDENT`` names. ``AcquisitionReward(url="http://scorer:8000",
 acquisition="entropy")`` asks the server that ``acqsynth serve`` started. Malformed text scores highest on most
-acquisitions, so the format check multiplies; an added bonus would still rank it first. If a value is negative, as
-influence may be, text that does not parse gets the least value of its call.
+acquisitions, so the format check multiplies; an added bonus would still rank it first. Where values may be negative,
+text that does not parse gets the least value there is: -1 for influence, which is a cosine.
+
+A masked sample is left out of the advantage only where every reward masks it: TRL counts it as 0 for the one that does.
+:func:`acqsynth.rewards.combined` adds several rewards and masks a sample for all of them.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import logging
 import statistics
@@ -245,19 +249,21 @@ class ComposedReward:
     ) -> list[float | None]:
         """Totals of n completions, under the contract of TRL.
 
+        Archives, histories and length statistics take in what is trained on: TRL's evaluation leaves them as they are.
+
         Args:
             prompts: n prompts; consecutive equal ones are a group. TRL deals whole groups to the ranks in turn, so one
                 may begin on a rank and end on the next: ``sync`` joins them again.
             completions: n texts, or n lists of messages whose last assistant message is the text.
             completion_ids, columns: what else TRL passes; not read.
             log_extra: gets each signal's values and the gate that rejected.
-            log_metric: gets :meth:`metrics`.
+            log_metric: gets :meth:`metrics`; if it is the trainer's own, it also says whether the trainer evaluates.
 
         Returns:
-            n totals; None (masked from the advantage) if a scorer failed.
+            n totals; None (masked from the advantage, see the module) if a scorer failed.
         """
         texts = [completion_text(c) for c in completions]
-        rewards = self._score(texts, [_group(prompt) for prompt in prompts], True, by_runs=True)
+        rewards = self._score(texts, [_group(prompt) for prompt in prompts], not _evaluates(log_metric), by_runs=True)
         _log(
             self.__name__,
             {**rewards.components, "gate": rewards.rejected_by},
@@ -265,6 +271,7 @@ class ComposedReward:
             log_extra,
             log_metric,
         )
+        _warn_of_mask(rewards.total, log_metric)
         return rewards.total
 
     def metrics(self, rewards: Rewards) -> dict[str, float]:
@@ -550,6 +557,8 @@ class AcquisitionReward:
         batch_tokens: tokens of one forward pass of the student, as in ``acqcore.score``.
         device: where a path is loaded; by default the CPU. A model given as an object stays where it is.
         max_length: longer samples are cut to this many tokens, and to what the student can take.
+        sync: the ranks of a ``torch.distributed`` group call together and share the least value, which text that does
+            not parse gets. Needed on several ranks where values have no least one: influence by dot product.
         name: the name TRL logs; by default ``acquisition_<acquisition>``.
         url: of a server instead of a student; gives a :class:`RemoteAcquisitionReward`.
 
@@ -570,14 +579,22 @@ class AcquisitionReward:
         url: None = None,
         parse: Parser = parse_sample,
         arguments: Mapping[str, Any] | None = None,
+        sync: bool = False,
         name: str | None = None,
         **scoring: Any,
     ) -> None:
-        self._set_up(acquisition, parse, name)
+        self._set_up(acquisition, parse, name, arguments, sync)
         named = None if arguments is None else {acquisition: arguments}
         self.scorer = Scorer(student, (acquisition,), arguments=named, name=self.__name__, **scoring)
 
-    def _set_up(self, acquisition: str, parse: Parser, name: str | None) -> None:
+    def _set_up(
+        self,
+        acquisition: str,
+        parse: Parser,
+        name: str | None,
+        arguments: Mapping[str, Any] | None,
+        sync: bool,
+    ) -> None:
         if not callable(parse):
             raise TypeError(f"parse: expected a function of a text, got {type(parse).__name__}")
         self.__name__ = name or f"acquisition_{acquisition}"
@@ -585,6 +602,10 @@ class AcquisitionReward:
         self.parse = parse
         self._watch = Watch(self.__name__)
         self.masked = 0  #: samples that could not be scored so far
+        self._sync = sync
+        cosine = acquisition == "influence" and (arguments or {}).get("similarity", "cosine") == "cosine"
+        self._least = -1.0 if cosine else 0.0  #: no value is below it, as far as is known
+        self._unbounded = acquisition == "influence" and not cosine
 
     def __call__(
         self,
@@ -607,10 +628,11 @@ class AcquisitionReward:
 
         Returns:
             n rewards: the acquisition value; 0.0 (or the least value, if that is negative) for text that does not
-                parse; None (masked from the advantage) if the sample could not be scored.
+                parse; None (masked from the advantage, see the module) if the sample could not be scored.
 
         Raises:
-            RuntimeError: the student comes from the environment, and ``ACQSYNTH_STUDENT`` is not set.
+            RuntimeError: the student comes from the environment, and ``ACQSYNTH_STUDENT`` is not set; values without a
+                least one on several ranks without ``sync``.
             ValueError, TypeError: as ``acqcore.score``.
         """
         samples = [self._sample(completion) for completion in completions]
@@ -636,7 +658,7 @@ class AcquisitionReward:
         lengths = [0] * n
         for i, value, length in zip(parsed, scored.values[self.acquisition], scored.lengths, strict=True):
             values[i], lengths[i] = value, length
-        floor = min([0.0, *(value for value in values if value is not None)])
+        floor = self._floor([value for value in values if value is not None])
         rewards = [floor if sample is None else value for sample, value in zip(samples, values, strict=True)]
         masked = rewards.count(None)
         self.masked += masked
@@ -651,7 +673,25 @@ class AcquisitionReward:
             if spread.reliability is not None:
                 metrics["reliability"] = spread.reliability
         _log(self.__name__, columns, metrics, log_extra, log_metric)
+        _warn_of_mask(rewards, log_metric)
         return rewards
+
+    def _floor(self, values: Sequence[float]) -> float:
+        """Reward of text that does not parse: the same on all ranks, as a group may be spread over them."""
+        floor = min([self._least, *values])
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+            return floor
+        if self._sync:
+            floors: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(floors, floor)
+            return min(floors)
+        if self._unbounded or floor < self._least - 1e-6:
+            raise RuntimeError(
+                f"{self.__name__}: the values of {self.acquisition} have no least one, and ranks must agree on the "
+                "reward of text that does not parse; make the reward with sync=True"
+            )
+        return self._least
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.acquisition!r}, name={self.__name__!r})"
@@ -665,7 +705,7 @@ class RemoteAcquisitionReward(AcquisitionReward):
 
     Args:
         student: None; the server has one.
-        acquisition, parse, reduction, max_length, name: as :class:`AcquisitionReward`.
+        acquisition, parse, reduction, max_length, sync, name: as :class:`AcquisitionReward`.
         url: of the server, ``http://host:port``.
         arguments: as :class:`AcquisitionReward`, of text and numbers.
         token: of the server; by default the one in the environment variable ``ACQSYNTH_TOKEN``, if set.
@@ -689,6 +729,7 @@ class RemoteAcquisitionReward(AcquisitionReward):
         max_length: int = 2048,
         token: str | None = None,
         client: Mapping[str, Any] | None = None,
+        sync: bool = False,
         name: str | None = None,
     ) -> None:
         try:
@@ -701,7 +742,7 @@ class RemoteAcquisitionReward(AcquisitionReward):
             raise ValueError("student: expected none beside url, the server has its own")
         if max_length < 2:
             raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
-        self._set_up(acquisition, parse, name)
+        self._set_up(acquisition, parse, name, arguments, sync)
         self.client = ScorerClient(url, token=token, **(client or {}))
         self._spec: dict[str, Any] = {
             "arguments": None if arguments is None else {acquisition: dict(arguments)},
@@ -733,6 +774,69 @@ class RemoteAcquisitionReward(AcquisitionReward):
 def reward_from_environment(acquisition: str) -> AcquisitionReward:
     """The ready-made reward of an acquisition, whose student the environment names."""
     return AcquisitionReward(None, acquisition)
+
+
+def combined(
+    rewards: Sequence[Callable[..., Any]], weights: Sequence[float] | None = None, *, name: str = "combined"
+) -> Callable[..., Any]:
+    """One reward function of several: their weighted sum, None where one of them gives None.
+
+    TRL adds the rewards of a sample and leaves out those that are None, so that a sample which one reward could not
+    score competes with the rest of its sum. Here it is masked.
+
+    Args:
+        rewards: reward functions of TRL, coroutines among them.
+        weights: one a reward, 1 by default.
+        name: what TRL logs; each reward is logged under its own name.
+
+    Raises:
+        ValueError: no rewards, or not one weight a reward.
+    """
+    scales = [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
+    if not rewards or len(scales) != len(rewards):
+        raise ValueError(f"weights: expected {max(1, len(rewards))}, one a reward, got {len(scales)}")
+
+    def total(columns: Sequence[Sequence[float | None]]) -> list[float | None]:
+        rows = zip(*columns, strict=True)
+        return [
+            None
+            if any(value is None for value in row)
+            else sum(scale * value for scale, value in zip(scales, row, strict=True) if value is not None)
+            for row in rows
+        ]
+
+    def together(*arguments: Any, **columns: Any) -> list[float | None]:
+        return total([reward(*arguments, **columns) for reward in rewards])
+
+    async def awaited(*arguments: Any, **columns: Any) -> list[float | None]:
+        given = [reward(*arguments, **columns) for reward in rewards]
+        return total([await value if inspect.isawaitable(value) else value for value in given])
+
+    waits = any(inspect.iscoroutinefunction(f) or inspect.iscoroutinefunction(type(f).__call__) for f in rewards)
+    function: Callable[..., Any] = awaited if waits else together
+    function.__name__ = name
+    return function
+
+
+def _evaluates(log_metric: LogMetric | None) -> bool:
+    """Whether the trainer whose method this is evaluates."""
+    model = getattr(getattr(log_metric, "__self__", None), "model", None)
+    return isinstance(model, torch.nn.Module) and not model.training
+
+
+def _warn_of_mask(rewards: Sequence[float | None], log_metric: LogMetric | None) -> None:
+    """Say once that a masked sample counts as 0 beside other rewards."""
+    functions = getattr(getattr(log_metric, "__self__", None), "reward_funcs", ())
+    if None in rewards and isinstance(functions, Sequence) and len(functions) > 1:
+        _warn_once()
+
+
+@functools.cache
+def _warn_once() -> None:
+    logger.warning(
+        "a sample that could not be scored counts as 0 for its reward beside the others: "
+        "acqsynth.rewards.combined([...]) makes one reward of several, and masks it"
+    )
 
 
 def completion_text(completion: Completion) -> str | None:

@@ -1,0 +1,299 @@
+"""A student's transformer blocks and the branches in them, found by running a few tokens.
+
+Blocks are modules of a list that take the residual stream and give it. Branches are the modules whose outputs a block
+adds to the stream. Neither is guessed from names or lengths: a vision tower that text does not visit has no blocks, and
+a module that adds the stream to its own output is no branch, but one inside it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from acqcore.students.sharding import matrix_owners, unwrapped
+
+#: Deepest module inside a block that may be a branch.
+DEPTH = 6
+
+#: Largest change of a block's output that counts as none, relative to its input.
+TOLERANCE = 1e-5
+
+
+@dataclass
+class _Known:
+    """What was found in a module, by name: references would keep it alive."""
+
+    signature: tuple[int, ...]  # its modules at that time
+    blocks: list[str]
+    branches: list[list[str]] | None = None
+    skips: dict[int, bool] = field(default_factory=dict)
+
+
+# A reward called with the model at each step pays for it once.
+_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+
+
+class Blocks:
+    """The blocks of a student.
+
+    Args:
+        module: the student's, None for one that is no module: it has no blocks.
+    """
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self._module = module
+
+    def found(self, forward: Callable[[], Any]) -> list[nn.Module]:
+        """The blocks in the order in which they run; ``forward`` runs a few tokens."""
+        if self._module is None:
+            return []
+        known = self._known(forward)
+        return [unwrapped(self._module.get_submodule(name)) for name in known.blocks]
+
+    def branches(self, forward: Callable[[], Any]) -> list[list[nn.Module]]:
+        """The branches of each block, in the order in which they run.
+
+        Raises:
+            ValueError: a block adds something to the stream that is no module's output.
+        """
+        if self._module is None:
+            return []
+        known = self._known(forward)
+        if known.branches is None:
+            names = {module: name for name, module in self._module.named_modules()}
+            found = _Analysis(self._module, self.found(forward), forward).branches()
+            known.branches = [[names[branch] for branch in of_block] for of_block in found]
+        return [[self._module.get_submodule(name) for name in of_block] for of_block in known.branches]
+
+    def skippable(self, count: int, forward: Callable[[], Any], check: Callable[[], bool]) -> bool:
+        """Whether the first ``count`` blocks may give a stored output: as ``check`` says, asked once."""
+        known = self._known(forward)
+        if count not in known.skips:
+            known.skips[count] = check()
+        return known.skips[count]
+
+    def _known(self, forward: Callable[[], Any]) -> _Known:
+        assert self._module is not None
+        signature = tuple(map(id, self._module.modules()))
+        known = _KNOWN.get(self._module)
+        if known is None or known.signature != signature:
+            names = {module: name for name, module in self._module.named_modules()}
+            known = _Known(signature, [names[block] for block in _streaming(self._module, forward)])
+            _KNOWN[self._module] = known
+        return known
+
+
+def stream(values: Iterable[Any]) -> torch.Tensor | None:
+    """The first of ``values`` that may be the residual stream: floating point, of three dimensions or more."""
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3:
+            return value
+    return None
+
+
+def first_tensor(output: Any) -> torch.Tensor | None:
+    """A module's output, or the first tensor of it."""
+    if isinstance(output, torch.Tensor):
+        return output
+    values = output if isinstance(output, (tuple, list)) else getattr(output, "values", tuple)()
+    return next((value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()), None)
+
+
+def with_first(output: Any, tensor: torch.Tensor) -> Any:
+    """The output with its first tensor replaced."""
+    if isinstance(output, torch.Tensor):
+        return tensor
+    place = next(i for i, value in enumerate(output) if isinstance(value, torch.Tensor) and value.is_floating_point())
+    replaced = [*output[:place], tensor, *output[place + 1 :]]
+    return type(output)(replaced) if type(output) in (tuple, list) else tuple(replaced)
+
+
+def _streaming(module: nn.Module, forward: Callable[[], Any]) -> list[nn.Module]:
+    """Members of lists, none inside another, that hold a matrix and were called with a tensor of their output's shape.
+
+    A plain layer is no block: some models have a list of them that leads the stream in or out.
+    """
+    owners = matrix_owners(module)
+    listed = [
+        member
+        for container in module.modules()
+        if isinstance(container, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+        for member in container.children()
+        if not (type(member).__module__.startswith("torch.nn.modules") and not list(member.children()))
+        and not owners.isdisjoint(member.modules())
+    ]
+    seen: dict[nn.Module, None] = {}
+
+    def note(member: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given, taken = first_tensor(output), stream((*args, *kwargs.values()))
+        if given is not None and taken is not None and given.shape == taken.shape:
+            seen.setdefault(member)
+
+    with _hooks((member, note) for member in dict.fromkeys(listed)):
+        forward()
+    nested: set[nn.Module] = set()
+    for member in dict.fromkeys(listed):  # an outer module comes before those inside it
+        if member in seen and member not in nested:
+            nested.update(set(member.modules()) - {member})
+    return [member for member in seen if member not in nested]
+
+
+class _Analysis:
+    """Forwards in which every block gets the stream that it had in the first one, and some modules give other values.
+
+    All blocks are tried at once, so the number of forwards does not grow with their number.
+    """
+
+    def __init__(self, module: nn.Module, blocks: list[nn.Module], forward: Callable[[], Any]) -> None:
+        self._blocks = blocks
+        self._forward = forward
+        self._owners = matrix_owners(module)
+        self._streams: dict[nn.Module, torch.Tensor] = {}
+        self._shapes: dict[nn.Module, torch.Tensor] = {}  # what a module gave in the first forward
+
+    def branches(self) -> list[list[nn.Module]]:
+        found = {block: self._children(block) for block in self._blocks}
+        inner = [module for block in self._blocks for module in block.modules() if module in self._owners]
+        self._run({}, [*inner, *(c for children in found.values() for c in children), *self._blocks], first=True)
+        for _ in range(DEPTH):
+            if not self._descend(found):
+                break
+        self._drop_swallowed(found)
+        self._check(found)
+        return list(found.values())
+
+    def _children(self, module: nn.Module) -> list[nn.Module]:
+        return [child for child in module.children() if not self._owners.isdisjoint(child.modules())]
+
+    def _descend(self, found: dict[nn.Module, list[nn.Module]]) -> bool:
+        """Replace candidates that add the stream to their output by those inside them; whether there were any.
+
+        Such a candidate gives a value that differs among tokens though all matrices inside it give zero.
+        """
+        candidates = {c: block for block, of_block in found.items() for c in of_block}
+        zeros: dict[nn.Module, torch.Tensor | None] = {}
+        for candidate in candidates:
+            for module in candidate.modules():
+                if module in self._owners and module is not candidate:
+                    zeros[module] = None
+        for candidate in candidates:
+            if not self._children(candidate):
+                zeros[candidate] = None
+        given = self._run(zeros, [c for c in candidates if c not in zeros])
+        changed = False
+        for candidate, block in candidates.items():
+            value = given.get(candidate)
+            if value is None or not self._differs(value, value.flatten(0, -2)[:1], block):
+                continue
+            place = found[block].index(candidate)
+            inside = self._children(candidate)
+            found[block][place : place + 1] = inside
+            for module in inside:
+                self._shapes.pop(module, None)
+            changed = True
+        if changed:
+            self._run({}, [c for of_block in found.values() for c in of_block], first=True)
+        return changed
+
+    def _drop_swallowed(self, found: dict[nn.Module, list[nn.Module]]) -> None:
+        """Drop candidates whose output goes through another one: with that at zero, nothing of it is left."""
+        zeros = {c: None for of_block in found.values() for c in of_block}
+        without = self._run(zeros, self._blocks)
+        kept: dict[nn.Module, list[nn.Module]] = {block: [] for block in found}
+        for place in range(max(map(len, found.values()), default=0)):
+            tried = {block: of_block[place] for block, of_block in found.items() if place < len(of_block)}
+            noise = {c: self._noise(c) for c in tried.values() if c in self._shapes}
+            given = self._run({**zeros, **noise}, self._blocks)
+            for block, candidate in tried.items():
+                if candidate in noise and self._differs(given[block], without[block], block):
+                    kept[block].append(candidate)
+        found.update(kept)
+
+    def _check(self, found: dict[nn.Module, list[nn.Module]]) -> None:
+        """With all branches at zero the stream is left: no token sees another, and tokens still differ."""
+        zeros = {c: None for of_block in found.values() for c in of_block}
+        without = self._run(zeros, self._blocks)
+        changed = {block: value.clone() for block, value in self._streams.items()}
+        for value in changed.values():
+            value.flatten(0, -2)[0] *= 2
+        given = self._run(zeros, self._blocks, streams=changed)
+        for block, of_block in found.items():
+            name, first = type(block).__name__, without[block].flatten(0, -2)
+            if not of_block:
+                raise ValueError(f"layers: {name} has no module whose output it adds, so nothing dropout could act on")
+            if self._differs(first[1:], given[block].flatten(0, -2)[1:], block):
+                raise ValueError(
+                    f"layers: {name} adds something to the residual stream that is no module's output, so dropout "
+                    "would leave it out"
+                )
+            if not self._differs(first, first[:1], block):
+                raise ValueError(f"layers: {name} adds the residual stream inside a module without parts")
+
+    def _differs(self, a: torch.Tensor, b: torch.Tensor, block: nn.Module) -> bool:
+        scale = float(self._streams[block].abs().max()) + 1e-30
+        tolerance = max(TOLERANCE, 4 * torch.finfo(a.dtype).eps)
+        return not bool((a.double() - b.double()).abs().max() <= tolerance * scale)
+
+    def _noise(self, module: nn.Module) -> torch.Tensor:
+        like = self._shapes[module]
+        noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(0))
+        return noise.to(like) * like.abs().max().clamp_min(1e-3)
+
+    def _run(
+        self,
+        given: Mapping[nn.Module, torch.Tensor | None],
+        watched: Iterable[nn.Module],
+        first: bool = False,
+        streams: dict[nn.Module, torch.Tensor] | None = None,
+    ) -> dict[nn.Module, torch.Tensor]:
+        """Outputs of ``watched`` in a forward in which modules give what is ``given``, zeros for None."""
+        outputs: dict[nn.Module, torch.Tensor] = {}
+
+        def give(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            value = first_tensor(output)
+            if value is None:
+                return output
+            other = given[module]
+            fits = other is not None and other.shape == value.shape
+            return with_first(output, other.clone() if fits and other is not None else torch.zeros_like(value))
+
+        def watch(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            value = first_tensor(output)
+            if value is not None and module not in outputs:
+                outputs[module] = value.detach().clone()
+
+        def enter(block: nn.Module, args: Any, kwargs: Any) -> Any:
+            value = stream((*args, *kwargs.values()))
+            if value is None:
+                return None
+            if block not in self._streams:
+                self._streams[block] = value.detach().clone(memory_format=torch.contiguous_format)
+            forced = (streams or self._streams)[block].clone()
+            swap = lambda x: forced if x is value else x  # noqa: E731
+            return tuple(map(swap, args)), {key: swap(x) for key, x in kwargs.items()}
+
+        with ExitStack() as stack:
+            for block in self._blocks:
+                handle = block.register_forward_pre_hook(enter, with_kwargs=True)
+                stack.callback(handle.remove)
+            stack.enter_context(_hooks((module, give) for module in given))
+            stack.enter_context(_hooks((module, watch) for module in dict.fromkeys(watched)))
+            self._forward()
+        if first:
+            self._shapes.update(outputs)
+        return outputs
+
+
+@contextmanager
+def _hooks(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Context with forward hooks that get keyword arguments."""
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield

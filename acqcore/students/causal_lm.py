@@ -1,0 +1,254 @@
+"""A transformers causal language model, taken apart at its output embedding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from acqcore.head import Head
+from acqcore.students.heads import KNOWN_LOGITS, MAP_TOLERANCE, LogitMap, placed_projection
+from acqcore.students.sharding import DataParallel, data_parallel, gathered, replaced_forward, unwrapped
+from acqcore.vocab_parallel import summed
+
+#: Largest difference between the model's logits and ours, relative to the largest logit. Both sides see the same hidden
+#: states, so only the product and the map of the logits are rounded differently.
+PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+ADVICE = "use acqcore.Student(trunk, head)"
+
+# What was read off a model and whether its logits were compared: a reward called with the model at each step pays for
+# it once.
+_MAPS: WeakKeyDictionary[torch.nn.Module, LogitMap] = WeakKeyDictionary()
+_VERIFIED: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+
+
+class CausalLM:
+    """The hidden states and the head of a model.
+
+    Args:
+        model: as :meth:`acqcore.Student.from_model` takes it.
+
+    Raises:
+        TypeError: a module without a configuration or an output embedding. ValueError: an encoder-decoder.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._causal = causal = _innermost(model)
+        self.name = type(causal).__name__
+        embeddings = getattr(causal, "get_output_embeddings", None)
+        if not hasattr(causal, "config") or embeddings is None or embeddings() is None:
+            raise TypeError(
+                f"model: expected a transformers causal language model with an output embedding, got {self.name}; "
+                "acqcore.Student(trunk, head) takes any other"
+            )
+        if getattr(causal.config, "is_encoder_decoder", False):
+            raise ValueError(f"model: expected a decoder-only language model, {self.name} is an encoder-decoder")
+        self.config = causal.config.get_text_config()
+        self.trunk: torch.nn.Module = getattr(causal, getattr(causal, "base_model_prefix", ""), causal)
+        self.data_parallel: DataParallel | None = data_parallel(model)
+        # Wrappers that gather parameters must run. torch.compile and DistributedDataParallel need not.
+        self._root = model if self.data_parallel is not None else _runnable(model)
+        # A key-value cache would keep every layer's keys and values for nothing.
+        accepted = inspect.signature(type(causal).forward).parameters
+        self._options = {"use_cache": False} if "use_cache" in accepted else {}
+        self._map = LogitMap()
+
+    def hidden(
+        self,
+        input_ids: torch.Tensor,  # [B, T] int64
+    ) -> torch.Tensor:
+        """What enters the output embedding, ``[B, T, D]``.
+
+        Raises:
+            ValueError: the output embedding is not called exactly once.
+        """
+        # One column stands for the logits, which the model may scale or cap.
+        return self._run(input_ids, lambda hidden: hidden[..., :1])[0]
+
+    def logits(
+        self,
+        input_ids: torch.Tensor,  # [B, T] int64
+    ) -> torch.Tensor:
+        """The model's own logits, ``[B, T, V]``; a rank's part of them where the head is sharded."""
+        logits = getattr(self._root(input_ids=input_ids, **self._options), "logits", None)
+        if not isinstance(logits, torch.Tensor):
+            raise ValueError(f"model: expected {self.name} to give an object with logits")
+        return gathered(logits)
+
+    def head(self) -> Head:
+        """The current head. A collective under FSDP and ZeRO-3."""
+        placed = placed_projection(self._causal, self.data_parallel)
+        if self._map.columns is not None:
+            placed["vocab_size"] = self._map.columns
+        return Head(**placed, softcap=self._map.softcap, scale=self._map.scale)
+
+    def read_logit_map(self) -> None:
+        """Read scale and softcap of the logits off the model, once per model object.
+
+        Raises:
+            ValueError: the model changes its logits in another way.
+        """
+        placed = placed_projection(self._causal, self.data_parallel)
+        weight = placed["weight"]
+        self.vocab_size: int = placed.get("vocab_size", len(weight))
+        embedding = getattr(self._causal, "get_input_embeddings", lambda: None)()
+        rows = getattr(embedding, "num_embeddings", self.vocab_size)
+        #: Token ids below it may be given.
+        self.token_ids = min(self.vocab_size, rows)
+        if weight.device.type == "meta":  # has no values
+            return
+        if self._model not in _MAPS:
+            _MAPS[self._model] = self._logit_map(Head(**placed))
+        self._map = _MAPS[self._model]
+        self.vocab_size = self._map.columns or self.vocab_size
+
+    def _logit_map(self, head: Head) -> LogitMap:
+        known = torch.tensor(KNOWN_LOGITS, device=head.weight.device)
+        if head.weight.dtype == torch.float64:
+            known = known.double()
+        if self.data_parallel is None:
+            columns = torch.arange(self.vocab_size, device=known.device)
+        else:  # hooks of the head, which gather its logits, run
+            columns = torch.arange(len(head.weight), device=known.device) + head.vocab_start
+        given = known[columns % len(known)]  # [v]
+        ids = torch.arange(4, device=next(self._model.parameters()).device)[None] % self.token_ids
+        _, output = self._run(ids, lambda hidden: given.to(hidden.device).expand(*hidden.shape[:-1], -1))
+        logits = self._whole(gathered(output.logits), head)  # [1, 4, V]
+        refused = ValueError(
+            f"model: {self.name} changes the logits of its output embedding by more than a scale and a softcap; "
+            f"{ADVICE}"
+        )
+        count = logits.shape[-1]
+        if count != self.vocab_size and (count > self.vocab_size or head.group is not None):
+            raise refused
+        found = LogitMap.fitted(logits[0, 0, : len(known)]) if count >= len(known) else LogitMap()
+        if found is None:
+            raise refused
+        expected = found(known[torch.arange(count, device=known.device) % len(known)].double())
+        error = (logits.to(expected) - expected).abs() / expected.abs().clamp_min(1e-12)
+        if not bool((error <= MAP_TOLERANCE[logits.dtype]).all()):
+            raise refused
+        return found if count == self.vocab_size else replace(found, columns=count)
+
+    def verify(self) -> None:
+        """Compare trunk and head with the model's own logits, and check causality, once per model object.
+
+        Raises:
+            ValueError: they differ, or a token sees those after it.
+        """
+        if self._model in _VERIFIED:
+            return
+        head = self.head()
+        ids = (
+            torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) * max(1, self.token_ids // 7) % self.token_ids
+        )  # differ at the end
+        ids = ids.to(next(self._model.parameters()).device)
+        with torch.no_grad():
+            own = self._whole(self.logits(ids), head)
+            hidden = gathered(self.hidden(ids))
+            ours = head.logits(hidden.to(head.weight.device).flatten(0, 1)).view(*ids.shape, -1)
+            if head.group is not None:  # logits of eight tokens, once a model: all ranks must agree on the verdict
+                ours = _in_vocabulary(ours, head)
+        tolerance = max(PROBE_TOLERANCE[hidden.dtype], PROBE_TOLERANCE[head.weight.dtype])
+        advice = f"it changes them in a way that acqcore does not know; {ADVICE}"
+        if own.shape != ours.shape:
+            raise ValueError(
+                f"model: {self.name} gives logits {list(own.shape)} where its trunk and head give "
+                f"{list(ours.shape)}: {advice}"
+            )
+        own = own.to(ours)
+        error, largest = float((own - ours).abs().max()), float(own.abs().max())
+        if not error <= tolerance * largest:
+            raise ValueError(
+                f"model: the logits of {self.name} differ from those of its trunk and head by {error:.3g} (largest "
+                f"logit {largest:.3g}): {advice}"
+            )
+        before = hidden[:, :-1].double()
+        if not float((before[0] - before[1]).abs().max()) <= tolerance * float(before.abs().max()):
+            raise ValueError(f"model: expected a causal language model, in {self.name} a token sees those after it")
+        _VERIFIED[self._model] = True
+
+    def _run(
+        self,
+        input_ids: torch.Tensor,  # [B, T] int64
+        give: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, Any]:
+        """What enters the output embedding, and the model's output where that gives ``give(hidden)``."""
+        seen: list[torch.Tensor] = []
+
+        def keep(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            seen.append(hidden)
+            return give(hidden)
+
+        layer = unwrapped(self._causal.get_output_embeddings())
+        with replaced_forward(layer, keep), nullcontext() if self.data_parallel is not None else _unhooked(layer):
+            output = self._root(input_ids=input_ids, **self._options)
+        if len(seen) != 1:
+            raise ValueError(
+                f"model: {self.name} calls its output embedding {len(seen)} times in a forward, expected once; {ADVICE}"
+            )
+        if seen[0].dim() != 3 or seen[0].shape[:2] != input_ids.shape:
+            raise ValueError(
+                f"model: the output embedding of {self.name} gets {list(seen[0].shape)} for input_ids "
+                f"{list(input_ids.shape)}, expected [B, T, D]: virtual tokens are not scored"
+            )
+        return seen[0], output
+
+    def _whole(
+        self,
+        logits: torch.Tensor,  # [B, T, v]
+        head: Head,
+    ) -> torch.Tensor:
+        """The logits of all ranks, ``[B, T, V]``."""
+        if head.group is not None and logits.shape[-1] != self.vocab_size:
+            return _in_vocabulary(logits, head)
+        return logits
+
+
+@contextmanager
+def _unhooked(layer: torch.nn.Module) -> Iterator[None]:
+    """Context without the hooks on a layer's output: those of tensor parallelism expect its own logits."""
+    hooks = layer._forward_hooks
+    layer._forward_hooks = type(hooks)()
+    try:
+        yield
+    finally:
+        layer._forward_hooks = hooks
+
+
+def _innermost(model: Any) -> Any:
+    """The transformers model inside torch.compile, DataParallel, FSDP1, DeepSpeed and PEFT wrappers."""
+    while True:
+        model = _runnable(model)
+        if not hasattr(model, "get_base_model"):
+            return model
+        model = model.get_base_model()
+
+
+def _runnable(model: Any) -> Any:
+    """As :func:`_innermost` but for PEFT's wrapper, whose forward may switch adapters by token."""
+    while True:
+        model = unwrapped(model)
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def _in_vocabulary(
+    logits: torch.Tensor,  # [B, T, v] of the head's own rows
+    head: Head,
+) -> torch.Tensor:
+    """The logits of all ranks, ``[B, T, V]``."""
+    whole = logits.new_zeros((*logits.shape[:-1], head.vocab_size))
+    whole[..., head.vocab_start : head.vocab_start + len(head.weight)] = logits
+    return summed(whole, head.group)

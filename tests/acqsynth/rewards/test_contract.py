@@ -1,0 +1,155 @@
+"""What a reward owes a trainer besides its numbers: evaluation, several ranks, several rewards."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from acqsynth.domains import Sample
+from acqsynth.rewards import AcquisitionReward, ComposedReward, combined
+from acqsynth.rewards.gates import New
+from acqsynth.rewards.reward import _warn_once
+from acqsynth.rewards.scoring import Scored
+
+
+class Words:
+    """Any text is a sample that asks for itself."""
+
+    def parse(self, text: str) -> Sample | None:
+        return Sample(question=text, answer="1") if text else None
+
+
+WORDS: Any = Words()
+
+
+class Trainer:
+    """As much of TRL's trainer as a reward can see."""
+
+    def __init__(self, reward_funcs: list[Any], training: bool = True) -> None:
+        self.model = torch.nn.Linear(1, 1).train(training)
+        self.reward_funcs = reward_funcs
+        self.metrics: dict[str, float] = {}
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metrics[name] = value
+
+    def rewards(self, completions: list[str]) -> list[float | None]:
+        [function] = self.reward_funcs[:1]
+        return function(prompts=["p"] * len(completions), completions=completions, log_metric=self.log_metric)
+
+
+TEXTS = ["name a large prime number below one hundred", "which of these two rivers is the longer one by far"]
+
+
+class TestEvaluation:
+    def test_leaves_archives_and_histories_as_they_are(self) -> None:
+        reward = ComposedReward(WORDS, [], gates=[New()])
+        evaluation = Trainer([reward], training=False)
+        before = reward.state_dict()
+        assert evaluation.rewards(TEXTS) == evaluation.rewards(TEXTS) == [1.0, 1.0]
+        assert reward.state_dict() == before
+        assert Trainer([reward]).rewards(TEXTS) == [1.0, 1.0]
+        assert evaluation.rewards(TEXTS) == [0.0, 0.0]
+        assert len(reward.gates[0]) == 2
+
+    def test_a_call_without_a_trainer_counts(self) -> None:
+        reward = ComposedReward(WORDS, [], gates=[New()])
+        assert [reward(["p"] * 2, TEXTS, log_metric={}.__setitem__) for _ in range(2)] == [[1.0, 1.0], [0.0, 0.0]]
+
+
+class TestText:
+    """Text that does not parse never outranks a sample of another rank."""
+
+    @staticmethod
+    def reward(monkeypatch: pytest.MonkeyPatch, values: list[float], world: int, **options: Any) -> AcquisitionReward:
+        reward = AcquisitionReward("a path", parse=lambda text: text or None, **options)
+        scored = Scored({reward.acquisition: values}, [3] * len(values), {})
+        reward.scorer = lambda samples: scored  # type: ignore[assignment]
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: world > 1)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
+        return reward
+
+    REFERENCE = SimpleNamespace()
+
+    @pytest.mark.parametrize("world", [1, 2])
+    def test_of_a_cosine_gets_its_bound(self, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        given = {"arguments": {"reference": self.REFERENCE}}
+        for values in ([-0.0098], [0.5], []):
+            reward = self.reward(monkeypatch, values, world, acquisition="influence", **given)
+            found = reward(["p"] * (1 + len(values)), ["", *["a"] * len(values)])
+            assert found == [-1.0, *values]
+
+    @pytest.mark.parametrize("world", [1, 2])
+    def test_of_values_above_zero_gets_zero(self, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        reward = self.reward(monkeypatch, [0.3], world, acquisition="entropy")
+        assert reward(["p", "p"], ["", "a"]) == [0.0, 0.3]
+
+    def test_of_values_without_a_bound_needs_all_ranks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        arguments = {"reference": self.REFERENCE, "similarity": "dot"}
+        options = {"acquisition": "influence", "arguments": arguments}
+        assert self.reward(monkeypatch, [-7.0], 1, **options)(["p", "p"], ["", "a"]) == [-7.0, -7.0]
+        for values in ([-7.0], [7.0]):  # on every rank alike: one that raised alone would leave the others waiting
+            with pytest.raises(RuntimeError, match=r"influence have no least one, .* make the reward with sync=True"):
+                self.reward(monkeypatch, values, 2, **options)(["p", "p"], ["", "a"])
+
+        def gather(found: list[Any], own: float) -> None:
+            found[:] = [own, -9.0]
+
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        synced = self.reward(monkeypatch, [-7.0], 2, sync=True, **options)
+        assert synced(["p", "p"], ["", "a"]) == [-9.0, -7.0]
+
+
+def first(prompts: Any, completions: list[str], **_: Any) -> list[float | None]:
+    return [None if text == "?" else 1.0 for text in completions]
+
+
+def second(prompts: Any, completions: list[str], **_: Any) -> list[float | None]:
+    return [-1.5 for _ in completions]
+
+
+async def third(prompts: Any, completions: list[str], **_: Any) -> list[float | None]:
+    return [None if text == "!" else 10.0 for text in completions]
+
+
+class TestSeveralRewards:
+    def test_what_one_masks_all_mask(self) -> None:
+        function = combined([first, second], [1.0, 2.0], name="both")
+        assert function.__name__ == "both"
+        assert function(prompts=["p"] * 2, completions=["a", "?"]) == [-2.0, None]
+
+    def test_with_a_coroutine(self) -> None:
+        from trl.trainer.utils import is_async_callable
+
+        function = combined([first, third])
+        assert is_async_callable(function)
+        assert not is_async_callable(combined([first, second]))
+        assert asyncio.run(function(prompts=["p"] * 3, completions=["a", "?", "!"])) == [11.0, None, None]
+
+    @pytest.mark.parametrize(("rewards", "weights"), [([], None), ([first], [1.0, 2.0])])
+    def test_one_weight_a_reward(self, rewards: list[Any], weights: Any) -> None:
+        with pytest.raises(ValueError, match="weights: expected 1, one a reward"):
+            combined(rewards, weights)
+
+    @pytest.mark.parametrize(("others", "warns"), [([second], True), ([], False)])
+    def test_a_mask_beside_other_rewards_is_told_once(
+        self, others: list[Any], warns: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Fails:
+            name = "fails"
+
+            def __call__(self, samples: Any) -> list[float | None]:
+                return [None] * len(samples)
+
+        _warn_once.cache_clear()
+        reward = ComposedReward(WORDS, [Fails()])
+        trainer = Trainer([reward, *others])
+        with caplog.at_level(logging.WARNING):
+            assert trainer.rewards(TEXTS) == trainer.rewards(TEXTS) == [None, None]
+        told = [record for record in caplog.records if "acqsynth.rewards.combined" in record.getMessage()]
+        assert len(told) == int(warns)

@@ -1,0 +1,139 @@
+"""Checks every causal language model type that transformers knows, and writes the table of supported students.
+
+    python tests/conformance/table.py [type ...]
+
+Verdicts go to ``--out``, one JSON line a type as it is done; types in there are not checked again. Each type is a
+process of its own with a time limit. The table is written where all types are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import check
+import models
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 600
+
+
+def verdicts(kind: str) -> dict[str, Any]:
+    """Verdicts of a type, or why there is no small model of it."""
+    try:
+        model = models.build(kind)
+        with torch.no_grad():
+            logits = model(input_ids=check.samples(models.VOCABULARY)[0][None]).logits
+    except Exception as error:
+        return {"unbuilt": f"{type(error).__name__}: {error}"[:300]}
+    if not bool(logits.isfinite().all()) or float(logits.std()) < 0.01:
+        return {"unbuilt": f"logits without a spread: {float(logits.std())}"}
+    found = check.check(model, models.VOCABULARY)
+    return {name: [verdict.verdict, verdict.reason[:400]] for name, verdict in found.items()}
+
+
+def in_child(kind: str) -> dict[str, Any]:
+    """``verdicts`` in a forked process."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            signal.alarm(LIMIT_S)
+            os.write(write, json.dumps(verdicts(kind)).encode())
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return json.loads(text) if text else {"unbuilt": f"the process ended with status {status}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kinds", nargs="*")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "conformance.jsonl")
+    parser.add_argument("--table", type=Path, default=ROOT / "docs" / "students.md")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    lines = options.out.read_text().splitlines() if options.out.exists() else []
+    done = {entry["kind"]: entry for entry in map(json.loads, lines)}
+    for kind in options.kinds or models.kinds():
+        if kind in done and not options.kinds:
+            continue
+        start = time.monotonic()
+        found = in_child(kind)
+        done[kind] = {"kind": kind, "class": models.kinds()[kind], "found": found}
+        with options.out.open("a") as file:
+            file.write(json.dumps(done[kind]) + "\n")
+        short = found.get("unbuilt") or " ".join(f"{name}:{verdict[0]}" for name, verdict in found.items())
+        print(f"{kind} {short} ({time.monotonic() - start:.0f} s)", flush=True)
+        for name, verdict in found.items():
+            if name != "unbuilt" and verdict[0] != "right":
+                print(f"    {name}: {verdict[1]}", flush=True)
+
+    if not options.kinds:
+        write(options.table, done)
+
+
+def write(path: Path, done: dict[str, dict[str, Any]]) -> None:
+    """The table of supported students, and what it says of each type."""
+    import transformers
+
+    built = {kind: entry for kind, entry in sorted(done.items()) if "unbuilt" not in entry["found"]}
+    verdicts = [[found[0] for found in entry["found"].values()] for entry in built.values()]
+    sound = sum(set(of_kind) <= {"right", "refused", "none"} for of_kind in verdicts)
+    right = sum(set(of_kind) <= {"right", "none"} for of_kind in verdicts)
+    lines = [
+        "# Supported students",
+        "",
+        f"Every causal language model type of transformers {transformers.__version__} of which a small random model",
+        f"can be made: {len(built)} of {len(done)}. Of these {right} are right in all that was asked, and {sound}",
+        "right or refused by name.",
+        "",
+        "Each value is held to plain autograd on the model's own logits, in float32, one sample at a time, for samples",
+        'that are scored alone, and in a batch, padded. "yes" is right, "no" refused with a ValueError that says why',
+        '(below), "-" what the model or PEFT itself cannot do. LoRA is on every linear layer that PEFT takes.',
+        "`make conformance` writes this page.",
+        "",
+        "| type | class | " + " | ".join(check.TITLES.values()) + " |",
+        "|---|---|" + "---|" * len(check.TITLES),
+    ]
+    words = {"right": "yes", "refused": "no", "none": "-", "wrong": "WRONG", "raw": "RAISES"}
+    reasons: dict[str, list[str]] = {}
+    for kind, entry in built.items():
+        found = entry["found"]
+        cells = [words[found[name][0]] if name in found else "-" for name in check.TITLES]
+        lines.append(f"| `{kind}` | {entry['class']} | " + " | ".join(cells) + " |")
+        for name, (verdict, reason) in found.items():
+            if verdict in ("refused", "wrong", "raw"):
+                reasons.setdefault(f"{reason.splitlines()[0]}", []).append(f"`{kind}` ({check.TITLES[name]})")
+    lines += ["", "## Refused", ""]
+    lines += [f"- {', '.join(kinds)}: {reason}" for reason, kinds in sorted(reasons.items())]
+    lines += ["", "## Not tried", "", "No small model of these can be made, or it needs a package that is missing:", ""]
+    lines += [", ".join(f"`{kind}`" for kind, entry in sorted(done.items()) if "unbuilt" in entry["found"]) + "."]
+    path.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

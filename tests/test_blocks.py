@@ -1,0 +1,277 @@
+"""Blocks and branches are found by what a forward does, and heads by what a model makes of known logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import acqcore
+from acqcore.students.heads import KNOWN_LOGITS, LogitMap
+
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+def build(name: str, config: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return getattr(transformers, name)(config).eval()
+
+
+def named_branches(model: Any) -> list[list[str]]:
+    """Names of the branches of each block, below the block."""
+    student = acqcore.Student.from_model(model)
+    found = []
+    for block, branches in zip(student.blocks, student.branches, strict=True):
+        names = {module: name for name, module in block.named_modules()}
+        found.append([names[branch] for branch in branches])
+    return found
+
+
+def decoder(kind: str) -> Any:
+    t = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 320, "pad_token_id": 0}
+    narrow = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
+    dims = {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "max_position_embeddings": 64}
+    opt = {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
+    configs: dict[str, Callable[[], tuple[str, Any]]] = {
+        "bloom": lambda: ("BloomForCausalLM", t.BloomConfig(**sizes, hidden_size=32, n_layer=2, n_head=4)),
+        "mpt": lambda: ("MptForCausalLM", t.MptConfig(**sizes, d_model=32, n_heads=4, n_layers=2, max_seq_len=64)),
+        "xglm": lambda: ("XGLMForCausalLM", t.XGLMConfig(**sizes, **dims)),
+        "opt": lambda: ("OPTForCausalLM", t.OPTConfig(**sizes, **opt, max_position_embeddings=64)),
+        "biogpt": lambda: ("BioGptForCausalLM", t.BioGptConfig(**sizes, **narrow, max_position_embeddings=64)),
+        "bert": lambda: ("BertLMHeadModel", t.BertConfig(**sizes, **narrow, is_decoder=True)),
+        "gpt2": lambda: ("GPT2LMHeadModel", t.GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4)),
+        "falcon": lambda: (
+            "FalconForCausalLM",
+            t.FalconConfig(**sizes, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+        ),
+    }
+    name, config = configs[kind]()
+    return build(name, config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # Attention and MLP add the stream to their own output.
+        ("bloom", ["self_attention.dense", "mlp.dense_4h_to_h"]),
+        ("mpt", ["attn", "ffn.down_proj"]),
+        # Both matrices of the MLP are the block's own: the first is in front of the activation.
+        ("xglm", ["self_attn", "fc2"]),
+        ("opt", ["self_attn", "fc2"]),
+        ("biogpt", ["self_attn", "fc2"]),
+        # Norms behind each sum, within modules of their own.
+        ("bert", ["attention.output.dense", "output.dense"]),
+        ("gpt2", ["attn", "mlp"]),
+        ("falcon", ["self_attention", "mlp"]),
+    ],
+)
+def test_branches_are_what_a_block_adds_to_the_stream(kind: str, expected: list[str]) -> None:
+    model = decoder(kind)
+    assert named_branches(model) == [expected, expected]
+    # With all of them at zero a block in front of which there is a norm gives its input.
+    student, seen = acqcore.Student.from_model(model), []
+    handles = [
+        branch.register_forward_hook(lambda *args: torch.zeros_like(args[-1]) if torch.is_tensor(args[-1]) else (
+            torch.zeros_like(args[-1][0]), *args[-1][1:]))
+        for branches in student.branches for branch in branches
+    ]  # fmt: skip
+    block = student.blocks[0]
+    handles.append(
+        block.register_forward_hook(lambda _, args, kwargs, output: seen.extend([args, output]), with_kwargs=True)
+    )
+    with torch.no_grad():
+        model(input_ids=torch.arange(8)[None])
+    for handle in handles:
+        handle.remove()
+    given, output = seen[0][0], seen[1] if torch.is_tensor(seen[1]) else seen[1][0]
+    assert torch.equal(given, output) == (kind != "bert")
+
+
+def test_a_sum_that_is_no_modules_output_is_refused() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj, self.mixing = nn.Linear(16, 16), nn.Parameter(torch.ones(8, 8).tril() / 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.proj(x) + self.mixing[: x.shape[1], : x.shape[1]] @ x
+
+    trunk = nn.Sequential(nn.Embedding(320, 16), nn.Sequential(Block(), Block()))
+    student = acqcore.Student(trunk, acqcore.Head(torch.randn(320, 16)))
+    with pytest.raises(ValueError, match=r"layers: .* adds something to the residual stream that is no"):
+        acqcore.score(student, {"input_ids": torch.arange(6)[None]}, "mutual_information")
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3", "qwen2_vl"])
+def test_blocks_of_a_vision_language_student_are_those_that_text_visits(
+    kind: str, exact: Callable[..., torch.Tensor]
+) -> None:
+    t = pytest.importorskip("transformers")
+    clip = VISION | {"image_size": 16, "patch_size": 8}
+    if kind == "llava":
+        config = t.LlavaConfig(
+            vision_config=t.CLIPVisionConfig(**clip), text_config=t.LlamaConfig(**SMALL), image_token_index=319
+        )
+        model = build("LlavaForConditionalGeneration", config)
+    elif kind == "gemma3":
+        config = t.Gemma3Config(
+            text_config={**SMALL, "head_dim": 8}, vision_config=clip, mm_tokens_per_image=4, image_token_index=319
+        )
+        model = build("Gemma3ForConditionalGeneration", config)
+    else:
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+        vision = {"depth": 4, "embed_dim": 32, "hidden_size": 32, "num_heads": 4}
+        special = {"image_token_id": 316, "video_token_id": 317, "vision_start_token_id": 318}
+        config = t.Qwen2VLConfig(text_config=SMALL | {"rope_parameters": rope}, vision_config=vision, **special)
+        model = build("Qwen2VLForConditionalGeneration", config)
+    blocks = list(model.model.language_model.layers)
+    assert acqcore.Student.from_model(model).blocks == blocks
+    ids = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
+    samples = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = exact(model, samples, list(blocks[-1].parameters())).norm(dim=1)
+    torch.testing.assert_close(acqcore.grad_norm(model, samples, 1).double(), expected, rtol=1e-3, atol=0)
+    assert float(acqcore.score(model, samples, "mutual_information")["mutual_information"].min()) > 0
+
+
+def test_blocks_are_no_longer_list_of_something_else() -> None:
+    """Norms of a longer list, experts in a block and a tower that does not run are no blocks."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(5)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + sum(expert(x) for expert in self.experts)
+
+    class Trunk(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(320, 16)
+            self.tower = nn.ModuleList([Block() for _ in range(6)])
+            self.norms = nn.ModuleList([nn.LayerNorm(16) for _ in range(7)])
+            self.blocks = nn.ModuleList([Block(), Block()])
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embedding(input_ids)
+            for block, norm in zip(self.blocks, self.norms, strict=False):
+                x = norm(block(x))
+            return x
+
+    trunk = Trunk()
+    assert acqcore.Student(trunk, acqcore.Head(torch.randn(320, 16))).blocks == list(trunk.blocks)
+
+
+class TestLogitMap:
+    @pytest.mark.parametrize("scale", [1.0, 1 / 3, 0.0625, 4.5])
+    @pytest.mark.parametrize("softcap", [None, 30.0, 2.0, 0.7])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_is_read_off_known_logits(self, scale: float, softcap: float | None, dtype: torch.dtype) -> None:
+        z = torch.tensor(KNOWN_LOGITS, dtype=dtype) * scale
+        found = LogitMap.fitted(z if softcap is None else softcap * torch.tanh(z / softcap))
+        assert found is not None
+        assert found.scale == pytest.approx(scale, rel=1e-6)
+        assert found.softcap == (softcap if softcap is None else pytest.approx(softcap, rel=1e-5))
+
+    @pytest.mark.parametrize(
+        "other",
+        [lambda z: z + 1, lambda z: -z, lambda z: z.relu(), lambda z: z * 0, lambda z: z.sign() * z.abs().sqrt()],
+    )
+    def test_anything_else_is_none(self, other: Any) -> None:
+        assert LogitMap.fitted(other(torch.tensor(KNOWN_LOGITS))) is None
+
+    def test_a_cap_that_half_precision_hides(self) -> None:
+        t = pytest.importorskip("transformers")
+        config = t.RecurrentGemmaConfig(
+            **{**SMALL, "num_hidden_layers": 3}, lru_width=32, attention_window_size=16, logits_soft_cap=3.0, head_dim=8
+        )
+        model = build("RecurrentGemmaForCausalLM", config).bfloat16()
+        assert acqcore.Student.from_model(model).head.softcap == 3.0
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_padding_of_the_vocabulary_is_left_out(
+        self, tied: bool, tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
+    ) -> None:
+        model = tiny_model("Llama", tie_word_embeddings=tied)
+        model.register_forward_hook(lambda *args: setattr(args[-1], "logits", args[-1].logits[..., :300]))
+        assert acqcore.Student.from_model(model).head.vocab_size == 300
+        ids = torch.randint(3, 300, (2, 7), generator=torch.Generator().manual_seed(0))
+        samples = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        expected = exact(model, samples, list(model.parameters())).norm(dim=1)
+        torch.testing.assert_close(acqcore.grad_norm(model, samples, "all").double(), expected, rtol=1e-4, atol=0)
+
+    def test_a_bias_of_the_logits_is_refused(self, tiny_model: Callable[..., Any]) -> None:
+        model = tiny_model("Llama")
+        model.register_forward_hook(lambda *args: setattr(args[-1], "logits", args[-1].logits + torch.arange(320)))
+        with pytest.raises(ValueError, match="changes the logits of its output embedding by more than a scale"):
+            acqcore.Student.from_model(model)
+
+
+class TestWhatEntersTheOutputEmbedding:
+    @pytest.mark.parametrize("kind", ["bert", "llama4", "hyperclovax", "modernbert"])
+    def test_between_trunk_and_head(self, kind: str) -> None:
+        """A transform of BERT's, a scale of HyperCLOVAX's: hidden states are what the head gets."""
+        t = pytest.importorskip("transformers")
+        if kind == "bert":
+            model = decoder("bert")
+        elif kind == "llama4":
+            more = {"intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8}
+            model = build("Llama4ForCausalLM", t.Llama4TextConfig(**SMALL, **more))
+        elif kind == "hyperclovax":
+            model = build("HyperCLOVAXForCausalLM", t.HyperCLOVAXConfig(**SMALL, logits_scaling=0.25))
+        else:
+            own = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+            model = build("ModernBertDecoderForCausalLM", t.ModernBertDecoderConfig(**own))
+        ids = torch.randint(3, 320, (2, 9), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            log_p = model(input_ids=ids).logits[:, :-1].log_softmax(2)
+        expected = -log_p.gather(2, ids[:, 1:, None]).mean((1, 2))
+        for each in (model, model.bfloat16()):
+            loss = acqcore.score(each, {"input_ids": ids}, "loss")["loss"]
+            torch.testing.assert_close(loss, expected, rtol=1e-4 if each.dtype == torch.float32 else 0.05, atol=1e-4)
+
+    @pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "FalconMamba"])
+    def test_in_another_precision_than_the_trunks(self, kind: str) -> None:
+        t = pytest.importorskip("transformers")
+        sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+        heads = {"num_heads": 4, "head_dim": 16, "n_groups": 1} if kind == "Mamba2" else {}
+        model = build(f"{kind}ForCausalLM", getattr(t, f"{kind}Config")(**sizes, **heads)).bfloat16()
+        student = acqcore.Student.from_model(model)
+        assert student.head.weight.dtype == torch.bfloat16
+
+    def test_virtual_tokens_are_refused(self, tiny_model: Callable[..., Any]) -> None:
+        peft = pytest.importorskip("peft")
+        config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        with pytest.raises(ValueError, match=r"gets \[1, 7, 32\] for input_ids \[1, 4\]"):
+            acqcore.Student.from_model(peft.get_peft_model(tiny_model("Llama"), config))
+
+    def test_a_quantised_head_is_refused_by_name(self, tiny_model: Callable[..., Any]) -> None:
+        model = tiny_model("Llama", tie_word_embeddings=False)
+        model.lm_head.weight = nn.Parameter(torch.zeros(320, 32, dtype=torch.int8), requires_grad=False)
+        with pytest.raises(ValueError, match=r"weight of its output embedding is int8 tensor of shape \[320, 32\]"):
+            acqcore.Student.from_model(model)
+        model.lm_head = torch.ao.nn.quantized.dynamic.Linear(32, 320)
+        with pytest.raises(ValueError, match=r"expected its output embedding to be torch.nn.Linear, got torch\.ao\."):
+            acqcore.Student.from_model(model)

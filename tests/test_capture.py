@@ -1,0 +1,318 @@
+"""Gradients are those of autograd whatever hooks a student carries, and however it calls its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import acqcore
+from acqcore import grad_norm
+
+Exact = Callable[..., torch.Tensor]
+
+
+def rows(*lengths: int, seed: int = 1, vocabulary: int = 320) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocabulary, (len(lengths), max(lengths)), generator=generator)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
+
+
+def assert_norms(
+    student: Any,
+    model: Any,
+    samples: dict[str, torch.Tensor],
+    chosen: Any,
+    parameters: Sequence[torch.Tensor],
+    exact: Exact,
+) -> None:
+    """In a batch and alone, the norms of one backward a sample."""
+    expected = exact(model, samples, parameters).norm(dim=1)
+    assert float(expected.min()) > 0
+    for batch_tokens in (8192, 1):
+        norms = grad_norm(student, samples, chosen, backend="eager", batch_tokens=batch_tokens)
+        torch.testing.assert_close(norms.double(), expected, rtol=1e-4, atol=0)
+
+
+def lora(model: Any, **options: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, init_lora_weights=False, **options)).eval()
+
+
+def trainable(model: Any) -> list[torch.Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+class TestHooksOfOthers:
+    """What requires a gradient besides our own leaf starts no backward of ours, and takes part in none."""
+
+    @pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+    @pytest.mark.parametrize("training", [False, True])
+    @pytest.mark.parametrize("how", ["gradient_checkpointing_enable", "enable_input_require_grads"])
+    def test_gradient_checkpointing(
+        self, how: str, training: bool, kind: str, tiny_model: Callable[..., Any], exact: Exact
+    ) -> None:
+        model, samples = tiny_model(kind), rows(9, 6)
+        blocks = model.transformer.h if kind == "GPT2" else model.model.layers
+        expected = exact(model, samples, list(blocks[-1].parameters())).norm(dim=1)
+        whole = exact(model, samples, list(model.parameters())).norm(dim=1)
+        getattr(model.train(training), how)()
+        for chosen, norms in ((1, expected), ("all", whole)):
+            found = grad_norm(model, samples, chosen, backend="eager")
+            torch.testing.assert_close(found.double(), norms, rtol=1e-4, atol=0)
+
+    def test_adapters_under_gradient_checkpointing(self, tiny_model: Callable[..., Any], exact: Exact) -> None:
+        model = lora(tiny_model("Llama"), target_modules="all-linear")
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable()
+        assert_norms(model, model, rows(9, 6), "trainable", trainable(model), exact)
+
+    def test_a_hook_that_adds_a_parameter_of_its_own(self, tiny_model: Callable[..., Any], exact: Exact) -> None:
+        model, foreign = tiny_model("Llama"), torch.zeros(32, requires_grad=True)
+        model.model.layers[0].register_forward_hook(lambda *args: args[-1] + foreign)
+        assert_norms(model, model, rows(9, 6), 1, list(model.model.layers[1].parameters()), exact)
+        assert foreign.grad is None
+
+    def test_blocks_that_compute_again_in_the_backward(self, tiny_model: Callable[..., Any], exact: Exact) -> None:
+        from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapper
+
+        model = tiny_model("GPT2")
+        for i, block in enumerate(model.transformer.h):
+            model.transformer.h[i] = wrapper.checkpoint_wrapper(
+                block, checkpoint_impl=wrapper.CheckpointImpl.NO_REENTRANT
+            )
+        assert_norms(model, model, rows(9, 6), "all", list(model.parameters()), exact)
+
+    def test_gradients_of_training_are_left_alone(self, tiny_model: Callable[..., Any]) -> None:
+        model = tiny_model("Llama")
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 7.0)
+        grad_norm(model, rows(9, 6), "all", backend="eager")
+        assert all(bool((parameter.grad == 7).all()) for parameter in model.parameters())
+
+
+class Adds(nn.Module):
+    """Adds in place to what its layers give, a view of one sample among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.position = nn.Embedding(320, 16), nn.Embedding(32, 16)
+        self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids) + self.position(torch.arange(input_ids.shape[1])[None])
+        y = self.one(x)
+        y += self.two(x)
+        y.mul_(0.5)
+        return y
+
+
+class Experts(nn.Module):
+    """Linear layers that are called with the tokens routed to them."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 3)
+        self.experts = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+        self.k = k
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(0, 1)
+        weights, chosen = self.gate(tokens).softmax(1).topk(self.k, 1)
+        out = torch.zeros_like(tokens)
+        for e, expert in enumerate(self.experts):
+            slot, token = torch.where(e == chosen.T)
+            if len(token):
+                out = out.index_add(0, token, expert(tokens[token]) * weights[token, slot, None])
+        return x + out.view(x.shape)
+
+
+class Routed(nn.Module):
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(320, 16)
+        self.layers = nn.ModuleList([Experts(k), Experts(k)])
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class WithLogits(nn.Module):
+    def __init__(self, trunk: nn.Module, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.trunk, self.weight = trunk, weight
+
+    def forward(self, input_ids: torch.Tensor) -> Any:
+        return type("Output", (), {"logits": self.trunk(input_ids) @ self.weight.T})
+
+
+class TestSamplesAreToldApartByValue:
+    @pytest.mark.parametrize("k", [1, 2])
+    @pytest.mark.parametrize("lengths", [(2, 2), (2, 2, 2), (3, 3), (4, 2, 3)])
+    def test_experts_called_with_the_tokens_routed_to_them(
+        self, lengths: tuple[int, ...], k: int, exact: Exact
+    ) -> None:
+        for seed in range(6):
+            torch.manual_seed(seed)
+            trunk, weight = Routed(k), torch.randn(320, 16)
+            student = acqcore.Student(trunk, acqcore.Head(weight))
+            parameters = [*trunk.parameters(), weight]
+            assert_norms(student, WithLogits(trunk, weight), rows(*lengths, seed=seed), "all", parameters, exact)
+
+    def test_an_expert_that_the_probe_does_not_reach(self, exact: Exact) -> None:
+        """Only the token 319 goes to it, so its first call is in a batch of several samples."""
+        torch.manual_seed(0)
+
+        class Rare(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embedding, self.rare = nn.Embedding(320, 16), nn.Linear(16, 16)
+
+            def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+                x = self.embedding(input_ids)
+                place = torch.where(input_ids.flatten() == 319)[0]
+                if not len(place):
+                    return x
+                return x.flatten(0, 1).index_add(0, place, self.rare(x.flatten(0, 1)[place])).view(x.shape)
+
+        trunk, weight = Rare(), torch.randn(320, 16)
+        samples = rows(4, 4)
+        samples["input_ids"][0, 1:3] = 319  # as many tokens as samples, all of one
+        samples["labels"] = samples["input_ids"]
+        student = acqcore.Student(trunk, acqcore.Head(weight))
+        assert_norms(student, WithLogits(trunk, weight), samples, "all", [*trunk.parameters(), weight], exact)
+
+    def test_outputs_that_are_changed_in_place(self, exact: Exact) -> None:
+        trunk, weight = Adds(), torch.randn(320, 16)
+        student = acqcore.Student(trunk, acqcore.Head(weight))
+        parameters = [*trunk.parameters(), weight]
+        for lengths in ((7,), (7, 4)):
+            assert_norms(student, WithLogits(trunk, weight), rows(*lengths), "all", parameters, exact)
+
+    def test_falcon_adds_in_place(self, exact: Exact) -> None:
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        config = transformers.FalconConfig(
+            vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.2
+        )
+        model = transformers.FalconForCausalLM(config).eval()
+        for lengths in ((9,), (9, 6)):
+            assert_norms(model, model, rows(*lengths), "all", list(model.parameters()), exact)
+
+
+class TestAdapters:
+    @pytest.mark.parametrize("length", [9, 32])
+    def test_dora(self, length: int, tiny_model: Callable[..., Any], exact: Exact) -> None:
+        """Its magnitudes are used without a call of the layers; 32 tokens are as many as the width."""
+        model = lora(tiny_model("Llama"), target_modules=["q_proj", "down_proj"], use_dora=True)
+        assert_norms(model, model, rows(length, 6), "trainable", trainable(model), exact)
+
+    def test_on_fused_experts(self, exact: Exact) -> None:
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        config = transformers.MixtralConfig(
+            vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2,
+        )  # fmt: skip
+        model = transformers.MixtralForCausalLM(config).eval()
+        assert_norms(model, model, rows(9, 6), "all", list(model.parameters()), exact)
+        experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        model = lora(model, target_modules=["q_proj"], target_parameters=experts)
+        assert_norms(model, model, rows(9, 6), "trainable", trainable(model), exact)
+
+    @pytest.mark.parametrize("kind", ["IA3", "LoHa", "OFT"])
+    def test_of_other_kinds(self, kind: str, tiny_model: Callable[..., Any], exact: Exact) -> None:
+        peft = pytest.importorskip("peft")
+        configs = {
+            "IA3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+            "LoHa": lambda: peft.LoHaConfig(target_modules=["q_proj"], init_weights=False),
+            "OFT": lambda: peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8),
+        }
+        model = peft.get_peft_model(tiny_model("Llama"), configs[kind]()).eval()
+        assert_norms(model, model, rows(9, 6), "trainable", trainable(model), exact)
+
+    def test_that_wait_for_a_token(self, tiny_model: Callable[..., Any], exact: Exact) -> None:
+        """aLoRA acts from its invocation on, which the wrapper finds in the ids: running the trunk leaves it off."""
+        invoked = [7, 8]
+        model = lora(
+            tiny_model("Llama"), target_modules=["q_proj", "down_proj"], alora_invocation_tokens=invoked,
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        samples = rows(9, 8)
+        samples["input_ids"][:, 3:5] = torch.tensor(invoked)
+        samples["labels"] = samples["input_ids"].masked_fill(samples["attention_mask"] == 0, -100)
+        for i, length in enumerate((9, 8)):
+            ids = samples["input_ids"][i : i + 1, :length]
+            with torch.no_grad():
+                expected = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
+                off = torch.nn.functional.cross_entropy(
+                    model.get_base_model()(input_ids=ids).logits[0, :-1], ids[0, 1:]
+                )
+            assert abs(float(expected - off)) > 1e-2
+            assert float(acqcore.score(model, samples, "loss")["loss"][i]) == pytest.approx(float(expected), abs=1e-4)
+        assert_norms(model, model, samples, "trainable", trainable(model), exact)
+
+    @pytest.mark.parametrize("state", ["merged", "disabled"])
+    def test_that_the_forward_does_not_use_are_refused(self, state: str, tiny_model: Callable[..., Any]) -> None:
+        model = lora(tiny_model("Llama"), target_modules=["q_proj"])
+        if state == "merged":
+            model.merge_adapter()
+        else:
+            model.base_model.disable_adapter_layers()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("lora" in name)
+        with pytest.raises(ValueError, match=r"parameters: 'trainable': .*lora_A.* have no gradient"):
+            grad_norm(model, rows(9, 6), "trainable", backend="eager")
+
+
+class TestUsedWithoutAGradient:
+    def test_a_detached_part(self, tiny_model: Callable[..., Any]) -> None:
+        """Blocks behind which the graph is cut have no gradient: zeros would say that training does not move them."""
+        model = tiny_model("Llama")
+        model.model.norm.register_forward_pre_hook(lambda _, args: (args[0].detach(),))
+        with pytest.raises(ValueError, match=r"parameters: 1: .* have no gradient"):
+            grad_norm(model, rows(9, 6), 1, backend="eager")
+
+    def test_a_part_detached_after_the_probe(self, tiny_model: Callable[..., Any]) -> None:
+        model, calls = tiny_model("Llama"), []
+
+        def cut(_: Any, args: Any) -> Any:
+            calls.append(args[0].shape)
+            return (args[0].detach(),) if args[0].shape[1] == 13 else None
+
+        model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(cut)
+        with pytest.raises(
+            ValueError, match=r"parameters: model.layers.1.* took part in the forward and got no gradient"
+        ):
+            grad_norm(model, rows(13, 6), 1, backend="eager")
+        assert len(calls) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gradients_do_not_underflow(
+    dtype: torch.dtype, tiny_model: Callable[..., Any], exact: Exact
+) -> None:
+    """The mean over hundreds of tokens that the student is sure of divides gradients that are small already."""
+    model = tiny_model("Llama", max_position_embeddings=1024).to(dtype)
+    with torch.no_grad():
+        model.lm_head.weight *= 8
+        ids = torch.randint(3, 320, (1, 1024), generator=torch.Generator().manual_seed(0))
+        probability, token = model(input_ids=ids).logits[:, :-1].float().softmax(2).max(2)
+        sure = torch.cat([ids[:, :1], token.masked_fill(probability < 0.995, -100)], 1)
+    samples = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": sure}
+    scores = acqcore.score(model, samples, "loss")
+    assert float(scores["loss"]) < 0.003
+    assert int(scores.n_tokens) > 100
+    mean = float(grad_norm(model, samples, 1, backend="eager"))
+    total = float(grad_norm(model, samples, 1, loss="sum", backend="eager"))
+    assert mean == pytest.approx(total / int(scores.n_tokens), rel=1e-3)
+    [expected] = exact(model.float(), samples, list(model.model.layers[-1].parameters())).norm(dim=1).tolist()
+    assert mean == pytest.approx(expected, rel=0.02 if dtype == torch.float16 else 0.1)

@@ -1,0 +1,96 @@
+"""A sample's values do not depend on the padded length, even where a forward does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import acqcore
+
+SIZES = {"max_position_embeddings": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def samples(*lengths: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 96, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return {"input_ids": ids * mask, "attention_mask": mask.long()}
+
+
+def assert_as_alone(fresh: Callable[[], Any], lengths: tuple[int, ...], **options: Any) -> None:
+    """Losses in a batch are those of a student that sees nothing else."""
+    together, given = fresh(), samples(*lengths)
+    found = acqcore.score(together, given, "loss", **options)["loss"]
+    again = acqcore.score(together, given, "loss", **options)["loss"]
+    for i, length in enumerate(lengths):
+        alone = {"input_ids": given["input_ids"][i : i + 1, :length]}
+        [expected] = acqcore.score(fresh(), alone, "loss", **options)["loss"].tolist()
+        assert float(found[i]) == pytest.approx(expected, abs=1e-4)
+        assert float(again[i]) == pytest.approx(expected, abs=1e-4)
+
+
+def rope(kind: str) -> dict[str, Any]:
+    if kind == "longrope":
+        return {"rope_type": kind, "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    return {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rope_that_goes_by_the_longest_sequence(kind: str) -> None:
+    """Phi-3's two sets of frequencies; Llama's, which grow with the sequence and with those it has seen before."""
+    t = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    own = {
+        "vocab_size": 96,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+    }
+    if kind == "longrope":
+        config = t.Phi3Config(**SIZES, **own, original_max_position_embeddings=16, rope_parameters=rope(kind))
+        model = t.Phi3ForCausalLM(config).eval()
+    else:
+        config = t.LlamaConfig(**{**SIZES, "max_position_embeddings": 16}, **own, rope_parameters=rope(kind))
+        model = t.LlamaForCausalLM(config).eval()
+
+    def fresh() -> Any:
+        student = acqcore.Student.from_model(copy.deepcopy(model))
+        student.max_length = None
+        return student
+
+    assert_as_alone(fresh, (12, 24, 16, 17, 30, 8))
+    grouped = fresh().length_groups([12, 16, 17, 24])
+    assert grouped[0] == grouped[1] != grouped[2]
+    assert (grouped[2] == grouped[3]) == (kind == "longrope")
+
+
+class Relative(nn.Module):
+    """Positions are relative to the length, or turn up from a length on."""
+
+    def __init__(self, threshold: int | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.threshold = nn.Embedding(96, 16), threshold
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        length = input_ids.shape[1]
+        positions = torch.arange(length)[:, None] / length
+        if self.threshold is not None and length <= self.threshold:
+            positions = positions * 0
+        return self.embedding(input_ids) + positions
+
+
+@pytest.mark.parametrize("threshold", [None, 4, 20])
+def test_any_forward_that_depends_on_the_padded_length(threshold: int | None) -> None:
+    head = acqcore.Head(torch.randn(96, 16, generator=torch.Generator().manual_seed(1)))
+    assert_as_alone(lambda: acqcore.Student(Relative(threshold), head), (12, 24, 5, 24))
+
+
+def test_others_share_batches(tiny_model: Callable[..., Any]) -> None:
+    student = acqcore.Student.from_model(tiny_model("Llama"))
+    assert len(set(student.length_groups([3, 9, 40]))) == 1
