@@ -42,11 +42,14 @@ demo: $(DEMO)/.ready  ## score the bundled samples, a short GRPO with the score 
 	@echo "[demo] running; results go to demo-output/"
 	@PYTHONSAFEPATH=1 $(DEMO)/bin/python examples/demo.py
 
-# Status 5 of the second run: PYTEST_ARGS selects none of its tests.
+# One process a core, one thread each. Status 5 of the second run: PYTEST_ARGS selects none of its tests.
+PYTEST := PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest --import-mode=importlib \
+	-n logical --maxprocesses 8 --dist worksteal
+
 test: $(TEST)/.ready  ## run the tests against the built wheel; PYTEST_ARGS="-k entropy" passes arguments
-	@PYTHONSAFEPATH=1 $(TEST)/bin/python -m pytest --import-mode=importlib $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 	@echo "[test] the Triton backend, in Triton's interpreter"
-	@PYTHONSAFEPATH=1 TRITON_INTERPRET=1 $(TEST)/bin/python -m pytest --import-mode=importlib $(PYTEST_ARGS) \
+	@TRITON_INTERPRET=1 $(PYTEST) $(PYTEST_ARGS) \
 		$(INTERPRETED) $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
 
 # Seeds count up from FUZZ_SEED, and are printed: FUZZ_SEED=<that> FUZZ_MINUTES=1 repeats a failure.

@@ -1,6 +1,6 @@
-"""Score data files with a student (``acqcore score``), keep the best rows (``acqcore select``), compute what influence
-is measured against (``acqcore reference``), estimate what scoring costs (``acqcore plan``), list versions and backends
-(``acqcore info``)."""
+"""Score data files with a student (``acqcore score``), choose the rows to train on (``acqcore select``), compute what
+influence is measured against (``acqcore reference``), estimate what scoring costs (``acqcore plan``), list versions and
+backends (``acqcore info``)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from acqcore import __version__, checks
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
 from acqcore.costs import command as plan_command
-from acqcore.files import data as data_files, hub, reference as reference_command, select as select_command
+from acqcore.files import choose, data as data_files, hub, reference as reference_command
 from acqcore.files.data import Block
 from acqcore.files.executors import Executor, executor_of
 from acqcore.files.output import check_output
@@ -111,29 +111,12 @@ def _parser() -> argparse.ArgumentParser:
         help="comma-separated, by default entropy; any of "
         f"{', '.join(name for name, entry in REGISTRY.items() if entry.over != 'set')}",
     )
-    score.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
-    score.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
-    score.add_argument("--completion-column", metavar="C", help="column with the scored text")
-    score.add_argument("--text-column", metavar="C", help="column whose text is scored whole")
-    score.add_argument(
-        "--reduction", default="mean", help=f"of token values: {', '.join(get_args(Reduction))} (default: mean)"
-    )
-    score.add_argument(
-        "--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)"
-    )
-    score.add_argument(
-        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
-    )
-    score.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
-    score.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
-    score.add_argument("--device", metavar="D", help="device (default: the engine's, cpu or one GPU per process)")
-    score.add_argument("--backend", metavar="B", help="backend, see 'acqcore info'")
+    _add_scoring_options(score)
     score.add_argument(
         "--keep-tokens",
         action="store_true",
         help="also write the scored tokens (token_ids) and their values (<acquisition>_tokens), a list each",
     )
-    score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
     score.add_argument(
         "--engine",
         choices=["local", "accelerate", "ray"],
@@ -149,9 +132,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="rows per block, the unit of reading, retrying and writing",
     )
-    select = commands.add_parser("select", help="keep the rows of a scored file that are worth most")
-    select.set_defaults(command=_select)
-    select_command.add_options(select)
+    chosen = commands.add_parser("select", help="choose the rows of a data file that a student would learn most from")
+    chosen.set_defaults(command=_select)
+    choose.add_options(chosen)
+    _add_scoring_options(chosen)
     reference = commands.add_parser("reference", help="compute the reference that influence is measured against")
     reference.set_defaults(command=_reference)
     reference_command.add_options(reference)
@@ -161,6 +145,28 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions and backends")
     info.set_defaults(command=_info)
     return parser
+
+
+def _add_scoring_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that scores rows of a file."""
+    parser.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
+    parser.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
+    parser.add_argument("--completion-column", metavar="C", help="column with the scored text")
+    parser.add_argument("--text-column", metavar="C", help="column whose text is scored whole")
+    parser.add_argument(
+        "--reduction", default="mean", help=f"of token values: {', '.join(get_args(Reduction))} (default: mean)"
+    )
+    parser.add_argument(
+        "--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
+    )
+    parser.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
+    parser.add_argument("--device", metavar="D", help="device (default: the engine's, cpu or one GPU per process)")
+    parser.add_argument("--backend", metavar="B", help="backend, see 'acqcore info'")
+    parser.add_argument("--limit", type=int, metavar="N", help="read only the first N rows")
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -206,9 +212,12 @@ def _reference(options: argparse.Namespace) -> int:
 
 def _select(options: argparse.Namespace) -> int:
     try:
-        return select_command.run(options)
+        return choose.run(options, print_table)
     except _WRONG_USAGE as error:
         raise _UsageError(_first_line(error)) from error
+    except KeyboardInterrupt:
+        print("acqcore: interrupted; nothing was written", file=sys.stderr)
+        return 130
 
 
 def _score(options: argparse.Namespace) -> int:

@@ -19,13 +19,16 @@ the same moments, vanishes there half of the time. Nothing cancels in confident 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from acqcore import checks
 from acqcore.backends import HeadRows, Probes, select as select_backend
 from acqcore.bayes import places
 from acqcore.head import Head, compute_dtype
-from acqcore.row_stats import RowStats, row_stats
+from acqcore.philox import sign_of
+from acqcore.row_stats import MAX, R, RowStats, row_stats
 
 
 @torch.no_grad()
@@ -66,25 +69,71 @@ def fisher_grad(
     checks.whole_head(head.group)
     stats = row_stats(hidden, head, _ignored(targets, hidden), temperature=temperature, backend=backend)
     samples, positions = places(hidden, offsets)
-    return fisher_grad_from(hidden, head, stats, Probes(probes, seed, samples, positions), temperature, backend)
+    of_rows = Probes(probes, seed, samples, positions)
+    return fisher_grads(hidden, head, stats, of_rows, temperature, backend).gradients
 
 
-def fisher_grad_from(
+@dataclass(frozen=True, eq=False)
+class FisherGrads:
+    """Random cotangents of N rows carried back through the head; zero in rows to ignore.
+
+    Attributes:
+        gradients: ``[P, N, D]``, dL/dh of each probe.
+        expected: ``[N]`` float64, the expectation of their squared norms, exactly.
+    """
+
+    gradients: torch.Tensor
+    expected: torch.Tensor
+
+
+def fisher_grads(
     hidden: torch.Tensor,  # [N, D]
     head: Head,
     stats: RowStats,  # of these rows, with targets
     probes: Probes,
     temperature: float,
     backend: str | None,
-) -> torch.Tensor:
-    """:func:`fisher_grad` from statistics in hand, ``[P, N, D]``; arguments are trusted."""
-    shape = (hidden.shape[0], head.weight.shape[0])
-    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "fisher_grad", shape)
+) -> FisherGrads:
+    """From statistics in hand; arguments are trusted.
+
+    With R and Z of the row, a its most likely token, A, B, S and Q the sums of ``Backend.fisher_sums``,
+
+        c W        = A / sqrt(Z) - (S / sqrt(Z) + r_a sqrt(R) / Z) B / R + r_a sqrt(R) / Z W_a
+        E ||c W||^2 = Q / Z - ||B||^2 / (R Z) + ||B - R W_a||^2 / (R Z^2).
+    """
+    n, columns = hidden.shape
+    chosen = select_backend(
+        backend, hidden.device, (hidden.dtype, head.weight.dtype), "fisher_sums", (n, len(head.weight))
+    )
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
-    out = torch.empty((probes.count, *hidden.shape), dtype=dtype, device=hidden.device)
+    sums = torch.empty((probes.count + 1, n, columns), dtype=dtype, device=hidden.device)
+    signed = torch.empty((probes.count, n), dtype=torch.float64, device=hidden.device)
+    squares = torch.empty(n, dtype=torch.float64, device=hidden.device)
     rows = HeadRows(hidden, head, stats.targets, temperature, stats.state.contiguous(), stats.max_index)
-    chosen.fisher_grad(rows, probes, out)
-    return out
+    chosen.fisher_sums(rows, probes, sums, signed, squares)
+    assert stats.targets is not None
+    scored = stats.targets != checks.IGNORE_INDEX
+    index = stats.max_index.clamp_min(0)  # -1 in rows to ignore
+    largest = stats.state[MAX].where(scored, 0)
+    r = stats.state[R].where(scored, 0)
+    inverse = r.reciprocal().where(r > 0, 0)
+    z = 1 + r
+    slope = head.scale / temperature
+    top = head.weight[index].to(dtype)  # [N, D]
+    if head.softcap is not None:
+        top = top * (1 - (largest * (temperature / head.softcap)).square())[:, None].to(dtype)
+    mean, gradients = sums[0], sums[1:]
+    between = (mean - r[:, None].to(dtype) * top).double().square().sum(dim=1)
+    within = squares - mean.double().square().sum(dim=1) * inverse
+    expected = (slope**2 * (within.clamp_min(0) + between * inverse / z) / z).where(scored, 0)
+    of_top = r.sqrt() / z.sqrt()
+    factor = slope / z.sqrt()
+    for k in range(probes.count):
+        of_top_k = of_top * sign_of(probes.samples, probes.positions, index, probes.seed, k)
+        gradients[k].addcmul_((-(signed[k] + of_top_k) * inverse)[:, None].to(dtype), mean)
+        gradients[k].addcmul_(of_top_k[:, None].to(dtype), top)
+        gradients[k].mul_(factor[:, None].to(dtype)).masked_fill_(~scored[:, None], 0)
+    return FisherGrads(gradients, expected)
 
 
 def _ignored(

@@ -132,10 +132,13 @@ class OnDevice(Backend):
         self.backend.head_grad_norm(self._rows(rows), bounds, _to_device(weights), moved)
         squared.copy_(moved)
 
-    def fisher_grad(self, rows: HeadRows, probes: Probes, out: torch.Tensor) -> None:
-        moved_out = _to_device(out)
-        self.backend.fisher_grad(self._rows(rows), _tensors_to_device(probes), moved_out)
-        out.copy_(moved_out)
+    def fisher_sums(
+        self, rows: HeadRows, probes: Probes, sums: torch.Tensor, signed: torch.Tensor, squares: torch.Tensor
+    ) -> None:
+        moved = _to_device(sums), _to_device(signed), _to_device(squares)
+        self.backend.fisher_sums(self._rows(rows), _tensors_to_device(probes), *moved)
+        for written, found in zip((sums, signed, squares), moved, strict=True):
+            written.copy_(found)
 
     def hidden_grad(self, rows: HeadRows, out: torch.Tensor) -> None:
         moved, moved_out = self._rows(rows), _to_device(out)

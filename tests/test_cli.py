@@ -22,7 +22,6 @@ import torch
 import acqcore
 from acqcore.cli import main
 from acqcore.files.parts import Parts
-from acqcore.files.table import join, write_block
 
 TEXTS = ["The quick brown fox", "a fox", "The answer is 5.", "def add(a, b): return a + b", "the lazy dog"]
 
@@ -642,38 +641,6 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     offered = capsys.readouterr().out
     assert "gradient_diversity" not in offered
     assert "mutual_information" in offered
-
-
-class TestSelect:
-    ROWS = ({"id": 0, "loss": 1.5}, {"id": 1, "loss": None}, {"id": 2, "loss": 3.0}, {"id": 3, "loss": -1})
-
-    @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-    @pytest.mark.parametrize(("more", "ids"), [([], [2, 0]), (["--lowest"], [3, 0])])
-    def test_the_best_rows(self, suffix: str, more: list[str], ids: list[int], tmp_path: Path) -> None:
-        data, out = tmp_path / f"in.{suffix}", tmp_path / f"out.{suffix}"
-        write_block(data, {name: [row[name] for row in self.ROWS] for name in ("id", "loss")})
-        join([data], data, ["id", "loss"])
-        words = ["select", "--data", str(data), "--by", "loss", "--count", "2", "--out", str(out)]
-        assert main([*words, *more]) == 0
-        found = {"jsonl": read_lines, "csv": read_csv, "parquet": read_parquet}[suffix](out)
-        assert [int(row["id"]) for row in found] == ids
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([data.name, out.name])
-
-    @pytest.mark.parametrize(
-        ("words", "message"),
-        [
-            (["--by", "los", "--count", "1"], "--by: unknown 'los', expected one of id, loss; did you mean 'loss'?"),
-            (["--by", "loss", "--count", "4"], "--count: expected at most 3, the rows with a score in 'loss', got 4"),
-            (["--by", "loss", "--count", "0"], "--count: expected an int >= 1, got 0"),
-        ],
-    )
-    def test_wrong_usage(
-        self, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        data = tmp_path / "in.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in self.ROWS))
-        assert main(["select", "--data", str(data), "--out", str(tmp_path / "out.csv"), *words]) == 2
-        assert capsys.readouterr().err == f"acqcore: error: {message}\n"
 
 
 def test_info_as_a_module_tells_backends_and_versions() -> None:

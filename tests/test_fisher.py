@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import acqcore
-from acqcore.fisher import fisher_grad
+from acqcore.backends import Probes
+from acqcore.fisher import fisher_grad, fisher_grads
 from acqcore.philox import signs
 from acqcore.testing import Case, case_from_logits, random_case
 
@@ -102,6 +103,27 @@ def test_ties_and_impossible_tokens(implementation: str) -> None:
         cotangent = _cotangent(logits + bias, r)
         expected = cotangent @ plain.head.weight.double()
         torch.testing.assert_close(got[k].double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_expected_norms_are_exact(implementation: str) -> None:
+    """``tr(W^T F W)``, the trace of the Fisher matrix in the hidden state."""
+    for name in ("plain", "one column", "everything", "large logits"):
+        case = CASES[name]()
+        assert case.targets is not None
+        case.targets[[5, 59]] = -100
+        stats = acqcore.row_stats(case.hidden, case.head, case.targets, temperature=case.temperature)
+        of_rows = Probes(1, 0, *_places(OFFSETS))
+        got = fisher_grads(case.hidden, case.head, stats, of_rows, case.temperature, implementation).expected
+        exact = case.to(torch.float64)
+        hidden = exact.hidden.clone().requires_grad_()
+        z = exact.head.logits(hidden, exact.temperature)
+        log_p = z.log_softmax(dim=1)
+        expected = torch.zeros(60, dtype=torch.float64)
+        for v in range(z.shape[1]):
+            (g,) = torch.autograd.grad(log_p[:, v].sum(), hidden, retain_graph=True)
+            expected += log_p[:, v].exp().detach() * g.square().sum(dim=1)
+        expected[case.targets == -100] = 0
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-9)
 
 
 def test_its_second_moment_is_the_fisher_matrix() -> None:

@@ -98,7 +98,7 @@ def count(monkeypatch: pytest.MonkeyPatch, tokenizer) -> Counter[str]:
     for name in ("row_stats", "delta_product", "delta_hash", "head_grad_norm"):
         assert name in vars(Backend)
         hook(backend, name, lambda _, rows, *__: counted.update(products=int(len(rows.hidden) > 0)))
-    hook(backend, "fisher_grad", lambda _, rows, probes, __: counted.update(products=2 + probes.count))
+    hook(backend, "fisher_sums", lambda _, rows, probes, *__: counted.update(products=2 + probes.count))
     hook(backend, "mixture_stats", lambda _, rows: counted.update(products=rows.draws))
 
     grad, inside = torch.autograd.grad, []

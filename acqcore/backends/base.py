@@ -208,15 +208,23 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def fisher_grad(
+    def fisher_sums(
         self,
         rows: HeadRows,
         probes: Probes,
-        out: torch.Tensor,  # [P, N, D] float32 (float64 on eager in float64), written
+        sums: torch.Tensor,  # [P + 1, N, D] float32 (float64 on eager in float64), contiguous, written
+        signed: torch.Tensor,  # [P, N] float64, contiguous, written
+        squares: torch.Tensor,  # [N] float64, written
     ) -> None:
-        """Each probe's cotangent carried back through the head, dL/dh, from the state of the whole vocabulary.
+        """What random cotangents carried back through the head follow from, in one visit of the weights.
 
-        Zero in rows with target -100.
+        With e the unnormalised probabilities ``exp(z - state[MAX])``, zero in the column of the largest logit, cap' as
+        in :class:`Gram` and r the signs of probe k:
+
+        - ``sums[0] = sum_v e_v cap'_v W_v``, ``squares = sum_v e_v cap'_v^2 ||W_v||^2``;
+        - ``sums[1 + k] = sum_v sqrt(e_v) r_v cap'_v W_v``, ``signed[k] = sum_v sqrt(e_v) r_v``.
+
+        Zero in rows with target -100. ``acqcore.fisher`` makes dL/dh of them.
         """
 
     @abstractmethod

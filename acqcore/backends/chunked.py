@@ -14,10 +14,10 @@ import torch
 
 from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows, Probes
 from acqcore.backends.chunked_mixture import mixture_in_chunks
-from acqcore.backends.eager import cap_slope, gram_norm, gram_products, logit_gradient, unnormalised
+from acqcore.backends.eager import add_fisher_sums, gram_norm, gram_products, logit_gradient, unnormalised
 from acqcore.backends.scatter import add_at
 from acqcore.head import Head, compute_dtype
-from acqcore.philox import keep_mask, sign_of, signs
+from acqcore.philox import keep_mask
 
 #: Bound on what an operation allocates at a time beside its result.
 BUFFER_BYTES = 64 << 20
@@ -139,13 +139,20 @@ class Chunked(Backend):
                 out[part].addmm_(factors, rows.head.weight[columns].to(factors.dtype))
 
     @float32_products()
-    def fisher_grad(
+    def fisher_sums(
         self,
         rows: HeadRows,
         probes: Probes,
-        out: torch.Tensor,  # [P, N, D], written
+        sums: torch.Tensor,  # [P + 1, N, D], written
+        signed: torch.Tensor,  # [P, N] float64, written
+        squares: torch.Tensor,  # [N] float64, written
     ) -> None:
-        fisher_grad(rows, probes, out)
+        for written in (sums, signed, squares):
+            written.zero_()
+        for part, piece in _row_chunks(rows, 0, len(rows.hidden)):
+            among = replace(probes, samples=probes.samples[part], positions=probes.positions[part])
+            for columns in _vocab_chunks(rows, len(rows.hidden), 2 * rows.hidden.shape[1]):
+                add_fisher_sums(piece, among, columns, sums[:, part], signed[:, part], squares[part])
 
     def dropout_mask(
         self,
@@ -167,74 +174,6 @@ class Chunked(Backend):
         rows: DrawRows,
     ) -> None:
         mixture_in_chunks(self, rows)
-
-
-def fisher_grad(
-    rows: HeadRows,
-    probes: Probes,
-    out: torch.Tensor,  # [P, N, D], written
-) -> None:
-    """``Backend.fisher_grad`` in one visit of the weights.
-
-    With e unnormalised probabilities, R their sum without the most likely token a, ``Z = 1 + R``, and over the others
-    ``A = sum_v sqrt(e_v) r_v W_v``, ``B = sum_v e_v W_v`` and ``S = sum_v sqrt(e_v) r_v``:
-    ``c W = A / sqrt(Z) - (S / sqrt(Z) + r_a sqrt(R) / Z) B / R + r_a sqrt(R) / Z W_a``.
-    """
-    for part, piece in _row_chunks(rows, 0, len(rows.hidden)):
-        among = replace(probes, samples=probes.samples[part], positions=probes.positions[part])
-        _fisher_rows(piece, among, out[:, part], list(_vocab_chunks(rows, len(rows.hidden), rows.hidden.shape[1])))
-
-
-def _fisher_rows(
-    rows: HeadRows,
-    probes: Probes,
-    out: torch.Tensor,  # [P, N, D], written
-    chunks: list[slice],
-) -> None:
-    head, dtype = rows.head, out.dtype
-    assert rows.targets is not None
-    scored = rows.targets != -100
-    index = rows.index.clamp_min(0)  # of the most likely token; -1 in ignored rows
-    r = rows.state[2].where(scored, 0)  # [N]
-    mean = torch.zeros(out.shape[1:], dtype=dtype, device=out.device)  # B
-    sums = torch.zeros(out.shape[:2], dtype=torch.float64, device=out.device)  # S of each probe
-    out.zero_()
-    for columns in chunks:
-        shard = _shard(head, columns)
-        z = shard.logits(rows.hidden, rows.temperature)
-        weight = shard.weight.to(dtype)
-        root = ((z - rows.state[0, :, None].to(dtype)) / 2).exp_()
-        top = torch.arange(columns.start, columns.stop, device=out.device) == index[:, None]
-        root.masked_fill_(top | ~scored[:, None], 0)
-        slope = cap_slope(z, rows)
-        mean.addmm_(root.square() * slope, weight)
-        for k in range(probes.count):
-            positive = signs(probes.samples, probes.positions, columns, probes.seed, k)
-            signed = root.where(positive, -root)
-            sums[k] += signed.sum(dim=1, dtype=torch.float64)
-            out[k].addmm_(signed.mul_(slope), weight)
-    of_top = fisher_top_signs(probes, index)  # [P, N]
-    root_total = (1 + r).sqrt()
-    of_weight = of_top * r.sqrt() / root_total  # [P, N], as those below before the division by sqrt(Z)
-    of_mean = -((sums + of_weight) / r).where(r > 0, 0)
-    slope = 1.0 if head.softcap is None else 1 - (rows.state[0] * (rows.temperature / head.softcap)).square()
-    factor = (head.scale / rows.temperature / root_total).where(scored, 0)
-    top_weight = head.weight[index].to(dtype)
-    for k in range(probes.count):
-        out[k].addcmul_(of_mean[k, :, None].to(dtype), mean)
-        out[k].addcmul_((of_weight[k] * slope)[:, None].to(dtype), top_weight)
-        out[k].mul_(factor[:, None].to(dtype)).masked_fill_(~scored[:, None], 0)
-
-
-def fisher_top_signs(
-    probes: Probes,
-    index: torch.Tensor,  # [N] int64
-) -> torch.Tensor:
-    """The signs of one column of each row, ``[P, N]`` float64."""
-    found = torch.empty((probes.count, len(index)), dtype=torch.float64, device=index.device)
-    for k in range(probes.count):
-        found[k] = sign_of(probes.samples, probes.positions, index, probes.seed, k)
-    return found
 
 
 def _groups(bounds: Sequence[tuple[int, int]], at_once: int) -> Iterator[tuple[int, int]]:

@@ -11,7 +11,6 @@ import torch
 from acqcore import checks
 from acqcore.backends import extension
 from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows, Probes
-from acqcore.backends.chunked import fisher_grad
 from acqcore.backends.extension import core as _core, matrix, pointer
 from acqcore.philox import threshold
 
@@ -172,13 +171,29 @@ class Cpu(Backend):
                 out.data_ptr(),
             )
 
-    def fisher_grad(
+    def fisher_sums(
         self,
         rows: HeadRows,
         probes: Probes,
-        out: torch.Tensor,  # [P, N, D] float32, written
+        sums: torch.Tensor,  # [P + 1, N, D] float32, written
+        signed: torch.Tensor,  # [P, N] float64, written
+        squares: torch.Tensor,  # [N] float64, written
     ) -> None:
-        fisher_grad(rows, probes, out)
+        samples, positions = probes.samples.contiguous(), probes.positions.contiguous()
+        with _head_args(rows) as arguments:
+            _core.fisher_sums(
+                self.instruction_set(),
+                arguments,
+                rows.state.data_ptr(),
+                rows.index.data_ptr(),
+                probes.count,
+                probes.seed,
+                samples.data_ptr(),
+                positions.data_ptr(),
+                sums.data_ptr(),
+                signed.data_ptr(),
+                squares.data_ptr(),
+            )
 
     def dropout_mask(
         self,

@@ -98,16 +98,15 @@ class Eager(Backend):
         factors.scatter_(1, columns[:, None], factors.gather(1, columns[:, None]).masked_fill(here[:, None], 0))
         torch.mm(factors, rows.head.weight.to(factors.dtype), out=out)
 
-    def fisher_grad(
+    def fisher_sums(
         self,
         rows: HeadRows,
         probes: Probes,
-        out: torch.Tensor,  # [P, N, D], written
+        sums: torch.Tensor,  # [P + 1, N, D], written
+        signed: torch.Tensor,  # [P, N] float64, written
+        squares: torch.Tensor,  # [N] float64, written
     ) -> None:
-        weight = rows.head.weight
-        for k in range(probes.count):
-            cotangent = fisher_cotangent(rows, probes, k)
-            torch.mm(cotangent, weight.to(cotangent.dtype), out=out[k])
+        add_fisher_sums(rows, probes, slice(0, len(rows.head.weight)), sums.zero_(), signed.zero_(), squares.zero_())
 
     def dropout_mask(
         self,
@@ -274,25 +273,31 @@ def logit_gradient(rows: HeadRows) -> torch.Tensor:
     return (p * cap_slope(z, rows) * slope).masked_fill((targets == -100)[:, None], 0)
 
 
-def fisher_cotangent(rows: HeadRows, probes: Probes, k: int) -> torch.Tensor:
-    """Cotangent k in ``W h + b``, ``[N, V]``, the definition in ``fisher.py`` times the slope of cap and temperature.
-
-    Zero in ignored rows.
-    """
-    head = rows.head
-    z = head.logits(rows.hidden, rows.temperature)
-    top = torch.arange(z.shape[1], device=z.device) == rows.index[:, None]
-    rest, largest = rows.state[2, :, None], rows.state[0, :, None]  # R, and m
-    total = 1 + rest
-    sign = signs(probes.samples, probes.positions, slice(0, z.shape[1]), probes.seed, k).double() * 2 - 1
-    of_top = sign.gather(1, rows.index.clamp_min(0)[:, None])
-    q = ((z.double() - largest).exp() / rest).masked_fill(top | (rest == 0), 0)  # of the others
-    of_others = q.sqrt() * sign
-    of_others = of_others - q * of_others.sum(dim=1, keepdim=True)
-    cotangent = of_top * rest.sqrt() / total * torch.where(top, 1, -q) + (rest / total).sqrt() * of_others
-    cotangent = cotangent.to(z.dtype) * cap_slope(z, rows) * (head.scale / rows.temperature)
+def add_fisher_sums(
+    rows: HeadRows,
+    probes: Probes,
+    columns: slice,  # of the weight
+    sums: torch.Tensor,  # [P + 1, N, D], added to
+    signed: torch.Tensor,  # [P, N] float64, added to
+    squares: torch.Tensor,  # [N] float64, added to
+) -> None:
+    """``Backend.fisher_sums`` over some columns."""
     assert rows.targets is not None
-    return cotangent.masked_fill((rows.targets == -100)[:, None], 0)
+    head = rows.head
+    bias = None if head.bias is None else head.bias[columns]
+    few = replace(head, weight=head.weight[columns], bias=bias, vocab_start=0, vocab_size=columns.stop - columns.start)
+    z = few.logits(rows.hidden, rows.temperature)
+    weight = few.weight.to(z.dtype)
+    root = ((z - rows.state[0, :, None].to(z.dtype)) / 2).exp()
+    top = torch.arange(columns.start, columns.stop, device=z.device) == rows.index[:, None]
+    root = root.masked_fill(top | (rows.targets == -100)[:, None], 0)
+    slope = cap_slope(z, rows)
+    sums[0].addmm_(root.square() * slope, weight)
+    squares += (root * slope).square().double() @ weight.double().square().sum(dim=1)
+    for k in range(probes.count):
+        factors = root.where(signs(probes.samples, probes.positions, columns, probes.seed, k), -root)
+        signed[k] += factors.sum(dim=1, dtype=torch.float64)
+        sums[1 + k].addmm_(factors * slope, weight)
 
 
 def fold(

@@ -9,7 +9,7 @@ import torch
 
 from acqcore.backends import HeadRows, Probes
 from acqcore.backends.eager import logit_gradient
-from acqcore.fisher import fisher_grad_from
+from acqcore.fisher import FisherGrads, fisher_grads
 from acqcore.head import Head
 from acqcore.head_grad import Bounds, delta_product, grad_sketch_from, head_grad_norm_from, loss_weights
 from acqcore.head_visit import HeadVisit
@@ -76,10 +76,10 @@ class HeadPass:
         gradient = delta_product(self.hidden, self.head, self.stats, self.head.weight, 1.0, self.backend)  # [N, D]
         return spread(gradient * self.weights[:, None].to(gradient.dtype), hidden, positions)
 
-    def fisher_gradients(self, probes: int, seed: int) -> torch.Tensor:
-        """dL/dh of each probe of ``acqcore.fisher``, ``[P, N, D]``."""
+    def fisher_grads(self, probes: int, seed: int) -> FisherGrads:
+        """Random cotangents of the tokens, carried back through the head."""
         of_rows = Probes(probes, seed, self.mask_keys, self.places)
-        return fisher_grad_from(self.hidden, self.head, self.stats, of_rows, 1.0, self.backend)
+        return fisher_grads(self.hidden, self.head, self.stats, of_rows, 1.0, self.backend)
 
     def product(
         self,

@@ -130,7 +130,7 @@ class SampleGradients:
         head_pass: HeadPass,
     ) -> dict[ProbeNeed, torch.Tensor]:
         """Of random cotangents, in a backward each."""
-        gradients = head_pass.fisher_gradients(max(need.probes for need in needs), needs[0].seed)  # [P, N, D]
+        gradients = head_pass.fisher_grads(max(need.probes for need in needs), needs[0].seed).gradients  # [P, N, D]
         found: dict[ProbeNeed, list[torch.Tensor]] = {need: [] for need in needs}
         for k, gradient in enumerate(gradients):
             asked = [need for need in needs if k < need.probes]
