@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +23,17 @@ EVIDENCE = {
     "students": "Students of other families and sizes.",
     "gpu": "Every operation on one H100: parity, times, memory.",
 }
-EVIDENCE_COMPLETE = all((DOCS / f"{name}.md").exists() for name in EVIDENCE)
+
+
+def _complete(name: str) -> bool:
+    """Whether a page is there, and its pictures."""
+    page = DOCS / f"{name}.md"
+    return page.exists() and all(
+        (DOCS / picture).exists() for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    )
+
+
+EVIDENCE_COMPLETE = all(map(_complete, EVIDENCE))
 
 _COST = {
     "RowNeed": "one forward",
@@ -184,8 +195,6 @@ def _table(rows: list[list[str]]) -> str:
 
 def _plain(text: str) -> str:
     """Markdown of a text with reStructuredText's literals and roles."""
-    import re
-
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", str(text))
     text = text.replace("``", "`")
     outside: Iterable[str] = text.split("`")

@@ -1,6 +1,6 @@
 """``metrics.json`` as one HTML page with figures.
 
-Styles, SVG and a script that sorts tables are in the file. Nothing is fetched, and without the script the page is whole.
+Styles, SVG and a script that sorts tables are in the file. Nothing is fetched; without the script the page is whole.
 """
 
 from __future__ import annotations
