@@ -20,6 +20,7 @@ from acqcore.row_stats import RowStats, logit_stats, row_stats
 from acqcore.scores import Scores
 from acqcore.scoring.api import score, score_stream
 from acqcore.scoring.calibration import calibrate_dropout
+from acqcore.scoring.epig import EpigReference, epig, epig_reference
 from acqcore.scoring.gradients import badge_embedding, grad_norm, grad_sketch, influence, influence_reference
 from acqcore.selection.diversity import Archive, gradient_diversity, vendi_score
 from acqcore.selection.subsets import select
@@ -41,6 +42,7 @@ __all__ = [
     "Archive",
     "BackendInfo",
     "BayesStats",
+    "EpigReference",
     "Head",
     "Reduction",
     "Reference",
@@ -55,6 +57,8 @@ __all__ = [
     "calibrate_dropout",
     "encode",
     "ensemble_stats",
+    "epig",
+    "epig_reference",
     "grad_norm",
     "grad_sketch",
     "gradient_diversity",

@@ -75,13 +75,34 @@ def signs(
     Column v takes bit ``v % 32`` of word ``v // 32 % 4`` of the counter ``(v // 128, position, sample,
     probe | 0xFFFF << 16)`` under the seed's two halves.
     """
+    return signs_in(sign_words(samples, positions, columns, seed, probe), columns.start, columns)
+
+
+def sign_words(
+    samples: torch.Tensor,  # [N] int64
+    positions: torch.Tensor,  # [N] int64
+    columns: slice,
+    seed: int,
+    probe: int,
+) -> torch.Tensor:
+    """The words of the counters that hold the signs of these columns, ``[N, words]`` int64."""
     first, last = columns.start // _SIGNS_PER_COUNTER, -(-columns.stop // _SIGNS_PER_COUNTER)
     group = torch.arange(first, last, device=samples.device)
     last_word = torch.tensor(probe | SIGN_SITE << 16, device=samples.device)
     counter = (group, positions[:, None] & _WORD, samples[:, None] & _WORD, last_word)
-    words = philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD)).flatten(1)  # [N, groups * 4]
-    bits = words[:, :, None] >> torch.arange(32, device=samples.device) & 1
-    skipped = columns.start - first * _SIGNS_PER_COUNTER
+    return philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD)).flatten(1)
+
+
+def signs_in(
+    words: torch.Tensor,  # [N, words] int64, of sign_words from column ``begin`` on
+    begin: int,
+    columns: slice,
+) -> torch.Tensor:
+    """The signs of some of the columns that words were made for, ``[N, columns]`` bool."""
+    base = begin // _SIGNS_PER_COUNTER * _SIGNS_PER_COUNTER
+    first, last = (columns.start - base) // 32, -(-(columns.stop - base) // 32)
+    bits = words[:, first:last, None] >> torch.arange(32, device=words.device) & 1
+    skipped = columns.start - base - 32 * first
     return bits.flatten(1)[:, skipped : skipped + columns.stop - columns.start].bool()
 
 

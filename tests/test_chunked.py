@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import acqcore
-from acqcore.backends import _BACKENDS, chunked, chunked_mixture
+from acqcore.backends import _BACKENDS, Probes, chunked, chunked_mixture
 from acqcore.backends.base import Gram, HeadRows
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.eager import Eager
 from acqcore.backends.scatter import add_at
 from acqcore.bayes import BayesStats
+from acqcore.fisher import fisher_grads
 from acqcore.head_grad import grad_sketch
 from acqcore.testing import Case, random_case
 
@@ -66,6 +67,20 @@ def _both(case: Case, function: Callable[..., torch.Tensor], *arguments: object,
 
 def test_hidden_grad(case: Case) -> None:
     _both(case, acqcore.hidden_grad)
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 1 << 14])
+def test_fisher_grads(at_once: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signs drawn for one chunk of the vocabulary at a time, for several, or for all."""
+    monkeypatch.setattr(chunked, "SIGN_COLUMNS", at_once)
+    stats = acqcore.row_stats(case.hidden, case.head, case.targets, temperature=case.temperature, backend="eager")
+    probes = Probes(2, 3, torch.arange(60) // 7, torch.arange(60) % 7)
+    got, expected = (
+        fisher_grads(case.hidden, case.head, stats, probes, case.temperature, backend)
+        for backend in ("chunked", "eager")
+    )
+    torch.testing.assert_close(got.gradients, expected.gradients, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(got.expected, expected.expected, rtol=1e-10, atol=1e-12)
 
 
 def test_grad_sketch(case: Case) -> None:

@@ -12,6 +12,7 @@ import torch
 
 import acqcore
 from acqcore.acquisitions import LinearOptions
+from acqcore.gradients.per_sample import controlled
 from acqcore.gradients.rules import is_linear
 
 RHO = 0.05 / 0.95  # variance of the noise of the default dropout
@@ -164,20 +165,33 @@ def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any], tiny_mod
     torch.testing.assert_close(shared["mutual_information"], whole["mutual_information"], rtol=1e-5, atol=0)
 
 
-def test_probes_are_a_mean_and_give_its_standard_error(tiny_model: Callable[..., Any]) -> None:
-    """P probes are the first P of more; the standard error is that of their mean, NaN of one."""
+@pytest.mark.parametrize("options", [{"probes": 2}, {"probes": 4}, {"probes": 4, "posterior": "isotropic"}], ids=str)
+def test_standard_errors_are_those_of_other_seeds(options: dict[str, Any], tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("Llama")
-    samples = _samples(9, 7)
-    of = {probes: _score(model, samples, probes=probes) for probes in (1, 2, 3)}
-    first = of[1]["mutual_information"].double()
-    second = 2 * of[2]["mutual_information"].double() - first
-    third = 3 * of[3]["mutual_information"].double() - first - second
-    three = torch.stack([first, second, third])
-    torch.testing.assert_close(
-        of[3].stderr["mutual_information"].double(), three.std(dim=0) / 3**0.5, rtol=1e-4, atol=0
-    )
-    assert bool(of[1].stderr["mutual_information"].isnan().all())
-    assert bool(of[1].valid.all())
+    samples = _samples(9, 7, 17)
+    runs = [_score(model, samples, seed=seed, **options) for seed in range(60)]
+    spread = torch.stack([run["mutual_information"] for run in runs]).std(dim=0)
+    claimed = torch.stack([run.stderr["mutual_information"] for run in runs]).square().mean(dim=0).sqrt()
+    torch.testing.assert_close(claimed, spread, rtol=0.4, atol=0)
+
+
+def test_the_control_is_unbiased_and_takes_noise_away() -> None:
+    """Squares that go along with the size of their cotangents, and noise of their own."""
+    generator = torch.Generator().manual_seed(0)
+    excess = torch.randn(100000, 3, generator=generator, dtype=torch.float64) * 0.3
+    squares = (1 + excess) * (1 + 0.1 * torch.randn(100000, 3, generator=generator, dtype=torch.float64))
+    for probes in (2, 3):
+        mean = controlled(squares[:, :probes], excess[:, :probes]).mean(dim=1)
+        assert abs(float(mean.mean()) - 1) < 3 * float(mean.std()) / 100000**0.5
+        assert float(mean.var()) < 0.35 * float(squares[:, :probes].mean(dim=1).var())
+    assert torch.equal(controlled(squares[:, :1], excess[:, :1]), squares[:, :1])
+
+
+def test_one_probe_has_no_standard_error(tiny_model: Callable[..., Any]) -> None:
+    model, samples = tiny_model("Llama"), _samples(9, 7)
+    one = _score(model, samples, probes=1)
+    assert bool(one.stderr["mutual_information"].isnan().all())
+    assert bool(one.valid.all())
     assert not acqcore.score(model, samples, "mutual_information").stderr
 
 

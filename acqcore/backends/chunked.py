@@ -17,7 +17,7 @@ from acqcore.backends.chunked_mixture import mixture_in_chunks
 from acqcore.backends.eager import add_fisher_sums, gram_norm, gram_products, logit_gradient, unnormalised
 from acqcore.backends.scatter import add_at
 from acqcore.head import Head, compute_dtype
-from acqcore.philox import keep_mask
+from acqcore.philox import keep_mask, sign_words, signs_in
 
 #: Bound on what an operation allocates at a time beside its result.
 BUFFER_BYTES = 64 << 20
@@ -25,6 +25,8 @@ BUFFER_BYTES = 64 << 20
 TEMPORARIES = 8
 #: ``keep_mask`` holds so many int64 for each unit at once.
 MASK_TEMPORARIES = 4
+#: Columns whose signs are drawn at once: Philox takes some 130 launches however many.
+SIGN_COLUMNS = 1 << 14
 #: Rows at a time; also those whose products with each other are formed in the Gram form.
 MAX_ROWS = 1024
 
@@ -150,9 +152,15 @@ class Chunked(Backend):
         for written in (sums, signed, squares):
             written.zero_()
         for part, piece in _row_chunks(rows, 0, len(rows.hidden)):
-            among = replace(probes, samples=probes.samples[part], positions=probes.positions[part])
+            keys = probes.samples[part], probes.positions[part]
+            begin, end = 0, 0  # columns whose words of signs are at hand
             for columns in _vocab_chunks(rows, len(rows.hidden), 2 * rows.hidden.shape[1]):
-                add_fisher_sums(piece, among, columns, sums[:, part], signed[:, part], squares[part])
+                if columns.stop > end:
+                    begin, end = columns.start, min(columns.start + SIGN_COLUMNS, len(rows.head.weight))
+                    end = max(end, columns.stop)
+                    words = [sign_words(*keys, slice(begin, end), probes.seed, k) for k in range(probes.count)]
+                positive = [signs_in(of_probe, begin, columns) for of_probe in words]
+                add_fisher_sums(piece, positive, columns, sums[:, part], signed[:, part], squares[part])
 
     def dropout_mask(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -106,7 +107,9 @@ class Eager(Backend):
         signed: torch.Tensor,  # [P, N] float64, written
         squares: torch.Tensor,  # [N] float64, written
     ) -> None:
-        add_fisher_sums(rows, probes, slice(0, len(rows.head.weight)), sums.zero_(), signed.zero_(), squares.zero_())
+        whole = slice(0, len(rows.head.weight))
+        positive = [signs(probes.samples, probes.positions, whole, probes.seed, k) for k in range(probes.count)]
+        add_fisher_sums(rows, positive, whole, sums.zero_(), signed.zero_(), squares.zero_())
 
     def dropout_mask(
         self,
@@ -275,7 +278,7 @@ def logit_gradient(rows: HeadRows) -> torch.Tensor:
 
 def add_fisher_sums(
     rows: HeadRows,
-    probes: Probes,
+    positive: Sequence[torch.Tensor],  # P of [N, columns] bool: the signs of each probe
     columns: slice,  # of the weight
     sums: torch.Tensor,  # [P + 1, N, D], added to
     signed: torch.Tensor,  # [P, N] float64, added to
@@ -285,17 +288,18 @@ def add_fisher_sums(
     assert rows.targets is not None
     head = rows.head
     bias = None if head.bias is None else head.bias[columns]
-    few = replace(head, weight=head.weight[columns], bias=bias, vocab_start=0, vocab_size=columns.stop - columns.start)
+    weight = head.weight[columns]
+    few = replace(head, weight=weight, bias=bias, vocab_start=0, vocab_size=len(weight))
     z = few.logits(rows.hidden, rows.temperature)
-    weight = few.weight.to(z.dtype)
+    weight = weight.to(z.dtype)
     root = ((z - rows.state[0, :, None].to(z.dtype)) / 2).exp()
     top = torch.arange(columns.start, columns.stop, device=z.device) == rows.index[:, None]
     root = root.masked_fill(top | (rows.targets == -100)[:, None], 0)
     slope = cap_slope(z, rows)
     sums[0].addmm_(root.square() * slope, weight)
     squares += (root * slope).square().double() @ weight.double().square().sum(dim=1)
-    for k in range(probes.count):
-        factors = root.where(signs(probes.samples, probes.positions, columns, probes.seed, k), -root)
+    for k, sign in enumerate(positive):
+        factors = root.where(sign, -root)
         signed[k] += factors.sum(dim=1, dtype=torch.float64)
         sums[1 + k].addmm_(factors * slope, weight)
 

@@ -38,6 +38,17 @@ class HeadPass:
         assert self.stats.targets is not None
         return loss_weights(self.stats.targets, self.bounds, self.loss, None)
 
+    def excess(self, carried: FisherGrads) -> torch.Tensor:
+        """By how much the squared norm of each probe's gradient exceeds its expectation, as a share of it, ``[B, P]``.
+
+        0 where the expectation is.
+        """
+        lengths = torch.tensor(self.counts, device=carried.expected.device)
+        squares = carried.gradients.double().square().sum(dim=2).T.contiguous()  # [N, P]
+        found = torch.segment_reduce(squares, "sum", lengths=lengths, axis=0)
+        expected = torch.segment_reduce(carried.expected, "sum", lengths=lengths)[:, None]
+        return (found / expected - 1).where(expected != 0, 0)
+
     @property
     def counts(self) -> list[int]:
         """Scored tokens of each sample, B."""

@@ -130,9 +130,9 @@ class SampleGradients:
         head_pass: HeadPass,
     ) -> dict[ProbeNeed, torch.Tensor]:
         """Of random cotangents, in a backward each."""
-        gradients = head_pass.fisher_grads(max(need.probes for need in needs), needs[0].seed).gradients  # [P, N, D]
+        carried = head_pass.fisher_grads(max(need.probes for need in needs), needs[0].seed)
         found: dict[ProbeNeed, list[torch.Tensor]] = {need: [] for need in needs}
-        for k, gradient in enumerate(gradients):
+        for k, gradient in enumerate(carried.gradients):
             asked = [need for need in needs if k < need.probes]
             of_weights = {need: self._weights_measure(need, head_pass) for need in asked if need.of == "weights"}
             sites = {need: self._sites.get(need, {}) for need in asked if need.of == "sites"}
@@ -146,9 +146,13 @@ class SampleGradients:
                 found[need].append(squares.values)
             for need, measured in of_weights.items():
                 found[need].append(measured.measure.values)
+        excess = head_pass.excess(carried).cpu()
         counts = torch.tensor(head_pass.counts, dtype=torch.float64)[:, None]
         of_probes = {need: torch.stack(values, dim=1).cpu() for need, values in found.items()}
-        return {need: values if need.dim is not None else values / counts for need, values in of_probes.items()}
+        return {
+            need: values if need.dim is not None else controlled(values / counts, excess[:, : need.probes])
+            for need, values in of_probes.items()
+        }
 
     def _backward(
         self,
@@ -180,6 +184,23 @@ class SampleGradients:
     def _weights_measure(self, need: ProbeNeed, head_pass: HeadPass) -> _Measured:
         names = self._linear[need.layers].names
         return _Measured(_measure(head_pass, need.dim, need.sketch_seed), frozenset(names.values()), None)
+
+
+def controlled(
+    squares: torch.Tensor,  # [B, P]
+    excess: torch.Tensor,  # [B, P]
+) -> torch.Tensor:
+    """The squares of each probe less what its cotangents owe to their size, in the shape of ``squares``.
+
+    ``excess``, by how much the squared norm of a probe's gradient in the hidden states differs from its expectation, as
+    a share of it, has mean 0 and goes along with the squares. Its coefficient is the mean over the other probes, which
+    is independent of it, so the control adds no bias; one probe has no control.
+    """
+    probes = squares.shape[1]
+    if probes == 1:
+        return squares
+    others = (squares.sum(dim=1, keepdim=True) - squares) / (probes - 1)
+    return squares - others * excess
 
 
 _Key = tuple[Parameters, int | None, int]

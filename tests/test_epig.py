@@ -1,0 +1,78 @@
+"""Expected predictive information gain: against brute force over every pair of tokens, and its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.gradients.rules import is_linear
+
+
+def _samples(rows: int, seed: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 48, (rows, 4), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    labels[:, :2] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def _gradients(model: Any, ids: torch.Tensor, layers: int) -> torch.Tensor:
+    """``sqrt(p_y) d log p_y / dW`` of both scored tokens and every y, ``[2 V, weights]`` float64."""
+    weights = [m.weight for block in model.model.layers[-layers:] for m in block.modules() if is_linear(m)]
+    log_p = model(input_ids=ids[None]).logits[0].double().log_softmax(dim=1)[1:3]
+    rows = []
+    for value in log_p.flatten():
+        gradients = torch.autograd.grad(value, weights, retain_graph=True)
+        rows.append(torch.cat([g.flatten().double() for g in gradients]) * (value.detach() / 2).exp())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("layers", [1, "all"])
+def test_unbiased_over_every_pair_of_tokens(layers: Any, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama", vocab_size=48)
+    samples, others = _samples(3, 0), _samples(2, 1)
+    count = 1 if layers == 1 else 2
+    of_samples = [_gradients(model, ids, count) for ids in samples["input_ids"]]
+    of_others = [_gradients(model, ids, count) for ids in others["input_ids"]]
+    expected = torch.stack(
+        [torch.stack([(g @ r.T).square().sum() / 4 for r in of_others]).mean() for g in of_samples]
+    )  # both have two scored tokens
+    reference = acqcore.epig_reference(model, others, layers=layers, probes=150, dim=4096)
+    got = acqcore.epig(model, samples, reference, variance=1e-3, probes=150)
+    torch.testing.assert_close(got.double(), 1e-6 / 2 * expected, rtol=0.15, atol=0)
+
+
+def test_a_sample_does_not_depend_on_its_batch(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama", vocab_size=48)
+    samples = _samples(3, 0)
+    reference = acqcore.epig_reference(model, _samples(2, 1), dim=256)
+    whole = acqcore.epig(model, samples, reference)
+    for i in range(3):
+        one = {key: value[i : i + 1] for key, value in samples.items()}
+        torch.testing.assert_close(acqcore.epig(model, one, reference)[0], whole[i], rtol=1e-3, atol=0)
+
+
+def test_bad_arguments(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama", vocab_size=48)
+    samples = _samples(2, 0)
+    with pytest.raises(TypeError, match=r"reference: expected what acqcore\.epig_reference gives, got str"):
+        acqcore.epig(model, samples, "validation.pt")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="layers: expected at most 2 transformer blocks, got 3"):
+        acqcore.epig_reference(model, samples, layers=3)
+    with pytest.raises(ValueError, match="perturbs weights of blocks"):
+        acqcore.epig_reference(model, samples, layers=0)
+    with pytest.raises(ValueError, match="probes: expected 1 to"):
+        acqcore.epig_reference(model, samples, probes=0)
+    with pytest.raises(ValueError, match="dim: expected an int >= 1, got 0"):
+        acqcore.epig_reference(model, samples, dim=0)
+    with pytest.raises(ValueError, match="expected at least one reference sample, got none"):
+        acqcore.epig_reference(model, [])
+    reference = acqcore.epig_reference(model, samples, dim=64)
+    with pytest.raises(ValueError, match="variance"):
+        acqcore.epig(model, samples, reference, variance=0.0)
+    other = tiny_model("Llama", vocab_size=48, intermediate_size=64)
+    with pytest.raises(ValueError, match=r"reference: made with another student: model.layers.0.mlp.gate_proj.weight"):
+        acqcore.epig(other, samples, reference)
