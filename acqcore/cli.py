@@ -43,9 +43,17 @@ _DESCRIPTION = (
 BLOCK_ROWS = 4096  # bounds memory; larger blocks would pack hardly better
 
 
+class _Help(argparse.HelpFormatter):
+    """Each help text as a sentence."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text = super()._expand_help(action)
+        return text[:1].upper() + text[1:] + "." * (not text.endswith("."))
+
+
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options, allow_abbrev=False)  # --top is not --topk
+        super().__init__(**options, formatter_class=_Help, allow_abbrev=False)  # --top is not --topk
 
     def error(self, message: str) -> Any:
         """One sentence without the usage text."""

@@ -1,11 +1,14 @@
-"""Pages written from the code itself: acquisitions, command lines, recipe keys, the HTTP interface, and the list of what was
-measured. They go into ``docs/generated/`` and are not committed."""
+"""Pages written from the code: acquisitions, command lines, recipe keys, HTTP, and the list of what was measured.
+
+They go into ``docs/generated/`` and are not committed.
+"""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +23,17 @@ EVIDENCE = {
     "students": "Students of other families and sizes.",
     "gpu": "Every operation on one H100: parity, times, memory.",
 }
-EVIDENCE_COMPLETE = all((DOCS / f"{name}.md").exists() for name in EVIDENCE)
+
+
+def _complete(name: str) -> bool:
+    """Whether a page is there, and its pictures."""
+    page = DOCS / f"{name}.md"
+    return page.exists() and all(
+        (DOCS / picture).exists() for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    )
+
+
+EVIDENCE_COMPLETE = all(map(_complete, EVIDENCE))
 
 _COST = {
     "RowNeed": "one forward",
@@ -65,11 +78,11 @@ def acquisitions() -> str:
         parts.append(f"### {name}\n\n{text}{arguments}\n")
     return _page(
         "Acquisition functions",
-        "Larger means more worth acquiring. The list is written from the registry; each entry is one file with formula, "
-        "source and a slow reference that the tests compare with. *Reads the text*: the value depends on the tokens that "
-        "were written; otherwise only on the prediction, so no label is needed.",
+        "Larger means more worth acquiring. The list is written from the registry; each entry is one file with "
+        "formula, source and a slow reference that the tests compare with. *Reads the text*: the value depends on the "
+        "tokens that were written; otherwise only on the prediction, so no label is needed.",
         _table(rows),
-        "\n".join(parts),
+        "## Each of them\n\n" + "\n".join(parts),
     )
 
 
@@ -108,7 +121,11 @@ def command_line(program: str) -> str:
                 for option in command._actions:
                     if option.dest != "help":
                         shown = ", ".join(option.option_strings) or str(option.metavar or option.dest)
-                        value = f" {option.metavar or option.dest.upper()}" if option.nargs != 0 and option.option_strings else ""
+                        value = (
+                            f" {option.metavar or option.dest.upper()}"
+                            if option.nargs != 0 and option.option_strings
+                            else ""
+                        )
                         rows.append([f"`{shown}{value}`", _plain(_expand(option))])
                 parts.append(f"## {program} {name}\n\n{(helps[name] or '').capitalize()}.\n\n{_table(rows)}")
     return _page(f"The command line of {program}", *parts)
@@ -145,8 +162,8 @@ def http() -> str:
         "HTTP",
         _table(rows),
         f"A body of `POST /score`:\n\n```json\n{json.dumps(body, indent=2)}\n```",
-        "Errors are JSON with one sentence in `error`. Too much is 413, or 429 with `Retry-After`; too late is 504. On any "
-        "address but loopback a token is required: `Authorization: Bearer ...`.",
+        "Errors are JSON with one sentence in `error`. Too much is 413, or 429 with `Retry-After`; too late is 504. On "
+        "any address but loopback a token is required: `Authorization: Bearer ...`.",
     )
 
 
@@ -158,8 +175,8 @@ def evidence() -> str:
     hidden = "```{toctree}\n:hidden:\n\n" + "\n".join(f"../{name}" for name in there) + "\n```"
     return _page(
         "Evidence",
-        "What was measured, by which command, on which machine, with how many seeds. A `no` stands here like a `yes`. The "
-        "comparison in a made world, whose skills and traps are known, is in [What does not work]"
+        "What was measured, by which command, on which machine, with how many seeds. A `no` stands here like a `yes`. "
+        "The comparison in a made world, whose skills and traps are known, is in [What does not work]"
         "(../concepts/what-does-not-work.md).",
         "\n".join(lines),
         hidden,
@@ -178,8 +195,6 @@ def _table(rows: list[list[str]]) -> str:
 
 def _plain(text: str) -> str:
     """Markdown of a text with reStructuredText's literals and roles."""
-    import re
-
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", str(text))
     text = text.replace("``", "`")
     outside: Iterable[str] = text.split("`")

@@ -1,6 +1,6 @@
 """Draw ``docs/_static/rewards.png``: accuracy of a student after the rows of each reward, of ``bench_loop``'s results.
 
-    python docs/rewards_figure.py
+python docs/rewards_figure.py
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ def main() -> None:
     base, _ = interval([statistics.fmean(seed["base"].values()) for seed in seeds])
     figure = Figure(figsize=(7.6, 2.9), layout="constrained", facecolor="white")
     axes = figure.subplots()
-    for y, (arm, name) in enumerate(reversed(NAMES.items())):
+    for y, arm in enumerate(reversed(NAMES)):
         mean, half = interval([statistics.fmean(seed["arms"][arm]["skills"].values()) for seed in seeds])
         colour = BAD if mean + half < base else GOOD if arm.startswith("rl") else QUIET
         axes.errorbar(mean, y, xerr=half, fmt="o", color=colour, capsize=3, markersize=6, linewidth=1.8)
-        axes.annotate(f"{mean:.1f}", (mean, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8, color=colour)
+        axes.annotate(
+            f"{mean:.1f}", (mean, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8, color=colour
+        )
     axes.axvline(base, color=QUIET, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate("before", (base, -0.75), xytext=(4, 0), textcoords="offset points", fontsize=8, color=QUIET)
     axes.set_yticks(range(len(NAMES)), list(NAMES.values())[::-1], fontsize=9)

@@ -55,7 +55,18 @@ def _load(module: str, what: str, extra: str) -> Any:
         ) from error
 
 
+class _Help(argparse.HelpFormatter):
+    """Each help text as a sentence."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text = super()._expand_help(action)
+        return text[:1].upper() + text[1:] + "." * (not text.endswith("."))
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, formatter_class=_Help)
+
     def error(self, message: str) -> Any:
         """Prints one sentence, without the usage text."""
         self.exit(2, f"acqsynth: error: {message}\n")

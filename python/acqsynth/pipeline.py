@@ -849,6 +849,7 @@ def write_report(
         bootstrap=bootstrap,
     )
     found["recipe"] = recipe
+    found["machine"] = metrics.machine()
     for name, arm in arms.items():
         for kind, folders in (("written", arm.written), ("labelled", arm.labelled)):
             counts = [_json(folder / "counts.json") for folder in folders]

@@ -240,8 +240,10 @@ def grpo(
         args=config,
         train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
         peft_config=lora,
-        callbacks=[clock, *moving, *callbacks],
+        callbacks=list(callbacks),
     )
+    # First: trackers read the log after them, with what they add to it.
+    trainer.callback_handler.callbacks[:0] = [clock, *moving]
     _run(trainer, output, rewards)
     return output
 
@@ -429,6 +431,7 @@ class StepClock(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **rest: Any) -> None:
         if "reward" in logs:  # not the summary at the end
             state.log_history[-1].update(self._measured)
+            logs.update(self._measured)
 
 
 class _Refreshing(TrainerCallback):
@@ -437,6 +440,7 @@ class _Refreshing(TrainerCallback):
     def __init__(self, refresh: Refresh) -> None:
         self.refresh = refresh
         self._first: Sequence[float | None] | None = None
+        self._moved: dict[str, float] = {}  # for the next log
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if self.refresh.probe is not None:
@@ -458,7 +462,12 @@ class _Refreshing(TrainerCallback):
             after = probe()
             entry["staleness"] = rank_correlation(before, after)
             entry["staleness_since_start"] = rank_correlation(self._first, after)
+            self._moved = {key: entry[key] for key in ("staleness", "staleness_since_start")}
         state.log_history.append(entry)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **rest: Any) -> None:
+        logs.update(self._moved)
+        self._moved = {}
 
 
 class RewardStates(TrainerCallback):

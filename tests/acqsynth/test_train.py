@@ -264,6 +264,46 @@ def test_the_student_is_refreshed_and_its_staleness_logged(student_path, answer_
     assert [row["staleness_since_start"] for row in entries] == [pytest.approx(0.8), pytest.approx(0.6)]
 
 
+class Tracker(TrainerCallback):
+    """A tracker as transformers has them: it reads the log when it is told of it."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs, **rest):
+        self.seen.append(dict(logs))
+
+
+def refreshed(student_path, answer_reward, folder, options, callbacks=()):
+    refresh = train.Refresh(every=1, student=lambda step: None, probe=lambda: [1.0, 2.0, 3.0])
+    options = GRPO | {"max_steps": 3} | options
+    train.grpo(str(student_path), ASK, answer_reward, folder, options, refresh=refresh, callbacks=callbacks)
+
+
+def test_trackers_get_what_the_log_has(student_path, answer_reward, tmp_path):
+    tracker = Tracker()
+    refreshed(student_path, answer_reward, tmp_path, {}, [tracker])
+    steps = [row for row in tracker.seen if "reward" in row]
+    assert [row["reward_share"] for row in steps] == [
+        row["reward_share"] for row in read_log(tmp_path) if "reward" in row
+    ]
+    assert [row.get("staleness") for row in steps] == [pytest.approx(1.0), pytest.approx(1.0), None]
+
+
+def test_tensorboard_files_have_the_reward_s_share_and_staleness(student_path, answer_reward, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    refreshed(student_path, answer_reward, tmp_path / "out", {"report_to": ["tensorboard"]})
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    shares = events.Scalars("train/reward_share")
+    assert [event.step for event in shares] == [1, 2, 3]
+    assert all(0 < event.value < 1 for event in shares)
+    assert [event.value for event in events.Scalars("train/staleness")] == [pytest.approx(1.0)] * 2
+
+
 def test_a_run_that_goes_on_begins_with_the_student_it_had(student_path, answer_reward, tmp_path):
     students = []
     arguments = (str(student_path), ASK, answer_reward, tmp_path, GRPO | {"save_steps": 3})

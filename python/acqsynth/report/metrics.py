@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -94,6 +98,28 @@ def collect(
         found["arms"][arm] = {"description": description, "results": results}
     found["comparisons"] = _comparisons(main, matrices, bootstrap)
     found["verdict"] = verdict(found)
+    return found
+
+
+def machine() -> dict[str, str]:
+    """What this process runs on, in words."""
+    import torch
+
+    import acqcore
+
+    names = ("acqcore", "torch", "transformers", "trl", "peft", "datasets", "vllm")
+    versions = []
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"{name} {metadata.version(name)}")
+    backend = next(row for row in acqcore.backends() if row.available)
+    found = {
+        "report made by": f"Python {platform.python_version()}, {', '.join(versions)}",
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "backend": f"{backend.name} {backend.instruction_set or ''}".strip(),
+    }
+    if torch.cuda.is_available():
+        found["GPUs"] = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return found
 
 

@@ -1,5 +1,7 @@
-"""``metrics.json`` as one HTML page with figures: styles and SVG are in the file, nothing is fetched, no script
-runs."""
+"""``metrics.json`` as one HTML page with figures.
+
+Styles, SVG and a script that sorts tables are in the file. Nothing is fetched; without the script the page is whole.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ def render(metrics: Mapping[str, Any]) -> str:
 
     Args:
         metrics: of :func:`acqsynth.report.metrics.collect`, with ``recipe``, ``training``, ``samples`` and
-            ``validity``; the latter three are None if the run had none.
+            ``validity``, the latter three None if the run had none; ``machine`` where it is known.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("acqsynth", "report"),
@@ -72,6 +74,8 @@ def render(metrics: Mapping[str, Any]) -> str:
         largest=_largest(metrics),
         table=_table(metrics),
         skills=_skills(metrics),
+        moved=_moved(metrics),
+        machine=metrics.get("machine"),
         figures=_figures(metrics),
         in_distribution=IN_DISTRIBUTION,
         student=STUDENT,
@@ -103,6 +107,14 @@ def _skills(metrics: Mapping[str, Any]) -> list[tuple[str, int, list[float | Non
         (skill, entry["rows"], [entry["accuracy"], *(arm[skill]["accuracy"] for arm in arms)])
         for skill, entry in base.items()
     ]
+
+
+def _moved(metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Skill, accuracy before and after the main arm, the largest loss first."""
+    base = metrics["base"][STUDENT][IN_DISTRIBUTION]["skills"]
+    after = _largest(metrics)[metrics["main"]]["sets"][IN_DISTRIBUTION]["skills"]
+    moved = [(skill, entry["accuracy"], after[skill]["accuracy"]) for skill, entry in base.items()]
+    return sorted(moved, key=lambda entry: entry[2] - entry[1])
 
 
 def _figures(metrics: Mapping[str, Any]) -> dict[str, str | None]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import platform
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 
+import acqcore
 from acqsynth.report import metrics as measures, render
 from acqsynth.report.metrics import Answers
 
@@ -145,7 +148,7 @@ def html():
 def test_the_page_is_whole_and_needs_nothing_else(html):
     found = Page(html)
     assert not found.open
-    assert "script" not in found.tags
+    assert found.tags.count("script") == 1  # it sorts tables
     assert "link" not in found.tags
     assert all(address.startswith("#") for address in found.addresses)
     assert "http" not in html
@@ -172,6 +175,32 @@ def test_every_section_and_figure_is_there(html):
         "a/<generator>",
     ):
         assert words in found.text, words
+
+
+def test_skills_stand_first_and_the_most_forgotten_before_all():
+    found = whole()
+    skills = found["base"]["student"]["in_distribution"]["skills"]
+    skills["sort"]["accuracy"] = 1.0  # so that it was forgotten
+    made = page(found)
+    assert made.ids.index("skills") < made.ids.index("accuracy")
+    assert made.text.index("sort 100.0 \u2192 77.5") < made.text.index("add 50.0 \u2192 77.5")
+
+
+def test_the_page_says_what_made_it():
+    found = whole() | {"machine": measures.machine()}
+    text = page(found).text
+    for words in (
+        f"torch {torch.__version__}",
+        f"acqcore {acqcore.__version__}",
+        f"Python {platform.python_version()}",
+    ):
+        assert words in text
+    assert "seeds 0" in text
+
+
+def test_dark_and_light_are_told_by_the_system(html):
+    assert "prefers-color-scheme: dark" in html
+    assert "background: #fff" not in html
 
 
 def test_what_was_not_run_is_said():

@@ -1,0 +1,215 @@
+"""Every code block of the README and the documentation runs, or says in a comment before it why it is not run.
+
+A page's Python blocks run one after another, with a small student in the place of the hub's, and so do its commands.
+Blocks of YAML and JSON have to be readable, recipes have to be accepted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from acqcore.acquisitions import REGISTRY
+from acqcore.cli import main as acqcore_command
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [page for page in PAGES if "generated" not in page.parts]
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+#: Blocks that hold no code to run: output, formulas, directives.
+SHOWN = {"text", "", "{toctree}", "{include}", "{eval-rst}"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, text, first line, and why it is not run."""
+
+    language: str
+    text: str
+    line: int
+    reason: str | None
+
+
+def blocks(page: Path) -> list[Block]:
+    found: list[Block] = []
+    lines = page.read_text(encoding="utf-8").splitlines()
+    begin, language, before = None, "", ""
+    for number, line in enumerate(lines):
+        if begin is None and (opening := re.match(r"```(\S*)", line)):
+            begin, language = number, opening[1]
+            before = next((text for text in reversed(lines[:number]) if text.strip()), "")
+        elif begin is not None and line.startswith("```"):
+            marked = re.fullmatch(r"<!-- not run: (.+) -->", before)
+            text = "\n".join(lines[begin + 1 : number]) + "\n"
+            found.append(Block(language, text, begin + 1, marked[1] if marked else None))
+            begin = None
+    assert begin is None, f"{page}: a block is not closed"
+    return found
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A folder with a student and rows.jsonl, as the current one; registered acquisitions are forgotten afterwards."""
+    tiny_model("Llama", max_position_embeddings=4096).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    rows = [{"prompt": f"{a} * 3 =", "completion": f" {3 * a}."} for a in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACQCORE_BACKEND", "eager")
+    threads, known = torch.get_num_threads(), dict(REGISTRY)
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+    REGISTRY.clear()
+    REGISTRY.update(known)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_runs_or_says_why_not(page: Path, place: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "page"}
+    for block in blocks(page):
+        if block.reason is not None or block.language in SHOWN:
+            continue
+        where = f"{page.relative_to(ROOT)}:{block.line}"
+        text = block.text.replace(MODEL, str(place / "student"))
+        if block.language == "python":
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(text, where, "exec"), namespace)
+        elif block.language == "bash":
+            for line in text.replace("\\\n", " ").splitlines():
+                _run(line, where)
+        elif block.language == "yaml":
+            _read_yaml(yaml.safe_load(text), place)
+        elif block.language == "json":
+            json.loads(text)
+        else:
+            pytest.fail(f"{where}: a block in {block.language!r}, which nothing runs; mark it, or use text")
+
+
+def _run(line: str, where: str) -> None:
+    """A command of ours; make's targets have to exist."""
+    words = shlex.split(line, comments=True)
+    if not words:
+        return
+    if words[0] == "acqcore":
+        assert acqcore_command(words[1:]) == 0, f"{where}: {line}"
+    elif words[0] == "acqsynth":
+        from acqsynth.cli import main
+
+        assert main(words[1:]) == 0, f"{where}: {line}"
+    elif words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in targets, f"{where}: no target {words[1]}"
+    elif words[:2] == ["pip", "install"]:
+        _extras(words[2:], where)
+    else:
+        pytest.fail(f"{where}: {words[0]} is not run by this test; mark the block with its reason")
+
+
+def _extras(packages: list[str], where: str) -> None:
+    import tomllib
+
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package in packages:
+        for extra in (re.search(r"\[(.*)\]", package) or ["", ""])[1].split(","):
+            assert extra in known or not extra, f"{where}: no extra {extra!r}"
+
+
+def _read_yaml(data: Any, place: Path) -> None:
+    """A recipe is one that ``acqsynth run`` takes."""
+    if "domain" in data:
+        from acqsynth import config
+
+        path = place / "recipe.yaml"
+        path.write_text(yaml.safe_dump(data))
+        config.load(str(path), [])
+
+
+def test_reasons_are_given_only_to_blocks_that_need_them() -> None:
+    """A marked block neither begins with our own quick commands nor is empty."""
+    for page in PAGES:
+        for block in blocks(page):
+            if block.reason is not None:
+                assert block.language in ("bash", "python"), f"{page}:{block.line}"
+                assert len(block.reason) > 10
+
+
+def test_the_readme_says_what_the_quickstart_says() -> None:
+    """One snippet, written twice, with one output."""
+    readme, quickstart = blocks(ROOT / "README.md"), blocks(ROOT / "docs" / "start" / "quickstart.md")
+    snippet = next(block.text for block in readme if block.language == "python")
+    assert snippet.startswith(next(block.text for block in quickstart if block.language == "python"))
+    output = next(block.text for block in readme if block.language == "text")
+    assert output == "".join(block.text for block in quickstart if block.language == "text")
+
+
+def test_the_printed_output_of_the_readme() -> None:
+    """With the packaged weights of SmolLM2, to two digits: the last ones depend on the machine."""
+    from acqsynth.models import smollm2_path
+
+    try:
+        model = str(smollm2_path())
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    snippet, output = (
+        next(block.text for block in blocks(ROOT / "README.md") if block.language == language)
+        for language in ("python", "text")
+    )
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(snippet.replace(MODEL, model), "README.md", "exec"), {"__name__": "page"})
+    numbers = [[float(x) for x in re.findall(r"\d+\.?\d*", text)] for text in (printed.getvalue(), output)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.02)
+
+
+def test_the_readme_is_short_and_its_links_are_absolute() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert target.startswith("https://"), target
+
+
+def test_links_of_the_readme_lead_to_files_and_pages() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    here = re.compile(
+        r"https://(?:github\.com/acqcore/acqcore/(?:blob|tree)/main|raw\.githubusercontent\.com/acqcore/acqcore/main)/([^)\s]+)"
+    )
+    for path in here.findall(text):
+        assert (ROOT / path).exists(), path
+    for page in re.findall(r"https://acqcore\.readthedocs\.io/en/latest/([^)#\s]+)\.html", text):
+        assert page.startswith("generated/") or (ROOT / "docs" / f"{page}.md").exists(), page
+
+
+def test_generated_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every acquisition, command, recipe key and route is on its page."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    text = generate.acquisitions()
+    for name in REGISTRY:
+        assert f"\n### {name}\n" in text
+    assert "``" not in text
+    for command in ("score", "select", "reference", "plan", "info"):
+        assert f"\n## acqcore {command}\n" in generate.command_line("acqcore")
+    for command in ("run", "report", "serve"):
+        assert f"\n## acqsynth {command}\n" in generate.command_line("acqsynth")
+    assert "`generator.options`" in generate.recipe()
+    for route in ("/score", "/get_reward", "/student", "/health", "/metrics"):
+        assert f" {route}`" in generate.http()
