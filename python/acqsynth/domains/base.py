@@ -29,6 +29,13 @@ class Domain(ABC):
     name: ClassVar[str]
     #: most tokens of a student's answer
     answer_tokens: ClassVar[int] = 512
+    #: whether :meth:`verify` can find an answer right; by default, whether the domain has a verify of its own
+    proves: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "verify" in cls.__dict__ and "proves" not in cls.__dict__:
+            cls.proves = True
 
     @abstractmethod
     def generator_prompt(self, shown: Sequence[Sample]) -> Messages:

@@ -32,6 +32,7 @@ influence may be, text that does not parse gets the least value of its call.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import statistics
@@ -50,7 +51,7 @@ from acqsynth.engines import Engine
 from acqsynth.parsing import parse_sample
 from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.fusion import BOUNDED, HISTORY, METHODS, LengthBins, checked_weights, fuse
-from acqsynth.rewards.gates import Gate, Label, default_gates, sample_length
+from acqsynth.rewards.gates import Gate, Label, default_gates, require_samples, sample_length
 from acqsynth.rewards.scoring import Scorer
 from acqsynth.rewards.signals import Diversity, Learnability, SampledAnswers, Signal, acquisition_signals
 from acqsynth.rewards.texts import Embedder, NgramEmbedder
@@ -156,6 +157,7 @@ class ComposedReward:
         self.history: dict[str, list[float]] = {name: [] for name in names}
         self.masked = 0  #: samples without a total so far
         self.failures = 0  #: calls of a part that raised so far
+        self._parsed = False  #: whether a text has parsed, or its absence was told
 
     @classmethod
     def default(
@@ -189,6 +191,10 @@ class ComposedReward:
             scoring: options of Scorer.
             options: of ComposedReward.
         """
+        require_samples("seeds", seeds)
+        if reference is not None and not isinstance(reference, acqcore.Reference):
+            require_samples("reference", reference)
+        require_samples("evaluation", evaluation)
         drawn = None if engine is None else SampledAnswers(engine, domain, **(answers or {}))
         passes = dict(scoring or {})
         acquisitions: dict[str, dict[str, Any]] = {"mutual_information": {}}
@@ -239,7 +245,7 @@ class ComposedReward:
         Returns:
             n totals; None (masked from the advantage) if a scorer failed.
         """
-        groups = [prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True) for prompt in prompts]
+        groups = [prompt_key(prompt) for prompt in prompts]
         rewards = self._score([completion_text(c) for c in completions], groups, True, by_runs=True)
         _log(
             self.__name__,
@@ -254,7 +260,8 @@ class ComposedReward:
         """What is logged of a call; undefined numbers are left out.
 
         ``gated/<gate>`` and ``masked``: shares of the samples. ``<signal>/mean``, ``<signal>/length_correlation`` and
-        the same of ``total``: over the samples that passed. ``archive/<signal or gate>``: entries held.
+        the same of ``total``: over the samples that passed. ``archive/<signal or gate>``: entries held. And what a part
+        has in ``logged``.
         """
         n = len(rewards.total)
         found = {f"gated/{name}": passes.count(False) / n for name, passes in rewards.gates.items()}
@@ -262,6 +269,8 @@ class ComposedReward:
         total = [value if ok else None for value, ok in zip(rewards.total, rewards.passed, strict=True)]
         for name, values in (rewards.components | {"total": total}).items():
             found |= {f"{name}/{key}": number for key, number in _summary(values, rewards.lengths).items()}
+        for part in self._parts():
+            found |= {f"{part.name}/{key}": number for key, number in getattr(part, "logged", {}).items()}
         return found | {f"archive/{part.name}": len(part) for part in self._parts() if hasattr(part, "__len__")}
 
     def refresh(self, student: Any) -> None:
@@ -313,6 +322,14 @@ class ComposedReward:
         batch = Batch()
         for entry in local:
             self._parse(entry)
+        if update and local and not self._parsed:
+            self._parsed = True  # or said once
+            if all(entry.sample is None for entry in local):
+                logger.warning(
+                    "%s: none of the first %d texts parses as a sample of the domain %r, so each gets the least "
+                    "reward; Domain.generator_prompt asks a generator for the form",
+                    self.__name__, len(local), self.domain.name,
+                )  # fmt: skip
         for gate in self.gates:
             self._gate(gate, [entry for entry in local if entry.valid], batch)
         ranks, own = self._gathered(local, batch)
@@ -535,6 +552,7 @@ class AcquisitionReward:
         self.acquisition = acquisition
         self.parse = parse
         self.masked = 0  #: samples that could not be scored so far
+        self._parsed = False  #: whether a text has parsed, or its absence was told
 
     def __call__(
         self,
@@ -562,13 +580,20 @@ class AcquisitionReward:
             RuntimeError: the student comes from the environment, and ``ACQSYNTH_STUDENT`` is not set.
             ValueError, TypeError: as ``acqcore.score``.
         """
+        if not self._parsed:
+            self.scorer.check()  # even if nothing parses
         samples = [self._sample(completion) for completion in completions]
-        values, lengths = self.scorer([sample for sample in samples if sample is not None])
+        values, lengths = self.scorer([sample for sample in samples if _parsed(sample)])
         return self._rewards(samples, values[self.acquisition], lengths, log_extra, log_metric)
 
     def _sample(self, completion: Completion) -> Any:
+        """What ``parse`` gives; ``_FAILED`` where it fails on this text."""
         text = completion_text(completion)
-        return None if text is None else self.parse(text)
+        try:
+            return None if text is None else self.parse(text)
+        except Exception:
+            logger.exception("%s: parse failed on a text", self.__name__)
+            return _FAILED
 
     def _rewards(
         self,
@@ -580,7 +605,16 @@ class AcquisitionReward:
     ) -> list[float | None]:
         """Rewards of n samples, None for text that does not parse, from values and lengths of the others."""
         n, each = len(samples), iter(zip(scored, counts, strict=True))
-        pairs = [(None, 0) if sample is None else next(each) for sample in samples]
+        pairs = [next(each) if _parsed(sample) else (None, 0) for sample in samples]
+        if samples and not self._parsed:
+            self._parsed = True  # or said once
+            if all(sample is None for sample in samples):
+                logger.warning(
+                    "%s: none of the first %d completions has the form that parse=%s reads, so each gets the least "
+                    "reward; ask for <question>...</question><answer>...</answer> in the prompts, or pass "
+                    "parse=acqsynth.parsing.as_text to score whole completions",
+                    self.__name__, n, getattr(self.parse, "__name__", type(self.parse).__name__),
+                )  # fmt: skip
         values, lengths = [value for value, _ in pairs], [length for _, length in pairs]
         floor = min([0.0, *(value for value in values if value is not None)])
         rewards = [floor if sample is None else value for sample, value in zip(samples, values, strict=True)]
@@ -662,7 +696,7 @@ class RemoteAcquisitionReward(AcquisitionReward):
             acqsynth.serve.client.ScorerError: the server refuses the request: a wrong token or acquisition.
         """
         samples = [self._sample(completion) for completion in completions]
-        given = [sample for sample in samples if sample is not None]
+        given = [sample for sample in samples if _parsed(sample)]
         values, lengths = await self.client.score(given, (self.acquisition,), **self._spec)
         return self._rewards(samples, values[self.acquisition], lengths, log_extra, log_metric)
 
@@ -678,12 +712,35 @@ def completion_text(completion: Completion) -> str | None:
     if isinstance(completion, str):
         return completion
     for message in reversed(completion):
-        if message["role"] == "assistant":
+        if message.get("role") == "assistant":
             content = message.get("content")
             if isinstance(content, list):  # blocks, as for a model that also takes images
-                content = "".join(block["text"] for block in content if block["type"] == "text")
-            return content
+                content = "".join(block.get("text", "") for block in content if block.get("type") == "text")
+            return content if isinstance(content, str) else None
     return None
+
+
+def prompt_key(prompt: Any) -> str:
+    """A text by which equal prompts are equal, whatever objects (images) they hold."""
+    return prompt if isinstance(prompt, str) else json.dumps(_hashable(prompt), sort_keys=True)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _hashable(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hashable(part) for part in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    content = value.tobytes() if hasattr(value, "tobytes") else value if isinstance(value, bytes) else b""
+    return [type(value).__qualname__, hashlib.sha256(content).hexdigest() if content else str(value)]
+
+
+_FAILED = object()  #: the sample of a text that the parser fails on
+
+
+def _parsed(sample: Any) -> bool:
+    return sample is not None and sample is not _FAILED
 
 
 def _summary(values: Sequence[float | None], lengths: Sequence[int]) -> dict[str, float]:
