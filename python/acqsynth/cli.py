@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from acqsynth import config as recipes, pipeline
+from acqsynth import config as recipes, pipeline, preflight
 from acqsynth.config import ConfigError
 from acqsynth.pipeline import Plan
 from acqsynth.serve.options import add_arguments as add_serve_arguments
@@ -67,6 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _serve(options)
     try:
         plan = pipeline.plan(recipes.load(options.recipe, [*options.overrides, *rest]))
+        preflight.on_this_machine(plan.config)
     except ConfigError as error:
         print(f"acqsynth: error: {error}", file=sys.stderr)
         return 2

@@ -54,7 +54,7 @@ class Source(Section):
     """Where rows come from."""
 
     source: str
-    """hub id (openai/gsm8k:main names a configuration), path of a .jsonl or .parquet file, bundled:mathematics or
+    """hub id (openai/gsm8k:main names a configuration), path of a .jsonl, .csv or .parquet file, bundled:mathematics or
     bundled:word_problems for rows of the package, or world:<seed> in the domain arithmetic"""
     split: str = "train"
     """split of a hub data set; a local file has none"""

@@ -24,7 +24,6 @@ import json
 import math
 import random
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,11 +31,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from acqsynth import engines
+from acqsynth import engines, preflight
 from acqsynth.config import (
     BUNDLED,
     Config,
-    ConfigError,
     DataConfig,
     EngineConfig,
     LabellingConfig,
@@ -48,6 +46,7 @@ from acqsynth.config import (
 )
 from acqsynth.domains import Domain, Sample, domain as find_domain
 from acqsynth.engines import Engine, Sampling
+from acqsynth.preflight import validity_reward
 from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT
 from acqsynth.seeds import bundled
 from acqsynth.steps import (
@@ -168,7 +167,7 @@ def plan(config: Config) -> Plan:
     Raises:
         ConfigError: an option that a library, the domain or the reward does not have, or a value that it refuses.
     """
-    check(config)
+    preflight.check(config)
     others = {name: other.domain or config.domain for name, other in config.evaluation.others.items()}
     method = config.generator.method
     found = Plan(config, {IN_DISTRIBUTION: config.domain, **others}, "no_rl" if method == "none" else method)
@@ -313,42 +312,6 @@ def plan(config: Config) -> Plan:
         arms=found.arms, validity=found.validity,
     )  # fmt: skip
     return found
-
-
-def check(config: Config) -> None:
-    """Makes every object that the recipe configures, so that a dry run finds what a run would find hours later.
-
-    Raises:
-        ConfigError: names the key.
-    """
-    from acqsynth import label, train
-    from acqsynth.rewards import build
-
-    domain = _checked("domain", find_domain, config.domain)
-    generator, student, reward = config.generator, config.student, config.reward
-    if generator.method in ("grpo", "dpo"):
-        _checked("generator", train.configuration, generator.method, generator.options, "unused")
-    _checked("student", train.configuration, "sft", student.options, "unused")
-    fits = {"save_strategy": "no", **student.options, **config.evaluation.validity.options}
-    _checked("evaluation.validity", train.configuration, "sft", fits, "unused")
-    _checked("engine", engines.check, config.engine.name, config.engine.options)
-    for key, labelling in (("labelling", config.labelling), ("reward.labelling", reward.labelling)):
-        if labelling is not None and labelling.method != "own":
-            _checked(key, label.Labeller, labelling, domain, lambda: None)
-    _checked("reward", build.check, reward, domain)
-    if config.evaluation.validity.batches:
-        _checked("evaluation.validity", build.check, _validity_reward(reward, config.evaluation.validity), domain)
-    for name, other in config.evaluation.others.items():
-        _checked(f"evaluation.others.{name}", find_domain, other.domain or config.domain)
-
-
-def _checked(key: str, make: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return make(*arguments)
-    except (ValueError, TypeError) as error:
-        told = " ".join(str(error).split())
-        raise ConfigError(told if told.startswith(f"{key}:") else f"{key}.{told}") from error
 
 
 def _share(n: int, i: int, rounds: int) -> int:
@@ -724,7 +687,7 @@ def measure_validity(
     from acqsynth.evaluate import evaluate
 
     domain, gold = find_domain(scoring.domain), read_rows(scoring.evaluation)
-    reward = replace(scoring, reward=_validity_reward(scoring.reward, validity)).build()
+    reward = replace(scoring, reward=validity_reward(scoring.reward, validity)).build()
     before = fmean(read_table(base)["right"])
     batches = _batches(read_rows(real), validity.batches, validity.rows, seed)
 
@@ -743,14 +706,6 @@ def measure_validity(
         return {"skill": skill, "rows": len(batch), "scores": scores, "gain": after.accuracy - before}
 
     context.write("batches.json", list(context.chunks("batches", batches, 1, measure)))
-
-
-def _validity_reward(reward: RewardConfig, validity: ValidityConfig) -> RewardConfig:
-    """The reward whose signals are put to the test."""
-    if not validity.signals:
-        return reward
-    signals = {name: (reward.signals or {}).get(name, {}) for name in validity.signals}
-    return reward.model_copy(update={"signals": signals, "weights": {}, "paper_compat": False})
 
 
 def _batches(pool: Sequence[Sample], n: int, size: int, seed: int) -> list[tuple[str | None, list[Sample]]]:

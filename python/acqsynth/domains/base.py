@@ -65,7 +65,7 @@ class Domain(ABC):
         columns: Mapping[str, str] | None = None,
         limit: int | None = None,
     ) -> list[Sample]:
-        """Rows of a hub data set or a local jsonl or parquet file, in file order.
+        """Rows of a hub data set or a local jsonl, csv or parquet file, in file order.
 
         Args:
             source: a hub id (``openai/gsm8k:main`` names a configuration after the colon), or a path.

@@ -207,7 +207,10 @@ def _signals(
 def _embedder(name: str) -> Any:
     if name == "ngram":
         return NgramEmbedder()
-    return SentenceEmbedder(None if name == "minilm" else name)
+    try:
+        return SentenceEmbedder(None if name == "minilm" else name)
+    except FileNotFoundError as error:
+        raise ValueError(f"embedder: {error}") from error
 
 
 def _picked(gates: Sequence[Gate], names: Sequence[str] | None) -> list[Gate]:
