@@ -99,8 +99,9 @@ class Scoring:
     domain: str
     engine: EngineConfig
     student: Any  #: the model that scores
-    seeds: Any  #: rows that the generator is shown, and the reference of influence
+    seeds: Any  #: rows that the generator is shown
     evaluation: Any  #: rows that no sample may repeat
+    reference: Any  #: rows whose loss should fall, for influence
 
     def build(self) -> Any:
         """The reward."""
@@ -113,6 +114,7 @@ class Scoring:
             self.engine,
             seeds=read_rows(self.seeds),
             evaluation=read_rows(self.evaluation),
+            reference=read_rows(self.reference),
         )
 
 
@@ -193,7 +195,10 @@ def plan(config: Config) -> Plan:
     def scoring(student: Any = None) -> Scoring:
         scorer = student if student is not None else Model(config.reward.student or config.student.model)
         evaluation = rows / f"evaluation-{IN_DISTRIBUTION}.parquet"
-        return Scoring(config.reward, config.domain, config.engine, scorer, rows / "seeds.parquet", evaluation)
+        reference = rows / ("reference.parquet" if config.data.reference else "seeds.parquet")
+        return Scoring(
+            config.reward, config.domain, config.engine, scorer, rows / "seeds.parquet", evaluation, reference
+        )
 
     def answer(name: str, model: Any, sets: Mapping[str, str] | None = None) -> Step:
         asked = {f"evaluation-{key}": domain for key, domain in found.sets.items()} if sets is None else sets
@@ -325,8 +330,9 @@ def _share(n: int, i: int, rounds: int) -> int:
 def collect_rows(
     context: StepContext, *, domain: str, data: DataConfig, others: Mapping[str, OtherSource], limit: int | None
 ) -> None:
-    """Writes ``seeds``, ``held_out``, ``real``, ``evaluation-<set>`` and, if the recipe has it, ``replay`` as parquet,
-    and ``rows.json`` with their sizes. Rows of an evaluation set are left out of the first three."""
+    """Writes ``seeds``, ``held_out``, ``real``, ``evaluation-<set>`` and, if the recipe has them, ``reference`` and
+    ``replay`` as parquet, and ``rows.json`` with their sizes. Rows of an evaluation set are left out of the first three
+    and of ``reference``, which has none of ``seeds`` either."""
     own = find_domain(domain)
 
     def load(key: str, source: Source) -> list[Sample]:
@@ -340,13 +346,18 @@ def collect_rows(
         write_rows(context.folder / f"evaluation-{name}.parquet", found)
     known = {_plain(sample.question) for found in tests.values() for sample in found}
     seeds = load("data.seeds", data.seeds)
-    for name, source in (("seeds", None), ("held_out", data.held_out), ("real", data.real)):
+    shown = {_plain(sample.question) for sample in seeds}
+    pools = [("seeds", None, known), ("held_out", data.held_out, known), ("real", data.real, known)]
+    if data.reference is not None:
+        pools.append(("reference", data.reference, known | shown))
+    for name, source, taken in pools:
         loaded = seeds if source is None else load(f"data.{name}", source)
-        pool = [sample for sample in loaded if _plain(sample.question) not in known]
+        pool = [sample for sample in loaded if _plain(sample.question) not in taken]
+        others_of = "the seeds or an evaluation set" if name == "reference" else "an evaluation set"
         if not pool:
-            raise StepError(f"data.{name}: every row is also in an evaluation set")
+            raise StepError(f"data.{name}: every row is also in {others_of}")
         if left_out := len(loaded) - len(pool):
-            context.say(f"data.{name}: {left_out} rows are also in an evaluation set and are left out")
+            context.say(f"data.{name}: {left_out} rows are also in {others_of} and are left out")
         sizes[name] = {"rows": len(pool), "left_out": left_out}
         write_rows(context.folder / f"{name}.parquet", pool)
     if data.replay is not None:
@@ -743,7 +754,7 @@ def write_report(
     from acqsynth import train
     from acqsynth.report import metrics, render
 
-    bootstrap = {key: recipe["evaluation"][key] for key in ("resamples", "level")} | {"seed": recipe["seed"]}
+    level = recipe["evaluation"]["level"]
     found = metrics.collect(
         sets=sets,
         main=main,
@@ -760,7 +771,7 @@ def write_report(
             for arm in arms.values()
             for key, folder in arm.fits.items()
         },
-        bootstrap=bootstrap,
+        level=level,
     )
     found["recipe"] = recipe
     for name, arm in arms.items():
@@ -777,6 +788,10 @@ def write_report(
     found["training"] = metrics.training([train.read_log(model) for model in trained]) if trained else None
     tables = [read_table(path) for model in trained for path in sorted(model.glob("completions/*.parquet"))]
     found["samples"] = metrics.samples(tables or [read_table(arms[main].written[0] / "samples.parquet")])
+    if constant := metrics.constant_signals(tables):
+        said = f"The reward had no help from {', '.join(constant)}, of one value for every completion."
+        found["verdict"].append({"kind": "note", "text": said})
+    bootstrap = {"resamples": recipe["evaluation"]["resamples"], "level": level, "seed": recipe["seed"]}
     found["validity"] = metrics.validity(_json(validity / "batches.json"), **bootstrap) if validity else None
     context.write("metrics.json", found)
     (context.folder / "report.html").write_text(render(found), encoding="utf-8")

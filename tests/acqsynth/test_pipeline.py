@@ -331,7 +331,7 @@ def scoring(sums, student_path, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "find_domain", lambda name: sums)
     write_rows(tmp_path / "seeds.parquet", SEEDS)
     reward = RewardConfig(answers={"k": 2, "max_tokens": 4}, refresh_steps=2)
-    return Scoring(reward, "sums", EngineConfig(), student_path, tmp_path / "seeds.parquet", tmp_path / "seeds.parquet")
+    return Scoring(reward, "sums", EngineConfig(), student_path, *[tmp_path / "seeds.parquet"] * 3)
 
 
 def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp_path):

@@ -49,6 +49,7 @@ def build(
     *,
     seeds: Sequence[Sample],
     evaluation: Sequence[Sample],
+    reference: Sequence[Sample] | None = None,
 ) -> ComposedReward:
     """The composed reward of a recipe.
 
@@ -57,8 +58,9 @@ def build(
         domain: of the samples.
         student: path or hub id of the student that scores.
         engine: samples the student's answers; None makes no engine, for a reward that is never called.
-        seeds: rows that the generator is shown, and the reference of influence.
+        seeds: rows that the generator is shown.
         evaluation: rows that no sample may repeat.
+        reference: rows whose loss should fall, for influence; by default the seeds.
 
     Raises:
         ValueError, TypeError: an unknown signal, gate or option, or a value out of range; names the key.
@@ -75,7 +77,8 @@ def build(
     if sampled:
         options = {"top2": "confidence" in wanted, **config.answers}
         drawn = _named("answers", SampledAnswers, answering, domain, **options)
-    signals = _signals(config, wanted, domain, student, drawn, seeds, scoring)
+    aim = seeds if reference is None else reference
+    signals = _signals(config, wanted, domain, student, drawn, seeds, aim, scoring)
     if config.paper_compat:
         return PaperReward(domain, signals[0])
     gates = _named(
@@ -172,6 +175,7 @@ def _signals(
     student: str,
     drawn: Any,
     seeds: Sequence[Sample],
+    aim: Sequence[Sample],
     scoring: Mapping[str, Any],
 ) -> list[Signal]:
     """The signals in the order of the recipe; acquisitions share one pass."""
@@ -193,7 +197,7 @@ def _signals(
             kind, arguments, fixed = kinds[name]
             made[name] = _named(f"signals.{name}", kind, *arguments, **fixed, **options)
         elif name in acqcore.acquisitions():
-            reference = {"reference": list(seeds[: config.reference])} if name == "influence" else {}
+            reference = {"reference": list(aim[: config.reference])} if name == "influence" else {}
             acquisitions[name] = reference | options
         else:
             known = ", ".join((*kinds, *acqcore.acquisitions()))
