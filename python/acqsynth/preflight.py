@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,5 +130,7 @@ def _checked(key: str, make: Callable[..., Any], *arguments: Any) -> Any:
         told = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
             told = f"{type(error).__name__}: {told}"
-        separator = "." if isinstance(error, (ValueError, TypeError)) else ": "
+        # Of a value, the message may begin with a key of its own.
+        of_key = isinstance(error, (ValueError, TypeError)) and re.match(r"[a-z_]+(\.[a-z_]+)*: ", told)
+        separator = "." if of_key else ": "
         raise ConfigError(told if told.startswith(f"{key}:") else f"{key}{separator}{told}") from error
