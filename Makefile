@@ -27,7 +27,7 @@ INTERPRETED := tests/kernels tests/test_triton.py tests/test_row_stats.py tests/
 FUZZED := tests/test_fuzz.py tests/acqsynth/domains/test_fuzz.py tests/acqsynth/serve/test_fuzz.py \
 	tests/acqsynth/serve/test_abuse.py
 # What the C++ algorithms do, on every instruction set that this machine has.
-SANITIZED := tests/test_backends.py tests/test_row_stats.py tests/test_logit_stats.py tests/test_head_grad.py \
+SANITIZED := tests/test_row_stats.py tests/test_logit_stats.py tests/test_head_grad.py \
 	tests/test_head_visit.py tests/test_bayes.py tests/test_slots.py
 SANITIZE := build/sanitize
 FUZZ_MINUTES ?= 60

@@ -19,4 +19,4 @@ preload=$("$compiler" -print-file-name=libasan.so):$("$compiler" -print-file-nam
 echo "[sanitize] $("$compiler" --version | head -1)"
 ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:detect_stack_use_after_return=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	LD_PRELOAD=$preload PYTHONSAFEPATH=1 PYTHONPATH=$build/site \
-	"$PYTHON" -m pytest --import-mode=importlib -q -k "cpu and not memory" "$@"
+	"$PYTHON" -m pytest --import-mode=importlib -q -k "cpu and not memory and not never_hold" "$@"
