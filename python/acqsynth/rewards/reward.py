@@ -31,12 +31,14 @@ influence may be, text that does not parse gets the least value of its call.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import hashlib
 import json
 import logging
 import statistics
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -343,7 +345,7 @@ class ComposedReward:
             accepted = batch.part(e.sample for e in entries if e.sample is not None and e.valid and e.total is not None)
             for part in self._parts():
                 if hasattr(part, "accept"):
-                    self._guarded(part.name, partial(_accept, part), accepted)
+                    self._guarded(part.name, partial(_accept, part), list(accepted))
         mine = ranks[own]
         self.masked += sum(entry.total is None for entry in mine)
         return Rewards(
@@ -396,18 +398,31 @@ class ComposedReward:
                 entry.values[signal.name] = value if value is not None and abs(value) < float("inf") else None
 
     def _guarded(self, name: str, function: Callable[[Any], Sequence[Any]], samples: Sequence[Any]) -> Sequence[Any]:
-        """What the function gives for n samples, or None for each if it fails."""
+        """What the function gives for n samples; None for each that it fails on.
+
+        A function that fails on all together is asked for one at a time, so that one sample masks itself alone, until
+        ``_TRIES`` in a row have failed too: then it is not for the samples.
+        """
         if not samples:
             return []
         try:
-            values = function(samples)
-            if len(values) != len(samples):
-                raise ValueError(f"{name}: expected {len(samples)} values, one a sample, got {len(values)}")
-        except Exception:
+            return _called(name, function, samples)
+        except Exception as error:
             logger.exception("%s: %r failed on %d samples", self.__name__, name, len(samples))
             self.failures += 1
-            return [None] * len(samples)
-        return values
+            together = isinstance(error, _WrongLengthError) or getattr(function, "set_level", False)
+        found: list[Any] = [None] * len(samples)
+        if len(samples) > 1 and isinstance(samples, Batch) and not together:
+            in_a_row = 0
+            for i, sample in enumerate(samples):
+                try:
+                    [found[i]] = _called(name, function, samples.part([sample]))
+                    in_a_row = 0
+                except Exception:
+                    in_a_row += 1
+                    if in_a_row == _TRIES and all(value is None for value in found):
+                        break
+        return found
 
     def _total(self, entries: Sequence[_Entry], update: bool) -> None:
         valid = [entry for entry in entries if entry.valid]
@@ -474,6 +489,20 @@ class _Entry:
     @property
     def length(self) -> int:
         return len(self.text or "") if self.sample is None else sample_length(self.sample)
+
+
+_TRIES = 3
+
+
+class _WrongLengthError(ValueError):
+    """A part gives another number of values than it got samples, which is no fault of a sample."""
+
+
+def _called(name: str, function: Callable[[Any], Sequence[Any]], samples: Sequence[Any]) -> Sequence[Any]:
+    values = function(samples)
+    if len(values) != len(samples):
+        raise _WrongLengthError(f"{name}: expected {len(samples)} values, one a sample, got {len(values)}")
+    return values
 
 
 def _accept(part: Any, samples: Sequence[Sample]) -> Sequence[Sample]:
@@ -586,6 +615,10 @@ class AcquisitionReward:
         values, lengths = self.scorer([sample for sample in samples if _parsed(sample)])
         return self._rewards(samples, values[self.acquisition], lengths, log_extra, log_metric)
 
+    def rewards(self, prompts: Sequence[Any], completions: Sequence[Completion]) -> list[float | None]:
+        """The same, for callers of their own: in a script or notebook, whether the reward is here or at a url."""
+        return self(prompts, completions)
+
     def _sample(self, completion: Completion) -> Any:
         """What ``parse`` gives; ``_FAILED`` where it fails on this text."""
         text = completion_text(completion)
@@ -632,8 +665,8 @@ class AcquisitionReward:
 class RemoteAcquisitionReward(AcquisitionReward):
     """What ``AcquisitionReward(url=...)`` makes: the same numbers from a server, awaited.
 
-    TRL awaits all such rewards of a step together. Samples without an answer after all retries (see
-    :class:`acqsynth.serve.client.ScorerClient`) are masked, counted in ``masked`` and logged.
+    TRL awaits all such rewards of a step together; elsewhere call :meth:`rewards`. Samples without an answer after all
+    retries (see :class:`acqsynth.serve.client.ScorerClient`) are masked, counted in ``masked`` and logged.
 
     Args:
         student: None; the server has one.
@@ -699,6 +732,11 @@ class RemoteAcquisitionReward(AcquisitionReward):
         given = [sample for sample in samples if _parsed(sample)]
         values, lengths = await self.client.score(given, (self.acquisition,), **self._spec)
         return self._rewards(samples, values[self.acquisition], lengths, log_extra, log_metric)
+
+    def rewards(self, prompts: Sequence[Any], completions: Sequence[Completion]) -> list[float | None]:
+        """As :meth:`AcquisitionReward.rewards`; waits for the answer, where the call itself is a coroutine."""
+        with ThreadPoolExecutor(1) as pool:  # a notebook has an event loop of its own
+            return pool.submit(asyncio.run, self(prompts, completions)).result()
 
 
 @functools.cache
