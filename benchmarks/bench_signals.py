@@ -10,13 +10,13 @@ questions of the skill, scored with the base model. The reference of influence i
 Seeds 0 to 6 served to tune the world, this file and the default reward's weights, so that they are not among those
 reported.
 
-Signals are reduced and fused as the recipe ``arithmetic`` does: a sum over tokens, and ``z`` within groups, here of one
-question of each skill. ``p(1-p), verified`` is 0 where nothing proves the answer, so the coin counts in its ranking too.
+Signals are reduced and fused as in the recipe ``arithmetic``: a sum over tokens, and ``z`` within groups, here of one
+question of each skill. ``p(1-p), verified`` is 0 where nothing proves the answer, so its ranking has the coin too.
 
-A rank correlation over nine skills has a wide null: of independent rankings 95 % lie within +-0.67, and the skills are
-the same for every seed, so that averaging over seeds does not narrow it as it would for new ones. ``null`` in the table is
-that range for the mean over the seeds, from permutations of the skills that are the same for all of them; ``p`` is the
-share of these whose correlation is at least as large.
+A rank correlation over nine skills says little by itself: between independent rankings it lies within +-0.67 in 95 % of
+cases. Every seed has the same skills, so its mean over five seeds still varies within +-0.55. The table gives this
+range (``null``) from permutations of the skills that are the same for all seeds, and ``p``, the share of permutations
+with a correlation at least as large.
 
 Times are the least of three, of all that a signal needs on its own, the sampling of answers included.
 """
@@ -201,8 +201,8 @@ def against_gains(values: Values, gains: dict[str, float], own: dict[str, float]
 
 
 def joint_permutations(results: Sequence[dict[str, Any]], signal: str, n: int = 5000) -> tuple[float, float, float]:
-    """2.5 % and 97.5 % of the mean rank correlation with the mean gain under permutations of the skills that are the same
-    for all seeds, and the share of these at least as large as the one found."""
+    """2.5 % and 97.5 % of the mean rank correlation with the mean gain under permutations of the skills, the same for
+    all seeds, and the share of permutations with one at least as large as found."""
     means, gains = [], []
     for result in results:
         found = result["signals"][signal]["means"]
