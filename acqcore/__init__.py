@@ -19,9 +19,11 @@ from acqcore.literals import Reduction
 from acqcore.row_stats import RowStats, logit_stats, row_stats
 from acqcore.scores import Scores
 from acqcore.scoring.api import score, score_stream
+from acqcore.scoring.calibration import calibrate_dropout
 from acqcore.scoring.gradients import badge_embedding, grad_norm, grad_sketch, influence, influence_reference
 from acqcore.selection.diversity import Archive, gradient_diversity, vendi_score
 from acqcore.selection.subsets import select
+from acqcore.selection.trust import label_trust
 from acqcore.students.samples import Row, encode
 from acqcore.students.sharding import loading_whole
 from acqcore.students.student import Student
@@ -50,6 +52,7 @@ __all__ = [
     "acquisitions",
     "backends",
     "badge_embedding",
+    "calibrate_dropout",
     "encode",
     "ensemble_stats",
     "grad_norm",
@@ -60,6 +63,7 @@ __all__ = [
     "hidden_grad_norm",
     "influence",
     "influence_reference",
+    "label_trust",
     "loading_whole",
     "logit_stats",
     "mutual_information",

@@ -55,6 +55,19 @@ def delta_hash(
     columns: int,
     out: int,  # float32 [N, columns], written
 ) -> None: ...
+def fisher_sums(
+    isa: str,
+    head: HeadArgs,
+    state: int,
+    index: int,
+    probes: int,
+    seed: int,
+    samples: int,
+    positions: int,
+    sums: int,
+    signed_sums: int,
+    squares: int,
+) -> None: ...
 def hidden_grad(
     isa: str,
     head: HeadArgs,

@@ -14,6 +14,8 @@ Parameters: TypeAlias = Literal["head", "trainable", "all"] | int
 Layers: TypeAlias = Literal["all", "own"] | int
 #: Dropout of single columns of the last hidden state, or of groups of them.
 Form: TypeAlias = Literal["element", "block"]
+#: What is uncertain in the linear form of mutual information: activations under dropout, or weights.
+Posterior: TypeAlias = Literal["dropout", "isotropic"]
 Similarity: TypeAlias = Literal["cosine", "dot"]
 #: Of :func:`acqcore.select`.
 Method: TypeAlias = Literal["top_k", "k_center", "facility_location", "badge", "log_det"]

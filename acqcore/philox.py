@@ -1,7 +1,8 @@
-"""Dropout masks from counters: Philox 4x32-10, the same on every backend, machine and batch.
+"""Dropout masks and signs from counters: Philox 4x32-10, the same on every backend, machine and batch.
 
-A mask is a function of (seed, draw, site, sample, position in the sample, column). It is found again where it is
-needed, not stored. The compiled backends have the same function in csrc/philox.h and kernels/philox.py.
+A mask is a function of (seed, draw, site, sample, position in the sample, column), a sign of (seed, probe, sample,
+position, column). Both are recomputed where they are needed, not stored. The compiled backends have the same functions
+in csrc/philox.h and kernels/philox.py.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
 """
@@ -16,6 +17,10 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _WORD = 0xFFFFFFFF
+
+#: The site that signs take in a counter; those of masks count a model's layers from 0.
+SIGN_SITE = 0xFFFF
+_SIGNS_PER_COUNTER = 128
 
 
 def philox4x32(
@@ -56,3 +61,40 @@ def keep_mask(
     counter = (group, positions[:, None] & _WORD, samples[:, None] & _WORD, last)
     words = philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD))  # [N, units / 4, 4]
     return words.flatten(1)[:, :units] >= threshold(p)
+
+
+def signs(
+    samples: torch.Tensor,  # [N] int64
+    positions: torch.Tensor,  # [N] int64
+    columns: slice,
+    seed: int,
+    probe: int,
+) -> torch.Tensor:
+    """Independent fair signs of the columns of each row, ``[N, columns]`` bool, True for +1.
+
+    Column v takes bit ``v % 32`` of word ``v // 32 % 4`` of the counter ``(v // 128, position, sample,
+    probe | 0xFFFF << 16)`` under the seed's two halves.
+    """
+    first, last = columns.start // _SIGNS_PER_COUNTER, -(-columns.stop // _SIGNS_PER_COUNTER)
+    group = torch.arange(first, last, device=samples.device)
+    last_word = torch.tensor(probe | SIGN_SITE << 16, device=samples.device)
+    counter = (group, positions[:, None] & _WORD, samples[:, None] & _WORD, last_word)
+    words = philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD)).flatten(1)  # [N, groups * 4]
+    bits = words[:, :, None] >> torch.arange(32, device=samples.device) & 1
+    skipped = columns.start - first * _SIGNS_PER_COUNTER
+    return bits.flatten(1)[:, skipped : skipped + columns.stop - columns.start].bool()
+
+
+def sign_of(
+    samples: torch.Tensor,  # [N] int64
+    positions: torch.Tensor,  # [N] int64
+    columns: torch.Tensor,  # [N] int64
+    seed: int,
+    probe: int,
+) -> torch.Tensor:
+    """The sign of one column of each row, ``[N]`` int64, +1 or -1."""
+    last = torch.tensor(probe | SIGN_SITE << 16, device=samples.device)
+    counter = (columns // _SIGNS_PER_COUNTER, positions & _WORD, samples & _WORD, last)
+    words = philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD))  # [N, 4]
+    word = words.gather(1, (columns // 32 % 4)[:, None])[:, 0]
+    return (word >> columns % 32 & 1) * 2 - 1

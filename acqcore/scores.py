@@ -20,6 +20,8 @@ class Scores(Mapping[str, torch.Tensor]):
     Attributes:
         n_tokens: ``[n]`` int64, scored tokens.
         valid: ``[n]`` bool, False where a value is NaN.
+        stderr: name -> ``[n]`` float32, standard errors of the values of stochastic acquisitions that estimate them
+            (mutual information in its linear form); NaN where there is one probe.
     """
 
     def __init__(
@@ -28,11 +30,13 @@ class Scores(Mapping[str, torch.Tensor]):
         n_tokens: torch.Tensor,  # [n] int64
         valid: torch.Tensor,  # [n] bool
         tokens: Mapping[str, list[torch.Tensor]] | None = None,  # name -> n of [n_tokens] float32
+        stderr: Mapping[str, torch.Tensor] | None = None,  # name -> [n] float32
     ) -> None:
         self._values = dict(values)
         self.n_tokens = n_tokens
         self.valid = valid
         self._tokens = tokens
+        self.stderr: Mapping[str, torch.Tensor] = {} if stderr is None else dict(stderr)
 
     @property
     def tokens(self) -> Mapping[str, list[torch.Tensor]]:
@@ -55,7 +59,8 @@ class Scores(Mapping[str, torch.Tensor]):
         return len(self._values)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row per sample: acquisitions, ``n_tokens`` and ``valid``, without per-token values.
+        """One row per sample: acquisitions, ``<name>_stderr`` of those with standard errors, ``n_tokens`` and
+        ``valid``, without per-token values.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -75,7 +80,8 @@ class Scores(Mapping[str, torch.Tensor]):
         return datasets.Dataset.from_dict({name: column.numpy() for name, column in self._columns().items()})
 
     def _columns(self) -> dict[str, torch.Tensor]:
-        return {**self._values, "n_tokens": self.n_tokens, "valid": self.valid}
+        errors = {f"{name}_stderr": column for name, column in self.stderr.items()}
+        return {**self._values, **errors, "n_tokens": self.n_tokens, "valid": self.valid}
 
     def __repr__(self) -> str:
         n, invalid = len(self.n_tokens), int((~self.valid).sum())

@@ -30,7 +30,9 @@ REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
     "grad_norm, head": ("grad_norm", {}),
     "mutual_information, last hidden state": ("mutual_information", {"layers": 0}),
     f"mutual_information, last {BLOCKS} blocks": ("mutual_information", {"layers": BLOCKS}),
-    "mutual_information, all blocks": ("mutual_information", {}),
+    "mutual_information, all blocks, 8 draws": ("mutual_information", {"layers": "all"}),
+    "mutual_information, linear, 2 probes": ("mutual_information", {"form": "linear", "probes": 2}),
+    "mutual_information, linear, 4 probes": ("mutual_information", {"form": "linear", "probes": 4}),
     f"influence, last {BLOCKS} blocks": ("influence", {"parameters": BLOCKS}),
 }
 

@@ -8,7 +8,9 @@ on equally many rows, answered by computation, and the student answers test ques
 ``random_real``  rows of the world, at random
 ``no_rl``        the generator as it is
 ``best_of_n``    rejection sampling on the default reward, as many completions as the training of ``rl: default`` drew
-``rl: <name>``   GRPO on a reward of that signal alone, or on the default reward; the same gates, fusion and steps
+``rl: <name>``   GRPO on a reward of that signal alone, or on the default reward; the same gates, fusion and steps.
+                 In ``default, draws`` and ``mutual_information, draws`` that signal is estimated by eight draws of
+                 dropout in all blocks, elsewhere in its linear form
 ===============  =====================================================================================================
 
 Forgetting is the change on the skills that make up less than half an even share of the rows that an arm learnt.
@@ -33,6 +35,8 @@ from acqsynth import config
 from acqsynth.domains.arithmetic import SKILLS
 from acqsynth.pipeline import Arm, plan as plan_of
 from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT
+from acqsynth.rewards.build import DEFAULT_SIGNALS
+from acqsynth.rewards.reward import DEFAULT_WEIGHTS, INFORMATION
 from acqsynth.steps import Store, read_rows, read_table
 from acqsynth.train import read_log
 from acqsynth.world import Settings, base_model
@@ -41,17 +45,26 @@ from benchmarks import harness
 TEST = 1400  # questions
 FITS = [0, 1]  # seeds of the student's fits in each arm
 LEVEL = 0.95
-DEFAULT = "rl: default"
+DEFAULT = "default"
+RL_DEFAULT = f"rl: {DEFAULT}"
+DRAWS = {"layers": "all", "draws": 8, "dropout": 0.05}
 BASELINES = ["random_real", "no_rl", "best_of_n"]
-#: Signals that teach alone, with their options.
-ALONE: dict[str, dict[str, Any]] = {
-    "entropy": {}, "grad_norm": {}, "mutual_information": {}, "varentropy": {}, "confidence": {},
-}  # fmt: skip
+#: Rewards -> their signals, with options and, where several count, weights; None is the recipe's own.
+REWARDS: dict[str, tuple[dict[str, dict[str, Any]], dict[str, float]] | None] = {
+    DEFAULT: None,
+    "default, draws": (DEFAULT_SIGNALS | {"mutual_information": DRAWS}, DEFAULT_WEIGHTS),
+    "entropy": ({"entropy": {}}, {}),
+    "grad_norm": ({"grad_norm": {}}, {}),
+    "mutual_information": ({"mutual_information": INFORMATION}, {}),
+    "mutual_information, draws": ({"mutual_information": DRAWS}, {}),
+    "varentropy": ({"varentropy": {}}, {}),
+    "confidence": ({"confidence": {}}, {}),
+}
 FEW = 0.5  #: of an even share: skills with less of the rows count as not trained
 
 
-def recipe(seed: int, output: Path, overrides: Sequence[str], reward: str | None = None) -> config.Config:
-    """The recipe of a seed: the default reward and the baselines, or one signal and none."""
+def recipe(seed: int, output: Path, overrides: Sequence[str], reward: str) -> config.Config:
+    """The recipe of a seed: the default reward and the baselines, or another reward and none."""
     base = base_model(Settings(seed=seed))
     common = {
         "generator.model": base,
@@ -62,18 +75,22 @@ def recipe(seed: int, output: Path, overrides: Sequence[str], reward: str | None
         "data.real.source": f"world:{10 * seed + 3}",
         "data.evaluation.limit": TEST,
         "evaluation.validity.batches": 0,
-        "baselines": [] if reward else f"[{', '.join(BASELINES)}]",
+        "baselines": f"[{', '.join(BASELINES)}]" if reward == DEFAULT else [],
         "seed": seed,
-        "output": output / f"seed-{seed}" / (reward or "default"),
+        "output": output / f"seed-{seed}" / reward,
     }
-    alone = {} if reward is None else {f"reward.signals.{reward}": json.dumps(ALONE[reward])}
-    return config.load("arithmetic", [*(f"{key}={value}" for key, value in (common | alone).items()), *overrides])
+    own: dict[str, Any] = {}
+    if (asked := REWARDS[reward]) is not None:
+        signals, weights = asked
+        own = {f"reward.signals.{name}": json.dumps(options) for name, options in signals.items()}
+        own |= {f"reward.weights.{name}": weight for name, weight in weights.items()}
+    return config.load("arithmetic", [*(f"{key}={value}" for key, value in (common | own).items()), *overrides])
 
 
-def one_seed(seed: int, output: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def one_seed(seed: int, output: Path, overrides: Sequence[str], rewards: Sequence[str]) -> dict[str, Any]:
     """Base accuracy by skill, and each arm's."""
     found: dict[str, Any] = {"seed": seed, "arms": {}}
-    for reward in (None, *ALONE):
+    for reward in rewards:
         plan = plan_of(recipe(seed, output, overrides, reward))
         store = Store(Path(plan.config.output))
         with store.locked():
@@ -81,10 +98,10 @@ def one_seed(seed: int, output: Path, overrides: Sequence[str]) -> dict[str, Any
                 if step.stage != "report":
                     store.run(step)
         for name, arm in plan.arms.items():
-            called = name if name in BASELINES else f"rl: {reward or 'default'}"
+            called = name if name in BASELINES else f"rl: {reward}"
             found["arms"][called] = measured(store, arm)
         found["base"] = by_skill([store.path(plan.base[STUDENT] / f"answers-{IN_DISTRIBUTION}.parquet")])
-        print(f"seed {seed}, {reward or 'default and baselines'}: done", flush=True)
+        print(f"seed {seed}, {reward}: done", flush=True)
     return found
 
 
@@ -143,14 +160,14 @@ def interval(values: Sequence[float]) -> str:
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown, a line for each arm; in points of 100."""
     lines = [
-        f"| arm | accuracy | {DEFAULT} minus it | weak skills | skills hardly trained, change | weak, traps in the "
+        f"| arm | accuracy | {RL_DEFAULT} minus it | weak skills | skills hardly trained, change | weak, traps in the "
         "rows | reward's share of a step |",
         "|---|---|---|---|---|---|---|",
     ]
     base = [result["base"] for result in results]
     lines.append(f"| base student | {interval([accuracy(skills) for skills in base])} | | ")
     lines[-1] += f"{interval([accuracy(skills, 'weak') for skills in base])} | | | |"
-    best = [accuracy(result["arms"][DEFAULT]["skills"]) for result in results]
+    best = [accuracy(result["arms"][RL_DEFAULT]["skills"]) for result in results]
     for name in results[0]["arms"]:
         arms = [result["arms"][name] for result in results]
         own = [accuracy(arm["skills"]) for arm in arms]
@@ -165,7 +182,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         shares = [arm["reward_share"] for arm in arms if arm["reward_share"] is not None]
         cells = [
             interval(own),
-            "" if name == DEFAULT else interval([a - b for a, b in zip(best, own, strict=True)]),
+            "" if name == RL_DEFAULT else interval([a - b for a, b in zip(best, own, strict=True)]),
             interval([accuracy(arm["skills"], "weak") for arm in arms]),
             interval(known) if known else "",
             f"{weak:.0%}, {traps:.0%}",
@@ -178,20 +195,22 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9, 10, 11])
+    parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS), metavar="NAME")
     parser.add_argument("--output", type=Path, default=Path("runs/loop"), help="artefacts; a run cut off goes on there")
     parser.add_argument("--results", type=Path, default=harness.RESULTS / "loop.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for tuning")
     arguments = parser.parse_args()
     results = []
     for seed in arguments.seeds:
-        results.append(one_seed(seed, arguments.output, arguments.overrides))
+        results.append(one_seed(seed, arguments.output, arguments.overrides, arguments.rewards))
         content = {
             "machine": harness.machine(),
             "settings": {"test": TEST, "fits": FITS, "overrides": arguments.overrides},
             "seeds": results,
         }
         arguments.results.write_text(json.dumps(content, indent=1) + "\n")
-    print(table(results))
+    if DEFAULT in arguments.rewards:
+        print(table(results))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ ASKED_APART = ("influence", "mutual_information", "gradient_diversity", "archive
 
 #: The default reward's signals as they are named here -> their weights; its ``diversity`` is of a run, not of a skill.
 FUSED = {
-    "mutual_information, layers=all": DEFAULT_WEIGHTS["mutual_information"],
+    "mutual_information, linear, 4 probes": DEFAULT_WEIGHTS["mutual_information"],
     "influence, all, cosine": DEFAULT_WEIGHTS["influence"],
     "p(1-p), verified": DEFAULT_WEIGHTS["learnability"],
 }
@@ -119,6 +119,11 @@ def signals(student: acqcore.Student, engine: Engine, reference: Sequence[Sample
     for layers in (0, "all"):
         asked = {"layers": layers}
         found[f"mutual_information, layers={layers}"] = partial(scored, student, "mutual_information", asked)
+    for probes in (1, 2, 4):
+        asked = {"form": "linear", "probes": probes}
+        found[f"mutual_information, linear, {probes} probes"] = partial(scored, student, "mutual_information", asked)
+        asked = {**asked, "posterior": "isotropic"}
+        found[f"mutual_information, isotropic, {probes} probes"] = partial(scored, student, "mutual_information", asked)
     found["p(1-p)"] = partial(learnability, engine, verified=False)
     found["p(1-p), verified"] = partial(learnability, engine, verified=True)
     return found

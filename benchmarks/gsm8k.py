@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 
 import acqcore
+from benchmarks.real_rows import FOLDER
 
-#: Holds ``math/gsm8k_test.jsonl`` and ``math/gsm8k_train.jsonl``: a question and an answer a line, as published.
-FOLDER = Path(os.environ.get("ACQCORE_DATA", "../shared/data"))
 TEST = FOLDER / "math" / "gsm8k_test.jsonl"
 TRAIN = FOLDER / "math" / "gsm8k_train.jsonl"
 

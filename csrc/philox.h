@@ -43,4 +43,8 @@ ACQCORE_PHILOX void mask_words(uint64_t seed, uint32_t group, uint32_t position,
   philox4x32(counter, key, out);
 }
 
+// The site that signs take in a counter: column v has bit v % 32 of word v / 32 % 4 of group v / 128, 1 for +1, and the
+// probe stands for the draw. Those of masks count a model's layers from 0.
+constexpr uint32_t kSignSite = 0xFFFF;
+
 }  // namespace acqcore

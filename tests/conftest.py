@@ -21,7 +21,7 @@ import acqcore
 from acqcore import _core
 from acqcore.acquisitions import REGISTRY, RowNeed
 from acqcore.backends import _BACKENDS, Gram, HeadRows
-from acqcore.backends.base import Backend, DrawRows, Dropout
+from acqcore.backends.base import Backend, DrawRows, Dropout, Probes
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.extension import matrix, pointer
 from acqcore.backends.triton import INTERPRETED
@@ -131,6 +131,14 @@ class OnDevice(Backend):
         moved = _to_device(squared)
         self.backend.head_grad_norm(self._rows(rows), bounds, _to_device(weights), moved)
         squared.copy_(moved)
+
+    def fisher_sums(
+        self, rows: HeadRows, probes: Probes, sums: torch.Tensor, signed: torch.Tensor, squares: torch.Tensor
+    ) -> None:
+        moved = _to_device(sums), _to_device(signed), _to_device(squares)
+        self.backend.fisher_sums(self._rows(rows), _tensors_to_device(probes), *moved)
+        for written, found in zip((sums, signed, squares), moved, strict=True):
+            written.copy_(found)
 
     def hidden_grad(self, rows: HeadRows, out: torch.Tensor) -> None:
         moved, moved_out = self._rows(rows), _to_device(out)

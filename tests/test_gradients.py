@@ -441,3 +441,15 @@ def test_a_quantised_parameter_is_named() -> None:
     student = acqcore.Student(trunk, acqcore.Head(torch.randn(320, 16)))
     with pytest.raises(ValueError, match=r"layer.weight is int8 tensor of shape \[16, 16\], which has no gradient"):
         grad_norm(student, make_samples(), "all")
+
+
+@pytest.mark.parametrize("parameters", [1, "trainable", "all"])
+def test_a_graph_that_the_model_begins_itself(parameters: Any, tiny_model: Callable[..., Any]) -> None:
+    """Trainers with gradient checkpointing make the embedding's output require a gradient; Phi's branches are
+    parallel, so that the second does not follow from the first."""
+    samples = make_samples()
+    for kind in ("Llama", "Phi"):
+        model = tiny_model(kind)
+        expected = grad_norm(model, samples, parameters, backend="eager")
+        model.enable_input_require_grads()
+        torch.testing.assert_close(grad_norm(model, samples, parameters, backend="eager"), expected)

@@ -52,6 +52,18 @@ REQUESTS = {
         (6, 1, 0, 2),
     ),
     "mutual information, influence": (("mutual_information", "influence"), {"influence": {}}, (6, 2, 1, 11)),
+    "linear": (("mutual_information",), {"mutual_information": {"form": "linear"}}, (6, 1, 2, 5)),
+    "linear, hidden": (("mutual_information",), {"mutual_information": {"form": "linear", "layers": 0}}, (6, 1, 0, 5)),
+    "linear, isotropic": (
+        ("mutual_information",),
+        {"mutual_information": {"form": "linear", "posterior": "isotropic", "probes": 3}},
+        (6, 1, 3, 6),
+    ),
+    "linear, entropy, norm": (
+        ("entropy", "mutual_information", "grad_norm"),
+        {"mutual_information": {"form": "linear"}, "grad_norm": ALL},
+        (6, 1, 3, 6),
+    ),
     "everything": (
         tuple(acqcore.acquisitions()),
         {
@@ -86,6 +98,7 @@ def count(monkeypatch: pytest.MonkeyPatch, tokenizer) -> Counter[str]:
     for name in ("row_stats", "delta_product", "delta_hash", "head_grad_norm"):
         assert name in vars(Backend)
         hook(backend, name, lambda _, rows, *__: counted.update(products=int(len(rows.hidden) > 0)))
+    hook(backend, "fisher_sums", lambda _, rows, probes, *__: counted.update(products=2 + probes.count))
     hook(backend, "mixture_stats", lambda _, rows: counted.update(products=rows.draws))
 
     grad, inside = torch.autograd.grad, []
@@ -102,7 +115,10 @@ def count(monkeypatch: pytest.MonkeyPatch, tokenizer) -> Counter[str]:
     return counted
 
 
-@pytest.mark.parametrize("name", ["row statistics", "mutual information", "entropy, mutual information", "draws"])
+@pytest.mark.parametrize(
+    "name",
+    ["row statistics", "mutual information", "entropy, mutual information", "draws", "linear, hidden"],
+)
 def test_plans_count_the_same(name: str, tiny_model, tokenizer, count: Counter[str]) -> None:
     """What ``acqcore plan`` computes from, against a batch of rows of one length."""
     acquisitions, arguments, _ = REQUESTS[name]

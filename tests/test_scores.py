@@ -48,6 +48,17 @@ def test_repr_is_a_table_with_means() -> None:
     assert long[-2].split()[0] == "..."
 
 
+def test_standard_errors_are_columns() -> None:
+    pytest.importorskip("pandas")
+    errors = {"margin": torch.tensor([0.25, 0.5])}
+    values = {"entropy": torch.ones(2), "margin": torch.ones(2)}
+    s = Scores(values, torch.full((2,), 3), torch.ones(2, dtype=torch.bool), stderr=errors)
+    frame = s.to_pandas()
+    assert list(frame.columns) == ["entropy", "margin", "margin_stderr", "n_tokens", "valid"]
+    assert frame["margin_stderr"].tolist() == [0.25, 0.5]
+    assert list(s) == ["entropy", "margin"]
+
+
 def test_to_pandas() -> None:
     pandas = pytest.importorskip("pandas")
     frame = scores().to_pandas()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import acqcore
 from acqcore.cli import main
 from acqcore.files.data import scan
 from acqcore.files.parts import Parts
@@ -77,6 +78,39 @@ def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(
     assert report is not None
     assert (report["rows"], report["valid"], report["errors"], report["new_rows"]) == (7, 7, [], calls[2])
     assert [row["valid"] for row in read_lines(scorer.parts.path(0))] == [True] * 7
+
+
+def test_standard_errors_go_along(scorer: BlockScorer, failing: Callable[[int], list[int]]) -> None:
+    [block] = scan(scorer.job.data, 10, None)[0]
+    arguments = {"mutual_information": {"form": "linear", "probes": 3}}
+    plan = Plan.of(["entropy", "mutual_information"], arguments, batch_tokens=1, backend="eager")
+    scorer = BlockScorer(dataclasses.replace(scorer.job, plan=plan))
+    texts = [row["text"] for row in ROWS]
+    scores = acqcore.score(scorer.student, texts, plan.names, acquisition_args=arguments, backend="eager")
+    failing(1)  # so that a batch is read back
+    scorer.complete(block)
+    rows = read_lines(scorer.parts.path(0))
+    names = ["entropy", "mutual_information", "mutual_information_stderr"]
+    assert list(rows[0]) == scorer.job.output_columns == ["row", "text", *names, "n_tokens", "valid", "error"]
+    for name in names[:2]:
+        assert [row[name] for row in rows] == pytest.approx(scores[name].tolist(), rel=1e-4)
+    errors = scores.stderr["mutual_information"]
+    assert [row["mutual_information_stderr"] for row in rows] == pytest.approx(errors.tolist(), rel=1e-3)
+    assert [row["valid"] for row in rows] == [True] * 7
+
+
+def test_a_single_probe_has_no_standard_error_and_is_valid(scorer: BlockScorer) -> None:
+    [block] = scan(scorer.job.data, 10, None)[0]
+    plan = Plan.of("mutual_information", {"mutual_information": {"form": "linear", "probes": 1}}, backend="eager")
+    scorer = BlockScorer(dataclasses.replace(scorer.job, plan=plan))
+    scorer.complete(block)
+    rows = read_lines(scorer.parts.path(0))
+    assert [row["mutual_information_stderr"] for row in rows] == [None] * 7
+    assert [row["valid"] for row in rows] == [True] * 7
+
+
+def test_draws_have_no_such_column(scorer: BlockScorer) -> None:
+    assert dataclasses.replace(scorer.job, plan=Plan.of("mutual_information")).measured == ["mutual_information"]
 
 
 def test_batches_of_another_cut_are_no_gap(scorer: BlockScorer) -> None:

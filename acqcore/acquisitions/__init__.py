@@ -6,7 +6,16 @@ Call the package to list them: ``acqcore.acquisitions()``.
 from __future__ import annotations
 
 from acqcore.acquisitions.base import REGISTRY, Acquisition, acquisitions, register
-from acqcore.acquisitions.needs import BatchNeed, DrawOptions, GradientNeed, Options, RowNeed, SampleBatch
+from acqcore.acquisitions.needs import (
+    BatchNeed,
+    DrawOptions,
+    GradientNeed,
+    LinearOptions,
+    Options,
+    ProbeNeed,
+    RowNeed,
+    SampleBatch,
+)
 
 # isort: off
 from acqcore.acquisitions import (  # noqa: F401  # in the order in which they are listed
@@ -17,6 +26,6 @@ from acqcore.acquisitions import (  # noqa: F401  # in the order in which they a
 # isort: on
 
 __all__ = [
-    "REGISTRY", "Acquisition", "BatchNeed", "DrawOptions", "GradientNeed", "Options", "RowNeed", "SampleBatch",
-    "acquisitions", "register",
+    "REGISTRY", "Acquisition", "BatchNeed", "DrawOptions", "GradientNeed", "LinearOptions", "Options", "ProbeNeed",
+    "RowNeed", "SampleBatch", "acquisitions", "register",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 
 from acqcore.acquisitions.needs import Need, Options, RowNeed
 
-Over: TypeAlias = Literal["token", "sample", "set"]
+Over: TypeAlias = Literal["token", "average", "sample", "set"]
 Function = TypeVar("Function", bound=Callable[..., torch.Tensor])
 
 
@@ -26,11 +26,15 @@ class Acquisition:
             has one.
         options: frozen dataclass of its arguments.
         needs: a need, a tuple of them, or a function of the options that gives either.
-        over: a value for each scored token, ``[N]``, then reduced; for each sample of a batch, ``[B]``; or for each
-            sample of the call, ``[n]``, in which samples are compared with each other (of gradients only).
+        over: a value for each scored token, ``[N]``, then reduced; the average over the tokens of each sample of a
+            batch, ``[B]``, which can be reduced by mean or sum alone; for each sample of a batch, ``[B]``; or for each
+            sample of the call, ``[n]``, in which samples are compared with each other (of gradients only); or a
+            function of the options that gives one of these.
         needs_targets: the values depend on the tokens that were written, not only on the predictions.
         finish: applied to token values and to reduced values, for averages on another scale (perplexity is averaged as
             a loss).
+        stderr: the results of its needs, in order, and its options -> standard errors of its values over samples,
+            ``[B]``, or None where it has none.
         reference: the definition, slow and readable. Of row statistics it takes logits ``[N, V]``, targets ``[N]`` and
             hidden states ``[N, D]``, and gives ``[N]``.
     """
@@ -40,10 +44,15 @@ class Acquisition:
     value: Callable[..., torch.Tensor]
     options: type[Options] = Options
     needs: Any = RowNeed()  # noqa: RUF009  # frozen and without fields
-    over: Over = "token"
+    over: Over | Callable[[Any], Over] = "token"
     needs_targets: bool = False
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None
+    stderr: Callable[..., torch.Tensor | None] | None = None
     reference: Callable[..., torch.Tensor] | None = None
+
+    def values_over(self, options: Options) -> Over:
+        """What it has a value for under ``options``."""
+        return self.over(options) if callable(self.over) else self.over
 
     def needed(self, options: Options) -> tuple[Need, ...]:
         """Its needs under ``options``."""
@@ -57,6 +66,12 @@ class Acquisition:
             return self.value(*results, options=options)
         return self.value(*results)
 
+    def standard_error(self, options: Options, found: Mapping[Any, Any]) -> torch.Tensor | None:
+        """Of each sample's value, ``[B]``, given what each need came to; None where it has none."""
+        if self.stderr is None:
+            return None
+        return self.stderr(*(found[need] for need in self.needed(options)), options)
+
 
 REGISTRY: dict[str, Acquisition] = {}
 
@@ -66,9 +81,10 @@ def register(
     *,
     options: type[Options] = Options,
     needs: Need | tuple[Need, ...] | Callable[[Any], Need | tuple[Need, ...]] = RowNeed(),  # noqa: B008
-    over: Over = "token",
+    over: Over | Callable[[Any], Over] = "token",
     needs_targets: bool = False,
     finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    stderr: Callable[..., torch.Tensor | None] | None = None,
     reference: Callable[..., torch.Tensor] | None = None,
 ) -> Callable[[Function], Function]:
     """Decorator that makes a function an acquisition; the first line of its docstring describes it.
@@ -93,7 +109,7 @@ def register(
         if not description:
             raise ValueError(f"{name}: an acquisition function needs a docstring that says what it measures")
         REGISTRY[name] = Acquisition(
-            name, description, function, options, needs, over, needs_targets, finish, reference
+            name, description, function, options, needs, over, needs_targets, finish, stderr, reference
         )
         return function
 

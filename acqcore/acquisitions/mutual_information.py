@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import torch
 
-from acqcore.acquisitions.base import register
-from acqcore.acquisitions.needs import DrawOptions, draws
+from acqcore.acquisitions.base import Over, register
+from acqcore.acquisitions.needs import DrawOptions, InformationOptions, LinearOptions
 from acqcore.bayes import BayesStats
+from acqcore.gradients.need import ProbeNeed
 
 
 def reference(p: torch.Tensor) -> torch.Tensor:  # [K, N, V] probabilities of every draw
@@ -13,10 +14,40 @@ def reference(p: torch.Tensor) -> torch.Tensor:  # [K, N, V] probabilities of ev
     return torch.special.entr(m).sum(dim=-1) - torch.special.entr(p).sum(dim=-1).mean(dim=0)
 
 
-@register("mutual_information", options=DrawOptions, needs=draws, reference=reference)
-def mutual_information(stats: BayesStats) -> torch.Tensor:
-    """Mutual information of prediction and weights in nats, H(mean_k p_k) - mean_k H(p_k).
+def needs(options: DrawOptions | LinearOptions) -> DrawOptions | ProbeNeed:
+    return options.need if isinstance(options, LinearOptions) else options
+
+
+def over(options: DrawOptions | LinearOptions) -> Over:
+    """Noise before a token moves all tokens after it: the linear form has no value of a single token."""
+    return "average" if isinstance(options, LinearOptions) else "token"
+
+
+def stderr(found: BayesStats | torch.Tensor, options: DrawOptions | LinearOptions) -> torch.Tensor | None:
+    """Of the mean over the probes, ``[B]``; NaN of a single one."""
+    if not isinstance(options, LinearOptions):
+        return None
+    assert isinstance(found, torch.Tensor)
+    if options.probes == 1:
+        return torch.full_like(found[:, 0], torch.nan)
+    return options.factor * found.std(dim=1) / options.probes**0.5
+
+
+@register("mutual_information", options=InformationOptions, needs=needs, over=over, stderr=stderr, reference=reference)
+def mutual_information(
+    found: BayesStats | torch.Tensor,  # of draws; or squares of each probe [B, P]
+    options: DrawOptions | LinearOptions,
+) -> torch.Tensor:
+    """Mutual information of prediction and weights in nats a token, H(mean_k p_k) - mean_k H(p_k).
+
+    The linear form is its limit for small noise of variance s^2 on activations or weights theta, the delta method:
+    ``1/2 sum_i s_i^2 E_{y ~ p} (d log p_y / d theta_i)^2``, averaged over a sample's scored tokens, or added up with
+    ``reduction="sum"``.
 
     Source: Houlsby et al. 2011 (BALD); by MC dropout, Gal, Islam & Ghahramani 2017.
     """
-    return stats.mutual_information
+    if isinstance(options, LinearOptions):
+        assert isinstance(found, torch.Tensor)
+        return options.factor * found.mean(dim=1)
+    assert isinstance(found, BayesStats)
+    return found.mutual_information

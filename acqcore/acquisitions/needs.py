@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 
 from acqcore import checks
-from acqcore.gradients.need import GradientNeed
+from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.head import Head
 from acqcore.head_grad import Bounds
-from acqcore.literals import Form, Layers
+from acqcore.literals import Form, Layers, Posterior
 from acqcore.row_stats import RowStats
 from acqcore.students.student import Student, StudentLike
 
 #: Default dropout probability on the last hidden state and in blocks: see the table in the README.
 HIDDEN_DROPOUT, BLOCK_DROPOUT = 0.1, 0.05
 
+#: Default variance of a weight under an isotropic posterior: 0.001 of standard deviation.
+WEIGHT_VARIANCE = 1e-6
+
 
 @dataclass(frozen=True)
 class Options:
     """Arguments of an acquisition. Subclasses are frozen dataclasses whose ``__post_init__`` checks the values."""
+
+    #: Whether an acquisition that gives standard errors gives them under these arguments.
+    estimated: ClassVar[bool] = True
 
     def check(self, student: Student, head: Head) -> None:
         """Raise ValueError if they do not fit the student; called before any forward."""
@@ -102,6 +108,8 @@ class DrawOptions(Options):
         TypeError, ValueError: a value of a wrong type or out of range; arguments that exclude each other.
     """
 
+    estimated: ClassVar[bool] = False  # draws share their masks over tokens, which a sample's spread does not show
+
     layers: Layers | None = None
     dropout: float | None = None
     draws: int = 8
@@ -115,30 +123,20 @@ class DrawOptions(Options):
         checks.seed(self.seed)
         if self.members != ():
             self._check_members()
-            self._resolve(members=tuple(self.members))
+            _resolve(self, members=tuple(self.members))
             return
         on_hidden = self.form is not None or self.block is not None
         layers = self.layers if self.layers is not None else 0 if on_hidden else "all"
-        if isinstance(layers, str):
-            if layers not in ("all", "own"):
-                raise ValueError(f"layers: expected a number of blocks, 'all' or 'own', got {layers!r}")
-        elif isinstance(layers, bool) or not isinstance(layers, int):
-            raise TypeError(f"layers: expected a number of blocks, 'all' or 'own', got {checks.describe(layers)}")
-        elif layers < 0:
-            raise ValueError(f"layers: expected at least 0 blocks, got {layers}")
+        checks.layers(layers)
         if layers == 0:
             form, block = self.form or "element", 64 if self.block is None else self.block
             checks.literal("form", form, Form)
             checks.positive_int("block", block)
-            self._resolve(form=form, block=block)
+            _resolve(self, form=form, block=block)
         elif on_hidden:
             name = "block" if self.form is None else "form"
             raise ValueError(f"{name}: applies to dropout on the last hidden state, layers=0, got layers={layers!r}")
-        dropout = self.dropout
-        if dropout is None:
-            dropout = HIDDEN_DROPOUT if layers == 0 else BLOCK_DROPOUT
-        checks.dropout(dropout)
-        self._resolve(layers=layers, dropout=dropout)
+        _resolve(self, layers=layers, dropout=_dropout(self.dropout, layers))
 
     def _check_members(self) -> None:
         if isinstance(self.members, str) or not isinstance(self.members, Sequence):
@@ -149,14 +147,99 @@ class DrawOptions(Options):
             if field.name != "members" and getattr(self, field.name) != field.default:
                 raise ValueError(f"members: replaces draws by dropout, got {field.name!r} too")
 
-    def _resolve(self, **values: Any) -> None:
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
     @property
     def on_hidden(self) -> bool:
         """Whether the draws follow from the hidden states of the forward without dropout."""
         return self.layers == 0
+
+
+def _resolve(options: Options, **values: Any) -> None:
+    """Set fields of frozen options while they are made."""
+    for name, value in values.items():
+        object.__setattr__(options, name, value)
+
+
+def _dropout(given: float | None, layers: Layers) -> float:
+    """The probability given, checked, or the default where dropout acts on these layers."""
+    if given is None:
+        return HIDDEN_DROPOUT if layers == 0 else BLOCK_DROPOUT
+    checks.dropout(given)
+    return given
+
+
+@dataclass(frozen=True)
+class LinearOptions(Options):
+    """Mutual information to second order in a small perturbation: its linear form, by backwards of random cotangents.
+
+    Args:
+        posterior: what is perturbed: ``dropout``, the activations that dropout acts on, or ``isotropic``, the weights
+            of linear layers in blocks, by Gaussian noise.
+        layers: dropout acts on the last n blocks, on every block (``"all"``, the default), on the student's own dropout
+            layers at their own rates (``"own"``), or on the last hidden state (0). Isotropic noise acts on blocks.
+        dropout: probability p, by default 0.1 on the last hidden state and 0.05 in blocks; ignored by ``"own"``. Of
+            ``posterior="dropout"``.
+        variance: of a weight, by default 1e-6; a constant factor of the values. Of ``posterior="isotropic"``.
+        probes: cotangents averaged, a backward of activations each. From two on a sample has a standard error.
+        seed: of the cotangents' signs.
+
+    Raises:
+        TypeError, ValueError: a value of a wrong type or out of range; arguments that exclude each other.
+    """
+
+    posterior: Posterior = "dropout"
+    layers: Layers = "all"
+    dropout: float | None = None
+    variance: float | None = None
+    probes: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks.literal("posterior", self.posterior, Posterior)
+        checks.layers(self.layers)
+        checks.probes(self.probes)
+        checks.seed(self.seed)
+        if self.posterior == "dropout":
+            if self.variance is not None:
+                raise ValueError("variance: belongs to posterior='isotropic', got posterior='dropout'")
+            _resolve(self, dropout=_dropout(self.dropout, self.layers))
+            return
+        if self.dropout is not None:
+            raise ValueError(f"dropout: belongs to posterior='dropout', got posterior={self.posterior!r}")
+        if self.layers in (0, "own"):
+            raise ValueError(
+                f"layers: posterior={self.posterior!r} perturbs weights of blocks, expected 'all' or at least 1 block, "
+                f"got {self.layers!r}"
+            )
+        variance = WEIGHT_VARIANCE if self.variance is None else self.variance
+        checks.positive("variance", variance)
+        _resolve(self, variance=variance)
+
+    @property
+    def need(self) -> ProbeNeed:
+        """Squares of the gradients under each probe."""
+        of: Literal["sites", "weights"] = "sites" if self.posterior == "dropout" else "weights"
+        return ProbeNeed(of, self.layers, self.probes, self.seed, self.dropout or 0.0)
+
+    @property
+    def factor(self) -> float:
+        """What a sample's squares are multiplied by: a half of the variance of what is perturbed."""
+        return 0.5 if self.variance is None else self.variance / 2
+
+
+@dataclass(frozen=True)
+class InformationOptions(DrawOptions):
+    """Arguments of mutual information: of draws, or with ``form="linear"`` those of :class:`LinearOptions`."""
+
+    @classmethod
+    def of(cls, name: str, given: Mapping[str, Any] | Options) -> DrawOptions | LinearOptions:
+        if isinstance(given, LinearOptions):
+            return given
+        if isinstance(given, Mapping) and given.get("form") == "linear":
+            return LinearOptions.of(name, {key: value for key, value in given.items() if key != "form"})
+        for argument in ("posterior", "probes", "variance"):
+            if isinstance(given, Mapping) and argument in given:
+                raise ValueError(f"acquisition_args[{name!r}]: {argument!r} needs form='linear'")
+        return DrawOptions.of(name, given)
 
 
 def draws(options: DrawOptions) -> DrawOptions:
@@ -164,4 +247,4 @@ def draws(options: DrawOptions) -> DrawOptions:
     return options
 
 
-Need: TypeAlias = RowNeed | BatchNeed | DrawOptions | GradientNeed
+Need: TypeAlias = RowNeed | BatchNeed | DrawOptions | GradientNeed | ProbeNeed

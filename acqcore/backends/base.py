@@ -73,6 +73,16 @@ class DrawRows:
     votes: torch.Tensor  # [K, N] int64, contiguous
 
 
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """P random cotangents of each row's logits, as in ``acqcore.fisher``, with signs ``philox.signs``."""
+
+    count: int
+    seed: int
+    samples: torch.Tensor  # [N] int64: per-sample key
+    positions: torch.Tensor  # [N] int64: of each row in its sample
+
+
 class Backend(ABC):
     """One way of filling the row state. Adapters only: the arithmetic is in kernels, csrc or plain torch."""
 
@@ -195,6 +205,26 @@ class Backend(ABC):
         ``out_s = sum_v exp(z_s[v] - m_s) cap'_s[v] W_v`` over the columns of this weight but the row's target, with
         ``m_s`` and ``cap'`` as in :class:`Gram`; zero where its rows are. ``head_grad.hidden_grad`` makes dL/dh of it:
         normalised, the target's column added exactly.
+        """
+
+    @abstractmethod
+    def fisher_sums(
+        self,
+        rows: HeadRows,
+        probes: Probes,
+        sums: torch.Tensor,  # [P + 1, N, D] float32 (float64 on eager in float64), contiguous, written
+        signed: torch.Tensor,  # [P, N] float64, contiguous, written
+        squares: torch.Tensor,  # [N] float64, written
+    ) -> None:
+        """What random cotangents carried back through the head follow from, in one visit of the weights.
+
+        With e the unnormalised probabilities ``exp(z - state[MAX])``, zero in the column of the largest logit, cap' as
+        in :class:`Gram` and r the signs of probe k:
+
+        - ``sums[0] = sum_v e_v cap'_v W_v``, ``squares = sum_v e_v cap'_v^2 ||W_v||^2``;
+        - ``sums[1 + k] = sum_v sqrt(e_v) r_v cap'_v W_v``, ``signed[k] = sum_v sqrt(e_v) r_v``.
+
+        Zero in rows with target -100. ``acqcore.fisher`` makes dL/dh of them.
         """
 
     @abstractmethod

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import torch
 
-from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows
+from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows, Probes
 from acqcore.backends.chunked_mixture import mixture_in_chunks
-from acqcore.backends.eager import gram_norm, gram_products, logit_gradient, unnormalised
+from acqcore.backends.eager import add_fisher_sums, gram_norm, gram_products, logit_gradient, unnormalised
 from acqcore.backends.scatter import add_at
 from acqcore.head import Head, compute_dtype
 from acqcore.philox import keep_mask
@@ -137,6 +137,22 @@ class Chunked(Backend):
                 of_row = torch.arange(columns.start, columns.stop, device=out.device) + rows.head.vocab_start
                 factors.masked_fill_(of_row == piece.targets[:, None], 0)
                 out[part].addmm_(factors, rows.head.weight[columns].to(factors.dtype))
+
+    @float32_products()
+    def fisher_sums(
+        self,
+        rows: HeadRows,
+        probes: Probes,
+        sums: torch.Tensor,  # [P + 1, N, D], written
+        signed: torch.Tensor,  # [P, N] float64, written
+        squares: torch.Tensor,  # [N] float64, written
+    ) -> None:
+        for written in (sums, signed, squares):
+            written.zero_()
+        for part, piece in _row_chunks(rows, 0, len(rows.hidden)):
+            among = replace(probes, samples=probes.samples[part], positions=probes.positions[part])
+            for columns in _vocab_chunks(rows, len(rows.hidden), 2 * rows.hidden.shape[1]):
+                add_fisher_sums(piece, among, columns, sums[:, part], signed[:, part], squares[part])
 
     def dropout_mask(
         self,

@@ -10,7 +10,7 @@ import torch
 
 from acqcore import checks
 from acqcore.backends import extension
-from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows
+from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows, Probes
 from acqcore.backends.extension import core as _core, matrix, pointer
 from acqcore.philox import threshold
 
@@ -169,6 +169,30 @@ class Cpu(Backend):
                 rows.state.data_ptr(),
                 rows.index.data_ptr(),
                 out.data_ptr(),
+            )
+
+    def fisher_sums(
+        self,
+        rows: HeadRows,
+        probes: Probes,
+        sums: torch.Tensor,  # [P + 1, N, D] float32, written
+        signed: torch.Tensor,  # [P, N] float64, written
+        squares: torch.Tensor,  # [N] float64, written
+    ) -> None:
+        samples, positions = probes.samples.contiguous(), probes.positions.contiguous()
+        with _head_args(rows) as arguments:
+            _core.fisher_sums(
+                self.instruction_set(),
+                arguments,
+                rows.state.data_ptr(),
+                rows.index.data_ptr(),
+                probes.count,
+                probes.seed,
+                samples.data_ptr(),
+                positions.data_ptr(),
+                sums.data_ptr(),
+                signed.data_ptr(),
+                squares.data_ptr(),
             )
 
     def dropout_mask(

@@ -7,15 +7,16 @@ from dataclasses import replace
 
 import torch
 
-from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows
+from acqcore.backends import extension
+from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows, Probes
 from acqcore.head import compute_dtype
-from acqcore.philox import keep_mask
+from acqcore.philox import keep_mask, signs
 
 
 class Eager(Backend):
     name = "eager"
     description = "plain torch on any device, holds the [N, V] logits; the readable reference"
-    automatic = False
+    automatic = extension.ABSENT
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
     def longest_gram(self, depth: int) -> int:
@@ -97,6 +98,16 @@ class Eager(Backend):
         factors.scatter_(1, columns[:, None], factors.gather(1, columns[:, None]).masked_fill(here[:, None], 0))
         torch.mm(factors, rows.head.weight.to(factors.dtype), out=out)
 
+    def fisher_sums(
+        self,
+        rows: HeadRows,
+        probes: Probes,
+        sums: torch.Tensor,  # [P + 1, N, D], written
+        signed: torch.Tensor,  # [P, N] float64, written
+        squares: torch.Tensor,  # [N] float64, written
+    ) -> None:
+        add_fisher_sums(rows, probes, slice(0, len(rows.head.weight)), sums.zero_(), signed.zero_(), squares.zero_())
+
     def dropout_mask(
         self,
         dropout: Dropout,
@@ -167,7 +178,7 @@ def unnormalised(
     """``exp(z - m) cap'``, ``[N, V]``, the factors of :class:`Gram`; zero in ignored rows."""
     assert rows.targets is not None
     factors = (z - rows.state[0, :, None].to(z.dtype)).exp().masked_fill(z == -torch.inf, 0)
-    factors = factors * _cap_slope(z, rows)
+    factors = factors * cap_slope(z, rows)
     return factors.masked_fill((rows.targets == -100)[:, None], 0)
 
 
@@ -218,7 +229,7 @@ def gram_norm(
         z = few.logits(rows.hidden[part], rows.temperature)
         e = (z.double() - largest[part, None]).exp()
         top = same & (y == rows.index[part])[:, None]
-        delta = (e - same * (1 + r[part, None])).where(~top, -r[part, None]) * _cap_slope(z, rows)
+        delta = (e - same * (1 + r[part, None])).where(~top, -r[part, None]) * cap_slope(z, rows)
         delta = delta.where(distinct, 0) * scale[part, None]
         products = gram.products[start : start + length**2].view(length, length).double()
         c = scale[part] * shift[part]
@@ -228,7 +239,7 @@ def gram_norm(
         squared[i] = ((c[:, None] * products * c + delta @ delta.T) * keys).sum()
 
 
-def _cap_slope(
+def cap_slope(
     z: torch.Tensor,  # [..., V] logits
     rows: HeadRows,
 ) -> torch.Tensor | float:
@@ -259,7 +270,34 @@ def logit_gradient(rows: HeadRows) -> torch.Tensor:
     of_target = torch.where(targets[here] == rows.index[here], (-r / (1 + r))[here], of_target)
     p[here, local[here]] = of_target.to(p.dtype)
     slope = head.scale / rows.temperature
-    return (p * _cap_slope(z, rows) * slope).masked_fill((targets == -100)[:, None], 0)
+    return (p * cap_slope(z, rows) * slope).masked_fill((targets == -100)[:, None], 0)
+
+
+def add_fisher_sums(
+    rows: HeadRows,
+    probes: Probes,
+    columns: slice,  # of the weight
+    sums: torch.Tensor,  # [P + 1, N, D], added to
+    signed: torch.Tensor,  # [P, N] float64, added to
+    squares: torch.Tensor,  # [N] float64, added to
+) -> None:
+    """``Backend.fisher_sums`` over some columns."""
+    assert rows.targets is not None
+    head = rows.head
+    bias = None if head.bias is None else head.bias[columns]
+    few = replace(head, weight=head.weight[columns], bias=bias, vocab_start=0, vocab_size=columns.stop - columns.start)
+    z = few.logits(rows.hidden, rows.temperature)
+    weight = few.weight.to(z.dtype)
+    root = ((z - rows.state[0, :, None].to(z.dtype)) / 2).exp()
+    top = torch.arange(columns.start, columns.stop, device=z.device) == rows.index[:, None]
+    root = root.masked_fill(top | (rows.targets == -100)[:, None], 0)
+    slope = cap_slope(z, rows)
+    sums[0].addmm_(root.square() * slope, weight)
+    squares += (root * slope).square().double() @ weight.double().square().sum(dim=1)
+    for k in range(probes.count):
+        factors = root.where(signs(probes.samples, probes.positions, columns, probes.seed, k), -root)
+        signed[k] += factors.sum(dim=1, dtype=torch.float64)
+        sums[1 + k].addmm_(factors * slope, weight)
 
 
 def fold(

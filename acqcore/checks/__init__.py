@@ -14,6 +14,9 @@ from acqcore.checks.basic import (  # noqa: F401
 from acqcore.checks.gradients import block_count, differentiable, offsets, scored_tokens, token_weights  # noqa: F401
 from acqcore.checks.heads import (  # noqa: F401
     head, hidden, ignored_outside, logits, target_range, targets, targets_in_range, tiling, vocabulary,
+    whole_head,
 )  # fmt: skip
-from acqcore.checks.mixtures import alike, drawn_hidden, draws, dropout, seed, some_blocks  # noqa: F401
+from acqcore.checks.mixtures import (  # noqa: F401
+    alike, drawn_hidden, draws, dropout, enough_blocks, layers, probes, seed, some_blocks,
+)  # fmt: skip
 from acqcore.checks.sketches import like_vector, ridge, vectors  # noqa: F401

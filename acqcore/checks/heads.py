@@ -133,3 +133,8 @@ def target_range(value: torch.Tensor, vocab_size: int) -> None:
             f"targets: expected values in [0, {vocab_size}) or {IGNORE_INDEX} (ignored), "
             f"got {int(value[row])} at row {row}"
         )
+
+
+def whole_head(group: object) -> None:
+    if group is not None:
+        raise ValueError("head: expected the whole vocabulary, got a shard of a group")

@@ -55,3 +55,25 @@ def alike(what: str, first: object, other: object, draw: int) -> None:
 def some_blocks(count: int) -> None:
     if not count:
         raise ValueError("layers: no list of transformer blocks found in the student's trunk; layers=0 needs none")
+
+
+def layers(value: object) -> None:
+    if isinstance(value, str):
+        if value not in ("all", "own"):
+            raise ValueError(f"layers: expected a number of blocks, 'all' or 'own', got {value!r}")
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"layers: expected a number of blocks, 'all' or 'own', got {describe(value)}")
+    elif value < 0:
+        raise ValueError(f"layers: expected at least 0 blocks, got {value}")
+
+
+def enough_blocks(asked: int, present: int) -> None:
+    if asked > present:
+        raise ValueError(f"layers: expected at most {present} transformer blocks, got {asked}")
+
+
+def probes(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"probes: expected an integer, got {describe(value)}")
+    if not 1 <= value <= MOST_DRAWS:
+        raise ValueError(f"probes: expected 1 to {MOST_DRAWS}, got {value}")

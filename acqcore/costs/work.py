@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from acqcore import checks
-from acqcore.acquisitions import REGISTRY, DrawOptions, GradientNeed
+from acqcore.acquisitions import REGISTRY, DrawOptions, GradientNeed, ProbeNeed
 from acqcore.costs.shape import Shape
 from acqcore.gradients.reference import Reference
-from acqcore.literals import Parameters
+from acqcore.literals import Layers, Parameters
 from acqcore.scoring.plan import Plan
 from acqcore.selection.diversity import Archive
 
@@ -94,7 +94,7 @@ class Work:
     @property
     def fewest_blocks(self) -> int:
         """The request fits no model with fewer blocks: it names the last n."""
-        named = [n.layers if isinstance(n, DrawOptions) else n.parameters for n in _trunk_needs(self.plan)]
+        named = [n.parameters if isinstance(n, GradientNeed) else n.layers for n in _trunk_needs(self.plan)]
         return max([1, *(n for n in named if isinstance(n, int))])
 
     @property
@@ -115,8 +115,8 @@ def with_objects(
     return filled
 
 
-def _trunk_needs(plan: Plan) -> list[DrawOptions | GradientNeed]:
-    return [need for need in plan.needs if isinstance(need, DrawOptions | GradientNeed)]
+def _trunk_needs(plan: Plan) -> list[DrawOptions | GradientNeed | ProbeNeed]:
+    return [need for need in plan.needs if isinstance(need, DrawOptions | GradientNeed | ProbeNeed)]
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,8 @@ def passes(shape: Shape, work: Work) -> Passes:
     - Gradients of one kind of target: through the blocks of the deepest one, a backward (of activations only, which
       costs a forward) and two products; for each norm or sketch as much again through its blocks. In the head a sketch
       takes a product; a norm T / 2D of one, beside the statistics, and under predicted targets a product more.
+    - P probes of one seed: P + 2 products, and for each a backward through the blocks of the deepest need; a norm or
+      sketch of weights takes as much again through its blocks.
     """
     plan = work.plan
     on_hidden = any(need.on_hidden for need in plan.draws)
@@ -145,7 +147,7 @@ def passes(shape: Shape, work: Work) -> Passes:
     for draw in plan.draws:
         head += draw.draws
         if not draw.on_hidden:
-            last = draw.layers if isinstance(draw.layers, int) else shape.blocks
+            last = _blocks(draw.layers, shape)
             trunk += 1 - last / shape.blocks + draw.draws * last / shape.blocks
     kept = 0
     for predicted in (False, True):
@@ -159,7 +161,23 @@ def passes(shape: Shape, work: Work) -> Passes:
             if isinstance(need.parameters, str):
                 head += 1 if need.dim is not None else gram + predicted
         kept = max(kept, deepest)
+    probed = [need for need in plan.needs if isinstance(need, ProbeNeed)]
+    for seed in {need.seed for need in probed}:
+        of_seed = [need for need in probed if need.seed == seed]
+        most = max(need.probes for need in of_seed)
+        head += most + 2
+        for k in range(most):
+            asked = [need for need in of_seed if k < need.probes]
+            deepest = max(_blocks(need.layers, shape) for need in asked)
+            again = sum(_blocks(need.layers, shape) for need in asked if need.of == "weights")
+            trunk += (deepest + again) / shape.blocks
+            kept = max(kept, deepest)
     return Passes(trunk, head, kept)
+
+
+def _blocks(layers: Layers | None, shape: Shape) -> int:
+    """Blocks in which something is perturbed."""
+    return layers if isinstance(layers, int) else shape.blocks
 
 
 def _depth(parameters: Parameters, shape: Shape) -> int:

@@ -89,7 +89,12 @@ class Job:
     @property
     def _own(self) -> list[str]:
         tokens = ["token_ids", *(f"{name}_tokens" for name in self.of_tokens)] if self.keep_tokens else []
-        return [*self.plan.names, *tokens, "n_tokens", "valid", "error"]
+        return [*self.measured, *tokens, "n_tokens", "valid", "error"]
+
+    @property
+    def measured(self) -> list[str]:
+        """Columns of figures: acquisitions, then ``<name>_stderr`` of those that are estimated at random."""
+        return [*self.plan.names, *(f"{name}_stderr" for name in self.plan.estimated)]
 
 
 @dataclass(frozen=True)
@@ -127,15 +132,9 @@ class BlockScorer:
     """
 
     def __init__(self, job: Job) -> None:
-        if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
-            from transformers.utils import logging
-
-            logging.disable_progress_bar()  # noise in a log file
         self.job = job
         self.parts = Parts(job.out)
-        self.student = Student.load(
-            job.student, dtype=None if job.dtype is None else DTYPES[job.dtype], device=job.device
-        )
+        self.student = load_student(job.student, job.dtype, job.device)
         checks.max_length(job.max_length, self.student.max_length)
         if "messages" in job.columns.values() and not getattr(self.student.tokenizer, "chat_template", None):
             raise ValueError(f"student: the tokenizer of {job.student} has no chat template, which messages need")
@@ -171,27 +170,26 @@ class BlockScorer:
         started = time.time()
         job = self.job
         records = self.reader.read(block)
-        errors = {i: message for i, record in enumerate(records) if (message := _error(record, job.columns))}
+        errors = {i: message for i, record in enumerate(records) if (message := record_error(record, job.columns))}
         rows = self._encode(records, errors)
-        values = np.full((len(records), len(job.plan.names)), np.nan, dtype=np.float32)
+        figures = np.full((len(records), len(job.measured)), np.nan, dtype=np.float32)
         tokens: dict[str, list[list[float]]] = {name: [[] for _ in records] for name in job.of_tokens}
         done = self.parts.load(block.index)
-        for i, (row_values, row_tokens) in done.items():
-            values[i] = row_values
+        for i, (row_figures, row_tokens) in done.items():
+            figures[i] = row_figures
             for column, of_name in zip(tokens.values(), row_tokens, strict=True):
                 column[i] = of_name
         ready = len(done) + sum(row.n_scored == 0 for row in rows)
         new_rows = new_tokens = 0
         count(ready)
         for batch in job.plan.batches(self.runner, rows, done):
-            values[batch.indices] = batch.values.T.numpy()
+            found = torch.cat([batch.values, *(batch.stderr[name][None] for name in job.plan.estimated)]).T
+            figures[batch.indices] = found.numpy()
             of_batch = [[sample[name].tolist() for name in tokens] for sample in batch.tokens]
             for i, of_row in zip(batch.indices, of_batch, strict=True):
                 for column, of_name in zip(tokens.values(), of_row, strict=True):
                     column[i] = of_name
-            self.parts.append(
-                block.index, batch.indices, batch.values.T.tolist(), of_batch if job.keep_tokens else None
-            )
+            self.parts.append(block.index, batch.indices, found.tolist(), of_batch if job.keep_tokens else None)
             new_rows += len(batch.indices)
             new_tokens += batch.n_input_tokens
             count(ready + new_rows)
@@ -201,7 +199,8 @@ class BlockScorer:
                 "token_ids": [row.targets[row.targets != checks.IGNORE_INDEX].tolist() for row in rows],
                 **{f"{name}_tokens": column for name, column in tokens.items()},
             }
-        write_block(self.parts.path(block.index), _table(job, block, records, values, tokens, n_tokens, errors))
+        write_block(self.parts.path(block.index), _table(job, block, records, figures, tokens, n_tokens, errors))
+        values = figures[:, : len(job.plan.names)]
         valid = np.flatnonzero(np.isfinite(values).all(axis=1))
         top = valid[np.argsort(-values[valid, 0], kind="stable")][:TOP_ROWS]
         columns = values[valid].astype(np.float64).T
@@ -214,7 +213,7 @@ class BlockScorer:
                 for name, column in zip(job.plan.names, columns, strict=True)
                 if len(valid)
             },
-            top=[(float(values[i, 0]), block.start + int(i), _shorten(records[i].values[job.shown])) for i in top],
+            top=[(float(values[i, 0]), block.start + int(i), shorten(records[i].values[job.shown])) for i in top],
             new_rows=new_rows,
             new_tokens=new_tokens,
             started=started,
@@ -228,7 +227,7 @@ class BlockScorer:
         good = [i for i in range(len(records)) if i not in errors]
         bad: dict[int, str] = {}
         encoded = encode(
-            [_sample(records[i], self.job.columns) for i in good],
+            [sample_of(records[i], self.job.columns) for i in good],
             self.student.tokenizer,
             vocab_size=self.runner.head.vocab_size,
             limit=self.student.max_length,
@@ -242,25 +241,34 @@ class BlockScorer:
         return rows
 
 
+def load_student(source: str, dtype: str | None, device: str | None) -> Student:
+    """The student at a hub id or path; ``dtype`` is a name in ``DTYPES``. Raises as ``Student.load``."""
+    if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # noise in a log file
+    return Student.load(source, dtype=None if dtype is None else DTYPES[dtype], device=device)
+
+
 def write_failed(job: Job, block: Block, reason: str) -> None:
     """Write the rows of a block that was given up, without values."""
     try:
         records = Reader(job.data, job.kept or job.columns).read(block)
     except Exception:  # what the block may have failed for
         records = [Record(block.line + i, {}) for i in range(block.rows)]
-    values = np.full((block.rows, len(job.plan.names)), np.nan, dtype=np.float32)
+    figures = np.full((block.rows, len(job.measured)), np.nan, dtype=np.float32)
     errors = dict.fromkeys(range(block.rows), f"its block failed: {reason}")
     n_tokens = np.zeros(block.rows, dtype=np.int64)
     names = ["token_ids", *(f"{name}_tokens" for name in job.of_tokens)] if job.keep_tokens else []
     tokens: dict[str, Sequence[Any]] = {name: [[]] * block.rows for name in names}
-    write_block(Parts(job.out).path(block.index), _table(job, block, records, values, tokens, n_tokens, errors))
+    write_block(Parts(job.out).path(block.index), _table(job, block, records, figures, tokens, n_tokens, errors))
 
 
 def _table(
     job: Job,
     block: Block,
     records: Sequence[Record],
-    values: np.ndarray,  # [n, A] float32
+    figures: np.ndarray,  # [n, columns of job.measured] float32
     tokens: Mapping[str, Sequence[Any]],  # name -> n lists
     n_tokens: np.ndarray,  # [n] int64
     errors: Mapping[int, str],
@@ -269,21 +277,21 @@ def _table(
     table: dict[str, Any] = {"row": range(block.start, block.start + len(records))}
     for column, name in job.names.items():
         table[name] = [record.values.get(column) for record in records]
-    table.update({name: values[:, a] for a, name in enumerate(job.plan.names)})
+    table.update({name: figures[:, a] for a, name in enumerate(job.measured)})
     table.update(tokens)
     table["n_tokens"] = n_tokens
-    table["valid"] = valid = np.isfinite(values).all(axis=1)
+    table["valid"] = valid = np.isfinite(figures[:, : len(job.plan.names)]).all(axis=1)
     table["error"] = [errors.get(i, None if valid[i] else "a value is not finite") for i in range(len(records))]
     return table
 
 
-def _error(record: Record, columns: Mapping[str, str]) -> str | None:
+def record_error(record: Record, columns: Mapping[str, str]) -> str | None:
     """The record's error, or that it lacks a column."""
     missing = [column for column, key in columns.items() if column not in record.values and key not in BESIDE]
     return record.error or (f"no column {missing[0]!r}" if missing else None)
 
 
-def _sample(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
+def sample_of(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
     """The record as a sample; cells of text hold messages as JSON, as csv files do."""
     sample = {key: record.values.get(column) for column, key in columns.items()}
     for key in ("messages", *BESIDE):
@@ -296,7 +304,7 @@ def _sample(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
     return sample
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
     """One line from a text, or from the last message of a conversation."""
     if isinstance(value, list):
         value = value[-1].get("content") or value[-1].get("tool_calls")

@@ -7,8 +7,9 @@ from functools import cached_property
 
 import torch
 
-from acqcore.backends import HeadRows
+from acqcore.backends import HeadRows, Probes
 from acqcore.backends.eager import logit_gradient
+from acqcore.fisher import FisherGrads, fisher_grads
 from acqcore.head import Head
 from acqcore.head_grad import Bounds, delta_product, grad_sketch_from, head_grad_norm_from, loss_weights
 from acqcore.head_visit import HeadVisit
@@ -26,6 +27,8 @@ class HeadPass:
     bounds: Bounds
     loss: Loss
     backend: str | None
+    mask_keys: torch.Tensor  # [N] int64, of each token's sample
+    places: torch.Tensor  # [N] int64, of each token in its sample
     visited: HeadVisit | None = None  # that gave the statistics, where it kept what the norm needs
     _found: dict[tuple[int, int] | None, torch.Tensor] = field(default_factory=dict, repr=False)
 
@@ -34,6 +37,11 @@ class HeadPass:
         """Of each token in its sample's loss, ``[N]`` float64."""
         assert self.stats.targets is not None
         return loss_weights(self.stats.targets, self.bounds, self.loss, None)
+
+    @property
+    def counts(self) -> list[int]:
+        """Scored tokens of each sample, B."""
+        return [end - begin for begin, end in self.bounds]
 
     def predicted(self, loss: Loss) -> HeadPass:
         """The same tokens with the most likely ones as targets."""
@@ -66,9 +74,12 @@ class HeadPass:
     ) -> torch.Tensor:
         """Gradient of the samples' losses in ``hidden``, ``[B, T, D]``; its flattened ``positions`` are the N rows."""
         gradient = delta_product(self.hidden, self.head, self.stats, self.head.weight, 1.0, self.backend)  # [N, D]
-        gradient = (gradient * self.weights[:, None].to(gradient.dtype)).to(hidden.device)
-        spread = gradient.new_zeros(hidden.shape[0] * hidden.shape[1], hidden.shape[2])
-        return spread.index_copy_(0, positions.to(hidden.device), gradient).view(hidden.shape)
+        return spread(gradient * self.weights[:, None].to(gradient.dtype), hidden, positions)
+
+    def fisher_grads(self, probes: int, seed: int) -> FisherGrads:
+        """Random cotangents of the tokens, carried back through the head."""
+        of_rows = Probes(probes, seed, self.mask_keys, self.places)
+        return fisher_grads(self.hidden, self.head, self.stats, of_rows, 1.0, self.backend)
 
     def product(
         self,
@@ -89,6 +100,17 @@ class HeadPass:
         delta = logit_gradient(few)  # [S, U]
         keys = hidden.to(delta.dtype) @ values.to(delta.dtype).T  # [S, U]
         return (self.weights[rows, None] * (delta * keys).double()).sum()
+
+
+def spread(
+    gradient: torch.Tensor,  # [N, D] of the scored tokens
+    hidden: torch.Tensor,  # [B, T, D]
+    positions: torch.Tensor,  # [N] int64, of the tokens in the flattened batch
+) -> torch.Tensor:
+    """The gradient in ``hidden``, in its shape and on its device, zero elsewhere."""
+    gradient = gradient.to(hidden.device)
+    whole = gradient.new_zeros(hidden.shape[0] * hidden.shape[1], hidden.shape[2])
+    return whole.index_copy_(0, positions.to(hidden.device), gradient).view(hidden.shape)
 
 
 def _index_in(

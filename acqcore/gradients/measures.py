@@ -12,14 +12,16 @@ and the head's as a :class:`HeadPass`, which never forms it either.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
+from torch import nn
 
 from acqcore.backends.scatter import add_at
 from acqcore.gradients.head_pass import HeadPass
+from acqcore.head import compute_dtype
 from acqcore.head_grad import hash_columns, head_places
 from acqcore.signs import hashed_places, random_signs
 
@@ -156,7 +158,7 @@ class Sketch:
         """Entry (v, d) goes to place (of_rows[v] + of_columns[d]) mod dim: a row's hash, rotated by its place."""
         places = torch.arange(self.dim, device=rows.ids.device)
         for b in range(len(self.values)):
-            hashed = hash_columns(rows.values[b], of_columns, self.dim)  # [T, dim]
+            hashed = hash_columns(rows.values[b], of_columns, self.dim, rows.values.dtype)  # [T, dim]
             row = of_rows[rows.ids[b]]  # [T]
             turn = torch.where(row < 0, ~row, row)
             turned = hashed.gather(1, (places - turn[:, None]) % self.dim)
@@ -168,7 +170,39 @@ class Sketch:
         stream: int,
     ) -> None:
         places = hashed_places(values.shape[1], self.dim, self.seed, stream, device=values.device)
-        self.values += hash_columns(values, places, self.dim).to(self.values)
+        self.values += hash_columns(values, places, self.dim, values.dtype).to(self.values)
+
+
+class SiteSquares:
+    """``sum_s p_s / (1 - p_s) sum_i (o_i g_i)^2`` over activations o and their gradients g, ``values [B]`` float64.
+
+    Inverted dropout with probability p multiplies an activation by noise of variance ``p / (1 - p)``.
+    """
+
+    def __init__(self, head: HeadPass, sites: Mapping[nn.Module, float]) -> None:
+        self._head = head
+        self._sites = sites
+        self.values = torch.zeros(len(head.bounds), dtype=torch.float64, device=head.hidden.device)
+
+    def add_site(self, module: nn.Module, value: torch.Tensor, gradient: torch.Tensor) -> None:
+        if module not in self._sites:
+            return
+        p = self._sites[module]
+        batch = len(self.values)
+        dtype = compute_dtype(value.dtype)
+        terms = (value.to(dtype) * gradient.to(dtype)).square_().view(batch, -1)
+        self.values += p / (1 - p) * terms.sum(1, dtype=torch.float64).to(self.values.device)
+
+    def add_rows(
+        self,
+        hidden: torch.Tensor,  # [N, D]
+        gradient: torch.Tensor,  # [N, D]
+        p: float,
+    ) -> None:
+        """Dropout on the last hidden state of the scored tokens."""
+        terms = (hidden.to(gradient.dtype) * gradient).square_().sum(1, dtype=torch.float64)
+        lengths = torch.tensor(self._head.counts, device=terms.device)
+        self.values += p / (1 - p) * torch.segment_reduce(terms, "sum", lengths=lengths)
 
 
 Measure: TypeAlias = SquaredNorm | Sketch

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from acqcore import checks
-from acqcore.literals import Loss, Parameters
+from acqcore.literals import Layers, Loss, Parameters
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,27 @@ class GradientNeed:
     def shape(self) -> tuple[int, ...]:
         """Of one sample's value."""
         return () if self.dim is None else (self.dim,)
+
+
+@dataclass(frozen=True)
+class ProbeNeed:
+    """What each of P random cotangents of the logits (``acqcore.fisher``) leaves of a sample; float64 on the CPU.
+
+    Args:
+        of: ``sites``, ``sum_s p_s / (1 - p_s) sum_i (o_i g_i)^2`` over the activations o that dropout acts on and their
+            gradients g, ``[B, P]``; ``weights``, the squared norm of the gradient in the weights of linear layers,
+            ``[B, P]``, or its sketch, ``[B, P, dim]``. Squares are divided by the number of scored tokens.
+        layers: the last n blocks, or ``"all"``; of sites also ``"own"``, or 0 for the last hidden state.
+        probes: P.
+        seed: of the cotangents.
+        dropout: of sites, probability p in blocks and on the last hidden state.
+        dim, sketch_seed: of the sketch; None asks for the norm.
+    """
+
+    of: Literal["sites", "weights"]
+    layers: Layers
+    probes: int
+    seed: int
+    dropout: float = 0.0
+    dim: int | None = None
+    sketch_seed: int = 0

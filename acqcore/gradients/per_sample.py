@@ -16,13 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
-from acqcore.gradients.capture import Capture, select_parameters
-from acqcore.gradients.head_pass import HeadPass
-from acqcore.gradients.measures import GradPiece, Measure, RowGrad, Sketch, SquaredNorm
-from acqcore.gradients.need import GradientNeed
+from acqcore import checks
+from acqcore.gradients.capture import Capture, select_linear, select_parameters, whole_parameters
+from acqcore.gradients.head_pass import HeadPass, spread
+from acqcore.gradients.measures import GradPiece, Measure, RowGrad, SiteSquares, Sketch, SquaredNorm
+from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.head import Head
 from acqcore.literals import Loss, Parameters
+from acqcore.students.dropout_sites import DropoutSites
 from acqcore.students.student import Student
 
 
@@ -33,25 +36,41 @@ class SampleGradients:
         needs: at least one.
 
     Raises:
-        ValueError: parameters that the student does not have, or whose gradient is not known.
+        ValueError: parameters that the student does not have, or whose gradient is not known; layers likewise.
     """
 
-    def __init__(self, student: Student, head: Head, needs: Sequence[GradientNeed]) -> None:
-        self._needs = needs
+    def __init__(self, student: Student, head: Head, needs: Sequence[GradientNeed | ProbeNeed]) -> None:
+        self._needs = [need for need in needs if isinstance(need, GradientNeed)]
+        self._probed = [need for need in needs if isinstance(need, ProbeNeed)]
         self._selections = {
-            p: select_parameters(student, head, p) for p in dict.fromkeys(need.parameters for need in needs)
+            p: select_parameters(student, head, p) for p in dict.fromkeys(need.parameters for need in self._needs)
         }
-        names = {p: name for selection in self._selections.values() for p, name in selection.names.items()}
+        if self._probed:
+            checks.whole_head(head.group)
+        self._linear = {
+            layers: select_linear(student, layers)
+            for layers in dict.fromkeys(need.layers for need in self._probed if need.of == "weights")
+        }
+        self._sites: dict[ProbeNeed, dict[nn.Module, float]] = {}
+        for need in self._probed:
+            if need.of == "sites" and need.layers != 0:
+                whole_parameters(student, "layers")
+                found = DropoutSites.of(student, need.layers, need.dropout)
+                self._sites[need] = {module: p for _, module, p in found.sites}
+        chosen = [*self._selections.values(), *self._linear.values()]
+        names = {p: name for selection in chosen for p, name in selection.names.items()}
+        modules = {module for sites in self._sites.values() for module in sites}
         self._student = student
-        self._capture = Capture(student, names, [selection.head for selection in self._selections.values()])
+        self._capture = Capture(student, names, [selection.head for selection in chosen], modules)
+        self._left = 0  # backwards that a batch still takes
         #: Whether the forward must keep a graph.
-        self.deep = bool(names)
-        written = [need.loss for need in needs if not need.predicted]
+        self.deep = bool(names or modules)
+        written = [need.loss for need in self._needs if not need.predicted]
         #: Loss that weighs the written tokens.
         self.loss: Loss = written[0] if written else "mean"
         #: Whether the norm of the head's gradient under the written targets is among the needs.
         self.of_head = any(
-            need.dim is None and not need.predicted and self._selections[need.parameters].head for need in needs
+            need.dim is None and not need.predicted and self._selections[need.parameters].head for need in self._needs
         )
 
     @contextmanager
@@ -73,30 +92,82 @@ class SampleGradients:
         hidden: torch.Tensor,  # [B, T, D], of forward
         positions: torch.Tensor,  # [N] int64, of the scored tokens' predecessors in the flattened batch
         written: HeadPass,
-    ) -> dict[GradientNeed, torch.Tensor]:
+    ) -> dict[GradientNeed | ProbeNeed, torch.Tensor]:
         """Values of each need, given the head's pass over the written targets."""
-        values: dict[GradientNeed, torch.Tensor] = {}
-        by_targets = {predicted: [n for n in self._needs if n.predicted == predicted] for predicted in (False, True)}
-        backwards = [predicted for predicted, needs in by_targets.items() if self._reaches_trunk(needs)]
-        for predicted, needs in by_targets.items():
-            if not needs:
-                continue
-            head_pass = written.predicted(needs[0].loss) if predicted else written
-            measured = {key: self._measured(key, head_pass) for key in dict.fromkeys(map(_measure_of, needs))}
-            if predicted in backwards:
-                gradient = head_pass.hidden_gradient(hidden, positions)
-
-                def emit(name: str, piece: GradPiece, among: Sequence[_Measured] = tuple(measured.values())) -> None:
-                    for each in among:
-                        each.add(name, piece)
-
-                self._capture.backward(hidden, gradient, emit, last=predicted == backwards[-1])
-            for each in measured.values():
-                each.add_head(head_pass)
-            counts = torch.tensor([end - begin for begin, end in head_pass.bounds], device=head_pass.hidden.device)
-            for need in needs:
-                values[need] = _finished(need, head_pass.loss, measured[_measure_of(need)].measure, counts)
+        self._left = self._backwards()
+        values: dict[GradientNeed | ProbeNeed, torch.Tensor] = {}
+        for predicted in (False, True):
+            needs = [need for need in self._needs if need.predicted == predicted]
+            if needs:
+                head_pass = written.predicted(needs[0].loss) if predicted else written
+                values.update(self._under_targets(hidden, positions, needs, head_pass).items())
+        for seed in dict.fromkeys(need.seed for need in self._probed):
+            probed = [need for need in self._probed if need.seed == seed]
+            values.update(self._under_probes(hidden, positions, probed, written).items())
         return values
+
+    def _under_targets(
+        self,
+        hidden: torch.Tensor,  # [B, T, D]
+        positions: torch.Tensor,  # [N] int64
+        needs: Sequence[GradientNeed],
+        head_pass: HeadPass,
+    ) -> dict[GradientNeed, torch.Tensor]:
+        """Of the loss, in one backward."""
+        measured = {key: self._measured(key, head_pass) for key in dict.fromkeys(map(_measure_of, needs))}
+        if self._reaches_trunk(needs):
+            self._backward(hidden, head_pass.hidden_gradient(hidden, positions), list(measured.values()), ())
+        for each in measured.values():
+            each.add_head(head_pass)
+        counts = torch.tensor(head_pass.counts, device=head_pass.hidden.device)
+        return {need: _finished(need, head_pass.loss, measured[_measure_of(need)].measure, counts) for need in needs}
+
+    def _under_probes(
+        self,
+        hidden: torch.Tensor,  # [B, T, D]
+        positions: torch.Tensor,  # [N] int64
+        needs: Sequence[ProbeNeed],  # of one seed
+        head_pass: HeadPass,
+    ) -> dict[ProbeNeed, torch.Tensor]:
+        """Of random cotangents, in a backward each."""
+        gradients = head_pass.fisher_grads(max(need.probes for need in needs), needs[0].seed).gradients  # [P, N, D]
+        found: dict[ProbeNeed, list[torch.Tensor]] = {need: [] for need in needs}
+        for k, gradient in enumerate(gradients):
+            asked = [need for need in needs if k < need.probes]
+            of_weights = {need: self._weights_measure(need, head_pass) for need in asked if need.of == "weights"}
+            sites = {need: self._sites.get(need, {}) for need in asked if need.of == "sites"}
+            of_sites = {need: SiteSquares(head_pass, modules) for need, modules in sites.items()}
+            if any(need.layers != 0 for need in asked):
+                whole = spread(gradient, hidden, positions)
+                self._backward(hidden, whole, list(of_weights.values()), list(of_sites.values()))
+            for need, squares in of_sites.items():
+                if need.layers == 0:
+                    squares.add_rows(head_pass.hidden, gradient, need.dropout)
+                found[need].append(squares.values)
+            for need, measured in of_weights.items():
+                found[need].append(measured.measure.values)
+        counts = torch.tensor(head_pass.counts, dtype=torch.float64)[:, None]
+        of_probes = {need: torch.stack(values, dim=1).cpu() for need, values in found.items()}
+        return {need: values if need.dim is not None else values / counts for need, values in of_probes.items()}
+
+    def _backward(
+        self,
+        hidden: torch.Tensor,  # [B, T, D]
+        gradient: torch.Tensor,  # [B, T, D]
+        of_parameters: Sequence[_Measured],
+        of_sites: Sequence[SiteSquares],
+    ) -> None:
+        """One of a batch's backwards; the last frees the graph."""
+        self._left -= 1
+        self._capture.backward(hidden, gradient, of_parameters, of_sites, last=self._left == 0)
+
+    def _backwards(self) -> int:
+        """How many backwards through the trunk a batch takes."""
+        by_targets = ([n for n in self._needs if n.predicted == predicted] for predicted in (False, True))
+        count = sum(self._reaches_trunk(needs) for needs in by_targets)
+        for seed in dict.fromkeys(need.seed for need in self._probed):
+            count += max([0, *(n.probes for n in self._probed if n.seed == seed and n.layers != 0)])
+        return count
 
     def _reaches_trunk(self, needs: Sequence[GradientNeed]) -> bool:
         return any(self._selections[need.parameters].names for need in needs)
@@ -104,9 +175,11 @@ class SampleGradients:
     def _measured(self, key: _Key, head_pass: HeadPass) -> _Measured:
         parameters, dim, seed = key
         selection = self._selections[parameters]
-        batch, device = len(head_pass.bounds), head_pass.hidden.device
-        measure = SquaredNorm(batch, device) if dim is None else Sketch(batch, device, dim, seed)
-        return _Measured(measure, frozenset(selection.names.values()), selection.head)
+        return _Measured(_measure(head_pass, dim, seed), frozenset(selection.names.values()), selection.head)
+
+    def _weights_measure(self, need: ProbeNeed, head_pass: HeadPass) -> _Measured:
+        names = self._linear[need.layers].names
+        return _Measured(_measure(head_pass, need.dim, need.sketch_seed), frozenset(names.values()), None)
 
 
 _Key = tuple[Parameters, int | None, int]
@@ -117,6 +190,11 @@ def _measure_of(need: GradientNeed) -> _Key:
     return need.parameters, need.dim, need.seed if need.dim is not None else 0
 
 
+def _measure(head_pass: HeadPass, dim: int | None, seed: int) -> Measure:
+    batch, device = len(head_pass.bounds), head_pass.hidden.device
+    return SquaredNorm(batch, device) if dim is None else Sketch(batch, device, dim, seed)
+
+
 @dataclass(frozen=True, eq=False)
 class _Measured:
     """A measure, and whose pieces it takes."""
@@ -125,6 +203,9 @@ class _Measured:
     names: frozenset[str]
     head: str | None
     _tied: list[GradPiece] = field(default_factory=list)  # of a weight that is both embedding and head
+
+    def takes(self, name: str) -> bool:
+        return name == self.head or name in self.names
 
     def add(self, name: str, piece: GradPiece) -> None:
         if name == self.head:

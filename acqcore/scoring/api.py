@@ -62,6 +62,9 @@ def score(
               ``"all"``, ``"own"``, or 0 for the last hidden state), ``draws``, ``dropout``, ``form``, ``block``,
               ``seed``, or ``members``, an ensemble: see ``acqcore.acquisitions.DrawOptions``. Equal arguments share
               the draws.
+            - ``mutual_information`` with ``form="linear"``: ``posterior``, ``probes``, ``layers``, ``dropout`` or
+              ``variance``, ``seed``: see ``acqcore.acquisitions.LinearOptions``. It has no values of tokens, and a
+              standard error in ``Scores.stderr``.
         tokenizer: of the student; by default the one loaded with a path. Tensors need none.
         reduction: of a sample's token values: ``mean``, ``sum``, ``max``, or ``topk``, the mean of the largest.
         topk: number of values that ``topk`` averages; all if there are fewer.
@@ -107,11 +110,14 @@ def _score(
         values = torch.full((len(plan.names), len(rows)), torch.nan)
         tokens: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in plan.of_tokens}
         sketches = {need: torch.zeros(len(rows), *need.shape) for need in plan.set_needs}
+        stderr: dict[str, torch.Tensor] = {}
         with Progress(sum(len(row.ids) for row in rows), progress) as bar:
             for batch in plan.batches(runner, rows):
                 values[:, batch.indices] = batch.values
                 for need, of_samples in batch.sketches.items():
                     sketches[need][batch.indices] = of_samples
+                for name, of_batch in batch.stderr.items():
+                    stderr.setdefault(name, torch.full((len(rows),), torch.nan))[batch.indices] = of_batch
                 if keep_tokens:
                     for i, sample in zip(batch.indices, batch.tokens, strict=True):
                         for name, column in sample.items():
@@ -124,7 +130,7 @@ def _score(
     values[:, [i for i, row in enumerate(rows) if row.n_scored == 0]] = torch.nan
     n_tokens = torch.tensor([row.n_scored for row in rows], dtype=torch.int64)
     valid = values.isfinite().all(dim=0)
-    return Scores(dict(zip(plan.names, values, strict=True)), n_tokens, valid, tokens if keep_tokens else None)
+    return Scores(dict(zip(plan.names, values, strict=True)), n_tokens, valid, tokens if keep_tokens else None, stderr)
 
 
 def score_stream(

@@ -45,6 +45,12 @@ class Batch:
         """``[B]`` int64: masks depend on a sample's tokens, not on its place in the batch."""
         return torch.tensor([zlib.crc32(row.ids.numpy().tobytes()) for row in self.rows])
 
+    @property
+    def keys_and_places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mask key of each scored token's sample, and the position in it that predicts the token, ``[N]`` int64."""
+        keys = self.mask_keys.repeat_interleave(self.offsets.diff())
+        return keys, self.positions % self.input_ids.shape[1]
+
 
 class Draws:
     """Statistics under given options.
@@ -83,9 +89,8 @@ class Draws:
         assert options.dropout is not None
         assert options.form is not None
         assert options.block is not None
-        of_rows = batch.mask_keys.repeat_interleave(batch.offsets.diff()).to(hidden.device)
-        places = (batch.positions % batch.input_ids.shape[1]).to(hidden.device)
-        dropout = Dropout(options.dropout, options.form, options.block, options.seed, of_rows, places)
+        keys, places = (value.to(hidden.device) for value in batch.keys_and_places)
+        dropout = Dropout(options.dropout, options.form, options.block, options.seed, keys, places)
         return dropout_stats(hidden, self._head, dropout, options.draws, batch.targets.to(hidden.device), self._backend)
 
     def of_forwards(self, batch: Batch) -> BayesStats:

@@ -11,6 +11,7 @@ import torch
 
 from acqcore import checks
 from acqcore.acquisitions import REGISTRY, Acquisition, DrawOptions, GradientNeed, Options
+from acqcore.acquisitions.base import Over
 from acqcore.acquisitions.needs import Need
 from acqcore.literals import Reduction
 from acqcore.scoring.run import Found, Runner
@@ -32,6 +33,7 @@ class Batch:
     values: torch.Tensor  # [A, B]
     tokens: list[dict[str, torch.Tensor]]  # B of name -> [scored tokens], for acquisitions of tokens
     sketches: Mapping[GradientNeed, torch.Tensor]  # [B, ...]
+    stderr: Mapping[str, torch.Tensor]  # name -> [B] float32, for acquisitions that have a standard error
     n_input_tokens: int
 
 
@@ -72,8 +74,13 @@ class Plan:
         records = [REGISTRY[name] for name in names]
         asked = tuple((entry, entry.options.of(entry.name, arguments.get(entry.name, {}))) for entry in records)
         for entry, options in asked:
-            needs = entry.needed(options)
-            if entry.over == "set" and not all(isinstance(need, GradientNeed) for need in needs):
+            needs, over = entry.needed(options), entry.values_over(options)
+            if over == "average" and reduction not in ("mean", "sum"):
+                raise ValueError(
+                    f"reduction: {entry.name!r} has no values of tokens under these arguments, expected 'mean' or "
+                    f"'sum', got {reduction!r}"
+                )
+            if over == "set" and not all(isinstance(need, GradientNeed) for need in needs):
                 raise ValueError(f"acquisition {entry.name!r}: expected one over sets to need gradients, got {needs}")
         return cls(asked, reduction, topk, batch_tokens, backend)
 
@@ -93,12 +100,17 @@ class Plan:
     @property
     def of_tokens(self) -> list[str]:
         """Acquisitions with a value for each token."""
-        return [entry.name for entry, _ in self.asked if entry.over == "token"]
+        return [entry.name for entry, options in self.asked if entry.values_over(options) == "token"]
+
+    @property
+    def estimated(self) -> list[str]:
+        """Acquisitions whose values have standard errors."""
+        return [entry.name for entry, options in self.asked if entry.stderr is not None and options.estimated]
 
     @property
     def of_sets(self) -> list[tuple[Acquisition, Options]]:
         """Acquisitions whose values compare the samples of a call."""
-        return [(entry, options) for entry, options in self.asked if entry.over == "set"]
+        return [(entry, options) for entry, options in self.asked if entry.values_over(options) == "set"]
 
     @cached_property
     def set_needs(self) -> tuple[GradientNeed, ...]:
@@ -126,25 +138,41 @@ class Plan:
     def _batch(self, found: Found) -> Batch:
         counts = found.counts
         columns: dict[str, torch.Tensor] = {}
+        stderr: dict[str, torch.Tensor] = {}
         for entry, options in self.asked:
-            if entry.over != "set":
+            over = entry.values_over(options)
+            if over != "set":
                 column = entry.compute(options, found.results)
-                checks.acquisition_values(entry.name, column, sum(counts) if entry.over == "token" else len(counts))
+                checks.acquisition_values(entry.name, column, sum(counts) if over == "token" else len(counts))
                 columns[entry.name] = column.double()
+                error = entry.standard_error(options, found.results)
+                if error is not None:
+                    checks.acquisition_values(entry.name, error, len(counts))
+                    stderr[entry.name] = _finite(self._of_averages(over, error.double().cpu(), counts).float())
         of_host = _on_host(columns)
         values = torch.full((len(self.asked), len(counts)), torch.nan)
         tokens: list[dict[str, torch.Tensor]] = [{} for _ in counts]
-        for a, (entry, _) in enumerate(self.asked):
-            if entry.over == "sample":
-                values[a] = _finite(of_host[entry.name].float())
-            elif entry.over == "token":
+        for a, (entry, options) in enumerate(self.asked):
+            over = entry.values_over(options)
+            if over in ("average", "sample"):
+                values[a] = _finite(self._of_averages(over, of_host[entry.name], counts).float())
+            elif over == "token":
                 # An infinity of either sign becomes NaN here: later a maximum would hide it.
                 column = _finite(of_host[entry.name])
                 values[a] = _finish(entry, reduce(column, counts, self.reduction, self.topk))
                 for sample, piece in zip(tokens, _finish(entry, column).split(counts), strict=True):
                     sample[entry.name] = piece
         sketches = {need: found.results[need] for need in self.set_needs}
-        return Batch(found.indices, values, tokens, sketches, found.n_input_tokens)
+        return Batch(found.indices, values, tokens, sketches, stderr, found.n_input_tokens)
+
+    def _of_averages(
+        self,
+        over: Over,
+        values: torch.Tensor,  # [B] float64 on the CPU
+        counts: list[int],  # [B], tokens
+    ) -> torch.Tensor:
+        """``[B]``: averages over tokens, reduced; values of samples as they are."""
+        return values * torch.tensor(counts) if over == "average" and self.reduction == "sum" else values
 
 
 def _on_host(columns: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

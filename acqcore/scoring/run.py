@@ -13,7 +13,7 @@ from acqcore import checks
 from acqcore.acquisitions import BatchNeed, DrawOptions, RowNeed, SampleBatch
 from acqcore.acquisitions.needs import Need
 from acqcore.gradients.head_pass import HeadPass
-from acqcore.gradients.need import GradientNeed
+from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.gradients.per_sample import SampleGradients
 from acqcore.head_visit import visit
 from acqcore.row_stats import checked_backend, row_stats
@@ -62,7 +62,7 @@ class Runner:
         self._draws = {
             need: Draws(student, head, need, batch_tokens, backend) for need in needs if isinstance(need, DrawOptions)
         }
-        gradients = [need for need in needs if isinstance(need, GradientNeed)]
+        gradients = [need for need in needs if isinstance(need, GradientNeed | ProbeNeed)]
         self._gradients = SampleGradients(student, head, gradients) if gradients else None
 
     def encode(
@@ -132,10 +132,13 @@ class Runner:
         """Everything that is asked of the head for the written targets."""
         head, gradients = self.head, self._gradients
         targets = batch.targets.to(hidden.device)
+        visited = None
         if gradients is None or not gradients.of_head:
             stats = row_stats(hidden, head, targets, backend=self._backend)
-            loss = "mean" if gradients is None else gradients.loss
-            return HeadPass(hidden, head, stats, batch.bounds, loss, self._backend)
-        backend = checked_backend(hidden, head, targets, 1.0, self._backend, "head_grad_norm")
-        visited = visit(hidden, head, targets, batch.bounds, 1.0, backend)
-        return HeadPass(hidden, head, visited.stats, batch.bounds, gradients.loss, self._backend, visited)
+        else:
+            backend = checked_backend(hidden, head, targets, 1.0, self._backend, "head_grad_norm")
+            visited = visit(hidden, head, targets, batch.bounds, 1.0, backend)
+            stats = visited.stats
+        loss = "mean" if gradients is None else gradients.loss
+        keys, places = (value.to(hidden.device) for value in batch.keys_and_places)
+        return HeadPass(hidden, head, stats, batch.bounds, loss, self._backend, keys, places, visited)

@@ -16,7 +16,9 @@ from torch import nn
 
 from acqcore import checks
 from acqcore.backends import Dropout, select as select_backend
-from acqcore.students.sharding import matrix_owners, replaced_forward
+from acqcore.literals import Layers
+from acqcore.students.dropout_sites import DropoutSites
+from acqcore.students.sharding import replaced_forward
 from acqcore.students.student import Student
 
 
@@ -25,57 +27,28 @@ class TrunkDraws:
 
     Args:
         student: whose trunk runs.
-        layers: the last n blocks, ``"all"``, or ``"own"``: the student's ``nn.Dropout`` modules at their own rates.
-            Functional dropout, such as that of attention weights in transformers, stays off.
+        layers: the last n blocks, ``"all"``, or ``"own"``, as in :meth:`DropoutSites.of`.
         draws: K.
         dropout: probability p for blocks; ignored by ``"own"``.
         seed: of the masks.
         backend: as in :func:`acqcore.row_stats`.
 
     Raises:
-        ValueError: a trunk without blocks, fewer blocks than asked for, a block without residual branches, no dropout
-            layer of the student's own.
+        ValueError: as :meth:`DropoutSites.of`.
     """
 
     def __init__(
-        self, student: Student, layers: int | str, draws: int, dropout: float, seed: int, backend: str | None
+        self, student: Student, layers: Layers, draws: int, dropout: float, seed: int, backend: str | None
     ) -> None:
-        blocks = student.blocks
+        found = DropoutSites.of(student, layers, dropout)
         self._student = student
         self._draws = draws
         self._seed = seed
         self._dropped = 0
         self._backend = backend
-        self._skipped: list[nn.Module] = []
-        self._sites: list[tuple[int, nn.Module, float]] = []
-        if layers == "own":
-            modules = student.trunk.modules() if isinstance(student.trunk, nn.Module) else ()
-            own = [module for module in modules if isinstance(module, nn.Dropout)]
-            self._sites = [(site, module, module.p) for site, module in enumerate(own, 1) if module.p > 0]
-            if not self._sites:
-                raise ValueError("layers: 'own' needs a student with dropout layers of p > 0, this one has none")
-            return
-        checks.some_blocks(len(blocks))
-        assert student._module is not None
-        count = len(blocks) if layers == "all" else layers
-        assert isinstance(count, int)
-        if count > len(blocks):
-            raise ValueError(f"layers: expected at most {len(blocks)} transformer blocks, got {count}")
-        first = len(blocks) - count
+        self._sites = found.sites
         # Ranks that run forwards together skip nothing: another rank may be at a forward of all blocks.
-        self._skipped = [] if student.forwards_are_collective else blocks[:first]
-        site, owners = 0, matrix_owners(student._module)
-        for i, block in enumerate(blocks):
-            branches = _branches(block, owners)
-            if not branches:
-                name = type(block).__name__
-                raise ValueError(
-                    f"layers: {name} has no child that multiplies by a matrix, so nothing dropout could act on"
-                )
-            for branch in branches:
-                site += 1  # counted over the whole model, so a block has the same masks whatever ``layers`` is
-                if i >= first:
-                    self._sites.append((site, branch, dropout))
+        self._skipped = () if student.forwards_are_collective else found.before
 
     def hidden(
         self,
@@ -158,11 +131,6 @@ class TrunkDraws:
 
 class _Found(Exception):  # noqa: N818
     """Ends a forward after the last skipped block."""
-
-
-def _branches(block: nn.Module, owners: set[nn.Module]) -> list[nn.Module]:
-    """The children of a block that add to the residual stream: those that own a matrix, or contain one that does."""
-    return [child for child in block.children() if not owners.isdisjoint(child.modules())]
 
 
 def member_hidden(

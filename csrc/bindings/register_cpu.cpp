@@ -122,6 +122,22 @@ void hidden_grad(const std::string& isa, const acqcore::HeadArgs& head, uintptr_
   run(isa, &acqcore::Operations::hidden_grad, args);
 }
 
+void fisher_sums(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index, int probes,
+                 uint64_t seed, uintptr_t samples, uintptr_t positions, uintptr_t sums, uintptr_t signed_sums,
+                 uintptr_t squares) {
+  const acqcore::FisherSumsArgs args = {head,
+                                        reinterpret_cast<const double*>(state),
+                                        reinterpret_cast<const int64_t*>(index),
+                                        probes,
+                                        seed,
+                                        reinterpret_cast<const int64_t*>(samples),
+                                        reinterpret_cast<const int64_t*>(positions),
+                                        reinterpret_cast<float*>(sums),
+                                        reinterpret_cast<double*>(signed_sums),
+                                        reinterpret_cast<double*>(squares)};
+  run(isa, &acqcore::Operations::fisher_sums, args);
+}
+
 void gram_norm(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index, uintptr_t bounds,
                int64_t samples, uintptr_t products, uintptr_t local_max, uintptr_t weights, uintptr_t squared) {
   const acqcore::GramArgs gram = {reinterpret_cast<const int64_t*>(bounds), samples,
@@ -199,6 +215,9 @@ void register_cpu(py::module_& m) {
         py::arg("values"), py::arg("out"));
   m.def("delta_hash", &delta_hash, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("places"), py::arg("columns"), py::arg("out"));
+  m.def("fisher_sums", &fisher_sums, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
+        py::arg("probes"), py::arg("seed"), py::arg("samples"), py::arg("positions"), py::arg("sums"),
+        py::arg("signed_sums"), py::arg("squares"));
   m.def("hidden_grad", &hidden_grad, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("out"));
   m.def("gram_norm", &gram_norm, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"), py::arg("bounds"),

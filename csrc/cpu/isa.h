@@ -76,6 +76,20 @@ struct DeltaProductArgs {
   float* out;             // [N, n], written
 };
 
+// Sums over the vocabulary that random cotangents of the logits follow from; zero in ignored rows.
+struct FisherSumsArgs {
+  HeadArgs head;             // with targets
+  const double* state;       // [7, N], of row_stats for the same head
+  const int64_t* index;      // [N], likewise
+  int probes;                // P
+  uint64_t seed;             // of the signs
+  const int64_t* samples;    // [N]
+  const int64_t* positions;  // [N], in the sample
+  float* sums;               // [P + 1, N, D], written: of e cap' W, then of sqrt(e) r cap' W for each probe
+  double* signed_sums;       // [P, N], written: of sqrt(e) r
+  double* squares;           // [N], written: of e cap'^2 |W|^2
+};
+
 // Squared norms of each sample's head gradient, sum_t weights_t delta_t h_t^T, the bias's included where there is one.
 struct HeadGradNormArgs {
   HeadArgs head;           // with targets
@@ -134,6 +148,7 @@ struct Operations {
   bool (*logit_stats)(const LogitStatsArgs&);
   bool (*delta_product)(const DeltaProductArgs&);
   bool (*hidden_grad)(const HiddenGradArgs&);
+  bool (*fisher_sums)(const FisherSumsArgs&);
   bool (*gram_norm)(const GramNormArgs&);
   bool (*head_grad_norm)(const HeadGradNormArgs&);
   bool (*mixture_stats)(const MixtureStatsArgs&);

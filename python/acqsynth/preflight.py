@@ -86,9 +86,11 @@ def on_this_machine(config: Config) -> None:
 
 def validity_reward(reward: RewardConfig, validity: ValidityConfig) -> RewardConfig:
     """The reward whose signals are put to the test."""
+    from acqsynth.rewards.build import DEFAULT_SIGNALS
+
     if not validity.signals:
         return reward
-    signals = {name: (reward.signals or {}).get(name, {}) for name in validity.signals}
+    signals = {name: (reward.signals or DEFAULT_SIGNALS).get(name, {}) for name in validity.signals}
     return reward.model_copy(update={"signals": signals, "weights": {}, "paper_compat": False})
 
 

@@ -33,11 +33,12 @@ def samples(
     columns: Mapping[str, str] | None,
     limit: int | None,
     layouts: Sequence[Layout],
+    class_names: bool = False,
 ) -> list[Sample]:
     """The samples of a data set, in file order: ``Domain.load`` for a domain that knows ``layouts``.
 
     The first layout whose columns are all there is taken, after ``columns`` has given columns of the data the names
-    that layouts know. ``limit`` counts samples.
+    that layouts know. ``limit`` counts samples; ``class_names`` is that of :func:`rows`.
 
     Raises:
         FileNotFoundError, ValueError: as ``Domain.load`` says.
@@ -48,7 +49,7 @@ def samples(
     layout: Layout | None = None
     found: list[Sample] = []
     number = 0
-    for number, row in rows(source, split):
+    for number, row in rows(source, split, class_names):
         if layout is None:
             if unknown := [column for column in columns.values() if column not in row]:
                 raise ValueError(f"columns: no {_listed(unknown)} in {source}, which has {_listed(row)}")
@@ -72,15 +73,19 @@ def samples(
     return found
 
 
-def rows(source: str, split: str = "train") -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(source: str, split: str = "train", class_names: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each row with its number, from 1; lazily for a local file, whose lines after a ``limit`` are not read.
+
+    Args:
+        source, split: as in ``Domain.load``.
+        class_names: give the names of a hub data set's classes instead of their numbers.
 
     Raises:
         FileNotFoundError: no such local file, or (from ``datasets``) no such data set.
         ValueError: a row that cannot be read, or a file that is no parquet.
     """
     if not is_local(source):
-        return _hub(source, split)
+        return _hub(source, split, class_names)
     path = Path(source).expanduser()
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{source}: expected a file that ends in {' or '.join(SUFFIXES)}")
@@ -133,8 +138,14 @@ def _file(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{source}: {' '.join(str(error).split())}") from None
 
 
-def _hub(source: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _hub(source: str, split: str, class_names: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     import datasets
 
     name, _, configuration = source.partition(":")
-    yield from enumerate(datasets.load_dataset(name, configuration or None, split=split), 1)
+    found = datasets.load_dataset(name, configuration or None, split=split)
+    features = found.features if class_names else {}
+    kinds = {column: kind for column, kind in features.items() if hasattr(kind, "int2str")}
+    for number, row in enumerate(found, 1):
+        # -1 marks the rows of a test set without labels.
+        names = {column: kind.int2str(row[column]) for column, kind in kinds.items() if (row[column] or 0) >= 0}
+        yield number, {**row, **names}

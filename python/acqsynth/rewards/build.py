@@ -16,7 +16,7 @@ from acqsynth.engines.transformers import TransformersEngine
 from acqsynth.label import Labeller
 from acqsynth.rewards.gates import Gate, default_gates
 from acqsynth.rewards.paper import PaperReward
-from acqsynth.rewards.reward import DEFAULT_WEIGHTS, ComposedReward
+from acqsynth.rewards.reward import DEFAULT_WEIGHTS, INFORMATION, ComposedReward
 from acqsynth.rewards.scoring import load_student
 from acqsynth.rewards.signals import (
     AnswerVariance,
@@ -34,7 +34,7 @@ from acqsynth.rewards.texts import NgramEmbedder, SentenceEmbedder
 
 ANSWER_SIGNALS = ("confidence", "answer_variance", "semantic_entropy", "learnability")
 DEFAULT_SIGNALS: dict[str, dict[str, Any]] = {
-    "mutual_information": {},
+    "mutual_information": INFORMATION,
     "influence": {},
     "learnability": {"verified": True},
     "diversity": {},
@@ -65,6 +65,7 @@ def build(
     Raises:
         ValueError, TypeError: an unknown signal, gate or option, or a value out of range; names the key.
     """
+    domain = domain.with_seeds(seeds)
     wanted = DEFAULT_SIGNALS if config.signals is None else config.signals
     weights = config.weights or (DEFAULT_WEIGHTS if config.signals is None else None)
     scoring = dict(config.scoring)

@@ -253,7 +253,7 @@ class Fluent:
         return self._limits
 
     def _losses(self, texts: list[str]) -> list[float | None]:
-        return self.scorer(texts)[0]["loss"]
+        return self.scorer(texts).values["loss"]
 
 
 class Labelled:

@@ -194,7 +194,7 @@ class ReleasedGradient:
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         rows = [{"prompt": s.question + "\n", "completion": self.domain.solution(s)} for s in samples]
-        return [self.scorer([row])[0]["grad_norm"][0] for row in rows]
+        return [self.scorer([row]).values["grad_norm"][0] for row in rows]
 
     def refresh(self, student: Any) -> None:
         self.scorer.refresh(student)

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -30,6 +30,14 @@ REFERENCE = ("parameters", "dim", "seed")
 
 #: Scoring switches the student's mode, so the threads of a process (AsyncGRPO has several) take turns.
 _scoring = threading.Lock()
+
+
+class Scored(NamedTuple):
+    """Of n samples; None for a sample without a value."""
+
+    values: dict[str, list[float | None]]  #: of each acquisition
+    lengths: list[int]  #: scored tokens
+    stderr: dict[str, list[float | None]]  #: of each acquisition that is estimated at random, its standard errors
 
 
 class Scorer:
@@ -121,8 +129,8 @@ class Scorer:
         with _scoring:
             self._student()
 
-    def __call__(self, samples: Sequence[Any]) -> tuple[dict[str, list[float | None]], list[int]]:
-        """Values of each acquisition (None for a sample without one) and scored tokens of n samples.
+    def __call__(self, samples: Sequence[Any]) -> Scored:
+        """Values, scored tokens and standard errors of n samples.
 
         Signals of one reward call that pass the same batch share one pass.
         """
@@ -130,8 +138,8 @@ class Scorer:
             return self._score(samples)
         if self not in samples.scores:
             samples.scores[self] = self._score(samples)
-        values: tuple[dict[str, list[float | None]], list[int]] = samples.scores[self]
-        return values
+        scored: Scored = samples.scores[self]
+        return scored
 
     def sketches(self, samples: Sequence[Any], **options: Any) -> torch.Tensor:
         """``acqcore.grad_sketch`` of n samples, ``[n, dim]``; options are its ``parameters``, ``dim``, ``seed``."""
@@ -149,9 +157,9 @@ class Scorer:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shared": None}  # another process loads its own
 
-    def _score(self, samples: Sequence[Any]) -> tuple[dict[str, list[float | None]], list[int]]:
+    def _score(self, samples: Sequence[Any]) -> Scored:
         if not samples:
-            return {name: [] for name in self.acquisitions}, []
+            return Scored({name: [] for name in self.acquisitions}, [], {})
         with _scoring:
             student = self._student()
             tokenizer = self.tokenizer or student.tokenizer
@@ -166,13 +174,13 @@ class Scorer:
                 progress=False,
                 **passes,
             )
-        values: dict[str, list[float | None]] = {}
-        for name in self.acquisitions:
-            found: dict[int, float] = dict(zip(scorable, scores[name].tolist(), strict=True))
-            columns = (found.get(i, math.nan) for i in range(len(samples)))
-            values[name] = [value if math.isfinite(value) else None for value in columns]
+        n = len(samples)
         counts = dict(zip(scorable, scores.n_tokens.tolist(), strict=True))
-        return values, [counts.get(i, 0) for i in range(len(samples))]
+        return Scored(
+            {name: _placed(scores[name], scorable, n) for name in self.acquisitions},
+            [counts.get(i, 0) for i in range(n)],
+            {name: _placed(errors, scorable, n) for name, errors in scores.stderr.items()},
+        )
 
     def _encoded(
         self, samples: Sequence[Any], student: acqcore.Student, tokenizer: Any, max_length: int
@@ -238,6 +246,17 @@ class Scorer:
                 self._shared = load_student(os.fspath(student), self.device)
             return self._shared.student
         return student if isinstance(student, acqcore.Student) else acqcore.Student.from_model(student)
+
+
+def _placed(
+    values: torch.Tensor,  # [m]
+    indices: Sequence[int],  # [m]
+    n: int,
+) -> list[float | None]:
+    """The values at their indices among n; None elsewhere and where not finite."""
+    found: dict[int, float] = dict(zip(indices, values.tolist(), strict=True))
+    columns = (found.get(i, math.nan) for i in range(n))
+    return [value if math.isfinite(value) else None for value in columns]
 
 
 def training_row(domain: Domain, sample: Sample, chat: bool) -> dict[str, Any]:

@@ -50,7 +50,8 @@ class Signal(Protocol):
     """How much samples are worth to a student, by one measure.
 
     Attributes that are used if a signal has them: ``set_level = True`` says that its values depend on the other samples
-    of the call, so it gets those of all ranks at once; ``accept(samples)`` takes in what passed a call, as an archive
+    of the call, so it gets those of all ranks at once; ``stderr(samples)`` gives the standard errors of the values, of
+    which the reward's ``reliability`` follows, or None; ``accept(samples)`` takes in what passed a call, as an archive
     does; ``refresh(student)`` moves to another student; ``state_dict()`` and ``load_state_dict(state)`` save it with
     the reward.
     """
@@ -102,7 +103,11 @@ class AcquisitionSignal:
         self.set_level = acquisition in SET_LEVEL
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        return self.scorer(samples)[0][self.acquisition]
+        return self.scorer(samples).values[self.acquisition]
+
+    def stderr(self, samples: Sequence[Sample]) -> list[float | None] | None:
+        """Standard errors of n values; None of an acquisition that is exact, or that gives none."""
+        return self.scorer(samples).stderr.get(self.acquisition)
 
     def refresh(self, student: Any) -> None:
         self.scorer.refresh(student)
@@ -201,7 +206,7 @@ class Gradient(Published):
         return self._limit
 
     def _norms(self, samples: Sequence[Sample]) -> list[float | None]:
-        values, lengths = self.scorer(samples)
+        values, lengths, _ = self.scorer(samples)
         pairs = zip(values["grad_norm"], lengths, strict=True)
         return [None if value is None else value * math.sqrt(length) for value, length in pairs]
 

@@ -43,12 +43,11 @@ from acqsynth.serve.schema import (
     served_acquisitions,
     template_variables,
 )
-from acqsynth.serve.students import Loaded, Question, Students, text_size
+from acqsynth.serve.students import Loaded, Question, Students, Values, text_size
 
 logger = logging.getLogger(__name__)
 
 Key = tuple[Loaded, Question]
-Values = tuple[float | None, ...]
 
 
 class Service:
@@ -121,7 +120,7 @@ class Service:
             errors |= {len(rows) + i: message for i, message in found[1].items()}
             rows += found[0]
         picked = [i for i in range(len(rows)) if i not in errors]
-        values: list[Values] = [(None,) * len(question.acquisitions)] * len(rows)
+        values = [Values((None,) * len(question.acquisitions), {})] * len(rows)
         try:
             scored = await self.batcher.submit(
                 (loaded, question), [rows[i] for i in picked], [len(rows[i].ids) for i in picked]
@@ -147,7 +146,7 @@ class Service:
         parsed = [i for i, sample in enumerate(samples) if sample is not None]
         question = Question((self.acquisition,), "mean", "{}")
         _, scored, _, _ = await self.score([samples[i] for i in parsed], question, self.limits.max_length)
-        values = dict(zip(parsed, (row[0] for row in scored), strict=True))
+        values = dict(zip(parsed, (row.values[0] for row in scored), strict=True))
         if responses and not parsed and not self._parsed:
             logger.warning(
                 "/get_reward: none of %d responses has the form <question>...</question><answer>...</answer>, so each "
@@ -244,13 +243,15 @@ def create_app(service: Service) -> FastAPI:
         loaded, values, n_tokens, errors = await answered(
             request, service.score(body.samples, question, body.max_length), service.limits.timeout
         )
-        columns = [list(column) for column in zip(*values, strict=True)] or [[] for _ in names]
+        columns = [list(column) for column in zip(*(row.values for row in values), strict=True)] or [[] for _ in names]
+        estimated = [name for name in names if any(name in row.stderr for row in values)]
         return JSONResponse(
             {
                 "student": loaded.described(),
                 "values": dict(zip(names, columns, strict=True)),
+                "stderr": {name: [row.stderr.get(name) for row in values] for name in estimated},
                 "n_tokens": n_tokens,
-                "valid": [None not in row for row in values],
+                "valid": [None not in row.values for row in values],
                 "errors": [{"index": i, "message": message} for i, message in sorted(errors.items())],
             }
         )

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from acqsynth.rewards.scoring import Scored
 from acqsynth.serve.options import TOKEN_VARIABLE, is_loopback, token_from
 
 logger = logging.getLogger(__name__)
@@ -130,8 +131,9 @@ class ScorerClient:
         arguments: Mapping[str, Mapping[str, Any]] | None = None,
         reduction: str = "mean",
         max_length: int | None = None,
-    ) -> tuple[dict[str, list[float | None]], list[int]]:
-        """Values of each acquisition and scored tokens of n samples; None and 0 where there is no answer.
+    ) -> Scored:
+        """Values of each acquisition, scored tokens and standard errors of n samples; None and 0 where there is no
+        answer.
 
         Args:
             samples, acquisitions, reduction, max_length: as in ``acqcore.score``.
@@ -153,6 +155,7 @@ class ScorerClient:
         bodies = [{"samples": [samples[i] for i in chunk], **question} for chunk in chunks]
         answers = await self._all(bodies, headers)
         values: dict[str, list[float | None]] = {name: [None] * len(samples) for name in acquisitions}
+        stderr: dict[str, list[float | None]] = {}
         n_tokens = [0] * len(samples)
         for chunk, answer in zip(chunks, answers, strict=True):
             if answer is None:
@@ -162,7 +165,10 @@ class ScorerClient:
             for name, column in values.items():
                 for i, value in zip(chunk, self._column(answer["values"].get(name, []), chunk), strict=True):
                     column[i] = value
-        return values, n_tokens
+            for name, errors in answer.get("stderr", {}).items():
+                for i, error in zip(chunk, self._column(errors, chunk), strict=True):
+                    stderr.setdefault(name, [None] * len(samples))[i] = error
+        return Scored(values, n_tokens, stderr)
 
     def _client(self, headers: Mapping[str, str]) -> httpx.AsyncClient:
         timeout = httpx.Timeout(None, connect=_CONNECT_SECONDS)

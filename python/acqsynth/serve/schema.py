@@ -102,7 +102,10 @@ class Arguments(_Body):
     layers: Literal["all", "own"] | Annotated[int, Field(ge=0)] | None = None
     draws: int | None = Field(None, ge=2, le=32, description="each costs a pass of its own")
     dropout: float | None = Field(None, ge=0, lt=1)
-    form: Literal["element", "block"] | None = None
+    form: Literal["element", "block", "linear"] | None = None
+    posterior: Literal["dropout", "isotropic"] | None = None
+    probes: int | None = Field(None, ge=1, le=32, description="each costs a backward of its own")
+    variance: float | None = Field(None, gt=0)
     block: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
 
@@ -131,6 +134,9 @@ class SampleError(BaseModel):
 class ScoreResponse(BaseModel):
     student: StudentInfo = Field(description="that scored all samples of the request")
     values: dict[str, list[float | None]] = Field(description="acquisition -> one value a sample")
+    stderr: dict[str, list[float | None]] = Field(
+        {}, description="acquisition that is estimated at random -> the standard error of each value"
+    )
     n_tokens: list[int] = Field(description="scored tokens of each sample")
     valid: list[bool] = Field(description="false where a value is null")
     errors: list[SampleError] = Field(description="of samples that could not be scored at all")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -86,6 +86,13 @@ class Loaded:
         )
 
 
+class Values(NamedTuple):
+    """Of one row; None where not finite."""
+
+    values: tuple[float | None, ...]  #: one an acquisition
+    stderr: Mapping[str, float | None]  #: of the acquisitions that are estimated at random
+
+
 @dataclass(frozen=True)
 class Question:
     """What is asked of a student: of one question all samples can share a batch."""
@@ -94,10 +101,8 @@ class Question:
     reduction: Reduction
     arguments: str  #: ``acquisition_args`` of ``acqcore.score`` as JSON
 
-    def values(
-        self, loaded: Loaded, rows: list[acqcore.Row], batch_tokens: int, backend: str | None
-    ) -> list[tuple[float | None, ...]]:
-        """One value an acquisition for each row; None where it is not finite."""
+    def values(self, loaded: Loaded, rows: list[acqcore.Row], batch_tokens: int, backend: str | None) -> list[Values]:
+        """Values of each row, with their standard errors."""
         scores = acqcore.score(
             loaded.student,
             rows,
@@ -108,8 +113,18 @@ class Question:
             backend=backend,
             progress=False,
         )
-        columns = [scores[name].tolist() for name in self.acquisitions]
-        return [tuple(x if math.isfinite(x) else None for x in row) for row in zip(*columns, strict=True)]
+        columns = [_finite(scores[name]) for name in self.acquisitions]
+        errors = {name: _finite(column) for name, column in scores.stderr.items()}
+        return [
+            Values(row, {name: column[i] for name, column in errors.items()})
+            for i, row in enumerate(zip(*columns, strict=True))
+        ]
+
+
+def _finite(
+    column: torch.Tensor,  # [n]
+) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in column.tolist()]
 
 
 class Students:

@@ -122,7 +122,7 @@ def test_files_that_are_none(math: Domain, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"bytes\.jsonl: row 1: not JSON"):
         math.load(str(tmp_path / "bytes.jsonl"))
     with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
-        math.load(str(tmp_path / "rows.csv"), limit=0)
+        math.load(str(tmp_path / "rows.tsv"), limit=0)
 
 
 def test_a_hub_id_goes_to_datasets(math: Domain, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,7 @@ def call(reward, completions=COMPLETIONS, **log):
         {"acquisition": "entropy"},
         {"acquisition": "loss", "reduction": "sum", "max_length": 20},
         {"acquisition": "mutual_information", "arguments": {"layers": 1, "draws": 3}},
+        {"acquisition": "mutual_information", "arguments": {"form": "linear", "layers": 1, "probes": 3}},
         {"acquisition": "entropy", "parse": str},
     ],
 )

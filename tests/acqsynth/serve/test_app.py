@@ -18,7 +18,7 @@ from acqsynth.parsing import parse_sample
 from acqsynth.serve.app import Service
 from acqsynth.serve.auth import Access
 from acqsynth.serve.schema import served_acquisitions
-from acqsynth.serve.students import Question
+from acqsynth.serve.students import Question, Values
 
 GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
 LONGER = "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
@@ -127,6 +127,21 @@ class TestScore:
         )
         for name in names:
             assert answer["values"][name] == expected[name].tolist()
+
+    def test_estimates_come_with_their_standard_errors(
+        self, serve: Serve, asked: Any, student: acqcore.Student, samples: list[Any]
+    ) -> None:
+        arguments = {"mutual_information": {"form": "linear", "probes": 3, "seed": 5}}
+        names = ["entropy", "mutual_information"]
+        body = {"samples": samples, "acquisitions": names, "acquisition_args": arguments}
+        answer = post(serve, asked, "/score", body).json()
+        expected = acqcore.score(student, samples, names, acquisition_args=arguments, progress=False)
+        assert answer["values"]["mutual_information"] == expected["mutual_information"].tolist()
+        assert answer["stderr"] == {"mutual_information": expected.stderr["mutual_information"].tolist()}
+        single = {**arguments["mutual_information"], "probes": 1}
+        answer = post(serve, asked, "/score", {**body, "acquisition_args": {"mutual_information": single}}).json()
+        assert answer["stderr"] == {"mutual_information": [None] * len(samples)}
+        assert post(serve, asked, "/score", {"samples": samples}).json()["stderr"] == {}
 
     def test_coalesced_requests_get_the_numbers_of_lone_ones(
         self, serve: Serve, asked: Any, student: acqcore.Student, samples: list[Any], forwards: list[int]
@@ -506,8 +521,8 @@ class TestGetReward:
     def test_a_masked_sample_gets_what_is_typical(
         self, serve: Serve, asked: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        values = iter([[(None,)], [(2.0,), (4.0,)], [(None,)], [(-1.0,)]])
-        monkeypatch.setattr(Question, "values", lambda *_: next(values))
+        values = iter([[None], [2.0, 4.0], [None], [-1.0]])
+        monkeypatch.setattr(Question, "values", lambda *_: [Values((value,), {}) for value in next(values)])
 
         async def main() -> list[list[float]]:
             async with asked(serve(acquisition="loss")) as client:

@@ -1,0 +1,146 @@
+"""Random cotangents of the logits whose second moment is the Fisher matrix of the softmax.
+
+A cotangent c with ``E c c^T = diag(p) - p p^T``, carried back through the network, gives a g with
+
+    E g_i^2 = E_{y ~ p} (d log p_y / d theta_i)^2,
+
+so one backward estimates, without bias and without sampling a token, what a small perturbation of theta does to the
+prediction. Cotangents of different tokens are independent, so the square of a sample's g is unbiased for the sum over
+its tokens.
+
+With independent signs ``r_v = +-1``, a the most likely token and q the distribution of the others,
+
+    c = r_a sqrt(p_a (1 - p_a)) (e_a - q) + sqrt(1 - p_a) (sqrt(q) r - q sum_v sqrt(q_v) r_v).
+
+By the law of total variance the two terms make up the Fisher matrix: between a and the rest, and within the rest. The
+first has no noise of its own where two tokens share the probability; ``sqrt(p) r - p sum_v sqrt(p_v) r_v``, which has
+the same moments, vanishes there half of the time. Nothing cancels in confident rows: ``p_a (1 - p_a)`` is ``R / Z^2``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from acqcore import checks
+from acqcore.backends import HeadRows, Probes, select as select_backend
+from acqcore.bayes import places
+from acqcore.head import Head, compute_dtype
+from acqcore.philox import sign_of
+from acqcore.row_stats import MAX, R, RowStats, row_stats
+
+
+@torch.no_grad()
+def fisher_grad(
+    hidden: torch.Tensor,
+    head: Head,
+    targets: torch.Tensor | None = None,
+    *,
+    probes: int = 1,
+    seed: int = 0,
+    offsets: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Gradients in the hidden states of ``sum_v c_v z_v`` for random cotangents c, ``E_r g g^T`` the Fisher matrix.
+
+    Args:
+        hidden: ``[N, D]`` float32, bfloat16, float16 (float64 on ``eager``).
+        head: the last layer, whole: not a shard of a group.
+        targets: ``[N]`` int64; only -100, which marks rows to ignore, matters.
+        probes: P, independent cotangents of each row.
+        seed: of the signs, a function of (seed, probe, sample, position in the sample, token): the same on every
+            backend and in every batch.
+        offsets: ``[B + 1]`` int64, sample i being rows ``offsets[i]:offsets[i + 1]``; by default all are one sample.
+        temperature: divides the logits.
+        backend: as in :func:`acqcore.row_stats`.
+
+    Returns:
+        ``[P, N, D]`` float32 (float64 for float64 inputs); zero in ignored rows, NaN where the logits are not finite.
+
+    Raises:
+        TypeError, ValueError: as :func:`acqcore.row_stats`; probes below 1, a shard of a head, offsets that do not
+            increase from 0 to N.
+    """
+    checks.probes(probes)
+    checks.seed(seed)
+    checks.instance("head", head, Head, "acqcore.Head")
+    checks.whole_head(head.group)
+    stats = row_stats(hidden, head, _ignored(targets, hidden), temperature=temperature, backend=backend)
+    samples, positions = places(hidden, offsets)
+    of_rows = Probes(probes, seed, samples, positions)
+    return fisher_grads(hidden, head, stats, of_rows, temperature, backend).gradients
+
+
+@dataclass(frozen=True, eq=False)
+class FisherGrads:
+    """Random cotangents of N rows carried back through the head; zero in rows to ignore.
+
+    Attributes:
+        gradients: ``[P, N, D]``, dL/dh of each probe.
+        expected: ``[N]`` float64, the expectation of their squared norms, exactly.
+    """
+
+    gradients: torch.Tensor
+    expected: torch.Tensor
+
+
+def fisher_grads(
+    hidden: torch.Tensor,  # [N, D]
+    head: Head,
+    stats: RowStats,  # of these rows, with targets
+    probes: Probes,
+    temperature: float,
+    backend: str | None,
+) -> FisherGrads:
+    """From statistics in hand; arguments are trusted.
+
+    With R and Z of the row, a its most likely token, A, B, S and Q the sums of ``Backend.fisher_sums``,
+
+        c W        = A / sqrt(Z) - (S / sqrt(Z) + r_a sqrt(R) / Z) B / R + r_a sqrt(R) / Z W_a
+        E ||c W||^2 = Q / Z - ||B||^2 / (R Z) + ||B - R W_a||^2 / (R Z^2).
+    """
+    n, columns = hidden.shape
+    chosen = select_backend(
+        backend, hidden.device, (hidden.dtype, head.weight.dtype), "fisher_sums", (n, len(head.weight))
+    )
+    dtype = compute_dtype(hidden.dtype, head.weight.dtype)
+    sums = torch.empty((probes.count + 1, n, columns), dtype=dtype, device=hidden.device)
+    signed = torch.empty((probes.count, n), dtype=torch.float64, device=hidden.device)
+    squares = torch.empty(n, dtype=torch.float64, device=hidden.device)
+    rows = HeadRows(hidden, head, stats.targets, temperature, stats.state.contiguous(), stats.max_index)
+    chosen.fisher_sums(rows, probes, sums, signed, squares)
+    assert stats.targets is not None
+    scored = stats.targets != checks.IGNORE_INDEX
+    index = stats.max_index.clamp_min(0)  # -1 in rows to ignore
+    largest = stats.state[MAX].where(scored, 0)
+    r = stats.state[R].where(scored, 0)
+    inverse = r.reciprocal().where(r > 0, 0)
+    z = 1 + r
+    slope = head.scale / temperature
+    top = head.weight[index].to(dtype)  # [N, D]
+    if head.softcap is not None:
+        top = top * (1 - (largest * (temperature / head.softcap)).square())[:, None].to(dtype)
+    mean, gradients = sums[0], sums[1:]
+    between = (mean - r[:, None].to(dtype) * top).double().square().sum(dim=1)
+    within = squares - mean.double().square().sum(dim=1) * inverse
+    expected = (slope**2 * (within.clamp_min(0) + between * inverse / z) / z).where(scored, 0)
+    of_top = r.sqrt() / z.sqrt()
+    factor = slope / z.sqrt()
+    for k in range(probes.count):
+        of_top_k = of_top * sign_of(probes.samples, probes.positions, index, probes.seed, k)
+        gradients[k].addcmul_((-(signed[k] + of_top_k) * inverse)[:, None].to(dtype), mean)
+        gradients[k].addcmul_(of_top_k[:, None].to(dtype), top)
+        gradients[k].mul_(factor[:, None].to(dtype)).masked_fill_(~scored[:, None], 0)
+    return FisherGrads(gradients, expected)
+
+
+def _ignored(
+    targets: torch.Tensor | None,  # [N]
+    hidden: torch.Tensor,  # [N, D]
+) -> torch.Tensor:
+    """Targets in which only -100 matters, ``[N]``."""
+    if targets is None:
+        return torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    return targets

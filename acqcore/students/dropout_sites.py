@@ -1,0 +1,72 @@
+"""Where dropout acts in a student's trunk: the outputs that each attention and MLP adds to the residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from acqcore import checks
+from acqcore.literals import Layers
+from acqcore.students.sharding import matrix_owners
+from acqcore.students.student import Student
+
+
+@dataclass(frozen=True, eq=False)
+class DropoutSites:
+    """Modules whose outputs dropout acts on.
+
+    Attributes:
+        sites: number, module and dropout probability of each. Numbers count over the whole model, so a block has the
+            same masks whatever ``layers`` is.
+        before: the blocks in front of the first site.
+    """
+
+    sites: tuple[tuple[int, nn.Module, float], ...]
+    before: tuple[nn.Module, ...]
+
+    @classmethod
+    def of(cls, student: Student, layers: Layers, dropout: float) -> DropoutSites:
+        """The sites of the last n blocks, of all (``"all"``), or the student's ``nn.Dropout`` modules (``"own"``).
+
+        Args:
+            dropout: probability p for blocks; ignored by ``"own"``, whose modules have rates of their own. Functional
+                dropout, such as that of attention weights in transformers, stays off.
+
+        Raises:
+            ValueError: a trunk without blocks, fewer blocks than asked for, a block without residual branches, no
+                dropout layer of the student's own.
+        """
+        if layers == "own":
+            modules = student.trunk.modules() if isinstance(student.trunk, nn.Module) else ()
+            own = [module for module in modules if isinstance(module, nn.Dropout)]
+            active = tuple((site, module, module.p) for site, module in enumerate(own, 1) if module.p > 0)
+            if not active:
+                raise ValueError("layers: 'own' needs a student with dropout layers of p > 0, this one has none")
+            return cls(active, ())
+        blocks = student.blocks
+        checks.some_blocks(len(blocks))
+        assert student._module is not None
+        count = len(blocks) if layers == "all" else layers
+        assert isinstance(count, int)
+        checks.enough_blocks(count, len(blocks))
+        first = len(blocks) - count
+        number, owners = 0, matrix_owners(student._module)
+        sites: list[tuple[int, nn.Module, float]] = []
+        for i, block in enumerate(blocks):
+            branches = _branches(block, owners)
+            if not branches:
+                name = type(block).__name__
+                raise ValueError(
+                    f"layers: {name} has no child that multiplies by a matrix, so nothing dropout could act on"
+                )
+            for branch in branches:
+                number += 1
+                if i >= first:
+                    sites.append((number, branch, dropout))
+        return cls(tuple(sites), tuple(blocks[:first]))
+
+
+def _branches(block: nn.Module, owners: set[nn.Module]) -> list[nn.Module]:
+    """The children of a block that add to the residual stream: those that own a matrix, or contain one that does."""
+    return [child for child in block.children() if not owners.isdisjoint(child.modules())]

@@ -1,0 +1,203 @@
+// What random cotangents of the logits, carried back through the head, follow from (fisher.py): sums over the vocabulary
+// of e cap' W and of sqrt(e) r cap' W for each probe's signs r, e = exp(z - max), the logits never held.
+//
+// A task is a block of rows. For each tile of the vocabulary it forms the factors e cap' and sqrt(e) r cap' (L2), then
+// adds each times the tile's weights to the block's sums. Signs are the bits of Philox words, recomputed a tile at a
+// time: 128 columns a counter. Rows do not depend on the other rows of the batch.
+#include "../philox.h"
+#include "isa.h"
+#include "parallel.h"
+#include "tile.h"
+
+namespace acqcore::ACQCORE_ISA {
+namespace {
+
+constexpr int64_t kBlockRows = 16 * kPanelRows;  // at most: the factors of two probes beside those of e in L2
+constexpr float kLowestRoot = -87.0f;            // below, exp is taken as 0: 1e-38
+constexpr int kWords = kTile / 32 + 4;           // of a tile's signs, up to the counter that holds its last
+static_assert(kTile % 32 == 0, "a tile begins with a word of signs");
+
+// Scratch of one thread.
+struct Workspace {
+  float* hidden;   // [block_rows / kPanelRows, units, kPanelRows]
+  float* weights;  // [kTile / kPanelColumns, depth, kPanelColumns]
+  float* values;   // [columns / kPanelColumns, kTile, kPanelColumns]
+  float* norms;    // [kTile], squared norms of the tile's weights
+  float* factors;  // [probes + 1, block_rows, kTile]
+  float* sums;     // [probes + 1, block_rows, columns]
+};
+
+// Words of the signs of columns [tile, tile + kTile): bit i of word w is that of column tile + 32 w + i.
+void sign_words(const FisherSumsArgs& args, int64_t row, int probe, int64_t tile, uint32_t* words /* [kWords] */) {
+  const int64_t first = tile / 32, last = first + kTile / 32;
+  for (int64_t group = first / 4; group * 4 < last; ++group) {
+    uint32_t found[4];
+    mask_words(args.seed, static_cast<uint32_t>(group), static_cast<uint32_t>(args.positions[row]),
+               static_cast<uint32_t>(args.samples[row]), static_cast<uint32_t>(probe), kSignSite, found);
+    for (int i = 0; i < 4; ++i) {
+      const int64_t word = group * 4 + i - first;
+      if (word >= 0 && word < kWords) words[word] = found[i];
+    }
+  }
+}
+
+// x with its sign bit set where the lane's bit of `word`, from bit `shift` on, is 0.
+inline Vec with_signs(Vec x, uint32_t word, int shift) {
+  IntVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const IntVec bits = (IntVec{} + static_cast<int32_t>(word)) >> (lane + shift);
+  const IntVec negative = ((bits & 1) ^ 1) << 31;
+  return (Vec)((IntVec)x ^ negative);
+}
+
+// Logits z[0, width) of a row -> the factors of e and of each probe, in place for e; zero from width up to a vector.
+void to_factors(const FisherSumsArgs& args, const Transform& transform, int64_t row, int64_t tile, int width,
+                int64_t probe_stride, const float* norms, float* z) {
+  const int64_t n = args.head.hidden.rows;
+  const float max = static_cast<float>(args.state[row]);
+  const int64_t top = args.index[row] - args.head.vocab_start - tile;
+  const float inverse = transform.capped ? 1 / transform.after : 0;  // z * inverse = tanh
+  float roots[kTile], slopes[kTile];
+  Vec squares = {};
+  for (int i = 0; i < width; i += kLanes) {
+    const Vec logits = load(z + i);
+    Vec x = (logits - max) * 0.5f;
+    const IntVec absent = x < kLowestRoot;
+    x = absent ? broadcast(kLowestRoot) : x;
+    x = x > 0.0f ? Vec{} : x;  // the product may round a tie a little above the maximum
+    Vec root = exp_scaled<0>(x);
+    root = absent ? Vec{} : root;
+    const Vec t = logits * inverse;
+    store(roots + i, root);
+    store(slopes + i, absent ? Vec{} : 1.0f - t * t);
+  }
+  for (int i = width; i % kLanes != 0; ++i) roots[i] = slopes[i] = 0;
+  if (top >= 0 && top < width) roots[top] = 0;
+  for (int i = 0; i < width; i += kLanes) {
+    const Vec root = load(roots + i), slope = load(slopes + i);
+    const Vec factor = root * root * slope;
+    store(z + i, factor);
+    squares += factor * slope * load(norms + i);
+  }
+  args.squares[row] += horizontal_sum(squares);
+  for (int k = 0; k < args.probes; ++k) {
+    uint32_t words[kWords];
+    sign_words(args, row, k, tile, words);
+    float* out = z + (k + 1) * probe_stride;
+    Vec sum = {};
+    for (int i = 0; i < width; i += kLanes) {
+      const Vec root = with_signs(load(roots + i), words[i / 32], i % 32);
+      sum += root;
+      store(out + i, root * load(slopes + i));
+    }
+    args.signed_sums[k * n + row] += horizontal_sum(sum);
+  }
+}
+
+// The tile's weights as panels of values, and their squared norms.
+void pack_values(const Matrix& weight, int64_t columns, int64_t tile, int width, const Workspace& ws) {
+  for (int k = 0; k < kTile; ++k) ws.norms[k] = 0;
+  for (int64_t j = 0; j < columns; j += kPanelColumns) {
+    const int64_t present = lesser(kPanelColumns, weight.columns - j);
+    for (int k = 0; k < width; ++k) {
+      float* row = ws.values + j * kTile + k * kPanelColumns;
+      load_floats(weight, tile + k, j, present, row);
+      for (int64_t i = present; i < kPanelColumns; ++i) row[i] = 0;
+      Vec squares = {};
+      for (int64_t i = 0; i < kPanelColumns; i += kLanes) squares += load(row + i) * load(row + i);
+      ws.norms[k] += static_cast<float>(horizontal_sum(squares));
+    }
+  }
+}
+
+// One task: `count` rows.
+void run_block(const FisherSumsArgs& args, const Inner& inner, const Transform& transform, const int64_t* rows,
+               int64_t count, int64_t block, int64_t columns, const Workspace& ws) {
+  const HeadArgs& head = args.head;
+  const int64_t n = head.hidden.rows, depth = head.weight.columns;
+  const int64_t whole = ceil_div(count, kPanelRows) * kPanelRows;
+  for (int64_t i = 0; i < whole; i += kPanelRows) {
+    pack_panel(head.hidden, rows + i, 0, static_cast<int>(lesser(kPanelRows, count - i)), kPanelRows, inner.pairs, 0,
+               inner.units, ws.hidden + i * inner.units);
+  }
+  memset(ws.factors, 0, 4 * (args.probes + 1) * block * kTile);
+  memset(ws.sums, 0, 4 * (args.probes + 1) * block * columns);
+  for (int64_t tile = 0; tile < head.weight.rows; tile += kTile) {
+    const int width = static_cast<int>(lesser(kTile, head.weight.rows - tile));
+    pack_values(head.weight, columns, tile, width, ws);
+    for (int64_t k0 = 0; k0 < inner.units || k0 == 0; k0 += inner.depth) {
+      const int64_t k = lesser(inner.depth, inner.units - k0);
+      pack_weights(head.weight, inner, tile, width, k0, k, ws.weights);
+      for (int64_t row = 0; row < whole; row += kPanelRows) {
+        multiply_panel(inner, ws.hidden + row * inner.units + k0 * kPanelRows, ws.weights, width, k, k0 > 0,
+                       ws.factors + row * kTile);
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      float* z = ws.factors + i * kTile;
+      transform(z, width, tile);
+      to_factors(args, transform, rows[i], tile, width, block * kTile, ws.norms, z);
+    }
+    for (int64_t k = 0; k <= args.probes; ++k) {
+      for (int64_t row = 0; row < whole; row += kPanelRows) {
+        for (int64_t j = 0; j < columns; j += kPanelColumns) {
+          panel_product<false, kTile, 1>(ws.factors + (k * block + row) * kTile, ws.values + j * kTile, width, true,
+                                         ws.sums + (k * block + row) * columns + j, columns);
+        }
+      }
+    }
+  }
+  for (int64_t k = 0; k <= args.probes; ++k) {
+    for (int64_t i = 0; i < count; ++i) {
+      memcpy(args.sums + (k * n + rows[i]) * depth, ws.sums + (k * block + i) * columns, 4 * depth);
+    }
+  }
+}
+
+}  // namespace
+
+bool fisher_sums(const FisherSumsArgs& args) {
+  const HeadArgs& head = args.head;
+  const int64_t n = head.hidden.rows, depth = head.weight.columns;
+  Scratch row_scratch(8 * n);
+  if (row_scratch.missing()) return false;
+  int64_t* rows = row_scratch.as<int64_t>();
+  int64_t scored = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    args.squares[i] = 0;
+    for (int64_t k = 0; k < args.probes; ++k) args.signed_sums[k * n + i] = 0;
+    if (head.targets[i] != -100) {
+      rows[scored++] = i;
+    } else {
+      for (int64_t k = 0; k <= args.probes; ++k) memset(args.sums + (k * n + i) * depth, 0, 4 * depth);
+    }
+  }
+  if (scored == 0) return true;
+
+  const Inner inner = inner_dimension(head);
+  const Transform transform(head);
+  const int64_t columns = ceil_div(depth, kPanelColumns) * kPanelColumns;
+  const int64_t even = ceil_div(ceil_div(scored, 2 * head.threads), kPanelRows) * kPanelRows;
+  const int64_t block = lesser(kBlockRows, even);
+  const auto carve = [&](Arena& arena) {
+    return Workspace{arena.take<float>(block * inner.units),
+                     arena.take<float>(kTile * inner.depth),
+                     arena.take<float>(kTile * columns),
+                     arena.take<float>(kTile),
+                     arena.take<float>((args.probes + 1) * block * kTile),
+                     arena.take<float>((args.probes + 1) * block * columns)};
+  };
+  Arena layout(nullptr);
+  carve(layout);
+  Scratch scratch(head.threads * layout.used());
+  if (scratch.missing()) return false;
+
+#pragma omp parallel for num_threads(head.threads) schedule(dynamic, 1)
+  for (int64_t begin = 0; begin < scored; begin += block) {
+    Arena arena(scratch.as<char>() + thread_number() * layout.used());
+    run_block(args, inner, transform, rows + begin, lesser(block, scored - begin), block, columns, carve(arena));
+  }
+  return true;
+}
+
+}  // namespace acqcore::ACQCORE_ISA

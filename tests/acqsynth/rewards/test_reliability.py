@@ -1,0 +1,176 @@
+"""Reliability of a signal within groups: the figure, what is logged of it, and the warning."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+
+import numpy as np
+import pytest
+
+import acqcore
+from acqsynth.parsing import parse_sample
+from acqsynth.rewards import AcquisitionReward, ComposedReward
+from acqsynth.rewards.reliability import ENOUGH, Spread
+
+GROUPS, MEMBERS = 400, 8
+
+
+class Noisy:
+    """A signal that was told its values and standard errors, by answer."""
+
+    name = "noisy"
+
+    def __init__(self, values, stderr):
+        self.values = values
+        self.errors = stderr
+        self.asked = 0
+
+    def __call__(self, samples):
+        return [self.values[sample.answer] for sample in samples]
+
+    def stderr(self, samples):
+        self.asked += 1
+        return None if self.errors is None else [self.errors[sample.answer] for sample in samples]
+
+
+def text(answer):
+    return f"<question>What is it?</question><answer>{answer}</answer>"
+
+
+def composed(domain, values, stderr):
+    return ComposedReward(domain, [Noisy(values, stderr)], length_normalised=False)
+
+
+def logged(reward, n, group=MEMBERS):
+    metrics: dict[str, float] = {}
+    prompts = [f"p{i // group}" for i in range(n)]
+    reward(prompts, [text(i) for i in range(n)], log_metric=metrics.__setitem__)
+    return metrics
+
+
+@pytest.mark.parametrize("noise", [0.25, 1.0, 3.0])
+def test_is_what_a_second_measurement_agrees_with(noise):
+    rng = np.random.default_rng(0)
+    level = 10 * rng.standard_normal((GROUPS, 1))  # between groups, which must not count
+    true = level + rng.standard_normal((GROUPS, MEMBERS))
+    sizes = noise**0.5 * rng.uniform(0.5, 1.5, true.shape)  # errors differ from sample to sample
+    first, second = (true + sizes * rng.standard_normal(true.shape) for _ in range(2))
+    groups = np.repeat(np.arange(GROUPS), MEMBERS).tolist()
+    found = Spread.within(first.flatten().tolist(), sizes.flatten().tolist(), groups).reliability
+    centred = [(x - x.mean(axis=1, keepdims=True)).flatten() for x in (first, second)]
+    assert found == pytest.approx(1 / (1 + (sizes**2).mean()), abs=0.03)
+    assert found == pytest.approx(np.corrcoef(*centred)[0, 1], abs=0.04)
+
+
+def test_pools_variances_before_the_ratio():
+    values = [1.0, 3.0, 10.0, 10.0, 14.0, 7.0]
+    stderr = [0.5, 0.5, 1.0, 2.0, 1.0, 9.0]
+    spread = Spread.within(values, stderr, ["a", "a", "b", "b", "b", "alone"])
+    total = 1 * statistics.variance(values[:2]) + 2 * statistics.variance(values[2:5])
+    noise = 1 * 0.25 + 2 * (1 + 4 + 1) / 3
+    assert spread == Spread(pytest.approx(noise), pytest.approx(total), 3)
+    assert spread.reliability == pytest.approx(1 - noise / total)
+    assert (spread + spread).reliability == spread.reliability
+
+
+def test_samples_without_a_value_or_an_error_are_left_out():
+    whole = Spread.within([1.0, 2.0, 5.0], [0.1, 0.2, 0.3], "ppp")
+    holes = Spread.within([1.0, None, 2.0, 9.0, 5.0], [0.1, 0.1, 0.2, None, 0.3], "ppppp")
+    assert holes == whole
+
+
+@pytest.mark.parametrize(
+    ("values", "stderr", "expected"),
+    [
+        ([1.0, 2.0], [50.0, 50.0], 0.0),  # by chance closer together than their errors
+        ([1.0, 2.0], [0.0, 0.0], 1.0),
+        ([2.0, 2.0], [0.1, 0.1], None),  # nothing to rank
+        ([1.0], [0.1], None),
+        ([], [], None),
+    ],
+)
+def test_stays_between_0_and_1(values, stderr, expected):
+    assert Spread.within(values, stderr, ["p"] * len(values)).reliability == expected
+
+
+def test_a_composed_reward_logs_it(domain):
+    values = {str(i): float(i % MEMBERS) for i in range(16)}
+    metrics = logged(composed(domain, values, dict.fromkeys(values, 0.5)), 16)
+    assert metrics["reward/noisy/reliability"] == pytest.approx(1 - 0.25 / statistics.variance(range(MEMBERS)))
+    rewards = composed(domain, values, dict.fromkeys(values, 0.5)).score([text(0), "broken"], ["p", "p"])
+    assert rewards.stderr == {"noisy": [0.5, None]}
+    assert rewards.groups == ["p", "p"]
+
+
+def test_a_signal_without_standard_errors_has_none(domain):
+    values = {str(i): float(i) for i in range(8)}
+    assert "reward/noisy/reliability" not in logged(composed(domain, values, None), 8)
+
+
+def test_a_failed_signal_is_not_asked_for_its_errors(domain):
+    reward = composed(domain, {}, {})
+    assert reward.score([text(0), text(1)], ["p", "p"]).total == [None, None]
+    assert reward.signals[0].asked == 0
+    assert reward.failures == 1
+
+
+def test_warns_once_of_a_signal_that_is_mostly_noise(domain, caplog):
+    values = {str(i): float(i % MEMBERS) for i in range(64)}  # of variance 6
+    reward = composed(domain, values, dict.fromkeys(values, 2.1))
+    with caplog.at_level(logging.WARNING):
+        logged(reward, MEMBERS)
+        assert MEMBERS - 1 < ENOUGH
+        assert not caplog.records  # too few to say so
+        for _ in range(4):
+            logged(reward, 32)
+    [record] = caplog.records
+    expected = 1 - 2.1**2 / 6
+    assert record.getMessage() == (
+        f"reward: reliability of 'noisy' within groups is {expected:.2f}: {100 * (1 - expected):.0f} % of its spread "
+        "there is noise of the estimate. Raise its probes or draws; for mutual_information, form='linear' with more "
+        "probes costs least"
+    )
+
+
+def test_does_not_warn_of_a_reliable_signal(domain, caplog):
+    values = {str(i): float(i % MEMBERS) for i in range(64)}
+    with caplog.at_level(logging.WARNING):
+        logged(composed(domain, values, dict.fromkeys(values, 1.7)), 64)  # 0.52
+    assert not caplog.records
+
+
+def test_probes_of_score_do_not_feed_the_warning(domain, caplog):
+    values = {str(i): float(i % MEMBERS) for i in range(64)}
+    reward = composed(domain, values, dict.fromkeys(values, 3.0))
+    with caplog.at_level(logging.WARNING):
+        reward.score([text(i) for i in range(64)], [i // MEMBERS for i in range(64)], update=False)
+    assert not caplog.records
+
+
+def test_an_acquisition_reward_logs_it(model, tokenizer):
+    arguments = {"form": "linear", "probes": 4, "layers": 1}
+    reward = AcquisitionReward(model, "mutual_information", arguments=arguments, tokenizer=tokenizer)
+    texts = [f"<question>What is {i} + {7 * i}?</question><answer>{8 * i}</answer>" for i in range(8)]
+    metrics: dict[str, float] = {}
+    columns: dict[str, list[float | None]] = {}
+    values = reward(
+        ["p"] * 4 + ["q"] * 5, [*texts, "broken"], log_metric=metrics.__setitem__, log_extra=columns.__setitem__
+    )
+    samples = [parse_sample(t) for t in texts]
+    asked = {"mutual_information": arguments}
+    scores = acqcore.score(model, samples, "mutual_information", acquisition_args=asked, tokenizer=tokenizer)
+    stderr = scores.stderr["mutual_information"].tolist()
+    shown = columns["acquisition_mutual_information_stderr"]
+    assert shown[:8] == pytest.approx(stderr, rel=1e-4)
+    assert shown[8] is None
+    expected = Spread.within(values[:8], stderr, ["p"] * 4 + ["q"] * 4).reliability
+    assert metrics["acquisition_mutual_information/reliability"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_an_exact_acquisition_has_none(model, tokenizer):
+    metrics: dict[str, float] = {}
+    reward = AcquisitionReward(model, "entropy", tokenizer=tokenizer)
+    reward(["p", "p"], [text(1), text(2)], log_metric=metrics.__setitem__)
+    assert "acquisition_entropy/mean" in metrics
+    assert "acquisition_entropy/reliability" not in metrics

@@ -1,0 +1,104 @@
+"""Dropout at which a student's loss rises by a stated share."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.philox import keep_mask
+from benchmarks import toy_student
+
+DRAWS = 4
+
+
+@pytest.fixture(scope="module")
+def student() -> Any:
+    """Knows a table by heart: dropout costs it something."""
+    return toy_student.train(0, blocks=2, steps=80)
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return toy_student.questions("easy", 24, torch.Generator().manual_seed(0))
+
+
+def loss_under(model: Any, ids: torch.Tensor, p: float, layers: int, draw: int) -> float:
+    """Mean loss of the answers with dropout in the last blocks, masks by their definition, sample by sample."""
+    blocks = list(model.model.layers)
+    losses = []
+    for row in ids:
+        key = torch.full((len(row),), zlib.crc32(row.numpy().tobytes()))
+
+        def hook(site: int, key: torch.Tensor = key) -> Callable[..., Any]:
+            def drop(module: Any, arguments: Any, output: Any) -> Any:
+                value = output[0] if isinstance(output, tuple) else output  # [1, T, D]
+                keep = keep_mask(key, torch.arange(len(key)), value.shape[-1], p, 0, draw, site)
+                value = value * keep / (1 - p)
+                return (value, *output[1:]) if isinstance(output, tuple) else value
+
+            return drop
+
+        sites = [(site, child) for site, child in enumerate(_branches(blocks), 1) if site > 2 * (len(blocks) - layers)]
+        hooks = [child.register_forward_hook(hook(site)) for site, child in sites]
+        with torch.no_grad():
+            logits = model(input_ids=row[None]).logits[0, -2].double()
+        for handle in hooks:
+            handle.remove()
+        losses.append(torch.nn.functional.cross_entropy(logits[None], row[-1:]))
+    return float(torch.stack(losses).mean())
+
+
+def _branches(blocks: list[Any]) -> list[Any]:
+    return [child for block in blocks for child in (block.self_attn, block.mlp)]
+
+
+@pytest.mark.parametrize(("layers", "blocks", "rise"), [("all", 2, 0.02), ("all", 2, 0.5), (1, 1, 0.02)])
+def test_the_loss_rises_by_the_share_asked_for(
+    layers: Any, blocks: int, rise: float, student: Any, ids: torch.Tensor
+) -> None:
+    p = acqcore.calibrate_dropout(student, toy_student.samples(ids), rise=rise, layers=layers, draws=DRAWS)
+    base = loss_under(student, ids, 0.0, blocks, 0)
+    dropped = sum(loss_under(student, ids, p, blocks, draw) for draw in range(DRAWS)) / DRAWS
+    assert (dropped - base) / base == pytest.approx(rise, rel=0.06)
+
+
+def test_a_larger_rise_takes_more_dropout(student: Any, ids: torch.Tensor) -> None:
+    few, more = (acqcore.calibrate_dropout(student, toy_student.samples(ids), rise=rise) for rise in (0.01, 0.2))
+    assert 0 < few < more / 2 < 0.25
+
+
+def test_batches_do_not_matter(student: Any, ids: torch.Tensor) -> None:
+    samples = toy_student.samples(ids)
+    whole = acqcore.calibrate_dropout(student, samples)
+    assert acqcore.calibrate_dropout(student, samples, batch_tokens=40) == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rise": 0.0}, "rise: expected"),
+        ({"rise": -0.1}, "rise: expected"),
+        ({"layers": 0}, "layers: expected a number of blocks or 'all', got 0"),
+        ({"layers": "own"}, "layers: expected a number of blocks or 'all', got 'own'"),
+        ({"layers": 3}, "layers: expected at most 2 transformer blocks, got 3"),
+        ({"draws": 1}, "draws: expected"),
+        ({"batch_tokens": 0}, "batch_tokens: expected"),
+        ({"rise": 1e9}, "rise: dropout of 0.5 adds"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], message: str, student: Any, ids: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=message):
+        acqcore.calibrate_dropout(student, toy_student.samples(ids[:2]), **options)
+
+
+def test_nothing_to_score(student: Any) -> None:
+    nothing = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "labels": torch.full((1, 4), -100)}
+    with pytest.raises(ValueError, match="nothing to score, expected at least one scored token"):
+        acqcore.calibrate_dropout(student, nothing)
+    with pytest.raises(ValueError, match="samples: expected at least one with a scored token"):
+        acqcore.calibrate_dropout(student, [])

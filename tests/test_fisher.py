@@ -1,0 +1,192 @@
+"""Random cotangents carried back through the head, on every backend present, against their definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.backends import Probes
+from acqcore.fisher import fisher_grad, fisher_grads
+from acqcore.philox import signs
+from acqcore.testing import Case, case_from_logits, random_case
+
+OFFSETS = torch.tensor([0, 1, 3, 20, 60])
+CASES = {
+    "plain": lambda: random_case(60, 40, 700),
+    "one column": lambda: random_case(60, 16, 1),
+    "two columns": lambda: random_case(60, 16, 2),
+    "odd shapes": lambda: random_case(60, 33, 257),
+    "large logits": lambda: random_case(60, 40, 513, std=30.0),
+    "everything": lambda: random_case(60, 41, 600, bias=True, softcap=15.0, scale=0.5, temperature=1.3),
+    "softcap": lambda: random_case(60, 40, 513, std=20.0, softcap=30.0),
+}
+
+
+def _places(offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    sample = torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff())
+    return sample, torch.arange(int(offsets[-1])) - offsets[sample]
+
+
+def _cotangent(
+    z: torch.Tensor,  # [N, V] logits
+    r: torch.Tensor,  # [N, V] signs
+) -> torch.Tensor:
+    """``r_a sqrt(p_a (1 - p_a)) (e_a - q) + sqrt(1 - p_a) (sqrt(q) r - q sum sqrt(q) r)``, ``[N, V]`` float64."""
+    a = z.argmax(dim=1, keepdim=True)
+    others = z.double().scatter(1, a, -torch.inf)
+    rest = (others - z.gather(1, a).double()).exp().sum(dim=1, keepdim=True)  # (1 - p_a) / p_a
+    q = others.softmax(dim=1).nan_to_num(0)  # of one column there are no others
+    within = q.sqrt() * r
+    within = within - q * within.sum(dim=1, keepdim=True)
+    between = (-q).scatter(1, a, 1.0)
+    return r.gather(1, a) * rest.sqrt() / (1 + rest) * between + (rest / (1 + rest)).sqrt() * within
+
+
+def _definition(case: Case, probe: int, seed: int, offsets: torch.Tensor) -> torch.Tensor:
+    """``[N, D]`` float64: the cotangent as the vector of a vector-Jacobian product."""
+    exact = case.to(torch.float64)
+    hidden = exact.hidden.clone().requires_grad_()
+    z = exact.head.logits(hidden, exact.temperature)
+    r = signs(*_places(offsets), slice(0, z.shape[1]), seed, probe).double() * 2 - 1
+    cotangent = _cotangent(z.detach(), r)
+    if case.targets is not None:
+        cotangent[case.targets == -100] = 0
+    return torch.autograd.grad(z, hidden, cotangent)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_is_the_product_with_the_cotangent(name: str, dtype: torch.dtype, implementation: str) -> None:
+    case = CASES[name]().to(dtype)
+    assert case.targets is not None
+    case.targets[[5, 9, 59]] = -100
+    got = fisher_grad(
+        case.hidden, case.head, case.targets, probes=3, seed=7, offsets=OFFSETS, temperature=case.temperature,
+        backend=implementation,
+    )  # fmt: skip
+    assert not got[:, case.targets == -100].any()
+    for k in range(3):
+        expected = _definition(case, k, 7, OFFSETS)
+        # A row whose tokens but one have p = 1e-20 has entries of 1e-10: held to what float32 keeps of its logits.
+        error = (got[k].double() - expected).norm(dim=1)
+        assert bool((error <= 1e-4 * expected.norm(dim=1) + 1e-9).all())
+
+
+@pytest.mark.parametrize("gap", [10.0, 30.0, 60.0])
+def test_confident_rows_lose_nothing(gap: float, implementation: str) -> None:
+    """Rows with 1 - p down to 1e-24, where 1 - p in float32 is 0."""
+    logits = torch.randn(12, 300, generator=torch.Generator().manual_seed(0)) * 0.5 - gap
+    targets = torch.arange(12) * 7
+    logits[torch.arange(12), targets] = 0.0
+    case = case_from_logits(logits, targets)
+    got = fisher_grad(case.hidden, case.head, targets, probes=2, backend=implementation)
+    for k in range(2):
+        r = signs(*_places(torch.tensor([0, 12])), slice(0, 300), 0, k).double() * 2 - 1
+        cotangent = _cotangent(logits, r)
+        expected = cotangent @ case.head.weight.double()
+        torch.testing.assert_close(got[k].double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_ties_and_impossible_tokens(implementation: str) -> None:
+    """Equal maxima, all logits far below zero, and tokens that a bias of -inf rules out."""
+    logits = torch.zeros(3, 9)
+    logits[1] = -150.0
+    logits[2, [2, 5]] = 40.0
+    bias = torch.zeros(9)
+    bias[[0, 8]] = -torch.inf
+    plain = case_from_logits(logits, torch.ones(3, dtype=torch.int64))
+    head = acqcore.Head(plain.head.weight, bias)
+    got = fisher_grad(plain.hidden, head, probes=2, backend=implementation)
+    for k in range(2):
+        r = signs(*_places(torch.tensor([0, 3])), slice(0, 9), 0, k).double() * 2 - 1
+        cotangent = _cotangent(logits + bias, r)
+        expected = cotangent @ plain.head.weight.double()
+        torch.testing.assert_close(got[k].double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_expected_norms_are_exact(implementation: str) -> None:
+    """``tr(W^T F W)``, the trace of the Fisher matrix in the hidden state."""
+    for name in ("plain", "one column", "everything", "large logits"):
+        case = CASES[name]()
+        assert case.targets is not None
+        case.targets[[5, 59]] = -100
+        stats = acqcore.row_stats(case.hidden, case.head, case.targets, temperature=case.temperature)
+        of_rows = Probes(1, 0, *_places(OFFSETS))
+        got = fisher_grads(case.hidden, case.head, stats, of_rows, case.temperature, implementation).expected
+        exact = case.to(torch.float64)
+        hidden = exact.hidden.clone().requires_grad_()
+        z = exact.head.logits(hidden, exact.temperature)
+        log_p = z.log_softmax(dim=1)
+        expected = torch.zeros(60, dtype=torch.float64)
+        for v in range(z.shape[1]):
+            (g,) = torch.autograd.grad(log_p[:, v].sum(), hidden, retain_graph=True)
+            expected += log_p[:, v].exp().detach() * g.square().sum(dim=1)
+        expected[case.targets == -100] = 0
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_its_second_moment_is_the_fisher_matrix() -> None:
+    case = random_case(3, 8, 50).to(torch.float64)
+    got = fisher_grad(case.hidden, case.head, probes=20000, backend="eager")  # [P, 3, 8]
+    weight = case.head.weight
+    p = case.head.logits(case.hidden, 1.0).softmax(dim=1)
+    for row in range(3):
+        centred = weight - p[row] @ weight
+        expected = centred.T @ (p[row, :, None] * centred)
+        torch.testing.assert_close(
+            got[:, row].T @ got[:, row] / len(got), expected, rtol=0, atol=0.03 * float(expected.diag().max())
+        )
+
+
+def test_signs_do_not_depend_on_the_batch(implementation: str) -> None:
+    case = random_case(60, 40, 700)
+    whole = fisher_grad(case.hidden, case.head, probes=2, offsets=OFFSETS, backend=implementation)
+    sample, position = _places(OFFSETS)
+    assert not torch.equal(whole[0], whole[1])
+    some = signs(sample, position, slice(0, 700), 0, 1)
+    for first, last in ((0, 700), (5, 131), (256, 700), (640, 641)):
+        assert torch.equal(signs(sample, position, slice(first, last), 0, 1), some[:, first:last])
+    assert torch.equal(signs(sample[3:20], position[3:20], slice(0, 700), 0, 1), some[3:20])
+
+
+def test_signs_are_fair_and_independent() -> None:
+    row = torch.arange(64)
+    of = {
+        (seed, probe): signs(torch.zeros_like(row), row, slice(0, 4096), seed, probe).double() * 2 - 1
+        for seed in (0, 1)
+        for probe in (0, 1)
+    }
+    for value in of.values():
+        assert abs(float(value.mean())) < 0.01
+        assert abs(float((value[:, 1:] * value[:, :-1]).mean())) < 0.01
+        assert abs(float((value[1:] * value[:-1]).mean())) < 0.01
+    values = list(of.values())
+    for i in range(4):
+        for j in range(i):
+            assert abs(float((values[i] * values[j]).mean())) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"probes": 0}, ValueError, "probes: expected 1 to 65535, got 0"),
+        ({"probes": 1.5}, TypeError, "probes: expected an integer, got float"),
+        ({"seed": -1}, ValueError, "seed: expected 0 to"),
+        ({"offsets": torch.tensor([0, 3, 3, 60])}, ValueError, "offsets: expected increasing"),
+        ({"temperature": 0.0}, ValueError, "temperature"),
+        ({"backend": "fast"}, ValueError, "backend: unknown 'fast'"),
+    ],
+)
+def test_bad_arguments(options: dict, error: type[Exception], message: str) -> None:
+    case = random_case(60, 16, 30)
+    with pytest.raises(error, match=message):
+        fisher_grad(case.hidden, case.head, **options)
+
+
+def test_a_head_that_ranks_share_is_refused() -> None:
+    case = random_case(4, 16, 30)
+    shared = acqcore.Head(case.head.weight, vocab_size=60)
+    object.__setattr__(shared, "group", object())
+    with pytest.raises(ValueError, match="head: expected the whole vocabulary, got a shard of a group"):
+        fisher_grad(case.hidden, shared)

@@ -1,0 +1,356 @@
+"""Mutual information in its linear form: against brute force, across batches, its arguments, and what it is for."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.acquisitions import LinearOptions
+from acqcore.gradients.rules import is_linear
+
+RHO = 0.05 / 0.95  # variance of the noise of the default dropout
+
+
+SMALL = {"vocab_size": 48}  # brute force takes a backward for each token of it
+
+
+def _samples(*lengths: int, context: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    width = max(lengths)
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(3, 48, (len(lengths), width), generator=generator) * mask
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :context] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _pick(samples: dict[str, torch.Tensor], rows: list[int]) -> dict[str, torch.Tensor]:
+    width = int(samples["attention_mask"][rows].sum(dim=1).max())
+    return {key: value[rows, :width] for key, value in samples.items()}
+
+
+def _score(student: Any, samples: Any, names: Any = "mutual_information", **options: Any) -> acqcore.Scores:
+    arguments = {"mutual_information": {"form": "linear", **options}}
+    return acqcore.score(student, samples, names, acquisition_args=arguments)
+
+
+def _blocks(model: Any, last: int) -> list[Any]:
+    trunk = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    return list(trunk[-last:])
+
+
+def _expected_squares(model: Any, samples: dict[str, torch.Tensor], sites: list[Any] | None, last: int) -> torch.Tensor:
+    """``sum_t sum_y p_y ||d log p_y / d theta||^2 / T`` by a backward for every token t and y, ``[B]``.
+
+    theta are the weights of the linear layers in the last blocks, or the logarithms of the outputs of ``sites``.
+    """
+    weights = [m.weight for block in _blocks(model, last) for m in block.modules() if is_linear(m)]
+    totals = []
+    for ids, mask, labels in zip(*(samples[key] for key in ("input_ids", "attention_mask", "labels")), strict=True):
+        outputs: list[torch.Tensor] = []
+        handles = [
+            site.register_forward_hook(
+                lambda _, __, output, seen=outputs: seen.append(output[0] if isinstance(output, tuple) else output)
+            )
+            for site in sites or ()
+        ]
+        log_p = model(input_ids=ids[None, : int(mask.sum())]).logits[0].double().log_softmax(dim=1)
+        for handle in handles:
+            handle.remove()
+        scored = (labels != -100).nonzero()[:, 0].tolist()
+        total = 0.0
+        for t in scored:
+            for log_p_y in log_p[t - 1]:
+                gradients = torch.autograd.grad(log_p_y, outputs or weights, retain_graph=True)
+                if outputs:
+                    gradients = [o.detach() * g for o, g in zip(outputs, gradients, strict=True)]
+                total += float(log_p_y.exp()) * sum(float(g.double().square().sum()) for g in gradients)
+        totals.append(total / len(scored))
+    return torch.tensor(totals)
+
+
+def _assert_unbiased(scores: acqcore.Scores, expected: torch.Tensor) -> None:
+    """Within three standard errors, which are below 1 %."""
+    values, errors = scores["mutual_information"], scores.stderr["mutual_information"]
+    assert float((errors / expected).max()) < 0.01
+    assert bool(((values - expected).abs() < 3 * errors).all())
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("Llama", "all"), ("Gemma2", "all"), ("GPT2", 1)])
+def test_unbiased_over_every_token_and_site(kind: str, layers: Any, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model(kind, **SMALL)
+    samples = _samples(6, 4)
+    sites = [
+        getattr(block, name)
+        for block in _blocks(model, 2 if layers == "all" else layers)
+        for name in (("attn", "mlp") if kind == "GPT2" else ("self_attn", "mlp"))
+    ]
+    expected = RHO / 2 * _expected_squares(model, samples, sites, 2)
+    _assert_unbiased(_score(model, samples, layers=layers, probes=2500), expected)
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("Llama", "all"), ("GPT2", 1)])
+def test_unbiased_over_every_token_and_weight(kind: str, layers: Any, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model(kind, **SMALL)
+    samples = _samples(6, 4)
+    expected = 1e-4 / 2 * _expected_squares(model, samples, None, 2 if layers == "all" else layers)
+    scores = _score(model, samples, posterior="isotropic", layers=layers, variance=1e-4, probes=2500)
+    _assert_unbiased(scores, expected)
+
+
+def test_dropout_on_the_last_hidden_state(tiny_model: Callable[..., Any]) -> None:
+    """No graph: the closed form ``rho / 2 sum_d h_d^2 Var_y W_yd``, a mean over the tokens."""
+    model = tiny_model("Qwen2", **SMALL)
+    samples = _samples(9, 4)
+    scores = _score(model, samples, layers=0, dropout=0.2, probes=2500)
+    hidden = acqcore.Student.from_model(model).hidden(samples["input_ids"]).detach().double()
+    weight = model.lm_head.weight.detach().double()
+    p = (hidden @ weight.T).softmax(dim=2)  # [B, T, V]
+    variance = p @ weight.square() - (p @ weight).square()
+    of_tokens = 0.25 / 2 * (hidden.square() * variance).sum(dim=2)[:, :-1]  # [B, T - 1]
+    scored = samples["labels"][:, 1:] != -100
+    _assert_unbiased(scores, (of_tokens * scored).sum(dim=1) / scored.sum(dim=1))
+
+
+def test_own_dropout_layers(tiny_model: Callable[..., Any]) -> None:
+    """Each at its own rate; a layer of rate 0 is left out."""
+    model = tiny_model("GPT2", resid_pdrop=0.2, embd_pdrop=0.0, attn_pdrop=0.0, **SMALL).eval()
+    samples = _samples(6, 5)
+    sites = [module for module in model.transformer.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
+    assert len(sites) == 4
+    expected = 0.25 / 2 * _expected_squares(model, samples, sites, 2)
+    _assert_unbiased(_score(model, samples, layers="own", probes=2500), expected)
+
+
+def test_small_noise_is_what_draws_measure(tiny_model: Callable[..., Any]) -> None:
+    """The limit of mutual information under dropout of a small probability, over many draws."""
+    model = tiny_model("Llama", initializer_range=0.1, **SMALL)
+    samples = _samples(8, 6)
+    linear = _score(model, samples, dropout=0.002, probes=1500)
+    arguments = {"mutual_information": {"dropout": 0.002, "draws": 1500}}
+    drawn = acqcore.score(model, samples, "mutual_information", acquisition_args=arguments)
+    torch.testing.assert_close(linear["mutual_information"], drawn["mutual_information"], rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"layers": 1}, {"layers": 0}, {"posterior": "isotropic"}, {"posterior": "isotropic", "layers": 1}],
+    ids=str,
+)
+def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any], tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama")
+    samples = _samples(5, 9, 17, 9, 4)
+    whole = _score(model, samples, **options)
+    reverse = _score(model, _pick(samples, [4, 3, 2, 1, 0]), **options)
+    for found, back in (
+        (whole["mutual_information"], reverse["mutual_information"]),
+        (whole.stderr["mutual_information"], reverse.stderr["mutual_information"]),
+    ):
+        torch.testing.assert_close(back.flip(0), found, rtol=1e-4, atol=0)
+    for i in range(5):
+        alone = _score(model, _pick(samples, [i]), **options)
+        torch.testing.assert_close(alone["mutual_information"][0], whole["mutual_information"][i], rtol=1e-4, atol=0)
+    twice = _score(model, _pick(samples, [1, 1]), **options)
+    assert twice["mutual_information"][0] == twice["mutual_information"][1]
+    other = _score(model, samples, seed=1, **options)
+    assert not torch.equal(other["mutual_information"], whole["mutual_information"])
+    shared = _score(model, samples, ["entropy", "mutual_information", "grad_norm"], **options)
+    torch.testing.assert_close(shared["mutual_information"], whole["mutual_information"], rtol=1e-5, atol=0)
+
+
+def test_probes_are_a_mean_and_give_its_standard_error(tiny_model: Callable[..., Any]) -> None:
+    """P probes are the first P of more; the standard error is that of their mean, NaN of one."""
+    model = tiny_model("Llama")
+    samples = _samples(9, 7)
+    of = {probes: _score(model, samples, probes=probes) for probes in (1, 2, 3)}
+    first = of[1]["mutual_information"].double()
+    second = 2 * of[2]["mutual_information"].double() - first
+    third = 3 * of[3]["mutual_information"].double() - first - second
+    three = torch.stack([first, second, third])
+    torch.testing.assert_close(
+        of[3].stderr["mutual_information"].double(), three.std(dim=0) / 3**0.5, rtol=1e-4, atol=0
+    )
+    assert bool(of[1].stderr["mutual_information"].isnan().all())
+    assert bool(of[1].valid.all())
+    assert not acqcore.score(model, samples, "mutual_information").stderr
+
+
+@pytest.mark.parametrize("posterior", ["dropout", "isotropic"])
+def test_a_sum_is_the_average_times_the_tokens(posterior: str, tiny_model: Callable[..., Any]) -> None:
+    model, samples = tiny_model("Llama"), _samples(5, 9, 17)
+    asked = {"mutual_information": {"form": "linear", "posterior": posterior}}
+    mean, total = (
+        acqcore.score(model, samples, "mutual_information", acquisition_args=asked, reduction=reduction)
+        for reduction in ("mean", "sum")
+    )
+    for found, average in ((total, mean), (total.stderr, mean.stderr)):
+        column, expected = found["mutual_information"], average["mutual_information"] * mean.n_tokens
+        torch.testing.assert_close(column, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["max", "topk"])
+def test_there_are_no_values_of_tokens_to_reduce(reduction: Any, tiny_model: Callable[..., Any]) -> None:
+    message = f"reduction: 'mutual_information' has no values of tokens .* expected 'mean' or 'sum', got '{reduction}'"
+    with pytest.raises(ValueError, match=message):
+        acqcore.score(
+            tiny_model("Llama"), _samples(5), "mutual_information",
+            acquisition_args={"mutual_information": {"form": "linear"}}, reduction=reduction,
+        )  # fmt: skip
+
+
+def test_other_gradients_share_the_graph(tiny_model: Callable[..., Any]) -> None:
+    """Both posteriors' backwards and those of the loss come from one graph, and leave each other's numbers alone."""
+    model = tiny_model("Llama")
+    samples = _samples(9, 7)
+    names = ["mutual_information", "grad_norm", "badge"]
+    arguments = {
+        "mutual_information": {"form": "linear"},
+        "grad_norm": {"parameters": "all"},
+        "badge": {"parameters": 1},
+    }
+    together = acqcore.score(model, samples, names, acquisition_args=arguments)
+    for name in names:
+        alone = acqcore.score(model, samples, name, acquisition_args={name: arguments[name]})
+        torch.testing.assert_close(together[name], alone[name], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("posterior", ["dropout", "isotropic"])
+def test_the_model_is_left_as_found(posterior: str, tiny_model: Callable[..., Any]) -> None:
+    """In training mode, with an embedding whose output requires a gradient, and gradients of the user's own."""
+    model = tiny_model("Llama").train()
+    model.enable_input_require_grads()  # as trainers do for gradient checkpointing
+    hooks = {module: dict(module._forward_hooks) for module in model.modules()}
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 2 == 0)
+        parameter.grad = torch.ones_like(parameter) if i % 2 == 0 else None
+    samples = _samples(6, 4)
+    scores = _score(model, samples, posterior=posterior)
+    plain = _score(tiny_model("Llama"), samples, posterior=posterior)
+    torch.testing.assert_close(scores["mutual_information"], plain["mutual_information"])
+    for i, parameter in enumerate(model.parameters()):
+        assert parameter.requires_grad == (i % 2 == 0)
+        assert (parameter.grad is None) == (i % 2 == 1)
+        assert parameter.grad is None or bool((parameter.grad == 1).all())
+    for module in model.modules():
+        assert module.training
+        assert dict(module._forward_hooks) == hooks[module]
+
+
+def test_adapters(tiny_model: Callable[..., Any]) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("Llama"), config).eval()
+    samples = _samples(6, 9)
+    for options in ({}, {"layers": "own"}, {"posterior": "isotropic"}):
+        assert float(_score(model, samples, **options)["mutual_information"].min()) > 0
+
+
+def test_half_precision(tiny_model: Callable[..., Any]) -> None:
+    """The trunk itself rounds to eight bits: what is asked is that nothing else goes wrong."""
+    model = tiny_model("Llama")
+    samples = _samples(9, 7)
+    for posterior in ("dropout", "isotropic"):
+        full = _score(model.float(), samples, posterior=posterior, probes=8)["mutual_information"]
+        half = _score(model.bfloat16(), samples, posterior=posterior, probes=8)["mutual_information"]
+        torch.testing.assert_close(half, full, rtol=0.1, atol=0)
+
+
+def test_rows_without_a_finite_logit_are_not_valid(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("Llama")
+    model.model.embed_tokens.weight.data[7] = torch.nan
+    samples = _samples(6, 6)
+    samples["input_ids"][1, 4] = 7
+    scores = _score(model, samples)
+    assert scores.valid.tolist() == [True, False]
+    assert bool(scores["mutual_information"][1].isnan())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"probes": 0}, ValueError, "probes: expected 1 to 65535, got 0"),
+        ({"probes": True}, TypeError, "probes: expected an integer, got bool"),
+        ({"posterior": "cauchy"}, ValueError, "posterior: unknown 'cauchy'"),
+        ({"variance": 1e-3}, ValueError, "variance: belongs to posterior='isotropic', got posterior='dropout'"),
+        ({"posterior": "isotropic", "dropout": 0.1}, ValueError, "dropout: belongs to posterior='dropout', got"),
+        ({"posterior": "isotropic", "variance": 0.0}, ValueError, "variance"),
+        (
+            {"posterior": "isotropic", "layers": 0},
+            ValueError,
+            "perturbs weights of blocks, expected 'all' or at least 1",
+        ),
+        ({"posterior": "isotropic", "layers": "own"}, ValueError, "perturbs weights of blocks, expected 'all'"),
+        ({"layers": 3}, ValueError, "layers: expected at most 2 transformer blocks, got 3"),
+        ({"posterior": "isotropic", "layers": 3}, ValueError, "layers: expected at most 2 transformer blocks, got 3"),
+        ({"layers": "some"}, ValueError, "layers: expected a number of blocks, 'all' or 'own', got 'some'"),
+        ({"layers": "own"}, ValueError, "layers: 'own' needs a student with dropout layers"),
+        ({"dropout": 1}, ValueError, "dropout: expected a probability"),
+        ({"seed": -1}, ValueError, "seed: expected 0 to"),
+        ({"draws": 8}, ValueError, r"acquisition_args\['mutual_information'\]: unknown 'draws'"),
+    ],
+)
+def test_bad_arguments(
+    options: dict[str, Any], error: type[Exception], message: str, tiny_model: Callable[..., Any]
+) -> None:
+    """Refused before a forward is paid for."""
+    model = tiny_model("Llama")
+    student = acqcore.Student.from_model(model)
+    model.register_forward_pre_hook(_fail)
+    model.model.register_forward_pre_hook(_fail)
+    with pytest.raises(error, match=message):
+        _score(student, _samples(4), **options)
+
+
+def _fail(*_: Any) -> None:
+    raise AssertionError("a forward ran")
+
+
+@pytest.mark.parametrize("argument", ["probes", "posterior", "variance"])
+def test_draws_take_no_arguments_of_the_linear_form(argument: str, tiny_model: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=f"'{argument}' needs form='linear'"):
+        acqcore.score(
+            tiny_model("Llama"), _samples(4), "mutual_information",
+            acquisition_args={"mutual_information": {argument: 2}},
+        )  # fmt: skip
+
+
+def test_a_site_that_never_runs(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("GPT2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.3)
+    with pytest.raises(ValueError, match="went through none of the modules"):
+        _score(model, _samples(6), layers="own")
+
+
+def test_ready_made_options(tiny_model: Callable[..., Any]) -> None:
+    model, samples = tiny_model("Llama"), _samples(6)
+    options = LinearOptions(probes=3, seed=5)
+    got = acqcore.score(model, samples, "mutual_information", acquisition_args={"mutual_information": options})
+    torch.testing.assert_close(
+        got["mutual_information"], _score(model, samples, probes=3, seed=5)["mutual_information"]
+    )
+
+
+@pytest.mark.parametrize("posterior", ["dropout", "isotropic"])
+def test_tells_ignorance_from_ambiguity(posterior: str) -> None:
+    """What it is for, with two probes: keys never seen rank above answers drawn at random and above what is known."""
+    path = Path(__file__).parents[1] / "benchmarks" / "toy_student.py"
+    spec = importlib.util.spec_from_file_location("toy_student", path)
+    assert spec is not None
+    assert spec.loader is not None
+    toy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(toy)
+    student = toy.train(seed=0)
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        kind: _score(student, toy.samples(toy.questions(kind, 128, generator)), posterior=posterior)
+        for kind in toy.KINDS
+    }
+    found = {kind: scores["mutual_information"] for kind, scores in values.items()}
+    others = torch.cat([found["easy"], found["ambiguous"]])
+    assert toy.auroc(found["unseen"], others) >= 0.95
+    assert toy.auroc(found["unseen"], found["ambiguous"]) >= 0.93
