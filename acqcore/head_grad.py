@@ -78,6 +78,7 @@ def hidden_grad(
     """
     checks.given("targets", targets)
     chosen = checked_backend(hidden, head, targets, temperature, backend, "hidden_grad")
+    hidden = _without_ignored(hidden, targets)
     trusted = checks.targets_in_range(targets, head.vocab_size)
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     state, index = empty_state(hidden)
@@ -89,6 +90,18 @@ def hidden_grad(
         sums.zero_()
     stats = over_vocabulary(stats_of(hidden, targets, state, index, dtype), head)
     return summed(_normalised(sums, head, stats, state[MAX], temperature), head.group)
+
+
+def _without_ignored(
+    hidden: torch.Tensor,  # [N, D]
+    targets: torch.Tensor,  # [N]
+) -> torch.Tensor:
+    """``[N, D]``, zero in ignored rows on the CPU: nothing of them counts, but 0 times what is not finite would. On a
+    GPU looking for them would stall it."""
+    if hidden.device.type != "cpu":
+        return hidden
+    ignored = targets == checks.IGNORE_INDEX
+    return hidden.masked_fill(ignored[:, None], 0) if bool(ignored.any()) else hidden
 
 
 def _normalised(
@@ -179,6 +192,7 @@ def head_grad_norm(
     checks.one_of("loss", loss, LOSSES)
     checks.one_of("form", form, FORMS)
     chosen = checked_backend(hidden, head, targets, temperature, backend, "head_grad_norm")
+    hidden = _without_ignored(hidden, targets)
     bounds = checks.offsets(offsets, targets)
     weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
     norm = visit(hidden, head, targets, bounds, temperature, chosen, form).grad_norm(weights)
@@ -225,6 +239,7 @@ def grad_sketch(
     checks.one_of("loss", loss, LOSSES)
     checks.positive_int("dim", dim)
     chosen = checked_backend(hidden, head, targets, temperature, backend, "delta_hash")
+    hidden = _without_ignored(hidden, targets)
     bounds = checks.offsets(offsets, targets)
     weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
     stats = None  # found in the same visit of the weights, unless ranks share them

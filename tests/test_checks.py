@@ -117,3 +117,13 @@ def test_errors_reach_through_compile() -> None:
     with pytest.raises(ValueError, match="got 99 at row 1"):
         compiled(torch.tensor([0, 99, 0]))
     assert torch.is_grad_enabled()
+
+
+def test_a_head_whose_memory_was_freed() -> None:
+    """As FSDP frees a parameter's between two forwards; a kernel would read what is not there."""
+    head = acqcore.Head(torch.randn(30, 8))
+    hidden, targets = torch.randn(4, 8), torch.tensor([1, 2, 3, 4])
+    head.weight.untyped_storage().resize_(0)
+    for call in (acqcore.row_stats, acqcore.hidden_grad, acqcore.hidden_grad_norm):
+        with pytest.raises(ValueError, match=r"head\.weight: its storage was freed"):
+            call(hidden, head, targets)

@@ -244,3 +244,25 @@ def test_bad_dim() -> None:
     case = _case("plain")
     with pytest.raises(ValueError, match="dim: expected an int >= 1, got 0"):
         acqcore.grad_sketch(case.hidden, case.head, case.targets, OFFSETS, dim=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
+def test_nothing_of_an_ignored_row_counts(bad: float, backend: str) -> None:
+    """Not even what is not finite."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(7, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    targets, offsets = torch.tensor([1, 2, -100, 4, -100, 6, 7]), torch.tensor([0, 3, 5, 7])
+    head, broken = acqcore.Head(weight), hidden.clone()
+    broken[targets == -100] = bad
+
+    def measured(hidden: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            acqcore.grad_sketch(hidden, head, targets, offsets, dim=32, backend=backend),
+            acqcore.head_grad_norm(hidden, head, targets, offsets, backend=backend),
+            acqcore.hidden_grad(hidden, head, targets, backend=backend),
+        ]
+
+    for found, expected in zip(measured(broken), measured(hidden), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert found.isfinite().all()

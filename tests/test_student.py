@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -343,3 +344,40 @@ def test_load_in_a_run_that_shards_its_models(
         assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
     finally:
         deepspeed.unset_hf_deepspeed_config()
+
+
+class TestLoading:
+    """What cannot be loaded is one sentence, and is said before the hub is asked."""
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"dtype": "fp8"}, "dtype: unknown 'fp8', expected one of float32, bfloat16, float16, float64"),
+            ({"dtype": torch.int8}, "dtype: unknown 'int8'"),
+            ({"device": "gpu"}, "device: expected cpu, cuda or cuda:1, got 'gpu'"),
+            ({"device": "cuda:31"}, "device: 'cuda:31' is not available"),
+        ],
+    )
+    def test_options(self, student: Path, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            acqcore.Student.load(student, **options)
+
+    @pytest.mark.parametrize("path", ["/nowhere", "./nowhere", "file"])
+    def test_paths(self, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "file").write_text("no model")
+        with pytest.raises(ValueError, match=rf"student: {re.escape(path)} holds no model \(no config\.json\)"):
+            acqcore.Student.load(path)
+
+    def test_without_a_tokenizer(self, student: Path) -> None:
+        """Tensors can be scored, and text says what is missing."""
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (student / name).unlink()
+        loaded = acqcore.Student.load(student)
+        assert loaded.tokenizer is None
+        assert acqcore.score(loaded, {"input_ids": torch.tensor([[5, 6, 7]])}).valid.all()
+        with pytest.raises(TypeError, match="tokenizer: samples of text need one, got none"):
+            acqcore.score(loaded, ["a fox"])
+        (student / "tokenizer.json").write_text("{")
+        with pytest.raises(ValueError, match=r"student: the tokenizer of .* does not load: "):
+            acqcore.Student.load(student)

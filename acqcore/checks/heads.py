@@ -72,6 +72,17 @@ def hidden(value: object, weight: torch.Tensor) -> None:
             f"{list(weight.shape)}, got {describe(value)}"
         )
     same_device("hidden", value, "head.weight", weight)
+    if not torch.compiler.is_compiling():
+        allocated("head.weight", weight)
+
+
+def allocated(name: str, value: torch.Tensor) -> None:
+    """The tensor's memory is there; FSDP frees that of a parameter between two forwards, and a kernel would read it."""
+    if value.numel() and value.untyped_storage().nbytes() == 0:
+        raise ValueError(
+            f"{name}: its storage was freed, as FSDP does between two forwards; score through acqcore.Student, which "
+            "gathers it"
+        )
 
 
 def logits(value: object) -> None:

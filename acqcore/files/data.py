@@ -93,12 +93,16 @@ def _scan_parquet(path: Path, block_rows: int, limit: int | None) -> tuple[list[
 
 
 def records(path: Path) -> Iterator[Record]:
-    """Every row of a file, in order.
+    """Every row of a file, in order; what is not asked for is not read.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: as :func:`scan`.
     """
-    blocks, columns = scan(path, _READ_ROWS, None)
+    if path.suffix != ".parquet":
+        with _open(path) as (found, _):
+            yield from found
+        return
+    blocks, columns = _scan_parquet(path, _READ_ROWS, None)
     reader = Reader(path, columns)
     for block in blocks:
         yield from reader.read(block)
@@ -199,12 +203,12 @@ def read_object(line: bytes | str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} (byte {error.start + 1})") from None
     except (ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"not readable: {error}") from None
+        raise ValueError(f"not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, got {type(values).__name__}")
     signs = (b"[", b"{") if isinstance(line, bytes) else ("[", "{")
     if sum(map(line.count, signs)) > _DEEPEST and _depth(values) > _DEEPEST:  # type: ignore[arg-type]
-        raise ValueError(f"not readable: nested deeper than {_DEEPEST} levels")
+        raise ValueError(f"nested deeper than {_DEEPEST} levels")
     return values
 
 

@@ -14,6 +14,7 @@ from acqcore.head import Head
 from acqcore.students.blocks import Blocks
 from acqcore.students.causal_lm import CausalLM
 from acqcore.students.lengths import Lengths
+from acqcore.students.loading import check_request, load_tokenizer
 from acqcore.students.sharding import DataParallel, gathered, is_dtensor, loading_whole
 
 
@@ -111,19 +112,21 @@ class Student:
 
         Raises:
             ModuleNotFoundError: transformers is not installed. OSError: no such model (from transformers).
+            ValueError: a path without a model, an unknown dtype, a device that is not here, a broken tokenizer.
         """
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import AutoModelForCausalLM
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
                 f"loading {str(path)!r} needs transformers: run 'pip install acqcore[train]'"
             ) from error
         path = os.fspath(path)
+        check_request(path, dtype, device)
         with loading_whole():
             model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if dtype is None else dtype)
         if device is not None:
             model = model.to(device)
-        return cls.from_model(model.eval(), tokenizer=AutoTokenizer.from_pretrained(path))
+        return cls.from_model(model.eval(), tokenizer=load_tokenizer(path))
 
     @property
     def head(self) -> Head:

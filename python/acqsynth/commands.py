@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from acqsynth import config, pipeline
+from acqsynth import config, pipeline, preflight
 from acqsynth.config import ConfigError
 from acqsynth.pipeline import Plan
 from acqsynth.steps import Step, StepError, Store
@@ -28,6 +28,7 @@ def main(recipe: str, overrides: Sequence[str], stage: str, dry: bool, traceback
     """
     try:
         plan = pipeline.plan(config.load(recipe, overrides))
+        preflight.on_this_machine(plan.config)
     except ConfigError as error:
         print(f"acqsynth: error: {error}", file=sys.stderr)
         return 2

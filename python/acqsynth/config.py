@@ -91,6 +91,9 @@ class DataConfig(Section):
     """pool of the baselines on real rows; by default seeds"""
     replay: OtherSource | None = None
     """rows mixed in against forgetting; by default real"""
+    reference: Source | None = None
+    """development rows whose loss should fall, for influence; a set of its own, without rows of seeds or evaluation. By
+    default seeds, which the generator is shown and can repeat"""
 
 
 class SamplingConfig(Section):
@@ -179,7 +182,7 @@ class RewardConfig(Section):
     paper_compat: bool = False
     """the released code's reward of one signal, defects included"""
     reference: Count | None = None
-    """seeds whose loss should fall, for influence; by default all"""
+    """rows of data.reference (or seeds) for influence; by default all"""
     embedder: str = "ngram"
     """embedder of questions: ngram, minilm, or a sentence model"""
     answers: Options = {}
@@ -245,7 +248,7 @@ class EvaluationConfig(Section):
     likelihood: bool = False
     """measure the likeliest of the set's labels too (classification, engine transformers)"""
     resamples: Count = 2000
-    """bootstrap resamples of rows and seeds"""
+    """bootstrap resamples of batches, for the validity of signals"""
     level: float = Field(default=0.95, gt=0, lt=1)
     """confidence level of the intervals"""
     validity: ValidityConfig = ValidityConfig()

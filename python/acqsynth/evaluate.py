@@ -1,7 +1,9 @@
-"""Accuracy, bootstrap intervals, and the validity of signals.
+"""Accuracy, intervals and tests over fits, and the validity of signals.
 
-Percentile intervals come from a bootstrap that draws rows and fits (seeds of the student) together, so they cover what
-another test set and another fit would have given. A change between two students is paired, row by row.
+An interval covers what another test set and another fit (seed of generator or student) would have given. It is
+Student's t on the variance over fits plus that over rows, with the degrees of freedom of Welch and Satterthwaite: a
+bootstrap over two fits would cover fit noise half of the time, one over a single fit never. A change between two
+students is paired, row by row. Several comparisons are judged together by Holm 1979.
 """
 
 from __future__ import annotations
@@ -35,11 +37,22 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the interval of its bootstrap."""
+    """A mean and its interval."""
 
     mean: float
     low: float
     high: float
+
+
+FEWEST = 3  #: fits without which no gain or loss is called
+
+
+@dataclass(frozen=True)
+class Change(Interval):
+    """A difference of accuracies."""
+
+    p: float  #: of a difference as large where there is none, two-sided
+    fits: int  #: of the side with the fewest
 
 
 def evaluate(
@@ -89,32 +102,40 @@ def evaluate_by_likelihood(engine: Any, domain: Domain, rows: Sequence[Sample], 
     return Evaluation([texts[i] for i in best], answers, domain.equivalent(rows, answers))
 
 
-def bootstrap(right: Right, *, resamples: int = 2000, level: float = 0.95, seed: int = 0) -> Interval:
-    """Accuracy with its interval over rows and seeds.
+def accuracy_interval(right: Right, *, generators: Sequence[int] | None = None, level: float = 0.95) -> Interval:
+    """Accuracy with its interval over rows and fits.
 
     Args:
-        right: ``[S, N]``, S fits of a student on the same N rows.
-        resamples: bootstrap draws.
+        right: ``[S, N]``, S fits of a student on the same N rows. Of a single fit the interval covers other rows alone.
+        generators: of the S fits, the generator that wrote their rows; with ``FEWEST`` or more generators the fits of
+            one are a single draw.
         level: of the interval.
-        seed: of the draws.
 
     Raises:
         ValueError: right is not a matrix or is empty.
     """
     values = _matrix("right", right)
-    draws = _resampled(values, *_weights(values.shape, resamples, seed))
-    return _interval(values.mean(), draws, level)
+    found = _estimate(values.mean(), [_over_fits(values, generators), _over_rows(values.mean(axis=0))], level)
+    return Interval(float(values.mean()), max(0.0, found[0]), min(1.0, found[1]))
 
 
-def bootstrap_change(
-    right: Right, other: Right, *, resamples: int = 2000, level: float = 0.95, seed: int = 0
-) -> Interval:
-    """Accuracy of ``right`` minus that of ``other``: the same rows are drawn for both, the seeds of each apart.
+def change(
+    right: Right,
+    other: Right,
+    *,
+    generators: Sequence[int] | None = None,
+    other_generators: Sequence[int] | None = None,
+    learnt: bool = True,
+    level: float = 0.95,
+) -> Change:
+    """Accuracy of ``right`` minus that of ``other`` on the same rows.
 
     Args:
         right: ``[S, N]``.
         other: ``[S', N]``, of the same rows.
-        resamples, level, seed: as :func:`bootstrap`.
+        generators, other_generators: as in :func:`accuracy_interval`.
+        learnt: whether ``other`` is a draw of several; False for the base student, of which there is one.
+        level: as there.
 
     Raises:
         ValueError: not matrices over the same rows.
@@ -122,10 +143,24 @@ def bootstrap_change(
     values, others = _matrix("right", right), _matrix("other", other)
     if values.shape[1] != others.shape[1]:
         raise ValueError(f"other: expected {values.shape[1]} rows as in right, got {others.shape[1]}")
-    seeds, rows = _weights(values.shape, resamples, seed)
-    other_seeds, _ = _weights(others.shape, resamples, seed + 1)
-    draws = _resampled(values, seeds, rows) - _resampled(others, other_seeds, rows)
-    return _interval(values.mean() - others.mean(), draws, level)
+    sides = [(values, generators), (others, other_generators)] if learnt else [(values, generators)]
+    parts = [_over_fits(*side) for side in sides]
+    mean = float(values.mean() - others.mean())
+    low, high, p = _estimate(mean, [*parts, _over_rows(values.mean(axis=0) - others.mean(axis=0))], level)
+    return Change(mean, low, high, p, min(len(side[0]) for side in sides))
+
+
+def holm(p: Sequence[float], alpha: float = 0.05) -> list[bool]:
+    """Which of several null hypotheses are rejected, so that one is wrongly with probability at most ``alpha``.
+
+    Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    rejected = [False] * len(p)
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        if p[i] > alpha / (len(p) - rank):
+            break
+        rejected[i] = True
+    return rejected
 
 
 def accuracy_by_skill(right: Right, skills: Sequence[str | None]) -> dict[str, tuple[float, int]]:
@@ -214,18 +249,29 @@ def _matrix(name: str, values: Right) -> Right:
     return matrix
 
 
-def _weights(shape: tuple[int, ...], resamples: int, seed: int) -> tuple[Right, Right]:
-    """How often each seed ``[R, S]`` and each row ``[R, N]`` is drawn."""
-    rng = np.random.default_rng(seed)
-    n_seeds, n_rows = shape
-    rows = rng.multinomial(n_rows, [1 / n_rows] * n_rows, resamples)
-    return rng.multinomial(n_seeds, [1 / n_seeds] * n_seeds, resamples).astype(float), rows.astype(float)
+def _over_fits(values: Right, generators: Sequence[int] | None) -> tuple[float, float]:
+    """Variance of the mean over fits, and its degrees of freedom."""
+    fits = values.mean(axis=1)
+    if generators is not None and len(set(generators)) >= FEWEST:
+        fits = np.array([fits[np.array(generators) == name].mean() for name in dict.fromkeys(generators)])
+    return (float(fits.var(ddof=1) / len(fits)), len(fits) - 1.0) if len(fits) > 1 else (0.0, 1.0)
 
 
-def _resampled(values: Right, seeds: Right, rows: Right) -> npt.NDArray[np.float64]:
-    """Mean of each draw ``[R]``."""
-    drawn: npt.NDArray[np.float64] = np.einsum("rn,rn->r", seeds @ values, rows) / values.size
-    return drawn
+def _over_rows(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Variance of the mean of N rows, and its degrees of freedom."""
+    return (float(values.var(ddof=1) / len(values)), len(values) - 1.0) if len(values) > 1 else (0.0, 1.0)
+
+
+def _estimate(mean: float, parts: Sequence[tuple[float, float]], level: float) -> tuple[float, float, float]:
+    """Interval and two-sided p of a mean whose variance is a sum of parts."""
+    from scipy.stats import t
+
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return mean, mean, 0.0 if mean else 1.0
+    freedom = variance**2 / sum(part**2 / df for part, df in parts)
+    half = float(t.ppf((1 + level) / 2, freedom)) * variance**0.5
+    return mean - half, mean + half, float(2 * t.sf(abs(mean) / variance**0.5, freedom))
 
 
 def _interval(mean: float, draws: npt.NDArray[np.float64], level: float) -> Interval:

@@ -84,7 +84,8 @@ def label(
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold: expected a share in (0, 1], got {threshold}")
-    sampling = Sampling(n=k, temperature=temperature, max_tokens=max_tokens or domain.answer_tokens, seed=seed)
+    most = domain.answer_tokens if max_tokens is None else max_tokens
+    sampling = Sampling(n=k, temperature=temperature, max_tokens=most, seed=seed)
     drawn = engine.generate([domain.student_prompt(sample.question) for sample in samples], sampling)
     answers = [[domain.answer_of(draw.text) for draw in draws] for draws in drawn]
     clusters = [cluster_texts(row, embed) for row in answers] if embed else cluster(domain, samples, answers)
@@ -127,6 +128,7 @@ class Labeller:
             if name in self.options or name not in known or known[name].kind is not inspect.Parameter.KEYWORD_ONLY:
                 raise ValueError(f"options: unknown {name!r}, expected max_tokens")
         self.options |= config.options
+        Sampling(n=config.k, temperature=config.temperature, max_tokens=config.options.get("max_tokens", 1))
         self.engine = None if config.method == "computed" else engine()
         self._moves = config.method == "majority"
 

@@ -38,6 +38,20 @@ def resolve(name: str) -> str:
     return name
 
 
+def find(name: str) -> None:
+    """Looks for a model without making or fetching it; a hub id is taken on trust.
+
+    Raises:
+        FileNotFoundError: a path that is no model, or the package that carries SmolLM2 is not installed.
+    """
+    if name == "smollm2":
+        _package_dir()
+    elif name.startswith((".", "/", "~")) or Path(name).exists():
+        folder = Path(name).expanduser()
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{name} holds no model (no config.json)")
+
+
 def smollm2_path() -> Path:
     """Directory with SmolLM2-135M-Instruct as transformers saves it: float32 safetensors and a fast tokenizer.
 

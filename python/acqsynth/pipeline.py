@@ -24,7 +24,6 @@ import json
 import math
 import random
 import shutil
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,11 +31,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from acqsynth import engines
+from acqsynth import engines, preflight
 from acqsynth.config import (
     BUNDLED,
     Config,
-    ConfigError,
     DataConfig,
     EngineConfig,
     LabellingConfig,
@@ -48,6 +46,7 @@ from acqsynth.config import (
 )
 from acqsynth.domains import Domain, Sample, domain as find_domain
 from acqsynth.engines import Engine, Sampling
+from acqsynth.preflight import validity_reward
 from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT
 from acqsynth.seeds import bundled
 from acqsynth.steps import (
@@ -100,8 +99,9 @@ class Scoring:
     domain: str
     engine: EngineConfig
     student: Any  #: the model that scores
-    seeds: Any  #: rows that the generator is shown, and the reference of influence
+    seeds: Any  #: rows that the generator is shown
     evaluation: Any  #: rows that no sample may repeat
+    reference: Any  #: rows whose loss should fall, for influence
 
     def find_domain(self) -> Domain:
         """The domain as the seeds complete it."""
@@ -118,6 +118,7 @@ class Scoring:
             self.engine,
             seeds=read_rows(self.seeds),
             evaluation=read_rows(self.evaluation),
+            reference=read_rows(self.reference),
         )
 
 
@@ -172,7 +173,7 @@ def plan(config: Config) -> Plan:
     Raises:
         ConfigError: an option that a library, the domain or the reward does not have, or a value that it refuses.
     """
-    check(config)
+    preflight.check(config)
     others = {name: other.domain or config.domain for name, other in config.evaluation.others.items()}
     method = config.generator.method
     found = Plan(config, {IN_DISTRIBUTION: config.domain, **others}, "no_rl" if method == "none" else method)
@@ -198,7 +199,10 @@ def plan(config: Config) -> Plan:
     def scoring(student: Any = None) -> Scoring:
         scorer = student if student is not None else Model(config.reward.student or config.student.model)
         evaluation = rows / f"evaluation-{IN_DISTRIBUTION}.parquet"
-        return Scoring(config.reward, config.domain, config.engine, scorer, rows / "seeds.parquet", evaluation)
+        reference = rows / ("reference.parquet" if config.data.reference else "seeds.parquet")
+        return Scoring(
+            config.reward, config.domain, config.engine, scorer, rows / "seeds.parquet", evaluation, reference
+        )
 
     # Left out where it is off, so that runs from before there was a choice stay valid.
     likelihood: dict[str, Any] = {"likelihood": True} if config.evaluation.likelihood else {}
@@ -322,42 +326,6 @@ def plan(config: Config) -> Plan:
     return found
 
 
-def check(config: Config) -> None:
-    """Makes every object that the recipe configures, so that a dry run finds what a run would find hours later.
-
-    Raises:
-        ConfigError: names the key.
-    """
-    from acqsynth import label, train
-    from acqsynth.rewards import build
-
-    domain = _checked("domain", find_domain, config.domain)
-    generator, student, reward = config.generator, config.student, config.reward
-    if generator.method in ("grpo", "dpo"):
-        _checked("generator", train.configuration, generator.method, generator.options, "unused")
-    _checked("student", train.configuration, "sft", student.options, "unused")
-    fits = {"save_strategy": "no", **student.options, **config.evaluation.validity.options}
-    _checked("evaluation.validity", train.configuration, "sft", fits, "unused")
-    _checked("engine", engines.check, config.engine.name, config.engine.options)
-    for key, labelling in (("labelling", config.labelling), ("reward.labelling", reward.labelling)):
-        if labelling is not None and labelling.method != "own":
-            _checked(key, label.Labeller, labelling, domain, lambda: None)
-    _checked("reward", build.check, reward, domain)
-    if config.evaluation.validity.batches:
-        _checked("evaluation.validity", build.check, _validity_reward(reward, config.evaluation.validity), domain)
-    for name, other in config.evaluation.others.items():
-        _checked(f"evaluation.others.{name}", find_domain, other.domain or config.domain)
-
-
-def _checked(key: str, make: Callable[..., Any], *arguments: Any) -> Any:
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return make(*arguments)
-    except (ValueError, TypeError) as error:
-        told = " ".join(str(error).split())
-        raise ConfigError(told if told.startswith(f"{key}:") else f"{key}.{told}") from error
-
-
 def _share(n: int, i: int, rounds: int) -> int:
     """Rows of round i; the first rounds take the remainder."""
     return n // rounds + (i < n % rounds)
@@ -369,8 +337,9 @@ def _share(n: int, i: int, rounds: int) -> int:
 def collect_rows(
     context: StepContext, *, domain: str, data: DataConfig, others: Mapping[str, OtherSource], limit: int | None
 ) -> None:
-    """Writes ``seeds``, ``held_out``, ``real``, ``evaluation-<set>`` and, if the recipe has it, ``replay`` as parquet,
-    and ``rows.json`` with their sizes. Rows of an evaluation set are left out of the first three."""
+    """Writes ``seeds``, ``held_out``, ``real``, ``evaluation-<set>`` and, if the recipe has them, ``reference`` and
+    ``replay`` as parquet, and ``rows.json`` with their sizes. Rows of an evaluation set are left out of the first three
+    and of ``reference``, which has none of ``seeds`` either."""
     own = find_domain(domain)
 
     def load(key: str, source: Source) -> list[Sample]:
@@ -384,13 +353,18 @@ def collect_rows(
         write_rows(context.folder / f"evaluation-{name}.parquet", found)
     known = {_plain(sample.question) for found in tests.values() for sample in found}
     seeds = load("data.seeds", data.seeds)
-    for name, source in (("seeds", None), ("held_out", data.held_out), ("real", data.real)):
+    shown = {_plain(sample.question) for sample in seeds}
+    pools = [("seeds", None, known), ("held_out", data.held_out, known), ("real", data.real, known)]
+    if data.reference is not None:
+        pools.append(("reference", data.reference, known | shown))
+    for name, source, taken in pools:
         loaded = seeds if source is None else load(f"data.{name}", source)
-        pool = [sample for sample in loaded if _plain(sample.question) not in known]
+        pool = [sample for sample in loaded if _plain(sample.question) not in taken]
+        others_of = "the seeds or an evaluation set" if name == "reference" else "an evaluation set"
         if not pool:
-            raise StepError(f"data.{name}: every row is also in an evaluation set")
+            raise StepError(f"data.{name}: every row is also in {others_of}")
         if left_out := len(loaded) - len(pool):
-            context.say(f"data.{name}: {left_out} rows are also in an evaluation set and are left out")
+            context.say(f"data.{name}: {left_out} rows are also in {others_of} and are left out")
         sizes[name] = {"rows": len(pool), "left_out": left_out}
         write_rows(context.folder / f"{name}.parquet", pool)
     if data.replay is not None:
@@ -763,7 +737,7 @@ def measure_validity(
     from acqsynth.evaluate import evaluate
 
     domain, gold = find_domain(scoring.domain), read_rows(scoring.evaluation)
-    reward = replace(scoring, reward=_validity_reward(scoring.reward, validity)).build()
+    reward = replace(scoring, reward=validity_reward(scoring.reward, validity)).build()
     before = fmean(read_table(base)["right"])
     batches = _batches(read_rows(real), validity.batches, validity.rows, seed)
 
@@ -782,16 +756,6 @@ def measure_validity(
         return {"skill": skill, "rows": len(batch), "scores": scores, "gain": after.accuracy - before}
 
     context.write("batches.json", list(context.chunks("batches", batches, 1, measure)))
-
-
-def _validity_reward(reward: RewardConfig, validity: ValidityConfig) -> RewardConfig:
-    """The reward whose signals are put to the test."""
-    from acqsynth.rewards.build import DEFAULT_SIGNALS
-
-    if not validity.signals:
-        return reward
-    signals = {name: (reward.signals or DEFAULT_SIGNALS).get(name, {}) for name in validity.signals}
-    return reward.model_copy(update={"signals": signals, "weights": {}, "paper_compat": False})
 
 
 def _batches(pool: Sequence[Sample], n: int, size: int, seed: int) -> list[tuple[str | None, list[Sample]]]:
@@ -829,7 +793,7 @@ def write_report(
     from acqsynth import train
     from acqsynth.report import metrics, render
 
-    bootstrap = {key: recipe["evaluation"][key] for key in ("resamples", "level")} | {"seed": recipe["seed"]}
+    level = recipe["evaluation"]["level"]
     found = metrics.collect(
         sets=sets,
         main=main,
@@ -846,7 +810,7 @@ def write_report(
             for arm in arms.values()
             for key, folder in arm.fits.items()
         },
-        bootstrap=bootstrap,
+        level=level,
     )
     found["recipe"] = recipe
     found["machine"] = metrics.machine()
@@ -864,6 +828,10 @@ def write_report(
     found["training"] = metrics.training([train.read_log(model) for model in trained]) if trained else None
     tables = [read_table(path) for model in trained for path in sorted(model.glob("completions/*.parquet"))]
     found["samples"] = metrics.samples(tables or [read_table(arms[main].written[0] / "samples.parquet")])
+    if constant := metrics.constant_signals(tables):
+        said = f"The reward had no help from {', '.join(constant)}, of one value for every completion."
+        found["verdict"].append({"kind": "note", "text": said})
+    bootstrap = {"resamples": recipe["evaluation"]["resamples"], "level": level, "seed": recipe["seed"]}
     found["validity"] = metrics.validity(_json(validity / "batches.json"), **bootstrap) if validity else None
     context.write("metrics.json", found)
     (context.folder / "report.html").write_text(render(found), encoding="utf-8")

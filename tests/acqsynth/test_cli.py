@@ -92,10 +92,36 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
     assert told.count("\n") == 1
 
 
-def test_a_stage_that_fails_exits_with_1(fakes, recipe, capsys):
-    assert main(["run", str(recipe), "data.seeds.source=gone.jsonl"]) == 1
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.seeds.source=gone.jsonl", "data.seeds: gone.jsonl: no such file"),
+        ("student.model=./gone", "student.model: ./gone holds no model (no config.json)"),
+        ("student.model=recipe.yaml", "student.model: recipe.yaml holds no model (no config.json)"),
+        ("generator.model=/gone", "generator.model: /gone holds no model (no config.json)"),
+        ("engine.options.device=cuda:31", "engine.options.device: 'cuda:31' is not available"),
+        ("engine={name: vllm}", "engine.name: vllm is not installed: run 'pip install acqcore[vllm]'"),
+        ("output=recipe.yaml", "output: cannot write to recipe.yaml"),
+    ],
+)
+def test_what_is_missing_here_is_said_before_a_run(more, override, sentence, fakes, recipe, capsys, monkeypatch):
+    monkeypatch.chdir(recipe.parent)
+    assert main(["run", str(recipe), override, *more]) == 2
     told = capsys.readouterr().err
-    assert told == "acqsynth: error: 00-seeds/rows: data.seeds: gone.jsonl: no such file\n"
+    assert told.startswith(f"acqsynth: error: {sentence}")
+    assert told.count("\n") == 1
+    assert not fakes
+
+
+def test_a_stage_that_fails_exits_with_1(fakes, recipe, capsys, monkeypatch):
+    def fail(*arguments, **options):
+        raise ValueError("no rows\nto read")
+
+    monkeypatch.setattr("acqsynth.pipeline.find_domain", fail)
+    assert main(["run", str(recipe)]) == 1
+    told = capsys.readouterr().err
+    assert told == "acqsynth: error: 00-seeds/rows: ValueError: no rows to read\n"
 
 
 def test_a_folder_in_use_exits_with_1(fakes, recipe, capsys):

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.stats import spearmanr
 
 from acqsynth.domains import Sample
@@ -13,10 +14,11 @@ from acqsynth.domains.classification import Classification
 from acqsynth.engines import Sampling
 from acqsynth.evaluate import (
     accuracy_by_skill,
-    bootstrap,
-    bootstrap_change,
+    accuracy_interval,
+    change,
     evaluate,
     evaluate_by_likelihood,
+    holm,
     rank_correlation,
     signal_validity,
 )
@@ -45,57 +47,103 @@ def test_no_rows_are_refused(sums, echo):
         evaluate(echo, sums, [])
 
 
-def test_bootstrap_of_one_seed_is_the_binomial():
+def test_of_one_fit_the_interval_is_students_over_rows():
     right = np.array([[1.0] * 60 + [0.0] * 40])
-    found = bootstrap(right, resamples=20000, level=0.95)
-    # Resampled means of 100 rows with p = 0.6 are Binomial(100, 0.6) / 100: its 2.5 % and 97.5 % quantiles.
-    assert found.mean == pytest.approx(0.6)
-    assert found.low == pytest.approx(0.50, abs=0.011)
-    assert found.high == pytest.approx(0.69, abs=0.011)
+    found = accuracy_interval(right)
+    expected = stats.ttest_1samp(right[0], 0.0).confidence_interval(0.95)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.6, expected.low, expected.high))
 
 
-def test_bootstrap_over_seeds_alone():
-    # Every row of a fit is the same, so only the draw of fits matters: 0, 1/2 or 1 with 1/4, 1/2, 1/4.
-    right = np.array([[1.0] * 8, [0.0] * 8])
-    found = bootstrap(right, resamples=4000, level=0.4)
-    assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5)
-    wide = bootstrap(right, resamples=4000, level=0.6)
-    assert (wide.low, wide.high) == (0.0, 1.0)
+@pytest.mark.parametrize("means", [(0.5, 0.6), (0.5, 0.6, 0.55), (0.2, 0.9, 0.4, 0.4)])
+def test_where_rows_are_alike_it_is_students_over_fits(means):
+    """Of two fits too, of which a bootstrap knows next to nothing."""
+    right = np.array([[mean] * 50 for mean in means])
+    found = change(right, np.full((1, 50), 0.45), learnt=False)
+    expected = stats.ttest_1samp(np.array(means), 0.45)
+    assert found.mean == pytest.approx(np.mean(means) - 0.45)
+    assert found.p == pytest.approx(expected.pvalue)
+    interval = expected.confidence_interval(0.95)  # of the mean
+    assert (found.low, found.high) == pytest.approx((interval.low - 0.45, interval.high - 0.45))
+    assert found.fits == len(means)
 
 
-def test_a_level_apart_gives_nested_intervals_and_equal_seeds_equal_ones():
-    right = np.random.default_rng(0).integers(0, 2, (3, 50)).astype(float)
-    narrow, wide = bootstrap(right, level=0.8), bootstrap(right, level=0.99)
-    assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
-    assert bootstrap(right, seed=4) == bootstrap(right, seed=4)
+def test_two_arms_are_welchs():
+    a, b = [0.5, 0.6, 0.7], [0.41, 0.4, 0.43, 0.39]
+    found = change(np.array([[mean] * 9 for mean in a]), np.array([[mean] * 9 for mean in b]), level=0.9)
+    expected = stats.ttest_ind(a, b, equal_var=False)
+    assert found.p == pytest.approx(expected.pvalue)
+    interval = expected.confidence_interval(0.9)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.fits == 3
 
 
 def test_change_is_paired_by_row():
     before = np.array([[1.0, 0.0] * 50])
     after = before.copy()
     after[0, 1:21:2] = 1.0  # ten of a hundred rows are newly right, none is lost
-    found = bootstrap_change(after, before, resamples=20000)
+    found = change(after, before)
+    expected = stats.ttest_rel(after[0], before[0])
     assert found.mean == pytest.approx(0.1)
-    # Paired, the difference of a resample is Binomial(100, 0.1) / 100, far narrower than two independent draws.
-    assert found.low == pytest.approx(0.05, abs=0.011)
-    assert found.high == pytest.approx(0.16, abs=0.011)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.low == pytest.approx(expected.confidence_interval(0.95).low)
+
+
+def test_fits_of_one_generator_are_one_draw():
+    """With three generators and more; with fewer each fit is."""
+    right = np.array([[mean] * 20 for mean in (0.1, 0.11, 0.5, 0.51, 0.9, 0.91)])
+    found = accuracy_interval(right, generators=[0, 0, 1, 1, 2, 2])
+    expected = stats.ttest_1samp([0.105, 0.505, 0.905], 0.0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((max(0, expected.low), min(1, expected.high)))
+    assert accuracy_interval(right, generators=[0, 0, 0, 1, 1, 1]) == accuracy_interval(right)
+
+
+def test_a_level_apart_gives_nested_intervals_within_shares():
+    right = np.random.default_rng(0).integers(0, 2, (3, 50)).astype(float)
+    narrow, wide = accuracy_interval(right, level=0.8), accuracy_interval(right, level=0.99)
+    assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
+    assert accuracy_interval(np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])).high == 1.0
 
 
 def test_no_change_is_exactly_none():
     right = np.array([[1.0, 0.0, 1.0]])
-    found = bootstrap_change(right, right)
-    assert (found.mean, found.low, found.high) == (0.0, 0.0, 0.0)
+    found = change(right, right)
+    assert (found.mean, found.low, found.high, found.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_what_is_called_by_chance_is_rare():
+    """Of 300 students whose fits differ by noise alone, about one in twenty differs from the base by more than this."""
+    rng = np.random.default_rng(1)
+    called = 0
+    for _ in range(300):
+        base = (rng.random((1, 200)) < 0.6).astype(float)
+        shares = np.clip(0.6 + 0.05 * rng.standard_normal(3), 0, 1)
+        fits = np.stack([(rng.random(200) < share).astype(float) for share in shares])
+        called += change(fits, base, learnt=False).p < 0.05
+    assert called / 300 < 0.08
+
+
+@pytest.mark.parametrize(
+    ("p", "rejected"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [True, False, False, True]),  # 0.005 < 0.05/4, 0.01 < 0.05/3, 0.03 > 0.05/2
+        ([0.04], [True]),
+        ([0.04, 0.04], [False, False]),
+        ([], []),
+    ],
+)
+def test_holm(p, rejected):
+    assert holm(p) == rejected
 
 
 @pytest.mark.parametrize("right", [np.zeros(3), np.zeros((0, 3)), np.zeros((2, 0))])
 def test_what_is_no_matrix_is_refused(right):
     with pytest.raises(ValueError, match=r"right: expected \[seeds, rows\]"):
-        bootstrap(right)
+        accuracy_interval(right)
 
 
 def test_a_change_over_other_rows_is_refused():
     with pytest.raises(ValueError, match="other: expected 3 rows as in right, got 2"):
-        bootstrap_change(np.zeros((1, 3)), np.zeros((1, 2)))
+        change(np.zeros((1, 3)), np.zeros((1, 2)))
 
 
 def test_accuracy_by_skill():

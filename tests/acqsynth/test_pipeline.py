@@ -250,7 +250,6 @@ def test_rows_of_an_evaluation_set_are_left_out(fakes, recipe):
     [
         ("data.seeds.source=nowhere.jsonl", "00-seeds/rows: data.seeds: nowhere.jsonl: no such file"),
         ("data.real={source: 'sums:1000', limit: 100}", "data.real: every row is also in an evaluation set"),
-        ("data.held_out={source: 'bundled:physics'}", "data.held_out: bundled:physics: unknown, expected"),
         ("evaluation.others.more.source=gone", "evaluation.others.more: gone: no such file"),
         ("data.seeds={source: 'bundled:mathematics', skip: 50}", "has no rows after the first 50"),
         ("evaluation.validity.rows=500", "05-evaluate/validity: expected 500 real rows of a skill"),
@@ -331,7 +330,7 @@ def scoring(sums, student_path, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "find_domain", lambda name: sums)
     write_rows(tmp_path / "seeds.parquet", SEEDS)
     reward = RewardConfig(answers={"k": 2, "max_tokens": 4}, refresh_steps=2)
-    return Scoring(reward, "sums", EngineConfig(), student_path, tmp_path / "seeds.parquet", tmp_path / "seeds.parquet")
+    return Scoring(reward, "sums", EngineConfig(), student_path, *[tmp_path / "seeds.parquet"] * 3)
 
 
 def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp_path):

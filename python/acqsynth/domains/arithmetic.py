@@ -198,7 +198,11 @@ class Arithmetic(Domain):
     ) -> list[Sample]:
         """As any domain; and ``world`` or, by another seed than 0, ``world:7``, for generated rows of a split, 1000
         unless limited."""
+        if source.partition(":")[0] == "world" and not _WORLD.fullmatch(source):
+            raise ValueError(f"source: expected world, or world: and a number, got {source!r}")
         if world := _WORLD.fullmatch(source):
+            if columns:
+                raise ValueError(f"columns: {source} has none, its rows are generated")
             return self.rows(ROWS if limit is None else limit, int(world[1] or 0), split=split)
         return samples(source, split, columns, limit, [Layout(("question", "answer"), _row)])
 

@@ -35,6 +35,13 @@ class Domain(ABC):
     name: ClassVar[str]
     #: most tokens of a student's answer
     answer_tokens: ClassVar[int] = 512
+    #: whether :meth:`verify` can find an answer right; by default, whether the domain has a verify of its own
+    proves: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "verify" in cls.__dict__ and "proves" not in cls.__dict__:
+            cls.proves = True
 
     @abstractmethod
     def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
@@ -80,7 +87,7 @@ class Domain(ABC):
         columns: Mapping[str, str] | None = None,
         limit: int | None = None,
     ) -> list[Sample]:
-        """Rows of a hub data set or a local jsonl or parquet file, in file order.
+        """Rows of a hub data set or a local jsonl, csv or parquet file, in file order.
 
         Args:
             source: a hub id (``openai/gsm8k:main`` names a configuration after the colon), or a path.

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from acqcore.files.data import SUFFIXES, records
 from acqsynth.domains.base import Sample
 
 Row = Mapping[str, Any]
-
-LOCAL = (".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -84,21 +82,29 @@ def rows(source: str, split: str = "train", class_names: bool = False) -> Iterat
 
     Raises:
         FileNotFoundError: no such local file, or (from ``datasets``) no such data set.
-        ValueError: a row that is no JSON object, or a file that is no parquet.
+        ValueError: a row that cannot be read, or a file that is no parquet.
     """
-    path = Path(source).expanduser()
-    if path.suffix not in LOCAL:
-        if source.startswith(("/", ".", "~")) or path.is_file():
-            raise ValueError(f"{source}: expected a file that ends in {' or '.join(LOCAL)}")
+    if not is_local(source):
         return _hub(source, split, class_names)
+    path = Path(source).expanduser()
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{source}: expected a file that ends in {' or '.join(SUFFIXES)}")
     if not path.is_file():
         raise FileNotFoundError(f"{source}: no such file")
-    return {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix](source, path)
+    return _file(source, path)
+
+
+def is_local(source: str) -> bool:
+    """Whether a source is a path and no hub id."""
+    path = Path(source).expanduser()
+    return path.suffix in SUFFIXES or source.startswith(("/", ".", "~")) or path.is_file()
 
 
 def text(row: Row, column: str) -> str:
     """The stripped text of a column, its line ends plain; ValueError where it is missing, empty or no text."""
     value = row.get(column)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(value)  # a csv file cannot tell 5 from "5"
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{column}: expected text, got {value!r:.60}")
     return value.replace("\r\n", "\n").strip()
@@ -122,51 +128,14 @@ def _listed(names: Any) -> str:
     return ", ".join(map(repr, names))
 
 
-def _jsonl(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line, parse_int=_integer)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{source}: row {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{source}: row {number}: expected a JSON object, got {type(row).__name__}")
-            yield number, row
-
-
-def _integer(digits: str) -> int | str:
-    """An integer; one that Python refuses to read, of thousands of digits, as text."""
-    return int(digits) if len(digits) <= 4000 else digits
-
-
-def _parquet(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
+def _file(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=1024)
-            while (batch := next(batches, None)) is not None:
-                found = batch.to_pylist()
-                for number, row in enumerate(found, number + 1):  # noqa: B020 - goes on from the last batch
-                    yield number, row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        where = f"after row {number}: " if number else ""
-        raise ValueError(f"{source}: {where}not a parquet file ({error})") from None
-
-
-def _csv(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as lines:
-            for number, row in enumerate(csv.DictReader(lines), 1):
-                row.pop(None, None)  # cells without a header
-                yield number, row
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{source}: after row {number}: not CSV ({error})") from None
+        for record in records(path):
+            if record.error is not None:
+                raise ValueError(f"row {record.line}: {record.error}")
+            yield record.line, record.values
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{source}: {' '.join(str(error).split())}") from None
 
 
 def _hub(source: str, split: str, class_names: bool) -> Iterator[tuple[int, dict[str, Any]]]:

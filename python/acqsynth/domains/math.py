@@ -33,6 +33,7 @@ class Math(Domain):
     """
 
     name: ClassVar[str] = "math"
+    proves: ClassVar[bool] = False
 
     def __init__(self, checker: MathChecker | None = None) -> None:
         self.checker = checker or MathChecker()

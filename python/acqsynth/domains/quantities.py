@@ -196,6 +196,7 @@ def _plain(answer: str) -> str:
     for opens, closes in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if plain.startswith(opens) and plain.endswith(closes) and len(plain) > len(opens) + len(closes):
             plain = plain[len(opens) : -len(closes)].strip()
+    plain = re.sub(r"^\$([^$]+)\$(?=\s*[A-Za-z])", r"\1 ", plain)  # "$18$ eggs"
     plain = _LAYOUT.sub("", plain.replace(r"\%", "%").replace("{,}", ",").replace("\\ ", " "))
     plain = _FRAC.sub(r"\\frac", plain)
     if whole := re.fullmatch(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", plain):

@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
+from acqcore import checks
 from acqsynth.domains import Messages
 
 NAMES = ("transformers", "vllm")
@@ -101,10 +104,10 @@ def load(name: str, model: Any, *, tokenizer: Any = None, **options: Any) -> Eng
 
 
 def check(name: str, options: Mapping[str, Any]) -> None:
-    """Refuses options that the engine does not have; vLLM checks its own.
+    """Refuses options that the engine does not have, or whose values it refuses; vLLM checks its own.
 
     Raises:
-        ValueError: names the option.
+        ValueError, TypeError: names the option.
     """
     if name == "transformers":
         from acqsynth.engines.transformers import TransformersEngine
@@ -113,6 +116,25 @@ def check(name: str, options: Mapping[str, Any]) -> None:
         for option in options:
             if option not in known:
                 raise ValueError(f"options: unknown {option!r}, expected one of {', '.join(known)}")
+        checks.positive_int("options.batch_tokens", options.get("batch_tokens", 1))
+        device_name("options.device", options.get("device"))
+        dtype = options.get("dtype")
+        if isinstance(dtype, str):
+            dtypes = [str(dtype).removeprefix("torch.") for dtype in checks.FLOAT_DTYPES]
+            checks.one_of("options.dtype", dtype, ["auto", *dtypes])
+
+
+def device_name(name: str, value: Any) -> None:
+    """A name that torch knows, of this machine or another.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if value is not None:
+        try:
+            torch.device(value)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{name}: expected cpu, cuda or cuda:1, got {value!r}") from error
 
 
 # --- tokens, the same for every engine --------------------------------------------------------------------------------

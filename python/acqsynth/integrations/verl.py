@@ -11,17 +11,20 @@ or, to know the groups, which takes the prompt,
     reward.reward_manager.name=AcquisitionRewardManager
 
 verl makes concurrent calls of one sample each; they are scored in batches. Each reward worker is a process with
-archives and histories of its own.
+archives, histories and a student of its own, and verl starts eight of them: set ``reward.num_workers=1``, which keeps
+groups together too, or let the workers ask one server (``AcquisitionReward(url=...)``, ``acqsynth serve``).
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import torch
+
 from acqsynth.integrations.scorer import Scored, scorer_from_environment
+from acqsynth.rewards.reward import prompt_key
 
 #: Keys of ``extra_info`` that identify the prompt of a completion; the first one present counts.
 GROUP_KEYS = ("uid", "prompt", "index")
@@ -72,6 +75,23 @@ class AcquisitionRewardManager:
         self.config = config
         self.tokenizer = tokenizer
 
+    @classmethod
+    def assemble_rm_scores(cls, data: Any, scores: list[float]) -> torch.Tensor:
+        """The scores of a batch where verl looks for them: at the last token of each response.
+
+        Args:
+            data: a ``DataProto`` of B items: ``batch`` with ``prompts [B, P]``, ``responses [B, R]``,
+                ``attention_mask [B, P + R]``.
+            scores: B numbers.
+
+        Returns:
+            ``[B, R]`` float32, 0 elsewhere.
+        """
+        responses, mask = data.batch["responses"], data.batch["attention_mask"]
+        last = mask[:, -responses.shape[1] :].sum(dim=1).clamp_min(1) - 1  # [B]
+        found = torch.zeros(responses.shape, dtype=torch.float32, device=responses.device)
+        return found.scatter_(1, last[:, None].long(), found.new_tensor(scores)[:, None])
+
     async def run_single(self, data: Any) -> dict[str, Any]:
         """Score of one sample.
 
@@ -96,7 +116,7 @@ class AcquisitionRewardManager:
 
 
 def _key(value: Any) -> Hashable:
-    return value if isinstance(value, str | int) else json.dumps(value, default=str, sort_keys=True)
+    return value if isinstance(value, int) else prompt_key(value.tolist() if hasattr(value, "tolist") else value)
 
 
 def _as_dict(scored: Scored) -> dict[str, float]:

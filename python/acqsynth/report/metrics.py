@@ -16,14 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from acqsynth.evaluate import (
-    Interval,
+    FEWEST,
     accuracy_by_skill,
-    bootstrap as bootstrap_accuracy,
-    bootstrap_change,
+    accuracy_interval,
+    change,
+    holm,
     signal_validity,
 )
 
 IN_DISTRIBUTION = "in_distribution"
+KNOWN = 0.8  #: accuracy of the base student from which a skill can be forgotten
 STUDENT = "student"
 
 
@@ -43,7 +45,7 @@ def collect(
     base: Mapping[tuple[str, str], Answers],
     answers: Mapping[tuple[str, str, int, int, str], Answers],
     learnt: Mapping[tuple[str, str, int, int], int],
-    bootstrap: Mapping[str, Any],
+    level: float,
 ) -> dict[str, Any]:
     """Accuracies, changes against the base student, comparisons of arms, and the verdict.
 
@@ -54,9 +56,9 @@ def collect(
         base: (student, set) -> answers of the base student.
         answers: (arm, student, rows, seed, set) -> answers of a fitted student.
         learnt: (arm, student, rows, seed) -> rows it really learnt.
-        bootstrap: resamples, level and seed.
+        level: of the intervals, and of all that the verdict says together.
     """
-    found: dict[str, Any] = {"main": main, "bootstrap": dict(bootstrap)}
+    found: dict[str, Any] = {"main": main, "level": level}
     found["sets"] = {
         name: {
             "domain": domain,
@@ -75,8 +77,7 @@ def collect(
             matrices[arm, student, n, name] = np.stack([answers[arm, student, n, seed, name].right for seed in drawn])
     found["base"] = {
         student: {
-            name: _accuracy(np.array([base[student, name].right]), base[student, name].skills, bootstrap)
-            for name in sets
+            name: _accuracy(np.array([base[student, name].right]), base[student, name].skills, level) for name in sets
         }
         for student in dict.fromkeys(student for student, _ in base)
     }
@@ -89,14 +90,15 @@ def collect(
             per_set = {}
             for name in sets:
                 right, before = matrices[arm, student, n, name], base[student, name]
-                per_set[name] = _accuracy(right, before.skills, bootstrap) | {
+                per_set[name] = _accuracy(right, before.skills, level) | {
                     "per_seed": [float(row.mean()) for row in right],
-                    "change": asdict(bootstrap_change(right, np.array([before.right]), **bootstrap)),
+                    "change": asdict(change(right, np.array([before.right]), learnt=False, level=level)),
+                    "known": _forgotten(right, before, level),
                 }
             rows = [learnt[arm, student, n, seed] for seed in drawn]
             results.append({"student": student, "rows_wanted": n, "rows": min(rows), "seeds": drawn, "sets": per_set})
         found["arms"][arm] = {"description": description, "results": results}
-    found["comparisons"] = _comparisons(main, matrices, bootstrap)
+    found["comparisons"] = _comparisons(main, matrices, level)
     found["verdict"] = verdict(found)
     return found
 
@@ -124,25 +126,36 @@ def machine() -> dict[str, str]:
 
 
 def verdict(found: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Sentences on the recipe's own student and its most rows, each ``{"kind": gain | loss | none | note, "text"}``."""
+    """Sentences on the recipe's own student and its most rows, each ``{"kind": gain | loss | none | note, "text"}``.
+
+    Gains and losses are those that Holm's procedure leaves of all comparisons here, of ``FEWEST`` fits or more.
+    """
     main = found["main"]
     largest = _largest(found["arms"][main]["results"])
     result = next(r for r in found["arms"][main]["results"] if r["student"] == STUDENT and r["rows_wanted"] == largest)
     here = result["sets"][IN_DISTRIBUTION]
     before = found["base"][STUDENT][IN_DISTRIBUTION]["accuracy"]["mean"]
-    said = [
-        _judged(
+    judged = [
+        (
             here["change"],
             f"{main} over the base student in distribution: {percent(before)} to {percent(here['accuracy']['mean'])} "
             f"after {result['rows']} rows",
+            _HERE,
         )
     ]
     for comparison in found["comparisons"]:
         if comparison["student"] == STUDENT and comparison["rows_wanted"] == largest:
-            said.append(_judged(comparison["difference"], f"{main} over {comparison['against']} at equal rows"))
+            judged.append((comparison["difference"], f"{main} over {comparison['against']} at equal rows", _HERE))
+    if here["known"] is not None:
+        skills = ", ".join(
+            f"{skill} {percent(was)} to {percent(now)}" for skill, (was, now) in here["known"]["skills"].items()
+        )
+        judged.append((here["known"]["change"], f"{main} on the skills the base student knew ({skills})", _ELSEWHERE))
     for name in found["sets"]:
         if name != IN_DISTRIBUTION:
-            said.append(_judged(result["sets"][name]["change"], f"{main} over the base student on {name}", _ELSEWHERE))
+            judged.append((result["sets"][name]["change"], f"{main} over the base student on {name}", _ELSEWHERE))
+    sure = holm([difference["p"] for difference, _, _ in judged], 1 - found["level"])
+    said = [_judged(*each, called) for each, called in zip(judged, sure, strict=True)]
     for arm, entry in found["arms"].items():
         for short in entry["results"]:
             if short["student"] == STUDENT and short["rows"] < short["rows_wanted"]:
@@ -227,6 +240,22 @@ def samples(tables: Sequence[Mapping[str, Sequence[Any]]], n: int = 5) -> dict[s
     }
 
 
+def constant_signals(tables: Sequence[Mapping[str, Sequence[Any]]]) -> list[str]:
+    """Signals that had one and the same value for every completion that was scored.
+
+    Args:
+        tables: as :func:`samples` takes them.
+    """
+    seen: dict[str, set[float]] = {}
+    for table in tables:
+        for key, column in table.items():
+            if key.startswith("reward_"):
+                numbers = (value for value in column if isinstance(value, float) and math.isfinite(value))
+                seen.setdefault(key.removeprefix("reward_"), set()).update(numbers)
+    scored = sum(len(table["reward"]) for table in tables if "reward" in table)
+    return [name for name, values in seen.items() if len(values) == 1 and scored > 1]
+
+
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     """Text, reward, the gate that rejected it, and the parts of the reward."""
     text = row.get("completion")
@@ -268,23 +297,33 @@ def points(share: float) -> str:
     return f"{100 * share:+.1f}"
 
 
-def _accuracy(
-    right: npt.NDArray[np.float64], skills: Sequence[str | None], bootstrap: Mapping[str, Any]
-) -> dict[str, Any]:
+def _accuracy(right: npt.NDArray[np.float64], skills: Sequence[str | None], level: float) -> dict[str, Any]:
     by_skill = accuracy_by_skill(right, skills)
     return {
-        "accuracy": asdict(bootstrap_accuracy(right, **bootstrap)),
+        "accuracy": asdict(accuracy_interval(right, level=level)),
         "skills": {skill: {"accuracy": share, "rows": n} for skill, (share, n) in by_skill.items()},
     }
 
 
+def _forgotten(right: npt.NDArray[np.float64], base: Answers, level: float) -> dict[str, Any] | None:
+    """What became of the skills that the base student knew; None if it knew none, or the rows name none."""
+    before = np.array([base.right])  # [1, N]
+    known = {name: share for name, (share, _) in accuracy_by_skill(before, base.skills).items() if share >= KNOWN}
+    if not known:
+        return None
+    picked = [i for i, skill in enumerate(base.skills) if skill in known]
+    after = accuracy_by_skill(right, base.skills)
+    found = change(right[:, picked], before[:, picked], learnt=False, level=level)
+    return {"change": asdict(found), "skills": {name: (was, after[name][0]) for name, was in known.items()}}
+
+
 def _comparisons(
-    main: str, matrices: Mapping[tuple[str, str, int, str], npt.NDArray[np.float64]], bootstrap: Mapping[str, Any]
+    main: str, matrices: Mapping[tuple[str, str, int, str], npt.NDArray[np.float64]], level: float
 ) -> list[dict[str, Any]]:
     found = []
     for (arm, student, n, name), other in matrices.items():
         if arm != main and name == IN_DISTRIBUTION:
-            difference: Interval = bootstrap_change(matrices[main, student, n, name], other, **bootstrap)
+            difference = change(matrices[main, student, n, name], other, level=level)
             entry = {"student": student, "rows_wanted": n, "against": arm, "difference": asdict(difference)}
             found.append(entry)
     return found
@@ -298,8 +337,10 @@ _HERE = {"gain": "Gain", "loss": "Loss", "none": "No gain shown"}
 _ELSEWHERE = {"gain": "Gain", "loss": "Forgetting", "none": "No change shown"}
 
 
-def _judged(interval: Mapping[str, float], what: str, words: Mapping[str, str] = _HERE) -> dict[str, str]:
-    """A gain or loss only if the whole interval is on one side of zero."""
-    kind = "gain" if interval["low"] > 0 else "loss" if interval["high"] < 0 else "none"
-    span = f"{points(interval['mean'])} points, interval {points(interval['low'])} to {points(interval['high'])}"
-    return {"kind": kind, "text": f"{words[kind]}: {what}, {span}."}
+def _judged(difference: Mapping[str, float], what: str, words: Mapping[str, str], sure: bool) -> dict[str, str]:
+    """A gain or loss only where the tests together leave one, of enough fits."""
+    few = difference["fits"] < FEWEST
+    kind = "none" if few or not sure else "gain" if difference["mean"] > 0 else "loss"
+    span = f"{points(difference['mean'])} points, interval {points(difference['low'])} to {points(difference['high'])}"
+    why = f"; a gain or a loss takes {FEWEST} fits, here are {difference['fits']:.0f}" if few else ""
+    return {"kind": kind, "text": f"{words[kind]}: {what}, {span}{why}."}

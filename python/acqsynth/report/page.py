@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT, percent, points
+from acqsynth.report.metrics import IN_DISTRIBUTION, KNOWN, STUDENT, percent, points
 
 INK, QUIET, RULE = "#1d2733", "#5d6b7a", "#d9dfe6"
 MAIN, OTHER, BAD = "#1f5fa8", "#a9b8c7", "#b3382c"
@@ -79,6 +79,7 @@ def render(metrics: Mapping[str, Any]) -> str:
         figures=_figures(metrics),
         in_distribution=IN_DISTRIBUTION,
         student=STUDENT,
+        known_from=KNOWN,
     )
 
 

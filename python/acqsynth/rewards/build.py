@@ -49,6 +49,7 @@ def build(
     *,
     seeds: Sequence[Sample],
     evaluation: Sequence[Sample],
+    reference: Sequence[Sample] | None = None,
 ) -> ComposedReward:
     """The composed reward of a recipe.
 
@@ -57,8 +58,9 @@ def build(
         domain: of the samples.
         student: path or hub id of the student that scores.
         engine: samples the student's answers; None makes no engine, for a reward that is never called.
-        seeds: rows that the generator is shown, and the reference of influence.
+        seeds: rows that the generator is shown.
         evaluation: rows that no sample may repeat.
+        reference: rows whose loss should fall, for influence; by default the seeds.
 
     Raises:
         ValueError, TypeError: an unknown signal, gate or option, or a value out of range; names the key.
@@ -76,7 +78,8 @@ def build(
     if sampled:
         options = {"top2": "confidence" in wanted, **config.answers}
         drawn = _named("answers", SampledAnswers, answering, domain, **options)
-    signals = _signals(config, wanted, domain, student, drawn, seeds, scoring)
+    aim = seeds if reference is None else reference
+    signals = _signals(config, wanted, domain, student, drawn, seeds, aim, scoring)
     if config.paper_compat:
         return PaperReward(domain, signals[0])
     gates = _named(
@@ -173,6 +176,7 @@ def _signals(
     student: str,
     drawn: Any,
     seeds: Sequence[Sample],
+    aim: Sequence[Sample],
     scoring: Mapping[str, Any],
 ) -> list[Signal]:
     """The signals in the order of the recipe; acquisitions share one pass."""
@@ -194,7 +198,7 @@ def _signals(
             kind, arguments, fixed = kinds[name]
             made[name] = _named(f"signals.{name}", kind, *arguments, **fixed, **options)
         elif name in acqcore.acquisitions():
-            reference = {"reference": list(seeds[: config.reference])} if name == "influence" else {}
+            reference = {"reference": list(aim[: config.reference])} if name == "influence" else {}
             acquisitions[name] = reference | options
         else:
             known = ", ".join((*kinds, *acqcore.acquisitions()))
@@ -208,7 +212,10 @@ def _signals(
 def _embedder(name: str) -> Any:
     if name == "ngram":
         return NgramEmbedder()
-    return SentenceEmbedder(None if name == "minilm" else name)
+    try:
+        return SentenceEmbedder(None if name == "minilm" else name)
+    except FileNotFoundError as error:
+        raise ValueError(f"embedder: {error}") from error
 
 
 def _picked(gates: Sequence[Gate], names: Sequence[str] | None) -> list[Gate]:

@@ -34,12 +34,15 @@ A masked sample is left out of the advantage only where every reward masks it: T
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import hashlib
 import inspect
 import json
 import logging
 import statistics
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -54,7 +57,7 @@ from acqsynth.engines import Engine
 from acqsynth.parsing import parse_sample
 from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.fusion import BOUNDED, HISTORY, METHODS, LengthBins, checked_weights, fuse
-from acqsynth.rewards.gates import Gate, Label, default_gates, sample_length
+from acqsynth.rewards.gates import Gate, Label, default_gates, require_samples, sample_length
 from acqsynth.rewards.reliability import Spread, Watch
 from acqsynth.rewards.scoring import Scored, Scorer
 from acqsynth.rewards.signals import Diversity, Learnability, SampledAnswers, Signal, acquisition_signals
@@ -176,6 +179,7 @@ class ComposedReward:
         self._watch = Watch(name)
         self.masked = 0  #: samples without a total so far
         self.failures = 0  #: calls of a part that raised so far
+        self._parsed = False  #: whether a text has parsed, or its absence was told
 
     @classmethod
     def default(
@@ -210,6 +214,10 @@ class ComposedReward:
             scoring: options of Scorer.
             options: of ComposedReward.
         """
+        require_samples("seeds", seeds)
+        if reference is not None and not isinstance(reference, acqcore.Reference):
+            require_samples("reference", reference)
+        require_samples("evaluation", evaluation)
         drawn = None if engine is None else SampledAnswers(engine, domain, **(answers or {}))
         passes = dict(scoring or {})
         acquisitions: dict[str, dict[str, Any]] = {"mutual_information": dict(INFORMATION)}
@@ -263,7 +271,9 @@ class ComposedReward:
             n totals; None (masked from the advantage, see the module) if a scorer failed.
         """
         texts = [completion_text(c) for c in completions]
-        rewards = self._score(texts, [_group(prompt) for prompt in prompts], not _evaluates(log_metric), by_runs=True)
+        rewards = self._score(
+            texts, [prompt_key(prompt) for prompt in prompts], not _evaluates(log_metric), by_runs=True
+        )
         _log(
             self.__name__,
             {**rewards.components, "gate": rewards.rejected_by},
@@ -280,7 +290,7 @@ class ComposedReward:
         ``gated/<gate>`` and ``masked``: shares of the samples. ``<signal>/mean``, ``<signal>/length_correlation`` and
         the same of ``total``: over the samples that passed. ``<signal>/reliability``: share of its spread within groups
         that is not noise of the estimate (:mod:`acqsynth.rewards.reliability`), for signals that give standard errors.
-        ``archive/<signal or gate>``: entries held.
+        ``archive/<signal or gate>``: entries held. And what a part has in ``logged``.
         """
         n = len(rewards.total)
         found = {f"gated/{name}": passes.count(False) / n for name, passes in rewards.gates.items()}
@@ -288,6 +298,8 @@ class ComposedReward:
         total = [value if ok else None for value, ok in zip(rewards.total, rewards.passed, strict=True)]
         for name, values in (rewards.components | {"total": total}).items():
             found |= {f"{name}/{key}": number for key, number in _summary(values, rewards.lengths).items()}
+        for part in self._parts():
+            found |= {f"{part.name}/{key}": number for key, number in getattr(part, "logged", {}).items()}
         for name, spread in rewards.spread.items():
             if spread.reliability is not None:
                 found[f"{name}/reliability"] = spread.reliability
@@ -342,6 +354,14 @@ class ComposedReward:
         batch = Batch()
         for entry in local:
             self._parse(entry)
+        if update and local and not self._parsed:
+            self._parsed = True  # or said once
+            if all(entry.sample is None for entry in local):
+                logger.warning(
+                    "%s: none of the first %d texts parses as a sample of the domain %r, so each gets the least "
+                    "reward; Domain.generator_prompt asks a generator for the form",
+                    self.__name__, len(local), self.domain.name,
+                )  # fmt: skip
         for gate in self.gates:
             self._gate(gate, [entry for entry in local if entry.valid], batch)
         ranks, own = self._gathered(local, batch)
@@ -355,7 +375,7 @@ class ComposedReward:
             accepted = batch.part(e.sample for e in entries if e.sample is not None and e.valid and e.total is not None)
             for part in self._parts():
                 if hasattr(part, "accept"):
-                    self._guarded(part.name, partial(_accept, part), accepted)
+                    self._guarded(part.name, partial(_accept, part), accepted, alone=False)
         mine = ranks[own]
         self.masked += sum(entry.total is None for entry in mine)
         rewards = Rewards(
@@ -422,19 +442,34 @@ class ComposedReward:
                     if error is not None:
                         entry.stderr[signal.name] = error
 
-    def _guarded(self, name: str, function: Callable[[Any], Sequence[Any]], samples: Sequence[Any]) -> Sequence[Any]:
-        """What the function gives for n samples, or None for each if it fails."""
+    def _guarded(
+        self, name: str, function: Callable[[Any], Sequence[Any]], samples: Sequence[Any], alone: bool = True
+    ) -> Sequence[Any]:
+        """What the function gives for n samples; None for each that it fails on.
+
+        A function that fails on all together is asked for one at a time, so that one sample masks itself alone, until
+        ``_TRIES`` in a row have failed too: then it is not for the samples.
+        """
         if not samples:
             return []
         try:
-            values = function(samples)
-            if len(values) != len(samples):
-                raise ValueError(f"{name}: expected {len(samples)} values, one a sample, got {len(values)}")
-        except Exception:
+            return _called(name, function, samples)
+        except Exception as error:
             logger.exception("%s: %r failed on %d samples", self.__name__, name, len(samples))
             self.failures += 1
-            return [None] * len(samples)
-        return values
+            alone = alone and not (isinstance(error, _WrongLengthError) or getattr(function, "set_level", False))
+        found: list[Any] = [None] * len(samples)
+        if len(samples) > 1 and isinstance(samples, Batch) and alone:
+            in_a_row = 0
+            for i, sample in enumerate(samples):
+                try:
+                    [found[i]] = _called(name, function, samples.part([sample]))
+                    in_a_row = 0
+                except Exception:
+                    in_a_row += 1
+                    if in_a_row == _TRIES and all(value is None for value in found):
+                        break
+        return found
 
     def _total(self, entries: Sequence[_Entry], update: bool) -> None:
         valid = [entry for entry in entries if entry.valid]
@@ -504,9 +539,18 @@ class _Entry:
         return len(self.text or "") if self.sample is None else sample_length(self.sample)
 
 
-def _group(prompt: Any) -> str:
-    """Equal for equal prompts."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+_TRIES = 3
+
+
+class _WrongLengthError(ValueError):
+    """A part gives another number of values than it got samples, which is no fault of a sample."""
+
+
+def _called(name: str, function: Callable[[Any], Sequence[Any]], samples: Sequence[Any]) -> Sequence[Any]:
+    values = function(samples)
+    if len(values) != len(samples):
+        raise _WrongLengthError(f"{name}: expected {len(samples)} values, one a sample, got {len(values)}")
+    return values
 
 
 def _errors(signal: Any, samples: Sequence[Sample]) -> Sequence[float | None]:
@@ -606,6 +650,7 @@ class AcquisitionReward:
         cosine = acquisition == "influence" and (arguments or {}).get("similarity", "cosine") == "cosine"
         self._least = -1.0 if cosine else 0.0  #: no value is below it, as far as is known
         self._unbounded = acquisition == "influence" and not cosine
+        self._parsed = False  #: whether a text has parsed, or its absence was told
 
     def __call__(
         self,
@@ -635,13 +680,24 @@ class AcquisitionReward:
                 least one on several ranks without ``sync``.
             ValueError, TypeError: as ``acqcore.score``.
         """
+        if not self._parsed:
+            self.scorer.check()  # even if nothing parses
         samples = [self._sample(completion) for completion in completions]
-        scored = self.scorer([sample for sample in samples if sample is not None])
+        scored = self.scorer([sample for sample in samples if _parsed(sample)])
         return self._rewards(prompts, samples, scored, log_extra, log_metric)
 
+    def rewards(self, prompts: Sequence[Any], completions: Sequence[Completion]) -> list[float | None]:
+        """The same, for callers of their own: in a script or notebook, whether the reward is here or at a url."""
+        return self(prompts, completions)
+
     def _sample(self, completion: Completion) -> Any:
+        """What ``parse`` gives; ``_FAILED`` where it fails on this text."""
         text = completion_text(completion)
-        return None if text is None else self.parse(text)
+        try:
+            return None if text is None else self.parse(text)
+        except Exception:
+            logger.exception("%s: parse failed on a text", self.__name__)
+            return _FAILED
 
     def _rewards(
         self,
@@ -653,7 +709,16 @@ class AcquisitionReward:
     ) -> list[float | None]:
         """Rewards of n samples, None for text that does not parse, from what the others scored."""
         n = len(samples)
-        parsed = [i for i, sample in enumerate(samples) if sample is not None]
+        parsed = [i for i, sample in enumerate(samples) if _parsed(sample)]
+        if samples and not self._parsed:
+            self._parsed = True  # or said once
+            if all(sample is None for sample in samples):
+                logger.warning(
+                    "%s: none of the first %d completions has the form that parse=%s reads, so each gets the least "
+                    "reward; ask for <question>...</question><answer>...</answer> in the prompts, or pass "
+                    "parse=acqsynth.parsing.as_text to score whole completions",
+                    self.__name__, n, getattr(self.parse, "__name__", type(self.parse).__name__),
+                )  # fmt: skip
         values: list[float | None] = [None] * n
         lengths = [0] * n
         for i, value, length in zip(parsed, scored.values[self.acquisition], scored.lengths, strict=True):
@@ -668,7 +733,7 @@ class AcquisitionReward:
         if errors is not None:
             placed = dict(zip(parsed, errors, strict=True))
             columns["stderr"] = [placed.get(i) for i in range(n)]
-            spread = Spread.within(values, columns["stderr"], [_group(prompt) for prompt in prompts])
+            spread = Spread.within(values, columns["stderr"], [prompt_key(prompt) for prompt in prompts])
             self._watch.add({self.acquisition: spread})
             if spread.reliability is not None:
                 metrics["reliability"] = spread.reliability
@@ -700,8 +765,8 @@ class AcquisitionReward:
 class RemoteAcquisitionReward(AcquisitionReward):
     """What ``AcquisitionReward(url=...)`` makes: the same numbers from a server, awaited.
 
-    TRL awaits all such rewards of a step together. Samples without an answer after all retries (see
-    :class:`acqsynth.serve.client.ScorerClient`) are masked, counted in ``masked`` and logged.
+    TRL awaits all such rewards of a step together; elsewhere call :meth:`rewards`. Samples without an answer after all
+    retries (see :class:`acqsynth.serve.client.ScorerClient`) are masked, counted in ``masked`` and logged.
 
     Args:
         student: None; the server has one.
@@ -765,9 +830,14 @@ class RemoteAcquisitionReward(AcquisitionReward):
             acqsynth.serve.client.ScorerError: the server refuses the request: a wrong token or acquisition.
         """
         samples = [self._sample(completion) for completion in completions]
-        given = [sample for sample in samples if sample is not None]
+        given = [sample for sample in samples if _parsed(sample)]
         scored = await self.client.score(given, (self.acquisition,), **self._spec)
         return self._rewards(prompts, samples, scored, log_extra, log_metric)
+
+    def rewards(self, prompts: Sequence[Any], completions: Sequence[Completion]) -> list[float | None]:
+        """As :meth:`AcquisitionReward.rewards`; waits for the answer, where the call itself is a coroutine."""
+        with ThreadPoolExecutor(1) as pool:  # a notebook has an event loop of its own
+            return pool.submit(asyncio.run, self(prompts, completions)).result()
 
 
 @functools.cache
@@ -844,12 +914,35 @@ def completion_text(completion: Completion) -> str | None:
     if isinstance(completion, str):
         return completion
     for message in reversed(completion):
-        if message["role"] == "assistant":
+        if message.get("role") == "assistant":
             content = message.get("content")
             if isinstance(content, list):  # blocks, as for a model that also takes images
-                content = "".join(block["text"] for block in content if block["type"] == "text")
-            return content
+                content = "".join(block.get("text", "") for block in content if block.get("type") == "text")
+            return content if isinstance(content, str) else None
     return None
+
+
+def prompt_key(prompt: Any) -> str:
+    """A text by which equal prompts are equal, whatever objects (images) they hold."""
+    return prompt if isinstance(prompt, str) else json.dumps(_hashable(prompt), sort_keys=True)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _hashable(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hashable(part) for part in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    content = value.tobytes() if hasattr(value, "tobytes") else value if isinstance(value, bytes) else b""
+    return [type(value).__qualname__, hashlib.sha256(content).hexdigest() if content else str(value)]
+
+
+_FAILED = object()  #: the sample of a text that the parser fails on
+
+
+def _parsed(sample: Any) -> bool:
+    return sample is not None and sample is not _FAILED
 
 
 def _summary(values: Sequence[float | None], lengths: Sequence[int]) -> dict[str, float]:

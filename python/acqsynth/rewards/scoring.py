@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
@@ -13,9 +14,14 @@ from weakref import WeakValueDictionary
 import torch
 
 import acqcore
-from acqcore import Reduction
+from acqcore import Reduction, checks
+from acqcore.gradients.need import GradientNeed
+from acqcore.literals import Similarity
+from acqcore.scoring.plan import Plan
 from acqsynth.domains import Domain, Sample
 from acqsynth.rewards.batch import Batch
+
+logger = logging.getLogger(__name__)
 
 STUDENT_VARIABLE = "ACQSYNTH_STUDENT"
 
@@ -52,7 +58,8 @@ class Scorer:
         reduction, tokenizer, backend, batch_tokens, max_length, device: as :class:`AcquisitionReward`.
 
     Raises:
-        ValueError: an unknown acquisition or none, a model without a tokenizer, or a max_length below 2.
+        ValueError, TypeError: an unknown acquisition or none, arguments that it does not take, a model without a
+            tokenizer, a max_length below 2, an unknown reduction, backend or device.
     """
 
     def __init__(
@@ -80,10 +87,14 @@ class Scorer:
             raise ValueError("tokenizer: expected the student's, as student is a model, which has none")
         if max_length < 2:
             raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
+        checks.device("device", device)
+        if backend is not None:
+            checks.one_of("backend", backend, [info.name for info in acqcore.backends()])
         self.student = student
         self.acquisitions = tuple(acquisitions)
         self.domain = domain
         self.arguments = dict(arguments or {})
+        self._check_arguments(reduction, batch_tokens)
         self.name = name
         self.reduction = reduction
         self.tokenizer = tokenizer
@@ -93,6 +104,30 @@ class Scorer:
         self.device = device
         self._reference: acqcore.Reference | None = None
         self._shared: SharedStudent | None = None
+
+    def _check_arguments(self, reduction: Reduction, batch_tokens: int) -> None:
+        """Those of acqcore.score, without the objects that only the first call makes."""
+        given = {name: dict(options) for name, options in self.arguments.items() if options}
+        influence = given.get("influence", {})
+        if influence and not isinstance(influence.get("reference"), acqcore.Reference):
+            del given["influence"], influence["reference"]
+            made: dict[str, Any] = {name: influence.pop(name) for name in REFERENCE if name in influence}
+            GradientNeed(made.get("parameters", "all"), dim=made.get("dim", 1))
+            checks.seed(made.get("seed", 0))
+            checks.literal("similarity", influence.pop("similarity", "cosine"), Similarity)
+            if influence:
+                raise ValueError(f"influence: unknown argument {', '.join(influence)}")
+        known = [name for name in self.acquisitions if name in given or name not in ("influence", "archive_novelty")]
+        if known:
+            Plan.of(known, given, reduction=reduction, batch_tokens=batch_tokens)
+
+    def check(self) -> None:
+        """
+        Raises:
+            RuntimeError: no student is named. OSError, ValueError: it cannot be loaded.
+        """
+        with _scoring:
+            self._student()
 
     def __call__(self, samples: Sequence[Any]) -> Scored:
         """Values, scored tokens and standard errors of n samples.
@@ -150,7 +185,11 @@ class Scorer:
     def _encoded(
         self, samples: Sequence[Any], student: acqcore.Student, tokenizer: Any, max_length: int
     ) -> tuple[list[acqcore.Row], list[int]]:
-        """Rows of n samples, and which can be scored: a plain text of one token has no token with a predecessor."""
+        """Rows of n samples, and which can be scored.
+
+        Raises:
+            ValueError: the tokenizer has no chat template for messages.
+        """
         given = self._rows(samples, tokenizer)
         errors: dict[int, str] = {}
         rows = acqcore.encode(
@@ -162,8 +201,10 @@ class Scorer:
             errors=errors,
         )
         for i, message in errors.items():
-            if not isinstance(given[i], str):
-                raise ValueError(f"samples[{i}]: {message}")
+            if message.startswith("tokenizer: "):
+                raise ValueError(message)
+            if not isinstance(given[i], str):  # a plain text of one token has no token with a predecessor
+                logger.warning("%s: samples[%d] cannot be scored: %s", self.name, i, message)
         return rows, [i for i in range(len(rows)) if i not in errors]
 
     def _passes(self, student: acqcore.Student, tokenizer: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ any of ``acqcore``       the acquisition's value of the solution, given the prom
 ``diversity``            novelty of the question, to an archive and within the call
 =======================  ==============================================================================================
 
-Answers are equal if ``domain.canonical`` makes them equal; learnability asks ``domain.equivalent``. With
+Answers are different if :func:`acqsynth.label.cluster` tells them apart: ``18`` and ``18 eggs`` are one answer. With
 ``paper_compat=True`` a signal of the paper is its released form, see :mod:`acqsynth.rewards.paper`.
 """
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -32,6 +31,7 @@ import torch
 import acqcore
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Completion, Engine, Sampling
+from acqsynth.label import cluster
 from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.scoring import Scorer
 from acqsynth.rewards.texts import Embedder
@@ -220,7 +220,6 @@ class Drawn:
 
     completion: Completion
     answer: str | None  #: as the completion has it; None if it gives none
-    canonical: str | None
 
 
 class SampledAnswers:
@@ -256,7 +255,8 @@ class SampledAnswers:
         self.engine = engine
         self.domain = domain
         self.k = k
-        self.sampling = Sampling(k, temperature, 1.0, max_tokens or domain.answer_tokens, seed, top2)
+        most = domain.answer_tokens if max_tokens is None else max_tokens
+        self.sampling = Sampling(k, temperature, 1.0, most, seed, top2)
 
     def draw(self, samples: Sequence[Sample]) -> list[list[Drawn]]:
         """k answers to the question of each of n samples."""
@@ -269,11 +269,13 @@ class SampledAnswers:
 
         def compute(keys: list[tuple[str, str]]) -> list[float]:
             new = [by_answer[key] for key in keys]
-            asked: list[tuple[int, int, str]] = []  # position, its answers of one kind, one of them
+            asked: list[tuple[int, int, str]] = []  # position, its answers of one form, one of them
             for i, drawn in enumerate(self.draw(batch.part(new))):
-                counts = _clusters(drawn)
-                kinds = {d.canonical: d.answer for d in drawn if d.canonical is not None and d.answer is not None}
-                asked += [(i, counts[canonical], answer) for canonical, answer in kinds.items()]
+                forms: dict[str, list[str]] = {}
+                for d in drawn:
+                    if d.answer is not None:
+                        forms.setdefault(self.domain.canonical(d.answer), []).append(d.answer)
+                asked += [(i, len(answers), answers[0]) for answers in forms.values()]
             right = self.domain.equivalent([new[i] for i, _, _ in asked], [answer for _, _, answer in asked])
             shares = [0.0] * len(new)
             for (i, count, _), equal in zip(asked, right, strict=True):
@@ -281,6 +283,35 @@ class SampledAnswers:
             return shares
 
         return batch.each((self, "shares"), [(sample.question, sample.answer) for sample in batch], compute)
+
+    def clusters(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Sizes of the clusters of equal answers to the question of each of n samples, largest first."""
+        return [[len(members) for members in found] for found in self._clusters(samples)]
+
+    def of_majority(self, samples: Sequence[Sample]) -> list[bool]:
+        """Whether the own answer of each of n samples is the one that most of the k give; False for a tie."""
+        batch = Batch.of(samples)
+        by_answer = {(sample.question, sample.answer): sample for sample in batch}
+
+        def compute(keys: list[tuple[str, str]]) -> list[bool]:
+            new = batch.part(by_answer[key] for key in keys)
+            most: list[str | None] = []
+            for drawn, found in zip(self.draw(new), self._clusters(new), strict=True):
+                alone = bool(found) and (len(found) == 1 or len(found[0]) > len(found[1]))
+                most.append(drawn[found[0][0]].answer if alone else None)
+            return self.domain.equivalent(new, most)
+
+        return batch.each((self, "majority"), [(sample.question, sample.answer) for sample in batch], compute)
+
+    def _clusters(self, samples: Sequence[Sample]) -> list[list[list[int]]]:
+        batch = Batch.of(samples)
+        by_question = {sample.question: sample for sample in batch}
+
+        def compute(questions: list[str]) -> list[list[list[int]]]:
+            new = batch.part(by_question[question] for question in questions)
+            return cluster(self.domain, new, [[d.answer for d in drawn] for drawn in self.draw(new)])
+
+        return batch.each((self, "clusters"), [sample.question for sample in batch], compute)
 
     def refresh(self, student: Any) -> None:
         """Another student answers from now on, see :meth:`acqsynth.engines.Engine.reload`."""
@@ -292,8 +323,7 @@ class SampledAnswers:
         return [[self._read(completion) for completion in group] for group in self.engine.generate(prompts, sampling)]
 
     def _read(self, completion: Completion) -> Drawn:
-        answer = self.domain.answer_of(completion.text)
-        return Drawn(completion, answer, None if answer is None else self.domain.canonical(answer))
+        return Drawn(completion, self.domain.answer_of(completion.text))
 
 
 class Confidence(Published):
@@ -326,7 +356,7 @@ class AnswerVariance(Published):
         self.answers = answers
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        return [len(_clusters(drawn)) / len(drawn) for drawn in self.answers.draw(samples)]
+        return [len(sizes) / self.answers.k for sizes in self.answers.clusters(samples)]
 
 
 class SemanticEntropy:
@@ -338,7 +368,7 @@ class SemanticEntropy:
         self.answers = answers
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        return [_entropy(list(_clusters(drawn).values())) for drawn in self.answers.draw(samples)]
+        return [_entropy(sizes) for sizes in self.answers.clusters(samples)]
 
 
 class Learnability:
@@ -347,7 +377,9 @@ class Learnability:
     Args:
         answers: of the student.
         verified: 0 unless ``domain.verify`` finds the sample's own answer right. Against an unchecked answer, a
-            question whose answer is a coin toss has the largest value there is.
+            question whose answer is a coin toss has the largest value there is. In a domain that proves no answer
+            (mathematics, medicine) the majority of the student's answers stands for the proof: 0 unless the sample's
+            own answer is theirs. ``logged`` says so.
     """
 
     name = "learnability"
@@ -355,13 +387,21 @@ class Learnability:
     def __init__(self, answers: SampledAnswers, *, verified: bool = False) -> None:
         self.answers = answers
         self.verified = verified
+        #: What a reward logs beside the values.
+        self.logged = {"by_majority": float(not answers.domain.proves)} if verified and answers else {}
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         batch = Batch.of(samples)
         values: list[float | None] = [p * (1 - p) for p in self.answers.shares(batch)]
         if not self.verified:
             return values
-        return [v if ok else 0.0 for v, ok in zip(values, batch.verified(self.answers.domain), strict=True)]
+        verdicts = batch.verified(self.answers.domain)
+        if self.answers.domain.proves:
+            return [v if ok else 0.0 for v, ok in zip(values, verdicts, strict=True)]
+        agreed = self.answers.of_majority(batch)
+        return [
+            v if ok or (ok is None and agrees) else 0.0 for v, ok, agrees in zip(values, verdicts, agreed, strict=True)
+        ]
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -374,10 +414,6 @@ def margins(completion: Completion) -> list[float]:
     if completion.top2_logprobs is None:
         raise ValueError("engine: gave no top2_logprobs, though they were requested")
     return [math.exp(first) - math.exp(second) for first, second in completion.top2_logprobs]
-
-
-def _clusters(drawn: Sequence[Drawn]) -> Counter[str]:
-    return Counter(d.canonical for d in drawn if d.canonical is not None)
 
 
 def _entropy(counts: Sequence[int]) -> float | None:
@@ -463,6 +499,7 @@ class Diversity(Published):
     def __init__(
         self, embed: Embedder, *, capacity: int | None = None, ridge: float = 0.1, paper_compat: bool = False
     ) -> None:
+        acqcore.Archive(1 if capacity is None else capacity, ridge=ridge)  # raises now what the first call would
         self.embed = embed
         self.capacity = capacity
         self.ridge = ridge
@@ -483,7 +520,8 @@ class Diversity(Published):
             return
         vectors = self._vectors(samples)
         if self.archive is None:
-            self.archive = acqcore.Archive(self.capacity or max(1, vectors.shape[1] // 4), ridge=self.ridge)
+            capacity = max(1, vectors.shape[1] // 4) if self.capacity is None else self.capacity
+            self.archive = acqcore.Archive(capacity, ridge=self.ridge)
         self.archive.add(vectors)
 
     def __len__(self) -> int:

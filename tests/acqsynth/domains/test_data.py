@@ -33,6 +33,15 @@ def test_jsonl_and_parquet_give_the_same_samples_in_order(math: Domain, tmp_path
     assert math.load(str(tmp_path / "rows.parquet"), limit=2) == expected[:2]
 
 
+def test_a_csv_and_numbers_are_rows_like_any_other(math: Domain, tmp_path: Path) -> None:
+    """What ``acqcore score`` takes: a csv with a byte order mark, a long cell, answers that are numbers."""
+    long = "What is 2 + 2?" + " Count." * 30_000
+    (tmp_path / "rows.csv").write_text(f"question,answer,id\n{long},4,1\nWhat is 1 + 1?,2,2\n", encoding="utf-8-sig")
+    assert math.load(str(tmp_path / "rows.csv")) == [Sample(long, "4"), Sample("What is 1 + 1?", "2")]
+    lines = [{"question": "What is 2 + 2?", "answer": 4}, {"question": "What is half of 1?", "answer": 0.5}]
+    assert [sample.answer for sample in math.load(jsonl(tmp_path / "rows.jsonl", lines))] == ["4", "0.5"]
+
+
 def test_columns_are_mapped(math: Domain, tmp_path: Path) -> None:
     source = jsonl(tmp_path / "rows.jsonl", [{"ask": "What is 2 + 2?", "say": "4", "why": "Count.", "answer": "no"}])
     columns = {"question": "ask", "answer": "say", "reasoning": "why"}
@@ -50,7 +59,7 @@ def test_an_integer_of_any_length_that_nobody_reads_is_no_fault(math: Domain, tm
 def test_a_line_that_cannot_be_read_is_named(math: Domain, tmp_path: Path, line: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(f"{json.dumps(ROWS[0])}\n{line}\n".encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=r"rows\.jsonl: row 2: not JSON"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl: row 2: not (JSON|UTF-8)"):
         math.load(str(path))
 
 
@@ -75,7 +84,7 @@ def test_rows_after_the_limit_are_not_read(math: Domain, tmp_path: Path) -> None
         ([ROWS[0], "[1, 2]"], r"row 2: expected a JSON object, got list"),
         ([ROWS[0], {"question": "Why?"}], r"row 2: no 'answer', only 'question'"),
         ([ROWS[0], {"question": "", "answer": "5"}], r"row 2: question: expected text, got ''"),
-        ([ROWS[0], {"question": "Why?", "answer": 5}], r"row 2: answer: expected text, got 5"),
+        ([ROWS[0], {"question": "Why?", "answer": True}], r"row 2: answer: expected text, got True"),
         ([{"q": 1}], r"expected the columns \(problem, solution\) or \(question, answer\), found 'q'"),
         ([{"problem": "Prove it.", "solution": "Clear."}], r"none of 1 rows has a final answer"),
         ([{"question": "Why?", "answer": "a\nb"}], r"row 1: answer: no final answer, marked by ####"),
@@ -100,11 +109,14 @@ def test_a_wrong_mapping_names_the_columns_there_are(math: Domain, tmp_path: Pat
 def test_files_that_are_none(math: Domain, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl: no such file"):
         math.load(str(tmp_path / "nowhere.jsonl"))
-    (tmp_path / "rows.tsv").write_text("question,answer\n")
-    with pytest.raises(ValueError, match=r"rows\.tsv: expected a file that ends in \.jsonl or \.csv or \.parquet"):
-        math.load(str(tmp_path / "rows.tsv"))
+    (tmp_path / "rows.csv").write_text("question,answer\n")
+    with pytest.raises(ValueError, match=r"rows\.csv: no rows"):
+        math.load(str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.txt").write_text("question,answer\n")
+    with pytest.raises(ValueError, match=r"rows\.txt: expected a file that ends in \.jsonl or \.csv or \.parquet"):
+        math.load(str(tmp_path / "rows.txt"))
     (tmp_path / "rows.parquet").write_text("question")
-    with pytest.raises(ValueError, match=r"rows\.parquet: not a parquet file"):
+    with pytest.raises(ValueError, match=r"rows\.parquet: .*[Pp]arquet"):
         math.load(str(tmp_path / "rows.parquet"))
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\n")
     with pytest.raises(ValueError, match=r"bytes\.jsonl: row 1: not JSON"):

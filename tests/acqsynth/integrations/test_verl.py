@@ -71,7 +71,7 @@ def test_a_masked_sample_gets_the_mean_of_its_group(built):
 
 def test_a_scorer_that_raises_masks(built, caplog):
     with caplog.at_level(logging.ERROR):
-        columns = collated(asyncio.run(batch([text(99), text(1), text(2)])))
+        columns = collated(asyncio.run(batch([text(99)] * 3)))
     assert columns["masked"].tolist() == [1, 1, 1]
     assert columns["score"].tolist() == [0.5, 0.5, 0.5]
     assert "out of memory" in caplog.text

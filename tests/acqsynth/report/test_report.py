@@ -24,7 +24,7 @@ def answers(n_right):
 
 def collected(**right):
     """Arms by name: right answers of 40, one number a seed; on the other set all arms have 10, the base student too."""
-    arms = right or {"grpo": (30, 32), "no_rl": (20, 20)}
+    arms = right or {"grpo": (30, 32, 31), "no_rl": (20, 20, 21)}
     found: dict[tuple[str, str, int, int, str], Answers] = {}
     for arm, numbers in arms.items():
         for seed, number in enumerate(numbers):
@@ -38,7 +38,7 @@ def collected(**right):
         base={("student", "in_distribution"): answers(20), ("student", "other"): answers(10)},
         answers=found,
         learnt={key[:4]: 90 if key[2] == 100 and key[0] == "no_rl" else key[2] for key in found},
-        bootstrap=BOOTSTRAP,
+        level=0.95,
     )
 
 
@@ -230,7 +230,7 @@ def test_one_set_and_one_size_leave_no_empty_places():
 
 
 def test_gain_loss_and_neither_are_said_plainly():
-    said = collected(grpo=(34, 36), no_rl=(20, 20))["verdict"]
+    said = collected(grpo=(34, 36, 35), no_rl=(20, 20, 20))["verdict"]
     assert [entry["kind"] for entry in said] == ["gain", "gain", "none", "note"]
     assert said[0]["text"].startswith(
         "Gain: grpo over the base student in distribution: 50.0 % to 87.5 % after 100 rows, +37.5 points, interval +"
@@ -239,8 +239,75 @@ def test_gain_loss_and_neither_are_said_plainly():
         said[2]["text"] == "No change shown: grpo over the base student on other, +0.0 points, interval +0.0 to +0.0."
     )
     assert said[3]["text"] == "no_rl had 90 of 100 rows, so its fits are not at equal rows."
-    assert collected(grpo=(2, 3))["verdict"][0]["text"].startswith("Loss: grpo over the base student")
-    assert collected(grpo=(20, 20))["verdict"][0]["text"].startswith("No gain shown: grpo over the base student")
+    assert collected(grpo=(2, 3, 2))["verdict"][0]["text"].startswith("Loss: grpo over the base student")
+    assert collected(grpo=(20,) * 3)["verdict"][0]["text"].startswith("No gain shown: grpo over the base student")
+
+
+@pytest.mark.parametrize("fits", [1, 2])
+def test_fewer_than_three_fits_call_nothing(fits):
+    said = collected(grpo=(39, 40)[:fits], no_rl=(10, 10, 10))["verdict"]
+    assert [entry["kind"] for entry in said if entry["kind"] != "note"] == ["none"] * 3
+    assert said[0]["text"].endswith(f"; a gain or a loss takes 3 fits, here are {fits}.")
+
+
+def test_comparisons_are_judged_together():
+    """What is at most 0.05 alone is called only where Holm's procedure over all comparisons leaves it."""
+    alone = collected(grpo=(24, 26, 25))
+    p = [alone["arms"]["grpo"]["results"][1]["sets"][name]["change"]["p"] for name in ("in_distribution", "other")]
+    assert p[0] < 0.05 < p[1]
+    assert alone["verdict"][0]["kind"] == "gain"
+    many = collected(grpo=(24, 26, 25), **{f"arm_{i}": (25, 24, 26) for i in range(30)})
+    assert many["arms"]["grpo"]["results"][1]["sets"]["in_distribution"]["change"]["p"] == p[0]
+    assert many["verdict"][0]["kind"] == ("gain" if p[0] < 0.05 / 32 else "none")
+
+
+def test_what_the_base_student_knew_is_shown_for_every_arm():
+    """Skills of at least 80 % before, the same for all, with the change over them; others are not forgotten."""
+    strong = Answers(np.array([1.0, 0.0] * 20), SKILLS)  # adds, cannot sort
+
+    def fitted(adds):
+        return Answers(np.array([1.0 if i < adds else 0.0 for i in range(20) for _ in range(1)]).repeat(2), SKILLS)
+
+    arms = {"grpo": (8, 9, 10), "no_rl": (20, 20, 20)}
+    found = measures.collect(
+        sets={"in_distribution": "sums"},
+        main="grpo",
+        descriptions={arm: arm for arm in arms},
+        base={("student", "in_distribution"): strong},
+        answers={
+            (arm, "student", 10, seed, "in_distribution"): fitted(n)
+            for arm, numbers in arms.items()
+            for seed, n in enumerate(numbers)
+        },
+        learnt={(arm, "student", 10, seed): 10 for arm in arms for seed in range(3)},
+        level=0.95,
+    )
+    known = {arm: found["arms"][arm]["results"][0]["sets"]["in_distribution"]["known"] for arm in arms}
+    assert known["grpo"]["skills"] == {"add": (1.0, pytest.approx(9 / 20))}
+    assert known["no_rl"]["skills"] == {"add": (1.0, 1.0)}
+    assert known["grpo"]["change"]["mean"] == pytest.approx(9 / 20 - 1)
+    [said] = [entry for entry in found["verdict"] if "knew" in entry["text"]]
+    assert said["kind"] == "loss"
+    assert said["text"].startswith(
+        "Forgetting: grpo on the skills the base student knew (add 100.0 % to 45.0 %), -55.0 points, interval -"
+    )
+    base = whole()
+    for arm in base["arms"].values():
+        for result in arm["results"]:
+            result["sets"]["in_distribution"]["known"] = known["grpo"]
+    text = page(base).text
+    assert "What the base student knew" in text
+    assert "add 100.0 45.0 45.0" in text
+
+
+def test_a_signal_of_one_value_is_named():
+    tables = [
+        {"reward": [0.1, 0.2], "reward_x": [0.0, 0.0], "reward_y": [0.5, 0.25], "reward_gate": ["", "new"]},
+        {"reward": [0.3], "reward_x": [0.0], "reward_y": [float("nan")], "reward_gate": [""]},
+    ]
+    assert measures.constant_signals(tables) == ["x"]
+    assert measures.constant_signals([{"reward": [0.1], "reward_x": [0.0]}]) == []
+    assert measures.constant_signals([{"question": ["1+1"]}]) == []
 
 
 def test_metrics_are_those_of_the_answers():
@@ -249,14 +316,14 @@ def test_metrics_are_those_of_the_answers():
     assert (small["rows_wanted"], large["rows_wanted"]) == (10, 100)
     here = large["sets"]["in_distribution"]
     assert here["accuracy"]["mean"] == 31 / 40
-    assert here["per_seed"] == [30 / 40, 32 / 40]
+    assert here["per_seed"] == [30 / 40, 32 / 40, 31 / 40]
     assert here["change"]["mean"] == pytest.approx(11 / 40)
     assert here["skills"] == {
-        "add": {"accuracy": (15 + 16) / 40, "rows": 20},
-        "sort": {"accuracy": (15 + 16) / 40, "rows": 20},
+        "add": {"accuracy": (15 + 16 + 16) / 60, "rows": 20},
+        "sort": {"accuracy": (15 + 16 + 15) / 60, "rows": 20},
     }
     assert [c["against"] for c in found["comparisons"]] == ["no_rl", "no_rl"]
-    assert found["comparisons"][1]["difference"]["mean"] == pytest.approx(11 / 40)
+    assert found["comparisons"][1]["difference"]["mean"] == pytest.approx(31 / 40 - 61 / 120)
 
 
 def test_rounds_are_logged_one_after_the_other():

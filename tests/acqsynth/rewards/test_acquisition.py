@@ -189,6 +189,65 @@ def test_the_student_is_left_as_found(model, tokenizer):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_forgotten_student_is_told_at_the_first_call(monkeypatch):
+    monkeypatch.delenv("ACQSYNTH_STUDENT", raising=False)
+    with pytest.raises(RuntimeError, match="ACQSYNTH_STUDENT is not set"):
+        Log().call(AcquisitionReward(), [BROKEN])
+
+
+@pytest.mark.parametrize("completions", [[BROKEN], [BROKEN, "", "Six."], [[{"role": "assistant", "content": "x"}]]])
+def test_completions_of_another_form_are_told_once(completions, student_path, caplog):
+    reward = AcquisitionReward(student_path)
+    for _ in range(3):
+        assert Log().call(reward, completions) == [0.0] * len(completions)
+    [record] = [r for r in caplog.records if "parse=acqsynth.parsing.as_text" in r.getMessage()]
+    assert "ask for <question>...</question><answer>...</answer>" in record.getMessage()
+    caplog.clear()
+    Log().call(AcquisitionReward(student_path), [GOOD, *completions])
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("bad", [{"text": "c \ud83d d"}, {"text": 5.5, "prompt": "a"}, {"text": None}, 7])
+def test_one_bad_sample_masks_itself_alone(bad, student_path, caplog):
+    samples = {GOOD: {"text": "What is six times seven?"}, "bad": bad}
+    reward = AcquisitionReward(student_path, parse=samples.get)
+    rewards = Log().call(reward, [GOOD, "bad", GOOD, "broken"])
+    assert rewards[0] == pytest.approx(rewards[2])
+    assert rewards[1] is None or bad == {"text": 5.5, "prompt": "a"}
+    assert rewards[3] == 0.0
+    assert reward.masked == rewards.count(None)
+
+
+def test_a_parser_that_fails_masks_its_text_alone(student_path):
+    def parse(text):
+        if "bad" in text:
+            raise KeyError(text)
+        return text
+
+    rewards = Log().call(AcquisitionReward(student_path, parse=parse), ["What is six?", "bad", "What is two?"])
+    assert [reward is None for reward in rewards] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"acquisition": "grad_norm", "arguments": {"parameters": "foo"}}, "parameters: unknown 'foo'"),
+        ({"acquisition": "mutual_information", "arguments": {"draws": 1}}, "draws"),
+        ({"acquisition": "mutual_information", "arguments": {"layer": 1}}, "layer"),
+        ({"acquisition": "influence", "arguments": {"reference": [GOOD], "similarity": "l2"}}, "similarity: unknown"),
+        ({"acquisition": "influence", "arguments": {"reference": [GOOD], "dim": 0}}, "dim: expected"),
+        ({"acquisition": "influence", "arguments": {"reference": [GOOD], "size": 3}}, "influence: unknown argument"),
+        ({"reduction": "median"}, "reduction: unknown 'median'"),
+        ({"batch_tokens": 0}, "batch_tokens: expected an int >= 1"),
+        ({"backend": "gpu"}, "backend: unknown 'gpu'"),
+        ({"device": "gpu"}, "device: expected cpu"),
+    ],
+)
+def test_what_a_call_would_refuse_is_refused_before(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        AcquisitionReward("student", **options)
+
+
 def test_a_path_is_loaded_once_and_late(student_path, monkeypatch):
     loads = []
     load = AutoModelForCausalLM.from_pretrained
@@ -196,8 +255,9 @@ def test_a_path_is_loaded_once_and_late(student_path, monkeypatch):
         AutoModelForCausalLM, "from_pretrained", lambda path, **o: loads.append(path) or load(path, **o)
     )
     first, second = AcquisitionReward(student_path), AcquisitionReward(str(student_path), "margin")
-    Log().call(first, [BROKEN])
     assert loads == []
+    Log().call(first, [BROKEN])  # a student that is missing is told at once, whatever parses
+    assert len(loads) == 1
     Log().call(first, [GOOD])
     Log().call(second, [GOOD])
     assert len(loads) == 1

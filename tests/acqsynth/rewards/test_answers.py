@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from acqsynth.domains import Sample
+from acqsynth.domains.math import Math
 from acqsynth.rewards import AnswerVariance, Confidence, Learnability, SampledAnswers, SemanticEntropy
 from acqsynth.rewards.batch import Batch
 
@@ -46,6 +47,48 @@ def test_learnability_of_verified_answers(answers, samples, domain, monkeypatch)
     """An answer that is wrong, or that nobody can check, is not worth its p (1 - p)."""
     monkeypatch.setattr(type(domain), "verify", lambda self, asked: [True, None, True, False])
     assert Learnability(answers, verified=True)(samples) == [0, 0, 3 / 16, 0]
+
+
+def test_where_nothing_proves_an_answer_the_majority_does(scripted, domain, monkeypatch):
+    """Its p (1 - p) where the sample has the majority's answer; 0 without one, and where the answer is refuted."""
+    # Finds some answers wrong and none right, like mathematics.
+    monkeypatch.setattr(type(domain), "proves", False)
+    monkeypatch.setattr(
+        type(domain), "verify", lambda self, asked: [False if s.answer == "13" else None for s in asked]
+    )
+    script = SCRIPT | {"tied": ["7", "8"] * 4, "wrong": ["13"] * 5 + ["7"] * 3}
+    learnability = Learnability(SampledAnswers(scripted(script.__getitem__), domain), verified=True)
+    asked = [("torn", "7"), ("torn", "8"), ("tied", "7"), ("wrong", "13"), ("wrong", "7"), ("sure", "7"), ("lost", "7")]
+    assert learnability([Sample(*pair) for pair in asked]) == [1 / 4, 0, 0, 0, 0, 0, 0]
+    assert learnability.logged == {"by_majority": 1.0}
+
+
+def test_where_something_does_it_does_not(answers):
+    assert Learnability(answers, verified=True).logged == {"by_majority": 0.0}
+    assert Learnability(answers).logged == {}
+
+
+@pytest.mark.parametrize(
+    ("texts", "sizes"),
+    [
+        (["18 eggs", "18", "18 eggs.", "19"], [3, 1]),
+        (["$5$ million", "5000000", "5,000,000"], [3]),
+        (["2 dozen", "24", "2"], [2, 1]),
+        (["3 km", "3 m"], [1, 1]),
+        (["20 minutes", "20 hours", "20 min"], [2, 1]),
+        (["0.5", "0.5", "1/2", "50"], [3, 1]),
+        (["3 km", "3", "3 m"], [1, 1, 1]),
+    ],
+)
+def test_answers_are_grouped_by_all_that_was_written(texts, sizes, scripted):
+    """Units and number words are part of an answer, a missing unit is forgiven, and nothing is joined by a third."""
+    boxed = [f"\\boxed{{{text}}}" for text in texts]
+    answers = SampledAnswers(scripted(lambda question: boxed), Math(), k=len(texts))
+    sample = Sample("q", "18")
+    assert answers.clusters([sample]) == [sizes]
+    assert AnswerVariance(answers)([sample]) == [len(sizes) / len(texts)]
+    n = sum(sizes)
+    assert SemanticEntropy(answers)([sample]) == [pytest.approx(-sum(s / n * math.log(s / n) for s in sizes))]
 
 
 def test_one_draw_serves_every_signal_of_a_call(domain, scripted, samples):

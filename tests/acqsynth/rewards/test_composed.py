@@ -130,6 +130,60 @@ def test_a_scorer_that_raises_masks_what_it_was_asked(domain, caplog):
     assert None not in logged_only.score(TEXTS, GROUPS).total
 
 
+@pytest.mark.parametrize("bad", [0, 2, 5])
+def test_one_sample_that_a_scorer_raises_for_masks_itself_alone(domain, bad):
+    """In a signal and in a gate; what compares all samples cannot be asked for one."""
+    values = {answer: value for answer, value in VALUES.items() if answer != str(bad)}
+    rewards = (reward := plain(domain, Told("a", values))).score(TEXTS, GROUPS)
+    assert [total is None for total in rewards.total] == [i == bad for i in range(6)]
+    assert (reward.masked, reward.failures) == (1, 1)
+    gate = Check("known", lambda sample: bool(values[sample.answer]))
+    rewards = plain(domain, Told("a", VALUES), gates=[gate]).score(TEXTS, GROUPS)
+    assert [total is None for total in rewards.total] == [i == bad for i in range(6)]
+    compares: Any = Told("a", values)
+    compares.set_level = True
+    assert plain(domain, compares).score(TEXTS, GROUPS).total == [None] * 6
+    assert len(compares.asked) == 1
+
+
+class Picture:
+    """An image, as a prompt of a vision model holds it."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def tobytes(self):
+        return self.content
+
+
+@pytest.mark.parametrize("kind", [Picture, bytes, object])
+def test_prompts_of_any_object_make_groups(domain, kind):
+    """Equal ones one group, told apart by what they hold."""
+    pictures = [kind(), kind()] if kind is object else [kind(b"p"), kind(b"q")]
+    prompts = [
+        [{"role": "user", "content": [{"type": "image", "image": pictures[i // 3]}, {"type": "text", "text": "?"}]}]
+        for i in range(6)
+    ]
+    turns = [[{"role": "assistant", "content": t}] for t in TEXTS]
+    reward = plain(domain, Told("a", VALUES), fusion="rank")
+    assert Log().call(reward, turns, prompts) == pytest.approx(reward.score(TEXTS, GROUPS).total)
+
+
+def test_texts_that_never_parse_are_told_once(domain, caplog):
+    reward = plain(domain, Told("a", VALUES))
+    for _ in range(2):
+        reward.score(["no tags", "none"], ["p", "p"])
+    [record] = [r for r in caplog.records if "parses as a sample" in r.getMessage()]
+    assert "Domain.generator_prompt" in record.getMessage()
+
+
+@pytest.mark.parametrize("rows", ["seeds", "reference", "evaluation"])
+def test_rows_that_are_no_samples_are_refused(domain, rows):
+    given = {"seeds": [Sample("What is it?", "1")], rows: [{"question": "What is it?", "answer": "1"}]}
+    with pytest.raises(TypeError, match=rf"{rows}\[0\]: expected acqsynth\.domains\.Sample"):
+        ComposedReward.default(domain, "student", **given)
+
+
 def test_a_gate_that_raises_or_cannot_tell_masks(domain):
     def broken(samples):
         raise OSError("the sandbox is gone")

@@ -70,6 +70,19 @@ def test_what_can_not_be_scored_is_masked_as_in_process(url, model, tokenizer):
     assert asyncio.run(call(remote, [])) == []
 
 
+def test_called_without_a_trainer_it_waits(url, model, tokenizer):
+    """In a script, and in a notebook, whose cells run within an event loop."""
+    local, remote = AcquisitionReward(model, tokenizer=tokenizer), AcquisitionReward(url=url)
+    prompts = ["Write."] * len(COMPLETIONS)
+    expected = local.rewards(prompts, COMPLETIONS)
+    assert expected == local(prompts, COMPLETIONS)
+
+    async def cell():
+        return remote.rewards(prompts, COMPLETIONS)
+
+    assert remote.rewards(prompts, COMPLETIONS) == asyncio.run(cell()) == expected
+
+
 def test_a_server_that_is_down_masks_and_counts(monkeypatch):
     def refuse(request):
         raise httpx.ConnectError("refused")

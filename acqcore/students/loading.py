@@ -1,0 +1,45 @@
+"""What ``Student.load`` is asked for, checked before transformers looks for it on the hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from acqcore import checks
+
+_TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "merges.txt", "*.tiktoken")
+
+
+def check_request(path: str, dtype: object, device: object) -> None:
+    """
+    Raises:
+        ValueError: a path without a model, a dtype that is none or not of floating point, a device that is not here.
+        TypeError: a dtype that is neither a name nor a torch.dtype.
+    """
+    folder = Path(path)
+    if (path.startswith(("/", ".", "~")) or folder.exists()) and not (
+        (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+    ):
+        raise ValueError(f"student: {path} holds no model (no config.json)")
+    if dtype is not None and dtype not in checks.FLOAT_DTYPES:
+        names = [str(known).removeprefix("torch.") for known in checks.FLOAT_DTYPES]
+        checks.one_of("dtype", str(dtype).removeprefix("torch."), names)
+    checks.device("device", device)
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer beside a model; None where a folder has no file of one.
+
+    Raises:
+        ValueError: there is one that does not load.
+    """
+    from transformers import AutoTokenizer
+
+    if os.path.isdir(path) and not any(any(Path(path).glob(name)) for name in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # of any file that is broken
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"student: the tokenizer of {path} does not load: {told}") from error

@@ -1,0 +1,41 @@
+"""A reward for verifiers 0.4, named in the configuration of a task:
+
+    vf.TaskConfig(rewards={"acquisition": {"fn": "acqsynth.integrations.verifiers:acquisition"}})
+
+or awaited in a ``@vf.reward`` method of one's own: ``return await acquisition(self.data, trace)``. ``ACQSYNTH_REWARD``
+names the reward. verifiers scores the traces of a group concurrently, and they are scored in batches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from acqsynth.integrations.scorer import scorer_from_environment
+from acqsynth.rewards.reward import prompt_key
+
+
+async def acquisition(task: Any, trace: Any) -> float:
+    """The total of the last reply of a trace.
+
+    verifiers passes arguments by these names.
+
+    Args:
+        task: a ``TaskData``; traces of equal ``idx`` or, without one, equal prompts are a group.
+        trace: a ``Trace``; its ``last_reply`` is the text.
+
+    Returns:
+        The total; of a sample that a scorer failed on, the mean of the others of its group, see
+        :class:`acqsynth.integrations.scorer.TextScorer`.
+
+    Raises:
+        RuntimeError, ValueError, ImportError, AttributeError, TypeError: the environment names no usable reward.
+    """
+    group = task.idx if task.idx is not None else prompt_key(_plain(task.prompt))
+    return (await scorer_from_environment().coalescer.ask((trace.last_reply, group))).score
+
+
+def _plain(prompt: Any) -> Any:
+    """Messages of verifiers as mappings."""
+    if isinstance(prompt, list):
+        return [message.model_dump() if hasattr(message, "model_dump") else message for message in prompt]
+    return prompt

@@ -1,0 +1,138 @@
+"""What a run would find out hours later, found before it begins.
+
+:func:`check` makes every object that a recipe configures, but no model. :func:`on_this_machine` looks for what the
+recipe needs here: models, data, devices, packages, a folder to write to.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from acqcore import checks
+from acqsynth import engines, label, models
+from acqsynth.config import BUNDLED, Config, ConfigError, OtherSource, RewardConfig, Source, ValidityConfig
+from acqsynth.domains import Domain, domain as find_domain
+from acqsynth.domains.data import is_local
+from acqsynth.engines import Sampling
+from acqsynth.seeds import bundled
+
+
+def check(config: Config) -> None:
+    """
+    Raises:
+        ConfigError: an option that a library, the domain or the reward does not have, or a value that it refuses; names
+            the key.
+    """
+    from acqsynth import train
+    from acqsynth.rewards import build
+
+    domain = _checked("domain", find_domain, config.domain)
+    generator, student, reward = config.generator, config.student, config.reward
+    if generator.method in ("grpo", "dpo"):
+        _checked("generator", train.configuration, generator.method, generator.options, "unused")
+    if len(generator.options.get("reward_weights") or [1]) != 1:
+        raise ConfigError("generator.options: reward_weights: expected one weight, that of the composed reward")
+    if generator.candidates < 2 and (generator.method in ("best_of_n", "dpo") or "best_of_n" in config.baselines):
+        raise ConfigError(f"generator.candidates: expected at least 2 to choose from, got {generator.candidates}")
+    sampling = generator.sampling
+    _checked("generator.sampling", Sampling, 1, sampling.temperature, sampling.top_p, sampling.max_tokens)
+    _checked("student", train.configuration, "sft", student.options, "unused")
+    fits = {"save_strategy": "no", **student.options, **config.evaluation.validity.options}
+    _checked("evaluation.validity", train.configuration, "sft", fits, "unused")
+    _checked("engine", engines.check, config.engine.name, config.engine.options)
+    for key, labelling in (("labelling", config.labelling), ("reward.labelling", reward.labelling)):
+        if labelling is not None and labelling.method != "own":
+            _checked(key, label.Labeller, labelling, domain, lambda: None)
+    _checked("reward", build.check, reward, domain)
+    if config.evaluation.validity.batches:
+        _checked("evaluation.validity", build.check, validity_reward(reward, config.evaluation.validity), domain)
+    for name, other in config.evaluation.others.items():
+        _checked(f"evaluation.others.{name}", find_domain, other.domain or config.domain)
+    for key, source in _sources(config):
+        if source.source.startswith(BUNDLED):
+            _checked(f"{key}.source", bundled, source.source.removeprefix(BUNDLED))
+    limit = config.data.seeds.limit
+    if limit is not None and generator.shown > limit:
+        raise ConfigError(f"generator.shown: expected at most data.seeds.limit = {limit}, got {generator.shown}")
+
+
+def on_this_machine(config: Config) -> None:
+    """
+    Raises:
+        ConfigError: a device, package, model or file that the recipe needs is not here, or no run can write to its
+            output; names the key.
+    """
+    engine = config.engine
+    if engine.name == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ConfigError("engine.name: vllm is not installed: run 'pip install acqcore[vllm]'")
+    device = engine.options.get("device")
+    _checked("engine.options", checks.device, "device", None if device is None else str(device))
+    for key, name in _models(config):
+        _checked(key, models.find, name)
+    for key, source in _sources(config):
+        domain = (source.domain if isinstance(source, OtherSource) else None) or config.domain
+        _checked(key, _first_row, find_domain(domain), source)
+    folder = Path(config.output).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(f"output: cannot write to {config.output}")
+
+
+def validity_reward(reward: RewardConfig, validity: ValidityConfig) -> RewardConfig:
+    """The reward whose signals are put to the test."""
+    from acqsynth.rewards.build import DEFAULT_SIGNALS
+
+    if not validity.signals:
+        return reward
+    signals = {name: (reward.signals or DEFAULT_SIGNALS).get(name, {}) for name in validity.signals}
+    return reward.model_copy(update={"signals": signals, "weights": {}, "paper_compat": False})
+
+
+def _first_row(domain: Domain, source: Source) -> None:
+    """Reads one row of what needs no network."""
+    generated = domain.name == "arithmetic" and source.source.partition(":")[0] == "world"
+    if not source.source.startswith(BUNDLED) and (generated or is_local(source.source)):
+        domain.load(source.source, source.split, source.columns, 1)
+
+
+def _models(config: Config) -> Iterator[tuple[str, str]]:
+    """Key and name of each model."""
+    yield "student.model", config.student.model
+    yield "generator.model", config.generator.model
+    yield from ((f"student.others.{name}", model) for name, model in config.student.others.items())
+    reward = config.reward
+    given = {
+        "reward.student": reward.student,
+        "labelling.teacher": config.labelling.teacher,
+        "reward.labelling.teacher": reward.labelling.teacher if reward.labelling else None,
+        "reward.embedder": None if reward.embedder in ("ngram", "minilm") else reward.embedder,
+    }
+    yield from ((key, name) for key, name in given.items() if name is not None)
+
+
+def _sources(config: Config) -> Iterator[tuple[str, Source]]:
+    for name in type(config.data).model_fields:
+        if (source := getattr(config.data, name)) is not None:
+            yield f"data.{name}", source
+    yield from ((f"evaluation.others.{name}", other) for name, other in config.evaluation.others.items())
+
+
+def _checked(key: str, make: Callable[..., Any], *arguments: Any) -> Any:
+    """``make(...)``; whatever it raises names the key."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return make(*arguments)
+    except Exception as error:  # libraries raise anything for a wrong value
+        told = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
+            told = f"{type(error).__name__}: {told}"
+        # Of a value, the message may begin with a key of its own.
+        of_key = isinstance(error, (ValueError, TypeError)) and re.match(r"[a-z_]+(\.[a-z_]+)*: ", told)
+        separator = "." if of_key else ": "
+        raise ConfigError(told if told.startswith(f"{key}:") else f"{key}{separator}{told}") from error

@@ -1,0 +1,85 @@
+"""A plan refuses what a run would refuse hours later: every object that a recipe configures is made first."""
+
+from __future__ import annotations
+
+import pytest
+
+from acqsynth.config import ConfigError, load
+from acqsynth.pipeline import plan
+
+REFUSED = {
+    "engine.options.device=gpu": "engine.options.device: expected cpu, cuda or cuda:1, got 'gpu'",
+    "engine.options.dtype=foo": "engine.options.dtype: unknown 'foo'",
+    "engine.options.batch_tokens=0": "engine.options.batch_tokens: expected an int >= 1, got 0",
+    "reward.scoring.device=gpu": "reward.scoring: device: expected cpu",
+    "reward.scoring.batch_tokens=0": "reward.scoring: batch_tokens: expected an int >= 1",
+    "reward.scoring.reduction=median": "reward.scoring: reduction: unknown 'median'",
+    "reward.scoring.backend=gpu": "reward.scoring: backend: unknown 'gpu'",
+    "reward.answers.max_tokens=0": "reward.answers: max_tokens: expected at least 1, got 0",
+    "reward.answers.temperature=-1": "reward.answers: temperature: expected at least 0, got -1",
+    "reward.answers.seed=-1": "reward.answers: seed: expected at least 0",
+    "reward.signals={mutual_information: {draws: 1}}": "draws",
+    "reward.signals={mutual_information: {foo: 1}}": "foo",
+    "reward.signals={influence: {similarity: l2}}": "similarity: unknown 'l2'",
+    "reward.signals={influence: {dim: 0}}": "dim: expected an int >= 1",
+    "reward.signals={grad_norm: {parameters: some}}": "parameters: unknown 'some'",
+    "reward.signals={entropy: {x: 1}}": "x",
+    "reward.signals={diversity: {capacity: -1}}": "reward.signals.diversity: capacity: expected an int >= 1",
+    "reward.signals={diversity: {ridge: -1}}": "reward.signals.diversity: ridge: expected",
+    "reward.weights={entropy: 1}": "reward.weights: unknown ['entropy']",
+    "reward.embedder=minilm": "reward.embedder: all-MiniLM-L6-v2 comes with the package",
+    "generator.options.lora={r: x}": "generator.options.lora: r: expected an integer, got 'x'",
+    "generator.options.lora={r: 0}": "generator.options.lora: r: expected an integer at least 1, got 0",
+    "generator.options.temperature=-1": "generator.options: temperature: expected a number above 0, got -1",
+    "generator.options.top_p=5": "generator.options: top_p: expected a number above 0 and at most 1, got 5",
+    "generator.options.learning_rate=-1": "generator.options: learning_rate: expected a number at least 0, got -1",
+    "generator.options.max_completion_length=0": "max_completion_length: expected an integer at least 1, got 0",
+    "generator.options.reward_weights=[1, 2]": "generator.options: reward_weights: expected one weight",
+    "generator.options.num_generatoins=8": "no field 'num_generatoins'; did you mean 'num_generations'?",
+    "generator={model: world:base, method: best_of_n, candidates: 1}": "generator.candidates: expected at least 2",
+    "generator.shown=281": "generator.shown: expected at most data.seeds.limit = 280, got 281",
+    "student.options.num_train_epochs=0": "student.options: num_train_epochs: expected a number above 0, got 0",
+    "student.options.per_device_train_batch_size=0": "per_device_train_batch_size: expected an integer at least 1",
+    "student.options.max_length=0": "student.options: max_length: expected an integer at least 1, got 0",
+    "evaluation.validity.options={learning_rate: x}": "evaluation.validity.options: learning_rate: expected a number",
+    "labelling={method: majority, options: {max_tokens: 0}}": "labelling.max_tokens: expected at least 1, got 0",
+    "reward.labelling={method: majority, options: {foo: 1}}": "reward.labelling.options: unknown 'foo'",
+    "data.seeds.source=bundled:poems": "data.seeds.source",
+    "seed=-1": "seed: expected at least 0, got -1",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED.items())
+def test_refused_before_anything_runs(override: str, message: str) -> None:
+    if "minilm" in override:
+        pytest.importorskip("sklearn")
+    with pytest.raises(ConfigError) as caught:
+        plan(load("arithmetic", [override]))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", ["arithmetic", "code", "math", "medical", "smollm2-math"])
+def test_recipes_of_the_package_aim_at_rows_of_their_own(recipe: str) -> None:
+    config = load(recipe)
+    assert config.data.reference is not None
+    assert config.data.reference != config.data.seeds
+    assert len(config.student.seeds) >= (3 if recipe != "smollm2-math" else 1)
+    plan(config)
+
+
+def test_yaml_merges_and_home(tmp_path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "domain: arithmetic\n"
+        "data:\n"
+        '  evaluation: &rows {source: "world:1", limit: 10}\n'
+        "  seeds: {<<: *rows, limit: 20}\n"
+        "generator: {model: world:base}\n"
+        "student: {model: world:base}\n"
+        "output: ~/runs\n"
+    )
+    config = load(path)
+    assert (config.data.seeds.source, config.data.seeds.limit) == ("world:1", 20)
+    assert "~" not in config.output
+    plan(config)
