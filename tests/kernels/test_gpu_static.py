@@ -21,15 +21,13 @@ PRODUCTS = {
     "row_stats, no targets": 1.0,
     "statistics and head_grad_norm, T=128": 1.15,
     "statistics and head_grad_norm, T=32": 1.15,
-    "hidden_grad": 4.2,
+    "hidden_grad": 3.2,
     "grad_sketch, T=128": 1.2,
     "mutual_information, element, K=8": 16.3,
     "mutual_information, block, K=8": 2.5,
 }
 #: Stack of a thread, in bytes, where it is not 0; merges run once a call, where it does not show.
 SPILLS = {"gram_fold": 96, "block_fold": 312, "block_mixture": 8, "sketch_fold": 24, "merge_splits": 704}
-#: MiB beside the result, where more than 64.
-EXTRA_MIB = {"grad_sketch, T=128": 97}
 #: Calls whose launches follow from the vocabulary: their ring of gradients in the logits is bounded.
 BY_VOCABULARY = ("hidden_grad",)
 
@@ -57,7 +55,7 @@ def test_launches_do_not_follow_from_the_vocabulary() -> None:
 
 def test_extra_memory_is_bounded() -> None:
     for row in TABLE["calls"]:
-        assert row["extra_mib"] <= EXTRA_MIB.get(row["op"], 64), row
+        assert row["extra_mib"] <= 64, row
 
 
 def test_every_kernel_compiles_and_fits() -> None:
