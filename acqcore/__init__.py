@@ -20,7 +20,6 @@ from acqcore.literals import Reduction
 from acqcore.row_stats import RowStats, logit_stats, row_stats
 from acqcore.scores import Scores
 from acqcore.scoring.api import score, score_stream
-from acqcore.scoring.calibration import calibrate_dropout
 from acqcore.scoring.epig import EpigReference, epig, epig_reference
 from acqcore.scoring.gradients import (
     badge_embedding,
@@ -63,7 +62,6 @@ __all__ = [
     "acquisitions",
     "backends",
     "badge_embedding",
-    "calibrate_dropout",
     "encode",
     "ensemble_stats",
     "epig",

@@ -40,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import acqcore
 from acqsynth.models import smollm2_path
 from benchmarks import harness, real_rows, toy_student
+from benchmarks.calibration import calibrate_dropout
 
 TRUNK, ENTROPY = "trunk", "entropy"
 MI = "mutual_information"
@@ -241,7 +242,7 @@ class Real:
     def rate(self) -> float:
         """The dropout that raises the loss of the reference rows by ``RISE``."""
         if "rate" not in self._made:
-            self._made["rate"] = acqcore.calibrate_dropout(
+            self._made["rate"] = calibrate_dropout(
                 self.student, self.reference, rise=RISE, batch_tokens=self.batch_tokens
             )
         return float(self._made["rate"])
@@ -349,7 +350,7 @@ class Toy:
         self.ids = torch.cat([toy_student.questions(kind, TOY_QUESTIONS, generator) for kind in toy_student.KINDS])
         # Of unseen keys the student is wrong and sure, so dropout lowers their loss.
         learnt = self.ids[: 2 * TOY_QUESTIONS]
-        self.rate = acqcore.calibrate_dropout(self.student, toy_student.samples(learnt), rise=RISE)
+        self.rate = calibrate_dropout(self.student, toy_student.samples(learnt), rise=RISE)
 
     def unit(self, signal: Signal) -> dict[str, Any]:
         """AUROC of unseen questions above the ambiguous and above all others, values, seconds."""
@@ -387,7 +388,7 @@ class World:
         self.student = acqcore.Student.load(base_model(Settings(seed=seed)))
         skills = [DOMAIN.rows(WORLD_QUESTIONS, seed, skills=[name]) for name in SKILLS]
         self.rows = [row for rows in skills for row in messages(rows)]
-        self.rate = acqcore.calibrate_dropout(self.student, self.rows[::8], rise=RISE)
+        self.rate = calibrate_dropout(self.student, self.rows[::8], rise=RISE)
 
     def unit(self, signal: Signal) -> dict[str, Any]:
         """Values of the skills one after another, seconds."""

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-import acqcore
 from acqcore.philox import keep_mask
 from benchmarks import toy_student
+from benchmarks.calibration import calibrate_dropout
 
 DRAWS = 4
 
@@ -61,21 +61,21 @@ def _branches(blocks: list[Any]) -> list[Any]:
 def test_the_loss_rises_by_the_share_asked_for(
     layers: Any, blocks: int, rise: float, student: Any, ids: torch.Tensor
 ) -> None:
-    p = acqcore.calibrate_dropout(student, toy_student.samples(ids), rise=rise, layers=layers, draws=DRAWS)
+    p = calibrate_dropout(student, toy_student.samples(ids), rise=rise, layers=layers, draws=DRAWS)
     base = loss_under(student, ids, 0.0, blocks, 0)
     dropped = sum(loss_under(student, ids, p, blocks, draw) for draw in range(DRAWS)) / DRAWS
     assert (dropped - base) / base == pytest.approx(rise, rel=0.06)
 
 
 def test_a_larger_rise_takes_more_dropout(student: Any, ids: torch.Tensor) -> None:
-    few, more = (acqcore.calibrate_dropout(student, toy_student.samples(ids), rise=rise) for rise in (0.01, 0.2))
+    few, more = (calibrate_dropout(student, toy_student.samples(ids), rise=rise) for rise in (0.01, 0.2))
     assert 0 < few < more / 2 < 0.25
 
 
 def test_batches_do_not_matter(student: Any, ids: torch.Tensor) -> None:
     samples = toy_student.samples(ids)
-    whole = acqcore.calibrate_dropout(student, samples)
-    assert acqcore.calibrate_dropout(student, samples, batch_tokens=40) == pytest.approx(whole, rel=1e-3)
+    whole = calibrate_dropout(student, samples)
+    assert calibrate_dropout(student, samples, batch_tokens=40) == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,12 @@ def test_batches_do_not_matter(student: Any, ids: torch.Tensor) -> None:
 )
 def test_wrong_arguments(options: dict[str, Any], message: str, student: Any, ids: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=message):
-        acqcore.calibrate_dropout(student, toy_student.samples(ids[:2]), **options)
+        calibrate_dropout(student, toy_student.samples(ids[:2]), **options)
 
 
 def test_nothing_to_score(student: Any) -> None:
     nothing = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "labels": torch.full((1, 4), -100)}
     with pytest.raises(ValueError, match="nothing to score, expected at least one scored token"):
-        acqcore.calibrate_dropout(student, nothing)
+        calibrate_dropout(student, nothing)
     with pytest.raises(ValueError, match="samples: expected at least one with a scored token"):
-        acqcore.calibrate_dropout(student, [])
+        calibrate_dropout(student, [])

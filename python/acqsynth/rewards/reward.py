@@ -90,7 +90,7 @@ DEFAULT_WEIGHTS: dict[str, float] = {
 
 #: Arguments of mutual information in the default reward. Eight draws of dropout at 5 % in all blocks do not agree with
 #: themselves within a data set on SmolLM2-135M, where they add half a nat to the loss; four probes of the linear form
-#: do, for a third of the time (``docs/reliability.md``).
+#: do (``docs/reliability.md``).
 INFORMATION: dict[str, Any] = {"form": "linear", "probes": 4}
 
 
