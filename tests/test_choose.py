@@ -161,6 +161,21 @@ def test_arguments_reach_the_signal(choose: Callable[..., list[str]], student: P
     assert [row["row"] for row in lines(tmp_path / "out.jsonl")] == best
 
 
+@pytest.mark.parametrize(
+    ("signal", "arguments"),
+    [("gradient_diversity", {"dim": 64}), ("mutual_information", {"form": "linear", "probes": 2})],
+)
+def test_signals_of_sets_and_the_linear_form(
+    signal: str, arguments: dict[str, Any], choose: Callable[..., list[str]], student: Path, tmp_path: Path
+) -> None:
+    rows, given = [{"text": text} for text in TEXTS], {signal: arguments}
+    assert main(choose(rows, signal=signal, acquisition_args=json.dumps(given))) == 0
+    values = acqcore.score(str(student), TEXTS, signal, acquisition_args=given, backend="eager")[signal]
+    found = {row["row"]: row[signal] for row in lines(tmp_path / "out.jsonl")}
+    assert set(found) == set(values.argsort(descending=True)[:3].tolist())
+    assert all(value == pytest.approx(values[i].item(), rel=1e-5) for i, value in found.items())
+
+
 def test_bad_lines_are_named_and_not_chosen(
     choose: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,7 +44,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--signal",
         metavar="A",
-        help="acquisition to rank by, see acqcore.acquisitions(); without a student, a column of numbers",
+        help="acquisition to rank by, see 'acqcore score --help'; without a student, a column of numbers. Of the draws "
+        "of mutual_information the linear form is the reliable limit: --acquisition-args "
+        """'{"mutual_information": {"form": "linear"}}'""",
     )
     parser.add_argument(
         "--method",
@@ -67,8 +69,8 @@ def run(options: argparse.Namespace, print_table: Print) -> int:
 
     Every column is kept, with its values as they were read. Added are ``row`` (from 0, unless the data have such a
     column), the signal, and ``rank``: the order of choice, from 1. The first rows by rank are what a smaller --n
-    chooses. Rows that cannot be read or scored are named on stderr and are not chosen. Equals go by their order in the
-    data.
+    chooses from the same candidates. Rows that cannot be read or scored are named on stderr and are not chosen. Equals
+    go by their order in the data.
 
     Returns:
         0; anything wrong raises.
