@@ -134,6 +134,23 @@ def test_every_kind_of_file(
     assert [(int(row["row"]), int(row["id"]), row["text"]) for row in found] == [(i, 7 + i, texts[i]) for i in best]
 
 
+def test_a_data_set_by_name(
+    choose: Callable[..., list[str]], student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[Any] = []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        asked.append((arguments, options))
+        return datasets.Dataset.from_list([{"id": i, "text": text} for i, text in enumerate(TEXTS)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert main(choose([], data="org/name", split="test")) == 0
+    assert asked == [(("org/name", None), {"split": "test"})]
+    best = entropies(student, TEXTS).argsort(descending=True)[:3].sort().values.tolist()
+    assert [row["id"] for row in lines(tmp_path / "out.jsonl")] == best
+
+
 def test_a_column_of_scores_needs_no_student(
     choose: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
