@@ -101,8 +101,6 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--data", required=True, type=Path, metavar="F", help="a .jsonl, .csv or .parquet file, or a data set: org/name"
     )
-    score.add_argument("--data-config", metavar="C", help="configuration of a data set")
-    score.add_argument("--split", default="train", metavar="S", help="split of a data set (default: train)")
     score.add_argument(
         "--out",
         required=True,
@@ -157,6 +155,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_scoring_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that scores rows of a file."""
+    parser.add_argument("--data-config", metavar="C", help="configuration of a data set")
+    parser.add_argument("--split", default="train", metavar="S", help="split of a data set (default: train)")
     parser.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
     parser.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
     parser.add_argument("--completion-column", metavar="C", help="column with the scored text")

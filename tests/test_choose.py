@@ -134,6 +134,23 @@ def test_every_kind_of_file(
     assert [(int(row["row"]), int(row["id"]), row["text"]) for row in found] == [(i, 7 + i, texts[i]) for i in best]
 
 
+def test_a_data_set_by_name(
+    choose: Callable[..., list[str]], student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[Any] = []
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        asked.append((arguments, options))
+        return datasets.Dataset.from_list([{"id": i, "text": text} for i, text in enumerate(TEXTS)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert main(choose([], data="org/name", split="test")) == 0
+    assert asked == [(("org/name", None), {"split": "test"})]
+    best = entropies(student, TEXTS).argsort(descending=True)[:3].sort().values.tolist()
+    assert [row["id"] for row in lines(tmp_path / "out.jsonl")] == best
+
+
 def test_a_column_of_scores_needs_no_student(
     choose: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,6 +176,21 @@ def test_arguments_reach_the_signal(choose: Callable[..., list[str]], student: P
     scores = acqcore.score(str(student), TEXTS, "mutual_information", acquisition_args=given, backend="eager")
     best = scores["mutual_information"].argsort(descending=True)[:3].sort().values.tolist()
     assert [row["row"] for row in lines(tmp_path / "out.jsonl")] == best
+
+
+@pytest.mark.parametrize(
+    ("signal", "arguments"),
+    [("gradient_diversity", {"dim": 64}), ("mutual_information", {"form": "linear", "probes": 2})],
+)
+def test_signals_of_sets_and_the_linear_form(
+    signal: str, arguments: dict[str, Any], choose: Callable[..., list[str]], student: Path, tmp_path: Path
+) -> None:
+    rows, given = [{"text": text} for text in TEXTS], {signal: arguments}
+    assert main(choose(rows, signal=signal, acquisition_args=json.dumps(given))) == 0
+    values = acqcore.score(str(student), TEXTS, signal, acquisition_args=given, backend="eager")[signal]
+    found = {row["row"]: row[signal] for row in lines(tmp_path / "out.jsonl")}
+    assert set(found) == set(values.argsort(descending=True)[:3].tolist())
+    assert all(value == pytest.approx(values[i].item(), rel=1e-5) for i, value in found.items())
 
 
 def test_bad_lines_are_named_and_not_chosen(

@@ -37,9 +37,11 @@ ALLOWED: dict[str, set[str]] = {
     "checks": set(),
     "costs": {"acquisitions", "checks", "gradients", "literals", "scoring", "selection", "students"},
     "files": {"checks", "literals", "scoring", "selection", "students"},
+    "fisher": {"backends", "bayes", "checks", "head", "philox"},
     "gradients": {
         "backends",
         "checks",
+        "fisher",
         "head",
         "head_grad",
         "head_visit",

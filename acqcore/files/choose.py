@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +13,7 @@ from typing import Any, get_args
 import torch
 
 from acqcore import checks
-from acqcore.files import data as data_files
+from acqcore.files import data as data_files, hub
 from acqcore.files.data import Record
 from acqcore.files.output import check_output
 from acqcore.files.table import write_rows
@@ -37,14 +38,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--student", metavar="M", help="hub id or local path; not needed where the data have the column of --signal"
     )
-    parser.add_argument("--data", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
+    parser.add_argument(
+        "--data", required=True, type=Path, metavar="F", help="a .jsonl, .csv or .parquet file, or a data set: org/name"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     parser.add_argument("--n", required=True, type=int, metavar="N", help="rows to choose")
     parser.add_argument(
         "--signal",
         metavar="A",
-        help="acquisition to rank by, see acqcore.acquisitions(); without a student, a column of numbers",
+        help="acquisition to rank by, see 'acqcore score --help'; without a student, a column of numbers. Of the draws "
+        "of mutual_information the linear form is the reliable limit: --acquisition-args "
+        """'{"mutual_information": {"form": "linear"}}'""",
     )
     parser.add_argument(
         "--method",
@@ -67,8 +72,8 @@ def run(options: argparse.Namespace, print_table: Print) -> int:
 
     Every column is kept, with its values as they were read. Added are ``row`` (from 0, unless the data have such a
     column), the signal, and ``rank``: the order of choice, from 1. The first rows by rank are what a smaller --n
-    chooses. Rows that cannot be read or scored are named on stderr and are not chosen. Equals go by their order in the
-    data.
+    chooses from the same candidates. Rows that cannot be read or scored are named on stderr and are not chosen. Equals
+    go by their order in the data.
 
     Returns:
         0; anything wrong raises.
@@ -77,7 +82,14 @@ def run(options: argparse.Namespace, print_table: Print) -> int:
         ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the first line is for the user. What can be
             checked without the student is checked before it is loaded.
     """
-    request = _Request(options)
+    with tempfile.TemporaryDirectory(prefix="acqcore-") as folder:
+        return _run(_Request(options), Path(folder), print_table)
+
+
+def _run(request: _Request, folder: Path, print_table: Print) -> int:
+    """``folder`` holds a data set that was asked for by name."""
+    options = request.options
+    request.fetch(folder)
     pool = request.read()
     signal = request.signal_of(pool)
     among = request.candidates(pool, signal)
@@ -88,7 +100,7 @@ def run(options: argparse.Namespace, print_table: Print) -> int:
     if signal is not None and options.student is not None:
         for i, index in zip(picked, chosen, strict=True):
             extra[index] = {options.signal: float(signal[i]), **extra[index]}
-    _write(options.out, options.data, pool, extra)
+    _write(options.out, request.data, pool, extra)
     request.report(pool, signal, picked, print_table)
     return 0
 
@@ -135,19 +147,26 @@ class _Request:
         check_output(options.out, options.data, options.overwrite)
         if not options.out.suffix:
             raise ValueError(f"out: expected a name with an extension, got {options.out}")
-        if ".parquet" in (options.data.suffix, options.out.suffix):
+        self.data: Path = options.data
+
+    def fetch(self, folder: Path) -> None:
+        """Makes a file of a data set."""
+        options = self.options
+        if hub.is_name(options.data):
+            self.data = hub.export(options.data, options.data_config, options.split, folder)
+        if ".parquet" in (self.data.suffix, options.out.suffix):
             checks.installed("pyarrow", "parquet", "train")
 
     def read(self) -> _Pool:
         """The rows, tokenized; refuses a pool that is too small before any forward."""
         options = self.options
-        blocks, present = data_files.scan(options.data, _BLOCK_ROWS, options.limit)
+        blocks, present = data_files.scan(self.data, _BLOCK_ROWS, options.limit)
         count = sum(block.rows for block in blocks)
         checks.at_most("n", options.n, count, f"the number of rows of {options.data}")
         for column in (_RANK, *([options.signal] if options.student is not None else [])):
             if column in present:
                 raise ValueError(f"data: the column {column!r} has the name of an output column; rename it")
-        reader = data_files.Reader(options.data, present)
+        reader = data_files.Reader(self.data, present)
         pool = _Pool([record for block in blocks for record in reader.read(block)], present)
         if options.student is None:
             if options.signal not in present:
@@ -164,7 +183,7 @@ class _Request:
 
     def _name(self, errors: Mapping[int, str], pool: _Pool) -> None:
         """Print what is wrong with rows."""
-        place = "line" if self.options.data.suffix == ".jsonl" else "row"
+        place = "line" if self.data.suffix == ".jsonl" else "row"
         for index, message in sorted(errors.items()):
             print(f"{self.options.data}: {place} {pool.records[index].line}: {message}", file=sys.stderr)
 
