@@ -169,7 +169,13 @@ class _Analysis:
         return list(found.values())
 
     def _children(self, module: nn.Module) -> list[nn.Module]:
-        return [child for child in module.children() if not self._owners.isdisjoint(child.modules())]
+        found: list[nn.Module] = []
+        for child in module.children():
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # is not called itself
+                found += self._children(child)
+            elif not self._owners.isdisjoint(child.modules()):
+                found.append(child)
+        return found
 
     def _descend(self, found: dict[nn.Module, list[nn.Module]]) -> bool:
         """Replace candidates that add the stream to their output by those inside them; whether there were any.
@@ -221,7 +227,8 @@ class _Analysis:
         without = self._run(zeros, self._blocks)
         changed = {block: value.clone() for block, value in self._streams.items()}
         for value in changed.values():
-            value.flatten(0, -2)[0] *= 2
+            other = torch.randn(value.shape[-1], generator=torch.Generator().manual_seed(1)).to(value)
+            value.flatten(0, -2)[0] = other * value.abs().max()
         given = self._run(zeros, self._blocks, streams=changed)
         for block, of_block in found.items():
             name, first = type(block).__name__, without[block].flatten(0, -2)
