@@ -23,6 +23,7 @@ from acqcore.scoring.calibration import calibrate_dropout
 from acqcore.scoring.gradients import badge_embedding, grad_norm, grad_sketch, influence, influence_reference
 from acqcore.selection.diversity import Archive, gradient_diversity, vendi_score
 from acqcore.selection.subsets import select
+from acqcore.selection.trust import label_trust
 from acqcore.students.samples import Row, encode
 from acqcore.students.sharding import loading_whole
 from acqcore.students.student import Student
@@ -62,6 +63,7 @@ __all__ = [
     "hidden_grad_norm",
     "influence",
     "influence_reference",
+    "label_trust",
     "loading_whole",
     "logit_stats",
     "mutual_information",

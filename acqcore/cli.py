@@ -1,5 +1,6 @@
-"""Score data files with a student (``acqcore score``), keep the best rows (``acqcore select``), estimate what scoring
-costs (``acqcore plan``), list versions and backends (``acqcore info``)."""
+"""Score data files with a student (``acqcore score``), choose the rows to train on (``acqcore select``), compute what
+influence is measured against (``acqcore reference``), estimate what scoring costs (``acqcore plan``), list versions and
+backends (``acqcore info``)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -21,18 +23,23 @@ from acqcore import __version__, checks
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
 from acqcore.costs import command as plan_command
-from acqcore.files import data as data_files, select as select_command
+from acqcore.files import choose, data as data_files, hub, reference as reference_command
 from acqcore.files.data import Block
 from acqcore.files.executors import Executor, executor_of
 from acqcore.files.output import check_output
 from acqcore.files.parts import Parts
 from acqcore.files.summary import Summary, print_table
 from acqcore.files.table import join
+from acqcore.files.top import keep_top
 from acqcore.files.worker import ATTEMPTS, DTYPES, Job, write_failed
 from acqcore.literals import Reduction
 from acqcore.progress import Progress
 from acqcore.scoring.plan import Plan
 
+_DESCRIPTION = (
+    "Scores data files with a student (score), keeps the best rows (select), computes what influence is measured "
+    "against (reference), estimates memory and time beforehand (plan), and lists versions and backends (info)."
+)
 BLOCK_ROWS = 4096  # bounds memory; larger blocks would pack hardly better
 
 
@@ -77,13 +84,17 @@ _WRONG_USAGE = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="acqcore", description=__doc__)
+    parser = _Parser(prog="acqcore", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"acqcore {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     score = commands.add_parser("score", help="score the rows of a data file with a student")
     score.set_defaults(command=_score)
     score.add_argument("--student", required=True, metavar="M", help="hub id or local path")
-    score.add_argument("--data", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
+    score.add_argument(
+        "--data", required=True, type=Path, metavar="F", help="a .jsonl, .csv or .parquet file, or a data set: org/name"
+    )
+    score.add_argument("--data-config", metavar="C", help="configuration of a data set")
+    score.add_argument("--split", default="train", metavar="S", help="split of a data set (default: train)")
     score.add_argument(
         "--out",
         required=True,
@@ -91,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help=".parquet, .jsonl or .csv; without an extension a folder of parquet files; has every column of the data",
     )
+    score.add_argument("--top-k", type=int, metavar="K", help="write only the K rows of the highest first acquisition")
     score.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     score.add_argument(
         "--acquisitions",
@@ -99,29 +111,12 @@ def _parser() -> argparse.ArgumentParser:
         help="comma-separated, by default entropy; any of "
         f"{', '.join(name for name, entry in REGISTRY.items() if entry.over != 'set')}",
     )
-    score.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
-    score.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
-    score.add_argument("--completion-column", metavar="C", help="column with the scored text")
-    score.add_argument("--text-column", metavar="C", help="column whose text is scored whole")
-    score.add_argument(
-        "--reduction", default="mean", help=f"of token values: {', '.join(get_args(Reduction))} (default: mean)"
-    )
-    score.add_argument(
-        "--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)"
-    )
-    score.add_argument(
-        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
-    )
-    score.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
-    score.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
-    score.add_argument("--device", metavar="D", help="device (default: the engine's, cpu or one GPU per process)")
-    score.add_argument("--backend", metavar="B", help="backend, see 'acqcore info'")
+    _add_scoring_options(score)
     score.add_argument(
         "--keep-tokens",
         action="store_true",
         help="also write the scored tokens (token_ids) and their values (<acquisition>_tokens), a list each",
     )
-    score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
     score.add_argument(
         "--engine",
         choices=["local", "accelerate", "ray"],
@@ -137,15 +132,41 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="rows per block, the unit of reading, retrying and writing",
     )
-    select = commands.add_parser("select", help="keep the rows of a scored file that are worth most")
-    select.set_defaults(command=_select)
-    select_command.add_options(select)
+    chosen = commands.add_parser("select", help="choose the rows of a data file that a student would learn most from")
+    chosen.set_defaults(command=_select)
+    choose.add_options(chosen)
+    _add_scoring_options(chosen)
+    reference = commands.add_parser("reference", help="compute the reference that influence is measured against")
+    reference.set_defaults(command=_reference)
+    reference_command.add_options(reference)
     plan = commands.add_parser("plan", help="estimate memory and time of scoring")
     plan.set_defaults(command=_plan)
     plan_command.add_options(plan)
     info = commands.add_parser("info", help="versions and backends")
     info.set_defaults(command=_info)
     return parser
+
+
+def _add_scoring_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that scores rows of a file."""
+    parser.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
+    parser.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
+    parser.add_argument("--completion-column", metavar="C", help="column with the scored text")
+    parser.add_argument("--text-column", metavar="C", help="column whose text is scored whole")
+    parser.add_argument(
+        "--reduction", default="mean", help=f"of token values: {', '.join(get_args(Reduction))} (default: mean)"
+    )
+    parser.add_argument(
+        "--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
+    )
+    parser.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
+    parser.add_argument("--device", metavar="D", help="device (default: the engine's, cpu or one GPU per process)")
+    parser.add_argument("--backend", metavar="B", help="backend, see 'acqcore info'")
+    parser.add_argument("--limit", type=int, metavar="N", help="read only the first N rows")
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -182,11 +203,21 @@ def _plan(options: argparse.Namespace) -> int:
         raise _UsageError(_first_line(error)) from error
 
 
-def _select(options: argparse.Namespace) -> int:
+def _reference(options: argparse.Namespace) -> int:
     try:
-        return select_command.run(options)
+        return reference_command.run(options)
     except _WRONG_USAGE as error:
         raise _UsageError(_first_line(error)) from error
+
+
+def _select(options: argparse.Namespace) -> int:
+    try:
+        return choose.run(options, print_table)
+    except _WRONG_USAGE as error:
+        raise _UsageError(_first_line(error)) from error
+    except KeyboardInterrupt:
+        print("acqcore: interrupted; nothing was written", file=sys.stderr)
+        return 130
 
 
 def _score(options: argparse.Namespace) -> int:
@@ -198,6 +229,7 @@ def _score(options: argparse.Namespace) -> int:
         if executor.reports:
             parts.claim(manifest)
     except _WRONG_USAGE as error:
+        Parts(options.out).remove_unclaimed()
         raise _UsageError(_first_line(error)) from error
     try:
         return _run(options, job, blocks, executor, parts, begun)
@@ -223,13 +255,23 @@ def _run(
         return 0
     summary = _collect(options, job, parts, blocks, {block.index for block in todo})
     try:
-        join([parts.path(block.index) for block in blocks], job.out, job.output_columns)
+        _join(options, job, parts, blocks)
     except OSError as error:
         raise _UsageError(f"{options.out}: {_first_line(error)}; the scores are kept in {parts.folder}") from error
     if not summary.failed_blocks:
         parts.remove()
-    summary.print(options.out, begun)
+    summary.print(options.out, begun, options.top_k)
     return 1 if summary.failed_blocks or summary.errors == summary.rows else 0
+
+
+def _join(options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[Block]) -> None:
+    written = [parts.path(block.index) for block in blocks]
+    if options.top_k is None:
+        join(written, job.out, job.output_columns)
+        return
+    with tempfile.TemporaryDirectory(dir=parts.folder) as folder:
+        top = keep_top(written, options.top_k, job.plan.names[0], job.output_columns, Path(folder))
+        join(top, job.out, job.output_columns)
 
 
 def _first_line(error: Exception) -> str:
@@ -244,7 +286,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
         reduction=options.reduction, topk=options.topk, batch_tokens=options.batch_tokens, backend=options.backend,
     )  # fmt: skip
     plan.sample_by_sample("call acqcore.score from Python")
-    for name in ("limit", "block_rows"):
+    for name in ("limit", "block_rows", "top_k"):
         if getattr(options, name) is not None:
             checks.positive_int(name, getattr(options, name))
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -266,15 +308,18 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
     if Path(options.student).is_file():
         raise ValueError(f"student: expected a folder or hub id, {options.student} is a file")
     check_output(options.out, options.data, options.overwrite)
-    if ".parquet" in (options.data.suffix, options.out.suffix or ".parquet"):
+    data = options.data
+    if hub.is_name(data):
+        data = hub.export(data, options.data_config, options.split, Parts(options.out).folder)
+    if ".parquet" in (data.suffix, options.out.suffix or ".parquet"):
         checks.installed("pyarrow", "parquet", "train")
-    blocks, present = data_files.scan(options.data, options.block_rows, options.limit)
+    blocks, present = data_files.scan(data, options.block_rows, options.limit)
     if not blocks:
         raise ValueError(f"data: {options.data} has no rows")
     columns = data_files.choose_columns(present, options.prompt_column, options.completion_column, options.text_column)
     job = Job(
         student=os.path.abspath(options.student) if os.path.isdir(options.student) else options.student,
-        data=options.data.absolute(),
+        data=data.absolute(),
         out=options.out.absolute(),
         columns=columns,
         plan=plan,
@@ -284,13 +329,13 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
         kept=present,
         keep_tokens=options.keep_tokens,
     )
-    return job, blocks, _manifest(options, columns)
+    return job, blocks, _manifest(options, data, columns)
 
 
-def _manifest(options: argparse.Namespace, columns: dict[str, str]) -> dict[str, Any]:
+def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str]) -> dict[str, Any]:
     """Everything that the values and the batches depend on, which excludes the engine."""
     digest = hashlib.sha256()
-    with options.data.open("rb") as file:
+    with data.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     keys = (

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,6 @@ import torch
 import acqcore
 from acqcore.cli import main
 from acqcore.files.parts import Parts
-from acqcore.files.table import join, write_block
 
 TEXTS = ["The quick brown fox", "a fox", "The answer is 5.", "def add(a, b): return a + b", "the lazy dog"]
 
@@ -229,9 +229,107 @@ def test_every_acquisition_that_does_not_compare_samples(
         assert [row[name] for name in names] == pytest.approx([value.item() for value in expected], rel=1e-6)
 
 
+def test_a_reference_file(command: Callable[..., list[str]], student: Path, tmp_path: Path) -> None:
+    rows = [{"q": "a fox", "a": f" jumps {i}"} for i in range(4)]
+    out, columns = tmp_path / "reference.pt", ["--prompt-column", "q", "--completion-column", "a"]
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    given = ["--student", str(student), "--data", str(tmp_path / "validation.jsonl"), "--out", str(out)]
+    assert main(["reference", *given, *columns, "--parameters", "1", "--dim", "64", "--backend", "eager"]) == 0
+    arguments = json.dumps({"influence": {"reference": str(out)}})
+    assert main([*command(rows, acquisitions="influence", acquisition_args=arguments), *columns]) == 0
+    samples = [{"prompt": row["q"], "completion": row["a"]} for row in rows]
+    loaded = acqcore.Student.load(student)
+    reference = acqcore.influence_reference(loaded, samples[:2], parameters=1, dim=64, backend="eager")
+    expected = acqcore.influence(loaded, samples, reference, backend="eager")
+    assert [row["influence"] for row in read_lines(tmp_path / "out.jsonl")] == pytest.approx(
+        expected.tolist(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"text": "a fox"}', '{"text'], "validation.jsonl: line 2: not JSON"),
+        (['{"text": "a fox"}', '{"body": "a"}'], "validation.jsonl: line 2: no column 'text'"),
+        (['{"text": ""}'], "samples[0]: nothing to score"),
+    ],
+)
+def test_a_reference_set_is_whole(
+    lines: list[str], message: str, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "validation.jsonl"
+    data.write_text("\n".join(lines))
+    given = ["--student", str(student), "--data", str(data), "--out", str(tmp_path / "reference.pt")]
+    assert main(["reference", *given, "--backend", "eager"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "reference.pt").exists()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_the_highest_rows(
+    suffix: str, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[Any] = [{"text": f'{text}, "{i}"\n'} for i, text in enumerate(TEXTS)]
+    rows[1] = {"text": ""}  # without a value
+    read = {"jsonl": read_lines, "csv": read_csv, "parquet": read_parquet}[suffix]
+    whole, top = tmp_path / f"whole.{suffix}", tmp_path / f"top.{suffix}"
+    assert main(command(rows, out=whole, acquisitions="loss,entropy")) == 0
+    assert main(command(rows, out=top, acquisitions="loss,entropy", block_rows=2, top_k=3)) == 0
+    assert "4 of 5 rows scored, the 3 highest written" in " ".join(capsys.readouterr().out.split())
+    scored = [row for row in read(whole) if row["loss"] not in (None, "") and math.isfinite(float(row["loss"]))]
+    highest = sorted(scored, key=lambda row: -float(row["loss"]))[:3]
+    expected = sorted(highest, key=lambda row: int(row["row"]))
+    assert [(int(row["row"]), row["text"]) for row in read(top)] == [(int(row["row"]), row["text"]) for row in expected]
+    assert list(read(top)[0]) == list(expected[0])
+
+
+def test_a_data_set_by_name(
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    for split, texts in (("train", TEXTS), ("test", TEXTS[:2])):
+        lines = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
+        (tmp_path / "org" / "name" / f"{split}.jsonl").write_text(lines)
+    assert main(command([], data="org/name")) == 0
+    assert [row["text"] for row in read_lines(tmp_path / "out.jsonl")] == TEXTS
+    assert main([*command([], data="org/name", split="test"), "--overwrite"]) == 0
+    assert [row["text"] for row in read_lines(tmp_path / "out.jsonl")] == TEXTS[:2]
+    assert not (tmp_path / "out.jsonl.parts").exists()
+    capsys.readouterr()
+    (tmp_path / "out.jsonl").unlink()
+    assert main(command([], data="org/name", split="tests")) == 2
+    assert "acqcore: error: --data: org/name is neither a file nor a data set that loads:" in capsys.readouterr().err
+    assert main(command([], data="org/name", text_column="body")) == 2
+    assert not (tmp_path / "out.jsonl.parts").exists()
+
+
+def test_a_data_set_without_datasets(
+    command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("acqcore.checks.basic.importlib.util.find_spec", lambda name: None)
+    assert main(command([], data="org/name")) == 2
+    message = "acqcore: error: --data org/name needs datasets: run 'pip install acqcore[train]'\n"
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("name", ["acqcore", "acqcore score"])
+def test_help_is_plain_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*name.split()[1:], "--help"])
+    assert stop.value.code == 0
+    assert not re.search(r"``|:func:|:class:", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"top_k": 0}, "--top-k: expected an int >= 1, got 0"),
         ({"acquisitions": "entropie"}, "acquisitions: unknown 'entropie'"),
         ({"reduction": "median"}, "reduction: unknown 'median'"),
         ({"backend": "gpu"}, "backend: unknown 'gpu'"),
@@ -259,7 +357,7 @@ def test_every_acquisition_that_does_not_compare_samples(
         ({"acquisitions": "influence"}, "--acquisition-args: 'influence' needs 'reference'"),
         (
             {"acquisitions": "influence", "acquisition_args": '{"influence": {"reference": "data.jsonl"}}'},
-            "reference: expected a file from Reference.save, got data.jsonl",
+            "reference: expected a file from Reference.save or 'acqcore reference', got data.jsonl",
         ),
     ],
 )
@@ -543,38 +641,6 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     offered = capsys.readouterr().out
     assert "gradient_diversity" not in offered
     assert "mutual_information" in offered
-
-
-class TestSelect:
-    ROWS = ({"id": 0, "loss": 1.5}, {"id": 1, "loss": None}, {"id": 2, "loss": 3.0}, {"id": 3, "loss": -1})
-
-    @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-    @pytest.mark.parametrize(("more", "ids"), [([], [2, 0]), (["--lowest"], [3, 0])])
-    def test_the_best_rows(self, suffix: str, more: list[str], ids: list[int], tmp_path: Path) -> None:
-        data, out = tmp_path / f"in.{suffix}", tmp_path / f"out.{suffix}"
-        write_block(data, {name: [row[name] for row in self.ROWS] for name in ("id", "loss")})
-        join([data], data, ["id", "loss"])
-        words = ["select", "--data", str(data), "--by", "loss", "--count", "2", "--out", str(out)]
-        assert main([*words, *more]) == 0
-        found = {"jsonl": read_lines, "csv": read_csv, "parquet": read_parquet}[suffix](out)
-        assert [int(row["id"]) for row in found] == ids
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([data.name, out.name])
-
-    @pytest.mark.parametrize(
-        ("words", "message"),
-        [
-            (["--by", "los", "--count", "1"], "--by: unknown 'los', expected one of id, loss; did you mean 'loss'?"),
-            (["--by", "loss", "--count", "4"], "--count: expected at most 3, the rows with a score in 'loss', got 4"),
-            (["--by", "loss", "--count", "0"], "--count: expected an int >= 1, got 0"),
-        ],
-    )
-    def test_wrong_usage(
-        self, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        data = tmp_path / "in.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in self.ROWS))
-        assert main(["select", "--data", str(data), "--out", str(tmp_path / "out.csv"), *words]) == 2
-        assert capsys.readouterr().err == f"acqcore: error: {message}\n"
 
 
 def test_info_as_a_module_tells_backends_and_versions() -> None:

@@ -29,6 +29,7 @@ class Parts:
     ``block-000000.attempts`` a byte per attempt
     ``block-000000.failure``  why the block was given up
     ``lock``                  locked by the process that reports
+    ``dataset-*.parquet``     the rows of a data set that was named, see ``acqcore.files.hub``
     ========================  ===================================================================================
 
     Processes of a run share the folder; each block belongs to one process at a time. Other files in it are not touched.
@@ -166,6 +167,11 @@ class Parts:
         with contextlib.suppress(OSError):  # files of others are in it
             self.folder.rmdir()
 
+    def remove_unclaimed(self) -> None:
+        """Remove the folder if no run claimed it."""
+        if self.folder.is_dir() and not self.begun:
+            self.remove()
+
     def remove_unused(self) -> None:
         """Remove the folder if no block has begun."""
         if not any(self.folder.glob("block-*")):
@@ -179,7 +185,7 @@ class Parts:
 
 
 def _foreign(path: Path) -> bool:
-    return not (path.name == _LOCK or path.name.startswith((_MANIFEST, "block-")))
+    return not (path.name == _LOCK or path.name.startswith((_MANIFEST, "block-", "dataset-")))
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,6 +36,47 @@ def write_block(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as file:
             _write_lines(file, path.suffix, table)
     os.replace(temporary, path)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], source: Path) -> None:
+    """Write rows as one file that appears atomically.
+
+    Args:
+        rows: column -> value; a jsonl keeps a missing column missing, the others leave its cell empty.
+        columns: all of them, in order.
+        source: the file that the rows come from; a parquet's types are kept in a parquet.
+
+    Raises:
+        ModuleNotFoundError: parquet without pyarrow.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            table = {name: _arrow([row.get(name) for row in rows], kind) for name, kind in _types(source, columns)}
+            pyarrow.parquet.write_table(pyarrow.table(table), temporary)
+        else:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                if path.suffix == ".csv":
+                    csv.writer(file).writerow(_text(column) for column in columns)
+                for row in rows:
+                    present = columns if path.suffix == ".csv" else [name for name in columns if name in row]
+                    _write_lines(file, path.suffix, {name: [row.get(name)] for name in present})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _types(source: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Each column with its type in a parquet file; None for a type that its values decide."""
+    known = {}
+    if source.suffix == ".parquet":
+        import pyarrow.parquet
+
+        schema = pyarrow.parquet.read_schema(source)
+        known = dict(zip(schema.names, schema.types, strict=True))
+    return ((name, known.get(name)) for name in columns)
 
 
 def _write_lines(file: TextIO, suffix: str, table: Mapping[str, Sequence[Any]]) -> None:
@@ -91,13 +132,13 @@ def _text(value: Any) -> str | None:
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else _json(value)
 
 
-def _arrow(values: Sequence[Any]) -> Any:
-    """The values as an Arrow array, as text where Arrow has no type for all of them."""
+def _arrow(values: Sequence[Any], kind: Any = None) -> Any:
+    """The values as an Arrow array of type ``kind``; as text where neither it nor another type holds them all."""
     import pyarrow
 
     values = values if hasattr(values, "dtype") else list(values)
     try:
-        column = pyarrow.array(values)
+        column = pyarrow.array(values, kind)
         if _storable(column.type):
             return column
     except (ValueError, TypeError, OverflowError):  # pyarrow's own errors are of these

@@ -132,15 +132,9 @@ class BlockScorer:
     """
 
     def __init__(self, job: Job) -> None:
-        if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
-            from transformers.utils import logging
-
-            logging.disable_progress_bar()  # noise in a log file
         self.job = job
         self.parts = Parts(job.out)
-        self.student = Student.load(
-            job.student, dtype=None if job.dtype is None else DTYPES[job.dtype], device=job.device
-        )
+        self.student = load_student(job.student, job.dtype, job.device)
         checks.max_length(job.max_length, self.student.max_length)
         if "messages" in job.columns.values() and not getattr(self.student.tokenizer, "chat_template", None):
             raise ValueError(f"student: the tokenizer of {job.student} has no chat template, which messages need")
@@ -176,7 +170,7 @@ class BlockScorer:
         started = time.time()
         job = self.job
         records = self.reader.read(block)
-        errors = {i: message for i, record in enumerate(records) if (message := _error(record, job.columns))}
+        errors = {i: message for i, record in enumerate(records) if (message := record_error(record, job.columns))}
         rows = self._encode(records, errors)
         figures = np.full((len(records), len(job.measured)), np.nan, dtype=np.float32)
         tokens: dict[str, list[list[float]]] = {name: [[] for _ in records] for name in job.of_tokens}
@@ -219,7 +213,7 @@ class BlockScorer:
                 for name, column in zip(job.plan.names, columns, strict=True)
                 if len(valid)
             },
-            top=[(float(values[i, 0]), block.start + int(i), _shorten(records[i].values[job.shown])) for i in top],
+            top=[(float(values[i, 0]), block.start + int(i), shorten(records[i].values[job.shown])) for i in top],
             new_rows=new_rows,
             new_tokens=new_tokens,
             started=started,
@@ -233,7 +227,7 @@ class BlockScorer:
         good = [i for i in range(len(records)) if i not in errors]
         bad: dict[int, str] = {}
         encoded = encode(
-            [_sample(records[i], self.job.columns) for i in good],
+            [sample_of(records[i], self.job.columns) for i in good],
             self.student.tokenizer,
             vocab_size=self.runner.head.vocab_size,
             limit=self.student.max_length,
@@ -245,6 +239,15 @@ class BlockScorer:
         for i, row in zip(good, encoded, strict=True):
             rows[i] = row
         return rows
+
+
+def load_student(source: str, dtype: str | None, device: str | None) -> Student:
+    """The student at a hub id or path; ``dtype`` is a name in ``DTYPES``. Raises as ``Student.load``."""
+    if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # noise in a log file
+    return Student.load(source, dtype=None if dtype is None else DTYPES[dtype], device=device)
 
 
 def write_failed(job: Job, block: Block, reason: str) -> None:
@@ -282,13 +285,13 @@ def _table(
     return table
 
 
-def _error(record: Record, columns: Mapping[str, str]) -> str | None:
+def record_error(record: Record, columns: Mapping[str, str]) -> str | None:
     """The record's error, or that it lacks a column."""
     missing = [column for column, key in columns.items() if column not in record.values and key not in BESIDE]
     return record.error or (f"no column {missing[0]!r}" if missing else None)
 
 
-def _sample(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
+def sample_of(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
     """The record as a sample; cells of text hold messages as JSON, as csv files do."""
     sample = {key: record.values.get(column) for column, key in columns.items()}
     for key in ("messages", *BESIDE):
@@ -301,7 +304,7 @@ def _sample(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
     return sample
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
     """One line from a text, or from the last message of a conversation."""
     if isinstance(value, list):
         value = value[-1].get("content") or value[-1].get("tool_calls")

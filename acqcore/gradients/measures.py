@@ -170,7 +170,7 @@ class Sketch:
         """Entry (v, d) goes to place (of_rows[v] + of_columns[d]) mod dim: a row's hash, rotated by its place."""
         places = torch.arange(self.dim, device=rows.ids.device)
         for b in range(len(self.values)):
-            hashed = hash_columns(rows.values[b], of_columns, self.dim)  # [T, dim]
+            hashed = hash_columns(rows.values[b], of_columns, self.dim, rows.values.dtype)  # [T, dim]
             row = of_rows[rows.ids[b]]  # [T]
             turn = torch.where(row < 0, ~row, row)
             turned = hashed.gather(1, (places - turn[:, None]) % self.dim)
@@ -182,7 +182,7 @@ class Sketch:
         stream: int,
     ) -> None:
         places = hashed_places(values.shape[1], self.dim, self.seed, stream, device=values.device)
-        self.values += hash_columns(values, places, self.dim).to(self.values)
+        self.values += hash_columns(values, places, self.dim, values.dtype).to(self.values)
 
 
 class SiteSquares:

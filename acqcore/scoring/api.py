@@ -116,8 +116,8 @@ def _score(
                 values[:, batch.indices] = batch.values
                 for need, of_samples in batch.sketches.items():
                     sketches[need][batch.indices] = of_samples
-                for name, deviations in batch.stderr.items():
-                    stderr.setdefault(name, torch.full((len(rows),), torch.nan))[batch.indices] = deviations
+                for name, of_batch in batch.stderr.items():
+                    stderr.setdefault(name, torch.full((len(rows),), torch.nan))[batch.indices] = of_batch
                 if keep_tokens:
                     for i, sample in zip(batch.indices, batch.tokens, strict=True):
                         for name, column in sample.items():

@@ -237,8 +237,7 @@ def create_app(service: Service) -> FastAPI:
                 template_variables(sample)
             except ValueError as error:
                 raise InvalidRequestError(f"samples.{i}.{error}") from error
-        asked = [body.acquisitions] if isinstance(body.acquisitions, str) else body.acquisitions
-        names = tuple(dict.fromkeys(asked))
+        names = tuple(dict.fromkeys(body.acquisitions))
         arguments = {name: given.model_dump(exclude_none=True) for name, given in body.acquisition_args.items()}
         question = Question(names, body.reduction, json.dumps(arguments, sort_keys=True))
         loaded, values, n_tokens, errors = await answered(

@@ -3,7 +3,7 @@
 One event loop owns the queue, one thread scores: there is no lock. Samples wait in lanes, one for each student and
 question asked of it; a batch is of one lane.
 
-No request holds up another for longer than about two batches. Each sample is due when its request would have got that
+No request holds up another for longer than about three batches. Each sample is due when its request would have got that
 far, had all requests shared the model equally, and what is due first is scored first: self-clocked fair queueing
 (Golestani 1994). A batch takes ``batch_seconds`` at most, as far as the speed of its lane is known.
 """

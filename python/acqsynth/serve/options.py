@@ -19,7 +19,7 @@ class Limits:
 
     Args:
         batch_tokens: tokens that are scored in one call; requests are coalesced up to it.
-        batch_seconds: seconds that one call may take; another request waits for two of them at most.
+        batch_seconds: seconds that one call may take; another request waits for three of them at most.
         wait: seconds that a sample waits for others while the model is free.
         queue_tokens: tokens that may wait; beyond them a request is told to come again (429).
         max_samples: of a request.
@@ -36,7 +36,7 @@ class Limits:
     """
 
     batch_tokens: int = 8192
-    batch_seconds: float = 0.75
+    batch_seconds: float = 0.5
     wait: float = 0.005
     queue_tokens: int = 262_144
     max_samples: int = 256

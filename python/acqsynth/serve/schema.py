@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
@@ -37,7 +45,11 @@ class _Served:
 AcquisitionName = Annotated[str, Field(max_length=64), _Served()]
 
 T = TypeVar("T")
-Names = Annotated[list[AcquisitionName], Field(min_length=1, max_length=32, fail_fast=True)]
+Names = Annotated[
+    list[AcquisitionName],
+    Field(min_length=1, max_length=32, fail_fast=True),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
 Many = Annotated[list[T], Field(fail_fast=True)]
 
 
@@ -100,7 +112,7 @@ class Arguments(_Body):
 
 class ScoreRequest(_Body):
     samples: Many[Sample] = Field(description="as acqcore.score takes them, all of one kind")
-    acquisitions: AcquisitionName | Names = Field(["entropy"], description="a name, or several")
+    acquisitions: Names = Field(["entropy"], description="names; a single one may stand without a list")
     acquisition_args: dict[AcquisitionName, Arguments] = Field({}, description="name -> arguments")
     reduction: Literal["mean", "sum", "max", "topk"] = "mean"
     max_length: int | None = Field(
