@@ -7,6 +7,7 @@ a module that adds the stream to its own output is no branch, but one inside it 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -109,9 +110,15 @@ def with_first(output: Any, tensor: torch.Tensor) -> Any:
     """The output with its first tensor replaced."""
     if isinstance(output, torch.Tensor):
         return tensor
-    place = next(i for i, value in enumerate(output) if isinstance(value, torch.Tensor) and value.is_floating_point())
+    named = isinstance(output, Mapping)  # as transformers' ModelOutput
+    values = output.items() if named else enumerate(output)
+    place = next(key for key, value in values if isinstance(value, torch.Tensor) and value.is_floating_point())
+    if named:
+        changed = copy.copy(output)
+        changed[place] = tensor
+        return changed
     replaced = [*output[:place], tensor, *output[place + 1 :]]
-    return type(output)(replaced) if type(output) in (tuple, list) else tuple(replaced)
+    return type(output)(*replaced) if hasattr(output, "_fields") else type(output)(replaced)
 
 
 def _streaming(module: nn.Module, forward: Callable[[], Any]) -> list[nn.Module]:
