@@ -33,11 +33,11 @@ ALLOWED: dict[str, set[str]] = {
         "students",
     },
     "backends": {"_core", "checks", "head", "kernels", "philox", "vocab_parallel"},
-    "bayes": {"backends", "checks", "head", "vocab_parallel"},
+    "bayes": {"backends", "checks", "head", "head_grad", "vocab_parallel"},
     "checks": set(),
     "costs": {"acquisitions", "checks", "gradients", "literals", "scoring", "selection", "students"},
     "files": {"checks", "literals", "scoring", "selection", "students"},
-    "fisher": {"backends", "bayes", "checks", "head", "philox"},
+    "fisher": {"backends", "bayes", "checks", "head", "philox", "row_stats"},
     "gradients": {
         "backends",
         "checks",
@@ -76,7 +76,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "selection": {"checks", "literals", "scores"},
     "signs": set(),
-    "students": {"backends", "checks", "head", "vocab_parallel"},
+    "students": {"backends", "checks", "head", "literals", "vocab_parallel"},
     "testing": {"head", "row_stats"},
     "vocab_parallel": {"checks", "head"},
 }

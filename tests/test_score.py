@@ -158,8 +158,8 @@ def test_reductions(
         for name in ("entropy", "el2n"):
             torch.testing.assert_close(scores[name][i], REDUCE[reduction](reference[name]))
         perplexity = REDUCE[reduction](reference["loss"]).exp()  # of a sum it overflows
-        perplexity = perplexity.where(perplexity.isfinite(), torch.nan)
-        torch.testing.assert_close(scores["perplexity"][i], perplexity, rtol=1e-4, atol=0, equal_nan=True)
+        perplexity = perplexity.clamp_max(torch.finfo(torch.float32).max)
+        torch.testing.assert_close(scores["perplexity"][i], perplexity, rtol=1e-4, atol=0)
 
 
 def test_a_score_does_not_depend_on_the_rest_of_the_batch(
@@ -299,8 +299,8 @@ class TestNotFinite:
         ids = torch.tensor([[0, 0], [0, 1]])
         scores = acqcore.score(student, {"input_ids": ids}, ("loss", "perplexity"), backend=backend)
         torch.testing.assert_close(scores["loss"], torch.tensor([0.0, 120.0]))
-        assert scores["perplexity"].isnan().tolist() == [False, True]
-        assert scores.valid.tolist() == [True, False]
+        assert scores["perplexity"].tolist() == [1.0, torch.finfo(torch.float32).max]
+        assert scores.valid.tolist() == [True, True]
 
 
 class TestOwnAcquisition:
@@ -434,3 +434,19 @@ def test_statistics_and_gradient_norm_are_one_visit_of_the_head(
     acqcore.score(student, SAMPLES, ("entropy", "grad_norm", "el2n"), tokenizer=tokenizer, backend="cpu")
     assert calls == alone
     assert set(calls) == {"row_stats"}
+
+
+@pytest.mark.parametrize("reduction", ["sum", "max", "mean"])
+def test_a_perplexity_beyond_float32_is_its_largest(reduction: str) -> None:
+    """The most surprising sample stays the largest: an infinity would make it invalid, and never chosen."""
+    weight = torch.zeros(8, 4)
+    weight[0] = 60.0
+    student = acqcore.Student(torch.nn.Embedding.from_pretrained(torch.ones(8, 4)), acqcore.Head(weight))
+    samples = {
+        "input_ids": torch.tensor([[1, 2, 3, 4], [1, 0, 0, 0]]),
+        "labels": torch.tensor([[-100, 2, 3, 4], [-100, 0, 0, 0]]),
+    }
+    scores = acqcore.score(student, samples, "perplexity", reduction=reduction, keep_tokens=True)
+    assert scores.valid.tolist() == [True, True]
+    assert scores["perplexity"].tolist() == [torch.finfo(torch.float32).max, 1.0]
+    assert bool(scores.tokens["perplexity"][0].isfinite().all())

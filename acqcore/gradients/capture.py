@@ -185,8 +185,23 @@ class Capture:
         failed = self._probe(self._tokens[:1])
         if failed is None:
             failed = self.used = self._touched = set(self._names.values())
+            self._require_graph()
         ruled = {name for m, own in self._owners.items() if is_linear(m) or is_embedding(m) for name in own.values()}
         self._by_autograd = {p: name for p, name in self._names.items() if name in failed or name not in ruled}
+
+    def _require_graph(self) -> None:
+        """Raise ValueError where the student runs, but not with gradients; what it raises where it does not run."""
+        student = self._student
+        with torch.inference_mode(False), student.scoring():
+            student.hidden(self._tokens[:1])
+            try:
+                with torch.enable_grad():
+                    student.hidden(self._tokens[:1])
+            except Exception as error:
+                name = next(iter(self._names.values()))
+                raise ValueError(
+                    f"parameters: the student does not run with gradients, as {name} needs: {error}"
+                ) from error
 
     def _refuse_unseen(self) -> None:
         """Refuse parameters that the logits depend on and the hidden states do not, such as adapters on the head."""
@@ -294,9 +309,9 @@ class Capture:
                 try:
                     inputs = [self._leaf, *whole]
                     torch.autograd.backward(hidden, gradient.to(hidden.dtype), retain_graph=not last, inputs=inputs)
-                except torch.OutOfMemoryError:
+                except (torch.OutOfMemoryError, ValueError, OneByOne):
                     raise
-                except RuntimeError as error:
+                except Exception as error:  # of the student's own backward
                     name = next(iter(self._names.values()))
                     raise ValueError(
                         f"parameters: the gradient of {name} and others cannot be taken: {error}"

@@ -7,6 +7,7 @@ a module that adds the stream to its own output is no branch, but one inside it 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -109,9 +110,15 @@ def with_first(output: Any, tensor: torch.Tensor) -> Any:
     """The output with its first tensor replaced."""
     if isinstance(output, torch.Tensor):
         return tensor
-    place = next(i for i, value in enumerate(output) if isinstance(value, torch.Tensor) and value.is_floating_point())
+    named = isinstance(output, Mapping)  # as transformers' ModelOutput
+    values = output.items() if named else enumerate(output)
+    place = next(key for key, value in values if isinstance(value, torch.Tensor) and value.is_floating_point())
+    if named:
+        changed = copy.copy(output)
+        changed[place] = tensor
+        return changed
     replaced = [*output[:place], tensor, *output[place + 1 :]]
-    return type(output)(replaced) if type(output) in (tuple, list) else tuple(replaced)
+    return type(output)(*replaced) if hasattr(output, "_fields") else type(output)(replaced)
 
 
 def _streaming(module: nn.Module, forward: Callable[[], Any]) -> list[nn.Module]:
@@ -169,7 +176,13 @@ class _Analysis:
         return list(found.values())
 
     def _children(self, module: nn.Module) -> list[nn.Module]:
-        return [child for child in module.children() if not self._owners.isdisjoint(child.modules())]
+        found: list[nn.Module] = []
+        for child in module.children():
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # is not called itself
+                found += self._children(child)
+            elif not self._owners.isdisjoint(child.modules()):
+                found.append(child)
+        return found
 
     def _descend(self, found: dict[nn.Module, list[nn.Module]]) -> bool:
         """Replace candidates that add the stream to their output by those inside them; whether there were any.
@@ -221,7 +234,8 @@ class _Analysis:
         without = self._run(zeros, self._blocks)
         changed = {block: value.clone() for block, value in self._streams.items()}
         for value in changed.values():
-            value.flatten(0, -2)[0] *= 2
+            other = torch.randn(value.shape[-1], generator=torch.Generator().manual_seed(1)).to(value)
+            value.flatten(0, -2)[0] = other * value.abs().max()
         given = self._run(zeros, self._blocks, streams=changed)
         for block, of_block in found.items():
             name, first = type(block).__name__, without[block].flatten(0, -2)

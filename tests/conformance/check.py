@@ -176,7 +176,10 @@ def _norms(model: Any, rows: list[torch.Tensor]) -> torch.Tensor:
     parameters = [p for p in model.parameters() if p.requires_grad]
     norms = []
     for row in rows:
-        gradients = torch.autograd.grad(_loss(model, row), parameters, allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(_loss(model, row), parameters, allow_unused=True)
+        except Exception as error:
+            raise NoReference(f"{type(error).__name__}: {error}") from error
         norms.append(sum(g.double().square().sum() for g in gradients if g is not None).sqrt())
     return torch.stack(norms)
 
