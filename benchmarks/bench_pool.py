@@ -78,7 +78,8 @@ RANKING = (
 SPREADS = ("top", "balanced")
 SETS = ("badge", "facility location", "sift", "huds")
 RANDOM, ORACLE, CONTROL, DEFAULT = "random", "clean oracle", "random, and development rows", "default"
-ARMS = (RANDOM, DEFAULT, ORACLE, *RANKING, *SETS, CONTROL)
+OPTIONAL = (ORACLE, *RANKING, *SETS, CONTROL)
+ARMS = (RANDOM, DEFAULT, *OPTIONAL)
 #: What ``default`` may be: a gate on the label's trust, a ranking, a spread.
 RECIPES = tuple(
     Recipe(*parts)
@@ -433,8 +434,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop cleanly after this time")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the report (default: %(default)s)")
     parser.add_argument("--tuning-seeds", type=int, default=len(TUNING_SEEDS), help="(default: %(default)s)")
-    parser.add_argument("--without", nargs="*", default=[], choices=RANKING + SETS, help="arms to leave out")
+    parser.add_argument("--without", nargs="*", default=[], choices=OPTIONAL, help="arms to leave out")
     parser.add_argument("--no-graph", action="store_true", help="plain training steps in place of a CUDA graph")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the student's weights (default: bfloat16 on a GPU)"
+    )
     parser.add_argument("--backend", default=None, help="of acqcore (default: the first that fits)")
     parser.add_argument("--small", action="store_true", help="a tenth of every size, to try the code out; not evidence")
     arguments = parser.parse_args()
@@ -470,7 +474,10 @@ def _bench(arguments: argparse.Namespace, log: Log, deadline: float) -> Bench:
     scale = replace(scale, arms=tuple(arm for arm in scale.arms if arm not in arguments.without))
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).to(arguments.device)
     begin = time.perf_counter()
-    fitter = Fitter(model, batch=scale.batch, length=LENGTH, label_length=LABEL_LENGTH, graph=not arguments.no_graph)
+    fitter = Fitter(
+        model, batch=scale.batch, length=LENGTH, label_length=LABEL_LENGTH, graph=not arguments.no_graph,
+        dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+    )  # fmt: skip
     print(f"student ready in {time.perf_counter() - begin:.1f} s, {'CUDA graph' if fitter.captured else 'plain steps'}")
     encode = Encoder(AutoTokenizer.from_pretrained(student))
     return Bench(fitter, encode, arguments.data, scale, log, deadline, arguments.backend)
