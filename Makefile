@@ -31,9 +31,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint bench bench-pytest gpu-check gpu-peers gpu-static clean
+.PHONY: help demo test docs fuzz lint bench bench-pytest gpu-check gpu-peers gpu-static clean
 .DELETE_ON_ERROR:
-.PRECIOUS: %/.torch %/.ready %/.bench
+.PRECIOUS: %/.torch %/.ready %/.bench %/.docs
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -42,11 +42,14 @@ demo: $(DEMO)/.ready  ## score the bundled samples, a short GRPO with the score 
 	@echo "[demo] running; results go to demo-output/"
 	@PYTHONSAFEPATH=1 $(DEMO)/bin/python examples/demo.py
 
-# Status 5 of the second run: PYTEST_ARGS selects none of its tests.
+# One process a core, one thread each. Status 5 of the second run: PYTEST_ARGS selects none of its tests.
+PYTEST := PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest --import-mode=importlib \
+	-n logical --maxprocesses 8 --dist worksteal
+
 test: $(TEST)/.ready  ## run the tests against the built wheel; PYTEST_ARGS="-k entropy" passes arguments
-	@PYTHONSAFEPATH=1 $(TEST)/bin/python -m pytest --import-mode=importlib $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 	@echo "[test] the Triton backend, in Triton's interpreter"
-	@PYTHONSAFEPATH=1 TRITON_INTERPRET=1 $(TEST)/bin/python -m pytest --import-mode=importlib $(PYTEST_ARGS) \
+	@TRITON_INTERPRET=1 $(PYTEST) $(PYTEST_ARGS) \
 		$(INTERPRETED) $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
 
 # Seeds count up from FUZZ_SEED, and are printed: FUZZ_SEED=<that> FUZZ_MINUTES=1 repeats a failure.
@@ -63,6 +66,10 @@ lint: $(TEST)/.ready  ## ruff and mypy
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/mypy
+
+docs: $(TEST)/.docs  ## build the documentation into build/docs, without network; warnings are errors
+	@PYTHONSAFEPATH=1 $(TEST)/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "[docs] build/docs/index.html"
 
 # benchmarks/ is found before a package of that name that a peer (Opacus) installs; acqcore is the installed wheel.
 BENCH_PATH := $(TEST)/path
@@ -106,6 +113,11 @@ $(TEST)/.bench: $(TEST)/.ready
 	@$(TEST)/bin/python -m pip install -qq -c constraints.txt "$$(echo $(TEST)/wheel/*.whl)[bench]"
 	@$(TEST)/bin/python -m pip install -qq --no-deps $(PEERS)
 	@mkdir -p $(BENCH_PATH) && ln -sfn ../../benchmarks ../../examples $(BENCH_PATH)/
+	@touch $@
+
+$(TEST)/.docs: $(TEST)/.ready
+	@echo "[$(TEST)] installing what builds the documentation"
+	@$(TEST)/bin/python -m pip install -qq -c constraints.txt "$$(echo $(TEST)/wheel/*.whl)[docs,serve]"
 	@touch $@
 
 # The wheel is installed by force, as its version stays while the sources change; then what its extras lack.

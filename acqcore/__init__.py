@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from acqcore.acquisitions import Acquisition, register
 from acqcore.backends import BackendInfo
 from acqcore.bayes import BayesStats, ensemble_stats, mutual_information
+from acqcore.gradients.laplace import LaplacePosterior
 from acqcore.gradients.reference import Reference
 from acqcore.head import Head
 from acqcore.head_grad import head_grad_norm, hidden_grad, hidden_grad_norm
@@ -20,9 +21,17 @@ from acqcore.row_stats import RowStats, logit_stats, row_stats
 from acqcore.scores import Scores
 from acqcore.scoring.api import score, score_stream
 from acqcore.scoring.epig import EpigReference, epig, epig_reference
-from acqcore.scoring.gradients import badge_embedding, grad_norm, grad_sketch, influence, influence_reference
+from acqcore.scoring.gradients import (
+    badge_embedding,
+    grad_norm,
+    grad_sketch,
+    influence,
+    influence_reference,
+    laplace_posterior,
+)
 from acqcore.selection.diversity import Archive, gradient_diversity, vendi_score
 from acqcore.selection.subsets import select
+from acqcore.selection.trust import label_trust
 from acqcore.students.samples import Row, encode
 from acqcore.students.sharding import loading_whole
 from acqcore.students.student import Student
@@ -42,6 +51,7 @@ __all__ = [
     "BayesStats",
     "EpigReference",
     "Head",
+    "LaplacePosterior",
     "Reduction",
     "Reference",
     "Row",
@@ -64,6 +74,8 @@ __all__ = [
     "hidden_grad_norm",
     "influence",
     "influence_reference",
+    "label_trust",
+    "laplace_posterior",
     "loading_whole",
     "logit_stats",
     "mutual_information",

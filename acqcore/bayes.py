@@ -27,7 +27,9 @@ from acqcore import checks
 from acqcore.backends import DrawRows, Dropout, get as get_backend, select as select_backend
 from acqcore.backends.chunked import float32_products
 from acqcore.backends.chunked_mixture import mixture_in_chunks
+from acqcore.backends.scatter import on_device
 from acqcore.head import Head, compute_dtype
+from acqcore.head_grad import sample_of_rows
 from acqcore.vocab_parallel import check_tiling, group_ranks
 
 FORMS = ("element", "block")
@@ -226,9 +228,10 @@ def places(
     row = torch.arange(len(hidden), device=hidden.device)
     if offsets is None:
         return torch.zeros_like(row), row
-    checks.offsets(offsets, hidden)
-    sample = torch.arange(len(offsets) - 1, device=hidden.device).repeat_interleave(offsets.diff())
-    return sample, row - offsets[sample]
+    bounds = checks.offsets(offsets, hidden)
+    sample = sample_of_rows(bounds, hidden.device)
+    begins = on_device(torch.tensor([begin for begin, _ in bounds], dtype=torch.int64), hidden.device)
+    return sample, row - begins[sample]
 
 
 def _mixture_stats(

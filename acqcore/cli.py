@@ -1,4 +1,5 @@
-"""Score data files with a student (``acqcore score``), estimate what that costs (``acqcore plan``), list versions and
+"""Score data files with a student (``acqcore score``), choose the rows to train on (``acqcore select``), compute what
+influence is measured against (``acqcore reference``), estimate what scoring costs (``acqcore plan``), list versions and
 backends (``acqcore info``)."""
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -21,20 +23,30 @@ from acqcore import __version__, checks
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
 from acqcore.costs import command as plan_command
-from acqcore.files import data as data_files
+from acqcore.files import choose, data as data_files, hub, reference as reference_command
 from acqcore.files.data import Block
-from acqcore.files.executors import executor_of
+from acqcore.files.executors import Executor, executor_of
+from acqcore.files.output import check_output
 from acqcore.files.parts import Parts
 from acqcore.files.summary import Summary, print_table
+from acqcore.files.table import join
+from acqcore.files.top import keep_top
 from acqcore.files.worker import ATTEMPTS, DTYPES, Job, write_failed
 from acqcore.literals import Reduction
 from acqcore.progress import Progress
 from acqcore.scoring.plan import Plan
 
+_DESCRIPTION = (
+    "Scores data files with a student (score), keeps the best rows (select), computes what influence is measured "
+    "against (reference), estimates memory and time beforehand (plan), and lists versions and backends (info)."
+)
 BLOCK_ROWS = 4096  # bounds memory; larger blocks would pack hardly better
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)  # --top is not --topk
+
     def error(self, message: str) -> Any:
         """One sentence without the usage text."""
         self.exit(2, f"acqcore: error: {message}\n")
@@ -50,11 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options))
     except _UsageError as error:
-        print(f"acqcore: error: {error}", file=sys.stderr)
+        print(f"acqcore: error: {_of_options(str(error), options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("acqcore: interrupted; the same command resumes after the last finished batch", file=sys.stderr)
         return 130
+
+
+def _of_options(message: str, options: argparse.Namespace) -> str:
+    """The message with the option in the place of the argument that it begins with: ``--max-length: expected ...``."""
+    name, colon, rest = message.partition(":")
+    return f"--{name.replace('_', '-')}{colon}{rest}" if name in vars(options) else message
 
 
 class _UsageError(Exception):
@@ -66,43 +84,39 @@ _WRONG_USAGE = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="acqcore", description=__doc__)
+    parser = _Parser(prog="acqcore", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"acqcore {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     score = commands.add_parser("score", help="score the rows of a data file with a student")
     score.set_defaults(command=_score)
     score.add_argument("--student", required=True, metavar="M", help="hub id or local path")
-    score.add_argument("--data", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
+    score.add_argument(
+        "--data", required=True, type=Path, metavar="F", help="a .jsonl, .csv or .parquet file, or a data set: org/name"
+    )
+    score.add_argument("--data-config", metavar="C", help="configuration of a data set")
+    score.add_argument("--split", default="train", metavar="S", help="split of a data set (default: train)")
     score.add_argument(
         "--out",
         required=True,
         type=Path,
         metavar="F",
-        help=".parquet, .jsonl or .csv; without an extension a folder of parquet files",
+        help=".parquet, .jsonl or .csv; without an extension a folder of parquet files; has every column of the data",
     )
+    score.add_argument("--top-k", type=int, metavar="K", help="write only the K rows of the highest first acquisition")
+    score.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     score.add_argument(
         "--acquisitions",
         default="entropy",
         metavar="A,B",
-        help=f"comma-separated, by default entropy; any of {', '.join(REGISTRY)}",
+        help="comma-separated, by default entropy; any of "
+        f"{', '.join(name for name, entry in REGISTRY.items() if entry.over != 'set')}",
     )
-    score.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
-    score.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
-    score.add_argument("--completion-column", metavar="C", help="column with the scored text")
-    score.add_argument("--text-column", metavar="C", help="column whose text is scored whole")
+    _add_scoring_options(score)
     score.add_argument(
-        "--reduction", default="mean", help=f"of token values: {', '.join(get_args(Reduction))} (default: mean)"
+        "--keep-tokens",
+        action="store_true",
+        help="also write the scored tokens (token_ids) and their values (<acquisition>_tokens), a list each",
     )
-    score.add_argument(
-        "--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)"
-    )
-    score.add_argument(
-        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
-    )
-    score.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
-    score.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
-    score.add_argument("--device", metavar="D", help="device (default: the engine's, cpu or one GPU per process)")
-    score.add_argument("--backend", metavar="B", help="backend, see 'acqcore info'")
-    score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
     score.add_argument(
         "--engine",
         choices=["local", "accelerate", "ray"],
@@ -118,12 +132,41 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="rows per block, the unit of reading, retrying and writing",
     )
+    chosen = commands.add_parser("select", help="choose the rows of a data file that a student would learn most from")
+    chosen.set_defaults(command=_select)
+    choose.add_options(chosen)
+    _add_scoring_options(chosen)
+    reference = commands.add_parser("reference", help="compute the reference that influence is measured against")
+    reference.set_defaults(command=_reference)
+    reference_command.add_options(reference)
     plan = commands.add_parser("plan", help="estimate memory and time of scoring")
     plan.set_defaults(command=_plan)
     plan_command.add_options(plan)
     info = commands.add_parser("info", help="versions and backends")
     info.set_defaults(command=_info)
     return parser
+
+
+def _add_scoring_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that scores rows of a file."""
+    parser.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
+    parser.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
+    parser.add_argument("--completion-column", metavar="C", help="column with the scored text")
+    parser.add_argument("--text-column", metavar="C", help="column whose text is scored whole")
+    parser.add_argument(
+        "--reduction", default="mean", help=f"of token values: {', '.join(get_args(Reduction))} (default: mean)"
+    )
+    parser.add_argument(
+        "--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)"
+    )
+    parser.add_argument(
+        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
+    )
+    parser.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
+    parser.add_argument("--device", metavar="D", help="device (default: the engine's, cpu or one GPU per process)")
+    parser.add_argument("--backend", metavar="B", help="backend, see 'acqcore info'")
+    parser.add_argument("--limit", type=int, metavar="N", help="read only the first N rows")
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -160,6 +203,23 @@ def _plan(options: argparse.Namespace) -> int:
         raise _UsageError(_first_line(error)) from error
 
 
+def _reference(options: argparse.Namespace) -> int:
+    try:
+        return reference_command.run(options)
+    except _WRONG_USAGE as error:
+        raise _UsageError(_first_line(error)) from error
+
+
+def _select(options: argparse.Namespace) -> int:
+    try:
+        return choose.run(options, print_table)
+    except _WRONG_USAGE as error:
+        raise _UsageError(_first_line(error)) from error
+    except KeyboardInterrupt:
+        print("acqcore: interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
 def _score(options: argparse.Namespace) -> int:
     begun = time.time()
     try:
@@ -169,30 +229,49 @@ def _score(options: argparse.Namespace) -> int:
         if executor.reports:
             parts.claim(manifest)
     except _WRONG_USAGE as error:
+        Parts(options.out).remove_unclaimed()
         raise _UsageError(_first_line(error)) from error
+    try:
+        return _run(options, job, blocks, executor, parts, begun)
+    finally:
+        parts.release()
+
+
+def _run(
+    options: argparse.Namespace, job: Job, blocks: Sequence[Block], executor: Executor, parts: Parts, begun: float
+) -> int:
     todo = [block for block in blocks if not parts.finished(block.index)]
     n_rows, left = sum(block.rows for block in blocks), sum(block.rows for block in todo)
     with Progress(n_rows, None if executor.reports else False, "rows") as bar:
         bar.update(n_rows - left)
         try:
             executor.run(job, todo, bar.update)
-        except _WRONG_USAGE as error:  # of the student: what the blocks raise, the scorer keeps
+        except Exception as error:  # of the student, whose files may hold anything; what blocks raise, the scorer keeps
             if executor.reports:
                 parts.remove_unused()
-            raise _UsageError(_first_line(error)) from error
+            kind = "" if isinstance(error, _WRONG_USAGE) else f"{type(error).__name__}: "
+            raise _UsageError(kind + (_first_line(error) or type(error).__name__)) from error
     if not executor.reports:
         return 0
     summary = _collect(options, job, parts, blocks, {block.index for block in todo})
     try:
-        data_files.join([parts.path(block.index) for block in blocks], job.out, job.output_columns)
-    except (ValueError, TypeError) as error:
-        raise _UsageError(
-            f"{options.out}: {_first_line(error)}; the scores are kept in {parts.folder}, a .jsonl output can hold them"
-        ) from error
+        _join(options, job, parts, blocks)
+    except OSError as error:
+        raise _UsageError(f"{options.out}: {_first_line(error)}; the scores are kept in {parts.folder}") from error
     if not summary.failed_blocks:
         parts.remove()
-    summary.print(options.out, begun)
+    summary.print(options.out, begun, options.top_k)
     return 1 if summary.failed_blocks or summary.errors == summary.rows else 0
+
+
+def _join(options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[Block]) -> None:
+    written = [parts.path(block.index) for block in blocks]
+    if options.top_k is None:
+        join(written, job.out, job.output_columns)
+        return
+    with tempfile.TemporaryDirectory(dir=parts.folder) as folder:
+        top = keep_top(written, options.top_k, job.plan.names[0], job.output_columns, Path(folder))
+        join(top, job.out, job.output_columns)
 
 
 def _first_line(error: Exception) -> str:
@@ -207,7 +286,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
         reduction=options.reduction, topk=options.topk, batch_tokens=options.batch_tokens, backend=options.backend,
     )  # fmt: skip
     plan.sample_by_sample("call acqcore.score from Python")
-    for name in ("limit", "block_rows"):
+    for name in ("limit", "block_rows", "top_k"):
         if getattr(options, name) is not None:
             checks.positive_int(name, getattr(options, name))
     n_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -224,55 +303,44 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
         raise ValueError(
             f"device: expected cpu or cuda with --engine ray, which gives each worker one, got {options.device}"
         )
-    _check_output(options.out)
-    if ".parquet" in (options.data.suffix, options.out.suffix or ".parquet"):
+    if options.engine != "ray":  # whose workers may have other devices
+        checks.device("device", options.device)
+    if Path(options.student).is_file():
+        raise ValueError(f"student: expected a folder or hub id, {options.student} is a file")
+    check_output(options.out, options.data, options.overwrite)
+    data = options.data
+    if hub.is_name(data):
+        data = hub.export(data, options.data_config, options.split, Parts(options.out).folder)
+    if ".parquet" in (data.suffix, options.out.suffix or ".parquet"):
         checks.installed("pyarrow", "parquet", "train")
-    blocks, present = data_files.scan(options.data, options.block_rows, options.limit)
+    blocks, present = data_files.scan(data, options.block_rows, options.limit)
     if not blocks:
         raise ValueError(f"data: {options.data} has no rows")
     columns = data_files.choose_columns(present, options.prompt_column, options.completion_column, options.text_column)
     job = Job(
         student=os.path.abspath(options.student) if os.path.isdir(options.student) else options.student,
-        data=options.data.absolute(),
+        data=data.absolute(),
         out=options.out.absolute(),
         columns=columns,
         plan=plan,
         max_length=options.max_length,
         dtype=options.dtype,
         device=options.device,
+        kept=present,
+        keep_tokens=options.keep_tokens,
     )
-    for column in columns:
-        if column in ("row", *names, "n_tokens", "valid", "error"):
-            raise ValueError(f"data: the column {column!r} has the name of an output column; rename it")
-    return job, blocks, _manifest(options, columns)
+    return job, blocks, _manifest(options, data, columns)
 
 
-def _check_output(out: Path) -> None:
-    """``--out`` is a file of a known kind, or without an extension a folder that is new or that this run began."""
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"out: the folder {out.parent} does not exist")
-    if out.suffix and out.suffix not in data_files.SUFFIXES:
-        raise ValueError(
-            f"extension of {out.name}: unknown {out.suffix!r}, expected one of {', '.join(data_files.SUFFIXES)}, or "
-            "none for a folder of parquet files"
-        )
-    if out.suffix and out.is_dir():
-        raise ValueError(f"out: {out} is a folder; to write one of parquet files give it a name without an extension")
-    if not out.suffix and out.is_file():
-        raise ValueError(f"out: {out} is a file; a name without an extension is a folder of parquet files")
-    if not out.suffix and not Parts(out).folder.exists() and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"out: the folder {out} is not empty")
-
-
-def _manifest(options: argparse.Namespace, columns: dict[str, str]) -> dict[str, Any]:
+def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str]) -> dict[str, Any]:
     """Everything that the values and the batches depend on, which excludes the engine."""
     digest = hashlib.sha256()
-    with options.data.open("rb") as file:
+    with data.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     keys = (
         "student", "acquisitions", "acquisition_args", "reduction", "topk", "batch_tokens", "max_length", "dtype",
-        "device", "backend", "limit", "block_rows",
+        "device", "backend", "limit", "block_rows", "keep_tokens",
     )  # fmt: skip
     files = sorted(Path(options.student).rglob("*")) if os.path.isdir(options.student) else []
     return {
@@ -288,7 +356,7 @@ def _collect(
     options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[Block], new: Collection[int]
 ) -> Summary:
     """Summary of all blocks. Reports rows that could not be scored, and marks those of failed blocks."""
-    summary = Summary(job.plan.names, list(job.columns)[-1])
+    summary = Summary(job.plan.names, job.shown)
     place = "line" if job.data.suffix == ".jsonl" else "row"
     for block in blocks:
         report = parts.report(block.index)

@@ -16,13 +16,14 @@ those columns, of which the ranks add up D, one and ``dim`` numbers: dL/dh, the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 
 from acqcore import checks
 from acqcore.backends import Backend, HeadRows, select as select_backend
-from acqcore.backends.scatter import add_at
+from acqcore.backends.scatter import add_at, on_device
 from acqcore.head import Head, compute_dtype
 from acqcore.head_visit import FORMS, visit
 from acqcore.row_stats import (
@@ -156,7 +157,8 @@ def head_grad_norm(
         hidden: ``[N, D]``, the scored tokens of B samples one after another.
         head: the last layer.
         targets: ``[N]`` int64; -100 marks rows to ignore.
-        offsets: ``[B + 1]`` int64, increasing from 0 to N: sample i is rows ``offsets[i]:offsets[i + 1]``.
+        offsets: ``[B + 1]`` int64, increasing from 0 to N: sample i is rows ``offsets[i]:offsets[i + 1]``. On the
+            CPU they spare the host a wait for the GPU.
         loss: ``mean`` over a sample's scored tokens, or ``sum``.
         token_weights: ``[N]`` floating point, multiply each token's loss; None for ones.
         temperature: divides the logits.
@@ -178,8 +180,10 @@ def head_grad_norm(
     checks.one_of("form", form, FORMS)
     chosen = checked_backend(hidden, head, targets, temperature, backend, "head_grad_norm")
     bounds = checks.offsets(offsets, targets)
-    weights = loss_weights(targets, bounds, loss, token_weights)
-    return visit(hidden, head, targets, bounds, temperature, chosen, form).grad_norm(weights)
+    weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
+    norm = visit(hidden, head, targets, bounds, temperature, chosen, form).grad_norm(weights)
+    check_scored()
+    return norm
 
 
 @torch.no_grad()
@@ -222,13 +226,15 @@ def grad_sketch(
     checks.positive_int("dim", dim)
     chosen = checked_backend(hidden, head, targets, temperature, backend, "delta_hash")
     bounds = checks.offsets(offsets, targets)
-    weights = loss_weights(targets, bounds, loss, token_weights)
+    weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
     stats = None  # found in the same visit of the weights, unless ranks share them
     if head.group is not None or not len(head.weight):
         stats = row_stats(hidden, head, targets, temperature=temperature, backend=backend)
     trusted = checks.targets_in_range(targets, head.vocab_size)
     assert trusted is not None
-    return _sketches(hidden, head, trusted, stats, bounds, weights, temperature, chosen, dim, seed)
+    sketches = _sketches(hidden, head, trusted, stats, bounds, weights, temperature, chosen, dim, seed)
+    check_scored()
+    return sketches
 
 
 def loss_weights(
@@ -238,21 +244,43 @@ def loss_weights(
     token_weights: torch.Tensor | None,  # [N]
 ) -> torch.Tensor:
     """Weight of each token's gradient in its sample's, ``[N]`` float64: zero where ignored."""
-    segments = sample_of_rows(bounds, targets.device)
-    weights = (targets != checks.IGNORE_INDEX).double()
-    counts = weights.new_zeros(len(bounds))
-    add_at(counts, 0, segments, weights)
-    checks.scored_tokens(counts)
+    weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
+    check_scored()
+    return weights
+
+
+def _loss_weights(
+    targets: torch.Tensor,  # [N]
+    bounds: Bounds,
+    loss: str,
+    token_weights: torch.Tensor | None,  # [N]
+) -> tuple[torch.Tensor, Callable[[], None]]:
+    """:func:`loss_weights`, and the check that every sample has a scored token, for when all work is queued."""
+    scored = targets != checks.IGNORE_INDEX
+    edges = on_device(torch.tensor([0, *(end for _, end in bounds)]), targets.device)
+    through = torch.nn.functional.pad(scored.cumsum(0), (1, 0))[edges]
+    counts = through[1:] - through[:-1]
+    check_scored = checks.scored_tokens(counts)
+    weights = scored.double()
     if token_weights is not None:
         checks.token_weights(token_weights, targets)
         weights = weights * token_weights.double()
-    return weights / counts[segments] if loss == "mean" else weights
+    if loss == "mean":
+        weights = weights / counts[_samples(edges, len(targets))]
+    return weights, check_scored
 
 
 def sample_of_rows(bounds: Bounds, device: torch.device) -> torch.Tensor:
     """Number of the sample of each row, ``[N]`` int64."""
-    lengths = torch.tensor([end - begin for begin, end in bounds], dtype=torch.int64)
-    return torch.arange(len(bounds)).repeat_interleave(lengths).to(device)
+    edges = on_device(torch.tensor([0, *(end for _, end in bounds)]), device)
+    return _samples(edges, bounds[-1][1] if bounds else 0)
+
+
+def _samples(
+    edges: torch.Tensor,  # [B + 1]
+    n: int,
+) -> torch.Tensor:
+    return torch.searchsorted(edges[1:], torch.arange(n, device=edges.device), right=True)
 
 
 def delta_product(
@@ -324,6 +352,8 @@ def _sketches(
     """``[B, dim]``."""
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     of_rows, of_columns = head_places(head, dim, seed)
+    if not bounds:  # of which torch has no transform
+        return hidden.new_empty((0, dim), dtype=dtype)
     sketches = hidden.new_zeros((len(bounds), dim // 2 + 1), dtype=_complex(dtype))
     segments = sample_of_rows(bounds, hidden.device)
     for begin in range(0, len(hidden) if len(head.weight) else 0, SKETCH_ROWS):
@@ -336,8 +366,11 @@ def _sketches(
             state, index = stats.state[:, part].contiguous(), stats.max_index[part]
             chosen.delta_hash(HeadRows(hidden[part], head, targets[part], temperature, state, index), of_rows, left)
         left *= weights[part, None].to(dtype)
-        right = hash_columns(hidden[part].to(dtype), of_columns, dim)
-        add_at(sketches, 0, segments[part], torch.fft.rfft(left) * torch.fft.rfft(right))
+        spectrum = torch.fft.rfft(left)
+        del left  # so that no more than 64 MiB are held at a time
+        spectrum *= torch.fft.rfft(hash_columns(hidden[part], of_columns, dim, dtype))
+        add_at(sketches, 0, segments[part], spectrum)
+        del spectrum
     return summed(torch.fft.irfft(sketches, n=dim), head.group)
 
 
@@ -352,11 +385,13 @@ def hash_columns(
     values: torch.Tensor,  # [..., D]
     places: torch.Tensor,  # [D] int32
     dim: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Signed sums of the columns that share a place, ``[..., dim]``."""
+    """Signed sums of the columns that share a place, ``[..., dim]`` in ``dtype``."""
     minus = places < 0
-    out = values.new_zeros((*values.shape[:-1], dim))
-    add_at(out, out.ndim - 1, torch.where(minus, ~places, places), values.where(~minus, -values))
+    out = values.new_zeros((*values.shape[:-1], dim), dtype=dtype)
+    sign = torch.where(minus, -1, 1).to(dtype)
+    add_at(out, out.ndim - 1, torch.where(minus, ~places, places), values * sign)
     return out
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from acqcore.backends import Backend, Gram, HeadRows
+from acqcore.backends.scatter import on_device
 from acqcore.head import Head, compute_dtype
 from acqcore.row_stats import MAX, RowStats, empty_gram, over_vocabulary, own_stats
 from acqcore.vocab_parallel import summed
@@ -50,16 +51,15 @@ class HeadVisit:
         )
         squared = torch.zeros(len(self.bounds), dtype=torch.float64, device=device)
         if len(self.head.weight):  # a shard may be empty; backends never see one
-            if self.gram is not None:
-                share = torch.empty(len(self.short), dtype=torch.float64, device=device)
-                self.backend.gram_norm(rows, self.gram, self.local_max, weights, share)
-                squared[list(self.short)] = share
             covered = frozenset(self.short)
             long = [i for i in range(len(self.bounds)) if i not in covered]
+            of_short, of_long = squared.split([len(self.short), len(long)])
+            if self.gram is not None:
+                self.backend.gram_norm(rows, self.gram, self.local_max, weights, of_short)
             if long:
-                share = torch.empty(len(long), dtype=torch.float64, device=device)
-                self.backend.head_grad_norm(rows, tuple(self.bounds[i] for i in long), weights, share)
-                squared[long] = share
+                self.backend.head_grad_norm(rows, tuple(self.bounds[i] for i in long), weights, of_long)
+            if long and self.short:
+                squared = squared[on_device(torch.tensor([*self.short, *long]).argsort(), device)]
         return summed(squared, self.head.group).clamp_min(0).sqrt().to(stats.dtype)
 
 

@@ -15,7 +15,7 @@ Layers: TypeAlias = Literal["all", "own"] | int
 #: Dropout of single columns of the last hidden state, or of groups of them.
 Form: TypeAlias = Literal["element", "block"]
 #: What is uncertain in the linear form of mutual information: activations under dropout, or weights.
-Posterior: TypeAlias = Literal["dropout", "isotropic"]
+Posterior: TypeAlias = Literal["dropout", "isotropic", "laplace"]
 Similarity: TypeAlias = Literal["cosine", "dot"]
 #: Of :func:`acqcore.select`.
 Method: TypeAlias = Literal["top_k", "k_center", "facility_location", "badge", "log_det"]

@@ -2,23 +2,26 @@
 
 ``python -m benchmarks.bench_row_stats`` measures on the CPU, prints and writes ``results/row_stats.json`` and ``.png``;
 ``--device cuda --out FILE`` measures on a GPU and writes that file; ``make bench-pytest`` drives the CPU's peers
-through pytest-benchmark on a small shape. Rates count the product alone (2 N D V); the bare ``hidden @ weight.T``
-beside them is what torch's BLAS reaches here, and on a GPU the ceiling that shares are of.
+through pytest-benchmark on a small shape. Rates count the product alone (2 N D V). On the CPU shares are of the peak
+of multiply-adds measured in the same turns (``peak.py``), for every instruction set the processor has; on a GPU of
+the bare ``hidden @ weight.T``.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import acqcore
-from benchmarks import harness
+from benchmarks import harness, peak
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [N, D], weight [V, D], targets [N]
 
@@ -118,6 +121,7 @@ PEERS: dict[str, Callable[..., object]] = {
     "torch linear_cross_entropy (mean loss)": torch_linear_cross_entropy,
 }
 BASELINE = "hidden @ weight.T (no statistics)"
+PEAK = "peak of multiply-adds"
 
 GPU_PEERS: dict[str, Callable[..., object]] = {
     BASELINE: bare_product,
@@ -203,10 +207,53 @@ def on_cpu(turns: int, out: Path | None) -> None:
         peers: dict[str, Callable[[], object]] = {name: partial(PEERS[name], *inputs) for name in names}
         case = f"N={n} D={d} V={v} {str(dtype).removeprefix('torch.')}"
         baseline = BASELINE if with_peers else names[0]
+        work = 2.0 * n * d * v
+        peers[PEAK] = peak.multiply_adds(work, str(harness.machine()["instruction_set"]), dtype)
         print(f"measuring {case} ...", flush=True)
-        rows += harness.measure(case, peers, baseline=baseline, work=2.0 * n * d * v, turns=turns if with_peers else 3)
-    notes: dict[str, object] = {"ratio_to": BASELINE, "not_measured": absent}
+        rows += harness.measure(
+            case, peers, baseline=baseline, work=work, turns=turns if with_peers else 3, ceiling=PEAK
+        )
+    for dtype in (torch.float32, torch.bfloat16):
+        rows += by_instruction_set(dtype, turns)
+    notes: dict[str, object] = {
+        "ratio_to": BASELINE,
+        "not_measured": absent,
+        "copy_gb_per_second": peak.copy_bandwidth() / 1e9,
+    }
     harness.report("row_stats", rows, unit="GFLOP/s", notes=notes, out=out)
+
+
+def by_instruction_set(dtype: torch.dtype, turns: int) -> list[harness.Row]:
+    """All statistics by each instruction set this processor has, beside its own peak."""
+    n, d, v = 1024, 576, 49152
+    inputs = make_inputs(n, d, v, dtype)
+    work = 2.0 * n * d * v
+    rows = []
+    for instruction_set in instruction_sets():
+        name = f"acqcore cpu, {instruction_set}"
+        peers: dict[str, Callable[[], object]] = {
+            name: partial(ours_with, instruction_set, *inputs),
+            PEAK: peak.multiply_adds(work, instruction_set, dtype),
+        }
+        case = f"N={n} D={d} V={v} {harness.name(dtype)}, {instruction_set}"
+        print(f"measuring {case} ...", flush=True)
+        rows += harness.measure(case, peers, baseline=name, work=work, turns=turns, memory=False, ceiling=PEAK)
+    return rows
+
+
+def instruction_sets() -> list[str]:
+    """Those of the cpu backend that this processor has and ``peak.py`` has a loop for, the best first."""
+    from acqcore import _core
+
+    usable = [name for name, reason in dict(_core.isas()).items() if not reason]
+    return [name for name in usable if any(name == key[0] for key in peak.LOOPS)]
+
+
+def ours_with(
+    instruction_set: str, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> acqcore.RowStats:
+    with mock.patch.dict(os.environ, ACQCORE_ISA=instruction_set):
+        return acqcore.row_stats(hidden, acqcore.Head(weight), targets, backend="cpu")
 
 
 @pytest.mark.parametrize("peer", PEERS)

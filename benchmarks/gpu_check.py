@@ -4,6 +4,7 @@ Stages, each with a cap in seconds; one that fails or runs out of time stops non
 
     parity     every operation on small shapes against float64, in processes side by side; the extension is compiled
                meanwhile, and compilers' caches are filled for the next stage
+    variants   instead of it: what chooses among variants (``gpu_variants``), and the norm's and dL/dh's parity
     mission    every operation at the shapes that matter, beside the bare product, eager torch and peers
     sanitizer  compute-sanitizer over the smallest shapes
     score      whole students
@@ -45,7 +46,7 @@ PEERS = ROOT / "build" / "gpu-peers"
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
 
 #: stage -> cap in seconds
-CAPS = {"parity": 100.0, "mission": 150.0, "sanitizer": 60.0, "score": 60.0, "tune": 120.0}
+CAPS = {"parity": 100.0, "variants": 85.0, "mission": 150.0, "sanitizer": 60.0, "score": 60.0, "tune": 120.0}
 BUILD_SECONDS = 150.0
 #: Processes that compile and check kernels side by side; the build and the warm-up have the other cores.
 WORKERS = max(2, (os.cpu_count() or 2) - 4)
@@ -138,6 +139,7 @@ class Run:
         self.log = out / "gpu-log.txt"
         self.stages: list[Stage] = []
         self.tuning: list[str] = []
+        self.groups: list[str] = []
         self.machine = machine(dry_run)
         name = "dry-run" if dry_run else str(self.machine["gpu"])
         self.stem = "gpu-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -299,6 +301,40 @@ def parity(run: Run, cap: float) -> None:
         run.add("warm-up", None, "ended before all was compiled")
 
 
+def variants(run: Run, cap: float) -> None:
+    """Parity of every variant, and everything that the mission will call compiled, while the extension is built."""
+    deadline = time.monotonic() + cap
+    building = start_build(run)
+    common = ["--device", run.device]
+
+    def workers(name: str, count: int, *arguments: str) -> dict[str, subprocess.Popen[bytes]]:
+        return {
+            f"{name} {i}": run.start(
+                f"{name} {i}", [*module(*arguments), *common, "--worker", str(i), "--of", str(count)],
+                OMP_NUM_THREADS="1",
+            )
+            for i in range(count)
+        }  # fmt: skip
+
+    half = max(2, WORKERS // 2)
+    rows = ["--rows", str(run.rows), "--dtypes", "bfloat16"]
+    cases = ["128 tokens", "32 tokens", "odd"]
+    parity = ("benchmarks.gpu_parity", *rows)
+    checks = workers("parity of variants", half, *parity, "--variants", "--backends", "triton")
+    checks |= workers(
+        "parity of norms", 2, *parity, "--backends", "triton", "--ops", "head_grad_norm", "--cases", *cases
+    )
+    ops = ["--ops", "the host never waits", "--cases", "row_stats", "head_grad_norm", "hidden_grad"]
+    checks |= workers("waits", 1, *parity, "--backends", "triton", *ops)
+    run.wait("parity of variants", checks | workers("warm-up", half, "benchmarks.gpu_variants"), cap * 0.75)
+    if run.wait("build", {"build": building}, BUILD_SECONDS) and "cuda" in backends(run):
+        of_cuda = workers(
+            "parity of cuda", 6, *parity, "--backends", "cuda", "--ops", "head_grad_norm", "hidden_grad",
+            "--cases", *cases,
+        )  # fmt: skip
+        run.wait("parity of cuda", of_cuda, max(15.0, deadline - time.monotonic()))
+
+
 def backends(run: Run) -> list[str]:
     """The backends of the device; one that is missing must not pass as one that was tested."""
     code = (
@@ -321,6 +357,8 @@ def backends(run: Run) -> list[str]:
 def mission(run: Run, cap: float) -> None:
     turns = "2" if run.dry_run else "7"
     command = module("benchmarks.gpu_mission", "--device", run.device, "--rows", str(run.rows), "--turns", turns)
+    if run.groups:
+        command += ["--groups", *run.groups]
     run.wait("mission", {"mission": run.start("mission", command)}, cap)
 
 
@@ -333,10 +371,16 @@ def sanitizer(run: Run, cap: float) -> None:
     if checker is None:
         run.add("sanitizer", None, "compute-sanitizer is not installed")
         return
-    command = [checker, "--tool", "memcheck", "--error-exitcode", "9", *command]
-    process = run.start("sanitizer", command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    run.wait("sanitizer", {"sanitizer": process}, cap)
-    if run.stages[-1].ok is False and "Device not supported" in (WORK / "sanitizer.log").read_text(errors="replace"):
+    command = [checker, "--tool", "memcheck", "--error-exitcode", "9", *command, "--of", str(WORKERS), "--worker"]
+    processes = {
+        f"sanitizer {i}": run.start(
+            f"sanitizer {i}", [*command, str(i)], PYTORCH_NO_CUDA_MEMORY_CACHING="1", OMP_NUM_THREADS="1"
+        )
+        for i in range(WORKERS)
+    }
+    run.wait("sanitizer", processes, cap)
+    first = (WORK / "sanitizer-0.log").read_text(errors="replace")
+    if run.stages[-1].ok is False and "Device not supported" in first:
         run.stages[-1].ok, run.stages[-1].detail = None, "compute-sanitizer does not support this machine"
 
 
@@ -358,7 +402,14 @@ def tune(run: Run, cap: float) -> None:
     run.report(force=True)
 
 
-STAGES = {"parity": parity, "mission": mission, "sanitizer": sanitizer, "score": score, "tune": tune}
+STAGES = {
+    "parity": parity,
+    "variants": variants,
+    "mission": mission,
+    "sanitizer": sanitizer,
+    "score": score,
+    "tune": tune,
+}
 
 
 def caps(text: str) -> dict[str, float]:
@@ -375,7 +426,9 @@ def caps(text: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=gpu_tables.RESULTS, help="folder for gpu-<name>.json and .md")
-    parser.add_argument("--stages", default=",".join(STAGES), help="stages to run, by commas; default: all")
+    default = ",".join(name for name in STAGES if name != "variants")
+    parser.add_argument("--stages", default=default, help=f"stages to run, by commas; default: {default}")
+    parser.add_argument("--groups", default="", help="of the mission, by commas; default: all")
     parser.add_argument("--caps", type=caps, default=dict(CAPS), metavar="STAGE=SECONDS,...", help=f"default: {CAPS}")
     parser.add_argument("--seconds", type=float, default=480.0, help="of the whole run")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, Triton's kernels interpreted")
@@ -388,8 +441,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     WORK.mkdir(parents=True, exist_ok=True)
     run = Run(arguments.out, arguments.seconds, arguments.dry_run)
+    run.groups = list(filter(None, arguments.groups.split(",")))
     make_site()
-    if "parity" not in chosen:
+    if not {"parity", "variants"} & set(chosen):
         run.wait("build", {"build": start_build(run)}, BUILD_SECONDS)
     for name in chosen:
         if run.left < 10:

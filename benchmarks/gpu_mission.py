@@ -17,7 +17,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 import acqcore
 from benchmarks import bench_logit_stats, bench_row_stats, harness
 from benchmarks.gpu_parity import backends
+from benchmarks.gpu_variants import VARIANTS, under
 
 BARE = "bare product"
 DRAWS = 8
@@ -232,7 +233,7 @@ def head_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
     exact = acqcore.Head(weight.double())
 
     def offsets(tokens: int) -> torch.Tensor:
-        return torch.arange(0, n + 1, tokens, device=device)
+        return torch.arange(0, n + 1, tokens)
 
     bare = Peer(lambda: torch.mm(hidden, weight.T))
     oracle = acqcore.row_stats(hidden[:few].double(), exact, targets[:few], backend="eager")
@@ -269,6 +270,10 @@ def head_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
                 partial(acqcore.head_grad_norm, hidden, head, targets, offsets(tokens), backend=backend),
                 partial(_relative, expected=norm),
             )
+        peers[f"statistics and head_grad_norm, T={tokens}, offsets on the GPU"] = Peer(
+            partial(acqcore.head_grad_norm, hidden, head, targets, offsets(tokens).to(device)),
+            partial(_relative, expected=norm),
+        )
     yield Group(f"gradient norms, {case}", peers, work, facts={"accuracy": "norm, relative"})
 
     gradient = acqcore.hidden_grad(hidden[:few].double(), exact, targets[:few], backend="eager")
@@ -285,6 +290,12 @@ def head_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
             partial(acqcore.grad_sketch, hidden, head, targets, offsets(longest), backend=backend),
             partial(_relative, expected=sketch),
         )
+    for variant in VARIANTS["hidden_grad"] if device == "cuda" else ():
+        for backend in ("triton", "cuda"):
+            call = partial(acqcore.hidden_grad, hidden, head, targets, backend=backend)
+            peers[f"hidden_grad, {backend}; {variant}"] = Peer(
+                under("hidden_grad", variant, call), partial(_relative, expected=gradient)
+            )
     yield Group(f"gradients, {case}", peers, work, facts={"accuracy": "vector, relative"})
 
 
@@ -301,6 +312,11 @@ def draw_group(n: int, d: int, v: int, device: str) -> Group:
             peers[named(f"mutual_information, {form}, K={DRAWS}", backend)] = Peer(
                 partial(acqcore.mutual_information, hidden, head, form=form, draws=DRAWS, backend=backend),
                 partial(_information_error, expected=information),
+            )
+        for variant in VARIANTS["mutual_information, block"] if (device, form) == ("cuda", "block") else ():
+            call = partial(acqcore.mutual_information, hidden, head, form=form, draws=DRAWS, backend="triton")
+            peers[f"mutual_information, block, K={DRAWS}, triton; {variant}"] = Peer(
+                under("mutual_information, block", variant, call), partial(_information_error, expected=information)
             )
     facts = {"accuracy": "mutual information, absolute"}
     return Group(f"draws, N={n} D={d} V={v} bfloat16", peers, 2.0 * n * d * v, facts=facts)
@@ -343,22 +359,34 @@ def edge_group(n: int, d: int, v: int, device: str) -> Group:
     return Group(f"statistics, N={n} D={d} V={v} bfloat16", peers, 2.0 * n * d * v)
 
 
-def groups(device: str) -> Iterator[Callable[[], Iterator[Group]]]:
-    """What makes each set of groups, those that matter most first; inputs exist only while a set is measured."""
+def groups(device: str, wanted: Sequence[str] = ()) -> Iterator[Callable[[], Iterator[Group]]]:
+    """What makes each set of groups, those that matter most first; inputs exist only while a set is measured.
+
+    ``wanted``: the first words of some; empty for all.
+    """
 
     def alone(make: Callable[..., Group], *shape: int) -> Callable[[], Iterator[Group]]:
         return lambda: (make(*shape, device) for _ in range(1))
 
+    def among(*names: str) -> bool:
+        return not wanted or bool(set(names) & set(wanted))
+
     (first, *others), (first_logits, *other_logits) = SHAPES[device], LOGITS[device]
-    yield partial(head_groups, *first, device)
-    yield alone(logit_group, *first_logits)
-    yield alone(draw_group, *first)
-    for shape in others:
-        yield partial(head_groups, *shape, device)
-        yield alone(draw_group, *shape)
-    for logits_shape in other_logits:
+    for_head, for_draws, for_logits = (
+        among("statistics", "gradient norms", "gradients"),
+        among("draws"),
+        among("logits"),
+    )
+    for i, shape in enumerate([first, *others]):
+        if for_head:
+            yield partial(head_groups, *shape, device)
+        if for_logits and i == 0:
+            yield alone(logit_group, *first_logits)
+        if for_draws:
+            yield alone(draw_group, *shape)
+    for logits_shape in other_logits if for_logits else ():
         yield alone(logit_group, *logits_shape)
-    for shape in EDGES[device]:
+    for shape in EDGES[device] if among("statistics") else ():
         yield alone(edge_group, *shape)
 
 
@@ -383,6 +411,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--rows", type=Path, required=True, help="file that results are appended to")
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--groups", nargs="+", help="the first words of those to measure; default: all")
     parser.add_argument("--warm", action="store_true", help="call everything once, measure nothing")
     arguments = parser.parse_args()
     device = arguments.device
@@ -395,9 +424,10 @@ def main() -> None:
             if device == "cuda":
                 rate = harness.copy_bandwidth()
                 harness.append(arguments.rows, stage="mission", case="device", peer="copy of 2 GiB", rate=rate / 1e9)
-            for make in groups(device):
+            for make in groups(device, arguments.groups or ()):
                 for group in make():
-                    measure(group, arguments.turns, device, arguments.rows, monitor)
+                    if not arguments.groups or group.case.split(",")[0] in arguments.groups:
+                        measure(group, arguments.turns, device, arguments.rows, monitor)
                 _release(device)
         finally:
             monitor.close()

@@ -20,6 +20,7 @@ import acqcore
 from acqcore.bayes import FIELDS as BAYES_FIELDS
 from acqcore.testing import CASES, Case, assert_logits_match, random_case, worst_errors
 from benchmarks import harness
+from benchmarks.gpu_variants import VARIANTS, under
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = (torch.bfloat16, torch.float32, torch.float16)
@@ -245,6 +246,20 @@ def _batch_invariance(op: str, backend: str, dtype: torch.dtype, device: str) ->
     return 0.0
 
 
+def _host_never_waits(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
+    """All is queued without a look at the device; what torch knows of such looks raises."""
+    case, offsets = _gradient_case("128 tokens", dtype, device)
+    call = _calls(case, offsets.cpu(), backend)[op]
+    call()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return 0.0
+
+
 def _graph(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
     """Captured once, a replay over new inputs gives what a call gives."""
     case, offsets = _gradient_case("128 tokens", dtype, device)
@@ -287,6 +302,8 @@ def checks(device: str) -> Iterator[Check]:
         yield Check("batch invariance", op, (torch.bfloat16, torch.float32), partial(_batch_invariance, op))
         if device == "cuda" and op in ("row_stats", "logit_stats", "hidden_grad"):
             yield Check("graph capture", op, (torch.bfloat16,), partial(_graph, op))
+        if device == "cuda" and op != "grad_sketch":
+            yield Check("the host never waits", op, (torch.bfloat16,), partial(_host_never_waits, op))
     for view in ("rows", "rows, unaligned", "columns", "every third", "V = 50257"):
         yield Check("logit_stats", view, ALL, partial(_logit_stats, view))
     for name in CASES:
@@ -305,21 +322,55 @@ def checks(device: str) -> Iterator[Check]:
             yield Check("mutual_information", f"{form}, {name}", (torch.bfloat16, torch.float32), run)
 
 
+def variants() -> Iterator[Check]:
+    """What chooses among ``gpu_variants``: repeats first, as what is wrong there is a race."""
+    for name in VARIANTS["hidden_grad"]:
+        for case in ("128 tokens", "odd", "everything"):
+            run = under("hidden_grad", name, partial(_hidden_grad, case))
+            yield Check("hidden_grad", f"{case}; {name}", HALF if case == "128 tokens" else HALF[:1], run)
+        run = under("hidden_grad", name, partial(_repeats, "hidden_grad"))
+        yield Check("repeats", f"hidden_grad; {name}", (torch.bfloat16,), run)
+    for name in VARIANTS["mutual_information, block"]:
+        for case in ("wide", "depth no multiple of a block"):
+            run = under("mutual_information, block", name, partial(_mutual_information, "block", case))
+            yield Check("mutual_information", f"block, {case}; {name}", HALF[:1], run)
+        run = under("mutual_information, block", name, partial(_long_information))
+        yield Check("mutual_information", f"block, deep; {name}", (torch.bfloat16,), run)
+        run = under("mutual_information, block", name, partial(_repeats, "mutual_information, block"))
+        yield Check("repeats", f"mutual_information, block; {name}", (torch.bfloat16,), run)
+
+
+def _long_information(backend: str, dtype: torch.dtype, device: str) -> float:
+    """As deep as a large model's, so that the pipeline runs in its steady state."""
+    case = random_case(96, 4096, 1000).to(dtype, device)
+    exact = case.to(torch.float64, device)
+    got = acqcore.mutual_information(case.hidden, case.head, form="block", draws=8, seed=3, backend=backend)
+    oracle = acqcore.mutual_information(exact.hidden, exact.head, form="block", draws=8, seed=3, backend="eager")
+    return _bayes_error(got, oracle) / BAYES[dtype]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--backends", nargs="+", help="default: all of the device")
     parser.add_argument("--rows", type=Path, required=True, help="file that results are appended to")
+    parser.add_argument("--ops", nargs="+", help="operations to check; default: all")
+    parser.add_argument("--cases", nargs="+", help="their cases; default: all")
+    parser.add_argument("--dtypes", nargs="+", help="default: all")
+    parser.add_argument("--variants", action="store_true", help="only what chooses among variants")
     parser.add_argument("--worker", type=int, default=0)
     parser.add_argument("--of", type=int, default=1)
     arguments = parser.parse_args()
     names = arguments.backends or backends(arguments.device)
     todo = [
         (check, backend, dtype)
-        for check in checks(arguments.device)
+        for check in (variants() if arguments.variants else checks(arguments.device))
         for backend in names
         for dtype in check.dtypes
         if promised(check, backend, dtype)
+        and check.op in (arguments.ops or [check.op])
+        and check.case in (arguments.cases or [check.case])
+        and harness.name(dtype) in (arguments.dtypes or [harness.name(dtype)])
     ]
     failed = 0
     for check, backend, dtype in todo[arguments.worker :: arguments.of]:

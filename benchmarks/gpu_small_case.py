@@ -12,6 +12,7 @@ import torch
 
 import acqcore
 from acqcore.testing import assert_close_to_oracle, random_case
+from benchmarks import harness
 from benchmarks.gpu_parity import backends
 
 
@@ -60,19 +61,23 @@ def _close(got: torch.Tensor, expected: torch.Tensor, relative: float) -> None:
     assert error <= relative, f"relative error {error:.3g}, expected at most {relative}"
 
 
+PARTS = (statistics, gradients, draws)
+DTYPES = (torch.bfloat16, torch.float32)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    device = parser.parse_args().device
-    names = backends(device)
+    parser.add_argument("--worker", type=int, default=0)
+    parser.add_argument("--of", type=int, default=1)
+    arguments = parser.parse_args()
+    names = backends(arguments.device)
     if not names:
         raise SystemExit("no backend is available: " + "; ".join(str(row.reason) for row in acqcore.backends()))
-    for dtype in (torch.bfloat16, torch.float32):
-        for part in (statistics, gradients, draws):
-            for backend in names:
-                part(backend, dtype, device)
-                name = str(dtype).removeprefix("torch.")
-                print(f"{part.__name__}, {backend}, {name}: agrees with the oracle", flush=True)
+    todo = [(part, backend, dtype) for dtype in DTYPES for part in PARTS for backend in names]
+    for part, backend, dtype in todo[arguments.worker :: arguments.of]:
+        part(backend, dtype, arguments.device)
+        print(f"{part.__name__}, {backend}, {harness.name(dtype)}: agrees with the oracle", flush=True)
 
 
 if __name__ == "__main__":

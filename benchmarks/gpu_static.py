@@ -207,11 +207,11 @@ def call(op: str, inputs: Inputs, arch: int) -> tuple[object, Counter, list[ahea
         return result, counter, launches, counter.peak - counter.held
 
 
-def calls_and_kernels(cases: list[Case], path: Path) -> None:
+def calls_and_kernels(cases: list[Case], ops: list[str], path: Path) -> None:
     """Counts and compiles every operation of every case, and adds the rows to the file after each."""
     for vocab, depth, dtype, arch in cases:
         inputs = make_inputs(vocab, depth, dtype)
-        for op in OPERATIONS:
+        for op in ops:
             case = {"op": op, "dtype": harness.name(dtype), "vocab": vocab, "depth": depth, "arch": arch}
             print(", ".join(map(str, case.values())), flush=True)
             content = read(path)
@@ -317,6 +317,7 @@ def main() -> None:
     parser.add_argument(
         "--vocabs", nargs="+", type=int, help="heads to take again, by their vocabularies; default: all"
     )
+    parser.add_argument("--ops", nargs="+", choices=tuple(OPERATIONS), help="operations to take again; default: all")
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), help="default: all")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
@@ -338,7 +339,7 @@ def main() -> None:
             for dtype in known
             if dtype in [dtypes[name] for name in arguments.dtypes or dtypes] and vocab in (arguments.vocabs or [vocab])
         ]
-        calls_and_kernels(cases, arguments.out)
+        calls_and_kernels(cases, arguments.ops or list(OPERATIONS), arguments.out)
     print(f"wrote {arguments.out.name}")
 
 

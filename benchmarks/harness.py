@@ -44,7 +44,8 @@ class Row:
         rate: ``work / seconds`` in the benchmark's unit (GFLOP/s, GB/s), or None.
         extra_mib: peak of resident memory (of allocated memory on a GPU) beyond what there was before the call, results
             included, MiB; None where not measured.
-        share: ``rate`` over the ceiling measured for it, or None.
+        share: ``rate`` over the ceiling measured for it, or None; where the ceiling took turns with the peers, the
+            median over turns.
     """
 
     case: str
@@ -65,12 +66,13 @@ def measure(
     turns: int = 7,
     memory: bool = True,
     device: str = "cpu",
-    ceiling: float | None = None,
+    ceiling: float | str | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Row]:
     """Times ``peers`` in turn, after one call each to warm up (and to take its peak memory).
 
-    ``work`` is what each call does, in bytes or floating-point operations; ``ceiling`` is in units of it a second.
+    ``work`` is what each call does, in bytes or floating-point operations. ``ceiling`` is in units of it a second, or
+    names the peer that does the same work as fast as the machine can.
     On the CPU a call takes the difference of two readings of ``clock``, in seconds.
     """
     on_gpu = device == "cuda"
@@ -82,11 +84,15 @@ def measure(
         for name, call in peers.items():
             times[name].append(gpu_seconds(call, repeats[name]) if on_gpu else cpu_seconds(call, clock))
     rows = []
+    share: float | None
     for name in peers:
         seconds = statistics.median(times[name])
         ratio = statistics.median(a / b for a, b in zip(times[name], times[baseline], strict=True))
         rate = None if work is None else work / seconds / 1e9
-        share = None if rate is None or ceiling is None else rate * 1e9 / ceiling
+        if isinstance(ceiling, str):
+            share = statistics.median(a / b for a, b in zip(times[ceiling], times[name], strict=True))
+        else:
+            share = None if rate is None or ceiling is None else rate * 1e9 / ceiling
         rows.append(Row(case, name, seconds, ratio, rate, extra[name], share))
     return rows
 

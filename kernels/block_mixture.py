@@ -33,6 +33,12 @@ from acqcore.kernels.row_stats import SCRATCH_BYTES
 MAX_DRAWS = 8
 #: Counters of a program of ``write_block_masks``, each of four blocks.
 MASK_TILE = 256
+#: Masks as bits of words, four blocks a word, rather than as float32.
+BITS = False
+#: Masks are loaded before the step that uses them.
+CARRY = False
+#: Of the loop over words: each stage has four blocks.
+STAGES = 3
 
 
 def serves(width: int, depth: int, draws: int) -> bool:
@@ -79,11 +85,59 @@ def write_block_masks(
     tl.store(keep + at, kept.to(tl.float32), mask=written)
 
 
+@triton.jit(
+    do_not_specialize=["n", "draws", "seed", "threshold"], do_not_specialize_on_alignment=["samples", "position"]
+)
+def write_block_bits(
+    samples,  # [n] int64
+    positions,  # [n] int64
+    position,  # [n] int32: a token's number among the scored, -1 if ignored; None: its own number
+    keep,  # [n, words] int32, written by number: bit 8 j + k of word w is draw k's mask of block 4 w + j
+    n,
+    words,
+    seed,
+    threshold,
+    HAS_POSITION: tl.constexpr,
+    DRAWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    to = rows
+    if HAS_POSITION:
+        to = tl.load(position + rows, mask=inside, other=-1)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    at_position = tl.load(positions + rows, mask=inside, other=0).to(tl.uint32)[:, None]
+    of_sample = tl.load(samples + rows, mask=inside, other=0).to(tl.uint32)[:, None]
+    word = tl.zeros((ROWS, GROUPS), tl.int32)
+    for draw in tl.static_range(DRAWS):
+        kept = keep_mask(
+            group.to(tl.uint32)[None, :], at_position, of_sample, tl.full((), draw, tl.uint32), seed.to(tl.uint64),
+            threshold.to(tl.uint32),
+        )  # fmt: skip
+        bits = tl.reshape(kept.to(tl.int32), (ROWS, GROUPS, 4)) << (8 * tl.arange(0, 4) + draw)[None, None, :]
+        word += tl.sum(bits, axis=2)
+    at = to.to(tl.int64)[:, None] * words + group[None, :]
+    tl.store(keep + at, word, mask=(inside & (to >= 0))[:, None] & (group < words)[None, :])
+
+
+@triton.jit
+def unpacked(
+    word,  # [ROWS] int32
+    first,  # bit of draw 0
+    DRAWS: tl.constexpr,
+):
+    """Masks ``[ROWS, DRAWS]`` in float32."""
+    bits = word[:, None] >> (first + tl.arange(0, DRAWS))[None, :]
+    return tl.where((bits & 1) != 0, 1.0, 0.0)
+
+
 @triton.jit
 def block_logits(
     hidden,  # [n, depth], or its tensor descriptor
     weight,  # [vocab, depth], or its tensor descriptor
-    keep,  # [n, blocks, DRAWS] float32
+    keep,  # [n, blocks, DRAWS] float32; with BITS [n, words] int32
     bias,  # [vocab] float32 or None
     first_row,
     begin,  # the tile's first column
@@ -102,6 +156,8 @@ def block_logits(
     BLOCK_K: tl.constexpr,
     STEPS: tl.constexpr,  # of BLOCK_K columns in a block
     DRAWS: tl.constexpr,
+    BITS: tl.constexpr,
+    CARRY: tl.constexpr,  # masks are loaded a step, or a word, before they are used
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
@@ -115,46 +171,91 @@ def block_logits(
     rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), n - 1)
     columns = begin + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
-    keep_at = keep + rows.to(tl.int64)[:, None] * (blocks * DRAWS) + tl.arange(0, DRAWS)[None, :]
+    if BITS:
+        words = (blocks + 3) // 4
+        word_at = keep + rows.to(tl.int64) * words
+    else:
+        keep_at = keep + rows.to(tl.int64)[:, None] * (blocks * DRAWS) + tl.arange(0, DRAWS)[None, :]
     if not DESCRIPTORS:
         hidden_at = hidden + rows.to(tl.int64)[:, None] * hidden_row + inner.to(tl.int64)[None, :] * hidden_column
         of_weight = tl.minimum(columns, vocab - 1).to(tl.int64)[None, :] * weight_row
         weight_at = weight + of_weight + inner.to(tl.int64)[:, None] * weight_column
     z = tl.zeros((BLOCK_M, BLOCK_N, DRAWS), tl.float32)
     u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, depth, BLOCK_K):
-        if DESCRIPTORS:
-            a = hidden.load([first_row, k])
-            b = weight.load([begin, k]).T
-        else:
-            if EVEN_K:
-                a = tl.load(hidden_at)
-                b = tl.load(weight_at)
+    if BITS and STEPS == 1:
+        if CARRY:
+            word = tl.load(word_at)
+        for first in range(0, depth, 4 * BLOCK_K):
+            if CARRY:
+                next_word = tl.load(word_at + tl.minimum(first // (4 * BLOCK_K) + 1, words - 1))
             else:
-                a = tl.load(hidden_at, mask=(inner < depth - k)[None, :], other=0.0)
-                b = tl.load(weight_at, mask=(inner < depth - k)[:, None], other=0.0)
-            hidden_at += BLOCK_K * hidden_column
-            weight_at += BLOCK_K * weight_column
-        if UPCAST:
-            a = widen(a)
-            b = widen(b)
-        step = k // BLOCK_K
-        if STEPS == 1:
-            # The draws take a block's sums under the product of the next. Its masks are loaded here: carried over two
-            # steps of the loop, Triton's pipeline overwrites them.
-            next_u = tl.dot(a, b, input_precision=PRECISION)
-            kept = tl.load(keep_at + tl.maximum(step - 1, 0) * DRAWS)
-            z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * kept[:, None, :]
-            u = next_u
-        else:
-            u = tl.dot(a, b, u, input_precision=PRECISION)
-            if (step + 1) % STEPS == 0 or k + BLOCK_K >= depth:
-                kept = tl.load(keep_at + step // STEPS * DRAWS)
+                word = tl.load(word_at + first // (4 * BLOCK_K))
+            for j in tl.static_range(4):
+                k = first + j * BLOCK_K
+                if DESCRIPTORS:
+                    a = hidden.load([first_row, k])
+                    b = weight.load([begin, k]).T
+                else:
+                    if EVEN_K:
+                        a = tl.load(hidden_at)
+                        b = tl.load(weight_at)
+                    else:
+                        a = tl.load(hidden_at, mask=(inner < depth - k)[None, :], other=0.0)
+                        b = tl.load(weight_at, mask=(inner < depth - k)[:, None], other=0.0)
+                    hidden_at += BLOCK_K * hidden_column
+                    weight_at += BLOCK_K * weight_column
+                if UPCAST:
+                    a = widen(a)
+                    b = widen(b)
+                u = tl.dot(a, b, input_precision=PRECISION)
+                z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * unpacked(word, 8 * j, DRAWS)[:, None, :]
+            if CARRY:
+                word = next_word
+    else:
+        if STEPS == 1 and CARRY:
+            kept = tl.load(keep_at)
+        for k in range(0, depth, BLOCK_K):
+            if DESCRIPTORS:
+                a = hidden.load([first_row, k])
+                b = weight.load([begin, k]).T
+            else:
+                if EVEN_K:
+                    a = tl.load(hidden_at)
+                    b = tl.load(weight_at)
+                else:
+                    a = tl.load(hidden_at, mask=(inner < depth - k)[None, :], other=0.0)
+                    b = tl.load(weight_at, mask=(inner < depth - k)[:, None], other=0.0)
+                hidden_at += BLOCK_K * hidden_column
+                weight_at += BLOCK_K * weight_column
+            if UPCAST:
+                a = widen(a)
+                b = widen(b)
+            step = k // BLOCK_K
+            if STEPS == 1:
+                # The draws take a block's sums under the product of the next. Its masks are loaded here: carried over
+                # two steps of the loop, Triton's pipeline overwrites them.
+                next_u = tl.dot(a, b, input_precision=PRECISION)
+                if CARRY:
+                    next_kept = tl.load(keep_at + step * DRAWS)
+                else:
+                    kept = tl.load(keep_at + tl.maximum(step - 1, 0) * DRAWS)
                 z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * kept[:, None, :]
-                u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if STEPS == 1:
-        kept = tl.load(keep_at + (blocks - 1) * DRAWS)
-        z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * kept[:, None, :]
+                u = next_u
+                if CARRY:
+                    kept = next_kept
+            else:
+                u = tl.dot(a, b, u, input_precision=PRECISION)
+                if (step + 1) % STEPS == 0 or k + BLOCK_K >= depth:
+                    block = step // STEPS
+                    if BITS:
+                        kept = unpacked(tl.load(word_at + block // 4), 8 * (block % 4), DRAWS)
+                    else:
+                        kept = tl.load(keep_at + block * DRAWS)
+                    z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * kept[:, None, :]
+                    u = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if STEPS == 1:
+            kept = tl.load(keep_at + (blocks - 1) * DRAWS)
+            z += tl.reshape(u, (BLOCK_M, BLOCK_N, 1)) * kept[:, None, :]
     if HAS_BIAS:
         z += tl.load(bias + columns, mask=columns < vocab, other=0.0)[None, :, None]
     if HAS_SCALE:
@@ -194,6 +295,8 @@ def block_fold(
     STEPS: tl.constexpr,
     GROUP_M: tl.constexpr,
     DRAWS: tl.constexpr,
+    BITS: tl.constexpr,
+    CARRY: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
     HAS_COUNT: tl.constexpr,
@@ -234,8 +337,8 @@ def block_fold(
         begin = tile * BLOCK_N
         z = block_logits(
             hidden, weight, keep, bias, first_row, begin, n, vocab, depth, blocks, hidden_row, hidden_column,
-            weight_row, weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, DRAWS, HAS_BIAS, HAS_SCALE,
-            HAS_CAP, EVEN_K, EVEN_V, DESCRIPTORS, UPCAST, PRECISION,
+            weight_row, weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, DRAWS, BITS, CARRY, HAS_BIAS,
+            HAS_SCALE, HAS_CAP, EVEN_K, EVEN_V, DESCRIPTORS, UPCAST, PRECISION,
         )  # fmt: skip
         if HAS_TARGETS:
             local = row_targets - begin
@@ -295,6 +398,8 @@ def block_mixture(
     STEPS: tl.constexpr,
     GROUP_M: tl.constexpr,
     DRAWS: tl.constexpr,
+    BITS: tl.constexpr,
+    CARRY: tl.constexpr,
     EVEN_DRAWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_COUNT: tl.constexpr,
@@ -326,8 +431,8 @@ def block_mixture(
     for tile in range(first_tile, last_tile):
         z = block_logits(
             hidden, weight, keep, bias, first_row, tile * BLOCK_N, n, vocab, depth, blocks, hidden_row, hidden_column,
-            weight_row, weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, DRAWS, HAS_BIAS, HAS_SCALE,
-            HAS_CAP, EVEN_K, EVEN_V, DESCRIPTORS, UPCAST, PRECISION,
+            weight_row, weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, STEPS, DRAWS, BITS, CARRY, HAS_BIAS,
+            HAS_SCALE, HAS_CAP, EVEN_K, EVEN_V, DESCRIPTORS, UPCAST, PRECISION,
         )  # fmt: skip
         reference = tl.load(references + rows, mask=inside, other=0.0)
         norm = tl.load(norms + rows[:, None] * DRAWS + tl.arange(0, DRAWS)[None, :], mask=inside[:, None], other=0.0)
@@ -418,17 +523,29 @@ def _chunk(
         vocab_start, HAS_TARGETS=targets is not None, ROWS=tiles.block_m, COLUMNS=columns, SCAN=1024,
         enable_fp_fusion=True,
     )  # fmt: skip
-    keep = hidden.new_empty((n, blocks, padded), dtype=torch.float32)
-    groups = min(triton.next_power_of_2(triton.cdiv(blocks, 4)), MASK_TILE)
-    write_block_masks[(triton.cdiv(n, MASK_TILE // groups), triton.cdiv(blocks, 4 * groups), padded)](
-        masks.samples, masks.positions, position, keep, n, blocks, draws, masks.seed, masks.threshold,
-        HAS_POSITION=position is not None, DRAWS=padded, ROWS=MASK_TILE // groups, GROUPS=groups,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    words = triton.cdiv(blocks, 4)
+    groups = min(triton.next_power_of_2(words), MASK_TILE)
+    rows = MASK_TILE // groups
+    if BITS:
+        keep = hidden.new_empty((n, words), dtype=torch.int32)
+        write_block_bits[(triton.cdiv(n, rows), triton.cdiv(words, groups))](
+            masks.samples, masks.positions, position, keep, n, words, masks.seed, masks.threshold,
+            HAS_POSITION=position is not None, DRAWS=padded, ROWS=rows, GROUPS=groups, enable_fp_fusion=True,
+        )  # fmt: skip
+    else:
+        keep = hidden.new_empty((n, blocks, padded), dtype=torch.float32)
+        write_block_masks[(triton.cdiv(n, rows), triton.cdiv(words, groups), padded)](
+            masks.samples, masks.positions, position, keep, n, blocks, draws, masks.seed, masks.threshold,
+            HAS_POSITION=position is not None, DRAWS=padded, ROWS=rows, GROUPS=groups, enable_fp_fusion=True,
+        )  # fmt: skip
 
     splits, split_tiles = tiles.split(vocab)
     descriptors = tiles.descriptors and has_descriptor(packed) and has_descriptor(weight)
     block_k = tiles.block_k if masks.width >= depth else min(tiles.block_k, masks.width & -masks.width)
+    steps = triton.cdiv(min(masks.width, depth), block_k) or 1
+    stages = tiles.stages
+    if BITS and steps == 1:
+        stages = min(stages, STAGES)
     operands = (
         descriptor(packed, tiles.block_m, block_k) if descriptors else packed,
         descriptor(weight, tiles.block_n, block_k) if descriptors else weight,
@@ -439,11 +556,11 @@ def _chunk(
     factors = scale / (softcap or 1.0), softcap or 1.0
     options = {
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": block_k,
-        "STEPS": triton.cdiv(min(masks.width, depth), block_k) or 1, "GROUP_M": tiles.group_m, "DRAWS": padded,
+        "STEPS": steps, "GROUP_M": tiles.group_m, "DRAWS": padded, "BITS": BITS, "CARRY": CARRY,
         "HAS_BIAS": bias is not None, "HAS_COUNT": count is not None, "HAS_SCALE": factors[0] != 1.0,
-        "HAS_CAP": softcap is not None, "EVEN_K": depth % block_k == 0, "EVEN_V": vocab % tiles.block_n == 0,
+        "HAS_CAP": softcap is not None, "EVEN_K": depth % (4 * block_k) == 0, "EVEN_V": vocab % tiles.block_n == 0,
         "DESCRIPTORS": descriptors, "UPCAST": upcast or packed.dtype != weight.dtype, "PRECISION": precision,
-        "num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True,
+        "num_warps": tiles.warps, "num_stages": stages, "enable_fp_fusion": True,
     }  # fmt: skip
     grid = (triton.cdiv(n, tiles.block_m) * splits,)
     partial = hidden.new_empty((7, splits, n * padded), dtype=torch.float32)

@@ -21,11 +21,17 @@ import triton.language as tl
 
 from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import LOG2E, LOWEST, widen
-from acqcore.kernels.product import descriptor, has_descriptor, logit_tile, place, to_device
+from acqcore.kernels.product import descriptor, has_descriptor, kept_tables, logit_tile, place, to_device
 
 #: The ring, and at most so many rows share it.
-RING_BYTES = 60 << 20
+RING_BYTES = 54 << 20
 ROWS = 4096
+#: Numbers in half precision that make a factor of ``hidden_sums``.
+PARTS = 2
+#: Its products are torch's.
+LIBRARY = False
+#: Rows whose targets' weights are gathered at a time.
+GATHERED_ROWS = 1024
 #: Rows and columns of a tile of ``add_grams``.
 GRAM_TILE = 128
 
@@ -40,6 +46,7 @@ def write_factors(
     of_target,  # [n] float32: the factor in the target's column
     high,  # [n, ring_row], written; zero in ignored rows and outside the vocabulary
     low,  # the same: what ``high`` leaves of a factor; None in float32
+    lost,  # [tiles, n] float32, written: the sum of what ``high`` leaves, if ROUNDED
     n,
     chunk,  # first column of the stretch
     vocab,
@@ -65,6 +72,7 @@ def write_factors(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):
     block, tile = place(tl.program_id(0), tl.cdiv(n, BLOCK_M), ring_row // BLOCK_N, GROUP_M)
     first_row = block * BLOCK_M
@@ -89,8 +97,11 @@ def write_factors(
     local = (target - vocab_start - begin)[:, None]
     f = tl.where(column[None, :] == local, tl.load(of_target + rows, mask=inside, other=0.0)[:, None], f)
     f = tl.where((target != -100)[:, None], f, 0.0)
-    at = rows[:, None] * ring_row + (tile * BLOCK_N + column)[None, :]  # the ring is small
     part = f.to(high.dtype.element_ty)
+    if ROUNDED:
+        of_row = tl.sum(f, axis=1) - tl.sum(widen(part), axis=1)
+        tl.store(lost + (begin // BLOCK_N).to(tl.int64) * n + rows, of_row, mask=inside)
+    at = rows[:, None] * ring_row + (tile * BLOCK_N + column)[None, :]  # the ring is small
     tl.store(high + at, part, mask=inside[:, None])
     if PARTS == 2:
         tl.store(low + at, (f - widen(part)).to(low.dtype.element_ty), mask=inside[:, None])
@@ -256,9 +267,10 @@ class Factors:
     upcast: bool
     multiprocessors: int
 
-    def ring(self, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def ring(self, n: int, dtype: torch.dtype, parts: int = 2) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``high`` and ``low [n, columns]`` for ``n`` rows: programs fill the multiprocessors, all in RING_BYTES."""
-        itemsize = 4  # two halves, or one float32
+        parts = 1 if dtype == torch.float32 else parts
+        itemsize = parts * dtype.itemsize
         m, width = self.tiles.block_m, self.tiles.block_n
         most = max(RING_BYTES // (itemsize * max(n, 1) * width), 1)
         most = min(most, triton.cdiv(len(self.weight), width))
@@ -269,7 +281,7 @@ class Factors:
 
         columns = width * max(range(max(most // 2, 1), most + 1), key=lambda tiles: (use(tiles), tiles))
         high = self.weight.new_empty((n, columns), dtype=dtype)
-        return high, torch.empty_like(high) if dtype != torch.float32 else None
+        return high, torch.empty_like(high) if parts == 2 else None
 
     def stretches(
         self,
@@ -279,6 +291,7 @@ class Factors:
         of_target: torch.Tensor,  # [n] float32
         high: torch.Tensor,  # [n, columns], written
         low: torch.Tensor | None,
+        lost: torch.Tensor | None = None,  # [tiles of all stretches, n] float32, written
     ) -> Iterator[tuple[int, int]]:
         """(first column, columns) of each stretch of the vocabulary whose factors the ring then holds."""
         (vocab, depth), n, tiles, weight = self.weight.shape, len(hidden), self.tiles, self.weight
@@ -288,14 +301,15 @@ class Factors:
             write_factors[(triton.cdiv(n, tiles.block_m) * (high.shape[1] // tiles.block_n),)](
                 descriptor(hidden, tiles.block_m, tiles.block_k) if descriptors else hidden,
                 descriptor(weight, tiles.block_n, tiles.block_k) if descriptors else weight,
-                self.bias, targets, reference, of_target, high, low, n, chunk, vocab, depth,
+                self.bias, targets, reference, of_target, high, low, lost, n, chunk, vocab, depth,
                 *hidden.stride(), *weight.stride(), high.stride(0), self.vocab_start,
                 self.scale / over, (self.softcap or 1.0) / self.temperature,
                 BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
                 HAS_BIAS=self.bias is not None, HAS_SCALE=self.scale != over, HAS_CAP=self.softcap is not None,
                 EVEN_K=depth % tiles.block_k == 0, EVEN_V=vocab % high.shape[1] == 0, DESCRIPTORS=descriptors,
                 UPCAST=self.upcast or hidden.dtype != weight.dtype, PRECISION=self.precision,
-                PARTS=1 if low is None else 2, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+                PARTS=1 if low is None else 2, ROUNDED=lost is not None, num_warps=tiles.warps,
+                num_stages=tiles.stages, enable_fp_fusion=True,
             )  # fmt: skip
             yield chunk, min(high.shape[1], vocab - chunk)
 
@@ -312,15 +326,32 @@ def hidden_sums(
     weight, tiles = factors.weight, factors.tiles
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     (vocab, depth), n = weight.shape, len(hidden)
-    groups = max(triton.cdiv(n, ROWS), 1)
+    if n == 0:
+        return
+    groups = triton.cdiv(n, ROWS)
     at_once = triton.cdiv(triton.cdiv(n, groups), tiles.block_m) * tiles.block_m
     no_target = torch.zeros_like(reference)
     for first in range(0, n, at_once):
         part = slice(first, first + at_once)
         rows = len(reference[part])
-        high, low = factors.ring(rows, dtype)
+        high, low = factors.ring(rows, dtype, PARTS)
         descriptors = tiles.descriptors and has_descriptor(weight)
-        stretches = factors.stretches(hidden[part], targets[part], reference[part], no_target, high, low)
+        lost = None
+        if low is None and dtype != torch.float32:
+            ring = high.shape[1]
+            lost = reference.new_empty((triton.cdiv(vocab, ring) * (ring // tiles.block_n), rows))
+        stretches = factors.stretches(hidden[part], targets[part], reference[part], no_target, high, low, lost)
+        if LIBRARY and weight.dtype == dtype and dtype != torch.float32 and weight.device.type != "cpu":
+            sums = out[part]
+            for chunk, columns in stretches:
+                keys = weight[chunk : chunk + columns]
+                for factor in (high,) if low is None else (high, low):
+                    if chunk == 0 and factor is high:
+                        torch.mm(factor[:, :columns], keys, out_dtype=torch.float32, out=sums)
+                    else:
+                        torch.addmm(sums, factor[:, :columns], keys, out_dtype=torch.float32, out=sums)
+            sums *= final[part, None]
+            stretches = iter(())
         for chunk, columns in stretches:
             add_product[(triton.cdiv(rows, tiles.block_m) * triton.cdiv(depth, tiles.block_n),)](
                 descriptor(high, tiles.block_m, tiles.block_k) if descriptors else high,
@@ -332,6 +363,28 @@ def hidden_sums(
                 PRECISION=factors.precision, PARTS=1 if low is None else 2, num_warps=tiles.warps,
                 num_stages=max(tiles.stages - 1, 1), enable_fp_fusion=True,
             )  # fmt: skip
+        del high, low, stretches  # their room is needed
+        if lost is not None:
+            add_lost(factors, targets[part], lost.sum(0) * final[part], out[part])
+
+
+def add_lost(
+    factors: Factors,
+    targets: torch.Tensor,  # [n] int64
+    lost: torch.Tensor,  # [n] float32
+    out: torch.Tensor,  # [n, D] float32, added to
+) -> None:
+    """Gives what rounding took from a row's factors to its target's column, where that is a row of this weight.
+
+    The gradient is a sum of differences, factor times ``W_v - W_y``: rounded factors that the target's column balances
+    keep it so, and what all rows of W have in common still cancels.
+    """
+    local = targets - factors.vocab_start
+    here = (local >= 0) & (local < len(factors.weight))
+    for begin in range(0, len(out), GATHERED_ROWS):
+        part = slice(begin, begin + GATHERED_ROWS)
+        columns = factors.weight[local[part].where(here[part], 0)]
+        out[part].addcmul_(lost[part].where(here[part], 0)[:, None], columns.to(out.dtype))
 
 
 def grams(
@@ -339,24 +392,15 @@ def grams(
     hidden: torch.Tensor,  # [n, D]: rows of the samples, one after another
     targets: torch.Tensor,  # [n] int64, -100 ignored
     reference: torch.Tensor,  # [n] float32
-    lengths: list[int],
-    starts: list[int],  # first element of each sample's matrix in ``products``
+    lengths: tuple[int, ...],
+    starts: tuple[int, ...],  # first element of each sample's matrix in ``products``
     products: torch.Tensor,  # [sum T^2] float32, written
 ) -> None:
     """Gram matrices as in ``gram``, relative to ``reference``, of samples of any length."""
     full = torch.float32 in (hidden.dtype, factors.weight.dtype)
     dtype = torch.float32 if full else torch.bfloat16  # float16 has not the range of confident rows
-    length = torch.tensor(lengths)
-    begin = length.cumsum(0) - length
-    samples = to_device(torch.stack([begin, length, torch.tensor(starts)]), hidden.device)
-    owner = to_device(torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(length), hidden.device)
-    triples = [
-        (i, s, t)
-        for i, rows in enumerate(lengths)
-        for s in range(triton.cdiv(rows, GRAM_TILE))
-        for t in range(s, triton.cdiv(rows, GRAM_TILE))
-    ]
-    tiles = to_device(torch.tensor(triples, dtype=torch.int32).T.contiguous(), hidden.device)
+    samples, owner, tiles = gram_tables(lengths, starts, GRAM_TILE, hidden.device)
+    programs = tiles.shape[1]
     high, low = factors.ring(len(hidden), dtype)
     parts, number = 1 if full else 2, len(lengths)
     for chunk, columns in factors.stretches(hidden, targets, reference, torch.zeros_like(reference), high, low):
@@ -364,8 +408,26 @@ def grams(
             targets, high, low, samples, owner, chunk, columns, high.stride(0), factors.vocab_start, number,
             PARTS=parts, ROWS=256, enable_fp_fusion=True,
         )  # fmt: skip
-        add_grams[(len(triples),)](
-            high, low, samples, tiles, products, chunk, columns, high.stride(0), number, len(triples),
+        add_grams[(programs,)](
+            high, low, samples, tiles, products, chunk, columns, high.stride(0), number, programs,
             TILE=GRAM_TILE, BLOCK_K=16 if full else 64, UPCAST=factors.upcast, PRECISION="ieee", PARTS=parts,
             num_warps=8, num_stages=2, enable_fp_fusion=True,
         )  # fmt: skip
+
+
+@kept_tables
+def gram_tables(
+    lengths: tuple[int, ...],
+    starts: tuple[int, ...],
+    tile: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``samples [3, B]`` and ``owner [n]`` of :func:`zero_targets`, ``tiles [3, programs]`` of :func:`add_grams`."""
+    length = torch.tensor(lengths)
+    begin = length.cumsum(0) - length
+    samples = torch.stack([begin, length, torch.tensor(starts)])
+    owner = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(length)
+    sides = [triton.cdiv(rows, tile) for rows in lengths]
+    triples = [(i, s, t) for i, side in enumerate(sides) for s in range(side) for t in range(s, side)]
+    tiles = torch.tensor(triples, dtype=torch.int32).T.contiguous()
+    return to_device(samples, device), to_device(owner, device), to_device(tiles, device)

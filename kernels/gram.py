@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -25,7 +26,7 @@ import triton.language as tl
 
 from acqcore.kernels.config import GramTiles
 from acqcore.kernels.fold import INV_SCALE, LOG2E, LOWEST, empty_state, fold, merge, store_state
-from acqcore.kernels.product import GATHER_TILE, descriptor, has_descriptor, logit_tile, place, to_device
+from acqcore.kernels.product import GATHER_TILE, descriptor, has_descriptor, kept_tables, logit_tile, place, to_device
 
 #: Slots of a block, and the rows of the longest sample.
 BLOCK = 128
@@ -266,8 +267,8 @@ def row_stats_and_grams(
     weight: torch.Tensor,  # [V, D]
     bias: torch.Tensor | None,  # [V]
     targets: torch.Tensor,  # [N] int64, -100 ignored
-    bounds: Sequence[tuple[int, int]],  # [begin, end) rows of each sample, at most BLOCK
-    starts: Sequence[int],  # first element of each sample's matrix in ``products``
+    bounds: tuple[tuple[int, int], ...],  # [begin, end) rows of each sample, at most BLOCK
+    starts: tuple[int, ...],  # first element of each sample's matrix in ``products``
     *,
     softcap: float | None,
     scale: float,
@@ -287,28 +288,49 @@ def row_stats_and_grams(
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     bias = None if bias is None else bias.float().contiguous()
     splits = tiles.even_split(len(weight))[0]
+    for part in parts(bounds, starts, most_blocks(hidden.shape[1], dtype.itemsize, splits), hidden.device):
+        _chunk(
+            hidden, weight, bias, targets, part, softcap, scale, temperature, vocab_start, state, index, products,
+            tiles, dtype, precision, upcast,
+        )  # fmt: skip
+
+
+def most_blocks(depth: int, itemsize: int, splits: int) -> int:
+    """Blocks that fit SCRATCH_BYTES."""
+    block_bytes = BLOCK * ((depth + 8) * itemsize + 32 * splits + 40) + 4 * splits * BLOCK * BLOCK
+    return max(SCRATCH_BYTES // block_bytes, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Blocks that are under way together, and their samples; tensors are on the device."""
+
+    slots: torch.Tensor  # [3, n] int32, of ``gather_slots``
+    samples: torch.Tensor  # [3, samples] int64, of ``merge_grams``
+    first_slot: int  # among those of all parts
+
+
+@kept_tables
+def parts(
+    bounds: tuple[tuple[int, int], ...],
+    starts: tuple[int, ...],
+    most: int,  # blocks of a part
+    device: torch.device,
+) -> tuple[Part, ...]:
+    """Every sample in a block, blocks in parts of nearly equal length."""
     blocks = pack([end - begin for begin, end in bounds])
-    at_once = blocks_at_once(len(blocks), hidden.shape[1], dtype.itemsize, splits)
-    slots, samples = tables(blocks, bounds, starts)
-    # All before the first launch: a copy waits for what runs.
-    slots, samples = to_device(slots, hidden.device), to_device(samples, hidden.device)
-    done = 0
+    if not blocks:
+        return ()
+    slots, samples = (to_device(table, device) for table in tables(blocks, bounds, starts))
+    at_once = triton.cdiv(len(blocks), triton.cdiv(len(blocks), most))
+    found, done = [], 0
     for first in range(0, len(blocks), at_once):
         own = blocks[first : first + at_once]
         count = sum(map(len, own))
-        _chunk(
-            hidden, weight, bias, targets, slots[:, first * BLOCK : (first + len(own)) * BLOCK].contiguous(),
-            samples[:, done : done + count].contiguous(), first * BLOCK, softcap, scale, temperature, vocab_start,
-            state, index, products, tiles, dtype, precision, upcast,
-        )  # fmt: skip
+        of_part = slots[:, first * BLOCK : (first + len(own)) * BLOCK].contiguous()
+        found.append(Part(of_part, samples[:, done : done + count].contiguous(), first * BLOCK))
         done += count
-
-
-def blocks_at_once(blocks: int, depth: int, itemsize: int, splits: int) -> int:
-    """Blocks under way at a time, that fit SCRATCH_BYTES, in chunks of nearly equal length."""
-    block_bytes = BLOCK * ((depth + 8) * itemsize + 32 * splits + 40) + 4 * splits * BLOCK * BLOCK
-    chunks = max(triton.cdiv(blocks, max(SCRATCH_BYTES // block_bytes, 1)), 1)
-    return max(triton.cdiv(blocks, chunks), 1)
+    return tuple(found)
 
 
 def tables(
@@ -338,9 +360,7 @@ def _chunk(
     weight: torch.Tensor,  # [V, D]
     bias: torch.Tensor | None,  # [V] float32
     targets: torch.Tensor,  # [N]
-    slots: torch.Tensor,  # [3, n] int32
-    samples: torch.Tensor,  # [3, samples] int64
-    first_slot: int,  # of the chunk, among those of all
+    part: Part,
     softcap: float | None,
     scale: float,
     temperature: float,
@@ -353,6 +373,7 @@ def _chunk(
     precision: str,
     upcast: bool,
 ) -> None:
+    slots, samples = part.slots, part.samples
     (vocab, depth), n = weight.shape, slots.shape[1]
     pitch = triton.cdiv(depth, 8) * 8  # rows of 16 bytes, as descriptors want them
     packed = hidden.new_empty((n, pitch), dtype=dtype)[:, :depth]
@@ -383,6 +404,6 @@ def _chunk(
     )  # fmt: skip
     merge(partial, partial_index, position, state, index, 0, vocab_start, slots[0])
     merge_grams[(samples.shape[1], BLOCK // MERGE_ROWS)](
-        grams, partial[0], position, samples, products, first_slot, n, splits, samples.shape[1],
+        grams, partial[0], position, samples, products, part.first_slot, n, splits, samples.shape[1],
         BLOCK=BLOCK, ROWS=MERGE_ROWS, enable_fp_fusion=True,
     )  # fmt: skip

@@ -17,14 +17,14 @@ A sample is cut from its first row, by its own length: the number does not depen
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from acqcore.kernels.fold import LOG2E, widen
-from acqcore.kernels.product import tanh as exact_tanh, to_device
+from acqcore.kernels.product import kept_tables, tanh as exact_tanh, to_device
 
 #: Tiles of samples of at most so many rows, and of longer ones.
 SHORT, LONG = 16, 64
@@ -221,8 +221,8 @@ def gram_norm(
     weight: torch.Tensor,  # [V, D]
     bias: torch.Tensor | None,  # [V]
     targets: torch.Tensor,  # [N] int64, -100 ignored
-    bounds: Sequence[tuple[int, int]],  # [begin, end) rows of each sample
-    starts: Sequence[int],  # first element of each sample's matrix in ``products``
+    bounds: tuple[tuple[int, int], ...],  # [begin, end) rows of each sample
+    starts: tuple[int, ...],  # first element of each sample's matrix in ``products``
     *,
     softcap: float | None,
     scale: float,
@@ -240,31 +240,48 @@ def gram_norm(
     depth, n = hidden.shape[1], len(hidden)
     bias = None if bias is None else bias.float().contiguous()
     targets = targets.contiguous()
-    begins, ends = torch.tensor(list(itertools.chain.from_iterable(bounds))).view(-1, 2).T
-    lengths = ends - begins
-    short, long, firsts = (to_device(table, hidden.device) for table in tile_tables(lengths))
-    samples = to_device(torch.stack([begins, lengths, torch.tensor(starts)]), hidden.device)
+    cut = cuts(bounds, starts, hidden.device)
     keys, delta = products.new_empty((2, len(products)))
-    parts = products.new_empty(short.shape[1] + long.shape[1], dtype=torch.float64)
+    programs_of_short = cut.short.shape[1]
+    parts = products.new_empty(programs_of_short + cut.long.shape[1], dtype=torch.float64)
     slope = scale / temperature
     upcast = upcast or hidden.dtype != weight.dtype
     block_k = 16 if torch.float32 in (hidden.dtype, weight.dtype) else 64
-    for tiles, tile, part in ((short, SHORT, parts[: short.shape[1]]), (long, LONG, parts[short.shape[1] :])):
+    halves = (cut.short, SHORT, parts[:programs_of_short]), (cut.long, LONG, parts[programs_of_short:])
+    for tiles, tile, part in halves:
         programs = tiles.shape[1]
         if not programs:
             continue
         target_delta[(programs,)](
-            hidden, weight, bias, targets, state, index, weights, tiles, samples, keys, delta, n, len(bounds), programs,
-            len(weight), depth, *hidden.stride(), *weight.stride(), vocab_start, scale / (softcap or temperature),
-            (softcap or 1.0) / temperature, slope, HAS_BIAS=bias is not None, HAS_CAP=softcap is not None,
-            EVEN_K=depth % block_k == 0, UPCAST=upcast, TILE=tile, BLOCK_K=block_k, num_warps=4, num_stages=3,
-            enable_fp_fusion=True,
+            hidden, weight, bias, targets, state, index, weights, tiles, cut.samples, keys, delta, n, len(bounds),
+            programs, len(weight), depth, *hidden.stride(), *weight.stride(), vocab_start,
+            scale / (softcap or temperature), (softcap or 1.0) / temperature, slope, HAS_BIAS=bias is not None,
+            HAS_CAP=softcap is not None, EVEN_K=depth % block_k == 0, UPCAST=upcast, TILE=tile, BLOCK_K=block_k,
+            num_warps=4, num_stages=3, enable_fp_fusion=True,
         )  # fmt: skip
         contract[(programs,)](
-            products, keys, delta, targets, state, local_max, weights, tiles, samples, part, n, len(bounds), programs,
-            slope, TILE=tile, num_warps=8, enable_fp_fusion=True,
+            products, keys, delta, targets, state, local_max, weights, tiles, cut.samples, part, n, len(bounds),
+            programs, slope, TILE=tile, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
-    sum_tiles[(len(bounds),)](parts, firsts, squared, len(bounds), AT_ONCE=PARTS_AT_ONCE)
+    sum_tiles[(len(bounds),)](parts, cut.firsts, squared, len(bounds), AT_ONCE=PARTS_AT_ONCE)
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Samples and their tiles; tensors are on the device."""
+
+    samples: torch.Tensor  # [3, samples] int64: first row, length, start of the sample's matrix
+    short: torch.Tensor  # [3, programs] int32: sample, tile of rows, tile of columns
+    long: torch.Tensor  # likewise
+    firsts: torch.Tensor  # [2, samples] int32: where a sample's parts begin and end
+
+
+@kept_tables
+def cuts(bounds: tuple[tuple[int, int], ...], starts: tuple[int, ...], device: torch.device) -> Cut:
+    begins, ends = torch.tensor(list(itertools.chain.from_iterable(bounds))).view(-1, 2).T
+    lengths = ends - begins
+    tables = torch.stack([begins, lengths, torch.tensor(starts)]), *tile_tables(lengths)
+    return Cut(*(to_device(table, device) for table in tables))
 
 
 def tile_tables(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +15,10 @@ from acqcore.kernels.fold import LOG2E, widen
 
 #: Elements of a tile of ``gather_scored``.
 GATHER_TILE = 1 << 14
+#: Shapes of batches whose tables stay on the device.
+TABLES = 64
+
+T = TypeVar("T")
 
 
 @triton.jit
@@ -214,3 +222,25 @@ def to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda":
         return table.to(device)
     return table.pin_memory().to(device, non_blocking=True)
+
+
+def kept_tables(build: Callable[..., T]) -> Callable[..., T]:
+    """``build(*shape, device)`` of tables on a device, called once for a shape and stream.
+
+    While a CUDA graph is captured nothing is kept: tables copied then have their values in replays alone.
+    """
+
+    @functools.lru_cache(maxsize=TABLES)
+    def for_stream(stream: int, *arguments: Any) -> T:
+        return build(*arguments)
+
+    @functools.wraps(build)
+    def tables(*arguments: Any) -> T:
+        device = arguments[-1]
+        if device.type != "cuda":
+            return for_stream(0, *arguments)
+        if torch.cuda.is_current_stream_capturing():
+            return build(*arguments)
+        return for_stream(torch.cuda.current_stream(device).cuda_stream, *arguments)
+
+    return tables

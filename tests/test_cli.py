@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import torch
 
 import acqcore
 from acqcore.cli import main
+from acqcore.files.parts import Parts
 
 TEXTS = ["The quick brown fox", "a fox", "The answer is 5.", "def add(a, b): return a + b", "the lazy dog"]
 
@@ -95,7 +98,7 @@ def test_bad_lines_are_reported_and_the_rest_is_scored(
         "",
         {"prompt": "a", "completion": ""},
         {"prompt": "a"},
-        {"prompt": "a", "completion": 3},
+        {"prompt": "a", "completion": [3]},
         {"prompt": "a", "completion": "fox " * 80},
         good,
     ]
@@ -107,7 +110,7 @@ def test_bad_lines_are_reported_and_the_rest_is_scored(
     assert errors[0].startswith(f"{data}: line 2: not JSON: ")
     assert errors[1] == f"{data}: line 4: the completion is empty, there is nothing to score"
     assert errors[2] == f"{data}: line 5: no column 'completion'"
-    assert errors[3] == f"{data}: line 6: completion: expected a string, got int"
+    assert errors[3] == f"{data}: line 6: completion: expected a string, got list"
     assert "tokens, the student takes at most 64" in errors[4]
     assert "2 of 7 rows scored" in captured.out
     assert "[/b] fox" in captured.out
@@ -120,7 +123,7 @@ def test_bad_lines_are_reported_and_the_rest_is_scored(
 
 
 def test_nothing_but_bad_lines(command: Callable[..., list[str]], tmp_path: Path) -> None:
-    assert main(command([{"text": ""}, {"text": 3}])) == 1
+    assert main(command([{"text": ""}, {"text": True}])) == 1
     assert [row["valid"] for row in read_lines(tmp_path / "out.jsonl")] == [False, False]
 
 
@@ -151,7 +154,7 @@ def test_a_killed_run_goes_on_where_it_stopped(command: Callable[..., list[str]]
     resumed = read_lines(out)
     assert {row["row"] for row in resumed if row["entropy"] == -7} == done
 
-    assert main(arguments) == 0  # from the start: the parts are gone
+    assert main([*arguments, "--overwrite"]) == 0  # from the start: the parts are gone
     whole = read_lines(out)
     first = {row: values for batch in finished for row, values in zip(batch["rows"], batch["values"], strict=True)}
     for row, again in zip(whole, resumed, strict=True):
@@ -226,9 +229,107 @@ def test_every_acquisition_that_does_not_compare_samples(
         assert [row[name] for name in names] == pytest.approx([value.item() for value in expected], rel=1e-6)
 
 
+def test_a_reference_file(command: Callable[..., list[str]], student: Path, tmp_path: Path) -> None:
+    rows = [{"q": "a fox", "a": f" jumps {i}"} for i in range(4)]
+    out, columns = tmp_path / "reference.pt", ["--prompt-column", "q", "--completion-column", "a"]
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    given = ["--student", str(student), "--data", str(tmp_path / "validation.jsonl"), "--out", str(out)]
+    assert main(["reference", *given, *columns, "--parameters", "1", "--dim", "64", "--backend", "eager"]) == 0
+    arguments = json.dumps({"influence": {"reference": str(out)}})
+    assert main([*command(rows, acquisitions="influence", acquisition_args=arguments), *columns]) == 0
+    samples = [{"prompt": row["q"], "completion": row["a"]} for row in rows]
+    loaded = acqcore.Student.load(student)
+    reference = acqcore.influence_reference(loaded, samples[:2], parameters=1, dim=64, backend="eager")
+    expected = acqcore.influence(loaded, samples, reference, backend="eager")
+    assert [row["influence"] for row in read_lines(tmp_path / "out.jsonl")] == pytest.approx(
+        expected.tolist(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"text": "a fox"}', '{"text'], "validation.jsonl: line 2: not JSON"),
+        (['{"text": "a fox"}', '{"body": "a"}'], "validation.jsonl: line 2: no column 'text'"),
+        (['{"text": ""}'], "samples[0]: nothing to score"),
+    ],
+)
+def test_a_reference_set_is_whole(
+    lines: list[str], message: str, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "validation.jsonl"
+    data.write_text("\n".join(lines))
+    given = ["--student", str(student), "--data", str(data), "--out", str(tmp_path / "reference.pt")]
+    assert main(["reference", *given, "--backend", "eager"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "reference.pt").exists()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_the_highest_rows(
+    suffix: str, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[Any] = [{"text": f'{text}, "{i}"\n'} for i, text in enumerate(TEXTS)]
+    rows[1] = {"text": ""}  # without a value
+    read = {"jsonl": read_lines, "csv": read_csv, "parquet": read_parquet}[suffix]
+    whole, top = tmp_path / f"whole.{suffix}", tmp_path / f"top.{suffix}"
+    assert main(command(rows, out=whole, acquisitions="loss,entropy")) == 0
+    assert main(command(rows, out=top, acquisitions="loss,entropy", block_rows=2, top_k=3)) == 0
+    assert "4 of 5 rows scored, the 3 highest written" in " ".join(capsys.readouterr().out.split())
+    scored = [row for row in read(whole) if row["loss"] not in (None, "") and math.isfinite(float(row["loss"]))]
+    highest = sorted(scored, key=lambda row: -float(row["loss"]))[:3]
+    expected = sorted(highest, key=lambda row: int(row["row"]))
+    assert [(int(row["row"]), row["text"]) for row in read(top)] == [(int(row["row"]), row["text"]) for row in expected]
+    assert list(read(top)[0]) == list(expected[0])
+
+
+def test_a_data_set_by_name(
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    for split, texts in (("train", TEXTS), ("test", TEXTS[:2])):
+        lines = "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
+        (tmp_path / "org" / "name" / f"{split}.jsonl").write_text(lines)
+    assert main(command([], data="org/name")) == 0
+    assert [row["text"] for row in read_lines(tmp_path / "out.jsonl")] == TEXTS
+    assert main([*command([], data="org/name", split="test"), "--overwrite"]) == 0
+    assert [row["text"] for row in read_lines(tmp_path / "out.jsonl")] == TEXTS[:2]
+    assert not (tmp_path / "out.jsonl.parts").exists()
+    capsys.readouterr()
+    (tmp_path / "out.jsonl").unlink()
+    assert main(command([], data="org/name", split="tests")) == 2
+    assert "acqcore: error: --data: org/name is neither a file nor a data set that loads:" in capsys.readouterr().err
+    assert main(command([], data="org/name", text_column="body")) == 2
+    assert not (tmp_path / "out.jsonl.parts").exists()
+
+
+def test_a_data_set_without_datasets(
+    command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("acqcore.checks.basic.importlib.util.find_spec", lambda name: None)
+    assert main(command([], data="org/name")) == 2
+    message = "acqcore: error: --data org/name needs datasets: run 'pip install acqcore[train]'\n"
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("name", ["acqcore", "acqcore score"])
+def test_help_is_plain_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*name.split()[1:], "--help"])
+    assert stop.value.code == 0
+    assert not re.search(r"``|:func:|:class:", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"top_k": 0}, "--top-k: expected an int >= 1, got 0"),
         ({"acquisitions": "entropie"}, "acquisitions: unknown 'entropie'"),
         ({"reduction": "median"}, "reduction: unknown 'median'"),
         ({"backend": "gpu"}, "backend: unknown 'gpu'"),
@@ -239,10 +340,10 @@ def test_every_acquisition_that_does_not_compare_samples(
         ({"student": "./missing"}, "missing"),
         ({"text_column": "body"}, "data: no column 'body', expected one of text"),
         ({"prompt_column": "text"}, "--prompt-column and --completion-column: expected both or neither"),
-        ({"limit": 0}, "limit: expected an int >= 1, got 0"),
+        ({"limit": 0}, "--limit: expected an int >= 1, got 0"),
         ({"limit": "x"}, "argument --limit: invalid int value: 'x'"),
-        ({"max_length": 65}, "max_length: the student takes at most 64 tokens, got 65"),
-        ({"block_rows": 0}, "block_rows: expected an int >= 1, got 0"),
+        ({"max_length": 65}, "--max-length: the student takes at most 64 tokens, got 65"),
+        ({"block_rows": 0}, "--block-rows: expected an int >= 1, got 0"),
         ({"engine": "dask"}, "argument --engine: invalid choice: 'dask'"),
         ({"workers": 2}, "--workers: expected it with --engine ray, got --engine local"),
         ({"engine": "accelerate", "ray_address": "auto"}, "--ray-address: expected it with --engine ray"),
@@ -253,10 +354,10 @@ def test_every_acquisition_that_does_not_compare_samples(
             {"acquisitions": "gradient_diversity"},
             "'gradient_diversity' compares all samples of a call: call acqcore.score",
         ),
-        ({"acquisitions": "influence"}, "acquisition_args: 'influence' needs 'reference'"),
+        ({"acquisitions": "influence"}, "--acquisition-args: 'influence' needs 'reference'"),
         (
             {"acquisitions": "influence", "acquisition_args": '{"influence": {"reference": "data.jsonl"}}'},
-            "reference: expected a file from Reference.save, got data.jsonl",
+            "reference: expected a file from Reference.save or 'acqcore reference', got data.jsonl",
         ),
     ],
 )
@@ -295,7 +396,7 @@ def test_launched_processes_do_not_all_score_everything(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(command([{"text": "a fox"}])) == 2
-    message = "acqcore: error: engine: 2 processes were launched, expected --engine accelerate, got local\n"
+    message = "acqcore: error: --engine: 2 processes were launched, expected --engine accelerate, got local\n"
     assert capsys.readouterr().err == message
 
 
@@ -313,7 +414,7 @@ def test_a_folder_as_output(command: Callable[..., list[str]], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("full", "out: the folder full is not empty"),
+        ("full", "out: the folder full is not empty, and holds other files"),
         ("folder.jsonl", "out: folder.jsonl is a folder; to write one of parquet files give it a name without an ext"),
         ("file", "out: file is a file; a name without an extension is a folder of parquet files"),
     ],
@@ -346,9 +447,200 @@ def test_a_student_that_does_not_load_leaves_nothing(command: Callable[..., list
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_column_with_an_outputs_name(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command([{"entropy": "a fox"}], text_column="entropy")) == 2
-    assert "the column 'entropy' has the name of an output column" in capsys.readouterr().err
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_every_column_is_kept(suffix: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
+    """In order, of rows with an error too; one with the name of a column of ours under another name."""
+    rows = [
+        {"id": 7, "text": "a fox", "entropy": 0.5, "row": "x", "data_row": "y"},
+        {"id": 8, "text": "", "entropy": 0.25, "row": "z", "data_row": "w"},
+    ]
+    out = tmp_path / f"out.{suffix}"
+    assert main(command(rows, out=out, block_rows=1)) == 0
+    found = {"jsonl": read_lines, "csv": read_csv, "parquet": read_parquet}[suffix](out)
+    names = ["id", "text", "data_entropy", "data_row", "data_data_row"]
+    assert list(found[0]) == ["row", *names, "entropy", "n_tokens", "valid", "error"]
+    for before, after in zip(rows, found, strict=True):
+        assert [str(value) for value in before.values()] == [str(after[name]) for name in names]
+    assert (found[1]["error"] or "").startswith("nothing to score")
+
+
+def test_an_output_is_scored_again(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert main(command([{"text": text} for text in TEXTS], out=tmp_path / "first.jsonl")) == 0
+    arguments = command([], data=tmp_path / "first.jsonl", out=tmp_path / "out.jsonl", acquisitions="loss")
+    assert main(arguments) == 0
+    first, second = read_lines(tmp_path / "first.jsonl"), read_lines(tmp_path / "out.jsonl")
+    assert [row["entropy"] for row in second] == [row["entropy"] for row in first]
+    assert [row["data_row"] for row in second] == [0, 1, 2, 3, 4]
+
+
+def test_values_of_tokens(command: Callable[..., list[str]], student: Path, tmp_path: Path) -> None:
+    rows = [{"text": TEXTS[0]}, {"text": ""}, {"text": TEXTS[2]}]
+    assert main([*command(rows, acquisitions="loss,grad_norm,entropy"), "--keep-tokens"]) == 0
+    found = read_lines(tmp_path / "out.jsonl")
+    scores = acqcore.score(str(student), [TEXTS[0], TEXTS[2]], ("loss", "entropy"), keep_tokens=True, backend="eager")
+    tokenizer = acqcore.Student.load(student).tokenizer
+    for row, i in ((found[0], 0), (found[2], 1)):
+        assert row["token_ids"] == tokenizer(row["text"]).input_ids[1:]
+        assert row["loss_tokens"] == pytest.approx(scores.tokens["loss"][i].tolist(), rel=1e-5)
+        assert row["entropy_tokens"] == pytest.approx(scores.tokens["entropy"][i].tolist(), rel=1e-5)
+        assert "grad_norm_tokens" not in row
+    assert found[1]["token_ids"] == found[1]["loss_tokens"] == []
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv", ""])
+def test_tool_calls_of_any_arguments(suffix: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
+    rows = [conversation({"x": 1}), conversation({"x": "one"}), conversation({})]
+    for block_rows in (1, 3):
+        out = tmp_path / f"{block_rows}.{suffix}".removesuffix(".")
+        assert main(command(rows, out=out, block_rows=block_rows)) == 0
+        if suffix in ("parquet", ""):
+            found = read_parquet(out)
+            for before, after in zip(rows, found, strict=True):
+                turns = [{k: v for k, v in turn.items() if v is not None} for turn in json.loads(after["messages"])]
+                assert turns == before["messages"]
+        else:
+            found = read_lines(out) if suffix == "jsonl" else read_csv(out)
+        assert all(row["valid"] in (True, "True") for row in found)
+
+
+def conversation(arguments: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {
+        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "ok", "tool_calls": [call]}]
+    }
+
+
+def test_conversations_in_a_csv(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    rows = [conversation({"x": 1})["messages"], conversation({"x": 2})["messages"]]
+    assert main(command([{"messages": row} for row in rows], out=tmp_path / "first.csv")) == 0
+    assert main(command([], data=tmp_path / "first.csv")) == 0
+    for row, found in zip(rows, read_lines(tmp_path / "out.jsonl"), strict=True):
+        assert json.loads(found["messages"]) == row
+        assert found["valid"]
+
+
+class TestOutput:
+    """Nothing is lost that the user did not give up by name."""
+
+    @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+    def test_the_data_is_never_the_output(
+        self, suffix: str, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = tmp_path / f"in.{suffix}"
+        assert main(command([{"text": "a fox"}], out=data)) == 0
+        before = data.read_bytes()
+        (tmp_path / "linked").symlink_to(tmp_path)
+        for out in (data, tmp_path / "linked" / data.name):
+            for more in ([], ["--overwrite"]):
+                assert main([*command([], data=data, out=out), *more]) == 2
+                assert "is or holds the data, which would be lost" in capsys.readouterr().err
+        assert data.read_bytes() == before
+
+    def test_a_folder_that_holds_the_data(
+        self, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(command([{"text": "a fox"}], out=tmp_path / "scores")) == 0
+        [data] = (tmp_path / "scores").iterdir()
+        assert main([*command([], data=data, out=tmp_path / "scores"), "--overwrite"]) == 2
+        assert "is or holds the data" in capsys.readouterr().err
+        assert data.exists()
+
+    @pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet", "out"])
+    def test_an_output_is_replaced_where_asked(
+        self, name: str, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = command([{"text": "a fox"}], out=tmp_path / name)
+        assert main(arguments) == 0
+        assert main(arguments) == 2
+        assert f"--out: {tmp_path / name} exists; --overwrite replaces it" in capsys.readouterr().err
+        assert main([*command([{"text": "a fox"}] * 2, out=tmp_path / name), "--overwrite"]) == 0
+        assert "2 of 2 rows scored" in capsys.readouterr().out
+
+    def test_a_folder_of_others_stays(
+        self, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Whatever a cut-off run left beside it."""
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "notes.txt").write_text("keep")
+        arguments = [*command([{"text": "a fox"}], out=tmp_path / "out"), "--overwrite"]
+        for _ in range(2):
+            assert main(arguments) == 2
+            assert "holds other files than parts of an output" in capsys.readouterr().err
+            (tmp_path / "out.parts").mkdir(exist_ok=True)
+            (tmp_path / "out.parts" / "manifest.json").write_text("{}")
+        assert (tmp_path / "out" / "notes.txt").read_text() == "keep"
+
+    def test_two_processes(
+        self, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = command([{"text": "a fox"}])
+        first = Parts(tmp_path / "out.jsonl")
+        first.claim({})
+        assert main(arguments) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert "another process is writing to" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda"}, "--device: 'cuda' is not available"),
+        ({"device": "cuda:7"}, "--device: 'cuda:7' is not available"),
+        ({"device": "gpu"}, "--device: expected cpu, cuda or cuda:1, got 'gpu'"),
+        ({"device": "meta"}, "--device: expected a device that computes, got 'meta'"),
+        ({"student": "data.jsonl"}, "--student: expected a folder or hub id, data.jsonl is a file"),
+        ({"student": "empty"}, ""),
+        ({"student": "broken"}, ""),
+        ({"student": "untemplated", "data": "chat.jsonl"}, "the tokenizer of"),
+    ],
+)
+def test_what_a_run_would_find_out_is_one_sentence(
+    options: dict[str, Any],
+    message: str,
+    command: Callable[..., list[str]],
+    student: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And nothing is left that keeps the mended command from running."""
+    if torch.cuda.is_available() and options.get("device") == "cuda":
+        pytest.skip("this machine has one")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(student, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
+    shutil.copytree(student, tmp_path / "untemplated")
+    (tmp_path / "untemplated" / "chat_template.jinja").unlink()
+    (tmp_path / "chat.jsonl").write_text(json.dumps(conversation({})) + "\n")
+    rows = [{"text": "a fox"}]
+    assert main(command(rows, **options)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line for line in lines if not line.startswith("acqcore: error: ")] == []
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert main(command(rows)) == 0
+
+
+@pytest.mark.parametrize("words", [["--top", "5"], ["--acq", "loss"], ["--dev", "cpu"]])
+def test_options_are_not_abbreviated(
+    words: list[str], command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*command([{"text": "a fox"}]), *words])
+    assert f"unrecognized arguments: {' '.join(words)}" in capsys.readouterr().err
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"acqcore {acqcore.__version__}\n"
+    with pytest.raises(SystemExit, match="0"):
+        main(["score", "--help"])
+    offered = capsys.readouterr().out
+    assert "gradient_diversity" not in offered
+    assert "mutual_information" in offered
 
 
 def test_info_as_a_module_tells_backends_and_versions() -> None:

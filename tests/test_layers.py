@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "bayes": {"backends", "checks", "head", "vocab_parallel"},
     "checks": set(),
     "costs": {"acquisitions", "checks", "gradients", "literals", "scoring", "selection", "students"},
-    "files": {"checks", "scoring", "students"},
+    "files": {"checks", "literals", "scoring", "selection", "students"},
     "gradients": {
         "backends",
         "checks",

@@ -23,13 +23,14 @@ def test_batches_come_back(parts: Parts, tmp_path: Path) -> None:
     parts.append(0, [3, 1], [[0.1, 2.0], [1 / 3, NAN]])
     parts.append(0, [2], [[5.0, 6.0]])
     parts.append(1, [0], [[7.0, 8.0]])
+    parts.release()
     again = Parts(tmp_path / "o.csv")
     again.claim({"a": 1})
     done = again.load(0)
     assert sorted(done) == [1, 2, 3]
-    assert done[3] == [0.1, 2.0]
-    assert done[1][0] == 1 / 3
-    assert again.load(1) == {0: [7.0, 8.0]}
+    assert done[3] == ([0.1, 2.0], [])
+    assert done[1][0][0] == 1 / 3
+    assert again.load(1) == {0: ([7.0, 8.0], [])}
     again.remove()
     assert list(tmp_path.iterdir()) == []
 
@@ -39,14 +40,16 @@ def test_an_unfinished_line_is_cut_off(parts: Parts) -> None:
     path = parts.folder / "block-000000.batches"
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"rows": [2], "val')
-    assert parts.load(0) == {1: [1.0]}
+    assert parts.load(0) == {1: ([1.0], [])}
     assert path.read_bytes() == whole
     parts.append(0, [2], [[2.0]])
-    assert parts.load(0) == {1: [1.0], 2: [2.0]}
+    assert parts.load(0) == {1: ([1.0], []), 2: ([2.0], [])}
 
 
 def test_another_run_is_refused(tmp_path: Path) -> None:
-    Parts(tmp_path / "o.csv").claim({"a": 1, "b": [1, 2]})
+    first = Parts(tmp_path / "o.csv")
+    first.claim({"a": 1, "b": [1, 2]})
+    first.release()
     with pytest.raises(ValueError, match=r"holds a cut-off run with another b \(\[1, 2\] there, \[1\] here\)"):
         Parts(tmp_path / "o.csv").claim({"a": 1, "b": [1]})
 
@@ -73,6 +76,7 @@ def test_attempts_are_counted_across_processes_of_one_run(parts: Parts) -> None:
     other = Parts(parts.folder.with_name("o.csv"))
     assert other.attempt(3) == 3
     assert other.failure(3).read_text().splitlines()[0] == "ValueError: no"
+    parts.release()
     other.claim({"a": 1})  # the same command again
     assert other.attempt(3) == 1
     assert not other.failure(3).exists()
@@ -81,7 +85,44 @@ def test_attempts_are_counted_across_processes_of_one_run(parts: Parts) -> None:
 def test_only_an_unused_folder_is_removed_unasked(parts: Parts) -> None:
     parts.append(0, [1], [[1.0]])
     parts.remove_unused()
-    assert parts.load(0) == {1: [1.0]}
+    assert parts.load(0) == {1: ([1.0], [])}
     (parts.folder / "block-000000.batches").unlink()
     parts.remove_unused()
     assert not parts.folder.exists()
+
+
+def test_one_process_at_a_time(parts: Parts, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="out: another process is writing to"):
+        Parts(tmp_path / "o.csv").claim({"a": 1})
+    parts.release()
+    Parts(tmp_path / "o.csv").claim({"a": 1})
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "deep/notes.txt", "part-000000.parquet"])
+def test_files_of_others_are_left_alone(name: str, tmp_path: Path) -> None:
+    """A folder of that name that no run left is not taken, and what others put into a run's folder stays."""
+    path = tmp_path / "o.csv.parts" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("keep")
+    parts = Parts(tmp_path / "o.csv")
+    with pytest.raises(ValueError, match="exists and was not left by a run"):
+        parts.claim({"a": 1})
+    assert not parts.begun
+    path.unlink()
+    for folder in (path.parent, parts.folder):
+        if folder.exists():
+            folder.rmdir()
+    parts.claim({"a": 1})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("keep")
+    parts.remove()
+    assert path.read_text() == "keep"
+    assert not parts.begun
+
+
+def test_a_manifest_that_is_not_readable(tmp_path: Path) -> None:
+    folder = tmp_path / "o.csv.parts"
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"a"')
+    with pytest.raises(ValueError, match=r"manifest\.json is not readable; remove its folder"):
+        Parts(tmp_path / "o.csv").claim({"a": 1})

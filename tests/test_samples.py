@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy
 import pytest
 import torch
 
@@ -138,7 +139,9 @@ class TestDataset:
             assert a.targets.tolist() == b.targets.tolist()
         text = datasets.Dataset.from_dict({"text": ["a fox", "the dog"]})
         assert [row.ids.tolist() for row in encoded(text)] == [r.ids.tolist() for r in encoded(["a fox", "the dog"])]
-        with pytest.raises(TypeError, match="expected columns prompt and completion, or messages, or text, got id"):
+        with pytest.raises(
+            TypeError, match="expected columns prompt and completion, or messages, or question and answer, or text, got"
+        ):
             encoded(data.select_columns(["id"]))
 
 
@@ -173,7 +176,7 @@ class TestTensors:
     @pytest.mark.parametrize(
         ("samples", "error", "message"),
         [
-            ({"ids": torch.ones(1, 2)}, TypeError, "with \"input_ids\", got keys 'ids'"),
+            ({"ids": torch.ones(1, 2)}, TypeError, 'with "input_ids", or of columns such as "text", got keys \'ids\''),
             (
                 {"input_ids": [[1, 2]]},
                 TypeError,
@@ -268,7 +271,7 @@ BAD_SAMPLES = [
         "samples[0]: the chat template refuses it: no tools here",
     ),
     ([{"messages": "hi"}], TypeError, "samples[0]: messages: expected a list of messages, got str"),
-    ([{"messages": [{"role": "user"}]}], TypeError, 'expected messages with "role" and "content", got dict'),
+    ([{"messages": [{"role": "user"}]}], TypeError, '"role" and "content" (or "tool_calls"), got dict'),
     (
         [{"prompt": "a", "completion": [USER]}],
         TypeError,
@@ -276,12 +279,16 @@ BAD_SAMPLES = [
     ),
     ([{"prompt": [USER], "completion": "a"}], TypeError, "completion: expected a list of messages, got str"),
     (
-        [{"prompt": 3, "completion": "a"}],
+        [{"prompt": {"role": "user"}, "completion": "a"}],
         TypeError,
-        "prompt: expected a string or a list of messages, got int",
+        "prompt: expected a string or a list of messages, got dict",
     ),
-    ([{"text": 3}], TypeError, "samples[0]: text: expected a string, got int"),
+    ([{"text": True}], TypeError, "samples[0]: text: expected a string, got bool"),
+    ([{"text": None}], TypeError, "samples[0]: text: expected a string, got no value"),
+    ([{"text": float("nan")}], TypeError, "samples[0]: text: expected a string, got no value"),
     ([{"question": "a"}], TypeError, "got a mapping with keys 'question'"),
+    ({"text": "a fox"}, TypeError, "a list of values in column 'text', got str; a single sample goes into a list"),
+    ({"question": ["a"], "answer": ["b", "c"]}, ValueError, "samples: expected columns of one length"),
     ([3], TypeError, "samples[0]: expected strings, mappings with"),
     (
         ["a fox", {"text": "a fox"}],
@@ -319,6 +326,166 @@ def test_errors_are_collected_where_asked(encoded: Any) -> None:
     assert sorted(errors) == [1, 2, 4, 5]
     assert errors[1].startswith("nothing to score")
     assert errors[5].endswith("the student takes at most 64; max_length= truncates")
+
+
+class TestRowsOfAnySource:
+    """The same rows from a list, a table and a mapping of columns."""
+
+    ROWS = (
+        {"question": "What is 2 + 3?", "answer": 5, "id": 1},
+        {"question": "a fox", "answer": 12, "id": 2},
+    )
+
+    @pytest.mark.parametrize(
+        "source", ["list", "columns", "arrow", "pandas", "datasets", "text", "prompts", "polars", "numpy", "batch"]
+    )
+    def test_question_and_answer(self, source: str, encoded: Any) -> None:
+        rows = [dict(row) for row in self.ROWS]
+        columns: dict[str, list[Any]] = {key: [row[key] for row in rows] for key in rows[0]}
+        if source == "list":
+            samples: Any = rows
+        elif source == "columns":
+            samples = columns
+        elif source == "numpy":
+            samples = {key: numpy.array(values) for key, values in columns.items()}
+        elif source == "arrow":
+            samples = pytest.importorskip("pyarrow").table(columns)
+        elif source == "pandas":
+            samples = pytest.importorskip("pandas").DataFrame(columns)
+        elif source == "polars":
+            samples = pytest.importorskip("polars").DataFrame(columns)
+        elif source == "datasets":
+            samples = pytest.importorskip("datasets").Dataset.from_dict(columns)
+        elif source == "batch":
+            data = pytest.importorskip("datasets").Dataset.from_dict(columns)
+            seen: list[Any] = []
+            data.map(lambda batch: seen.append(encoded(batch)), batched=True)
+            assert [row.ids.tolist() for row in seen[0]] == [row.ids.tolist() for row in encoded(rows)]
+            return
+        elif source == "prompts":
+            samples = [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
+        else:
+            samples = [{"prompt": row["question"], "completion": str(row["answer"])} for row in rows]
+        found = encoded(samples)
+        expected = encoded([{"prompt": row["question"], "completion": str(row["answer"])} for row in rows])
+        for a, b in zip(found, expected, strict=True):
+            assert a.ids.tolist() == b.ids.tolist()
+            assert a.targets.tolist() == b.targets.tolist()
+
+    @pytest.mark.parametrize("source", ["arrow", "pandas", "datasets"])
+    def test_messages_of_a_table(self, source: str, encoded: Any, tmp_path: Any) -> None:
+        """Nulls of a table's struct, and the arrays that pandas reads."""
+        turn = [{"role": "user", "content": "hi", "name": "x"}, {"role": "assistant", "content": "yes"}]
+        other = [{"role": "user", "content": "a fox?"}, {"role": "assistant", "content": "no"}]
+        parquet = pytest.importorskip("pyarrow.parquet")
+        arrow = pytest.importorskip("pyarrow")
+        table = arrow.table({"messages": [turn, other]})
+        parquet.write_table(table, tmp_path / "rows.parquet")
+        if source == "pandas":
+            table = pytest.importorskip("pandas").read_parquet(tmp_path / "rows.parquet")
+        elif source == "datasets":
+            table = pytest.importorskip("datasets").Dataset(table)
+        for a, b in zip(encoded(table), encoded([{"messages": turn}, {"messages": other}]), strict=True):
+            assert a.ids.tolist() == b.ids.tolist()
+
+    @pytest.mark.parametrize("values", [numpy.array(["a fox", "the dog"]), ("a fox", "the dog")])
+    def test_a_column_of_strings(self, values: Any, encoded: Any) -> None:
+        assert [row.ids.tolist() for row in encoded(values)] == [
+            row.ids.tolist() for row in encoded(["a fox", "the dog"])
+        ]
+
+
+class TestOneBadRow:
+    """The fault of a row is named, and costs no other row."""
+
+    REPLY: ClassVar = {"role": "assistant", "content": "yes"}
+
+    @pytest.mark.parametrize(
+        ("bad", "message"),
+        [
+            ({"text": "c \ud83d d"}, "text: character 2 is the lone surrogate U+D83D, which is no text"),
+            ({"text": "\udcff"}, "text: character 0 is the lone surrogate U+DCFF"),
+            ({"text": ["a"]}, "text: expected a string, got list"),
+        ],
+    )
+    def test_texts(self, bad: Any, message: str, encoded: Any) -> None:
+        samples = [{"text": "a fox"}, bad, {"text": "the dog"}]
+        errors: dict[int, str] = {}
+        rows = encoded(samples, errors=errors)
+        assert list(errors) == [1]
+        assert message in errors[1]
+        assert [row.n_scored > 0 for row in rows] == [True, False, True]
+        with pytest.raises((ValueError, TypeError), match=re.escape("samples[1]: ")):
+            encoded(samples)
+
+    @pytest.mark.parametrize(
+        ("messages", "message"),
+        [
+            ([{"role": "user", "content": "hi \udc00"}, REPLY], "messages: character"),
+            ([{"role": "user", "content": [{"type": "image", "url": "x"}]}, REPLY], "got parts ['image']"),
+            ([{"role": "user", "content": "hi"}, {"role": "assistant"}], 'expected messages with "role" and "content"'),
+            ([{"role": 3, "content": "hi"}, REPLY], 'expected messages with "role" and "content"'),
+            ([{"content": "hi"}, REPLY], 'expected messages with "role" and "content"'),
+        ],
+    )
+    def test_conversations(self, messages: Any, message: str, encoded: Any) -> None:
+        good = {"messages": [{"role": "user", "content": "hi"}, self.REPLY]}
+        errors: dict[int, str] = {}
+        rows = encoded([good, {"messages": messages}, good], errors=errors)
+        assert list(errors) == [1]
+        assert message in errors[1]
+        assert [row.n_scored > 0 for row in rows] == [True, False, True]
+
+    def test_a_tokenizer_that_refuses_one_text(self, encoded: Any, tokenizer: Any) -> None:
+        class Picky(Slow):
+            def __call__(self, texts: list[str], **options: Any) -> Any:
+                if any("dog" in text for text in texts):
+                    raise RuntimeError("no dogs")
+                return self.fast(texts, **options)
+
+        errors: dict[int, str] = {}
+        rows = encoded(["a fox", "the dog", "2 + 3"], Picky(tokenizer), errors=errors)
+        assert errors == {1: "the tokenizer refuses it: no dogs"}
+        assert [row.n_scored > 0 for row in rows] == [True, False, True]
+        with pytest.raises(ValueError, match=r"samples\[1\]: the tokenizer refuses it: no dogs"):
+            encoded(["a fox", "the dog"], Picky(tokenizer))
+
+
+class TestContent:
+    def test_a_list_of_texts_for_a_template_of_strings(self, encoded: Any) -> None:
+        parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "fox?"}]
+        reply = {"role": "assistant", "content": "yes"}
+        (row,) = encoded([{"messages": [{"role": "user", "content": parts}, reply]}])
+        (same,) = encoded([{"messages": [{"role": "user", "content": "a fox?"}, reply]}])
+        assert row.ids.tolist() == same.ids.tolist()
+
+    def test_a_template_of_lists_gets_lists(self, encoded: Any, tokenizer: Any) -> None:
+        from transformers import PreTrainedTokenizerFast
+
+        template = (
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
+            "{% else %}{% for part in m['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}"
+            "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
+        parts = [{"type": "image"}, {"type": "text", "text": "a fox?"}]
+        (row,) = encoded([{"messages": [{"role": "user", "content": parts}, TestOneBadRow.REPLY]}], other)
+        assert "<image>a fox?" in other.decode(row.ids)
+
+    @pytest.mark.parametrize("extra", [{}, {"content": None}, {"content": ""}])
+    def test_tool_calls_need_no_content(self, extra: Any, encoded: Any, tokenizer: Any) -> None:
+        from transformers import PreTrainedTokenizerFast
+
+        template = tokenizer.chat_template.replace(
+            "{{ m['content'] }}",
+            "{{ m['content'] }}{% for c in m['tool_calls'] %}{{ c['function']['name'] }}{% endfor %}",
+        )
+        other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
+        call = {"type": "function", "function": {"name": "fox", "arguments": {"x": 1}}}
+        reply = {"role": "assistant", "tool_calls": [call], **extra}
+        (row,) = encoded([{"messages": [{"role": "user", "content": "hi"}, reply]}], other)
+        assert tokenizer.decode(scored_ids(row)) == "fox<|im_end|>\n"
 
 
 def test_no_samples(encoded: Any) -> None:

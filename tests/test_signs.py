@@ -45,7 +45,7 @@ def test_inner_products_keep_mean_and_variance() -> None:
     exact, dim, seeds = float(x @ y), 64, 3000
     products = []
     for places in (rotated_places, hashed_places):
-        hashed = [hash_columns(torch.stack([x, y]), places(300, dim, seed, 0), dim) for seed in range(seeds)]
+        hashed = [hash_columns(torch.stack([x, y]), places(300, dim, seed, 0), dim, x.dtype) for seed in range(seeds)]
         products.append(torch.stack([h[0] @ h[1] for h in hashed]))
     size = float((x.square().sum() * y.square().sum() + exact**2) / dim) ** 0.5  # bound on the deviation
     for product in products:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,22 @@ from acqcore.backends.triton import INTERPRETED, Triton
 from acqcore.testing import random_case
 
 WITHOUT_GPU = not INTERPRETED and not torch.cuda.is_available()
+
+
+#: hidden states, head, targets, offsets, backend -> a tensor with a row for each token or sample
+OPERATIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "row_stats": lambda h, head, y, _, b: acqcore.row_stats(h, head, y, backend=b).entropy,
+    "logit_stats": lambda h, head, y, _, b: acqcore.logit_stats(head.logits(h), y, backend=b).entropy,
+    "hidden_grad": lambda h, head, y, _, b: acqcore.hidden_grad(h, head, y, backend=b),
+    "head_grad_norm": lambda h, head, y, o, b: acqcore.head_grad_norm(h, head, y, o, backend=b),
+    "grad_sketch": lambda h, head, y, o, b: acqcore.grad_sketch(h, head, y, o, dim=16, backend=b),
+    "mutual_information, element": lambda h, head, y, _, b: (
+        acqcore.mutual_information(h, head, targets=y, draws=2, form="element", backend=b).mutual_information
+    ),
+    "mutual_information, block": lambda h, head, y, _, b: (
+        acqcore.mutual_information(h, head, targets=y, draws=2, form="block", block=16, backend=b).mutual_information
+    ),
+}
 
 
 def test_listed_before_eager_and_after_cpu() -> None:
@@ -161,3 +178,20 @@ if INTERPRETED:
     def test_float64_is_not_served() -> None:
         with pytest.raises(ValueError, match="backend 'triton' takes float32, bfloat16, float16, got float64"):
             random_case(2, 4, 8).to(torch.float64).run("triton")
+
+    @pytest.mark.parametrize("backend", ["triton", "cpu", "eager"])
+    @pytest.mark.parametrize("op", OPERATIONS)
+    def test_an_empty_batch(op: str, backend: str) -> None:
+        head, none = random_case(2, 4, 8).head, torch.empty(0, dtype=torch.int64)
+        got = OPERATIONS[op](torch.empty(0, 4), head, none, torch.zeros(1, dtype=torch.int64), backend)
+        assert len(got) == 0
+
+    @pytest.mark.parametrize("op", OPERATIONS)
+    def test_rows_that_lie_on_no_16_bytes(op: str) -> None:
+        """Views that a copy engine cannot address give the numbers of their copies."""
+        hidden, weight = torch.randn(5, 37).bfloat16(), torch.randn(40, 37).bfloat16()
+        targets, offsets = torch.tensor([3, -100, 0, 39, 7]), torch.tensor([0, 2, 5])
+        views = hidden[:, 1:33], acqcore.Head(weight[:, 2:34])
+        copies = views[0].contiguous(), acqcore.Head(weight[:, 2:34].contiguous())
+        got, expected = (OPERATIONS[op](h, head, targets, offsets, "triton") for h, head in (views, copies))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -173,7 +173,7 @@ def test_the_same_command_tries_failed_blocks_again_and_no_others(
         assert [row["row"] for row in rows] == list(range(7))
         assert [row["valid"] for row in rows] == [True] * 3 + [False] * 3 + [True]
         assert rows[4]["error"].startswith("its block failed: IsADirectoryError: ")
-        assert (rows[4]["text"], rows[4]["entropy"], rows[4]["n_tokens"]) == (None, None, 0)
+        assert (rows[4]["text"], rows[4]["entropy"], rows[4]["n_tokens"]) == ("the fox 4", None, 0)
 
     in_the_way.rmdir()
     kept = parts.report(0)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 
 from acqcore import checks
+from acqcore.gradients.laplace import LaplacePosterior
 from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.head import Head
 from acqcore.head_grad import Bounds
@@ -172,13 +173,14 @@ class LinearOptions(Options):
     """Mutual information to second order in a small perturbation: its linear form, by backwards of random cotangents.
 
     Args:
-        posterior: what is perturbed: ``dropout``, the activations that dropout acts on, or ``isotropic``, the weights
-            of linear layers in blocks, by Gaussian noise.
+        posterior: what is perturbed: ``dropout``, the activations that dropout acts on, or the weights of linear layers
+            in blocks, by Gaussian noise of one variance, ``isotropic``, or of those of a ``laplace`` approximation.
         layers: dropout acts on the last n blocks, on every block (``"all"``, the default), on the student's own dropout
-            layers at their own rates (``"own"``), or on the last hidden state (0). Isotropic noise acts on blocks.
+            layers at their own rates (``"own"``), or on the last hidden state (0). Noise of weights acts on blocks.
         dropout: probability p, by default 0.1 on the last hidden state and 0.05 in blocks; ignored by ``"own"``. Of
             ``posterior="dropout"``.
         variance: of a weight, by default 1e-6; a constant factor of the values. Of ``posterior="isotropic"``.
+        reference: of ``posterior="laplace"``, from :func:`acqcore.laplace_posterior` with the same ``layers``.
         probes: cotangents averaged, a backward of activations each. From two on a sample has a standard error.
         seed: of the cotangents' signs.
 
@@ -190,6 +192,7 @@ class LinearOptions(Options):
     layers: Layers = "all"
     dropout: float | None = None
     variance: float | None = None
+    reference: LaplacePosterior | None = None
     probes: int = 2
     seed: int = 0
 
@@ -198,18 +201,23 @@ class LinearOptions(Options):
         checks.layers(self.layers)
         checks.probes(self.probes)
         checks.seed(self.seed)
+        for argument, owner in (("dropout", "dropout"), ("variance", "isotropic"), ("reference", "laplace")):
+            if getattr(self, argument) is not None and self.posterior != owner:
+                raise ValueError(f"{argument}: belongs to posterior={owner!r}, got posterior={self.posterior!r}")
         if self.posterior == "dropout":
-            if self.variance is not None:
-                raise ValueError("variance: belongs to posterior='isotropic', got posterior='dropout'")
             _resolve(self, dropout=_dropout(self.dropout, self.layers))
             return
-        if self.dropout is not None:
-            raise ValueError(f"dropout: belongs to posterior='dropout', got posterior={self.posterior!r}")
         if self.layers in (0, "own"):
             raise ValueError(
                 f"layers: posterior={self.posterior!r} perturbs weights of blocks, expected 'all' or at least 1 block, "
                 f"got {self.layers!r}"
             )
+        if self.posterior == "laplace":
+            checks.instance("reference", self.reference, LaplacePosterior, "what acqcore.laplace_posterior gives")
+            assert self.reference is not None
+            if self.reference.layers != self.layers:
+                raise ValueError(f"layers: the reference was made with {self.reference.layers!r}, got {self.layers!r}")
+            return
         variance = WEIGHT_VARIANCE if self.variance is None else self.variance
         checks.positive("variance", variance)
         _resolve(self, variance=variance)
@@ -218,7 +226,12 @@ class LinearOptions(Options):
     def need(self) -> ProbeNeed:
         """Squares of the gradients under each probe."""
         of: Literal["sites", "weights"] = "sites" if self.posterior == "dropout" else "weights"
-        return ProbeNeed(of, self.layers, self.probes, self.seed, self.dropout or 0.0)
+        return ProbeNeed(of, self.layers, self.probes, self.seed, self.dropout or 0.0, posterior=self.reference)
+
+    def check(self, student: Student, head: Head) -> None:
+        """Raise ValueError if the reference was made with another student."""
+        if self.reference is not None:
+            self.reference.check(student)
 
     @property
     def factor(self) -> float:
@@ -236,7 +249,7 @@ class InformationOptions(DrawOptions):
             return given
         if isinstance(given, Mapping) and given.get("form") == "linear":
             return LinearOptions.of(name, {key: value for key, value in given.items() if key != "form"})
-        for argument in ("posterior", "probes", "variance"):
+        for argument in ("posterior", "probes", "reference", "variance"):
             if isinstance(given, Mapping) and argument in given:
                 raise ValueError(f"acquisition_args[{name!r}]: {argument!r} needs form='linear'")
         return DrawOptions.of(name, given)

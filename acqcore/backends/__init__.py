@@ -1,7 +1,8 @@
 """The backends, ordered: the first that is available and fits serves a call, unless one is named.
 
 ``ACQCORE_BACKEND`` names one for the whole process. A name that is unknown, not available here or does not serve the
-tensors raises; nothing falls back in silence, and ``eager`` runs only when asked for.
+tensors raises. ``eager`` runs only when asked for, except where the package has no compiled extension, which a warning
+says at import.
 """
 
 from __future__ import annotations

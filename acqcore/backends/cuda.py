@@ -1,6 +1,7 @@
 """The CUDA C++ backend: statistics of logits by its kernel; of hidden states fused with the product on Hopper.
 
 Elsewhere, and where the fused kernel does not fit, torch multiplies block by block and the kernel for logits follows.
+What follows from the statistics is left to Triton's kernels; without Triton, to chunked torch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from acqcore.backends import extension
 from acqcore.backends.base import Gram, HeadRows
 from acqcore.backends.chunked import Chunked, float32_products
 from acqcore.backends.extension import constant_when_compiled, core, matrix, pointer
+from acqcore.backends.scatter import on_device
 from acqcore.backends.slots import BLOCK, slot_table
+from acqcore.backends.triton import Triton
 from acqcore.head import Head
 
 #: A block of logits that row_stats holds: at most 1024 rows x 8192 columns, 32 MiB in float32.
@@ -23,6 +26,9 @@ BLOCK_ROWS = 1024
 BLOCK_COLUMNS = 8192
 #: What a block's hidden states may take where they are copied, and a tile of weights likewise, in bytes of float32.
 COPY_BYTES = 16 << 20
+
+#: Has kernels for what follows from the statistics.
+_TRITON = Triton()
 
 
 class Cuda(Chunked):
@@ -53,6 +59,30 @@ class Cuda(Chunked):
         if rest is not None:
             self.fill_gram(rows, rest)
 
+    def gram_norm(
+        self,
+        rows: HeadRows,
+        gram: Gram,
+        local_max: torch.Tensor,  # [N] float64
+        weights: torch.Tensor,  # [N] float64
+        squared: torch.Tensor,  # [len(gram.bounds)] float64, written
+    ) -> None:
+        if _TRITON.unavailable() is None:
+            _TRITON.gram_norm(rows, gram, local_max, weights, squared)
+        else:
+            super().gram_norm(rows, gram, local_max, weights, squared)
+
+    def hidden_grad(
+        self,
+        rows: HeadRows,
+        out: torch.Tensor,  # [N, D], written
+    ) -> None:
+        if _TRITON.unavailable() is None:
+            self.row_stats(rows)
+            _TRITON.fill_hidden_grad(rows, out)
+        else:
+            super().hidden_grad(rows, out)
+
     def _fused(
         self,
         rows: HeadRows,
@@ -64,7 +94,7 @@ class Cuda(Chunked):
         targets = None if rows.targets is None else rows.targets.contiguous()
         slots = None
         if gram is not None:
-            slots = slot_table(gram.bounds, gram.starts, len(rows.hidden)).to(rows.hidden.device)
+            slots = on_device(slot_table(gram.bounds, gram.starts, len(rows.hidden)), rows.hidden.device)
         arguments = core.CudaRowStatsArgs(
             matrix(rows.hidden),
             matrix(head.weight),

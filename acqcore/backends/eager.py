@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from acqcore.backends import extension
 from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows, Probes
 from acqcore.head import compute_dtype
 from acqcore.philox import keep_mask, signs
@@ -16,7 +17,7 @@ from acqcore.philox import keep_mask, signs
 class Eager(Backend):
     name = "eager"
     description = "plain torch on any device, holds the [N, V] logits; the readable reference"
-    automatic = False
+    automatic = extension.ABSENT
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
     def longest_gram(self, depth: int) -> int:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
+#: The package was installed without the extension, as the wheel for any platform is.
+ABSENT = False
 try:
     import acqcore._core as core
 except ImportError as error:
     core = None  # type: ignore[assignment]
     _IMPORT_ERROR: str | None = str(error)
+    ABSENT = isinstance(error, ModuleNotFoundError)
 else:
     _IMPORT_ERROR = None
+if ABSENT:
+    warnings.warn(
+        "acqcore has no compiled extension here: the backend 'eager' scores in plain torch, slower, and holds the "
+        "logits. A C++17 compiler and 'pip install --no-binary acqcore acqcore' build it.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 F = TypeVar("F", bound=Callable[..., object])

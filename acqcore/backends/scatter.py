@@ -1,8 +1,16 @@
-"""Sums at given places that come out the same in every run."""
+"""Sums at given places that come out the same in every run, and the tables of places."""
 
 from __future__ import annotations
 
 import torch
+
+
+def on_device(
+    table: torch.Tensor,  # of the host
+    device: torch.device,
+) -> torch.Tensor:
+    """A copy on ``device``; unlike ``table.to``, it does not wait for what a GPU has queued."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
 
 
 def add_at(

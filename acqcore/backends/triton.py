@@ -22,6 +22,7 @@ from acqcore import checks
 from acqcore.backends.base import DrawRows, Dropout, Gram, HeadRows
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled
+from acqcore.backends.scatter import on_device
 from acqcore.head import Head
 from acqcore.philox import threshold
 
@@ -92,7 +93,7 @@ class Triton(Chunked):
                     rows.hidden, head.weight, head.bias, rows.targets, short.bounds, short.starts,
                     products=short.products, tiles=plan.tiles("gram"), **arguments,
                 )  # fmt: skip
-            for begin, end in _gaps(short, len(rows.hidden)):
+            for begin, end in _gaps(() if short is None else short.bounds, len(rows.hidden)):
                 part = slice(begin, end)
                 targets = None if rows.targets is None else rows.targets[part]
                 row_stats(
@@ -110,12 +111,12 @@ class Triton(Chunked):
         """The Gram matrices of samples longer than a block, in a second visit of the weights."""
         from acqcore.kernels.factors import grams
 
-        for group in _groups(gram.bounds):
-            bounds, starts = [gram.bounds[i] for i in group], [gram.starts[i] for i in group]
+        for first, end in _groups(gram.bounds):
+            bounds, starts = gram.bounds[first:end], gram.starts[first:end]
             part = _take(rows, bounds)
             with _launching(rows.hidden):
                 grams(
-                    _factors(rows), part.hidden, part.targets, part.state[0].float(), [e - b for b, e in bounds],
+                    _factors(rows), part.hidden, part.targets, part.state[0].float(), tuple(e - b for b, e in bounds),
                     starts, gram.products,
                 )  # fmt: skip
 
@@ -149,19 +150,15 @@ class Triton(Chunked):
         squared: torch.Tensor,  # [len(bounds)] float64, written
     ) -> None:
         """By Gram matrices formed in the second visit; samples whose matrix is too large, in chunked torch."""
-        for group in _groups(bounds):
-            own = tuple(bounds[i] for i in group)
+        for first, last in _groups(bounds):
+            own, share = bounds[first:last], squared[first:last]
             if (own[0][1] - own[0][0]) ** 2 > GRAM_ELEMENTS:
-                share = torch.empty(1, dtype=torch.float64, device=squared.device)
                 super().head_grad_norm(rows, own, weights, share)
             else:
                 starts = tuple(itertools.accumulate(((end - begin) ** 2 for begin, end in own), initial=0))
-                products = torch.empty(starts[-1], device=squared.device)
-                gram = Gram(own, starts[:-1], products)
-                share = torch.empty(len(own), dtype=torch.float64, device=squared.device)
+                gram = Gram(own, starts[:-1], torch.empty(starts[-1], device=squared.device))
                 self.fill_gram(rows, gram)
                 self.gram_norm(rows, gram, rows.state[0], weights, share)
-            squared[group] = share
 
     def hidden_grad(
         self,
@@ -169,10 +166,18 @@ class Triton(Chunked):
         out: torch.Tensor,  # [N, D], written
     ) -> None:
         """In two visits of the weights, the second of which forms the logits again."""
+        self.row_stats(rows)
+        self.fill_hidden_grad(rows, out)
+
+    def fill_hidden_grad(
+        self,
+        rows: HeadRows,  # their state filled
+        out: torch.Tensor,  # [N, D], written
+    ) -> None:
+        """The second visit."""
         from acqcore.kernels.factors import hidden_sums
 
         assert rows.targets is not None
-        self.row_stats(rows)
         largest, second = rows.state[0], rows.state[1]
         # Relative to the largest logit but the target's: a confident row's factors are not all next to 0.
         excluded = (rows.targets == rows.index) & second.isfinite()
@@ -314,19 +319,18 @@ def _factors(rows: HeadRows) -> Factors:
     )  # fmt: skip
 
 
-def _groups(bounds: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Samples that share the ring of factors: in order, as many as its rows and the bound on their matrices allow."""
+def _groups(bounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Samples ``[first, last)`` that share the ring of factors: as many as its rows and their matrices' bound allow."""
     from acqcore.kernels.factors import ROWS
 
-    groups: list[list[int]] = []
+    edges: list[int] = []
     rows, elements = ROWS, GRAM_ELEMENTS
     for i, (begin, end) in enumerate(bounds):
         rows, elements = rows + end - begin, elements + (end - begin) ** 2
         if rows > ROWS or elements > GRAM_ELEMENTS:
-            groups.append([])
+            edges.append(i)
             rows, elements = end - begin, (end - begin) ** 2
-        groups[-1].append(i)
-    return groups
+    return list(itertools.pairwise([*edges, len(bounds)]))
 
 
 def _take(rows: HeadRows, bounds: Sequence[tuple[int, int]]) -> HeadRows:
@@ -335,7 +339,7 @@ def _take(rows: HeadRows, bounds: Sequence[tuple[int, int]]) -> HeadRows:
     if all(end == begin for (_, end), (begin, _) in itertools.pairwise(bounds)):
         part: slice | torch.Tensor = slice(bounds[0][0], bounds[-1][1])
     else:
-        part = torch.cat([torch.arange(begin, end) for begin, end in bounds]).to(rows.hidden.device)
+        part = on_device(torch.cat([torch.arange(begin, end) for begin, end in bounds]), rows.hidden.device)
     return replace(
         rows, hidden=rows.hidden[part], targets=rows.targets[part].contiguous(), state=rows.state[:, part].contiguous(),
         index=rows.index[part],
@@ -367,10 +371,9 @@ def _split(gram: Gram | None) -> tuple[Gram | None, Gram | None]:
     return parts[0], parts[1]
 
 
-def _gaps(gram: Gram | None, n: int) -> list[tuple[int, int]]:
-    """Stretches ``[begin, end)`` of ``n`` rows that are in no sample of ``gram``."""
-    bounds = sorted(() if gram is None else gram.bounds)
-    edges = [0, *(row for pair in bounds for row in pair), n]
+def _gaps(bounds: tuple[tuple[int, int], ...], n: int) -> list[tuple[int, int]]:
+    """Stretches ``[begin, end)`` of ``n`` rows that are in no sample."""
+    edges = [0, *itertools.chain.from_iterable(sorted(bounds)), n]
     return [(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True) if begin < end]
 
 

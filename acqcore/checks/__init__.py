@@ -8,7 +8,7 @@ from __future__ import annotations
 
 # isort: off
 from acqcore.checks.basic import (  # noqa: F401
-    FLOAT_DTYPES, IGNORE_INDEX, acquisition_values, at_most, describe, finite, float_tensor, given, installed,
+    FLOAT_DTYPES, IGNORE_INDEX, acquisition_values, at_most, describe, device, finite, float_tensor, given, installed,
     instance, literal, max_length, module, names, one_of, positive, positive_int, same_device,
 )  # fmt: skip
 from acqcore.checks.gradients import block_count, differentiable, offsets, scored_tokens, token_weights  # noqa: F401

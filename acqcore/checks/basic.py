@@ -118,6 +118,26 @@ def installed(module: str, what: str, extra: str) -> None:
         raise ModuleNotFoundError(f"{what} needs {module}: run 'pip install acqcore[{extra}]'")
 
 
+def device(name: str, value: object) -> None:
+    """A device of this machine; None is whatever the caller has."""
+    if value is None:
+        return
+    try:
+        found = torch.device(value)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected cpu, cuda or cuda:1, got {value!r}") from error
+    if found.type == "cpu":
+        return
+    module = getattr(torch, found.type, None)
+    if module is None or not hasattr(module, "is_available"):
+        raise ValueError(f"{name}: expected a device that computes, got {value!r}")
+    count = module.device_count() if module.is_available() else 0
+    if count == 0:
+        raise ValueError(f"{name}: {value!r} is not available: this machine or this build of torch has none")
+    if found.index is not None and found.index >= count:
+        raise ValueError(f"{name}: {value!r} is not available, this machine has {count}")
+
+
 def max_length(value: object, limit: int | None) -> None:
     """Room for one scored token and its predecessor, and within what the student takes."""
     if value is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -13,6 +13,8 @@ from acqcore.checks.basic import IGNORE_INDEX, describe, float_tensor, same_devi
 def offsets(value: object, targets: torch.Tensor) -> tuple[tuple[int, int], ...]:
     """Sample boundaries ``[B + 1]`` of packed rows: int64, from 0, increasing, ending at N. Reads values once.
 
+    They may be on the CPU whatever the device of ``targets``: read from a GPU, they make the host wait for it.
+
     Returns:
         ``[begin, end)`` rows of each sample, on the host.
     """
@@ -20,7 +22,8 @@ def offsets(value: object, targets: torch.Tensor) -> tuple[tuple[int, int], ...]
         raise TypeError(f"offsets: expected an int64 tensor [B + 1], got {describe(value)}")
     if value.dim() != 1 or len(value) < 1:
         raise ValueError(f"offsets: expected [B + 1] with B >= 0, got {describe(value)}")
-    same_device("offsets", value, "targets", targets)
+    if value.device.type != "cpu":
+        same_device("offsets", value, "targets", targets)
     n, rows = len(targets), value.tolist()
     if rows[0] != 0 or rows[-1] != n:
         raise ValueError(f"offsets: expected to run from 0 to N = {n}, got {rows[0]} to {rows[-1]}")
@@ -31,8 +34,30 @@ def offsets(value: object, targets: torch.Tensor) -> tuple[tuple[int, int], ...]
     return bounds
 
 
-def scored_tokens(counts: torch.Tensor) -> None:
-    """``counts [B]``: every sample has a token that is scored."""
+def scored_tokens(counts: torch.Tensor) -> Callable[[], None]:
+    """Checks that every sample has a token that is scored; ``counts [B]`` says how many.
+
+    The counts of a GPU are on their way to the host when this returns, and what it returns checks them: called once the
+    work that follows is queued, it waits for what came before the counts alone.
+    """
+    if counts.device.type != "cuda":
+        _all_scored(counts)
+        return lambda: None
+    on_host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
+    on_host.copy_(counts, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(counts.device))
+
+    def check() -> None:
+        arrived.synchronize()
+        _all_scored(on_host)
+
+    return check
+
+
+def _all_scored(
+    counts: torch.Tensor,  # [B], on the host
+) -> None:
     if bool((counts == 0).any()):
         i = int((counts == 0).nonzero()[0])
         raise ValueError(f"targets: sample {i} has no scored token: all of its targets are {IGNORE_INDEX}")

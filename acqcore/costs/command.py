@@ -21,7 +21,10 @@ from acqcore.costs.work import Work
 
 #: Load average above which a note warns that other work slowed the measurement.
 BUSY = 0.5
-ARGUMENTS_HELP = 'name -> arguments, as in {"grad_norm": {"parameters": "all"}}'
+ARGUMENTS_HELP = (
+    'arguments by acquisition, as in {"grad_norm": {"parameters": "all"}}; influence takes a file of '
+    'acqcore reference: {"influence": {"reference": "reference.pt"}}'
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -17,6 +17,7 @@ from typing import IO, Any
 import torch
 
 from acqcore.costs.formulas import activation_bytes
+from acqcore.costs.proc import bytes_of
 from acqcore.costs.shape import Shape, shape_of, with_blocks
 from acqcore.costs.work import Work, passes
 
@@ -137,10 +138,7 @@ def free_bytes(device: str) -> int:
     """Bytes that can still be allocated on a device."""
     if device != "cpu":
         return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable")
+    return bytes_of("meminfo", "MemAvailable")
 
 
 class _Worker:

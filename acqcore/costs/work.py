@@ -169,7 +169,7 @@ def passes(shape: Shape, work: Work) -> Passes:
         for k in range(most):
             asked = [need for need in of_seed if k < need.probes]
             deepest = max(_blocks(need.layers, shape) for need in asked)
-            again = sum(_blocks(need.layers, shape) for need in asked if need.of == "weights")
+            again = sum(_blocks(need.layers, shape) for need in asked if need.of != "sites")
             trunk += (deepest + again) / shape.blocks
             kept = max(kept, deepest)
     return Passes(trunk, head, kept)

@@ -15,12 +15,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import acqcore
+from acqcore.costs.proc import bytes_of, reset_peak
 from acqcore.costs.shape import read_config, with_blocks
 from acqcore.costs.work import with_objects
 
@@ -53,12 +53,12 @@ def _load(spec: dict[str, Any]) -> tuple[Callable[[int], object], dict[str, Any]
     transformers.logging.disable_progress_bar()
     on_gpu = spec["device"] != "cpu"
     if not on_gpu:
-        _reset_peak()  # raises here where memory cannot be measured
+        reset_peak()  # raises here where memory cannot be measured
     config = with_blocks(read_config(spec["source"]), spec["blocks"])
     dtype = getattr(torch, spec["dtype"])
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)  # imports what the model needs
-    libraries = 0 if on_gpu else _status("VmRSS")
+    libraries = 0 if on_gpu else bytes_of("self/status", "VmRSS")
     imported_at = time.time()
     start = time.perf_counter()
     if spec["weights"]:
@@ -96,7 +96,7 @@ def _measured(score: Callable[[int], object], rows: int, device: str) -> dict[st
     if device == "cpu":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # else the call is served from pages that an earlier one left
-        _reset_peak()
+        reset_peak()
     else:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -107,24 +107,8 @@ def _measured(score: Callable[[int], object], rows: int, device: str) -> dict[st
     seconds = time.perf_counter() - start
     return {
         "seconds": seconds,
-        "peak": _status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated(device),
+        "peak": bytes_of("self/status", "VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated(device),
     }
-
-
-def _reset_peak() -> None:
-    """Make the peak of resident memory what is resident now."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError as error:
-        raise RuntimeError(f"peak memory is measured through Linux's /proc, which refuses: {error}") from error
-
-
-def _status(field: str) -> int:
-    """Bytes in a line of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"peak memory is measured through Linux's /proc, whose status has no {field}")
 
 
 if __name__ == "__main__":

@@ -1,35 +1,27 @@
-"""Blocks of rows of jsonl, csv and parquet files.
+"""Reads jsonl, csv and parquet files, a block of rows at a time.
 
-Reads a block at a time, line by line, so that a bad line spoils nothing else. Writes a block at a time, and joins the
-blocks into one file.
+Each row is read by itself: a bad one becomes a record with an error and spoils nothing else.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import math
-import os
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from acqcore import checks
+from acqcore.students.tables import BESIDE, KINDS, kind_of
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
-#: Columns that make a sample -> keys of the sample; the first entry whose columns are present is used.
-KNOWN_COLUMNS: tuple[dict[str, str], ...] = (
-    {"prompt": "prompt", "completion": "completion"},
-    {"messages": "messages"},
-    {"question": "prompt", "answer": "completion"},
-    {"text": "text"},
-)
-
+_DEEPEST = 200  # levels of a JSON value, well within what Python reads and writes
+_DIGITS = 4000  # of an integer; Python refuses 4,300
+_CELL = 1 << 24  # characters of a csv cell; a quote that is never closed would make a cell of the rest of the file
 _READ_BYTES = 1 << 20  # of a parquet column at a time
 _READ_ROWS = 1024  # of a parquet at a time
 
@@ -68,7 +60,7 @@ def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], l
     Blank lines of a jsonl are not rows. Each block has ``block_rows`` rows, the last the remainder.
 
     Raises:
-        ValueError: an extension not in ``SUFFIXES``, a malformed csv. OSError: the file cannot be read.
+        ValueError: an extension not in ``SUFFIXES``, a file that is no parquet. OSError: the file cannot be read.
         ModuleNotFoundError: parquet without pyarrow.
     """
     checks.one_of("extension of " + path.name, path.suffix, SUFFIXES)
@@ -98,6 +90,18 @@ def _scan_parquet(path: Path, block_rows: int, limit: int | None) -> tuple[list[
         columns = file.schema_arrow.names
     starts = range(0, n_rows, block_rows)
     return [Block(i, start, min(block_rows, n_rows - start), start + 1, 0) for i, start in enumerate(starts)], columns
+
+
+def records(path: Path) -> Iterator[Record]:
+    """Every row of a file, in order.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: as :func:`scan`.
+    """
+    blocks, columns = scan(path, _READ_ROWS, None)
+    reader = Reader(path, columns)
+    for block in blocks:
+        yield from reader.read(block)
 
 
 class Reader:
@@ -135,9 +139,17 @@ class Reader:
                 self._first += self._batch.num_rows
                 self._batch = next(self._batches)
                 continue
-            for values in self._batch.slice(place, block.rows - len(records)).to_pylist():
-                records.append(Record(block.line + len(records), values))
+            records += _parquet_records(self._batch.slice(place, block.rows - len(records)), block.line + len(records))
         return records
+
+
+def _parquet_records(batch: Any, line: int) -> list[Record]:
+    try:
+        return [Record(line + i, values) for i, values in enumerate(batch.to_pylist())]
+    except (ValueError, TypeError, OverflowError) as error:  # text that is not UTF-8, a date beyond Python's
+        if batch.num_rows == 1:
+            return [Record(line, {}, f"not readable: {error}")]
+        return [record for i in range(batch.num_rows) for record in _parquet_records(batch.slice(i, 1), line + i)]
 
 
 def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
@@ -156,12 +168,57 @@ def _open(path: Path, line: int = 1, offset: int | None = None) -> Iterator[tupl
             file.seek(offset or 0)
             yield _jsonl_records(file, line), file.tell
         return
-    with path.open(newline="", encoding="utf-8") as text:
+    # Bytes that are not UTF-8 become lone surrogates, which cost the row if they are in a text that is scored.
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text, _long_cells():
         lines = iter(text.readline, "")  # iterating the file itself would disable tell()
         header = next(csv.reader(lines), [])
         if offset is not None:
             text.seek(offset)
-        yield _csv_records(path, lines, header, line), text.tell
+        yield _csv_records(lines, header, line), text.tell
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    before = csv.field_size_limit(_CELL)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def read_object(line: bytes | str) -> dict[str, Any]:
+    """The JSON object of a line. An integer of thousands of digits, which Python refuses, is read as text.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    try:
+        values = json.loads(line, parse_int=_integer)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} (byte {error.start + 1})") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"not readable: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object, got {type(values).__name__}")
+    signs = (b"[", b"{") if isinstance(line, bytes) else ("[", "{")
+    if sum(map(line.count, signs)) > _DEEPEST and _depth(values) > _DEEPEST:  # type: ignore[arg-type]
+        raise ValueError(f"not readable: nested deeper than {_DEEPEST} levels")
+    return values
+
+
+def _integer(digits: str) -> int | str:
+    return int(digits) if len(digits) <= _DIGITS else digits
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inner = [v for v in level if isinstance(v, (dict, list))]
+        level = [part for v in inner for part in (v.values() if isinstance(v, dict) else v)]
+    return depth
 
 
 def _jsonl_records(lines: Iterator[bytes], first: int) -> Iterator[Record]:
@@ -170,33 +227,32 @@ def _jsonl_records(lines: Iterator[bytes], first: int) -> Iterator[Record]:
         if not content:
             continue
         try:
-            values = json.loads(content)
-        except json.JSONDecodeError as error:
-            yield Record(number, {}, f"not JSON: {error.msg} (column {error.colno})")
-            continue
-        except UnicodeDecodeError as error:
-            yield Record(number, {}, f"not UTF-8: {error.reason} (byte {error.start + 1})")
-            continue
-        if isinstance(values, dict):
-            yield Record(number, values)
-        else:
-            yield Record(number, {}, f"expected a JSON object, got {type(values).__name__}")
+            yield Record(number, read_object(content))
+        except ValueError as error:
+            yield Record(number, {}, str(error))
 
 
-def _csv_records(path: Path, lines: Iterator[str], header: Sequence[str], first: int) -> Iterator[Record]:
-    number = first
-    try:
-        for number, values in enumerate(csv.DictReader(lines, header), start=first):
-            values.pop(None, None)  # cells without a header
-            yield Record(number, values)
-    except csv.Error as error:
-        raise ValueError(f"{path.name}: after row {number}: {error}") from error
+def _csv_records(lines: Iterator[str], header: Sequence[str], first: int) -> Iterator[Record]:
+    number = first - 1
+    rows = csv.DictReader(lines, header)
+    while True:
+        number += 1
+        try:
+            values = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Record(number, {}, f"not csv: {error}")
+            continue
+        values.pop(None, None)  # cells without a header
+        yield Record(number, values)
 
 
 def choose_columns(
     present: Collection[str], prompt: str | None, completion: str | None, text: str | None
 ) -> dict[str, str]:
-    """Column -> key of a sample: the named columns, else the first of ``KNOWN_COLUMNS`` that are present.
+    """Column -> key of a sample: the named columns, else the first of ``KINDS`` that are present and the columns that a
+    chat template reads beside them.
 
     Raises:
         ValueError: prompt without completion or the reverse, text beside them, a named column that no row has, no known
@@ -211,98 +267,15 @@ def choose_columns(
     elif text is not None:
         chosen = {text: "text"}
     else:
-        found = [known for known in KNOWN_COLUMNS if all(column in present for column in known)]
-        if not found:
+        kind = kind_of(present)
+        if kind is None:
             raise ValueError(
-                "data: expected columns prompt and completion, messages, question and answer, or text, got "
+                f"data: expected columns {', or '.join(' and '.join(known) for known in KINDS)}, got "
                 f"{', '.join(present) or 'none'}; name them with --prompt-column and --completion-column, or "
                 "--text-column"
             )
-        return found[0]
+        return {column: column for column in (*kind, *(name for name in BESIDE if name in present))}
     for column in chosen:
         if column not in present:
             raise ValueError(f"data: no column {column!r}, expected one of {', '.join(present) or 'none'}")
     return chosen
-
-
-def write_block(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
-    """Write rows as one part of a file: parquet, lines of jsonl (NaN as null), or csv (NaN as an empty cell, without a
-    header). The part appears atomically.
-
-    Raises:
-        ModuleNotFoundError: parquet without pyarrow.
-        ValueError, TypeError: columns that parquet cannot hold (from pyarrow).
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.table(dict(table)), temporary)
-    else:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            _write_lines(file, path.suffix, table)
-    os.replace(temporary, path)
-
-
-def _write_lines(file: TextIO, suffix: str, table: Mapping[str, Sequence[Any]]) -> None:
-    rows = zip(*(map(_plain, column) for column in table.values()), strict=True)
-    if suffix == ".jsonl":
-        for row in rows:
-            file.write(json.dumps(dict(zip(table, row, strict=True)), ensure_ascii=False) + "\n")
-        return
-    writer = csv.writer(file)
-    for row in rows:
-        writer.writerow(json.dumps(cell, ensure_ascii=False) if isinstance(cell, list) else cell for cell in row)
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON has it: NumPy numbers as Python's, NaN as null."""
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def join(blocks: Sequence[Path], out: Path, columns: Sequence[str]) -> None:
-    """Join the parts that :func:`write_block` wrote into one file, or, if ``out`` has no extension, into a folder of
-    parquet files with one schema. Replaces ``out`` atomically.
-
-    Raises:
-        ValueError, TypeError: no parquet schema fits the columns of all parts (from pyarrow).
-    """
-    temporary = out.with_name(out.name + ".tmp")
-    if out.suffix in (".jsonl", ".csv"):
-        if out.suffix == ".csv":
-            with temporary.open("w", newline="", encoding="utf-8") as text:
-                csv.writer(text).writerow(columns)
-        with temporary.open("ab" if out.suffix == ".csv" else "wb") as file:
-            for block in blocks:
-                with block.open("rb") as part:
-                    shutil.copyfileobj(part, file)
-    else:
-        _join_parquet(blocks, temporary, into_folder=not out.suffix)
-    if out.is_dir():
-        shutil.rmtree(out)
-    os.replace(temporary, out)
-
-
-def _join_parquet(blocks: Sequence[Path], out: Path, into_folder: bool) -> None:
-    import pyarrow.parquet
-
-    # A column that is empty in one part has the null type there.
-    schema = pyarrow.unify_schemas([pyarrow.parquet.read_schema(block) for block in blocks])
-    if into_folder:
-        shutil.rmtree(out, ignore_errors=True)  # left by an interrupted run
-        out.mkdir()
-        for i, block in enumerate(blocks):
-            pyarrow.parquet.write_table(_read_part(block).cast(schema), out / f"part-{i:06d}.parquet")
-        return
-    with pyarrow.parquet.ParquetWriter(out, schema) as writer:
-        for block in blocks:
-            writer.write_table(_read_part(block).cast(schema))
-
-
-def _read_part(path: Path) -> Any:
-    """The part as a pyarrow table. ``read_table`` would make columns of folders named ``key=value``."""
-    import pyarrow.parquet
-
-    with pyarrow.parquet.ParquetFile(path) as file:
-        return file.read()

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_LOCK = "lock"
+_MANIFEST = "manifest.json"
 
 
 class Parts:
@@ -19,40 +28,71 @@ class Parts:
     ``block-000000.json``     the report; written last, it marks the block as finished
     ``block-000000.attempts`` a byte per attempt
     ``block-000000.failure``  why the block was given up
+    ``lock``                  locked by the process that reports
+    ``dataset-*.parquet``     the rows of a data set that was named, see ``acqcore.files.hub``
     ========================  ===================================================================================
 
-    Processes share the folder; each block belongs to one process at a time.
+    Processes of a run share the folder; each block belongs to one process at a time. Other files in it are not touched.
     """
 
     def __init__(self, out: Path) -> None:
         self.folder = out.with_name(out.name + ".parts")
         self._suffix = out.suffix or ".parquet"
+        self._locked: TextIO | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run left this folder."""
+        return (self.folder / _MANIFEST).is_file()
 
     def claim(self, manifest: Mapping[str, Any]) -> None:
         """Create the folder, or resume the run that it belongs to; failed blocks may be tried again.
 
         Raises:
-            ValueError: the folder belongs to another run (names what differs).
+            ValueError: the folder belongs to another run (names what differs), to none, or to a process that is still
+                at work.
         """
-        path = self.folder / "manifest.json"
+        path = self.folder / _MANIFEST
         text = json.dumps(manifest, indent=1)
-        if path.exists():
-            found, wanted = json.loads(path.read_text()), json.loads(text)
+        if not self.begun and self.folder.exists() and (not self.folder.is_dir() or any(map(_foreign, self._files()))):
+            raise ValueError(f"out: {self.folder} exists and was not left by a run; rename it or choose another output")
+        self.folder.mkdir(exist_ok=True)
+        self._lock()
+        if self.begun:
+            found, wanted = _manifest(path), json.loads(text)
             for key in (*wanted, *found):
                 if found.get(key) != wanted.get(key):
+                    self.release()
                     raise ValueError(
                         f"out: {self.folder} holds a cut-off run with another {key} ({_short(found.get(key))} there, "
                         f"{_short(wanted.get(key))} here); repeat that run's command to finish it, or remove the folder"
                     )
         else:
-            self.folder.mkdir(exist_ok=True)
             _write(path, text)
         for pattern in ("*.attempts", "*.failure"):
             for left in self.folder.glob(pattern):
                 left.unlink()
 
-    def load(self, block: int) -> dict[int, list[float]]:
-        """Row of the block -> values, for finished batches; truncates a line that a killed process left unfinished."""
+    def release(self) -> None:
+        """Let another process claim the folder."""
+        if self._locked is not None:
+            self._locked.close()
+            self._locked = None
+
+    def _lock(self) -> None:
+        self._locked = (self.folder / _LOCK).open("w")
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # others: a file system without locks
+                self.release()
+                raise ValueError(f"out: another process is writing to {self.folder}") from error
+
+    def load(self, block: int) -> dict[int, tuple[list[float], list[list[float]]]]:
+        """Row of the block -> its values, and those of its tokens, for finished batches; truncates a line that a killed
+        process left unfinished."""
         path = self._file(block, ".batches")
         if not path.exists():
             return {}
@@ -60,16 +100,29 @@ class Parts:
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) < len(content):
             os.truncate(path, len(whole))
-        done: dict[int, list[float]] = {}
+        done: dict[int, tuple[list[float], list[list[float]]]] = {}
         for line in whole.splitlines():
             batch = json.loads(line)
-            done.update(zip(batch["rows"], batch["values"], strict=True))
+            tokens = batch.get("tokens") or [[] for _ in batch["rows"]]
+            done.update(zip(batch["rows"], zip(batch["values"], tokens, strict=True), strict=True))
         return done
 
-    def append(self, block: int, rows: Sequence[int], values: Sequence[Sequence[float]]) -> None:
-        """Record a finished batch: rows of the block, and their values."""
+    def append(
+        self,
+        block: int,
+        rows: Sequence[int],
+        values: Sequence[Sequence[float]],
+        tokens: Sequence[Sequence[Sequence[float]]] | None = None,
+    ) -> None:
+        """Record a finished batch of B rows of the block.
+
+        Args:
+            values: ``[B][A]``.
+            tokens: ``[B][acquisitions of tokens][scored tokens]``, if they are kept.
+        """
+        batch = {"rows": list(rows), "values": [list(row) for row in values]} | ({"tokens": tokens} if tokens else {})
         with self._file(block, ".batches").open("a") as file:
-            file.write(json.dumps({"rows": list(rows), "values": [list(row) for row in values]}) + "\n")
+            file.write(json.dumps(batch) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -106,8 +159,18 @@ class Parts:
         return self._file(block, ".failure")
 
     def remove(self) -> None:
-        """Remove the folder, once the output holds everything."""
-        shutil.rmtree(self.folder)
+        """Remove what the run left, once the output holds everything."""
+        self.release()
+        for path in self._files():
+            if path.is_file() and not _foreign(path):
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # files of others are in it
+            self.folder.rmdir()
+
+    def remove_unclaimed(self) -> None:
+        """Remove the folder if no run claimed it."""
+        if self.folder.is_dir() and not self.begun:
+            self.remove()
 
     def remove_unused(self) -> None:
         """Remove the folder if no block has begun."""
@@ -116,6 +179,20 @@ class Parts:
 
     def _file(self, block: int, suffix: str) -> Path:
         return self.folder / f"block-{block:06d}{suffix}"
+
+    def _files(self) -> list[Path]:
+        return list(self.folder.iterdir())
+
+
+def _foreign(path: Path) -> bool:
+    return not (path.name == _LOCK or path.name.startswith((_MANIFEST, "block-", "dataset-")))
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"out: {path} is not readable; remove its folder to start anew") from error
 
 
 def _short(value: object) -> str:

@@ -51,10 +51,11 @@ class Summary:
         self.errors += rows
         self.failed_blocks += 1
 
-    def print(self, out: Path, begun: float) -> None:
+    def print(self, out: Path, begun: float, top_k: int | None = None) -> None:
         """Print tables of values and of the highest rows, and the throughput of a run that began at ``begun`` (seconds
-        since the epoch)."""
-        title = f"{self.valid} of {self.rows} rows scored, written to {out}"
+        since the epoch); ``top_k`` is the number of rows that were wanted."""
+        written = "" if top_k is None else f"the {min(top_k, self.valid)} highest "
+        title = f"{self.valid} of {self.rows} rows scored, {written}written to {out}"
         if self.errors:
             title += f"; {self.errors} rows with an error"
         if self.failed_blocks:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
 import platform
 import sys
@@ -10,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,13 @@ import numpy as np
 import torch
 
 from acqcore import checks
-from acqcore.files import data as data_files
-from acqcore.files.data import Block, Record
+from acqcore.files.data import Block, Reader, Record
 from acqcore.files.parts import Parts
+from acqcore.files.table import write_block
 from acqcore.scoring.plan import Plan
 from acqcore.students.samples import EMPTY, Row, encode
 from acqcore.students.student import Student
+from acqcore.students.tables import BESIDE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTEMPTS = 3  # per block
@@ -39,6 +43,8 @@ class Job:
         student: hub id, or absolute path.
         data, out: absolute paths.
         columns: column of the data -> key of a sample.
+        kept: every column of the data, in order.
+        keep_tokens: whether values of single tokens are written too.
         dtype: a name in ``DTYPES``; None keeps the stored one.
         device: None for the CPU.
     """
@@ -51,10 +57,39 @@ class Job:
     max_length: int | None
     dtype: str | None
     device: str | None
+    kept: Sequence[str] = ()
+    keep_tokens: bool = False
+
+    @property
+    def of_tokens(self) -> list[str]:
+        """Acquisitions whose values of single tokens are written."""
+        return self.plan.of_tokens if self.keep_tokens else []
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Column of the data -> its name in the output, where the columns of this run keep theirs."""
+        found: dict[str, str] = {}
+        own = {"row", *self._own}
+        for column in (*self.kept, *(c for c in self.columns if c not in self.kept)):
+            name = column
+            while name in own or name in found.values():
+                name = f"data_{name}"
+            found[column] = name
+        return found
+
+    @property
+    def shown(self) -> str:
+        """The column whose text stands beside the highest rows: that of the scored text."""
+        return [column for column, key in self.columns.items() if key not in BESIDE][-1]
 
     @property
     def output_columns(self) -> list[str]:
-        return ["row", *self.columns, *self.measured, "n_tokens", "valid", "error"]
+        return ["row", *self.names.values(), *self._own]
+
+    @property
+    def _own(self) -> list[str]:
+        tokens = ["token_ids", *(f"{name}_tokens" for name in self.of_tokens)] if self.keep_tokens else []
+        return [*self.measured, *tokens, "n_tokens", "valid", "error"]
 
     @property
     def measured(self) -> list[str]:
@@ -97,18 +132,14 @@ class BlockScorer:
     """
 
     def __init__(self, job: Job) -> None:
-        if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
-            from transformers.utils import logging
-
-            logging.disable_progress_bar()  # noise in a log file
         self.job = job
         self.parts = Parts(job.out)
-        self.student = Student.load(
-            job.student, dtype=None if job.dtype is None else DTYPES[job.dtype], device=job.device
-        )
+        self.student = load_student(job.student, job.dtype, job.device)
         checks.max_length(job.max_length, self.student.max_length)
+        if "messages" in job.columns.values() and not getattr(self.student.tokenizer, "chat_template", None):
+            raise ValueError(f"student: the tokenizer of {job.student} has no chat template, which messages need")
         self.runner = job.plan.runner(self.student)
-        self.reader = data_files.Reader(job.data, job.columns)
+        self.reader = Reader(job.data, job.kept or job.columns)
 
     def complete(self, block: Block, on_rows: Callable[[int], None] = lambda n: None) -> None:
         """Finish a block, or give it up after ``ATTEMPTS`` attempts, including those of killed processes.
@@ -139,28 +170,39 @@ class BlockScorer:
         started = time.time()
         job = self.job
         records = self.reader.read(block)
-        errors = {i: message for i, record in enumerate(records) if (message := _error(record, job.columns))}
+        errors = {i: message for i, record in enumerate(records) if (message := record_error(record, job.columns))}
         rows = self._encode(records, errors)
         figures = np.full((len(records), len(job.measured)), np.nan, dtype=np.float32)
+        tokens: dict[str, list[list[float]]] = {name: [[] for _ in records] for name in job.of_tokens}
         done = self.parts.load(block.index)
-        for i, of_row in done.items():
-            figures[i] = of_row
+        for i, (row_figures, row_tokens) in done.items():
+            figures[i] = row_figures
+            for column, of_name in zip(tokens.values(), row_tokens, strict=True):
+                column[i] = of_name
         ready = len(done) + sum(row.n_scored == 0 for row in rows)
         new_rows = new_tokens = 0
         count(ready)
         for batch in job.plan.batches(self.runner, rows, done):
             found = torch.cat([batch.values, *(batch.stderr[name][None] for name in job.plan.estimated)]).T
             figures[batch.indices] = found.numpy()
-            self.parts.append(block.index, batch.indices, found.tolist())
+            of_batch = [[sample[name].tolist() for name in tokens] for sample in batch.tokens]
+            for i, of_row in zip(batch.indices, of_batch, strict=True):
+                for column, of_name in zip(tokens.values(), of_row, strict=True):
+                    column[i] = of_name
+            self.parts.append(block.index, batch.indices, found.tolist(), of_batch if job.keep_tokens else None)
             new_rows += len(batch.indices)
             new_tokens += batch.n_input_tokens
             count(ready + new_rows)
         n_tokens = np.array([row.n_scored for row in rows], dtype=np.int64)
-        data_files.write_block(self.parts.path(block.index), _table(job, block, records, figures, n_tokens, errors))
+        if job.keep_tokens:
+            tokens = {
+                "token_ids": [row.targets[row.targets != checks.IGNORE_INDEX].tolist() for row in rows],
+                **{f"{name}_tokens": column for name, column in tokens.items()},
+            }
+        write_block(self.parts.path(block.index), _table(job, block, records, figures, tokens, n_tokens, errors))
         values = figures[:, : len(job.plan.names)]
         valid = np.flatnonzero(np.isfinite(values).all(axis=1))
         top = valid[np.argsort(-values[valid, 0], kind="stable")][:TOP_ROWS]
-        shown = list(job.columns)[-1]
         columns = values[valid].astype(np.float64).T
         report = Report(
             rows=len(records),
@@ -171,7 +213,7 @@ class BlockScorer:
                 for name, column in zip(job.plan.names, columns, strict=True)
                 if len(valid)
             },
-            top=[(float(values[i, 0]), block.start + int(i), _shorten(records[i].values[shown])) for i in top],
+            top=[(float(values[i, 0]), block.start + int(i), shorten(records[i].values[job.shown])) for i in top],
             new_rows=new_rows,
             new_tokens=new_tokens,
             started=started,
@@ -185,27 +227,41 @@ class BlockScorer:
         good = [i for i in range(len(records)) if i not in errors]
         bad: dict[int, str] = {}
         encoded = encode(
-            [{key: records[i].values[column] for column, key in self.job.columns.items()} for i in good],
+            [sample_of(records[i], self.job.columns) for i in good],
             self.student.tokenizer,
             vocab_size=self.runner.head.vocab_size,
             limit=self.student.max_length,
             max_length=self.job.max_length,
             errors=bad,
         )
-        errors.update({good[i]: message for i, message in bad.items()})
+        errors.update({good[i]: message.replace("max_length= ", "--max-length ") for i, message in bad.items()})
         rows = [EMPTY] * len(records)
         for i, row in zip(good, encoded, strict=True):
             rows[i] = row
         return rows
 
 
+def load_student(source: str, dtype: str | None, device: str | None) -> Student:
+    """The student at a hub id or path; ``dtype`` is a name in ``DTYPES``. Raises as ``Student.load``."""
+    if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # noise in a log file
+    return Student.load(source, dtype=None if dtype is None else DTYPES[dtype], device=device)
+
+
 def write_failed(job: Job, block: Block, reason: str) -> None:
-    """Write placeholders for the rows of a block that was given up."""
-    records = [Record(block.line + i, {}) for i in range(block.rows)]
+    """Write the rows of a block that was given up, without values."""
+    try:
+        records = Reader(job.data, job.kept or job.columns).read(block)
+    except Exception:  # what the block may have failed for
+        records = [Record(block.line + i, {}) for i in range(block.rows)]
     figures = np.full((block.rows, len(job.measured)), np.nan, dtype=np.float32)
     errors = dict.fromkeys(range(block.rows), f"its block failed: {reason}")
     n_tokens = np.zeros(block.rows, dtype=np.int64)
-    data_files.write_block(Parts(job.out).path(block.index), _table(job, block, records, figures, n_tokens, errors))
+    names = ["token_ids", *(f"{name}_tokens" for name in job.of_tokens)] if job.keep_tokens else []
+    tokens: dict[str, Sequence[Any]] = {name: [[]] * block.rows for name in names}
+    write_block(Parts(job.out).path(block.index), _table(job, block, records, figures, tokens, n_tokens, errors))
 
 
 def _table(
@@ -213,29 +269,45 @@ def _table(
     block: Block,
     records: Sequence[Record],
     figures: np.ndarray,  # [n, columns of job.measured] float32
+    tokens: Mapping[str, Sequence[Any]],  # name -> n lists
     n_tokens: np.ndarray,  # [n] int64
     errors: Mapping[int, str],
 ) -> dict[str, Any]:
     """The columns of the output, ``n`` rows each."""
     table: dict[str, Any] = {"row": range(block.start, block.start + len(records))}
-    for column in job.columns:
-        table[column] = [None if i in errors else record.values[column] for i, record in enumerate(records)]
+    for column, name in job.names.items():
+        table[name] = [record.values.get(column) for record in records]
     table.update({name: figures[:, a] for a, name in enumerate(job.measured)})
+    table.update(tokens)
     table["n_tokens"] = n_tokens
     table["valid"] = valid = np.isfinite(figures[:, : len(job.plan.names)]).all(axis=1)
     table["error"] = [errors.get(i, None if valid[i] else "a value is not finite") for i in range(len(records))]
     return table
 
 
-def _error(record: Record, columns: Mapping[str, str]) -> str | None:
+def record_error(record: Record, columns: Mapping[str, str]) -> str | None:
     """The record's error, or that it lacks a column."""
-    missing = [column for column in columns if column not in record.values]
+    missing = [column for column, key in columns.items() if column not in record.values and key not in BESIDE]
     return record.error or (f"no column {missing[0]!r}" if missing else None)
 
 
-def _shorten(value: Any) -> str:
+def sample_of(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
+    """The record as a sample; cells of text hold messages as JSON, as csv files do."""
+    sample = {key: record.values.get(column) for column, key in columns.items()}
+    for key in ("messages", *BESIDE):
+        value = sample.get(key)
+        if value is None and key in BESIDE:
+            sample.pop(key, None)
+        elif isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                sample[key] = json.loads(value)
+    return sample
+
+
+def shorten(value: Any) -> str:
     """One line from a text, or from the last message of a conversation."""
-    if not isinstance(value, str):
-        value = str(value[-1]["content"])
+    if isinstance(value, list):
+        value = value[-1].get("content") or value[-1].get("tool_calls")
+    value = str(value)
     value = " ".join(value.split())
     return value if len(value) <= 60 else value[:57] + "..."

@@ -12,7 +12,7 @@ and the head's as a :class:`HeadPass`, which never forms it either.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -101,6 +101,49 @@ class SquaredNorm:
             self.values[b] += 2 * head.product(b, keys[here] % rows.size, sums[here])
 
 
+class WeightedNorm(SquaredNorm):
+    """The same with the square of each entry of a linear weight's gradient multiplied by its variance, of rank one."""
+
+    def __init__(
+        self, batch: int, device: torch.device, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        super().__init__(batch, device)
+        self._factors = factors
+
+    def add(self, name: str, piece: GradPiece) -> None:
+        assert isinstance(piece, OuterGrad)
+        rows, columns = (factor.to(piece.left).sqrt() for factor in self._factors[name])
+        super().add(name, OuterGrad(piece.left * rows, piece.right * columns))
+
+
+class Marginals:
+    """Sums of each weight's squared gradient over inputs and over outputs, ``found``: name -> ``[P]``, ``[Q]`` float64.
+
+    Added up over samples, each divided by its number of scored tokens.
+    """
+
+    def __init__(self, head: HeadPass, names: Collection[str]) -> None:
+        self._names = frozenset(names)
+        self._tokens = torch.tensor(head.counts, dtype=torch.float64)
+        self.found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def takes(self, name: str) -> bool:
+        return name in self._names
+
+    def add(self, name: str, piece: GradPiece) -> None:
+        if name not in self._names:
+            return
+        assert isinstance(piece, OuterGrad)
+        left, right = piece.left, piece.right
+        inverse = self._tokens.to(left.device).reciprocal()
+        # Row i of G = left^T right has the squared norm (left^T (right right^T) left)_ii: G is not formed.
+        of_rows = (right @ right.mT @ left * left).sum(dim=1).double()
+        of_columns = (left @ left.mT @ right * right).sum(dim=1).double()
+        sums = tuple((inverse @ values).cpu() for values in (of_rows, of_columns))
+        before = self.found.get(name)
+        self.found[name] = (sums[0], sums[1]) if before is None else (before[0] + sums[0], before[1] + sums[1])
+
+
 class Sketch:
     """A sketch of each sample's gradient, ``values [B, dim]``: the sum of every parameter's own.
 
@@ -158,7 +201,7 @@ class Sketch:
         """Entry (v, d) goes to place (of_rows[v] + of_columns[d]) mod dim: a row's hash, rotated by its place."""
         places = torch.arange(self.dim, device=rows.ids.device)
         for b in range(len(self.values)):
-            hashed = hash_columns(rows.values[b], of_columns, self.dim)  # [T, dim]
+            hashed = hash_columns(rows.values[b], of_columns, self.dim, rows.values.dtype)  # [T, dim]
             row = of_rows[rows.ids[b]]  # [T]
             turn = torch.where(row < 0, ~row, row)
             turned = hashed.gather(1, (places - turn[:, None]) % self.dim)
@@ -170,7 +213,7 @@ class Sketch:
         stream: int,
     ) -> None:
         places = hashed_places(values.shape[1], self.dim, self.seed, stream, device=values.device)
-        self.values += hash_columns(values, places, self.dim).to(self.values)
+        self.values += hash_columns(values, places, self.dim, values.dtype).to(self.values)
 
 
 class SiteSquares:

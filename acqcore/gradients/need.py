@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from acqcore import checks
 from acqcore.literals import Layers, Loss, Parameters
+
+if TYPE_CHECKING:
+    from acqcore.gradients.laplace import LaplacePosterior
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,22 @@ class ProbeNeed:
     Args:
         of: ``sites``, ``sum_s p_s / (1 - p_s) sum_i (o_i g_i)^2`` over the activations o that dropout acts on and their
             gradients g, ``[B, P]``; ``weights``, the squared norm of the gradient in the weights of linear layers,
-            ``[B, P]``, or its sketch, ``[B, P, dim]``. Squares are divided by the number of scored tokens.
+            ``[B, P]``, or its sketch, ``[B, P, dim]``; ``marginals``, of the Fisher diagonal of each of these weights,
+            name -> its sums over inputs and outputs, added up over samples. Squares are divided by the number of scored
+            tokens.
         layers: the last n blocks, or ``"all"``; of sites also ``"own"``, or 0 for the last hidden state.
         probes: P.
         seed: of the cotangents.
         dropout: of sites, probability p in blocks and on the last hidden state.
         dim, sketch_seed: of the sketch; None asks for the norm.
+        posterior: multiplies the squares of a weight's gradient by its variances.
     """
 
-    of: Literal["sites", "weights"]
+    of: Literal["sites", "weights", "marginals"]
     layers: Layers
     probes: int
     seed: int
     dropout: float = 0.0
     dim: int | None = None
     sketch_seed: int = 0
+    posterior: LaplacePosterior | None = None

@@ -14,14 +14,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from acqcore import checks
-from acqcore.gradients.capture import Capture, select_linear, select_parameters, whole_parameters
+from acqcore.gradients.capture import Capture, PieceTaker, select_linear, select_parameters, whole_parameters
 from acqcore.gradients.head_pass import HeadPass, spread
-from acqcore.gradients.measures import GradPiece, Measure, RowGrad, SiteSquares, Sketch, SquaredNorm
+from acqcore.gradients.measures import (
+    GradPiece,
+    Marginals,
+    Measure,
+    RowGrad,
+    SiteSquares,
+    Sketch,
+    SquaredNorm,
+    WeightedNorm,
+)
 from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.head import Head
 from acqcore.literals import Loss, Parameters
@@ -49,7 +59,7 @@ class SampleGradients:
             checks.whole_head(head.group)
         self._linear = {
             layers: select_linear(student, layers)
-            for layers in dict.fromkeys(need.layers for need in self._probed if need.of == "weights")
+            for layers in dict.fromkeys(need.layers for need in self._probed if need.of != "sites")
         }
         self._sites: dict[ProbeNeed, dict[nn.Module, float]] = {}
         for need in self._probed:
@@ -92,10 +102,10 @@ class SampleGradients:
         hidden: torch.Tensor,  # [B, T, D], of forward
         positions: torch.Tensor,  # [N] int64, of the scored tokens' predecessors in the flattened batch
         written: HeadPass,
-    ) -> dict[GradientNeed | ProbeNeed, torch.Tensor]:
+    ) -> dict[GradientNeed | ProbeNeed, Any]:
         """Values of each need, given the head's pass over the written targets."""
         self._left = self._backwards()
-        values: dict[GradientNeed | ProbeNeed, torch.Tensor] = {}
+        values: dict[GradientNeed | ProbeNeed, Any] = {}
         for predicted in (False, True):
             needs = [need for need in self._needs if need.predicted == predicted]
             if needs:
@@ -128,10 +138,15 @@ class SampleGradients:
         positions: torch.Tensor,  # [N] int64
         needs: Sequence[ProbeNeed],  # of one seed
         head_pass: HeadPass,
-    ) -> dict[ProbeNeed, torch.Tensor]:
+    ) -> dict[ProbeNeed, Any]:
         """Of random cotangents, in a backward each."""
         carried = head_pass.fisher_grads(max(need.probes for need in needs), needs[0].seed)
-        found: dict[ProbeNeed, list[torch.Tensor]] = {need: [] for need in needs}
+        found: dict[ProbeNeed, list[torch.Tensor]] = {need: [] for need in needs if need.of != "marginals"}
+        marginals = {
+            need: Marginals(head_pass, self._linear[need.layers].names.values())
+            for need in needs
+            if need.of == "marginals"
+        }
         for k, gradient in enumerate(carried.gradients):
             asked = [need for need in needs if k < need.probes]
             of_weights = {need: self._weights_measure(need, head_pass) for need in asked if need.of == "weights"}
@@ -139,7 +154,8 @@ class SampleGradients:
             of_sites = {need: SiteSquares(head_pass, modules) for need, modules in sites.items()}
             if any(need.layers != 0 for need in asked):
                 whole = spread(gradient, hidden, positions)
-                self._backward(hidden, whole, list(of_weights.values()), list(of_sites.values()))
+                takers: list[PieceTaker] = [*of_weights.values(), *(marginals[n] for n in asked if n in marginals)]
+                self._backward(hidden, whole, takers, list(of_sites.values()))
             for need, squares in of_sites.items():
                 if need.layers == 0:
                     squares.add_rows(head_pass.hidden, gradient, need.dropout)
@@ -149,16 +165,21 @@ class SampleGradients:
         excess = head_pass.excess(carried).cpu()
         counts = torch.tensor(head_pass.counts, dtype=torch.float64)[:, None]
         of_probes = {need: torch.stack(values, dim=1).cpu() for need, values in found.items()}
-        return {
+        values: dict[ProbeNeed, Any] = {
             need: values if need.dim is not None else controlled(values / counts, excess[:, : need.probes])
             for need, values in of_probes.items()
         }
+        for need, measure in marginals.items():
+            values[need] = {
+                name: (rows / need.probes, columns / need.probes) for name, (rows, columns) in measure.found.items()
+            }
+        return values
 
     def _backward(
         self,
         hidden: torch.Tensor,  # [B, T, D]
         gradient: torch.Tensor,  # [B, T, D]
-        of_parameters: Sequence[_Measured],
+        of_parameters: Sequence[PieceTaker],
         of_sites: Sequence[SiteSquares],
     ) -> None:
         """One of a batch's backwards; the last frees the graph."""
@@ -182,8 +203,11 @@ class SampleGradients:
         return _Measured(_measure(head_pass, dim, seed), frozenset(selection.names.values()), selection.head)
 
     def _weights_measure(self, need: ProbeNeed, head_pass: HeadPass) -> _Measured:
-        names = self._linear[need.layers].names
-        return _Measured(_measure(head_pass, need.dim, need.sketch_seed), frozenset(names.values()), None)
+        names = frozenset(self._linear[need.layers].names.values())
+        if need.posterior is None:
+            return _Measured(_measure(head_pass, need.dim, need.sketch_seed), names, None)
+        batch, device = len(head_pass.bounds), head_pass.hidden.device
+        return _Measured(WeightedNorm(batch, device, need.posterior.factors), names, None)
 
 
 def controlled(

@@ -97,7 +97,9 @@ class Reference:
         try:
             return cls(**torch.load(path, weights_only=True))
         except (TypeError, pickle.UnpicklingError, RuntimeError) as error:
-            raise ValueError(f"reference: expected a file from Reference.save, got {os.fspath(path)}") from error
+            raise ValueError(
+                f"reference: expected a file from Reference.save or 'acqcore reference', got {os.fspath(path)}"
+            ) from error
 
     def check(self, student: Student, head: Head) -> None:
         """Compare the parameters with a student's.

@@ -31,6 +31,7 @@ def score(
     backend: str | None = None,
     keep_tokens: bool = False,
     progress: bool | None = None,
+    errors: dict[int, str] | None = None,
 ) -> Scores:
     """Acquisition values of each sample for ``student``: how much it is worth learning from, larger is more.
 
@@ -44,8 +45,9 @@ def score(
             Mode, gradients, dtype and device are unchanged. For sharded models see ``acqcore.Student.from_model``;
             other models make no collective calls.
         samples: a list of strings (scored whole); of ``{"prompt", "completion"}``, strings or messages (the
-            completion is scored); of ``{"messages"}`` (the last assistant turn is scored, through the chat
-            template); a ``datasets.Dataset`` with such columns or ``"text"``; or tensors ``{"input_ids" [B,
+            completion is scored); of ``{"question", "answer"}``, the same; of ``{"messages"}`` (the last assistant
+            turn is scored, through the chat template); a table with such columns or ``"text"``: a
+            ``datasets.Dataset``, a pandas, polars or Arrow table, a mapping of lists; tensors ``{"input_ids" [B,
             T], "attention_mask" [B, T], "labels" [B, T]}``, padded on either side, labels aligned with input_ids
             and -100 where not scored (mask and labels optional); or rows from ``acqcore.encode``.
         acquisitions: names from ``acqcore.acquisitions()``.
@@ -61,8 +63,8 @@ def score(
               ``seed``, or ``members``, an ensemble: see ``acqcore.acquisitions.DrawOptions``. Equal arguments share
               the draws.
             - ``mutual_information`` with ``form="linear"``: ``posterior``, ``probes``, ``layers``, ``dropout`` or
-              ``variance``, ``seed``: see ``acqcore.acquisitions.LinearOptions``. It has no values of tokens, and a
-              standard error in ``Scores.stderr``.
+              ``variance`` or ``reference``, ``seed``: see ``acqcore.acquisitions.LinearOptions``. It has no values of
+              tokens, and a standard error in ``Scores.stderr``.
         tokenizer: of the student; by default the one loaded with a path. Tensors need none.
         reduction: of a sample's token values: ``mean``, ``sum``, ``max``, or ``topk``, the mean of the largest.
         topk: number of values that ``topk`` averages; all if there are fewer.
@@ -72,6 +74,8 @@ def score(
         backend: a name from ``acqcore.backends()``; by default the first that fits.
         keep_tokens: keep per-token values in ``Scores.tokens``.
         progress: show a bar on stderr; by default on a terminal, after a few seconds.
+        errors: a dict that gets ``index -> message`` of each sample that cannot be scored. Such a sample then has NaN
+            values, is not valid, and does not raise.
 
     Returns:
         Scores in input order, float32. Where a token has no finite value, the sample's value is NaN and the sample is
@@ -87,7 +91,7 @@ def score(
         acquisitions, acquisition_args,
         reduction=reduction, topk=topk, batch_tokens=batch_tokens, backend=backend,
     )  # fmt: skip
-    return _score(plan, student, samples, tokenizer, max_length, keep_tokens, progress)
+    return _score(plan, student, samples, tokenizer, max_length, keep_tokens, progress, errors)
 
 
 def _score(
@@ -98,10 +102,11 @@ def _score(
     max_length: int | None,
     keep_tokens: bool,
     progress: bool | None,
+    errors: dict[int, str] | None,
 ) -> Scores:
     runner = plan.runner(student)
     with runner.student.in_step():
-        rows = runner.encode(samples, tokenizer, max_length)
+        rows = runner.encode(samples, tokenizer, max_length, errors)
         values = torch.full((len(plan.names), len(rows)), torch.nan)
         tokens: dict[str, list[torch.Tensor]] = {name: [torch.empty(0)] * len(rows) for name in plan.of_tokens}
         sketches = {need: torch.zeros(len(rows), *need.shape) for need in plan.set_needs}
@@ -111,8 +116,8 @@ def _score(
                 values[:, batch.indices] = batch.values
                 for need, of_samples in batch.sketches.items():
                     sketches[need][batch.indices] = of_samples
-                for name, errors in batch.stderr.items():
-                    stderr.setdefault(name, torch.full((len(rows),), torch.nan))[batch.indices] = errors
+                for name, of_batch in batch.stderr.items():
+                    stderr.setdefault(name, torch.full((len(rows),), torch.nan))[batch.indices] = of_batch
                 if keep_tokens:
                     for i, sample in zip(batch.indices, batch.tokens, strict=True):
                         for name, column in sample.items():
@@ -122,6 +127,7 @@ def _score(
         column = entry.compute(options, sketches)
         checks.acquisition_values(entry.name, column, len(rows))
         values[plan.names.index(entry.name)] = column
+    values[:, [i for i, row in enumerate(rows) if row.n_scored == 0]] = torch.nan
     n_tokens = torch.tensor([row.n_scored for row in rows], dtype=torch.int64)
     valid = values.isfinite().all(dim=0)
     return Scores(dict(zip(plan.names, values, strict=True)), n_tokens, valid, tokens if keep_tokens else None, stderr)

@@ -7,11 +7,13 @@ from typing import Any, overload
 import torch
 
 from acqcore import checks, head_grad
+from acqcore.acquisitions import LinearOptions
 from acqcore.acquisitions.influence import InfluenceOptions
-from acqcore.gradients.need import GradientNeed
+from acqcore.gradients.laplace import LaplacePosterior
+from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.gradients.reference import Reference, parameter_shapes
 from acqcore.head import Head
-from acqcore.literals import Loss, Parameters, Similarity
+from acqcore.literals import Layers, Loss, Parameters, Similarity
 from acqcore.scoring.run import Runner
 from acqcore.students.samples import Samples
 from acqcore.students.student import StudentLike
@@ -275,6 +277,59 @@ def influence(
     runner = Runner(student, (need,), batch_tokens, backend)
     options.check(runner.student, runner.head)
     return reference.similarity(_of_samples(runner, samples, tokenizer, max_length, need), similarity)
+
+
+def laplace_posterior(
+    student: StudentLike,
+    samples: Samples,
+    *,
+    layers: Layers = "all",
+    probes: int = 2,
+    seed: int = 0,
+    observations: float = 1e6,
+    damping: float = 0.1,
+    tokenizer: Any = None,
+    batch_tokens: int = 8192,
+    max_length: int | None = None,
+    backend: str | None = None,
+) -> LaplacePosterior:
+    """Variances of a student's weights by a Laplace approximation, for mutual information with ``posterior="laplace"``.
+
+    Args:
+        student, samples, tokenizer, batch_tokens, max_length, backend: as in :func:`acqcore.score`. The samples stand
+            for what the student was trained on; their Fisher information takes no labels.
+        layers: the linear layers of the last n blocks, or of every block (``"all"``).
+        probes: random cotangents of each sample, a backward each.
+        seed: of the cotangents.
+        observations: tokens that the posterior has seen; a constant factor of the variances.
+        damping: of each factor, as a share of its mean.
+
+    Returns:
+        A LaplacePosterior on the CPU.
+
+    Raises:
+        TypeError, ValueError: as :func:`acqcore.score`; no samples, a gradient that is not finite, layers that the
+            student does not have, observations or damping that are not positive.
+    """
+    LinearOptions("isotropic", layers, probes=probes, seed=seed)
+    checks.positive("observations", observations)
+    checks.positive("damping", damping)
+    need = ProbeNeed("marginals", layers, probes, seed)
+    runner = Runner(student, (need,), batch_tokens, backend)
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    with runner.student.in_step():
+        rows = runner.encode(samples, tokenizer, max_length)
+        for found in runner.batches(rows):
+            for name, (of_rows, of_columns) in found.results[need].items():
+                before = sums.get(name, (torch.zeros_like(of_rows), torch.zeros_like(of_columns)))
+                sums[name] = before[0] + of_rows, before[1] + of_columns
+    if not sums:
+        raise ValueError("samples: expected at least one reference sample, got none")
+    for name, (of_rows, of_columns) in sums.items():
+        if not bool(of_rows.isfinite().all() & of_columns.isfinite().all()):
+            raise ValueError(f"samples: expected finite gradients, got NaN or infinity in {name}")
+    marginals = {name: (of_rows / len(rows), of_columns / len(rows)) for name, (of_rows, of_columns) in sums.items()}
+    return LaplacePosterior.of(marginals, layers, observations, damping)
 
 
 def _of_samples(

@@ -65,11 +65,13 @@ class Runner:
         gradients = [need for need in needs if isinstance(need, GradientNeed | ProbeNeed)]
         self._gradients = SampleGradients(student, head, gradients) if gradients else None
 
-    def encode(self, samples: Samples, tokenizer: Any, max_length: int | None) -> list[Row]:
-        """The samples as rows; ``tokenizer`` None stands for the student's own."""
+    def encode(
+        self, samples: Samples, tokenizer: Any, max_length: int | None, errors: dict[int, str] | None = None
+    ) -> list[Row]:
+        """The samples as rows; ``tokenizer`` None stands for the student's own. Raises as :func:`encode`."""
         tokenizer = tokenizer if tokenizer is not None else self.student.tokenizer
-        limit = self.student.max_length
-        return encode(samples, tokenizer, vocab_size=self.head.vocab_size, limit=limit, max_length=max_length)
+        vocab_size, limit = self.head.vocab_size, self.student.max_length
+        return encode(samples, tokenizer, vocab_size=vocab_size, limit=limit, max_length=max_length, errors=errors)
 
     def batches(self, rows: Sequence[Row], done: Collection[int] = ()) -> Iterator[Found]:
         """Batches of ``rows`` as they finish; rows with nothing to score are left out.

@@ -5,14 +5,16 @@ a sample                               scored tokens
 =====================================  ====================================================================
 ``"text"``, ``{"text"}``               every token with a predecessor, special tokens included
 ``{"prompt", "completion"}`` strings   the tokens after the prompt
+``{"question", "answer"}``             the same
 ``{"prompt", "completion"}`` messages  the tokens after the rendered prompt and the opening of the reply
 ``{"messages"}``                       the last assistant turn, its closing tokens included
 tensors ``{"input_ids", ...}``         labels other than -100, else every real token with a predecessor
 =====================================  ====================================================================
 
 The whole text is tokenized at once: tokens of joined pieces may differ from those the model sees. The completion begins
-with the first token whose span ends after the prompt, so a token across the boundary is scored. A ``datasets.Dataset``
-with these columns is a list of its rows. Rows from :func:`encode` are samples too.
+with the first token whose span ends after the prompt, so a token across the boundary is scored. A table with these
+columns (``datasets.Dataset``, pandas, polars, Arrow, a mapping of lists) is a list of its rows. A number is its text,
+and other keys and columns are not read. Rows from :func:`encode` are samples too.
 """
 
 from __future__ import annotations
@@ -25,18 +27,13 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from acqcore import checks
+from acqcore.students.messages import messages_of, rendered, sound, text_of
+from acqcore.students.tables import EXPECTED, kind_of, listed, plain
 
 T = TypeVar("T")
 Message: TypeAlias = Mapping[str, Any]
 Sample: TypeAlias = str | Mapping[str, Any]
-Samples: TypeAlias = Sequence["Sample | Row"] | Mapping[str, torch.Tensor] | Any  # Any: datasets.Dataset
-
-#: Keys of mapping samples; the first entry that is present is used.
-KINDS = (("prompt", "completion"), ("messages",), ("text",))
-EXPECTED = (
-    'strings, mappings with "prompt" and "completion", "messages" or "text", a datasets.Dataset with such '
-    'columns, or tensors {"input_ids", "attention_mask", "labels"}'
-)
+Samples: TypeAlias = Sequence["Sample | Row"] | Mapping[str, Any] | Any  # Any: a table
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +91,14 @@ def encode(
         ValueError: a sample with nothing to score, or longer than the student takes; names its index.
     """
     checks.max_length(max_length, limit)
-    if isinstance(samples, Mapping):
+    if isinstance(samples, Mapping) and (
+        kind_of(samples) is None or isinstance(samples.get("input_ids"), torch.Tensor)
+    ):
         rows = _tensor_rows(samples)
     else:
-        listed = _listed(samples)
-        encoded = [sample for sample in listed if isinstance(sample, Row)]
-        rows = encoded if len(encoded) == len(listed) else _tokenize(_texts(listed, tokenizer, errors), tokenizer)
+        given = listed(samples)
+        encoded = [sample for sample in given if isinstance(sample, Row)]
+        rows = encoded if len(encoded) == len(given) else _tokenize(_texts(given, tokenizer, errors), tokenizer, errors)
 
     # All rows at once; one by one only to name the bad one.
     every = torch.cat([row.ids for row in rows]) if rows else EMPTY.ids
@@ -140,53 +139,16 @@ def _attempt(index: int, errors: dict[int, str] | None, step: Callable[..., T], 
         return None
 
 
-def _listed(samples: Any) -> list[Any]:
-    """The samples as a list; a ``datasets.Dataset`` without unused columns."""
-    columns = getattr(samples, "column_names", None)
-    if columns is not None and hasattr(samples, "select_columns"):
-        kind = _kind_of_columns(columns)
-        return list(samples.select_columns(list(kind)))
-    if isinstance(samples, (str, bytes)) or not isinstance(samples, Sequence):
-        raise TypeError(f"samples: expected a list of {EXPECTED}, got {checks.describe(samples)}")
-    return list(samples)
-
-
-def _kind_of_columns(columns: Sequence[str]) -> tuple[str, ...]:
-    """The first of ``KINDS`` whose columns a data set has."""
-    for kind in KINDS:
-        if all(key in columns for key in kind):
-            return kind
-    expected = ", or ".join(" and ".join(kind) for kind in KINDS)
-    raise TypeError(f"samples: expected columns {expected}, got {', '.join(columns)}")
-
-
 def _kind(index: int, sample: object) -> tuple[str, ...]:
     """The keys that make a sample's kind; none for a string."""
     if isinstance(sample, str):
         return ()
     if isinstance(sample, Mapping):
-        for kind in KINDS:
-            if all(key in sample for key in kind):
-                return kind
+        if (kind := kind_of(sample)) is not None:
+            return kind
         keys = ", ".join(repr(key) for key in sample)
         raise TypeError(f"samples[{index}]: expected {EXPECTED}, got a mapping with keys {keys}")
     raise TypeError(f"samples[{index}]: expected {EXPECTED}, got {checks.describe(sample)}")
-
-
-def _check_text(index: int, key: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"samples[{index}]: {key}: expected a string, got {checks.describe(value)}")
-
-
-def _check_messages(index: int, key: str, value: object) -> None:
-    """A list of chat messages with roles."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"samples[{index}]: {key}: expected a list of messages, got {checks.describe(value)}")
-    for message in value:
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise TypeError(
-                f'samples[{index}]: {key}: expected messages with "role" and "content", got {checks.describe(message)}'
-            )
 
 
 def _texts(samples: list[Sample], tokenizer: Any, errors: dict[int, str] | None) -> list[_Text]:
@@ -212,81 +174,91 @@ def _text(index: int, sample: Any, kind: tuple[str, ...], first: tuple[str, ...]
         names = [" and ".join(keys) or "a string" for keys in (first, kind)]
         raise TypeError(f"samples[{index}]: expected {names[0]} as in the samples before it, got {names[1]}")
     if kind == ():
-        return _Text(sample, 0, False)
-    values = [sample[key] for key in kind]
+        return _Text(sound(index, "text", sample), 0, False)
+    values = [plain(sample[key]) for key in kind]
     if kind == ("text",):
-        _check_text(index, "text", values[0])
-        return _Text(values[0], 0, False)
+        return _Text(text_of(index, "text", values[0]), 0, False)
     if kind == ("messages",):
-        _check_messages(index, "messages", values[0])
-        if not values[0] or values[0][-1]["role"] != "assistant":
-            role = repr(values[0][-1]["role"]) if values[0] else "no message"
+        messages = messages_of(index, "messages", values[0])
+        if not messages or messages[-1]["role"] != "assistant":
+            role = repr(messages[-1]["role"]) if messages else "no message"
             raise ValueError(
                 f"samples[{index}]: messages: expected the assistant's turn last (it is scored), got {role}"
             )
-        return _conversation(index, values[0][:-1], values[0][-1:], tokenizer)
+        return _conversation(index, messages[:-1], messages[-1:], tokenizer)
     prompt, completion = values
-    if isinstance(prompt, str):
-        _check_text(index, "completion", completion)
+    if not isinstance(prompt, list):
+        if isinstance(prompt, (Mapping, bool)):
+            raise TypeError(
+                f"samples[{index}]: {kind[0]}: expected a string or a list of messages, got {checks.describe(prompt)}"
+            )
+        prompt, completion = text_of(index, kind[0], prompt), text_of(index, kind[1], completion)
         if not completion:
-            raise ValueError(f"samples[{index}]: the completion is empty, there is nothing to score")
+            raise ValueError(f"samples[{index}]: the {kind[1]} is empty, there is nothing to score")
         return _Text(prompt + completion, len(prompt), False)
-    if not isinstance(prompt, Sequence):
-        raise TypeError(
-            f"samples[{index}]: prompt: expected a string or a list of messages, got {checks.describe(prompt)}"
-        )
-    _check_messages(index, "prompt", prompt)
-    _check_messages(index, "completion", completion)
-    return _conversation(index, prompt, completion, tokenizer)
+    context, reply = messages_of(index, kind[0], prompt), messages_of(index, kind[1], completion)
+    return _conversation(index, context, reply, tokenizer)
 
 
 def _conversation(index: int, context: Sequence[Message], reply: Sequence[Message], tokenizer: Any) -> _Text:
     """The rendered conversation; the reply begins after the rendered context and generation prompt."""
-    from jinja2 import TemplateError
-
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("tokenizer: messages need a chat template, this tokenizer has none")
     if not context:
         raise ValueError(f"samples[{index}]: expected a message before the one that is scored, got none")
-    if not any(message["content"] or message.get("tool_calls") for message in reply):
+    if not any(message.get("content") or message.get("tool_calls") for message in reply):
         raise ValueError(f"samples[{index}]: the completion is empty, there is nothing to score")
 
-    def render(messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise ValueError(f"samples[{index}]: the chat template refuses it: {error}") from error
-
-    text = render([*context, *reply], False)
+    text = sound(index, "messages", rendered(index, tokenizer, [*context, *reply], False))
     # The common prefix: with the reply present a template may render earlier turns or its opening differently, as those
     # do that drop or open a reasoning block.
-    boundary = _common_length(text, render(context, True))
+    boundary = _common_length(text, rendered(index, tokenizer, context, True))
     return _Text(text, boundary, True)
 
 
-def _tokenize(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
-    """Rows of ``texts``."""
+def _tokenize(texts: Sequence[_Text], tokenizer: Any, errors: dict[int, str] | None) -> list[Row]:
+    """Rows of ``texts``: all at once, and one by one where the tokenizer refuses that."""
     rows = [EMPTY] * len(texts)
     for has_special_tokens in (False, True):
         picked = [i for i, text in enumerate(texts) if text.has_special_tokens == has_special_tokens and text.text]
         if not picked:
             continue
-        options = {"add_special_tokens": not has_special_tokens, "return_attention_mask": False, "verbose": False}
-        whole = [texts[i].text for i in picked]
-        contexts = [texts[i].boundary for i in picked]
-        if getattr(tokenizer, "is_fast", False):
-            batch = tokenizer(whole, return_offsets_mapping=True, **options)
-            starts: Iterable[int] = map(_start_by_offsets, batch["offset_mapping"], contexts)
-        else:
-            batch = tokenizer(whole, **options)
-            # Without offsets: the ids that the whole text shares with its context.
-            alone = tokenizer([texts[i].text[: texts[i].boundary] for i in picked], **options)["input_ids"]
-            starts = map(_common_length, batch["input_ids"], alone)
-        for i, ids, start in zip(picked, batch["input_ids"], starts, strict=True):
-            rows[i] = _row(torch.tensor(ids, dtype=torch.int64), start)
+        try:
+            found = _tokenized([texts[i] for i in picked], tokenizer)
+        except Exception:
+            found = [_attempt(i, errors, _alone, i, texts[i], tokenizer) or EMPTY for i in picked]
+        for i, row in zip(picked, found, strict=True):
+            rows[i] = row
     return rows
+
+
+def _alone(index: int, text: _Text, tokenizer: Any) -> Row:
+    try:
+        return _tokenized([text], tokenizer)[0]
+    except Exception as error:
+        raise ValueError(f"samples[{index}]: the tokenizer refuses it: {error}") from error
+
+
+def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
+    """Rows of ``texts``, which all have special tokens or none has."""
+    options = {
+        "add_special_tokens": not texts[0].has_special_tokens,
+        "return_attention_mask": False,
+        "verbose": False,
+    }
+    whole = [text.text for text in texts]
+    if getattr(tokenizer, "is_fast", False):
+        batch = tokenizer(whole, return_offsets_mapping=True, **options)
+        contexts = [text.boundary for text in texts]
+        starts: Iterable[int] = map(_start_by_offsets, batch["offset_mapping"], contexts)
+    else:
+        batch = tokenizer(whole, **options)
+        # Without offsets: the ids that the whole text shares with its context.
+        alone = tokenizer([text.text[: text.boundary] for text in texts], **options)["input_ids"]
+        starts = map(_common_length, batch["input_ids"], alone)
+    return [
+        _row(torch.tensor(ids, dtype=torch.int64), start) for ids, start in zip(batch["input_ids"], starts, strict=True)
+    ]
 
 
 def _start_by_offsets(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
@@ -330,7 +302,10 @@ def _tensor_rows(samples: Mapping[str, Any]) -> list[Row]:
     """Rows of ``input_ids [B, T]``, ``attention_mask [B, T]`` and ``labels [B, T]``, padded on either side."""
     if "input_ids" not in samples:
         keys = ", ".join(repr(key) for key in samples)
-        raise TypeError(f'samples: expected a list, or a mapping of tensors with "input_ids", got keys {keys}')
+        raise TypeError(
+            'samples: expected a list, a mapping of tensors with "input_ids", or of columns such as "text", '
+            f"got keys {keys}"
+        )
     for key in ("input_ids", "attention_mask", "labels"):
         value = samples.get(key)
         if value is None and key != "input_ids":

@@ -1,31 +1,29 @@
 """The command line. ``acqsynth run recipe.yaml [key=value ...]`` runs a recipe from seed rows to report and resumes
 where an earlier run of it stopped. ``acqsynth seeds``, ``train``, ``generate``, ``label``, ``fit``, ``evaluate`` and
-``report`` run one stage, and before it what that stage needs. ``acqsynth serve`` scores over HTTP."""
+``report`` run one stage, and before it what that stage needs. ``acqsynth serve`` scores over HTTP.
+
+Imports nothing heavy by itself, so that help and mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import logging
-import os
+import importlib
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
-from rich.console import Console
-from rich.text import Text
-
-from acqsynth import config as recipes, pipeline
-from acqsynth.config import ConfigError
-from acqsynth.pipeline import Plan
+from acqsynth.recipes import recipes
 from acqsynth.serve.options import add_arguments as add_serve_arguments
-from acqsynth.steps import STAGES, Step, StepError, Store
 
+_DESCRIPTION = (
+    "Writes training data that a model learns most from. 'acqsynth run' takes a recipe from seed rows to a report and "
+    "resumes where an earlier run of it stopped; the other commands run one stage and what that stage needs first, and "
+    "'acqsynth serve' scores over HTTP."
+)
 _HELP = {
-    "run": "all stages of a recipe",
+    "run": "run all stages of a recipe",
     "seeds": "read the real rows",
     "train": "teach the generator",
     "generate": "write questions",
@@ -34,6 +32,27 @@ _HELP = {
     "evaluate": "measure accuracy and forgetting",
     "report": "write metrics.json and report.html",
 }
+
+
+class MissingExtraError(Exception):
+    """A package that an extra brings is not installed; the text is for the user."""
+
+
+def _load(module: str, what: str, extra: str) -> Any:
+    """The module of a command.
+
+    Raises:
+        MissingExtraError: it imports a package that is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name in ("", "acqcore", "acqsynth"):
+            raise
+        raise MissingExtraError(
+            f"{what} needs {name}, which is not installed: run 'pip install acqcore[{extra}]'"
+        ) from error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,165 +68,36 @@ class _HelpConfig(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
-        print_help_config()
+        _load("acqsynth.commands", "--help-config", "train").print_help_config()
         parser.exit()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, 1 if a step failed, 2 for wrong usage or a wrong recipe, 130
-    after an interrupt."""
+    """Runs the command line; returns the exit code: 0, 1 if a step failed, 2 for wrong usage, a wrong recipe or a
+    missing package, 130 after an interrupt."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    for text in rest:  # overrides after an option, which argparse does not collect
-        if text.startswith("-") or "=" not in text:
-            parser.error(f"unrecognized argument: {text}")
-    if options.stage == "serve":
-        if rest:
-            parser.error(f"unrecognized argument: {rest[0]}")
-        return _serve(options)
     try:
-        plan = pipeline.plan(recipes.load(options.recipe, [*options.overrides, *rest]))
-    except ConfigError as error:
+        options, rest = parser.parse_known_args(arguments)
+        for text in rest:  # overrides after an option, which argparse does not collect
+            if text.startswith("-") or "=" not in text or options.stage == "serve":
+                parser.error(f"unrecognized argument: {text}")
+        if options.stage == "serve":
+            return int(_load("acqsynth.serve.server", "serving", "serve").main(options))
+        commands = _load("acqsynth.commands", f"'acqsynth {options.stage}'", "train")
+        overrides = [*options.overrides, *rest]
+        return int(commands.main(options.recipe, overrides, options.stage, options.dry_run, options.traceback))
+    except MissingExtraError as error:
         print(f"acqsynth: error: {error}", file=sys.stderr)
         return 2
-    steps = plan.steps if options.stage == "run" else plan.of(options.stage)
-    try:
-        if options.dry_run:
-            dry_run(plan, steps)
-        else:
-            run(plan, steps)
-    except StepError as error:
-        if options.traceback:
-            raise
-        print(f"acqsynth: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:  # outside of any step: the log, when a disk is full
-        print(f"acqsynth: error: output: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("acqsynth: interrupted; run the same command to resume, finished steps are kept", file=sys.stderr)
-        return 130
-    return 0
-
-
-def run(plan: Plan, steps: Sequence[Step]) -> None:
-    """Brings steps up to date, reporting each, and says where the report is.
-
-    Raises:
-        StepError: a step cannot finish, or another run is using the folder.
-    """
-    console = Console(
-        file=sys.stdout, highlight=False, soft_wrap=True
-    )  # bound now: stdout is redirected to the log below
-    output = Path(plan.config.output)
-    with console.status("") if console.is_terminal else contextlib.nullcontext() as spinner:
-
-        def status(line: str) -> None:
-            if spinner is not None:
-                spinner.update(Text(line))
-
-        def say(line: str) -> None:
-            status(line)
-            console.print(Text(line))
-
-        store = Store(output, say, status)
-        with store.locked(), _quiet(output / "run.log"):
-            ran = sum(store.run(step) for step in steps)
-    done = len(steps) - ran
-    console.print(f"{ran} of {len(steps)} steps ran{f', {done} were done' if done else ''}.")
-    if plan.report in steps:
-        _conclude(console, store.path(plan.report))
-
-
-def _serve(options: argparse.Namespace) -> int:
-    try:
-        from acqsynth.serve import server
-    except ModuleNotFoundError as error:
-        print(
-            f"acqsynth: error: serving needs {error.name}, which is not installed: run 'pip install acqcore[serve]'",
-            file=sys.stderr,
-        )
-        return 2
-    return server.main(options)
-
-
-def dry_run(plan: Plan, steps: Sequence[Step]) -> None:
-    """Prints what would run, and why."""
-    store = Store(Path(plan.config.output))
-    console = Console(highlight=False, soft_wrap=True)
-    needed = _needed(steps)
-    reasons = {step: store.reason(step) for step in plan.steps if step in needed}
-    width = max(len(str(step)) for step in reasons)
-    for step, reason in reasons.items():
-        console.print(Text(f"{step!s:{width}}  {f'runs: {reason}' if reason else 'is done, nothing it reads changed'}"))
-    console.print(
-        f"{sum(r is not None for r in reasons.values())} of {len(reasons)} steps would run in {store.output}."
-    )
-
-
-def print_help_config() -> None:
-    """Prints every key of a recipe with its type, default and meaning."""
-    console = Console(highlight=False)
-    for key, expected, default, doc in recipes.documented():
-        given = f", {default} by default" if default not in ("", "required") else f"{', required' * bool(default)}"
-        console.print(Text.assemble((key, "bold"), f"  {expected}{given}\n    {doc}"))
-    console.print(f"\nRecipes in the package: {', '.join(recipes.recipes())}.")
-
-
-def _conclude(console: Console, folder: Path) -> None:
-    """Prints the verdict of the report, and its path."""
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    for said in metrics["verdict"]:
-        console.print(Text(said["text"]))
-    console.print(Text(f"Report: {(folder / 'report.html').resolve()}"))
-
-
-def _needed(steps: Sequence[Step]) -> set[Step]:
-    """The steps and all that they read from."""
-    found: set[Step] = set()
-    rest = list(steps)
-    while rest:
-        step = rest.pop()
-        if step not in found:
-            found.add(step)
-            rest += [artefact.step for artefact in step.inputs]
-    return found
-
-
-@contextlib.contextmanager
-def _quiet(log: Path) -> Iterator[None]:
-    """Redirects what libraries print, warn and log to a file."""
-    from transformers.utils import logging as transformers_logging
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with log.open("a", encoding="utf-8", buffering=1) as file:
-        handler = logging.StreamHandler(file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        root = logging.getLogger()
-        root.addHandler(handler)
-        transformers_logging.disable_default_handler()  # it holds the stderr of its import
-        transformers_logging.enable_propagation()
-        shown = warnings.showwarning
-        warnings.showwarning = lambda message, category, filename, lineno, *rest: print(
-            warnings.formatwarning(message, category, filename, lineno), file=file
-        )
-        try:
-            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                yield
-        finally:
-            warnings.showwarning = shown
-            transformers_logging.disable_propagation()
-            transformers_logging.enable_default_handler()
-            root.removeHandler(handler)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="acqsynth", description=__doc__)
+    parser = _Parser(prog="acqsynth", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"acqsynth {metadata.version('acqcore')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="stage")
-    for name in ("run", *STAGES):
-        command = commands.add_parser(name, help=_HELP[name])
-        command.add_argument("recipe", help=f"path of a YAML file, or one of {', '.join(recipes.recipes())}")
+    for name, purpose in _HELP.items():
+        command = commands.add_parser(name, help=purpose)
+        command.add_argument("recipe", help=f"path of a YAML file, or one of {', '.join(recipes())}")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted key of the recipe and its value")
         command.add_argument("--dry-run", action="store_true", help="print what would run, and why")
         command.add_argument("--traceback", action="store_true", help="print the traceback of a failed step")

@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from acqsynth.recipes import recipes
+
 BUNDLED = "bundled:"  #: prefix of sources that are in the package
 
 T = TypeVar("T")
@@ -54,16 +56,19 @@ class Source(Section):
     """Where rows come from."""
 
     source: str
-    """hub id (openai/gsm8k:main names a configuration), path of a .jsonl or .parquet file, bundled:mathematics or
-    bundled:word_problems for rows of the package, or world:<seed> in the domain arithmetic"""
+    """hub id (openai/gsm8k:main names a configuration), path of a .jsonl, .csv or .parquet file, bundled:mathematics or
+    bundled:word_problems for rows of the package, world:<seed> in the domain arithmetic, or intents:<name> in the
+    domain classification"""
     split: str = "train"
     """split of a hub data set; a local file has none"""
     columns: dict[str, str] | None = None
-    """field of a sample (question, answer, reasoning) -> column"""
+    """field of a sample (question, answer, reasoning; text, label) -> column"""
     skip: int = Field(default=0, ge=0)
     """rows to leave out at the start"""
     limit: Count | None = None
     """most rows to read after those skipped"""
+    per_label: Count | None = None
+    """most rows of each answer; skip then leaves out so many of each, and limit counts what is left"""
 
 
 class OtherSource(Source):
@@ -249,7 +254,7 @@ class Config(Section):
     """A whole run."""
 
     domain: str
-    """math, medical, code or arithmetic"""
+    """math, medical, code, classification or arithmetic"""
     data: DataConfig
     """real rows"""
     generator: GeneratorConfig
@@ -316,12 +321,6 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from None
-
-
-def recipes() -> list[str]:
-    """Names of the recipes in the package."""
-    folder = resources.files("acqsynth") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def documented(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:

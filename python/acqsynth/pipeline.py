@@ -103,6 +103,10 @@ class Scoring:
     seeds: Any  #: rows that the generator is shown, and the reference of influence
     evaluation: Any  #: rows that no sample may repeat
 
+    def find_domain(self) -> Domain:
+        """The domain as the seeds complete it."""
+        return find_domain(self.domain).with_seeds(read_rows(self.seeds))
+
     def build(self) -> Any:
         """The reward."""
         from acqsynth.rewards.build import build
@@ -394,7 +398,7 @@ def collect_rows(
 
 
 def _load(key: str, domain: Domain, source: Source) -> list[Sample]:
-    limit = None if source.limit is None else source.skip + source.limit
+    limit = None if source.limit is None or source.per_label else source.skip + source.limit
     try:
         if source.source.startswith(BUNDLED):
             found = bundled(source.source.removeprefix(BUNDLED))[:limit]
@@ -402,9 +406,23 @@ def _load(key: str, domain: Domain, source: Source) -> list[Sample]:
             found = domain.load(source.source, source.split, source.columns, limit)
     except (OSError, ValueError, ImportError) as error:
         raise StepError(f"{key}: {' '.join(str(error).split())}") from error
-    if not found[source.skip :]:
+    kept = found[source.skip :] if source.per_label is None else _of_each_label(domain, found, source)
+    if not kept:
         raise StepError(f"{key}: {source.source} has no rows after the first {source.skip}")
-    return found[source.skip :]
+    return kept
+
+
+def _of_each_label(domain: Domain, found: Sequence[Sample], source: Source) -> list[Sample]:
+    """Of each answer the ``per_label`` rows after the first ``skip``, in file order."""
+    assert source.per_label is not None
+    seen = Counter[str]()
+    kept = []
+    for sample in found:
+        label = domain.canonical(sample.answer)
+        seen[label] += 1
+        if source.skip < seen[label] <= source.skip + source.per_label:
+            kept.append(sample)
+    return kept[: source.limit]
 
 
 def _plain(question: str) -> str:
@@ -435,7 +453,7 @@ def train_generator(
 
     reward = scoring.build()
     seeds = read_rows(scoring.seeds)
-    asked = write.prompts(find_domain(scoring.domain), seeds, prompts, shown=shown, turns=turns, seed=seed)
+    asked = write.prompts(scoring.find_domain(), seeds, prompts, shown=shown, turns=turns, seed=seed)
     output = context.folder / "model"
     options = {"seed": seed, "disable_tqdm": True, **options}
     callbacks = [train.Progress(context.say, context.status)]
@@ -486,7 +504,7 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
     pool = read_rows(writing.held_out)
     if mistakes is not None:
         pool = sample_mistakes(pool, read_table(mistakes)["right"], max(writing.n, writing.shown), writing.seed)
-    domain, reward = find_domain(writing.scoring.domain), writing.scoring.build()
+    domain, reward = writing.scoring.find_domain(), writing.scoring.build()
     engine = _engine(writing.scoring.engine, writing.generator)
 
     def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
@@ -530,7 +548,7 @@ def _asked(writing: Writing, pool: Sequence[Sample]) -> list[Any]:
     from acqsynth import write
 
     shown = min(writing.shown, len(pool))
-    domain = find_domain(writing.scoring.domain)
+    domain = writing.scoring.find_domain()
     return write.prompts(domain, pool, writing.n, shown=shown, turns=writing.turns, seed=writing.seed)
 
 

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TextIO, TypeVar
 
 import pyarrow
 import pyarrow.parquet
@@ -178,6 +178,18 @@ class StepContext:
         write_json(self.folder / name, content)
 
 
+def _lock(file: TextIO) -> None:
+    """Takes the file's lock, which ends with the process; OSError if another process has it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class Store:
     """The folder of a run: runs steps and knows which are done.
 
@@ -277,7 +289,7 @@ class Store:
             raise StepError(f"output: cannot write to {self.output}: {error.strerror}") from error
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file)
             except OSError as error:
                 raise StepError(f"output: another run is using {self.output}") from error
             yield

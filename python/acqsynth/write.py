@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from acqsynth.domains import Domain, Messages, Sample
-from acqsynth.domains.prompts import written
 from acqsynth.engines import Engine, Sampling
 from acqsynth.rewards.batch import Batch
 
@@ -29,7 +28,8 @@ def prompts(
     """n prompts that ask a generator for a new sample, each with ``shown`` different seeds as examples.
 
     The seeds are dealt like cards: all of them, shuffled, before any comes again, so that the uses of two seeds differ
-    by at most one.
+    by at most one. Where the domain groups them (``Domain.hands``), groups are dealt like that too, and a group of
+    fewer seeds is shown whole.
 
     Args:
         domain: writes the request.
@@ -47,20 +47,27 @@ def prompts(
     if not 0 <= shown <= len(seeds):
         raise ValueError(f"shown: expected 0 to {len(seeds)}, the number of seeds, got {shown}")
     shuffle = random.Random(seed).shuffle
-    deck: list[int] = []
+    groups = domain.hands(seeds) if shown else [[]]
+    decks: list[list[int]] = [[] for _ in groups]
+    order: list[int] = []
     asked: list[Messages] = []
     for _ in range(n):
+        if not order:
+            order = list(range(len(groups)))
+            shuffle(order)
+        group = order.pop()
+        pool, deck = groups[group], decks[group]
         hand: list[int] = []
-        while len(hand) < shown:
+        while len(hand) < min(shown, len(pool)):
             if not deck:
-                deck = list(range(len(seeds)))
+                deck += range(len(pool))
                 shuffle(deck)
             # A fresh deck may start with a card that the hand holds already: that one waits for the next prompt.
             hand.append(deck.pop(next(i for i, card in enumerate(deck) if card not in hand)))
-        examples = [seeds[card] for card in hand]
-        if turns:
-            request = domain.generator_prompt([])
-            earlier = [[*request, {"role": "assistant", "content": written(sample)}] for sample in examples]
+        examples = [pool[card] for card in hand]
+        if turns and examples:
+            request = domain.request(examples)
+            earlier = [[*request, {"role": "assistant", "content": domain.tagged(sample)}] for sample in examples]
             asked.append([message for turn in (*earlier, request) for message in turn])
         else:
             asked.append(domain.generator_prompt(examples))

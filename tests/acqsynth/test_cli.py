@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from importlib import metadata
 
 import pytest
 import transformers
 
 from acqsynth import label, train
 from acqsynth.cli import main
-from acqsynth.steps import Store
+from acqsynth.steps import STAGES, Store
 
 
 def test_help_config_lists_every_key(capsys):
@@ -130,3 +133,54 @@ def test_what_libraries_print_goes_to_the_log(fakes, recipe, monkeypatch, capsys
     log = (recipe.parent / "out/run.log").read_text()
     assert "{'loss': 1.0}" in log
     assert "flags are not valid" in log
+
+
+def test_help_lists_the_stages(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    for stage in (*STAGES, "run", "serve"):
+        assert f"\n    {stage} " in printed
+    assert "``" not in printed
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"acqsynth {metadata.version('acqcore')}\n"
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from acqsynth.cli import main\n"
+        "try: main(['run', '--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(' '.join({'torch', 'transformers', 'matplotlib', 'yaml', 'rich'} & {*sys.modules}))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr.strip() == ""
+    assert "--dry-run" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "missing", "message"),
+    [
+        (
+            ["run", "arithmetic"],
+            "rich",
+            "'acqsynth run' needs rich, which is not installed: run 'pip install acqcore[train]'",
+        ),
+        (["run", "--help-config"], "yaml", "--help-config needs yaml, which is not installed"),
+        (
+            ["serve", "--student", "s"],
+            "uvicorn",
+            "serving needs uvicorn, which is not installed: run 'pip install acqcore[serve]'",
+        ),
+    ],
+)
+def test_a_missing_extra_is_one_sentence(line, missing, message):
+    code = f"import sys; sys.modules[{missing!r}] = None; from acqsynth.cli import main; sys.exit(main({line!r}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"acqsynth: error: {message}")
+    assert len(result.stderr.splitlines()) == 1

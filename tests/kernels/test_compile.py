@@ -75,7 +75,7 @@ def _empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
 
 def _gram(tiles: GramTiles, dtype: torch.dtype, vocab: int, depth: int, bias: bool = False, **options: Any) -> None:
     """Launches ``row_stats_and_grams`` and ``gram_norm`` of samples of 8, 32 and 128 rows."""
-    bounds, starts = [(0, 8), (8, 40), (40, 168)], [0, 64, 1088]
+    bounds, starts = ((0, 8), (8, 40), (40, 168)), (0, 64, 1088)
     named: dict[str, Any] = {
         "softcap": None, "scale": 1.0, "temperature": 1.0, "vocab_start": 0, "products": _empty(17472),
         "state": _empty(7, 168, of=torch.float64), "index": _empty(168, of=torch.int64), **options,
@@ -96,7 +96,7 @@ def _second_visit(tiles: Tiles, dtype: torch.dtype, vocab: int, depth: int, bias
     how = factors.Factors(weight, _empty(vocab) if bias else None, softcap, 1.0, 1.0, 0, tiles, "ieee", False, 132)
     hidden, targets, of_rows = _empty(1024, depth, of=dtype), _empty(1024, of=torch.int64), _empty(1024)
     factors.hidden_sums(how, hidden, targets, of_rows, of_rows, _empty(1024, depth))
-    factors.grams(how, hidden, targets, of_rows, [512, 512], [0, 1 << 18], _empty(1 << 19))
+    factors.grams(how, hidden, targets, of_rows, (512, 512), (0, 1 << 18), _empty(1 << 19))
 
 
 def _stack(compiled: Any, folder: Path) -> int:

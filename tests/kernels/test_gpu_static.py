@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from acqcore.backends.triton import Triton
+from acqcore.head import Head
+from acqcore.head_visit import visit
 from benchmarks import ahead_of_time, gpu_static
 
 TABLE: dict[str, Any] = json.loads(gpu_static.RESULT.read_text())
@@ -68,6 +71,32 @@ def test_kernels_at_work_do_not_spill() -> None:
     for row in TABLE["kernels"]:
         if (row["arch"], row["dtype"], row["vocab"]) == (90, "bfloat16", 131072):
             assert row["stack_bytes"] <= SPILLS.get(row["kernel"], 0), row
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        tuple((i, i + 32) for i in range(0, 4096, 32)),
+        tuple((i, i + 100) for i in range(0, 4000, 100)),
+        ((0, 100), (100, 4096)),
+    ],
+    ids=["T=32", "T=100", "one long"],
+)
+def test_a_norm_reads_nothing_back(bounds: tuple[tuple[int, int], ...]) -> None:
+    """Tensors without storage: what reads a value fails. Launches: four of the visit, two or three of the norm."""
+    n, depth, vocab = 4096, 64, 1000
+    hidden = torch.empty(n, depth, dtype=torch.bfloat16, device="meta")
+    head = Head(torch.empty(vocab, depth, dtype=torch.bfloat16, device="meta"))
+    targets = torch.empty(n, dtype=torch.int64, device="meta")
+    weights = torch.empty(n, dtype=torch.float64, device="meta")
+    launches: list[ahead_of_time.Launch] = []
+    with gpu_static.serving_the_cpu(9), ahead_of_time.recorded(launches), torch.no_grad():
+        norm = visit(hidden, head, targets, bounds, 1.0, Triton()).grad_norm(weights)
+    assert norm.shape == (len(bounds),)
+    names = [launch.name for launch in launches]
+    if len(bounds) > 2:
+        assert names[:4] == ["gather_slots", "gram_fold", "merge_splits", "merge_grams"]
+        assert names[-3:] == ["target_delta", "contract", "sum_tiles"]
 
 
 @pytest.mark.parametrize("op", ["row_stats", "logit_stats", "statistics and head_grad_norm, T=128"])

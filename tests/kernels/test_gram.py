@@ -163,7 +163,7 @@ def test_bits_do_not_depend_on_scratch_or_grouping(monkeypatch: pytest.MonkeyPat
     _, whole = _run(case, bounds)
     assert torch.equal(_run(case, bounds, replace(TILES, group_m=1))[1].products, whole.products)
     monkeypatch.setattr(gram, "SCRATCH_BYTES", 1)
-    assert gram.blocks_at_once(4, 16, 4, 3) == 1
+    assert gram.most_blocks(16, 4, 3) == 1
     assert torch.equal(_run(case, bounds)[1].products, whole.products)
 
 
@@ -221,9 +221,23 @@ def test_packing() -> None:
     ("blocks", "depth", "splits"), [(32, 4096, 32), (782, 4096, 32), (1, 16384, 32), (40, 576, 16)]
 )
 def test_scratch_is_bounded(blocks: int, depth: int, splits: int) -> None:
-    at_once = gram.blocks_at_once(blocks, depth, 2, splits)
-    assert at_once * 128 * ((depth + 8) * 2 + 4 * 128 * splits + 32 * splits + 40) <= 64 << 20
-    assert at_once * -(-blocks // at_once) < blocks + at_once
+    bounds = tuple((128 * i, 128 * i + 128) for i in range(blocks))
+    starts = tuple(128**2 * i for i in range(blocks))
+    parts = gram.parts(bounds, starts, gram.most_blocks(depth, 2, splits), torch.device("cpu"))
+    lengths = [part.slots.shape[1] for part in parts]
+    assert sum(lengths) == 128 * blocks
+    assert lengths[0] * ((depth + 8) * 2 + 4 * 128 * splits + 32 * splits + 40) <= 64 << 20
+    assert lengths[0] - lengths[-1] < 128 * len(parts)
+
+
+def test_tables_of_a_batch_are_made_once() -> None:
+    """Alike in shape: the tables on the device are the same tensors; other samples, other tables."""
+    bounds, starts = ((0, 3), (3, 10)), (0, 9)
+    device = torch.device("cpu")
+    assert gram.parts(bounds, starts, 4, device) is gram.parts(bounds, starts, 4, device)
+    assert gram_norm.cuts(bounds, starts, device) is gram_norm.cuts(bounds, starts, device)
+    (other,) = gram.parts(((0, 5), (5, 10)), (0, 25), 4, device)
+    assert other.samples[1].tolist() == [5, 5]
 
 
 def _norms(case: Case, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:

@@ -101,6 +101,20 @@ def test_cuts(draws: int, width: int, tiles: Tiles, dtype: torch.dtype) -> None:
     assert torch.equal(state.nan_to_num(9), again.nan_to_num(9))
 
 
+@pytest.mark.parametrize(("bits", "carry"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(("width", "depth"), [(16, 43), (16, 128), (32, 43), (1000, 43)])
+def test_ways_of_holding_masks(
+    width: int, depth: int, bits: bool, carry: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_mixture, "BITS", bits)
+    monkeypatch.setattr(block_mixture, "CARRY", carry)
+    case = _case(11, depth, 107, softcap=9.0, scale=0.7).to(torch.bfloat16)
+    state, votes = _run(case, 5, width, _tiles(16, 32))
+    expected, expected_votes = _oracle(case, 5, width)
+    torch.testing.assert_close(state, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert torch.equal(votes, expected_votes)
+
+
 @pytest.mark.parametrize("width", [1, 16])
 def test_a_row_does_not_depend_on_its_batch(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: neither on the rows beside it, nor on how many are under way at a time."""

@@ -1,4 +1,4 @@
-"""Domains: mathematics, medicine, code, and a small world of arithmetic. One file each, one class."""
+"""Domains: mathematics, medicine, code, text classification, a small world of arithmetic. One file each, one class."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ DOMAINS: dict[str, str] = {
     "math": "acqsynth.domains.math:Math",
     "medical": "acqsynth.domains.medical:Medical",
     "code": "acqsynth.domains.code:Code",
+    "classification": "acqsynth.domains.classification:Classification",
     "arithmetic": "acqsynth.domains.arithmetic:Arithmetic",
 }
 

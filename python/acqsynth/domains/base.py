@@ -23,6 +23,12 @@ class Sample:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+def written(sample: Sample) -> str:
+    """A sample in the format of ``acqsynth.parsing``."""
+    parts = {"question": sample.question, "reasoning": sample.reasoning, "answer": sample.answer}
+    return "\n".join(f"<{tag}>\n{part}\n</{tag}>" for tag, part in parts.items() if part)
+
+
 class Domain(ABC):
     """One field of questions. A domain is one file and one class; it holds no model."""
 
@@ -33,6 +39,22 @@ class Domain(ABC):
     @abstractmethod
     def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
         """Asks a generator for one new sample in the format of ``acqsynth.parsing``, ``shown`` as examples."""
+
+    def with_seeds(self, seeds: Sequence[Sample]) -> Domain:
+        """The domain as its seed rows complete it: a classification takes its labels from them."""
+        return self
+
+    def hands(self, seeds: Sequence[Sample]) -> list[list[Sample]]:
+        """The seeds in groups; a prompt shows seeds of one group."""
+        return [list(seeds)]
+
+    def request(self, shown: Sequence[Sample]) -> Messages:
+        """Asks a generator for one new sample like those shown, which it sees as earlier turns of the chat."""
+        return self.generator_prompt([])
+
+    def tagged(self, sample: Sample) -> str:
+        """The sample as a generator writes it, read back by :meth:`parse`."""
+        return written(sample)
 
     @abstractmethod
     def student_prompt(self, question: str) -> Messages:

@@ -1,7 +1,8 @@
-"""Rows of a data set as samples: a hub id through ``datasets``, or a local jsonl or parquet file."""
+"""Rows of a data set as samples: a hub id through ``datasets``, or a local jsonl, csv or parquet file."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from acqsynth.domains.base import Sample
 
 Row = Mapping[str, Any]
 
-LOCAL = (".jsonl", ".parquet")
+LOCAL = (".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,12 @@ def samples(
     columns: Mapping[str, str] | None,
     limit: int | None,
     layouts: Sequence[Layout],
+    class_names: bool = False,
 ) -> list[Sample]:
     """The samples of a data set, in file order: ``Domain.load`` for a domain that knows ``layouts``.
 
     The first layout whose columns are all there is taken, after ``columns`` has given columns of the data the names
-    that layouts know. ``limit`` counts samples.
+    that layouts know. ``limit`` counts samples; ``class_names`` is that of :func:`rows`.
 
     Raises:
         FileNotFoundError, ValueError: as ``Domain.load`` says.
@@ -49,7 +51,7 @@ def samples(
     layout: Layout | None = None
     found: list[Sample] = []
     number = 0
-    for number, row in rows(source, split):
+    for number, row in rows(source, split, class_names):
         if layout is None:
             if unknown := [column for column in columns.values() if column not in row]:
                 raise ValueError(f"columns: no {_listed(unknown)} in {source}, which has {_listed(row)}")
@@ -73,8 +75,12 @@ def samples(
     return found
 
 
-def rows(source: str, split: str = "train") -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(source: str, split: str = "train", class_names: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each row with its number, from 1; lazily for a local file, whose lines after a ``limit`` are not read.
+
+    Args:
+        source, split: as in ``Domain.load``.
+        class_names: give the names of a hub data set's classes instead of their numbers.
 
     Raises:
         FileNotFoundError: no such local file, or (from ``datasets``) no such data set.
@@ -84,10 +90,10 @@ def rows(source: str, split: str = "train") -> Iterator[tuple[int, dict[str, Any
     if path.suffix not in LOCAL:
         if source.startswith(("/", ".", "~")) or path.is_file():
             raise ValueError(f"{source}: expected a file that ends in {' or '.join(LOCAL)}")
-        return _hub(source, split)
+        return _hub(source, split, class_names)
     if not path.is_file():
         raise FileNotFoundError(f"{source}: no such file")
-    return _jsonl(source, path) if path.suffix == ".jsonl" else _parquet(source, path)
+    return {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix](source, path)
 
 
 def text(row: Row, column: str) -> str:
@@ -152,8 +158,25 @@ def _parquet(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{source}: {where}not a parquet file ({error})") from None
 
 
-def _hub(source: str, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as lines:
+            for number, row in enumerate(csv.DictReader(lines), 1):
+                row.pop(None, None)  # cells without a header
+                yield number, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{source}: after row {number}: not CSV ({error})") from None
+
+
+def _hub(source: str, split: str, class_names: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     import datasets
 
     name, _, configuration = source.partition(":")
-    yield from enumerate(datasets.load_dataset(name, configuration or None, split=split), 1)
+    found = datasets.load_dataset(name, configuration or None, split=split)
+    features = found.features if class_names else {}
+    kinds = {column: kind for column, kind in features.items() if hasattr(kind, "int2str")}
+    for number, row in enumerate(found, 1):
+        # -1 marks the rows of a test set without labels.
+        names = {column: kind.int2str(row[column]) for column, kind in kinds.items() if (row[column] or 0) >= 0}
+        yield number, {**row, **names}

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from acqsynth.domains.base import Messages, Sample
-
-
-def written(sample: Sample) -> str:
-    """A sample in the format of ``acqsynth.parsing``."""
-    parts = {"question": sample.question, "reasoning": sample.reasoning, "answer": sample.answer}
-    return "\n".join(f"<{tag}>\n{part}\n</{tag}>" for tag, part in parts.items() if part)
+from acqsynth.domains.base import Messages, Sample, written as written
 
 
 def ask_for_sample(task: str, answer: str, shown: Sequence[Sample]) -> Messages:

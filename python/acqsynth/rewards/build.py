@@ -63,6 +63,7 @@ def build(
     Raises:
         ValueError, TypeError: an unknown signal, gate or option, or a value out of range; names the key.
     """
+    domain = domain.with_seeds(seeds)
     wanted = DEFAULT_SIGNALS if config.signals is None else config.signals
     weights = config.weights or (DEFAULT_WEIGHTS if config.signals is None else None)
     scoring = dict(config.scoring)

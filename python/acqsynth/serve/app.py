@@ -41,6 +41,7 @@ from acqsynth.serve.schema import (
     StudentInfo,
     StudentRequest,
     served_acquisitions,
+    template_variables,
 )
 from acqsynth.serve.students import Loaded, Question, Students, Values, text_size
 
@@ -231,14 +232,16 @@ def create_app(service: Service) -> FastAPI:
     @bodies.post("/score", response_model=ScoreResponse, responses=_Documented.responses(body=True))
     async def score(body: ScoreRequest, request: Request) -> Response:
         """Values of samples, one a sample and acquisition."""
-        samples = [
-            sample if isinstance(sample, str) else sample.model_dump(exclude_unset=True) for sample in body.samples
-        ]
+        for i, sample in enumerate(body.samples):
+            try:
+                template_variables(sample)
+            except ValueError as error:
+                raise InvalidRequestError(f"samples.{i}.{error}") from error
         names = tuple(dict.fromkeys(body.acquisitions))
         arguments = {name: given.model_dump(exclude_none=True) for name, given in body.acquisition_args.items()}
         question = Question(names, body.reduction, json.dumps(arguments, sort_keys=True))
         loaded, values, n_tokens, errors = await answered(
-            request, service.score(samples, question, body.max_length), service.limits.timeout
+            request, service.score(body.samples, question, body.max_length), service.limits.timeout
         )
         columns = [list(column) for column in zip(*(row.values for row in values), strict=True)] or [[] for _ in names]
         estimated = [name for name in names if any(name in row.stderr for row in values)]

@@ -1,16 +1,21 @@
 """Samples of many requests, scored together.
 
 One event loop owns the queue, one thread scores: there is no lock. Samples wait in lanes, one for each student and
-question asked of it; a batch is of one lane, that whose first sample waits longest, in the order of arrival.
+question asked of it; a batch is of one lane.
+
+No request holds up another for longer than about three batches. Each sample is due when its request would have got that
+far, had all requests shared the model equally, and what is due first is scored first: self-clocked fair queueing
+(Golestani 1994). A batch takes ``batch_seconds`` at most, as far as the speed of its lane is known.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import math
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +28,10 @@ Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_FIRST_TOKENS = 1024  # of a lane's first batch, whose speed is not known
+_RATES = 256  # lanes whose speed is remembered
+_RESERVE = 8  # one part in so many of the queue is kept for small requests, beside a queue that is full
+
 
 @dataclass(eq=False)
 class _Job:
@@ -33,20 +42,22 @@ class _Job:
     left: int
 
 
-@dataclass(eq=False)
+@dataclass(order=True)
 class _Entry:
     """A sample that waits."""
 
-    job: _Job
-    index: int  # in its job
-    item: Any
-    tokens: int
-    arrived: float
+    due: float  # tokens of virtual time
+    number: int  # of arrival
+    job: _Job = field(compare=False)
+    index: int = field(compare=False)  # in its job
+    item: Any = field(compare=False)
+    tokens: int = field(compare=False)
+    arrived: float = field(compare=False)
 
 
 @dataclass(eq=False)
 class _Lane:
-    entries: deque[_Entry] = field(default_factory=deque)
+    entries: list[_Entry] = field(default_factory=list)  # a heap
     tokens: int = 0
 
 
@@ -54,12 +65,12 @@ class Batcher(Generic[Key, Item, Result]):
     """Collects samples and scores them in batches, in a thread of its own.
 
     A batch is taken when ``batch_tokens`` wait in its lane, or ``wait`` seconds after its first sample came; what comes
-    while the model is at work makes the next ones. A request longer than a batch is scored in several, others between
-    them. Where a batch of several requests fails, each is scored apart: none fails for another.
+    while the model is at work makes the next ones. A request longer than a batch is scored in several, with others
+    among them. Where a batch of several requests fails, each is scored apart: none fails for another.
 
     Args:
         score: the key of a lane and n items -> n results, in order; called in the thread.
-        limits: ``batch_tokens``, ``wait``, ``queue_tokens``.
+        limits: ``batch_tokens``, ``batch_seconds``, ``wait``, ``queue_tokens``.
         observe: called with samples, tokens and seconds of each batch scored.
     """
 
@@ -76,7 +87,9 @@ class Batcher(Generic[Key, Item, Result]):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="acqsynth-score")
         self._changed = asyncio.Event()
         self._closing = False
-        self._tokens_a_second: float | None = None
+        self._rates: OrderedDict[int, float] = OrderedDict()  # hash of a lane's key -> tokens a second
+        self._clock = 0.0  # virtual time: when the sample scored last was due
+        self._number = 0
         self._running: asyncio.Task[None] | None = None
 
     @property
@@ -111,17 +124,19 @@ class Batcher(Generic[Key, Item, Result]):
         total, most = sum(tokens), self._limits.queue_tokens
         if total > most:
             raise TooLargeError(f"the request has {total} tokens, at most {most} may wait: send fewer samples")
-        if self.tokens + total > most:
+        # A small request finds room in a queue that others have filled.
+        if self.tokens + total > most + (most // _RESERVE if total <= most // _RESERVE else 0):
             raise BusyError(f"{self.tokens} tokens wait, and at most {most} may", self._seconds_of(self.tokens))
         if not items:
             return []
         loop = asyncio.get_running_loop()
         job = _Job(loop.create_future(), [None] * len(items), len(items))
         lane = self._lanes.setdefault(key, _Lane())
-        now = loop.time()
-        lane.entries.extend(
-            _Entry(job, i, item, size, now) for i, (item, size) in enumerate(zip(items, tokens, strict=True))
-        )
+        now, due = loop.time(), self._clock
+        for i, (item, size) in enumerate(zip(items, tokens, strict=True)):
+            due += size
+            self._number += 1
+            heapq.heappush(lane.entries, _Entry(due, self._number, job, i, item, size, now))
         lane.tokens += total
         self._changed.set()
         try:
@@ -131,13 +146,16 @@ class Batcher(Generic[Key, Item, Result]):
 
     def _seconds_of(self, tokens: int) -> int:
         """In which so many tokens are scored, as far as is known."""
-        return 1 if self._tokens_a_second is None else min(60, max(1, math.ceil(tokens / self._tokens_a_second)))
+        if not self._rates:
+            return 1
+        return min(60, max(1, math.ceil(tokens / min(self._rates.values()))))
 
     def _forget(self, job: _Job, key: Key) -> None:
         """What still waits of a request that failed or was given up."""
         lane = self._lanes.get(key)
         if job.left and lane is not None:
-            lane.entries = deque(entry for entry in lane.entries if entry.job is not job)
+            lane.entries = [entry for entry in lane.entries if entry.job is not job]
+            heapq.heapify(lane.entries)
             lane.tokens = sum(entry.tokens for entry in lane.entries)
             if not lane.entries:
                 del self._lanes[key]
@@ -148,7 +166,7 @@ class Batcher(Generic[Key, Item, Result]):
                 self._changed.clear()
                 await self._changed.wait()
                 continue
-            key = min(self._lanes, key=lambda key: self._lanes[key].entries[0].arrived)
+            key = min(self._lanes, key=lambda key: self._lanes[key].entries[0])
             await self._fill(key)
             batch = self._take(key)
             if batch:  # not where its requests were given up meanwhile
@@ -157,7 +175,7 @@ class Batcher(Generic[Key, Item, Result]):
     async def _fill(self, key: Key) -> None:
         """Wait for more of a lane, as far as its first sample may."""
         clock = asyncio.get_running_loop().time
-        until = self._lanes[key].entries[0].arrived + self._limits.wait
+        until = min(entry.arrived for entry in self._lanes[key].entries) + self._limits.wait
         while key in self._lanes and self._lanes[key].tokens < self._limits.batch_tokens and not self._closing:
             left = until - clock()
             if left <= 0:
@@ -170,12 +188,16 @@ class Batcher(Generic[Key, Item, Result]):
         lane = self._lanes.get(key)
         if lane is None:
             return []
+        rate = self._rates.get(hash(key))
+        most = _FIRST_TOKENS if rate is None else int(rate * self._limits.batch_seconds)
+        most = min(most, self._limits.batch_tokens)
         batch: list[_Entry] = []
         tokens = 0
-        while lane.entries and (not batch or tokens + lane.entries[0].tokens <= self._limits.batch_tokens):
-            batch.append(lane.entries.popleft())
+        while lane.entries and (not batch or tokens + lane.entries[0].tokens <= most):
+            batch.append(heapq.heappop(lane.entries))
             tokens += batch[-1].tokens
         lane.tokens -= tokens
+        self._clock = max(self._clock, batch[-1].due)
         if not lane.entries:
             del self._lanes[key]
         return batch
@@ -205,8 +227,10 @@ class Batcher(Generic[Key, Item, Result]):
         if len(results) != len(batch):
             raise RuntimeError(f"score: expected {len(batch)} results, one an item, got {len(results)}")
         seconds, tokens = time.monotonic() - begin, sum(entry.tokens for entry in batch)
-        rate = tokens / max(seconds, 1e-6)
-        self._tokens_a_second = rate if self._tokens_a_second is None else 0.8 * self._tokens_a_second + 0.2 * rate
+        rate, known = tokens / max(seconds, 1e-6), self._rates.pop(hash(key), None)
+        self._rates[hash(key)] = rate if known is None else 0.5 * (known + rate)
+        if len(self._rates) > _RATES:
+            self._rates.popitem(last=False)
         self._observe(len(batch), tokens, seconds)
         return results
 

@@ -19,6 +19,7 @@ class Limits:
 
     Args:
         batch_tokens: tokens that are scored in one call; requests are coalesced up to it.
+        batch_seconds: seconds that one call may take; another request waits for three of them at most.
         wait: seconds that a sample waits for others while the model is free.
         queue_tokens: tokens that may wait; beyond them a request is told to come again (429).
         max_samples: of a request.
@@ -31,10 +32,11 @@ class Limits:
         body_timeout: seconds in which a body has to arrive, else 408.
 
     Raises:
-        ValueError: a limit below 1 (0 for wait), a max_length below 2.
+        ValueError: a limit below 1 (0 for wait; any seconds above 0), a max_length below 2.
     """
 
     batch_tokens: int = 8192
+    batch_seconds: float = 0.5
     wait: float = 0.005
     queue_tokens: int = 262_144
     max_samples: int = 256
@@ -58,7 +60,7 @@ class Limits:
             raise ValueError(f"max_bodies: expected at least max_body ({self.max_body} bytes), got {self.max_bodies}")
         if not 0 <= self.wait < float("inf"):
             raise ValueError(f"wait: expected seconds, 0 or more, got {self.wait}")
-        for name in ("timeout", "body_timeout"):
+        for name in ("timeout", "body_timeout", "batch_seconds"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected seconds above 0, got {getattr(self, name)}")
 
@@ -110,6 +112,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--student-root", type=Path, help="folder below which POST /student finds students; without it none is taken")
     add("--batch-tokens", type=int, default=default.batch_tokens, help="tokens scored in one call (%(default)s)")
+    add(
+        "--batch-seconds", type=float, default=default.batch_seconds,
+        help="seconds that one call may take, which bounds what a request waits for another (%(default)s)",
+    )  # fmt: skip
     add("--wait", type=float, default=default.wait, help="seconds a sample waits for others (%(default)s)")
     add("--queue-tokens", type=int, default=default.queue_tokens, help="tokens that may wait (%(default)s)")
     add("--max-samples", type=int, default=default.max_samples, help="of a request (%(default)s)")

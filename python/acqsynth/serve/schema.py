@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    Tag,
+    WithJsonSchema,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
@@ -46,23 +45,16 @@ class _Served:
 AcquisitionName = Annotated[str, Field(max_length=64), _Served()]
 
 T = TypeVar("T")
-Few = Annotated[list[T], Field(max_length=1024, fail_fast=True)]
+Names = Annotated[
+    list[AcquisitionName],
+    Field(min_length=1, max_length=32, fail_fast=True),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
 Many = Annotated[list[T], Field(fail_fast=True)]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
-
-
-class Message(_Body):
-    """A turn, as chat templates take it."""
-
-    role: str = Field(max_length=64)
-    content: str | Few[dict[str, Any]] | None = None
-    name: str | None = Field(None, max_length=256)
-    reasoning_content: str | None = None
-    tool_calls: Few[dict[str, Any]] | None = None
-    tool_call_id: str | None = Field(None, max_length=256)
 
 
 #: Parameters of ``apply_chat_template`` that are the server's own; a template from a request would be run here.
@@ -75,51 +67,30 @@ RESERVED = frozenset(
 )
 
 
-def _variable(name: str) -> str:
-    if not name.isidentifier() or name in RESERVED:
-        raise ValueError("expected the name of a variable of the chat template")
-    return name
+_SAMPLE = {
+    "anyOf": [{"type": "string"}, {"type": "object"}],
+    "description": 'a string, or an object with "prompt" and "completion" (strings or messages), "messages", '
+    '"question" and "answer", or "text"; beside messages "tools" and "chat_template_kwargs", variables of the chat '
+    "template. Other keys are not read.",
+    "examples": [{"prompt": "What is 2 + 2?\n", "completion": "It is 4."}],
+}
+#: A sample as acqcore.score takes it. What is wrong with one is told in ``errors`` of the answer.
+Sample = Annotated[Any, WithJsonSchema(_SAMPLE)]
 
 
-Variable = Annotated[str, Field(max_length=64), AfterValidator(_variable)]
-
-
-class _Conversation(_Body):
-    tools: Few[dict[str, Any]] | None = Field(None, description="given to the chat template")
-    chat_template_kwargs: dict[Variable, bool | int | float | str] | None = Field(
-        None, description="variables of the chat template"
-    )
-
-
-class TextSample(_Body):
-    text: str
-
-
-class CompletionSample(_Conversation):
-    prompt: str | Few[Message]
-    completion: str | Few[Message]
-
-
-class ConversationSample(_Conversation):
-    messages: Few[Message]
-
-
-def _kind(sample: Any) -> str:
-    if isinstance(sample, dict | BaseModel):
-        keys = sample if isinstance(sample, dict) else type(sample).model_fields
-        return (
-            "messages" if "messages" in keys else "completion" if "completion" in keys or "prompt" in keys else "text"
-        )
-    return "string"
-
-
-Sample = Annotated[
-    Annotated[str, Tag("string")]
-    | Annotated[TextSample, Tag("text")]
-    | Annotated[CompletionSample, Tag("completion")]
-    | Annotated[ConversationSample, Tag("messages")],
-    Discriminator(_kind),
-]
+def template_variables(sample: Any) -> None:
+    """
+    Raises:
+        ValueError: ``chat_template_kwargs`` of a sample are more than variables of its chat template.
+    """
+    given = sample.get("chat_template_kwargs") if isinstance(sample, dict) else None
+    if given is None:
+        return
+    if not isinstance(given, dict) or not all(isinstance(value, bool | int | float | str) for value in given.values()):
+        raise ValueError("chat_template_kwargs: expected names with a text, a number, true or false each")
+    for name in given:
+        if not name.isidentifier() or len(name) > 64 or name in RESERVED:
+            raise ValueError("chat_template_kwargs: expected names of variables of the chat template")
 
 
 class Arguments(_Body):
@@ -141,7 +112,7 @@ class Arguments(_Body):
 
 class ScoreRequest(_Body):
     samples: Many[Sample] = Field(description="as acqcore.score takes them, all of one kind")
-    acquisitions: list[AcquisitionName] = Field(["entropy"], min_length=1, max_length=32, fail_fast=True)
+    acquisitions: Names = Field(["entropy"], description="names; a single one may stand without a list")
     acquisition_args: dict[AcquisitionName, Arguments] = Field({}, description="name -> arguments")
     reduction: Literal["mean", "sum", "max", "topk"] = "mean"
     max_length: int | None = Field(

@@ -100,9 +100,9 @@ def test_a_wrong_mapping_names_the_columns_there_are(math: Domain, tmp_path: Pat
 def test_files_that_are_none(math: Domain, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl: no such file"):
         math.load(str(tmp_path / "nowhere.jsonl"))
-    (tmp_path / "rows.csv").write_text("question,answer\n")
-    with pytest.raises(ValueError, match=r"rows\.csv: expected a file that ends in \.jsonl or \.parquet"):
-        math.load(str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.tsv").write_text("question,answer\n")
+    with pytest.raises(ValueError, match=r"rows\.tsv: expected a file that ends in \.jsonl or \.csv or \.parquet"):
+        math.load(str(tmp_path / "rows.tsv"))
     (tmp_path / "rows.parquet").write_text("question")
     with pytest.raises(ValueError, match=r"rows\.parquet: not a parquet file"):
         math.load(str(tmp_path / "rows.parquet"))
@@ -110,7 +110,7 @@ def test_files_that_are_none(math: Domain, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"bytes\.jsonl: row 1: not JSON"):
         math.load(str(tmp_path / "bytes.jsonl"))
     with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
-        math.load(str(tmp_path / "rows.csv"), limit=0)
+        math.load(str(tmp_path / "rows.tsv"), limit=0)
 
 
 def test_a_hub_id_goes_to_datasets(math: Domain, monkeypatch: pytest.MonkeyPatch) -> None:

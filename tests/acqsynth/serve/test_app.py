@@ -175,6 +175,42 @@ class TestScore:
         assert answer["errors"][0]["message"].startswith("nothing to score")
         assert answer["errors"][2]["message"].startswith("160 tokens, the student takes at most 64")
 
+    @pytest.mark.parametrize(
+        ("bad", "message"),
+        [
+            (3, "expected strings, mappings with"),
+            (None, "expected strings, mappings with"),
+            ({"prompt": "a"}, "got a mapping with keys 'prompt'"),
+            ({"text": ["a"]}, "text: expected a string, got list"),
+            ({"text": None}, "text: expected a string, got no value"),
+            ({"text": "\ud800 is half a character"}, "text: character 0 is the lone surrogate U+D800"),
+            ({"messages": [{"role": "user", "content": "a"}]}, "expected text as in the samples before it"),
+            ({"text": "a" * 70_000}, "70004 characters, at most 65536 are tokenized"),
+        ],
+    )
+    def test_the_fault_of_a_sample_is_its_own(
+        self, serve: Serve, asked: Any, student: acqcore.Student, bad: Any, message: str
+    ) -> None:
+        good = [{"text": "a fox", "id": 1}, {"text": "the dog", "weight": 0.5}]
+        body = json.dumps({"samples": [good[0], bad, good[1]], "acquisitions": "entropy"}).encode()
+        answer = post(serve, asked, "/score", body).json()
+        expected = acqcore.score(student, good, "entropy", progress=False)["entropy"].tolist()
+        assert answer["values"]["entropy"] == [pytest.approx(expected[0]), None, pytest.approx(expected[1])]
+        assert answer["valid"] == [True, False, True]
+        [error] = answer["errors"]
+        assert error["index"] == 1
+        assert message in error["message"]
+
+    def test_rows_as_anywhere_else(self, serve: Serve, asked: Any, student: acqcore.Student) -> None:
+        """Question and answer, a number as text, keys of a message that only templates know."""
+        for chosen in (
+            [{"question": "What is 2 + 2?", "answer": 40000}],
+            [{"messages": [{**CHAT[0], "weight": 1}, CHAT[1]]}],
+        ):
+            answer = post(serve, asked, "/score", {"samples": chosen, "acquisitions": "loss"}).json()
+            assert answer["errors"] == []
+            assert answer["values"]["loss"] == acqcore.score(student, chosen, "loss", progress=False)["loss"].tolist()
+
     def test_a_value_that_is_not_finite_is_null(
         self, serve: Serve, asked: Any, student: acqcore.Student, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -194,8 +230,7 @@ class TestScore:
         [
             ({}, "samples: Field required"),
             ([], "body: "),
-            ({"samples": [3]}, "samples.0.string: Input should be a valid string"),
-            ({"samples": [{"prompt": "a"}]}, "samples.0.completion.completion: Field required"),
+            ({"samples": "a"}, "samples: Input should be a valid array"),
             ({"samples": ["a"], "more": 1}, "more: Extra inputs are not permitted"),
             ({"samples": ["a"], "acquisitions": ["influence"]}, "unknown 'influence', expected one of"),
             ({"samples": ["a"], "acquisitions": []}, "acquisitions: List should have at least 1 item"),
@@ -230,7 +265,8 @@ class TestScore:
             (b'{"samples": ["a b"]', 400),
             (b"\xff\xfe", 400),
             (b'{"samples": ["\xff"]}', 400),
-            (b'{"samples": ["\\ud800 is half a character"]}', 400),
+            (b'{"samples": ["\\ud800 is half a character"', 400),
+            (b'{"samples": ["a b"], "reduction": "\\ud800"}', 422),
             (b'{"samples": NaN}', 422),
             (b'{"samples": ["a b"], "max_length": Infinity}', 422),
             (b'{"samples": ["a b"], "max_length": 1e999}', 422),

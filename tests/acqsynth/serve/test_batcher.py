@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -107,7 +108,7 @@ def test_one_requests_failure_is_not_anothers() -> None:
     assert results[0] == [2, 4]
     assert isinstance(results[1], RuntimeError)
     assert results[2] == [8]
-    assert [items for _, items in batches] == [[1, 2, 13, 3, 4], [1, 2], [13, 3], [4]]
+    assert [items for _, items in batches] == [[1, 13, 4, 2, 3], [1, 2], [13, 3], [4]]
 
 
 def test_back_pressure() -> None:
@@ -180,6 +181,90 @@ def test_a_thousand_requests_are_each_answered_with_their_own() -> None:
     scored = [item for _, items in batches for item in items]
     assert sorted(scored) == sorted([*range(1000, 2000), *range(2000, 3000)])
     assert len(batches) < 400
+
+
+@pytest.mark.parametrize("key", ["a", "b"])
+def test_a_small_request_is_in_one_of_the_next_batches(key: str) -> None:
+    """Of its own lane or of another, whatever waits."""
+
+    async def use(batcher: Batcher[str, int, int], doubler: Doubler) -> Any:
+        doubler.free.clear()
+        large = asyncio.ensure_future(batcher.submit("a", list(range(100, 200)), [10] * 100))
+        await until(lambda: len(doubler.batches) == 1)
+        small = asyncio.ensure_future(batcher.submit(key, [1, 2], [10, 10]))
+        await until(lambda: batcher.tokens == 920)
+        doubler.free.set()
+        results = await small
+        done = len(doubler.batches)
+        return results, done, await large
+
+    (results, done, large), batches = run(use, batch_tokens=100, wait=0.0)
+    assert results == [2, 4]
+    assert done <= 4
+    assert {1, 2} <= set(batches[1][1] + batches[2][1] + batches[3][1])
+    assert large == [2 * item for item in range(100, 200)]
+
+
+def test_many_small_requests_do_not_starve_a_large_one() -> None:
+    async def use(batcher: Batcher[str, int, int], doubler: Doubler) -> Any:
+        large = asyncio.ensure_future(batcher.submit("a", list(range(100, 200)), [10] * 100))
+        small = 0
+        while not large.done():
+            await batcher.submit("a", [small % 10, small % 10], [10, 10])
+            small += 1
+        return small
+
+    small, _ = run(use, batch_tokens=40, wait=0.0)
+    assert 5 < small < 200
+
+
+def test_a_batch_takes_its_seconds_and_no_more() -> None:
+    """So that nobody waits for the batch of another much longer than for two of them."""
+
+    class Slow:
+        sizes: ClassVar[list[int]] = []
+
+        def __call__(self, key: str, items: list[int]) -> list[int]:
+            self.sizes.append(len(items))
+            time.sleep(len(items) * 0.01)
+            return items
+
+    async def main() -> list[float]:
+        batcher: Batcher[str, int, int] = Batcher(Slow(), Limits(batch_seconds=0.1, wait=0.0))
+        batcher.start()
+        loop = asyncio.get_running_loop()
+        large = [asyncio.ensure_future(batcher.submit("a", list(range(60)), [100] * 60)) for _ in range(2)]
+        waits = []
+        for _ in range(5):
+            await asyncio.sleep(0.05)
+            begin = loop.time()
+            await batcher.submit("b", [1], [100])
+            waits.append(loop.time() - begin)
+        await asyncio.gather(*large)
+        await batcher.close()
+        return waits
+
+    waits = asyncio.run(main())
+    assert max(waits) < 0.35, waits
+    assert max(Slow.sizes[1:]) <= 14, Slow.sizes
+
+
+def test_a_full_queue_has_room_for_a_small_request() -> None:
+    async def use(batcher: Batcher[str, int, int], doubler: Doubler) -> Any:
+        doubler.free.clear()
+        first = asyncio.ensure_future(batcher.submit("a", [1], [100]))
+        await until(lambda: len(doubler.batches) == 1)
+        large = asyncio.ensure_future(batcher.submit("a", [2], [100]))
+        await until(lambda: batcher.tokens == 100)
+        small = asyncio.ensure_future(batcher.submit("a", [3], [12]))
+        await until(lambda: batcher.tokens == 112)
+        for tokens in (1, 13):
+            with pytest.raises(BusyError, match="112 tokens wait, and at most 100 may"):
+                await batcher.submit("a", [4], [tokens])
+        doubler.free.set()
+        return await asyncio.gather(first, large, small)
+
+    assert run(use, queue_tokens=100)[0] == [[2], [4], [6]]
 
 
 def test_no_samples_are_no_batch() -> None:

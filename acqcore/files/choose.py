@@ -1,0 +1,287 @@
+"""``acqcore select``: the rows of a data file that a student would learn most from."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from acqcore import checks
+from acqcore.files import data as data_files
+from acqcore.files.data import Record
+from acqcore.files.output import check_output
+from acqcore.files.table import write_rows
+from acqcore.files.worker import TOP_ROWS, load_student, record_error, sample_of, shorten
+from acqcore.literals import Method
+from acqcore.scoring.api import score
+from acqcore.scoring.gradients import badge_embedding
+from acqcore.scoring.plan import Plan
+from acqcore.selection.subsets import select
+from acqcore.students.samples import Row, encode
+
+POOL_FACTOR = 4  #: rows that a diverse method chooses among, for each row wanted
+
+_BLOCK_ROWS = 4096
+_RANK = "rank"
+
+Print = Callable[[str, Sequence[str], Sequence[Sequence[str]]], None]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``acqcore select`` beside those that it shares with ``acqcore score``."""
+    parser.add_argument(
+        "--student", metavar="M", help="hub id or local path; not needed where the data have the column of --signal"
+    )
+    parser.add_argument("--data", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
+    parser.add_argument("--out", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
+    parser.add_argument("--n", required=True, type=int, metavar="N", help="rows to choose")
+    parser.add_argument(
+        "--signal",
+        metavar="A",
+        help="acquisition to rank by, see acqcore.acquisitions(); without a student, a column of numbers",
+    )
+    parser.add_argument(
+        "--method",
+        default="top_k",
+        help=f"{', '.join(get_args(Method))} (default: top_k, the highest signal); the others choose diverse rows by "
+        "their BADGE embeddings",
+    )
+    parser.add_argument(
+        "--among",
+        type=int,
+        metavar="N",
+        help=f"rows of the highest signal that a diverse method chooses among (default: {POOL_FACTOR} times --n, or "
+        "all rows without --signal)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of --method badge (default: 0)")
+
+
+def run(options: argparse.Namespace, print_table: Print) -> int:
+    """Choose rows and write them, in the order of the data.
+
+    Every column is kept, with its values as they were read. Added are ``row`` (from 0, unless the data have such a
+    column), the signal, and ``rank``: the order of choice, from 1. The first rows by rank are what a smaller --n
+    chooses. Rows that cannot be read or scored are named on stderr and are not chosen. Equals go by their order in the
+    data.
+
+    Returns:
+        0; anything wrong raises.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the first line is for the user. What can be
+            checked without the student is checked before it is loaded.
+    """
+    request = _Request(options)
+    pool = request.read()
+    signal = request.signal_of(pool)
+    among = request.candidates(pool, signal)
+    picked = request.pick(pool, signal, among)
+    chosen = [pool.indices[i] for i in picked]
+    rank = {index: place for place, index in enumerate(chosen, 1)}
+    extra: dict[int, dict[str, Any]] = {index: {_RANK: place} for index, place in rank.items()}
+    if signal is not None and options.student is not None:
+        for i, index in zip(picked, chosen, strict=True):
+            extra[index] = {options.signal: float(signal[i]), **extra[index]}
+    _write(options.out, options.data, pool, extra)
+    request.report(pool, signal, picked, print_table)
+    return 0
+
+
+class _Pool:
+    """The rows of the data; ``indices`` are those that can be chosen, and ``rows`` their tokens."""
+
+    def __init__(self, records: list[Record], columns: list[str]) -> None:
+        self.records, self.columns = records, columns
+        self.errors: dict[int, str] = {}
+        self.indices: list[int] = []
+        self.rows: list[Row] = []
+
+
+class _Request:
+    """The options, checked."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        checks.positive_int("n", options.n)
+        checks.literal("method", options.method, Method)
+        self.diverse = options.method != "top_k"
+        if options.student is None and (self.diverse or options.signal is None):
+            raise ValueError("--student: expected a model, or --signal with a column of the data and --method top_k")
+        if not self.diverse and options.signal is None:
+            raise ValueError("--signal: expected an acquisition with --method top_k")
+        if options.among is not None:
+            if not self.diverse or options.signal is None:
+                raise ValueError("--among: expected it with --signal and a diverse --method")
+            checks.positive_int("among", options.among)
+            if options.among < options.n:
+                raise ValueError(f"--among: expected at least --n = {options.n}, got {options.among}")
+        if options.limit is not None:
+            checks.positive_int("limit", options.limit)
+        self.given = options.acquisition_args or {}
+        if options.student is not None:
+            names = [] if options.signal is None else [options.signal]
+            plan = Plan.of(
+                names or ["entropy"], self.given,
+                reduction=options.reduction, topk=options.topk, batch_tokens=options.batch_tokens,
+                backend=options.backend,
+            )  # fmt: skip
+            self.names = plan.names if names else ()
+        check_output(options.out, options.data, options.overwrite)
+        if not options.out.suffix:
+            raise ValueError(f"out: expected a name with an extension, got {options.out}")
+        if ".parquet" in (options.data.suffix, options.out.suffix):
+            checks.installed("pyarrow", "parquet", "train")
+
+    def read(self) -> _Pool:
+        """The rows, tokenized; refuses a pool that is too small before any forward."""
+        options = self.options
+        blocks, present = data_files.scan(options.data, _BLOCK_ROWS, options.limit)
+        count = sum(block.rows for block in blocks)
+        checks.at_most("n", options.n, count, f"the number of rows of {options.data}")
+        for column in (_RANK, *([options.signal] if options.student is not None else [])):
+            if column in present:
+                raise ValueError(f"data: the column {column!r} has the name of an output column; rename it")
+        reader = data_files.Reader(options.data, present)
+        pool = _Pool([record for block in blocks for record in reader.read(block)], present)
+        if options.student is None:
+            if options.signal not in present:
+                raise ValueError(
+                    f"signal: no column {options.signal!r} in the data, which have {', '.join(present) or 'none'}; "
+                    "with --student it is computed"
+                )
+            self._read_column(pool)
+        else:
+            self._tokenize(pool, present)
+        self._name(pool.errors, pool)
+        checks.at_most("n", options.n, len(pool.indices), "the number of rows that can be chosen")
+        return pool
+
+    def _name(self, errors: Mapping[int, str], pool: _Pool) -> None:
+        """Print what is wrong with rows."""
+        place = "line" if self.options.data.suffix == ".jsonl" else "row"
+        for index, message in sorted(errors.items()):
+            print(f"{self.options.data}: {place} {pool.records[index].line}: {message}", file=sys.stderr)
+
+    def _read_column(self, pool: _Pool) -> None:
+        name = self.options.signal
+        values = []
+        for index, record in enumerate(pool.records):
+            message = record_error(record, {name: "score"})
+            try:
+                value = math.nan if message else float(record.values[name])
+            except (TypeError, ValueError):
+                value = math.nan
+            if math.isfinite(value):
+                pool.indices.append(index)
+                values.append(value)
+            else:
+                pool.errors[index] = message or f"{name}: expected a finite number, got {record.values[name]!r:.60}"
+        self.column = torch.tensor(values, dtype=torch.float64)
+
+    def _tokenize(self, pool: _Pool, present: list[str]) -> None:
+        options = self.options
+        columns = data_files.choose_columns(
+            present, options.prompt_column, options.completion_column, options.text_column
+        )
+        pool.columns, self.shown = present, list(columns)[-1]
+        self.student = load_student(options.student, options.dtype, options.device)
+        good = []
+        for index, record in enumerate(pool.records):
+            if message := record_error(record, columns):
+                pool.errors[index] = message
+            else:
+                good.append(index)
+        bad: dict[int, str] = {}
+        rows = encode(
+            [sample_of(pool.records[i], columns) for i in good],
+            self.student.tokenizer,
+            vocab_size=self.student.head.vocab_size,
+            limit=self.student.max_length,
+            max_length=options.max_length,
+            errors=bad,
+        )
+        pool.errors.update({good[i]: message for i, message in bad.items()})
+        pool.indices = [index for i, index in enumerate(good) if i not in bad]
+        pool.rows = [row for i, row in enumerate(rows) if i not in bad]
+
+    def signal_of(self, pool: _Pool) -> torch.Tensor | None:
+        """Values ``[m]`` of the rows that can be chosen; those without a finite value can no longer be."""
+        options = self.options
+        if options.student is None:
+            return self.column
+        if options.signal is None:
+            return None
+        scores = score(
+            self.student, pool.rows, self.names,
+            acquisition_args=self.given, reduction=options.reduction, topk=options.topk,
+            batch_tokens=options.batch_tokens, backend=options.backend,
+        )  # fmt: skip
+        found = scores[options.signal]
+        bad = {pool.indices[i]: "a value is not finite" for i in found.isnan().nonzero()[:, 0].tolist()}
+        if bad:
+            self._name(bad, pool)
+            pool.errors |= bad
+            keep = [i for i, index in enumerate(pool.indices) if index not in bad]
+            pool.indices, pool.rows = [pool.indices[i] for i in keep], [pool.rows[i] for i in keep]
+            checks.at_most("n", options.n, len(keep), "the number of rows with a finite value")
+            found = found[keep]
+        return found
+
+    def candidates(self, pool: _Pool, signal: torch.Tensor | None) -> torch.Tensor:
+        """Positions among the rows that can be chosen, ``[c]``, the highest signal first; without one all of them."""
+        if signal is None:
+            return torch.arange(len(pool.indices))
+        wanted = self.options.n
+        if self.diverse:
+            wanted = min(self.options.among or POOL_FACTOR * wanted, len(signal))
+        return select(signal, wanted)
+
+    def pick(self, pool: _Pool, signal: torch.Tensor | None, among: torch.Tensor) -> list[int]:
+        """Positions chosen, in order of choice."""
+        if not self.diverse:
+            return among.tolist()
+        options = self.options
+        among = among.sort().values  # ties go by the order in the data
+        vectors = badge_embedding(
+            self.student, [pool.rows[i] for i in among.tolist()],
+            batch_tokens=options.batch_tokens, backend=options.backend,
+        )  # fmt: skip
+        return among[select(vectors, options.n, options.method, seed=options.seed)].tolist()
+
+    def report(self, pool: _Pool, signal: torch.Tensor | None, picked: Sequence[int], print_table: Print) -> None:
+        options = self.options
+        title = f"{len(picked)} of {len(pool.records)} rows chosen by {options.method}"
+        if pool.errors:
+            title += f"; {len(pool.errors)} rows with an error"
+        title += f"; written to {options.out}"
+        if signal is None:
+            print_table(title, ("rows", "number"), [("chosen", str(len(picked))), ("pool", str(len(pool.indices)))])
+            return
+        lines = [
+            (name, str(len(values)), *(f"{figure:.4g}" for figure in (values.mean(), values.min(), values.max())))
+            for name, values in (("chosen", signal[list(picked)].double()), ("pool", signal.double()))
+        ]
+        print_table(title, (options.signal, "rows", "mean", "min", "max"), lines)
+        if options.student is not None:
+            first = [(pool.indices[i], float(signal[i])) for i in picked[:TOP_ROWS]]
+            print_table(
+                "first choices",
+                ("row", options.signal, self.shown),
+                [(str(i), f"{value:.4g}", shorten(pool.records[i].values[self.shown])) for i, value in first],
+            )
+
+
+def _write(out: Path, source: Path, pool: _Pool, extra: dict[int, dict[str, Any]]) -> None:
+    """Write the chosen rows with what is added to them."""
+    number = [] if "row" in pool.columns else ["row"]
+    rows = [
+        {**({"row": index} if number else {}), **pool.records[index].values, **extra[index]} for index in sorted(extra)
+    ]
+    columns = [*number, *pool.columns, *(column for column in next(iter(extra.values())))]
+    write_rows(out, rows, columns, source)

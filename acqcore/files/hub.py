@@ -1,0 +1,44 @@
+"""Data sets by name: loaded through ``datasets`` and kept as one parquet file, which blocks are then read from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from acqcore import checks
+from acqcore.files.data import SUFFIXES
+
+
+def is_name(data: Path) -> bool:
+    """Whether ``--data`` names a data set of a hub, or a folder of one, rather than a file."""
+    return data.is_dir() or (not data.exists() and data.suffix not in SUFFIXES and len(data.parts) <= 2)
+
+
+def export(data: Path, config: str | None, split: str, folder: Path) -> Path:
+    """The rows of a split as a parquet file in ``folder``, which appears atomically and is made once.
+
+    Args:
+        data: ``org/name``, or a folder that ``datasets.load_dataset`` reads.
+        config: configuration of the data set, or None for its only one.
+
+    Raises:
+        ModuleNotFoundError: datasets is not installed.
+        ValueError, OSError: the data set, its configuration or its split cannot be loaded.
+    """
+    checks.installed("datasets", f"--data {data}", "train")
+    import datasets
+
+    key = hashlib.sha256(repr((str(data), config, split)).encode()).hexdigest()[:12]
+    target = folder / f"dataset-{key}.parquet"
+    if not target.exists():
+        try:
+            rows = datasets.load_dataset(str(data), config, split=split)
+        except Exception as error:  # each builder raises its own
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"data: {data} is neither a file nor a data set that loads: {reason}") from error
+        folder.mkdir(exist_ok=True)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        rows.to_parquet(temporary)
+        os.replace(temporary, target)
+    return target

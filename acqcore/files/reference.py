@@ -1,0 +1,91 @@
+"""``acqcore reference``: the gradient of a reference set, for ``--acquisition-args`` of influence."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any, get_args
+
+from acqcore import checks
+from acqcore.files import data as data_files
+from acqcore.files.worker import DTYPES
+from acqcore.literals import Loss
+from acqcore.scoring.gradients import influence_reference
+from acqcore.students.student import Student
+
+_BLOCK_ROWS = 4096
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of ``acqcore reference`` beside those of every command that reads samples."""
+    parser.add_argument("--student", required=True, metavar="M", help="hub id or local path")
+    parser.add_argument("--data", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
+    parser.add_argument("--out", required=True, type=Path, metavar="F", help="file to write")
+    parser.add_argument(
+        "--parameters",
+        type=_parameters,
+        default="all",
+        metavar="P",
+        help="all, trainable, head, or a number: that many of the last blocks (default: all)",
+    )
+    parser.add_argument("--loss", choices=get_args(Loss), default="mean", help="of a sample's tokens (default: mean)")
+    parser.add_argument("--dim", type=int, default=4096, metavar="N", help="length of a sketch (default: 4096)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sketch (default: 0)")
+    parser.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
+    parser.add_argument("--completion-column", metavar="C", help="column with the scored text")
+    parser.add_argument("--text-column", metavar="C", help="column whose text is scored whole")
+    parser.add_argument(
+        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
+    )
+    parser.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
+    parser.add_argument("--device", metavar="D", help="device (default: cpu)")
+    parser.add_argument("--backend", metavar="B", help="backend, see 'acqcore info'")
+    parser.add_argument("--limit", type=int, metavar="N", help="read only the first N rows")
+
+
+def _parameters(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the reference of the rows of a file.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the first line is for the user; a row that
+            cannot be read is named, as a reference set is small and should be whole.
+    """
+    if options.limit is not None:
+        checks.positive_int("limit", options.limit)
+    if not options.out.absolute().parent.is_dir():
+        raise ValueError(f"out: the folder {options.out.parent} does not exist")
+    if options.data.suffix == ".parquet":
+        checks.installed("pyarrow", "parquet", "train")
+    _, present = data_files.scan(options.data, _BLOCK_ROWS, options.limit)
+    columns = data_files.choose_columns(present, options.prompt_column, options.completion_column, options.text_column)
+    samples = _samples(options.data, options.limit, columns)
+    dtype = None if options.dtype is None else DTYPES[options.dtype]
+    reference = influence_reference(
+        Student.load(options.student, dtype=dtype, device=options.device), samples,
+        parameters=options.parameters, dim=options.dim, seed=options.seed, loss=options.loss,
+        batch_tokens=options.batch_tokens, max_length=options.max_length, backend=options.backend,
+    )  # fmt: skip
+    reference.save(options.out)
+    print(
+        f"{reference.n} rows, sketched to {reference.dim} numbers, written to {options.out}; score with --acquisitions "
+        f"influence --acquisition-args '{json.dumps({'influence': {'reference': str(options.out)}})}'"
+    )
+    return 0
+
+
+def _samples(data: Path, limit: int | None, columns: dict[str, str]) -> list[dict[str, Any]]:
+    place = "line" if data.suffix == ".jsonl" else "row"
+    samples = []
+    for record in islice(data_files.records(data), limit):
+        missing = [column for column in columns if column not in record.values]
+        if record.error or missing:
+            raise ValueError(f"{data}: {place} {record.line}: {record.error or f'no column {missing[0]!r}'}")
+        samples.append({key: record.values[column] for column, key in columns.items()})
+    return samples

@@ -1,0 +1,59 @@
+"""A Laplace posterior over the weights of linear layers, from the Fisher information of a reference set.
+
+The diagonal of the Fisher information of a layer is approximated by the rank-one matrix that has its marginals,
+``F_ij ~ F r_i c_j`` with r and c of mean 1, which K-FAC's diagonal has too where activations and gradients are
+independent. After n tokens the posterior's variance, damped factor by factor, is ``1 / (n F (r_i + d) (c_j + d))``: of
+rank one, so that ``sum_ij var_ij G_ij^2`` is the ghost norm of scaled inputs and output gradients.
+
+Sources: MacKay 1992 (Laplace approximation); Martens & Grosse 2015 (K-FAC, factored damping).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from acqcore.gradients.capture import select_linear
+from acqcore.literals import Layers
+from acqcore.students.student import Student
+
+
+@dataclass(frozen=True, eq=False)
+class LaplacePosterior:
+    """Variances of the weights of a student's linear layers; made by :func:`acqcore.laplace_posterior`.
+
+    Attributes:
+        factors: name of a weight of P outputs and Q inputs -> ``[P]`` and ``[Q]`` float32, whose outer product has the
+            variances.
+        layers: the blocks they are in.
+    """
+
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
+    layers: Layers
+
+    @classmethod
+    def of(
+        cls,
+        marginals: Mapping[str, tuple[torch.Tensor, torch.Tensor]],  # name -> [P], [Q]: of the Fisher diagonal
+        layers: Layers,
+        observations: float,
+        damping: float,
+    ) -> LaplacePosterior:
+        """From the sums of the Fisher diagonal of each weight over its inputs ``[P]`` and outputs ``[Q]``."""
+        factors = {}
+        for name, (rows, columns) in marginals.items():
+            mean = (rows.sum() / (len(rows) * len(columns))).clamp_min(torch.finfo(torch.float64).tiny)
+            of_rows = observations * mean * (rows / rows.mean() + damping)
+            factors[name] = of_rows.reciprocal().float(), (columns / columns.mean() + damping).reciprocal().float()
+        return cls(factors, layers)
+
+    def check(self, student: Student) -> None:
+        """Raise ValueError if it was made with another student (names what differs)."""
+        here = {name: sorted(weight.shape) for weight, name in select_linear(student, self.layers).names.items()}
+        there = {name: sorted(map(len, factors)) for name, factors in self.factors.items()}
+        for name in (*there, *here):
+            if there.get(name) != here.get(name):
+                shapes = ["absent" if name not in found else str(found[name]) for found in (there, here)]
+                raise ValueError(f"reference: made with another student: {name} is {shapes[0]} there, {shapes[1]} here")

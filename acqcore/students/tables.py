@@ -1,0 +1,89 @@
+"""Samples as a list, whatever holds them: a list, a data set, a table, or a mapping of columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from acqcore import checks
+
+#: Columns that make a sample, or keys of a mapping; the first entry whose columns are present is used.
+KINDS = (("prompt", "completion"), ("messages",), ("question", "answer"), ("text",))
+#: Columns that a chat template reads beside the messages.
+BESIDE = ("tools", "chat_template_kwargs")
+EXPECTED = (
+    'strings, mappings with "prompt" and "completion", "messages", "question" and "answer", or "text", a '
+    "datasets.Dataset, a pandas, polars or Arrow table, or a mapping of such columns, or tensors "
+    '{"input_ids", "attention_mask", "labels"}'
+)
+
+
+def kind_of(columns: Any) -> tuple[str, ...] | None:
+    """The first of ``KINDS`` that is present."""
+    return next((kind for kind in KINDS if all(key in columns for key in kind)), None)
+
+
+def listed(samples: Any) -> list[Any]:
+    """The samples as a list; of a table only the columns that make them.
+
+    Raises:
+        TypeError: no list and no table, or a table without such columns.
+        ValueError: columns of different length.
+    """
+    columns = _columns(samples)
+    if columns is not None:
+        kind = kind_of(columns)
+        if kind is None:
+            expected = ", or ".join(" and ".join(kind) for kind in KINDS)
+            raise TypeError(f"samples: expected columns {expected}, got {', '.join(map(str, columns))}")
+        keys = [*kind, *(key for key in BESIDE if key in columns)]
+        return _rows({key: _list(key, samples[key]) for key in keys})
+    if not isinstance(samples, Sequence) and hasattr(samples, "tolist"):  # a NumPy array or a pandas column of strings
+        samples = samples.tolist()
+    if isinstance(samples, (str, bytes)) or not isinstance(samples, Sequence):
+        raise TypeError(f"samples: expected a list of {EXPECTED}, got {checks.describe(samples)}")
+    return list(samples)
+
+
+def plain(value: Any) -> Any:
+    """The value with lists in the place of NumPy arrays, which pandas reads from nested parquet columns."""
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence) or hasattr(value, "tolist"):
+        return [plain(part) for part in value] if hasattr(value, "__len__") else value
+    return value
+
+
+def _columns(samples: Any) -> list[Any] | None:
+    """Names of a table's columns; None for what is no table."""
+    if isinstance(samples, Mapping):
+        return list(samples)
+    names = getattr(samples, "column_names", None)  # datasets, Arrow
+    if names is None and (hasattr(samples, "iloc") or hasattr(samples, "to_dicts")):  # pandas, polars
+        names = getattr(samples, "columns", None)
+    return None if names is None or not hasattr(samples, "__getitem__") else list(names)
+
+
+def _list(name: str, column: Any) -> list[Any]:
+    for method in ("to_pylist", "to_list", "tolist"):
+        if hasattr(column, method):
+            return list(getattr(column, method)())
+    if isinstance(column, (str, bytes)) or not isinstance(column, Sequence):
+        raise TypeError(
+            f"samples: expected a list of values in column {name!r}, got {checks.describe(column)}; a single sample "
+            "goes into a list"
+        )
+    return list(column)
+
+
+def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"samples: expected columns of one length, got {lengths}")
+    # A data set has null where the other rows of a batch have tools.
+    return [
+        {key: value for key, value in zip(columns, row, strict=True) if value is not None or key not in BESIDE}
+        for row in zip(*columns.values(), strict=True)
+    ]

@@ -1,0 +1,610 @@
+"""Writing rows of real language: which signal makes SmolLM2 write messages that teach a student intents?
+
+``python -m benchmarks.bench_write --student MODEL --data FOLDER`` tunes on CLINC150, runs BANKING77 once, writes
+``results/write.json`` and its part of ``docs/evidence-write.md`` with a picture. ``--stage tune|report|table`` runs one
+part. Each finished unit (a seed's arm) is appended to ``<out>/write.jsonl``, and a rerun takes up from there.
+
+Protocol, written before any run on BANKING77
+---------------------------------------------
+Question: a student and a generator have seen two messages of each of 77 intents. The generator writes five more of
+each. Which of them should the student learn?
+
+Student and generator are SmolLM2-135M-Instruct. The student reads ``Message: <text>\\nIntent:`` and writes the intent's
+name; it is fitted to the 154 rows (the warm student, which gives every signal). The generator is asked for each message
+with the two rows of its intent (``Intent: <name>\\nMessage: <text>`` twice, then the name again) and writes to the end
+of the line. An arm is a set of 385 texts, one for each of 385 requests, with the intent that was requested as the
+label; the student learns them and the 154 rows. Outcome: share of 1,000 real test messages whose intent greedy decoding
+writes exactly, in points of 100.
+
+Arms, on the same requests:
+
+- ``as it is``: the generator's first completion that is not empty.
+- ``best of 8: ...``: eight completions of each request; of those that pass the package's gates that need no model
+  (sound, length, repetition, leak, near copies of the seeds, test messages), and are no near copy of a text already
+  taken, the one with the highest value: at random; ``agreement``, the probability that the warm student gives the
+  requested label; entropy; varentropy; mutual information (linear form, 8 probes); ``default``.
+- ``GRPO: ...``: the generator after GRPO on entropy, on mutual information, on the default reward (groups of 8, the
+  same gates); then as ``best of 8: random``.
+
+``default`` is the package's default reward: mutual information, influence towards the 154 rows (cosine, all
+parameters), learnability p (1 - p) and diversity, with the weights of ``DEFAULT_WEIGHTS``, fused by ``z``, behind the
+gates above and ``answerable`` (p of the requested label at least a quarter: two of eight sampled answers). Where no
+completion of a request passes, the one with the highest p is taken. p is exact, not sampled.
+
+For orientation the warm student itself and 385 real rows are there; they are no arms.
+
+Choices: temperature, the fit's rate, epochs and start are made on CLINC150 (77 of its intents a seed, seeds 100 and
+101) with the texts of ``as it is``; GRPO's learning rate there with the default reward, seed 100. The highest mean
+accuracy wins, the earlier in the grid at ties. BANKING77 is run once with them: ``--seeds`` seeds for all arms but
+GRPO's, of which the first ``--grpo-seeds`` for GRPO's.
+
+Primary outcome: ``best of 8: default`` minus ``as it is``, mean over seeds, 95 % t interval of the paired differences.
+Secondary: every other arm minus ``as it is``, and ``GRPO: default`` minus ``GRPO: entropy``; p values adjusted by Holm
+within the family. An interval that holds 0 is printed as "no gain shown", with the difference that a test of this size
+would have found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import acqcore
+from acqsynth.domains import Sample
+from acqsynth.domains.classification import Classification, spoken
+from acqsynth.rewards.gates import Check, default_gates
+from acqsynth.rewards.overlap import NearCopies
+from acqsynth.rewards.reward import DEFAULT_WEIGHTS, ComposedReward
+from acqsynth.rewards.signals import Diversity
+from acqsynth.rewards.texts import NgramEmbedder
+from benchmarks import gsm8k, harness, write_report
+from benchmarks.bench_pool import Encoder, Log, Stopped
+from benchmarks.pool_data import Message, load
+from benchmarks.pool_fit import Fitter, Rows
+from benchmarks.pool_signals import samples as as_rows
+from benchmarks.writer import Draws, Writer
+
+TUNED_ON, REPORTED_ON = "clinc150", "banking77"
+TUNING_SEEDS = (100, 101)
+CANDIDATES = 8
+ANSWERABLE = 0.25
+WARM_EPOCHS = 8.0
+
+AS_IT_IS, DEFAULT = "as it is", "default"
+RANKED = ("random", "agreement", "entropy", "varentropy", "mutual information", DEFAULT)
+TAUGHT = ("entropy", "mutual information", DEFAULT)
+BEST, GRPO = "best of 8: ", "GRPO: "
+ORIENTATION = ("warm", "real rows")
+
+RATES, EPOCHS, STARTS, TEMPERATURES = (3e-4, 1e-3), (4.0, 8.0), ("warm", "anew"), (0.7, 1.0)
+GRPO_RATES = (1e-5, 3e-5)
+MUTUAL_INFORMATION: dict[str, Any] = {"form": "linear", "probes": 8}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of everything; the tests' are tiny."""
+
+    intents: int = 77
+    each: int = 5  # rows to write of each intent
+    test: int = 1000
+    batch: int = 32
+    warm_epochs: float = WARM_EPOCHS
+    length: int = 48  # tokens of a student's row
+    label_length: int = 11
+    prompt_length: int = 112
+    new_tokens: int = 28
+    steps: int = 12
+    prompts: int = 32  # of a step of GRPO
+    rows_at_once: int = 1600  # 385 requests in two batches
+    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
+    rates: tuple[float, ...] = RATES
+    epochs: tuple[float, ...] = EPOCHS
+    grpo_rates: tuple[float, ...] = GRPO_RATES
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What was decided on the tuning data."""
+
+    temperature: float = 1.0
+    rate: float = 3e-4
+    epochs: float = 4.0
+    start: str = "anew"
+    grpo_rate: float = 1e-5
+
+    @classmethod
+    def read(cls, path: Path) -> Choices:
+        return cls(**json.loads(path.read_text())["choices"])
+
+
+class Bench:
+    """A student and a generator on one folder of data."""
+
+    def __init__(
+        self, fitter: Fitter, writer: Writer, encode: Encoder, tokenizer: Any, folder: Path, scale: Scale, log: Log,
+        deadline: float, backend: str | None = None,
+    ) -> None:  # fmt: skip
+        self.backend = backend
+        self.fitter, self.writer, self.encode, self.tokenizer = fitter, writer, encode, tokenizer
+        self.folder, self.scale, self.log = folder, scale, log
+        self._deadline = deadline
+        self.base, self.generator = fitter.weights(), writer.weights()
+
+    def check_time(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise Stopped
+
+
+class Seed:
+    """Seed rows, requests, test messages and the warm student of one seed."""
+
+    def __init__(self, bench: Bench, data: str, number: int, choices: Choices) -> None:
+        self.bench, self.number, self.choices = bench, number, choices
+        train, test, _ = load(bench.folder, data)
+        rng = random.Random(number)
+        every = sorted({row.intent for row in train})
+        intents = sorted(rng.sample(every, min(bench.scale.intents, len(every))))
+        rng.shuffle(train)
+        of_intent = {intent: [row for row in train if row.intent == intent and self._fits(row)] for intent in intents}
+        short = [intent for intent, rows in of_intent.items() if len(rows) < 2 + bench.scale.each]
+        if short:
+            raise ValueError(f"data: fewer than {2 + bench.scale.each} rows of {', '.join(short)} are short enough")
+        self.shown = {intent: rows[:2] for intent, rows in of_intent.items()}
+        self.real = [row for rows in of_intent.values() for row in rows[2 : 2 + bench.scale.each]]
+        tested = [row for row in test if row.intent in of_intent and bench.encode.fits(row)]
+        self.test = rng.sample(tested, min(bench.scale.test, len(tested)))
+        #: Requested intents; each comes once before any comes again, so that near copies are judged across intents.
+        self.requests = intents * bench.scale.each
+        seeds = [Sample(row.text, row.intent) for rows in self.shown.values() for row in rows]
+        self.seeds = seeds
+        self.domain = Classification().with_seeds(seeds)
+        self.test_rows, self.warm_rows = self._placed(self.test), self.placed(seeds)
+        self.steps: list[dict[str, float]] = []  #: of the last GRPO
+        self._candidates: Candidates | None = None
+        self._start()
+
+    def _fits(self, row: Message) -> bool:
+        """Two examples of such a row leave room in a generator's prompt."""
+        written = len(self.bench.tokenizer(row.text, add_special_tokens=False).input_ids)
+        return self.bench.encode.fits(row) and written <= self.bench.scale.new_tokens
+
+    def adopt(self, choices: Choices) -> None:
+        """Takes up other choices; the warm student and the candidates stay where these do not change them."""
+        known, self.choices = self.choices, choices
+        if choices.temperature != known.temperature:
+            self._candidates = None
+        if choices.rate != known.rate:
+            self._start()
+
+    def _start(self) -> None:
+        """Makes the warm student, from the untrained one."""
+        fitter, choices = self.bench.fitter, self.choices
+        fitter.restore(self.bench.base)
+        fitter.fit(self.warm_rows, epochs=self.bench.scale.warm_epochs, rate=choices.rate, seed=self.number)
+        self.warm = fitter.weights()
+
+    def _placed(self, messages: Sequence[Message]) -> Rows:
+        return self.bench.encode(messages).to(self.bench.fitter.device)
+
+    def placed(self, samples: Sequence[Sample]) -> Rows:
+        """Samples as the student reads them."""
+        return self._placed([Message(sample.question, sample.answer) for sample in samples])
+
+    def tested(self, learnt: Sequence[Message]) -> dict[str, float]:
+        """Accuracy and loss of a student that learnt messages and the seed rows; the warm one is put back. Without
+        messages it is the warm one that is tested."""
+        fitter, choices = self.bench.fitter, self.choices
+        if not learnt:
+            found = fitter.test(self.test_rows)
+            return {"accuracy": found.accuracy, "loss": found.loss}
+        rows = self._placed(learnt)
+        if choices.start == "anew":
+            fitter.restore(self.bench.base)
+        fitter.fit(rows + self.warm_rows, epochs=choices.epochs, rate=choices.rate, seed=self.number)
+        found = fitter.test(self.test_rows)
+        fitter.restore(self.warm)
+        return {"accuracy": found.accuracy, "loss": found.loss}
+
+    # --- writing --------------------------------------------------------------------------------------------------
+
+    def prompt(self, intent: str) -> list[int]:
+        """Token ids that ask for one more message of an intent."""
+        name = spoken(intent)
+        lines = [f"Intent: {name}\nMessage: {row.text}\n" for row in self.shown[intent]]
+        ids: list[int] = self.bench.tokenizer(
+            f"{''.join(lines)}Intent: {name}\nMessage:", add_special_tokens=False
+        ).input_ids
+        return ids
+
+    def written(self, intents: Sequence[str], seed: int) -> tuple[Draws, list[str]]:
+        """``CANDIDATES`` completions of each request by the writer as it stands, and their texts."""
+        draws = self.bench.writer.draw(
+            [self.prompt(intent) for intent in intents], CANDIDATES, temperature=self.choices.temperature, seed=seed
+        )
+        return draws, draws.texts(self.bench.tokenizer)
+
+    @property
+    def candidates(self) -> Candidates:
+        """Of the untrained generator, shared by all arms that choose among them."""
+        if self._candidates is None:
+            self.bench.writer.restore(self.bench.generator)
+            self._candidates = Candidates(self, *self.written(self.requests, self.number))
+        return self._candidates
+
+    def rows_of(self, arm: str) -> list[Message]:
+        """The rows that an arm teaches."""
+        if arm == "warm":
+            return []
+        if arm == "real rows":
+            return self.real
+        if arm == AS_IT_IS:
+            return self.candidates.first()
+        if arm.startswith(BEST):
+            return self.candidates.best(arm.removeprefix(BEST))
+        self.teach(arm.removeprefix(GRPO))
+        return Candidates(self, *self.written(self.requests, self.number)).best("random")
+
+    # --- signals and gates ------------------------------------------------------------------------------------------
+
+    def gates(self) -> list[Any]:
+        """The package's gates that need no model, and room in a student's row."""
+        tests = [Sample(row.text, row.intent) for row in self.test]
+        fits = Check("fits", lambda sample: self.bench.encode.fits(Message(sample.question, sample.answer)))
+        return [fits, *default_gates(self.domain, seeds=self.seeds, evaluation=tests)]
+
+    def reward(self, name: str) -> ComposedReward:
+        """The reward of GRPO on one signal, or the default."""
+        students = StudentSignals(self)
+        if name != DEFAULT:
+            return ComposedReward(self.domain, [students.signal(name)], gates=self.gates(), fusion="z")
+        signals = [students.signal(key) for key in ("mutual_information", "influence", "learnability")]
+        answerable = Answerable(students)
+        return ComposedReward(
+            self.domain, [*signals, Diversity(NgramEmbedder())],
+            gates=[*self.gates(), answerable], fusion="z", weights=DEFAULT_WEIGHTS,
+        )  # fmt: skip
+
+    def teach(self, name: str) -> None:
+        """GRPO of the writer on a reward; :attr:`steps` keeps a record of each step."""
+        bench, scale = self.bench, self.bench.scale
+        bench.writer.restore(bench.generator)
+        reward = self.reward(name)
+        rng = random.Random(self.number)
+        intents = list(self.shown)
+        deck: list[str] = []
+        self.steps = []
+        for step in range(scale.steps):
+            bench.check_time()
+            while len(deck) < scale.prompts:
+                deck += rng.sample(intents, len(intents))
+            asked, deck = deck[: scale.prompts], deck[scale.prompts :]
+            begin = time.perf_counter()
+            draws, texts = self.written(asked, 1000 * self.number + step)
+            wrote = time.perf_counter()
+            labels = [intent for intent in asked for _ in range(CANDIDATES)]
+            groups = [i for i in range(len(asked)) for _ in range(CANDIDATES)]
+            tagged = [
+                self.domain.tagged(Sample(text, label)) if done else None
+                for text, label, done in zip(texts, labels, draws.finished.tolist(), strict=True)
+            ]
+            found = reward.score(tagged, groups)
+            scored = time.perf_counter()
+            norm = bench.writer.learn(
+                draws, advantages(found.total), temperature=self.choices.temperature, rate=self.choices.grpo_rate
+            )
+            passed = statistics.fmean(found.passed)
+            values = [v for row in found.components.values() for v in row if v is not None]
+            self.steps.append(
+                {
+                    "passed": passed, "signal": statistics.fmean(values) if values else 0.0, "norm": norm,
+                    "tokens": float(draws.kept.sum(dim=1).double().mean()),
+                    "writing": wrote - begin, "reward": scored - wrote, "learning": time.perf_counter() - scored,
+                }
+            )  # fmt: skip
+
+    def unit(self, stage: str, arm: str, learnt: Callable[[], list[Message]], pool: str = "") -> None:
+        """Writes, fits, tests and logs, unless the log has it. An arm that fails is logged with its error."""
+        bench = self.bench
+        key = {"stage": stage, "seed": self.number, "pool": pool, "arm": arm}
+        if bench.log.get(**key) is not None:
+            return
+        bench.check_time()
+        begin = time.perf_counter()
+        bench.fitter.restore(self.warm)  # another seed's may have been there since
+        self.steps = []
+        try:
+            rows = learnt()
+            chosen = time.perf_counter()
+            outcome = self.tested(rows)
+        except Stopped:
+            raise
+        except Exception as error:  # one arm's failure must not cost the others their only run
+            bench.fitter.restore(self.warm)
+            bench.log.add(**key, failed=harness.first_line(error))
+            return
+        bench.log.add(
+            **key, **outcome, rows=len(rows), agreed=self.agreed(rows) if rows else 0.0,
+            examples=[row.text for row in rows[:4]], steps=self.steps,
+            writing=round(chosen - begin, 3), fitting=round(time.perf_counter() - chosen, 3),
+        )  # fmt: skip
+
+    def agreed(self, rows: Sequence[Message]) -> float:
+        """Share of rows whose label the warm student writes."""
+        return float(self.bench.fitter.losses(self._placed(rows))[1].double().mean())
+
+
+class StudentSignals:
+    """What the warm student of a seed says about samples, in the format that it is fitted to."""
+
+    def __init__(self, seed: Seed) -> None:
+        self._seed, self._fitter = seed, seed.bench.fitter
+        self._student = acqcore.Student.from_model(self._fitter.model)
+        self._batch_tokens = 32768 if self._fitter.device.type == "cuda" else 2048
+
+    def signal(self, name: str) -> StudentSignal:
+        return StudentSignal(self, name)
+
+    def probability(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """That the student writes each sample's label, ``[n]`` float32 on the CPU."""
+        return (-self._fitter.losses(self._seed.placed(samples))[0]).exp().cpu()
+
+    def values(self, name: str, samples: Sequence[Sample]) -> torch.Tensor:
+        """``[n]`` float32 on the CPU."""
+        if name in ("agreement", "learnability"):
+            p = self.probability(samples)
+            return p if name == "agreement" else p * (1 - p)
+        rows = self._seed.placed(samples)
+        if name == "influence":
+            norms = acqcore.grad_norm(
+                self._student, as_rows(rows), "all", batch_tokens=self._batch_tokens, backend=self._seed.bench.backend
+            )
+            return self._fitter.along(self._seed.warm_rows, rows).cpu() / norms.clamp_min(1e-12)
+        acquisition = name.replace(" ", "_")
+        arguments = {acquisition: {**MUTUAL_INFORMATION, "seed": self._seed.number}}
+        return acqcore.score(
+            self._student, as_rows(rows), acquisition, progress=False, batch_tokens=self._batch_tokens,
+            acquisition_args=arguments if acquisition == "mutual_information" else None,
+            backend=self._seed.bench.backend,
+        )[acquisition]  # fmt: skip
+
+
+class StudentSignal:
+    """One of these signals, as a reward takes it."""
+
+    def __init__(self, students: StudentSignals, name: str) -> None:
+        self._students, self.name, self._own = students, name.replace(" ", "_"), name
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
+        return [float(value) for value in self._students.values(self._own, samples)]
+
+
+class Answerable:
+    """The gate of that name, with the exact probability in place of a share of sampled answers."""
+
+    name = "answerable"
+
+    def __init__(self, students: StudentSignals) -> None:
+        self._students = students
+
+    def __call__(self, samples: Sequence[Sample]) -> list[bool | None]:
+        return [bool(p >= ANSWERABLE) for p in self._students.probability(samples)]
+
+
+class Candidates:
+    """Completions of the requests of a seed, ``CANDIDATES`` each, and the choices among them."""
+
+    def __init__(self, seed: Seed, draws: Draws, texts: Sequence[str]) -> None:
+        self._seed = seed
+        labels = [intent for intent in seed.requests for _ in range(CANDIDATES)]
+        fits = seed.bench.encode.fits
+        #: None for a completion that is empty or too long for a student's row.
+        self.samples = [
+            Sample(text, label) if text and fits(Message(text, label)) else None
+            for text, label in zip(texts, labels, strict=True)
+        ]
+        self._finished = draws.finished.tolist()
+        self._students = StudentSignals(seed)
+        self._passed: list[bool] | None = None
+
+    def first(self) -> list[Message]:
+        """The first completion of each request that is there at all."""
+        return [self._fallback(places, None) for places in self._groups()]
+
+    def best(self, name: str) -> list[Message]:
+        """The completion of the highest value of each request, no near copy of one taken already."""
+        values = self._values(name)
+        likely = self._of_signal("agreement", [sample is not None for sample in self.samples])
+        taken, chosen = NearCopies(), []
+        for places in self._groups():
+            ranked = sorted((i for i in places if values[i] is not None), key=lambda i: (-(values[i] or 0.0), i))
+            fresh = (i for i in ranked if taken.find(self._question(i)) is None)
+            best = next(fresh, None)
+            row = self._fallback(places, likely if name == DEFAULT else None) if best is None else self._message(best)
+            taken.add([row.text])
+            chosen.append(row)
+        return chosen
+
+    def _groups(self) -> list[range]:
+        return [range(i, i + CANDIDATES) for i in range(0, len(self.samples), CANDIDATES)]
+
+    def _question(self, i: int) -> str:
+        sample = self.samples[i]
+        assert sample is not None
+        return sample.question
+
+    def _message(self, i: int) -> Message:
+        sample = self.samples[i]
+        assert sample is not None
+        return Message(sample.question, sample.answer)
+
+    def _fallback(self, places: range, likely: Sequence[float | None] | None) -> Message:
+        """The first completion, or the likeliest; a seed row of the intent where every completion is empty."""
+        there = [i for i in places if self.samples[i] is not None]
+        if not there:
+            return self._seed.shown[self._seed.requests[places[0] // CANDIDATES]][0]
+        return self._message(there[0] if likely is None else max(there, key=lambda i: likely[i] or 0.0))
+
+    def _values(self, name: str) -> list[float | None]:
+        """A value of each candidate, None where a gate rejects it."""
+        if name == DEFAULT:
+            groups = [i // CANDIDATES for i in range(len(self.samples))]
+            found = self._seed.reward(DEFAULT).score(self._tagged(), groups, update=False)
+            return [total if ok else None for total, ok in zip(found.total, found.passed, strict=True)]
+        if self._passed is None:
+            gates = ComposedReward(self._seed.domain, [], gates=self._seed.gates())
+            self._passed = gates.score(self._tagged(), [0] * len(self.samples), update=False).passed
+        if name == "random":
+            return [0.0 if ok else None for ok in self._passed]
+        return self._of_signal(name, self._passed)
+
+    def _of_signal(self, name: str, asked: Sequence[bool]) -> list[float | None]:
+        samples = [sample for sample, ok in zip(self.samples, asked, strict=True) if ok and sample is not None]
+        found = iter(self._students.values(name, samples).tolist() if samples else [])
+        return [next(found) if ok else None for ok in asked]
+
+    def _tagged(self) -> list[str | None]:
+        """As a generator of the package writes them; a completion that did not end is none."""
+        return [
+            self._seed.domain.tagged(sample) if sample is not None and done else None
+            for sample, done in zip(self.samples, self._finished, strict=True)
+        ]
+
+
+def advantages(totals: Sequence[float | None]) -> torch.Tensor:
+    """Each total minus the mean of its group of ``CANDIDATES``; 0 where it is None."""
+    known = torch.tensor([float("nan") if total is None else total for total in totals]).view(-1, CANDIDATES)
+    return (known - known.nanmean(dim=1, keepdim=True)).nan_to_num(0.0).flatten()
+
+
+def tune(bench: Bench) -> Choices:
+    """Makes the choices on the tuning data, by accuracy alone."""
+    scale, log, seeds = bench.scale, bench.log, bench.scale.tuning_seeds
+    made: dict[int, Seed] = {}
+
+    def accuracy(stage: str, number: int, name: str, choices: Choices, arm: str) -> float:
+        if log.get(stage=stage, seed=number, pool="", arm=name) is None:
+            if number not in made:
+                made[number] = Seed(bench, TUNED_ON, number, choices)
+            made[number].adopt(choices)
+            made[number].unit(stage, name, lambda: made[number].rows_of(arm))
+        row = log.get(stage=stage, seed=number, pool="", arm=name)
+        assert row is not None
+        return float(row.get("accuracy", 0.0))
+
+    def best(stage: str, grid: dict[str, Choices], numbers: Sequence[int], arm: str) -> Choices:
+        means: dict[str, float] = dict.fromkeys(grid, 0.0)
+        for number in numbers:
+            for name, choices in grid.items():
+                means[name] += accuracy(stage, number, name, choices, arm) / len(numbers)
+        return grid[max(grid, key=lambda name: means[name])]
+
+    training = {
+        f"temperature {t:g}, rate {rate:g}, {epochs:g} epochs, {start}": Choices(t, rate, epochs, start)
+        for t, rate, epochs, start in product(TEMPERATURES, scale.rates, scale.epochs, STARTS)
+    }
+    choices = best("training", training, seeds, AS_IT_IS)
+    grpo = {f"GRPO rate {rate:g}": replace(choices, grpo_rate=rate) for rate in scale.grpo_rates}
+    return best("grpo rate", grpo, seeds[:1], GRPO + DEFAULT)
+
+
+def run(bench: Bench, choices: Choices, seeds: int, grpo_seeds: int, data: str = REPORTED_ON) -> None:
+    """The arms that draw once for all seeds, then those that train a generator, a seed at a time."""
+    cheap = (*ORIENTATION, AS_IT_IS, *(BEST + name for name in RANKED))
+    taught = tuple(GRPO + name for name in TAUGHT)
+    for arms, count in ((cheap, seeds), (taught, grpo_seeds)):
+        for number in range(count):
+            if all(bench.log.get(stage="report", seed=number, pool="", arm=arm) is not None for arm in arms):
+                continue
+            made = Seed(bench, data, number, choices)
+            for arm in arms:
+                made.unit("report", arm, lambda arm=arm, made=made: made.rows_of(arm))  # type: ignore[misc]
+
+
+def line_ends(tokenizer: Any) -> list[int]:
+    """Tokens that end a line, and the one that ends a text."""
+    pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return sorted({i for i, piece in enumerate(pieces) if "\n" in piece} | {tokenizer.eos_token_id})
+
+
+def make(
+    student: str, data: Path, out: Path, device: str, scale: Scale, *, seconds: float = float("inf"),
+    graph: bool = True, backend: str | None = None,
+) -> Bench:  # fmt: skip
+    """The bench of a model folder or hub id."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    begin = time.monotonic()
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    models = [AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).to(device) for _ in range(2)]
+    writer = Writer(
+        models[1], line_ends(tokenizer), prompt_length=scale.prompt_length, new_tokens=scale.new_tokens,
+        rows_at_once=scale.rows_at_once,
+    )  # fmt: skip
+    fitter = Fitter(models[0], batch=scale.batch, length=scale.length, label_length=scale.label_length, graph=graph)
+    print(f"student and generator ready in {time.monotonic() - begin:.1f} s", flush=True)
+    log = Log(out / "write.jsonl")
+    encode = Encoder(tokenizer, scale.length, scale.label_length)
+    return Bench(fitter, writer, encode, tokenizer, data, scale, log, begin + seconds, backend)
+
+
+#: Minutes on two cores: it shows that everything runs, and nothing else.
+SMALL = Scale(
+    intents=4, each=1, test=12, batch=4, warm_epochs=2.0, steps=1, prompts=2, rows_at_once=16, tuning_seeds=(100,),
+    rates=(3e-4,), epochs=(1.0,), grpo_rates=(1e-5,),
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--student", default=None, help="folder or hub id (default: the packaged SmolLM2)")
+    parser.add_argument("--data", type=Path, default=gsm8k.FOLDER / "intents", help="folder of the intent files")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench-write"), help="folder of write.jsonl (default: %(default)s)"
+    )
+    parser.add_argument("--stage", choices=("all", "tune", "report", "table"), default="all")
+    parser.add_argument("--choices", type=Path, default=None, help="read the choices from this file, do not tune")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop cleanly after this time")
+    parser.add_argument("--seeds", type=int, default=6, help="of all arms but GRPO's (default: %(default)s)")
+    parser.add_argument("--grpo-seeds", type=int, default=3, help="of GRPO's arms (default: %(default)s)")
+    parser.add_argument("--no-graph", action="store_true", help="plain training steps in place of a CUDA graph")
+    parser.add_argument("--backend", default=None, help="of acqcore (default: the first that fits)")
+    parser.add_argument("--small", action="store_true", help="a handful of rows, to try the code out; not evidence")
+    arguments = parser.parse_args()
+    made = arguments.choices or arguments.out / "write-choices.json"
+    if arguments.stage != "table":
+        student = arguments.student
+        if student is None:
+            from acqsynth.models import smollm2_path
+
+            student = str(smollm2_path())
+        bench = make(
+            student, arguments.data, arguments.out, arguments.device, SMALL if arguments.small else Scale(),
+            seconds=arguments.seconds, graph=not arguments.no_graph, backend=arguments.backend,
+        )  # fmt: skip
+        bench.log.add(stage="machine", machine={**harness.machine(), "graph": bench.fitter.captured})
+        try:
+            if arguments.choices is None and arguments.stage in ("all", "tune"):
+                choices = tune(bench)
+                content = {"tuned_on": TUNED_ON, "choices": asdict(choices)}
+                made.write_text(json.dumps(content, indent=1) + "\n")
+            if arguments.stage in ("all", "report"):
+                run(bench, Choices.read(made), arguments.seeds, arguments.grpo_seeds)
+        except Stopped:
+            print(f"stopped after {arguments.seconds:g} s; the same command goes on")
+    write_report.write(Log(arguments.out / "write.jsonl").rows, made, arguments.out, small=arguments.small)
+
+
+if __name__ == "__main__":
+    main()

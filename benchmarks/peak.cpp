@@ -1,0 +1,74 @@
+// Multiply-adds with nothing else: the ceiling of any matrix product on one core, by instruction set.
+//
+// Sixteen independent sums hide the latency of the multiply-add (4 cycles, two a cycle on the widest cores). The result
+// is returned so that the compiler keeps the loop.
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+namespace {
+constexpr int kSums = 16;
+}
+
+extern "C" __attribute__((target("avx512f"))) float avx512_fp32(std::int64_t rounds) {
+    __m512 sums[kSums];
+    for (int i = 0; i < kSums; ++i) sums[i] = _mm512_set1_ps(1e-3f * static_cast<float>(i));
+    const __m512 a = _mm512_set1_ps(0.999f), b = _mm512_set1_ps(1e-4f);
+    for (std::int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kSums; ++i) sums[i] = _mm512_fmadd_ps(sums[i], a, b);
+    }
+    float total = 0.0f;
+    for (int i = 0; i < kSums; ++i) total += _mm512_reduce_add_ps(sums[i]);
+    return total;
+}
+
+extern "C" __attribute__((target("avx512f,avx512bf16"))) float avx512_bf16(std::int64_t rounds) {
+    __m512 sums[kSums];
+    for (int i = 0; i < kSums; ++i) sums[i] = _mm512_set1_ps(1e-3f * static_cast<float>(i));
+    const __m512bh a = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.999f), _mm512_set1_ps(0.5f));
+    const __m512bh b = _mm512_cvtne2ps_pbh(_mm512_set1_ps(1e-4f), _mm512_set1_ps(1e-4f));
+    for (std::int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kSums; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], a, b);
+    }
+    float total = 0.0f;
+    for (int i = 0; i < kSums; ++i) total += _mm512_reduce_add_ps(sums[i]);
+    return total;
+}
+
+extern "C" __attribute__((target("avx2,fma"))) float avx2_fp32(std::int64_t rounds) {
+    constexpr int kFew = 12;  // sixteen registers in all, two hold the factors
+    __m256 sums[kFew];
+    for (int i = 0; i < kFew; ++i) sums[i] = _mm256_set1_ps(1e-3f * static_cast<float>(i));
+    const __m256 a = _mm256_set1_ps(0.999f), b = _mm256_set1_ps(1e-4f);
+    for (std::int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 12
+        for (int i = 0; i < kFew; ++i) sums[i] = _mm256_fmadd_ps(sums[i], a, b);
+    }
+    float lanes[8], total = 0.0f;
+    for (int i = 0; i < kFew; ++i) {
+        _mm256_storeu_ps(lanes, sums[i]);
+        for (float lane : lanes) total += lane;
+    }
+    return total;
+}
+
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+
+extern "C" float neon_fp32(std::int64_t rounds) {
+    constexpr int kSums = 24;  // of 32 registers: four multiply-adds a cycle, latency 4
+    float32x4_t sums[kSums];
+    for (int i = 0; i < kSums; ++i) sums[i] = vdupq_n_f32(1e-3f * static_cast<float>(i));
+    const float32x4_t a = vdupq_n_f32(0.999f), b = vdupq_n_f32(1e-4f);
+    for (std::int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 24
+        for (int i = 0; i < kSums; ++i) sums[i] = vfmaq_f32(b, sums[i], a);
+    }
+    float total = 0.0f;
+    for (int i = 0; i < kSums; ++i) total += vaddvq_f32(sums[i]);
+    return total;
+}
+#endif

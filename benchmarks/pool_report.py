@@ -1,0 +1,235 @@
+"""Tables, JSON and picture of ``bench_pool``, from its log alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.paired import Difference, difference, holm
+from benchmarks.pool_data import KINDS
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE, PICTURE = DOCS / "evidence-pool.md", DOCS / "evidence-pool.png"
+BEGIN, END = "<!-- results: written by bench_pool -->", "<!-- end of results -->"
+RANDOM, DEFAULT, VARENTROPY = "random", "default", "varentropy"
+
+
+class Results:
+    """The report's rows, of each pool those of the seeds in which every arm that did not fail is there.
+
+    Attributes:
+        seeds: pool -> its complete seeds; a pool without any is left out.
+        arms: in the order of the run.
+        failed: arm -> its error.
+        warm: accuracy of the warm student, in points of 100.
+        reliability: stochastic signal -> mean test-retest correlation.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        report = [row for row in rows if row["stage"] == "report"]
+        self.failed = {row["arm"]: row["failed"] for row in rows if "failed" in row}
+        self.arms = [arm for arm in dict.fromkeys(row["arm"] for row in report) if arm not in self.failed]
+        found = {(row["seed"], row["pool"], row["arm"]): row for row in report}
+        pools = sorted({row["pool"] for row in report})
+        complete = {
+            pool: sorted(
+                seed for seed in {row["seed"] for row in report} if all((seed, pool, arm) in found for arm in self.arms)
+            )
+            for pool in pools
+        }
+        self.seeds = {pool: seeds for pool, seeds in complete.items() if seeds}
+        self._found = found
+        warm = [row["accuracy"] for row in rows if row["stage"] == "warm"]
+        self.warm = statistics.fmean(warm) * 100 if warm else math.nan
+        kept: dict[str, list[float]] = {}
+        for row in rows:
+            if row["stage"] == "reliability" and "reliability" in row:
+                kept.setdefault(row["arm"], []).append(row["reliability"])
+        self.reliability = {arm: statistics.fmean(values) for arm, values in kept.items()}
+
+    def values(self, pool: str, arm: str, column: str = "accuracy") -> list[float]:
+        """In points of 100, one a seed."""
+        return [100 * self._found[seed, pool, arm][column] for seed in self.seeds[pool]]
+
+    def kinds(self, pool: str, arm: str) -> dict[str, float]:
+        """Kind -> mean share of the chosen rows, in points of 100."""
+        rows = [self._found[seed, pool, arm]["kinds"] for seed in self.seeds[pool]]
+        return {kind: 100 * statistics.fmean(row.get(kind, 0.0) for row in rows) for kind in KINDS}
+
+    def minus(self, pool: str, arm: str, other: str, column: str = "accuracy") -> Difference:
+        return difference(self.values(pool, arm, column), self.values(pool, other, column))
+
+
+def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bool = False) -> None:
+    """Prints the tables and writes them: beside the log, and, unless ``small``, to ``results/`` and ``docs/``."""
+    results = Results(rows)
+    if "B" not in results.seeds or DEFAULT not in results.arms:
+        print(f"{len(rows)} units are done; no seed of pool B is complete yet")
+        return
+    made = json.loads(choices.read_text()) if choices.exists() else {}
+    text = tables(results, made)
+    print(text)
+    machines = [row["machine"] for row in rows if row["stage"] == "machine"]
+    content = {"machines": machines, "choices": made, **summary(results), "units": list(rows)}
+    targets = [out / "pool.json"] if small else [out / "pool.json", harness.RESULTS / "pool.json"]
+    for path in targets:
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    try:
+        picture(results, out / PICTURE.name)
+    except ModuleNotFoundError as error:
+        print(f"no picture: {error}; --stage table draws it where matplotlib is installed")
+        return
+    if not small:
+        picture(results, PICTURE)
+        write_section(PAGE, BEGIN, END, text)
+
+
+def write_section(page: Path, begin: str, end: str, text: str) -> None:
+    """Puts ``text`` between the two marks of a page."""
+    held = page.read_text()
+    page.write_text(f"{held[: held.index(begin) + len(begin)]}\n\n{text}\n\n{held[held.index(end) :]}")
+
+
+def families(results: Results) -> dict[str, dict[str, tuple[Difference, float]]]:
+    """Family -> comparison -> its difference and its p, adjusted by Holm within the family."""
+    found: dict[str, dict[str, Difference]] = {}
+    for pool in results.seeds:
+        found[f"{pool}: default minus"] = {
+            arm: results.minus(pool, DEFAULT, arm) for arm in results.arms if arm not in (DEFAULT, RANDOM)
+        }
+        found[f"{pool}: minus random"] = {
+            arm: results.minus(pool, arm, RANDOM) for arm in results.arms if arm not in (DEFAULT, RANDOM)
+        }
+    made = {}
+    for name, family in found.items():
+        adjusted = holm({arm: one.p for arm, one in family.items()})
+        made[name] = {arm: (one, adjusted[arm]) for arm, one in family.items()}
+    return made
+
+
+def summary(results: Results) -> dict[str, Any]:
+    primary = results.minus("B", DEFAULT, RANDOM)
+    return {
+        "seeds": results.seeds,
+        "primary": asdict(primary),
+        "default_minus_random_on_A": asdict(results.minus("A", DEFAULT, RANDOM)) if "A" in results.seeds else None,
+        "junk_default_minus_random": asdict(results.minus("B", DEFAULT, RANDOM, "junk")),
+        "families": {
+            name: {arm: {**asdict(one), "p_holm": p} for arm, (one, p) in family.items()}
+            for name, family in families(results).items()
+        },
+        "reliability": results.reliability,
+        "failed": results.failed,
+    }
+
+
+def tables(results: Results, choices: dict[str, Any]) -> str:
+    primary = results.minus("B", DEFAULT, RANDOM)
+    junk, of_random = (statistics.fmean(results.values("B", arm, "junk")) for arm in (DEFAULT, RANDOM))
+    made = families(results)
+    lines = [
+        f"BANKING77, {len(results.seeds['B'])} paired seeds; the warm student is right in {results.warm:.1f} %.",
+        "",
+        f"- **Primary: default minus random on pool B: {interval(primary)} points** "
+        f"({verdict(primary, primary.p)}; paired standard deviation {primary.deviation:.1f}, a difference of "
+        f"{primary.detectable:.1f} would be found in 80 % of such runs).",
+        f"- Junk chosen on pool B: {junk:.1f} % by default, {of_random:.1f} % at random.",
+    ]
+    if "A" in results.seeds:
+        on_a = results.minus("A", DEFAULT, RANDOM)
+        lines.append(f"- Default minus random on pool A: {interval(on_a)} points ({verdict(on_a, on_a.p)}).")
+    if VARENTROPY in results.arms:
+        one, p = made["B: default minus"][VARENTROPY]
+        lines.append(f"- Default minus varentropy on pool B: {interval(one)} points ({verdict(one, p)}, Holm).")
+    if choices:
+        one = choices["choices"]
+        recipe = one["default"]
+        lines.append(
+            f"- Chosen on CLINC150: rate {one['rate']:g}, {one['epochs']:g} epochs, start {one['start']}, states "
+            f"{one['state']}; default = gate {recipe['gate']}, value {recipe['value']}, spread {recipe['spread']}."
+        )
+    for pool in sorted(results.seeds, reverse=True):
+        lines += ["", f"**Pool {pool}**, {len(results.seeds[pool])} seeds", ""]
+        headings = ["arm", "accuracy, %", "minus random", "p (Holm)", "default minus it", "p (Holm)"]
+        headings += ["junk, %", *KINDS[1:], "test-retest"] if pool == "B" else []
+        lines += ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+        for arm in sorted(results.arms, key=lambda arm: -statistics.fmean(results.values(pool, arm))):
+            values = results.values(pool, arm)
+            cells = [arm, f"{statistics.fmean(values):.1f}"]
+            if arm == DEFAULT:
+                one = results.minus(pool, DEFAULT, RANDOM)
+                cells += [interval(one), f"{one.p:.3g} (own)", "", ""]
+            elif arm == RANDOM:
+                cells += [""] * 2 + [interval(results.minus(pool, DEFAULT, RANDOM)), "as above"]
+            else:
+                for family in (f"{pool}: minus random", f"{pool}: default minus"):
+                    one, p = made[family][arm]
+                    cells += [interval(one), f"{p:.3g}"]
+            if pool == "B":
+                kinds = results.kinds(pool, arm)
+                cells.append(f"{100 - kinds[KINDS[0]]:.0f}")
+                cells += [f"{kinds[kind]:.0f}" for kind in KINDS[1:]]
+                reliability = results.reliability.get(arm)
+                cells.append("" if reliability is None else f"{reliability:.2f}")
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += [f"\n{arm} failed and is left out: {error}" for arm, error in results.failed.items()]
+    return "\n".join(lines)
+
+
+def interval(d: Difference) -> str:
+    return f"{d.mean:+.1f} [{d.low:+.1f}, {d.high:+.1f}]"
+
+
+def verdict(d: Difference, p: float) -> str:
+    if d.shown(p):
+        return f"gain shown, p = {p:.2g}"
+    return "a loss is shown" if d.mean < 0 and p < 0.05 else "no gain shown"
+
+
+def picture(results: Results, path: Path) -> None:
+    """Accuracy against random by arm and pool, with 95 % intervals; the junk chosen from pool B beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    arms = sorted((arm for arm in results.arms if arm != RANDOM), key=lambda arm: results.minus("B", arm, RANDOM).mean)
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 0.36 * len(arms) + 1.4), sharey=True, width_ratios=(3, 2), layout="constrained"
+    )
+    styles = {"B": ("#c44e52", -0.14, "45 % junk"), "A": ("#4c72b0", 0.14, "as published")}
+    for pool in results.seeds:
+        colour, shift, label = styles[pool]
+        found = [results.minus(pool, arm, RANDOM) for arm in arms]
+        means = [one.mean for one in found]
+        half = [0.0 if math.isinf(one.high) else one.high - one.mean for one in found]
+        style = {"fmt": "o", "color": colour, "ms": 4, "capsize": 2, "lw": 1}
+        places = [i - shift for i in range(len(arms))]
+        left.errorbar(means, places, xerr=half, label=f"pool {pool}: {label}", **style)
+    left.axvline(0, color="#888888", lw=0.8)
+    left.set_yticks(range(len(arms)), arms)
+    for tick, arm in zip(left.get_yticklabels(), arms, strict=True):
+        tick.set_fontweight("bold" if arm == DEFAULT else "normal")
+    left.set_xlabel("accuracy against random, points (95 % interval)")
+    left.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2)
+    begin = [0.0] * len(arms)
+    colours = ("#c44e52", "#dd8452", "#ccb974", "#8172b3")
+    for kind, colour in zip(KINDS[1:], colours, strict=True):
+        widths = [results.kinds("B", arm)[kind] for arm in arms]
+        right.barh(range(len(arms)), widths, left=begin, color=colour, label=kind, height=0.62)
+        begin = [a + b for a, b in zip(begin, widths, strict=True)]
+    of_random = statistics.fmean(results.values("B", RANDOM, "junk"))
+    right.axvline(of_random, color="#444444", lw=0.8, ls="--", label="all junk, random")
+    right.set_xlabel("junk among the rows chosen from pool B, %")
+    right.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=3)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

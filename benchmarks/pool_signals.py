@@ -1,0 +1,335 @@
+"""What each arm knows of a pool, and how it chooses from it.
+
+Every signal comes from the warm student. The page ``docs/evidence-pool.md`` says which of them read a row's label as
+the target, which only as the text at which predictions are taken, and which use the development rows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from torch.nn import functional as F  # noqa: N812
+
+import acqcore
+from acqsynth.rewards.fusion import fuse
+from acqsynth.rewards.reward import DEFAULT_WEIGHTS
+from acqsynth.rewards.texts import NgramEmbedder
+from benchmarks.pool_data import CLEAN
+from benchmarks.pool_fit import IGNORED, Fitter, Rows
+
+PROBES, DRAWS, DROPOUT = 8, 8, 0.05
+RETESTED = 600  #: rows of the pool that stochastic signals are taken of a second time
+NEAR_COPY = 0.88  #: of hashed character n-grams; lightly edited messages of CLINC150 lie above, 19 of 20 others below
+SIFT_NOISE, HUDS_STRATA, HUDS_LAMBDA = 0.01, 10, 0.5
+
+STOCHASTIC = ("mutual information", "mutual information, isotropic", "mutual information, draws", "rho loss")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to choose, in three steps.
+
+    Attributes:
+        gate: ``none``; ``agree``: rows whose label the other rows' labels predict (:func:`acqcore.label_trust` above
+            0); ``half``: the half whose label is trusted most. Either one also keeps only the most trusted of near
+            copies, rows whose wording has a cosine of at least ``NEAR_COPY``.
+        value: the signal that ranks what passes, or ``none`` for a random order.
+        spread: ``top`` takes the highest; ``balanced`` one row of each label in turn; ``cover`` a facility location
+            over the prompts' states among the three times k highest.
+    """
+
+    gate: str = "none"
+    value: str = "none"
+    spread: str = "top"
+
+
+@dataclass(frozen=True)
+class Refit:
+    """How RHO-loss fits its second student, which is how every student is fitted."""
+
+    epochs: float
+    rate: float
+
+
+class Signals:
+    """Signals of one pool under one warm student, each computed when first asked for.
+
+    Args:
+        fitter: holds the warm student; is as it was after every call.
+        warm: its weights.
+        pool, development: rows on the fitter's device.
+        labels: ``[n]`` int64, the intents as given.
+        texts: the n messages.
+        refit: of RHO-loss.
+        stop: token that ends a label.
+        seed: of everything random here.
+        state: ``last`` or ``mean``, which of the prompts' hidden states distances are taken of.
+        backend: of ``acqcore``.
+    """
+
+    def __init__(
+        self, fitter: Fitter, warm: Sequence[torch.Tensor], pool: Rows, development: Rows, labels: torch.Tensor,
+        *, texts: Sequence[str], refit: Refit, stop: int, seed: int, state: str = "last", backend: str | None = None,
+    ) -> None:  # fmt: skip
+        self._fitter, self._warm = fitter, warm
+        self._pool, self._development = pool, development
+        self.labels = labels.cpu()
+        self._texts = texts
+        self._refit, self._stop, self._seed, self._state = refit, stop, seed, state
+        self._student = acqcore.Student.from_model(fitter.model)
+        self._samples = samples(pool)
+        self._batch_tokens = 16384 if fitter.device.type == "cuda" else 4096
+        self._backend = backend
+        self._values: dict[str, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._pool)
+
+    def value(self, name: str) -> torch.Tensor:
+        """``[n]`` float32 on the CPU; larger is more worth choosing."""
+        if name not in self._values:
+            self._values[name] = self._compute(name, self._seed, None).float().cpu()
+        return self._values[name]
+
+    def reliability(self, name: str) -> float:
+        """Spearman of a stochastic signal with itself under another seed, over the first ``RETESTED`` rows."""
+        again = self._compute(name, self._seed + 1000, RETESTED).float().cpu()
+        return float(spearmanr(self.value(name)[: len(again)], again).statistic)
+
+    def _compute(self, name: str, seed: int, first: int | None) -> torch.Tensor:
+        rows, scored = self._samples[:first], self._pool[slice(None, first)]
+        if name in ("loss", "entropy", "varentropy", "grad_norm"):
+            scores = self._score(rows, ("loss", "entropy", "varentropy", "grad_norm"))
+            self._values.update({key: scores[key] for key in scores})
+            return scores[name]
+        if name in MUTUAL_INFORMATION:
+            arguments = {"mutual_information": {**MUTUAL_INFORMATION[name], "seed": seed}}
+            return self._score(rows, ("mutual_information",), arguments)["mutual_information"]
+        if name == "influence":
+            norms = acqcore.grad_norm(
+                self._student, rows, "all", batch_tokens=self._batch_tokens, backend=self._backend
+            )
+            return self._fitter.along(self._development, scored).cpu() / norms.clamp_min(1e-12)
+        if name == "rho loss":
+            return self._rho(scored, seed)
+        if name == "learnability":
+            p = (-self._fitter.losses(scored)[0]).exp()
+            return p * (1 - p)
+        if name == "diversity":
+            return acqcore.gradient_diversity(self.states, ridge=1.0)
+        if name == "trust":
+            return acqcore.label_trust(self.states, self.labels)
+        if name == "default fusion":
+            columns = {key: self.value(FUSED[key]).tolist() for key in DEFAULT_WEIGHTS}
+            return torch.tensor(fuse(columns, [0] * len(self), "quantile", DEFAULT_WEIGHTS))
+        raise ValueError(f"unknown signal {name!r}")
+
+    def _score(
+        self, rows: Sequence[acqcore.Row], names: Sequence[str], arguments: dict[str, Any] | None = None
+    ) -> acqcore.Scores:
+        return acqcore.score(
+            self._student, rows, names, acquisition_args=arguments, batch_tokens=self._batch_tokens,
+            backend=self._backend, progress=False,
+        )  # fmt: skip
+
+    def _rho(self, rows: Rows, seed: int) -> torch.Tensor:
+        """Mean loss under the warm student minus that under one fitted to the development rows (Mindermann et al.
+        2022)."""
+        fitter = self._fitter
+        before, _ = fitter.losses(rows)
+        fitter.fit(self._development, epochs=self._refit.epochs, rate=self._refit.rate, seed=seed)
+        after, _ = fitter.losses(rows)
+        fitter.restore(self._warm)
+        return (before - after) / rows.targets.ne(IGNORED).sum(dim=1)
+
+    @cached_property
+    def states(self) -> torch.Tensor:
+        """Hidden states of the prompts, ``[n, D]`` float32 on the CPU, columns centred and scaled."""
+        return self._standard[: len(self)]
+
+    @cached_property
+    def prompts(self) -> torch.Tensor:
+        """States of the development rows' prompts, ``[m, D]``, on the pool's scale."""
+        return self._standard[len(self) :]
+
+    @cached_property
+    def _standard(self) -> torch.Tensor:
+        last, mean = self._fitter.states(self._pool + self._development)
+        x = (last if self._state == "last" else mean).cpu()
+        own = x[: len(self)]
+        return (x - own.mean(dim=0)) / own.std(dim=0).clamp_min(1e-6)
+
+    def choose(self, arm: str, k: int) -> list[int]:
+        """Indices of k rows by one of the arms that need no recipe."""
+        device = self._fitter.device
+        if arm == "badge":
+            vectors = acqcore.badge_embedding(
+                self._student, self._samples, batch_tokens=self._batch_tokens, backend=self._backend
+            )
+            return acqcore.select(vectors.to(device), k, "badge", seed=self._seed).tolist()
+        if arm == "facility location":
+            return acqcore.select(self.states.to(device), k, "facility_location").tolist()
+        if arm == "sift":
+            return sift(self.states.to(device), self.prompts.to(device), k).tolist()
+        if arm == "huds":
+            return huds(self._fitter.greedy(self._pool, self._stop).cpu(), self.states, k).tolist()
+        raise ValueError(f"unknown arm {arm!r}")
+
+    def follow(self, recipe: Recipe, k: int) -> list[int]:
+        """Indices of k rows by a recipe. Where fewer than k pass the gate, the most trusted of the others fill up."""
+        n = len(self)
+        order = self._order(recipe.value)
+        if recipe.gate != "none":
+            trust = self.value("trust")
+            ranked = trust.argsort(descending=True, stable=True)
+            passing = int((trust > 0).sum()) if recipe.gate == "agree" else n // 2
+            spelt = NgramEmbedder()(self._texts)
+            trusted = distinct(ranked.tolist(), spelt)
+            allowed = set(ranked[:passing].tolist())
+            kept = [i for i in trusted if i in allowed]
+            kept += [i for i in trusted if i not in allowed][: max(0, k - len(kept))]
+            held = set(kept)
+            order = [i for i in order if i in held]
+        if recipe.spread == "top":
+            return order[:k]
+        if recipe.spread == "balanced":
+            return balanced(order, self.labels.tolist(), k)
+        if recipe.spread == "cover":
+            short = torch.tensor(order if recipe.value == "none" else order[: 3 * k])
+            vectors = self.states[short].to(self._fitter.device)
+            return short[acqcore.select(vectors, k, "facility_location").cpu()].tolist()
+        raise ValueError(f"unknown spread {recipe.spread!r}")
+
+    def _order(self, value: str) -> list[int]:
+        """All rows, the highest value first; in random order for ``none``."""
+        if value == "none":
+            return random.Random(self._seed).sample(range(len(self)), len(self))
+        return self.value(value).argsort(descending=True, stable=True).tolist()
+
+
+#: Arguments of each form of mutual information.
+MUTUAL_INFORMATION: dict[str, dict[str, Any]] = {
+    "mutual information": {"form": "linear", "probes": PROBES},
+    "mutual information, isotropic": {"form": "linear", "probes": PROBES, "posterior": "isotropic"},
+    "mutual information, draws": {"layers": "all", "draws": DRAWS, "dropout": DROPOUT},
+}
+#: Signals of the package's default reward -> their names here.
+FUSED = {
+    "mutual_information": "mutual information",
+    "influence": "influence",
+    "learnability": "learnability",
+    "diversity": "diversity",
+}
+
+
+def samples(rows: Rows) -> list[acqcore.Row]:
+    """The rows as ``acqcore.score`` takes them: exactly the tokens that the student is fitted to."""
+    ids, prompt = rows.ids.cpu(), rows.prompt.tolist()
+    lengths = rows.targets.ne(IGNORED).sum(dim=1).tolist()
+    found = []
+    for row, begin, length in zip(ids, prompt, lengths, strict=True):
+        own = row[: begin + length].clone()
+        targets = own.clone()
+        targets[:begin] = IGNORED
+        found.append(acqcore.Row(own, targets))
+    return found
+
+
+def clean_oracle(kinds: Sequence[str], k: int, seed: int) -> list[int]:
+    """Random rows among those that were left as they are; the random arm's own order, so both share what they can."""
+    order = random.Random(seed).sample(range(len(kinds)), len(kinds))
+    return [i for i in order if kinds[i] == CLEAN][:k]
+
+
+def distinct(
+    order: Sequence[int],
+    vectors: torch.Tensor,  # [n, d]
+    threshold: float = NEAR_COPY,
+) -> list[int]:
+    """``order`` without the rows whose cosine with one before them is at least ``threshold``."""
+    unit = F.normalize(vectors, dim=1)
+    near = unit @ unit.T >= threshold
+    dropped = torch.zeros(len(unit), dtype=torch.bool)
+    kept = []
+    for i in order:
+        if not dropped[i]:
+            kept.append(i)
+            dropped |= near[i]
+    return kept
+
+
+def balanced(order: Sequence[int], labels: Sequence[int], k: int) -> list[int]:
+    """One row of each label in turn, the first of ``order`` first, until there are k."""
+    queues: dict[int, list[int]] = {}
+    for i in order:
+        queues.setdefault(labels[i], []).append(i)
+    turns = [(turn, place, i) for place, queue in enumerate(queues.values()) for turn, i in enumerate(queue)]
+    return [i for _, _, i in sorted(turns)[:k]]
+
+
+def sift(
+    candidates: torch.Tensor,  # [n, d]
+    prompts: torch.Tensor,  # [m, d]
+    k: int,
+    noise: float = SIFT_NOISE,
+) -> torch.Tensor:
+    """Indices ``[k]`` of candidates, each the one that most lowers the summed posterior variance at the prompts.
+
+    A Gaussian process with the cosine as kernel, observed under noise: choosing x lowers the variance at a prompt by
+    ``cov(prompt, x)^2 / (var(x) + noise)``, both given what is chosen already. SIFT (Hubotter et al. 2024, arXiv
+    2410.08020) for several prompts at once, without repetition.
+    """
+    n = len(candidates)
+    x = F.normalize(torch.cat([candidates, prompts]).double(), dim=1)
+    variance = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    factor = torch.zeros(len(x), k, dtype=torch.float64, device=x.device)
+    cross = x[n:] @ x[:n].T  # [m, n] posterior covariances
+    left = torch.ones(n, dtype=torch.bool, device=x.device)
+    chosen = torch.empty(k, dtype=torch.int64, device=x.device)
+    for j in range(k):
+        gain = cross.square().sum(dim=0) / (variance[:n] + noise)
+        pick = gain.where(left, -torch.inf).argmax()
+        chosen[j] = pick
+        left[pick] = False
+        column = x @ x[pick] - factor[:, :j] @ factor[pick, :j]
+        column = column / (variance[pick] + noise).sqrt()
+        factor[:, j] = column
+        variance = variance - column.square()
+        cross = cross - column[n:, None] * column[:n]
+    return chosen
+
+
+def huds(
+    uncertainty: torch.Tensor,  # [n] mean -log p of the student's own answer
+    vectors: torch.Tensor,  # [n, d]
+    k: int,
+    strata: int = HUDS_STRATA,
+    weight: float = HUDS_LAMBDA,
+) -> torch.Tensor:
+    """Indices ``[k]`` of the highest ``weight * distance + (1 - weight) * uncertainty``.
+
+    The distance is 1 - cos to the mean vector of the row's stratum, one of ``strata`` equal intervals of uncertainty.
+    HUDS (Azeemi et al. 2024, arXiv 2403.09259) with the constants of ATGen, which adds the two unnormalised.
+    """
+    low, high = uncertainty.min(), uncertainty.max()
+    width = (high - low).clamp_min(torch.finfo(uncertainty.dtype).tiny)
+    stratum = ((uncertainty - low) / width * strata).long().clamp_max(strata - 1)
+    distance = torch.zeros_like(uncertainty)
+    for s in stratum.unique():
+        inside = stratum == s
+        own = vectors[inside]
+        distance[inside] = 1 - F.cosine_similarity(own, own.mean(dim=0, keepdim=True), dim=1).to(distance)
+    return acqcore.select(weight * distance + (1 - weight) * uncertainty, k)
+
+
+def shares(kinds: Sequence[str], chosen: Sequence[int]) -> dict[str, float]:
+    """Kind -> its share of the chosen rows."""
+    drawn = np.array([kinds[i] for i in chosen])
+    return {kind: float((drawn == kind).mean()) for kind in sorted(set(kinds))}

@@ -1,0 +1,151 @@
+"""Runs the stages of a recipe for the command line, and says what it does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from acqsynth import config, pipeline
+from acqsynth.config import ConfigError
+from acqsynth.pipeline import Plan
+from acqsynth.steps import Step, StepError, Store
+
+
+def main(recipe: str, overrides: Sequence[str], stage: str, dry: bool, traceback: bool) -> int:
+    """Runs ``stage`` of a recipe, or all of them (``run``), or with ``dry`` says what would run.
+
+    Returns:
+        The exit code: 0, 1 if a step failed, 2 for a wrong recipe, 130 after an interrupt.
+    """
+    try:
+        plan = pipeline.plan(config.load(recipe, overrides))
+    except ConfigError as error:
+        print(f"acqsynth: error: {error}", file=sys.stderr)
+        return 2
+    steps = plan.steps if stage == "run" else plan.of(stage)
+    try:
+        if dry:
+            dry_run(plan, steps)
+        else:
+            run(plan, steps)
+    except StepError as error:
+        if traceback:
+            raise
+        print(f"acqsynth: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # outside of any step: the log, when a disk is full
+        print(f"acqsynth: error: output: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("acqsynth: interrupted; run the same command to resume, finished steps are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(plan: Plan, steps: Sequence[Step]) -> None:
+    """Brings steps up to date, reporting each, and says where the report is.
+
+    Raises:
+        StepError: a step cannot finish, or another run is using the folder.
+    """
+    console = Console(
+        file=sys.stdout, highlight=False, soft_wrap=True
+    )  # bound now: stdout is redirected to the log below
+    output = Path(plan.config.output)
+    with console.status("") if console.is_terminal else contextlib.nullcontext() as spinner:
+
+        def status(line: str) -> None:
+            if spinner is not None:
+                spinner.update(Text(line))
+
+        def say(line: str) -> None:
+            status(line)
+            console.print(Text(line))
+
+        store = Store(output, say, status)
+        with store.locked(), _quiet(output / "run.log"):
+            ran = sum(store.run(step) for step in steps)
+    done = len(steps) - ran
+    console.print(f"{ran} of {len(steps)} steps ran{f', {done} were done' if done else ''}.")
+    if plan.report in steps:
+        _conclude(console, store.path(plan.report))
+
+
+def dry_run(plan: Plan, steps: Sequence[Step]) -> None:
+    """Prints what would run, and why."""
+    store = Store(Path(plan.config.output))
+    console = Console(highlight=False, soft_wrap=True)
+    needed = _needed(steps)
+    reasons = {step: store.reason(step) for step in plan.steps if step in needed}
+    width = max(len(str(step)) for step in reasons)
+    for step, reason in reasons.items():
+        console.print(Text(f"{step!s:{width}}  {f'runs: {reason}' if reason else 'is done, nothing it reads changed'}"))
+    console.print(
+        f"{sum(r is not None for r in reasons.values())} of {len(reasons)} steps would run in {store.output}."
+    )
+
+
+def print_help_config() -> None:
+    """Prints every key of a recipe with its type, default and meaning."""
+    console = Console(highlight=False)
+    for key, expected, default, doc in config.documented():
+        given = f", {default} by default" if default not in ("", "required") else f"{', required' * bool(default)}"
+        console.print(Text.assemble((key, "bold"), f"  {expected}{given}\n    {doc}"))
+    console.print(f"\nRecipes in the package: {', '.join(config.recipes())}.")
+
+
+def _conclude(console: Console, folder: Path) -> None:
+    """Prints the verdict of the report, and its path."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    for said in metrics["verdict"]:
+        console.print(Text(said["text"]))
+    console.print(Text(f"Report: {(folder / 'report.html').resolve()}"))
+
+
+def _needed(steps: Sequence[Step]) -> set[Step]:
+    """The steps and all that they read from."""
+    found: set[Step] = set()
+    rest = list(steps)
+    while rest:
+        step = rest.pop()
+        if step not in found:
+            found.add(step)
+            rest += [artefact.step for artefact in step.inputs]
+    return found
+
+
+@contextlib.contextmanager
+def _quiet(log: Path) -> Iterator[None]:
+    """Redirects what libraries print, warn and log to a file."""
+    from transformers.utils import logging as transformers_logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with log.open("a", encoding="utf-8", buffering=1) as file:
+        handler = logging.StreamHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root = logging.getLogger()
+        root.addHandler(handler)
+        transformers_logging.disable_default_handler()  # it holds the stderr of its import
+        transformers_logging.enable_propagation()
+        shown = warnings.showwarning
+        warnings.showwarning = lambda message, category, filename, lineno, *rest: print(
+            warnings.formatwarning(message, category, filename, lineno), file=file
+        )
+        try:
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                yield
+        finally:
+            warnings.showwarning = shown
+            transformers_logging.disable_propagation()
+            transformers_logging.enable_default_handler()
+            root.removeHandler(handler)

@@ -1,0 +1,259 @@
+"""``acqcore select`` on a small saved model: what is chosen and kept, bad lines, wrong usage."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.cli import main
+
+TEXTS = [
+    "The quick brown fox", "a fox", "The answer is 5.", "def add(a, b): return a + b", "the lazy dog",
+    "A patient has fever", "What is 2 + 3?", "which drug helps?",
+]  # fmt: skip
+
+
+@pytest.fixture
+def choose(command: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """``choose(rows, **options)``: a command line that chooses three of ``rows`` by entropy; None drops an option."""
+
+    def build(rows: list[Any], **options: Any) -> list[str]:
+        settings = {"signal": "entropy", "n": 3, **options}
+        dropped = [name for name, value in settings.items() if value is None]
+        words = command(rows, **{name: value for name, value in settings.items() if value is not None})
+        for name in dropped:
+            if f"--{name}" in words:
+                at = words.index(f"--{name}")
+                del words[at : at + 2]
+        return ["select", *words[1:]]
+
+    return build
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def entropies(student: Path, texts: list[str]) -> torch.Tensor:
+    return acqcore.score(str(student), texts, "entropy", backend="eager")["entropy"]
+
+
+def test_the_highest_rows_are_kept_whole_and_in_order(
+    choose: Callable[..., list[str]], student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"id": f"r{i}", "text": text, "tags": [i, {"a": None}]} for i, text in enumerate(TEXTS)]
+    del rows[1]["tags"]
+    assert main(choose(rows)) == 0
+    values = entropies(student, TEXTS)
+    order = values.argsort(descending=True)[:3].tolist()
+    found = lines(tmp_path / "out.jsonl")
+    assert [row["row"] for row in found] == sorted(order)
+    for row in found:
+        assert row["rank"] == order.index(row["row"]) + 1
+        assert row["entropy"] == pytest.approx(values[row["row"]].item(), rel=1e-6)
+        assert {key: row[key] for key in row if key not in ("row", "rank", "entropy")} == rows[row["row"]]
+    out = capsys.readouterr().out
+    assert "3 of 8 rows chosen by top_k" in out
+    assert f"{values[order].mean():.4g}" in out
+
+
+def test_equals_go_by_their_order(choose: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert main(choose([{"text": TEXTS[0]}] * 6)) == 0
+    assert [(row["row"], row["rank"]) for row in lines(tmp_path / "out.jsonl")] == [(0, 1), (1, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("method", ["badge", "facility_location", "k_center", "log_det"])
+def test_diverse_methods_choose_among_the_highest(
+    method: str, choose: Callable[..., list[str]], student: Path, tmp_path: Path
+) -> None:
+    values = entropies(student, TEXTS)
+    among = values.argsort(descending=True)[:5].sort().values
+    vectors = acqcore.badge_embedding(str(student), [TEXTS[i] for i in among], backend="eager")
+    expected = among[acqcore.select(vectors, 3, method, seed=4)].tolist()  # type: ignore[arg-type]
+    rows = [{"text": text} for text in TEXTS]
+    assert main(choose(rows, method=method, among=5, seed=4)) == 0
+    found = lines(tmp_path / "out.jsonl")
+    assert [row["row"] for row in sorted(found, key=lambda row: row["rank"])] == expected
+
+
+def test_diversity_alone_chooses_among_all_rows(
+    choose: Callable[..., list[str]], student: Path, tmp_path: Path
+) -> None:
+    copies = [{"text": TEXTS[0]}] * 5 + [{"text": TEXTS[1]}, {"text": TEXTS[3]}]
+    assert main(choose(copies, method="facility_location", signal=None)) == 0
+    found = lines(tmp_path / "out.jsonl")
+    assert [row["row"] for row in found] == [0, 5, 6]
+    assert set(found[0]) == {"row", "text", "rank"}
+
+
+def test_a_smaller_choice_is_the_beginning_of_a_larger(choose: Callable[..., list[str]], tmp_path: Path) -> None:
+    rows = [{"text": text} for text in TEXTS]
+    ranked = []
+    for n in (2, 5):
+        assert main(choose(rows, n=n, method="badge", signal=None, out=tmp_path / f"{n}.jsonl")) == 0
+        ranked.append([row["row"] for row in sorted(lines(tmp_path / f"{n}.jsonl"), key=lambda row: row["rank"])])
+    assert ranked[0] == ranked[1][:2]
+
+
+@pytest.mark.parametrize("source", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("target", ["jsonl", "csv", "parquet"])
+def test_every_kind_of_file(
+    source: str, target: str, choose: Callable[..., list[str]], student: Path, tmp_path: Path
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = ['a "fox", a dog', "The\nlines", "ünïcode 🙂", "a, b"]
+    data, out = tmp_path / f"in.{source}", tmp_path / f"out.{target}"
+    if source == "parquet":
+        table = pyarrow.table({"id": pyarrow.array([7, 8, 9, 10], pyarrow.int16()), "text": texts})
+        parquet.write_table(table, data)
+    elif source == "csv":
+        with data.open("w", newline="") as file:
+            csv.writer(file).writerows([("id", "text"), *zip((7, 8, 9, 10), texts, strict=True)])
+    else:
+        data.write_text("".join(json.dumps({"id": 7 + i, "text": text}) + "\n" for i, text in enumerate(texts)))
+    assert main(choose([], data=data, out=out, n=2)) == 0
+    if target == "parquet":
+        table = parquet.read_table(out)
+        found = table.to_pylist()
+        assert source != "parquet" or table.schema.field("id").type == pyarrow.int16()
+    elif target == "csv":
+        with out.open(newline="") as file:
+            found = list(csv.DictReader(file))
+    else:
+        found = lines(out)
+    best = entropies(student, texts).argsort(descending=True)[:2].sort().values.tolist()
+    assert list(found[0]) == ["row", "id", "text", "entropy", "rank"]
+    assert [(int(row["row"]), int(row["id"]), row["text"]) for row in found] == [(i, 7 + i, texts[i]) for i in best]
+
+
+def test_a_column_of_scores_needs_no_student(
+    choose: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = [1.5, None, 3, "x", 3, -2, float("inf")]
+    rows = [{"row": 10 + i, "score": value} for i, value in enumerate(values)]
+    words = choose(rows, signal="score", student=None, backend=None)
+    assert main(words) == 0
+    found = lines(tmp_path / "out.jsonl")
+    assert found == [
+        {"row": 10, "score": 1.5, "rank": 3},
+        {"row": 12, "score": 3, "rank": 1},
+        {"row": 14, "score": 3, "rank": 2},
+    ]
+    errors = capsys.readouterr().err.splitlines()
+    assert [error.split(": ")[1] for error in errors] == ["line 2", "line 4", "line 7"]
+    assert errors[1].endswith("score: expected a finite number, got 'x'")
+
+
+def test_arguments_reach_the_signal(choose: Callable[..., list[str]], student: Path, tmp_path: Path) -> None:
+    given = {"mutual_information": {"layers": 1, "draws": 2, "seed": 3}}
+    rows = [{"text": text} for text in TEXTS]
+    assert main(choose(rows, signal="mutual_information", acquisition_args=json.dumps(given))) == 0
+    scores = acqcore.score(str(student), TEXTS, "mutual_information", acquisition_args=given, backend="eager")
+    best = scores["mutual_information"].argsort(descending=True)[:3].sort().values.tolist()
+    assert [row["row"] for row in lines(tmp_path / "out.jsonl")] == best
+
+
+def test_bad_lines_are_named_and_not_chosen(
+    choose: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ['{"text": ', {"text": ""}, {"other": 1}, {"text": 3}, {"text": "fox " * 80}, *({"text": t} for t in TEXTS)]
+    assert main(choose(rows, n=8)) == 0
+    captured = capsys.readouterr()
+    assert [error.split(": ")[1] for error in captured.err.splitlines()] == [f"line {i}" for i in range(1, 6)]
+    assert "8 of 13 rows chosen by top_k; 5 rows with an error" in " ".join(captured.out.split())
+    assert [row["row"] for row in lines(tmp_path / "out.jsonl")] == list(range(5, 13))
+    (tmp_path / "out.jsonl").unlink()
+    assert main(choose(rows, n=9)) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "acqcore: error: --n: expected at most 8 (the number of rows that can be chosen), got 9"
+    )
+
+
+def test_rows_without_a_finite_value_are_not_chosen(
+    choose: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def scored(student: Any, rows: list[Any], *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        return {"entropy": torch.tensor([1.0, torch.nan, 0.5, 2.0])}
+
+    monkeypatch.setattr("acqcore.files.choose.score", scored)
+    rows = [{"text": text} for text in TEXTS[:4]]
+    assert main(choose(rows)) == 0
+    assert [(row["row"], row["rank"]) for row in lines(tmp_path / "out.jsonl")] == [(0, 2), (2, 3), (3, 1)]
+    assert "line 2: a value is not finite" in capsys.readouterr().err
+    (tmp_path / "out.jsonl").unlink()
+    assert main(choose(rows, n=4)) == 2
+    assert "n: expected at most 3 (the number of rows with a finite value), got 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 9}, "n: expected at most 8 (the number of rows of "),
+        ({"n": 5, "limit": 4}, "n: expected at most 4"),
+        ({"n": 0}, "n: expected an int >= 1, got 0"),
+        ({"signal": "entropie"}, "acquisitions: unknown 'entropie'"),
+        ({"method": "topk"}, "method: unknown 'topk', expected one of top_k, k_center"),
+        ({"text_column": "body"}, "data: no column 'body', expected one of text"),
+        ({"signal": "score", "student": None}, "signal: no column 'score' in the data, which have text"),
+        ({"signal": None}, "--signal: expected an acquisition with --method top_k"),
+        ({"student": None, "method": "badge"}, "--student: expected a model"),
+        ({"among": 5}, "--among: expected it with --signal and a diverse --method"),
+        ({"method": "badge", "among": 2}, "--among: expected at least --n = 3, got 2"),
+        ({"acquisition_args": '{"loss": {}}'}, "--acquisition-args: 'loss' is not among the acquisitions asked for"),
+        ({"signal": "influence"}, "--acquisition-args: 'influence' needs 'reference'"),
+        ({"out": "out.txt"}, "extension of out.txt: unknown '.txt'"),
+        ({"out": "data.jsonl"}, "out: data.jsonl is or holds the data, which would be lost; name another output"),
+        ({"out": "missing/out.csv"}, "out: the folder missing does not exist"),
+        ({"data": "missing.jsonl"}, "No such file or directory: 'missing.jsonl'"),
+        ({"student": "./missing"}, "missing"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_before_a_forward(
+    options: dict[str, Any],
+    message: str,
+    choose: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("acqcore.files.choose.score", None)  # a forward would be a TypeError
+    assert main(choose([{"text": text} for text in TEXTS], **options)) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("acqcore: error: ")
+    assert message in line
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("column", ["entropy", "rank"])
+def test_columns_with_an_outputs_name(
+    column: str, choose: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(choose([{"text": text, column: 1} for text in TEXTS])) == 2
+    assert f"the column {column!r} has the name of an output column" in capsys.readouterr().err
+
+
+def test_an_interrupt_leaves_nothing(
+    choose: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("acqcore.files.choose.score", interrupted)
+    assert main(choose([{"text": text} for text in TEXTS])) == 130
+    assert capsys.readouterr().err == "acqcore: interrupted; nothing was written\n"
+    assert not list(tmp_path.glob("out*"))

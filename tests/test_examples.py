@@ -1,0 +1,233 @@
+"""Every example runs, on models of a few thousand parameters."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ROWS = [
+    *({"prompt": f"{a} * 3 =", "completion": f" {3 * a}."} for a in range(9)),
+    *({"prompt": f"Coin {i}", "completion": " heads."} for i in range(4)),
+    {"prompt": "The capital of Peru is", "completion": " Lima."},
+]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any) -> str:
+    """A student that takes long prompts."""
+    path = tmp_path / "student"
+    tiny_model("Llama", max_position_embeddings=4096).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def options(folder: str, tmp_path: Path) -> list[str]:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return ["--student", folder, "--data", str(data)]
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """``example(path)``: the module, beside which its own modules are found."""
+
+    def load(path: str) -> Any:
+        place = EXAMPLES / path
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.syspath_prepend(str(place.parent))
+        for name in ("common", place.stem):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        module = importlib.import_module(place.stem)
+        assert module.__doc__
+        return module
+
+    return load
+
+
+def test_score_dataset(example: Any, options: list[str]) -> None:
+    kept = example("score_dataset.py").main([*options, "--keep", "3"])
+    assert len(kept) == 3
+    assert kept["loss"][:] == sorted(kept["loss"][:], reverse=True)
+
+
+def test_custom_acquisition(example: Any, options: list[str]) -> None:
+    from acqcore.acquisitions import REGISTRY
+
+    module = example("custom_acquisition.py")
+    try:
+        scores = module.main(options)
+    finally:
+        REGISTRY.pop("unknown_share")
+    assert ((scores["unknown_share"] >= 0) & (scores["unknown_share"] <= 1)).all()
+
+
+def test_influence_to_validation(example: Any, options: list[str]) -> None:
+    found = example("influence_to_validation.py").main([*options, "--parameters", "1"])
+    assert sum(found.values()) == len(ROWS) - 3  # three of the nine sums are the validation set
+
+
+def test_select_and_finetune(example: Any, options: list[str], tmp_path: Path) -> None:
+    plot = tmp_path / "chosen.png"
+    line = [*options, "--n", "4", "--steps", "8", "--rounds", "2", "--lr", "1e-2", "--plot", str(plot)]
+    curves = example("select_and_finetune.py").main(line)
+    assert set(curves) == {"chosen", "random"}
+    assert curves["chosen"][0] == curves["random"][0]  # the same base model
+    assert curves["chosen"][1] != curves["random"][1]
+    assert all(math.isfinite(value) for curve in curves.values() for value in curve)
+    assert plot.stat().st_size > 5000
+
+
+def test_fine_tuning_lowers_the_loss(example: Any, folder: str) -> None:
+    common = example("common.py")
+    model, tokenizer = common.pair(folder)
+    rows = ROWS[:4]
+    before = common.loss(model, tokenizer, rows).item()
+    common.fine_tune(model, tokenizer, rows, steps=10, lr=1e-2)
+    assert common.loss(model, tokenizer, rows).item() < before - 0.5
+
+
+def test_the_loss_is_that_of_the_completions(example: Any, folder: str) -> None:
+    import acqcore
+
+    common = example("common.py")
+    model, tokenizer = common.pair(folder)
+    (row,) = acqcore.score(model.eval(), ROWS[:1], "loss", tokenizer=tokenizer)["loss"]
+    assert common.loss(model, tokenizer, ROWS[:1]).item() == pytest.approx(row.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["grpo_reward.py", "grpo_composed.py"])
+def test_grpo(name: str, example: Any, options: list[str]) -> None:
+    steps = example(name).main([*options, "--steps", "1", "--tokens", "8"])
+    assert len(steps) == 1
+    assert math.isfinite(steps[0]["reward"])
+
+
+@pytest.mark.parametrize("path", sorted(path.name for path in EXAMPLES.glob("*.ipynb")))
+def test_notebooks(path: str, folder: str, example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their code cells, in order, with a small student in the place of theirs."""
+    example("common.py")
+    cells = json.loads((EXAMPLES / path).read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert cells[0]["cell_type"] == "markdown"
+    assert all(cell["outputs"] for cell in code if cell["metadata"].get("shows"))
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for cell in code:
+        source = "".join(cell["source"]).replace("HuggingFaceTB/SmolLM2-135M-Instruct", folder)
+        exec(compile(source, path, "exec"), namespace)
+    for name in json.loads((EXAMPLES / path).read_text())["metadata"]["results"]:
+        assert namespace[name]
+
+
+def test_verl(example: Any, folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import asyncio
+
+    import datasets
+
+    from acqsynth.integrations import scorer, verl
+
+    monkeypatch.setenv("ACQSYNTH_STUDENT", folder)
+    monkeypatch.setenv("ACQSYNTH_REWARD", "reward:build")
+    monkeypatch.setattr(scorer, "_made", {})
+    example("verl/reward.py")
+    text = "<question>What is 12 + 30?</question>\n<answer>42</answer>"
+    found = asyncio.run(verl.compute_score("acqsynth", text, "", {"index": 0}))
+    assert found["masked"] == 0
+    assert set(found) == {"score", "masked", "gated", "mutual_information", "diversity"}
+    example("verl/prompts.py").main([str(tmp_path / "prompts.parquet")])
+    row = datasets.Dataset.from_parquet(str(tmp_path / "prompts.parquet"))[3]
+    assert row["extra_info"] == {"index": 3}
+    assert row["prompt"][-1]["role"] == "user"
+
+
+def test_openrlhf(example: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from acqsynth.integrations import scorer
+
+    monkeypatch.setenv("ACQSYNTH_STUDENT", folder)
+    monkeypatch.setenv("ACQSYNTH_REWARD", "reward:build")
+    monkeypatch.setattr(scorer, "_made", {})
+    module = example("openrlhf/reward.py")
+    text = "<question>What is 12 + 30?</question>\n<answer>42</answer>"
+    found = module.reward_func([f"Ask. {text}"], ["Ask. "], [None])
+    assert found["rewards"].shape == (1,)
+    assert found["extra_logs"]["masked"].tolist() == [0.0]
+
+
+def test_verifiers(example: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+    import tomllib
+    from types import SimpleNamespace
+
+    monkeypatch.setenv("ACQSYNTH_STUDENT", folder)
+    module = example("verifiers/reward.py")
+    named = tomllib.loads((EXAMPLES / "verifiers" / "task.toml").read_text())["rewards"]["acquisition"]["fn"]
+    assert named == "reward:acquisition"
+    trace = SimpleNamespace(last_reply="<question>What is 12 + 30?</question>\n<answer>42</answer>")
+    value = asyncio.run(module.acquisition(task=SimpleNamespace(id=0), trace=trace, runtime=None))
+    assert 0 <= value <= 1
+
+
+def test_remote_scorer(example: Any, folder: str) -> None:
+    import httpx
+    import yaml
+
+    names = {path.name for path in (EXAMPLES / "remote_scorer").iterdir()}
+    services = yaml.safe_load((EXAMPLES / "remote_scorer" / "compose.yaml").read_text())["services"]
+    for service in services.values():
+        for volume in service.get("volumes", []):
+            assert volume.startswith("models:") or volume.split(":")[0].removeprefix("./") in names
+    panels = json.loads((EXAMPLES / "remote_scorer" / "dashboard.json").read_text())["panels"]
+
+    with _served(folder) as url:
+        scores, rewards = example("remote_scorer/client.py").main(["--url", url])
+        measured = httpx.get(f"{url}/metrics").text
+    assert all(score > 0 for score in scores)
+    assert all(reward > 0 for reward in rewards)
+    for panel in panels:  # every metric of the dashboard is one that the server has
+        for name in re.findall(r"acqsynth_\w+", panel["targets"][0]["expr"]):
+            assert name in measured
+
+
+@contextmanager
+def _served(student: str) -> Iterator[str]:
+    """The URL of a server in a thread."""
+    import uvicorn
+
+    from acqsynth.serve.app import create_app
+    from acqsynth.serve.options import add_arguments
+    from acqsynth.serve.server import prepared
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    service, listener = prepared(parser.parse_args(["--student", student, "--port", "0"]))
+    server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield "http://{}:{}".format(*listener.getsockname())
+    server.should_exit = True
+    thread.join()

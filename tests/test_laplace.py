@@ -1,0 +1,100 @@
+"""Mutual information under a Laplace posterior: its variances and its value against brute force, and its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.acquisitions import LinearOptions
+from acqcore.gradients.laplace import LaplacePosterior
+from acqcore.gradients.rules import is_linear
+
+
+def _samples(rows: int, seed: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 48, (rows, 5), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    labels[:, :2] = -100
+    labels[0, 4] = -100  # samples of two and three tokens
+    return {"input_ids": ids, "labels": labels}
+
+
+def _squares(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """``sum_t sum_y p_y (d log p_y / dW)^2 / T`` of each linear weight ``[P, Q]``, a backward for each token and y."""
+    transposed = {
+        f"{n}.weight" for n, m in model.named_modules() if is_linear(m) and not isinstance(m, torch.nn.Linear)
+    }
+    blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    within = {module for block in blocks for module in block.modules() if is_linear(module)}
+    weights = {f"{name}.weight": m.weight for name, m in model.named_modules() if m in within}
+    log_p = model(input_ids=ids[None]).logits[0].double().log_softmax(dim=1)
+    scored = (labels != -100).nonzero()[:, 0].tolist()
+    found = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
+    for t in scored:
+        for value in log_p[t - 1]:
+            gradients = torch.autograd.grad(value, list(weights.values()), retain_graph=True)
+            for name, g in zip(weights, gradients, strict=True):
+                found[name] += value.detach().exp() * g.double().square() / len(scored)
+    return {name: squares.T if name in transposed else squares for name, squares in found.items()}
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_against_brute_force(kind: str, tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model(kind, vocab_size=48)
+    samples, others = _samples(2, 0), _samples(2, 1)
+    squares = [_squares(model, *row) for row in zip(others["input_ids"], others["labels"], strict=True)]
+    marginals = {}
+    for name in squares[0]:
+        diagonal = (squares[0][name] + squares[1][name]) / 2
+        marginals[name] = diagonal.sum(dim=1), diagonal.sum(dim=0)
+    expected = LaplacePosterior.of(marginals, "all", 1e4, 0.1)
+    posterior = acqcore.laplace_posterior(model, others, probes=600, observations=1e4)
+    assert set(posterior.factors) == set(expected.factors)
+    for name, factors in expected.factors.items():
+        for got, factor in zip(posterior.factors[name], factors, strict=True):
+            torch.testing.assert_close(got, factor, rtol=0.3, atol=0)
+    options = {"mutual_information": {"form": "linear", "posterior": "laplace", "reference": posterior, "probes": 2000}}
+    scores = acqcore.score(model, samples, "mutual_information", acquisition_args=options)
+    value, error = scores["mutual_information"], scores.stderr["mutual_information"]
+    for i, row in enumerate(zip(samples["input_ids"], samples["labels"], strict=True)):
+        total = sum(
+            float((torch.outer(*posterior.factors[name]).double() * of_weight).sum())
+            for name, of_weight in _squares(model, *row).items()
+        )
+        assert float(error[i]) < 0.02 * total / 2
+        assert abs(float(value[i]) - total / 2) < 3 * float(error[i])
+
+
+def test_isotropic_is_the_same_with_equal_variances(tiny_model: Callable[..., Any]) -> None:
+    model, samples = tiny_model("Llama"), _samples(2, 0)
+    posterior = acqcore.laplace_posterior(model, samples)
+    equal = {n: (torch.full_like(r, 1e-3), torch.full_like(c, 1e-3)) for n, (r, c) in posterior.factors.items()}
+    options = LinearOptions("laplace", reference=LaplacePosterior(equal, "all"))
+    got = acqcore.score(model, samples, "mutual_information", acquisition_args={"mutual_information": options})
+    options = LinearOptions("isotropic", variance=1e-6)
+    expected = acqcore.score(model, samples, "mutual_information", acquisition_args={"mutual_information": options})
+    torch.testing.assert_close(got["mutual_information"], expected["mutual_information"], rtol=1e-4, atol=0)
+
+
+def test_bad_arguments(tiny_model: Callable[..., Any]) -> None:
+    model, samples = tiny_model("Llama"), _samples(2, 0)
+    with pytest.raises(TypeError, match=r"reference: expected what acqcore\.laplace_posterior gives, got NoneType"):
+        LinearOptions("laplace")
+    posterior = acqcore.laplace_posterior(model, samples, layers=1)
+    with pytest.raises(ValueError, match="layers: the reference was made with 1, got 'all'"):
+        LinearOptions("laplace", reference=posterior)
+    with pytest.raises(ValueError, match="reference: belongs to posterior='laplace', got posterior='dropout'"):
+        LinearOptions(reference=posterior)
+    with pytest.raises(ValueError, match="observations"):
+        acqcore.laplace_posterior(model, samples, observations=0.0)
+    with pytest.raises(ValueError, match="damping"):
+        acqcore.laplace_posterior(model, samples, damping=-1.0)
+    with pytest.raises(ValueError, match="expected at least one reference sample, got none"):
+        acqcore.laplace_posterior(model, [])
+    options = {"mutual_information": LinearOptions("laplace", layers=1, reference=posterior)}
+    other = tiny_model("Llama", intermediate_size=64)
+    with pytest.raises(ValueError, match=r"reference: made with another student: model\.layers\.1\.mlp\.down_proj"):
+        acqcore.score(other, samples, "mutual_information", acquisition_args=options)
