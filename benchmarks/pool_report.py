@@ -87,7 +87,8 @@ def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bo
         return
     if not small:
         picture(results, PICTURE)
-        write_section(PAGE, BEGIN, END, text)
+        shown = f"![Accuracy against random and junk chosen, by arm]({PICTURE.name})"
+        write_section(PAGE, BEGIN, END, f"{text}\n\n{shown}")
 
 
 def write_section(page: Path, begin: str, end: str, text: str) -> None:
