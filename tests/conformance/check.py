@@ -188,13 +188,11 @@ def _lora(model: Any, rows: list[torch.Tensor]) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     head = model.get_output_embeddings()
-    # PEFT refuses this one in Mamba's blocks, whose kernels read its weight.
-    recurrent = "mamba" in type(model).__name__.lower() or "falconh1" in type(model).__name__.lower()
-    linear = [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and m is not head and not (recurrent and n.endswith("out_proj"))
-    ]
+    # PEFT refuses one in Mamba's blocks, whose kernels read its weight, and cannot wrap a router, which gives a pair.
+    recurrent = any(word in type(model).__name__.lower() for word in ("mamba", "falconh1", "nemotronh"))
+    left = ("router", "out_proj") if recurrent else ("router",)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    linear = [n for n, _ in layers if not n.endswith(left)]
     if not linear:
         linear = [n for n, m in model.named_modules() if type(m).__name__ == "Conv1D"]
     model.requires_grad_(False)
