@@ -97,9 +97,14 @@ def test_seventy_billion_parameters_are_counted_without_weights() -> None:
         ("badge", None, Passes(1, 1 + 1 + 0.25, 0)),
         ("gradient_diversity,archive_novelty", None, Passes(1, 2, 0)),
         ("mutual_information", {"mutual_information": {"layers": 0, "draws": 4}}, Passes(1, 4, 0)),
-        ("mutual_information,expected_entropy", None, Passes(8, 8, 0)),  # equal arguments share the draws
-        ("entropy,mutual_information", None, Passes(1 + 8, 1 + 8, 0)),
-        ("mutual_information", {"mutual_information": {"layers": 3}}, Passes(27 / 30 + 8 * 3 / 30, 8, 0)),
+        (
+            "mutual_information,expected_entropy",
+            {"mutual_information": {"draws": 8}},
+            Passes(8, 8, 0),
+        ),  # equal arguments share the draws
+        ("entropy,mutual_information", {"mutual_information": {"draws": 8}}, Passes(1 + 8, 1 + 8, 0)),
+        ("mutual_information", None, Passes(1 + 4, 1 + 4 + 2, 30)),
+        ("mutual_information", {"mutual_information": {"layers": 3, "draws": 8}}, Passes(27 / 30 + 8 * 3 / 30, 8, 0)),
     ],
 )
 def test_passes(acquisitions: str, arguments: Any, expected: Passes) -> None:
@@ -244,7 +249,10 @@ def test_activations_by_formula() -> None:
     assert activation_bytes(eager, work_of()) == block + tokens * 64 * 4 * 8 + rows + HEAD_SCRATCH
     kept = work_of("grad_norm", arguments={"grad_norm": {"parameters": 3}})
     assert activation_bytes(SHAPE, kept) == block + 3 * tokens * (8 * 64 + 4 * 160) * 4 + rows + HEAD_SCRATCH
-    drawn = work_of("mutual_information", batch_tokens=128, tokens=64)  # two rows, but one of them drawn eight times
+    given = {"mutual_information": {"draws": 8}}
+    drawn = work_of(
+        "mutual_information", arguments=given, batch_tokens=128, tokens=64
+    )  # two rows, but one of them drawn eight times
     assert activation_bytes(SHAPE, drawn) == 4 * block // 4 + rows // 4 + DRAWS_SCRATCH
 
 
@@ -351,7 +359,7 @@ def test_blocks_of_several_kinds_and_long_rows_are_noted(
         ({"tokens": 1}, "tokens: expected at least 2"),
         ({"tokens": 65}, "tokens: the student takes at most 64 tokens, got 65"),
         ({"scored": 32}, "scored: expected at most 31 of a row of 32 tokens, got 32"),
-        ({"batch_tokens": 0}, "batch_tokens: expected an int >= 1, got 0"),
+        ({"batch_tokens": 0}, "--batch-tokens: expected an int >= 1, got 0"),
         ({"devices": 0}, "devices: expected an int >= 1, got 0"),
         ({"threads": 0}, "threads: expected an int >= 1, got 0"),
         ({"acquisitions": "entropie"}, "acquisitions: unknown 'entropie'"),

@@ -35,7 +35,7 @@ def _padded(ids: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _score(student: Any, ids: list[torch.Tensor], names: str | list[str] = NAMES, **options: Any) -> acqcore.Scores:
     listed = [names] if isinstance(names, str) else names
-    arguments = dict.fromkeys(listed, options)
+    arguments = dict.fromkeys(listed, options if "members" in options else {"draws": 8, **options})
     return acqcore.score(student, _padded(ids), listed, acquisition_args=arguments, keep_tokens=True)
 
 
@@ -136,7 +136,7 @@ def test_earlier_blocks_run_once(tiny_model: Callable[..., Any]) -> None:
     """Of three blocks only the last sees the eight draws; no forward without dropout runs, as nothing reads it."""
     model = tiny_model("Llama", num_hidden_layers=3)
     student = acqcore.Student.from_model(model)
-    _score(student, _ids(6), "mutual_information", layers=1)  # finds blocks and branches, once per model
+    _score(student, _ids(6), "mutual_information", layers=1, draws=8)  # finds blocks and branches, once per model
     rows: dict[int, int] = {0: 0, 1: 0, 2: 0}
 
     def count(i: int) -> Callable[..., Any]:
@@ -147,7 +147,7 @@ def test_earlier_blocks_run_once(tiny_model: Callable[..., Any]) -> None:
         return hook
 
     handles = [block.register_forward_pre_hook(count(i)) for i, block in enumerate(model.model.layers)]
-    _score(student, _ids(6, 6), "mutual_information", layers=1)
+    _score(student, _ids(6, 6), "mutual_information", layers=1, draws=8)
     for handle in handles:
         handle.remove()
     assert rows == {0: 2, 1: 2, 2: 16}

@@ -122,7 +122,7 @@ def test_a_student_that_does_not_load_in_an_actor_is_one_sentence(
 ) -> None:
     assert main(command(texts(3), engine="ray", workers=1, max_length=65)) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert "acqcore: error: max_length: the student takes at most 64 tokens, got 65" in lines
+    assert "acqcore: error: --max-length: the student takes at most 64 tokens, got 65" in lines
     assert not list(tmp_path.glob("out*"))
 
 

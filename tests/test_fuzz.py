@@ -136,7 +136,7 @@ def test_data_files(
             try:
                 table = pyarrow.table({name: [row[name] for row in content] for name in ("text", "id")})
                 parquet.write_table(table, data)
-            except (ValueError, TypeError, OverflowError):  # no such file can be
+            except (ValueError, TypeError, OverflowError, NotImplementedError):  # no such file can be
                 return
             expected = len(content)
         elif kind == "jsonl":

@@ -150,9 +150,9 @@ def test_acqcore_never_imports_acqsynth() -> None:
         assert not _imported(path, "acqsynth") | ({"acqsynth"} & _roots(path)), path
 
 
-def test_acqsynth_uses_public_names_and_the_reader_of_data_files_alone() -> None:
+def test_acqsynth_uses_public_names_beside_the_checks_and_the_reader_of_data_files() -> None:
     for path in _files(ACQSYNTH):
-        assert _imported(path, "acqcore") <= set(acqcore.__all__) | {"testing", "files"}, path
+        assert _imported(path, "acqcore") <= set(acqcore.__all__) | {"testing", "checks", "files"}, path
 
 
 @pytest.mark.parametrize("folder", [ACQCORE], ids=["acqcore"])

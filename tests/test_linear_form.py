@@ -192,7 +192,17 @@ def test_one_probe_has_no_standard_error(tiny_model: Callable[..., Any]) -> None
     one = _score(model, samples, probes=1)
     assert bool(one.stderr["mutual_information"].isnan().all())
     assert bool(one.valid.all())
-    assert not acqcore.score(model, samples, "mutual_information").stderr
+    drawn = {"mutual_information": {"draws": 2}}
+    assert not acqcore.score(model, samples, "mutual_information", acquisition_args=drawn).stderr
+
+
+def test_it_is_the_default(tiny_model: Callable[..., Any]) -> None:
+    model, samples = tiny_model("Llama"), _samples(9, 7)
+    named = _score(model, samples, probes=4)
+    plain = acqcore.score(model, samples, "mutual_information")
+    torch.testing.assert_close(plain["mutual_information"], named["mutual_information"], rtol=0, atol=0)
+    few = acqcore.score(model, samples, "mutual_information", acquisition_args={"mutual_information": {"layers": 1}})
+    assert "mutual_information" in few.stderr
 
 
 @pytest.mark.parametrize("posterior", ["dropout", "isotropic"])
@@ -328,10 +338,10 @@ def _fail(*_: Any) -> None:
 
 @pytest.mark.parametrize("argument", ["probes", "posterior", "variance"])
 def test_draws_take_no_arguments_of_the_linear_form(argument: str, tiny_model: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=f"'{argument}' needs form='linear'"):
+    with pytest.raises(ValueError, match=f"'{argument}' is of the linear form, 'draws' of draws"):
         acqcore.score(
             tiny_model("Llama"), _samples(4), "mutual_information",
-            acquisition_args={"mutual_information": {argument: 2}},
+            acquisition_args={"mutual_information": {argument: 2, "draws": 8}},
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from acqcore.costs.work import Work, passes
 
 SAMPLES = [{"prompt": "What is 2 + 3?", "completion": f" The answer is {i}."} for i in range(6)]
 ALL = {"parameters": "all"}
+ALL_DRAWS = {"mutual_information": {"draws": 8}}
 DRAWN = ("mutual_information", "predictive_entropy", "expected_entropy", "variation_ratio", "bald_quadratic")
 OF_ROWS = (
     "loss", "perplexity", "entropy", "varentropy", "least_confidence", "margin", "gini", "el2n",
@@ -25,11 +26,19 @@ OF_ROWS = (
 REQUESTS = {
     "entropy": (("entropy",), {}, (6, 1, 0, 1)),
     "row statistics": (OF_ROWS, {}, (6, 1, 0, 1)),
-    "mutual information": (("mutual_information",), {}, (6, 1, 0, 8)),
-    "mutual information, hidden": (("mutual_information",), {"mutual_information": {"layers": 0}}, (6, 1, 0, 8)),
-    "mutual information, last block": (("mutual_information",), {"mutual_information": {"layers": 1}}, (6, 2, 0, 8)),
-    "entropy, mutual information": (("entropy", "mutual_information"), {}, (6, 2, 0, 9)),
-    "draws": (DRAWN, {}, (6, 1, 0, 8)),
+    "mutual information": (("mutual_information",), ALL_DRAWS, (6, 1, 0, 8)),
+    "mutual information, hidden": (
+        ("mutual_information",),
+        {"mutual_information": {"layers": 0, "draws": 8}},
+        (6, 1, 0, 8),
+    ),
+    "mutual information, last block": (
+        ("mutual_information",),
+        {"mutual_information": {"layers": 1, "draws": 8}},
+        (6, 2, 0, 8),
+    ),
+    "entropy, mutual information": (("entropy", "mutual_information"), ALL_DRAWS, (6, 2, 0, 9)),
+    "draws": (DRAWN, ALL_DRAWS, (6, 1, 0, 8)),
     "norm, head": (("grad_norm",), {}, (6, 1, 0, 1)),
     "entropy, norm, head": (("entropy", "grad_norm"), {}, (6, 1, 0, 1)),
     "norm": (("grad_norm",), {"grad_norm": ALL}, (6, 1, 1, 2)),
@@ -51,9 +60,13 @@ REQUESTS = {
         {"archive_novelty": {"archive": acqcore.Archive()}},
         (6, 1, 0, 2),
     ),
-    "mutual information, influence": (("mutual_information", "influence"), {"influence": {}}, (6, 2, 1, 11)),
-    "linear": (("mutual_information",), {"mutual_information": {"form": "linear"}}, (6, 1, 2, 5)),
-    "linear, hidden": (("mutual_information",), {"mutual_information": {"form": "linear", "layers": 0}}, (6, 1, 0, 5)),
+    "mutual information, influence": (
+        ("mutual_information", "influence"),
+        {**ALL_DRAWS, "influence": {}},
+        (6, 2, 1, 11),
+    ),
+    "linear": (("mutual_information",), {}, (6, 1, 4, 7)),
+    "linear, hidden": (("mutual_information",), {"mutual_information": {"layers": 0}}, (6, 1, 0, 7)),
     "linear, isotropic": (
         ("mutual_information",),
         {"mutual_information": {"form": "linear", "posterior": "isotropic", "probes": 3}},
@@ -61,12 +74,13 @@ REQUESTS = {
     ),
     "linear, entropy, norm": (
         ("entropy", "mutual_information", "grad_norm"),
-        {"mutual_information": {"form": "linear"}, "grad_norm": ALL},
+        {"mutual_information": {"form": "linear", "probes": 2}, "grad_norm": ALL},
         (6, 1, 3, 6),
     ),
     "everything": (
         tuple(acqcore.acquisitions()),
         {
+            **ALL_DRAWS,
             "grad_norm": ALL,
             "badge": ALL,
             "influence": {},

@@ -446,9 +446,9 @@ class TestOneBadRow:
 
         errors: dict[int, str] = {}
         rows = encoded(["a fox", "the dog", "2 + 3"], Picky(tokenizer), errors=errors)
-        assert errors == {1: "the tokenizer refuses it: no dogs"}
+        assert errors == {1: "the tokenizer refuses it: RuntimeError: no dogs"}
         assert [row.n_scored > 0 for row in rows] == [True, False, True]
-        with pytest.raises(ValueError, match=r"samples\[1\]: the tokenizer refuses it: no dogs"):
+        with pytest.raises(ValueError, match=r"samples\[1\]: the tokenizer refuses it: RuntimeError: no dogs"):
             encoded(["a fox", "the dog"], Picky(tokenizer))
 
 

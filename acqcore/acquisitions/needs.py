@@ -193,7 +193,7 @@ class LinearOptions(Options):
     dropout: float | None = None
     variance: float | None = None
     reference: LaplacePosterior | None = None
-    probes: int = 2
+    probes: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -241,17 +241,27 @@ class LinearOptions(Options):
 
 @dataclass(frozen=True)
 class InformationOptions(DrawOptions):
-    """Arguments of mutual information: of draws, or with ``form="linear"`` those of :class:`LinearOptions`."""
+    """Arguments of mutual information: of its linear form, the default, or of draws.
+
+    ``draws``, ``members``, ``block`` and ``form="element"`` or ``"block"`` ask for draws: eight draws of dropout in all
+    blocks agreed with themselves at 0.06 on a language model of 135 M parameters, where two probes of the linear form
+    had 0.79 (docs/reliability.md).
+    """
 
     @classmethod
     def of(cls, name: str, given: Mapping[str, Any] | Options) -> DrawOptions | LinearOptions:
         if isinstance(given, LinearOptions):
             return given
-        if isinstance(given, Mapping) and given.get("form") == "linear":
+        if not isinstance(given, Mapping):
+            return DrawOptions.of(name, given)
+        form = given.get("form")
+        drawn = [argument for argument in ("draws", "members", "block") if argument in given]
+        linear = [argument for argument in ("posterior", "probes", "reference", "variance") if argument in given]
+        if form == "linear" or (form is None and not drawn):
             return LinearOptions.of(name, {key: value for key, value in given.items() if key != "form"})
-        for argument in ("posterior", "probes", "reference", "variance"):
-            if isinstance(given, Mapping) and argument in given:
-                raise ValueError(f"acquisition_args[{name!r}]: {argument!r} needs form='linear'")
+        if linear:
+            of_draws = drawn[0] if drawn else "form"
+            raise ValueError(f"acquisition_args[{name!r}]: {linear[0]!r} is of the linear form, {of_draws!r} of draws")
         return DrawOptions.of(name, given)
 
 

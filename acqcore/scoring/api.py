@@ -58,13 +58,14 @@ def score(
             - ``gradient_diversity``: ``parameters``, ``dim`` and ``seed`` of :func:`acqcore.grad_sketch`, ``ridge``
               and ``ordered`` of :func:`acqcore.gradient_diversity`.
             - ``archive_novelty``: ``archive``, an ``acqcore.Archive`` (required), ``parameters``, ``dim``, ``seed``.
-            - ``mutual_information`` and the others of several draws: ``layers`` (dropout in the last n blocks,
+            - ``mutual_information``: by default its linear form, with ``posterior``, ``probes``, ``layers``,
+              ``dropout`` or ``variance`` or ``reference``, ``seed``: see ``acqcore.acquisitions.LinearOptions``. It has
+              no values of tokens, and a standard error in ``Scores.stderr``. With ``draws``, ``members``, ``block`` or
+              ``form="element"`` or ``"block"`` it is of draws, as the next ones.
+            - ``predictive_entropy`` and the others of several draws: ``layers`` (dropout in the last n blocks,
               ``"all"``, ``"own"``, or 0 for the last hidden state), ``draws``, ``dropout``, ``form``, ``block``,
               ``seed``, or ``members``, an ensemble: see ``acqcore.acquisitions.DrawOptions``. Equal arguments share
               the draws.
-            - ``mutual_information`` with ``form="linear"``: ``posterior``, ``probes``, ``layers``, ``dropout`` or
-              ``variance`` or ``reference``, ``seed``: see ``acqcore.acquisitions.LinearOptions``. It has no values of
-              tokens, and a standard error in ``Scores.stderr``.
         tokenizer: of the student; by default the one loaded with a path. Tensors need none.
         reduction: of a sample's token values: ``mean``, ``sum``, ``max``, or ``topk``, the mean of the largest.
         topk: number of values that ``topk`` averages; all if there are fewer.

@@ -252,7 +252,7 @@ def _alone(index: int, text: _Text, tokenizer: Any) -> Row:
     try:
         return _tokenized([text], tokenizer)[0]
     except Exception as error:
-        raise ValueError(f"samples[{index}]: the tokenizer refuses it: {error}") from error
+        raise ValueError(f"samples[{index}]: the tokenizer refuses it: {type(error).__name__}: {error}") from error
 
 
 def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:

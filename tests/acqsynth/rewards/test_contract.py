@@ -62,6 +62,19 @@ class TestEvaluation:
         assert [reward(["p"] * 2, TEXTS, log_metric={}.__setitem__) for _ in range(2)] == [[1.0, 1.0], [0.0, 0.0]]
 
 
+class Given:
+    """A scorer whose values are known."""
+
+    def __init__(self, scored: Scored) -> None:
+        self.scored = scored
+
+    def __call__(self, samples: Any) -> Scored:
+        return self.scored
+
+    def check(self) -> None:
+        """It needs no student."""
+
+
 class TestText:
     """Text that does not parse never outranks a sample of another rank."""
 
@@ -69,7 +82,7 @@ class TestText:
     def reward(monkeypatch: pytest.MonkeyPatch, values: list[float], world: int, **options: Any) -> AcquisitionReward:
         reward = AcquisitionReward("a path", parse=lambda text: text or None, **options)
         scored = Scored({reward.acquisition: values}, [3] * len(values), {})
-        reward.scorer = lambda samples: scored  # type: ignore[assignment]
+        reward.scorer = Given(scored)  # type: ignore[assignment]
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: world > 1)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
         return reward

@@ -40,7 +40,11 @@ def student(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> acqc
 def forwards(student: acqcore.Student) -> list[int]:
     """The batch size of every forward of the student since."""
     sizes: list[int] = []
-    student.trunk.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0])))  # type: ignore[attr-defined]
+
+    def count(module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        sizes.append(len(arguments[0] if arguments else named["input_ids"]))
+
+    student.trunk.register_forward_pre_hook(count, with_kwargs=True)  # type: ignore[attr-defined]
     return sizes
 
 

@@ -255,7 +255,7 @@ class TestScore:
         status, kind, text = error_of(post(serve, asked, "/score", body))
         assert (status, kind) == (422, "invalid_request")
         assert message in text
-        assert forwards == []
+        assert sum(forwards) <= 1  # the blocks that ``layers`` counts are found by running a few tokens
 
     @pytest.mark.parametrize(
         ("body", "status"),
