@@ -47,7 +47,7 @@ BODIES: dict[str, tuple[bytes, set[int]]] = {
     "one text of escapes": (filled(b'{"samples": ["', b"\\n", b'"]}'), {200}),
     "one text of wide characters": (filled(b'{"samples": ["', "\U0001f98a".encode(), b'"]}'), {200}),
     "one turn": (filled(b'{"samples": [{"messages": [{"role": "user", "content": "', b"a ", b'"}]}]}'), {200}),
-    "a role": (filled(b'{"samples": [{"messages": [{"role": "', b"a", b'", "content": "a"}]}]}'), {413}),
+    "a role": (filled(b'{"samples": [{"messages": [{"role": "', b"a", b'", "content": "a"}]}]}'), {200}),
     "an acquisition": (filled(b'{"samples": ["a b"], "acquisitions": ["', b"a", b'"]}'), {413}),
     "a key": (filled(b'{"samples": ["a b"], "', b"a", b'": 1}'), {422}),
     "an unknown reduction": (filled(b'{"samples": ["a b"], "reduction": "', b"a", b'"}'), {422}),
