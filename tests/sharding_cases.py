@@ -365,8 +365,12 @@ def together(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def scored(student: Any, given: Any, **options: Any) -> dict[str, torch.Tensor]:
-    scores = acqcore.score(student, given, ACQUISITIONS, batch_tokens=40, **options)
+#: The linear form, mutual information's default, needs whole parameters.
+DRAWN: dict[str, Any] = {"mutual_information": {"draws": 8}}
+
+
+def scored(student: Any, given: Any, acquisition_args: Any = DRAWN) -> dict[str, torch.Tensor]:
+    scores = acqcore.score(student, given, ACQUISITIONS, batch_tokens=40, acquisition_args=acquisition_args)
     return {name: scores[name] for name in ACQUISITIONS}
 
 
@@ -377,7 +381,7 @@ def compared(student: Any, reference: Any, given: Any) -> Pairs:
     last = {name: {"layers": 1, "draws": 3} for name in ("mutual_information", "variation_ratio")}
     got, expected = scored(student, given, acquisition_args=last), scored(reference, given, acquisition_args=last)
     pairs["one block"] = (got["mutual_information"], expected["mutual_information"])
-    hidden = {name: {"layers": 0} for name in ("mutual_information", "variation_ratio")}
+    hidden = {name: {"layers": 0, "draws": 8} for name in ("mutual_information", "variation_ratio")}
     got, expected = scored(student, given, acquisition_args=hidden), scored(reference, given, acquisition_args=hidden)
     pairs["hidden state"] = (got["mutual_information"], expected["mutual_information"])
     pairs["own pass"] = (acqcore.grad_norm(student, given), acqcore.grad_norm(reference, given))
