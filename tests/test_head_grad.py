@@ -135,14 +135,19 @@ def test_hidden_grad(name: str, dtype: torch.dtype, implementation: str) -> None
     loss = torch.nn.functional.cross_entropy(z, case.targets, ignore_index=-100, reduction="sum")  # type: ignore[arg-type]
     (expected,) = torch.autograd.grad(loss, hidden)
     scale = expected.norm(dim=1).mean().item()
-    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=2e-5 * max(scale, 1e-6))
+    rounded = implementation == "triton" and dtype in (torch.bfloat16, torch.float16)  # its factors of dL/dz
+    if rounded:
+        error = (got.double() - expected).norm(dim=1)
+        assert bool((error <= 5e-3 * expected.norm(dim=1) + 2e-5 * scale).all()), error / expected.norm(dim=1)
+    else:
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=2e-5 * max(scale, 1e-6))
     norms = acqcore.hidden_grad_norm(
         case.hidden, case.head, case.targets, temperature=case.temperature, backend=implementation
     )
     assert norms.isnan().nonzero()[:, 0].tolist() == [5, 9, 59]
     scored = ~norms.isnan()
     torch.testing.assert_close(
-        norms[scored].double(), expected.norm(dim=1)[scored], rtol=1e-4, atol=2e-5 * scale + 1e-12
+        norms[scored].double(), expected.norm(dim=1)[scored], rtol=5e-3 if rounded else 1e-4, atol=2e-5 * scale + 1e-12
     )
 
 
