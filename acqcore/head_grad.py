@@ -73,7 +73,7 @@ def hidden_grad(
 
     Returns:
         ``[N, D]`` float32 (float64 for float64 inputs); zero in ignored rows, NaN where the logits are not finite.
-        Within 1e-4 of a row's norm. The GPU kernels round softmax(z) once to a half-precision head's dtype: there within
+        Within 1e-4 of a row's norm. The GPU kernels round softmax(z) once to a half-precision head's dtype: within
         5e-3, 3e-4 as measured on an H100 at D = 4096, V = 131072.
 
     Raises: as :func:`acqcore.row_stats`; TypeError where targets are None.

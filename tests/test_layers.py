@@ -150,7 +150,7 @@ def test_acqcore_never_imports_acqsynth() -> None:
         assert not _imported(path, "acqsynth") | ({"acqsynth"} & _roots(path)), path
 
 
-#: Where acqsynth reads what a user wrote, as acqcore does: a recipe is refused before it runs by the plan and the checks
+#: Where acqsynth reads what a user wrote, as acqcore does: a recipe is refused before it runs by the plan and checks
 #: that would refuse it in the run.
 INSIDE = {
     "domains/data.py": {"files"},

@@ -110,7 +110,8 @@ def test_a_single_probe_has_no_standard_error_and_is_valid(scorer: BlockScorer) 
 
 
 def test_draws_have_no_such_column(scorer: BlockScorer) -> None:
-    assert dataclasses.replace(scorer.job, plan=Plan.of("mutual_information")).measured == ["mutual_information"]
+    plan = Plan.of("mutual_information", {"mutual_information": {"draws": 8}})
+    assert dataclasses.replace(scorer.job, plan=plan).measured == ["mutual_information"]
 
 
 def test_batches_of_another_cut_are_no_gap(scorer: BlockScorer) -> None:
