@@ -221,7 +221,10 @@ def test_equal_arguments_share_the_draws(tiny_model: Callable[..., Any]) -> None
     model = tiny_model("Llama")
     together = _score(model, _ids(5, 8), layers=1)
     mixed = acqcore.score(
-        model, _padded(_ids(5, 8)), NAMES[:2], acquisition_args={NAMES[0]: {"layers": 1}, NAMES[1]: {"layers": 0}}
+        model,
+        _padded(_ids(5, 8)),
+        NAMES[:2],
+        acquisition_args={NAMES[0]: {"layers": 1, "draws": 8}, NAMES[1]: {"layers": 0}},
     )
     assert torch.equal(mixed[NAMES[0]], together[NAMES[0]])
     assert not torch.equal(mixed[NAMES[1]], together[NAMES[1]])
