@@ -57,10 +57,7 @@ def keep_mask(
     ``site`` tells the layers of a model apart; 0 is the last hidden state.
     """
     group = torch.arange((units + 3) // 4, device=samples.device)
-    last = torch.tensor(draw | site << 16, device=samples.device)
-    counter = (group, positions[:, None] & _WORD, samples[:, None] & _WORD, last)
-    words = philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD))  # [N, units / 4, 4]
-    return words.flatten(1)[:, :units] >= threshold(p)
+    return _words(group, samples, positions, draw | site << 16, seed)[:, :units] >= threshold(p)
 
 
 def signs(
@@ -88,7 +85,18 @@ def sign_words(
     """The words of the counters that hold the signs of these columns, ``[N, words]`` int64."""
     first, last = columns.start // _SIGNS_PER_COUNTER, -(-columns.stop // _SIGNS_PER_COUNTER)
     group = torch.arange(first, last, device=samples.device)
-    last_word = torch.tensor(probe | SIGN_SITE << 16, device=samples.device)
+    return _words(group, samples, positions, probe | SIGN_SITE << 16, seed)
+
+
+def _words(
+    group: torch.Tensor,  # [C] int64, first word of each counter
+    samples: torch.Tensor,  # [N] int64
+    positions: torch.Tensor,  # [N] int64
+    last: int,
+    seed: int,
+) -> torch.Tensor:
+    """The words of the counters ``(group, position, sample, last)``, ``[N, 4 C]`` int64."""
+    last_word = torch.tensor(last, device=samples.device)
     counter = (group, positions[:, None] & _WORD, samples[:, None] & _WORD, last_word)
     return philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD)).flatten(1)
 

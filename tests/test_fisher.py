@@ -190,3 +190,19 @@ def test_a_head_that_ranks_share_is_refused() -> None:
     object.__setattr__(shared, "group", object())
     with pytest.raises(ValueError, match="head: expected the whole vocabulary, got a shard of a group"):
         fisher_grad(case.hidden, shared)
+
+
+def test_the_cpu_backend_runs_its_own_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of probes share one visit, and the reference does not stand in for the kernel."""
+    calls = 0
+
+    def counting(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        return original(*arguments)
+
+    original = acqcore._core.fisher_sums
+    monkeypatch.setattr(acqcore._core, "fisher_sums", counting)
+    case = CASES["plain"]()
+    fisher_grad(case.hidden, case.head, case.targets, probes=3, offsets=OFFSETS, backend="cpu")
+    assert calls == 1

@@ -362,7 +362,7 @@ def test_ready_made_options(tiny_model: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("posterior", ["dropout", "isotropic"])
 def test_tells_ignorance_from_ambiguity(posterior: str) -> None:
-    """What it is for, with two probes: keys never seen rank above answers drawn at random and above what is known."""
+    """Two probes rank unseen keys above random answers, and above both those and known keys."""
     path = Path(__file__).parents[1] / "benchmarks" / "toy_student.py"
     spec = importlib.util.spec_from_file_location("toy_student", path)
     assert spec is not None

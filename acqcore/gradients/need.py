@@ -53,7 +53,7 @@ class GradientNeed:
 
 @dataclass(frozen=True)
 class ProbeNeed:
-    """What each of P random cotangents of the logits (``acqcore.fisher``) leaves of a sample; float64 on the CPU.
+    """Squared gradients of a sample under P random cotangents of its logits (``acqcore.fisher``); float64 on the CPU.
 
     Args:
         of: ``sites``, ``sum_s p_s / (1 - p_s) sum_i (o_i g_i)^2`` over the activations o that dropout acts on and their

@@ -97,7 +97,7 @@ class Runner:
                 yield from self._batch(rows, indices)
 
     def _batch(self, rows: Sequence[Row], indices: list[int]) -> Iterator[Found]:
-        """What there is to find of some rows that share a batch, or in batches of one where gradients need that."""
+        """The results of every need for these rows: in one batch, or one row at a time where gradients require it."""
         if len(indices) > 1 and self._gradients is not None and self._gradients.one_by_one:
             for i in indices:
                 yield from self._batch(rows, [i])

@@ -57,7 +57,7 @@ void to_factors(const FisherSumsArgs& args, const Transform& transform, int64_t 
   const float max = static_cast<float>(args.state[row]);
   const int64_t top = args.index[row] - args.head.vocab_start - tile;
   const float inverse = transform.capped ? 1 / transform.after : 0;  // z * inverse = tanh
-  float roots[kTile], slopes[kTile];
+  float roots[kTile], slopes[kTile];  // 0 past the width, where the transform left -inf
   Vec squares = {};
   for (int i = 0; i < width; i += kLanes) {
     const Vec logits = load(z + i);
@@ -71,7 +71,6 @@ void to_factors(const FisherSumsArgs& args, const Transform& transform, int64_t 
     store(roots + i, root);
     store(slopes + i, absent ? Vec{} : 1.0f - t * t);
   }
-  for (int i = width; i % kLanes != 0; ++i) roots[i] = slopes[i] = 0;
   if (top >= 0 && top < width) roots[top] = 0;
   for (int i = 0; i < width; i += kLanes) {
     const Vec root = load(roots + i), slope = load(slopes + i);

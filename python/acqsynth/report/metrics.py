@@ -306,7 +306,7 @@ def _accuracy(right: npt.NDArray[np.float64], skills: Sequence[str | None], leve
 
 
 def _forgotten(right: npt.NDArray[np.float64], base: Answers, level: float) -> dict[str, Any] | None:
-    """What became of the skills that the base student knew; None if it knew none, or the rows name none."""
+    """Change in the skills that the base student had mastered; None if it had none, or the rows name no skills."""
     before = np.array([base.right])  # [1, N]
     known = {name: share for name, (share, _) in accuracy_by_skill(before, base.skills).items() if share >= KNOWN}
     if not known:
