@@ -263,7 +263,7 @@ class Fitter:
             self._targets.copy_(batch.targets)
             fall = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
             self._rate.fill_(rate * min((step + 1) / warm, fall))
-            self._step()
+            self._step(int((batch.prompt + batch.targets.ne(IGNORED).sum(dim=1)).max()) if self._graph is None else None)
         return steps
 
     def test(self, rows: Rows, at_once: int = 250) -> Tested:
@@ -350,15 +350,18 @@ class Fitter:
                 break
         return total / count
 
-    def _step(self) -> None:
+    def _step(self, longest: int | None) -> None:
         if self._graph is None:
-            self._compute()
+            self._compute(longest)
         else:
             self._graph.replay()
 
-    def _compute(self) -> None:
-        """One training step on the buffers; no allocation outlives it and nothing waits for the device."""
-        losses, _ = self._forward.token_losses(self._ids, self._places, self._targets)
+    def _compute(self, longest: int | None = None) -> None:
+        """One training step on the buffers; no allocation outlives it and nothing waits for the device.
+
+        ``longest``: tokens of the batch's longest row, past which is padding; a graph takes all.
+        """
+        losses, _ = self._forward.token_losses(self._ids[:, :longest], self._places, self._targets)
         loss = losses.sum() / self._targets.ne(IGNORED).sum()
         gradients = torch.autograd.grad(loss, self._weights)
         with torch.no_grad():
