@@ -67,9 +67,9 @@ def layers(value: object) -> None:
         raise ValueError(f"layers: expected at least 0 blocks, got {value}")
 
 
-def enough_blocks(asked: int, present: int) -> None:
+def enough_blocks(name: str, asked: int, present: int) -> None:
     if asked > present:
-        raise ValueError(f"layers: expected at most {present} transformer blocks, got {asked}")
+        raise ValueError(f"{name}: expected at most {present} transformer blocks, got {asked}")
 
 
 def probes(value: object) -> None:
