@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from acqsynth.integrations.scorer import scorer_from_environment
-from acqsynth.rewards.reward import prompt_key
+from acqsynth.rewards.trl import prompt_key
 
 
 async def acquisition(task: Any, trace: Any) -> float:

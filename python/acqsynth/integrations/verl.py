@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from acqsynth.integrations.scorer import Scored, scorer_from_environment
-from acqsynth.rewards.reward import prompt_key
+from acqsynth.rewards.trl import prompt_key
 
 #: Keys of ``extra_info`` that identify the prompt of a completion; the first one present counts.
 GROUP_KEYS = ("uid", "prompt", "index")
