@@ -31,7 +31,7 @@ async def acquisition(task: Any, trace: Any) -> float:
         RuntimeError, ValueError, ImportError, AttributeError, TypeError: the environment names no usable reward.
     """
     group = task.idx if task.idx is not None else prompt_key(_plain(task.prompt))
-    return (await scorer_from_environment().coalescer.ask((trace.last_reply, group))).score
+    return (await scorer_from_environment().ask(trace.last_reply, group)).score
 
 
 def _plain(prompt: Any) -> Any:

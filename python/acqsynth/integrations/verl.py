@@ -53,7 +53,7 @@ async def compute_score(
     """
     info = extra_info or {}
     group = next((_key(info[key]) for key in GROUP_KEYS if info.get(key) is not None), None)
-    return _as_dict(await scorer_from_environment().coalescer.ask((solution_str, group)))
+    return _as_dict(await scorer_from_environment().ask(solution_str, group))
 
 
 class AcquisitionRewardManager:
@@ -111,7 +111,7 @@ class AcquisitionRewardManager:
         )
         other = item.non_tensor_batch
         group = next((_key(other[key]) for key in ("uid", "raw_prompt") if other.get(key) is not None), None)
-        result = _as_dict(await scorer_from_environment().coalescer.ask((text, group)))
+        result = _as_dict(await scorer_from_environment().ask(text, group))
         return {"reward_score": result["score"], "reward_extra_info": result}
 
 
