@@ -117,9 +117,10 @@ class Capture:
         self._prepared = False
         rows, length = PROBE
         length = min(length, student.max_length or length)
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(student._vocab_size, (rows, length), generator=generator)
-        self._tokens = tokens.to(student.device)  # of the probe
+        with torch.inference_mode(False):  # autograd keeps them
+            generator = torch.Generator().manual_seed(0)
+            tokens = torch.randint(student._vocab_size, (rows, length), generator=generator)
+            self._tokens = tokens.to(student.device)  # of the probe
         self._by_autograd: dict[torch.Tensor, str] = {}
         #: Names of parameters that have a gradient in the probe, more than rounding.
         self.used: set[str] = set()
@@ -127,6 +128,7 @@ class Capture:
         self._forms: dict[nn.Module, set[tuple[str, str]]] = {}
         self._failed: set[str] | None = None  # names that fit no rule, while the probe runs
         self._active = False
+        self._recomputing = False  # while the backward runs, in which checkpointed modules are called again
         self._shape = (0, 0)
         self._leaf = torch.zeros(())
         self._uses: Counter[str] = Counter()
@@ -306,6 +308,7 @@ class Capture:
             gradient = gradient / self._factor[:, None, None].to(gradient)
         if hidden.requires_grad:
             with _streamed(whole, receive):
+                self._recomputing = True
                 try:
                     inputs = [self._leaf, *whole]
                     torch.autograd.backward(hidden, gradient.to(hidden.dtype), retain_graph=not last, inputs=inputs)
@@ -316,6 +319,8 @@ class Capture:
                     raise ValueError(
                         f"parameters: the gradient of {name} and others cannot be taken: {error}"
                     ) from error
+                finally:
+                    self._recomputing = False
         for name in list(self._pending):  # a call that nothing depends on gets no gradient
             self._finish(name)
 
@@ -377,11 +382,11 @@ class Capture:
     def _after_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> torch.Tensor | None:
-        if not self._active:
-            return None
         names = {key: name for key, name in self._owners[module].items() if self._captured(name)}
         if not names:
             return None
+        if not self._active:
+            return self._tapped_again(output)
         probing = self._failed is not None
         try:
             call = ModuleCall(module, names, args, kwargs, output, *self._shape)
@@ -406,7 +411,7 @@ class Capture:
 
     def _after_site(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self._active:
-            return None
+            return self._tapped_again(output)
         value = first_tensor(output)
         batch, length = self._shape
         if value is None or value.dim() < 2 or value.shape[0] not in (batch, batch * length):
@@ -414,6 +419,14 @@ class Capture:
         self._ran_sites += 1
         receive = partial(self._after_site_backward, module, value.detach())
         return with_first(output, _Tap.apply(value, self._leaf, batch, False, receive))
+
+    def _tapped_again(self, output: Any) -> Any:
+        """The output in a recomputation by checkpointing, which must keep the tensors for the backward that the forward
+        kept: after a tap the graph begins, if not before."""
+        value = first_tensor(output) if self._recomputing else None
+        if value is None:
+            return None
+        return with_first(output, _Tap.apply(value, self._leaf, self._shape[0], False, lambda _: None))
 
     def _after_site_backward(self, module: nn.Module, value: torch.Tensor, gradient: torch.Tensor) -> None:
         if self._factor is not None:
@@ -508,8 +521,11 @@ def _reached(output: torch.Tensor, parameters: Mapping[torch.Tensor, str]) -> li
 def _streamed(
     parameters: Collection[torch.Tensor], receive: Callable[[torch.Tensor, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Context in which gradients of leaves go to ``receive`` one by one; ``grad`` is restored on exit."""
-    kept = [(parameter, parameter.grad) for parameter in parameters]
+    """Context in which gradients of leaves go to ``receive`` one by one; ``grad`` is restored on exit.
+
+    Hooks of others that wait for an accumulated gradient are off: an optimizer in the backward would take a step.
+    """
+    kept = [(parameter, parameter.grad, parameter._post_accumulate_grad_hooks) for parameter in parameters]
 
     def arrived(parameter: torch.Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -517,8 +533,10 @@ def _streamed(
         receive(parameter, gradient)
 
     with ExitStack() as stack:
-        for parameter, gradient in kept:
+        for parameter, gradient, hooks in kept:
             parameter.grad = None
+            parameter._post_accumulate_grad_hooks = None
             stack.callback(setattr, parameter, "grad", gradient)
+            stack.callback(setattr, parameter, "_post_accumulate_grad_hooks", hooks)
             stack.callback(parameter.register_post_accumulate_grad_hook(arrived).remove)
         yield
