@@ -91,6 +91,7 @@ class Capture:
         self._failed: set[str] | None = None  # names that fit no rule, while the probe runs
         # Of a forward.
         self._active = False
+        self._recomputing = False  # while the backward runs, in which checkpointed modules are called again
         self._shape = (0, 0)
         self._leaf = torch.zeros(())
         self._uses: Counter[str] = Counter()
@@ -197,6 +198,7 @@ class Capture:
             gradient = gradient / self._factor[:, None, None].to(gradient)
         if hidden.requires_grad:
             with streamed(whole, receive):
+                self._recomputing = True
                 try:
                     inputs = [self._leaf, *whole]
                     torch.autograd.backward(hidden, gradient.to(hidden.dtype), retain_graph=not last, inputs=inputs)
@@ -207,17 +209,19 @@ class Capture:
                     raise ValueError(
                         f"parameters: the gradient of {name} and others cannot be taken: {error}"
                     ) from error
+                finally:
+                    self._recomputing = False
         for name in list(self._pending):  # a call that nothing depends on gets no gradient
             self._finish(name)
 
     def _after_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> torch.Tensor | None:
-        if not self._active:
-            return None
         names = {key: name for key, name in self.owners[module].items() if self._captured(name)}
         if not names:
             return None
+        if not self._active:
+            return self._tapped_again(output)
         probing = self._failed is not None
         try:
             call = ModuleCall(module, names, args, kwargs, output, *self._shape)
@@ -242,7 +246,7 @@ class Capture:
 
     def _after_site(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not self._active:
-            return None
+            return self._tapped_again(output)
         value = first_tensor(output)
         batch, length = self._shape
         if value is None or value.dim() < 2 or value.shape[0] not in (batch, batch * length):
@@ -250,6 +254,14 @@ class Capture:
         self._ran_sites += 1
         receive = partial(self._after_site_backward, module, value.detach())
         return with_first(output, Tap.apply(value, self._leaf, batch, False, receive))
+
+    def _tapped_again(self, output: Any) -> Any:
+        """The output in a recomputation by checkpointing, which must keep the tensors for the backward that the forward
+        kept: after a tap the graph begins, if not before."""
+        value = first_tensor(output) if self._recomputing else None
+        if value is None:
+            return None
+        return with_first(output, Tap.apply(value, self._leaf, self._shape[0], False, lambda _: None))
 
     def _after_site_backward(self, module: nn.Module, value: torch.Tensor, gradient: torch.Tensor) -> None:
         if self._factor is not None:

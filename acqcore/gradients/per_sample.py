@@ -108,8 +108,9 @@ class SampleGradients:
             if selection.names and selection.head is None and self._capture.used.isdisjoint(selection.names.values()):
                 name = next(iter(selection.names.values()))
                 raise ValueError(
-                    f"parameters: {parameters!r}: {name} and the others have no gradient: the student's forward does "
-                    "not use them, as those of a merged or disabled adapter"
+                    f"parameters: {parameters!r}: {name} and the others have no gradient: the forward of the first "
+                    "samples does not use them, as those of a merged or disabled adapter or of tokens that are not "
+                    "there, or runs without gradients, as under checkpointing with use_reentrant=True"
                 )
 
     def take_one_by_one(self) -> None:

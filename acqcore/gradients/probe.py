@@ -68,11 +68,10 @@ class Probe:
         self._done = False
         self._touched: set[str] = set()  # names of parameters with any gradient in the probe
         rows, length = SHAPE
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(
-            student._vocab_size, (rows, min(length, student.max_length or length)), generator=generator
-        )
-        self._tokens = tokens.to(student.device)
+        length = min(length, student.max_length or length)
+        with torch.inference_mode(False):  # autograd keeps them
+            generator = torch.Generator().manual_seed(0)
+            self._tokens = torch.randint(student._vocab_size, (rows, length), generator=generator).to(student.device)
         #: Whether batches must be of one sample; known once :meth:`prepare` ran.
         self.one_by_one = False
 

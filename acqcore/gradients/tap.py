@@ -44,8 +44,11 @@ class Tap(torch.autograd.Function):
 def streamed(
     parameters: Collection[torch.Tensor], receive: Callable[[torch.Tensor, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Context in which gradients of leaves go to ``receive`` one by one; ``grad`` is restored on exit."""
-    kept = [(parameter, parameter.grad) for parameter in parameters]
+    """Context in which gradients of leaves go to ``receive`` one by one; ``grad`` is restored on exit.
+
+    Hooks of others that wait for an accumulated gradient are off: an optimizer in the backward would take a step.
+    """
+    kept = [(parameter, parameter.grad, parameter._post_accumulate_grad_hooks) for parameter in parameters]
 
     def arrived(parameter: torch.Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -53,8 +56,10 @@ def streamed(
         receive(parameter, gradient)
 
     with ExitStack() as stack:
-        for parameter, gradient in kept:
+        for parameter, gradient, hooks in kept:
             parameter.grad = None
+            parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]  # torch's own initial value
             stack.callback(setattr, parameter, "grad", gradient)
+            stack.callback(setattr, parameter, "_post_accumulate_grad_hooks", hooks)
             stack.callback(parameter.register_post_accumulate_grad_hook(arrived).remove)
         yield
