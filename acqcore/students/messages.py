@@ -280,11 +280,11 @@ def _shown(message: Mapping[str, Any], last: bool) -> list[list[str]]:
     content = message.get("content")
     if isinstance(content, list):
         content = next((part["text"] for part in content if isinstance(part, Mapping) and part.get("text")), None)
-    calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
-    names = [str(call["name"]) for call in calls if isinstance(call, Mapping) and call.get("name")]
+    if not content:
+        calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+        content = next((call["name"] for call in calls if isinstance(call, Mapping) and call.get("name")), "")
     apart = [message[key] for key in _REASONING if last and isinstance(message.get(key), str)]
-    texts = [str(content or ""), *(text for text in dict.fromkeys(apart) if text)]
-    return [*([name] for name in names), *map(_ways, filter(None, texts))] or [[""]]
+    return [_ways(text) for text in dict.fromkeys([str(content), *apart]) if text] or [[""]]
 
 
 def _ways(text: str) -> list[str]:
