@@ -126,10 +126,11 @@ def rendered(
 
 def _text_alone(index: int, content: object) -> None:
     """A template may write a placeholder for an image that the student never gets."""
-    for part in content if isinstance(content, list) else ():
+    parts = content if isinstance(content, list) else []
+    for part in parts:
         kind = str(part.get("type") or next(iter(part), "")) if isinstance(part, Mapping) else ""
         if any(word in kind for word in _UNSEEN):
-            kinds = [part.get("type") if isinstance(part, Mapping) else checks.describe(part) for part in content]
+            kinds = [part.get("type") if isinstance(part, Mapping) else checks.describe(part) for part in parts]
             raise ValueError(
                 f"samples[{index}]: content: expected text, which is all that is scored, got parts {kinds}"
             )
@@ -152,7 +153,7 @@ def _joined(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
         return dict(message)
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
     if not all(isinstance(text, str) for text in texts):
-        kinds = [part.get("type") if isinstance(part, Mapping) else checks.describe(part) for part in content]
+        kinds = [part.get("type") if isinstance(part, Mapping) else checks.describe(part) for part in parts]
         raise ValueError(
             f"samples[{index}]: content: expected text, which is all that the chat template takes, got parts {kinds}"
         )

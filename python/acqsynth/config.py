@@ -19,8 +19,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from acqsynth.recipes import recipes
 
-BUNDLED = "bundled:"  #: prefix of sources that are in the package
-
 T = TypeVar("T")
 
 
