@@ -467,6 +467,13 @@ class TestContent:
         (same,) = encoded([{"messages": [{"role": "user", "content": "a fox?"}, reply]}])
         assert row.ids.tolist() == same.ids.tolist()
 
+    def test_parts_that_a_template_of_strings_cannot_take(self, encoded: Any) -> None:
+        user = {"role": "user", "content": [{"type": "file", "file": "x"}, "a fox?"]}
+        with pytest.raises(
+            ValueError, match=r"content: expected text, .* chat template takes, got parts \['file', 'str'\]"
+        ):
+            encoded([{"messages": [user, TestOneBadRow.REPLY]}])
+
     def test_a_template_of_lists_gets_lists(self, encoded: Any, tokenizer: Any) -> None:
         from transformers import PreTrainedTokenizerFast
 

@@ -130,10 +130,13 @@ def _text_alone(index: int, content: object) -> None:
     for part in parts:
         kind = str(part.get("type") or next(iter(part), "")) if isinstance(part, Mapping) else ""
         if any(word in kind for word in _UNSEEN):
-            kinds = [part.get("type") if isinstance(part, Mapping) else checks.describe(part) for part in parts]
             raise ValueError(
-                f"samples[{index}]: content: expected text, which is all that is scored, got parts {kinds}"
+                f"samples[{index}]: content: expected text, which is all that is scored, got parts {_kinds(parts)}"
             )
+
+
+def _kinds(parts: Sequence[Any]) -> list[Any]:
+    return [part.get("type") if isinstance(part, Mapping) else checks.describe(part) for part in parts]
 
 
 def _takes_lists(tokenizer: Any) -> bool:
@@ -153,9 +156,9 @@ def _joined(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
         return dict(message)
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
     if not all(isinstance(text, str) for text in texts):
-        kinds = [part.get("type") if isinstance(part, Mapping) else checks.describe(part) for part in parts]
         raise ValueError(
-            f"samples[{index}]: content: expected text, which is all that the chat template takes, got parts {kinds}"
+            f"samples[{index}]: content: expected text, which is all that the chat template takes, got parts "
+            f"{_kinds(content)}"
         )
     return {**message, "content": "".join(map(str, texts))}
 
