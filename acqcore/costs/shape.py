@@ -67,7 +67,7 @@ def read_config(source: str | os.PathLike[str]) -> Any:
         from transformers import AutoConfig
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"reading the configuration of {os.fspath(source)!r} needs transformers: run 'pip install acqcore[train]'"
+            f'reading the configuration of {os.fspath(source)!r} needs transformers: run pip install "acqcore[train]"'
         ) from error
     return AutoConfig.from_pretrained(os.fspath(source))
 

@@ -118,7 +118,7 @@ class Student:
             from transformers import AutoModelForCausalLM
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"loading {str(path)!r} needs transformers: run 'pip install acqcore[train]'"
+                f'loading {str(path)!r} needs transformers: run pip install "acqcore[train]"'
             ) from error
         path = os.fspath(path)
         check_request(path, dtype, device)
