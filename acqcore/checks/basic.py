@@ -58,6 +58,14 @@ def positive_int(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected an int >= 1, got {value}")
 
 
+def within(name: str, value: object, least: int, most: int) -> None:
+    """``value`` is an int from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {describe(value)}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}: expected {least} to {most}, got {value}")
+
+
 def one_of(name: str, value: object, known: Collection[str]) -> None:
     """``value`` is one of the ``known`` names; the message lists them and the nearest."""
     if not isinstance(value, str):

@@ -54,6 +54,11 @@ class Block:
     offset: int
 
 
+def located(path: Path, line: int, message: str) -> str:
+    """``message`` about a record, with its place in the file: ``data.jsonl: line 3: ...``."""
+    return f"{path}: {'line' if path.suffix == '.jsonl' else 'row'} {line}: {message}"
+
+
 def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], list[str]]:
     """The blocks of a file's first ``limit`` rows, and every column that occurs; no row is kept.
 

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from acqcore.files.atomic import atomically
+
 _PART = re.compile(r"part-\d{6}\.parquet")
 
 
@@ -26,16 +28,12 @@ def write_block(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
     Raises:
         ModuleNotFoundError: parquet without pyarrow.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        columns = {name: _arrow(values) for name, values in table.items()}
-        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
-    else:
+    with atomically(path) as temporary:
+        if path.suffix == ".parquet":
+            _write_parquet(temporary, {name: _arrow(values) for name, values in table.items()})
+            return
         with temporary.open("w", newline="", encoding="utf-8") as file:
             _write_lines(file, path.suffix, table)
-    os.replace(temporary, path)
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], source: Path) -> None:
@@ -49,23 +47,23 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[
     Raises:
         ModuleNotFoundError: parquet without pyarrow.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomically(path) as temporary:
         if path.suffix == ".parquet":
-            import pyarrow.parquet
+            types = _types(source, columns)
+            _write_parquet(temporary, {name: _arrow([row.get(name) for row in rows], kind) for name, kind in types})
+            return
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            if path.suffix == ".csv":
+                csv.writer(file).writerow(_text(column) for column in columns)
+            for row in rows:
+                present = columns if path.suffix == ".csv" else [name for name in columns if name in row]
+                _write_lines(file, path.suffix, {name: [row.get(name)] for name in present})
 
-            table = {name: _arrow([row.get(name) for row in rows], kind) for name, kind in _types(source, columns)}
-            pyarrow.parquet.write_table(pyarrow.table(table), temporary)
-        else:
-            with temporary.open("w", newline="", encoding="utf-8") as file:
-                if path.suffix == ".csv":
-                    csv.writer(file).writerow(_text(column) for column in columns)
-                for row in rows:
-                    present = columns if path.suffix == ".csv" else [name for name in columns if name in row]
-                    _write_lines(file, path.suffix, {name: [row.get(name)] for name in present})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+def _write_parquet(path: Path, columns: Mapping[str, Any]) -> None:
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
 def _types(source: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -24,8 +24,6 @@ except ModuleNotFoundError as error:  # rewards import this module, so a bare in
         f'acqsynth needs {error.name}: run pip install "acqcore[train]"', name=error.name
     ) from None
 
-BUNDLED = "bundled:"  #: prefix of sources that are in the package
-
 T = TypeVar("T")
 
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from acqcore import checks
 from acqsynth import engines, label, models
-from acqsynth.config import BUNDLED, Config, ConfigError, OtherSource, RewardConfig, Source, ValidityConfig
+from acqsynth.config import Config, ConfigError, OtherSource, RewardConfig, Source, ValidityConfig
 from acqsynth.domains import Domain, domain as find_domain
 from acqsynth.domains.data import is_local
 from acqsynth.engines import Sampling
-from acqsynth.seeds import bundled
+from acqsynth.seeds import BUNDLED, bundled
 
 
 def check(config: Config) -> None:

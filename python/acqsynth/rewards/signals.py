@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 
 import acqcore
+from acqcore.acquisitions import REGISTRY
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Completion, Engine, Sampling
 from acqsynth.label import cluster
@@ -41,8 +42,6 @@ NEEDED = {
     "influence": ("reference", "samples or an acqcore.Reference"),
     "archive_novelty": ("archive", "an acqcore.Archive"),
 }
-#: Acquisitions whose values depend on the other samples of the call.
-SET_LEVEL = frozenset({"gradient_diversity"})
 
 
 @runtime_checkable
@@ -100,7 +99,7 @@ class AcquisitionSignal:
         self.scorer = scorer
         self.acquisition = acquisition
         self.name = name or acquisition
-        self.set_level = acquisition in SET_LEVEL
+        self.set_level = REGISTRY[acquisition].over == "set"
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         return self.scorer(samples).values[self.acquisition]

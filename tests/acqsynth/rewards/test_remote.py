@@ -17,7 +17,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 import acqcore
 from acqsynth.rewards import AcquisitionReward
-from acqsynth.rewards.reward import RemoteAcquisitionReward
+from acqsynth.rewards.acquisition import RemoteAcquisitionReward
 from acqsynth.serve.app import Service, create_app
 from acqsynth.serve.client import ScorerError
 from acqsynth.serve.students import Students
