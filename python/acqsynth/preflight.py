@@ -70,7 +70,7 @@ def on_this_machine(config: Config) -> None:
     """
     engine = config.engine
     if engine.name == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ConfigError("engine.name: vllm is not installed: run 'pip install acqcore[vllm]'")
+        raise ConfigError('engine.name: vllm is not installed: run pip install "acqcore[vllm]"')
     device = engine.options.get("device")
     _checked("engine.options", checks.device, "device", None if device is None else str(device))
     for key, name in _models(config):

@@ -168,5 +168,5 @@ def test_bad_arguments(options, error, message):
 def test_without_httpx_it_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "acqsynth.serve.client", raising=False)
     monkeypatch.setitem(sys.modules, "httpx", None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs httpx, .*run 'pip install acqcore\[serve\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'needs httpx, .*run pip install "acqcore\[serve\]"'):
         AcquisitionReward(url=URL)
