@@ -280,7 +280,7 @@ class Capture:
         call = calls.pop() if self._last else calls[0]  # the last backward frees the module's input
         if not any(map(self._taken, call.names.values())):
             return
-        self._recomputing = False  # a rule may call the module, which is then not tapped
+        self._recomputing = False  # a module called for its pieces is not one that checkpointing calls again
         try:
             pieces = call.pieces(gradient)
         except Uncovered:
