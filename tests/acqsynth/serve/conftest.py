@@ -91,6 +91,17 @@ def root(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: 
 
 
 @pytest.fixture
+def memory() -> Callable[[subprocess.Popen[str], str], float]:
+    """``memory(process, field)``, MiB of a process: ``VmRSS`` now, ``VmHWM`` at most."""
+
+    def read(process: subprocess.Popen[str], field: str) -> float:
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+    return read
+
+
+@pytest.fixture
 def start(root: Path) -> Iterator[Start]:
     """``start("--option", ...)``: a server of the student ``one``, and its URL."""
     started: list[subprocess.Popen[str]] = []

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -61,13 +59,9 @@ BODIES: dict[str, tuple[bytes, set[int]]] = {
 }  # fmt: skip
 
 
-def memory(process: subprocess.Popen[str], field: str) -> float:
-    """MiB of a process: ``VmRSS`` now, ``VmHWM`` at most."""
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def test_bodies_of_8_mib_are_answered_at_once_beside_others(start: Callable[..., Any]) -> None:
+def test_bodies_of_8_mib_are_answered_at_once_beside_others(
+    start: Callable[..., Any], memory: Callable[..., float]
+) -> None:
     process, url = start()
     small = json.dumps({"samples": ["a fox", "a dog"]}).encode()
     waits: list[float] = []
@@ -106,7 +100,7 @@ def test_bodies_of_8_mib_are_answered_at_once_beside_others(start: Callable[...,
     assert memory(process, "VmHWM") - idle < 1024
 
 
-def test_many_large_bodies_at_once_are_bounded(start: Callable[..., Any]) -> None:
+def test_many_large_bodies_at_once_are_bounded(start: Callable[..., Any], memory: Callable[..., float]) -> None:
     process, url = start("--max-bodies", str(24 << 20))
     body, _ = BODIES["one text of wide characters"]
 
