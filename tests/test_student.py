@@ -325,7 +325,7 @@ class TestLoad:
 
     def test_without_transformers(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "transformers", None)
-        with pytest.raises(ModuleNotFoundError, match=r"pip install acqcore\[train\]"):
+        with pytest.raises(ModuleNotFoundError, match=r'pip install "acqcore\[train\]"'):
             acqcore.Student.load("some/model")
 
     def test_import_takes_nothing_heavy(self) -> None:

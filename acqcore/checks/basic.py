@@ -123,7 +123,7 @@ def at_most(name: str, value: int, limit: int, what: str) -> None:
 
 def installed(module: str, what: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise ModuleNotFoundError(f"{what} needs {module}: run 'pip install acqcore[{extra}]'")
+        raise ModuleNotFoundError(f'{what} needs {module}: run pip install "acqcore[{extra}]"')
 
 
 def device(name: str, value: object) -> None:

@@ -53,7 +53,7 @@ def _load(module: str, what: str, extra: str) -> Any:
         if name in ("", "acqcore", "acqsynth"):
             raise
         raise MissingExtraError(
-            f"{what} needs {name}, which is not installed: run 'pip install acqcore[{extra}]'"
+            f'{what} needs {name}, which is not installed: run pip install "acqcore[{extra}]"'
         ) from error
 
 

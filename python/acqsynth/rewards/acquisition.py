@@ -246,7 +246,7 @@ class RemoteAcquisitionReward(AcquisitionReward):
             from acqsynth.serve.client import ScorerClient
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f"url: asking a server needs {error.name}, which is not installed: run 'pip install acqcore[serve]'"
+                f'url: asking a server needs {error.name}, which is not installed: run pip install "acqcore[serve]"'
             ) from error
         if student is not None:
             raise ValueError("student: expected none beside url, the server has its own")
