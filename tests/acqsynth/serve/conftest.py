@@ -86,6 +86,17 @@ def root(model, tokenizer, tmp_path):
 
 
 @pytest.fixture
+def memory():
+    """``memory(process, field)``, MiB of a process: ``VmRSS`` now, ``VmHWM`` at most."""
+
+    def read(process, field):
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+    return read
+
+
+@pytest.fixture
 def start(root):
     """``start("--option", ...)``: a server of the student ``one``, and its URL."""
     started = []
