@@ -58,7 +58,7 @@ def streamed(
     with ExitStack() as stack:
         for parameter, gradient, hooks in kept:
             parameter.grad = None
-            parameter._post_accumulate_grad_hooks = None
+            parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]  # torch's own initial value
             stack.callback(setattr, parameter, "grad", gradient)
             stack.callback(setattr, parameter, "_post_accumulate_grad_hooks", hooks)
             stack.callback(parameter.register_post_accumulate_grad_hook(arrived).remove)

@@ -126,13 +126,17 @@ def rendered(
 
 def _text_alone(index: int, content: object) -> None:
     """A template may write a placeholder for an image that the student never gets."""
-    for part in content if isinstance(content, list) else ():
+    parts = content if isinstance(content, list) else []
+    for part in parts:
         kind = str(part.get("type") or next(iter(part), "")) if isinstance(part, Mapping) else ""
         if any(word in kind for word in _UNSEEN):
-            kinds = [part.get("type") if isinstance(part, Mapping) else checks.describe(part) for part in content]
             raise ValueError(
-                f"samples[{index}]: content: expected text, which is all that is scored, got parts {kinds}"
+                f"samples[{index}]: content: expected text, which is all that is scored, got parts {_kinds(parts)}"
             )
+
+
+def _kinds(parts: Sequence[Any]) -> list[Any]:
+    return [part.get("type") if isinstance(part, Mapping) else checks.describe(part) for part in parts]
 
 
 def _takes_lists(tokenizer: Any) -> bool:
@@ -152,9 +156,9 @@ def _joined(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
         return dict(message)
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
     if not all(isinstance(text, str) for text in texts):
-        kinds = [part.get("type") if isinstance(part, Mapping) else checks.describe(part) for part in content]
         raise ValueError(
-            f"samples[{index}]: content: expected text, which is all that the chat template takes, got parts {kinds}"
+            f"samples[{index}]: content: expected text, which is all that the chat template takes, got parts "
+            f"{_kinds(content)}"
         )
     return {**message, "content": "".join(map(str, texts))}
 
@@ -280,11 +284,11 @@ def _shown(message: Mapping[str, Any], last: bool) -> list[list[str]]:
     content = message.get("content")
     if isinstance(content, list):
         content = next((part["text"] for part in content if isinstance(part, Mapping) and part.get("text")), None)
-    calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
-    names = [str(call["name"]) for call in calls if isinstance(call, Mapping) and call.get("name")]
+    if not content:
+        calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+        content = next((call["name"] for call in calls if isinstance(call, Mapping) and call.get("name")), "")
     apart = [message[key] for key in _REASONING if last and isinstance(message.get(key), str)]
-    texts = [str(content or ""), *(text for text in dict.fromkeys(apart) if text)]
-    return [*([name] for name in names), *map(_ways, filter(None, texts))] or [[""]]
+    return [_ways(text) for text in dict.fromkeys([str(content), *apart]) if text] or [[""]]
 
 
 def _ways(text: str) -> list[str]:

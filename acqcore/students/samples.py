@@ -15,9 +15,9 @@ The whole text is tokenized at once: tokens of joined pieces may differ from tho
 with the first token whose span ends after the prompt, so a token across the boundary is scored. A table with these
 columns (``datasets.Dataset``, pandas, polars, Arrow, a mapping of lists) is a list of its rows. A number is its text,
 and other keys and columns are not read, except ``tools`` and ``chat_template_kwargs`` of conversations, which go to the
-chat template. Tools, reasoning and tool calls of the reply that a template leaves out are refused, and so are images.
-Of a conversation the reply alone is scored, or it is refused; a template that marks what the assistant
-generates decides which of its tokens. Rows from :func:`encode` are samples too.
+chat template. Of a conversation the reply alone is scored, or it is refused, as where a template leaves out its
+reasoning, or where there are images; a template that marks what the assistant generates decides which of its tokens.
+Rows from :func:`encode` are samples too.
 """
 
 from __future__ import annotations
@@ -229,10 +229,6 @@ def _conversation(
         raise ValueError(f"samples[{index}]: the completion is empty, there is nothing to score")
 
     text = sound(index, "messages", rendered(index, tokenizer, [*context, *reply], False, **options))
-    if "tools" in options:
-        without = {key: value for key, value in options.items() if key != "tools"}
-        if text == rendered(index, tokenizer, [*context, *reply], False, **without):
-            raise ValueError(f"samples[{index}]: tools: the chat template does not write them")
     start = reply_start(index, tokenizer, text, context, reply, options)
     return _Text(text, start, True, generated(index, tokenizer, [*context, *reply], options))
 

@@ -166,6 +166,7 @@ def train_generator(
     ``candidates``, for DPO: how the candidates of a prompt are drawn, and how many.
     """
     from acqsynth import train, write
+    from acqsynth.callbacks import newest_checkpoint
 
     reward = scoring.build()
     seeds = read_rows(scoring.seeds)
@@ -191,7 +192,7 @@ def train_generator(
             folder = Path(scoring.reward.refresh_from or output)
 
             def newer(step: int) -> None:
-                if (path := train.newest_checkpoint(folder, step)) is not None:
+                if (path := newest_checkpoint(folder, step)) is not None:
                     context.say(f"step {step}: the reward scores with {path}")
                     reward.refresh(str(path))
 

@@ -9,6 +9,13 @@ from acqsynth.rewards.acquisition import (
     AcquisitionReward as AcquisitionReward,
     reward_from_environment as _reward_from_environment,
 )
+from acqsynth.rewards.answers import (
+    AnswerVariance as AnswerVariance,
+    Confidence as Confidence,
+    Learnability as Learnability,
+    SampledAnswers as SampledAnswers,
+    SemanticEntropy as SemanticEntropy,
+)
 from acqsynth.rewards.gates import Gate as Gate, default_gates as default_gates
 from acqsynth.rewards.paper import PaperReward as PaperReward
 from acqsynth.rewards.result import Rewards as Rewards
@@ -16,14 +23,9 @@ from acqsynth.rewards.reward import ComposedReward as ComposedReward
 from acqsynth.rewards.scoring import STUDENT_VARIABLE as STUDENT_VARIABLE, Scorer as Scorer
 from acqsynth.rewards.signals import (
     AcquisitionSignal as AcquisitionSignal,
-    AnswerVariance as AnswerVariance,
-    Confidence as Confidence,
     Diversity as Diversity,
     Gradient as Gradient,
-    Learnability as Learnability,
     Proximity as Proximity,
-    SampledAnswers as SampledAnswers,
-    SemanticEntropy as SemanticEntropy,
     Signal as Signal,
     acquisition_signals as acquisition_signals,
 )

@@ -31,11 +31,12 @@ import acqcore
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Engine
 from acqsynth.rewards import parts
+from acqsynth.rewards.answers import Learnability, SampledAnswers
 from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.fusion import BOUNDED, HISTORY, METHODS, LengthBins, checked_weights, fuse
 from acqsynth.rewards.gates import Gate, Label, default_gates, require_samples
 from acqsynth.rewards.result import Entry, Rewards, set_floor
-from acqsynth.rewards.signals import Diversity, Learnability, SampledAnswers, Signal, acquisition_signals
+from acqsynth.rewards.signals import Diversity, Signal, acquisition_signals
 from acqsynth.rewards.texts import Embedder, NgramEmbedder
 from acqsynth.rewards.trl import (
     Completion,

@@ -25,10 +25,8 @@ import acqcore
 from acqsynth.batching import Batcher
 from acqsynth.integrations.openrlhf import response_of
 from acqsynth.parsing import parse_sample
-from acqsynth.serve.auth import Access
 from acqsynth.serve.errors import BusyError, InvalidRequestError, ServiceError, StoppingError, TooLargeError
-from acqsynth.serve.gate import Gate, error_response
-from acqsynth.serve.metrics import Metrics
+from acqsynth.serve.middleware import Access, Gate, Metrics, error_response
 from acqsynth.serve.options import Limits
 from acqsynth.serve.routes import JsonRoute, answered
 from acqsynth.serve.schema import (

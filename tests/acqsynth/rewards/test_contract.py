@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import PlainDomain
 
 from acqsynth.domains import Sample
 from acqsynth.rewards import AcquisitionReward, ComposedReward, combined
@@ -17,16 +18,14 @@ from acqsynth.rewards.scoring import Scored
 from acqsynth.rewards.trl import warn_of_mask
 
 
-class Words:
+class Words(PlainDomain):
     """Any text is a sample that asks for itself."""
-
-    name = "words"
 
     def parse(self, text: str) -> Sample | None:
         return Sample(question=text, answer="1") if text else None
 
 
-WORDS: Any = Words()
+WORDS = Words()
 
 
 class Trainer:

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import acqcore
 from acqsynth.parsing import parse_sample
 from acqsynth.serve.app import Service
-from acqsynth.serve.auth import Access
+from acqsynth.serve.middleware import Access
 from acqsynth.serve.schema import served_acquisitions
 from acqsynth.serve.students import Question, Values
 
