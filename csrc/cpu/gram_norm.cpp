@@ -118,7 +118,7 @@ double norm_of(const GramNormArgs& args, const Inner& inner, const Workspace& ws
   for (int64_t i = 0; i < count; i += kPanelRows) {
     const int present = static_cast<int>(lesser(kPanelRows, count - i));
     for (int k = 0; k < present; ++k) numbers[k] = ws.rows[i + k].number;
-    pack_panel(head.hidden, numbers, 0, present, kPanelRows, inner.pairs, 0, inner.units, ws.hidden + i * inner.units);
+    pack_rows(head.hidden, numbers, present, inner.pairs, inner.units, ws.hidden + i * inner.units);
   }
   special_gram(args, inner, ws, count, distinct);
 
@@ -180,6 +180,7 @@ bool gram_norm(const GramNormArgs& args) {
   if (scratch.missing()) return false;
 #pragma omp parallel for num_threads(args.head.threads) schedule(dynamic, 1)
   for (int64_t s = 0; s < gram.samples; ++s) {
+    const Tiles tiles;
     Arena arena(scratch.as<char>() + thread_number() * layout.used());
     const Workspace ws = carve(arena);
     args.squared[s] = norm_of(args, inner, ws, gram.bounds[2 * s], gram.bounds[2 * s + 1],

@@ -12,7 +12,7 @@ namespace acqcore::ACQCORE_ISA {
 namespace {
 
 constexpr int64_t kMaxSplits = 32;               // as in row_stats.cpp: float32 suffices for a split
-constexpr int64_t kBlockRows = 64 * kPanelRows;  // at most; a tile's weights are packed once for them
+constexpr int64_t kBlockRows = 64 * kVectorRows;  // at most; a tile's weights are packed once for them
 
 // Scratch of one thread.
 struct Workspace {
@@ -84,8 +84,8 @@ void run_block(const HiddenGradArgs& args, const Inner& inner, const Transform& 
   const HeadArgs& head = args.head;
   const int64_t whole = ceil_div(count, kPanelRows) * kPanelRows;
   for (int64_t i = 0; i < whole; i += kPanelRows) {
-    pack_panel(head.hidden, rows + i, 0, static_cast<int>(lesser(kPanelRows, count - i)), kPanelRows, inner.pairs, 0,
-               inner.units, ws.hidden + i * inner.units);
+    pack_rows(head.hidden, rows + i, static_cast<int>(lesser(kPanelRows, count - i)), inner.pairs, inner.units,
+              ws.hidden + i * inner.units);
   }
   for (int64_t i = 0; i < count; ++i) {
     clear(ws.states[i]);
@@ -154,6 +154,7 @@ bool hidden_grad(const HiddenGradArgs& args) {
 
 #pragma omp parallel for num_threads(head.threads) schedule(dynamic, 1)
   for (int64_t begin = 0; begin < scored; begin += block) {
+    const Tiles tiles;
     Arena arena(scratch.as<char>() + thread_number() * layout.used());
     run_block(args, inner, transform, rows + begin, lesser(block, scored - begin), columns, carve(arena));
   }

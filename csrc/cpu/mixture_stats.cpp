@@ -109,11 +109,11 @@ struct Workspace {
   float* logits;      // [1 or block_rows / kPanelRows, K, kPanelRows, kTile]
   float* partial;     // block form: [depth / block_units, kPanelRows, kTile]
   LaneState* lanes;   // [block_rows, K]
-  bool* keep;         // [units of a row, and one more]
+  bool* keep;         // [2 units]
 };
 
 // Packs a panel of rows, once for each draw that has hidden states of its own, or with the masks of its blocks.
-void pack_rows(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chunk, int64_t panel, bool* keep) {
+void pack_draws(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chunk, int64_t panel, bool* keep) {
   const int64_t first = panel * kPanelRows;
   const int count = static_cast<int>(lesser(kPanelRows, chunk.count - first));
   const int64_t plane = plan.inner.units * kPanelRows;
@@ -121,7 +121,7 @@ void pack_rows(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chun
   const int64_t* rows = chunk.rows + first;
   const Dropout& dropout = args.dropout;
   const auto pack = [&](const int64_t* numbers, float* to) {
-    pack_panel(args.head.hidden, numbers, 0, count, kPanelRows, plan.inner.pairs, 0, plan.inner.units, to);
+    pack_rows(args.head.hidden, numbers, count, plan.inner.pairs, plan.inner.units, to);
   };
   if (dropout.form == Draws::kGiven) {
     for (int k = 0; k < args.draws; ++k) {
@@ -133,7 +133,7 @@ void pack_rows(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chun
     float* whole = out + (args.draws - 1) * plane;  // the last draw is masked in place
     pack(rows, whole);
     const int64_t columns = args.head.hidden.columns;
-    keep[columns] = true;  // of the zero that fills an odd last pair
+    for (int64_t c = columns; c < 2 * plan.inner.units; ++c) keep[c] = true;  // of the zeros that fill pairs
     for (int k = 0; k < args.draws; ++k) {
       for (int i = 0; i < kPanelRows; ++i) {
         if (i < count) keep_units(dropout, rows[i], k, 0, columns, keep);
@@ -389,7 +389,7 @@ bool mixture_stats(const MixtureStatsArgs& args) {
   const auto carve = [&](Arena& arena) {
     return Workspace{arena.take<float>(kTile * plan.inner.depth), arena.take<float>(planes * kPlane),
                      arena.take<float>(partials * kPlane), arena.take<LaneState>(plan.block_rows * args.draws),
-                     arena.take<bool>(args.head.hidden.columns + 4)};
+                     arena.take<bool>(2 * plan.inner.units + 4)};
   };
   Chunk chunk{};
   const auto carve_chunk = [&](Arena& arena) {
@@ -425,10 +425,11 @@ bool mixture_stats(const MixtureStatsArgs& args) {
     const int64_t tasks = blocks * plan.splits;
 #pragma omp parallel num_threads(args.head.threads)
     {
+      const Tiles tiles;
       Arena arena(thread_scratch.as<char>() + thread_number() * layout.used());
       const Workspace ws = carve(arena);
 #pragma omp for
-      for (int64_t p = 0; p < panels; ++p) pack_rows(args, plan, chunk, p, ws.keep);
+      for (int64_t p = 0; p < panels; ++p) pack_draws(args, plan, chunk, p, ws.keep);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < tasks; ++task) {
         const int64_t first = task % blocks * plan.block_rows;

@@ -343,6 +343,7 @@ bool row_stats(const RowStatsArgs& args) {
     const int64_t sample_begin = blocks[chunk.begin].sample_begin, sample_end = blocks[chunk.end - 1].sample_end;
 #pragma omp parallel num_threads(head.threads)
     {
+      const Tiles tiles;
       Arena arena(thread_scratch.as<char>() + thread_number() * layout.used());
       const Workspace ws = carve(arena);
       double* scale = arena.take<double>(plan.slots * limits.padded);
@@ -351,8 +352,8 @@ bool row_stats(const RowStatsArgs& args) {
         int64_t b = chunk.begin;
         while (b + 1 < chunk.end && blocks[b + 1].panel <= p) ++b;
         const int64_t row = blocks[b].begin + (p - blocks[b].panel) * kPanelRows;
-        pack_panel(head.hidden, rows + row, 0, static_cast<int>(lesser(kPanelRows, blocks[b].end - row)), kPanelRows,
-                   plan.inner.pairs, 0, plan.inner.units, shared.hidden + p * kPanelRows * plan.inner.units);
+        pack_rows(head.hidden, rows + row, static_cast<int>(lesser(kPanelRows, blocks[b].end - row)), plan.inner.pairs,
+                  plan.inner.units, shared.hidden + p * kPanelRows * plan.inner.units);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < block_count * plan.slots; ++task) {
