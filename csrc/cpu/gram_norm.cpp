@@ -28,7 +28,8 @@ struct Workspace {
   float* bias;        // [kTile], of the columns of a tile
   float* hidden;      // [padded / kPanelRows, units, kPanelRows]
   float* right;       // [units, kPanelColumns]
-  float* delta;       // [padded, kTile]
+  float* delta;       // [gram_rows, kTile]
+  float* split;       // [gram_scratch]
   float* gram;        // of the deltas
 };
 
@@ -83,7 +84,7 @@ void special_gram(const GramNormArgs& args, const Inner& inner, const Workspace&
       to_delta(ws.rows[i], transform, tile, width, z);
     }
     for (int64_t i = count; i < padded; ++i) memset(ws.delta + i * kTile, 0, 4 * n);
-    add_to_gram(ws.delta, padded, n, ws.gram);
+    add_to_gram(ws.delta, padded, n, ws.gram, ws.split);
   }
 }
 
@@ -172,6 +173,7 @@ bool gram_norm(const GramNormArgs& args) {
                      arena.take<float>(rows * inner.units),
                      arena.take<float>(inner.units * kPanelColumns),
                      arena.take<float>(rows * kTile),
+                     arena.take<float>(gram_scratch(gram_padded(longest))),
                      arena.take<float>(gram_elements(gram_padded(longest)))};
   };
   Arena layout(nullptr);

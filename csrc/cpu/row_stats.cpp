@@ -141,8 +141,9 @@ struct Workspace {
   float* weights;     // [kTile / kPanelColumns, depth, kPanelColumns]
   float* logits;      // [block_rows or kPanelRows, kTile]
   LaneState* lanes;   // [block_rows]
-  float* factors;     // [padded, kTile], of a sample
+  float* factors;     // [gram_rows, kTile], of a sample
   float* scale;       // [padded], by how much its rows of the Gram shrink
+  float* split;       // [gram_scratch]
 };
 
 // What the threads share of a chunk.
@@ -170,7 +171,7 @@ void finish_tile(const Sample& sample, const Workspace& ws, int64_t tile, int wi
   bool rescaled = false;
   for (int64_t i = 0; i < rows; ++i) rescaled = rescaled || ws.scale[i] != 1;
   if (rescaled) rescale_gram(ws.scale, padded, gram);
-  add_to_gram(ws.factors, padded, n, gram);
+  add_to_gram(ws.factors, padded, n, gram, ws.split);
 }
 
 // One task.
@@ -311,8 +312,8 @@ bool row_stats(const RowStatsArgs& args) {
   const int64_t logit_rows = plan.inner.depth < plan.inner.units ? limits.block_rows + kPanelRows : kPanelRows;
   const auto carve = [&](Arena& arena) {
     return Workspace{arena.take<float>(kTile * plan.inner.depth), arena.take<float>(logit_rows * kTile),
-                     arena.take<LaneState>(limits.block_rows), arena.take<float>(limits.padded * kTile),
-                     arena.take<float>(limits.padded)};
+                     arena.take<LaneState>(limits.block_rows), arena.take<float>(gram_rows(limits.padded) * kTile),
+                     arena.take<float>(limits.padded), arena.take<float>(gram_scratch(limits.padded))};
   };
   Shared shared{};
   const auto carve_chunk = [&](Arena& arena) {

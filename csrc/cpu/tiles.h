@@ -88,14 +88,76 @@ inline void tile_product(const float* a /* [k / kTileUnits, 32, kTileUnits] */, 
   } while (step < k);
 }
 
+// The part of x that bfloat16 holds; the rest is below 2^-8 of it.
+inline Vec high_part(Vec x) { return (Vec)((IntVec)x & int32_t(0xffff0000u)); }
+
+// Panels [n / 32, kPanelRows, kTileUnits] of pairs of bfloat16 whose sum is x to 2^-17. n is a multiple of kLanes.
+inline void split_panel(const float* x /* [kPanelRows, n] */, int64_t stride, int n, float* high, float* low) {
+  for (int k = 0; k < n; k += 2 * kLanes) {
+    for (int i = 0; i < kPanelRows; ++i) {
+      const Vec a = load(x + i * stride + k), b = k + kLanes < n ? load(x + i * stride + k + kLanes) : Vec{};
+      const Vec a_high = high_part(a), b_high = high_part(b);
+      const int64_t place = (k / 2 / kTileUnits * kPanelRows + i) * kTileUnits;
+      store(high + place, (Vec)_mm512_cvtne2ps_pbh((__m512)b_high, (__m512)a_high));
+      store(low + place, (Vec)_mm512_cvtne2ps_pbh((__m512)(b - b_high), (__m512)(a - a_high)));
+    }
+  }
+}
+
+// Both halves of a panel [k / kTileUnits, kPanelRows, kTileUnits] as columns [k, kPanelRows].
+inline void transpose_panel(const float* panel, int64_t k, float* columns) {
+  for (int64_t u = 0; u < k; u += kTileUnits) {
+    for (int half = 0; half < kPanelRows; half += kTileRows) {
+      Vec v[kLanes];
+      for (int i = 0; i < kTileRows; ++i) v[i] = load(panel + (u / kTileUnits * kPanelRows + half + i) * kTileUnits);
+      transpose(v);
+      for (int i = 0; i < kTileUnits; ++i) store(columns + (u + i) * kPanelRows + half, v[i]);
+    }
+  }
+}
+
+// out [32, 32] = left right^T of factors split in two; what the two low parts make of each other is below 2^-16.
+inline void tile_gram(const float* left_high, const float* left_low /* [k / kTileUnits, 32, kTileUnits] */,
+                      const float* right_high, const float* right_low /* [k, 32] */, int64_t k, float* out) {
+  constexpr int kSide = 32, kBelow = kTileRows * kTileUnits;
+  const float* lefts[] = {left_high, left_high, left_low};
+  const float* rights[] = {right_high, right_low, right_high};
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int part = 0; part < 3; ++part) {
+    for (int64_t step = 0; step < k; step += kTileUnits) {
+      const float* a = lefts[part] + step * kSide;
+      const float* b = rights[part] + step * kSide;
+      _tile_loadd(4, a, 4 * kTileUnits);
+      _tile_loadd(6, b, 4 * kSide);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, b + kTileUnits, 4 * kSide);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a + kBelow, 4 * kTileUnits);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  float* below = out + kTileRows * kSide;
+  _tile_stored(0, out, 4 * kSide);
+  _tile_stored(1, out + kTileUnits, 4 * kSide);
+  _tile_stored(2, below, 4 * kSide);
+  _tile_stored(3, below + kTileUnits, 4 * kSide);
+}
+
 #else
 
-// Without tile registers there is nothing to set up.
+// Without tile registers there is nothing to set up, and nothing calls these.
 struct Tiles {
   Tiles() {}
 };
 
 inline void tile_product(const float*, const float*, int64_t, bool, float*, int64_t) {}
+inline void split_panel(const float*, int64_t, int, float*, float*) {}
+inline void transpose_panel(const float*, int64_t, float*) {}
+inline void tile_gram(const float*, const float*, const float*, const float*, int64_t, float*) {}
 
 #endif
 
