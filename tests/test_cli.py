@@ -314,7 +314,7 @@ def test_a_data_set_without_datasets(
 ) -> None:
     monkeypatch.setattr("acqcore.checks.basic.importlib.util.find_spec", lambda name: None)
     assert main(command([], data="org/name")) == 2
-    message = "acqcore: error: --data org/name needs datasets: run 'pip install acqcore[train]'\n"
+    message = 'acqcore: error: --data org/name needs datasets: run pip install "acqcore[train]"\n'
     assert capsys.readouterr().err == message
 
 
@@ -387,7 +387,7 @@ def test_an_engine_that_is_not_installed(
     monkeypatch.setattr("acqcore.checks.basic.importlib.util.find_spec", lambda name: None)
     for engine, extra in (("ray", "ray"), ("accelerate", "train")):
         assert main(command([{"text": "a fox"}], engine=engine)) == 2
-        message = f"acqcore: error: --engine {engine} needs {engine}: run 'pip install acqcore[{extra}]'\n"
+        message = f'acqcore: error: --engine {engine} needs {engine}: run pip install "acqcore[{extra}]"\n'
         assert capsys.readouterr().err == message
 
 

@@ -25,9 +25,10 @@ from acqcore import checks
 from acqcore.acquisitions import LinearOptions
 from acqcore.acquisitions.needs import WEIGHT_VARIANCE
 from acqcore.gradients.need import ProbeNeed
-from acqcore.gradients.selection import select_linear
+from acqcore.gradients.selection import same_student, select_linear, shapes_of
 from acqcore.literals import Layers
-from acqcore.scoring.run import Runner
+from acqcore.scoring.collect import check_reference_set, collect
+from acqcore.scoring.run import Found, Runner
 from acqcore.students.samples import Samples
 from acqcore.students.student import Student, StudentLike
 
@@ -55,12 +56,7 @@ class EpigReference:
 
     def check(self, student: Student) -> None:
         """Raise ValueError if the reference was made with another student (names what differs)."""
-        now = _shapes(student, self.layers)
-        for name in (*self.shapes, *now):
-            there, here = self.shapes.get(name), now.get(name)
-            if there != here:
-                shapes = ["no such weight" if shape is None else str(list(shape)) for shape in (there, here)]
-                raise ValueError(f"reference: made with another student: {name} is {shapes[0]} there, {shapes[1]} here")
+        same_student(self.shapes, shapes_of(select_linear(student, self.layers)))
 
 
 def epig_reference(
@@ -96,13 +92,10 @@ def epig_reference(
     checks.positive_int("dim", dim)
     needs = _needs(layers, probes, seed, dim, seed)
     runner = Runner(student, needs, batch_tokens, backend)
-    sketches = _sketches(runner, needs, samples, tokenizer, max_length)  # [2, n, P, dim]
-    if not sketches.shape[1]:
-        raise ValueError("samples: expected at least one reference sample, got none")
-    bad = ~sketches.isfinite().all(dim=3).all(dim=2).all(dim=0)
-    if bool(bad.any()):
-        raise ValueError(f"samples[{int(bad.nonzero()[0])}]: expected a finite gradient, got NaN or infinity")
-    return EpigReference(sketches.flatten(1, 2), layers, seed, _shapes(runner.student, layers))
+    sketches = _sketches(runner, needs, samples, tokenizer, max_length)  # [n, 2, P, dim]
+    check_reference_set(sketches)
+    shapes = shapes_of(select_linear(runner.student, layers))
+    return EpigReference(sketches.transpose(0, 1).flatten(1, 2), layers, seed, shapes)
 
 
 def epig(
@@ -141,8 +134,9 @@ def epig(
     needs = _needs(reference.layers, probes, reference.seed + 1, reference.dim, reference.seed)
     runner = Runner(student, needs, batch_tokens, backend)
     reference.check(runner.student)
-    sketches = _sketches(runner, needs, samples, tokenizer, max_length)  # [2, n, P, dim]
-    inner = torch.einsum("hnpd,hmd->hnpm", sketches.double(), reference.sketches.double())
+    sketches = _sketches(runner, needs, samples, tokenizer, max_length)  # [n, 2, P, dim]
+    halves = sketches.transpose(0, 1).double().contiguous()
+    inner = torch.einsum("hnpd,hmd->hnpm", halves, reference.sketches.double())
     return (variance**2 / 2 * inner.prod(dim=0).mean(dim=(1, 2))).float()
 
 
@@ -157,19 +151,12 @@ def _needs(layers: Layers, probes: int, seed: int, dim: int, sketch_seed: int) -
 def _sketches(
     runner: Runner, needs: tuple[ProbeNeed, ProbeNeed], samples: Samples, tokenizer: Any, max_length: int | None
 ) -> torch.Tensor:
-    """``[2, n, P, dim]`` float32, divided by the root of the number of scored tokens."""
-    with runner.student.in_step():
-        rows = runner.encode(samples, tokenizer, max_length)
-        assert needs[0].dim is not None
-        found = torch.zeros(2, len(rows), needs[0].probes, needs[0].dim)
-        for batch in runner.batches(rows):
-            root = torch.tensor(batch.counts, dtype=torch.float64).sqrt()[:, None, None]
-            for half, need in enumerate(needs):
-                found[half, batch.indices] = (batch.results[need] / root).float()
-    return found
+    """``[n, 2, P, dim]`` float32, divided by the root of the number of scored tokens."""
+    assert needs[0].dim is not None
 
+    def of_batch(found: Found) -> torch.Tensor:
+        root = torch.tensor(found.counts, dtype=torch.float64).sqrt()[:, None, None, None]
+        return torch.stack([found.results[need] for need in needs], dim=1) / root
 
-def _shapes(student: Student, layers: Layers) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the weights, on which the hashes of a sketch depend."""
-    selection = select_linear(student, layers)
-    return {name: tuple(weight.shape) for weight, name in selection.names.items()}
+    shape = (2, needs[0].probes, needs[0].dim)
+    return collect(runner, samples, tokenizer, max_length, shape, of_batch)

@@ -16,14 +16,13 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-import acqcore
-from acqsynth.rewards.signals import NEEDED, SET_LEVEL
+from acqcore.acquisitions import REGISTRY
 
 
 def served_acquisitions() -> list[str]:
     """Names from ``acqcore.acquisitions()`` whose value depends on the sample and the student alone. The others need
     an object that no request can carry, or the whole set at once."""
-    return [name for name in acqcore.acquisitions() if name not in NEEDED and name not in SET_LEVEL]
+    return [name for name, entry in REGISTRY.items() if entry.over != "set" and not entry.options.required()]
 
 
 class _Served:

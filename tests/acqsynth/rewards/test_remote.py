@@ -17,7 +17,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 import acqcore
 from acqsynth.rewards import AcquisitionReward
-from acqsynth.rewards.reward import RemoteAcquisitionReward
+from acqsynth.rewards.acquisition import RemoteAcquisitionReward
 from acqsynth.serve.app import Service, create_app
 from acqsynth.serve.client import ScorerError
 from acqsynth.serve.students import Students
@@ -168,5 +168,5 @@ def test_bad_arguments(options, error, message):
 def test_without_httpx_it_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "acqsynth.serve.client", raising=False)
     monkeypatch.setitem(sys.modules, "httpx", None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs httpx, .*run 'pip install acqcore\[serve\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'needs httpx, .*run pip install "acqcore\[serve\]"'):
         AcquisitionReward(url=URL)

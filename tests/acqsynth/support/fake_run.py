@@ -218,10 +218,10 @@ def prompts(domain, seeds, n, *, shown, turns, seed):
 
 def install(put):
     """``put(object, name, value)`` is ``setattr`` or a fixture's."""
-    from acqsynth import engines, label as labels, pipeline, preflight, train, write as writing
+    from acqsynth import engines, label as labels, preflight, stages, train, write as writing
     from acqsynth.rewards import build
 
-    for module in (pipeline, preflight):
+    for module in (stages, preflight):
         put(module, "find_domain", lambda name: {"sums": Sums}[name]())
     put(engines, "load", lambda name, path: Counting(path))
     put(build, "build", lambda config, domain, student, engine, **rows: Reward(student))
