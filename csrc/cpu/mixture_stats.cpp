@@ -22,7 +22,6 @@ constexpr int64_t kKeptBytes = 128 << 20;    // logits kept between the visits
 constexpr int64_t kStateBytes = 16 << 20;    // states of the splits
 constexpr float kNone = -87.0f;              // below, exp is taken as 0: 1e-38
 constexpr int64_t kBufferBytes = 4 << 20;    // logits of a tile that wait for further products
-constexpr int kDrawGroup = 8;                // draws summed at once in the block form
 constexpr int kPlane = kPanelRows * kTile + 2 * kLanes;  // logits of a panel of rows under one draw; planes share no cache sets
 
 struct Plan {
@@ -37,7 +36,6 @@ struct Plan {
   int64_t planes;      // hidden panels of a panel of rows: K, or 1 in the block form
   int64_t block_units; // units of a block
   int64_t blocks;      // B, of a row
-  int64_t groups;      // of kDrawGroup draws
 };
 
 Plan make_plan(const MixtureStatsArgs& args, int64_t scored) {
@@ -56,7 +54,6 @@ Plan make_plan(const MixtureStatsArgs& args, int64_t scored) {
                            ceil_div(greater(1, p.inner.units), p.block_units) * p.block_units);
   }
   p.blocks = ceil_div(greater(1, p.inner.units), p.block_units);
-  p.groups = ceil_div(args.draws, kDrawGroup);
   p.planes = block ? 1 : args.draws;
   p.keep = !block;
   p.buffered = p.inner.depth < p.inner.units || args.members > 1;
@@ -96,7 +93,7 @@ struct Chunk {
   const int64_t* rows;   // numbers of its rows
   int64_t count;
   float* hidden;         // [panels, planes, units, kPanelRows]
-  float* masks;          // block form: [rows, blocks, groups * kDrawGroup], 1 or 0
+  bool* keep;            // block form: [rows, K, blocks]
   float* kept;           // [tiles, rows, K, kTile], or null
   RowState* states;      // [splits, rows, K]
   Normaliser* norms;     // [rows, K]
@@ -142,39 +139,50 @@ void pack_draws(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chu
     }
   } else {
     pack(rows, out);
-    const int64_t stride = plan.groups * kDrawGroup;
     for (int i = 0; i < count; ++i) {
-      float* masks = chunk.masks + (first + i) * plan.blocks * stride;
       for (int k = 0; k < args.draws; ++k) {
-        keep_units(dropout, rows[i], k, 0, plan.blocks, keep);
-        for (int64_t b = 0; b < plan.blocks; ++b) masks[b * stride + k] = keep[b] ? 1.0f : 0.0f;
+        keep_units(dropout, rows[i], k, 0, plan.blocks, chunk.keep + ((first + i) * args.draws + k) * plan.blocks);
       }
     }
   }
 }
 
-// z [draws, kTile] of one row = or += its partial products under each draw's mask.
-void combine(const float* partial /* [blocks, kPanelRows, kTile] at this row */, int64_t blocks, const float* masks,
-             int64_t stride, int draws, int width, bool accumulate, float* z /* [draws, kPanelRows, kTile] */) {
-  for (int k0 = 0; k0 < draws; k0 += kDrawGroup) {
-    const int present = draws - k0 < kDrawGroup ? draws - k0 : kDrawGroup;
-    for (int v = 0; v < width; v += kLanes) {
-      Vec sums[kDrawGroup] = {};
+// z = or += sign part.
+template <int sign>
+void add(const float* part, int width, bool accumulate, float* z) {
+  for (int v = 0; v < width; v += kLanes) {
+    const Vec x = load(part + v);
+    store(z + v, accumulate ? (sign > 0 ? load(z + v) + x : load(z + v) - x) : x);
+  }
+}
+
+// z [draws, kPlane] of one row = or += its partial products under each draw's mask: those kept, or all less those
+// dropped, whichever are fewer.
+void combine(const float* partial /* [blocks, kPlane] */, int64_t blocks, const bool* keep /* [draws, stride] */,
+             int64_t stride, int draws, int width, bool accumulate, float* z) {
+  alignas(64) float all[kTile];
+  for (int64_t b = 0; b < blocks; ++b) add<1>(partial + b * kPlane, width, b > 0, all);
+  for (int k = 0; k < draws; ++k) {
+    const bool* kept = keep + k * stride;
+    float* to = z + k * kPlane;
+    int64_t count = 0;
+    for (int64_t b = 0; b < blocks; ++b) count += kept[b];
+    if (2 * count > blocks) {
+      add<1>(all, width, accumulate, to);
       for (int64_t b = 0; b < blocks; ++b) {
-        const Vec product = load(partial + b * kPlane + v);
-        const float* mask = masks + b * stride + k0;
-#pragma GCC unroll 8
-        for (int k = 0; k < kDrawGroup; ++k) sums[k] += product * mask[k];
+        if (!kept[b]) add<-1>(partial + b * kPlane, width, true, to);
       }
-      for (int k = 0; k < present; ++k) {
-        float* to = z + (k0 + k) * kPlane + v;
-        store(to, accumulate ? load(to) + sums[k] : sums[k]);
+    } else {
+      if (!accumulate) memset(to, 0, 4 * kTile);
+      for (int64_t b = 0; b < blocks; ++b) {
+        if (kept[b]) add<1>(partial + b * kPlane, width, true, to);
       }
     }
   }
 }
 
-// Products of a panel of rows with the packed weights of one member, units [k0, k0 + k).
+// Products of a panel of rows with the packed weights of one member, units [k0, k0 + k); in the block form those of each
+// block, in ws.partial.
 void multiply(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chunk, const Workspace& ws, int64_t panel,
               int member, int width, int64_t k0, int64_t k, float* z /* [K, kPanelRows, kTile] */) {
   const int64_t plane = plan.inner.units * kPanelRows;
@@ -192,12 +200,6 @@ void multiply(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chunk
     const int64_t begin = b * plan.block_units;
     multiply_panel(plan.inner, hidden + begin * kPanelRows, ws.weights + begin * kPanelColumns, width,
                    lesser(plan.block_units, k - begin), false, ws.partial + b * kPlane);
-  }
-  const int64_t stride = plan.groups * kDrawGroup;
-  const int64_t row = panel * kPanelRows;
-  for (int64_t i = row; i < lesser(row + kPanelRows, chunk.count); ++i) {
-    const float* masks = chunk.masks + (i * plan.blocks + k0 / plan.block_units) * stride;
-    combine(ws.partial + (i - row) * kTile, blocks, masks, stride, args.draws, width, k0 > 0, z + (i - row) * kTile);
   }
 }
 
@@ -218,8 +220,15 @@ void for_each_tile(const MixtureStatsArgs& args, const Plan& plan, const Chunk& 
         for (int64_t row = begin; row < end; row += kPanelRows) {
           float* z = ws.logits + (plan.buffered ? (row - begin) / kPanelRows * args.draws * kPlane : 0);
           multiply(args, plan, chunk, ws, row / kPanelRows, m, width, k0, k, z);
-          if (!whole) continue;
-          for (int64_t i = row; i < lesser(row + kPanelRows, end); ++i) visit(i, t, width, z + (i - row) * kTile);
+          for (int64_t i = row; i < lesser(row + kPanelRows, end); ++i) {
+            float* of_row = z + (i - row) * kTile;
+            if (args.dropout.form == Draws::kBlock) {
+              combine(ws.partial + (i - row) * kTile, ceil_div(k, plan.block_units),
+                      chunk.keep + i * args.draws * plan.blocks + k0 / plan.block_units, plan.blocks, args.draws, width,
+                      k0 > 0, of_row);
+            }
+            if (whole) visit(i, t, width, of_row);  // while the row is in L1
+          }
         }
       }
     }
@@ -394,7 +403,7 @@ bool mixture_stats(const MixtureStatsArgs& args) {
   Chunk chunk{};
   const auto carve_chunk = [&](Arena& arena) {
     chunk.hidden = arena.take<float>(plan.chunk_rows * plan.planes * plan.inner.units);
-    chunk.masks = arena.take<float>(partials ? plan.chunk_rows * plan.blocks * plan.groups * kDrawGroup : 0);
+    chunk.keep = arena.take<bool>(partials ? plan.chunk_rows * args.draws * plan.blocks : 0);
     chunk.states = arena.take<RowState>(plan.splits * plan.chunk_rows * args.draws);
     chunk.norms = arena.take<Normaliser>(plan.chunk_rows * args.draws);
     chunk.mixtures = arena.take<Mixture>(plan.splits * plan.chunk_rows);
@@ -409,7 +418,6 @@ bool mixture_stats(const MixtureStatsArgs& args) {
   if (thread_scratch.missing() || chunk_scratch.missing() || transform_scratch.missing()) return false;
   Arena chunk_arena(chunk_scratch.as<char>());
   carve_chunk(chunk_arena);
-  memset(chunk.masks, 0, partials ? 4 * plan.chunk_rows * plan.blocks * plan.groups * kDrawGroup : 0);
   Transform* transforms = transform_scratch.as<Transform>();
   for (int k = 0; k < args.draws; ++k) {
     HeadArgs head = args.head;
