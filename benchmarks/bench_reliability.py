@@ -106,6 +106,7 @@ SIGNALS: dict[str, Signal] = {
     "draws, all blocks, 8, p=0.01": _draws(draws=8, layers="all", dropout=0.01),
     "draws, all blocks, 8, calibrated p": _draws(draws=8, layers="all", dropout="calibrated"),
     **_family("linear, all blocks", 16),
+    **_family("linear, completions", 16, positions="completion"),
     "linear, last 8 blocks, 4 probes": _linear(4, layers=8),
     "linear, last 4 blocks, 4 probes": _linear(4, layers=4),
     "linear, last hidden state, 4 probes": _linear(4, layers=0),
