@@ -181,7 +181,14 @@ def test_small_noise_is_what_draws_measure(tiny_model: Callable[..., Any]) -> No
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"positions": "completion"}, {"layers": 1}, {"layers": 0}, {"posterior": "isotropic"}, {"posterior": "isotropic", "layers": 1}],
+    [
+        {},
+        {"positions": "completion"},
+        {"layers": 1},
+        {"layers": 0},
+        {"posterior": "isotropic"},
+        {"posterior": "isotropic", "layers": 1},
+    ],
     ids=str,
 )
 def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any], tiny_model: Callable[..., Any]) -> None:

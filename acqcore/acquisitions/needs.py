@@ -204,7 +204,8 @@ class LinearOptions(Options):
         checks.layers(self.layers)
         checks.probes(self.probes)
         checks.seed(self.seed)
-        for argument, owner in (("dropout", "dropout"), ("positions", "dropout"), ("variance", "isotropic"), ("reference", "laplace")):
+        owners = {"dropout": "dropout", "positions": "dropout", "variance": "isotropic", "reference": "laplace"}
+        for argument, owner in owners.items():
             if getattr(self, argument) is not None and self.posterior != owner:
                 raise ValueError(f"{argument}: belongs to posterior={owner!r}, got posterior={self.posterior!r}")
         if self.posterior == "dropout":
@@ -264,7 +265,8 @@ class InformationOptions(DrawOptions):
             return DrawOptions.of(name, given)
         form = given.get("form")
         drawn = [argument for argument in ("draws", "members", "block") if argument in given]
-        linear = [argument for argument in ("positions", "posterior", "probes", "reference", "variance") if argument in given]
+        of_linear = ("positions", "posterior", "probes", "reference", "variance")
+        linear = [argument for argument in of_linear if argument in given]
         if form == "linear" or (form is None and not drawn):
             return LinearOptions.of(name, {key: value for key, value in given.items() if key != "form"})
         if linear:

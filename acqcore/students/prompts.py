@@ -27,8 +27,13 @@ _KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 Continued = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 
 
-def may_cut(module: nn.Module, continued: Continued, whole: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor) -> bool:
-    """Whether the two parts of ``ids [1, LENGTH]`` give the hidden states that one forward gives."""
+def may_cut(
+    module: nn.Module,
+    continued: Continued,
+    whole: Callable[[torch.Tensor], torch.Tensor],  # ids [B, T] -> hidden states [B, T, D]
+    ids: torch.Tensor,  # [1, LENGTH] int64
+) -> bool:
+    """Whether the two parts of ``ids`` give the hidden states that one forward gives."""
     if module not in _KNOWN:
         _KNOWN[module] = _agree(continued, whole(ids), ids)
     return _KNOWN[module]
