@@ -60,7 +60,7 @@ class ProbeNeed:
             gradients g, ``[B, P]``; ``weights``, the squared norm of the gradient in the weights of linear layers,
             ``[B, P]``, or its sketch, ``[B, P, dim]``; ``marginals``, of the Fisher diagonal of each of these weights,
             name -> its sums over inputs and outputs, added up over samples. Squares are divided by the number of scored
-            tokens.
+            tokens, sketches by its root.
         layers: the last n blocks, or ``"all"``; of sites also ``"own"``, or 0 for the last hidden state.
         probes: P.
         seed: of the cotangents.

@@ -201,7 +201,9 @@ class SampleGradients:
         counts = torch.tensor(head_pass.counts, dtype=torch.float64)[:, None]
         of_probes = {need: torch.stack(values, dim=1).cpu() for need, values in found.items()}
         values: dict[ProbeNeed, Any] = {
-            need: values if need.dim is not None else controlled(values / counts, excess[:, : need.probes])
+            need: controlled(values / counts, excess[:, : need.probes])
+            if need.dim is None
+            else values / counts.sqrt()[:, :, None]
             for need, values in of_probes.items()
         }
         for need, measure in marginals.items():

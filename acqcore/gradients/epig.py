@@ -1,0 +1,74 @@
+"""A reference set for expected predictive information gain: its sketched gradients under random cotangents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from acqcore.gradients.need import ProbeNeed
+from acqcore.gradients.selection import select_linear
+from acqcore.literals import Layers
+from acqcore.students.student import Student
+
+
+@dataclass(frozen=True, eq=False)
+class EpigReference:
+    """Sketched gradients of a reference set under random cotangents; made by :func:`epig_reference`.
+
+    Attributes:
+        sketches: ``[2, m, dim]`` float32, two independent sketches of m gradients, probe by probe, each gradient
+            divided by the root of the number of its sample's scored tokens.
+        layers, seed: of the gradients.
+        shapes: name -> shape of each weight the gradients are taken in.
+    """
+
+    sketches: torch.Tensor
+    layers: Layers
+    seed: int
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+
+    @property
+    def dim(self) -> int:
+        """Length of a sketch."""
+        return self.sketches.shape[2]
+
+    def check(self, student: Student) -> None:
+        """Raise ValueError if the reference was made with another student (names what differs)."""
+        now = weight_shapes(student, self.layers)
+        for name in (*self.shapes, *now):
+            there, here = self.shapes.get(name), now.get(name)
+            if there != here:
+                shapes = ["no such weight" if shape is None else str(list(shape)) for shape in (there, here)]
+                raise ValueError(f"reference: made with another student: {name} is {shapes[0]} there, {shapes[1]} here")
+
+    def needs(self, probes: int) -> tuple[ProbeNeed, ProbeNeed]:
+        """Sketches of samples that can be compared with these, under cotangents of their own."""
+        return sketch_needs(self.layers, probes, self.seed + 1, self.dim, self.seed)
+
+    def squares(
+        self,
+        first: torch.Tensor,  # [B, P, dim]
+        second: torch.Tensor,  # [B, P, dim]
+    ) -> torch.Tensor:
+        """Squared inner products with the reference set's gradients, the mean over them, ``[B, P]`` float64.
+
+        Without bias: the two factors of a square come from independent sketches.
+        """
+        inner = torch.einsum("hnpd,hmd->hnpm", torch.stack([first, second]).double(), self.sketches.double())
+        return inner.prod(dim=0).mean(dim=2)
+
+
+def sketch_needs(layers: Layers, probes: int, seed: int, dim: int, sketch_seed: int) -> tuple[ProbeNeed, ProbeNeed]:
+    """Two independent sketches of the same gradients."""
+    first, second = (
+        ProbeNeed("weights", layers, probes, seed, dim=dim, sketch_seed=2 * sketch_seed + i) for i in (0, 1)
+    )
+    return first, second
+
+
+def weight_shapes(student: Student, layers: Layers) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the weights, on which the hashes of a sketch depend."""
+    selection = select_linear(student, layers)
+    return {name: tuple(weight.shape) for weight, name in selection.names.items()}
