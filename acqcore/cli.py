@@ -13,7 +13,8 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,17 +25,18 @@ from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
 from acqcore.costs import command as plan_command
 from acqcore.files import choose, data as data_files, hub, reference as reference_command
-from acqcore.files.data import Block
+from acqcore.files.data import Block, located
 from acqcore.files.executors import Executor, executor_of
 from acqcore.files.output import check_output
 from acqcore.files.parts import Parts
 from acqcore.files.summary import Summary, print_table
 from acqcore.files.table import join
 from acqcore.files.top import keep_top
-from acqcore.files.worker import ATTEMPTS, DTYPES, Job, write_failed
+from acqcore.files.worker import ATTEMPTS, Job, write_failed
 from acqcore.literals import Reduction
 from acqcore.progress import Progress
 from acqcore.scoring.plan import Plan
+from acqcore.students.loading import DTYPES
 
 _DESCRIPTION = (
     "Scores data files with a student (score), keeps the best rows (select), computes what influence is measured "
@@ -145,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     reference = commands.add_parser("reference", help="compute the reference that influence is measured against")
     reference.set_defaults(command=_reference)
     reference_command.add_options(reference)
+    _add_sample_options(reference, "cpu")
     plan = commands.add_parser("plan", help="estimate memory and time of scoring")
     plan.set_defaults(command=_plan)
     plan_command.add_options(plan)
@@ -154,25 +157,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_scoring_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that scores rows of a file."""
+    """The options of the commands that score the rows of a file."""
     parser.add_argument("--data-config", metavar="C", help="configuration of a data set")
     parser.add_argument("--split", default="train", metavar="S", help="split of a data set (default: train)")
     parser.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
-    parser.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
-    parser.add_argument("--completion-column", metavar="C", help="column with the scored text")
-    parser.add_argument("--text-column", metavar="C", help="column whose text is scored whole")
     parser.add_argument(
         "--reduction", default="mean", help=f"of token values: {', '.join(get_args(Reduction))} (default: mean)"
     )
     parser.add_argument(
         "--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)"
     )
+    _add_sample_options(parser, "the engine's, cpu or one GPU per process")
+
+
+def _add_sample_options(parser: argparse.ArgumentParser, device: str) -> None:
+    """The options of the commands that run a student on the rows of a file; ``device`` names the default."""
+    parser.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
+    parser.add_argument("--completion-column", metavar="C", help="column with the scored text")
+    parser.add_argument("--text-column", metavar="C", help="column whose text is scored whole")
     parser.add_argument(
         "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
     )
     parser.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
     parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
-    parser.add_argument("--device", metavar="D", help="device (default: the engine's, cpu or one GPU per process)")
+    parser.add_argument("--device", metavar="D", help=f"device (default: {device})")
     parser.add_argument("--backend", metavar="B", help="backend, see 'acqcore info'")
     parser.add_argument("--limit", type=int, metavar="N", help="read only the first N rows")
 
@@ -204,25 +212,29 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(options: argparse.Namespace) -> int:
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Context that reports wrong arguments, files, students and missing packages in one line."""
     try:
-        return plan_command.run(options, print_table)
+        yield
     except _WRONG_USAGE as error:
         raise _UsageError(_first_line(error)) from error
+
+
+def _plan(options: argparse.Namespace) -> int:
+    with _usage_errors():
+        return plan_command.run(options, print_table)
 
 
 def _reference(options: argparse.Namespace) -> int:
-    try:
+    with _usage_errors():
         return reference_command.run(options)
-    except _WRONG_USAGE as error:
-        raise _UsageError(_first_line(error)) from error
 
 
 def _select(options: argparse.Namespace) -> int:
     try:
-        return choose.run(options, print_table)
-    except _WRONG_USAGE as error:
-        raise _UsageError(_first_line(error)) from error
+        with _usage_errors():
+            return choose.run(options, print_table)
     except KeyboardInterrupt:
         print("acqcore: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -231,14 +243,15 @@ def _select(options: argparse.Namespace) -> int:
 def _score(options: argparse.Namespace) -> int:
     begun = time.time()
     try:
-        job, blocks, manifest = _prepare(options)
-        executor = executor_of(options.engine, options.workers, options.ray_address, options.device)
-        parts = Parts(job.out)
-        if executor.reports:
-            parts.claim(manifest)
-    except _WRONG_USAGE as error:
+        with _usage_errors():
+            job, blocks, manifest = _prepare(options)
+            executor = executor_of(options.engine, options.workers, options.ray_address, options.device)
+            parts = Parts(job.out)
+            if executor.reports:
+                parts.claim(manifest)
+    except _UsageError:
         Parts(options.out).remove_unclaimed()
-        raise _UsageError(_first_line(error)) from error
+        raise
     try:
         return _run(options, job, blocks, executor, parts, begun)
     finally:
@@ -365,12 +378,11 @@ def _collect(
 ) -> Summary:
     """Summary of all blocks. Reports rows that could not be scored, and marks those of failed blocks."""
     summary = Summary(job.plan.names, job.shown)
-    place = "line" if job.data.suffix == ".jsonl" else "row"
     for block in blocks:
         report = parts.report(block.index)
         if report is not None:
             for line, message in report["errors"]:
-                print(f"{options.data}: {place} {line}: {message}", file=sys.stderr)
+                print(located(options.data, line, message), file=sys.stderr)
             summary.add(report, block.index in new)
             continue
         failure = parts.failure(block.index)

@@ -49,7 +49,7 @@ def _separation(blocks: int, steps: int, seeds: int) -> dict[str, list[dict[str,
         "all blocks, dropout 0.1": {"dropout": 0.1},
         "all blocks, dropout 0.1, 4 draws": {"dropout": 0.1, "draws": 4},
         "all blocks, dropout 0.1, 16 draws": {"dropout": 0.1, "draws": 16},
-        "all blocks (default, dropout 0.05)": {},
+        "all blocks, dropout 0.05": {},
         "all blocks, dropout 0.2": {"dropout": 0.2},
         f"ensemble of {ENSEMBLE}": {"members": True},
     }
@@ -61,6 +61,8 @@ def _separation(blocks: int, steps: int, seeds: int) -> dict[str, list[dict[str,
         for form, options in forms.items():
             if options is not None and "members" in options:
                 options = {"members": students}
+            elif options is not None:
+                options = {"draws": 8, **options}
             name = "entropy" if options is None else "mutual_information"
             arguments = None if options is None else {name: options}
             begin = time.perf_counter()
@@ -186,8 +188,9 @@ def score(path: Path, count: int, turns: int) -> None:
         TRUNK: trunk,
         "score(mutual_information, block)": ours(form="block"),
         "score(mutual_information, element)": ours(form="element"),
-        "score(mutual_information, layers=2)": ours(layers=2),
-        "score(mutual_information, layers='all')": ours(layers="all"),
+        "score(mutual_information, layers=2)": ours(layers=2, draws=8),
+        "score(mutual_information, layers='all')": ours(layers="all", draws=8),
+        "score(mutual_information), linear, 4 probes": ours(),
     }
     case = f"SmolLM2-135M float32, {count} GSM8K rows, 8 draws"
     rows = harness.measure(case, calls, baseline=TRUNK, turns=turns, memory=False)

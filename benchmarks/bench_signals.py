@@ -117,7 +117,7 @@ def signals(student: acqcore.Student, engine: Engine, reference: Sequence[Sample
             asked: dict[str, Any] = {"reference": made, "similarity": similarity}
             found[f"influence, {parameters}, {similarity}"] = partial(scored, student, "influence", asked)
     for layers in (0, "all"):
-        asked = {"layers": layers}
+        asked = {"layers": layers, "draws": 8}
         found[f"mutual_information, layers={layers}"] = partial(scored, student, "mutual_information", asked)
     for probes in (1, 2, 4):
         asked = {"form": "linear", "probes": probes}

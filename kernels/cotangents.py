@@ -1,9 +1,9 @@
 """Sums of a second visit that random cotangents of the logits follow from, as ``acqcore.fisher`` combines them.
 
-With the statistics known, ``write_cotangents`` forms for each row ``e cap'`` and for each probe ``sqrt(e) r cap'``, with
-``e = exp(z - reference)``, zero in the column of the largest logit, and r the probe's signs, recomputed from counters.
-A stretch of the vocabulary at a time they go to a ring, and ``factors.add_product`` multiplies each by the weights. The
-logits are formed once for all probes.
+With the statistics known, ``write_cotangents`` forms the factors ``e cap'`` of each row and ``sqrt(e) r cap'`` of each
+probe. ``e = exp(z - reference)``, zero in the column of the largest logit; r are the probe's signs, recomputed from
+counters. A stretch of the vocabulary at a time the factors go to a ring, and ``factors.add_product`` multiplies each by
+the weights. The logits are formed once for all probes.
 
 The reference is the second largest logit: a confident row's factors are not all next to 0. Of half-precision inputs
 factors are rounded to the inputs' dtype, and the column of the largest logit takes what they lose: a cotangent's
@@ -12,16 +12,31 @@ entries still add up to 0, so what all rows of the weight have in common cancels
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
+from acqcore.kernels.config import Tiles
 from acqcore.kernels.factors import ROWS, Factors, add_lost, add_product
 from acqcore.kernels.fold import LOG2E, LOWEST, widen
 from acqcore.kernels.product import descriptor, has_descriptor, logit_tile, place
 
 #: The site that signs take in a counter, as in ``acqcore.philox``.
 SIGN_SITE = 0xFFFF
+
+
+#: Logits of a tile that a thread holds at most: root, slope and factor are beside them. With 128, as the tiles of
+#: ``row_stats`` on sm_90 have, 1064 bytes of a thread spill, with 64 none (Triton 3.9).
+THREAD_LOGITS = 64
+WIDEST = 128
+
+
+def narrowed(tiles: Tiles) -> Tiles:
+    """Tiles of ``write_cotangents``, after those of ``row_stats``."""
+    width = min(tiles.block_n, WIDEST)
+    return replace(tiles, block_n=width, warps=max(tiles.warps, tiles.block_m * width // (32 * THREAD_LOGITS)))
 
 
 @triton.jit
@@ -149,7 +164,8 @@ def fisher_sums(
     squares: torch.Tensor,  # [N] float64, written
 ) -> None:
     """``Backend.fisher_sums`` of a whole head; arguments are trusted."""
-    weight, cut = factors.weight, factors.tiles
+    weight, product, cut = factors.weight, factors.tiles, narrowed(factors.tiles)
+    factors = replace(factors, tiles=cut)
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     (vocab, depth), n, probes = weight.shape, len(hidden), len(signed)
     if n == 0:
@@ -175,25 +191,26 @@ def fisher_sums(
                 descriptor(hidden[part], cut.block_m, cut.block_k) if by_engine else hidden[part],
                 descriptor(weight, cut.block_n, cut.block_k) if by_engine else weight,
                 factors.bias, top[part], reference[part], norms, samples[part], positions[part], factor, of_signs,
-                of_squares, lost, rows, chunk, vocab, depth, *hidden.stride(), *weight.stride(), width, probes, tiles, seed,
-                factors.scale / over, (factors.softcap or 1.0) / factors.temperature,
+                of_squares, lost, rows, chunk, vocab, depth, *hidden.stride(), *weight.stride(), width, probes, tiles,
+                seed, factors.scale / over, (factors.softcap or 1.0) / factors.temperature,
                 BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, GROUP_M=cut.group_m,
-                WORDS=max(cut.block_n // 32, 1), BITS=min(cut.block_n, 32), SITE=SIGN_SITE, HAS_BIAS=factors.bias is not None, HAS_SCALE=factors.scale != over,
+                WORDS=max(cut.block_n // 32, 1), BITS=min(cut.block_n, 32), SITE=SIGN_SITE,
+                HAS_BIAS=factors.bias is not None, HAS_SCALE=factors.scale != over,
                 HAS_CAP=factors.softcap is not None, EVEN_K=depth % cut.block_k == 0, EVEN_V=vocab % width == 0,
                 DESCRIPTORS=by_engine, UPCAST=factors.upcast or hidden.dtype != weight.dtype,
                 PRECISION=factors.precision, ROUNDED=lost is not None, num_warps=cut.warps, num_stages=cut.stages,
                 enable_fp_fusion=True,
             )  # fmt: skip
-            by_engine_too = cut.descriptors and has_descriptor(weight)
+            by_engine_too = product.descriptors and has_descriptor(weight)
             for k in range(probes + 1):
-                add_product[(triton.cdiv(rows, cut.block_m) * triton.cdiv(depth, cut.block_n),)](
-                    descriptor(factor[k], cut.block_m, cut.block_k) if by_engine_too else factor[k],
-                    descriptor(weight, cut.block_k, cut.block_n) if by_engine_too else weight,
+                add_product[(triton.cdiv(rows, product.block_m) * triton.cdiv(depth, product.block_n),)](
+                    descriptor(factor[k], product.block_m, product.block_k) if by_engine_too else factor[k],
+                    descriptor(weight, product.block_k, product.block_n) if by_engine_too else weight,
                     sums[k, part], finals[k], rows, chunk, min(width, vocab - chunk), vocab, depth, width,
-                    *weight.stride(), sums.stride(1), BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k,
-                    GROUP_M=cut.group_m, DESCRIPTORS=by_engine_too, UPCAST=factors.upcast or weight.dtype != dtype,
-                    PRECISION=factors.precision, num_warps=cut.warps, num_stages=max(cut.stages - 1, 1),
-                    enable_fp_fusion=True,
+                    *weight.stride(), sums.stride(1), BLOCK_M=product.block_m, BLOCK_N=product.block_n,
+                    BLOCK_K=product.block_k, GROUP_M=product.group_m, DESCRIPTORS=by_engine_too,
+                    UPCAST=factors.upcast or weight.dtype != dtype, PRECISION=factors.precision,
+                    num_warps=product.warps, num_stages=max(product.stages - 1, 1), enable_fp_fusion=True,
                 )  # fmt: skip
         del ring, factor  # their room is needed
         signed[:, part] = of_signs.sum(dim=1, dtype=torch.float64) * final[part].sqrt()

@@ -260,7 +260,7 @@ def test_compiled_call() -> None:
     ("options", "error", "message"),
     [
         ({"draws": 1}, ValueError, "draws: expected 2 to 65535, got 1"),
-        ({"draws": 2.0}, TypeError, "draws: expected an integer"),
+        ({"draws": 2.0}, TypeError, "draws: expected an int"),
         ({"dropout": 1.0}, ValueError, r"dropout: expected a probability in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, ValueError, "dropout"),
         ({"dropout": "x"}, TypeError, "dropout: expected a number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -77,15 +78,64 @@ class TestHooksOfOthers:
         assert_norms(model, model, rows(9, 6), 1, list(model.model.layers[1].parameters()), exact)
         assert foreign.grad is None
 
-    def test_blocks_that_compute_again_in_the_backward(self, tiny_model: Callable[..., Any], exact: Exact) -> None:
+    @pytest.mark.parametrize("chosen", [1, "all", "trainable"])
+    @pytest.mark.parametrize("how", ["wrapper", "inside", "function"])
+    def test_blocks_that_compute_again_in_the_backward(
+        self, how: str, chosen: Any, tiny_model: Callable[..., Any], exact: Exact
+    ) -> None:
+        """Where nothing before a block requires a gradient, the graph begins in it, when it is computed again too."""
+        from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapper
+        from torch.utils.checkpoint import checkpoint
+
+        model = tiny_model("Llama")
+        if chosen == "trainable":
+            model = lora(model, target_modules="all-linear")
+        if how == "function":
+            for block in acqcore.Student.from_model(model).blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        else:
+            kinds = ("LlamaDecoderLayer",) if how == "wrapper" else ("LlamaMLP", "LlamaAttention")
+            wrapper.apply_activation_checkpointing(model, check_fn=lambda m: type(m).__name__ in kinds)
+        blocks = acqcore.Student.from_model(model).blocks
+        parameters = {1: list(blocks[-1].parameters()), "all": list(model.parameters()), "trainable": trainable(model)}
+        assert_norms(model, model, rows(9, 6), chosen, parameters[chosen], exact)
+
+    @pytest.mark.parametrize("chosen", [1, "all"])
+    def test_reentrant_checkpointing_is_refused(self, chosen: Any, tiny_model: Callable[..., Any]) -> None:
         from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapper
 
-        model = tiny_model("GPT2")
-        for i, block in enumerate(model.transformer.h):
-            model.transformer.h[i] = wrapper.checkpoint_wrapper(
-                block, checkpoint_impl=wrapper.CheckpointImpl.NO_REENTRANT
-            )
-        assert_norms(model, model, rows(9, 6), "all", list(model.parameters()), exact)
+        model = tiny_model("Llama")
+        reentrant = partial(wrapper.checkpoint_wrapper, checkpoint_impl=wrapper.CheckpointImpl.REENTRANT)
+        wrapper.apply_activation_checkpointing(
+            model, checkpoint_wrapper_fn=reentrant, check_fn=lambda m: type(m).__name__ == "LlamaDecoderLayer"
+        )
+        with pytest.raises(ValueError, match=r"parameters: .*use_reentrant=True"):
+            grad_norm(model, rows(9, 6), chosen, backend="eager")
+
+    def test_an_optimizer_in_the_backward_takes_no_step(self, tiny_model: Callable[..., Any], exact: Exact) -> None:
+        model = tiny_model("Llama")
+        expected = exact(model, rows(9, 6), list(model.parameters())).norm(dim=1)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+
+        def step(parameter: torch.Tensor) -> None:
+            with torch.no_grad():
+                parameter -= 0.1 * parameter.grad
+            parameter.grad = None
+
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(step)
+        norms = grad_norm(model, rows(9, 6), "all", backend="eager")
+        torch.testing.assert_close(norms.double(), expected, rtol=1e-4, atol=0)
+        assert all(map(torch.equal, before, model.parameters()))
+        model(input_ids=rows(9)["input_ids"]).logits.sum().backward()
+        assert not any(map(torch.equal, before, model.parameters())), "training goes on with its hooks"
+
+    def test_in_inference_mode(self, tiny_model: Callable[..., Any], exact: Exact) -> None:
+        model, samples = tiny_model("Llama"), rows(9, 6)
+        expected = exact(model, samples, list(model.parameters())).norm(dim=1)
+        with torch.inference_mode():
+            norms = grad_norm(model, samples, "all", backend="eager")
+        torch.testing.assert_close(norms.double(), expected, rtol=1e-4, atol=0)
 
     def test_gradients_of_training_are_left_alone(self, tiny_model: Callable[..., Any]) -> None:
         model = tiny_model("Llama")

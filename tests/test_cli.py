@@ -214,11 +214,13 @@ def test_every_acquisition_that_does_not_compare_samples(
     archive.add(acqcore.grad_sketch(loaded, TEXTS[:2], dim=64, backend="eager"))
     reference.save(tmp_path / "reference.pt")
     torch.save(archive.state_dict(), tmp_path / "archive.pt")
+    acqcore.epig_reference(loaded, TEXTS[:2], dim=64, backend="eager").save(tmp_path / "epig.pt")
     names = [name for name in acqcore.acquisitions() if name != "gradient_diversity"]
     arguments = {
         "grad_norm": {"parameters": "all"},
         "mutual_information": {"layers": 1, "draws": 2},
         "influence": {"reference": str(tmp_path / "reference.pt")},
+        "epig": {"reference": str(tmp_path / "epig.pt")},
         "archive_novelty": {"archive": str(tmp_path / "archive.pt"), "dim": 64},
     }
     rows = [{"text": text} for text in TEXTS]
@@ -314,7 +316,7 @@ def test_a_data_set_without_datasets(
 ) -> None:
     monkeypatch.setattr("acqcore.checks.basic.importlib.util.find_spec", lambda name: None)
     assert main(command([], data="org/name")) == 2
-    message = "acqcore: error: --data org/name needs datasets: run 'pip install acqcore[train]'\n"
+    message = 'acqcore: error: --data org/name needs datasets: run pip install "acqcore[train]"\n'
     assert capsys.readouterr().err == message
 
 
@@ -387,7 +389,7 @@ def test_an_engine_that_is_not_installed(
     monkeypatch.setattr("acqcore.checks.basic.importlib.util.find_spec", lambda name: None)
     for engine, extra in (("ray", "ray"), ("accelerate", "train")):
         assert main(command([{"text": "a fox"}], engine=engine)) == 2
-        message = f"acqcore: error: --engine {engine} needs {engine}: run 'pip install acqcore[{extra}]'\n"
+        message = f'acqcore: error: --engine {engine} needs {engine}: run pip install "acqcore[{extra}]"\n'
         assert capsys.readouterr().err == message
 
 

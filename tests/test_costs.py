@@ -413,7 +413,7 @@ def test_without_transformers(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main(arguments()) == 2
-    assert "needs transformers: run 'pip install acqcore[train]'" in capsys.readouterr().err
+    assert 'needs transformers: run pip install "acqcore[train]"' in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_fit_is_not_measured(

@@ -207,6 +207,13 @@ def test_parquet_parts_get_one_schema(out: str, tmp_path: Path) -> None:
     assert [texts[0], json.loads(texts[1])] == ["text", [{"role": "user", "name": "x"}]]
 
 
+def _nested(levels: int) -> list[Any]:
+    value: list[Any] = [1]
+    for _ in range(levels - 1):
+        value = [value]
+    return value
+
+
 #: Columns for which Arrow has no type, or no one type for all parts.
 MIXED: list[list[Any]] = [
     [{"x": 1}, {"x": "one"}],
@@ -222,6 +229,10 @@ MIXED: list[list[Any]] = [
     [True, 1],
     [[None], ["a"]],
     [{"x": float("nan")}, {"x": [1]}],
+    [[None, None], [None]],
+    [[{"x": None}, {"x": None}], [{"x": None}]],
+    [[{"x": None}, {"x": None}], [{"x": [1]}, {"x": None}]],
+    [_nested(60), _nested(99)],
 ]
 
 
@@ -253,8 +264,63 @@ def test_no_value_is_refused(suffix: str, n_parts: int, values: list[Any], tmp_p
         assert got == expected
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
+def test_any_name_of_a_column(suffix: str, tmp_path: Path) -> None:
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    names = ["", "a.b", "\ud83d", "caf\udce9", "a\nb"]
+    write_block(tmp_path / f"0.{suffix}", {name: [i] for i, name in enumerate(names)})
+    join([tmp_path / f"0.{suffix}"], tmp_path / f"all.{suffix}", names)
+    [record] = read_all(tmp_path / f"all.{suffix}")
+    written = [name if suffix == "jsonl" else name.encode(errors="backslashreplace").decode() for name in names]
+    assert {name: int(value) for name, value in record.values.items()} == {n: i for i, n in enumerate(written)}
+
+
+@pytest.mark.parametrize("block_rows", [1, 10])
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_equal_names_of_columns(suffix: str, block_rows: int, tmp_path: Path) -> None:
+    """Their values are kept, and the first is the one that is meant."""
+    path, rows = tmp_path / f"data.{suffix}", ["a", "b"]
+    if suffix == "csv":
+        path.write_text("text,text,,id,\n" + "".join(f"{row},not {row},x,1,y\n" for row in rows))
+        more = {"": "x", "id": "1", ".1": "y"}
+    else:
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns = [pyarrow.array(rows), pyarrow.array([f"not {row}" for row in rows]), pyarrow.array([1, 1])]
+        parquet.write_table(pyarrow.Table.from_arrays(columns, names=["text", "text", "id"]), path)
+        more = {"id": 1}
+    found = read_all(path, block_rows)
+    assert [record.values for record in found] == [{"text": row, "text.1": f"not {row}", **more} for row in rows]
+
+
+@pytest.mark.parametrize("block_rows", [1, 2, 10])
+@pytest.mark.parametrize("last", ['"b,2\nc,3\n', '"b,2\nc,3', '"b",2\n"c,3\n\n'])
+def test_a_quote_that_is_never_closed(last: str, block_rows: int, tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text(f"text,id\na,1\n{last}")
+    *sound, bad = read_all(path, block_rows)
+    assert [record.values["text"] for record in sound] == ["a", "b"][: len(sound)]
+    assert str(bad.error).startswith("not csv: a quote in this row is never closed, which makes the last 2 lines one")
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (b"\x1f\x8b\x08\x00\x00", "not UTF-8: invalid start byte (byte 2)"),
+        (b'[{"text": "a"}]', "expected a JSON object, got list"),
+        (b'{"text": "a"}\r{"text": "b"}', "not JSON: Extra data (column 15)"),
+    ],
+)
+def test_a_file_none_of_whose_rows_is_readable(content: bytes, error: str, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"data.jsonl: no row is readable, the first: {error}")):
+        scan(tmp_path / "data.jsonl", 10, None)
+
+
 def without_nulls(value: Any) -> Any:
     """A struct of Arrow has the keys of all rows."""
+    if isinstance(value, list):
+        return [without_nulls(part) for part in value]
     return {k: without_nulls(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +78,20 @@ def test_it_is_an_acquisition(tiny_model: Callable[..., Any]) -> None:
         acqcore.score(model, samples, "epig")
 
 
+def test_a_saved_reference(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    model, samples = tiny_model("Llama", vocab_size=48), _samples(2, 0)
+    reference = acqcore.epig_reference(model, samples, dim=64)
+    reference.save(tmp_path / "epig.pt")
+    values = [
+        acqcore.score(model, samples, "epig", acquisition_args={"epig": {"reference": given}})["epig"]
+        for given in (reference, str(tmp_path / "epig.pt"))
+    ]
+    assert torch.equal(*values)
+    acqcore.influence_reference(model, samples, dim=64).save(tmp_path / "influence.pt")
+    with pytest.raises(ValueError, match=r"expected a file from EpigReference\.save, got .*influence\.pt"):
+        acqcore.score(model, samples, "epig", acquisition_args={"epig": {"reference": tmp_path / "influence.pt"}})
+
+
 def test_a_sample_does_not_depend_on_its_batch(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("Llama", vocab_size=48)
     samples = _samples(3, 0)
@@ -90,8 +105,8 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_model: Callable[..., Any]) -
 def test_bad_arguments(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("Llama", vocab_size=48)
     samples = _samples(2, 0)
-    with pytest.raises(TypeError, match=r"reference: expected what acqcore\.epig_reference gives, got str"):
-        acqcore.epig(model, samples, "validation.pt")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"reference: expected what acqcore\.epig_reference gives, got int"):
+        acqcore.epig(model, samples, 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="layers: expected at most 2 transformer blocks, got 3"):
         acqcore.epig_reference(model, samples, layers=3)
     with pytest.raises(ValueError, match="perturbs weights of blocks"):

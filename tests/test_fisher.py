@@ -176,7 +176,7 @@ def test_signs_are_fair_and_independent() -> None:
     ("options", "error", "message"),
     [
         ({"probes": 0}, ValueError, "probes: expected 1 to 65535, got 0"),
-        ({"probes": 1.5}, TypeError, "probes: expected an integer, got float"),
+        ({"probes": 1.5}, TypeError, "probes: expected an int, got float"),
         ({"seed": -1}, ValueError, "seed: expected 0 to"),
         ({"offsets": torch.tensor([0, 3, 3, 60])}, ValueError, "offsets: expected increasing"),
         ({"temperature": 0.0}, ValueError, "temperature"),

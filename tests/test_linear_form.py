@@ -346,7 +346,7 @@ def test_rows_without_a_finite_logit_are_not_valid(tiny_model: Callable[..., Any
     ("options", "error", "message"),
     [
         ({"probes": 0}, ValueError, "probes: expected 1 to 65535, got 0"),
-        ({"probes": True}, TypeError, "probes: expected an integer, got bool"),
+        ({"probes": True}, TypeError, "probes: expected an int, got bool"),
         ({"posterior": "cauchy"}, ValueError, "posterior: unknown 'cauchy'"),
         ({"variance": 1e-3}, ValueError, "variance: belongs to posterior='isotropic', got posterior='dropout'"),
         ({"posterior": "isotropic", "dropout": 0.1}, ValueError, "dropout: belongs to posterior='dropout', got"),

@@ -22,6 +22,8 @@ OF_ROWS = (
     "expected_gradient_length", "token_grad_norm",
 )  # fmt: skip
 
+COUNTED = ("tokenized", "forwards", "backwards", "products")
+
 # acquisitions, arguments -> tokenized samples, trunk forwards, backwards, products with the head (a draw is one)
 REQUESTS = {
     "entropy": (("entropy",), {}, (6, 1, 0, 1)),
@@ -67,6 +69,7 @@ REQUESTS = {
     ),
     "linear": (("mutual_information",), {}, (6, 1, 4, 7)),
     "linear, hidden": (("mutual_information",), {"mutual_information": {"layers": 0}}, (6, 1, 0, 7)),
+    "entropy, linear": (("entropy", "mutual_information"), {}, (6, 1, 4, 7)),
     "linear, isotropic": (
         ("mutual_information",),
         {"mutual_information": {"form": "linear", "posterior": "isotropic", "probes": 3}},
@@ -94,7 +97,7 @@ REQUESTS = {
 
 @pytest.fixture
 def count(monkeypatch: pytest.MonkeyPatch, tokenizer) -> Counter[str]:
-    """Counts from now on: ``tokenized``, ``forwards``, ``tokens`` through them, ``backwards``, ``products``."""
+    """Counts from now on: ``COUNTED``, ``tokens`` through the trunk, and ``heads`` that were looked up."""
     counted: Counter[str] = Counter()
 
     def hook(owner, name, add) -> None:
@@ -115,6 +118,13 @@ def count(monkeypatch: pytest.MonkeyPatch, tokenizer) -> Counter[str]:
     hook(backend, "fisher_sums", lambda _, rows, probes, *__: counted.update(products=2 + probes.count))
     hook(backend, "mixture_stats", lambda _, rows: counted.update(products=rows.draws))
 
+    head = acqcore.Student.head
+
+    def counting(student: acqcore.Student) -> acqcore.Head:
+        counted.update(heads=1)
+        return head.fget(student)
+
+    monkeypatch.setattr(acqcore.Student, "head", property(counting))
     hook(torch.autograd, "backward", lambda *_, **__: counted.update(backwards=1))
     return counted
 
@@ -147,5 +157,33 @@ def test_nothing_runs_twice(request_of: str, tiny_model, tokenizer, count: Count
     for _ in range(2):  # the first finds what is found once per model
         count.clear()
         acqcore.score(student, SAMPLES, acquisitions, acquisition_args=arguments, backend="cpu")
-    found = tuple(count[name] for name in ("tokenized", "forwards", "backwards", "products"))
-    assert found == expected
+    assert tuple(count[name] for name in COUNTED) == expected
+    assert count["heads"] == 1
+
+
+SAME = {"backend": "cpu"}
+# two reference samples, then six samples -> the same counts, of both calls
+FUNCTIONS = {
+    "norms": (lambda s, r: acqcore.grad_norm(s, SAMPLES, "all", **SAME), (6, 1, 1, 2)),
+    "sketches": (lambda s, r: acqcore.grad_sketch(s, SAMPLES, "all", **SAME), (6, 1, 1, 3)),
+    "badge": (lambda s, r: acqcore.badge_embedding(s, SAMPLES, 1, **SAME), (6, 1, 1, 2)),
+    "influence": (
+        lambda s, r: acqcore.influence(s, SAMPLES, acqcore.influence_reference(s, r, **SAME), **SAME),
+        (8, 2, 2, 6),
+    ),
+    "expected predictive information gain": (
+        lambda s, r: acqcore.epig(s, SAMPLES, acqcore.epig_reference(s, r, probes=3, **SAME), **SAME),
+        (8, 2, 5, 11),  # a backward and a product for each of 3 and 2 probes, and 3 products of each batch
+    ),
+    "Laplace posterior": (lambda s, r: acqcore.laplace_posterior(s, r, probes=3, **SAME), (2, 1, 3, 6)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_gradients(name: str, tiny_model, tokenizer, count: Counter[str]) -> None:
+    call, expected = FUNCTIONS[name]
+    student = acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
+    for _ in range(2):  # the first finds what is found once per model
+        count.clear()
+        call(student, SAMPLES[:2])
+    assert tuple(count[name] for name in COUNTED) == expected

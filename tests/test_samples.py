@@ -389,8 +389,15 @@ class TestRowsOfAnySource:
         for a, b in zip(encoded(table), encoded([{"messages": turn}, {"messages": other}]), strict=True):
             assert a.ids.tolist() == b.ids.tolist()
 
-    @pytest.mark.parametrize("values", [numpy.array(["a fox", "the dog"]), ("a fox", "the dog")])
-    def test_a_column_of_strings(self, values: Any, encoded: Any) -> None:
+    @pytest.mark.parametrize("kind", ["numpy", "tuple", "pandas", "polars", "pyarrow"])
+    def test_a_column_of_strings(self, kind: str, encoded: Any) -> None:
+        values: Any = ("a fox", "the dog")
+        if kind in ("pandas", "polars"):
+            values = pytest.importorskip(kind).Series(values)
+        elif kind == "pyarrow":
+            values = pytest.importorskip(kind).chunked_array([[text] for text in values])
+        elif kind == "numpy":
+            values = numpy.array(values)
         assert [row.ids.tolist() for row in encoded(values)] == [
             row.ids.tolist() for row in encoded(["a fox", "the dog"])
         ]
@@ -460,19 +467,42 @@ class TestContent:
         (same,) = encoded([{"messages": [{"role": "user", "content": "a fox?"}, reply]}])
         assert row.ids.tolist() == same.ids.tolist()
 
+    def test_parts_that_a_template_of_strings_cannot_take(self, encoded: Any) -> None:
+        user = {"role": "user", "content": [{"type": "file", "file": "x"}, "a fox?"]}
+        with pytest.raises(
+            ValueError, match=r"content: expected text, .* chat template takes, got parts \['file', 'str'\]"
+        ):
+            encoded([{"messages": [user, TestOneBadRow.REPLY]}])
+
     def test_a_template_of_lists_gets_lists(self, encoded: Any, tokenizer: Any) -> None:
         from transformers import PreTrainedTokenizerFast
 
         template = (
             "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
-            "{% else %}{% for part in m['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}"
+            "{% else %}{% for part in m['content'] %}"
+            "{{ '<image>' if part['type'] in ('image', 'video') else '(' + part['text'] + ')' }}"
             "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         )
         other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
-        parts = [{"type": "image"}, {"type": "text", "text": "a fox?"}]
+        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "fox?"}]
         (row,) = encoded([{"messages": [{"role": "user", "content": parts}, TestOneBadRow.REPLY]}], other)
-        assert "<image>a fox?" in other.decode(row.ids)
+        assert "(a)(fox?)" in other.decode(row.ids)
+        for unseen in ({"type": "image"}, {"type": "image_url", "image_url": {"url": "x"}}, {"type": "video"}):
+            message = {"role": "user", "content": [unseen, *parts]}
+            with pytest.raises(ValueError, match=r"samples\[0\]: content: expected text, which is all that is scored"):
+                encoded([{"messages": [message, TestOneBadRow.REPLY]}], other)
+            with pytest.raises(ValueError, match=r"samples\[0\]: content: expected text, which is all that is scored"):
+                encoded([{"prompt": [message], "completion": [TestOneBadRow.REPLY]}], other)
+
+    @pytest.mark.parametrize("role", ["user", "assistant"])
+    def test_no_template_writes_content_as_python_does(self, role: str, encoded: Any) -> None:
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+        changed = [m | {"content": {"a": 1}} if m["role"] == role else m for m in messages]
+        with pytest.raises(
+            ValueError, match=r"samples\[0\]: content: expected text, the chat template writes a dict as"
+        ):
+            encoded([{"messages": changed}])
 
     @pytest.mark.parametrize("extra", [{}, {"content": None}, {"content": ""}])
     def test_tool_calls_need_no_content(self, extra: Any, encoded: Any, tokenizer: Any) -> None:
@@ -562,14 +592,38 @@ class TestChatTemplates:
             "{% for m in messages %}{% if m['role'] != 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}.",
             "{% for m in messages | reverse %}{{ m['content'] }}<|im_end|>{% endfor %}",
             "{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}",
+            "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}About: {{ messages[0]['content'] }}",
         ],
-        ids=["leaves it out", "writes it first", "changes it"],
+        ids=["leaves it out", "writes it first", "changes it", "the first turn after it"],
     )
     def test_that_do_not_write_the_reply_last_are_refused(self, template: str, encoded: Any, tokenizer: Any) -> None:
         with pytest.raises(
             ValueError, match=r"samples\[0\]: the chat template does not write the reply where it is sco"
         ):
             encoded([{"messages": [*self.USER, self.REPLY]}], self.templated(tokenizer, template), limit=None)
+
+    CALL: ClassVar[dict[str, Any]] = {"type": "function", "function": {"name": "look_up", "arguments": {"x": 1}}}
+
+    @pytest.mark.parametrize(
+        ("extra", "expected"),
+        [
+            ({"reasoning_content": "old town"}, "old town"),
+            ({"thinking": "old town"}, "old town"),
+            ({"tool_calls": [CALL], "content": None}, "look_up"),
+            ({"content": "  "}, "  "),
+        ],
+    )
+    def test_a_part_of_the_reply_that_is_left_out_is_refused(
+        self, extra: dict[str, Any], expected: str, encoded: Any, tokenizer: Any
+    ) -> None:
+        own = self.templated(tokenizer, self.IGNORES)
+        with pytest.raises(ValueError, match=f"does not write the reply where it is scored: expected '{expected}'"):
+            encoded([{"messages": [*self.USER, self.REPLY | extra]}], own, limit=None)
+        # Of turns that are not scored a template may leave out what it likes.
+        if "content" not in extra:
+            history = [*self.USER, self.REPLY | extra, {"role": "user", "content": "and?"}, self.REPLY]
+            (row,) = encoded([{"messages": history}], own, limit=None)
+            assert own.decode(scored_ids(row)) == "Rome<|im_end|>"
 
     def test_marks_of_what_the_assistant_generates(self, encoded: Any, tokenizer: Any) -> None:
         template = (

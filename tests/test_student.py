@@ -88,13 +88,46 @@ class TestVerification:
         ):
             acqcore.Student.from_model(model)
 
-    def test_a_head_that_is_not_what_its_weight_says_is_refused(self, tiny_model: Callable[..., Any]) -> None:
-        model = tiny_model("Llama")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("how", ["forward", "class", "hook"])
+    def test_a_head_that_is_not_what_its_weight_says_is_refused(
+        self, how: str, dtype: torch.dtype, tiny_model: Callable[..., Any]
+    ) -> None:
+        """By 3 %, less than the logits of a model in half precision may differ."""
+
+        class Scaled(torch.nn.Linear):
+            def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+                return super().forward(hidden) * 1.03
+
+        model = tiny_model("Llama").to(dtype)
         own = model.lm_head.forward
-        model.lm_head.forward = lambda hidden: own(hidden) * 1.01
-        with pytest.raises(ValueError, match="LlamaForCausalLM differ from those of its trunk and head"):
+        if how == "forward":
+            model.lm_head.forward = lambda hidden: own(hidden) * 1.03
+        elif how == "class":
+            model.lm_head.__class__ = Scaled
+        else:
+            model.lm_head.register_forward_hook(lambda _, args, output: output * 1.03)
+        with pytest.raises(
+            ValueError, match="output embedding of LlamaForCausalLM gives another value than its weight"
+        ):
             acqcore.Student.from_model(model)
         acqcore.Student.from_model(model, verify=False)
+
+    def test_hooks_that_only_look_are_allowed(self, tiny_model: Callable[..., Any]) -> None:
+        model, seen = tiny_model("Llama").to(torch.bfloat16), []
+        model.lm_head.register_forward_hook(lambda _, args, output: seen.append(output.shape))
+        acqcore.Student.from_model(model)
+        assert seen
+
+    def test_a_model_that_wants_more_than_tokens_is_refused(self, tiny_model: Callable[..., Any]) -> None:
+        peft = pytest.importorskip("peft")
+        config = peft.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2)
+        with pytest.raises(ValueError, match="model: LlamaForCausalLM does not run on token ids alone: task_ids"):
+            acqcore.Student.from_model(peft.get_peft_model(tiny_model("Llama"), config))
+        model = tiny_model("Llama")
+        model.model.register_forward_pre_hook(lambda *_: {}["images"])
+        with pytest.raises(ValueError, match="model: LlamaForCausalLM does not run on token ids alone: 'images'"):
+            acqcore.Student.from_model(model)
 
     def test_logits_of_another_shape_are_refused(self, tiny_model: Callable[..., Any]) -> None:
         model = tiny_model("Llama")
@@ -292,7 +325,7 @@ class TestLoad:
 
     def test_without_transformers(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "transformers", None)
-        with pytest.raises(ModuleNotFoundError, match=r"pip install acqcore\[train\]"):
+        with pytest.raises(ModuleNotFoundError, match=r'pip install "acqcore\[train\]"'):
             acqcore.Student.load("some/model")
 
     def test_import_takes_nothing_heavy(self) -> None:

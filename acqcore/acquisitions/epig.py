@@ -15,6 +15,7 @@ Sources: Bickford Smith et al. 2023, "Prediction-oriented Bayesian active learni
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -33,13 +34,14 @@ class EpigOptions(Options):
     """Arguments of expected predictive information gain.
 
     Args:
-        reference: from :func:`acqcore.epig_reference`.
+        reference: from :func:`acqcore.epig_reference`, or the path of a saved one.
         variance: s^2 of a weight; a constant factor of the values.
         probes: random cotangents of each sample, a backward each. From two on a sample has a standard error, that of
             its own cotangents alone.
 
     Raises:
-        TypeError: reference is something else. ValueError: variance not positive, probes below 1.
+        TypeError: reference is neither. ValueError: another file, variance not positive, probes below 1. OSError: no
+            such file.
     """
 
     reference: EpigReference
@@ -47,6 +49,8 @@ class EpigOptions(Options):
     probes: int = 2
 
     def __post_init__(self) -> None:
+        if isinstance(self.reference, str | os.PathLike):
+            object.__setattr__(self, "reference", EpigReference.load(self.reference))
         checks.instance("reference", self.reference, EpigReference, "what acqcore.epig_reference gives")
         checks.positive("variance", self.variance)
         checks.probes(self.probes)

@@ -405,7 +405,7 @@ def _gaps(bounds: tuple[tuple[int, int], ...], n: int) -> list[tuple[int, int]]:
 def _unavailable() -> str | None:
     """Why there is no Triton or no device for it, or None."""
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed; pip install 'acqcore[triton]' brings it on Linux"
+        return 'the package triton is not installed; pip install "acqcore[triton]" brings it on Linux'
     if INTERPRETED:
         return None
     if torch.version.cuda is None:

@@ -11,7 +11,7 @@ from acqcore.checks.basic import (  # noqa: F401
     FLOAT_DTYPES, IGNORE_INDEX, acquisition_values, at_most, describe, device, finite, float_tensor, given, installed,
     instance, literal, max_length, module, names, one_of, positive, positive_int, same_device,
 )  # fmt: skip
-from acqcore.checks.gradients import block_count, differentiable, offsets, scored_tokens, token_weights  # noqa: F401
+from acqcore.checks.gradients import differentiable, offsets, scored_tokens, token_weights  # noqa: F401
 from acqcore.checks.heads import (  # noqa: F401
     head, hidden, ignored_outside, logits, target_range, targets, targets_in_range, tiling, vocabulary,
     whole_head,

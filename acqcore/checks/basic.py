@@ -58,6 +58,14 @@ def positive_int(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected an int >= 1, got {value}")
 
 
+def within(name: str, value: object, least: int, most: int) -> None:
+    """``value`` is an int from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {describe(value)}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}: expected {least} to {most}, got {value}")
+
+
 def one_of(name: str, value: object, known: Collection[str]) -> None:
     """``value`` is one of the ``known`` names; the message lists them and the nearest."""
     if not isinstance(value, str):
@@ -115,7 +123,7 @@ def at_most(name: str, value: int, limit: int, what: str) -> None:
 
 def installed(module: str, what: str, extra: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise ModuleNotFoundError(f"{what} needs {module}: run 'pip install acqcore[{extra}]'")
+        raise ModuleNotFoundError(f'{what} needs {module}: run pip install "acqcore[{extra}]"')
 
 
 def device(name: str, value: object) -> None:

@@ -1,4 +1,4 @@
-"""Per-sample gradients: packed samples, parameters, and what the rules of ``ghost_rules`` can differentiate."""
+"""Per-sample gradients: packed samples, parameters, and what can be differentiated."""
 
 from __future__ import annotations
 
@@ -70,11 +70,6 @@ def token_weights(value: object, targets: torch.Tensor) -> None:
     if value.shape != targets.shape:
         raise ValueError(f"token_weights: expected [N] with N = {len(targets)}, got {describe(value)}")
     same_device("token_weights", value, "targets", targets)
-
-
-def block_count(asked: int, present: int) -> None:
-    if asked > present:
-        raise ValueError(f"parameters: expected at most {present} transformer blocks, got {asked}")
 
 
 def differentiable(names: Mapping[torch.Tensor, str]) -> None:

@@ -6,30 +6,23 @@ from collections.abc import Sequence
 
 import torch
 
-from acqcore.checks.basic import describe, float_tensor
+from acqcore.checks.basic import describe, finite, float_tensor, within
 
 MOST_DRAWS = 2**16 - 1  # a draw is half a word of a mask's counter
 
 
 def draws(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"draws: expected an integer, got {describe(value)}")
-    if not 2 <= value <= MOST_DRAWS:
-        raise ValueError(f"draws: expected 2 to {MOST_DRAWS}, got {value}")
+    within("draws", value, 2, MOST_DRAWS)
 
 
 def dropout(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"dropout: expected a number, got {describe(value)}")
-    if not 0 <= value < 1:
+    finite("dropout", value)
+    if not 0 <= value < 1:  # type: ignore[operator]
         raise ValueError(f"dropout: expected a probability in [0, 1), got {value}")
 
 
 def seed(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"seed: expected an integer, got {describe(value)}")
-    if not 0 <= value < 2**63:
-        raise ValueError(f"seed: expected 0 to 2^63 - 1, got {value}")
+    within("seed", value, 0, 2**63 - 1)
 
 
 def drawn_hidden(value: object, count: int, weights: Sequence[torch.Tensor]) -> None:
@@ -67,13 +60,10 @@ def layers(value: object) -> None:
         raise ValueError(f"layers: expected at least 0 blocks, got {value}")
 
 
-def enough_blocks(asked: int, present: int) -> None:
+def enough_blocks(name: str, asked: int, present: int) -> None:
     if asked > present:
-        raise ValueError(f"layers: expected at most {present} transformer blocks, got {asked}")
+        raise ValueError(f"{name}: expected at most {present} transformer blocks, got {asked}")
 
 
 def probes(value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"probes: expected an integer, got {describe(value)}")
-    if not 1 <= value <= MOST_DRAWS:
-        raise ValueError(f"probes: expected 1 to {MOST_DRAWS}, got {value}")
+    within("probes", value, 1, MOST_DRAWS)

@@ -18,6 +18,7 @@ from acqcore.costs.estimate import Figure, from_rates, from_runs
 from acqcore.costs.measure import measure
 from acqcore.costs.shape import Shape, read_config, shape_of, stored_dtype
 from acqcore.costs.work import Work
+from acqcore.students.loading import DTYPES
 
 #: Load average above which a note warns that other work slowed the measurement.
 BUSY = 0.5
@@ -25,7 +26,6 @@ ARGUMENTS_HELP = (
     'arguments by acquisition, as in {"grad_norm": {"parameters": "all"}}; influence takes a file of '
     'acqcore reference: {"influence": {"reference": "reference.pt"}}'
 )
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
     )
-    parser.add_argument("--dtype", choices=list(_DTYPES), help="dtype of the weights (default: as stored)")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
     parser.add_argument("--device", default="cpu", metavar="D", help="device (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's current setting)")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="extrapolate to N devices (default: 1)")
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, print_table: Callable[[str, Sequence[str], 
         raise ValueError(f"config: no file or folder {options.config}")
     source = options.student or options.config
     config = read_config(source)
-    dtype = _DTYPES[options.dtype] if options.dtype else stored_dtype(config)
+    dtype = DTYPES[options.dtype] if options.dtype else stored_dtype(config)
     shape = shape_of(config, dtype)
     names = [name.strip() for name in options.acquisitions.split(",")]
     work = Work.checked(

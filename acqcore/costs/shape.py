@@ -63,12 +63,9 @@ def read_config(source: str | os.PathLike[str]) -> Any:
         ModuleNotFoundError: transformers is not installed.
         OSError, ValueError: there is none, or of an unknown kind (from transformers).
     """
-    try:
-        from transformers import AutoConfig
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"reading the configuration of {os.fspath(source)!r} needs transformers: run 'pip install acqcore[train]'"
-        ) from error
+    checks.installed("transformers", f"reading the configuration of {os.fspath(source)!r}", "train")
+    from transformers import AutoConfig
+
     return AutoConfig.from_pretrained(os.fspath(source))
 
 

@@ -75,7 +75,7 @@ class Work:
                         f"acquisition_args[{entry.name!r}]: 'trainable' depends on adapters that a configuration does "
                         "not describe; 'all' is an upper bound"
                     )
-        checks.block_count(work.fewest_blocks, shape.blocks)
+        checks.enough_blocks("parameters", work.fewest_blocks, shape.blocks)
         return work
 
     @cached_property

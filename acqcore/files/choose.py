@@ -14,16 +14,16 @@ import torch
 
 from acqcore import checks
 from acqcore.files import data as data_files, hub
-from acqcore.files.data import Record
+from acqcore.files.data import Record, located
 from acqcore.files.output import check_output
 from acqcore.files.table import write_rows
-from acqcore.files.worker import TOP_ROWS, load_student, record_error, sample_of, shorten
+from acqcore.files.worker import TOP_ROWS, encode_records, load_student, record_error, shorten
 from acqcore.literals import Method
 from acqcore.scoring.api import score
 from acqcore.scoring.gradients import badge_embedding
 from acqcore.scoring.plan import Plan
 from acqcore.selection.subsets import select
-from acqcore.students.samples import Row, encode
+from acqcore.students.samples import Row
 
 POOL_FACTOR = 4  #: rows that a diverse method chooses among, for each row wanted
 
@@ -34,7 +34,7 @@ Print = Callable[[str, Sequence[str], Sequence[Sequence[str]]], None]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ``acqcore select`` beside those that it shares with ``acqcore score``."""
+    """The options of ``acqcore select`` alone."""
     parser.add_argument(
         "--student", metavar="M", help="hub id or local path; not needed where the data have the column of --signal"
     )
@@ -183,9 +183,8 @@ class _Request:
 
     def _name(self, errors: Mapping[int, str], pool: _Pool) -> None:
         """Print what is wrong with rows."""
-        place = "line" if self.data.suffix == ".jsonl" else "row"
         for index, message in sorted(errors.items()):
-            print(f"{self.options.data}: {place} {pool.records[index].line}: {message}", file=sys.stderr)
+            print(located(self.options.data, pool.records[index].line, message), file=sys.stderr)
 
     def _read_column(self, pool: _Pool) -> None:
         name = self.options.signal
@@ -210,24 +209,10 @@ class _Request:
         )
         pool.columns, self.shown = present, list(columns)[-1]
         self.student = load_student(options.student, options.dtype, options.device)
-        good = []
-        for index, record in enumerate(pool.records):
-            if message := record_error(record, columns):
-                pool.errors[index] = message
-            else:
-                good.append(index)
-        bad: dict[int, str] = {}
-        rows = encode(
-            [sample_of(pool.records[i], columns) for i in good],
-            self.student.tokenizer,
-            vocab_size=self.student.head.vocab_size,
-            limit=self.student.max_length,
-            max_length=options.max_length,
-            errors=bad,
-        )
-        pool.errors.update({good[i]: message for i, message in bad.items()})
-        pool.indices = [index for i, index in enumerate(good) if i not in bad]
-        pool.rows = [row for i, row in enumerate(rows) if i not in bad]
+        vocab_size = self.student.head.vocab_size
+        rows = encode_records(pool.records, columns, self.student, vocab_size, options.max_length, pool.errors)
+        pool.indices = [i for i in range(len(rows)) if i not in pool.errors]
+        pool.rows = [rows[i] for i in pool.indices]
 
     def signal_of(self, pool: _Pool) -> torch.Tensor | None:
         """Values ``[m]`` of the rows that can be chosen; those without a finite value can no longer be."""

@@ -54,14 +54,19 @@ class Block:
     offset: int
 
 
+def located(path: Path, line: int, message: str) -> str:
+    """``message`` about a record, with its place in the file: ``data.jsonl: line 3: ...``."""
+    return f"{path}: {'line' if path.suffix == '.jsonl' else 'row'} {line}: {message}"
+
+
 def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], list[str]]:
     """The blocks of a file's first ``limit`` rows, and every column that occurs; no row is kept.
 
     Blank lines of a jsonl are not rows. Each block has ``block_rows`` rows, the last the remainder.
 
     Raises:
-        ValueError: an extension not in ``SUFFIXES``, a file that is no parquet. OSError: the file cannot be read.
-        ModuleNotFoundError: parquet without pyarrow.
+        ValueError: an extension not in ``SUFFIXES``, a file that is no parquet, no readable row.
+        OSError: the file cannot be read. ModuleNotFoundError: parquet without pyarrow.
     """
     checks.one_of("extension of " + path.name, path.suffix, SUFFIXES)
     path.stat()  # one error for a missing file, whatever its extension
@@ -69,9 +74,11 @@ def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], l
         return _scan_parquet(path, block_rows, limit)
     blocks: list[Block] = []
     columns: dict[str, None] = {}
+    error = None
     with _open(path) as (records, tell):
         line, offset, rows = 1, tell(), 0
         for record in islice(records, limit):
+            error = error or record.error
             columns.update(dict.fromkeys(record.values))
             rows += 1
             if rows == block_rows:
@@ -79,6 +86,8 @@ def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], l
                 line, offset, rows = record.line + 1, tell(), 0
         if rows:
             blocks.append(Block(len(blocks), len(blocks) * block_rows, rows, line, offset))
+    if error is not None and not columns:
+        raise ValueError(f"{path}: no row is readable, the first: {error}")
     return blocks, list(columns)
 
 
@@ -87,7 +96,7 @@ def _scan_parquet(path: Path, block_rows: int, limit: int | None) -> tuple[list[
 
     with pyarrow.parquet.ParquetFile(path) as file:
         n_rows = file.metadata.num_rows if limit is None else min(limit, file.metadata.num_rows)
-        columns = file.schema_arrow.names
+        columns = _distinct(file.schema_arrow.names)
     starts = range(0, n_rows, block_rows)
     return [Block(i, start, min(block_rows, n_rows - start), start + 1, 0) for i, start in enumerate(starts)], columns
 
@@ -161,7 +170,12 @@ def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
 
     # Without both settings a row group's whole column is kept: 98 MiB instead of 4 for a million texts of 100 bytes.
     with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
-        yield from file.iter_batches(_READ_ROWS, columns=columns)
+        names = _distinct(file.schema_arrow.names)
+        if names == file.schema_arrow.names:
+            yield from file.iter_batches(_READ_ROWS, columns=columns)
+            return
+        for batch in file.iter_batches(_READ_ROWS):  # columns are chosen by name
+            yield batch.rename_columns(names).select(columns)
 
 
 @contextmanager
@@ -175,7 +189,7 @@ def _open(path: Path, line: int = 1, offset: int | None = None) -> Iterator[tupl
     # Bytes that are not UTF-8 become lone surrogates, which cost the row if they are in a text that is scored.
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text, _long_cells():
         lines = iter(text.readline, "")  # iterating the file itself would disable tell()
-        header = next(csv.reader(lines), [])
+        header = _distinct(next(csv.reader(lines), []))
         if offset is not None:
             text.seek(offset)
         yield _csv_records(lines, header, line), text.tell
@@ -237,12 +251,23 @@ def _jsonl_records(lines: Iterator[bytes], first: int) -> Iterator[Record]:
 
 
 def _csv_records(lines: Iterator[str], header: Sequence[str], first: int) -> Iterator[Record]:
-    number = first - 1
-    rows = csv.DictReader(lines, header)
+    number, taken, ended = first - 1, 0, False
+
+    def counted() -> Iterator[str]:
+        nonlocal taken, ended
+        for line in lines:
+            taken += 1
+            yield line
+        ended = True
+
+    rows = csv.DictReader(counted(), header)
     while True:
         number += 1
+        taken = 0
         try:
             values = next(rows)
+            if ended:  # within the row, not before it
+                raise csv.Error(f"a quote in this row is never closed, which makes the last {taken} lines one row")
         except StopIteration:
             return
         except csv.Error as error:
@@ -250,6 +275,17 @@ def _csv_records(lines: Iterator[str], header: Sequence[str], first: int) -> Ite
             continue
         values.pop(None, None)  # cells without a header
         yield Record(number, values)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names of columns; of equal ones the second is ``name.1``, as in pandas."""
+    found: dict[str, None] = {}
+    for name in names:
+        other, n = name, 0
+        while other in found:
+            other, n = f"{name}.{n + 1}", n + 1
+        found[other] = None
+    return list(found)
 
 
 def choose_columns(

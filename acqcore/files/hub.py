@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from acqcore import checks
+from acqcore.files.atomic import atomically
 from acqcore.files.data import SUFFIXES
 
 
@@ -38,7 +38,6 @@ def export(data: Path, config: str | None, split: str, folder: Path) -> Path:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"data: {data} is neither a file nor a data set that loads: {reason}") from error
         folder.mkdir(exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        rows.to_parquet(temporary)
-        os.replace(temporary, target)
+        with atomically(target) as temporary:
+            rows.to_parquet(temporary)
     return target

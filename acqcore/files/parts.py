@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from acqcore.files.atomic import atomically
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -201,7 +203,5 @@ def _short(value: object) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Atomically, as several processes may write the same."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""``acqcore reference``: the gradient of a reference set, for ``--acquisition-args`` of influence."""
+"""``acqcore reference``: the mean gradient of a reference set, for ``--acquisition-args`` of influence."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from typing import Any, get_args
 
 from acqcore import checks
 from acqcore.files import data as data_files
-from acqcore.files.worker import DTYPES
+from acqcore.files.worker import load_student, record_error, sample_of
 from acqcore.literals import Loss
 from acqcore.scoring.gradients import influence_reference
-from acqcore.students.student import Student
 
 _BLOCK_ROWS = 4096
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ``acqcore reference`` beside those of every command that reads samples."""
+    """The options of ``acqcore reference`` alone."""
     parser.add_argument("--student", required=True, metavar="M", help="hub id or local path")
     parser.add_argument("--data", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
     parser.add_argument("--out", required=True, type=Path, metavar="F", help="file to write")
@@ -33,17 +32,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", choices=get_args(Loss), default="mean", help="of a sample's tokens (default: mean)")
     parser.add_argument("--dim", type=int, default=4096, metavar="N", help="length of a sketch (default: 4096)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sketch (default: 0)")
-    parser.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
-    parser.add_argument("--completion-column", metavar="C", help="column with the scored text")
-    parser.add_argument("--text-column", metavar="C", help="column whose text is scored whole")
-    parser.add_argument(
-        "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
-    )
-    parser.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
-    parser.add_argument("--device", metavar="D", help="device (default: cpu)")
-    parser.add_argument("--backend", metavar="B", help="backend, see 'acqcore info'")
-    parser.add_argument("--limit", type=int, metavar="N", help="read only the first N rows")
 
 
 def _parameters(text: str) -> str | int:
@@ -66,9 +54,8 @@ def run(options: argparse.Namespace) -> int:
     _, present = data_files.scan(options.data, _BLOCK_ROWS, options.limit)
     columns = data_files.choose_columns(present, options.prompt_column, options.completion_column, options.text_column)
     samples = _samples(options.data, options.limit, columns)
-    dtype = None if options.dtype is None else DTYPES[options.dtype]
     reference = influence_reference(
-        Student.load(options.student, dtype=dtype, device=options.device), samples,
+        load_student(options.student, options.dtype, options.device), samples,
         parameters=options.parameters, dim=options.dim, seed=options.seed, loss=options.loss,
         batch_tokens=options.batch_tokens, max_length=options.max_length, backend=options.backend,
     )  # fmt: skip
@@ -81,11 +68,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _samples(data: Path, limit: int | None, columns: dict[str, str]) -> list[dict[str, Any]]:
-    place = "line" if data.suffix == ".jsonl" else "row"
     samples = []
     for record in islice(data_files.records(data), limit):
-        missing = [column for column in columns if column not in record.values]
-        if record.error or missing:
-            raise ValueError(f"{data}: {place} {record.line}: {record.error or f'no column {missing[0]!r}'}")
-        samples.append({key: record.values[column] for column, key in columns.items()})
+        if message := record_error(record, columns):
+            raise ValueError(data_files.located(data, record.line, message))
+        samples.append(sample_of(record, columns))
     return samples

@@ -16,7 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from acqcore.files.atomic import atomically
+
 _PART = re.compile(r"part-\d{6}\.parquet")
+_LEVELS = 30  # of a parquet type, each of which may be three in the file's schema
 
 
 def write_block(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
@@ -26,16 +29,12 @@ def write_block(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
     Raises:
         ModuleNotFoundError: parquet without pyarrow.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        columns = {name: _arrow(values) for name, values in table.items()}
-        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
-    else:
+    with atomically(path) as temporary:
+        if path.suffix == ".parquet":
+            _write_parquet(temporary, {name: _arrow(values) for name, values in table.items()})
+            return
         with temporary.open("w", newline="", encoding="utf-8") as file:
             _write_lines(file, path.suffix, table)
-    os.replace(temporary, path)
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], source: Path) -> None:
@@ -49,23 +48,23 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[
     Raises:
         ModuleNotFoundError: parquet without pyarrow.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomically(path) as temporary:
         if path.suffix == ".parquet":
-            import pyarrow.parquet
+            types = _types(source, columns)
+            _write_parquet(temporary, {name: _arrow([row.get(name) for row in rows], kind) for name, kind in types})
+            return
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            if path.suffix == ".csv":
+                csv.writer(file).writerow(_text(column) for column in columns)
+            for row in rows:
+                present = columns if path.suffix == ".csv" else [name for name in columns if name in row]
+                _write_lines(file, path.suffix, {name: [row.get(name)] for name in present})
 
-            table = {name: _arrow([row.get(name) for row in rows], kind) for name, kind in _types(source, columns)}
-            pyarrow.parquet.write_table(pyarrow.table(table), temporary)
-        else:
-            with temporary.open("w", newline="", encoding="utf-8") as file:
-                if path.suffix == ".csv":
-                    csv.writer(file).writerow(_text(column) for column in columns)
-                for row in rows:
-                    present = columns if path.suffix == ".csv" else [name for name in columns if name in row]
-                    _write_lines(file, path.suffix, {name: [row.get(name)] for name in present})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+def _write_parquet(path: Path, columns: Mapping[str, Any]) -> None:
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({_text(name): column for name, column in columns.items()}), path)
 
 
 def _types(source: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -146,12 +145,13 @@ def _arrow(values: Sequence[Any], kind: Any = None) -> Any:
     return pyarrow.array([_text(_plain(value)) for value in values], pyarrow.string())
 
 
-def _storable(kind: Any) -> bool:
-    """Whether parquet takes the type: it has no struct without fields."""
+def _storable(kind: Any, levels: int = _LEVELS) -> bool:
+    """Whether parquet takes the type: it has no struct without fields, and pyarrow reads a schema of 100 levels."""
     import pyarrow
 
     inner = [kind.field(i).type for i in range(kind.num_fields)]
-    return not (pyarrow.types.is_struct(kind) and not inner) and all(map(_storable, inner))
+    empty = pyarrow.types.is_struct(kind) and not inner
+    return levels > 0 and not empty and all(_storable(part, levels - 1) for part in inner)
 
 
 def join(blocks: Sequence[Path], out: Path, columns: Sequence[str]) -> None:
@@ -215,7 +215,7 @@ def _common_schema(blocks: Sequence[Path]) -> tuple[Any, set[str]]:
             for block, one in zip(blocks, ones, strict=True):
                 if one.field(name).type != field.type:
                     with pyarrow.parquet.ParquetFile(block) as file:
-                        file.read(columns=[name]).cast(pyarrow.schema([field]))
+                        _cast(file.read(columns=[name]).column(0), field.type)
         except (ValueError, TypeError):  # pyarrow's own errors are of these
             field = pyarrow.field(name, pyarrow.string())
             as_text.add(name)
@@ -233,4 +233,23 @@ def _read_part(path: Path, schema: Any, as_text: set[str]) -> Any:
     for name in as_text:
         texts = [_text(_plain(value)) for value in table.column(name).to_pylist()]
         table = table.set_column(table.schema.get_field_index(name), name, pyarrow.array(texts, pyarrow.string()))
-    return table.cast(schema)
+    columns = [_cast(column, field.type) for column, field in zip(table.columns, schema, strict=True)]
+    return pyarrow.table(columns, schema=schema)
+
+
+def _cast(column: Any, kind: Any) -> Any:
+    """A column of a table as another type, which holds its values.
+
+    Raises:
+        ValueError, TypeError: it does not (pyarrow's own errors are of these).
+    """
+    import pyarrow
+
+    if column.type == kind:
+        return column
+    try:
+        cast = column.cast(kind)
+        cast.validate()  # pyarrow 26 breaks nulls within lists
+    except (ValueError, TypeError):
+        return pyarrow.chunked_array([pyarrow.array(column.to_pylist(), kind)], kind)
+    return cast

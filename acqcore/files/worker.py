@@ -24,11 +24,11 @@ from acqcore.files.data import Block, Reader, Record
 from acqcore.files.parts import Parts
 from acqcore.files.table import write_block
 from acqcore.scoring.plan import Plan
+from acqcore.students.loading import DTYPES
 from acqcore.students.samples import EMPTY, Row, encode
 from acqcore.students.student import Student
 from acqcore.students.tables import BESIDE
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTEMPTS = 3  # per block
 TOP_ROWS = 5
 
@@ -170,8 +170,8 @@ class BlockScorer:
         started = time.time()
         job = self.job
         records = self.reader.read(block)
-        errors = {i: message for i, record in enumerate(records) if (message := record_error(record, job.columns))}
-        rows = self._encode(records, errors)
+        errors: dict[int, str] = {}
+        rows = encode_records(records, job.columns, self.student, self.runner.head.vocab_size, job.max_length, errors)
         figures = np.full((len(records), len(job.measured)), np.nan, dtype=np.float32)
         tokens: dict[str, list[list[float]]] = {name: [[] for _ in records] for name in job.of_tokens}
         done = self.parts.load(block.index)
@@ -222,24 +222,6 @@ class BlockScorer:
         )
         self.parts.finish(block.index, asdict(report))
 
-    def _encode(self, records: Sequence[Record], errors: dict[int, str]) -> list[Row]:
-        """Rows of the records; empty for those with an error, old or new."""
-        good = [i for i in range(len(records)) if i not in errors]
-        bad: dict[int, str] = {}
-        encoded = encode(
-            [sample_of(records[i], self.job.columns) for i in good],
-            self.student.tokenizer,
-            vocab_size=self.runner.head.vocab_size,
-            limit=self.student.max_length,
-            max_length=self.job.max_length,
-            errors=bad,
-        )
-        errors.update({good[i]: message.replace("max_length= ", "--max-length ") for i, message in bad.items()})
-        rows = [EMPTY] * len(records)
-        for i, row in zip(good, encoded, strict=True):
-            rows[i] = row
-        return rows
-
 
 def load_student(source: str, dtype: str | None, device: str | None) -> Student:
     """The student at a hub id or path; ``dtype`` is a name in ``DTYPES``. Raises as ``Student.load``."""
@@ -289,6 +271,29 @@ def record_error(record: Record, columns: Mapping[str, str]) -> str | None:
     """The record's error, or that it lacks a column."""
     missing = [column for column, key in columns.items() if column not in record.values and key not in BESIDE]
     return record.error or (f"no column {missing[0]!r}" if missing else None)
+
+
+def encode_records(
+    records: Sequence[Record],
+    columns: Mapping[str, str],
+    student: Student,
+    vocab_size: int,
+    max_length: int | None,
+    errors: dict[int, str],
+) -> list[Row]:
+    """The records as rows of a student's tokens; a bad one becomes an empty row, and an entry of ``errors``."""
+    errors.update({i: message for i, record in enumerate(records) if (message := record_error(record, columns))})
+    good = [i for i in range(len(records)) if i not in errors]
+    bad: dict[int, str] = {}
+    encoded = encode(
+        [sample_of(records[i], columns) for i in good], student.tokenizer,
+        vocab_size=vocab_size, limit=student.max_length, max_length=max_length, errors=bad,
+    )  # fmt: skip
+    errors.update({good[i]: message.replace("max_length= ", "--max-length ") for i, message in bad.items()})
+    rows = [EMPTY] * len(records)
+    for i, row in zip(good, encoded, strict=True):
+        rows[i] = row
+    return rows
 
 
 def sample_of(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 
 from acqcore.gradients.need import ProbeNeed
-from acqcore.gradients.selection import select_linear
+from acqcore.gradients.selection import same_student, select_linear, shapes_of
 from acqcore.literals import Layers
 from acqcore.students.student import Student
 
@@ -34,14 +36,25 @@ class EpigReference:
         """Length of a sketch."""
         return self.sketches.shape[2]
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the reference to a file, for ``acqcore score --acquisition-args``."""
+        torch.save({field.name: getattr(self, field.name) for field in fields(self)}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EpigReference:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            OSError: the file cannot be read. ValueError: it is not a saved reference.
+        """
+        try:
+            return cls(**torch.load(path, weights_only=True))
+        except (TypeError, pickle.UnpicklingError, RuntimeError) as error:
+            raise ValueError(f"reference: expected a file from EpigReference.save, got {os.fspath(path)}") from error
+
     def check(self, student: Student) -> None:
         """Raise ValueError if the reference was made with another student (names what differs)."""
-        now = weight_shapes(student, self.layers)
-        for name in (*self.shapes, *now):
-            there, here = self.shapes.get(name), now.get(name)
-            if there != here:
-                shapes = ["no such weight" if shape is None else str(list(shape)) for shape in (there, here)]
-                raise ValueError(f"reference: made with another student: {name} is {shapes[0]} there, {shapes[1]} here")
+        same_student(self.shapes, shapes_of(select_linear(student, self.layers)))
 
     def needs(self, probes: int) -> tuple[ProbeNeed, ProbeNeed]:
         """Sketches of samples that can be compared with these, under cotangents of their own."""
@@ -66,9 +79,3 @@ def sketch_needs(layers: Layers, probes: int, seed: int, dim: int, sketch_seed: 
         ProbeNeed("weights", layers, probes, seed, dim=dim, sketch_seed=2 * sketch_seed + i) for i in (0, 1)
     )
     return first, second
-
-
-def weight_shapes(student: Student, layers: Layers) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the weights, on which the hashes of a sketch depend."""
-    selection = select_linear(student, layers)
-    return {name: tuple(weight.shape) for weight, name in selection.names.items()}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from acqcore.gradients.selection import select_linear
+from acqcore.gradients.selection import same_student, select_linear, shapes_of
 from acqcore.literals import Layers
 from acqcore.students.student import Student
 
@@ -51,9 +51,6 @@ class LaplacePosterior:
 
     def check(self, student: Student) -> None:
         """Raise ValueError if it was made with another student (names what differs)."""
-        here = {name: sorted(weight.shape) for weight, name in select_linear(student, self.layers).names.items()}
-        there = {name: sorted(map(len, factors)) for name, factors in self.factors.items()}
-        for name in (*there, *here):
-            if there.get(name) != here.get(name):
-                shapes = ["absent" if name not in found else str(found[name]) for found in (there, here)]
-                raise ValueError(f"reference: made with another student: {name} is {shapes[0]} there, {shapes[1]} here")
+        shapes = shapes_of(select_linear(student, self.layers))
+        here = {name: sorted(shape) for name, shape in shapes.items()}
+        same_student({name: sorted(map(len, factors)) for name, factors in self.factors.items()}, here)

@@ -33,6 +33,7 @@ from acqcore.gradients.measures import (
     WeightedNorm,
 )
 from acqcore.gradients.need import GradientNeed, ProbeNeed
+from acqcore.gradients.probe import Probe
 from acqcore.gradients.selection import select_linear, select_parameters, whole_parameters
 from acqcore.head import Head
 from acqcore.literals import Loss, Parameters
@@ -72,7 +73,9 @@ class SampleGradients:
         names = {p: name for selection in chosen for p, name in selection.names.items()}
         modules = {module for sites in self._sites.values() for module in sites}
         self._student = student
-        self._capture = Capture(student, names, [selection.head for selection in chosen], modules)
+        tied = [selection.head for selection in chosen]
+        self._capture = Capture(student, names, tied, modules)
+        self._probe = Probe(self._capture, student, tied)
         self._left = 0  # backwards that a batch still takes
         self._first = torch.zeros(0, dtype=torch.int64)  # of a batch's samples the first token of the completion
         of_trunk = [need for need in self._probed if need.layers != 0]
@@ -91,7 +94,7 @@ class SampleGradients:
     @property
     def one_by_one(self) -> bool:
         """Whether batches must be of one sample; known once :meth:`prepare` ran."""
-        return self.deep and self._capture.one_by_one
+        return self.deep and self._probe.one_by_one
 
     def prepare(
         self,
@@ -104,18 +107,19 @@ class SampleGradients:
         """
         if not self.deep:
             return
-        self._capture.prepare(input_ids)
+        self._probe.prepare(input_ids)
         for parameters, selection in self._selections.items():
             if selection.names and selection.head is None and self._capture.used.isdisjoint(selection.names.values()):
                 name = next(iter(selection.names.values()))
                 raise ValueError(
-                    f"parameters: {parameters!r}: {name} and the others have no gradient: the student's forward does "
-                    "not use them, as those of a merged or disabled adapter"
+                    f"parameters: {parameters!r}: {name} and the others have no gradient: the forward of the first "
+                    "samples does not use them, as those of a merged or disabled adapter or of tokens that are not "
+                    "there, or runs without gradients, as under checkpointing with use_reentrant=True"
                 )
 
     def take_one_by_one(self) -> None:
         """From here on batches are of one sample."""
-        self._capture.take_one_by_one()
+        self._probe.take_one_by_one()
 
     @contextmanager
     def forward(

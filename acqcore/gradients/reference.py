@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from acqcore import checks
-from acqcore.gradients.selection import select_parameters
+from acqcore.gradients.selection import same_student, select_parameters, shapes_of
 from acqcore.head import Head
 from acqcore.literals import Loss, Parameters, Similarity
 from acqcore.students.student import Student
@@ -107,17 +107,10 @@ class Reference:
         Raises:
             ValueError: the reference was made with another student (names what differs).
         """
-        now = parameter_shapes(student, head, self.parameters)
-        for name in (*self.shapes, *now):
-            there, here = self.shapes.get(name), now.get(name)
-            if there != here:
-                shapes = ["no such parameter" if shape is None else str(list(shape)) for shape in (there, here)]
-                raise ValueError(f"reference: made with another student: {name} is {shapes[0]} there, {shapes[1]} here")
+        same_student(self.shapes, parameter_shapes(student, head, self.parameters))
 
 
 def parameter_shapes(student: Student, head: Head, parameters: Parameters) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the head and of the selected parameters, on which the signs of a sketch depend."""
-    selection = select_parameters(student, head, parameters)
-    shapes: dict[str, tuple[int, ...]] = {"head": (head.vocab_size, head.weight.shape[1])}
-    shapes.update((name, tuple(parameter.shape)) for parameter, name in selection.names.items())
-    return shapes
+    head_shape = (head.vocab_size, head.weight.shape[1])
+    return {"head": head_shape, **shapes_of(select_parameters(student, head, parameters))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,7 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
     names: dict[torch.Tensor, str] = {p: name for name, p in module.named_parameters()}
     if isinstance(parameters, int):
         blocks = student.blocks
-        checks.block_count(parameters, len(blocks))
+        checks.enough_blocks("parameters", parameters, len(blocks))
         last = {p for block in blocks[-parameters:] for p in block.parameters()}
         names = {p: name for p, name in names.items() if p in last}
         checks.differentiable(names)
@@ -86,7 +86,7 @@ def select_linear(student: Student, layers: int | str) -> Selection:
     checks.some_blocks(len(blocks))
     whole_parameters(student, "layers")
     count = len(blocks) if isinstance(layers, str) else layers
-    checks.enough_blocks(count, len(blocks))
+    checks.enough_blocks("layers", count, len(blocks))
     within = {module for block in blocks[len(blocks) - count :] for module in block.modules() if is_linear(module)}
     assert student._module is not None
     names = {
@@ -107,6 +107,21 @@ def whole_parameters(student: Student, argument: str) -> None:
             f"{argument}: gradients in the trunk need a student whose parameters are whole on each rank, got one "
             "spread over processes (tensor parallel, FSDP, ZeRO-3)"
         )
+
+
+def shapes_of(selection: Selection) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the parameters, on which the signs of a sketch depend."""
+    return {name: tuple(parameter.shape) for parameter, name in selection.names.items()}
+
+
+def same_student(made_with: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]]) -> None:
+    """Raise ValueError if a reference was made with another student: the name of the first parameter that differs, and
+    its shapes there and here."""
+    for name in (*made_with, *now):
+        shapes = [None if name not in found else list(found[name]) for found in (made_with, now)]
+        if shapes[0] != shapes[1]:
+            there, here = ("no such parameter" if shape is None else str(shape) for shape in shapes)
+            raise ValueError(f"reference: made with another student: {name} is {there} there, {here} here")
 
 
 def _name(value: torch.Tensor, names: Mapping[torch.Tensor, str]) -> str | None:

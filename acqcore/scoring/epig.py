@@ -10,10 +10,12 @@ from acqcore import checks
 from acqcore.acquisitions import LinearOptions
 from acqcore.acquisitions.epig import EpigOptions, epig as epig_of, needs as needs_of
 from acqcore.acquisitions.needs import WEIGHT_VARIANCE
-from acqcore.gradients.epig import EpigReference, sketch_needs, weight_shapes
+from acqcore.gradients.epig import EpigReference, sketch_needs
 from acqcore.gradients.need import ProbeNeed
+from acqcore.gradients.selection import select_linear, shapes_of
 from acqcore.literals import Layers
-from acqcore.scoring.run import Runner
+from acqcore.scoring.collect import check_reference_set, collect
+from acqcore.scoring.run import Found, Runner
 from acqcore.students.samples import Samples
 from acqcore.students.student import StudentLike
 
@@ -51,13 +53,10 @@ def epig_reference(
     checks.positive_int("dim", dim)
     needs = sketch_needs(layers, probes, seed, dim, seed)
     runner = Runner(student, needs, batch_tokens, backend)
-    sketches = _sketches(runner, needs, samples, tokenizer, max_length)  # [2, n, P, dim]
-    if not sketches.shape[1]:
-        raise ValueError("samples: expected at least one reference sample, got none")
-    bad = ~sketches.isfinite().all(dim=3).all(dim=2).all(dim=0)
-    if bool(bad.any()):
-        raise ValueError(f"samples[{int(bad.nonzero()[0])}]: expected a finite gradient, got NaN or infinity")
-    return EpigReference(sketches.flatten(1, 2), layers, seed, weight_shapes(runner.student, layers))
+    sketches = _sketches(runner, needs, samples, tokenizer, max_length)  # [n, 2, P, dim]
+    check_reference_set(sketches)
+    shapes = shapes_of(select_linear(runner.student, layers))
+    return EpigReference(sketches.transpose(0, 1).flatten(1, 2), layers, seed, shapes)
 
 
 def epig(
@@ -94,19 +93,18 @@ def epig(
     options = EpigOptions(reference, variance, probes)
     runner = Runner(student, needs_of(options), batch_tokens, backend)
     reference.check(runner.student)
-    first, second = _sketches(runner, needs_of(options), samples, tokenizer, max_length)
-    return epig_of(first, second, options).float()
+    sketches = _sketches(runner, needs_of(options), samples, tokenizer, max_length)  # [n, 2, P, dim]
+    return epig_of(sketches[:, 0], sketches[:, 1], options).float()
 
 
 def _sketches(
     runner: Runner, needs: tuple[ProbeNeed, ProbeNeed], samples: Samples, tokenizer: Any, max_length: int | None
 ) -> torch.Tensor:
-    """``[2, n, P, dim]`` float32."""
-    with runner.student.in_step():
-        rows = runner.encode(samples, tokenizer, max_length)
-        assert needs[0].dim is not None
-        found = torch.zeros(2, len(rows), needs[0].probes, needs[0].dim)
-        for batch in runner.batches(rows):
-            for half, need in enumerate(needs):
-                found[half, batch.indices] = batch.results[need].float()
-    return found
+    """``[n, 2, P, dim]`` float32."""
+    assert needs[0].dim is not None
+
+    def of_batch(found: Found) -> torch.Tensor:
+        return torch.stack([found.results[need] for need in needs], dim=1)
+
+    shape = (2, needs[0].probes, needs[0].dim)
+    return collect(runner, samples, tokenizer, max_length, shape, of_batch)

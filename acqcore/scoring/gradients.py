@@ -14,6 +14,7 @@ from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.gradients.reference import Reference, parameter_shapes
 from acqcore.head import Head
 from acqcore.literals import Layers, Loss, Parameters, Similarity
+from acqcore.scoring.collect import check_reference_set, collect
 from acqcore.scoring.run import Runner
 from acqcore.students.samples import Samples
 from acqcore.students.student import StudentLike
@@ -230,11 +231,7 @@ def influence_reference(
     need = GradientNeed(parameters, loss, dim=dim, seed=seed)
     runner = Runner(student, (need,), batch_tokens, backend)
     sketches = _of_samples(runner, samples, tokenizer, max_length, need)
-    if len(sketches) == 0:
-        raise ValueError("samples: expected at least one reference sample, got none")
-    bad = ~sketches.isfinite().all(dim=1)
-    if bool(bad.any()):
-        raise ValueError(f"samples[{int(bad.nonzero()[0])}]: expected a finite gradient, got NaN or infinity")
+    check_reference_set(sketches)
     if not bool(sketches.any()):
         raise ValueError("samples: expected a reference set with a gradient, all of its gradients are zero")
     mean = sketches.double().mean(dim=0).float()
@@ -337,10 +334,5 @@ def laplace_posterior(
 def _of_samples(
     runner: Runner, samples: Samples, tokenizer: Any, max_length: int | None, need: GradientNeed
 ) -> torch.Tensor:
-    """What the need comes to for all samples, ``[n, ...]``."""
-    with runner.student.in_step():
-        rows = runner.encode(samples, tokenizer, max_length)
-        values = torch.zeros(len(rows), *need.shape)
-        for found in runner.batches(rows):
-            values[found.indices] = found.results[need]
-    return values
+    """The need's values for all samples, ``[n]`` or ``[n, dim]``."""
+    return collect(runner, samples, tokenizer, max_length, need.shape, lambda found: found.results[need])

@@ -13,7 +13,14 @@ import torch
 
 from acqcore.head import Head
 from acqcore.students.heads import KNOWN_LOGITS, MAP_TOLERANCE, LogitMap, placed_projection
-from acqcore.students.sharding import DataParallel, data_parallel, gathered, replaced_forward, unwrapped
+from acqcore.students.sharding import (
+    DataParallel,
+    data_parallel,
+    gathered,
+    is_dtensor,
+    replaced_forward,
+    unwrapped,
+)  # fmt: skip
 from acqcore.vocab_parallel import summed
 
 #: Largest difference between the model's logits and ours, relative to the largest logit. Both sides see the same hidden
@@ -136,7 +143,7 @@ class CausalLM:
             columns = torch.arange(len(head.weight), device=known.device) + head.vocab_start
         given = known[columns % len(known)]  # [v]
         ids = torch.arange(4, device=next(self._model.parameters()).device)[None] % self.token_ids
-        _, output = self._run(ids, lambda hidden: given.to(hidden.device).expand(*hidden.shape[:-1], -1))
+        output = self._first_run(ids, lambda hidden: given.to(hidden.device).expand(*hidden.shape[:-1], -1))
         logits = self._whole(gathered(output.logits), head)  # [1, 4, V]
         refused = ValueError(
             f"model: {self.name} changes the logits of its output embedding by more than a scale and a softcap; "
@@ -174,6 +181,7 @@ class CausalLM:
             if head.group is not None:  # logits of eight tokens, once a model: all ranks must agree on the verdict
                 ours = _in_vocabulary(ours, head)
         tolerance = max(PROBE_TOLERANCE[hidden.dtype], PROBE_TOLERANCE[head.weight.dtype])
+        self._check_product(hidden)
         advice = f"it changes them in a way that acqcore does not know; {ADVICE}"
         if own.shape != ours.shape:
             raise ValueError(
@@ -191,6 +199,46 @@ class CausalLM:
         if not float((before[0] - before[1]).abs().max()) <= tolerance * float(before.abs().max()):
             raise ValueError(f"model: expected a causal language model, in {self.name} a token sees those after it")
         _VERIFIED[self._model] = True
+
+    def _first_run(
+        self,
+        input_ids: torch.Tensor,  # [B, T] int64
+        give: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Any:
+        """The model's output.
+
+        Raises:
+            ValueError: the model does not run on token ids alone.
+        """
+        try:
+            return self._run(input_ids, give)[1]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of the model's own code
+            if isinstance(error, ValueError) and str(error).startswith("model: "):
+                raise
+            raise ValueError(f"model: {self.name} does not run on token ids alone: {error}") from error
+
+    def _check_product(
+        self,
+        hidden: torch.Tensor,  # [B, T, D]
+    ) -> None:
+        """In half precision the logits' tolerance would let a factor of 1.03 through, on a layer that may change its
+        product: by hooks, or a forward of its own."""
+        layer = unwrapped(self._causal.get_output_embeddings())
+        altered = layer._forward_hooks or type(layer).forward is not torch.nn.Linear.forward or "forward" in vars(layer)
+        if self.data_parallel is not None or not isinstance(layer, torch.nn.Linear) or not altered:
+            return
+        if is_dtensor(layer.weight):  # the hooks are those of tensor parallelism
+            return
+        hidden = hidden.to(layer.weight)
+        product = torch.nn.functional.linear(hidden, layer.weight, layer.bias).double()
+        error = (layer(hidden).double() - product).abs().max()
+        if not bool(error <= torch.finfo(hidden.dtype).eps * product.abs().max()):
+            raise ValueError(
+                f"model: the output embedding of {self.name} gives another value than its weight does, by "
+                f"{float(error):.3g}; {ADVICE}"
+            )
 
     def _run(
         self,

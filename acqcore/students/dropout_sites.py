@@ -47,7 +47,7 @@ class DropoutSites:
         checks.some_blocks(len(blocks))
         count = len(blocks) if layers == "all" else layers
         assert isinstance(count, int)
-        checks.enough_blocks(count, len(blocks))
+        checks.enough_blocks("layers", count, len(blocks))
         first = len(blocks) - count
         number = 0
         sites: list[tuple[int, nn.Module, float]] = []

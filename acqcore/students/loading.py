@@ -6,7 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from acqcore import checks
+
+#: Dtypes of weights that the commands offer.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "merges.txt", "*.tiktoken")
 

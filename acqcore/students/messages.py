@@ -20,6 +20,12 @@ _OTHER = "\ue0f1acqcore"
 #: Of templates that say what the assistant generates.
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+#: Keys of messages under which reasoning is kept apart from content.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+#: In the types of content parts that a student of text does not see.
+_UNSEEN = ("image", "video", "audio")
+
 #: Keys of messages and tool calls whose values are no text of theirs.
 _STRUCTURE = frozenset({"role", "type", "id", "tool_call_id"})
 
@@ -96,8 +102,10 @@ def rendered(
     Content that is a list of texts is joined for a template that takes strings alone.
 
     Raises:
-        ValueError: the template refuses the conversation, or would write content as Python does.
+        ValueError: the template refuses the conversation, or would write content as Python does; images and the like.
     """
+    for message in messages:
+        _text_alone(index, message.get("content"))
     if any(isinstance(message.get("content"), list) for message in messages) and not _takes_lists(tokenizer):
         messages = [_joined(index, message) for message in messages]
     try:
@@ -106,7 +114,29 @@ def rendered(
         )
     except Exception as error:  # templates raise anything: of Jinja, and what operations on the messages raise
         raise ValueError(f"samples[{index}]: the chat template refuses it: {error}") from error
+    for message in messages:
+        content = message.get("content")
+        if not isinstance(content, str) and content and str(content) in text:
+            raise ValueError(
+                f"samples[{index}]: content: expected text, the chat template writes a {checks.describe(content)} as "
+                "Python does"
+            )
     return str(text)
+
+
+def _text_alone(index: int, content: object) -> None:
+    """A template may write a placeholder for an image that the student never gets."""
+    parts = content if isinstance(content, list) else []
+    for part in parts:
+        kind = str(part.get("type") or next(iter(part), "")) if isinstance(part, Mapping) else ""
+        if any(word in kind for word in _UNSEEN):
+            raise ValueError(
+                f"samples[{index}]: content: expected text, which is all that is scored, got parts {_kinds(parts)}"
+            )
+
+
+def _kinds(parts: Sequence[Any]) -> list[Any]:
+    return [part.get("type") if isinstance(part, Mapping) else checks.describe(part) for part in parts]
 
 
 def _takes_lists(tokenizer: Any) -> bool:
@@ -126,9 +156,9 @@ def _joined(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
         return dict(message)
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
     if not all(isinstance(text, str) for text in texts):
-        kinds = [part.get("type") if isinstance(part, Mapping) else checks.describe(part) for part in content]
         raise ValueError(
-            f"samples[{index}]: content: expected text, which is all that the chat template takes, got parts {kinds}"
+            f"samples[{index}]: content: expected text, which is all that the chat template takes, got parts "
+            f"{_kinds(content)}"
         )
     return {**message, "content": "".join(map(str, texts))}
 
@@ -195,17 +225,18 @@ def reply_start(
             other = rendered(index, tokenizer, [*context, _other(reply[0]), *reply[1:]], False, **options)
             start = common_length(text, other)
             # Nor may any of the context come after the reply.
-            other = rendered(index, tokenizer, [*context[:-1], _other(context[-1]), *reply], False, **options)
+            other = rendered(index, tokenizer, [*map(_other, context), *reply], False, **options)
             start = start if other.endswith(text[start:]) else None
         except ValueError:  # a template may refuse what it cannot parse
             pass
     scored = "" if start is None else text[start:]
     for message in reply:
-        if not any(shown in scored for shown in _shown(message)):
-            raise ValueError(
-                f"samples[{index}]: the chat template does not write the reply where it is scored: expected "
-                f"{_shown(message)[0][:80]!r} in {scored[:80]!r}"
-            )
+        for expected in _shown(message, message is reply[-1]):
+            if not any(text in scored for text in expected):
+                raise ValueError(
+                    f"samples[{index}]: the chat template does not write the reply where it is scored: expected "
+                    f"{expected[0][:80]!r} in {scored[:80]!r}"
+                )
     assert start is not None
     return start
 
@@ -247,13 +278,19 @@ def _other(value: Any, key: str = "") -> Any:
     return _OTHER if isinstance(value, str) and key != "arguments" else value
 
 
-def _shown(message: Mapping[str, Any]) -> list[str]:
-    """Texts one of which is in every rendering of a message: templates strip, take out reasoning, or write JSON."""
+def _shown(message: Mapping[str, Any], last: bool) -> list[list[str]]:
+    """What a rendering of a message must show, in one of several ways each: templates strip, take reasoning out of the
+    content, or write JSON. Of messages before the last one they leave out reasoning."""
     content = message.get("content")
     if isinstance(content, list):
         content = next((part["text"] for part in content if isinstance(part, Mapping) and part.get("text")), None)
     if not content:
         calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
         content = next((call["name"] for call in calls if isinstance(call, Mapping) and call.get("name")), "")
-    content = str(content)
-    return [content.strip(), content.rpartition("</think>")[2].strip(), json.dumps(content)[1:-1]]
+    apart = [message[key] for key in _REASONING if last and isinstance(message.get(key), str)]
+    return [_ways(text) for text in dict.fromkeys([str(content), *apart]) if text] or [[""]]
+
+
+def _ways(text: str) -> list[str]:
+    ways = [text.strip(), text.rpartition("</think>")[2].strip(), json.dumps(text)[1:-1]]
+    return [way for way in ways if way] or [text]

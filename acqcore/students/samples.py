@@ -15,8 +15,9 @@ The whole text is tokenized at once: tokens of joined pieces may differ from tho
 with the first token whose span ends after the prompt, so a token across the boundary is scored. A table with these
 columns (``datasets.Dataset``, pandas, polars, Arrow, a mapping of lists) is a list of its rows. A number is its text,
 and other keys and columns are not read, except ``tools`` and ``chat_template_kwargs`` of conversations, which go to the
-chat template. Of a conversation the reply alone is scored, or it is refused; a template that marks what the assistant
-generates decides which of its tokens. Rows from :func:`encode` are samples too.
+chat template. Of a conversation the reply alone is scored, or it is refused, as where a template leaves out its
+reasoning, or where there are images; a template that marks what the assistant generates decides which of its tokens.
+Rows from :func:`encode` are samples too.
 """
 
 from __future__ import annotations

@@ -117,12 +117,9 @@ class Student:
             ModuleNotFoundError: transformers is not installed. OSError: no such model (from transformers).
             ValueError: a path without a model, an unknown dtype, a device that is not here, a broken tokenizer.
         """
-        try:
-            from transformers import AutoModelForCausalLM
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"loading {str(path)!r} needs transformers: run 'pip install acqcore[train]'"
-            ) from error
+        checks.installed("transformers", f"loading {str(path)!r}", "train")
+        from transformers import AutoModelForCausalLM
+
         path = os.fspath(path)
         check_request(path, dtype, device)
         with loading_whole():

@@ -11,6 +11,7 @@ from acqcore import checks
 KINDS = (("prompt", "completion"), ("messages",), ("question", "answer"), ("text",))
 #: Columns that a chat template reads beside the messages.
 BESIDE = ("tools", "chat_template_kwargs")
+_LISTING = ("to_pylist", "to_list", "tolist")
 EXPECTED = (
     'strings, mappings with "prompt" and "completion", "messages", "question" and "answer", or "text", a '
     "datasets.Dataset, a pandas, polars or Arrow table, or a mapping of such columns, or tensors "
@@ -38,8 +39,9 @@ def listed(samples: Any) -> list[Any]:
             raise TypeError(f"samples: expected columns {expected}, got {', '.join(map(str, columns))}")
         keys = [*kind, *(key for key in BESIDE if key in columns)]
         return _rows({key: _list(key, samples[key]) for key in keys})
-    if not isinstance(samples, Sequence) and hasattr(samples, "tolist"):  # a NumPy array or a pandas column of strings
-        samples = samples.tolist()
+    if not isinstance(samples, Sequence):  # an array or a column of strings: of NumPy, pandas, polars, Arrow
+        method = next((name for name in _LISTING if hasattr(samples, name)), None)
+        samples = samples if method is None else getattr(samples, method)()
     if isinstance(samples, (str, bytes)) or not isinstance(samples, Sequence):
         raise TypeError(f"samples: expected a list of {EXPECTED}, got {checks.describe(samples)}")
     return list(samples)
@@ -49,7 +51,7 @@ def plain(value: Any) -> Any:
     """The value with lists in the place of NumPy arrays, which pandas reads from nested parquet columns."""
     if isinstance(value, Mapping):
         return {key: plain(part) for key, part in value.items()}
-    if isinstance(value, str):
+    if isinstance(value, (str, bytes)):
         return value
     if isinstance(value, Sequence) or hasattr(value, "tolist"):
         return [plain(part) for part in value] if hasattr(value, "__len__") else value
@@ -67,7 +69,7 @@ def _columns(samples: Any) -> list[Any] | None:
 
 
 def _list(name: str, column: Any) -> list[Any]:
-    for method in ("to_pylist", "to_list", "tolist"):
+    for method in _LISTING:
         if hasattr(column, method):
             return list(getattr(column, method)())
     if isinstance(column, (str, bytes)) or not isinstance(column, Sequence):

@@ -23,4 +23,4 @@ def scorer() -> TextScorer:
 
 async def acquisition(task: Any, trace: Any, runtime: Any) -> float:
     """The composed reward of the last reply of a trace; traces of one task are a group."""
-    return (await scorer().coalescer.ask((trace.last_reply, getattr(task, "idx", None)))).score
+    return (await scorer().ask(trace.last_reply, getattr(task, "idx", None))).score

@@ -1,6 +1,7 @@
 """The command line. ``acqsynth run recipe.yaml [key=value ...]`` runs a recipe from seed rows to report and resumes
 where an earlier run of it stopped. ``acqsynth seeds``, ``train``, ``generate``, ``label``, ``fit``, ``evaluate`` and
-``report`` run one stage, and before it what that stage needs. ``acqsynth serve`` scores over HTTP.
+``report`` run one stage, and before it what that stage needs. ``acqsynth push`` publishes a run's rows and student,
+``acqsynth serve`` scores over HTTP.
 
 Imports nothing heavy by itself, so that help and mistakes are answered at once.
 """
@@ -12,6 +13,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from acqsynth.recipes import recipes
@@ -19,8 +21,8 @@ from acqsynth.serve.options import add_arguments as add_serve_arguments
 
 _DESCRIPTION = (
     "Writes training data that a model learns most from. 'acqsynth run' takes a recipe from seed rows to a report and "
-    "resumes where an earlier run of it stopped; the other commands run one stage and what that stage needs first, and "
-    "'acqsynth serve' scores over HTTP."
+    "resumes where an earlier run of it stopped; the commands of a stage run that stage and what it needs first. "
+    "'acqsynth push' publishes a run's rows and student, and 'acqsynth serve' scores over HTTP."
 )
 _HELP = {
     "run": "run all stages of a recipe",
@@ -51,7 +53,7 @@ def _load(module: str, what: str, extra: str) -> Any:
         if name in ("", "acqcore", "acqsynth"):
             raise
         raise MissingExtraError(
-            f"{what} needs {name}, which is not installed: run 'pip install acqcore[{extra}]'"
+            f'{what} needs {name}, which is not installed: run pip install "acqcore[{extra}]"'
         ) from error
 
 
@@ -90,10 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, rest = parser.parse_known_args(arguments)
         for text in rest:  # overrides after an option, which argparse does not collect
-            if text.startswith("-") or "=" not in text or options.stage == "serve":
+            if text.startswith("-") or "=" not in text or options.stage in ("serve", "push"):
                 parser.error(f"unrecognized argument: {text}")
         if options.stage == "serve":
             return int(_load("acqsynth.serve.server", "serving", "serve").main(options))
+        if options.stage == "push":
+            push = _load("acqsynth.push", "'acqsynth push'", "train").main
+            return int(push(options.run, options.to, options.license, options.only, options.public))
         commands = _load("acqsynth.commands", f"'acqsynth {options.stage}'", "train")
         overrides = [*options.overrides, *rest]
         return int(commands.main(options.recipe, overrides, options.stage, options.dry_run, options.traceback))
@@ -113,6 +118,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--dry-run", action="store_true", help="print what would run, and why")
         command.add_argument("--traceback", action="store_true", help="print the traceback of a failed step")
         command.add_argument("--help-config", action=_HelpConfig, help="list every key of a recipe")
+    push = commands.add_parser("push", help="publish the rows and the student of a finished run, each with a card")
+    push.add_argument("run", type=Path, help="output folder of the run")
+    push.add_argument("--to", required=True, metavar="TO", help="a folder, or hub:owner/name to upload")
+    push.add_argument(
+        "--license", required=True, metavar="ID", help="SPDX identifier for the cards, such as apache-2.0"
+    )
+    push.add_argument("--only", choices=["dataset", "model"], help="publish one of the two")
+    push.add_argument("--public", action="store_true", help="make new repositories public; they are private otherwise")
     serve = commands.add_parser("serve", help="score over HTTP for other machines and trainers")
     add_serve_arguments(serve)
     return parser

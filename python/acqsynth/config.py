@@ -14,12 +14,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
-import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-
 from acqsynth.recipes import recipes
 
-BUNDLED = "bundled:"  #: prefix of sources that are in the package
+try:
+    import yaml
+    from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+except ModuleNotFoundError as error:  # rewards import this module, so a bare install fails here first
+    raise ModuleNotFoundError(
+        f'acqsynth needs {error.name}: run pip install "acqcore[train]"', name=error.name
+    ) from None
 
 T = TypeVar("T")
 

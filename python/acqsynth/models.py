@@ -1,14 +1,15 @@
-"""Models that need no hub: SmolLM2-135M-Instruct from the package with its weights, converted once, and the base model
-of the arithmetic world, trained once."""
+"""Models by name. Two need no hub and are kept on disk: SmolLM2-135M-Instruct, converted from the package with its
+weights, and the base model of the arithmetic world, trained here."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-from acqsynth.cache import cached
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -61,6 +62,31 @@ def smollm2_path() -> Path:
         FileNotFoundError: the package is not installed.
     """
     return cached("SmolLM2-135M-Instruct", lambda folder: _convert(_package_dir(), folder))
+
+
+def cache_dir() -> Path:
+    """Where models are kept: ``ACQCORE_CACHE``, else ``~/.cache/acqcore``."""
+    return Path(os.environ.get("ACQCORE_CACHE") or Path.home() / ".cache" / "acqcore")
+
+
+def cached(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder of that name in the cache; ``make(folder)`` fills it if it is missing.
+
+    The folder appears in one step, so an interrupted or concurrent call leaves nothing half-written.
+    """
+    target = cache_dir() / name
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix="making-") as temporary:
+            folder = Path(temporary) / name
+            folder.mkdir()
+            make(folder)
+            try:
+                folder.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another process finished first
+                    raise
+    return target
 
 
 def _package_dir() -> Path:

@@ -16,11 +16,11 @@ from typing import Any
 
 from acqcore import checks
 from acqsynth import engines, label, models
-from acqsynth.config import BUNDLED, Config, ConfigError, OtherSource, RewardConfig, Source, ValidityConfig
+from acqsynth.config import Config, ConfigError, OtherSource, RewardConfig, Source, ValidityConfig
 from acqsynth.domains import Domain, domain as find_domain
 from acqsynth.domains.data import is_local
 from acqsynth.engines import Sampling
-from acqsynth.seeds import bundled
+from acqsynth.seeds import BUNDLED, bundled
 
 
 def check(config: Config) -> None:
@@ -29,22 +29,22 @@ def check(config: Config) -> None:
         ConfigError: an option that a library, the domain or the reward does not have, or a value that it refuses; names
             the key.
     """
-    from acqsynth import train
+    from acqsynth import train_options
     from acqsynth.rewards import build
 
     domain = _checked("domain", find_domain, config.domain)
     generator, student, reward = config.generator, config.student, config.reward
     if generator.method in ("grpo", "dpo"):
-        _checked("generator", train.configuration, generator.method, generator.options, "unused")
+        _checked("generator", train_options.configuration, generator.method, generator.options, "unused")
     if len(generator.options.get("reward_weights") or [1]) != 1:
         raise ConfigError("generator.options: reward_weights: expected one weight, that of the composed reward")
     if generator.candidates < 2 and (generator.method in ("best_of_n", "dpo") or "best_of_n" in config.baselines):
         raise ConfigError(f"generator.candidates: expected at least 2 to choose from, got {generator.candidates}")
     sampling = generator.sampling
     _checked("generator.sampling", Sampling, 1, sampling.temperature, sampling.top_p, sampling.max_tokens)
-    _checked("student", train.configuration, "sft", student.options, "unused")
+    _checked("student", train_options.configuration, "sft", student.options, "unused")
     fits = {"save_strategy": "no", **student.options, **config.evaluation.validity.options}
-    _checked("evaluation.validity", train.configuration, "sft", fits, "unused")
+    _checked("evaluation.validity", train_options.configuration, "sft", fits, "unused")
     _checked("engine", engines.check, config.engine.name, config.engine.options)
     for key, labelling in (("labelling", config.labelling), ("reward.labelling", reward.labelling)):
         if labelling is not None and labelling.method != "own":
@@ -70,7 +70,7 @@ def on_this_machine(config: Config) -> None:
     """
     engine = config.engine
     if engine.name == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ConfigError("engine.name: vllm is not installed: run 'pip install acqcore[vllm]'")
+        raise ConfigError('engine.name: vllm is not installed: run pip install "acqcore[vllm]"')
     device = engine.options.get("device")
     _checked("engine.options", checks.device, "device", None if device is None else str(device))
     for key, name in _models(config):

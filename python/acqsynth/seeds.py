@@ -1,4 +1,4 @@
-"""The bundled rows: a seed set and word problems.
+"""The rows that a source of a recipe names, among them those in the package: a seed set and word problems.
 
 The seed set has 60 short samples written for this project, 20 each of mathematics, medicine and code. Most are ordinary
 and correct. Some are deliberately trivial, ambiguous (no answer follows from the question) or garbled, to show how
@@ -9,10 +9,16 @@ can know. The 96 word problems are of 12 kinds, all with the right answer.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from importlib import resources
+from typing import TYPE_CHECKING
 
-from acqsynth.domains import Sample
+from acqsynth.domains import Domain, Sample
 
+if TYPE_CHECKING:  # the seeds alone need no pydantic
+    from acqsynth.config import Source
+
+BUNDLED = "bundled:"  #: prefix of sources that are in the package
 DOMAINS = ("mathematics", "medicine", "code")
 KINDS = ("ordinary", "trivial", "ambiguous", "garbled")
 
@@ -53,6 +59,33 @@ def bundled(name: str) -> list[Sample]:
     if name == "word_problems":
         return [Sample(row["question"], row["answer"], row["reasoning"]) for row in load_word_problems()]
     raise ValueError(f"bundled:{name}: unknown, expected bundled:mathematics or bundled:word_problems")
+
+
+def load_source(domain: Domain, source: Source) -> list[Sample]:
+    """The rows of a source, in file order.
+
+    Raises:
+        ValueError: none are left, or as :meth:`Domain.load`. OSError, ImportError: as that.
+    """
+    limit = None if source.limit is None or source.per_label else source.skip + source.limit
+    if source.source.startswith(BUNDLED):
+        found = bundled(source.source.removeprefix(BUNDLED))[:limit]
+    else:
+        found = domain.load(source.source, source.split, source.columns, limit)
+    if source.per_label is None:
+        kept = found[source.skip :]
+    else:
+        seen = Counter[str]()
+        kept = []
+        for sample in found:
+            label = domain.canonical(sample.answer)
+            seen[label] += 1
+            if source.skip < seen[label] <= source.skip + source.per_label:
+                kept.append(sample)
+        kept = kept[: source.limit]
+    if not kept:
+        raise ValueError(f"{source.source} has no rows after the first {source.skip}")
+    return kept
 
 
 def _rows(name: str) -> list[dict[str, str]]:

@@ -34,7 +34,7 @@ from acqsynth.domains import Sample
 
 #: In the order of a run. The number of a stage's folder is its place here.
 STAGES = ("seeds", "train", "generate", "label", "fit", "evaluate", "report")
-LAYOUT = 2  #: version of ``stage.json``
+LAYOUT = 3  #: version of ``stage.json``
 
 _MANIFEST = "stage.json"
 _WORK = "work"
@@ -87,8 +87,7 @@ class Step:
 
     def settings(self) -> dict[str, Any]:
         """What decides the artefacts, apart from the content of the inputs, as JSON reads it back."""
-        function = f"{self.function.__module__}.{self.function.__qualname__}"
-        settings = {"function": function, "version": acqcore.__version__, **_plain(self.arguments)}
+        settings = {"function": self.function.__qualname__, "version": acqcore.__version__, **_plain(self.arguments)}
         return dict(json.loads(json.dumps(settings)))
 
 
@@ -171,7 +170,7 @@ class StepContext:
                     last.unlink(missing_ok=True)
             last = path.with_suffix(".pt")
             # Read back, so that a resumed run sees exactly what this one does.
-            yield json.loads(path.read_text(encoding="utf-8"))
+            yield read_json(path)
 
     def write(self, name: str, content: Any) -> None:
         """A JSON artefact."""
@@ -373,6 +372,11 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON artefact."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 # --- samples and tables as parquet ------------------------------------------------------------------------------------
 
 
@@ -464,7 +468,7 @@ def _plain(value: Any) -> Any:
 def _read_stage(folder: Path) -> dict[str, Any] | None:
     """``stage.json`` of a step that finished or began; None if there is none."""
     try:
-        stage = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        stage = read_json(folder / _MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         return None
     if stage.get("layout") != LAYOUT:

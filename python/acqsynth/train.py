@@ -8,102 +8,39 @@ arguments.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
 import logging
 import math
-import os
 import random
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
-import torch
 from transformers import PrinterCallback, TrainerCallback
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
-from trl.trainer.utils import get_callable_name, is_async_callable
+from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
 from acqsynth import engines
+from acqsynth.callbacks import (
+    CHECKPOINT,
+    REWARD_STATE,
+    Progress as Progress,
+    Refresh as Refresh,
+    Refreshing,
+    RewardStates,
+    StepClock,
+    last_checkpoint,
+)
 from acqsynth.domains import Domain, Messages, Sample
 from acqsynth.engines import Engine, Sampling
-from acqsynth.evaluate import rank_correlation
+from acqsynth.train_options import configuration as configuration
 from acqsynth.write import Candidate, Scorer, candidates
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Row = dict[str, Messages]  #: ``{"prompt", "completion"}``
 Reward = Callable[..., Any]  #: of TRL's contract
-
-CHECKPOINT = "checkpoint-"
-REWARD_STATE = "reward_state.pt"  #: the last file written to a checkpoint: with it the checkpoint is complete
-
-_DEFAULTS: dict[type, dict[str, Any]] = {
-    # The published recipe. Rows above max_length tokens are cut.
-    SFTConfig: {
-        "num_train_epochs": 5,
-        "learning_rate": 2e-5,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.05,  # below 1: a share of the steps
-        "per_device_train_batch_size": 4,
-        "max_length": 2048,
-        "completion_only_loss": True,
-        "save_strategy": "epoch",
-    },
-    # The published learning rate (1e-6), its group size (8) and no KL term are TRL's own defaults.
-    GRPOConfig: {
-        "num_train_epochs": 1,
-        "max_completion_length": 1024,
-        "save_steps": 10,
-        "log_completions": True,
-        "num_completions_to_print": 0,
-    },
-    DPOConfig: {"num_train_epochs": 1, "max_length": 2048, "save_steps": 10},
-}
-_SHARED = {
-    "report_to": "none",
-    "logging_steps": 1,
-    "save_strategy": "steps",
-    "save_total_limit": 2,  # the older checkpoint is deleted before the newer one is complete
-}
-EFFECTIVE_BATCH = 16  #: rows of an optimiser step of ``sft``, whatever ``per_device_train_batch_size`` is
-METHODS = {"sft": SFTConfig, "grpo": GRPOConfig, "dpo": DPOConfig}
-
-
-def configuration(method: str, options: Mapping[str, Any], output: str | Path) -> tuple[Any, Any]:
-    """The trainer's configuration and that of LoRA, which is None without the option ``lora``.
-
-    Args:
-        method: a key of ``METHODS``.
-        options: fields of TRL's configuration; ``lora``: fields of ``peft.LoraConfig``.
-        output: the trainer's folder.
-
-    Raises:
-        ValueError: an unknown option, a value that TRL refuses, or ``output_dir``.
-    """
-    kind = METHODS[method]
-    if "output_dir" in options:
-        raise ValueError("options: output_dir is set by the argument output")
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not options.get("fp16")
-    fields = {**_SHARED, "bf16": bf16, **_DEFAULTS[kind], **options}
-    lora = fields.pop("lora", None)
-    if method == "sft" and "gradient_accumulation_steps" not in options:
-        per_device = fields["per_device_train_batch_size"]
-        _check_range("options: per_device_train_batch_size", per_device, *_RANGES["per_device_train_batch_size"])
-        per_step = per_device * int(os.environ.get("WORLD_SIZE", "1"))
-        fields["gradient_accumulation_steps"] = max(1, EFFECTIVE_BATCH // per_step)
-    config = _build(kind, {**fields, "output_dir": str(output)}, "options")
-    if lora is None:
-        return config, None
-    from peft import LoraConfig
-
-    return config, _build(LoraConfig, {"task_type": "CAUSAL_LM", **lora}, "options.lora")
-
 
 # --- the student ------------------------------------------------------------------------------------------------------
 
@@ -177,30 +114,6 @@ def sample_replay(replay: Sequence[Row], share: float, n: int, seed: int) -> lis
 # --- the generator ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Refresh:
-    """Moves the student behind the reward during training.
-
-    Args:
-        every: steps between two moves.
-        student: step -> None; makes the reward score with a newer student.
-        probe: scores of a fixed set of samples by the reward as it stands. Their rank correlation before and after a
-            move is logged as ``staleness``, that with the first scores of the run as ``staleness_since_start``; 1 means
-            that the order did not change.
-
-    Raises:
-        ValueError: every is below 1.
-    """
-
-    every: int
-    student: Callable[[int], None]
-    probe: Callable[[], Sequence[float | None]] | None = None
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every: expected at least 1 step, got {self.every}")
-
-
 def grpo(
     generator: str,
     prompts: Sequence[Messages],
@@ -235,7 +148,7 @@ def grpo(
     config, lora = configuration("grpo", options or {}, output)
     rewards = list(reward) if isinstance(reward, Sequence) else [reward]
     clock = StepClock()
-    moving = [] if refresh is None else [_Refreshing(refresh)]
+    moving = [] if refresh is None else [Refreshing(refresh)]
     trainer = GRPOTrainer(
         model=generator,
         reward_funcs=[clock.timed(function) for function in rewards],
@@ -347,151 +260,6 @@ def read_log(output: Path) -> list[dict[str, Any]]:
     return [{key: _finite(value) for key, value in entry.items()} for entry in state["log_history"]]
 
 
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint."""
-    complete = [folder for folder in output.glob(f"{CHECKPOINT}*") if (folder / REWARD_STATE).is_file()]
-    return max(complete, key=_step, default=None)
-
-
-def newest_checkpoint(folder: Path, step: int) -> Path | None:
-    """The last checkpoint of a trainer from before ``step``, so that a resumed run finds the same one."""
-    found = [
-        path
-        for path in folder.glob(f"{CHECKPOINT}*")
-        if path.name.removeprefix(CHECKPOINT).isdigit() and (path / "config.json").is_file() and _step(path) < step
-    ]
-    return max(found, key=_step, default=None)
-
-
-class Progress(TrainerCallback):
-    """Tells of each logged step.
-
-    Args:
-        say: prints a line; gets one for each tenth of the steps.
-        status: shows a line until the next one; gets one for each step.
-    """
-
-    def __init__(self, say: Callable[[str], None], status: Callable[[str], None] = lambda line: None) -> None:
-        self.say = say
-        self.status = status
-        self._said = 0
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **rest: Any) -> None:
-        shown = [f"{key} {logs[key]:.4g}" for key in ("reward", "loss") if isinstance(logs.get(key), float)]
-        if not shown:
-            return
-        if isinstance(share := state.log_history[-1].get("reward_share"), float):
-            shown.append(f"{share:.1%} of the time in the reward")
-        line = f"step {state.global_step} of {state.max_steps}: {', '.join(shown)}"
-        self.status(line)
-        tenth = 10 * state.global_step // max(state.max_steps, 1)
-        if tenth > self._said:
-            self._said = tenth
-            self.say(line)
-
-
-class StepClock(TrainerCallback):
-    """Adds the seconds of each step, and of the rewards within it, to what is logged."""
-
-    def __init__(self) -> None:
-        self.reward_seconds = 0.0
-        self._begin = 0.0
-        self._measured: dict[str, float] = {}
-
-    def timed(self, reward: Reward) -> Reward:
-        """The same reward under its own name, its seconds counted."""
-
-        def function(*args: Any, **columns: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return reward(*args, **columns)
-            finally:
-                self.reward_seconds += time.perf_counter() - begin
-
-        async def coroutine(*args: Any, **columns: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return await reward(*args, **columns)
-            finally:
-                self.reward_seconds += time.perf_counter() - begin
-
-        timed: Any = coroutine if is_async_callable(reward) else function
-        timed.__name__ = get_callable_name(reward)
-        return timed
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self._begin, self.reward_seconds = time.perf_counter(), 0.0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        seconds = time.perf_counter() - self._begin
-        self._measured = {
-            "seconds": seconds,
-            "reward_seconds": self.reward_seconds,
-            "reward_share": self.reward_seconds / seconds,
-        }
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **rest: Any) -> None:
-        if "reward" in logs:  # not the summary at the end
-            state.log_history[-1].update(self._measured)
-            logs.update(self._measured)
-
-
-class _Refreshing(TrainerCallback):
-    """Carries out a :class:`Refresh`."""
-
-    def __init__(self, refresh: Refresh) -> None:
-        self.refresh = refresh
-        self._first: Sequence[float | None] | None = None
-        self._moved: dict[str, float] = {}  # for the next log
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        if self.refresh.probe is not None:
-            self._first = self.refresh.probe()
-        # A resumed run begins with the student that it had.
-        last = state.global_step - state.global_step % self.refresh.every
-        if last:
-            self.refresh.student(last)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        step = state.global_step
-        if step % self.refresh.every or step >= state.max_steps:
-            return
-        probe = self.refresh.probe
-        before = probe() if probe else None
-        self.refresh.student(step)
-        entry: dict[str, Any] = {"step": step, "student_refreshed": True}
-        if probe and before is not None and self._first is not None:
-            after = probe()
-            entry["staleness"] = rank_correlation(before, after)
-            entry["staleness_since_start"] = rank_correlation(self._first, after)
-            self._moved = {key: entry[key] for key in ("staleness", "staleness_since_start")}
-        state.log_history.append(entry)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **rest: Any) -> None:
-        logs.update(self._moved)
-        self._moved = {}
-
-
-class RewardStates(TrainerCallback):
-    """Saves the state of the rewards in each checkpoint."""
-
-    def __init__(self, rewards: Sequence[Any]) -> None:
-        self.rewards = [reward for reward in rewards if hasattr(reward, "state_dict")]
-
-    def restore(self, checkpoint: Path) -> None:
-        """Rewards continue from where they stood at the checkpoint."""
-        states = torch.load(checkpoint / REWARD_STATE, weights_only=True)
-        for reward, state in zip(self.rewards, states, strict=True):
-            reward.load_state_dict(state)
-
-    def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{CHECKPOINT}{state.global_step}"
-            unfinished = folder / f"{REWARD_STATE}.part"
-            torch.save([reward.state_dict() for reward in self.rewards], unfinished)
-            unfinished.rename(folder / REWARD_STATE)
-
-
 def _run(trainer: Any, output: Path, rewards: Sequence[Any] = ()) -> None:
     """Trains from the last complete checkpoint, if there is one, and leaves the model in ``output``."""
     states = RewardStates(rewards)
@@ -519,59 +287,6 @@ def _run(trainer: Any, output: Path, rewards: Sequence[Any] = ()) -> None:
         trainer.create_model_card()
         for folder in output.glob(f"{CHECKPOINT}*"):
             shutil.rmtree(folder)
-
-
-def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
-    """``kind(**options)``, a dataclass; errors name ``table``, and the nearest field to an unknown one.
-
-    Not HfArgumentParser.parse_dict: it fails on the annotations of LoraConfig and suggests no name.
-    """
-    names = [entry.name for entry in dataclasses.fields(kind) if entry.init]  # type: ignore[arg-type]
-    for name, value in options.items():
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{table}: {kind.__name__} has no field {name!r}{hint}")
-        if name in _RANGES and value is not None:
-            _check_range(f"{table}: {name}", value, *_RANGES[name])
-    try:
-        return kind(**options)
-    except ValueError as error:
-        raise ValueError(f"{table}: {error}") from error
-
-
-#: Fields that no library checks before it uses them: type, least, most, whether the least itself is allowed.
-_RANGES: dict[str, tuple[type, float, float, bool]] = {
-    **dict.fromkeys(
-        (
-            *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations"),
-            *("max_length", "max_completion_length", "max_prompt_length", "r", "lora_alpha", "steps_per_generation"),
-        ),
-        (int, 1, math.inf, True),
-    ),
-    **dict.fromkeys(("top_k", "seed", "data_seed", "dataloader_num_workers"), (int, 0, math.inf, True)),
-    **dict.fromkeys(("num_train_epochs", "temperature", "repetition_penalty"), (float, 0, math.inf, False)),
-    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "beta", "epsilon"), (float, 0, math.inf, True)),
-    "warmup_steps": (float, 0, math.inf, True),
-    "warmup_ratio": (float, 0, 1, True),
-    "top_p": (float, 0, 1, False),
-    "min_p": (float, 0, 1, True),
-    "lora_dropout": (float, 0, 1, True),
-}
-
-
-def _check_range(name: str, value: Any, kind: type, least: float, most: float, closed: bool) -> None:
-    word = "an integer" if kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
-        raise ValueError(f"{name}: expected {word}, got {value!r}")
-    if not (least <= value if closed else least < value) or value > most:
-        low = f"{'at least' if closed else 'above'} {least:g}"
-        high = "" if most == math.inf else f" and at most {most:g}"
-        raise ValueError(f"{name}: expected {word} {low}{high}, got {value}")
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix(CHECKPOINT))
 
 
 def _finite(value: Any) -> Any:

@@ -14,11 +14,12 @@ import pytest
 import torch
 import uvicorn
 from fake_run import fakes as fakes, recipe as recipe
+from fakes import FakeEngine, PlainDomain, written
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from acqsynth.domains import Domain, Messages, Sample
-from acqsynth.engines import Completion, Engine, Sampling
+from acqsynth.domains import Domain, Sample
+from acqsynth.engines import Completion, Sampling
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
@@ -93,33 +94,19 @@ def on_socket() -> Iterator[Callable[..., str]]:
         assert not thread.is_alive()
 
 
-class Sums(Domain):
+class Sums(PlainDomain):
     """Sums: the answer is a number in the last line; 7, 7.0 and 07 are the same in value, 7 and " 7" in form too."""
 
     name = "sums"
     answer_tokens = 8
 
-    def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
-        return [{"role": "user", "content": "new " + " ".join(sample.question for sample in shown)}]
-
-    def student_prompt(self, question: str) -> Messages:
-        return [{"role": "user", "content": question}]
-
     def answer_of(self, completion: str) -> str | None:
         lines = completion.splitlines()
         return lines[-1] if lines and self._value(lines[-1]) is not None else None
 
-    def canonical(self, answer: str) -> str:
-        return answer.strip()
-
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
-        return [
-            answer is not None and self._value(sample.answer) == self._value(answer)
-            for sample, answer in zip(gold, answers, strict=True)
-        ]
-
-    def load(self, source: str, split: str = "train", columns: Any = None, limit: int | None = None) -> list[Sample]:
-        raise NotImplementedError
+        pairs = zip(gold, answers, strict=True)
+        return [a is not None and self._value(sample.answer) == self._value(a) for sample, a in pairs]
 
     def fault(self, sample: Sample) -> str | None:
         return None if "+" in sample.question else "no sum"
@@ -138,27 +125,17 @@ class Sums(Domain):
             return None
 
 
-class Scripted(Engine):
-    """Says what a function of the prompt, the draw and the seed says; counts what it was asked."""
-
-    name = "scripted"
+class Scripted(FakeEngine):
+    """Says what a function of the prompt, the draw and the seed says; a text that ends in "..." was cut off."""
 
     def __init__(self, says: Callable[[Any, int, int], str]) -> None:
+        super().__init__()
         self.says = says
-        self.calls: list[tuple[list[Any], Sampling]] = []
 
-    def generate(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[list[Completion]]:
-        self.calls.append((list(prompts), sampling))
-        return [[self._draw(prompt, i, sampling.seed) for i in range(sampling.n)] for prompt in prompts]
-
-    def reload(self, weights: Any) -> None:
-        raise NotImplementedError
-
-    def _draw(self, prompt: Any, i: int, seed: int) -> Completion:
-        text = self.says(prompt, i, seed)
-        cut = text.endswith("...")
-        text = text.removesuffix("...")
-        return Completion(text, list(text.encode()), finished=not cut)
+    def draw(self, prompt: Any, i: int, sampling: Sampling) -> Completion:
+        text = self.says(prompt, i, sampling.seed)
+        whole = text.removesuffix("...")
+        return Completion(whole, list(whole.encode()), finished=whole == text)
 
 
 @dataclass
@@ -217,11 +194,6 @@ def scripted() -> type[Scripted]:
 @pytest.fixture
 def answer_reward() -> AnswerReward:
     return AnswerReward()
-
-
-def written(question: str, answer: Any, reasoning: str = "") -> str:
-    middle = f"<reasoning>{reasoning}</reasoning>" if reasoning else ""
-    return f"<question>{question}</question>{middle}<answer>{answer}</answer>"
 
 
 @pytest.fixture(name="written")

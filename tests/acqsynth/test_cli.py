@@ -101,7 +101,7 @@ def test_wrong_usage_exits_with_2(arguments, capsys):
         ("student.model=recipe.yaml", "student.model: recipe.yaml holds no model (no config.json)"),
         ("generator.model=/gone", "generator.model: /gone holds no model (no config.json)"),
         ("engine.options.device=cuda:31", "engine.options.device: 'cuda:31' is not available"),
-        ("engine={name: vllm}", "engine.name: vllm is not installed: run 'pip install acqcore[vllm]'"),
+        ("engine={name: vllm}", 'engine.name: vllm is not installed: run pip install "acqcore[vllm]"'),
         ("output=recipe.yaml", "output: cannot write to recipe.yaml"),
     ],
 )
@@ -118,7 +118,7 @@ def test_a_stage_that_fails_exits_with_1(fakes, recipe, capsys, monkeypatch):
     def fail(*arguments, **options):
         raise ValueError("no rows\nto read")
 
-    monkeypatch.setattr("acqsynth.pipeline.find_domain", fail)
+    monkeypatch.setattr("acqsynth.stages.find_domain", fail)
     assert main(["run", str(recipe)]) == 1
     told = capsys.readouterr().err
     assert told == "acqsynth: error: 00-seeds/rows: ValueError: no rows to read\n"
@@ -194,13 +194,13 @@ def test_help_imports_nothing_heavy():
         (
             ["run", "arithmetic"],
             "rich",
-            "'acqsynth run' needs rich, which is not installed: run 'pip install acqcore[train]'",
+            "'acqsynth run' needs rich, which is not installed: run pip install \"acqcore[train]\"",
         ),
         (["run", "--help-config"], "yaml", "--help-config needs yaml, which is not installed"),
         (
             ["serve", "--student", "s"],
             "uvicorn",
-            "serving needs uvicorn, which is not installed: run 'pip install acqcore[serve]'",
+            'serving needs uvicorn, which is not installed: run pip install "acqcore[serve]"',
         ),
     ],
 )

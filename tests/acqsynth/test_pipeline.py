@@ -17,11 +17,11 @@ import fake_run
 import pytest
 
 import acqsynth.train  # noqa: F401  (before processes are forked)
-from acqsynth import config as recipes, label, pipeline, write
+from acqsynth import config as recipes, label, pipeline, stages, write
 from acqsynth.cli import main
 from acqsynth.config import ConfigError, EngineConfig, RewardConfig, SamplingConfig
 from acqsynth.domains import Sample
-from acqsynth.pipeline import Replay, Scoring
+from acqsynth.stages import Replay, Scoring
 from acqsynth.steps import StepContext, StepError, Store, read_rows, read_table, write_rows
 
 
@@ -208,10 +208,10 @@ def test_errors_are_shown_by_their_skills_share(fakes, recipe):
     pool += [Sample(f"b{i}", "1", "", {"skill": "b"}) for i in range(90)]
     # Every a is wrong, a tenth of b: a's share of errors is ten times b's.
     right = [False] * 10 + [i >= 9 for i in range(90)]
-    drawn = Counter(sample.question[0] for sample in pipeline.sample_mistakes(pool, right, 11000, seed=0))
+    drawn = Counter(sample.question[0] for sample in stages.sample_mistakes(pool, right, 11000, seed=0))
     assert drawn["a"] / drawn["b"] == pytest.approx(10, rel=0.15)
     with pytest.raises(StepError, match="error_driven: the student makes no mistake on the held-out rows"):
-        pipeline.sample_mistakes(pool, [True] * 100, 5, seed=0)
+        stages.sample_mistakes(pool, [True] * 100, 5, seed=0)
 
 
 def test_filtered_rows_are_the_ones_ranked_first(finished):
@@ -224,7 +224,7 @@ def test_filtered_rows_are_the_ones_ranked_first(finished):
 def test_signals_of_a_pool_are_given_one_batch():
     seen = []
     reward = SimpleNamespace(signals=[Recorded(name, seen) for name in ("a", "b")])
-    assert pipeline._values(reward, [Sample("1+1", "2")]) == {"a": [1.0], "b": [1.0]}
+    assert stages._values(reward, [Sample("1+1", "2")]) == {"a": [1.0], "b": [1.0]}
     assert seen[0] is seen[1]
 
 
@@ -327,7 +327,7 @@ TRAINER = {"max_steps": 3, "use_cpu": True, "bf16": False, "save_steps": 1, "gra
 @pytest.fixture
 def scoring(sums, student_path, tmp_path, monkeypatch):
     """A default reward over a student of a few thousand parameters, which refreshes every two steps."""
-    monkeypatch.setattr(pipeline, "find_domain", lambda name: sums)
+    monkeypatch.setattr(stages, "find_domain", lambda name: sums)
     write_rows(tmp_path / "seeds.parquet", SEEDS)
     reward = RewardConfig(answers={"k": 2, "max_tokens": 4}, refresh_steps=2)
     return Scoring(reward, "sums", EngineConfig(), student_path, *[tmp_path / "seeds.parquet"] * 3)
@@ -337,7 +337,7 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
     said = []
     options = TRAINER | {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4}
     arguments = {"generator": student_path, "prompts": 4, "shown": 2, "turns": False, "seed": 0}
-    pipeline.train_generator(
+    stages.train_generator(
         StepContext(tmp_path, said.append),
         scoring=scoring,
         method="grpo",
@@ -352,7 +352,7 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
     assert [line for line in said if "scores with" in line] == [moved]
     # DPO draws its candidates first; of random bytes none is a sample.
     with pytest.raises(ValueError, match="expected a prompt whose best candidate passes the gates"):
-        pipeline.train_generator(
+        stages.train_generator(
             StepContext(tmp_path / "dpo"), scoring=scoring, method="dpo", options=TRAINER,
             candidates=(SamplingConfig(max_tokens=4), 2), **arguments,
         )  # fmt: skip
@@ -363,7 +363,7 @@ def test_answers_by_likelihood(student_path, tmp_path):
     rows = [Sample(f"text {i}", label) for i in range(3) for label in ("card", "card_arrival", "a, b")]
     write_rows(tmp_path / "rows.parquet", rows)
     said = []
-    pipeline.answer_rows(
+    stages.answer_rows(
         StepContext(tmp_path, said.append), sets={"test": ("classification", tmp_path / "rows.parquet")},
         model=student_path, engine=EngineConfig(), max_tokens=4, seed=0, likelihood=True,
     )  # fmt: skip
@@ -378,7 +378,7 @@ def test_answers_by_likelihood(student_path, tmp_path):
 def test_a_student_learns_rows_and_replay(scoring, student_path, tmp_path):
     write_rows(tmp_path / "samples.parquet", SEEDS[:4])
     said = []
-    pipeline.fit_student(
+    stages.fit_student(
         StepContext(tmp_path, said.append), domain="sums", student=str(student_path), n=3, options=TRAINER, seed=0,
         samples=[tmp_path / "samples.parquet"], replay=Replay(0.5, "sums", tmp_path / "seeds.parquet"),
     )  # fmt: skip
@@ -386,7 +386,7 @@ def test_a_student_learns_rows_and_replay(scoring, student_path, tmp_path):
     assert (tmp_path / "model/config.json").is_file()
     assert said[-1].startswith("step 3 of 3: loss ")
     with pytest.raises(ValueError, match=r"replay: expected 9 rows for a share of 0\.75 beside 3 samples, got 8"):
-        pipeline.fit_student(
+        stages.fit_student(
             StepContext(tmp_path), domain="sums", student=str(student_path), n=3, options=TRAINER, seed=0,
             samples=[tmp_path / "samples.parquet"], replay=Replay(0.75, "sums", tmp_path / "seeds.parquet"),
         )  # fmt: skip
@@ -394,7 +394,7 @@ def test_a_student_learns_rows_and_replay(scoring, student_path, tmp_path):
 
 def test_rows_are_ranked_by_the_weights_of_the_reward():
     reward = SimpleNamespace(fusion="raw", weights={"entropy": 2.0, "margin": -1.0})
-    fused = pipeline._fused({"entropy": [3.0, 1.0, None, 2.0], "margin": [0.0, 9.0, 5.0, 1.0]}, reward)
+    fused = stages._fused({"entropy": [3.0, 1.0, None, 2.0], "margin": [0.0, 9.0, 5.0, 1.0]}, reward)
     assert fused == [6.0, -7.0, None, 3.0]
 
 

@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig
 
 from acqsynth import train
+from acqsynth.callbacks import REWARD_STATE, Progress, RewardStates, last_checkpoint, newest_checkpoint
 from acqsynth.domains import Sample
 from acqsynth.engines import Sampling
 from acqsynth.engines.transformers import TransformersEngine
 from acqsynth.parsing import as_text
 from acqsynth.rewards import AcquisitionReward
-from acqsynth.train import REWARD_STATE, Progress, RewardStates, last_checkpoint, newest_checkpoint, read_log
+from acqsynth.train import read_log
 from acqsynth.write import Candidate
 
 SAMPLES = [Sample(f"{a}+{b}", str(a + b), f"{a} and {b}") for a in range(4) for b in range(4)]

@@ -1,4 +1,4 @@
-"""Sums of random cotangents in Triton's interpreter: what ``tests/test_fisher.py`` does not reach through the backend."""
+"""Sums of random cotangents in Triton's interpreter, with tiles, rings and batches of every kind."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ def _sums(case: Case, probes: Probes, tiles: Tiles = TILES) -> tuple[torch.Tenso
 def _expected(case: Case, probes: Probes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     exact = case.to(torch.float64)
     stats = exact.run("eager")
-    found = [torch.empty(shape, dtype=torch.float64) for shape in ((probes.count + 1, *exact.hidden.shape), (
-        probes.count, len(exact.hidden)), (len(exact.hidden),))]
+    found = [
+        torch.empty(shape, dtype=torch.float64)
+        for shape in ((probes.count + 1, *exact.hidden.shape), (probes.count, len(exact.hidden)), (len(exact.hidden),))
+    ]
     rows = HeadRows(exact.hidden, exact.head, exact.targets, exact.temperature, stats.state, stats.max_index)
     eager.Eager().fisher_sums(rows, probes, *found)
     return found[0], found[1], found[2]

@@ -55,8 +55,8 @@ def main() -> None:
         os.environ |= {"ACQSYNTH_STUDENT": folder, "ACQSYNTH_REWARD": "student:build"}
         scorer = scorer_from_environment()
         sizes: list[int] = []
-        function = scorer.coalescer.function
-        scorer.coalescer.function = lambda items: sizes.append(len(items)) or function(items)
+        function = scorer.batcher.function
+        scorer.batcher.function = lambda lane, items: sizes.append(len(items)) or function(lane, items)
         data = vf.TaskData(idx=0, prompt="new")
         for task, name, weight in (
             (vf.Task(data, vf.TaskConfig(rewards=NAMED)), "acquisition", 1.0),

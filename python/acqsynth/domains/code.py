@@ -16,9 +16,8 @@ from dataclasses import replace
 from typing import ClassVar
 
 from acqsynth.domains import sandbox
-from acqsynth.domains.base import Domain, Messages, Sample
+from acqsynth.domains.base import Domain, Messages, Sample, ask_for_sample
 from acqsynth.domains.data import Layout, Row, samples, text
-from acqsynth.domains.prompts import ask_for_sample
 
 _FENCED = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)```", re.DOTALL)
 

@@ -6,10 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from acqsynth.domains.base import Domain, Messages, Sample
+from acqsynth.domains.base import Domain, Messages, Sample, ask_for_sample
 from acqsynth.domains.data import Layout, Row, samples, text
 from acqsynth.domains.math_check import MathChecker
-from acqsynth.domains.prompts import ask_for_sample
 from acqsynth.domains.quantities import UNDERSTOOD, compare, quantity
 
 _HASHES = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)

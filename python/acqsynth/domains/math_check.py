@@ -65,7 +65,7 @@ class MathChecker:
         if not pairs:
             return []
         if importlib.util.find_spec("math_verify") is None:
-            raise RuntimeError("math-verify is not installed: run \"pip install 'acqcore[train]'\"")
+            raise RuntimeError('math-verify is not installed: run pip install "acqcore[train]"')
         with ThreadPoolExecutor(min(self.workers, len(pairs))) as pool:
             return list(pool.map(lambda pair: self._equal(*pair), pairs))
 

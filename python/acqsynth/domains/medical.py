@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from acqsynth.domains.base import Domain, Messages, Sample
+from acqsynth.domains.base import Domain, Messages, Sample, ask_for_sample
 from acqsynth.domains.data import Layout, Row, samples, text
-from acqsynth.domains.prompts import ask_for_sample
 
 LETTERS = "ABCD"
 DECISIONS = ("yes", "no", "maybe")

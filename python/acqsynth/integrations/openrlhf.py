@@ -90,10 +90,10 @@ def _scored(scorer: TextScorer, queries: Sequence[str], prompts: Sequence[str], 
     if lost:
         logger.error("%d of %d queries do not hold their prompt, these are masked", lost, len(queries))
     futures = [
-        None if response is None else scorer.coalescer.submit((response, prompt))
+        None if response is None else scorer.submit(response, prompt)
         for response, prompt in zip(responses, prompts, strict=True)
     ]
-    return [scorer.masked(names) if future is None else future.result() for future in futures]
+    return [scorer.masked(names) if future is None else future.result()[0] for future in futures]
 
 
 def _number(value: float) -> float:

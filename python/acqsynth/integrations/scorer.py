@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import logging
@@ -9,9 +10,10 @@ import os
 import statistics
 import threading
 from collections.abc import Hashable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
-from acqsynth.integrations.coalesce import Coalescer
+from acqsynth.batching import Batcher
 from acqsynth.rewards import ComposedReward
 
 logger = logging.getLogger(__name__)
@@ -40,12 +42,12 @@ class TextScorer:
 
     Args:
         reward: the reward, or None for that of the environment.
-        limit, wait: of :class:`Coalescer`.
+        limit, wait: of :class:`acqsynth.batching.Batcher`, in texts and seconds.
     """
 
     def __init__(self, reward: ComposedReward | None = None, *, limit: int = 64, wait: float = 0.05) -> None:
         self._given = reward
-        self.coalescer = Coalescer(self._score, limit=limit, wait=wait)
+        self.batcher = Batcher(self._score, limit=limit, wait=wait)
         self._typical = 0.5
 
     @property
@@ -53,7 +55,16 @@ class TextScorer:
         """The reward; made here if the environment names it."""
         return self._given if self._given is not None else reward_from_environment()
 
-    def _score(self, items: list[tuple[str | None, Hashable]]) -> Sequence[Scored]:
+    def submit(self, text: str | None, group: Hashable) -> Future[list[Scored]]:
+        """The future result of a text, a list of one."""
+        return self.batcher.submit(None, [(text, group)])
+
+    async def ask(self, text: str | None, group: Hashable) -> Scored:
+        """The result of a text, awaited."""
+        [scored] = await asyncio.wrap_future(self.submit(text, group))
+        return scored
+
+    def _score(self, lane: None, items: list[tuple[str | None, Hashable]]) -> Sequence[Scored]:
         reward = self.reward
         names = [signal.name for signal in reward.signals]
         try:

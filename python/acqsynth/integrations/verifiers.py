@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from acqsynth.integrations.scorer import scorer_from_environment
-from acqsynth.rewards.reward import prompt_key
+from acqsynth.rewards.trl import prompt_key
 
 
 async def acquisition(task: Any, trace: Any) -> float:
@@ -31,7 +31,7 @@ async def acquisition(task: Any, trace: Any) -> float:
         RuntimeError, ValueError, ImportError, AttributeError, TypeError: the environment names no usable reward.
     """
     group = task.idx if task.idx is not None else prompt_key(_plain(task.prompt))
-    return (await scorer_from_environment().coalescer.ask((trace.last_reply, group))).score
+    return (await scorer_from_environment().ask(trace.last_reply, group)).score
 
 
 def _plain(prompt: Any) -> Any:

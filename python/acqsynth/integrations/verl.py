@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from acqsynth.integrations.scorer import Scored, scorer_from_environment
-from acqsynth.rewards.reward import prompt_key
+from acqsynth.rewards.trl import prompt_key
 
 #: Keys of ``extra_info`` that identify the prompt of a completion; the first one present counts.
 GROUP_KEYS = ("uid", "prompt", "index")
@@ -53,7 +53,7 @@ async def compute_score(
     """
     info = extra_info or {}
     group = next((_key(info[key]) for key in GROUP_KEYS if info.get(key) is not None), None)
-    return _as_dict(await scorer_from_environment().coalescer.ask((solution_str, group)))
+    return _as_dict(await scorer_from_environment().ask(solution_str, group))
 
 
 class AcquisitionRewardManager:
@@ -111,7 +111,7 @@ class AcquisitionRewardManager:
         )
         other = item.non_tensor_batch
         group = next((_key(other[key]) for key in ("uid", "raw_prompt") if other.get(key) is not None), None)
-        result = _as_dict(await scorer_from_environment().coalescer.ask((text, group)))
+        result = _as_dict(await scorer_from_environment().ask(text, group))
         return {"reward_score": result["score"], "reward_extra_info": result}
 
 

@@ -2,6 +2,96 @@
 
 from __future__ import annotations
 
-from acqsynth.report.page import render as render
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-__all__ = ["render"]
+from acqsynth.report import metrics
+from acqsynth.report.page import render as render
+from acqsynth.steps import StepContext, read_json, read_table, seconds_of
+
+DESCRIPTIONS = {
+    "grpo": "generator taught by GRPO on the reward",
+    "dpo": "generator taught by DPO on pairs of the reward",
+    "no_rl": "generator untrained",
+    "best_of_n": "generator untrained, best of several by the reward",
+    "random_real": "real rows at random",
+    "filtered_real": "real rows the signals rank first",
+    "error_driven": "generator untrained, shown the student's errors",
+}
+
+
+@dataclass
+class Arm:
+    """One way to training rows: its steps, one a round. In a report, the folders that they filled."""
+
+    name: str
+    rows: list[Any] = field(default_factory=list)  #: write ``samples.parquet``, the rows learnt
+    trained: list[Any] = field(default_factory=list)
+    written: list[Any] = field(default_factory=list)
+    labelled: list[Any] = field(default_factory=list)
+    fits: dict[tuple[str, int, int], Any] = field(default_factory=dict)  #: by student, rows and seed
+    answers: dict[tuple[str, int, int], Any] = field(default_factory=dict)
+
+
+def write_report(
+    context: StepContext,
+    *,
+    recipe: dict[str, Any],
+    sets: Mapping[str, str],
+    main: str,
+    base: Mapping[str, Path],
+    arms: Mapping[str, Arm],
+    validity: Path | None,
+) -> None:
+    """Writes ``metrics.json`` and ``report.html``."""
+    from acqsynth.train import read_log
+
+    level = recipe["evaluation"]["level"]
+    found = metrics.collect(
+        sets=sets,
+        main=main,
+        descriptions={name: DESCRIPTIONS[name] for name in arms},
+        base={(student, name): _answers(folder, name) for student, folder in base.items() for name in sets},
+        answers={
+            (arm.name, *key, name): _answers(folder, name)
+            for arm in arms.values()
+            for key, folder in arm.answers.items()
+            for name in sets
+        },
+        learnt={
+            (arm.name, *key): read_json(folder / "counts.json")["rows"]
+            for arm in arms.values()
+            for key, folder in arm.fits.items()
+        },
+        level=level,
+    )
+    found["recipe"] = recipe
+    found["machine"] = metrics.machine()
+    for name, arm in arms.items():
+        for kind, folders in (("written", arm.written), ("labelled", arm.labelled)):
+            counts = [read_json(folder / "counts.json") for folder in folders]
+            found["arms"][name][kind] = metrics.sum_counts(counts) if counts else None
+        found["arms"][name]["seconds"] = {
+            "train": sum(map(seconds_of, arm.trained)),
+            "write": sum(map(seconds_of, arm.written or arm.rows)),
+            "label": sum(map(seconds_of, arm.labelled)),
+            "fit": sum(map(seconds_of, arm.fits.values())),
+        }
+    trained = [folder / "model" for folder in arms[main].trained]
+    found["training"] = metrics.training([read_log(model) for model in trained]) if trained else None
+    tables = [read_table(path) for model in trained for path in sorted(model.glob("completions/*.parquet"))]
+    found["samples"] = metrics.samples(tables or [read_table(arms[main].written[0] / "samples.parquet")])
+    if constant := metrics.constant_signals(tables):
+        said = f"The reward had no help from {', '.join(constant)}, of one value for every completion."
+        found["verdict"].append({"kind": "note", "text": said})
+    bootstrap = {"resamples": recipe["evaluation"]["resamples"], "level": level, "seed": recipe["seed"]}
+    found["validity"] = metrics.validity(read_json(validity / "batches.json"), **bootstrap) if validity else None
+    context.write("metrics.json", found)
+    (context.folder / "report.html").write_text(render(found), encoding="utf-8")
+
+
+def _answers(folder: Path, name: str) -> metrics.Answers:
+    table = read_table(folder / f"answers-{name}.parquet")
+    return metrics.Answers([float(right) for right in table["right"]], table["skill"])

@@ -5,31 +5,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import acqcore
-from acqsynth.rewards.gates import Gate as Gate, default_gates as default_gates
-from acqsynth.rewards.paper import PaperReward as PaperReward
-from acqsynth.rewards.reward import (
+from acqsynth.rewards.acquisition import (
     AcquisitionReward as AcquisitionReward,
-    ComposedReward as ComposedReward,
-    Rewards as Rewards,
-    combined as combined,
-    completion_text as completion_text,
     reward_from_environment as _reward_from_environment,
 )
+from acqsynth.rewards.answers import (
+    AnswerVariance as AnswerVariance,
+    Confidence as Confidence,
+    Learnability as Learnability,
+    SampledAnswers as SampledAnswers,
+    SemanticEntropy as SemanticEntropy,
+)
+from acqsynth.rewards.gates import Gate as Gate, default_gates as default_gates
+from acqsynth.rewards.paper import PaperReward as PaperReward
+from acqsynth.rewards.result import Rewards as Rewards
+from acqsynth.rewards.reward import ComposedReward as ComposedReward
 from acqsynth.rewards.scoring import STUDENT_VARIABLE as STUDENT_VARIABLE, Scorer as Scorer
 from acqsynth.rewards.signals import (
     AcquisitionSignal as AcquisitionSignal,
-    AnswerVariance as AnswerVariance,
-    Confidence as Confidence,
     Diversity as Diversity,
     Gradient as Gradient,
-    Learnability as Learnability,
     Proximity as Proximity,
-    SampledAnswers as SampledAnswers,
-    SemanticEntropy as SemanticEntropy,
     Signal as Signal,
     acquisition_signals as acquisition_signals,
 )
 from acqsynth.rewards.texts import NgramEmbedder as NgramEmbedder, SentenceEmbedder as SentenceEmbedder
+from acqsynth.rewards.trl import combined as combined, completion_text as completion_text
 
 if not TYPE_CHECKING:  # a type checker should flag misspelt names
 

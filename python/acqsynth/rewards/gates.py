@@ -30,10 +30,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from acqsynth.domains import Domain, Sample
 from acqsynth.normal_form import normal_form, visible
+from acqsynth.rewards.answers import SampledAnswers
 from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.overlap import Contamination, NearCopies, words
 from acqsynth.rewards.scoring import Scorer
-from acqsynth.rewards.signals import SampledAnswers
 
 Verdict = bool | Sample | None
 Label = Callable[[Sequence[Sample]], Sequence[Sample | None]]

@@ -23,9 +23,11 @@ import torch
 
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Completion
-from acqsynth.rewards.reward import ComposedReward, Rewards
+from acqsynth.rewards.answers import SampledAnswers, mean
+from acqsynth.rewards.result import Rewards
+from acqsynth.rewards.reward import ComposedReward
 from acqsynth.rewards.scoring import Scorer
-from acqsynth.rewards.signals import Proximity, Published, SampledAnswers, Signal, mean
+from acqsynth.rewards.signals import Proximity, Published, Signal
 from acqsynth.rewards.texts import Embedder
 
 _END = "</question>"

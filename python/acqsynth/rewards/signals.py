@@ -1,37 +1,27 @@
 """What samples are worth to a student, by one measure each.
 
-=======================  ==============================================================================================
-any of ``acqcore``       the acquisition's value of the solution, given the prompt (:class:`AcquisitionSignal`)
-``gradient``             norm of the gradient in all parameters, per root of the tokens (:class:`Gradient`)
-``confidence``           mean of ``1 - (p1 - p2)`` over the tokens of sampled answers, p1 and p2 the two largest
-                         probabilities; 0 = sure, 1 = torn. It is the *lack* of confidence, like the paper's reward of
-                         that name. Source: margin sampling, Scheffer et al. 2001
-``answer_variance``      number of different answers over k
-``semantic_entropy``     entropy of the shares of the different answers, nats (Farquhar et al. 2024)
-``learnability``         ``p (1 - p)``, p the share of the k answers that equal the sample's own (Florensa et al. 2018;
-                         Foster et al. 2025): 0 for what is always or never answered so
-``proximity``            nearness of the question to what the seeds are about
-``diversity``            novelty of the question, to an archive and within the call
-=======================  ==============================================================================================
+==================  ===================================================================================================
+any of ``acqcore``  the acquisition's value of the solution, given the prompt (:class:`AcquisitionSignal`)
+``gradient``        norm of the gradient in all parameters, per root of the tokens (:class:`Gradient`)
+``proximity``       nearness of the question to what the seeds are about
+``diversity``       novelty of the question, to an archive and within the call
+==================  ===================================================================================================
 
-Answers are different if :func:`acqsynth.label.cluster` tells them apart: ``18`` and ``18 eggs`` are one answer. With
-``paper_compat=True`` a signal of the paper is its released form, see :mod:`acqsynth.rewards.paper`.
+:mod:`acqsynth.rewards.answers` has the signals of the student's own answers. With ``paper_compat=True`` a signal of the
+paper is its released form, see :mod:`acqsynth.rewards.paper`.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
 import acqcore
+from acqcore.acquisitions import REGISTRY
 from acqsynth.domains import Domain, Sample
-from acqsynth.engines import Completion, Engine, Sampling
-from acqsynth.label import cluster
 from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.scoring import Scorer
 from acqsynth.rewards.texts import Embedder
@@ -39,10 +29,9 @@ from acqsynth.rewards.texts import Embedder
 #: Acquisitions that need an argument, and what it is.
 NEEDED = {
     "influence": ("reference", "samples or an acqcore.Reference"),
+    "epig": ("reference", "an acqcore.EpigReference, or the path of a saved one"),
     "archive_novelty": ("archive", "an acqcore.Archive"),
 }
-#: Acquisitions whose values depend on the other samples of the call.
-SET_LEVEL = frozenset({"gradient_diversity"})
 
 
 @runtime_checkable
@@ -100,7 +89,7 @@ class AcquisitionSignal:
         self.scorer = scorer
         self.acquisition = acquisition
         self.name = name or acquisition
-        self.set_level = acquisition in SET_LEVEL
+        self.set_level = REGISTRY[acquisition].over == "set"
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
         return self.scorer(samples).values[self.acquisition]
@@ -209,216 +198,6 @@ class Gradient(Published):
         values, lengths, _ = self.scorer(samples)
         pairs = zip(values["grad_norm"], lengths, strict=True)
         return [None if value is None else value * math.sqrt(length) for value, length in pairs]
-
-
-# --- the student's answers --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A sampled answer."""
-
-    completion: Completion
-    answer: str | None  #: as the completion has it; None if it gives none
-
-
-class SampledAnswers:
-    """k answers of the student to each question, drawn once in a reward call for all signals and gates.
-
-    Args:
-        engine: of the student.
-        domain: prompts the student and parses its answers.
-        k: answers to each question.
-        temperature: 1 draws from the student's own distribution.
-        max_tokens: of an answer; by default the domain's.
-        top2: keep the probabilities that ``confidence`` needs.
-        seed: of the draws, together with the questions asked: other questions draw other numbers, and a resumed run
-            draws what it would have drawn.
-
-    Raises:
-        ValueError: k below 1, or as :class:`acqsynth.engines.Sampling`.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        domain: Domain,
-        *,
-        k: int = 8,
-        temperature: float = 1.0,
-        max_tokens: int | None = None,
-        top2: bool = False,
-        seed: int = 0,
-    ) -> None:
-        if k < 1:
-            raise ValueError(f"k: expected at least 1 answer, got {k}")
-        self.engine = engine
-        self.domain = domain
-        self.k = k
-        most = domain.answer_tokens if max_tokens is None else max_tokens
-        self.sampling = Sampling(k, temperature, 1.0, most, seed, top2)
-
-    def draw(self, samples: Sequence[Sample]) -> list[list[Drawn]]:
-        """k answers to the question of each of n samples."""
-        return Batch.of(samples).each((self, "draws"), [sample.question for sample in samples], self._draw)
-
-    def shares(self, samples: Sequence[Sample]) -> list[float]:
-        """Share of the k answers that equal the sample's own, of n samples."""
-        batch = Batch.of(samples)
-        by_answer = {(sample.question, sample.answer): sample for sample in batch}
-
-        def compute(keys: list[tuple[str, str]]) -> list[float]:
-            new = [by_answer[key] for key in keys]
-            asked: list[tuple[int, int, str]] = []  # position, its answers of one form, one of them
-            for i, drawn in enumerate(self.draw(batch.part(new))):
-                forms: dict[str, list[str]] = {}
-                for d in drawn:
-                    if d.answer is not None:
-                        forms.setdefault(self.domain.canonical(d.answer), []).append(d.answer)
-                asked += [(i, len(answers), answers[0]) for answers in forms.values()]
-            right = self.domain.equivalent([new[i] for i, _, _ in asked], [answer for _, _, answer in asked])
-            shares = [0.0] * len(new)
-            for (i, count, _), equal in zip(asked, right, strict=True):
-                shares[i] += equal * count / self.k
-            return shares
-
-        return batch.each((self, "shares"), [(sample.question, sample.answer) for sample in batch], compute)
-
-    def clusters(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Sizes of the clusters of equal answers to the question of each of n samples, largest first."""
-        return [[len(members) for members in found] for found in self._clusters(samples)]
-
-    def of_majority(self, samples: Sequence[Sample]) -> list[bool]:
-        """Whether the own answer of each of n samples is the one that most of the k give; False for a tie."""
-        batch = Batch.of(samples)
-        by_answer = {(sample.question, sample.answer): sample for sample in batch}
-
-        def compute(keys: list[tuple[str, str]]) -> list[bool]:
-            new = batch.part(by_answer[key] for key in keys)
-            most: list[str | None] = []
-            for drawn, found in zip(self.draw(new), self._clusters(new), strict=True):
-                alone = bool(found) and (len(found) == 1 or len(found[0]) > len(found[1]))
-                most.append(drawn[found[0][0]].answer if alone else None)
-            return self.domain.equivalent(new, most)
-
-        return batch.each((self, "majority"), [(sample.question, sample.answer) for sample in batch], compute)
-
-    def _clusters(self, samples: Sequence[Sample]) -> list[list[list[int]]]:
-        batch = Batch.of(samples)
-        by_question = {sample.question: sample for sample in batch}
-
-        def compute(questions: list[str]) -> list[list[list[int]]]:
-            new = batch.part(by_question[question] for question in questions)
-            return cluster(self.domain, new, [[d.answer for d in drawn] for drawn in self.draw(new)])
-
-        return batch.each((self, "clusters"), [sample.question for sample in batch], compute)
-
-    def refresh(self, student: Any) -> None:
-        """Another student answers from now on, see :meth:`acqsynth.engines.Engine.reload`."""
-        self.engine.reload(student)
-
-    def _draw(self, questions: list[str]) -> list[list[Drawn]]:
-        sampling = replace(self.sampling, seed=zlib.crc32("\0".join(questions).encode(), self.sampling.seed))
-        prompts = [self.domain.student_prompt(question) for question in questions]
-        return [[self._read(completion) for completion in group] for group in self.engine.generate(prompts, sampling)]
-
-    def _read(self, completion: Completion) -> Drawn:
-        return Drawn(completion, self.domain.answer_of(completion.text))
-
-
-class Confidence(Published):
-    """Mean of ``1 - (p1 - p2)`` over the tokens of the student's own answers, in [0, 1]; None without a token.
-
-    Args:
-        answers: drawn with ``top2``.
-
-    Raises:
-        ValueError: answers without ``top2``.
-    """
-
-    name = "confidence"
-
-    def __init__(self, answers: SampledAnswers, *, paper_compat: bool = False) -> None:
-        if not answers.sampling.top2:
-            raise ValueError("answers: expected them with top2=True, which confidence reads")
-        self.answers = answers
-
-    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        return [mean([1 - m for d in drawn for m in margins(d.completion)]) for drawn in self.answers.draw(samples)]
-
-
-class AnswerVariance(Published):
-    """Number of different answers over k, in [0, 1]; a completion without an answer adds none."""
-
-    name = "answer_variance"
-
-    def __init__(self, answers: SampledAnswers, *, paper_compat: bool = False, embed: Embedder | None = None) -> None:
-        self.answers = answers
-
-    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        return [len(sizes) / self.answers.k for sizes in self.answers.clusters(samples)]
-
-
-class SemanticEntropy:
-    """Entropy in nats over the different answers, 0 to log k; None if no completion gives an answer."""
-
-    name = "semantic_entropy"
-
-    def __init__(self, answers: SampledAnswers) -> None:
-        self.answers = answers
-
-    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        return [_entropy(sizes) for sizes in self.answers.clusters(samples)]
-
-
-class Learnability:
-    """``p (1 - p)`` in [0, 1/4], p the share of the student's answers that equal the sample's own.
-
-    Args:
-        answers: of the student.
-        verified: 0 unless ``domain.verify`` finds the sample's own answer right. Against an unchecked answer, a
-            question whose answer is a coin toss has the largest value there is. In a domain that proves no answer
-            (mathematics, medicine) the majority of the student's answers stands for the proof: 0 unless the sample's
-            own answer is theirs. ``logged`` says so.
-    """
-
-    name = "learnability"
-
-    def __init__(self, answers: SampledAnswers, *, verified: bool = False) -> None:
-        self.answers = answers
-        self.verified = verified
-        #: What a reward logs beside the values.
-        self.logged = {"by_majority": float(not answers.domain.proves)} if verified and answers else {}
-
-    def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
-        batch = Batch.of(samples)
-        values: list[float | None] = [p * (1 - p) for p in self.answers.shares(batch)]
-        if not self.verified:
-            return values
-        verdicts = batch.verified(self.answers.domain)
-        if self.answers.domain.proves:
-            return [v if ok else 0.0 for v, ok in zip(values, verdicts, strict=True)]
-        agreed = self.answers.of_majority(batch)
-        return [
-            v if ok or (ok is None and agrees) else 0.0 for v, ok, agrees in zip(values, verdicts, agreed, strict=True)
-        ]
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """The mean; None of no values."""
-    return math.fsum(values) / len(values) if values else None
-
-
-def margins(completion: Completion) -> list[float]:
-    """``p1 - p2`` of each token."""
-    if completion.top2_logprobs is None:
-        raise ValueError("engine: gave no top2_logprobs, though they were requested")
-    return [math.exp(first) - math.exp(second) for first, second in completion.top2_logprobs]
-
-
-def _entropy(counts: Sequence[int]) -> float | None:
-    total = sum(counts)
-    return -sum(c / total * math.log(c / total) for c in counts) + 0.0 if total else None
 
 
 # --- the question's text ----------------------------------------------------------------------------------------------

@@ -22,13 +22,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 import acqcore
+from acqsynth.batching import Batcher
 from acqsynth.integrations.openrlhf import response_of
 from acqsynth.parsing import parse_sample
-from acqsynth.serve.auth import Access
-from acqsynth.serve.batcher import Batcher
-from acqsynth.serve.errors import InvalidRequestError, ServiceError, StoppingError, TooLargeError
-from acqsynth.serve.gate import Gate, error_response
-from acqsynth.serve.metrics import Metrics
+from acqsynth.serve.errors import BusyError, InvalidRequestError, ServiceError, StoppingError, TooLargeError
+from acqsynth.serve.middleware import Access, Gate, Metrics, error_response
 from acqsynth.serve.options import Limits
 from acqsynth.serve.routes import JsonRoute, answered
 from acqsynth.serve.schema import (
@@ -48,6 +46,8 @@ from acqsynth.serve.students import Loaded, Question, Students, Values, text_siz
 logger = logging.getLogger(__name__)
 
 Key = tuple[Loaded, Question]
+
+_RESERVE = 8  # one part in so many of the queue is kept for small requests, beside a queue that is full
 
 
 class Service:
@@ -86,8 +86,14 @@ class Service:
         self.backend = backend
         self.metrics = Metrics()
         self.metrics.student_version.set(students.current.version)
-        self.batcher: Batcher[Key, acqcore.Row, Values] = Batcher(self._values, self.limits, self.metrics.batch)
-        self.metrics.watch("acqsynth_queue_tokens", "Tokens that wait", lambda: self.batcher.tokens)
+        self.batcher: Batcher[Key, acqcore.Row, Values] = Batcher(
+            self._values,
+            limit=self.limits.batch_tokens,
+            wait=self.limits.wait,
+            seconds=self.limits.batch_seconds,
+            observe=self.metrics.batch,
+        )
+        self.metrics.watch("acqsynth_queue_tokens", "Tokens that wait", lambda: self.batcher.waiting)
         #: Set when the server is about to end: nothing new is taken, what was taken is answered.
         self.stopping = False
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="acqsynth-encode")
@@ -121,9 +127,11 @@ class Service:
             rows += found[0]
         picked = [i for i in range(len(rows)) if i not in errors]
         values = [Values((None,) * len(question.acquisitions), {})] * len(rows)
+        tokens = [len(rows[i].ids) for i in picked]
+        self._admit(sum(tokens))
         try:
-            scored = await self.batcher.submit(
-                (loaded, question), [rows[i] for i in picked], [len(rows[i].ids) for i in picked]
+            scored = await asyncio.wrap_future(
+                self.batcher.submit((loaded, question), [rows[i] for i in picked], tokens)
             )
         except (ValueError, TypeError) as error:  # the rows are sound: it is what was asked of them
             raise InvalidRequestError(str(error)) from error
@@ -132,10 +140,24 @@ class Service:
         self.metrics.samples.labels("refused").inc(len(errors))
         return loaded, values, [row.n_scored for row in rows], errors
 
+    def _admit(self, tokens: int) -> None:
+        """
+        Raises:
+            TooLargeError: more tokens than may ever wait. BusyError: too many wait already. StoppingError.
+        """
+        if self.batcher.closed:
+            raise StoppingError("the server is stopping")
+        most, waiting = self.limits.queue_tokens, self.batcher.waiting
+        if tokens > most:
+            raise TooLargeError(f"the request has {tokens} tokens, at most {most} may wait: send fewer samples")
+        # A small request finds room in a queue that others have filled.
+        if waiting + tokens > most + (most // _RESERVE if tokens <= most // _RESERVE else 0):
+            raise BusyError(f"{waiting} tokens wait, and at most {most} may", self.batcher.seconds_for(waiting))
+
     async def close(self) -> None:
-        """Answer what was taken, then end the threads."""
+        """Answers all accepted requests, then ends the threads."""
         self.stopping = True
-        await self.batcher.close()
+        await asyncio.to_thread(self.batcher.close)
         self._encoding.shutdown()
 
     async def rewards(self, queries: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
@@ -211,7 +233,6 @@ def create_app(service: Service) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service.batcher.start()
         yield
         await service.close()
 

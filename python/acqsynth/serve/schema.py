@@ -16,14 +16,13 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-import acqcore
-from acqsynth.rewards.signals import NEEDED, SET_LEVEL
+from acqcore.acquisitions import REGISTRY
 
 
 def served_acquisitions() -> list[str]:
     """Names from ``acqcore.acquisitions()`` whose value depends on the sample and the student alone. The others need
     an object that no request can carry, or the whole set at once."""
-    return [name for name in acqcore.acquisitions() if name not in NEEDED and name not in SET_LEVEL]
+    return [name for name, entry in REGISTRY.items() if entry.over != "set" and not entry.options.required()]
 
 
 class _Served:
@@ -104,6 +103,7 @@ class Arguments(_Body):
     dropout: float | None = Field(None, ge=0, lt=1)
     form: Literal["element", "block", "linear"] | None = None
     posterior: Literal["dropout", "isotropic"] | None = None
+    positions: Literal["all", "completion"] | None = None
     probes: int | None = Field(None, ge=1, le=32, description="each costs a backward of its own")
     variance: float | None = Field(None, gt=0)
     block: int | None = Field(None, ge=1)

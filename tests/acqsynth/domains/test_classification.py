@@ -12,8 +12,8 @@ import pytest
 from acqsynth import write
 from acqsynth.domains import Sample, domain
 from acqsynth.domains.classification import Classification
-from acqsynth.pipeline import collect_rows
 from acqsynth.rewards.gates import default_gates
+from acqsynth.stages import collect_rows
 from acqsynth.steps import read_rows
 
 LABELS = ["card", "card_arrival", 'say "hi", then go', "Refund_not_showing_up", "reverted_card_payment?"]

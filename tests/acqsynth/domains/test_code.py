@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from acqsynth.domains import Sample, sandbox
+from acqsynth.domains.base import written
 from acqsynth.domains.code import Code, fenced, split_asserts
-from acqsynth.domains.prompts import written
 
 MBPP: dict[str, Any] = {
     "text": "Write a function to add two numbers.",

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from acqsynth.domains import DOMAINS, Domain, Sample, domain
-from acqsynth.domains.prompts import ask_for_sample, written
+from acqsynth.domains.base import ask_for_sample, written
 
 
 @pytest.mark.parametrize("name", DOMAINS)

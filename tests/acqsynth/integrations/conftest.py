@@ -9,20 +9,11 @@ import types
 from typing import Any
 
 import pytest
+from fakes import PlainDomain
 
-from acqsynth.domains import Domain
 from acqsynth.integrations.scorer import REWARD_VARIABLE
 from acqsynth.rewards import ComposedReward
 from acqsynth.rewards.gates import Check
-
-
-class Plain(Domain):
-    """Only parses."""
-
-    name = "plain"
-
-
-Plain.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
 
 
 class Number:
@@ -57,9 +48,7 @@ def built(number, monkeypatch, request):
         time.sleep(0.1)  # as loading takes: callers that come meanwhile must not make another
         gates = [Check("positive", lambda sample: not sample.answer.startswith("-"))]
         fusion = getattr(request, "param", "raw")
-        made.append(
-            ComposedReward(Plain(), [number], gates=gates, fusion=fusion, length_normalised=False)  # type: ignore[abstract,list-item]
-        )
+        made.append(ComposedReward(PlainDomain(), [number], gates=gates, fusion=fusion, length_normalised=False))
         return made[-1]
 
     name = f"rewards_of_test_{next(_count)}"  # what is made for a name is kept for the process

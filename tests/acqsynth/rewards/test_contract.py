@@ -9,22 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from fakes import PlainDomain
 
 from acqsynth.domains import Sample
 from acqsynth.rewards import AcquisitionReward, ComposedReward, combined
 from acqsynth.rewards.gates import New
-from acqsynth.rewards.reward import _warn_once
 from acqsynth.rewards.scoring import Scored
+from acqsynth.rewards.trl import warn_of_mask
 
 
-class Words:
+class Words(PlainDomain):
     """Any text is a sample that asks for itself."""
 
     def parse(self, text: str) -> Sample | None:
         return Sample(question=text, answer="1") if text else None
 
 
-WORDS: Any = Words()
+WORDS = Words()
 
 
 class Trainer:
@@ -107,7 +108,7 @@ class TestText:
         options = {"acquisition": "influence", "arguments": arguments}
         assert self.reward(monkeypatch, [-7.0], 1, **options)(["p", "p"], ["", "a"]) == [-7.0, -7.0]
         for values in ([-7.0], [7.0]):  # on every rank alike: one that raised alone would leave the others waiting
-            with pytest.raises(RuntimeError, match=r"influence have no least one, .* make the reward with sync=True"):
+            with pytest.raises(RuntimeError, match=r"influence have no lower bound, .* make the reward with sync=True"):
                 self.reward(monkeypatch, values, 2, **options)(["p", "p"], ["", "a"])
 
         def gather(found: list[Any], own: float) -> None:
@@ -159,7 +160,7 @@ class TestSeveralRewards:
             def __call__(self, samples: Any) -> list[float | None]:
                 return [None] * len(samples)
 
-        _warn_once.cache_clear()
+        warn_of_mask.cache_clear()
         reward = ComposedReward(WORDS, [Fails()])
         trainer = Trainer([reward, *others])
         with caplog.at_level(logging.WARNING):

@@ -9,15 +9,14 @@ import pickle
 import sys
 from typing import Any
 
-import datasets
 import httpx
 import pytest
-import trl
+from fakes import trained
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 import acqcore
 from acqsynth.rewards import AcquisitionReward
-from acqsynth.rewards.reward import RemoteAcquisitionReward
+from acqsynth.rewards.acquisition import RemoteAcquisitionReward
 from acqsynth.serve.app import Service, create_app
 from acqsynth.serve.client import ScorerError
 from acqsynth.serve.students import Students
@@ -127,23 +126,8 @@ def test_grpo_awaits_two_at_once(url, model, tokenizer, tmp_path):
             return rewards
 
     rewards = [Counted(acquisition=name, url=url, parse=str) for name in ("entropy", "loss")]
-    config = trl.GRPOConfig(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=4,
-        num_generations=4,
-        max_completion_length=6,
-        max_steps=1,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-    )
-    data = datasets.Dataset.from_list([{"prompt": "Write."}] * 4)
-    trainer = trl.GRPOTrainer(
-        model=model, reward_funcs=rewards, args=config, train_dataset=data, processing_class=tokenizer
-    )
-    trainer.train()
-    (log,) = [entry for entry in trainer.state.log_history if "rewards/acquisition_loss/mean" in entry]
+    options = {"num_generations": 4, "max_completion_length": 6, "max_steps": 1}
+    [log] = trained(model, tokenizer, rewards, tmp_path, **options)
     assert log["rewards/acquisition_loss/mean"] > 0
     assert log["rewards/acquisition_entropy/mean"] > 0
     assert max(together) == 2
@@ -168,5 +152,5 @@ def test_bad_arguments(options, error, message):
 def test_without_httpx_it_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "acqsynth.serve.client", raising=False)
     monkeypatch.setitem(sys.modules, "httpx", None)
-    with pytest.raises(ModuleNotFoundError, match=r"needs httpx, .*run 'pip install acqcore\[serve\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'needs httpx, .*run pip install "acqcore\[serve\]"'):
         AcquisitionReward(url=URL)

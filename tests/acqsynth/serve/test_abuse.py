@@ -16,9 +16,9 @@ import pytest
 
 import acqcore
 from acqsynth.serve.app import Service, create_app
-from acqsynth.serve.connections import HEAD_BYTES, bounded_protocol
 from acqsynth.serve.errors import NotJsonError, TooLargeError
 from acqsynth.serve.routes import DEEPEST, check_structure
+from acqsynth.serve.server import HEAD_BYTES, bounded_protocol
 
 BEARER = {"Authorization": "Bearer secret"}
 JSON = {"content-type": "application/json"}

@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import acqcore
 from acqsynth.parsing import parse_sample
 from acqsynth.serve.app import Service
-from acqsynth.serve.auth import Access
+from acqsynth.serve.middleware import Access
 from acqsynth.serve.schema import served_acquisitions
 from acqsynth.serve.students import Question, Values
 
@@ -360,21 +360,29 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Held:
 
 class TestPressure:
     def test_too_many_tokens_waiting_are_429_with_a_time(self, serve: Serve, asked: Any, held: Held) -> None:
-        async def main() -> list[Any]:
-            async with asked(serve(limits={"queue_tokens": 30, "wait": 0.0})) as client:
-                tasks = [asyncio.create_task(client.post("/score", json={"samples": ["a" * 20]}))]
-                await held.wait()
-                tasks.append(asyncio.create_task(client.post("/score", json={"samples": ["a" * 20]})))
-                while "acqsynth_queue_tokens 20.0" not in (await client.get("/metrics")).text:
-                    await asyncio.sleep(0.01)
-                refused = await client.post("/score", json={"samples": ["a" * 20]})
-                held.free.set()
-                return [refused, *await asyncio.gather(*tasks)]
+        """A small request finds room in a queue that others have filled, up to an eighth more."""
 
-        refused, *answered = asyncio.run(main())
-        assert error_of(refused)[:2] == (429, "busy")
-        assert 1 <= int(refused.headers["retry-after"]) <= 60
-        assert [response.status_code for response in answered] == [200, 200]
+        async def main() -> tuple[list[Any], list[Any]]:
+            async with asked(serve(limits={"queue_tokens": 100, "wait": 0.0})) as client:
+
+                def post(tokens: int) -> Any:
+                    return asyncio.create_task(client.post("/score", json={"samples": ["a" * tokens]}))
+
+                accepted = [post(100)]
+                await held.wait()
+                for tokens, waiting in ((100, 100), (12, 112)):
+                    accepted.append(post(tokens))
+                    while f"acqsynth_queue_tokens {waiting}.0" not in (await client.get("/metrics")).text:
+                        await asyncio.sleep(0.01)
+                refused = [await post(tokens) for tokens in (13, 2)]
+                held.free.set()
+                return refused, await asyncio.gather(*accepted)
+
+        refused, answered = asyncio.run(main())
+        for response in refused:
+            assert error_of(response) == (429, "busy", "112 tokens wait, and at most 100 may")
+            assert 1 <= int(response.headers["retry-after"]) <= 60
+        assert [response.status_code for response in answered] == [200, 200, 200]
 
     def test_too_many_requests_are_429(self, serve: Serve, asked: Any, held: Held) -> None:
         async def main() -> tuple[Any, Any, Any]:
@@ -652,7 +660,7 @@ class TestStudent:
                 early = [asyncio.create_task(client.post("/score", json={"samples": ["a fox", "b fox"]}))]
                 await held.wait()
                 early.append(asyncio.create_task(client.post("/score", json={"samples": ["the dog"]})))
-                while service.batcher.tokens < 12:
+                while service.batcher.waiting < 12:
                     await asyncio.sleep(0.005)
                 both = await asyncio.gather(*(client.post("/student", json={"path": "second"}) for _ in range(2)))
                 assert sorted(response.status_code for response in both) == [200, 409]

@@ -5,8 +5,8 @@ import hmac
 
 import pytest
 
-from acqsynth.serve.auth import Access
 from acqsynth.serve.errors import ForbiddenError, UnauthorizedError
+from acqsynth.serve.middleware import Access
 
 
 def bearer(token: str) -> list[tuple[bytes, bytes]]:

@@ -28,7 +28,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from acqsynth.serve.app import Service, create_app
-from acqsynth.serve.auth import Access
+from acqsynth.serve.middleware import Access
 
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))

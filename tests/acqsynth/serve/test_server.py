@@ -255,4 +255,4 @@ class TestUsage:
         monkeypatch.delattr(sys.modules["acqsynth.serve"], "server", raising=False)
         monkeypatch.setitem(sys.modules, "fastapi", None)
         error = self.fails(capsys, "--student", "nowhere")
-        assert "serving needs fastapi, which is not installed: run 'pip install acqcore[serve]'" in error
+        assert 'serving needs fastapi, which is not installed: run pip install "acqcore[serve]"' in error

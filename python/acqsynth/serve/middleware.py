@@ -1,24 +1,133 @@
-"""What stands before the routes: tokens, limits of bodies and of requests at a time, the count of answers."""
+"""What a request passes before its route: tokens, limits on bodies and on concurrent requests, metrics."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import binascii
+import hmac
 import logging
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from acqsynth.serve.auth import OPEN, Access
-from acqsynth.serve.errors import BusyError, GoneError, InvalidRequestError, ServiceError, SlowBodyError, TooLargeError
-from acqsynth.serve.metrics import Metrics
+from acqsynth.serve.errors import (
+    BusyError,
+    ForbiddenError,
+    GoneError,
+    InvalidRequestError,
+    ServiceError,
+    SlowBodyError,
+    TooLargeError,
+    UnauthorizedError,
+)
 from acqsynth.serve.options import Limits
 
 logger = logging.getLogger(__name__)
 
 ROUTES = frozenset({"/score", "/get_reward", "/student", "/health", "/metrics", "/openapi.json"})
+OPEN = frozenset({"/health"})  #: routes that tell nothing and ask for no token
+ADMIN = frozenset({"/student"})  #: routes of the admin token
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Access:
+    """The tokens of a server; without ``token`` scores are for everybody, without ``admin_token`` the student is for
+    nobody to change."""
+
+    token: str | None = field(default=None, repr=False)
+    admin_token: str | None = field(default=None, repr=False)
+
+    def check(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """
+        Args:
+            path: of the request, decoded.
+            headers: of the request, names in lower case.
+
+        Raises:
+            UnauthorizedError: no token or a wrong one. ForbiddenError: an admin's route of a server without such a
+                token.
+        """
+        if path in OPEN:
+            return
+        expected = self.admin_token if path in ADMIN else self.token
+        if expected is None:
+            if path in ADMIN:
+                raise ForbiddenError("the student cannot be changed: the server was started without an admin token")
+            return
+        given = [value for name, value in headers if name == b"authorization"]
+        secret = _secret(given[0]) if len(given) == 1 else None
+        if secret is None:
+            raise UnauthorizedError("expected the header 'Authorization: Bearer <token>'")
+        if not hmac.compare_digest(secret, expected.encode("ascii")):
+            raise UnauthorizedError("the token is wrong")
+
+
+def _secret(header: bytes) -> bytes | None:
+    """The token of a bearer header, or the password of a basic one: OpenRLHF can send no header of its own, but a URL
+    ``http://user:token@host`` makes a basic one."""
+    scheme, _, rest = header.strip().partition(b" ")
+    if scheme.lower() == b"bearer":
+        return rest.strip()
+    if scheme.lower() == b"basic":
+        try:
+            return base64.b64decode(rest.strip(), validate=True).partition(b":")[2]
+        except binascii.Error:
+            return None
+    return None
+
+
+class Metrics:
+    """Counters and histograms of one server, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("acqsynth_requests", "Requests answered", ["route", "status"], registry=self.registry)
+        self.seconds = Histogram(
+            "acqsynth_request_seconds", "From a request's arrival to its answer", ["route"],
+            buckets=_SECONDS, registry=self.registry,
+        )  # fmt: skip
+        self.samples = Counter(
+            "acqsynth_samples", "Samples that the model scored, and those refused before it", ["outcome"],
+            registry=self.registry,
+        )  # fmt: skip
+        self.batch_samples = Histogram(
+            "acqsynth_batch_samples", "Samples scored in one call", buckets=_SAMPLES, registry=self.registry
+        )
+        self.batch_tokens = Counter("acqsynth_batch_tokens", "Tokens scored", registry=self.registry)
+        self.batch_seconds = Histogram(
+            "acqsynth_batch_seconds", "Time of one scoring call", buckets=_SECONDS, registry=self.registry
+        )
+        self.reloads = Counter("acqsynth_reloads", "Loads of another student", ["outcome"], registry=self.registry)
+        self.student_version = Gauge(
+            "acqsynth_student_version", "1 for the student of the start, one more a reload", registry=self.registry
+        )
+        self._gauges: list[Gauge] = []
+
+    def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """A gauge that is read when it is asked for."""
+        gauge = Gauge(name, text, registry=self.registry)
+        gauge.set_function(value)
+        self._gauges.append(gauge)
+
+    def batch(self, samples: int, tokens: int, seconds: float) -> None:
+        """One scoring call."""
+        self.samples.labels("scored").inc(samples)
+        self.batch_samples.observe(samples)
+        self.batch_tokens.inc(tokens)
+        self.batch_seconds.observe(seconds)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
 
 
 class Gate:

@@ -1,0 +1,247 @@
+"""Finds out on a few tokens how the gradients of a student's parameters can be captured.
+
+The captured pieces are compared with autograd's own gradients, parameter by parameter and sample by sample. Where they
+differ, or a module fits no rule, samples come one at a time and autograd itself gives the gradient of the parameters in
+question. Experts that are called with the tokens routed to them need this.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from acqcore.gradients.capture import Capture
+from acqcore.gradients.measures import GradPiece, SquaredNorm
+from acqcore.gradients.rules import is_embedding, is_linear
+from acqcore.head import compute_dtype
+from acqcore.students.student import Student
+
+#: Shape of the token ids on which pieces are compared with autograd.
+SHAPE = (2, 8)
+
+#: Most findings kept per model: a training run may change its state any number of times.
+KEPT_FINDINGS = 16
+
+#: Largest difference of a parameter's gradient norm from autograd's: relative to that norm, and to the norm over all
+#: parameters, as a gradient that is zero up to rounding (a key's bias) has no relative error.
+TOLERANCE = {
+    torch.float64: (1e-6, 1e-9),
+    torch.float32: (2e-3, 1e-5),
+    torch.float16: (5e-2, 5e-3),
+    torch.bfloat16: (5e-2, 1e-2),
+}
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What a probe found, without references to the model."""
+
+    one_by_one: bool
+    by_autograd: frozenset[str]
+    used: frozenset[str]
+    forms: dict[int, frozenset[tuple[str, str]]]  # by the module's index
+
+
+# Module -> its state and the selected names -> findings: a reward called at every step pays for the probe once.
+_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], _Findings]] = WeakKeyDictionary()
+
+
+class Probe:
+    """Prepares a capture for its student.
+
+    Args:
+        capture: gets what is found: ``used``, ``forms`` and ``by_autograd``.
+        tied: names of head weights among the selected parameters.
+    """
+
+    def __init__(self, capture: Capture, student: Student, tied: Collection[str | None]) -> None:
+        self._capture = capture
+        self._student = student
+        self._tied = tied
+        self._done = False
+        self._touched: set[str] = set()  # names of parameters with any gradient in the probe
+        rows, length = SHAPE
+        length = min(length, student.max_length or length)
+        with torch.inference_mode(False):  # autograd keeps them
+            generator = torch.Generator().manual_seed(0)
+            self._tokens = torch.randint(student._vocab_size, (rows, length), generator=generator).to(student.device)
+        #: Whether batches must be of one sample; known once :meth:`prepare` ran.
+        self.one_by_one = False
+
+    def prepare(
+        self,
+        input_ids: torch.Tensor,  # [n, T] int64, of real samples
+    ) -> None:
+        """Find out which rules hold, once; call it before the first batch is made.
+
+        Real samples are tried where arbitrary tokens reach none of the parameters: an adapter may wait for a token.
+        """
+        capture, student = self._capture, self._student
+        if self._done or not capture.names:
+            return
+        self._done = True
+        assert student._module is not None
+        known = _KNOWN.setdefault(student._module, {})
+        state = (frozenset(capture.names.values()), *map(_state, capture.modules))
+        if state in known:
+            self._restore(known[state])
+            return
+        failed = self._compare(self._tokens)
+        if failed is not None and not capture.used:
+            self._tokens = input_ids.to(student.device)
+            failed = self._compare(self._tokens)
+        if failed is None or failed:
+            self.take_one_by_one()
+        self._refuse_unseen()
+        if capture.used:  # other samples may reach what these do not
+            if len(known) == KEPT_FINDINGS:
+                known.clear()
+            known[state] = self._findings()
+
+    def take_one_by_one(self) -> None:
+        """From now on batches are of one sample, and what fits no rule is left to autograd."""
+        capture = self._capture
+        self.one_by_one = True
+        capture.forms.clear()
+        failed = self._compare(self._tokens[:1])
+        if failed is None:
+            failed = capture.used = self._touched = set(capture.names.values())
+            self._require_graph()
+        ruled = {name for m, own in capture.owners.items() if is_linear(m) or is_embedding(m) for name in own.values()}
+        capture.by_autograd = {p: name for p, name in capture.names.items() if name in failed or name not in ruled}
+
+    def _findings(self) -> _Findings:
+        capture = self._capture
+        forms = {i: frozenset(capture.forms[m]) for i, m in enumerate(capture.modules) if m in capture.forms}
+        return _Findings(self.one_by_one, frozenset(capture.by_autograd.values()), frozenset(capture.used), forms)
+
+    def _restore(self, found: _Findings) -> None:
+        capture = self._capture
+        self.one_by_one, capture.used = found.one_by_one, set(found.used)
+        capture.by_autograd = {p: name for p, name in capture.names.items() if name in found.by_autograd}
+        capture.forms = {capture.modules[i]: set(forms) for i, forms in found.forms.items()}
+
+    def _compare(
+        self,
+        ids: torch.Tensor,  # [n, T] int64
+    ) -> set[str] | None:
+        """Names of parameters that fit no rule or whose pieces differ from autograd's gradients; None where the student
+        takes no batch, or its modules' outputs cannot be tapped."""
+        capture, student, batch = self._capture, self._student, len(ids)
+        generator = torch.Generator().manual_seed(0)
+        squares: defaultdict[str, float] = defaultdict(float)
+        bad: set[str] = set()
+
+        def receive(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+            self._touched.add(capture.names[parameter])
+            squares[capture.names[parameter]] += float(gradient.double().square().sum())
+
+        try:
+            with (
+                torch.inference_mode(False),
+                student.scoring(),
+                torch.enable_grad(),
+                capture.probing(bad),
+                capture.attached(),
+            ):
+                hidden = capture.forward(ids)
+                tolerance, floor = TOLERANCE[torch.bfloat16 if capture.half else hidden.dtype]
+                for sample in range(batch):
+                    noise = torch.zeros(hidden.shape, dtype=compute_dtype(hidden.dtype))
+                    noise[sample] = torch.randn(hidden.shape[1:], generator=generator)
+                    squares.clear()
+                    pieces = _Norms(batch, student.device)
+                    last = sample == batch - 1
+                    capture.run_backward(hidden, noise.to(hidden.device), [pieces], last, capture.names, receive)
+                    total = sum(squares.values()) ** 0.5
+                    for name in capture.names.values():
+                        expected = torch.zeros(batch, dtype=torch.float64)
+                        expected[sample] = size = squares[name] ** 0.5
+                        error = float((pieces.norms.get(name, torch.zeros(batch)) - expected).abs().max())
+                        if not error <= tolerance * size + floor * total:
+                            bad.add(name)
+                        if size > floor * total:
+                            capture.used.add(name)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # of the student's own code, which a tapped output or a batch may not suit
+            return None
+        return bad
+
+    def _require_graph(self) -> None:
+        """Raise ValueError where the student runs, but not with gradients; its own error where it does not run."""
+        student = self._student
+        with torch.inference_mode(False), student.scoring():
+            student.hidden(self._tokens[:1])
+            try:
+                with torch.enable_grad():
+                    student.hidden(self._tokens[:1])
+            except Exception as error:
+                name = next(iter(self._capture.names.values()))
+                raise ValueError(
+                    f"parameters: the student does not run with gradients, as {name} needs: {error}"
+                ) from error
+
+    def _refuse_unseen(self) -> None:
+        """Refuse parameters that the logits depend on and the hidden states do not, such as adapters on the head."""
+        names, student = self._capture.names, self._student
+        seen_here = self._touched.union(self._tied)
+        silent = {p: name for p, name in names.items() if name not in seen_here}
+        if not silent or student._logits is None:
+            return
+        ids = torch.arange(2, device=student.device)[None] % student._vocab_size
+        with (
+            torch.inference_mode(False),
+            student.scoring(),
+            torch.enable_grad(),
+            self._capture.attached(),
+            ExitStack() as stack,
+        ):
+            for parameter in silent:
+                stack.callback(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(True)
+            reached = _reached(student.hidden(ids), silent)
+            seen = [name for name in _reached(student._logits(ids), silent) if name not in reached]
+        if reached and not self.one_by_one:  # by some tokens, but not by those of the probe
+            self.take_one_by_one()
+        if seen:
+            more = f" and {len(seen) - 1} more" if len(seen) > 1 else ""
+            raise ValueError(f"parameters: no rule covers {seen[0]}{more}: it is part of the student's head")
+
+
+class _Norms:
+    """The norm of each sample's gradient in each parameter, ``norms``: name -> ``[B]`` float64."""
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self._batch = batch
+        self._device = device
+        self.norms: dict[str, torch.Tensor] = {}
+
+    def takes(self, name: str) -> bool:
+        return True
+
+    def add(self, name: str, piece: GradPiece) -> None:
+        measure = SquaredNorm(self._batch, self._device)
+        measure.add(name, piece)
+        self.norms[name] = measure.values.sqrt().cpu()
+
+
+def _state(module: nn.Module) -> tuple[Any, ...]:
+    """What may change how a module's parameters are used: its hooks, and the state of PEFT's adapters."""
+    adapters = [getattr(module, name, None) for name in ("merged_adapters", "_disable_adapters", "_active_adapter")]
+    return id(module), len(module._forward_hooks), len(module._forward_pre_hooks), str(adapters)
+
+
+def _reached(output: torch.Tensor, parameters: Mapping[torch.Tensor, str]) -> list[str]:
+    """Names of the parameters that ``output`` has a gradient in."""
+    if not output.requires_grad:
+        return []
+    gradients = torch.autograd.grad(output.sum(), list(parameters), allow_unused=True)
+    return [name for name, gradient in zip(parameters.values(), gradients, strict=True) if gradient is not None]

@@ -1,0 +1,221 @@
+"""Publish a finished run (``acqsynth push``): the rows that its main arm wrote and the student that learned them, each
+with a card that gives the recipe, the counts of the gates, the result and the licence."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi, ModelCard, ModelCardData
+
+from acqsynth import config, pipeline
+from acqsynth.config import ConfigError
+from acqsynth.pipeline import Plan
+from acqsynth.report.metrics import STUDENT, percent, points
+from acqsynth.steps import StepError, Store, read_table, write_table
+
+HUB = "hub:"  #: prefix of a target that is a repository
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+class PushError(Exception):
+    """A run that cannot be published; the text is one sentence for the user."""
+
+
+def main(run: Path, to: str, license: str, only: str | None, public: bool) -> int:
+    """Run the command; see :func:`push`.
+
+    Returns:
+        The exit code: 0, or 2 for a run or target that cannot be used.
+    """
+    try:
+        for place in push(run, to, license, only=only, public=public):
+            print(place)
+    except (PushError, ConfigError, StepError, OSError, ValueError) as error:  # the hub's errors are OSErrors
+        print(f"acqsynth: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def push(run: Path, to: str, license: str, *, only: str | None = None, public: bool = False) -> list[str]:
+    """Write or upload the data set and the model of a run.
+
+    Args:
+        run: output folder of a finished recipe.
+        to: a folder, which gets ``dataset/`` and ``model/``; ``hub:owner/name`` uploads to the data set and the model
+            repository of that name.
+        license: SPDX identifier for both cards. Seeds and generator decide it; nothing here can.
+        only: ``dataset`` or ``model``; by default both.
+        public: whether repositories made by the upload are public.
+
+    Returns:
+        The folders or addresses written.
+
+    Raises:
+        PushError: no finished run in ``run``, or a target that is not empty or no repository name.
+    """
+    repository = to.removeprefix(HUB) if to.startswith(HUB) else None
+    if repository is not None and not _HUB_ID.fullmatch(repository):
+        raise PushError(f"--to: expected hub:owner/name or a folder, got {to}")
+    metrics, plan = _finished(run)
+    kinds = {"dataset": _write_dataset, "model": _write_model}
+    made = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for kind in [only] if only else kinds:
+            target = Path(temporary if repository else to).expanduser() / kind
+            if target.exists() and any(target.iterdir()):
+                raise PushError(f"--to: {target} is not empty")
+            target.mkdir(parents=True, exist_ok=True)
+            kinds[kind](target, run, metrics, plan, license, repository)
+            made.append(_upload(target, repository, kind, public) if repository else str(target))
+    return made
+
+
+def _finished(run: Path) -> tuple[dict[str, Any], Plan]:
+    """The metrics of a run, and its plan."""
+    path = run / "06-report" / "report" / "metrics.json"
+    if not path.is_file():
+        raise PushError(f"{run}: no finished run, {path.relative_to(run)} is missing")
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    return metrics, pipeline.plan(config.from_mapping({**metrics["recipe"], "output": str(run)}))
+
+
+def _write_dataset(
+    target: Path, run: Path, metrics: Mapping[str, Any], plan: Plan, license: str, repository: str | None
+) -> None:
+    store, arm = Store(run), plan.arms[plan.main]
+    tables = [read_table(store.path(step) / "samples.parquet") for step in arm.rows]
+    columns = {name: [value for table in tables for value in table[name]] for name in tables[0]}
+    (target / "data").mkdir()
+    write_table(target / "data" / "train.parquet", columns)
+    shutil.copy(store.path(plan.report) / "report.html", target)
+    rows = len(next(iter(columns.values())))
+    data = DatasetCardData(
+        license=license,
+        tags=["synthetic", "acqcore"],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train.parquet"}]}],
+    )
+    seeds = _shown(metrics["recipe"]["data"]["seeds"]["source"])
+    generator = _shown(metrics["recipe"]["generator"]["model"])
+    found = metrics["arms"][plan.main]
+    body = [
+        f"# {repository or 'Training rows written under acqcore'}",
+        f"{rows} rows in the domain `{metrics['recipe']['domain']}`, written by a model and not checked by hand. "
+        f"Generator: `{generator}` ({found['description']}). Seeds: `{seeds}`.",
+        "`report.html` holds the whole evaluation.",
+        _counts(found, metrics.get("samples")),
+        *_result(metrics, plan.main),
+        _licence(license, "rows", f"the seeds `{seeds}` and the generator `{generator}`"),
+        _recipe(metrics),
+    ]
+    DatasetCard(_card(data, body)).save(target / "README.md")
+
+
+def _write_model(
+    target: Path, run: Path, metrics: Mapping[str, Any], plan: Plan, license: str, repository: str | None
+) -> None:
+    recipe = metrics["recipe"]
+    n, seed = max(recipe["student"]["rows"]), recipe["student"]["seeds"][0]
+    fitted = Store(run).path(plan.arms[plan.main].fits[STUDENT, n, seed]) / "model"
+    for path in fitted.iterdir():
+        if path.is_file() and path.name != "training_args.bin":  # a pickle of this machine's paths
+            shutil.copy(path, target)
+    base = recipe["student"]["model"]
+    data = ModelCardData(
+        license=license,
+        tags=["acqcore"],
+        library_name="transformers",
+        base_model=base if _HUB_ID.fullmatch(base) else None,
+        datasets=[repository] if repository else None,
+    )
+    body = [
+        f"# {repository or 'A student fine-tuned under acqcore'}",
+        f"`{_shown(base)}` fine-tuned on {n} rows of the arm `{plan.main}`, seed {seed}.",
+        *_result(metrics, plan.main),
+        _licence(license, "weights", f"the base model `{_shown(base)}`, the seeds and the generator"),
+        _recipe(metrics),
+    ]
+    ModelCard(_card(data, body)).save(target / "README.md")
+
+
+def _upload(folder: Path, repository: str, kind: str, public: bool) -> str:
+    api = HfApi()
+    address = api.create_repo(repository, repo_type=kind, private=not public, exist_ok=True)
+    api.upload_folder(repo_id=repository, repo_type=kind, folder_path=folder, commit_message="Add the run's results")
+    return str(address)
+
+
+# --- parts of a card --------------------------------------------------------------------------------------------------
+
+
+def _card(data: Any, body: list[str]) -> str:
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n"
+
+
+def _counts(arm: Mapping[str, Any], samples: Mapping[str, Any] | None) -> str:
+    """How many rows were written, rejected and labelled; empty for an arm of real rows."""
+    lines = []
+    if written := arm["written"]:
+        lines += [("completions sampled", written.get("completions")), ("rows kept", written.get("kept"))]
+        lines += [(f"rejected: {reason}", n) for reason, n in written.get("dropped", {}).items()]
+    if labelled := arm["labelled"]:
+        lines += [
+            ("rows with a label", labelled.get("labelled")),
+            ("labels that could be checked", labelled.get("truth_known")),
+        ]
+        lines += [("of these right", labelled.get("right"))]
+    if samples:
+        lines += [(f"in training, rejected by gate `{gate}`", n) for gate, n in samples["gates"].items()]
+    rows = [f"| {name} | {n} |" for name, n in lines if n is not None]
+    return "\n".join(["## Counts", "", "| | |", "|---|---|", *rows]) if rows else ""
+
+
+def _result(metrics: Mapping[str, Any], main: str) -> list[str]:
+    """What the report concludes, and the accuracies of the main arm's student."""
+    results = [each for each in metrics["arms"][main]["results"] if each["student"] == STUDENT]
+    largest = max(results, key=lambda each: each["rows_wanted"])
+    level = f"{100 * metrics['level']:g} %" if "level" in metrics else "the report's"
+    rows = [
+        f"| {name} | {percent(metrics['base'][STUDENT][name]['accuracy']['mean'])} | "
+        f"{percent(found['accuracy']['mean'])} | {points(found['change']['mean'])} | "
+        f"{points(found['change']['low'])} to {points(found['change']['high'])} |"
+        for name, found in largest["sets"].items()
+    ]
+    table = [
+        "| evaluation set | before | after | points | interval |", "|---|---|---|---|---|", *rows
+    ]  # fmt: skip
+    made_by = [f"- {name}: {value}" for name, value in metrics.get("machine", {}).items()]
+    return [
+        "## Result",
+        "\n".join(f"- {said['text']}" for said in metrics["verdict"]),
+        f"Students of {len(largest['seeds'])} seeds ({', '.join(map(str, largest['seeds']))}), {level} intervals:",
+        "\n".join(table),
+        "\n".join(made_by),
+    ]
+
+
+def _licence(license: str, what: str, depends: str) -> str:
+    return f"## Licence\n\nThe {what} are published under `{license}`. The terms of {depends} apply as well."
+
+
+def _recipe(metrics: Mapping[str, Any]) -> str:
+    text = yaml.safe_dump(_shown(metrics["recipe"]), sort_keys=False, allow_unicode=True)
+    return f"## Recipe\n\n```yaml\n{text}```"
+
+
+def _shown(value: Any) -> Any:
+    """The value without the folders of this machine: a path is cut to its last name."""
+    if isinstance(value, Mapping):
+        return {key: _shown(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(part) for part in value]
+    if isinstance(value, str) and value.startswith(("/", "~")):
+        return Path(value).name
+    return value

@@ -1,0 +1,295 @@
+"""One acquisition as a reward function of TRL: its value, gated by whether the text parses.
+
+    reward = AcquisitionReward("path/to/student", "entropy")
+
+On the command line any acquisition is a ready-made reward, ``trl grpo --reward_funcs acqsynth.rewards.entropy``; the
+environment variable ``ACQSYNTH_STUDENT`` names its student. ``AcquisitionReward(url="http://scorer:8000",
+acquisition="entropy")`` asks a server started by ``acqsynth serve``.
+
+Malformed text scores highest on most acquisitions, so the format check multiplies; an added bonus would still rank it
+first. If values can be negative, text that does not parse gets the lowest possible value: -1 for influence, which is a
+cosine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from acqcore import Reduction
+from acqsynth.parsing import parse_sample
+from acqsynth.rewards.reliability import Spread
+from acqsynth.rewards.scoring import Scored, Scorer
+from acqsynth.rewards.trl import Completion, LogExtra, LogMetric, TrlReward, completion_text, prompt_key, summary
+
+logger = logging.getLogger(__name__)
+
+#: A parser gives a sample as ``acqcore.score`` takes it, or None.
+Parser = Callable[[str], Any]
+
+_FAILED = object()  #: the sample of a text that the parser raises on
+
+
+class AcquisitionReward(TrlReward):
+    """The acquisition value of each completion for a student, as a reward function of TRL 1.16.
+
+    Args:
+        student: a transformers causal LM (even the model in training: it is scored in eval mode and left unchanged), an
+            ``acqcore.Student``, a path or hub id, or None for the path in the environment variable
+            ``ACQSYNTH_STUDENT``. A path is loaded at the first call and shared by all rewards of the process.
+        acquisition: a name from ``acqcore.acquisitions()``. For several, pass several rewards: TRL weights them.
+        parse: text of a completion -> sample for ``acqcore.score``, or None if it is no sample; by default the tagged
+            question and its solution. ``acqsynth.parsing`` also has ``parse_chat_sample``, the same as turns of a chat,
+            and ``as_text``, the whole completion.
+        arguments: of the acquisition, as in ``acquisition_args`` of ``acqcore.score``: ``{"parameters": "all"}`` for
+            ``grad_norm``; ``{"reference": ...}``, which ``influence`` requires.
+        reduction: how token values become one, as in ``acqcore.score``.
+        tokenizer: the student's; by default the one beside its path. A model given as an object needs it.
+        backend: as in ``acqcore.score``.
+        batch_tokens: tokens of one forward pass of the student, as in ``acqcore.score``.
+        device: where a path is loaded; by default the CPU. A model given as an object stays where it is.
+        max_length: longer samples are cut to this many tokens, and to what the student can take.
+        sync: the ranks of a ``torch.distributed`` group call together and share the lowest value, which is the reward
+            of text that does not parse. Required on several ranks if values have no lower bound: influence by dot
+            product.
+        name: the name TRL logs; by default ``acquisition_<acquisition>``.
+        url: of a server instead of a student; gives a :class:`RemoteAcquisitionReward`.
+
+    Raises:
+        ValueError: an unknown acquisition, a model without a tokenizer, or a max_length below 2.
+        TypeError: parse is not callable.
+    """
+
+    def __new__(cls, *arguments: Any, url: str | None = None, **options: Any) -> AcquisitionReward:
+        # TRL asks the class whether its call is a coroutine, so a reward over a network is a class of its own.
+        return super().__new__(RemoteAcquisitionReward if url is not None and cls is AcquisitionReward else cls)
+
+    def __init__(
+        self,
+        student: Any = None,
+        acquisition: str = "entropy",
+        *,
+        url: None = None,
+        parse: Parser = parse_sample,
+        arguments: Mapping[str, Any] | None = None,
+        sync: bool = False,
+        name: str | None = None,
+        **scoring: Any,
+    ) -> None:
+        self._set_up(acquisition, parse, name, arguments, sync)
+        named = None if arguments is None else {acquisition: arguments}
+        self.scorer = Scorer(student, (acquisition,), arguments=named, name=self.__name__, **scoring)
+
+    def _set_up(
+        self, acquisition: str, parse: Parser, name: str | None, arguments: Mapping[str, Any] | None, sync: bool
+    ) -> None:
+        if not callable(parse):
+            raise TypeError(f"parse: expected a function of a text, got {type(parse).__name__}")
+        super().__init__(name or f"acquisition_{acquisition}")
+        self.acquisition = acquisition
+        self.parse = parse
+        self._sync = sync
+        cosine = acquisition == "influence" and (arguments or {}).get("similarity", "cosine") == "cosine"
+        self._least = -1.0 if cosine else 0.0  #: the known lower bound of the values
+        self._unbounded = acquisition == "influence" and not cosine
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Completion],
+        completion_ids: Sequence[list[int]] | None = None,
+        log_extra: LogExtra | None = None,
+        log_metric: LogMetric | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """Rewards of n completions, scored in one ``acqcore.score`` call.
+
+        Args:
+            prompts: n prompts of the generator, equal ones of a group; the completion holds the sample.
+            completions: n texts, or n lists of messages whose last assistant message is the text.
+            completion_ids, columns: what else TRL passes; not read.
+            log_extra: gets the values and whether each text parses.
+            log_metric: gets shares parsed and masked, mean and correlation with length; of an acquisition that is
+                estimated at random also ``reliability``, as in :meth:`ComposedReward.metrics`.
+
+        Returns:
+            n rewards: the acquisition value; 0.0 (or the lowest value, if that is negative) for text that does not
+                parse; None, masked from the advantage, if the sample could not be scored.
+
+        Raises:
+            RuntimeError: the student comes from the environment, and ``ACQSYNTH_STUDENT`` is not set; values without a
+                lower bound on several ranks without ``sync``.
+            ValueError, TypeError: as ``acqcore.score``.
+        """
+        if not self._checked_form:
+            self.scorer.check()  # even if nothing parses
+        samples = [self._sample(completion) for completion in completions]
+        scored = self.scorer([sample for sample in samples if _parsed(sample)])
+        return self._rewards(prompts, samples, scored, log_extra, log_metric)
+
+    def rewards(self, prompts: Sequence[Any], completions: Sequence[Completion]) -> list[float | None]:
+        """The same for direct callers, in a script or notebook, whether the student is here or at a url."""
+        return self(prompts, completions)
+
+    def _sample(self, completion: Completion) -> Any:
+        """What ``parse`` gives; ``_FAILED`` if it raises."""
+        text = completion_text(completion)
+        try:
+            return None if text is None else self.parse(text)
+        except Exception:
+            logger.exception("%s: parse failed on a text", self.__name__)
+            return _FAILED
+
+    def _rewards(
+        self,
+        prompts: Sequence[Any],
+        samples: Sequence[Any],
+        scored: Scored,
+        log_extra: LogExtra | None,
+        log_metric: LogMetric | None,
+    ) -> list[float | None]:
+        """Rewards of n samples, None for text that does not parse, from the scores of those that did."""
+        self._check_form(
+            samples,
+            "has the form that parse=%s reads, so each gets the least reward; ask for "
+            "<question>...</question><answer>...</answer> in the prompts, or pass parse=acqsynth.parsing.as_text to "
+            "score whole completions",
+            getattr(self.parse, "__name__", type(self.parse).__name__),
+        )
+        parsed = [i for i, sample in enumerate(samples) if _parsed(sample)]
+
+        def placed(column: Sequence[Any], default: Any = None) -> list[Any]:
+            found = dict(zip(parsed, column, strict=True))
+            return [found.get(i, default) for i in range(len(samples))]
+
+        values = placed(scored.values[self.acquisition])
+        floor = self._floor([value for value in values if value is not None])
+        rewards = [floor if sample is None else value for sample, value in zip(samples, values, strict=True)]
+        self.masked += rewards.count(None)
+        columns = {"value": values, "parsed": [sample is not None for sample in samples]}
+        metrics: dict[str, float] = {}
+        if n := len(samples):
+            metrics = {"parsed": len(parsed) / n, "masked": rewards.count(None) / n}
+            metrics |= summary(values, placed(scored.lengths, 0))
+        if (errors := scored.stderr.get(self.acquisition)) is not None:
+            columns["stderr"] = placed(errors)
+            spread = Spread.within(values, columns["stderr"], [prompt_key(prompt) for prompt in prompts])
+            self._watch.add({self.acquisition: spread})
+            if spread.reliability is not None:
+                metrics["reliability"] = spread.reliability
+        self._log(rewards, columns, metrics, log_extra, log_metric)
+        return rewards
+
+    def _floor(self, values: Sequence[float]) -> float:
+        """Reward of text that does not parse: the same on all ranks, as a group may be spread over them."""
+        floor = min([self._least, *values])
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+            return floor
+        if self._sync:
+            floors: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(floors, floor)
+            return min(floors)
+        if self._unbounded or floor < self._least - 1e-6:
+            raise RuntimeError(
+                f"{self.__name__}: the values of {self.acquisition} have no lower bound, and ranks must agree on the "
+                "reward of text that does not parse; make the reward with sync=True"
+            )
+        return self._least
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.acquisition!r}, name={self.__name__!r})"
+
+
+class RemoteAcquisitionReward(AcquisitionReward):
+    """What ``AcquisitionReward(url=...)`` makes: the same numbers from a server, awaited.
+
+    TRL awaits all such rewards of a step together; elsewhere call :meth:`rewards`. Samples without an answer after all
+    retries (see :class:`acqsynth.serve.client.ScorerClient`) are masked, counted in ``masked`` and logged.
+
+    Args:
+        student: None; the server has one.
+        acquisition, parse, reduction, max_length, sync, name: as :class:`AcquisitionReward`.
+        url: of the server, ``http://host:port``.
+        arguments: as :class:`AcquisitionReward`, of text and numbers.
+        token: of the server; by default the one in the environment variable ``ACQSYNTH_TOKEN``, if set.
+        client: options of ``ScorerClient``: ``timeout``, ``attempts``, ``batch``, ``backoff``, ``breaker``.
+
+    Raises:
+        ValueError: a student beside the url, no such URL, a max_length below 2.
+        TypeError: parse is not callable, or an option that only a student in this process takes.
+        ModuleNotFoundError: httpx is not installed.
+    """
+
+    def __init__(
+        self,
+        student: None = None,
+        acquisition: str = "entropy",
+        *,
+        url: str,
+        parse: Parser = parse_sample,
+        arguments: Mapping[str, Any] | None = None,
+        reduction: Reduction = "mean",
+        max_length: int = 2048,
+        token: str | None = None,
+        client: Mapping[str, Any] | None = None,
+        sync: bool = False,
+        name: str | None = None,
+    ) -> None:
+        try:
+            from acqsynth.serve.client import ScorerClient
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f'url: asking a server needs {error.name}, which is not installed: run pip install "acqcore[serve]"'
+            ) from error
+        if student is not None:
+            raise ValueError("student: expected none beside url, the server has its own")
+        if max_length < 2:
+            raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
+        self._set_up(acquisition, parse, name, arguments, sync)
+        self.client = ScorerClient(url, token=token, **(client or {}))
+        self._spec: dict[str, Any] = {
+            "arguments": None if arguments is None else {acquisition: dict(arguments)},
+            "reduction": reduction,
+            "max_length": max_length,
+        }
+
+    async def __call__(  # type: ignore[override]  # a coroutine of what the other gives, see __new__
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Completion],
+        completion_ids: Sequence[list[int]] | None = None,
+        log_extra: LogExtra | None = None,
+        log_metric: LogMetric | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """As :meth:`AcquisitionReward.__call__`.
+
+        Raises:
+            acqsynth.serve.client.ScorerError: the server refuses the request: a wrong token or acquisition.
+        """
+        samples = [self._sample(completion) for completion in completions]
+        given = [sample for sample in samples if _parsed(sample)]
+        scored = await self.client.score(given, (self.acquisition,), **self._spec)
+        return self._rewards(prompts, samples, scored, log_extra, log_metric)
+
+    def rewards(self, prompts: Sequence[Any], completions: Sequence[Completion]) -> list[float | None]:
+        """As :meth:`AcquisitionReward.rewards`; blocks, where the call itself is a coroutine."""
+        with ThreadPoolExecutor(1) as pool:  # a notebook has an event loop of its own
+            return pool.submit(asyncio.run, self(prompts, completions)).result()
+
+
+@functools.cache
+def reward_from_environment(acquisition: str) -> AcquisitionReward:
+    """The ready-made reward of an acquisition; the environment names its student."""
+    return AcquisitionReward(None, acquisition)
+
+
+def _parsed(sample: Any) -> bool:
+    return sample is not None and sample is not _FAILED

@@ -1,0 +1,544 @@
+"""The work of each stage: functions that read artefacts of other steps and write their own.
+
+:mod:`acqsynth.pipeline` says which of them a recipe needs, and with which arguments. Model libraries are imported
+inside the functions, so that a plan is made without them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from acqsynth import engines
+from acqsynth.config import (
+    DataConfig,
+    EngineConfig,
+    LabellingConfig,
+    OtherSource,
+    RewardConfig,
+    SamplingConfig,
+    Source,
+    ValidityConfig,
+)
+from acqsynth.domains import Domain, Sample, domain as find_domain
+from acqsynth.engines import Engine, Sampling
+from acqsynth.preflight import validity_reward
+from acqsynth.report.metrics import IN_DISTRIBUTION
+from acqsynth.seeds import load_source
+from acqsynth.steps import StepContext, StepError, read_json, read_rows, read_table, write_rows, write_table
+
+CHUNK = 64  #: samples that are kept together over a kill
+_PROBE = 32  # samples whose order before and after a move of the student measures staleness
+
+
+# --- what several stages are given ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What the reward of a step is built from."""
+
+    reward: RewardConfig
+    domain: str
+    engine: EngineConfig
+    student: Any  #: the model that scores
+    seeds: Any  #: rows that the generator is shown
+    evaluation: Any  #: rows that no sample may repeat
+    reference: Any  #: rows whose loss should fall, for influence
+
+    def find_domain(self) -> Domain:
+        """The domain as the seeds complete it."""
+        return find_domain(self.domain).with_seeds(read_rows(self.seeds))
+
+    def build(self) -> Any:
+        """The reward."""
+        from acqsynth.rewards.build import build
+
+        return build(
+            self.reward,
+            find_domain(self.domain),
+            str(self.student),
+            self.engine,
+            seeds=read_rows(self.seeds),
+            evaluation=read_rows(self.evaluation),
+            reference=read_rows(self.reference),
+        )
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a generator is asked for questions."""
+
+    scoring: Scoring
+    generator: Any  #: model
+    sampling: SamplingConfig
+    shown: int
+    turns: bool
+    n: int
+    seed: int
+    held_out: Any  #: rows to show
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Rows mixed in against forgetting."""
+
+    share: float
+    domain: str
+    rows: Any
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------------
+
+
+def collect_rows(
+    context: StepContext, *, domain: str, data: DataConfig, others: Mapping[str, OtherSource], limit: int | None
+) -> None:
+    """Writes ``seeds``, ``held_out``, ``real``, ``evaluation-<set>`` and, if the recipe has them, ``reference`` and
+    ``replay`` as parquet, and ``rows.json`` with their sizes. Rows of an evaluation set are left out of the first three
+    and of ``reference``, which has none of ``seeds`` either."""
+    own = find_domain(domain)
+
+    def load(key: str, source: Source) -> list[Sample]:
+        theirs = source.domain if isinstance(source, OtherSource) else None
+        try:
+            return load_source(find_domain(theirs) if theirs else own, source)
+        except (OSError, ValueError, ImportError) as error:
+            raise StepError(f"{key}: {' '.join(str(error).split())}") from error
+
+    tests = {IN_DISTRIBUTION: load("data.evaluation", data.evaluation)[:limit]}
+    tests |= {name: load(f"evaluation.others.{name}", other)[:limit] for name, other in others.items()}
+    sizes = {f"evaluation-{name}": {"rows": len(found), "left_out": 0} for name, found in tests.items()}
+    for name, found in tests.items():
+        write_rows(context.folder / f"evaluation-{name}.parquet", found)
+    known = {_plain(sample.question) for found in tests.values() for sample in found}
+    seeds = load("data.seeds", data.seeds)
+    shown = {_plain(sample.question) for sample in seeds}
+    pools = [("seeds", None, known), ("held_out", data.held_out, known), ("real", data.real, known)]
+    if data.reference is not None:
+        pools.append(("reference", data.reference, known | shown))
+    for name, source, taken in pools:
+        loaded = seeds if source is None else load(f"data.{name}", source)
+        pool = [sample for sample in loaded if _plain(sample.question) not in taken]
+        others_of = "the seeds or an evaluation set" if name == "reference" else "an evaluation set"
+        if not pool:
+            raise StepError(f"data.{name}: every row is also in {others_of}")
+        if left_out := len(loaded) - len(pool):
+            context.say(f"data.{name}: {left_out} rows are also in {others_of} and are left out")
+        sizes[name] = {"rows": len(pool), "left_out": left_out}
+        write_rows(context.folder / f"{name}.parquet", pool)
+    if data.replay is not None:
+        again = load("data.replay", data.replay)
+        sizes["replay"] = {"rows": len(again), "left_out": 0}
+        write_rows(context.folder / "replay.parquet", again)
+    context.write("rows.json", sizes)
+
+
+def _plain(question: str) -> str:
+    return " ".join(question.lower().split())
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def train_generator(
+    context: StepContext,
+    *,
+    scoring: Scoring,
+    method: str,
+    generator: str | Path,
+    prompts: int,
+    shown: int,
+    turns: bool,
+    candidates: tuple[SamplingConfig, int] | None,
+    options: dict[str, Any],
+    seed: int,
+) -> None:
+    """Teaches the generator: ``model/`` with the trainer's log and completions, and ``counts.json``.
+
+    ``candidates``, for DPO: how the candidates of a prompt are drawn, and how many.
+    """
+    from acqsynth import train, write
+    from acqsynth.callbacks import newest_checkpoint
+
+    reward = scoring.build()
+    seeds = read_rows(scoring.seeds)
+    asked = write.prompts(scoring.find_domain(), seeds, prompts, shown=shown, turns=turns, seed=seed)
+    output = context.folder / "model"
+    options = {"seed": seed, "disable_tqdm": True, **options}
+    callbacks = [train.Progress(context.say, context.status)]
+    if candidates is not None:
+        train.dpo(
+            str(generator),
+            asked,
+            reward,
+            output,
+            options,
+            sampling=_sampling(*candidates, seed),
+            engine=lambda: _engine(scoring.engine, generator),
+            callbacks=callbacks,
+        )
+        drawn = prompts * candidates[1]
+    else:
+        refresh = None
+        if scoring.reward.refresh_steps:
+            folder = Path(scoring.reward.refresh_from or output)
+
+            def newer(step: int) -> None:
+                if (path := newest_checkpoint(folder, step)) is not None:
+                    context.say(f"step {step}: the reward scores with {path}")
+                    reward.refresh(str(path))
+
+            refresh = train.Refresh(
+                scoring.reward.refresh_steps,
+                newer,
+                lambda: _fused(_values(reward, seeds[:_PROBE]), reward),
+            )
+        train.grpo(str(generator), asked, reward, output, options, refresh=refresh, callbacks=callbacks)
+        drawn = sum(len(read_table(path)["prompt"]) for path in output.glob("completions/*.parquet"))
+        drawn = drawn or prompts * options.get("num_generations", 8)
+    context.write("counts.json", {"completions": drawn})
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | None = None) -> None:
+    """Writes ``samples.parquet``, up to n samples that pass the reward's gates, and ``counts.json``.
+
+    ``mistakes``: a student's answers to the held-out rows. Only rows that it got wrong are shown, weak skills more
+    often.
+    """
+    from acqsynth import write
+
+    pool = read_rows(writing.held_out)
+    if mistakes is not None:
+        pool = sample_mistakes(pool, read_table(mistakes)["right"], max(writing.n, writing.shown), writing.seed)
+    domain, reward = writing.scoring.find_domain(), writing.scoring.build()
+    engine = _engine(writing.scoring.engine, writing.generator)
+
+    def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
+        sampling = _sampling(writing.sampling, 1, writing.seed + start)
+        made = write.write(engine, domain, some, sampling, rows=len(some), gates=reward.gates)
+        rows = [{"sample": asdict(sample), "scores": {}} for sample in made.rows]
+        return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
+
+    chunks = context.chunks("samples", _asked(writing, pool), CHUNK, chunk, reward)
+    _write_kept(context, chunks, writing.n)
+
+
+def select_questions(context: StepContext, *, writing: Writing, candidates: int, spent: Path | None) -> None:
+    """Rejection sampling: ``samples.parquet`` with the best of several completions a prompt, and ``counts.json``.
+
+    ``spent``: counts of a training run; then as many completions are drawn as training and writing took together,
+    instead of ``candidates`` a prompt.
+    """
+    from acqsynth import write
+
+    if spent is not None:
+        candidates = max(2, math.ceil((read_json(spent)["completions"] + writing.n) / writing.n))
+    reward, engine = writing.scoring.build(), _engine(writing.scoring.engine, writing.generator)
+
+    def chunk(start: int, some: Sequence[Any]) -> dict[str, Any]:
+        sampling = _sampling(writing.sampling, candidates, writing.seed + start)
+        made = write.best(engine, some, reward, sampling, rows=len(some))
+        rows = []
+        for best in made.rows:
+            parts = {f"reward_{name}": value for name, value in best.components.items()}
+            assert best.sample is not None
+            rows.append({"sample": asdict(best.sample), "scores": {"reward": best.total, **parts}})
+        return {"rows": rows, "completions": made.completions, "dropped": made.dropped}
+
+    chunks = context.chunks("samples", _asked(writing, read_rows(writing.held_out)), CHUNK, chunk, reward)
+    _write_kept(context, chunks, writing.n)
+
+
+def _asked(writing: Writing, pool: Sequence[Sample]) -> list[Any]:
+    """The prompts."""
+    from acqsynth import write
+
+    shown = min(writing.shown, len(pool))
+    domain = writing.scoring.find_domain()
+    return write.prompts(domain, pool, writing.n, shown=shown, turns=writing.turns, seed=writing.seed)
+
+
+def random_rows(context: StepContext, *, real: Path, n: int, seed: int) -> None:
+    """Writes ``samples.parquet``: n real rows, drawn without replacement."""
+    pool = read_rows(real)
+    write_rows(context.folder / "samples.parquet", random.Random(seed).sample(pool, min(n, len(pool))))
+
+
+def filter_rows(context: StepContext, *, scoring: Scoring, real: Path, n: int) -> None:
+    """Writes ``samples.parquet``: the n real rows that the reward's signals rank first, fused over the whole pool as
+    one group. The gates are not asked: the rows are real."""
+    pool, reward = read_rows(real), scoring.build()
+
+    columns = _joined(context.chunks("scores", pool, 4 * CHUNK, lambda start, some: _values(reward, some)))
+    totals = _fused(columns, reward)
+    order = [i for _, i in sorted((-total, i) for i, total in enumerate(totals) if total is not None)[:n]]
+    if not order:
+        raise StepError("not one real row could be scored")
+    scored = {"reward": totals} | {f"reward_{name}": values for name, values in columns.items()}
+    picked = {name: [values[i] for i in order] for name, values in scored.items()}
+    write_rows(context.folder / "samples.parquet", [pool[i] for i in order], picked)
+
+
+def sample_mistakes(pool: Sequence[Sample], right: Sequence[bool], n: int, seed: int) -> list[Sample]:
+    """n draws of the samples answered wrongly, each skill in proportion to its share of wrong answers.
+
+    Raises:
+        StepError: there are none.
+    """
+    wrong = [sample for sample, ok in zip(pool, right, strict=True) if not ok]
+    if not wrong:
+        raise StepError("error_driven: the student makes no mistake on the held-out rows")
+    # m of the a rows of a skill are wrong: its share m / a, split among its m mistakes, is 1 / a each.
+    asked = Counter(sample.extra.get("skill") for sample in pool)
+    return random.Random(seed).choices(wrong, [1 / asked[sample.extra.get("skill")] for sample in wrong], k=n)
+
+
+def _write_kept(context: StepContext, chunks: Iterable[Mapping[str, Any]], n: int) -> None:
+    """Writes the samples of all chunks, each question once, and what became of the completions."""
+    found: dict[str, Mapping[str, Any]] = {}
+    completions, dropped = 0, Counter[str]()
+    for chunk in chunks:
+        for row in chunk["rows"]:
+            found.setdefault(row["sample"]["question"], row)
+        completions += chunk["completions"]
+        dropped.update(chunk["dropped"])
+        context.say(f"{len(found)} samples of {n} from {completions} completions")
+    if not found:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+        raise StepError(f"none of {completions} completions is a sample ({reasons})")
+    rows = list(found.values())
+    scores = {name: [row["scores"][name] for row in rows] for name in rows[0]["scores"]}
+    write_rows(context.folder / "samples.parquet", [Sample(**row["sample"]) for row in rows], scores)
+    counts = {"wanted": n, "kept": len(rows), "completions": completions, "dropped": dict(dropped.most_common())}
+    context.write("counts.json", counts)
+
+
+# --- label ------------------------------------------------------------------------------------------------------------
+
+
+def label_questions(
+    context: StepContext,
+    *,
+    domain: str,
+    engine: EngineConfig,
+    labelling: LabellingConfig,
+    model: str | Path | None,
+    samples: Path,
+    seed: int,
+) -> None:
+    """Writes ``samples.parquet``, the labelled rows, and ``counts.json``: how many have a label, how many are right.
+
+    ``model`` answers the questions, for the methods ``majority`` and ``teacher``.
+    """
+    from acqsynth.label import Labeller
+
+    own, asked = find_domain(domain), read_rows(samples)
+    kept: list[Sample] = []
+    agreement: list[float | None] = []
+    if labelling.method == "own":
+        kept, agreement = asked, [None] * len(asked)
+    else:
+        labeller = Labeller(labelling, own, lambda: _engine(engine, str(model)))
+
+        def chunk(start: int, some: Sequence[Sample]) -> list[dict[str, Any]]:
+            labels = labeller(some, seed + start)
+            return [{"sample": asdict(x.sample), "agreement": x.agreement} for x in labels if x.sample is not None]
+
+        for some in context.chunks("labels", asked, CHUNK, chunk):
+            kept += [Sample(**row["sample"]) for row in some]
+            agreement += [row["agreement"] for row in some]
+            context.say(f"{len(kept)} questions labelled of {len(asked)}")
+    if not kept:
+        raise StepError(f"the answers agree on none of {len(asked)} questions; lower labelling.threshold or raise k")
+    known = [verdict for verdict in own.verify(kept) if verdict is not None]
+    write_rows(context.folder / "samples.parquet", kept, {"agreement": agreement})
+    counts = {"asked": len(asked), "labelled": len(kept), "truth_known": len(known), "right": sum(known)}
+    context.write("counts.json", counts)
+
+
+# --- fit and evaluate -------------------------------------------------------------------------------------------------
+
+
+def fit_student(
+    context: StepContext,
+    *,
+    domain: str,
+    student: str,
+    samples: Sequence[Path],
+    n: int,
+    replay: Replay | None,
+    options: dict[str, Any],
+    seed: int,
+) -> None:
+    """Writes ``model/``, the student that learnt n of the samples, and ``counts.json``."""
+    from acqsynth import train
+
+    pool = [row for path in samples for row in read_rows(path)]
+    picked = random.Random(seed).sample(pool, min(n, len(pool)))
+    train.sft(
+        student,
+        find_domain(domain),
+        picked,
+        context.folder / "model",
+        {"seed": seed, "disable_tqdm": True, **options},
+        replay=train.training_rows(find_domain(replay.domain), read_rows(replay.rows)) if replay else [],
+        replay_share=replay.share if replay else 0.0,
+        callbacks=[train.Progress(context.say, context.status)],
+    )
+    context.write("counts.json", {"wanted": n, "rows": len(picked)})
+
+
+def answer_rows(
+    context: StepContext,
+    *,
+    sets: Mapping[str, tuple[str, Path]],
+    model: str | Path,
+    engine: EngineConfig,
+    max_tokens: int | None,
+    seed: int,
+    likelihood: bool = False,
+) -> None:
+    """Writes ``answers-<set>.parquet``: question, gold answer, skill, completion, answer, right; with ``likelihood``
+    also the likeliest of the set's labels and whether it is right.
+
+    ``sets``: name -> domain and rows.
+    """
+    from acqsynth.evaluate import evaluate, evaluate_by_likelihood
+
+    answering = _engine(engine, model)
+    for name, (domain, path) in sets.items():
+        own, gold = find_domain(domain), read_rows(path)
+
+        def answer(start: int, some: Sequence[Sample], own: Domain = own) -> dict[str, list[Any]]:
+            return asdict(evaluate(answering, own, some, max_tokens=max_tokens, seed=seed))
+
+        columns = _joined(context.chunks(f"answers-{name}", gold, 2 * CHUNK, answer))
+        likely: dict[str, list[Any]] = {}
+        if likelihood:
+            labels = list(dict.fromkeys(sample.answer for sample in gold))
+
+            def choose(
+                start: int, some: Sequence[Sample], own: Domain = own, labels: Sequence[str] = labels
+            ) -> dict[str, list[Any]]:
+                return asdict(evaluate_by_likelihood(answering, own, some, labels))
+
+            chosen = _joined(context.chunks(f"likelihood-{name}", gold, 2 * CHUNK, choose))
+            likely = {"likeliest": chosen["answers"], "likeliest_right": chosen["right"]}
+            written, best = fmean(columns["right"]), fmean(chosen["right"])
+            context.say(f"{name}: {written:.1%} right as written, {best:.1%} by the likeliest of {len(labels)} labels")
+        write_table(
+            context.folder / f"answers-{name}.parquet",
+            {
+                "question": [sample.question for sample in gold],
+                "gold": [sample.answer for sample in gold],
+                "skill": [sample.extra.get("skill") for sample in gold],
+                "completion": columns["completions"],
+                "answer": columns["answers"],
+                "right": columns["right"],
+                **likely,
+            },
+        )
+
+
+def measure_validity(
+    context: StepContext,
+    *,
+    scoring: Scoring,
+    student: str,
+    validity: ValidityConfig,
+    options: dict[str, Any],
+    max_tokens: int | None,
+    seed: int,
+    real: Path,
+    base: Path,
+) -> None:
+    """Writes ``batches.json``: for each small batch of real rows its skill, each signal's mean, and the accuracy that a
+    student of its own gained by learning it. A batch has rows of one skill if the rows have skills."""
+    from acqsynth import train
+    from acqsynth.evaluate import evaluate
+
+    domain, gold = find_domain(scoring.domain), read_rows(scoring.evaluation)
+    reward = replace(scoring, reward=validity_reward(scoring.reward, validity)).build()
+    before = fmean(read_table(base)["right"])
+    batches = _batches(read_rows(real), validity.batches, validity.rows, seed)
+
+    def measure(start: int, some: Sequence[tuple[str | None, list[Sample]]]) -> dict[str, Any]:
+        [(skill, batch)] = some
+        scores: dict[str, float | None] = {}
+        for name, values in _values(reward, batch).items():
+            known = [value for value in values if value is not None]
+            scores[name] = fmean(known) if known else None
+        folder = context.scratch / f"student-{start}"
+        fixed = {"save_strategy": "no", "seed": seed, "disable_tqdm": True}
+        train.sft(student, domain, batch, folder, fixed | options | validity.options)
+        after = evaluate(_engine(scoring.engine, folder), domain, gold, max_tokens=max_tokens, seed=seed)
+        shutil.rmtree(folder)
+        context.say(f"batch {start + 1} of {len(batches)}: accuracy {before:.3f} -> {after.accuracy:.3f}")
+        return {"skill": skill, "rows": len(batch), "scores": scores, "gain": after.accuracy - before}
+
+    context.write("batches.json", list(context.chunks("batches", batches, 1, measure)))
+
+
+def _batches(pool: Sequence[Sample], n: int, size: int, seed: int) -> list[tuple[str | None, list[Sample]]]:
+    """n batches, each with its skill, disjoint as long as the pool lasts."""
+    rng = random.Random(seed)
+    by_skill: dict[str | None, list[Sample]] = {}
+    for sample in pool:
+        by_skill.setdefault(sample.extra.get("skill"), []).append(sample)
+    left = {skill: rng.sample(members, len(members)) for skill, members in by_skill.items() if len(members) >= size}
+    if not left:
+        raise StepError(f"expected {size} real rows of a skill for one batch (evaluation.validity.rows), got fewer")
+    found = []
+    for i in range(n):
+        skill = list(left)[i % len(left)]
+        if len(left[skill]) < size:
+            left[skill] += rng.sample(by_skill[skill], size)
+        found.append((skill, [left[skill].pop() for _ in range(size)]))
+    return found
+
+
+# --- shared by stages -------------------------------------------------------------------------------------------------
+
+
+def _engine(config: EngineConfig, model: str | Path) -> Engine:
+    return engines.load(config.name, str(model), **config.options)
+
+
+def _sampling(config: SamplingConfig, n: int, seed: int) -> Sampling:
+    return Sampling(n, config.temperature, config.top_p, config.max_tokens, seed)
+
+
+def _values(reward: Any, samples: Sequence[Sample]) -> dict[str, list[float | None]]:
+    """Each signal's values of the samples; signals share what they compute."""
+    from acqsynth.rewards.batch import Batch
+
+    batch = Batch(samples)
+    return {signal.name: list(signal(batch)) for signal in reward.signals}
+
+
+def _fused(columns: Mapping[str, Sequence[float | None]], reward: Any) -> list[float | None]:
+    """The signals' values of samples, as one group, fused like the reward fuses them."""
+    from acqsynth.rewards.fusion import fuse
+
+    n = len(next(iter(columns.values())))
+    return fuse(columns, [0] * n, reward.fusion, reward.weights)
+
+
+def _joined(chunks: Iterable[Mapping[str, Sequence[Any]]]) -> dict[str, list[Any]]:
+    """The columns of all chunks, one after another."""
+    columns: dict[str, list[Any]] = {}
+    for chunk in chunks:
+        for name, values in chunk.items():
+            columns.setdefault(name, []).extend(values)
+    return columns

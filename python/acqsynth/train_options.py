@@ -1,0 +1,126 @@
+"""Options of the trainers: the fields of TRL's configurations, with the published recipe as defaults, checked early."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from trl import DPOConfig, GRPOConfig, SFTConfig
+
+T = TypeVar("T")
+
+_DEFAULTS: dict[type, dict[str, Any]] = {
+    # The published recipe. Rows above max_length tokens are cut.
+    SFTConfig: {
+        "num_train_epochs": 5,
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,  # below 1: a share of the steps
+        "per_device_train_batch_size": 4,
+        "max_length": 2048,
+        "completion_only_loss": True,
+        "save_strategy": "epoch",
+    },
+    # The published learning rate (1e-6), its group size (8) and no KL term are TRL's own defaults.
+    GRPOConfig: {
+        "num_train_epochs": 1,
+        "max_completion_length": 1024,
+        "save_steps": 10,
+        "log_completions": True,
+        "num_completions_to_print": 0,
+    },
+    DPOConfig: {"num_train_epochs": 1, "max_length": 2048, "save_steps": 10},
+}
+_SHARED = {
+    "report_to": "none",
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_total_limit": 2,  # the older checkpoint is deleted before the newer one is complete
+}
+EFFECTIVE_BATCH = 16  #: rows of an optimiser step of ``sft``, whatever ``per_device_train_batch_size`` is
+METHODS = {"sft": SFTConfig, "grpo": GRPOConfig, "dpo": DPOConfig}
+
+
+def configuration(method: str, options: Mapping[str, Any], output: str | Path) -> tuple[Any, Any]:
+    """The trainer's configuration and that of LoRA, which is None without the option ``lora``.
+
+    Args:
+        method: a key of ``METHODS``.
+        options: fields of TRL's configuration; ``lora``: fields of ``peft.LoraConfig``.
+        output: the trainer's folder.
+
+    Raises:
+        ValueError: an unknown option, a value that TRL refuses, or ``output_dir``.
+    """
+    kind = METHODS[method]
+    if "output_dir" in options:
+        raise ValueError("options: output_dir is set by the argument output")
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not options.get("fp16")
+    fields = {**_SHARED, "bf16": bf16, **_DEFAULTS[kind], **options}
+    lora = fields.pop("lora", None)
+    if method == "sft" and "gradient_accumulation_steps" not in options:
+        per_device = fields["per_device_train_batch_size"]
+        _check_range("options: per_device_train_batch_size", per_device, *_RANGES["per_device_train_batch_size"])
+        per_step = per_device * int(os.environ.get("WORLD_SIZE", "1"))
+        fields["gradient_accumulation_steps"] = max(1, EFFECTIVE_BATCH // per_step)
+    config = _build(kind, {**fields, "output_dir": str(output)}, "options")
+    if lora is None:
+        return config, None
+    from peft import LoraConfig
+
+    return config, _build(LoraConfig, {"task_type": "CAUSAL_LM", **lora}, "options.lora")
+
+
+def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
+    """``kind(**options)``, a dataclass; errors name ``table``, and the nearest field to an unknown one.
+
+    Not HfArgumentParser.parse_dict: it fails on the annotations of LoraConfig and suggests no name.
+    """
+    names = [entry.name for entry in dataclasses.fields(kind) if entry.init]  # type: ignore[arg-type]
+    for name, value in options.items():
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{table}: {kind.__name__} has no field {name!r}{hint}")
+        if name in _RANGES and value is not None:
+            _check_range(f"{table}: {name}", value, *_RANGES[name])
+    try:
+        return kind(**options)
+    except ValueError as error:
+        raise ValueError(f"{table}: {error}") from error
+
+
+#: Fields that no library checks before it uses them: type, least, most, whether the least itself is allowed.
+_RANGES: dict[str, tuple[type, float, float, bool]] = {
+    **dict.fromkeys(
+        (
+            *("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "num_iterations"),
+            *("max_length", "max_completion_length", "max_prompt_length", "r", "lora_alpha", "steps_per_generation"),
+        ),
+        (int, 1, math.inf, True),
+    ),
+    **dict.fromkeys(("top_k", "seed", "data_seed", "dataloader_num_workers"), (int, 0, math.inf, True)),
+    **dict.fromkeys(("num_train_epochs", "temperature", "repetition_penalty"), (float, 0, math.inf, False)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm", "beta", "epsilon"), (float, 0, math.inf, True)),
+    "warmup_steps": (float, 0, math.inf, True),
+    "warmup_ratio": (float, 0, 1, True),
+    "top_p": (float, 0, 1, False),
+    "min_p": (float, 0, 1, True),
+    "lora_dropout": (float, 0, 1, True),
+}
+
+
+def _check_range(name: str, value: Any, kind: type, least: float, most: float, closed: bool) -> None:
+    word = "an integer" if kind is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        raise ValueError(f"{name}: expected {word}, got {value!r}")
+    if not (least <= value if closed else least < value) or value > most:
+        low = f"{'at least' if closed else 'above'} {least:g}"
+        high = "" if most == math.inf else f" and at most {most:g}"
+        raise ValueError(f"{name}: expected {word} {low}{high}, got {value}")

@@ -1,0 +1,261 @@
+"""What is answered together, in which order, and that every item is answered once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from acqsynth.batching import Batcher
+
+
+def double(key, items):
+    return [2 * item for item in items]
+
+
+class Doubler:
+    """Twice each item; 13 raises. A batch waits while ``free`` is cleared."""
+
+    def __init__(self):
+        self.batches = []
+        self.free = threading.Event()
+        self.free.set()
+
+    def __call__(self, key, items):
+        self.batches.append((key, items))
+        assert self.free.wait(60)
+        if 13 in items:
+            raise RuntimeError("13")
+        return double(key, items)
+
+    @property
+    def items(self):
+        return [items for _, items in self.batches]
+
+
+@pytest.fixture
+def doubler():
+    return Doubler()
+
+
+@pytest.fixture
+def batcher(doubler):
+    """``batcher(**options)``: closed at the end, when everything is answered."""
+    made = []
+
+    def build(**options):
+        made.append(Batcher(doubler, **{"limit": 8192, "wait": 0.0, **options}))
+        return made[-1]
+
+    yield build
+    doubler.free.set()
+    for each in made:
+        each.close()
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def results(futures):
+    return [future.result(60) for future in futures]
+
+
+def held(doubler, batcher, key="a", items=(0,), sizes=None):
+    """A batch at work until ``doubler.free`` is set."""
+    doubler.free.clear()
+    future = batcher.submit(key, list(items), sizes)
+    until(lambda: len(doubler.batches) == 1)
+    return future
+
+
+def test_requests_that_come_together_are_one_batch(batcher, doubler):
+    one = batcher(wait=0.3)
+    assert results([one.submit("a", [i, i + 100]) for i in range(8)]) == [[2 * i, 2 * i + 200] for i in range(8)]
+    assert len(doubler.batches) == 1
+
+
+def test_batches_hold_the_limit_and_the_order(batcher, doubler):
+    one = batcher(limit=10, wait=0.3)
+    assert results([one.submit("a", [1, 2, 3], [4, 4, 9]), one.submit("a", [4, 5], [30, 1])]) == [[2, 4, 6], [8, 10]]
+    assert doubler.items == [[1, 2], [3], [4], [5]]  # an item of 30 gets a batch of its own
+
+
+def test_a_full_batch_does_not_wait_and_a_lone_item_no_longer_than_told(batcher):
+    assert batcher(limit=10, wait=1000.0).submit("a", [1, 2], [5, 5]).result(60) == [2, 4]
+    begin = time.monotonic()
+    assert batcher(wait=0.1).submit("a", [4]).result(60) == [8]
+    assert time.monotonic() - begin > 0.09
+
+
+def test_no_items_are_no_batch(batcher, doubler):
+    assert batcher().submit("a", []).result() == []
+    assert doubler.batches == []
+
+
+def test_lanes_are_not_mixed_and_take_turns_by_age(batcher, doubler):
+    one = batcher()
+    first = held(doubler, one)
+    rest = [one.submit(key, [item]) for key, item in (("b", 1), ("a", 2), ("b", 3))]
+    assert one.waiting == 3
+    doubler.free.set()
+    assert results([first, *rest]) == [[0], [2], [4], [6]]
+    assert doubler.batches == [("a", [0]), ("b", [1, 3]), ("a", [2])]
+
+
+def test_one_requests_failure_is_not_anothers(batcher, doubler):
+    one = batcher(wait=0.3)
+    good, bad, last = (one.submit("a", items) for items in ([1, 2], [13, 3], [4]))
+    assert good.result(60) == [2, 4]
+    with pytest.raises(RuntimeError, match="13"):
+        bad.result(60)
+    assert last.result(60) == [8]
+    assert doubler.items == [[1, 13, 4, 2, 3], [1, 2], [13, 3], [4]]
+    assert one.submit("a", [5]).result(60) == [10]  # the worker lives
+
+
+def test_a_wrong_count_is_an_error():
+    with pytest.raises(ValueError, match="function: expected 1 results, one an item, got 2"):
+        Batcher(lambda key, items: [1, 2], limit=1, wait=0).submit(None, [0]).result(60)
+
+
+def test_what_was_cancelled_does_not_run(batcher, doubler):
+    one = batcher(limit=10)
+    begun = held(doubler, one, items=[0, 5], sizes=[10, 10])  # 5 is left for a second batch
+    cancelled, kept = one.submit("a", [1]), one.submit("a", [2])
+    assert one.waiting == 12
+    assert begun.cancel()
+    assert cancelled.cancel()
+    assert one.waiting == 1
+    doubler.free.set()
+    assert kept.result(60) == [4]
+    assert doubler.items == [[0], [2]]
+
+
+def test_coroutines_share_batches_and_a_cancelled_task_drops_out(batcher, doubler):
+    one = batcher(wait=0.3)
+
+    async def ask(i):
+        return (await asyncio.wrap_future(one.submit("a", [i])))[0]
+
+    async def main():
+        tasks = [asyncio.create_task(ask(i)) for i in range(9)]
+        await asyncio.sleep(0)  # all have asked
+        tasks.pop(4).cancel()
+        return await asyncio.gather(*tasks)
+
+    others = [i for i in range(9) if i != 4]
+    assert asyncio.run(main()) == [2 * i for i in others]
+    assert doubler.items == [others]
+
+
+def test_a_close_finishes_what_was_taken_and_takes_no_more(batcher, doubler):
+    one = batcher()
+    taken = [held(doubler, one), *(one.submit(key, [i]) for i, key in ((1, "a"), (2, "b")))]
+    closing = threading.Thread(target=one.close)
+    closing.start()
+    until(lambda: one.closed)
+    with pytest.raises(RuntimeError, match="the batcher is closed"):
+        one.submit("a", [9])
+    doubler.free.set()
+    closing.join(60)
+    assert [future.result(0) for future in taken] == [[0], [2], [4]]
+
+
+def test_threads_are_each_answered_with_their_own_one_batch_at_a_time(batcher, doubler):
+    one = batcher(limit=50, wait=0.001)
+
+    def ask(i):
+        return one.submit("ab"[i % 2], [1000 + i, 2000 + i], [1 + i % 5, 2]).result(60)
+
+    with ThreadPoolExecutor(32) as pool:
+        assert list(pool.map(ask, range(1000))) == [[2000 + 2 * i, 4000 + 2 * i] for i in range(1000)]
+    done = [item for items in doubler.items for item in items]
+    assert sorted(done) == sorted([*range(1000, 2000), *range(2000, 3000)])
+    assert len(doubler.batches) < 900
+
+
+@pytest.mark.parametrize("key", ["a", "b"])
+def test_a_small_request_is_in_one_of_the_next_batches(key, batcher, doubler):
+    """Of its own lane or of another, whatever waits."""
+    one = batcher(limit=100)
+    large = held(doubler, one, items=range(100, 200), sizes=[10] * 100)
+    small = one.submit(key, [1, 2], [10, 10])
+    assert one.waiting == 920
+    doubler.free.set()
+    assert small.result(60) == [2, 4]
+    assert large.result(60) == [2 * item for item in range(100, 200)]
+    assert {1, 2} <= {item for items in doubler.items[1:4] for item in items}
+
+
+def test_many_small_requests_do_not_starve_a_large_one():
+    def slow(key, items):
+        time.sleep(0.002)
+        return items
+
+    one = Batcher(slow, limit=40, wait=0.0)
+    large = one.submit("a", list(range(100)), [10] * 100)
+    small = 0
+    while not large.done():
+        one.submit("a", [1, 2], [10, 10]).result(60)
+        small += 1
+    assert 5 < small < 200
+
+
+def test_a_batch_takes_its_seconds_and_no_more():
+    """So that nobody waits for the batch of another much longer than for two of them."""
+    sizes = []
+
+    def slow(key, items):
+        sizes.append(len(items))
+        time.sleep(len(items) * 0.01)
+        return items
+
+    one = Batcher(slow, limit=8192, wait=0.0, seconds=0.1)
+    large = [one.submit("a", list(range(60)), [100] * 60) for _ in range(2)]
+    waits = []
+    for _ in range(5):
+        time.sleep(0.05)
+        begin = time.monotonic()
+        one.submit("b", [1], [100]).result(60)
+        waits.append(time.monotonic() - begin)
+    results(large)
+    assert max(waits) < 0.35, waits
+    assert max(sizes[1:]) <= 14, sizes
+    assert one.seconds_for(1000) == 1
+    assert one.seconds_for(10**9) == 60
+
+
+def test_pickles_and_starts_anew():
+    one = Batcher(double, limit=3, wait=0.01)
+    assert one.submit(None, [1]).result(60) == [2]
+    copy = pickle.loads(pickle.dumps(one))
+    assert (copy.limit, copy.wait, copy.submit(None, [2]).result(60)) == (3, 0.01, [4])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_works_in_a_forked_process(batcher, doubler):
+    one = batcher()
+    held(doubler, one)
+    one.submit("a", [1])
+    child = os.fork()
+    if child == 0:  # what waits in the parent is not the child's
+        doubler.free.set()
+        os._exit(one.submit("a", [21]).result(60)[0] + one.waiting)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
+        Batcher(double, limit=0, wait=0.0)
+    with pytest.raises(ValueError, match="wait: expected seconds, 0 or more, got -1"):
+        Batcher(double, limit=1, wait=-1)

@@ -1,0 +1,110 @@
+"""A finished run, published into a folder: rows, student and cards; and how the hub would be called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import create_autospec
+
+import fake_run
+import pyarrow.parquet
+import pytest
+import yaml
+from huggingface_hub import DatasetCard, HfApi, ModelCard
+
+from acqsynth import config as recipes, pipeline, push
+from acqsynth.cli import main
+from acqsynth.steps import Store
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a recipe that ran to its end."""
+    folder = tmp_path_factory.mktemp("published")
+    (folder / "recipe.yaml").write_text(fake_run.RECIPE + f"output: {folder / 'out'}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        fake_run.install(patch.setattr)
+        plan = pipeline.plan(recipes.load(folder / "recipe.yaml"))
+        store = Store(Path(plan.config.output))
+        for step in plan.steps:
+            store.run(step)
+    return folder / "out"
+
+
+def test_rows_student_and_cards_in_a_folder(fakes, run, tmp_path, capsys):
+    to = tmp_path / "published"
+    assert main(["push", str(run), "--to", str(to), "--license", "cc-by-4.0"]) == 0
+    assert capsys.readouterr().out.split() == [str(to / "dataset"), str(to / "model")]
+    rows = pyarrow.parquet.read_table(to / "dataset/data/train.parquet")
+    assert rows.equals(pyarrow.parquet.read_table(run / "03-label/grpo/samples.parquet"))
+    assert (to / "dataset/report.html").read_text() == (run / "06-report/report/report.html").read_text()
+    fitted = run / "04-fit/grpo-student-70-s0/model"
+    assert (to / "model/config.json").read_text() == (fitted / "config.json").read_text()
+    assert not (to / "model/training_args.bin").exists()
+
+    card = DatasetCard.load(to / "dataset/README.md")
+    assert card.data.license == "cc-by-4.0"
+    assert card.data.configs[0]["data_files"] == [{"split": "train", "path": "data/train.parquet"}]
+    assert f"{rows.num_rows} rows in the domain `sums`" in card.text
+    assert "| rejected: does not parse | 6 |" in card.text
+    assert "| in training, rejected by gate `parses` | 2 |" in card.text
+    recipe = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
+    assert recipe["data"]["real"] == {**recipe["data"]["real"], "source": "sums:200", "limit": 200}
+
+    model = ModelCard.load(to / "model/README.md")
+    assert model.data.license == "cc-by-4.0"
+    assert "`student` fine-tuned on 70 rows of the arm `grpo`, seed 0." in model.text
+    assert "| in_distribution | 40.7 % | " in model.text
+    assert "seeds (0, 1), 95 % intervals" in model.text
+    for text in (card.text, model.text):
+        assert "over the base student in distribution: 40.7 %" in text
+        assert "torch" in text
+        assert str(run.parent) not in text
+
+
+def test_the_hub_gets_two_repositories_of_the_name(fakes, run, monkeypatch, capsys):
+    api = create_autospec(HfApi, instance=True)  # calls have to bind to the client's own signatures
+    api.create_repo.side_effect = lambda name, **options: f"https://hub/{options['repo_type']}/{name}"
+    files = {}
+
+    def upload(*, repo_type, folder_path, **options):
+        files[repo_type] = sorted(str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*.*"))
+        assert options["repo_id"] == "me/sums"
+
+    api.upload_folder.side_effect = upload
+    monkeypatch.setattr(push, "HfApi", lambda: api)
+    assert main(["push", str(run), "--to", "hub:me/sums", "--license", "mit"]) == 0
+    assert capsys.readouterr().out.split() == ["https://hub/dataset/me/sums", "https://hub/model/me/sums"]
+    assert files == {
+        "dataset": ["README.md", "data/train.parquet", "report.html"],
+        "model": ["README.md", "config.json"],
+    }
+    assert [call.kwargs["private"] for call in api.create_repo.call_args_list] == [True, True]
+
+
+@pytest.mark.parametrize("only", ["dataset", "model"])
+def test_one_of_the_two(fakes, run, tmp_path, only):
+    assert main(["push", str(run), "--to", str(tmp_path), "--license", "mit", "--only", only]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [only]
+
+
+@pytest.mark.parametrize(
+    ("folder", "to", "sentence"),
+    [
+        ("nowhere", "there", "nowhere: no finished run, 06-report/report/metrics.json is missing"),
+        ("", "hub:me", "--to: expected hub:owner/name or a folder, got hub:me"),
+        ("", "taken", "--to: taken/dataset is not empty"),
+    ],
+)
+def test_mistakes_in_one_sentence(fakes, run, tmp_path, monkeypatch, capsys, folder, to, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken/dataset").mkdir(parents=True)
+    (tmp_path / "taken/dataset/old.txt").touch()
+    assert main(["push", folder or str(run), "--to", to, "--license", "mit"]) == 2
+    assert capsys.readouterr().err == f"acqsynth: error: {sentence}\n"
+
+
+def test_a_licence_has_to_be_named(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["push", "run", "--to", "there"])
+    assert caught.value.code == 2
+    assert "--license" in capsys.readouterr().err

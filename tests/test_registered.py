@@ -1,0 +1,110 @@
+"""An acquisition that a third party registers, with options, is offered wherever acqcore's own are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import acqcore
+from acqcore.acquisitions import REGISTRY, Options
+from acqcore.cli import main
+from acqcore.costs.shape import shape_of
+from acqcore.costs.work import Work, passes
+
+TEXTS = ["the fox", "a dog and a fox", "The answer is 5."]
+NAME = "confidence_gap"
+GIVEN = {NAME: {"power": 3}}
+
+
+@dataclass(frozen=True)
+class GapOptions(Options):
+    power: float = 1.0
+
+
+@dataclass(frozen=True)
+class RequiredOptions(Options):
+    power: float
+
+
+@pytest.fixture
+def register():
+    """``register(scale, options)``: a cell that is run, and run again after a change."""
+    before = dict(REGISTRY)
+
+    def cell(scale: float, options: type[Options] = GapOptions) -> None:
+        @acqcore.register(NAME, options=options)
+        def confidence_gap(stats: acqcore.RowStats, options: GapOptions) -> torch.Tensor:
+            """A power of 1 - p1."""
+            return scale * stats.least_confidence**options.power
+
+    yield cell
+    REGISTRY.clear()
+    REGISTRY.update(before)
+
+
+@pytest.fixture
+def loaded(tiny_model, tokenizer) -> acqcore.Student:
+    return acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
+
+
+def expected(student: acqcore.Student, scale: float) -> torch.Tensor:
+    tokens = acqcore.score(student, TEXTS, "least_confidence", keep_tokens=True).tokens["least_confidence"]
+    return torch.stack([scale * (values**3).mean() for values in tokens])
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_in_calls_and_streams(scale, register, loaded) -> None:
+    register(7.0)
+    register(scale)  # replaces the first
+    values = acqcore.score(loaded, TEXTS, NAME, acquisition_args=GIVEN)[NAME]
+    torch.testing.assert_close(values, expected(loaded, scale))
+    stream = acqcore.score_stream(loaded, TEXTS, NAME, chunk=2, acquisition_args=GIVEN)
+    torch.testing.assert_close(torch.cat([scores[NAME] for scores in stream]), values)
+
+
+def test_on_the_command_line(register, command, capsys) -> None:
+    register(1.0)
+    with pytest.raises(SystemExit, match="0"):
+        main(["score", "--help"])
+    assert NAME in capsys.readouterr().out
+    arguments = ["--acquisitions", NAME, "--acquisition-args", '{"confidence_gap": {"power": 3}}']
+    assert main([*command([{"text": text} for text in TEXTS]), *arguments]) == 0
+    assert NAME in capsys.readouterr().out
+
+
+def test_in_plans(register, tiny_model) -> None:
+    register(1.0, RequiredOptions)
+    shape = shape_of(tiny_model("Llama").config, torch.float32)
+    plan = [passes(shape, Work.checked(shape, 6, 12, None, 8192, (n,), a)) for n, a in ((NAME, GIVEN), ("margin", {}))]
+    assert plan[0] == plan[1]
+    with pytest.raises(ValueError, match="acquisition_args: 'confidence_gap' needs 'power'"):
+        Work.checked(shape, 6, 12, None, 8192, (NAME,), {})
+
+
+def test_in_the_service_where_a_request_can_ask_for_it(register) -> None:
+    pytest.importorskip("pydantic")
+    from acqsynth.serve.schema import ScoreRequest
+
+    def offered() -> list[str]:
+        return ScoreRequest.model_json_schema()["properties"]["acquisitions"]["items"]["enum"]
+
+    assert NAME not in offered()
+    register(1.0)
+    assert NAME in offered()
+    register(1.0, RequiredOptions)  # no request can carry what it requires
+    assert NAME not in offered()
+
+
+def test_as_a_reward(register, loaded, tokenizer, monkeypatch, student) -> None:
+    from acqsynth import rewards
+    from acqsynth.parsing import as_text
+
+    register(2.0)
+    reward = rewards.AcquisitionReward(loaded, NAME, parse=as_text, arguments=GIVEN[NAME], tokenizer=tokenizer)
+    got = reward(prompts=[""] * 3, completions=TEXTS)
+    torch.testing.assert_close(torch.tensor(got), expected(loaded, 2.0))
+    monkeypatch.setenv("ACQSYNTH_STUDENT", str(student))
+    assert NAME in dir(rewards)
+    assert getattr(rewards, NAME).__name__ == f"acquisition_{NAME}"
