@@ -214,11 +214,13 @@ def test_every_acquisition_that_does_not_compare_samples(
     archive.add(acqcore.grad_sketch(loaded, TEXTS[:2], dim=64, backend="eager"))
     reference.save(tmp_path / "reference.pt")
     torch.save(archive.state_dict(), tmp_path / "archive.pt")
+    acqcore.epig_reference(loaded, TEXTS[:2], dim=64, backend="eager").save(tmp_path / "epig.pt")
     names = [name for name in acqcore.acquisitions() if name != "gradient_diversity"]
     arguments = {
         "grad_norm": {"parameters": "all"},
         "mutual_information": {"layers": 1, "draws": 2},
         "influence": {"reference": str(tmp_path / "reference.pt")},
+        "epig": {"reference": str(tmp_path / "epig.pt")},
         "archive_novelty": {"archive": str(tmp_path / "archive.pt"), "dim": 64},
     }
     rows = [{"text": text} for text in TEXTS]
