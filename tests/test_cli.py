@@ -448,13 +448,22 @@ def conversation(arguments: Any) -> dict[str, Any]:
     }
 
 
-def test_conversations_in_a_csv(command, tmp_path):
+def test_conversations_in_a_csv(command, student, tmp_path):
     rows = [conversation({"x": 1})["messages"], conversation({"x": 2})["messages"]]
     assert main(command([{"messages": row} for row in rows], out=tmp_path / "first.csv")) == 0
     assert main(command([], data=tmp_path / "first.csv")) == 0
     for row, found in zip(rows, read_lines(tmp_path / "out.jsonl"), strict=True):
         assert json.loads(found["messages"]) == row
         assert found["valid"]
+    options = [
+        "--student",
+        str(student),
+        "--data",
+        str(tmp_path / "first.csv"),
+        "--out",
+        str(tmp_path / "reference.pt"),
+    ]
+    assert main(["reference", *options, "--parameters", "1", "--dim", "64"]) == 0
 
 
 class TestOutput:
