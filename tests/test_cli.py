@@ -455,14 +455,8 @@ def test_conversations_in_a_csv(command, student, tmp_path):
     for row, found in zip(rows, read_lines(tmp_path / "out.jsonl"), strict=True):
         assert json.loads(found["messages"]) == row
         assert found["valid"]
-    options = [
-        "--student",
-        str(student),
-        "--data",
-        str(tmp_path / "first.csv"),
-        "--out",
-        str(tmp_path / "reference.pt"),
-    ]
+    data, out = tmp_path / "first.csv", tmp_path / "reference.pt"
+    options = ["--student", str(student), "--data", str(data), "--out", str(out)]
     assert main(["reference", *options, "--parameters", "1", "--dim", "64"]) == 0
 
 
