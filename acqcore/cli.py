@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -160,7 +159,9 @@ def _add_scoring_options(parser: argparse.ArgumentParser) -> None:
     """The options of the commands that score the rows of a file."""
     parser.add_argument("--data-config", metavar="C", help="configuration of a data set")
     parser.add_argument("--split", default="train", metavar="S", help="split of a data set (default: train)")
-    parser.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
+    parser.add_argument(
+        "--acquisition-args", type=plan_command.json_value, metavar="JSON", help=plan_command.ARGUMENTS_HELP
+    )
     parser.add_argument(
         "--reduction", default="mean", help=f"of token values: {', '.join(get_args(Reduction))} (default: mean)"
     )
@@ -296,6 +297,8 @@ def _join(options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
     return str(error).strip().split("\n")[0]
 
 

@@ -225,7 +225,7 @@ def test_rows_without_a_finite_value_are_not_chosen(choose, tmp_path, monkeypatc
         ({"out": "out.txt"}, "extension of out.txt: unknown '.txt'"),
         ({"out": "data.jsonl"}, "out: data.jsonl is or holds the data, which would be lost; name another output"),
         ({"out": "missing/out.csv"}, "out: the folder missing does not exist"),
-        ({"data": "missing.jsonl"}, "No such file or directory: 'missing.jsonl'"),
+        ({"data": "missing.jsonl"}, "missing.jsonl: No such file or directory"),
         ({"student": "./missing"}, "missing"),
     ],
 )

@@ -213,8 +213,8 @@ def validity(batches: Sequence[Mapping[str, Any]], **bootstrap: Any) -> dict[str
 
 
 def samples(tables: Sequence[Mapping[str, Sequence[Any]]], n: int = 5) -> dict[str, Any] | None:
-    """The n samples with the highest reward, the n with the lowest that passed the gates, and n rejected ones, each text
-    once; None if no sample was scored, as with a generator that is only prompted.
+    """The n samples with the highest reward, the n with the lowest that passed the gates, and n rejected ones, each
+    text once; None if no sample was scored, as with a generator that is only prompted.
 
     Args:
         tables: columns ``reward``, ``reward_<part>`` and ``completion``, or those of a sample.

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -83,6 +84,17 @@ def root(model, tokenizer, tmp_path):
         with torch.no_grad():
             model.lm_head.weight.mul_(1.5)
     return tmp_path
+
+
+@pytest.fixture
+def memory():
+    """``memory(process, field)``, MiB of a process: ``VmRSS`` now, ``VmHWM`` at most."""
+
+    def read(process, field):
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+    return read
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -58,13 +57,7 @@ BODIES: dict[str, tuple[bytes, set[int]]] = {
 }  # fmt: skip
 
 
-def memory(process, field):
-    """MiB of a process: ``VmRSS`` now, ``VmHWM`` at most."""
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def test_bodies_of_8_mib_are_answered_at_once_beside_others(start):
+def test_bodies_of_8_mib_are_answered_at_once_beside_others(start, memory):
     process, url = start()
     small = json.dumps({"samples": ["a fox", "a dog"]}).encode()
     waits = []
@@ -103,7 +96,7 @@ def test_bodies_of_8_mib_are_answered_at_once_beside_others(start):
     assert memory(process, "VmHWM") - idle < 1024
 
 
-def test_many_large_bodies_at_once_are_bounded(start):
+def test_many_large_bodies_at_once_are_bounded(start, memory):
     process, url = start("--max-bodies", str(24 << 20))
     body, _ = BODIES["one text of wide characters"]
 
