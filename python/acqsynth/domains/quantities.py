@@ -231,7 +231,7 @@ def _in_ascii(answer: str) -> str:
 
 
 def _rational(plain: str) -> Fraction | None:
-    """The number that is written, also as a fraction or mixed number; None where it is something else."""
+    """The number that is written, also as a fraction or mixed number; None if it is something else."""
     if len(plain) > 200:
         return None
     if match := _DECIMAL.fullmatch(plain):

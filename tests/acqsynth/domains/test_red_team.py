@@ -295,7 +295,7 @@ ATTACKS = {
 }  # fmt: skip
 
 
-def test_the_thief_passes_where_it_gets_the_tests() -> None:
+def test_the_thief_passes_where_it_gets_the_tests():
     """What the attacks rely on: nothing but the lack of a leak keeps them from passing."""
     found = f"steal({TESTS!r})"
     written = f"open('/tmp/job', 'w').write({TESTS!r}); read('/tmp/job')"
@@ -303,7 +303,7 @@ def test_the_thief_passes_where_it_gets_the_tests() -> None:
     assert [result.status for result in results] == ["passed", "passed"]
 
 
-def test_no_attack_passes() -> None:
+def test_no_attack_passes():
     assert len(ATTACKS) >= 140
     results = run([Job(THIEF + attack, TESTS, ("f",)) for attack in ATTACKS.values()], LIMITS)
     assert [name for name, result in zip(ATTACKS, results, strict=True) if result.status == "passed"] == []
@@ -312,7 +312,7 @@ def test_no_attack_passes() -> None:
     assert broken == []
 
 
-def test_honest_programs_pass_beside_them() -> None:
+def test_honest_programs_pass_beside_them():
     answers = dict(zip((1, 2, 3), (271828, 314159, 141421), strict=True))
     honest = [
         f"def f(x): return {answers}[x]",

@@ -12,8 +12,6 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -21,7 +19,7 @@ import pytest
 import requests
 import schemathesis
 from hypothesis import strategies as st
-from schemathesis import Case, GenerationMode
+from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -29,7 +27,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from acqsynth.serve.app import Service, create_app
+from acqsynth.serve.app import create_app
 from acqsynth.serve.middleware import Access
 
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
@@ -44,20 +42,14 @@ CHECKS: list[Any] = [
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
-def test_no_request_ends_in_a_500(
-    serve: Callable[..., Service],
-    on_socket: Callable[[Any], str],
-    forwards: list[int],
-    mode: GenerationMode,
-    tmp_path: Path,
-) -> None:
+def test_no_request_ends_in_a_500(serve, on_socket, forwards, mode, tmp_path):
     service = serve(root=tmp_path, access=Access(None, "admin"), limits={"max_body": 1 << 16, "max_samples": 16})
     app = create_app(service)
     address = on_socket(app)
     schema = schemathesis.openapi.from_dict(app.openapi())
     operations = [operation.ok() for operation in schema.get_all_operations()]
     assert {operation.path for operation in operations} == {"/score", "/get_reward", "/student", "/health", "/metrics"}
-    statuses: Counter[int] = Counter()
+    statuses = Counter()
     with requests.Session() as session:
         for operation in operations:
             if mode == GenerationMode.NEGATIVE and operation.method == "get":
@@ -72,7 +64,7 @@ def test_no_request_ends_in_a_500(
                 phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
             )
             @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
-            def check(case: Case) -> None:
+            def check(case):
                 headers = {"Authorization": "Bearer admin"} if case.path == "/student" else {}
                 response = case.call(base_url=address, session=session, headers=headers)
                 statuses[response.status_code] += 1
@@ -132,20 +124,20 @@ class Bystander(threading.Thread):
         unloaded: those of a few requests before it starts, their median.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address):
         super().__init__(daemon=True)
         self.address, self.waits = address, [0.0]
         self.done = threading.Event()
-        self.failed: list[Exception] = []
+        self.failed = []
         with requests.Session() as session:
             self.unloaded = statistics.median(self._ask(session) for _ in range(9))
 
     @property
-    def allowed(self) -> float:
+    def allowed(self):
         """Seconds that a request may take: 2, more on a machine that is busy with other work."""
         return max(2.0, 40 * self.unloaded)
 
-    def run(self) -> None:
+    def run(self):
         try:
             with requests.Session() as session:
                 while not self.done.wait(0.02):
@@ -153,7 +145,7 @@ class Bystander(threading.Thread):
         except Exception as error:
             self.failed.append(error)
 
-    def _ask(self, session: requests.Session) -> float:
+    def _ask(self, session):
         begin = time.monotonic()
         body = {"samples": ["a quick fox", "the dog"], "acquisitions": ["loss"]}
         response = session.post(self.address + "/score", json=body, headers=bearer("secret"), timeout=60)
@@ -161,14 +153,14 @@ class Bystander(threading.Thread):
         return time.monotonic() - begin
 
 
-def bearer(token: str) -> dict[str, str]:
+def bearer(token):
     return {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
 
 
-def test_no_body_ends_in_a_500(start: Callable[..., Any], root: Path, memory: Callable[..., float]) -> None:
+def test_no_body_ends_in_a_500(start, root, memory):
     """Nor takes the server 2 seconds or 1 GiB, nor lets another client wait so long. Some bodies grow to 8 MiB."""
     process, address = start("--student-root", str(root))
-    statuses: Counter[int] = Counter()
+    statuses = Counter()
     other = Bystander(address)
     idle = memory(process, "VmRSS")
     other.start()
