@@ -280,6 +280,7 @@ class Capture:
         call = calls.pop() if self._last else calls[0]  # the last backward frees the module's input
         if not any(map(self._taken, call.names.values())):
             return
+        self._recomputing = False  # a module called for its pieces is not one that checkpointing calls again
         try:
             pieces = call.pieces(gradient)
         except Uncovered:
@@ -287,6 +288,8 @@ class Capture:
                 raise
             self._failed.update(call.names.values())
             return
+        finally:
+            self._recomputing = True
         for key, piece in pieces.items():
             name = call.names[key]
             self._pending.setdefault(name, []).append(piece)

@@ -6,23 +6,13 @@ import itertools
 import sys
 import time
 import types
-from typing import Any
 
 import pytest
+from fakes import PlainDomain
 
-from acqsynth.domains import Domain
 from acqsynth.integrations.scorer import REWARD_VARIABLE
 from acqsynth.rewards import ComposedReward
 from acqsynth.rewards.gates import Check
-
-
-class Plain(Domain):
-    """Only parses."""
-
-    name = "plain"
-
-
-Plain.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
 
 
 class Number:
@@ -31,7 +21,7 @@ class Number:
     name = "number"
 
     def __init__(self):
-        self.sizes: list[int] = []
+        self.sizes = []
 
     def __call__(self, samples):
         self.sizes.append(len(samples))
@@ -51,19 +41,17 @@ def number():
 @pytest.fixture
 def built(number, monkeypatch, request):
     """The rewards made so far by the function that the environment names."""
-    made: list[ComposedReward] = []
+    made = []
 
     def build():
         time.sleep(0.1)  # as loading takes: callers that come meanwhile must not make another
         gates = [Check("positive", lambda sample: not sample.answer.startswith("-"))]
         fusion = getattr(request, "param", "raw")
-        made.append(
-            ComposedReward(Plain(), [number], gates=gates, fusion=fusion, length_normalised=False)  # type: ignore[abstract,list-item]
-        )
+        made.append(ComposedReward(PlainDomain(), [number], gates=gates, fusion=fusion, length_normalised=False))
         return made[-1]
 
     name = f"rewards_of_test_{next(_count)}"  # what is made for a name is kept for the process
-    module: Any = types.ModuleType(name)
+    module = types.ModuleType(name)
     module.build = build
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv(REWARD_VARIABLE, f"{name}:build")

@@ -4,13 +4,13 @@ import dataclasses
 import pickle
 import sys
 import threading
-import types
 from typing import Any, ClassVar
 
 import datasets
 import pytest
 import torch
 import trl
+from fakes import Log, trained
 from transformers import AutoModelForCausalLM
 from trl.scripts import grpo
 from trl.trainer.utils import get_callable_name, is_async_callable
@@ -25,27 +25,6 @@ GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
 LONGER = "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
 BROKEN = "<question>What is 6 * 7?</question> It is 42."
 COMPLETIONS = [GOOD, BROKEN, LONGER]
-
-
-class Log:
-    """What a trainer's ``log_extra`` and ``log_metric`` were given."""
-
-    def __init__(self):
-        self.columns: dict[str, list[Any]] = {}
-        self.metrics: dict[str, float] = {}
-
-    def call(self, reward, completions):
-        """``reward`` called as TRL 1.16 calls it."""
-        n = len(completions)
-        return reward(
-            prompts=[[{"role": "user", "content": "Write a sample."}]] * n,
-            completions=completions,
-            completion_ids=[[0]] * n,
-            domain=["mathematics"] * n,
-            trainer_state=types.SimpleNamespace(global_step=0),
-            log_extra=self.columns.__setitem__,
-            log_metric=self.metrics.__setitem__,
-        )
 
 
 @pytest.fixture(autouse=True)
@@ -279,7 +258,7 @@ def test_threads_take_turns(model, tokenizer):
     model.train()
     reward = AcquisitionReward(model, tokenizer=tokenizer)
     expected = Log().call(reward, COMPLETIONS)
-    results: list[list[float | None]] = []
+    results = []
     threads = [threading.Thread(target=lambda: results.append(Log().call(reward, COMPLETIONS))) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -341,7 +320,7 @@ def test_an_unknown_reduction_reaches_the_user(model, tokenizer):
 
 def resolve(names, tmp_path, monkeypatch):
     """The rewards ``trl grpo --reward_funcs ...`` hands to its trainer."""
-    handed: list[Any] = []
+    handed = []
 
     class Stop(Exception):  # noqa: N818
         pass
@@ -403,34 +382,10 @@ def test_two_steps_of_grpo(model, tokenizer, tmp_path):
     """TRL itself, with the model in training as its own student."""
     entropy = AcquisitionReward(model, tokenizer=tokenizer, parse=as_text)
     gated = AcquisitionReward(model, "loss", tokenizer=tokenizer)
-    trainer = trl.GRPOTrainer(
-        model=model,
-        reward_funcs=[entropy, gated],
-        args=trl.GRPOConfig(
-            output_dir=str(tmp_path),
-            max_steps=2,
-            per_device_train_batch_size=4,
-            num_generations=2,
-            max_completion_length=8,
-            learning_rate=1e-2,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=datasets.Dataset.from_dict({"prompt": ["Write a sample."] * 4, "domain": ["code"] * 4}),
-        processing_class=tokenizer,
-    )
-    before = model.lm_head.weight.detach().clone()
-    trainer.train()
-    steps = [row for row in trainer.state.log_history if "reward" in row]
+    steps = trained(model, tokenizer, [entropy, gated], tmp_path)
     assert len(steps) == 2
     for row in steps:
         assert row["rewards/acquisition_entropy/mean"] > 0
         assert row["rewards/acquisition_loss/mean"] == 0  # random bytes are no sample
         assert row["acquisition_loss/parsed"] == 0
-    assert not model.lm_head.weight.detach().equal(before)
     assert model.training

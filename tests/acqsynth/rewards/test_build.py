@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+import acqcore
 from acqsynth import config as recipes, engines
 from acqsynth.config import EngineConfig, LabellingConfig, RewardConfig
 from acqsynth.domains import Sample
@@ -143,38 +144,28 @@ def test_every_reward_of_the_recipes_can_be_made(domain, student_path, name):
     check(recipes.load(name).reward, domain)
 
 
-def test_a_call_of_the_default_reward_reads_each_sample_as_rarely_as_it_can(domain, student_path, sample):
+def test_a_call_of_the_default_reward_reads_each_sample_as_rarely_as_it_can(domain, student_path, sample, monkeypatch):
     """32 samples: the student's passes beside its generation, and the tokenizer's calls, one a prompt of the engine."""
     config = RewardConfig(answers={"k": 2, "max_tokens": 4}, scoring={"batch_tokens": 65536})
     seeds = [sample(10 * a + 1, 7) for a in range(1, 9)]
     made = build(config, domain, str(student_path), EngineConfig(), seeds=seeds, evaluation=[])
-    engine = made.signals[2].answers.engine
     texts = [
         f"<question>{s.question}</question><answer>{s.answer}</answer>" for s in (sample(a, 100) for a in range(32))
     ]
     made.score(texts, [0] * 32, update=False)  # the limits of the seeds and the reference
     counts = Counter()
-    generate, tokenizer = engine.generate, type(engine.tokenizer)
 
-    def generating(*arguments):
-        counts["generating"] += 1
-        try:
-            return generate(*arguments)
-        finally:
-            counts["generating"] -= 1
+    def count(owner, name):
+        inner = getattr(owner, name)
 
-    def tokenizing(self, *arguments, inner=tokenizer.__call__, **options):
-        counts["tokenizer"] += 1
-        return inner(self, *arguments, **options)
+        def counting(*arguments, **options):
+            counts[name] += 1
+            return inner(*arguments, **options)
 
-    engine.generate = generating
-    hook = engine.model.model.register_forward_pre_hook(
-        lambda *_: counts.update(forwards=not counts["generating"]), with_kwargs=False
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "__call__", tokenizing)
-        rewards = made.score(texts, [0] * 32, update=False)
-    hook.remove()
-    assert all(rewards.passed)
-    assert counts["tokenizer"] <= 35
-    assert counts["forwards"] <= 4
+        monkeypatch.setattr(owner, name, counting)
+
+    count(type(made.signals[2].answers.engine.tokenizer), "__call__")
+    count(acqcore.Student, "hidden")
+    assert all(made.score(texts, [0] * 32, update=False).passed)
+    assert counts["__call__"] <= 35
+    assert counts["hidden"] <= 4

@@ -7,6 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
+from fakes import Told, written
 
 import acqcore
 from acqsynth.parsing import parse_sample
@@ -16,34 +17,16 @@ from acqsynth.rewards.reliability import ENOUGH, Spread
 GROUPS, MEMBERS = 400, 8
 
 
-class Noisy:
-    """A signal that was told its values and standard errors, by answer."""
-
-    name = "noisy"
-
-    def __init__(self, values, stderr):
-        self.values = values
-        self.errors = stderr
-        self.asked = 0
-
-    def __call__(self, samples):
-        return [self.values[sample.answer] for sample in samples]
-
-    def stderr(self, samples):
-        self.asked += 1
-        return None if self.errors is None else [self.errors[sample.answer] for sample in samples]
-
-
 def text(answer):
-    return f"<question>What is it?</question><answer>{answer}</answer>"
+    return written("What is it?", answer)
 
 
 def composed(domain, values, stderr):
-    return ComposedReward(domain, [Noisy(values, stderr)], length_normalised=False)
+    return ComposedReward(domain, [Told("noisy", values, stderr)], length_normalised=False)
 
 
 def logged(reward, n, group=MEMBERS):
-    metrics: dict[str, float] = {}
+    metrics = {}
     prompts = [f"p{i // group}" for i in range(n)]
     reward(prompts, [text(i) for i in range(n)], log_metric=metrics.__setitem__)
     return metrics
@@ -111,7 +94,7 @@ def test_a_signal_without_standard_errors_has_none(domain):
 def test_a_failed_signal_is_not_asked_for_its_errors(domain):
     reward = composed(domain, {}, {})
     assert reward.score([text(0), text(1)], ["p", "p"]).total == [None, None]
-    assert reward.signals[0].asked == 0
+    assert reward.signals[0].asked_errors == 0
     assert reward.failures == 1
 
 
@@ -152,8 +135,8 @@ def test_an_acquisition_reward_logs_it(model, tokenizer):
     arguments = {"form": "linear", "probes": 4, "layers": 1}
     reward = AcquisitionReward(model, "mutual_information", arguments=arguments, tokenizer=tokenizer)
     texts = [f"<question>What is {i} + {7 * i}?</question><answer>{8 * i}</answer>" for i in range(8)]
-    metrics: dict[str, float] = {}
-    columns: dict[str, list[float | None]] = {}
+    metrics = {}
+    columns = {}
     values = reward(
         ["p"] * 4 + ["q"] * 5, [*texts, "broken"], log_metric=metrics.__setitem__, log_extra=columns.__setitem__
     )
@@ -169,7 +152,7 @@ def test_an_acquisition_reward_logs_it(model, tokenizer):
 
 
 def test_an_exact_acquisition_has_none(model, tokenizer):
-    metrics: dict[str, float] = {}
+    metrics = {}
     reward = AcquisitionReward(model, "entropy", tokenizer=tokenizer)
     reward(["p", "p"], [text(1), text(2)], log_metric=metrics.__setitem__)
     assert "acquisition_entropy/mean" in metrics

@@ -7,12 +7,10 @@ import copy
 import functools
 import pickle
 import sys
-from typing import Any
 
-import datasets
 import httpx
 import pytest
-import trl
+from fakes import trained
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 import acqcore
@@ -52,7 +50,7 @@ def call(reward, completions=COMPLETIONS, **log):
 )
 def test_the_numbers_are_those_of_process(url, model, tokenizer, options):
     local, remote = AcquisitionReward(model, tokenizer=tokenizer, **options), AcquisitionReward(url=url, **options)
-    logs: list[dict[str, Any]] = [{}, {}]
+    logs = [{}, {}]
     expected = call(local, log_extra=logs[0].__setitem__, log_metric=logs[0].__setitem__)
     found = asyncio.run(call(remote, log_extra=logs[1].__setitem__, log_metric=logs[1].__setitem__))
     assert found == expected
@@ -90,7 +88,7 @@ def test_a_server_that_is_down_masks_and_counts(monkeypatch):
     client = functools.partial(httpx.AsyncClient, transport=httpx.MockTransport(refuse))
     monkeypatch.setattr(httpx, "AsyncClient", client)
     reward = AcquisitionReward(url=URL, client={"attempts": 2, "backoff": 0.001})
-    metrics: dict[str, float] = {}
+    metrics = {}
     assert asyncio.run(call(reward, log_metric=metrics.__setitem__)) == [None, 0.0, None, None]
     assert reward.masked == 3
     assert metrics["acquisition_entropy/masked"] == 0.75
@@ -113,12 +111,12 @@ def test_trl_sees_a_coroutine_and_a_name():
 
 
 def test_grpo_awaits_two_at_once(url, model, tokenizer, tmp_path):
-    together: list[int] = []
+    together = []
 
     class Counted(RemoteAcquisitionReward):
         now = 0
 
-        async def __call__(self, **columns):  # type: ignore[override]
+        async def __call__(self, **columns):
             Counted.now += 1
             together.append(Counted.now)
             await asyncio.sleep(0.05)
@@ -127,23 +125,8 @@ def test_grpo_awaits_two_at_once(url, model, tokenizer, tmp_path):
             return rewards
 
     rewards = [Counted(acquisition=name, url=url, parse=str) for name in ("entropy", "loss")]
-    config = trl.GRPOConfig(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=4,
-        num_generations=4,
-        max_completion_length=6,
-        max_steps=1,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-    )
-    data = datasets.Dataset.from_list([{"prompt": "Write."}] * 4)
-    trainer = trl.GRPOTrainer(
-        model=model, reward_funcs=rewards, args=config, train_dataset=data, processing_class=tokenizer
-    )
-    trainer.train()
-    (log,) = [entry for entry in trainer.state.log_history if "rewards/acquisition_loss/mean" in entry]
+    options = {"num_generations": 4, "max_completion_length": 6, "max_steps": 1}
+    [log] = trained(model, tokenizer, rewards, tmp_path, **options)
     assert log["rewards/acquisition_loss/mean"] > 0
     assert log["rewards/acquisition_entropy/mean"] > 0
     assert max(together) == 2

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fakes import PlainDomain
+
 from acqsynth.rewards import ComposedReward, Diversity, NgramEmbedder
 from acqsynth.rewards.gates import Check, New
 
@@ -17,8 +19,8 @@ CALLS = [[f"What is {TOPICS[(3 * i + shift) % 8]} worth in {i} years?" for i in 
 
 RANK = """
 import pickle, sys, torch.distributed as dist
-rank, store, result, source = int(sys.argv[1]), *sys.argv[2:]
-sys.path.insert(0, source)
+rank, store, result, *sources = int(sys.argv[1]), *sys.argv[2:]
+sys.path[:0] = sources
 from test_sync import calls
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 pickle.dump(calls(slice(6 * rank, 6 * rank + 6), sync=True), open(result, "wb"))
@@ -31,25 +33,19 @@ def worth(samples):
     return [float(sum(map(ord, sample.question)) % 13) for sample in samples]
 
 
-worth.name = "worth"  # type: ignore[attr-defined]
+worth.name = "worth"
 
 
 def calls(part, sync):
     """Totals and state of two calls on a part of the completions."""
-    from acqsynth.domains import Domain
-
-    class Plain(Domain):
-        name = "plain"
-
-    Plain.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
     reward = ComposedReward(
-        Plain(),  # type: ignore[abstract]
-        [worth, Diversity(NgramEmbedder(64))],  # type: ignore[list-item]
+        PlainDomain(),
+        [worth, Diversity(NgramEmbedder(64))],
         gates=[New(), Check("odd", lambda sample: "copper" not in sample.question)],
         fusion="rank",
         sync=sync,
     )
-    found: list[object] = []
+    found = []
     for questions in CALLS:
         texts = [f"<question>{question}</question><answer>7</answer>" for question in questions]
         texts[7] = "broken"
@@ -60,11 +56,12 @@ def calls(part, sync):
 
 
 def test_two_ranks_are_one(tmp_path):
-    here = str(Path(__file__).parent)
+    here = Path(__file__).parent
+    sources = [str(here), str(here.parent / "support")]
     results = [tmp_path / f"rank{rank}" for rank in range(2)]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store"), str(result), here],
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store"), str(result), *sources],
             stderr=subprocess.PIPE,
         )
         for rank, result in enumerate(results)

@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import pyarrow
 import pyarrow.parquet
 import pytest
+from fakes import FakeEngine, PlainDomain
 
-from acqsynth.domains import Domain, Sample
-from acqsynth.engines import Completion, Engine, Sampling
+from acqsynth.domains import Sample
+from acqsynth.engines import Completion, Sampling
 
 PAUSE = "ACQSYNTH_TEST_PAUSE"  #: name of a call at which this process waits to be killed
 
@@ -49,24 +50,15 @@ def reached(name):
         time.sleep(120)
 
 
-class Sums(Domain):
+class Sums(PlainDomain):
     name = "sums"
     answer_tokens = 4
 
     def generator_prompt(self, shown):
         return [{"role": "user", "content": "new " + ", ".join(sample.question for sample in shown)}]
 
-    def student_prompt(self, question):
-        return [{"role": "user", "content": question}]
-
     def answer_of(self, completion):
         return completion if completion.isdigit() else None
-
-    def canonical(self, answer):
-        return answer
-
-    def equivalent(self, gold, answers):
-        return [sample.answer == answer for sample, answer in zip(gold, answers, strict=True)]
 
     def verify(self, samples):
         return [str(truth(sample.question)) == sample.answer for sample in samples]
@@ -83,22 +75,19 @@ def truth(question):
     return sum(map(int, question.split("+")))
 
 
-class Counting(Engine):
+class Counting(FakeEngine):
     """Answers rightly as often as its model says; the question's own hash decides which."""
 
-    name = "counting"
-
     def __init__(self, path):
+        super().__init__()
         self.strength = strength(path)
 
     def generate(self, prompts, sampling):
         reached("generate")
-        return [[self._answer(prompt[-1]["content"])] * sampling.n for prompt in prompts]
+        return super().generate(prompts, sampling)
 
-    def reload(self, weights):
-        raise NotImplementedError
-
-    def _answer(self, question):
+    def draw(self, prompt, i, sampling):
+        question = prompt[-1]["content"]
         right = zlib.crc32(question.encode()) % 100 < self.strength
         return Completion(str(truth(question) + (not right)), [], True)
 
@@ -117,7 +106,7 @@ class Gate:
     name = "new"
 
     def __init__(self):
-        self.held: list[str] = []
+        self.held = []
 
     def __call__(self, samples):
         return [sample.question not in self.held for sample in samples]

@@ -1,0 +1,128 @@
+"""What the tests of rewards and trainers share: a plain domain, an engine that is told what to say, a trainer's log."""
+
+from __future__ import annotations
+
+import types
+
+import datasets
+import trl
+
+from acqsynth.domains import Domain
+from acqsynth.engines import Engine
+
+
+class PlainDomain(Domain):
+    """Asks a question as it is and compares answers as text; other fakes change what they need."""
+
+    name = "plain"
+
+    def generator_prompt(self, shown):
+        return [{"role": "user", "content": "new " + " ".join(sample.question for sample in shown)}]
+
+    def student_prompt(self, question):
+        return [{"role": "user", "content": question}]
+
+    def answer_of(self, completion):
+        return completion or None
+
+    def canonical(self, answer):
+        return answer.strip()
+
+    def equivalent(self, gold, answers):
+        pairs = zip(gold, answers, strict=True)
+        return [a is not None and self.canonical(a) == self.canonical(sample.answer) for sample, a in pairs]
+
+    def load(self, source, split="train", columns=None, limit=None):
+        raise FileNotFoundError(source)
+
+
+class FakeEngine(Engine):
+    """Draws what ``draw(prompt, i, sampling)`` gives; ``calls`` holds prompts and sampling of each call."""
+
+    name = "fake"
+
+    def __init__(self):
+        self.calls = []
+
+    def generate(self, prompts, sampling):
+        self.calls.append((list(prompts), sampling))
+        return [[self.draw(prompt, i, sampling) for i in range(sampling.n)] for prompt in prompts]
+
+    def reload(self, weights):
+        raise NotImplementedError
+
+
+class Told:
+    """A signal of given values, and standard errors if there are any, by answer; what is not given raises."""
+
+    def __init__(self, name, values, errors=None):
+        self.name = name
+        self.values = values
+        self.errors = errors
+        self.asked = []  # the answers of each call
+        self.asked_errors = 0
+
+    def __call__(self, samples):
+        self.asked.append([sample.answer for sample in samples])
+        return [self.values[sample.answer] for sample in samples]
+
+    def stderr(self, samples):
+        self.asked_errors += 1
+        return None if self.errors is None else [self.errors[sample.answer] for sample in samples]
+
+
+def written(question, answer, reasoning=""):
+    """A sample as a generator writes it."""
+    middle = f"<reasoning>{reasoning}</reasoning>" if reasoning else ""
+    return f"<question>{question}</question>{middle}<answer>{answer}</answer>"
+
+
+class Log:
+    """What a trainer's ``log_extra`` and ``log_metric`` were given."""
+
+    def __init__(self):
+        self.columns = {}
+        self.metrics = {}
+
+    def call(self, reward, completions, prompts=None):
+        """``reward`` called as TRL 1.16 calls it, by default for one prompt."""
+        n = len(completions)
+        return reward(
+            prompts=[[{"role": "user", "content": "Write a sample."}]] * n if prompts is None else prompts,
+            completions=completions,
+            completion_ids=[[0]] * n,
+            domain=["mathematics"] * n,
+            trainer_state=types.SimpleNamespace(global_step=0),
+            log_extra=self.columns.__setitem__,
+            log_metric=self.metrics.__setitem__,
+        )
+
+
+def trained(model, tokenizer, rewards, folder, **options):
+    """The logged steps of a GRPO run of TRL itself on a CPU, two steps of two prompts unless told otherwise."""
+    given = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 8,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=rewards,
+        args=trl.GRPOConfig(
+            output_dir=str(folder), use_cpu=True, bf16=False, gradient_checkpointing=False, **{**given, **options}
+        ),
+        train_dataset=datasets.Dataset.from_dict(
+            {"prompt": ["Write a sample.", "Another one."] * 2, "domain": ["code"] * 4}
+        ),
+        processing_class=tokenizer,
+    )
+    before = model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert not model.lm_head.weight.detach().equal(before)
+    return [row for row in trainer.state.log_history if "reward" in row]
