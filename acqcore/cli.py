@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _of_options(message: str, options: argparse.Namespace) -> str:
-    """The message with the option in the place of the argument that it begins with: ``--max-length: expected ...``."""
+    """The message with its leading argument spelled as an option: ``--max-length: expected ...``."""
     name, colon, rest = message.partition(":")
     return f"--{name.replace('_', '-')}{colon}{rest}" if name in vars(options) else message
 
@@ -268,7 +268,7 @@ def _run(
         bar.update(n_rows - left)
         try:
             executor.run(job, todo, bar.update)
-        except Exception as error:  # of the student, whose files may hold anything; what blocks raise, the scorer keeps
+        except Exception as error:  # a student's files may raise anything; errors of blocks are kept
             if executor.reports:
                 parts.remove_unused()
             kind = "" if isinstance(error, _WRONG_USAGE) else f"{type(error).__name__}: "
@@ -357,7 +357,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
 
 
 def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str]) -> dict[str, Any]:
-    """Everything that the values and the batches depend on, which excludes the engine."""
+    """Everything that values and batches depend on; the engine is not part of it."""
     digest = hashlib.sha256()
     with data.open("rb") as file:
         while piece := file.read(1 << 20):

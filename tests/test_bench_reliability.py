@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from benchmarks import bench_reliability, real_rows
 from benchmarks.bench_reliability import SIGNALS, Store
 
 
-def test_spearman_is_the_mean_over_pairs_of_seeds() -> None:
+def test_spearman_is_the_mean_over_pairs_of_seeds():
     values = np.random.default_rng(0).standard_normal((3, 40)).round(1)  # with ties
     pairs = [(0, 1), (0, 2), (1, 2)]
     expected = np.mean([spearmanr(values[a], values[b]).statistic for a, b in pairs])
@@ -22,7 +21,7 @@ def test_spearman_is_the_mean_over_pairs_of_seeds() -> None:
     assert np.isnan(bench_reliability.spearman(np.ones((2, 5))))
 
 
-def test_the_interval_holds_the_correlation_as_often_as_it_says() -> None:
+def test_the_interval_holds_the_correlation_as_often_as_it_says():
     rng = np.random.default_rng(1)
     held = 0
     true = 0.786  # rank correlation of normal values whose correlation is 0.8
@@ -34,7 +33,7 @@ def test_the_interval_holds_the_correlation_as_often_as_it_says() -> None:
     assert 50 <= held <= 60
 
 
-def test_two_halves_step_up_to_the_whole() -> None:
+def test_two_halves_step_up_to_the_whole():
     rng = np.random.default_rng(2)
     common = rng.standard_normal(100_000)
     halves = [common + rng.standard_normal(100_000) for _ in range(4)]
@@ -43,10 +42,10 @@ def test_two_halves_step_up_to_the_whole() -> None:
     assert bench_reliability.stepped_up(half) == pytest.approx(whole, abs=0.01)
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_run_goes_on_where_it_stopped(tmp_path):
     done: list[int] = []
 
-    def work(i: int) -> dict[str, Any]:
+    def work(i):
         done.append(i)
         if i == 1 and done.count(1) == 1:
             raise MemoryError("too large")
@@ -68,7 +67,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert Store(tmp_path, {}).settings == {"rows": 3}
 
 
-def test_a_summary_of_known_values(tmp_path: Path) -> None:
+def test_a_summary_of_known_values(tmp_path):
     name, half = "linear, all blocks, 2 probes", "linear, all blocks, 1 probe"
     store = Store(tmp_path, {"machine": {"cpu": "some"}})
     rng = np.random.default_rng(3)
@@ -97,7 +96,7 @@ def test_a_summary_of_known_values(tmp_path: Path) -> None:
     assert "from_stderr" not in by_name[half]
 
 
-def test_each_half_is_a_signal_with_half_of_it() -> None:
+def test_each_half_is_a_signal_with_half_of_it():
     for name, signal in SIGNALS.items():
         if signal.half is not None:
             counts = [
@@ -107,7 +106,7 @@ def test_each_half_is_a_signal_with_half_of_it() -> None:
             assert counts[0] == 2 * counts[1], name
 
 
-def test_rows_of_every_data_set(tmp_path: Path) -> None:
+def test_rows_of_every_data_set(tmp_path):
     records = {
         "GSM8K": {"question": "How many?", "answer": "Two. #### 2"},
         "PubMedQA": {"question": "Does it?", "long_answer": "It does."},

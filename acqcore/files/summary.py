@@ -1,4 +1,4 @@
-"""What a scoring run came to, added up from the reports of its blocks, and as tables on the terminal."""
+"""Aggregates the reports of blocks into the summary of a run, and prints tables on the terminal."""
 
 from __future__ import annotations
 
