@@ -69,7 +69,7 @@ fuzz: $(TEST)/.ready  ## random texts, data files and HTTP bodies for an hour: F
 	while [ $$(date +%s) -lt $$end ]; do \
 		echo "[fuzz] FUZZ_SEED=$$seed"; \
 		FUZZ_SEED=$$seed FUZZ_FACTOR=20 PYTHONSAFEPATH=1 \
-			$(TEST)/bin/python -m pytest --import-mode=importlib -q -x $(FUZZED) || exit 1; \
+			$(TEST)/bin/python -m pytest --import-mode=importlib -q -x -rP $(FUZZED) || exit 1; \
 		seed=$$(( seed + 1 )); \
 	done
 

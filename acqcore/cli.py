@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -80,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _of_options(message: str, options: argparse.Namespace) -> str:
-    """The message with the option in the place of the argument that it begins with: ``--max-length: expected ...``."""
+    """The message with its leading argument spelled as an option: ``--max-length: expected ...``."""
     name, colon, rest = message.partition(":")
     return f"--{name.replace('_', '-')}{colon}{rest}" if name in vars(options) else message
 
@@ -160,7 +159,9 @@ def _add_scoring_options(parser: argparse.ArgumentParser) -> None:
     """The options of the commands that score the rows of a file."""
     parser.add_argument("--data-config", metavar="C", help="configuration of a data set")
     parser.add_argument("--split", default="train", metavar="S", help="split of a data set (default: train)")
-    parser.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=plan_command.ARGUMENTS_HELP)
+    parser.add_argument(
+        "--acquisition-args", type=plan_command.json_value, metavar="JSON", help=plan_command.ARGUMENTS_HELP
+    )
     parser.add_argument(
         "--reduction", default="mean", help=f"of token values: {', '.join(get_args(Reduction))} (default: mean)"
     )
@@ -267,7 +268,7 @@ def _run(
         bar.update(n_rows - left)
         try:
             executor.run(job, todo, bar.update)
-        except Exception as error:  # of the student, whose files may hold anything; what blocks raise, the scorer keeps
+        except Exception as error:  # a student's files may raise anything; errors of blocks are kept
             if executor.reports:
                 parts.remove_unused()
             kind = "" if isinstance(error, _WRONG_USAGE) else f"{type(error).__name__}: "
@@ -296,6 +297,8 @@ def _join(options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
     return str(error).strip().split("\n")[0]
 
 
@@ -354,7 +357,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
 
 
 def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str]) -> dict[str, Any]:
-    """Everything that the values and the batches depend on, which excludes the engine."""
+    """Everything that values and batches depend on; the engine is not part of it."""
     digest = hashlib.sha256()
     with data.open("rb") as file:
         while piece := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""Row statistics: everything one softmax row tells, from one pass over the vocabulary.
+"""Row statistics: everything there is to know of a softmax row, from one pass over the vocabulary.
 
 For a row with logits ``z``, maximum ``m = z[a]`` and ``e_v = exp(z_v - m)``, the state holds sums over ``v != a``:
 

@@ -1,4 +1,4 @@
-"""Inputs and assertions that hold a backend to the numerics contract; used by acqcore's tests and open to others'.
+"""Inputs and assertions that hold a backend to the numerics contract, for the tests of acqcore and of other backends.
 
 The oracle is the ``eager`` backend in float64 on the same, already rounded, inputs. Tolerances are those of the
 contract and do not depend on the input dtype: products accumulate in float32 whatever the dtype.

@@ -1,7 +1,7 @@
-"""What the ranks that share a vocabulary tell each other about the same rows: a few numbers of each, never logits.
+"""Collectives between ranks that share a vocabulary: a few numbers of each row, never logits.
 
 A head with a ``group`` holds some rows of the weight, and every rank of the group passes the same hidden states through
-its own. Collectives run on the head's device, in float64, in the order in which the caller makes his calls.
+its own. Collectives run on the head's device, in float64, in the order of the caller's calls.
 """
 
 from __future__ import annotations

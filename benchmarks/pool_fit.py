@@ -113,32 +113,48 @@ class Llama:
     def hidden(
         self,
         ids: torch.Tensor,  # [B, T] int64
+        kept: torch.Tensor | None = None,  # [N] int64
     ) -> torch.Tensor:
-        """Hidden states after the final norm, ``[B, T, D]``."""
-        cosine, sine = self.cosine[: ids.shape[1]], self.sine[: ids.shape[1]]
-        d = cosine.shape[1]
-        x = F.embedding(ids, self.embedding)
-        with sdpa_kernel(ATTENTION):
+        """Hidden states after the final norm, ``[B, T, D]``.
+
+        ``kept``: places of ``ids.flatten()`` that are not padding. Only these are computed; the others' states are 0.
+        """
+        d = self.cosine.shape[1]
+        at = torch.arange(ids.numel(), device=ids.device) if kept is None else kept
+        cosine, sine = (table[at % ids.shape[1], None] for table in (self.cosine, self.sine))
+
+        def spread(
+            x: torch.Tensor,  # [N, ...]
+        ) -> torch.Tensor:  # [B, T, ...]
+            if kept is not None:
+                x = x.new_zeros(ids.numel(), *x.shape[1:]).index_copy(0, kept, x)
+            return x.unflatten(0, ids.shape)
+
+        x = F.embedding(ids.flatten()[at], self.embedding)  # [N, D]
+        with sdpa_kernel(ATTENTION if ids.is_cuda else SDPBackend.MATH):
             for norm, q, k, v, o, second, gate, up, down in self.blocks:
                 y = F.rms_norm(x, norm.shape, norm, self.eps)
-                query, key, value = (F.linear(y, w).unflatten(2, (-1, d)).transpose(1, 2) for w in (q, k, v))
+                query, key, value = (F.linear(y, w).unflatten(1, (-1, d)) for w in (q, k, v))  # [N, heads, d]
+                query, key = _rotated(query, cosine, sine), _rotated(key, cosine, sine)
                 groups = query.shape[1] // key.shape[1]
-                key = _rotated(key, cosine, sine).repeat_interleave(groups, dim=1)
-                value = value.repeat_interleave(groups, dim=1)
-                y = F.scaled_dot_product_attention(_rotated(query, cosine, sine), key, value, is_causal=True)
-                x = x + F.linear(y.transpose(1, 2).flatten(2), o)
+                query, key, value = (spread(z).transpose(1, 2) for z in (query, key, value))
+                key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+                y = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+                y = y.transpose(1, 2).flatten(2).flatten(0, 1)
+                x = x + F.linear(y if kept is None else y[kept], o)
                 y = F.rms_norm(x, second.shape, second, self.eps)
                 x = x + F.linear(F.silu(F.linear(y, gate)) * F.linear(y, up), down)
-        return F.rms_norm(x, self.norm.shape, self.norm, self.eps)
+        return spread(F.rms_norm(x, self.norm.shape, self.norm, self.eps))
 
     def token_losses(
         self,
         ids: torch.Tensor,  # [B, T]
         places: torch.Tensor,  # [B, L]
         targets: torch.Tensor,  # [B, L]
+        kept: torch.Tensor | None = None,  # [N]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``-log p`` of each token of the label, 0 past its end, and the likeliest token: ``[B, L]`` each."""
-        hidden = self.hidden(ids)
+        hidden = self.hidden(ids, kept)
         picked = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))
         logits = self.logits(picked)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
@@ -155,12 +171,12 @@ class Llama:
 
 
 def _rotated(
-    x: torch.Tensor,  # [B, heads, T, d]
-    cosine: torch.Tensor,  # [T, d]
-    sine: torch.Tensor,  # [T, d]
+    x: torch.Tensor,  # [N, heads, d]
+    cosine: torch.Tensor,  # [N, 1, d]
+    sine: torch.Tensor,  # [N, 1, d]
 ) -> torch.Tensor:
-    first, second = x.chunk(2, dim=3)
-    return x * cosine + torch.cat((-second, first), dim=3) * sine
+    first, second = x.chunk(2, dim=2)
+    return x * cosine + torch.cat((-second, first), dim=2) * sine
 
 
 @dataclass(frozen=True)
@@ -263,7 +279,7 @@ class Fitter:
             self._targets.copy_(batch.targets)
             fall = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
             self._rate.fill_(rate * min((step + 1) / warm, fall))
-            self._step(int((batch.prompt + batch.targets.ne(IGNORED).sum(dim=1)).max()) if self._graph is None else None)
+            self._step(batch)
         return steps
 
     def test(self, rows: Rows, at_once: int = 250) -> Tested:
@@ -350,18 +366,20 @@ class Fitter:
                 break
         return total / count
 
-    def _step(self, longest: int | None) -> None:
-        if self._graph is None:
-            self._compute(longest)
-        else:
+    def _step(self, batch: Rows) -> None:
+        if self._graph is not None:
             self._graph.replay()
+        else:  # the shape is free, so padding is left out
+            place = torch.arange(batch.ids.shape[1], device=self.device)
+            ends = batch.prompt + batch.targets.ne(IGNORED).sum(dim=1)
+            self._compute((place < ends[:, None]).flatten().nonzero()[:, 0])
 
-    def _compute(self, longest: int | None = None) -> None:
-        """One training step on the buffers; no allocation outlives it and nothing waits for the device.
-
-        ``longest``: tokens of the batch's longest row, past which is padding; a graph takes all.
-        """
-        losses, _ = self._forward.token_losses(self._ids[:, :longest], self._places, self._targets)
+    def _compute(
+        self,
+        kept: torch.Tensor | None = None,  # [N]
+    ) -> None:
+        """One training step on the buffers; no allocation outlives it and nothing waits for the device."""
+        losses, _ = self._forward.token_losses(self._ids, self._places, self._targets, kept)
         loss = losses.sum() / self._targets.ne(IGNORED).sum()
         gradients = torch.autograd.grad(loss, self._weights)
         with torch.no_grad():

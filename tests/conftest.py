@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +203,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def implementation(request, monkeypatch):
     """A backend's name, its instruction set forced; a GPU's takes the tests' tensors to its device."""
     name, _, isa = request.param.partition("/")
     if isa:
@@ -232,7 +231,7 @@ CHAT_TEMPLATE = (
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Any:
+def tokenizer():
     """A byte-level BPE tokenizer of at most 320 tokens with a chat template; it adds no special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -254,7 +253,7 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture
-def tiny_model() -> Callable[..., Any]:
+def tiny_model():
     """``tiny_model(kind, **config)``: a random language model, 320 tokens, 64 positions, in eval mode."""
     import transformers
 
@@ -285,7 +284,7 @@ def tiny_model() -> Callable[..., Any]:
         "Phi": {"partial_rotary_factor": 0.5},  # its head has a bias
     }
 
-    def build(kind: str, **config: Any) -> Any:
+    def build(kind, **config):
         suffix = "Text" if kind == "Gemma3" else ""
         settings = own[kind] if kind == "GPT2" else sizes | own[kind]
         if kind in ("Gemma2", "Gemma3"):
@@ -302,15 +301,13 @@ def tiny_model() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def exact() -> Callable[..., torch.Tensor]:
+def exact():
     """``exact(model, samples, parameters, loss="mean")``: the gradient of each sample, ``[n, total]`` float64.
 
     One backward per sample, unpadded, through the model's own logits. Samples are tensors padded on the right.
     """
 
-    def run(
-        model: Any, samples: dict[str, torch.Tensor], parameters: Sequence[torch.Tensor], loss: str = "mean"
-    ) -> torch.Tensor:
+    def run(model, samples, parameters, loss="mean"):
         found = [p.requires_grad for p in parameters]
         rows = []
         for ids, mask, labels in zip(
@@ -334,13 +331,13 @@ def exact() -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture
-def brute_force() -> Callable[..., dict[str, torch.Tensor]]:
+def brute_force():
     """``brute_force(model, ids, scored)``: per-token references of each acquisition, from the model's logits.
 
     One sample, full logits, no padding; ``ids [T]``, ``scored [T]`` bool. Name -> ``[scored tokens]``.
     """
 
-    def run(model: Any, ids: torch.Tensor, scored: torch.Tensor) -> dict[str, torch.Tensor]:
+    def run(model, ids, scored):
         seen: list[torch.Tensor] = []
         hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         with torch.no_grad():
@@ -355,7 +352,7 @@ def brute_force() -> Callable[..., dict[str, torch.Tensor]]:
 
 
 @pytest.fixture
-def student(tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any) -> Path:
+def student(tmp_path, tiny_model, tokenizer):
     """The folder of a small saved model."""
     folder = tmp_path / "student"
     tiny_model("Llama").save_pretrained(folder)
@@ -364,10 +361,10 @@ def student(tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any) -> P
 
 
 @pytest.fixture
-def command(student: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def command(student, tmp_path):
     """``command(rows, **options)``: a command line that scores ``rows`` (dicts, or raw lines) into out.jsonl."""
 
-    def build(rows: list[Any], **options: Any) -> list[str]:
+    def build(rows, **options):
         data = tmp_path / "data.jsonl"
         data.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
         settings = {

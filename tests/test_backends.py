@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from acqcore import _core
 from acqcore.testing import random_case
 
 
-def test_listing() -> None:
+def test_listing():
     rows = {row.name: row for row in acqcore.backends()}
     assert list(rows) == ["cpu", "cuda", "triton", "eager"]
     assert rows["cpu"].available
@@ -25,12 +24,12 @@ def test_listing() -> None:
     assert all(row.description for row in rows.values())
 
 
-def test_isas_are_ordered_and_the_best_is_the_last_present() -> None:
+def test_isas_are_ordered_and_the_best_is_the_last_present():
     present = [name for name, missing in _core.isas() if not missing]
     assert present[-1] == _core.best_isa()
 
 
-def test_unknown_backend() -> None:
+def test_unknown_backend():
     case = random_case(2, 4, 8)
     with pytest.raises(
         ValueError, match=r"backend: unknown 'cpuu', expected one of cpu, cuda, triton, eager; did you mean 'cpu'"
@@ -38,7 +37,7 @@ def test_unknown_backend() -> None:
         case.run("cpuu")
 
 
-def test_environment_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_forces_a_backend(monkeypatch):
     case = random_case(2, 4, 8)
     monkeypatch.setenv("ACQCORE_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="ACQCORE_BACKEND: unknown 'nonsense'"):
@@ -53,13 +52,13 @@ def test_environment_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         acqcore.row_stats(case.hidden.double(), case.head)
 
 
-def test_nothing_falls_back_to_eager_unasked() -> None:
+def test_nothing_falls_back_to_eager_unasked():
     case = random_case(2, 4, 8)
     with pytest.raises(RuntimeError, match="backend='eager' computes it in plain torch"):
         acqcore.row_stats(case.hidden.double(), case.head)
 
 
-def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_instruction_set(monkeypatch):
     monkeypatch.setenv("ACQCORE_ISA", "avx1024")
     with pytest.raises(ValueError, match="ACQCORE_ISA: unknown 'avx1024'"):
         random_case(2, 4, 8).run("cpu")
@@ -67,7 +66,7 @@ def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
         acqcore.backends()
 
 
-def test_the_forced_instruction_set_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_forced_instruction_set_ran(monkeypatch):
     """Without fused multiply-add (x86-64-v2) the last bits differ; pairs of bfloat16 are summed in another order."""
     present = [name for name, missing in _core.isas() if not missing]
     case = random_case(50, 576, 700)
@@ -81,13 +80,16 @@ def test_the_forced_instruction_set_ran(monkeypatch: pytest.MonkeyPatch) -> None
     if "x86-64-v4-bf16" in states:
         assert torch.equal(states["x86-64-v4"][0], states["x86-64-v4-bf16"][0])
         assert not torch.equal(states["x86-64-v4"][1], states["x86-64-v4-bf16"][1])
+    if "x86-64-v4-amx" in states:
+        assert torch.equal(states["x86-64-v4-bf16"][0], states["x86-64-v4-amx"][0])
+        assert not torch.equal(states["x86-64-v4-bf16"][1], states["x86-64-v4-amx"][1])
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
-def test_without_the_extension_plain_torch_serves_and_import_says_so() -> None:
+def test_without_the_extension_plain_torch_serves_and_import_says_so():
     result = _python(
         "import sys; sys.modules['acqcore._core'] = None\n"
         "import torch, acqcore\n"
@@ -99,7 +101,7 @@ def test_without_the_extension_plain_torch_serves_and_import_says_so() -> None:
     assert "RuntimeWarning: acqcore has no compiled extension here: the backend 'eager'" in result.stderr
 
 
-def test_an_extension_that_does_not_load_says_what_to_run(tmp_path: Path) -> None:
+def test_an_extension_that_does_not_load_says_what_to_run(tmp_path):
     """A build for another system raises: only a package without an extension is served by plain torch."""
     (tmp_path / "broken.py").write_text("raise ImportError('GLIBC_9.9 not found')")
     result = _python(
@@ -119,7 +121,7 @@ def test_an_extension_that_does_not_load_says_what_to_run(tmp_path: Path) -> Non
     assert result.stderr == ""
 
 
-def test_import_takes_neither_transformers_nor_triton() -> None:
+def test_import_takes_neither_transformers_nor_triton():
     result = _python(
         "import sys, acqcore\n"
         "print([m for m in ('transformers', 'triton', 'datasets', 'pandas', 'trl') if m in sys.modules])"
@@ -129,7 +131,7 @@ def test_import_takes_neither_transformers_nor_triton() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
 @pytest.mark.parametrize(("n", "d", "v"), [(4096, 64, 49152), (2048, 64, 262144), (1024, 2048, 30000)])
-def test_extra_memory_is_bounded(n: int, d: int, v: int) -> None:
+def test_extra_memory_is_bounded(n, d, v):
     """At most 64 MiB beyond inputs and outputs; the logits would take 120 MiB to 2 GiB."""
     result = _python(
         "import torch, acqcore\n"
@@ -155,7 +157,7 @@ def test_extra_memory_is_bounded(n: int, d: int, v: int) -> None:
         "acqcore.grad_sketch(h, head, y, o, dim=256, backend='cpu')",
     ],
 )
-def test_gradients_never_hold_the_logits(call: str) -> None:
+def test_gradients_never_hold_the_logits(call):
     """At most 64 MiB where the logits alone would take 512: fails if the reference stands in for the kernel."""
     result = _python(
         "import torch, acqcore\n"

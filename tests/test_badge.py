@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 
@@ -16,7 +13,7 @@ MASK = (torch.arange(12) < torch.tensor([12, 5, 2, 9, 12])[:, None]).long()
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
 @pytest.mark.parametrize("parameters", ["head", 1])
-def test_targets_are_the_students_own_argmax(kind: str, parameters: str | int, tiny_model: Callable[..., Any]) -> None:
+def test_targets_are_the_students_own_argmax(kind, parameters, tiny_model):
     model = tiny_model(kind)
     with torch.no_grad():
         predicted = model(input_ids=IDS).logits.argmax(dim=2)
@@ -31,7 +28,7 @@ def test_targets_are_the_students_own_argmax(kind: str, parameters: str | int, t
         torch.testing.assert_close(vectors, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_labels_do_not_count_but_where_they_are_does(tiny_model: Callable[..., Any]) -> None:
+def test_labels_do_not_count_but_where_they_are_does(tiny_model):
     model = tiny_model("Llama")
     labels = IDS.clone()
     labels[:, :6] = -100
@@ -42,17 +39,17 @@ def test_labels_do_not_count_but_where_they_are_does(tiny_model: Callable[..., A
     assert not torch.allclose(one, whole)
 
 
-def test_text(tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+def test_text(tiny_model, tokenizer):
     vectors = acqcore.badge_embedding(tiny_model("Llama"), ["a fox", "a dog"], tokenizer=tokenizer, dim=16)
     assert vectors.shape == (2, 16)
     assert acqcore.select(vectors, 1, "badge").shape == (1,)
 
 
-def test_no_samples(tiny_model: Callable[..., Any]) -> None:
+def test_no_samples(tiny_model):
     assert acqcore.badge_embedding(tiny_model("Llama"), [], dim=16).shape == (0, 16)
 
 
-def test_a_sample_without_a_finite_gradient_is_told_apart(tiny_model: Callable[..., Any]) -> None:
+def test_a_sample_without_a_finite_gradient_is_told_apart(tiny_model):
     model = tiny_model("Llama")
     with torch.no_grad():
         model.model.embed_tokens.weight[int(IDS[1, 0])] = torch.nan
@@ -70,6 +67,6 @@ def test_a_sample_without_a_finite_gradient_is_told_apart(tiny_model: Callable[.
         ({"parameters": "heads"}, "parameters: "),
     ],
 )
-def test_bad_options(options: dict[str, Any], message: str, tiny_model: Callable[..., Any]) -> None:
+def test_bad_options(options, message, tiny_model):
     with pytest.raises(ValueError, match=message):
         acqcore.badge_embedding(tiny_model("Llama"), {"input_ids": IDS}, **options)

@@ -48,7 +48,7 @@ def _run(case: Case, backend: str, **options: Any) -> BayesStats:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", ["element", "block"])
 @pytest.mark.parametrize("name", CASES)
-def test_parity(name: str, form: str, dtype: torch.dtype, implementation: str) -> None:
+def test_parity(name, form, dtype, implementation):
     case = CASES[name]().to(dtype)
     got = _run(case, implementation, form=form, block=16)
     _assert_close(got, _run(case.to(torch.float64), "eager", form=form, block=16), dtype)
@@ -57,7 +57,7 @@ def test_parity(name: str, form: str, dtype: torch.dtype, implementation: str) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("draws", [2, 8, 19])
 @pytest.mark.parametrize(("form", "block"), [("element", 1), ("block", 7), ("block", 64), ("block", 5000)])
-def test_draws_and_blocks(draws: int, form: str, block: int, dtype: torch.dtype, implementation: str) -> None:
+def test_draws_and_blocks(draws, form, block, dtype, implementation):
     """Blocks that do not divide D, one block for all, odd blocks under pairs of bfloat16; D beyond one packed depth."""
     case = random_case(11, 1411, 700, bias=True, softcap=9.0, scale=0.7).to(dtype)
     options = {"draws": draws, "form": form, "block": block, "dropout": 0.3}
@@ -66,7 +66,7 @@ def test_draws_and_blocks(draws: int, form: str, block: int, dtype: torch.dtype,
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shared", [True, False])
-def test_ensembles(shared: bool, dtype: torch.dtype, implementation: str) -> None:
+def test_ensembles(shared, dtype, implementation):
     """Hidden states of every draw in hand, under one head or under one each."""
     cases = [random_case(21, 700, 911, bias=True, seed=seed).to(dtype) for seed in range(3)]
     hidden, targets = torch.stack([case.hidden for case in cases]), cases[0].targets
@@ -77,7 +77,7 @@ def test_ensembles(shared: bool, dtype: torch.dtype, implementation: str) -> Non
     _assert_close(got, oracle, dtype)
 
 
-def test_definitions() -> None:
+def test_definitions():
     """The eager backend against entropies and divergences written out."""
     case = random_case(6, 20, 30).to(torch.float64)
     stats = _run(case, "eager", draws=5, dropout=0.4)
@@ -108,7 +108,7 @@ def test_definitions() -> None:
 
 
 @pytest.mark.parametrize("form", ["element", "block"])
-def test_converges_to_torch_dropout(form: str, implementation: str) -> None:
+def test_converges_to_torch_dropout(form, implementation):
     """With 4096 draws the numbers are those of torch's own dropout, whose masks are unrelated."""
     torch.manual_seed(0)
     case = random_case(3, 48, 40, std=2.0)
@@ -124,7 +124,7 @@ def test_converges_to_torch_dropout(form: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["element", "block"])
-def test_bounds(form: str, implementation: str) -> None:
+def test_bounds(form, implementation):
     """0 without dropout, exactly on compiled backends; at most log K, which draws that never agree attain."""
     case = random_case(16, 64, 500)
     still = _run(case, implementation, form=form, dropout=0.0)
@@ -143,7 +143,7 @@ def test_bounds(form: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["element", "block"])
-def test_rows_do_not_depend_on_the_batch(form: str, implementation: str) -> None:
+def test_rows_do_not_depend_on_the_batch(form, implementation):
     """Sample and position are what keys a mask: samples scored apart give the same numbers."""
     case = random_case(90, 96, 1000)
     assert case.targets is not None
@@ -162,7 +162,7 @@ def test_rows_do_not_depend_on_the_batch(form: str, implementation: str) -> None
     assert torch.equal(other.mutual_information[:20], whole.mutual_information[:20])
 
 
-def test_threads_do_not_change_a_bit() -> None:
+def test_threads_do_not_change_a_bit():
     case = random_case(70, 64, 2000)
     threads = torch.get_num_threads()
     states = []
@@ -176,13 +176,13 @@ def test_threads_do_not_change_a_bit() -> None:
     assert torch.equal(states[0], states[2])
 
 
-def test_many_chunks_of_rows() -> None:
+def test_many_chunks_of_rows():
     """More rows than are held at a time: V = 262144 keeps 8 of them between the visits."""
     case = random_case(18, 8, 262144)
     _assert_close(_run(case, "cpu", draws=8), _run(case.to(torch.float64), "eager", draws=8), torch.float32)
 
 
-def test_philox_known_answers() -> None:
+def test_philox_known_answers():
     """The vectors published with the generator."""
     ones = 0xFFFFFFFF
     known = [
@@ -200,7 +200,7 @@ def test_philox_known_answers() -> None:
 
 
 @pytest.mark.parametrize(("site", "seed", "units"), [(0, 0, 1), (0, 5, 97), (7, 2**62 + 12345, 576), (65535, 1, 130)])
-def test_masks_bit_for_bit(site: int, seed: int, units: int, implementation: str) -> None:
+def test_masks_bit_for_bit(site, seed, units, implementation):
     """Every backend draws the mask of ``philox.keep_mask``, whatever the tile or the row it stands in."""
     samples = torch.tensor([0, 1, 2**32 - 1, 77, 77, 77])
     positions = torch.tensor([0, 4, 2**20 + 3, 0, 1, 2])
@@ -214,7 +214,7 @@ def test_masks_bit_for_bit(site: int, seed: int, units: int, implementation: str
     assert torch.equal(alone[:, 0], keep[:, 4])
 
 
-def test_masks_are_the_ones_applied(implementation: str) -> None:
+def test_masks_are_the_ones_applied(implementation):
     """Logits that read the mask off: column d of the hidden state alone moves token d."""
     d = 40
     head = acqcore.Head(torch.eye(d) * 300)
@@ -227,7 +227,7 @@ def test_masks_are_the_ones_applied(implementation: str) -> None:
         assert torch.equal(votes[k], last_kept)
 
 
-def test_mask_rates() -> None:
+def test_mask_rates():
     """Kept shares of columns, positions, samples, draws and sites are those of independent coins."""
     kept = []
     for draw in range(4):
@@ -245,11 +245,11 @@ def test_mask_rates() -> None:
     assert float((correlation - torch.eye(16)).abs().max()) < 5 / flat.shape[1] ** 0.5 + 0.02
 
 
-def test_compiled_call() -> None:
+def test_compiled_call():
     """The op is a custom op: it runs under torch.compile and its fake passes torch's own checks."""
     case = random_case(4, 16, 30)
 
-    def call(hidden: torch.Tensor) -> torch.Tensor:
+    def call(hidden):
         return _run(Case(hidden, case.head, case.targets), "cpu").mutual_information
 
     compiled = torch.compile(call, backend="aot_eager")
@@ -274,12 +274,12 @@ def test_compiled_call() -> None:
         ({"backend": "gpu"}, ValueError, "backend"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments(options, error, message):
     with pytest.raises(error, match=message):
         mutual_information(torch.ones(3, 4), acqcore.Head(torch.ones(5, 4)), **options)
 
 
-def test_bad_ensembles() -> None:
+def test_bad_ensembles():
     head = acqcore.Head(torch.ones(5, 4))
     with pytest.raises(ValueError, match=r"hidden: expected shape \[K, N, D\]"):
         ensemble_stats(torch.ones(3, 4), head)
@@ -293,7 +293,7 @@ def test_bad_ensembles() -> None:
         ensemble_stats(torch.ones(2, 2, 4), [head, acqcore.Head(torch.ones(5, 4), softcap=2.0)])
 
 
-def test_empty_and_repr() -> None:
+def test_empty_and_repr():
     head = acqcore.Head(torch.ones(5, 4))
     assert len(mutual_information(torch.ones(0, 4), head).mutual_information) == 0
     stats = mutual_information(torch.ones(2, 4), head, targets=torch.tensor([-100, 1]))
@@ -304,7 +304,7 @@ def test_empty_and_repr() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
 @pytest.mark.parametrize("call", ["", ", form='block', block=8"])
-def test_never_holds_the_logits_of_every_draw(call: str) -> None:
+def test_never_holds_the_logits_of_every_draw(call):
     """At most 256 MiB where ``[N, K, V]`` would take a gibibyte: fails if the reference stands in for the kernel."""
     code = (
         "import torch, acqcore\n"

@@ -48,11 +48,11 @@ def llama(seed: int = 0) -> Any:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     rng = random.Random(0)
     filler = [f"word{i}" for i in range(40)]
 
-    def rows(n: int, intents: bool) -> list[dict[str, str]]:
+    def rows(n, intents):
         made = []
         for i in range(n):
             topic = TOPICS[i % len(TOPICS)]
@@ -75,7 +75,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 class TestPool:
-    def test_kinds_have_their_shares_and_the_rest_is_untouched(self, folder: Path) -> None:
+    def test_kinds_have_their_shares_and_the_rest_is_untouched(self, folder):
         task = pool_data.task(*pool_data.load(folder, "banking77"), SIZES, seed=1)
         a, b = task.pools["A"], task.pools["B"]
         assert Counter(row.kind for row in b) == {
@@ -100,36 +100,36 @@ class TestPool:
                 assert row.text != source
                 assert row.intent == clean[source]
 
-    def test_no_row_is_in_two_parts(self, folder: Path) -> None:
+    def test_no_row_is_in_two_parts(self, folder):
         task = pool_data.task(*pool_data.load(folder, "banking77"), SIZES, seed=1)
         texts = [row.text for part in (task.warm, task.development, task.pools["A"], task.test) for row in part]
         assert len(texts) == len(set(texts))
         assert Counter(Counter(row.intent for row in task.warm).values()) == {2: 4}
 
-    def test_a_seed_decides_everything(self, folder: Path) -> None:
+    def test_a_seed_decides_everything(self, folder):
         data = pool_data.load(folder, "banking77")
         assert pool_data.task(*data, SIZES, 3) == pool_data.task(*data, SIZES, 3)
         assert pool_data.task(*data, SIZES, 3).pools != pool_data.task(*data, SIZES, 4).pools
 
-    def test_a_training_row_that_repeats_a_test_row_is_left_out(self, folder: Path) -> None:
+    def test_a_training_row_that_repeats_a_test_row_is_left_out(self, folder):
         train, test, _ = pool_data.load(folder, "banking77")
         leak = {"text": f"  {test[0].text.upper()}!", "intent": test[0].intent}
         with (folder / "banking77_train.jsonl").open("a") as file:
             file.write(json.dumps(leak) + "\n")
         assert pool_data.load(folder, "banking77")[0] == train
 
-    def test_too_few_rows_are_refused(self, folder: Path) -> None:
+    def test_too_few_rows_are_refused(self, folder):
         with pytest.raises(ValueError, match="sizes: 5008 rows beside the warm start"):
             pool_data.task(*pool_data.load(folder, "banking77"), Sizes(4, 2, 8, 5000, 16), seed=0)
 
-    def test_confusable_intents_share_words(self) -> None:
+    def test_confusable_intents_share_words(self):
         rows = [Message(text, text.replace(" ", "_")) for text in ("card lost", "card stolen", "rate today")] * 2
         nearest = Nearest(rows)
         assert nearest.confusable("card_lost") == "card_stolen"
         assert nearest.of_text("what is the rate") == "rate_today"
         assert nearest.of_text("unheard of") is None
 
-    def test_messages_of_the_files_as_published(self) -> None:
+    def test_messages_of_the_files_as_published(self):
         """The real files, where they are: every intent is there and 77 x 2 + 96 + 3,000 rows can be drawn."""
         source = Path(__file__).parents[1] / "../shared/data/intents"
         if not source.is_dir():
@@ -142,13 +142,13 @@ class TestPool:
 
 
 class TestChoosers:
-    def test_sift_lowers_the_posterior_variance_most(self) -> None:
+    def test_sift_lowers_the_posterior_variance_most(self):
         g = torch.Generator().manual_seed(0)
         candidates, prompts = torch.randn(14, 4, generator=g), torch.randn(3, 4, generator=g)
         candidates[5] = candidates[2]
         x, t = F.normalize(candidates.double(), dim=1), F.normalize(prompts.double(), dim=1)
 
-        def variance(s: list[int]) -> float:
+        def variance(s):
             inner = x[s] @ x[s].T + pool_signals.SIFT_NOISE * torch.eye(len(s), dtype=torch.float64)
             return float((t.square().sum(1) - (t @ x[s].T @ torch.linalg.inv(inner) * (t @ x[s].T)).sum(1)).sum())
 
@@ -158,7 +158,7 @@ class TestChoosers:
             chosen.append(min(left, key=lambda i: variance([*chosen, i])))
         assert pool_signals.sift(candidates, prompts, 9).tolist() == chosen
 
-    def test_huds_by_loops(self) -> None:
+    def test_huds_by_loops(self):
         g = torch.Generator().manual_seed(1)
         uncertainty, vectors = 3 * torch.rand(40, generator=g), torch.randn(40, 6, generator=g)
         low, high = float(uncertainty.min()), float(uncertainty.max())
@@ -171,22 +171,22 @@ class TestChoosers:
         expected = sorted(range(40), key=lambda i: -scores[i])[:12]
         assert pool_signals.huds(uncertainty, vectors, 12).tolist() == expected
 
-    def test_huds_of_equal_uncertainties(self) -> None:
+    def test_huds_of_equal_uncertainties(self):
         vectors = torch.eye(4)
         vectors[3] = -1.0
         chosen = pool_signals.huds(torch.ones(4), vectors, 4)  # one stratum, whose mean 3 lies along
         assert chosen.tolist() == [0, 1, 2, 3]
 
-    def test_distinct_keeps_the_first_of_near_copies(self) -> None:
+    def test_distinct_keeps_the_first_of_near_copies(self):
         vectors = torch.tensor([[1.0, 0.0], [0.99, 0.05], [0.0, 2.0], [0.05, 1.0], [1.0, 1.0]])
         assert pool_signals.distinct([4, 1, 0, 3, 2], vectors, threshold=0.95) == [4, 1, 3]
         assert pool_signals.distinct([0, 2], vectors, threshold=0.95) == [0, 2]
 
-    def test_balanced_takes_labels_in_turn(self) -> None:
+    def test_balanced_takes_labels_in_turn(self):
         assert pool_signals.balanced([5, 4, 3, 2, 1, 0], [0, 0, 0, 1, 1, 2], 4) == [5, 4, 2, 3]
         assert pool_signals.balanced([0, 1, 2], [7, 7, 7], 3) == [0, 1, 2]
 
-    def test_the_oracle_chooses_clean_rows_in_the_order_of_random(self) -> None:
+    def test_the_oracle_chooses_clean_rows_in_the_order_of_random(self):
         kinds = ["clean", "out of scope"] * 10
         chosen = pool_signals.clean_oracle(kinds, 6, seed=3)
         assert len(set(chosen)) == 6
@@ -196,7 +196,7 @@ class TestChoosers:
 
 
 class TestPaired:
-    def test_is_the_paired_t_test(self) -> None:
+    def test_is_the_paired_t_test(self):
         a, b = [3.0, 5.0, 4.5, 6.0], [2.5, 4.0, 4.4, 4.0]
         expected = ttest_rel(a, b)
         d = paired.difference(a, b)
@@ -204,7 +204,7 @@ class TestPaired:
         assert d.p == pytest.approx(expected.pvalue)
         assert (d.low, d.high) == pytest.approx((interval.low, interval.high))
 
-    def test_a_difference_that_can_be_detected(self) -> None:
+    def test_a_difference_that_can_be_detected(self):
         """Simulated: a true difference of that size is found in about 80 % of runs."""
         g = torch.Generator().manual_seed(0)
         noise = torch.randn(2000, 8, generator=g, dtype=torch.float64)
@@ -213,23 +213,23 @@ class TestPaired:
         found = sum(paired.difference((row + size).tolist(), [0.0] * 8).p < 0.05 for row in noise)
         assert found / 2000 == pytest.approx(0.8, abs=0.06)
 
-    def test_holm_by_hand(self) -> None:
+    def test_holm_by_hand(self):
         adjusted = paired.holm({"a": 0.04, "b": 0.01, "c": 0.03, "d": 0.5})
         assert adjusted == pytest.approx({"a": 0.09, "b": 0.04, "c": 0.09, "d": 0.5})
         assert paired.holm({}) == {}
 
-    def test_one_pair_shows_nothing(self) -> None:
+    def test_one_pair_shows_nothing(self):
         d = paired.difference([1.0], [0.0])
         assert not d.shown()
         assert (d.low, d.high) == (-math.inf, math.inf)
 
-    def test_no_or_unequal_pairs_are_refused(self) -> None:
+    def test_no_or_unequal_pairs_are_refused(self):
         with pytest.raises(ValueError, match="equally many values"):
             paired.difference([1.0], [])
 
 
 @pytest.fixture
-def fitter() -> pool_fit.Fitter:
+def fitter():
     return pool_fit.Fitter(llama(), batch=4, length=LENGTH, label_length=LABEL_LENGTH)
 
 
@@ -254,7 +254,7 @@ def plain_losses(model: Any, rows: pool_fit.Rows) -> torch.Tensor:
 
 
 class TestFitter:
-    def test_losses_and_accuracy_are_the_models(self, fitter: pool_fit.Fitter) -> None:
+    def test_losses_and_accuracy_are_the_models(self, fitter):
         rows = some_rows(7)
         with torch.no_grad():
             torch.testing.assert_close(fitter.losses(rows, at_once=3)[0], plain_losses(fitter.model, rows))
@@ -263,7 +263,7 @@ class TestFitter:
         counted = rows.targets.ne(-100).sum()
         assert tested.loss == pytest.approx(float(fitter.losses(rows)[0].sum() / counted))
 
-    def test_accuracy_is_that_of_greedy_decoding(self, fitter: pool_fit.Fitter) -> None:
+    def test_accuracy_is_that_of_greedy_decoding(self, fitter):
         rows = some_rows(8)
         fitter.fit(rows, epochs=30, rate=2e-2, seed=0)
         right = []
@@ -277,7 +277,7 @@ class TestFitter:
         assert fitter.losses(rows)[1].tolist() == right
         assert sum(right) >= 4
 
-    def test_one_step_is_adamw_on_the_clipped_gradient(self, fitter: pool_fit.Fitter) -> None:
+    def test_one_step_is_adamw_on_the_clipped_gradient(self, fitter):
         rows, other = some_rows(4), llama()
         optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2, betas=pool_fit.BETAS, weight_decay=0.0)
         for _ in range(2):
@@ -294,7 +294,7 @@ class TestFitter:
         for mine, theirs in zip(fitter.masters, other.parameters(), strict=True):
             torch.testing.assert_close(mine.detach(), theirs.detach(), rtol=1e-3, atol=1e-4)
 
-    def test_restored_fits_repeat(self, fitter: pool_fit.Fitter) -> None:
+    def test_restored_fits_repeat(self, fitter):
         before, rows = fitter.weights(), some_rows(10)
         results = []
         for seed in (0, 1, 0):
@@ -304,7 +304,7 @@ class TestFitter:
         assert results[0] == results[2] != results[1]
 
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.bfloat16, 0.1)], ids=str)
-    def test_a_gpus_copies_of_the_weights(self, dtype: torch.dtype, tolerance: float, fitter: pool_fit.Fitter) -> None:
+    def test_a_gpus_copies_of_the_weights(self, dtype, tolerance, fitter):
         """What runs on a GPU but for the capture: masters apart, a rehearsal, weights and moments put back."""
         apart = pool_fit.Fitter(llama(), batch=4, length=LENGTH, label_length=LABEL_LENGTH, dtype=dtype)
         assert next(apart.model.parameters()).dtype == dtype
@@ -322,11 +322,11 @@ class TestFitter:
         counted = rows.targets.ne(-100).sum(dim=1)
         torch.testing.assert_close(scored, apart.losses(rows)[0] / counted, rtol=max(tolerance, 1e-4), atol=1e-4)
 
-    def test_inner_products_of_gradients_are_autograds(self, fitter: pool_fit.Fitter) -> None:
+    def test_inner_products_of_gradients_are_autograds(self, fitter):
         rows, reference = some_rows(6), some_rows(5, seed=1)
         model = llama()
 
-        def gradient(row: pool_fit.Rows) -> torch.Tensor:
+        def gradient(row):
             loss = plain_losses(model, row).sum() / row.targets.ne(-100).sum()
             return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
@@ -336,7 +336,7 @@ class TestFitter:
         torch.testing.assert_close(fitter.along(reference, rows), each @ mean, rtol=2e-2, atol=1e-4)
         assert all(torch.equal(a, b) for a, b in zip(before, fitter.weights(), strict=True))
 
-    def test_own_answers(self, fitter: pool_fit.Fitter) -> None:
+    def test_own_answers(self, fitter):
         rows = some_rows(5)
         fitter.fit(rows, epochs=20, rate=2e-2, seed=0)
         expected = []
@@ -351,7 +351,7 @@ class TestFitter:
             expected.append(sum(total) / len(total))
         torch.testing.assert_close(fitter.greedy(rows, 2, at_once=2), torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
-    def test_a_model_that_is_no_plain_llama_is_refused(self) -> None:
+    def test_a_model_that_is_no_plain_llama_is_refused(self):
         model = llama()
         model.model.layers[0].mlp.act_fn = torch.nn.GELU()
         with pytest.raises(ValueError, match="not those of the Llama forward"):
@@ -372,7 +372,7 @@ CHOICES = Choices(rate=1e-2, epochs=2.0, default=Recipe("agree", "none", "cover"
 
 
 class TestBench:
-    def test_every_arm_chooses_and_the_report_follows(self, folder: Path, tmp_path: Path) -> None:
+    def test_every_arm_chooses_and_the_report_follows(self, folder, tmp_path):
         log = Log(tmp_path / "pool.jsonl")
         bench_pool.run(bench(folder, log), CHOICES, seeds=(0, 1))
         assert {row["arm"]: row["failed"] for row in log.rows if "failed" in row} == {}
@@ -397,7 +397,7 @@ class TestBench:
         assert set(results.reliability) == set(pool_signals.STOCHASTIC)
         assert (tmp_path / "evidence-pool.png").stat().st_size > 10_000
 
-    def test_takes_up_where_it_was_stopped(self, folder: Path, tmp_path: Path) -> None:
+    def test_takes_up_where_it_was_stopped(self, folder, tmp_path):
         arms = ("random", "default", "loss", "clean oracle")
         scale = Scale(SIZES, chosen=12, batch=4, warm_epochs=20.0, arms=arms)
         whole = Log(tmp_path / "whole.jsonl")
@@ -411,7 +411,7 @@ class TestBench:
         bench_pool.run(bench(folder, cut, scale), CHOICES, seeds=(0, 1))
         again = Log(path)
 
-        def outcomes(log: Log) -> dict[tuple[Any, ...], Any]:
+        def outcomes(log):
             return {log._key(row): (row.get("rows"), row["accuracy"]) for row in log.rows}
 
         assert outcomes(again) == outcomes(whole)
@@ -420,14 +420,14 @@ class TestBench:
         bench_pool.run(bench(folder, again, scale), CHOICES, seeds=(0, 1))
         assert path.read_text() == before
 
-    def test_stops_by_the_clock_between_units(self, folder: Path, tmp_path: Path) -> None:
+    def test_stops_by_the_clock_between_units(self, folder, tmp_path):
         log = Log(tmp_path / "pool.jsonl")
         with pytest.raises(bench_pool.Stopped):
             bench_pool.run(bench(folder, log, seconds=0.0), CHOICES, seeds=(0,))
         assert log.rows == []
 
-    def test_an_arm_that_fails_costs_no_other(self, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
-        def fail(*_: Any, **__: Any) -> torch.Tensor:
+    def test_an_arm_that_fails_costs_no_other(self, folder, tmp_path, monkeypatch):
+        def fail(*_, **__):
             raise RuntimeError("no kernel")
 
         monkeypatch.setattr(acqcore, "badge_embedding", fail)
@@ -439,7 +439,7 @@ class TestBench:
         assert results.arms == ["random", "default"]
         assert results.seeds == {"A": [0, 1], "B": [0, 1]}
 
-    def test_tuning_follows_the_highest_accuracy(self, folder: Path, tmp_path: Path) -> None:
+    def test_tuning_follows_the_highest_accuracy(self, folder, tmp_path):
         arms = ("random", "default", "loss", "facility location")
         recipes = (Recipe("agree", "none", "top"), Recipe("half", "none", "balanced"))
         scale = Scale(SIZES, 12, 4, 20.0, (5e-3, 1e-2), (2.0,), recipes, arms)
@@ -449,7 +449,7 @@ class TestBench:
         for row in log.rows:
             stages.setdefault(row["stage"], {})[row["arm"]] = row["accuracy"]
 
-        def first_best(stage: str, names: list[str]) -> str:
+        def first_best(stage, names):
             return max(names, key=lambda name: stages[stage][name])
 
         rate, _, start = first_best("training", list(stages["training"])).split(", ")
@@ -462,7 +462,7 @@ class TestBench:
         assert bench_pool.tune(bench(folder, Log(log.path), scale), seeds=(100,)) == choices
         assert log.path.read_text() == before
 
-    def test_seeds_do_not_see_each_other(self, folder: Path, tmp_path: Path) -> None:
+    def test_seeds_do_not_see_each_other(self, folder, tmp_path):
         """They take turns with one student: another seed's fits change no signal and no outcome."""
         alone = bench(folder, Log(tmp_path / "alone.jsonl")).seed("clinc150", 100, CHOICES, ("B",))
         expected = alone.signals("B").value("loss"), alone.tested("B", range(12))
@@ -475,7 +475,7 @@ class TestBench:
         assert found[1] == expected[1]
 
 
-def test_the_page_has_the_places_that_the_bench_writes_to() -> None:
+def test_the_page_has_the_places_that_the_bench_writes_to():
     page = pool_report.PAGE.read_text()
     assert page.index(pool_report.BEGIN) < page.index(pool_report.END)
     for kind in KINDS[1:]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ class Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
+def model():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -40,35 +39,35 @@ def model() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def test_entropy_of_people() -> None:
+def test_entropy_of_people():
     question = Question("?", {"a": 40, "b": 40, "c": 0})
     assert question.entropy() == pytest.approx(math.log(2))
     assert question.entropy(rest=True) == pytest.approx(-(0.8 * math.log(0.4) + 0.2 * math.log(0.2)))
     assert Question("?", {"a": 7}).entropy() == 0.0
 
 
-def test_answers_named_twice_are_added_up_and_unanswered_questions_left_out(tmp_path: Path) -> None:
+def test_answers_named_twice_are_added_up_and_unanswered_questions_left_out(tmp_path):
     rows = [{"question": "q", "answers": [["a", 3], ["a", 4], ["b", 7]]}, {"question": "r", "answers": [["a", 0]]}]
     path = tmp_path / "q.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert bench_protoqa.read(path) == [Question("q", {"a": 7, "b": 7})]
 
 
-def test_answers_end_with_the_line(model: Any) -> None:
+def test_answers_end_with_the_line(model):
     write = Answers(model, Tokenizer())
     assert write._first_line([10, 65, 66, 10, 67]) == [10, 65, 66]  # at least one token
     assert write._first_line([65, 2, 66]) == [65]
     assert write._first_line([65, 66]) == [65, 66]
 
 
-def test_padding_does_not_change_greedy_answers(model: Any) -> None:
+def test_padding_does_not_change_greedy_answers(model):
     write = Answers(model, Tokenizer())
     prompts = [list(range(40, 50)), list(range(60, 85))]
     together = write(prompts, 1)
     assert together == [write([p], 1)[0] for p in prompts]
 
 
-def test_rows_score_the_answer_after_its_prompt() -> None:
+def test_rows_score_the_answer_after_its_prompt():
     whole = bench_protoqa.row([5, 6, 7], [8, 9], first=False)
     first = bench_protoqa.row([5, 6, 7], [8, 9], first=True)
     assert whole.targets.tolist() == [-100, -100, -100, 8, 9]
@@ -76,7 +75,7 @@ def test_rows_score_the_answer_after_its_prompt() -> None:
     assert first.targets.tolist() == [-100, -100, -100, 8]
 
 
-def test_signals_of_the_first_token_are_those_of_the_models_logits(model: Any) -> None:
+def test_signals_of_the_first_token_are_those_of_the_models_logits(model):
     questions = [Question(text, {"a": 60, "b": 30}) for text in ("name a bird.", "name something red.", "why?")]
     found = bench_protoqa.signals(model, Tokenizer(), questions, n_answers=3)
     for i, question in enumerate(questions):
@@ -90,14 +89,14 @@ def test_signals_of_the_first_token_are_those_of_the_models_logits(model: Any) -
     assert (found["whole answer"]["entropy of 3 answers"] <= math.log(3) + 1e-12).all()
 
 
-def test_spearman_is_scipys_with_ties() -> None:
+def test_spearman_is_scipys_with_ties():
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 5, 40).astype(float), rng.standard_normal(40)
     assert bench_protoqa.spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
     assert bench_protoqa.spearman(np.ones(4), np.arange(4.0)) == 0.0
 
 
-def test_a_signal_of_ambiguity_is_told_from_noise() -> None:
+def test_a_signal_of_ambiguity_is_told_from_noise():
     rng = np.random.default_rng(4)
     ambiguity, noise = rng.standard_normal(300), rng.standard_normal(300)
     noise -= ambiguity * (noise @ ambiguity) / (ambiguity @ ambiguity)  # uncorrelated in this sample, not on average
@@ -118,7 +117,7 @@ def test_a_signal_of_ambiguity_is_told_from_noise() -> None:
     assert text.index("| entropy |") < text.index("| mutual information |")
 
 
-def test_the_page_has_its_places(tmp_path: Path) -> None:
+def test_the_page_has_its_places(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(bench_protoqa.PAGE.read_text())
     pool_report.write_section(page, bench_protoqa.BEGIN, bench_protoqa.END, "a table")
@@ -129,7 +128,7 @@ def test_the_page_has_its_places(tmp_path: Path) -> None:
     assert pool_report.BEGIN in text
 
 
-def test_cross_entropy_of_a_sampled_answer(model: Any) -> None:
+def test_cross_entropy_of_a_sampled_answer(model):
     """The sampled target is scored, not the greedy one."""
     questions = [Question("name a bird.", {"a": 60, "b": 30})]
     found = bench_protoqa.signals(model, Tokenizer(), questions, n_answers=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from benchmarks.reliability_students import Shape, counted
 from benchmarks.reliability_units import Store, interval, spearman, stepped_up
 
 
-def test_spearman_is_the_mean_over_pairs_of_seeds() -> None:
+def test_spearman_is_the_mean_over_pairs_of_seeds():
     values = np.random.default_rng(0).standard_normal((3, 40)).round(1)  # with ties
     pairs = [(0, 1), (0, 2), (1, 2)]
     expected = np.mean([spearmanr(values[a], values[b]).statistic for a, b in pairs])
@@ -26,7 +25,7 @@ def test_spearman_is_the_mean_over_pairs_of_seeds() -> None:
     assert np.isnan(spearman(np.ones((2, 5))))
 
 
-def test_the_interval_holds_the_correlation_as_often_as_it_says() -> None:
+def test_the_interval_holds_the_correlation_as_often_as_it_says():
     rng = np.random.default_rng(1)
     held = 0
     true = 0.786  # rank correlation of normal values whose correlation is 0.8
@@ -38,7 +37,7 @@ def test_the_interval_holds_the_correlation_as_often_as_it_says() -> None:
     assert 50 <= held <= 60
 
 
-def test_two_halves_step_up_to_the_whole() -> None:
+def test_two_halves_step_up_to_the_whole():
     rng = np.random.default_rng(2)
     common = rng.standard_normal(100_000)
     halves = [common + rng.standard_normal(100_000) for _ in range(4)]
@@ -47,10 +46,10 @@ def test_two_halves_step_up_to_the_whole() -> None:
     assert stepped_up(half) == pytest.approx(whole, abs=0.01)
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_run_goes_on_where_it_stopped(tmp_path):
     done: list[int] = []
 
-    def work(i: int) -> dict[str, Any]:
+    def work(i):
         done.append(i)
         if i == 1 and done.count(1) == 1:
             raise MemoryError("too large")
@@ -72,7 +71,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert Store(tmp_path, {}).settings == {"rows": 3}
 
 
-def test_a_summary_of_known_values(tmp_path: Path) -> None:
+def test_a_summary_of_known_values(tmp_path):
     name, half = "linear, all blocks, 2 probes", "linear, all blocks, 1 probe"
     store = Store(tmp_path, {"machine": {"cpu": "some"}})
     rng = np.random.default_rng(3)
@@ -101,7 +100,7 @@ def test_a_summary_of_known_values(tmp_path: Path) -> None:
     assert "from_stderr" not in by_name[half]
 
 
-def test_rows_scored_from_one_graph_are_put_together(tmp_path: Path) -> None:
+def test_rows_scored_from_one_graph_are_put_together(tmp_path):
     """Two stretches of rows, the later one done first; without times, and one probe without standard errors."""
     name, one = "linear, completions, 2 probes", "linear, completions, 1 probe"
     store = Store(tmp_path, {"machine": {"cpu": "some"}})
@@ -128,7 +127,7 @@ def test_rows_scored_from_one_graph_are_put_together(tmp_path: Path) -> None:
     assert "0." in reliability_report.markdown(reliability_report.summary(store)).splitlines()[2]
 
 
-def test_counted_products() -> None:
+def test_counted_products():
     """Of ten tokens, the last four scored, by hand."""
     shape = Shape(linear=100, attention=10, head=1000)
     targets = torch.full((10,), -100)
@@ -147,7 +146,7 @@ def test_counted_products() -> None:
     assert not counted(SIGNALS["isotropic weights, all blocks, 2 probes"])
 
 
-def test_each_half_is_a_signal_with_half_of_it() -> None:
+def test_each_half_is_a_signal_with_half_of_it():
     for name, signal in SIGNALS.items():
         if signal.half is not None:
             counts = [
@@ -157,7 +156,7 @@ def test_each_half_is_a_signal_with_half_of_it() -> None:
             assert counts[0] == 2 * counts[1], name
 
 
-def test_rows_of_every_data_set(tmp_path: Path) -> None:
+def test_rows_of_every_data_set(tmp_path):
     records = {
         "GSM8K": {"question": "How many?", "answer": "Two. #### 2"},
         "PubMedQA": {"question": "Does it?", "long_answer": "It does."},

@@ -6,9 +6,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +17,7 @@ from benchmarks import bench_write, paired, write_report
 from benchmarks.bench_pool import Encoder, Log
 from benchmarks.bench_write import ANSWERABLE, AS_IT_IS, BEST, CANDIDATES, DEFAULT, GRPO, Bench, Choices, Scale, Seed
 from benchmarks.pool_fit import Fitter
-from benchmarks.writer import Draws, Writer
+from benchmarks.writer import Writer
 
 STOPS = [2, *range(300, 320)]  # a random model seldom ends a line
 SCALE = Scale(
@@ -30,15 +28,15 @@ TOPICS = ("card_arrival", "exchange_rate", "top_up", "cash_fee")
 
 
 @pytest.fixture(autouse=True)
-def few_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_probes(monkeypatch):
     monkeypatch.setattr(bench_write, "MUTUAL_INFORMATION", {"form": "linear", "probes": 2})
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     rng = random.Random(0)
 
-    def rows(n: int, part: str) -> str:
+    def rows(n, part):
         made = []
         for i in range(n):
             topic = TOPICS[i % len(TOPICS)]
@@ -54,8 +52,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bench(folder: Path, tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any) -> Callable[..., Bench]:
-    def build(seconds: float = math.inf, scale: Scale = SCALE) -> Bench:
+def bench(folder, tmp_path, tiny_model, tokenizer):
+    def build(seconds=math.inf, scale=SCALE):
         models = [tiny_model("Llama", tie_word_embeddings=True, max_position_embeddings=256) for _ in range(2)]
         writer = Writer(
             models[1], STOPS, prompt_length=scale.prompt_length, new_tokens=scale.new_tokens, rows_at_once=16
@@ -69,7 +67,7 @@ def bench(folder: Path, tmp_path: Path, tiny_model: Callable[..., Any], tokenize
 
 
 @pytest.fixture
-def model(tiny_model: Callable[..., Any]) -> Any:
+def model(tiny_model):
     return tiny_model("Llama", tie_word_embeddings=True, max_position_embeddings=256)
 
 
@@ -77,7 +75,7 @@ PROMPTS = [[5, 17, 40, 9], [88, 3, 3, 60, 71, 12, 250], [9]]
 
 
 class TestWriter:
-    def test_cold_draws_are_greedy_decoding(self, model: Any) -> None:
+    def test_cold_draws_are_greedy_decoding(self, model):
         writer = Writer(model, [2], prompt_length=8, new_tokens=6)
         draws = writer.draw(PROMPTS, 2, temperature=1e-6, seed=0)
         for i, prompt in enumerate(PROMPTS):
@@ -90,7 +88,7 @@ class TestWriter:
                 assert kept.tolist() == expected.tolist()
                 assert bool(draws.finished[row]) == (expected[-1] == 2)
 
-    def test_draws_follow_the_models_probabilities(self, model: Any) -> None:
+    def test_draws_follow_the_models_probabilities(self, model):
         writer = Writer(model, [2], prompt_length=8, new_tokens=1, rows_at_once=256)
         temperature = 2.0
         draws = writer.draw([PROMPTS[1]] * 8, 1000, temperature=temperature, seed=0)
@@ -102,7 +100,7 @@ class TestWriter:
         assert torch.equal(draws.ids, again.ids)
         assert not torch.equal(draws.ids, writer.draw([PROMPTS[1]] * 8, 1000, temperature=temperature, seed=1).ids)
 
-    def test_a_draw_ends_with_its_stop(self, model: Any, tokenizer: Any) -> None:
+    def test_a_draw_ends_with_its_stop(self, model, tokenizer):
         writer = Writer(model, STOPS, prompt_length=8, new_tokens=12)
         draws = writer.draw(PROMPTS, 30, temperature=1.0, seed=0)
         assert draws.finished.any()
@@ -115,7 +113,7 @@ class TestWriter:
             body = ids[kept][:-1] if finished else ids[kept]
             assert text == tokenizer.decode(body).strip()
 
-    def test_a_step_follows_the_policy_gradient(self, model: Any) -> None:
+    def test_a_step_follows_the_policy_gradient(self, model):
         """Its gradient's norm, and the weights after a step of plain gradient ascent, by a loop over unpadded rows."""
         writer = Writer(model, STOPS, prompt_length=8, new_tokens=5, rows_at_once=8)
         draws = writer.draw(PROMPTS, 4, temperature=0.7, seed=0)
@@ -135,7 +133,7 @@ class TestWriter:
         for p, g in zip(writer.masters, expected, strict=True):
             torch.testing.assert_close(p.grad, g * scale, rtol=1e-3, atol=1e-6)
 
-    def test_rounded_weights_follow_the_masters(self, model: Any) -> None:
+    def test_rounded_weights_follow_the_masters(self, model):
         """As on a GPU: the forward in bfloat16, the step in float32."""
         exact, rounded = (
             Writer(model, STOPS, prompt_length=8, new_tokens=5, dtype=dtype) for dtype in (None, torch.bfloat16)
@@ -149,11 +147,11 @@ class TestWriter:
             assert master.dtype == torch.float32
             assert torch.equal(weight, master.to(torch.bfloat16))
 
-    def test_learning_makes_the_rewarded_likelier(self, model: Any) -> None:
+    def test_learning_makes_the_rewarded_likelier(self, model):
         writer = Writer(model, STOPS, prompt_length=8, new_tokens=4)
         before = writer.weights()
 
-        def even(draws: Draws) -> torch.Tensor:
+        def even(draws):
             return (draws.ids[:, 0] % 2 == 0).float()
 
         shares = []
@@ -166,12 +164,12 @@ class TestWriter:
         again = writer.draw(PROMPTS, 32, temperature=1.0, seed=0)
         assert float(even(again).mean()) == shares[0]
 
-    def test_a_prompt_too_long_is_refused(self, model: Any) -> None:
+    def test_a_prompt_too_long_is_refused(self, model):
         with pytest.raises(ValueError, match="prompts: expected at most 3 tokens, got 7"):
             Writer(model, [2], prompt_length=3, new_tokens=2).draw(PROMPTS, 1, temperature=1.0, seed=0)
 
 
-def test_advantages_are_within_groups() -> None:
+def test_advantages_are_within_groups():
     totals = [1.0, 3.0, None, *[2.0] * 5, *range(8)]
     found = bench_write.advantages(totals)
     assert found[2] == 0
@@ -182,10 +180,10 @@ def test_advantages_are_within_groups() -> None:
 
 class TestArms:
     @pytest.fixture
-    def seed(self, bench: Callable[..., Bench]) -> Seed:
+    def seed(self, bench):
         return Seed(bench(), "banking77", 0, Choices(temperature=1.0, rate=1e-3, epochs=1.0))
 
-    def test_no_row_is_shown_taught_and_tested(self, seed: Seed) -> None:
+    def test_no_row_is_shown_taught_and_tested(self, seed):
         shown = [row.text for rows in seed.shown.values() for row in rows]
         parts = [shown, [row.text for row in seed.real], [row.text for row in seed.test]]
         assert [len(part) for part in parts] == [6, 6, 10]
@@ -193,7 +191,7 @@ class TestArms:
         assert len(seed.requests) == 6
         assert {seed.requests.count(intent) for intent in seed.shown} == {2}
 
-    def test_a_prompt_shows_the_two_rows_of_its_intent(self, seed: Seed) -> None:
+    def test_a_prompt_shows_the_two_rows_of_its_intent(self, seed):
         for intent, rows in seed.shown.items():
             text = seed.bench.tokenizer.decode(seed.prompt(intent))
             name = intent.replace("_", " ")
@@ -202,14 +200,14 @@ class TestArms:
             assert text.endswith("Message:")
 
     @pytest.mark.parametrize("arm", [AS_IT_IS, *(BEST + name for name in bench_write.RANKED)])
-    def test_each_request_gives_one_row_of_its_intent(self, arm: str, seed: Seed) -> None:
+    def test_each_request_gives_one_row_of_its_intent(self, arm, seed):
         rows = seed.rows_of(arm)
         assert [row.intent for row in rows] == seed.requests
         texts = {sample.question for sample in seed.candidates.samples if sample}
         shown = {row.text for rows in seed.shown.values() for row in rows}
         assert {row.text for row in rows} <= texts | shown
 
-    def test_the_best_is_the_highest_that_passes(self, seed: Seed) -> None:
+    def test_the_best_is_the_highest_that_passes(self, seed):
         candidates = seed.candidates
         values = candidates._values("agreement")
         students = bench_write.StudentSignals(seed)
@@ -231,7 +229,7 @@ class TestArms:
         best = max((i for i in passing if i // CANDIDATES == group), key=lambda i: values[i])
         assert chosen[group].text == candidates.samples[best].question
 
-    def test_the_default_asks_that_the_label_be_answerable(self, seed: Seed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_default_asks_that_the_label_be_answerable(self, seed, monkeypatch):
         candidates = seed.candidates
         assert all(value is None for value in candidates._values(DEFAULT))  # a tiny student is sure of nothing
         p = candidates._of_signal("agreement", [sample is not None for sample in candidates.samples])
@@ -244,7 +242,7 @@ class TestArms:
         monkeypatch.setattr(bench_write, "ANSWERABLE", 0.0)
         assert any(value is not None for value in candidates._values(DEFAULT))
 
-    def test_signals_are_finite_and_differ(self, seed: Seed) -> None:
+    def test_signals_are_finite_and_differ(self, seed):
         students = bench_write.StudentSignals(seed)
         for name in ("agreement", "learnability", "entropy", "varentropy", "mutual information", "influence"):
             values = students.values(name, seed.seeds)
@@ -253,9 +251,7 @@ class TestArms:
             assert len(set(values.tolist())) > 1, name
 
     @pytest.mark.parametrize("name", bench_write.TAUGHT)
-    def test_grpo_moves_the_generator_and_nothing_else(
-        self, name: str, seed: Seed, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_grpo_moves_the_generator_and_nothing_else(self, name, seed, monkeypatch):
         monkeypatch.setattr(bench_write, "ANSWERABLE", 0.0)
         bench = seed.bench
         before = bench.fitter.weights()
@@ -270,9 +266,7 @@ class TestArms:
 
 
 class TestRun:
-    def test_everything_runs_and_a_rerun_does_nothing(
-        self, bench: Callable[..., Bench], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_everything_runs_and_a_rerun_does_nothing(self, bench, tmp_path, capsys):
         first = bench()
         choices = bench_write.tune(first)
         assert choices.grpo_rate in SCALE.grpo_rates
@@ -295,13 +289,13 @@ class TestRun:
         assert len(content["units"]) == len(again.log.rows)
         assert (tmp_path / "out" / "evidence-write.png").stat().st_size > 1000
 
-    def test_a_stop_loses_no_unit_and_the_rest_is_as_if_uncut(self, bench: Callable[..., Bench]) -> None:
+    def test_a_stop_loses_no_unit_and_the_rest_is_as_if_uncut(self, bench):
         choices = Choices(rate=1e-3, epochs=1.0)
         stopped = bench()
         limit = iter(range(5))
         check = stopped.check_time
 
-        def counted() -> None:
+        def counted():
             if next(limit, None) is None:
                 raise bench_write.Stopped
             check()
@@ -324,18 +318,16 @@ class TestRun:
         bench_write.run(whole, choices, seeds=1, grpo_seeds=0)
         assert {row["arm"]: row["accuracy"] for row in whole.log.rows} == kept
 
-    def test_no_time_is_left(self, bench: Callable[..., Bench]) -> None:
+    def test_no_time_is_left(self, bench):
         late = bench(seconds=-1.0)
         with pytest.raises(bench_write.Stopped):
             bench_write.run(late, Choices(), seeds=1, grpo_seeds=1)
         assert not late.log.rows
 
-    def test_an_arm_that_fails_costs_no_other(
-        self, bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
+    def test_an_arm_that_fails_costs_no_other(self, bench, monkeypatch, tmp_path):
         values = bench_write.StudentSignals.values
 
-        def broken(self: Any, name: str, samples: Any) -> torch.Tensor:
+        def broken(self, name, samples):
             if name == "varentropy":
                 raise RuntimeError("out of memory")
             return values(self, name, samples)
@@ -370,7 +362,7 @@ class TestReport:
                 )  # fmt: skip
         return found
 
-    def test_gains_are_paired_and_corrected(self) -> None:
+    def test_gains_are_paired_and_corrected(self):
         results = write_report.Results(self.rows(0.04))
         primary = results.minus(BEST + DEFAULT, AS_IT_IS)
         pairs = [[100 * results.found[a][s]["accuracy"] for s in range(6)] for a in (BEST + DEFAULT, AS_IT_IS)]
@@ -386,17 +378,17 @@ class TestReport:
         assert "gain shown" in text
         assert "no gain shown" in text  # of best of 8: random
 
-    def test_no_gain_is_said(self) -> None:
+    def test_no_gain_is_said(self):
         text = write_report.tables(write_report.Results(self.rows(0.0)), {})
         assert text.splitlines()[0].count("no gain shown") == 1
         assert "would be found in 80 % of such runs" in text
 
-    def test_an_unfinished_run_prints_no_table(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_an_unfinished_run_prints_no_table(self, tmp_path, capsys):
         write_report.write(self.rows(0.1)[:1], tmp_path / "none.json", tmp_path)
         assert capsys.readouterr().out == "1 units are done; no seed of the report is complete yet\n"
         assert not (tmp_path / "write.json").exists()
 
-    def test_the_protocol_stands_in_the_docs(self) -> None:
+    def test_the_protocol_stands_in_the_docs(self):
         page = write_report.PAGE.read_text()
         assert page.index(write_report.BEGIN) < page.index(write_report.END)
         flat = " ".join(page.split())

@@ -17,13 +17,13 @@ DRAWS = 4
 
 
 @pytest.fixture(scope="module")
-def student() -> Any:
+def student():
     """Knows a table by heart: dropout costs it something."""
     return toy_student.train(0, blocks=2, steps=80)
 
 
 @pytest.fixture(scope="module")
-def ids() -> torch.Tensor:
+def ids():
     return toy_student.questions("easy", 24, torch.Generator().manual_seed(0))
 
 
@@ -58,21 +58,19 @@ def _branches(blocks: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize(("layers", "blocks", "rise"), [("all", 2, 0.02), ("all", 2, 0.5), (1, 1, 0.02)])
-def test_the_loss_rises_by_the_share_asked_for(
-    layers: Any, blocks: int, rise: float, student: Any, ids: torch.Tensor
-) -> None:
+def test_the_loss_rises_by_the_share_asked_for(layers, blocks, rise, student, ids):
     p = calibrate_dropout(student, toy_student.samples(ids), rise=rise, layers=layers, draws=DRAWS)
     base = loss_under(student, ids, 0.0, blocks, 0)
     dropped = sum(loss_under(student, ids, p, blocks, draw) for draw in range(DRAWS)) / DRAWS
     assert (dropped - base) / base == pytest.approx(rise, rel=0.06)
 
 
-def test_a_larger_rise_takes_more_dropout(student: Any, ids: torch.Tensor) -> None:
+def test_a_larger_rise_takes_more_dropout(student, ids):
     few, more = (calibrate_dropout(student, toy_student.samples(ids), rise=rise) for rise in (0.01, 0.2))
     assert 0 < few < more / 2 < 0.25
 
 
-def test_batches_do_not_matter(student: Any, ids: torch.Tensor) -> None:
+def test_batches_do_not_matter(student, ids):
     samples = toy_student.samples(ids)
     whole = calibrate_dropout(student, samples)
     assert calibrate_dropout(student, samples, batch_tokens=40) == pytest.approx(whole, rel=1e-3)
@@ -91,12 +89,12 @@ def test_batches_do_not_matter(student: Any, ids: torch.Tensor) -> None:
         ({"rise": 1e9}, "rise: dropout of 0.5 adds"),
     ],
 )
-def test_wrong_arguments(options: dict[str, Any], message: str, student: Any, ids: torch.Tensor) -> None:
+def test_wrong_arguments(options, message, student, ids):
     with pytest.raises(ValueError, match=message):
         calibrate_dropout(student, toy_student.samples(ids[:2]), **options)
 
 
-def test_nothing_to_score(student: Any) -> None:
+def test_nothing_to_score(student):
     nothing = {"input_ids": torch.ones(1, 4, dtype=torch.int64), "labels": torch.full((1, 4), -100)}
     with pytest.raises(ValueError, match="nothing to score, expected at least one scored token"):
         calibrate_dropout(student, nothing)

@@ -54,9 +54,7 @@ class TestHooksOfOthers:
     @pytest.mark.parametrize("kind", ["GPT2", "Llama"])
     @pytest.mark.parametrize("training", [False, True])
     @pytest.mark.parametrize("how", ["gradient_checkpointing_enable", "enable_input_require_grads"])
-    def test_gradient_checkpointing(
-        self, how: str, training: bool, kind: str, tiny_model: Callable[..., Any], exact: Exact
-    ) -> None:
+    def test_gradient_checkpointing(self, how, training, kind, tiny_model, exact):
         model, samples = tiny_model(kind), rows(9, 6)
         blocks = model.transformer.h if kind == "GPT2" else model.model.layers
         expected = exact(model, samples, list(blocks[-1].parameters())).norm(dim=1)
@@ -66,13 +64,13 @@ class TestHooksOfOthers:
             found = grad_norm(model, samples, chosen, backend="eager")
             torch.testing.assert_close(found.double(), norms, rtol=1e-4, atol=0)
 
-    def test_adapters_under_gradient_checkpointing(self, tiny_model: Callable[..., Any], exact: Exact) -> None:
+    def test_adapters_under_gradient_checkpointing(self, tiny_model, exact):
         model = lora(tiny_model("Llama"), target_modules="all-linear")
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable()
         assert_norms(model, model, rows(9, 6), "trainable", trainable(model), exact)
 
-    def test_a_hook_that_adds_a_parameter_of_its_own(self, tiny_model: Callable[..., Any], exact: Exact) -> None:
+    def test_a_hook_that_adds_a_parameter_of_its_own(self, tiny_model, exact):
         model, foreign = tiny_model("Llama"), torch.zeros(32, requires_grad=True)
         model.model.layers[0].register_forward_hook(lambda *args: args[-1] + foreign)
         assert_norms(model, model, rows(9, 6), 1, list(model.model.layers[1].parameters()), exact)
@@ -80,9 +78,7 @@ class TestHooksOfOthers:
 
     @pytest.mark.parametrize("chosen", [1, "all", "trainable"])
     @pytest.mark.parametrize("how", ["wrapper", "inside", "function"])
-    def test_blocks_that_compute_again_in_the_backward(
-        self, how: str, chosen: Any, tiny_model: Callable[..., Any], exact: Exact
-    ) -> None:
+    def test_blocks_that_compute_again_in_the_backward(self, how, chosen, tiny_model, exact):
         """Where nothing before a block requires a gradient, the graph begins in it, when it is computed again too."""
         from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapper
         from torch.utils.checkpoint import checkpoint
@@ -101,7 +97,7 @@ class TestHooksOfOthers:
         assert_norms(model, model, rows(9, 6), chosen, parameters[chosen], exact)
 
     @pytest.mark.parametrize("chosen", [1, "all"])
-    def test_reentrant_checkpointing_is_refused(self, chosen: Any, tiny_model: Callable[..., Any]) -> None:
+    def test_reentrant_checkpointing_is_refused(self, chosen, tiny_model):
         from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapper
 
         model = tiny_model("Llama")
@@ -112,12 +108,12 @@ class TestHooksOfOthers:
         with pytest.raises(ValueError, match=r"parameters: .*use_reentrant=True"):
             grad_norm(model, rows(9, 6), chosen, backend="eager")
 
-    def test_an_optimizer_in_the_backward_takes_no_step(self, tiny_model: Callable[..., Any], exact: Exact) -> None:
+    def test_an_optimizer_in_the_backward_takes_no_step(self, tiny_model, exact):
         model = tiny_model("Llama")
         expected = exact(model, rows(9, 6), list(model.parameters())).norm(dim=1)
         before = [parameter.detach().clone() for parameter in model.parameters()]
 
-        def step(parameter: torch.Tensor) -> None:
+        def step(parameter):
             with torch.no_grad():
                 parameter -= 0.1 * parameter.grad
             parameter.grad = None
@@ -130,14 +126,14 @@ class TestHooksOfOthers:
         model(input_ids=rows(9)["input_ids"]).logits.sum().backward()
         assert not any(map(torch.equal, before, model.parameters())), "training goes on with its hooks"
 
-    def test_in_inference_mode(self, tiny_model: Callable[..., Any], exact: Exact) -> None:
+    def test_in_inference_mode(self, tiny_model, exact):
         model, samples = tiny_model("Llama"), rows(9, 6)
         expected = exact(model, samples, list(model.parameters())).norm(dim=1)
         with torch.inference_mode():
             norms = grad_norm(model, samples, "all", backend="eager")
         torch.testing.assert_close(norms.double(), expected, rtol=1e-4, atol=0)
 
-    def test_gradients_of_training_are_left_alone(self, tiny_model: Callable[..., Any]) -> None:
+    def test_gradients_of_training_are_left_alone(self, tiny_model):
         model = tiny_model("Llama")
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 7.0)
@@ -207,9 +203,7 @@ class WithLogits(nn.Module):
 class TestSamplesAreToldApartByValue:
     @pytest.mark.parametrize("k", [1, 2])
     @pytest.mark.parametrize("lengths", [(2, 2), (2, 2, 2), (3, 3), (4, 2, 3)])
-    def test_experts_called_with_the_tokens_routed_to_them(
-        self, lengths: tuple[int, ...], k: int, exact: Exact
-    ) -> None:
+    def test_experts_called_with_the_tokens_routed_to_them(self, lengths, k, exact):
         for seed in range(6):
             torch.manual_seed(seed)
             trunk, weight = Routed(k), torch.randn(320, 16)
@@ -217,16 +211,16 @@ class TestSamplesAreToldApartByValue:
             parameters = [*trunk.parameters(), weight]
             assert_norms(student, WithLogits(trunk, weight), rows(*lengths, seed=seed), "all", parameters, exact)
 
-    def test_an_expert_that_the_probe_does_not_reach(self, exact: Exact) -> None:
+    def test_an_expert_that_the_probe_does_not_reach(self, exact):
         """Only the token 319 goes to it, so its first call is in a batch of several samples."""
         torch.manual_seed(0)
 
         class Rare(nn.Module):
-            def __init__(self) -> None:
+            def __init__(self):
                 super().__init__()
                 self.embedding, self.rare = nn.Embedding(320, 16), nn.Linear(16, 16)
 
-            def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            def forward(self, input_ids):
                 x = self.embedding(input_ids)
                 place = torch.where(input_ids.flatten() == 319)[0]
                 if not len(place):
@@ -240,14 +234,14 @@ class TestSamplesAreToldApartByValue:
         student = acqcore.Student(trunk, acqcore.Head(weight))
         assert_norms(student, WithLogits(trunk, weight), samples, "all", [*trunk.parameters(), weight], exact)
 
-    def test_outputs_that_are_changed_in_place(self, exact: Exact) -> None:
+    def test_outputs_that_are_changed_in_place(self, exact):
         trunk, weight = Adds(), torch.randn(320, 16)
         student = acqcore.Student(trunk, acqcore.Head(weight))
         parameters = [*trunk.parameters(), weight]
         for lengths in ((7,), (7, 4)):
             assert_norms(student, WithLogits(trunk, weight), rows(*lengths), "all", parameters, exact)
 
-    def test_falcon_adds_in_place(self, exact: Exact) -> None:
+    def test_falcon_adds_in_place(self, exact):
         transformers = pytest.importorskip("transformers")
         torch.manual_seed(0)
         config = transformers.FalconConfig(
@@ -260,12 +254,12 @@ class TestSamplesAreToldApartByValue:
 
 class TestAdapters:
     @pytest.mark.parametrize("length", [9, 32])
-    def test_dora(self, length: int, tiny_model: Callable[..., Any], exact: Exact) -> None:
+    def test_dora(self, length, tiny_model, exact):
         """Its magnitudes are used without a call of the layers; 32 tokens are as many as the width."""
         model = lora(tiny_model("Llama"), target_modules=["q_proj", "down_proj"], use_dora=True)
         assert_norms(model, model, rows(length, 6), "trainable", trainable(model), exact)
 
-    def test_on_fused_experts(self, exact: Exact) -> None:
+    def test_on_fused_experts(self, exact):
         transformers = pytest.importorskip("transformers")
         torch.manual_seed(0)
         config = transformers.MixtralConfig(
@@ -279,7 +273,7 @@ class TestAdapters:
         assert_norms(model, model, rows(9, 6), "trainable", trainable(model), exact)
 
     @pytest.mark.parametrize("kind", ["IA3", "LoHa", "OFT"])
-    def test_of_other_kinds(self, kind: str, tiny_model: Callable[..., Any], exact: Exact) -> None:
+    def test_of_other_kinds(self, kind, tiny_model, exact):
         peft = pytest.importorskip("peft")
         configs = {
             "IA3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
@@ -289,7 +283,7 @@ class TestAdapters:
         model = peft.get_peft_model(tiny_model("Llama"), configs[kind]()).eval()
         assert_norms(model, model, rows(9, 6), "trainable", trainable(model), exact)
 
-    def test_that_wait_for_a_token(self, tiny_model: Callable[..., Any], exact: Exact) -> None:
+    def test_that_wait_for_a_token(self, tiny_model, exact):
         """aLoRA acts from its invocation on, which the wrapper finds in the ids: running the trunk leaves it off."""
         invoked = [7, 8]
         model = lora(
@@ -311,7 +305,7 @@ class TestAdapters:
         assert_norms(model, model, samples, "trainable", trainable(model), exact)
 
     @pytest.mark.parametrize("state", ["merged", "disabled"])
-    def test_that_the_forward_does_not_use_are_refused(self, state: str, tiny_model: Callable[..., Any]) -> None:
+    def test_that_the_forward_does_not_use_are_refused(self, state, tiny_model):
         model = lora(tiny_model("Llama"), target_modules=["q_proj"])
         if state == "merged":
             model.merge_adapter()
@@ -324,17 +318,17 @@ class TestAdapters:
 
 
 class TestUsedWithoutAGradient:
-    def test_a_detached_part(self, tiny_model: Callable[..., Any]) -> None:
+    def test_a_detached_part(self, tiny_model):
         """Blocks behind which the graph is cut have no gradient: zeros would say that training does not move them."""
         model = tiny_model("Llama")
         model.model.norm.register_forward_pre_hook(lambda _, args: (args[0].detach(),))
         with pytest.raises(ValueError, match=r"parameters: 1: .* have no gradient"):
             grad_norm(model, rows(9, 6), 1, backend="eager")
 
-    def test_a_part_detached_after_the_probe(self, tiny_model: Callable[..., Any]) -> None:
+    def test_a_part_detached_after_the_probe(self, tiny_model):
         model, calls = tiny_model("Llama"), []
 
-        def cut(_: Any, args: Any) -> Any:
+        def cut(_, args):
             calls.append(args[0].shape)
             return (args[0].detach(),) if args[0].shape[1] == 13 else None
 
@@ -347,9 +341,7 @@ class TestUsedWithoutAGradient:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gradients_do_not_underflow(
-    dtype: torch.dtype, tiny_model: Callable[..., Any], exact: Exact
-) -> None:
+def test_half_precision_gradients_do_not_underflow(dtype, tiny_model, exact):
     """The mean over hundreds of tokens that the student is sure of divides gradients that are small already."""
     model = tiny_model("Llama", max_position_embeddings=1024).to(dtype)
     with torch.no_grad():

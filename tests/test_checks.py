@@ -23,7 +23,7 @@ Y = torch.zeros(3, dtype=torch.int64)
         (torch.zeros(3, 4, device="meta"), ValueError, "hidden: is on meta but head.weight is on cpu"),
     ],
 )  # fmt: skip
-def test_hidden(hidden: torch.Tensor, error: type[Exception], message: str) -> None:
+def test_hidden(hidden, error, message):
     with pytest.raises(error, match=message):
         acqcore.row_stats(hidden, HEAD)
 
@@ -43,7 +43,7 @@ def test_hidden(hidden: torch.Tensor, error: type[Exception], message: str) -> N
         (torch.tensor([0, 3, -1]), ValueError, "got -1 at row 2"),
     ],
 )
-def test_targets(targets: torch.Tensor, error: type[Exception], message: str, backend: str) -> None:
+def test_targets(targets, error, message, backend):
     with pytest.raises(error, match=message):
         acqcore.row_stats(H, HEAD, targets, backend=backend)
     with pytest.raises(error, match=message.replace("hidden", "logits")):
@@ -58,25 +58,25 @@ def test_targets(targets: torch.Tensor, error: type[Exception], message: str, ba
         (torch.zeros(3, 4, dtype=torch.bool), TypeError, "logits: expected float32"),
     ],
 )
-def test_logits(logits: torch.Tensor, error: type[Exception], message: str) -> None:
+def test_logits(logits, error, message):
     with pytest.raises(error, match=message):
         acqcore.logit_stats(logits)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
-def test_temperature(temperature: float) -> None:
+def test_temperature(temperature):
     with pytest.raises(ValueError, match="temperature: expected a"):
         acqcore.row_stats(H, HEAD, temperature=temperature)
     with pytest.raises(ValueError, match="temperature: expected a"):
         acqcore.logit_stats(torch.zeros(1, 2), temperature=temperature)
 
 
-def test_temperature_type() -> None:
+def test_temperature_type():
     with pytest.raises(TypeError, match="temperature: expected a number, got str"):
         acqcore.row_stats(H, HEAD, temperature="1")  # type: ignore[arg-type]
 
 
-def test_head_type() -> None:
+def test_head_type():
     with pytest.raises(TypeError, match=r"head: expected acqcore\.Head, got float32"):
         acqcore.row_stats(H, HEAD.weight)  # type: ignore[arg-type]
 
@@ -97,12 +97,12 @@ def test_head_type() -> None:
         ({"group": "world"}, TypeError, r"group: expected a torch\.distributed\.ProcessGroup or None, got str"),
     ],
 )  # fmt: skip
-def test_head(arguments: dict, error: type[Exception], message: str) -> None:
+def test_head(arguments, error, message):
     with pytest.raises(error, match=message):
         acqcore.Head(**{"weight": torch.zeros(10, 4), **arguments})
 
 
-def test_merge() -> None:
+def test_merge():
     stats = acqcore.row_stats(H, HEAD)
     with pytest.raises(ValueError, match="other: expected 3 rows, got 2"):
         stats.merge(acqcore.row_stats(H[:2], HEAD))
@@ -112,14 +112,14 @@ def test_merge() -> None:
         stats.merge({})  # type: ignore[arg-type]
 
 
-def test_errors_reach_through_compile() -> None:
+def test_errors_reach_through_compile():
     compiled = torch.compile(lambda y: acqcore.row_stats(H, HEAD, y).entropy, fullgraph=True, backend="eager")
     with pytest.raises(ValueError, match="got 99 at row 1"):
         compiled(torch.tensor([0, 99, 0]))
     assert torch.is_grad_enabled()
 
 
-def test_a_head_whose_memory_was_freed() -> None:
+def test_a_head_whose_memory_was_freed():
     """As FSDP frees a parameter's between two forwards; a kernel would read what is not there."""
     head = acqcore.Head(torch.randn(30, 8))
     hidden, targets = torch.randn(4, 8), torch.tensor([1, 2, 3, 4])

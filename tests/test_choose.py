@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ TEXTS = [
 
 
 @pytest.fixture
-def choose(command: Callable[..., list[str]]) -> Callable[..., list[str]]:
+def choose(command):
     """``choose(rows, **options)``: a command line that chooses three of ``rows`` by entropy; None drops an option."""
 
-    def build(rows: list[Any], **options: Any) -> list[str]:
+    def build(rows, **options):
         settings = {"signal": "entropy", "n": 3, **options}
         dropped = [name for name, value in settings.items() if value is None]
         words = command(rows, **{name: value for name, value in settings.items() if value is not None})
@@ -45,9 +44,7 @@ def entropies(student: Path, texts: list[str]) -> torch.Tensor:
     return acqcore.score(str(student), texts, "entropy", backend="eager")["entropy"]
 
 
-def test_the_highest_rows_are_kept_whole_and_in_order(
-    choose: Callable[..., list[str]], student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_highest_rows_are_kept_whole_and_in_order(choose, student, tmp_path, capsys):
     rows = [{"id": f"r{i}", "text": text, "tags": [i, {"a": None}]} for i, text in enumerate(TEXTS)]
     del rows[1]["tags"]
     assert main(choose(rows)) == 0
@@ -64,15 +61,13 @@ def test_the_highest_rows_are_kept_whole_and_in_order(
     assert f"{values[order].mean():.4g}" in out
 
 
-def test_equals_go_by_their_order(choose: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_equals_go_by_their_order(choose, tmp_path):
     assert main(choose([{"text": TEXTS[0]}] * 6)) == 0
     assert [(row["row"], row["rank"]) for row in lines(tmp_path / "out.jsonl")] == [(0, 1), (1, 2), (2, 3)]
 
 
 @pytest.mark.parametrize("method", ["badge", "facility_location", "k_center", "log_det"])
-def test_diverse_methods_choose_among_the_highest(
-    method: str, choose: Callable[..., list[str]], student: Path, tmp_path: Path
-) -> None:
+def test_diverse_methods_choose_among_the_highest(method, choose, student, tmp_path):
     values = entropies(student, TEXTS)
     among = values.argsort(descending=True)[:5].sort().values
     vectors = acqcore.badge_embedding(str(student), [TEXTS[i] for i in among], backend="eager")
@@ -83,9 +78,7 @@ def test_diverse_methods_choose_among_the_highest(
     assert [row["row"] for row in sorted(found, key=lambda row: row["rank"])] == expected
 
 
-def test_diversity_alone_chooses_among_all_rows(
-    choose: Callable[..., list[str]], student: Path, tmp_path: Path
-) -> None:
+def test_diversity_alone_chooses_among_all_rows(choose, student, tmp_path):
     copies = [{"text": TEXTS[0]}] * 5 + [{"text": TEXTS[1]}, {"text": TEXTS[3]}]
     assert main(choose(copies, method="facility_location", signal=None)) == 0
     found = lines(tmp_path / "out.jsonl")
@@ -93,7 +86,7 @@ def test_diversity_alone_chooses_among_all_rows(
     assert set(found[0]) == {"row", "text", "rank"}
 
 
-def test_a_smaller_choice_is_the_beginning_of_a_larger(choose: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_a_smaller_choice_is_the_beginning_of_a_larger(choose, tmp_path):
     rows = [{"text": text} for text in TEXTS]
     ranked = []
     for n in (2, 5):
@@ -104,9 +97,7 @@ def test_a_smaller_choice_is_the_beginning_of_a_larger(choose: Callable[..., lis
 
 @pytest.mark.parametrize("source", ["jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("target", ["jsonl", "csv", "parquet"])
-def test_every_kind_of_file(
-    source: str, target: str, choose: Callable[..., list[str]], student: Path, tmp_path: Path
-) -> None:
+def test_every_kind_of_file(source, target, choose, student, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     texts = ['a "fox", a dog', "The\nlines", "ünïcode 🙂", "a, b"]
@@ -134,13 +125,11 @@ def test_every_kind_of_file(
     assert [(int(row["row"]), int(row["id"]), row["text"]) for row in found] == [(i, 7 + i, texts[i]) for i in best]
 
 
-def test_a_data_set_by_name(
-    choose: Callable[..., list[str]], student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_set_by_name(choose, student, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked: list[Any] = []
 
-    def load(*arguments: Any, **options: Any) -> Any:
+    def load(*arguments, **options):
         asked.append((arguments, options))
         return datasets.Dataset.from_list([{"id": i, "text": text} for i, text in enumerate(TEXTS)])
 
@@ -151,9 +140,7 @@ def test_a_data_set_by_name(
     assert [row["id"] for row in lines(tmp_path / "out.jsonl")] == best
 
 
-def test_a_column_of_scores_needs_no_student(
-    choose: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_column_of_scores_needs_no_student(choose, tmp_path, capsys):
     values = [1.5, None, 3, "x", 3, -2, float("inf")]
     rows = [{"row": 10 + i, "score": value} for i, value in enumerate(values)]
     words = choose(rows, signal="score", student=None, backend=None)
@@ -169,7 +156,7 @@ def test_a_column_of_scores_needs_no_student(
     assert errors[1].endswith("score: expected a finite number, got 'x'")
 
 
-def test_arguments_reach_the_signal(choose: Callable[..., list[str]], student: Path, tmp_path: Path) -> None:
+def test_arguments_reach_the_signal(choose, student, tmp_path):
     given = {"mutual_information": {"layers": 1, "draws": 2, "seed": 3}}
     rows = [{"text": text} for text in TEXTS]
     assert main(choose(rows, signal="mutual_information", acquisition_args=json.dumps(given))) == 0
@@ -182,9 +169,7 @@ def test_arguments_reach_the_signal(choose: Callable[..., list[str]], student: P
     ("signal", "arguments"),
     [("gradient_diversity", {"dim": 64}), ("mutual_information", {"form": "linear", "probes": 2})],
 )
-def test_signals_of_sets_and_the_linear_form(
-    signal: str, arguments: dict[str, Any], choose: Callable[..., list[str]], student: Path, tmp_path: Path
-) -> None:
+def test_signals_of_sets_and_the_linear_form(signal, arguments, choose, student, tmp_path):
     rows, given = [{"text": text} for text in TEXTS], {signal: arguments}
     assert main(choose(rows, signal=signal, acquisition_args=json.dumps(given))) == 0
     values = acqcore.score(str(student), TEXTS, signal, acquisition_args=given, backend="eager")[signal]
@@ -193,9 +178,7 @@ def test_signals_of_sets_and_the_linear_form(
     assert all(value == pytest.approx(values[i].item(), rel=1e-5) for i, value in found.items())
 
 
-def test_bad_lines_are_named_and_not_chosen(
-    choose: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_lines_are_named_and_not_chosen(choose, tmp_path, capsys):
     rows = ['{"text": ', {"text": ""}, {"other": 1}, {"text": 3}, {"text": "fox " * 80}, *({"text": t} for t in TEXTS)]
     assert main(choose(rows, n=8)) == 0
     captured = capsys.readouterr()
@@ -209,13 +192,8 @@ def test_bad_lines_are_named_and_not_chosen(
     )
 
 
-def test_rows_without_a_finite_value_are_not_chosen(
-    choose: Callable[..., list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def scored(student: Any, rows: list[Any], *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+def test_rows_without_a_finite_value_are_not_chosen(choose, tmp_path, monkeypatch, capsys):
+    def scored(student, rows, *_, **__):
         return {"entropy": torch.tensor([1.0, torch.nan, 0.5, 2.0])}
 
     monkeypatch.setattr("acqcore.files.choose.score", scored)
@@ -247,18 +225,11 @@ def test_rows_without_a_finite_value_are_not_chosen(
         ({"out": "out.txt"}, "extension of out.txt: unknown '.txt'"),
         ({"out": "data.jsonl"}, "out: data.jsonl is or holds the data, which would be lost; name another output"),
         ({"out": "missing/out.csv"}, "out: the folder missing does not exist"),
-        ({"data": "missing.jsonl"}, "No such file or directory: 'missing.jsonl'"),
+        ({"data": "missing.jsonl"}, "missing.jsonl: No such file or directory"),
         ({"student": "./missing"}, "missing"),
     ],
 )
-def test_wrong_usage_is_one_sentence_before_a_forward(
-    options: dict[str, Any],
-    message: str,
-    choose: Callable[..., list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_wrong_usage_is_one_sentence_before_a_forward(options, message, choose, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("acqcore.files.choose.score", None)  # a forward would be a TypeError
     assert main(choose([{"text": text} for text in TEXTS], **options)) == 2
@@ -269,20 +240,13 @@ def test_wrong_usage_is_one_sentence_before_a_forward(
 
 
 @pytest.mark.parametrize("column", ["entropy", "rank"])
-def test_columns_with_an_outputs_name(
-    column: str, choose: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_columns_with_an_outputs_name(column, choose, capsys):
     assert main(choose([{"text": text, column: 1} for text in TEXTS])) == 2
     assert f"the column {column!r} has the name of an output column" in capsys.readouterr().err
 
 
-def test_an_interrupt_leaves_nothing(
-    choose: Callable[..., list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
+def test_an_interrupt_leaves_nothing(choose, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("acqcore.files.choose.score", interrupted)

@@ -39,12 +39,12 @@ class _Chunked(Chunked):
 
 
 @pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def _registered(monkeypatch):
     monkeypatch.setitem(_BACKENDS, "chunked", _Chunked())
 
 
 @pytest.fixture(params=["one chunk", "many chunks"])
-def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
+def case(request, monkeypatch):
     """60 rows in float64, so that the order of sums does not show; chunks of about 13 rows and 7 columns, or one."""
     if request.param == "many chunks":
         monkeypatch.setattr(chunked, "BUFFER_BYTES", 16 * 24 * 13)
@@ -65,12 +65,12 @@ def _both(case: Case, function: Callable[..., torch.Tensor], *arguments: object,
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_hidden_grad(case: Case) -> None:
+def test_hidden_grad(case):
     _both(case, acqcore.hidden_grad)
 
 
 @pytest.mark.parametrize("at_once", [1, 40, 1 << 14])
-def test_fisher_grads(at_once: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fisher_grads(at_once, case, monkeypatch):
     """Signs drawn for one chunk of the vocabulary at a time, for several, or for all."""
     monkeypatch.setattr(chunked, "SIGN_COLUMNS", at_once)
     stats = acqcore.row_stats(case.hidden, case.head, case.targets, temperature=case.temperature, backend="eager")
@@ -83,12 +83,12 @@ def test_fisher_grads(at_once: int, case: Case, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(got.expected, expected.expected, rtol=1e-10, atol=1e-12)
 
 
-def test_grad_sketch(case: Case) -> None:
+def test_grad_sketch(case):
     _both(case, grad_sketch, OFFSETS, dim=64)
 
 
 @pytest.mark.parametrize("form", ["gram", "direct", "auto"])
-def test_head_grad_norm(form: str, case: Case) -> None:
+def test_head_grad_norm(form, case):
     _both(case, acqcore.head_grad_norm, OFFSETS, form=form)
 
 
@@ -98,7 +98,7 @@ def _same_mixture(got: BayesStats, expected: BayesStats) -> None:
 
 
 @pytest.mark.parametrize(("form", "block"), [("element", 1), ("block", 7)])
-def test_mutual_information(form: str, block: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mutual_information(form, block, case, monkeypatch):
     _small_mixtures(case, monkeypatch)
     head = acqcore.Head(case.head.weight, case.head.bias, softcap=9.0, scale=0.7)
     got, expected = (
@@ -111,7 +111,7 @@ def test_mutual_information(form: str, block: int, case: Case, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_ensembles(shared: bool, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ensembles(shared, case, monkeypatch):
     _small_mixtures(case, monkeypatch)
     hidden = torch.stack([case.hidden, case.hidden + 1, case.hidden * 2])
     hidden[1, 7] = torch.nan
@@ -129,7 +129,7 @@ def test_ensembles(shared: bool, case: Case, monkeypatch: pytest.MonkeyPatch) ->
     )
 
 
-def test_impossible_tokens_in_a_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_tokens_in_a_mixture(monkeypatch):
     made = random_case(6, 24, 130, bias=True).to(torch.float64)
     _small_mixtures(made, monkeypatch)
     assert made.head.bias is not None
@@ -150,7 +150,7 @@ def _small_mixtures(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(chunked_mixture, "OPERAND_BYTES", 4 * 24 * 16)
 
 
-def test_groups_of_samples() -> None:
+def test_groups_of_samples():
     bounds = [(0, 3), (3, 7), (7, 9), (9, 12), (12, 30), (30, 31), (31, 40), (40, 41)]
     assert list(chunked._groups(bounds, 10)) == [(0, 3), (3, 4), (4, 5), (5, 7), (7, 8)]
     assert list(chunked._groups(bounds, 3)) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 8)]
@@ -169,7 +169,7 @@ def test_groups_of_samples() -> None:
         "head_grad_norm(None, rows, bounds, weights, weights.new_empty(8))",
     ],
 )
-def test_memory_is_bounded(call: str) -> None:
+def test_memory_is_bounded(call):
     """At most 64 MiB and the result's 4; gradients or draws of the logits would take 256, the weight in float32 64."""
     code = (
         "import torch, acqcore\n"
@@ -198,7 +198,7 @@ def test_memory_is_bounded(call: str) -> None:
 
 
 @pytest.mark.parametrize(("n", "d", "v"), [(4096, 4096, 131072), (100, 8192, 256000), (20000, 576, 49152), (1, 16, 7)])
-def test_chunks_of_large_shapes_fit(n: int, d: int, v: int) -> None:
+def test_chunks_of_large_shapes_fit(n, d, v):
     """Hidden states, weights and values in float32, and tiles with their temporaries."""
     head = acqcore.Head(torch.empty(v, d, dtype=torch.bfloat16, device="meta"))
     hidden = torch.empty(n, d, dtype=torch.bfloat16, device="meta")
@@ -212,7 +212,7 @@ def test_chunks_of_large_shapes_fit(n: int, d: int, v: int) -> None:
     assert piece.hidden.dtype == torch.float32
 
 
-def test_products_are_float32_whatever_the_process_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_float32_whatever_the_process_allows(monkeypatch):
     seen = []
     monkeypatch.setattr(chunked, "unnormalised", lambda *_: seen.append(settings.fp32_precision) or _stop())
     settings = torch.backends.cuda.matmul
@@ -237,7 +237,7 @@ def test_products_are_float32_whatever_the_process_allows(monkeypatch: pytest.Mo
         "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
     ],
 )
-def test_either_setting_of_torch_is_overruled_and_restored(setting: str) -> None:
+def test_either_setting_of_torch_is_overruled_and_restored(setting):
     """In a process of its own: which of the two settings was touched cannot be undone."""
     code = (
         "import torch\n"
@@ -254,7 +254,7 @@ def test_either_setting_of_torch_is_overruled_and_restored(setting: str) -> None
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_sums_at_places() -> None:
+def test_sums_at_places():
     """The form that a GPU takes gives what ``index_add_`` does, along either dimension and for complex numbers."""
     places = torch.tensor([2, 0, 2, 1, 2])
     for dim, dtype in [(0, torch.float64), (1, torch.float32), (0, torch.complex64)]:

@@ -45,7 +45,7 @@ def _gaussian(n: int, v: int, dtype: torch.dtype = torch.float32) -> torch.Tenso
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bits_do_not_depend_on_how_rows_are_shared_out(dtype: torch.dtype) -> None:
+def test_bits_do_not_depend_on_how_rows_are_shared_out(dtype):
     """One block a row (1 multiprocessor), several blocks (20), single warps (5000)."""
     logits = _gaussian(7, 33333, dtype)
     expected, where = on_host(logits, multiprocessors=1)
@@ -57,7 +57,7 @@ def test_bits_do_not_depend_on_how_rows_are_shared_out(dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v", [33333, 40960])
-def test_bits_do_not_depend_on_batch_strides_or_alignment(v: int, dtype: torch.dtype) -> None:
+def test_bits_do_not_depend_on_batch_strides_or_alignment(v, dtype):
     """Rows that cannot be read in 16-byte loads go another way and end in the same place."""
     logits = _gaussian(5, v, dtype)
     expected, _ = on_host(logits)
@@ -72,7 +72,7 @@ def test_bits_do_not_depend_on_batch_strides_or_alignment(v: int, dtype: torch.d
 @pytest.mark.parametrize(
     "columns", [[0], [9001], [4095, 4096], [4096, 8191], [8, 9], [1, 0], [1023, 1024], [700, 8900], [260, 5, 4100]]
 )
-def test_the_lowest_of_equal_maxima(columns: list[int], dtype: torch.dtype) -> None:
+def test_the_lowest_of_equal_maxima(columns, dtype):
     """Equal maxima in one word, one lane, two lanes, two chunks, two groups, at the end."""
     logits = _gaussian(1, 9002).clamp(max=4).to(dtype)
     logits[0, columns] = 5.0
@@ -84,7 +84,7 @@ def test_the_lowest_of_equal_maxima(columns: list[int], dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("position", [0, 1, 4095, 4096, 8999, 9000])
-def test_a_nan_anywhere_poisons_its_row_alone(position: int, dtype: torch.dtype) -> None:
+def test_a_nan_anywhere_poisons_its_row_alone(position, dtype):
     logits = _gaussian(3, 9001, dtype)
     logits[1, position] = torch.nan
     state, _ = on_host(logits)
@@ -92,7 +92,7 @@ def test_a_nan_anywhere_poisons_its_row_alone(position: int, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_extreme_logits(dtype: torch.dtype) -> None:
+def test_extreme_logits(dtype):
     lowest = torch.finfo(dtype).min
     logits = torch.full((5, 5000), -torch.inf, dtype=dtype)
     logits[1, 4999] = lowest  # a single possible token, the lowest number there is
@@ -108,7 +108,7 @@ def test_extreme_logits(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.25, 7.0, 1e6])
-def test_temperature(temperature: float) -> None:
+def test_temperature(temperature):
     logits, targets = _gaussian(4, 9000) * min(temperature, 10.0), torch.tensor([3, -100, 8999, 4096])
     state, index = on_host(logits, targets, temperature=temperature)
     oracle = acqcore.logit_stats(logits.double(), targets, temperature=temperature, backend="eager")
@@ -117,7 +117,7 @@ def test_temperature(temperature: float) -> None:
     assert index[1] == -1
 
 
-def test_too_many_columns() -> None:
+def test_too_many_columns():
     wide = torch.zeros(1, 1).expand(1, 2**30)
     with pytest.raises(ValueError, match="logits: expected fewer than 2\\^30 columns"):
         on_host(wide)
@@ -125,18 +125,18 @@ def test_too_many_columns() -> None:
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("d", [1, 896, 4096, 16384])
-def test_blocks_are_bounded(d: int, mixed: bool) -> None:
+def test_blocks_are_bounded(d, mixed):
     """Logits, a copy of the hidden states, a widened tile of weights: 64 MiB at most."""
     rows, columns = cuda._block(d, mixed)
     assert min(rows, columns) >= 128
     assert 4 * (rows * columns + rows * d + (columns * d if mixed else 0)) <= 64 << 20
 
 
-def test_tf32_is_off_inside_and_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_is_off_inside_and_back_after_an_error(monkeypatch):
     settings = torch.backends.cuda.matmul
     before, seen = settings.fp32_precision, []
 
-    def failing(*_: object) -> None:
+    def failing(*_):
         seen.append(settings.fp32_precision)
         raise ArithmeticError
 
@@ -153,8 +153,8 @@ def test_tf32_is_off_inside_and_back_after_an_error(monkeypatch: pytest.MonkeyPa
     assert seen == ["ieee"]
 
 
-def test_out_of_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhausted(*_: object) -> None:
+def test_out_of_memory_is_one_sentence(monkeypatch):
+    def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 32.00 MiB. GPU 0 has a total capacity of")
 
     monkeypatch.setattr(Cuda, "_fold", exhausted)
@@ -163,7 +163,7 @@ def test_out_of_memory_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_no_driver
-def test_without_a_driver_the_call_says_so_and_the_cpu_goes_on() -> None:
+def test_without_a_driver_the_call_says_so_and_the_cpu_goes_on():
     logits = _gaussian(2, 50)
     state, index = torch.empty(7, 2, dtype=torch.float64), torch.empty(2, dtype=torch.int64)
     args = _core.CudaLogitStatsArgs(matrix(logits), 0, 1.0, 0, False, state.data_ptr(), index.data_ptr())
@@ -175,7 +175,7 @@ def test_without_a_driver_the_call_says_so_and_the_cpu_goes_on() -> None:
 
 
 @needs_no_driver
-def test_why_it_is_not_available() -> None:
+def test_why_it_is_not_available():
     assert "driver" in _core.cuda_unavailable() or "device" in _core.cuda_unavailable()
     with pytest.raises(RuntimeError, match=r"backend: 'cuda' is not available here: .*(torch|driver|device)"):
         acqcore.logit_stats(_gaussian(2, 50), backend="cuda")
@@ -189,9 +189,7 @@ def test_why_it_is_not_available() -> None:
         (True, "13.0", "compute capability 8.0 or later, found 7.5", "compute capability 8.0 or later, found 7.5"),
     ],
 )
-def test_each_cause_is_named(
-    built: bool, version: str | None, missing: str, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_cause_is_named(built, version, missing, expected, monkeypatch):
     monkeypatch.setattr(_core, "cuda_built", built)
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(_core, "cuda_unavailable", lambda: missing, raising=False)
@@ -204,12 +202,12 @@ def test_each_cause_is_named(
     assert Cuda().unavailable() is None
 
 
-def test_a_cpu_tensor_does_not_fit() -> None:
+def test_a_cpu_tensor_does_not_fit():
     assert Cuda().misfit(torch.device("cpu"), (torch.float32,)) == "backend 'cuda' serves cuda tensors, got cpu"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_extension_loads_no_cuda_library() -> None:
+def test_the_extension_loads_no_cuda_library():
     """Imported by itself, without torch: only the C and C++ libraries come with it."""
     code = (
         "from importlib import util\n"
@@ -238,14 +236,14 @@ class _Fake:
         return None
 
 
-def test_choice_among_gpu_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_among_gpu_backends(monkeypatch):
     """Triton takes hidden states and cuda takes logits, unless a measurement says otherwise; a name decides it."""
     fakes = {name: _Fake(name) for name in ("triton", "cuda")}
     monkeypatch.setattr(sys.modules["acqcore.backends"], "_BACKENDS", fakes)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     device = torch.device("cuda", 0)
 
-    def chosen(op: str, rows: int, vocab: int, name: str | None = None) -> str:
+    def chosen(op, rows, vocab, name=None):
         return select_backend(name, device, (torch.bfloat16,), op, (rows, vocab)).name
 
     assert chosen("row_stats", 4096, 151936) == "cuda"  # as an H100 measured
@@ -266,7 +264,7 @@ def test_choice_among_gpu_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("row_stats", 8, 151936) == "triton"
 
 
-def test_the_choice_does_not_break_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_does_not_break_a_graph(monkeypatch):
     """Facts of the machine are asked for once, while the graph is traced."""
     fakes = {name: _Fake(name) for name in ("triton", "cuda")}
     monkeypatch.setattr(sys.modules["acqcore.backends"], "_BACKENDS", fakes)
@@ -274,7 +272,7 @@ def test_the_choice_does_not_break_a_graph(monkeypatch: pytest.MonkeyPatch) -> N
     device = torch.device("cuda", 0)
 
     @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
-    def compiled(x: torch.Tensor) -> torch.Tensor:
+    def compiled(x):
         n, v = x.shape
         chosen = select_backend(None, device, (x.dtype,), "logit_stats", (n, v))
         return x + (1 if chosen.name == "cuda" and cuda._no_device() else 0)
@@ -287,7 +285,7 @@ def test_the_choice_does_not_break_a_graph(monkeypatch: pytest.MonkeyPatch) -> N
 @needs_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 8, 700])
-def test_on_device_large_vocabulary(n: int, dtype: torch.dtype) -> None:
+def test_on_device_large_vocabulary(n, dtype):
     """A row split over blocks, and rows of one block each; the same bits either way."""
     logits = _gaussian(n, 151936, dtype).cuda()
     targets = torch.arange(n, device="cuda") * 211
@@ -304,7 +302,7 @@ def test_on_device_large_vocabulary(n: int, dtype: torch.dtype) -> None:
 
 
 @needs_device
-def test_on_device_the_bits_stay_over_many_rows_and_runs() -> None:
+def test_on_device_the_bits_stay_over_many_rows_and_runs():
     logits = _gaussian(64, 33333, torch.bfloat16).cuda()
     once = acqcore.logit_stats(logits, backend="cuda").state
     many = acqcore.logit_stats(logits.repeat(200, 1), backend="cuda").state
@@ -313,7 +311,7 @@ def test_on_device_the_bits_stay_over_many_rows_and_runs() -> None:
 
 
 @needs_device
-def test_on_device_another_stream() -> None:
+def test_on_device_another_stream():
     logits = torch.zeros(512, 131072, device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -326,7 +324,7 @@ def test_on_device_another_stream() -> None:
 
 
 @needs_device
-def test_on_device_wrong_devices_are_one_sentence() -> None:
+def test_on_device_wrong_devices_are_one_sentence():
     case = random_case(3, 8, 20)
     with pytest.raises(ValueError, match="backend: backend 'cuda' serves cuda tensors, got cpu"):
         case.run("cuda")
@@ -338,7 +336,7 @@ def test_on_device_wrong_devices_are_one_sentence() -> None:
 
 
 @needs_device
-def test_on_device_out_of_memory_says_so_and_the_cpu_goes_on() -> None:
+def test_on_device_out_of_memory_says_so_and_the_cpu_goes_on():
     torch.cuda.empty_cache()
     logits = torch.zeros(8, 151936, device="cuda")
     total = torch.cuda.get_device_properties(0).total_memory
@@ -355,7 +353,7 @@ def test_on_device_out_of_memory_says_so_and_the_cpu_goes_on() -> None:
 
 @needs_device
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_on_device_memory_is_bounded(weight_dtype: torch.dtype) -> None:
+def test_on_device_memory_is_bounded(weight_dtype):
     """At most 64 MiB beyond inputs and outputs, where the logits would take 1.2 GiB."""
     hidden = torch.randn(2048, 1024, device="cuda", dtype=torch.bfloat16)
     head = acqcore.Head(torch.randn(151936, 1024, device="cuda", dtype=weight_dtype))

@@ -55,14 +55,14 @@ def _oracle(logits: torch.Tensor) -> acqcore.RowStats:
 @pytest.mark.parametrize("splits", [1, 7, SPLITS])
 @pytest.mark.parametrize("v", [1, 2, 255, 256, 257, 1000, 70001])
 @pytest.mark.parametrize("n", [1, 17])
-def test_fold(n: int, v: int, splits: int) -> None:
+def test_fold(n, v, splits):
     """One column, less than a tile, a tile, a tail of one; fewer tiles than splits; a short block of rows."""
     logits = _gaussian(n, v)
     assert_close_to_oracle(folded(logits, splits=splits), _oracle(logits))
 
 
 @pytest.mark.parametrize("peak", [0, 255, 256, 4999])
-def test_fold_of_confident_rows(peak: int) -> None:
+def test_fold_of_confident_rows(peak):
     """1 - p_max near 1e-12, wherever the maximum is."""
     logits = _gaussian(5, 5000) / 4
     logits[:, peak] = 38.0
@@ -71,7 +71,7 @@ def test_fold_of_confident_rows(peak: int) -> None:
     assert stats.top1_index.tolist() == [peak] * 5
 
 
-def test_fold_where_every_tile_raises_the_maximum() -> None:
+def test_fold_where_every_tile_raises_the_maximum():
     logits = torch.arange(5000.0).repeat(3, 1) / 100
     assert_close_to_oracle(folded(logits, splits=3), _oracle(logits))
     assert_close_to_oracle(folded(logits.flip(1).contiguous(), splits=3), _oracle(logits.flip(1)))
@@ -93,7 +93,7 @@ def test_fold_where_every_tile_raises_the_maximum() -> None:
         [899],
     ],
 )
-def test_the_lowest_of_equal_maxima(columns: list[int]) -> None:
+def test_the_lowest_of_equal_maxima(columns):
     """In one lane, in lanes that share a row, in column groups, tiles and splits; the others are terms like any."""
     logits = _gaussian(9, 900).clamp(max=4)
     logits[:, columns] = 5.0
@@ -104,7 +104,7 @@ def test_the_lowest_of_equal_maxima(columns: list[int]) -> None:
     assert stats.state[1, 0].item() == expected
 
 
-def test_absent_columns() -> None:
+def test_absent_columns():
     """-inf is no token: tiles and splits of nothing else, a row of nothing else, one token alone."""
     logits = _gaussian(4, 2000)
     logits[0, :600] = -torch.inf
@@ -121,7 +121,7 @@ def test_absent_columns() -> None:
 
 
 @pytest.mark.parametrize("position", [0, 256, 1999])
-def test_a_nan_poisons_its_row_alone(position: int) -> None:
+def test_a_nan_poisons_its_row_alone(position):
     logits = _gaussian(20, 2000)
     logits[9, position] = torch.nan
     assert folded(logits).state[2].isnan().nonzero()[:, 0].tolist() == [9]
@@ -129,7 +129,7 @@ def test_a_nan_poisons_its_row_alone(position: int) -> None:
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("absent", [False, True])
-def test_bias_scale_temperature_softcap(absent: bool, softcap: float) -> None:
+def test_bias_scale_temperature_softcap(absent, softcap):
     products, bias = _gaussian(7, 3000), _gaussian(1, 3000, seed=1)[0]
     if absent and not softcap:  # tanh makes a number of -inf
         bias[: 2 * 256] = -torch.inf
@@ -142,14 +142,8 @@ def test_bias_scale_temperature_softcap(absent: bool, softcap: float) -> None:
     torch.testing.assert_close(stats.state[:6], oracle.state[:6], rtol=1e-4, atol=1e-5)
 
 
-def test_where_the_kernel_fits() -> None:
-    def fits(
-        hidden: torch.dtype = torch.bfloat16,
-        weight: torch.dtype = torch.bfloat16,
-        pitch: int = 64,
-        first: int = 0,
-        capability: tuple[int, int] | None = (9, 0),
-    ) -> bool:
+def test_where_the_kernel_fits():
+    def fits(hidden=torch.bfloat16, weight=torch.bfloat16, pitch=64, first=0, capability=(9, 0)):
         head = torch.zeros(9, pitch + 8, dtype=weight)[:, : pitch + 8].flatten()[first:][: 8 * pitch].view(8, pitch)
         return fits_hopper(torch.zeros(2, pitch, dtype=hidden), head, capability)
 
@@ -166,7 +160,7 @@ def test_where_the_kernel_fits() -> None:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
-def test_machine_code(tmp_path: Path) -> None:
+def test_machine_code(tmp_path):
     """Products are Hopper's own and none is serialised; one multicast copy; registers do not spill in a tile."""
     command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
     report = subprocess.run(
@@ -190,7 +184,7 @@ def test_machine_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("n", "d", "v"), [(1, 64, 7), (129, 100, 256), (300, 576, 50257), (2500, 256, 9001), (24000, 4096, 600)]
 )
-def test_on_device(n: int, d: int, v: int, dtype: torch.dtype) -> None:
+def test_on_device(n, d, v, dtype):
     """One row and a short tile; a lone second block; odd V; many units; several chunks of rows."""
     generator = torch.Generator("cuda").manual_seed(0)
     hidden = torch.randn(n, d, device="cuda", generator=generator).to(dtype)
@@ -211,7 +205,7 @@ def test_on_device(n: int, d: int, v: int, dtype: torch.dtype) -> None:
 
 
 @needs_hopper
-def test_on_device_in_a_graph() -> None:
+def test_on_device_in_a_graph():
     """Nothing is read back: the call can be captured, and follows the targets that are there when it is replayed."""
     hidden = torch.randn(300, 128, device="cuda", dtype=torch.bfloat16)
     head = acqcore.Head(torch.randn(3000, 128, device="cuda", dtype=torch.bfloat16))

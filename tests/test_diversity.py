@@ -34,7 +34,7 @@ def gain(x: torch.Tensor, i: int, rest: list[int], ridge: float = RIDGE) -> floa
 class TestGradientDiversity:
     @pytest.mark.parametrize("shape", [(1, 8), (6, 20), (8, 8), (15, 5)])
     @pytest.mark.parametrize("ridge", [RIDGE, 1.0])
-    def test_leave_one_out(self, shape: tuple[int, int], ridge: float) -> None:
+    def test_leave_one_out(self, shape, ridge):
         x = vectors(*shape)
         n = shape[0]
         expected = [gain(x, i, [j for j in range(n) if j != i], ridge) for i in range(n)]
@@ -43,14 +43,14 @@ class TestGradientDiversity:
         torch.testing.assert_close(values, torch.tensor(expected), rtol=1e-5, atol=1e-7)
 
     @pytest.mark.parametrize("shape", [(6, 20), (12, 5)])
-    def test_ordered(self, shape: tuple[int, int]) -> None:
+    def test_ordered(self, shape):
         x = vectors(*shape)
         expected = [gain(x, i, list(range(i))) for i in range(shape[0])]
         values = acqcore.gradient_diversity(x, ordered=True)
         torch.testing.assert_close(values, torch.tensor(expected), rtol=1e-5, atol=1e-7)
 
     @pytest.mark.parametrize("shape", [(10, 40), (40, 10)])
-    def test_order_and_length_do_not_matter(self, shape: tuple[int, int]) -> None:
+    def test_order_and_length_do_not_matter(self, shape):
         x = vectors(*shape).double()
         values = acqcore.gradient_diversity(x)
         assert values.dtype == torch.float64
@@ -58,7 +58,7 @@ class TestGradientDiversity:
         torch.testing.assert_close(acqcore.gradient_diversity(x[order]), values[order], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(acqcore.gradient_diversity(x * 7), values, rtol=1e-9, atol=1e-12)
 
-    def test_copies_score_next_to_nothing(self) -> None:
+    def test_copies_score_next_to_nothing(self):
         x = torch.eye(6)[[0, 1, 2, 2, 3, 4, 4, 4]] * torch.arange(1.0, 9.0)[:, None]
         values = acqcore.gradient_diversity(x)
         alone = torch.tensor([0, 1, 4])
@@ -68,20 +68,20 @@ class TestGradientDiversity:
         first = acqcore.gradient_diversity(x, ordered=True)
         assert (first > RIDGE).tolist() == [True, True, True, False, True, True, False, False]
 
-    def test_a_zero_vector_adds_nothing(self) -> None:
+    def test_a_zero_vector_adds_nothing(self):
         assert acqcore.gradient_diversity(torch.tensor([[0.0, 0.0], [1.0, 0.0]])).tolist()[0] == 0
 
     @pytest.mark.parametrize("scale", [1e-30, 1e30])
-    def test_extreme_lengths(self, scale: float) -> None:
+    def test_extreme_lengths(self, scale):
         x = vectors(5, 9)
         torch.testing.assert_close(
             acqcore.gradient_diversity(x * scale), acqcore.gradient_diversity(x), rtol=1e-4, atol=1e-6
         )
 
-    def test_empty_batch(self) -> None:
+    def test_empty_batch(self):
         assert acqcore.gradient_diversity(torch.zeros(0, 3)).shape == (0,)
 
-    def test_half_precision(self) -> None:
+    def test_half_precision(self):
         x = vectors(6, 20).bfloat16()
         values = acqcore.gradient_diversity(x)
         assert values.dtype == torch.float32
@@ -90,7 +90,7 @@ class TestGradientDiversity:
 
 class TestVendiScore:
     @pytest.mark.parametrize("shape", [(1, 4), (7, 20), (20, 7)])
-    def test_definition(self, shape: tuple[int, int]) -> None:
+    def test_definition(self, shape):
         x = vectors(*shape).double()
         unit = x / x.norm(dim=1, keepdim=True)
         eigenvalues = torch.linalg.eigvalsh(unit @ unit.T / len(x))
@@ -98,12 +98,12 @@ class TestVendiScore:
         expected = (-(eigenvalues * eigenvalues.log()).sum()).exp()
         torch.testing.assert_close(acqcore.vendi_score(x), expected)
 
-    def test_counts_different_directions(self) -> None:
+    def test_counts_different_directions(self):
         assert acqcore.vendi_score(torch.eye(5) * 3).item() == pytest.approx(5)
         assert acqcore.vendi_score(torch.ones(5, 3)).item() == pytest.approx(1)
         assert acqcore.vendi_score(torch.eye(4).repeat(3, 1)).item() == pytest.approx(4)
 
-    def test_bad_input(self) -> None:
+    def test_bad_input(self):
         with pytest.raises(
             ValueError, match=r"vectors: expected at least one row, got float32 tensor of shape \[0, 3\]"
         ):
@@ -113,7 +113,7 @@ class TestVendiScore:
 
 
 class TestArchive:
-    def test_novelty_is_the_gain_over_what_was_added(self) -> None:
+    def test_novelty_is_the_gain_over_what_was_added(self):
         x = vectors(12, 30)
         archive = acqcore.Archive()
         torch.testing.assert_close(archive.novelty(x), torch.full((12,), math.log(2)))
@@ -123,7 +123,7 @@ class TestArchive:
         expected = [gain(x, i, list(range(7))) for i in range(7, 12)]
         torch.testing.assert_close(archive.novelty(x[7:]), torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
-    def test_copies_are_not_novel_and_take_no_room(self) -> None:
+    def test_copies_are_not_novel_and_take_no_room(self):
         x = vectors(6, 30)
         archive = acqcore.Archive()
         archive.add(x)
@@ -132,7 +132,7 @@ class TestArchive:
         assert len(archive) == 6
         assert archive.novelty(torch.zeros(1, 30)).item() == 0
 
-    def test_capacity_keeps_the_most_spread_out(self) -> None:
+    def test_capacity_keeps_the_most_spread_out(self):
         near = torch.eye(8)[:1] + 0.2 * torch.eye(8)[1:4]  # three directions close to each other
         far = torch.eye(8)[4:]
         archive = acqcore.Archive(capacity=5)
@@ -143,7 +143,7 @@ class TestArchive:
         assert (archive.novelty(far) <= RIDGE).all()
         assert sum(archive.novelty(near) <= RIDGE) == 1
 
-    def test_novelty_falls_as_the_archive_grows(self) -> None:
+    def test_novelty_falls_as_the_archive_grows(self):
         x = vectors(20, 30)
         archive = acqcore.Archive()
         archive.add(x[:5])
@@ -151,7 +151,7 @@ class TestArchive:
         archive.add(x[5:10])
         assert (archive.novelty(x[10:]) <= before + 1e-6).all()
 
-    def test_state(self) -> None:
+    def test_state(self):
         x = vectors(12, 30)
         archive = acqcore.Archive(capacity=8, ridge=0.1)
         archive.add(x[:6])
@@ -165,7 +165,7 @@ class TestArchive:
             held.add(x[6:9])
         assert torch.equal(other.novelty(x), archive.novelty(x))
 
-    def test_a_saved_state_does_not_follow_the_archive(self) -> None:
+    def test_a_saved_state_does_not_follow_the_archive(self):
         x = vectors(12, 30)
         archive = acqcore.Archive(capacity=4)
         empty = archive.state_dict()
@@ -177,7 +177,7 @@ class TestArchive:
         archive.load_state_dict(empty)
         assert len(archive) == 0
 
-    def test_bad_input(self) -> None:
+    def test_bad_input(self):
         archive = acqcore.Archive(capacity=2)
         archive.add(torch.eye(3)[:2])
         with pytest.raises(
@@ -205,7 +205,7 @@ class TestArchive:
         (torch.tensor([[0.0], [torch.nan]]), ValueError, "vectors: expected finite vectors, row 1 has NaN"),
     ],
 )
-def test_bad_vectors(x: torch.Tensor, error: type[Exception], message: str) -> None:
+def test_bad_vectors(x, error, message):
     for call in (
         acqcore.gradient_diversity,
         acqcore.vendi_score,
@@ -216,7 +216,7 @@ def test_bad_vectors(x: torch.Tensor, error: type[Exception], message: str) -> N
             call(x)
 
 
-def test_bad_ridge() -> None:
+def test_bad_ridge():
     for call in (
         lambda: acqcore.gradient_diversity(torch.eye(2), ridge=-1.0),
         lambda: acqcore.Archive(ridge=-1.0),

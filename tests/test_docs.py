@@ -11,7 +11,6 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,9 +58,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 @pytest.fixture
-def place(
-    tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
+def place(tmp_path, tiny_model, tokenizer, monkeypatch):
     """A folder with a student and rows.jsonl, as the current one; registered acquisitions are forgotten afterwards."""
     tiny_model("Llama", max_position_embeddings=4096).save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
@@ -78,7 +75,7 @@ def place(
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_block_runs_or_says_why_not(page: Path, place: Path) -> None:
+def test_every_block_runs_or_says_why_not(page, place):
     namespace: dict[str, Any] = {"__name__": "page"}
     for block in blocks(page):
         if block.reason is not None or block.language in SHOWN:
@@ -138,7 +135,7 @@ def _read_yaml(data: Any, place: Path) -> None:
         config.load(str(path), [])
 
 
-def test_reasons_are_given_only_to_blocks_that_need_them() -> None:
+def test_reasons_are_given_only_to_blocks_that_need_them():
     """A marked block neither begins with our own quick commands nor is empty."""
     for page in PAGES:
         for block in blocks(page):
@@ -147,7 +144,7 @@ def test_reasons_are_given_only_to_blocks_that_need_them() -> None:
                 assert len(block.reason) > 10
 
 
-def test_the_readme_says_what_the_quickstart_says() -> None:
+def test_the_readme_says_what_the_quickstart_says():
     """One snippet, written twice, with one output."""
     readme, quickstart = blocks(ROOT / "README.md"), blocks(ROOT / "docs" / "start" / "quickstart.md")
     snippet = next(block.text for block in readme if block.language == "python")
@@ -156,7 +153,7 @@ def test_the_readme_says_what_the_quickstart_says() -> None:
     assert output == "".join(block.text for block in quickstart if block.language == "text")
 
 
-def test_the_printed_output_of_the_readme() -> None:
+def test_the_printed_output_of_the_readme():
     """With the packaged weights of SmolLM2, to two digits: the last ones depend on the machine."""
     from acqsynth.models import smollm2_path
 
@@ -175,14 +172,14 @@ def test_the_printed_output_of_the_readme() -> None:
     assert numbers[0] == pytest.approx(numbers[1], rel=0.02)
 
 
-def test_the_readme_is_short_and_its_links_are_absolute() -> None:
+def test_the_readme_is_short_and_its_links_are_absolute():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
     for target in re.findall(r"\]\(([^)]+)\)", text):
         assert target.startswith("https://"), target
 
 
-def test_links_of_the_readme_lead_to_files_and_pages() -> None:
+def test_links_of_the_readme_lead_to_files_and_pages():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     here = re.compile(
         r"https://(?:github\.com/acqcore/acqcore/(?:blob|tree)/main|raw\.githubusercontent\.com/acqcore/acqcore/main)/([^)\s]+)"
@@ -193,7 +190,7 @@ def test_links_of_the_readme_lead_to_files_and_pages() -> None:
         assert page.startswith("generated/") or (ROOT / "docs" / f"{page}.md").exists(), page
 
 
-def test_generated_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generated_pages(tmp_path, monkeypatch):
     """Every acquisition, command, recipe key and route is on its page."""
     import importlib.util
 

@@ -68,7 +68,7 @@ def _expected(p: torch.Tensor) -> dict[str, torch.Tensor]:  # [K, N, V] -> name 
 
 @pytest.mark.parametrize("layers", [1, "all"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_trunk_dropout_is_that_of_single_forwards(kind: str, layers: int | str, tiny_model: Callable[..., Any]) -> None:
+def test_trunk_dropout_is_that_of_single_forwards(kind, layers, tiny_model):
     """Batched draws from cached activations give what one forward a draw and sample gives, padded or alone."""
     model = tiny_model(kind)
     blocks = acqcore.Student.from_model(model).blocks
@@ -83,7 +83,7 @@ def test_trunk_dropout_is_that_of_single_forwards(kind: str, layers: int | str, 
             torch.testing.assert_close(scores.tokens[name][i].double(), value, rtol=1e-3, atol=5e-5)
 
 
-def test_last_hidden_state(tiny_model: Callable[..., Any]) -> None:
+def test_last_hidden_state(tiny_model):
     model = tiny_model("Qwen2")
     ids = _ids(6, 11)
     norm = model.model.norm
@@ -99,7 +99,7 @@ def test_last_hidden_state(tiny_model: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"layers": 1}, {"layers": 0}, {"form": "block", "block": 8}], ids=str)
-def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any], tiny_model: Callable[..., Any]) -> None:
+def test_a_sample_does_not_depend_on_its_batch(options, tiny_model):
     model = tiny_model("Llama")
     ids = _ids(5, 9, 17, 9, 2)
     whole = _score(model, ids, **options)
@@ -115,7 +115,7 @@ def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any], tiny_mod
     assert not torch.equal(_score(model, ids, seed=1, **options)["mutual_information"], whole["mutual_information"])
 
 
-def test_small_batches_of_draws(tiny_model: Callable[..., Any]) -> None:
+def test_small_batches_of_draws(tiny_model):
     """Draws are batched under the same limit of tokens as any forward; the numbers stay."""
     model = tiny_model("Llama")
     ids = _ids(9, 8, 7, 9)
@@ -132,15 +132,15 @@ def test_small_batches_of_draws(tiny_model: Callable[..., Any]) -> None:
     )
 
 
-def test_earlier_blocks_run_once(tiny_model: Callable[..., Any]) -> None:
+def test_earlier_blocks_run_once(tiny_model):
     """Of three blocks only the last sees the eight draws; no forward without dropout runs, as nothing reads it."""
     model = tiny_model("Llama", num_hidden_layers=3)
     student = acqcore.Student.from_model(model)
     _score(student, _ids(6), "mutual_information", layers=1, draws=8)  # finds blocks and branches, once per model
     rows: dict[int, int] = {0: 0, 1: 0, 2: 0}
 
-    def count(i: int) -> Callable[..., Any]:
-        def hook(module: Any, arguments: Any) -> None:
+    def count(i):
+        def hook(module, arguments):
             if "forward" not in module.__dict__:  # a skipped block does not compute
                 rows[i] += len(arguments[0])
 
@@ -153,7 +153,7 @@ def test_earlier_blocks_run_once(tiny_model: Callable[..., Any]) -> None:
     assert rows == {0: 2, 1: 2, 2: 16}
 
 
-def test_the_model_is_left_as_found(tiny_model: Callable[..., Any]) -> None:
+def test_the_model_is_left_as_found(tiny_model):
     model = tiny_model("Llama").train()
     _score(model, _ids(4, 6), layers=1)
     broken = model.model.layers[1].mlp.register_forward_hook(_fail)
@@ -170,7 +170,7 @@ def _fail(*_: Any) -> None:
     raise RuntimeError("on purpose")
 
 
-def test_own_dropout_layers(tiny_model: Callable[..., Any]) -> None:
+def test_own_dropout_layers(tiny_model):
     """GPT-2's residual dropout at its own rate; layers of rate 0 stay off."""
     model = tiny_model("GPT2", resid_pdrop=0.2, embd_pdrop=0.0, attn_pdrop=0.0).eval()
     layers = [m for m in model.transformer.modules() if isinstance(m, torch.nn.Dropout)]
@@ -184,14 +184,14 @@ def test_own_dropout_layers(tiny_model: Callable[..., Any]) -> None:
             torch.testing.assert_close(scores.tokens[name][i].double(), value, rtol=1e-3, atol=5e-5)
 
 
-def test_dropout_that_is_no_module(tiny_model: Callable[..., Any]) -> None:
+def test_dropout_that_is_no_module(tiny_model):
     """Attention drops its weights by a function: a module for it that never runs is no dropout to switch on."""
     model = tiny_model("GPT2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.3)
     with pytest.raises(ValueError, match="went through none of the modules"):
         _score(model, _ids(6), layers="own")
 
 
-def test_lora_dropout(tiny_model: Callable[..., Any]) -> None:
+def test_lora_dropout(tiny_model):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
     model = peft.get_peft_model(tiny_model("Llama"), config).eval()
@@ -199,7 +199,7 @@ def test_lora_dropout(tiny_model: Callable[..., Any]) -> None:
     assert float(scores["mutual_information"].min()) > 1e-4
 
 
-def test_members(tiny_model: Callable[..., Any]) -> None:
+def test_members(tiny_model):
     """An ensemble of students, trunk and head each its own."""
     members = []
     for seed in range(3):
@@ -217,7 +217,7 @@ def test_members(tiny_model: Callable[..., Any]) -> None:
             torch.testing.assert_close(scores.tokens[name][i].double(), value, rtol=1e-3, atol=2e-5)
 
 
-def test_equal_arguments_share_the_draws(tiny_model: Callable[..., Any]) -> None:
+def test_equal_arguments_share_the_draws(tiny_model):
     model = tiny_model("Llama")
     together = _score(model, _ids(5, 8), layers=1)
     mixed = acqcore.score(
@@ -230,7 +230,7 @@ def test_equal_arguments_share_the_draws(tiny_model: Callable[..., Any]) -> None
     assert not torch.equal(mixed[NAMES[1]], together[NAMES[1]])
 
 
-def test_every_reduction(tiny_model: Callable[..., Any]) -> None:
+def test_every_reduction(tiny_model):
     model, ids = tiny_model("Llama"), _padded(_ids(5, 8))
     arguments = {"mutual_information": {"layers": 1, "draws": 3}}
     tokens = acqcore.score(model, ids, "mutual_information", acquisition_args=arguments, keep_tokens=True).tokens
@@ -263,21 +263,19 @@ def test_every_reduction(tiny_model: Callable[..., Any]) -> None:
         ({"rate": 0.1}, ValueError, r"acquisition_args\['mutual_information'\]: unknown 'rate'"),
     ],
 )
-def test_bad_arguments(
-    options: dict[str, Any], error: type[Exception], message: str, tiny_model: Callable[..., Any]
-) -> None:
+def test_bad_arguments(options, error, message, tiny_model):
     with pytest.raises(error, match=message):
         _score(tiny_model("Llama"), _ids(4), "mutual_information", **options)
 
 
-def test_trunks_without_blocks() -> None:
+def test_trunks_without_blocks():
     student = acqcore.Student(torch.nn.Embedding(320, 8), acqcore.Head(torch.randn(320, 8)))
     with pytest.raises(ValueError, match="layers: no list of transformer blocks found"):
         _score(student, _ids(4), "mutual_information")
     assert len(_score(student, _ids(4), "mutual_information", layers=0)["mutual_information"]) == 1
 
 
-def test_tells_ignorance_from_ambiguity() -> None:
+def test_tells_ignorance_from_ambiguity():
     """What it is for: keys never seen rank above answers drawn at random and above what is known; entropy fails."""
     path = Path(__file__).parents[1] / "benchmarks" / "toy_student.py"
     spec = importlib.util.spec_from_file_location("toy_student", path)
@@ -298,14 +296,12 @@ def test_tells_ignorance_from_ambiguity() -> None:
 
 
 @pytest.mark.parametrize("layers", ["all", 1])
-def test_forwards_of_draws_get_tokens_on_the_students_device(
-    layers: Any, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forwards_of_draws_get_tokens_on_the_students_device(layers, tiny_model, monkeypatch):
     """Batches are made on the CPU; a device without kernels stands for a GPU."""
     student = acqcore.Student.from_model(tiny_model("Llama"))
     seen: list[str] = []
 
-    def hidden(self: acqcore.Student, input_ids: torch.Tensor) -> torch.Tensor:
+    def hidden(self, input_ids):
         seen.append(input_ids.device.type)
         raise InterruptedError
 

@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ ROWS = [
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _in_a_folder(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
@@ -36,7 +36,7 @@ def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any) -> str:
+def folder(tmp_path, tiny_model, tokenizer):
     """A student that takes long prompts."""
     path = tmp_path / "student"
     tiny_model("Llama", max_position_embeddings=4096).save_pretrained(path)
@@ -45,17 +45,17 @@ def folder(tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any) -> st
 
 
 @pytest.fixture
-def options(folder: str, tmp_path: Path) -> list[str]:
+def options(folder, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return ["--student", folder, "--data", str(data)]
 
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+def example(monkeypatch):
     """``example(path)``: the module, beside which its own modules are found."""
 
-    def load(path: str) -> Any:
+    def load(path):
         place = EXAMPLES / path
         monkeypatch.syspath_prepend(str(EXAMPLES))
         monkeypatch.syspath_prepend(str(place.parent))
@@ -68,13 +68,13 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     return load
 
 
-def test_score_dataset(example: Any, options: list[str]) -> None:
+def test_score_dataset(example, options):
     kept = example("score_dataset.py").main([*options, "--keep", "3"])
     assert len(kept) == 3
     assert kept["loss"][:] == sorted(kept["loss"][:], reverse=True)
 
 
-def test_custom_acquisition(example: Any, options: list[str]) -> None:
+def test_custom_acquisition(example, options):
     from acqcore.acquisitions import REGISTRY
 
     module = example("custom_acquisition.py")
@@ -85,12 +85,12 @@ def test_custom_acquisition(example: Any, options: list[str]) -> None:
     assert ((scores["unknown_share"] >= 0) & (scores["unknown_share"] <= 1)).all()
 
 
-def test_influence_to_validation(example: Any, options: list[str]) -> None:
+def test_influence_to_validation(example, options):
     found = example("influence_to_validation.py").main([*options, "--parameters", "1"])
     assert sum(found.values()) == len(ROWS) - 3  # three of the nine sums are the validation set
 
 
-def test_select_and_finetune(example: Any, options: list[str], tmp_path: Path) -> None:
+def test_select_and_finetune(example, options, tmp_path):
     plot = tmp_path / "chosen.png"
     line = [*options, "--n", "4", "--steps", "8", "--rounds", "2", "--lr", "1e-2", "--plot", str(plot)]
     curves = example("select_and_finetune.py").main(line)
@@ -101,7 +101,7 @@ def test_select_and_finetune(example: Any, options: list[str], tmp_path: Path) -
     assert plot.stat().st_size > 5000
 
 
-def test_fine_tuning_lowers_the_loss(example: Any, folder: str) -> None:
+def test_fine_tuning_lowers_the_loss(example, folder):
     common = example("common.py")
     model, tokenizer = common.pair(folder)
     rows = ROWS[:4]
@@ -110,7 +110,7 @@ def test_fine_tuning_lowers_the_loss(example: Any, folder: str) -> None:
     assert common.loss(model, tokenizer, rows).item() < before - 0.5
 
 
-def test_the_loss_is_that_of_the_completions(example: Any, folder: str) -> None:
+def test_the_loss_is_that_of_the_completions(example, folder):
     import acqcore
 
     common = example("common.py")
@@ -120,14 +120,14 @@ def test_the_loss_is_that_of_the_completions(example: Any, folder: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["grpo_reward.py", "grpo_composed.py"])
-def test_grpo(name: str, example: Any, options: list[str]) -> None:
+def test_grpo(name, example, options):
     steps = example(name).main([*options, "--steps", "1", "--tokens", "8"])
     assert len(steps) == 1
     assert math.isfinite(steps[0]["reward"])
 
 
 @pytest.mark.parametrize("path", sorted(path.name for path in EXAMPLES.glob("*.ipynb")))
-def test_notebooks(path: str, folder: str, example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_notebooks(path, folder, example, capsys):
     """Their code cells, in order, with a small student in the place of theirs."""
     example("common.py")
     cells = json.loads((EXAMPLES / path).read_text())["cells"]
@@ -142,7 +142,7 @@ def test_notebooks(path: str, folder: str, example: Any, capsys: pytest.CaptureF
         assert namespace[name]
 
 
-def test_verl(example: Any, folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_verl(example, folder, monkeypatch, tmp_path):
     import asyncio
 
     import datasets
@@ -163,7 +163,7 @@ def test_verl(example: Any, folder: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert row["prompt"][-1]["role"] == "user"
 
 
-def test_openrlhf(example: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openrlhf(example, folder, monkeypatch):
     from acqsynth.integrations import scorer
 
     monkeypatch.setenv("ACQSYNTH_STUDENT", folder)
@@ -176,7 +176,7 @@ def test_openrlhf(example: Any, folder: str, monkeypatch: pytest.MonkeyPatch) ->
     assert found["extra_logs"]["masked"].tolist() == [0.0]
 
 
-def test_verifiers(example: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verifiers(example, folder, monkeypatch):
     import asyncio
     import tomllib
     from types import SimpleNamespace
@@ -190,7 +190,7 @@ def test_verifiers(example: Any, folder: str, monkeypatch: pytest.MonkeyPatch) -
     assert 0 <= value <= 1
 
 
-def test_remote_scorer(example: Any, folder: str) -> None:
+def test_remote_scorer(example, folder):
     import httpx
     import yaml
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +45,10 @@ def kill_a_worker(process: subprocess.Popen[str], parts: Parts) -> None:
 
 
 @pytest.fixture
-def arguments(command: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
+def arguments(command, tmp_path):
     """``arguments(name, **options)``: to score ``ROWS`` rows into a file of that name, in small blocks and batches."""
 
-    def build(name: str, **options: Any) -> list[str]:
+    def build(name, **options):
         settings = {"block_rows": ROWS // BLOCKS, "batch_tokens": 256, "acquisitions": "entropy,loss"}
         return command(texts(ROWS), out=tmp_path / name, **settings, **options)
 
@@ -57,7 +56,7 @@ def arguments(command: Callable[..., list[str]], tmp_path: Path) -> Callable[...
 
 
 @pytest.fixture(scope="module", autouse=True)
-def not_behind_other_work() -> Iterator[None]:
+def not_behind_other_work():
     """Ray runs its workers at niceness 15."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")
@@ -66,7 +65,7 @@ def not_behind_other_work() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cluster(tmp_path_factory):
     """A Ray cluster of two cores in this process."""
     ray = pytest.importorskip("ray")
     # Ray puts the current folder on its workers' paths, before an installed acqcore.
@@ -77,9 +76,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="two actors at once need two cores")
-def test_every_row_is_there_once_when_an_actor_of_ray_is_killed(
-    arguments: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_every_row_is_there_once_when_an_actor_of_ray_is_killed(arguments, tmp_path):
     pytest.importorskip("ray.data")
     run = [sys.executable, "-m", "acqcore", *arguments("ray.jsonl", engine="ray", workers=2)]
     process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -98,9 +95,7 @@ def test_every_row_is_there_once_when_an_actor_of_ray_is_killed(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_blocks_that_fail_in_an_actor_are_reported(
-    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_blocks_that_fail_in_an_actor_are_reported(command, tmp_path, capsys):
     out = tmp_path / "out.parquet"
     arguments = command(texts(12), out=out, block_rows=5, engine="ray")
     in_the_way = tmp_path / "out.parquet.parts" / "block-000001.batches"
@@ -117,24 +112,20 @@ def test_blocks_that_fail_in_an_actor_are_reported(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_student_that_does_not_load_in_an_actor_is_one_sentence(
-    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_student_that_does_not_load_in_an_actor_is_one_sentence(command, tmp_path, capsys):
     assert main(command(texts(3), engine="ray", workers=1, max_length=65)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert "acqcore: error: --max-length: the student takes at most 64 tokens, got 65" in lines
     assert not list(tmp_path.glob("out*"))
 
 
-def test_no_cluster_at_the_address(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_cluster_at_the_address(command, capsys):
     pytest.importorskip("ray.data")
     assert main(command(texts(3), engine="ray", ray_address="127.0.0.1:1")) == 2
     assert capsys.readouterr().err.startswith("acqcore: error: ray-address: nothing answers at 127.0.0.1:1 (")
 
 
-def test_processes_of_accelerate_launch_go_on_after_one_is_killed(
-    arguments: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_processes_of_accelerate_launch_go_on_after_one_is_killed(arguments, tmp_path):
     pytest.importorskip("accelerate")
     run = [sys.executable, "-m", *LAUNCH, *arguments("out.jsonl", engine="accelerate", device="cpu")]
     process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -62,7 +62,7 @@ def _definition(case: Case, probe: int, seed: int, offsets: torch.Tensor) -> tor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_is_the_product_with_the_cotangent(name: str, dtype: torch.dtype, implementation: str) -> None:
+def test_is_the_product_with_the_cotangent(name, dtype, implementation):
     case = CASES[name]().to(dtype)
     assert case.targets is not None
     case.targets[[5, 9, 59]] = -100
@@ -79,7 +79,7 @@ def test_is_the_product_with_the_cotangent(name: str, dtype: torch.dtype, implem
 
 
 @pytest.mark.parametrize("gap", [10.0, 30.0, 60.0])
-def test_confident_rows_lose_nothing(gap: float, implementation: str) -> None:
+def test_confident_rows_lose_nothing(gap, implementation):
     """Rows with 1 - p down to 1e-24, where 1 - p in float32 is 0."""
     logits = torch.randn(12, 300, generator=torch.Generator().manual_seed(0)) * 0.5 - gap
     targets = torch.arange(12) * 7
@@ -93,7 +93,7 @@ def test_confident_rows_lose_nothing(gap: float, implementation: str) -> None:
         torch.testing.assert_close(got[k].double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_ties_and_impossible_tokens(implementation: str) -> None:
+def test_ties_and_impossible_tokens(implementation):
     """Equal maxima, all logits far below zero, and tokens that a bias of -inf rules out."""
     logits = torch.zeros(3, 9)
     logits[1] = -150.0
@@ -110,7 +110,7 @@ def test_ties_and_impossible_tokens(implementation: str) -> None:
         torch.testing.assert_close(got[k].double(), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_expected_norms_are_exact(implementation: str) -> None:
+def test_expected_norms_are_exact(implementation):
     """``tr(W^T F W)``, the trace of the Fisher matrix in the hidden state."""
     for name in ("plain", "one column", "everything", "large logits"):
         case = CASES[name]()
@@ -131,7 +131,7 @@ def test_expected_norms_are_exact(implementation: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-9)
 
 
-def test_its_second_moment_is_the_fisher_matrix() -> None:
+def test_its_second_moment_is_the_fisher_matrix():
     case = random_case(3, 8, 50).to(torch.float64)
     got = fisher_grad(case.hidden, case.head, probes=20000, backend="eager")  # [P, 3, 8]
     weight = case.head.weight
@@ -144,7 +144,7 @@ def test_its_second_moment_is_the_fisher_matrix() -> None:
         )
 
 
-def test_signs_do_not_depend_on_the_batch(implementation: str) -> None:
+def test_signs_do_not_depend_on_the_batch(implementation):
     case = random_case(60, 40, 700)
     whole = fisher_grad(case.hidden, case.head, probes=2, offsets=OFFSETS, backend=implementation)
     sample, position = _places(OFFSETS)
@@ -155,7 +155,7 @@ def test_signs_do_not_depend_on_the_batch(implementation: str) -> None:
     assert torch.equal(signs(sample[3:20], position[3:20], slice(0, 700), 0, 1), some[3:20])
 
 
-def test_signs_are_fair_and_independent() -> None:
+def test_signs_are_fair_and_independent():
     row = torch.arange(64)
     of = {
         (seed, probe): signs(torch.zeros_like(row), row, slice(0, 4096), seed, probe).double() * 2 - 1
@@ -183,13 +183,13 @@ def test_signs_are_fair_and_independent() -> None:
         ({"backend": "fast"}, ValueError, "backend: unknown 'fast'"),
     ],
 )
-def test_bad_arguments(options: dict, error: type[Exception], message: str) -> None:
+def test_bad_arguments(options, error, message):
     case = random_case(60, 16, 30)
     with pytest.raises(error, match=message):
         fisher_grad(case.hidden, case.head, **options)
 
 
-def test_a_head_that_ranks_share_is_refused() -> None:
+def test_a_head_that_ranks_share_is_refused():
     case = random_case(4, 16, 30)
     shared = acqcore.Head(case.head.weight, vocab_size=60)
     object.__setattr__(shared, "group", object())
@@ -197,11 +197,11 @@ def test_a_head_that_ranks_share_is_refused() -> None:
         fisher_grad(case.hidden, shared)
 
 
-def test_the_cpu_backend_runs_its_own_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cpu_backend_runs_its_own_kernel_once(monkeypatch):
     """Any number of probes share one visit, and the reference does not stand in for the kernel."""
     calls = 0
 
-    def counting(*arguments: object) -> object:
+    def counting(*arguments):
         nonlocal calls
         calls += 1
         return original(*arguments)

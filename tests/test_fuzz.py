@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +81,17 @@ def settings(examples: int) -> Any:
 
 
 @pytest.fixture
-def loaded(student: Path) -> acqcore.Student:
+def loaded(student):
     return acqcore.Student.load(student)
 
 
-def test_samples(loaded: acqcore.Student) -> None:
+def test_samples(loaded):
     """With ``errors`` nothing raises; without, the message names an index that was in it."""
 
     @hypothesis.seed(SEED)
     @settings(150)
     @hypothesis.given(given=st.lists(samples, max_size=5))
-    def check(given: list[Any]) -> None:
+    def check(given):
         errors: dict[int, str] = {}
         found = acqcore.score(loaded, given, "entropy", backend="eager", progress=False, errors=errors)
         assert len(found.valid) == len(given)
@@ -110,9 +109,7 @@ def test_samples(loaded: acqcore.Student) -> None:
 
 @pytest.mark.parametrize("out", ["out.jsonl", "out.csv", "out.parquet", "out"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_data_files(
-    kind: str, out: str, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_files(kind, out, command, tmp_path, capsys):
     """As many rows as the file has, each with a value or an error, and every column."""
     data = tmp_path / f"in.{kind}"
     arguments = [*command([], data=data, out=tmp_path / out, block_rows=3), "--overwrite"]
@@ -131,7 +128,7 @@ def test_data_files(
     @hypothesis.seed(SEED)
     @settings(12)
     @hypothesis.given(content=contents[kind])
-    def check(content: Any) -> None:
+    def check(content):
         if kind == "parquet":
             try:
                 table = pyarrow.table({name: [row[name] for row in content] for name in ("text", "id")})

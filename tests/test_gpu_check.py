@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from benchmarks import gpu_check, gpu_mission, gpu_parity, gpu_tables
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> gpu_check.Run:
+def run(tmp_path, monkeypatch):
     """A dry run whose files are in a folder of the test's own."""
     monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
     monkeypatch.setattr(gpu_check, "SITE", tmp_path / "work" / "site")
@@ -32,7 +31,7 @@ def _content(run: gpu_check.Run) -> dict[str, Any]:
     return content
 
 
-def test_rows_of_a_stage_that_is_stopped_are_kept(run: gpu_check.Run) -> None:
+def test_rows_of_a_stage_that_is_stopped_are_kept(run):
     row = json.dumps({"stage": "mission", "case": "a", "peer": "b", "not_measured": "c"}) + "\n"
     script = f"import time; open({str(run.rows)!r}, 'a').write({row!r}); print('begun', flush=True); time.sleep(60)"
     began = time.monotonic()
@@ -44,14 +43,14 @@ def test_rows_of_a_stage_that_is_stopped_are_kept(run: gpu_check.Run) -> None:
     assert "- b: c" in (run.out / "gpu-dry-run.md").read_text()
 
 
-def test_a_process_that_fails_is_named(run: gpu_check.Run) -> None:
+def test_a_process_that_fails_is_named(run):
     good = run.start("good", [sys.executable, "-c", ""])
     bad = run.start("bad", [sys.executable, "-c", "raise SystemExit(4)"])
     assert not run.wait("two", {"good": good, "bad": bad}, limit=30)
     assert run.stages[-1] == gpu_check.Stage("two", False, run.stages[-1].seconds, "bad: status 4")
 
 
-def test_peers_of_the_caller_are_found(run: gpu_check.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_of_the_caller_are_found(run, tmp_path, monkeypatch):
     """What PYTHONPATH held before is still there, behind the package under test."""
     (tmp_path / "carried").mkdir()
     (tmp_path / "carried" / "peer_of_the_caller.py").write_text("")
@@ -62,20 +61,20 @@ def test_peers_of_the_caller_are_found(run: gpu_check.Run, tmp_path: Path, monke
     assert path.index(str(gpu_check.SITE)) < path.index("carried")
 
 
-def test_the_site_has_every_package(run: gpu_check.Run) -> None:
+def test_the_site_has_every_package(run):
     gpu_check.make_site()
     for part in ("acqcore/__init__.py", "acqcore/kernels/configs/sm_90.json", "acqsynth", "benchmarks/gpu_check.py"):
         assert (gpu_check.SITE / part).exists()
 
 
-def test_caps() -> None:
+def test_caps():
     assert gpu_check.caps("mission=20,score=3") == {**gpu_check.CAPS, "mission": 20.0, "score": 3.0}
     assert sum(gpu_check.CAPS.values()) <= 490
     with pytest.raises(argparse.ArgumentTypeError, match="unknown stage 'x'"):
         gpu_check.caps("x=1")
 
 
-def test_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_monitor(tmp_path, monkeypatch):
     """Samples since the last look are summed up; a line that is none is quoted where there is nothing else."""
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\necho '1980, 2619, 310.5, 51, 0x0000000000000000'\nsleep 1\n"
@@ -101,7 +100,7 @@ def _wait_for(monitor: gpu_mission.Monitor) -> dict[str, Any]:
     raise AssertionError(seen)
 
 
-def test_every_operation_is_checked_in_every_dtype() -> None:
+def test_every_operation_is_checked_in_every_dtype():
     found = {(check.op, dtype) for check in gpu_parity.checks("cuda") for dtype in check.dtypes}
     for op in ("row_stats", "logit_stats", "head_grad_norm", "hidden_grad", "grad_sketch", "mutual_information"):
         assert {(op, dtype) for dtype in gpu_parity.ALL} <= found
@@ -110,11 +109,11 @@ def test_every_operation_is_checked_in_every_dtype() -> None:
             assert any(check.op == kind and check.case == op for check in gpu_parity.checks("cuda"))
 
 
-def test_a_wrong_backend_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_backend_is_found(tmp_path, monkeypatch):
     """Of a norm that is 1 % off, the row says so; the status is not zero."""
     right = acqcore.head_grad_norm
 
-    def wrong(*arguments: Any, backend: str, **options: Any) -> Any:
+    def wrong(*arguments, backend, **options):
         return right(*arguments, backend=backend, **options) * (1.0 if backend == "eager" else 1.01)
 
     monkeypatch.setattr(acqcore, "head_grad_norm", wrong)
@@ -135,7 +134,7 @@ def _check(op: str) -> gpu_parity.Check:
     return gpu_parity.Check(found.op, found.case, (torch.float32,), found.run)
 
 
-def test_preferences_are_by_geometric_mean() -> None:
+def test_preferences_are_by_geometric_mean():
     rows = [
         {"case": f"statistics, N={n} D=64 V={v} bfloat16", "peer": f"row_stats, {name}", "ms": ms}
         for n, v, name, ms in [

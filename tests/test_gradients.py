@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -47,16 +47,14 @@ def lora(model: Any, **options: Any) -> Any:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_parameter(
-    kind: str, tied: bool, tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
-) -> None:
+def test_every_parameter(kind, tied, tiny_model, exact):
     model = tiny_model(kind, tie_word_embeddings=tied)
     samples = make_samples()
     gradients = exact(model, samples, list(model.parameters()))
     assert_norms(grad_norm(model, samples, "all", backend="eager"), gradients)
 
 
-def test_every_backend(implementation: str, tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]) -> None:
+def test_every_backend(implementation, tiny_model, exact):
     model = tiny_model("Gemma2", tie_word_embeddings=True)
     samples = make_samples()
     norms = grad_norm(model, samples, "all", backend=implementation)
@@ -68,7 +66,7 @@ def test_every_backend(implementation: str, tiny_model: Callable[..., Any], exac
 
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_last_blocks(kind: str, n: int, tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]) -> None:
+def test_last_blocks(kind, n, tiny_model, exact):
     model = tiny_model(kind)
     samples = make_samples()
     gradients = exact(model, samples, last_blocks(model, n), "sum")
@@ -76,7 +74,7 @@ def test_last_blocks(kind: str, n: int, tiny_model: Callable[..., Any], exact: C
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Granite"])
-def test_head(kind: str, tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]) -> None:
+def test_head(kind, tiny_model, exact):
     model = tiny_model(kind, tie_word_embeddings=False)
     samples = make_samples()
     gradients = exact(model, samples, list(model.lm_head.parameters()))
@@ -85,9 +83,7 @@ def test_head(kind: str, tiny_model: Callable[..., Any], exact: Callable[..., to
 
 @pytest.mark.parametrize("save", [None, ["lm_head"], ["embed_tokens"]])
 @pytest.mark.parametrize(("kind", "targets"), [("Llama", ["q_proj", "down_proj"]), ("Qwen3", "all-linear")])
-def test_trainable_adapters(
-    kind: str, targets: Any, save: Any, tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
-) -> None:
+def test_trainable_adapters(kind, targets, save, tiny_model, exact):
     model = lora(tiny_model(kind), target_modules=targets, modules_to_save=save)
     samples = make_samples()
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -96,9 +92,7 @@ def test_trainable_adapters(
     assert_norms(grad_norm(model, samples, "trainable", backend="eager"), gradients)
 
 
-def test_frozen_parameters_count_among_all_and_trainable_ones_alone_do_not(
-    tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
-) -> None:
+def test_frozen_parameters_count_among_all_and_trainable_ones_alone_do_not(tiny_model, exact):
     model = lora(tiny_model("GPT2"), target_modules=["c_attn"], fan_in_fan_out=True)
     samples = make_samples()
     assert_norms(grad_norm(model, samples, "all", backend="eager"), exact(model, samples, list(model.parameters())))
@@ -106,7 +100,7 @@ def test_frozen_parameters_count_among_all_and_trainable_ones_alone_do_not(
     assert_norms(grad_norm(model, samples, "trainable", backend="eager"), exact(model, samples, trainable))
 
 
-def test_float64_and_bfloat16(tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]) -> None:
+def test_float64_and_bfloat16(tiny_model, exact):
     model = tiny_model("Qwen2").double()
     samples = make_samples()
     gradients = exact(model, samples, list(model.parameters()))
@@ -117,7 +111,7 @@ def test_float64_and_bfloat16(tiny_model: Callable[..., Any], exact: Callable[..
 
 
 @pytest.mark.parametrize("parameters", ["head", 1, "all"])
-def test_a_sample_does_not_depend_on_its_batch(parameters: Any, tiny_model: Callable[..., Any]) -> None:
+def test_a_sample_does_not_depend_on_its_batch(parameters, tiny_model):
     model = tiny_model("Gemma3", tie_word_embeddings=True)
     samples = make_samples()
     for function in (grad_norm, grad_sketch):
@@ -126,7 +120,7 @@ def test_a_sample_does_not_depend_on_its_batch(parameters: Any, tiny_model: Call
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5 * float(alone.abs().max()))
 
 
-def test_long_samples_take_the_direct_form(tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]) -> None:
+def test_long_samples_take_the_direct_form(tiny_model, exact):
     model = tiny_model("Llama")
     samples = make_samples((64, 60))  # more tokens than Gram products are worth in layers of 32 columns
     assert_norms(grad_norm(model, samples, "all", backend="eager"), exact(model, samples, list(model.parameters())))
@@ -158,7 +152,7 @@ class WithLogits(nn.Module):
         return type("Output", (), {"logits": self.trunk(input_ids) @ self.weight.T})
 
 
-def test_a_layer_that_is_used_twice_and_a_head_given_as_such(exact: Callable[..., torch.Tensor]) -> None:
+def test_a_layer_that_is_used_twice_and_a_head_given_as_such(exact):
     trunk, weight = Trunk(), torch.randn(320, 16)
     samples = make_samples()
     student = acqcore.Student(trunk, acqcore.Head(weight))
@@ -176,7 +170,7 @@ def state(model: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize("parameters", ["head", 1, "all", "trainable"])
-def test_the_model_is_left_as_found(parameters: Any, tiny_model: Callable[..., Any]) -> None:
+def test_the_model_is_left_as_found(parameters, tiny_model):
     model = tiny_model("Llama")
     model.model.layers[0].train()
     model.lm_head.weight.requires_grad_(False)
@@ -185,7 +179,7 @@ def test_the_model_is_left_as_found(parameters: Any, tiny_model: Callable[..., A
     grad_norm(model, samples, parameters, backend="eager")
     assert state(model) == before
 
-    def fail(*_: Any) -> None:
+    def fail(*_):
         raise RuntimeError("out of memory")
 
     handle = model.model.norm.register_forward_hook(fail)
@@ -196,7 +190,7 @@ def test_the_model_is_left_as_found(parameters: Any, tiny_model: Callable[..., A
     handle.remove()
 
 
-def test_under_no_grad_and_inference_mode(tiny_model: Callable[..., Any]) -> None:
+def test_under_no_grad_and_inference_mode(tiny_model):
     model, samples = tiny_model("Llama"), make_samples()
     expected = grad_norm(model, samples, 1, backend="eager")
     for mode in (torch.no_grad, torch.inference_mode):
@@ -204,7 +198,7 @@ def test_under_no_grad_and_inference_mode(tiny_model: Callable[..., Any]) -> Non
             torch.testing.assert_close(grad_norm(model, samples, 1, backend="eager"), expected)
 
 
-def test_earlier_blocks_keep_no_activations(tiny_model: Callable[..., Any]) -> None:
+def test_earlier_blocks_keep_no_activations(tiny_model):
     model = tiny_model("Llama", num_hidden_layers=4)
     seen: dict[int, bool] = {}
     for i, block in enumerate(model.model.layers):
@@ -213,16 +207,14 @@ def test_earlier_blocks_keep_no_activations(tiny_model: Callable[..., Any]) -> N
     assert seen == {0: False, 1: False, 2: True, 3: True}
 
 
-def test_no_samples(tiny_model: Callable[..., Any]) -> None:
+def test_no_samples(tiny_model):
     model = tiny_model("Llama")
     assert grad_norm(model, [], "all").shape == (0,)
     assert grad_sketch(model, [], "all", dim=8).shape == (0, 8)
 
 
 @pytest.mark.parametrize(("kind", "parameters"), [("Qwen2", "all"), ("GPT2", "all"), ("Llama", 1)])
-def test_sketches_keep_inner_products_on_average(
-    kind: str, parameters: Any, tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
-) -> None:
+def test_sketches_keep_inner_products_on_average(kind, parameters, tiny_model, exact):
     model, samples = tiny_model(kind), make_samples()
     wanted = list(model.parameters()) if parameters == "all" else last_blocks(model, 1)
     gradients = exact(model, samples, wanted)
@@ -237,9 +229,7 @@ def test_sketches_keep_inner_products_on_average(
     assert (stacked.std(0) / (norms * norms[:, None])).max() < 0.5
 
 
-def test_sketches_rank_pairs_as_gradients_do(
-    tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
-) -> None:
+def test_sketches_rank_pairs_as_gradients_do(tiny_model, exact):
     model = tiny_model("Llama", tie_word_embeddings=True)
     stream = torch.randint(3, 320, (111,), generator=torch.Generator().manual_seed(0))
     ids = stream.unfold(0, 48, 1)  # 64 windows that share from none to all but one of their tokens
@@ -255,7 +245,7 @@ def test_sketches_rank_pairs_as_gradients_do(
     assert noise < 1.5 / 4096**0.5  # signs without factors would make 1
 
 
-def test_a_head_sketch_is_that_of_the_hidden_states(tiny_model: Callable[..., Any]) -> None:
+def test_a_head_sketch_is_that_of_the_hidden_states(tiny_model):
     model, samples = tiny_model("Llama"), make_samples((9,))
     student = acqcore.Student.from_model(model)
     with student.scoring():
@@ -266,7 +256,7 @@ def test_a_head_sketch_is_that_of_the_hidden_states(tiny_model: Callable[..., An
     torch.testing.assert_close(grad_sketch(student, samples, dim=64, backend="eager"), expected)
 
 
-def test_seeds_and_names_give_other_signs(tiny_model: Callable[..., Any]) -> None:
+def test_seeds_and_names_give_other_signs(tiny_model):
     model, samples = tiny_model("Llama"), make_samples((9,))
     first, again, other = (grad_sketch(model, samples, 1, dim=64, seed=s) for s in (0, 0, 1))
     assert torch.equal(first, again)
@@ -284,15 +274,13 @@ def test_seeds_and_names_give_other_signs(tiny_model: Callable[..., Any]) -> Non
         ("trainable", ValueError, "parameters: 'trainable': no parameter of the student has requires_grad=True"),
     ],
 )
-def test_wrong_parameters(
-    parameters: Any, error: type[Exception], message: str, tiny_model: Callable[..., Any]
-) -> None:
+def test_wrong_parameters(parameters, error, message, tiny_model):
     model = tiny_model("Llama").requires_grad_(False)
     with pytest.raises(error, match=message):
         grad_norm(model, make_samples(), parameters)
 
 
-def test_other_wrong_arguments(tiny_model: Callable[..., Any]) -> None:
+def test_other_wrong_arguments(tiny_model):
     model, samples = tiny_model("Llama"), make_samples()
     with pytest.raises(ValueError, match="loss: unknown 'max'"):
         grad_norm(model, samples, loss="max")
@@ -407,7 +395,7 @@ class Routed(nn.Module):
 
 
 @pytest.mark.parametrize("trunk", [Bare, Pair, Mixed, Projected, Looked, Routed, Large])
-def test_a_parameter_that_no_rule_covers_is_left_to_autograd(trunk: Any, exact: Callable[..., torch.Tensor]) -> None:
+def test_a_parameter_that_no_rule_covers_is_left_to_autograd(trunk, exact):
     """One sample at a time: a bare parameter, a tuple, samples mixed or shared, a weight used in two ways."""
     torch.manual_seed(0)
     trunk = trunk()
@@ -418,13 +406,13 @@ def test_a_parameter_that_no_rule_covers_is_left_to_autograd(trunk: Any, exact: 
     assert_norms(grad_norm(student, samples, "all", backend="eager"), gradients)
 
 
-def test_what_autograd_cannot_do_is_named() -> None:
+def test_what_autograd_cannot_do_is_named():
     student = acqcore.Student(Changed(), acqcore.Head(torch.randn(320, 16)))
     with pytest.raises(ValueError, match=r"parameters: the gradient of .* cannot be taken: .* inplace operation"):
         grad_norm(student, make_samples(), "all", backend="eager")
 
 
-def test_adapters_on_the_head_and_half_of_it_are_named(tiny_model: Callable[..., Any]) -> None:
+def test_adapters_on_the_head_and_half_of_it_are_named(tiny_model):
     model = lora(tiny_model("Llama"), target_modules=["lm_head", "q_proj"])
     with pytest.raises(ValueError, match=r"no rule covers base_model.model.lm_head.lora_A.default.weight and 1 more"):
         grad_norm(model, make_samples(), "trainable", backend="eager")
@@ -434,7 +422,7 @@ def test_adapters_on_the_head_and_half_of_it_are_named(tiny_model: Callable[...,
         grad_norm(phi, make_samples(), "trainable", backend="eager")
 
 
-def test_a_quantised_parameter_is_named() -> None:
+def test_a_quantised_parameter_is_named():
     trunk = Trunk()
     trunk.layer.weight = nn.Parameter(torch.zeros(16, 16, dtype=torch.int8), requires_grad=False)
     student = acqcore.Student(trunk, acqcore.Head(torch.randn(320, 16)))
@@ -443,7 +431,7 @@ def test_a_quantised_parameter_is_named() -> None:
 
 
 @pytest.mark.parametrize("parameters", [1, "trainable", "all"])
-def test_a_graph_that_the_model_begins_itself(parameters: Any, tiny_model: Callable[..., Any]) -> None:
+def test_a_graph_that_the_model_begins_itself(parameters, tiny_model):
     """Trainers with gradient checkpointing make the embedding's output require a gradient; Phi's branches are
     parallel, so that the second does not follow from the first."""
     samples = make_samples()

@@ -65,7 +65,7 @@ def _norms(gradients: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("form", ["gram", "direct"])
-def test_head_grad_norm(form: str, name: str, dtype: torch.dtype, implementation: str) -> None:
+def test_head_grad_norm(form, name, dtype, implementation):
     case = _case(name).to(dtype)
     got = acqcore.head_grad_norm(
         case.hidden,
@@ -80,7 +80,7 @@ def test_head_grad_norm(form: str, name: str, dtype: torch.dtype, implementation
 
 
 @pytest.mark.parametrize("form", ["gram", "direct"])
-def test_sum_and_token_weights(form: str, implementation: str) -> None:
+def test_sum_and_token_weights(form, implementation):
     case = _case("plain")
     weights = torch.linspace(-1, 2, 60)
     for loss in ("mean", "sum"):
@@ -93,7 +93,7 @@ def test_sum_and_token_weights(form: str, implementation: str) -> None:
 
 @pytest.mark.parametrize("form", ["gram", "direct"])
 @pytest.mark.parametrize("gap", [10.0, 14.0, 20.0])
-def test_confident_samples(gap: float, form: str, implementation: str) -> None:
+def test_confident_samples(gap, form, implementation):
     """Every token confident: norms down to 1e-9, to 1e-3 relative."""
     logits = torch.randn(12, 300, generator=torch.Generator().manual_seed(0)) * 0.5 - gap
     targets = torch.arange(12) * 7
@@ -109,7 +109,7 @@ def test_confident_samples(gap: float, form: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["gram", "direct", "auto"])
-def test_samples_do_not_depend_on_the_batch(form: str, implementation: str) -> None:
+def test_samples_do_not_depend_on_the_batch(form, implementation):
     case = random_case(400, 24, 900)
     assert case.targets is not None
     offsets = torch.tensor([0, 10, 11, 150, 399, 400])
@@ -124,7 +124,7 @@ def test_samples_do_not_depend_on_the_batch(form: str, implementation: str) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_hidden_grad(name: str, dtype: torch.dtype, implementation: str) -> None:
+def test_hidden_grad(name, dtype, implementation):
     case = _case(name).to(dtype)
     got = acqcore.hidden_grad(
         case.hidden, case.head, case.targets, temperature=case.temperature, backend=implementation
@@ -151,7 +151,7 @@ def test_hidden_grad(name: str, dtype: torch.dtype, implementation: str) -> None
     )
 
 
-def test_a_row_without_finite_logits_is_nan(implementation: str) -> None:
+def test_a_row_without_finite_logits_is_nan(implementation):
     case = random_case(6, 8, 40)
     case.hidden[1] = torch.nan
     grad = acqcore.hidden_grad(case.hidden, case.head, case.targets, backend=implementation)
@@ -162,7 +162,7 @@ def test_a_row_without_finite_logits_is_nan(implementation: str) -> None:
     assert norms.isnan().tolist() == [True, False]
 
 
-def test_sketch_keeps_inner_products(implementation: str) -> None:
+def test_sketch_keeps_inner_products(implementation):
     """Mean over seeds within five standard errors of the exact inner products, norms included; unbiased, not lucky."""
     case = random_case(40, 24, 130)
     assert case.targets is not None
@@ -184,7 +184,7 @@ def test_sketch_keeps_inner_products(implementation: str) -> None:
     assert (stacked.var(dim=0).diagonal() <= 8 / 256 * exact.diagonal().square() * 1.5).all()
 
 
-def test_sketch_is_the_same_on_every_backend() -> None:
+def test_sketch_is_the_same_on_every_backend():
     case = random_case(30, 24, 500)
     offsets = torch.tensor([0, 12, 30])
     a = acqcore.grad_sketch(case.hidden, case.head, case.targets, offsets, dim=96, seed=3, backend="cpu")
@@ -193,7 +193,7 @@ def test_sketch_is_the_same_on_every_backend() -> None:
     assert a.shape == (2, 96)
 
 
-def test_ranks_of_inner_products_survive_sketching() -> None:
+def test_ranks_of_inner_products_survive_sketching():
     """Samples that share a direction of their hidden states to different degrees, and a target."""
     case = random_case(128 * 4, 32, 400)
     shared = torch.linspace(-1, 1, 128).repeat_interleave(4)[:, None] * torch.ones(32)
@@ -208,7 +208,7 @@ def test_ranks_of_inner_products_survive_sketching() -> None:
     assert torch.corrcoef(ranks)[0, 1] >= 0.95
 
 
-def test_signs_are_fixed_for_ever() -> None:
+def test_signs_are_fixed_for_ever():
     """The first sixteen signs of seed 0: a change would make stored sketches meaningless."""
     from acqcore.signs import random_signs
 
@@ -238,14 +238,14 @@ def test_signs_are_fixed_for_ever() -> None:
         ({"token_weights": torch.ones(60).long()}, TypeError, "token_weights: expected float32"),
     ],
 )  # fmt: skip
-def test_bad_input(change: dict, error: type[Exception], message: str) -> None:
+def test_bad_input(change, error, message):
     case = _case("plain")
     arguments = {"targets": case.targets, "offsets": OFFSETS, **change}
     with pytest.raises(error, match=message):
         acqcore.head_grad_norm(case.hidden, case.head, **arguments)
 
 
-def test_bad_dim() -> None:
+def test_bad_dim():
     case = _case("plain")
     with pytest.raises(ValueError, match="dim: expected an int >= 1, got 0"):
         acqcore.grad_sketch(case.hidden, case.head, case.targets, OFFSETS, dim=0)  # type: ignore[arg-type]
@@ -253,7 +253,7 @@ def test_bad_dim() -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
-def test_nothing_of_an_ignored_row_counts(bad: float, backend: str) -> None:
+def test_nothing_of_an_ignored_row_counts(bad, backend):
     """Not even what is not finite."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(7, 16, generator=generator), torch.randn(50, 16, generator=generator)
@@ -261,7 +261,7 @@ def test_nothing_of_an_ignored_row_counts(bad: float, backend: str) -> None:
     head, broken = acqcore.Head(weight), hidden.clone()
     broken[targets == -100] = bad
 
-    def measured(hidden: torch.Tensor) -> list[torch.Tensor]:
+    def measured(hidden):
         return [
             acqcore.grad_sketch(hidden, head, targets, offsets, dim=32, backend=backend),
             acqcore.head_grad_norm(hidden, head, targets, offsets, backend=backend),

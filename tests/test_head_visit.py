@@ -104,7 +104,7 @@ def _autograd(case: Case, weights: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("form", ["gram", "direct"])
 @pytest.mark.parametrize("name", CASES)
-def test_norms(name: str, form: str, dtype: torch.dtype, rtol: float, implementation: str) -> None:
+def test_norms(name, form, dtype, rtol, implementation):
     case = _case(name).to(dtype)
     assert case.targets is not None
     weights = torch.linspace(0.1, 2, N).double() * (case.targets != -100)
@@ -115,7 +115,7 @@ def test_norms(name: str, form: str, dtype: torch.dtype, rtol: float, implementa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_hidden_grad(name: str, dtype: torch.dtype, implementation: str) -> None:
+def test_hidden_grad(name, dtype, implementation):
     """Each row's gradient within 1e-4 of its own norm, or of what float32 keeps of the weights' sum."""
     case = _case(name).to(dtype)
     assert case.targets is not None
@@ -132,7 +132,7 @@ def test_hidden_grad(name: str, dtype: torch.dtype, implementation: str) -> None
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_statistics_are_those_of_row_stats(name: str, implementation: str) -> None:
+def test_statistics_are_those_of_row_stats(name, implementation):
     """Bit by bit: a Gram or an unnormalised sum beside the fold changes nothing of it."""
     case = _case(name)
     assert case.targets is not None
@@ -149,7 +149,7 @@ def test_statistics_are_those_of_row_stats(name: str, implementation: str) -> No
 
 
 @pytest.mark.parametrize("name", ["rising", "repeated targets", "everything", "-inf tiles", "std 30"])
-def test_products_are_their_definition(name: str, implementation: str) -> None:
+def test_products_are_their_definition(name, implementation):
     """Entry by entry against float64: symmetric, zero in ignored rows, the targets' columns left out."""
     case = _case(name)
     got, expected = (_products(c, b) for c, b in ((case, implementation), (case.to(torch.float64), "eager")))
@@ -176,9 +176,7 @@ def _products(case: Case, backend: str) -> torch.Tensor:
 @pytest.mark.parametrize("isa", [isa for isa, missing in acqcore._core.isas() if not missing])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_sample_does_not_depend_on_its_batch(
-    threads: int, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sample_does_not_depend_on_its_batch(threads, dtype, isa, monkeypatch):
     """Bit by bit, whatever is scored beside it and on however many threads."""
     monkeypatch.setenv("ACQCORE_ISA", isa)
     case = random_case(700, 40, 5000).to(dtype)
@@ -200,7 +198,7 @@ def test_a_sample_does_not_depend_on_its_batch(
 
 
 @pytest.mark.parametrize("gap", [7.0, 14.0, 20.0, 27.0])
-def test_confident_samples(gap: float, implementation: str) -> None:
+def test_confident_samples(gap, implementation):
     """Norms down to 1e-9 where every target is all but certain, and the rows' runners-up are shared."""
     logits = torch.full((12, 900), -gap - 20.0)
     logits[:, 450] = -gap
@@ -217,7 +215,7 @@ def test_confident_samples(gap: float, implementation: str) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=0)
 
 
-def test_a_row_that_is_not_finite_spoils_its_sample_alone(implementation: str) -> None:
+def test_a_row_that_is_not_finite_spoils_its_sample_alone(implementation):
     case = random_case(20, 24, 900)
     case.hidden[6] = torch.nan
     got = acqcore.head_grad_norm(
@@ -227,7 +225,7 @@ def test_a_row_that_is_not_finite_spoils_its_sample_alone(implementation: str) -
 
 
 @pytest.mark.parametrize("name", ["everything", "-inf tiles"])
-def test_shards_add_up(name: str, implementation: str) -> None:
+def test_shards_add_up(name, implementation):
     """Each shard's share, from its own Gram and the whole vocabulary's state; the first may have no finite logit."""
     case = _case(name)
     assert case.targets is not None
@@ -247,7 +245,7 @@ def test_shards_add_up(name: str, implementation: str) -> None:
     torch.testing.assert_close(shares[0] + shares[1], expected, rtol=1e-5, atol=0)
 
 
-def test_samples_that_are_too_long_take_the_other_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_that_are_too_long_take_the_other_form(monkeypatch):
     case = _case("repeated targets")
     assert case.targets is not None
     cpu = get_backend("cpu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,9 +32,7 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-def test_ranks_agree_with_exact_head_gradients(
-    similarity: str, seed: int, tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
-) -> None:
+def test_ranks_agree_with_exact_head_gradients(similarity, seed, tiny_model, exact):
     model = tiny_model("Llama")
     target, pool = samples(16, 1, 1.0), samples(160, 0, torch.linspace(0.2, 1, 160)[:, None])
     reference = acqcore.influence_reference(model, target, parameters="head", seed=seed)
@@ -52,15 +49,13 @@ def test_ranks_agree_with_exact_head_gradients(
 
 @pytest.mark.parametrize("parameters", ["head", 1, "all"])
 @pytest.mark.parametrize("precondition", [None, "reference"])
-def test_a_sample_has_influence_one_on_itself(
-    parameters: str | int, precondition: str | None, tiny_model: Callable[..., Any]
-) -> None:
+def test_a_sample_has_influence_one_on_itself(parameters, precondition, tiny_model):
     model, one = tiny_model("Llama"), samples(1)
     reference = acqcore.influence_reference(model, one, parameters=parameters, dim=256, precondition=precondition)
     torch.testing.assert_close(acqcore.influence(model, one, reference), torch.ones(1))
 
 
-def test_the_default_is_deeper_than_the_head(tiny_model: Callable[..., Any]) -> None:
+def test_the_default_is_deeper_than_the_head(tiny_model):
     model = tiny_model("Llama")
     reference = acqcore.influence_reference(model, samples(4), dim=64)
     assert reference.parameters == "all"
@@ -69,15 +64,13 @@ def test_the_default_is_deeper_than_the_head(tiny_model: Callable[..., Any]) -> 
     assert any("layers.0" in name for name in reference.shapes)
 
 
-def test_a_step_on_an_influential_sample_lowers_the_loss(
-    tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
-) -> None:
+def test_a_step_on_an_influential_sample_lowers_the_loss(tiny_model, exact):
     model = tiny_model("Llama").double()
     target, pool = samples(8, 1, 1.0), samples(24, 0, torch.linspace(0.2, 1, 24)[:, None])
     reference = acqcore.influence_reference(model, target, backend="eager")  # float64
     values = acqcore.influence(model, pool, reference, similarity="dot", backend="eager")
 
-    def loss(tensors: Samples) -> torch.Tensor:
+    def loss(tensors):
         losses = []
         for ids, mask in zip(tensors["input_ids"], tensors["attention_mask"], strict=True):
             ids = ids[mask.bool()]
@@ -98,7 +91,7 @@ def test_a_step_on_an_influential_sample_lowers_the_loss(
 
 
 class TestReference:
-    def test_mean_of_sketches(self, tiny_model: Callable[..., Any]) -> None:
+    def test_mean_of_sketches(self, tiny_model):
         model, target = tiny_model("Llama"), samples(6)
         reference = acqcore.influence_reference(model, target, parameters="head", dim=64, seed=5)
         parts = [
@@ -108,7 +101,7 @@ class TestReference:
         torch.testing.assert_close(reference.mean, torch.stack(parts).mean(dim=0))
         assert "shapes" not in repr(reference)
 
-    def test_similarity_is_the_definition(self, tiny_model: Callable[..., Any]) -> None:
+    def test_similarity_is_the_definition(self, tiny_model):
         model = tiny_model("Llama")
         sketches = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
         sketches[3] = 0
@@ -123,18 +116,18 @@ class TestReference:
         divisor = moments.sqrt() + 0.1 * moments.mean().sqrt()
         torch.testing.assert_close(scaled.similarity(sketches, "dot"), sketches @ (plain.mean / divisor))
 
-    def test_second_moments_of_the_reference(self, tiny_model: Callable[..., Any]) -> None:
+    def test_second_moments_of_the_reference(self, tiny_model):
         model = tiny_model("Llama")
         one = acqcore.influence_reference(model, samples(1), parameters="head", dim=16, precondition="reference")
         assert one.second_moments is not None
         torch.testing.assert_close(one.second_moments, one.mean.square())
 
-    def test_a_sketch_with_nan_gives_nan_alone(self, tiny_model: Callable[..., Any]) -> None:
+    def test_a_sketch_with_nan_gives_nan_alone(self, tiny_model):
         reference = acqcore.influence_reference(tiny_model("Llama"), samples(2), parameters="head", dim=4)
         values = reference.similarity(torch.tensor([[torch.nan, 0, 0, 0], [1.0, 2, 3, 4]]))
         assert values.isnan().tolist() == [True, False]
 
-    def test_bad_sketches(self, tiny_model: Callable[..., Any]) -> None:
+    def test_bad_sketches(self, tiny_model):
         reference = acqcore.influence_reference(tiny_model("Llama"), samples(2), parameters="head", dim=4)
         with pytest.raises(
             ValueError, match=r"sketches: expected \[n, d\] with d = 4 as in the reference, got .*\[2, 8\]"
@@ -146,7 +139,7 @@ class TestReference:
             reference.similarity(torch.zeros(2, 4), "cosin")
 
 
-def test_loss_and_seed_go_with_the_reference(tiny_model: Callable[..., Any]) -> None:
+def test_loss_and_seed_go_with_the_reference(tiny_model):
     model, one = tiny_model("Llama"), samples(1)
     reference = acqcore.influence_reference(model, one, parameters="head", dim=64, seed=9, loss="sum")
     values = acqcore.influence(model, one, reference, similarity="dot")
@@ -154,7 +147,7 @@ def test_loss_and_seed_go_with_the_reference(tiny_model: Callable[..., Any]) -> 
 
 
 @pytest.mark.parametrize("parameters", ["head", "all"])
-def test_a_reference_of_another_student(parameters: str, tiny_model: Callable[..., Any]) -> None:
+def test_a_reference_of_another_student(parameters, tiny_model):
     model = tiny_model("Llama")
     reference = acqcore.influence_reference(model, samples(2), parameters=parameters, dim=16)
     wider = tiny_model("Llama", hidden_size=64)
@@ -168,7 +161,7 @@ def test_a_reference_of_another_student(parameters: str, tiny_model: Callable[..
             acqcore.influence(deeper, samples(2), reference)
 
 
-def test_a_reference_follows_its_student_in_training(tiny_model: Callable[..., Any]) -> None:
+def test_a_reference_follows_its_student_in_training(tiny_model):
     model = tiny_model("Llama")
     reference = acqcore.influence_reference(model, samples(2), dim=16)
     before = acqcore.influence(model, samples(5), reference)
@@ -191,14 +184,12 @@ def test_a_reference_follows_its_student_in_training(tiny_model: Callable[..., A
         ({"precondition": torch.zeros(16)}, ValueError, "precondition: .*not all of them 0"),
     ],
 )  # fmt: skip
-def test_bad_reference_options(
-    options: dict[str, Any], error: type[Exception], message: str, tiny_model: Callable[..., Any]
-) -> None:
+def test_bad_reference_options(options, error, message, tiny_model):
     with pytest.raises(error, match=message):
         acqcore.influence_reference(tiny_model("Llama"), samples(2), **({"dim": 16} | options))
 
 
-def test_bad_reference_samples(tiny_model: Callable[..., Any]) -> None:
+def test_bad_reference_samples(tiny_model):
     model = tiny_model("Llama")
     with pytest.raises(ValueError, match="samples: expected at least one reference sample, got none"):
         acqcore.influence_reference(model, [], dim=16)
@@ -209,7 +200,7 @@ def test_bad_reference_samples(tiny_model: Callable[..., Any]) -> None:
         acqcore.influence_reference(student, samples(2), parameters="head", dim=16)
 
 
-def test_bad_influence_arguments(tiny_model: Callable[..., Any]) -> None:
+def test_bad_influence_arguments(tiny_model):
     model = tiny_model("Llama")
     reference = acqcore.influence_reference(model, samples(2), parameters="head", dim=16)
     with pytest.raises(TypeError, match=r"reference: expected what acqcore\.influence_reference gives, got float32"):
@@ -220,9 +211,7 @@ def test_bad_influence_arguments(tiny_model: Callable[..., Any]) -> None:
         acqcore.influence(3, samples(2), reference)  # type: ignore[arg-type]
 
 
-def test_the_error_of_a_cosine_is_that_of_its_dimension(
-    tiny_model: Callable[..., Any], exact: Callable[..., torch.Tensor]
-) -> None:
+def test_the_error_of_a_cosine_is_that_of_its_dimension(tiny_model, exact):
     model = tiny_model("Llama")
     ids = torch.randint(3, 320, (48, 12), generator=torch.Generator().manual_seed(0))
     samples = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,7 +41,7 @@ def _squares(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, t
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])
-def test_against_brute_force(kind: str, tiny_model: Callable[..., Any]) -> None:
+def test_against_brute_force(kind, tiny_model):
     model = tiny_model(kind, vocab_size=48)
     samples, others = _samples(2, 0), _samples(2, 1)
     squares = [_squares(model, *row) for row in zip(others["input_ids"], others["labels"], strict=True)]
@@ -68,7 +67,7 @@ def test_against_brute_force(kind: str, tiny_model: Callable[..., Any]) -> None:
         assert abs(float(value[i]) - total / 2) < 3 * float(error[i])
 
 
-def test_isotropic_is_the_same_with_equal_variances(tiny_model: Callable[..., Any]) -> None:
+def test_isotropic_is_the_same_with_equal_variances(tiny_model):
     model, samples = tiny_model("Llama"), _samples(2, 0)
     posterior = acqcore.laplace_posterior(model, samples)
     equal = {n: (torch.full_like(r, 1e-3), torch.full_like(c, 1e-3)) for n, (r, c) in posterior.factors.items()}
@@ -79,7 +78,7 @@ def test_isotropic_is_the_same_with_equal_variances(tiny_model: Callable[..., An
     torch.testing.assert_close(got["mutual_information"], expected["mutual_information"], rtol=1e-4, atol=0)
 
 
-def test_bad_arguments(tiny_model: Callable[..., Any]) -> None:
+def test_bad_arguments(tiny_model):
     model, samples = tiny_model("Llama"), _samples(2, 0)
     with pytest.raises(TypeError, match=r"reference: expected what acqcore\.laplace_posterior gives, got NoneType"):
         LinearOptions("laplace")

@@ -107,19 +107,19 @@ def _files(folder: Path) -> list[Path]:
     return sorted(Path(root) / name for root, _, names in folders for name in names if name.endswith(".py"))
 
 
-def test_every_folder_is_in_the_table() -> None:
+def test_every_folder_is_in_the_table():
     present = {p.relative_to(ACQCORE).parts[0].removesuffix(".py") for p in _files(ACQCORE)}
     assert present - FRONT == set(ALLOWED)
 
 
 @pytest.mark.parametrize("name", ALLOWED)
-def test_imports_run_one_way(name: str) -> None:
+def test_imports_run_one_way(name):
     folder = ACQCORE / name
     for path in _files(folder) if folder.is_dir() else [ACQCORE / f"{name}.py"]:
         assert _imported(path, "acqcore") <= ALLOWED[name] | {name}, path
 
 
-def test_there_are_no_circles() -> None:
+def test_there_are_no_circles():
     """Neither among folders nor among modules; raises CycleError, which names one."""
     TopologicalSorter(ALLOWED).prepare()
     paths = {_module(path): path for path in _files(ACQCORE) if path.stem not in FRONT}
@@ -130,7 +130,7 @@ def test_there_are_no_circles() -> None:
     TopologicalSorter(graph).prepare()
 
 
-def test_no_module_is_hidden_by_a_function() -> None:
+def test_no_module_is_hidden_by_a_function():
     for path in _files(ACQCORE):
         if path.stem in FRONT or "kernels" in path.parts or _module(path) == "acqcore.costs.worker":
             continue
@@ -145,7 +145,7 @@ def _module(path: Path) -> str:
     return ".".join(("acqcore", *path.relative_to(ACQCORE).with_suffix("").parts))
 
 
-def test_acqcore_never_imports_acqsynth() -> None:
+def test_acqcore_never_imports_acqsynth():
     for path in _files(ACQCORE):
         assert not _imported(path, "acqsynth") | ({"acqsynth"} & _roots(path)), path
 
@@ -160,14 +160,14 @@ INSIDE = {
 }
 
 
-def test_acqsynth_uses_public_names_alone() -> None:
+def test_acqsynth_uses_public_names_alone():
     for path in _files(ACQSYNTH):
         allowed = {"testing"} | INSIDE.get(path.relative_to(ACQSYNTH).as_posix(), set())
         assert _imported(path, "acqcore") <= set(acqcore.__all__) | allowed, path
 
 
 @pytest.mark.parametrize("folder", [ACQCORE], ids=["acqcore"])
-def test_top_level_imports_are_torch_and_numpy_alone(folder: Path) -> None:
+def test_top_level_imports_are_torch_and_numpy_alone(folder):
     """Everything heavier is imported inside the function that needs it."""
     for path in _files(folder):
         for node in ast.parse(path.read_text()).body:

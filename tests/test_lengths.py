@@ -40,7 +40,7 @@ def rope(kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
-def test_rope_that_goes_by_the_longest_sequence(kind: str) -> None:
+def test_rope_that_goes_by_the_longest_sequence(kind):
     """Phi-3's two sets of frequencies; Llama's, which grow with the sequence and with those it has seen before."""
     t = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def test_rope_that_goes_by_the_longest_sequence(kind: str) -> None:
         config = t.LlamaConfig(**{**SIZES, "max_position_embeddings": 16}, **own, rope_parameters=rope(kind))
         model = t.LlamaForCausalLM(config).eval()
 
-    def fresh() -> Any:
+    def fresh():
         student = acqcore.Student.from_model(copy.deepcopy(model))
         student.max_length = None
         return student
@@ -86,11 +86,11 @@ class Relative(nn.Module):
 
 
 @pytest.mark.parametrize("threshold", [None, 4, 20])
-def test_any_forward_that_depends_on_the_padded_length(threshold: int | None) -> None:
+def test_any_forward_that_depends_on_the_padded_length(threshold):
     head = acqcore.Head(torch.randn(96, 16, generator=torch.Generator().manual_seed(1)))
     assert_as_alone(lambda: acqcore.Student(Relative(threshold), head), (12, 24, 5, 24))
 
 
-def test_others_share_batches(tiny_model: Callable[..., Any]) -> None:
+def test_others_share_batches(tiny_model):
     student = acqcore.Student.from_model(tiny_model("Llama"))
     assert len(set(student.length_groups([3, 9, 40]))) == 1

@@ -12,7 +12,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_parity(dtype: torch.dtype, implementation: str) -> None:
+def test_parity(dtype, implementation):
     for name, logits, targets, temperature in logit_cases():
         try:
             assert_logits_match(logits.to(dtype), targets, temperature, implementation)
@@ -21,7 +21,7 @@ def test_parity(dtype: torch.dtype, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_half_precision_value_is_read_exactly(dtype: torch.dtype, implementation: str) -> None:
+def test_every_half_precision_value_is_read_exactly(dtype, implementation):
     if dtype == torch.float32:
         values = torch.randn(65536, generator=torch.Generator().manual_seed(0))
     else:
@@ -31,19 +31,19 @@ def test_every_half_precision_value_is_read_exactly(dtype: torch.dtype, implemen
     assert torch.equal(stats.logsumexp, values.float())
 
 
-def test_strides(implementation: str) -> None:
+def test_strides(implementation):
     base = torch.randn(12, 900, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(6)
     for view in (base[::2], base[:6, 1:], base.T[:, :6].T, base[:6, ::3], base[:1].expand(6, 900)):
         assert_logits_match(view, targets, 1.0, implementation)
 
 
-def test_input_is_not_written(implementation: str) -> None:
+def test_input_is_not_written(implementation):
     logits = torch.randn(4, 700)
     before = logits.clone()
     acqcore.logit_stats(logits, temperature=0.5, backend=implementation)
     assert torch.equal(logits, before)
 
 
-def test_no_hidden_norm() -> None:
+def test_no_hidden_norm():
     assert acqcore.logit_stats(torch.zeros(2, 3)).hidden_norm is None

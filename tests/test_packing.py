@@ -30,14 +30,14 @@ def best(lengths: list[int], budget: int, overhead: int) -> int:
 
 @pytest.mark.parametrize("overhead", [0, 5, 100])
 @pytest.mark.parametrize("seed", range(5))
-def test_no_partition_is_cheaper(seed: int, overhead: int) -> None:
+def test_no_partition_is_cheaper(seed, overhead):
     rng = random.Random(seed)
     lengths = [rng.randint(1, 30) for _ in range(10)]
     batches = partition(lengths, 60, overhead)
     assert cost(lengths, batches, overhead) == best(lengths, 60, overhead)
 
 
-def test_every_sample_once_longest_first_within_the_budget() -> None:
+def test_every_sample_once_longest_first_within_the_budget():
     rng = random.Random(0)
     lengths = [rng.randint(1, 400) for _ in range(500)]
     batches = partition(lengths, 300, 20)
@@ -48,14 +48,14 @@ def test_every_sample_once_longest_first_within_the_budget() -> None:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 300
 
 
-def test_edges() -> None:
+def test_edges():
     assert partition([], 10, 5) == []
     assert partition([7], 3, 5) == [[0]]
     assert partition([2, 2, 2, 2], 100, 5) == [[0, 1, 2, 3]]
     assert partition([3, 3], 100, 0) in ([[0, 1]], [[0], [1]])
 
 
-def test_collate_pads_on_the_right_and_finds_what_is_scored() -> None:
+def test_collate_pads_on_the_right_and_finds_what_is_scored():
     rows = [
         Row(torch.tensor([5, 6, 7]), torch.tensor([-100, 6, -100])),
         Row(torch.tensor([8, 9, 1, 2]), torch.tensor([-100, -100, 1, 2])),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from acqcore.files.parts import Parts
@@ -12,13 +10,13 @@ NAN = float("nan")
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> Parts:
+def parts(tmp_path):
     parts = Parts(tmp_path / "o.csv")
     parts.claim({"a": 1})
     return parts
 
 
-def test_batches_come_back(parts: Parts, tmp_path: Path) -> None:
+def test_batches_come_back(parts, tmp_path):
     assert parts.load(0) == {}
     parts.append(0, [3, 1], [[0.1, 2.0], [1 / 3, NAN]])
     parts.append(0, [2], [[5.0, 6.0]])
@@ -35,7 +33,7 @@ def test_batches_come_back(parts: Parts, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unfinished_line_is_cut_off(parts: Parts) -> None:
+def test_an_unfinished_line_is_cut_off(parts):
     parts.append(0, [1], [[1.0]])
     path = parts.folder / "block-000000.batches"
     whole = path.read_bytes()
@@ -46,7 +44,7 @@ def test_an_unfinished_line_is_cut_off(parts: Parts) -> None:
     assert parts.load(0) == {1: ([1.0], []), 2: ([2.0], [])}
 
 
-def test_another_run_is_refused(tmp_path: Path) -> None:
+def test_another_run_is_refused(tmp_path):
     first = Parts(tmp_path / "o.csv")
     first.claim({"a": 1, "b": [1, 2]})
     first.release()
@@ -54,7 +52,7 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         Parts(tmp_path / "o.csv").claim({"a": 1, "b": [1]})
 
 
-def test_a_block_is_finished_with_its_report(parts: Parts) -> None:
+def test_a_block_is_finished_with_its_report(parts):
     parts.append(7, [0], [[1.0]])
     assert not parts.finished(7)
     assert parts.report(7) is None
@@ -65,12 +63,12 @@ def test_a_block_is_finished_with_its_report(parts: Parts) -> None:
     assert not parts.finished(0)
 
 
-def test_blocks_are_written_in_the_outputs_format(tmp_path: Path) -> None:
+def test_blocks_are_written_in_the_outputs_format(tmp_path):
     assert Parts(tmp_path / "o.csv").path(12).name == "block-000012.csv"
     assert Parts(tmp_path / "folder").path(0) == tmp_path / "folder.parts" / "block-000000.parquet"
 
 
-def test_attempts_are_counted_across_processes_of_one_run(parts: Parts) -> None:
+def test_attempts_are_counted_across_processes_of_one_run(parts):
     assert [parts.attempt(3), parts.attempt(3), parts.attempt(4)] == [1, 2, 1]
     parts.fail(3, "ValueError: no\n\nTraceback")
     other = Parts(parts.folder.with_name("o.csv"))
@@ -82,7 +80,7 @@ def test_attempts_are_counted_across_processes_of_one_run(parts: Parts) -> None:
     assert not other.failure(3).exists()
 
 
-def test_only_an_unused_folder_is_removed_unasked(parts: Parts) -> None:
+def test_only_an_unused_folder_is_removed_unasked(parts):
     parts.append(0, [1], [[1.0]])
     parts.remove_unused()
     assert parts.load(0) == {1: ([1.0], [])}
@@ -91,7 +89,7 @@ def test_only_an_unused_folder_is_removed_unasked(parts: Parts) -> None:
     assert not parts.folder.exists()
 
 
-def test_one_process_at_a_time(parts: Parts, tmp_path: Path) -> None:
+def test_one_process_at_a_time(parts, tmp_path):
     with pytest.raises(ValueError, match="out: another process is writing to"):
         Parts(tmp_path / "o.csv").claim({"a": 1})
     parts.release()
@@ -99,7 +97,7 @@ def test_one_process_at_a_time(parts: Parts, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "deep/notes.txt", "part-000000.parquet"])
-def test_files_of_others_are_left_alone(name: str, tmp_path: Path) -> None:
+def test_files_of_others_are_left_alone(name, tmp_path):
     """A folder of that name that no run left is not taken, and what others put into a run's folder stays."""
     path = tmp_path / "o.csv.parts" / name
     path.parent.mkdir(parents=True)
@@ -120,7 +118,7 @@ def test_files_of_others_are_left_alone(name: str, tmp_path: Path) -> None:
     assert not parts.begun
 
 
-def test_a_manifest_that_is_not_readable(tmp_path: Path) -> None:
+def test_a_manifest_that_is_not_readable(tmp_path):
     folder = tmp_path / "o.csv.parts"
     folder.mkdir()
     (folder / "manifest.json").write_text('{"a"')

@@ -96,11 +96,11 @@ REQUESTS = {
 
 
 @pytest.fixture
-def count(monkeypatch: pytest.MonkeyPatch, tokenizer) -> Counter[str]:
+def count(monkeypatch, tokenizer):
     """Counts from now on: ``COUNTED``, ``tokens`` through the trunk, and ``heads`` that were looked up."""
     counted: Counter[str] = Counter()
 
-    def hook(owner, name, add) -> None:
+    def hook(owner, name, add):
         original = getattr(owner, name)
 
         def counting(*args, **kwargs):
@@ -120,7 +120,7 @@ def count(monkeypatch: pytest.MonkeyPatch, tokenizer) -> Counter[str]:
 
     head = acqcore.Student.head
 
-    def counting(student: acqcore.Student) -> acqcore.Head:
+    def counting(student):
         counted.update(heads=1)
         return head.fget(student)
 
@@ -133,7 +133,7 @@ def count(monkeypatch: pytest.MonkeyPatch, tokenizer) -> Counter[str]:
     "name",
     ["row statistics", "mutual information", "entropy, mutual information", "draws", "linear, hidden"],
 )
-def test_plans_count_the_same(name: str, tiny_model, tokenizer, count: Counter[str]) -> None:
+def test_plans_count_the_same(name, tiny_model, tokenizer, count):
     """What ``acqcore plan`` computes from, against a batch of rows of one length."""
     acquisitions, arguments, _ = REQUESTS[name]
     model = tiny_model("Llama")
@@ -148,7 +148,7 @@ def test_plans_count_the_same(name: str, tiny_model, tokenizer, count: Counter[s
 
 
 @pytest.mark.parametrize("request_of", REQUESTS)
-def test_nothing_runs_twice(request_of: str, tiny_model, tokenizer, count: Counter[str]) -> None:
+def test_nothing_runs_twice(request_of, tiny_model, tokenizer, count):
     acquisitions, arguments, expected = REQUESTS[request_of]
     student = acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
     if "influence" in arguments:
@@ -180,7 +180,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_functions_of_gradients(name: str, tiny_model, tokenizer, count: Counter[str]) -> None:
+def test_functions_of_gradients(name, tiny_model, tokenizer, count):
     call, expected = FUNCTIONS[name]
     student = acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
     for _ in range(2):  # the first finds what is found once per model

@@ -10,7 +10,7 @@ from acqcore.progress import Progress
 
 
 @pytest.fixture(params=["tqdm", "plain"])
-def bar(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def bar(request, monkeypatch):
     if request.param == "tqdm":
         pytest.importorskip("tqdm")
     else:
@@ -18,7 +18,7 @@ def bar(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def test_shown_when_asked(bar: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shown_when_asked(bar, capsys):
     with Progress(200, True, "rows") as progress:
         progress.update(150)
         progress.update(50)
@@ -27,16 +27,14 @@ def test_shown_when_asked(bar: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "rows" in error
 
 
-def test_silent_when_not_asked_or_no_terminal(bar: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_silent_when_not_asked_or_no_terminal(bar, capsys):
     for show in (False, None):
         with Progress(2, show) as progress:
             progress.update(2)
     assert capsys.readouterr().err == ""
 
 
-def test_on_a_terminal_only_what_takes_long(
-    bar: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_terminal_only_what_takes_long(bar, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Progress(2, None) as progress:
         progress.update(2)

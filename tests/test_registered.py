@@ -33,9 +33,9 @@ def register():
     """``register(scale, options)``: a cell that is run, and run again after a change."""
     before = dict(REGISTRY)
 
-    def cell(scale: float, options: type[Options] = GapOptions) -> None:
+    def cell(scale, options=GapOptions):
         @acqcore.register(NAME, options=options)
-        def confidence_gap(stats: acqcore.RowStats, options: GapOptions) -> torch.Tensor:
+        def confidence_gap(stats, options):
             """A power of 1 - p1."""
             return scale * stats.least_confidence**options.power
 
@@ -45,7 +45,7 @@ def register():
 
 
 @pytest.fixture
-def loaded(tiny_model, tokenizer) -> acqcore.Student:
+def loaded(tiny_model, tokenizer):
     return acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
 
 
@@ -55,7 +55,7 @@ def expected(student: acqcore.Student, scale: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_in_calls_and_streams(scale, register, loaded) -> None:
+def test_in_calls_and_streams(scale, register, loaded):
     register(7.0)
     register(scale)  # replaces the first
     values = acqcore.score(loaded, TEXTS, NAME, acquisition_args=GIVEN)[NAME]
@@ -64,7 +64,7 @@ def test_in_calls_and_streams(scale, register, loaded) -> None:
     torch.testing.assert_close(torch.cat([scores[NAME] for scores in stream]), values)
 
 
-def test_on_the_command_line(register, command, capsys) -> None:
+def test_on_the_command_line(register, command, capsys):
     register(1.0)
     with pytest.raises(SystemExit, match="0"):
         main(["score", "--help"])
@@ -74,7 +74,7 @@ def test_on_the_command_line(register, command, capsys) -> None:
     assert NAME in capsys.readouterr().out
 
 
-def test_in_plans(register, tiny_model) -> None:
+def test_in_plans(register, tiny_model):
     register(1.0, RequiredOptions)
     shape = shape_of(tiny_model("Llama").config, torch.float32)
     plan = [passes(shape, Work.checked(shape, 6, 12, None, 8192, (n,), a)) for n, a in ((NAME, GIVEN), ("margin", {}))]
@@ -83,11 +83,11 @@ def test_in_plans(register, tiny_model) -> None:
         Work.checked(shape, 6, 12, None, 8192, (NAME,), {})
 
 
-def test_in_the_service_where_a_request_can_ask_for_it(register) -> None:
+def test_in_the_service_where_a_request_can_ask_for_it(register):
     pytest.importorskip("pydantic")
     from acqsynth.serve.schema import ScoreRequest
 
-    def offered() -> list[str]:
+    def offered():
         return ScoreRequest.model_json_schema()["properties"]["acquisitions"]["items"]["enum"]
 
     assert NAME not in offered()
@@ -97,7 +97,7 @@ def test_in_the_service_where_a_request_can_ask_for_it(register) -> None:
     assert NAME not in offered()
 
 
-def test_as_a_reward(register, loaded, tokenizer, monkeypatch, student) -> None:
+def test_as_a_reward(register, loaded, tokenizer, monkeypatch, student):
     from acqsynth import rewards
     from acqsynth.parsing import as_text
 

@@ -23,19 +23,19 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_parity(name: str, dtype: torch.dtype, implementation: str) -> None:
+def test_parity(name, dtype, implementation):
     case = CASES[name]().to(dtype)
     assert_close_to_oracle(case.run(implementation), case.oracle())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("std", [3.0, 30.0])
-def test_error_is_no_larger_than_eager(std: float, dtype: torch.dtype, implementation: str) -> None:
+def test_error_is_no_larger_than_eager(std, dtype, implementation):
     assert_no_worse_than_eager(random_case(64, 576, 8209, std=std).to(dtype), implementation)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mixed_dtypes(dtype: torch.dtype, implementation: str) -> None:
+def test_mixed_dtypes(dtype, implementation):
     case = random_case(9, 50, 400)
     head = acqcore.Head(case.head.weight.to(dtype))
     got = acqcore.row_stats(case.hidden, head, case.targets, backend=implementation)
@@ -44,7 +44,7 @@ def test_mixed_dtypes(dtype: torch.dtype, implementation: str) -> None:
     assert_close_to_oracle(got, oracle)
 
 
-def test_confident_row_by_hand(implementation: str) -> None:
+def test_confident_row_by_hand(implementation):
     """p = 1 - 1e-12, from the definition with exact arithmetic: e = 1e-12 beside a single other token."""
     e = 1e-12
     case = case_from_logits(torch.tensor([[0.0, torch.tensor(e).log().item()]]), torch.tensor([0]))
@@ -56,7 +56,7 @@ def test_confident_row_by_hand(implementation: str) -> None:
     assert stats.least_confidence.item() == pytest.approx(e, rel=1e-5)
 
 
-def test_rows_do_not_depend_on_the_batch(implementation: str) -> None:
+def test_rows_do_not_depend_on_the_batch(implementation):
     case = random_case(300, 96, 3000)
     whole = case.run(implementation)
     for rows in (slice(0, 1), slice(5, 40), slice(299, 300)):
@@ -68,7 +68,7 @@ def test_rows_do_not_depend_on_the_batch(implementation: str) -> None:
             assert torch.equal(part.state, whole.state[:, rows])
 
 
-def test_threads_do_not_change_a_bit() -> None:
+def test_threads_do_not_change_a_bit():
     case = random_case(100, 64, 2000)
     threads = torch.get_num_threads()
     try:
@@ -81,12 +81,12 @@ def test_threads_do_not_change_a_bit() -> None:
     assert torch.equal(one.state, three.state)
 
 
-def test_targets_outside_the_vocabulary_are_ignored_where_reading_them_would_stall() -> None:
+def test_targets_outside_the_vocabulary_are_ignored_where_reading_them_would_stall():
     targets = torch.tensor([0, -1, -100, 9, 10, 2**40])
     assert ignored_outside(targets, 10).tolist() == [0, -100, -100, 9, -100, -100]
 
 
-def test_nan_stays_in_its_row(implementation: str) -> None:
+def test_nan_stays_in_its_row(implementation):
     case = random_case(5, 16, 600)
     case.hidden[2, 3] = torch.nan
     stats = case.run(implementation)
@@ -96,20 +96,20 @@ def test_nan_stays_in_its_row(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("position", [0, 5, 299, 511])
-def test_a_nan_logit_shows(position: int, implementation: str) -> None:
+def test_a_nan_logit_shows(position, implementation):
     logits = torch.zeros(2, 512)
     logits[0, position] = torch.nan
     stats = acqcore.logit_stats(logits, backend=implementation)
     assert stats.valid.tolist() == [False, True]
 
 
-def test_nan_among_minus_infinities_shows(implementation: str) -> None:
+def test_nan_among_minus_infinities_shows(implementation):
     logits = torch.full((1, 600), -torch.inf)
     logits[0, 10], logits[0, 400] = torch.nan, 1.0
     assert not acqcore.logit_stats(logits, backend=implementation).valid.item()
 
 
-def test_a_row_without_finite_logit_is_nan(implementation: str) -> None:
+def test_a_row_without_finite_logit_is_nan(implementation):
     logits = torch.zeros(2, 600)
     logits[1] = -torch.inf
     stats = acqcore.logit_stats(logits, torch.tensor([3, 3]), backend=implementation)
@@ -120,7 +120,7 @@ def test_a_row_without_finite_logit_is_nan(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("cuts", [(0, 250, 507), (0, 1, 506, 507), (0, 100, 200, 300, 507)])
-def test_merged_shards_equal_the_whole(cuts: tuple[int, ...], implementation: str) -> None:
+def test_merged_shards_equal_the_whole(cuts, implementation):
     case = random_case(21, 40, 507, bias=True)
     assert case.targets is not None
     assert case.head.bias is not None
@@ -136,7 +136,7 @@ def test_merged_shards_equal_the_whole(cuts: tuple[int, ...], implementation: st
         assert_close_to_oracle(merged, case.oracle())
 
 
-def test_merge_with_a_shard_of_impossible_tokens(implementation: str) -> None:
+def test_merge_with_a_shard_of_impossible_tokens(implementation):
     logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
     logits[:, 200:] = -torch.inf
     whole = acqcore.logit_stats(logits.double(), backend="eager")
@@ -146,7 +146,7 @@ def test_merge_with_a_shard_of_impossible_tokens(implementation: str) -> None:
     assert_close_to_oracle(right.merge(left), whole)
 
 
-def test_merge_of_equal_maxima_keeps_the_lower_index() -> None:
+def test_merge_of_equal_maxima_keeps_the_lower_index():
     weight = torch.zeros(10, 4)
     hidden = torch.ones(1, 4)
     left = acqcore.row_stats(hidden, acqcore.Head(weight[:6], vocab_size=10))
@@ -155,22 +155,22 @@ def test_merge_of_equal_maxima_keeps_the_lower_index() -> None:
     assert left.merge(right).entropy.item() == pytest.approx(2.302585, abs=1e-6)
 
 
-def test_float64_fields_on_eager() -> None:
+def test_float64_fields_on_eager():
     stats = random_case(3, 8, 20).oracle()
     assert stats.entropy.dtype == torch.float64
 
 
-def test_inputs_that_require_grad_are_left_alone(implementation: str) -> None:
+def test_inputs_that_require_grad_are_left_alone(implementation):
     case = random_case(3, 8, 20)
     case.hidden.requires_grad_()
     assert not case.run(implementation).entropy.requires_grad
 
 
-def test_compiles_without_graph_breaks(implementation: str) -> None:
+def test_compiles_without_graph_breaks(implementation):
     case = random_case(12, 16, 300)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
-    def compiled(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def compiled(hidden, weight, targets):
         stats = acqcore.row_stats(hidden * 2, acqcore.Head(weight), targets, backend=implementation)
         assert stats.logprob is not None
         return stats.entropy + stats.logprob
@@ -182,7 +182,7 @@ def test_compiles_without_graph_breaks(implementation: str) -> None:
     torch.testing.assert_close(got, expected.entropy + expected.logprob)
 
 
-def test_custom_ops_are_well_formed() -> None:
+def test_custom_ops_are_well_formed():
     case = random_case(6, 8, 40)
     state, index = torch.empty(7, 6, dtype=torch.float64), torch.empty(6, dtype=torch.int64)
     args = (case.hidden, case.head.weight, None, case.targets, None, 1.0, 1.0, 0, 40, "cpu")

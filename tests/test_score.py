@@ -39,7 +39,7 @@ REDUCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.fixture(params=["eager", "cpu"])
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request):
     available = {row.name: row.reason for row in acqcore.backends()}
     if available[request.param]:
         pytest.skip(str(available[request.param]))
@@ -47,10 +47,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def expected(tokenizer: Any, brute_force: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., Any]:
+def expected(tokenizer, brute_force):
     """``expected(model, samples)``: for each sample the per-token references, name -> ``[scored tokens]``."""
 
-    def run(model: Any, samples: Any) -> list[dict[str, torch.Tensor]]:
+    def run(model, samples):
         rows = encode(samples, tokenizer, vocab_size=320, limit=64)
         return [brute_force(model, row.ids, row.targets != -100) for row in rows]
 
@@ -58,9 +58,7 @@ def expected(tokenizer: Any, brute_force: Callable[..., dict[str, torch.Tensor]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_agrees_with_one_sample_at_a_time(
-    kind: str, backend: str, tiny_model: Callable[..., Any], tokenizer: Any, expected: Callable[..., Any]
-) -> None:
+def test_agrees_with_one_sample_at_a_time(kind, backend, tiny_model, tokenizer, expected):
     """Padded batches without a mask, sliding windows and learned positions included."""
     model = tiny_model(kind)
     scores = acqcore.score(
@@ -77,9 +75,7 @@ def test_agrees_with_one_sample_at_a_time(
 
 @pytest.mark.parametrize("parameters", ["head", 1, "all"])
 @pytest.mark.parametrize("loss", ["mean", "sum"])
-def test_grad_norm_is_that_of_autograd(
-    loss: str, parameters: str | int, backend: str, tiny_model: Callable[..., Any], tokenizer: Any, exact: Any
-) -> None:
+def test_grad_norm_is_that_of_autograd(loss, parameters, backend, tiny_model, tokenizer, exact):
     """Beside acquisitions of tokens, in the same call."""
     model = tiny_model("Llama")
     arguments = {"grad_norm": {"parameters": parameters, "loss": loss}}
@@ -124,16 +120,14 @@ def test_grad_norm_is_that_of_autograd(
         ([("grad_norm", 1)], TypeError, "acquisition_args: expected a mapping"),
     ],
 )
-def test_acquisition_args(
-    arguments: Any, error: type[Exception], message: str, tiny_model: Callable[..., Any], tokenizer: Any
-) -> None:
+def test_acquisition_args(arguments, error, message, tiny_model, tokenizer):
     with pytest.raises(error, match=message):
         acqcore.score(
             tiny_model("Llama"), TEXTS, ("entropy", "grad_norm"), acquisition_args=arguments, tokenizer=tokenizer
         )
 
 
-def test_influence_beside_entropy(backend: str, tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+def test_influence_beside_entropy(backend, tiny_model, tokenizer):
     model = tiny_model("Llama")
     reference = acqcore.influence_reference(model, SAMPLES[:2], tokenizer=tokenizer, backend=backend)
     arguments = {"influence": {"reference": reference, "similarity": "dot"}}
@@ -149,9 +143,7 @@ def test_influence_beside_entropy(backend: str, tiny_model: Callable[..., Any], 
 
 
 @pytest.mark.parametrize("reduction", REDUCE)
-def test_reductions(
-    reduction: str, tiny_model: Callable[..., Any], tokenizer: Any, expected: Callable[..., Any]
-) -> None:
+def test_reductions(reduction, tiny_model, tokenizer, expected):
     model = tiny_model("Llama")
     scores = acqcore.score(model, SAMPLES, NAMES, tokenizer=tokenizer, reduction=reduction, topk=3, backend="eager")
     for i, reference in enumerate(expected(model, SAMPLES)):
@@ -162,12 +154,10 @@ def test_reductions(
         torch.testing.assert_close(scores["perplexity"][i], perplexity, rtol=1e-4, atol=0)
 
 
-def test_a_score_does_not_depend_on_the_rest_of_the_batch(
-    backend: str, tiny_model: Callable[..., Any], tokenizer: Any
-) -> None:
+def test_a_score_does_not_depend_on_the_rest_of_the_batch(backend, tiny_model, tokenizer):
     model = tiny_model("Gemma2")
 
-    def run(samples: Any, batch_tokens: int = 8192) -> torch.Tensor:
+    def run(samples, batch_tokens=8192):
         scores = acqcore.score(model, samples, NAMES, tokenizer=tokenizer, backend=backend, batch_tokens=batch_tokens)
         return torch.stack([scores[name] for name in NAMES])
 
@@ -179,9 +169,7 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(
     assert torch.equal(together, run(TEXTS))
 
 
-def test_one_trunk_forward_and_one_head_pass_per_batch(
-    tiny_model: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_trunk_forward_and_one_head_pass_per_batch(tiny_model, tokenizer, monkeypatch):
     module = sys.modules["acqcore.scoring.run"]
     passes: list[int] = []
     real = module.row_stats
@@ -206,7 +194,7 @@ def test_one_trunk_forward_and_one_head_pass_per_batch(
     assert sum(head_passes) == scores.n_tokens.sum()  # scored rows only
 
 
-def test_tensors_padded_on_either_side(tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+def test_tensors_padded_on_either_side(tiny_model, tokenizer):
     model = tiny_model("GPT2")
     texts = TEXTS[:3]
     whole = acqcore.score(model, texts, NAMES, tokenizer=tokenizer, backend="eager")
@@ -217,7 +205,7 @@ def test_tensors_padded_on_either_side(tiny_model: Callable[..., Any], tokenizer
             assert torch.equal(scores[name], whole[name])
 
 
-def test_rows_score_as_their_texts(tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+def test_rows_score_as_their_texts(tiny_model, tokenizer):
     """Those of an own backward pass too."""
     model, names = tiny_model("Llama"), ("entropy", "grad_norm")
     rows = acqcore.encode(SAMPLES, tokenizer, vocab_size=320, limit=64)
@@ -228,7 +216,7 @@ def test_rows_score_as_their_texts(tiny_model: Callable[..., Any], tokenizer: An
         assert found[name].tolist() == expected[name].tolist()
 
 
-def test_the_model_is_left_as_found(tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+def test_the_model_is_left_as_found(tiny_model, tokenizer):
     model = tiny_model("GPT2", resid_pdrop=0.5).train()
     model.transformer.h[0].eval()
     model.transformer.wpe.weight.requires_grad_(False)
@@ -248,9 +236,7 @@ def test_the_model_is_left_as_found(tiny_model: Callable[..., Any], tokenizer: A
 
 
 @pytest.mark.parametrize("target", ["q_proj", "lm_head"])
-def test_peft(
-    target: str, tiny_model: Callable[..., Any], tokenizer: Any, brute_force: Callable[..., Any], backend: str
-) -> None:
+def test_peft(target, tiny_model, tokenizer, brute_force, backend):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny_model("Llama"), peft.LoraConfig(r=4, target_modules=[target])).eval()
     for name, parameter in model.named_parameters():
@@ -263,9 +249,7 @@ def test_peft(
             torch.testing.assert_close(scores[name][i], reference[name].mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_student_with_a_float32_adapter_sum(
-    tiny_model: Callable[..., Any], tokenizer: Any, backend: str
-) -> None:
+def test_bfloat16_student_with_a_float32_adapter_sum(tiny_model, tokenizer, backend):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["lm_head"])
     model = peft.get_peft_model(tiny_model("Llama"), config).to(torch.bfloat16)
@@ -276,7 +260,7 @@ class TestNotFinite:
     """A student whose sixth token has a broken hidden state, and whose ninth can never be predicted."""
 
     @pytest.fixture
-    def student(self) -> acqcore.Student:
+    def student(self):
         generator = torch.Generator().manual_seed(0)
         embedding = torch.randn(10, 4, generator=generator)
         embedding[5] = torch.nan
@@ -285,7 +269,7 @@ class TestNotFinite:
         head = acqcore.Head(torch.randn(10, 4, generator=generator), bias)
         return acqcore.Student(lambda ids: embedding[ids], head)
 
-    def test_nan_and_invalid_where_it_is_alone(self, student: acqcore.Student, backend: str) -> None:
+    def test_nan_and_invalid_where_it_is_alone(self, student, backend):
         ids = torch.tensor([[1, 2, 3], [1, 5, 3], [1, 8, 3], [1, 3, 5]])
         scores = acqcore.score(student, {"input_ids": ids}, ("entropy", "loss"), backend=backend)
         # the last one ends in the broken token: it is predicted, and predicts nothing
@@ -293,7 +277,7 @@ class TestNotFinite:
         assert scores["loss"].isnan().tolist() == [False, True, True, False]
         assert scores.valid.tolist() == [True, False, False, True]
 
-    def test_perplexity_beyond_float32(self, backend: str) -> None:
+    def test_perplexity_beyond_float32(self, backend):
         head = acqcore.Head(torch.tensor([[1.0], [-1.0]]))
         student = acqcore.Student(lambda ids: torch.full((*ids.shape, 1), 60.0), head)
         ids = torch.tensor([[0, 0], [0, 1]])
@@ -304,11 +288,11 @@ class TestNotFinite:
 
 
 class TestOwnAcquisition:
-    def test_registered_functions_are_scored(self, tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+    def test_registered_functions_are_scored(self, tiny_model, tokenizer):
         try:
 
             @acqcore.register("twice_entropy")
-            def twice_entropy(stats: acqcore.RowStats) -> torch.Tensor:
+            def twice_entropy(stats):
                 """Twice the entropy."""
                 return 2 * stats.entropy
 
@@ -318,7 +302,7 @@ class TestOwnAcquisition:
         finally:
             REGISTRY.pop("twice_entropy", None)
 
-    def test_a_wrong_shape_is_named(self, tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+    def test_a_wrong_shape_is_named(self, tiny_model, tokenizer):
         try:
             acqcore.register("wrong_shape")(_wrong_shape)
             with pytest.raises(ValueError, match=r"acquisition 'wrong_shape': expected it to give a tensor \[\d+\]"):
@@ -353,9 +337,7 @@ def _wrong_shape(stats: acqcore.RowStats) -> torch.Tensor:
         ({"student": 3}, TypeError, "student: expected acqcore.Student"),
     ],
 )
-def test_bad_arguments(
-    options: dict[str, Any], error: Any, message: str, tiny_model: Callable[..., Any], tokenizer: Any
-) -> None:
+def test_bad_arguments(options, error, message, tiny_model, tokenizer):
     arguments = {
         "student": tiny_model("Llama"),
         "samples": TEXTS,
@@ -367,7 +349,7 @@ def test_bad_arguments(
         acqcore.score(**arguments)
 
 
-def test_a_backend_that_does_not_serve_is_known_before_any_forward(tiny_model: Callable[..., Any]) -> None:
+def test_a_backend_that_does_not_serve_is_known_before_any_forward(tiny_model):
     student = acqcore.Student.from_model(tiny_model("Llama").double(), verify=False)
     student.trunk.register_forward_pre_hook(lambda *_: pytest.fail("the trunk ran"))  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="backend 'cpu' takes"):
@@ -378,29 +360,27 @@ def test_a_backend_that_does_not_serve_is_known_before_any_forward(tiny_model: C
     ("reduction", "expected"),
     [("mean", [1.5, NAN, -5.5]), ("sum", [3, NAN, -11]), ("max", [2, NAN, -5]), ("topk", [2, NAN, -5])],
 )
-def test_one_value_that_is_no_number_makes_its_sample_none(reduction: str, expected: list[float]) -> None:
+def test_one_value_that_is_no_number_makes_its_sample_none(reduction, expected):
     values = torch.tensor([1, 2, NAN, 4, -5, -6], dtype=torch.float64)
     found = reduce(values, [2, 2, 2], reduction, topk=1)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
 
 
-def test_kept_tokens_keep_no_more_than_themselves(tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+def test_kept_tokens_keep_no_more_than_themselves(tiny_model, tokenizer):
     scores = acqcore.score(tiny_model("Llama"), SAMPLES, "entropy", tokenizer=tokenizer, keep_tokens=True)
     kept = scores.tokens["entropy"]
     assert [len(values) for values in kept] == scores.n_tokens.tolist()
     assert [values.untyped_storage().nbytes() for values in kept] == [4 * len(values) for values in kept]
 
 
-def test_no_samples(tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+def test_no_samples(tiny_model, tokenizer):
     scores = acqcore.score(tiny_model("Llama"), [], tokenizer=tokenizer, backend="eager", keep_tokens=True)
     assert scores["entropy"].shape == (0,)
     assert scores.tokens["entropy"] == []
     assert "0 samples" in repr(scores)
 
 
-def test_progress_is_shown_where_asked(
-    tiny_model: Callable[..., Any], tokenizer: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_is_shown_where_asked(tiny_model, tokenizer, capsys):
     model = tiny_model("Llama")
     for show in (None, False):  # stderr is no terminal here
         acqcore.score(model, TEXTS, tokenizer=tokenizer, backend="eager", progress=show)
@@ -409,17 +389,15 @@ def test_progress_is_shown_where_asked(
     assert "scoring" in capsys.readouterr().err
 
 
-def test_statistics_and_gradient_norm_are_one_visit_of_the_head(
-    tiny_model: Callable[..., Any], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_and_gradient_norm_are_one_visit_of_the_head(tiny_model, tokenizer, monkeypatch):
     """As many calls of the backend as for statistics alone, and none that forms delta in a second visit."""
     cpu = type(get_backend("cpu"))
     calls: list[str] = []
 
-    def counted(name: str) -> Callable[..., None]:
+    def counted(name):
         original = getattr(cpu, name)
 
-        def call(self: Any, rows: Any, *arguments: Any) -> None:
+        def call(self, rows, *arguments):
             if len(rows.hidden):
                 calls.append(name)
             original(self, rows, *arguments)
@@ -437,7 +415,7 @@ def test_statistics_and_gradient_norm_are_one_visit_of_the_head(
 
 
 @pytest.mark.parametrize("reduction", ["sum", "max", "mean"])
-def test_a_perplexity_beyond_float32_is_its_largest(reduction: str) -> None:
+def test_a_perplexity_beyond_float32_is_its_largest(reduction):
     """The most surprising sample stays the largest: an infinity would make it invalid, and never chosen."""
     weight = torch.zeros(8, 4)
     weight[0] = 60.0

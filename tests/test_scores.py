@@ -19,7 +19,7 @@ def scores(n: int = 3, tokens: bool = False) -> Scores:
     return Scores({"entropy": entropy, "margin": entropy / 2}, torch.full((n,), 2), valid, kept)
 
 
-def test_mapping() -> None:
+def test_mapping():
     s = scores()
     assert isinstance(s, Mapping)
     assert list(s) == ["entropy", "margin"]
@@ -29,13 +29,13 @@ def test_mapping() -> None:
         s["loss"]
 
 
-def test_tokens_only_where_kept() -> None:
+def test_tokens_only_where_kept():
     assert scores(tokens=True).tokens["entropy"][2].tolist() == [1, 1]
     with pytest.raises(ValueError, match="tokens: per-token values were not kept, expected score"):
         scores().tokens  # noqa: B018
 
 
-def test_repr_is_a_table_with_means() -> None:
+def test_repr_is_a_table_with_means():
     lines = repr(scores()).splitlines()
     assert lines[0] == "Scores of 3 samples, 1 not valid"
     assert lines[1].split() == ["entropy", "margin", "n_tokens"]
@@ -48,7 +48,7 @@ def test_repr_is_a_table_with_means() -> None:
     assert long[-2].split()[0] == "..."
 
 
-def test_standard_errors_are_columns() -> None:
+def test_standard_errors_are_columns():
     pytest.importorskip("pandas")
     errors = {"margin": torch.tensor([0.25, 0.5])}
     values = {"entropy": torch.ones(2), "margin": torch.ones(2)}
@@ -59,7 +59,7 @@ def test_standard_errors_are_columns() -> None:
     assert list(s) == ["entropy", "margin"]
 
 
-def test_to_pandas() -> None:
+def test_to_pandas():
     pandas = pytest.importorskip("pandas")
     frame = scores().to_pandas()
     assert isinstance(frame, pandas.DataFrame)
@@ -68,7 +68,7 @@ def test_to_pandas() -> None:
     assert frame["valid"].tolist() == [True, False, True]
 
 
-def test_to_dataset() -> None:
+def test_to_dataset():
     datasets = pytest.importorskip("datasets")
     data = scores().to_dataset()
     assert isinstance(data, datasets.Dataset)

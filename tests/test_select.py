@@ -48,19 +48,19 @@ def brute_force(value: Callable[[list[int]], float], n: int, k: int) -> float:
 
 
 class TestTopK:
-    def test_order_ties_and_nan(self) -> None:
+    def test_order_ties_and_nan(self):
         scores = torch.tensor([1.0, torch.nan, 3.0, 1.0, -torch.inf, 3.0, torch.inf])
         assert acqcore.select(scores, 6).tolist() == [6, 2, 5, 0, 3, 4]
         assert acqcore.select(scores, 2).dtype == torch.int64
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-    def test_dtypes(self, dtype: torch.dtype) -> None:
+    def test_dtypes(self, dtype):
         assert acqcore.select(torch.tensor([0.0, 2.0, 1.0], dtype=dtype), 2).tolist() == [1, 2]
 
-    def test_many_ties_come_in_order(self) -> None:
+    def test_many_ties_come_in_order(self):
         assert acqcore.select(torch.zeros(1000), 1000).tolist() == list(range(1000))
 
-    def test_of_scores(self) -> None:
+    def test_of_scores(self):
         one = acqcore.Scores({"loss": torch.tensor([1.0, 2.0])}, torch.ones(2).long(), torch.ones(2).bool())
         two = acqcore.Scores({**one, "margin": torch.tensor([2.0, 1.0])}, one.n_tokens, one.valid)
         assert acqcore.select(one, 1).tolist() == [1]
@@ -73,25 +73,25 @@ class TestTopK:
 
 @pytest.mark.parametrize("method", VECTOR_METHODS)
 class TestEveryVectorMethod:
-    def test_all_of_them_is_a_permutation(self, method: str) -> None:
+    def test_all_of_them_is_a_permutation(self, method):
         x = torch.cat([vectors(12, 3), vectors(12, 3), torch.zeros(2, 3)])  # copies, zeros, n > d
         chosen = acqcore.select(x, 26, method)
         assert chosen.dtype == torch.int64
         assert sorted(chosen.tolist()) == list(range(26))
 
-    def test_fewer_are_a_prefix_of_more(self, method: str) -> None:
+    def test_fewer_are_a_prefix_of_more(self, method):
         x = vectors(40, 6)
         assert acqcore.select(x, 20, method)[:7].tolist() == acqcore.select(x, 7, method).tolist()
 
-    def test_copies_come_last(self, method: str) -> None:
+    def test_copies_come_last(self, method):
         x = torch.eye(6).repeat(5, 1)
         assert sorted(i % 6 for i in acqcore.select(x, 6, method).tolist()) == list(range(6))
 
-    def test_one_candidate(self, method: str) -> None:
+    def test_one_candidate(self, method):
         assert acqcore.select(torch.ones(1, 4), 1, method).tolist() == [0]
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-    def test_dtypes(self, method: str, dtype: torch.dtype) -> None:
+    def test_dtypes(self, method, dtype):
         x = torch.diag(torch.arange(1.0, 7.0))
         assert acqcore.select(x.to(dtype), 4, method).tolist() == acqcore.select(x, 4, method).tolist()
 
@@ -106,13 +106,13 @@ class TestEveryVectorMethod:
             (torch.zeros(0, 2), ValueError, r"k: expected at most 0 \(the number of candidates\), got 2"),
         ],
     )  # fmt: skip
-    def test_bad_vectors(self, method: str, x: torch.Tensor, error: type[Exception], message: str) -> None:
+    def test_bad_vectors(self, method, x, error, message):
         with pytest.raises(error, match=message):
             acqcore.select(x, 2, method)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_k_center_step_by_step(seed: int) -> None:
+def test_k_center_step_by_step(seed):
     x = vectors(30, 4, seed).double()
     chosen = acqcore.select(x, 10, "k_center").tolist()
     assert chosen[0] == int((x - x.mean(dim=0)).norm(dim=1).argmin())
@@ -121,11 +121,11 @@ def test_k_center_step_by_step(seed: int) -> None:
         assert chosen[j] == int(between[chosen[:j]].amin(dim=0).argmax())
 
 
-def test_k_center_is_within_twice_the_best() -> None:
+def test_k_center_is_within_twice_the_best():
     x = vectors(12, 2).double()
     between = torch.linalg.norm(x[:, None] - x[None], dim=2)
 
-    def radius(chosen: list[int]) -> float:
+    def radius(chosen):
         return float(between[chosen].amin(dim=0).amax())
 
     best = -brute_force(lambda chosen: -radius(chosen), 12, 4)
@@ -134,7 +134,7 @@ def test_k_center_is_within_twice_the_best() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("blocks", [False, True])
-def test_facility_location_step_by_step(blocks: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facility_location_step_by_step(blocks, seed, monkeypatch):
     if blocks:
         module = importlib.import_module("acqcore.selection.subsets")
         monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 3 * 40)
@@ -148,14 +148,14 @@ def test_facility_location_step_by_step(blocks: bool, seed: int, monkeypatch: py
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("ridge", [1.0, 0.01])
-def test_log_det_is_the_naive_greedy(seed: int, ridge: float) -> None:
+def test_log_det_is_the_naive_greedy(seed, ridge):
     x = vectors(25, 12, seed).double()
     chosen = acqcore.select(x, 10, "log_det", ridge=ridge).tolist()
     assert chosen == naive_greedy(lambda picked: log_det(x, picked, ridge), 25, 10)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_submodular_methods_are_within_their_bound(seed: int) -> None:
+def test_submodular_methods_are_within_their_bound(seed):
     x = vectors(11, 4, seed).double()
     values: dict[str, Callable[[list[int]], float]] = {
         "facility_location": lambda chosen: coverage(x, chosen),
@@ -166,20 +166,20 @@ def test_submodular_methods_are_within_their_bound(seed: int) -> None:
         assert value(acqcore.select(x, 4, method).tolist()) >= (1 - 1 / math.e) * best
 
 
-def test_log_det_does_not_depend_on_the_scale() -> None:
+def test_log_det_does_not_depend_on_the_scale():
     x = vectors(30, 8)
     expected = acqcore.select(x, 10, "log_det").tolist()
     assert acqcore.select(x * 2.0**-20, 10, "log_det").tolist() == expected
     assert acqcore.select(x * 2.0**20, 10, "log_det").tolist() == expected
 
 
-def test_badge_is_seeded() -> None:
+def test_badge_is_seeded():
     x = vectors(50, 4)
     assert acqcore.select(x, 8, "badge", seed=3).tolist() == acqcore.select(x, 8, "badge", seed=3).tolist()
     assert len({tuple(acqcore.select(x, 8, "badge", seed=s).tolist()) for s in range(5)}) > 1
 
 
-def test_badge_draws_by_squared_distance() -> None:
+def test_badge_draws_by_squared_distance():
     x = torch.tensor([[0.0], [1.0], [3.0]])
     squared = (x - x.T).square()
     counts = torch.zeros(3, 3)
@@ -204,12 +204,12 @@ def test_badge_draws_by_squared_distance() -> None:
         (([1.0, 2.0], 1), TypeError, r"candidates: expected a tensor \[n\], got list"),
     ],
 )  # fmt: skip
-def test_bad_arguments(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
+def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         acqcore.select(*arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("ridge", "message"), [(0.0, ">= 1e-9, got 0.0"), (torch.nan, "finite number, got nan")])
-def test_bad_ridge(ridge: float, message: str) -> None:
+def test_bad_ridge(ridge, message):
     with pytest.raises(ValueError, match=f"ridge: expected a .*{message}"):
         acqcore.select(torch.zeros(3, 2), 1, "log_det", ridge=ridge)

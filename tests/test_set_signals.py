@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ def _reference(name: str) -> Callable[..., torch.Tensor]:
     return REGISTRY[name].reference
 
 
-def test_badge_is_the_gradient_of_the_students_own_predictions(tiny_model: Callable[..., Any]) -> None:
+def test_badge_is_the_gradient_of_the_students_own_predictions(tiny_model):
     """In the head pass and, over every parameter, in a pass of its own; the written tokens do not count as targets."""
     model = tiny_model("Llama")
     scores = acqcore.score(model, SAMPLES, ["badge", "grad_norm"])
@@ -36,7 +35,7 @@ def test_badge_is_the_gradient_of_the_students_own_predictions(tiny_model: Calla
         torch.testing.assert_close(got, acqcore.grad_norm(model, own, **options), rtol=1e-4, atol=1e-6)
 
 
-def test_gradient_diversity(tiny_model: Callable[..., Any]) -> None:
+def test_gradient_diversity(tiny_model):
     """Against its definition; copies score about nothing; the order does not matter unless asked for."""
     model = tiny_model("Llama")
     samples = {"input_ids": torch.cat([IDS, IDS[:1]])}
@@ -55,7 +54,7 @@ def test_gradient_diversity(tiny_model: Callable[..., Any]) -> None:
     assert float(ordered[0]) == pytest.approx(0.6931, abs=1e-3)
 
 
-def test_archive_novelty(tiny_model: Callable[..., Any]) -> None:
+def test_archive_novelty(tiny_model):
     model = tiny_model("Llama")
     archive = acqcore.Archive()
     arguments = {"archive_novelty": {"archive": archive}}
@@ -72,7 +71,7 @@ def test_archive_novelty(tiny_model: Callable[..., Any]) -> None:
     assert float(value[3:].min()) > 0.05
 
 
-def test_a_sample_without_a_finite_gradient(tiny_model: Callable[..., Any]) -> None:
+def test_a_sample_without_a_finite_gradient(tiny_model):
     """It is not valid, and takes no part in what the others are compared with."""
     model = tiny_model("Llama", tie_word_embeddings=False)
     broken = IDS.clone()
@@ -97,8 +96,6 @@ def test_a_sample_without_a_finite_gradient(tiny_model: Callable[..., Any]) -> N
         ("badge", {"parameters": "heads"}, ValueError, "parameters"),
     ],
 )
-def test_bad_arguments(
-    name: str, options: dict[str, Any], error: type[Exception], message: str, tiny_model: Callable[..., Any]
-) -> None:
+def test_bad_arguments(name, options, error, message, tiny_model):
     with pytest.raises(error, match=message):
         acqcore.score(tiny_model("Llama"), SAMPLES, name, acquisition_args={name: options})

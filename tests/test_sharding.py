@@ -56,12 +56,12 @@ def run(folder: Path, world: int, group: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def two(tmp_path_factory):
     return run(tmp_path_factory.mktemp("sharding"), 2, "two ranks")
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def four(tmp_path_factory):
     return run(tmp_path_factory.mktemp("sharding"), 4, "four ranks")
 
 
@@ -90,17 +90,17 @@ def assert_same(results: list[dict[str, Any]], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", cases.CASES["two ranks"])
-def test_two_ranks(two: list[dict[str, Any]], name: str) -> None:
+def test_two_ranks(two, name):
     assert_same(two, name)
 
 
 @pytest.mark.parametrize("name", cases.CASES["four ranks"])
-def test_four_ranks(four: list[dict[str, Any]], name: str) -> None:
+def test_four_ranks(four, name):
     assert_same(four, name)
 
 
 @pytest.mark.parametrize("name", ["rows: confident 1e-12", "rows: confident 1e-20", "gradients: confident 1e-12"])
-def test_confident_rows_keep_their_digits(two: list[dict[str, Any]], name: str) -> None:
+def test_confident_rows_keep_their_digits(two, name):
     """Where all but the maximum is 1e-12 or 1e-20, relative errors show what a difference of 1 and 1 would lose."""
     seen = 0
     for key, (got, expected) in two[0][name].items():
@@ -110,6 +110,6 @@ def test_confident_rows_keep_their_digits(two: list[dict[str, Any]], name: str) 
     assert seen >= 12
 
 
-def test_zero3(tmp_path: Path) -> None:
+def test_zero3(tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     assert_same(run(tmp_path, 2, "ZeRO-3"), "ZeRO-3")

@@ -9,14 +9,14 @@ from acqcore.head_grad import grad_sketch, hash_columns
 from acqcore.signs import hashed_places, rotated_places
 
 
-def test_rotated_places_do_not_depend_on_the_shard() -> None:
+def test_rotated_places_do_not_depend_on_the_shard():
     whole = rotated_places(500, 48, 7, 0)
     assert torch.equal(rotated_places(123, 48, 7, 0, 77), whole[77:200])
     assert not torch.equal(rotated_places(500, 48, 8, 0), whole)
     assert not torch.equal(rotated_places(500, 48, 7, 1), whole)
 
 
-def test_a_group_fills_every_place_once_in_order() -> None:
+def test_a_group_fills_every_place_once_in_order():
     places = rotated_places(480, 48, 7, 0)
     places = torch.where(places < 0, ~places, places).view(10, 48)
     assert torch.equal(places.sort(dim=1).values, torch.arange(48, dtype=torch.int32).expand(10, 48))
@@ -24,7 +24,7 @@ def test_a_group_fills_every_place_once_in_order() -> None:
     assert len(places[:, 0].unique()) > 5
 
 
-def test_collisions_are_those_of_independent_places() -> None:
+def test_collisions_are_those_of_independent_places():
     """Rows of two groups share a place in 1 of 32 seeds; signs are fair and independent."""
     seeds = 4000
     drawn = torch.stack([rotated_places(70, 32, seed, 0) for seed in range(seeds)])
@@ -37,7 +37,7 @@ def test_collisions_are_those_of_independent_places() -> None:
     assert float(correlation.abs().max()) < 5.5 / seeds**0.5
 
 
-def test_inner_products_keep_mean_and_variance() -> None:
+def test_inner_products_keep_mean_and_variance():
     """Over seeds: unbiased, with the variance that independent places give."""
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 300, generator=g, dtype=torch.float64)
@@ -53,7 +53,7 @@ def test_inner_products_keep_mean_and_variance() -> None:
     assert float(products[0].std()) < 1.05 * float(products[1].std())
 
 
-def test_sketches_of_gradients_keep_inner_products() -> None:
+def test_sketches_of_gradients_keep_inner_products():
     """``E <S_i, S_j> = <G_i, G_j>`` for whole head gradients, deviation at most that of the tensor sketch."""
     g = torch.Generator().manual_seed(1)
     hidden = torch.randn(6, 12, generator=g, dtype=torch.float64)

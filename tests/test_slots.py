@@ -11,7 +11,7 @@ from acqcore.backends.slots import BLOCK, PAIR, slot_table
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_row_has_a_slot_and_every_sample_stays_whole(seed: int) -> None:
+def test_every_row_has_a_slot_and_every_sample_stays_whole(seed):
     """Samples of 0 to BLOCK rows in any order, some rows in none."""
     draw = random.Random(seed)
     samples, row, element = [], 0, 0
@@ -35,6 +35,6 @@ def test_every_row_has_a_slot_and_every_sample_stays_whole(seed: int) -> None:
             assert int(table[slot, 2:].clone().view(torch.int64)) == start
 
 
-def test_packing_fills_blocks() -> None:
+def test_packing_fills_blocks():
     bounds = tuple((i, i + 32) for i in range(0, 4096, 32))
     assert len(slot_table(bounds, tuple(range(0, 128 * 1024, 1024)), 4096)) == 4096

@@ -26,7 +26,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def student() -> acqcore.Student:
+def student():
     return acqcore.Student.load(smollm2_path(), dtype=torch.float32)
 
 
@@ -61,7 +61,7 @@ def references(
 
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"{DATA.name} is absent")
-def test_gsm8k_agrees_with_one_question_at_a_time(student: acqcore.Student) -> None:
+def test_gsm8k_agrees_with_one_question_at_a_time(student):
     with DATA.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(128), strict=False)]
     samples = [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
@@ -78,7 +78,7 @@ def test_gsm8k_agrees_with_one_question_at_a_time(student: acqcore.Student) -> N
                 torch.testing.assert_close(scores[name][i], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_conversations_through_its_own_template(student: acqcore.Student) -> None:
+def test_conversations_through_its_own_template(student):
     messages = [
         {"role": "user", "content": "What is the capital of France?"},
         {"role": "assistant", "content": "The capital of France is Paris."},
@@ -91,7 +91,7 @@ def test_conversations_through_its_own_template(student: acqcore.Student) -> Non
 
 
 @pytest.fixture(scope="module")
-def gsm8k(student: acqcore.Student) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def gsm8k(student):
     """Scored rows of 40 questions and answers: hidden ``[N, D]``, targets ``[N]``, offsets ``[41]``."""
     if not DATA.exists():
         pytest.skip(f"{DATA.name} is absent")
@@ -109,9 +109,7 @@ def gsm8k(student: acqcore.Student) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_head_grad_norm_is_that_of_autograd(
-    dtype: torch.dtype, student: acqcore.Student, gsm8k: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-) -> None:
+def test_head_grad_norm_is_that_of_autograd(dtype, student, gsm8k):
     """Real hidden states, float64 autograd of each sample alone, on the inputs as rounded."""
     hidden, targets, offsets = gsm8k
     hidden, weight = hidden[: offsets[3]].to(dtype), student.head.weight.to(dtype)
@@ -123,9 +121,7 @@ def test_head_grad_norm_is_that_of_autograd(
         torch.testing.assert_close(got[i].double(), grad.norm(), rtol=1e-4, atol=0)
 
 
-def test_sketches_rank_the_influence_of_real_text(
-    student: acqcore.Student, gsm8k: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-) -> None:
+def test_sketches_rank_the_influence_of_real_text(student, gsm8k):
     """Cosine with the mean gradient of eight other rows, Spearman against the gradients themselves."""
     hidden, targets, offsets = gsm8k
     weight = student.head.weight

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,11 +13,11 @@ TEXTS = [f"the fox {i} " + "no " * (i % 4) for i in range(10)]
 
 
 @pytest.fixture
-def student(tiny_model: Callable[..., Any], tokenizer: Any) -> acqcore.Student:
+def student(tiny_model, tokenizer):
     return acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
 
 
-def test_chunks_have_the_values_of_one_call(student: acqcore.Student) -> None:
+def test_chunks_have_the_values_of_one_call(student):
     options: dict[str, Any] = {"backend": "eager", "reduction": "max"}
     names = ("entropy", "grad_norm")
     chunks = list(acqcore.score_stream(student, iter(TEXTS), names, chunk=4, **options))
@@ -30,10 +29,10 @@ def test_chunks_have_the_values_of_one_call(student: acqcore.Student) -> None:
     assert list(acqcore.score_stream(student, [])) == []
 
 
-def test_samples_are_read_as_chunks_are_asked_for(student: acqcore.Student) -> None:
+def test_samples_are_read_as_chunks_are_asked_for(student):
     read: list[str] = []
 
-    def texts() -> Iterator[str]:
+    def texts():
         for text in TEXTS:
             read.append(text)
             yield text
@@ -44,7 +43,7 @@ def test_samples_are_read_as_chunks_are_asked_for(student: acqcore.Student) -> N
     assert read == TEXTS[:3]
 
 
-def test_what_is_wrong_is_told_at_once_or_with_its_chunk(student: acqcore.Student) -> None:
+def test_what_is_wrong_is_told_at_once_or_with_its_chunk(student):
     with pytest.raises(ValueError, match="chunk: expected an int >= 1, got 0"):
         acqcore.score_stream(student, TEXTS, chunk=0)
     with pytest.raises(ValueError, match="acquisitions: unknown 'entropie'"):

@@ -28,11 +28,11 @@ def report(**fields: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def plain_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain_tables(monkeypatch):
     monkeypatch.setattr("acqcore.files.summary.importlib.util.find_spec", lambda name: None)
 
 
-def test_blocks_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+def test_blocks_add_up(capsys):
     summary = Summary(["loss"], "text")
     summary.add(report(), new=True)
     tops = [(3.0, 2, "c"), (2.0, 3, "d"), (1.5, 4, "e"), (1.25, 5, "f")]
@@ -56,7 +56,7 @@ def test_blocks_add_up(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_no_row_could_be_scored(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_row_could_be_scored(capsys):
     summary = Summary(["loss"], "text")
     summary.add(report(valid=0, errors=[[1, "bad"], [2, "bad"]], stats={}, top=[], new_rows=0, new_tokens=0), new=True)
     summary.print(Path("out.csv"), begun=7.5)

@@ -31,12 +31,12 @@ OPERATIONS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def test_listed_before_eager_and_after_cpu() -> None:
+def test_listed_before_eager_and_after_cpu():
     names = [row.name for row in acqcore.backends()]
     assert names.index("cpu") < names.index("triton") < names.index("eager")
 
 
-def test_description_says_what_serves_a_call() -> None:
+def test_description_says_what_serves_a_call():
     row = next(row for row in acqcore.backends() if row.name == "triton")
     assert ("interpreter" in row.description) is INTERPRETED
     if INTERPRETED:
@@ -46,7 +46,7 @@ def test_description_says_what_serves_a_call() -> None:
         assert "head gradients" in row.description
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
     with pytest.raises(RuntimeError, match=r"'triton' is not available here: .* pip install 'acqcore\[triton\]'"):
@@ -56,12 +56,12 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 if not INTERPRETED:
 
     @pytest.mark.skipif(not WITHOUT_GPU, reason="has a GPU")
-    def test_without_a_gpu() -> None:
+    def test_without_a_gpu():
         reason = "built without CUDA" if torch.version.cuda is None else "no CUDA device or driver"
         with pytest.raises(RuntimeError, match=f"backend: 'triton' is not available here: torch .*{reason}"):
             random_case(2, 4, 8).run("triton")
 
-    def test_reasons_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_reasons_of_the_device(monkeypatch):
         monkeypatch.setattr(torch.version, "cuda", "12.8")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert Triton().unavailable() == "torch finds no CUDA device or driver"
@@ -73,7 +73,7 @@ if not INTERPRETED:
         assert Triton().unavailable() is None
         assert Triton().instruction_set() == "sm_90"
 
-    def test_tensors_of_another_device() -> None:
+    def test_tensors_of_another_device():
         assert Triton().misfit(torch.device("cpu"), ()) == "backend 'triton' serves cuda tensors, got cpu"
 
 
@@ -89,7 +89,7 @@ class TestOnDevice:
         case.targets[::3] = -100
         return case.hidden, case.head, case.targets
 
-    def test_the_host_never_waits(self) -> None:
+    def test_the_host_never_waits(self):
         hidden, head, targets = self.inputs()
         acqcore.row_stats(hidden, head, targets, backend="triton")  # compiles
         before = torch.cuda.get_sync_debug_mode()
@@ -100,7 +100,7 @@ class TestOnDevice:
             torch.cuda.set_sync_debug_mode(before)
         assert stats.valid.sum() == 200
 
-    def test_a_cuda_graph_replays_it(self) -> None:
+    def test_a_cuda_graph_replays_it(self):
         hidden, head, targets = self.inputs()
         acqcore.row_stats(hidden, head, targets, backend="triton")
         graph = torch.cuda.CUDAGraph()
@@ -113,14 +113,14 @@ class TestOnDevice:
         assert torch.equal(stats.state.nan_to_num(7.0), expected.state.nan_to_num(7.0))
         assert torch.equal(stats.max_index, expected.max_index)
 
-    def test_a_target_outside_the_vocabulary_makes_its_row_nan(self) -> None:
+    def test_a_target_outside_the_vocabulary_makes_its_row_nan(self):
         hidden, head, targets = self.inputs()
         targets[1] = self.V
         stats = acqcore.row_stats(hidden, head, targets, backend="triton")
         assert stats.valid[:5].tolist() == [False, False, True, False, True]
 
     @pytest.mark.parametrize(("n", "d", "v"), [(4096, 4096, 131072), (16384, 1024, 50257)])
-    def test_extra_memory_is_bounded(self, n: int, d: int, v: int) -> None:
+    def test_extra_memory_is_bounded(self, n, d, v):
         """At most 64 MiB beyond inputs and outputs."""
         hidden = torch.randn(n, d, device="cuda", dtype=torch.bfloat16)
         head = acqcore.Head(torch.randn(v, d, device="cuda", dtype=torch.bfloat16) * 0.05)
@@ -134,12 +134,12 @@ class TestOnDevice:
 
 if INTERPRETED:
 
-    def test_it_serves_the_cpu_when_named_alone() -> None:
+    def test_it_serves_the_cpu_when_named_alone():
         assert not Triton().automatic
         assert Triton().misfit(torch.device("cpu"), (torch.float32,)) is None
         assert Triton().misfit(torch.device("cuda"), ()) == "backend 'triton' serves cpu tensors, got cuda"
 
-    def test_its_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_its_kernels_run(monkeypatch):
         """Named, it is what runs: without its launcher there is no result."""
         from acqcore.kernels import row_stats
 
@@ -147,7 +147,7 @@ if INTERPRETED:
         with pytest.raises(TypeError, match="not callable"):
             random_case(2, 4, 8).run("triton")
 
-    def test_tf32_is_taken_on_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_tf32_is_taken_on_request_alone(monkeypatch):
         from acqcore.kernels import row_stats
 
         asked = []
@@ -162,7 +162,7 @@ if INTERPRETED:
         with pytest.raises(ValueError, match="ACQCORE_TF32: unknown 'yes', expected one of 0, 1"):
             case.run("triton")
 
-    def test_mixed_dtypes_where_triton_would_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_mixed_dtypes_where_triton_would_round(monkeypatch):
         from acqcore.backends import triton
         from acqcore.kernels import row_stats
 
@@ -175,19 +175,19 @@ if INTERPRETED:
             acqcore.row_stats(hidden, head, backend="triton")
         assert asked == ["ieee", "tf32x3", "ieee"]
 
-    def test_float64_is_not_served() -> None:
+    def test_float64_is_not_served():
         with pytest.raises(ValueError, match="backend 'triton' takes float32, bfloat16, float16, got float64"):
             random_case(2, 4, 8).to(torch.float64).run("triton")
 
     @pytest.mark.parametrize("backend", ["triton", "cpu", "eager"])
     @pytest.mark.parametrize("op", OPERATIONS)
-    def test_an_empty_batch(op: str, backend: str) -> None:
+    def test_an_empty_batch(op, backend):
         head, none = random_case(2, 4, 8).head, torch.empty(0, dtype=torch.int64)
         got = OPERATIONS[op](torch.empty(0, 4), head, none, torch.zeros(1, dtype=torch.int64), backend)
         assert len(got) == 0
 
     @pytest.mark.parametrize("op", OPERATIONS)
-    def test_rows_that_lie_on_no_16_bytes(op: str) -> None:
+    def test_rows_that_lie_on_no_16_bytes(op):
         """Views that a copy engine cannot address give the numbers of their copies."""
         hidden, weight = torch.randn(5, 37).bfloat16(), torch.randn(40, 37).bfloat16()
         targets, offsets = torch.tensor([3, -100, 0, 39, 7]), torch.tensor([0, 2, 5])

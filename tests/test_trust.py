@@ -34,7 +34,7 @@ def left_out(x: torch.Tensor, y: torch.Tensor, ridge: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("ridge", trust.RIDGES)
-def test_is_the_margin_of_regressions_without_the_row(ridge: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_the_margin_of_regressions_without_the_row(ridge, monkeypatch):
     monkeypatch.setattr(trust, "RIDGES", (ridge,))
     vectors, labels = data()
     x = vectors.double() - vectors.double().mean(dim=0)
@@ -47,7 +47,7 @@ def test_is_the_margin_of_regressions_without_the_row(ridge: float, monkeypatch:
     torch.testing.assert_close(acqcore.label_trust(vectors, labels), (own - other).float(), rtol=1e-4, atol=1e-5)
 
 
-def test_wrong_labels_are_the_least_trusted() -> None:
+def test_wrong_labels_are_the_least_trusted():
     vectors, labels = data(n=200, d=8, classes=5, seed=1)
     wrong = torch.arange(0, 200, 11)  # of every class
     given = labels.clone()
@@ -57,25 +57,25 @@ def test_wrong_labels_are_the_least_trusted() -> None:
     assert len(lowest & set(wrong.tolist())) >= len(wrong) - 1  # one row may lie nearer to another class
 
 
-def test_labels_are_names_only() -> None:
+def test_labels_are_names_only():
     vectors, labels = data()
     renamed = torch.tensor([70, -3, 12])[labels]
     torch.testing.assert_close(acqcore.label_trust(vectors, renamed), acqcore.label_trust(vectors, labels))
 
 
-def test_more_columns_than_rows_and_constant_columns() -> None:
+def test_more_columns_than_rows_and_constant_columns():
     vectors, labels = data(n=12, d=30)
     vectors[:, 3] = 7.0
     assert acqcore.label_trust(vectors, labels).isfinite().all()
 
 
-def test_one_class_is_trusted_neither_way() -> None:
+def test_one_class_is_trusted_neither_way():
     vectors, _ = data()
     assert acqcore.label_trust(vectors, torch.zeros(len(vectors), dtype=torch.int64)).eq(0).all()
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(3, dtype=torch.int64), torch.zeros(24), torch.zeros(24, 1).long()])
-def test_wrong_labels_are_refused(labels: torch.Tensor) -> None:
+def test_wrong_labels_are_refused(labels):
     vectors, _ = data()
     with pytest.raises(ValueError, match=r"labels: expected int64 \[24\]"):
         acqcore.label_trust(vectors, labels)

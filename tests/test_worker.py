@@ -6,7 +6,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ ROWS = [{"text": f"the fox {i}"} for i in range(7)]
 
 
 @pytest.fixture(autouse=True)
-def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_pause(monkeypatch):
     monkeypatch.setattr("acqcore.files.worker._PAUSE_S", 0.0)
 
 
 @pytest.fixture
-def scorer(student: Path, tmp_path: Path) -> BlockScorer:
+def scorer(student, tmp_path):
     """Of ``ROWS`` in data.jsonl, one row a batch."""
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     plan = Plan.of("entropy", batch_tokens=1, backend="eager")
@@ -39,15 +38,15 @@ def scorer(student: Path, tmp_path: Path) -> BlockScorer:
 
 
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+def failing(monkeypatch):
     """``failing(n)``: scoring fails n times, after a first batch; gives the numbers of rows it was called with."""
 
-    def arrange(times: int) -> list[int]:
+    def arrange(times):
         calls: list[int] = []
 
         batches = Plan.batches
 
-        def fail(plan: Plan, runner: Any, rows: Any, done: Any) -> Iterator[Any]:
+        def fail(plan, runner, rows, done):
             calls.append(sum(i not in done for i in range(len(rows))))
             for batch in batches(plan, runner, rows, done):
                 yield batch
@@ -64,9 +63,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(
-    scorer: BlockScorer, failing: Callable[[int], list[int]]
-) -> None:
+def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(scorer, failing):
     [block] = scan(scorer.job.data, 10, None)[0]
     calls = failing(2)
     told: list[int] = []
@@ -80,7 +77,7 @@ def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(
     assert [row["valid"] for row in read_lines(scorer.parts.path(0))] == [True] * 7
 
 
-def test_standard_errors_go_along(scorer: BlockScorer, failing: Callable[[int], list[int]]) -> None:
+def test_standard_errors_go_along(scorer, failing):
     [block] = scan(scorer.job.data, 10, None)[0]
     arguments = {"mutual_information": {"form": "linear", "probes": 3}}
     plan = Plan.of(["entropy", "mutual_information"], arguments, batch_tokens=1, backend="eager")
@@ -99,7 +96,7 @@ def test_standard_errors_go_along(scorer: BlockScorer, failing: Callable[[int], 
     assert [row["valid"] for row in rows] == [True] * 7
 
 
-def test_a_single_probe_has_no_standard_error_and_is_valid(scorer: BlockScorer) -> None:
+def test_a_single_probe_has_no_standard_error_and_is_valid(scorer):
     [block] = scan(scorer.job.data, 10, None)[0]
     plan = Plan.of("mutual_information", {"mutual_information": {"form": "linear", "probes": 1}}, backend="eager")
     scorer = BlockScorer(dataclasses.replace(scorer.job, plan=plan))
@@ -109,12 +106,12 @@ def test_a_single_probe_has_no_standard_error_and_is_valid(scorer: BlockScorer) 
     assert [row["valid"] for row in rows] == [True] * 7
 
 
-def test_draws_have_no_such_column(scorer: BlockScorer) -> None:
+def test_draws_have_no_such_column(scorer):
     plan = Plan.of("mutual_information", {"mutual_information": {"draws": 8}})
     assert dataclasses.replace(scorer.job, plan=plan).measured == ["mutual_information"]
 
 
-def test_batches_of_another_cut_are_no_gap(scorer: BlockScorer) -> None:
+def test_batches_of_another_cut_are_no_gap(scorer):
     """As a GPU's batches are, when the CPU goes on."""
     [block] = scan(scorer.job.data, 10, None)[0]
     scorer = BlockScorer(dataclasses.replace(scorer.job, plan=Plan.of("entropy", batch_tokens=8192, backend="eager")))
@@ -126,7 +123,7 @@ def test_batches_of_another_cut_are_no_gap(scorer: BlockScorer) -> None:
     assert all(value > 0 for value in values)
 
 
-def test_a_block_that_keeps_failing_is_given_up(scorer: BlockScorer, failing: Callable[[int], list[int]]) -> None:
+def test_a_block_that_keeps_failing_is_given_up(scorer, failing):
     [block] = scan(scorer.job.data, 10, None)[0]
     calls = failing(100)
     told: list[int] = []
@@ -139,7 +136,7 @@ def test_a_block_that_keeps_failing_is_given_up(scorer: BlockScorer, failing: Ca
     assert "in fail" in "".join(reason)  # the traceback
 
 
-def test_a_block_whose_processes_died_is_given_up(scorer: BlockScorer) -> None:
+def test_a_block_whose_processes_died_is_given_up(scorer):
     [block] = scan(scorer.job.data, 10, None)[0]
     for _ in range(ATTEMPTS):
         scorer.parts.attempt(0)
@@ -147,7 +144,7 @@ def test_a_block_whose_processes_died_is_given_up(scorer: BlockScorer) -> None:
     assert scorer.parts.failure(0).read_text() == f"each of {ATTEMPTS} processes that scored it died"
 
 
-def test_a_finished_block_is_left_alone(scorer: BlockScorer, failing: Callable[[int], list[int]]) -> None:
+def test_a_finished_block_is_left_alone(scorer, failing):
     [block] = scan(scorer.job.data, 10, None)[0]
     scorer.complete(block)
     calls = failing(100)
@@ -157,9 +154,7 @@ def test_a_finished_block_is_left_alone(scorer: BlockScorer, failing: Callable[[
 
 
 @pytest.mark.parametrize("out", ["out.jsonl", "out.csv", "out.parquet", "out"])
-def test_the_same_command_tries_failed_blocks_again_and_no_others(
-    out: str, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_same_command_tries_failed_blocks_again_and_no_others(out, command, tmp_path, capsys):
     arguments = command(ROWS, out=tmp_path / out, block_rows=3)
     parts = Parts(tmp_path / out)
     in_the_way = parts.folder / "block-000001.batches"
@@ -194,7 +189,7 @@ def test_the_same_command_tries_failed_blocks_again_and_no_others(
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from Linux's /proc")
-def test_memory_does_not_grow_with_the_file(command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_file(command, tmp_path):
     """A column of 8 kB beside the text: the 4000 rows more would be 32 MB were they held."""
     peaks = []
     for n in (1500, 5500):  # with fewer the first run has not yet reached what its allocator holds on to

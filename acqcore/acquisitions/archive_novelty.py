@@ -7,14 +7,12 @@ import torch
 
 from acqcore import checks
 from acqcore.acquisitions.base import register
-from acqcore.acquisitions.needs import Options
-from acqcore.gradients.need import GradientNeed
-from acqcore.literals import Parameters
+from acqcore.acquisitions.needs import SketchOptions, of_finite, sketch
 from acqcore.selection.diversity import Archive
 
 
 @dataclass(frozen=True)
-class NoveltyOptions(Options):
+class NoveltyOptions(SketchOptions):
     """``archive``, of sketches with the same ``parameters``, ``dim`` and ``seed`` of :func:`acqcore.grad_sketch`, or a
     path to which ``torch.save`` wrote its ``state_dict()``.
 
@@ -23,9 +21,6 @@ class NoveltyOptions(Options):
     """
 
     archive: Archive
-    parameters: Parameters = "head"
-    dim: int = 4096
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.archive, str | os.PathLike):
@@ -33,10 +28,6 @@ class NoveltyOptions(Options):
             archive.load_state_dict(torch.load(self.archive, weights_only=True))
             object.__setattr__(self, "archive", archive)
         checks.instance("archive", self.archive, Archive, "acqcore.Archive")
-
-
-def sketch(options: NoveltyOptions) -> GradientNeed:
-    return GradientNeed(options.parameters, dim=options.dim, seed=options.seed)
 
 
 def reference(
@@ -66,7 +57,4 @@ def archive_novelty(
 
     Source: as ``gradient_diversity``.
     """
-    finite = sketches.isfinite().all(dim=1)
-    values = torch.full((len(sketches),), torch.nan)
-    values[finite] = options.archive.novelty(sketches[finite])
-    return values
+    return of_finite(sketches, options.archive.novelty)

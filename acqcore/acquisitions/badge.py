@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from acqcore.acquisitions.base import register
-from acqcore.acquisitions.grad_norm import GradNormOptions
+from acqcore.acquisitions.grad_norm import GradNormOptions, reference as of_written
 from acqcore.gradients.need import GradientNeed
 
 
@@ -17,10 +17,8 @@ def reference(
     targets: torch.Tensor,  # [T]
     hidden: torch.Tensor,  # [T, D]
 ) -> torch.Tensor:
-    """The definition for one sample and a plain head, slowly, a scalar: the gradient, formed."""
-    delta = z.softmax(dim=1)
-    delta[torch.arange(len(z)), z.argmax(dim=1)] -= 1
-    return (delta.T @ hidden / len(z)).norm()
+    """The definition for one sample and a plain head, slowly, a scalar: the targets are the most likely tokens."""
+    return of_written(z, z.argmax(dim=1), hidden)
 
 
 @register("badge", options=GradNormOptions, needs=norm, over="sample", reference=reference)

@@ -17,7 +17,7 @@ Function = TypeVar("Function", bound=Callable[..., torch.Tensor])
 
 @dataclass(frozen=True)
 class Acquisition:
-    """Everything known of an acquisition function; whatever lists or runs acquisitions reads it here.
+    """The record of an acquisition function, read by everything that lists or runs acquisitions.
 
     Attributes:
         name: as in ``acquisitions`` of :func:`acqcore.score`.

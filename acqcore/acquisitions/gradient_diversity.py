@@ -1,34 +1,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from acqcore import checks
 from acqcore.acquisitions.base import register
-from acqcore.acquisitions.needs import Options
-from acqcore.gradients.need import GradientNeed
-from acqcore.literals import Parameters
+from acqcore.acquisitions.needs import SketchOptions, of_finite, sketch
 from acqcore.selection.diversity import gradient_diversity as log_det_gain
 
 
 @dataclass(frozen=True)
-class DiversityOptions(Options):
-    """``parameters``, ``dim`` and ``seed`` of :func:`acqcore.grad_sketch`; ``ridge`` and ``ordered`` of
-    :func:`acqcore.gradient_diversity`."""
+class DiversityOptions(SketchOptions):
+    """Those of a sketch; ``ridge`` and ``ordered`` of :func:`acqcore.gradient_diversity`."""
 
-    parameters: Parameters = "head"
-    dim: int = 4096
-    seed: int = 0
     ridge: float = 0.01
     ordered: bool = False
 
     def __post_init__(self) -> None:
         checks.ridge(self.ridge)
-
-
-def sketch(options: DiversityOptions) -> GradientNeed:
-    return GradientNeed(options.parameters, dim=options.dim, seed=options.seed)
 
 
 def reference(
@@ -60,7 +51,4 @@ def gradient_diversity(
 
     Source: Kulesza & Taskar 2012; of gradients, Jung et al. 2025 (G-Vendi).
     """
-    finite = sketches.isfinite().all(dim=1)
-    values = torch.full((len(sketches),), torch.nan)
-    values[finite] = log_det_gain(sketches[finite], ridge=options.ridge, ordered=options.ordered)
-    return values
+    return of_finite(sketches, partial(log_det_gain, ridge=options.ridge, ordered=options.ordered))

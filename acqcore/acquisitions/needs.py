@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -13,7 +13,7 @@ from acqcore.gradients.laplace import LaplacePosterior
 from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.head import Head
 from acqcore.head_grad import Bounds
-from acqcore.literals import Form, Layers, Positions, Posterior
+from acqcore.literals import Form, Layers, Parameters, Positions, Posterior
 from acqcore.row_stats import RowStats
 from acqcore.students.student import Student, StudentLike
 
@@ -60,6 +60,19 @@ class Options:
     def required(cls) -> tuple[str, ...]:
         """Arguments without a default."""
         return tuple(f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SketchOptions(Options):
+    """``parameters``, ``dim`` and ``seed`` of :func:`acqcore.grad_sketch`."""
+
+    parameters: Parameters = "head"
+    dim: int = 4096
+    seed: int = 0
+
+    @property
+    def need(self) -> GradientNeed:
+        return GradientNeed(self.parameters, dim=self.dim, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -273,6 +286,22 @@ class InformationOptions(DrawOptions):
             of_draws = drawn[0] if drawn else "form"
             raise ValueError(f"acquisition_args[{name!r}]: {linear[0]!r} is of the linear form, {of_draws!r} of draws")
         return DrawOptions.of(name, given)
+
+
+def sketch(options: SketchOptions) -> GradientNeed:
+    """The need of an acquisition that compares sketches of gradients."""
+    return options.need
+
+
+def of_finite(
+    sketches: torch.Tensor,  # [n, dim]
+    value: Callable[[torch.Tensor], torch.Tensor],  # [m, dim] -> [m]
+) -> torch.Tensor:
+    """``value`` of the finite sketches, ``[n]``; NaN for the others."""
+    finite = sketches.isfinite().all(dim=1)
+    values = torch.full((len(sketches),), torch.nan)
+    values[finite] = value(sketches[finite])
+    return values
 
 
 def draws(options: DrawOptions) -> DrawOptions:

@@ -111,7 +111,7 @@ def instance(name: str, value: object, kind: type, expected: str) -> None:
 
 
 def given(name: str, value: object) -> None:
-    """An argument that may be None elsewhere is not here."""
+    """``value`` is required here, though other callers may leave it out."""
     if value is None:
         raise TypeError(f"{name}: expected a tensor, got None")
 
@@ -127,7 +127,7 @@ def installed(module: str, what: str, extra: str) -> None:
 
 
 def device(name: str, value: object) -> None:
-    """A device of this machine; None is whatever the caller has."""
+    """A device that this machine has; None leaves the choice to the caller."""
     if value is None:
         return
     try:
@@ -147,7 +147,7 @@ def device(name: str, value: object) -> None:
 
 
 def max_length(value: object, limit: int | None) -> None:
-    """Room for one scored token and its predecessor, and within what the student takes."""
+    """At least a scored token and its predecessor, at most ``limit``, what the student takes."""
     if value is None:
         return
     positive_int("max_length", value)

@@ -35,10 +35,10 @@ def offsets(value: object, targets: torch.Tensor) -> tuple[tuple[int, int], ...]
 
 
 def scored_tokens(counts: torch.Tensor) -> Callable[[], None]:
-    """Checks that every sample has a token that is scored; ``counts [B]`` says how many.
+    """Checks that every sample has a scored token, given the number of each one's, ``counts [B]``.
 
-    The counts of a GPU are on their way to the host when this returns, and what it returns checks them: called once the
-    work that follows is queued, it waits for what came before the counts alone.
+    On a GPU the counts are copied to the host without waiting. Call the returned function once the work that follows is
+    queued: it then waits only for the work before the counts.
     """
     if counts.device.type != "cuda":
         _all_scored(counts)

@@ -28,7 +28,7 @@ def head(weight: object, bias: object, softcap: object, scale: object) -> None:
 
 
 def vocabulary(start: int, rows: int, size: int | None, group: object) -> None:
-    """A head covering ``rows`` from ``start`` on of a vocabulary of ``size``; in a group it may have none of them."""
+    """``rows`` rows from ``start`` on of a vocabulary of ``size``; a shard of a group may have no rows."""
     if start < 0:
         raise ValueError(f"vocab_start: expected an index >= 0, got {start}")
     if group is None:
@@ -77,7 +77,7 @@ def hidden(value: object, weight: torch.Tensor) -> None:
 
 
 def allocated(name: str, value: torch.Tensor) -> None:
-    """The tensor's memory is there; FSDP frees that of a parameter between two forwards, and a kernel would read it."""
+    """The tensor has memory: FSDP frees a parameter's between two forwards, where a kernel would read anything."""
     if value.numel() and value.untyped_storage().nbytes() == 0:
         raise ValueError(
             f"{name}: its storage was freed, as FSDP does between two forwards; score through acqcore.Student, which "
@@ -125,7 +125,7 @@ def ignored_outside(value: torch.Tensor, vocab_size: int) -> torch.Tensor:
 
 
 def target_range(value: torch.Tensor, vocab_size: int) -> None:
-    """Every target is an index into the vocabulary or −100. Reads values, so it runs inside the op."""
+    """Every target is an index into the vocabulary or -100. Reads values, so it runs inside the op."""
     bad = ((value < 0) | (value >= vocab_size)) & (value != IGNORE_INDEX)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])

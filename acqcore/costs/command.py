@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,14 @@ ARGUMENTS_HELP = (
 )
 
 
+def json_value(text: str) -> Any:
+    """The value of an option that holds JSON."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected JSON, got {text!r}: {error}") from None
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``acqcore plan``."""
     source = parser.add_mutually_exclusive_group(required=True)
@@ -41,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--acquisitions", default="entropy", metavar="A,B", help="as for 'acqcore score' (default: entropy)"
     )
-    parser.add_argument("--acquisition-args", type=json.loads, metavar="JSON", help=ARGUMENTS_HELP)
+    parser.add_argument("--acquisition-args", type=json_value, metavar="JSON", help=ARGUMENTS_HELP)
     parser.add_argument(
         "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
     )

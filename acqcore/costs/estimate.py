@@ -145,7 +145,7 @@ def _estimate(
     time: list[Figure],
     source: str,
 ) -> Estimate:
-    """The part that both estimates share: all rows, and the layouts."""
+    """What both estimates share: the time of all rows, and the layouts."""
     blocks, rest = (seconds * work.rows for seconds in per_row)
     whole = blocks + rest
     time.append(Figure("all rows", whole, "s", source, _batches_note(work)))
@@ -181,7 +181,7 @@ def _estimate(
 
 
 def _at(depths: Sequence[int], blocks: int, values: Sequence[float]) -> float:
-    """The line through the values at ``depths`` (one or two), at ``blocks``; never a falling one."""
+    """The line through the values at ``depths`` (one or two), read at ``blocks``; it never falls."""
     if len(depths) == 1:
         return values[0]
     slope = max(0.0, (values[1] - values[0]) / (depths[1] - depths[0]))

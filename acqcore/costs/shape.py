@@ -1,4 +1,4 @@
-"""What a configuration tells of a model without its weights: sizes, counted on the meta device."""
+"""Sizes of a model from its configuration alone, counted on the meta device."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Shape:
         dtype: of the weights, as they will be held.
         stored_dtype: of the weights, as the configuration says they are stored.
         blocks: transformer blocks of the trunk.
-        kinds: how many sorts of blocks there are, by parameters and kind of attention.
+        kinds: number of different blocks, by parameters and kind of attention.
         hidden: D.
         vocabulary: V.
-        widest: longest side of a weight matrix in a block: the MLP's inner width, as a rule.
+        widest: longest side of a weight matrix in a block, usually the MLP's inner width.
         heads: attention heads of a block.
         attention: transformers' implementation; ``eager`` holds the scores ``[B, heads, T, T]``.
         max_tokens: most tokens a row may have, or None.
@@ -128,7 +128,7 @@ def shape_of(config: Any, dtype: torch.dtype) -> Shape:
 
 
 def _blocks(trunk: torch.nn.Module, count: int) -> list[torch.nn.Module]:
-    """The list of as many modules as the configuration has blocks: a model without values cannot run to find them."""
+    """The module list with ``count`` entries: a model without weights cannot run to find its blocks."""
     for module in trunk.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return list(module)

@@ -17,7 +17,7 @@ from acqcore.literals import Layers, Parameters
 from acqcore.scoring.plan import Plan
 from acqcore.selection.diversity import Archive
 
-#: Required arguments that are objects of a run -> objects that cost as much; measuring makes the same.
+#: Required arguments that only a run can make -> stand-ins that cost the same.
 STAND_INS: Mapping[str, Callable[[], object]] = {
     "reference": lambda: Reference(torch.zeros(4096), 1, "all", 0, "mean", {}),
     "archive": Archive,
@@ -32,7 +32,7 @@ class Work:
         rows: how many.
         tokens: T, of each row.
         scored: of a row's tokens, at most T - 1.
-        batch_tokens: most padded tokens in a forward; a longer row goes alone.
+        batch_tokens: maximum padded tokens per forward; a longer row gets its own batch.
         acquisitions, arguments: as in :func:`acqcore.score`.
     """
 
@@ -93,7 +93,7 @@ class Work:
 
     @property
     def fewest_blocks(self) -> int:
-        """The request fits no model with fewer blocks: it names the last n."""
+        """Blocks that a model must have for the request, which may name the last n."""
         named = [n.parameters if isinstance(n, GradientNeed) else n.layers for n in _trunk_needs(self.plan)]
         return max([1, *(n for n in named if isinstance(n, int))])
 
@@ -106,7 +106,7 @@ class Work:
 def with_objects(
     acquisitions: Sequence[str], arguments: Mapping[str, Any], objects: Mapping[str, Callable[[], object]]
 ) -> dict[str, Any]:
-    """The arguments, with objects for required ones that are missing."""
+    """The arguments, with ``objects`` in place of required ones that are missing."""
     filled = dict(arguments)
     for name in set(acquisitions) & set(REGISTRY):
         missing = {key: objects[key]() for key in REGISTRY[name].options.required() if key in objects}
@@ -130,7 +130,7 @@ class Passes:
 
 
 def passes(shape: Shape, work: Work) -> Passes:
-    """What a batch takes, read off the plan.
+    """The passes of a batch, read off the plan.
 
     - One forward without dropout and one product for the statistics, if any need reads them.
     - K draws: K products; with dropout in the last n of L blocks also one forward of the others and K of these.

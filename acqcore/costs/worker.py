@@ -27,7 +27,7 @@ from acqcore.costs.work import with_objects
 
 def main() -> int:
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no reply
+    os.dup2(2, 1)  # keeps what libraries print out of the replies
 
     def reply(**values: Any) -> None:
         print(json.dumps(values), file=replies, flush=True)
@@ -38,14 +38,14 @@ def main() -> int:
         reply(**facts)
         for line in sys.stdin:
             reply(**_measured(score, int(line), spec["device"]))
-    except Exception as error:  # whatever ends this process, the user is told by the one that started it
+    except Exception as error:  # reported to the user by the process that started this one
         reply(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
         return 1
     return 0
 
 
 def _load(spec: dict[str, Any]) -> tuple[Callable[[int], object], dict[str, Any]]:
-    """A function that scores so many rows, and what loading took."""
+    """A function that scores n rows, and the time and memory of loading."""
     import transformers
     from transformers import AutoModelForCausalLM
 
@@ -95,7 +95,7 @@ def _measured(score: Callable[[int], object], rows: int, device: str) -> dict[st
     gc.collect()
     if device == "cpu":
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # else the call is served from pages that an earlier one left
+            ctypes.CDLL(None).malloc_trim(0)  # else the call reuses pages that an earlier one left
         reset_peak()
     else:
         torch.cuda.synchronize(device)

@@ -47,9 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--signal",
         metavar="A",
-        help="acquisition to rank by, see 'acqcore score --help'; without a student, a column of numbers. Of the draws "
-        "of mutual_information the linear form is the reliable limit: --acquisition-args "
-        """'{"mutual_information": {"form": "linear"}}'""",
+        help="acquisition to rank by, see 'acqcore score --help'; without a student, a column of numbers",
     )
     parser.add_argument(
         "--method",
@@ -70,10 +68,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, print_table: Print) -> int:
     """Choose rows and write them, in the order of the data.
 
-    Every column is kept, with its values as they were read. Added are ``row`` (from 0, unless the data have such a
-    column), the signal, and ``rank``: the order of choice, from 1. The first rows by rank are what a smaller --n
-    chooses from the same candidates. Rows that cannot be read or scored are named on stderr and are not chosen. Equals
-    go by their order in the data.
+    Every column is kept as it was read. New columns are ``row`` (from 0, unless the data have such a column), the
+    signal, and ``rank``, the order of choice from 1: a smaller --n chooses the first by rank from the same candidates.
+    Rows that cannot be read or scored are named on stderr and not chosen. Ties go to the row that comes first.
 
     Returns:
         0; anything wrong raises.
@@ -150,7 +147,7 @@ class _Request:
         self.data: Path = options.data
 
     def fetch(self, folder: Path) -> None:
-        """Makes a file of a data set."""
+        """Export a data set to a file."""
         options = self.options
         if hub.is_name(options.data):
             self.data = hub.export(options.data, options.data_config, options.split, folder)

@@ -155,7 +155,7 @@ class Ray:
 
 
 class _Actor:
-    """A scorer in a Ray process. If it cannot be created it says so with the first block: Ray would print pages."""
+    """A scorer in a Ray process. If it cannot be created, its first block reports why: Ray itself would print pages."""
 
     def __init__(self, job: Job, threads: int) -> None:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Whether a file may be written where the user says."""
+"""Checks that an output may be written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of largest value, of blocks that are on disk."""
+"""Selects the rows with the highest values from blocks on disk."""
 
 from __future__ import annotations
 

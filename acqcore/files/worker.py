@@ -79,7 +79,7 @@ class Job:
 
     @property
     def shown(self) -> str:
-        """The column whose text stands beside the highest rows: that of the scored text."""
+        """The column of the scored text, which is shown beside the highest rows."""
         return [column for column, key in self.columns.items() if key not in BESIDE][-1]
 
     @property
@@ -93,7 +93,7 @@ class Job:
 
     @property
     def measured(self) -> list[str]:
-        """Columns of figures: acquisitions, then ``<name>_stderr`` of those that are estimated at random."""
+        """Numeric columns: acquisitions, then ``<name>_stderr`` of those with standard errors."""
         return [*self.plan.names, *(f"{name}_stderr" for name in self.plan.estimated)]
 
 
@@ -236,7 +236,7 @@ def write_failed(job: Job, block: Block, reason: str) -> None:
     """Write the rows of a block that was given up, without values."""
     try:
         records = Reader(job.data, job.kept or job.columns).read(block)
-    except Exception:  # what the block may have failed for
+    except Exception:  # perhaps why the block failed
         records = [Record(block.line + i, {}) for i in range(block.rows)]
     figures = np.full((block.rows, len(job.measured)), np.nan, dtype=np.float32)
     errors = dict.fromkeys(range(block.rows), f"its block failed: {reason}")

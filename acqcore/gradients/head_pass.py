@@ -1,4 +1,4 @@
-"""Everything the head's part of the gradients follows from, each product with the head taken at most once."""
+"""The head's part of the gradients; each product with the head is taken at most once."""
 
 from __future__ import annotations
 

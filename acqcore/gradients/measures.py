@@ -43,7 +43,7 @@ class OuterGrad:
 class RowGrad:
     ids: torch.Tensor  # [B, T] int64
     values: torch.Tensor  # [B, T, Q]
-    size: int  # ids lie below it
+    size: int  # ids are below it
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,7 +100,7 @@ class SampleGradients:
         self,
         input_ids: torch.Tensor,  # [n, T] int64, of real samples
     ) -> None:
-        """What a few tokens tell of the student; call it before batches are made.
+        """Find out which rules the student allows; call it before batches are made.
 
         Raises:
             ValueError: selected parameters none of which has a gradient.
@@ -276,7 +276,7 @@ _Key = tuple[Parameters, int | None, int]
 
 
 def _measure_of(need: GradientNeed) -> _Key:
-    """What tells apart the measures of one backward."""
+    """Needs with equal keys share a measure within a backward."""
     return need.parameters, need.dim, need.seed if need.dim is not None else 0
 
 
@@ -287,7 +287,7 @@ def _measure(head_pass: HeadPass, dim: int | None, seed: int) -> Measure:
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """A measure, and whose pieces it takes."""
+    """A measure, and the parameters whose pieces it takes."""
 
     measure: Measure
     names: frozenset[str]

@@ -190,8 +190,10 @@ class ModuleCall:
 
 
 def form(tensor: torch.Tensor, batch: int, length: int) -> str | None:
-    """How a tensor tells the samples of a batch apart, None if it does not. ``[n, P]`` with n samples is not among
-    them: as many tokens may have been picked from the batch."""
+    """How a tensor keeps the samples of a batch apart; None if it does not.
+
+    ``[n, P]`` does not count as n samples: it may be n tokens picked from the batch.
+    """
     if tensor.dim() >= 2 and tensor.shape[:2] == (batch, length):
         return "tokens"
     if tensor.dim() >= 3 and tensor.shape[0] == batch:

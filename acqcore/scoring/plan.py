@@ -119,7 +119,7 @@ class Plan:
         return tuple(dict.fromkeys(need for need in needs if isinstance(need, GradientNeed)))
 
     def sample_by_sample(self, instead: str) -> None:
-        """Raise ValueError where samples would be compared that are never together; ``instead`` is the advice."""
+        """Raise ValueError for an acquisition that compares the samples of a call; ``instead`` is the advice."""
         for entry, _ in self.of_sets:
             raise ValueError(f"acquisitions: {entry.name!r} compares all samples of a call: {instead}")
 

@@ -23,13 +23,13 @@ from acqcore.students.packing import OVERHEAD_TOKENS, partition
 from acqcore.students.samples import Row, Samples, encode
 from acqcore.students.student import StudentLike, as_student
 
-#: Most rows on which it is tried what a student's gradients need.
+#: Most rows that a student's gradients are probed with.
 PROBED_ROWS = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A batch that is done.
+    """The results of a batch.
 
     Attributes:
         indices: of its samples among the rows.

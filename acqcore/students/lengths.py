@@ -22,8 +22,7 @@ SHORT = 6
 #: Largest difference between the two runs, relative to the largest hidden state.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
-# Of each module: padded lengths, powers of two, up to which hidden states were found not to depend on it; 0 where they
-# do.
+# Module -> padded length, a power of two, up to which hidden states were found not to depend on it.
 _CHECKED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 

@@ -17,7 +17,8 @@ _TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "merges.txt", "*.tiktoken")
 
 
 def check_request(path: str, dtype: object, device: object) -> None:
-    """
+    """Check the arguments of ``Student.load``.
+
     Raises:
         ValueError: a path without a model, a dtype that is none or not of floating point, a device that is not here.
         TypeError: a dtype that is neither a name nor a torch.dtype.

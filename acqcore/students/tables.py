@@ -48,7 +48,7 @@ def listed(samples: Any) -> list[Any]:
 
 
 def plain(value: Any) -> Any:
-    """The value with lists in the place of NumPy arrays, which pandas reads from nested parquet columns."""
+    """The value with lists in place of NumPy arrays, which pandas reads from nested parquet columns."""
     if isinstance(value, Mapping):
         return {key: plain(part) for key, part in value.items()}
     if isinstance(value, (str, bytes)):

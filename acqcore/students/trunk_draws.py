@@ -2,8 +2,8 @@
 
 Dropout in the last n blocks acts on the outputs that each attention and MLP adds to the residual stream, wherever the
 sum is written: ``blocks.py`` finds them. Earlier blocks run once. All draws of the last blocks run as one batch in the
-model's own code, in which the earlier blocks return
-their stored output. Masks come from ``philox.py``, so a sample's draws depend neither on its batch nor on the backend.
+model's own code, in which the earlier blocks return their stored output. Masks come from ``philox.py``, so a sample's
+draws depend neither on its batch nor on the backend.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TrunkDraws:
             self._skipped = before
 
     def _skipping(self, before: tuple[nn.Module, ...]) -> bool:
-        """Whether stored outputs stand for the first blocks: not where a later block reads more of them."""
+        """Whether stored outputs can replace the first blocks; not if a later block reads more of them than that."""
         ids = torch.arange(4, device=self._student.device)[None] % 4
         sites, draws = self._sites, self._draws
         with self._student.scoring(), torch.inference_mode(False):

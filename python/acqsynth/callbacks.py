@@ -1,4 +1,4 @@
-"""What happens beside a training: progress, the time of the reward, a student that moves, checkpoints."""
+"""Callbacks of the trainers: progress, time spent in the reward, refreshed students, checkpoints of the reward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REWARD_STATE = "reward_state.pt"  #: the last file written to a checkpoint: with
 
 
 class Progress(TrainerCallback):
-    """Tells of each logged step.
+    """Reports each logged step.
 
     Args:
         say: prints a line; gets one for each tenth of the steps.
@@ -46,7 +46,7 @@ class Progress(TrainerCallback):
 
 
 class StepClock(TrainerCallback):
-    """Adds the seconds of each step, and of the rewards within it, to what is logged."""
+    """Logs the seconds of each step, and those spent in the rewards."""
 
     def __init__(self) -> None:
         self.reward_seconds = 0.0
@@ -54,7 +54,7 @@ class StepClock(TrainerCallback):
         self._measured: dict[str, float] = {}
 
     def timed(self, reward: Callable[..., Any]) -> Callable[..., Any]:
-        """The same reward under its own name, its seconds counted."""
+        """The reward under its own name, with its seconds counted."""
 
         def function(*args: Any, **columns: Any) -> Any:
             begin = time.perf_counter()
@@ -152,13 +152,13 @@ class Refreshing(TrainerCallback):
 
 
 class RewardStates(TrainerCallback):
-    """Saves the state of the rewards in each checkpoint."""
+    """Saves the state of the rewards with each checkpoint."""
 
     def __init__(self, rewards: Sequence[Any]) -> None:
         self.rewards = [reward for reward in rewards if hasattr(reward, "state_dict")]
 
     def restore(self, checkpoint: Path) -> None:
-        """Rewards continue from where they stood at the checkpoint."""
+        """Restores the rewards as they were at the checkpoint."""
         states = torch.load(checkpoint / REWARD_STATE, weights_only=True)
         for reward, state in zip(self.rewards, states, strict=True):
             reward.load_state_dict(state)

@@ -20,8 +20,8 @@ from acqsynth.recipes import recipes
 from acqsynth.serve.options import add_arguments as add_serve_arguments
 
 _DESCRIPTION = (
-    "Writes training data that a model learns most from. 'acqsynth run' takes a recipe from seed rows to a report and "
-    "resumes where an earlier run of it stopped; the commands of a stage run that stage and what it needs first. "
+    "Writes the training data that a model learns most from. 'acqsynth run' takes a recipe from seed rows to a report "
+    "and resumes where an earlier run of it stopped; the commands of a stage run that stage and what it needs first. "
     "'acqsynth push' publishes a run's rows and student, and 'acqsynth serve' scores over HTTP."
 )
 _HELP = {
@@ -37,7 +37,7 @@ _HELP = {
 
 
 class MissingExtraError(Exception):
-    """A package that an extra brings is not installed; the text is for the user."""
+    """A package of an extra is not installed; the text is for the user."""
 
 
 def _load(module: str, what: str, extra: str) -> Any:

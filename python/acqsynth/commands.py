@@ -1,4 +1,4 @@
-"""Runs the stages of a recipe for the command line, and says what it does."""
+"""The commands that run stages of a recipe, and their output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from acqsynth.steps import Step, StepError, Store
 
 
 def main(recipe: str, overrides: Sequence[str], stage: str, dry: bool, traceback: bool) -> int:
-    """Runs ``stage`` of a recipe, or all of them (``run``), or with ``dry`` says what would run.
+    """Runs ``stage`` of a recipe, or all stages (``run``); with ``dry`` prints what would run.
 
     Returns:
         The exit code: 0, 1 if a step failed, 2 for a wrong recipe, 130 after an interrupt.
@@ -89,7 +89,8 @@ def dry_run(plan: Plan, steps: Sequence[Step]) -> None:
     reasons = {step: store.reason(step) for step in plan.steps if step in needed}
     width = max(len(str(step)) for step in reasons)
     for step, reason in reasons.items():
-        console.print(Text(f"{step!s:{width}}  {f'runs: {reason}' if reason else 'is done, nothing it reads changed'}"))
+        state = f"runs: {reason}" if reason else "is done; nothing it reads has changed"
+        console.print(Text(f"{step!s:{width}}  {state}"))
     console.print(
         f"{sum(r is not None for r in reasons.values())} of {len(reasons)} steps would run in {store.output}."
     )

@@ -44,7 +44,7 @@ Different = AfterValidator(_different)
 
 
 class ConfigError(ValueError):
-    """A recipe that cannot run; the text is one sentence that names the key."""
+    """The recipe cannot run; the text is one sentence that names the key."""
 
 
 class Section(BaseModel):
@@ -87,15 +87,15 @@ class DataConfig(Section):
     seeds: Source
     """examples shown to the generator in training"""
     evaluation: Source
-    """rows that measure accuracy in distribution"""
+    """rows for accuracy in distribution"""
     held_out: Source | None = None
     """examples shown when the training set is written; by default seeds"""
     real: Source | None = None
-    """pool of the baselines on real rows; by default seeds"""
+    """pool for the baselines on real rows; by default seeds"""
     replay: OtherSource | None = None
-    """rows mixed in against forgetting; by default real"""
+    """rows mixed in to prevent forgetting; by default real"""
     reference: Source | None = None
-    """development rows whose loss should fall, for influence; a set of its own, without rows of seeds or evaluation. By
+    """development rows whose loss should fall, for influence: a separate set, without rows of seeds or evaluation. By
     default seeds, which the generator is shown and can repeat"""
 
 
@@ -132,19 +132,19 @@ class GeneratorConfig(Section):
     prompts: Count = 500
     """training prompts, each with its own draw of seeds"""
     shown: int = Field(default=2, ge=0)
-    """seed examples in a prompt"""
+    """seed examples per prompt"""
     turns: bool = False
     """show seeds as earlier turns of the chat, which small models follow better"""
     questions: Count | None = None
     """questions to write, of which labelling keeps some; by default the largest of student.rows"""
     candidates: Count = 8
-    """completions of a prompt that best_of_n and dpo rank"""
+    """completions per prompt that best_of_n and dpo rank"""
     options: Options = {}
     """fields of TRL's GRPOConfig or DPOConfig; lora: fields of peft's LoraConfig"""
 
 
 class LabellingConfig(Section):
-    """How answers of generated questions are decided."""
+    """How generated questions get their answers."""
 
     method: Literal["majority", "teacher", "own", "computed"] = "majority"
     """majority of the student's sampled answers; teacher: of a teacher's; own: the answer that the generator wrote;
@@ -156,9 +156,9 @@ class LabellingConfig(Section):
     temperature: Temperature = 0.8
     """sampling temperature of these answers"""
     threshold: float = Field(default=0.5, gt=0, le=1)
-    """least share of answers that agree; below it the question is dropped"""
+    """minimum share of answers that agree; below it the question is dropped"""
     options: Options = {}
-    """passed to the labelling: max_tokens"""
+    """further options of the labelling: max_tokens"""
 
     @model_validator(mode="after")
     def _teacher_and_method(self) -> Self:
@@ -227,7 +227,7 @@ class StudentConfig(Section):
 
 
 class ValidityConfig(Section):
-    """Small fits that measure whether a signal predicts what a student gains."""
+    """Small fits that test whether a signal predicts what a student gains."""
 
     signals: list[str] = []
     """signals to test; by default the reward's"""
@@ -236,7 +236,7 @@ class ValidityConfig(Section):
     rows: Count = 32
     """rows of a batch"""
     options: Options = {}
-    """of these fits, over student.options"""
+    """options of these fits, over student.options"""
 
 
 class EvaluationConfig(Section):
@@ -249,9 +249,9 @@ class EvaluationConfig(Section):
     max_tokens: Count | None = None
     """most tokens of an answer; by default the domain's"""
     likelihood: bool = False
-    """measure the likeliest of the set's labels too (classification, engine transformers)"""
+    """also measure accuracy by the likeliest of the set's labels (classification, engine transformers)"""
     resamples: Count = 2000
-    """bootstrap resamples of batches, for the validity of signals"""
+    """bootstrap resamples for the validity of signals"""
     level: float = Field(default=0.95, gt=0, lt=1)
     """confidence level of the intervals"""
     validity: ValidityConfig = ValidityConfig()
@@ -282,7 +282,7 @@ class Config(Section):
     ] = ["no_rl", "random_real", "filtered_real", "error_driven"]
     """arms beside the base student and the recipe's own, at equal rows"""
     rounds: Count = 1
-    """alternations: the student fitted in one round scores the next"""
+    """rounds of generator and student: the student fitted in one round scores the next"""
     output: Folder = "acqsynth-output"
     """folder of the run's artefacts"""
     seed: Seed = 0
@@ -466,7 +466,7 @@ def _generic(key: str) -> str:
 
 
 def _parts(annotation: Any) -> list[Any]:
-    """The annotation and all that it is made of."""
+    """The annotation and the types within it."""
     inner = get_args(annotation) if get_origin(annotation) is not Literal else ()
     return [annotation, *(part for each in inner for part in _parts(each))]
 
@@ -490,7 +490,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def _described(value: Any) -> str:
-    """A value of a recipe in a sentence."""
+    """A value of a recipe, for a message."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):

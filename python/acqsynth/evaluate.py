@@ -1,6 +1,6 @@
 """Accuracy, intervals and tests over fits, and the validity of signals.
 
-An interval covers what another test set and another fit (seed of generator or student) would have given. It is
+An interval covers the result of another test set and another fit (seed of generator or student). It is
 Student's t on the variance over fits plus that over rows, with the degrees of freedom of Welch and Satterthwaite: a
 bootstrap over two fits would cover fit noise half of the time, one over a single fit never. A change between two
 students is paired, row by row. Several comparisons are judged together by Holm 1979.
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Engine, Sampling
 
-Right = npt.NDArray[np.float64]  #: [seeds, rows], 1 where the answer is right
+Right = npt.NDArray[np.float64]  #: [seeds, rows], 1 if the answer is right
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Interval:
     high: float
 
 
-FEWEST = 3  #: fits without which no gain or loss is called
+FEWEST = 3  #: fits needed to call a gain or loss
 
 
 @dataclass(frozen=True)
 class Change(Interval):
     """A difference of accuracies."""
 
-    p: float  #: of a difference as large where there is none, two-sided
-    fits: int  #: of the side with the fewest
+    p: float  #: two-sided p-value of no difference
+    fits: int  #: on the side with fewer
 
 
 def evaluate(
@@ -151,7 +151,7 @@ def change(
 
 
 def holm(p: Sequence[float], alpha: float = 0.05) -> list[bool]:
-    """Which of several null hypotheses are rejected, so that one is wrongly with probability at most ``alpha``.
+    """Which of several null hypotheses are rejected; with probability at most ``alpha`` any of these is true.
 
     Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
     """
@@ -194,7 +194,7 @@ def signal_validity(
         resamples, level, seed: of the interval over batches; draws in which either side is constant count for nothing.
 
     Returns:
-        signal -> correlation; None where fewer than three batches, or a constant side, leave it undefined.
+        signal -> correlation; None if fewer than three batches, or a constant side, leave it undefined.
 
     Raises:
         ValueError: columns of another length.
@@ -280,7 +280,7 @@ def _interval(mean: float, draws: npt.NDArray[np.float64], level: float) -> Inte
 
 
 def _correlation(x: Right, y: Right) -> npt.NDArray[np.float64]:
-    """Pearson's of each row ``[R]``; NaN where a row is constant."""
+    """Pearson's of each row ``[R]``; NaN if a row is constant."""
     x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
     scale = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
     with np.errstate(invalid="ignore", divide="ignore"):

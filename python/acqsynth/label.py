@@ -1,7 +1,7 @@
 """Answers to generated questions: the majority of several sampled answers if it is large enough, or what the domain
 computes.
 
-The generator's own answer is not used: it is a single draw, by the model that wanted the question to be hard.
+The generator's own answer is not used: it is a single draw from the model that was rewarded for hard questions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COSINE_DISTANCE = 0.35  #: of clusters of open text, as in the published recipe
 
 @dataclass(frozen=True)
 class Label:
-    """What k answers say about one question."""
+    """The verdict of k answers on one question."""
 
     sample: Sample | None  #: with the majority's answer and reasoning; None without a label
     agreement: float  #: share of the k completions in the largest cluster
@@ -95,7 +95,7 @@ def label(
 
 
 def label_by_domain(domain: Domain, samples: Sequence[Sample], *, seed: int = 0) -> list[Label]:
-    """A label for each question whose answer the domain computes.
+    """A label for each question whose answer the domain can compute.
 
     Args:
         domain: of the questions.

@@ -17,7 +17,7 @@ _TAG = re.compile(r"<(/?)(question|reasoning|answer)>")
 
 
 def fields(text: str) -> dict[str, str] | None:
-    """The stripped contents of the tags by name, ``reasoning`` only where given; None where that is broken.
+    """The stripped contents of the tags by name, ``reasoning`` only where given; None if that is broken.
 
     Broken: a tag that is missing, empty, repeated, unclosed, nested in another or out of order.
     """
@@ -37,7 +37,7 @@ def parse_sample(text: str) -> dict[str, str] | None:
     """A sample whose reasoning and answer are scored, given its question.
 
     Returns:
-        ``{"prompt": question, "completion": reasoning and answer}``, separated by line ends, or None where
+        ``{"prompt": question, "completion": reasoning and answer}``, separated by line ends, or None if
         the format is broken (see :func:`fields`).
     """
     sample = fields(text)
@@ -60,7 +60,7 @@ def parse_chat_sample(text: str) -> dict[str, list[dict[str, str]]] | None:
 
 
 def as_text(text: str) -> str | None:
-    """The whole text, stripped, for generators that write no tags; None where nothing is left."""
+    """The whole text, stripped, for generators that write no tags; None if nothing is left."""
     return text.strip() if visible(text).strip() else None
 
 

@@ -1,4 +1,4 @@
-"""A recipe from seed rows to a report: which steps it has, in which order, and what each reads.
+"""A recipe from seed rows to a report: its steps, their order, and what each reads.
 
     seeds -> train generator -> write questions -> label -> fit students -> evaluate -> report
 
@@ -53,7 +53,7 @@ class Plan:
 
     config: Config
     sets: dict[str, str]  #: evaluation set -> its domain
-    main: str  #: the arm that the recipe is about
+    main: str  #: the arm of the recipe's own method
     steps: list[Step] = field(default_factory=list)
     base: dict[str, Step] = field(default_factory=dict)  #: student -> answers before it learns
     arms: dict[str, Arm] = field(default_factory=dict)
@@ -106,7 +106,7 @@ def plan(config: Config) -> Plan:
             config.reward, config.domain, config.engine, scorer, rows / "seeds.parquet", evaluation, reference
         )
 
-    # Left out where it is off, so that runs from before there was a choice stay valid.
+    # Left out when off, so that it does not invalidate runs without it.
     likelihood: dict[str, Any] = {"likelihood": True} if config.evaluation.likelihood else {}
 
     def answer(name: str, model: Any, sets: Mapping[str, str] | None = None) -> Step:

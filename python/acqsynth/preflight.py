@@ -1,7 +1,7 @@
-"""What a run would find out hours later, found before it begins.
+"""Mistakes that a run would hit hours later, found before it starts.
 
 :func:`check` makes every object that a recipe configures, but no model. :func:`on_this_machine` looks for what the
-recipe needs here: models, data, devices, packages, a folder to write to.
+recipe needs on this machine: models, data, devices, packages, a folder to write to.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def check(config: Config) -> None:
 def on_this_machine(config: Config) -> None:
     """
     Raises:
-        ConfigError: a device, package, model or file that the recipe needs is not here, or no run can write to its
-            output; names the key.
+        ConfigError: a device, package, model or file that the recipe needs is missing, or its output cannot be written;
+            names the key.
     """
     engine = config.engine
     if engine.name == "vllm" and importlib.util.find_spec("vllm") is None:
@@ -85,7 +85,7 @@ def on_this_machine(config: Config) -> None:
 
 
 def validity_reward(reward: RewardConfig, validity: ValidityConfig) -> RewardConfig:
-    """The reward whose signals are put to the test."""
+    """The reward whose signals are tested."""
     from acqsynth.rewards.build import DEFAULT_SIGNALS
 
     if not validity.signals:
@@ -95,7 +95,7 @@ def validity_reward(reward: RewardConfig, validity: ValidityConfig) -> RewardCon
 
 
 def _first_row(domain: Domain, source: Source) -> None:
-    """Reads one row of what needs no network."""
+    """Reads one row of a source that needs no network."""
     generated = domain.name == "arithmetic" and source.source.partition(":")[0] == "world"
     if not source.source.startswith(BUNDLED) and (generated or is_local(source.source)):
         domain.load(source.source, source.split, source.columns, 1)
@@ -124,7 +124,7 @@ def _sources(config: Config) -> Iterator[tuple[str, Source]]:
 
 
 def _checked(key: str, make: Callable[..., Any], *arguments: Any) -> Any:
-    """``make(...)``; whatever it raises names the key."""
+    """``make(...)``; its errors become ConfigError and name the key."""
     try:
         with warnings.catch_warnings(action="ignore"):
             return make(*arguments)

@@ -34,7 +34,7 @@ from acqsynth.report.metrics import IN_DISTRIBUTION
 from acqsynth.seeds import load_source
 from acqsynth.steps import StepContext, StepError, read_json, read_rows, read_table, write_rows, write_table
 
-CHUNK = 64  #: samples that are kept together over a kill
+CHUNK = 64  #: samples saved together; a kill loses at most these
 _PROBE = 32  # samples whose order before and after a move of the student measures staleness
 
 
@@ -43,7 +43,7 @@ _PROBE = 32  # samples whose order before and after a move of the student measur
 
 @dataclass(frozen=True)
 class Scoring:
-    """What the reward of a step is built from."""
+    """What a step builds its reward from."""
 
     reward: RewardConfig
     domain: str
@@ -88,7 +88,7 @@ class Writing:
 
 @dataclass(frozen=True)
 class Replay:
-    """Rows mixed in against forgetting."""
+    """Rows mixed in to prevent forgetting."""
 
     share: float
     domain: str
@@ -213,8 +213,8 @@ def train_generator(
 def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | None = None) -> None:
     """Writes ``samples.parquet``, up to n samples that pass the reward's gates, and ``counts.json``.
 
-    ``mistakes``: a student's answers to the held-out rows. Only rows that it got wrong are shown, weak skills more
-    often.
+    ``mistakes``: a student's answers to the held-out rows. Only rows that it got wrong are shown, those of weak skills
+    more often.
     """
     from acqsynth import write
 
@@ -237,8 +237,8 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
 def select_questions(context: StepContext, *, writing: Writing, candidates: int, spent: Path | None) -> None:
     """Rejection sampling: ``samples.parquet`` with the best of several completions a prompt, and ``counts.json``.
 
-    ``spent``: counts of a training run; then as many completions are drawn as training and writing took together,
-    instead of ``candidates`` a prompt.
+    ``spent``: counts of a training run; as many completions are drawn as training and writing used together, instead of
+    ``candidates`` per prompt.
     """
     from acqsynth import write
 
@@ -284,7 +284,7 @@ def filter_rows(context: StepContext, *, scoring: Scoring, real: Path, n: int) -
     totals = _fused(columns, reward)
     order = [i for _, i in sorted((-total, i) for i, total in enumerate(totals) if total is not None)[:n]]
     if not order:
-        raise StepError("not one real row could be scored")
+        raise StepError("none of the real rows could be scored")
     scored = {"reward": totals} | {f"reward_{name}": values for name, values in columns.items()}
     picked = {name: [values[i] for i in order] for name, values in scored.items()}
     write_rows(context.folder / "samples.parquet", [pool[i] for i in order], picked)
@@ -305,7 +305,7 @@ def sample_mistakes(pool: Sequence[Sample], right: Sequence[bool], n: int, seed:
 
 
 def _write_kept(context: StepContext, chunks: Iterable[Mapping[str, Any]], n: int) -> None:
-    """Writes the samples of all chunks, each question once, and what became of the completions."""
+    """Writes the samples of all chunks, each question once, and counts what became of the completions."""
     found: dict[str, Mapping[str, Any]] = {}
     completions, dropped = 0, Counter[str]()
     for chunk in chunks:

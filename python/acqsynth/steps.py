@@ -1,4 +1,4 @@
-"""The steps of a run on disk: skipped when nothing they read has changed, resumed when they were killed.
+"""The steps of a run on disk: skipped if nothing they read has changed, resumed if they were killed.
 
 A step writes into ``<stage>/<name>.partial``. When it finishes, one rename gives the folder its final name
 ``<stage>/<name>``. ``stage.json`` in it records what the artefacts were made from: the settings, the digests of the
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class StepError(Exception):
-    """A step that cannot finish; the text is one sentence for the user."""
+    """A step cannot finish; the text is one sentence for the user."""
 
 
 class Model(str):
@@ -121,7 +121,7 @@ class StepContext:
     Args:
         folder: artefacts go here.
         say: prints a line for the user.
-        status: shows a line until the next one, where the output is a terminal.
+        status: shows a line until the next one, if the output is a terminal.
     """
 
     folder: Path

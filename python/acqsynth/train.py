@@ -46,7 +46,7 @@ Reward = Callable[..., Any]  #: of TRL's contract
 
 
 def training_rows(domain: Domain, samples: Sequence[Sample]) -> list[Row]:
-    """What a student learns of each sample: the domain's prompt, and the solution as its completion."""
+    """Each sample as the student is trained on it: the domain's prompt, and the solution as its completion."""
     return [
         {
             "prompt": domain.student_prompt(sample.question),
@@ -75,7 +75,7 @@ def sft(
         samples: what it learns.
         output: folder of the model.
         options: of :func:`configuration`.
-        replay: :func:`training_rows` of other domains or general data, against forgetting.
+        replay: :func:`training_rows` of other domains or general data, to prevent forgetting.
         replay_share: share of replay among all rows; the rows are drawn by the option ``seed``.
         callbacks: of the trainer.
 
@@ -273,7 +273,7 @@ def _run(trainer: Any, output: Path, rewards: Sequence[Any] = ()) -> None:
     if checkpoint is not None:
         states.restore(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    # Activation checkpointing turned the cache off, and whoever loads the model would generate without it.
+    # Activation checkpointing turned the cache off, and the saved model would generate without it.
     trainer.model.config.use_cache = True
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not hasattr(model, "merge_and_unload"):

@@ -96,7 +96,7 @@ def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
         raise ValueError(f"{table}: {error}") from error
 
 
-#: Fields that no library checks before it uses them: type, least, most, whether the least itself is allowed.
+#: Fields that no library validates early: type, minimum, maximum, whether the minimum itself is allowed.
 _RANGES: dict[str, tuple[type, float, float, bool]] = {
     **dict.fromkeys(
         (

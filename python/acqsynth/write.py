@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Least yield that the size of the next round is computed from: one bad round must not make the next one endless.
+#: Lowest yield assumed when sizing the next round, so that one bad round does not make the next one endless.
 _LEAST_RATE = 0.05
 
 
@@ -76,7 +76,7 @@ def prompts(
 
 @dataclass
 class WriteResult(Generic[T]):
-    """What was kept, in the order of writing, and what became of the rest."""
+    """The rows kept, in the order of writing, and counts of the rest."""
 
     rows: list[T]
     wanted: int
@@ -170,7 +170,7 @@ class Candidate:
 
     @property
     def rejected_by(self) -> str | None:
-        """Why it cannot be training data; None if it can."""
+        """Why it is unusable as training data; None if it is usable."""
         if self.sample is None:
             return "does not parse"
         gate = next((name for name, passes in self.gates.items() if not passes), None)
@@ -253,7 +253,7 @@ def _is_new(sample: Sample, asked: set[str], dropped: Counter[str]) -> bool:
     question = " ".join(sample.question.lower().split())
     new = question not in asked
     asked.add(question)
-    dropped["asks what another one asks"] += not new
+    dropped["repeats a question"] += not new
     return new
 
 
@@ -291,7 +291,7 @@ def _draw_until(
         result.rounds += 1
     surplus = len(result.rows) - rows
     if surplus > 0:
-        dropped["more than were wanted"] += surplus
+        dropped["surplus"] += surplus
         del result.rows[rows:]
     result.dropped = {reason: count for reason, count in dropped.most_common() if count}
     if result.incomplete:

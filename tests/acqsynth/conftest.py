@@ -5,10 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,8 +15,8 @@ from fakes import FakeEngine, PlainDomain, written
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from acqsynth.domains import Domain, Sample
-from acqsynth.engines import Completion, Sampling
+from acqsynth.domains import Sample
+from acqsynth.engines import Completion
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>{% endfor %}"
@@ -28,7 +25,7 @@ TEMPLATE = (
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def _one_thread():
     """Small matrices gain nothing from threads; on a busy machine the wait for them takes 50 times longer."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -37,7 +34,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
     symbols = ["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     inner = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -48,7 +45,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def model(tokenizer):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -65,18 +62,18 @@ def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def student_path(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+def student_path(model, tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     return tmp_path / "student"
 
 
 @pytest.fixture
-def on_socket() -> Iterator[Callable[..., str]]:
+def on_socket():
     """``on_socket(app, **options of uvicorn)``: the URL of an application served in a thread until the test ends."""
-    running: list[tuple[uvicorn.Server, threading.Thread]] = []
+    running = []
 
-    def serve(app: Any, **options: Any) -> str:
+    def serve(app, **options):
         listener = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", **options))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -100,25 +97,25 @@ class Sums(PlainDomain):
     name = "sums"
     answer_tokens = 8
 
-    def answer_of(self, completion: str) -> str | None:
+    def answer_of(self, completion):
         lines = completion.splitlines()
         return lines[-1] if lines and self._value(lines[-1]) is not None else None
 
-    def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
+    def equivalent(self, gold, answers):
         pairs = zip(gold, answers, strict=True)
         return [a is not None and self._value(sample.answer) == self._value(a) for sample, a in pairs]
 
-    def fault(self, sample: Sample) -> str | None:
+    def fault(self, sample):
         return None if "+" in sample.question else "no sum"
 
-    def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
+    def verify(self, samples):
         return [
             None if "?" in sample.question else sum(map(int, sample.question.split("+"))) == self._value(sample.answer)
             for sample in samples
         ]
 
     @staticmethod
-    def _value(text: str) -> float | None:
+    def _value(text):
         try:
             return float(text)
         except ValueError:
@@ -128,11 +125,11 @@ class Sums(PlainDomain):
 class Scripted(FakeEngine):
     """Says what a function of the prompt, the draw and the seed says; a text that ends in "..." was cut off."""
 
-    def __init__(self, says: Callable[[Any, int, int], str]) -> None:
+    def __init__(self, says):
         super().__init__()
         self.says = says
 
-    def draw(self, prompt: Any, i: int, sampling: Sampling) -> Completion:
+    def draw(self, prompt, i, sampling):
         text = self.says(prompt, i, sampling.seed)
         whole = text.removesuffix("...")
         return Completion(whole, list(whole.encode()), finished=whole == text)
@@ -151,11 +148,11 @@ class AnswerReward:
 
     Under TRL's contract the reward is the share of "e" in the text, plus a count of calls, its state."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.calls = 0
-        self.groups: list[Any] = []
+        self.groups = []
 
-    def score(self, texts: Sequence[str], groups: Sequence[Any]) -> Scores:
+    def score(self, texts, groups):
         self.groups.append(list(groups))
         samples = [Sums().parse(text) for text in texts]
         values = [None if sample is None else float(sample.answer) for sample in samples]
@@ -166,7 +163,7 @@ class AnswerReward:
         ]
         return Scores(total, samples, {"value": values}, {"parses": [s is not None for s in samples], "good": good})
 
-    def __call__(self, completions: Sequence[Any], log_extra: Any, log_metric: Any, **columns: Any) -> list[float]:
+    def __call__(self, completions, log_extra, log_metric, **columns):
         self.calls += 1
         texts = [turns[-1]["content"] for turns in completions]
         shares = [text.count("e") / (len(text) + 1) for text in texts]
@@ -174,29 +171,29 @@ class AnswerReward:
         log_metric("calls", self.calls)
         return [share + self.calls * i for i, share in enumerate(shares)]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self):
         return {"calls": self.calls}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state):
         self.calls = state["calls"]
 
 
 @pytest.fixture
-def sums() -> Domain:
+def sums():
     return Sums()
 
 
 @pytest.fixture
-def scripted() -> type[Scripted]:
+def scripted():
     return Scripted
 
 
 @pytest.fixture
-def answer_reward() -> AnswerReward:
+def answer_reward():
     return AnswerReward()
 
 
 @pytest.fixture(name="written")
-def _written() -> Callable[..., str]:
+def _written():
     """``written(question, answer, reasoning="")``: as a generator writes it."""
     return written

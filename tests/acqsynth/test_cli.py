@@ -53,7 +53,7 @@ def test_run_tells_of_steps_and_ends_with_the_verdict(fakes, recipe, capsys):
     assert "03-label/grpo" in printed
     assert "runs: labelling.k changed" in printed
     assert "03-label/grpo, which it reads, has to run" in printed
-    assert "is done, nothing it reads changed" in printed
+    assert "is done; nothing it reads has changed" in printed
 
 
 def test_a_stage_alone_brings_what_it_needs(fakes, recipe):

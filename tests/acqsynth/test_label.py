@@ -84,7 +84,7 @@ def test_how_answers_are_drawn(sums, scripted):
 
 
 def test_representatives_alone_are_compared(sums, monkeypatch):
-    compared: list[tuple[str, str | None]] = []
+    compared = []
     equivalent = sums.equivalent
 
     def counted(gold, answers):

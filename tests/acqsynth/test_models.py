@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,7 +11,7 @@ from acqsynth import models, world
 
 @pytest.mark.parametrize(("name", "seed"), [("world:base", 0), ("world:7", 7)])
 def test_the_worlds_model_goes_by_its_seed(name, seed, monkeypatch):
-    asked: list[Any] = []
+    asked = []
 
     def base_model(settings):
         asked.append(settings)

@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import fake_run
 import pytest
@@ -56,7 +55,7 @@ def done(finished, recipe, fakes):
 
 def contents(output):
     """Every artefact, without what times differ in."""
-    found: dict[str, Any] = {}
+    found = {}
     for path in sorted(output.rglob("*")):
         if not path.is_file() or path.name in (".lock", "run.log", "report.html"):
             continue

@@ -50,7 +50,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("override", "message"), REFUSED.items())
-def test_refused_before_anything_runs(override: str, message: str) -> None:
+def test_refused_before_anything_runs(override, message):
     if "minilm" in override:
         pytest.importorskip("sklearn")
     with pytest.raises(ConfigError) as caught:
@@ -60,7 +60,7 @@ def test_refused_before_anything_runs(override: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["arithmetic", "code", "math", "medical", "smollm2-math"])
-def test_recipes_of_the_package_aim_at_rows_of_their_own(recipe: str) -> None:
+def test_recipes_of_the_package_aim_at_rows_of_their_own(recipe):
     config = load(recipe)
     assert config.data.reference is not None
     assert config.data.reference != config.data.seeds
@@ -68,7 +68,7 @@ def test_recipes_of_the_package_aim_at_rows_of_their_own(recipe: str) -> None:
     plan(config)
 
 
-def test_yaml_merges_and_home(tmp_path) -> None:
+def test_yaml_merges_and_home(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
         "domain: arithmetic\n"

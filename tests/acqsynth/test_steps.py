@@ -241,7 +241,7 @@ def chunked(context, *, size, fail_at):
 
 
 def test_finished_chunks_are_not_done_again(tmp_path):
-    fail: list[int | None] = [6]
+    fail = [6]
 
     def once(context, *, size):
         chunked(context, size=size, fail_at=fail[0])

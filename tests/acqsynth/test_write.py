@@ -56,7 +56,7 @@ class Large:
     name = "large"
 
     def __init__(self):
-        self.archive: list[str] = []
+        self.archive = []
 
     def __call__(self, samples):
         return [None if sample.answer == "9" else int(sample.answer) >= 5 for sample in samples]
@@ -67,7 +67,7 @@ class Large:
 
 def test_gates_speak_in_order():
     samples = [Sample("q", str(i)) for i in (4, 5, 9, 6)]
-    dropped: Counter[str] = Counter()
+    dropped = Counter()
     even = type("Even", (), {"name": "even", "__call__": lambda self, rows: [int(r.answer) % 2 == 0 for r in rows]})()
     assert passing([Large(), even], samples, dropped) == [samples[3]]
     assert dropped == {"gate large": 1, "gate large could not tell": 1, "gate even": 1}
@@ -76,7 +76,7 @@ def test_gates_speak_in_order():
 
 def test_a_gate_may_pass_a_sample_as_another():
     doubled = type("Doubled", (), {"name": "doubled", "__call__": lambda self, rows: [_doubled(row) for row in rows]})()
-    dropped: Counter[str] = Counter()
+    dropped = Counter()
     assert passing([doubled, Large()], [Sample("q", "2"), Sample("q", "3")], dropped) == [Sample("q", "6")]
     assert dropped == {"gate large": 1}
 
@@ -104,7 +104,7 @@ def test_what_is_kept_and_why_the_rest_is_not(sums, scripted, written):
         "no sum": 1,
         "gate large": 1,
         "gate large could not tell": 1,
-        "asks what another one asks": 1,
+        "repeats a question": 1,
     }
     assert (found.completions, found.rounds, found.wanted, found.incomplete) == (8, 1, 8, True)
     assert gate.archive == ["1+4", "1+ 4", "3+4"]
@@ -131,7 +131,7 @@ def test_a_round_asks_no_more_prompts_than_it_needs(sums, scripted, written):
     engine = scripted(lambda prompt, i, seed: written(f"{i}+{prompt[0]['content'][-1]}", i))
     found = write(engine, sums, ASK, Sampling(n=3), rows=4)
     assert [len(asked) for asked, _ in engine.calls] == [2]
-    assert found.dropped == {"more than were wanted": 2}
+    assert found.dropped == {"surplus": 2}
     assert len(found.rows) == 4
 
 
@@ -193,7 +193,7 @@ def test_the_best_of_each_prompt(engine, answer_reward):
         "does not parse": 1,
         "gate good": 1,
         "a scorer failed": 1,
-        "asks what another one asks": 1,
+        "repeats a question": 1,
     }
     assert (found.completions, found.incomplete) == (9, True)
 

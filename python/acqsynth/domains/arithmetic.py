@@ -38,7 +38,7 @@ class Skill:
         name: the word its questions begin with.
         kind: what the world makes of it, see the module.
         operands: first and last value of each number.
-        solve: numbers -> reasoning (empty where none is needed) and answer; None for the coin.
+        solve: numbers -> reasoning (empty if none is needed) and answer; None for the coin.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Arithmetic(Domain):
         return [{"role": "user", "content": question}]
 
     def answer_of(self, completion: str) -> str | None:
-        """The last line, where it is an answer of this world: a number, yes or no."""
+        """The last line, if it is an answer of this world: a number, yes or no."""
         lines = completion.strip().splitlines()
         answer = lines[-1].strip() if lines else ""
         return answer if answer in COIN or (answer.isascii() and answer.isdigit()) else None
@@ -125,7 +125,7 @@ class Arithmetic(Domain):
         return None if skill_of(sample.question) else "no question of a known skill"
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
-        """By computation. None for a coin's yes or no: nobody can tell. False where the question is none."""
+        """By computation; None for a coin's yes or no, which nobody can tell; False for what is no question."""
         right: list[bool | None] = []
         for sample in samples:
             skill, answer = skill_of(sample.question), self.canonical(sample.answer)
@@ -208,13 +208,13 @@ class Arithmetic(Domain):
 
 
 def skill_of(question: str) -> str | None:
-    """The skill a question asks for, or None where it is no question of this world."""
+    """The skill a question asks for; None if it is no question of this world."""
     read = _read(question)
     return read and read[0].name
 
 
 def truth(question: str) -> str | None:
-    """The answer by computation; None where there is none: a coin's question, or no question of this world."""
+    """The answer by computation; None if there is none: a coin's question, or no question of this world."""
     read = _read(question)
     if read is None or read[0].solve is None:
         return None

@@ -1,4 +1,4 @@
-"""What a domain is: how its questions are asked for, read, checked, answered and compared."""
+"""The interface of a domain: how its questions are requested, parsed, checked, answered and compared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Sample:
     question: str
     answer: str
     reasoning: str = ""
-    #: what only its domain reads: options of a choice, tests and entry point of a program, the skill asked for
+    #: read by its domain alone: options of a choice, tests and entry point of a program, the skill
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -53,7 +53,7 @@ def ask_for_sample(task: str, answer: str, shown: Sequence[Sample]) -> Messages:
 
 
 class Domain(ABC):
-    """One field of questions. A domain is one file and one class; it holds no model."""
+    """One field of questions: one file, one class, no model."""
 
     name: ClassVar[str]
     #: most tokens of a student's answer
@@ -71,7 +71,7 @@ class Domain(ABC):
         """Asks a generator for one new sample in the format of ``acqsynth.parsing``, ``shown`` as examples."""
 
     def with_seeds(self, seeds: Sequence[Sample]) -> Domain:
-        """The domain as its seed rows complete it: a classification takes its labels from them."""
+        """The domain completed by its seed rows: a classification takes its labels from them."""
         return self
 
     def hands(self, seeds: Sequence[Sample]) -> list[list[Sample]]:
@@ -79,7 +79,7 @@ class Domain(ABC):
         return [list(seeds)]
 
     def request(self, shown: Sequence[Sample]) -> Messages:
-        """Asks a generator for one new sample like those shown, which it sees as earlier turns of the chat."""
+        """Asks a generator for one new sample, given those shown as earlier turns of the chat."""
         return self.generator_prompt([])
 
     def tagged(self, sample: Sample) -> str:
@@ -88,11 +88,11 @@ class Domain(ABC):
 
     @abstractmethod
     def student_prompt(self, question: str) -> Messages:
-        """Asks a student the question; what the student is trained and evaluated on."""
+        """Asks a student the question, in training and evaluation alike."""
 
     @abstractmethod
     def answer_of(self, completion: str) -> str | None:
-        """The final answer that a student's completion gives, as it stands there; None where it gives none."""
+        """The final answer in a student's completion, verbatim; None without one."""
 
     @abstractmethod
     def canonical(self, answer: str) -> str:
@@ -100,7 +100,7 @@ class Domain(ABC):
 
     @abstractmethod
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
-        """Whether each of n answers is right for its sample; None is wrong. One call for many: checks may run apart."""
+        """Whether each of n answers is right for its sample; None is wrong. One call takes many, to run in parallel."""
 
     @abstractmethod
     def load(
@@ -116,7 +116,7 @@ class Domain(ABC):
             source: a hub id (``openai/gsm8k:main`` names a configuration after the colon), or a path.
             split: of a hub data set; a local file has none.
             columns: field of the sample -> column of the data; by default those of the data sets the domain knows.
-            limit: the first so many rows.
+            limit: most rows, from the first.
 
         Raises:
             FileNotFoundError: no such local file. ValueError: a column is missing (names it and those there are), a
@@ -124,7 +124,7 @@ class Domain(ABC):
         """
 
     def parse(self, text: str) -> Sample | None:
-        """The sample a generator wrote, or None where the format is broken."""
+        """The sample a generator wrote, or None if the format is broken."""
         found = fields(text)
         if found is None:
             return None
@@ -135,17 +135,17 @@ class Domain(ABC):
         return "\n".join(part for part in (sample.reasoning, sample.answer) if part)
 
     def fault(self, sample: Sample) -> str | None:
-        """Why a parsed sample is no question of this domain, in a few words, or None where nothing is wrong."""
+        """Why a parsed sample is no question of this domain, in a few words, or None if nothing is wrong."""
         return None
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
-        """Whether each sample's own answer is right; None where the domain cannot tell."""
+        """Whether each sample's own answer is right; None if the domain cannot tell."""
         return [None] * len(samples)
 
     def computed(self, samples: Sequence[Sample], seed: int) -> list[Sample | None]:
-        """The samples with the answer that the domain computes in the place of their own; None where it cannot.
+        """The samples with answers computed by the domain instead of their own; None if it cannot.
 
         Args:
-            seed: of answers that are left to chance.
+            seed: of answers that are random.
         """
         return [None] * len(samples)

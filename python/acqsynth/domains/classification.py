@@ -161,7 +161,7 @@ def _intents(source: str) -> Path:
 
 
 def _label(row: Row, column: str) -> str:
-    """The name of a label, a number as its digits; ValueError where it is missing, empty, or of several lines."""
+    """The name of a label, a number as its digits; ValueError if it is missing, empty, or of several lines."""
     value = row.get(column)
     name = str(value) if type(value) is int else text(row, column)
     if "\n" in name:

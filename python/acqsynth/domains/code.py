@@ -38,7 +38,7 @@ PLAIN_NAMES = frozenset(
 
 
 class Code(Domain):
-    """Functions in Python, right where they pass their tests.
+    """Functions in Python, right if they pass their tests.
 
     Args:
         limits: of one program with its tests.
@@ -78,7 +78,7 @@ class Code(Domain):
         return fenced(source)
 
     def canonical(self, answer: str) -> str:
-        """The program without comments, docstrings, layout and top-level asserts; the text where it is no program."""
+        """The program without comments, docstrings, layout and top-level asserts; other text as it is."""
         source = _source(answer)
         tree = _parsed(source)
         if tree is None:
@@ -119,7 +119,7 @@ class Code(Domain):
         return [right.get(i, False) for i in range(len(samples))]
 
     def parse(self, text: str) -> Sample | None:
-        """As for every domain; the asserts of the answer become its tests where they are plain (see :meth:`fault`)."""
+        """As for every domain; the asserts of the answer become its tests if they are plain (see :meth:`fault`)."""
         sample = super().parse(text)
         block = None if sample is None else self.answer_of(sample.answer)
         if sample is None or block is None:
@@ -179,7 +179,7 @@ def fenced(source: str) -> str:
 
 
 def split_asserts(source: str) -> tuple[str, list[ast.Assert]] | None:
-    """A program without its top-level asserts, and these; None where it does not parse or nests too deep."""
+    """A program without its top-level asserts, and these; None if it does not parse or nests too deep."""
     tree = _parsed(source)
     if tree is None:
         return None
@@ -215,7 +215,7 @@ def _parsed(source: str) -> ast.Module | None:
 
 
 def _unparsed(tree: ast.Module) -> str | None:
-    """The source of a tree; None where it nests too deep: ``1 + 1 + ...`` of 330 terms exceeds Python's limit."""
+    """The source of a tree; None if it nests too deep: ``1 + 1 + ...`` of 330 terms exceeds Python's limit."""
     try:
         return ast.unparse(tree)
     except (RecursionError, ValueError):  # ValueError: an integer with too many digits

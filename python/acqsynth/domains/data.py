@@ -24,7 +24,7 @@ class Layout:
 
     columns: tuple[str, ...]
     read: Callable[[Row], Sample | None]
-    optional: tuple[str, ...] = ()  #: columns that are read where they are there
+    optional: tuple[str, ...] = ()  #: columns that are read if present
 
 
 def samples(
@@ -101,7 +101,7 @@ def is_local(source: str) -> bool:
 
 
 def text(row: Row, column: str) -> str:
-    """The stripped text of a column, its line ends plain; ValueError where it is missing, empty or no text."""
+    """The stripped text of a column, its line ends plain; ValueError if it is missing, empty or no text."""
     value = row.get(column)
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)  # a csv file cannot tell 5 from "5"

@@ -398,7 +398,7 @@ def hold_program(limits: dict[str, int], requests: int, replies: int) -> None:
 
 
 def hold_tests(limits: dict[str, int], requests: int, replies: int, verdict: int) -> None:
-    """Runs the tests and writes ``[status, detail]``; status ``gone`` where the program ended before they did."""
+    """Runs the tests and writes ``[status, detail]``; status ``gone`` if the program ended before they did."""
     limits.pop("CPU")  # the tests are held to wall-clock time alone
     set_limits(limits)
     job = json.load(sys.stdin)

@@ -99,7 +99,7 @@ class Math(Domain):
         return equal
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
-        """False where the reasoning states a final answer that is another than the answer given; else None, as nothing
+        """False if the reasoning states a final answer that is another than the answer given; else None, as nothing
         here proves an answer right."""
         agree = self.equivalent(samples, [_stated(sample.reasoning) or _final(sample.answer) for sample in samples])
         return [None if agrees else False for agrees in agree]

@@ -115,7 +115,7 @@ class _Worker:
             raise RuntimeError(f"the process of math-verify did not start: {errors.decode(errors='replace').strip()}")
 
     def ask(self, gold: str, answer: str) -> bool | None:
-        """Equal or not, or None where the worker was lost."""
+        """Equal or not, or None if the worker was lost."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
@@ -131,7 +131,7 @@ class _Worker:
         self.process.communicate()
 
     def _line(self, seconds: float) -> bytes | None:
-        """The worker's next line, or None where it ended or did not write one in time."""
+        """The worker's next line, or None if it ended or did not write one in time."""
         assert self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)

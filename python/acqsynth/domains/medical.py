@@ -72,7 +72,7 @@ class Medical(Domain):
         ]
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
-        """False where the reasoning states another final answer than the sample's; else None."""
+        """False if the reasoning states another final answer than the sample's; else None."""
         stated = [self.answer_of(sample.reasoning) for sample in samples]
         agree = self.equivalent(samples, [a or s.answer for a, s in zip(stated, samples, strict=True)])
         return [None if agrees else False for agrees in agree]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -16,6 +17,10 @@ _LATEX_FRACTION = re.compile(r"([-+]?)\s*(\d*)\s*\\frac\s*(?:\{(\d+)\}\{(\d+)\}|
 _LAYOUT = re.compile(r"\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\[!,;:]|~")
 _DEGREE = re.compile(r"\^\{?\\circ\}?|\\degree(?![A-Za-z])|°")
 _CURRENCY = re.compile(r"^([-+]?)\s*(\\?\$|€|£|¥)\s*(?=[\d.])")
+_CURRENCY_LAST = re.compile(r"(?<=\d)\s*(\\?\$|€|£|¥)$")
+_SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})")
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
+_AFTER_DIGIT = re.compile("(?<=\\d)(?=[¼-¾⅐-⅞↉])")  # of a mixed number
 # Possessive, so that no answer makes it backtrack.
 _UNIT = re.compile(
     r"(?<=[\d})])(\s*+)((?=[A-Za-z\\])(?:\\(?:text|textrm|mathrm|mbox)\{[A-Za-z .,/-]++\}|[A-Za-z ./-])++)"
@@ -24,6 +29,12 @@ _UNIT = re.compile(
 _TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{([^{}]*)\}")
 #: Words for numbers that multiply the number before them.
 SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+
+CURRENCIES = {"€": "euro", "£": "pound", "¥": "yen"}  # any other is the dollar
+
+#: Signs of Unicode -> LaTeX.
+SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
+                       "π": r"\pi ", "∞": r"\infty "})  # fmt: skip
 
 #: Other names of a unit; any other word of three letters or more is a unit too, in the singular.
 UNITS = {
@@ -94,11 +105,16 @@ def _with_unit(plain: str) -> tuple[str, tuple[str, ...]]:
     """An answer without its unit, and the unit."""
     before: tuple[str, ...] = ()
     if currency := _CURRENCY.match(plain):
-        before = ({"€": "euro", "£": "pound", "¥": "yen"}.get(currency[2], "dollar"),)
+        before = (CURRENCIES.get(currency[2], "dollar"),)
         plain = currency[1] + plain[currency.end() :]
     if percent := re.search(r"(?<!\s)\s*+(?:%|\\text\{\s*percent\}|\bpercent)$", plain):
         return plain[: percent.start()].strip(), ("%",)
-    plain = re.sub(r"(?<=[\d})])\s*([CF])$", r" \1", _DEGREE.sub("", plain)) if _DEGREE.search(plain) else plain
+    if currency := _CURRENCY_LAST.search(plain):
+        return plain[: currency.start()], (CURRENCIES.get(currency[1], "dollar"),)
+    if degree := _DEGREE.search(plain):
+        if degree.end() == len(plain) and _rational(plain[: degree.start()].strip()) is not None:
+            return plain[: degree.start()].strip(), ("degree",)
+        plain = re.sub(r"(?<=[\d})])\s*([CF])$", r" \1", _DEGREE.sub("", plain))
     found = _UNIT.search(plain)
     if found is None:
         return plain, before
@@ -192,7 +208,7 @@ def _sides(truth: str, given: str) -> list[tuple[str, str]]:
 
 def _plain(answer: str) -> str:
     """An answer without delimiters and layout."""
-    plain = re.sub(r"(?<!\.)\.$", "", answer.strip().strip("*")).strip()
+    plain = re.sub(r"(?<!\.)\.$", "", _in_ascii(answer).strip().strip("*")).strip()
     for opens, closes in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
         if plain.startswith(opens) and plain.endswith(closes) and len(plain) > len(opens) + len(closes):
             plain = plain[len(opens) : -len(closes)].strip()
@@ -205,13 +221,24 @@ def _plain(answer: str) -> str:
     return re.sub(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}", plain).strip()
 
 
+def _in_ascii(answer: str) -> str:
+    """Without characters that are not seen, and with signs of Unicode as LaTeX has them: ``2½`` is ``2 1/2``."""
+    if answer.isascii():
+        return answer
+    plain = "".join(char for char in answer if unicodedata.category(char) != "Cf")
+    plain = _RAISED.sub(lambda match: "^{" + unicodedata.normalize("NFKC", match[0]) + "}", plain)
+    return unicodedata.normalize("NFKC", _AFTER_DIGIT.sub(" ", plain)).translate(SIGNS)
+
+
 def _rational(plain: str) -> Fraction | None:
-    """The number that is written, also as a fraction or mixed number; None where it is something else."""
+    """The number that is written, also as a fraction or mixed number; None if it is something else."""
     if len(plain) > 200:
         return None
     if match := _DECIMAL.fullmatch(plain):
         sign, whole, rest = match.groups()
         return Fraction(f"{sign}{whole.replace(',', '') or 0}{(rest or '').rstrip('.')}")
+    if match := _SCIENTIFIC.fullmatch(plain):
+        return Fraction(match[1]) * Fraction(10) ** int(match[2])
     if match := _FRACTION.fullmatch(plain) or _LATEX_FRACTION.fullmatch(plain):
         sign, whole, *pairs = match.groups()
         above, below = (int(part) for part in pairs if part is not None)

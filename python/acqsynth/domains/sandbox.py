@@ -46,7 +46,7 @@ ENVIRONMENT = {"HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 
 INSTALL = (
     "untrusted programs run in bubblewrap >= 0.7: install it ('apt install bubblewrap', 'dnf install bubblewrap'), "
-    "and let it create user namespaces, or pass unsafe_without_sandbox=True where the machine itself may be lost"
+    "and let it create user namespaces, or pass unsafe_without_sandbox=True on a machine that you can afford to lose"
 )
 
 
@@ -56,7 +56,7 @@ class Job:
 
     Args:
         program: Python source, untrusted.
-        tests: Python source, trusted as far as its own verdict goes: statements that raise where the program is wrong.
+        tests: Python source, trusted as far as its own verdict goes: statements that raise if the program is wrong.
         names: what the tests take from the program; every other name is theirs.
         preamble: trusted Python source executed before the tests: imports and helpers of theirs.
     """
@@ -103,7 +103,7 @@ class Result:
     Attributes:
         status: ``passed``; ``failed`` (an exception of the program or its tests); ``timeout`` (wall clock or CPU);
             ``memory`` (a MemoryError reached the tests); ``output`` (too much of it); ``killed`` (by a signal).
-        detail: the failing test or the reason, one line; empty where passed.
+        detail: the failing test or the reason, one line; empty if passed.
         stdout, stderr: what the program and its tests wrote, cut at ``Limits.output`` bytes.
         seconds: wall-clock time.
     """
@@ -152,7 +152,7 @@ def require() -> str:
 
 @functools.cache
 def _fault(bwrap: str) -> str | None:
-    """Why this bubblewrap does not work, found by a job whose result is known; None where it does."""
+    """Why this bubblewrap does not work, found by a job whose result is known; None if it does."""
     limits = Limits(seconds=60)
     result = _run(_contained(bwrap, limits), Job("answer = 42", "assert answer == 42", ("answer",)), limits)
     if result.status == "passed":

@@ -104,7 +104,7 @@ def load(name: str, model: Any, *, tokenizer: Any = None, **options: Any) -> Eng
 
 
 def check(name: str, options: Mapping[str, Any]) -> None:
-    """Refuses options that the engine does not have, or whose values it refuses; vLLM checks its own.
+    """Refuses unknown options and values that the engine refuses; vLLM checks its own.
 
     Raises:
         ValueError, TypeError: names the option.
@@ -125,10 +125,10 @@ def check(name: str, options: Mapping[str, Any]) -> None:
 
 
 def device_name(name: str, value: Any) -> None:
-    """A name that torch knows, of this machine or another.
+    """Checks that torch knows a device name, on this machine or another.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it does not.
     """
     if value is not None:
         try:

@@ -19,7 +19,7 @@ from acqsynth.engines import Completion, Engine, Sampling, completion, encode, e
 
 
 class TransformersEngine(Engine):
-    """Batches of prompts of like length, padded on the left, through ``model.generate``.
+    """Batches of prompts of similar length, padded on the left, through ``model.generate``.
 
     A completion ends at any end-of-sequence token of the model's generation configuration or the tokenizer, at
     ``max_tokens``, or where the model's positions end.
@@ -89,7 +89,8 @@ class TransformersEngine(Engine):
     def logprobs(self, prompts: Sequence[str | Messages], texts: Sequence[str], at_once: int = 32) -> list[list[float]]:
         """Log-probability of each of m texts, its end included, as the completion of each of n prompts.
 
-        The end makes a text that begins another one comparable with it. A prompt's keys and values are computed once.
+        The end token makes a text comparable with longer ones that begin with it. Keys and values of a prompt are
+        computed once.
 
         Args:
             prompts: as in :meth:`generate`.

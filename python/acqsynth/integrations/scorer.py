@@ -28,7 +28,7 @@ class Scored:
     score: float  #: the total; if masked, the mean of the others of its group, which has next to no advantage
     masked: bool  #: a scorer failed
     gated: bool  #: a gate rejected it
-    components: dict[str, float]  #: each signal; NaN where it has no value
+    components: dict[str, float]  #: each signal; NaN without a value
 
 
 class TextScorer:

@@ -24,7 +24,7 @@ DESCRIPTIONS = {
 
 @dataclass
 class Arm:
-    """One way to training rows: its steps, one a round. In a report, the folders that they filled."""
+    """One way to obtain training rows: its steps, one a round; in a report, the folders they filled."""
 
     name: str
     rows: list[Any] = field(default_factory=list)  #: write ``samples.parquet``, the rows learnt

@@ -338,7 +338,7 @@ _ELSEWHERE = {"gain": "Gain", "loss": "Forgetting", "none": "No change shown"}
 
 
 def _judged(difference: Mapping[str, float], what: str, words: Mapping[str, str], sure: bool) -> dict[str, str]:
-    """A gain or loss only where the tests together leave one, of enough fits."""
+    """A gain or loss, if the joint tests leave one and there are enough fits."""
     few = difference["fits"] < FEWEST
     kind = "none" if few or not sure else "gain" if difference["mean"] > 0 else "loss"
     span = f"{points(difference['mean'])} points, interval {points(difference['low'])} to {points(difference['high'])}"

@@ -57,7 +57,7 @@ def render(metrics: Mapping[str, Any]) -> str:
 
     Args:
         metrics: of :func:`acqsynth.report.metrics.collect`, with ``recipe``, ``training``, ``samples`` and
-            ``validity``, the latter three None if the run had none; ``machine`` where it is known.
+            ``validity``, the latter three None if the run had none; ``machine`` if known.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("acqsynth", "report"),

@@ -1,4 +1,4 @@
-"""Signals of the student's own answers to a question, k of which are drawn once for all that ask.
+"""Signals from the student's own answers: k are drawn for each question, once for all signals and gates of a call.
 
 ====================  =================================================================================================
 ``confidence``        mean of ``1 - (p1 - p2)`` over the tokens of sampled answers, p1 and p2 the two largest
@@ -47,8 +47,8 @@ class SampledAnswers:
         temperature: 1 draws from the student's own distribution.
         max_tokens: of an answer; by default the domain's.
         top2: keep the probabilities that ``confidence`` needs.
-        seed: of the draws, together with the questions asked: other questions draw other numbers, and a resumed run
-            draws what it would have drawn.
+        seed: of the draws, combined with the questions asked: other questions draw otherwise, and a resumed run draws
+            what it would have drawn.
 
     Raises:
         ValueError: k below 1, or as :class:`acqsynth.engines.Sampling`.
@@ -192,9 +192,9 @@ class Learnability:
     Args:
         answers: of the student.
         verified: 0 unless ``domain.verify`` finds the sample's own answer right. Against an unchecked answer, a
-            question whose answer is a coin toss has the largest value there is. In a domain that proves no answer
-            (mathematics, medicine) the majority of the student's answers stands for the proof: 0 unless the sample's
-            own answer is theirs. ``logged`` says so.
+            question whose answer is a coin toss has the largest possible value. In a domain that cannot prove answers
+            (mathematics, medicine) the majority of the student's answers replaces the proof: 0 unless it agrees with
+            the sample's own. ``logged`` says so.
     """
 
     name = "learnability"

@@ -11,9 +11,8 @@ from acqsynth.domains import Domain, Sample
 class Batch(list[Sample]):
     """Samples with results that are computed once in a reward call: answers drawn, embeddings, verdicts, scores.
 
-    Signals and gates of a reward are called with one. It is a list of samples; a part that shares nothing reads it as
-    such, and a part that is called with another list shares nothing. Nothing outlives the call, as the student may
-    move.
+    A reward calls its signals and gates with one. It is a list of samples: parts that share nothing can treat it as
+    such, and parts called with another list share nothing. Nothing outlives the call, as the student may move.
 
     Args:
         samples: in order.

@@ -59,7 +59,7 @@ def build(
         config: its signals, gates and fusion.
         domain: of the samples.
         student: path or hub id of the student that scores.
-        engine: samples the student's answers; None makes no engine, for a reward that is never called.
+        engine: samples the student's answers; None for a reward that is only checked, never called.
         seeds: rows that the generator is shown.
         evaluation: rows that no sample may repeat.
         reference: rows whose loss should fall, for influence; by default the seeds.
@@ -99,7 +99,7 @@ def build(
 
 
 def check(config: RewardConfig, domain: Domain) -> None:
-    """Makes the reward without a model, so that a wrong key is found before a run.
+    """Builds the reward without a model, to find wrong keys before a run.
 
     Raises:
         ValueError, TypeError: as :func:`build`.
@@ -123,13 +123,13 @@ class StudentEngine(TransformersEngine):
         super().__init__(self._shared.model, self._shared.student.tokenizer, **options)
 
     def reload(self, weights: Any) -> None:
-        """Takes the student at another path, shared like the first one."""
+        """Switches to the student at another path, shared like the first one."""
         self._shared = load_student(str(weights), self._device)
         self.model = self._shared.model
 
 
 def student_engine(config: EngineConfig, student: str, scoring: dict[str, Any]) -> Engine:
-    """An engine of the student; with transformers the same copy of the weights scores and answers.
+    """An engine of the student; with transformers one copy of the weights both scores and answers.
 
     Args:
         config: of the engine.

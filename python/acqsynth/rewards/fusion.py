@@ -105,7 +105,7 @@ def _z(
     w: Values,  # [K]
     past: list[Values],
 ) -> Values:
-    count = np.bincount(g).astype(np.float64)  # [G], 0 where all of a group are masked
+    count = np.bincount(g).astype(np.float64)  # [G], 0 if all of a group are masked
     present = count > 0
     total = np.zeros(r.shape[1])
     for weight, values in zip(w, r, strict=True):
@@ -184,12 +184,12 @@ BOUNDED = ("rank", "quantile")  #: methods whose results lie between 0 and 1
 
 class LengthBins:
     """Takes the length out of a signal: a value becomes its distance, in standard deviations, from the values seen at
-    like lengths.
+    similar lengths.
 
     A bin is half an octave of the length; between the centres of two bins, means and variances are interpolated. They
     are shrunk, as if by ``prior`` observations, to the straight line through the means of all bins and to the variance
     within them, where a new bin starts. Each new observation of a bin fades the older ones by ``decay``, as the student
-    moves and the scale of a signal with it. The values of a call are counted before they are normalised.
+    moves and with it the scale of a signal. The values of a call are counted before they are normalised.
 
     Args:
         prior: observations that a bin starts with.

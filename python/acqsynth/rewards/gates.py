@@ -1,7 +1,7 @@
-"""What a sample must pass before its worth is asked: a gate multiplies, it is not one more reward to trade against.
+"""What a sample must pass before it is scored. A gate multiplies; it is no reward term that can be traded.
 
-Difficulty and uncertainty are largest for what is no question at all. Random tokens have the loss, repeated ones the
-agreement, unsolvable questions the entropy that no honest sample reaches; so none of these may reach a signal.
+Difficulty and uncertainty are largest for text that is no question at all: random tokens have more loss, repeated ones
+more agreement and unsolvable questions more entropy than any honest sample. None of these may reach a signal.
 
 ====================  ===========================================================================================
 ``sound``             the domain names no fault
@@ -10,15 +10,15 @@ agreement, unsolvable questions the entropy that no honest sample reaches; so no
 ``no_leak``           the question does not give the answer away
 ``new``               not a near copy of a seed or of what passed before
 ``not_in_evaluation`` not in the evaluation set
-``labelled``          there is a label; the sample goes on with it in the place of its own answer
-``fluent``            the student finds the text as plausible as the seeds, roughly: random tokens are not
+``labelled``          there is a label; it replaces the sample's own answer
+``fluent``            the student finds the text about as plausible as the seeds, which rules out random tokens
 ``verified``          the domain does not find the sample's own answer wrong
-``answerable``        the student gives the sample's own answer sometimes, or the domain knows it to be right: questions
-                      that are unsolvable, ambiguous or wrongly answered do not come back
+``answerable``        the student sometimes gives the sample's own answer, or the domain knows it to be right, which
+                      rules out questions that are unsolvable, ambiguous or wrongly answered
 ====================  ===========================================================================================
 
-Cheap ones come first; each is asked of what passed those before it. Those that compare or measure text see its normal
-form (:mod:`acqsynth.normal_form`): a text that only looks different is the same.
+Cheap gates come first; each sees what passed those before it. Gates that compare or measure text use its normal form
+(:mod:`acqsynth.normal_form`), so that a disguised copy is still a copy.
 """
 
 from __future__ import annotations
@@ -41,14 +41,13 @@ Label = Callable[[Sequence[Sample]], Sequence[Sample | None]]
 
 @runtime_checkable
 class Gate(Protocol):
-    """A named yes or no. As with a signal, ``accept``, ``refresh``, ``state_dict`` and ``load_state_dict`` are used
-    where it has them."""
+    """A named yes or no. Like a signal it may have ``accept``, ``refresh``, ``state_dict`` and ``load_state_dict``."""
 
     name: str
 
     def __call__(self, samples: Sequence[Sample]) -> Sequence[Verdict]:
-        """Whether each of n samples passes; a sample where it passes as that one; None where that could not be told,
-        which masks it."""
+        """A verdict on each of n samples: True or False; a sample, which passes in its place; None, which masks it, if
+        there is no telling."""
         ...
 
 
@@ -89,10 +88,10 @@ class Length:
 
 
 class NoRepetition:
-    """At most ``limit`` of the runs of 8 characters of a field (of 16 characters or more) stood in it before.
+    """At most the share ``limit`` of a field's runs of 8 characters repeat an earlier one; shorter fields than 16 pass.
 
     In GSM8K, MBPP, HumanEval and PubMedQA the most repetitive question, solution or program has 0.55; "the the the the
-    the" has 0.67. It works on any script, and does not mind spaces.
+    the" has 0.67. It works on any script and ignores spacing.
     """
 
     name = "no_repetition"
@@ -111,11 +110,11 @@ class NoRepetition:
 
 
 class NoLeak:
-    """The question does not contain its answer, as far as words tell.
+    """The question does not contain its answer, as far as wording shows.
 
-    A long answer (four words or more, signs counted) or reasoning of eight or more leaks where it stands in the
+    A long answer (four words or more, signs counted) or reasoning of eight or more leaks if it stands in the
     question as a whole. A shorter one, a number, a yes, an option's letter, stands in many an honest question; it leaks
-    only where the question says that it is the answer: "answer", "solution" or "result", then at most three of "is",
+    only if the question says that it is the answer: "answer", "solution" or "result", then at most three of "is",
     ":", "=" and the like, then the answer. The text of an option in a list of options ("B) ...") is no leak.
 
     Args:
@@ -150,8 +149,8 @@ class NoLeak:
 class New:
     """Not a near copy of a seed, nor of a sample that passed an earlier call: :class:`NearCopies` of the questions.
 
-    Copies within one call all pass or fail together, as a group's members should not depend on their order; that they
-    are copies lowers their novelty.
+    Copies within one call pass or fail together, since a group must not depend on the order of its members; being
+    copies lowers their novelty.
     """
 
     name = "new"
@@ -257,13 +256,13 @@ class Fluent:
 
 
 class Labelled:
-    """There is a label, and the sample goes on with it in the place of the answer that the generator wrote.
+    """There is a label; it replaces the answer that the generator wrote.
 
-    A student learns questions with their labels; a signal of the answer that a weak generator happened to write is a
-    signal of another row.
+    A student is trained on questions with their labels, so a signal of the generator's own answer would score another
+    row.
 
     Args:
-        label: n samples -> each with its label, or None where it has none.
+        label: n samples -> each with its label, or None if it has none.
     """
 
     name = "labelled"
@@ -276,7 +275,7 @@ class Labelled:
 
 
 class Verified:
-    """``domain.verify`` does not find the sample's own answer wrong; where it cannot tell, the sample passes."""
+    """``domain.verify`` does not refute the sample's own answer; if it cannot tell, the sample passes."""
 
     name = "verified"
 
@@ -290,12 +289,12 @@ class Verified:
 class Answerable:
     """At least ``least`` of the student's k sampled answers equal the sample's own, or the domain finds it right.
 
-    A question without an answer scatters the student's, and a wrong answer meets none of them. Where the domain cannot
-    tell, what the student never solves is lost with these.
+    The student's answers to an unsolvable question scatter, and a wrong answer matches none of them. If the domain
+    cannot tell, questions that the student never solves are lost too.
 
     Args:
         answers: the draws, shared with the signals.
-        least: share in (0, 1]; by default two answers of k, as one of k may be chance (one where k is 1).
+        least: share in (0, 1]; by default two of the k answers, as one may be chance (one if k is 1).
     """
 
     name = "answerable"
@@ -315,7 +314,7 @@ class Answerable:
 
 
 class Check:
-    """A gate from a function of one sample, for conditions of one's own."""
+    """A gate made of a function of one sample, for your own conditions."""
 
     def __init__(self, name: str, function: Callable[[Sample], bool]) -> None:
         self.name = name
@@ -335,14 +334,13 @@ def default_gates(
     answers: SampledAnswers | None = None,
     **options: Any,
 ) -> list[Gate]:
-    """The gates of the table above; ``labelled`` where there are labels, ``fluent`` where there is a student,
-    ``answerable`` where there are answers.
+    """The gates of the table above: ``labelled`` with a label, ``fluent`` with a student, ``answerable`` with answers.
 
     Args:
         domain: of the samples.
         seeds: the rows the generator is shown.
         evaluation: rows that no sample may repeat.
-        label: n samples -> each with its label, or None where it has none.
+        label: n samples -> each with its label, or None if it has none.
         student, options: as :class:`acqsynth.rewards.scoring.Scorer`.
         answers: sampled by the student.
     """
@@ -417,7 +415,7 @@ def _stated(question: list[str], answer: list[str]) -> bool:
         i, fillers = begin - 1, 0
         while i >= 0 and question[i] in _FILLERS and fillers < 3:
             i, fillers = i - 1, fillers + 1
-        # "Is the answer 7 or 8?" asks, "the result of 7 + 8" computes: nothing is stated where it goes on like that.
+        # "Is the answer 7 or 8?" asks, "the result of 7 + 8" computes: nothing is stated if it goes on like that.
         after = question[begin + len(answer)] if begin + len(answer) < len(question) else ""
         if i >= 0 and question[i] in _MARKERS and after not in _GOES_ON:
             return True

@@ -1,4 +1,4 @@
-"""Texts that share wording: near copies by Jaccard, and runs of words shared with an evaluation set.
+"""Shared wording: near copies by the Jaccard index, and runs of words shared with an evaluation set.
 
 Both compare the normal form of texts (:mod:`acqsynth.normal_form`).
 """
@@ -31,7 +31,7 @@ class _Held:
 
 
 class NearCopies:
-    """A bounded set of texts that finds one whose shingles overlap with a new text's.
+    """A bounded set of texts that finds near copies of a new text.
 
     Shingles are runs of ``n`` characters of the normal form. Two texts are near copies if the Jaccard index of their
     shingles is at least ``threshold`` and the new one has all numbers of the other: an exercise in other numbers is

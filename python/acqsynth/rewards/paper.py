@@ -1,15 +1,15 @@
-"""The published rewards as their code has them, to compare with.
+"""The published rewards as released, for comparison.
 
-:class:`PaperReward` is one signal plus a bonus for the format. :class:`acqsynth.rewards.ComposedReward` differs,
-because
+:class:`PaperReward` is one signal plus a bonus for the format. It has four defects, which
+:class:`acqsynth.rewards.ComposedReward` mends:
 
-* what is added can be traded: it multiplies gates instead;
-* 0.001 a character is subtracted for all that follows the question, so that long reasoning swamps the signal: it takes
-  signals relative to samples of like length;
-* every exception is a reward of -5: it masks the sample;
-* the "format only" baseline is a constant: its gates alone tell samples apart.
+* a bonus can be traded against the signal; gates multiply;
+* it subtracts 0.001 for each character after the question, so long reasoning swamps the signal; signals are taken
+  relative to samples of similar length;
+* every exception is a reward of -5; a failure masks the sample;
+* the "format only" baseline is a constant; gates alone tell samples apart.
 
-The classes below are what ``paper_compat=True`` makes of the signals of :mod:`acqsynth.rewards.signals`.
+``paper_compat=True`` turns a signal into one of the classes below.
 """
 
 from __future__ import annotations

@@ -51,13 +51,13 @@ from acqsynth.rewards.trl import (
 
 PARSES = "parses"  #: the gate before the others
 
-#: Signals of the default reward and their weights: those that rank a weak but learnable skill first and no trap, and
-#: whose ranks agree with the measured gain (``benchmarks/bench_signals.py``). ``influence`` (in all parameters) needs a
-#: reference set, ``learnability`` (of answers that the domain finds right) an engine of the student. No measure of size
-#: alone is among them: those favour coin flips and noise. Influence, the noisiest for one sample, counts a quarter;
-#: learnability too, as it cannot separate guessing from half-learnt skills (with a half each, one row in five taught
-#: was a trap's, with a quarter one in eight); diversity a tenth: with a half it taught to ask for what has the most
-#: digits (``benchmarks/bench_loop.py``, on its tuning seeds).
+#: Signals of the default reward and their weights. They rank a weak but learnable skill first and no trap, and their
+#: ranks agree with the measured gain (``benchmarks/bench_signals.py``). ``influence`` (in all parameters) needs a
+#: reference set, ``learnability`` (of answers that the domain finds right) an engine of the student. Measures of size
+#: alone are left out: they favour coin flips and noise. Influence gets a quarter, being the noisiest for one sample;
+#: so does learnability, which cannot tell guessing from half-learnt skills (at a half each, one row in five came from a
+#: trap, at a quarter one in eight). Diversity gets a tenth: at a half the generator learnt to ask for the most digits
+#: (``benchmarks/bench_loop.py``, on its tuning seeds).
 DEFAULT_WEIGHTS: dict[str, float] = {
     "mutual_information": 1.0,
     "influence": 0.25,

@@ -28,7 +28,7 @@ STUDENT_VARIABLE = "ACQSYNTH_STUDENT"
 #: Arguments of ``acqcore.influence_reference`` that may accompany influence's samples.
 REFERENCE = ("parameters", "dim", "seed")
 
-#: Scoring switches the student's mode, so the threads of a process (AsyncGRPO has several) take turns.
+#: Scoring switches the student's mode, so the threads of a process (AsyncGRPO runs several) take turns.
 _scoring = threading.Lock()
 
 
@@ -54,7 +54,7 @@ class Scorer:
         arguments: name -> arguments of that acquisition, as in ``acquisition_args`` of ``acqcore.score``. Instead
             of influence's ``acqcore.Reference``, samples may be given, with ``parameters``, ``dim`` and ``seed`` of
             ``acqcore.influence_reference``; their gradient is taken at the first call.
-        name: who needs the student, for the message if it is missing.
+        name: shown in the message if the student is missing.
         reduction, tokenizer, backend, batch_tokens, max_length, device: as :class:`AcquisitionReward`.
 
     Raises:
@@ -106,7 +106,7 @@ class Scorer:
         self._shared: SharedStudent | None = None
 
     def _check_arguments(self, reduction: Reduction, batch_tokens: int) -> None:
-        """Those of acqcore.score, without the objects that only the first call makes."""
+        """Checks them as acqcore.score does, without the objects that only the first call makes."""
         given = {name: dict(options) for name, options in self.arguments.items() if options}
         influence = given.get("influence", {})
         if influence and not isinstance(influence.get("reference"), acqcore.Reference):
@@ -262,7 +262,7 @@ def _placed(
 
 
 def training_row(domain: Domain, sample: Sample, chat: bool) -> dict[str, Any]:
-    """The sample as its student learns it, for ``acqcore.score``: the prompt is given, the solution scored."""
+    """The sample as its student is trained on it, for ``acqcore.score``: the prompt is given, the solution scored."""
     prompt, solution = domain.student_prompt(sample.question), domain.solution(sample)
     if chat:
         return {"prompt": prompt, "completion": [{"role": "assistant", "content": solution}]}
@@ -282,7 +282,7 @@ _students: WeakValueDictionary[tuple[str, str | None], SharedStudent] = WeakValu
 
 
 def load_student(path: str, device: str | None) -> SharedStudent:
-    """The student at ``path``; whoever asks for the same one while it is in use shares it."""
+    """The student at ``path``, shared with all current users of the same one."""
     shared = _students.get((path, device))
     if shared is None:
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -38,11 +38,11 @@ NEEDED = {
 class Signal(Protocol):
     """How much samples are worth to a student, by one measure.
 
-    Attributes that are used if a signal has them: ``set_level = True`` says that its values depend on the other samples
-    of the call, so it gets those of all ranks at once; ``stderr(samples)`` gives the standard errors of the values, of
-    which the reward's ``reliability`` follows, or None; ``accept(samples)`` takes in what passed a call, as an archive
-    does; ``refresh(student)`` moves to another student; ``state_dict()`` and ``load_state_dict(state)`` save it with
-    the reward.
+    Optional attributes: ``set_level = True`` says that values depend on the other samples of the call, so the signal
+    gets those of all ranks at once; ``stderr(samples)`` gives the standard errors of the values, from which the reward
+    computes ``reliability``, or None; ``accept(samples)`` takes in the samples that passed a call, as an archive does;
+    ``refresh(student)`` moves to another student; ``state_dict()`` and ``load_state_dict(state)`` save it with the
+    reward.
     """
 
     name: str
@@ -103,7 +103,7 @@ class AcquisitionSignal:
 
 
 class ArchiveNovelty(AcquisitionSignal):
-    """``archive_novelty`` with an archive that grows: each sample that passes a call adds the sketch of its gradient.
+    """``archive_novelty`` over a growing archive: each sample that passes a call adds the sketch of its gradient.
 
     Keep the capacity well below the length of a sketch, as for :class:`Diversity`.
     """
@@ -152,7 +152,7 @@ class Gradient(Published):
 
     A sum of T gradients of random directions grows as the root of T; dividing by it removes the length. A wrong answer
     has a larger gradient than a right one, so the norm is capped at the largest of the seeds, whose answers are known:
-    nothing can be learned beyond it. Whether an answer is right at all is the gates' question.
+    nothing can be learned beyond it. Whether an answer is right at all is up to the gates.
 
     Args:
         student: as :class:`acqsynth.rewards.scoring.Scorer`.

@@ -1,4 +1,4 @@
-"""Vectors of texts: by a sentence model, or by hashed character n-grams where none is wanted."""
+"""Embeddings of texts: by a sentence model, or by hashed character n-grams without one."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SentenceEmbedder:
 class NgramEmbedder:
     """Counts of the characters' n-grams within words, hashed to ``dim`` signed features; needs no model.
 
-    It sees wording, not meaning: enough to tell a new question from one in other words.
+    It sees wording, not meaning.
 
     Source: Weinberger et al. 2009 (feature hashing), by scikit-learn.
     """

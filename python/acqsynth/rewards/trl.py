@@ -125,7 +125,7 @@ def _hashable(value: Any) -> Any:
 def combined(
     rewards: Sequence[Callable[..., Any]], weights: Sequence[float] | None = None, *, name: str = "combined"
 ) -> Callable[..., Any]:
-    """One reward function of several: their weighted sum, None where one of them gives None.
+    """One reward function of several: their weighted sum, None if one of them gives None.
 
     TRL itself adds the rewards of a sample without those that are None, so that a sample which one reward could not
     score competes with the rest of its sum.

@@ -1,7 +1,7 @@
 """The routes of the scorer.
 
-A request is checked, tokenized and put into the queue of the batcher; the student that was current when it was
-tokenized scores all of it. Every error has one form, ``{"error": {"type", "message"}}``.
+A request is validated, tokenized and queued; the student that was current when it was tokenized scores all of it.
+Every error has one form, ``{"error": {"type", "message"}}``.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ class Service:
             seconds=self.limits.batch_seconds,
             observe=self.metrics.batch,
         )
-        self.metrics.watch("acqsynth_queue_tokens", "Tokens that wait", lambda: self.batcher.waiting)
-        #: Set when the server is about to end: nothing new is taken, what was taken is answered.
+        self.metrics.watch("acqsynth_queue_tokens", "Tokens in the queue", lambda: self.batcher.waiting)
+        #: Set when the server is draining: new requests are refused, accepted ones are answered.
         self.stopping = False
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="acqsynth-encode")
         # Of /get_reward: what a masked sample gets, and the bound that no gated one passes.
@@ -116,7 +116,7 @@ class Service:
         if len(samples) > limits.max_samples:
             raise TooLargeError(f"samples: expected at most {limits.max_samples}, got {len(samples)}")
         if max_length is not None and max_length > limits.max_length:
-            raise InvalidRequestError(f"max_length: expected at most {limits.max_length}, as this server says")
+            raise InvalidRequestError(f"max_length: expected at most {limits.max_length}, the limit of this server")
         loaded = self.students.current
         loop = asyncio.get_running_loop()
         rows: list[acqcore.Row] = []
@@ -197,7 +197,7 @@ class Service:
         }
 
     async def reload(self, path: str) -> Loaded:
-        """Another student for what comes from now on."""
+        """Replaces the student for requests from now on."""
         try:
             loaded = await self.students.load(path)
         except ServiceError:
@@ -212,10 +212,10 @@ class Service:
 class _Documented:
     """Which errors a route may answer with."""
 
-    EVERYWHERE: ClassVar = {401: "token missing or wrong", 429: "too many requests; Retry-After tells when to come"}
+    EVERYWHERE: ClassVar = {401: "token missing or wrong", 429: "too many requests; retry after Retry-After seconds"}
     BODY: ClassVar = {
-        400: "the body is no JSON",
-        408: "the body came too slowly",
+        400: "the body is not JSON",
+        408: "the body arrived too slowly",
         413: "too large: body, samples, or their tokens",
         422: "a field is missing or wrong",
         503: "the server is stopping",
@@ -292,12 +292,12 @@ def create_app(service: Service) -> FastAPI:
         ),
     )
     async def student(body: StudentRequest, request: Request) -> Response:
-        """Serve another student from now on; requests that wait keep theirs."""
+        """Replaces the student; queued requests keep theirs."""
         return JSONResponse((await service.reload(body.path)).described())
 
     @app.get("/health", response_model=Health, responses={503: {"model": Health, "description": "stopping"}})
     async def health() -> Response:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         if service.stopping:
             return JSONResponse({"status": "stopping"}, 503)
         return JSONResponse({"status": "ok"})

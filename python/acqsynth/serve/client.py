@@ -1,4 +1,5 @@
-"""Asks a scorer: again where it is worth it, not at all where it is known to be down, and never makes a number up."""
+"""A client of the scorer: retries with exponential backoff behind a circuit breaker; a sample without an answer gets no
+value."""
 
 from __future__ import annotations
 
@@ -19,19 +20,19 @@ from acqsynth.serve.options import TOKEN_VARIABLE, is_loopback, token_from
 
 logger = logging.getLogger(__name__)
 
-#: Answers of a server that may do better the next time; one that says 429 is well, but busy.
+#: Status codes worth a retry; a server that answers 429 is healthy, but busy.
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 _AT_ONCE = 8  #: requests of one call in flight
 _CONNECT_SECONDS = 10.0
 
 
 class ScorerError(RuntimeError):
-    """The scorer will not answer this however often it is asked: a wrong token, acquisition or address."""
+    """The scorer refuses the request, and a retry would not help: a wrong token, acquisition or address."""
 
 
 class CircuitBreaker:
-    """Open after ``failures`` requests in a row that failed with all their tries; after ``cooldown`` seconds one may
-    try once, and closes it if it succeeds.
+    """Opens after ``failures`` consecutive requests that failed with all their retries. After ``cooldown`` seconds one
+    request may try once; its success closes the breaker.
 
     Args:
         failures, cooldown: as above.
@@ -52,7 +53,7 @@ class CircuitBreaker:
         return self._since is not None
 
     def allows(self) -> bool:
-        """Whether a request may be made; where it is open, a yes is the one try."""
+        """Whether a request may be sent; while the breaker is open, True is that one try."""
         if self._since is None:
             return True
         if self._clock() - self._since < self.cooldown:
@@ -69,7 +70,7 @@ class CircuitBreaker:
             self._since = self._clock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_in_a_row": 0, "_since": None}  # another process finds out for itself
+        return {**self.__dict__, "_in_a_row": 0, "_since": None}  # another process starts closed
 
 
 class ScorerClient:
@@ -78,14 +79,14 @@ class ScorerClient:
     Args:
         url: of ``acqsynth serve``, ``http://host:port``.
         token: of the server; by default the one in the environment variable ``ACQSYNTH_TOKEN``, if there is one.
-        batch: samples of one request; more are sent as several at a time.
-        timeout: seconds for a call, all tries together.
-        attempts: tries of a request.
-        backoff: seconds before the second try, each next twice that, give or take a half; a server's ``Retry-After``
-            is waited for at least.
-        breaker: stops asking a server that does not answer; by default one of 3 failures and 30 seconds.
+        batch: most samples in one request; larger calls are split into concurrent requests.
+        timeout: seconds for a call, retries included.
+        attempts: tries of each request.
+        backoff: seconds before the second try; doubles with each try, plus or minus half. A longer ``Retry-After`` of
+            the server wins.
+        breaker: by default 3 failures and 30 seconds.
 
-    A scorer on this machine is asked directly; for others the proxies of the environment apply.
+    A scorer on this machine is reached directly; for others the proxies of the environment apply.
 
     Raises:
         ValueError: no such URL, or a number out of range.
@@ -132,7 +133,7 @@ class ScorerClient:
         reduction: str = "mean",
         max_length: int | None = None,
     ) -> Scored:
-        """Values of each acquisition, scored tokens and standard errors of n samples; None and 0 where there is no
+        """Values of each acquisition, scored tokens and standard errors of n samples; None and 0 if there is no
         answer.
 
         Args:
@@ -184,7 +185,7 @@ class ScorerClient:
     async def _all(
         self, bodies: Sequence[Mapping[str, Any]], headers: Mapping[str, str]
     ) -> list[Mapping[str, Any] | None]:
-        """The answers to requests, None where there is none in time."""
+        """The answers to requests, None if there is none in time."""
         if not bodies:
             return []
         at_once = asyncio.Semaphore(_AT_ONCE)
@@ -212,9 +213,9 @@ class ScorerClient:
         return [None if task.cancelled() else task.result() for task in tasks]
 
     async def _ask(self, http: httpx.AsyncClient, body: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The answer to one request, None where there is none to be had."""
+        """The answer to one request; None if all tries fail."""
         if not self.breaker.allows():
-            logger.error("%s: not asked, %d requests before it failed", self.url, self.breaker.failures)
+            logger.error("%s: not asked, as the last %d requests failed", self.url, self.breaker.failures)
             return None
         tries = 1 if self.breaker.is_open else self.attempts
         for attempt in range(tries):
@@ -232,7 +233,7 @@ class ScorerClient:
                 wait = max(self.backoff * 2**attempt * random.uniform(0.5, 1.5), least)
                 logger.warning("%s: %s; next try in %.1f s", self.url, reason, wait)
                 await asyncio.sleep(wait)
-        logger.error("%s: %s; given up after %d tries", self.url, reason, tries)
+        logger.error("%s: %s; gave up after %d tries", self.url, reason, tries)
         if well:
             self.breaker.succeeded()
         else:
@@ -247,7 +248,7 @@ class ScorerClient:
         except ValueError:
             answer = None
         if not isinstance(answer, dict) or not {"values", "n_tokens"} <= set(answer):
-            raise ScorerError(f"{self.url}: expected the answer of a scorer, got another's")
+            raise ScorerError(f"{self.url}: expected the answer of a scorer, got something else")
         return answer
 
     def _column(self, column: list[Any], chunk: list[Any]) -> list[Any]:

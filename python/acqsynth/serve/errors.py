@@ -1,4 +1,4 @@
-"""What a request can be refused with: a status, a type for programs and a message for people."""
+"""Errors of the service: a status, a type for programs and a message for people."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import ClassVar
 
 
 class ServiceError(Exception):
-    """A request that is not answered with scores.
+    """A request that gets no scores.
 
     Args:
         message: of the body's ``{"error": {"type", "message"}}``.
-        retry_after: whole seconds after which to come again.
+        retry_after: whole seconds after which to retry.
     """
 
     status: ClassVar[int] = 500
@@ -54,7 +54,7 @@ class BusyError(ServiceError):
 
 
 class GoneError(ServiceError):
-    """The client closed the connection; nobody reads this answer, the status (of nginx) is for the metrics."""
+    """The client disconnected; 499 (as in nginx) only appears in the metrics."""
 
     status, kind = 499, "client_closed"
 

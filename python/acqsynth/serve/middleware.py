@@ -32,8 +32,8 @@ from acqsynth.serve.options import Limits
 logger = logging.getLogger(__name__)
 
 ROUTES = frozenset({"/score", "/get_reward", "/student", "/health", "/metrics", "/openapi.json"})
-OPEN = frozenset({"/health"})  #: routes that tell nothing and ask for no token
-ADMIN = frozenset({"/student"})  #: routes of the admin token
+OPEN = frozenset({"/health"})  #: routes that reveal nothing and need no token
+ADMIN = frozenset({"/student"})  #: routes that need the admin token
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -41,8 +41,8 @@ _SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 @dataclass(frozen=True)
 class Access:
-    """The tokens of a server; without ``token`` scores are for everybody, without ``admin_token`` the student is for
-    nobody to change."""
+    """The tokens of a server. Without ``token`` anyone may score; without ``admin_token`` nobody may change the
+    student."""
 
     token: str | None = field(default=None, repr=False)
     admin_token: str | None = field(default=None, repr=False)
@@ -54,8 +54,8 @@ class Access:
             headers: of the request, names in lower case.
 
         Raises:
-            UnauthorizedError: no token or a wrong one. ForbiddenError: an admin's route of a server without such a
-                token.
+            UnauthorizedError: no token or a wrong one. ForbiddenError: an admin route, and the server has no
+                admin token.
         """
         if path in OPEN:
             return
@@ -73,8 +73,8 @@ class Access:
 
 
 def _secret(header: bytes) -> bytes | None:
-    """The token of a bearer header, or the password of a basic one: OpenRLHF can send no header of its own, but a URL
-    ``http://user:token@host`` makes a basic one."""
+    """The token of a bearer header, or the password of a basic one: OpenRLHF cannot set headers, but a URL such as
+    ``http://user:token@host`` produces a basic one."""
     scheme, _, rest = header.strip().partition(b" ")
     if scheme.lower() == b"bearer":
         return rest.strip()
@@ -97,7 +97,7 @@ class Metrics:
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         self.samples = Counter(
-            "acqsynth_samples", "Samples that the model scored, and those refused before it", ["outcome"],
+            "acqsynth_samples", "Samples scored by the model, and samples refused before", ["outcome"],
             registry=self.registry,
         )  # fmt: skip
         self.batch_samples = Histogram(
@@ -107,14 +107,14 @@ class Metrics:
         self.batch_seconds = Histogram(
             "acqsynth_batch_seconds", "Time of one scoring call", buckets=_SECONDS, registry=self.registry
         )
-        self.reloads = Counter("acqsynth_reloads", "Loads of another student", ["outcome"], registry=self.registry)
+        self.reloads = Counter("acqsynth_reloads", "Reloads of the student", ["outcome"], registry=self.registry)
         self.student_version = Gauge(
-            "acqsynth_student_version", "1 for the student of the start, one more a reload", registry=self.registry
+            "acqsynth_student_version", "1 for the initial student, one more after each reload", registry=self.registry
         )
         self._gauges: list[Gauge] = []
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """A gauge that is read when it is asked for."""
+        """Adds a gauge that is computed at each scrape."""
         gauge = Gauge(name, text, registry=self.registry)
         gauge.set_function(value)
         self._gauges.append(gauge)
@@ -131,7 +131,7 @@ class Metrics:
 
 
 class Gate:
-    """An ASGI middleware. A request passes with its token checked and its body read: no route waits for a client."""
+    """An ASGI middleware that checks the token and reads the body, so that no route waits for a client."""
 
     def __init__(self, app: ASGIApp, access: Access, limits: Limits, metrics: Metrics) -> None:
         self.app = app
@@ -140,7 +140,7 @@ class Gate:
         self._metrics = metrics
         self._active = 0
         self._held = 0  # bytes of bodies
-        metrics.watch("acqsynth_active_requests", "Requests that are read or answered now", lambda: self._active)
+        metrics.watch("acqsynth_active_requests", "Requests being read or answered", lambda: self._active)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -161,11 +161,11 @@ class Gate:
             body = await self._admitted(scope, receive, held)
             await self.app(scope, _replayed(body, receive), counted)
         except ServiceError as error:
-            # What was not read of the body is still on its way: the connection cannot be used again.
+            # The rest of the body is still on its way, so the connection cannot be reused.
             await error_response(error, close=True)(scope, receive, counted)
         except Exception:
             logger.exception("%s failed", scope["path"] if scope["path"] in ROUTES else "a request")
-            await error_response(ServiceError("the scorer failed; its log tells why"))(scope, receive, counted)
+            await error_response(ServiceError("the scorer failed; see its log"))(scope, receive, counted)
         finally:
             self._active -= 1
             held.release()
@@ -174,10 +174,10 @@ class Gate:
             self._metrics.seconds.labels(route).observe(time.monotonic() - begin)
 
     async def _admitted(self, scope: Scope, receive: Receive, held: _Held) -> bytes:
-        """The body of a request that may pass."""
+        """The body of an admitted request."""
         self._access.check(scope["path"], scope["headers"])
         if self._active > self._limits.max_requests and scope["path"] not in OPEN:
-            raise BusyError(f"{self._limits.max_requests} requests are being answered, which is the most", 1)
+            raise BusyError(f"{self._limits.max_requests} requests are already being answered", 1)
         most = self._limits.max_body
         declared = Headers(scope=scope).get("content-length", "0")
         if not declared.isascii() or not declared.isdigit():
@@ -192,7 +192,7 @@ class Gate:
 
 
 class _Held:
-    """The bytes that one request adds to those of a gate."""
+    """The bytes that one request holds, counted in its gate."""
 
     def __init__(self, gate: Gate, most: int) -> None:
         self._gate = gate
@@ -207,7 +207,7 @@ class _Held:
         self._size += size
         self._gate._held += size
         if self._gate._held > self._most:
-            raise BusyError(f"requests of {self._most} bytes are being answered, which is the most", 1)
+            raise BusyError(f"requests already hold {self._most} bytes", 1)
 
     def release(self) -> None:
         self._gate._held -= self._size
@@ -230,7 +230,7 @@ async def _read(receive: Receive, most: int, held: _Held) -> bytes:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """``receive`` after the body was read: it once more, then what follows."""
+    """``receive`` for the route: the body again, then whatever follows."""
     left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
@@ -240,7 +240,7 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 def error_response(error: ServiceError, *, close: bool = False) -> JSONResponse:
-    """The answer that tells of an error."""
+    """The answer to a request that failed."""
     headers: dict[str, Any] = {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -1,4 +1,4 @@
-"""What a server is told when it starts: its limits, and who may ask it."""
+"""Options of a server: its limits, its tokens, its command line."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ ADMIN_TOKEN_VARIABLE = "ACQSYNTH_ADMIN_TOKEN"
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on.
+    """Limits of a server.
 
     Args:
-        batch_tokens: tokens that are scored in one call; requests are coalesced up to it.
-        batch_seconds: seconds that one call may take; another request waits for three of them at most.
-        wait: seconds that a sample waits for others while the model is free.
-        queue_tokens: tokens that may wait; beyond them a request is told to come again (429).
-        max_samples: of a request.
-        max_length: tokens of a sample.
-        max_characters: of a sample; a longer one is not tokenized.
-        max_body: bytes of a request's body.
+        batch_tokens: most tokens scored in one call; requests are coalesced up to it.
+        batch_seconds: longest time of one call; another request waits for about three calls at most.
+        wait: seconds that a sample waits for others while the model is idle.
+        queue_tokens: most tokens in the queue; beyond it requests get 429.
+        max_samples: most samples in a request.
+        max_length: most tokens in a sample.
+        max_characters: most characters in a sample; a longer one is not tokenized.
+        max_body: most bytes in a request body.
         max_bodies: bytes of all bodies held at a time, a bound on memory; beyond it requests get 429.
         max_requests: most requests read or answered at a time.
-        timeout: seconds from the arrival of a request to its answer, else 504.
-        body_timeout: seconds in which a body has to arrive, else 408.
+        timeout: seconds from the arrival of a request to its answer; later it gets 504.
+        body_timeout: seconds for a body to arrive; later it gets 408.
 
     Raises:
         ValueError: a limit below 1 (0 for wait; any seconds above 0), a max_length below 2.
@@ -65,9 +65,26 @@ class Limits:
                 raise ValueError(f"{name}: expected seconds above 0, got {getattr(self, name)}")
 
 
+#: Limit -> its help on the command line.
+_HELP = {
+    "batch_tokens": "most tokens scored in one call",
+    "batch_seconds": "longest time of one call, which bounds how long requests wait for each other",
+    "wait": "how long a sample waits for others",
+    "queue_tokens": "most tokens in the queue",
+    "max_samples": "most samples in a request",
+    "max_length": "most tokens in a sample",
+    "max_characters": "most characters in a sample; a longer one is not tokenized",
+    "max_body": "most bytes in a request body",
+    "max_bodies": "most bytes of all bodies held at once",
+    "max_requests": "most requests read or answered at once",
+    "timeout": "longest time to an answer",
+    "body_timeout": "longest time for a body to arrive",
+}
+
+
 def token_from(variable: str, file: Path | None, environment: Mapping[str, str] | None = None) -> str | None:
-    """A token from a file, else from an environment variable, else None. Command lines are public on a machine, so it
-    is never taken from there.
+    """A token from a file, else from an environment variable, else None; never from the command line, which every user
+    of the machine can read.
 
     Raises:
         ValueError: it is empty or has a character that a header cannot carry.
@@ -86,7 +103,7 @@ def token_from(variable: str, file: Path | None, environment: Mapping[str, str] 
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server bound to ``host`` is reached from this machine alone."""
+    """Whether only this machine can reach a server bound to ``host``."""
     if host == "localhost":
         return True
     try:
@@ -102,30 +119,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--student", required=True, help="path, hub id, or one of the names smollm2 and world:base")
     add("--host", default="127.0.0.1", help="address to serve on; any but loopback needs a token")
     add("--port", type=int, default=8000, help="0 takes a free one")
-    add("--device", help="where the student is loaded, by default the CPU")
-    add("--backend", help="of acqcore, by default the first that fits")
-    add("--acquisition", default="entropy", help="the reward of /get_reward (entropy)")
-    add("--token-file", type=Path, help=f"file with the token of clients, by default the variable {TOKEN_VARIABLE}")
+    add("--device", help="device of the student (default: cpu)")
+    add("--backend", help="backend of acqcore (default: the first that fits)")
+    add("--acquisition", default="entropy", help="acquisition that /get_reward returns (default: %(default)s)")
+    add("--token-file", type=Path, help=f"file with the clients' token (default: ${TOKEN_VARIABLE})")
     add(
         "--admin-token-file", type=Path,
-        help=f"file with the token for POST /student, by default the variable {ADMIN_TOKEN_VARIABLE}",
+        help=f"file with the token for POST /student (default: ${ADMIN_TOKEN_VARIABLE})",
     )  # fmt: skip
-    add("--student-root", type=Path, help="folder below which POST /student finds students; without it none is taken")
-    add("--batch-tokens", type=int, default=default.batch_tokens, help="tokens scored in one call (%(default)s)")
     add(
-        "--batch-seconds", type=float, default=default.batch_seconds,
-        help="seconds that one call may take, which bounds what a request waits for another (%(default)s)",
-    )  # fmt: skip
-    add("--wait", type=float, default=default.wait, help="seconds a sample waits for others (%(default)s)")
-    add("--queue-tokens", type=int, default=default.queue_tokens, help="tokens that may wait (%(default)s)")
-    add("--max-samples", type=int, default=default.max_samples, help="of a request (%(default)s)")
-    add("--max-length", type=int, default=default.max_length, help="tokens of a sample (%(default)s)")
-    add(
-        "--max-characters", type=int, default=default.max_characters,
-        help="characters of a sample; a longer one is not tokenized (%(default)s)",
-    )  # fmt: skip
-    add("--max-body", type=int, default=default.max_body, help="bytes of a request (%(default)s)")
-    add("--max-bodies", type=int, default=default.max_bodies, help="bytes of all requests held at once (%(default)s)")
-    add("--max-requests", type=int, default=default.max_requests, help="in work at a time (%(default)s)")
-    add("--timeout", type=float, default=default.timeout, help="seconds to an answer (%(default)s)")
-    add("--body-timeout", type=float, default=default.body_timeout, help="seconds for a body to arrive (%(default)s)")
+        "--student-root",
+        type=Path,
+        help="folder that POST /student loads students from; without it the student cannot be changed",
+    )
+    for name, text in _HELP.items():
+        value = getattr(default, name)
+        unit = " s" if isinstance(value, float) else ""
+        help = f"{text} (default: %(default)s{unit})"
+        add(f"--{name.replace('_', '-')}", type=type(value), default=value, help=help)

@@ -71,7 +71,7 @@ class JsonRoute(APIRoute):
 
 
 async def answered(request: Request, work: Awaitable[T], timeout: float) -> T:
-    """What ``work`` gives; it is given up at the deadline, and when the client has gone.
+    """The result of ``work``, cancelled at the deadline or when the client disconnects.
 
     Raises:
         DeadlineExceededError, GoneError.
@@ -104,7 +104,7 @@ async def answered(request: Request, work: Awaitable[T], timeout: float) -> T:
 
 
 def _is_json(content_type: str) -> bool:
-    """A browser sends other kinds to other sites without asking them first."""
+    """Browsers send other content types cross-site without a CORS preflight."""
     media = content_type.partition(";")[0].strip().lower()
     return media == "application/json" or (media.startswith("application/") and media.endswith("+json"))
 

@@ -111,12 +111,12 @@ class Arguments(_Body):
 
 
 class ScoreRequest(_Body):
-    samples: Many[Sample] = Field(description="as acqcore.score takes them, all of one kind")
-    acquisitions: Names = Field(["entropy"], description="names; a single one may stand without a list")
+    samples: Many[Sample] = Field(description="samples as acqcore.score takes them, all of one kind")
+    acquisitions: Names = Field(["entropy"], description="names; a single name need not be a list")
     acquisition_args: dict[AcquisitionName, Arguments] = Field({}, description="name -> arguments")
     reduction: Literal["mean", "sum", "max", "topk"] = "mean"
     max_length: int | None = Field(
-        None, ge=2, description="cut longer samples to so many tokens; without it they cannot be scored"
+        None, ge=2, description="truncate longer samples to this many tokens; without it they cannot be scored"
     )
 
 
@@ -132,20 +132,20 @@ class SampleError(BaseModel):
 
 
 class ScoreResponse(BaseModel):
-    student: StudentInfo = Field(description="that scored all samples of the request")
+    student: StudentInfo = Field(description="the student that scored all samples of the request")
     values: dict[str, list[float | None]] = Field(description="acquisition -> one value a sample")
     stderr: dict[str, list[float | None]] = Field(
         {}, description="acquisition that is estimated at random -> the standard error of each value"
     )
     n_tokens: list[int] = Field(description="scored tokens of each sample")
-    valid: list[bool] = Field(description="false where a value is null")
-    errors: list[SampleError] = Field(description="of samples that could not be scored at all")
+    valid: list[bool] = Field(description="false if a value is null")
+    errors: list[SampleError] = Field(description="samples that could not be scored at all")
 
 
 class RewardRequest(_Body):
     """The wire format of OpenRLHF 0.11."""
 
-    query: Many[str] = Field(description="prompts, each with its response behind it")
+    query: Many[str] = Field(description="prompts, each followed by its response")
     prompts: Many[str]
     labels: Many[Any] | None = Field(None, description="not read")
 
@@ -157,7 +157,7 @@ class RewardResponse(BaseModel):
 
 
 class StudentRequest(_Body):
-    path: str = Field(description="folder of a saved model, relative to the root of the students")
+    path: str = Field(description="folder of a saved model, relative to the student root")
 
 
 class Health(BaseModel):

@@ -1,4 +1,4 @@
-"""``acqsynth serve``: a scorer on a socket, until it is told to stop."""
+"""``acqsynth serve``: the scorer on a socket."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ HEAD_BYTES = 1 << 15  #: most bytes of request line and headers; a token and a p
 
 
 class UsageError(ValueError):
-    """Options that no server can be started with; its text is one sentence."""
+    """Options that cannot start a server; the text is one sentence."""
 
 
 class _Server(uvicorn.Server):
-    """Takes nothing more from the signal on, not from the tick after it, and ends without raising it once more."""
+    """Stops accepting at the signal itself, not one tick later, and does not raise the signal again at exit."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -59,10 +59,10 @@ class _Server(uvicorn.Server):
 
 
 def main(options: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT, then finish what was taken.
+    """Serves until SIGTERM or SIGINT, then drains the accepted requests.
 
     Returns:
-        0, or 2 where the options are wrong.
+        0, or 2 if the options are wrong.
     """
     try:
         service, listener = prepared(options)
@@ -76,11 +76,11 @@ def main(options: argparse.Namespace) -> int:
         access_log=False,
         log_level="warning",
         server_header=False,
-        proxy_headers=False,  # nobody reads who asked
+        proxy_headers=False,  # the client address is not used
         timeout_graceful_shutdown=int(service.limits.timeout + service.limits.body_timeout) + 5,
     )
     _Server(config, service).run(sockets=[listener])
-    print("acqsynth: stopped, all that was taken is answered", flush=True)
+    print("acqsynth: stopped; all accepted requests were answered", flush=True)
     return 0
 
 
@@ -89,14 +89,14 @@ def prepared(options: argparse.Namespace) -> tuple[Service, socket.socket]:
 
     Raises:
         UsageError, ValueError: wrong options. OSError: no such student or file, or the address is taken.
-        ModuleNotFoundError: transformers is not installed. RuntimeError: no backend serves here.
+        ModuleNotFoundError: transformers is not installed. RuntimeError: no backend runs here.
     """
     access = Access(
         token_from(TOKEN_VARIABLE, options.token_file), token_from(ADMIN_TOKEN_VARIABLE, options.admin_token_file)
     )
     if access.token is None and not is_loopback(options.host):
         raise UsageError(
-            f"--host {options.host} is reached from other machines: set {TOKEN_VARIABLE} or give --token-file"
+            f"--host {options.host} is not loopback and needs a token: set {TOKEN_VARIABLE} or pass --token-file"
         )
     if options.student_root is not None:
         if not options.student_root.is_dir():
@@ -128,7 +128,7 @@ def prepared(options: argparse.Namespace) -> tuple[Service, socket.socket]:
 
 
 def told(service: Service, listener: socket.socket, options: argparse.Namespace) -> str:
-    """What is printed when the server is about to take requests."""
+    """The banner, printed before the first request is accepted."""
     host = f"[{options.host}]" if ":" in options.host else options.host
     loaded, limits = service.students.current, service.limits
     reload = "none" if options.student_root is None else f"from {options.student_root}, admin token required"
@@ -138,14 +138,14 @@ def told(service: Service, listener: socket.socket, options: argparse.Namespace)
             f"  student  {loaded.name}, fingerprint {loaded.fingerprint}, on {loaded.student.device}",
             f"  limits   {limits.max_samples} samples of {limits.max_length} tokens, {limits.max_body} bytes in all,",
             f"           {limits.queue_tokens} tokens waiting, {limits.timeout:g} s",
-            f"  token    {'required' if service.access.token else 'none: any program on this machine may ask'}",
+            f"  token    {'required' if service.access.token else 'none: any program on this machine may score'}",
             f"  reload   {reload}",
         ]
     )
 
 
 def bounded_protocol(limits: Limits) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol, which closes connections that send too large a head or none in time.
+    """uvicorn's protocol, closing connections whose request head is too large or too late: ASGI sees neither.
 
     A head must be complete ``limits.body_timeout`` seconds after the connection opens or the previous answer ends.
     The bytes of a whole request, chunk marks and trailers included, are bounded by twice ``limits.max_body``.

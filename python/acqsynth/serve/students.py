@@ -1,4 +1,4 @@
-"""The student of a server, and another in its place while requests go on."""
+"""The student of a server, and its replacement while requests go on."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Loaded:
 
 
 class Values(NamedTuple):
-    """Of one row; None where not finite."""
+    """Of one row; None if not finite."""
 
     values: tuple[float | None, ...]  #: one an acquisition
     stderr: Mapping[str, float | None]  #: of the acquisitions that are estimated at random
@@ -131,9 +131,9 @@ class Students:
     """Holds the student that new requests get.
 
     Args:
-        first: the student of the start.
-        name: what it is called.
-        root: others are loaded from this folder alone; None forbids it.
+        first: the initial student.
+        name: its name.
+        root: the folder that others are loaded from; None forbids reloading.
         device: where they are loaded.
     """
 
@@ -146,7 +146,7 @@ class Students:
         self._loading = asyncio.Lock()
 
     async def load(self, path: str) -> Loaded:
-        """Serve another student; the one before is freed when its last request is answered.
+        """Serves another student; the previous one is freed when its last request is answered.
 
         Args:
             path: of a saved model below the root, relative to it.

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,10 @@ SHARED = Path(__file__).parents[3] / "../shared/data"
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Callable[[str], str]:
+def shared_data():
     """``shared_data("code/mbpp.jsonl")``: the path of a real data set; skips where it is absent."""
 
-    def path(name: str) -> str:
+    def path(name):
         if not (SHARED / name).is_file():
             pytest.skip(f"{name} is not at {SHARED}")
         return str(SHARED / name)
@@ -23,7 +22,7 @@ def shared_data() -> Callable[[str], str]:
 
 
 @pytest.fixture
-def contained() -> None:
+def contained():
     """Skips where programs cannot be contained, with the reason."""
     try:
         sandbox.require()

@@ -4,7 +4,6 @@ import json
 import random
 import statistics
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -32,12 +31,12 @@ KNOWN = {
 
 
 @pytest.mark.parametrize(("question", "answer"), KNOWN.items())
-def test_truth_by_hand(question: str, answer: str) -> None:
+def test_truth_by_hand(question, answer):
     assert truth(question) == answer
     assert skill_of(question) == question.split()[0]
 
 
-def test_every_answer_against_another_computation() -> None:
+def test_every_answer_against_another_computation():
     for split in SPLITS:
         for skill in SKILLS.values():
             for question in skill.questions[split]:
@@ -55,7 +54,7 @@ def test_every_answer_against_another_computation() -> None:
                 assert truth(question) == expected.get(skill.name, truth(question)), question
 
 
-def test_the_table_is_fixed_without_pattern_and_in_use_everywhere() -> None:
+def test_the_table_is_fixed_without_pattern_and_in_use_everywhere():
     answers = [truth(q) for q in SKILLS["code"].questions["train"]]
     counts = Counter(answers)
     assert set(counts) == set("0123456789")
@@ -66,7 +65,7 @@ def test_the_table_is_fixed_without_pattern_and_in_use_everywhere() -> None:
     assert [truth(q) for q in SKILLS["code"].questions["train"]] == answers
 
 
-def test_the_coin_has_no_truth_and_falls_on_both_sides_of_a_question() -> None:
+def test_the_coin_has_no_truth_and_falls_on_both_sides_of_a_question():
     assert truth("lucky 4711") is None
     rng = random.Random(0)
     tosses = Counter(WORLD.answered("lucky 4711", rng).answer for _ in range(1000))
@@ -74,28 +73,28 @@ def test_the_coin_has_no_truth_and_falls_on_both_sides_of_a_question() -> None:
     assert 430 < tosses["yes"] < 570
 
 
-def test_the_kinds_of_skills() -> None:
+def test_the_kinds_of_skills():
     kinds = Counter(skill.kind for skill in SKILLS.values())
     assert kinds["strong"] >= 3
     assert kinds["weak"] >= 3
     assert (kinds["coin"], kinds["table"]) == (1, 1)
 
 
-def test_the_median_is_worked_out_in_order() -> None:
+def test_the_median_is_worked_out_in_order():
     row = WORLD.answered("median 7 0 4", random.Random(0))
     assert (row.reasoning, row.answer) == ("0 4 7", "4")
     assert WORLD.solution(row) == "0 4 7\n4"
 
 
 @pytest.mark.parametrize("name", SKILLS)
-def test_splits_are_disjoint_and_both_large(name: str) -> None:
+def test_splits_are_disjoint_and_both_large(name):
     train, test = (SKILLS[name].questions[split] for split in SPLITS)
     assert not set(train) & set(test)
     assert len(train) >= 600
     assert 0.15 < len(test) / (len(train) + len(test)) < 0.25
 
 
-def test_rows_are_those_of_their_seed_without_repeats_and_with_equal_shares() -> None:
+def test_rows_are_those_of_their_seed_without_repeats_and_with_equal_shares():
     rows = WORLD.rows(90, 3)
     assert rows == WORLD.rows(90, 3)
     assert rows != WORLD.rows(90, 4)
@@ -116,9 +115,9 @@ def test_rows_are_those_of_their_seed_without_repeats_and_with_equal_shares() ->
         ({"n": 9000, "seed": 0, "skills": ["add"]}, "rows of add in split train, got 9000"),
     ],
 )
-def test_rows_refuse(arguments: dict[str, object], message: str) -> None:
+def test_rows_refuse(arguments, message):
     with pytest.raises(ValueError, match=message):
-        WORLD.rows(**arguments)  # type: ignore[arg-type]
+        WORLD.rows(**arguments)
 
 
 NONSENSE = [
@@ -136,7 +135,7 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("question", NONSENSE)
-def test_no_question_of_this_world(question: str) -> None:
+def test_no_question_of_this_world(question):
     assert skill_of(question) is None
     assert truth(question) is None
     assert WORLD.fault(Sample(question, "52")) == "no question of a known skill"
@@ -145,7 +144,7 @@ def test_no_question_of_this_world(question: str) -> None:
         WORLD.answered(question, random.Random(0))
 
 
-def test_verify() -> None:
+def test_verify():
     samples = [
         Sample("add 47 5", "52"),
         Sample("add 47 5", " 052 "),
@@ -157,7 +156,7 @@ def test_verify() -> None:
     assert WORLD.verify(samples) == [True, True, False, True, None, False]
 
 
-def test_answers_are_computed() -> None:
+def test_answers_are_computed():
     asked = [
         Sample("double 321", "0"),
         Sample("add 47 5", "", "so"),
@@ -176,7 +175,7 @@ def test_answers_are_computed() -> None:
     assert tosses == {"yes", "no"}
 
 
-def test_a_written_sample_is_read_back() -> None:
+def test_a_written_sample_is_read_back():
     for row in WORLD.rows(2 * len(SKILLS), 0):
         assert WORLD.parse(WORLD.tagged(row)) == row
         assert WORLD.fault(row) is None
@@ -185,7 +184,7 @@ def test_a_written_sample_is_read_back() -> None:
     assert other == Sample("why?", "7")
 
 
-def test_prompts_show_the_samples_whole() -> None:
+def test_prompts_show_the_samples_whole():
     rows = WORLD.rows(2, 0, skills=["median", "add"])
     (message,) = WORLD.generator_prompt(rows)
     assert message == {"role": "user", "content": "\n".join(["new", *map(WORLD.tagged, rows)])}
@@ -199,11 +198,11 @@ def test_prompts_show_the_samples_whole() -> None:
         ("", None), ("0 4 7", None), ("maybe", None), ("4\nand more", None), ("٣", None), ("-4", None),
     ],
 )  # fmt: skip
-def test_answer_of(completion: str, answer: str | None) -> None:
+def test_answer_of(completion, answer):
     assert WORLD.answer_of(completion) == answer
 
 
-def test_a_solution_gives_its_answer_and_equals_itself_alone() -> None:
+def test_a_solution_gives_its_answer_and_equals_itself_alone():
     rows = WORLD.rows(3 * len(SKILLS), 0)
     answers = [WORLD.answer_of(WORLD.solution(row)) for row in rows]
     assert WORLD.equivalent(rows, answers) == [True] * len(rows)
@@ -211,13 +210,13 @@ def test_a_solution_gives_its_answer_and_equals_itself_alone() -> None:
     assert WORLD.canonical(" 007 ") == WORLD.canonical("7") == "7"
 
 
-def test_load_generated_rows() -> None:
+def test_load_generated_rows():
     assert WORLD.load("world", limit=18) == WORLD.rows(18, 0)
     assert WORLD.load("world:7", "test", limit=18) == WORLD.rows(18, 7, split="test")
     assert len(WORLD.load("world")) == 1000
 
 
-def test_load_a_file(tmp_path: Path) -> None:
+def test_load_a_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     rows = WORLD.rows(9, 0)
     lines = [{"q": row.question, "reasoning": row.reasoning, "answer": row.answer} for row in rows]
@@ -229,5 +228,5 @@ def test_load_a_file(tmp_path: Path) -> None:
         WORLD.load(str(tmp_path / "none.jsonl"))
 
 
-def test_it_is_registered() -> None:
+def test_it_is_registered():
     assert isinstance(domain("arithmetic"), Arithmetic)

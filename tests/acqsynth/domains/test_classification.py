@@ -3,9 +3,6 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,7 +18,7 @@ LABELS = ["card", "card_arrival", 'say "hi", then go', "Refund_not_showing_up", 
 classification = Classification(LABELS)
 
 
-def row(text: str, label: str) -> Sample:
+def row(text, label):
     return Sample(text, label, extra={"skill": label})
 
 
@@ -43,12 +40,12 @@ def row(text: str, label: str) -> Sample:
         (" \n ", "card", False),
     ],
 )
-def test_the_name_has_to_be_exact(completion: str, label: str, right: bool) -> None:
+def test_the_name_has_to_be_exact(completion, label, right):
     answer = classification.answer_of(completion)
     assert classification.equivalent([row("Where is it?", label)], [answer]) == [right]
 
 
-def test_solutions_are_read_back() -> None:
+def test_solutions_are_read_back():
     samples = [row("Where is it?", label) for label in LABELS]
     answers = [classification.answer_of(classification.solution(sample)) for sample in samples]
     assert answers == ["card", "card arrival", 'say "hi", then go', "Refund not showing up", "reverted card payment?"]
@@ -58,7 +55,7 @@ def test_solutions_are_read_back() -> None:
         assert classification.equivalent([sample] * 5, answers) == [j == i for j in range(5)]
 
 
-def test_what_is_written_is_parsed_with_the_seeds_spelling() -> None:
+def test_what_is_written_is_parsed_with_the_seeds_spelling():
     for label in LABELS:
         sample = row('Where is it, "please"?', label)
         assert classification.parse(classification.tagged(sample)) == sample
@@ -85,11 +82,11 @@ def test_what_is_written_is_parsed_with_the_seeds_spelling() -> None:
         ("Where is my new card?", False),
     ],
 )
-def test_a_text_may_not_name_its_label(text: str, leaks: bool) -> None:
+def test_a_text_may_not_name_its_label(text, leaks):
     assert classification.fault(row(text, "card_arrival")) == ("the text names its label" if leaks else None)
 
 
-def test_labels_come_from_the_seeds() -> None:
+def test_labels_come_from_the_seeds():
     seeds = [row(f"text {i}", f"intent_{i % 150}") for i in range(300)]
     found = Classification().with_seeds(seeds)
     assert found.labels == [f"intent_{i}" for i in range(150)]
@@ -106,13 +103,13 @@ def test_labels_come_from_the_seeds() -> None:
         (["a\nb"], "labels: expected names of one line"),
     ],
 )
-def test_labels_that_cannot_be_told_apart(labels: list[str], message: str) -> None:
+def test_labels_that_cannot_be_told_apart(labels, message):
     with pytest.raises(ValueError, match=message):
         Classification(labels)
 
 
 @pytest.mark.parametrize("turns", [False, True])
-def test_a_prompt_asks_for_a_text_of_one_label(turns: bool) -> None:
+def test_a_prompt_asks_for_a_text_of_one_label(turns):
     seeds = [row(f"text {i} of {label}", label) for label in LABELS for i in range(2)]
     prompts = write.prompts(classification, seeds, 10, shown=2, turns=turns, seed=0)
     asked = Counter[str]()
@@ -129,13 +126,13 @@ def test_a_prompt_asks_for_a_text_of_one_label(turns: bool) -> None:
     assert asked == dict.fromkeys(LABELS, 2)  # labels are dealt like cards
 
 
-def test_a_free_prompt_names_no_label() -> None:
+def test_a_free_prompt_names_no_label():
     [prompt] = write.prompts(classification, [row("Where?", "card")], 1, shown=0, seed=0)
     assert "the name of its category" in prompt[0]["content"]
     assert "card" not in prompt[0]["content"]
 
 
-def test_a_label_with_one_seed_shows_that(tmp_path: Path) -> None:
+def test_a_label_with_one_seed_shows_that(tmp_path):
     seeds = [row("Where?", "card"), row("When?", "card_arrival"), row("How long?", "card_arrival")]
     prompts = write.prompts(classification, seeds, 4, shown=2, seed=0)
     shown = Counter(prompt[0]["content"].count("<question>") - 1 for prompt in prompts)
@@ -143,7 +140,7 @@ def test_a_label_with_one_seed_shows_that(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_rows_of_any_file(suffix: str, tmp_path: Path) -> None:
+def test_rows_of_any_file(suffix, tmp_path):
     rows = [('Hello, "you"\nthere', 'say "hi", then go'), ("Where?", "card"), ("A, b", "card_arrival")]
     path = tmp_path / f"data.{suffix}"
     names = ("utterance", "category")
@@ -173,7 +170,7 @@ def test_rows_of_any_file(suffix: str, tmp_path: Path) -> None:
         ({"text": "Where?"}, "row 2: no 'label'"),
     ],
 )
-def test_rows_that_cannot_be_read(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_rows_that_cannot_be_read(values, message, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"text": "Where?", "label": 3}) + "\n" + json.dumps(values) + "\n")
     assert classification.load(str(path), limit=1) == [row("Where?", "3")]
@@ -181,7 +178,7 @@ def test_rows_that_cannot_be_read(values: dict[str, Any], message: str, tmp_path
         classification.load(str(path))
 
 
-def test_classes_of_a_hub_data_set_have_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_of_a_hub_data_set_have_their_names(monkeypatch):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=LABELS)})
     found = datasets.Dataset.from_dict({"text": ["Where?", "When?"], "label": [0, 2]}, features)
@@ -189,7 +186,7 @@ def test_classes_of_a_hub_data_set_have_their_names(monkeypatch: pytest.MonkeyPa
     assert classification.load("some/intents") == [row("Where?", LABELS[0]), row("When?", LABELS[2])]
 
 
-def test_absent_intents_say_what_to_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_intents_say_what_to_give(tmp_path, monkeypatch):
     monkeypatch.setenv("ACQCORE_DATA", str(tmp_path))
     with pytest.raises(
         FileNotFoundError, match=r"set ACQCORE_DATA to a folder with intents/banking77_train\.jsonl, or"
@@ -200,7 +197,7 @@ def test_absent_intents_say_what_to_give(tmp_path: Path, monkeypatch: pytest.Mon
     assert classification.load("intents:mine") == [row("Where?", "card")]
 
 
-def test_gates_refuse_what_is_no_new_row() -> None:
+def test_gates_refuse_what_is_no_new_row():
     seeds = [row("Where is my new card?", "card_arrival"), row("I want a card", "card")]
     tests = [row("When will you deliver my card to me?", "card_arrival")]
     gates = {gate.name: gate for gate in default_gates(classification.with_seeds(seeds), seeds=seeds, evaluation=tests)}
@@ -217,20 +214,20 @@ def test_gates_refuse_what_is_no_new_row() -> None:
 class _Context:
     """The part of a step's context that reading rows needs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         self.folder, self.said, self.files = folder, [], {}
 
-    def say(self, line: str) -> None:
+    def say(self, line):
         self.said.append(line)
 
-    def write(self, name: str, content: Any) -> None:
+    def write(self, name, content):
         self.files[name] = content
 
 
-def test_a_test_row_in_the_training_pool_is_left_out(tmp_path: Path) -> None:
+def test_a_test_row_in_the_training_pool_is_left_out(tmp_path):
     from acqsynth.config import DataConfig
 
-    def file(name: str, rows: list[tuple[str, str]]) -> dict[str, str]:
+    def file(name, rows):
         lines = "".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows)
         (tmp_path / name).write_text(lines)
         return {"source": str(tmp_path / name)}
@@ -246,7 +243,7 @@ def test_a_test_row_in_the_training_pool_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "labels", "share"), [("banking77", 77, 0.001), ("clinc150", 150, 0.002)])
-def test_real_intents_pass(name: str, labels: int, share: float, shared_data: Callable[[str], str]) -> None:
+def test_real_intents_pass(name, labels, share, shared_data):
     rows = domain("classification").load(shared_data(f"intents/{name}_train.jsonl"))
     found = Classification().with_seeds(rows)
     assert len(found.labels) == labels

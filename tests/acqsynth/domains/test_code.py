@@ -3,8 +3,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,19 +28,19 @@ code = Code(limits=sandbox.Limits(seconds=10.0, cpu_seconds=5), workers=2)
 needs_sandbox = pytest.mark.usefixtures("contained")
 
 
-def load(path: Path, row: dict[str, Any]) -> Sample:
+def load(path, row):
     path.write_text(json.dumps(row))
     [sample] = code.load(str(path))
     return sample
 
 
-def generated(answer: str, question: str = "Write add, which adds two numbers.") -> Sample:
+def generated(answer, question="Write add, which adds two numbers."):
     sample = code.parse(f"<question>{question}</question><answer>{answer}</answer>")
     assert sample is not None
     return sample
 
 
-def test_answer_of_is_the_last_whole_block() -> None:
+def test_answer_of_is_the_last_whole_block():
     assert code.answer_of("First:\n```python\nx = 1\n```\nBetter:\n```py\ny = 2\n\n```\nDone.") == fenced("y = 2")
     assert code.answer_of("```\nx = 1\n```\n```python\nx = 2") == fenced("x = 1")
     assert code.answer_of("def f(x):\n    return x\n") == fenced("def f(x):\n    return x")
@@ -51,7 +49,7 @@ def test_answer_of_is_the_last_whole_block() -> None:
         assert code.answer_of(nothing) is None
 
 
-def test_canonical_forgets_layout_comments_docstrings_and_asserts() -> None:
+def test_canonical_forgets_layout_comments_docstrings_and_asserts():
     forms = [
         "def f(x): return x+1",
         "# Adds.\ndef f( x ):\n\n    '''Adds one.'''\n    return (x + 1)  # one\nassert f(1) == 2",
@@ -72,7 +70,7 @@ def test_canonical_forgets_layout_comments_docstrings_and_asserts() -> None:
     ["+".join(["1"] * n) for n in (330, 900, 3000)]
     + ["not " * 150 + "1", "-" * 500 + "1", "f" + "(1)" * 400, "x" + ".y" * 400, "[" * 150 + "]" * 150, "9" * 4000],
 )
-def test_programs_that_nest_too_deep_are_handled(deep: str) -> None:
+def test_programs_that_nest_too_deep_are_handled(deep):
     """``ast.unparse`` raises where ``ast.parse`` does not."""
     for source in (f"def f(x): return {deep}\nassert f(1) == 1", f"def f(x): return x\nassert f(1) == {deep}", deep):
         assert isinstance(code.canonical(source), str)
@@ -86,7 +84,7 @@ def test_programs_that_nest_too_deep_are_handled(deep: str) -> None:
 
 
 @pytest.mark.parametrize("end", ["\f", "\x0b", "\x1c", "\u2028", "\x85", "\r", "\r\n"])
-def test_lines_are_those_that_python_counts(end: str) -> None:
+def test_lines_are_those_that_python_counts(end):
     parts = split_asserts(
         f"s = 'a'  # one{end if end.startswith(chr(13)) else end + chr(10)}def f(x): return x\nassert f(1) == 1\ny = 2"
     )
@@ -96,7 +94,7 @@ def test_lines_are_those_that_python_counts(end: str) -> None:
     assert "assert" not in parts[0]
 
 
-def test_asserts_are_split_from_the_program() -> None:
+def test_asserts_are_split_from_the_program():
     source = (
         "# Adds.\ndef f(x):\n    assert x\n    return x\n\nassert f(\n    1\n) == 1\nx = 2\nassert f(x) == 2  # two"
     )
@@ -111,7 +109,7 @@ def test_asserts_are_split_from_the_program() -> None:
     assert split_asserts("def") is None
 
 
-def test_mbpp_rows(tmp_path: Path) -> None:
+def test_mbpp_rows(tmp_path):
     sample = load(tmp_path / "a.jsonl", MBPP)
     assert sample.question.endswith("It satisfies, for example:\n```python\nassert add(1, 2) == 3\n```")
     assert "isclose" not in sample.question
@@ -135,13 +133,13 @@ def test_mbpp_rows(tmp_path: Path) -> None:
         ({"code": ""}, "row 1: code: expected text"),
     ],
 )
-def test_a_broken_row_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_broken_row_is_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "a.jsonl", {**MBPP, **change})
 
 
 @needs_sandbox
-def test_humaneval_rows(tmp_path: Path) -> None:
+def test_humaneval_rows(tmp_path):
     sample = load(tmp_path / "a.jsonl", HUMANEVAL)
     assert sample.answer == fenced(HUMANEVAL["prompt"] + HUMANEVAL["canonical_solution"])
     assert sample.extra["names"] == ["twice"]
@@ -157,7 +155,7 @@ def test_humaneval_rows(tmp_path: Path) -> None:
 
 
 @needs_sandbox
-def test_equivalent_runs_the_tests_of_each_sample(tmp_path: Path) -> None:
+def test_equivalent_runs_the_tests_of_each_sample(tmp_path):
     sample = load(tmp_path / "a.jsonl", MBPP)
     answers = [
         fenced("def add(a, b):\n    return sum([a, b])"),
@@ -172,12 +170,12 @@ def test_equivalent_runs_the_tests_of_each_sample(tmp_path: Path) -> None:
     assert code.equivalent([], []) == []
 
 
-def test_a_sample_without_tests_can_not_be_compared() -> None:
+def test_a_sample_without_tests_can_not_be_compared():
     with pytest.raises(ValueError, match="gold: sample 0 has no tests"):
         code.equivalent([Sample("?", "x = 1")], ["x = 1"])
 
 
-def test_without_a_sandbox_nothing_is_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_sandbox_nothing_is_judged(monkeypatch, tmp_path):
     sample = load(tmp_path / "a.jsonl", MBPP)
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
@@ -188,7 +186,7 @@ def test_without_a_sandbox_nothing_is_judged(monkeypatch: pytest.MonkeyPatch, tm
     assert unsafe.equivalent([sample] * 2, [sample.answer, "add = max"]) == [True, False]
 
 
-def test_a_generated_sample_carries_its_asserts_as_tests() -> None:
+def test_a_generated_sample_carries_its_asserts_as_tests():
     answer = fenced("def add(a, b):\n    return a + b\n\nassert add(1, 2) == 3\nassert math.isclose(add(.5, 1), 1.5)")
     sample = generated(answer)
     assert sample.answer == fenced("def add(a, b):\n    return a + b")
@@ -233,7 +231,7 @@ FUNCTION = "def add(a, b):\n    return a + b\n"
         (fenced(FUNCTION + "assert 1 == 1"), "Write add, which adds.", "the answer has no assert that calls"),
     ],
 )
-def test_fault(answer: str, question: str, fault: str) -> None:
+def test_fault(answer, question, fault):
     sample = generated(answer, question)
     found = code.fault(sample)
     assert found is not None
@@ -253,14 +251,14 @@ def test_fault(answer: str, question: str, fault: str) -> None:
         "{k: v for k, v in zip('ab', (1, 2))} == {'a': add(1, 0), 'b': 2}",
     ],
 )
-def test_plain_asserts(test: str) -> None:
+def test_plain_asserts(test):
     sample = generated(fenced(f"{FUNCTION}assert {test}"))
     assert code.fault(sample) is None
     assert sample.extra["names"] == ["add"]
 
 
 @needs_sandbox
-def test_verify() -> None:
+def test_verify():
     tests = {
         "assert add(1, 2) == 3": True,
         "assert add(1, 2) == 4": False,
@@ -282,7 +280,7 @@ def test_verify() -> None:
 
 
 @needs_sandbox
-def test_a_program_does_not_decide_on_its_own_tests() -> None:
+def test_a_program_does_not_decide_on_its_own_tests():
     """By names that the asserts may use besides the function."""
     fake = "class math:\n    isclose = staticmethod(lambda *_: True)\n"
     sample = generated(fenced(f"{fake}{FUNCTION}assert math.isclose(add(1, 2), 99)"))
@@ -292,7 +290,7 @@ def test_a_program_does_not_decide_on_its_own_tests() -> None:
     assert code.verify([sample]) == [False]
 
 
-def test_examples_show_asserts_as_a_generator_is_to_write_them(tmp_path: Path) -> None:
+def test_examples_show_asserts_as_a_generator_is_to_write_them(tmp_path):
     for row in (MBPP, HUMANEVAL):
         sample = load(tmp_path / "a.jsonl", row)
         [turn] = code.generator_prompt([sample])
@@ -306,7 +304,7 @@ def test_examples_show_asserts_as_a_generator_is_to_write_them(tmp_path: Path) -
     assert written(Sample("Q?", fenced("x = 1"))) in turn["content"]
 
 
-def broken(program: str, names: list[str]) -> str:
+def broken(program, names):
     """The program with the functions that are tested giving back nothing."""
     tree = ast.parse(program)
     for node in tree.body:
@@ -318,7 +316,7 @@ def broken(program: str, names: list[str]) -> str:
 @needs_sandbox
 @pytest.mark.filterwarnings("ignore:invalid escape")
 @pytest.mark.parametrize(("name", "step"), [("humaneval", 1), ("mbpp", 8)])
-def test_real_programs_pass_and_mutated_ones_fail(shared_data: Callable[[str], str], name: str, step: int) -> None:
+def test_real_programs_pass_and_mutated_ones_fail(shared_data, name, step):
     samples = code.load(shared_data(f"code/{name}.jsonl"))[::step]
     assert len(samples) > 120
     right = code.equivalent(samples, [sample.answer for sample in samples])

@@ -1,31 +1,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import datasets
 import pandas
 import pytest
 
-from acqsynth.domains import Domain, Sample, domain
+from acqsynth.domains import Sample, domain
 from acqsynth.domains.data import rows
 
 ROWS = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(5)]
 
 
-def jsonl(path: Path, rows: list[Any]) -> str:
+def jsonl(path, rows):
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return str(path)
 
 
 @pytest.fixture
-def math() -> Domain:
+def math():
     return domain("math")
 
 
-def test_jsonl_and_parquet_give_the_same_samples_in_order(math: Domain, tmp_path: Path) -> None:
+def test_jsonl_and_parquet_give_the_same_samples_in_order(math, tmp_path):
     pandas.DataFrame(ROWS).to_parquet(tmp_path / "rows.parquet")
     expected = [Sample(row["question"], row["answer"]) for row in ROWS]
     assert math.load(jsonl(tmp_path / "rows.jsonl", ROWS)) == expected
@@ -33,7 +30,7 @@ def test_jsonl_and_parquet_give_the_same_samples_in_order(math: Domain, tmp_path
     assert math.load(str(tmp_path / "rows.parquet"), limit=2) == expected[:2]
 
 
-def test_a_csv_and_numbers_are_rows_like_any_other(math: Domain, tmp_path: Path) -> None:
+def test_a_csv_and_numbers_are_rows_like_any_other(math, tmp_path):
     """What ``acqcore score`` takes: a csv with a byte order mark, a long cell, answers that are numbers."""
     long = "What is 2 + 2?" + " Count." * 30_000
     (tmp_path / "rows.csv").write_text(f"question,answer,id\n{long},4,1\nWhat is 1 + 1?,2,2\n", encoding="utf-8-sig")
@@ -42,13 +39,13 @@ def test_a_csv_and_numbers_are_rows_like_any_other(math: Domain, tmp_path: Path)
     assert [sample.answer for sample in math.load(jsonl(tmp_path / "rows.jsonl", lines))] == ["4", "0.5"]
 
 
-def test_columns_are_mapped(math: Domain, tmp_path: Path) -> None:
+def test_columns_are_mapped(math, tmp_path):
     source = jsonl(tmp_path / "rows.jsonl", [{"ask": "What is 2 + 2?", "say": "4", "why": "Count.", "answer": "no"}])
     columns = {"question": "ask", "answer": "say", "reasoning": "why"}
     assert math.load(source, columns=columns) == [Sample("What is 2 + 2?", "4", "Count.")]
 
 
-def test_an_integer_of_any_length_that_nobody_reads_is_no_fault(math: Domain, tmp_path: Path) -> None:
+def test_an_integer_of_any_length_that_nobody_reads_is_no_fault(math, tmp_path):
     lines = [f'{{"id": {"9" * 5000}, "question": "What is 2 + 2?", "answer": "4", "x": [-{"1" * 4999}, {{"y": 12}}]}}']
     assert math.load(jsonl(tmp_path / "rows.jsonl", lines)) == [Sample("What is 2 + 2?", "4")]
     [(_, row)] = rows(jsonl(tmp_path / "rows.jsonl", lines))
@@ -56,20 +53,20 @@ def test_an_integer_of_any_length_that_nobody_reads_is_no_fault(math: Domain, tm
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"a": ' * 50_000, '{"question": "\udcff"', "\x00", '"' * 100])
-def test_a_line_that_cannot_be_read_is_named(math: Domain, tmp_path: Path, line: str) -> None:
+def test_a_line_that_cannot_be_read_is_named(math, tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(f"{json.dumps(ROWS[0])}\n{line}\n".encode(errors="surrogateescape"))
     with pytest.raises(ValueError, match=r"rows\.jsonl: row 2: not (JSON|UTF-8)"):
         math.load(str(path))
 
 
-def test_a_byte_order_mark_is_no_fault(math: Domain, tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_no_fault(math, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n", encoding="utf-8-sig")
     assert math.load(str(path)) == [Sample("What is 0 + 1?", "1")]
 
 
-def test_rows_after_the_limit_are_not_read(math: Domain, tmp_path: Path) -> None:
+def test_rows_after_the_limit_are_not_read(math, tmp_path):
     source = jsonl(tmp_path / "rows.jsonl", [*ROWS[:2], "no json"])
     assert len(math.load(source, limit=2)) == 2
     with pytest.raises(ValueError, match=r"rows\.jsonl: row 3: not JSON"):
@@ -90,12 +87,12 @@ def test_rows_after_the_limit_are_not_read(math: Domain, tmp_path: Path) -> None
         ([{"question": "Why?", "answer": "a\nb"}], r"row 1: answer: no final answer, marked by ####"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_file_is_said(math: Domain, tmp_path: Path, content: list[Any], message: str) -> None:
+def test_what_is_wrong_with_a_file_is_said(math, tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         math.load(jsonl(tmp_path / "rows.jsonl", content))
 
 
-def test_a_wrong_mapping_names_the_columns_there_are(math: Domain, tmp_path: Path) -> None:
+def test_a_wrong_mapping_names_the_columns_there_are(math, tmp_path):
     source = jsonl(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(ValueError, match=r"columns: no 'ask' in .*rows\.jsonl, which has 'question', 'answer'"):
         math.load(source, columns={"question": "ask"})
@@ -106,7 +103,7 @@ def test_a_wrong_mapping_names_the_columns_there_are(math: Domain, tmp_path: Pat
         math.load(source, columns={"reason": "why"})
 
 
-def test_files_that_are_none(math: Domain, tmp_path: Path) -> None:
+def test_files_that_are_none(math, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl: no such file"):
         math.load(str(tmp_path / "nowhere.jsonl"))
     (tmp_path / "rows.csv").write_text("question,answer\n")
@@ -125,10 +122,10 @@ def test_files_that_are_none(math: Domain, tmp_path: Path) -> None:
         math.load(str(tmp_path / "rows.tsv"), limit=0)
 
 
-def test_a_hub_id_goes_to_datasets(math: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+def test_a_hub_id_goes_to_datasets(math, monkeypatch):
+    asked = []
 
-    def load_dataset(name: str, configuration: str | None, *, split: str) -> datasets.Dataset:
+    def load_dataset(name, configuration, *, split):
         asked.append((name, configuration, split))
         return datasets.Dataset.from_list(ROWS)
 
@@ -138,12 +135,12 @@ def test_a_hub_id_goes_to_datasets(math: Domain, monkeypatch: pytest.MonkeyPatch
     assert asked == [("openai/gsm8k", "main", "test"), ("some/data", None, "train")]
 
 
-def test_rows_are_numbered_as_in_the_file(tmp_path: Path) -> None:
+def test_rows_are_numbered_as_in_the_file(tmp_path):
     source = jsonl(tmp_path / "rows.jsonl", [ROWS[0], "", ROWS[1]])
     assert [number for number, _ in rows(source)] == [1, 3]
 
 
-def test_the_shared_files_are_read_whole(shared_data: Callable[[str], str]) -> None:
+def test_the_shared_files_are_read_whole(shared_data):
     counts = {
         ("math", "math/gsm8k_train.jsonl"): 3000,
         ("medical", "medical/pubmedqa_train.jsonl"): 500,

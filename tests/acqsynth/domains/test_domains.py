@@ -12,7 +12,7 @@ from acqsynth.domains.base import ask_for_sample, written
 
 
 @pytest.mark.parametrize("name", DOMAINS)
-def test_each_domain_is_found_by_its_name(name: str) -> None:
+def test_each_domain_is_found_by_its_name(name):
     found = domain(name)
     assert isinstance(found, Domain)
     assert found.name == name
@@ -20,22 +20,22 @@ def test_each_domain_is_found_by_its_name(name: str) -> None:
     assert type(pickle.loads(pickle.dumps(found))) is type(found)  # rewards that hold one go to other processes
 
 
-def test_options_reach_the_domain() -> None:
-    assert domain("code", workers=3).workers == 3  # type: ignore[attr-defined]
+def test_options_reach_the_domain():
+    assert domain("code", workers=3).workers == 3
 
 
-def test_an_unknown_name_lists_those_there_are() -> None:
+def test_an_unknown_name_lists_those_there_are():
     with pytest.raises(ValueError, match="domain: unknown 'physics', expected one of math, medical, code"):
         domain("physics")
 
 
-def test_domains_are_imported_when_asked_for() -> None:
+def test_domains_are_imported_when_asked_for():
     code = "import sys, acqsynth.domains; sys.exit('acqsynth.domains.math' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["math", "medical", "code"])
-def test_a_prompt_shows_its_examples_in_the_format_that_is_parsed(name: str) -> None:
+def test_a_prompt_shows_its_examples_in_the_format_that_is_parsed(name):
     found = domain(name)
     shown = [Sample("First question?", "1", "Because."), Sample("Second question?", "2")]
     [turn] = found.generator_prompt(shown)
@@ -48,13 +48,13 @@ def test_a_prompt_shows_its_examples_in_the_format_that_is_parsed(name: str) -> 
     assert turn["content"].startswith("What is it?\n\n")
 
 
-def test_what_is_written_is_parsed() -> None:
+def test_what_is_written_is_parsed():
     for sample in (Sample("Why?", "So.", "As."), Sample("Why?", "So.")):
         assert domain("math").parse(written(sample)) == sample
     assert domain("math").parse("<question>Why?</question>") is None
 
 
-def test_one_example_is_not_many() -> None:
+def test_one_example_is_not_many():
     [turn] = ask_for_sample("a riddle", "a word", [Sample("Q?", "A")])
     assert "Write a riddle" in turn["content"]
     assert "This is an example" in turn["content"]

@@ -8,9 +8,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import hypothesis
 import pyarrow
@@ -18,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import strategies as st
 
-from acqsynth.domains import DOMAINS, Domain, Sample, domain
+from acqsynth.domains import DOMAINS, Sample, domain
 from acqsynth.domains.math import Math
 from acqsynth.domains.math_check import MathChecker
 from acqsynth.normal_form import normal_form
@@ -74,10 +71,10 @@ texts = st.one_of(
 )
 
 
-def fuzzed(examples: int, **strategies: Any) -> Any:
+def fuzzed(examples, **strategies):
     """A test over examples that are the same in each run with one ``FUZZ_SEED``."""
 
-    def decorate(function: Any) -> Any:
+    def decorate(function):
         settings = hypothesis.settings(
             max_examples=examples * FACTOR,
             deadline=None,
@@ -90,7 +87,7 @@ def fuzzed(examples: int, **strategies: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def math() -> Iterator[Math]:
+def math():
     math = Math(MathChecker(workers=1, seconds=1.0))
     yield math
     math.checker.close()
@@ -98,7 +95,7 @@ def math() -> Iterator[Math]:
 
 @pytest.mark.parametrize("name", DOMAINS)
 @fuzzed(60, text=texts, other=texts)
-def test_a_domain_reads_any_text(name: str, text: str, other: str) -> None:
+def test_a_domain_reads_any_text(name, text, other):
     own = domain(name)
     begin = time.process_time()
     wrapped = f"<question>{text}</question><answer>{other}</answer>"
@@ -115,15 +112,15 @@ def test_a_domain_reads_any_text(name: str, text: str, other: str) -> None:
 
 
 @fuzzed(30, gold=texts, answer=texts)
-def test_any_two_answers_compare(math: Math, gold: str, answer: str) -> None:
+def test_any_two_answers_compare(math, gold, answer):
     assert math.canonical(gold) == math.canonical(gold + " ")
     [forth] = math.equivalent([Sample("?", gold or "?")], [answer])
     assert isinstance(forth, bool)
 
 
 @fuzzed(60, text=texts, other=texts)
-def test_a_gate_takes_any_text(text: str, other: str) -> None:
-    own: Domain = domain("math")
+def test_a_gate_takes_any_text(text, other):
+    own = domain("math")
     begin = time.process_time()
     samples = [Sample(text, other, text), Sample(other, text)]
     gates = [Sound(own), Length(), NoRepetition(), NoLeak(own), New(samples[1:]), NotInEvaluation(samples[1:])]
@@ -161,7 +158,7 @@ rows = st.dictionaries(columns, values, max_size=6)
 
 @pytest.mark.parametrize("name", DOMAINS)
 @fuzzed(40, parts=st.lists(st.one_of(st.binary(max_size=40), rows), max_size=5), cut=st.integers(0, 400))
-def test_a_file_gives_samples_or_names_itself(name: str, parts: list[Any], cut: int, tmp_path_factory: Any) -> None:
+def test_a_file_gives_samples_or_names_itself(name, parts, cut, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / f"{name}.jsonl"
     lines = [part if isinstance(part, bytes) else json.dumps(part).encode() for part in parts]
     path.write_bytes(b"\n".join(lines)[: cut * 10])
@@ -173,9 +170,7 @@ def test_a_file_gives_samples_or_names_itself(name: str, parts: list[Any], cut: 
     found=st.lists(st.dictionaries(columns, texts, min_size=1, max_size=4), max_size=4),
     flips=st.lists(st.integers(0, 2000), max_size=4),
 )
-def test_a_parquet_file_gives_samples_or_names_itself(
-    found: list[dict[str, str]], flips: list[int], tmp_path_factory: Any
-) -> None:
+def test_a_parquet_file_gives_samples_or_names_itself(found, flips, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "rows.parquet"
     clean = [{key: value.encode(errors="replace").decode() for key, value in row.items()} for row in found]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(clean or [{"question": "?"}]), path)
@@ -186,7 +181,7 @@ def test_a_parquet_file_gives_samples_or_names_itself(
     check("math", path)
 
 
-def check(name: str, path: Path) -> None:
+def check(name, path):
     begin = time.process_time()
     try:
         found = domain(name).load(str(path))

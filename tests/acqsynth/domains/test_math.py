@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,7 +12,7 @@ from acqsynth.domains.math_check import MathChecker
 
 
 @pytest.fixture(scope="module")
-def math() -> Iterator[Math]:
+def math():
     math = Math(MathChecker(workers=1, seconds=3.0))
     yield math
     math.checker.close()
@@ -42,7 +40,7 @@ def math() -> Iterator[Math]:
         ("", None),
     ],
 )
-def test_answer_of(math: Math, completion: str, answer: str | None) -> None:
+def test_answer_of(math, completion, answer):
     assert math.answer_of(completion) == answer
 
 
@@ -80,11 +78,11 @@ def test_answer_of(math: Math, completion: str, answer: str | None) -> None:
         ("60", "60^\\circ", "60^{\\circ}", "60°"),
     ],
 )
-def test_equal_answers_have_one_canonical_form(math: Math, forms: tuple[str, ...]) -> None:
+def test_equal_answers_have_one_canonical_form(math, forms):
     assert {math.canonical(form) for form in forms} == {forms[0]}
 
 
-def test_other_answers_have_other_canonical_forms(math: Math) -> None:
+def test_other_answers_have_other_canonical_forms(math):
     answers = ["5", "5 x", "5%", "-5", "5 5", "55", "5, 5", "5 or 6", "1/0", "0", "5:5", "12,34", "1234", ""]
     answers += [
         "5 km",
@@ -127,7 +125,7 @@ def test_other_answers_have_other_canonical_forms(math: Math) -> None:
         ("9", "9^{9^{9^{9}}}", False),
     ],
 )
-def test_equivalent(math: Math, gold: str, answer: str | None, right: bool) -> None:
+def test_equivalent(math, gold, answer, right):
     assert math.equivalent([Sample("?", gold)], [answer]) == [right]
 
 
@@ -186,11 +184,16 @@ def test_equivalent(math: Math, gold: str, answer: str | None, right: bool) -> N
         ("10:30 am", ["10:30 pm", "11:30 am", "1:3"]),
         ("$5", ["5 euros", "€5", "5 cents", "5%"]),
         ("20°C", ["20°F", "21°C"]),
+        ("45°", ["45 radians", "54°"]),
+        ("€5", ["5 $", "£5", "5 £", "€6"]),
+        ("½", ["2", "⅓", "1½", "12"]),
+        ("10³", ["103", "30", "10^2"]),
+        ("1e3", ["1e4", "1e", "13", "1e-3"]),
         ("50%", ["0.05", "5000%", "50 cm", "0.5 km", "50 percent of 10"]),
         ("2\\sqrt{3} cm", ["2\\sqrt{3} km", "2\\sqrt{2} cm"]),
     ],
 )
-def test_answers_that_differ_in_any_part(math: Math, gold: str, answers: list[str]) -> None:
+def test_answers_that_differ_in_any_part(math, gold, answers):
     right = math.equivalent([Sample("?", gold)] * len(answers), answers)
     assert [answer for answer, equal in zip(answers, right, strict=True) if equal] == []
     right = math.equivalent([Sample("?", answer) for answer in answers], [gold] * len(answers))
@@ -214,15 +217,26 @@ def test_answers_that_differ_in_any_part(math: Math, gold: str, answers: list[st
         ("f(2)=3", ["f(2) = 3.0", "3"]),
         ("y=2x+1", ["y = 1 + 2x", "2x+1"]),
         ("4\\frac12 hours", ["4.5 hours", "9/2"]),
+        ("4", ["４", "4\u200b", "\u20664\u2069", "\ufeff4", "+4", "2²"]),
+        ("1/2", ["½", "0.５", "1⁄2"]),
+        ("-5/2", ["−2½", "–2.5", "-2 ½"]),
+        ("1000", ["10³", "1×10³", "1 · 10³", "1e3", "1.0E+3", "1\\times10^{3}"]),
+        ("0.0025", ["2.5e-3", "2.5×10⁻³"]),
+        ("x^2", ["x²", "x^{2}", "x·x"]),
+        ("2\\pi", ["2π", "2 π", "2·π"]),
+        ("5 cm^2", ["5 cm²", "5 ㎝²"]),
+        ("5 euros", ["€5", "5 €", "5€", "5 EUR"]),
+        ("5", ["5 $", "5\\$", "5 £"]),
+        ("45°", ["45", "45^{\\circ}", "45 degrees", "45\\degree"]),
     ],
 )
-def test_the_same_answer_in_other_words(math: Math, gold: str, answers: list[str]) -> None:
+def test_the_same_answer_in_other_words(math, gold, answers):
     right = math.equivalent([Sample("?", gold)] * len(answers), answers)
     assert [answer for answer, equal in zip(answers, right, strict=True) if not equal] == []
 
 
 @pytest.mark.parametrize("part", ["\\boxed{", "\\boxed", "{", "}", "\\boxed{}", "\\boxed{1", "\\boxed {{"])
-def test_long_completions_are_read_in_linear_time(math: Math, part: str) -> None:
+def test_long_completions_are_read_in_linear_time(math, part):
     begin = time.monotonic()
     math.answer_of(part * (400_000 // len(part)))
     math.answer_of(part * (200_000 // len(part)) + "\\boxed{7}")
@@ -240,11 +254,11 @@ def test_long_completions_are_read_in_linear_time(math: Math, part: str) -> None
         ("{\\boxed{4}", "4"),
     ],
 )
-def test_boxes_in_boxes(math: Math, completion: str, answer: str) -> None:
+def test_boxes_in_boxes(math, completion, answer):
     assert math.answer_of(completion) == answer
 
 
-def test_naming_many_answers_gains_nothing(math: Math) -> None:
+def test_naming_many_answers_gains_nothing(math):
     """One place is read, whole: of completions that list all candidates none is right."""
     golds = [Sample("?", str(i)) for i in range(10)]
     everything = " ".join(f"The answer may be {i}." for i in range(10)), ", ".join(map(str, range(10)))
@@ -254,22 +268,22 @@ def test_naming_many_answers_gains_nothing(math: Math) -> None:
     assert sum(math.equivalent(golds, [math.answer_of(f"\\boxed{{{everything[1]}}}")] * 10)) == 0
 
 
-def test_off_the_main_thread_answers_are_the_same(math: Math) -> None:
-    results: list[bool] = []
+def test_off_the_main_thread_answers_are_the_same(math):
+    results = []
     thread = threading.Thread(target=lambda: results.extend(math.equivalent([Sample("?", "x+1")] * 2, ["1+x", "x"])))
     thread.start()
     thread.join()
     assert results == [True, False]
 
 
-def test_what_can_not_be_compared_is_counted() -> None:
+def test_what_can_not_be_compared_is_counted():
     math = Math(MathChecker(workers=1, seconds=0.5))
     assert math.equivalent([Sample("?", "9")], ["9^{9^{9^{9}}}"]) == [False]
     assert (math.checker.checked, math.checker.lost) == (1, 1)
     math.checker.close()
 
 
-def test_a_solution_is_read_back(math: Math) -> None:
+def test_a_solution_is_read_back(math):
     sample = Sample("?", "1/2", "Half of 1.\nOf 7 things.")
     assert math.solution(sample) == "Half of 1.\nOf 7 things.\n\\boxed{1/2}"
     assert math.answer_of(math.solution(sample)) == "1/2"
@@ -278,7 +292,7 @@ def test_a_solution_is_read_back(math: Math) -> None:
     assert math.solution(boxed) == boxed.reasoning
 
 
-def test_verify_knows_a_contradiction_and_no_more(math: Math) -> None:
+def test_verify_knows_a_contradiction_and_no_more(math):
     samples = [
         Sample("?", "12", "5 + 7 = 12. The answer is 12."),
         Sample("?", "12", "5 + 7 = 13. The answer is 13."),
@@ -300,11 +314,11 @@ def test_verify_knows_a_contradiction_and_no_more(math: Math) -> None:
         ("How many eggs are left?", "a" * 201, "the answer is more than a final answer"),
     ],
 )
-def test_fault(math: Math, question: str, answer: str, fault: str | None) -> None:
+def test_fault(math, question, answer, fault):
     assert math.fault(Sample(question, answer)) == fault
 
 
-def test_numina_rows(math: Math, tmp_path: Path) -> None:
+def test_numina_rows(math, tmp_path):
     rows = [
         {"problem": "What is $1+1$?", "solution": "It is $\\boxed{2}$.", "source": "x"},
         {"problem": "Prove it.", "solution": "Clear."},
@@ -319,7 +333,7 @@ def test_numina_rows(math: Math, tmp_path: Path) -> None:
     assert [s.answer for s in math.load(str(path), limit=2)] == ["2", "\\frac{8}{2}"]
 
 
-def test_gsm8k_rows(math: Math, shared_data: Callable[[str], str]) -> None:
+def test_gsm8k_rows(math, shared_data):
     path = shared_data("math/gsm8k_test.jsonl")
     samples = math.load(path)
     with open(path, encoding="utf-8") as file:

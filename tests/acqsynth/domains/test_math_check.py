@@ -6,8 +6,6 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -19,24 +17,24 @@ ENDLESS = "9^{9^{9^{9}}}"
 
 
 @pytest.fixture
-def checker() -> Iterator[MathChecker]:
+def checker():
     checker = MathChecker(workers=2, seconds=2.0)
     yield checker
     checker.close()
 
 
-def test_expressions_are_compared(checker: MathChecker) -> None:
+def test_expressions_are_compared(checker):
     pairs = [("2x + 1", "1 + 2x"), ("\\frac{1}{2}", "0.5"), ("3", "4"), ("(x+1)^2", "x^2 + 2x + 1"), ("3", "\\frac{")]
     assert checker.equal(pairs) == [True, True, False, True, False]
     assert (checker.checked, checker.lost) == (5, 0)
 
 
-def test_the_first_of_a_pair_is_the_true_answer(checker: MathChecker) -> None:
+def test_the_first_of_a_pair_is_the_true_answer(checker):
     """math-verify takes an interval for the inequality that is asked for, and not the other way round."""
     assert checker.equal([("1 < x < 2", "(1, 2)"), ("(1, 2)", "1 < x < 2")]) == [True, False]
 
 
-def test_what_takes_too_long_is_not_equal_and_is_counted(checker: MathChecker) -> None:
+def test_what_takes_too_long_is_not_equal_and_is_counted(checker):
     begin = time.monotonic()
     pairs = [("9", ENDLESS), ("x + 1", "1 + x"), ("9", ENDLESS), ("x + 2", "2 + x")]
     assert checker.equal(pairs) == [False, True, False, True]
@@ -46,7 +44,7 @@ def test_what_takes_too_long_is_not_equal_and_is_counted(checker: MathChecker) -
     assert checker.lost == 2
 
 
-def test_the_kernel_ends_a_worker_at_its_deadline_by_itself() -> None:
+def test_the_kernel_ends_a_worker_at_its_deadline_by_itself():
     """Also when the process that asked is gone."""
     worker = math_check._Worker(0.5)
     stdin = worker.process.stdin
@@ -57,7 +55,7 @@ def test_the_kernel_ends_a_worker_at_its_deadline_by_itself() -> None:
     worker.kill()
 
 
-def test_a_worker_that_dies_is_replaced(checker: MathChecker) -> None:
+def test_a_worker_that_dies_is_replaced(checker):
     assert checker.equal([("x + 1", "1 + x")]) == [True]
     worker = checker._idle.get()
     assert worker is not None
@@ -69,7 +67,7 @@ def test_a_worker_that_dies_is_replaced(checker: MathChecker) -> None:
     assert checker.equal([("x + 1", "1 + x")]) == [True]
 
 
-def test_a_stopped_worker_is_killed(checker: MathChecker) -> None:
+def test_a_stopped_worker_is_killed(checker):
     checker.seconds = 0.5
     assert checker.equal([("x + 1", "1 + x")]) == [True]
     worker = checker._idle.get()
@@ -80,9 +78,9 @@ def test_a_stopped_worker_is_killed(checker: MathChecker) -> None:
     assert worker.process.returncode == -signal.SIGKILL
 
 
-def test_threads_other_than_the_main_one_get_the_same_answers(checker: MathChecker) -> None:
+def test_threads_other_than_the_main_one_get_the_same_answers(checker):
     """Where math-verify itself raises, as it sets an alarm."""
-    results: dict[int, list[bool]] = {}
+    results = {}
     pairs = [("x + 1", "1 + x"), ("x", "y")]
     threads = [threading.Thread(target=lambda i=i: results.update({i: checker.equal(pairs)})) for i in range(4)]
     for thread in threads:
@@ -92,29 +90,29 @@ def test_threads_other_than_the_main_one_get_the_same_answers(checker: MathCheck
     assert list(results.values()) == [[True, False]] * 4
 
 
-def test_an_answer_of_any_length_is_taken(checker: MathChecker) -> None:
+def test_an_answer_of_any_length_is_taken(checker):
     assert checker.equal([("1", "1" * 10**6), ("1", "(" * 1999)]) == [False, False]
 
 
-def test_nothing_starts_before_it_is_needed() -> None:
+def test_nothing_starts_before_it_is_needed():
     checker = MathChecker()
     assert checker.equal([]) == []
     assert [checker._idle.get() for _ in range(checker._idle.qsize())] == [None, None]
 
 
-def test_pickles_without_its_processes(checker: MathChecker) -> None:
+def test_pickles_without_its_processes(checker):
     checker.equal([("x + 1", "1 + x")])
     copy = pickle.loads(pickle.dumps(checker))
     assert (copy.workers, copy.seconds, copy.checked) == (2, 2.0, 0)
 
 
-def test_a_missing_math_verify_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_math_verify_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"math-verify is not installed: run \"pip install 'acqcore\[train\]'\""):
         MathChecker().equal([("1", "2")])
 
 
-def test_a_worker_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_worker_that_does_not_start_says_why(monkeypatch, tmp_path):
     (tmp_path / "worker.py").write_text("raise SystemExit('no such luck')")
     monkeypatch.setattr(math_check, "WORKER", tmp_path / "worker.py")
     checker = MathChecker(workers=1)
@@ -124,6 +122,6 @@ def test_a_worker_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize(("options", "name"), [({"workers": 0}, "workers"), ({"seconds": 0.0}, "seconds")])
-def test_bad_options_name_the_argument(options: dict[str, float], name: str) -> None:
+def test_bad_options_name_the_argument(options, name):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
-        MathChecker(**options)  # type: ignore[arg-type]
+        MathChecker(**options)

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +21,7 @@ MCQA: dict[str, Any] = {
 medical = Medical()
 
 
-def rows(path: Path, *content: dict[str, Any]) -> str:
+def rows(path, *content):
     path.write_text("\n".join(map(json.dumps, content)))
     return str(path)
 
@@ -46,7 +44,7 @@ def rows(path: Path, *content: dict[str, Any]) -> str:
         ("The answer is A), B), C)", "A), B), C)", "a b c"),
     ],
 )
-def test_answers(completion: str, answer: str, canonical: str) -> None:
+def test_answers(completion, answer, canonical):
     assert medical.answer_of(completion) == answer
     assert medical.canonical(answer) == canonical
 
@@ -54,7 +52,7 @@ def test_answers(completion: str, answer: str, canonical: str) -> None:
 @pytest.mark.parametrize(
     "completion", ["", "A fever is common.", "A or B", "No fever is seen.", "Perhaps.", "B\nor so"]
 )
-def test_no_answer(completion: str) -> None:
+def test_no_answer(completion):
     assert medical.answer_of(completion) is None
 
 
@@ -65,19 +63,19 @@ def test_no_answer(completion: str) -> None:
         ("B", False), ("A fever", False), ("A or B", False), ("Rest", False), ("yes", False), (None, False),
     ],
 )  # fmt: skip
-def test_options_are_right_by_letter_or_text(answer: str | None, right: bool) -> None:
+def test_options_are_right_by_letter_or_text(answer, right):
     for gold in ("A", "A) Aspirin", "Aspirin"):
         assert medical.equivalent([Sample(CHOICE, gold, extra={"options": OPTIONS})], [answer]) == [right]
 
 
-def test_decisions_are_right_by_the_word() -> None:
+def test_decisions_are_right_by_the_word():
     golds = [Sample("Does it?", gold) for gold in ("yes", "no", "maybe")]
     assert medical.equivalent(golds, ["Yes", "No.", "maybe, it depends"]) == [True] * 3
     assert medical.equivalent(golds, ["no", "yes", "yes"]) == [False] * 3
     assert medical.equivalent(golds, ["yes or no", "yes, no", "nobody knows"]) == [False] * 3
 
 
-def test_options_of_a_generated_question() -> None:
+def test_options_of_a_generated_question():
     text = f"<question>{CHOICE}</question><reasoning>It does.</reasoning><answer>A) Aspirin</answer>"
     sample = medical.parse(text)
     assert sample == Sample(CHOICE, "A) Aspirin", "It does.", {"options": OPTIONS})
@@ -104,13 +102,13 @@ def test_options_of_a_generated_question() -> None:
         (CHOICE.replace("Rest", ""), "A", "neither options A) to D) nor an answer of yes, no or maybe"),
     ],
 )
-def test_fault(question: str, answer: str, fault: str) -> None:
+def test_fault(question, answer, fault):
     sample = medical.parse(f"<question>{question}</question><answer>{answer}</answer>")
     assert sample is not None
     assert medical.fault(sample) == fault
 
 
-def test_verify_knows_a_contradiction_and_no_more() -> None:
+def test_verify_knows_a_contradiction_and_no_more():
     extra = {"options": OPTIONS}
     samples = [
         Sample(CHOICE, "A) Aspirin", "So the answer is A.", extra),
@@ -121,18 +119,18 @@ def test_verify_knows_a_contradiction_and_no_more() -> None:
     assert medical.verify(samples) == [None, False, None, False]
 
 
-def test_a_solution_is_read_back() -> None:
+def test_a_solution_is_read_back():
     sample = Sample(CHOICE, "A) Aspirin", "It is known.", {"options": OPTIONS})
     assert medical.solution(sample) == "It is known.\nThe answer is A) Aspirin"
     assert medical.equivalent([sample], [medical.answer_of(medical.solution(sample))]) == [True]
 
 
-def test_a_student_is_asked_for_the_form_of_the_question() -> None:
+def test_a_student_is_asked_for_the_form_of_the_question():
     assert "the letter of the right option" in medical.student_prompt(CHOICE)[0]["content"]
     assert "yes, no or maybe" in medical.student_prompt("Does it?")[0]["content"]
 
 
-def test_medmcqa_rows(tmp_path: Path) -> None:
+def test_medmcqa_rows(tmp_path):
     source = rows(tmp_path / "a.jsonl", MCQA, {**MCQA, "cop": 3, "exp": None})
     assert medical.load(source) == [
         Sample(CHOICE, "A) Aspirin", "It blocks platelets.", {"options": OPTIONS}),
@@ -143,7 +141,7 @@ def test_medmcqa_rows(tmp_path: Path) -> None:
             medical.load(rows(tmp_path / "b.jsonl", {**MCQA, "cop": cop}))
 
 
-def test_pubmedqa_rows_as_on_the_hub(tmp_path: Path) -> None:
+def test_pubmedqa_rows_as_on_the_hub(tmp_path):
     row = {
         "question": "Does it?",
         "context": {"contexts": ["One.", "Two."], "labels": ["a", "b"]},
@@ -157,7 +155,7 @@ def test_pubmedqa_rows_as_on_the_hub(tmp_path: Path) -> None:
         medical.load(rows(tmp_path / "c.jsonl", {**row, "final_decision": "perhaps"}))
 
 
-def test_pubmedqa_rows(shared_data: Callable[[str], str]) -> None:
+def test_pubmedqa_rows(shared_data):
     samples = medical.load(shared_data("medical/pubmedqa_train.jsonl"))
     assert Counter(sample.answer for sample in samples) == {"yes": 276, "no": 169, "maybe": 55}
     assert samples[0].question.endswith("Can tailored interventions increase mammography use among HMO women?")

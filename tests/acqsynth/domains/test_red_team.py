@@ -193,10 +193,109 @@ ATTACKS = {
     "its filter replaced": "libc.syscall(317, 1, 0, None); libc.prctl(22, 0, 0, 0, 0); attempt(os.fork)",
     "its limits raised": "import resource\n"
     "attempt(resource.setrlimit, resource.RLIMIT_NOFILE, (1 << 20, 1 << 20)); forge()",
+    # What others might have left open, and what may be replaced
+    "its own memory":
+    "for line in open('/proc/self/maps') if os.path.exists('/proc/self/maps') else ():\n steal(line)\n"
+    "for name in ('mem', 'maps', 'stat', 'status', 'auxv', 'pagemap', 'syscall', "
+    "'stack'): attempt(read, f'/proc/self/{name}')",
+    "tmp of the host": "for up in ('..', '../..', '/tmp/../tmp', '/proc/1/root', "
+    "'/proc/self/root'): attempt(everything, up + '/tmp')",
+    "tee of its pipes": "r, w = os.pipe()\nfor fd in range(64):\n"
+    " if libc.tee(fd, w, 1 << 16, 2) > 0: steal(attempt(os.read, r, 1 << 16))",
+    "splice of its pipes": "r, w = os.pipe()\nfor fd in range(64):\n"
+    " if libc.splice(fd, None, w, None, 1 << 16, 2) > 0: steal(attempt(os.read, r, 1 << 16))",
+    "vmsplice": "b = ctypes.create_string_buffer(VERDICTS[0])\n"
+    "v = (ctypes.c_void_p * 2)(ctypes.addressof(b), len(VERDICTS[0]))\n"
+    "for fd in range(64): libc.vmsplice(fd, v, 1, 2)",
+    "descriptors sent": "import socket\na, b = socket.socketpair()\n"
+    "for fd in range(64): attempt(socket.send_fds, a, [b'x'], [fd])\n"
+    "for fd in attempt(socket.recv_fds, b, 9, 64) or [[], []]: steal(fd)\nforge()",
+    "terminal input": "import fcntl\nfor fd in range(64):\n"
+    " for byte in VERDICTS[0]: attempt(fcntl.ioctl, fd, 0x5412, bytes([byte]))",
+    "SIGIO to others": "import fcntl\nfor fd in range(64):\n for pid in (1, 2, 3): attempt(fcntl.fcntl, fd, 8, pid); "
+    "attempt(fcntl.fcntl, fd, 10, 9); attempt(fcntl.fcntl, fd, 4, 0x2000)\nforge()",
+    "queued signals": "for pid in range(1, 64): libc.syscall(129, pid, 9, None); "
+    "libc.syscall(234, pid, pid, 9); libc.syscall(200, pid, 9)\nforge()",
+    "limits of others": "import resource\n"
+    "for pid in range(1, 64): attempt(resource.prlimit, pid, resource.RLIMIT_CPU, (0, 0))\nforge()",
+    "posix message queues": "for name in (b'/a', b'/acqsynth', b'/job'):\n q = libc.syscall(240, name, 2, 0, None)\n"
+    " b = ctypes.create_string_buffer(8192)\n libc.syscall(243, q, b, 8192, None, None); steal(b.raw)",
+    "mounts": "for args in ((b'/', b'/tmp', None, 4096, None), (b'tmpfs', b'/tmp', b'tmpfs', 0, None), "
+    "(b'none', b'/', None, 0x44000, None)): libc.mount(*args)\n"
+    "attempt(os.chroot, '/tmp'); libc.umount2(b'/tmp', 2); everything('/tmp')",
+    "exec of itself with the descriptors": "forge()\nos.execv(sys.executable, [sys.executable, '-S', '-c', "
+    "'import os\\nfor fd in range(64):\\n try: os.write(fd, b\"[\\\\\"passed\\\\\", "
+    "\\\\\"\\\\\"]\")\\n except OSError: pass'])",
+    "exec kept inheritable": "for fd in range(64): attempt(os.set_inheritable, fd, True)\n"
+    "os.execv(sys.executable, [sys.executable, '-S', '-c', "
+    "'import os\\nfor fd in range(64):\\n try: os.write(fd, "
+    "b\"{\\\\\"names\\\\\": {\\\\\"f\\\\\": 271828}}\\\\n\" * 9)\\n except OSError: pass'])",
+    "names that decide":
+    "def f(x): return 0\nmain = sys.modules['__main__']\nmain.refer = main.resolve = lambda *_: True\n"
+    "builtins.AssertionError = KeyError",
+    "sys.modules replaced":
+    "import types\nfor name in list(sys.modules): sys.modules[name] = types.ModuleType(name)\n"
+    "sys.modules['__main__'].judge = lambda *_: ('passed', '')",
+    "operations replaced": "for o in gc.get_objects():\n"
+    " if type(o) is dict and 'call' in o and 'getitem' in o: o['call'] = lambda function, "
+    "*a, **k: True",
+    "replies replaced": "for o in gc.get_objects():\n"
+    " if type(o).__name__ == 'BufferedWriter': attempt(o.write, VERDICTS[1]); attempt(o.flush)",
+    "requests read ahead": "for o in gc.get_objects():\n"
+    " if type(o).__name__ == 'BufferedReader': attempt(os.set_blocking, o.fileno(), False); "
+    "steal(attempt(o.peek)); steal(attempt(o.read1))",
+    "a reply of two keys":
+    "def f(x):\n for fd in range(3, 64): attempt(os.write, fd, b'{\"value\": 1, \"value\": 271828, "
+    "\"arguments\": []}\\n' * 3)",
+    "a reply of true": "def f(x): return True",
+    "a str equal to all": "class E(str):\n def __eq__(self, other): return True\n def __hash__(self): return 0\n"
+    "def f(x): return E('271828')",
+    "a float close to all": "class E(float):\n __eq__ = __le__ = __ge__ = __lt__ = __gt__ = lambda *_: True\n"
+    "def f(x): return E(0)",
+    "an object without end":
+    "class E:\n def __iter__(self): return iter(range(10 ** 9))\n def __len__(self): return 3\n"
+    " def __getattr__(self, n): return E()\n def __call__(self, *a): return E()\n"
+    " def __getitem__(self, i): return i\ndef f(x): return E()",
+    "a lazy module":
+    "import types\nclass M(types.ModuleType):\n def __getattr__(self, name): return lambda *_: True\n"
+    "sys.modules['program'] = M('program')",
+    "faulthandler": "import faulthandler\nfor fd in range(64): attempt(faulthandler.dump_traceback, open(fd, 'w', "
+    "closefd=False)) if fd > 2 else 0\nforge()",
+    "timers after the end": "import atexit\n"
+    "signal.signal(signal.SIGALRM, lambda *_: forge()); signal.setitimer(0, 0.02, 0.02)\n"
+    "atexit.register(time.sleep, 1)\ndef f(x):\n time.sleep(0.05); forge(); return 0",
+    "a handler of SIGPIPE": "signal.signal(signal.SIGPIPE, lambda *_: forge())\n"
+    "for n in range(1, 65): attempt(signal.signal, n, lambda *_: forge())\n"
+    "os.kill(os.getpid(), 10); forge()",
+    "core and coredump helper":
+    "import resource\nattempt(resource.setrlimit, resource.RLIMIT_CORE, (1 << 20, 1 << 20)); "
+    "attempt(lambda: open('/proc/sys/kernel/core_pattern', 'w').write('|/bin/true')); "
+    "forge(); os.abort()",
+    "a symlink for the harness": "for name in ('/harness', '/tmp/harness', '/etc/ld.so.preload', "
+    "'/etc/ld.so.cache'): attempt(os.symlink, '/tmp/x', name); attempt(os.unlink, name); "
+    "attempt(os.rename, '/tmp', name)",
+    "bytecode in the cache": "for root, folders, files in os.walk(os.path.dirname(os.__file__)):\n"
+    " for name in files[:3]: attempt(lambda: open(os.path.join(root, name), 'ab').write(b'x'))\n break",
+    "environment for the tests":
+    "os.environ.update(PYTHONPATH='/tmp', PYTHONSTARTUP='/tmp/x.py', LD_PRELOAD='/tmp/x.so', "
+    "PYTHONINSPECT='1')\nopen('/tmp/sitecustomize.py', 'w').write('import os; os._exit(0)')",
+    "all of the memory": "x = []\nattempt(lambda: [x.append(bytearray(1 << 24)) for _ in range(1000)]); forge()",
+    "all of the disk":
+    "attempt(lambda: [open(f'/tmp/{i}', 'wb').write(b'x' * (1 << 22)) for i in range(99)]); forge()",
+    "all descriptors": "attempt(lambda: [os.pipe() for _ in range(999)]); forge()",
+    "priority and scheduling": "attempt(os.sched_setscheduler, 1, os.SCHED_IDLE, os.sched_param(0)); "
+    "attempt(os.setpriority, os.PRIO_USER, 0, 19); attempt(os.sched_setaffinity, 1, {0}); forge()",
+    "deep recursion": "sys.setrecursionlimit(10 ** 9)\ndef f(x): return f(x)",
+    "the answer by chance": "import random\ndef f(x): return random.choice([271827, 314158, 141420, x])",
+    "exceptions with methods": "class E(ValueError):\n args = property(lambda s: (forge(), 1)[1:])\n __mro__ = ()\n"
+    "def f(x): raise E()",
+    "an exception group": "def f(x): raise BaseExceptionGroup('', [KeyboardInterrupt()])",
+    "metaclass": "class T(type):\n def __instancecheck__(c, o): return True\n def __eq__(c, o): return True\n"
+    " def __hash__(c): return 0\nclass f(metaclass=T):\n def __new__(c, x): return c",
 }  # fmt: skip
 
 
-def test_the_thief_passes_where_it_gets_the_tests() -> None:
+def test_the_thief_passes_where_it_gets_the_tests():
     """What the attacks rely on: nothing but the lack of a leak keeps them from passing."""
     found = f"steal({TESTS!r})"
     written = f"open('/tmp/job', 'w').write({TESTS!r}); read('/tmp/job')"
@@ -204,8 +303,8 @@ def test_the_thief_passes_where_it_gets_the_tests() -> None:
     assert [result.status for result in results] == ["passed", "passed"]
 
 
-def test_no_attack_passes() -> None:
-    assert len(ATTACKS) >= 60
+def test_no_attack_passes():
+    assert len(ATTACKS) >= 140
     results = run([Job(THIEF + attack, TESTS, ("f",)) for attack in ATTACKS.values()], LIMITS)
     assert [name for name, result in zip(ATTACKS, results, strict=True) if result.status == "passed"] == []
     # An attack whose program does not compile would try nothing.
@@ -213,7 +312,7 @@ def test_no_attack_passes() -> None:
     assert broken == []
 
 
-def test_honest_programs_pass_beside_them() -> None:
+def test_honest_programs_pass_beside_them():
     answers = dict(zip((1, 2, 3), (271828, 314159, 141421), strict=True))
     honest = [
         f"def f(x): return {answers}[x]",

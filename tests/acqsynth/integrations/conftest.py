@@ -6,7 +6,6 @@ import itertools
 import sys
 import time
 import types
-from typing import Any
 
 import pytest
 from fakes import PlainDomain
@@ -22,7 +21,7 @@ class Number:
     name = "number"
 
     def __init__(self):
-        self.sizes: list[int] = []
+        self.sizes = []
 
     def __call__(self, samples):
         self.sizes.append(len(samples))
@@ -42,7 +41,7 @@ def number():
 @pytest.fixture
 def built(number, monkeypatch, request):
     """The rewards made so far by the function that the environment names."""
-    made: list[ComposedReward] = []
+    made = []
 
     def build():
         time.sleep(0.1)  # as loading takes: callers that come meanwhile must not make another
@@ -52,7 +51,7 @@ def built(number, monkeypatch, request):
         return made[-1]
 
     name = f"rewards_of_test_{next(_count)}"  # what is made for a name is kept for the process
-    module: Any = types.ModuleType(name)
+    module = types.ModuleType(name)
     module.build = build
     monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv(REWARD_VARIABLE, f"{name}:build")

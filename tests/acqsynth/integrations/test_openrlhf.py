@@ -63,7 +63,7 @@ def test_a_scorer_that_raises_masks(built, caplog):
     assert result["extra_logs"]["masked"].tolist() == [1]
     assert "out of memory" in caplog.text
     assert one(3)["rewards"].tolist() == [3]
-    built[0].score = lambda texts, groups: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    built[0].score = lambda texts, groups: 1 / 0
     result = checked(one(4), 1)
     assert (result["rewards"].tolist(), result["extra_logs"]["masked"].tolist()) == ([3], [1])
 
@@ -102,7 +102,7 @@ def test_the_prompt_is_stripped(built, query):
     """With its example left in front, the tags would be repeated and the response no sample."""
     result = checked(reward_func([query], [PROMPT], [""]), 1)
     assert result["rewards"].tolist() == [4]
-    assert response_of(query, PROMPT).strip() == text(4)  # type: ignore[union-attr]
+    assert response_of(query, PROMPT).strip() == text(4)
 
 
 def test_a_prompt_that_is_not_there_masks(built, caplog):

@@ -25,7 +25,7 @@ def answers(n_right):
 def collected(**right):
     """Arms by name: right answers of 40, one number a seed; on the other set all arms have 10, the base student too."""
     arms = right or {"grpo": (30, 32, 31), "no_rl": (20, 20, 21)}
-    found: dict[tuple[str, str, int, int, str], Answers] = {}
+    found = {}
     for arm, numbers in arms.items():
         for seed, number in enumerate(numbers):
             for rows in (10, 100):
@@ -104,11 +104,11 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.ids: list[str] = []
-        self.addresses: list[str] = []
-        self.words: list[str] = []
+        self.open = []
+        self.tags = []
+        self.ids = []
+        self.addresses = []
+        self.words = []
         self.feed(html)
         self.close()
 

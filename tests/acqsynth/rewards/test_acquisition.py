@@ -258,7 +258,7 @@ def test_threads_take_turns(model, tokenizer):
     model.train()
     reward = AcquisitionReward(model, tokenizer=tokenizer)
     expected = Log().call(reward, COMPLETIONS)
-    results: list[list[float | None]] = []
+    results = []
     threads = [threading.Thread(target=lambda: results.append(Log().call(reward, COMPLETIONS))) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -320,7 +320,7 @@ def test_an_unknown_reduction_reaches_the_user(model, tokenizer):
 
 def resolve(names, tmp_path, monkeypatch):
     """The rewards ``trl grpo --reward_funcs ...`` hands to its trainer."""
-    handed: list[Any] = []
+    handed = []
 
     class Stop(Exception):  # noqa: N818
         pass

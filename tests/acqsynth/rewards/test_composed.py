@@ -6,7 +6,6 @@ import io
 import logging
 import pickle
 import statistics
-from typing import Any
 
 import pytest
 import torch
@@ -35,7 +34,7 @@ def plain(domain, *signals, **options):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_totals_are_the_fused_signals(domain, method):
-    other: dict[str, float | None] = {str(i): 0.1 * (i % 4) for i in range(6)}
+    other = {str(i): 0.1 * (i % 4) for i in range(6)}
     reward = plain(domain, Told("a", VALUES), Told("b", other), fusion=method, weights={"b": -2})
     rewards = reward.score(TEXTS, GROUPS)
     expected = fuse({"a": list(VALUES.values()), "b": list(other.values())}, GROUPS, method, {"a": 1, "b": -2})
@@ -125,7 +124,7 @@ def test_one_sample_that_a_scorer_raises_for_masks_itself_alone(domain, bad):
     gate = Check("known", lambda sample: bool(values[sample.answer]))
     rewards = plain(domain, Told("a", VALUES), gates=[gate]).score(TEXTS, GROUPS)
     assert [total is None for total in rewards.total] == [i == bad for i in range(6)]
-    compares: Any = Told("a", values)
+    compares = Told("a", values)
     compares.set_level = True
     assert plain(domain, compares).score(TEXTS, GROUPS).total == [None] * 6
     assert len(compares.asked) == 1
@@ -177,10 +176,10 @@ def test_a_gate_that_raises_or_cannot_tell_masks(domain):
         return [None if sample.answer == "2" else sample.answer != "1" for sample in samples]
 
     for gate, expected in ((broken, [None] * 3), (unsure, [0.5, 0.0, None])):
-        gate.name = gate.__name__  # type: ignore[attr-defined]
+        gate.name = gate.__name__
         reward = plain(domain, Told("a", VALUES), gates=[gate])
         assert reward.score(TEXTS[:3], GROUPS[:3]).total == expected
-    domain.parse = lambda text: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    domain.parse = lambda text: 1 / 0
     reward = plain(domain, Told("a", VALUES))
     assert reward.score(TEXTS, GROUPS).total == [None] * 6
     assert reward.failures == 6
@@ -198,7 +197,7 @@ def test_signals_see_the_label_that_a_sample_goes_on_with(domain):
 
 
 def test_an_archive_that_fails_leaves_the_totals(domain):
-    signal: Any = Told("a", VALUES)
+    signal = Told("a", VALUES)
     signal.accept = lambda samples: 1 / 0
     reward = plain(domain, signal)
     assert None not in reward.score(TEXTS, GROUPS).total
@@ -209,7 +208,7 @@ def test_a_signal_of_the_wrong_length_is_a_failure(domain):
     def short(samples):
         return [1.0]
 
-    short.name = "short"  # type: ignore[attr-defined]
+    short.name = "short"
     reward = plain(domain, short)
     assert reward.score(TEXTS, GROUPS).total == [None] * 6
     assert reward.failures == 1
@@ -223,7 +222,7 @@ def test_length_is_taken_out_of_the_signals(domain):
     """Of values that mostly follow the length, the total keeps the rest."""
     sizes = [10, 20, 40, 80, 160, 320] * 8
     texts = [lengthy(i, size) for i, size in enumerate(sizes)]
-    values: dict[str, float | None] = {str(i): size**0.5 + (5 * i) % 7 for i, size in enumerate(sizes)}
+    values = {str(i): size**0.5 + (5 * i) % 7 for i, size in enumerate(sizes)}
     raw = plain(domain, Told("a", values), fusion="raw")
     normalised = ComposedReward(domain, [Told("a", values)], fusion="raw")
     for reward, least, most in ((raw, 0.8, 1.0), (normalised, -0.2, 0.2)):

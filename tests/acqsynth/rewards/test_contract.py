@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from acqsynth.rewards.trl import warn_of_mask
 class Words(PlainDomain):
     """Any text is a sample that asks for itself."""
 
-    def parse(self, text: str) -> Sample | None:
+    def parse(self, text):
         return Sample(question=text, answer="1") if text else None
 
 
@@ -31,15 +30,15 @@ WORDS = Words()
 class Trainer:
     """As much of TRL's trainer as a reward can see."""
 
-    def __init__(self, reward_funcs: list[Any], training: bool = True) -> None:
+    def __init__(self, reward_funcs, training=True):
         self.model = torch.nn.Linear(1, 1).train(training)
         self.reward_funcs = reward_funcs
-        self.metrics: dict[str, float] = {}
+        self.metrics = {}
 
-    def log_metric(self, name: str, value: float) -> None:
+    def log_metric(self, name, value):
         self.metrics[name] = value
 
-    def rewards(self, completions: list[str]) -> list[float | None]:
+    def rewards(self, completions):
         [function] = self.reward_funcs[:1]
         return function(prompts=["p"] * len(completions), completions=completions, log_metric=self.log_metric)
 
@@ -48,7 +47,7 @@ TEXTS = ["name a large prime number below one hundred", "which of these two rive
 
 
 class TestEvaluation:
-    def test_leaves_archives_and_histories_as_they_are(self) -> None:
+    def test_leaves_archives_and_histories_as_they_are(self):
         reward = ComposedReward(WORDS, [], gates=[New()])
         evaluation = Trainer([reward], training=False)
         before = reward.state_dict()
@@ -58,7 +57,7 @@ class TestEvaluation:
         assert evaluation.rewards(TEXTS) == [0.0, 0.0]
         assert len(reward.gates[0]) == 2
 
-    def test_a_call_without_a_trainer_counts(self) -> None:
+    def test_a_call_without_a_trainer_counts(self):
         reward = ComposedReward(WORDS, [], gates=[New()])
         assert [reward(["p"] * 2, TEXTS, log_metric={}.__setitem__) for _ in range(2)] == [[1.0, 1.0], [0.0, 0.0]]
 
@@ -66,13 +65,13 @@ class TestEvaluation:
 class Given:
     """A scorer whose values are known."""
 
-    def __init__(self, scored: Scored) -> None:
+    def __init__(self, scored):
         self.scored = scored
 
-    def __call__(self, samples: Any) -> Scored:
+    def __call__(self, samples):
         return self.scored
 
-    def check(self) -> None:
+    def check(self):
         """It needs no student."""
 
 
@@ -80,10 +79,10 @@ class TestText:
     """Text that does not parse never outranks a sample of another rank."""
 
     @staticmethod
-    def reward(monkeypatch: pytest.MonkeyPatch, values: list[float], world: int, **options: Any) -> AcquisitionReward:
+    def reward(monkeypatch, values, world, **options):
         reward = AcquisitionReward("a path", parse=lambda text: text or None, **options)
         scored = Scored({reward.acquisition: values}, [3] * len(values), {})
-        reward.scorer = Given(scored)  # type: ignore[assignment]
+        reward.scorer = Given(scored)
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: world > 1)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
         return reward
@@ -91,7 +90,7 @@ class TestText:
     REFERENCE = SimpleNamespace()
 
     @pytest.mark.parametrize("world", [1, 2])
-    def test_of_a_cosine_gets_its_bound(self, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_a_cosine_gets_its_bound(self, world, monkeypatch):
         given = {"arguments": {"reference": self.REFERENCE}}
         for values in ([-0.0098], [0.5], []):
             reward = self.reward(monkeypatch, values, world, acquisition="influence", **given)
@@ -99,11 +98,11 @@ class TestText:
             assert found == [-1.0, *values]
 
     @pytest.mark.parametrize("world", [1, 2])
-    def test_of_values_above_zero_gets_zero(self, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_values_above_zero_gets_zero(self, world, monkeypatch):
         reward = self.reward(monkeypatch, [0.3], world, acquisition="entropy")
         assert reward(["p", "p"], ["", "a"]) == [0.0, 0.3]
 
-    def test_of_values_without_a_bound_needs_all_ranks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_of_values_without_a_bound_needs_all_ranks(self, monkeypatch):
         arguments = {"reference": self.REFERENCE, "similarity": "dot"}
         options = {"acquisition": "influence", "arguments": arguments}
         assert self.reward(monkeypatch, [-7.0], 1, **options)(["p", "p"], ["", "a"]) == [-7.0, -7.0]
@@ -111,7 +110,7 @@ class TestText:
             with pytest.raises(RuntimeError, match=r"influence have no lower bound, .* make the reward with sync=True"):
                 self.reward(monkeypatch, values, 2, **options)(["p", "p"], ["", "a"])
 
-        def gather(found: list[Any], own: float) -> None:
+        def gather(found, own):
             found[:] = [own, -9.0]
 
         monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
@@ -119,25 +118,25 @@ class TestText:
         assert synced(["p", "p"], ["", "a"]) == [-9.0, -7.0]
 
 
-def first(prompts: Any, completions: list[str], **_: Any) -> list[float | None]:
+def first(prompts, completions, **_):
     return [None if text == "?" else 1.0 for text in completions]
 
 
-def second(prompts: Any, completions: list[str], **_: Any) -> list[float | None]:
+def second(prompts, completions, **_):
     return [-1.5 for _ in completions]
 
 
-async def third(prompts: Any, completions: list[str], **_: Any) -> list[float | None]:
+async def third(prompts, completions, **_):
     return [None if text == "!" else 10.0 for text in completions]
 
 
 class TestSeveralRewards:
-    def test_what_one_masks_all_mask(self) -> None:
+    def test_what_one_masks_all_mask(self):
         function = combined([first, second], [1.0, 2.0], name="both")
         assert function.__name__ == "both"
         assert function(prompts=["p"] * 2, completions=["a", "?"]) == [-2.0, None]
 
-    def test_with_a_coroutine(self) -> None:
+    def test_with_a_coroutine(self):
         from trl.trainer.utils import is_async_callable
 
         function = combined([first, third])
@@ -146,18 +145,16 @@ class TestSeveralRewards:
         assert asyncio.run(function(prompts=["p"] * 3, completions=["a", "?", "!"])) == [11.0, None, None]
 
     @pytest.mark.parametrize(("rewards", "weights"), [([], None), ([first], [1.0, 2.0])])
-    def test_one_weight_a_reward(self, rewards: list[Any], weights: Any) -> None:
+    def test_one_weight_a_reward(self, rewards, weights):
         with pytest.raises(ValueError, match="weights: expected 1, one a reward"):
             combined(rewards, weights)
 
     @pytest.mark.parametrize(("others", "warns"), [([second], True), ([], False)])
-    def test_a_mask_beside_other_rewards_is_told_once(
-        self, others: list[Any], warns: bool, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_mask_beside_other_rewards_is_told_once(self, others, warns, caplog):
         class Fails:
             name = "fails"
 
-            def __call__(self, samples: Any) -> list[float | None]:
+            def __call__(self, samples):
                 return [None] * len(samples)
 
         warn_of_mask.cache_clear()

@@ -73,8 +73,8 @@ def test_an_outlier_does_not_drown_the_other_signal():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_masked_samples_are_in_no_statistic(method):
-    a: list[float | None] = [1.0, None, 2.0, 4.0, 10.0, 50.0, 13.0]
-    b: list[float | None] = [0.3, 7.0, 0.1, 0.2, 0.5, None, 0.9]
+    a = [1.0, None, 2.0, 4.0, 10.0, 50.0, 13.0]
+    b = [0.3, 7.0, 0.1, 0.2, 0.5, None, 0.9]
     groups = ["p", "p", "p", "p", "q", "q", "q"]
     fused = fuse({"a": a, "b": b}, groups, method)
     assert fused[1] is None

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from acqsynth.domains import Domain, Sample
+from acqsynth.domains import Sample
 from acqsynth.rewards import SampledAnswers
 from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.gates import (
@@ -32,12 +29,12 @@ from acqsynth.rewards.gates import (
 DATA = Path(__file__).parents[4] / "shared" / "data"
 
 
-def passes(gate: Gate, question: str, answer: str = "7", reasoning: str = "") -> bool | None:
+def passes(gate, question, answer="7", reasoning=""):
     [verdict] = gate([Sample(question, answer, reasoning)])
     return verdict
 
 
-def test_sound(domain: Domain) -> None:
+def test_sound(domain):
     assert passes(Sound(domain), "What is 3 + 4?")
     assert not passes(Sound(domain), "Three and four.")
 
@@ -46,14 +43,14 @@ def test_sound(domain: Domain) -> None:
     "make", [New, NotInEvaluation, lambda rows: Fluent(None, rows)], ids=["new", "evaluation", "fluent"]
 )
 @pytest.mark.parametrize("row", [{"question": "a", "answer": "b"}, "a text", None])
-def test_rows_are_samples(make: Callable[..., Any], row: Any) -> None:
+def test_rows_are_samples(make, row):
     with pytest.raises(
         TypeError, match=r"(seeds|rows)\[1\]: expected acqsynth.domains.Sample\(question, answer\), got"
     ):
         make([Sample("What is 3 + 4?", "7"), row])
 
 
-def test_length() -> None:
+def test_length():
     gate = Length(question=(8, 20), whole=(10, 30))
     assert passes(gate, "x" * 8, "77")
     assert not passes(gate, "x" * 7, "777")
@@ -65,7 +62,7 @@ def test_length() -> None:
 
 
 @pytest.mark.parametrize("blank", ["\u200b", "\u00ad", "\u2060 ", "\ufeff", "\u3164", "\U000e0020", "\u202e", "\x00"])
-def test_characters_that_show_nothing_have_no_length(blank: str) -> None:
+def test_characters_that_show_nothing_have_no_length(blank):
     gate = Length(question=(4, 20), whole=(6, 60))
     assert not passes(gate, blank * 10)
     assert not passes(gate, f"abc{blank * 10}")
@@ -82,7 +79,7 @@ def test_characters_that_show_nothing_have_no_length(blank: str) -> None:
         "3 + 4? The answer is 07",
     ],
 )
-def test_a_disguised_leak_is_one(domain: Domain, disguised: str) -> None:
+def test_a_disguised_leak_is_one(domain, disguised):
     assert not passes(NoLeak(domain), disguised)
 
 
@@ -90,7 +87,7 @@ def test_a_disguised_leak_is_one(domain: Domain, disguised: str) -> None:
     "disguised",
     ["the t\u200bhe **the** th\u00ade the the", "ｔｈｅ the ｔｈｅ the ｔｈｅ the", "thе the thе the thе the"],
 )
-def test_disguised_repetition_is_one(disguised: str) -> None:
+def test_disguised_repetition_is_one(disguised):
     assert not passes(NoRepetition(), disguised)
 
 
@@ -105,7 +102,7 @@ class TestNoRepetition:
             "数数数数数数数数数数数数数数数数数数",
         ],
     )
-    def test_repeated_text(self, text: str) -> None:
+    def test_repeated_text(self, text):
         assert not passes(NoRepetition(), text)
         assert not passes(NoRepetition(), "What is 3 + 4?", text)
         assert not passes(NoRepetition(), "What is 3 + 4?", "7", text)
@@ -119,22 +116,22 @@ class TestNoRepetition:
             "List the squares: 1, 4, 9, 16, 25, 36, 49, 64, 81.",
         ],
     )
-    def test_honest_text(self, text: str) -> None:
+    def test_honest_text(self, text):
         assert passes(NoRepetition(), text)
 
-    def test_share_of_runs(self) -> None:
+    def test_share_of_runs(self):
         assert repetition("abcdefgh" * 2) == pytest.approx(1 / 9)
         assert repetition("abcdefgh" * 20) == pytest.approx(1 - 8 / 153)
         assert repetition("a" * 15) == 0
 
-    def test_real_data_passes(self) -> None:
+    def test_real_data_passes(self):
         path = DATA / "math" / "gsm8k_train.jsonl"
         if not path.is_file():
             pytest.skip(f"{path} is not here")
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert all(NoRepetition()([Sample(row["question"], row["answer"]) for row in rows]))
 
-    def test_wrong_limit(self) -> None:
+    def test_wrong_limit(self):
         with pytest.raises(ValueError, match="limit"):
             NoRepetition(0)
 
@@ -151,7 +148,7 @@ class TestNoLeak:
             ("Since it is due to low iron in blood, what is it?", "low iron in blood"),
         ],
     )
-    def test_leaks(self, domain: Domain, question: str, answer: str) -> None:
+    def test_leaks(self, domain, question, answer):
         assert not passes(NoLeak(domain), question, answer)
 
     @pytest.mark.parametrize(
@@ -170,19 +167,19 @@ class TestNoLeak:
             ("What is 3 + 4?", "7"),
         ],
     )
-    def test_honest_questions(self, domain: Domain, question: str, answer: str) -> None:
+    def test_honest_questions(self, domain, question, answer):
         assert passes(NoLeak(domain), question, answer)
 
-    def test_the_whole_solution_in_the_question(self, domain: Domain) -> None:
+    def test_the_whole_solution_in_the_question(self, domain):
         reasoning = "Three shells and four shells make seven shells in all."
         assert not passes(NoLeak(domain), f"What is 3 + 4? {reasoning}", "7", reasoning)
         assert passes(NoLeak(domain), "What is 3 + 4?", "7", reasoning)
 
-    def test_one_label_is_no_list_of_options(self, domain: Domain) -> None:
+    def test_one_label_is_no_list_of_options(self, domain):
         assert not passes(NoLeak(domain), "Vitamin A. The answer is 7. What is 3 + 4?", "7")
         assert not passes(NoLeak(domain), "Vitamin A. It is low iron in blood. What is it?", "low iron in blood")
 
-    def test_real_data_passes(self, domain: Domain) -> None:
+    def test_real_data_passes(self, domain):
         path = DATA / "math" / "gsm8k_train.jsonl"
         if not path.is_file():
             pytest.skip(f"{path} is not here")
@@ -191,7 +188,7 @@ class TestNoLeak:
         assert NoLeak(domain)(samples).count(False) <= 3  # of 3,000
 
 
-def test_new(sample: Callable[..., Sample]) -> None:
+def test_new(sample):
     gate = New([sample(3, 4)])
     assert gate([sample(3, 4), sample(30, 40), sample(30, 40)]) == [False, True, True]  # copies in a call are no matter
     assert len(gate) == 0
@@ -203,17 +200,17 @@ def test_new(sample: Callable[..., Sample]) -> None:
     assert other([sample(3, 4), sample(30, 40), sample(31, 40)]) == [False, False, True]
 
 
-def test_not_in_evaluation(sample: Callable[..., Sample]) -> None:
+def test_not_in_evaluation(sample):
     gate = NotInEvaluation([sample(3, 4)])
     assert gate([sample(3, 4), sample(5, 4)]) == [False, True]
 
 
-def test_verified(domain: Domain, sample: Callable[..., Sample]) -> None:
+def test_verified(domain, sample):
     unknown = Sample("Who was it?", "Ada")
     assert Verified(domain)([sample(3, 4), sample(3, 4, answer="8"), unknown]) == [True, False, True]
 
 
-def test_answerable(domain: Domain, scripted: Any) -> None:
+def test_answerable(domain, scripted):
     script = {"weak?": ["7", "8", "9", "7"], "lost?": ["1", "2", "3", "no"], "once?": ["7", "8", "8", "8"]}
     answers = SampledAnswers(scripted(script.__getitem__), domain, k=4)
     samples = [Sample(question, "7") for question in script]
@@ -224,7 +221,7 @@ def test_answerable(domain: Domain, scripted: Any) -> None:
         Answerable(answers, least=0.0)
 
 
-def test_an_answer_known_to_be_right_needs_no_student(domain: Domain, scripted: Any, sample: Any) -> None:
+def test_an_answer_known_to_be_right_needs_no_student(domain, scripted, sample):
     engine = scripted(lambda question: ["no idea"])
     gate = Answerable(SampledAnswers(engine, domain))
     assert gate([sample(3, 4), Sample("Who?", "7"), sample(3, 4, answer="9")]) == [True, False, False]
@@ -232,16 +229,16 @@ def test_an_answer_known_to_be_right_needs_no_student(domain: Domain, scripted: 
     assert len(prompts) == 2
 
 
-def test_a_sample_is_verified_once_a_call(domain: Domain, scripted: Any, sample: Any) -> None:
+def test_a_sample_is_verified_once_a_call(domain, scripted, sample):
     verify, asked = domain.verify, []
-    domain.verify = lambda samples: asked.append(len(samples)) or verify(samples)  # type: ignore[method-assign]
+    domain.verify = lambda samples: asked.append(len(samples)) or verify(samples)
     gates = Verified(domain), Answerable(SampledAnswers(scripted(lambda question: ["7"]), domain))
     samples = Batch([sample(3, 4), sample(5, 6)])
     assert [gate(samples) for gate in gates] == [[True, True]] * 2
     assert asked == [2]
 
 
-def test_check() -> None:
+def test_check():
     gate = Check("short", lambda sample: len(sample.question) < 5)
     assert isinstance(gate, Gate)
     assert gate([Sample("Who?", "7"), Sample("Whoever?", "7")]) == [True, False]
@@ -249,7 +246,7 @@ def test_check() -> None:
 
 class TestFluent:
     @pytest.fixture
-    def student(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: Any) -> LlamaForCausalLM:
+    def student(self, model, tokenizer, sample):
         """Taught a few steps on questions of the kind."""
         import torch
 
@@ -262,9 +259,7 @@ class TestFluent:
             optimizer.step()
         return model
 
-    def test_random_tokens_and_salad(
-        self, student: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: Any
-    ) -> None:
+    def test_random_tokens_and_salad(self, student, tokenizer, sample):
         gate = Fluent(student, [sample(a, 60 - a) for a in range(10, 20)], tokenizer=tokenizer)
         words = sample(11, 12).question.split()
         gibberish = ["~{ q#v|Z@ x!0 )_ kW^ ?=;: jJ$ 3~ &", " ".join(sorted(words)), " ".join(reversed(words))]
@@ -274,7 +269,7 @@ class TestFluent:
         assert gate([sample(11, 12, reasoning="~~")]) == [True]  # too short to be read as a text
         assert gate([]) == []
 
-    def test_the_limit(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: Any) -> None:
+    def test_the_limit(self, model, tokenizer, sample):
         import acqcore
 
         seeds = [sample(3, 4), sample(50, 6, reasoning="Fifty and six are fifty-six, as one counts.")]
@@ -289,24 +284,20 @@ class TestFluent:
         gate.refresh(type(model)(model.config))
         assert gate.limits() != before
 
-    def test_it_goes_by_the_mean_whatever_the_signals_do(
-        self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: Callable[..., Sample]
-    ) -> None:
+    def test_it_goes_by_the_mean_whatever_the_signals_do(self, model, tokenizer, sample):
         one, other = (
             Fluent(model, [sample(3, 4), sample(5, 6)], tokenizer=tokenizer, reduction=reduction).limits()
             for reduction in ("mean", "sum")
         )
         assert one == other
 
-    def test_seeds_are_needed(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    def test_seeds_are_needed(self, model, tokenizer):
         with pytest.raises(ValueError, match="seeds: expected at least one"):
             Fluent(model, [], tokenizer=tokenizer)
 
 
-def test_default_gates_go_by_what_is_there(
-    domain: Domain, scripted: Any, sample: Any, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    def names(**options: Any) -> list[str]:
+def test_default_gates_go_by_what_is_there(domain, scripted, sample, model, tokenizer):
+    def names(**options):
         return [gate.name for gate in default_gates(domain, seeds=[sample(3, 4)], **options)]
 
     first = ["sound", "length", "no_repetition", "no_leak", "new"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ def norms(model, tokenizer, domain, samples, chat):
     """``|| grad of the mean loss ||`` and the count of tokens, by autograd of one sample at a time."""
     found, counts = [], []
     for s in samples:
-        prompt: Any = domain.student_prompt(s.question) if chat else s.question + "\n"
+        prompt = domain.student_prompt(s.question) if chat else s.question + "\n"
         if chat:
             prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         solution = domain.solution(s) + (tokenizer.eos_token if chat else "")

@@ -15,16 +15,16 @@ from acqsynth.rewards.overlap import Contamination, NearCopies, words
 SHELLS = "Ada has 12 shells and finds 30 more on the beach. How many shells does she have now?"
 
 
-def test_words() -> None:
+def test_words():
     assert words("It's 3.5 km, x_1 = −2!") == ["it", "'", "s", "3", ".", "5", "km", ",", "x_1", "=", "−", "2", "!"]
 
 
-def jaccard(a: str, b: str, n: int = 5) -> float:
+def jaccard(a, b, n=5):
     cut = [{t[i : i + n] for i in range(len(t) - n + 1)} for t in (a.lower(), b.lower())]
     return len(cut[0] & cut[1]) / len(cut[0] | cut[1])
 
 
-def test_found_as_by_comparing_with_every_text() -> None:
+def test_found_as_by_comparing_with_every_text():
     """The lists that are not read hold nothing that would have been found."""
     rng = random.Random(0)
     stock = [" ".join(rng.choices("abc", k=1)[0] * rng.randint(1, 3) for _ in range(14)) for _ in range(300)]
@@ -42,7 +42,7 @@ def test_found_as_by_comparing_with_every_text() -> None:
     assert 30 <= hits < len(asked)
 
 
-def test_a_copy_in_other_numbers_is_another_exercise() -> None:
+def test_a_copy_in_other_numbers_is_another_exercise():
     copies = NearCopies()
     copies.add([SHELLS])
     assert copies.find(SHELLS.upper().replace(" ", "  ")) == SHELLS
@@ -92,12 +92,12 @@ DISGUISES: dict[str, Callable[[str], str]] = {
 }  # fmt: skip
 
 
-def every_sixth(text: str, change: Callable[[str], str]) -> str:
+def every_sixth(text, change):
     return " ".join(change(word) if i % 6 == 0 else word for i, word in enumerate(text.split(" ")))
 
 
 @pytest.mark.parametrize("name", DISGUISES)
-def test_a_text_that_only_looks_different_is_the_same(name: str) -> None:
+def test_a_text_that_only_looks_different_is_the_same(name):
     other = DISGUISES[name](SHELLS)
     assert other != SHELLS
     copies = NearCopies()
@@ -129,7 +129,7 @@ def test_a_text_that_only_looks_different_is_the_same(name: str) -> None:
         ("Is a < b and c > d where a is 5?", "Is a < b and c > d where a is 6?"),
     ],
 )
-def test_texts_that_differ_in_a_number_stay_apart(a: str, b: str) -> None:
+def test_texts_that_differ_in_a_number_stay_apart(a, b):
     copies = NearCopies(0.1)
     copies.add([a])
     assert copies.find(b) is None
@@ -160,13 +160,13 @@ def test_texts_that_differ_in_a_number_stay_apart(a: str, b: str) -> None:
         "é",
     ],
 )
-def test_the_normal_form_takes_linear_time(part: str) -> None:
+def test_the_normal_form_takes_linear_time(part):
     begin = time.perf_counter()
     normal_form(part * (100_000 // len(part)))
     assert time.perf_counter() - begin < 5
 
 
-def test_the_oldest_make_room() -> None:
+def test_the_oldest_make_room():
     copies = NearCopies(capacity=3)
     texts = [f"{word} is a word of its own" for word in ("Saddle", "Violin", "Kernel", "Copper")]
     copies.add(texts[:3])
@@ -179,7 +179,7 @@ def test_the_oldest_make_room() -> None:
     assert copies.find(texts[1]) == texts[1]
 
 
-def test_short_texts() -> None:
+def test_short_texts():
     copies = NearCopies()
     copies.add(["ab", ""])
     assert copies.find("AB") == "ab"
@@ -187,7 +187,7 @@ def test_short_texts() -> None:
     assert copies.find("") == ""
 
 
-def test_thousands_of_texts_in_a_moment() -> None:
+def test_thousands_of_texts_in_a_moment():
     """A guard against reading every list, not a measurement: that would take a minute."""
     rng = random.Random(0)
     vocabulary = ["".join(rng.choices("abcdefghijklmnop", k=5)) for _ in range(300)]
@@ -199,7 +199,7 @@ def test_thousands_of_texts_in_a_moment() -> None:
     assert time.perf_counter() - begin < 20
 
 
-def test_wrong_arguments() -> None:
+def test_wrong_arguments():
     with pytest.raises(ValueError, match="threshold"):
         NearCopies(0)
     with pytest.raises(ValueError, match="n, capacity"):
@@ -211,20 +211,20 @@ def test_wrong_arguments() -> None:
 class TestContamination:
     LONG = "A train leaves the station at nine and travels for three hours at a speed of 80 km per hour. How far?"
 
-    def test_a_run_of_thirteen_words(self) -> None:
+    def test_a_run_of_thirteen_words(self):
         found = Contamination([self.LONG])
         run = " ".join(self.LONG.split()[2:15])
         assert f"Suppose {run.upper()}, say" in found
         assert f"Suppose {' '.join(self.LONG.split()[2:14])}, say" not in found
         assert self.LONG in found
 
-    def test_a_short_text_as_a_whole(self) -> None:
+    def test_a_short_text_as_a_whole(self):
         found = Contamination(["What is 3 + 4?"])
         assert "what is 3 +  4 ?" in found
         assert "What is 3 + 5?" not in found
         assert "Well, what is 3 + 4?" not in found
 
-    def test_phrases_of_the_genre_do_not_count(self) -> None:
+    def test_phrases_of_the_genre_do_not_count(self):
         phrase = "Think step by step and give the final answer after four number signs on a line of its own."
         rows = [f"{name} asks a thing of {name}. {phrase}" for name in "ABCDEFGHIJK"]
         assert f"Something else altogether. {phrase}" not in Contamination(rows)

@@ -26,7 +26,7 @@ def composed(domain, values, stderr):
 
 
 def logged(reward, n, group=MEMBERS):
-    metrics: dict[str, float] = {}
+    metrics = {}
     prompts = [f"p{i // group}" for i in range(n)]
     reward(prompts, [text(i) for i in range(n)], log_metric=metrics.__setitem__)
     return metrics
@@ -135,8 +135,8 @@ def test_an_acquisition_reward_logs_it(model, tokenizer):
     arguments = {"form": "linear", "probes": 4, "layers": 1}
     reward = AcquisitionReward(model, "mutual_information", arguments=arguments, tokenizer=tokenizer)
     texts = [f"<question>What is {i} + {7 * i}?</question><answer>{8 * i}</answer>" for i in range(8)]
-    metrics: dict[str, float] = {}
-    columns: dict[str, list[float | None]] = {}
+    metrics = {}
+    columns = {}
     values = reward(
         ["p"] * 4 + ["q"] * 5, [*texts, "broken"], log_metric=metrics.__setitem__, log_extra=columns.__setitem__
     )
@@ -152,7 +152,7 @@ def test_an_acquisition_reward_logs_it(model, tokenizer):
 
 
 def test_an_exact_acquisition_has_none(model, tokenizer):
-    metrics: dict[str, float] = {}
+    metrics = {}
     reward = AcquisitionReward(model, "entropy", tokenizer=tokenizer)
     reward(["p", "p"], [text(1), text(2)], log_metric=metrics.__setitem__)
     assert "acquisition_entropy/mean" in metrics

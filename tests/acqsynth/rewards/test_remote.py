@@ -7,7 +7,6 @@ import copy
 import functools
 import pickle
 import sys
-from typing import Any
 
 import httpx
 import pytest
@@ -51,7 +50,7 @@ def call(reward, completions=COMPLETIONS, **log):
 )
 def test_the_numbers_are_those_of_process(url, model, tokenizer, options):
     local, remote = AcquisitionReward(model, tokenizer=tokenizer, **options), AcquisitionReward(url=url, **options)
-    logs: list[dict[str, Any]] = [{}, {}]
+    logs = [{}, {}]
     expected = call(local, log_extra=logs[0].__setitem__, log_metric=logs[0].__setitem__)
     found = asyncio.run(call(remote, log_extra=logs[1].__setitem__, log_metric=logs[1].__setitem__))
     assert found == expected
@@ -89,7 +88,7 @@ def test_a_server_that_is_down_masks_and_counts(monkeypatch):
     client = functools.partial(httpx.AsyncClient, transport=httpx.MockTransport(refuse))
     monkeypatch.setattr(httpx, "AsyncClient", client)
     reward = AcquisitionReward(url=URL, client={"attempts": 2, "backoff": 0.001})
-    metrics: dict[str, float] = {}
+    metrics = {}
     assert asyncio.run(call(reward, log_metric=metrics.__setitem__)) == [None, 0.0, None, None]
     assert reward.masked == 3
     assert metrics["acquisition_entropy/masked"] == 0.75
@@ -112,12 +111,12 @@ def test_trl_sees_a_coroutine_and_a_name():
 
 
 def test_grpo_awaits_two_at_once(url, model, tokenizer, tmp_path):
-    together: list[int] = []
+    together = []
 
     class Counted(RemoteAcquisitionReward):
         now = 0
 
-        async def __call__(self, **columns):  # type: ignore[override]
+        async def __call__(self, **columns):
             Counted.now += 1
             together.append(Counted.now)
             await asyncio.sleep(0.05)

@@ -30,7 +30,7 @@ def samples(sample):
 @pytest.fixture
 def counted(monkeypatch):
     """The acquisitions of each ``acqcore.score`` call."""
-    calls: list[tuple[str, ...]] = []
+    calls = []
     score = acqcore.score
 
     def counting(student, samples, acquisitions, **options):

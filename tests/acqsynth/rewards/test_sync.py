@@ -45,7 +45,7 @@ def calls(part, sync):
         fusion="rank",
         sync=sync,
     )
-    found: list[object] = []
+    found = []
     for questions in CALLS:
         texts = [f"<question>{question}</question><answer>7</answer>" for question in questions]
         texts[7] = "broken"

@@ -7,14 +7,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import acqcore
 from acqsynth.serve.app import Service, create_app
@@ -22,7 +19,6 @@ from acqsynth.serve.options import ADMIN_TOKEN_VARIABLE, TOKEN_VARIABLE, Limits
 from acqsynth.serve.students import Students
 
 TOKENS = {TOKEN_VARIABLE: "secret", ADMIN_TOKEN_VARIABLE: "admin"}
-Start = Callable[..., tuple[subprocess.Popen[str], str]]
 
 SAMPLES = [
     {"prompt": f"What is {a} + {b}?\n", "completion": "Let me see. " * (a % 4) + f"It is {a + b}."}
@@ -32,34 +28,34 @@ SAMPLES = [
 
 
 @pytest.fixture
-def student(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> acqcore.Student:
+def student(model, tokenizer):
     return acqcore.Student.from_model(model.eval(), tokenizer=tokenizer)
 
 
 @pytest.fixture
-def forwards(student: acqcore.Student) -> list[int]:
+def forwards(student):
     """The batch size of every forward of the student since."""
-    sizes: list[int] = []
+    sizes = []
 
-    def count(module: torch.nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def count(module, arguments, named):
         sizes.append(len(arguments[0] if arguments else named["input_ids"]))
 
-    student.trunk.register_forward_pre_hook(count, with_kwargs=True)  # type: ignore[attr-defined]
+    student.trunk.register_forward_pre_hook(count, with_kwargs=True)
     return sizes
 
 
 @pytest.fixture
-def serve(student: acqcore.Student) -> Callable[..., Service]:
+def serve(student):
     """``serve(access=..., root=..., **limits)``: a service of the student."""
 
-    def build(*, root: Any = None, limits: dict[str, Any] | None = None, **options: Any) -> Service:
+    def build(*, root=None, limits=None, **options):
         return Service(Students(student, "first", root=root), limits=Limits(**(limits or {})), **options)
 
     return build
 
 
 @contextlib.asynccontextmanager
-async def asked(service: Service, **headers: str) -> AsyncIterator[httpx.AsyncClient]:
+async def asked(service, **headers):
     """A client of the running service."""
     app = create_app(service)
     async with (
@@ -70,17 +66,17 @@ async def asked(service: Service, **headers: str) -> AsyncIterator[httpx.AsyncCl
 
 
 @pytest.fixture(name="asked")
-def _asked() -> Callable[..., Any]:
+def _asked():
     return asked
 
 
 @pytest.fixture
-def samples() -> list[dict[str, str]]:
+def samples():
     return SAMPLES
 
 
 @pytest.fixture
-def root(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+def root(model, tokenizer, tmp_path):
     """A folder with the students ``one`` and ``two``."""
     for name in ("one", "two"):
         model.save_pretrained(tmp_path / name)
@@ -91,11 +87,22 @@ def root(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: 
 
 
 @pytest.fixture
-def start(root: Path) -> Iterator[Start]:
-    """``start("--option", ...)``: a server of the student ``one``, and its URL."""
-    started: list[subprocess.Popen[str]] = []
+def memory():
+    """``memory(process, field)``, MiB of a process: ``VmRSS`` now, ``VmHWM`` at most."""
 
-    def run(*options: str) -> tuple[subprocess.Popen[str], str]:
+    def read(process, field):
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+    return read
+
+
+@pytest.fixture
+def start(root):
+    """``start("--option", ...)``: a server of the student ``one``, and its URL."""
+    started = []
+
+    def run(*options):
         command = [sys.executable, "-m", "acqsynth.cli", "serve", "--student", str(root / "one"), "--port", "0"]
         environment = {**os.environ, **TOKENS, "OMP_NUM_THREADS": "1"}
         with (root / "stderr").open("w") as errors:

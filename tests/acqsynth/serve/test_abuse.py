@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 import acqcore
-from acqsynth.serve.app import Service, create_app
+from acqsynth.serve.app import create_app
 from acqsynth.serve.errors import NotJsonError, TooLargeError
 from acqsynth.serve.routes import DEEPEST, check_structure
 from acqsynth.serve.server import HEAD_BYTES, bounded_protocol
@@ -25,7 +21,7 @@ JSON = {"content-type": "application/json"}
 SIZE = (8 << 20) - 100
 
 
-def filled(begin: bytes, part: bytes, end: bytes) -> bytes:
+def filled(begin, part, end):
     """A body of 8 MiB that repeats a part."""
     return begin + part * ((SIZE - len(begin) - len(end)) // len(part)) + end
 
@@ -61,18 +57,12 @@ BODIES: dict[str, tuple[bytes, set[int]]] = {
 }  # fmt: skip
 
 
-def memory(process: subprocess.Popen[str], field: str) -> float:
-    """MiB of a process: ``VmRSS`` now, ``VmHWM`` at most."""
-    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def test_bodies_of_8_mib_are_answered_at_once_beside_others(start: Callable[..., Any]) -> None:
+def test_bodies_of_8_mib_are_answered_at_once_beside_others(start, memory):
     process, url = start()
     small = json.dumps({"samples": ["a fox", "a dog"]}).encode()
-    waits: list[float] = []
+    waits = []
 
-    async def bystander(client: httpx.AsyncClient, done: asyncio.Event) -> None:
+    async def bystander(client, done):
         while not done.is_set():
             begin = time.monotonic()
             health = await client.get("/health")
@@ -81,7 +71,7 @@ def test_bodies_of_8_mib_are_answered_at_once_beside_others(start: Callable[...,
             assert (health.status_code, score.status_code) == (200, 200)
             await asyncio.sleep(0.01)
 
-    async def main() -> dict[str, tuple[int, float]]:
+    async def main():
         found = {}
         async with httpx.AsyncClient(base_url=url, headers=BEARER, timeout=60) as client:
             await client.post("/score", content=small, headers=JSON)  # the first call starts threads
@@ -106,11 +96,11 @@ def test_bodies_of_8_mib_are_answered_at_once_beside_others(start: Callable[...,
     assert memory(process, "VmHWM") - idle < 1024
 
 
-def test_many_large_bodies_at_once_are_bounded(start: Callable[..., Any]) -> None:
+def test_many_large_bodies_at_once_are_bounded(start, memory):
     process, url = start("--max-bodies", str(24 << 20))
     body, _ = BODIES["one text of wide characters"]
 
-    async def main() -> list[int]:
+    async def main():
         async with httpx.AsyncClient(base_url=url, headers=BEARER, timeout=60) as client:
             posts = (client.post("/score", content=body, headers=JSON) for _ in range(24))
             responses = await asyncio.gather(*posts, return_exceptions=True)
@@ -130,31 +120,29 @@ class TestStructure:
     @pytest.mark.parametrize(
         "text", ['"' + "[{:,}]" * 1000 + '"', '"' + '\\"[' * 1000 + '"', '"' + "\\\\" * 1000 + '"']
     )
-    def test_signs_in_strings_are_text(self, text: str) -> None:
+    def test_signs_in_strings_are_text(self, text):
         check_structure(text.encode(), 10)
         assert json.loads(text)
         with pytest.raises(TooLargeError, match="more than 10 values"):
             check_structure(f"[{text},[],[],[],[],[],[]]".encode(), 10)
 
-    def test_the_deepest_body_that_passes_is_one_that_pydantic_reads(self) -> None:
+    def test_the_deepest_body_that_passes_is_one_that_pydantic_reads(self):
         deepest = b"[" * DEEPEST + b"]" * DEEPEST
         check_structure(deepest + b" " * 1000, 1000)
         with pytest.raises(NotJsonError):
             check_structure(b"[" + deepest + b"]" + b" " * 1000, 1000)
 
-    def test_a_broken_text_is_counted_all_the_same(self) -> None:
+    def test_a_broken_text_is_counted_all_the_same(self):
         for text in (b'{"a": "', b"]]]}}}", b'"\\', b"\xff\x00" * 100):
             check_structure(text + b" " * 100, 50)
 
 
 class TestSamples:
-    def test_a_sample_of_too_many_characters_is_told_alone(
-        self, serve: Callable[..., Service], asked: Any, student: acqcore.Student
-    ) -> None:
+    def test_a_sample_of_too_many_characters_is_told_alone(self, serve, asked, student):
         long = "a" * 101
         samples = ["a fox", long, "a dog", long[:100]]
 
-        async def main() -> Any:
+        async def main():
             async with asked(serve(limits={"max_characters": 100})) as client:
                 return (await client.post("/score", json={"samples": samples})).json()
 
@@ -164,12 +152,10 @@ class TestSamples:
         expected = acqcore.score(student, scored, "entropy", progress=False)["entropy"].tolist()
         assert [answer["values"]["entropy"][i] for i in (0, 2, 3)] == pytest.approx(expected, rel=2e-6)
 
-    def test_samples_of_several_chunks_keep_their_places(
-        self, serve: Callable[..., Service], asked: Any, student: acqcore.Student
-    ) -> None:
+    def test_samples_of_several_chunks_keep_their_places(self, serve, asked, student):
         samples = ["one fox " * n for n in (6, 1, 5, 7, 2, 0, 9, 3)]
 
-        async def main() -> Any:
+        async def main():
             async with asked(serve(limits={"max_characters": 60})) as client:
                 return (await client.post("/score", json={"samples": samples})).json()
 
@@ -178,21 +164,19 @@ class TestSamples:
         assert answer["n_tokens"] == [max(len(text) - 1, 0) if len(text) <= 60 else 0 for text in samples]
 
     @pytest.mark.parametrize("error", [KeyError("x"), RecursionError(), AttributeError("strip")])
-    def test_whatever_one_sample_raises_is_its_own(
-        self, serve: Callable[..., Service], asked: Any, student: acqcore.Student, error: Exception
-    ) -> None:
+    def test_whatever_one_sample_raises_is_its_own(self, serve, asked, student, error):
         tokenizer = student.tokenizer
 
-        def picky(texts: list[str], **options: Any) -> Any:
+        def picky(texts, **options):
             if any("bad" in text for text in texts):
                 raise error
             return tokenizer(texts, **options)
 
-        picky.apply_chat_template = tokenizer.apply_chat_template  # type: ignore[attr-defined]
-        picky.is_fast = True  # type: ignore[attr-defined]
+        picky.apply_chat_template = tokenizer.apply_chat_template
+        picky.is_fast = True
         student.tokenizer = picky
 
-        async def main() -> Any:
+        async def main():
             async with asked(serve()) as client:
                 return (await client.post("/score", json={"samples": ["a fox", "a bad dog", "a cat"]})).json()
 
@@ -204,7 +188,7 @@ class TestSamples:
 
 class TestConnections:
     @pytest.fixture
-    def address(self, serve: Callable[..., Service], on_socket: Callable[..., str]) -> tuple[str, int]:
+    def address(self, serve, on_socket):
         service = serve(limits={"max_body": 1 << 12, "max_bodies": 1 << 12, "body_timeout": 0.5})
         parts = urlsplit(on_socket(create_app(service), http=bounded_protocol(service.limits)))
         assert parts.hostname
@@ -212,7 +196,7 @@ class TestConnections:
         return parts.hostname, parts.port
 
     @staticmethod
-    async def talk(address: tuple[str, int], pieces: list[bytes], pause: float = 0.0) -> tuple[bytes, float, int]:
+    async def talk(address, pieces, pause=0.0):
         """What the server answers until it closes, after how long, and how many bytes it took."""
         reader, writer = await asyncio.open_connection(*address)
         begin, sent = time.monotonic(), 0
@@ -246,7 +230,7 @@ class TestConnections:
         ],
         ids=["nothing", "a word", "line ends", "headers", "line ends after an answer", "a letter after an answer"],
     )
-    def test_a_connection_without_a_request_is_closed(self, address: tuple[str, int], pieces: list[bytes]) -> None:
+    def test_a_connection_without_a_request_is_closed(self, address, pieces):
         _, seconds, _ = asyncio.run(self.talk(address, pieces, pause=0.05))
         assert 0.4 < seconds < 2.5
 
@@ -260,20 +244,20 @@ class TestConnections:
         ],
         ids=["a value", "lines", "a path", "a name"],
     )
-    def test_a_large_head_is_refused_before_it_is_read(self, address: tuple[str, int], pieces: list[bytes]) -> None:
+    def test_a_large_head_is_refused_before_it_is_read(self, address, pieces):
         answer, seconds, sent = asyncio.run(self.talk(address, pieces))
         assert answer.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 ")) or answer == b""
         assert sent < 16 << 20  # what sockets buffer on both sides
         assert seconds < 2.5
 
-    def test_trailers_and_chunk_marks_are_bounded(self, address: tuple[str, int]) -> None:
+    def test_trailers_and_chunk_marks_are_bounded(self, address):
         head = b"POST /score HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
         for flood in ([b"0\r\n", *[b"X: y\r\n" * 8192] * 400], [b"1;" + b"x" * 65536, *[b"x" * 65536] * 400]):
             _, seconds, sent = asyncio.run(self.talk(address, [head, *flood]))
             assert sent < 16 << 20
             assert seconds < 2.5
 
-    def test_an_honest_client_goes_on(self, address: tuple[str, int]) -> None:
+    def test_an_honest_client_goes_on(self, address):
         url = "http://{}:{}".format(*address)
         with httpx.Client(base_url=url, headers={"X-Long": "y" * (HEAD_BYTES // 2)}) as client:
             for _ in range(3):

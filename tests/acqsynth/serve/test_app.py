@@ -5,17 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import acqcore
 from acqsynth.parsing import parse_sample
-from acqsynth.serve.app import Service
 from acqsynth.serve.middleware import Access
 from acqsynth.serve.schema import served_acquisitions
 from acqsynth.serve.students import Question, Values
@@ -24,19 +19,17 @@ GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
 LONGER = "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
 CHAT = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
 
-Serve = Callable[..., Service]
 
-
-def error_of(response: Any) -> tuple[int, str, str]:
+def error_of(response):
     assert set(response.json()) == {"error"}
     assert set(response.json()["error"]) == {"type", "message"}
     return response.status_code, response.json()["error"]["type"], response.json()["error"]["message"]
 
 
-def post(serve: Serve, asked: Any, path: str, body: Any, **options: Any) -> Any:
+def post(serve, asked, path, body, **options):
     """The answer to one request of a fresh service; a body that is no object is sent as it is."""
 
-    async def main() -> Any:
+    async def main():
         async with asked(serve(**options)) as client:
             if isinstance(body, bytes):
                 return await client.post(path, content=body, headers={"content-type": "application/json"})
@@ -46,9 +39,7 @@ def post(serve: Serve, asked: Any, path: str, body: Any, **options: Any) -> Any:
 
 
 class TestScore:
-    def test_all_acquisitions_are_those_of_process(
-        self, serve: Serve, asked: Any, student: acqcore.Student, samples: list[Any]
-    ) -> None:
+    def test_all_acquisitions_are_those_of_process(self, serve, asked, student, samples):
         names = served_acquisitions()
         response = post(serve, asked, "/score", {"samples": samples, "acquisitions": names})
         assert response.status_code == 200
@@ -72,13 +63,13 @@ class TestScore:
             [{"prompt": CHAT[:1], "completion": CHAT[1:]}, {"prompt": "a", "completion": "b"}],
         ],
     )
-    def test_every_kind_of_sample(self, serve: Serve, asked: Any, student: acqcore.Student, chosen: list[Any]) -> None:
+    def test_every_kind_of_sample(self, serve, asked, student, chosen):
         answer = post(serve, asked, "/score", {"samples": chosen, "acquisitions": ["loss"]}).json()
         expected = acqcore.score(student, chosen, "loss", progress=False)
         assert answer["values"]["loss"] == expected["loss"].tolist()
         assert answer["n_tokens"] == expected.n_tokens.tolist()
 
-    def test_tools_and_tool_calls(self, serve: Serve, asked: Any, student: acqcore.Student) -> None:
+    def test_tools_and_tool_calls(self, serve, asked, student):
         call = {"id": "a", "type": "function", "function": {"name": "add", "arguments": {"x": 1, "y": [2]}}}
         turns = [
             CHAT[0],
@@ -106,18 +97,14 @@ class TestScore:
             {"x": {"y": 1}},
         ],
     )
-    def test_a_request_brings_no_template_of_its_own(
-        self, serve: Serve, asked: Any, forwards: list[int], options: dict[str, Any]
-    ) -> None:
+    def test_a_request_brings_no_template_of_its_own(self, serve, asked, forwards, options):
         body = {"samples": [{"messages": CHAT, "chat_template_kwargs": options}]}
         status, kind, text = error_of(post(serve, asked, "/score", body))
         assert (status, kind) == (422, "invalid_request")
         assert "chat_template_kwargs" in text
         assert forwards == []
 
-    def test_reduction_arguments_and_length(
-        self, serve: Serve, asked: Any, student: acqcore.Student, samples: list[Any]
-    ) -> None:
+    def test_reduction_arguments_and_length(self, serve, asked, student, samples):
         arguments = {"mutual_information": {"layers": 1, "draws": 3, "seed": 5}, "grad_norm": {"parameters": "all"}}
         names = ["mutual_information", "grad_norm", "entropy"]
         body = {"samples": samples, "acquisitions": names, "acquisition_args": arguments}
@@ -128,9 +115,7 @@ class TestScore:
         for name in names:
             assert answer["values"][name] == expected[name].tolist()
 
-    def test_estimates_come_with_their_standard_errors(
-        self, serve: Serve, asked: Any, student: acqcore.Student, samples: list[Any]
-    ) -> None:
+    def test_estimates_come_with_their_standard_errors(self, serve, asked, student, samples):
         arguments = {"mutual_information": {"form": "linear", "probes": 3, "seed": 5}}
         names = ["entropy", "mutual_information"]
         body = {"samples": samples, "acquisitions": names, "acquisition_args": arguments}
@@ -143,13 +128,11 @@ class TestScore:
         assert answer["stderr"] == {"mutual_information": [None] * len(samples)}
         assert post(serve, asked, "/score", {"samples": samples}).json()["stderr"] == {}
 
-    def test_coalesced_requests_get_the_numbers_of_lone_ones(
-        self, serve: Serve, asked: Any, student: acqcore.Student, samples: list[Any], forwards: list[int]
-    ) -> None:
+    def test_coalesced_requests_get_the_numbers_of_lone_ones(self, serve, asked, student, samples, forwards):
         """Not to the last bit: a product of another shape rounds in another order."""
         names = ["entropy", "loss", "grad_norm", "mutual_information"]
 
-        async def main() -> list[Any]:
+        async def main():
             async with asked(serve(limits={"wait": 0.2})) as client:
                 bodies = [{"samples": [sample], "acquisitions": names} for sample in samples]
                 return await asyncio.gather(*(client.post("/score", json=body) for body in bodies))
@@ -162,9 +145,7 @@ class TestScore:
             for name in names:
                 assert answer["values"][name] == pytest.approx(expected[name].tolist(), rel=2e-6)
 
-    def test_a_sample_that_can_not_be_scored_is_told_alone(
-        self, serve: Serve, asked: Any, student: acqcore.Student
-    ) -> None:
+    def test_a_sample_that_can_not_be_scored_is_told_alone(self, serve, asked, student):
         chosen = ["a fox", "x", "", "the dog " * 20, "the dog"]
         body = {"samples": chosen, "acquisitions": ["entropy"]}
         answer = post(serve, asked, "/score", body, limits={"max_length": 64}).json()
@@ -188,9 +169,7 @@ class TestScore:
             ({"text": "a" * 70_000}, "70004 characters, at most 65536 are tokenized"),
         ],
     )
-    def test_the_fault_of_a_sample_is_its_own(
-        self, serve: Serve, asked: Any, student: acqcore.Student, bad: Any, message: str
-    ) -> None:
+    def test_the_fault_of_a_sample_is_its_own(self, serve, asked, student, bad, message):
         good = [{"text": "a fox", "id": 1}, {"text": "the dog", "weight": 0.5}]
         body = json.dumps({"samples": [good[0], bad, good[1]], "acquisitions": "entropy"}).encode()
         answer = post(serve, asked, "/score", body).json()
@@ -201,7 +180,7 @@ class TestScore:
         assert error["index"] == 1
         assert message in error["message"]
 
-    def test_rows_as_anywhere_else(self, serve: Serve, asked: Any, student: acqcore.Student) -> None:
+    def test_rows_as_anywhere_else(self, serve, asked, student):
         """Question and answer, a number as text, keys of a message that only templates know."""
         for chosen in (
             [{"question": "What is 2 + 2?", "answer": 40000}],
@@ -211,16 +190,14 @@ class TestScore:
             assert answer["errors"] == []
             assert answer["values"]["loss"] == acqcore.score(student, chosen, "loss", progress=False)["loss"].tolist()
 
-    def test_a_value_that_is_not_finite_is_null(
-        self, serve: Serve, asked: Any, student: acqcore.Student, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_value_that_is_not_finite_is_null(self, serve, asked, student, monkeypatch):
         with torch.no_grad():
             student.head.weight[ord("?")] = torch.nan
         answer = post(serve, asked, "/score", {"samples": ["a fox"], "acquisitions": ["entropy"]})
         assert answer.json()["values"] == {"entropy": [None]}
         assert answer.json()["valid"] == [False]
 
-    def test_no_samples(self, serve: Serve, asked: Any) -> None:
+    def test_no_samples(self, serve, asked):
         answer = post(serve, asked, "/score", {"samples": []}).json()
         assert answer["values"] == {"entropy": []}
         assert answer["valid"] == answer["n_tokens"] == answer["errors"] == []
@@ -251,7 +228,7 @@ class TestScore:
             ),
         ],
     )  # fmt: skip
-    def test_bad_requests(self, serve: Serve, asked: Any, forwards: list[int], body: Any, message: str) -> None:
+    def test_bad_requests(self, serve, asked, forwards, body, message):
         status, kind, text = error_of(post(serve, asked, "/score", body))
         assert (status, kind) == (422, "invalid_request")
         assert message in text
@@ -278,16 +255,14 @@ class TestScore:
             (b'"samples"', 422),
         ],
     )
-    def test_bodies_that_are_no_request(self, serve: Serve, asked: Any, body: bytes, status: int) -> None:
+    def test_bodies_that_are_no_request(self, serve, asked, body, status):
         got, kind, _ = error_of(post(serve, asked, "/score", body))
         assert got == status
         assert kind == {400: "bad_request", 422: "invalid_request"}[status]
 
     @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp"])
-    def test_what_a_web_page_may_send_elsewhere_is_no_request(
-        self, serve: Serve, asked: Any, forwards: list[int], kind: str | None
-    ) -> None:
-        async def main() -> Any:
+    def test_what_a_web_page_may_send_elsewhere_is_no_request(self, serve, asked, forwards, kind):
+        async def main():
             async with asked(serve()) as client:
                 headers = {} if kind is None else {"content-type": kind}
                 return await client.post("/score", content=b'{"samples": ["a b"]}', headers=headers)
@@ -296,21 +271,19 @@ class TestScore:
         assert forwards == []
 
     @pytest.mark.parametrize("kind", ["Application/JSON; charset=utf-8", "application/vnd.scores+json"])
-    def test_json_by_its_other_names(self, serve: Serve, asked: Any, kind: str) -> None:
-        async def main() -> Any:
+    def test_json_by_its_other_names(self, serve, asked, kind):
+        async def main():
             async with asked(serve()) as client:
                 return await client.post("/score", content=b'{"samples": ["a b"]}', headers={"content-type": kind})
 
         assert asyncio.run(main()).json()["valid"] == [True]
 
-    def test_control_characters_and_surrogate_pairs_are_text(
-        self, serve: Serve, asked: Any, student: acqcore.Student
-    ) -> None:
+    def test_control_characters_and_surrogate_pairs_are_text(self, serve, asked, student):
         texts = ["\x00\x01\x7f", "\U0001f642 日本", "\u202e\ufeff", "</s></s>"]
         answer = post(serve, asked, "/score", {"samples": texts}).json()
         assert answer["values"]["entropy"] == acqcore.score(student, texts, progress=False)["entropy"].tolist()
 
-    def test_limits_of_a_request(self, serve: Serve, asked: Any, forwards: list[int]) -> None:
+    def test_limits_of_a_request(self, serve, asked, forwards):
         limits = {"max_samples": 2, "queue_tokens": 20, "max_body": 1000}
         for body, message in (
             ({"samples": ["a b"] * 3}, "samples: expected at most 2, got 3"),
@@ -322,10 +295,8 @@ class TestScore:
             assert message in text
         assert forwards == []
 
-    def test_a_failure_of_the_model_is_500_without_its_words(
-        self, serve: Serve, asked: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        def fail(*_: Any) -> Any:
+    def test_a_failure_of_the_model_is_500_without_its_words(self, serve, asked, monkeypatch, caplog):
+        def fail(*_):
             raise RuntimeError("out of memory at 0x7f")
 
         monkeypatch.setattr(Question, "values", fail)
@@ -338,34 +309,34 @@ class TestScore:
 class Held:
     """A model that waits until it is let go, and tells that it is at work."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch):
         self.at_work, self.free = threading.Event(), threading.Event()
         values = Question.values
 
-        def held(*arguments: Any) -> Any:
+        def held(*arguments):
             self.at_work.set()
             assert self.free.wait(20)
             return values(*arguments)
 
         monkeypatch.setattr(Question, "values", held)
 
-    async def wait(self) -> None:
+    async def wait(self):
         assert await asyncio.to_thread(self.at_work.wait, 20)
 
 
 @pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Held:
+def held(monkeypatch):
     return Held(monkeypatch)
 
 
 class TestPressure:
-    def test_too_many_tokens_waiting_are_429_with_a_time(self, serve: Serve, asked: Any, held: Held) -> None:
+    def test_too_many_tokens_waiting_are_429_with_a_time(self, serve, asked, held):
         """A small request finds room in a queue that others have filled, up to an eighth more."""
 
-        async def main() -> tuple[list[Any], list[Any]]:
+        async def main():
             async with asked(serve(limits={"queue_tokens": 100, "wait": 0.0})) as client:
 
-                def post(tokens: int) -> Any:
+                def post(tokens):
                     return asyncio.create_task(client.post("/score", json={"samples": ["a" * tokens]}))
 
                 accepted = [post(100)]
@@ -384,8 +355,8 @@ class TestPressure:
             assert 1 <= int(response.headers["retry-after"]) <= 60
         assert [response.status_code for response in answered] == [200, 200, 200]
 
-    def test_too_many_requests_are_429(self, serve: Serve, asked: Any, held: Held) -> None:
-        async def main() -> tuple[Any, Any, Any]:
+    def test_too_many_requests_are_429(self, serve, asked, held):
+        async def main():
             async with asked(serve(limits={"max_requests": 1})) as client:
                 first = asyncio.create_task(client.post("/score", json={"samples": ["a b"]}))
                 await held.wait()
@@ -398,10 +369,8 @@ class TestPressure:
         assert error_of(refused)[:2] == (429, "busy")
         assert refused.headers["retry-after"] == "1"
 
-    def test_the_deadline_is_504_and_the_rest_is_not_scored(
-        self, serve: Serve, asked: Any, held: Held, forwards: list[int]
-    ) -> None:
-        async def main() -> tuple[Any, Any, str]:
+    def test_the_deadline_is_504_and_the_rest_is_not_scored(self, serve, asked, held, forwards):
+        async def main():
             async with asked(serve(limits={"timeout": 0.3, "batch_tokens": 10})) as client:
                 late = await client.post("/score", json={"samples": ["a" * 10, "b" * 10, "c" * 10]})
                 held.free.set()
@@ -416,23 +385,21 @@ class TestPressure:
         assert 'acqsynth_requests_total{route="/score",status="504"} 1.0' in metrics
         assert "acqsynth_queue_tokens 0.0" in metrics
 
-    def test_a_stopping_server_answers_what_it_took(
-        self, serve: Serve, asked: Any, held: Held, student: acqcore.Student
-    ) -> None:
+    def test_a_stopping_server_answers_what_it_took(self, serve, asked, held, student):
         """What the model works on, and what is only being tokenized."""
         tokenizer, tokenizing, go_on = student.tokenizer, threading.Event(), threading.Event()
 
-        def slow(texts: list[str], **options: Any) -> Any:
+        def slow(texts, **options):
             if "slow" in texts:
                 tokenizing.set()
                 assert go_on.wait(20)
             return tokenizer(texts, **options)
 
-        slow.apply_chat_template = tokenizer.apply_chat_template  # type: ignore[attr-defined]
-        slow.is_fast = True  # type: ignore[attr-defined]
+        slow.apply_chat_template = tokenizer.apply_chat_template
+        slow.is_fast = True
         student.tokenizer = slow
 
-        async def main() -> list[Any]:
+        async def main():
             service = serve()
             async with asked(service) as client:
                 taken = [asyncio.create_task(client.post("/score", json={"samples": ["a b"]}))]
@@ -453,18 +420,16 @@ class TestPressure:
 
 class TestTokens:
     @pytest.mark.parametrize("path", ["/score", "/get_reward", "/student", "/metrics", "/openapi.json", "/nowhere"])
-    def test_nothing_reaches_the_model_without_the_token(
-        self, serve: Serve, asked: Any, forwards: list[int], path: str, student: acqcore.Student
-    ) -> None:
+    def test_nothing_reaches_the_model_without_the_token(self, serve, asked, forwards, path, student):
         """Nor the tokenizer, nor is a body read: that of a stranger may be of any size."""
         bodies = {"/score": {"samples": ["a b"]}, "/get_reward": {"query": [GOOD], "prompts": [""]}}
 
-        def fail(*arguments: Any, **options: Any) -> Any:
+        def fail(*arguments, **options):
             raise AssertionError("tokenized")
 
         student.tokenizer = fail
 
-        async def main() -> list[Any]:
+        async def main():
             async with asked(serve(access=Access("secret", "admin"))) as client:
                 wrong = [{}, *({"authorization": text} for text in ("Bearer wrong", "Bearer ", "secret", "Basic c2Vj"))]
                 wrong += [{"Authorization": "Bearer admin" if path != "/student" else "Bearer secret"}]
@@ -479,15 +444,15 @@ class TestTokens:
             assert response.headers["www-authenticate"] == "Bearer"
         assert forwards == []
 
-    def test_with_the_token_it_is_answered(self, serve: Serve, asked: Any) -> None:
-        async def main() -> list[Any]:
+    def test_with_the_token_it_is_answered(self, serve, asked):
+        async def main():
             async with asked(serve(access=Access("secret")), authorization="Bearer secret") as client:
                 return [await client.post("/score", json={"samples": ["a b"]}), await client.get("/metrics")]
 
         assert [response.status_code for response in asyncio.run(main())] == [200, 200]
 
-    def test_health_tells_strangers_that_it_lives_and_no_more(self, serve: Serve, asked: Any) -> None:
-        async def main() -> Any:
+    def test_health_tells_strangers_that_it_lives_and_no_more(self, serve, asked):
+        async def main():
             async with asked(serve(access=Access("secret"))) as client:
                 return await client.get("/health")
 
@@ -495,7 +460,7 @@ class TestTokens:
 
 
 class TestGetReward:
-    def test_the_wire_format(self, serve: Serve, asked: Any, student: acqcore.Student) -> None:
+    def test_the_wire_format(self, serve, asked, student):
         prompt = f"<|user|>Like {LONGER}</s><|assistant|>"
         queries = [f"{prompt}{GOOD}</s>", f"{prompt}no sample</s>", f"elsewhere {GOOD}", f"{prompt}{LONGER}"]
         body = {"query": queries, "prompts": [prompt] * 4, "labels": [None, "x", 3, {"a": []}]}
@@ -512,10 +477,8 @@ class TestGetReward:
             "entropy": [good, 0, 0, longer],
         }
 
-    def test_responses_without_the_form_are_told_once(
-        self, serve: Serve, asked: Any, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        async def main(*queries: str) -> None:
+    def test_responses_without_the_form_are_told_once(self, serve, asked, caplog):
+        async def main(*queries):
             async with asked(serve()) as client:
                 for query in queries:
                     await client.post("/get_reward", json={"query": [query] * 2, "prompts": [""] * 2})
@@ -526,13 +489,11 @@ class TestGetReward:
         asyncio.run(main(GOOD, "no form"))
         assert "has the form" not in caplog.text
 
-    def test_a_masked_sample_gets_what_is_typical(
-        self, serve: Serve, asked: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_masked_sample_gets_what_is_typical(self, serve, asked, monkeypatch):
         values = iter([[None], [2.0, 4.0], [None], [-1.0]])
         monkeypatch.setattr(Question, "values", lambda *_: [Values((value,), {}) for value in next(values)])
 
-        async def main() -> list[list[float]]:
+        async def main():
             async with asked(serve(acquisition="loss")) as client:
                 rewards = []
                 for queries in ([GOOD], [GOOD, GOOD], [GOOD], [GOOD], ["broken"]):
@@ -543,18 +504,18 @@ class TestGetReward:
         # The last was never a sample: it does not outrank the one below zero.
         assert asyncio.run(main()) == [[0.0], [2.0, 4.0], [3.0], [-1.0], [-1.0]]
 
-    def test_lists_of_different_length(self, serve: Serve, asked: Any) -> None:
+    def test_lists_of_different_length(self, serve, asked):
         response = post(serve, asked, "/get_reward", {"query": [GOOD], "prompts": []})
         assert error_of(response) == (422, "invalid_request", "prompts: expected 1, one a query, got 0")
 
-    def test_an_acquisition_that_can_not_be_served(self, serve: Serve) -> None:
+    def test_an_acquisition_that_can_not_be_served(self, serve):
         with pytest.raises(ValueError, match="acquisition: unknown 'influence', expected one of"):
             serve(acquisition="influence")
 
 
 class TestMetrics:
-    def test_what_is_counted(self, serve: Serve, asked: Any) -> None:
-        async def main() -> str:
+    def test_what_is_counted(self, serve, asked):
+        async def main():
             async with asked(serve()) as client:
                 await client.post("/score", json={"samples": ["a fox", "the dog", "x"]})
                 await client.post("/score", json={})
@@ -579,7 +540,7 @@ class TestMetrics:
 
 class TestStudent:
     @pytest.fixture
-    def root(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    def root(self, model, tokenizer, tmp_path):
         """``root`` with a student ``second`` in it, and one beside it that must not be loaded."""
         root = tmp_path / "root"
         with torch.no_grad():
@@ -598,8 +559,8 @@ class TestStudent:
         (root / "broken" / "config.json").write_text('{"model_type": "llama"}')
         return root
 
-    def change(self, serve: Serve, asked: Any, path: Any, **options: Any) -> Any:
-        async def main() -> Any:
+    def change(self, serve, asked, path, **options):
+        async def main():
             service = serve(access=Access(None, "admin"), **options)
             async with asked(service, authorization="Bearer admin") as client:
                 response = await client.post("/student", json={"path": path})
@@ -607,7 +568,7 @@ class TestStudent:
 
         return asyncio.run(main())
 
-    def test_another_student_scores_from_now_on(self, serve: Serve, asked: Any, root: Path) -> None:
+    def test_another_student_scores_from_now_on(self, serve, asked, root):
         response, answer, service = self.change(serve, asked, "second", root=root)
         assert response.status_code == 200
         assert response.json() == answer["student"] == service.students.current.described()
@@ -634,9 +595,7 @@ class TestStudent:
             ("broken", "'broken' cannot be loaded: "),
         ],
     )
-    def test_nothing_else_is_loaded_and_the_one_before_stays(
-        self, serve: Serve, asked: Any, root: Path, path: str, message: str
-    ) -> None:
+    def test_nothing_else_is_loaded_and_the_one_before_stays(self, serve, asked, root, path, message):
         response, answer, _ = self.change(serve, asked, path, root=root)
         status, kind, text = error_of(response)
         assert (status, kind) == (422, "invalid_request")
@@ -644,17 +603,15 @@ class TestStudent:
         assert str(root) not in text
         assert answer["student"]["version"] == 1
 
-    def test_without_a_root_or_an_admin_token_there_is_no_reload(self, serve: Serve, asked: Any, root: Path) -> None:
+    def test_without_a_root_or_an_admin_token_there_is_no_reload(self, serve, asked, root):
         assert error_of(self.change(serve, asked, "second")[0])[:2] == (403, "forbidden")
         response = post(serve, asked, "/student", {"path": "second"}, root=root)
         assert error_of(response)[:2] == (403, "forbidden")
 
-    def test_requests_keep_the_student_they_were_taken_for(
-        self, serve: Serve, asked: Any, root: Path, held: Held, student: acqcore.Student
-    ) -> None:
+    def test_requests_keep_the_student_they_were_taken_for(self, serve, asked, root, held, student):
         """One at work, one waiting while another student comes, one after it; a second reload meanwhile is 409."""
 
-        async def main() -> list[Any]:
+        async def main():
             service = serve(access=Access(None, "admin"), root=root, limits={"wait": 0.0, "batch_tokens": 6})
             async with asked(service, authorization="Bearer admin") as client:
                 early = [asyncio.create_task(client.post("/score", json={"samples": ["a fox", "b fox"]}))]
@@ -682,8 +639,8 @@ class TestStudent:
         assert first["values"]["entropy"][0] != pytest.approx(late["values"]["entropy"][0], rel=1e-3)
 
 
-def test_errors_carry_json_that_every_client_reads(serve: Serve, asked: Any) -> None:
-    async def main() -> list[Any]:
+def test_errors_carry_json_that_every_client_reads(serve, asked):
+    async def main():
         async with asked(serve()) as client:
             return [await client.get("/nowhere"), await client.get("/score"), await client.post("/health")]
 

@@ -9,15 +9,15 @@ from acqsynth.serve.errors import ForbiddenError, UnauthorizedError
 from acqsynth.serve.middleware import Access
 
 
-def bearer(token: str) -> list[tuple[bytes, bytes]]:
+def bearer(token):
     return [(b"authorization", f"Bearer {token}".encode())]
 
 
-def basic(pair: str) -> list[tuple[bytes, bytes]]:
+def basic(pair):
     return [(b"authorization", b"Basic " + base64.b64encode(pair.encode()))]
 
 
-def test_the_right_token_passes() -> None:
+def test_the_right_token_passes():
     access = Access("secret", "admin")
     access.check("/score", bearer("secret"))
     access.check("/get_reward", basic("anybody:secret"))
@@ -44,30 +44,30 @@ def test_the_right_token_passes() -> None:
         [(b"x-token", b"secret")],
     ],
 )
-def test_no_other_does(path: str, headers: list[tuple[bytes, bytes]]) -> None:
+def test_no_other_does(path, headers):
     with pytest.raises(UnauthorizedError):
         Access("secret", "admin").check(path, headers)
 
 
-def test_one_token_does_not_open_the_others_routes() -> None:
+def test_one_token_does_not_open_the_others_routes():
     with pytest.raises(UnauthorizedError, match="the token is wrong"):
         Access("secret", "admin").check("/student", bearer("secret"))
     with pytest.raises(UnauthorizedError, match="the token is wrong"):
         Access("secret", "admin").check("/score", bearer("admin"))
 
 
-def test_without_tokens_all_may_score_and_none_may_change_the_student() -> None:
+def test_without_tokens_all_may_score_and_none_may_change_the_student():
     Access().check("/score", [])
     for headers in ([], bearer(""), bearer("None")):
         with pytest.raises(ForbiddenError, match="without an admin token"):
             Access().check("/student", headers)
 
 
-def test_tokens_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared: list[tuple[bytes, bytes]] = []
+def test_tokens_are_compared_in_constant_time(monkeypatch):
+    compared = []
     compare = hmac.compare_digest
 
-    def counted(a: bytes, b: bytes) -> bool:
+    def counted(a, b):
         compared.append((a, b))
         return compare(a, b)
 
@@ -78,5 +78,5 @@ def test_tokens_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -
     assert compared == [(b"secret", b"secret"), (b"wrong", b"secret")]
 
 
-def test_tokens_are_not_printed() -> None:
+def test_tokens_are_not_printed():
     assert "secret" not in repr(Access("secret", "secret"))

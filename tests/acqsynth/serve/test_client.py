@@ -8,8 +8,6 @@ import json
 import logging
 import pickle
 import random
-from collections.abc import Callable
-from typing import Any
 
 import httpx
 import pytest
@@ -17,23 +15,22 @@ import pytest
 from acqsynth.serve.client import CircuitBreaker, ScorerClient, ScorerError
 
 URL = "http://scorer:8000/"
-Handler = Callable[[httpx.Request], Any]
 
 
 class Clock:
-    def __init__(self) -> None:
+    def __init__(self):
         self.now = 0.0
 
-    def __call__(self) -> float:
+    def __call__(self):
         return self.now
 
 
 class Server:
     """Answers of a script, one a request; the last again and again. Counts what it was asked."""
 
-    def __init__(self, *script: Any) -> None:
+    def __init__(self, *script):
         self.script = list(script)
-        self.asked: list[httpx.Request] = []
+        self.asked = []
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         self.asked.append(request)
@@ -59,25 +56,25 @@ def scores(request: httpx.Request) -> httpx.Response:
 
 
 @pytest.fixture
-def reached(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+def reached(monkeypatch):
     """``reached(server)``: what every client reaches from now on."""
     monkeypatch.delenv("ACQSYNTH_TOKEN", raising=False)
     original = httpx.AsyncClient
 
-    def put(server: Any) -> None:
+    def put(server):
         monkeypatch.setattr(httpx, "AsyncClient", functools.partial(original, transport=httpx.MockTransport(server)))
 
     return put
 
 
-def ask(client: ScorerClient, texts: list[str], **options: Any) -> tuple[dict[str, list[float | None]], list[int]]:
+def ask(client, texts, **options):
     return asyncio.run(client.score(texts, ["loss"], **options))[:2]
 
 
 @pytest.mark.parametrize(
     "bad", ["c \ud83d d", "\udc00", {"text": "\ud800"}, {"text": float("nan")}, {"text": {1}}, object()]
 )
-def test_a_sample_that_is_no_json_costs_itself(reached: Any, bad: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sample_that_is_no_json_costs_itself(reached, bad, caplog):
     reached(Server(200))
     values, n_tokens = ask(ScorerClient(URL, batch=2), ["1", bad, "2", "3", bad])
     assert values == {"loss": [1.0, None, 2.0, 3.0, None]}
@@ -89,29 +86,25 @@ class TestProxies:
     NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
 
     @pytest.fixture(autouse=True)
-    def _no_proxy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _no_proxy(self, monkeypatch):
         for name in self.NAMES:
             monkeypatch.delenv(name, raising=False)
             monkeypatch.delenv(name.lower(), raising=False)
 
     @pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
     @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]", "127.8.9.1"])
-    def test_a_scorer_on_this_machine_is_asked_directly(
-        self, monkeypatch: pytest.MonkeyPatch, name: str, host: str, on_socket: Any
-    ) -> None:
+    def test_a_scorer_on_this_machine_is_asked_directly(self, monkeypatch, name, host, on_socket):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
         client = ScorerClient(f"http://{host}:8000", attempts=1)
 
-        async def transports() -> bool:
+        async def transports():
             async with client._client({}) as http:
                 return any(http._mounts.values())
 
         assert not asyncio.run(transports())
 
     @pytest.mark.parametrize("proxy", ["http://user:secret@127.0.0.1:9", "http://127.0.0.1:9"])
-    def test_a_proxy_that_fails_is_named(
-        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, proxy: str
-    ) -> None:
+    def test_a_proxy_that_fails_is_named(self, monkeypatch, caplog, proxy):
         monkeypatch.setenv("HTTP_PROXY", proxy)
         client = ScorerClient("http://scorer.example:8000", attempts=1)
         assert ask(client, ["1"]) == ({"loss": [None]}, [0])
@@ -120,14 +113,14 @@ class TestProxies:
         monkeypatch.setenv("NO_PROXY", "scorer.example")
         assert client._proxy() == ""
 
-    def test_a_proxy_that_cannot_be_used_is_an_error_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_proxy_that_cannot_be_used_is_an_error_at_once(self, monkeypatch):
         monkeypatch.setenv("ALL_PROXY", "socks9://127.0.0.1:9")
         with pytest.raises(RuntimeError, match=r"socks9://127.0.0.1:9 of the environment: cannot be used"):
             ScorerClient("http://scorer.example:8000")
         ScorerClient("http://127.0.0.1:8000")
 
 
-def test_answers_come_back_in_order_however_they_are_split(reached: Any) -> None:
+def test_answers_come_back_in_order_however_they_are_split(reached):
     server = Server(200)
     reached(server)
     texts = [str(i) for i in range(20)]
@@ -141,7 +134,7 @@ def test_answers_come_back_in_order_however_they_are_split(reached: Any) -> None
     assert len(server.asked) == 7
 
 
-def test_the_token_is_sent(reached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_is_sent(reached, monkeypatch):
     server = Server(200)
     reached(server)
     ask(ScorerClient(URL, token="given"), ["1"])
@@ -156,7 +149,7 @@ def test_the_token_is_sent(reached: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     "failure", [408, 429, 500, 502, 503, 504, httpx.ConnectError("refused"), httpx.RemoteProtocolError("cut off")]
 )
-def test_what_may_get_better_is_asked_again(reached: Any, failure: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_may_get_better_is_asked_again(reached, failure, caplog):
     server = Server(failure, failure, 200)
     reached(server)
     assert ask(ScorerClient(URL, backoff=0.001), ["4"])[0] == {"loss": [4.0]}
@@ -165,7 +158,7 @@ def test_what_may_get_better_is_asked_again(reached: Any, failure: Any, caplog: 
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 405, 413, 422])
-def test_what_can_not_is_raised_at_once(reached: Any, status: int) -> None:
+def test_what_can_not_is_raised_at_once(reached, status):
     server = Server(status)
     reached(server)
     client = ScorerClient(URL)
@@ -184,13 +177,13 @@ def test_what_can_not_is_raised_at_once(reached: Any, status: int) -> None:
         httpx.Response(200, json={"values": {"loss": [1.0, 2.0]}, "n_tokens": [1, 2]}),
     ],
 )
-def test_another_servers_answer_is_no_score(reached: Any, answer: httpx.Response) -> None:
+def test_another_servers_answer_is_no_score(reached, answer):
     reached(Server(answer))
     with pytest.raises(ScorerError, match="expected"):
         ask(ScorerClient(URL), ["1"])
 
 
-def test_given_up_samples_are_none_and_told(reached: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_given_up_samples_are_none_and_told(reached, caplog):
     """The others of the call have their values."""
 
     async def of_first(request: httpx.Request) -> httpx.Response:
@@ -200,13 +193,13 @@ def test_given_up_samples_are_none_and_told(reached: Any, caplog: pytest.LogCapt
     values, counts = ask(ScorerClient(URL, batch=2, attempts=3, backoff=0.001), ["0", "1", "2", "3"])
     assert values == {"loss": [None, None, 2.0, 3.0]}
     assert counts == [0, 0, 7, 7]
-    assert "503 Service Unavailable; given up after 3 tries" in caplog.text
+    assert "503 Service Unavailable; gave up after 3 tries" in caplog.text
 
 
-def test_waits_grow_and_hold_what_the_server_asks_for(reached: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
+def test_waits_grow_and_hold_what_the_server_asks_for(reached, monkeypatch):
+    waits = []
 
-    async def sleep(seconds: float) -> None:
+    async def sleep(seconds):
         waits.append(seconds)
 
     reached(Server(503, 503, httpx.Response(429, headers={"retry-after": "9"}), 503, 200))
@@ -217,7 +210,7 @@ def test_waits_grow_and_hold_what_the_server_asks_for(reached: Any, monkeypatch:
     assert waits == [0.25, 0.5, 9.0, 2.0]
 
 
-def test_the_time_of_a_call_is_kept(reached: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_time_of_a_call_is_kept(reached, caplog):
     async def slow(request: httpx.Request) -> httpx.Response:
         if b'"0"' in request.content:
             await asyncio.sleep(30)
@@ -230,7 +223,7 @@ def test_the_time_of_a_call_is_kept(reached: Any, caplog: pytest.LogCaptureFixtu
     assert client.breaker.is_open
 
 
-def test_the_breaker_stops_asking_and_tries_once_later(reached: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_breaker_stops_asking_and_tries_once_later(reached, caplog):
     clock = Clock()
     client = ScorerClient(URL, attempts=2, backoff=0.001, breaker=CircuitBreaker(2, 30.0, clock))
     server = Server(503)
@@ -238,7 +231,7 @@ def test_the_breaker_stops_asking_and_tries_once_later(reached: Any, caplog: pyt
     for asked in (2, 4, 4, 4):  # open after two requests of two tries
         assert ask(client, ["1"])[0] == {"loss": [None]}
         assert len(server.asked) == asked
-    assert "not asked, 2 requests before it failed" in caplog.text
+    assert "not asked, as the last 2 requests failed" in caplog.text
     clock.now = 29.0
     ask(client, ["1"])
     assert len(server.asked) == 4
@@ -252,7 +245,7 @@ def test_the_breaker_stops_asking_and_tries_once_later(reached: Any, caplog: pyt
     assert not client.breaker.is_open
 
 
-def test_one_try_alone_while_it_is_open(reached: Any) -> None:
+def test_one_try_alone_while_it_is_open(reached):
     clock = Clock()
     client = ScorerClient(URL, batch=1, attempts=1, breaker=CircuitBreaker(1, 30.0, clock))
     server = Server(503)
@@ -263,14 +256,14 @@ def test_one_try_alone_while_it_is_open(reached: Any) -> None:
     assert len(server.asked) == 2
 
 
-def test_a_busy_server_does_not_open_it(reached: Any) -> None:
+def test_a_busy_server_does_not_open_it(reached):
     client = ScorerClient(URL, attempts=2, backoff=0.001, breaker=CircuitBreaker(1))
     reached(Server(429))
     assert ask(client, ["1"])[0] == {"loss": [None]}
     assert not client.breaker.is_open
 
 
-def test_a_short_absence_does_not_open_it(reached: Any) -> None:
+def test_a_short_absence_does_not_open_it(reached):
     """Eight requests of one call fail together when the server restarts; each is asked again."""
     server = Server(*[httpx.ConnectError("refused")] * 8, 200)
     reached(server)
@@ -278,7 +271,7 @@ def test_a_short_absence_does_not_open_it(reached: Any) -> None:
     assert ask(client, [str(i) for i in range(8)])[0] == {"loss": [float(i) for i in range(8)]}
 
 
-def test_a_copy_of_another_process_finds_out_for_itself(reached: Any) -> None:
+def test_a_copy_of_another_process_finds_out_for_itself(reached):
     client = ScorerClient(URL, attempts=1, breaker=CircuitBreaker(1))
     reached(Server(503))
     ask(client, ["1"])
@@ -295,7 +288,7 @@ def test_a_copy_of_another_process_finds_out_for_itself(reached: Any) -> None:
         ({"url": URL, "timeout": 0.0}, "timeout: expected seconds above 0"),
     ],
 )
-def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         ScorerClient(**options)
     with pytest.raises(ValueError, match="failures: expected at least 1, got 0"):
@@ -303,5 +296,5 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _all_logs(caplog: pytest.LogCaptureFixture) -> None:
+def _all_logs(caplog):
     caplog.set_level(logging.WARNING)

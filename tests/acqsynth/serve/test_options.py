@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from acqsynth.serve.options import TOKEN_VARIABLE, Limits, is_loopback, token_from
@@ -19,7 +16,7 @@ from acqsynth.serve.options import TOKEN_VARIABLE, Limits, is_loopback, token_fr
         ({"body_timeout": float("inf")}, "body_timeout: expected seconds above 0"),
     ],
 )
-def test_limits_out_of_range(options: dict[str, Any], message: str) -> None:
+def test_limits_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         Limits(**options)
 
@@ -38,11 +35,11 @@ def test_limits_out_of_range(options: dict[str, Any], message: str) -> None:
         ("localhost.example.com", False),
     ],
 )
-def test_loopback(host: str, expected: bool) -> None:
+def test_loopback(host, expected):
     assert is_loopback(host) is expected
 
 
-def test_tokens_come_from_a_file_before_the_environment(tmp_path: Path) -> None:
+def test_tokens_come_from_a_file_before_the_environment(tmp_path):
     file = tmp_path / "token"
     file.write_text("from-file\n")
     assert token_from(TOKEN_VARIABLE, file, {TOKEN_VARIABLE: "from-variable"}) == "from-file"
@@ -51,7 +48,7 @@ def test_tokens_come_from_a_file_before_the_environment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("token", ["", "  ", "two words", "naïve", "a\nb"])
-def test_a_token_that_no_header_carries(token: str, tmp_path: Path) -> None:
+def test_a_token_that_no_header_carries(token, tmp_path):
     """An empty variable must not open the server."""
     with pytest.raises(ValueError, match=f"{TOKEN_VARIABLE}: expected a token of visible ASCII characters"):
         token_from(TOKEN_VARIABLE, None, {TOKEN_VARIABLE: token})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 
@@ -14,16 +13,16 @@ from acqsynth.serve.routes import answered
 class Client:
     """Of a request: ``receive`` ends when it goes."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.gone = asyncio.Event()
 
-    async def receive(self) -> dict[str, Any]:
+    async def receive(self):
         await self.gone.wait()
         return {"type": "http.disconnect"}
 
 
-async def waited(client: Client, seconds: float = 3600, result: int | None = None, error: Any = None) -> int:
-    async def work() -> int:
+async def waited(client, seconds=3600, result=None, error=None):
+    async def work():
         if result is None and error is None:
             await asyncio.Event().wait()
         await asyncio.sleep(0)
@@ -32,11 +31,11 @@ async def waited(client: Client, seconds: float = 3600, result: int | None = Non
         assert result is not None
         return result
 
-    return await answered(client, work(), seconds)  # type: ignore[arg-type]
+    return await answered(client, work(), seconds)
 
 
-def test_the_answer() -> None:
-    async def main() -> int:
+def test_the_answer():
+    async def main():
         found = await waited(Client(), result=7)
         await asyncio.sleep(0)
         assert len(asyncio.all_tasks()) == 1  # nobody watches any more
@@ -45,16 +44,16 @@ def test_the_answer() -> None:
     assert asyncio.run(main()) == 7
 
 
-def test_the_deadline() -> None:
-    async def main() -> int:
+def test_the_deadline():
+    async def main():
         return await waited(Client(), seconds=0.01)
 
     with pytest.raises(DeadlineExceededError, match=r"no answer in 0.01 seconds"):
         asyncio.run(main())
 
 
-def test_an_error_of_the_work_is_its_own() -> None:
-    async def main(error: Exception) -> int:
+def test_an_error_of_the_work_is_its_own():
+    async def main(error):
         return await waited(Client(), error=error)
 
     for error in (TimeoutError("of a socket"), ValueError("no")):
@@ -62,8 +61,8 @@ def test_an_error_of_the_work_is_its_own() -> None:
             asyncio.run(main(error))
 
 
-def test_a_client_that_goes() -> None:
-    async def main() -> None:
+def test_a_client_that_goes():
+    async def main():
         client = Client()
         task = asyncio.ensure_future(waited(client))
         await asyncio.sleep(0)
@@ -77,8 +76,8 @@ def test_a_client_that_goes() -> None:
 
 
 @pytest.mark.parametrize("goes", [False, True])
-def test_what_cancels_from_outside_is_not_taken_for_the_client(goes: bool) -> None:
-    async def main() -> None:
+def test_what_cancels_from_outside_is_not_taken_for_the_client(goes):
+    async def main():
         client = Client()
         task = asyncio.ensure_future(waited(client))
         await asyncio.sleep(0)

@@ -106,7 +106,7 @@ class Gate:
     name = "new"
 
     def __init__(self):
-        self.held: list[str] = []
+        self.held = []
 
     def __call__(self, samples):
         return [sample.question not in self.held for sample in samples]
