@@ -29,8 +29,9 @@ def _places(offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _tolerance(implementation: str, dtype: torch.dtype) -> float:
-    """Relative error of a gradient: Triton rounds the entries of a cotangent to the inputs' dtype."""
-    return {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 1e-4) if implementation == "triton" else 1e-4
+    """Relative error of a gradient: Triton rounds the entries of a cotangent to the inputs' dtype, and its interpreter
+    cuts them, so that errors go one way. Where a cap flattens the slopes they are larger beside the gradient."""
+    return {torch.bfloat16: 2**-6, torch.float16: 2**-10}.get(dtype, 1e-4) if implementation == "triton" else 1e-4
 
 
 def _cotangent(
