@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from acqcore.acquisitions import Acquisition, register
 from acqcore.backends import BackendInfo
 from acqcore.bayes import BayesStats, ensemble_stats, mutual_information
+from acqcore.gradients.epig import EpigReference
 from acqcore.gradients.laplace import LaplacePosterior
 from acqcore.gradients.reference import Reference
 from acqcore.head import Head
@@ -20,7 +21,7 @@ from acqcore.literals import Reduction
 from acqcore.row_stats import RowStats, logit_stats, row_stats
 from acqcore.scores import Scores
 from acqcore.scoring.api import score, score_stream
-from acqcore.scoring.epig import EpigReference, epig, epig_reference
+from acqcore.scoring.epig import epig, epig_reference
 from acqcore.scoring.gradients import (
     badge_embedding,
     grad_norm,

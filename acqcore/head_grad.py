@@ -98,12 +98,14 @@ def _without_ignored(
     hidden: torch.Tensor,  # [N, D]
     targets: torch.Tensor,  # [N]
 ) -> torch.Tensor:
-    """``[N, D]``, zero in ignored rows on the CPU: nothing of them counts, but 0 times what is not finite would. On a
-    GPU looking for them would stall it."""
-    if hidden.device.type != "cpu":
-        return hidden
+    """``[N, D]``, zero in ignored rows: nothing of them counts, but 0 times what is not finite would.
+
+    On a GPU always a copy: looking whether one is needed would stall it.
+    """
     ignored = targets == checks.IGNORE_INDEX
-    return hidden.masked_fill(ignored[:, None], 0) if bool(ignored.any()) else hidden
+    if hidden.device.type == "cpu" and not bool(ignored.any()):
+        return hidden
+    return hidden.masked_fill(ignored[:, None], 0)
 
 
 def _normalised(

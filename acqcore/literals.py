@@ -16,6 +16,8 @@ Layers: TypeAlias = Literal["all", "own"] | int
 Form: TypeAlias = Literal["element", "block"]
 #: What is uncertain in the linear form of mutual information: activations under dropout, or weights.
 Posterior: TypeAlias = Literal["dropout", "isotropic", "laplace"]
+#: Whose activations are perturbed: every token's, or those from the one that predicts the first scored token on.
+Positions: TypeAlias = Literal["all", "completion"]
 Similarity: TypeAlias = Literal["cosine", "dot"]
 #: Of :func:`acqcore.select`.
 Method: TypeAlias = Literal["top_k", "k_center", "facility_location", "badge", "log_det"]

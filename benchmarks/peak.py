@@ -2,8 +2,6 @@
 
 A rate in GFLOP/s says little on another processor; the share of the measured peak travels. ``peak.cpp`` is compiled on
 first use with the C++ compiler (``$CXX``, else ``c++``).
-
-AMX tiles are not among the loops: acqcore uses none, and torch's bf16 product may exceed this peak where it does.
 """
 
 from __future__ import annotations
@@ -21,6 +19,8 @@ import torch
 
 #: (instruction set of the cpu backend, dtype) -> (loop of peak.cpp, its floating-point operations a round)
 LOOPS = {
+    ("x86-64-v4-amx", torch.bfloat16): ("amx_bf16", 4 * 16 * 16 * 32 * 2),
+    ("x86-64-v4-amx", torch.float32): ("avx512_fp32", 16 * 16 * 2),
     ("x86-64-v4-bf16", torch.bfloat16): ("avx512_bf16", 16 * 32 * 2),
     ("x86-64-v4-bf16", torch.float32): ("avx512_fp32", 16 * 16 * 2),
     ("x86-64-v4", torch.float32): ("avx512_fp32", 16 * 16 * 2),

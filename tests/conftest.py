@@ -24,6 +24,7 @@ from acqcore.backends.base import Backend, DrawRows, Dropout, Probes
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.extension import matrix, pointer
 from acqcore.backends.triton import INTERPRETED
+from acqcore.cli import main
 
 if importlib.util.find_spec("benchmarks") is None:  # it is no part of the installed package that is under test
     _FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -358,6 +359,24 @@ def student(tmp_path, tiny_model, tokenizer):
     tiny_model("Llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def refused(capsys):
+    """``refused(words)``: the only line that the command prints for wrong usage, without ``acqcore: error: ``."""
+
+    def run(words):
+        capsys.readouterr()
+        try:
+            code = main(words)
+        except SystemExit as stop:  # argparse ends the process itself
+            code = int(str(stop.code))
+        [line] = capsys.readouterr().err.strip().splitlines()
+        assert code == 2
+        assert line.startswith("acqcore: error: ")
+        return line.removeprefix("acqcore: error: ")
+
+    return run
 
 
 @pytest.fixture

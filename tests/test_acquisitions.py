@@ -18,7 +18,7 @@ BUILT_IN = (
     "expected_gradient_length", "token_grad_norm",
 )  # fmt: skip
 DRAWN = ("mutual_information", "predictive_entropy", "expected_entropy", "variation_ratio", "bald_quadratic")
-OF_SAMPLES = ("grad_norm", "badge", "influence", "gradient_diversity", "archive_novelty")
+OF_SAMPLES = ("grad_norm", "badge", "influence", "epig", "gradient_diversity", "archive_novelty")
 
 
 def _reference(name: str, case: Case) -> torch.Tensor:

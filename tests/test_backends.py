@@ -80,6 +80,9 @@ def test_the_forced_instruction_set_ran(monkeypatch):
     if "x86-64-v4-bf16" in states:
         assert torch.equal(states["x86-64-v4"][0], states["x86-64-v4-bf16"][0])
         assert not torch.equal(states["x86-64-v4"][1], states["x86-64-v4-bf16"][1])
+    if "x86-64-v4-amx" in states:
+        assert torch.equal(states["x86-64-v4-bf16"][0], states["x86-64-v4-amx"][0])
+        assert not torch.equal(states["x86-64-v4-bf16"][1], states["x86-64-v4-amx"][1])
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:

@@ -7,18 +7,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import spearmanr
 
-from benchmarks import bench_reliability, real_rows
-from benchmarks.bench_reliability import SIGNALS, Store
+import acqcore
+from benchmarks import real_rows, reliability_report
+from benchmarks.reliability_signals import ENTROPY, SIGNALS, TRUNK
+from benchmarks.reliability_students import Shape, counted
+from benchmarks.reliability_units import Store, interval, spearman, stepped_up
 
 
 def test_spearman_is_the_mean_over_pairs_of_seeds():
     values = np.random.default_rng(0).standard_normal((3, 40)).round(1)  # with ties
     pairs = [(0, 1), (0, 2), (1, 2)]
     expected = np.mean([spearmanr(values[a], values[b]).statistic for a, b in pairs])
-    assert bench_reliability.spearman(values) == pytest.approx(expected)
-    assert np.isnan(bench_reliability.spearman(np.ones((2, 5))))
+    assert spearman(values) == pytest.approx(expected)
+    assert np.isnan(spearman(np.ones((2, 5))))
 
 
 def test_the_interval_holds_the_correlation_as_often_as_it_says():
@@ -28,7 +32,7 @@ def test_the_interval_holds_the_correlation_as_often_as_it_says():
     for _ in range(60):
         common = rng.standard_normal(100)
         values = np.stack([2 * common + rng.standard_normal(100) for _ in range(2)])
-        low, high = bench_reliability.interval(values)
+        low, high = interval(values)
         held += low <= true <= high
     assert 50 <= held <= 60
 
@@ -39,7 +43,7 @@ def test_two_halves_step_up_to_the_whole():
     halves = [common + rng.standard_normal(100_000) for _ in range(4)]
     half = np.corrcoef(halves[0], halves[1])[0, 1]
     whole = np.corrcoef(halves[0] + halves[1], halves[2] + halves[3])[0, 1]
-    assert bench_reliability.stepped_up(half) == pytest.approx(whole, abs=0.01)
+    assert stepped_up(half) == pytest.approx(whole, abs=0.01)
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path):
@@ -74,16 +78,16 @@ def test_a_summary_of_known_values(tmp_path):
     common = rng.standard_normal(50)
     values = {seed: (common + 0.5 * rng.standard_normal(50)).tolist() for seed in (1, 2)}
     for seed in (1, 2):
-        for signal, seconds in ((bench_reliability.TRUNK, 1.0), (bench_reliability.ENTROPY, 2.0), (name, 6.0 + seed)):
+        for signal, seconds in ((TRUNK, 1.0), (ENTROPY, 2.0), (name, 6.0 + seed)):
             unit: dict[str, Any] = {"seconds": seconds}
             if signal == name:
                 unit |= {"values": values[seed], "stderr": [0.5] * 50}
             store.run(("real", "GSM8K", signal, seed), lambda unit=unit: unit)
         unit = {"seconds": 4.0, "values": (common + 0.7 * rng.standard_normal(50)).tolist(), "stderr": [None] * 50}
         store.run(("real", "GSM8K", half, seed), lambda unit=unit: {**unit, "stderr": [float("nan")] * 50})
-    store.run(("flops", "GSM8K", bench_reliability.ENTROPY), lambda: {"flops": 10})
+    store.run(("flops", "GSM8K", ENTROPY), lambda: {"flops": 10})
     store.run(("flops", "GSM8K", name), lambda: {"flops": 45})
-    by_name = {row["signal"]: row["sets"]["GSM8K"] for row in bench_reliability.summary(Store(tmp_path, {}))}
+    by_name = {row["signal"]: row["sets"]["GSM8K"] for row in reliability_report.summary(Store(tmp_path, {}))}
     cell = by_name[name]
     first, second = np.array(values[1]), np.array(values[2])
     assert cell["test_retest"] == pytest.approx(spearmanr(first, second).statistic, abs=1e-3)
@@ -94,6 +98,52 @@ def test_a_summary_of_known_values(tmp_path):
     again = by_name[half]["test_retest"]
     assert cell["split_half"] == pytest.approx(2 * again / (1 + again), abs=2e-3)
     assert "from_stderr" not in by_name[half]
+
+
+def test_rows_scored_from_one_graph_are_put_together(tmp_path):
+    """Two stretches of rows, the later one done first; without times, and one probe without standard errors."""
+    name, one = "linear, completions, 2 probes", "linear, completions, 1 probe"
+    store = Store(tmp_path, {"machine": {"cpu": "some"}})
+    values = np.random.default_rng(4).standard_normal((2, 40)).round(3)
+    for begin in (20, 0):
+        signals = [
+            {
+                "signal": signal,
+                "seed": seed,
+                "values": values[seed - 1, begin : begin + 20].tolist(),
+                "stderr": [None if signal == one else 0.5] * 20,
+            }
+            for signal in (name, one)
+            for seed in (1, 2)
+        ]
+        store.run(("shared", "MBPP", begin), lambda signals=signals: {"signals": signals})
+    by_name = {row["signal"]: row["sets"]["MBPP"] for row in reliability_report.summary(Store(tmp_path, {}))}
+    for cell in by_name.values():
+        assert cell["rows"] == 40
+        assert cell["test_retest"] == pytest.approx(spearmanr(*values).statistic, abs=1e-3)
+        assert "seconds" not in cell
+    assert "from_stderr" in by_name[name]
+    assert "from_stderr" not in by_name[one]
+    assert "0." in reliability_report.markdown(reliability_report.summary(store)).splitlines()[2]
+
+
+def test_counted_products():
+    """Of ten tokens, the last four scored, by hand."""
+    shape = Shape(linear=100, attention=10, head=1000)
+    targets = torch.full((10,), -100)
+    targets[6:] = 1
+    row = acqcore.Row(torch.arange(10), targets)
+    expected = {
+        TRUNK: 6000,
+        ENTROPY: 14000,
+        "draws, all blocks, 8, p=0.05": 112_000,
+        "linear, all blocks, 2 probes": 14000 + 2 * (12000 + 8000) + 16000,
+        "linear, completions, 2 probes": 14000 + 2 * (6000 + 8000) + 16000,
+    }
+    assert {name: shape.flops(SIGNALS[name], row) for name in expected} == expected
+    assert all(counted(SIGNALS[name]) for name in expected)
+    assert not counted(SIGNALS["linear, last 4 blocks, 4 probes"])
+    assert not counted(SIGNALS["isotropic weights, all blocks, 2 probes"])
 
 
 def test_each_half_is_a_signal_with_half_of_it():

@@ -109,6 +109,13 @@ def test_branches_are_what_a_block_adds_to_the_stream(kind: str, expected: list[
     assert torch.equal(given, output) == (kind != "bert")
 
 
+def test_branches_beside_a_massive_entry_in_half_precision() -> None:
+    """One channel of the stream is ten thousand times as large as what a branch adds to the others."""
+    model = decoder("gpt2")
+    model.transformer.wte.weight.data[:, 3] = 3e3
+    assert named_branches(model.bfloat16()) == [["attn", "mlp"]] * 2
+
+
 def test_a_sum_that_is_no_modules_output_is_refused() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

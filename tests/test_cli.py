@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +39,7 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
     return parquet.read_table(path).to_pylist()  # type: ignore[no-any-return]
 
 
-def test_scores_are_those_of_score(
-    command: Callable[..., list[str]],
-    student: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_scores_are_those_of_score(command, student, tmp_path, capsys):
     arguments = command([{"text": text} for text in TEXTS], acquisitions="margin,loss")
     assert main(arguments) == 0
     scores = acqcore.score(str(student), TEXTS, ("margin", "loss"), backend="eager")
@@ -64,7 +58,7 @@ def test_scores_are_those_of_score(
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_tables(suffix: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_tables(suffix, command, tmp_path):
     pandas = pytest.importorskip("pandas")
     pytest.importorskip("pyarrow")
     frame = pandas.DataFrame({"q": ["a fox, ", "The\n"], "a": ["the dog", "answer is 5"]})
@@ -78,7 +72,7 @@ def test_tables(suffix: str, command: Callable[..., list[str]], tmp_path: Path) 
     assert result["valid"].all()
 
 
-def test_conversations_and_limit(command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_conversations_and_limit(command, tmp_path):
     turns = [{"role": "user", "content": "a fox?"}, {"role": "assistant", "content": "a dog."}]
     assert main(command([{"messages": turns}] * 3, limit=2, max_length=20, dtype="bfloat16")) == 0
     rows = read_lines(tmp_path / "out.jsonl")
@@ -86,11 +80,7 @@ def test_conversations_and_limit(command: Callable[..., list[str]], tmp_path: Pa
     assert rows[0]["messages"] == turns
 
 
-def test_bad_lines_are_reported_and_the_rest_is_scored(
-    command: Callable[..., list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_bad_lines_are_reported_and_the_rest_is_scored(command, tmp_path, capsys):
     good = {"prompt": "a", "completion": " [/b] fox"}
     rows = [
         good,
@@ -122,12 +112,12 @@ def test_bad_lines_are_reported_and_the_rest_is_scored(
         assert error.endswith(row["error"])
 
 
-def test_nothing_but_bad_lines(command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_nothing_but_bad_lines(command, tmp_path):
     assert main(command([{"text": ""}, {"text": True}])) == 1
     assert [row["valid"] for row in read_lines(tmp_path / "out.jsonl")] == [False, False]
 
 
-def test_a_killed_run_goes_on_where_it_stopped(command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_where_it_stopped(command, tmp_path):
     rows = [{"text": f"{TEXTS[i % 5]} {i} {'fox ' * (i % 7)}"} for i in range(900)]
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.parts" / "block-000000.batches"
     arguments = command(rows, batch_tokens=64, acquisitions="entropy,loss")
@@ -162,31 +152,24 @@ def test_a_killed_run_goes_on_where_it_stopped(command: Callable[..., list[str]]
         assert [row["entropy"], row["loss"]] == values
 
 
-def test_another_run_may_not_take_over(
-    command: Callable[..., list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_another_run_may_not_take_over(command, tmp_path, monkeypatch, capsys, refused):
     rows = [{"text": text} for text in TEXTS]
 
-    def interrupted(*_: Any) -> Any:
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("acqcore.scoring.plan.Plan.batches", interrupted)
         assert main(command(rows)) == 130
     assert "the same command resumes" in capsys.readouterr().err
-    assert main(command(rows, acquisitions="margin")) == 2
-    message = capsys.readouterr().err
+    message = refused(command(rows, acquisitions="margin"))
     assert "holds a cut-off run with another acquisitions ('entropy' there, 'margin' here)" in message
-    assert main(command(rows[1:])) == 2
-    assert "another data" in capsys.readouterr().err
+    assert "another data" in refused(command(rows[1:]))
     assert main(command(rows)) == 0
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_blocks_are_joined(suffix: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_blocks_are_joined(suffix, command, tmp_path):
     rows: list[Any] = [{"text": text} for text in TEXTS]
     rows[3] = "bad"
     outs = [tmp_path / f"whole.{suffix}", tmp_path / f"blocks.{suffix}"]
@@ -206,19 +189,19 @@ def test_blocks_are_joined(suffix: str, command: Callable[..., list[str]], tmp_p
     ]
 
 
-def test_every_acquisition_that_does_not_compare_samples(
-    command: Callable[..., list[str]], student: Path, tmp_path: Path
-) -> None:
+def test_every_acquisition_that_does_not_compare_samples(command, student, tmp_path):
     loaded = acqcore.Student.load(student)
     reference, archive = acqcore.influence_reference(loaded, TEXTS[:2], dim=64, backend="eager"), acqcore.Archive()
     archive.add(acqcore.grad_sketch(loaded, TEXTS[:2], dim=64, backend="eager"))
     reference.save(tmp_path / "reference.pt")
     torch.save(archive.state_dict(), tmp_path / "archive.pt")
+    acqcore.epig_reference(loaded, TEXTS[:2], dim=64, backend="eager").save(tmp_path / "epig.pt")
     names = [name for name in acqcore.acquisitions() if name != "gradient_diversity"]
     arguments = {
         "grad_norm": {"parameters": "all"},
         "mutual_information": {"layers": 1, "draws": 2},
         "influence": {"reference": str(tmp_path / "reference.pt")},
+        "epig": {"reference": str(tmp_path / "epig.pt")},
         "archive_novelty": {"archive": str(tmp_path / "archive.pt"), "dim": 64},
     }
     rows = [{"text": text} for text in TEXTS]
@@ -229,7 +212,7 @@ def test_every_acquisition_that_does_not_compare_samples(
         assert [row[name] for name in names] == pytest.approx([value.item() for value in expected], rel=1e-6)
 
 
-def test_a_reference_file(command: Callable[..., list[str]], student: Path, tmp_path: Path) -> None:
+def test_a_reference_file(command, student, tmp_path):
     rows = [{"q": "a fox", "a": f" jumps {i}"} for i in range(4)]
     out, columns = tmp_path / "reference.pt", ["--prompt-column", "q", "--completion-column", "a"]
     (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
@@ -254,21 +237,16 @@ def test_a_reference_file(command: Callable[..., list[str]], student: Path, tmp_
         (['{"text": ""}'], "samples[0]: nothing to score"),
     ],
 )
-def test_a_reference_set_is_whole(
-    lines: list[str], message: str, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_reference_set_is_whole(lines, message, student, tmp_path, refused):
     data = tmp_path / "validation.jsonl"
     data.write_text("\n".join(lines))
     given = ["--student", str(student), "--data", str(data), "--out", str(tmp_path / "reference.pt")]
-    assert main(["reference", *given, "--backend", "eager"]) == 2
-    assert message in capsys.readouterr().err
+    assert message in refused(["reference", *given, "--backend", "eager"])
     assert not (tmp_path / "reference.pt").exists()
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_the_highest_rows(
-    suffix: str, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_highest_rows(suffix, command, tmp_path, capsys):
     rows: list[Any] = [{"text": f'{text}, "{i}"\n'} for i, text in enumerate(TEXTS)]
     rows[1] = {"text": ""}  # without a value
     read = {"jsonl": read_lines, "csv": read_csv, "parquet": read_parquet}[suffix]
@@ -283,12 +261,7 @@ def test_the_highest_rows(
     assert list(read(top)[0]) == list(expected[0])
 
 
-def test_a_data_set_by_name(
-    command: Callable[..., list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused):
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -301,25 +274,21 @@ def test_a_data_set_by_name(
     assert main([*command([], data="org/name", split="test"), "--overwrite"]) == 0
     assert [row["text"] for row in read_lines(tmp_path / "out.jsonl")] == TEXTS[:2]
     assert not (tmp_path / "out.jsonl.parts").exists()
-    capsys.readouterr()
     (tmp_path / "out.jsonl").unlink()
-    assert main(command([], data="org/name", split="tests")) == 2
-    assert "acqcore: error: --data: org/name is neither a file nor a data set that loads:" in capsys.readouterr().err
+    message = refused(command([], data="org/name", split="tests"))
+    assert message.startswith("--data: org/name is neither a file nor a data set that loads:")
     assert main(command([], data="org/name", text_column="body")) == 2
     assert not (tmp_path / "out.jsonl.parts").exists()
 
 
-def test_a_data_set_without_datasets(
-    command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_set_without_datasets(command, refused, monkeypatch):
     monkeypatch.setattr("acqcore.checks.basic.importlib.util.find_spec", lambda name: None)
-    assert main(command([], data="org/name")) == 2
-    message = 'acqcore: error: --data org/name needs datasets: run pip install "acqcore[train]"\n'
-    assert capsys.readouterr().err == message
+    message = '--data org/name needs datasets: run pip install "acqcore[train]"'
+    assert refused(command([], data="org/name")) == message
 
 
 @pytest.mark.parametrize("name", ["acqcore", "acqcore score"])
-def test_help_is_plain_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_plain_text(name, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*name.split()[1:], "--help"])
     assert stop.value.code == 0
@@ -362,46 +331,25 @@ def test_help_is_plain_text(name: str, capsys: pytest.CaptureFixture[str]) -> No
         ),
     ],
 )
-def test_wrong_usage_is_one_sentence(
-    options: dict[str, Any],
-    message: str,
-    command: Callable[..., list[str]],
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_wrong_usage_is_one_sentence(options, message, command, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    try:
-        code = main(command([{"text": "a fox"}], **options))
-    except SystemExit as stop:  # argparse ends the process itself
-        code = int(str(stop.code))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert code == 2
-    assert len(lines) == 1
-    assert lines[0].startswith("acqcore: error: ")
-    assert message in lines[0]
+    assert message in refused(command([{"text": "a fox"}], **options))
 
 
-def test_an_engine_that_is_not_installed(
-    command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_is_not_installed(command, refused, monkeypatch):
     monkeypatch.setattr("acqcore.checks.basic.importlib.util.find_spec", lambda name: None)
     for engine, extra in (("ray", "ray"), ("accelerate", "train")):
-        assert main(command([{"text": "a fox"}], engine=engine)) == 2
-        message = f'acqcore: error: --engine {engine} needs {engine}: run pip install "acqcore[{extra}]"\n'
-        assert capsys.readouterr().err == message
+        message = f'--engine {engine} needs {engine}: run pip install "acqcore[{extra}]"'
+        assert refused(command([{"text": "a fox"}], engine=engine)) == message
 
 
-def test_launched_processes_do_not_all_score_everything(
-    command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_launched_processes_do_not_all_score_everything(command, refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(command([{"text": "a fox"}])) == 2
-    message = "acqcore: error: --engine: 2 processes were launched, expected --engine accelerate, got local\n"
-    assert capsys.readouterr().err == message
+    message = "--engine: 2 processes were launched, expected --engine accelerate, got local"
+    assert refused(command([{"text": "a fox"}])) == message
 
 
-def test_a_folder_as_output(command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_a_folder_as_output(command, tmp_path):
     pytest.importorskip("pyarrow")
     out = tmp_path / "scores"
     out.mkdir()
@@ -420,36 +368,27 @@ def test_a_folder_as_output(command: Callable[..., list[str]], tmp_path: Path) -
         ("file", "out: file is a file; a name without an extension is a folder of parquet files"),
     ],
 )
-def test_outputs_that_are_in_the_way(
-    name: str,
-    message: str,
-    command: Callable[..., list[str]],
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_outputs_that_are_in_the_way(name, message, command, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "full").mkdir()
     for path in (tmp_path / "file", tmp_path / "full" / "notes.txt"):
         path.write_text("keep")
-    assert main(command([{"text": "a fox"}], out=name)) == 2
-    assert message in capsys.readouterr().err
+    assert message in refused(command([{"text": "a fox"}], out=name))
     assert (tmp_path / "full" / "notes.txt").read_text() == (tmp_path / "file").read_text() == "keep"
 
 
-def test_a_file_without_rows(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command([])) == 2
-    assert "data.jsonl has no rows" in capsys.readouterr().err
+def test_a_file_without_rows(command, refused):
+    assert "data.jsonl has no rows" in refused(command([]))
 
 
-def test_a_student_that_does_not_load_leaves_nothing(command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_a_student_that_does_not_load_leaves_nothing(command, tmp_path):
     assert main(command([{"text": "a fox"}], max_length=65)) == 2
     assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_every_column_is_kept(suffix: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_every_column_is_kept(suffix, command, tmp_path):
     """In order, of rows with an error too; one with the name of a column of ours under another name."""
     rows = [
         {"id": 7, "text": "a fox", "entropy": 0.5, "row": "x", "data_row": "y"},
@@ -465,7 +404,7 @@ def test_every_column_is_kept(suffix: str, command: Callable[..., list[str]], tm
     assert (found[1]["error"] or "").startswith("nothing to score")
 
 
-def test_an_output_is_scored_again(command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_an_output_is_scored_again(command, tmp_path):
     assert main(command([{"text": text} for text in TEXTS], out=tmp_path / "first.jsonl")) == 0
     arguments = command([], data=tmp_path / "first.jsonl", out=tmp_path / "out.jsonl", acquisitions="loss")
     assert main(arguments) == 0
@@ -474,7 +413,7 @@ def test_an_output_is_scored_again(command: Callable[..., list[str]], tmp_path: 
     assert [row["data_row"] for row in second] == [0, 1, 2, 3, 4]
 
 
-def test_values_of_tokens(command: Callable[..., list[str]], student: Path, tmp_path: Path) -> None:
+def test_values_of_tokens(command, student, tmp_path):
     rows = [{"text": TEXTS[0]}, {"text": ""}, {"text": TEXTS[2]}]
     assert main([*command(rows, acquisitions="loss,grad_norm,entropy"), "--keep-tokens"]) == 0
     found = read_lines(tmp_path / "out.jsonl")
@@ -489,7 +428,7 @@ def test_values_of_tokens(command: Callable[..., list[str]], student: Path, tmp_
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv", ""])
-def test_tool_calls_of_any_arguments(suffix: str, command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_tool_calls_of_any_arguments(suffix, command, tmp_path):
     rows = [conversation({"x": 1}), conversation({"x": "one"}), conversation({})]
     for block_rows in (1, 3):
         out = tmp_path / f"{block_rows}.{suffix}".removesuffix(".")
@@ -511,69 +450,58 @@ def conversation(arguments: Any) -> dict[str, Any]:
     }
 
 
-def test_conversations_in_a_csv(command: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_conversations_in_a_csv(command, student, tmp_path):
     rows = [conversation({"x": 1})["messages"], conversation({"x": 2})["messages"]]
     assert main(command([{"messages": row} for row in rows], out=tmp_path / "first.csv")) == 0
     assert main(command([], data=tmp_path / "first.csv")) == 0
     for row, found in zip(rows, read_lines(tmp_path / "out.jsonl"), strict=True):
         assert json.loads(found["messages"]) == row
         assert found["valid"]
+    data, out = tmp_path / "first.csv", tmp_path / "reference.pt"
+    options = ["--student", str(student), "--data", str(data), "--out", str(out)]
+    assert main(["reference", *options, "--parameters", "1", "--dim", "64"]) == 0
 
 
 class TestOutput:
     """Nothing is lost that the user did not give up by name."""
 
     @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-    def test_the_data_is_never_the_output(
-        self, suffix: str, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_the_data_is_never_the_output(self, suffix, command, tmp_path, refused):
         data = tmp_path / f"in.{suffix}"
         assert main(command([{"text": "a fox"}], out=data)) == 0
         before = data.read_bytes()
         (tmp_path / "linked").symlink_to(tmp_path)
         for out in (data, tmp_path / "linked" / data.name):
             for more in ([], ["--overwrite"]):
-                assert main([*command([], data=data, out=out), *more]) == 2
-                assert "is or holds the data, which would be lost" in capsys.readouterr().err
+                assert "is or holds the data, which would be lost" in refused([*command([], data=data, out=out), *more])
         assert data.read_bytes() == before
 
-    def test_a_folder_that_holds_the_data(
-        self, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_folder_that_holds_the_data(self, command, tmp_path, refused):
         assert main(command([{"text": "a fox"}], out=tmp_path / "scores")) == 0
         [data] = (tmp_path / "scores").iterdir()
-        assert main([*command([], data=data, out=tmp_path / "scores"), "--overwrite"]) == 2
-        assert "is or holds the data" in capsys.readouterr().err
+        assert "is or holds the data" in refused([*command([], data=data, out=tmp_path / "scores"), "--overwrite"])
         assert data.exists()
 
     @pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet", "out"])
-    def test_an_output_is_replaced_where_asked(
-        self, name: str, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_an_output_is_replaced_where_asked(self, name, command, tmp_path, capsys, refused):
         arguments = command([{"text": "a fox"}], out=tmp_path / name)
         assert main(arguments) == 0
-        assert main(arguments) == 2
-        assert f"--out: {tmp_path / name} exists; --overwrite replaces it" in capsys.readouterr().err
+        assert f"--out: {tmp_path / name} exists; --overwrite replaces it" in refused(arguments)
         assert main([*command([{"text": "a fox"}] * 2, out=tmp_path / name), "--overwrite"]) == 0
         assert "2 of 2 rows scored" in capsys.readouterr().out
 
-    def test_a_folder_of_others_stays(
-        self, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_folder_of_others_stays(self, command, tmp_path, refused):
         """Whatever a cut-off run left beside it."""
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "notes.txt").write_text("keep")
         arguments = [*command([{"text": "a fox"}], out=tmp_path / "out"), "--overwrite"]
         for _ in range(2):
-            assert main(arguments) == 2
-            assert "holds other files than parts of an output" in capsys.readouterr().err
+            assert "holds other files than parts of an output" in refused(arguments)
             (tmp_path / "out.parts").mkdir(exist_ok=True)
             (tmp_path / "out.parts" / "manifest.json").write_text("{}")
         assert (tmp_path / "out" / "notes.txt").read_text() == "keep"
 
-    def test_two_processes(
-        self, command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_two_processes(self, command, tmp_path, capsys):
         arguments = command([{"text": "a fox"}])
         first = Parts(tmp_path / "out.jsonl")
         first.claim({})
@@ -596,15 +524,7 @@ class TestOutput:
         ({"student": "untemplated", "data": "chat.jsonl"}, "the tokenizer of"),
     ],
 )
-def test_what_a_run_would_find_out_is_one_sentence(
-    options: dict[str, Any],
-    message: str,
-    command: Callable[..., list[str]],
-    student: Path,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_a_run_would_find_out_is_one_sentence(options, message, command, student, refused, tmp_path, monkeypatch):
     """And nothing is left that keeps the mended command from running."""
     if torch.cuda.is_available() and options.get("device") == "cuda":
         pytest.skip("this machine has one")
@@ -616,24 +536,16 @@ def test_what_a_run_would_find_out_is_one_sentence(
     (tmp_path / "untemplated" / "chat_template.jinja").unlink()
     (tmp_path / "chat.jsonl").write_text(json.dumps(conversation({})) + "\n")
     rows = [{"text": "a fox"}]
-    assert main(command(rows, **options)) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert [line for line in lines if not line.startswith("acqcore: error: ")] == []
-    assert len(lines) == 1
-    assert message in lines[0]
+    assert message in refused(command(rows, **options))
     assert main(command(rows)) == 0
 
 
 @pytest.mark.parametrize("words", [["--top", "5"], ["--acq", "loss"], ["--dev", "cpu"]])
-def test_options_are_not_abbreviated(
-    words: list[str], command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main([*command([{"text": "a fox"}]), *words])
-    assert f"unrecognized arguments: {' '.join(words)}" in capsys.readouterr().err
+def test_options_are_not_abbreviated(words, command, refused):
+    assert f"unrecognized arguments: {' '.join(words)}" in refused([*command([{"text": "a fox"}]), *words])
 
 
-def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_and_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"acqcore {acqcore.__version__}\n"
@@ -644,13 +556,13 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "mutual_information" in offered
 
 
-def test_info_as_a_module_tells_backends_and_versions() -> None:
+def test_info_as_a_module_tells_backends_and_versions():
     result = subprocess.run([sys.executable, "-m", "acqcore", "info"], capture_output=True, text=True, check=True)
     for word in ("eager", "cpu", torch.__version__, acqcore.__version__, "threads"):
         assert word in result.stdout
 
 
-def test_tables_without_rich(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_without_rich(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -32,7 +32,7 @@ def read_all(path: Path, block_rows: int = 4096, limit: int | None = None) -> li
 
 @pytest.mark.parametrize("block_rows", [1, 2, 3, 10])
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_what_is_written_is_read(suffix: str, block_rows: int, tmp_path: Path) -> None:
+def test_what_is_written_is_read(suffix, block_rows, tmp_path):
     if suffix == "parquet":
         pytest.importorskip("pyarrow")
     parts = [tmp_path / f"{i}.{suffix}" for i in range(2)]
@@ -50,7 +50,7 @@ def test_what_is_written_is_read(suffix: str, block_rows: int, tmp_path: Path) -
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"0.{suffix}", f"1.{suffix}", path.name]
 
 
-def test_bad_lines_are_records_with_an_error(tmp_path: Path) -> None:
+def test_bad_lines_are_records_with_an_error(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"text": "a"}\n\n{"text": \n[1]\n{"text": "\xff"}\n\n\n{"text": "b"}')
     for block_rows in (1, 2, 3, 10):
@@ -63,7 +63,7 @@ def test_bad_lines_are_records_with_an_error(tmp_path: Path) -> None:
         assert errors[3] == "not UTF-8: invalid start byte (byte 11)"
 
 
-def test_cells_beyond_the_header_are_left_out(tmp_path: Path) -> None:
+def test_cells_beyond_the_header_are_left_out(tmp_path):
     path = tmp_path / "data.csv"
     path.write_text("text,n\na,1,2\n\nb\n")
     assert scan(path, 1, None)[1] == ["text", "n"]
@@ -84,7 +84,7 @@ def test_cells_beyond_the_header_are_left_out(tmp_path: Path) -> None:
         (b"nan", None, "not JSON"),
     ],
 )
-def test_whatever_a_line_holds(line: bytes, n: Any, error: str | None, block_rows: int, tmp_path: Path) -> None:
+def test_whatever_a_line_holds(line, n, error, block_rows, tmp_path):
     """A line that JSON readers stumble over costs no other; what can be kept of it is."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "c"}\n')
@@ -108,7 +108,7 @@ def test_whatever_a_line_holds(line: bytes, n: Any, error: str | None, block_row
         ("text,id\na,1\n日本,2\nc,3\n".encode(), ["a", "日本", "c"]),
     ],
 )
-def test_whatever_a_csv_holds(content: bytes, texts: list[str], block_rows: int, tmp_path: Path) -> None:
+def test_whatever_a_csv_holds(content, texts, block_rows, tmp_path):
     path = tmp_path / "data.csv"
     path.write_bytes(content)
     assert scan(path, 1, None)[1] == ["text", "id"]
@@ -118,7 +118,7 @@ def test_whatever_a_csv_holds(content: bytes, texts: list[str], block_rows: int,
     assert [record.values for record in records(path)] == [record.values for record in found]
 
 
-def test_a_cell_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_without_an_end(tmp_path, monkeypatch):
     monkeypatch.setattr("acqcore.files.data._CELL", 100)
     path = tmp_path / "data.csv"
     path.write_text("text\na\n" + "b" * 101 + "\nc\n")
@@ -129,7 +129,7 @@ def test_a_cell_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert csv.field_size_limit() == 131_072
 
 
-def test_text_of_a_parquet_that_is_not_utf8(tmp_path: Path) -> None:
+def test_text_of_a_parquet_that_is_not_utf8(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     texts = pyarrow.array([b"a", b"\xff\xfe", b"c"]).view(pyarrow.string())
@@ -140,13 +140,13 @@ def test_text_of_a_parquet_that_is_not_utf8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["empty.jsonl", "blank.jsonl", "empty.csv", "header.csv"])
-def test_a_file_without_rows_has_no_blocks(name: str, tmp_path: Path) -> None:
+def test_a_file_without_rows_has_no_blocks(name, tmp_path):
     path = tmp_path / name
     path.write_text({"blank.jsonl": "\n\n", "header.csv": "text\n"}.get(name, ""))
     assert scan(path, 10, None) == ([], [])
 
 
-def test_parquet_blocks_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_blocks_in_any_order(tmp_path, monkeypatch):
     """Across row groups, and across the batches that are decoded; only the columns asked for."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -159,7 +159,7 @@ def test_parquet_blocks_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert records == [Record(i + 1, {"text": str(i)}) for i in range(start, start + rows)]
 
 
-def test_a_parquet_is_read_again_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parquet_is_read_again_after_an_error(tmp_path, monkeypatch):
     pytest.importorskip("pyarrow")
     write_block(tmp_path / "data.parquet", {"text": [str(i) for i in range(5)]})
     reader = Reader(tmp_path / "data.parquet", ["text"])
@@ -172,7 +172,7 @@ def test_a_parquet_is_read_again_after_an_error(tmp_path: Path, monkeypatch: pyt
     assert [record.values["text"] for record in reader.read(blocks[1])] == ["2", "3"]
 
 
-def test_nan_is_null_or_empty(tmp_path: Path) -> None:
+def test_nan_is_null_or_empty(tmp_path):
     table = {"x": np.array([np.nan, 1.5], dtype=np.float32), "e": ["bad", None]}
     for suffix in ("jsonl", "csv"):
         write_block(tmp_path / f"0.{suffix}", table)
@@ -183,7 +183,7 @@ def test_nan_is_null_or_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("out", ["all.parquet", "all"])
-def test_parquet_parts_get_one_schema(out: str, tmp_path: Path) -> None:
+def test_parquet_parts_get_one_schema(out, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     tables = [
         {"m": [[{"role": "user"}]], "error": [None]},
@@ -239,7 +239,7 @@ MIXED: list[list[Any]] = [
 @pytest.mark.parametrize("values", MIXED, ids=repr)
 @pytest.mark.parametrize("n_parts", [1, 2])
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
-def test_no_value_is_refused(suffix: str, n_parts: int, values: list[Any], tmp_path: Path) -> None:
+def test_no_value_is_refused(suffix, n_parts, values, tmp_path):
     if suffix == "parquet":
         pytest.importorskip("pyarrow")
     parts = [tmp_path / f"{i}.{suffix}" for i in range(n_parts)]
@@ -265,7 +265,7 @@ def test_no_value_is_refused(suffix: str, n_parts: int, values: list[Any], tmp_p
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
-def test_any_name_of_a_column(suffix: str, tmp_path: Path) -> None:
+def test_any_name_of_a_column(suffix, tmp_path):
     if suffix == "parquet":
         pytest.importorskip("pyarrow")
     names = ["", "a.b", "\ud83d", "caf\udce9", "a\nb"]
@@ -278,7 +278,7 @@ def test_any_name_of_a_column(suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block_rows", [1, 10])
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
-def test_equal_names_of_columns(suffix: str, block_rows: int, tmp_path: Path) -> None:
+def test_equal_names_of_columns(suffix, block_rows, tmp_path):
     """Their values are kept, and the first is the one that is meant."""
     path, rows = tmp_path / f"data.{suffix}", ["a", "b"]
     if suffix == "csv":
@@ -295,7 +295,7 @@ def test_equal_names_of_columns(suffix: str, block_rows: int, tmp_path: Path) ->
 
 @pytest.mark.parametrize("block_rows", [1, 2, 10])
 @pytest.mark.parametrize("last", ['"b,2\nc,3\n', '"b,2\nc,3', '"b",2\n"c,3\n\n'])
-def test_a_quote_that_is_never_closed(last: str, block_rows: int, tmp_path: Path) -> None:
+def test_a_quote_that_is_never_closed(last, block_rows, tmp_path):
     path = tmp_path / "data.csv"
     path.write_text(f"text,id\na,1\n{last}")
     *sound, bad = read_all(path, block_rows)
@@ -311,7 +311,7 @@ def test_a_quote_that_is_never_closed(last: str, block_rows: int, tmp_path: Path
         (b'{"text": "a"}\r{"text": "b"}', "not JSON: Extra data (column 15)"),
     ],
 )
-def test_a_file_none_of_whose_rows_is_readable(content: bytes, error: str, tmp_path: Path) -> None:
+def test_a_file_none_of_whose_rows_is_readable(content, error, tmp_path):
     (tmp_path / "data.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(f"data.jsonl: no row is readable, the first: {error}")):
         scan(tmp_path / "data.jsonl", 10, None)
@@ -324,7 +324,7 @@ def without_nulls(value: Any) -> Any:
     return {k: without_nulls(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
-def test_values_of_parquet_that_json_has_not(tmp_path: Path) -> None:
+def test_values_of_parquet_that_json_has_not(tmp_path):
     values = {
         "day": [datetime.date(2026, 1, 2)],
         "bytes": [b"\x00\xff"],
@@ -347,7 +347,7 @@ def test_values_of_parquet_that_json_has_not(tmp_path: Path) -> None:
     assert row.values == line.values | {"array": "[1, 2]", "nested": '[{"at": "2026-01-02T03:00:00"}]'}
 
 
-def test_unknown_extension(tmp_path: Path) -> None:
+def test_unknown_extension(tmp_path):
     with pytest.raises(ValueError, match=r"extension of data\.txt: unknown '\.txt', expected one of \.jsonl"):
         scan(tmp_path / "data.txt", 1, None)
 
@@ -364,7 +364,7 @@ def test_unknown_extension(tmp_path: Path) -> None:
         (["q", "a", "text"], {"text": "a"}, {"a": "text"}),
     ],
 )
-def test_columns(present: list[str], options: dict[str, str], chosen: dict[str, str]) -> None:
+def test_columns(present, options, chosen):
     names: dict[str, Any] = {"prompt": None, "completion": None, "text": None, **options}
     assert choose_columns(present, **names) == chosen
 
@@ -381,7 +381,7 @@ def test_columns(present: list[str], options: dict[str, str], chosen: dict[str, 
         ({"text": "z"}, "data: no column 'z', expected one of x, y"),
     ],
 )
-def test_bad_columns(options: dict[str, str], message: str) -> None:
+def test_bad_columns(options, message):
     names: dict[str, Any] = {"prompt": None, "completion": None, "text": None, **options}
     with pytest.raises(ValueError, match=re.escape(message)):
         choose_columns(["x", "y"], **names)

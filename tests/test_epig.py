@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import acqcore
+from acqcore.acquisitions import REGISTRY
+from acqcore.acquisitions.epig import EpigOptions
 from acqcore.gradients.rules import is_linear
 
 
@@ -37,12 +40,56 @@ def test_unbiased_over_every_pair_of_tokens(layers: Any, tiny_model: Callable[..
     count = 1 if layers == 1 else 2
     of_samples = [_gradients(model, ids, count) for ids in samples["input_ids"]]
     of_others = [_gradients(model, ids, count) for ids in others["input_ids"]]
-    expected = torch.stack(
-        [torch.stack([(g @ r.T).square().sum() / 4 for r in of_others]).mean() for g in of_samples]
-    )  # both have two scored tokens
+    expected = REGISTRY["epig"].reference(torch.stack(of_samples), torch.stack(of_others), (2, 2), 1e-3)
     reference = acqcore.epig_reference(model, others, layers=layers, probes=150, dim=4096)
     got = acqcore.epig(model, samples, reference, variance=1e-3, probes=150)
-    torch.testing.assert_close(got.double(), 1e-6 / 2 * expected, rtol=0.15, atol=0)
+    torch.testing.assert_close(got.double(), expected, rtol=0.15, atol=0)
+
+
+def test_the_definition_is_of_pairs_of_tokens() -> None:
+    """Two samples of one token and two predictions, a reference sample of one token: by hand."""
+    of_samples = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [3.0, 0.0]]], dtype=torch.float64)
+    of_reference = torch.tensor([[[1.0, 1.0], [2.0, 0.0]]], dtype=torch.float64)
+    got = REGISTRY["epig"].reference(of_samples, of_reference, (1, 1), 2.0)
+    assert got.tolist() == [2 * (1 + 4 + 4 + 0), 2 * (9 + 36)]
+
+
+def test_it_is_an_acquisition(tiny_model: Callable[..., Any]) -> None:
+    """The function's values beside other acquisitions; standard errors are those of other cotangents."""
+    model = tiny_model("Llama", vocab_size=48)
+    samples = _samples(3, 0)
+    reference = acqcore.epig_reference(model, _samples(2, 1), dim=512)
+    asked = {"epig": {"reference": reference, "probes": 8}}
+    scores = acqcore.score(model, samples, ["entropy", "epig"], acquisition_args=asked)
+    torch.testing.assert_close(scores["epig"], acqcore.epig(model, samples, reference, probes=8), rtol=1e-4, atol=0)
+    total = acqcore.score(model, samples, "epig", acquisition_args=asked, reduction="sum")
+    torch.testing.assert_close(total["epig"], scores["epig"] * 2, rtol=1e-4, atol=0)
+    first, second = (torch.randn(3, 400, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    small = acqcore.EpigReference(torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(2)), "all", 0, {})
+    entry, options = REGISTRY["epig"], EpigOptions(small, probes=20)
+    found = torch.stack(
+        [entry.value(a, b, options) for a, b in zip(first.split(20, 1), second.split(20, 1), strict=True)]
+    )
+    errors = torch.stack(
+        [entry.stderr(a, b, options) for a, b in zip(first.split(20, 1), second.split(20, 1), strict=True)]
+    )
+    torch.testing.assert_close(errors.square().mean(0).sqrt(), found.std(0), rtol=0.4, atol=0)
+    with pytest.raises(ValueError, match="epig' needs 'reference'"):
+        acqcore.score(model, samples, "epig")
+
+
+def test_a_saved_reference(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    model, samples = tiny_model("Llama", vocab_size=48), _samples(2, 0)
+    reference = acqcore.epig_reference(model, samples, dim=64)
+    reference.save(tmp_path / "epig.pt")
+    values = [
+        acqcore.score(model, samples, "epig", acquisition_args={"epig": {"reference": given}})["epig"]
+        for given in (reference, str(tmp_path / "epig.pt"))
+    ]
+    assert torch.equal(*values)
+    acqcore.influence_reference(model, samples, dim=64).save(tmp_path / "influence.pt")
+    with pytest.raises(ValueError, match=r"expected a file from EpigReference\.save, got .*influence\.pt"):
+        acqcore.score(model, samples, "epig", acquisition_args={"epig": {"reference": tmp_path / "influence.pt"}})
 
 
 def test_a_sample_does_not_depend_on_its_batch(tiny_model: Callable[..., Any]) -> None:
@@ -58,8 +105,8 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_model: Callable[..., Any]) -
 def test_bad_arguments(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("Llama", vocab_size=48)
     samples = _samples(2, 0)
-    with pytest.raises(TypeError, match=r"reference: expected what acqcore\.epig_reference gives, got str"):
-        acqcore.epig(model, samples, "validation.pt")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"reference: expected what acqcore\.epig_reference gives, got int"):
+        acqcore.epig(model, samples, 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="layers: expected at most 2 transformer blocks, got 3"):
         acqcore.epig_reference(model, samples, layers=3)
     with pytest.raises(ValueError, match="perturbs weights of blocks"):

@@ -28,6 +28,11 @@ def _places(offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return sample, torch.arange(int(offsets[-1])) - offsets[sample]
 
 
+def _tolerance(implementation: str, dtype: torch.dtype) -> float:
+    """Relative error of a gradient: Triton rounds the entries of a cotangent to the inputs' dtype."""
+    return {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 1e-4) if implementation == "triton" else 1e-4
+
+
 def _cotangent(
     z: torch.Tensor,  # [N, V] logits
     r: torch.Tensor,  # [N, V] signs
@@ -70,7 +75,7 @@ def test_is_the_product_with_the_cotangent(name, dtype, implementation):
         expected = _definition(case, k, 7, OFFSETS)
         # A row whose tokens but one have p = 1e-20 has entries of 1e-10: held to what float32 keeps of its logits.
         error = (got[k].double() - expected).norm(dim=1)
-        assert bool((error <= 1e-4 * expected.norm(dim=1) + 1e-9).all())
+        assert bool((error <= _tolerance(implementation, dtype) * expected.norm(dim=1) + 1e-9).all())
 
 
 @pytest.mark.parametrize("gap", [10.0, 30.0, 60.0])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import acqcore
+from acqcore.head_grad import _without_ignored
 from acqcore.testing import Case, case_from_logits, random_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -271,3 +272,9 @@ def test_nothing_of_an_ignored_row_counts(bad, backend):
     for found, expected in zip(measured(broken), measured(hidden), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         assert found.isfinite().all()
+
+
+def test_no_device_but_the_cpu_looks_for_ignored_rows() -> None:
+    """A GPU would stall; a tensor of the meta device cannot be read at all."""
+    hidden = torch.ones(3, 4, device="meta")
+    assert _without_ignored(hidden, torch.ones(3, dtype=torch.int64, device="meta")) is not hidden

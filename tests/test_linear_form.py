@@ -46,10 +46,18 @@ def _blocks(model: Any, last: int) -> list[Any]:
     return list(trunk[-last:])
 
 
-def _expected_squares(model: Any, samples: dict[str, torch.Tensor], sites: list[Any] | None, last: int) -> torch.Tensor:
+def _sites(model: Any, kind: str, last: int) -> list[Any]:
+    names = ("attn", "mlp") if kind == "GPT2" else ("self_attn", "mlp")
+    return [getattr(block, name) for block in _blocks(model, last) for name in names]
+
+
+def _expected_squares(
+    model: Any, samples: dict[str, torch.Tensor], sites: list[Any] | None, last: int, of_completions: bool = False
+) -> torch.Tensor:
     """``sum_t sum_y p_y ||d log p_y / d theta||^2 / T`` by a backward for every token t and y, ``[B]``.
 
-    theta are the weights of the linear layers in the last blocks, or the logarithms of the outputs of ``sites``.
+    theta are the weights of the linear layers in the last blocks, or the logarithms of the outputs of ``sites``, from
+    the token that predicts the first scored one on where they are ``of_completions``.
     """
     weights = [m.weight for block in _blocks(model, last) for m in block.modules() if is_linear(m)]
     totals = []
@@ -70,7 +78,8 @@ def _expected_squares(model: Any, samples: dict[str, torch.Tensor], sites: list[
             for log_p_y in log_p[t - 1]:
                 gradients = torch.autograd.grad(log_p_y, outputs or weights, retain_graph=True)
                 if outputs:
-                    gradients = [o.detach() * g for o, g in zip(outputs, gradients, strict=True)]
+                    first = scored[0] - 1 if of_completions else 0
+                    gradients = [(o.detach() * g)[:, first:] for o, g in zip(outputs, gradients, strict=True)]
                 total += float(log_p_y.exp()) * sum(float(g.double().square().sum()) for g in gradients)
         totals.append(total / len(scored))
     return torch.tensor(totals)
@@ -87,11 +96,7 @@ def _assert_unbiased(scores: acqcore.Scores, expected: torch.Tensor) -> None:
 def test_unbiased_over_every_token_and_site(kind: str, layers: Any, tiny_model: Callable[..., Any]) -> None:
     model = tiny_model(kind, **SMALL)
     samples = _samples(6, 4)
-    sites = [
-        getattr(block, name)
-        for block in _blocks(model, 2 if layers == "all" else layers)
-        for name in (("attn", "mlp") if kind == "GPT2" else ("self_attn", "mlp"))
-    ]
+    sites = _sites(model, kind, 2 if layers == "all" else layers)
     expected = RHO / 2 * _expected_squares(model, samples, sites, 2)
     _assert_unbiased(_score(model, samples, layers=layers, probes=2500), expected)
 
@@ -103,6 +108,41 @@ def test_unbiased_over_every_token_and_weight(kind: str, layers: Any, tiny_model
     expected = 1e-4 / 2 * _expected_squares(model, samples, None, 2 if layers == "all" else layers)
     scores = _score(model, samples, posterior="isotropic", layers=layers, variance=1e-4, probes=2500)
     _assert_unbiased(scores, expected)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "GPT2"])
+def test_unbiased_over_the_positions_of_completions(kind: str, tiny_model: Callable[..., Any]) -> None:
+    """Prompts of two lengths in one batch: what lies before each sample's own completion does not count."""
+    model = tiny_model(kind, **SMALL)
+    samples = _samples(7, 6)
+    samples["labels"][0, :4] = -100
+    expected = RHO / 2 * _expected_squares(model, samples, _sites(model, kind, 2), 2, of_completions=True)
+    _assert_unbiased(_score(model, samples, positions="completion", probes=2500), expected)
+
+
+def test_prompts_without_a_graph_change_no_value(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A student whose forward may not be cut keeps the whole graph."""
+    model, samples = tiny_model("Llama"), _samples(12, 17, 9, context=5)
+    student = acqcore.Student.from_model(model)
+    assert student.cuts_prompts
+    lengths = []
+    handle = model.model.layers[1].register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append((args[0].shape[1], torch.is_grad_enabled())), with_kwargs=True
+    )
+    cut = _score(student, samples, positions="completion")
+    handle.remove()
+    assert lengths[-2:] == [(4, False), (13, True)]
+    monkeypatch.setattr(acqcore.Student, "cuts_prompts", False)
+    whole = _score(student, samples, positions="completion")
+    torch.testing.assert_close(cut["mutual_information"], whole["mutual_information"], rtol=1e-5, atol=0)
+    monkeypatch.undo()
+    shared = acqcore.score(
+        student, samples, ["mutual_information", "grad_norm"],
+        acquisition_args={"mutual_information": {"positions": "completion"}, "grad_norm": {"parameters": "all"}},
+    )  # fmt: skip
+    torch.testing.assert_close(shared["mutual_information"], whole["mutual_information"], rtol=1e-5, atol=0)
 
 
 def test_dropout_on_the_last_hidden_state(tiny_model: Callable[..., Any]) -> None:
@@ -141,7 +181,14 @@ def test_small_noise_is_what_draws_measure(tiny_model: Callable[..., Any]) -> No
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"layers": 1}, {"layers": 0}, {"posterior": "isotropic"}, {"posterior": "isotropic", "layers": 1}],
+    [
+        {},
+        {"positions": "completion"},
+        {"layers": 1},
+        {"layers": 0},
+        {"posterior": "isotropic"},
+        {"posterior": "isotropic", "layers": 1},
+    ],
     ids=str,
 )
 def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any], tiny_model: Callable[..., Any]) -> None:
@@ -303,6 +350,8 @@ def test_rows_without_a_finite_logit_are_not_valid(tiny_model: Callable[..., Any
         ({"posterior": "cauchy"}, ValueError, "posterior: unknown 'cauchy'"),
         ({"variance": 1e-3}, ValueError, "variance: belongs to posterior='isotropic', got posterior='dropout'"),
         ({"posterior": "isotropic", "dropout": 0.1}, ValueError, "dropout: belongs to posterior='dropout', got"),
+        ({"posterior": "isotropic", "positions": "all"}, ValueError, "positions: belongs to posterior='dropout', got"),
+        ({"positions": "prompt"}, ValueError, "positions: unknown 'prompt'"),
         ({"posterior": "isotropic", "variance": 0.0}, ValueError, "variance"),
         (
             {"posterior": "isotropic", "layers": 0},

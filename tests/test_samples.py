@@ -18,8 +18,8 @@ def scored_ids(row: Row) -> list[int]:
 
 
 @pytest.fixture
-def encoded(tokenizer: Any) -> Any:
-    def run(samples: Any, tokenizer: Any = tokenizer, limit: int | None = 64, **options: Any) -> list[Row]:
+def encoded(tokenizer):
+    def run(samples, tokenizer=tokenizer, limit=64, **options):
         return encode(samples, tokenizer, vocab_size=320, limit=limit, **options)
 
     return run
@@ -41,20 +41,20 @@ class Slow:
 
 
 @pytest.fixture(params=["offsets", "prefix"])
-def any_tokenizer(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
+def any_tokenizer(request, tokenizer):
     return tokenizer if request.param == "offsets" else Slow(tokenizer)
 
 
 class TestText:
     @pytest.mark.parametrize("wrap", [lambda text: text, lambda text: {"text": text}])
-    def test_every_token_with_a_predecessor(self, wrap: Any, encoded: Any, any_tokenizer: Any) -> None:
+    def test_every_token_with_a_predecessor(self, wrap, encoded, any_tokenizer):
         text = "The quick brown fox, naïve 🙂 日本"
         (row,) = encoded([wrap(text)], any_tokenizer)
         ids = any_tokenizer([text])["input_ids"][0]
         assert row.ids.tolist() == ids
         assert row.targets.tolist() == [-100, *ids[1:]]
 
-    def test_the_tokenizers_own_special_tokens_stay(self, tokenizer: Any, encoded: Any) -> None:
+    def test_the_tokenizers_own_special_tokens_stay(self, tokenizer, encoded):
         from tokenizers.processors import TemplateProcessing
         from transformers import PreTrainedTokenizerFast
 
@@ -74,28 +74,28 @@ class TestText:
 
 
 class TestPromptAndCompletion:
-    def test_only_the_completion_is_scored(self, encoded: Any, any_tokenizer: Any) -> None:
+    def test_only_the_completion_is_scored(self, encoded, any_tokenizer):
         prompt, completion = "What is 2 + 3?", " The answer is 5."
         (row,) = encoded([{"prompt": prompt, "completion": completion}], any_tokenizer)
         assert row.ids.tolist() == any_tokenizer([prompt + completion])["input_ids"][0]
         assert scored_ids(row) == any_tokenizer([completion])["input_ids"][0]
 
-    def test_a_token_across_the_boundary_is_scored(self, encoded: Any, any_tokenizer: Any, tokenizer: Any) -> None:
+    def test_a_token_across_the_boundary_is_scored(self, encoded, any_tokenizer, tokenizer):
         whole = tokenizer("What is").input_ids
         assert tokenizer.decode(whole[-1:]) == " is"
         (row,) = encoded([{"prompt": "What i", "completion": "s"}], any_tokenizer)
         assert row.ids.tolist() == whole
         assert scored_ids(row) == whole[-1:]
 
-    def test_bytes_of_one_character_stay_together(self, encoded: Any, any_tokenizer: Any) -> None:
+    def test_bytes_of_one_character_stay_together(self, encoded, any_tokenizer):
         (row,) = encoded([{"prompt": "a 語", "completion": "界!"}], any_tokenizer)
         assert scored_ids(row) == any_tokenizer(["界!"])["input_ids"][0]
 
-    def test_without_a_prompt_the_first_token_is_context(self, encoded: Any, any_tokenizer: Any) -> None:
+    def test_without_a_prompt_the_first_token_is_context(self, encoded, any_tokenizer):
         (row,) = encoded([{"prompt": "", "completion": "a lazy fox"}], any_tokenizer)
         assert scored_ids(row) == row.ids[1:].tolist()
 
-    def test_conversations(self, encoded: Any, any_tokenizer: Any, tokenizer: Any) -> None:
+    def test_conversations(self, encoded, any_tokenizer, tokenizer):
         prompt = [{"role": "user", "content": "a fox?"}]
         completion = [{"role": "assistant", "content": "a dog."}]
         (row,) = encoded([{"prompt": prompt, "completion": completion}], any_tokenizer)
@@ -106,7 +106,7 @@ class TestPromptAndCompletion:
 
 
 class TestMessages:
-    def test_the_last_turn_is_scored(self, encoded: Any, any_tokenizer: Any, tokenizer: Any) -> None:
+    def test_the_last_turn_is_scored(self, encoded, any_tokenizer, tokenizer):
         messages = [
             {"role": "system", "content": "help"},
             {"role": "user", "content": "hi"},
@@ -118,7 +118,7 @@ class TestMessages:
         assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
         assert tokenizer.decode(scored_ids(row)) == "so.<|im_end|>\n"
 
-    def test_a_template_that_rewrites_the_opening(self, encoded: Any, tokenizer: Any) -> None:
+    def test_a_template_that_rewrites_the_opening(self, encoded, tokenizer):
         """A generation prompt that opens a block which a finished turn does not have."""
         from transformers import PreTrainedTokenizerFast
 
@@ -131,7 +131,7 @@ class TestMessages:
 
 
 class TestDataset:
-    def test_columns_as_in_a_list(self, encoded: Any) -> None:
+    def test_columns_as_in_a_list(self, encoded):
         datasets = pytest.importorskip("datasets")
         rows = [{"prompt": "a", "completion": " fox"}, {"prompt": "the", "completion": " dog"}]
         data = datasets.Dataset.from_list([{**row, "id": i} for i, row in enumerate(rows)])
@@ -156,20 +156,20 @@ class TestTensors:
         return {"input_ids": ids, "attention_mask": mask}
 
     @pytest.mark.parametrize("side", ["left", "right"])
-    def test_padding_on_any_side(self, side: str, encoded: Any) -> None:
+    def test_padding_on_any_side(self, side, encoded):
         rows = encoded(self.padded(side), None)
         assert [tuple(row.ids.tolist()) for row in rows] == list(self.IDS)
         assert [row.targets.tolist() for row in rows] == [[-100, 6, 7, 8], [-100, 10, 11]]
 
     @pytest.mark.parametrize("side", ["left", "right"])
-    def test_labels_are_aligned_with_ids(self, side: str, encoded: Any) -> None:
+    def test_labels_are_aligned_with_ids(self, side, encoded):
         samples = self.padded(side)
         labels = samples["input_ids"].masked_fill(samples["attention_mask"] == 0, -100)
         labels[0, 2] = -100
         rows = encoded({**samples, "labels": labels}, None)
         assert [row.targets.tolist() for row in rows] == [[-100, 6, -100, 8], [-100, 10, 11]]
 
-    def test_without_a_mask_all_is_real(self, encoded: Any) -> None:
+    def test_without_a_mask_all_is_real(self, encoded):
         (row,) = encoded({"input_ids": torch.tensor([[4, 0, 0]], dtype=torch.int32)}, None)
         assert row.targets.tolist() == [-100, 0, 0]
         assert row.ids.dtype == torch.int64
@@ -213,7 +213,7 @@ class TestTensors:
             ),
         ],
     )
-    def test_bad_tensors(self, samples: Any, error: Any, message: str, encoded: Any) -> None:
+    def test_bad_tensors(self, samples, error, message, encoded):
         with pytest.raises(error, match=re.escape(message)):
             encoded(samples, None)
 
@@ -221,19 +221,19 @@ class TestTensors:
 class TestLength:
     TEXT = "The quick brown fox jumps over the lazy dog. The quick brown fox jumps over the lazy dog."
 
-    def test_over_the_limit(self, encoded: Any, tokenizer: Any) -> None:
+    def test_over_the_limit(self, encoded, tokenizer):
         n = len(tokenizer(self.TEXT).input_ids)
         with pytest.raises(ValueError, match=rf"samples\[1\]: {n} tokens, the student takes at most 6; max_length"):
             encoded(["a fox", self.TEXT], limit=6)
         assert len(encoded([self.TEXT], limit=n)) == 1
 
-    def test_plain_text_keeps_its_beginning(self, encoded: Any) -> None:
+    def test_plain_text_keeps_its_beginning(self, encoded):
         (whole,) = encoded([self.TEXT])
         (cut,) = encoded([self.TEXT], max_length=5)
         assert cut.ids.tolist() == whole.ids[:5].tolist()
         assert cut.targets.tolist() == whole.targets[:5].tolist()
 
-    def test_the_prompt_goes_first_from_its_beginning(self, encoded: Any, tokenizer: Any) -> None:
+    def test_the_prompt_goes_first_from_its_beginning(self, encoded, tokenizer):
         sample = {"prompt": self.TEXT, "completion": " What is 2 + 3?"}
         n = len(tokenizer(sample["completion"]).input_ids)
         (whole,) = encoded([sample])
@@ -244,7 +244,7 @@ class TestLength:
         assert cut.ids.tolist() == whole.ids[-n - 1 : -2].tolist()  # one token of the prompt still predicts
         assert scored_ids(cut) == scored_ids(whole)[: n - 2]
 
-    def test_bad_max_length(self, encoded: Any) -> None:
+    def test_bad_max_length(self, encoded):
         with pytest.raises(ValueError, match="max_length: expected at least 2"):
             encoded(["a fox"], max_length=1)
         with pytest.raises(ValueError, match="max_length: the student takes at most 64 tokens, got 65"):
@@ -302,12 +302,12 @@ BAD_SAMPLES = [
 
 
 @pytest.mark.parametrize(("samples", "error", "message"), BAD_SAMPLES)
-def test_bad_samples(samples: Any, error: Any, message: str, encoded: Any) -> None:
+def test_bad_samples(samples, error, message, encoded):
     with pytest.raises(error, match=re.escape(message)):
         encoded(samples)
 
 
-def test_bad_tokenizers(encoded: Any, tokenizer: Any) -> None:
+def test_bad_tokenizers(encoded, tokenizer):
     from transformers import PreTrainedTokenizerFast
 
     with pytest.raises(TypeError, match="tokenizer: samples of text need one, got none"):
@@ -319,7 +319,7 @@ def test_bad_tokenizers(encoded: Any, tokenizer: Any) -> None:
         encoded([{"messages": [USER, {"role": "assistant", "content": "a"}]}], plain)
 
 
-def test_errors_are_collected_where_asked(encoded: Any) -> None:
+def test_errors_are_collected_where_asked(encoded):
     errors: dict[int, str] = {}
     samples = ["a fox", "", 3, "The dog", {"text": "a fox"}, "fox " * 80]
     rows = encoded(samples, errors=errors)
@@ -340,7 +340,7 @@ class TestRowsOfAnySource:
     @pytest.mark.parametrize(
         "source", ["list", "columns", "arrow", "pandas", "datasets", "text", "prompts", "polars", "numpy", "batch"]
     )
-    def test_question_and_answer(self, source: str, encoded: Any) -> None:
+    def test_question_and_answer(self, source, encoded):
         rows = [dict(row) for row in self.ROWS]
         columns: dict[str, list[Any]] = {key: [row[key] for row in rows] for key in rows[0]}
         if source == "list":
@@ -374,7 +374,7 @@ class TestRowsOfAnySource:
             assert a.targets.tolist() == b.targets.tolist()
 
     @pytest.mark.parametrize("source", ["arrow", "pandas", "datasets"])
-    def test_messages_of_a_table(self, source: str, encoded: Any, tmp_path: Any) -> None:
+    def test_messages_of_a_table(self, source, encoded, tmp_path):
         """Nulls of a table's struct, and the arrays that pandas reads."""
         turn = [{"role": "user", "content": "hi", "name": "x"}, {"role": "assistant", "content": "yes"}]
         other = [{"role": "user", "content": "a fox?"}, {"role": "assistant", "content": "no"}]
@@ -390,7 +390,7 @@ class TestRowsOfAnySource:
             assert a.ids.tolist() == b.ids.tolist()
 
     @pytest.mark.parametrize("kind", ["numpy", "tuple", "pandas", "polars", "pyarrow"])
-    def test_a_column_of_strings(self, kind: str, encoded: Any) -> None:
+    def test_a_column_of_strings(self, kind, encoded):
         values: Any = ("a fox", "the dog")
         if kind in ("pandas", "polars"):
             values = pytest.importorskip(kind).Series(values)
@@ -416,7 +416,7 @@ class TestOneBadRow:
             ({"text": ["a"]}, "text: expected a string, got list"),
         ],
     )
-    def test_texts(self, bad: Any, message: str, encoded: Any) -> None:
+    def test_texts(self, bad, message, encoded):
         samples = [{"text": "a fox"}, bad, {"text": "the dog"}]
         errors: dict[int, str] = {}
         rows = encoded(samples, errors=errors)
@@ -436,7 +436,7 @@ class TestOneBadRow:
             ([{"content": "hi"}, REPLY], 'expected messages with "role" and "content"'),
         ],
     )
-    def test_conversations(self, messages: Any, message: str, encoded: Any) -> None:
+    def test_conversations(self, messages, message, encoded):
         good = {"messages": [{"role": "user", "content": "hi"}, self.REPLY]}
         errors: dict[int, str] = {}
         rows = encoded([good, {"messages": messages}, good], errors=errors)
@@ -444,9 +444,9 @@ class TestOneBadRow:
         assert message in errors[1]
         assert [row.n_scored > 0 for row in rows] == [True, False, True]
 
-    def test_a_tokenizer_that_refuses_one_text(self, encoded: Any, tokenizer: Any) -> None:
+    def test_a_tokenizer_that_refuses_one_text(self, encoded, tokenizer):
         class Picky(Slow):
-            def __call__(self, texts: list[str], **options: Any) -> Any:
+            def __call__(self, texts, **options):
                 if any("dog" in text for text in texts):
                     raise RuntimeError("no dogs")
                 return self.fast(texts, **options)
@@ -460,21 +460,21 @@ class TestOneBadRow:
 
 
 class TestContent:
-    def test_a_list_of_texts_for_a_template_of_strings(self, encoded: Any) -> None:
+    def test_a_list_of_texts_for_a_template_of_strings(self, encoded):
         parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "fox?"}]
         reply = {"role": "assistant", "content": "yes"}
         (row,) = encoded([{"messages": [{"role": "user", "content": parts}, reply]}])
         (same,) = encoded([{"messages": [{"role": "user", "content": "a fox?"}, reply]}])
         assert row.ids.tolist() == same.ids.tolist()
 
-    def test_parts_that_a_template_of_strings_cannot_take(self, encoded: Any) -> None:
+    def test_parts_that_a_template_of_strings_cannot_take(self, encoded):
         user = {"role": "user", "content": [{"type": "file", "file": "x"}, "a fox?"]}
         with pytest.raises(
             ValueError, match=r"content: expected text, .* chat template takes, got parts \['file', 'str'\]"
         ):
             encoded([{"messages": [user, TestOneBadRow.REPLY]}])
 
-    def test_a_template_of_lists_gets_lists(self, encoded: Any, tokenizer: Any) -> None:
+    def test_a_template_of_lists_gets_lists(self, encoded, tokenizer):
         from transformers import PreTrainedTokenizerFast
 
         template = (
@@ -496,7 +496,7 @@ class TestContent:
                 encoded([{"prompt": [message], "completion": [TestOneBadRow.REPLY]}], other)
 
     @pytest.mark.parametrize("role", ["user", "assistant"])
-    def test_no_template_writes_content_as_python_does(self, role: str, encoded: Any) -> None:
+    def test_no_template_writes_content_as_python_does(self, role, encoded):
         messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
         changed = [m | {"content": {"a": 1}} if m["role"] == role else m for m in messages]
         with pytest.raises(
@@ -505,7 +505,7 @@ class TestContent:
             encoded([{"messages": changed}])
 
     @pytest.mark.parametrize("extra", [{}, {"content": None}, {"content": ""}])
-    def test_tool_calls_need_no_content(self, extra: Any, encoded: Any, tokenizer: Any) -> None:
+    def test_tool_calls_need_no_content(self, extra, encoded, tokenizer):
         from transformers import PreTrainedTokenizerFast
 
         template = tokenizer.chat_template.replace(
@@ -519,11 +519,11 @@ class TestContent:
         assert tokenizer.decode(scored_ids(row)) == "fox<|im_end|>\n"
 
 
-def test_no_samples(encoded: Any) -> None:
+def test_no_samples(encoded):
     assert encoded([]) == []
 
 
-def test_rows_are_samples(encoded: Any) -> None:
+def test_rows_are_samples(encoded):
     rows = encoded(["a quick fox", "2 + 3 = 5"])
     assert encoded(rows, None) == rows
     (cut,) = encoded(rows[:1], None, max_length=3)
@@ -574,7 +574,7 @@ class TestChatTemplates:
 
     @pytest.mark.parametrize("template", [MOVES, COUNTS, SHORTENS, IGNORES])
     @pytest.mark.parametrize("reply", ["Rome", "  Rome ", "Which city has the Colosseum? Rome"])
-    def test_that_do_not_only_append(self, template: str, reply: str, encoded: Any, tokenizer: Any) -> None:
+    def test_that_do_not_only_append(self, template, reply, encoded, tokenizer):
         own = self.templated(tokenizer, template)
         message = {"role": "assistant", "content": reply}
         shown = reply.strip() if template == self.IGNORES else reply
@@ -596,7 +596,7 @@ class TestChatTemplates:
         ],
         ids=["leaves it out", "writes it first", "changes it", "the first turn after it"],
     )
-    def test_that_do_not_write_the_reply_last_are_refused(self, template: str, encoded: Any, tokenizer: Any) -> None:
+    def test_that_do_not_write_the_reply_last_are_refused(self, template, encoded, tokenizer):
         with pytest.raises(
             ValueError, match=r"samples\[0\]: the chat template does not write the reply where it is sco"
         ):
@@ -613,9 +613,7 @@ class TestChatTemplates:
             ({"content": "  "}, "  "),
         ],
     )
-    def test_a_part_of_the_reply_that_is_left_out_is_refused(
-        self, extra: dict[str, Any], expected: str, encoded: Any, tokenizer: Any
-    ) -> None:
+    def test_a_part_of_the_reply_that_is_left_out_is_refused(self, extra, expected, encoded, tokenizer):
         own = self.templated(tokenizer, self.IGNORES)
         with pytest.raises(ValueError, match=f"does not write the reply where it is scored: expected '{expected}'"):
             encoded([{"messages": [*self.USER, self.REPLY | extra]}], own, limit=None)
@@ -625,7 +623,7 @@ class TestChatTemplates:
             (row,) = encoded([{"messages": history}], own, limit=None)
             assert own.decode(scored_ids(row)) == "Rome<|im_end|>"
 
-    def test_marks_of_what_the_assistant_generates(self, encoded: Any, tokenizer: Any) -> None:
+    def test_marks_of_what_the_assistant_generates(self, encoded, tokenizer):
         template = (
             "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
             "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>"
@@ -645,7 +643,7 @@ class TestChatTemplates:
     TOOLS = "{% if tools is defined and tools %}{{ tools | tojson }}\n{% endif %}{% if loud %}LOUD {% endif %}"
 
     @pytest.mark.parametrize("as_text", [False, True])
-    def test_tools_and_variables_reach_the_template(self, as_text: bool, encoded: Any, tokenizer: Any) -> None:
+    def test_tools_and_variables_reach_the_template(self, as_text, encoded, tokenizer):
         own = self.templated(tokenizer, self.TOOLS + tokenizer.chat_template)
         tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
         given = json.dumps(tools) if as_text else tools
@@ -689,16 +687,14 @@ class TestChatTemplates:
             ),
         ],
     )
-    def test_what_would_change_the_text_is_never_dropped(
-        self, sample: Any, error: type[Exception], message: str, encoded: Any
-    ) -> None:
+    def test_what_would_change_the_text_is_never_dropped(self, sample, error, message, encoded):
         with pytest.raises(error, match=re.escape(message)):
             encoded([sample], limit=None)
 
 
 class TestSpecialTokensOnce:
     @pytest.fixture
-    def adds(self, tokenizer: Any) -> Any:
+    def adds(self, tokenizer):
         """A tokenizer that puts a token in front of a text and one behind it."""
         from tokenizers.processors import TemplateProcessing
         from transformers import PreTrainedTokenizerFast
@@ -709,17 +705,17 @@ class TestSpecialTokensOnce:
         return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|eos|>")
 
     @pytest.mark.parametrize("written", ["a fox", "<|bos|>a fox", "a fox<|eos|>", "<|bos|>a fox<|eos|>"])
-    def test_a_text_that_has_them(self, written: str, encoded: Any, adds: Any, tokenizer: Any) -> None:
+    def test_a_text_that_has_them(self, written, encoded, adds, tokenizer):
         bare = tokenizer("a fox").input_ids
         (row,) = encoded([written], adds)
         assert row.ids.tolist() == [1, *bare, 2]
         assert row.targets.tolist() == [-100, *bare, 2]
 
-    def test_a_prompt_that_has_one(self, encoded: Any, adds: Any, tokenizer: Any) -> None:
+    def test_a_prompt_that_has_one(self, encoded, adds, tokenizer):
         (row,) = encoded([{"prompt": "<|bos|>a", "completion": " fox"}], adds)
         assert row.ids.tolist() == [1, *tokenizer("a fox").input_ids, 2]
         assert scored_ids(row) == [*tokenizer(" fox").input_ids, 2]
 
-    def test_those_that_are_meant_stay(self, encoded: Any, tokenizer: Any) -> None:
+    def test_those_that_are_meant_stay(self, encoded, tokenizer):
         (row,) = encoded(["<|bos|><|bos|>a fox"])
         assert row.ids.tolist()[:2] == [1, 1]  # nothing was added

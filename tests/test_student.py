@@ -6,8 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -36,7 +34,7 @@ def assert_own_logits(model: Any, student: acqcore.Student | None = None) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_trunk_and_head_give_the_models_own_logits(kind: str, tiny_model: Callable[..., Any]) -> None:
+def test_trunk_and_head_give_the_models_own_logits(kind, tiny_model):
     model = tiny_model(kind)
     student = acqcore.Student.from_model(model)
     assert_own_logits(model, student)
@@ -44,8 +42,8 @@ def test_trunk_and_head_give_the_models_own_logits(kind: str, tiny_model: Callab
     assert student.device == torch.device("cpu")
 
 
-def test_the_head_is_what_the_configuration_says(tiny_model: Callable[..., Any]) -> None:
-    def head(kind: str, **config: Any) -> acqcore.Head:
+def test_the_head_is_what_the_configuration_says(tiny_model):
+    def head(kind, **config):
         return acqcore.Student.from_model(tiny_model(kind, **config)).head
 
     assert head("Gemma2").softcap == 2.0
@@ -56,7 +54,7 @@ def test_the_head_is_what_the_configuration_says(tiny_model: Callable[..., Any])
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tied_and_untied_heads_share_the_models_memory(tied: bool, tiny_model: Callable[..., Any]) -> None:
+def test_tied_and_untied_heads_share_the_models_memory(tied, tiny_model):
     model = tiny_model("Qwen3", tie_word_embeddings=tied)
     assert_own_logits(model)
     weight = acqcore.Student.from_model(model).head.weight
@@ -65,12 +63,12 @@ def test_tied_and_untied_heads_share_the_models_memory(tied: bool, tiny_model: C
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_passes_the_probe(dtype: torch.dtype, tiny_model: Callable[..., Any]) -> None:
+def test_half_precision_passes_the_probe(dtype, tiny_model):
     student = acqcore.Student.from_model(tiny_model("Gemma2").to(dtype))
     assert student.head.weight.dtype == dtype
 
 
-def test_a_student_follows_its_model_in_training(tiny_model: Callable[..., Any]) -> None:
+def test_a_student_follows_its_model_in_training(tiny_model):
     model = tiny_model("Llama")
     student = acqcore.Student.from_model(model)
     with torch.no_grad():
@@ -80,7 +78,7 @@ def test_a_student_follows_its_model_in_training(tiny_model: Callable[..., Any])
 
 
 class TestVerification:
-    def test_an_unknown_change_of_the_logits_is_refused(self, tiny_model: Callable[..., Any]) -> None:
+    def test_an_unknown_change_of_the_logits_is_refused(self, tiny_model):
         model = tiny_model("Llama")
         model.register_forward_hook(lambda _, args, output: setattr(output, "logits", output.logits.cumsum(1)))
         with pytest.raises(
@@ -90,13 +88,11 @@ class TestVerification:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("how", ["forward", "class", "hook"])
-    def test_a_head_that_is_not_what_its_weight_says_is_refused(
-        self, how: str, dtype: torch.dtype, tiny_model: Callable[..., Any]
-    ) -> None:
+    def test_a_head_that_is_not_what_its_weight_says_is_refused(self, how, dtype, tiny_model):
         """By 3 %, less than the logits of a model in half precision may differ."""
 
         class Scaled(torch.nn.Linear):
-            def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            def forward(self, hidden):
                 return super().forward(hidden) * 1.03
 
         model = tiny_model("Llama").to(dtype)
@@ -113,13 +109,13 @@ class TestVerification:
             acqcore.Student.from_model(model)
         acqcore.Student.from_model(model, verify=False)
 
-    def test_hooks_that_only_look_are_allowed(self, tiny_model: Callable[..., Any]) -> None:
+    def test_hooks_that_only_look_are_allowed(self, tiny_model):
         model, seen = tiny_model("Llama").to(torch.bfloat16), []
         model.lm_head.register_forward_hook(lambda _, args, output: seen.append(output.shape))
         acqcore.Student.from_model(model)
         assert seen
 
-    def test_a_model_that_wants_more_than_tokens_is_refused(self, tiny_model: Callable[..., Any]) -> None:
+    def test_a_model_that_wants_more_than_tokens_is_refused(self, tiny_model):
         peft = pytest.importorskip("peft")
         config = peft.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2)
         with pytest.raises(ValueError, match="model: LlamaForCausalLM does not run on token ids alone: task_ids"):
@@ -129,14 +125,14 @@ class TestVerification:
         with pytest.raises(ValueError, match="model: LlamaForCausalLM does not run on token ids alone: 'images'"):
             acqcore.Student.from_model(model)
 
-    def test_logits_of_another_shape_are_refused(self, tiny_model: Callable[..., Any]) -> None:
+    def test_logits_of_another_shape_are_refused(self, tiny_model):
         model = tiny_model("Llama")
         model.register_forward_hook(lambda _, args, output: setattr(output, "logits", output.logits[..., 1:]))
         with pytest.raises(ValueError, match="changes the logits of its output embedding by more than"):
             acqcore.Student.from_model(model)
 
-    def test_a_trunk_that_sees_later_tokens_is_refused(self, tiny_model: Callable[..., Any]) -> None:
-        def leak(_: Any, args: Any, output: Any) -> None:
+    def test_a_trunk_that_sees_later_tokens_is_refused(self, tiny_model):
+        def leak(_, args, output):
             output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.mean(1, keepdim=True)
 
         model = tiny_model("Llama")
@@ -144,7 +140,7 @@ class TestVerification:
         with pytest.raises(ValueError, match="a token sees those after it"):
             acqcore.Student.from_model(model)
 
-    def test_a_model_is_probed_once(self, tiny_model: Callable[..., Any]) -> None:
+    def test_a_model_is_probed_once(self, tiny_model):
         model = tiny_model("Llama")
         calls: list[int] = []
         model.register_forward_hook(lambda *_: calls.append(1))
@@ -156,11 +152,11 @@ class TestVerification:
 
 class TestPeft:
     @pytest.fixture
-    def adapted(self, tiny_model: Callable[..., Any]) -> Callable[..., Any]:
+    def adapted(self, tiny_model):
         """``adapted(kind, **LoraConfig)`` with adapters that are not zero."""
         peft = pytest.importorskip("peft")
 
-        def build(kind: str = "Llama", **config: Any) -> Any:
+        def build(kind="Llama", **config):
             model = peft.get_peft_model(tiny_model(kind), peft.LoraConfig(r=4, **config))
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
@@ -169,22 +165,22 @@ class TestPeft:
 
         return build
 
-    def test_lora_on_the_trunk(self, adapted: Callable[..., Any]) -> None:
+    def test_lora_on_the_trunk(self, adapted):
         assert_own_logits(adapted(target_modules=["q_proj", "down_proj"]))
 
     @pytest.mark.parametrize("lora_bias", [False, True])
-    def test_lora_on_the_head(self, lora_bias: bool, adapted: Callable[..., Any]) -> None:
+    def test_lora_on_the_head(self, lora_bias, adapted):
         model = adapted("Phi", target_modules=["q_proj", "lm_head"], lora_bias=lora_bias)
         assert_own_logits(model)
         student = acqcore.Student.from_model(model)
         assert not torch.equal(student.head.weight, model.get_base_model().lm_head.base_layer.weight)
 
-    def test_lora_with_a_bias_on_a_head_without_one(self, adapted: Callable[..., Any]) -> None:
+    def test_lora_with_a_bias_on_a_head_without_one(self, adapted):
         model = adapted("Llama", target_modules=["lm_head"], lora_bias=True)
         torch.nn.init.normal_(model.base_model.model.lm_head.lora_B["default"].bias)
         assert_own_logits(model)
 
-    def test_several_disabled_and_merged_adapters(self, adapted: Callable[..., Any]) -> None:
+    def test_several_disabled_and_merged_adapters(self, adapted):
         peft = pytest.importorskip("peft")
         model = adapted(target_modules=["q_proj", "lm_head"])
         model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["lm_head"]))
@@ -203,11 +199,11 @@ class TestPeft:
         assert_own_logits(model, student)
         torch.testing.assert_close(student_logits(student), seen[2], rtol=1e-4, atol=1e-4)
 
-    def test_lora_on_a_half_precision_head_is_summed_in_float32(self, adapted: Callable[..., Any]) -> None:
+    def test_lora_on_a_half_precision_head_is_summed_in_float32(self, adapted):
         model = adapted(target_modules=["lm_head"]).to(torch.bfloat16)
         assert acqcore.Student.from_model(model).head.weight.dtype == torch.float32
 
-    def test_modules_to_save(self, adapted: Callable[..., Any]) -> None:
+    def test_modules_to_save(self, adapted):
         model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
         head = model.base_model.model.lm_head.modules_to_save["default"]
         torch.nn.init.normal_(head.weight)
@@ -217,7 +213,7 @@ class TestPeft:
         with model.disable_adapter():
             assert_own_logits(model, student)
 
-    def test_a_head_adapter_of_another_kind_is_refused(self, adapted: Callable[..., Any]) -> None:
+    def test_a_head_adapter_of_another_kind_is_refused(self, adapted):
         with pytest.raises(ValueError, match=r"LoRA variant \(Dora.*merge it first"):
             acqcore.Student.from_model(adapted(target_modules=["lm_head"], use_dora=True))
         merged = adapted(target_modules=["lm_head"])
@@ -229,7 +225,7 @@ class TestPeft:
         ):
             student.head  # noqa: B018
 
-    def test_an_adapter_that_is_no_lora_is_refused(self, tiny_model: Callable[..., Any]) -> None:
+    def test_an_adapter_that_is_no_lora_is_refused(self, tiny_model):
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(tiny_model("Llama"), peft.LoHaConfig(target_modules=["lm_head"]))
         with pytest.raises(ValueError, match="expected LoRA or modules_to_save"):
@@ -237,7 +233,7 @@ class TestPeft:
 
 
 class TestScoringMode:
-    def test_training_flags_come_back_one_by_one(self, tiny_model: Callable[..., Any]) -> None:
+    def test_training_flags_come_back_one_by_one(self, tiny_model):
         model = tiny_model("Llama").train()
         model.model.layers[1].mlp.eval()
         model.model.norm.weight.requires_grad_(False)
@@ -246,7 +242,7 @@ class TestScoringMode:
         student = acqcore.Student.from_model(model)
         seen: list[bool] = []
 
-        def fail_inside() -> None:
+        def fail_inside():
             with student.scoring():
                 seen.extend([torch.is_grad_enabled(), *(module.training for module in model.modules())])
                 raise KeyError
@@ -260,7 +256,7 @@ class TestScoringMode:
 
 
 class TestWrappers:
-    def test_data_parallel_and_compiled(self, tiny_model: Callable[..., Any]) -> None:
+    def test_data_parallel_and_compiled(self, tiny_model):
         model = tiny_model("Llama")
         for wrapped in (torch.nn.DataParallel(model), torch.compile(model)):
             student = acqcore.Student.from_model(wrapped, verify=False)
@@ -269,24 +265,24 @@ class TestWrappers:
 
 
 class TestBadInput:
-    def test_not_a_student(self) -> None:
+    def test_not_a_student(self):
         with pytest.raises(TypeError, match=r"student: expected acqcore\.Student.*got int"):
             as_student(3)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"model: expected.* causal language model.*got Linear"):
             acqcore.Student.from_model(torch.nn.Linear(2, 2))
 
-    def test_a_model_without_a_head(self, tiny_model: Callable[..., Any]) -> None:
+    def test_a_model_without_a_head(self, tiny_model):
         with pytest.raises(TypeError, match="with an output embedding, got LlamaModel"):
             acqcore.Student.from_model(tiny_model("Llama").model)
 
-    def test_an_encoder_decoder(self) -> None:
+    def test_an_encoder_decoder(self):
         from transformers import T5Config, T5ForConditionalGeneration
 
         config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
             acqcore.Student.from_model(T5ForConditionalGeneration(config))
 
-    def test_explicit_parts(self) -> None:
+    def test_explicit_parts(self):
         head = acqcore.Head(torch.zeros(5, 3))
         with pytest.raises(TypeError, match=r"trunk: expected a callable.*got int"):
             acqcore.Student(3, head)  # type: ignore[arg-type]
@@ -295,7 +291,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="max_length: expected an int >= 1, got 0"):
             acqcore.Student(lambda ids: ids, head, max_length=0)
 
-    def test_a_trunk_that_gives_something_else(self) -> None:
+    def test_a_trunk_that_gives_something_else(self):
         head = acqcore.Head(torch.zeros(5, 3))
         ids = torch.zeros(2, 4, dtype=torch.int64)
         with pytest.raises(TypeError, match=r"trunk: expected it to give a tensor.*got str"):
@@ -304,7 +300,7 @@ class TestBadInput:
             acqcore.Student(lambda ids: torch.zeros(4, 3), head).hidden(ids)
 
 
-def test_explicit_trunks_give_a_tensor_or_an_object() -> None:
+def test_explicit_trunks_give_a_tensor_or_an_object():
     head = acqcore.Head(torch.zeros(5, 3))
     ids = torch.zeros(2, 4, dtype=torch.int64)
     hidden = torch.rand(2, 4, 3)
@@ -314,7 +310,7 @@ def test_explicit_trunks_give_a_tensor_or_an_object() -> None:
 
 
 class TestLoad:
-    def test_from_a_folder(self, tmp_path: Path, tiny_model: Callable[..., Any], tokenizer: Any) -> None:
+    def test_from_a_folder(self, tmp_path, tiny_model, tokenizer):
         model = tiny_model("Qwen2")
         model.save_pretrained(tmp_path)
         tokenizer.save_pretrained(tmp_path)
@@ -323,12 +319,12 @@ class TestLoad:
         assert_own_logits(model, student)
         assert acqcore.Student.load(str(tmp_path), dtype=torch.bfloat16).head.weight.dtype == torch.bfloat16
 
-    def test_without_transformers(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_transformers(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "transformers", None)
         with pytest.raises(ModuleNotFoundError, match=r'pip install "acqcore\[train\]"'):
             acqcore.Student.load("some/model")
 
-    def test_import_takes_nothing_heavy(self) -> None:
+    def test_import_takes_nothing_heavy(self):
         code = (
             "import sys, acqcore, acqcore.cli\n"
             "heavy = {'transformers', 'triton', 'peft', 'datasets', 'pandas', 'rich'} & set(sys.modules)\n"
@@ -339,9 +335,7 @@ class TestLoad:
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["loads", "raises"])
-def test_load_in_a_run_that_shards_its_models(
-    tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
-) -> None:
+def test_load_in_a_run_that_shards_its_models(tiny_model, tmp_path, monkeypatch, fails):
     """Whole under ZeRO-3's global configuration and accelerate's FSDP switch; both are as before, also by an error."""
     import transformers
     from transformers.integrations import deepspeed
@@ -349,13 +343,13 @@ def test_load_in_a_run_that_shards_its_models(
     class TrainerConfig:
         config: ClassVar[dict[str, Any]] = {}
 
-        def is_zero3(self) -> bool:
+        def is_zero3(self):
             return True
 
     tiny_model("Llama").save_pretrained(tmp_path)
     seen = []
 
-    def load(*arguments: Any, **options: Any) -> Any:
+    def load(*arguments, **options):
         seen.append((deepspeed.is_deepspeed_zero3_enabled(), os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")))
         if fails:
             raise OSError("no such model")
@@ -391,18 +385,18 @@ class TestLoading:
             ({"device": "cuda:31"}, "device: 'cuda:31' is not available"),
         ],
     )
-    def test_options(self, student: Path, options: dict[str, Any], message: str) -> None:
+    def test_options(self, student, options, message):
         with pytest.raises(ValueError, match=re.escape(message)):
             acqcore.Student.load(student, **options)
 
     @pytest.mark.parametrize("path", ["/nowhere", "./nowhere", "file"])
-    def test_paths(self, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_paths(self, path, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         (tmp_path / "file").write_text("no model")
         with pytest.raises(ValueError, match=rf"student: {re.escape(path)} holds no model \(no config\.json\)"):
             acqcore.Student.load(path)
 
-    def test_without_a_tokenizer(self, student: Path) -> None:
+    def test_without_a_tokenizer(self, student):
         """Tensors can be scored, and text says what is missing."""
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (student / name).unlink()

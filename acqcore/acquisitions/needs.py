@@ -13,7 +13,7 @@ from acqcore.gradients.laplace import LaplacePosterior
 from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.head import Head
 from acqcore.head_grad import Bounds
-from acqcore.literals import Form, Layers, Parameters, Posterior
+from acqcore.literals import Form, Layers, Parameters, Positions, Posterior
 from acqcore.row_stats import RowStats
 from acqcore.students.student import Student, StudentLike
 
@@ -192,6 +192,8 @@ class LinearOptions(Options):
             layers at their own rates (``"own"``), or on the last hidden state (0). Noise of weights acts on blocks.
         dropout: probability p, by default 0.1 on the last hidden state and 0.05 in blocks; ignored by ``"own"``. Of
             ``posterior="dropout"``.
+        positions: noise on the activations of every token (``"all"``, the default), or of the completion alone, from
+            the token that predicts the first scored one on: prompts then need no graph. Of ``posterior="dropout"``.
         variance: of a weight, by default 1e-6; a constant factor of the values. Of ``posterior="isotropic"``.
         reference: of ``posterior="laplace"``, from :func:`acqcore.laplace_posterior` with the same ``layers``.
         probes: cotangents averaged, a backward of activations each. From two on a sample has a standard error.
@@ -204,6 +206,7 @@ class LinearOptions(Options):
     posterior: Posterior = "dropout"
     layers: Layers = "all"
     dropout: float | None = None
+    positions: Positions | None = None
     variance: float | None = None
     reference: LaplacePosterior | None = None
     probes: int = 4
@@ -214,11 +217,14 @@ class LinearOptions(Options):
         checks.layers(self.layers)
         checks.probes(self.probes)
         checks.seed(self.seed)
-        for argument, owner in (("dropout", "dropout"), ("variance", "isotropic"), ("reference", "laplace")):
+        owners = {"dropout": "dropout", "positions": "dropout", "variance": "isotropic", "reference": "laplace"}
+        for argument, owner in owners.items():
             if getattr(self, argument) is not None and self.posterior != owner:
                 raise ValueError(f"{argument}: belongs to posterior={owner!r}, got posterior={self.posterior!r}")
         if self.posterior == "dropout":
-            _resolve(self, dropout=_dropout(self.dropout, self.layers))
+            positions = "all" if self.positions is None else self.positions
+            checks.literal("positions", positions, Positions)
+            _resolve(self, dropout=_dropout(self.dropout, self.layers), positions=positions)
             return
         if self.layers in (0, "own"):
             raise ValueError(
@@ -239,7 +245,10 @@ class LinearOptions(Options):
     def need(self) -> ProbeNeed:
         """Squares of the gradients under each probe."""
         of: Literal["sites", "weights"] = "sites" if self.posterior == "dropout" else "weights"
-        return ProbeNeed(of, self.layers, self.probes, self.seed, self.dropout or 0.0, posterior=self.reference)
+        return ProbeNeed(
+            of, self.layers, self.probes, self.seed, self.dropout or 0.0, posterior=self.reference,
+            positions=self.positions or "all",
+        )  # fmt: skip
 
     def check(self, student: Student, head: Head) -> None:
         """Raise ValueError if the reference was made with another student."""
@@ -269,7 +278,8 @@ class InformationOptions(DrawOptions):
             return DrawOptions.of(name, given)
         form = given.get("form")
         drawn = [argument for argument in ("draws", "members", "block") if argument in given]
-        linear = [argument for argument in ("posterior", "probes", "reference", "variance") if argument in given]
+        of_linear = ("positions", "posterior", "probes", "reference", "variance")
+        linear = [argument for argument in of_linear if argument in given]
         if form == "linear" or (form is None and not drawn):
             return LinearOptions.of(name, {key: value for key, value in given.items() if key != "form"})
         if linear:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from acqcore import checks
-from acqcore.backends.base import DrawRows, Dropout, Gram, HeadRows
+from acqcore.backends.base import DrawRows, Dropout, Gram, HeadRows, Probes
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled
 from acqcore.backends.scatter import on_device
@@ -188,6 +188,30 @@ class Triton(Chunked):
         final = (reference.double() - largest).exp().where(rows.targets != -100, 1.0)
         with _launching(rows.hidden):
             hidden_sums(_factors(rows), rows.hidden, rows.targets.contiguous(), reference, final.float(), out)
+
+    def fisher_sums(
+        self,
+        rows: HeadRows,
+        probes: Probes,
+        sums: torch.Tensor,  # [P + 1, N, D], written
+        signed: torch.Tensor,  # [P, N] float64, written
+        squares: torch.Tensor,  # [N] float64, written
+    ) -> None:
+        from acqcore.kernels.cotangents import fisher_sums
+
+        assert rows.targets is not None
+        scored = rows.targets != checks.IGNORE_INDEX
+        largest, second = rows.state[0], rows.state[1]
+        reference = second.where(second.isfinite(), largest)
+        if torch.promote_types(rows.hidden.dtype, rows.head.weight.dtype) == torch.float16:
+            reference = reference - FLOAT16_SHIFT
+        reference = reference.where(scored, 0).float()
+        final = (reference.double() - largest).exp().where(scored, 0)
+        with _launching(rows.hidden):
+            fisher_sums(
+                _factors(rows), rows.hidden, rows.index.where(scored, -1), reference, probes.samples.contiguous(),
+                probes.positions.contiguous(), final, probes.seed, sums, signed, squares,
+            )  # fmt: skip
 
     def logit_stats(
         self,

@@ -134,25 +134,36 @@ class Capture:
     def forward(
         self,
         input_ids: torch.Tensor,  # [B, T] int64
+        start: int = 0,
     ) -> torch.Tensor:
-        """The trunk's hidden states ``[B, T, D]`` with the graph that :meth:`backward` needs.
+        """The trunk's hidden states ``[B, T, D]`` with the graph that :meth:`backward` needs, from token ``start`` on.
 
         Raises:
             OneByOne: samples that a module does not keep apart. ValueError: a module that fits no rule; no site ran.
         """
-        self._shape = (input_ids.shape[0], input_ids.shape[1])
+        self._shape = (input_ids.shape[0], input_ids.shape[1] - start)
         self._leaf = torch.zeros((), requires_grad=True)
         self._uses.clear()
         self._pending.clear()
         self._ran_sites = 0
-        self._active = True
-        try:
-            hidden = self._student.hidden(input_ids)
-        finally:
-            self._active = False
+        if start:
+            hidden = self._student.hidden_after(input_ids, start, self._catching())
+        else:
+            with self._catching():
+                hidden = self._student.hidden(input_ids)
         if self._sites and not self._ran_sites:
             raise ValueError("layers: the student's forward went through none of the modules that dropout acts on")
         return hidden
+
+    @contextmanager
+    def _catching(self) -> Iterator[None]:
+        """Context of the forward whose modules are tapped."""
+        self._active = True
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            self._active = False
 
     def backward(
         self,

@@ -234,9 +234,16 @@ class SiteSquares:
     Inverted dropout with probability p multiplies an activation by noise of variance ``p / (1 - p)``.
     """
 
-    def __init__(self, head: HeadPass, sites: Mapping[nn.Module, float]) -> None:
+    def __init__(
+        self,
+        head: HeadPass,
+        sites: Mapping[nn.Module, float],
+        first: torch.Tensor | None = None,  # [B] int64
+    ) -> None:
+        """``first`` is the first token of each sample whose activations count, among those that have a gradient."""
         self._head = head
         self._sites = sites
+        self._first = first
         self.values = torch.zeros(len(head.bounds), dtype=torch.float64, device=head.hidden.device)
 
     def add_site(self, module: nn.Module, value: torch.Tensor, gradient: torch.Tensor) -> None:
@@ -245,8 +252,11 @@ class SiteSquares:
         p = self._sites[module]
         batch = len(self.values)
         dtype = compute_dtype(value.dtype)
-        terms = (value.to(dtype) * gradient.to(dtype)).square_().view(batch, -1)
-        self.values += p / (1 - p) * terms.sum(1, dtype=torch.float64).to(self.values.device)
+        terms = (value.to(dtype) * gradient.to(dtype)).square_().view(batch, -1, value.shape[-1])  # [B, T, D]
+        if self._first is not None:
+            places = torch.arange(terms.shape[1], device=terms.device)
+            terms = terms.masked_fill((places < self._first.to(places.device)[:, None])[:, :, None], 0)
+        self.values += p / (1 - p) * terms.sum((1, 2), dtype=torch.float64).to(self.values.device)
 
     def add_rows(
         self,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from acqcore import checks
-from acqcore.literals import Layers, Loss, Parameters
+from acqcore.literals import Layers, Loss, Parameters, Positions
 
 if TYPE_CHECKING:
     from acqcore.gradients.laplace import LaplacePosterior
@@ -60,11 +60,12 @@ class ProbeNeed:
             gradients g, ``[B, P]``; ``weights``, the squared norm of the gradient in the weights of linear layers,
             ``[B, P]``, or its sketch, ``[B, P, dim]``; ``marginals``, of the Fisher diagonal of each of these weights,
             name -> its sums over inputs and outputs, added up over samples. Squares are divided by the number of scored
-            tokens.
+            tokens, sketches by its root.
         layers: the last n blocks, or ``"all"``; of sites also ``"own"``, or 0 for the last hidden state.
         probes: P.
         seed: of the cotangents.
         dropout: of sites, probability p in blocks and on the last hidden state.
+        positions: of sites, the tokens whose activations count.
         dim, sketch_seed: of the sketch; None asks for the norm.
         posterior: multiplies the squares of a weight's gradient by its variances.
     """
@@ -77,3 +78,4 @@ class ProbeNeed:
     dim: int | None = None
     sketch_seed: int = 0
     posterior: LaplacePosterior | None = None
+    positions: Positions = "all"

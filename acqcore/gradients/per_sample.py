@@ -77,6 +77,10 @@ class SampleGradients:
         self._capture = Capture(student, names, tied, modules)
         self._probe = Probe(self._capture, student, tied)
         self._left = 0  # backwards that a batch still takes
+        self._first = torch.zeros(0, dtype=torch.int64)  # of a batch's samples the first token of the completion
+        of_trunk = [need for need in self._probed if need.layers != 0]
+        #: Whether gradients reach completions alone.
+        self._of_completions = not names and all(need.positions == "completion" for need in of_trunk)
         #: Whether the forward must keep a graph.
         self.deep = bool(names or modules)
         written = [need.loss for need in self._needs if not need.predicted]
@@ -121,15 +125,16 @@ class SampleGradients:
     def forward(
         self,
         input_ids: torch.Tensor,  # [B, T] int64
+        first: torch.Tensor,  # [B] int64, of each sample the token that predicts the first scored one
     ) -> Iterator[torch.Tensor]:
         """The trunk's hidden states ``[B, T, D]``, within the context with the graph that :meth:`measure` needs."""
         if not self.deep:
             yield self._student.hidden(input_ids)
             return
+        start = int(first.min()) if self._of_completions and self._student.cuts_prompts else 0
+        self._first = first - start
         with self._capture.attached():
-            with torch.enable_grad():
-                hidden = self._capture.forward(input_ids)
-            yield hidden
+            yield self._capture.forward(input_ids, start)
 
     def measure(
         self,
@@ -185,7 +190,7 @@ class SampleGradients:
             asked = [need for need in needs if k < need.probes]
             of_weights = {need: self._weights_measure(need, head_pass) for need in asked if need.of == "weights"}
             sites = {need: self._sites.get(need, {}) for need in asked if need.of == "sites"}
-            of_sites = {need: SiteSquares(head_pass, modules) for need, modules in sites.items()}
+            of_sites = {need: SiteSquares(head_pass, modules, self._counted(need)) for need, modules in sites.items()}
             if any(need.layers != 0 for need in asked):
                 whole = spread(gradient, hidden, positions)
                 takers: list[PieceTaker] = [*of_weights.values(), *(marginals[n] for n in asked if n in marginals)]
@@ -200,7 +205,9 @@ class SampleGradients:
         counts = torch.tensor(head_pass.counts, dtype=torch.float64)[:, None]
         of_probes = {need: torch.stack(values, dim=1).cpu() for need, values in found.items()}
         values: dict[ProbeNeed, Any] = {
-            need: values if need.dim is not None else controlled(values / counts, excess[:, : need.probes])
+            need: controlled(values / counts, excess[:, : need.probes])
+            if need.dim is None
+            else values / counts.sqrt()[:, :, None]
             for need, values in of_probes.items()
         }
         for need, measure in marginals.items():
@@ -208,6 +215,10 @@ class SampleGradients:
                 name: (rows / need.probes, columns / need.probes) for name, (rows, columns) in measure.found.items()
             }
         return values
+
+    def _counted(self, need: ProbeNeed) -> torch.Tensor | None:
+        """Of each sample the first token whose activations count, ``[B]``; None where all do."""
+        return self._first if need.positions == "completion" else None
 
     def _backward(
         self,

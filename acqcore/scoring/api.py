@@ -55,13 +55,15 @@ def score(
 
             - ``grad_norm``, ``badge``: ``parameters`` and ``loss`` of :func:`acqcore.grad_norm`.
             - ``influence``: ``reference``, from :func:`acqcore.influence_reference` (required), and ``similarity``.
+            - ``epig``: ``reference``, from :func:`acqcore.epig_reference` (required), ``variance`` and ``probes``.
             - ``gradient_diversity``: ``parameters``, ``dim`` and ``seed`` of :func:`acqcore.grad_sketch`, ``ridge``
               and ``ordered`` of :func:`acqcore.gradient_diversity`.
             - ``archive_novelty``: ``archive``, an ``acqcore.Archive`` (required), ``parameters``, ``dim``, ``seed``.
             - ``mutual_information``: by default its linear form, with ``posterior``, ``probes``, ``layers``,
-              ``dropout`` or ``variance`` or ``reference``, ``seed``: see ``acqcore.acquisitions.LinearOptions``. It has
-              no values of tokens, and a standard error in ``Scores.stderr``. With ``draws``, ``members``, ``block`` or
-              ``form="element"`` or ``"block"`` it is of draws, as the next ones.
+              ``positions``, ``dropout`` or ``variance`` or ``reference``, ``seed``: see
+              ``acqcore.acquisitions.LinearOptions``. It has no values of tokens, and a standard error in
+              ``Scores.stderr``. With ``draws``, ``members``, ``block`` or ``form="element"`` or ``"block"`` it is of
+              draws, as the next ones.
             - ``predictive_entropy`` and the others of several draws: ``layers`` (dropout in the last n blocks,
               ``"all"``, ``"own"``, or 0 for the last hidden state), ``draws``, ``dropout``, ``form``, ``block``,
               ``seed``, or ``members``, an ensemble: see ``acqcore.acquisitions.DrawOptions``. Equal arguments share

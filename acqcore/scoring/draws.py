@@ -46,6 +46,11 @@ class Batch:
         return torch.tensor([zlib.crc32(row.ids.numpy().tobytes()) for row in self.rows])
 
     @property
+    def first(self) -> torch.Tensor:
+        """Of each sample the token that predicts the first scored one, ``[B]`` int64."""
+        return self.positions[self.offsets[:-1]] % self.input_ids.shape[1]
+
+    @property
     def keys_and_places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mask key of each scored token's sample, and the position in it that predicts the token, ``[N]`` int64."""
         keys = self.mask_keys.repeat_interleave(self.offsets.diff())

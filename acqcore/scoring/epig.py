@@ -1,62 +1,23 @@
-"""Expected predictive information gain: what a sample's answer would tell about those to a reference set.
-
-Under a Gaussian posterior over the weights, of variance s^2 each and small, the mutual information between the tokens y
-after x and y' after x' is to leading order
-
-    s^4 / 2  E_{y, y'} <d log p_y / dW, d log p_y' / dW>^2  =  s^4 / 2  E_{c, c'} <G_c(x), G_c'(x')>^2
-
-with G_c the gradient under a random cotangent c of ``acqcore.fisher``. Unlike mutual information with the weights
-themselves it is large only for what also bears on the reference set, and unlike influence it needs no labels, neither
-of the sample nor of the reference set.
-
-Sources: Bickford Smith et al. 2023, "Prediction-oriented Bayesian active learning" (EPIG); Kirsch & Gal 2022,
-"Unifying approaches in active learning and active sampling via Fisher information" (the second order).
-"""
+"""Expected predictive information gain of a student's samples, and of its reference set (``acquisitions/epig.py``)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from acqcore import checks
 from acqcore.acquisitions import LinearOptions
+from acqcore.acquisitions.epig import EpigOptions, epig as epig_of, needs as needs_of
 from acqcore.acquisitions.needs import WEIGHT_VARIANCE
+from acqcore.gradients.epig import EpigReference, sketch_needs
 from acqcore.gradients.need import ProbeNeed
-from acqcore.gradients.selection import same_student, select_linear, shapes_of
+from acqcore.gradients.selection import select_linear, shapes_of
 from acqcore.literals import Layers
 from acqcore.scoring.collect import check_reference_set, collect
 from acqcore.scoring.run import Found, Runner
 from acqcore.students.samples import Samples
-from acqcore.students.student import Student, StudentLike
-
-
-@dataclass(frozen=True, eq=False)
-class EpigReference:
-    """Sketched gradients of a reference set under random cotangents; made by :func:`epig_reference`.
-
-    Attributes:
-        sketches: ``[2, m, dim]`` float32, two independent sketches of m gradients, probe by probe, each gradient
-            divided by the root of the number of its sample's scored tokens.
-        layers, seed: of the gradients.
-        shapes: name -> shape of each weight the gradients are taken in.
-    """
-
-    sketches: torch.Tensor
-    layers: Layers
-    seed: int
-    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
-
-    @property
-    def dim(self) -> int:
-        """Length of a sketch."""
-        return self.sketches.shape[2]
-
-    def check(self, student: Student) -> None:
-        """Raise ValueError if the reference was made with another student (names what differs)."""
-        same_student(self.shapes, shapes_of(select_linear(student, self.layers)))
+from acqcore.students.student import StudentLike
 
 
 def epig_reference(
@@ -90,7 +51,7 @@ def epig_reference(
     """
     LinearOptions("isotropic", layers, probes=probes, seed=seed)
     checks.positive_int("dim", dim)
-    needs = _needs(layers, probes, seed, dim, seed)
+    needs = sketch_needs(layers, probes, seed, dim, seed)
     runner = Runner(student, needs, batch_tokens, backend)
     sketches = _sketches(runner, needs, samples, tokenizer, max_length)  # [n, 2, P, dim]
     check_reference_set(sketches)
@@ -129,34 +90,21 @@ def epig(
         TypeError: reference is not an EpigReference. ValueError: it was made with another student (names what differs).
             Otherwise as :func:`acqcore.score`.
     """
-    checks.instance("reference", reference, EpigReference, "what acqcore.epig_reference gives")
-    LinearOptions("isotropic", reference.layers, variance=variance, probes=probes)
-    needs = _needs(reference.layers, probes, reference.seed + 1, reference.dim, reference.seed)
-    runner = Runner(student, needs, batch_tokens, backend)
+    options = EpigOptions(reference, variance, probes)
+    runner = Runner(student, needs_of(options), batch_tokens, backend)
     reference.check(runner.student)
-    sketches = _sketches(runner, needs, samples, tokenizer, max_length)  # [n, 2, P, dim]
-    halves = sketches.transpose(0, 1).double().contiguous()
-    inner = torch.einsum("hnpd,hmd->hnpm", halves, reference.sketches.double())
-    return (variance**2 / 2 * inner.prod(dim=0).mean(dim=(1, 2))).float()
-
-
-def _needs(layers: Layers, probes: int, seed: int, dim: int, sketch_seed: int) -> tuple[ProbeNeed, ProbeNeed]:
-    """Two independent sketches of the same gradients."""
-    first, second = (
-        ProbeNeed("weights", layers, probes, seed, dim=dim, sketch_seed=2 * sketch_seed + i) for i in (0, 1)
-    )
-    return first, second
+    sketches = _sketches(runner, needs_of(options), samples, tokenizer, max_length)  # [n, 2, P, dim]
+    return epig_of(sketches[:, 0], sketches[:, 1], options).float()
 
 
 def _sketches(
     runner: Runner, needs: tuple[ProbeNeed, ProbeNeed], samples: Samples, tokenizer: Any, max_length: int | None
 ) -> torch.Tensor:
-    """``[n, 2, P, dim]`` float32, divided by the root of the number of scored tokens."""
+    """``[n, 2, P, dim]`` float32."""
     assert needs[0].dim is not None
 
     def of_batch(found: Found) -> torch.Tensor:
-        root = torch.tensor(found.counts, dtype=torch.float64).sqrt()[:, None, None, None]
-        return torch.stack([found.results[need] for need in needs], dim=1) / root
+        return torch.stack([found.results[need] for need in needs], dim=1)
 
     shape = (2, needs[0].probes, needs[0].dim)
     return collect(runner, samples, tokenizer, max_length, shape, of_batch)

@@ -129,7 +129,7 @@ class Runner:
         """Add what follows from one forward without dropout to the results."""
         gradients, head = self._gradients, self.head
         input_ids = batch.input_ids.to(self.student.device)
-        forward = nullcontext(None) if gradients is None else gradients.forward(input_ids)
+        forward = nullcontext(None) if gradients is None else gradients.forward(input_ids, batch.first)
         with forward as of_graph:
             hidden = self.student.hidden(input_ids) if of_graph is None else of_graph  # [B, T, D]
             picked = hidden.detach().flatten(0, 1).index_select(0, batch.positions.to(hidden.device))  # [N, D]

@@ -250,9 +250,11 @@ class _Analysis:
                 raise ValueError(f"layers: {name} adds the residual stream inside a module without parts")
 
     def _differs(self, a: torch.Tensor, b: torch.Tensor, block: nn.Module) -> bool:
-        scale = float(self._streams[block].abs().max()) + 1e-30
-        tolerance = max(TOLERANCE, 4 * torch.finfo(a.dtype).eps)
-        return not bool((a.double() - b.double()).abs().max() <= tolerance * scale)
+        """Beyond rounding, entry by entry: in half precision 4 eps of the stream's largest entry hides a branch."""
+        floor = TOLERANCE * (float(self._streams[block].abs().max()) + 1e-30)
+        rounding = 4 * torch.finfo(a.dtype).eps
+        a, b = a.double(), b.double()
+        return not bool(((a - b).abs() <= floor + rounding * torch.maximum(a.abs(), b.abs())).all())
 
     def _noise(self, module: nn.Module) -> torch.Tensor:
         like = self._shapes[module]

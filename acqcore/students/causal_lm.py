@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,9 @@ from acqcore.vocab_parallel import summed
 #: Largest difference between the model's logits and ours, relative to the largest logit. Both sides see the same hidden
 #: states, so only the product and the map of the logits are rounded differently.
 PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+
+#: Names of the keys and values among a model's arguments and outputs, over the versions of transformers.
+CACHES = ("past_key_values", "cache")
 
 ADVICE = "use acqcore.Student(trunk, head)"
 
@@ -65,6 +68,9 @@ class CausalLM:
         # A key-value cache would keep every layer's keys and values for nothing.
         accepted = inspect.signature(type(causal).forward).parameters
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
+        named = [name for name in CACHES if name in accepted and "use_cache" in accepted]
+        #: Argument that takes keys and values, None if there is none.
+        self.cache = named[0] if named else None
         self._map = LogitMap()
 
     def hidden(
@@ -78,6 +84,17 @@ class CausalLM:
         """
         # One column stands for the logits, which the model may scale or cap.
         return self._run(input_ids, lambda hidden: hidden[..., :1])[0]
+
+    def continued(
+        self,
+        input_ids: torch.Tensor,  # [B, T] int64
+        cache: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        """The same for tokens that follow those of ``cache``, None for none, and the cache after them."""
+        hidden, output = self._run(
+            input_ids, lambda hidden: hidden[..., :1], {"use_cache": True, str(self.cache): cache}
+        )
+        return hidden, getattr(output, str(self.cache))
 
     def logits(
         self,
@@ -227,6 +244,7 @@ class CausalLM:
         self,
         input_ids: torch.Tensor,  # [B, T] int64
         give: Callable[[torch.Tensor], torch.Tensor],
+        options: Mapping[str, Any] | None = None,
     ) -> tuple[torch.Tensor, Any]:
         """What enters the output embedding, and the model's output where that gives ``give(hidden)``."""
         seen: list[torch.Tensor] = []
@@ -237,7 +255,7 @@ class CausalLM:
 
         layer = unwrapped(self._causal.get_output_embeddings())
         with replaced_forward(layer, keep), nullcontext() if self.data_parallel is not None else _unhooked(layer):
-            output = self._root(input_ids=input_ids, **self._options)
+            output = self._root(input_ids=input_ids, **(self._options if options is None else options))
         if len(seen) != 1:
             raise ValueError(
                 f"model: {self.name} calls its output embedding {len(seen)} times in a forward, expected once; {ADVICE}"

@@ -53,6 +53,11 @@ class Lengths:
                 if name.endswith("max_seq_len_cached"):
                     setattr(module, name, 0)
 
+    @property
+    def plain(self) -> bool:
+        """Whether no rule of rope, and no length tried so far, makes hidden states depend on the padded length."""
+        return not self._breaks and not self._exact
+
     def group(self, length: int) -> int:
         """Samples may share a batch if this is the same for their lengths."""
         if self._exact or any(dynamic and length > limit for limit, dynamic in self._breaks):

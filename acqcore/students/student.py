@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 import torch
 
 from acqcore import checks
 from acqcore.head import Head
+from acqcore.students import prompts
 from acqcore.students.blocks import Blocks
 from acqcore.students.causal_lm import CausalLM
 from acqcore.students.lengths import Lengths
@@ -49,6 +50,7 @@ class Student:
         options = {"use_cache": False} if hasattr(getattr(trunk, "config", None), "use_cache") else {}
         self._forward: Callable[[torch.Tensor], Any] = lambda input_ids: trunk(input_ids, **options)
         self._logits: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._continued: prompts.Continued | None = None
         self._module = trunk if isinstance(trunk, torch.nn.Module) else None
         self._data_parallel: DataParallel | None = None
         self._blocks = Blocks(self._module)
@@ -88,6 +90,7 @@ class Student:
         student._data_parallel = causal.data_parallel
         student._forward = causal.hidden
         student._logits = causal.logits
+        student._continued = causal.continued if causal.cache and causal.data_parallel is None else None
         student._find_head = causal.head
         student._blocks = Blocks(model)
         student._lengths = Lengths(model)
@@ -202,6 +205,27 @@ class Student:
                 f"got {checks.describe(hidden)}"
             )
         return gathered(hidden)
+
+    def hidden_after(
+        self,
+        input_ids: torch.Tensor,  # [B, T] int64
+        start: int,
+        within: AbstractContextManager[Any],
+    ) -> torch.Tensor:
+        """Final hidden states ``[B, T, D]``, those before ``start`` without a graph; the rest runs in ``within``."""
+        assert self._continued is not None
+        self._lengths.reset()
+        return prompts.in_parts(self._continued, input_ids, start, within)
+
+    @property
+    def cuts_prompts(self) -> bool:
+        """Whether :meth:`hidden_after` gives what :meth:`hidden` does, found on a few tokens once per model: not of a
+        trunk without a cache, nor where hidden states depend on the length of what runs at once."""
+        if self._continued is None or self._module is None or not self._lengths.plain:
+            return False
+        ids = torch.arange(prompts.LENGTH, device=self.device)[None] % self._vocab_size
+        with self.scoring(), torch.inference_mode(False):
+            return prompts.may_cut(self._module, self._continued, self.hidden, ids)
 
     def length_groups(self, lengths: Sequence[int]) -> list[int]:
         """Samples may share a batch if this is the same for their lengths; runs a short row where that is not known."""

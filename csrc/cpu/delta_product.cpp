@@ -10,7 +10,7 @@
 namespace acqcore::ACQCORE_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 28 * kPanelRows;  // at most: delta of 392 x 256 floats in L2
+constexpr int64_t kBlockRows = 28 * kVectorRows;  // at most: delta of 392 x 256 floats in L2
 
 // Scratch of one thread.
 struct Workspace {
@@ -90,12 +90,13 @@ bool delta_product(const DeltaProductArgs& args) {
 
 #pragma omp parallel for num_threads(head.threads) schedule(dynamic, 1)
   for (int64_t begin = 0; begin < scored; begin += block) {
+    const Tiles tiles;
     Arena arena(scratch.as<char>() + thread_number() * layout.used());
     const Workspace ws = carve(arena);
     const int64_t count = lesser(block, scored - begin);
     for (int64_t i = 0; i < count; i += kPanelRows) {
-      pack_panel(head.hidden, rows + begin + i, 0, static_cast<int>(lesser(kPanelRows, count - i)), kPanelRows,
-                 inner.pairs, 0, inner.units, ws.hidden + i * inner.units);
+      pack_rows(head.hidden, rows + begin + i, static_cast<int>(lesser(kPanelRows, count - i)), inner.pairs,
+                inner.units, ws.hidden + i * inner.units);
     }
     const int64_t whole = ceil_div(count, kPanelRows) * kPanelRows;
     for (int64_t i = 0; i < whole; ++i) {

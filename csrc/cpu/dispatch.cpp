@@ -3,6 +3,12 @@
 
 #include "isa.h"
 
+#if defined(ACQCORE_X86) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace acqcore {
 
 #define ACQCORE_DECLARE(isa) \
@@ -15,6 +21,7 @@ ACQCORE_DECLARE(v2)
 ACQCORE_DECLARE(v3)
 ACQCORE_DECLARE(v4)
 ACQCORE_DECLARE(v4_bf16)
+ACQCORE_DECLARE(v4_amx)
 #else
 ACQCORE_DECLARE(native)
 #endif
@@ -33,11 +40,30 @@ bool has_v4() {
 }
 bool has_v4_bf16() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
 
+// Linux lends tile registers to a process that asks, its threads and those of its future included.
+bool lent_tiles() {
+#if defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // of leaf 7's edx
+  constexpr long kAsk = 0x1023, kTileData = 18;            // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBf16) && (edx & kTiles) &&
+         syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_v4_amx() {
+  static const bool lent = has_v4_bf16() && lent_tiles();
+  return lent;
+}
+
 const Isa kIsas[] = {
     {"x86-64-v2", has_v2, &v2::kOperations},
     {"x86-64-v3", has_v3, &v3::kOperations},
     {"x86-64-v4", has_v4, &v4::kOperations},
     {"x86-64-v4-bf16", has_v4_bf16, &v4_bf16::kOperations},
+    {"x86-64-v4-amx", has_v4_amx, &v4_amx::kOperations},
 };
 #elif defined(__aarch64__)
 const Isa kIsas[] = {{"neon", [] { return true; }, &native::kOperations}};

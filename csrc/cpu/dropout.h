@@ -2,7 +2,7 @@
 #pragma once
 #include "../philox.h"
 #include "isa.h"
-#include "simd.h"
+#include "product.h"
 
 namespace acqcore::ACQCORE_ISA {
 
@@ -25,16 +25,17 @@ inline void keep_units(const Dropout& dropout, int64_t row, int draw, int site, 
   }
 }
 
-// One row of a panel under a mask of columns; dropped ones become 0. A unit is a float32 or a pair of bfloat16.
-inline void mask_row(const float* panel /* [units, kPanelRows] */, int row, const bool* keep /* [D, and one more] */,
-                     int64_t units, bool pairs, float* out /* [units, kPanelRows] */) {
+// One row of a panel under a mask of columns, as many as the units hold; dropped ones become 0.
+inline void mask_row(const float* panel /* of `units` */, int row, const bool* keep, int64_t units, bool pairs,
+                     float* out /* likewise */) {
   for (int64_t u = 0; u < units; ++u) {
+    const int64_t place = panel_place(pairs, u, row);
     uint32_t bits;
-    memcpy(&bits, panel + u * kPanelRows + row, 4);
+    memcpy(&bits, panel + place, 4);
     const uint32_t mask = pairs ? (keep[2 * u] ? 0xffffu : 0u) | (keep[2 * u + 1] ? 0xffff0000u : 0u)
                                 : (keep[u] ? ~0u : 0u);
     bits &= mask;
-    memcpy(out + u * kPanelRows + row, &bits, 4);
+    memcpy(out + place, &bits, 4);
   }
 }
 

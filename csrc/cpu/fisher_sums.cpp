@@ -12,7 +12,7 @@
 namespace acqcore::ACQCORE_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 16 * kPanelRows;  // at most: the factors of two probes beside those of e in L2
+constexpr int64_t kBlockRows = 16 * kVectorRows;  // at most: the factors of two probes beside those of e in L2
 constexpr float kLowestRoot = -87.0f;            // below, exp is taken as 0: 1e-38
 constexpr int kWords = kTile / 32 + 4;           // of a tile's signs, up to the counter that holds its last
 static_assert(kTile % 32 == 0, "a tile begins with a word of signs");
@@ -116,8 +116,8 @@ void run_block(const FisherSumsArgs& args, const Inner& inner, const Transform& 
   const int64_t n = head.hidden.rows, depth = head.weight.columns;
   const int64_t whole = ceil_div(count, kPanelRows) * kPanelRows;
   for (int64_t i = 0; i < whole; i += kPanelRows) {
-    pack_panel(head.hidden, rows + i, 0, static_cast<int>(lesser(kPanelRows, count - i)), kPanelRows, inner.pairs, 0,
-               inner.units, ws.hidden + i * inner.units);
+    pack_rows(head.hidden, rows + i, static_cast<int>(lesser(kPanelRows, count - i)), inner.pairs, inner.units,
+              ws.hidden + i * inner.units);
   }
   memset(ws.factors, 0, 4 * (args.probes + 1) * block * kTile);
   memset(ws.sums, 0, 4 * (args.probes + 1) * block * columns);
@@ -193,6 +193,7 @@ bool fisher_sums(const FisherSumsArgs& args) {
 
 #pragma omp parallel for num_threads(head.threads) schedule(dynamic, 1)
   for (int64_t begin = 0; begin < scored; begin += block) {
+    const Tiles tiles;
     Arena arena(scratch.as<char>() + thread_number() * layout.used());
     run_block(args, inner, transform, rows + begin, lesser(block, scored - begin), block, columns, carve(arena));
   }

@@ -55,8 +55,48 @@ inline void gram_block(const float* left /* [kGramRows, kTile] */, const float* 
   }
 }
 
+// Rows of factors that a workspace has room for: tile registers read whole panels.
+inline int64_t gram_rows(int64_t padded) {
+  return kHasTiles ? ceil_div(padded, kPanelRows) * kPanelRows : padded;
+}
+
+// Floats of scratch that add_to_gram takes: factors split in two, as rows and as columns.
+inline int64_t gram_scratch(int64_t padded) { return kHasTiles ? 4 * gram_rows(padded) * (kTile / 2) : 0; }
+
+// The same in tile registers; scratch holds [panels, 4, kTile / 2, kPanelRows].
+inline void add_to_gram_by_tiles(float* factors /* [gram_rows, kTile] */, int64_t padded, int n, float* gram,
+                                 float* scratch) {
+  constexpr int64_t kPart = kTile / 2 * kPanelRows;
+  const int64_t rows = gram_rows(padded), units = ceil_div(n, 2 * kTileUnits) * kTileUnits;
+  for (int64_t i = padded; i < rows; ++i) memset(factors + i * kTile, 0, 4 * n);
+  for (int64_t t = 0; t < rows; t += kPanelRows) {
+    float* parts = scratch + t / kPanelRows * 4 * kPart;
+    split_panel(factors + t * kTile, kTile, n, parts, parts + kPart);
+    transpose_panel(parts, units, parts + 2 * kPart);
+    transpose_panel(parts + kPart, units, parts + 3 * kPart);
+  }
+  alignas(64) float sums[kPanelRows * kPanelRows];
+  for (int64_t s = 0; s < rows; s += kPanelRows) {
+    const float* left = scratch + s / kPanelRows * 4 * kPart;
+    for (int64_t t = s; t < rows; t += kPanelRows) {
+      const float* right = scratch + t / kPanelRows * 4 * kPart + 2 * kPart;
+      tile_gram(left, left + kPart, right, right + kPart, units, sums);
+      for (int64_t i = s; i < lesser(s + kPanelRows, padded); ++i) {
+        const int64_t block = i / kGramColumns * kGramColumns, stride = padded - block;
+        float* row = gram + gram_offset(padded, block) + (i - block) * stride - block;
+        const float* sum = sums + (i - s) * kPanelRows - t;
+        for (int64_t j = greater(t, block); j < lesser(t + kPanelRows, padded); ++j) row[j] += sum[j];
+      }
+    }
+  }
+}
+
 // gram += factors factors^T over a tile of n columns. Some rows stay in L1 while the others pass by from L2.
-inline void add_to_gram(const float* factors /* [padded, kTile] */, int64_t padded, int n, float* gram) {
+inline void add_to_gram(float* factors /* [gram_rows, kTile] */, int64_t padded, int n, float* gram, float* scratch) {
+  if (kHasTiles && padded > kPanelRows / 2) {  // a short sample would leave the tiles empty
+    add_to_gram_by_tiles(factors, padded, n, gram, scratch);
+    return;
+  }
   for (int64_t stripe = 0; stripe < padded; stripe += kGramStripe) {
     for (int64_t t = stripe; t < padded; t += kGramColumns) {
       for (int64_t s = stripe; s < lesser(stripe + kGramStripe, t + kGramColumns); s += kGramColumns) {

@@ -28,7 +28,8 @@ struct Workspace {
   float* bias;        // [kTile], of the columns of a tile
   float* hidden;      // [padded / kPanelRows, units, kPanelRows]
   float* right;       // [units, kPanelColumns]
-  float* delta;       // [padded, kTile]
+  float* delta;       // [gram_rows, kTile]
+  float* split;       // [gram_scratch]
   float* gram;        // of the deltas
 };
 
@@ -83,7 +84,7 @@ void special_gram(const GramNormArgs& args, const Inner& inner, const Workspace&
       to_delta(ws.rows[i], transform, tile, width, z);
     }
     for (int64_t i = count; i < padded; ++i) memset(ws.delta + i * kTile, 0, 4 * n);
-    add_to_gram(ws.delta, padded, n, ws.gram);
+    add_to_gram(ws.delta, padded, n, ws.gram, ws.split);
   }
 }
 
@@ -118,7 +119,7 @@ double norm_of(const GramNormArgs& args, const Inner& inner, const Workspace& ws
   for (int64_t i = 0; i < count; i += kPanelRows) {
     const int present = static_cast<int>(lesser(kPanelRows, count - i));
     for (int k = 0; k < present; ++k) numbers[k] = ws.rows[i + k].number;
-    pack_panel(head.hidden, numbers, 0, present, kPanelRows, inner.pairs, 0, inner.units, ws.hidden + i * inner.units);
+    pack_rows(head.hidden, numbers, present, inner.pairs, inner.units, ws.hidden + i * inner.units);
   }
   special_gram(args, inner, ws, count, distinct);
 
@@ -172,6 +173,7 @@ bool gram_norm(const GramNormArgs& args) {
                      arena.take<float>(rows * inner.units),
                      arena.take<float>(inner.units * kPanelColumns),
                      arena.take<float>(rows * kTile),
+                     arena.take<float>(gram_scratch(gram_padded(longest))),
                      arena.take<float>(gram_elements(gram_padded(longest)))};
   };
   Arena layout(nullptr);
@@ -180,6 +182,7 @@ bool gram_norm(const GramNormArgs& args) {
   if (scratch.missing()) return false;
 #pragma omp parallel for num_threads(args.head.threads) schedule(dynamic, 1)
   for (int64_t s = 0; s < gram.samples; ++s) {
+    const Tiles tiles;
     Arena arena(scratch.as<char>() + thread_number() * layout.used());
     const Workspace ws = carve(arena);
     args.squared[s] = norm_of(args, inner, ws, gram.bounds[2 * s], gram.bounds[2 * s + 1],

@@ -92,8 +92,7 @@ void run_task(const HeadGradNormArgs& args, const Inner& inner, const Transform&
     sample = {rows + bounds[s], bounds[s + 1] - bounds[s], total, keys};
     for (int64_t i = 0; i < sample.padded(); i += kPanelRows) {
       const int present = static_cast<int>(lesser(kPanelRows, sample.count - i));
-      pack_panel(head.hidden, sample.rows + i, 0, present, kPanelRows, inner.pairs, 0, inner.units,
-                 ws.hidden + (total + i) * inner.units);
+      pack_rows(head.hidden, sample.rows + i, present, inner.pairs, inner.units, ws.hidden + (total + i) * inner.units);
     }
     for (int64_t i = 0; i < sample.padded(); ++i) {
       ws.delta_rows[total + i] = i < sample.count ? delta_row(head, args.state, args.index, sample.rows[i],
@@ -164,6 +163,7 @@ bool head_grad_norm(const HeadGradNormArgs& args) {
 #pragma omp parallel for num_threads(head.threads) schedule(dynamic, 1)
   for (int64_t task = 0; task < group_count * ranges; ++task) {
     const int64_t g = task / ranges, range = task % ranges;
+    const Tiles tiles;
     Arena arena(scratch.as<char>() + thread_number() * layout.used());
     const Workspace ws = carve(arena);
     run_task(args, inner, transform, rows, bounds, groups[g], groups[g + 1], range * columns,

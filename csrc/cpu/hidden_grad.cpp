@@ -12,14 +12,15 @@ namespace acqcore::ACQCORE_ISA {
 namespace {
 
 constexpr int64_t kMaxSplits = 32;               // as in row_stats.cpp: float32 suffices for a split
-constexpr int64_t kBlockRows = 64 * kPanelRows;  // at most; a tile's weights are packed once for them
+constexpr int64_t kBlockRows = 64 * kVectorRows;  // at most; a tile's weights are packed once for them
 
 // Scratch of one thread.
 struct Workspace {
   float* hidden;      // [block_rows / kPanelRows, units, kPanelRows]
   float* weights;     // [kTile / kPanelColumns, depth, kPanelColumns]
-  float* values;      // [columns / kPanelColumns, kTile, kPanelColumns]
+  float* values;      // [columns / kPanelColumns, kTile, kPanelColumns], or half of it: pairs of rows
   float* factors;     // [block_rows, kTile]
+  float* split;       // [2, kTile / 2, kPanelRows], factors as pairs of bfloat16
   float* sums;        // [block_rows, columns]
   float* references;  // [block_rows]
   LaneState* lanes;   // [block_rows]
@@ -58,10 +59,40 @@ void fold_tile(const HiddenGradArgs& args, const Inner& inner, const Transform& 
   }
 }
 
+// The same by tile registers: weights as they are, factors as sums of two bfloat16.
+void add_values_by_tiles(const Matrix& weight, int64_t whole, int64_t columns, int64_t tile, int width,
+                         const Workspace& ws) {
+  constexpr int64_t kPart = kTile / 2 * kPanelRows;
+  const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
+  const int64_t units = ceil_div(n, 2 * kTileUnits) * kTileUnits;
+  uint16_t first[kPanelColumns], second[kPanelColumns];
+  for (int64_t j = 0; j < columns; j += kPanelColumns) {
+    for (int64_t u = 0; u < units; ++u) {
+      load_bits(weight, tile + 2 * u, 2 * u < width, j, kPanelColumns, first);
+      load_bits(weight, tile + 2 * u + 1, 2 * u + 1 < width, j, kPanelColumns, second);
+      float* row = ws.values + j * (kTile / 2) + u * kPanelColumns;
+      for (int i = 0; i < kPanelColumns; ++i) row[i] = from_bits(first[i] | uint32_t(second[i]) << 16);
+    }
+  }
+  for (int64_t row = 0; row < whole; row += kPanelRows) {
+    split_panel(ws.factors + row * kTile, kTile, n, ws.split, ws.split + kPart);
+    for (int64_t j = 0; j < columns; j += kPanelColumns) {
+      for (int part = 0; part < 2; ++part) {
+        tile_product(ws.split + part * kPart, ws.values + j * (kTile / 2), units, true, ws.sums + row * columns + j,
+                     columns);
+      }
+    }
+  }
+}
+
 // Adds factors [count, width] times weights [tile, tile + width) to the sums.
 void add_values(const HiddenGradArgs& args, int64_t whole, int64_t columns, int64_t tile, int width,
                 const Workspace& ws) {
   const Matrix& weight = args.head.weight;
+  if (kHasTiles) {
+    add_values_by_tiles(weight, whole, columns, tile, width, ws);
+    return;
+  }
   for (int64_t j = 0; j < columns; j += kPanelColumns) {
     const int64_t present = lesser(kPanelColumns, weight.columns - j);
     for (int k = 0; k < width; ++k) {
@@ -84,8 +115,8 @@ void run_block(const HiddenGradArgs& args, const Inner& inner, const Transform& 
   const HeadArgs& head = args.head;
   const int64_t whole = ceil_div(count, kPanelRows) * kPanelRows;
   for (int64_t i = 0; i < whole; i += kPanelRows) {
-    pack_panel(head.hidden, rows + i, 0, static_cast<int>(lesser(kPanelRows, count - i)), kPanelRows, inner.pairs, 0,
-               inner.units, ws.hidden + i * inner.units);
+    pack_rows(head.hidden, rows + i, static_cast<int>(lesser(kPanelRows, count - i)), inner.pairs, inner.units,
+              ws.hidden + i * inner.units);
   }
   for (int64_t i = 0; i < count; ++i) {
     clear(ws.states[i]);
@@ -144,8 +175,9 @@ bool hidden_grad(const HiddenGradArgs& args) {
   const auto carve = [&](Arena& arena) {
     return Workspace{arena.take<float>(block * inner.units), arena.take<float>(kTile * inner.depth),
                      arena.take<float>(kTile * columns),     arena.take<float>(block * kTile),
-                     arena.take<float>(block * columns),     arena.take<float>(block),
-                     arena.take<LaneState>(block),           arena.take<RowState>(block)};
+                     arena.take<float>(kTile * kPanelRows),  arena.take<float>(block * columns),
+                     arena.take<float>(block),               arena.take<LaneState>(block),
+                     arena.take<RowState>(block)};
   };
   Arena layout(nullptr);
   carve(layout);
@@ -154,6 +186,7 @@ bool hidden_grad(const HiddenGradArgs& args) {
 
 #pragma omp parallel for num_threads(head.threads) schedule(dynamic, 1)
   for (int64_t begin = 0; begin < scored; begin += block) {
+    const Tiles tiles;
     Arena arena(scratch.as<char>() + thread_number() * layout.used());
     run_block(args, inner, transform, rows + begin, lesser(block, scored - begin), columns, carve(arena));
   }

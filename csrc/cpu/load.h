@@ -50,11 +50,24 @@ inline void load_floats(const Matrix& m, int64_t row, int64_t begin, int64_t n, 
   }
 }
 
-// Pairs [begin, begin + n) of a bfloat16 row, two neighbouring columns each; an odd last column is paired with 0.
+// Columns [begin, begin + n) of a 16-bit row as they are; what the row lacks, or all of an absent one, is 0.
+inline void load_bits(const Matrix& m, int64_t row, bool present, int64_t begin, int64_t n, uint16_t* out /* [n] */) {
+  const uint16_t* source = static_cast<const uint16_t*>(m.data) + row * m.row_stride + begin * m.column_stride;
+  int64_t there = present ? m.columns - begin : 0;
+  there = there < n ? there : n;
+  if (m.column_stride == 1) {
+    memcpy(out, source, 2 * there);
+  } else {
+    for (int64_t i = 0; i < there; ++i) out[i] = source[i * m.column_stride];
+  }
+  for (int64_t i = there; i < n; ++i) out[i] = 0;
+}
+
+// Pairs [begin, begin + n) of a bfloat16 row, two neighbouring columns each; what the row lacks is 0.
 inline void load_pairs(const Matrix& m, int64_t row, int64_t begin, int64_t n, float* out /* [n] */) {
   const uint16_t* source = static_cast<const uint16_t*>(m.data) + row * m.row_stride;
   int64_t whole = m.columns / 2 - begin;
-  whole = whole < n ? whole : n;
+  whole = whole < 0 ? 0 : whole < n ? whole : n;
   if (m.column_stride == 1) {
     memcpy(out, source + 2 * begin, 4 * whole);
   } else {
@@ -64,10 +77,12 @@ inline void load_pairs(const Matrix& m, int64_t row, int64_t begin, int64_t n, f
       memcpy(out + i, &pair, 4);
     }
   }
-  if (whole < n) {
+  if (whole < n && m.columns % 2 != 0 && begin + whole == m.columns / 2) {
     const uint32_t pair = source[(m.columns - 1) * m.column_stride];
     memcpy(out + whole, &pair, 4);
+    ++whole;
   }
+  for (; whole < n; ++whole) out[whole] = 0;
 }
 
 }  // namespace acqcore::ACQCORE_ISA

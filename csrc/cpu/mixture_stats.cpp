@@ -22,7 +22,6 @@ constexpr int64_t kKeptBytes = 128 << 20;    // logits kept between the visits
 constexpr int64_t kStateBytes = 16 << 20;    // states of the splits
 constexpr float kNone = -87.0f;              // below, exp is taken as 0: 1e-38
 constexpr int64_t kBufferBytes = 4 << 20;    // logits of a tile that wait for further products
-constexpr int kDrawGroup = 8;                // draws summed at once in the block form
 constexpr int kPlane = kPanelRows * kTile + 2 * kLanes;  // logits of a panel of rows under one draw; planes share no cache sets
 
 struct Plan {
@@ -37,7 +36,6 @@ struct Plan {
   int64_t planes;      // hidden panels of a panel of rows: K, or 1 in the block form
   int64_t block_units; // units of a block
   int64_t blocks;      // B, of a row
-  int64_t groups;      // of kDrawGroup draws
 };
 
 Plan make_plan(const MixtureStatsArgs& args, int64_t scored) {
@@ -56,7 +54,6 @@ Plan make_plan(const MixtureStatsArgs& args, int64_t scored) {
                            ceil_div(greater(1, p.inner.units), p.block_units) * p.block_units);
   }
   p.blocks = ceil_div(greater(1, p.inner.units), p.block_units);
-  p.groups = ceil_div(args.draws, kDrawGroup);
   p.planes = block ? 1 : args.draws;
   p.keep = !block;
   p.buffered = p.inner.depth < p.inner.units || args.members > 1;
@@ -96,7 +93,7 @@ struct Chunk {
   const int64_t* rows;   // numbers of its rows
   int64_t count;
   float* hidden;         // [panels, planes, units, kPanelRows]
-  float* masks;          // block form: [rows, blocks, groups * kDrawGroup], 1 or 0
+  bool* keep;            // block form: [rows, K, blocks]
   float* kept;           // [tiles, rows, K, kTile], or null
   RowState* states;      // [splits, rows, K]
   Normaliser* norms;     // [rows, K]
@@ -109,11 +106,11 @@ struct Workspace {
   float* logits;      // [1 or block_rows / kPanelRows, K, kPanelRows, kTile]
   float* partial;     // block form: [depth / block_units, kPanelRows, kTile]
   LaneState* lanes;   // [block_rows, K]
-  bool* keep;         // [units of a row, and one more]
+  bool* keep;         // [2 units]
 };
 
 // Packs a panel of rows, once for each draw that has hidden states of its own, or with the masks of its blocks.
-void pack_rows(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chunk, int64_t panel, bool* keep) {
+void pack_draws(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chunk, int64_t panel, bool* keep) {
   const int64_t first = panel * kPanelRows;
   const int count = static_cast<int>(lesser(kPanelRows, chunk.count - first));
   const int64_t plane = plan.inner.units * kPanelRows;
@@ -121,7 +118,7 @@ void pack_rows(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chun
   const int64_t* rows = chunk.rows + first;
   const Dropout& dropout = args.dropout;
   const auto pack = [&](const int64_t* numbers, float* to) {
-    pack_panel(args.head.hidden, numbers, 0, count, kPanelRows, plan.inner.pairs, 0, plan.inner.units, to);
+    pack_rows(args.head.hidden, numbers, count, plan.inner.pairs, plan.inner.units, to);
   };
   if (dropout.form == Draws::kGiven) {
     for (int k = 0; k < args.draws; ++k) {
@@ -133,7 +130,7 @@ void pack_rows(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chun
     float* whole = out + (args.draws - 1) * plane;  // the last draw is masked in place
     pack(rows, whole);
     const int64_t columns = args.head.hidden.columns;
-    keep[columns] = true;  // of the zero that fills an odd last pair
+    for (int64_t c = columns; c < 2 * plan.inner.units; ++c) keep[c] = true;  // of the zeros that fill pairs
     for (int k = 0; k < args.draws; ++k) {
       for (int i = 0; i < kPanelRows; ++i) {
         if (i < count) keep_units(dropout, rows[i], k, 0, columns, keep);
@@ -142,39 +139,50 @@ void pack_rows(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chun
     }
   } else {
     pack(rows, out);
-    const int64_t stride = plan.groups * kDrawGroup;
     for (int i = 0; i < count; ++i) {
-      float* masks = chunk.masks + (first + i) * plan.blocks * stride;
       for (int k = 0; k < args.draws; ++k) {
-        keep_units(dropout, rows[i], k, 0, plan.blocks, keep);
-        for (int64_t b = 0; b < plan.blocks; ++b) masks[b * stride + k] = keep[b] ? 1.0f : 0.0f;
+        keep_units(dropout, rows[i], k, 0, plan.blocks, chunk.keep + ((first + i) * args.draws + k) * plan.blocks);
       }
     }
   }
 }
 
-// z [draws, kTile] of one row = or += its partial products under each draw's mask.
-void combine(const float* partial /* [blocks, kPanelRows, kTile] at this row */, int64_t blocks, const float* masks,
-             int64_t stride, int draws, int width, bool accumulate, float* z /* [draws, kPanelRows, kTile] */) {
-  for (int k0 = 0; k0 < draws; k0 += kDrawGroup) {
-    const int present = draws - k0 < kDrawGroup ? draws - k0 : kDrawGroup;
-    for (int v = 0; v < width; v += kLanes) {
-      Vec sums[kDrawGroup] = {};
+// z = or += sign part.
+template <int sign>
+void add(const float* part, int width, bool accumulate, float* z) {
+  for (int v = 0; v < width; v += kLanes) {
+    const Vec x = load(part + v);
+    store(z + v, accumulate ? (sign > 0 ? load(z + v) + x : load(z + v) - x) : x);
+  }
+}
+
+// z [draws, kPlane] of one row = or += its partial products under each draw's mask: those kept, or all less those
+// dropped, whichever are fewer.
+void combine(const float* partial /* [blocks, kPlane] */, int64_t blocks, const bool* keep /* [draws, stride] */,
+             int64_t stride, int draws, int width, bool accumulate, float* z) {
+  alignas(64) float all[kTile];
+  for (int64_t b = 0; b < blocks; ++b) add<1>(partial + b * kPlane, width, b > 0, all);
+  for (int k = 0; k < draws; ++k) {
+    const bool* kept = keep + k * stride;
+    float* to = z + k * kPlane;
+    int64_t count = 0;
+    for (int64_t b = 0; b < blocks; ++b) count += kept[b];
+    if (2 * count > blocks) {
+      add<1>(all, width, accumulate, to);
       for (int64_t b = 0; b < blocks; ++b) {
-        const Vec product = load(partial + b * kPlane + v);
-        const float* mask = masks + b * stride + k0;
-#pragma GCC unroll 8
-        for (int k = 0; k < kDrawGroup; ++k) sums[k] += product * mask[k];
+        if (!kept[b]) add<-1>(partial + b * kPlane, width, true, to);
       }
-      for (int k = 0; k < present; ++k) {
-        float* to = z + (k0 + k) * kPlane + v;
-        store(to, accumulate ? load(to) + sums[k] : sums[k]);
+    } else {
+      if (!accumulate) memset(to, 0, 4 * kTile);
+      for (int64_t b = 0; b < blocks; ++b) {
+        if (kept[b]) add<1>(partial + b * kPlane, width, true, to);
       }
     }
   }
 }
 
-// Products of a panel of rows with the packed weights of one member, units [k0, k0 + k).
+// Products of a panel of rows with the packed weights of one member, units [k0, k0 + k); in the block form those of each
+// block, in ws.partial.
 void multiply(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chunk, const Workspace& ws, int64_t panel,
               int member, int width, int64_t k0, int64_t k, float* z /* [K, kPanelRows, kTile] */) {
   const int64_t plane = plan.inner.units * kPanelRows;
@@ -192,12 +200,6 @@ void multiply(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chunk
     const int64_t begin = b * plan.block_units;
     multiply_panel(plan.inner, hidden + begin * kPanelRows, ws.weights + begin * kPanelColumns, width,
                    lesser(plan.block_units, k - begin), false, ws.partial + b * kPlane);
-  }
-  const int64_t stride = plan.groups * kDrawGroup;
-  const int64_t row = panel * kPanelRows;
-  for (int64_t i = row; i < lesser(row + kPanelRows, chunk.count); ++i) {
-    const float* masks = chunk.masks + (i * plan.blocks + k0 / plan.block_units) * stride;
-    combine(ws.partial + (i - row) * kTile, blocks, masks, stride, args.draws, width, k0 > 0, z + (i - row) * kTile);
   }
 }
 
@@ -218,8 +220,15 @@ void for_each_tile(const MixtureStatsArgs& args, const Plan& plan, const Chunk& 
         for (int64_t row = begin; row < end; row += kPanelRows) {
           float* z = ws.logits + (plan.buffered ? (row - begin) / kPanelRows * args.draws * kPlane : 0);
           multiply(args, plan, chunk, ws, row / kPanelRows, m, width, k0, k, z);
-          if (!whole) continue;
-          for (int64_t i = row; i < lesser(row + kPanelRows, end); ++i) visit(i, t, width, z + (i - row) * kTile);
+          for (int64_t i = row; i < lesser(row + kPanelRows, end); ++i) {
+            float* of_row = z + (i - row) * kTile;
+            if (args.dropout.form == Draws::kBlock) {
+              combine(ws.partial + (i - row) * kTile, ceil_div(k, plan.block_units),
+                      chunk.keep + i * args.draws * plan.blocks + k0 / plan.block_units, plan.blocks, args.draws, width,
+                      k0 > 0, of_row);
+            }
+            if (whole) visit(i, t, width, of_row);  // while the row is in L1
+          }
         }
       }
     }
@@ -389,12 +398,12 @@ bool mixture_stats(const MixtureStatsArgs& args) {
   const auto carve = [&](Arena& arena) {
     return Workspace{arena.take<float>(kTile * plan.inner.depth), arena.take<float>(planes * kPlane),
                      arena.take<float>(partials * kPlane), arena.take<LaneState>(plan.block_rows * args.draws),
-                     arena.take<bool>(args.head.hidden.columns + 4)};
+                     arena.take<bool>(2 * plan.inner.units + 4)};
   };
   Chunk chunk{};
   const auto carve_chunk = [&](Arena& arena) {
     chunk.hidden = arena.take<float>(plan.chunk_rows * plan.planes * plan.inner.units);
-    chunk.masks = arena.take<float>(partials ? plan.chunk_rows * plan.blocks * plan.groups * kDrawGroup : 0);
+    chunk.keep = arena.take<bool>(partials ? plan.chunk_rows * args.draws * plan.blocks : 0);
     chunk.states = arena.take<RowState>(plan.splits * plan.chunk_rows * args.draws);
     chunk.norms = arena.take<Normaliser>(plan.chunk_rows * args.draws);
     chunk.mixtures = arena.take<Mixture>(plan.splits * plan.chunk_rows);
@@ -409,7 +418,6 @@ bool mixture_stats(const MixtureStatsArgs& args) {
   if (thread_scratch.missing() || chunk_scratch.missing() || transform_scratch.missing()) return false;
   Arena chunk_arena(chunk_scratch.as<char>());
   carve_chunk(chunk_arena);
-  memset(chunk.masks, 0, partials ? 4 * plan.chunk_rows * plan.blocks * plan.groups * kDrawGroup : 0);
   Transform* transforms = transform_scratch.as<Transform>();
   for (int k = 0; k < args.draws; ++k) {
     HeadArgs head = args.head;
@@ -425,10 +433,11 @@ bool mixture_stats(const MixtureStatsArgs& args) {
     const int64_t tasks = blocks * plan.splits;
 #pragma omp parallel num_threads(args.head.threads)
     {
+      const Tiles tiles;
       Arena arena(thread_scratch.as<char>() + thread_number() * layout.used());
       const Workspace ws = carve(arena);
 #pragma omp for
-      for (int64_t p = 0; p < panels; ++p) pack_rows(args, plan, chunk, p, ws.keep);
+      for (int64_t p = 0; p < panels; ++p) pack_draws(args, plan, chunk, p, ws.keep);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < tasks; ++task) {
         const int64_t first = task % blocks * plan.block_rows;

@@ -1,7 +1,15 @@
 // This instruction set's table.
 #include "isa.h"
+#include "tiles.h"
 
-namespace acqcore::ACQCORE_ISA {
+namespace acqcore {
+#if defined(__AMX_BF16__)
+namespace v4_bf16 {
+extern const Operations kOperations;
+}
+#endif
+
+namespace ACQCORE_ISA {
 
 bool row_stats(const RowStatsArgs& args);            // row_stats.cpp
 bool logit_stats(const LogitStatsArgs& args);        // logit_stats.cpp
@@ -14,7 +22,49 @@ bool mixture_stats(const MixtureStatsArgs& args);    // mixture_stats.cpp
 bool dropout_mask(const DropoutMaskArgs& args);      // mixture_stats.cpp
 
 extern const Operations kOperations;
+
+#if defined(__AMX_BF16__)
+
+namespace {
+
+// Tile registers multiply whole tiles of bfloat16; the rest is the best vectors' work.
+bool multiplies(const HeadArgs& head) {
+  return head.hidden.dtype == DType::kBFloat16 && head.weight.dtype == DType::kBFloat16;
+}
+
+template <typename Args>
+bool multiplies(const Args& args) {
+  return multiplies(args.head);
+}
+
+bool multiplies(const MixtureStatsArgs& args) {
+  const bool whole = args.dropout.form != Draws::kBlock || args.dropout.block % (2 * kTileUnits) == 0;
+  return whole && multiplies(args.head);
+}
+
+template <typename Args, bool (*own)(const Args&), bool (*Operations::*vectors)(const Args&)>
+bool by_dtype(const Args& args) {
+  return multiplies(args) ? own(args) : (v4_bf16::kOperations.*vectors)(args);
+}
+
+}  // namespace
+
+const Operations kOperations = {by_dtype<RowStatsArgs, row_stats, &Operations::row_stats>,
+                                logit_stats,
+                                by_dtype<DeltaProductArgs, delta_product, &Operations::delta_product>,
+                                by_dtype<HiddenGradArgs, hidden_grad, &Operations::hidden_grad>,
+                                by_dtype<FisherSumsArgs, fisher_sums, &Operations::fisher_sums>,
+                                by_dtype<GramNormArgs, gram_norm, &Operations::gram_norm>,
+                                by_dtype<HeadGradNormArgs, head_grad_norm, &Operations::head_grad_norm>,
+                                by_dtype<MixtureStatsArgs, mixture_stats, &Operations::mixture_stats>,
+                                dropout_mask};
+
+#else
+
 const Operations kOperations = {row_stats, logit_stats,    delta_product, hidden_grad, fisher_sums,
                                 gram_norm, head_grad_norm, mixture_stats, dropout_mask};
 
-}  // namespace acqcore::ACQCORE_ISA
+#endif
+
+}  // namespace ACQCORE_ISA
+}  // namespace acqcore

@@ -141,8 +141,9 @@ struct Workspace {
   float* weights;     // [kTile / kPanelColumns, depth, kPanelColumns]
   float* logits;      // [block_rows or kPanelRows, kTile]
   LaneState* lanes;   // [block_rows]
-  float* factors;     // [padded, kTile], of a sample
+  float* factors;     // [gram_rows, kTile], of a sample
   float* scale;       // [padded], by how much its rows of the Gram shrink
+  float* split;       // [gram_scratch]
 };
 
 // What the threads share of a chunk.
@@ -170,7 +171,7 @@ void finish_tile(const Sample& sample, const Workspace& ws, int64_t tile, int wi
   bool rescaled = false;
   for (int64_t i = 0; i < rows; ++i) rescaled = rescaled || ws.scale[i] != 1;
   if (rescaled) rescale_gram(ws.scale, padded, gram);
-  add_to_gram(ws.factors, padded, n, gram);
+  add_to_gram(ws.factors, padded, n, gram, ws.split);
 }
 
 // One task.
@@ -311,8 +312,8 @@ bool row_stats(const RowStatsArgs& args) {
   const int64_t logit_rows = plan.inner.depth < plan.inner.units ? limits.block_rows + kPanelRows : kPanelRows;
   const auto carve = [&](Arena& arena) {
     return Workspace{arena.take<float>(kTile * plan.inner.depth), arena.take<float>(logit_rows * kTile),
-                     arena.take<LaneState>(limits.block_rows), arena.take<float>(limits.padded * kTile),
-                     arena.take<float>(limits.padded)};
+                     arena.take<LaneState>(limits.block_rows), arena.take<float>(gram_rows(limits.padded) * kTile),
+                     arena.take<float>(limits.padded), arena.take<float>(gram_scratch(limits.padded))};
   };
   Shared shared{};
   const auto carve_chunk = [&](Arena& arena) {
@@ -343,6 +344,7 @@ bool row_stats(const RowStatsArgs& args) {
     const int64_t sample_begin = blocks[chunk.begin].sample_begin, sample_end = blocks[chunk.end - 1].sample_end;
 #pragma omp parallel num_threads(head.threads)
     {
+      const Tiles tiles;
       Arena arena(thread_scratch.as<char>() + thread_number() * layout.used());
       const Workspace ws = carve(arena);
       double* scale = arena.take<double>(plan.slots * limits.padded);
@@ -351,8 +353,8 @@ bool row_stats(const RowStatsArgs& args) {
         int64_t b = chunk.begin;
         while (b + 1 < chunk.end && blocks[b + 1].panel <= p) ++b;
         const int64_t row = blocks[b].begin + (p - blocks[b].panel) * kPanelRows;
-        pack_panel(head.hidden, rows + row, 0, static_cast<int>(lesser(kPanelRows, blocks[b].end - row)), kPanelRows,
-                   plan.inner.pairs, 0, plan.inner.units, shared.hidden + p * kPanelRows * plan.inner.units);
+        pack_rows(head.hidden, rows + row, static_cast<int>(lesser(kPanelRows, blocks[b].end - row)), plan.inner.pairs,
+                  plan.inner.units, shared.hidden + p * kPanelRows * plan.inner.units);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < block_count * plan.slots; ++task) {

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
 #include <immintrin.h>
 #endif
 
@@ -11,23 +11,31 @@ namespace acqcore::ACQCORE_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-constexpr int kPanelRows = 8;  // 8 x 3 accumulators + 3 columns + 1 broadcast of 32 registers; 5 % faster than 14 x 2
+constexpr int kVectorRows = 8;  // 8 x 3 accumulators + 3 columns + 1 broadcast of 32 registers; 5 % faster than 14 x 2
 constexpr int kPanelVectors = 3;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
-constexpr int kPanelRows = 6;  // 6 x 2 accumulators + 2 + 1 of 16 registers
+constexpr int kVectorRows = 6;  // 6 x 2 accumulators + 2 + 1 of 16 registers
 constexpr int kPanelVectors = 2;
 #elif defined(__aarch64__)
 constexpr int kLanes = 4;
-constexpr int kPanelRows = 8;  // 8 x 3 accumulators + 3 + 1 of 32 registers
+constexpr int kVectorRows = 8;  // 8 x 3 accumulators + 3 + 1 of 32 registers
 constexpr int kPanelVectors = 3;
 #else
 constexpr int kLanes = 4;
-constexpr int kPanelRows = 6;
+constexpr int kVectorRows = 6;
 constexpr int kPanelVectors = 2;
 #endif
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+constexpr bool kHasTiles = true;
+constexpr int kPanelRows = 32;  // two tiles of rows by three of columns, and one of each: the eight tile registers
+#else
+constexpr bool kHasTiles = false;
+constexpr int kPanelRows = kVectorRows;
+#endif
+
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
 constexpr bool kHasBf16Product = true;
 #else
 constexpr bool kHasBf16Product = false;

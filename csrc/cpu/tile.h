@@ -24,8 +24,9 @@ struct Inner {
 inline Inner inner_dimension(const HeadArgs& args) {
   Inner inner;
   inner.pairs = kHasBf16Product && args.hidden.dtype == DType::kBFloat16 && args.weight.dtype == DType::kBFloat16;
-  inner.units = inner.pairs ? ceil_div(args.hidden.columns, 2) : args.hidden.columns;
-  inner.depth = greater(1, ceil_div(inner.units, greater(1, ceil_div(inner.units, kDepth))));
+  const int64_t step = kHasTiles && inner.pairs ? kTileUnits : 1;
+  inner.units = ceil_div(inner.pairs ? ceil_div(args.hidden.columns, 2) : args.hidden.columns, step) * step;
+  inner.depth = ceil_div(ceil_div(greater(1, inner.units), greater(1, ceil_div(inner.units, kDepth))), step) * step;
   return inner;
 }
 

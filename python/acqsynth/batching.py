@@ -134,18 +134,18 @@ class Batcher(Generic[Key, Item, Result]):
             sizes: n sizes; 1 each by default.
 
         Raises:
-            RuntimeError: the batcher is closed.
+            RuntimeError: the batcher is closed. ValueError: not one size an item.
         """
         job = _Job(Future(), [None] * len(items), len(items))
         if not items:
             job.finish()
             return job.future
-        now = time.monotonic()
+        sized, now = list(zip(items, sizes or [1] * len(items), strict=True)), time.monotonic()
         with self._changed:
             if self.closed:
                 raise RuntimeError("the batcher is closed")
             lane, due = self._lanes.setdefault(key, _Lane()), self._clock
-            for i, (item, size) in enumerate(zip(items, sizes or [1] * len(items), strict=True)):
+            for i, (item, size) in enumerate(sized):
                 due += size
                 self._number += 1
                 heapq.heappush(lane.entries, _Entry(due, self._number, job, i, item, size, now))
@@ -244,7 +244,7 @@ class Batcher(Generic[Key, Item, Result]):
         begin = time.monotonic()
         results = self.function(key, [entry.item for entry in batch])
         if len(results) != len(batch):
-            raise ValueError(f"function: expected {len(batch)} results, one an item, got {len(results)}")
+            raise RuntimeError(f"function: expected {len(batch)} results, one an item, got {len(results)}")
         seconds, size = time.monotonic() - begin, sum(entry.size for entry in batch)
         rate = size / max(seconds, 1e-6)
         with self._changed:

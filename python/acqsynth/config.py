@@ -7,6 +7,7 @@ one sentence that names the key.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,10 +34,20 @@ def _different(values: list[T]) -> list[T]:
     return values
 
 
+def _folder(path: str) -> str:
+    try:
+        os.fsencode(path)
+        if "\0" not in path:
+            return str(Path(path).expanduser())
+    except (UnicodeEncodeError, RuntimeError):  # RuntimeError: the home of a user who is not known
+        pass
+    raise ValueError(f"expected the path of a folder, got {path!r}")
+
+
 Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=10**9)]  # NumPy takes 32 bits, and rounds count up from it
 Temperature = Annotated[float, Field(ge=0)]
-Folder = Annotated[str, Field(min_length=1), AfterValidator(lambda path: str(Path(path).expanduser()))]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(_folder)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 #: A key without a value, such as ``entropy:``, reads as null in YAML.
 Options = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
@@ -388,6 +399,8 @@ def _parsed(text: str, name: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not YAML: {_one_line(error)}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{name}: nested too deep") from error
 
 
 def _override(values: dict[str, Any], text: str) -> None:

@@ -123,7 +123,7 @@ def test_one_requests_failure_is_not_anothers(batcher, doubler):
 
 
 def test_a_wrong_count_is_an_error():
-    with pytest.raises(ValueError, match="function: expected 1 results, one an item, got 2"):
+    with pytest.raises(RuntimeError, match="function: expected 1 results, one an item, got 2"):
         Batcher(lambda key, items: [1, 2], limit=1, wait=0).submit(None, [0]).result(60)
 
 
@@ -259,3 +259,7 @@ def test_wrong_arguments():
         Batcher(double, limit=0, wait=0.0)
     with pytest.raises(ValueError, match="wait: expected seconds, 0 or more, got -1"):
         Batcher(double, limit=1, wait=-1)
+    one = Batcher(double, limit=1, wait=0)
+    with pytest.raises(ValueError, match="zip"):
+        one.submit("a", [1, 2], [1])
+    assert one.waiting == 0

@@ -84,7 +84,7 @@ def write_report(
     tables = [read_table(path) for model in trained for path in sorted(model.glob("completions/*.parquet"))]
     found["samples"] = metrics.samples(tables or [read_table(arms[main].written[0] / "samples.parquet")])
     if constant := metrics.constant_signals(tables):
-        said = f"The reward had no help from {', '.join(constant)}, of one value for every completion."
+        said = f"{', '.join(constant)} gave every completion the same value and did not affect the reward."
         found["verdict"].append({"kind": "note", "text": said})
     bootstrap = {"resamples": recipe["evaluation"]["resamples"], "level": level, "seed": recipe["seed"]}
     found["validity"] = metrics.validity(read_json(validity / "batches.json"), **bootstrap) if validity else None

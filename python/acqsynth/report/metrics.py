@@ -51,12 +51,12 @@ def collect(
 
     Args:
         sets: name -> domain of the evaluation sets, that of the recipe first.
-        main: the arm that the recipe is about.
+        main: the arm of the recipe's own method.
         descriptions: arm -> what it is, in order.
         base: (student, set) -> answers of the base student.
         answers: (arm, student, rows, seed, set) -> answers of a fitted student.
         learnt: (arm, student, rows, seed) -> rows it really learnt.
-        level: of the intervals, and of all that the verdict says together.
+        level: of the intervals, and of the verdict as a whole.
     """
     found: dict[str, Any] = {"main": main, "level": level}
     found["sets"] = {
@@ -104,7 +104,7 @@ def collect(
 
 
 def machine() -> dict[str, str]:
-    """What this process runs on, in words."""
+    """The hardware and versions of this process, in words."""
     import torch
 
     import acqcore
@@ -128,7 +128,7 @@ def machine() -> dict[str, str]:
 def verdict(found: Mapping[str, Any]) -> list[dict[str, str]]:
     """Sentences on the recipe's own student and its most rows, each ``{"kind": gain | loss | none | note, "text"}``.
 
-    Gains and losses are those that Holm's procedure leaves of all comparisons here, of ``FEWEST`` fits or more.
+    A gain or loss has ``FEWEST`` fits or more and survives Holm's procedure over all comparisons here.
     """
     main = found["main"]
     largest = _largest(found["arms"][main]["results"])
@@ -165,7 +165,7 @@ def verdict(found: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def training(logs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The trainers' logs of all rounds in a row, and what the reward cost.
+    """The trainers' logs of all rounds in sequence, and the cost of the reward.
 
     Args:
         logs: for each round the logged steps, as TRL and the reward give them.
@@ -191,7 +191,7 @@ def training(logs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
 
 
 def validity(batches: Sequence[Mapping[str, Any]], **bootstrap: Any) -> dict[str, Any]:
-    """How each signal's order of small batches agrees with what students gained from them.
+    """How well each signal ranks small batches by what students gained from them.
 
     Args:
         batches: each ``{"skill", "rows", "scores": signal -> mean or None, "gain"}``.
@@ -213,8 +213,8 @@ def validity(batches: Sequence[Mapping[str, Any]], **bootstrap: Any) -> dict[str
 
 
 def samples(tables: Sequence[Mapping[str, Sequence[Any]]], n: int = 5) -> dict[str, Any] | None:
-    """The n samples of largest reward, the n of least reward that passed the gates, and n rejected ones, each text
-    once; None if no sample has a reward of its own, as with a generator that is only prompted.
+    """The n samples with the highest reward, the n with the lowest that passed the gates, and n rejected ones, each
+    text once; None if no sample was scored, as with a generator that is only prompted.
 
     Args:
         tables: columns ``reward``, ``reward_<part>`` and ``completion``, or those of a sample.
@@ -241,7 +241,7 @@ def samples(tables: Sequence[Mapping[str, Sequence[Any]]], n: int = 5) -> dict[s
 
 
 def constant_signals(tables: Sequence[Mapping[str, Sequence[Any]]]) -> list[str]:
-    """Signals that had one and the same value for every completion that was scored.
+    """Signals with the same value for every scored completion.
 
     Args:
         tables: as :func:`samples` takes them.
@@ -342,5 +342,5 @@ def _judged(difference: Mapping[str, float], what: str, words: Mapping[str, str]
     few = difference["fits"] < FEWEST
     kind = "none" if few or not sure else "gain" if difference["mean"] > 0 else "loss"
     span = f"{points(difference['mean'])} points, interval {points(difference['low'])} to {points(difference['high'])}"
-    why = f"; a gain or a loss needs {FEWEST} fits, this run has {difference['fits']:.0f}" if few else ""
+    why = f"; calling a gain or loss takes {FEWEST} fits, and this has {difference['fits']:.0f}" if few else ""
     return {"kind": kind, "text": f"{words[kind]}: {what}, {span}{why}."}

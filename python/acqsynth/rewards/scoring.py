@@ -117,7 +117,9 @@ class Scorer:
             checks.literal("similarity", influence.pop("similarity", "cosine"), Similarity)
             if influence:
                 raise ValueError(f"influence: unknown argument {', '.join(influence)}")
-        known = [name for name in self.acquisitions if name in given or name not in ("influence", "archive_novelty")]
+        known = [
+            name for name in self.acquisitions if name in given or name not in ("influence", "epig", "archive_novelty")
+        ]
         if known:
             Plan.of(known, given, reduction=reduction, batch_tokens=batch_tokens)
 

@@ -29,6 +29,7 @@ from acqsynth.rewards.texts import Embedder
 #: Acquisitions that need an argument, and what it is.
 NEEDED = {
     "influence": ("reference", "samples or an acqcore.Reference"),
+    "epig": ("reference", "an acqcore.EpigReference, or the path of a saved one"),
     "archive_novelty": ("archive", "an acqcore.Archive"),
 }
 

@@ -103,6 +103,7 @@ class Arguments(_Body):
     dropout: float | None = Field(None, ge=0, lt=1)
     form: Literal["element", "block", "linear"] | None = None
     posterior: Literal["dropout", "isotropic"] | None = None
+    positions: Literal["all", "completion"] | None = None
     probes: int | None = Field(None, ge=1, le=32, description="each costs a backward of its own")
     variance: float | None = Field(None, gt=0)
     block: int | None = Field(None, ge=1)

@@ -1,0 +1,99 @@
+"""Expected predictive information gain: what a sample's answer would tell about those to a reference set.
+
+Under a Gaussian posterior over the weights, of variance s^2 each and small, the mutual information between the tokens y
+after x and y' after x' is to leading order
+
+    s^4 / 2  E_{y, y'} <d log p_y / dW, d log p_y' / dW>^2  =  s^4 / 2  E_{c, c'} <G_c(x), G_c'(x')>^2
+
+with G_c the gradient under a random cotangent c of ``acqcore.fisher``. Unlike mutual information with the weights
+themselves it is large only for what also bears on the reference set, and unlike influence it needs no labels, neither
+of the sample nor of the reference set.
+
+Sources: Bickford Smith et al. 2023, "Prediction-oriented Bayesian active learning" (EPIG); Kirsch & Gal 2022,
+"Unifying approaches in active learning and active sampling via Fisher information" (the second order).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from acqcore import checks
+from acqcore.acquisitions.base import register
+from acqcore.acquisitions.needs import WEIGHT_VARIANCE, Options
+from acqcore.gradients.epig import EpigReference
+from acqcore.gradients.need import ProbeNeed
+from acqcore.head import Head
+from acqcore.students.student import Student
+
+
+@dataclass(frozen=True)
+class EpigOptions(Options):
+    """Arguments of expected predictive information gain.
+
+    Args:
+        reference: from :func:`acqcore.epig_reference`, or the path of a saved one.
+        variance: s^2 of a weight; a constant factor of the values.
+        probes: random cotangents of each sample, a backward each. From two on a sample has a standard error, that of
+            its own cotangents alone.
+
+    Raises:
+        TypeError: reference is neither. ValueError: another file, variance not positive, probes below 1. OSError: no
+            such file.
+    """
+
+    reference: EpigReference
+    variance: float = WEIGHT_VARIANCE
+    probes: int = 2
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reference, str | os.PathLike):
+            object.__setattr__(self, "reference", EpigReference.load(self.reference))
+        checks.instance("reference", self.reference, EpigReference, "what acqcore.epig_reference gives")
+        checks.positive("variance", self.variance)
+        checks.probes(self.probes)
+
+    def check(self, student: Student, head: Head) -> None:
+        """Raise ValueError if the reference was made with another student (names what differs)."""
+        self.reference.check(student)
+
+
+def needs(options: EpigOptions) -> tuple[ProbeNeed, ProbeNeed]:
+    return options.reference.needs(options.probes)
+
+
+def reference(
+    of_samples: torch.Tensor,  # [n, C, W], sqrt(p_y) d log p_y / dW of each scored token and each y
+    of_reference: torch.Tensor,  # [m, C, W], likewise
+    tokens: tuple[int, int],  # scored tokens of a sample and of a reference sample
+    variance: float,
+) -> torch.Tensor:
+    """The definition, over every pair of tokens and predictions, ``[n]``."""
+    inner = torch.einsum("ncw,mdw->nmcd", of_samples, of_reference)
+    return variance**2 / 2 * inner.square().sum(dim=(2, 3)).mean(dim=1) / (tokens[0] * tokens[1])
+
+
+def stderr(first: torch.Tensor, second: torch.Tensor, options: EpigOptions) -> torch.Tensor:
+    """Of the mean over the probes, ``[B]``; NaN of a single one."""
+    squares = options.reference.squares(first, second)
+    if options.probes == 1:
+        return torch.full_like(squares[:, 0], torch.nan)
+    return options.variance**2 / 2 * squares.std(dim=1) / options.probes**0.5
+
+
+@register("epig", options=EpigOptions, needs=needs, over="average", stderr=stderr, reference=reference)
+def epig(
+    first: torch.Tensor,  # [B, P, dim]
+    second: torch.Tensor,  # [B, P, dim]
+    options: EpigOptions,
+) -> torch.Tensor:
+    """Expected predictive information gain of a sample's answer about those to a reference set, in nats.
+
+    For each pair of a scored token of the sample and one of the reference set, to second order in the variance of the
+    weights. A value may come out negative where there is little to gain: an unbiased estimate has no bound.
+
+    Source: Bickford Smith et al. 2023 (EPIG); Kirsch & Gal 2022 (the second order).
+    """
+    return options.variance**2 / 2 * options.reference.squares(first, second).mean(dim=1)

@@ -1,0 +1,81 @@
+"""A reference set for expected predictive information gain: its sketched gradients under random cotangents."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from acqcore.gradients.need import ProbeNeed
+from acqcore.gradients.selection import same_student, select_linear, shapes_of
+from acqcore.literals import Layers
+from acqcore.students.student import Student
+
+
+@dataclass(frozen=True, eq=False)
+class EpigReference:
+    """Sketched gradients of a reference set under random cotangents; made by :func:`epig_reference`.
+
+    Attributes:
+        sketches: ``[2, m, dim]`` float32, two independent sketches of m gradients, probe by probe, each gradient
+            divided by the root of the number of its sample's scored tokens.
+        layers, seed: of the gradients.
+        shapes: name -> shape of each weight the gradients are taken in.
+    """
+
+    sketches: torch.Tensor
+    layers: Layers
+    seed: int
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+
+    @property
+    def dim(self) -> int:
+        """Length of a sketch."""
+        return self.sketches.shape[2]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the reference to a file, for ``acqcore score --acquisition-args``."""
+        torch.save({field.name: getattr(self, field.name) for field in fields(self)}, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> EpigReference:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            OSError: the file cannot be read. ValueError: it is not a saved reference.
+        """
+        try:
+            return cls(**torch.load(path, weights_only=True))
+        except (TypeError, pickle.UnpicklingError, RuntimeError) as error:
+            raise ValueError(f"reference: expected a file from EpigReference.save, got {os.fspath(path)}") from error
+
+    def check(self, student: Student) -> None:
+        """Raise ValueError if the reference was made with another student (names what differs)."""
+        same_student(self.shapes, shapes_of(select_linear(student, self.layers)))
+
+    def needs(self, probes: int) -> tuple[ProbeNeed, ProbeNeed]:
+        """Sketches of samples that can be compared with these, under cotangents of their own."""
+        return sketch_needs(self.layers, probes, self.seed + 1, self.dim, self.seed)
+
+    def squares(
+        self,
+        first: torch.Tensor,  # [B, P, dim]
+        second: torch.Tensor,  # [B, P, dim]
+    ) -> torch.Tensor:
+        """Squared inner products with the reference set's gradients, the mean over them, ``[B, P]`` float64.
+
+        Without bias: the two factors of a square come from independent sketches.
+        """
+        inner = torch.einsum("hnpd,hmd->hnpm", torch.stack([first, second]).double(), self.sketches.double())
+        return inner.prod(dim=0).mean(dim=2)
+
+
+def sketch_needs(layers: Layers, probes: int, seed: int, dim: int, sketch_seed: int) -> tuple[ProbeNeed, ProbeNeed]:
+    """Two independent sketches of the same gradients."""
+    first, second = (
+        ProbeNeed("weights", layers, probes, seed, dim=dim, sketch_seed=2 * sketch_seed + i) for i in (0, 1)
+    )
+    return first, second

@@ -1,0 +1,288 @@
+"""What the units of a reliability run come to: tables, JSON, and the picture of the frontier."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import real_rows
+from benchmarks.reliability_signals import ENTROPY, MANY_DRAWS, SIGNALS, TRUNK, Signal
+from benchmarks.reliability_students import TOY_STEPS
+from benchmarks.reliability_units import Store, interval, spearman, stepped_up
+
+
+def summary(store: Store) -> list[dict[str, Any]]:
+    """A line for each signal: reliability and cost by data set, separation in the toy students."""
+    real, flops, toy = {**_shared(store), **store.found("real")}, store.found("flops"), store.found("toy")
+    sets = [name for name in real_rows.SETS if any(key[0] == name for key in (*real, *flops))]
+    table = []
+    for name, signal in SIGNALS.items():
+        row: dict[str, Any] = {"signal": name, "family": signal.family, "sets": {}}
+        for of_set in sets:
+            units = {seed: real[key] for key in real if key[:2] == (of_set, name) for seed in [key[2]]}
+            if units or (of_set, name) in flops:
+                row["sets"][of_set] = _of_set(of_set, name, signal, units, real, flops)
+        row["toy"] = _of_toys(name, toy)
+        row["world"] = _of_worlds(name, store.found("world"))
+        table.append(row)
+    return [row for row in table if row["sets"] or row["toy"] or row["world"]]
+
+
+def _shared(store: Store) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Units of the part ``shared`` by data set, signal and seed, their rows one after another."""
+    joined: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for (of_set, _), unit in sorted(store.found("shared").items()):
+        for found in unit["signals"]:
+            into = joined.setdefault((of_set, found["signal"], found["seed"]), {"values": [], "stderr": []})
+            for column in ("values", "stderr"):
+                into[column] += [math.nan if value is None else value for value in found[column]]
+    return joined
+
+
+def _of_set(
+    of_set: str,
+    name: str,
+    signal: Signal,
+    units: Mapping[int, Mapping[str, Any]],
+    real: Mapping[tuple[Any, ...], Mapping[str, Any]],
+    flops: Mapping[tuple[Any, ...], Mapping[str, Any]],
+) -> dict[str, Any]:
+    cell: dict[str, Any] = {"seeds": len(units)}
+    seconds = [u["seconds"] for u in units.values() if "seconds" in u]
+    if seconds:
+        cell["seconds"] = round(statistics.median(seconds), 4)
+    for column, unit in (("entropy", ENTROPY), ("trunks", TRUNK)):
+        ratios = [
+            u["seconds"] / real[of_set, unit, s]["seconds"]
+            for s, u in units.items()
+            if "seconds" in u and (of_set, unit, s) in real
+        ]
+        if ratios:
+            cell[column] = round(statistics.median(ratios), 2)
+        if (of_set, name) in flops and (of_set, unit) in flops:
+            cell[f"{column}_counted"] = round(flops[of_set, name]["flops"] / flops[of_set, unit]["flops"], 2)
+    if signal.stochastic and len(units) > 1:
+        values = _values(real, of_set, name)
+        cell["rows"] = values.shape[1]
+        cell["test_retest"], cell["interval"] = _or_none(spearman(values)), interval(values)
+        if signal.half is not None:
+            halves = _values(real, of_set, signal.half)
+            if len(halves) > 1:
+                cell["split_half"] = _or_none(stepped_up(float(spearman(halves))))
+        if all("stderr" in unit for unit in units.values()):
+            errors = np.array([unit["stderr"] for unit in units.values()])
+            if np.isfinite(errors).any():  # one probe has no standard error
+                kept = 1 - np.nanmean(errors**2, axis=1) / np.nanvar(values, axis=1, ddof=1)
+                cell["from_stderr"] = round(float(np.clip(kept, 0, 1).mean()), 3)
+    for many in MANY_DRAWS:
+        truth = _values(real, of_set, many)
+        if many != name and len(truth) > 1 and len(units) > 0 and "values" in next(iter(units.values())):
+            of_signal = _values(real, of_set, name).mean(axis=0)
+            cell[f"to {many}"] = _or_none(spearman(np.stack([of_signal, truth.mean(axis=0)])))
+    return cell
+
+
+def _values(units: Mapping[tuple[Any, ...], Mapping[str, Any]], of_set: str, name: str) -> np.ndarray:
+    """``[s, n]``, of each seed in turn."""
+    found = [units[key]["values"] for key in sorted(units) if key[:2] == (of_set, name) and "values" in units[key]]
+    return np.array(found, dtype=np.float64)
+
+
+def _or_none(value: Any) -> float | None:
+    return round(float(value), 3) if math.isfinite(value) else None
+
+
+def _of_toys(name: str, toy: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> dict[str, Any]:
+    found = {}
+    for blocks in TOY_STEPS:
+        units = {key[1]: unit for key, unit in toy.items() if key[0] == blocks and key[2] == name}
+        if not units:
+            continue
+        cell: dict[str, Any] = {"seeds": len(units)}
+        for kind in ("ambiguous", "both"):
+            values = [unit[kind] for unit in units.values()]
+            cell[kind], cell[f"{kind}_least"] = round(statistics.fmean(values), 3), round(min(values), 3)
+        ratios = [
+            u["seconds"] / toy[blocks, s, ENTROPY]["seconds"]
+            for s, u in units.items()
+            if "seconds" in u and (blocks, s, ENTROPY) in toy
+        ]
+        if ratios:
+            cell["entropy"] = round(statistics.median(ratios), 2)
+        for many in MANY_DRAWS:
+            pairs = [
+                (u["values"], toy[blocks, s, many]["values"])
+                for s, u in units.items()
+                if "values" in u and (blocks, s, many) in toy
+            ]
+            if pairs and many != name:
+                cell[f"to {many}"] = round(statistics.fmean(float(spearman(np.array(pair))) for pair in pairs), 3)
+        found[str(blocks)] = cell
+    return found
+
+
+def _of_worlds(name: str, worlds: Mapping[tuple[Any, ...], Mapping[str, Any]]) -> dict[str, Any]:
+    """Over seeds: the skill with the largest mean, the best rank of a trap, agreement with many draws."""
+    units = {key[0]: unit for key, unit in worlds.items() if key[1] == name}
+    if not units:
+        return {}
+    from benchmarks.bench_signals import SKILLS, TRAPS
+
+    tops, ranks = [], []
+    for unit in units.values():
+        means = dict(zip(SKILLS, np.array(unit["values"]).reshape(len(SKILLS), -1).mean(axis=1), strict=True))
+        order = sorted(means, key=means.__getitem__, reverse=True)
+        tops.append(order[0])
+        ranks.append(1 + min(order.index(trap) for trap in TRAPS))
+    found: dict[str, Any] = {"seeds": sorted(units), "tops": tops, "best_trap": ranks}
+    found["entropy"] = round(
+        statistics.median(u["seconds"] / worlds[s, ENTROPY]["seconds"] for s, u in units.items()), 2
+    )
+    for many in MANY_DRAWS:
+        pairs = [
+            np.array([unit["values"], worlds[seed, many]["values"]])
+            for seed, unit in units.items()
+            if (seed, many) in worlds and many != name
+        ]
+        if pairs:
+            found[f"to {many}"] = round(statistics.fmean(float(spearman(pair)) for pair in pairs), 3)
+            within = [spearman(pair.reshape(2, len(SKILLS), -1)) for pair in pairs]
+            found[f"within skills to {many}"] = _or_none(np.nanmean(within))
+    return found
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Two tables: real rows, toy students."""
+    sets = list(dict.fromkeys(name for row in rows for name in row["sets"]))
+    lines: list[str] = []
+    if sets:
+        lines += [
+            f"| signal | {' | '.join(sets)} | cost, entropy = 1 | counted | trunks |",
+            "|---" * (len(sets) + 4) + "|",
+        ]
+        for row in rows:
+            cells = [_reliability(row["sets"].get(name)) for name in sets]
+            cells += [_median(row, column) for column in ("entropy", "entropy_counted", "trunks")]
+            lines.append(f"| {row['signal']} | {' | '.join(cells)} |")
+        lines.append("")
+    worlds = [row for row in rows if row["world"]]
+    if worlds:
+        agreement = "as 64 draws: all samples | within a skill"
+        lines += [
+            f"| signal | skill on top | best rank of a trap | {agreement} | cost |",
+            "|---" * 6 + "|",
+        ]
+        for row in worlds:
+            cell = row["world"]
+            agreements = [cell.get(f"{what}to {MANY_DRAWS[0]}") for what in ("", "within skills ")]
+            cells = [", ".join(cell["tops"]), ", ".join(map(str, cell["best_trap"]))]
+            cells += ["" if value is None else f"{value:.2f}" for value in agreements]
+            lines.append(f"| {row['signal']} | {' | '.join(cells)} | {cell['entropy']:.1f} |")
+        lines.append("")
+    depths = list(dict.fromkeys(depth for row in rows for depth in row["toy"]))
+    if depths:
+        heads = [f"{depth} blocks: above ambiguous | above both | {'as 64 draws'} | cost" for depth in depths]
+        lines += [f"| signal | {' | '.join(heads)} |", "|---" * (4 * len(depths) + 1) + "|"]
+        for row in rows:
+            if row["toy"]:
+                lines.append(f"| {row['signal']} | {' | '.join(_toy(row['toy'].get(depth)) for depth in depths)} |")
+    return "\n".join(lines)
+
+
+def _reliability(cell: Mapping[str, Any] | None) -> str:
+    if not cell or cell.get("test_retest") is None:
+        return ""
+    low, high = cell["interval"]
+    return f"{cell['test_retest']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _median(row: Mapping[str, Any], column: str) -> str:
+    """Over the data sets."""
+    values = [cell[column] for cell in row["sets"].values() if column in cell]
+    return f"{statistics.median(values):.1f}" if values else ""
+
+
+def _toy(cell: Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return " | | | "
+    agreement = cell.get(f"to {MANY_DRAWS[0]}")
+    texts = [f"{cell[kind]:.3f} ({cell[f'{kind}_least']:.3f})" for kind in ("ambiguous", "both")]
+    cost = f"{cell['entropy']:.1f}" if "entropy" in cell else ""
+    return " | ".join([*texts, "" if agreement is None else f"{agreement:.2f}", cost])
+
+
+def _cost(row: Mapping[str, Any], sets: Sequence[str]) -> float | None:
+    """In multiples of scoring entropy, the mean over data sets: counted, or timed where nothing was counted."""
+    cells = [row["sets"][name] for name in sets if name in row["sets"]]
+    for column in ("entropy_counted", "entropy"):
+        values = [cell[column] for cell in cells if column in cell]
+        if values:
+            return statistics.fmean(values)
+    return None
+
+
+def _mean_reliability(row: Mapping[str, Any], sets: Sequence[str]) -> float | None:
+    values = [row["sets"].get(name, {}).get("test_retest") for name in sets]
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _separation(row: Mapping[str, Any], blocks: str) -> float | None:
+    cell = row["toy"].get(blocks)
+    return None if cell is None else float(cell["ambiguous"])
+
+
+def picture(rows: Sequence[Mapping[str, Any]], path: Path, machine: str) -> None:
+    """Cost against reliability, of long and of short completions, and against separation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    long = [name for name in real_rows.SETS if name not in real_rows.SHORT]
+    panels = [
+        ("test-retest: GSM8K, PubMedQA, MBPP (mean)", long, lambda row: _mean_reliability(row, long)),
+        (
+            "test-retest: BANKING77, CLINC150 (mean)",
+            real_rows.SHORT,
+            lambda row: _mean_reliability(row, real_rows.SHORT),
+        ),
+        ("toy students, 3 blocks: AUROC of ignorance above ambiguity", long, lambda row: _separation(row, "3")),
+        ("toy students, 6 blocks: AUROC of ignorance above ambiguity", long, lambda row: _separation(row, "6")),
+    ]
+    colours = {"draws": "#8c9bb0", "linear": "#c44e52", "weights": "#55a868", "epig": "#8172b3", "influence": "#ccb974"}
+    figure, axes = pyplot.subplots(2, 2, figsize=(13, 9))
+    for axis, (title, sets, height) in zip(axes.flat, panels, strict=True):
+        for row in rows:
+            x, y = _cost(row, sets), height(row)
+            if x is None or y is None:
+                continue
+            axis.scatter(x, y, color=colours[row["family"]], s=28)
+            axis.annotate(row["signal"], (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+        axis.set_xscale("log")
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel(f"cost in multiples of scoring entropy ({machine})", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.25)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def report(store: Store, result: Path | None, image: Path | None) -> None:
+    """Prints the tables; writes JSON and picture where a path is given."""
+    rows = summary(store)
+    print(markdown(rows))
+    if result is not None:
+        result.parent.mkdir(parents=True, exist_ok=True)
+        result.write_text(json.dumps({**store.settings, "signals": rows}, indent=1) + "\n")
+    if image is not None:
+        machine = store.settings["machine"]
+        picture(rows, image, machine.get("gpu", machine["cpu"]))

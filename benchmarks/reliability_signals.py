@@ -1,0 +1,94 @@
+"""The stochastic signals whose reliability is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+TRUNK, ENTROPY = "trunk", "entropy"
+MI = "mutual_information"
+EPIG = "epig"
+
+
+@dataclass(frozen=True, eq=False)
+class Signal:
+    """What is measured.
+
+    Attributes:
+        family: colours the picture.
+        acquisition: name in acqcore.
+        options: of it; the value ``"calibrated"`` of ``dropout`` stands for the student's own rate, and ``reference``
+            names the kind of reference set.
+        half: the signal with half the draws or probes.
+        pass_: signals of a pass wait until those of the one before have all seeds; products are counted for pass 0.
+        stochastic: values depend on the seed.
+    """
+
+    family: str
+    acquisition: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    half: str | None = None
+    pass_: int = 0
+    stochastic: bool = True
+
+
+def _draws(half: str | None = None, pass_: int = 0, acquisition: str = MI, **options: Any) -> Signal:
+    return Signal("draws", acquisition, options, half, pass_)
+
+
+def _linear(probes: int, posterior: str = "dropout", half: str | None = None, **options: Any) -> Signal:
+    asked = {"form": "linear", "posterior": posterior, "probes": probes, **options}
+    return Signal("linear" if posterior == "dropout" else "weights", MI, asked, half)
+
+
+def _family(name: str, most: int, **options: Any) -> dict[str, Signal]:
+    """1, 2, 4 ... ``most`` probes, each with half of its probes as its half."""
+    counts = [2**i for i in range(most.bit_length())]
+    named = {count: f"{name}, {count} probe{'s' * (count > 1)}" for count in counts}
+    return {named[count]: _linear(count, half=named.get(count // 2), **options) for count in counts}
+
+
+ALL_BLOCKS: dict[str, Any] = {"layers": "all", "dropout": 0.05}
+
+#: Name -> signal. The name says all that is not a default of the form.
+SIGNALS: dict[str, Signal] = {
+    TRUNK: Signal("cost", "", stochastic=False),
+    ENTROPY: Signal("cost", ENTROPY, stochastic=False),
+    "draws, all blocks, 8, p=0.05": _draws("draws, all blocks, 4, p=0.05", draws=8, **ALL_BLOCKS),
+    "draws, all blocks, 4, p=0.05": _draws(draws=4, **ALL_BLOCKS),
+    "draws, all blocks, 8, p=0.01": _draws(draws=8, layers="all", dropout=0.01),
+    "draws, all blocks, 8, calibrated p": _draws(draws=8, layers="all", dropout="calibrated"),
+    **_family("linear, all blocks", 16),
+    **_family("linear, completions", 16, positions="completion"),
+    "linear, last 8 blocks, 4 probes": _linear(4, layers=8),
+    "linear, last 4 blocks, 4 probes": _linear(4, layers=4),
+    "linear, last hidden state, 4 probes": _linear(4, layers=0),
+    **_family("isotropic weights, all blocks", 8, posterior="isotropic"),
+    "isotropic weights, last 8 blocks, 4 probes": _linear(4, "isotropic", layers=8),
+    "draws, last 4 blocks, 8, p=0.05": _draws(draws=8, layers=4, dropout=0.05),
+    "draws, last hidden state, 8, p=0.1": _draws(draws=8, layers=0, dropout=0.1),
+    "draws, last hidden state, 8, p=0.1, blocks of 64": _draws(draws=8, layers=0, dropout=0.1, form="block"),
+    "expected entropy, all blocks, 8, p=0.05": _draws(pass_=1, acquisition="expected_entropy", draws=8, **ALL_BLOCKS),
+    "predictive entropy, all blocks, 8, p=0.05": _draws(
+        pass_=1, acquisition="predictive_entropy", draws=8, **ALL_BLOCKS
+    ),
+    "variation ratio, all blocks, 8, p=0.05": _draws(pass_=1, acquisition="variation_ratio", draws=8, **ALL_BLOCKS),
+    "bald_quadratic, all blocks, 8, p=0.05": _draws(pass_=1, acquisition="bald_quadratic", draws=8, **ALL_BLOCKS),
+    "influence, head": Signal("influence", "influence", {"reference": "head"}),
+    "influence, all parameters": Signal("influence", "influence", {"reference": "all"}),
+    "epig, 2 probes": Signal("epig", EPIG, {"reference": EPIG, "probes": 2}),
+    "epig, 4 probes": Signal("epig", EPIG, {"reference": EPIG, "probes": 4}, half="epig, 2 probes"),
+    "gradient_diversity, head": Signal("influence", "gradient_diversity", {"parameters": "head"}),
+    "draws, all blocks, 64, calibrated p": _draws(pass_=2, draws=64, layers="all", dropout="calibrated"),
+    "draws, all blocks, 64, p=0.05": _draws(pass_=2, draws=64, **ALL_BLOCKS),
+}
+
+#: Signals that stand for the value without noise, where they agree with themselves.
+MANY_DRAWS = ("draws, all blocks, 64, calibrated p", "draws, all blocks, 64, p=0.05")
+#: Of the toy students: those of real rows that mean something with a vocabulary of 200 tokens and 3 or 6 blocks.
+TOY_SKIPPED = (
+    TRUNK, "epig, 2 probes", "epig, 4 probes", "influence, head", "influence, all parameters",
+    "gradient_diversity, head", "draws, last 4 blocks, 8, p=0.05", "linear, last 8 blocks, 4 probes",
+    "linear, last 4 blocks, 4 probes", "isotropic weights, last 8 blocks, 4 probes",
+)  # fmt: skip

@@ -1,0 +1,265 @@
+"""The students and questions on which signals are measured: SmolLM2, toy students, base models of the world."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import acqcore
+from acqcore.acquisitions import LinearOptions
+from acqcore.acquisitions.mutual_information import mutual_information, stderr
+from acqcore.gradients.selection import select_linear
+from acqcore.scoring.run import Runner
+from benchmarks import real_rows, toy_student
+from benchmarks.calibration import calibrate_dropout
+from benchmarks.reliability_signals import ENTROPY, EPIG, MI, SIGNALS, Signal
+from benchmarks.reliability_units import rounded
+
+REFERENCE_ROWS = 16  # of influence and of expected predictive information gain
+RISE = 0.02  #: share of the loss that draws at the calibrated rate add
+TOY_STEPS = {3: 400, 6: 800}  # blocks -> training steps that bring a student to know the table
+TOY_QUESTIONS = 256  # of each kind
+WORLD_QUESTIONS = 32  # of each skill
+
+
+class Real:
+    """SmolLM2 and the rows of each data set.
+
+    Args:
+        student: folder of the model.
+        rows: of each data set.
+        scored: tokens of a completion; None keeps it whole.
+    """
+
+    def __init__(
+        self, student: Path, device: str, dtype: torch.dtype, rows: int, scored: int | None, sets: Sequence[str]
+    ):
+        self.student = acqcore.Student.load(student, dtype=dtype, device=device)
+        self.device = device
+        self.batch_tokens = 32768 if device == "cuda" else 8192
+        self.rows = {name: real_rows.encode(self.student, real_rows.load(name, rows), scored) for name in sets}
+        asked = real_rows.load("GSM8K", REFERENCE_ROWS, seed=1)
+        self.reference = real_rows.encode(self.student, asked, scored)
+        self._made: dict[Any, Any] = {}
+
+    def score(self, signal: Signal, rows: Sequence[acqcore.Row], seed: int, backend: str | None = None) -> Any:
+        """Values and standard errors ``[n]``, the latter None where there are none; None of the bare trunk."""
+        if not signal.acquisition:
+            return self._trunk(rows)
+        options = self.resolved(signal, seed)
+        passes: dict[str, Any] = {"batch_tokens": self.batch_tokens, "backend": backend}
+        if signal.acquisition == EPIG:
+            return acqcore.epig(self.student, rows, **options, **passes), None
+        arguments = {signal.acquisition: options} if options else None
+        scores = acqcore.score(
+            self.student, rows, signal.acquisition, acquisition_args=arguments, progress=False, **passes
+        )
+        return scores[signal.acquisition], scores.stderr.get(signal.acquisition)
+
+    def resolved(self, signal: Signal, seed: int) -> dict[str, Any]:
+        """The arguments of a signal under a seed, placeholders filled in."""
+        options = dict(signal.options)
+        if options.get("dropout") == "calibrated":
+            options["dropout"] = self.rate
+        if "reference" in options:
+            options["reference"] = self._reference(options["reference"], seed)
+        elif signal.stochastic:
+            options["seed"] = seed
+        return options
+
+    @property
+    def rate(self) -> float:
+        """The dropout that raises the loss of the reference rows by ``RISE``."""
+        if "rate" not in self._made:
+            self._made["rate"] = calibrate_dropout(
+                self.student, self.reference, rise=RISE, batch_tokens=self.batch_tokens
+            )
+        return float(self._made["rate"])
+
+    def prepare(self, signal: Signal, seed: int) -> None:
+        """Makes what many calls share, so that no time counts it; and warms the signal's kernels up."""
+        self.resolved(signal, seed)
+        if signal not in self._made:
+            self._made[signal] = True
+            self.score(signal, self.rows[next(iter(self.rows))][:2], seed)
+
+    def seconds(self, signal: Signal, name: str, seed: int) -> tuple[float, Any]:
+        self.prepare(signal, seed)
+        self._settle()
+        begin = time.perf_counter()
+        found = self.score(signal, self.rows[name], seed)
+        self._settle()
+        return time.perf_counter() - begin, found
+
+    def unit(self, signal: Signal, name: str, seed: int) -> dict[str, Any]:
+        """Values, their standard errors where the estimator gives them, and seconds."""
+        seconds, found = self.seconds(signal, name, seed)
+        if found is None:
+            return {"seconds": seconds}
+        values, errors = found
+        unit: dict[str, Any] = {"seconds": seconds, "values": rounded(values)}
+        return unit if errors is None else {**unit, "stderr": rounded(errors)}
+
+    def shared(self, names: Sequence[str], of_set: str, rows: slice, seeds: Sequence[int]) -> dict[str, Any]:
+        """Values and standard errors of linear forms for some rows, from one graph for all forms and seeds."""
+        asked = {}
+        for name in names:
+            options = {key: value for key, value in SIGNALS[name].options.items() if key != "form"}
+            for seed in seeds:
+                asked[name, seed] = LinearOptions.of(name, {**options, "seed": seed})
+        runner = Runner(self.student, [options.need for options in asked.values()], self.batch_tokens, None)
+        picked = self.rows[of_set][rows]
+        values = {key: torch.full((2, len(picked)), torch.nan) for key in asked}
+        for found in runner.batches(picked):
+            for key, options in asked.items():
+                squares = found.results[options.need]
+                errors = stderr(squares, options)
+                assert errors is not None
+                values[key][:, found.indices] = torch.stack([mutual_information(squares, options), errors]).float()
+        return {
+            "signals": [
+                {"signal": name, "seed": seed, "values": rounded(of_rows), "stderr": rounded(errors)}
+                for (name, seed), (of_rows, errors) in values.items()
+            ]
+        }
+
+    def flops(self, signal: Signal, name: str) -> dict[str, Any]:
+        """Floating-point operations of all matrix products for a data set's rows, from their shapes."""
+        trunk = select_linear(self.student, "all").names
+        assert self.student._module is not None
+        config: Any = self.student._module.config
+        per_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = config.num_attention_heads * per_head
+        shape = Shape(sum(w.numel() for w in trunk), config.num_hidden_layers * width, self.student.head.weight.numel())
+        return {"flops": sum(shape.flops(signal, row) for row in self.rows[name])}
+
+    def _trunk(self, rows: Sequence[acqcore.Row]) -> None:
+        """The forwards that ``score`` makes, alone."""
+        from acqcore.students.packing import OVERHEAD_TOKENS, collate, partition
+
+        lengths = [len(row.ids) for row in rows]
+        overhead = OVERHEAD_TOKENS.get(self.student.device.type, OVERHEAD_TOKENS["cuda"])
+        with self.student.scoring():
+            for picked in partition(lengths, self.batch_tokens, overhead):
+                self.student.hidden(collate([rows[i] for i in picked])[0].to(self.student.device))
+
+    def _reference(self, kind: Any, seed: int) -> Any:
+        if (kind, seed) not in self._made:
+            given: dict[str, Any] = {"seed": seed, "batch_tokens": self.batch_tokens}
+            if kind == EPIG:
+                made: Any = acqcore.epig_reference(self.student, self.reference, **given)
+            else:
+                made = acqcore.influence_reference(self.student, self.reference, parameters=kind, **given)
+            self._made[kind, seed] = made
+        return self._made[kind, seed]
+
+    def _settle(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes that the products of a student follow from.
+
+    Attributes:
+        linear: weights of the linear layers in blocks.
+        attention: width of attention, added up over blocks.
+        head: weights of the head.
+    """
+
+    linear: int
+    attention: int
+    head: int
+
+    def flops(self, signal: Signal, row: acqcore.Row) -> int:
+        """Of one row alone. A backward of activations takes as much as the forward in linear layers, 5/2 in attention
+        (which forms its weights again); cotangents of P probes take 2 + P products with the head, statistics one.
+        """
+        length = len(row.ids)
+        forward = 2 * self.linear * length + 4 * self.attention * length**2
+        head = 2 * self.head * row.n_scored
+        options = signal.options
+        if signal.acquisition == "":
+            return forward
+        if "draws" in options:
+            return int(options["draws"]) * (forward + head)
+        probes = options.get("probes", 0)
+        first = int((row.targets >= 0).nonzero()[0]) - 1 if options.get("positions") == "completion" else 0
+        graph = length - first  # tokens of which activations are kept
+        backward = 2 * self.linear * graph + 10 * self.attention * graph * length
+        return forward + head + probes * (backward + head) + (2 * head if probes else 0)
+
+
+def counted(signal: Signal) -> bool:
+    """Whether :class:`Shape` counts its products: the trunk, entropy, and noise of activations in every block."""
+    options = signal.options
+    plain = not set(options) - {"form", "posterior", "probes", "draws", "layers", "dropout", "positions"}
+    of_blocks = options.get("layers", "all") == "all" and options.get("posterior", "dropout") == "dropout"
+    return signal.acquisition in ("", ENTROPY, MI) and plain and of_blocks
+
+
+class Toy:
+    """A student of ``blocks`` blocks, and questions of each kind."""
+
+    def __init__(self, blocks: int, seed: int) -> None:
+        self.student = acqcore.Student.from_model(toy_student.train(seed, blocks, TOY_STEPS[blocks]))
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.cat([toy_student.questions(kind, TOY_QUESTIONS, generator) for kind in toy_student.KINDS])
+        # Of unseen keys the student is wrong and sure, so dropout lowers their loss.
+        learnt = self.ids[: 2 * TOY_QUESTIONS]
+        self.rate = calibrate_dropout(self.student, toy_student.samples(learnt), rise=RISE)
+
+    def unit(self, signal: Signal) -> dict[str, Any]:
+        """AUROC of unseen questions above the ambiguous and above all others, values, seconds."""
+        options = dict(signal.options) | ({"seed": 0} if signal.stochastic else {})
+        if options.get("dropout") == "calibrated":
+            options["dropout"] = self.rate
+        asked = {signal.acquisition: options} if options else None
+        begin = time.perf_counter()
+        scores = acqcore.score(
+            self.student, toy_student.samples(self.ids), signal.acquisition, acquisition_args=asked, progress=False
+        )
+        seconds = time.perf_counter() - begin
+        values = scores[signal.acquisition]
+        easy, ambiguous, unseen = values.split(TOY_QUESTIONS)
+        return {
+            "ambiguous": toy_student.auroc(unseen, ambiguous),
+            "both": toy_student.auroc(unseen, torch.cat([easy, ambiguous])),
+            "rate": self.rate,
+            "seconds": seconds,
+            "values": rounded(values),
+        }
+
+
+class World:
+    """The base model of a seed, and questions of every skill."""
+
+    def __init__(self, seed: int) -> None:
+        # Here, as a machine that measures real rows alone need not have what the loop requires.
+        from acqsynth.world import Settings, base_model
+        from benchmarks.bench_signals import DOMAIN, SKILLS, messages
+
+        self.student = acqcore.Student.load(base_model(Settings(seed=seed)))
+        skills = [DOMAIN.rows(WORLD_QUESTIONS, seed, skills=[name]) for name in SKILLS]
+        self.rows = [row for rows in skills for row in messages(rows)]
+        self.rate = calibrate_dropout(self.student, self.rows[::8], rise=RISE)
+
+    def unit(self, signal: Signal) -> dict[str, Any]:
+        """Values of the skills one after another, seconds."""
+        options = dict(signal.options) | ({"seed": 0} if signal.stochastic else {})
+        if options.get("dropout") == "calibrated":
+            options["dropout"] = self.rate
+        asked = {signal.acquisition: options} if options else None
+        begin = time.perf_counter()
+        # The sum, as the recipe has it: what a row tells is the sum of what its tokens tell.
+        scores = acqcore.score(
+            self.student, self.rows, signal.acquisition, acquisition_args=asked, reduction="sum", progress=False
+        )
+        seconds = time.perf_counter() - begin
+        return {"rate": self.rate, "seconds": seconds, "values": rounded(scores[signal.acquisition])}

@@ -1,0 +1,220 @@
+"""Sums of a second visit that random cotangents of the logits follow from, as ``acqcore.fisher`` combines them.
+
+With the statistics known, ``write_cotangents`` forms the factors ``e cap'`` of each row and ``sqrt(e) r cap'`` of each
+probe. ``e = exp(z - reference)``, zero in the column of the largest logit; r are the probe's signs, recomputed from
+counters. A stretch of the vocabulary at a time the factors go to a ring, and ``factors.add_product`` multiplies each by
+the weights. The logits are formed once for all probes.
+
+The reference is the second largest logit: a confident row's factors are not all next to 0. Of half-precision inputs
+factors are rounded to the inputs' dtype, and the column of the largest logit takes what they lose: a cotangent's
+entries still add up to 0, so what all rows of the weight have in common cancels. Not measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from acqcore.kernels.config import Tiles
+from acqcore.kernels.factors import ROWS, Factors, add_lost, add_product
+from acqcore.kernels.fold import LOG2E, LOWEST, widen
+from acqcore.kernels.product import descriptor, has_descriptor, logit_tile, place
+
+#: The site that signs take in a counter, as in ``acqcore.philox``.
+SIGN_SITE = 0xFFFF
+
+
+#: Logits of a tile that a thread holds at most: root, slope and factor are beside them. With 128, as the tiles of
+#: ``row_stats`` on sm_90 have, 1064 bytes of a thread spill, with 64 none (Triton 3.9).
+THREAD_LOGITS = 64
+WIDEST = 128
+
+
+def narrowed(tiles: Tiles) -> Tiles:
+    """Tiles of ``write_cotangents``, after those of ``row_stats``."""
+    width = min(tiles.block_n, WIDEST)
+    return replace(tiles, block_n=width, warps=max(tiles.warps, tiles.block_m * width // (32 * THREAD_LOGITS)))
+
+
+@triton.jit
+def tile_signs(
+    first,  # column, a multiple of BITS
+    position,  # [rows] uint32
+    sample,  # [rows] uint32
+    probe_site,  # uint32: probe | site << 16
+    seed,  # uint64
+    WORDS: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Signs ``[rows, WORDS * BITS]`` of consecutive columns, bool, as ``acqcore.philox.signs`` has them."""
+    word = first // 32 + tl.arange(0, WORDS)[None, :]  # [1, WORDS]
+    zero = (word * 0).to(tl.uint32) + position[:, None] * 0  # [rows, WORDS]
+    group = (word // 4).to(tl.uint32) + zero
+    a, b, c, d = tl.philox(seed, group, position[:, None] + zero, sample[:, None] + zero, probe_site + zero)
+    which = word % 4
+    words = tl.where(which < 2, tl.where(which == 0, a, b), tl.where(which == 2, c, d))
+    shift = (first % 32 + tl.arange(0, BITS)).to(tl.uint32)
+    bits = (words[:, :, None] >> shift[None, None, :]) & 1
+    return tl.reshape(bits, (position.shape[0], WORDS * BITS)) != 0
+
+
+@triton.jit(do_not_specialize=["n", "chunk", "probes", "tiles", "seed"])
+def write_cotangents(
+    hidden,  # [n, depth], or its tensor descriptor
+    weight,  # [vocab, depth], or its tensor descriptor
+    bias,  # [vocab] float32 or None
+    top,  # [n] int64: column of the largest logit, -1 in rows to ignore
+    reference,  # [n] float32
+    norms,  # [vocab] float32: squared norms of the weight's rows
+    samples,  # [n] int64
+    positions,  # [n] int64
+    factor,  # [probes + 1, n, ring_row], written; zero in ignored rows and outside the vocabulary
+    signed,  # [probes, tiles, n] float32, written: sums of sqrt(e) r
+    squares,  # [tiles, n] float32, written: sums of e cap'^2 norms
+    lost,  # [probes + 1, tiles, n] float32, written: what rounding takes from the factors, if ROUNDED
+    n,
+    chunk,  # first column of the stretch
+    vocab,
+    depth,
+    hidden_row,
+    hidden_column,
+    weight_row,
+    weight_column,
+    ring_row,
+    probes,
+    tiles,  # of all stretches
+    seed,
+    scale,  # multiplies product and bias
+    cap,  # multiplies tanh, if HAS_CAP
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    WORDS: tl.constexpr,
+    BITS: tl.constexpr,
+    SITE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_V: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUNDED: tl.constexpr,
+):
+    block, tile = place(tl.program_id(0), tl.cdiv(n, BLOCK_M), ring_row // BLOCK_N, GROUP_M)
+    first_row = block * BLOCK_M
+    begin = chunk + tile * BLOCK_N
+    z = logit_tile(
+        hidden, weight, bias, first_row, begin, n, vocab, depth, hidden_row, hidden_column, weight_row,
+        weight_column, scale, cap, BLOCK_M, BLOCK_N, BLOCK_K, HAS_BIAS, HAS_SCALE, HAS_CAP, EVEN_K, EVEN_V,
+        DESCRIPTORS, UPCAST, PRECISION,
+    )  # fmt: skip
+    rows = first_row + tl.arange(0, BLOCK_M)
+    inside = rows < n
+    column = begin + tl.arange(0, BLOCK_N)
+    largest = tl.load(top + rows, mask=inside, other=-1)
+    x = (z - tl.load(reference + rows, mask=inside, other=0.0)[:, None]) * 0.5
+    if HAS_BIAS or not EVEN_V:
+        x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    kept = (largest >= 0)[:, None] & (column[None, :] != largest[:, None]) & (column < vocab)[None, :]
+    root = tl.where(kept, tl.exp2(x * LOG2E), 0.0)
+    slope = tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32)
+    if HAS_CAP:
+        tanh = tl.maximum(z, -cap, propagate_nan=tl.PropagateNan.ALL) / cap
+        slope = 1 - tanh * tanh
+    of_row = (begin // BLOCK_N).to(tl.int64) * n + rows
+    norm = tl.load(norms + column, mask=column < vocab, other=0.0)
+    tl.store(squares + of_row, tl.sum(root * root * slope * slope * norm[None, :], axis=1), mask=inside)
+    at = rows.to(tl.int64)[:, None] * ring_row + (tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    position = tl.load(positions + rows, mask=inside, other=0).to(tl.uint32)
+    sample = tl.load(samples + rows, mask=inside, other=0).to(tl.uint32)
+    rows_in_ring = tl.zeros((), tl.int64) + n
+    plane = rows_in_ring * tiles
+    for k in range(-1, probes):  # -1 stands for e itself; not unrolled, so that no variant depends on the probes
+        probe = tl.maximum(tl.zeros((), tl.int32) + k, 0)
+        positive = tile_signs(
+            begin, position, sample, probe.to(tl.uint32) | (SITE << 16), seed.to(tl.uint64), WORDS, BITS
+        )
+        signs = tl.where(positive, root, -root)
+        tl.store(signed + probe * plane + of_row, tl.sum(signs, axis=1), mask=inside & (k >= 0))
+        f = tl.where(k < 0, root * root, signs) * slope
+        part = f.to(factor.dtype.element_ty)
+        if ROUNDED:
+            left = tl.sum(f, axis=1) - tl.sum(widen(part), axis=1)
+            tl.store(lost + (k + 1) * plane + of_row, left, mask=inside)
+        tl.store(factor + (k + 1) * rows_in_ring * ring_row + at, part, mask=inside[:, None])
+
+
+def fisher_sums(
+    factors: Factors,
+    hidden: torch.Tensor,  # [N, D]
+    top: torch.Tensor,  # [N] int64, -1 in rows to ignore
+    reference: torch.Tensor,  # [N] float32
+    samples: torch.Tensor,  # [N] int64
+    positions: torch.Tensor,  # [N] int64
+    final: torch.Tensor,  # [N] float64: exp(reference - largest logit)
+    seed: int,
+    sums: torch.Tensor,  # [P + 1, N, D] float32, written
+    signed: torch.Tensor,  # [P, N] float64, written
+    squares: torch.Tensor,  # [N] float64, written
+) -> None:
+    """``Backend.fisher_sums`` of a whole head; arguments are trusted."""
+    weight, product, cut = factors.weight, factors.tiles, narrowed(factors.tiles)
+    factors = replace(factors, tiles=cut)
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    (vocab, depth), n, probes = weight.shape, len(hidden), len(signed)
+    if n == 0:
+        return
+    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+    groups = triton.cdiv(n * (probes + 1), ROWS)
+    at_once = triton.cdiv(triton.cdiv(n, groups), cut.block_m) * cut.block_m
+    over = factors.softcap or factors.temperature
+    for first in range(0, n, at_once):
+        part = slice(first, first + at_once)
+        rows = len(reference[part])
+        ring, _ = factors.ring((probes + 1) * rows, dtype, parts=1)
+        width = ring.shape[1]
+        factor = ring.view(probes + 1, rows, width)
+        tiles = triton.cdiv(vocab, width) * (width // cut.block_n)
+        of_signs = reference.new_zeros((probes, tiles, rows))
+        of_squares = reference.new_zeros((tiles, rows))
+        lost = reference.new_zeros((probes + 1, tiles, rows)) if dtype != torch.float32 else None
+        finals = torch.stack([final[part], *[final[part].sqrt()] * probes]).float()
+        by_engine = cut.descriptors and has_descriptor(hidden[part]) and has_descriptor(weight)
+        for chunk in range(0, vocab, width):
+            write_cotangents[(triton.cdiv(rows, cut.block_m) * (width // cut.block_n),)](
+                descriptor(hidden[part], cut.block_m, cut.block_k) if by_engine else hidden[part],
+                descriptor(weight, cut.block_n, cut.block_k) if by_engine else weight,
+                factors.bias, top[part], reference[part], norms, samples[part], positions[part], factor, of_signs,
+                of_squares, lost, rows, chunk, vocab, depth, *hidden.stride(), *weight.stride(), width, probes, tiles,
+                seed, factors.scale / over, (factors.softcap or 1.0) / factors.temperature,
+                BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, GROUP_M=cut.group_m,
+                WORDS=max(cut.block_n // 32, 1), BITS=min(cut.block_n, 32), SITE=SIGN_SITE,
+                HAS_BIAS=factors.bias is not None, HAS_SCALE=factors.scale != over,
+                HAS_CAP=factors.softcap is not None, EVEN_K=depth % cut.block_k == 0, EVEN_V=vocab % width == 0,
+                DESCRIPTORS=by_engine, UPCAST=factors.upcast or hidden.dtype != weight.dtype,
+                PRECISION=factors.precision, ROUNDED=lost is not None, num_warps=cut.warps, num_stages=cut.stages,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+            by_engine_too = product.descriptors and has_descriptor(weight)
+            for k in range(probes + 1):
+                add_product[(triton.cdiv(rows, product.block_m) * triton.cdiv(depth, product.block_n),)](
+                    descriptor(factor[k], product.block_m, product.block_k) if by_engine_too else factor[k],
+                    descriptor(weight, product.block_k, product.block_n) if by_engine_too else weight,
+                    sums[k, part], finals[k], rows, chunk, min(width, vocab - chunk), vocab, depth, width,
+                    *weight.stride(), sums.stride(1), BLOCK_M=product.block_m, BLOCK_N=product.block_n,
+                    BLOCK_K=product.block_k, GROUP_M=product.group_m, DESCRIPTORS=by_engine_too,
+                    UPCAST=factors.upcast or weight.dtype != dtype, PRECISION=factors.precision,
+                    num_warps=product.warps, num_stages=max(product.stages - 1, 1), enable_fp_fusion=True,
+                )  # fmt: skip
+        del ring, factor  # their room is needed
+        signed[:, part] = of_signs.sum(dim=1, dtype=torch.float64) * final[part].sqrt()
+        squares[part] = of_squares.sum(dim=0, dtype=torch.float64) * final[part]
+        if lost is not None:
+            for k in range(probes + 1):
+                add_lost(factors, top[part], lost[k].sum(dim=0) * finals[k], sums[k, part])
