@@ -16,6 +16,8 @@ from benchmarks.reliability_signals import ENTROPY, MANY_DRAWS, SIGNALS, TRUNK, 
 from benchmarks.reliability_students import TOY_STEPS
 from benchmarks.reliability_units import Store, interval, spearman, stepped_up
 
+TICKS = (1, 2, 4, 8, 16, 32)  # of cost
+
 
 def summary(store: Store) -> list[dict[str, Any]]:
     """A line for each signal: reliability and cost by data set, separation in the toy students."""
@@ -163,12 +165,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     lines: list[str] = []
     if sets:
         lines += [
-            f"| signal | {' | '.join(sets)} | cost, entropy = 1 | counted | trunks |",
-            "|---" * (len(sets) + 4) + "|",
+            f"| signal | {' | '.join(sets)} | cost, entropy = 1 | counted | trunks | counted |",
+            "|---" * (len(sets) + 5) + "|",
         ]
         for row in rows:
             cells = [_reliability(row["sets"].get(name)) for name in sets]
-            cells += [_median(row, column) for column in ("entropy", "entropy_counted", "trunks")]
+            cells += [_median(row, column) for column in ("entropy", "entropy_counted", "trunks", "trunks_counted")]
             lines.append(f"| {row['signal']} | {' | '.join(cells)} |")
         lines.append("")
     worlds = [row for row in rows if row["world"]]
@@ -238,7 +240,7 @@ def _separation(row: Mapping[str, Any], blocks: str) -> float | None:
     return None if cell is None else float(cell["ambiguous"])
 
 
-def picture(rows: Sequence[Mapping[str, Any]], path: Path, machine: str) -> None:
+def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Cost against reliability, of long and of short completions, and against separation."""
     import matplotlib
 
@@ -267,7 +269,9 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path, machine: str) -> None
             axis.annotate(row["signal"], (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
         axis.set_xscale("log")
         axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel(f"cost in multiples of scoring entropy ({machine})", fontsize=8)
+        axis.set_xticks(TICKS, [str(tick) for tick in TICKS])
+        axis.minorticks_off()
+        axis.set_xlabel("cost, counted, in multiples of scoring entropy", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.25)
     figure.tight_layout()
@@ -284,5 +288,4 @@ def report(store: Store, result: Path | None, image: Path | None) -> None:
         result.parent.mkdir(parents=True, exist_ok=True)
         result.write_text(json.dumps({**store.settings, "signals": rows}, indent=1) + "\n")
     if image is not None:
-        machine = store.settings["machine"]
-        picture(rows, image, machine.get("gpu", machine["cpu"]))
+        picture(rows, image)

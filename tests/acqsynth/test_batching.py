@@ -19,19 +19,24 @@ def double(key, items):
 
 
 class Doubler:
-    """Twice each item; 13 raises. A batch waits while ``free`` is cleared."""
+    """Twice each item; 13 raises. A batch waits while ``free`` is cleared, and no two run at once."""
 
     def __init__(self):
         self.batches = []
         self.free = threading.Event()
         self.free.set()
+        self.one_at_a_time = threading.Lock()
 
     def __call__(self, key, items):
-        self.batches.append((key, items))
-        assert self.free.wait(60)
-        if 13 in items:
-            raise RuntimeError("13")
-        return double(key, items)
+        assert self.one_at_a_time.acquire(blocking=False)
+        try:
+            self.batches.append((key, items))
+            assert self.free.wait(60)
+            if 13 in items:
+                raise RuntimeError("13")
+            return double(key, items)
+        finally:
+            self.one_at_a_time.release()
 
     @property
     def items(self):
@@ -248,7 +253,8 @@ def test_works_in_a_forked_process(batcher, doubler):
     held(doubler, one)
     one.submit("a", [1])
     child = os.fork()
-    if child == 0:  # what waits in the parent is not the child's
+    if child == 0:  # what waits or runs in the parent is not the child's
+        doubler.one_at_a_time.release()
         doubler.free.set()
         os._exit(one.submit("a", [21]).result(60)[0] + one.waiting)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42

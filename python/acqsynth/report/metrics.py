@@ -342,5 +342,5 @@ def _judged(difference: Mapping[str, float], what: str, words: Mapping[str, str]
     few = difference["fits"] < FEWEST
     kind = "none" if few or not sure else "gain" if difference["mean"] > 0 else "loss"
     span = f"{points(difference['mean'])} points, interval {points(difference['low'])} to {points(difference['high'])}"
-    why = f"; calling a gain or loss takes {FEWEST} fits, and this has {difference['fits']:.0f}" if few else ""
+    why = f"; a gain or a loss needs {FEWEST} fits, this run has {difference['fits']:.0f}" if few else ""
     return {"kind": kind, "text": f"{words[kind]}: {what}, {span}{why}."}
