@@ -11,6 +11,7 @@ import io
 import json
 import re
 import shlex
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,6 @@ def _run(line: str, where: str) -> None:
 
 
 def _extras(packages: list[str], where: str) -> None:
-    import tomllib
-
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for package in packages:
         for extra in (re.search(r"\[(.*)\]", package) or ["", ""])[1].split(","):
@@ -188,6 +187,16 @@ def test_links_of_the_readme_lead_to_files_and_pages():
         assert (ROOT / path).exists(), path
     for page in re.findall(r"https://acqcore\.readthedocs\.io/en/latest/([^)#\s]+)\.html", text):
         assert page.startswith("generated/") or (ROOT / "docs" / f"{page}.md").exists(), page
+
+
+def test_addresses_are_those_of_the_package() -> None:
+    """One owner and one documentation site, on every page."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    known = (urls["Source"], urls["Source"].replace("github.com", "raw.githubusercontent.com"), urls["Documentation"])
+    address = re.compile(r"https://(?:[\w.-]*github[\w.-]*|[\w.-]*readthedocs\.io)[^\s)>\"'`]*")
+    for page in [*PAGES, ROOT / "CITATION.cff", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]:
+        for found in address.findall(page.read_text(encoding="utf-8")):
+            assert found.startswith(known) or "acqcore" not in found, f"{page}: {found}"
 
 
 def test_generated_pages(tmp_path, monkeypatch):
