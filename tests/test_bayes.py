@@ -46,21 +46,23 @@ def _run(case: Case, backend: str, **options: Any) -> BayesStats:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", ["element", "block"])
+@pytest.mark.parametrize(("form", "block"), [("element", 1), ("block", 16), ("block", 32)])
 @pytest.mark.parametrize("name", CASES)
-def test_parity(name, form, dtype, implementation):
+def test_parity(name, form, block, dtype, implementation):
+    """Blocks of 32 bfloat16 fill a row of a tile register, those of 16 do not."""
     case = CASES[name]().to(dtype)
-    got = _run(case, implementation, form=form, block=16)
-    _assert_close(got, _run(case.to(torch.float64), "eager", form=form, block=16), dtype)
+    got = _run(case, implementation, form=form, block=block)
+    _assert_close(got, _run(case.to(torch.float64), "eager", form=form, block=block), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("draws", [2, 8, 19])
+@pytest.mark.parametrize(("draws", "dropout"), [(2, 0.3), (8, 0.3), (19, 0.7)])
 @pytest.mark.parametrize(("form", "block"), [("element", 1), ("block", 7), ("block", 64), ("block", 5000)])
-def test_draws_and_blocks(draws, form, block, dtype, implementation):
-    """Blocks that do not divide D, one block for all, odd blocks under pairs of bfloat16; D beyond one packed depth."""
+def test_draws_and_blocks(draws, dropout, form, block, dtype, implementation):
+    """Blocks that do not divide D, one block for all, odd blocks under pairs of bfloat16; D beyond one packed depth;
+    more blocks dropped than kept."""
     case = random_case(11, 1411, 700, bias=True, softcap=9.0, scale=0.7).to(dtype)
-    options = {"draws": draws, "form": form, "block": block, "dropout": 0.3}
+    options = {"draws": draws, "form": form, "block": block, "dropout": dropout}
     _assert_close(_run(case, implementation, **options), _run(case.to(torch.float64), "eager", **options), dtype)
 
 

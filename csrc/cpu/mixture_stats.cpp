@@ -161,7 +161,11 @@ void add(const float* part, int width, bool accumulate, float* z) {
 void combine(const float* partial /* [blocks, kPlane] */, int64_t blocks, const bool* keep /* [draws, stride] */,
              int64_t stride, int draws, int width, bool accumulate, float* z) {
   alignas(64) float all[kTile];
-  for (int64_t b = 0; b < blocks; ++b) add<1>(partial + b * kPlane, width, b > 0, all);
+  for (int v = 0; v < width; v += kLanes) {
+    Vec sums[4] = {};  // four short chains: what is taken off again costs no more exactness than one long chain would
+    for (int64_t b = 0; b < blocks; ++b) sums[b % 4] += load(partial + b * kPlane + v);
+    store(all + v, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
   for (int k = 0; k < draws; ++k) {
     const bool* kept = keep + k * stride;
     float* to = z + k * kPlane;
