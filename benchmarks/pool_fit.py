@@ -135,7 +135,7 @@ class Llama:
             for norm, q, k, v, o, second, gate, up, down in self.blocks:
                 y = F.rms_norm(x, norm.shape, norm, self.eps)
                 query, key, value = (F.linear(y, w).unflatten(1, (-1, d)) for w in (q, k, v))  # [N, heads, d]
-                query, key = _rotated(query, cosine, sine), _rotated(key, cosine, sine)
+                query, key = rotated(query, cosine, sine), rotated(key, cosine, sine)
                 groups = query.shape[1] // key.shape[1]
                 query, key, value = (spread(z).transpose(1, 2) for z in (query, key, value))
                 key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -170,13 +170,13 @@ class Llama:
         return F.linear(hidden.float(), self.head.float())
 
 
-def _rotated(
-    x: torch.Tensor,  # [N, heads, d]
-    cosine: torch.Tensor,  # [N, 1, d]
-    sine: torch.Tensor,  # [N, 1, d]
+def rotated(
+    x: torch.Tensor,  # [..., d]
+    cosine: torch.Tensor,  # [..., d], as x or broadcast to it
+    sine: torch.Tensor,  # likewise
 ) -> torch.Tensor:
-    first, second = x.chunk(2, dim=2)
-    return x * cosine + torch.cat((-second, first), dim=2) * sine
+    first, second = x.chunk(2, dim=-1)
+    return x * cosine + torch.cat((-second, first), dim=-1) * sine
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import sdpa_kernel
 
-from benchmarks.pool_fit import ATTENTION, CLIP, Llama, _rotated as rotated
+from benchmarks.pool_fit import ATTENTION, CLIP, Llama, rotated
 
 BETAS = (0.9, 0.95)
 
