@@ -117,8 +117,12 @@ def build(student, tokenizer, domain, scripted):
         )
         if acquisition is None:
             return default
-        needed = {"influence": {"reference": SEEDS}, "archive_novelty": {"archive": acqcore.Archive(64)}}
-        arguments = {acquisition: needed.get(acquisition, {})}
+        needed = {
+            "influence": lambda: {"reference": SEEDS},
+            "epig": lambda: {"reference": acqcore.epig_reference(student, ["1 + 1 = 2"], tokenizer=tokenizer)},
+            "archive_novelty": lambda: {"archive": acqcore.Archive(64)},
+        }
+        arguments = {acquisition: needed.get(acquisition, dict)()}
         signals = acquisition_signals(student, arguments, domain, tokenizer=tokenizer)
         if acquisition == "archive_novelty":
             signals[0].accept(SEEDS)  # to an empty archive all is new

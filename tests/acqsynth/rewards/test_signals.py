@@ -74,7 +74,11 @@ def test_signals_of_one_student_share_a_pass_within_a_call(domain, samples, mode
 
 
 def test_every_registered_acquisition_is_a_signal(domain, samples, model, tokenizer):
-    needed = {"influence": {"reference": samples[:1]}, "archive_novelty": {"archive": acqcore.Archive(4)}}
+    needed = {
+        "influence": {"reference": samples[:1]},
+        "epig": {"reference": acqcore.epig_reference(model, ["1 + 1 = 2"], dim=64, tokenizer=tokenizer)},
+        "archive_novelty": {"archive": acqcore.Archive(4)},
+    }
     names = {name: needed.get(name, {}) for name in acqcore.acquisitions()}
     for signal in acquisition_signals(model, names, domain, tokenizer=tokenizer):
         values = signal(samples)
