@@ -88,8 +88,10 @@ def test_a_saved_reference(tiny_model: Callable[..., Any], tmp_path: Path) -> No
     ]
     assert torch.equal(*values)
     acqcore.influence_reference(model, samples, dim=64).save(tmp_path / "influence.pt")
-    with pytest.raises(ValueError, match=r"expected a file from EpigReference\.save, got .*influence\.pt"):
-        acqcore.score(model, samples, "epig", acquisition_args={"epig": {"reference": tmp_path / "influence.pt"}})
+    (tmp_path / "empty.pt").touch()
+    for name in ("influence.pt", "empty.pt"):
+        with pytest.raises(ValueError, match=rf"expected a file from EpigReference\.save, got .*{name}"):
+            acqcore.score(model, samples, "epig", acquisition_args={"epig": {"reference": tmp_path / name}})
 
 
 def test_a_sample_does_not_depend_on_its_batch(tiny_model: Callable[..., Any]) -> None:

@@ -120,6 +120,12 @@ def test_unbiased_over_the_positions_of_completions(kind: str, tiny_model: Calla
     _assert_unbiased(_score(model, samples, positions="completion", probes=2500), expected)
 
 
+def test_a_student_too_short_for_the_comparison_keeps_the_whole_graph(tiny_model: Callable[..., Any]) -> None:
+    model, samples = tiny_model("GPT2", n_positions=4), _samples(4)
+    assert not acqcore.Student.from_model(model).cuts_prompts
+    assert _score(model, samples, positions="completion")["mutual_information"].isfinite().all()
+
+
 def test_prompts_without_a_graph_change_no_value(
     tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from acqcore import checks
-from acqcore.acquisitions import REGISTRY, DrawOptions, GradientNeed, ProbeNeed
+from acqcore.acquisitions import DrawOptions, GradientNeed, ProbeNeed
 from acqcore.costs.shape import Shape
+from acqcore.gradients.epig import EpigReference
 from acqcore.gradients.reference import Reference
 from acqcore.literals import Layers, Parameters
 from acqcore.scoring.plan import Plan
 from acqcore.selection.diversity import Archive
 
-#: Required arguments that only a run can make -> stand-ins that cost the same.
-STAND_INS: Mapping[str, Callable[[], object]] = {
-    "reference": lambda: Reference(torch.zeros(4096), 1, "all", 0, "mean", {}),
-    "archive": Archive,
+Objects: TypeAlias = Mapping[str, Mapping[str, Callable[[], object]]]
+
+#: Acquisition -> required arguments that only a run can make -> stand-ins that cost the same.
+STAND_INS: Objects = {
+    "influence": {"reference": lambda: Reference(torch.zeros(4096), 1, "all", 0, "mean", {})},
+    "epig": {"reference": lambda: EpigReference(torch.zeros(2, 2, 2048), "all", 0, {})},
+    "archive_novelty": {"archive": Archive},
 }
 
 
@@ -103,15 +107,11 @@ class Work:
         return max([1, *(need.draws for need in self.plan.draws if not need.on_hidden)])
 
 
-def with_objects(
-    acquisitions: Sequence[str], arguments: Mapping[str, Any], objects: Mapping[str, Callable[[], object]]
-) -> dict[str, Any]:
+def with_objects(acquisitions: Sequence[str], arguments: Mapping[str, Any], objects: Objects) -> dict[str, Any]:
     """The arguments, with ``objects`` in place of required ones that are missing."""
     filled = dict(arguments)
-    for name in set(acquisitions) & set(REGISTRY):
-        missing = {key: objects[key]() for key in REGISTRY[name].options.required() if key in objects}
-        if missing:
-            filled[name] = {**missing, **filled.get(name, {})}
+    for name in set(acquisitions) & set(objects):
+        filled[name] = {**{key: make() for key, make in objects[name].items()}, **filled.get(name, {})}
     return filled
 
 

@@ -22,7 +22,7 @@ import torch
 import acqcore
 from acqcore.costs.proc import bytes_of, reset_peak
 from acqcore.costs.shape import read_config, with_blocks
-from acqcore.costs.work import with_objects
+from acqcore.costs.work import Objects, with_objects
 
 
 def main() -> int:
@@ -77,9 +77,10 @@ def _load(spec: dict[str, Any]) -> tuple[Callable[[int], object], dict[str, Any]
         labels[:, : spec["tokens"] - spec["scored"]] = -100
         return {"input_ids": ids, "labels": labels}
 
-    objects: dict[str, Callable[[], object]] = {
-        "reference": lambda: acqcore.influence_reference(student, samples(1)),
-        "archive": acqcore.Archive,
+    objects: Objects = {
+        "influence": {"reference": lambda: acqcore.influence_reference(student, samples(1))},
+        "epig": {"reference": lambda: acqcore.epig_reference(student, samples(1))},
+        "archive_novelty": {"archive": acqcore.Archive},
     }
     arguments = with_objects(spec["acquisitions"], spec["arguments"], objects)
     options: dict[str, Any] = {"acquisition_args": arguments, "batch_tokens": spec["batch_tokens"]}

@@ -49,7 +49,7 @@ class EpigReference:
         """
         try:
             return cls(**torch.load(path, weights_only=True))
-        except (TypeError, pickle.UnpicklingError, RuntimeError) as error:
+        except (TypeError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
             raise ValueError(f"reference: expected a file from EpigReference.save, got {os.fspath(path)}") from error
 
     def check(self, student: Student) -> None:

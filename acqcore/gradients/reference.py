@@ -96,7 +96,7 @@ class Reference:
         """
         try:
             return cls(**torch.load(path, weights_only=True))
-        except (TypeError, pickle.UnpicklingError, RuntimeError) as error:
+        except (TypeError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
             raise ValueError(
                 f"reference: expected a file from Reference.save or 'acqcore reference', got {os.fspath(path)}"
             ) from error

@@ -223,6 +223,8 @@ class Student:
         trunk without a cache, nor where hidden states depend on the length of what runs at once."""
         if self._continued is None or self._module is None or not self._lengths.plain:
             return False
+        if self.max_length is not None and self.max_length < prompts.LENGTH:
+            return False
         ids = torch.arange(prompts.LENGTH, device=self.device)[None] % self._vocab_size
         with self.scoring(), torch.inference_mode(False):
             return prompts.may_cut(self._module, self._continued, self.hidden, ids)
