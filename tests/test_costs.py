@@ -370,7 +370,7 @@ def test_blocks_of_several_kinds_and_long_rows_are_noted(tiny_model, tmp_path, c
             },
             "members cannot be planned",
         ),
-        ({"acquisition_args": "{"}, "argument --acquisition-args: invalid"),
+        ({"acquisition_args": "{"}, "argument --acquisition-args: expected JSON, got"),
         ({"flops": 1e12}, "--flops and --bandwidth: expected both or neither"),
         ({"flops": -1, "bandwidth": 1}, "flops: expected a number > 0, got -1"),
         ({"device": "h100"}, "device: 'h100' is not on this machine, so nothing is measured"),
