@@ -36,8 +36,14 @@ class _Job:
     future: Future[list[Any]]
     results: list[Any]
     left: int
+    finished: bool = False
 
     def finish(self, error: BaseException | None = None) -> None:
+        """Answers the request, unless it was cancelled. The first call counts: a second batch of a request may fail
+        before its queued items are dropped."""
+        if self.finished:
+            return
+        self.finished = True
         if not self.future.set_running_or_notify_cancel():
             return
         if error is None:
@@ -140,7 +146,9 @@ class Batcher(Generic[Key, Item, Result]):
         if not items:
             job.finish()
             return job.future
-        sized, now = list(zip(items, sizes or [1] * len(items), strict=True)), time.monotonic()
+        sized = list(zip(items, [1] * len(items) if sizes is None else sizes, strict=True))
+        now = time.monotonic()
+        job.future.add_done_callback(lambda _: self._forget(job, key))
         with self._changed:
             if self.closed:
                 raise RuntimeError("the batcher is closed")
@@ -154,7 +162,6 @@ class Batcher(Generic[Key, Item, Result]):
                 self._worker = threading.Thread(target=self._work, name="acqsynth-batches", daemon=True)
                 self._worker.start()
             self._changed.notify_all()
-        job.future.add_done_callback(lambda _: self._forget(job, key))
         return job.future
 
     def close(self) -> None:

@@ -18,11 +18,14 @@ from huggingface_hub import DatasetCard, DatasetCardData, HfApi, ModelCard, Mode
 from acqsynth import config, pipeline
 from acqsynth.config import ConfigError
 from acqsynth.pipeline import Plan
+from acqsynth.report import render
 from acqsynth.report.metrics import STUDENT, percent, points
 from acqsynth.steps import StepError, Store, read_table, write_table
 
 HUB = "hub:"  #: prefix of a target that is a repository
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+#: Options of trainers and engines that hold credentials; ``eos_token`` and its like do not.
+_SECRET = re.compile(r"(.*_)?(hub|hf|auth|access|api)_(token|key)|token|password|secret", re.IGNORECASE)
 
 
 class PushError(Exception):
@@ -65,13 +68,17 @@ def push(run: Path, to: str, license: str, *, only: str | None = None, public: b
     if repository is not None and not _HUB_ID.fullmatch(repository):
         raise PushError(f"--to: expected hub:owner/name or a folder, got {to}")
     metrics, plan = _finished(run)
+    metrics["recipe"] = _shown(metrics["recipe"])
     kinds = {"dataset": _write_dataset, "model": _write_model}
     made = []
     with tempfile.TemporaryDirectory() as temporary:
-        for kind in [only] if only else kinds:
-            target = Path(temporary if repository else to).expanduser() / kind
-            if target.exists() and any(target.iterdir()):
-                raise PushError(f"--to: {target} is not empty")
+        targets = {kind: Path(temporary if repository else to).expanduser() / kind for kind in kinds}
+        chosen = [only] if only else list(kinds)
+        for kind in chosen:
+            if targets[kind].exists() and any(targets[kind].iterdir()):
+                raise PushError(f"--to: {targets[kind]} is not empty")
+        for kind in chosen:
+            target = targets[kind]
             target.mkdir(parents=True, exist_ok=True)
             kinds[kind](target, run, metrics, plan, license, repository)
             made.append(_upload(target, repository, kind, public) if repository else str(target))
@@ -95,15 +102,14 @@ def _write_dataset(
     columns = {name: [value for table in tables for value in table[name]] for name in tables[0]}
     (target / "data").mkdir()
     write_table(target / "data" / "train.parquet", columns)
-    shutil.copy(store.path(plan.report) / "report.html", target)
+    (target / "report.html").write_text(render(metrics), encoding="utf-8")
     rows = len(next(iter(columns.values())))
     data = DatasetCardData(
         license=license,
         tags=["synthetic", "acqcore"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train.parquet"}]}],
     )
-    seeds = _shown(metrics["recipe"]["data"]["seeds"]["source"])
-    generator = _shown(metrics["recipe"]["generator"]["model"])
+    seeds, generator = metrics["recipe"]["data"]["seeds"]["source"], metrics["recipe"]["generator"]["model"]
     found = metrics["arms"][plan.main]
     body = [
         f"# {repository or 'Training rows written under acqcore'}",
@@ -137,9 +143,9 @@ def _write_model(
     )
     body = [
         f"# {repository or 'A student fine-tuned under acqcore'}",
-        f"`{_shown(base)}` fine-tuned on {n} rows of the arm `{plan.main}`, seed {seed}.",
+        f"`{base}` fine-tuned on {n} rows of the arm `{plan.main}`, seed {seed}.",
         *_result(metrics, plan.main),
-        _licence(license, "weights", f"the base model `{_shown(base)}`, the seeds and the generator"),
+        _licence(license, "weights", f"the base model `{base}`, the seeds and the generator"),
         _recipe(metrics),
     ]
     ModelCard(_card(data, body)).save(target / "README.md")
@@ -206,14 +212,14 @@ def _licence(license: str, what: str, depends: str) -> str:
 
 
 def _recipe(metrics: Mapping[str, Any]) -> str:
-    text = yaml.safe_dump(_shown(metrics["recipe"]), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(metrics["recipe"], sort_keys=False, allow_unicode=True)
     return f"## Recipe\n\n```yaml\n{text}```"
 
 
 def _shown(value: Any) -> Any:
-    """The value without the folders of this machine: a path is cut to its last name."""
+    """The value as others may see it: without credentials, and with each path cut to its last name."""
     if isinstance(value, Mapping):
-        return {key: _shown(part) for key, part in value.items()}
+        return {key: _shown(part) for key, part in value.items() if not _SECRET.fullmatch(str(key))}
     if isinstance(value, list | tuple):
         return [_shown(part) for part in value]
     if isinstance(value, str) and value.startswith(("/", "~")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -145,6 +146,29 @@ def test_what_was_cancelled_does_not_run(batcher, doubler):
     assert doubler.items == [[0], [2]]
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_the_worker_outlives_requests_that_fail_in_every_batch(cancelled):
+    """Whatever the threads' order: a batch may fail before the items of its request are dropped."""
+
+    def fail(key, items):
+        if items != ["good"]:
+            raise KeyError("bad")
+        return items
+
+    one, interval = Batcher(fail, limit=1, wait=0.0), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(500):
+            futures = [one.submit("a", ["bad"] * 3) for _ in range(4)]
+            for future in futures:
+                if not (cancelled and future.cancel()):
+                    assert isinstance(future.exception(60), KeyError)
+    finally:
+        sys.setswitchinterval(interval)
+    assert one.submit("a", ["good"]).result(60) == ["good"]
+    one.close()
+
+
 def test_coroutines_share_batches_and_a_cancelled_task_drops_out(batcher, doubler):
     one = batcher(wait=0.3)
 
@@ -268,4 +292,6 @@ def test_wrong_arguments():
     one = Batcher(double, limit=1, wait=0)
     with pytest.raises(ValueError, match="zip"):
         one.submit("a", [1, 2], [1])
+    with pytest.raises(ValueError, match="zip"):
+        one.submit("a", [1, 2], [])
     assert one.waiting == 0

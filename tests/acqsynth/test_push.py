@@ -18,9 +18,11 @@ from acqsynth.steps import Store
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a recipe that ran to its end."""
+    """The folder of a recipe, with a path and a token among its options, that ran to its end."""
     folder = tmp_path_factory.mktemp("published")
-    (folder / "recipe.yaml").write_text(fake_run.RECIPE + f"output: {folder / 'out'}\n")
+    options = f"options: {{resume_from_checkpoint: {folder / 'start'}, hub_token: hf_hidden}}"
+    recipe = fake_run.RECIPE.replace("questions: 90}", f"questions: 90, {options}}}")
+    (folder / "recipe.yaml").write_text(f"{recipe}output: {folder / 'out'}\n")
     with pytest.MonkeyPatch.context() as patch:
         fake_run.install(patch.setattr)
         plan = pipeline.plan(recipes.load(folder / "recipe.yaml"))
@@ -36,7 +38,8 @@ def test_rows_student_and_cards_in_a_folder(fakes, run, tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(to / "dataset"), str(to / "model")]
     rows = pyarrow.parquet.read_table(to / "dataset/data/train.parquet")
     assert rows.equals(pyarrow.parquet.read_table(run / "03-label/grpo/samples.parquet"))
-    assert (to / "dataset/report.html").read_text() == (run / "06-report/report/report.html").read_text()
+    page = (to / "dataset/report.html").read_text()
+    assert "All settings of this run" in page
     fitted = run / "04-fit/grpo-student-70-s0/model"
     assert (to / "model/config.json").read_text() == (fitted / "config.json").read_text()
     assert not (to / "model/training_args.bin").exists()
@@ -48,6 +51,7 @@ def test_rows_student_and_cards_in_a_folder(fakes, run, tmp_path, capsys):
     assert "| rejected: does not parse | 6 |" in card.text
     assert "| in training, rejected by gate `parses` | 2 |" in card.text
     recipe = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
+    assert recipe["generator"]["options"] == {"resume_from_checkpoint": "start"}
     assert recipe["data"]["real"] == {**recipe["data"]["real"], "source": "sums:200", "limit": 200}
 
     model = ModelCard.load(to / "model/README.md")
@@ -58,7 +62,9 @@ def test_rows_student_and_cards_in_a_folder(fakes, run, tmp_path, capsys):
     for text in (card.text, model.text):
         assert "over the base student in distribution: 40.7 %" in text
         assert "torch" in text
+    for text in (card.text, model.text, page):
         assert str(run.parent) not in text
+        assert "hf_hidden" not in text
 
 
 def test_the_hub_gets_two_repositories_of_the_name(fakes, run, monkeypatch, capsys):
@@ -92,15 +98,16 @@ def test_one_of_the_two(fakes, run, tmp_path, only):
     [
         ("nowhere", "there", "nowhere: no finished run, 06-report/report/metrics.json is missing"),
         ("", "hub:me", "--to: expected hub:owner/name or a folder, got hub:me"),
-        ("", "taken", "--to: taken/dataset is not empty"),
+        ("", "taken", "--to: taken/model is not empty"),
     ],
 )
 def test_mistakes_in_one_sentence(fakes, run, tmp_path, monkeypatch, capsys, folder, to, sentence):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "taken/dataset").mkdir(parents=True)
-    (tmp_path / "taken/dataset/old.txt").touch()
+    (tmp_path / "taken/model").mkdir(parents=True)
+    (tmp_path / "taken/model/old.txt").touch()
     assert main(["push", folder or str(run), "--to", to, "--license", "mit"]) == 2
     assert capsys.readouterr().err == f"acqsynth: error: {sentence}\n"
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["old.txt"]  # nothing half written
 
 
 def test_a_licence_has_to_be_named(capsys):

@@ -168,4 +168,4 @@ def test_a_call_of_the_default_reward_reads_each_sample_as_rarely_as_it_can(doma
     count(acqcore.Student, "hidden")
     assert all(made.score(texts, [0] * 32, update=False).passed)
     assert counts["__call__"] <= 35
-    assert counts["hidden"] <= 3
+    assert 1 <= counts["hidden"] <= 3, counts
