@@ -131,8 +131,9 @@ inline RowState reduce(const LaneState& s) {
           s.target};
 }
 
-// Merges a later stretch of the vocabulary into `s`; on equal maxima the earlier index stays.
-inline void merge(RowState& s, const RowState& later) {
+// Merges a later stretch of the vocabulary into `s`; on equal maxima the earlier index stays. Out of line, so that all
+// operations round alike: where it is inlined decides which of its sums become fused multiply-adds.
+__attribute__((noinline)) inline void merge(RowState& s, const RowState& later) {
   const bool swap = later.max > s.max;
   const RowState high = swap ? later : s;
   const RowState low = swap ? s : later;
