@@ -49,7 +49,7 @@ def test_description_says_what_serves_a_call():
 def test_a_missing_package_is_named(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
-    with pytest.raises(RuntimeError, match=r"'triton' is not available here: .* pip install 'acqcore\[triton\]'"):
+    with pytest.raises(RuntimeError, match=r"'triton' is not available here: .* pip install \"acqcore\[triton\]\""):
         random_case(2, 4, 8).run("triton")
 
 

@@ -211,7 +211,7 @@ def test_likelihood_needs_labels_and_an_engine_that_gives_it(echo):
     rows = [Sample("Where?", "card")]
     with pytest.raises(ValueError, match="rows, labels: expected at least one of each, got 1 and 0"):
         evaluate_by_likelihood(Likely(), Classification(), rows, [])
-    with pytest.raises(ValueError, match="engine: the likelihood of labels needs transformers, got scripted"):
+    with pytest.raises(ValueError, match="engine: the likelihood of labels needs transformers, got fake"):
         evaluate_by_likelihood(echo, Classification(), rows, ["card"])
 
 
