@@ -218,7 +218,7 @@ def picture(results: Results, path: Path) -> None:
     for tick, arm in zip(left.get_yticklabels(), arms, strict=True):
         tick.set_fontweight("bold" if arm == DEFAULT else "normal")
     left.set_xlabel("accuracy against random, points (95 % interval)")
-    left.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower left", ncols=2)
     begin = [0.0] * len(arms)
     colours = ("#c44e52", "#dd8452", "#ccb974", "#8172b3")
     for kind, colour in zip(KINDS[1:], colours, strict=True):
@@ -228,7 +228,7 @@ def picture(results: Results, path: Path) -> None:
     of_random = statistics.fmean(results.values("B", RANDOM, "junk"))
     right.axvline(of_random, color="#444444", lw=0.8, ls="--", label="all junk, random")
     right.set_xlabel("junk among the rows chosen from pool B, %")
-    right.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=3)
+    figure.legend(*right.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower right", ncols=3)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
