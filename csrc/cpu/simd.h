@@ -45,6 +45,7 @@ constexpr int kPanelColumns = kLanes * kPanelVectors;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t UintVec __attribute__((vector_size(4 * kLanes)));  // wraps where bits are added, of a NaN too
 
 inline Vec broadcast(float x) { return x - Vec{}; }
 
@@ -134,7 +135,7 @@ template <int shift>
 inline Vec exp_scaled(Vec x) {
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   Vec n = x * 1.44269504088896341f + magic;
-  const IntVec bits = (IntVec)n;
+  const UintVec bits = (UintVec)n;
   n -= magic;
   Vec r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
@@ -144,12 +145,12 @@ inline Vec exp_scaled(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + (r + 1.0f);
-  return (Vec)((IntVec)p + ((bits + shift) << 23));
+  return (Vec)((UintVec)p + ((bits + shift) << 23));
 }
 
 // log(x) for normal x > 0, within 2 ulp, exactly 0 at 1. Polynomial of Cephes logf on [sqrt(1/2), sqrt(2)).
 inline Vec log(Vec x) {
-  IntVec bits = (IntVec)x - 0x3f3504f3;  // of sqrt(1/2)
+  IntVec bits = (IntVec)((UintVec)x - 0x3f3504f3);  // of sqrt(1/2)
   const IntVec exponent = bits >> 23;
   bits = (bits & 0x007fffff) + 0x3f3504f3;
   const Vec f = (Vec)bits - 1.0f;

@@ -90,7 +90,7 @@ inline void tile_product(const float* a /* [k / kTileUnits, 32, kTileUnits] */, 
 
 // x rounded to bfloat16; the rest is at most 2^-8 of it and of either sign: cut off instead, all rests would have the
 // sign of their factor, and squared norms came out 1e-5 too small.
-inline Vec high_part(Vec x) { return (Vec)(((IntVec)x + 0x8000) & int32_t(0xffff0000u)); }
+inline Vec high_part(Vec x) { return (Vec)(((UintVec)x + 0x8000u) & 0xffff0000u); }
 
 // Panels [n / 32, kPanelRows, kTileUnits] of bfloat16 pairs, whose sum is x to 2^-16. n is a multiple of kLanes.
 inline void split_panel(const float* x /* [kPanelRows, n] */, int64_t stride, int n, float* high, float* low) {
