@@ -197,6 +197,19 @@ def test_a_sample_does_not_depend_on_its_batch(threads, dtype, isa, monkeypatch)
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("isa", [isa for isa, missing in acqcore._core.isas() if not missing and isa.endswith("-amx")])
+def test_tiles_multiply_bfloat16(isa, monkeypatch):
+    """Their factors are split in two, so the last bits differ from those of the vector code, and only for bfloat16."""
+    results = []
+    for name in (isa, isa.removesuffix("-amx") + "-bf16"):
+        monkeypatch.setenv("ACQCORE_ISA", name)
+        for dtype in (torch.bfloat16, torch.float32):
+            case = random_case(70, 41, 500).to(dtype)
+            results.append(acqcore.hidden_grad(case.hidden, case.head, case.targets, backend="cpu"))
+    assert not torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])
+
+
 @pytest.mark.parametrize("gap", [7.0, 14.0, 20.0, 27.0])
 def test_confident_samples(gap, implementation):
     """Norms down to 1e-9 where every target is all but certain, and the rows' runners-up are shared."""
