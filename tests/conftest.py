@@ -10,6 +10,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -187,12 +188,37 @@ def _implementations() -> list[str]:
     return names + [row.name for row in acqcore.backends() if row.available and row.name != "cpu"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thin",
+        action="store_true",
+        help="of each test, cases that show every value of its parameters on each backend",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not INTERPRETED:
-        return
-    others = [item for item in items if "triton" not in item.nodeid and "tests/kernels/" not in item.nodeid]
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in others]
+    kept = items
+    if INTERPRETED:
+        kept = [item for item in kept if "triton" in item.nodeid or "tests/kernels/" in item.nodeid]
+    if config.getoption("--thin"):
+        seen: set[tuple[Any, ...]] = set()
+        kept = [item for item in kept if _shows_more(item, seen)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+def _shows_more(item: pytest.Item, seen: set[tuple[Any, ...]]) -> bool:
+    """Whether the case has a value of a parameter that no case in ``seen`` has on its implementation; adds it there."""
+    found = getattr(item, "callspec", None)
+    if found is None:
+        return True
+    test, implementation = item.nodeid.partition("[")[0], found.params.get("implementation")
+    values = {name: value if isinstance(value, Hashable) else id(value) for name, value in found.params.items()}
+    own = {(test, implementation, *value) for value in values.items()}
+    more = not own <= seen
+    seen |= own
+    return more
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
