@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from acqcore import checks
+from acqcore.defaults import standard_defaults
 from acqcore.literals import Reduction
 from acqcore.progress import Progress
 from acqcore.scores import Scores
@@ -17,6 +18,7 @@ from acqcore.students.samples import Sample, Samples
 from acqcore.students.student import Student, StudentLike, as_student
 
 
+@standard_defaults()
 def score(
     student: StudentLike,
     samples: Samples,

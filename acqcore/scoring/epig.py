@@ -10,6 +10,7 @@ from acqcore import checks
 from acqcore.acquisitions import LinearOptions
 from acqcore.acquisitions.epig import EpigOptions, epig as epig_of, needs as needs_of
 from acqcore.acquisitions.needs import WEIGHT_VARIANCE
+from acqcore.defaults import standard_defaults
 from acqcore.gradients.epig import EpigReference, sketch_needs
 from acqcore.gradients.need import ProbeNeed
 from acqcore.gradients.selection import select_linear, shapes_of
@@ -20,6 +21,7 @@ from acqcore.students.samples import Samples
 from acqcore.students.student import StudentLike
 
 
+@standard_defaults()
 def epig_reference(
     student: StudentLike,
     samples: Samples,
@@ -59,6 +61,7 @@ def epig_reference(
     return EpigReference(sketches.transpose(0, 1).flatten(1, 2), layers, seed, shapes)
 
 
+@standard_defaults()
 def epig(
     student: StudentLike,
     samples: Samples,

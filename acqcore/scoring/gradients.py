@@ -9,6 +9,7 @@ import torch
 from acqcore import checks, head_grad
 from acqcore.acquisitions import LinearOptions
 from acqcore.acquisitions.influence import InfluenceOptions
+from acqcore.defaults import standard_defaults
 from acqcore.gradients.laplace import LaplacePosterior
 from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.gradients.reference import Reference, parameter_shapes
@@ -20,6 +21,7 @@ from acqcore.students.samples import Samples
 from acqcore.students.student import StudentLike
 
 
+@standard_defaults()
 def grad_norm(
     student: StudentLike,
     samples: Samples,
@@ -109,6 +111,7 @@ def grad_sketch(*arguments: Any, **options: Any) -> torch.Tensor:
     return function(*arguments, **options)
 
 
+@standard_defaults()
 def student_grad_sketch(
     student: StudentLike,
     samples: Samples,
@@ -182,6 +185,7 @@ def badge_embedding(
     )  # fmt: skip
 
 
+@standard_defaults()
 def influence_reference(
     student: StudentLike,
     samples: Samples,
@@ -243,6 +247,7 @@ def influence_reference(
     return Reference(mean, len(sketches), parameters, seed, loss, shapes, moments)
 
 
+@standard_defaults()
 def influence(
     student: StudentLike,
     samples: Samples,
@@ -278,6 +283,7 @@ def influence(
     return reference.similarity(_of_samples(runner, samples, tokenizer, max_length, need), similarity)
 
 
+@standard_defaults()
 def laplace_posterior(
     student: StudentLike,
     samples: Samples,

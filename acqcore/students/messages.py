@@ -47,7 +47,10 @@ def text_of(index: int, key: str, value: object) -> str:
         ValueError: a string with a lone surrogate, which is no text.
     """
     if isinstance(value, numbers.Number) and not isinstance(value, bool) and _is_finite(value):
-        value = str(value)
+        try:
+            value = str(value)
+        except ValueError as error:  # Python writes integers of 4,300 digits at most
+            raise ValueError(f"samples[{index}]: {key}: {error}") from None
     if not isinstance(value, str):
         raise TypeError(f"samples[{index}]: {key}: expected a string, got {_missing(value)}")
     return sound(index, key, value)
@@ -166,7 +169,7 @@ def _joined(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
 def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except (TypeError, OverflowError):  # complex numbers; integers beyond floats
+    except (TypeError, OverflowError, ValueError):  # complex numbers; integers beyond floats; a signaling NaN
         return isinstance(value, int)
 
 

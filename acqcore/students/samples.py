@@ -30,6 +30,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from acqcore import checks
+from acqcore.defaults import standard_defaults
 from acqcore.students.messages import (
     common_length,
     generated,
@@ -79,6 +80,7 @@ class _Text:
     generated: list[int] | None = None  # of each token 1 if the template marks it as the assistant's
 
 
+@standard_defaults()
 def encode(
     samples: Samples,
     tokenizer: Any,
