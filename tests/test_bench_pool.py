@@ -182,10 +182,6 @@ class TestChoosers:
         assert pool_signals.distinct([4, 1, 0, 3, 2], vectors, threshold=0.95) == [4, 1, 3]
         assert pool_signals.distinct([0, 2], vectors, threshold=0.95) == [0, 2]
 
-    def test_balanced_takes_labels_in_turn(self):
-        assert pool_signals.balanced([5, 4, 3, 2, 1, 0], [0, 0, 0, 1, 1, 2], 4) == [5, 4, 2, 3]
-        assert pool_signals.balanced([0, 1, 2], [7, 7, 7], 3) == [0, 1, 2]
-
     def test_the_oracle_chooses_clean_rows_in_the_order_of_random(self):
         kinds = ["clean", "out of scope"] * 10
         chosen = pool_signals.clean_oracle(kinds, 6, seed=3)
