@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +77,22 @@ class Runner:
         vocab_size, limit = self.head.vocab_size, self.student.max_length
         return encode(samples, tokenizer, vocab_size=vocab_size, limit=limit, max_length=max_length, errors=errors)
 
+    def collect(
+        self,
+        samples: Samples,
+        tokenizer: Any,
+        max_length: int | None,
+        shape: tuple[int, ...],
+        value: Callable[[Found], torch.Tensor],
+    ) -> torch.Tensor:
+        """``value [B, *shape]`` of every batch, in the order of the samples, ``[n, *shape]`` float32 on the CPU."""
+        with self.student.in_step():
+            rows = self.encode(samples, tokenizer, max_length)
+            values = torch.zeros(len(rows), *shape)
+            for found in self.batches(rows):
+                values[found.indices] = value(found).float()
+        return values
+
     def batches(self, rows: Sequence[Row], done: Collection[int] = ()) -> Iterator[Found]:
         """Batches of ``rows`` as they finish; rows with nothing to score are left out.
 
@@ -87,9 +103,8 @@ class Runner:
         lengths = [len(rows[i].ids) for i in scored]
         overhead = OVERHEAD_TOKENS.get(self.student.device.type, OVERHEAD_TOKENS["cuda"])
         if scored and self._gradients is not None:
-            self._gradients.prepare(
-                Batch.of([rows[i] for i in (scored * 2)[: max(2, min(PROBED_ROWS, len(scored)))]]).input_ids
-            )
+            probed = (scored * 2)[: max(2, min(PROBED_ROWS, len(scored)))]
+            self._gradients.prepare(Batch.of([rows[i] for i in probed]).input_ids)
         groups = self.student.length_groups(lengths)
         for picked in partition(lengths, self._batch_tokens, overhead, groups):
             indices = [scored[i] for i in picked]
@@ -166,3 +181,14 @@ class Runner:
         loss = "mean" if gradients is None else gradients.loss
         keys, places = (value.to(hidden.device) for value in batch.keys_and_places)
         return HeadPass(hidden, head, stats, batch.bounds, loss, self._backend, keys, places, visited)
+
+
+def check_reference_set(
+    gradients: torch.Tensor,  # [n, ...]
+) -> None:
+    """Raise ValueError unless there is a sample and each one's gradient is finite (names the first that is not)."""
+    if not len(gradients):
+        raise ValueError("samples: expected at least one reference sample, got none")
+    bad = ~gradients.isfinite().flatten(1).all(dim=1)
+    if bool(bad.any()):
+        raise ValueError(f"samples[{int(bad.nonzero()[0])}]: expected a finite gradient, got NaN or infinity")
