@@ -386,13 +386,7 @@ def command(student, tmp_path):
     def build(rows, **options):
         data = tmp_path / "data.jsonl"
         data.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-        settings = {
-            "student": student,
-            "data": data,
-            "out": tmp_path / "out.jsonl",
-            "backend": "eager",
-            **options,
-        }
+        settings = {"student": student, "data": data, "out": tmp_path / "out.jsonl", "backend": "eager", **options}
         flags = [(f"--{key.replace('_', '-')}", str(value)) for key, value in settings.items()]
         return ["score", *(word for flag in flags for word in flag)]
 

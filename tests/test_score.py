@@ -83,11 +83,7 @@ def test_grad_norm_is_that_of_autograd(loss, parameters, backend, tiny_model, to
         model, SAMPLES, ("entropy", "grad_norm"), acquisition_args=arguments, tokenizer=tokenizer, backend=backend,
         batch_tokens=120, keep_tokens=True,
     )  # fmt: skip
-    of = {
-        "head": model.lm_head.parameters,
-        1: model.model.layers[-1].parameters,
-        "all": model.parameters,
-    }[parameters]
+    of = {"head": model.lm_head.parameters, 1: model.model.layers[-1].parameters, "all": model.parameters}[parameters]
     rows = encode(SAMPLES, tokenizer, vocab_size=320, limit=64)
     ids, labels = (pad_sequence([getattr(row, name) for row in rows], True) for name in ("ids", "targets"))
     mask = (torch.arange(ids.shape[1]) < torch.tensor([len(row.ids) for row in rows])[:, None]).long()
@@ -182,8 +178,7 @@ def test_one_trunk_forward_and_one_head_pass_per_batch(tiny_model, tokenizer, mo
     forwards: list[torch.Size] = []
     assert isinstance(student.trunk, torch.nn.Module)
     student.trunk.register_forward_pre_hook(
-        lambda _, args, kwargs: forwards.append((args[0] if args else kwargs["input_ids"]).shape),
-        with_kwargs=True,
+        lambda _, args, kwargs: forwards.append((args[0] if args else kwargs["input_ids"]).shape), with_kwargs=True
     )
     scores = acqcore.score(student, SAMPLES, NAMES, backend="eager", batch_tokens=70)
     assert all(shape.numel() <= 70 for shape in forwards)
@@ -323,11 +318,7 @@ def _wrong_shape(stats: acqcore.RowStats) -> torch.Tensor:
         ({"acquisitions": "entropie"}, ValueError, "did you mean 'entropy'?"),
         ({"acquisitions": ()}, ValueError, "acquisitions: expected at least one"),
         ({"acquisitions": 3}, TypeError, "acquisitions: expected a sequence of names, got int"),
-        (
-            {"reduction": "median"},
-            ValueError,
-            "reduction: unknown 'median', expected one of mean, sum, max, topk",
-        ),
+        ({"reduction": "median"}, ValueError, "reduction: unknown 'median', expected one of mean, sum, max, topk"),
         ({"topk": 0}, ValueError, "topk: expected an int >= 1, got 0"),
         ({"batch_tokens": 1.5}, TypeError, "batch_tokens: expected an int, got float"),
         ({"backend": "gpu"}, ValueError, "backend: unknown 'gpu'"),
