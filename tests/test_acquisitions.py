@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -178,17 +177,6 @@ def test_a_set_of_tokens_is_refused(own_name, student):
 
     with pytest.raises(ValueError, match="'confidence_gap': expected one over sets to need gradients"):
         acqcore.score(student, IDS, own_name)
-
-
-def test_modules_are_not_hidden():
-    """The package lists acquisitions when called, and each module can be imported by its name."""
-    import acqcore.acquisitions.entropy as module
-
-    assert module is sys.modules["acqcore.acquisitions.entropy"]
-    assert acqcore.acquisitions.entropy is module
-    assert acqcore.acquisitions() == {name: entry.description for name, entry in REGISTRY.items()}
-    for name, entry in REGISTRY.items():
-        assert entry.reference is sys.modules[f"acqcore.acquisitions.{name}"].reference
 
 
 def test_registering_without_a_docstring():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +11,9 @@ import acqcore
 from acqcore.acquisitions import LinearOptions
 from acqcore.gradients.per_sample import controlled
 from acqcore.gradients.rules import is_linear
+from benchmarks import toy_student
 
 RHO = 0.05 / 0.95  # variance of the noise of the default dropout
-
 
 SMALL = {"vocab_size": 48}  # brute force takes a backward for each token of it
 
@@ -413,19 +411,13 @@ def test_ready_made_options(tiny_model):
 @pytest.mark.parametrize("posterior", ["dropout", "isotropic"])
 def test_tells_ignorance_from_ambiguity(posterior):
     """Two probes rank unseen keys above random answers, and above both those and known keys."""
-    path = Path(__file__).parents[1] / "benchmarks" / "toy_student.py"
-    spec = importlib.util.spec_from_file_location("toy_student", path)
-    assert spec is not None
-    assert spec.loader is not None
-    toy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(toy)
-    student = toy.train(seed=0)
+    student = toy_student.train(seed=0)
     generator = torch.Generator().manual_seed(0)
     values = {
-        kind: _score(student, toy.samples(toy.questions(kind, 128, generator)), posterior=posterior)
-        for kind in toy.KINDS
+        kind: _score(student, toy_student.samples(toy_student.questions(kind, 128, generator)), posterior=posterior)
+        for kind in toy_student.KINDS
     }
     found = {kind: scores["mutual_information"] for kind, scores in values.items()}
     others = torch.cat([found["easy"], found["ambiguous"]])
-    assert toy.auroc(found["unseen"], others) >= 0.95
-    assert toy.auroc(found["unseen"], found["ambiguous"]) >= 0.93
+    assert toy_student.auroc(found["unseen"], others) >= 0.95
+    assert toy_student.auroc(found["unseen"], found["ambiguous"]) >= 0.93

@@ -13,7 +13,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 import acqcore
 from acqcore.acquisitions import REGISTRY, RowNeed
-from acqcore.backends import get as get_backend
 from acqcore.scoring.plan import reduce
 from acqcore.students.samples import encode
 
@@ -272,31 +271,8 @@ class TestNotFinite:
         assert scores["loss"].isnan().tolist() == [False, True, True, False]
         assert scores.valid.tolist() == [True, False, False, True]
 
-    def test_perplexity_beyond_float32(self, backend):
-        head = acqcore.Head(torch.tensor([[1.0], [-1.0]]))
-        student = acqcore.Student(lambda ids: torch.full((*ids.shape, 1), 60.0), head)
-        ids = torch.tensor([[0, 0], [0, 1]])
-        scores = acqcore.score(student, {"input_ids": ids}, ("loss", "perplexity"), backend=backend)
-        torch.testing.assert_close(scores["loss"], torch.tensor([0.0, 120.0]))
-        assert scores["perplexity"].tolist() == [1.0, torch.finfo(torch.float32).max]
-        assert scores.valid.tolist() == [True, True]
-
 
 class TestOwnAcquisition:
-    def test_registered_functions_are_scored(self, tiny_model, tokenizer):
-        try:
-
-            @acqcore.register("twice_entropy")
-            def twice_entropy(stats):
-                """Twice the entropy."""
-                return 2 * stats.entropy
-
-            names = ("entropy", "twice_entropy")
-            scores = acqcore.score(tiny_model("Llama"), TEXTS, names, tokenizer=tokenizer, backend="eager")
-            torch.testing.assert_close(scores["twice_entropy"], 2 * scores["entropy"])
-        finally:
-            REGISTRY.pop("twice_entropy", None)
-
     def test_a_wrong_shape_is_named(self, tiny_model, tokenizer):
         try:
             acqcore.register("wrong_shape")(_wrong_shape)
@@ -378,31 +354,6 @@ def test_progress_is_shown_where_asked(tiny_model, tokenizer, capsys):
         assert capsys.readouterr().err == ""
     acqcore.score(model, TEXTS, tokenizer=tokenizer, backend="eager", progress=True)
     assert "scoring" in capsys.readouterr().err
-
-
-def test_statistics_and_gradient_norm_are_one_visit_of_the_head(tiny_model, tokenizer, monkeypatch):
-    """As many calls of the backend as for statistics alone, and none that forms delta in a second visit."""
-    cpu = type(get_backend("cpu"))
-    calls: list[str] = []
-
-    def counted(name):
-        original = getattr(cpu, name)
-
-        def call(self, rows, *arguments):
-            if len(rows.hidden):
-                calls.append(name)
-            original(self, rows, *arguments)
-
-        return call
-
-    for name in ("row_stats", "head_grad_norm", "delta_product", "delta_hash"):
-        monkeypatch.setattr(cpu, name, counted(name))
-    student = acqcore.Student.from_model(tiny_model("Llama"))
-    acqcore.score(student, SAMPLES, "entropy", tokenizer=tokenizer, backend="cpu")
-    alone, calls[:] = calls[:], []
-    acqcore.score(student, SAMPLES, ("entropy", "grad_norm", "el2n"), tokenizer=tokenizer, backend="cpu")
-    assert calls == alone
-    assert set(calls) == {"row_stats"}
 
 
 @pytest.mark.parametrize("reduction", ["sum", "max", "mean"])
