@@ -18,20 +18,13 @@ MEASURED, EXTENDED, COMPUTED, GIVEN = "measured", "measured, extended", "compute
 
 @dataclass(frozen=True)
 class Figure:
-    """A quantity and its origin.
-
-    Attributes:
-        value: in ``unit``, ``bytes`` or ``s``; None if unknown.
-        source: ``measured``; ``measured, extended`` linearly in blocks and rows; ``computed`` from sizes;
-            ``computed from given rates``.
-        note: how it was obtained.
-    """
+    """A quantity and its origin."""
 
     name: str
-    value: float | None
-    unit: str
-    source: str
-    note: str = ""
+    value: float | None  # None if unknown
+    unit: str  # bytes or s
+    source: str  # MEASURED, EXTENDED linearly in blocks and rows, COMPUTED from sizes, or GIVEN
+    note: str = ""  # how it was obtained
 
 
 @dataclass(frozen=True)
@@ -46,16 +39,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory and time of scoring.
+    """Memory and time of scoring, and their parts."""
 
-    Attributes:
-        peak_bytes: while scoring: of the process, or allocated by torch on a GPU.
-        scoring_seconds: of all rows on one device, without loading.
-        memory, time: their parts.
-    """
-
-    peak_bytes: float
-    scoring_seconds: float
+    peak_bytes: float  # while scoring: of the process, or allocated by torch on a GPU
+    scoring_seconds: float  # of all rows on one device, without loading
     memory: tuple[Figure, ...]
     time: tuple[Figure, ...]
     layouts: tuple[Layout, ...]

@@ -29,19 +29,12 @@ PROBED_ROWS = 4
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The results of a batch.
+    """The results of a batch."""
 
-    Attributes:
-        indices: of its samples among the rows.
-        counts: scored tokens of each sample; their sum is N.
-        results: need -> RowStats or BayesStats of the N tokens, SampleBatch, or values of the samples.
-        n_input_tokens: of the samples, without padding.
-    """
-
-    indices: list[int]
-    counts: list[int]
-    results: Mapping[Need, Any]
-    n_input_tokens: int
+    indices: list[int]  # of its samples among the rows
+    counts: list[int]  # scored tokens of each sample; their sum is N
+    results: Mapping[Need, Any]  # RowStats or BayesStats of the N tokens, SampleBatch, or values of the samples
+    n_input_tokens: int  # of the samples, without padding
 
 
 class Runner:
