@@ -212,7 +212,11 @@ class Capture:
                 self._recomputing = True
                 try:
                     torch.autograd.grad(
-                        hidden, [self._leaf, *whole], gradient.to(hidden.dtype), retain_graph=not last, allow_unused=True
+                        hidden,
+                        [self._leaf, *whole],
+                        gradient.to(hidden.dtype),
+                        retain_graph=not last,
+                        allow_unused=True,
                     )
                 except (torch.OutOfMemoryError, ValueError, OneByOne):
                     raise
