@@ -233,9 +233,9 @@ def influence_reference(
     mean = sketches.double().mean(dim=0).float()
     moments = precondition
     if moments is not None:
-        given = isinstance(moments, torch.Tensor)
-        moments = moments.detach().to("cpu") if given else sketches.double().square().mean(dim=0)
-        moments = moments.float()
+        if not isinstance(moments, torch.Tensor):
+            moments = sketches.double().square().mean(dim=0)
+        moments = moments.detach().to("cpu").float()
     shapes = parameter_shapes(runner.student, runner.head, parameters)
     return Reference(mean, len(sketches), parameters, seed, loss, shapes, moments)
 
