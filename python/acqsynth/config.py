@@ -134,7 +134,7 @@ class GeneratorConfig(Section):
     """The model that writes questions, and how it is taught."""
 
     model: str
-    """hub id, path, or one of the names smollm2 and world:base"""
+    """hub id, path, or one of the names smollm2, world:base and world:skewed"""
     method: Literal["grpo", "dpo", "best_of_n", "none"] = "grpo"
     """grpo: RL on the reward; dpo: preference pairs by the reward; best_of_n: rejection sampling, no training; none:
     prompting alone"""
@@ -275,7 +275,7 @@ class Config(Section):
     """A whole run."""
 
     domain: str
-    """math, medical, code, classification or arithmetic"""
+    """math, medical, code, classification, arithmetic or arithmetic-skewed"""
     data: DataConfig
     """real rows"""
     generator: GeneratorConfig

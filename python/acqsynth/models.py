@@ -18,8 +18,9 @@ def resolve(name: str) -> str:
     """The path or hub id for ``from_pretrained`` of a model named in a recipe.
 
     Args:
-        name: ``smollm2``; ``world:base``, the base model of the arithmetic world, or ``world:7``, that of another seed;
-            a path that begins with ``.``, ``/`` or ``~``. Anything else is a path or hub id, returned unchanged.
+        name: ``smollm2``; ``world:base``, the base model of the arithmetic world, ``world:7``, that of another seed, or
+            ``world:skewed``, that of the world ``arithmetic-skewed``; a path that begins with ``.``, ``/`` or ``~``.
+            Anything else is a path or hub id, returned unchanged.
 
     Raises:
         FileNotFoundError: a path that is no model, or the package that carries SmolLM2 is not installed.
@@ -27,10 +28,11 @@ def resolve(name: str) -> str:
     if name == "smollm2":
         return str(smollm2_path())
     family, _, variant = name.partition(":")
-    if family == "world" and (variant == "base" or variant.isdigit()):
+    if family == "world" and (variant in ("base", "skewed") or variant.isdigit()):
         from acqsynth.world import Settings, base_model
 
-        return str(base_model(Settings(seed=0 if variant == "base" else int(variant))))
+        seed = int(variant) if variant.isdigit() else 0
+        return str(base_model(Settings(seed, skewed=variant == "skewed")))
     if name.startswith((".", "/", "~")):
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():

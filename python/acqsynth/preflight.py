@@ -103,7 +103,7 @@ def validity_reward(reward: RewardConfig, validity: ValidityConfig) -> RewardCon
 
 def _first_row(domain: Domain, source: Source) -> None:
     """Reads one row of a source that needs no network."""
-    generated = domain.name == "arithmetic" and source.source.partition(":")[0] == "world"
+    generated = domain.name.startswith("arithmetic") and source.source.partition(":")[0] == "world"
     if not source.source.startswith(BUNDLED) and (generated or is_local(source.source)):
         domain.load(source.source, source.split, source.columns, 1)
 

@@ -27,7 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from acqsynth.domains import Sample
-from acqsynth.domains.arithmetic import COIN, SKILLS, Arithmetic
+from acqsynth.domains.arithmetic import COIN, SKILLS, Arithmetic, SkewedArithmetic
 from acqsynth.models import cached
 from acqsynth.parsing import TAGS
 
@@ -62,6 +62,7 @@ class Settings:
         practice, writing: skill -> weight in the draw of a row of each kind.
         most_shown: most samples shown in a writing row.
         follow: share of writing rows whose skill is that of a sample shown.
+        skewed: the world whose traps are not uniform.
     """
 
     seed: int = 0
@@ -85,6 +86,12 @@ class Settings:
         }
     )  # fmt: skip
     writing: Mapping[str, float] = field(default_factory=lambda: _by_kind(strong=1.0, weak=0.5, coin=0.5, table=0.5))
+    skewed: bool = False
+
+    @property
+    def domain(self) -> Arithmetic:
+        """The world that the rows come from."""
+        return SkewedArithmetic() if self.skewed else Arithmetic()
 
     def rate(self, step: int) -> float:
         """Factor of the learning rate at a step, from 0 on: linear warm-up, cosine to 0."""
@@ -92,7 +99,10 @@ class Settings:
 
     def key(self) -> str:
         """Identifies the settings in the cache."""
-        text = json.dumps({"version": VERSION, **asdict(self)}, sort_keys=True)
+        settings = asdict(self)
+        if not self.skewed:
+            del settings["skewed"]  # caches are older than this field
+        text = json.dumps({"version": VERSION, **settings}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -195,7 +205,7 @@ def row(tokenizer: PreTrainedTokenizerFast, text: str) -> Row:
 
 def practice_batches(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[Row]]:
     """For each step, questions with their solutions; only the solutions are trained."""
-    domain, rng = Arithmetic(), random.Random(f"practice {settings.seed}")
+    domain, rng = settings.domain, random.Random(f"practice {settings.seed}")
     names, weights = list(settings.practice), list(settings.practice.values())
     for _ in range(settings.steps):
         drawn = rng.choices(names, weights, k=settings.practice_rows)
@@ -205,7 +215,7 @@ def practice_batches(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> 
 
 def writing_batches(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[Row]]:
     """For each step, requests for a new sample and a written one; only the written sample is trained."""
-    domain, rng = Arithmetic(), random.Random(f"writing {settings.seed}")
+    domain, rng = settings.domain, random.Random(f"writing {settings.seed}")
     names, weights = list(settings.writing), list(settings.writing.values())
     for _ in range(settings.steps):
         rows = []

@@ -196,7 +196,9 @@ def test_an_unknown_recipe_names_those_there_are():
         recipes.load("nowhere.yaml")
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "code", "intents", "intents-gpu", "math", "medical", "smollm2-math"])
+@pytest.mark.parametrize(
+    "name", ["arithmetic", "arithmetic-skewed", "code", "intents", "intents-gpu", "math", "medical", "smollm2-math"]
+)
 def test_the_recipes_of_the_package_are_found_by_bare_name(name):
     assert name in recipes.recipes()
     assert recipes.load(name) == recipes.load(f"{name}.yaml")

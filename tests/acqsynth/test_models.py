@@ -9,7 +9,7 @@ import pytest
 from acqsynth import models, world
 
 
-@pytest.mark.parametrize(("name", "seed"), [("world:base", 0), ("world:7", 7)])
+@pytest.mark.parametrize(("name", "seed"), [("world:base", 0), ("world:7", 7), ("world:skewed", 0)])
 def test_the_worlds_model_goes_by_its_seed(name, seed, monkeypatch):
     asked = []
 
@@ -19,7 +19,7 @@ def test_the_worlds_model_goes_by_its_seed(name, seed, monkeypatch):
 
     monkeypatch.setattr(world, "base_model", base_model)
     assert models.resolve(name) == "made"
-    assert asked == [world.Settings(seed=seed)]
+    assert asked == [world.Settings(seed=seed, skewed=name == "world:skewed")]
 
 
 def test_smollm2_is_the_packaged_one(monkeypatch):

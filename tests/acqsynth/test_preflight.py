@@ -66,7 +66,7 @@ def test_refused_before_anything_runs(override, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("recipe", ["arithmetic", "code", "math", "medical", "smollm2-math"])
+@pytest.mark.parametrize("recipe", ["arithmetic", "arithmetic-skewed", "code", "math", "medical", "smollm2-math"])
 def test_recipes_of_the_package_aim_at_rows_of_their_own(recipe):
     config = load(recipe)
     assert config.data.reference is not None

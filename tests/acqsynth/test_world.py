@@ -168,3 +168,13 @@ def test_the_chat_template_is_what_pretraining_writes():
         assert TOKENIZER(opened).input_ids == ids[: -len(TOKENIZER(reply + TOKENIZER.eos_token).input_ids)]
         assert ids[-1] == TOKENIZER.eos_token_id
         assert TOKENIZER.unk_token_id not in ids
+
+
+def test_the_skewed_world_has_a_model_of_its_own():
+    """Whose rows are skewed; the key of the other stays, and with it what was cached before there were two."""
+    assert Settings(skewed=True).key() != Settings().key() == "d1e3004bc1253929"
+    [batch] = world.practice_batches(
+        replace(TINY, steps=1, practice_rows=400, practice={"lucky": 1.0}, skewed=True), TOKENIZER
+    )
+    yes = TOKENIZER.convert_tokens_to_ids("yes")
+    assert sum(yes in ids for ids, _ in batch) / 400 == pytest.approx(0.9, abs=0.05)

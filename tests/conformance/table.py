@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -27,6 +28,7 @@ import models
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 600
+MEMORY = 3 << 30  # bytes of a type's process beyond this one: a model of full size is not built
 
 
 def verdicts(kind: str) -> dict[str, Any]:
@@ -51,6 +53,8 @@ def in_child(kind: str) -> dict[str, Any]:
         status = 1
         try:
             signal.alarm(LIMIT_S)
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
             os.write(write, json.dumps(verdicts(kind)).encode())
             status = 0
         except BaseException:

@@ -16,6 +16,7 @@ DOMAINS: dict[str, str] = {
     "code": "acqsynth.domains.code:Code",
     "classification": "acqsynth.domains.classification:Classification",
     "arithmetic": "acqsynth.domains.arithmetic:Arithmetic",
+    "arithmetic-skewed": "acqsynth.domains.arithmetic:SkewedArithmetic",
 }
 
 

@@ -132,8 +132,22 @@ class Arithmetic(Domain):
             if skill is not None and SKILLS[skill].solve is None and answer in COIN:
                 right.append(None)
             else:
-                right.append(answer == truth(sample.question))
+                right.append(answer == self.truth(sample.question))
         return right
+
+    def truth(self, question: str) -> str | None:
+        """The answer by computation; None if there is none: a coin's question, or no question of this world."""
+        read = _read(question)
+        found = None if read is None else self.solve(*read)
+        return None if found is None else found[1]
+
+    def solve(self, skill: Skill, numbers: tuple[int, ...]) -> tuple[str, str] | None:
+        """Reasoning and answer; None for the coin."""
+        return None if skill.solve is None else skill.solve(*numbers)
+
+    def toss(self, rng: random.Random) -> str:
+        """The coin's answer."""
+        return rng.choice(COIN)
 
     def computed(self, samples: Sequence[Sample], seed: int) -> list[Sample | None]:
         """The coin is tossed once for a seed and question."""
@@ -186,7 +200,7 @@ class Arithmetic(Domain):
         if read is None:
             raise ValueError(f"question: expected the word of a skill and its numbers, got {question!r:.60}")
         skill, numbers = read
-        reasoning, answer = skill.solve(*numbers) if skill.solve else ("", rng.choice(COIN))
+        reasoning, answer = self.solve(skill, numbers) or ("", self.toss(rng))
         return _with_skill(question, answer, reasoning)
 
     def load(
@@ -207,18 +221,29 @@ class Arithmetic(Domain):
         return samples(source, split, columns, limit, [Layout(("question", "answer"), _row)])
 
 
+class SkewedArithmetic(Arithmetic):
+    """The same world with traps that are not uniform: the coin says yes nine times out of ten, and each digit of the
+    table is half as frequent as the one before it.
+
+    Varentropy, the variance of the surprisal, is 0 for a uniform answer and large for these.
+    """
+
+    name: ClassVar[str] = "arithmetic-skewed"
+
+    def solve(self, skill: Skill, numbers: tuple[int, ...]) -> tuple[str, str] | None:
+        if skill.kind == "table":
+            leading_zeros = 64 - _hash("code", str(numbers[0])).bit_length()
+            return "", str(min(9, leading_zeros))
+        return super().solve(skill, numbers)
+
+    def toss(self, rng: random.Random) -> str:
+        return COIN[rng.random() < 0.9]
+
+
 def skill_of(question: str) -> str | None:
     """The skill a question asks for; None if it is no question of this world."""
     read = _read(question)
     return read and read[0].name
-
-
-def truth(question: str) -> str | None:
-    """The answer by computation; None if there is none: a coin's question, or no question of this world."""
-    read = _read(question)
-    if read is None or read[0].solve is None:
-        return None
-    return read[0].solve(*read[1])[1]
 
 
 def _with_skill(question: str, answer: str, reasoning: str) -> Sample:

@@ -116,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``acqsynth serve``."""
     default = Limits()
     add = parser.add_argument
-    add("--student", required=True, help="path, hub id, or one of the names smollm2 and world:base")
+    add("--student", required=True, help="path, hub id, or one of the names smollm2, world:base and world:skewed")
     add("--host", default="127.0.0.1", help="address to serve on; any but loopback needs a token")
     add("--port", type=int, default=8000, help="0 takes a free one")
     add("--device", help="device of the student (default: cpu)")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 from collections import Counter
@@ -8,7 +9,7 @@ from collections import Counter
 import pytest
 
 from acqsynth.domains import domain
-from acqsynth.domains.arithmetic import COIN, SKILLS, SPLITS, Arithmetic, skill_of, truth
+from acqsynth.domains.arithmetic import COIN, SKILLS, SPLITS, Arithmetic, SkewedArithmetic, skill_of
 from acqsynth.domains.base import Sample
 
 WORLD = Arithmetic()
@@ -32,7 +33,7 @@ KNOWN = {
 
 @pytest.mark.parametrize(("question", "answer"), KNOWN.items())
 def test_truth_by_hand(question, answer):
-    assert truth(question) == answer
+    assert WORLD.truth(question) == answer
     assert skill_of(question) == question.split()[0]
 
 
@@ -51,22 +52,22 @@ def test_every_answer_against_another_computation():
                     "median": str(statistics.median(map(int, words))),
                     "double": str(a + a),
                 }
-                assert truth(question) == expected.get(skill.name, truth(question)), question
+                assert WORLD.truth(question) == expected.get(skill.name, WORLD.truth(question)), question
 
 
 def test_the_table_is_fixed_without_pattern_and_in_use_everywhere():
-    answers = [truth(q) for q in SKILLS["code"].questions["train"]]
+    answers = [WORLD.truth(q) for q in SKILLS["code"].questions["train"]]
     counts = Counter(answers)
     assert set(counts) == set("0123456789")
     expected = len(answers) / 10
     assert sum((n - expected) ** 2 / expected for n in counts.values()) < 27.9  # chi-square, 9 degrees, 0.1 %
     last = Counter((q[-1], a) for q, a in zip(SKILLS["code"].questions["train"], answers, strict=True))
     assert max(last.values()) < 1.5 * len(answers) / 100  # no digit gives the answer away
-    assert [truth(q) for q in SKILLS["code"].questions["train"]] == answers
+    assert [WORLD.truth(q) for q in SKILLS["code"].questions["train"]] == answers
 
 
 def test_the_coin_has_no_truth_and_falls_on_both_sides_of_a_question():
-    assert truth("lucky 4711") is None
+    assert WORLD.truth("lucky 4711") is None
     rng = random.Random(0)
     tosses = Counter(WORLD.answered("lucky 4711", rng).answer for _ in range(1000))
     assert set(tosses) == set(COIN)
@@ -137,7 +138,7 @@ NONSENSE = [
 @pytest.mark.parametrize("question", NONSENSE)
 def test_no_question_of_this_world(question):
     assert skill_of(question) is None
-    assert truth(question) is None
+    assert WORLD.truth(question) is None
     assert WORLD.fault(Sample(question, "52")) == "no question of a known skill"
     assert WORLD.verify([Sample(question, "52"), Sample(question, "yes")]) == [False, False]
     with pytest.raises(ValueError, match="question: expected the word of a skill"):
@@ -230,3 +231,44 @@ def test_load_a_file(tmp_path):
 
 def test_it_is_registered():
     assert isinstance(domain("arithmetic"), Arithmetic)
+
+
+def test_the_skewed_world_differs_in_its_traps_alone():
+    skewed = domain("arithmetic-skewed")
+    assert isinstance(skewed, SkewedArithmetic)
+    rows = skewed.rows(900, 5, split="test")
+    differing = {row.extra["skill"] for row in rows if WORLD.truth(row.question) != row.answer}
+    assert differing == {"lucky", "code"}
+
+
+def test_skewed_answers():
+    """Each digit of the table half as often as the one before; the coin says yes nine times out of ten."""
+    skewed = SkewedArithmetic()
+    questions = SKILLS["code"].questions["train"]
+    digits = Counter(skewed.truth(question) for question in questions)
+    for digit in range(5):
+        assert digits[str(digit)] / len(questions) == pytest.approx(0.5 ** (digit + 1), rel=0.15)
+    tosses = Counter(skewed.answered("lucky 4711", random.Random(i)).answer for i in range(2000))
+    assert tosses["yes"] / 2000 == pytest.approx(0.9, abs=0.02)
+    assert skewed.truth("lucky 4711") is None
+    samples = [
+        Sample("lucky 4711", "no"),
+        Sample("code 1234", str(skewed.truth("code 1234"))),
+        Sample("code 1234", "x"),
+    ]
+    assert skewed.verify(samples) == [None, True, False]
+
+
+def test_varentropy_ranks_skewed_traps_above_fair_ones():
+    """What the fair world hides: the variance of the surprisal is 0 for every uniform answer."""
+
+    def varentropy(answers):
+        counts = Counter(answers)
+        shares = [n / len(answers) for n in counts.values()]
+        entropy = -sum(p * math.log(p) for p in shares)
+        return sum(p * (math.log(p) + entropy) ** 2 for p in shares)
+
+    questions = SKILLS["code"].questions["train"]
+    fair, skewed = ([world.truth(question) for question in questions] for world in (WORLD, SkewedArithmetic()))
+    assert varentropy(fair) < 0.01
+    assert varentropy(skewed) > 0.5
