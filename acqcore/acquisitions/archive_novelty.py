@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,11 @@ class NoveltyOptions(SketchOptions):
     def __post_init__(self) -> None:
         if isinstance(self.archive, str | os.PathLike):
             archive = Archive()
-            archive.load_state_dict(torch.load(self.archive, weights_only=True))
+            try:
+                archive.load_state_dict(torch.load(self.archive, weights_only=True))
+            except (TypeError, KeyError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
+                path = os.fspath(self.archive)
+                raise ValueError(f"archive: expected a saved state_dict() of acqcore.Archive, got {path}") from error
             object.__setattr__(self, "archive", archive)
         checks.instance("archive", self.archive, Archive, "acqcore.Archive")
 
