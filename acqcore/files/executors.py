@@ -85,17 +85,13 @@ class Accelerate:
         scorer = BlockScorer(dataclasses.replace(job, device=job.device or str(self._state.device)))
         for block in own:
             scorer.complete(block, on_rows)
-            others = _count_finished(scorer.parts, others, on_rows) if self.reports else others
+            if self.reports:  # counts the blocks that other processes have finished
+                left = [block for block in others if not scorer.parts.finished(block.index)]
+                on_rows(sum(block.rows for block in others) - sum(block.rows for block in left))
+                others = left
         self._state.wait_for_everyone()
         on_rows(sum(block.rows for block in others))
         self._state.destroy_process_group()
-
-
-def _count_finished(parts: Parts, blocks: Sequence[Block], on_rows: Callable[[int], None]) -> list[Block]:
-    """Counts the blocks that other processes have finished, and returns the rest."""
-    left = [block for block in blocks if not parts.finished(block.index)]
-    on_rows(sum(block.rows for block in blocks) - sum(block.rows for block in left))
-    return left
 
 
 class Ray:

@@ -228,21 +228,22 @@ class Capture:
     def _after_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> torch.Tensor | None:
-        names = {key: name for key, name in self.owners[module].items() if self._captured(name)}
+        probing = self._failed is not None
+        left_out = () if probing else self.by_autograd.values()
+        names = {key: name for key, name in self.owners[module].items() if name not in left_out}
         if not names:
             return None
         if not self._active:
             return self._tapped_again(output)
-        probing = self._failed is not None
         try:
             call = ModuleCall(module, names, args, kwargs, output, *self._shape)
         except Uncovered as error:
-            if self._failed is None and self._shape[0] > 1:
+            if self._failed is not None:
+                self._failed.update(names.values())
+                return None
+            if self._shape[0] > 1:
                 raise OneByOne from error
-            if self._failed is None:
-                raise
-            self._failed.update(names.values())
-            return None
+            raise
         # A batch must not tell its samples apart by a shape that the module's calls in the probe did not have: as many
         # tokens may be routed to an expert as there are samples.
         if self._shape[0] > 1 and not probing and call.forms not in self.forms.get(module, ()):
@@ -283,9 +284,6 @@ class Capture:
 
     def _taken(self, name: str) -> bool:
         return any(taker.takes(name) for taker in self._of_parameters)
-
-    def _captured(self, name: str) -> bool:
-        return self._failed is not None or name not in self.by_autograd.values()
 
     def _after_backward(self, calls: list[ModuleCall], gradient: torch.Tensor) -> None:
         call = calls.pop() if self._last else calls[0]  # the last backward frees the module's input

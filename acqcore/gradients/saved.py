@@ -45,4 +45,4 @@ class Saved:
         if isinstance(reference, str | os.PathLike):
             return cls.load(reference)
         checks.instance("reference", reference, cls, f"what acqcore.{cls.maker} gives")
-        return reference  # type: ignore[no-any-return]
+        return reference

@@ -267,13 +267,21 @@ def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
     if getattr(tokenizer, "is_fast", False):
         batch = tokenizer(whole, return_offsets_mapping=True, **options)
         contexts = [text.boundary for text in texts]
-        starts: Iterable[int] = map(_start_by_offsets, batch["offset_mapping"], contexts)
+        # The first token whose span ends after the context; for plain text, the first.
+        starts: Iterable[int] = (
+            next((i for i, (_, end) in enumerate(offsets) if end > context), len(offsets))
+            for offsets, context in zip(batch["offset_mapping"], contexts, strict=True)
+        )
     else:
         batch = tokenizer(whole, **options)
         # Without offsets: the ids that the whole text shares with its context.
         alone = tokenizer([text.text[: text.boundary] for text in texts], **options)["input_ids"]
         starts = map(common_length, batch["input_ids"], alone)
-    rows = [_row(torch.tensor(ids), start) for ids, start in zip(batch["input_ids"], starts, strict=True)]
+    rows = []
+    for ids, start in zip(map(torch.tensor, batch["input_ids"]), starts, strict=True):
+        targets = ids.clone()
+        targets[: max(start, 1)] = checks.IGNORE_INDEX  # nothing predicts the very first
+        rows.append(Row(ids, targets))
     if any(len(ids) > 1 and (ids[0] == ids[1] or ids[-1] == ids[-2]) for ids in batch["input_ids"]):
         added = tokenizer([""], **options)["input_ids"][0]
         rows = [_once(row, added, tokenizer) for row in rows]
@@ -304,24 +312,6 @@ def _marked(row: Row, text: _Text) -> Row:
         return row
     marks = torch.tensor(text.generated, dtype=torch.bool)
     return Row(row.ids, row.targets.masked_fill(~marks, checks.IGNORE_INDEX))
-
-
-def _start_by_offsets(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
-    """Index of the first token whose span ends after ``boundary``; for plain text, 0."""
-    for position, (_, end) in enumerate(offsets):
-        if end > boundary:
-            return position
-    return len(offsets)
-
-
-def _row(
-    ids: torch.Tensor,  # [T] int64
-    start: int,
-) -> Row:
-    """The row whose tokens from ``start`` on are scored, except the very first, which nothing predicts."""
-    targets = ids.clone()
-    targets[: max(start, 1)] = checks.IGNORE_INDEX
-    return Row(ids, targets)
 
 
 def _truncate(row: Row, max_length: int) -> Row:
