@@ -126,6 +126,54 @@ class TestHooksOfOthers:
         model(input_ids=rows(9)["input_ids"]).logits.sum().backward()
         assert not any(map(torch.equal, before, model.parameters())), "training goes on with its hooks"
 
+    @pytest.mark.parametrize("kind", ["Llama", "routed"])
+    @pytest.mark.parametrize("how", ["accumulation", "before accumulation", "tensor", "tensor that changes it"])
+    def test_hooks_that_wait_for_gradients_of_parameters(self, how, kind, tiny_model, exact):
+        """Those of DeepSpeed and DDP on the node that accumulates, of trackers that log, of masks that zero."""
+        if kind == "Llama":
+            model = student = tiny_model(kind)
+        else:  # autograd itself gives the experts' gradients
+            torch.manual_seed(0)
+            trunk, weight = Routed(1), torch.randn(320, 16)
+            model, student = WithLogits(trunk, weight), acqcore.Student(trunk, acqcore.Head(weight))
+        trained = list(model.parameters())
+        parameters = trained if kind == "Llama" else [*trained, weight]
+        samples, fired, nodes = rows(9, 6), [], []
+        expected = exact(model, samples, parameters).norm(dim=1)
+        for parameter in trained:
+            node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+            nodes.append(node)
+            if how == "accumulation":
+                node.register_hook(lambda *gradients: fired.append(gradients))
+            elif how == "before accumulation":
+                node.register_prehook(lambda gradients: fired.append(gradients))
+            else:
+                scale = 0 if "changes" in how else 1
+                parameter.register_hook(lambda gradient, scale=scale: fired.append(gradient) or gradient * scale)
+        for _ in range(2):
+            norms = grad_norm(student, samples, "all", backend="eager")
+            torch.testing.assert_close(norms.double(), expected, rtol=1e-4, atol=0)
+        assert not fired
+        model(input_ids=samples["input_ids"]).logits.sum().backward()
+        assert fired, "training goes on with its hooks"
+
+    def test_data_parallel_training_beside(self, tiny_model, exact, tmp_path):
+        """A student that DistributedDataParallel trains is scored between two of its steps."""
+        distributed = torch.distributed
+        model, samples = tiny_model("Llama"), rows(9, 6)
+        expected = exact(model, samples, list(model.parameters())).norm(dim=1)
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            trained = nn.parallel.DistributedDataParallel(model)
+            for student in (model, trained, model):
+                norms = grad_norm(student, samples, "all", backend="eager")
+                torch.testing.assert_close(norms.double(), expected, rtol=1e-4, atol=0)
+                assert all(parameter.grad is None for parameter in model.parameters())
+                trained(input_ids=samples["input_ids"]).logits.sum().backward()
+                model.zero_grad(set_to_none=True)
+        finally:
+            distributed.destroy_process_group()
+
     def test_gradients_of_training_are_left_alone(self, tiny_model):
         model = tiny_model("Llama")
         for parameter in model.parameters():
