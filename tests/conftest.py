@@ -11,6 +11,8 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,30 @@ def implementation(request, monkeypatch):
     elif _BACKENDS[name].devices == ("cuda",):
         monkeypatch.setitem(_BACKENDS, name, OnDevice(_BACKENDS[name]))
     return name
+
+
+@pytest.fixture
+def extra_mib():
+    """``extra_mib(setup, call)``: by how many MiB ``call`` raises the peak of memory, in a process of its own."""
+    if sys.platform != "linux":
+        pytest.skip("reads the peak of resident memory from /proc")
+
+    def run(setup, call, **environment):
+        code = (
+            "import torch, acqcore\n"
+            "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))\n"
+            f"{setup}\n"
+            "open('/proc/self/clear_refs', 'w').write('5')\n"  # resets the peak to what is resident now
+            "before = peak()\n"
+            f"{call}\n"
+            "print((peak() - before) / 1024)\n"
+        )
+        environment = {**os.environ, **environment}
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr
+        return float(result.stdout)
+
+    return run
 
 
 SENTENCES = [

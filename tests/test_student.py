@@ -324,7 +324,7 @@ class TestLoad:
     def test_import_takes_nothing_heavy(self):
         code = (
             "import sys, acqcore, acqcore.cli\n"
-            "heavy = {'transformers', 'triton', 'peft', 'datasets', 'pandas', 'rich'} & set(sys.modules)\n"
+            "heavy = {'transformers', 'triton', 'peft', 'datasets', 'pandas', 'rich', 'trl'} & set(sys.modules)\n"
             "sys.exit(', '.join(heavy) or 0)"
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
