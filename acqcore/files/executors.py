@@ -98,12 +98,8 @@ class Ray:
     """A pool of Ray actors with a student each, and a GPU each if the cluster has any and the device is not the CPU.
 
     Actors read and write their blocks themselves, so data, output and a local student must be on shared storage. A dead
-    actor is restarted, and its block resumes after the last finished batch.
-
-    Args:
-        workers: number of actors; by default one per GPU of the cluster, or without GPUs its cores divided by the
-            threads of this process.
-        address: of a running cluster; by default ``RAY_ADDRESS``, else a cluster is started.
+    actor is restarted, and its block resumes after the last finished batch. By default there is one per GPU, or without
+    GPUs cores divided by the threads of this process, in the cluster at ``RAY_ADDRESS`` or else one that is started.
     """
 
     reports = True
@@ -170,11 +166,8 @@ class _Actor:
 
 @contextlib.contextmanager
 def _connected(address: str | None, folder: Path) -> Iterator[None]:
-    """A connection to Ray: an existing one, to ``address``, or to a cluster that is started and stopped again.
-
-    Args:
-        folder: a folder without Python modules: Ray puts the current folder first on its workers' paths.
-    """
+    """A connection to Ray: an existing one, to ``address``, or to a cluster that is started and stopped again. In
+    ``folder`` there are no Python modules: Ray puts the current folder first on its workers' paths."""
     import ray
     import ray.data
 

@@ -56,14 +56,6 @@ class Capture:
         names: parameter -> name.
         tied: names of head weights among them: an embedding's rows and the head's add up.
         sites: modules whose outputs dropout acts on.
-
-    Attributes:
-        modules: of the student, in its order.
-        owners: module -> attribute -> name of the selected parameters that it owns.
-        half: whether the student has parameters in half precision.
-        used: names of parameters that have a gradient, more than rounding.
-        by_autograd: parameter -> name, where autograd itself gives the gradient; batches are then of one sample.
-        forms: module -> the forms in which it takes and gives samples.
     """
 
     def __init__(
@@ -78,6 +70,7 @@ class Capture:
         self._sites = list(sites)
         self.names = names
         self.modules = [] if student._module is None else list(student._module.modules())
+        #: Module -> attribute -> name of the selected parameters that it owns.
         self.owners: dict[nn.Module, dict[str, str]] = {}
         for module in self.modules:
             own = {key: names[p] for key, p in module._parameters.items() if p is not None and p in names}
@@ -85,9 +78,10 @@ class Capture:
                 self.owners[module] = own
         parameters = [p for module in self.modules for p in module._parameters.values() if p is not None]
         self.half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters)
-        self.used: set[str] = set()
+        self.used: set[str] = set()  # names of parameters that have a gradient, more than rounding
+        #: Parameter -> name, where autograd itself gives the gradient; batches are then of one sample.
         self.by_autograd: dict[torch.Tensor, str] = {}
-        self.forms: dict[nn.Module, set[tuple[str, str]]] = {}
+        self.forms: dict[nn.Module, set[tuple[str, str]]] = {}  # in which modules take and give samples
         self._failed: set[str] | None = None  # names that fit no rule, while the probe runs
         # Of a forward.
         self._active = False

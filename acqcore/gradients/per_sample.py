@@ -44,9 +44,6 @@ from acqcore.students.student import Student
 class SampleGradients:
     """Gradients of a student's samples.
 
-    Args:
-        needs: at least one.
-
     Raises:
         ValueError: parameters that the student does not have, or whose gradient is not known; layers likewise.
     """

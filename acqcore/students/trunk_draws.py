@@ -26,19 +26,8 @@ from acqcore.students.student import Student
 
 
 class TrunkDraws:
-    """Hidden states of K draws under dropout in the trunk.
-
-    Args:
-        student: whose trunk runs.
-        layers: the last n blocks, ``"all"``, or ``"own"``, as in :meth:`DropoutSites.of`.
-        draws: K.
-        dropout: probability p for blocks; ignored by ``"own"``.
-        seed: of the masks.
-        backend: as in :func:`acqcore.row_stats`.
-
-    Raises:
-        ValueError: as :meth:`DropoutSites.of`.
-    """
+    """Hidden states of K draws under dropout in the trunk. Arguments and errors are those of :class:`DrawOptions` and
+    :meth:`DropoutSites.of`."""
 
     def __init__(
         self, student: Student, layers: Layers, draws: int, dropout: float, seed: int, backend: str | None
