@@ -17,7 +17,7 @@ import pytest
 from acqcore.cli import main
 from acqcore.files.parts import Parts
 
-ROWS, BLOCKS = 5000, 50
+ROWS, BLOCKS = 2500, 50
 LAUNCH = ["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0", "--multi_gpu", "-m", "acqcore"]
 
