@@ -168,7 +168,7 @@ def test_groups_of_samples():
     ],
 )
 def test_memory_is_bounded(call, extra_mib):
-    """At most 64 MiB and the result's 2; gradients or draws of the logits would take 128, beside the weight in float32."""
+    """At most 64 MiB and the result's 2; gradients or draws of the logits would take 128, the weight in float32 64."""
     setup = (
         "from acqcore.backends import DrawRows, Dropout, Gram, HeadRows\n"
         "from acqcore.backends.chunked import Chunked\n"
