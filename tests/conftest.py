@@ -307,6 +307,21 @@ def exact():
 
 
 @pytest.fixture
+def with_logits():
+    """``with_logits(trunk, weight)``: a model whose logits are the trunk's hidden states times the weight."""
+
+    class WithLogits(torch.nn.Module):
+        def __init__(self, trunk, weight):
+            super().__init__()
+            self.trunk, self.weight = trunk, weight
+
+        def forward(self, input_ids):
+            return type("Output", (), {"logits": self.trunk(input_ids) @ self.weight.T})
+
+    return WithLogits
+
+
+@pytest.fixture
 def brute_force():
     """``brute_force(model, ids, scored)``: per-token references of each acquisition, from the model's logits.
 
