@@ -7,6 +7,7 @@ tests that involve it run: those that name it, as those of every ``implementatio
 from __future__ import annotations
 
 import abc
+import csv
 import dataclasses
 import importlib.util
 import inspect
@@ -349,6 +350,21 @@ def student(tmp_path, tiny_model, tokenizer):
     tiny_model("Llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def read():
+    """``read(path)``: the rows of a .jsonl, a .csv, a .parquet or a folder of parquet files."""
+
+    def run(path):
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in path.read_text().split("\n") if line]
+        if path.suffix == ".csv":
+            with path.open(newline="") as file:
+                return list(csv.DictReader(file))
+        return pytest.importorskip("pyarrow.parquet").read_table(path, partitioning=None).to_pylist()
+
+    return run
 
 
 @pytest.fixture
