@@ -133,10 +133,10 @@ class CausalLM:
             output = self._run(ids, lambda hidden: given.to(hidden.device).expand(*hidden.shape[:-1], -1))[1]
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # of the model's own code
-            if isinstance(error, ValueError) and str(error).startswith("model: "):
+        except Exception as cause:  # of the model's own code
+            if isinstance(cause, ValueError) and str(cause).startswith("model: "):
                 raise
-            raise ValueError(f"model: {self.name} does not run on token ids alone: {error}") from error
+            raise ValueError(f"model: {self.name} does not run on token ids alone: {cause}") from cause
         logits = self._whole(gathered(output.logits), head)  # [1, 4, V]
         refused = ValueError(
             f"model: {self.name} changes the logits of its output embedding by more than a scale and a softcap; "
