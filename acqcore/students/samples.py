@@ -156,12 +156,12 @@ def _kind(index: int, sample: object) -> tuple[str, ...]:
     """The keys that make a sample's kind; none for a string."""
     if isinstance(sample, str):
         return ()
+    got = checks.describe(sample)
     if isinstance(sample, Mapping):
         if (kind := kind_of(sample)) is not None:
             return kind
-        keys = ", ".join(repr(key) for key in sample)
-        raise TypeError(f"samples[{index}]: expected {EXPECTED}, got a mapping with keys {keys}")
-    raise TypeError(f"samples[{index}]: expected {EXPECTED}, got {checks.describe(sample)}")
+        got = f"a mapping with keys {', '.join(map(repr, sample))}"
+    raise TypeError(f"samples[{index}]: expected {EXPECTED}, got {got}")
 
 
 def _texts(samples: list[Sample], tokenizer: Any, errors: dict[int, str] | None) -> list[_Text]:
@@ -175,9 +175,7 @@ def _texts(samples: list[Sample], tokenizer: Any, errors: dict[int, str] | None)
     first = next((kind for kind in kinds if kind is not None), None)
     texts = []
     for i, (sample, kind) in enumerate(zip(samples, kinds, strict=True)):
-        text = None
-        if kind is not None:
-            text = _attempt(i, errors, _text, i, sample, kind, first, tokenizer)
+        text = None if kind is None else _attempt(i, errors, _text, i, sample, kind, first, tokenizer)
         texts.append(text or _Text("", 0, False))
     return texts
 
@@ -258,11 +256,8 @@ def _alone(index: int, text: _Text, tokenizer: Any) -> Row:
 
 def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
     """Rows of ``texts``, which all have special tokens or none has."""
-    options = {
-        "add_special_tokens": not texts[0].has_special_tokens,
-        "return_attention_mask": False,
-        "verbose": False,
-    }
+    add = not texts[0].has_special_tokens
+    options = {"add_special_tokens": add, "return_attention_mask": False, "verbose": False}
     whole = [text.text for text in texts]
     if getattr(tokenizer, "is_fast", False):
         batch = tokenizer(whole, return_offsets_mapping=True, **options)
