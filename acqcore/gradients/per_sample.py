@@ -44,9 +44,6 @@ from acqcore.students.student import Student
 class SampleGradients:
     """Gradients of a student's samples.
 
-    Args:
-        needs: at least one.
-
     Raises:
         ValueError: parameters that the student does not have, or whose gradient is not known; layers likewise.
     """
@@ -190,7 +187,10 @@ class SampleGradients:
             asked = [need for need in needs if k < need.probes]
             of_weights = {need: self._weights_measure(need, head_pass) for need in asked if need.of == "weights"}
             sites = {need: self._sites.get(need, {}) for need in asked if need.of == "sites"}
-            of_sites = {need: SiteSquares(head_pass, modules, self._counted(need)) for need, modules in sites.items()}
+            of_sites = {
+                need: SiteSquares(head_pass, modules, self._first if need.positions == "completion" else None)
+                for need, modules in sites.items()
+            }
             if any(need.layers != 0 for need in asked):
                 whole = spread(gradient, hidden, positions)
                 takers: list[PieceTaker] = [*of_weights.values(), *(marginals[n] for n in asked if n in marginals)]
@@ -215,10 +215,6 @@ class SampleGradients:
                 name: (rows / need.probes, columns / need.probes) for name, (rows, columns) in measure.found.items()
             }
         return values
-
-    def _counted(self, need: ProbeNeed) -> torch.Tensor | None:
-        """Of each sample the first token whose activations count, ``[B]``; None where all do."""
-        return self._first if need.positions == "completion" else None
 
     def _backward(
         self,
