@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from acqcore.acquisitions import Acquisition, register
 from acqcore.backends import BackendInfo
 from acqcore.bayes import BayesStats, ensemble_stats, mutual_information
+from acqcore.files.data import records
 from acqcore.gradients.epig import EpigReference
 from acqcore.gradients.laplace import LaplacePosterior
 from acqcore.gradients.reference import Reference
@@ -20,7 +21,7 @@ from acqcore.head_grad import head_grad_norm, hidden_grad, hidden_grad_norm
 from acqcore.literals import Reduction
 from acqcore.row_stats import RowStats, logit_stats, row_stats
 from acqcore.scores import Scores
-from acqcore.scoring.api import score, score_stream
+from acqcore.scoring.api import check_request, score, score_stream
 from acqcore.scoring.epig import epig, epig_reference
 from acqcore.scoring.gradients import (
     badge_embedding,
@@ -63,6 +64,7 @@ __all__ = [
     "acquisitions",
     "backends",
     "badge_embedding",
+    "check_request",
     "encode",
     "ensemble_stats",
     "epig",
@@ -80,6 +82,7 @@ __all__ = [
     "loading_whole",
     "logit_stats",
     "mutual_information",
+    "records",
     "register",
     "row_stats",
     "score",

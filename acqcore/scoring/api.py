@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from acqcore import checks
+from acqcore.backends import backends
 from acqcore.literals import Reduction
 from acqcore.progress import Progress
 from acqcore.scores import Scores
@@ -95,6 +96,27 @@ def score(
         reduction=reduction, topk=topk, batch_tokens=batch_tokens, backend=backend,
     )  # fmt: skip
     return _score(plan, student, samples, tokenizer, max_length, keep_tokens, progress, errors)
+
+
+def check_request(
+    acquisitions: str | Sequence[str],
+    acquisition_args: AcquisitionArgs | None = None,
+    *,
+    reduction: Reduction = "mean",
+    batch_tokens: int = 8192,
+    backend: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Check arguments of :func:`score` before there is a student, and the device that it is to be loaded on.
+
+    Raises:
+        TypeError, ValueError: an argument that :func:`score` would refuse for any student; a device that this machine
+            does not have.
+    """
+    Plan.of(acquisitions, acquisition_args, reduction=reduction, batch_tokens=batch_tokens)
+    checks.device("device", device)
+    if backend is not None:
+        checks.one_of("backend", backend, [info.name for info in backends()])
 
 
 def _score(
