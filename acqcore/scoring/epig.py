@@ -14,8 +14,7 @@ from acqcore.gradients.epig import EpigReference, sketch_needs
 from acqcore.gradients.need import ProbeNeed
 from acqcore.gradients.selection import select_linear, shapes_of
 from acqcore.literals import Layers
-from acqcore.scoring.collect import check_reference_set, collect
-from acqcore.scoring.run import Found, Runner
+from acqcore.scoring.run import Found, Runner, check_reference_set
 from acqcore.students.samples import Samples
 from acqcore.students.student import StudentLike
 
@@ -107,4 +106,4 @@ def _sketches(
         return torch.stack([found.results[need] for need in needs], dim=1)
 
     shape = (2, needs[0].probes, needs[0].dim)
-    return collect(runner, samples, tokenizer, max_length, shape, of_batch)
+    return runner.collect(samples, tokenizer, max_length, shape, of_batch)
