@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from acqcore import checks
+from acqcore.backends import backends
 from acqcore.defaults import standard_defaults
 from acqcore.literals import Reduction
 from acqcore.progress import Progress
@@ -123,6 +124,27 @@ def score(
     n_tokens = torch.tensor([row.n_scored for row in rows], dtype=torch.int64)
     valid = values.isfinite().all(dim=0)
     return Scores(dict(zip(plan.names, values, strict=True)), n_tokens, valid, tokens if keep_tokens else None, stderr)
+
+
+def check_request(
+    acquisitions: str | Sequence[str],
+    acquisition_args: AcquisitionArgs | None = None,
+    *,
+    reduction: Reduction = "mean",
+    batch_tokens: int = 8192,
+    backend: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Check arguments of :func:`score` before there is a student, and the device that it is to be loaded on.
+
+    Raises:
+        TypeError, ValueError: an argument that :func:`score` would refuse for any student; a device that this machine
+            does not have.
+    """
+    Plan.of(acquisitions, acquisition_args, reduction=reduction, batch_tokens=batch_tokens)
+    checks.device("device", device)
+    if backend is not None:
+        checks.one_of("backend", backend, [info.name for info in backends()])
 
 
 def score_stream(

@@ -70,12 +70,9 @@ def label(
 
     Args:
         engine: of the student, or of a stronger teacher.
-        domain: of the questions.
         samples: their answers and reasoning are ignored.
         k: answers to each question.
-        temperature: of the draws.
         threshold: least share of the k completions that agree; a completion without an answer counts as dissent.
-        seed: of the draws.
         max_tokens: most tokens of an answer; by default the domain's.
         embed: n texts -> n vectors.
 
@@ -95,13 +92,7 @@ def label(
 
 
 def label_by_domain(domain: Domain, samples: Sequence[Sample], *, seed: int = 0) -> list[Label]:
-    """A label for each question whose answer the domain can compute.
-
-    Args:
-        domain: of the questions.
-        samples: their answers and reasoning are ignored.
-        seed: of answers that are random.
-    """
+    """A label for each question whose answer the domain can compute; ``seed`` is that of answers that are random."""
     return [
         Label(None, 0.0, [], "the domain cannot compute it") if solved is None else Label(solved, 1.0, [solved.answer])
         for solved in domain.computed(samples, seed)
@@ -113,7 +104,6 @@ class Labeller:
 
     Args:
         config: any method but ``own``.
-        domain: of the samples.
         engine: makes the engine that answers, of the student or the teacher; not called for method ``computed``.
 
     Raises:

@@ -27,7 +27,6 @@ from acqsynth.callbacks import (
     REWARD_STATE,
     Progress as Progress,
     Refresh as Refresh,
-    Refreshing,
     RewardStates,
     StepClock,
     last_checkpoint,
@@ -71,13 +70,10 @@ def sft(
 
     Args:
         student: path or hub id.
-        domain: of the samples.
-        samples: what it learns.
         output: folder of the model.
         options: of :func:`configuration`.
         replay: :func:`training_rows` of other domains or general data, to prevent forgetting.
         replay_share: share of replay among all rows; the rows are drawn by the option ``seed``.
-        callbacks: of the trainer.
 
     Raises:
         ValueError: no samples, a share outside [0, 1), fewer replay rows than the share needs, or as
@@ -137,7 +133,6 @@ def grpo(
         output: folder of the model.
         options: of :func:`configuration`; TRL's vLLM modes too.
         refresh: of the student behind the reward.
-        callbacks: of the trainer.
 
     Raises:
         ValueError: no prompts, or as :func:`configuration`.
@@ -148,7 +143,6 @@ def grpo(
     config, lora = configuration("grpo", options or {}, output)
     rewards = list(reward) if isinstance(reward, Sequence) else [reward]
     clock = StepClock()
-    moving = [] if refresh is None else [Refreshing(refresh)]
     trainer = GRPOTrainer(
         model=generator,
         reward_funcs=[clock.timed(function) for function in rewards],
@@ -158,7 +152,7 @@ def grpo(
         callbacks=list(callbacks),
     )
     # First: trackers read the log after them, with what they add to it.
-    trainer.callback_handler.callbacks[:0] = [clock, *moving]
+    trainer.callback_handler.callbacks[:0] = [clock, *([refresh] if refresh is not None else [])]
     _run(trainer, output, rewards)
     return output
 
@@ -187,7 +181,6 @@ def dpo(
         sampling: its ``n`` is the number of candidates of a prompt.
         margin: as in :func:`pairs`.
         engine: makes an engine of the generator; by default transformers.
-        callbacks: of the trainer.
 
     Raises:
         ValueError: no pair with the margin, or as :func:`configuration`.

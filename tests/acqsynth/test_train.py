@@ -71,6 +71,14 @@ def test_options_win_over_defaults(tmp_path):
     assert train.configuration("dpo", {"use_cpu": True}, tmp_path)[1] is None
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("method", ["sft", "grpo", "dpo"])
+def test_bfloat16_is_for_cpus_too(tmp_path, method):
+    config, _ = train.configuration(method, {"bf16": True}, tmp_path)
+    assert config.bf16
+    assert config.use_cpu
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [

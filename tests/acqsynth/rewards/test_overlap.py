@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from acqsynth.normal_form import normal_form
-from acqsynth.rewards.overlap import Contamination, NearCopies, words
+from acqsynth.rewards.texts import Contamination, NearCopies, words
 
 SHELLS = "Ada has 12 shells and finds 30 more on the beach. How many shells does she have now?"
 
