@@ -30,6 +30,7 @@ from acqcore.scoring.gradients import (
     influence_reference,
     laplace_posterior,
 )
+from acqcore.scoring.prompts import prompt_embedding
 from acqcore.selection.diversity import Archive, gradient_diversity, vendi_score
 from acqcore.selection.subsets import select
 from acqcore.selection.trust import label_trust
@@ -80,6 +81,7 @@ __all__ = [
     "loading_whole",
     "logit_stats",
     "mutual_information",
+    "prompt_embedding",
     "register",
     "row_stats",
     "score",

@@ -109,7 +109,8 @@ def one_seed(seed: int, output: Path, overrides: Sequence[str], rewards: Sequenc
 
 def measured(store: Store, arm: Arm) -> dict[str, Any]:
     """What an arm learnt, what came of it, and what its reward cost."""
-    learnt = [row for unit in arm.rows for row in read_rows(store.path(unit / "samples.parquet"))]
+    written = [unit for units in arm.rows.values() for unit in units]
+    learnt = [row for unit in written for row in read_rows(store.path(unit / "samples.parquet"))]
     counts = Counter(str(row.extra["skill"]) for row in learnt)
     answers = [store.path(unit / f"answers-{IN_DISTRIBUTION}.parquet") for unit in arm.answers.values()]
     fits = [json.loads(store.path(unit / "counts.json").read_text())["rows"] for unit in arm.fits.values()]

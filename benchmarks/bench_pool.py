@@ -22,6 +22,8 @@ mutual information in the linear form (8 probes), with an isotropic posterior, a
 of all parameters towards 96 development rows (exact cosine); RHO-loss (second student fitted to those 96); BADGE;
 facility location; SIFT (prompts: the 96 rows); HUDS; the default reward's fusion; and ``default``, the recipe that this
 package recommends for choosing. A control learns the 96 development rows besides random ones, since some arms use them.
+Added after random and ``default`` had been seen on six seeds of pool B, to separate the steps of ``default``: the same
+gate and spread without its value.
 
 Choices: learning rate, epochs, start (from the warm student, or anew on warm and chosen rows), the states used for
 distances, each signal's spread (the highest 400, or the highest of each label in turn), and the recipe of ``default``
@@ -78,7 +80,9 @@ RANKING = (
 SPREADS = ("top", "balanced")
 SETS = ("badge", "facility location", "sift", "huds")
 RANDOM, ORACLE, CONTROL, DEFAULT = "random", "clean oracle", "random, and development rows", "default"
-OPTIONAL = (ORACLE, *RANKING, *SETS, CONTROL)
+#: ``default``'s gate and spread with rows in random order between them: what is left is its value's.
+VALUELESS = "default without its value"
+OPTIONAL = (VALUELESS, ORACLE, *RANKING, *SETS, CONTROL)
 ARMS = (RANDOM, DEFAULT, *OPTIONAL)
 #: What ``default`` may be: a gate on the label's trust, a ranking, a spread.
 RECIPES = tuple(
@@ -291,6 +295,8 @@ class Seed:
         signals = self.signals(pool)
         if arm == DEFAULT:
             return signals.follow(self.choices.default, k)
+        if arm == VALUELESS:
+            return signals.follow(replace(self.choices.default, value="none"), k)
         if arm in SETS:
             return signals.choose(arm, k)
         return signals.follow(Recipe("none", arm, (self.choices.spreads or {}).get(arm, "top")), k)

@@ -292,6 +292,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="write there, not to results/ and docs/")
     parser.add_argument("--questions", type=int, default=None, help="a random sample of so many (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the student's weights")
     parser.add_argument("--render", type=Path, default=None, help="write the page again from this JSON")
     arguments = parser.parse_args()
     content = measured(arguments) if arguments.render is None else json.loads(arguments.render.read_text())
@@ -321,7 +322,8 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.questions is not None and arguments.questions < len(questions):
         kept = np.random.default_rng(0).permutation(len(questions))[: arguments.questions]
         questions = [questions[i] for i in sorted(kept.tolist())]
-    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32).to(arguments.device).eval()
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=getattr(torch, arguments.dtype))
+    model = model.to(arguments.device).eval()
     begin = time.perf_counter()
     values = signals(model, AutoTokenizer.from_pretrained(student), questions, ANSWERS)
     seconds = time.perf_counter() - begin
@@ -335,7 +337,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     checks = {level: {name: spearman(x, with_rest) for name, x in found.items()} for level, found in values.items()}
     return {
         "machine": harness.machine(), "questions": int(covered.sum()), "asked": len(questions), "answers": ANSWERS,
-        "seconds": round(seconds, 1), "results": results, "all_questions": checks,
+        "dtype": arguments.dtype, "seconds": round(seconds, 1), "results": results, "all_questions": checks,
     }  # fmt: skip
 
 

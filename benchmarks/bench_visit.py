@@ -39,7 +39,10 @@ def norm_peers(
     targets: torch.Tensor,  # [N]
     length: int,
 ) -> dict[str, Callable[[], object]]:
-    """Gradient norms of samples of ``length`` rows; those of every peer agree with ours to 1e-3, or this raises."""
+    """Gradient norms of samples of ``length`` rows; those of every peer agree with ours to 5e-3, or this raises.
+
+    At 2,048 tokens the float32 backward is 1.6e-3 away from float64, ours 4e-8.
+    """
     head, offsets = acqcore.Head(weight), torch.arange(0, len(hidden) + 1, length)
     peers: dict[str, Callable[[], object]] = {
         STATISTICS: lambda: acqcore.row_stats(hidden, head, targets),
@@ -58,7 +61,7 @@ def norm_peers(
         if importlib.util.find_spec("opacus") is not None:
             found["Opacus ghost norm"] = opacus
         for name, function in found.items():
-            torch.testing.assert_close(function(batch, layer, of_batch), expected, rtol=1e-3, atol=0)
+            torch.testing.assert_close(function(batch, layer, of_batch), expected, rtol=5e-3, atol=0)
             peers[name] = _bind(function, batch, layer, of_batch)
     return peers
 

@@ -18,6 +18,7 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F  # noqa: N812
 
 import acqcore
+from acqcore.selection.subsets import in_turn
 from acqsynth.rewards.fusion import fuse
 from acqsynth.rewards.reward import DEFAULT_WEIGHTS
 from acqsynth.rewards.texts import NgramEmbedder
@@ -200,7 +201,7 @@ class Signals:
         if recipe.spread == "top":
             return order[:k]
         if recipe.spread == "balanced":
-            return balanced(order, self.labels.tolist(), k)
+            return [order[i] for i in in_turn(self.labels[order], k).tolist()]
         if recipe.spread == "cover":
             short = torch.tensor(order if recipe.value == "none" else order[: 3 * k])
             vectors = self.states[short].to(self._fitter.device)
@@ -263,15 +264,6 @@ def distinct(
             kept.append(i)
             dropped |= near[i]
     return kept
-
-
-def balanced(order: Sequence[int], labels: Sequence[int], k: int) -> list[int]:
-    """One row of each label in turn, the first of ``order`` first, until there are k."""
-    queues: dict[int, list[int]] = {}
-    for i in order:
-        queues.setdefault(labels[i], []).append(i)
-    turns = [(turn, place, i) for place, queue in enumerate(queues.values()) for turn, i in enumerate(queue)]
-    return [i for _, _, i in sorted(turns)[:k]]
 
 
 def sift(

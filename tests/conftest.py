@@ -6,8 +6,10 @@ tests that involve it run: those that name it, as those of every ``implementatio
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import importlib.util
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -19,8 +21,8 @@ import torch
 import acqcore
 from acqcore import _core
 from acqcore.acquisitions import REGISTRY, RowNeed
-from acqcore.backends import _BACKENDS, Gram, HeadRows
-from acqcore.backends.base import Backend, DrawRows, Dropout, Probes
+from acqcore.backends import _BACKENDS
+from acqcore.backends.base import Backend
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.extension import matrix, pointer
 from acqcore.backends.triton import INTERPRETED
@@ -76,100 +78,47 @@ class OnDevice(Backend):
     def longest_gram(self, depth: int) -> int:
         return self.backend.longest_gram(depth)
 
-    def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:
-        moved, moved_gram = self._rows(rows), None if gram is None else _tensors_to_device(gram)
-        self.backend.row_stats(moved, moved_gram)
-        rows.state.copy_(moved.state)
-        rows.index.copy_(moved.index)
-        if gram is not None:
-            gram.products.copy_(moved_gram.products)
 
-    def logit_stats(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor | None,
-        temperature: float,
-        state: torch.Tensor,
-        index: torch.Tensor,
-    ) -> None:
-        outputs = _to_device(state), _to_device(index)
-        self.backend.logit_stats(
-            _to_device(logits), None if targets is None else _to_device(targets), temperature, *outputs
-        )
-        state.copy_(outputs[0])
-        index.copy_(outputs[1])
-
-    def delta_product(self, rows: HeadRows, values: torch.Tensor, out: torch.Tensor) -> None:
-        moved = _to_device(out)
-        self.backend.delta_product(self._rows(rows), _to_device(values), moved)
-        out.copy_(moved)
-
-    def delta_hash(self, rows: HeadRows, places: torch.Tensor, out: torch.Tensor) -> None:
-        moved = _to_device(out)
-        self.backend.delta_hash(self._rows(rows), _to_device(places), moved)
-        out.copy_(moved)
-
-    def stats_and_hash(self, rows: HeadRows, places: torch.Tensor, out: torch.Tensor) -> None:
-        moved, moved_out = self._rows(rows), _to_device(out)
-        self.backend.stats_and_hash(moved, _to_device(places), moved_out)
-        rows.state.copy_(moved.state)
-        rows.index.copy_(moved.index)
-        out.copy_(moved_out)
-
-    def gram_norm(
-        self, rows: HeadRows, gram: Gram, local_max: torch.Tensor, weights: torch.Tensor, squared: torch.Tensor
-    ) -> None:
-        moved = _to_device(squared)
-        self.backend.gram_norm(
-            self._rows(rows), _tensors_to_device(gram), _to_device(local_max), _to_device(weights), moved
-        )
-        squared.copy_(moved)
-
-    def head_grad_norm(
-        self, rows: HeadRows, bounds: tuple[tuple[int, int], ...], weights: torch.Tensor, squared: torch.Tensor
-    ) -> None:
-        moved = _to_device(squared)
-        self.backend.head_grad_norm(self._rows(rows), bounds, _to_device(weights), moved)
-        squared.copy_(moved)
-
-    def fisher_sums(
-        self, rows: HeadRows, probes: Probes, sums: torch.Tensor, signed: torch.Tensor, squares: torch.Tensor
-    ) -> None:
-        moved = _to_device(sums), _to_device(signed), _to_device(squares)
-        self.backend.fisher_sums(self._rows(rows), _tensors_to_device(probes), *moved)
-        for written, found in zip((sums, signed, squares), moved, strict=True):
-            written.copy_(found)
-
-    def hidden_grad(self, rows: HeadRows, out: torch.Tensor) -> None:
-        moved, moved_out = self._rows(rows), _to_device(out)
-        self.backend.hidden_grad(moved, moved_out)
-        rows.state.copy_(moved.state)
-        rows.index.copy_(moved.index)
-        out.copy_(moved_out)
-
-    def dropout_mask(self, dropout: Dropout, site: int, keep: torch.Tensor) -> None:
-        moved = _to_device(keep)
-        self.backend.dropout_mask(_tensors_to_device(dropout), site, moved)
-        keep.copy_(moved)
-
-    def mixture_stats(self, rows: DrawRows) -> None:
-        moved = _tensors_to_device(rows)
-        heads = tuple(_tensors_to_device(head) for head in rows.heads)
-        dropout = None if rows.dropout is None else _tensors_to_device(rows.dropout)
-        moved = dataclasses.replace(moved, heads=heads, dropout=dropout)
-        self.backend.mixture_stats(moved)
-        rows.state.copy_(moved.state)
-        rows.votes.copy_(moved.votes)
-
-    def _rows(self, rows: HeadRows) -> HeadRows:
-        return dataclasses.replace(_tensors_to_device(rows), head=_tensors_to_device(rows.head))
+#: Arguments of a backend's operations, and fields of what they take, that are written.
+WRITTEN = {"state", "index", "products", "votes", "out", "squared", "sums", "signed", "squares", "keep"}
 
 
-def _tensors_to_device(value: Any) -> Any:
-    """A dataclass with the tensors among its fields on the GPU."""
+def _on_device(name: str) -> Any:
+    names = list(inspect.signature(getattr(Backend, name)).parameters)[1:]
+
+    def call(self: OnDevice, *arguments: Any) -> None:
+        moved = [_moved(value) for value in arguments]
+        getattr(self.backend, name)(*moved)
+        for argument, given, found in zip(names, arguments, moved, strict=False):
+            _copy_back(argument, given, found)
+
+    return call
+
+
+for _name in (Backend.__abstractmethods__ - {"longest_gram"}) | {"stats_and_hash"}:
+    setattr(OnDevice, _name, _on_device(_name))
+abc.update_abstractmethods(OnDevice)
+
+
+def _moved(value: Any) -> Any:
+    """A tensor on the GPU, a dataclass with its tensors there; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return _to_device(value)
+    if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+        return tuple(map(_moved, value))
+    if not dataclasses.is_dataclass(value):
+        return value
     fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    moved = {name: _to_device(field) for name, field in fields.items() if isinstance(field, torch.Tensor)}
-    return dataclasses.replace(value, **moved)
+    changed = {name: other for name, old in fields.items() if (other := _moved(old)) is not old}
+    return dataclasses.replace(value, **changed)
+
+
+def _copy_back(name: str, given: Any, found: Any) -> None:
+    if isinstance(given, torch.Tensor) and name in WRITTEN:
+        given.copy_(found)
+    elif dataclasses.is_dataclass(given):
+        for field in dataclasses.fields(given):
+            _copy_back(field.name, getattr(given, field.name), getattr(found, field.name))
 
 
 def _to_device(tensor: torch.Tensor) -> torch.Tensor:
@@ -386,13 +335,7 @@ def command(student, tmp_path):
     def build(rows, **options):
         data = tmp_path / "data.jsonl"
         data.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-        settings = {
-            "student": student,
-            "data": data,
-            "out": tmp_path / "out.jsonl",
-            "backend": "eager",
-            **options,
-        }
+        settings = {"student": student, "data": data, "out": tmp_path / "out.jsonl", "backend": "eager", **options}
         flags = [(f"--{key.replace('_', '-')}", str(value)) for key, value in settings.items()]
         return ["score", *(word for flag in flags for word in flag)]
 

@@ -78,6 +78,24 @@ def test_diverse_methods_choose_among_the_highest(method, choose, student, tmp_p
     assert [row["row"] for row in sorted(found, key=lambda row: row["rank"])] == expected
 
 
+def test_labels_that_others_predict_take_turns(choose, student, tmp_path, capsys):
+    texts = [f"{text} {i}" for i in range(4) for text in ("The quick brown fox", "which drug helps?")]
+    rows: list[dict[str, Any]] = [{"text": text, "intent": ("animal", 7)[i % 2]} for i, text in enumerate(texts)]
+    rows[2]["intent"] = 7
+    rows.append({"text": "a fox", "intent": None})
+    assert main(choose(rows, n=4, label_column="intent")) == 0
+    labels = torch.tensor([row["intent"] == "animal" for row in rows[:8]]).long()
+    trust = acqcore.label_trust(acqcore.prompt_embedding(str(student), texts), labels)
+    expected = acqcore.select(entropies(student, texts), 4, labels=labels, trust=trust).tolist()
+    assert trust.argmin() == 2
+    found = sorted(lines(tmp_path / "out.jsonl"), key=lambda row: row["rank"])
+    assert [row["row"] for row in found] == expected
+    assert [type(row["intent"]) for row in found] in ([str, int] * 2, [int, str] * 2)
+    err = capsys.readouterr().err
+    assert f"{int((trust > 0).sum())} of 8 labels agree" in err
+    assert "intent: expected a text or an int, got None" in err
+
+
 def test_diversity_alone_chooses_among_all_rows(choose, student, tmp_path):
     copies = [{"text": TEXTS[0]}] * 5 + [{"text": TEXTS[1]}, {"text": TEXTS[3]}]
     assert main(choose(copies, method="facility_location", signal=None)) == 0
@@ -218,6 +236,9 @@ def test_rows_without_a_finite_value_are_not_chosen(choose, tmp_path, monkeypatc
         ({"signal": "score", "student": None}, "signal: no column 'score' in the data, which have text"),
         ({"signal": None}, "--signal: expected an acquisition with --method top_k"),
         ({"student": None, "method": "badge"}, "--student: expected a model"),
+        ({"label_column": "intent"}, "label-column: no column 'intent' in the data, which have text"),
+        ({"label_column": "text", "method": "badge"}, "--label-column: expected it with --student and --method top_k"),
+        ({"label_column": "text", "student": None}, "--label-column: expected it with --student and --method top_k"),
         ({"among": 5}, "--among: expected it with --signal and a diverse --method"),
         ({"method": "badge", "among": 2}, "--among: expected at least --n = 3, got 2"),
         ({"acquisition_args": '{"loss": {}}'}, "--acquisition-args: 'loss' is not among the acquisitions asked for"),

@@ -20,7 +20,6 @@ import torch
 
 import acqcore
 from acqcore.cli import main
-from acqcore.files.parts import Parts
 
 TEXTS = ["The quick brown fox", "a fox", "The answer is 5.", "def add(a, b): return a + b", "the lazy dog"]
 
@@ -55,21 +54,6 @@ def test_scores_are_those_of_score(command, student, tmp_path, capsys):
     for shown in ("margin", "loss", f"{scores['loss'].mean():.4g}", f"{scores['loss'].max():.4g}"):
         assert shown in out
     assert not (tmp_path / "out.jsonl.parts").exists()
-
-
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_tables(suffix, command, tmp_path):
-    pandas = pytest.importorskip("pandas")
-    pytest.importorskip("pyarrow")
-    frame = pandas.DataFrame({"q": ["a fox, ", "The\n"], "a": ["the dog", "answer is 5"]})
-    data, out = tmp_path / f"in.{suffix}", tmp_path / f"out.{suffix}"
-    frame.to_csv(data, index=False) if suffix == "csv" else frame.to_parquet(data)
-    assert main(command([], data=data, out=out, prompt_column="q", completion_column="a")) == 0
-    result = pandas.read_csv(out) if suffix == "csv" else pandas.read_parquet(out)
-    assert list(result.columns) == ["row", "q", "a", "entropy", "n_tokens", "valid", "error"]
-    assert result["q"].tolist() == frame["q"].tolist()
-    assert result["entropy"].between(0, math.log(320)).all()
-    assert result["valid"].all()
 
 
 def test_conversations_and_limit(command, tmp_path):
@@ -281,20 +265,6 @@ def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused):
     assert not (tmp_path / "out.jsonl.parts").exists()
 
 
-def test_a_data_set_without_datasets(command, refused, monkeypatch):
-    monkeypatch.setattr("acqcore.checks.basic.importlib.util.find_spec", lambda name: None)
-    message = '--data org/name needs datasets: run pip install "acqcore[train]"'
-    assert refused(command([], data="org/name")) == message
-
-
-@pytest.mark.parametrize("name", ["acqcore", "acqcore score"])
-def test_help_is_plain_text(name, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([*name.split()[1:], "--help"])
-    assert stop.value.code == 0
-    assert not re.search(r"``|:func:|:class:", capsys.readouterr().out)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -336,11 +306,18 @@ def test_wrong_usage_is_one_sentence(options, message, command, refused, tmp_pat
     assert message in refused(command([{"text": "a fox"}], **options))
 
 
-def test_an_engine_that_is_not_installed(command, refused, monkeypatch):
+@pytest.mark.parametrize(
+    ("option", "package", "extra"),
+    [
+        ("engine ray", "ray", "ray"),
+        ("engine accelerate", "accelerate", "train"),
+        ("data org/name", "datasets", "train"),
+    ],
+)
+def test_what_is_not_installed(option, package, extra, command, refused, monkeypatch):
     monkeypatch.setattr("acqcore.checks.basic.importlib.util.find_spec", lambda name: None)
-    for engine, extra in (("ray", "ray"), ("accelerate", "train")):
-        message = f'--engine {engine} needs {engine}: run pip install "acqcore[{extra}]"'
-        assert refused(command([{"text": "a fox"}], engine=engine)) == message
+    message = f'--{option} needs {package}: run pip install "acqcore[{extra}]"'
+    assert refused(command([{"text": "a fox"}], **dict([option.split()]))) == message
 
 
 def test_launched_processes_do_not_all_score_everything(command, refused, monkeypatch):
@@ -501,15 +478,6 @@ class TestOutput:
             (tmp_path / "out.parts" / "manifest.json").write_text("{}")
         assert (tmp_path / "out" / "notes.txt").read_text() == "keep"
 
-    def test_two_processes(self, command, tmp_path, capsys):
-        arguments = command([{"text": "a fox"}])
-        first = Parts(tmp_path / "out.jsonl")
-        first.claim({})
-        assert main(arguments) == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1
-        assert "another process is writing to" in lines[0]
-
 
 @pytest.mark.parametrize(
     ("options", "message"),
@@ -552,6 +520,7 @@ def test_version_and_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["score", "--help"])
     offered = capsys.readouterr().out
+    assert not re.search(r"``|:func:|:class:", offered)
     assert "gradient_diversity" not in offered
     assert "mutual_information" in offered
 

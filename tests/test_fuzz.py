@@ -73,10 +73,7 @@ lines = st.one_of(
 
 def settings(examples: int) -> Any:
     return hypothesis.settings(
-        max_examples=FACTOR * examples,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        max_examples=FACTOR * examples, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
     )
 
 

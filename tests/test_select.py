@@ -71,6 +71,41 @@ class TestTopK:
             acqcore.select(one, 1, acquisition="los")
 
 
+class TestLabelsAndTrust:
+    SCORES = torch.tensor([5.0, 4.0, 3.0, torch.nan, 2.0, 1.0, 0.0])
+    LABELS = torch.tensor([7, 7, 7, 1, 0, 0, -3])
+
+    def test_labels_take_turns(self):
+        assert acqcore.select(self.SCORES, 5, labels=self.LABELS).tolist() == [0, 4, 6, 1, 5]
+        assert acqcore.select(self.SCORES, 6, labels=self.LABELS).tolist() == [0, 4, 6, 1, 5, 2]
+        assert acqcore.select(self.SCORES, 3, labels=torch.zeros(7).long()).tolist() == [0, 1, 2]
+
+    def test_only_what_is_trusted_is_chosen(self):
+        trust = torch.tensor([-1.0, 0.5, 0.1, 9.0, 0.0, 0.2, -0.5])
+        assert acqcore.select(self.SCORES, 3, trust=trust).tolist() == [1, 2, 5]
+        assert acqcore.select(self.SCORES, 3, trust=trust, labels=self.LABELS).tolist() == [1, 5, 2]
+
+    def test_the_most_trusted_of_the_others_fill_up(self):
+        trust = torch.tensor([-3.0, 0.5, -1.0, 9.0, -2.0, -0.2, -0.5])
+        assert acqcore.select(self.SCORES, 3, trust=trust).tolist() == [1, 5, 6]
+        assert sorted(acqcore.select(self.SCORES, 6, trust=trust).tolist()) == [0, 1, 2, 4, 5, 6]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"labels": LABELS[:3]}, r"labels: expected int64 \[7\], got"),
+            ({"labels": LABELS.float()}, r"labels: expected int64 \[7\], got"),
+            ({"trust": SCORES}, r"trust: expected \[7\] without NaN"),
+            ({"trust": SCORES[:2]}, r"trust: expected \[7\] without NaN"),
+            ({"labels": LABELS, "method": "badge"}, "labels: expected it with method='top_k', got method='badge'"),
+            ({"trust": SCORES, "method": "k_center"}, "trust: expected it with method='top_k'"),
+        ],
+    )
+    def test_wrong_ones_are_refused(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            acqcore.select(self.SCORES, 2, **arguments)
+
+
 @pytest.mark.parametrize("method", VECTOR_METHODS)
 class TestEveryVectorMethod:
     def test_all_of_them_is_a_permutation(self, method):

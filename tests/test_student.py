@@ -219,10 +219,7 @@ class TestPeft:
         merged = adapted(target_modules=["lm_head"])
         student = acqcore.Student.from_model(merged)
         merged.merge_adapter()
-        with (
-            merged.disable_adapter(),
-            pytest.raises(ValueError, match="both merged and disabled"),
-        ):
+        with merged.disable_adapter(), pytest.raises(ValueError, match="both merged and disabled"):
             student.head  # noqa: B018
 
     def test_an_adapter_that_is_no_lora_is_refused(self, tiny_model):

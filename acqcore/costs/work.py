@@ -30,19 +30,11 @@ STAND_INS: Objects = {
 
 @dataclass(frozen=True)
 class Work:
-    """Rows to score, all of one length, and what is asked of them.
-
-    Attributes:
-        rows: how many.
-        tokens: T, of each row.
-        scored: of a row's tokens, at most T - 1.
-        batch_tokens: maximum padded tokens per forward; a longer row gets its own batch.
-        acquisitions, arguments: as in :func:`acqcore.score`.
-    """
+    """Rows to score, all of one length, and what is asked of them."""
 
     rows: int
-    tokens: int
-    scored: int
+    tokens: int  # T, of each row
+    scored: int  # of a row's tokens, at most T - 1
     batch_tokens: int
     acquisitions: tuple[str, ...]
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

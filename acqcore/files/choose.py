@@ -7,6 +7,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +23,9 @@ from acqcore.literals import Method
 from acqcore.scoring.api import score
 from acqcore.scoring.gradients import badge_embedding
 from acqcore.scoring.plan import Plan
+from acqcore.scoring.prompts import prompt_embedding
 from acqcore.selection.subsets import select
+from acqcore.selection.trust import label_trust
 from acqcore.students.samples import Row
 
 POOL_FACTOR = 4  #: rows that a diverse method chooses among, for each row wanted
@@ -63,6 +66,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "all rows without --signal)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of --method badge (default: 0)")
+    parser.add_argument(
+        "--label-column",
+        metavar="C",
+        help="with --method top_k: column of labels, some of which may be wrong; only rows whose label agrees with "
+        "those of rows with similar prompts are chosen, one of each label in turn",
+    )
 
 
 def run(options: argparse.Namespace, print_table: Print) -> int:
@@ -89,27 +98,25 @@ def _run(request: _Request, folder: Path, print_table: Print) -> int:
     request.fetch(folder)
     pool = request.read()
     signal = request.signal_of(pool)
-    among = request.candidates(pool, signal)
-    picked = request.pick(pool, signal, among)
-    chosen = [pool.indices[i] for i in picked]
-    rank = {index: place for place, index in enumerate(chosen, 1)}
-    extra: dict[int, dict[str, Any]] = {index: {_RANK: place} for index, place in rank.items()}
-    if signal is not None and options.student is not None:
-        for i, index in zip(picked, chosen, strict=True):
-            extra[index] = {options.signal: float(signal[i]), **extra[index]}
+    picked = request.pick(pool, signal, request.candidates(pool, signal))
+    extra: dict[int, dict[str, Any]] = {}
+    for place, i in enumerate(picked, 1):
+        value = {} if signal is None or options.student is None else {options.signal: float(signal[i])}
+        extra[pool.indices[i]] = {**value, _RANK: place}
     _write(options.out, request.data, pool, extra)
     request.report(pool, signal, picked, print_table)
     return 0
 
 
+@dataclass
 class _Pool:
     """The rows of the data; ``indices`` are those that can be chosen, and ``rows`` their tokens."""
 
-    def __init__(self, records: list[Record], columns: list[str]) -> None:
-        self.records, self.columns = records, columns
-        self.errors: dict[int, str] = {}
-        self.indices: list[int] = []
-        self.rows: list[Row] = []
+    records: list[Record]
+    columns: list[str]
+    errors: dict[int, str] = field(default_factory=dict)
+    indices: list[int] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
 
 class _Request:
@@ -130,6 +137,8 @@ class _Request:
             checks.positive_int("among", options.among)
             if options.among < options.n:
                 raise ValueError(f"--among: expected at least --n = {options.n}, got {options.among}")
+        if options.label_column is not None and (self.diverse or options.student is None):
+            raise ValueError("--label-column: expected it with --student and --method top_k")
         if options.limit is not None:
             checks.positive_int("limit", options.limit)
         self.given = options.acquisition_args or {}
@@ -201,13 +210,22 @@ class _Request:
 
     def _tokenize(self, pool: _Pool, present: list[str]) -> None:
         options = self.options
+        if options.label_column is not None and options.label_column not in present:
+            raise ValueError(
+                f"label-column: no column {options.label_column!r} in the data, which have {', '.join(present)}"
+            )
         columns = data_files.choose_columns(
             present, options.prompt_column, options.completion_column, options.text_column
         )
-        pool.columns, self.shown = present, list(columns)[-1]
+        self.shown = list(columns)[-1]
         self.student = load_student(options.student, options.dtype, options.device)
         vocab_size = self.student.head.vocab_size
         rows = encode_records(pool.records, columns, self.student, vocab_size, options.max_length, pool.errors)
+        for index, record in enumerate(pool.records):
+            if index not in pool.errors and options.label_column is not None:
+                label = record.values.get(options.label_column)
+                if not isinstance(label, str | int):
+                    pool.errors[index] = f"{options.label_column}: expected a text or an int, got {label!r:.60}"
         pool.indices = [i for i in range(len(rows)) if i not in pool.errors]
         pool.rows = [rows[i] for i in pool.indices]
 
@@ -238,10 +256,17 @@ class _Request:
         """Positions among the rows that can be chosen, ``[c]``, the highest signal first; without one all of them."""
         if signal is None:
             return torch.arange(len(pool.indices))
-        wanted = self.options.n
+        options = self.options
         if self.diverse:
-            wanted = min(self.options.among or POOL_FACTOR * wanted, len(signal))
-        return select(signal, wanted)
+            return select(signal, min(options.among or POOL_FACTOR * options.n, len(signal)))
+        if options.label_column is None:
+            return select(signal, options.n)
+        names = [str(pool.records[i].values[options.label_column]) for i in pool.indices]
+        labels = torch.tensor([sorted(set(names)).index(name) for name in names])
+        vectors = prompt_embedding(self.student, pool.rows, batch_tokens=options.batch_tokens)
+        trust = label_trust(vectors, labels)
+        print(f"{int((trust > 0).sum())} of {len(trust)} labels agree with those of similar prompts", file=sys.stderr)
+        return select(signal, options.n, labels=labels, trust=trust)
 
     def pick(self, pool: _Pool, signal: torch.Tensor | None, among: torch.Tensor) -> list[int]:
         """Positions chosen, in order of choice."""

@@ -37,21 +37,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive rows of a file, scored, retried and written together.
+    """Consecutive rows of a file, scored, retried and written together."""
 
-    Attributes:
-        index: of the block.
-        start: its first row, from 0.
-        rows: number of rows.
-        line: its first line (jsonl) or row, from 1.
-        offset: its first byte, for jsonl and csv.
-    """
-
-    index: int
-    start: int
+    index: int  # of the block
+    start: int  # its first row, from 0
     rows: int
-    line: int
-    offset: int
+    line: int  # its first line (jsonl) or row, from 1
+    offset: int  # its first byte, for jsonl and csv
 
 
 def located(path: Path, line: int, message: str) -> str:

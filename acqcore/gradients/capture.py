@@ -211,8 +211,13 @@ class Capture:
             with streamed(whole, receive):
                 self._recomputing = True
                 try:
-                    inputs = [self._leaf, *whole]
-                    torch.autograd.backward(hidden, gradient.to(hidden.dtype), retain_graph=not last, inputs=inputs)
+                    torch.autograd.grad(
+                        hidden,
+                        [self._leaf, *whole],
+                        gradient.to(hidden.dtype),
+                        retain_graph=not last,
+                        allow_unused=True,
+                    )
                 except (torch.OutOfMemoryError, ValueError, OneByOne):
                     raise
                 except Exception as error:  # of the student's own backward

@@ -26,7 +26,8 @@ class EpigReference(Saved):
         shapes: name -> shape of each weight the gradients are taken in.
     """
 
-    written_by: ClassVar[str] = "EpigReference.save"
+    maker: ClassVar[str] = "epig_reference"
+    writer: ClassVar[str] = "EpigReference.save"
 
     sketches: torch.Tensor
     layers: Layers

@@ -40,7 +40,8 @@ class Reference(Saved):
         second_moments: ``[dim]`` float32, of the preconditioner, or None.
     """
 
-    written_by: ClassVar[str] = "Reference.save or 'acqcore reference'"
+    maker: ClassVar[str] = "influence_reference"
+    writer: ClassVar[str] = "Reference.save or 'acqcore reference'"
 
     mean: torch.Tensor
     n: int
@@ -86,11 +87,7 @@ class Reference(Saved):
         return (dot / length.where(length != 0, 1.0)).float()
 
     def check(self, student: Student, head: Head) -> None:
-        """Compare the parameters with a student's.
-
-        Raises:
-            ValueError: the reference was made with another student (names what differs).
-        """
+        """Raise ValueError if the reference was made with another student (names what differs)."""
         same_student(self.shapes, parameter_shapes(student, head, self.parameters))
 
 

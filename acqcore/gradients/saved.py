@@ -1,4 +1,4 @@
-"""Reference sets that are written to a file and read back."""
+"""Reference sets that are kept in a file."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from acqcore import checks
+
 
 class Saved:
-    """Base of a dataclass of tensors and plain values, whose file holds its fields by name."""
+    """A dataclass of tensors and plain values.
 
-    #: What writes such files, for the message.
-    written_by: ClassVar[str]
+    Attributes:
+        maker: function of acqcore that makes one.
+        writer: what writes its files, for messages.
+    """
+
+    maker: ClassVar[str]
+    writer: ClassVar[str]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the reference to a file, for ``acqcore score --acquisition-args``."""
-        of_self: Any = self
-        torch.save({field.name: getattr(self, field.name) for field in fields(of_self)}, path)
+        """Write it to a file, for ``acqcore score --acquisition-args``."""
+        torch.save({field.name: getattr(self, field.name) for field in fields(self)}, path)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -31,4 +37,12 @@ class Saved:
         try:
             return cls(**torch.load(path, weights_only=True))
         except (TypeError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
-            raise ValueError(f"reference: expected a file from {cls.written_by}, got {os.fspath(path)}") from error
+            raise ValueError(f"reference: expected a file from {cls.writer}, got {os.fspath(path)}") from error
+
+    @classmethod
+    def given(cls, reference: Any) -> Self:
+        """The argument ``reference``, one of these or the path of a file. Raises TypeError for anything else."""
+        if isinstance(reference, str | os.PathLike):
+            return cls.load(reference)
+        checks.instance("reference", reference, cls, f"what acqcore.{cls.maker} gives")
+        return reference

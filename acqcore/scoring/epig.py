@@ -14,8 +14,7 @@ from acqcore.gradients.epig import EpigReference, sketch_needs
 from acqcore.gradients.selection import select_linear, shapes_of
 from acqcore.literals import Layers
 from acqcore.scoring.api import score
-from acqcore.scoring.collect import check_reference_set, collect
-from acqcore.scoring.run import Runner
+from acqcore.scoring.run import Runner, check_reference_set
 from acqcore.students.samples import Samples
 from acqcore.students.student import StudentLike
 
@@ -53,8 +52,8 @@ def epig_reference(
     checks.positive_int("dim", dim)
     needs = sketch_needs(layers, probes, seed, dim, seed)
     runner = Runner(student, needs, batch_tokens, backend)
-    sketches = collect(
-        runner, samples, tokenizer, max_length, (2, probes, dim),
+    sketches = runner.collect(
+        samples, tokenizer, max_length, (2, probes, dim),
         lambda found: torch.stack([found.results[need] for need in needs], dim=1),
     )  # [n, 2, P, dim]  # fmt: skip
     check_reference_set(sketches)

@@ -31,6 +31,8 @@ def select(
     acquisition: str | None = None,
     seed: int = 0,
     ridge: float = 0.01,
+    labels: torch.Tensor | None = None,
+    trust: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Indices of k of n candidates, in order of choice.
 
@@ -62,6 +64,9 @@ def select(
         acquisition: the column of Scores, if there are several.
         seed: of ``badge``; the other methods are deterministic.
         ridge: ``s`` of ``log_det``, in units of the mean squared length of the vectors.
+        labels: ``[n]`` int64, for ``top_k``: the highest score of each label in turn, the label of the highest first.
+        trust: ``[n]`` floating point, for ``top_k``, such as :func:`acqcore.label_trust`: only what is above 0 is
+            chosen; where that is fewer than k, the most trusted of the others fill up.
 
     Returns:
         ``[k]`` int64 on the device of the candidates, no index twice. Among exact equals the lower index
@@ -70,14 +75,24 @@ def select(
     Raises:
         TypeError: candidates that are not a floating-point tensor (or Scores for ``top_k``), k not an int.
         ValueError: an unknown method, k out of range, a wrong shape, a vector that is not finite, Scores of
-            several acquisitions and no name, ridge below 1e-9.
+            several acquisitions and no name, ridge below 1e-9; labels or trust of another shape or dtype, with NaN, or
+            for another method than ``top_k``.
     """
     checks.literal("method", method, Method)
     checks.positive_int("k", k)
+    for name, given in (("labels", labels), ("trust", trust)):
+        if given is not None and method != "top_k":
+            raise ValueError(f"{name}: expected it with method='top_k', got method={method!r}")
     if method == "top_k":
         scores = _column(candidates, acquisition) if isinstance(candidates, Scores) else candidates
         checks.float_tensor("candidates", scores, "[n]", 1)
-        return _top_k(scores, k)
+        if labels is not None and (labels.dtype != torch.int64 or labels.shape != scores.shape):
+            raise ValueError(f"labels: expected int64 [{len(scores)}], got {checks.describe(labels)}")
+        if trust is not None:
+            checks.float_tensor("trust", trust, "[n]", 1)
+            if trust.shape != scores.shape or bool(trust.isnan().any()):
+                raise ValueError(f"trust: expected [{len(scores)}] without NaN, got {checks.describe(trust)}")
+        return _top_k(scores, k, labels, trust)
     checks.vectors("candidates", candidates)
     assert isinstance(candidates, torch.Tensor)
     checks.at_most("k", k, len(candidates), "the number of candidates")
@@ -107,10 +122,30 @@ def _column(scores: Scores, acquisition: str | None) -> torch.Tensor:
 def _top_k(
     scores: torch.Tensor,  # [n]
     k: int,
+    labels: torch.Tensor | None,  # [n]
+    trust: torch.Tensor | None,  # [n]
 ) -> torch.Tensor:
     known = (~scores.isnan()).nonzero()[:, 0]
     checks.at_most("k", k, len(known), "the number of scores that are not NaN")
-    return known[scores[known].sort(descending=True, stable=True).indices[:k]]
+    if trust is not None:
+        held = trust.to(known.device)[known]
+        passing = max(k, int((held > 0).sum()))
+        known = known[held.sort(descending=True, stable=True).indices[:passing].sort().values]
+    order = known[scores[known].sort(descending=True, stable=True).indices]
+    return order[:k] if labels is None else order[in_turn(labels.to(order.device)[order], k)]
+
+
+def in_turn(
+    labels: torch.Tensor,  # [n] int64
+    k: int,
+) -> torch.Tensor:
+    """Positions ``[k]`` of rows in order: the first of each label, labels in the order in which they appear, then the
+    second of each, and so on."""
+    queues: dict[int, list[int]] = {}
+    for place, label in enumerate(labels.tolist()):
+        queues.setdefault(label, []).append(place)
+    turns = sorted((turn, queue[0], place) for queue in queues.values() for turn, place in enumerate(queue))
+    return torch.tensor([place for _, _, place in turns[:k]], device=labels.device)
 
 
 def _k_center(

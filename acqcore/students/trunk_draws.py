@@ -160,7 +160,7 @@ class TrunkDraws:
         backend = select_backend(self._backend, value.device, (value.dtype,), "dropout_mask", shape)
         keep = torch.empty((self._draws, *shape), dtype=torch.bool, device=value.device)
         backend.dropout_mask(dropout, site, keep)
-        return value.where(keep.view(value.shape), 0) / (1 - p)
+        return value.where(keep.view(value.shape), 0).div_(1 - p)
 
 
 class _Found(Exception):  # noqa: N818

@@ -63,6 +63,8 @@ def configuration(method: str, options: Mapping[str, Any], output: str | Path) -
         raise ValueError("options: output_dir is set by the argument output")
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not options.get("fp16")
     fields = {**_SHARED, "bf16": bf16, **_DEFAULTS[kind], **options}
+    if fields["bf16"] and not torch.cuda.is_available():
+        fields.setdefault("use_cpu", True)  # transformers refuses bfloat16 without a GPU unless told so
     lora = fields.pop("lora", None)
     if method == "sft" and "gradient_accumulation_steps" not in options:
         per_device = fields["per_device_train_batch_size"]

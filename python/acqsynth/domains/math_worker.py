@@ -29,11 +29,12 @@ def reader() -> Callable[[str], Any]:
     """
     from antlr4 import Token
     from latex2sympy2_extended.antlr_parser import PSParser
-    from latex2sympy2_extended.latex2sympy2 import latex2sympy
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
     from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
     from math_verify.grader import should_treat_as_complex
 
     config = NormalizationConfig(units=False, boxed="none", equations=False)
+    conversion = ConversionConfig(lowercase_symbols=False)  # N and n are two variables
     whole = PSParser.math
 
     def math(parser: Any) -> Any:
@@ -54,7 +55,8 @@ def reader() -> Callable[[str], Any]:
         if DROPPED.search(text):
             raise ValueError("a part that is not read")
         plain = normalize_latex(text, config)
-        return latex2sympy(plain, is_real=not should_treat_as_complex(plain), normalization_config=None)
+        real = not should_treat_as_complex(plain)
+        return latex2sympy(plain, is_real=real, conversion_config=conversion, normalization_config=None)
 
     return read
 

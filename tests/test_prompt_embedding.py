@@ -1,0 +1,51 @@
+"""``prompt_embedding`` against one forward a sample."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import acqcore
+
+SAMPLES = [
+    {"prompt": "The quick brown", "completion": " fox"},
+    {"prompt": "What is 2 + 3? Think of a dog.", "completion": " 5"},
+    {"prompt": "which drug helps?", "completion": " none of them helps"},
+]
+
+
+@pytest.fixture(params=["Llama", "GPT2"])
+def model(request, tiny_model):
+    return tiny_model(request.param)
+
+
+def by_hand(model, ids):
+    with torch.no_grad():
+        return model.base_model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(dim=0)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 8192])
+def test_is_the_mean_over_the_prompt(batch_tokens, model, tokenizer):
+    found = acqcore.prompt_embedding(model, SAMPLES, tokenizer=tokenizer, batch_tokens=batch_tokens)
+    expected = [by_hand(model, tokenizer(sample["prompt"]).input_ids) for sample in SAMPLES]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_the_completion_is_not_read(model, tokenizer):
+    other = [{**sample, "completion": " a patient"} for sample in SAMPLES]
+    found, again = (acqcore.prompt_embedding(model, x, tokenizer=tokenizer) for x in (SAMPLES, other))
+    torch.testing.assert_close(found, again, rtol=1e-6, atol=1e-6)
+
+
+def test_of_a_text_all_tokens_are_read(model, tokenizer):
+    found = acqcore.prompt_embedding(model, ["The quick brown fox"], tokenizer=tokenizer)
+    expected = by_hand(model, tokenizer("The quick brown fox").input_ids)
+    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_samples_and_wrong_ones(model, tokenizer):
+    assert acqcore.prompt_embedding(model, [], tokenizer=tokenizer).shape == (0, 32)
+    with pytest.raises(ValueError, match="batch_tokens: expected an int >= 1, got 0"):
+        acqcore.prompt_embedding(model, SAMPLES, tokenizer=tokenizer, batch_tokens=0)
+    with pytest.raises(ValueError, match=r"samples\[1\]"):
+        acqcore.prompt_embedding(model, [*SAMPLES[:1], {"prompt": "x", "completion": ""}], tokenizer=tokenizer)
