@@ -5,8 +5,8 @@ Parts, any of which ``--parts`` names:
 ``real``  SmolLM2-135M on rows of five data sets (``real_rows``). A signal is scored under several seeds; its
           *test-retest* reliability is the rank correlation of two seeds' values within a data set, the mean over all
           pairs of seeds, with a bootstrap interval over rows. *Split-half* is that of the same signal with half the
-          draws or probes, stepped up to the whole by Spearman and Brown. Cost is wall time over that of scoring entropy
-          alone and over a bare forward of the trunk, in the same round of turns.
+          draws or probes, stepped up to the whole by Spearman and Brown. Cost is time over that of scoring entropy
+          alone and over a bare forward of the trunk, in the same round of turns; CPU time on one thread.
 ``shared``  The same values some rows at a time, without times; linear forms that differ in their probes alone, and all
           seeds, share a graph.
 ``flops`` The same costs counted, from the shapes of every matrix product; nothing runs. torch's counter gave 3 % less
@@ -20,7 +20,7 @@ Parts, any of which ``--parts`` names:
 Each unit of work, such as a data set, signal and seed, is one line of ``<out>/units.jsonl``, written when it is done.
 A later run with the same ``--out`` goes on where it stopped, which ``--seconds`` makes it do by itself. The part
 ``report`` writes the tables of what there is; ``--result`` names their JSON, ``--picture`` a picture of the frontier.
-Times are of a machine with nothing else to do only if it had nothing else to do; counted costs do not depend on it.
+Wall times are of an idle machine only if it was idle; counted costs do not depend on it.
 """
 
 from __future__ import annotations
