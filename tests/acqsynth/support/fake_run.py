@@ -9,7 +9,7 @@ import json
 import os
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +20,7 @@ from fakes import FakeEngine, PlainDomain
 
 from acqsynth.domains import Sample
 from acqsynth.engines import Completion, Sampling
+from acqsynth.report import page
 
 PAUSE = "ACQSYNTH_TEST_PAUSE"  #: name of a call at which this process waits to be killed
 
@@ -222,8 +223,9 @@ def install(put):
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """Installed fakes; the counts of their calls."""
+    """Installed fakes, and reports without figures, which take seconds; the counts of their calls."""
     install(monkeypatch.setattr)
+    monkeypatch.setattr(page, "_figures", lambda metrics: defaultdict(lambda: None))
     calls.clear()
     return calls
 
