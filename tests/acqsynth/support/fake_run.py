@@ -206,8 +206,8 @@ def prompts(domain, seeds, n, *, shown, turns, seed):
     return [domain.generator_prompt([seeds[(i + seed) % len(seeds)], seeds[(i // 7) % len(seeds)]]) for i in range(n)]
 
 
-def install(put):
-    """``put(object, name, value)`` is ``setattr`` or a fixture's."""
+def install(put, figures=False):
+    """``put(object, name, value)`` is ``setattr`` or a fixture's. Reports have no ``figures``, which take seconds."""
     from acqsynth import engines, label as labels, preflight, stages, train, write as writing
     from acqsynth.rewards import build
 
@@ -216,6 +216,8 @@ def install(put):
     put(engines, "load", lambda name, path: Counting(path))
     put(build, "build", lambda config, domain, student, engine, **rows: Reward(student))
     put(labels, "label", label)
+    if not figures:
+        put(page, "_figures", lambda metrics: defaultdict(lambda: None))
     for module, functions in ((writing, (prompts, write, best)), (train, (grpo, sft))):
         for function in functions:
             put(module, function.__name__, function)
@@ -223,9 +225,8 @@ def install(put):
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """Installed fakes, and reports without figures, which take seconds; the counts of their calls."""
+    """Installed fakes; the counts of their calls."""
     install(monkeypatch.setattr)
-    monkeypatch.setattr(page, "_figures", lambda metrics: defaultdict(lambda: None))
     calls.clear()
     return calls
 
