@@ -7,11 +7,15 @@ tests that involve it run: those that name it, as those of every ``implementatio
 from __future__ import annotations
 
 import abc
+import csv
 import dataclasses
 import importlib.util
 import inspect
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +140,37 @@ def _implementations() -> list[str]:
     return names + [row.name for row in acqcore.backends() if row.available and row.name != "cpu"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thin",
+        action="store_true",
+        help="of each test, cases that show every value of its parameters on each backend",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not INTERPRETED:
-        return
-    others = [item for item in items if "triton" not in item.nodeid and "tests/kernels/" not in item.nodeid]
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in others]
+    kept = items
+    if INTERPRETED:
+        kept = [item for item in kept if "triton" in item.nodeid or "tests/kernels/" in item.nodeid]
+    if config.getoption("--thin"):
+        seen: set[tuple[Any, ...]] = set()
+        kept = [item for item in kept if _shows_more(item, seen)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+def _shows_more(item: pytest.Item, seen: set[tuple[Any, ...]]) -> bool:
+    """Whether the case has a value of a parameter that no case in ``seen`` has on its implementation; adds it there."""
+    found = getattr(item, "callspec", None)
+    if found is None:
+        return True
+    test, implementation = item.nodeid.partition("[")[0], found.params.get("implementation")
+    values = {name: value if isinstance(value, Hashable) else id(value) for name, value in found.params.items()}
+    own = {(test, implementation, *value) for value in values.items()}
+    more = not own <= seen
+    seen |= own
+    return more
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -163,6 +192,30 @@ def implementation(request, monkeypatch):
     elif _BACKENDS[name].devices == ("cuda",):
         monkeypatch.setitem(_BACKENDS, name, OnDevice(_BACKENDS[name]))
     return name
+
+
+@pytest.fixture
+def extra_mib():
+    """``extra_mib(setup, call)``: by how many MiB ``call`` raises the peak of memory, in a process of its own."""
+    if sys.platform != "linux":
+        pytest.skip("reads the peak of resident memory from /proc")
+
+    def run(setup, call, **environment):
+        code = (
+            "import torch, acqcore\n"
+            "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))\n"
+            f"{setup}\n"
+            "open('/proc/self/clear_refs', 'w').write('5')\n"  # resets the peak to what is resident now
+            "before = peak()\n"
+            f"{call}\n"
+            "print((peak() - before) / 1024)\n"
+        )
+        environment = {**os.environ, **environment}
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr
+        return float(result.stdout)
+
+    return run
 
 
 SENTENCES = [
@@ -281,6 +334,21 @@ def exact():
 
 
 @pytest.fixture
+def with_logits():
+    """``with_logits(trunk, weight)``: a model whose logits are the trunk's hidden states times the weight."""
+
+    class WithLogits(torch.nn.Module):
+        def __init__(self, trunk, weight):
+            super().__init__()
+            self.trunk, self.weight = trunk, weight
+
+        def forward(self, input_ids):
+            return type("Output", (), {"logits": self.trunk(input_ids) @ self.weight.T})
+
+    return WithLogits
+
+
+@pytest.fixture
 def brute_force():
     """``brute_force(model, ids, scored)``: per-token references of each acquisition, from the model's logits.
 
@@ -308,6 +376,21 @@ def student(tmp_path, tiny_model, tokenizer):
     tiny_model("Llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def read():
+    """``read(path)``: the rows of a .jsonl, a .csv, a .parquet or a folder of parquet files."""
+
+    def run(path):
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in path.read_text().split("\n") if line]
+        if path.suffix == ".csv":
+            with path.open(newline="") as file:
+                return list(csv.DictReader(file))
+        return pytest.importorskip("pyarrow.parquet").read_table(path, partitioning=None).to_pylist()
+
+    return run
 
 
 @pytest.fixture

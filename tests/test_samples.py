@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from decimal import Decimal
 from typing import Any, ClassVar
 
 import numpy
@@ -250,6 +251,9 @@ BAD_SAMPLES = [
     ([{"text": True}], TypeError, "samples[0]: text: expected a string, got bool"),
     ([{"text": None}], TypeError, "samples[0]: text: expected a string, got no value"),
     ([{"text": float("nan")}], TypeError, "samples[0]: text: expected a string, got no value"),
+    ([{"text": 10**5000}], ValueError, "samples[0]: text: Exceeds the limit"),
+    ([{"messages": [{"role": "user", "content": -(10**5000)}]}], ValueError, "samples[0]: messages: Exceeds the limit"),
+    ([{"text": Decimal("sNaN")}], TypeError, "samples[0]: text: expected a string, got Decimal"),
     ([{"question": "a"}], TypeError, "got a mapping with keys 'question'"),
     ({"text": "a fox"}, TypeError, "a list of values in column 'text', got str; a single sample goes into a list"),
     ({"question": ["a"], "answer": ["b", "c"]}, ValueError, "samples: expected columns of one length"),

@@ -231,11 +231,10 @@ def influence_reference(
     if not bool(sketches.any()):
         raise ValueError("samples: expected a reference set with a gradient, all of its gradients are zero")
     mean = sketches.double().mean(dim=0).float()
-    moments = precondition
-    if moments is not None:
-        if not isinstance(moments, torch.Tensor):
-            moments = sketches.double().square().mean(dim=0)
-        moments = moments.detach().to("cpu").float()
+    if isinstance(precondition, torch.Tensor):
+        moments: torch.Tensor | None = precondition.detach().to("cpu", torch.float32)
+    else:
+        moments = None if precondition is None else sketches.double().square().mean(dim=0).float()
     shapes = parameter_shapes(runner.student, runner.head, parameters)
     return Reference(mean, len(sketches), parameters, seed, loss, shapes, moments)
 

@@ -46,7 +46,10 @@ def text_of(index: int, key: str, value: object) -> str:
         TypeError: anything else. ValueError: as :func:`sound`.
     """
     if isinstance(value, numbers.Number) and not isinstance(value, bool) and _is_finite(value):
-        value = str(value)
+        try:
+            value = str(value)
+        except ValueError as error:  # Python writes integers of 4,300 digits at most
+            raise ValueError(f"samples[{index}]: {key}: {error}") from None
     if not isinstance(value, str):
         empty = value is None or (isinstance(value, float) and math.isnan(value))
         got = "no value" if empty else checks.describe(value)
@@ -163,7 +166,7 @@ def _joined(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
 def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except (TypeError, OverflowError):  # complex numbers; integers beyond floats
+    except (TypeError, OverflowError, ValueError):  # complex numbers; integers beyond floats; a signaling NaN
         return isinstance(value, int)
 
 
