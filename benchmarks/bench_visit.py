@@ -1,9 +1,10 @@
-"""One visit of a head's weights on the CPU: statistics, and the cost of gradient norms, dL/dh and mutual information.
+"""One visit of a head's weights on the CPU: statistics, and what gradient norms, dL/dh, sketches and draws add to them.
 
 ``python -m benchmarks.bench_visit`` measures SmolLM2's head (D = 576, V = 49152) in float32 and bfloat16, in samples of
 several lengths, beside the bare product, Opacus where it is installed and one backward per sample, and writes
-``results/visit.json`` and a plot. ``--clock cpu`` counts the process's time on the processor, for a machine that others
-use as well; take one thread with it.
+``results/visit.json`` and a plot after every case; cases that the same machine measured before stay, so it can be run
+in parts. ``ACQCORE_ISA`` takes another instruction set. ``--clock cpu`` counts the process's time on the processor, for
+a machine that others use as well; take one thread with it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import argparse
 import importlib.util
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 import acqcore
+from acqcore.fisher import fisher_grad
 from benchmarks import harness
 from benchmarks.bench_gradients import D, V, loop, opacus
 
@@ -23,6 +26,7 @@ STATISTICS = "statistics"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DRAWS = 8
+PROBES = 4
 
 
 def inputs(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -71,41 +75,76 @@ def row_peers(
     weight: torch.Tensor,  # [V, D]
     targets: torch.Tensor,  # [N]
 ) -> dict[str, Callable[[], object]]:
-    head = acqcore.Head(weight)
+    """What is asked of rows, or of samples of 128; cotangents are what the linear form of mutual information takes."""
+    head, offsets = acqcore.Head(weight), torch.arange(0, len(hidden) + 1, 128)
     return {
         STATISTICS: lambda: acqcore.row_stats(hidden, head, targets),
         "hidden_grad": lambda: acqcore.hidden_grad(hidden, head, targets),
+        "grad_sketch, 4096 numbers": lambda: acqcore.grad_sketch(hidden, head, targets, offsets),
+        f"random cotangents, {PROBES} probes": lambda: fisher_grad(hidden, head, targets, probes=PROBES),
+    }
+
+
+def draw_peers(
+    hidden: torch.Tensor,  # [N, D]
+    weight: torch.Tensor,  # [V, D]
+    targets: torch.Tensor,  # [N]
+) -> dict[str, Callable[[], object]]:
+    """Mutual information alone, and as ``score`` asks for it beside entropy and gradient norm, for samples of 128.
+
+    The student's trunk looks hidden states up, so that the head is all there is to pay for.
+    """
+    head = acqcore.Head(weight)
+    student = acqcore.Student(lambda ids: hidden[ids], head)
+    samples = [{"input_ids": torch.arange(i, i + 128)} for i in range(0, len(hidden), 128)]
+    draws = {"mutual_information": {"form": "block", "draws": DRAWS}}
+
+    def scored(names: list[str]) -> Callable[[], object]:
+        return lambda: acqcore.score(student, samples, names, acquisition_args=draws)
+
+    return {
+        STATISTICS: lambda: acqcore.row_stats(hidden, head, targets),
         f"mutual information, block, K={DRAWS}": lambda: acqcore.mutual_information(
             hidden, head, form="block", draws=DRAWS
         ),
+        "score(mutual_information)": scored(["mutual_information"]),
+        "score(entropy, grad_norm, mutual_information)": scored(["entropy", "grad_norm", "mutual_information"]),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--parts", nargs="+", choices=("norms", "rows", "draws"), default=["norms", "rows", "draws"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 512, 2048])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     arguments = parser.parse_args()
-    rows: list[harness.Row] = []
     for dtype in arguments.dtypes:
         hidden, weight, targets = inputs(arguments.rows, DTYPES[dtype])
-        cases = {f"samples of {t}": norm_peers(hidden, weight, targets, t) for t in arguments.lengths}
-        cases["rows"] = row_peers(hidden, weight, targets)
+        cases: dict[str, Callable[[], dict[str, Callable[[], object]]]] = {}
+        if "norms" in arguments.parts:
+            for t in arguments.lengths:
+                cases[f"samples of {t}"] = partial(norm_peers, hidden, weight, targets, t)
+        if "rows" in arguments.parts:
+            cases["rows"] = partial(row_peers, hidden, weight, targets)
+        if "draws" in arguments.parts:
+            cases["draws"] = partial(draw_peers, hidden, weight, targets)
         for what, peers in cases.items():
-            case = f"{dtype}, N={arguments.rows} D={D} V={V}, {what}"
+            isa = harness.machine()["instruction_set"]
+            case = f"{dtype}, {isa}, N={arguments.rows} D={D} V={V}, {what}"
             print(f"measuring {case} ...", flush=True)
-            rows += harness.measure(
+            rows = harness.measure(
                 case,
-                peers,
+                peers(),
                 baseline=STATISTICS,
                 work=2.0 * len(hidden) * D * V,
                 turns=arguments.turns,
                 clock=CLOCKS[arguments.clock],
             )
-    harness.report("visit", rows, unit="GFLOP/s", notes={"ratio_to": STATISTICS, "clock": arguments.clock})
+            notes: dict[str, object] = {"ratio_to": STATISTICS, "clock": arguments.clock}
+            harness.report("visit", rows, unit="GFLOP/s", notes=notes, keep=True)
 
 
 def _bind(

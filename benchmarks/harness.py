@@ -242,12 +242,27 @@ def machine() -> dict[str, str | int]:
 
 
 def report(
-    name: str, rows: list[Row], *, unit: str, notes: dict[str, object] | None = None, out: Path | None = None
+    name: str,
+    rows: list[Row],
+    *,
+    unit: str,
+    notes: dict[str, object] | None = None,
+    out: Path | None = None,
+    keep: bool = False,
 ) -> None:
-    """Prints the table, writes ``results/<name>.json`` and ``results/<name>.png``; with ``out``, that JSON alone."""
+    """Prints the table, writes ``results/<name>.json`` and ``results/<name>.png``; with ``out``, that JSON alone.
+
+    With ``keep``, rows of other cases stay in the file where the same machine measured them, with any instruction set.
+    """
     print(table(rows, unit))
-    content = {"machine": machine(), "unit": unit, "rows": [asdict(row) for row in rows], **(notes or {})}
     path = out or RESULTS / f"{name}.json"
+    if keep and path.exists():
+        before = json.loads(path.read_text())
+        here = machine() | {"instruction_set": before["machine"]["instruction_set"]}
+        if before["machine"] == here:
+            taken = {row.case for row in rows}
+            rows = [row for row in (Row(**found) for found in before["rows"]) if row.case not in taken] + rows
+    content = {"machine": machine(), "unit": unit, "rows": [asdict(row) for row in rows], **(notes or {})}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
     if out is None:

@@ -7,10 +7,13 @@ tests that involve it run: those that name it, as those of every ``implementatio
 from __future__ import annotations
 
 import abc
+import csv
 import dataclasses
 import importlib.util
 import inspect
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Hashable
 from pathlib import Path
@@ -191,6 +194,30 @@ def implementation(request, monkeypatch):
     return name
 
 
+@pytest.fixture
+def extra_mib():
+    """``extra_mib(setup, call)``: by how many MiB ``call`` raises the peak of memory, in a process of its own."""
+    if sys.platform != "linux":
+        pytest.skip("reads the peak of resident memory from /proc")
+
+    def run(setup, call, **environment):
+        code = (
+            "import torch, acqcore\n"
+            "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))\n"
+            f"{setup}\n"
+            "open('/proc/self/clear_refs', 'w').write('5')\n"  # resets the peak to what is resident now
+            "before = peak()\n"
+            f"{call}\n"
+            "print((peak() - before) / 1024)\n"
+        )
+        environment = {**os.environ, **environment}
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr
+        return float(result.stdout)
+
+    return run
+
+
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
     "What is 2 + 3? The answer is 5.",
@@ -307,6 +334,21 @@ def exact():
 
 
 @pytest.fixture
+def with_logits():
+    """``with_logits(trunk, weight)``: a model whose logits are the trunk's hidden states times the weight."""
+
+    class WithLogits(torch.nn.Module):
+        def __init__(self, trunk, weight):
+            super().__init__()
+            self.trunk, self.weight = trunk, weight
+
+        def forward(self, input_ids):
+            return type("Output", (), {"logits": self.trunk(input_ids) @ self.weight.T})
+
+    return WithLogits
+
+
+@pytest.fixture
 def brute_force():
     """``brute_force(model, ids, scored)``: per-token references of each acquisition, from the model's logits.
 
@@ -334,6 +376,21 @@ def student(tmp_path, tiny_model, tokenizer):
     tiny_model("Llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def read():
+    """``read(path)``: the rows of a .jsonl, a .csv, a .parquet or a folder of parquet files."""
+
+    def run(path):
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in path.read_text().split("\n") if line]
+        if path.suffix == ".csv":
+            with path.open(newline="") as file:
+                return list(csv.DictReader(file))
+        return pytest.importorskip("pyarrow.parquet").read_table(path, partitioning=None).to_pylist()
+
+    return run
 
 
 @pytest.fixture

@@ -225,12 +225,6 @@ class TestLogitMap:
         expected = exact(model, samples, list(model.parameters())).norm(dim=1)
         torch.testing.assert_close(acqcore.grad_norm(model, samples, "all").double(), expected, rtol=1e-4, atol=0)
 
-    def test_a_bias_of_the_logits_is_refused(self, tiny_model):
-        model = tiny_model("Llama")
-        model.register_forward_hook(lambda *args: setattr(args[-1], "logits", args[-1].logits + torch.arange(320)))
-        with pytest.raises(ValueError, match="changes the logits of its output embedding by more than a scale"):
-            acqcore.Student.from_model(model)
-
 
 class TestWhatEntersTheOutputEmbedding:
     @pytest.mark.parametrize("kind", ["bert", "llama4", "hyperclovax", "modernbert"])

@@ -128,14 +128,14 @@ class TestHooksOfOthers:
 
     @pytest.mark.parametrize("kind", ["Llama", "routed"])
     @pytest.mark.parametrize("how", ["accumulation", "before accumulation", "tensor", "tensor that changes it"])
-    def test_hooks_that_wait_for_gradients_of_parameters(self, how, kind, tiny_model, exact):
+    def test_hooks_that_wait_for_gradients_of_parameters(self, how, kind, tiny_model, exact, with_logits):
         """Those of DeepSpeed and DDP on the node that accumulates, of trackers that log, of masks that zero."""
         if kind == "Llama":
             model = student = tiny_model(kind)
         else:  # autograd itself gives the experts' gradients
             torch.manual_seed(0)
             trunk, weight = Routed(1), torch.randn(320, 16)
-            model, student = WithLogits(trunk, weight), acqcore.Student(trunk, acqcore.Head(weight))
+            model, student = with_logits(trunk, weight), acqcore.Student(trunk, acqcore.Head(weight))
         trained = list(model.parameters())
         parameters = trained if kind == "Llama" else [*trained, weight]
         samples, fired, nodes = rows(9, 6), [], []
@@ -232,27 +232,18 @@ class Routed(nn.Module):
         return x
 
 
-class WithLogits(nn.Module):
-    def __init__(self, trunk: nn.Module, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.trunk, self.weight = trunk, weight
-
-    def forward(self, input_ids: torch.Tensor) -> Any:
-        return type("Output", (), {"logits": self.trunk(input_ids) @ self.weight.T})
-
-
 class TestSamplesAreToldApartByValue:
     @pytest.mark.parametrize("k", [1, 2])
     @pytest.mark.parametrize("lengths", [(2, 2), (2, 2, 2), (3, 3), (4, 2, 3)])
-    def test_experts_called_with_the_tokens_routed_to_them(self, lengths, k, exact):
+    def test_experts_called_with_the_tokens_routed_to_them(self, lengths, k, exact, with_logits):
         for seed in range(6):
             torch.manual_seed(seed)
             trunk, weight = Routed(k), torch.randn(320, 16)
             student = acqcore.Student(trunk, acqcore.Head(weight))
             parameters = [*trunk.parameters(), weight]
-            assert_norms(student, WithLogits(trunk, weight), rows(*lengths, seed=seed), "all", parameters, exact)
+            assert_norms(student, with_logits(trunk, weight), rows(*lengths, seed=seed), "all", parameters, exact)
 
-    def test_an_expert_that_the_probe_does_not_reach(self, exact):
+    def test_an_expert_that_the_probe_does_not_reach(self, exact, with_logits):
         """Only the token 319 goes to it, so its first call is in a batch of several samples."""
         torch.manual_seed(0)
 
@@ -273,14 +264,14 @@ class TestSamplesAreToldApartByValue:
         samples["input_ids"][0, 1:3] = 319  # as many tokens as samples, all of one
         samples["labels"] = samples["input_ids"]
         student = acqcore.Student(trunk, acqcore.Head(weight))
-        assert_norms(student, WithLogits(trunk, weight), samples, "all", [*trunk.parameters(), weight], exact)
+        assert_norms(student, with_logits(trunk, weight), samples, "all", [*trunk.parameters(), weight], exact)
 
-    def test_outputs_that_are_changed_in_place(self, exact):
+    def test_outputs_that_are_changed_in_place(self, exact, with_logits):
         trunk, weight = Adds(), torch.randn(320, 16)
         student = acqcore.Student(trunk, acqcore.Head(weight))
         parameters = [*trunk.parameters(), weight]
         for lengths in ((7,), (7, 4)):
-            assert_norms(student, WithLogits(trunk, weight), rows(*lengths), "all", parameters, exact)
+            assert_norms(student, with_logits(trunk, weight), rows(*lengths), "all", parameters, exact)
 
     def test_falcon_adds_in_place(self, exact):
         transformers = pytest.importorskip("transformers")

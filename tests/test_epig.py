@@ -65,12 +65,8 @@ def test_it_is_an_acquisition(tiny_model):
     first, second = (torch.randn(3, 400, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     small = acqcore.EpigReference(torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(2)), "all", 0, {})
     entry, options = REGISTRY["epig"], EpigOptions(small, probes=20)
-    found = torch.stack(
-        [entry.value(a, b, options) for a, b in zip(first.split(20, 1), second.split(20, 1), strict=True)]
-    )
-    errors = torch.stack(
-        [entry.stderr(a, b, options) for a, b in zip(first.split(20, 1), second.split(20, 1), strict=True)]
-    )
+    pairs = list(zip(first.split(20, 1), second.split(20, 1), strict=True))
+    found, errors = (torch.stack([f(a, b, options) for a, b in pairs]) for f in (entry.value, entry.stderr))
     torch.testing.assert_close(errors.square().mean(0).sqrt(), found.std(0), rtol=0.4, atol=0)
     with pytest.raises(ValueError, match="epig' needs 'reference'"):
         acqcore.score(model, samples, "epig")

@@ -143,24 +143,15 @@ class Trunk(nn.Module):
         return self.norm(self.layer(x)) if self.twice else x
 
 
-class WithLogits(nn.Module):
-    def __init__(self, trunk: nn.Module, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.trunk, self.weight = trunk, weight
-
-    def forward(self, input_ids: torch.Tensor) -> Any:
-        return type("Output", (), {"logits": self.trunk(input_ids) @ self.weight.T})
-
-
-def test_a_layer_that_is_used_twice_and_a_head_given_as_such(exact):
+def test_a_layer_that_is_used_twice_and_a_head_given_as_such(exact, with_logits):
     trunk, weight = Trunk(), torch.randn(320, 16)
     samples = make_samples()
     student = acqcore.Student(trunk, acqcore.Head(weight))
-    model = WithLogits(trunk, weight)
+    model = with_logits(trunk, weight)
     gradients = exact(model, samples, [*trunk.parameters(), weight])
     assert_norms(grad_norm(student, samples, "all", backend="eager"), gradients)
     tied = acqcore.Student(trunk, acqcore.Head(trunk.embedding.weight.detach()))
-    gradients = exact(WithLogits(trunk, trunk.embedding.weight), samples, list(trunk.parameters()))
+    gradients = exact(with_logits(trunk, trunk.embedding.weight), samples, list(trunk.parameters()))
     assert_norms(grad_norm(tied, samples, "all", backend="eager"), gradients)
 
 
@@ -397,13 +388,13 @@ class Routed(nn.Module):
 
 
 @pytest.mark.parametrize("trunk", [Bare, Pair, Mixed, Projected, Looked, Routed, Large])
-def test_a_parameter_that_no_rule_covers_is_left_to_autograd(trunk, exact):
+def test_a_parameter_that_no_rule_covers_is_left_to_autograd(trunk, exact, with_logits):
     """One sample at a time: a bare parameter, a tuple, samples mixed or shared, a weight used in two ways."""
     torch.manual_seed(0)
     trunk = trunk()
     width = trunk(torch.zeros(1, 2, dtype=torch.int64)).shape[-1]
     weight, samples = torch.randn(320, width), make_samples()
-    gradients = exact(WithLogits(trunk, weight), samples, [*trunk.parameters(), weight])
+    gradients = exact(with_logits(trunk, weight), samples, [*trunk.parameters(), weight])
     student = acqcore.Student(trunk, acqcore.Head(weight))
     assert_norms(grad_norm(student, samples, "all", backend="eager"), gradients)
 

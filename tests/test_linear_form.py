@@ -9,8 +9,10 @@ import torch
 
 import acqcore
 from acqcore.acquisitions import LinearOptions
+from acqcore.gradients import per_sample
 from acqcore.gradients.per_sample import controlled
 from acqcore.gradients.rules import is_linear
+from acqcore.scoring.run import Runner
 from benchmarks import toy_student
 
 RHO = 0.05 / 0.95  # variance of the noise of the default dropout
@@ -290,6 +292,32 @@ def test_other_gradients_share_the_graph(tiny_model):
     for name in names:
         alone = acqcore.score(model, samples, name, acquisition_args={name: arguments[name]})
         torch.testing.assert_close(together[name], alone[name], rtol=1e-5, atol=0)
+
+
+def test_needs_that_differ_in_their_probes_share_them(tiny_model, monkeypatch):
+    student, samples = acqcore.Student.from_model(tiny_model("Llama")), _samples(9, 7)
+    needs = [LinearOptions(of, probes=count).need for of in ("dropout", "isotropic") for count in (4, 1, 2)]
+    made = 0
+
+    class Counted(per_sample.SiteSquares):
+        def __init__(self, *arguments):
+            nonlocal made
+            made += 1
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(per_sample, "SiteSquares", Counted)
+    together = _results(student, samples, needs)
+    assert made == 4
+    for need in needs:
+        alone = _results(student, samples, [need])
+        assert together[need].shape == (2, need.probes)
+        torch.testing.assert_close(together[need], alone[need], rtol=1e-6, atol=0)
+
+
+def _results(student, samples, needs):
+    runner = Runner(student, needs, 8192, None)
+    [found] = runner.batches(runner.encode(samples, None, None))
+    return found.results
 
 
 @pytest.mark.parametrize("posterior", ["dropout", "isotropic"])

@@ -40,8 +40,8 @@ class Cpu(Backend):
         return forced
 
     def longest_gram(self, depth: int) -> int:
-        # A Gram adds 1.3 T / 2D to the statistics, delta 2.4 (AVX-512, D = 576); past 1536 rows its memory is much.
-        return min(2 * depth, 1536)
+        # A Gram adds 1.3 T / 2D to the statistics, delta 2.4 (AVX-512, D = 576); past 2048 rows its memory is much.
+        return min(18 * depth // 5, 2048)
 
     def row_stats(
         self,

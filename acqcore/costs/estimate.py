@@ -123,11 +123,11 @@ def _estimate(
     """What both estimates share: the time of all rows, and the layouts."""
     blocks, rest = (seconds * work.rows for seconds in per_row)
     whole = blocks + rest
-    time.append(Figure("all rows", whole, "s", source, _batches_note(work)))
+    batches = math.ceil(work.rows / work.batch_rows)
+    time.append(Figure("all rows", whole, "s", source, f"{work.rows} rows of {work.tokens} tokens, {batches} batches"))
     layouts = []
     if devices > 1:
         # If batches do not divide evenly, the last device to finish has one more than another.
-        batches = math.ceil(work.rows / work.batch_rows)
         share = math.ceil(batches / devices) / batches
         each = whole * share
         unsharded = peak - (0 if shape.tied else shape.head_bytes * (1 - 1 / devices))
@@ -214,7 +214,3 @@ def _while_loading(shape: Shape, libraries: float) -> Figure:
 def _weights_note(shape: Shape) -> str:
     tied = "head and embedding are one" if shape.tied else "head and embedding"
     return f"{shape.parameters / 1e6:,.0f} M parameters, {shape.dtype}, {tied}"
-
-
-def _batches_note(work: Work) -> str:
-    return f"{work.rows} rows of {work.tokens} tokens, {math.ceil(work.rows / work.batch_rows)} batches"

@@ -103,7 +103,9 @@ def _run(request: _Request, folder: Path, print_table: Print) -> int:
     for place, i in enumerate(picked, 1):
         value = {} if signal is None or options.student is None else {options.signal: float(signal[i])}
         extra[pool.indices[i]] = {**value, _RANK: place}
-    _write(options.out, request.data, pool, extra)
+    number = [] if "row" in pool.columns else ["row"]
+    rows = [{**dict.fromkeys(number, i), **pool.records[i].values, **extra[i]} for i in sorted(extra)]
+    write_rows(options.out, rows, [*number, *pool.columns, *next(iter(extra.values()))], request.data)
     request.report(pool, signal, picked, print_table)
     return 0
 
@@ -301,13 +303,3 @@ class _Request:
                 ("row", options.signal, self.shown),
                 [(str(i), f"{value:.4g}", shorten(pool.records[i].values[self.shown])) for i, value in first],
             )
-
-
-def _write(out: Path, source: Path, pool: _Pool, extra: dict[int, dict[str, Any]]) -> None:
-    """Write the chosen rows with what is added to them."""
-    number = [] if "row" in pool.columns else ["row"]
-    rows = [
-        {**({"row": index} if number else {}), **pool.records[index].values, **extra[index]} for index in sorted(extra)
-    ]
-    columns = [*number, *pool.columns, *(column for column in next(iter(extra.values())))]
-    write_rows(out, rows, columns, source)

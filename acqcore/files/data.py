@@ -203,7 +203,7 @@ def read_object(line: bytes | str) -> dict[str, Any]:
         ValueError: says what is wrong.
     """
     try:
-        values = json.loads(line, parse_int=_integer)
+        values = json.loads(line, parse_int=lambda digits: int(digits) if len(digits) <= _DIGITS else digits)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
     except UnicodeDecodeError as error:
@@ -216,10 +216,6 @@ def read_object(line: bytes | str) -> dict[str, Any]:
     if sum(map(line.count, signs)) > _DEEPEST and _depth(values) > _DEEPEST:  # type: ignore[arg-type]
         raise ValueError(f"nested deeper than {_DEEPEST} levels")
     return values
-
-
-def _integer(digits: str) -> int | str:
-    return int(digits) if len(digits) <= _DIGITS else digits
 
 
 def _depth(value: Any) -> int:

@@ -27,7 +27,7 @@ class EpigReference(Saved):
     """
 
     maker: ClassVar[str] = "epig_reference"
-    writer: ClassVar[str] = "EpigReference.save"
+    written_by: ClassVar[str] = "EpigReference.save"
 
     sketches: torch.Tensor
     layers: Layers

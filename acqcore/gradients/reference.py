@@ -41,7 +41,7 @@ class Reference(Saved):
     """
 
     maker: ClassVar[str] = "influence_reference"
-    writer: ClassVar[str] = "Reference.save or 'acqcore reference'"
+    written_by: ClassVar[str] = "Reference.save or 'acqcore reference'"
 
     mean: torch.Tensor
     n: int

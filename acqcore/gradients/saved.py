@@ -17,11 +17,11 @@ class Saved:
 
     Attributes:
         maker: function of acqcore that makes one.
-        writer: what writes its files, for messages.
+        written_by: what writes its files, for messages.
     """
 
     maker: ClassVar[str]
-    writer: ClassVar[str]
+    written_by: ClassVar[str]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a file, for ``acqcore score --acquisition-args``."""
@@ -37,7 +37,7 @@ class Saved:
         try:
             return cls(**torch.load(path, weights_only=True))
         except (TypeError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
-            raise ValueError(f"reference: expected a file from {cls.writer}, got {os.fspath(path)}") from error
+            raise ValueError(f"reference: expected a file from {cls.written_by}, got {os.fspath(path)}") from error
 
     @classmethod
     def given(cls, reference: Any) -> Self:

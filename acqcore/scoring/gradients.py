@@ -9,7 +9,6 @@ import torch
 from acqcore import checks, head_grad
 from acqcore.acquisitions import LinearOptions
 from acqcore.acquisitions.influence import InfluenceOptions, sketch
-from acqcore.defaults import standard_defaults
 from acqcore.gradients.laplace import LaplacePosterior
 from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.gradients.reference import Reference, parameter_shapes
@@ -20,7 +19,6 @@ from acqcore.students.samples import Samples
 from acqcore.students.student import StudentLike
 
 
-@standard_defaults()
 def grad_norm(
     student: StudentLike,
     samples: Samples,
@@ -110,7 +108,6 @@ def grad_sketch(*arguments: Any, **options: Any) -> torch.Tensor:
     return function(*arguments, **options)
 
 
-@standard_defaults()
 def student_grad_sketch(
     student: StudentLike,
     samples: Samples,
@@ -146,7 +143,6 @@ def student_grad_sketch(
     return _of_samples(need, Runner(student, (need,), batch_tokens, backend), samples, tokenizer, max_length)
 
 
-@standard_defaults()
 def badge_embedding(
     student: StudentLike,
     samples: Samples,
@@ -182,7 +178,6 @@ def badge_embedding(
     return _of_samples(need, Runner(student, (need,), batch_tokens, backend), samples, tokenizer, max_length)
 
 
-@standard_defaults()
 def influence_reference(
     student: StudentLike,
     samples: Samples,
@@ -236,16 +231,14 @@ def influence_reference(
     if not bool(sketches.any()):
         raise ValueError("samples: expected a reference set with a gradient, all of its gradients are zero")
     mean = sketches.double().mean(dim=0).float()
-    moments = precondition
-    if moments is not None:
-        if not isinstance(moments, torch.Tensor):
-            moments = sketches.double().square().mean(dim=0)
-        moments = moments.detach().to("cpu").float()
+    if isinstance(precondition, torch.Tensor):
+        moments: torch.Tensor | None = precondition.detach().to("cpu", torch.float32)
+    else:
+        moments = None if precondition is None else sketches.double().square().mean(dim=0).float()
     shapes = parameter_shapes(runner.student, runner.head, parameters)
     return Reference(mean, len(sketches), parameters, seed, loss, shapes, moments)
 
 
-@standard_defaults()
 def influence(
     student: StudentLike,
     samples: Samples,
@@ -281,7 +274,6 @@ def influence(
     return reference.similarity(_of_samples(need, runner, samples, tokenizer, max_length), similarity)
 
 
-@standard_defaults()
 def laplace_posterior(
     student: StudentLike,
     samples: Samples,

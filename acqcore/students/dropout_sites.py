@@ -25,13 +25,11 @@ class DropoutSites:
     def of(cls, student: Student, layers: Layers, dropout: float) -> DropoutSites:
         """The sites of the last n blocks, of all (``"all"``), or the student's ``nn.Dropout`` modules (``"own"``).
 
-        Args:
-            dropout: probability p for blocks; ignored by ``"own"``, whose modules have rates of their own. Functional
-                dropout, such as that of attention weights in transformers, stays off.
+        ``dropout`` is the probability p for blocks; the modules of ``"own"`` have rates of their own. Functional
+        dropout, such as that of attention weights in transformers, stays off.
 
         Raises:
-            ValueError: a trunk without blocks, fewer blocks than asked for, a block whose branches are not modules of
-                its own, no dropout layer of the student's own.
+            ValueError: fewer blocks than asked for, a block whose branches are no modules, no dropout layer.
         """
         if layers == "own":
             modules = student.trunk.modules() if isinstance(student.trunk, nn.Module) else ()

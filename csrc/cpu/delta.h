@@ -8,7 +8,7 @@ namespace acqcore::ACQCORE_ISA {
 // What a row's entries need: delta_v = weight slope_v (exp(z_v - max) / Z - [v = target]).
 struct DeltaRow {
   float max;
-  float term;       // weight slope / (2^40 Z), for exp_scaled<40>
+  float term;       // weight slope / (2^40 Z), for exp_above<40>
   float slope;      // weight scale / temperature
   float at_target;  // p_y - 1, as -R / Z where the target is the maximum
   int64_t target;   // column in this weight, or negative
@@ -34,14 +34,10 @@ inline void to_delta(const DeltaRow& row, const Transform& transform, int64_t ti
   for (int i = 0; i < width; i += kLanes) {
     const Vec logits = load(z + i);
     Vec x = logits - row.max;
-    const IntVec absent = x < kLowest;
-    x = absent ? broadcast(kLowest) : x;
-    Vec e = exp_scaled<kShift>(x);
-    e = absent ? Vec{} : e;
-    Vec delta = e * row.term;
+    Vec delta = exp_above<kShift>(x, kLowest) * row.term;
     if (transform.capped) {
       const Vec t = logits * inverse;
-      delta = absent ? Vec{} : delta * (1.0f - t * t);
+      delta = delta == 0 ? Vec{} : delta * (1.0f - t * t);  // of an absent logit t is not finite
     }
     store(z + i, delta);
   }
@@ -58,13 +54,7 @@ inline DeltaRow padding_row() { return {INFINITY, 0, 0, 0, -1}; }
 inline void delta_tile(const HeadArgs& args, const Inner& inner, const Transform& transform, const DeltaRow* delta_rows,
                        int64_t rows, const float* hidden /* packed panels */, int64_t tile, int width,
                        float* weights /* [kTile, depth] */, float* delta /* [rows, kTile] */) {
-  for (int64_t k0 = 0; k0 < inner.units || k0 == 0; k0 += inner.depth) {
-    const int64_t k = lesser(inner.depth, inner.units - k0);
-    pack_weights(args.weight, inner, tile, width, k0, k, weights);
-    for (int64_t row = 0; row < rows; row += kPanelRows) {
-      multiply_panel(inner, hidden + row * inner.units + k0 * kPanelRows, weights, width, k, k0 > 0, delta + row * kTile);
-    }
-  }
+  multiply_tile(args, inner, hidden, rows, tile, width, weights, delta);
   for (int64_t i = 0; i < rows; ++i) {
     transform(delta + i * kTile, width, tile);
     to_delta(delta_rows[i], transform, tile, width, delta + i * kTile);

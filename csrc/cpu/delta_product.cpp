@@ -1,16 +1,13 @@
 // delta values: attention with the vocabulary as keys and the rows of `values` as values, the logits never held; or, where
 // values are unit vectors with signs, delta hashed to places, an addition for each entry instead of a product.
-//
-// A task is a block of rows; for each tile of the vocabulary it forms delta (L2) and adds delta times the tile's values
-// to the block's output, which stays in its scratch until the end. Rows do not depend on the other rows of the batch.
 #include "delta.h"
 #include "isa.h"
-#include "parallel.h"
+#include "values.h"
 
 namespace acqcore::ACQCORE_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 28 * kVectorRows;  // at most: delta of 392 x 256 floats in L2
+constexpr int64_t kBlockRows = 28 * kVectorRows;  // at most: delta of 224 x 384 floats in L2
 
 // Scratch of one thread.
 struct Workspace {
@@ -18,28 +15,10 @@ struct Workspace {
   float* weights;  // [kTile, depth]
   float* delta;    // [block_rows, kTile]
   float* values;   // [columns / kPanelColumns, kTile, kPanelColumns]
+  float* split;    // [2, kTile / 2, kPanelRows]
   float* out;      // [block_rows, columns]
   DeltaRow* rows;  // [block_rows]
 };
-
-// Adds delta [count, width] times values [tile, tile + width) to ws.out [count, columns].
-void add_values(const DeltaProductArgs& args, int64_t count, int64_t tile, int width, int64_t columns,
-                const Workspace& ws) {
-  for (int64_t j = 0; j < columns; j += kPanelColumns) {
-    const int64_t present = lesser(kPanelColumns, args.values.columns - j);
-    for (int k = 0; k < width; ++k) {
-      float* row = ws.values + j * kTile + k * kPanelColumns;
-      load_floats(args.values, tile + k, j, present, row);
-      for (int64_t i = present; i < kPanelColumns; ++i) row[i] = 0;
-    }
-  }
-  for (int64_t row = 0; row < count; row += kPanelRows) {
-    for (int64_t j = 0; j < columns; j += kPanelColumns) {
-      panel_product<false, kTile, 1>(ws.delta + row * kTile, ws.values + j * kTile, width, true,
-                                     ws.out + row * columns + j, columns);
-    }
-  }
-}
 
 // Adds each entry of delta [count, width] to its place in ws.out [count, columns], or takes it off.
 void add_places(const int32_t* places, int64_t count, int width, int64_t columns, const Workspace& ws) {
@@ -63,25 +42,21 @@ bool delta_product(const DeltaProductArgs& args) {
   Scratch row_scratch(8 * n);
   if (row_scratch.missing()) return false;
   int64_t* rows = row_scratch.as<int64_t>();
-  int64_t scored = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (head.targets[i] != -100) {
-      rows[scored++] = i;
-    } else {
-      for (int64_t j = 0; j < columns; ++j) args.out[i * columns + j] = 0;
-    }
-  }
+  const int64_t scored =
+      scored_rows(head, rows, [&](int64_t i) { memset(args.out + i * columns, 0, 4 * columns); });
   if (scored == 0 || columns == 0) return true;
 
   const Inner inner = inner_dimension(head);
   const Transform transform(head);
-  const int64_t padded = ceil_div(columns, kPanelColumns) * kPanelColumns;
-  const int64_t even = ceil_div(ceil_div(scored, 2 * head.threads), kPanelRows) * kPanelRows;
-  const int64_t block = lesser(kBlockRows, even);
+  const int64_t padded = value_columns(columns), block = rows_of_block(head, scored, kBlockRows);
   const auto carve = [&](Arena& arena) {
-    return Workspace{arena.take<float>(block * inner.units), arena.take<float>(kTile * inner.depth),
-                     arena.take<float>(block * kTile),       arena.take<float>(args.places ? 0 : kTile * padded),
-                     arena.take<float>(block * padded),      arena.take<DeltaRow>(block)};
+    return Workspace{arena.take<float>(block * inner.units),
+                     arena.take<float>(kTile * inner.depth),
+                     arena.take<float>(block * kTile),
+                     arena.take<float>(args.places ? 0 : kTile * padded),
+                     arena.take<float>(kTile * kPanelRows),
+                     arena.take<float>(block * padded),
+                     arena.take<DeltaRow>(block)};
   };
   Arena layout(nullptr);
   carve(layout);
@@ -94,11 +69,7 @@ bool delta_product(const DeltaProductArgs& args) {
     Arena arena(scratch.as<char>() + thread_number() * layout.used());
     const Workspace ws = carve(arena);
     const int64_t count = lesser(block, scored - begin);
-    for (int64_t i = 0; i < count; i += kPanelRows) {
-      pack_rows(head.hidden, rows + begin + i, static_cast<int>(lesser(kPanelRows, count - i)), inner.pairs,
-                inner.units, ws.hidden + i * inner.units);
-    }
-    const int64_t whole = ceil_div(count, kPanelRows) * kPanelRows;
+    const int64_t whole = pack_block(head, inner, rows + begin, count, ws.hidden);
     for (int64_t i = 0; i < whole; ++i) {
       ws.rows[i] = i < count ? delta_row(head, args.state, args.index, rows[begin + i], 1.0) : padding_row();
     }
@@ -109,7 +80,8 @@ bool delta_product(const DeltaProductArgs& args) {
       if (args.places) {
         add_places(args.places + tile, count, width, padded, ws);
       } else {
-        add_values(args, count, tile, width, padded, ws);
+        pack_values(args.values, tile, width, ws.values);
+        add_values(args.values, ws.delta, whole, width, ws.values, ws.split, ws.out);
       }
     }
     for (int64_t i = 0; i < count; ++i) {

@@ -1,13 +1,12 @@
 // What random cotangents of the logits, carried back through the head, follow from (fisher.py): sums over the vocabulary
 // of e cap' W and of sqrt(e) r cap' W for each probe's signs r, e = exp(z - max), the logits never held.
 //
-// A task is a block of rows. For each tile of the vocabulary it forms the factors e cap' and sqrt(e) r cap' (L2), then
-// adds each times the tile's weights to the block's sums. Signs are the bits of Philox words, recomputed a tile at a
-// time: 128 columns a counter. Rows do not depend on the other rows of the batch.
+// For each tile of the vocabulary a block forms the factors e cap' and sqrt(e) r cap', and adds each times the tile's
+// weights to sums of its own, values.h. Signs are the bits of Philox words, recomputed a tile at a time: 128 columns a
+// counter.
 #include "../philox.h"
 #include "isa.h"
-#include "parallel.h"
-#include "tile.h"
+#include "values.h"
 
 namespace acqcore::ACQCORE_ISA {
 namespace {
@@ -22,6 +21,7 @@ struct Workspace {
   float* hidden;   // [block_rows / kPanelRows, units, kPanelRows]
   float* weights;  // [kTile / kPanelColumns, depth, kPanelColumns]
   float* values;   // [columns / kPanelColumns, kTile, kPanelColumns]
+  float* split;    // [2, kTile / 2, kPanelRows]
   float* norms;    // [kTile], squared norms of the tile's weights
   float* factors;  // [probes + 1, block_rows, kTile]
   float* sums;     // [probes + 1, block_rows, columns]
@@ -62,14 +62,11 @@ void to_factors(const FisherSumsArgs& args, const Transform& transform, int64_t 
   for (int i = 0; i < width; i += kLanes) {
     const Vec logits = load(z + i);
     Vec x = (logits - max) * 0.5f;
-    const IntVec absent = x < kLowestRoot;
-    x = absent ? broadcast(kLowestRoot) : x;
     x = x > 0.0f ? Vec{} : x;  // the product may round a tie a little above the maximum
-    Vec root = exp_scaled<0>(x);
-    root = absent ? Vec{} : root;
+    const Vec root = exp_above<0>(x, kLowestRoot);
     const Vec t = logits * inverse;
     store(roots + i, root);
-    store(slopes + i, absent ? Vec{} : 1.0f - t * t);
+    store(slopes + i, root == 0 ? Vec{} : 1.0f - t * t);
   }
   if (top >= 0 && top < width) roots[top] = 0;
   for (int i = 0; i < width; i += kLanes) {
@@ -93,18 +90,18 @@ void to_factors(const FisherSumsArgs& args, const Transform& transform, int64_t 
   }
 }
 
-// The tile's weights as panels of values, and their squared norms.
-void pack_values(const Matrix& weight, int64_t columns, int64_t tile, int width, const Workspace& ws) {
-  for (int k = 0; k < kTile; ++k) ws.norms[k] = 0;
-  for (int64_t j = 0; j < columns; j += kPanelColumns) {
-    const int64_t present = lesser(kPanelColumns, weight.columns - j);
-    for (int k = 0; k < width; ++k) {
-      float* row = ws.values + j * kTile + k * kPanelColumns;
+// Squared norms of the tile's weights; 0 from width on.
+void row_norms(const Matrix& weight, int64_t tile, int width, float* norms /* [kTile] */) {
+  float row[kPanelColumns];
+  for (int k = 0; k < kTile; ++k) norms[k] = 0;
+  for (int k = 0; k < width; ++k) {
+    for (int64_t j = 0; j < weight.columns; j += kPanelColumns) {
+      const int64_t present = lesser(kPanelColumns, weight.columns - j);
       load_floats(weight, tile + k, j, present, row);
       for (int64_t i = present; i < kPanelColumns; ++i) row[i] = 0;
       Vec squares = {};
       for (int64_t i = 0; i < kPanelColumns; i += kLanes) squares += load(row + i) * load(row + i);
-      ws.norms[k] += static_cast<float>(horizontal_sum(squares));
+      norms[k] += static_cast<float>(horizontal_sum(squares));
     }
   }
 }
@@ -114,36 +111,22 @@ void run_block(const FisherSumsArgs& args, const Inner& inner, const Transform& 
                int64_t count, int64_t block, int64_t columns, const Workspace& ws) {
   const HeadArgs& head = args.head;
   const int64_t n = head.hidden.rows, depth = head.weight.columns;
-  const int64_t whole = ceil_div(count, kPanelRows) * kPanelRows;
-  for (int64_t i = 0; i < whole; i += kPanelRows) {
-    pack_rows(head.hidden, rows + i, static_cast<int>(lesser(kPanelRows, count - i)), inner.pairs, inner.units,
-              ws.hidden + i * inner.units);
-  }
+  const int64_t whole = pack_block(head, inner, rows, count, ws.hidden);
   memset(ws.factors, 0, 4 * (args.probes + 1) * block * kTile);
   memset(ws.sums, 0, 4 * (args.probes + 1) * block * columns);
   for (int64_t tile = 0; tile < head.weight.rows; tile += kTile) {
     const int width = static_cast<int>(lesser(kTile, head.weight.rows - tile));
-    pack_values(head.weight, columns, tile, width, ws);
-    for (int64_t k0 = 0; k0 < inner.units || k0 == 0; k0 += inner.depth) {
-      const int64_t k = lesser(inner.depth, inner.units - k0);
-      pack_weights(head.weight, inner, tile, width, k0, k, ws.weights);
-      for (int64_t row = 0; row < whole; row += kPanelRows) {
-        multiply_panel(inner, ws.hidden + row * inner.units + k0 * kPanelRows, ws.weights, width, k, k0 > 0,
-                       ws.factors + row * kTile);
-      }
-    }
+    pack_values(head.weight, tile, width, ws.values);
+    row_norms(head.weight, tile, width, ws.norms);
+    multiply_tile(head, inner, ws.hidden, whole, tile, width, ws.weights, ws.factors);
     for (int64_t i = 0; i < count; ++i) {
       float* z = ws.factors + i * kTile;
       transform(z, width, tile);
       to_factors(args, transform, rows[i], tile, width, block * kTile, ws.norms, z);
     }
     for (int64_t k = 0; k <= args.probes; ++k) {
-      for (int64_t row = 0; row < whole; row += kPanelRows) {
-        for (int64_t j = 0; j < columns; j += kPanelColumns) {
-          panel_product<false, kTile, 1>(ws.factors + (k * block + row) * kTile, ws.values + j * kTile, width, true,
-                                         ws.sums + (k * block + row) * columns + j, columns);
-        }
-      }
+      add_values(head.weight, ws.factors + k * block * kTile, whole, width, ws.values, ws.split,
+                 ws.sums + k * block * columns);
     }
   }
   for (int64_t k = 0; k <= args.probes; ++k) {
@@ -161,27 +144,21 @@ bool fisher_sums(const FisherSumsArgs& args) {
   Scratch row_scratch(8 * n);
   if (row_scratch.missing()) return false;
   int64_t* rows = row_scratch.as<int64_t>();
-  int64_t scored = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    args.squares[i] = 0;
-    for (int64_t k = 0; k < args.probes; ++k) args.signed_sums[k * n + i] = 0;
-    if (head.targets[i] != -100) {
-      rows[scored++] = i;
-    } else {
-      for (int64_t k = 0; k <= args.probes; ++k) memset(args.sums + (k * n + i) * depth, 0, 4 * depth);
-    }
-  }
+  memset(args.squares, 0, 8 * n);
+  memset(args.signed_sums, 0, 8 * args.probes * n);
+  const int64_t scored = scored_rows(head, rows, [&](int64_t i) {
+    for (int64_t k = 0; k <= args.probes; ++k) memset(args.sums + (k * n + i) * depth, 0, 4 * depth);
+  });
   if (scored == 0) return true;
 
   const Inner inner = inner_dimension(head);
   const Transform transform(head);
-  const int64_t columns = ceil_div(depth, kPanelColumns) * kPanelColumns;
-  const int64_t even = ceil_div(ceil_div(scored, 2 * head.threads), kPanelRows) * kPanelRows;
-  const int64_t block = lesser(kBlockRows, even);
+  const int64_t columns = value_columns(depth), block = rows_of_block(head, scored, kBlockRows);
   const auto carve = [&](Arena& arena) {
     return Workspace{arena.take<float>(block * inner.units),
                      arena.take<float>(kTile * inner.depth),
                      arena.take<float>(kTile * columns),
+                     arena.take<float>(kTile * kPanelRows),
                      arena.take<float>(kTile),
                      arena.take<float>((args.probes + 1) * block * kTile),
                      arena.take<float>((args.probes + 1) * block * columns)};

@@ -51,10 +51,7 @@ inline void add_terms(const float* z, int n, float max, int skip, LaneState& s, 
     if constexpr (kSkip) {
       if (skip >= i && skip < i + kLanes) x[skip - i] = -INFINITY;
     }
-    const IntVec absent = x < kLowest;
-    x = absent ? broadcast(kLowest) : x;
-    Vec e = exp_scaled<kShift>(x);
-    e = absent ? Vec{} : e;
+    const Vec e = exp_above<kShift>(x, kLowest);
     if constexpr (kKeep) store(terms + i, e);
     const Vec ex = e * x;
     r += e;
@@ -62,7 +59,7 @@ inline void add_terms(const float* z, int n, float max, int skip, LaneState& s, 
     s2 += e * e;
     s11 += ex * x;
   }
-  s.r += r + s1 * 0.0f;  // exp_scaled loses a NaN, s1 = e x keeps it
+  s.r += r + s1 * 0.0f;  // exp_above may lose a NaN, s1 = e x keeps it
   s.s1 += s1;
   s.s2 += s2;
   s.s11 += s11;

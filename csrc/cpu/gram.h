@@ -3,7 +3,7 @@
 // Every term is positive and relative to the rows' largest logits so far, so that sums in float32 suffice; rows and
 // columns are rescaled when a maximum rises. Only blocks on and above the diagonal are kept. Vectors run along the
 // vocabulary: the factors are multiplied as the fold leaves them, without packing, and 16 sums at a time are reduced by
-// a tree of shuffles.
+// a tree of shuffles. Tile registers multiply factors split into two bfloat16, and add to the Gram where it lies.
 #pragma once
 #include <math.h>
 #include <stdlib.h>
@@ -13,7 +13,7 @@
 
 namespace acqcore::ACQCORE_ISA {
 
-constexpr int kGramColumns = 4;  // rows and columns of a block of the triangle
+constexpr int kGramColumns = 4;  // rows and columns that vectors multiply at a time
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kGramRows = 4;  // 16 accumulators of 32 registers
@@ -23,12 +23,21 @@ constexpr int kGramRows = 2;  // 8 of 16
 
 constexpr int kGramStripe = 16;  // rows of factors that stay in L1: 24 KiB of AVX-512
 
-inline int64_t gram_padded(int64_t rows) { return ceil_div(rows, kGramColumns) * kGramColumns; }
+// Rows and columns of a block of the triangle; a short sample would leave the tile registers empty.
+inline int64_t gram_side(int64_t rows) { return kHasTiles && rows > kPanelRows / 2 ? kPanelRows : kGramColumns; }
 
-// First element of the blocks of rows [row, row + kGramColumns); they are [kGramColumns, padded - row].
-inline int64_t gram_offset(int64_t padded, int64_t row) { return row * padded - row * (row - kGramColumns) / 2; }
+inline int64_t gram_padded(int64_t rows) { return ceil_div(rows, gram_side(rows)) * gram_side(rows); }
+
+// First element of the blocks of rows [row, row + side); they are [side, padded - row].
+inline int64_t gram_offset(int64_t padded, int64_t row) { return row * padded - row * (row - gram_side(padded)) / 2; }
 
 inline int64_t gram_elements(int64_t padded) { return gram_offset(padded, padded); }
+
+// Entry (row, column) of the triangle stands `column` after this.
+inline int64_t gram_row(int64_t padded, int64_t row) {
+  const int64_t block = row / gram_side(padded) * gram_side(padded);
+  return gram_offset(padded, block) + (row - block) * (padded - block) - block;
+}
 
 // out [kGramRows, stride] += left right^T over n columns.
 inline void gram_block(const float* left /* [kGramRows, kTile] */, const float* right /* [kGramColumns, kTile] */,
@@ -55,45 +64,33 @@ inline void gram_block(const float* left /* [kGramRows, kTile] */, const float* 
   }
 }
 
-// Rows of factors that a workspace has room for: tile registers read whole panels.
-inline int64_t gram_rows(int64_t padded) {
-  return kHasTiles ? ceil_div(padded, kPanelRows) * kPanelRows : padded;
-}
-
 // Floats of scratch that add_to_gram takes: factors split in two, as rows and as columns.
-inline int64_t gram_scratch(int64_t padded) { return kHasTiles ? 4 * gram_rows(padded) * (kTile / 2) : 0; }
+inline int64_t gram_scratch(int64_t padded) { return gram_side(padded) == kPanelRows ? 4 * padded * (kTile / 2) : 0; }
 
 // The same in tile registers; scratch holds [panels, 4, kTile / 2, kPanelRows].
-inline void add_to_gram_by_tiles(float* factors /* [gram_rows, kTile] */, int64_t padded, int n, float* gram,
+inline void add_to_gram_by_tiles(const float* factors /* [padded, kTile] */, int64_t padded, int n, float* gram,
                                  float* scratch) {
   constexpr int64_t kPart = kTile / 2 * kPanelRows;
-  const int64_t rows = gram_rows(padded), units = ceil_div(n, 2 * kTileUnits) * kTileUnits;
-  for (int64_t i = padded; i < rows; ++i) memset(factors + i * kTile, 0, 4 * n);
-  for (int64_t t = 0; t < rows; t += kPanelRows) {
+  const int64_t units = ceil_div(n, 2 * kTileUnits) * kTileUnits;
+  for (int64_t t = 0; t < padded; t += kPanelRows) {
     float* parts = scratch + t / kPanelRows * 4 * kPart;
     split_panel(factors + t * kTile, kTile, n, parts, parts + kPart);
     transpose_panel(parts, units, parts + 2 * kPart);
     transpose_panel(parts + kPart, units, parts + 3 * kPart);
   }
-  alignas(64) float sums[kPanelRows * kPanelRows];
-  for (int64_t s = 0; s < rows; s += kPanelRows) {
+  for (int64_t s = 0; s < padded; s += kPanelRows) {
     const float* left = scratch + s / kPanelRows * 4 * kPart;
-    for (int64_t t = s; t < rows; t += kPanelRows) {
+    for (int64_t t = s; t < padded; t += kPanelRows) {
       const float* right = scratch + t / kPanelRows * 4 * kPart + 2 * kPart;
-      tile_gram(left, left + kPart, right, right + kPart, units, sums);
-      for (int64_t i = s; i < lesser(s + kPanelRows, padded); ++i) {
-        const int64_t block = i / kGramColumns * kGramColumns, stride = padded - block;
-        float* row = gram + gram_offset(padded, block) + (i - block) * stride - block;
-        const float* sum = sums + (i - s) * kPanelRows - t;
-        for (int64_t j = greater(t, block); j < lesser(t + kPanelRows, padded); ++j) row[j] += sum[j];
-      }
+      tile_gram(left, left + kPart, right, right + kPart, units, gram + gram_offset(padded, s) + t - s, padded - s);
     }
   }
 }
 
 // gram += factors factors^T over a tile of n columns. Some rows stay in L1 while the others pass by from L2.
-inline void add_to_gram(float* factors /* [gram_rows, kTile] */, int64_t padded, int n, float* gram, float* scratch) {
-  if (kHasTiles && padded > kPanelRows / 2) {  // a short sample would leave the tiles empty
+inline void add_to_gram(const float* factors /* [padded, kTile] */, int64_t padded, int n, float* gram,
+                        float* scratch) {
+  if (gram_side(padded) == kPanelRows) {
     add_to_gram_by_tiles(factors, padded, n, gram, scratch);
     return;
   }
@@ -141,12 +138,9 @@ inline int64_t lower_bound(const int64_t* columns, int64_t count, int64_t least)
 
 // Rows and columns of the Gram times `scale` [padded].
 inline void rescale_gram(const float* scale, int64_t padded, float* gram) {
-  for (int64_t s = 0; s < padded; s += kGramColumns) {
-    const int64_t stride = padded - s;
-    for (int i = 0; i < kGramColumns; ++i) {
-      float* row = gram + gram_offset(padded, s) + i * stride;
-      for (int64_t t = 0; t < stride; ++t) row[t] *= scale[s + i] * scale[s + t];
-    }
+  for (int64_t s = 0; s < padded; ++s) {
+    float* row = gram + gram_row(padded, s);
+    for (int64_t t = s / gram_side(padded) * gram_side(padded); t < padded; ++t) row[t] *= scale[s] * scale[t];
   }
 }
 

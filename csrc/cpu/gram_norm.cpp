@@ -16,7 +16,7 @@ struct Row {
   int64_t place;     // of its target among the sample's distinct ones, -1 where that is not in this weight
   bool top;          // the target is the largest logit
   float max;         // over the vocabulary
-  float e_scale;     // weight slope / (Z 2^40), for exp_scaled<40>
+  float e_scale;     // weight slope / (Z 2^40), for exp_above<40>
   float at_target;   // -R / Z weight slope where the target is the maximum, else what is added to the target's p
   double product_scale;
 };
@@ -28,7 +28,7 @@ struct Workspace {
   float* bias;        // [kTile], of the columns of a tile
   float* hidden;      // [padded / kPanelRows, units, kPanelRows]
   float* right;       // [units, kPanelColumns]
-  float* delta;       // [gram_rows, kTile]
+  float* delta;       // [padded, kTile]
   float* split;       // [gram_scratch]
   float* gram;        // of the deltas
 };
@@ -51,10 +51,8 @@ void to_delta(const Row& row, const Transform& transform, int64_t tile, int widt
   for (int i = 0; i < width; i += kLanes) {
     const Vec t = load(z + i) * inverse;
     Vec x = load(z + i) - row.max;
-    const IntVec absent = x < kLowest;
-    x = absent ? broadcast(kLowest) : x;
-    const Vec delta = exp_scaled<kShift>(x) * row.e_scale * (1.0f - t * t);
-    store(z + i, absent ? Vec{} : delta);
+    const Vec delta = exp_above<kShift>(x, kLowest) * row.e_scale;
+    store(z + i, delta == 0 ? Vec{} : delta * (1.0f - t * t));  // of an absent logit t is not finite
   }
   if (here) z[place] = (row.top ? 0 : z[place]) + row.at_target * (1 - at_place * at_place);
 }
@@ -134,8 +132,7 @@ double norm_of(const GramNormArgs& args, const Inner& inner, const Workspace& ws
     for (int64_t i = 0; i < j + present; i += kPanelRows) {
       multiply(inner, ws.hidden + i * inner.units, ws.right, keys, kPanelColumns);
       for (int64_t s = i; s < lesser(i + kPanelRows, count); ++s) {
-        const int64_t block = s / kGramColumns * kGramColumns, stride = padded - block;
-        const float* special = ws.gram + gram_offset(padded, block) + (s - block) * stride - block;
+        const float* special = ws.gram + gram_row(padded, s);
         const float* row = products + (ws.rows[s].number - begin) * length - begin;
         double sum = 0;
         for (int64_t t = greater(j, s); t < j + present; ++t) {
@@ -165,7 +162,7 @@ bool gram_norm(const GramNormArgs& args) {
     longest = greater(longest, length);
   }
   const Inner inner = inner_dimension(args.head);
-  const int64_t rows = ceil_div(longest, kPanelRows) * kPanelRows + kGramColumns;
+  const int64_t rows = greater(ceil_div(longest, kPanelRows) * kPanelRows, gram_padded(longest));
   const auto carve = [&](Arena& arena) {
     return Workspace{arena.take<Row>(rows),
                      arena.take<int64_t>(rows),

@@ -1,12 +1,11 @@
 // Row statistics and sum_v exp(z_v - m) cap'_v W_v over all columns but the target, from which dL/dh follows: attention
 // with the vocabulary as keys and values, the logits never held.
 //
-// A task is a block of rows. For each tile of the vocabulary it folds the logits and keeps their factors (L2), then adds
-// factors times the tile's weights to the block's sums, whose rows are rescaled when their reference rises. Rows do not
-// depend on the other rows of the batch.
+// For each tile of the vocabulary a block folds the logits and keeps their factors, values.h; rows of its sums are
+// rescaled when their reference rises.
 #include "factors.h"
 #include "isa.h"
-#include "parallel.h"
+#include "values.h"
 
 namespace acqcore::ACQCORE_ISA {
 namespace {
@@ -18,9 +17,9 @@ constexpr int64_t kBlockRows = 64 * kVectorRows;  // at most; a tile's weights a
 struct Workspace {
   float* hidden;      // [block_rows / kPanelRows, units, kPanelRows]
   float* weights;     // [kTile / kPanelColumns, depth, kPanelColumns]
-  float* values;      // [columns / kPanelColumns, kTile, kPanelColumns], or half of it: pairs of rows
+  float* values;      // [columns / kPanelColumns, kTile, kPanelColumns]
   float* factors;     // [block_rows, kTile]
-  float* split;       // [2, kTile / 2, kPanelRows], factors as pairs of bfloat16
+  float* split;       // [2, kTile / 2, kPanelRows]
   float* sums;        // [block_rows, columns]
   float* references;  // [block_rows]
   LaneState* lanes;   // [block_rows]
@@ -59,65 +58,11 @@ void fold_tile(const HiddenGradArgs& args, const Inner& inner, const Transform& 
   }
 }
 
-// The same by tile registers: weights as they are, factors as sums of two bfloat16.
-void add_values_by_tiles(const Matrix& weight, int64_t whole, int64_t columns, int64_t tile, int width,
-                         const Workspace& ws) {
-  constexpr int64_t kPart = kTile / 2 * kPanelRows;
-  const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
-  const int64_t units = ceil_div(n, 2 * kTileUnits) * kTileUnits;
-  uint16_t first[kPanelColumns], second[kPanelColumns];
-  for (int64_t j = 0; j < columns; j += kPanelColumns) {
-    for (int64_t u = 0; u < units; ++u) {
-      load_bits(weight, tile + 2 * u, 2 * u < width, j, kPanelColumns, first);
-      load_bits(weight, tile + 2 * u + 1, 2 * u + 1 < width, j, kPanelColumns, second);
-      float* row = ws.values + j * (kTile / 2) + u * kPanelColumns;
-      for (int i = 0; i < kPanelColumns; ++i) row[i] = from_bits(first[i] | uint32_t(second[i]) << 16);
-    }
-  }
-  for (int64_t row = 0; row < whole; row += kPanelRows) {
-    split_panel(ws.factors + row * kTile, kTile, n, ws.split, ws.split + kPart);
-    for (int64_t j = 0; j < columns; j += kPanelColumns) {
-      for (int part = 0; part < 2; ++part) {
-        tile_product(ws.split + part * kPart, ws.values + j * (kTile / 2), units, true, ws.sums + row * columns + j,
-                     columns);
-      }
-    }
-  }
-}
-
-// Adds factors [count, width] times weights [tile, tile + width) to the sums.
-void add_values(const HiddenGradArgs& args, int64_t whole, int64_t columns, int64_t tile, int width,
-                const Workspace& ws) {
-  const Matrix& weight = args.head.weight;
-  if (kHasTiles) {
-    add_values_by_tiles(weight, whole, columns, tile, width, ws);
-    return;
-  }
-  for (int64_t j = 0; j < columns; j += kPanelColumns) {
-    const int64_t present = lesser(kPanelColumns, weight.columns - j);
-    for (int k = 0; k < width; ++k) {
-      float* row = ws.values + j * kTile + k * kPanelColumns;
-      load_floats(weight, tile + k, j, present, row);
-      for (int64_t i = present; i < kPanelColumns; ++i) row[i] = 0;
-    }
-  }
-  for (int64_t row = 0; row < whole; row += kPanelRows) {
-    for (int64_t j = 0; j < columns; j += kPanelColumns) {
-      panel_product<false, kTile, 1>(ws.factors + row * kTile, ws.values + j * kTile, width, true,
-                                     ws.sums + row * columns + j, columns);
-    }
-  }
-}
-
 // One task: `count` rows.
 void run_block(const HiddenGradArgs& args, const Inner& inner, const Transform& transform, const int64_t* rows,
                int64_t count, int64_t columns, const Workspace& ws) {
   const HeadArgs& head = args.head;
-  const int64_t whole = ceil_div(count, kPanelRows) * kPanelRows;
-  for (int64_t i = 0; i < whole; i += kPanelRows) {
-    pack_rows(head.hidden, rows + i, static_cast<int>(lesser(kPanelRows, count - i)), inner.pairs, inner.units,
-              ws.hidden + i * inner.units);
-  }
+  const int64_t whole = pack_block(head, inner, rows, count, ws.hidden);
   for (int64_t i = 0; i < count; ++i) {
     clear(ws.states[i]);
     ws.references[i] = -INFINITY;
@@ -131,7 +76,8 @@ void run_block(const HiddenGradArgs& args, const Inner& inner, const Transform& 
     for (int64_t tile = first; tile < last; tile += kTile) {
       const int width = static_cast<int>(lesser(kTile, last - tile));
       fold_tile(args, inner, transform, rows, count, whole, columns, tile, width, ws);
-      add_values(args, whole, columns, tile, width, ws);
+      pack_values(head.weight, tile, width, ws.values);
+      add_values(head.weight, ws.factors, whole, width, ws.values, ws.split, ws.sums);
     }
     for (int64_t i = 0; i < count; ++i) {
       if (first == 0) {
@@ -156,22 +102,15 @@ bool hidden_grad(const HiddenGradArgs& args) {
   Scratch row_scratch(8 * n);
   if (row_scratch.missing()) return false;
   int64_t* rows = row_scratch.as<int64_t>();
-  int64_t scored = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (head.targets[i] != -100) {
-      rows[scored++] = i;
-    } else {
-      write_state(nullptr, i, n, args.state, args.index);
-      memset(args.out + i * depth, 0, 4 * depth);
-    }
-  }
+  const int64_t scored = scored_rows(head, rows, [&](int64_t i) {
+    write_state(nullptr, i, n, args.state, args.index);
+    memset(args.out + i * depth, 0, 4 * depth);
+  });
   if (scored == 0) return true;
 
   const Inner inner = inner_dimension(head);
   const Transform transform(head);
-  const int64_t columns = ceil_div(depth, kPanelColumns) * kPanelColumns;
-  const int64_t even = ceil_div(ceil_div(scored, 2 * head.threads), kPanelRows) * kPanelRows;
-  const int64_t block = lesser(kBlockRows, even);
+  const int64_t columns = value_columns(depth), block = rows_of_block(head, scored, kBlockRows);
   const auto carve = [&](Arena& arena) {
     return Workspace{arena.take<float>(block * inner.units), arena.take<float>(kTile * inner.depth),
                      arena.take<float>(kTile * columns),     arena.take<float>(block * kTile),

@@ -141,7 +141,7 @@ struct Workspace {
   float* weights;     // [kTile / kPanelColumns, depth, kPanelColumns]
   float* logits;      // [block_rows or kPanelRows, kTile]
   LaneState* lanes;   // [block_rows]
-  float* factors;     // [gram_rows, kTile], of a sample
+  float* factors;     // [padded, kTile], of a sample
   float* scale;       // [padded], by how much its rows of the Gram shrink
   float* split;       // [gram_scratch]
 };
@@ -249,13 +249,12 @@ void write_products(const RowStatsArgs& args, const Plan& plan, const Limits& li
     }
   }
   for (int64_t s = 0; s < count; ++s) {
-    const int64_t block = s / kGramColumns * kGramColumns, stride = padded - block;
+    const float* gram = shared.grams + sample.gram + gram_row(padded, s);
     const int64_t to = shared.rows[sample.begin + s] - begin;
     for (int64_t t = s; t < count; ++t) {
-      const float* gram = shared.grams + sample.gram + gram_offset(padded, block) + (s - block) * stride + (t - block);
       double sum = 0;
       for (int64_t slot = 0; slot < plan.slots; ++slot) {
-        sum += double(gram[slot * limits.chunk_grams]) * scale[slot * padded + s] * scale[slot * padded + t];
+        sum += double(gram[slot * limits.chunk_grams + t]) * scale[slot * padded + s] * scale[slot * padded + t];
       }
       const int64_t other = shared.rows[sample.begin + t] - begin;
       products[to * length + other] = products[other * length + to] = static_cast<float>(sum);
@@ -312,7 +311,7 @@ bool row_stats(const RowStatsArgs& args) {
   const int64_t logit_rows = plan.inner.depth < plan.inner.units ? limits.block_rows + kPanelRows : kPanelRows;
   const auto carve = [&](Arena& arena) {
     return Workspace{arena.take<float>(kTile * plan.inner.depth), arena.take<float>(logit_rows * kTile),
-                     arena.take<LaneState>(limits.block_rows), arena.take<float>(gram_rows(limits.padded) * kTile),
+                     arena.take<LaneState>(limits.block_rows), arena.take<float>(limits.padded * kTile),
                      arena.take<float>(limits.padded), arena.take<float>(gram_scratch(limits.padded))};
   };
   Shared shared{};

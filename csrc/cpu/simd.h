@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -130,22 +130,59 @@ inline Vec horizontal_sums(Vec* v /* [kLanes] */) {
   return add_halves<1>(v[0], v[1]);
 }
 
-// exp(x) * 2^shift for -110 <= x <= 0, within 1.5 ulp. Cody-Waite reduction; polynomial of Cephes expf.
+// exp(x) = 2^n p with n whole, p in [1 / sqrt(2), sqrt(2)]. Returns p, times 2^shift where powers of two multiply it
+// (AVX-512), and n with 1.5 * 2^23 added, which rounds it into the low bits. Polynomial of degree 6, off by 4e-9.
+template <int shift>
+inline Vec exp_parts(Vec x, Vec& rounded) {
+  const Vec magic = broadcast(12582912.0f);
+  rounded = x * 1.44269504088896341f + magic;
+  const Vec n = rounded - magic;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  const Vec r = x - n * 0.69314718055994531f;  // the product is not rounded, and the constant within 2e-9 of log 2
+#else
+  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+#endif
+#if defined(__AVX512F__)
+  constexpr float kUnit = shift == 0 ? 1.0f : float(uint64_t(1) << shift);
+#else
+  constexpr float kUnit = 1.0f;
+#endif
+  Vec p = r * (kUnit * 1.3814576501e-3f) + kUnit * 8.3687247361e-3f;
+  p = p * r + kUnit * 4.1668388890e-2f;
+  p = p * r + kUnit * 1.6666520565e-1f;
+  p = p * r + kUnit * 4.9999993443e-1f;
+  p = p * r + kUnit;
+  return p * r + kUnit;
+}
+
+// exp(x) * 2^shift for -110 <= x <= 0, within 1.5 ulp.
 template <int shift>
 inline Vec exp_scaled(Vec x) {
-  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  Vec n = x * 1.44269504088896341f + magic;
-  const UintVec bits = (UintVec)n;
-  n -= magic;
-  Vec r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-  return (Vec)((UintVec)p + ((bits + shift) << 23));
+  Vec rounded;
+  const Vec p = exp_parts<shift>(x, rounded);
+#if defined(__AVX512F__)
+  // All lanes by a mask: GCC 12 warns of the undefined operand of the plain form.
+  return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)(rounded - 12582912.0f));
+#else
+  return (Vec)((UintVec)p + (((UintVec)rounded + shift) << 23));
+#endif
+}
+
+// The same, and 0 where x is less than `lowest`; x is clamped there.
+template <int shift>
+inline Vec exp_above(Vec& x, float lowest) {
+#if defined(__AVX512F__)
+  const __mmask16 present = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(lowest), _CMP_NLT_UQ);
+  x = maximum(broadcast(lowest), x);
+  Vec rounded;
+  const Vec p = exp_parts<shift>(x, rounded);
+  return (Vec)_mm512_maskz_scalef_ps(present, (__m512)p, (__m512)(rounded - 12582912.0f));
+#else
+  const IntVec absent = x < lowest;
+  x = maximum(broadcast(lowest), x);
+  const Vec e = exp_scaled<shift>(x);
+  return absent ? Vec{} : e;
+#endif
 }
 
 // log(x) for normal x > 0, within 2 ulp, exactly 0 at 1. Polynomial of Cephes logf on [sqrt(1/2), sqrt(2)).

@@ -52,6 +52,18 @@ inline void multiply_panel(const Inner& inner, const float* a /* [k, kPanelRows]
   }
 }
 
+// Products of a block of packed panels with a tile, all its depth: out [rows, kTile]. rows is a multiple of kPanelRows.
+inline void multiply_tile(const HeadArgs& args, const Inner& inner, const float* hidden, int64_t rows, int64_t tile,
+                          int width, float* weights /* [kTile, depth] */, float* out) {
+  for (int64_t k0 = 0; k0 < inner.units || k0 == 0; k0 += inner.depth) {
+    const int64_t k = lesser(inner.depth, inner.units - k0);
+    pack_weights(args.weight, inner, tile, width, k0, k, weights);
+    for (int64_t row = 0; row < rows; row += kPanelRows) {
+      multiply_panel(inner, hidden + row * inner.units + k0 * kPanelRows, weights, width, k, k0 > 0, out + row * kTile);
+    }
+  }
+}
+
 // z = cap(scale (factor product + bias)) / temperature
 struct Transform {
   float factor, before, cap_scale, after;

@@ -35,15 +35,17 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// out [32, 48] (row stride `stride`) = a b, or += a b if `accumulate`. k is a multiple of kTileUnits. Each tile of a and
-// of b is read again rather than kept: 9 loads of 8 cycles hide behind 6 products of 16.
-inline void tile_product(const float* a /* [k / kTileUnits, 32, kTileUnits] */, const float* b /* [k, 48] */, int64_t k,
-                         bool accumulate, float* out, int64_t stride) {
+// out [32, 48] (row stride `stride`) = a b, or += a b if `accumulate`, a being the sum of kParts panels, one every `part`
+// floats. k is a multiple of kTileUnits. Each tile of a and of b is read again rather than kept: 9 loads of 8 cycles hide
+// behind 6 products of 16. Several parts find b's tiles in L1.
+template <int kParts = 1>
+inline void tile_product(const float* a /* [kParts, k / kTileUnits, 32, kTileUnits] */, const float* b /* [k, 48] */,
+                         int64_t k, bool accumulate, float* out, int64_t stride, int64_t part = 0) {
   constexpr int kColumns = 48, kRows = 32, kBelow = kTileRows * kTileUnits;
   alignas(64) float chain[kRows * kColumns];
   int64_t step = 0;
   do {
-    const int64_t end = step + kChain < k ? step + kChain : k;
+    const int64_t end = step + kParts * kChain < k ? step + kParts * kChain : k;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -51,21 +53,24 @@ inline void tile_product(const float* a /* [k / kTileUnits, 32, kTileUnits] */, 
     _tile_zero(4);
     _tile_zero(5);
     for (; step < end; step += kTileUnits) {
-      const float* rows = a + step * kRows;
       const float* columns = b + step * kColumns;
-      _tile_loadd(7, columns, 4 * kColumns);
-      _tile_loadd(6, rows, 4 * kTileUnits);
-      _tile_dpbf16ps(0, 6, 7);
-      _tile_loadd(6, rows + kBelow, 4 * kTileUnits);
-      _tile_dpbf16ps(3, 6, 7);
-      _tile_loadd(7, columns + kTileUnits, 4 * kColumns);
-      _tile_dpbf16ps(4, 6, 7);
-      _tile_loadd(6, rows, 4 * kTileUnits);
-      _tile_dpbf16ps(1, 6, 7);
-      _tile_loadd(7, columns + 2 * kTileUnits, 4 * kColumns);
-      _tile_dpbf16ps(2, 6, 7);
-      _tile_loadd(6, rows + kBelow, 4 * kTileUnits);
-      _tile_dpbf16ps(5, 6, 7);
+#pragma GCC unroll 2
+      for (int i = 0; i < kParts; ++i) {
+        const float* rows = a + i * part + step * kRows;
+        _tile_loadd(7, columns, 4 * kColumns);
+        _tile_loadd(6, rows, 4 * kTileUnits);
+        _tile_dpbf16ps(0, 6, 7);
+        _tile_loadd(6, rows + kBelow, 4 * kTileUnits);
+        _tile_dpbf16ps(3, 6, 7);
+        _tile_loadd(7, columns + kTileUnits, 4 * kColumns);
+        _tile_dpbf16ps(4, 6, 7);
+        _tile_loadd(6, rows, 4 * kTileUnits);
+        _tile_dpbf16ps(1, 6, 7);
+        _tile_loadd(7, columns + 2 * kTileUnits, 4 * kColumns);
+        _tile_dpbf16ps(2, 6, 7);
+        _tile_loadd(6, rows + kBelow, 4 * kTileUnits);
+        _tile_dpbf16ps(5, 6, 7);
+      }
     }
     float* to = accumulate ? chain : out;
     const int64_t to_stride = accumulate ? kColumns : stride;
@@ -117,16 +122,19 @@ inline void transpose_panel(const float* panel, int64_t k, float* columns) {
   }
 }
 
-// out [32, 32] = left right^T of factors split in two; the product of the low parts, at most 2^-16, is left out.
+// out [32, 32] (row stride `stride`) += left right^T of factors split in two; the product of the low parts, at most
+// 2^-16, is left out.
 inline void tile_gram(const float* left_high, const float* left_low /* [k / kTileUnits, 32, kTileUnits] */,
-                      const float* right_high, const float* right_low /* [k, 32] */, int64_t k, float* out) {
+                      const float* right_high, const float* right_low /* [k, 32] */, int64_t k, float* out,
+                      int64_t stride) {
   constexpr int kSide = 32, kBelow = kTileRows * kTileUnits;
   const float* lefts[] = {left_high, left_high, left_low};
   const float* rights[] = {right_high, right_low, right_high};
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  float* below = out + kTileRows * stride;
+  _tile_loadd(0, out, 4 * stride);
+  _tile_loadd(1, out + kTileUnits, 4 * stride);
+  _tile_loadd(2, below, 4 * stride);
+  _tile_loadd(3, below + kTileUnits, 4 * stride);
   for (int part = 0; part < 3; ++part) {
     for (int64_t step = 0; step < k; step += kTileUnits) {
       const float* a = lefts[part] + step * kSide;
@@ -141,11 +149,10 @@ inline void tile_gram(const float* left_high, const float* left_low /* [k / kTil
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  float* below = out + kTileRows * kSide;
-  _tile_stored(0, out, 4 * kSide);
-  _tile_stored(1, out + kTileUnits, 4 * kSide);
-  _tile_stored(2, below, 4 * kSide);
-  _tile_stored(3, below + kTileUnits, 4 * kSide);
+  _tile_stored(0, out, 4 * stride);
+  _tile_stored(1, out + kTileUnits, 4 * stride);
+  _tile_stored(2, below, 4 * stride);
+  _tile_stored(3, below + kTileUnits, 4 * stride);
 }
 
 #else
@@ -155,10 +162,11 @@ struct Tiles {
   Tiles() {}
 };
 
-inline void tile_product(const float*, const float*, int64_t, bool, float*, int64_t) {}
+template <int kParts = 1>
+inline void tile_product(const float*, const float*, int64_t, bool, float*, int64_t, int64_t = 0) {}
 inline void split_panel(const float*, int64_t, int, float*, float*) {}
 inline void transpose_panel(const float*, int64_t, float*) {}
-inline void tile_gram(const float*, const float*, const float*, const float*, int64_t, float*) {}
+inline void tile_gram(const float*, const float*, const float*, const float*, int64_t, float*, int64_t) {}
 
 #endif
 

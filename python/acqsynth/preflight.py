@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from acqcore import checks
+import acqcore
 from acqsynth import engines, label, models
 from acqsynth.config import Config, ConfigError, OtherSource, RewardConfig, Source, ValidityConfig
 from acqsynth.domains import Domain, domain as find_domain
-from acqsynth.domains.data import is_local
+from acqsynth.domains.base import is_local
 from acqsynth.engines import Sampling
 from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT
 from acqsynth.seeds import BUNDLED, bundled
@@ -79,7 +79,7 @@ def on_this_machine(config: Config) -> None:
     if engine.name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError('engine.name: vllm is not installed: run pip install "acqcore[vllm]"')
     device = engine.options.get("device")
-    _checked("engine.options", checks.device, "device", None if device is None else str(device))
+    _checked("engine.options", acqcore.check_request, "entropy", device=None if device is None else str(device))
     for key, name in _models(config):
         _checked(key, models.find, name)
     for key, source in _sources(config):
@@ -130,11 +130,11 @@ def _sources(config: Config) -> Iterator[tuple[str, Source]]:
     yield from ((f"evaluation.others.{name}", other) for name, other in config.evaluation.others.items())
 
 
-def _checked(key: str, make: Callable[..., Any], *arguments: Any) -> Any:
+def _checked(key: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """``make(...)``; its errors become ConfigError and name the key."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            return make(*arguments)
+            return make(*arguments, **options)
     except Exception as error:  # libraries raise anything for a wrong value
         told = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, (ValueError, TypeError, OSError, ImportError)):

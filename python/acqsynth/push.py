@@ -33,11 +33,7 @@ class PushError(Exception):
 
 
 def main(run: Path, to: str, license: str, only: str | None, public: bool) -> int:
-    """Run the command; see :func:`push`.
-
-    Returns:
-        The exit code: 0, or 2 for a run or target that cannot be used.
-    """
+    """Runs the command; returns its exit code, 0, or 2 for a run or target that cannot be used."""
     try:
         for place in push(run, to, license, only=only, public=public):
             print(place)

@@ -191,11 +191,7 @@ def verdict(found: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def training(logs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The trainers' logs of all rounds in sequence, and the cost of the reward.
-
-    Args:
-        logs: for each round the logged steps, as TRL and the reward give them.
-    """
+    """The logged steps of all rounds in sequence, as TRL and the reward give them, and the cost of the reward."""
     steps: list[dict[str, Any]] = []
     offset = 0
     for number, log in enumerate(logs, 1):
@@ -267,11 +263,7 @@ def samples(tables: Sequence[Mapping[str, Sequence[Any]]], n: int = 5) -> dict[s
 
 
 def constant_signals(tables: Sequence[Mapping[str, Sequence[Any]]]) -> list[str]:
-    """Signals with the same value for every scored completion.
-
-    Args:
-        tables: as :func:`samples` takes them.
-    """
+    """Signals with the same value for every scored completion, from tables as :func:`samples` takes them."""
     seen: dict[str, set[float]] = {}
     for table in tables:
         for key, column in table.items():
