@@ -9,6 +9,7 @@ import torch
 from acqcore import checks, head_grad
 from acqcore.acquisitions import LinearOptions
 from acqcore.acquisitions.influence import InfluenceOptions, sketch
+from acqcore.defaults import standard_defaults
 from acqcore.gradients.laplace import LaplacePosterior
 from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.gradients.reference import Reference, parameter_shapes
@@ -19,6 +20,7 @@ from acqcore.students.samples import Samples
 from acqcore.students.student import StudentLike
 
 
+@standard_defaults()
 def grad_norm(
     student: StudentLike,
     samples: Samples,
@@ -108,6 +110,7 @@ def grad_sketch(*arguments: Any, **options: Any) -> torch.Tensor:
     return function(*arguments, **options)
 
 
+@standard_defaults()
 def student_grad_sketch(
     student: StudentLike,
     samples: Samples,
@@ -143,6 +146,7 @@ def student_grad_sketch(
     return _of_samples(need, Runner(student, (need,), batch_tokens, backend), samples, tokenizer, max_length)
 
 
+@standard_defaults()
 def badge_embedding(
     student: StudentLike,
     samples: Samples,
@@ -178,6 +182,7 @@ def badge_embedding(
     return _of_samples(need, Runner(student, (need,), batch_tokens, backend), samples, tokenizer, max_length)
 
 
+@standard_defaults()
 def influence_reference(
     student: StudentLike,
     samples: Samples,
@@ -239,6 +244,7 @@ def influence_reference(
     return Reference(mean, len(sketches), parameters, seed, loss, shapes, moments)
 
 
+@standard_defaults()
 def influence(
     student: StudentLike,
     samples: Samples,
@@ -274,6 +280,7 @@ def influence(
     return reference.similarity(_of_samples(need, runner, samples, tokenizer, max_length), similarity)
 
 
+@standard_defaults()
 def laplace_posterior(
     student: StudentLike,
     samples: Samples,
