@@ -168,7 +168,7 @@ def test_groups_of_samples():
     ],
 )
 def test_memory_is_bounded(call, extra_mib):
-    """At most 64 MiB and the result's 2; gradients or draws of the logits would take 128, the weight in float32 64."""
+    """At most 64 MiB, and 4 for a result; gradients or draws of the logits would take 128, the weight in float32 64."""
     setup = (
         "from acqcore.backends import DrawRows, Dropout, Gram, HeadRows\n"
         "from acqcore.backends.chunked import Chunked\n"
@@ -183,7 +183,7 @@ def test_memory_is_bounded(call, extra_mib):
         "gram = Gram(bounds, tuple(65536 * i for i in range(4)), torch.zeros(4 * 65536))"
     )
     # What is freed goes back to the system at once: the peak is of what is held.
-    assert extra_mib(setup, f"Chunked.{call}", MALLOC_MMAP_THRESHOLD_="65536") <= 66
+    assert extra_mib(setup, f"Chunked.{call}", MALLOC_MMAP_THRESHOLD_="65536") <= 68
 
 
 @pytest.mark.parametrize(("n", "d", "v"), [(4096, 4096, 131072), (100, 8192, 256000), (20000, 576, 49152), (1, 16, 7)])
