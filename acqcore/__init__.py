@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from acqcore.acquisitions import Acquisition, register
 from acqcore.backends import BackendInfo
 from acqcore.bayes import BayesStats, ensemble_stats, mutual_information
+from acqcore.files.data import records
 from acqcore.gradients.epig import EpigReference
 from acqcore.gradients.laplace import LaplacePosterior
 from acqcore.gradients.reference import Reference
@@ -20,7 +21,7 @@ from acqcore.head_grad import head_grad_norm, hidden_grad, hidden_grad_norm
 from acqcore.literals import Reduction
 from acqcore.row_stats import RowStats, logit_stats, row_stats
 from acqcore.scores import Scores
-from acqcore.scoring.api import score, score_stream
+from acqcore.scoring.api import check_request, score, score_stream
 from acqcore.scoring.epig import epig, epig_reference
 from acqcore.scoring.gradients import (
     badge_embedding,
@@ -47,48 +48,13 @@ else:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Acquisition",
-    "Archive",
-    "BackendInfo",
-    "BayesStats",
-    "EpigReference",
-    "Head",
-    "LaplacePosterior",
-    "Reduction",
-    "Reference",
-    "Row",
-    "RowStats",
-    "Scores",
-    "Student",
-    "__version__",
-    "acquisitions",
-    "backends",
-    "badge_embedding",
-    "encode",
-    "ensemble_stats",
-    "epig",
-    "epig_reference",
-    "grad_norm",
-    "grad_sketch",
-    "gradient_diversity",
-    "head_grad_norm",
-    "hidden_grad",
-    "hidden_grad_norm",
-    "influence",
-    "influence_reference",
-    "label_trust",
-    "laplace_posterior",
-    "loading_whole",
-    "logit_stats",
-    "mutual_information",
-    "prompt_embedding",
-    "register",
-    "row_stats",
-    "score",
-    "score_stream",
-    "select",
-    "vendi_score",
-]
+    "Acquisition", "Archive", "BackendInfo", "BayesStats", "EpigReference", "Head", "LaplacePosterior", "Reduction",
+    "Reference", "Row", "RowStats", "Scores", "Student", "__version__", "acquisitions", "backends",
+    "badge_embedding", "check_request", "encode", "ensemble_stats", "epig", "epig_reference", "grad_norm",
+    "grad_sketch", "gradient_diversity", "head_grad_norm", "hidden_grad", "hidden_grad_norm", "influence",
+    "influence_reference", "label_trust", "laplace_posterior", "loading_whole", "logit_stats", "mutual_information",
+    "prompt_embedding", "records", "register", "row_stats", "score", "score_stream", "select", "vendi_score",
+]  # fmt: skip
 
 
 class _CallablePackage(ModuleType):

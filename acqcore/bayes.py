@@ -28,6 +28,7 @@ from acqcore.backends import DrawRows, Dropout, get as get_backend, select as se
 from acqcore.backends.chunked import float32_products
 from acqcore.backends.chunked_mixture import mixture_in_chunks
 from acqcore.backends.scatter import on_device
+from acqcore.defaults import standard_defaults
 from acqcore.head import Head, compute_dtype
 from acqcore.head_grad import sample_of_rows
 from acqcore.vocab_parallel import check_tiling, group_ranks
@@ -130,6 +131,7 @@ class BayesStats:
         return value.where(self.valid, torch.nan).to(self.dtype)
 
 
+@standard_defaults()
 def mutual_information(
     hidden: torch.Tensor,
     head: Head,
@@ -178,6 +180,7 @@ def mutual_information(
     return dropout_stats(hidden, head, Dropout(dropout, form, block, seed, samples, positions), draws, targets, backend)
 
 
+@standard_defaults()
 def ensemble_stats(
     hidden: torch.Tensor,
     heads: Head | Sequence[Head],

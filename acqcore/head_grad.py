@@ -24,6 +24,7 @@ import torch
 from acqcore import checks
 from acqcore.backends import Backend, HeadRows, select as select_backend
 from acqcore.backends.scatter import add_at, on_device
+from acqcore.defaults import standard_defaults
 from acqcore.head import Head, compute_dtype
 from acqcore.head_visit import FORMS, visit
 from acqcore.row_stats import (
@@ -136,6 +137,7 @@ def _normalised(
     return sums
 
 
+@standard_defaults()
 @torch.no_grad()
 def hidden_grad_norm(
     hidden: torch.Tensor,
@@ -150,6 +152,7 @@ def hidden_grad_norm(
     return grad.norm(dim=1).where(targets != checks.IGNORE_INDEX, torch.nan)
 
 
+@standard_defaults()
 @torch.no_grad()
 def head_grad_norm(
     hidden: torch.Tensor,
@@ -204,6 +207,7 @@ def head_grad_norm(
     return norm
 
 
+@standard_defaults()
 @torch.no_grad()
 def grad_sketch(
     hidden: torch.Tensor,

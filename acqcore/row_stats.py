@@ -26,29 +26,15 @@ from acqcore.vocab_parallel import check_tiling, gathered
 
 #: Rows of ``RowStats.state``.
 STATE_ROWS = (
-    "max_logit",
-    "second_logit",
-    "sum_exp",
-    "sum_exp_x",
-    "sum_exp_sq",
-    "sum_exp_x_sq",
-    "target_logit",
-)
+    "max_logit", "second_logit", "sum_exp", "sum_exp_x", "sum_exp_sq", "sum_exp_x_sq", "target_logit",
+)  # fmt: skip
 MAX, SECOND, R, S1, S2, S11, TARGET = range(7)
 
 #: Statistics every backend must give; the parity tests go through this list.
 FIELDS = (
-    "logsumexp",
-    "logprob",
-    "entropy",
-    "varentropy",
-    "sum_sq_prob",
-    "gini",
-    "top1_prob",
-    "top2_prob",
-    "top1_index",
+    "logsumexp", "logprob", "entropy", "varentropy", "sum_sq_prob", "gini", "top1_prob", "top2_prob", "top1_index",
     "residual_norm",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

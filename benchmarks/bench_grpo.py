@@ -33,6 +33,8 @@ REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mutual_information, all blocks, 8 draws": ("mutual_information", {"layers": "all", "draws": 8}),
     "mutual_information, linear, 2 probes": ("mutual_information", {"form": "linear", "probes": 2}),
     "mutual_information, linear, 4 probes": ("mutual_information", {"form": "linear", "probes": 4}),
+    "mutual_information, completions, 2 probes": ("mutual_information", {"probes": 2, "positions": "completion"}),
+    "mutual_information, completions, 4 probes": ("mutual_information", {"probes": 4, "positions": "completion"}),
     f"influence, last {BLOCKS} blocks": ("influence", {"parameters": BLOCKS}),
 }
 

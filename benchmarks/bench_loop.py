@@ -26,6 +26,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from acqsynth.steps import Store, read_rows, read_table
 from acqsynth.train import read_log
 from acqsynth.world import Settings, base_model
 from benchmarks import harness
+from benchmarks.skewed import skewed_traps
 
 TEST = 1400  # questions
 FITS = [0, 1]  # seeds of the student's fits in each arm
@@ -107,7 +109,8 @@ def one_seed(seed: int, output: Path, overrides: Sequence[str], rewards: Sequenc
 
 def measured(store: Store, arm: Arm) -> dict[str, Any]:
     """What an arm learnt, what came of it, and what its reward cost."""
-    learnt = [row for unit in arm.rows for row in read_rows(store.path(unit / "samples.parquet"))]
+    written = [unit for units in arm.rows.values() for unit in units]
+    learnt = [row for unit in written for row in read_rows(store.path(unit / "samples.parquet"))]
     counts = Counter(str(row.extra["skill"]) for row in learnt)
     answers = [store.path(unit / f"answers-{IN_DISTRIBUTION}.parquet") for unit in arm.answers.values()]
     fits = [json.loads(store.path(unit / "counts.json").read_text())["rows"] for unit in arm.fits.values()]
@@ -199,13 +202,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/loop"), help="artefacts; a run cut off goes on there")
     parser.add_argument("--results", type=Path, default=harness.RESULTS / "loop.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for tuning")
+    parser.add_argument(
+        "--traps", choices=("uniform", "skewed"), default="uniform", help="skewed: of benchmarks.skewed"
+    )
     arguments = parser.parse_args()
     results = []
     for seed in arguments.seeds:
-        results.append(one_seed(seed, arguments.output, arguments.overrides, arguments.rewards))
+        with skewed_traps() if arguments.traps == "skewed" else nullcontext():
+            found = one_seed(seed, arguments.output / arguments.traps, arguments.overrides, arguments.rewards)
+        results.append(found)
         content = {
             "machine": harness.machine(),
-            "settings": {"test": TEST, "fits": FITS, "overrides": arguments.overrides},
+            "settings": {"test": TEST, "fits": FITS, "traps": arguments.traps, "overrides": arguments.overrides},
             "seeds": results,
         }
         arguments.results.write_text(json.dumps(content, indent=1) + "\n")

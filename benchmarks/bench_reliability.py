@@ -1,25 +1,26 @@
 """Does a signal agree with itself? Reliability of every stochastic signal on a real model, against what it costs.
 
-Five parts, any of which ``--parts`` names:
+Parts, any of which ``--parts`` names:
 
 ``real``  SmolLM2-135M on rows of five data sets (``real_rows``). A signal is scored under several seeds; its
           *test-retest* reliability is the rank correlation of two seeds' values within a data set, the mean over all
           pairs of seeds, with a bootstrap interval over rows. *Split-half* is that of the same signal with half the
-          draws or probes, stepped up to the whole by Spearman and Brown. Cost is wall time over that of scoring entropy
-          alone and over a bare forward of the trunk, in the same round of turns.
-``shared``  The same values of the linear forms among ``--signals``, from one graph for all of them and all seeds, some
-          rows at a time: cheaper, and without times.
+          draws or probes, stepped up to the whole by Spearman and Brown. Cost is time over that of scoring entropy
+          alone and over a bare forward of the trunk, in the same round of turns; CPU time on one thread.
+``shared``  The same values some rows at a time, without times; linear forms that differ in their probes alone, and all
+          seeds, share a graph.
 ``flops`` The same costs counted, from the shapes of every matrix product; nothing runs. torch's counter gave 3 % less
           for the trunk and for one probe.
 ``toy``   Students whose ignorance is known (``toy_student``), of seeds that nobody tuned on: AUROC of what they do not
           know above what is ambiguous, and rank correlation with 64 draws.
 ``world`` Base models of the arithmetic world, likewise: where the traps rank among the skills, and the same correlation
           over all samples and within a skill.
+``skewed`` The same with skewed traps (``benchmarks.skewed``).
 
 Each unit of work, such as a data set, signal and seed, is one line of ``<out>/units.jsonl``, written when it is done.
 A later run with the same ``--out`` goes on where it stopped, which ``--seconds`` makes it do by itself. The part
 ``report`` writes the tables of what there is; ``--result`` names their JSON, ``--picture`` a picture of the frontier.
-Times are of a machine with nothing else to do only if it had nothing else to do; counted costs do not depend on it.
+Wall times are of an idle machine only if it was idle; counted costs do not depend on it.
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ import torch
 from acqsynth.models import smollm2_path
 from benchmarks import harness, real_rows
 from benchmarks.reliability_report import report
-from benchmarks.reliability_signals import MI, SIGNALS, TOY_SKIPPED
+from benchmarks.reliability_signals import SIGNALS, TOY_SKIPPED, graphs
 from benchmarks.reliability_students import TOY_STEPS, Real, Toy, World, counted
 from benchmarks.reliability_units import Store
 
+PARTS = ("real", "shared", "flops", "toy", "world", "skewed", "report")
 TOY_SEEDS = (41, 42, 43, 44, 45)  # nobody tuned on them
 WORLD_SEEDS = (12, 13, 14, 15, 16)  # those of bench_signals and of tuning end at 11
 SHARED_ROWS = 20  # at a time
@@ -57,12 +59,16 @@ def measure_real(store: Store, real: Real, names: Sequence[str], seeds: Sequence
 
 
 def measure_shared(store: Store, real: Real, names: Sequence[str], seeds: Sequence[int], count: int) -> bool:
-    """Every data set's first rows, then the next: what is there when the time is up has as many of each."""
-    linear = [name for name in names if "probes" in SIGNALS[name].options and SIGNALS[name].acquisition == MI]
+    """Every data set's first rows, then the next: what is there when the time is up has as many of each. Short
+    completions are taken whole: in small batches they cost more than their own products."""
     for begin, of_set in itertools.product(range(0, count, SHARED_ROWS), real.rows):
-        work = partial(real.shared, linear, of_set, slice(begin, begin + SHARED_ROWS), seeds)
-        if not store.run(("shared", of_set, begin), work):
-            return False
+        rows = count if of_set in real_rows.SHORT else SHARED_ROWS
+        if begin % rows:
+            continue
+        for called, together in graphs([name for name in names if SIGNALS[name].stochastic]).items():
+            work = partial(real.shared, together, of_set, slice(begin, begin + rows), seeds)
+            if not store.run(("shared", of_set, begin, called), work):
+                return False
     return True
 
 
@@ -86,14 +92,14 @@ def measure_toys(store: Store, names: Sequence[str], seeds: Sequence[int]) -> bo
     return True
 
 
-def measure_worlds(store: Store, names: Sequence[str], seeds: Sequence[int]) -> bool:
+def measure_worlds(store: Store, kind: str, names: Sequence[str], seeds: Sequence[int]) -> bool:
     for seed in seeds:
-        missing = [name for name in names if ("world", seed, name) not in store.units and name not in TOY_SKIPPED]
+        missing = [name for name in names if (kind, seed, name) not in store.units and name not in TOY_SKIPPED]
         if not missing:
             continue
-        world = World(seed)
+        world = World(seed, skewed=kind == "skewed")
         for name in missing:
-            if not store.run(("world", seed, name), partial(world.unit, SIGNALS[name])):
+            if not store.run((kind, seed, name), partial(world.unit, SIGNALS[name])):
                 return False
     return True
 
@@ -101,13 +107,17 @@ def measure_worlds(store: Store, names: Sequence[str], seeds: Sequence[int]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--parts", nargs="+", choices=("real", "shared", "flops", "toy", "world", "report"), default=["real", "report"]
+        "--parts",
+        nargs="+",
+        choices=("real", "shared", "flops", "toy", "world", "skewed", "report"),
+        default=["real", "report"],
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default float32, on a GPU bfloat16")
     parser.add_argument("--student", type=Path, help="folder of the model; by default SmolLM2-135M-Instruct")
     parser.add_argument("--rows", type=int, default=100, help="of each data set")
     parser.add_argument("--tokens", type=int, default=40, help="scored tokens of a row; 0 keeps completions whole")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="of a forward; 8192 in bfloat16 take 6 GB")
     parser.add_argument("--sets", nargs="+", choices=real_rows.SETS, default=list(real_rows.SETS))
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, metavar="NAME", default=list(SIGNALS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
@@ -127,8 +137,10 @@ def main() -> None:
     store = Store(arguments.out, settings if measuring else {}, arguments.seconds)
     if {"real", "shared", "flops"} & set(arguments.parts):
         student = arguments.student or smollm2_path()
-        tokens = arguments.tokens or None
-        real = Real(student, arguments.device, getattr(torch, dtype), arguments.rows, tokens, arguments.sets)
+        real = Real(
+            student, arguments.device, getattr(torch, dtype), arguments.rows, arguments.tokens or None, arguments.sets,
+            arguments.batch_tokens,
+        )  # fmt: skip
         if "real" in arguments.parts:
             measure_real(store, real, arguments.signals, arguments.seeds)
         if "shared" in arguments.parts:
@@ -137,8 +149,9 @@ def main() -> None:
             measure_flops(store, real, arguments.signals)
     if "toy" in arguments.parts:
         measure_toys(store, arguments.signals, arguments.toy_seeds)
-    if "world" in arguments.parts:
-        measure_worlds(store, arguments.signals, arguments.world_seeds)
+    for kind in ("world", "skewed"):
+        if kind in arguments.parts:
+            measure_worlds(store, kind, arguments.signals, arguments.world_seeds)
     if "report" in arguments.parts:
         report(store, arguments.result, arguments.picture)
 

@@ -63,10 +63,9 @@ import acqcore
 from acqsynth.domains import Sample
 from acqsynth.domains.classification import Classification, spoken
 from acqsynth.rewards.gates import Check, default_gates
-from acqsynth.rewards.overlap import NearCopies
 from acqsynth.rewards.reward import DEFAULT_WEIGHTS, ComposedReward
 from acqsynth.rewards.signals import Diversity
-from acqsynth.rewards.texts import NgramEmbedder
+from acqsynth.rewards.texts import NearCopies, NgramEmbedder
 from benchmarks import gsm8k, harness, write_report
 from benchmarks.bench_pool import Encoder, Log, Stopped
 from benchmarks.pool_data import Message, load

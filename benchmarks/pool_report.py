@@ -21,10 +21,10 @@ RANDOM, DEFAULT, VARENTROPY = "random", "default", "varentropy"
 
 
 class Results:
-    """The report's rows, of each pool those of the seeds in which every arm that did not fail is there.
+    """The report's rows. An arm is compared with another on the seeds that both have.
 
     Attributes:
-        seeds: pool -> its complete seeds; a pool without any is left out.
+        seeds: pool -> the seeds that have random and default; a pool without any is left out.
         arms: in the order of the run.
         failed: arm -> its error.
         warm: accuracy of the warm student, in points of 100.
@@ -36,14 +36,12 @@ class Results:
         self.failed = {row["arm"]: row["failed"] for row in rows if "failed" in row}
         self.arms = [arm for arm in dict.fromkeys(row["arm"] for row in report) if arm not in self.failed]
         found = {(row["seed"], row["pool"], row["arm"]): row for row in report}
-        pools = sorted({row["pool"] for row in report})
-        complete = {
-            pool: sorted(
-                seed for seed in {row["seed"] for row in report} if all((seed, pool, arm) in found for arm in self.arms)
-            )
+        pools, seeds = (sorted({row[key] for row in report}) for key in ("pool", "seed"))
+        both = {
+            pool: [seed for seed in seeds if all((seed, pool, arm) in found for arm in (RANDOM, DEFAULT))]
             for pool in pools
         }
-        self.seeds = {pool: seeds for pool, seeds in complete.items() if seeds}
+        self.seeds = {pool: held for pool, held in both.items() if held}
         self._found = found
         warm = [row["accuracy"] for row in rows if row["stage"] == "warm"]
         self.warm = statistics.fmean(warm) * 100 if warm else math.nan
@@ -53,17 +51,24 @@ class Results:
                 kept.setdefault(row["arm"], []).append(row["reliability"])
         self.reliability = {arm: statistics.fmean(values) for arm, values in kept.items()}
 
-    def values(self, pool: str, arm: str, column: str = "accuracy") -> list[float]:
-        """In points of 100, one a seed."""
-        return [100 * self._found[seed, pool, arm][column] for seed in self.seeds[pool]]
+    def of(self, pool: str) -> list[str]:
+        """The arms with a seed on a pool."""
+        return [arm for arm in self.arms if self._both(pool, arm)]
+
+    def values(self, pool: str, arm: str, column: str = "accuracy", beside: str | None = None) -> list[float]:
+        """In points of 100, one a seed; with ``beside``, of the seeds which that arm has as well."""
+        return [100 * self._found[seed, pool, arm][column] for seed in self._both(pool, arm, beside or arm)]
 
     def kinds(self, pool: str, arm: str) -> dict[str, float]:
         """Kind -> mean share of the chosen rows, in points of 100."""
-        rows = [self._found[seed, pool, arm]["kinds"] for seed in self.seeds[pool]]
+        rows = [self._found[seed, pool, arm]["kinds"] for seed in self._both(pool, arm)]
         return {kind: 100 * statistics.fmean(row.get(kind, 0.0) for row in rows) for kind in KINDS}
 
     def minus(self, pool: str, arm: str, other: str, column: str = "accuracy") -> Difference:
-        return difference(self.values(pool, arm, column), self.values(pool, other, column))
+        return difference(self.values(pool, arm, column, other), self.values(pool, other, column, arm))
+
+    def _both(self, pool: str, *arms: str) -> list[int]:
+        return [seed for seed in self.seeds[pool] if all((seed, pool, arm) in self._found for arm in arms)]
 
 
 def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bool = False) -> None:
@@ -102,10 +107,10 @@ def families(results: Results) -> dict[str, dict[str, tuple[Difference, float]]]
     found: dict[str, dict[str, Difference]] = {}
     for pool in results.seeds:
         found[f"{pool}: default minus"] = {
-            arm: results.minus(pool, DEFAULT, arm) for arm in results.arms if arm not in (DEFAULT, RANDOM)
+            arm: results.minus(pool, DEFAULT, arm) for arm in results.of(pool) if arm not in (DEFAULT, RANDOM)
         }
         found[f"{pool}: minus random"] = {
-            arm: results.minus(pool, arm, RANDOM) for arm in results.arms if arm not in (DEFAULT, RANDOM)
+            arm: results.minus(pool, arm, RANDOM) for arm in results.of(pool) if arm not in (DEFAULT, RANDOM)
         }
     made = {}
     for name, family in found.items():
@@ -145,7 +150,7 @@ def tables(results: Results, choices: dict[str, Any]) -> str:
     if "A" in results.seeds:
         on_a = results.minus("A", DEFAULT, RANDOM)
         lines.append(f"- Default minus random on pool A: {interval(on_a)} points ({verdict(on_a, on_a.p)}).")
-    if VARENTROPY in results.arms:
+    if VARENTROPY in results.of("B"):
         one, p = made["B: default minus"][VARENTROPY]
         lines.append(f"- Default minus varentropy on pool B: {interval(one)} points ({verdict(one, p)}, Holm).")
     if choices:
@@ -157,12 +162,12 @@ def tables(results: Results, choices: dict[str, Any]) -> str:
         )
     for pool in sorted(results.seeds, reverse=True):
         lines += ["", f"**Pool {pool}**, {len(results.seeds[pool])} seeds", ""]
-        headings = ["arm", "accuracy, %", "minus random", "p (Holm)", "default minus it", "p (Holm)"]
+        headings = ["arm", "seeds", "accuracy, %", "minus random", "p (Holm)", "default minus it", "p (Holm)"]
         headings += ["junk, %", *KINDS[1:], "test-retest"] if pool == "B" else []
         lines += ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
-        for arm in sorted(results.arms, key=lambda arm: -statistics.fmean(results.values(pool, arm))):
+        for arm in sorted(results.of(pool), key=lambda arm: -statistics.fmean(results.values(pool, arm))):
             values = results.values(pool, arm)
-            cells = [arm, f"{statistics.fmean(values):.1f}"]
+            cells = [arm, str(len(values)), f"{statistics.fmean(values):.1f}"]
             if arm == DEFAULT:
                 one = results.minus(pool, DEFAULT, RANDOM)
                 cells += [interval(one), f"{one.p:.3g} (own)", "", ""]
@@ -200,18 +205,18 @@ def picture(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    arms = sorted((arm for arm in results.arms if arm != RANDOM), key=lambda arm: results.minus("B", arm, RANDOM).mean)
+    arms = [arm for arm in results.of("B") if arm != RANDOM]
+    arms.sort(key=lambda arm: results.minus("B", arm, RANDOM).mean)
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(10, 0.36 * len(arms) + 1.4), sharey=True, width_ratios=(3, 2), layout="constrained"
     )
     styles = {"B": ("#c44e52", -0.14, "45 % junk"), "A": ("#4c72b0", 0.14, "as published")}
     for pool in results.seeds:
         colour, shift, label = styles[pool]
-        found = [results.minus(pool, arm, RANDOM) for arm in arms]
-        means = [one.mean for one in found]
-        half = [0.0 if math.isinf(one.high) else one.high - one.mean for one in found]
+        held = [(place, results.minus(pool, arm, RANDOM)) for place, arm in enumerate(arms) if arm in results.of(pool)]
+        half = [0.0 if math.isinf(one.high) else one.high - one.mean for _, one in held]
         style = {"fmt": "o", "color": colour, "ms": 4, "capsize": 2, "lw": 1}
-        places = [i - shift for i in range(len(arms))]
+        means, places = [one.mean for _, one in held], [place - shift for place, _ in held]
         left.errorbar(means, places, xerr=half, label=f"pool {pool}: {label}", **style)
     left.axvline(0, color="#888888", lw=0.8)
     left.set_yticks(range(len(arms)), arms)

@@ -16,6 +16,7 @@ from benchmarks.reliability_signals import ENTROPY, MANY_DRAWS, SIGNALS, TRUNK, 
 from benchmarks.reliability_students import TOY_STEPS
 from benchmarks.reliability_units import Store, interval, spearman, stepped_up
 
+WORLDS = {"world": "uniform traps", "skewed": "skewed traps"}
 TICKS = (1, 2, 4, 8, 16, 32)  # of cost
 
 
@@ -31,19 +32,20 @@ def summary(store: Store) -> list[dict[str, Any]]:
             if units or (of_set, name) in flops:
                 row["sets"][of_set] = _of_set(of_set, name, signal, units, real, flops)
         row["toy"] = _of_toys(name, toy)
-        row["world"] = _of_worlds(name, store.found("world"))
+        row |= {kind: _of_worlds(name, store.found(kind)) for kind in WORLDS}
         table.append(row)
-    return [row for row in table if row["sets"] or row["toy"] or row["world"]]
+    return [row for row in table if any(row[kind] for kind in ("sets", "toy", *WORLDS))]
 
 
 def _shared(store: Store) -> dict[tuple[Any, ...], dict[str, Any]]:
     """Units of the part ``shared`` by data set, signal and seed, their rows one after another."""
     joined: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for (of_set, _), unit in sorted(store.found("shared").items()):
+    for (of_set, *_), unit in sorted(store.found("shared").items()):
         for found in unit["signals"]:
-            into = joined.setdefault((of_set, found["signal"], found["seed"]), {"values": [], "stderr": []})
-            for column in ("values", "stderr"):
-                into[column] += [math.nan if value is None else value for value in found[column]]
+            into = joined.setdefault((of_set, found["signal"], found["seed"]), {})
+            for column in {"values", "stderr"} & set(found):
+                values = [math.nan if value is None else value for value in found[column]]
+                into.setdefault(column, []).extend(values)
     return joined
 
 
@@ -143,9 +145,9 @@ def _of_worlds(name: str, worlds: Mapping[tuple[Any, ...], Mapping[str, Any]]) -
         tops.append(order[0])
         ranks.append(1 + min(order.index(trap) for trap in TRAPS))
     found: dict[str, Any] = {"seeds": sorted(units), "tops": tops, "best_trap": ranks}
-    found["entropy"] = round(
-        statistics.median(u["seconds"] / worlds[s, ENTROPY]["seconds"] for s, u in units.items()), 2
-    )
+    ratios = [u["seconds"] / worlds[s, ENTROPY]["seconds"] for s, u in units.items() if (s, ENTROPY) in worlds]
+    if ratios:
+        found["entropy"] = round(statistics.median(ratios), 2)
     for many in MANY_DRAWS:
         pairs = [
             np.array([unit["values"], worlds[seed, many]["values"]])
@@ -160,7 +162,7 @@ def _of_worlds(name: str, worlds: Mapping[tuple[Any, ...], Mapping[str, Any]]) -
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Two tables: real rows, toy students."""
+    """A table each of real rows, of worlds, and of toy students."""
     sets = list(dict.fromkeys(name for row in rows for name in row["sets"]))
     lines: list[str] = []
     if sets:
@@ -173,20 +175,13 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             cells += [_median(row, column) for column in ("entropy", "entropy_counted", "trunks", "trunks_counted")]
             lines.append(f"| {row['signal']} | {' | '.join(cells)} |")
         lines.append("")
-    worlds = [row for row in rows if row["world"]]
-    if worlds:
-        agreement = "as 64 draws: all samples | within a skill"
-        lines += [
-            f"| signal | skill on top | best rank of a trap | {agreement} | cost |",
-            "|---" * 6 + "|",
-        ]
-        for row in worlds:
-            cell = row["world"]
-            agreements = [cell.get(f"{what}to {MANY_DRAWS[0]}") for what in ("", "within skills ")]
-            cells = [", ".join(cell["tops"]), ", ".join(map(str, cell["best_trap"]))]
-            cells += ["" if value is None else f"{value:.2f}" for value in agreements]
-            lines.append(f"| {row['signal']} | {' | '.join(cells)} | {cell['entropy']:.1f} |")
-        lines.append("")
+    for kind, traps in WORLDS.items():
+        worlds = [row for row in rows if row[kind]]
+        if worlds:
+            agreement = "as 64 draws: all samples | within a skill"
+            lines += [f"| {traps} | skill on top | best rank of a trap | {agreement} | cost |", "|---" * 6 + "|"]
+            lines += [f"| {row['signal']} | {_world(row[kind])} |" for row in worlds]
+            lines.append("")
     depths = list(dict.fromkeys(depth for row in rows for depth in row["toy"]))
     if depths:
         heads = [f"{depth} blocks: above ambiguous | above both | {'as 64 draws'} | cost" for depth in depths]
@@ -217,6 +212,13 @@ def _toy(cell: Mapping[str, Any] | None) -> str:
     texts = [f"{cell[kind]:.3f} ({cell[f'{kind}_least']:.3f})" for kind in ("ambiguous", "both")]
     cost = f"{cell['entropy']:.1f}" if "entropy" in cell else ""
     return " | ".join([*texts, "" if agreement is None else f"{agreement:.2f}", cost])
+
+
+def _world(cell: Mapping[str, Any]) -> str:
+    agreements = [cell.get(f"{what}to {MANY_DRAWS[0]}") for what in ("", "within skills ")]
+    cells = [", ".join(cell["tops"]), ", ".join(map(str, cell["best_trap"]))]
+    cells += ["" if value is None else f"{value:.2f}" for value in agreements]
+    return " | ".join([*cells, f"{cell['entropy']:.1f}" if "entropy" in cell else ""])
 
 
 def _cost(row: Mapping[str, Any], sets: Sequence[str]) -> float | None:

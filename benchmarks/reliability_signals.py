@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,11 +42,19 @@ def _linear(probes: int, posterior: str = "dropout", half: str | None = None, **
     return Signal("linear" if posterior == "dropout" else "weights", MI, asked, half)
 
 
-def _family(name: str, most: int, **options: Any) -> dict[str, Signal]:
-    """1, 2, 4 ... ``most`` probes, each with half of its probes as its half."""
-    counts = [2**i for i in range(most.bit_length())]
+def _family(name: str, *counts: int, **options: Any) -> dict[str, Signal]:
+    """By their probes, each with the signal of half as many as its half."""
     named = {count: f"{name}, {count} probe{'s' * (count > 1)}" for count in counts}
-    return {named[count]: _linear(count, half=named.get(count // 2), **options) for count in counts}
+    return {named[count]: _linear(count, half=named.get(count / 2), **options) for count in counts}
+
+
+def graphs(names: Sequence[str]) -> dict[str, list[str]]:
+    """The signals that can be taken together, by what they are called: linear forms that differ in their probes."""
+    together: dict[str, list[str]] = {}
+    for name in names:
+        probed = "probes" in SIGNALS[name].options and SIGNALS[name].acquisition == MI
+        together.setdefault(name.rpartition(", ")[0] if probed else name, []).append(name)
+    return together
 
 
 ALL_BLOCKS: dict[str, Any] = {"layers": "all", "dropout": 0.05}
@@ -59,12 +67,12 @@ SIGNALS: dict[str, Signal] = {
     "draws, all blocks, 4, p=0.05": _draws(draws=4, **ALL_BLOCKS),
     "draws, all blocks, 8, p=0.01": _draws(draws=8, layers="all", dropout=0.01),
     "draws, all blocks, 8, calibrated p": _draws(draws=8, layers="all", dropout="calibrated"),
-    **_family("linear, all blocks", 16),
-    **_family("linear, completions", 16, positions="completion"),
+    **_family("linear, all blocks", 1, 2, 3, 4, 8, 16),
+    **_family("linear, completions", 1, 2, 3, 4, 5, 6, 8, 16, positions="completion"),
     "linear, last 8 blocks, 4 probes": _linear(4, layers=8),
     "linear, last 4 blocks, 4 probes": _linear(4, layers=4),
     "linear, last hidden state, 4 probes": _linear(4, layers=0),
-    **_family("isotropic weights, all blocks", 8, posterior="isotropic"),
+    **_family("isotropic weights, all blocks", 1, 2, 4, 8, posterior="isotropic"),
     "isotropic weights, last 8 blocks, 4 probes": _linear(4, "isotropic", layers=8),
     "draws, last 4 blocks, 8, p=0.05": _draws(draws=8, layers=4, dropout=0.05),
     "draws, last hidden state, 8, p=0.1": _draws(draws=8, layers=0, dropout=0.1),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,25 @@ class Real:
         student: folder of the model.
         rows: of each data set.
         scored: tokens of a completion; None keeps it whole.
+        batch_tokens: of a forward.
     """
 
     def __init__(
-        self, student: Path, device: str, dtype: torch.dtype, rows: int, scored: int | None, sets: Sequence[str]
-    ):
+        self,
+        student: Path,
+        device: str,
+        dtype: torch.dtype,
+        rows: int,
+        scored: int | None,
+        sets: Sequence[str],
+        batch_tokens: int,
+    ) -> None:
         self.student = acqcore.Student.load(student, dtype=dtype, device=device)
+        if device == "cpu":  # flash attention's backward takes 1.4 times as long there, in bfloat16
+            assert self.student._module is not None
+            self.student._module.set_attn_implementation("eager")
         self.device = device
-        self.batch_tokens = 32768 if device == "cuda" else 8192
+        self.batch_tokens = batch_tokens
         self.rows = {name: real_rows.encode(self.student, real_rows.load(name, rows), scored) for name in sets}
         asked = real_rows.load("GSM8K", REFERENCE_ROWS, seed=1)
         self.reference = real_rows.encode(self.student, asked, scored)
@@ -90,11 +102,14 @@ class Real:
 
     def seconds(self, signal: Signal, name: str, seed: int) -> tuple[float, Any]:
         self.prepare(signal, seed)
+        # Of one thread its own time, which other work on the machine lengthens little.
+        alone = self.device == "cpu" and torch.get_num_threads() == 1
+        clock = time.process_time if alone else time.perf_counter
         self._settle()
-        begin = time.perf_counter()
+        begin = clock()
         found = self.score(signal, self.rows[name], seed)
         self._settle()
-        return time.perf_counter() - begin, found
+        return clock() - begin, found
 
     def unit(self, signal: Signal, name: str, seed: int) -> dict[str, Any]:
         """Values, their standard errors where the estimator gives them, and seconds."""
@@ -106,27 +121,39 @@ class Real:
         return unit if errors is None else {**unit, "stderr": rounded(errors)}
 
     def shared(self, names: Sequence[str], of_set: str, rows: slice, seeds: Sequence[int]) -> dict[str, Any]:
-        """Values and standard errors of linear forms for some rows, from one graph for all forms and seeds."""
-        asked = {}
-        for name in names:
-            options = {key: value for key, value in SIGNALS[name].options.items() if key != "form"}
-            for seed in seeds:
-                asked[name, seed] = LinearOptions.of(name, {**options, "seed": seed})
-        runner = Runner(self.student, [options.need for options in asked.values()], self.batch_tokens, None)
+        """Values and standard errors of some rows; of linear forms, from one graph for all probes and seeds."""
         picked = self.rows[of_set][rows]
-        values = {key: torch.full((2, len(picked)), torch.nan) for key in asked}
-        for found in runner.batches(picked):
-            for key, options in asked.items():
-                squares = found.results[options.need]
-                errors = stderr(squares, options)
-                assert errors is not None
-                values[key][:, found.indices] = torch.stack([mutual_information(squares, options), errors]).float()
+        signals = {name: SIGNALS[name] for name in names}
+        if any("probes" not in signal.options or signal.acquisition != MI for signal in signals.values()):
+            values = {(name, s): self.score(signal, picked, s) for name, signal in signals.items() for s in seeds}
+        else:
+            asked = {(name, s): self._linear(signal, s) for name, signal in signals.items() for s in seeds}
+            values = self._from_one_graph(asked, picked)
         return {
             "signals": [
-                {"signal": name, "seed": seed, "values": rounded(of_rows), "stderr": rounded(errors)}
+                {"signal": name, "seed": seed, "values": rounded(of_rows)}
+                | ({} if errors is None else {"stderr": rounded(errors)})
                 for (name, seed), (of_rows, errors) in values.items()
             ]
         }
+
+    def _linear(self, signal: Signal, seed: int) -> LinearOptions:
+        options = {key: value for key, value in signal.options.items() if key != "form"}
+        return LinearOptions.of(MI, {**options, "seed": seed})
+
+    def _from_one_graph(
+        self, asked: Mapping[tuple[str, int], LinearOptions], rows: Sequence[acqcore.Row]
+    ) -> dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]:
+        """Values and standard errors ``[n]`` of each."""
+        found = {key: torch.full((2, len(rows)), torch.nan) for key in asked}
+        runner = Runner(self.student, [options.need for options in asked.values()], self.batch_tokens, None)
+        for batch in runner.batches(rows):
+            for key, options in asked.items():
+                squares = batch.results[options.need]
+                errors = stderr(squares, options)
+                assert errors is not None
+                found[key][:, batch.indices] = torch.stack([mutual_information(squares, options), errors]).float()
+        return {key: (values[0], values[1]) for key, values in found.items()}
 
     def flops(self, signal: Signal, name: str) -> dict[str, Any]:
         """Floating-point operations of all matrix products for a data set's rows, from their shapes."""
@@ -238,16 +265,18 @@ class Toy:
 
 
 class World:
-    """The base model of a seed, and questions of every skill."""
+    """The base model of a seed, and questions of every skill; traps are uniform, or skewed."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, skewed: bool = False) -> None:
         # Here, as a machine that measures real rows alone need not have what the loop requires.
         from acqsynth.world import Settings, base_model
         from benchmarks.bench_signals import DOMAIN, SKILLS, messages
+        from benchmarks.skewed import skewed_traps
 
-        self.student = acqcore.Student.load(base_model(Settings(seed=seed)))
-        skills = [DOMAIN.rows(WORLD_QUESTIONS, seed, skills=[name]) for name in SKILLS]
-        self.rows = [row for rows in skills for row in messages(rows)]
+        with skewed_traps() if skewed else nullcontext():
+            self.student = acqcore.Student.load(base_model(Settings(seed=seed)))
+            skills = [DOMAIN.rows(WORLD_QUESTIONS, seed, skills=[name]) for name in SKILLS]
+            self.rows = [row for rows in skills for row in messages(rows)]
         self.rate = calibrate_dropout(self.student, self.rows[::8], rise=RISE)
 
     def unit(self, signal: Signal) -> dict[str, Any]:

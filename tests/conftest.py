@@ -6,10 +6,16 @@ tests that involve it run: those that name it, as those of every ``implementatio
 
 from __future__ import annotations
 
+import abc
+import csv
 import dataclasses
 import importlib.util
+import inspect
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +25,8 @@ import torch
 import acqcore
 from acqcore import _core
 from acqcore.acquisitions import REGISTRY, RowNeed
-from acqcore.backends import _BACKENDS, Gram, HeadRows
-from acqcore.backends.base import Backend, DrawRows, Dropout, Probes
+from acqcore.backends import _BACKENDS
+from acqcore.backends.base import Backend
 from acqcore.backends.cuda import Cuda
 from acqcore.backends.extension import matrix, pointer
 from acqcore.backends.triton import INTERPRETED
@@ -76,100 +82,47 @@ class OnDevice(Backend):
     def longest_gram(self, depth: int) -> int:
         return self.backend.longest_gram(depth)
 
-    def row_stats(self, rows: HeadRows, gram: Gram | None = None) -> None:
-        moved, moved_gram = self._rows(rows), None if gram is None else _tensors_to_device(gram)
-        self.backend.row_stats(moved, moved_gram)
-        rows.state.copy_(moved.state)
-        rows.index.copy_(moved.index)
-        if gram is not None:
-            gram.products.copy_(moved_gram.products)
 
-    def logit_stats(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor | None,
-        temperature: float,
-        state: torch.Tensor,
-        index: torch.Tensor,
-    ) -> None:
-        outputs = _to_device(state), _to_device(index)
-        self.backend.logit_stats(
-            _to_device(logits), None if targets is None else _to_device(targets), temperature, *outputs
-        )
-        state.copy_(outputs[0])
-        index.copy_(outputs[1])
-
-    def delta_product(self, rows: HeadRows, values: torch.Tensor, out: torch.Tensor) -> None:
-        moved = _to_device(out)
-        self.backend.delta_product(self._rows(rows), _to_device(values), moved)
-        out.copy_(moved)
-
-    def delta_hash(self, rows: HeadRows, places: torch.Tensor, out: torch.Tensor) -> None:
-        moved = _to_device(out)
-        self.backend.delta_hash(self._rows(rows), _to_device(places), moved)
-        out.copy_(moved)
-
-    def stats_and_hash(self, rows: HeadRows, places: torch.Tensor, out: torch.Tensor) -> None:
-        moved, moved_out = self._rows(rows), _to_device(out)
-        self.backend.stats_and_hash(moved, _to_device(places), moved_out)
-        rows.state.copy_(moved.state)
-        rows.index.copy_(moved.index)
-        out.copy_(moved_out)
-
-    def gram_norm(
-        self, rows: HeadRows, gram: Gram, local_max: torch.Tensor, weights: torch.Tensor, squared: torch.Tensor
-    ) -> None:
-        moved = _to_device(squared)
-        self.backend.gram_norm(
-            self._rows(rows), _tensors_to_device(gram), _to_device(local_max), _to_device(weights), moved
-        )
-        squared.copy_(moved)
-
-    def head_grad_norm(
-        self, rows: HeadRows, bounds: tuple[tuple[int, int], ...], weights: torch.Tensor, squared: torch.Tensor
-    ) -> None:
-        moved = _to_device(squared)
-        self.backend.head_grad_norm(self._rows(rows), bounds, _to_device(weights), moved)
-        squared.copy_(moved)
-
-    def fisher_sums(
-        self, rows: HeadRows, probes: Probes, sums: torch.Tensor, signed: torch.Tensor, squares: torch.Tensor
-    ) -> None:
-        moved = _to_device(sums), _to_device(signed), _to_device(squares)
-        self.backend.fisher_sums(self._rows(rows), _tensors_to_device(probes), *moved)
-        for written, found in zip((sums, signed, squares), moved, strict=True):
-            written.copy_(found)
-
-    def hidden_grad(self, rows: HeadRows, out: torch.Tensor) -> None:
-        moved, moved_out = self._rows(rows), _to_device(out)
-        self.backend.hidden_grad(moved, moved_out)
-        rows.state.copy_(moved.state)
-        rows.index.copy_(moved.index)
-        out.copy_(moved_out)
-
-    def dropout_mask(self, dropout: Dropout, site: int, keep: torch.Tensor) -> None:
-        moved = _to_device(keep)
-        self.backend.dropout_mask(_tensors_to_device(dropout), site, moved)
-        keep.copy_(moved)
-
-    def mixture_stats(self, rows: DrawRows) -> None:
-        moved = _tensors_to_device(rows)
-        heads = tuple(_tensors_to_device(head) for head in rows.heads)
-        dropout = None if rows.dropout is None else _tensors_to_device(rows.dropout)
-        moved = dataclasses.replace(moved, heads=heads, dropout=dropout)
-        self.backend.mixture_stats(moved)
-        rows.state.copy_(moved.state)
-        rows.votes.copy_(moved.votes)
-
-    def _rows(self, rows: HeadRows) -> HeadRows:
-        return dataclasses.replace(_tensors_to_device(rows), head=_tensors_to_device(rows.head))
+#: Arguments of a backend's operations, and fields of what they take, that are written.
+WRITTEN = {"state", "index", "products", "votes", "out", "squared", "sums", "signed", "squares", "keep"}
 
 
-def _tensors_to_device(value: Any) -> Any:
-    """A dataclass with the tensors among its fields on the GPU."""
+def _on_device(name: str) -> Any:
+    names = list(inspect.signature(getattr(Backend, name)).parameters)[1:]
+
+    def call(self: OnDevice, *arguments: Any) -> None:
+        moved = [_moved(value) for value in arguments]
+        getattr(self.backend, name)(*moved)
+        for argument, given, found in zip(names, arguments, moved, strict=False):
+            _copy_back(argument, given, found)
+
+    return call
+
+
+for _name in (Backend.__abstractmethods__ - {"longest_gram"}) | {"stats_and_hash"}:
+    setattr(OnDevice, _name, _on_device(_name))
+abc.update_abstractmethods(OnDevice)
+
+
+def _moved(value: Any) -> Any:
+    """A tensor on the GPU, a dataclass with its tensors there; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return _to_device(value)
+    if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+        return tuple(map(_moved, value))
+    if not dataclasses.is_dataclass(value):
+        return value
     fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    moved = {name: _to_device(field) for name, field in fields.items() if isinstance(field, torch.Tensor)}
-    return dataclasses.replace(value, **moved)
+    changed = {name: other for name, old in fields.items() if (other := _moved(old)) is not old}
+    return dataclasses.replace(value, **changed)
+
+
+def _copy_back(name: str, given: Any, found: Any) -> None:
+    if isinstance(given, torch.Tensor) and name in WRITTEN:
+        given.copy_(found)
+    elif dataclasses.is_dataclass(given):
+        for field in dataclasses.fields(given):
+            _copy_back(field.name, getattr(given, field.name), getattr(found, field.name))
 
 
 def _to_device(tensor: torch.Tensor) -> torch.Tensor:
@@ -187,12 +140,37 @@ def _implementations() -> list[str]:
     return names + [row.name for row in acqcore.backends() if row.available and row.name != "cpu"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--thin",
+        action="store_true",
+        help="of each test, cases that show every value of its parameters on each backend",
+    )
+
+
+@pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not INTERPRETED:
-        return
-    others = [item for item in items if "triton" not in item.nodeid and "tests/kernels/" not in item.nodeid]
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in others]
+    kept = items
+    if INTERPRETED:
+        kept = [item for item in kept if "triton" in item.nodeid or "tests/kernels/" in item.nodeid]
+    if config.getoption("--thin"):
+        seen: set[tuple[Any, ...]] = set()
+        kept = [item for item in kept if _shows_more(item, seen)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
+def _shows_more(item: pytest.Item, seen: set[tuple[Any, ...]]) -> bool:
+    """Whether the case has a value of a parameter that no case in ``seen`` has on its implementation; adds it there."""
+    found = getattr(item, "callspec", None)
+    if found is None:
+        return True
+    test, implementation = item.nodeid.partition("[")[0], found.params.get("implementation")
+    values = {name: value if isinstance(value, Hashable) else id(value) for name, value in found.params.items()}
+    own = {(test, implementation, *value) for value in values.items()}
+    more = not own <= seen
+    seen |= own
+    return more
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -214,6 +192,30 @@ def implementation(request, monkeypatch):
     elif _BACKENDS[name].devices == ("cuda",):
         monkeypatch.setitem(_BACKENDS, name, OnDevice(_BACKENDS[name]))
     return name
+
+
+@pytest.fixture
+def extra_mib():
+    """``extra_mib(setup, call)``: by how many MiB ``call`` raises the peak of memory, in a process of its own."""
+    if sys.platform != "linux":
+        pytest.skip("reads the peak of resident memory from /proc")
+
+    def run(setup, call, **environment):
+        code = (
+            "import torch, acqcore\n"
+            "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))\n"
+            f"{setup}\n"
+            "open('/proc/self/clear_refs', 'w').write('5')\n"  # resets the peak to what is resident now
+            "before = peak()\n"
+            f"{call}\n"
+            "print((peak() - before) / 1024)\n"
+        )
+        environment = {**os.environ, **environment}
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert result.returncode == 0, result.stderr
+        return float(result.stdout)
+
+    return run
 
 
 SENTENCES = [
@@ -332,6 +334,21 @@ def exact():
 
 
 @pytest.fixture
+def with_logits():
+    """``with_logits(trunk, weight)``: a model whose logits are the trunk's hidden states times the weight."""
+
+    class WithLogits(torch.nn.Module):
+        def __init__(self, trunk, weight):
+            super().__init__()
+            self.trunk, self.weight = trunk, weight
+
+        def forward(self, input_ids):
+            return type("Output", (), {"logits": self.trunk(input_ids) @ self.weight.T})
+
+    return WithLogits
+
+
+@pytest.fixture
 def brute_force():
     """``brute_force(model, ids, scored)``: per-token references of each acquisition, from the model's logits.
 
@@ -362,6 +379,21 @@ def student(tmp_path, tiny_model, tokenizer):
 
 
 @pytest.fixture
+def read():
+    """``read(path)``: the rows of a .jsonl, a .csv, a .parquet or a folder of parquet files."""
+
+    def run(path):
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in path.read_text().split("\n") if line]
+        if path.suffix == ".csv":
+            with path.open(newline="") as file:
+                return list(csv.DictReader(file))
+        return pytest.importorskip("pyarrow.parquet").read_table(path, partitioning=None).to_pylist()
+
+    return run
+
+
+@pytest.fixture
 def refused(capsys):
     """``refused(words)``: the only line that the command prints for wrong usage, without ``acqcore: error: ``."""
 
@@ -386,13 +418,7 @@ def command(student, tmp_path):
     def build(rows, **options):
         data = tmp_path / "data.jsonl"
         data.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-        settings = {
-            "student": student,
-            "data": data,
-            "out": tmp_path / "out.jsonl",
-            "backend": "eager",
-            **options,
-        }
+        settings = {"student": student, "data": data, "out": tmp_path / "out.jsonl", "backend": "eager", **options}
         flags = [(f"--{key.replace('_', '-')}", str(value)) for key, value in settings.items()]
         return ["score", *(word for flag in flags for word in flag)]
 

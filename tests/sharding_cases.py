@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import acqcore
 from acqcore.row_stats import FIELDS, RowStats
@@ -68,8 +69,15 @@ def uneven(v: int) -> list[int]:
     return [*few, v - sum(few)]
 
 
-def row_fields(got: RowStats, expected: RowStats) -> Pairs:
-    return {name: (getattr(got, name), getattr(expected, name)) for name in (*FIELDS, "hidden_norm")}
+def row_fields(got: RowStats, expected: RowStats, label: str) -> Pairs:
+    names = (*FIELDS, "hidden_norm")
+    return {f"{label} {name}": (getattr(got, name), getattr(expected, name)) for name in names}
+
+
+def both(call: Callable[..., Any], part: acqcore.Head, whole: acqcore.Head, *arguments: Any, **options: Any) -> Any:
+    """What ``call(hidden, head, ...)`` gives for this rank's part of a head, and for the whole."""
+    hidden, *rest = arguments
+    return call(hidden, part, *rest, **options), call(hidden, whole, *rest, **options)
 
 
 def inputs(name: str) -> Iterator[tuple[str, Case, str]]:
@@ -84,8 +92,7 @@ def rows(name: str) -> Pairs:
     for label, case, backend in inputs(name):
         for cut in (chunked, uneven):
             part = replace(case, head=shard(case.head, cut(len(case.head.weight))))
-            fields = row_fields(part.run(backend), case.run(backend))
-            pairs.update({f"{label} {cut.__name__} {field}": pair for field, pair in fields.items()})
+            pairs |= row_fields(part.run(backend), case.run(backend), f"{label} {cut.__name__}")
     return pairs
 
 
@@ -97,21 +104,15 @@ def gradients(name: str) -> Pairs:
         offsets = torch.tensor(sorted({0, n // 3, n}))
         targets[offsets[:-1]] = targets[offsets[:-1]].clamp_min(0)  # a scored token in each sample
         for cut in (chunked, uneven):
-            head = shard(case.head, cut(v))
+            heads, name = (shard(case.head, cut(v)), case.head), f"{label} {cut.__name__}"
             options: dict[str, Any] = {"temperature": case.temperature, "backend": backend}
+            packed = (case.hidden, targets, offsets)
             for form in ("gram", "direct", "auto"):
-                norms = [
-                    acqcore.head_grad_norm(case.hidden, h, targets, offsets, form=form, **options)
-                    for h in (head, case.head)
-                ]
-                pairs[f"{label} {cut.__name__} {form}"] = (norms[0], norms[1])
-            sketches = [
-                acqcore.grad_sketch(case.hidden, h, targets, offsets, dim=64, **options) for h in (head, case.head)
-            ]
-            grads = [acqcore.hidden_grad(case.hidden, h, targets, **options) for h in (head, case.head)]
-            pairs[f"{label} {cut.__name__} sketch"] = (sketches[0], sketches[1])
+                pairs[f"{name} {form}"] = both(acqcore.head_grad_norm, *heads, *packed, form=form, **options)
+            pairs[f"{name} sketch"] = both(acqcore.grad_sketch, *heads, *packed, dim=64, **options)
             size = case.head.weight.abs().max()  # the gradient is a mean of rows of the weight, less one of them
-            pairs[f"{label} {cut.__name__} hidden_grad"] = (grads[0] / size, grads[1] / size)
+            grads = both(acqcore.hidden_grad, *heads, case.hidden, targets, **options)
+            pairs[f"{name} hidden_grad"] = (grads[0] / size, grads[1] / size)
     return pairs
 
 
@@ -121,25 +122,18 @@ def draws(name: str) -> Pairs:
         for cut in (chunked, uneven):
             head = shard(case.head, cut(len(case.head.weight)))
             options: dict[str, Any] = {"targets": case.targets, "draws": 3, "dropout": 0.2, "backend": backend}
-            stats = [
-                (f"{form}", *(acqcore.mutual_information(case.hidden, h, form=form, block=8, **options)
-                              for h in (head, case.head)))
+            stats = {
+                form: both(acqcore.mutual_information, head, case.head, case.hidden, form=form, block=8, **options)
                 for form in ("element", "block")
-            ]  # fmt: skip
+            }
             members = torch.stack([case.hidden, case.hidden.flip(1), case.hidden * 0.5])
-            whole = [replace(case.head, weight=case.head.weight * k) for k in (1, 0.9, 1.1)]
-            parts = [shard(member, cut(len(case.head.weight))) for member in whole]
-            of_members = [acqcore.ensemble_stats(members, h, case.targets, backend=backend) for h in (parts, whole)]
-            stats.append(("members", of_members[0], of_members[1]))
-            for form, got, expected in stats:
-                pairs.update(
-                    {
-                        f"{label} {cut.__name__} {form} {field}": (getattr(got, field), getattr(expected, field))
-                        for field in BAYES_FIELDS
-                    }
-                )
-                valid = expected.valid
-                pairs[f"{label} {cut.__name__} {form} votes"] = (got.votes[:, valid], expected.votes[:, valid])
+            whole: Any = [replace(case.head, weight=case.head.weight * k) for k in (1, 0.9, 1.1)]
+            parts: Any = [shard(member, cut(len(case.head.weight))) for member in whole]
+            stats["members"] = both(acqcore.ensemble_stats, parts, whole, members, case.targets, backend=backend)
+            for form, (got, expected) in stats.items():
+                name, valid = f"{label} {cut.__name__} {form}", expected.valid
+                pairs |= {f"{name} {f}": (getattr(got, f), getattr(expected, f)) for f in BAYES_FIELDS}
+                pairs[f"{name} votes"] = (got.votes[:, valid], expected.votes[:, valid])
     return pairs
 
 
@@ -153,12 +147,10 @@ def padding() -> Pairs:
     for backend in ("cpu", "eager"):
         head = shard(case.head, [64 // world] * world, padding=14)
         part = replace(case, head=head)
-        pairs.update({f"{backend} {k}": pair for k, pair in row_fields(part.run(backend), case.run(backend)).items()})
-        norms = [
-            acqcore.head_grad_norm(case.hidden, h, case.targets, offsets, backend=backend) for h in (head, case.head)
-        ]
-        mutual = [acqcore.mutual_information(case.hidden, h, backend=backend) for h in (head, case.head)]
-        pairs[f"{backend} grad_norm"] = (norms[0], norms[1])
+        pairs |= row_fields(part.run(backend), case.run(backend), backend)
+        packed = (case.hidden, case.targets, offsets)
+        pairs[f"{backend} grad_norm"] = both(acqcore.head_grad_norm, head, case.head, *packed, backend=backend)
+        mutual = both(acqcore.mutual_information, head, case.head, case.hidden, backend=backend)
         pairs[f"{backend} mutual"] = (mutual[0].mutual_information, mutual[1].mutual_information)
     return pairs
 
@@ -169,8 +161,8 @@ def half_precision() -> Pairs:
     for dtype in (torch.bfloat16, torch.float16):
         case = random_case(12, 40, 300, seed=3).to(dtype)
         part = replace(case, head=shard(case.head, chunked(300)))
-        pairs.update({f"{dtype} {k}": pair for k, pair in row_fields(part.run("cpu"), case.run("cpu")).items()})
-        mutual = [acqcore.mutual_information(case.hidden, h) for h in (part.head, case.head)]
+        pairs |= row_fields(part.run("cpu"), case.run("cpu"), str(dtype))
+        mutual = both(acqcore.mutual_information, part.head, case.head, case.hidden)
         pairs[f"{dtype} mutual"] = (mutual[0].mutual_information, mutual[1].mutual_information)
     return pairs
 
@@ -250,8 +242,7 @@ def few_rows() -> Pairs:
             head = acqcore.Head(**vocabulary_shard(weight, bias))
             size = dist.get_world_size(head.group)
             pairs[f"{name} {kind}"] = ((head.vocab_start, len(head.weight), size), expected)
-            fields = row_fields(replace(case, head=head).run("cpu"), case.run("cpu"))
-            pairs.update({f"{name} {kind} {field}": pair for field, pair in fields.items()})
+            pairs |= row_fields(replace(case, head=head).run("cpu"), case.run("cpu"), f"{name} {kind}")
     return pairs
 
 
@@ -378,12 +369,10 @@ def compared(student: Any, reference: Any, given: Any) -> Pairs:
     """Everything that a student with a sharded head is asked, as of a whole model."""
     got, expected = scored(student, given), scored(reference, given)
     pairs: Pairs = {name: (got[name], expected[name]) for name in ACQUISITIONS}
-    last = {name: {"layers": 1, "draws": 3} for name in ("mutual_information", "variation_ratio")}
-    got, expected = scored(student, given, acquisition_args=last), scored(reference, given, acquisition_args=last)
-    pairs["one block"] = (got["mutual_information"], expected["mutual_information"])
-    hidden = {name: {"layers": 0, "draws": 8} for name in ("mutual_information", "variation_ratio")}
-    got, expected = scored(student, given, acquisition_args=hidden), scored(reference, given, acquisition_args=hidden)
-    pairs["hidden state"] = (got["mutual_information"], expected["mutual_information"])
+    for key, options in (("one block", {"layers": 1, "draws": 3}), ("hidden state", {"layers": 0, "draws": 8})):
+        drawn = dict.fromkeys(("mutual_information", "variation_ratio"), options)
+        got, expected = scored(student, given, drawn), scored(reference, given, drawn)
+        pairs[key] = (got["mutual_information"], expected["mutual_information"])
     pairs["own pass"] = (acqcore.grad_norm(student, given), acqcore.grad_norm(reference, given))
     pairs["vectors"] = (
         acqcore.badge_embedding(student, given, dim=64), acqcore.badge_embedding(reference, given, dim=64)
@@ -409,38 +398,18 @@ def tensor_parallel(folder: Path, **config: Any) -> Pairs:
     model = AutoModelForCausalLM.from_pretrained(path, tp_plan="auto")
     student = acqcore.Student.from_model(model.eval())
     pairs = compared(student, AutoModelForCausalLM.from_pretrained(path).eval(), together(samples(7)))
-    pairs["rows"] = (placed(student), ([0, 161][dist.get_rank()], [161, 160][dist.get_rank()], 321, False))
+    pairs["rows"] = (placed(student), share())
     return pairs
 
 
 def parallelized(style: Any, expected: Callable[[], tuple[int, int, int, bool]], **config: Any) -> Pairs:
     """A head that ``parallelize_module`` has sharded."""
-    from torch.distributed.tensor.parallel import parallelize_module
-
     model, whole = tiny_llama(**config), tiny_llama(**config)
     parallelize_module(model, mesh(), {"lm_head": style()})
     student = acqcore.Student.from_model(model)
     pairs = compared(student, whole, together(samples(7)))
     pairs["rows"] = (placed(student), expected())
     return pairs
-
-
-def colwise() -> Any:
-    from torch.distributed.tensor.parallel import ColwiseParallel
-
-    return ColwiseParallel(output_layouts=Replicate())
-
-
-def colwise_local() -> Any:
-    from torch.distributed.tensor.parallel import ColwiseParallel
-
-    return ColwiseParallel()
-
-
-def rowwise() -> Any:
-    from torch.distributed.tensor.parallel import RowwiseParallel
-
-    return RowwiseParallel(input_layouts=Replicate())
 
 
 def share() -> tuple[int, int, int, bool]:
@@ -659,9 +628,11 @@ CASES: dict[str, dict[str, Callable[..., Pairs]]] = {
     "two ranks": {
         **of_heads([*ADVERSARIAL, "N = 0", "V = 262144"], [n for n in ADVERSARIAL if n != "std 30"], DRAWN),
         "tensor parallel": tensor_parallel,
-        "DTensor by rows": partial(parallelized, colwise, share),
-        "DTensor by rows, local logits": partial(parallelized, colwise_local, share),
-        "DTensor by columns": partial(parallelized, rowwise, lambda: (0, 321, 321, True)),
+        "DTensor by rows": partial(parallelized, partial(ColwiseParallel, output_layouts=Replicate()), share),
+        "DTensor by rows, local logits": partial(parallelized, ColwiseParallel, share),
+        "DTensor by columns": partial(
+            parallelized, partial(RowwiseParallel, input_layouts=Replicate()), lambda: (0, 321, 321, True)
+        ),
         "tensor parallel, tied": partial(tensor_parallel, tie_word_embeddings=True),
         "a whole student": whole_student,
         "members": members,

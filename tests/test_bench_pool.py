@@ -393,6 +393,21 @@ class TestBench:
         assert set(results.reliability) == set(pool_signals.STOCHASTIC)
         assert (tmp_path / "evidence-pool.png").stat().st_size > 10_000
 
+    def test_an_arm_on_fewer_seeds_is_compared_on_those(self):
+        def unit(seed, arm, accuracy):
+            own = {"stage": "report", "seed": seed, "pool": "B", "arm": arm, "accuracy": accuracy}
+            return {**own, "junk": 0.25, "kinds": {"clean": 0.75, "ambiguous": 0.25}}
+
+        rows = [unit(seed, "random", 0.5 + seed / 10) for seed in range(3)]
+        rows += [unit(seed, "default", 0.6 + seed / 5) for seed in range(3)]
+        rows += [unit(seed, "loss", 0.4) for seed in (1, 2)] + [unit(5, "loss", 0.9)]
+        results = pool_report.Results(rows)
+        assert results.seeds == {"B": [0, 1, 2]}
+        assert results.minus("B", "default", "random").mean == pytest.approx(20)
+        assert results.minus("B", "loss", "random").mean == pytest.approx(-25)
+        assert results.minus("B", "default", "loss").mean == pytest.approx(50)
+        assert "| loss | 2 | 40.0 | -25.0 " in pool_report.tables(results, {})
+
     def test_takes_up_where_it_was_stopped(self, folder, tmp_path):
         arms = ("random", "default", "loss", "clean oracle")
         scale = Scale(SIZES, chosen=12, batch=4, warm_epochs=20.0, arms=arms)

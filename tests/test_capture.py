@@ -51,7 +51,7 @@ def trainable(model: Any) -> list[torch.Tensor]:
 class TestHooksOfOthers:
     """What requires a gradient besides our own leaf starts no backward of ours, and takes part in none."""
 
-    @pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+    @pytest.mark.parametrize("kind", ["GPT2", "Llama", "Phi"])
     @pytest.mark.parametrize("training", [False, True])
     @pytest.mark.parametrize("how", ["gradient_checkpointing_enable", "enable_input_require_grads"])
     def test_gradient_checkpointing(self, how, training, kind, tiny_model, exact):
@@ -126,12 +126,53 @@ class TestHooksOfOthers:
         model(input_ids=rows(9)["input_ids"]).logits.sum().backward()
         assert not any(map(torch.equal, before, model.parameters())), "training goes on with its hooks"
 
-    def test_in_inference_mode(self, tiny_model, exact):
+    @pytest.mark.parametrize("kind", ["Llama", "routed"])
+    @pytest.mark.parametrize("how", ["accumulation", "before accumulation", "tensor", "tensor that changes it"])
+    def test_hooks_that_wait_for_gradients_of_parameters(self, how, kind, tiny_model, exact, with_logits):
+        """Those of DeepSpeed and DDP on the node that accumulates, of trackers that log, of masks that zero."""
+        if kind == "Llama":
+            model = student = tiny_model(kind)
+        else:  # autograd itself gives the experts' gradients
+            torch.manual_seed(0)
+            trunk, weight = Routed(1), torch.randn(320, 16)
+            model, student = with_logits(trunk, weight), acqcore.Student(trunk, acqcore.Head(weight))
+        trained = list(model.parameters())
+        parameters = trained if kind == "Llama" else [*trained, weight]
+        samples, fired, nodes = rows(9, 6), [], []
+        expected = exact(model, samples, parameters).norm(dim=1)
+        for parameter in trained:
+            node = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+            nodes.append(node)
+            if how == "accumulation":
+                node.register_hook(lambda *gradients: fired.append(gradients))
+            elif how == "before accumulation":
+                node.register_prehook(lambda gradients: fired.append(gradients))
+            else:
+                scale = 0 if "changes" in how else 1
+                parameter.register_hook(lambda gradient, scale=scale: fired.append(gradient) or gradient * scale)
+        for _ in range(2):
+            norms = grad_norm(student, samples, "all", backend="eager")
+            torch.testing.assert_close(norms.double(), expected, rtol=1e-4, atol=0)
+        assert not fired
+        model(input_ids=samples["input_ids"]).logits.sum().backward()
+        assert fired, "training goes on with its hooks"
+
+    def test_data_parallel_training_beside(self, tiny_model, exact, tmp_path):
+        """A student that DistributedDataParallel trains is scored between two of its steps."""
+        distributed = torch.distributed
         model, samples = tiny_model("Llama"), rows(9, 6)
         expected = exact(model, samples, list(model.parameters())).norm(dim=1)
-        with torch.inference_mode():
-            norms = grad_norm(model, samples, "all", backend="eager")
-        torch.testing.assert_close(norms.double(), expected, rtol=1e-4, atol=0)
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            trained = nn.parallel.DistributedDataParallel(model)
+            for student in (model, trained, model):
+                norms = grad_norm(student, samples, "all", backend="eager")
+                torch.testing.assert_close(norms.double(), expected, rtol=1e-4, atol=0)
+                assert all(parameter.grad is None for parameter in model.parameters())
+                trained(input_ids=samples["input_ids"]).logits.sum().backward()
+                model.zero_grad(set_to_none=True)
+        finally:
+            distributed.destroy_process_group()
 
     def test_gradients_of_training_are_left_alone(self, tiny_model):
         model = tiny_model("Llama")
@@ -191,27 +232,18 @@ class Routed(nn.Module):
         return x
 
 
-class WithLogits(nn.Module):
-    def __init__(self, trunk: nn.Module, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.trunk, self.weight = trunk, weight
-
-    def forward(self, input_ids: torch.Tensor) -> Any:
-        return type("Output", (), {"logits": self.trunk(input_ids) @ self.weight.T})
-
-
 class TestSamplesAreToldApartByValue:
     @pytest.mark.parametrize("k", [1, 2])
     @pytest.mark.parametrize("lengths", [(2, 2), (2, 2, 2), (3, 3), (4, 2, 3)])
-    def test_experts_called_with_the_tokens_routed_to_them(self, lengths, k, exact):
+    def test_experts_called_with_the_tokens_routed_to_them(self, lengths, k, exact, with_logits):
         for seed in range(6):
             torch.manual_seed(seed)
             trunk, weight = Routed(k), torch.randn(320, 16)
             student = acqcore.Student(trunk, acqcore.Head(weight))
             parameters = [*trunk.parameters(), weight]
-            assert_norms(student, WithLogits(trunk, weight), rows(*lengths, seed=seed), "all", parameters, exact)
+            assert_norms(student, with_logits(trunk, weight), rows(*lengths, seed=seed), "all", parameters, exact)
 
-    def test_an_expert_that_the_probe_does_not_reach(self, exact):
+    def test_an_expert_that_the_probe_does_not_reach(self, exact, with_logits):
         """Only the token 319 goes to it, so its first call is in a batch of several samples."""
         torch.manual_seed(0)
 
@@ -232,14 +264,14 @@ class TestSamplesAreToldApartByValue:
         samples["input_ids"][0, 1:3] = 319  # as many tokens as samples, all of one
         samples["labels"] = samples["input_ids"]
         student = acqcore.Student(trunk, acqcore.Head(weight))
-        assert_norms(student, WithLogits(trunk, weight), samples, "all", [*trunk.parameters(), weight], exact)
+        assert_norms(student, with_logits(trunk, weight), samples, "all", [*trunk.parameters(), weight], exact)
 
-    def test_outputs_that_are_changed_in_place(self, exact):
+    def test_outputs_that_are_changed_in_place(self, exact, with_logits):
         trunk, weight = Adds(), torch.randn(320, 16)
         student = acqcore.Student(trunk, acqcore.Head(weight))
         parameters = [*trunk.parameters(), weight]
         for lengths in ((7,), (7, 4)):
-            assert_norms(student, WithLogits(trunk, weight), rows(*lengths), "all", parameters, exact)
+            assert_norms(student, with_logits(trunk, weight), rows(*lengths), "all", parameters, exact)
 
     def test_falcon_adds_in_place(self, exact):
         transformers = pytest.importorskip("transformers")

@@ -34,11 +34,7 @@ def test_hidden(hidden, error, message):
     [
         (Y.int(), TypeError, r"targets: expected an int64 tensor \[N\], got int32"),
         ([0, 1, 2], TypeError, r"targets: expected an int64 tensor \[N\], got list"),
-        (
-            Y[:2],
-            ValueError,
-            r"targets: expected \[N\] with N = 3 as in hidden, got int64 tensor of shape \[2\]",
-        ),
+        (Y[:2], ValueError, r"targets: expected \[N\] with N = 3 as in hidden, got int64 tensor of shape \[2\]"),
         (Y + 10, ValueError, r"targets: expected values in \[0, 10\) or -100 \(ignored\), got 10 at row 0"),
         (torch.tensor([0, 3, -1]), ValueError, "got -1 at row 2"),
     ],

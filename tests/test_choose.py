@@ -36,21 +36,17 @@ def choose(command):
     return build
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def entropies(student: Path, texts: list[str]) -> torch.Tensor:
     return acqcore.score(str(student), texts, "entropy", backend="eager")["entropy"]
 
 
-def test_the_highest_rows_are_kept_whole_and_in_order(choose, student, tmp_path, capsys):
+def test_the_highest_rows_are_kept_whole_and_in_order(choose, student, tmp_path, capsys, read):
     rows = [{"id": f"r{i}", "text": text, "tags": [i, {"a": None}]} for i, text in enumerate(TEXTS)]
     del rows[1]["tags"]
     assert main(choose(rows)) == 0
     values = entropies(student, TEXTS)
     order = values.argsort(descending=True)[:3].tolist()
-    found = lines(tmp_path / "out.jsonl")
+    found = read(tmp_path / "out.jsonl")
     assert [row["row"] for row in found] == sorted(order)
     for row in found:
         assert row["rank"] == order.index(row["row"]) + 1
@@ -61,24 +57,24 @@ def test_the_highest_rows_are_kept_whole_and_in_order(choose, student, tmp_path,
     assert f"{values[order].mean():.4g}" in out
 
 
-def test_equals_go_by_their_order(choose, tmp_path):
+def test_equals_go_by_their_order(choose, tmp_path, read):
     assert main(choose([{"text": TEXTS[0]}] * 6)) == 0
-    assert [(row["row"], row["rank"]) for row in lines(tmp_path / "out.jsonl")] == [(0, 1), (1, 2), (2, 3)]
+    assert [(row["row"], row["rank"]) for row in read(tmp_path / "out.jsonl")] == [(0, 1), (1, 2), (2, 3)]
 
 
 @pytest.mark.parametrize("method", ["badge", "facility_location", "k_center", "log_det"])
-def test_diverse_methods_choose_among_the_highest(method, choose, student, tmp_path):
+def test_diverse_methods_choose_among_the_highest(method, choose, student, tmp_path, read):
     values = entropies(student, TEXTS)
     among = values.argsort(descending=True)[:5].sort().values
     vectors = acqcore.badge_embedding(str(student), [TEXTS[i] for i in among], backend="eager")
     expected = among[acqcore.select(vectors, 3, method, seed=4)].tolist()  # type: ignore[arg-type]
     rows = [{"text": text} for text in TEXTS]
     assert main(choose(rows, method=method, among=5, seed=4)) == 0
-    found = lines(tmp_path / "out.jsonl")
+    found = read(tmp_path / "out.jsonl")
     assert [row["row"] for row in sorted(found, key=lambda row: row["rank"])] == expected
 
 
-def test_labels_that_others_predict_take_turns(choose, student, tmp_path, capsys):
+def test_labels_that_others_predict_take_turns(choose, student, tmp_path, capsys, read):
     texts = [f"{text} {i}" for i in range(4) for text in ("The quick brown fox", "which drug helps?")]
     rows: list[dict[str, Any]] = [{"text": text, "intent": ("animal", 7)[i % 2]} for i, text in enumerate(texts)]
     rows[2]["intent"] = 7
@@ -88,7 +84,7 @@ def test_labels_that_others_predict_take_turns(choose, student, tmp_path, capsys
     trust = acqcore.label_trust(acqcore.prompt_embedding(str(student), texts), labels)
     expected = acqcore.select(entropies(student, texts), 4, labels=labels, trust=trust).tolist()
     assert trust.argmin() == 2
-    found = sorted(lines(tmp_path / "out.jsonl"), key=lambda row: row["rank"])
+    found = sorted(read(tmp_path / "out.jsonl"), key=lambda row: row["rank"])
     assert [row["row"] for row in found] == expected
     assert [type(row["intent"]) for row in found] in ([str, int] * 2, [int, str] * 2)
     err = capsys.readouterr().err
@@ -96,26 +92,26 @@ def test_labels_that_others_predict_take_turns(choose, student, tmp_path, capsys
     assert "intent: expected a text or an int, got None" in err
 
 
-def test_diversity_alone_chooses_among_all_rows(choose, student, tmp_path):
+def test_diversity_alone_chooses_among_all_rows(choose, student, tmp_path, read):
     copies = [{"text": TEXTS[0]}] * 5 + [{"text": TEXTS[1]}, {"text": TEXTS[3]}]
     assert main(choose(copies, method="facility_location", signal=None)) == 0
-    found = lines(tmp_path / "out.jsonl")
+    found = read(tmp_path / "out.jsonl")
     assert [row["row"] for row in found] == [0, 5, 6]
     assert set(found[0]) == {"row", "text", "rank"}
 
 
-def test_a_smaller_choice_is_the_beginning_of_a_larger(choose, tmp_path):
+def test_a_smaller_choice_is_the_beginning_of_a_larger(choose, tmp_path, read):
     rows = [{"text": text} for text in TEXTS]
     ranked = []
     for n in (2, 5):
         assert main(choose(rows, n=n, method="badge", signal=None, out=tmp_path / f"{n}.jsonl")) == 0
-        ranked.append([row["row"] for row in sorted(lines(tmp_path / f"{n}.jsonl"), key=lambda row: row["rank"])])
+        ranked.append([row["row"] for row in sorted(read(tmp_path / f"{n}.jsonl"), key=lambda row: row["rank"])])
     assert ranked[0] == ranked[1][:2]
 
 
 @pytest.mark.parametrize("source", ["jsonl", "csv", "parquet"])
 @pytest.mark.parametrize("target", ["jsonl", "csv", "parquet"])
-def test_every_kind_of_file(source, target, choose, student, tmp_path):
+def test_every_kind_of_file(source, target, choose, student, tmp_path, read):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     texts = ['a "fox", a dog', "The\nlines", "ünïcode 🙂", "a, b"]
@@ -129,21 +125,15 @@ def test_every_kind_of_file(source, target, choose, student, tmp_path):
     else:
         data.write_text("".join(json.dumps({"id": 7 + i, "text": text}) + "\n" for i, text in enumerate(texts)))
     assert main(choose([], data=data, out=out, n=2)) == 0
-    if target == "parquet":
-        table = parquet.read_table(out)
-        found = table.to_pylist()
-        assert source != "parquet" or table.schema.field("id").type == pyarrow.int16()
-    elif target == "csv":
-        with out.open(newline="") as file:
-            found = list(csv.DictReader(file))
-    else:
-        found = lines(out)
+    found = read(out)
+    if source == target == "parquet":
+        assert parquet.read_schema(out).field("id").type == pyarrow.int16()
     best = entropies(student, texts).argsort(descending=True)[:2].sort().values.tolist()
     assert list(found[0]) == ["row", "id", "text", "entropy", "rank"]
     assert [(int(row["row"]), int(row["id"]), row["text"]) for row in found] == [(i, 7 + i, texts[i]) for i in best]
 
 
-def test_a_data_set_by_name(choose, student, tmp_path, monkeypatch):
+def test_a_data_set_by_name(choose, student, tmp_path, monkeypatch, read):
     datasets = pytest.importorskip("datasets")
     asked: list[Any] = []
 
@@ -155,15 +145,15 @@ def test_a_data_set_by_name(choose, student, tmp_path, monkeypatch):
     assert main(choose([], data="org/name", split="test")) == 0
     assert asked == [(("org/name", None), {"split": "test"})]
     best = entropies(student, TEXTS).argsort(descending=True)[:3].sort().values.tolist()
-    assert [row["id"] for row in lines(tmp_path / "out.jsonl")] == best
+    assert [row["id"] for row in read(tmp_path / "out.jsonl")] == best
 
 
-def test_a_column_of_scores_needs_no_student(choose, tmp_path, capsys):
+def test_a_column_of_scores_needs_no_student(choose, tmp_path, capsys, read):
     values = [1.5, None, 3, "x", 3, -2, float("inf")]
     rows = [{"row": 10 + i, "score": value} for i, value in enumerate(values)]
     words = choose(rows, signal="score", student=None, backend=None)
     assert main(words) == 0
-    found = lines(tmp_path / "out.jsonl")
+    found = read(tmp_path / "out.jsonl")
     assert found == [
         {"row": 10, "score": 1.5, "rank": 3},
         {"row": 12, "score": 3, "rank": 1},
@@ -174,35 +164,35 @@ def test_a_column_of_scores_needs_no_student(choose, tmp_path, capsys):
     assert errors[1].endswith("score: expected a finite number, got 'x'")
 
 
-def test_arguments_reach_the_signal(choose, student, tmp_path):
+def test_arguments_reach_the_signal(choose, student, tmp_path, read):
     given = {"mutual_information": {"layers": 1, "draws": 2, "seed": 3}}
     rows = [{"text": text} for text in TEXTS]
     assert main(choose(rows, signal="mutual_information", acquisition_args=json.dumps(given))) == 0
     scores = acqcore.score(str(student), TEXTS, "mutual_information", acquisition_args=given, backend="eager")
     best = scores["mutual_information"].argsort(descending=True)[:3].sort().values.tolist()
-    assert [row["row"] for row in lines(tmp_path / "out.jsonl")] == best
+    assert [row["row"] for row in read(tmp_path / "out.jsonl")] == best
 
 
 @pytest.mark.parametrize(
     ("signal", "arguments"),
     [("gradient_diversity", {"dim": 64}), ("mutual_information", {"form": "linear", "probes": 2})],
 )
-def test_signals_of_sets_and_the_linear_form(signal, arguments, choose, student, tmp_path):
+def test_signals_of_sets_and_the_linear_form(signal, arguments, choose, student, tmp_path, read):
     rows, given = [{"text": text} for text in TEXTS], {signal: arguments}
     assert main(choose(rows, signal=signal, acquisition_args=json.dumps(given))) == 0
     values = acqcore.score(str(student), TEXTS, signal, acquisition_args=given, backend="eager")[signal]
-    found = {row["row"]: row[signal] for row in lines(tmp_path / "out.jsonl")}
+    found = {row["row"]: row[signal] for row in read(tmp_path / "out.jsonl")}
     assert set(found) == set(values.argsort(descending=True)[:3].tolist())
     assert all(value == pytest.approx(values[i].item(), rel=1e-5) for i, value in found.items())
 
 
-def test_bad_lines_are_named_and_not_chosen(choose, tmp_path, capsys):
+def test_bad_lines_are_named_and_not_chosen(choose, tmp_path, capsys, read):
     rows = ['{"text": ', {"text": ""}, {"other": 1}, {"text": 3}, {"text": "fox " * 80}, *({"text": t} for t in TEXTS)]
     assert main(choose(rows, n=8)) == 0
     captured = capsys.readouterr()
     assert [error.split(": ")[1] for error in captured.err.splitlines()] == [f"line {i}" for i in range(1, 6)]
     assert "8 of 13 rows chosen by top_k; 5 rows with an error" in " ".join(captured.out.split())
-    assert [row["row"] for row in lines(tmp_path / "out.jsonl")] == list(range(5, 13))
+    assert [row["row"] for row in read(tmp_path / "out.jsonl")] == list(range(5, 13))
     (tmp_path / "out.jsonl").unlink()
     assert main(choose(rows, n=9)) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
@@ -210,14 +200,14 @@ def test_bad_lines_are_named_and_not_chosen(choose, tmp_path, capsys):
     )
 
 
-def test_rows_without_a_finite_value_are_not_chosen(choose, tmp_path, monkeypatch, capsys):
+def test_rows_without_a_finite_value_are_not_chosen(choose, tmp_path, monkeypatch, capsys, read):
     def scored(student, rows, *_, **__):
         return {"entropy": torch.tensor([1.0, torch.nan, 0.5, 2.0])}
 
     monkeypatch.setattr("acqcore.files.choose.score", scored)
     rows = [{"text": text} for text in TEXTS[:4]]
     assert main(choose(rows)) == 0
-    assert [(row["row"], row["rank"]) for row in lines(tmp_path / "out.jsonl")] == [(0, 2), (2, 3), (3, 1)]
+    assert [(row["row"], row["rank"]) for row in read(tmp_path / "out.jsonl")] == [(0, 2), (2, 3), (3, 1)]
     assert "line 2: a value is not finite" in capsys.readouterr().err
     (tmp_path / "out.jsonl").unlink()
     assert main(choose(rows, n=4)) == 2

@@ -185,10 +185,7 @@ def test_nan_is_null_or_empty(tmp_path):
 @pytest.mark.parametrize("out", ["all.parquet", "all"])
 def test_parquet_parts_get_one_schema(out, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
-    tables = [
-        {"m": [[{"role": "user"}]], "error": [None]},
-        {"m": [[{"role": "user", "name": "x"}]], "error": ["bad"]},
-    ]
+    tables = [{"m": [[{"role": "user"}]], "error": [None]}, {"m": [[{"role": "user", "name": "x"}]], "error": ["bad"]}]
     parts = [tmp_path / f"{i}.parquet" for i in range(2)]
     for part, table in zip(parts, tables, strict=True):
         write_block(part, table)
@@ -372,10 +369,7 @@ def test_columns(present, options, chosen):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {},
-            "data: expected columns prompt and completion, or messages, or question and answer, or text, got x, y",
-        ),
+        ({}, "data: expected columns prompt and completion, or messages, or question and answer, or text, got x, y"),
         ({"prompt": "x"}, "--prompt-column and --completion-column: expected both or neither"),
         ({"prompt": "x", "completion": "y", "text": "x"}, "--text-column: expected it without"),
         ({"text": "z"}, "data: no column 'z', expected one of x, y"),

@@ -206,20 +206,12 @@ class TestArchive:
     ],
 )
 def test_bad_vectors(x, error, message):
-    for call in (
-        acqcore.gradient_diversity,
-        acqcore.vendi_score,
-        acqcore.Archive().novelty,
-        acqcore.Archive().add,
-    ):
+    for call in (acqcore.gradient_diversity, acqcore.vendi_score, acqcore.Archive().novelty, acqcore.Archive().add):
         with pytest.raises(error, match=message):
             call(x)
 
 
 def test_bad_ridge():
-    for call in (
-        lambda: acqcore.gradient_diversity(torch.eye(2), ridge=-1.0),
-        lambda: acqcore.Archive(ridge=-1.0),
-    ):
+    for call in (lambda: acqcore.gradient_diversity(torch.eye(2), ridge=-1.0), lambda: acqcore.Archive(ridge=-1.0)):
         with pytest.raises(ValueError, match=r"ridge: expected a number >= 1e-9, got -1\.0"):
             call()

@@ -189,7 +189,7 @@ def test_links_of_the_readme_lead_to_files_and_pages():
         assert page.startswith("generated/") or (ROOT / "docs" / f"{page}.md").exists(), page
 
 
-def test_addresses_are_those_of_the_package() -> None:
+def test_addresses_are_those_of_the_package():
     """One owner and one documentation site, on every page."""
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     known = (urls["Source"], urls["Source"].replace("github.com", "raw.githubusercontent.com"), urls["Documentation"])

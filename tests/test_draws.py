@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 import acqcore
 from acqcore.acquisitions import REGISTRY
 from acqcore.philox import keep_mask
+from benchmarks import toy_student
 
 NAMES = ["mutual_information", "predictive_entropy", "expected_entropy", "variation_ratio", "bald_quadratic"]
 KINDS = ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "GPT2", "Cohere", "Granite", "Phi"]
@@ -255,11 +254,7 @@ def test_every_reduction(tiny_model):
         ({"members": []}, ValueError, "members: expected at least 2 students, got 0"),
         ({"members": "a/path"}, TypeError, "members: expected a sequence of students"),
         ({"members": [1, 2]}, TypeError, "student: expected"),
-        (
-            {"members": [None, None], "draws": 3},
-            ValueError,
-            "members: replaces draws by dropout, got 'draws'",
-        ),
+        ({"members": [None, None], "draws": 3}, ValueError, "members: replaces draws by dropout, got 'draws'"),
         ({"rate": 0.1}, ValueError, r"acquisition_args\['mutual_information'\]: unknown 'rate'"),
     ],
 )
@@ -277,22 +272,16 @@ def test_trunks_without_blocks():
 
 def test_tells_ignorance_from_ambiguity():
     """What it is for: keys never seen rank above answers drawn at random and above what is known; entropy fails."""
-    path = Path(__file__).parents[1] / "benchmarks" / "toy_student.py"
-    spec = importlib.util.spec_from_file_location("toy_student", path)
-    assert spec is not None
-    assert spec.loader is not None
-    toy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(toy)
-    student = toy.train(seed=0)
+    student = toy_student.train(seed=0)
     generator = torch.Generator().manual_seed(0)
     values: dict[str, dict[str, torch.Tensor]] = {}
-    for kind in toy.KINDS:
-        asked = toy.samples(toy.questions(kind, 128, generator))
+    for kind in toy_student.KINDS:
+        asked = toy_student.samples(toy_student.questions(kind, 128, generator))
         scores = acqcore.score(student, asked, ["entropy", "mutual_information"])
         values[kind] = dict(scores.items())
     for name, low, high in (("mutual_information", 0.9, 1.0), ("entropy", 0.0, 0.65)):
         others = torch.cat([values["easy"][name], values["ambiguous"][name]])
-        assert low <= toy.auroc(values["unseen"][name], others) <= high
+        assert low <= toy_student.auroc(values["unseen"][name], others) <= high
 
 
 @pytest.mark.parametrize("layers", ["all", 1])

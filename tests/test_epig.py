@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +32,7 @@ def _gradients(model: Any, ids: torch.Tensor, layers: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layers", [1, "all"])
-def test_unbiased_over_every_pair_of_tokens(layers: Any, tiny_model: Callable[..., Any]) -> None:
+def test_unbiased_over_every_pair_of_tokens(layers, tiny_model):
     model = tiny_model("Llama", vocab_size=48)
     samples, others = _samples(3, 0), _samples(2, 1)
     count = 1 if layers == 1 else 2
@@ -46,7 +44,7 @@ def test_unbiased_over_every_pair_of_tokens(layers: Any, tiny_model: Callable[..
     torch.testing.assert_close(got.double(), expected, rtol=0.15, atol=0)
 
 
-def test_the_definition_is_of_pairs_of_tokens() -> None:
+def test_the_definition_is_of_pairs_of_tokens():
     """Two samples of one token and two predictions, a reference sample of one token: by hand."""
     of_samples = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [3.0, 0.0]]], dtype=torch.float64)
     of_reference = torch.tensor([[[1.0, 1.0], [2.0, 0.0]]], dtype=torch.float64)
@@ -54,7 +52,7 @@ def test_the_definition_is_of_pairs_of_tokens() -> None:
     assert got.tolist() == [2 * (1 + 4 + 4 + 0), 2 * (9 + 36)]
 
 
-def test_it_is_an_acquisition(tiny_model: Callable[..., Any]) -> None:
+def test_it_is_an_acquisition(tiny_model):
     """The function's values beside other acquisitions; standard errors are those of other cotangents."""
     model = tiny_model("Llama", vocab_size=48)
     samples = _samples(3, 0)
@@ -67,18 +65,14 @@ def test_it_is_an_acquisition(tiny_model: Callable[..., Any]) -> None:
     first, second = (torch.randn(3, 400, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     small = acqcore.EpigReference(torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(2)), "all", 0, {})
     entry, options = REGISTRY["epig"], EpigOptions(small, probes=20)
-    found = torch.stack(
-        [entry.value(a, b, options) for a, b in zip(first.split(20, 1), second.split(20, 1), strict=True)]
-    )
-    errors = torch.stack(
-        [entry.stderr(a, b, options) for a, b in zip(first.split(20, 1), second.split(20, 1), strict=True)]
-    )
+    pairs = list(zip(first.split(20, 1), second.split(20, 1), strict=True))
+    found, errors = (torch.stack([f(a, b, options) for a, b in pairs]) for f in (entry.value, entry.stderr))
     torch.testing.assert_close(errors.square().mean(0).sqrt(), found.std(0), rtol=0.4, atol=0)
     with pytest.raises(ValueError, match="epig' needs 'reference'"):
         acqcore.score(model, samples, "epig")
 
 
-def test_a_saved_reference(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_saved_reference(tiny_model, tmp_path):
     model, samples = tiny_model("Llama", vocab_size=48), _samples(2, 0)
     reference = acqcore.epig_reference(model, samples, dim=64)
     reference.save(tmp_path / "epig.pt")
@@ -94,7 +88,7 @@ def test_a_saved_reference(tiny_model: Callable[..., Any], tmp_path: Path) -> No
             acqcore.score(model, samples, "epig", acquisition_args={"epig": {"reference": tmp_path / name}})
 
 
-def test_a_sample_does_not_depend_on_its_batch(tiny_model: Callable[..., Any]) -> None:
+def test_a_sample_does_not_depend_on_its_batch(tiny_model):
     model = tiny_model("Llama", vocab_size=48)
     samples = _samples(3, 0)
     reference = acqcore.epig_reference(model, _samples(2, 1), dim=256)
@@ -104,7 +98,7 @@ def test_a_sample_does_not_depend_on_its_batch(tiny_model: Callable[..., Any]) -
         torch.testing.assert_close(acqcore.epig(model, one, reference)[0], whole[i], rtol=1e-3, atol=0)
 
 
-def test_bad_arguments(tiny_model: Callable[..., Any]) -> None:
+def test_bad_arguments(tiny_model):
     model = tiny_model("Llama", vocab_size=48)
     samples = _samples(2, 0)
     with pytest.raises(TypeError, match=r"reference: expected what acqcore\.epig_reference gives, got int"):

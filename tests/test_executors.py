@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from acqcore.cli import main
 from acqcore.files.parts import Parts
 
-ROWS, BLOCKS = 5000, 50
+ROWS, BLOCKS = 2500, 50
 LAUNCH = ["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0", "--multi_gpu", "-m", "acqcore"]
 
 
 def texts(n: int) -> list[dict[str, str]]:
     return [{"text": f"the fox {i} " + "no " * (i % 5)} for i in range(n)]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def kill_a_worker(process: subprocess.Popen[str], parts: Parts) -> None:
@@ -76,7 +69,7 @@ def cluster(tmp_path_factory):
 
 
 @pytest.mark.skipif(os.cpu_count() == 1, reason="two actors at once need two cores")
-def test_every_row_is_there_once_when_an_actor_of_ray_is_killed(arguments, tmp_path):
+def test_every_row_is_there_once_when_an_actor_of_ray_is_killed(arguments, tmp_path, read):
     pytest.importorskip("ray.data")
     run = [sys.executable, "-m", "acqcore", *arguments("ray.jsonl", engine="ray", workers=2)]
     process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -86,10 +79,10 @@ def test_every_row_is_there_once_when_an_actor_of_ray_is_killed(arguments, tmp_p
     assert f"{ROWS} of {ROWS} rows scored" in out
     assert not (tmp_path / "ray.jsonl.parts").exists()
     assert main(arguments("local.jsonl")) == 0
-    scored = read_lines(tmp_path / "ray.jsonl")
+    scored = read(tmp_path / "ray.jsonl")
     assert [row["row"] for row in scored] == list(range(ROWS))
     assert all(row["valid"] for row in scored)
-    for row, local in zip(scored, read_lines(tmp_path / "local.jsonl"), strict=True):
+    for row, local in zip(scored, read(tmp_path / "local.jsonl"), strict=True):
         values = {name: pytest.approx(local[name], rel=1e-4) for name in ("entropy", "loss")}
         assert row == local | values
 
@@ -125,7 +118,7 @@ def test_no_cluster_at_the_address(command, capsys):
     assert capsys.readouterr().err.startswith("acqcore: error: ray-address: nothing answers at 127.0.0.1:1 (")
 
 
-def test_processes_of_accelerate_launch_go_on_after_one_is_killed(arguments, tmp_path):
+def test_processes_of_accelerate_launch_go_on_after_one_is_killed(arguments, tmp_path, read):
     pytest.importorskip("accelerate")
     run = [sys.executable, "-m", *LAUNCH, *arguments("out.jsonl", engine="accelerate", device="cpu")]
     process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -142,6 +135,6 @@ def test_processes_of_accelerate_launch_go_on_after_one_is_killed(arguments, tmp
     assert "by 2 processes" in again.stdout
     [new] = [int(line.split()[0]) for line in again.stdout.splitlines() if " rows, " in line]
     assert 0 < new <= ROWS - ROWS // BLOCKS * len(finished)
-    scored = read_lines(tmp_path / "out.jsonl")
+    scored = read(tmp_path / "out.jsonl")
     assert [row["row"] for row in scored] == list(range(ROWS))
     assert all(row["valid"] for row in scored)

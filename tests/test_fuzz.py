@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -73,10 +72,7 @@ lines = st.one_of(
 
 def settings(examples: int) -> Any:
     return hypothesis.settings(
-        max_examples=FACTOR * examples,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        max_examples=FACTOR * examples, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck)
     )
 
 
@@ -109,7 +105,7 @@ def test_samples(loaded):
 
 @pytest.mark.parametrize("out", ["out.jsonl", "out.csv", "out.parquet", "out"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_data_files(kind, out, command, tmp_path, capsys):
+def test_data_files(kind, out, command, tmp_path, capsys, read):
     """As many rows as the file has, each with a value or an error, and every column."""
     data = tmp_path / f"in.{kind}"
     arguments = [*command([], data=data, out=tmp_path / out, block_rows=3), "--overwrite"]
@@ -159,12 +155,3 @@ def written(rows: list[list[str]]) -> bytes:
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     return text.getvalue().encode("utf-8", "surrogatepass")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in path.read_text().split("\n") if line]
-    if path.suffix == ".csv":
-        with path.open(newline="") as file:
-            return list(csv.DictReader(file))
-    return list(parquet.read_table(path, partitioning=None).to_pylist())

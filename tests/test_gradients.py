@@ -143,24 +143,15 @@ class Trunk(nn.Module):
         return self.norm(self.layer(x)) if self.twice else x
 
 
-class WithLogits(nn.Module):
-    def __init__(self, trunk: nn.Module, weight: torch.Tensor) -> None:
-        super().__init__()
-        self.trunk, self.weight = trunk, weight
-
-    def forward(self, input_ids: torch.Tensor) -> Any:
-        return type("Output", (), {"logits": self.trunk(input_ids) @ self.weight.T})
-
-
-def test_a_layer_that_is_used_twice_and_a_head_given_as_such(exact):
+def test_a_layer_that_is_used_twice_and_a_head_given_as_such(exact, with_logits):
     trunk, weight = Trunk(), torch.randn(320, 16)
     samples = make_samples()
     student = acqcore.Student(trunk, acqcore.Head(weight))
-    model = WithLogits(trunk, weight)
+    model = with_logits(trunk, weight)
     gradients = exact(model, samples, [*trunk.parameters(), weight])
     assert_norms(grad_norm(student, samples, "all", backend="eager"), gradients)
     tied = acqcore.Student(trunk, acqcore.Head(trunk.embedding.weight.detach()))
-    gradients = exact(WithLogits(trunk, trunk.embedding.weight), samples, list(trunk.parameters()))
+    gradients = exact(with_logits(trunk, trunk.embedding.weight), samples, list(trunk.parameters()))
     assert_norms(grad_norm(tied, samples, "all", backend="eager"), gradients)
 
 
@@ -288,6 +279,8 @@ def test_other_wrong_arguments(tiny_model):
         grad_norm(model, samples, batch_tokens=0)
     with pytest.raises(ValueError, match="dim: expected an int >= 1, got 0"):
         grad_sketch(model, samples, dim=0)
+    with pytest.raises(ValueError, match="dim: expected an int >= 1, got 0"):
+        acqcore.badge_embedding(model, samples, dim=0)
     student = acqcore.Student(lambda ids: torch.randn(*ids.shape, 4), acqcore.Head(torch.randn(320, 4)))
     with pytest.raises(ValueError, match=r"parameters: 'all' needs a student whose trunk is a torch.nn.Module"):
         grad_norm(student, samples, "all")
@@ -395,13 +388,13 @@ class Routed(nn.Module):
 
 
 @pytest.mark.parametrize("trunk", [Bare, Pair, Mixed, Projected, Looked, Routed, Large])
-def test_a_parameter_that_no_rule_covers_is_left_to_autograd(trunk, exact):
+def test_a_parameter_that_no_rule_covers_is_left_to_autograd(trunk, exact, with_logits):
     """One sample at a time: a bare parameter, a tuple, samples mixed or shared, a weight used in two ways."""
     torch.manual_seed(0)
     trunk = trunk()
     width = trunk(torch.zeros(1, 2, dtype=torch.int64)).shape[-1]
     weight, samples = torch.randn(320, width), make_samples()
-    gradients = exact(WithLogits(trunk, weight), samples, [*trunk.parameters(), weight])
+    gradients = exact(with_logits(trunk, weight), samples, [*trunk.parameters(), weight])
     student = acqcore.Student(trunk, acqcore.Head(weight))
     assert_norms(grad_norm(student, samples, "all", backend="eager"), gradients)
 
@@ -428,15 +421,3 @@ def test_a_quantised_parameter_is_named():
     student = acqcore.Student(trunk, acqcore.Head(torch.randn(320, 16)))
     with pytest.raises(ValueError, match=r"layer.weight is int8 tensor of shape \[16, 16\], which has no gradient"):
         grad_norm(student, make_samples(), "all")
-
-
-@pytest.mark.parametrize("parameters", [1, "trainable", "all"])
-def test_a_graph_that_the_model_begins_itself(parameters, tiny_model):
-    """Trainers with gradient checkpointing make the embedding's output require a gradient; Phi's branches are
-    parallel, so that the second does not follow from the first."""
-    samples = make_samples()
-    for kind in ("Llama", "Phi"):
-        model = tiny_model(kind)
-        expected = grad_norm(model, samples, parameters, backend="eager")
-        model.enable_input_require_grads()
-        torch.testing.assert_close(grad_norm(model, samples, parameters, backend="eager"), expected)

@@ -274,7 +274,7 @@ def test_nothing_of_an_ignored_row_counts(bad, backend):
         assert found.isfinite().all()
 
 
-def test_no_device_but_the_cpu_looks_for_ignored_rows() -> None:
+def test_no_device_but_the_cpu_looks_for_ignored_rows():
     """A GPU would stall; a tensor of the meta device cannot be read at all."""
     hidden = torch.ones(3, 4, device="meta")
     assert _without_ignored(hidden, torch.ones(3, dtype=torch.int64, device="meta")) is not hidden

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +9,13 @@ import torch
 
 import acqcore
 from acqcore.acquisitions import LinearOptions
+from acqcore.gradients import per_sample
 from acqcore.gradients.per_sample import controlled
 from acqcore.gradients.rules import is_linear
+from acqcore.scoring.run import Runner
+from benchmarks import toy_student
 
 RHO = 0.05 / 0.95  # variance of the noise of the default dropout
-
 
 SMALL = {"vocab_size": 48}  # brute force takes a backward for each token of it
 
@@ -93,7 +92,7 @@ def _assert_unbiased(scores: acqcore.Scores, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("Llama", "all"), ("Gemma2", "all"), ("GPT2", 1)])
-def test_unbiased_over_every_token_and_site(kind: str, layers: Any, tiny_model: Callable[..., Any]) -> None:
+def test_unbiased_over_every_token_and_site(kind, layers, tiny_model):
     model = tiny_model(kind, **SMALL)
     samples = _samples(6, 4)
     sites = _sites(model, kind, 2 if layers == "all" else layers)
@@ -102,7 +101,7 @@ def test_unbiased_over_every_token_and_site(kind: str, layers: Any, tiny_model: 
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("Llama", "all"), ("GPT2", 1)])
-def test_unbiased_over_every_token_and_weight(kind: str, layers: Any, tiny_model: Callable[..., Any]) -> None:
+def test_unbiased_over_every_token_and_weight(kind, layers, tiny_model):
     model = tiny_model(kind, **SMALL)
     samples = _samples(6, 4)
     expected = 1e-4 / 2 * _expected_squares(model, samples, None, 2 if layers == "all" else layers)
@@ -111,7 +110,7 @@ def test_unbiased_over_every_token_and_weight(kind: str, layers: Any, tiny_model
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2", "GPT2"])
-def test_unbiased_over_the_positions_of_completions(kind: str, tiny_model: Callable[..., Any]) -> None:
+def test_unbiased_over_the_positions_of_completions(kind, tiny_model):
     """Prompts of two lengths in one batch: what lies before each sample's own completion does not count."""
     model = tiny_model(kind, **SMALL)
     samples = _samples(7, 6)
@@ -120,15 +119,13 @@ def test_unbiased_over_the_positions_of_completions(kind: str, tiny_model: Calla
     _assert_unbiased(_score(model, samples, positions="completion", probes=2500), expected)
 
 
-def test_a_student_too_short_for_the_comparison_keeps_the_whole_graph(tiny_model: Callable[..., Any]) -> None:
+def test_a_student_too_short_for_the_comparison_keeps_the_whole_graph(tiny_model):
     model, samples = tiny_model("GPT2", n_positions=4), _samples(4)
     assert not acqcore.Student.from_model(model).cuts_prompts
     assert _score(model, samples, positions="completion")["mutual_information"].isfinite().all()
 
 
-def test_prompts_without_a_graph_change_no_value(
-    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_without_a_graph_change_no_value(tiny_model, monkeypatch):
     """A student whose forward may not be cut keeps the whole graph."""
     model, samples = tiny_model("Llama"), _samples(12, 17, 9, context=5)
     student = acqcore.Student.from_model(model)
@@ -151,7 +148,7 @@ def test_prompts_without_a_graph_change_no_value(
     torch.testing.assert_close(shared["mutual_information"], whole["mutual_information"], rtol=1e-5, atol=0)
 
 
-def test_dropout_on_the_last_hidden_state(tiny_model: Callable[..., Any]) -> None:
+def test_dropout_on_the_last_hidden_state(tiny_model):
     """No graph: the closed form ``rho / 2 sum_d h_d^2 Var_y W_yd``, a mean over the tokens."""
     model = tiny_model("Qwen2", **SMALL)
     samples = _samples(9, 4)
@@ -165,7 +162,7 @@ def test_dropout_on_the_last_hidden_state(tiny_model: Callable[..., Any]) -> Non
     _assert_unbiased(scores, (of_tokens * scored).sum(dim=1) / scored.sum(dim=1))
 
 
-def test_own_dropout_layers(tiny_model: Callable[..., Any]) -> None:
+def test_own_dropout_layers(tiny_model):
     """Each at its own rate; a layer of rate 0 is left out."""
     model = tiny_model("GPT2", resid_pdrop=0.2, embd_pdrop=0.0, attn_pdrop=0.0, **SMALL).eval()
     samples = _samples(6, 5)
@@ -175,7 +172,7 @@ def test_own_dropout_layers(tiny_model: Callable[..., Any]) -> None:
     _assert_unbiased(_score(model, samples, layers="own", probes=2500), expected)
 
 
-def test_small_noise_is_what_draws_measure(tiny_model: Callable[..., Any]) -> None:
+def test_small_noise_is_what_draws_measure(tiny_model):
     """The limit of mutual information under dropout of a small probability, over many draws."""
     model = tiny_model("Llama", initializer_range=0.1, **SMALL)
     samples = _samples(8, 6)
@@ -197,7 +194,7 @@ def test_small_noise_is_what_draws_measure(tiny_model: Callable[..., Any]) -> No
     ],
     ids=str,
 )
-def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any], tiny_model: Callable[..., Any]) -> None:
+def test_a_sample_does_not_depend_on_its_batch(options, tiny_model):
     model = tiny_model("Llama")
     samples = _samples(5, 9, 17, 9, 4)
     whole = _score(model, samples, **options)
@@ -219,7 +216,7 @@ def test_a_sample_does_not_depend_on_its_batch(options: dict[str, Any], tiny_mod
 
 
 @pytest.mark.parametrize("options", [{"probes": 2}, {"probes": 4}, {"probes": 4, "posterior": "isotropic"}], ids=str)
-def test_standard_errors_are_those_of_other_seeds(options: dict[str, Any], tiny_model: Callable[..., Any]) -> None:
+def test_standard_errors_are_those_of_other_seeds(options, tiny_model):
     model = tiny_model("Llama")
     samples = _samples(9, 7, 17)
     runs = [_score(model, samples, seed=seed, **options) for seed in range(60)]
@@ -228,7 +225,7 @@ def test_standard_errors_are_those_of_other_seeds(options: dict[str, Any], tiny_
     torch.testing.assert_close(claimed, spread, rtol=0.4, atol=0)
 
 
-def test_the_control_is_unbiased_and_takes_noise_away() -> None:
+def test_the_control_is_unbiased_and_takes_noise_away():
     """Squares that go along with the size of their cotangents, and noise of their own."""
     generator = torch.Generator().manual_seed(0)
     excess = torch.randn(100000, 3, generator=generator, dtype=torch.float64) * 0.3
@@ -240,7 +237,7 @@ def test_the_control_is_unbiased_and_takes_noise_away() -> None:
     assert torch.equal(controlled(squares[:, :1], excess[:, :1]), squares[:, :1])
 
 
-def test_one_probe_has_no_standard_error(tiny_model: Callable[..., Any]) -> None:
+def test_one_probe_has_no_standard_error(tiny_model):
     model, samples = tiny_model("Llama"), _samples(9, 7)
     one = _score(model, samples, probes=1)
     assert bool(one.stderr["mutual_information"].isnan().all())
@@ -249,7 +246,7 @@ def test_one_probe_has_no_standard_error(tiny_model: Callable[..., Any]) -> None
     assert not acqcore.score(model, samples, "mutual_information", acquisition_args=drawn).stderr
 
 
-def test_it_is_the_default(tiny_model: Callable[..., Any]) -> None:
+def test_it_is_the_default(tiny_model):
     model, samples = tiny_model("Llama"), _samples(9, 7)
     named = _score(model, samples, probes=4)
     plain = acqcore.score(model, samples, "mutual_information")
@@ -259,7 +256,7 @@ def test_it_is_the_default(tiny_model: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("posterior", ["dropout", "isotropic"])
-def test_a_sum_is_the_average_times_the_tokens(posterior: str, tiny_model: Callable[..., Any]) -> None:
+def test_a_sum_is_the_average_times_the_tokens(posterior, tiny_model):
     model, samples = tiny_model("Llama"), _samples(5, 9, 17)
     asked = {"mutual_information": {"form": "linear", "posterior": posterior}}
     mean, total = (
@@ -272,7 +269,7 @@ def test_a_sum_is_the_average_times_the_tokens(posterior: str, tiny_model: Calla
 
 
 @pytest.mark.parametrize("reduction", ["max", "topk"])
-def test_there_are_no_values_of_tokens_to_reduce(reduction: Any, tiny_model: Callable[..., Any]) -> None:
+def test_there_are_no_values_of_tokens_to_reduce(reduction, tiny_model):
     message = f"reduction: 'mutual_information' has no values of tokens .* expected 'mean' or 'sum', got '{reduction}'"
     with pytest.raises(ValueError, match=message):
         acqcore.score(
@@ -281,7 +278,7 @@ def test_there_are_no_values_of_tokens_to_reduce(reduction: Any, tiny_model: Cal
         )  # fmt: skip
 
 
-def test_other_gradients_share_the_graph(tiny_model: Callable[..., Any]) -> None:
+def test_other_gradients_share_the_graph(tiny_model):
     """Both posteriors' backwards and those of the loss come from one graph, and leave each other's numbers alone."""
     model = tiny_model("Llama")
     samples = _samples(9, 7)
@@ -297,8 +294,34 @@ def test_other_gradients_share_the_graph(tiny_model: Callable[..., Any]) -> None
         torch.testing.assert_close(together[name], alone[name], rtol=1e-5, atol=0)
 
 
+def test_needs_that_differ_in_their_probes_share_them(tiny_model, monkeypatch):
+    student, samples = acqcore.Student.from_model(tiny_model("Llama")), _samples(9, 7)
+    needs = [LinearOptions(of, probes=count).need for of in ("dropout", "isotropic") for count in (4, 1, 2)]
+    made = 0
+
+    class Counted(per_sample.SiteSquares):
+        def __init__(self, *arguments):
+            nonlocal made
+            made += 1
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(per_sample, "SiteSquares", Counted)
+    together = _results(student, samples, needs)
+    assert made == 4
+    for need in needs:
+        alone = _results(student, samples, [need])
+        assert together[need].shape == (2, need.probes)
+        torch.testing.assert_close(together[need], alone[need], rtol=1e-6, atol=0)
+
+
+def _results(student, samples, needs):
+    runner = Runner(student, needs, 8192, None)
+    [found] = runner.batches(runner.encode(samples, None, None))
+    return found.results
+
+
 @pytest.mark.parametrize("posterior", ["dropout", "isotropic"])
-def test_the_model_is_left_as_found(posterior: str, tiny_model: Callable[..., Any]) -> None:
+def test_the_model_is_left_as_found(posterior, tiny_model):
     """In training mode, with an embedding whose output requires a gradient, and gradients of the user's own."""
     model = tiny_model("Llama").train()
     model.enable_input_require_grads()  # as trainers do for gradient checkpointing
@@ -319,7 +342,7 @@ def test_the_model_is_left_as_found(posterior: str, tiny_model: Callable[..., An
         assert dict(module._forward_hooks) == hooks[module]
 
 
-def test_adapters(tiny_model: Callable[..., Any]) -> None:
+def test_adapters(tiny_model):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
     model = peft.get_peft_model(tiny_model("Llama"), config).eval()
@@ -328,7 +351,7 @@ def test_adapters(tiny_model: Callable[..., Any]) -> None:
         assert float(_score(model, samples, **options)["mutual_information"].min()) > 0
 
 
-def test_half_precision(tiny_model: Callable[..., Any]) -> None:
+def test_half_precision(tiny_model):
     """The trunk itself rounds to eight bits: what is asked is that nothing else goes wrong."""
     model = tiny_model("Llama")
     samples = _samples(9, 7)
@@ -338,7 +361,7 @@ def test_half_precision(tiny_model: Callable[..., Any]) -> None:
         torch.testing.assert_close(half, full, rtol=0.1, atol=0)
 
 
-def test_rows_without_a_finite_logit_are_not_valid(tiny_model: Callable[..., Any]) -> None:
+def test_rows_without_a_finite_logit_are_not_valid(tiny_model):
     model = tiny_model("Llama")
     model.model.embed_tokens.weight.data[7] = torch.nan
     samples = _samples(6, 6)
@@ -374,9 +397,7 @@ def test_rows_without_a_finite_logit_are_not_valid(tiny_model: Callable[..., Any
         ({"draws": 8}, ValueError, r"acquisition_args\['mutual_information'\]: unknown 'draws'"),
     ],
 )
-def test_bad_arguments(
-    options: dict[str, Any], error: type[Exception], message: str, tiny_model: Callable[..., Any]
-) -> None:
+def test_bad_arguments(options, error, message, tiny_model):
     """Refused before a forward is paid for."""
     model = tiny_model("Llama")
     student = acqcore.Student.from_model(model)
@@ -392,7 +413,7 @@ def _fail(*_: Any) -> None:
 
 
 @pytest.mark.parametrize("argument", ["probes", "posterior", "variance"])
-def test_draws_take_no_arguments_of_the_linear_form(argument: str, tiny_model: Callable[..., Any]) -> None:
+def test_draws_take_no_arguments_of_the_linear_form(argument, tiny_model):
     with pytest.raises(ValueError, match=f"'{argument}' is of the linear form, 'draws' of draws"):
         acqcore.score(
             tiny_model("Llama"), _samples(4), "mutual_information",
@@ -400,13 +421,13 @@ def test_draws_take_no_arguments_of_the_linear_form(argument: str, tiny_model: C
         )  # fmt: skip
 
 
-def test_a_site_that_never_runs(tiny_model: Callable[..., Any]) -> None:
+def test_a_site_that_never_runs(tiny_model):
     model = tiny_model("GPT2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.3)
     with pytest.raises(ValueError, match="went through none of the modules"):
         _score(model, _samples(6), layers="own")
 
 
-def test_ready_made_options(tiny_model: Callable[..., Any]) -> None:
+def test_ready_made_options(tiny_model):
     model, samples = tiny_model("Llama"), _samples(6)
     options = LinearOptions(probes=3, seed=5)
     got = acqcore.score(model, samples, "mutual_information", acquisition_args={"mutual_information": options})
@@ -416,21 +437,15 @@ def test_ready_made_options(tiny_model: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("posterior", ["dropout", "isotropic"])
-def test_tells_ignorance_from_ambiguity(posterior: str) -> None:
+def test_tells_ignorance_from_ambiguity(posterior):
     """Two probes rank unseen keys above random answers, and above both those and known keys."""
-    path = Path(__file__).parents[1] / "benchmarks" / "toy_student.py"
-    spec = importlib.util.spec_from_file_location("toy_student", path)
-    assert spec is not None
-    assert spec.loader is not None
-    toy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(toy)
-    student = toy.train(seed=0)
+    student = toy_student.train(seed=0)
     generator = torch.Generator().manual_seed(0)
     values = {
-        kind: _score(student, toy.samples(toy.questions(kind, 128, generator)), posterior=posterior)
-        for kind in toy.KINDS
+        kind: _score(student, toy_student.samples(toy_student.questions(kind, 128, generator)), posterior=posterior)
+        for kind in toy_student.KINDS
     }
     found = {kind: scores["mutual_information"] for kind, scores in values.items()}
     others = torch.cat([found["easy"], found["ambiguous"]])
-    assert toy.auroc(found["unseen"], others) >= 0.95
-    assert toy.auroc(found["unseen"], found["ambiguous"]) >= 0.93
+    assert toy_student.auroc(found["unseen"], others) >= 0.95
+    assert toy_student.auroc(found["unseen"], found["ambiguous"]) >= 0.93

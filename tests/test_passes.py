@@ -130,8 +130,7 @@ def count(monkeypatch, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["row statistics", "mutual information", "entropy, mutual information", "draws", "linear, hidden"],
+    "name", ["row statistics", "mutual information", "entropy, mutual information", "draws", "linear, hidden"]
 )
 def test_plans_count_the_same(name, tiny_model, tokenizer, count):
     """What ``acqcore plan`` computes from, against a batch of rows of one length."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from decimal import Decimal
 from typing import Any, ClassVar
 
 import numpy
@@ -23,6 +24,30 @@ def encoded(tokenizer):
         return encode(samples, tokenizer, vocab_size=320, limit=limit, **options)
 
     return run
+
+
+def assert_same(rows: list[Row], expected: list[Row]) -> None:
+    for row, other in zip(rows, expected, strict=True):
+        assert row.ids.tolist() == other.ids.tolist()
+        assert row.targets.tolist() == other.targets.tolist()
+
+
+@pytest.fixture
+def own(tokenizer):
+    """``own(template)``: the tokenizer with another chat template; ``adds``: a token before each text, one after it."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    def build(template=tokenizer.chat_template, adds=False):
+        backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+        if adds:
+            special = [(name, backend.token_to_id(name)) for name in ("<|bos|>", "<|eos|>")]
+            backend.post_processor = TemplateProcessing(single="<|bos|> $A <|eos|>", special_tokens=special)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, chat_template=template, bos_token="<|bos|>", eos_token="<|eos|>"
+        )
+
+    return build
 
 
 class Slow:
@@ -54,24 +79,6 @@ class TestText:
         assert row.ids.tolist() == ids
         assert row.targets.tolist() == [-100, *ids[1:]]
 
-    def test_the_tokenizers_own_special_tokens_stay(self, tokenizer, encoded):
-        from tokenizers.processors import TemplateProcessing
-        from transformers import PreTrainedTokenizerFast
-
-        backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-        special = [(name, backend.token_to_id(name)) for name in ("<|bos|>", "<|eos|>")]
-        backend.post_processor = TemplateProcessing(single="<|bos|> $A <|eos|>", special_tokens=special)
-        own = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template)
-        bare = tokenizer("a fox").input_ids
-        (row,) = encoded(["a fox"], own)
-        assert row.ids.tolist() == [1, *bare, 2]
-        assert scored_ids(row) == [*bare, 2]
-        (row,) = encoded([{"prompt": "a", "completion": " fox"}], own)
-        assert scored_ids(row) == [*tokenizer(" fox").input_ids, 2]
-        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-        (row,) = encoded([{"messages": messages}], own)
-        assert 1 not in row.ids  # the template has what special tokens it wants
-
 
 class TestPromptAndCompletion:
     def test_only_the_completion_is_scored(self, encoded, any_tokenizer):
@@ -99,10 +106,8 @@ class TestPromptAndCompletion:
         prompt = [{"role": "user", "content": "a fox?"}]
         completion = [{"role": "assistant", "content": "a dog."}]
         (row,) = encoded([{"prompt": prompt, "completion": completion}], any_tokenizer)
-        (same,) = encoded([{"messages": prompt + completion}], any_tokenizer)
         assert tokenizer.decode(scored_ids(row)) == "a dog.<|im_end|>\n"
-        assert row.ids.tolist() == same.ids.tolist()
-        assert row.targets.tolist() == same.targets.tolist()
+        assert_same([row], encoded([{"messages": prompt + completion}], any_tokenizer))
 
 
 class TestMessages:
@@ -118,32 +123,13 @@ class TestMessages:
         assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
         assert tokenizer.decode(scored_ids(row)) == "so.<|im_end|>\n"
 
-    def test_a_template_that_rewrites_the_opening(self, encoded, tokenizer):
+    def test_a_template_that_rewrites_the_opening(self, encoded, tokenizer, own):
         """A generation prompt that opens a block which a finished turn does not have."""
-        from transformers import PreTrainedTokenizerFast
-
-        template = tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
-        other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
-        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+        other = own(tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"))
+        messages = [USER, YES]
         assert other.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True).endswith("<think>")
         (row,) = encoded([{"messages": messages}], other)
         assert tokenizer.decode(scored_ids(row)) == "yes<|im_end|>\n"
-
-
-class TestDataset:
-    def test_columns_as_in_a_list(self, encoded):
-        datasets = pytest.importorskip("datasets")
-        rows = [{"prompt": "a", "completion": " fox"}, {"prompt": "the", "completion": " dog"}]
-        data = datasets.Dataset.from_list([{**row, "id": i} for i, row in enumerate(rows)])
-        for a, b in zip(encoded(data), encoded(rows), strict=True):
-            assert a.ids.tolist() == b.ids.tolist()
-            assert a.targets.tolist() == b.targets.tolist()
-        text = datasets.Dataset.from_dict({"text": ["a fox", "the dog"]})
-        assert [row.ids.tolist() for row in encoded(text)] == [r.ids.tolist() for r in encoded(["a fox", "the dog"])]
-        with pytest.raises(
-            TypeError, match="expected columns prompt and completion, or messages, or question and answer, or text, got"
-        ):
-            encoded(data.select_columns(["id"]))
 
 
 class TestTensors:
@@ -178,26 +164,11 @@ class TestTensors:
         ("samples", "error", "message"),
         [
             ({"ids": torch.ones(1, 2)}, TypeError, 'with "input_ids", or of columns such as "text", got keys \'ids\''),
+            ({"input_ids": [[1, 2]]}, TypeError, 'samples["input_ids"]: expected an integer tensor [B, T], got list'),
+            ({"input_ids": torch.ones(2, 3)}, TypeError, "expected an integer tensor [B, T], got float32 tensor"),
+            ({"input_ids": torch.ones(3, dtype=torch.int64)}, ValueError, "expected shape [B, T], got int64 tensor"),
             (
-                {"input_ids": [[1, 2]]},
-                TypeError,
-                'samples["input_ids"]: expected an integer tensor [B, T], got list',
-            ),
-            (
-                {"input_ids": torch.ones(2, 3)},
-                TypeError,
-                "expected an integer tensor [B, T], got float32 tensor",
-            ),
-            (
-                {"input_ids": torch.ones(3, dtype=torch.int64)},
-                ValueError,
-                "expected shape [B, T], got int64 tensor",
-            ),
-            (
-                {
-                    "input_ids": torch.ones(1, 3, dtype=torch.int64),
-                    "labels": torch.ones(1, 2, dtype=torch.int64),
-                },
+                {"input_ids": torch.ones(1, 3, dtype=torch.int64), "labels": torch.ones(1, 2, dtype=torch.int64)},
                 ValueError,
                 'samples["labels"]: expected [1, 3] as input_ids, got int64 tensor of shape [1, 2]',
             ),
@@ -254,6 +225,7 @@ class TestLength:
 
 
 USER = {"role": "user", "content": "hi"}
+YES = {"role": "assistant", "content": "yes"}
 BAD_SAMPLES = [
     (["ok then", ""], ValueError, "samples[1]: nothing to score, expected at least one scored token"),
     (["a"], ValueError, "samples[0]: nothing to score"),
@@ -261,11 +233,7 @@ BAD_SAMPLES = [
     ([{"prompt": [USER], "completion": []}], ValueError, "samples[0]: the completion is empty"),
     ([{"messages": [USER]}], ValueError, "expected the assistant's turn last (it is scored), got 'user'"),
     ([{"messages": []}], ValueError, "expected the assistant's turn last (it is scored), got no message"),
-    (
-        [{"messages": [{"role": "assistant", "content": "a"}]}],
-        ValueError,
-        "samples[0]: expected a message before",
-    ),
+    ([{"messages": [{"role": "assistant", "content": "a"}]}], ValueError, "samples[0]: expected a message before"),
     (
         [{"messages": [{"role": "tool", "content": "1"}, {"role": "assistant", "content": "a"}]}],
         ValueError,
@@ -273,11 +241,7 @@ BAD_SAMPLES = [
     ),
     ([{"messages": "hi"}], TypeError, "samples[0]: messages: expected a list of messages, got str"),
     ([{"messages": [{"role": "user"}]}], TypeError, '"role" and "content" (or "tool_calls"), got dict'),
-    (
-        [{"prompt": "a", "completion": [USER]}],
-        TypeError,
-        "samples[0]: completion: expected a string, got list",
-    ),
+    ([{"prompt": "a", "completion": [USER]}], TypeError, "samples[0]: completion: expected a string, got list"),
     ([{"prompt": [USER], "completion": "a"}], TypeError, "completion: expected a list of messages, got str"),
     (
         [{"prompt": {"role": "user"}, "completion": "a"}],
@@ -287,15 +251,14 @@ BAD_SAMPLES = [
     ([{"text": True}], TypeError, "samples[0]: text: expected a string, got bool"),
     ([{"text": None}], TypeError, "samples[0]: text: expected a string, got no value"),
     ([{"text": float("nan")}], TypeError, "samples[0]: text: expected a string, got no value"),
+    ([{"text": 10**5000}], ValueError, "samples[0]: text: Exceeds the limit"),
+    ([{"messages": [{"role": "user", "content": -(10**5000)}]}], ValueError, "samples[0]: messages: Exceeds the limit"),
+    ([{"text": Decimal("sNaN")}], TypeError, "samples[0]: text: expected a string, got Decimal"),
     ([{"question": "a"}], TypeError, "got a mapping with keys 'question'"),
     ({"text": "a fox"}, TypeError, "a list of values in column 'text', got str; a single sample goes into a list"),
     ({"question": ["a"], "answer": ["b", "c"]}, ValueError, "samples: expected columns of one length"),
     ([3], TypeError, "samples[0]: expected strings, mappings with"),
-    (
-        ["a fox", {"text": "a fox"}],
-        TypeError,
-        "samples[1]: expected a string as in the samples before it, got text",
-    ),
+    (["a fox", {"text": "a fox"}], TypeError, "samples[1]: expected a string as in the samples before it, got text"),
     ("a fox", TypeError, "samples: expected a list of strings"),
     (iter(["a fox"]), TypeError, "samples: expected a list of strings"),
 ]
@@ -307,16 +270,13 @@ def test_bad_samples(samples, error, message, encoded):
         encoded(samples)
 
 
-def test_bad_tokenizers(encoded, tokenizer):
-    from transformers import PreTrainedTokenizerFast
-
+def test_bad_tokenizers(encoded, tokenizer, own):
     with pytest.raises(TypeError, match="tokenizer: samples of text need one, got none"):
         encoded(["a fox"], None)
     with pytest.raises(TypeError, match="tokenizer: expected a transformers tokenizer, got Tokenizer"):
         encoded(["a fox"], tokenizer.backend_tokenizer)
-    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="tokenizer: messages need a chat template, this tokenizer has none"):
-        encoded([{"messages": [USER, {"role": "assistant", "content": "a"}]}], plain)
+        encoded([{"messages": [USER, YES]}], own(None))
 
 
 def test_errors_are_collected_where_asked(encoded):
@@ -332,46 +292,29 @@ def test_errors_are_collected_where_asked(encoded):
 class TestRowsOfAnySource:
     """The same rows from a list, a table and a mapping of columns."""
 
-    ROWS = (
-        {"question": "What is 2 + 3?", "answer": 5, "id": 1},
-        {"question": "a fox", "answer": 12, "id": 2},
-    )
+    ROWS = ({"question": "What is 2 + 3?", "answer": 5, "id": 1}, {"question": "a fox", "answer": 12, "id": 2})
 
-    @pytest.mark.parametrize(
-        "source", ["list", "columns", "arrow", "pandas", "datasets", "text", "prompts", "polars", "numpy", "batch"]
-    )
+    SOURCES: ClassVar = {
+        "columns": lambda columns: columns,
+        "numpy": lambda columns: {key: numpy.array(values) for key, values in columns.items()},
+        "arrow": lambda columns: pytest.importorskip("pyarrow").table(columns),
+        "pandas": lambda columns: pytest.importorskip("pandas").DataFrame(columns),
+        "polars": lambda columns: pytest.importorskip("polars").DataFrame(columns),
+        "datasets": lambda columns: pytest.importorskip("datasets").Dataset.from_dict(columns),
+        "list": lambda columns: [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)],
+    }
+
+    @pytest.mark.parametrize("source", SOURCES)
     def test_question_and_answer(self, source, encoded):
-        rows = [dict(row) for row in self.ROWS]
-        columns: dict[str, list[Any]] = {key: [row[key] for row in rows] for key in rows[0]}
-        if source == "list":
-            samples: Any = rows
-        elif source == "columns":
-            samples = columns
-        elif source == "numpy":
-            samples = {key: numpy.array(values) for key, values in columns.items()}
-        elif source == "arrow":
-            samples = pytest.importorskip("pyarrow").table(columns)
-        elif source == "pandas":
-            samples = pytest.importorskip("pandas").DataFrame(columns)
-        elif source == "polars":
-            samples = pytest.importorskip("polars").DataFrame(columns)
-        elif source == "datasets":
-            samples = pytest.importorskip("datasets").Dataset.from_dict(columns)
-        elif source == "batch":
-            data = pytest.importorskip("datasets").Dataset.from_dict(columns)
-            seen: list[Any] = []
-            data.map(lambda batch: seen.append(encoded(batch)), batched=True)
-            assert [row.ids.tolist() for row in seen[0]] == [row.ids.tolist() for row in encoded(rows)]
-            return
-        elif source == "prompts":
-            samples = [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
-        else:
-            samples = [{"prompt": row["question"], "completion": str(row["answer"])} for row in rows]
-        found = encoded(samples)
-        expected = encoded([{"prompt": row["question"], "completion": str(row["answer"])} for row in rows])
-        for a, b in zip(found, expected, strict=True):
-            assert a.ids.tolist() == b.ids.tolist()
-            assert a.targets.tolist() == b.targets.tolist()
+        """Numbers are their text, and other columns are not read."""
+        columns = {key: [row[key] for row in self.ROWS] for key in self.ROWS[0]}
+        expected = encoded([{"prompt": row["question"], "completion": str(row["answer"])} for row in self.ROWS])
+        assert_same(encoded(self.SOURCES[source](columns)), expected)
+        if source == "datasets":
+            data = self.SOURCES[source](columns)
+            data.map(lambda batch: assert_same(encoded(batch), expected), batched=True)
+            with pytest.raises(TypeError, match=r"expected columns prompt and completion, or messages, .* got id"):
+                encoded(data.select_columns(["id"]))
 
     @pytest.mark.parametrize("source", ["arrow", "pandas", "datasets"])
     def test_messages_of_a_table(self, source, encoded, tmp_path):
@@ -386,8 +329,7 @@ class TestRowsOfAnySource:
             table = pytest.importorskip("pandas").read_parquet(tmp_path / "rows.parquet")
         elif source == "datasets":
             table = pytest.importorskip("datasets").Dataset(table)
-        for a, b in zip(encoded(table), encoded([{"messages": turn}, {"messages": other}]), strict=True):
-            assert a.ids.tolist() == b.ids.tolist()
+        assert_same(encoded(table), encoded([{"messages": turn}, {"messages": other}]))
 
     @pytest.mark.parametrize("kind", ["numpy", "tuple", "pandas", "polars", "pyarrow"])
     def test_a_column_of_strings(self, kind, encoded):
@@ -398,26 +340,29 @@ class TestRowsOfAnySource:
             values = pytest.importorskip(kind).chunked_array([[text] for text in values])
         elif kind == "numpy":
             values = numpy.array(values)
-        assert [row.ids.tolist() for row in encoded(values)] == [
-            row.ids.tolist() for row in encoded(["a fox", "the dog"])
-        ]
+        assert_same(encoded(values), encoded(["a fox", "the dog"]))
 
 
 class TestOneBadRow:
     """The fault of a row is named, and costs no other row."""
 
-    REPLY: ClassVar = {"role": "assistant", "content": "yes"}
-
     @pytest.mark.parametrize(
         ("bad", "message"),
         [
-            ({"text": "c \ud83d d"}, "text: character 2 is the lone surrogate U+D83D, which is no text"),
-            ({"text": "\udcff"}, "text: character 0 is the lone surrogate U+DCFF"),
-            ({"text": ["a"]}, "text: expected a string, got list"),
+            ("c \ud83d d", "text: character 2 is the lone surrogate U+D83D, which is no text"),
+            ("\udcff", "text: character 0 is the lone surrogate U+DCFF"),
+            (["a"], "text: expected a string, got list"),
+            ([USER | {"content": "hi \udc00"}, YES], "messages: character"),
+            ([USER | {"content": [{"type": "image", "url": "x"}]}, YES], "got parts ['image']"),
+            ([USER, {"role": "assistant"}], 'expected messages with "role" and "content"'),
+            ([{"role": 3, "content": "hi"}, YES], 'expected messages with "role" and "content"'),
+            ([{"content": "hi"}, YES], 'expected messages with "role" and "content"'),
         ],
     )
-    def test_texts(self, bad, message, encoded):
-        samples = [{"text": "a fox"}, bad, {"text": "the dog"}]
+    def test_texts_and_conversations(self, bad, message, encoded):
+        turns = isinstance(bad, list) and isinstance(bad[0], dict)
+        good, key = ([USER, YES], "messages") if turns else ("a fox", "text")
+        samples = [{key: good}, {key: bad}, {key: good}]
         errors: dict[int, str] = {}
         rows = encoded(samples, errors=errors)
         assert list(errors) == [1]
@@ -425,24 +370,6 @@ class TestOneBadRow:
         assert [row.n_scored > 0 for row in rows] == [True, False, True]
         with pytest.raises((ValueError, TypeError), match=re.escape("samples[1]: ")):
             encoded(samples)
-
-    @pytest.mark.parametrize(
-        ("messages", "message"),
-        [
-            ([{"role": "user", "content": "hi \udc00"}, REPLY], "messages: character"),
-            ([{"role": "user", "content": [{"type": "image", "url": "x"}]}, REPLY], "got parts ['image']"),
-            ([{"role": "user", "content": "hi"}, {"role": "assistant"}], 'expected messages with "role" and "content"'),
-            ([{"role": 3, "content": "hi"}, REPLY], 'expected messages with "role" and "content"'),
-            ([{"content": "hi"}, REPLY], 'expected messages with "role" and "content"'),
-        ],
-    )
-    def test_conversations(self, messages, message, encoded):
-        good = {"messages": [{"role": "user", "content": "hi"}, self.REPLY]}
-        errors: dict[int, str] = {}
-        rows = encoded([good, {"messages": messages}, good], errors=errors)
-        assert list(errors) == [1]
-        assert message in errors[1]
-        assert [row.n_scored > 0 for row in rows] == [True, False, True]
 
     def test_a_tokenizer_that_refuses_one_text(self, encoded, tokenizer):
         class Picky(Slow):
@@ -462,21 +389,15 @@ class TestOneBadRow:
 class TestContent:
     def test_a_list_of_texts_for_a_template_of_strings(self, encoded):
         parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "fox?"}]
-        reply = {"role": "assistant", "content": "yes"}
-        (row,) = encoded([{"messages": [{"role": "user", "content": parts}, reply]}])
-        (same,) = encoded([{"messages": [{"role": "user", "content": "a fox?"}, reply]}])
-        assert row.ids.tolist() == same.ids.tolist()
+        rows, expected = (encoded([{"messages": [USER | {"content": c}, YES]}]) for c in (parts, "a fox?"))
+        assert_same(rows, expected)
 
     def test_parts_that_a_template_of_strings_cannot_take(self, encoded):
-        user = {"role": "user", "content": [{"type": "file", "file": "x"}, "a fox?"]}
-        with pytest.raises(
-            ValueError, match=r"content: expected text, .* chat template takes, got parts \['file', 'str'\]"
-        ):
-            encoded([{"messages": [user, TestOneBadRow.REPLY]}])
+        user = USER | {"content": [{"type": "file", "file": "x"}, "a fox?"]}
+        with pytest.raises(ValueError, match=r"content: expected text, .* takes, got parts \['file', 'str'\]"):
+            encoded([{"messages": [user, YES]}])
 
-    def test_a_template_of_lists_gets_lists(self, encoded, tokenizer):
-        from transformers import PreTrainedTokenizerFast
-
+    def test_a_template_of_lists_gets_lists(self, encoded, own):
         template = (
             "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}"
             "{% else %}{% for part in m['content'] %}"
@@ -484,38 +405,29 @@ class TestContent:
             "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         )
-        other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
+        other = own(template)
         parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "fox?"}]
-        (row,) = encoded([{"messages": [{"role": "user", "content": parts}, TestOneBadRow.REPLY]}], other)
+        (row,) = encoded([{"messages": [USER | {"content": parts}, YES]}], other)
         assert "(a)(fox?)" in other.decode(row.ids)
         for unseen in ({"type": "image"}, {"type": "image_url", "image_url": {"url": "x"}}, {"type": "video"}):
-            message = {"role": "user", "content": [unseen, *parts]}
-            with pytest.raises(ValueError, match=r"samples\[0\]: content: expected text, which is all that is scored"):
-                encoded([{"messages": [message, TestOneBadRow.REPLY]}], other)
-            with pytest.raises(ValueError, match=r"samples\[0\]: content: expected text, which is all that is scored"):
-                encoded([{"prompt": [message], "completion": [TestOneBadRow.REPLY]}], other)
+            message = USER | {"content": [unseen, *parts]}
+            for sample in ({"messages": [message, YES]}, {"prompt": [message], "completion": [YES]}):
+                with pytest.raises(ValueError, match=r"samples\[0\]: content: expected text, which is all that is sco"):
+                    encoded([sample], other)
 
-    @pytest.mark.parametrize("role", ["user", "assistant"])
-    def test_no_template_writes_content_as_python_does(self, role, encoded):
-        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-        changed = [m | {"content": {"a": 1}} if m["role"] == role else m for m in messages]
-        with pytest.raises(
-            ValueError, match=r"samples\[0\]: content: expected text, the chat template writes a dict as"
-        ):
-            encoded([{"messages": changed}])
+    @pytest.mark.parametrize("turn", [0, 1])
+    def test_no_template_writes_content_as_python_does(self, turn, encoded):
+        messages = [USER, YES]
+        messages[turn] = messages[turn] | {"content": {"a": 1}}
+        with pytest.raises(ValueError, match=r"samples\[0\]: content: expected text, the chat template writes a dict"):
+            encoded([{"messages": messages}])
 
     @pytest.mark.parametrize("extra", [{}, {"content": None}, {"content": ""}])
-    def test_tool_calls_need_no_content(self, extra, encoded, tokenizer):
-        from transformers import PreTrainedTokenizerFast
-
-        template = tokenizer.chat_template.replace(
-            "{{ m['content'] }}",
-            "{{ m['content'] }}{% for c in m['tool_calls'] %}{{ c['function']['name'] }}{% endfor %}",
-        )
-        other = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
+    def test_tool_calls_need_no_content(self, extra, encoded, tokenizer, own):
+        calls = "{{ m['content'] }}{% for c in m['tool_calls'] %}{{ c['function']['name'] }}{% endfor %}"
+        other = own(tokenizer.chat_template.replace("{{ m['content'] }}", calls))
         call = {"type": "function", "function": {"name": "fox", "arguments": {"x": 1}}}
-        reply = {"role": "assistant", "tool_calls": [call], **extra}
-        (row,) = encoded([{"messages": [{"role": "user", "content": "hi"}, reply]}], other)
+        (row,) = encoded([{"messages": [USER, {"role": "assistant", "tool_calls": [call], **extra}]}], other)
         assert tokenizer.decode(scored_ids(row)) == "fox<|im_end|>\n"
 
 
@@ -564,27 +476,16 @@ class TestChatTemplates:
     # Knows no generation prompt.
     IGNORES = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}<|im_end|>{% endfor %}"
 
-    @staticmethod
-    def templated(tokenizer: Any, template: str) -> Any:
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer.backend_tokenizer, chat_template=template, bos_token="<|bos|>"
-        )
-
     @pytest.mark.parametrize("template", [MOVES, COUNTS, SHORTENS, IGNORES])
     @pytest.mark.parametrize("reply", ["Rome", "  Rome ", "Which city has the Colosseum? Rome"])
-    def test_that_do_not_only_append(self, template, reply, encoded, tokenizer):
-        own = self.templated(tokenizer, template)
+    def test_that_do_not_only_append(self, template, reply, encoded, own):
+        other = own(template)
         message = {"role": "assistant", "content": reply}
         shown = reply.strip() if template == self.IGNORES else reply
-        for sample in (
-            {"messages": [*self.USER, message]},
-            {"prompt": self.USER, "completion": [message]},
-        ):
-            (row,) = encoded([sample], own, limit=None)
-            assert own.decode(scored_ids(row)) == f"{shown}<|im_end|>"
-            assert own.decode(row.ids) == own.apply_chat_template([*self.USER, message], tokenize=False)
+        for sample in ({"messages": [*self.USER, message]}, {"prompt": self.USER, "completion": [message]}):
+            (row,) = encoded([sample], other, limit=None)
+            assert other.decode(scored_ids(row)) == f"{shown}<|im_end|>"
+            assert other.decode(row.ids) == other.apply_chat_template([*self.USER, message], tokenize=False)
 
     @pytest.mark.parametrize(
         "template",
@@ -596,11 +497,9 @@ class TestChatTemplates:
         ],
         ids=["leaves it out", "writes it first", "changes it", "the first turn after it"],
     )
-    def test_that_do_not_write_the_reply_last_are_refused(self, template, encoded, tokenizer):
-        with pytest.raises(
-            ValueError, match=r"samples\[0\]: the chat template does not write the reply where it is sco"
-        ):
-            encoded([{"messages": [*self.USER, self.REPLY]}], self.templated(tokenizer, template), limit=None)
+    def test_that_do_not_write_the_reply_last_are_refused(self, template, encoded, own):
+        with pytest.raises(ValueError, match=r"samples\[0\]: the chat template does not write the reply where it is"):
+            encoded([{"messages": [*self.USER, self.REPLY]}], own(template), limit=None)
 
     CALL: ClassVar[dict[str, Any]] = {"type": "function", "function": {"name": "look_up", "arguments": {"x": 1}}}
 
@@ -613,8 +512,8 @@ class TestChatTemplates:
             ({"content": "  "}, "  "),
         ],
     )
-    def test_a_part_of_the_reply_that_is_left_out_is_refused(self, extra, expected, encoded, tokenizer):
-        own = self.templated(tokenizer, self.IGNORES)
+    def test_a_part_of_the_reply_that_is_left_out_is_refused(self, extra, expected, encoded, own):
+        own = own(self.IGNORES)
         with pytest.raises(ValueError, match=f"does not write the reply where it is scored: expected '{expected}'"):
             encoded([{"messages": [*self.USER, self.REPLY | extra]}], own, limit=None)
         # Of turns that are not scored a template may leave out what it likes.
@@ -623,13 +522,13 @@ class TestChatTemplates:
             (row,) = encoded([{"messages": history}], own, limit=None)
             assert own.decode(scored_ids(row)) == "Rome<|im_end|>"
 
-    def test_marks_of_what_the_assistant_generates(self, encoded, tokenizer):
+    def test_marks_of_what_the_assistant_generates(self, encoded, own):
         template = (
             "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
             "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>"
             "{% endif %}\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         )
-        own = self.templated(tokenizer, template)
+        own = own(template)
         (row,) = encoded([{"messages": [*self.USER, self.REPLY]}], own, limit=None)
         assert own.decode(scored_ids(row)) == "Rome<|im_end|>"  # the newline behind it is the template's
         tool = {"role": "tool", "content": "Italy"}
@@ -643,8 +542,8 @@ class TestChatTemplates:
     TOOLS = "{% if tools is defined and tools %}{{ tools | tojson }}\n{% endif %}{% if loud %}LOUD {% endif %}"
 
     @pytest.mark.parametrize("as_text", [False, True])
-    def test_tools_and_variables_reach_the_template(self, as_text, encoded, tokenizer):
-        own = self.templated(tokenizer, self.TOOLS + tokenizer.chat_template)
+    def test_tools_and_variables_reach_the_template(self, as_text, encoded, tokenizer, own):
+        own = own(self.TOOLS + tokenizer.chat_template)
         tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
         given = json.dumps(tools) if as_text else tools
         plain = {"prompt": self.USER, "completion": [self.REPLY]}
@@ -693,28 +592,24 @@ class TestChatTemplates:
 
 
 class TestSpecialTokensOnce:
-    @pytest.fixture
-    def adds(self, tokenizer):
-        """A tokenizer that puts a token in front of a text and one behind it."""
-        from tokenizers.processors import TemplateProcessing
-        from transformers import PreTrainedTokenizerFast
-
-        backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-        special = [(name, backend.token_to_id(name)) for name in ("<|bos|>", "<|eos|>")]
-        backend.post_processor = TemplateProcessing(single="<|bos|> $A <|eos|>", special_tokens=special)
-        return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|eos|>")
+    """Of a tokenizer that puts a token in front of a text and one behind it, written there or not."""
 
     @pytest.mark.parametrize("written", ["a fox", "<|bos|>a fox", "a fox<|eos|>", "<|bos|>a fox<|eos|>"])
-    def test_a_text_that_has_them(self, written, encoded, adds, tokenizer):
+    def test_of_a_text(self, written, encoded, own, tokenizer):
         bare = tokenizer("a fox").input_ids
-        (row,) = encoded([written], adds)
+        (row,) = encoded([written], own(adds=True))
         assert row.ids.tolist() == [1, *bare, 2]
         assert row.targets.tolist() == [-100, *bare, 2]
 
-    def test_a_prompt_that_has_one(self, encoded, adds, tokenizer):
-        (row,) = encoded([{"prompt": "<|bos|>a", "completion": " fox"}], adds)
+    @pytest.mark.parametrize("prompt", ["a", "<|bos|>a"])
+    def test_of_a_prompt(self, prompt, encoded, own, tokenizer):
+        (row,) = encoded([{"prompt": prompt, "completion": " fox"}], own(adds=True))
         assert row.ids.tolist() == [1, *tokenizer("a fox").input_ids, 2]
         assert scored_ids(row) == [*tokenizer(" fox").input_ids, 2]
+
+    def test_conversations_have_those_of_the_template(self, encoded, own):
+        (row,) = encoded([{"messages": [USER, YES]}], own(adds=True))
+        assert 1 not in row.ids
 
     def test_those_that_are_meant_stay(self, encoded, tokenizer):
         (row,) = encoded(["<|bos|><|bos|>a fox"])

@@ -52,20 +52,13 @@ def test_standard_errors_are_columns():
     pytest.importorskip("pandas")
     errors = {"margin": torch.tensor([0.25, 0.5])}
     values = {"entropy": torch.ones(2), "margin": torch.ones(2)}
-    s = Scores(values, torch.full((2,), 3), torch.ones(2, dtype=torch.bool), stderr=errors)
+    s = Scores(values, torch.full((2,), 3), torch.tensor([True, False]), stderr=errors)
     frame = s.to_pandas()
+    assert frame["entropy"].dtype == "float32"
+    assert frame["valid"].tolist() == [True, False]
     assert list(frame.columns) == ["entropy", "margin", "margin_stderr", "n_tokens", "valid"]
     assert frame["margin_stderr"].tolist() == [0.25, 0.5]
     assert list(s) == ["entropy", "margin"]
-
-
-def test_to_pandas():
-    pandas = pytest.importorskip("pandas")
-    frame = scores().to_pandas()
-    assert isinstance(frame, pandas.DataFrame)
-    assert list(frame.columns) == ["entropy", "margin", "n_tokens", "valid"]
-    assert frame["entropy"].dtype == "float32"
-    assert frame["valid"].tolist() == [True, False, True]
 
 
 def test_to_dataset():

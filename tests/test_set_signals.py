@@ -35,6 +35,32 @@ def test_badge_is_the_gradient_of_the_students_own_predictions(tiny_model):
         torch.testing.assert_close(got, acqcore.grad_norm(model, own, **options), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("parameters", ["head", 1])
+def test_targets_of_badge_embeddings_are_the_students_own_argmax(kind, parameters, tiny_model):
+    model = tiny_model(kind)
+    mask = (torch.arange(12) < torch.tensor([12, 5, 2, 9, 12, 4])[:, None]).long()
+    with torch.no_grad():
+        predicted = model(input_ids=IDS).logits.argmax(dim=2)
+    labels = torch.full_like(IDS, -100)
+    labels[:, 1:] = predicted[:, :-1].where(mask[:, 1:].bool(), -100)
+    written = {"input_ids": IDS, "attention_mask": mask}
+    expected = acqcore.grad_sketch(model, {**written, "labels": labels}, parameters, dim=64, seed=2)
+    for batch_tokens in (8192, 1):
+        vectors = acqcore.badge_embedding(model, written, parameters, dim=64, seed=2, batch_tokens=batch_tokens)
+        torch.testing.assert_close(vectors, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_for_badge_only_the_places_of_labels_count(tiny_model):
+    model = tiny_model("Llama")
+    labels = IDS.clone()
+    labels[:, :6] = -100
+    one = acqcore.badge_embedding(model, {"input_ids": IDS, "labels": labels}, dim=16)
+    other = acqcore.badge_embedding(model, {"input_ids": IDS, "labels": labels.clamp_max(3)}, dim=16)
+    torch.testing.assert_close(one, other)
+    assert not torch.allclose(one, acqcore.badge_embedding(model, SAMPLES, dim=16))
+
+
 def test_gradient_diversity(tiny_model):
     """Against its definition; copies score about nothing; the order does not matter unless asked for."""
     model = tiny_model("Llama")

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -77,13 +78,36 @@ def test_a_student_follows_its_model_in_training(tiny_model):
     assert_own_logits(model, student)
 
 
+def _on_logits(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], Any]:
+    return lambda model: model.register_forward_hook(
+        lambda _, args, output: setattr(output, "logits", change(output.logits))
+    )
+
+
+def _leak(_: Any, args: Any, output: Any) -> None:
+    output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.mean(1, keepdim=True)
+
+
+CHANGED = "LlamaForCausalLM changes the logits of its output embedding by more than a scale"
+#: What is done to a model, and why it is then refused.
+REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "logits of other tokens": (_on_logits(lambda z: z.cumsum(1)), CHANGED),
+    "a bias of the logits": (_on_logits(lambda z: z + torch.arange(320)), CHANGED),
+    "logits of another shape": (_on_logits(lambda z: z[..., 1:]), CHANGED),
+    "more than tokens": (
+        lambda model: model.model.register_forward_pre_hook(lambda *_: {}["images"]),
+        "model: LlamaForCausalLM does not run on token ids alone: 'images'",
+    ),
+    "later tokens": (lambda model: model.model.register_forward_hook(_leak), "a token sees those after it"),
+}
+
+
 class TestVerification:
-    def test_an_unknown_change_of_the_logits_is_refused(self, tiny_model):
-        model = tiny_model("Llama")
-        model.register_forward_hook(lambda _, args, output: setattr(output, "logits", output.logits.cumsum(1)))
-        with pytest.raises(
-            ValueError, match="LlamaForCausalLM changes the logits of its output embedding by more than"
-        ):
+    @pytest.mark.parametrize("name", REFUSED)
+    def test_what_trunk_and_head_would_not_reproduce_is_refused(self, name, tiny_model):
+        model, (change, message) = tiny_model("Llama"), REFUSED[name]
+        change(model)
+        with pytest.raises(ValueError, match=message):
             acqcore.Student.from_model(model)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -115,30 +139,11 @@ class TestVerification:
         acqcore.Student.from_model(model)
         assert seen
 
-    def test_a_model_that_wants_more_than_tokens_is_refused(self, tiny_model):
+    def test_prompts_of_several_tasks_are_refused(self, tiny_model):
         peft = pytest.importorskip("peft")
         config = peft.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2)
         with pytest.raises(ValueError, match="model: LlamaForCausalLM does not run on token ids alone: task_ids"):
             acqcore.Student.from_model(peft.get_peft_model(tiny_model("Llama"), config))
-        model = tiny_model("Llama")
-        model.model.register_forward_pre_hook(lambda *_: {}["images"])
-        with pytest.raises(ValueError, match="model: LlamaForCausalLM does not run on token ids alone: 'images'"):
-            acqcore.Student.from_model(model)
-
-    def test_logits_of_another_shape_are_refused(self, tiny_model):
-        model = tiny_model("Llama")
-        model.register_forward_hook(lambda _, args, output: setattr(output, "logits", output.logits[..., 1:]))
-        with pytest.raises(ValueError, match="changes the logits of its output embedding by more than"):
-            acqcore.Student.from_model(model)
-
-    def test_a_trunk_that_sees_later_tokens_is_refused(self, tiny_model):
-        def leak(_, args, output):
-            output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.mean(1, keepdim=True)
-
-        model = tiny_model("Llama")
-        model.model.register_forward_hook(leak)
-        with pytest.raises(ValueError, match="a token sees those after it"):
-            acqcore.Student.from_model(model)
 
     def test_a_model_is_probed_once(self, tiny_model):
         model = tiny_model("Llama")
@@ -219,10 +224,7 @@ class TestPeft:
         merged = adapted(target_modules=["lm_head"])
         student = acqcore.Student.from_model(merged)
         merged.merge_adapter()
-        with (
-            merged.disable_adapter(),
-            pytest.raises(ValueError, match="both merged and disabled"),
-        ):
+        with merged.disable_adapter(), pytest.raises(ValueError, match="both merged and disabled"):
             student.head  # noqa: B018
 
     def test_an_adapter_that_is_no_lora_is_refused(self, tiny_model):
@@ -327,7 +329,7 @@ class TestLoad:
     def test_import_takes_nothing_heavy(self):
         code = (
             "import sys, acqcore, acqcore.cli\n"
-            "heavy = {'transformers', 'triton', 'peft', 'datasets', 'pandas', 'rich'} & set(sys.modules)\n"
+            "heavy = {'transformers', 'triton', 'peft', 'datasets', 'pandas', 'rich', 'trl'} & set(sys.modules)\n"
             "sys.exit(', '.join(heavy) or 0)"
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

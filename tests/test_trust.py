@@ -79,3 +79,9 @@ def test_wrong_labels_are_refused(labels):
     vectors, _ = data()
     with pytest.raises(ValueError, match=r"labels: expected int64 \[24\]"):
         acqcore.label_trust(vectors, labels)
+
+
+def test_a_list_is_no_tensor_of_labels():
+    vectors, labels = data()
+    with pytest.raises(TypeError, match=r"labels: expected int64 \[24\], got list"):
+        acqcore.label_trust(vectors, labels.tolist())

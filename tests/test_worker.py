@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -59,11 +58,7 @@ def failing(monkeypatch):
     return arrange
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(scorer, failing):
+def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(scorer, failing, read):
     [block] = scan(scorer.job.data, 10, None)[0]
     calls = failing(2)
     told: list[int] = []
@@ -74,10 +69,10 @@ def test_a_block_that_fails_for_a_moment_goes_on_with_its_finished_batches(score
     report = scorer.parts.report(0)
     assert report is not None
     assert (report["rows"], report["valid"], report["errors"], report["new_rows"]) == (7, 7, [], calls[2])
-    assert [row["valid"] for row in read_lines(scorer.parts.path(0))] == [True] * 7
+    assert [row["valid"] for row in read(scorer.parts.path(0))] == [True] * 7
 
 
-def test_standard_errors_go_along(scorer, failing):
+def test_standard_errors_go_along(scorer, failing, read):
     [block] = scan(scorer.job.data, 10, None)[0]
     arguments = {"mutual_information": {"form": "linear", "probes": 3}}
     plan = Plan.of(["entropy", "mutual_information"], arguments, batch_tokens=1, backend="eager")
@@ -86,7 +81,7 @@ def test_standard_errors_go_along(scorer, failing):
     scores = acqcore.score(scorer.student, texts, plan.names, acquisition_args=arguments, backend="eager")
     failing(1)  # so that a batch is read back
     scorer.complete(block)
-    rows = read_lines(scorer.parts.path(0))
+    rows = read(scorer.parts.path(0))
     names = ["entropy", "mutual_information", "mutual_information_stderr"]
     assert list(rows[0]) == scorer.job.output_columns == ["row", "text", *names, "n_tokens", "valid", "error"]
     for name in names[:2]:
@@ -96,12 +91,12 @@ def test_standard_errors_go_along(scorer, failing):
     assert [row["valid"] for row in rows] == [True] * 7
 
 
-def test_a_single_probe_has_no_standard_error_and_is_valid(scorer):
+def test_a_single_probe_has_no_standard_error_and_is_valid(scorer, read):
     [block] = scan(scorer.job.data, 10, None)[0]
     plan = Plan.of("mutual_information", {"mutual_information": {"form": "linear", "probes": 1}}, backend="eager")
     scorer = BlockScorer(dataclasses.replace(scorer.job, plan=plan))
     scorer.complete(block)
-    rows = read_lines(scorer.parts.path(0))
+    rows = read(scorer.parts.path(0))
     assert [row["mutual_information_stderr"] for row in rows] == [None] * 7
     assert [row["valid"] for row in rows] == [True] * 7
 
@@ -111,7 +106,7 @@ def test_draws_have_no_such_column(scorer):
     assert dataclasses.replace(scorer.job, plan=plan).measured == ["mutual_information"]
 
 
-def test_batches_of_another_cut_are_no_gap(scorer):
+def test_batches_of_another_cut_are_no_gap(scorer, read):
     """As a GPU's batches are, when the CPU goes on."""
     [block] = scan(scorer.job.data, 10, None)[0]
     scorer = BlockScorer(dataclasses.replace(scorer.job, plan=Plan.of("entropy", batch_tokens=8192, backend="eager")))
@@ -119,7 +114,7 @@ def test_batches_of_another_cut_are_no_gap(scorer):
     told: list[int] = []
     scorer.complete(block, told.append)
     assert sum(told) == 7
-    values = [row["entropy"] for row in read_lines(scorer.parts.path(0))]
+    values = [row["entropy"] for row in read(scorer.parts.path(0))]
     assert all(value > 0 for value in values)
 
 
@@ -154,7 +149,7 @@ def test_a_finished_block_is_left_alone(scorer, failing):
 
 
 @pytest.mark.parametrize("out", ["out.jsonl", "out.csv", "out.parquet", "out"])
-def test_the_same_command_tries_failed_blocks_again_and_no_others(out, command, tmp_path, capsys):
+def test_the_same_command_tries_failed_blocks_again_and_no_others(out, command, tmp_path, capsys, read):
     arguments = command(ROWS, out=tmp_path / out, block_rows=3)
     parts = Parts(tmp_path / out)
     in_the_way = parts.folder / "block-000001.batches"
@@ -165,7 +160,7 @@ def test_the_same_command_tries_failed_blocks_again_and_no_others(out, command, 
     assert "3 rows with an error; 1 failed block, which the same command retries" in " ".join(captured.out.split())
     assert f"rows 3 to 5 of the output failed {ATTEMPTS} times: IsADirectoryError: " in captured.err
     if out == "out.jsonl":
-        rows = read_lines(tmp_path / out)
+        rows = read(tmp_path / out)
         assert [row["row"] for row in rows] == list(range(7))
         assert [row["valid"] for row in rows] == [True] * 3 + [False] * 3 + [True]
         assert rows[4]["error"].startswith("its block failed: IsADirectoryError: ")
@@ -182,7 +177,7 @@ def test_the_same_command_tries_failed_blocks_again_and_no_others(out, command, 
     assert captured.err == ""
     assert not parts.folder.exists()
     if out == "out.jsonl":
-        rows = read_lines(tmp_path / out)
+        rows = read(tmp_path / out)
         assert [(row["row"], row["text"], row["valid"]) for row in rows] == [
             (i, row["text"], True) for i, row in enumerate(ROWS)
         ]

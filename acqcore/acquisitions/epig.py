@@ -15,7 +15,6 @@ Sources: Bickford Smith et al. 2023, "Prediction-oriented Bayesian active learni
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -49,9 +48,7 @@ class EpigOptions(Options):
     probes: int = 2
 
     def __post_init__(self) -> None:
-        if isinstance(self.reference, str | os.PathLike):
-            object.__setattr__(self, "reference", EpigReference.load(self.reference))
-        checks.instance("reference", self.reference, EpigReference, "what acqcore.epig_reference gives")
+        object.__setattr__(self, "reference", EpigReference.given(self.reference))
         checks.positive("variance", self.variance)
         checks.probes(self.probes)
 

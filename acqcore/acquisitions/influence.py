@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +26,7 @@ class InfluenceOptions(Options):
     similarity: Similarity = "cosine"
 
     def __post_init__(self) -> None:
-        if isinstance(self.reference, str | os.PathLike):
-            object.__setattr__(self, "reference", Reference.load(self.reference))
-        checks.instance("reference", self.reference, Reference, "what acqcore.influence_reference gives")
+        object.__setattr__(self, "reference", Reference.given(self.reference))
         checks.literal("similarity", self.similarity, Similarity)
 
     def check(self, student: Student, head: Head) -> None:

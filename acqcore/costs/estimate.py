@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from acqcore.costs.formulas import activation_bytes, batch_seconds
 from acqcore.costs.measure import Run
@@ -18,20 +17,13 @@ MEASURED, EXTENDED, COMPUTED, GIVEN = "measured", "measured, extended", "compute
 
 @dataclass(frozen=True)
 class Figure:
-    """A quantity and its origin.
-
-    Attributes:
-        value: in ``unit``, ``bytes`` or ``s``; None if unknown.
-        source: ``measured``; ``measured, extended`` linearly in blocks and rows; ``computed`` from sizes;
-            ``computed from given rates``.
-        note: how it was obtained.
-    """
+    """A quantity and its origin."""
 
     name: str
-    value: float | None
-    unit: str
-    source: str
-    note: str = ""
+    value: float | None  # None if unknown
+    unit: str  # bytes or s
+    source: str  # MEASURED, EXTENDED linearly in blocks and rows, COMPUTED from sizes, or GIVEN
+    note: str = ""  # how it was obtained
 
 
 @dataclass(frozen=True)
@@ -46,28 +38,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory and time of scoring.
+    """Memory and time of scoring, and their parts."""
 
-    Attributes:
-        peak_bytes: while scoring: of the process, or allocated by torch on a GPU.
-        scoring_seconds: of all rows on one device, without loading.
-        memory, time: their parts.
-    """
-
-    peak_bytes: float
-    scoring_seconds: float
+    peak_bytes: float  # while scoring: of the process, or allocated by torch on a GPU
+    scoring_seconds: float  # of all rows on one device, without loading
     memory: tuple[Figure, ...]
     time: tuple[Figure, ...]
     layouts: tuple[Layout, ...]
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Seconds per row that scale with the number of blocks, and the rest; seconds of loading, or None."""
-
-    blocks: float
-    rest: float
-    load: float | None
 
 
 def from_runs(shape: Shape, work: Work, runs: Sequence[Run], devices: int, on_cpu: bool = True) -> Estimate:
@@ -87,32 +64,30 @@ def from_runs(shape: Shape, work: Work, runs: Sequence[Run], devices: int, on_cp
     of_memory = measured + (f", a full batch with {' and '.join(full)}" if full else "")
     exact = depths[-1] == shape.blocks and runs[-1].rows == work.batch_rows
     source = MEASURED if exact else EXTENDED
+    peak = shape.weight_bytes + beyond
     memory = [
         Figure("weights", shape.weight_bytes, "bytes", COMPUTED, _weights_note(shape)),
-        Figure("interpreter and libraries", libraries, "bytes", MEASURED),
+        *([Figure("interpreter and libraries", libraries, "bytes", MEASURED)] if on_cpu else []),
         Figure("scoring a batch", max(0.0, beyond - libraries), "bytes", source, of_memory),
+        Figure("peak while scoring", peak, "bytes", source, "their sum"),
+        _by_formula(shape, work, on_cpu),
+        *([_while_loading(shape, libraries)] if on_cpu else []),
     ]
-    if not on_cpu:
-        memory.pop(1)
-    peak = shape.weight_bytes + beyond
-    memory.append(Figure("peak while scoring", peak, "bytes", source, "their sum"))
-    memory.append(_by_formula(shape, work, on_cpu))
-    if on_cpu:
-        memory.append(_while_loading(shape, libraries))
-    parts = _parts(runs, shape.blocks)
-    load = None
-    if parts.load is not None:
-        load = runs[0].start_seconds + parts.load
+    blocks, rest = _row_seconds(runs, shape.blocks)
+    start, loads = runs[0].start_seconds, [run.load_seconds for run in runs if run.load_seconds is not None]
+    if loads:
+        load = _at(depths, shape.blocks, loads)
+        loading = Figure("loading", load, "s", source, measured.split(",")[0])
+    else:
+        load, loading = None, Figure("loading", None, "s", "not known", "no weights here")
     time = [
-        Figure("start", runs[0].start_seconds, "s", MEASURED, "of Python and the libraries"),
-        Figure(
-            "loading", parts.load, "s", source if parts.load is not None else "not known",
-            measured.split(",")[0] if parts.load is not None else "no weights here",
-        ),
-        Figure("a batch, in the blocks", parts.blocks * work.batch_rows, "s", source, measured),
-        Figure("a batch, in embedding and head", parts.rest * work.batch_rows, "s", source, measured),
-    ]  # fmt: skip
-    return _estimate(shape, work, devices, peak, (parts.blocks, parts.rest), load, memory, time, source)
+        Figure("start", start, "s", MEASURED, "of Python and the libraries"),
+        loading,
+        Figure("a batch, in the blocks", blocks * work.batch_rows, "s", source, measured),
+        Figure("a batch, in embedding and head", rest * work.batch_rows, "s", source, measured),
+    ]
+    until_loaded = None if load is None else start + load
+    return _estimate(shape, work, devices, peak, (blocks, rest), until_loaded, memory, time, source)
 
 
 def from_rates(shape: Shape, work: Work, flops: float, bandwidth: float, devices: int, on_cpu: bool) -> Estimate:
@@ -148,11 +123,11 @@ def _estimate(
     """What both estimates share: the time of all rows, and the layouts."""
     blocks, rest = (seconds * work.rows for seconds in per_row)
     whole = blocks + rest
-    time.append(Figure("all rows", whole, "s", source, _batches_note(work)))
+    batches = math.ceil(work.rows / work.batch_rows)
+    time.append(Figure("all rows", whole, "s", source, f"{work.rows} rows of {work.tokens} tokens, {batches} batches"))
     layouts = []
     if devices > 1:
         # If batches do not divide evenly, the last device to finish has one more than another.
-        batches = math.ceil(work.rows / work.batch_rows)
         share = math.ceil(batches / devices) / batches
         each = whole * share
         unsharded = peak - (0 if shape.tied else shape.head_bytes * (1 - 1 / devices))
@@ -204,18 +179,17 @@ def _beyond(runs: Sequence[Run], rows: int, keeps: bool) -> list[float]:
     return found
 
 
-def _parts(runs: Sequence[Run], blocks: int) -> _Parts:
-    """Medians over turns: the models took turns, so that what slows the machine slows both."""
+def _row_seconds(runs: Sequence[Run], blocks: int) -> tuple[float, float]:
+    """Seconds per row in the blocks, and in the rest: medians over turns, which models took so that what slows the
+    machine slows both."""
     depths = [run.blocks for run in runs]
-    extend: Callable[[Sequence[float]], float] = partial(_at, depths, blocks)
     whole, rest = [], []
     for turn in zip(*(run.seconds for run in runs), strict=True):
         row = [seconds / run.rows for seconds, run in zip(turn, runs, strict=True)]
-        whole.append(extend(row))
+        whole.append(_at(depths, blocks, row))
         rest.append(max(0.0, _at(depths, 0, row)))
-    loads = [run.load_seconds for run in runs if run.load_seconds is not None]
-    total, outside = statistics.median(whole), statistics.median(rest)
-    return _Parts(total - outside, outside, extend(loads) if loads else None)
+    outside = statistics.median(rest)
+    return statistics.median(whole) - outside, outside
 
 
 def _by_formula(shape: Shape, work: Work, on_cpu: bool) -> Figure:
@@ -240,7 +214,3 @@ def _while_loading(shape: Shape, libraries: float) -> Figure:
 def _weights_note(shape: Shape) -> str:
     tied = "head and embedding are one" if shape.tied else "head and embedding"
     return f"{shape.parameters / 1e6:,.0f} M parameters, {shape.dtype}, {tied}"
-
-
-def _batches_note(work: Work) -> str:
-    return f"{work.rows} rows of {work.tokens} tokens, {math.ceil(work.rows / work.batch_rows)} batches"

@@ -30,29 +30,19 @@ SHARE = 0.75
 
 @dataclass(frozen=True)
 class Run:
-    """A model of a few blocks, measured.
-
-    Attributes:
-        rows, seconds: rows per timed call, and the seconds of each.
-        peak: bytes while ``rows`` were scored: resident in the process, or allocated on the GPU.
-        fewer_rows, fewer_peak: the same for a call with fewer rows, which gives the bytes per row.
-        full_peak: the same for a full batch; None if that would take too long.
-        libraries: bytes of the process before the model was built; 0 on a GPU.
-        start_seconds: from the start of the process to that moment.
-        load_seconds: to build the model and read its weights; None if they are random.
-    """
+    """A model of a few blocks, measured. Peaks are bytes resident in the process, or allocated on the GPU."""
 
     blocks: int
-    rows: int
-    seconds: tuple[float, ...]
-    peak: int
+    rows: int  # per timed call
+    seconds: tuple[float, ...]  # of each call
+    peak: int  # while ``rows`` were scored
     fewer_rows: int
-    fewer_peak: int
-    full_peak: int | None
+    fewer_peak: int  # with these, which gives the bytes per row
+    full_peak: int | None  # with a full batch; None if that would take too long
     weight_bytes: int
-    libraries: int
-    start_seconds: float
-    load_seconds: float | None
+    libraries: int  # bytes before the model was built; 0 on a GPU
+    start_seconds: float  # from the start of the process to that moment
+    load_seconds: float | None  # to build the model and read its weights; None if they are random
 
 
 def measure(

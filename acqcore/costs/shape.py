@@ -15,45 +15,25 @@ from acqcore.students.student import Student
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a causal language model.
+    """Sizes of a causal language model."""
 
-    Attributes:
-        name: class of the model.
-        dtype: of the weights, as they will be held.
-        stored_dtype: of the weights, as the configuration says they are stored.
-        blocks: transformer blocks of the trunk.
-        kinds: number of different blocks, by parameters and kind of attention.
-        hidden: D.
-        vocabulary: V.
-        widest: longest side of a weight matrix in a block, usually the MLP's inner width.
-        heads: attention heads of a block.
-        attention: transformers' implementation; ``eager`` holds the scores ``[B, heads, T, T]``.
-        max_tokens: most tokens a row may have, or None.
-        parameters: all of them, a tied head counted once.
-        block_parameters: those in the blocks.
-        weight_bytes: of the parameters in ``dtype``.
-        stored_bytes: of the parameters in ``stored_dtype``.
-        head_bytes: of the head's weight.
-        tied: the head's weight is the input embedding's.
-    """
-
-    name: str
-    dtype: str
-    stored_dtype: str
+    name: str  # class of the model
+    dtype: str  # of the weights, as they will be held
+    stored_dtype: str  # of the weights, as the configuration says they are stored
     blocks: int
-    kinds: int
-    hidden: int
-    vocabulary: int
-    widest: int
-    heads: int
-    attention: str
-    max_tokens: int | None
-    parameters: int
+    kinds: int  # number of different blocks, by parameters and kind of attention
+    hidden: int  # D
+    vocabulary: int  # V
+    widest: int  # longest side of a weight matrix in a block, usually the MLP's inner width
+    heads: int  # attention heads of a block
+    attention: str  # transformers' implementation; "eager" holds the scores [B, heads, T, T]
+    max_tokens: int | None  # per row
+    parameters: int  # a tied head counted once
     block_parameters: int
-    weight_bytes: int
-    stored_bytes: int
+    weight_bytes: int  # in ``dtype``
+    stored_bytes: int  # in ``stored_dtype``
     head_bytes: int
-    tied: bool
+    tied: bool  # the head's weight is the input embedding's
 
 
 def read_config(source: str | os.PathLike[str]) -> Any:

@@ -14,7 +14,6 @@ from acqcore.acquisitions import DrawOptions, GradientNeed, ProbeNeed
 from acqcore.costs.shape import Shape
 from acqcore.gradients.epig import EpigReference
 from acqcore.gradients.reference import Reference
-from acqcore.literals import Layers, Parameters
 from acqcore.scoring.plan import Plan
 from acqcore.selection.diversity import Archive
 
@@ -30,19 +29,11 @@ STAND_INS: Objects = {
 
 @dataclass(frozen=True)
 class Work:
-    """Rows to score, all of one length, and what is asked of them.
-
-    Attributes:
-        rows: how many.
-        tokens: T, of each row.
-        scored: of a row's tokens, at most T - 1.
-        batch_tokens: maximum padded tokens per forward; a longer row gets its own batch.
-        acquisitions, arguments: as in :func:`acqcore.score`.
-    """
+    """Rows to score, all of one length, and what is asked of them."""
 
     rows: int
-    tokens: int
-    scored: int
+    tokens: int  # T, of each row
+    scored: int  # of a row's tokens, at most T - 1
     batch_tokens: int
     acquisitions: tuple[str, ...]
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -98,7 +89,7 @@ class Work:
     @property
     def fewest_blocks(self) -> int:
         """Blocks that a model must have for the request, which may name the last n."""
-        named = [n.parameters if isinstance(n, GradientNeed) else n.layers for n in _trunk_needs(self.plan)]
+        named = [getattr(need, "parameters", getattr(need, "layers", None)) for need in self.plan.needs]
         return max([1, *(n for n in named if isinstance(n, int))])
 
     @property
@@ -113,10 +104,6 @@ def with_objects(acquisitions: Sequence[str], arguments: Mapping[str, Any], obje
     for name in set(acquisitions) & set(objects):
         filled[name] = {**{key: make() for key, make in objects[name].items()}, **filled.get(name, {})}
     return filled
-
-
-def _trunk_needs(plan: Plan) -> list[DrawOptions | GradientNeed | ProbeNeed]:
-    return [need for need in plan.needs if isinstance(need, DrawOptions | GradientNeed | ProbeNeed)]
 
 
 @dataclass(frozen=True)
@@ -152,7 +139,7 @@ def passes(shape: Shape, work: Work) -> Passes:
     kept = 0
     for predicted in (False, True):
         needs = [n for n in plan.needs if isinstance(n, GradientNeed) and n.predicted == predicted]
-        depths = {n: _depth(n.parameters, shape) for n in needs}
+        depths = {n: 0 if n.parameters == "head" else _blocks(n.parameters, shape) for n in needs}
         deepest = max(depths.values(), default=0)
         trunk += (deepest + sum(depths.values())) / shape.blocks
         head += 2 * (deepest > 0)
@@ -175,11 +162,6 @@ def passes(shape: Shape, work: Work) -> Passes:
     return Passes(trunk, head, kept)
 
 
-def _blocks(layers: Layers | None, shape: Shape) -> int:
-    """Blocks in which something is perturbed."""
-    return layers if isinstance(layers, int) else shape.blocks
-
-
-def _depth(parameters: Parameters, shape: Shape) -> int:
-    """Blocks that a gradient reaches."""
-    return parameters if isinstance(parameters, int) else 0 if parameters == "head" else shape.blocks
+def _blocks(last: int | str | None, shape: Shape) -> int:
+    """The last n blocks, or all."""
+    return last if isinstance(last, int) else shape.blocks

@@ -7,6 +7,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -97,27 +98,27 @@ def _run(request: _Request, folder: Path, print_table: Print) -> int:
     request.fetch(folder)
     pool = request.read()
     signal = request.signal_of(pool)
-    among = request.candidates(pool, signal)
-    picked = request.pick(pool, signal, among)
-    chosen = [pool.indices[i] for i in picked]
-    rank = {index: place for place, index in enumerate(chosen, 1)}
-    extra: dict[int, dict[str, Any]] = {index: {_RANK: place} for index, place in rank.items()}
-    if signal is not None and options.student is not None:
-        for i, index in zip(picked, chosen, strict=True):
-            extra[index] = {options.signal: float(signal[i]), **extra[index]}
-    _write(options.out, request.data, pool, extra)
+    picked = request.pick(pool, signal, request.candidates(pool, signal))
+    extra: dict[int, dict[str, Any]] = {}
+    for place, i in enumerate(picked, 1):
+        value = {} if signal is None or options.student is None else {options.signal: float(signal[i])}
+        extra[pool.indices[i]] = {**value, _RANK: place}
+    number = [] if "row" in pool.columns else ["row"]
+    rows = [{**dict.fromkeys(number, i), **pool.records[i].values, **extra[i]} for i in sorted(extra)]
+    write_rows(options.out, rows, [*number, *pool.columns, *next(iter(extra.values()))], request.data)
     request.report(pool, signal, picked, print_table)
     return 0
 
 
+@dataclass
 class _Pool:
     """The rows of the data; ``indices`` are those that can be chosen, and ``rows`` their tokens."""
 
-    def __init__(self, records: list[Record], columns: list[str]) -> None:
-        self.records, self.columns = records, columns
-        self.errors: dict[int, str] = {}
-        self.indices: list[int] = []
-        self.rows: list[Row] = []
+    records: list[Record]
+    columns: list[str]
+    errors: dict[int, str] = field(default_factory=dict)
+    indices: list[int] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
 
 
 class _Request:
@@ -218,7 +219,7 @@ class _Request:
         columns = data_files.choose_columns(
             present, options.prompt_column, options.completion_column, options.text_column
         )
-        pool.columns, self.shown = present, list(columns)[-1]
+        self.shown = list(columns)[-1]
         self.student = load_student(options.student, options.dtype, options.device)
         vocab_size = self.student.head.vocab_size
         rows = encode_records(pool.records, columns, self.student, vocab_size, options.max_length, pool.errors)
@@ -302,13 +303,3 @@ class _Request:
                 ("row", options.signal, self.shown),
                 [(str(i), f"{value:.4g}", shorten(pool.records[i].values[self.shown])) for i, value in first],
             )
-
-
-def _write(out: Path, source: Path, pool: _Pool, extra: dict[int, dict[str, Any]]) -> None:
-    """Write the chosen rows with what is added to them."""
-    number = [] if "row" in pool.columns else ["row"]
-    rows = [
-        {**({"row": index} if number else {}), **pool.records[index].values, **extra[index]} for index in sorted(extra)
-    ]
-    columns = [*number, *pool.columns, *(column for column in next(iter(extra.values())))]
-    write_rows(out, rows, columns, source)

@@ -37,21 +37,13 @@ class Record:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive rows of a file, scored, retried and written together.
+    """Consecutive rows of a file, scored, retried and written together."""
 
-    Attributes:
-        index: of the block.
-        start: its first row, from 0.
-        rows: number of rows.
-        line: its first line (jsonl) or row, from 1.
-        offset: its first byte, for jsonl and csv.
-    """
-
-    index: int
-    start: int
+    index: int  # of the block
+    start: int  # its first row, from 0
     rows: int
-    line: int
-    offset: int
+    line: int  # its first line (jsonl) or row, from 1
+    offset: int  # its first byte, for jsonl and csv
 
 
 def located(path: Path, line: int, message: str) -> str:
@@ -211,7 +203,7 @@ def read_object(line: bytes | str) -> dict[str, Any]:
         ValueError: says what is wrong.
     """
     try:
-        values = json.loads(line, parse_int=_integer)
+        values = json.loads(line, parse_int=lambda digits: int(digits) if len(digits) <= _DIGITS else digits)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} (column {error.colno})") from None
     except UnicodeDecodeError as error:
@@ -224,10 +216,6 @@ def read_object(line: bytes | str) -> dict[str, Any]:
     if sum(map(line.count, signs)) > _DEEPEST and _depth(values) > _DEEPEST:  # type: ignore[arg-type]
         raise ValueError(f"nested deeper than {_DEEPEST} levels")
     return values
-
-
-def _integer(digits: str) -> int | str:
-    return int(digits) if len(digits) <= _DIGITS else digits
 
 
 def _depth(value: Any) -> int:

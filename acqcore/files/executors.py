@@ -85,29 +85,21 @@ class Accelerate:
         scorer = BlockScorer(dataclasses.replace(job, device=job.device or str(self._state.device)))
         for block in own:
             scorer.complete(block, on_rows)
-            others = _count_finished(scorer.parts, others, on_rows) if self.reports else others
+            if self.reports:  # counts the blocks that other processes have finished
+                left = [block for block in others if not scorer.parts.finished(block.index)]
+                on_rows(sum(block.rows for block in others) - sum(block.rows for block in left))
+                others = left
         self._state.wait_for_everyone()
         on_rows(sum(block.rows for block in others))
         self._state.destroy_process_group()
-
-
-def _count_finished(parts: Parts, blocks: Sequence[Block], on_rows: Callable[[int], None]) -> list[Block]:
-    """Counts the blocks that other processes have finished, and returns the rest."""
-    left = [block for block in blocks if not parts.finished(block.index)]
-    on_rows(sum(block.rows for block in blocks) - sum(block.rows for block in left))
-    return left
 
 
 class Ray:
     """A pool of Ray actors with a student each, and a GPU each if the cluster has any and the device is not the CPU.
 
     Actors read and write their blocks themselves, so data, output and a local student must be on shared storage. A dead
-    actor is restarted, and its block resumes after the last finished batch.
-
-    Args:
-        workers: number of actors; by default one per GPU of the cluster, or without GPUs its cores divided by the
-            threads of this process.
-        address: of a running cluster; by default ``RAY_ADDRESS``, else a cluster is started.
+    actor is restarted, and its block resumes after the last finished batch. By default there is one per GPU, or without
+    GPUs cores divided by the threads of this process, in the cluster at ``RAY_ADDRESS`` or else one that is started.
     """
 
     reports = True
@@ -174,11 +166,8 @@ class _Actor:
 
 @contextlib.contextmanager
 def _connected(address: str | None, folder: Path) -> Iterator[None]:
-    """A connection to Ray: an existing one, to ``address``, or to a cluster that is started and stopped again.
-
-    Args:
-        folder: a folder without Python modules: Ray puts the current folder first on its workers' paths.
-    """
+    """A connection to Ray: an existing one, to ``address``, or to a cluster that is started and stopped again. In
+    ``folder`` there are no Python modules: Ray puts the current folder first on its workers' paths."""
     import ray
     import ray.data
 

@@ -18,10 +18,6 @@ def is_name(data: Path) -> bool:
 def export(data: Path, config: str | None, split: str, folder: Path) -> Path:
     """The rows of a split as a parquet file in ``folder``, which appears atomically and is made once.
 
-    Args:
-        data: ``org/name``, or a folder that ``datasets.load_dataset`` reads.
-        config: configuration of the data set, or None for its only one.
-
     Raises:
         ModuleNotFoundError: datasets is not installed.
         ValueError, OSError: the data set, its configuration or its split cannot be loaded.

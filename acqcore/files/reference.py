@@ -6,7 +6,7 @@ import argparse
 import json
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from acqcore import checks
 from acqcore.files import data as data_files
@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="F", help="file to write")
     parser.add_argument(
         "--parameters",
-        type=_parameters,
+        type=lambda text: int(text) if text.isdecimal() else text,
         default="all",
         metavar="P",
         help="all, trainable, head, or a number: that many of the last blocks (default: all)",
@@ -32,10 +32,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", choices=get_args(Loss), default="mean", help="of a sample's tokens (default: mean)")
     parser.add_argument("--dim", type=int, default=4096, metavar="N", help="length of a sketch (default: 4096)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sketch (default: 0)")
-
-
-def _parameters(text: str) -> str | int:
-    return int(text) if text.isdecimal() else text
 
 
 def run(options: argparse.Namespace) -> int:
@@ -53,7 +49,11 @@ def run(options: argparse.Namespace) -> int:
         checks.installed("pyarrow", "parquet", "train")
     _, present = data_files.scan(options.data, _BLOCK_ROWS, options.limit)
     columns = data_files.choose_columns(present, options.prompt_column, options.completion_column, options.text_column)
-    samples = _samples(options.data, options.limit, columns)
+    samples = []
+    for record in islice(data_files.records(options.data), options.limit):
+        if message := record_error(record, columns):
+            raise ValueError(data_files.located(options.data, record.line, message))
+        samples.append(sample_of(record, columns))
     reference = influence_reference(
         load_student(options.student, options.dtype, options.device), samples,
         parameters=options.parameters, dim=options.dim, seed=options.seed, loss=options.loss,
@@ -65,12 +65,3 @@ def run(options: argparse.Namespace) -> int:
         f"influence --acquisition-args '{json.dumps({'influence': {'reference': str(options.out)}})}'"
     )
     return 0
-
-
-def _samples(data: Path, limit: int | None, columns: dict[str, str]) -> list[dict[str, Any]]:
-    samples = []
-    for record in islice(data_files.records(data), limit):
-        if message := record_error(record, columns):
-            raise ValueError(data_files.located(data, record.line, message))
-        samples.append(sample_of(record, columns))
-    return samples

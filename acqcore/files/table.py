@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,20 +38,16 @@ def write_block(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], source: Path) -> None:
-    """Write rows as one file that appears atomically.
+    """Write rows as one file that appears atomically; raises ModuleNotFoundError for parquet without pyarrow.
 
-    Args:
-        rows: column -> value; a jsonl keeps a missing column missing, the others leave its cell empty.
-        columns: all of them, in order.
-        source: the file that the rows come from; a parquet's types are kept in a parquet.
-
-    Raises:
-        ModuleNotFoundError: parquet without pyarrow.
+    A jsonl keeps a missing column missing, the others leave its cell empty. Types of a parquet ``source``, which the
+    rows come from, are kept in a parquet.
     """
     with atomically(path) as temporary:
         if path.suffix == ".parquet":
-            types = _types(source, columns)
-            _write_parquet(temporary, {name: _arrow([row.get(name) for row in rows], kind) for name, kind in types})
+            types = _types(source)
+            cells = {name: [row.get(name) for row in rows] for name in columns}
+            _write_parquet(temporary, {name: _arrow(values, types.get(name)) for name, values in cells.items()})
             return
         with temporary.open("w", newline="", encoding="utf-8") as file:
             if path.suffix == ".csv":
@@ -67,15 +63,14 @@ def _write_parquet(path: Path, columns: Mapping[str, Any]) -> None:
     pyarrow.parquet.write_table(pyarrow.table({_text(name): column for name, column in columns.items()}), path)
 
 
-def _types(source: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Each column with its type in a parquet file; None for a type that its values decide."""
-    known = {}
-    if source.suffix == ".parquet":
-        import pyarrow.parquet
+def _types(source: Path) -> dict[str, Any]:
+    """The columns' types in a parquet file; of other files values decide."""
+    if source.suffix != ".parquet":
+        return {}
+    import pyarrow.parquet
 
-        schema = pyarrow.parquet.read_schema(source)
-        known = dict(zip(schema.names, schema.types, strict=True))
-    return ((name, known.get(name)) for name in columns)
+    schema = pyarrow.parquet.read_schema(source)
+    return dict(zip(schema.names, schema.types, strict=True))
 
 
 def _write_lines(file: TextIO, suffix: str, table: Mapping[str, Sequence[Any]]) -> None:

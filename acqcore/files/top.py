@@ -12,13 +12,10 @@ from typing import Any
 
 
 def keep_top(blocks: Sequence[Path], k: int, name: str, columns: Sequence[str], folder: Path) -> list[Path]:
-    """Parts in ``folder`` with the ``k`` rows of the largest values of acquisition ``name``, in input order.
+    """Parts in ``folder`` with the ``k`` rows of the largest values of acquisition ``name``, in the order of the
+    ``blocks``, which ``write_block`` wrote.
 
     Of equal values the first rows are kept; rows without a value never are. Memory holds ``k`` values and one block.
-
-    Args:
-        blocks: parts that ``write_block`` wrote, in order.
-        columns: of the parts.
     """
 
     def values() -> Iterator[tuple[float, int, int]]:

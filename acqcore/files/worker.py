@@ -37,28 +37,18 @@ _PAUSE_S = 1.0  # before a retry, as a file server or a full GPU may recover
 
 @dataclass(frozen=True)
 class Job:
-    """The request, sent to every process that scores.
+    """The request, sent to every process that scores."""
 
-    Attributes:
-        student: hub id, or absolute path.
-        data, out: absolute paths.
-        columns: column of the data -> key of a sample.
-        kept: every column of the data, in order.
-        keep_tokens: whether values of single tokens are written too.
-        dtype: a name in ``DTYPES``; None keeps the stored one.
-        device: None for the CPU.
-    """
-
-    student: str
-    data: Path
-    out: Path
-    columns: Mapping[str, str]
+    student: str  # hub id, or absolute path
+    data: Path  # absolute
+    out: Path  # absolute
+    columns: Mapping[str, str]  # column of the data -> key of a sample
     plan: Plan
     max_length: int | None
-    dtype: str | None
-    device: str | None
-    kept: Sequence[str] = ()
-    keep_tokens: bool = False
+    dtype: str | None  # a name in ``DTYPES``; None keeps the stored one
+    device: str | None  # None for the CPU
+    kept: Sequence[str] = ()  # every column of the data, in order
+    keep_tokens: bool = False  # whether values of single tokens are written too
 
     @property
     def of_tokens(self) -> list[str]:
@@ -99,28 +89,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Report:
-    """Summary of a finished block.
-
-    Attributes:
-        rows, valid: number of rows, and of those with a value of every acquisition.
-        errors: line (or row) in the data and message, for rows that could not be scored.
-        stats: acquisition -> sum, minimum and maximum over valid rows; empty if there are none.
-        top: rows with the largest values of the first acquisition: value, row of the data from 0, text.
-        new_rows, new_tokens: scored since the last interruption.
-        started, ended: seconds since the epoch.
-        worker: host and process.
-    """
+    """Summary of a finished block."""
 
     rows: int
-    valid: int
-    errors: list[tuple[int, str]]
-    stats: dict[str, tuple[float, float, float]]
-    top: list[tuple[float, int, str]]
-    new_rows: int
+    valid: int  # rows with a value of every acquisition
+    errors: list[tuple[int, str]]  # line (or row) in the data and message, for rows that could not be scored
+    stats: dict[str, tuple[float, float, float]]  # acquisition -> sum, minimum, maximum over valid rows, if any
+    top: list[tuple[float, int, str]]  # the largest of the first acquisition: value, row of the data from 0, text
+    new_rows: int  # scored since the last interruption
     new_tokens: int
-    started: float
+    started: float  # seconds since the epoch
     ended: float
-    worker: str
+    worker: str  # host and process
 
 
 class BlockScorer:

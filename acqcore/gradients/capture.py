@@ -56,14 +56,6 @@ class Capture:
         names: parameter -> name.
         tied: names of head weights among them: an embedding's rows and the head's add up.
         sites: modules whose outputs dropout acts on.
-
-    Attributes:
-        modules: of the student, in its order.
-        owners: module -> attribute -> name of the selected parameters that it owns.
-        half: whether the student has parameters in half precision.
-        used: names of parameters that have a gradient, more than rounding.
-        by_autograd: parameter -> name, where autograd itself gives the gradient; batches are then of one sample.
-        forms: module -> the forms in which it takes and gives samples.
     """
 
     def __init__(
@@ -78,6 +70,7 @@ class Capture:
         self._sites = list(sites)
         self.names = names
         self.modules = [] if student._module is None else list(student._module.modules())
+        #: Module -> attribute -> name of the selected parameters that it owns.
         self.owners: dict[nn.Module, dict[str, str]] = {}
         for module in self.modules:
             own = {key: names[p] for key, p in module._parameters.items() if p is not None and p in names}
@@ -85,9 +78,10 @@ class Capture:
                 self.owners[module] = own
         parameters = [p for module in self.modules for p in module._parameters.values() if p is not None]
         self.half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters)
-        self.used: set[str] = set()
+        self.used: set[str] = set()  # names of parameters that have a gradient, more than rounding
+        #: Parameter -> name, where autograd itself gives the gradient; batches are then of one sample.
         self.by_autograd: dict[torch.Tensor, str] = {}
-        self.forms: dict[nn.Module, set[tuple[str, str]]] = {}
+        self.forms: dict[nn.Module, set[tuple[str, str]]] = {}  # in which modules take and give samples
         self._failed: set[str] | None = None  # names that fit no rule, while the probe runs
         # Of a forward.
         self._active = False
@@ -211,8 +205,13 @@ class Capture:
             with streamed(whole, receive):
                 self._recomputing = True
                 try:
-                    inputs = [self._leaf, *whole]
-                    torch.autograd.backward(hidden, gradient.to(hidden.dtype), retain_graph=not last, inputs=inputs)
+                    torch.autograd.grad(
+                        hidden,
+                        [self._leaf, *whole],
+                        gradient.to(hidden.dtype),
+                        retain_graph=not last,
+                        allow_unused=True,
+                    )
                 except (torch.OutOfMemoryError, ValueError, OneByOne):
                     raise
                 except Exception as error:  # of the student's own backward
@@ -228,21 +227,22 @@ class Capture:
     def _after_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> torch.Tensor | None:
-        names = {key: name for key, name in self.owners[module].items() if self._captured(name)}
+        probing = self._failed is not None
+        left_out = () if probing else self.by_autograd.values()
+        names = {key: name for key, name in self.owners[module].items() if name not in left_out}
         if not names:
             return None
         if not self._active:
             return self._tapped_again(output)
-        probing = self._failed is not None
         try:
             call = ModuleCall(module, names, args, kwargs, output, *self._shape)
         except Uncovered as error:
-            if self._failed is None and self._shape[0] > 1:
+            if self._failed is not None:
+                self._failed.update(names.values())
+                return None
+            if self._shape[0] > 1:
                 raise OneByOne from error
-            if self._failed is None:
-                raise
-            self._failed.update(names.values())
-            return None
+            raise
         # A batch must not tell its samples apart by a shape that the module's calls in the probe did not have: as many
         # tokens may be routed to an expert as there are samples.
         if self._shape[0] > 1 and not probing and call.forms not in self.forms.get(module, ()):
@@ -283,9 +283,6 @@ class Capture:
 
     def _taken(self, name: str) -> bool:
         return any(taker.takes(name) for taker in self._of_parameters)
-
-    def _captured(self, name: str) -> bool:
-        return self._failed is not None or name not in self.by_autograd.values()
 
     def _after_backward(self, calls: list[ModuleCall], gradient: torch.Tensor) -> None:
         call = calls.pop() if self._last else calls[0]  # the last backward frees the module's input

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
 from acqcore.gradients.need import ProbeNeed
+from acqcore.gradients.saved import Saved
 from acqcore.gradients.selection import same_student, select_linear, shapes_of
 from acqcore.literals import Layers
 from acqcore.students.student import Student
 
 
 @dataclass(frozen=True, eq=False)
-class EpigReference:
+class EpigReference(Saved):
     """Sketched gradients of a reference set under random cotangents; made by :func:`epig_reference`.
 
     Attributes:
@@ -25,6 +25,9 @@ class EpigReference:
         layers, seed: of the gradients.
         shapes: name -> shape of each weight the gradients are taken in.
     """
+
+    maker: ClassVar[str] = "epig_reference"
+    written_by: ClassVar[str] = "EpigReference.save"
 
     sketches: torch.Tensor
     layers: Layers
@@ -35,22 +38,6 @@ class EpigReference:
     def dim(self) -> int:
         """Length of a sketch."""
         return self.sketches.shape[2]
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the reference to a file, for ``acqcore score --acquisition-args``."""
-        torch.save({field.name: getattr(self, field.name) for field in fields(self)}, path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> EpigReference:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            OSError: the file cannot be read. ValueError: it is not a saved reference.
-        """
-        try:
-            return cls(**torch.load(path, weights_only=True))
-        except (TypeError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
-            raise ValueError(f"reference: expected a file from EpigReference.save, got {os.fspath(path)}") from error
 
     def check(self, student: Student) -> None:
         """Raise ValueError if the reference was made with another student (names what differs)."""

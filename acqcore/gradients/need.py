@@ -44,6 +44,7 @@ class GradientNeed:
         checks.literal("loss", self.loss, Loss)
         if self.dim is not None:
             checks.positive_int("dim", self.dim)
+        checks.seed(self.seed)
 
     @property
     def shape(self) -> tuple[int, ...]:

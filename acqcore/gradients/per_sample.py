@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,9 +43,6 @@ from acqcore.students.student import Student
 
 class SampleGradients:
     """Gradients of a student's samples.
-
-    Args:
-        needs: at least one.
 
     Raises:
         ValueError: parameters that the student does not have, or whose gradient is not known; layers likewise.
@@ -180,17 +177,23 @@ class SampleGradients:
     ) -> dict[ProbeNeed, Any]:
         """Of random cotangents, in a backward each."""
         carried = head_pass.fisher_grads(max(need.probes for need in needs), needs[0].seed)
-        found: dict[ProbeNeed, list[torch.Tensor]] = {need: [] for need in needs if need.of != "marginals"}
+        # Needs that differ in the number of probes alone share the squares of those that both have.
+        widest = {_but_probes(need): need for need in sorted(needs, key=lambda need: need.probes)}
+        measured = list(widest.values())
+        found: dict[ProbeNeed, list[torch.Tensor]] = {need: [] for need in measured if need.of != "marginals"}
         marginals = {
             need: Marginals(head_pass, self._linear[need.layers].names.values())
-            for need in needs
+            for need in measured
             if need.of == "marginals"
         }
         for k, gradient in enumerate(carried.gradients):
-            asked = [need for need in needs if k < need.probes]
+            asked = [need for need in measured if k < need.probes]
             of_weights = {need: self._weights_measure(need, head_pass) for need in asked if need.of == "weights"}
             sites = {need: self._sites.get(need, {}) for need in asked if need.of == "sites"}
-            of_sites = {need: SiteSquares(head_pass, modules, self._counted(need)) for need, modules in sites.items()}
+            of_sites = {
+                need: SiteSquares(head_pass, modules, self._first if need.positions == "completion" else None)
+                for need, modules in sites.items()
+            }
             if any(need.layers != 0 for need in asked):
                 whole = spread(gradient, hidden, positions)
                 takers: list[PieceTaker] = [*of_weights.values(), *(marginals[n] for n in asked if n in marginals)]
@@ -199,26 +202,23 @@ class SampleGradients:
                 if need.layers == 0:
                     squares.add_rows(head_pass.hidden, gradient, need.dropout)
                 found[need].append(squares.values)
-            for need, measured in of_weights.items():
-                found[need].append(measured.measure.values)
+            for need, measure in of_weights.items():
+                found[need].append(measure.measure.values)
         excess = head_pass.excess(carried).cpu()
         counts = torch.tensor(head_pass.counts, dtype=torch.float64)[:, None]
         of_probes = {need: torch.stack(values, dim=1).cpu() for need, values in found.items()}
-        values: dict[ProbeNeed, Any] = {
-            need: controlled(values / counts, excess[:, : need.probes])
-            if need.dim is None
-            else values / counts.sqrt()[:, :, None]
-            for need, values in of_probes.items()
-        }
-        for need, measure in marginals.items():
-            values[need] = {
-                name: (rows / need.probes, columns / need.probes) for name, (rows, columns) in measure.found.items()
-            }
+        values: dict[ProbeNeed, Any] = {}
+        for need in needs:
+            if need in marginals:
+                sums = marginals[need].found.items()
+                values[need] = {name: (rows / need.probes, columns / need.probes) for name, (rows, columns) in sums}
+                continue
+            first = of_probes[widest[_but_probes(need)]][:, : need.probes]
+            if need.dim is None:
+                values[need] = controlled(first / counts, excess[:, : need.probes])
+            else:
+                values[need] = first / counts.sqrt()[:, :, None]
         return values
-
-    def _counted(self, need: ProbeNeed) -> torch.Tensor | None:
-        """Of each sample the first token whose activations count, ``[B]``; None where all do."""
-        return self._first if need.positions == "completion" else None
 
     def _backward(
         self,
@@ -270,6 +270,11 @@ def controlled(
         return squares
     others = (squares.sum(dim=1, keepdim=True) - squares) / (probes - 1)
     return squares - others * excess
+
+
+def _but_probes(need: ProbeNeed) -> ProbeNeed:
+    """Equal for needs that differ in the number of probes alone; marginals are added up over theirs."""
+    return need if need.of == "marginals" else replace(need, probes=1)
 
 
 _Key = tuple[Parameters, int | None, int]

@@ -10,14 +10,14 @@ Sources: Pruthi et al. 2020 (TracIn, one checkpoint); Xia et al. 2024 (LESS: cos
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
 from acqcore import checks
+from acqcore.gradients.saved import Saved
 from acqcore.gradients.selection import same_student, select_parameters, shapes_of
 from acqcore.head import Head
 from acqcore.literals import Loss, Parameters, Similarity
@@ -29,7 +29,7 @@ _DAMPING = 0.1
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
+class Reference(Saved):
     """The mean gradient of a reference set, sketched; made by :func:`acqcore.influence_reference`.
 
     Attributes:
@@ -39,6 +39,9 @@ class Reference:
         shapes: name -> shape of each parameter the gradient is taken in; ``head`` is the last layer.
         second_moments: ``[dim]`` float32, of the preconditioner, or None.
     """
+
+    maker: ClassVar[str] = "influence_reference"
+    written_by: ClassVar[str] = "Reference.save or 'acqcore reference'"
 
     mean: torch.Tensor
     n: int
@@ -83,30 +86,8 @@ class Reference:
         length = x.norm(dim=1) * mean.norm()
         return (dot / length.where(length != 0, 1.0)).float()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the reference to a file, for ``acqcore score --acquisition-args``."""
-        torch.save({field.name: getattr(self, field.name) for field in fields(self)}, path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Reference:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            OSError: the file cannot be read. ValueError: it is not a saved reference.
-        """
-        try:
-            return cls(**torch.load(path, weights_only=True))
-        except (TypeError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
-            raise ValueError(
-                f"reference: expected a file from Reference.save or 'acqcore reference', got {os.fspath(path)}"
-            ) from error
-
     def check(self, student: Student, head: Head) -> None:
-        """Compare the parameters with a student's.
-
-        Raises:
-            ValueError: the reference was made with another student (names what differs).
-        """
+        """Raise ValueError if the reference was made with another student (names what differs)."""
         same_student(self.shapes, parameter_shapes(student, head, self.parameters))
 
 

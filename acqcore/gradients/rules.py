@@ -28,15 +28,10 @@ class ModuleCall:
     """One call of a module that owns selected parameters.
 
     Args:
-        module: the module.
-        names: its own selected parameters, attribute -> name in the model.
-        args, kwargs: of the call; its first tensor is the input.
-        output: of the call.
+        names: the module's own selected parameters, attribute -> name in the model.
+        args, kwargs, output: of the call; the first tensor is the input.
         batch, length: of the token ids. A tensor has a :func:`form` that tells its samples apart; all that a module
             gets of a batch of one belongs to that sample.
-
-    Attributes:
-        forms: of input and output.
 
     Raises:
         Uncovered: the module fits no rule (names the parameter).
@@ -106,10 +101,9 @@ class ModuleCall:
         gradient: torch.Tensor,  # [B, T, out]
         value: torch.Tensor,  # [B, T, in]
     ) -> dict[str, GradPiece]:
-        pieces: dict[str, GradPiece] = {}
-        for key in self.names:
-            pieces[key] = OuterGrad(gradient, value) if key == "weight" else DenseGrad(gradient.sum(1))
-        return pieces
+        return {
+            key: OuterGrad(gradient, value) if key == "weight" else DenseGrad(gradient.sum(1)) for key in self.names
+        }
 
     def _embedding(
         self,

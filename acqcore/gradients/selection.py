@@ -16,15 +16,10 @@ from acqcore.students.student import Student
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The parameters that a gradient is taken in.
+    """The parameters that a gradient is taken in."""
 
-    Attributes:
-        names: parameter -> name; the head's only if the trunk owns it too (tied to the embedding).
-        head: name of the head's weight, None if it is not selected. Its bias comes with it.
-    """
-
-    names: Mapping[torch.Tensor, str]
-    head: str | None
+    names: Mapping[torch.Tensor, str]  # of the head only if the trunk owns it too (tied to the embedding)
+    head: str | None  # name of the head's weight, None if it is not selected; its bias comes with it
 
 
 def select_parameters(student: Student, head: Head, parameters: str | int) -> Selection:

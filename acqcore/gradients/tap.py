@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,22 +45,21 @@ class Tap(torch.autograd.Function):
 def streamed(
     parameters: Collection[torch.Tensor], receive: Callable[[torch.Tensor, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Context in which gradients of leaves go to ``receive`` one by one; ``grad`` is restored on exit.
+    """Context in which ``torch.autograd.grad`` hands each leaf's gradient to ``receive`` and keeps none of them.
 
-    Hooks of others that wait for an accumulated gradient are off: an optimizer in the backward would take a step.
+    Other hooks on the leaves are off. Those that wait for an accumulated gradient, as of DeepSpeed, DDP and optimizers
+    that step in the backward, never run under ``torch.autograd.grad``.
     """
-    kept = [(parameter, parameter.grad, parameter._post_accumulate_grad_hooks) for parameter in parameters]
 
-    def arrived(parameter: torch.Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        receive(parameter, gradient)
+    def arrived(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        receive(parameter, gradient.detach())
+        return gradient.new_zeros(()).expand(gradient.shape)  # takes no memory
 
     with ExitStack() as stack:
-        for parameter, gradient, hooks in kept:
-            parameter.grad = None
-            parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]  # torch's own initial value
-            stack.callback(setattr, parameter, "grad", gradient)
-            stack.callback(setattr, parameter, "_post_accumulate_grad_hooks", hooks)
-            stack.callback(parameter.register_post_accumulate_grad_hook(arrived).remove)
+        for parameter in parameters:
+            hooks = parameter._backward_hooks
+            if hooks:
+                stack.callback(hooks.update, dict(hooks))
+                hooks.clear()
+            stack.callback(parameter.register_hook(partial(arrived, parameter)).remove)
         yield

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 
 from acqcore import checks
+from acqcore.backends import backends
+from acqcore.defaults import standard_defaults
 from acqcore.literals import Reduction
 from acqcore.progress import Progress
 from acqcore.scores import Scores
 from acqcore.scoring.plan import AcquisitionArgs, Plan
 from acqcore.students.samples import Sample, Samples
-from acqcore.students.student import Student, StudentLike, as_student
+from acqcore.students.student import StudentLike, as_student
 
 
+@standard_defaults()
 def score(
     student: StudentLike,
     samples: Samples,
@@ -94,19 +97,6 @@ def score(
         acquisitions, acquisition_args,
         reduction=reduction, topk=topk, batch_tokens=batch_tokens, backend=backend,
     )  # fmt: skip
-    return _score(plan, student, samples, tokenizer, max_length, keep_tokens, progress, errors)
-
-
-def _score(
-    plan: Plan,
-    student: StudentLike,
-    samples: Samples,
-    tokenizer: Any,
-    max_length: int | None,
-    keep_tokens: bool,
-    progress: bool | None,
-    errors: dict[int, str] | None,
-) -> Scores:
     runner = plan.runner(student)
     with runner.student.in_step():
         rows = runner.encode(samples, tokenizer, max_length, errors)
@@ -136,6 +126,27 @@ def _score(
     return Scores(dict(zip(plan.names, values, strict=True)), n_tokens, valid, tokens if keep_tokens else None, stderr)
 
 
+def check_request(
+    acquisitions: str | Sequence[str],
+    acquisition_args: AcquisitionArgs | None = None,
+    *,
+    reduction: Reduction = "mean",
+    batch_tokens: int = 8192,
+    backend: str | None = None,
+    device: str | None = None,
+) -> None:
+    """Check arguments of :func:`score` before there is a student, and the device that it is to be loaded on.
+
+    Raises:
+        TypeError, ValueError: an argument that :func:`score` would refuse for any student; a device that this machine
+            does not have.
+    """
+    Plan.of(acquisitions, acquisition_args, reduction=reduction, batch_tokens=batch_tokens)
+    checks.device("device", device)
+    if backend is not None:
+        checks.one_of("backend", backend, [info.name for info in backends()])
+
+
 def score_stream(
     student: StudentLike,
     samples: Iterable[Sample],
@@ -163,17 +174,16 @@ def score_stream(
     """
     checks.positive_int("chunk", chunk)
     Plan.of(acquisitions, options.get("acquisition_args")).sample_by_sample("use acqcore.score")
-    return _stream(as_student(student), iter(samples), acquisitions, chunk, options)
+    loaded, left = as_student(student), iter(samples)
 
+    def chunks() -> Iterator[Scores]:
+        start = 0
+        while held := list(islice(left, chunk)):
+            try:
+                scores = score(loaded, held, acquisitions, **options)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"chunk from sample {start}: {error}") from error
+            start += len(held)
+            yield scores
 
-def _stream(
-    student: Student, samples: Iterator[Sample], acquisitions: str | Sequence[str], chunk: int, options: dict[str, Any]
-) -> Iterator[Scores]:
-    start = 0
-    while held := list(islice(samples, chunk)):
-        try:
-            scores = score(student, held, acquisitions, **options)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"chunk from sample {start}: {error}") from error
-        start += len(held)
-        yield scores
+    return chunks()

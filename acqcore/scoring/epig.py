@@ -8,18 +8,19 @@ import torch
 
 from acqcore import checks
 from acqcore.acquisitions import LinearOptions
-from acqcore.acquisitions.epig import EpigOptions, epig as epig_of, needs as needs_of
+from acqcore.acquisitions.epig import EpigOptions
 from acqcore.acquisitions.needs import WEIGHT_VARIANCE
+from acqcore.defaults import standard_defaults
 from acqcore.gradients.epig import EpigReference, sketch_needs
-from acqcore.gradients.need import ProbeNeed
 from acqcore.gradients.selection import select_linear, shapes_of
 from acqcore.literals import Layers
-from acqcore.scoring.collect import check_reference_set, collect
-from acqcore.scoring.run import Found, Runner
+from acqcore.scoring.api import score
+from acqcore.scoring.run import Runner, check_reference_set
 from acqcore.students.samples import Samples
 from acqcore.students.student import StudentLike
 
 
+@standard_defaults()
 def epig_reference(
     student: StudentLike,
     samples: Samples,
@@ -53,12 +54,16 @@ def epig_reference(
     checks.positive_int("dim", dim)
     needs = sketch_needs(layers, probes, seed, dim, seed)
     runner = Runner(student, needs, batch_tokens, backend)
-    sketches = _sketches(runner, needs, samples, tokenizer, max_length)  # [n, 2, P, dim]
+    sketches = runner.collect(
+        samples, tokenizer, max_length, (2, probes, dim),
+        lambda found: torch.stack([found.results[need] for need in needs], dim=1),
+    )  # [n, 2, P, dim]  # fmt: skip
     check_reference_set(sketches)
     shapes = shapes_of(select_linear(runner.student, layers))
     return EpigReference(sketches.transpose(0, 1).flatten(1, 2), layers, seed, shapes)
 
 
+@standard_defaults()
 def epig(
     student: StudentLike,
     samples: Samples,
@@ -90,21 +95,10 @@ def epig(
         TypeError: reference is not an EpigReference. ValueError: it was made with another student (names what differs).
             Otherwise as :func:`acqcore.score`.
     """
+    checks.instance("reference", reference, EpigReference, "what acqcore.epig_reference gives")
     options = EpigOptions(reference, variance, probes)
-    runner = Runner(student, needs_of(options), batch_tokens, backend)
-    reference.check(runner.student)
-    sketches = _sketches(runner, needs_of(options), samples, tokenizer, max_length)  # [n, 2, P, dim]
-    return epig_of(sketches[:, 0], sketches[:, 1], options).float()
-
-
-def _sketches(
-    runner: Runner, needs: tuple[ProbeNeed, ProbeNeed], samples: Samples, tokenizer: Any, max_length: int | None
-) -> torch.Tensor:
-    """``[n, 2, P, dim]`` float32."""
-    assert needs[0].dim is not None
-
-    def of_batch(found: Found) -> torch.Tensor:
-        return torch.stack([found.results[need] for need in needs], dim=1)
-
-    shape = (2, needs[0].probes, needs[0].dim)
-    return collect(runner, samples, tokenizer, max_length, shape, of_batch)
+    scores = score(
+        student, samples, "epig", acquisition_args={"epig": options}, tokenizer=tokenizer, batch_tokens=batch_tokens,
+        max_length=max_length, backend=backend, progress=False,
+    )  # fmt: skip
+    return scores["epig"]

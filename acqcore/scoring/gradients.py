@@ -8,14 +8,13 @@ import torch
 
 from acqcore import checks, head_grad
 from acqcore.acquisitions import LinearOptions
-from acqcore.acquisitions.influence import InfluenceOptions
+from acqcore.acquisitions.influence import InfluenceOptions, sketch
 from acqcore.gradients.laplace import LaplacePosterior
 from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.gradients.reference import Reference, parameter_shapes
 from acqcore.head import Head
 from acqcore.literals import Layers, Loss, Parameters, Similarity
-from acqcore.scoring.collect import check_reference_set, collect
-from acqcore.scoring.run import Runner
+from acqcore.scoring.run import Runner, check_reference_set
 from acqcore.students.samples import Samples
 from acqcore.students.student import StudentLike
 
@@ -57,7 +56,7 @@ def grad_norm(
             the head, or of a large module other than linear layers and embeddings (fused experts).
     """
     need = GradientNeed(parameters, loss, predicted)
-    return _of_samples(Runner(student, (need,), batch_tokens, backend), samples, tokenizer, max_length, need)
+    return _of_samples(need, Runner(student, (need,), batch_tokens, backend), samples, tokenizer, max_length)
 
 
 @overload
@@ -117,7 +116,6 @@ def student_grad_sketch(
     dim: int = 4096,
     seed: int = 0,
     loss: Loss = "mean",
-    predicted: bool = False,
     tokenizer: Any = None,
     batch_tokens: int = 8192,
     max_length: int | None = None,
@@ -131,8 +129,7 @@ def student_grad_sketch(
     hashed entry by entry.
 
     Args:
-        student, samples, parameters, loss, predicted, tokenizer, batch_tokens, max_length, backend: as in
-            :func:`grad_norm`.
+        student, samples, parameters, loss, tokenizer, batch_tokens, max_length, backend: as in :func:`grad_norm`.
         dim: length of a sketch.
         seed: of the signs.
 
@@ -142,8 +139,8 @@ def student_grad_sketch(
     Raises: as :func:`grad_norm`; ValueError for dim < 1.
     """
     checks.positive_int("dim", dim)
-    need = GradientNeed(parameters, loss, predicted, dim, seed)
-    return _of_samples(Runner(student, (need,), batch_tokens, backend), samples, tokenizer, max_length, need)
+    need = GradientNeed(parameters, loss, dim=dim, seed=seed)
+    return _of_samples(need, Runner(student, (need,), batch_tokens, backend), samples, tokenizer, max_length)
 
 
 def badge_embedding(
@@ -176,10 +173,9 @@ def badge_embedding(
     Source: Ash et al. 2020, "Deep batch active learning by diverse, uncertain gradient lower bounds", with each token a
     label of its own.
     """
-    return student_grad_sketch(
-        student, samples, parameters, dim=dim, seed=seed, loss=loss, predicted=True, tokenizer=tokenizer,
-        batch_tokens=batch_tokens, max_length=max_length, backend=backend,
-    )  # fmt: skip
+    checks.positive_int("dim", dim)
+    need = GradientNeed(parameters, loss, True, dim, seed)
+    return _of_samples(need, Runner(student, (need,), batch_tokens, backend), samples, tokenizer, max_length)
 
 
 def influence_reference(
@@ -230,7 +226,7 @@ def influence_reference(
         checks.one_of("precondition", precondition, ("reference",))
     need = GradientNeed(parameters, loss, dim=dim, seed=seed)
     runner = Runner(student, (need,), batch_tokens, backend)
-    sketches = _of_samples(runner, samples, tokenizer, max_length, need)
+    sketches = _of_samples(need, runner, samples, tokenizer, max_length)
     check_reference_set(sketches)
     if not bool(sketches.any()):
         raise ValueError("samples: expected a reference set with a gradient, all of its gradients are zero")
@@ -272,10 +268,10 @@ def influence(
             unknown similarity. Otherwise as :func:`acqcore.grad_sketch`.
     """
     options = InfluenceOptions(reference, similarity)
-    need = GradientNeed(reference.parameters, reference.loss, dim=reference.dim, seed=reference.seed)
+    need = sketch(options)
     runner = Runner(student, (need,), batch_tokens, backend)
     options.check(runner.student, runner.head)
-    return reference.similarity(_of_samples(runner, samples, tokenizer, max_length, need), similarity)
+    return reference.similarity(_of_samples(need, runner, samples, tokenizer, max_length), similarity)
 
 
 def laplace_posterior(
@@ -332,7 +328,7 @@ def laplace_posterior(
 
 
 def _of_samples(
-    runner: Runner, samples: Samples, tokenizer: Any, max_length: int | None, need: GradientNeed
+    need: GradientNeed, runner: Runner, samples: Samples, tokenizer: Any, max_length: int | None
 ) -> torch.Tensor:
     """The need's values for all samples, ``[n]`` or ``[n, dim]``."""
-    return collect(runner, samples, tokenizer, max_length, need.shape, lambda found: found.results[need])
+    return runner.collect(samples, tokenizer, max_length, need.shape, lambda found: found.results[need])

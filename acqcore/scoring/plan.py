@@ -23,7 +23,7 @@ AcquisitionArgs: TypeAlias = Mapping[str, Mapping[str, Any] | Options]
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class Scored:
     """Finished samples: ``indices`` into the rows, values of A acquisitions in float32 on the CPU.
 
     Acquisitions over sets have no values yet: ``sketches`` holds what they need of the samples.
@@ -130,12 +130,12 @@ class Plan:
             options.check(runner.student, runner.head)
         return runner
 
-    def batches(self, runner: Runner, rows: Sequence[Row], done: Collection[int] = ()) -> Iterator[Batch]:
+    def batches(self, runner: Runner, rows: Sequence[Row], done: Collection[int] = ()) -> Iterator[Scored]:
         """Values of each batch of :meth:`Runner.batches`."""
         for found in runner.batches(rows, done):
-            yield self._batch(found)
+            yield self._scored(found)
 
-    def _batch(self, found: Found) -> Batch:
+    def _scored(self, found: Found) -> Scored:
         counts = found.counts
         columns: dict[str, torch.Tensor] = {}
         stderr: dict[str, torch.Tensor] = {}
@@ -163,7 +163,7 @@ class Plan:
                 for sample, piece in zip(tokens, _finish(entry, column).split(counts), strict=True):
                     sample[entry.name] = piece
         sketches = {need: found.results[need] for need in self.set_needs}
-        return Batch(found.indices, values, tokens, sketches, stderr, found.n_input_tokens)
+        return Scored(found.indices, values, tokens, sketches, stderr, found.n_input_tokens)
 
     def _of_averages(
         self,

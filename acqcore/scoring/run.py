@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,19 +29,12 @@ PROBED_ROWS = 4
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The results of a batch.
+    """The results of a batch."""
 
-    Attributes:
-        indices: of its samples among the rows.
-        counts: scored tokens of each sample; their sum is N.
-        results: need -> RowStats or BayesStats of the N tokens, SampleBatch, or values of the samples.
-        n_input_tokens: of the samples, without padding.
-    """
-
-    indices: list[int]
-    counts: list[int]
-    results: Mapping[Need, Any]
-    n_input_tokens: int
+    indices: list[int]  # of its samples among the rows
+    counts: list[int]  # scored tokens of each sample; their sum is N
+    results: Mapping[Need, Any]  # RowStats or BayesStats of the N tokens, SampleBatch, or values of the samples
+    n_input_tokens: int  # of the samples, without padding
 
 
 class Runner:
@@ -77,6 +70,22 @@ class Runner:
         vocab_size, limit = self.head.vocab_size, self.student.max_length
         return encode(samples, tokenizer, vocab_size=vocab_size, limit=limit, max_length=max_length, errors=errors)
 
+    def collect(
+        self,
+        samples: Samples,
+        tokenizer: Any,
+        max_length: int | None,
+        shape: tuple[int, ...],
+        value: Callable[[Found], torch.Tensor],
+    ) -> torch.Tensor:
+        """``value [B, *shape]`` of every batch, in the order of the samples, ``[n, *shape]`` float32 on the CPU."""
+        with self.student.in_step():
+            rows = self.encode(samples, tokenizer, max_length)
+            values = torch.zeros(len(rows), *shape)
+            for found in self.batches(rows):
+                values[found.indices] = value(found).float()
+        return values
+
     def batches(self, rows: Sequence[Row], done: Collection[int] = ()) -> Iterator[Found]:
         """Batches of ``rows`` as they finish; rows with nothing to score are left out.
 
@@ -87,9 +96,8 @@ class Runner:
         lengths = [len(rows[i].ids) for i in scored]
         overhead = OVERHEAD_TOKENS.get(self.student.device.type, OVERHEAD_TOKENS["cuda"])
         if scored and self._gradients is not None:
-            self._gradients.prepare(
-                Batch.of([rows[i] for i in (scored * 2)[: max(2, min(PROBED_ROWS, len(scored)))]]).input_ids
-            )
+            probed = (scored * 2)[: max(2, min(PROBED_ROWS, len(scored)))]
+            self._gradients.prepare(Batch.of([rows[i] for i in probed]).input_ids)
         groups = self.student.length_groups(lengths)
         for picked in partition(lengths, self._batch_tokens, overhead, groups):
             indices = [scored[i] for i in picked]
@@ -166,3 +174,14 @@ class Runner:
         loss = "mean" if gradients is None else gradients.loss
         keys, places = (value.to(hidden.device) for value in batch.keys_and_places)
         return HeadPass(hidden, head, stats, batch.bounds, loss, self._backend, keys, places, visited)
+
+
+def check_reference_set(
+    gradients: torch.Tensor,  # [n, ...]
+) -> None:
+    """Raise ValueError unless there is a sample and each one's gradient is finite (names the first that is not)."""
+    if not len(gradients):
+        raise ValueError("samples: expected at least one reference sample, got none")
+    bad = ~gradients.isfinite().flatten(1).all(dim=1)
+    if bool(bad.any()):
+        raise ValueError(f"samples[{int(bad.nonzero()[0])}]: expected a finite gradient, got NaN or infinity")

@@ -23,9 +23,11 @@ from typing import Any
 import torch
 
 from acqcore import checks
+from acqcore.defaults import standard_defaults
 from acqcore.selection.subsets import pivoted_cholesky
 
 
+@standard_defaults()
 @torch.no_grad()
 def gradient_diversity(vectors: torch.Tensor, *, ridge: float = 0.01, ordered: bool = False) -> torch.Tensor:
     """Gain of each vector over the rest of its batch, ``log(1 + r_i)`` nats.
@@ -62,6 +64,7 @@ def gradient_diversity(vectors: torch.Tensor, *, ridge: float = 0.01, ordered: b
     return _gain(ridge * leverage / (1 - leverage), vectors)
 
 
+@standard_defaults()
 @torch.no_grad()
 def vendi_score(vectors: torch.Tensor) -> torch.Tensor:
     """Effective number of different directions: exp of the entropy of the eigenvalues of ``K / n``.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from acqcore import checks
+from acqcore.defaults import standard_defaults
 from acqcore.literals import Method
 from acqcore.scores import Scores
 
@@ -22,6 +23,7 @@ _KEPT_ELEMENTS = 1 << 26
 _REFRESH = 8
 
 
+@standard_defaults()
 @torch.no_grad()
 def select(
     candidates: torch.Tensor | Scores,

@@ -31,13 +31,15 @@ def label_trust(
         ``[n]`` float32 on the device of the vectors. With one class only, 0 everywhere.
 
     Raises:
-        TypeError: vectors that are not floating point. ValueError: a wrong shape, a vector that is not finite, labels
-            of another length or dtype.
+        TypeError: vectors that are not floating point, labels that are no tensor. ValueError: a wrong shape, a vector
+            that is not finite, labels of another length or dtype.
 
     Source: the leave-one-out identity is Allen's PRESS (1974); out-of-sample predictions as the test of a label,
     Northcutt, Jiang & Chuang 2021 (confident learning).
     """
     checks.vectors("vectors", vectors)
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"labels: expected int64 [{len(vectors)}], got {checks.describe(labels)}")
     if labels.dtype != torch.int64 or labels.shape != vectors.shape[:1]:
         raise ValueError(f"labels: expected int64 [{len(vectors)}], got {checks.describe(labels)}")
     x = vectors.double()

@@ -39,14 +39,7 @@ _VERIFIED: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
 class CausalLM:
-    """The hidden states and the head of a model.
-
-    Args:
-        model: as :meth:`acqcore.Student.from_model` takes it.
-
-    Raises:
-        TypeError: a module without a configuration or an output embedding. ValueError: an encoder-decoder.
-    """
+    """The hidden states and the head of a model; raises as :meth:`acqcore.Student.from_model`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
@@ -77,13 +70,8 @@ class CausalLM:
         self,
         input_ids: torch.Tensor,  # [B, T] int64
     ) -> torch.Tensor:
-        """What enters the output embedding, ``[B, T, D]``.
-
-        Raises:
-            ValueError: the output embedding is not called exactly once.
-        """
-        # One column stands for the logits, which the model may scale or cap.
-        return self._run(input_ids, lambda hidden: hidden[..., :1])[0]
+        """What enters the output embedding, ``[B, T, D]``."""
+        return self._run(input_ids)[0]
 
     def continued(
         self,
@@ -91,9 +79,7 @@ class CausalLM:
         cache: Any,
     ) -> tuple[torch.Tensor, Any]:
         """The same for tokens that follow those of ``cache``, None for none, and the cache after them."""
-        hidden, output = self._run(
-            input_ids, lambda hidden: hidden[..., :1], {"use_cache": True, str(self.cache): cache}
-        )
+        hidden, output = self._run(input_ids, options={"use_cache": True, str(self.cache): cache})
         return hidden, getattr(output, str(self.cache))
 
     def logits(
@@ -143,7 +129,14 @@ class CausalLM:
             columns = torch.arange(len(head.weight), device=known.device) + head.vocab_start
         given = known[columns % len(known)]  # [v]
         ids = torch.arange(4, device=next(self._model.parameters()).device)[None] % self.token_ids
-        output = self._first_run(ids, lambda hidden: given.to(hidden.device).expand(*hidden.shape[:-1], -1))
+        try:
+            output = self._run(ids, lambda hidden: given.to(hidden.device).expand(*hidden.shape[:-1], -1))[1]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as cause:  # of the model's own code
+            if isinstance(cause, ValueError) and str(cause).startswith("model: "):
+                raise
+            raise ValueError(f"model: {self.name} does not run on token ids alone: {cause}") from cause
         logits = self._whole(gathered(output.logits), head)  # [1, 4, V]
         refused = ValueError(
             f"model: {self.name} changes the logits of its output embedding by more than a scale and a softcap; "
@@ -170,9 +163,7 @@ class CausalLM:
         if self._model in _VERIFIED:
             return
         head = self.head()
-        ids = (
-            torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) * max(1, self.token_ids // 7) % self.token_ids
-        )  # differ at the end
+        ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]]) * max(1, self.token_ids // 7) % self.token_ids
         ids = ids.to(next(self._model.parameters()).device)
         with torch.no_grad():
             own = self._whole(self.logits(ids), head)
@@ -200,25 +191,6 @@ class CausalLM:
             raise ValueError(f"model: expected a causal language model, in {self.name} a token sees those after it")
         _VERIFIED[self._model] = True
 
-    def _first_run(
-        self,
-        input_ids: torch.Tensor,  # [B, T] int64
-        give: Callable[[torch.Tensor], torch.Tensor],
-    ) -> Any:
-        """The model's output.
-
-        Raises:
-            ValueError: the model does not run on token ids alone.
-        """
-        try:
-            return self._run(input_ids, give)[1]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # of the model's own code
-            if isinstance(error, ValueError) and str(error).startswith("model: "):
-                raise
-            raise ValueError(f"model: {self.name} does not run on token ids alone: {error}") from error
-
     def _check_product(
         self,
         hidden: torch.Tensor,  # [B, T, D]
@@ -243,10 +215,15 @@ class CausalLM:
     def _run(
         self,
         input_ids: torch.Tensor,  # [B, T] int64
-        give: Callable[[torch.Tensor], torch.Tensor],
+        give: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden[..., :1],
         options: Mapping[str, Any] | None = None,
     ) -> tuple[torch.Tensor, Any]:
-        """What enters the output embedding, and the model's output where that gives ``give(hidden)``."""
+        """What enters the output embedding, and the model's output where that gives ``give(hidden)``: one column in
+        place of the logits, which the model may scale or cap.
+
+        Raises:
+            ValueError: the output embedding is not called exactly once.
+        """
         seen: list[torch.Tensor] = []
 
         def keep(hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

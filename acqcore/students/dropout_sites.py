@@ -15,26 +15,21 @@ from acqcore.students.student import Student
 class DropoutSites:
     """Modules whose outputs dropout acts on.
 
-    Attributes:
-        sites: number, module and dropout probability of each. Numbers count over the whole model, so a block has the
-            same masks whatever ``layers`` is.
-        before: the blocks in front of the first site.
+    Numbers count over the whole model, so a block has the same masks whatever ``layers`` is.
     """
 
-    sites: tuple[tuple[int, nn.Module, float], ...]
-    before: tuple[nn.Module, ...]
+    sites: tuple[tuple[int, nn.Module, float], ...]  # number, module and dropout probability of each
+    before: tuple[nn.Module, ...]  # the blocks in front of the first site
 
     @classmethod
     def of(cls, student: Student, layers: Layers, dropout: float) -> DropoutSites:
         """The sites of the last n blocks, of all (``"all"``), or the student's ``nn.Dropout`` modules (``"own"``).
 
-        Args:
-            dropout: probability p for blocks; ignored by ``"own"``, whose modules have rates of their own. Functional
-                dropout, such as that of attention weights in transformers, stays off.
+        ``dropout`` is the probability p for blocks; the modules of ``"own"`` have rates of their own. Functional
+        dropout, such as that of attention weights in transformers, stays off.
 
         Raises:
-            ValueError: a trunk without blocks, fewer blocks than asked for, a block whose branches are not modules of
-                its own, no dropout layer of the student's own.
+            ValueError: fewer blocks than asked for, a block whose branches are no modules, no dropout layer.
         """
         if layers == "own":
             modules = student.trunk.modules() if isinstance(student.trunk, nn.Module) else ()
@@ -49,11 +44,6 @@ class DropoutSites:
         assert isinstance(count, int)
         checks.enough_blocks("layers", count, len(blocks))
         first = len(blocks) - count
-        number = 0
-        sites: list[tuple[int, nn.Module, float]] = []
-        for i, branches in enumerate(student.branches):
-            for branch in branches:
-                number += 1
-                if i >= first:
-                    sites.append((number, branch, dropout))
+        of_blocks = [(i, branch) for i, branches in enumerate(student.branches) for branch in branches]
+        sites = ((number, branch, dropout) for number, (i, branch) in enumerate(of_blocks, 1) if i >= first)
         return cls(tuple(sites), tuple(blocks[:first]))

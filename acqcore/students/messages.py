@@ -43,22 +43,22 @@ def text_of(index: int, key: str, value: object) -> str:
     """A string; of a number what is written. A csv file cannot tell 5 from "5", so no other source does.
 
     Raises:
-        TypeError: anything else.
-        ValueError: a string with a lone surrogate, which is no text.
+        TypeError: anything else. ValueError: as :func:`sound`.
     """
     if isinstance(value, numbers.Number) and not isinstance(value, bool) and _is_finite(value):
-        value = str(value)
+        try:
+            value = str(value)
+        except ValueError as error:  # Python writes integers of 4,300 digits at most
+            raise ValueError(f"samples[{index}]: {key}: {error}") from None
     if not isinstance(value, str):
-        raise TypeError(f"samples[{index}]: {key}: expected a string, got {_missing(value)}")
+        empty = value is None or (isinstance(value, float) and math.isnan(value))
+        got = "no value" if empty else checks.describe(value)
+        raise TypeError(f"samples[{index}]: {key}: expected a string, got {got}")
     return sound(index, key, value)
 
 
 def sound(index: int, key: str, text: str) -> str:
-    """The text.
-
-    Raises:
-        ValueError: it has a lone surrogate.
-    """
+    """The text; raises ValueError for a lone surrogate, which is no text."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -166,13 +166,8 @@ def _joined(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
 def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except (TypeError, OverflowError):  # complex numbers; integers beyond floats
+    except (TypeError, OverflowError, ValueError):  # complex numbers; integers beyond floats; a signaling NaN
         return isinstance(value, int)
-
-
-def _missing(value: object) -> str:
-    empty = value is None or (isinstance(value, float) and math.isnan(value))
-    return "no value" if empty else checks.describe(value)
 
 
 def template_options(index: int, sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from acqcore import checks
+from acqcore.defaults import standard_defaults
 from acqcore.students.messages import (
     common_length,
     generated,
@@ -79,6 +80,7 @@ class _Text:
     generated: list[int] | None = None  # of each token 1 if the template marks it as the assistant's
 
 
+@standard_defaults()
 def encode(
     samples: Samples,
     tokenizer: Any,
@@ -156,12 +158,12 @@ def _kind(index: int, sample: object) -> tuple[str, ...]:
     """The keys that make a sample's kind; none for a string."""
     if isinstance(sample, str):
         return ()
+    got = checks.describe(sample)
     if isinstance(sample, Mapping):
         if (kind := kind_of(sample)) is not None:
             return kind
-        keys = ", ".join(repr(key) for key in sample)
-        raise TypeError(f"samples[{index}]: expected {EXPECTED}, got a mapping with keys {keys}")
-    raise TypeError(f"samples[{index}]: expected {EXPECTED}, got {checks.describe(sample)}")
+        got = f"a mapping with keys {', '.join(map(repr, sample))}"
+    raise TypeError(f"samples[{index}]: expected {EXPECTED}, got {got}")
 
 
 def _texts(samples: list[Sample], tokenizer: Any, errors: dict[int, str] | None) -> list[_Text]:
@@ -175,9 +177,7 @@ def _texts(samples: list[Sample], tokenizer: Any, errors: dict[int, str] | None)
     first = next((kind for kind in kinds if kind is not None), None)
     texts = []
     for i, (sample, kind) in enumerate(zip(samples, kinds, strict=True)):
-        text = None
-        if kind is not None:
-            text = _attempt(i, errors, _text, i, sample, kind, first, tokenizer)
+        text = None if kind is None else _attempt(i, errors, _text, i, sample, kind, first, tokenizer)
         texts.append(text or _Text("", 0, False))
     return texts
 
@@ -258,22 +258,27 @@ def _alone(index: int, text: _Text, tokenizer: Any) -> Row:
 
 def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
     """Rows of ``texts``, which all have special tokens or none has."""
-    options = {
-        "add_special_tokens": not texts[0].has_special_tokens,
-        "return_attention_mask": False,
-        "verbose": False,
-    }
+    add = not texts[0].has_special_tokens
+    options = {"add_special_tokens": add, "return_attention_mask": False, "verbose": False}
     whole = [text.text for text in texts]
     if getattr(tokenizer, "is_fast", False):
         batch = tokenizer(whole, return_offsets_mapping=True, **options)
         contexts = [text.boundary for text in texts]
-        starts: Iterable[int] = map(_start_by_offsets, batch["offset_mapping"], contexts)
+        # The first token whose span ends after the context; for plain text, the first.
+        starts: Iterable[int] = (
+            next((i for i, (_, end) in enumerate(offsets) if end > context), len(offsets))
+            for offsets, context in zip(batch["offset_mapping"], contexts, strict=True)
+        )
     else:
         batch = tokenizer(whole, **options)
         # Without offsets: the ids that the whole text shares with its context.
         alone = tokenizer([text.text[: text.boundary] for text in texts], **options)["input_ids"]
         starts = map(common_length, batch["input_ids"], alone)
-    rows = [_row(torch.tensor(ids), start) for ids, start in zip(batch["input_ids"], starts, strict=True)]
+    rows = []
+    for ids, start in zip(map(torch.tensor, batch["input_ids"]), starts, strict=True):
+        targets = ids.clone()
+        targets[: max(start, 1)] = checks.IGNORE_INDEX  # nothing predicts the very first
+        rows.append(Row(ids, targets))
     if any(len(ids) > 1 and (ids[0] == ids[1] or ids[-1] == ids[-2]) for ids in batch["input_ids"]):
         added = tokenizer([""], **options)["input_ids"][0]
         rows = [_once(row, added, tokenizer) for row in rows]
@@ -304,24 +309,6 @@ def _marked(row: Row, text: _Text) -> Row:
         return row
     marks = torch.tensor(text.generated, dtype=torch.bool)
     return Row(row.ids, row.targets.masked_fill(~marks, checks.IGNORE_INDEX))
-
-
-def _start_by_offsets(offsets: Sequence[tuple[int, int]], boundary: int) -> int:
-    """Index of the first token whose span ends after ``boundary``; for plain text, 0."""
-    for position, (_, end) in enumerate(offsets):
-        if end > boundary:
-            return position
-    return len(offsets)
-
-
-def _row(
-    ids: torch.Tensor,  # [T] int64
-    start: int,
-) -> Row:
-    """The row whose tokens from ``start`` on are scored, except the very first, which nothing predicts."""
-    targets = ids.clone()
-    targets[: max(start, 1)] = checks.IGNORE_INDEX
-    return Row(ids, targets)
 
 
 def _truncate(row: Row, max_length: int) -> Row:

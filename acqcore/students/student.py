@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 
 from acqcore import checks
+from acqcore.defaults import standard_defaults
 from acqcore.head import Head
 from acqcore.students import prompts
 from acqcore.students.blocks import Blocks
@@ -57,6 +58,7 @@ class Student:
         self._lengths = Lengths(self._module)
 
     @classmethod
+    @standard_defaults()
     def from_model(cls, model: torch.nn.Module, *, tokenizer: Any = None, verify: bool = True) -> Student:
         """The student inside a transformers causal language model, or a PEFT model around one.
 

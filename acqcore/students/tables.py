@@ -37,14 +37,18 @@ def listed(samples: Any) -> list[Any]:
         if kind is None:
             expected = ", or ".join(" and ".join(kind) for kind in KINDS)
             raise TypeError(f"samples: expected columns {expected}, got {', '.join(map(str, columns))}")
-        keys = [*kind, *(key for key in BESIDE if key in columns)]
-        return _rows({key: _list(key, samples[key]) for key in keys})
-    if not isinstance(samples, Sequence):  # an array or a column of strings: of NumPy, pandas, polars, Arrow
-        method = next((name for name in _LISTING if hasattr(samples, name)), None)
-        samples = samples if method is None else getattr(samples, method)()
-    if isinstance(samples, (str, bytes)) or not isinstance(samples, Sequence):
+        found = {key: _list(samples[key]) for key in (*kind, *(key for key in BESIDE if key in columns))}
+        for key, values in found.items():
+            if values is None:
+                raise TypeError(
+                    f"samples: expected a list of values in column {key!r}, got {checks.describe(samples[key])}; a "
+                    "single sample goes into a list"
+                )
+        return _rows(found)
+    values = _list(samples)
+    if values is None:
         raise TypeError(f"samples: expected a list of {EXPECTED}, got {checks.describe(samples)}")
-    return list(samples)
+    return values
 
 
 def plain(value: Any) -> Any:
@@ -68,19 +72,14 @@ def _columns(samples: Any) -> list[Any] | None:
     return None if names is None or not hasattr(samples, "__getitem__") else list(names)
 
 
-def _list(name: str, column: Any) -> list[Any]:
-    for method in _LISTING:
-        if hasattr(column, method):
-            return list(getattr(column, method)())
-    if isinstance(column, (str, bytes)) or not isinstance(column, Sequence):
-        raise TypeError(
-            f"samples: expected a list of values in column {name!r}, got {checks.describe(column)}; a single sample "
-            "goes into a list"
-        )
-    return list(column)
+def _list(values: Any) -> list[Any] | None:
+    """A sequence, an array or a column of NumPy, pandas, polars or Arrow as a list; None for anything else."""
+    method = next((name for name in _LISTING if hasattr(values, name)), None)
+    values = values if method is None else getattr(values, method)()
+    return None if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) else list(values)
 
 
-def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+def _rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"samples: expected columns of one length, got {lengths}")

@@ -8,8 +8,9 @@ draws depend neither on its batch nor on the backend.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,19 +26,8 @@ from acqcore.students.student import Student
 
 
 class TrunkDraws:
-    """Hidden states of K draws under dropout in the trunk.
-
-    Args:
-        student: whose trunk runs.
-        layers: the last n blocks, ``"all"``, or ``"own"``, as in :meth:`DropoutSites.of`.
-        draws: K.
-        dropout: probability p for blocks; ignored by ``"own"``.
-        seed: of the masks.
-        backend: as in :func:`acqcore.row_stats`.
-
-    Raises:
-        ValueError: as :meth:`DropoutSites.of`.
-    """
+    """Hidden states of K draws under dropout in the trunk. Arguments and errors are those of :class:`DrawOptions` and
+    :meth:`DropoutSites.of`."""
 
     def __init__(
         self, student: Student, layers: Layers, draws: int, dropout: float, seed: int, backend: str | None
@@ -96,8 +86,8 @@ class TrunkDraws:
                 for block in self._skipped:
                     stack.enter_context(replaced_forward(block, lambda *_, **__: entering))
             for site, module, p in self._sites:
-                hook = module.register_forward_hook(self._dropping(site, p, samples))
-                stack.callback(hook.remove)
+                drop = partial(self._after_site, site=site, p=p, samples=samples)
+                stack.callback(module.register_forward_hook(drop).remove)
             hidden = self._student.hidden(expanded)
         return hidden.unflatten(0, (self._draws, len(input_ids)))
 
@@ -125,27 +115,20 @@ class TrunkDraws:
             raise ValueError(f"layers: expected a block to give [B, T, ...], got {checks.describe(value)}")
         return with_first(output, value.repeat(self._draws, *[1] * (value.dim() - 1)))
 
-    def _dropping(
+    def _after_site(
         self,
+        module: nn.Module,
+        arguments: Any,
+        output: Any,  # or its first tensor: [K * B, T, D], [K * B * T, D]
+        *,
         site: int,
         p: float,
         samples: torch.Tensor,  # [B]
-    ) -> Callable[..., Any]:
-        def drop(module: nn.Module, arguments: Any, output: Any) -> Any:
-            value = first_tensor(output)
-            if value is None:
-                raise ValueError(f"layers: dropout acts on a tensor, {type(module).__name__} gives none")
-            return with_first(output, self._drop(value, site, p, samples))
-
-        return drop
-
-    def _drop(
-        self,
-        value: torch.Tensor,  # [K * B, T, D]
-        site: int,
-        p: float,
-        samples: torch.Tensor,  # [B]
-    ) -> torch.Tensor:
+    ) -> Any:
+        """The output of a site with the draws' dropout."""
+        value = first_tensor(output)
+        if value is None:
+            raise ValueError(f"layers: dropout acts on a tensor, {type(module).__name__} gives none")
         rows = self._draws * len(samples)
         columns = value.shape[-1]
         # Some models flatten the tokens before their MLP.
@@ -160,7 +143,7 @@ class TrunkDraws:
         backend = select_backend(self._backend, value.device, (value.dtype,), "dropout_mask", shape)
         keep = torch.empty((self._draws, *shape), dtype=torch.bool, device=value.device)
         backend.dropout_mask(dropout, site, keep)
-        return value.where(keep.view(value.shape), 0) / (1 - p)
+        return with_first(output, value.where(keep.view(value.shape), 0).div_(1 - p))
 
 
 class _Found(Exception):  # noqa: N818

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,22 +57,24 @@ class StepClock(TrainerCallback):
         """The reward under its own name, with its seconds counted."""
 
         def function(*args: Any, **columns: Any) -> Any:
-            begin = time.perf_counter()
-            try:
+            with self._counted():
                 return reward(*args, **columns)
-            finally:
-                self.reward_seconds += time.perf_counter() - begin
 
         async def coroutine(*args: Any, **columns: Any) -> Any:
-            begin = time.perf_counter()
-            try:
+            with self._counted():
                 return await reward(*args, **columns)
-            finally:
-                self.reward_seconds += time.perf_counter() - begin
 
         timed: Any = coroutine if is_async_callable(reward) else function
         timed.__name__ = get_callable_name(reward)
         return timed
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.reward_seconds += time.perf_counter() - begin
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self._begin, self.reward_seconds = time.perf_counter(), 0.0
@@ -91,8 +93,7 @@ class StepClock(TrainerCallback):
             logs.update(self._measured)
 
 
-@dataclass(frozen=True)
-class Refresh:
+class Refresh(TrainerCallback):
     """Moves the student behind the reward during training.
 
     Args:
@@ -106,41 +107,34 @@ class Refresh:
         ValueError: every is below 1.
     """
 
-    every: int
-    student: Callable[[int], None]
-    probe: Callable[[], Sequence[float | None]] | None = None
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every: expected at least 1 step, got {self.every}")
-
-
-class Refreshing(TrainerCallback):
-    """Carries out a :class:`Refresh`."""
-
-    def __init__(self, refresh: Refresh) -> None:
-        self.refresh = refresh
+    def __init__(
+        self, every: int, student: Callable[[int], None], probe: Callable[[], Sequence[float | None]] | None = None
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every: expected at least 1 step, got {every}")
+        self.every = every
+        self.student = student
+        self.probe = probe
         self._first: Sequence[float | None] | None = None
         self._moved: dict[str, float] = {}  # for the next log
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        if self.refresh.probe is not None:
-            self._first = self.refresh.probe()
+        if self.probe is not None:
+            self._first = self.probe()
         # A resumed run begins with the student that it had.
-        last = state.global_step - state.global_step % self.refresh.every
+        last = state.global_step - state.global_step % self.every
         if last:
-            self.refresh.student(last)
+            self.student(last)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         step = state.global_step
-        if step % self.refresh.every or step >= state.max_steps:
+        if step % self.every or step >= state.max_steps:
             return
-        probe = self.refresh.probe
-        before = probe() if probe else None
-        self.refresh.student(step)
+        before = self.probe() if self.probe else None
+        self.student(step)
         entry: dict[str, Any] = {"step": step, "student_refreshed": True}
-        if probe and before is not None and self._first is not None:
-            after = probe()
+        if self.probe and before is not None and self._first is not None:
+            after = self.probe()
             entry["staleness"] = rank_correlation(before, after)
             entry["staleness_since_start"] = rank_correlation(self._first, after)
             self._moved = {key: entry[key] for key in ("staleness", "staleness_since_start")}

@@ -150,6 +150,8 @@ class GeneratorConfig(Section):
     """questions to write, of which labelling keeps some; by default the largest of student.rows"""
     candidates: Count = 8
     """completions per prompt that best_of_n and dpo rank"""
+    seeds: Annotated[list[Annotated[int, Field(ge=0, le=10**6)]], Different] = Field(default=[0], min_length=1)
+    """seeds of the generator: each is trained, writes and labels by itself, and student.seeds fit each"""
     options: Options = {}
     """fields of TRL's GRPOConfig or DPOConfig; lora: fields of peft's LoraConfig"""
 
@@ -297,7 +299,7 @@ class Config(Section):
     output: Folder = "acqsynth-output"
     """folder of the run's artefacts"""
     seed: Seed = 0
-    """random seed; fits use student.seeds"""
+    """random seed, from which the generator's seeds count up; fits use student.seeds"""
 
     @model_validator(mode="after")
     def _rounds_and_rows(self) -> Self:

@@ -61,11 +61,8 @@ def evaluate(
     """The most likely answer of the engine's model to each row, judged by the domain.
 
     Args:
-        engine: over the student.
-        domain: asks, reads and judges.
         rows: n rows with the right answer.
         max_tokens: most tokens of an answer, by default the domain's.
-        seed: of the engine.
 
     Raises:
         ValueError: no rows.
@@ -83,8 +80,7 @@ def evaluate_by_likelihood(engine: Any, domain: Domain, rows: Sequence[Sample], 
     """The likeliest label of each row: no answer is outside of the set, and none is lost to another spelling.
 
     Args:
-        engine: over the student; ``transformers``, as it takes the log-probabilities of given texts.
-        domain: asks and judges.
+        engine: ``transformers``, as it takes the log-probabilities of given texts.
         rows: n rows with the right answer.
         labels: different names; of equals the first is taken.
 
@@ -109,7 +105,6 @@ def accuracy_interval(right: Right, *, generators: Sequence[int] | None = None, 
         right: ``[S, N]``, S fits of a student on the same N rows. Of a single fit the interval covers other rows alone.
         generators: of the S fits, the generator that wrote their rows; with ``FEWEST`` or more generators the fits of
             one are a single draw.
-        level: of the interval.
 
     Raises:
         ValueError: right is not a matrix or is empty.
@@ -135,7 +130,6 @@ def change(
         other: ``[S', N]``, of the same rows.
         generators, other_generators: as in :func:`accuracy_interval`.
         learnt: whether ``other`` is a draw of several; False for the base student, of which there is one.
-        level: as there.
 
     Raises:
         ValueError: not matrices over the same rows.
@@ -164,12 +158,7 @@ def holm(p: Sequence[float], alpha: float = 0.05) -> list[bool]:
 
 
 def accuracy_by_skill(right: Right, skills: Sequence[str | None]) -> dict[str, tuple[float, int]]:
-    """Skill -> accuracy over all seeds, and rows; rows without a skill are left out.
-
-    Args:
-        right: ``[S, N]``.
-        skills: of N rows.
-    """
+    """Skill -> accuracy over all seeds of ``right [S, N]``, and rows; rows without a skill are left out."""
     values = _matrix("right", right)
     found = {}
     for skill in sorted({skill for skill in skills if skill is not None}):

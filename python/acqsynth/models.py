@@ -31,12 +31,7 @@ def resolve(name: str) -> str:
         from acqsynth.world import Settings, base_model
 
         return str(base_model(Settings(seed=0 if variant == "base" else int(variant))))
-    if name.startswith((".", "/", "~")):
-        folder = Path(name).expanduser()
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{name} holds no model (no config.json)")
-        return str(folder)
-    return name
+    return str(_folder(name)) if name.startswith((".", "/", "~")) else name
 
 
 def find(name: str) -> None:
@@ -48,9 +43,14 @@ def find(name: str) -> None:
     if name == "smollm2":
         _package_dir()
     elif name.startswith((".", "/", "~")) or Path(name).exists():
-        folder = Path(name).expanduser()
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{name} holds no model (no config.json)")
+        _folder(name)
+
+
+def _folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{name} holds no model (no config.json)")
+    return folder
 
 
 def smollm2_path() -> Path:

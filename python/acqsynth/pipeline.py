@@ -6,7 +6,8 @@
 :mod:`acqsynth.stages` and its arguments, among them the steps whose artefacts it reads. :class:`acqsynth.steps.Store`
 runs a step and all that it reads, and skips what is done.
 
-All arms are fitted from the same student on the same number of rows, with the same options and seeds:
+All arms are fitted from the same student on the same number of rows, with the same options and seeds. Each seed of the
+generator writes, and where it learns is trained, by itself; ``random_real`` draws rows for each.
 
 =================  ====================================================================================================
 ``grpo``, ``dpo``  the recipe's method: the generator learns from the reward, writes questions, the student labels them
@@ -117,7 +118,7 @@ def plan(config: Config) -> Plan:
             sets={key.removeprefix("evaluation-"): (domain, rows / f"{key}.parquet") for key, domain in asked.items()},
         )  # fmt: skip
 
-    def fit(arm: Arm, name: str, student: str, n: int, seed: int) -> Step:
+    def fit(rows_of: list[Step], name: str, student: str, n: int, seed: int) -> Step:
         replay, share = None, config.student.replay
         if share:
             again = config.data.replay
@@ -126,93 +127,96 @@ def plan(config: Config) -> Plan:
         return step(
             "fit", name, fit_student,
             domain=config.domain, student=Model(students[student]), n=n, replay=replay,
-            options=config.student.options, seed=seed, samples=[each / "samples.parquet" for each in arm.rows],
+            options=config.student.options, seed=seed, samples=[each / "samples.parquet" for each in rows_of],
         )  # fmt: skip
 
-    def writing(**changed: Any) -> Writing:
+    def writing(seed: int, **changed: Any) -> Writing:
         asking = Writing(
             scoring(), Model(config.generator.model), config.generator.sampling, config.generator.shown,
-            config.generator.turns, questions, config.seed, rows / "held_out.parquet",
+            config.generator.turns, questions, seed, rows / "held_out.parquet",
         )  # fmt: skip
         return replace(asking, **changed)
 
-    def write(name: str, **more: Any) -> Step:
-        return step("generate", name, write_questions, **({"writing": writing()} | more))
-
-    def label(name: str, written: Step, student: Any = own_student) -> Step:
+    def label(name: str, written: Step, seed: int, student: Any = own_student) -> Step:
         answering = {"majority": student, "teacher": Model(config.labelling.teacher or "")}.get(config.labelling.method)
         return step(
             "label", name, label_questions,
             domain=config.domain, engine=config.engine, labelling=config.labelling, model=answering,
-            samples=written / "samples.parquet", seed=config.seed,
+            samples=written / "samples.parquet", seed=seed,
         )  # fmt: skip
 
-    def train(name: str, i: int, model: Any, student: Any) -> Step:
+    def train(name: str, seed: int, model: Any, student: Any) -> Step:
         generator = config.generator
         drawn = (generator.sampling, generator.candidates) if method == "dpo" else None
         return step(
             "train", name, train_generator,
             scoring=scoring(student), method=method, generator=model, prompts=generator.prompts, shown=generator.shown,
-            turns=generator.turns, candidates=drawn, options=generator.options, seed=config.seed + i,
+            turns=generator.turns, candidates=drawn, options=generator.options, seed=seed,
         )  # fmt: skip
 
-    def taught() -> Arm:
+    def taught(arm: Arm, name: str, seed: int) -> list[Step]:
         """Rounds of generator and student: the student fitted in a round scores and labels the next."""
-        arm = Arm(method)
+        rows_of: list[Step] = []
         model: Any = Model(config.generator.model)
         student: Any = None
         for i in range(config.rounds):
-            name = f"{method}-round-{i + 1}" if config.rounds > 1 else method
-            trained = train(name, i, model, student)
+            of_round = f"{name}-round-{i + 1}" if config.rounds > 1 else name
+            trained = train(of_round, seed + i, model, student)
             model = trained / "model"
             share = _share(questions, i, config.rounds)
-            written = write(
-                name, writing=writing(scoring=scoring(student), generator=model, n=share, seed=config.seed + i)
-            )
-            labelled = label(name, written, own_student if student is None else student)
+            asking = writing(seed + i, scoring=scoring(student), generator=model, n=share)
+            written = step("generate", of_round, write_questions, writing=asking)
+            rows_of.append(label(of_round, written, seed, own_student if student is None else student))
             arm.trained.append(trained)
             arm.written.append(written)
-            arm.labelled.append(labelled)
-            arm.rows.append(labelled)
+            arm.labelled.append(rows_of[-1])
             if i + 1 < config.rounds:
                 so_far = sum(_share(n, j, config.rounds) for j in range(i + 1))
-                student = fit(arm, name, STUDENT, so_far, config.student.seeds[0]) / "model"
-        return arm
+                student = fit(rows_of, of_round, STUDENT, so_far, config.student.seeds[0]) / "model"
+        return rows_of
 
-    def arm(name: str) -> Arm:
-        match name:
+    def rows_for(arm: Arm, name: str, seed: int) -> list[Step]:
+        """The steps that write the rows an arm's fits learn, for one seed of the generator."""
+        match arm.name:
             case "grpo" | "dpo":
-                return taught()
+                return taught(arm, name, seed)
             case "random_real":
-                drawn = step("generate", name, random_rows, real=rows / "real.parquet", n=n, seed=config.seed)
-                return Arm(name, [drawn])
+                return [step("generate", name, random_rows, real=rows / "real.parquet", n=n, seed=seed)]
             case "filtered_real":
-                filtered = step("generate", name, filter_rows, scoring=scoring(), real=rows / "real.parquet", n=n)
-                return Arm(name, [filtered])
+                return [step("generate", arm.name, filter_rows, scoring=scoring(), real=rows / "real.parquet", n=n)]
             case "best_of_n":
-                trained = found.arms[found.main].trained if found.arms else []
+                trained = found.arms[found.main].trained if found.main in found.arms else []
                 spent = trained[0] / "counts.json" if trained else None
                 written = step(
                     "generate", name, select_questions,
-                    writing=writing(), candidates=config.generator.candidates, spent=spent,
+                    writing=writing(seed), candidates=config.generator.candidates, spent=spent,
                 )  # fmt: skip
             case "error_driven":
                 answers = answer("base-held-out", own_student, {"held_out": config.domain})
-                written = write(name, mistakes=answers / "answers-held_out.parquet")
+                mistakes = answers / "answers-held_out.parquet"
+                written = step("generate", name, write_questions, writing=writing(seed), mistakes=mistakes)
             case _:
-                written = write(name)
-        labelled = label(name, written)
-        return Arm(name, [labelled], written=[written], labelled=[labelled])
+                written = step("generate", name, write_questions, writing=writing(seed))
+        arm.written.append(written)
+        arm.labelled.append(label(name, written, seed))
+        return arm.labelled[-1:]
 
     found.base = {name: answer(f"base-{name}", Model(model)) for name, model in students.items()}
     for name in dict.fromkeys((found.main, *config.baselines)):
-        found.arms[name] = made = arm(name)
-        for student in students:
-            for size in config.student.rows:
-                for seed in config.student.seeds:
-                    key = f"{name}-{student}-{size}-s{seed}"
-                    made.fits[student, size, seed] = fitted = fit(made, key, student, size, seed)
-                    made.answers[student, size, seed] = answer(key, fitted / "model")
+        found.arms[name] = arm = Arm(name)
+        for generator in config.generator.seeds:
+            of_generator = f"{name}@{generator}" if generator else name  # no name of a student holds an @
+            learnt = rows_for(arm, of_generator, config.seed + config.rounds * generator)
+            if learnt in arm.rows.values():
+                continue  # the same rows are no second draw
+            arm.rows[generator] = learnt
+            for student in students:
+                for size in config.student.rows:
+                    for seed in config.student.seeds:
+                        key = f"{of_generator}-{student}-{size}-s{seed}"
+                        fitted = fit(learnt, key, student, size, seed)
+                        arm.fits[student, size, generator, seed] = fitted
+                        arm.answers[student, size, generator, seed] = answer(key, fitted / "model")
     if config.evaluation.validity.batches:
         found.validity = step(
             "evaluate", "validity", measure_validity,

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from acqcore import checks
+import acqcore
 from acqsynth import engines, label, models
 from acqsynth.config import Config, ConfigError, OtherSource, RewardConfig, Source, ValidityConfig
 from acqsynth.domains import Domain, domain as find_domain
-from acqsynth.domains.data import is_local
+from acqsynth.domains.base import is_local
 from acqsynth.engines import Sampling
+from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT
 from acqsynth.seeds import BUNDLED, bundled
 
 
@@ -52,6 +53,12 @@ def check(config: Config) -> None:
     _checked("reward", build.check, reward, domain)
     if config.evaluation.validity.batches:
         _checked("evaluation.validity", build.check, validity_reward(reward, config.evaluation.validity), domain)
+    for key, own, others in (
+        ("student.others", STUDENT, student.others),
+        ("evaluation.others", IN_DISTRIBUTION, config.evaluation.others),
+    ):
+        if own in others:
+            raise ConfigError(f"{key}.{own}: expected another name, this one is the recipe's own")
     for name, other in config.evaluation.others.items():
         _checked(f"evaluation.others.{name}", find_domain, other.domain or config.domain)
     for key, source in _sources(config):
@@ -72,7 +79,7 @@ def on_this_machine(config: Config) -> None:
     if engine.name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError('engine.name: vllm is not installed: run pip install "acqcore[vllm]"')
     device = engine.options.get("device")
-    _checked("engine.options", checks.device, "device", None if device is None else str(device))
+    _checked("engine.options", acqcore.check_request, "entropy", device=None if device is None else str(device))
     for key, name in _models(config):
         _checked(key, models.find, name)
     for key, source in _sources(config):
@@ -123,11 +130,11 @@ def _sources(config: Config) -> Iterator[tuple[str, Source]]:
     yield from ((f"evaluation.others.{name}", other) for name, other in config.evaluation.others.items())
 
 
-def _checked(key: str, make: Callable[..., Any], *arguments: Any) -> Any:
+def _checked(key: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """``make(...)``; its errors become ConfigError and name the key."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            return make(*arguments)
+            return make(*arguments, **options)
     except Exception as error:  # libraries raise anything for a wrong value
         told = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, (ValueError, TypeError, OSError, ImportError)):

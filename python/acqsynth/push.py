@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,7 @@ class PushError(Exception):
 
 
 def main(run: Path, to: str, license: str, only: str | None, public: bool) -> int:
-    """Run the command; see :func:`push`.
-
-    Returns:
-        The exit code: 0, or 2 for a run or target that cannot be used.
-    """
+    """Runs the command; returns its exit code, 0, or 2 for a run or target that cannot be used."""
     try:
         for place in push(run, to, license, only=only, public=public):
             print(place)
@@ -98,7 +94,7 @@ def _write_dataset(
     target: Path, run: Path, metrics: Mapping[str, Any], plan: Plan, license: str, repository: str | None
 ) -> None:
     store, arm = Store(run), plan.arms[plan.main]
-    tables = [read_table(store.path(step) / "samples.parquet") for step in arm.rows]
+    tables = [read_table(store.path(step) / "samples.parquet") for steps in arm.rows.values() for step in steps]
     columns = {name: [value for table in tables for value in table[name]] for name in tables[0]}
     (target / "data").mkdir()
     write_table(target / "data" / "train.parquet", columns)
@@ -128,8 +124,8 @@ def _write_model(
     target: Path, run: Path, metrics: Mapping[str, Any], plan: Plan, license: str, repository: str | None
 ) -> None:
     recipe = metrics["recipe"]
-    n, seed = max(recipe["student"]["rows"]), recipe["student"]["seeds"][0]
-    fitted = Store(run).path(plan.arms[plan.main].fits[STUDENT, n, seed]) / "model"
+    n, generator, seed = max(recipe["student"]["rows"]), recipe["generator"]["seeds"][0], recipe["student"]["seeds"][0]
+    fitted = Store(run).path(plan.arms[plan.main].fits[STUDENT, n, generator, seed]) / "model"
     for path in fitted.iterdir():
         if path.is_file() and path.name != "training_args.bin":  # a pickle of this machine's paths
             shutil.copy(path, target)
@@ -201,10 +197,16 @@ def _result(metrics: Mapping[str, Any], main: str) -> list[str]:
     return [
         "## Result",
         "\n".join(f"- {said['text']}" for said in metrics["verdict"]),
-        f"Students of {len(largest['seeds'])} seeds ({', '.join(map(str, largest['seeds']))}), {level} intervals:",
+        f"{len(largest['seeds'])} students of {_seeds(largest['seeds'])}, on rows that {_seeds(largest['generators'])} "
+        f"of the generator gave, {level} intervals:",
         "\n".join(table),
         "\n".join(made_by),
     ]
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    different = list(dict.fromkeys(seeds))
+    return f"seed{'s' * (len(different) > 1)} {', '.join(map(str, different))}"
 
 
 def _licence(license: str, what: str, depends: str) -> str:

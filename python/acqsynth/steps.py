@@ -15,16 +15,16 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import pyarrow
 import pyarrow.parquet
+from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 import acqcore
@@ -177,18 +177,6 @@ class StepContext:
         write_json(self.folder / name, content)
 
 
-def _lock(file: TextIO) -> None:
-    """Takes the file's lock, which ends with the process; OSError if another process has it."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 class Store:
     """The folder of a run: runs steps and knows which are done.
 
@@ -283,14 +271,12 @@ class Store:
         """
         try:
             self.output.mkdir(parents=True, exist_ok=True)
-            file = (self.output / ".lock").open("w")
+            held = FileLock(self.output / ".lock", blocking=False).acquire()  # ends with the process
+        except Timeout as error:
+            raise StepError(f"output: another run is using {self.output}") from error
         except OSError as error:
             raise StepError(f"output: cannot write to {self.output}: {error.strerror}") from error
-        with file:
-            try:
-                _lock(file)
-            except OSError as error:
-                raise StepError(f"output: another run is using {self.output}") from error
+        with held:
             yield
 
     def _partial(self, step: Step) -> Path:

@@ -31,13 +31,7 @@ def prompts(
     by at most one. Where the domain groups them (``Domain.hands``), groups are dealt like that too, and a group of
     fewer seeds is shown whole.
 
-    Args:
-        domain: writes the request.
-        seeds: the pool.
-        n: prompts.
-        shown: seeds of a prompt.
-        turns: show each seed as an earlier answer to the same request, not within it.
-        seed: of the draws.
+    With ``turns`` each seed is shown as an earlier answer to the same request, not within it.
 
     Raises:
         ValueError: n below 1, shown negative or more than there are seeds.
@@ -207,7 +201,6 @@ def best(
     sampling: Sampling,
     *,
     rows: int,
-    threshold: float = -math.inf,
     rounds: int = 8,
 ) -> WriteResult[Candidate]:
     """Rejection sampling: the best candidate of each prompt by the reward.
@@ -217,7 +210,6 @@ def best(
         prompts, rows, rounds: as in :func:`write`.
         reward: scores candidates; one that a gate rejects or a scorer fails on is never kept.
         sampling: its ``n`` is the number of candidates of a prompt.
-        threshold: least total of what is kept.
 
     Returns:
         Candidates with a sample and a total, of different questions.
@@ -235,9 +227,7 @@ def best(
             dropped["not the best of its prompt"] += len(valid[1:])
             for candidate in valid[:1]:
                 assert candidate.sample is not None
-                if _total(candidate) < threshold:
-                    dropped["below the threshold"] += 1
-                elif _is_new(candidate.sample, asked, dropped):
+                if _is_new(candidate.sample, asked, dropped):
                     kept.append(candidate)
         return kept
 
@@ -266,14 +256,9 @@ def _draw_until(
     rounds: int,
     per_prompt: int,
 ) -> WriteResult[T]:
-    """Rounds of ``keep``, which draws for some prompts and counts what it drops, until there are enough rows.
-
-    Args:
-        prompts, rows, rounds: as in :func:`write`.
-        keep: returns the rows kept.
-        sampling: of the first round; later ones use the seeds that follow.
-        per_prompt: most rows that one prompt can yield.
-    """
+    """Rounds of ``keep``, which draws for some prompts, returns the rows kept and counts what it drops, until there are
+    enough rows. ``sampling`` is that of the first round; later ones use the seeds that follow. One prompt can yield
+    ``per_prompt`` rows at most."""
     for name, value in (("rows", rows), ("rounds", rounds), ("prompts", len(prompts))):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")

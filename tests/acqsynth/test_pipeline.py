@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     (folder / "recipe.yaml").write_text(fake_run.RECIPE + f"output: {folder / 'out'}\n")
     with pytest.MonkeyPatch.context() as patch:
-        fake_run.install(patch.setattr)
+        fake_run.install(patch.setattr, figures=True)
         run(folder / "recipe.yaml")
     return folder / "out"
 
@@ -164,7 +164,7 @@ def test_all_arms_learn_equal_rows_with_equal_settings(fakes, recipe):
         for key, fit in arm.fits.items():
             other = {name: value for name, value in fit.settings().items() if name != "samples"}
             settings.setdefault(key, set()).add(json.dumps(other, sort_keys=True))
-    assert list(settings) == [(s, n, seed) for s in ("student", "small") for n in (10, 70) for seed in (0, 1)]
+    assert list(settings) == [(s, n, 0, seed) for s in ("student", "small") for n in (10, 70) for seed in (0, 1)]
     assert all(len(each) == 1 for each in settings.values())
     writing = [plan.arms[name].written[0].arguments["writing"] for name in ("grpo", "no_rl", "error_driven")]
     assert {each.n for each in writing} == {90}
@@ -182,7 +182,7 @@ def test_rounds_alternate(fakes, recipe):
     fits = [second["scoring"].student.step, third["scoring"].student.step]
     assert [str(fit) for fit in fits] == ["04-fit/grpo-round-1", "04-fit/grpo-round-2"]
     assert [fit.arguments["n"] for fit in fits] == [24, 24 + 23]
-    assert [len(fit.arguments["samples"]) for fit in (*fits, arm.fits["student", 70, 0])] == [1, 2, 3]
+    assert [len(fit.arguments["samples"]) for fit in (*fits, arm.fits["student", 70, 0, 0])] == [1, 2, 3]
     assert arm.labelled[1].arguments["model"].step is fits[0]
     assert [step.arguments["writing"].n for step in arm.written] == [30, 30, 30]
     # The fake trainer adds 5, and 1 where the student that scores has learnt.
@@ -190,6 +190,31 @@ def test_rounds_alternate(fakes, recipe):
     assert strengths == [45, 51, 57]
     metrics = json.loads((store.path(plan.report / "metrics.json")).read_text())
     assert [entry["step"] for entry in metrics["training"]["log"]] == list(range(1, 10))
+
+
+def test_each_seed_of_the_generator_is_a_run_of_its_own(fakes, recipe):
+    """It is trained, writes and labels by itself, with seeds that no other takes; the ranked real rows are the same."""
+    overrides = ("baselines=[no_rl, best_of_n, random_real, filtered_real, error_driven]", "rounds=2")
+    plan, store, _ = run(recipe, "generator.seeds=[0, 3]", *overrides)
+    for name, arm in plan.arms.items():
+        assert list(arm.rows) == ([0] if name == "filtered_real" else [0, 3])
+        assert list(arm.fits) == [("student", 70, g, seed) for g in arm.rows for seed in (0, 1)]
+        read = {g: {fit.settings()["samples"][0] for key, fit in arm.fits.items() if key[2] == g} for g in arm.rows}
+        assert [len(each) for each in read.values()] == [1] * len(read)
+        assert len(set.union(*read.values())) == len(read)
+    grpo = plan.arms["grpo"]
+    assert [step.arguments["seed"] for step in grpo.trained] == [0, 1, 6, 7]
+    assert grpo.trained[2].arguments["generator"] == "generator"
+    assert [step.arguments["writing"].seed for step in plan.arms["no_rl"].written] == [0, 6]
+    metrics = json.loads((store.path(plan.report / "metrics.json")).read_text())
+    [result] = metrics["arms"]["grpo"]["results"]
+    assert (result["generators"], result["seeds"]) == ([0, 0, 3, 3], [0, 1, 0, 1])
+    assert metrics["comparisons"][0]["difference"]["fits"] == 4
+    assert [entry["step"] for entry in metrics["training"]["log"]] == list(range(1, 7))  # of one generator
+    one = plan_of(recipe, *overrides)
+    assert {str(step): step.settings() for step in one.steps[:-1]}.items() <= {
+        str(step): step.settings() for step in plan.steps
+    }.items()
 
 
 def test_rejection_sampling_spends_what_training_did(fakes, recipe):
@@ -413,7 +438,7 @@ def whole(tmp_path_factory):
     """What a run ends with that nobody disturbs."""
     folder = tmp_path_factory.mktemp("whole")
     process = start(folder, None)
-    process.join(120)
+    process.join(300)
     assert process.exitcode == 0
     return contents(folder / "out")
 
@@ -432,7 +457,7 @@ def test_killed_and_started_again_it_ends_with_the_same(whole, pause, tmp_path):
     times = {path: path.stat().st_mtime_ns for path in finished}
     assert times
     again = start(tmp_path, None)
-    again.join(120)
+    again.join(300)
     assert again.exitcode == 0
     assert {path: path.stat().st_mtime_ns for path in finished} == times
     assert contents(tmp_path / "out") == whole

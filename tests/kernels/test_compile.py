@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ class ByName(list[Launch]):
 
 
 @pytest.fixture
-def launches() -> Iterator[ByName]:
+def launches():
     """What a test would launch; nothing runs."""
     with recorded(ByName()) as found:
         yield found
@@ -115,7 +114,7 @@ def _stack(compiled: Any, folder: Path) -> int:
     [(torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False)],
     ids=["bfloat16", "float16", "tf32", "float32"],
 )
-def test_product_with_committed_tiles(dtype: torch.dtype, tf32: bool, arch: int, launches: ByName) -> None:
+def test_product_with_committed_tiles(dtype, tf32, arch, launches):
     product = "tf32" if tf32 else "ieee" if dtype == torch.float32 else "half"
     entries = _committed(arch, product)
     assert entries
@@ -135,7 +134,7 @@ def test_product_with_committed_tiles(dtype: torch.dtype, tf32: bool, arch: int,
             assert re.search(r"cp\.async\.cg\.shared\.global.*, 0x10", ptx)  # 16 bytes at a time
 
 
-def test_product_on_sm_90_keeps_its_accumulators_in_registers(launches: ByName, tmp_path: Path) -> None:
+def test_product_on_sm_90_keeps_its_accumulators_in_registers(launches, tmp_path):
     """Spilled, the 128 of a thread would cost the product its speed; a few bytes outside the inner loop would not."""
     for vocab, depth, tiles in _committed(90, "half"):
         _row_stats(tiles, torch.bfloat16, vocab, depth)
@@ -152,7 +151,7 @@ GRADIENTS = {
 @pytest.mark.parametrize("arch", MAJORS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "everything"])
-def test_gradients(plain: bool, dtype: torch.dtype, arch: int, launches: dict, tmp_path: Path) -> None:
+def test_gradients(plain, dtype, arch, launches, tmp_path):
     """With committed tiles; and with bias, cap, a vocabulary and a depth that divide no tile."""
     product = "ieee" if dtype == torch.float32 else "half"
     (vocab, depth, tiles), *_ = _committed(arch, product, "gram")
@@ -177,7 +176,7 @@ def test_gradients(plain: bool, dtype: torch.dtype, arch: int, launches: dict, t
 
 @pytest.mark.parametrize("arch", MAJORS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_product_with_all_that_a_head_has(dtype: torch.dtype, arch: int, launches: ByName) -> None:
+def test_product_with_all_that_a_head_has(dtype, arch, launches):
     """A bias, a cap, a scale, a vocabulary and a depth that divide no tile."""
     _, _, tiles = _committed(arch, "half" if dtype != torch.float32 else "ieee")[0]
     _row_stats(tiles, dtype, 50257, 2001, bias=True, softcap=30.0, scale=0.5, temperature=0.7)
@@ -188,7 +187,7 @@ def test_product_with_all_that_a_head_has(dtype: torch.dtype, arch: int, launche
 
 
 @pytest.mark.parametrize("arch", MAJORS)
-def test_product_of_mixed_dtypes_is_not_rounded(arch: int, launches: ByName) -> None:
+def test_product_of_mixed_dtypes_is_not_rounded(arch, launches):
     """In float32, or where that ends in TF32 whatever is asked, in three products of split operands."""
     _, _, tiles = _committed(arch, "ieee")[0]
     split = MAJORS[arch] >= MIXED_SPLIT_FROM
@@ -209,7 +208,7 @@ def test_product_of_mixed_dtypes_is_not_rounded(arch: int, launches: ByName) -> 
 
 
 @pytest.mark.parametrize("arch", MAJORS)
-def test_gather_and_merge(arch: int, launches: ByName) -> None:
+def test_gather_and_merge(arch, launches):
     _, _, tiles = _committed(arch, "half")[0]
     _row_stats(tiles, torch.bfloat16, 131072, 4096)
     for name in ("gather_scored", "merge_splits"):
@@ -219,7 +218,7 @@ def test_gather_and_merge(arch: int, launches: ByName) -> None:
 
 @pytest.mark.parametrize("arch", MAJORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_logit_stats(dtype: torch.dtype, arch: int, launches: ByName) -> None:
+def test_logit_stats(dtype, arch, launches):
     entries = table(ARCHITECTURES[MAJORS[arch]], MAJORS[arch])["logit_stats"]
     for entry in entries:
         strips = Strips(**{key: value for key, value in entry.items() if key != "vocab"})
@@ -232,7 +231,7 @@ def test_logit_stats(dtype: torch.dtype, arch: int, launches: ByName) -> None:
 
 @pytest.mark.parametrize("arch", MAJORS)
 @pytest.mark.parametrize("form", ["element", "block"])
-def test_mixture_with_committed_tiles(form: str, arch: int, launches: dict, tmp_path: Path) -> None:
+def test_mixture_with_committed_tiles(form, arch, launches, tmp_path):
     """Eight draws of a token meet in the registers of one thread; what waits elsewhere does so outside the loop over
     depth, which has no access to local memory on sm_90: 440 bytes of ``block_fold`` by Triton 3.9, 392 by 3.6."""
     kernel = {"element": "mixture", "block": "block_mixture"}[form]
@@ -264,7 +263,7 @@ def test_mixture_with_committed_tiles(form: str, arch: int, launches: dict, tmp_
 
 
 @pytest.mark.parametrize("arch", MAJORS)
-def test_sketch_with_committed_tiles(arch: int, launches: dict, tmp_path: Path) -> None:
+def test_sketch_with_committed_tiles(arch, launches, tmp_path):
     for vocab, depth, tiles in _committed(arch, "half", "sketch"):
         sketch.hashed_delta(
             _empty(512, depth, of=torch.bfloat16), _empty(vocab, depth, of=torch.bfloat16), None,
@@ -281,7 +280,7 @@ def test_sketch_with_committed_tiles(arch: int, launches: dict, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("arch", MAJORS)
-def test_keep_mask(arch: int, launches: ByName) -> None:
+def test_keep_mask(arch, launches):
     rows = torch.empty(40, dtype=torch.int64, device="meta")
     philox.dropout_mask(rows, rows, 3, 2**63, 2**31, torch.empty(8, 40, 1000, dtype=torch.bool, device="meta"))
     assert "mul.hi.u32" in _compile(launches["write_keep_mask"], arch).asm["ptx"]

@@ -51,7 +51,7 @@ def _stack(found: Any, folder: Path) -> int:
 @pytest.mark.parametrize("arch", MAJORS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "everything"])
-def test_compiles(plain: bool, dtype: torch.dtype, arch: int, tmp_path: Path) -> None:
+def test_compiles(plain, dtype, arch, tmp_path):
     """Half precision on the matrix units; with bias, cap, and a vocabulary and a depth that divide no tile, too."""
     launches = _launched(arch, dtype, *((131072, 4096) if plain else (50257, 2001)), plain)
     for name in ("write_cotangents", "add_product"):

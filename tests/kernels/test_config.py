@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from pathlib import Path
 
 import pytest
 
@@ -13,12 +12,12 @@ from acqcore.kernels.config import FOLDER, Strips, Tiles
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> None:
+def _fresh():
     for function in (config.table, config.tiles_for, config.strips_for):
         function.cache_clear()
 
 
-def test_a_device_without_measured_tiles_warns_once() -> None:
+def test_a_device_without_measured_tiles_warns_once():
     with pytest.warns(UserWarning, match="no tile shapes measured on 'NVIDIA Imaginary 9', those of sm_90 are used"):
         first = config.tiles_for("NVIDIA Imaginary 9", 9, "half", 131072, 4096)
     with warnings.catch_warnings():
@@ -29,12 +28,12 @@ def test_a_device_without_measured_tiles_warns_once() -> None:
 
 
 @pytest.mark.parametrize(("major", "architecture"), [(8, "sm_80"), (9, "sm_90"), (10, "sm_100"), (12, "sm_80")])
-def test_architecture(major: int, architecture: str) -> None:
+def test_architecture(major, architecture):
     with pytest.warns(UserWarning, match=f"those of {architecture} are used"):
         assert config.table("NVIDIA Imaginary", major)["architecture"] == architecture
 
 
-def test_a_measured_device_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measured_device_is_found_by_its_name(tmp_path, monkeypatch):
     entries = [
         {"vocab": 1000, "depth": 64, **_tiles(16)},
         {"vocab": 100000, "depth": 64, **_tiles(32)},
@@ -62,7 +61,7 @@ def _tiles(block_m: int) -> dict[str, int | bool]:
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
-def test_committed_files(path: Path) -> None:
+def test_committed_files(path):
     tables = json.loads(path.read_text())
     assert tables["architecture"] in {*config.ARCHITECTURES.values(), "interpreter"}
     assert set(tables["row_stats"]) == {"half", "tf32", "ieee"}
@@ -79,7 +78,7 @@ def test_committed_files(path: Path) -> None:
 
 @pytest.mark.parametrize("vocab", [1, 63, 64, 65, 640, 641, 50257, 131072])
 @pytest.mark.parametrize("most", [1, 2, 7, 128])
-def test_splits_cover_the_vocabulary(most: int, vocab: int) -> None:
+def test_splits_cover_the_vocabulary(most, vocab):
     splits, each = Tiles(**(_tiles(16) | {"splits": most})).split(vocab)  # type: ignore[arg-type]
     assert splits <= most
     assert (splits - 1) * each * 64 < vocab <= splits * each * 64

@@ -52,7 +52,7 @@ def _expected(case: Case, probes: Probes) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 @pytest.mark.parametrize("width", [16, 32, 64, 128, 256])
-def test_signs_of_tiles_of_any_width(width: int) -> None:
+def test_signs_of_tiles_of_any_width(width):
     """Fewer columns than a word of signs has bits, as many as a counter, and more."""
     case = random_case(20, 24, 300)
     for got, expected in zip(
@@ -61,7 +61,7 @@ def test_signs_of_tiles_of_any_width(width: int) -> None:
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_does_not_depend_on_its_batch_or_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_does_not_depend_on_its_batch_or_the_ring(monkeypatch):
     case, probes = random_case(70, 24, 300, bias=True), _probes(70)
     whole = _sums(case, probes)
     monkeypatch.setattr(cotangents, "ROWS", 64)
@@ -77,7 +77,7 @@ def test_a_row_does_not_depend_on_its_batch_or_the_ring(monkeypatch: pytest.Monk
         )
 
 
-def test_what_all_rows_of_the_weight_share_cancels_in_bfloat16() -> None:
+def test_what_all_rows_of_the_weight_share_cancels_in_bfloat16():
     """The column of the largest logit takes what rounding takes from the others."""
     case = random_case(20, 24, 300)
     shared = 30 * torch.randn(24, generator=torch.Generator().manual_seed(0))
@@ -100,7 +100,7 @@ def _totals(case: Case, probes: Probes) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("depth", [33, 64])
-def test_descriptors_read_what_pointers_read(depth: int) -> None:
+def test_descriptors_read_what_pointers_read(depth):
     case, probes = random_case(20, depth, 130), _probes(20)
     by_pointer, by_descriptor = (_sums(case, probes, replace(TILES, descriptors=d))[0] for d in (False, True))
     torch.testing.assert_close(by_descriptor, by_pointer, rtol=1e-6, atol=1e-6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -25,14 +24,14 @@ SMALL = (
 
 
 @pytest.fixture(autouse=True)
-def _numpy_may_meet_infinities() -> Iterator[None]:
+def _numpy_may_meet_infinities():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
 
 
 @pytest.fixture(autouse=True)
-def _many_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+def _many_stretches(monkeypatch):
     """Stretches of 64 columns for 50 rows; three groups of rows for 100."""
     monkeypatch.setattr(factors, "RING_BYTES", 4 * 50 * 64)
     monkeypatch.setattr(factors, "ROWS", 48)
@@ -64,7 +63,7 @@ def _expected(case: Case) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_sums(name: str) -> None:
+def test_sums(name):
     case = CASES[name]()
     got, expected = _sums(case), _expected(case)
     error = (got - expected).norm(dim=1)
@@ -73,7 +72,7 @@ def test_sums(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*SMALL, "rows alike"])
-def test_sums_of_rounded_factors(name: str) -> None:
+def test_sums_of_rounded_factors(name):
     """One bfloat16 a factor, off by 2^-8 at most (the interpreter cuts, a GPU rounds); what is lost is the target's.
 
     So the error is that of differences of rows: what all rows of W have in common cancels, be it large.
@@ -96,7 +95,7 @@ def test_sums_of_rounded_factors(name: str) -> None:
     assert ((got - expected).norm(dim=1) <= bound + 1e-30).all()
 
 
-def test_sums_of_a_row_do_not_depend_on_its_batch_or_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_of_a_row_do_not_depend_on_its_batch_or_the_ring(monkeypatch):
     case = random_case(100, 24, 300)
     case = replace(
         case, hidden=(case.hidden * 8).round() / 8, head=replace(case.head, weight=(case.head.weight * 8).round() / 8)
@@ -114,7 +113,7 @@ def test_sums_of_a_row_do_not_depend_on_its_batch_or_the_ring(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("depth", [33, 64])
-def test_descriptors_read_what_pointers_read(depth: int) -> None:
+def test_descriptors_read_what_pointers_read(depth):
     case = random_case(20, depth, 130)
     by_pointer, by_descriptor = (_sums(case, replace(TILES, descriptors=d)) for d in (False, True))
     torch.testing.assert_close(by_descriptor, by_pointer, rtol=1e-6, atol=1e-6)
@@ -122,7 +121,7 @@ def test_descriptors_read_what_pointers_read(depth: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["plain", "everything", "shard"])
-def test_grams_of_long_samples(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grams_of_long_samples(name, dtype, monkeypatch):
     """Samples of one tile and of three; targets shared within a sample and between samples."""
     monkeypatch.setattr(factors, "GRAM_TILE", 16)
     options = {"bias": True, "softcap": 15.0, "scale": 0.5, "temperature": 1.3} if name == "everything" else {}
@@ -154,7 +153,7 @@ def test_grams_of_long_samples(name: str, dtype: torch.dtype, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("n", "vocab", "itemsize"), [(4096, 131072, 2), (1, 131072, 2), (4096, 50257, 4), (130, 7, 2)])
-def test_ring_is_bounded(n: int, vocab: int, itemsize: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ring_is_bounded(n, vocab, itemsize, monkeypatch):
     monkeypatch.undo()
     weight = torch.empty(vocab, 1, device="meta")
     tiles = Tiles(128, 256, 64, 8, 3, 16, 128, descriptors=True, flatten=False)
@@ -165,7 +164,7 @@ def test_ring_is_bounded(n: int, vocab: int, itemsize: int, monkeypatch: pytest.
     assert ring[0].shape[1] < vocab + 256
 
 
-def test_groups_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_of_samples(monkeypatch):
     monkeypatch.undo()
     from acqcore.backends import triton
 

@@ -32,19 +32,19 @@ SPILLS = {"gram_fold": 104, "block_fold": 392, "block_mixture": 24, "sketch_fold
 BY_VOCABULARY = ("hidden_grad",)
 
 
-def test_products() -> None:
+def test_products():
     assert [row for row in TABLE["products"] if "fails" in row] == []
     found = {row["op"]: row["product_equivalents"] for row in TABLE["products"]}
     assert {op: value for op, value in found.items() if value > PRODUCTS[op]} == {}
 
 
-def test_every_operation_is_in_the_table() -> None:
+def test_every_operation_is_in_the_table():
     assert [row for row in TABLE["calls"] if "fails" in row] == []
     assert {row["op"] for row in TABLE["calls"]} == set(gpu_static.OPERATIONS)
     assert {row["op"] for row in TABLE["products"]} == set(PRODUCTS)
 
 
-def test_launches_do_not_follow_from_the_vocabulary() -> None:
+def test_launches_do_not_follow_from_the_vocabulary():
     counts: dict[tuple[Any, ...], set[tuple[int, int]]] = {}
     for row in TABLE["calls"]:
         if row["depth"] == 4096 and row["op"] not in BY_VOCABULARY:
@@ -53,18 +53,18 @@ def test_launches_do_not_follow_from_the_vocabulary() -> None:
     assert {key: found for key, found in counts.items() if len(found) > 1} == {}
 
 
-def test_extra_memory_is_bounded() -> None:
+def test_extra_memory_is_bounded():
     for row in TABLE["calls"]:
         assert row["extra_mib"] <= 64, row
 
 
-def test_every_kernel_compiles_and_fits() -> None:
+def test_every_kernel_compiles_and_fits():
     assert [row for row in TABLE["kernels"] if "fails" in row] == []
     for row in TABLE["kernels"]:
         assert row["shared_bytes"] <= ahead_of_time.SHARED_BYTES[row["arch"]]
 
 
-def test_kernels_at_work_do_not_spill() -> None:
+def test_kernels_at_work_do_not_spill():
     """On sm_90, in half precision, where the vocabulary divides the tiles."""
     for row in TABLE["kernels"]:
         if (row["arch"], row["dtype"], row["vocab"]) == (90, "bfloat16", 131072):
@@ -80,7 +80,7 @@ def test_kernels_at_work_do_not_spill() -> None:
     ],
     ids=["T=32", "T=100", "one long"],
 )
-def test_a_norm_reads_nothing_back(bounds: tuple[tuple[int, int], ...]) -> None:
+def test_a_norm_reads_nothing_back(bounds):
     """Tensors without storage: what reads a value fails. Launches: four of the visit, two or three of the norm."""
     n, depth, vocab = 4096, 64, 1000
     hidden = torch.empty(n, depth, dtype=torch.bfloat16, device="meta")
@@ -98,7 +98,7 @@ def test_a_norm_reads_nothing_back(bounds: tuple[tuple[int, int], ...]) -> None:
 
 
 @pytest.mark.parametrize("op", ["row_stats", "logit_stats", "statistics and head_grad_norm, T=128"])
-def test_calls_cost_what_the_table_says(op: str) -> None:
+def test_calls_cost_what_the_table_says(op):
     vocab, depth, arch = 50257, 4096, 90
     (row,) = [
         row
@@ -111,7 +111,7 @@ def test_calls_cost_what_the_table_says(op: str) -> None:
     assert extra / 2**20 <= row["extra_mib"] + 0.01
 
 
-def test_the_fold_costs_what_the_table_says() -> None:
+def test_the_fold_costs_what_the_table_says():
     vocab, depth, arch = 131072, 4096, 90
     rows = [r for r in TABLE["kernels"] if (r["op"], r["kernel"], r["vocab"]) == ("logit_stats", "logit_fold", vocab)]
     (row,) = [r for r in rows if (r["arch"], r["dtype"]) == (arch, "bfloat16")]
@@ -122,7 +122,7 @@ def test_the_fold_costs_what_the_table_says() -> None:
     assert found["sass_per_logit"] <= 1.1 * row["sass_per_logit"]  # other versions of Triton schedule otherwise
 
 
-def test_loops_and_instructions() -> None:
+def test_loops_and_instructions():
     """Of a loop over the vocabulary with one over the depth inside: what is outside the inner one is the fold."""
     sass = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;

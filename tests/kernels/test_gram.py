@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -30,7 +30,7 @@ Bounds = Sequence[tuple[int, int]]
 
 
 @pytest.fixture(autouse=True)
-def _numpy_may_meet_infinities() -> Iterator[None]:
+def _numpy_may_meet_infinities():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
@@ -92,7 +92,7 @@ def _exact_case(n: int, d: int, v: int) -> Case:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SMALL)
-def test_parity(name: str, dtype: torch.dtype) -> None:
+def test_parity(name, dtype):
     case = CASES[name]().to(dtype)
     bounds = _cut(len(case.hidden))
     stats, got = _run(case, bounds)
@@ -102,7 +102,7 @@ def test_parity(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tiles", [TILES, RESIDENT], ids=["waiting", "resident"])
 @pytest.mark.parametrize("rise", [True, False])
-def test_maxima_that_rise_at_every_tile_and_never(rise: bool, tiles: GramTiles) -> None:
+def test_maxima_that_rise_at_every_tile_and_never(rise, tiles):
     """Over a range of 90 nats, so that most rescalings leave nothing of what came before."""
     logits = torch.arange(1440.0).expand(3, 1440) / 16 + torch.tensor([[0.0], [0.5], [-3.0]])
     case = case_from_logits(logits if rise else logits.flip(1), torch.tensor([0, 700, 1439]))
@@ -112,21 +112,21 @@ def test_maxima_that_rise_at_every_tile_and_never(rise: bool, tiles: GramTiles) 
     _assert_products(got, _expected(case, bounds))
 
 
-def test_where_the_matrix_waits_does_not_show() -> None:
+def test_where_the_matrix_waits_does_not_show():
     case, bounds = _exact_case(40, 32, 300), ((0, 7), (7, 40))
     waiting, resident = _run(case, bounds, TILES)[1], _run(case, bounds, RESIDENT)[1]
     assert torch.equal(waiting.products, resident.products)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7, 1000])
-def test_any_number_of_splits(splits: int) -> None:
+def test_any_number_of_splits(splits):
     case, bounds = random_case(10, 40, 509, std=8.0), ((0, 4), (4, 10))
     stats, got = _run(case, bounds, replace(TILES, splits=splits))
     assert_close_to_oracle(stats, case.oracle())
     _assert_products(got, _expected(case, bounds))
 
 
-def test_targets_leave_the_matrix_of_their_own_sample_alone() -> None:
+def test_targets_leave_the_matrix_of_their_own_sample_alone():
     """Two samples in a block, one's target the other's largest logit; targets at the edges of tiles, and repeated."""
     logits = torch.randn(8, 97, generator=torch.Generator().manual_seed(0))
     logits[:4, 31] += 6.0
@@ -140,7 +140,7 @@ def test_targets_leave_the_matrix_of_their_own_sample_alone() -> None:
     assert got.products[0].item() == pytest.approx(p[0].square().sum().item() - p[0, [64, 96, 0]].square().sum().item())
 
 
-def test_bits_of_a_sample_do_not_depend_on_its_batch() -> None:
+def test_bits_of_a_sample_do_not_depend_on_its_batch():
     """Alone, after others in its block, in another block: the same bits, in a second run too."""
     case = _exact_case(300, 24, 200)
     assert case.targets is not None
@@ -157,7 +157,7 @@ def test_bits_of_a_sample_do_not_depend_on_its_batch() -> None:
         assert torch.equal(alone.state.nan_to_num(7.0), stats.state[:, begin:end].nan_to_num(7.0))
 
 
-def test_bits_do_not_depend_on_scratch_or_grouping(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_do_not_depend_on_scratch_or_grouping(monkeypatch):
     case = _exact_case(400, 16, 120)
     bounds = tuple((i, i + 50) for i in range(0, 400, 50))
     _, whole = _run(case, bounds)
@@ -167,7 +167,7 @@ def test_bits_do_not_depend_on_scratch_or_grouping(monkeypatch: pytest.MonkeyPat
     assert torch.equal(_run(case, bounds)[1].products, whole.products)
 
 
-def test_ignored_rows_may_hold_anything() -> None:
+def test_ignored_rows_may_hold_anything():
     case = _exact_case(30, 16, 100)
     assert case.targets is not None
     bounds = ((0, 12), (12, 30))
@@ -184,7 +184,7 @@ def test_ignored_rows_may_hold_anything() -> None:
     assert (stats.max_index[::3] == -1).all()
 
 
-def test_a_row_without_finite_logits_leaves_other_samples_alone() -> None:
+def test_a_row_without_finite_logits_leaves_other_samples_alone():
     case = random_case(6, 8, 40)
     case.hidden[1] = torch.nan
     _, got = _run(case, ((0, 3), (3, 6)))
@@ -192,7 +192,7 @@ def test_a_row_without_finite_logits_leaves_other_samples_alone() -> None:
     assert got.products[9:].isfinite().all()
 
 
-def test_rows_outside_samples_are_left_alone() -> None:
+def test_rows_outside_samples_are_left_alone():
     case = random_case(20, 8, 40)
     stats, _ = _run(case, ((5, 9), (12, 20)))
     assert (stats.state[:, [0, 4, 9, 11]] == 123).all()
@@ -200,14 +200,14 @@ def test_rows_outside_samples_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("depth", [33, 64])
-def test_descriptors_read_what_pointers_read(depth: int) -> None:
+def test_descriptors_read_what_pointers_read(depth):
     case = random_case(20, depth, 130)
     bounds = ((0, 20),)
     by_pointer, by_descriptor = (_run(case, bounds, replace(TILES, descriptors=d))[1] for d in (False, True))
     assert torch.equal(by_pointer.products, by_descriptor.products)
 
 
-def test_packing() -> None:
+def test_packing():
     """Whole samples, at most 128 rows a block, no more blocks than first fit would open."""
     lengths = [1, 128, 64, 65, 63, 3, 60, 128, 2]
     blocks = gram.pack(lengths)
@@ -220,7 +220,7 @@ def test_packing() -> None:
 @pytest.mark.parametrize(
     ("blocks", "depth", "splits"), [(32, 4096, 32), (782, 4096, 32), (1, 16384, 32), (40, 576, 16)]
 )
-def test_scratch_is_bounded(blocks: int, depth: int, splits: int) -> None:
+def test_scratch_is_bounded(blocks, depth, splits):
     bounds = tuple((128 * i, 128 * i + 128) for i in range(blocks))
     starts = tuple(128**2 * i for i in range(blocks))
     parts = gram.parts(bounds, starts, gram.most_blocks(depth, 2, splits), torch.device("cpu"))
@@ -230,7 +230,7 @@ def test_scratch_is_bounded(blocks: int, depth: int, splits: int) -> None:
     assert lengths[0] - lengths[-1] < 128 * len(parts)
 
 
-def test_tables_of_a_batch_are_made_once() -> None:
+def test_tables_of_a_batch_are_made_once():
     """Alike in shape: the tables on the device are the same tensors; other samples, other tables."""
     bounds, starts = ((0, 3), (3, 10)), (0, 9)
     device = torch.device("cpu")
@@ -263,7 +263,7 @@ def _norms(case: Case, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["plain", "everything", "repeated", "confident", "shard", "odd depth"])
-def test_norm(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norm(name, dtype, monkeypatch):
     """Samples of one tile of 16, one of 64 and four of 64; a part of ``sum_tiles`` at a time."""
     monkeypatch.setattr(gram_norm, "PARTS_AT_ONCE", 2)
     options = {"bias": True, "softcap": 15.0, "scale": 0.5, "temperature": 1.3} if name == "everything" else {}
@@ -283,7 +283,7 @@ def test_norm(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(got, expected, rtol=2e-5, atol=0)
 
 
-def test_tiles_of_samples() -> None:
+def test_tiles_of_samples():
     short, long, firsts = gram_norm.tile_tables(torch.tensor([1, 70, 17, 16]))
     assert short.tolist() == [[0, 3], [0, 0], [0, 0]]
     assert long.tolist() == [[1, 1, 1, 1, 2], [0, 0, 1, 1, 0], [0, 1, 0, 1, 0]]

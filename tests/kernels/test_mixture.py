@@ -8,7 +8,6 @@ of another row, draw or column: ``test_packed_rows``; reference instead of kerne
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,7 @@ from acqcore.testing import Case, random_case
 
 
 @pytest.fixture(autouse=True)
-def _numpy_may_meet_infinities() -> Iterator[None]:
+def _numpy_may_meet_infinities():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
@@ -91,7 +90,7 @@ def _case(n: int, d: int, v: int, **options: Any) -> Case:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cuts(draws: int, width: int, tiles: Tiles, dtype: torch.dtype) -> None:
+def test_cuts(draws, width, tiles, dtype):
     case = _case(11, 56 if tiles.descriptors else 43, 107, softcap=9.0, scale=0.7).to(dtype)
     state, votes = _run(case, draws, width, tiles)
     expected, expected_votes = _oracle(case, draws, width)
@@ -102,7 +101,7 @@ def test_cuts(draws: int, width: int, tiles: Tiles, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("depth", [100, 128])
-def test_masks_of_more_blocks_than_a_word_holds(depth: int) -> None:
+def test_masks_of_more_blocks_than_a_word_holds(depth):
     """Seven blocks, of which the last is short and its word not full; eight."""
     case = _case(11, depth, 107)
     state, votes = _run(case, 8, 16, _tiles(16, 32))
@@ -112,7 +111,7 @@ def test_masks_of_more_blocks_than_a_word_holds(depth: int) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 16])
-def test_a_row_does_not_depend_on_its_batch(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_does_not_depend_on_its_batch(width, monkeypatch):
     """Bit for bit: neither on the rows beside it, nor on how many are under way at a time."""
     case = _case(20, 32, 60)
     # Multiples of 1/8: numpy rounds the product of a row by its place in the tile, as no matrix unit does.
@@ -132,7 +131,7 @@ def test_a_row_does_not_depend_on_its_batch(width: int, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("width", [1, 3])
 @pytest.mark.parametrize("draws", [4, 6])
-def test_packed_rows(draws: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_rows(draws, width, monkeypatch):
     """Every packed row is its token's hidden state under its draw's mask, bit for bit; padding is zero."""
     case = _case(21, 45, 40).to(torch.bfloat16)
     assert case.targets is not None
@@ -168,7 +167,7 @@ def test_packed_rows(draws: int, width: int, monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(packed[:, k].reshape(-1, 45)[: len(scored)], expected)
 
 
-def test_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_run(monkeypatch):
     """Each form reaches its kernel: without its launcher there is no result."""
     n = 3
     state, votes = torch.empty(6, n, dtype=torch.float64), torch.empty(2, n, dtype=torch.int64)
@@ -189,7 +188,7 @@ def test_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
         draw("block", 16)
 
 
-def test_an_ensemble_of_one_head() -> None:
+def test_an_ensemble_of_one_head():
     """Hidden states in hand take the kernels; several heads are chunked torch."""
     case = random_case(9, 40, 90)
     drawn = torch.stack([random_case(9, 40, 90, seed=k).hidden for k in range(3)])

@@ -36,7 +36,7 @@ def _words_at_least(counter, seed, thresholds, out):
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), VECTORS)
-def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], words: tuple[int, ...]) -> None:
+def test_known_answers(counter, key, words):
     """Each word is the largest threshold that keeps it: found by bisection, so the mask itself is what is tested."""
     as_int32 = torch.from_numpy(np.array(counter, dtype=np.uint32).view(np.int32))
     thresholds, out = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
@@ -45,7 +45,7 @@ def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], words: tu
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 + 12345, 2**64 - 1])
-def test_masks(seed: int) -> None:
+def test_masks(seed):
     """The mask of every draw, against the reference in torch, whatever the seed's and the counters' high bits."""
     positions = torch.tensor([0, 7, 7, 1023, 2**32 - 1])
     samples = torch.tensor([0, 3, 4, 2**32 - 1, 2])
@@ -55,7 +55,7 @@ def test_masks(seed: int) -> None:
         assert torch.equal(keep[draw], reference(samples, positions, 301, 0.3, seed, draw, 65535))
 
 
-def test_empty() -> None:
+def test_empty():
     none, whole = torch.empty(0, dtype=torch.int64), torch.ones(2, 3, 5, dtype=torch.bool)
     dropout_mask(none, none, 0, 0, 0, whole[:, :0])
     assert whole.all()  # nothing is written

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +24,7 @@ SMALL = (
 
 
 @pytest.fixture(autouse=True)
-def _numpy_may_meet_infinities() -> Iterator[None]:
+def _numpy_may_meet_infinities():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
@@ -60,20 +59,20 @@ def _exact_case(n: int, d: int, v: int) -> Case:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_small_tiles(name: str) -> None:
+def test_small_tiles(name):
     case = CASES[name]()
     assert_close_to_oracle(_run(case, TILES), case.oracle())
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5, 16, 1000])
-def test_any_number_of_splits(splits: int) -> None:
+def test_any_number_of_splits(splits):
     case = random_case(10, 40, 509, std=8.0, bias=True)
     assert_close_to_oracle(_run(case, replace(TILES, splits=splits)), case.oracle())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("descriptors", [False, True])
-def test_bits_of_a_row_do_not_depend_on_its_batch(descriptors: bool, dtype: torch.dtype) -> None:
+def test_bits_of_a_row_do_not_depend_on_its_batch(descriptors, dtype):
     """Alone, beside others, in another block of rows, after ignored rows: the same bits."""
     case = _exact_case(67, 48, 100).to(dtype)
     assert case.targets is not None
@@ -86,7 +85,7 @@ def test_bits_of_a_row_do_not_depend_on_its_batch(descriptors: bool, dtype: torc
         assert torch.equal(part.max_index, whole.max_index[begin:end])
 
 
-def test_bits_do_not_depend_on_how_rows_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_do_not_depend_on_how_rows_are_grouped(monkeypatch):
     case = _exact_case(70, 48, 200)
     whole = _run(case, TILES)
     assert torch.equal(_run(case, replace(TILES, group_m=1)).state, whole.state)
@@ -96,19 +95,19 @@ def test_bits_do_not_depend_on_how_rows_are_grouped(monkeypatch: pytest.MonkeyPa
     assert torch.equal(_run(case, TILES).state, whole.state)
 
 
-def test_descriptors_read_what_pointers_read() -> None:
+def test_descriptors_read_what_pointers_read():
     case = random_case(37, 72, 333)  # 72 and 333 divide no tile
     by_pointer, by_descriptor = (_run(case, replace(TILES, descriptors=d)) for d in (False, True))
     assert torch.equal(by_pointer.state, by_descriptor.state)
 
 
-def test_descriptors_where_strides_do_not_allow_them() -> None:
+def test_descriptors_where_strides_do_not_allow_them():
     tiles = replace(TILES, descriptors=True)
     for case in (random_case(5, 33, 70), CASES["strided"]()):
         assert_close_to_oracle(_run(case, tiles), case.oracle())
 
 
-def test_ignored_rows_take_no_part() -> None:
+def test_ignored_rows_take_no_part():
     """Their hidden states may be anything, and the program of a block that holds none does nothing."""
     case = _exact_case(80, 32, 100)
     assert case.targets is not None
@@ -126,19 +125,19 @@ def test_ignored_rows_take_no_part() -> None:
     ("depth", "vocab", "itemsize"),
     [(4096, 131072, 2), (4096, 131072, 4), (576, 49152, 2), (16384, 262144, 4), (1, 1, 2), (2304, 256000, 2)],
 )
-def test_scratch_is_bounded(depth: int, vocab: int, itemsize: int) -> None:
+def test_scratch_is_bounded(depth, vocab, itemsize):
     tiles = Tiles(128, 256, 64, 8, 3, 16, 128, descriptors=True, flatten=False)
     rows = kernels.chunk_rows(100_000, depth, itemsize, tiles.split(vocab)[0], 128)
     assert rows % 128 == 0
     assert rows * (itemsize * (depth + 8) + 32 * tiles.split(vocab)[0]) <= 64 << 20
 
 
-def test_chunks_are_of_nearly_equal_length() -> None:
+def test_chunks_are_of_nearly_equal_length():
     rows = [kernels.chunk_rows(n, 4096, 2, 128, 128) for n in (4096, 4200, 8192, 16384)]
     assert rows == [4096, 4224, 4096, 4096]
 
 
-def test_no_scratch_for_hidden_states_that_need_no_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_scratch_for_hidden_states_that_need_no_packing(monkeypatch):
     packed = []
     gather = kernels.gather_scored
 

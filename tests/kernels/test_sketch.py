@@ -8,7 +8,6 @@ logits; a target's column that is not left out: its confident rows; reference in
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -26,7 +25,7 @@ TILES = Tiles(16, 16, 64, 4, 1, 2, 4, descriptors=False, flatten=False)
 
 
 @pytest.fixture(autouse=True)
-def _numpy_may_meet_infinities() -> Iterator[None]:
+def _numpy_may_meet_infinities():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
@@ -68,7 +67,7 @@ NAMES = ("random", "rising logits", "-inf columns", "confident 1e-20", "ties", "
 
 
 @pytest.mark.parametrize(("name", "dim"), [("V = 257", 7), *((name, dim) for name in NAMES for dim in (40, 1000))])
-def test_cuts(name: str, dim: int) -> None:
+def test_cuts(name, dim):
     case = CASES[name]()
     assert case.targets is not None
     case = replace(case, hidden=case.hidden[:4], targets=case.targets[:4])
@@ -79,7 +78,7 @@ def test_cuts(name: str, dim: int) -> None:
     assert torch.equal(index, expected_index)
 
 
-def test_some_rows_ignored() -> None:
+def test_some_rows_ignored():
     case = CASES["some rows ignored"]()
     got, _, index = _run(case, 32)
     _assert_close(got, _oracle(case, 32)[0])
@@ -88,7 +87,7 @@ def test_some_rows_ignored() -> None:
     assert torch.equal(index == -1, case.targets == -100)
 
 
-def test_bits_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bits_do_not_depend_on_the_batch(monkeypatch):
     case = random_case(20, 32, 60)
     # Multiples of 1/8: numpy rounds the product of a row by its place in the tile, as no matrix unit does.
     case = replace(case, hidden=(case.hidden * 8).round() / 8)
@@ -102,7 +101,7 @@ def test_bits_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(_run(case, 32)[0], whole)
 
 
-def test_shards_add_up() -> None:
+def test_shards_add_up():
     """Each shard's share, from the statistics of the whole: cut where no group of columns begins."""
     case = random_case(5, 24, 130)
     whole, state, index = _run(case, 32)
@@ -116,7 +115,7 @@ def test_shards_add_up() -> None:
     torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_runs(monkeypatch):
     case = random_case(2, 16, 20)
     monkeypatch.setattr(sketch, "sketch_fold", None)
     state, index = torch.empty(7, 2, dtype=torch.float64), torch.empty(2, dtype=torch.int64)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +14,13 @@ from acqcore.kernels.config import FOLDER, Tiles
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
     assert tune.main(["--output", str(tmp_path / "x.json")]) == 1
     assert "acqcore.kernels.tune: " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reasons(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "interpreter, which has no speed to measure" in str(tune.why_not())
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -37,12 +35,12 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
-def test_what_it_writes_is_what_is_read(path: Path, tmp_path: Path) -> None:
+def test_what_it_writes_is_what_is_read(path, tmp_path):
     tune.write(tmp_path / path.name, json.loads(path.read_text()))
     assert (tmp_path / path.name).read_text() == path.read_text()
 
 
-def test_candidates() -> None:
+def test_candidates():
     fallback = Tiles(128, 256, 64, 8, 4, 16, 128, descriptors=True, flatten=False)
     candidates = tune.tile_candidates("half", 9, fallback)
     assert all(tiles.splits == 128 and tiles.group_m == 16 for tiles in candidates)
@@ -52,7 +50,7 @@ def test_candidates() -> None:
 
 
 @pytest.fixture
-def search(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def search(monkeypatch):
     """``fastest`` over candidates that are times: 1 computes something else, 2 and 4 fail in ways of their own."""
     ran: list[int] = []
 
@@ -73,20 +71,20 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return lambda candidates, budget: tune.fastest(run, candidates, 9, budget)
 
 
-def test_the_fastest_that_agrees_is_taken(search: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_fastest_that_agrees_is_taken(search, capsys):
     assert search([5, 1, 2, 4, 3, 6], tune.Budget()) == 3
     said = capsys.readouterr().out
     assert "dropped, its statistics differ: 1" in said
     assert "dropped, it fails with RuntimeError: 4" in said
 
 
-def test_a_search_ends_with_its_budget(search: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_ends_with_its_budget(search, capsys):
     assert search([5, 6, 3], tune.Budget(candidates=2)) == 5
     assert "the budget ends after 2 candidates" in capsys.readouterr().out
     assert search([5, 6, 3], tune.Budget(deadline=0.0)) == 9
 
 
-def test_every_entry_is_written_when_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_entry_is_written_when_it_is_known(tmp_path, monkeypatch):
     """Killed in its second entry, the file holds the first, and the architecture's own tables for the rest."""
     monkeypatch.setattr(tune, "why_not", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")

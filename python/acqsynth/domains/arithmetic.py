@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
 
-from acqsynth.domains.base import Domain, Messages, Sample
-from acqsynth.domains.data import Layout, Row, samples, text
+from acqsynth.domains.base import Domain, Layout, Messages, Row, Sample, optional, text
 
 Kind = Literal["strong", "weak", "coin", "table"]
 SPLITS = ("train", "test")
@@ -89,11 +88,16 @@ SKILLS: dict[str, Skill] = {
 }
 
 
+def _row(row: Row) -> Sample:
+    return _with_skill(text(row, "question"), text(row, "answer"), optional(row, "reasoning"))
+
+
 class Arithmetic(Domain):
     """The world of arithmetic; it needs no data but can read some."""
 
     name: ClassVar[str] = "arithmetic"
     answer_tokens: ClassVar[int] = 32
+    layouts: ClassVar[Sequence[Layout]] = (Layout(("question", "answer"), _row),)
 
     def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
         return [{"role": "user", "content": "\n".join(["new", *map(self.tagged, shown)])}]
@@ -110,12 +114,6 @@ class Arithmetic(Domain):
     def canonical(self, answer: str) -> str:
         answer = answer.strip().lower()
         return answer.lstrip("0") or "0" if answer.isascii() and answer.isdigit() else answer
-
-    def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
-        return [
-            answer is not None and self.canonical(answer) == self.canonical(sample.answer)
-            for sample, answer in zip(gold, answers, strict=True)
-        ]
 
     def parse(self, text: str) -> Sample | None:
         sample = super().parse(text)
@@ -145,7 +143,6 @@ class Arithmetic(Domain):
         ]
 
     def tagged(self, sample: Sample) -> str:
-        """The sample as a generator writes it, read back by :meth:`parse`."""
         parts = {"question": sample.question, "reasoning": sample.reasoning, "answer": sample.answer}
         return "".join(f"<{tag}>{text}</{tag}>" for tag, text in parts.items() if text)
 
@@ -204,7 +201,7 @@ class Arithmetic(Domain):
             if columns:
                 raise ValueError(f"columns: {source} has none, its rows are generated")
             return self.rows(ROWS if limit is None else limit, int(world[1] or 0), split=split)
-        return samples(source, split, columns, limit, [Layout(("question", "answer"), _row)])
+        return super().load(source, split, columns, limit)
 
 
 def skill_of(question: str) -> str | None:
@@ -224,11 +221,6 @@ def truth(question: str) -> str | None:
 def _with_skill(question: str, answer: str, reasoning: str) -> Sample:
     skill = skill_of(question)
     return Sample(question, answer, reasoning, {} if skill is None else {"skill": skill})
-
-
-def _row(row: Row) -> Sample:
-    reasoning = text(row, "reasoning") if row.get("reasoning") else ""
-    return _with_skill(text(row, "question"), text(row, "answer"), reasoning)
 
 
 def _read(question: str) -> tuple[Skill, tuple[int, ...]] | None:

@@ -13,13 +13,37 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from acqsynth.domains.base import Domain, Messages, Sample, written
-from acqsynth.domains.data import Layout, Row, samples, text
+from acqsynth.domains.base import Domain, Layout, Messages, Row, Sample, text, written
 
 #: Sources ``intents:<name>`` are the files ``intents/<name>.jsonl`` of the folder that ACQCORE_DATA names.
 INTENTS = "intents:"
 
 _MARKER = r"(?:intent|label|category|class|topic)"
+
+
+def spoken(label: str) -> str:
+    """The label with spaces for underscores: ``card arrival`` for ``card_arrival``."""
+    return " ".join(label.replace("_", " ").split())
+
+
+def _labelled(question: str, label: str) -> Sample:
+    return Sample(question, label, extra={"skill": label})
+
+
+def _label(row: Row, column: str) -> str:
+    """The name of a label, a number as its digits; ValueError if it is missing, empty, or of several lines."""
+    value = row.get(column)
+    name = str(value) if type(value) is int else text(row, column)
+    if "\n" in name:
+        raise ValueError(f"{column}: expected a name of one line, got {name!r:.60}")
+    return name
+
+
+def _layout(question: str, label: str) -> Layout:
+    return Layout((question, label), lambda row: _labelled(text(row, question), _label(row, label)))
+
+
+LAYOUTS = (_layout("text", "label"), _layout("text", "intent"), _layout("question", "answer"))
 
 
 class Classification(Domain):
@@ -34,6 +58,8 @@ class Classification(Domain):
 
     name: ClassVar[str] = "classification"
     answer_tokens: ClassVar[int] = 32
+    layouts = LAYOUTS
+    class_names: ClassVar[bool] = True
 
     def __init__(self, labels: Sequence[str] | None = None) -> None:
         self._labels: dict[str, str] = {}  # canonical form -> label
@@ -85,12 +111,6 @@ class Classification(Domain):
     def canonical(self, answer: str) -> str:
         return spoken(answer).casefold()
 
-    def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
-        return [
-            answer is not None and self.canonical(answer) == self.canonical(sample.answer)
-            for sample, answer in zip(gold, answers, strict=True)
-        ]
-
     def solution(self, sample: Sample) -> str:
         """The label alone, as it is spoken."""
         return spoken(sample.answer)
@@ -115,18 +135,8 @@ class Classification(Domain):
         """As any domain, of columns ``text`` and ``label`` (or ``intent``), or ``question`` and ``answer``. Numbers of
         a hub data set's classes become their names. ``intents:banking77_train`` is that file of ``ACQCORE_DATA``, by
         default ``../shared/data``."""
-        if source.startswith(INTENTS):
-            return samples(str(_intents(source)), split, columns, limit, LAYOUTS)
-        return samples(source, split, columns, limit, LAYOUTS, class_names=True)
-
-
-def spoken(label: str) -> str:
-    """The label with spaces for underscores: ``card arrival`` for ``card_arrival``."""
-    return " ".join(label.replace("_", " ").split())
-
-
-def _labelled(question: str, label: str) -> Sample:
-    return Sample(question, label, extra={"skill": label})
+        place = str(_intents(source)) if source.startswith(INTENTS) else source
+        return super().load(place, split, columns, limit)
 
 
 def _asked(task: str, answer: str) -> Messages:
@@ -158,19 +168,3 @@ def _intents(source: str) -> Path:
             "set with a text and a label, as in source=mteb/banking77 columns={text: text, label: label_text}"
         )
     return path
-
-
-def _label(row: Row, column: str) -> str:
-    """The name of a label, a number as its digits; ValueError if it is missing, empty, or of several lines."""
-    value = row.get(column)
-    name = str(value) if type(value) is int else text(row, column)
-    if "\n" in name:
-        raise ValueError(f"{column}: expected a name of one line, got {name!r:.60}")
-    return name
-
-
-def _layout(question: str, label: str) -> Layout:
-    return Layout((question, label), lambda row: _labelled(text(row, question), _label(row, label)))
-
-
-LAYOUTS = (_layout("text", "label"), _layout("text", "intent"), _layout("question", "answer"))

@@ -11,13 +11,12 @@ from __future__ import annotations
 import ast
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 from acqsynth.domains import sandbox
-from acqsynth.domains.base import Domain, Messages, Sample, ask_for_sample
-from acqsynth.domains.data import Layout, Row, samples, text
+from acqsynth.domains.base import Domain, Layout, Messages, Row, Sample, ask_for_sample, text
 
 _FENCED = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)```", re.DOTALL)
 
@@ -37,6 +36,47 @@ PLAIN_NAMES = frozenset(
 )
 
 
+def _mbpp(row: Row) -> Sample:
+    program, tests = text(row, "code"), row["test_list"]
+    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+        raise ValueError(f"test_list: expected a list of asserts, got {tests!r:.60}")
+    source = "\n".join([row.get("test_setup_code") or "", *tests]).strip()
+    gold, held = _parsed(program), _parsed(source)
+    if gold is None or held is None:
+        raise ValueError(f"{'code' if gold is None else 'test_list'}: not a Python program")
+    defined = _defined(gold.body)
+    # The asserts come last: their function first.
+    used = [name for name in _used(reversed(held.body)) if name in defined]
+    imported = {name for name in used if isinstance(defined[name], ast.Import | ast.ImportFrom)}
+    imports = [ast.unparse(defined[name]) for name in used if name in imported]
+    names = [name for name in used if name not in imported]
+    if not names:
+        raise ValueError("test_list: no assert calls what the code defines")
+    return Sample(
+        f"{text(row, 'text')}\n\nIt satisfies, for example:\n{fenced(tests[0])}",
+        fenced(program),
+        extra={"tests": source, "names": names, "context": "", "preamble": "\n".join(imports)},
+    )
+
+
+def _humaneval(row: Row) -> Sample:
+    prompt, solution, name = row["prompt"], row["canonical_solution"], text(row, "entry_point")
+    for column in ("prompt", "canonical_solution"):
+        text(row, column)  # its indentation counts, so it is taken as it stands
+    return Sample(
+        f"Complete this Python function:\n{fenced(prompt)}",
+        fenced(prompt + solution),
+        # What the tests use of the prompt beside the function (a helper) is theirs: a program cannot replace it.
+        extra={"tests": f"{row['test']}\n\ncheck({name})", "names": [name], "context": prompt, "preamble": prompt},
+    )
+
+
+LAYOUTS = (
+    Layout(("text", "code", "test_list"), _mbpp, ("test_setup_code",)),
+    Layout(("prompt", "canonical_solution", "test", "entry_point"), _humaneval),
+)
+
+
 class Code(Domain):
     """Functions in Python, right if they pass their tests.
 
@@ -47,6 +87,7 @@ class Code(Domain):
     """
 
     name: ClassVar[str] = "code"
+    layouts = LAYOUTS
 
     def __init__(
         self,
@@ -132,16 +173,8 @@ class Code(Domain):
         tests = _unparsed(ast.Module([*asserts], []))
         if not names or tests is None or not all(_plain(node, names) for node in asserts):
             return replace(sample, answer=block)
-        return replace(
-            sample,
-            answer=fenced(program),
-            extra={
-                "tests": tests,
-                "names": names,
-                "context": "",
-                "preamble": "import math",
-            },
-        )
+        extra = {"tests": tests, "names": names, "context": "", "preamble": "import math"}
+        return replace(sample, answer=fenced(program), extra=extra)
 
     def fault(self, sample: Sample) -> str | None:
         parts = split_asserts(_source(sample.answer))
@@ -156,15 +189,6 @@ class Code(Domain):
         if not any(re.search(rf"\b{name}\b", sample.question) for name in sample.extra["names"]):
             return "the question does not name the function"
         return None
-
-    def load(
-        self,
-        source: str,
-        split: str = "train",
-        columns: Mapping[str, str] | None = None,
-        limit: int | None = None,
-    ) -> list[Sample]:
-        return samples(source, split, columns, limit, LAYOUTS)
 
     def _passed(self, jobs: list[sandbox.Job]) -> list[bool]:
         results = sandbox.run(
@@ -288,49 +312,3 @@ def _job(number: int, sample: Sample, program: str) -> sandbox.Job:
         raise ValueError(f"gold: sample {number} has no tests")
     source = "\n\n".join(part for part in (extra.get("context"), program) if part)
     return sandbox.Job(source, extra["tests"], tuple(extra["names"]), extra.get("preamble", ""))
-
-
-def _mbpp(row: Row) -> Sample:
-    program, tests = text(row, "code"), row["test_list"]
-    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
-        raise ValueError(f"test_list: expected a list of asserts, got {tests!r:.60}")
-    source = "\n".join([row.get("test_setup_code") or "", *tests]).strip()
-    gold, held = _parsed(program), _parsed(source)
-    if gold is None or held is None:
-        raise ValueError(f"{'code' if gold is None else 'test_list'}: not a Python program")
-    defined = _defined(gold.body)
-    used = [
-        name for name in _used(reversed(held.body)) if name in defined
-    ]  # the asserts come last: their function first
-    imports = [ast.unparse(defined[name]) for name in used if isinstance(defined[name], ast.Import | ast.ImportFrom)]
-    names = [name for name in used if not isinstance(defined[name], ast.Import | ast.ImportFrom)]
-    if not names:
-        raise ValueError("test_list: no assert calls what the code defines")
-    return Sample(
-        f"{text(row, 'text')}\n\nIt satisfies, for example:\n{fenced(tests[0])}",
-        fenced(program),
-        extra={"tests": source, "names": names, "context": "", "preamble": "\n".join(imports)},
-    )
-
-
-def _humaneval(row: Row) -> Sample:
-    prompt, solution, name = row["prompt"], row["canonical_solution"], text(row, "entry_point")
-    for column in ("prompt", "canonical_solution"):
-        text(row, column)  # its indentation counts, so it is taken as it stands
-    return Sample(
-        f"Complete this Python function:\n{fenced(prompt)}",
-        fenced(prompt + solution),
-        # What the tests use of the prompt beside the function (a helper) is theirs: a program cannot replace it.
-        extra={
-            "tests": f"{row['test']}\n\ncheck({name})",
-            "names": [name],
-            "context": prompt,
-            "preamble": prompt,
-        },
-    )
-
-
-LAYOUTS = (
-    Layout(("text", "code", "test_list"), _mbpp, ("test_setup_code",)),
-    Layout(("prompt", "canonical_solution", "test", "entry_point"), _humaneval),
-)

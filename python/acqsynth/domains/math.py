@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
-from acqsynth.domains.base import Domain, Messages, Sample, ask_for_sample
-from acqsynth.domains.data import Layout, Row, samples, text
+from acqsynth.domains.base import STATED, Domain, Layout, Messages, Row, Sample, ask_for_sample, text
 from acqsynth.domains.math_check import MathChecker
 from acqsynth.domains.quantities import UNDERSTOOD, compare, quantity
 
 _HASHES = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
-_STATED = re.compile(r"(?<![/\w])answer(?:\s+is\b\s*:?|\s*:)\s*(\S[^\n]*)", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|[,;]?\s+(?:because|since|so|which|as)\b")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?![\w])")
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's notes for a calculator
@@ -21,6 +19,30 @@ _TASKS = re.compile(
     r"\b(find|compute|calculate|determine|evaluate|solve|simplify|what|how|which|when|who|express|factor|give|write)\b",
     re.IGNORECASE,
 )
+
+
+def _worked(row: Row) -> Sample:
+    """``question`` and ``answer``: a solution that marks its final answer, or the final answer alone."""
+    question, answer = text(row, "question"), text(row, "answer")
+    if row.get("reasoning"):
+        return Sample(question, _final(answer), text(row, "reasoning"))
+    final = _stated(answer)
+    if final is None and "\n" in answer:
+        raise ValueError("answer: no final answer, marked by #### or \\boxed{}")
+    if final is None or final == answer:
+        return Sample(question, answer)
+    reasoning = _HASHES.sub("", _CALCULATION.sub("", answer)).strip()
+    return Sample(question, final, reasoning)
+
+
+def _numina(row: Row) -> Sample | None:
+    """``problem`` and ``solution``, whose final answer is boxed; a proof has none."""
+    solution = text(row, "solution")
+    final = _boxed(solution)
+    return None if final is None else Sample(text(row, "problem"), final, solution)
+
+
+LAYOUTS = (Layout(("problem", "solution"), _numina), Layout(("question", "answer"), _worked, ("reasoning",)))
 
 
 class Math(Domain):
@@ -32,6 +54,7 @@ class Math(Domain):
     """
 
     name: ClassVar[str] = "math"
+    layouts = LAYOUTS
     proves: ClassVar[bool] = False
 
     def __init__(self, checker: MathChecker | None = None) -> None:
@@ -114,15 +137,6 @@ class Math(Domain):
             return "the answer is more than a final answer"
         return None
 
-    def load(
-        self,
-        source: str,
-        split: str = "train",
-        columns: Mapping[str, str] | None = None,
-        limit: int | None = None,
-    ) -> list[Sample]:
-        return samples(source, split, columns, limit, LAYOUTS)
-
 
 def _boxed(completion: str) -> str | None:
     r"""The contents of the last whole ``\boxed{...}`` that has some, in one pass."""
@@ -146,34 +160,10 @@ def _stated(completion: str) -> str | None:
         return boxed
     if lines := _HASHES.findall(completion):
         return str(lines[-1]).strip()
-    statements = (_SENTENCE_END.split(rest, maxsplit=1)[0].strip(" *") for rest in _STATED.findall(completion))
+    statements = (_SENTENCE_END.split(rest, maxsplit=1)[0].strip(" *") for rest in STATED.findall(completion))
     return next((s for s in reversed(list(statements)) if re.search(r"[\d\\$]|^[A-Za-z]$", s)), None)  # not "is right"
 
 
 def _final(answer: str) -> str:
     """What an answer field gives: what it marks as final, else all of it."""
     return _stated(answer) or answer.strip()
-
-
-def _worked(row: Row) -> Sample:
-    """``question`` and ``answer``: a solution that marks its final answer, or the final answer alone."""
-    question, answer = text(row, "question"), text(row, "answer")
-    if row.get("reasoning"):
-        return Sample(question, _final(answer), text(row, "reasoning"))
-    final = _stated(answer)
-    if final is None and "\n" in answer:
-        raise ValueError("answer: no final answer, marked by #### or \\boxed{}")
-    if final is None or final == answer:
-        return Sample(question, answer)
-    reasoning = _HASHES.sub("", _CALCULATION.sub("", answer)).strip()
-    return Sample(question, final, reasoning)
-
-
-def _numina(row: Row) -> Sample | None:
-    """``problem`` and ``solution``, whose final answer is boxed; a proof has none."""
-    solution = text(row, "solution")
-    final = _boxed(solution)
-    return None if final is None else Sample(text(row, "problem"), final, solution)
-
-
-LAYOUTS = (Layout(("problem", "solution"), _numina), Layout(("question", "answer"), _worked, ("reasoning",)))

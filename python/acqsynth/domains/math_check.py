@@ -3,23 +3,29 @@
 math-verify takes any time and memory on some inputs (``9^{9^{9^9}}``), and its own guard, ``signal.alarm``, works in a
 main thread only: called from a trainer's thread it raises, and a caller that catches this counts every answer as wrong.
 So each check runs in the main thread of a worker process with a deadline that the kernel keeps.
+
+This file, started as a script, is the worker: it reads pairs as JSON lines and writes ``true`` or ``false`` for each.
+Nothing at its top imports the package.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+import os
 import queue
+import re
+import resource
 import selectors
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-WORKER = Path(__file__).with_name("math_worker.py")
 START_SECONDS = 120.0  # sympy's import takes half a second on an idle machine
 LONGEST = 2000  # characters of an answer; a longer one is no answer
 
@@ -104,7 +110,7 @@ class _Worker:
         # Run as a file, so that neither this package nor the caller's main module is imported again; -P, as the
         # folder of that file holds a math.py.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER), str(seconds)],
+            [sys.executable, "-P", __file__, str(seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -138,3 +144,84 @@ class _Worker:
             if not selector.select(seconds):
                 return None
         return self.process.stdout.readline() or None
+
+
+# --- the worker -------------------------------------------------------------------------------------------------------
+
+# What normalization and parser drop: quotes, dollars, percent signs, the base of a number, dots.
+_DROPPED = re.compile(r"[\'\"$%]|[\d)}]\s*_|\\[lcd]?dots(?![A-Za-z])|\.\.")
+_SPACE = re.compile(r"(?:\s|\\[,;:! ]|\\q?quad|\\(?:left|right|displaystyle)|[{}&])*")
+_MEMORY = 4 << 30  # bytes of address space: an expression that needs more is not equal, and leaves the machine alone
+
+
+def _reader() -> Callable[[str], Any]:
+    """A function that reads a whole LaTeX expression, or raises.
+
+    ``math_verify.parse`` accepts any expression that a text begins with or contains: of ``4_{8}``, ``4+`` and ``4|7``
+    it reads a 4. Here the grammar has to reach the end of the text, and no part is dropped before.
+    """
+    from antlr4 import Token
+    from latex2sympy2_extended.antlr_parser import PSParser
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
+    from math_verify.grader import should_treat_as_complex
+
+    config = NormalizationConfig(units=False, boxed="none", equations=False)
+    conversion = ConversionConfig(lowercase_symbols=False)  # N and n are two variables
+    whole = PSParser.math
+
+    def math(parser: Any) -> Any:
+        tree = whole(parser)
+        if parser.getCurrentToken().type != Token.EOF:
+            raise ValueError("the text goes on after the expression")
+        stream = parser.getTokenStream()
+        left = str(stream.tokenSource.inputStream)
+        for token in stream.tokens[:-1]:
+            between, found, left = left.partition(token.text)
+            if not found or not _SPACE.fullmatch(between):
+                raise ValueError("the text has a part that is no token")
+        return tree
+
+    PSParser.math = math
+
+    def read(text: str) -> Any:
+        if _DROPPED.search(text):
+            raise ValueError("a part that is not read")
+        plain = normalize_latex(text, config)
+        real = not should_treat_as_complex(plain)
+        return latex2sympy(plain, is_real=real, conversion_config=conversion, normalization_config=None)
+
+    return read
+
+
+def _work() -> None:
+    """Answers until stdin ends."""
+    from math_verify import verify
+
+    read = _reader()
+    seconds = float(sys.argv[1])
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    logging.disable()  # math-verify warns that its own timeouts are off
+    # What is printed by the libraries (antlr does) must not come between the replies.
+    replies = os.fdopen(os.dup(1), "w")
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    replies.write("ready\n")
+    replies.flush()
+    os.dup2(null, 2)
+    for line in sys.stdin:
+        gold, answer = json.loads(line)
+        # By the default action of SIGALRM, at the deadline the kernel ends the process, in whatever code it is.
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            equal = bool(verify([read(gold)], [read(answer)], timeout_seconds=None))
+        except (Exception, MemoryError):
+            equal = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        replies.write("true\n" if equal else "false\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    _work()

@@ -10,15 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from acqsynth.domains.base import Domain, Messages, Sample, ask_for_sample
-from acqsynth.domains.data import Layout, Row, samples, text
+from acqsynth.domains.base import STATED, Domain, Layout, Messages, Row, Sample, ask_for_sample, optional, text
 
 LETTERS = "ABCD"
 DECISIONS = ("yes", "no", "maybe")
 
 _OPTION = re.compile(r"(?:^|(?<=\s))\(?([A-D])[).:]\s+", re.MULTILINE)
 _BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]*)\}?\}")
-_STATED = re.compile(r"(?<![/\w])answer(?:\s+is\b\s*:?|\s*:)\s*(\S[^\n]*)", re.IGNORECASE)
 # A letter alone or with its mark, "B", "(b)", "B) aspirin", not the article of "A fever"; or a decision with a mark.
 _LETTER = re.compile(r"\(?([A-Da-d])(?:[).:]|$)")
 _DECISION = re.compile(r"(yes|no|maybe)\b(?!\s+\w)", re.IGNORECASE)
@@ -27,10 +25,51 @@ _SEVERAL = re.compile(
 )
 
 
+def _medmcqa(row: Row) -> Sample:
+    """``cop`` counts from 0, as on the hub."""
+    options = {letter: text(row, f"op{letter.lower()}") for letter in LETTERS}
+    right = row["cop"]
+    if type(right) is not int or right not in range(len(LETTERS)):
+        raise ValueError(f"cop: expected 0 to 3, got {right!r}")
+    letter = LETTERS[right]
+    question = "\n".join([text(row, "question"), *(f"{letter}) {option}" for letter, option in options.items())])
+    return Sample(question, f"{letter}) {options[letter]}", optional(row, "exp"), {"options": options})
+
+
+def _pubmedqa(row: Row) -> Sample:
+    contexts: Any = row["contexts"] if "contexts" in row else row["context"]
+    if isinstance(contexts, Mapping):  # on the hub the sections stand beside their labels
+        contexts = contexts.get("contexts")
+    if not isinstance(contexts, Sequence) or isinstance(contexts, str) or not all(isinstance(c, str) for c in contexts):
+        raise ValueError(f"contexts: expected a list of texts, got {contexts!r:.60}")
+    decision = text(row, "final_decision").lower()
+    if decision not in DECISIONS:
+        raise ValueError(f"final_decision: expected {', '.join(DECISIONS)}, got {decision!r}")
+    question = "\n\n".join([*contexts, text(row, "question")])
+    return Sample(question, decision, text(row, "long_answer"))
+
+
+def _plain(row: Row) -> Sample:
+    """``question`` (its options in it, if any) and ``answer``, with ``reasoning`` where there is such a column."""
+    question = text(row, "question")
+    options = _options(question)
+    extra = {"options": options} if options else {}
+    return Sample(question, text(row, "answer"), optional(row, "reasoning"), extra)
+
+
+LAYOUTS = (
+    Layout(("question", "opa", "opb", "opc", "opd", "cop"), _medmcqa, ("exp",)),
+    Layout(("question", "contexts", "long_answer", "final_decision"), _pubmedqa),
+    Layout(("question", "context", "long_answer", "final_decision"), _pubmedqa),
+    Layout(("question", "answer"), _plain, ("reasoning",)),
+)
+
+
 class Medical(Domain):
     """Questions answered by the letter of an option, or by yes, no or maybe."""
 
     name: ClassVar[str] = "medical"
+    layouts = LAYOUTS
 
     def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
         return ask_for_sample(
@@ -47,7 +86,7 @@ class Medical(Domain):
     def answer_of(self, completion: str) -> str | None:
         r"""The last ``\boxed{...}``; else the last "answer is ..." or "answer: ..."; else the last line, where that is
         a choice by itself. A place that names several choices gives none of them."""
-        for pattern in (_BOXED, _STATED):
+        for pattern in (_BOXED, STATED):
             if found := pattern.findall(completion):
                 answer = found[-1].strip().strip("*").strip()
                 return answer or None
@@ -98,15 +137,6 @@ class Medical(Domain):
             return "two options are the same"
         return None
 
-    def load(
-        self,
-        source: str,
-        split: str = "train",
-        columns: Mapping[str, str] | None = None,
-        limit: int | None = None,
-    ) -> list[Sample]:
-        return samples(source, split, columns, limit, LAYOUTS)
-
     def _choice_of(self, sample: Sample, answer: str) -> str:
         """The canonical answer, an option's text replaced by its letter."""
         canonical = self.canonical(answer)
@@ -134,48 +164,3 @@ def _options(question: str) -> dict[str, str]:
     ends = [*(mark.start() for mark in marks[1:]), len(question)]
     options = {mark[1]: question[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)}
     return options if all(options.values()) else {}
-
-
-def _with_options(question: str, options: Mapping[str, str]) -> str:
-    return "\n".join([question, *(f"{letter}) {option}" for letter, option in options.items())])
-
-
-def _medmcqa(row: Row) -> Sample:
-    """``cop`` counts from 0, as on the hub."""
-    options = {letter: text(row, f"op{letter.lower()}") for letter in LETTERS}
-    right = row["cop"]
-    if type(right) is not int or right not in range(len(LETTERS)):
-        raise ValueError(f"cop: expected 0 to 3, got {right!r}")
-    letter = LETTERS[right]
-    reasoning = text(row, "exp") if row.get("exp") else ""
-    question = _with_options(text(row, "question"), options)
-    return Sample(question, f"{letter}) {options[letter]}", reasoning, {"options": options})
-
-
-def _pubmedqa(row: Row) -> Sample:
-    contexts: Any = row["contexts"] if "contexts" in row else row["context"]
-    if isinstance(contexts, Mapping):  # on the hub the sections stand beside their labels
-        contexts = contexts.get("contexts")
-    if not isinstance(contexts, Sequence) or isinstance(contexts, str) or not all(isinstance(c, str) for c in contexts):
-        raise ValueError(f"contexts: expected a list of texts, got {contexts!r:.60}")
-    decision = text(row, "final_decision").lower()
-    if decision not in DECISIONS:
-        raise ValueError(f"final_decision: expected {', '.join(DECISIONS)}, got {decision!r}")
-    question = "\n\n".join([*contexts, text(row, "question")])
-    return Sample(question, decision, text(row, "long_answer"))
-
-
-def _plain(row: Row) -> Sample:
-    """``question`` (its options in it, if any) and ``answer``, with ``reasoning`` where there is such a column."""
-    reasoning = text(row, "reasoning") if row.get("reasoning") else ""
-    question = text(row, "question")
-    options = _options(question)
-    return Sample(question, text(row, "answer"), reasoning, {"options": options} if options else {})
-
-
-LAYOUTS = (
-    Layout(("question", "opa", "opb", "opc", "opd", "cop"), _medmcqa, ("exp",)),
-    Layout(("question", "contexts", "long_answer", "final_decision"), _pubmedqa),
-    Layout(("question", "context", "long_answer", "final_decision"), _pubmedqa),
-    Layout(("question", "answer"), _plain, ("reasoning",)),
-)

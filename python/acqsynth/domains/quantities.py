@@ -13,7 +13,11 @@ _INTEGER = re.compile(r"-?\d+")
 _DECIMAL = re.compile(r"([-+]?)(?=\.?\d)(\d{1,3}(?:,\d{3})+|\d*)(\.\d*)?")
 _FRACTION = re.compile(r"([-+]?)(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")
 _FRAC = re.compile(r"\\[dt]frac(?![A-Za-z])")
-_LATEX_FRACTION = re.compile(r"([-+]?)\s*(\d*)\s*\\frac\s*(?:\{(\d+)\}\{(\d+)\}|(\d)(\d))")
+_LATEX_FRACTION = re.compile(r"([-+]?)\s*(\d*)\s*\\frac\{(\d+)\}\{(\d+)\}")
+_LITERAL = re.compile(r"0(?:[xX][0-9A-Fa-f]+|[oO][0-7]+|[bB][01]+)")
+# Arguments of one character need no braces in LaTeX.
+_FIRST_ARGUMENT = re.compile(r"\\(frac|sqrt)(?:\s*(\d)|\s+([A-Za-z]))")
+_SECOND_ARGUMENT = re.compile(r"\\frac(\{[^{}]*\})\s*([0-9A-Za-z])")
 _LAYOUT = re.compile(r"\\left(?![A-Za-z])|\\right(?![A-Za-z])|\\[!,;:]|~")
 _DEGREE = re.compile(r"\^\{?\\circ\}?|\\degree(?![A-Za-z])|°")
 _CURRENCY = re.compile(r"^([-+]?)\s*(\\?\$|€|£|¥)\s*(?=[\d.])")
@@ -28,7 +32,10 @@ _UNIT = re.compile(
 )
 _TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{([^{}]*)\}")
 #: Words for numbers that multiply the number before them.
-SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALES = {
+    "dozen": 12, "score": 20, "gross": 144,
+    "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
+}  # fmt: skip
 
 CURRENCIES = {"€": "euro", "£": "pound", "¥": "yen"}  # any other is the dollar
 
@@ -45,11 +52,15 @@ UNITS = {
         "in": "inch inche", "ft": "foot feet", "yd": "yard", "mi": "mile", "mi per h": "mph", "km per h": "kph kmph",
         "mg": "milligram", "g": "gram", "kg": "kilogram", "oz": "ounce", "ml": "milliliter millilitre",
         "l": "liter litre", "s": "sec second", "min": "minute", "h": "hr hour", "day": "", "week": "wk",
+        "kb": "kilobyte", "mb": "megabyte", "gb": "gigabyte", "tb": "terabyte",
         "year": "yr", "hz": "hertz", "degree": "deg", "celsius": "", "fahrenheit": "", "person": "people",
         "child": "children", "man": "men", "woman": "women",
     }.items()
     for name in (unit, *names.split())
 }  # fmt: skip
+
+#: Units that differ from others in the case of a letter alone.
+CASED = frozenset({"Mg", "Ms", "Mm", "MW", "MV", "MJ", "MN", "MA", "ML", "Gb", "Mb", "kb", "Kb", "Tb"})
 
 #: Words after a number that are no unit: they change the value, or belong to a formula.
 NO_UNITS = frozenset(
@@ -137,10 +148,13 @@ def _with_unit(plain: str) -> tuple[str, tuple[str, ...]]:
 
 def _unit_word(word: str) -> str:
     """A word of a unit in the singular, abbreviated where it has an abbreviation."""
-    if word in ("C", "F") or word.casefold() in NO_UNITS:
-        return word if word in ("C", "F") else word.casefold()
+    if word in ("C", "F") or word in CASED:
+        return word
     word = word.casefold()
-    single = word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+    if word in NO_UNITS:
+        return word
+    plural = re.fullmatch(r"(\w+[^s])s", word)
+    single = plural[1] if plural and (len(word) > 3 or plural[1] in UNITS) else word
     return UNITS.get(word) or UNITS.get(single) or single
 
 
@@ -149,7 +163,7 @@ def _is_unit(word: str, place: int, spaced: bool) -> bool:
         return False
     if place or word in SCALES:
         return True
-    known = word in UNITS.values() or word in ("C", "F")
+    known = word in UNITS.values() or word in CASED or word in ("C", "F")
     return (known or len(word) > 2) if spaced else (known and len(word) > 1)
 
 
@@ -214,7 +228,8 @@ def _plain(answer: str) -> str:
             plain = plain[len(opens) : -len(closes)].strip()
     plain = re.sub(r"^\$([^$]+)\$(?=\s*[A-Za-z])", r"\1 ", plain)  # "$18$ eggs"
     plain = _LAYOUT.sub("", plain.replace(r"\%", "%").replace("{,}", ",").replace("\\ ", " "))
-    plain = _FRAC.sub(r"\\frac", plain)
+    plain = _FIRST_ARGUMENT.sub(r"\\\1{\2\3}", _FRAC.sub(r"\\frac", plain))
+    plain = _SECOND_ARGUMENT.sub(r"\\frac\1{\2}", plain)
     if whole := re.fullmatch(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}", plain):
         plain = whole[1].strip()
     plain = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi", plain)
@@ -237,6 +252,8 @@ def _rational(plain: str) -> Fraction | None:
     if match := _DECIMAL.fullmatch(plain):
         sign, whole, rest = match.groups()
         return Fraction(f"{sign}{whole.replace(',', '') or 0}{(rest or '').rstrip('.')}")
+    if _LITERAL.fullmatch(plain):
+        return Fraction(int(plain, 0))
     if match := _SCIENTIFIC.fullmatch(plain):
         return Fraction(match[1]) * Fraction(10) ** int(match[2])
     if match := _FRACTION.fullmatch(plain) or _LATEX_FRACTION.fullmatch(plain):
@@ -251,8 +268,9 @@ def _worth_checking(truth: str, given: str) -> bool:
     """Whether canonical forms that differ may still be equal."""
     if _WORDS.fullmatch(truth) or (_INTEGER.fullmatch(truth) and _INTEGER.fullmatch(given)):
         return False
-    # math-verify adds up "5 5", and of an answer with a box it reads the box alone.
-    return not re.search(r"\d \d|\\boxed", given)
+    # math-verify adds up "5 5", and of an answer with a box it reads the box alone. It multiplies 0 by x by 1 in 0x1.
+    glued = (re.search(r"[A-Za-z]\d", re.sub(r"\\[A-Za-z]+", " ", form)) for form in (truth, given))
+    return not any(glued) and not re.search(r"\d \d|\\boxed", given)
 
 
 def _without_spaces(plain: str) -> str:

@@ -296,12 +296,7 @@ def _death(code: int | None) -> tuple[Status, str]:
 
 
 class _Reader:
-    """Reads several pipes at once and keeps a bounded part of each.
-
-    Args:
-        pipes: the first is the verdict's.
-        limit: bytes kept of each of the others.
-    """
+    """Reads several pipes at once, the verdict's first, and keeps ``limit`` bytes of each of the others."""
 
     def __init__(self, pipes: Sequence[Any], limit: int) -> None:
         self.pipes = pipes

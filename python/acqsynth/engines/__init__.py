@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from acqcore import checks
 from acqsynth.domains import Messages
 
 NAMES = ("transformers", "vllm")
+DTYPES = ("auto", "float32", "float64", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -116,25 +116,15 @@ def check(name: str, options: Mapping[str, Any]) -> None:
         for option in options:
             if option not in known:
                 raise ValueError(f"options: unknown {option!r}, expected one of {', '.join(known)}")
-        checks.positive_int("options.batch_tokens", options.get("batch_tokens", 1))
-        device_name("options.device", options.get("device"))
-        dtype = options.get("dtype")
-        if isinstance(dtype, str):
-            dtypes = [str(dtype).removeprefix("torch.") for dtype in checks.FLOAT_DTYPES]
-            checks.one_of("options.dtype", dtype, ["auto", *dtypes])
-
-
-def device_name(name: str, value: Any) -> None:
-    """Checks that torch knows a device name, on this machine or another.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if value is not None:
+        tokens, dtype, device = options.get("batch_tokens", 1), options.get("dtype", "auto"), options.get("device")
+        if type(tokens) is not int or tokens < 1:
+            raise ValueError(f"options.batch_tokens: expected an int >= 1, got {tokens!r}")
+        if isinstance(dtype, str) and dtype not in DTYPES:
+            raise ValueError(f"options.dtype: unknown {dtype!r}, expected one of {', '.join(DTYPES)}")
         try:
-            torch.device(value)
+            torch.device("cpu" if device is None else device)  # of this machine or another
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"{name}: expected cpu, cuda or cuda:1, got {value!r}") from error
+            raise ValueError(f"options.device: expected cpu, cuda or cuda:1, got {device!r}") from error
 
 
 # --- tokens, the same for every engine --------------------------------------------------------------------------------

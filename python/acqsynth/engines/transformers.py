@@ -227,15 +227,9 @@ class TransformersEngine(Engine):
 
 
 def batches(lengths: Sequence[int], room: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of the rows of each batch, longest prompts first.
-
-    Rows of a batch have the same room, so that what a row may write does not depend on its neighbours.
-
-    Args:
-        lengths: tokens of each prompt.
-        room: most tokens of each completion.
-        budget: most tokens of a batch, padding included; a longer row gets its own batch.
-    """
+    """Indices of the rows of each batch, longest prompts first, from the tokens of prompts, the most tokens of their
+    completions, and those of a batch, padding included. Rows of a batch have the same room, so that what a row may
+    write does not depend on its neighbours."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batch:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from acqsynth.report import metrics
 from acqsynth.report.page import render as render
 from acqsynth.steps import StepContext, read_json, read_table, seconds_of
+
+Fit = tuple[str, int, int, int]  #: student, rows, the generator's seed, the fit's seed
 
 DESCRIPTIONS = {
     "grpo": "generator taught by GRPO on the reward",
@@ -24,15 +27,16 @@ DESCRIPTIONS = {
 
 @dataclass
 class Arm:
-    """One way to obtain training rows: its steps, one a round; in a report, the folders they filled."""
+    """One way to obtain training rows: its steps, one a seed of the generator and round; in a report, the folders they
+    filled."""
 
     name: str
-    rows: list[Any] = field(default_factory=list)  #: write ``samples.parquet``, the rows learnt
+    rows: dict[int, list[Any]] = field(default_factory=dict)  #: generator's seed -> write ``samples.parquet``, to learn
     trained: list[Any] = field(default_factory=list)
     written: list[Any] = field(default_factory=list)
     labelled: list[Any] = field(default_factory=list)
-    fits: dict[tuple[str, int, int], Any] = field(default_factory=dict)  #: by student, rows and seed
-    answers: dict[tuple[str, int, int], Any] = field(default_factory=dict)
+    fits: dict[Fit, Any] = field(default_factory=dict)
+    answers: dict[Fit, Any] = field(default_factory=dict)
 
 
 def write_report(
@@ -75,12 +79,13 @@ def write_report(
             found["arms"][name][kind] = metrics.sum_counts(counts) if counts else None
         found["arms"][name]["seconds"] = {
             "train": sum(map(seconds_of, arm.trained)),
-            "write": sum(map(seconds_of, arm.written or arm.rows)),
+            "write": sum(map(seconds_of, arm.written or chain(*arm.rows.values()))),
             "label": sum(map(seconds_of, arm.labelled)),
             "fit": sum(map(seconds_of, arm.fits.values())),
         }
     trained = [folder / "model" for folder in arms[main].trained]
-    found["training"] = metrics.training([read_log(model) for model in trained]) if trained else None
+    first = trained[: recipe["rounds"]]  # of the generator's first seed
+    found["training"] = metrics.training([read_log(model) for model in first]) if first else None
     tables = [read_table(path) for model in trained for path in sorted(model.glob("completions/*.parquet"))]
     found["samples"] = metrics.samples(tables or [read_table(arms[main].written[0] / "samples.parquet")])
     if constant := metrics.constant_signals(tables):

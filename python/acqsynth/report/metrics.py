@@ -37,14 +37,28 @@ class Answers:
     skills: Sequence[str | None]  #: of N rows
 
 
+@dataclass(frozen=True)
+class _Fits:
+    """The S fits of an arm's student on one number of rows."""
+
+    generators: list[int]  #: [S], seed of the generator that wrote the rows
+    seeds: list[int]  #: [S]
+    right: dict[str, npt.NDArray[np.float64]]  #: set -> [S, N]
+
+    @property
+    def drawn(self) -> list[tuple[int, int]]:
+        """Of each fit the generator's seed and its own."""
+        return list(zip(self.generators, self.seeds, strict=True))
+
+
 def collect(
     *,
     sets: Mapping[str, str],
     main: str,
     descriptions: Mapping[str, str],
     base: Mapping[tuple[str, str], Answers],
-    answers: Mapping[tuple[str, str, int, int, str], Answers],
-    learnt: Mapping[tuple[str, str, int, int], int],
+    answers: Mapping[tuple[str, str, int, int, int, str], Answers],
+    learnt: Mapping[tuple[str, str, int, int, int], int],
     level: float,
 ) -> dict[str, Any]:
     """Accuracies, changes against the base student, comparisons of arms, and the verdict.
@@ -54,8 +68,8 @@ def collect(
         main: the arm of the recipe's own method.
         descriptions: arm -> what it is, in order.
         base: (student, set) -> answers of the base student.
-        answers: (arm, student, rows, seed, set) -> answers of a fitted student.
-        learnt: (arm, student, rows, seed) -> rows it really learnt.
+        answers: (arm, student, rows, generator's seed, seed, set) -> answers of a fitted student.
+        learnt: (arm, student, rows, generator's seed, seed) -> rows it really learnt.
         level: of the intervals, and of the verdict as a whole.
     """
     found: dict[str, Any] = {"main": main, "level": level}
@@ -67,38 +81,50 @@ def collect(
         }
         for name, domain in sets.items()
     }
-    matrices: dict[tuple[str, str, int, str], npt.NDArray[np.float64]] = {}
-    seeds: dict[tuple[str, str, int], list[int]] = {}
-    for arm, student, n, seed, name in answers:
+    fits: dict[tuple[str, str, int], _Fits] = {}
+    for arm, student, n, generator, seed, name in answers:
         if name == IN_DISTRIBUTION:
-            seeds.setdefault((arm, student, n), []).append(seed)
-    for (arm, student, n), drawn in seeds.items():
+            of_arm = fits.setdefault((arm, student, n), _Fits([], [], {}))
+            of_arm.generators.append(generator)
+            of_arm.seeds.append(seed)
+    for key, each in fits.items():
         for name in sets:
-            matrices[arm, student, n, name] = np.stack([answers[arm, student, n, seed, name].right for seed in drawn])
+            each.right[name] = np.stack([answers[*key, *fit, name].right for fit in each.drawn])
     found["base"] = {
         student: {
-            name: _accuracy(np.array([base[student, name].right]), base[student, name].skills, level) for name in sets
+            name: _accuracy(np.array([base[student, name].right]), None, base[student, name].skills, level)
+            for name in sets
         }
         for student in dict.fromkeys(student for student, _ in base)
     }
     found["arms"] = {}
     for arm, description in descriptions.items():
         results = []
-        for (other, student, n), drawn in seeds.items():
+        for (other, student, n), each in fits.items():
             if other != arm:
                 continue
             per_set = {}
             for name in sets:
-                right, before = matrices[arm, student, n, name], base[student, name]
-                per_set[name] = _accuracy(right, before.skills, level) | {
+                right, before = each.right[name], base[student, name]
+                others: dict[str, Any] = {"generators": each.generators, "learnt": False, "level": level}
+                per_set[name] = _accuracy(right, each.generators, before.skills, level) | {
                     "per_seed": [float(row.mean()) for row in right],
-                    "change": asdict(change(right, np.array([before.right]), learnt=False, level=level)),
-                    "known": _forgotten(right, before, level),
+                    "change": asdict(change(right, np.array([before.right]), **others)),
+                    "known": _forgotten(right, before, **others),
                 }
-            rows = [learnt[arm, student, n, seed] for seed in drawn]
-            results.append({"student": student, "rows_wanted": n, "rows": min(rows), "seeds": drawn, "sets": per_set})
+            rows = [learnt[arm, student, n, *fit] for fit in each.drawn]
+            results.append(
+                {
+                    "student": student,
+                    "rows_wanted": n,
+                    "rows": min(rows),
+                    "generators": each.generators,
+                    "seeds": each.seeds,
+                    "sets": per_set,
+                }
+            )
         found["arms"][arm] = {"description": description, "results": results}
-    found["comparisons"] = _comparisons(main, matrices, level)
+    found["comparisons"] = _comparisons(main, fits, level)
     found["verdict"] = verdict(found)
     return found
 
@@ -165,11 +191,7 @@ def verdict(found: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def training(logs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The trainers' logs of all rounds in sequence, and the cost of the reward.
-
-    Args:
-        logs: for each round the logged steps, as TRL and the reward give them.
-    """
+    """The logged steps of all rounds in sequence, as TRL and the reward give them, and the cost of the reward."""
     steps: list[dict[str, Any]] = []
     offset = 0
     for number, log in enumerate(logs, 1):
@@ -241,11 +263,7 @@ def samples(tables: Sequence[Mapping[str, Sequence[Any]]], n: int = 5) -> dict[s
 
 
 def constant_signals(tables: Sequence[Mapping[str, Sequence[Any]]]) -> list[str]:
-    """Signals with the same value for every scored completion.
-
-    Args:
-        tables: as :func:`samples` takes them.
-    """
+    """Signals with the same value for every scored completion, from tables as :func:`samples` takes them."""
     seen: dict[str, set[float]] = {}
     for table in tables:
         for key, column in table.items():
@@ -297,15 +315,17 @@ def points(share: float) -> str:
     return f"{100 * share:+.1f}"
 
 
-def _accuracy(right: npt.NDArray[np.float64], skills: Sequence[str | None], level: float) -> dict[str, Any]:
+def _accuracy(
+    right: npt.NDArray[np.float64], generators: Sequence[int] | None, skills: Sequence[str | None], level: float
+) -> dict[str, Any]:
     by_skill = accuracy_by_skill(right, skills)
     return {
-        "accuracy": asdict(accuracy_interval(right, level=level)),
+        "accuracy": asdict(accuracy_interval(right, generators=generators, level=level)),
         "skills": {skill: {"accuracy": share, "rows": n} for skill, (share, n) in by_skill.items()},
     }
 
 
-def _forgotten(right: npt.NDArray[np.float64], base: Answers, level: float) -> dict[str, Any] | None:
+def _forgotten(right: npt.NDArray[np.float64], base: Answers, **options: Any) -> dict[str, Any] | None:
     """Change in the skills that the base student had mastered; None if it had none, or the rows name no skills."""
     before = np.array([base.right])  # [1, N]
     known = {name: share for name, (share, _) in accuracy_by_skill(before, base.skills).items() if share >= KNOWN}
@@ -313,17 +333,22 @@ def _forgotten(right: npt.NDArray[np.float64], base: Answers, level: float) -> d
         return None
     picked = [i for i, skill in enumerate(base.skills) if skill in known]
     after = accuracy_by_skill(right, base.skills)
-    found = change(right[:, picked], before[:, picked], learnt=False, level=level)
+    found = change(right[:, picked], before[:, picked], **options)
     return {"change": asdict(found), "skills": {name: (was, after[name][0]) for name, was in known.items()}}
 
 
-def _comparisons(
-    main: str, matrices: Mapping[tuple[str, str, int, str], npt.NDArray[np.float64]], level: float
-) -> list[dict[str, Any]]:
+def _comparisons(main: str, fits: Mapping[tuple[str, str, int], _Fits], level: float) -> list[dict[str, Any]]:
     found = []
-    for (arm, student, n, name), other in matrices.items():
-        if arm != main and name == IN_DISTRIBUTION:
-            difference = change(matrices[main, student, n, name], other, level=level)
+    for (arm, student, n), other in fits.items():
+        if arm != main:
+            own = fits[main, student, n]
+            difference = change(
+                own.right[IN_DISTRIBUTION],
+                other.right[IN_DISTRIBUTION],
+                generators=own.generators,
+                other_generators=other.generators,
+                level=level,
+            )
             entry = {"student": student, "rows_wanted": n, "against": arm, "difference": asdict(difference)}
             found.append(entry)
     return found

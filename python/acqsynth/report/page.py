@@ -118,6 +118,7 @@ def _moved(metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     return sorted(moved, key=lambda entry: entry[2] - entry[1])
 
 
+@matplotlib.rc_context(_STYLE)
 def _figures(metrics: Mapping[str, Any]) -> dict[str, str | None]:
     """Name -> SVG; None if there is nothing to show."""
     main, largest = metrics["main"], _largest(metrics)
@@ -158,52 +159,46 @@ def _seconds(value: float) -> str:
 
 def accuracy(bars: Sequence[tuple[str, Mapping[str, float]]], main: str) -> str:
     """Horizontal bars with intervals: ``(arm, accuracy)``, the base student first and as a line through all."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 0.6 + 0.34 * len(bars)), layout="constrained")
-        axes = figure.subplots()
-        names = [name for name, _ in bars]
-        means = [100 * interval["mean"] for _, interval in bars]
-        spans = [
-            [100 * (interval["mean"] - interval["low"]) for _, interval in bars],
-            [100 * (interval["high"] - interval["mean"]) for _, interval in bars],
-        ]
-        colours = [MAIN if name == main else OTHER for name in names]
-        axes.barh(names, means, color=colours, height=0.62)
-        # Drawn apart: a mean can lie outside a percentile interval of few rows by rounding.
-        spans = [[max(0.0, value) for value in side] for side in spans]
-        axes.errorbar(means, range(len(names)), xerr=spans, fmt="none", ecolor=INK, elinewidth=1.1, capsize=3)
-        axes.axvline(means[0], color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
-        right = max(100 * interval["high"] for _, interval in bars)
-        for y, mean in enumerate(means):
-            axes.annotate(
-                f"{mean:.1f}", (max(right, 1), y), xytext=(8, 0), textcoords="offset points", va="center", color=INK
-            )
-        axes.set_xlim(0, max(right, 1) * 1.08)
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.set_xlabel("right answers, %")
-        return _svg(figure, "accuracy")
+    axes = _axes(0.6 + 0.34 * len(bars))
+    names = [name for name, _ in bars]
+    means = [100 * interval["mean"] for _, interval in bars]
+    # At least 0: a mean can lie outside a percentile interval of few rows by rounding.
+    spans = [
+        [max(0.0, 100 * (interval["mean"] - interval["low"])) for _, interval in bars],
+        [max(0.0, 100 * (interval["high"] - interval["mean"])) for _, interval in bars],
+    ]
+    axes.barh(names, means, color=[MAIN if name == main else OTHER for name in names], height=0.62)
+    axes.errorbar(means, range(len(names)), xerr=spans, fmt="none", ecolor=INK, elinewidth=1.1, capsize=3)
+    axes.axvline(means[0], color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
+    right = max(100 * interval["high"] for _, interval in bars)
+    for y, mean in enumerate(means):
+        axes.annotate(
+            f"{mean:.1f}", (max(right, 1), y), xytext=(8, 0), textcoords="offset points", va="center", color=INK
+        )
+    axes.set_xlim(0, max(right, 1) * 1.08)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.set_xlabel("right answers, %")
+    return _svg(axes.figure, "accuracy")
 
 
 def sizes(curves: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]], base: float, main: str) -> str:
     """Accuracy over rows learnt: arm -> ``(rows, accuracy)``."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 2.8), layout="constrained")
-        axes = figure.subplots()
-        axes.axhline(100 * base, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)), label="base")
-        for i, (arm, curve) in enumerate(curves.items()):
-            x = [rows for rows, _ in curve]
-            colour = SERIES[i % len(SERIES)]
-            axes.plot(x, [100 * v["mean"] for _, v in curve], "o-", color=colour, label=arm, markersize=4)
-            if arm == main:
-                low, high = ([100 * v[side] for _, v in curve] for side in ("low", "high"))
-                axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-        axes.set_xscale("log")
-        axes.set_xlabel("rows learnt")
-        axes.set_ylabel("right answers, %")
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        return _svg(figure, "sizes")
+    axes = _axes(2.8)
+    axes.axhline(100 * base, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)), label="base")
+    for i, (arm, curve) in enumerate(curves.items()):
+        x = [rows for rows, _ in curve]
+        colour = SERIES[i % len(SERIES)]
+        axes.plot(x, [100 * v["mean"] for _, v in curve], "o-", color=colour, label=arm, markersize=4)
+        if arm == main:
+            low, high = ([100 * v[side] for _, v in curve] for side in ("low", "high"))
+            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xlabel("rows learnt")
+    axes.set_ylabel("right answers, %")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return _svg(axes.figure, "sizes")
 
 
 def reward(log: Log) -> str | None:
@@ -211,49 +206,46 @@ def reward(log: Log) -> str | None:
     if not _points(log, "reward"):
         return None
     parts = _named(log, "reward/", "/mean", without=("total",))
-    with matplotlib.rc_context(_STYLE):
-        panels = 1 + len(parts)
-        columns = 2 if panels in (2, 4) else min(3, panels)
-        lines = -(-panels // columns)
-        figure = Figure(figsize=(_WIDTH, 0.4 + 1.9 * lines), layout="constrained")
-        grid = figure.subplots(lines, columns, squeeze=False).ravel()
-        x, y = zip(*_points(log, "reward"), strict=True)
-        grid[0].plot(x, y, color=MAIN, **_mark(x))
-        spread = dict(_points(log, "reward_std"))
-        if set(x) <= set(spread):
-            low, high = ([a + sign * spread[step] for step, a in zip(x, y, strict=True)] for sign in (-1, 1))
-            grid[0].fill_between(x, low, high, color=MAIN, alpha=0.12, linewidth=0)
-        grid[0].set_title("reward \u00b1 deviation")
-        for axes, (name, key), colour in zip(grid[1:], parts.items(), SERIES[1:] * 4, strict=False):
-            steps, values = zip(*_points(log, key), strict=True)
-            axes.plot(steps, values, color=colour, **_mark(steps))
-            axes.set_title(name)
-        for axes in grid[panels:]:
-            axes.set_visible(False)
-        for axes in grid[:panels]:
-            _steps(axes)
-        return _svg(figure, "reward")
+    panels = 1 + len(parts)
+    columns = 2 if panels in (2, 4) else min(3, panels)
+    lines = -(-panels // columns)
+    figure = Figure(figsize=(_WIDTH, 0.4 + 1.9 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    x, y = zip(*_points(log, "reward"), strict=True)
+    grid[0].plot(x, y, color=MAIN, **_mark(x))
+    spread = dict(_points(log, "reward_std"))
+    if set(x) <= set(spread):
+        low, high = ([a + sign * spread[step] for step, a in zip(x, y, strict=True)] for sign in (-1, 1))
+        grid[0].fill_between(x, low, high, color=MAIN, alpha=0.12, linewidth=0)
+    grid[0].set_title("reward \u00b1 deviation")
+    for axes, (name, key), colour in zip(grid[1:], parts.items(), SERIES[1:] * 4, strict=False):
+        steps, values = zip(*_points(log, key), strict=True)
+        axes.plot(steps, values, color=colour, **_mark(steps))
+        axes.set_title(name)
+    for axes in grid[panels:]:
+        axes.set_visible(False)
+    for axes in grid[:panels]:
+        _steps(axes)
+    return _svg(figure, "reward")
 
 
 def _lines(log: Log, keys: Mapping[str, str], name: str, unit: str, share: bool) -> str | None:
     """A line for each label -> key of the log; None if nothing of it was logged."""
     present = {label: _points(log, key) for label, key in keys.items()}
-    present = {label: points for label, points in present.items() if points}
+    present = {label: line for label, line in present.items() if line}
     if not present:
         return None
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 2.5), layout="constrained")
-        axes = figure.subplots()
-        for i, (label, points) in enumerate(present.items()):
-            x, y = zip(*points, strict=True)
-            values = [100 * value for value in y] if share else y
-            axes.plot(x, values, color=SERIES[i % len(SERIES)], label=label, **_mark(x))
-        axes.set_ylabel(unit)
-        axes.set_ylim(bottom=0 if share or min(min(y for _, y in points) for points in present.values()) >= 0 else None)
-        _steps(axes)
-        if len(present) > 1:
-            axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        return _svg(figure, name)
+    axes = _axes(2.5)
+    for i, (label, line) in enumerate(present.items()):
+        x, y = zip(*line, strict=True)
+        values = [100 * value for value in y] if share else y
+        axes.plot(x, values, color=SERIES[i % len(SERIES)], label=label, **_mark(x))
+    axes.set_ylabel(unit)
+    axes.set_ylim(bottom=0 if share or min(min(y for _, y in line) for line in present.values()) >= 0 else None)
+    _steps(axes)
+    if len(present) > 1:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return _svg(axes.figure, name)
 
 
 def over_steps(log: Log) -> dict[str, str | None]:
@@ -283,20 +275,18 @@ def validity(signals: Mapping[str, Mapping[str, Any]]) -> str | None:
     )
     if not found:
         return None
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 0.7 + 0.32 * len(found)), layout="constrained")
-        axes = figure.subplots()
-        for y, (_, interval) in enumerate(found):
-            axes.plot([interval["low"], interval["high"]], [y, y], color=OTHER, linewidth=2.2, solid_capstyle="round")
-            axes.plot(interval["mean"], y, "o", color=MAIN, markersize=6)
-        axes.set_yticks(range(len(found)), [name for name, _ in found])
-        axes.axvline(0, color=QUIET, linewidth=0.9)
-        axes.set_xlim(-1.05, 1.05)
-        axes.set_ylim(-0.6, len(found) - 0.4)
-        axes.grid(axis="y", visible=False)
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.set_xlabel("rank correlation with the gain measured")
-        return _svg(figure, "validity")
+    axes = _axes(0.7 + 0.32 * len(found))
+    for y, (_, interval) in enumerate(found):
+        axes.plot([interval["low"], interval["high"]], [y, y], color=OTHER, linewidth=2.2, solid_capstyle="round")
+        axes.plot(interval["mean"], y, "o", color=MAIN, markersize=6)
+    axes.set_yticks(range(len(found)), [name for name, _ in found])
+    axes.axvline(0, color=QUIET, linewidth=0.9)
+    axes.set_xlim(-1.05, 1.05)
+    axes.set_ylim(-0.6, len(found) - 0.4)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
+    axes.set_xlabel("rank correlation with the gain measured")
+    return _svg(axes.figure, "validity")
 
 
 def _points(log: Log, key: str) -> list[tuple[int, float]]:
@@ -314,6 +304,11 @@ def _named(log: Log, prefix: str, suffix: str, without: Sequence[str] = ()) -> d
 def _mark(x: Sequence[int]) -> dict[str, Any]:
     """Markers for few points: a line through one step is invisible."""
     return {"marker": "o", "markersize": 3.5} if len(x) <= 25 else {}
+
+
+def _axes(height: float) -> Any:
+    """Axes of a figure of so many inches."""
+    return Figure(figsize=(_WIDTH, height), layout="constrained").subplots()
 
 
 def _steps(axes: Axes) -> None:

@@ -16,9 +16,9 @@ from acqsynth.rewards.answers import (
     SampledAnswers as SampledAnswers,
     SemanticEntropy as SemanticEntropy,
 )
+from acqsynth.rewards.batch import Rewards as Rewards
 from acqsynth.rewards.gates import Gate as Gate, default_gates as default_gates
 from acqsynth.rewards.paper import PaperReward as PaperReward
-from acqsynth.rewards.result import Rewards as Rewards
 from acqsynth.rewards.reward import ComposedReward as ComposedReward
 from acqsynth.rewards.scoring import STUDENT_VARIABLE as STUDENT_VARIABLE, Scorer as Scorer
 from acqsynth.rewards.signals import (

@@ -26,7 +26,7 @@ from acqcore import Reduction
 from acqsynth.parsing import parse_sample
 from acqsynth.rewards.reliability import Spread
 from acqsynth.rewards.scoring import Scored, Scorer
-from acqsynth.rewards.trl import Completion, LogExtra, LogMetric, TrlReward, completion_text, prompt_key, summary
+from acqsynth.rewards.trl import Completion, Log, LogExtra, LogMetric, TrlReward, completion_text, prompt_key, summary
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,13 @@ _FAILED = object()  #: the sample of a text that the parser raises on
 
 class AcquisitionReward(TrlReward):
     """The acquisition value of each completion for a student, as a reward function of TRL 1.16.
+
+    Text that does not parse gets 0.0, or the lowest value if that is negative; a sample that could not be scored is
+    masked. All completions of a call are scored by one ``acqcore.score`` call. It logs the values and whether each text
+    parses; shares parsed and masked, mean, and correlation with length; for an acquisition that is estimated at random
+    also ``reliability``, as in :meth:`ComposedReward.metrics`. A call raises RuntimeError if ``ACQSYNTH_STUDENT`` has
+    to name the student and is not set, or if values without a lower bound are asked for on several ranks without
+    ``sync``; else as ``acqcore.score``.
 
     Args:
         student: a transformers causal LM (even the model in training: it is scored in eval mode and left unchanged), an
@@ -99,39 +106,12 @@ class AcquisitionReward(TrlReward):
         self._least = -1.0 if cosine else 0.0  #: the known lower bound of the values
         self._unbounded = acquisition == "influence" and not cosine
 
-    def __call__(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Completion],
-        completion_ids: Sequence[list[int]] | None = None,
-        log_extra: LogExtra | None = None,
-        log_metric: LogMetric | None = None,
-        **columns: Any,
-    ) -> list[float | None]:
-        """Rewards of n completions, scored in one ``acqcore.score`` call.
-
-        Args:
-            prompts: n prompts of the generator, equal ones of a group; the completion holds the sample.
-            completions: n texts, or n lists of messages whose last assistant message is the text.
-            completion_ids, columns: what else TRL passes; not read.
-            log_extra: gets the values and whether each text parses.
-            log_metric: gets shares parsed and masked, mean and correlation with length; of an acquisition that is
-                estimated at random also ``reliability``, as in :meth:`ComposedReward.metrics`.
-
-        Returns:
-            n rewards: the acquisition value; 0.0 (or the lowest value, if that is negative) for text that does not
-                parse; None, masked from the advantage, if the sample could not be scored.
-
-        Raises:
-            RuntimeError: the student comes from the environment, and ``ACQSYNTH_STUDENT`` is not set; values without a
-                lower bound on several ranks without ``sync``.
-            ValueError, TypeError: as ``acqcore.score``.
-        """
+    def _reward(self, prompts: Sequence[Any], completions: Sequence[Completion], log: Log) -> list[float | None]:
         if not self._checked_form:
             self.scorer.check()  # even if nothing parses
         samples = [self._sample(completion) for completion in completions]
         scored = self.scorer([sample for sample in samples if _parsed(sample)])
-        return self._rewards(prompts, samples, scored, log_extra, log_metric)
+        return self._rewards(prompts, samples, scored, log)
 
     def rewards(self, prompts: Sequence[Any], completions: Sequence[Completion]) -> list[float | None]:
         """The same for direct callers, in a script or notebook, whether the student is here or at a url."""
@@ -151,8 +131,7 @@ class AcquisitionReward(TrlReward):
         prompts: Sequence[Any],
         samples: Sequence[Any],
         scored: Scored,
-        log_extra: LogExtra | None,
-        log_metric: LogMetric | None,
+        log: Log,
     ) -> list[float | None]:
         """Rewards of n samples, None for text that does not parse, from the scores of those that did."""
         self._check_form(
@@ -183,7 +162,7 @@ class AcquisitionReward(TrlReward):
             self._watch.add({self.acquisition: spread})
             if spread.reliability is not None:
                 metrics["reliability"] = spread.reliability
-        self._log(rewards, columns, metrics, log_extra, log_metric)
+        self._log(rewards, columns, metrics, log)
         return rewards
 
     def _floor(self, values: Sequence[float]) -> float:
@@ -264,12 +243,11 @@ class RemoteAcquisitionReward(AcquisitionReward):
         self,
         prompts: Sequence[Any],
         completions: Sequence[Completion],
-        completion_ids: Sequence[list[int]] | None = None,
         log_extra: LogExtra | None = None,
         log_metric: LogMetric | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """As :meth:`AcquisitionReward.__call__`.
+        """As :meth:`TrlReward.__call__`.
 
         Raises:
             acqsynth.serve.client.ScorerError: the server refuses the request: a wrong token or acquisition.
@@ -277,7 +255,7 @@ class RemoteAcquisitionReward(AcquisitionReward):
         samples = [self._sample(completion) for completion in completions]
         given = [sample for sample in samples if _parsed(sample)]
         scored = await self.client.score(given, (self.acquisition,), **self._spec)
-        return self._rewards(prompts, samples, scored, log_extra, log_metric)
+        return self._rewards(prompts, samples, scored, Log(log_extra, log_metric))
 
     def rewards(self, prompts: Sequence[Any], completions: Sequence[Completion]) -> list[float | None]:
         """As :meth:`AcquisitionReward.rewards`; blocks, where the call itself is a coroutine."""

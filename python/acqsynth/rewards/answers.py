@@ -41,8 +41,6 @@ class SampledAnswers:
     """k answers of the student to each question, drawn once in a reward call for all signals and gates.
 
     Args:
-        engine: of the student.
-        domain: prompts the student and parses its answers.
         k: answers to each question.
         temperature: 1 draws from the student's own distribution.
         max_tokens: of an answer; by default the domain's.
@@ -80,10 +78,8 @@ class SampledAnswers:
     def shares(self, samples: Sequence[Sample]) -> list[float]:
         """Share of the k answers that equal the sample's own, of n samples."""
         batch = Batch.of(samples)
-        by_answer = {(sample.question, sample.answer): sample for sample in batch}
 
-        def compute(keys: list[tuple[str, str]]) -> list[float]:
-            new = [by_answer[key] for key in keys]
+        def compute(new: list[Sample]) -> list[float]:
             asked: list[tuple[int, int, str]] = []  # position, its answers of one form, one of them
             for i, drawn in enumerate(self.draw(batch.part(new))):
                 forms: dict[str, list[str]] = {}
@@ -97,7 +93,7 @@ class SampledAnswers:
                 shares[i] += equal * count / self.k
             return shares
 
-        return batch.each((self, "shares"), [(sample.question, sample.answer) for sample in batch], compute)
+        return batch.each((self, "shares"), batch, compute, _answered)
 
     def clusters(self, samples: Sequence[Sample]) -> list[list[int]]:
         """Sizes of the clusters of equal answers to the question of each of n samples, largest first."""
@@ -106,27 +102,24 @@ class SampledAnswers:
     def of_majority(self, samples: Sequence[Sample]) -> list[bool]:
         """Whether the own answer of each of n samples is the one that most of the k give; False for a tie."""
         batch = Batch.of(samples)
-        by_answer = {(sample.question, sample.answer): sample for sample in batch}
 
-        def compute(keys: list[tuple[str, str]]) -> list[bool]:
-            new = batch.part(by_answer[key] for key in keys)
+        def compute(new: list[Sample]) -> list[bool]:
             most: list[str | None] = []
-            for drawn, found in zip(self.draw(new), self._clusters(new), strict=True):
+            for drawn, found in zip(self.draw(batch.part(new)), self._clusters(batch.part(new)), strict=True):
                 alone = bool(found) and (len(found) == 1 or len(found[0]) > len(found[1]))
                 most.append(drawn[found[0][0]].answer if alone else None)
             return self.domain.equivalent(new, most)
 
-        return batch.each((self, "majority"), [(sample.question, sample.answer) for sample in batch], compute)
+        return batch.each((self, "majority"), batch, compute, _answered)
 
     def _clusters(self, samples: Sequence[Sample]) -> list[list[list[int]]]:
         batch = Batch.of(samples)
-        by_question = {sample.question: sample for sample in batch}
 
-        def compute(questions: list[str]) -> list[list[list[int]]]:
-            new = batch.part(by_question[question] for question in questions)
-            return cluster(self.domain, new, [[d.answer for d in drawn] for drawn in self.draw(new)])
+        def compute(new: list[Sample]) -> list[list[list[int]]]:
+            answers = [[d.answer for d in drawn] for drawn in self.draw(batch.part(new))]
+            return cluster(self.domain, new, answers)
 
-        return batch.each((self, "clusters"), [sample.question for sample in batch], compute)
+        return batch.each((self, "clusters"), batch, compute, lambda sample: sample.question)
 
     def refresh(self, student: Any) -> None:
         """Another student answers from now on, see :meth:`acqsynth.engines.Engine.reload`."""
@@ -135,20 +128,19 @@ class SampledAnswers:
     def _draw(self, questions: list[str]) -> list[list[Drawn]]:
         sampling = replace(self.sampling, seed=zlib.crc32("\0".join(questions).encode(), self.sampling.seed))
         prompts = [self.domain.student_prompt(question) for question in questions]
-        return [[self._read(completion) for completion in group] for group in self.engine.generate(prompts, sampling)]
+        groups = self.engine.generate(prompts, sampling)
+        return [[Drawn(draw, self.domain.answer_of(draw.text)) for draw in group] for group in groups]
 
-    def _read(self, completion: Completion) -> Drawn:
-        return Drawn(completion, self.domain.answer_of(completion.text))
+
+def _answered(sample: Sample) -> tuple[str, str]:
+    return sample.question, sample.answer
 
 
 class Confidence(Published):
     """Mean of ``1 - (p1 - p2)`` over the tokens of the student's own answers, in [0, 1]; None without a token.
 
-    Args:
-        answers: drawn with ``top2``.
-
     Raises:
-        ValueError: answers without ``top2``.
+        ValueError: answers drawn without ``top2``.
     """
 
     name = "confidence"
@@ -190,7 +182,6 @@ class Learnability:
     """``p (1 - p)`` in [0, 1/4], p the share of the student's answers that equal the sample's own.
 
     Args:
-        answers: of the student.
         verified: 0 unless ``domain.verify`` finds the sample's own answer right. Against an unchecked answer, a
             question whose answer is a coin toss has the largest possible value. In a domain that cannot prove answers
             (mathematics, medicine) the majority of the student's answers replaces the proof: 0 unless it agrees with

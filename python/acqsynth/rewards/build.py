@@ -56,13 +56,9 @@ def build(
     """The composed reward of a recipe.
 
     Args:
-        config: its signals, gates and fusion.
-        domain: of the samples.
         student: path or hub id of the student that scores.
         engine: samples the student's answers; None for a reward that is only checked, never called.
-        seeds: rows that the generator is shown.
-        evaluation: rows that no sample may repeat.
-        reference: rows whose loss should fall, for influence; by default the seeds.
+        seeds, evaluation, reference: as in :meth:`ComposedReward.default`; the reference is by default the seeds.
 
     Raises:
         ValueError, TypeError: an unknown signal, gate or option, or a value out of range; names the key.
@@ -109,13 +105,7 @@ def check(config: RewardConfig, domain: Domain) -> None:
 
 
 class StudentEngine(TransformersEngine):
-    """Generates with the copy of the student that the reward scores with.
-
-    Args:
-        path: path or hub id of the student.
-        device: where the process loads it.
-        options: of TransformersEngine.
-    """
+    """Generates with the copy of the student that the reward scores with."""
 
     def __init__(self, path: str, device: str | None, **options: Any) -> None:
         self._device = device
@@ -129,13 +119,8 @@ class StudentEngine(TransformersEngine):
 
 
 def student_engine(config: EngineConfig, student: str, scoring: dict[str, Any]) -> Engine:
-    """An engine of the student; with transformers one copy of the weights both scores and answers.
-
-    Args:
-        config: of the engine.
-        student: path or hub id.
-        scoring: options of the scorers, which get the engine's device.
-    """
+    """An engine of the student; with transformers one copy of the weights both scores and answers, so the ``scoring``
+    options get the engine's device."""
     if config.name != "transformers" or "dtype" in config.options:
         return engines.load(config.name, student, **config.options)
     options = dict(config.options)

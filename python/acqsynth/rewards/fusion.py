@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 Values = npt.NDArray[np.float64]
+Groups = npt.NDArray[np.int64]
 
 #: Values of each signal that ``quantile`` remembers.
 HISTORY = 1024
@@ -90,21 +91,15 @@ def checked_weights(names: Mapping[str, object], weights: Mapping[str, float] | 
     return weight
 
 
-def _raw(
-    r: Values,  # [K, n]
-    g: npt.NDArray[np.int64],  # [n]
-    w: Values,  # [K]
-    past: list[Values],
-) -> Values:
+# Each method takes values r [K, n] of K signals, groups g [n], weights w [K], and earlier values of each signal; it
+# gives [n].
+
+
+def _raw(r: Values, g: Groups, w: Values, past: list[Values]) -> Values:
     return w @ r
 
 
-def _z(
-    r: Values,  # [K, n]
-    g: npt.NDArray[np.int64],  # [n]
-    w: Values,  # [K]
-    past: list[Values],
-) -> Values:
+def _z(r: Values, g: Groups, w: Values, past: list[Values]) -> Values:
     count = np.bincount(g).astype(np.float64)  # [G], 0 if all of a group are masked
     present = count > 0
     total = np.zeros(r.shape[1])
@@ -118,23 +113,13 @@ def _z(
     return total
 
 
-def _gdpo(
-    r: Values,  # [K, n]
-    g: npt.NDArray[np.int64],  # [n]
-    w: Values,  # [K]
-    past: list[Values],
-) -> Values:
+def _gdpo(r: Values, g: Groups, w: Values, past: list[Values]) -> Values:
     total = _z(r, g, w, past)
     deviation = total.std()
     return (total - total.mean()) / deviation if deviation > 1e-12 else np.zeros_like(total)
 
 
-def _rank(
-    r: Values,  # [K, n]
-    g: npt.NDArray[np.int64],  # [n]
-    w: Values,  # [K]
-    past: list[Values],
-) -> Values:
+def _rank(r: Values, g: Groups, w: Values, past: list[Values]) -> Values:
     q = np.empty_like(r)
     for j in np.unique(g):
         members = g == j
@@ -142,12 +127,7 @@ def _rank(
     return _bounded(q, w)
 
 
-def _quantile(
-    r: Values,  # [K, n]
-    g: npt.NDArray[np.int64],  # [n]
-    w: Values,  # [K]
-    past: list[Values],
-) -> Values:
+def _quantile(r: Values, g: Groups, w: Values, past: list[Values]) -> Values:
     pairs = zip(r, past, strict=True)
     return _bounded(np.array([_quantiles(values, np.concatenate([values, old])) for values, old in pairs]), w)
 
@@ -172,7 +152,7 @@ def _bounded(
     return share @ np.where((w > 0)[:, None], q, 1 - q)
 
 
-METHODS: dict[str, Callable[[Values, npt.NDArray[np.int64], Values, list[Values]], Values]] = {
+METHODS: dict[str, Callable[[Values, Groups, Values, list[Values]], Values]] = {
     "raw": _raw,
     "z": _z,
     "rank": _rank,

@@ -31,9 +31,9 @@ from typing import Any, Protocol, runtime_checkable
 from acqsynth.domains import Domain, Sample
 from acqsynth.normal_form import normal_form, visible
 from acqsynth.rewards.answers import SampledAnswers
-from acqsynth.rewards.batch import Batch
-from acqsynth.rewards.overlap import Contamination, NearCopies, words
+from acqsynth.rewards.batch import Batch, sample_length
 from acqsynth.rewards.scoring import Scorer
+from acqsynth.rewards.texts import Contamination, NearCopies, words
 
 Verdict = bool | Sample | None
 Label = Callable[[Sequence[Sample]], Sequence[Sample | None]]
@@ -41,7 +41,7 @@ Label = Callable[[Sequence[Sample]], Sequence[Sample | None]]
 
 @runtime_checkable
 class Gate(Protocol):
-    """A named yes or no. Like a signal it may have ``accept``, ``refresh``, ``state_dict`` and ``load_state_dict``."""
+    """A named yes or no; may have the optional methods of a :class:`acqsynth.rewards.Signal`."""
 
     name: str
 
@@ -112,10 +112,10 @@ class NoRepetition:
 class NoLeak:
     """The question does not contain its answer, as far as wording shows.
 
-    A long answer (four words or more, signs counted) or reasoning of eight or more leaks if it stands in the
-    question as a whole. A shorter one, a number, a yes, an option's letter, stands in many an honest question; it leaks
-    only if the question says that it is the answer: "answer", "solution" or "result", then at most three of "is",
-    ":", "=" and the like, then the answer. The text of an option in a list of options ("B) ...") is no leak.
+    An answer of four words or more (signs counted), or reasoning of eight, leaks if the question holds it whole. A
+    shorter answer stands in many an honest question; it leaks only if the question calls it the answer: "answer",
+    "solution" or "result", at most three of "is", ":", "=" and the like, then the answer. The text of an option in a
+    list of options ("B) ...") is no leak.
 
     Args:
         domain: its canonical form of the answer is looked for too.
@@ -256,10 +256,7 @@ class Fluent:
 
 
 class Labelled:
-    """There is a label; it replaces the answer that the generator wrote.
-
-    A student is trained on questions with their labels, so a signal of the generator's own answer would score another
-    row.
+    """There is a label; it replaces the answer that the generator wrote, as students are trained on labels.
 
     Args:
         label: n samples -> each with its label, or None if it has none.
@@ -335,15 +332,8 @@ def default_gates(
     **options: Any,
 ) -> list[Gate]:
     """The gates of the table above: ``labelled`` with a label, ``fluent`` with a student, ``answerable`` with answers.
-
-    Args:
-        domain: of the samples.
-        seeds: the rows the generator is shown.
-        evaluation: rows that no sample may repeat.
-        label: n samples -> each with its label, or None if it has none.
-        student, options: as :class:`acqsynth.rewards.scoring.Scorer`.
-        answers: sampled by the student.
-    """
+    Arguments are as in :meth:`acqsynth.rewards.ComposedReward.default`; ``options`` are those of
+    :class:`acqsynth.rewards.scoring.Scorer`."""
     gates: list[Gate] = [Sound(domain), Length(), NoRepetition(), NoLeak(domain), New(seeds)]
     if evaluation:
         gates.append(NotInEvaluation(evaluation))
@@ -358,21 +348,13 @@ def default_gates(
 
 
 def require_samples(name: str, rows: Sequence[Any]) -> None:
-    """
-    Raises:
-        TypeError: a row that is no ``Sample``; names it.
-    """
+    """Raises TypeError for a row that is no ``Sample``, and names it."""
     for i, row in enumerate(rows):
         if not isinstance(row, Sample):
             raise TypeError(
                 f"{name}[{i}]: expected acqsynth.domains.Sample(question, answer), got {type(row).__name__}; "
                 "Domain.load reads rows as samples"
             )
-
-
-def sample_length(sample: Sample) -> int:
-    """Visible characters of question, reasoning and answer."""
-    return sum(len(visible(text).strip()) for text in (sample.question, sample.reasoning, sample.answer))
 
 
 def repetition(text: str) -> float:

@@ -24,7 +24,7 @@ import torch
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Completion
 from acqsynth.rewards.answers import SampledAnswers, mean
-from acqsynth.rewards.result import Rewards
+from acqsynth.rewards.batch import Rewards
 from acqsynth.rewards.reward import ComposedReward
 from acqsynth.rewards.scoring import Scorer
 from acqsynth.rewards.signals import Proximity, Published, Signal
@@ -103,12 +103,8 @@ class ReleasedAnswerVariance:
     """HDBSCAN clusters of the embeddings of whole completions over k, the noise label counted as a cluster. The paper
     does not give the least size of a cluster; here it is two.
 
-    Args:
-        answers: the draws.
-        embed: of completions.
-
     Raises:
-        ValueError: no embedder.
+        ValueError: no embedder ``embed`` of completions.
     """
 
     name = "answer_variance"
@@ -136,11 +132,7 @@ class ReleasedDiversity:
     """Facility location with Euclidean distances d instead of similarities: the gain of x over an archive is ``mean_i
     max(0, d(x, a_i) - best_i)``, ``best_i`` the largest distance from a_i to another member; 1 for the first sample. A
     sample joins at once if it gains more than 0.01. Far points are rewarded, and the gain falls to zero as the archive
-    grows.
-
-    Args:
-        embed: of questions.
-        options: of :class:`acqsynth.rewards.Diversity`, without effect.
+    grows. The options of :class:`acqsynth.rewards.Diversity` have no effect.
     """
 
     name = "diversity"
@@ -179,12 +171,7 @@ class ReleasedDiversity:
 
 class ReleasedGradient:
     """``|| grad L ||`` of the mean loss given the raw question, not capped, one sample at a time, in the student's own
-    dtype (bfloat16 in the released code).
-
-    Args:
-        student, options: as :class:`acqsynth.rewards.scoring.Scorer`.
-        domain: of the samples.
-        seeds: not used.
+    dtype (bfloat16 in the released code). ``seeds`` are not used.
     """
 
     name = "gradient"

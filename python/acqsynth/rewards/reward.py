@@ -30,21 +30,17 @@ import torch
 import acqcore
 from acqsynth.domains import Domain, Sample
 from acqsynth.engines import Engine
-from acqsynth.rewards import parts
 from acqsynth.rewards.answers import Learnability, SampledAnswers
-from acqsynth.rewards.batch import Batch
+from acqsynth.rewards.batch import Batch, Entry, Guard, Rewards, set_floor
 from acqsynth.rewards.fusion import BOUNDED, HISTORY, METHODS, LengthBins, checked_weights, fuse
 from acqsynth.rewards.gates import Gate, Label, default_gates, require_samples
-from acqsynth.rewards.result import Entry, Rewards, set_floor
 from acqsynth.rewards.signals import Diversity, Signal, acquisition_signals
 from acqsynth.rewards.texts import Embedder, NgramEmbedder
 from acqsynth.rewards.trl import (
     Completion,
-    LogExtra,
-    LogMetric,
+    Log,
     TrlReward,
     completion_text,
-    evaluates,
     prompt_key,
     summary,
 )
@@ -74,6 +70,9 @@ INFORMATION: dict[str, Any] = {"form": "linear", "probes": 4}
 
 class ComposedReward(TrlReward):
     """Gated and fused signals: a reward function of TRL 1.16, and ``score`` for other callers.
+
+    Archives, histories and length statistics take in what is trained on: TRL's evaluation leaves them as they are. A
+    call logs each signal's values and the gate that rejected, and :meth:`metrics`.
 
     Args:
         domain: parses texts.
@@ -106,8 +105,8 @@ class ComposedReward(TrlReward):
         sync: bool = False,
         name: str = "reward",
     ) -> None:
-        parts.check_names("signals", signals, ("total",))
-        parts.check_names("gates", gates, (PARSES,))
+        _check_names("signals", signals, "total")
+        _check_names("gates", gates, PARSES)
         if fusion not in METHODS:
             raise ValueError(f"fusion: unknown {fusion!r}, expected one of {', '.join(METHODS)}")
         names = dict.fromkeys(signal.name for signal in signals)
@@ -123,7 +122,7 @@ class ComposedReward(TrlReward):
         self.sync = sync
         self.length_bins = {name: LengthBins() for name in sorted(chosen)}
         self.history: dict[str, list[float]] = {name: [] for name in names}
-        self._guard = parts.Guard(name)
+        self._guard = Guard(name)
 
     @classmethod
     def default(
@@ -144,7 +143,6 @@ class ComposedReward(TrlReward):
         """The signals of ``DEFAULT_WEIGHTS`` behind the default gates.
 
         Args:
-            domain: of the samples.
             student: as :class:`acqsynth.rewards.scoring.Scorer`; not one whose weights ranks share, which mutual
                 information in its linear form refuses.
             seeds: the rows that the generator is shown.
@@ -190,35 +188,13 @@ class ComposedReward(TrlReward):
         """
         return self._score(texts, groups, update, by_runs=False)
 
-    def __call__(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Completion],
-        completion_ids: Sequence[list[int]] | None = None,
-        log_extra: LogExtra | None = None,
-        log_metric: LogMetric | None = None,
-        **columns: Any,
-    ) -> list[float | None]:
-        """Totals of n completions, under the contract of TRL.
-
-        Archives, histories and length statistics take in what is trained on: TRL's evaluation leaves them as they are.
-
-        Args:
-            prompts: n prompts; consecutive equal ones are a group. TRL deals whole groups to the ranks in turn, so one
-                may begin on a rank and end on the next: ``sync`` joins them again.
-            completions: n texts, or n lists of messages whose last assistant message is the text.
-            completion_ids, columns: what else TRL passes; not read.
-            log_extra: gets each signal's values and the gate that rejected.
-            log_metric: gets :meth:`metrics`; if it is the trainer's own, it also says whether the trainer evaluates.
-
-        Returns:
-            n totals; None (masked from the advantage, see the module) if a scorer failed.
-        """
+    def _reward(self, prompts: Sequence[Any], completions: Sequence[Completion], log: Log) -> list[float | None]:
+        # TRL deals whole groups to the ranks in turn, so one may begin on a rank and end on the next.
         texts, groups = [completion_text(c) for c in completions], [prompt_key(prompt) for prompt in prompts]
-        rewards = self._score(texts, groups, not evaluates(log_metric), by_runs=True)
+        rewards = self._score(texts, groups, not log.evaluates, by_runs=True)
         shown: dict[str, Sequence[Any]] = {**rewards.components, "gate": rewards.rejected_by}
         metrics = self.metrics(rewards) if rewards.total else {}
-        self._log(rewards.total, shown, metrics, log_extra, log_metric)
+        self._log(rewards.total, shown, metrics, log)
         return rewards.total
 
     def metrics(self, rewards: Rewards) -> dict[str, float]:
@@ -238,7 +214,11 @@ class ComposedReward(TrlReward):
         for name, spread in rewards.spread.items():
             if spread.reliability is not None:
                 found[f"{name}/reliability"] = spread.reliability
-        return {**found, **parts.logged(self._parts())}
+        for part in self._parts():
+            found |= {f"{part.name}/{key}": value for key, value in getattr(part, "logged", {}).items()}
+            if hasattr(part, "__len__"):
+                found[f"archive/{part.name}"] = len(part)
+        return found
 
     def refresh(self, student: Any) -> None:
         """Moves everything that scores, answers or labels to another student.
@@ -246,7 +226,12 @@ class ComposedReward(TrlReward):
         Args:
             student: a path or hub id; also what the scorers take, for a reward that neither answers nor labels.
         """
-        parts.refresh(self._parts(), student)
+        parts = self._parts()
+        # Answers and labels are shared by parts: each object moves once.
+        shared = [getattr(part, name, None) for part in parts for name in ("answers", "label")]
+        for part in {id(part): part for part in (*parts, *shared)}.values():
+            if hasattr(part, "refresh"):
+                part.refresh(student)
 
     @property
     def failures(self) -> int:
@@ -394,7 +379,20 @@ class ComposedReward(TrlReward):
         return [PARSES, *(gate.name for gate in self.gates)]
 
     def _stateful(self) -> dict[str, Any]:
-        return parts.stateful(self.signals, self.gates)
+        """Key -> part, of those that have a state."""
+        named = [("signal", part) for part in self.signals] + [("gate", part) for part in self.gates]
+        return {f"{kind}/{part.name}": part for kind, part in named if hasattr(part, "state_dict")}
+
+
+def _check_names(argument: str, parts: Sequence[Any], taken: str) -> None:
+    seen = {taken}
+    for part in parts:
+        name = getattr(part, "name", None)
+        if not callable(part) or not isinstance(name, str):
+            raise TypeError(f"{argument}: expected callable objects with a name, got {part!r}")
+        if name in seen:
+            raise ValueError(f"{argument}: {name!r} is there twice or is taken, give one of them another name")
+        seen.add(name)
 
 
 def _errors(signal: Any, samples: Sequence[Sample]) -> Sequence[float | None]:

@@ -14,10 +14,8 @@ from weakref import WeakValueDictionary
 import torch
 
 import acqcore
-from acqcore import Reduction, checks
-from acqcore.gradients.need import GradientNeed
-from acqcore.literals import Similarity
-from acqcore.scoring.plan import Plan
+from acqcore import Reduction
+from acqcore.acquisitions import REGISTRY
 from acqsynth.domains import Domain, Sample
 from acqsynth.rewards.batch import Batch
 
@@ -44,22 +42,18 @@ class Scorer:
     """Values of one or more acquisitions for one student, by one ``acqcore.score`` call.
 
     Args:
-        student: a transformers causal LM (even the model in training: it is scored in eval mode and left unchanged), an
-            ``acqcore.Student``, a path or hub id, or None for the path in the environment variable
-            ``ACQSYNTH_STUDENT``. A path is loaded at the first call and shared by all scorers of the process.
+        student: as :class:`acqsynth.rewards.AcquisitionReward`.
         acquisitions: names from ``acqcore.acquisitions()``.
-        domain: makes samples :class:`acqsynth.domains.Sample`, scored as the student is trained on them: its prompt
-            (through the chat template if the tokenizer has one), then its solution. Without it samples are those of
-            ``acqcore.score``.
+        domain: of samples that are :class:`acqsynth.domains.Sample`, scored as the student is trained on them; without
+            it samples are those of ``acqcore.score``.
         arguments: name -> arguments of that acquisition, as in ``acquisition_args`` of ``acqcore.score``. Instead
             of influence's ``acqcore.Reference``, samples may be given, with ``parameters``, ``dim`` and ``seed`` of
             ``acqcore.influence_reference``; their gradient is taken at the first call.
         name: shown in the message if the student is missing.
-        reduction, tokenizer, backend, batch_tokens, max_length, device: as :class:`AcquisitionReward`.
+        reduction, tokenizer, backend, batch_tokens, max_length, device: as AcquisitionReward.
 
     Raises:
-        ValueError, TypeError: an unknown acquisition or none, arguments that it does not take, a model without a
-            tokenizer, a max_length below 2, an unknown reduction, backend or device.
+        ValueError, TypeError: what ``acqcore.score`` would refuse, a model without a tokenizer, a max_length below 2.
     """
 
     def __init__(
@@ -77,24 +71,25 @@ class Scorer:
         max_length: int = 2048,
         device: str | None = None,
     ) -> None:
-        known = acqcore.acquisitions()
         if not acquisitions:
             raise ValueError("acquisitions: expected at least one name")
         for acquisition in acquisitions:
-            if acquisition not in known:
-                raise ValueError(f"acquisition: unknown {acquisition!r}, expected one of {', '.join(known)}")
+            if acquisition not in REGISTRY:
+                raise ValueError(f"acquisition: unknown {acquisition!r}, expected one of {', '.join(REGISTRY)}")
         if isinstance(student, torch.nn.Module) and tokenizer is None:
             raise ValueError("tokenizer: expected the student's, as student is a model, which has none")
         if max_length < 2:
             raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
-        checks.device("device", device)
-        if backend is not None:
-            checks.one_of("backend", backend, [info.name for info in acqcore.backends()])
         self.student = student
         self.acquisitions = tuple(acquisitions)
         self.domain = domain
         self.arguments = dict(arguments or {})
-        self._check_arguments(reduction, batch_tokens)
+        checked = self._placeheld()
+        # An argument that is required and missing is told at the first call, by acqcore.score.
+        known = [name for name in acquisitions if name in checked or not REGISTRY[name].options.required()]
+        acqcore.check_request(
+            known or "entropy", checked, reduction=reduction, batch_tokens=batch_tokens, backend=backend, device=device
+        )
         self.name = name
         self.reduction = reduction
         self.tokenizer = tokenizer
@@ -105,23 +100,16 @@ class Scorer:
         self._reference: acqcore.Reference | None = None
         self._shared: SharedStudent | None = None
 
-    def _check_arguments(self, reduction: Reduction, batch_tokens: int) -> None:
-        """Checks them as acqcore.score does, without the objects that only the first call makes."""
+    def _placeheld(self) -> dict[str, dict[str, Any]]:
+        """The arguments, with an empty reference where samples are given, whose gradient only the first call takes."""
         given = {name: dict(options) for name, options in self.arguments.items() if options}
         influence = given.get("influence", {})
-        if influence and not isinstance(influence.get("reference"), acqcore.Reference):
-            del given["influence"], influence["reference"]
-            made: dict[str, Any] = {name: influence.pop(name) for name in REFERENCE if name in influence}
-            GradientNeed(made.get("parameters", "all"), dim=made.get("dim", 1))
-            checks.seed(made.get("seed", 0))
-            checks.literal("similarity", influence.pop("similarity", "cosine"), Similarity)
-            if influence:
-                raise ValueError(f"influence: unknown argument {', '.join(influence)}")
-        known = [
-            name for name in self.acquisitions if name in given or name not in ("influence", "epig", "archive_novelty")
-        ]
-        if known:
-            Plan.of(known, given, reduction=reduction, batch_tokens=batch_tokens)
+        if "reference" in influence and not isinstance(influence["reference"], acqcore.Reference):
+            made: dict[str, Any] = {"parameters": "all", "dim": 1, "seed": 0}
+            made |= {name: influence.pop(name) for name in REFERENCE if name in influence}
+            mean = torch.ones(max(0, made["dim"]) if isinstance(made["dim"], int) else 0)
+            influence["reference"] = acqcore.Reference(mean, 1, made["parameters"], made["seed"], "mean", {})
+        return given
 
     def check(self) -> None:
         """
@@ -132,10 +120,7 @@ class Scorer:
             self._student()
 
     def __call__(self, samples: Sequence[Any]) -> Scored:
-        """Values, scored tokens and standard errors of n samples.
-
-        Signals of one reward call that pass the same batch share one pass.
-        """
+        """Scores n samples; callers that pass the same :class:`Batch` share one pass."""
         if not isinstance(samples, Batch):
             return self._score(samples)
         if self not in samples.scores:
@@ -187,11 +172,7 @@ class Scorer:
     def _encoded(
         self, samples: Sequence[Any], student: acqcore.Student, tokenizer: Any, max_length: int
     ) -> tuple[list[acqcore.Row], list[int]]:
-        """Rows of n samples, and which can be scored.
-
-        Raises:
-            ValueError: the tokenizer has no chat template for messages.
-        """
+        """Rows of n samples, and which can be scored."""
         given = self._rows(samples, tokenizer)
         errors: dict[int, str] = {}
         rows = acqcore.encode(

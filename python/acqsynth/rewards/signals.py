@@ -26,13 +26,6 @@ from acqsynth.rewards.batch import Batch
 from acqsynth.rewards.scoring import Scorer
 from acqsynth.rewards.texts import Embedder
 
-#: Acquisitions that need an argument, and what it is.
-NEEDED = {
-    "influence": ("reference", "samples or an acqcore.Reference"),
-    "epig": ("reference", "an acqcore.EpigReference, or the path of a saved one"),
-    "archive_novelty": ("archive", "an acqcore.Archive"),
-}
-
 
 @runtime_checkable
 class Signal(Protocol):
@@ -83,9 +76,9 @@ class AcquisitionSignal:
             raise ValueError(f"acquisition: expected one of the scorer's {scorer.acquisitions}, got {acquisition!r}")
         if scorer.domain is None:
             raise ValueError("scorer: expected one with a domain, got one of plain samples")
-        argument, kind = NEEDED.get(acquisition, ("", ""))
-        if argument and scorer.arguments.get(acquisition, {}).get(argument) is None:
-            raise ValueError(f"{acquisition}: expected {argument!r} among its arguments, {kind}")
+        for argument in REGISTRY[acquisition].options.required():
+            if scorer.arguments.get(acquisition, {}).get(argument) is None:
+                raise ValueError(f"{acquisition}: expected {argument!r} among its arguments")
         self.scorer = scorer
         self.acquisition = acquisition
         self.name = name or acquisition
@@ -134,12 +127,8 @@ def acquisition_signals(
     """A signal for each acquisition, all values from one ``acqcore.score`` call.
 
     Args:
-        student, options: as :class:`acqsynth.rewards.scoring.Scorer`.
         acquisitions: names, or name -> arguments.
-        domain: of the samples.
-
-    Raises:
-        ValueError: as Scorer.
+        student, options: as :class:`acqsynth.rewards.scoring.Scorer`, whose errors it raises.
     """
     arguments = acquisitions if isinstance(acquisitions, Mapping) else None
     scorer = Scorer(student, tuple(acquisitions), domain=domain, arguments=arguments, **options)
@@ -155,10 +144,8 @@ class Gradient(Published):
     nothing can be learned beyond it. Whether an answer is right at all is up to the gates.
 
     Args:
-        student: as :class:`acqsynth.rewards.scoring.Scorer`.
-        domain: of the samples.
+        student, options: as :class:`acqsynth.rewards.scoring.Scorer`.
         seeds: at least one; scored at the first call.
-        options: of Scorer.
 
     Raises:
         ValueError: no seeds; as Scorer.

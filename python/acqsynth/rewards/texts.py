@@ -1,17 +1,28 @@
-"""Embeddings of texts: by a sentence model, or by hashed character n-grams without one."""
+"""Texts compared: embeddings, near copies by the Jaccard index, and runs of words shared with an evaluation set.
+
+The latter two compare the normal form of texts (:mod:`acqsynth.normal_form`).
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
 import acqcore
+from acqsynth.normal_form import normal_form, numbers
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+_PUNCTUATION = re.compile(r"(?<!\d)[.,]|[.,](?!\d)|[;:!?'\"]")
 
 #: n texts -> ``[n, d]`` float32 unit rows on the CPU.
 Embedder: TypeAlias = Callable[[Sequence[str]], torch.Tensor]
@@ -104,3 +115,146 @@ def _load(model: str, device: str) -> tuple[Any, Any]:
     with acqcore.loading_whole():
         loaded = AutoModel.from_pretrained(model)
     return loaded.eval().to(device), AutoTokenizer.from_pretrained(model)
+
+
+def words(text: str) -> list[str]:
+    """Words, numbers and signs in lower case."""
+    return _WORD.findall(text.lower())
+
+
+@dataclass(frozen=True)
+class _Held:
+    text: str
+    form: str
+    shingles: frozenset[str]
+    numbers: Counter[Fraction]
+
+
+class NearCopies:
+    """A bounded set of texts that finds near copies of a new text.
+
+    Shingles are runs of ``n`` characters of the normal form. Two texts are near copies if the Jaccard index of their
+    shingles is at least ``threshold`` and the new one has all numbers of the other: an exercise in other numbers is
+    another exercise, one with a number more is not. Numbers compare by value.
+
+    Args:
+        threshold: in (0, 1].
+        n: characters of a shingle.
+        capacity: most texts held; the oldest make room.
+        same_numbers: False counts texts that differ in their numbers too.
+
+    Raises:
+        ValueError: a threshold, n or capacity out of range.
+
+    Sources: Broder 1997 (shingles); Chaudhuri, Ganti & Kaushik 2006 (a set that overlaps enough holds one of the
+    rarest elements: only few lists are read).
+    """
+
+    def __init__(
+        self, threshold: float = 0.8, *, n: int = 5, capacity: int = 20_000, same_numbers: bool = True
+    ) -> None:
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold: expected a Jaccard index in (0, 1], got {threshold}")
+        if n < 1 or capacity < 1:
+            raise ValueError(f"n, capacity: expected at least 1, got {n} and {capacity}")
+        self.threshold = threshold
+        self.n = n
+        self.capacity = capacity
+        self.same_numbers = same_numbers
+        self._texts: dict[int, _Held] = {}
+        self._holders: dict[str, set[int]] = {}  # shingle -> texts
+        self._order: deque[int] = deque()
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def add(self, texts: Iterable[str]) -> None:
+        """Take in texts; one that is there already is not held twice."""
+        for text in texts:
+            new = self._read(text)
+            if any(self._texts[i].form == new.form for i in self._holders.get(next(iter(new.shingles)), ())):
+                continue
+            if len(self._order) == self.capacity:
+                self._drop(self._order.popleft())
+            self._texts[self._next] = new
+            for shingle in new.shingles:
+                self._holders.setdefault(shingle, set()).add(self._next)
+            self._order.append(self._next)
+            self._next += 1
+
+    def find(self, text: str) -> str | None:
+        """A text held that the given one is a near copy of, the most similar, or None."""
+        asked_of = self._read(text)
+        shingles = asked_of.shingles
+        # Overlap of at least t |S| leaves room for so many misses; one of any more shingles must be a hit.
+        asked = len(shingles) - int(self.threshold * len(shingles)) + 1
+        rarest = sorted(shingles, key=lambda shingle: len(self._holders.get(shingle, ())))[:asked]
+        candidates = {i for shingle in rarest for i in self._holders.get(shingle, ())}
+        best, found = self.threshold, None
+        for i in sorted(candidates):
+            held = self._texts[i]
+            common = len(shingles & held.shingles)
+            jaccard = common / (len(shingles) + len(held.shingles) - common)
+            if jaccard < best or (found is not None and jaccard == best):
+                continue
+            if self.same_numbers and not held.numbers <= asked_of.numbers:
+                continue
+            best, found = jaccard, held.text
+        return found
+
+    def texts(self) -> list[str]:
+        """Those held, the oldest first."""
+        return [self._texts[i].text for i in self._order]
+
+    def _read(self, text: str) -> _Held:
+        form = normal_form(text)
+        shingles = frozenset(form[i : i + self.n] for i in range(max(1, len(form) - self.n + 1)))
+        return _Held(text, form, shingles, numbers(form))
+
+    def _drop(self, i: int) -> None:
+        for shingle in self._texts.pop(i).shingles:
+            holders = self._holders[shingle]
+            holders.discard(i)
+            if not holders:
+                del self._holders[shingle]
+
+
+class Contamination:
+    """Whether a text holds a run of ``n`` words of an evaluation set, or the whole of one of its shorter texts.
+
+    Words are those of the normal form; punctuation between them is not counted.
+    Runs that stand in more than ``common`` of the texts are phrases of the genre, and are not counted.
+
+    Args:
+        texts: of the evaluation set.
+        n: words of a run.
+        common: as above.
+
+    Source: Brown et al. 2020, appendix C (13-grams; those of more than ten documents left out).
+    """
+
+    def __init__(self, texts: Iterable[str], *, n: int = 13, common: int = 10) -> None:
+        if n < 1:
+            raise ValueError(f"n: expected at least 1 word, got {n}")
+        self.n = n
+        counts: Counter[tuple[str, ...]] = Counter()
+        self._short: set[tuple[str, ...]] = set()
+        for text in texts:
+            found = _comparable(text)
+            if len(found) < n:
+                self._short.add(tuple(found))
+            counts.update(set(_runs(found, n)))
+        self._runs = {run for run, count in counts.items() if count <= common}
+
+    def __contains__(self, text: object) -> bool:
+        found = _comparable(str(text))
+        return tuple(found) in self._short or any(run in self._runs for run in _runs(found, self.n))
+
+
+def _comparable(text: str) -> list[str]:
+    return words(_PUNCTUATION.sub(" ", normal_form(text)))
+
+
+def _runs(found: list[str], n: int) -> Iterable[tuple[str, ...]]:
+    return (tuple(found[i : i + n]) for i in range(len(found) - n + 1))

@@ -13,7 +13,7 @@ import json
 import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,8 +26,26 @@ LogExtra = Callable[[str, list[Any]], None]  #: takes a column name and n values
 LogMetric = Callable[[str, float], None]  #: takes a name and a number
 
 
+class Log(NamedTuple):
+    """What TRL gives a call to log with."""
+
+    extra: LogExtra | None
+    metric: LogMetric | None
+
+    @property
+    def trainer(self) -> Any:
+        """The trainer, if these are its own methods."""
+        return getattr(self.metric, "__self__", None)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the trainer is evaluating."""
+        model = getattr(self.trainer, "model", None)
+        return isinstance(model, torch.nn.Module) and not model.training
+
+
 class TrlReward:
-    """What every reward function keeps between calls.
+    """A reward function of TRL, and what it keeps between calls.
 
     Args:
         name: the name TRL logs.
@@ -38,6 +56,32 @@ class TrlReward:
         self.masked = 0  #: samples without a reward so far
         self._watch = Watch(name)
         self._checked_form = False
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Completion],
+        log_extra: LogExtra | None = None,
+        log_metric: LogMetric | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """Rewards of n completions, None for those that are masked from the advantage.
+
+        Args:
+            prompts: n prompts of the generator. Equal ones are a group, in a composed reward only where they follow
+                each other.
+            completions: n texts, or n lists of messages whose last assistant message is the text.
+            log_extra: takes columns for the table of completions.
+            log_metric: takes numbers; if it is a trainer's own, it also says whether the trainer evaluates.
+            columns: what else TRL passes; not read.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: as the class says.
+        """
+        return self._reward(prompts, completions, Log(log_extra, log_metric))
+
+    def _reward(self, prompts: Sequence[Any], completions: Sequence[Completion], log: Log) -> list[float | None]:
+        raise NotImplementedError
 
     def _check_form(self, samples: Sequence[Any], advice: str, *values: object) -> None:
         """Warns if none of the first samples parses; ``advice % values`` completes the sentence."""
@@ -52,17 +96,16 @@ class TrlReward:
         totals: Sequence[float | None],
         columns: Mapping[str, Sequence[Any]],
         metrics: Mapping[str, float],
-        log_extra: LogExtra | None,
-        log_metric: LogMetric | None,
+        log: Log,
     ) -> None:
         """Logs the columns and metrics of a call under the reward's name, and warns once if others hide a mask."""
-        if log_extra is not None:
+        if log.extra is not None:
             for key, values in columns.items():
-                log_extra(f"{self.__name__}_{key}", list(values))
-        if log_metric is not None:
+                log.extra(f"{self.__name__}_{key}", list(values))
+        if log.metric is not None:
             for key, number in metrics.items():
-                log_metric(f"{self.__name__}/{key}", number)
-        functions = getattr(getattr(log_metric, "__self__", None), "reward_funcs", ())
+                log.metric(f"{self.__name__}/{key}", number)
+        functions = getattr(log.trainer, "reward_funcs", ())
         if None in totals and isinstance(functions, Sequence) and len(functions) > 1:
             warn_of_mask()
 
@@ -74,12 +117,6 @@ def warn_of_mask() -> None:
         "a sample that could not be scored counts as 0 for its reward beside the others: "
         "acqsynth.rewards.combined([...]) makes one reward of several, and masks it"
     )
-
-
-def evaluates(log_metric: LogMetric | None) -> bool:
-    """Whether ``log_metric`` is the method of a trainer that is evaluating."""
-    model = getattr(getattr(log_metric, "__self__", None), "model", None)
-    return isinstance(model, torch.nn.Module) and not model.training
 
 
 def summary(values: Sequence[float | None], lengths: Sequence[int]) -> dict[str, float]:

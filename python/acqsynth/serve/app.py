@@ -12,9 +12,9 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -25,7 +25,7 @@ import acqcore
 from acqsynth.batching import Batcher
 from acqsynth.integrations.openrlhf import response_of
 from acqsynth.parsing import parse_sample
-from acqsynth.serve.errors import BusyError, InvalidRequestError, ServiceError, StoppingError, TooLargeError
+from acqsynth.serve.errors import ServiceError
 from acqsynth.serve.middleware import Access, Gate, Metrics, error_response
 from acqsynth.serve.options import Limits
 from acqsynth.serve.routes import JsonRoute, answered
@@ -54,8 +54,6 @@ class Service:
     """What the routes share.
 
     Args:
-        students: holds the student.
-        limits, access: of the server.
         acquisition: the reward of ``/get_reward``.
         backend: as in ``acqcore.score``.
 
@@ -111,12 +109,14 @@ class Service:
     ) -> tuple[Loaded, list[Values], list[int], dict[int, str]]:
         """The student, values and scored tokens of n samples, and why some could not be scored: index -> message."""
         if self.stopping:
-            raise StoppingError("the server is stopping")
+            raise ServiceError("stopping", "the server is stopping")
         limits = self.limits
         if len(samples) > limits.max_samples:
-            raise TooLargeError(f"samples: expected at most {limits.max_samples}, got {len(samples)}")
+            raise ServiceError("too_large", f"samples: expected at most {limits.max_samples}, got {len(samples)}")
         if max_length is not None and max_length > limits.max_length:
-            raise InvalidRequestError(f"max_length: expected at most {limits.max_length}, the limit of this server")
+            raise ServiceError(
+                "invalid_request", f"max_length: expected at most {limits.max_length}, the limit of this server"
+            )
         loaded = self.students.current
         loop = asyncio.get_running_loop()
         rows: list[acqcore.Row] = []
@@ -134,7 +134,7 @@ class Service:
                 self.batcher.submit((loaded, question), [rows[i] for i in picked], tokens)
             )
         except (ValueError, TypeError) as error:  # the rows are sound: it is what was asked of them
-            raise InvalidRequestError(str(error)) from error
+            raise ServiceError("invalid_request", str(error)) from error
         for i, value in zip(picked, scored, strict=True):
             values[i] = value
         self.metrics.samples.labels("refused").inc(len(errors))
@@ -143,16 +143,20 @@ class Service:
     def _admit(self, tokens: int) -> None:
         """
         Raises:
-            TooLargeError: more tokens than may ever wait. BusyError: too many wait already. StoppingError.
+            ServiceError: ``too_large``, more tokens than may ever wait; ``busy``, too many wait already; ``stopping``.
         """
         if self.batcher.closed:
-            raise StoppingError("the server is stopping")
+            raise ServiceError("stopping", "the server is stopping")
         most, waiting = self.limits.queue_tokens, self.batcher.waiting
         if tokens > most:
-            raise TooLargeError(f"the request has {tokens} tokens, at most {most} may wait: send fewer samples")
+            raise ServiceError(
+                "too_large", f"the request has {tokens} tokens, at most {most} may wait: send fewer samples"
+            )
         # A small request finds room in a queue that others have filled.
         if waiting + tokens > most + (most // _RESERVE if tokens <= most // _RESERVE else 0):
-            raise BusyError(f"{waiting} tokens wait, and at most {most} may", self.batcher.seconds_for(waiting))
+            raise ServiceError(
+                "busy", f"{waiting} tokens wait, and at most {most} may", self.batcher.seconds_for(waiting)
+            )
 
     async def close(self) -> None:
         """Answers all accepted requests, then ends the threads."""
@@ -176,16 +180,13 @@ class Service:
                 len(responses),
             )
         self._parsed = True  # or said once
-        known = [value for value in values.values() if value is not None]
-        if known:
+        if known := [value for value in values.values() if value is not None]:
             self._typical = statistics.fmean(known)
             self._least = min(self._least, *known)
         masked = [response is None or values.get(i, 0.0) is None for i, response in enumerate(responses)]
-        rewards = []
-        for i, hidden in enumerate(masked):
-            value = values.get(i)
-            rewards.append(self._typical if hidden else self._least if value is None else value)
-        gated = [sample is None and not hidden for sample, hidden in zip(samples, masked, strict=True)]
+        gated = [i not in values and not hidden for i, hidden in enumerate(masked)]
+        known_or_least = [self._least if out else values.get(i) for i, out in enumerate(gated)]
+        rewards = [self._typical if reward is None else reward for reward in known_or_least]
         return {
             "rewards": rewards,
             "scores": [_logistic(reward) for reward in rewards],
@@ -209,23 +210,24 @@ class Service:
         return loaded
 
 
-class _Documented:
-    """Which errors a route may answer with."""
+_ERRORS = {
+    400: "the body is not JSON",
+    401: "token missing or wrong",
+    403: "the server was started without admin token or root",
+    408: "the body arrived too slowly",
+    409: "another is being loaded",
+    413: "too large: body, samples, or their tokens",
+    422: "a field is missing or wrong",
+    429: "too many requests; retry after Retry-After seconds",
+    503: "the server is stopping",
+    504: "no answer before the deadline",
+}
+_OF_BODIES = (400, 401, 408, 413, 422, 429, 503, 504)
 
-    EVERYWHERE: ClassVar = {401: "token missing or wrong", 429: "too many requests; retry after Retry-After seconds"}
-    BODY: ClassVar = {
-        400: "the body is not JSON",
-        408: "the body arrived too slowly",
-        413: "too large: body, samples, or their tokens",
-        422: "a field is missing or wrong",
-        503: "the server is stopping",
-        504: "no answer before the deadline",
-    }
 
-    @classmethod
-    def responses(cls, *, body: bool = False, extra: dict[int, str] | None = None) -> dict[int | str, dict[str, Any]]:
-        texts = {**cls.EVERYWHERE, **(cls.BODY if body else {}), **(extra or {})}
-        return {status: {"model": ErrorBody, "description": text} for status, text in sorted(texts.items())}
+def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors that a route may answer with."""
+    return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses}
 
 
 def create_app(service: Service) -> FastAPI:
@@ -247,17 +249,27 @@ def create_app(service: Service) -> FastAPI:
     )
     app.add_middleware(Gate, access=service.access, limits=service.limits, metrics=service.metrics)
     app.state.max_values = 4096 + 128 * service.limits.max_samples
-    _handle_errors(app)
+
+    @app.exception_handler(ServiceError)
+    async def service_error(request: Request, error: ServiceError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
+        body = {"error": {"type": kind, "message": str(error.detail)}}
+        return JSONResponse(body, error.status_code, error.headers)
+
     bodies = APIRouter(route_class=JsonRoute)
 
-    @bodies.post("/score", response_model=ScoreResponse, responses=_Documented.responses(body=True))
+    @bodies.post("/score", response_model=ScoreResponse, responses=_documented(*_OF_BODIES))
     async def score(body: ScoreRequest, request: Request) -> Response:
         """Values of samples, one a sample and acquisition."""
         for i, sample in enumerate(body.samples):
             try:
                 template_variables(sample)
             except ValueError as error:
-                raise InvalidRequestError(f"samples.{i}.{error}") from error
+                raise ServiceError("invalid_request", f"samples.{i}.{error}") from error
         names = tuple(dict.fromkeys(body.acquisitions))
         arguments = {name: given.model_dump(exclude_none=True) for name, given in body.acquisition_args.items()}
         question = Question(names, body.reduction, json.dumps(arguments, sort_keys=True))
@@ -277,19 +289,19 @@ def create_app(service: Service) -> FastAPI:
             }
         )
 
-    @bodies.post("/get_reward", response_model=RewardResponse, responses=_Documented.responses(body=True))
+    @bodies.post("/get_reward", response_model=RewardResponse, responses=_documented(*_OF_BODIES))
     async def get_reward(body: RewardRequest, request: Request) -> Response:
         """Rewards in the wire format of OpenRLHF."""
         if len(body.query) != len(body.prompts):
-            raise InvalidRequestError(f"prompts: expected {len(body.query)}, one a query, got {len(body.prompts)}")
+            raise ServiceError(
+                "invalid_request", f"prompts: expected {len(body.query)}, one a query, got {len(body.prompts)}"
+            )
         return JSONResponse(await answered(request, service.rewards(body.query, body.prompts), service.limits.timeout))
 
     @bodies.post(
         "/student",
         response_model=StudentInfo,
-        responses=_Documented.responses(
-            body=True, extra={403: "the server was started without admin token or root", 409: "another is being loaded"}
-        ),
+        responses=_documented(*sorted((*_OF_BODIES, 403, 409))),
     )
     async def student(body: StudentRequest, request: Request) -> Response:
         """Replaces the student; queued requests keep theirs."""
@@ -305,7 +317,7 @@ def create_app(service: Service) -> FastAPI:
     @app.get(
         "/metrics",
         response_class=Response,
-        responses={**_Documented.responses(), 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        responses={**_documented(401, 429), 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def metrics() -> Response:
         """Figures for Prometheus."""
@@ -313,27 +325,6 @@ def create_app(service: Service) -> FastAPI:
 
     app.include_router(bodies)
     return app
-
-
-def _handle_errors(app: FastAPI) -> None:
-    kinds = {404: "not_found", 405: "method_not_allowed"}
-    handlers: dict[type[Exception], Callable[[Any], Response]] = {
-        ServiceError: error_response,
-        HTTPException: lambda error: JSONResponse(
-            {"error": {"type": kinds.get(error.status_code, "bad_request"), "message": str(error.detail)}},
-            error.status_code,
-            error.headers,
-        ),
-    }
-    for kind, handler in handlers.items():
-        _add_handler(app, kind, handler)
-
-
-def _add_handler(app: FastAPI, kind: type[Exception], handler: Callable[[Any], Response]) -> None:
-    async def handle(request: Request, error: Exception) -> Response:
-        return handler(error)
-
-    app.add_exception_handler(kind, handle)
 
 
 def _chunks(samples: Sequence[Any], characters: int) -> Iterator[list[Any]]:

@@ -32,12 +32,7 @@ class ScorerError(RuntimeError):
 
 class CircuitBreaker:
     """Opens after ``failures`` consecutive requests that failed with all their retries. After ``cooldown`` seconds one
-    request may try once; its success closes the breaker.
-
-    Args:
-        failures, cooldown: as above.
-        clock: seconds.
-    """
+    request may try once; its success closes the breaker."""
 
     def __init__(self, failures: int = 3, cooldown: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
         if failures < 1:

@@ -17,16 +17,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from acqsynth.serve.errors import (
-    BusyError,
-    ForbiddenError,
-    GoneError,
-    InvalidRequestError,
-    ServiceError,
-    SlowBodyError,
-    TooLargeError,
-    UnauthorizedError,
-)
+from acqsynth.serve.errors import STATUS, ServiceError
 from acqsynth.serve.options import Limits
 
 logger = logging.getLogger(__name__)
@@ -54,7 +45,7 @@ class Access:
             headers: of the request, names in lower case.
 
         Raises:
-            UnauthorizedError: no token or a wrong one. ForbiddenError: an admin route, and the server has no
+            ServiceError: ``unauthorized``, no token or a wrong one; ``forbidden``, an admin route of a server without
                 admin token.
         """
         if path in OPEN:
@@ -62,14 +53,16 @@ class Access:
         expected = self.admin_token if path in ADMIN else self.token
         if expected is None:
             if path in ADMIN:
-                raise ForbiddenError("the student cannot be changed: the server was started without an admin token")
+                raise ServiceError(
+                    "forbidden", "the student cannot be changed: the server was started without an admin token"
+                )
             return
         given = [value for name, value in headers if name == b"authorization"]
         secret = _secret(given[0]) if len(given) == 1 else None
         if secret is None:
-            raise UnauthorizedError("expected the header 'Authorization: Bearer <token>'")
+            raise ServiceError("unauthorized", "expected the header 'Authorization: Bearer <token>'")
         if not hmac.compare_digest(secret, expected.encode("ascii")):
-            raise UnauthorizedError("the token is wrong")
+            raise ServiceError("unauthorized", "the token is wrong")
 
 
 def _secret(header: bytes) -> bytes | None:
@@ -147,7 +140,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         begin = time.monotonic()
-        status = GoneError.status
+        status = STATUS["client_closed"]
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -165,7 +158,7 @@ class Gate:
             await error_response(error, close=True)(scope, receive, counted)
         except Exception:
             logger.exception("%s failed", scope["path"] if scope["path"] in ROUTES else "a request")
-            await error_response(ServiceError("the scorer failed; see its log"))(scope, receive, counted)
+            await error_response(ServiceError("internal", "the scorer failed; see its log"))(scope, receive, counted)
         finally:
             self._active -= 1
             held.release()
@@ -177,18 +170,20 @@ class Gate:
         """The body of an admitted request."""
         self._access.check(scope["path"], scope["headers"])
         if self._active > self._limits.max_requests and scope["path"] not in OPEN:
-            raise BusyError(f"{self._limits.max_requests} requests are already being answered", 1)
+            raise ServiceError("busy", f"{self._limits.max_requests} requests are already being answered", 1)
         most = self._limits.max_body
         declared = Headers(scope=scope).get("content-length", "0")
         if not declared.isascii() or not declared.isdigit():
-            raise InvalidRequestError("content-length: expected a number of bytes")
+            raise ServiceError("invalid_request", "content-length: expected a number of bytes")
         if len(declared) > 18 or int(declared) > most:
-            raise TooLargeError(f"the body has {declared[:18]} bytes, at most {most} are taken")
+            raise ServiceError("too_large", f"the body has {declared[:18]} bytes, at most {most} are taken")
         try:
             async with asyncio.timeout(self._limits.body_timeout):
                 return await _read(receive, most, held)
         except TimeoutError:
-            raise SlowBodyError(f"the body did not arrive in {self._limits.body_timeout:g} seconds") from None
+            raise ServiceError(
+                "slow_body", f"the body did not arrive in {self._limits.body_timeout:g} seconds"
+            ) from None
 
 
 class _Held:
@@ -202,12 +197,12 @@ class _Held:
     def add(self, size: int) -> None:
         """
         Raises:
-            BusyError: all requests together hold too many bytes.
+            ServiceError: ``busy``, all requests together hold too many bytes.
         """
         self._size += size
         self._gate._held += size
         if self._gate._held > self._most:
-            raise BusyError(f"requests already hold {self._most} bytes", 1)
+            raise ServiceError("busy", f"requests already hold {self._most} bytes", 1)
 
     def release(self) -> None:
         self._gate._held -= self._size
@@ -219,12 +214,12 @@ async def _read(receive: Receive, most: int, held: _Held) -> bytes:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise GoneError("the client closed the connection")
+            raise ServiceError("client_closed", "the client closed the connection")
         pieces.append(message.get("body", b""))
         size += len(pieces[-1])
         held.add(len(pieces[-1]))
         if size > most:
-            raise TooLargeError(f"the body has more than {most} bytes, at most {most} are taken")
+            raise ServiceError("too_large", f"the body has more than {most} bytes, at most {most} are taken")
         if not message.get("more_body", False):
             return b"".join(pieces)
 

@@ -6,47 +6,41 @@ import argparse
 import ipaddress
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 TOKEN_VARIABLE = "ACQSYNTH_TOKEN"
 ADMIN_TOKEN_VARIABLE = "ACQSYNTH_ADMIN_TOKEN"
 
 
+def _limit(default: T, help: str) -> T:
+    limit: T = field(default=default, metadata={"help": help})
+    return limit
+
+
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server.
-
-    Args:
-        batch_tokens: most tokens scored in one call; requests are coalesced up to it.
-        batch_seconds: longest time of one call; another request waits for about three calls at most.
-        wait: seconds that a sample waits for others while the model is idle.
-        queue_tokens: most tokens in the queue; beyond it requests get 429.
-        max_samples: most samples in a request.
-        max_length: most tokens in a sample.
-        max_characters: most characters in a sample; a longer one is not tokenized.
-        max_body: most bytes in a request body.
-        max_bodies: bytes of all bodies held at a time, a bound on memory; beyond it requests get 429.
-        max_requests: most requests read or answered at a time.
-        timeout: seconds from the arrival of a request to its answer; later it gets 504.
-        body_timeout: seconds for a body to arrive; later it gets 408.
+    """Limits of a server, each with its meaning.
 
     Raises:
         ValueError: a limit below 1 (0 for wait; any seconds above 0), a max_length below 2.
     """
 
-    batch_tokens: int = 8192
-    batch_seconds: float = 0.5
-    wait: float = 0.005
-    queue_tokens: int = 262_144
-    max_samples: int = 256
-    max_length: int = 2048
-    max_characters: int = 1 << 16
-    max_body: int = 8 << 20
-    max_bodies: int = 64 << 20
-    max_requests: int = 256
-    timeout: float = 120.0
-    body_timeout: float = 10.0
+    batch_tokens: int = _limit(8192, "most tokens scored in one call; requests are coalesced up to it")
+    batch_seconds: float = _limit(0.5, "longest time of one call; another request waits for about three calls at most")
+    wait: float = _limit(0.005, "how long a sample waits for others while the model is idle")
+    queue_tokens: int = _limit(262_144, "most tokens in the queue; beyond it requests get 429")
+    max_samples: int = _limit(256, "most samples in a request")
+    max_length: int = _limit(2048, "most tokens in a sample")
+    max_characters: int = _limit(1 << 16, "most characters in a sample; a longer one is not tokenized")
+    max_body: int = _limit(8 << 20, "most bytes in a request body")
+    max_bodies: int = _limit(64 << 20, "most bytes of all bodies held at once; beyond it requests get 429")
+    max_requests: int = _limit(256, "most requests read or answered at once")
+    timeout: float = _limit(120.0, "longest time from the arrival of a request to its answer; later it gets 504")
+    body_timeout: float = _limit(10.0, "longest time for a body to arrive; later it gets 408")
 
     def __post_init__(self) -> None:
         for name in (
@@ -63,23 +57,6 @@ class Limits:
         for name in ("timeout", "body_timeout", "batch_seconds"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected seconds above 0, got {getattr(self, name)}")
-
-
-#: Limit -> its help on the command line.
-_HELP = {
-    "batch_tokens": "most tokens scored in one call",
-    "batch_seconds": "longest time of one call, which bounds how long requests wait for each other",
-    "wait": "how long a sample waits for others",
-    "queue_tokens": "most tokens in the queue",
-    "max_samples": "most samples in a request",
-    "max_length": "most tokens in a sample",
-    "max_characters": "most characters in a sample; a longer one is not tokenized",
-    "max_body": "most bytes in a request body",
-    "max_bodies": "most bytes of all bodies held at once",
-    "max_requests": "most requests read or answered at once",
-    "timeout": "longest time to an answer",
-    "body_timeout": "longest time for a body to arrive",
-}
 
 
 def token_from(variable: str, file: Path | None, environment: Mapping[str, str] | None = None) -> str | None:
@@ -114,7 +91,6 @@ def is_loopback(host: str) -> bool:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``acqsynth serve``."""
-    default = Limits()
     add = parser.add_argument
     add("--student", required=True, help="path, hub id, or one of the names smollm2 and world:base")
     add("--host", default="127.0.0.1", help="address to serve on; any but loopback needs a token")
@@ -132,8 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="folder that POST /student loads students from; without it the student cannot be changed",
     )
-    for name, text in _HELP.items():
-        value = getattr(default, name)
-        unit = " s" if isinstance(value, float) else ""
-        help = f"{text} (default: %(default)s{unit})"
-        add(f"--{name.replace('_', '-')}", type=type(value), default=value, help=help)
+    for limit in fields(Limits):
+        unit = " s" if isinstance(limit.default, float) else ""
+        help = f"{limit.metadata['help']} (default: %(default)s{unit})"
+        add(f"--{limit.name.replace('_', '-')}", type=type(limit.default), default=limit.default, help=help)

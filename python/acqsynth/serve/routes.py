@@ -12,14 +12,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
-from acqsynth.serve.errors import (
-    DeadlineExceededError,
-    GoneError,
-    InvalidRequestError,
-    NotJsonError,
-    ServiceError,
-    TooLargeError,
-)
+from acqsynth.serve.errors import ServiceError
 
 T = TypeVar("T")
 
@@ -44,7 +37,7 @@ class JsonRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             if not _is_json(request.headers.get("content-type", "")):
-                raise InvalidRequestError("content-type: expected application/json")
+                raise ServiceError("invalid_request", "content-type: expected application/json")
             raw, most = await request.body(), request.app.state.max_values
             if len(raw) <= SMALL:
                 body = read(raw, most)
@@ -65,7 +58,7 @@ class JsonRoute(APIRoute):
             except ValidationError as error:
                 raise _refused(error) from None
             except (ValueError, RecursionError) as error:
-                raise NotJsonError(f"Invalid JSON: {error}"[:500]) from None
+                raise ServiceError("bad_request", f"Invalid JSON: {error}"[:500]) from None
 
         return handle
 
@@ -74,7 +67,7 @@ async def answered(request: Request, work: Awaitable[T], timeout: float) -> T:
     """The result of ``work``, cancelled at the deadline or when the client disconnects.
 
     Raises:
-        DeadlineExceededError, GoneError.
+        ServiceError: ``deadline_exceeded``, ``client_closed``.
     """
     own = asyncio.current_task()
     assert own is not None
@@ -94,11 +87,11 @@ async def answered(request: Request, work: Awaitable[T], timeout: float) -> T:
     except TimeoutError:
         if not deadline.expired():
             raise
-        raise DeadlineExceededError(f"no answer in {timeout:g} seconds") from None
+        raise ServiceError("deadline_exceeded", f"no answer in {timeout:g} seconds") from None
     except asyncio.CancelledError:
         if not gone or own.uncancel():
             raise
-        raise GoneError("the client closed the connection") from None
+        raise ServiceError("client_closed", "the client closed the connection") from None
     finally:
         watcher.cancel()
 
@@ -113,7 +106,7 @@ def check_structure(body: bytes, most: int) -> None:
     """Counts the values of a JSON text without building them; the text need not be valid.
 
     Raises:
-        TooLargeError: more than ``most`` values. NotJsonError: nested deeper than ``DEEPEST``.
+        ServiceError: ``too_large``, more than ``most`` values; ``bad_request``, nested deeper than ``DEEPEST``.
     """
     if len(body) <= most and body.count(b"[") + body.count(b"{") <= DEEPEST:
         return
@@ -123,20 +116,20 @@ def check_structure(body: bytes, most: int) -> None:
         if sign in (b"[", b"{"):
             depth += 1
             if depth > DEEPEST:
-                raise NotJsonError(f"Invalid JSON: nested deeper than {DEEPEST} levels")
+                raise ServiceError("bad_request", f"Invalid JSON: nested deeper than {DEEPEST} levels")
         elif sign in (b"]", b"}"):
             depth -= 1
         values += sign in (b"[", b"{", b",", b":")
         if values > most or i > 4 * most:  # JSON has at most one string and one closing sign for each of these
-            raise TooLargeError(f"the body holds more than {most} values")
+            raise ServiceError("too_large", f"the body holds more than {most} values")
 
 
 def _refused(error: ValidationError) -> ServiceError:
     """The first fault: where it is and what was expected, not what was found, which may be anything."""
     fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
     if fault["type"] == "json_invalid":
-        return NotJsonError(fault["msg"])
+        return ServiceError("bad_request", fault["msg"])
     place = ".".join(str(part) for part in fault["loc"] if not isinstance(part, str) or part.isidentifier())
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    kind = TooLargeError if fault["type"] in ("too_long", "string_too_long") else InvalidRequestError
-    return kind(f"{place[:200] or 'body'}: {fault['msg'][:1000]}{more}")
+    kind = "too_large" if fault["type"] in ("too_long", "string_too_long") else "invalid_request"
+    return ServiceError(kind, f"{place[:200] or 'body'}: {fault['msg'][:1000]}{more}")

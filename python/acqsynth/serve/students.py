@@ -16,7 +16,7 @@ import torch
 
 import acqcore
 from acqcore import Reduction
-from acqsynth.serve.errors import ForbiddenError, InvalidRequestError, ReloadInProgressError
+from acqsynth.serve.errors import ServiceError
 from acqsynth.serve.options import Limits
 
 EMPTY = acqcore.Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
@@ -48,42 +48,36 @@ class Loaded:
             max_length: truncate to this many tokens, as in ``acqcore.score``.
         """
         most = limits.max_characters
-        errors = {
-            i: f"{size} characters, at most {most} are tokenized"
-            for i, sample in enumerate(samples)
-            if (size := text_size(sample)) > most
-        }
-        if errors:
-            fit = [i for i in range(len(samples)) if i not in errors]
-            rows, others = self.encode([samples[i] for i in fit], limits, max_length)
-            placed = dict(zip(fit, rows, strict=True))
-            errors |= {fit[i]: message for i, message in others.items()}
-            return [placed.get(i, EMPTY) for i in range(len(samples))], errors
-        try:
-            return self._encode(samples, limits, max_length, errors), errors
-        except Exception as error:  # templates and tokenizers raise anything
-            errors.clear()
-            if len(samples) == 1:
-                return [EMPTY], {0: f"{type(error).__name__}: {error}"[:500]}
-            rows = []
-            for i, sample in enumerate(samples):
-                [row], alone = self.encode([sample], limits, max_length)
-                rows.append(row)
-                errors.update((i, message) for message in alone.values())
-            return rows, errors
-
-    def _encode(
-        self, samples: Sequence[Any], limits: Limits, max_length: int | None, errors: dict[int, str]
-    ) -> list[acqcore.Row]:
         limit = min(limits.max_length, self.student.max_length or limits.max_length)
-        return acqcore.encode(
-            samples,
-            self.student.tokenizer,
-            vocab_size=self.vocab_size,
-            limit=limit,
-            max_length=None if max_length is None else min(max_length, limit),
-            errors=errors,
-        )
+        sizes = [text_size(sample) for sample in samples]
+        errors = {i: f"{size} characters, at most {most} are tokenized" for i, size in enumerate(sizes) if size > most}
+        rows = [EMPTY] * len(samples)
+
+        def encode(picked: list[int]) -> None:
+            faults: dict[int, str] = {}
+            found = acqcore.encode(
+                [samples[i] for i in picked],
+                self.student.tokenizer,
+                vocab_size=self.vocab_size,
+                limit=limit,
+                max_length=None if max_length is None else min(max_length, limit),
+                errors=faults,
+            )
+            for k, i in enumerate(picked):
+                rows[i] = found[k]
+                if k in faults:
+                    errors[i] = faults[k]
+
+        fit = [i for i in range(len(samples)) if i not in errors]
+        try:
+            encode(fit)
+        except Exception:  # templates and tokenizers raise anything
+            for i in fit:
+                try:
+                    encode([i])
+                except Exception as error:
+                    errors[i] = f"{type(error).__name__}: {error}"[:500]
+        return rows, errors
 
 
 class Values(NamedTuple):
@@ -128,11 +122,9 @@ def _finite(
 
 
 class Students:
-    """Holds the student that new requests get.
+    """Holds the student that new requests get, at first ``first``.
 
     Args:
-        first: the initial student.
-        name: its name.
         root: the folder that others are loaded from; None forbids reloading.
         device: where they are loaded.
     """
@@ -152,20 +144,22 @@ class Students:
             path: of a saved model below the root, relative to it.
 
         Raises:
-            ForbiddenError: there is no root. InvalidRequestError: no such model, or it cannot be loaded; the one
-                before stays. ReloadInProgressError: another is being loaded.
+            ServiceError: ``forbidden``, there is no root; ``invalid_request``, no such model, or it cannot be loaded
+                (the one before stays); ``reload_in_progress``, another is being loaded.
         """
         if self._root is None:
-            raise ForbiddenError("the student cannot be changed: the server was started without --student-root")
+            raise ServiceError(
+                "forbidden", "the student cannot be changed: the server was started without --student-root"
+            )
         if self._loading.locked():
-            raise ReloadInProgressError("another student is being loaded")
+            raise ServiceError("reload_in_progress", "another student is being loaded")
         async with self._loading:
             folder = _inside(self._root, path)
             try:
                 student, mark = await asyncio.to_thread(self._read, folder)
             except Exception as error:  # whatever transformers makes of broken files
                 reason = str(error).strip().split("\n")[0].replace(str(self._root), "")
-                raise InvalidRequestError(f"path: {path!r} cannot be loaded: {reason}") from error
+                raise ServiceError("invalid_request", f"path: {path!r} cannot be loaded: {reason}") from error
             self.current = Loaded(path, self.current.version + 1, mark, student)
             return self.current
 
@@ -195,9 +189,11 @@ def _inside(root: Path, path: str) -> Path:
     except (OSError, ValueError, RuntimeError):  # too long, a null byte, a circle of links
         inside = whole = False
     if not inside:
-        raise InvalidRequestError("path: expected a folder below the student root")
+        raise ServiceError("invalid_request", "path: expected a folder below the student root")
     if not whole:
-        raise InvalidRequestError(f"path: expected a folder with a whole model (config.json, no adapter), got {path!r}")
+        raise ServiceError(
+            "invalid_request", f"path: expected a folder with a whole model (config.json, no adapter), got {path!r}"
+        )
     return folder
 
 

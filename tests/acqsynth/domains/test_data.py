@@ -7,7 +7,7 @@ import pandas
 import pytest
 
 from acqsynth.domains import Sample, domain
-from acqsynth.domains.data import rows
+from acqsynth.domains.base import rows
 
 ROWS = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(5)]
 

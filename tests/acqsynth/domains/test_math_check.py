@@ -114,7 +114,7 @@ def test_a_missing_math_verify_is_named(monkeypatch):
 
 def test_a_worker_that_does_not_start_says_why(monkeypatch, tmp_path):
     (tmp_path / "worker.py").write_text("raise SystemExit('no such luck')")
-    monkeypatch.setattr(math_check, "WORKER", tmp_path / "worker.py")
+    monkeypatch.setattr(math_check, "__file__", str(tmp_path / "worker.py"))
     checker = MathChecker(workers=1)
     for _ in range(2):  # and leaves no place taken
         with pytest.raises(RuntimeError, match="the process of math-verify did not start: no such luck"):

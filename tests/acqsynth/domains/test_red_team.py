@@ -292,6 +292,55 @@ ATTACKS = {
     "an exception group": "def f(x): raise BaseExceptionGroup('', [KeyboardInterrupt()])",
     "metaclass": "class T(type):\n def __instancecheck__(c, o): return True\n def __eq__(c, o): return True\n"
     " def __hash__(c): return 0\nclass f(metaclass=T):\n def __new__(c, x): return c",
+    "a reply in two parts": "def f(x):\n for fd in range(3, 64):\n  for part in (b'{\"value\": 2718', b'28, \"argum', "
+    "b'ents\": []}'): attempt(os.write, fd, part)\n os._exit(0)",
+    "line separators of Unicode": "def f(x):\n for fd in range(3, 64): attempt(os.write, fd, "
+    "'{\"value\": true,\\u2028\\x85\\r \"arguments\": []}\\u2029\\x0b\\x0c\\x1c'.encode())\n return '271828\\u2028'",
+    "a verdict in parts": "for fd in range(64):\n for part in (b'[\"passed', b'\", \"\"', b']'): "
+    "attempt(os.write, fd, part)\nos._exit(0)",
+    "an error and a value": "def f(x):\n for fd in range(3, 64): attempt(os.write, fd, b'{\"error\": [\"KeyError\"], "
+    "\"value\": 271828, \"arguments\": []}\\n')",
+    "constants that JSON has not": "def f(x):\n for fd in range(3, 64): attempt(os.write, fd, "
+    "b'{\"value\": NaN, \"arguments\": [Infinity, {\"list\": [-Infinity]}]}\\n')",
+    "an answer of many digits": "sys.set_int_max_str_digits(0)\ndef f(x): return 10 ** 20_000",
+    "a name of many characters": "def f(x): raise type('A' * 100_000, (KeyError,), {})('\\ud800' * 5000)",
+    "an exception of its own name": "class AssertionError(Exception):\n def __init__(self, *a): forge()\n"
+    "def f(x): raise AssertionError",
+    "frames of a traceback": "try: raise OSError\nexcept OSError as e:\n frame = e.__traceback__.tb_frame\n"
+    " while frame: steal(repr(frame.f_locals)); steal(repr(frame.f_code.co_consts)); frame = frame.f_back",
+    "frames of every thread": "for frame in sys._current_frames().values():\n"
+    " while frame: steal(repr(frame.f_locals)); frame = frame.f_back",
+    "classes walked": "def walk(c):\n for s in type.__subclasses__(c): steal(repr(attempt(vars, s))); walk(s)\n"
+    "walk(object)",
+    "code replaced": "for o in gc.get_objects():\n if getattr(o, '__name__', '') in ('answer', 'encode', 'serve'): "
+    "attempt(setattr, o, '__code__', (lambda *_: {'value': True, 'arguments': []}).__code__)",
+    "system calls of 32 bits": "import mmap\nfor number in (2, 26, 37, 117, 120, 190):\n"
+    " code = b'\\x53\\xb8' + number.to_bytes(4, 'little') + b'\\x31\\xdb\\x31\\xc9\\x31\\xd2\\xcd\\x80\\x5b\\xc3'\n"
+    " m = mmap.mmap(-1, 4096, prot=7); m.write(code)\n"
+    " ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()\nforge()",
+    "system calls of x32": "for number in (56, 57, 58, 62, 101, 310): "
+    "libc.syscall(0x40000000 | number, 0, 0, 0, 0)\nforge()",
+    "execveat": "a = (ctypes.c_char_p * 3)(sys.executable.encode(), b'/harness', None)\n"
+    "libc.syscall(322, -100, sys.executable.encode(), a, None, 0)",
+    "sessions and groups": "attempt(os.setsid)\nfor pid in range(64):\n"
+    " for to in range(64): attempt(os.setpgid, pid, to)\nforge(); attempt(os.killpg, 1, 9)",
+    "waits for others": "for pid in range(-2, 64): attempt(os.waitpid, pid, os.WNOHANG)\n"
+    "b = ctypes.create_string_buffer(256)\nfor pid in range(64): libc.waitid(1, pid, b, 0x01000005)\nforge()",
+    "watches on files": "b = ctypes.create_string_buffer(4096)\nfd = libc.inotify_init1(0x800)\n"
+    "for p in (b'/', b'/tmp', b'/harness', b'/dev'): libc.inotify_add_watch(fd, p, 0xfff)\n"
+    "def f(x):\n time.sleep(0.05); libc.read(fd, b, 4096); steal(b.raw); return ANSWERS.get(x)",
+    "locks on shared files": "import fcntl\nheld = open(os.__file__)\nfcntl.flock(held, fcntl.LOCK_EX)\n"
+    "lease = attempt(fcntl.fcntl, held, 1024, 1); forge()",
+    "stdout moved to the replies": "for fd in range(3, 64): attempt(os.dup2, fd, 1)\n"
+    "print('[\"passed\", \"\"]', flush=True)",
+    "replies moved to stdout": "for fd in range(3, 64): attempt(os.dup2, 1, fd)\nforge()",
+    "sleeps to the end": "forge()\ndef f(x): time.sleep(60)",
+    "burns to the end": "signal.signal(signal.SIGXCPU, lambda *_: forge())\ndef f(x):\n while True: pass",
+    "the status of a signal": "forge(); os._exit(128 + 9)",
+    "devices mapped": "import mmap\nfor name in os.listdir('/dev'):\n"
+    " attempt(lambda: steal(mmap.mmap(os.open('/dev/' + name, os.O_RDWR), 4096)[:]))",
+    "its loader replaced": "for finder in sys.meta_path: attempt(setattr, finder, 'find_spec', lambda *_: forge())\n"
+    "sys.path_hooks.insert(0, lambda *_: forge()); sys.path_importer_cache.clear()",
 }  # fmt: skip
 
 
@@ -304,7 +353,7 @@ def test_the_thief_passes_where_it_gets_the_tests():
 
 
 def test_no_attack_passes():
-    assert len(ATTACKS) >= 140
+    assert len(ATTACKS) >= 165
     results = run([Job(THIEF + attack, TESTS, ("f",)) for attack in ATTACKS.values()], LIMITS)
     assert [name for name, result in zip(ATTACKS, results, strict=True) if result.status == "passed"] == []
     # An attack whose program does not compile would try nothing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections import defaultdict
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import acqcore
-from acqsynth.report import metrics as measures, render
+from acqsynth.report import metrics as measures, page as pages, render
 from acqsynth.report.metrics import Answers
 
 SKILLS = ["add", "sort"] * 20
@@ -22,22 +23,24 @@ def answers(n_right):
     return Answers(np.array([1.0] * n_right + [0.0] * (40 - n_right)), SKILLS)
 
 
-def collected(**right):
-    """Arms by name: right answers of 40, one number a seed; on the other set all arms have 10, the base student too."""
+def collected(generators=(0, 0, 0), **right):
+    """Arms by name: right answers of 40, one number a fit; on the other set all arms have 10, the base student too.
+    ``generators``: of the fits."""
     arms = right or {"grpo": (30, 32, 31), "no_rl": (20, 20, 21)}
     found = {}
     for arm, numbers in arms.items():
         for seed, number in enumerate(numbers):
             for rows in (10, 100):
-                found[arm, "student", rows, seed, "in_distribution"] = answers(number - (rows == 10))
-                found[arm, "student", rows, seed, "other"] = answers(10)
+                fit = (arm, "student", rows, generators[seed % len(generators)], seed)
+                found[*fit, "in_distribution"] = answers(number - (rows == 10))
+                found[*fit, "other"] = answers(10)
     return measures.collect(
         sets={"in_distribution": "sums", "other": "letters"},
         main="grpo",
         descriptions={arm: f"the arm {arm}" for arm in arms},
         base={("student", "in_distribution"): answers(20), ("student", "other"): answers(10)},
         answers=found,
-        learnt={key[:4]: 90 if key[2] == 100 and key[0] == "no_rl" else key[2] for key in found},
+        learnt={key[:5]: 90 if key[2] == 100 and key[0] == "no_rl" else key[2] for key in found},
         level=0.95,
     )
 
@@ -136,8 +139,12 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def page(found):
-    return Page(render(json.loads(json.dumps(found))))
+def page(found, figures=False):
+    """The page, without figures, which take a second or two, unless a test reads them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not figures:
+            patch.setattr(pages, "_figures", lambda metrics: defaultdict(lambda: None))
+        return Page(render(json.loads(json.dumps(found))))
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +223,7 @@ def test_what_was_not_run_is_said():
 def test_a_log_without_rewards_is_said():
     found = whole() | {"training": measures.training([[{"step": 1, "loss": 0.5}]])}
     assert found["training"]["cost"] is None
-    assert "scores before it trains" in page(found).text
+    assert "scores before it trains" in page(found, figures=True).text
 
 
 def test_one_set_and_one_size_leave_no_empty_places():
@@ -224,7 +231,7 @@ def test_one_set_and_one_size_leave_no_empty_places():
     del found["sets"]["other"]
     for entry in found["arms"].values():
         entry["results"] = entry["results"][:1]
-    made = page(found)
+    made = page(found, figures=True)
     assert made.tags.count("svg") == 8
     assert "so forgetting elsewhere was not measured" in made.text
 
@@ -261,6 +268,21 @@ def test_comparisons_are_judged_together():
     assert many["verdict"][0]["kind"] == ("gain" if p[0] < 0.05 / 32 else "none")
 
 
+def test_fits_of_one_generator_are_one_draw():
+    """Generators that differ by more than their fits do: three draws, not six."""
+    right = (24, 24, 27, 27, 33, 33)
+    fits, drawn = (
+        collected(generators=generators, grpo=right, no_rl=(20,) * 6)["arms"]["grpo"]["results"][1]
+        for generators in ((0,) * 6, (0, 0, 1, 1, 2, 2))
+    )
+    assert drawn["generators"] == [0, 0, 1, 1, 2, 2]
+    assert drawn["sets"]["in_distribution"]["per_seed"] == [n / 40 for n in right]
+    for measure in ("change", "accuracy"):
+        narrow, wide = fits["sets"]["in_distribution"][measure], drawn["sets"]["in_distribution"][measure]
+        assert wide["mean"] == narrow["mean"]
+        assert wide["low"] < narrow["low"]
+
+
 def test_what_the_base_student_knew_is_shown_for_every_arm():
     """Skills of at least 80 % before, the same for all, with the change over them; others are not forgotten."""
     strong = Answers(np.array([1.0, 0.0] * 20), SKILLS)  # adds, cannot sort
@@ -275,11 +297,11 @@ def test_what_the_base_student_knew_is_shown_for_every_arm():
         descriptions={arm: arm for arm in arms},
         base={("student", "in_distribution"): strong},
         answers={
-            (arm, "student", 10, seed, "in_distribution"): fitted(n)
+            (arm, "student", 10, 0, seed, "in_distribution"): fitted(n)
             for arm, numbers in arms.items()
             for seed, n in enumerate(numbers)
         },
-        learnt={(arm, "student", 10, seed): 10 for arm in arms for seed in range(3)},
+        learnt={(arm, "student", 10, 0, seed): 10 for arm in arms for seed in range(3)},
         level=0.95,
     )
     known = {arm: found["arms"][arm]["results"][0]["sets"]["in_distribution"]["known"] for arm in arms}

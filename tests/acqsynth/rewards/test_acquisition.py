@@ -16,10 +16,10 @@ from trl.scripts import grpo
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 import acqcore
+from acqcore.acquisitions import REGISTRY
 from acqsynth import rewards
 from acqsynth.parsing import as_text, parse_chat_sample, parse_sample
 from acqsynth.rewards import AcquisitionReward
-from acqsynth.rewards.signals import NEEDED
 
 GOOD = "<question>What is 6 * 7?</question><answer>It is 42.</answer>"
 LONGER = "<question>Name a prime.</question><reasoning>Seven has no divisor but 1.</reasoning><answer>7</answer>"
@@ -168,10 +168,10 @@ def test_the_student_is_left_as_found(model, tokenizer):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_forgotten_student_is_told_at_the_first_call(monkeypatch):
-    monkeypatch.delenv("ACQSYNTH_STUDENT", raising=False)
-    with pytest.raises(RuntimeError, match="ACQSYNTH_STUDENT is not set"):
-        Log().call(AcquisitionReward(), [BROKEN])
+def test_a_forgotten_student_is_told_at_the_first_call():
+    for reward, completion in ((AcquisitionReward(), BROKEN), (rewards.entropy, GOOD)):
+        with pytest.raises(RuntimeError, match="ACQSYNTH_STUDENT is not set: 'acquisition_entropy' expects"):
+            Log().call(reward, [completion])
 
 
 @pytest.mark.parametrize("completions", [[BROKEN], [BROKEN, "", "Six."], [[{"role": "assistant", "content": "x"}]]])
@@ -215,11 +215,14 @@ def test_a_parser_that_fails_masks_its_text_alone(student_path):
         ({"acquisition": "mutual_information", "arguments": {"layer": 1}}, "layer"),
         ({"acquisition": "influence", "arguments": {"reference": [GOOD], "similarity": "l2"}}, "similarity: unknown"),
         ({"acquisition": "influence", "arguments": {"reference": [GOOD], "dim": 0}}, "dim: expected"),
-        ({"acquisition": "influence", "arguments": {"reference": [GOOD], "size": 3}}, "influence: unknown argument"),
+        ({"acquisition": "influence", "arguments": {"reference": [GOOD], "size": 3}}, "unknown 'size'"),
         ({"reduction": "median"}, "reduction: unknown 'median'"),
         ({"batch_tokens": 0}, "batch_tokens: expected an int >= 1"),
         ({"backend": "gpu"}, "backend: unknown 'gpu'"),
         ({"device": "gpu"}, "device: expected cpu"),
+        ({"acquisition": "entrpy"}, "acquisition: unknown 'entrpy', expected one of loss"),
+        ({"parse": "tags"}, "parse: expected a function of a text, got str"),
+        ({"max_length": 1}, "max_length: expected at least 2 tokens, got 1"),
     ],
 )
 def test_what_a_call_would_refuse_is_refused_before(options, message):
@@ -295,27 +298,9 @@ def test_what_trl_makes_of_a_reward(student_path):
     assert repr(reward) == "AcquisitionReward('varentropy', name='acquisition_varentropy')"
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"acquisition": "entrpy"}, ValueError, "acquisition: unknown 'entrpy', expected one of loss"),
-        ({"parse": "tags"}, TypeError, "parse: expected a function of a text, got str"),
-        ({"max_length": 1}, ValueError, "max_length: expected at least 2 tokens, got 1"),
-    ],
-)
-def test_bad_options_name_the_argument(options, error, message):
-    with pytest.raises(error, match=message):
-        AcquisitionReward("somewhere", **options)
-
-
 def test_a_model_needs_its_tokenizer(model):
     with pytest.raises(ValueError, match="tokenizer: expected the student's"):
         AcquisitionReward(model)
-
-
-def test_an_unknown_reduction_reaches_the_user(model, tokenizer):
-    with pytest.raises(ValueError, match="reduction: unknown 'median'"):
-        Log().call(AcquisitionReward(model, tokenizer=tokenizer, reduction="median"), [GOOD])
 
 
 def resolve(names, tmp_path, monkeypatch):
@@ -349,8 +334,8 @@ def test_every_acquisition_is_a_ready_made_reward(student_path, tmp_path, monkey
     assert [get_callable_name(reward) for reward in found] == [f"acquisition_{name}" for name in names]
     monkeypatch.setenv(rewards.STUDENT_VARIABLE, str(student_path))
     for name, reward in zip(names, found, strict=True):
-        if name in NEEDED:  # has no default: it is given to AcquisitionReward
-            with pytest.raises(ValueError, match=f"acquisition_args: {name!r} needs {NEEDED[name][0]!r}"):
+        if required := REGISTRY[name].options.required():  # without a default: given to AcquisitionReward
+            with pytest.raises(ValueError, match=f"acquisition_args: {name!r} needs {required[0]!r}"):
                 Log().call(reward, [GOOD])
             continue
         reward = pickle.loads(pickle.dumps(reward))
@@ -366,11 +351,6 @@ def test_arguments_reach_the_acquisition(student_path):
     assert value == pytest.approx(1.0, abs=1e-4)  # the reference is the sample itself
     [norm] = Log().call(AcquisitionReward(student, "grad_norm", arguments={"parameters": "all"}), [GOOD])
     assert norm == pytest.approx(acqcore.grad_norm(student, [sample], "all").item(), rel=1e-5)
-
-
-def test_a_ready_made_reward_without_a_student_says_what_is_missing():
-    with pytest.raises(RuntimeError, match="ACQSYNTH_STUDENT is not set: 'acquisition_entropy' expects"):
-        Log().call(rewards.entropy, [GOOD])
 
 
 def test_other_attributes_are_missing():

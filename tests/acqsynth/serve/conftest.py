@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -68,6 +69,31 @@ async def asked(service, **headers):
 @pytest.fixture(name="asked")
 def _asked():
     return asked
+
+
+@pytest.fixture
+def ask():
+    """``ask(service, ("POST", path, {"json": ...}), ..., header=...)``: the answers to requests in turn."""
+
+    def run(service, *requests, **headers):
+        async def main():
+            async with asked(service, **headers) as client:
+                return [await client.request(method, path, **options) for method, path, options in requests]
+
+        return asyncio.run(main())
+
+    return run
+
+
+@pytest.fixture
+def post(serve, ask):
+    """``post(path, body, **options of serve)``: the answer of a fresh service; bytes are sent as they are."""
+
+    def run(path, body, kind="application/json", **options):
+        sent = {"content": body, "headers": {"content-type": kind} if kind else {}}
+        return ask(serve(**options), ("POST", path, sent if isinstance(body, bytes) else {"json": body}))[0]
+
+    return run
 
 
 @pytest.fixture

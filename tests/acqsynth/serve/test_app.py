@@ -26,22 +26,10 @@ def error_of(response):
     return response.status_code, response.json()["error"]["type"], response.json()["error"]["message"]
 
 
-def post(serve, asked, path, body, **options):
-    """The answer to one request of a fresh service; a body that is no object is sent as it is."""
-
-    async def main():
-        async with asked(serve(**options)) as client:
-            if isinstance(body, bytes):
-                return await client.post(path, content=body, headers={"content-type": "application/json"})
-            return await client.post(path, json=body)
-
-    return asyncio.run(main())
-
-
 class TestScore:
-    def test_all_acquisitions_are_those_of_process(self, serve, asked, student, samples):
+    def test_all_acquisitions_are_those_of_process(self, post, student, samples):
         names = served_acquisitions()
-        response = post(serve, asked, "/score", {"samples": samples, "acquisitions": names})
+        response = post("/score", {"samples": samples, "acquisitions": names})
         assert response.status_code == 200
         answer = response.json()
         expected = acqcore.score(student, samples, names, progress=False)
@@ -63,13 +51,13 @@ class TestScore:
             [{"prompt": CHAT[:1], "completion": CHAT[1:]}, {"prompt": "a", "completion": "b"}],
         ],
     )
-    def test_every_kind_of_sample(self, serve, asked, student, chosen):
-        answer = post(serve, asked, "/score", {"samples": chosen, "acquisitions": ["loss"]}).json()
+    def test_every_kind_of_sample(self, post, student, chosen):
+        answer = post("/score", {"samples": chosen, "acquisitions": ["loss"]}).json()
         expected = acqcore.score(student, chosen, "loss", progress=False)
         assert answer["values"]["loss"] == expected["loss"].tolist()
         assert answer["n_tokens"] == expected.n_tokens.tolist()
 
-    def test_tools_and_tool_calls(self, serve, asked, student):
+    def test_tools_and_tool_calls(self, post, student):
         call = {"id": "a", "type": "function", "function": {"name": "add", "arguments": {"x": 1, "y": [2]}}}
         turns = [
             CHAT[0],
@@ -82,7 +70,7 @@ class TestScore:
             {"messages": turns, "tools": tools},
             {"messages": CHAT, "chat_template_kwargs": {"enable_thinking": False}},
         ]
-        answer = post(serve, asked, "/score", {"samples": chosen, "acquisitions": ["loss"]}).json()
+        answer = post("/score", {"samples": chosen, "acquisitions": ["loss"]}).json()
         expected = acqcore.score(student, chosen, "loss", progress=False)
         assert answer["values"]["loss"] == expected["loss"].tolist()
 
@@ -97,38 +85,38 @@ class TestScore:
             {"x": {"y": 1}},
         ],
     )
-    def test_a_request_brings_no_template_of_its_own(self, serve, asked, forwards, options):
+    def test_a_request_brings_no_template_of_its_own(self, post, forwards, options):
         body = {"samples": [{"messages": CHAT, "chat_template_kwargs": options}]}
-        status, kind, text = error_of(post(serve, asked, "/score", body))
+        status, kind, text = error_of(post("/score", body))
         assert (status, kind) == (422, "invalid_request")
         assert "chat_template_kwargs" in text
         assert forwards == []
 
-    def test_reduction_arguments_and_length(self, serve, asked, student, samples):
+    def test_reduction_arguments_and_length(self, post, student, samples):
         arguments = {"mutual_information": {"layers": 1, "draws": 3, "seed": 5}, "grad_norm": {"parameters": "all"}}
         names = ["mutual_information", "grad_norm", "entropy"]
         body = {"samples": samples, "acquisitions": names, "acquisition_args": arguments}
-        answer = post(serve, asked, "/score", {**body, "reduction": "max", "max_length": 20}).json()
+        answer = post("/score", {**body, "reduction": "max", "max_length": 20}).json()
         expected = acqcore.score(
             student, samples, names, acquisition_args=arguments, reduction="max", max_length=20, progress=False
         )
         for name in names:
             assert answer["values"][name] == expected[name].tolist()
 
-    def test_estimates_come_with_their_standard_errors(self, serve, asked, student, samples):
+    def test_estimates_come_with_their_standard_errors(self, post, student, samples):
         arguments = {"mutual_information": {"form": "linear", "probes": 3, "seed": 5}}
         names = ["entropy", "mutual_information"]
         body = {"samples": samples, "acquisitions": names, "acquisition_args": arguments}
-        answer = post(serve, asked, "/score", body).json()
+        answer = post("/score", body).json()
         expected = acqcore.score(student, samples, names, acquisition_args=arguments, progress=False)
         assert answer["values"]["mutual_information"] == expected["mutual_information"].tolist()
         assert answer["stderr"] == {"mutual_information": expected.stderr["mutual_information"].tolist()}
         single = {**arguments["mutual_information"], "probes": 1}
-        answer = post(serve, asked, "/score", {**body, "acquisition_args": {"mutual_information": single}}).json()
+        answer = post("/score", {**body, "acquisition_args": {"mutual_information": single}}).json()
         assert answer["stderr"] == {"mutual_information": [None] * len(samples)}
-        assert post(serve, asked, "/score", {"samples": samples}).json()["stderr"] == {}
+        assert post("/score", {"samples": samples}).json()["stderr"] == {}
 
-    def test_coalesced_requests_get_the_numbers_of_lone_ones(self, serve, asked, student, samples, forwards):
+    def test_coalesced_requests_get_the_numbers_of_lone_ones(self, asked, serve, student, samples, forwards):
         """Not to the last bit: a product of another shape rounds in another order."""
         names = ["entropy", "loss", "grad_norm", "mutual_information"]
 
@@ -145,10 +133,10 @@ class TestScore:
             for name in names:
                 assert answer["values"][name] == pytest.approx(expected[name].tolist(), rel=2e-6)
 
-    def test_a_sample_that_can_not_be_scored_is_told_alone(self, serve, asked, student):
+    def test_a_sample_that_can_not_be_scored_is_told_alone(self, post, student):
         chosen = ["a fox", "x", "", "the dog " * 20, "the dog"]
         body = {"samples": chosen, "acquisitions": ["entropy"]}
-        answer = post(serve, asked, "/score", body, limits={"max_length": 64}).json()
+        answer = post("/score", body, limits={"max_length": 64}).json()
         expected = acqcore.score(student, [chosen[0], chosen[4]], "entropy", progress=False)["entropy"].tolist()
         assert answer["values"]["entropy"] == [expected[0], None, None, None, expected[1]]
         assert answer["valid"] == [True, False, False, False, True]
@@ -169,10 +157,10 @@ class TestScore:
             ({"text": "a" * 70_000}, "70004 characters, at most 65536 are tokenized"),
         ],
     )
-    def test_the_fault_of_a_sample_is_its_own(self, serve, asked, student, bad, message):
+    def test_the_fault_of_a_sample_is_its_own(self, post, student, bad, message):
         good = [{"text": "a fox", "id": 1}, {"text": "the dog", "weight": 0.5}]
         body = json.dumps({"samples": [good[0], bad, good[1]], "acquisitions": "entropy"}).encode()
-        answer = post(serve, asked, "/score", body).json()
+        answer = post("/score", body).json()
         expected = acqcore.score(student, good, "entropy", progress=False)["entropy"].tolist()
         assert answer["values"]["entropy"] == [pytest.approx(expected[0]), None, pytest.approx(expected[1])]
         assert answer["valid"] == [True, False, True]
@@ -180,25 +168,25 @@ class TestScore:
         assert error["index"] == 1
         assert message in error["message"]
 
-    def test_rows_as_anywhere_else(self, serve, asked, student):
+    def test_rows_as_anywhere_else(self, post, student):
         """Question and answer, a number as text, keys of a message that only templates know."""
         for chosen in (
             [{"question": "What is 2 + 2?", "answer": 40000}],
             [{"messages": [{**CHAT[0], "weight": 1}, CHAT[1]]}],
         ):
-            answer = post(serve, asked, "/score", {"samples": chosen, "acquisitions": "loss"}).json()
+            answer = post("/score", {"samples": chosen, "acquisitions": "loss"}).json()
             assert answer["errors"] == []
             assert answer["values"]["loss"] == acqcore.score(student, chosen, "loss", progress=False)["loss"].tolist()
 
-    def test_a_value_that_is_not_finite_is_null(self, serve, asked, student, monkeypatch):
+    def test_a_value_that_is_not_finite_is_null(self, post, student, monkeypatch):
         with torch.no_grad():
             student.head.weight[ord("?")] = torch.nan
-        answer = post(serve, asked, "/score", {"samples": ["a fox"], "acquisitions": ["entropy"]})
+        answer = post("/score", {"samples": ["a fox"], "acquisitions": ["entropy"]})
         assert answer.json()["values"] == {"entropy": [None]}
         assert answer.json()["valid"] == [False]
 
-    def test_no_samples(self, serve, asked):
-        answer = post(serve, asked, "/score", {"samples": []}).json()
+    def test_no_samples(self, post):
+        answer = post("/score", {"samples": []}).json()
         assert answer["values"] == {"entropy": []}
         assert answer["valid"] == answer["n_tokens"] == answer["errors"] == []
 
@@ -228,8 +216,8 @@ class TestScore:
             ),
         ],
     )  # fmt: skip
-    def test_bad_requests(self, serve, asked, forwards, body, message):
-        status, kind, text = error_of(post(serve, asked, "/score", body))
+    def test_bad_requests(self, post, forwards, body, message):
+        status, kind, text = error_of(post("/score", body))
         assert (status, kind) == (422, "invalid_request")
         assert message in text
         assert sum(forwards) <= 1  # the blocks that ``layers`` counts are found by running a few tokens
@@ -255,52 +243,44 @@ class TestScore:
             (b'"samples"', 422),
         ],
     )
-    def test_bodies_that_are_no_request(self, serve, asked, body, status):
-        got, kind, _ = error_of(post(serve, asked, "/score", body))
+    def test_bodies_that_are_no_request(self, post, body, status):
+        got, kind, _ = error_of(post("/score", body))
         assert got == status
         assert kind == {400: "bad_request", 422: "invalid_request"}[status]
 
     @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp"])
-    def test_what_a_web_page_may_send_elsewhere_is_no_request(self, serve, asked, forwards, kind):
-        async def main():
-            async with asked(serve()) as client:
-                headers = {} if kind is None else {"content-type": kind}
-                return await client.post("/score", content=b'{"samples": ["a b"]}', headers=headers)
-
-        assert error_of(asyncio.run(main())) == (422, "invalid_request", "content-type: expected application/json")
+    def test_what_a_web_page_may_send_elsewhere_is_no_request(self, post, forwards, kind):
+        response = post("/score", b'{"samples": ["a b"]}', kind)
+        assert error_of(response) == (422, "invalid_request", "content-type: expected application/json")
         assert forwards == []
 
     @pytest.mark.parametrize("kind", ["Application/JSON; charset=utf-8", "application/vnd.scores+json"])
-    def test_json_by_its_other_names(self, serve, asked, kind):
-        async def main():
-            async with asked(serve()) as client:
-                return await client.post("/score", content=b'{"samples": ["a b"]}', headers={"content-type": kind})
+    def test_json_by_its_other_names(self, post, kind):
+        assert post("/score", b'{"samples": ["a b"]}', kind).json()["valid"] == [True]
 
-        assert asyncio.run(main()).json()["valid"] == [True]
-
-    def test_control_characters_and_surrogate_pairs_are_text(self, serve, asked, student):
+    def test_control_characters_and_surrogate_pairs_are_text(self, post, student):
         texts = ["\x00\x01\x7f", "\U0001f642 日本", "\u202e\ufeff", "</s></s>"]
-        answer = post(serve, asked, "/score", {"samples": texts}).json()
+        answer = post("/score", {"samples": texts}).json()
         assert answer["values"]["entropy"] == acqcore.score(student, texts, progress=False)["entropy"].tolist()
 
-    def test_limits_of_a_request(self, serve, asked, forwards):
+    def test_limits_of_a_request(self, post, forwards):
         limits = {"max_samples": 2, "queue_tokens": 20, "max_body": 1000}
         for body, message in (
             ({"samples": ["a b"] * 3}, "samples: expected at most 2, got 3"),
             ({"samples": ["a b" * 8]}, "the request has 24 tokens, at most 20 may wait"),
             ({"samples": ["a" * 1000]}, "the body has 1016 bytes, at most 1000 are taken"),
         ):
-            status, kind, text = error_of(post(serve, asked, "/score", body, limits=limits))
+            status, kind, text = error_of(post("/score", body, limits=limits))
             assert (status, kind) == (413, "too_large")
             assert message in text
         assert forwards == []
 
-    def test_a_failure_of_the_model_is_500_without_its_words(self, serve, asked, monkeypatch, caplog):
+    def test_a_failure_of_the_model_is_500_without_its_words(self, post, monkeypatch, caplog):
         def fail(*_):
             raise RuntimeError("out of memory at 0x7f")
 
         monkeypatch.setattr(Question, "values", fail)
-        status, kind, text = error_of(post(serve, asked, "/score", {"samples": ["a b"]}))
+        status, kind, text = error_of(post("/score", {"samples": ["a b"]}))
         assert (status, kind) == (500, "internal")
         assert "memory" not in text
         assert "out of memory" in caplog.text
@@ -330,7 +310,7 @@ def held(monkeypatch):
 
 
 class TestPressure:
-    def test_too_many_tokens_waiting_are_429_with_a_time(self, serve, asked, held):
+    def test_too_many_tokens_waiting_are_429_with_a_time(self, asked, serve, held):
         """A small request finds room in a queue that others have filled, up to an eighth more."""
 
         async def main():
@@ -355,7 +335,7 @@ class TestPressure:
             assert 1 <= int(response.headers["retry-after"]) <= 60
         assert [response.status_code for response in answered] == [200, 200, 200]
 
-    def test_too_many_requests_are_429(self, serve, asked, held):
+    def test_too_many_requests_are_429(self, asked, serve, held):
         async def main():
             async with asked(serve(limits={"max_requests": 1})) as client:
                 first = asyncio.create_task(client.post("/score", json={"samples": ["a b"]}))
@@ -369,7 +349,7 @@ class TestPressure:
         assert error_of(refused)[:2] == (429, "busy")
         assert refused.headers["retry-after"] == "1"
 
-    def test_the_deadline_is_504_and_the_rest_is_not_scored(self, serve, asked, held, forwards):
+    def test_the_deadline_is_504_and_the_rest_is_not_scored(self, asked, serve, held, forwards):
         async def main():
             async with asked(serve(limits={"timeout": 0.3, "batch_tokens": 10})) as client:
                 late = await client.post("/score", json={"samples": ["a" * 10, "b" * 10, "c" * 10]})
@@ -385,7 +365,7 @@ class TestPressure:
         assert 'acqsynth_requests_total{route="/score",status="504"} 1.0' in metrics
         assert "acqsynth_queue_tokens 0.0" in metrics
 
-    def test_a_stopping_server_answers_what_it_took(self, serve, asked, held, student):
+    def test_a_stopping_server_answers_what_it_took(self, asked, serve, held, student):
         """What the model works on, and what is only being tokenized."""
         tokenizer, tokenizing, go_on = student.tokenizer, threading.Event(), threading.Event()
 
@@ -420,7 +400,7 @@ class TestPressure:
 
 class TestTokens:
     @pytest.mark.parametrize("path", ["/score", "/get_reward", "/student", "/metrics", "/openapi.json", "/nowhere"])
-    def test_nothing_reaches_the_model_without_the_token(self, serve, asked, forwards, path, student):
+    def test_nothing_reaches_the_model_without_the_token(self, ask, serve, forwards, path, student):
         """Nor the tokenizer, nor is a body read: that of a stranger may be of any size."""
         bodies = {"/score": {"samples": ["a b"]}, "/get_reward": {"query": [GOOD], "prompts": [""]}}
 
@@ -429,42 +409,33 @@ class TestTokens:
 
         student.tokenizer = fail
 
-        async def main():
-            async with asked(serve(access=Access("secret", "admin"))) as client:
-                wrong = [{}, *({"authorization": text} for text in ("Bearer wrong", "Bearer ", "secret", "Basic c2Vj"))]
-                wrong += [{"Authorization": "Bearer admin" if path != "/student" else "Bearer secret"}]
-                return [
-                    await client.request(method, path, headers=headers, json=bodies.get(path))
-                    for headers in wrong
-                    for method in ("POST", "GET", "PUT", "OPTIONS")
-                ]
-
-        for response in asyncio.run(main()):
+        wrong = [{}, *({"authorization": text} for text in ("Bearer wrong", "Bearer ", "secret", "Basic c2Vj"))]
+        wrong += [{"Authorization": "Bearer admin" if path != "/student" else "Bearer secret"}]
+        requests = [
+            (method, path, {"headers": headers, "json": bodies.get(path)})
+            for headers in wrong
+            for method in ("POST", "GET", "PUT", "OPTIONS")
+        ]
+        for response in ask(serve(access=Access("secret", "admin")), *requests):
             assert error_of(response)[:2] == (401, "unauthorized")
             assert response.headers["www-authenticate"] == "Bearer"
         assert forwards == []
 
-    def test_with_the_token_it_is_answered(self, serve, asked):
-        async def main():
-            async with asked(serve(access=Access("secret")), authorization="Bearer secret") as client:
-                return [await client.post("/score", json={"samples": ["a b"]}), await client.get("/metrics")]
+    def test_with_the_token_it_is_answered(self, ask, serve):
+        requests = ("POST", "/score", {"json": {"samples": ["a b"]}}), ("GET", "/metrics", {})
+        answers = ask(serve(access=Access("secret")), *requests, authorization="Bearer secret")
+        assert [response.status_code for response in answers] == [200, 200]
 
-        assert [response.status_code for response in asyncio.run(main())] == [200, 200]
-
-    def test_health_tells_strangers_that_it_lives_and_no_more(self, serve, asked):
-        async def main():
-            async with asked(serve(access=Access("secret"))) as client:
-                return await client.get("/health")
-
-        assert asyncio.run(main()).json() == {"status": "ok"}
+    def test_health_tells_strangers_that_it_lives_and_no_more(self, ask, serve):
+        assert ask(serve(access=Access("secret")), ("GET", "/health", {}))[0].json() == {"status": "ok"}
 
 
 class TestGetReward:
-    def test_the_wire_format(self, serve, asked, student):
+    def test_the_wire_format(self, post, student):
         prompt = f"<|user|>Like {LONGER}</s><|assistant|>"
         queries = [f"{prompt}{GOOD}</s>", f"{prompt}no sample</s>", f"elsewhere {GOOD}", f"{prompt}{LONGER}"]
         body = {"query": queries, "prompts": [prompt] * 4, "labels": [None, "x", 3, {"a": []}]}
-        response = post(serve, asked, "/get_reward", body)
+        response = post("/get_reward", body)
         assert response.status_code == 200
         answer = response.json()
         scored = [parse_sample(GOOD), parse_sample(LONGER)]
@@ -477,35 +448,29 @@ class TestGetReward:
             "entropy": [good, 0, 0, longer],
         }
 
-    def test_responses_without_the_form_are_told_once(self, serve, asked, caplog):
-        async def main(*queries):
-            async with asked(serve()) as client:
-                for query in queries:
-                    await client.post("/get_reward", json={"query": [query] * 2, "prompts": [""] * 2})
+    def test_responses_without_the_form_are_told_once(self, ask, serve, caplog):
+        def asking(*queries):
+            bodies = ({"query": [query] * 2, "prompts": [""] * 2} for query in queries)
+            ask(serve(), *(("POST", "/get_reward", {"json": body}) for body in bodies))
 
-        asyncio.run(main("What is 2 + 2? 4.", "What is 3 + 3? 6."))
+        asking("What is 2 + 2? 4.", "What is 3 + 3? 6.")
         assert caplog.text.count("none of 2 responses has the form <question>") == 1
         caplog.clear()
-        asyncio.run(main(GOOD, "no form"))
+        asking(GOOD, "no form")
         assert "has the form" not in caplog.text
 
-    def test_a_masked_sample_gets_what_is_typical(self, serve, asked, monkeypatch):
+    def test_a_masked_sample_gets_what_is_typical(self, ask, serve, monkeypatch):
         values = iter([[None], [2.0, 4.0], [None], [-1.0]])
         monkeypatch.setattr(Question, "values", lambda *_: [Values((value,), {}) for value in next(values)])
 
-        async def main():
-            async with asked(serve(acquisition="loss")) as client:
-                rewards = []
-                for queries in ([GOOD], [GOOD, GOOD], [GOOD], [GOOD], ["broken"]):
-                    body = {"query": queries, "prompts": [""] * len(queries)}
-                    rewards.append((await client.post("/get_reward", json=body)).json()["rewards"])
-                return rewards
-
+        asked = ([GOOD], [GOOD, GOOD], [GOOD], [GOOD], ["broken"])
+        bodies = ({"query": queries, "prompts": [""] * len(queries)} for queries in asked)
+        answers = ask(serve(acquisition="loss"), *(("POST", "/get_reward", {"json": body}) for body in bodies))
         # The last was never a sample: it does not outrank the one below zero.
-        assert asyncio.run(main()) == [[0.0], [2.0, 4.0], [3.0], [-1.0], [-1.0]]
+        assert [answer.json()["rewards"] for answer in answers] == [[0.0], [2.0, 4.0], [3.0], [-1.0], [-1.0]]
 
-    def test_lists_of_different_length(self, serve, asked):
-        response = post(serve, asked, "/get_reward", {"query": [GOOD], "prompts": []})
+    def test_lists_of_different_length(self, post):
+        response = post("/get_reward", {"query": [GOOD], "prompts": []})
         assert error_of(response) == (422, "invalid_request", "prompts: expected 1, one a query, got 0")
 
     def test_an_acquisition_that_can_not_be_served(self, serve):
@@ -514,15 +479,10 @@ class TestGetReward:
 
 
 class TestMetrics:
-    def test_what_is_counted(self, serve, asked):
-        async def main():
-            async with asked(serve()) as client:
-                await client.post("/score", json={"samples": ["a fox", "the dog", "x"]})
-                await client.post("/score", json={})
-                await client.get("/nowhere/whatever")
-                return (await client.get("/metrics")).text
-
-        lines = asyncio.run(main()).splitlines()
+    def test_what_is_counted(self, ask, serve):
+        scored = {"json": {"samples": ["a fox", "the dog", "x"]}}
+        requests = ("POST", "/score", scored), ("POST", "/score", {"json": {}}), ("GET", "/nowhere/whatever", {})
+        lines = ask(serve(), *requests, ("GET", "/metrics", {}))[-1].text.splitlines()
         for line in (
             'acqsynth_requests_total{route="/score",status="200"} 1.0',
             'acqsynth_requests_total{route="/score",status="422"} 1.0',
@@ -559,17 +519,23 @@ class TestStudent:
         (root / "broken" / "config.json").write_text('{"model_type": "llama"}')
         return root
 
-    def change(self, serve, asked, path, **options):
-        async def main():
+    @pytest.fixture
+    def change(self, serve, ask):
+        """``change(path, **options)``: the answers to a reload and to a request after it, and the service."""
+
+        def run(path, **options):
             service = serve(access=Access(None, "admin"), **options)
-            async with asked(service, authorization="Bearer admin") as client:
-                response = await client.post("/student", json={"path": path})
-                return response, (await client.post("/score", json={"samples": ["a fox"]})).json(), service
+            requests = (
+                ("POST", "/student", {"json": {"path": path}}),
+                ("POST", "/score", {"json": {"samples": ["a fox"]}}),
+            )
+            response, answer = ask(service, *requests, authorization="Bearer admin")
+            return response, answer.json(), service
 
-        return asyncio.run(main())
+        return run
 
-    def test_another_student_scores_from_now_on(self, serve, asked, root):
-        response, answer, service = self.change(serve, asked, "second", root=root)
+    def test_another_student_scores_from_now_on(self, change, root):
+        response, answer, service = change("second", root=root)
         assert response.status_code == 200
         assert response.json() == answer["student"] == service.students.current.described()
         assert response.json()["version"] == 2
@@ -595,20 +561,20 @@ class TestStudent:
             ("broken", "'broken' cannot be loaded: "),
         ],
     )
-    def test_nothing_else_is_loaded_and_the_one_before_stays(self, serve, asked, root, path, message):
-        response, answer, _ = self.change(serve, asked, path, root=root)
+    def test_nothing_else_is_loaded_and_the_one_before_stays(self, change, root, path, message):
+        response, answer, _ = change(path, root=root)
         status, kind, text = error_of(response)
         assert (status, kind) == (422, "invalid_request")
         assert message in text
         assert str(root) not in text
         assert answer["student"]["version"] == 1
 
-    def test_without_a_root_or_an_admin_token_there_is_no_reload(self, serve, asked, root):
-        assert error_of(self.change(serve, asked, "second")[0])[:2] == (403, "forbidden")
-        response = post(serve, asked, "/student", {"path": "second"}, root=root)
+    def test_without_a_root_or_an_admin_token_there_is_no_reload(self, change, post, root):
+        assert error_of(change("second")[0])[:2] == (403, "forbidden")
+        response = post("/student", {"path": "second"}, root=root)
         assert error_of(response)[:2] == (403, "forbidden")
 
-    def test_requests_keep_the_student_they_were_taken_for(self, serve, asked, root, held, student):
+    def test_requests_keep_the_student_they_were_taken_for(self, asked, serve, root, held, student):
         """One at work, one waiting while another student comes, one after it; a second reload meanwhile is 409."""
 
         async def main():
@@ -639,12 +605,8 @@ class TestStudent:
         assert first["values"]["entropy"][0] != pytest.approx(late["values"]["entropy"][0], rel=1e-3)
 
 
-def test_errors_carry_json_that_every_client_reads(serve, asked):
-    async def main():
-        async with asked(serve()) as client:
-            return [await client.get("/nowhere"), await client.get("/score"), await client.post("/health")]
-
-    missing, *wrong_method = asyncio.run(main())
+def test_errors_carry_json_that_every_client_reads(ask, serve):
+    missing, *wrong_method = ask(serve(), ("GET", "/nowhere", {}), ("GET", "/score", {}), ("POST", "/health", {}))
     assert error_of(missing)[:2] == (404, "not_found")
     for response in wrong_method:
         assert error_of(response)[:2] == (405, "method_not_allowed")

@@ -5,7 +5,7 @@ import hmac
 
 import pytest
 
-from acqsynth.serve.errors import ForbiddenError, UnauthorizedError
+from acqsynth.serve.errors import ServiceError
 from acqsynth.serve.middleware import Access
 
 
@@ -45,22 +45,24 @@ def test_the_right_token_passes():
     ],
 )
 def test_no_other_does(path, headers):
-    with pytest.raises(UnauthorizedError):
+    with pytest.raises(ServiceError) as refused:
         Access("secret", "admin").check(path, headers)
+    assert refused.value.status == 401
 
 
 def test_one_token_does_not_open_the_others_routes():
-    with pytest.raises(UnauthorizedError, match="the token is wrong"):
+    with pytest.raises(ServiceError, match="the token is wrong"):
         Access("secret", "admin").check("/student", bearer("secret"))
-    with pytest.raises(UnauthorizedError, match="the token is wrong"):
+    with pytest.raises(ServiceError, match="the token is wrong"):
         Access("secret", "admin").check("/score", bearer("admin"))
 
 
 def test_without_tokens_all_may_score_and_none_may_change_the_student():
     Access().check("/score", [])
     for headers in ([], bearer(""), bearer("None")):
-        with pytest.raises(ForbiddenError, match="without an admin token"):
+        with pytest.raises(ServiceError, match="without an admin token") as refused:
             Access().check("/student", headers)
+        assert refused.value.status == 403
 
 
 def test_tokens_are_compared_in_constant_time(monkeypatch):
@@ -73,7 +75,7 @@ def test_tokens_are_compared_in_constant_time(monkeypatch):
 
     monkeypatch.setattr(hmac, "compare_digest", counted)
     Access("secret").check("/score", bearer("secret"))
-    with pytest.raises(UnauthorizedError):
+    with pytest.raises(ServiceError):
         Access("secret").check("/score", bearer("wrong"))
     assert compared == [(b"secret", b"secret"), (b"wrong", b"secret")]
 

@@ -28,10 +28,6 @@ class PlainDomain(Domain):
     def canonical(self, answer):
         return answer.strip()
 
-    def equivalent(self, gold, answers):
-        pairs = zip(gold, answers, strict=True)
-        return [a is not None and self.canonical(a) == self.canonical(sample.answer) for sample, a in pairs]
-
     def load(self, source, split="train", columns=None, limit=None):
         raise FileNotFoundError(source)
 

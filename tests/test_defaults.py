@@ -1,0 +1,93 @@
+"""Values do not depend on torch's defaults for new tensors, which scripts set for their whole process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import acqcore
+
+KINDS = ["float64", "bfloat16", "float16", "device"]
+
+
+@pytest.fixture(params=KINDS)
+def changed(request: Any) -> Iterator[Callable[[], None]]:
+    """Changes a default; on the device "meta" tensors have no values, so one that lands there fails the call."""
+
+    def change() -> None:
+        if request.param == "device":
+            torch.set_default_device("meta")
+        else:
+            torch.set_default_dtype(getattr(torch, request.param))
+
+    yield change
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device("cpu")
+
+
+def rows() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {"input_ids": torch.randint(3, 320, (3, 8), generator=generator)}
+
+
+def assert_same(call: Callable[[], Any], change: Callable[[], None]) -> None:
+    expected = call()
+    defaults = torch.get_default_dtype(), torch.get_default_device()
+    change()
+    inside = torch.get_default_dtype(), torch.get_default_device()
+    assert inside != defaults
+    found = call()
+    assert (torch.get_default_dtype(), torch.get_default_device()) == inside
+    assert found.device.type == "cpu"
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["entropy", "perplexity", "el2n", "grad_norm", "mutual_information", "bald_quadratic"])
+def test_scores(name, changed, tiny_model):
+    model, samples = tiny_model("Llama"), rows()
+    assert_same(lambda: acqcore.score(model, samples, name, progress=False)[name], changed)
+
+
+@pytest.mark.parametrize("how", ["texts", "badge", "norm", "sketch", "influence", "epig", "laplace"])
+def test_functions_of_a_student(how, changed, tiny_model, tokenizer):
+    model, samples = tiny_model("Llama"), rows()
+    laplace = {"posterior": "laplace", "layers": 1}
+    calls: dict[str, Callable[[], torch.Tensor]] = {
+        "texts": lambda: acqcore.encode(["a fox"], tokenizer, vocab_size=320, limit=None)[0].ids,
+        "badge": lambda: acqcore.badge_embedding(model, samples, 1, dim=64),
+        "norm": lambda: acqcore.grad_norm(model, samples, "all"),
+        "sketch": lambda: acqcore.grad_sketch(model, samples, 1, dim=64),
+        "influence": lambda: acqcore.influence(
+            model, samples, acqcore.influence_reference(model, samples, parameters=1, dim=64)
+        ),
+        "epig": lambda: acqcore.epig(model, samples, acqcore.epig_reference(model, samples, layers=1, dim=64)),
+        "laplace": lambda: acqcore.score(
+            model, samples, "mutual_information", progress=False,
+            acquisition_args={
+                "mutual_information": laplace | {"reference": acqcore.laplace_posterior(model, samples, layers=1)}
+            },
+        )["mutual_information"],
+    }  # fmt: skip
+    assert_same(calls[how], changed)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("how", ["norm", "hidden norm", "sketch", "information", "select", "vendi", "diversity"])
+def test_functions_of_tensors(how, backend, changed):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, vectors = (torch.randn(n, 32, generator=generator) for n in (7, 320, 9))
+    targets = torch.tensor([5, 7, -100, 0, 319, 5, 9])
+    head, offsets = acqcore.Head(weight), torch.tensor([0, 4, 7])
+    calls: dict[str, Callable[[], torch.Tensor]] = {
+        "norm": lambda: acqcore.head_grad_norm(hidden, head, targets, offsets, backend=backend),
+        "hidden norm": lambda: acqcore.hidden_grad_norm(hidden, head, targets, backend=backend),
+        "sketch": lambda: acqcore.grad_sketch(hidden, head, targets, offsets, dim=64, backend=backend),
+        "information": lambda: acqcore.mutual_information(hidden, head, draws=4, backend=backend).mutual_information,
+        "select": lambda: acqcore.select(vectors, 4, method="log_det"),
+        "vendi": lambda: torch.tensor(float(acqcore.vendi_score(vectors)), dtype=torch.float64, device="cpu"),
+        "diversity": lambda: acqcore.gradient_diversity(vectors),
+    }
+    assert_same(calls[how], changed)
