@@ -99,7 +99,7 @@ def draw_peers(
     """
     head = acqcore.Head(weight)
     student = acqcore.Student(lambda ids: hidden[ids], head)
-    samples = [{"input_ids": torch.arange(i, i + 128)} for i in range(0, len(hidden), 128)]
+    samples = {"input_ids": torch.arange(len(hidden)).view(-1, 128)}
     draws = {"mutual_information": {"form": "block", "draws": DRAWS}}
 
     def scored(names: list[str]) -> Callable[[], object]:
