@@ -19,10 +19,11 @@ import torch
 
 import acqcore
 from acqcore.fisher import fisher_grad
-from benchmarks import harness
+from benchmarks import harness, peak
 from benchmarks.bench_gradients import D, V, loop, opacus
 
 STATISTICS = "statistics"
+PEAK = "peak of multiply-adds"
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DRAWS = 8
@@ -75,9 +76,11 @@ def row_peers(
     weight: torch.Tensor,  # [V, D]
     targets: torch.Tensor,  # [N]
 ) -> dict[str, Callable[[], object]]:
-    """What is asked of rows, or of samples of 128; cotangents are what the linear form of mutual information takes."""
+    """What is asked of rows, or of samples of 128, beside the peak; cotangents are for the linear form's draws."""
     head, offsets = acqcore.Head(weight), torch.arange(0, len(hidden) + 1, 128)
+    isa = str(harness.machine()["instruction_set"])
     return {
+        PEAK: peak.multiply_adds(2.0 * len(hidden) * D * V, isa, hidden.dtype),
         STATISTICS: lambda: acqcore.row_stats(hidden, head, targets),
         "hidden_grad": lambda: acqcore.hidden_grad(hidden, head, targets),
         "grad_sketch, 4096 numbers": lambda: acqcore.grad_sketch(hidden, head, targets, offsets),
@@ -96,7 +99,7 @@ def draw_peers(
     """
     head = acqcore.Head(weight)
     student = acqcore.Student(lambda ids: hidden[ids], head)
-    samples = [{"input_ids": torch.arange(i, i + 128)} for i in range(0, len(hidden), 128)]
+    samples = {"input_ids": torch.arange(len(hidden)).view(-1, 128)}
     draws = {"mutual_information": {"form": "block", "draws": DRAWS}}
 
     def scored(names: list[str]) -> Callable[[], object]:
@@ -141,6 +144,7 @@ def main() -> None:
                 baseline=STATISTICS,
                 work=2.0 * len(hidden) * D * V,
                 turns=arguments.turns,
+                ceiling=PEAK if what == "rows" else None,
                 clock=CLOCKS[arguments.clock],
             )
             notes: dict[str, object] = {"ratio_to": STATISTICS, "clock": arguments.clock}

@@ -30,14 +30,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import acqcore
-from acqcore.backends import HeadRows, Probes, triton as backend
-from acqcore.row_stats import empty_state
+from acqcore.backends import triton as backend
 from benchmarks import ahead_of_time, harness
 
 RESULT = harness.RESULTS / "gpu_static.json"
 ROWS = 4096
 DRAWS = 8
-PROBES = 4
 #: Tensors of more elements are never touched: operations on them are counted and not run.
 TOUCHED = 1 << 18
 
@@ -67,16 +65,6 @@ def _information(form: str) -> Callable[[Inputs], object]:
     return lambda x: acqcore.mutual_information(x.hidden, x.head, form=form, draws=DRAWS, backend="triton")
 
 
-def _cotangents(x: Inputs) -> object:
-    """What the linear form of mutual information takes of the head; the sums are the result."""
-    n, depth = x.hidden.shape
-    rows = HeadRows(x.hidden, x.head, x.targets, 1.0, *empty_state(x.hidden))
-    sums, signed = torch.empty(PROBES + 1, n, depth), torch.empty(PROBES, n, dtype=torch.float64)
-    squares, places = torch.empty(n, dtype=torch.float64), torch.arange(n)
-    backend.Triton().fisher_sums(rows, Probes(PROBES, 0, places, places), sums, signed, squares)
-    return sums, signed, squares
-
-
 OPERATIONS: dict[str, Callable[[Inputs], object]] = {
     "row_stats": lambda x: acqcore.row_stats(x.hidden, x.head, x.targets, backend="triton"),
     "row_stats, no targets": lambda x: acqcore.row_stats(x.hidden, x.head, backend="triton"),
@@ -85,7 +73,6 @@ OPERATIONS: dict[str, Callable[[Inputs], object]] = {
     "statistics and head_grad_norm, T=32": _norm(32),
     "hidden_grad": lambda x: acqcore.hidden_grad(x.hidden, x.head, x.targets, backend="triton"),
     "grad_sketch, T=128": lambda x: acqcore.grad_sketch(x.hidden, x.head, x.targets, x.offsets(128), backend="triton"),
-    f"random cotangents, {PROBES} probes": _cotangents,
     f"mutual_information, element, K={DRAWS}": _information("element"),
     f"mutual_information, block, K={DRAWS}": _information("block"),
 }

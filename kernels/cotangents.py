@@ -72,7 +72,7 @@ def write_cotangents(
     samples,  # [n] int64
     positions,  # [n] int64
     factor,  # [probes + 1, n, ring_row], written; zero in ignored rows and outside the vocabulary
-    signed,  # [probes, tiles, n] float32, written: sums of sqrt(e) r
+    signed,  # [probes, tiles, n] float32, written: sums of sqrt(e) r, by the stretch's tiles
     squares,  # [tiles, n] float32, written: sums of e cap'^2 norms
     lost,  # [probes + 1, tiles, n] float32, written: what rounding takes from the factors, if ROUNDED
     n,
@@ -85,7 +85,7 @@ def write_cotangents(
     weight_column,
     ring_row,
     probes,
-    tiles,  # of all stretches
+    tiles,  # of the stretch
     seed,
     scale,  # multiplies product and bias
     cap,  # multiplies tanh, if HAS_CAP
@@ -127,7 +127,7 @@ def write_cotangents(
     if HAS_CAP:
         tanh = tl.maximum(z, -cap, propagate_nan=tl.PropagateNan.ALL) / cap
         slope = 1 - tanh * tanh
-    of_row = (begin // BLOCK_N).to(tl.int64) * n + rows
+    of_row = tile * n + rows
     norm = tl.load(norms + column, mask=column < vocab, other=0.0)
     tl.store(squares + of_row, tl.sum(root * root * slope * slope * norm[None, :], axis=1), mask=inside)
     at = rows.to(tl.int64)[:, None] * ring_row + (tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
@@ -180,10 +180,11 @@ def fisher_sums(
         ring, _ = factors.ring((probes + 1) * rows, dtype, parts=1)
         width = ring.shape[1]
         factor = ring.view(probes + 1, rows, width)
-        tiles = triton.cdiv(vocab, width) * (width // cut.block_n)
-        of_signs = reference.new_zeros((probes, tiles, rows))
-        of_squares = reference.new_zeros((tiles, rows))
-        lost = reference.new_zeros((probes + 1, tiles, rows)) if dtype != torch.float32 else None
+        tiles = width // cut.block_n
+        of_signs, of_squares = reference.new_empty((probes, tiles, rows)), reference.new_empty((tiles, rows))
+        lost = reference.new_empty((probes + 1, tiles, rows)) if dtype != torch.float32 else None
+        all_lost = reference.new_zeros((probes + 1, rows))
+        signed[:, part], squares[part] = 0, 0
         finals = torch.stack([final[part], *[final[part].sqrt()] * probes]).float()
         by_engine = cut.descriptors and has_descriptor(hidden[part]) and has_descriptor(weight)
         for chunk in range(0, vocab, width):
@@ -201,6 +202,10 @@ def fisher_sums(
                 PRECISION=factors.precision, ROUNDED=lost is not None, num_warps=cut.warps, num_stages=cut.stages,
                 enable_fp_fusion=True,
             )  # fmt: skip
+            signed[:, part] += of_signs.sum(dim=1, dtype=torch.float64)
+            squares[part] += of_squares.sum(dim=0, dtype=torch.float64)
+            if lost is not None:
+                all_lost += lost.sum(dim=1)
             by_engine_too = product.descriptors and has_descriptor(weight)
             for k in range(probes + 1):
                 add_product[(triton.cdiv(rows, product.block_m) * triton.cdiv(depth, product.block_n),)](
@@ -213,8 +218,8 @@ def fisher_sums(
                     num_warps=product.warps, num_stages=max(product.stages - 1, 1), enable_fp_fusion=True,
                 )  # fmt: skip
         del ring, factor  # their room is needed
-        signed[:, part] = of_signs.sum(dim=1, dtype=torch.float64) * final[part].sqrt()
-        squares[part] = of_squares.sum(dim=0, dtype=torch.float64) * final[part]
+        signed[:, part] *= final[part].sqrt()
+        squares[part] *= final[part]
         if lost is not None:
             for k in range(probes + 1):
-                add_lost(factors, top[part], lost[k].sum(dim=0) * finals[k], sums[k, part])
+                add_lost(factors, top[part], all_lost[k] * finals[k], sums[k, part])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import acqcore
 from acqcore.backends.triton import INTERPRETED, Triton
+from acqcore.fisher import fisher_grad
 from acqcore.testing import random_case
 
 WITHOUT_GPU = not INTERPRETED and not torch.cuda.is_available()
@@ -22,6 +24,7 @@ OPERATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "hidden_grad": lambda h, head, y, _, b: acqcore.hidden_grad(h, head, y, backend=b),
     "head_grad_norm": lambda h, head, y, o, b: acqcore.head_grad_norm(h, head, y, o, backend=b),
     "grad_sketch": lambda h, head, y, o, b: acqcore.grad_sketch(h, head, y, o, dim=16, backend=b),
+    "fisher_grad": lambda h, head, y, o, b: fisher_grad(h, head, y, probes=2, offsets=o, backend=b)[0],
     "mutual_information, element": lambda h, head, y, _, b: (
         acqcore.mutual_information(h, head, targets=y, draws=2, form="element", backend=b).mutual_information
     ),
@@ -75,6 +78,31 @@ if not INTERPRETED:
 
     def test_tensors_of_another_device():
         assert Triton().misfit(torch.device("cpu"), ()) == "backend 'triton' serves cuda tensors, got cpu"
+
+    @pytest.mark.parametrize(
+        ("capability", "dtype", "message"),
+        [
+            ((7, 0), torch.float32, "backend: 'triton' is not available here: Tesla V100 has compute capability 7.0"),
+            ((9, 0), torch.float32, "backend: backend 'triton' serves cuda tensors, got cpu"),
+            ((9, 0), torch.float64, "backend: backend 'triton' serves cuda tensors, got cpu"),
+        ],
+        ids=["capability", "device", "device and dtype"],
+    )
+    @pytest.mark.parametrize("op", OPERATIONS)
+    def test_after_a_refusal_the_cpu_serves(op, capability, dtype, message, monkeypatch):
+        """One sentence, whatever was asked; the same call is then answered by the backend that fits."""
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        case, offsets = random_case(3, 16, 20), torch.tensor([0, 1, 3])
+        hidden, head = case.hidden.to(dtype), acqcore.Head(case.head.weight.to(dtype))
+        with pytest.raises((RuntimeError, ValueError), match="^" + re.escape(message)) as refusal:
+            OPERATIONS[op](hidden, head, case.targets, offsets, "triton")
+        assert "\n" not in str(refusal.value)
+        got = OPERATIONS[op](hidden.float(), acqcore.Head(head.weight.float()), case.targets, offsets, None)
+        expected = OPERATIONS[op](hidden.double(), acqcore.Head(head.weight.double()), case.targets, offsets, "eager")
+        torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(INTERPRETED or WITHOUT_GPU, reason="no GPU that Triton serves")

@@ -78,11 +78,14 @@ inline void add_to_gram_by_tiles(const float* factors /* [padded, kTile] */, int
     transpose_panel(parts, units, parts + 2 * kPart);
     transpose_panel(parts + kPart, units, parts + 3 * kPart);
   }
-  for (int64_t s = 0; s < padded; s += kPanelRows) {
-    const float* left = scratch + s / kPanelRows * 4 * kPart;
-    for (int64_t t = s; t < padded; t += kPanelRows) {
+  constexpr int64_t kStripe = 4 * kPanelRows;  // rows that stay in L2 while the others pass by: 192 KiB
+  for (int64_t stripe = 0; stripe < padded; stripe += kStripe) {
+    for (int64_t t = stripe; t < padded; t += kPanelRows) {
       const float* right = scratch + t / kPanelRows * 4 * kPart + 2 * kPart;
-      tile_gram(left, left + kPart, right, right + kPart, units, gram + gram_offset(padded, s) + t - s, padded - s);
+      for (int64_t s = stripe; s < lesser(stripe + kStripe, t + kPanelRows); s += kPanelRows) {
+        const float* left = scratch + s / kPanelRows * 4 * kPart;
+        tile_gram(left, left + kPart, right, right + kPart, units, gram + gram_offset(padded, s) + t - s, padded - s);
+      }
     }
   }
 }
