@@ -50,10 +50,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Acquisition", "Archive", "BackendInfo", "BayesStats", "EpigReference", "Head", "LaplacePosterior", "Reduction",
     "Reference", "Row", "RowStats", "Scores", "Student", "__version__", "acquisitions", "backends",
-    "badge_embedding", "check_request", "encode", "ensemble_stats", "epig", "epig_reference", "grad_norm", "grad_sketch",
-    "gradient_diversity", "head_grad_norm", "hidden_grad", "hidden_grad_norm", "influence", "influence_reference",
-    "label_trust", "laplace_posterior", "loading_whole", "logit_stats", "mutual_information", "prompt_embedding",
-    "records", "register", "row_stats", "score", "score_stream", "select", "vendi_score",
+    "badge_embedding", "check_request", "encode", "ensemble_stats", "epig", "epig_reference", "grad_norm",
+    "grad_sketch", "gradient_diversity", "head_grad_norm", "hidden_grad", "hidden_grad_norm", "influence",
+    "influence_reference", "label_trust", "laplace_posterior", "loading_whole", "logit_stats", "mutual_information",
+    "prompt_embedding", "records", "register", "row_stats", "score", "score_stream", "select", "vendi_score",
 ]  # fmt: skip
 
 

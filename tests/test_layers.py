@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import os
 import sys
@@ -85,10 +86,15 @@ ALLOWED: dict[str, set[str]] = {
 FRONT = {"__init__", "__main__", "cli"}  # may import anything
 
 
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def _imported(path: Path, package: str, whole: bool = False) -> set[str]:
     """Names below ``package`` that a file imports, function-level imports included; ``whole``: dotted to the end."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             module = node.module or ""
@@ -161,7 +167,7 @@ def test_acqsynth_uses_public_names_alone():
 def test_top_level_imports_are_torch_and_numpy_alone(folder):
     """Everything heavier is imported inside the function that needs it."""
     for path in _files(folder):
-        for node in ast.parse(path.read_text()).body:
+        for node in _tree(path).body:
             if isinstance(node, ast.ImportFrom):
                 roots = {(node.module or "").split(".")[0]}
             elif isinstance(node, ast.Import):
@@ -176,7 +182,7 @@ def test_top_level_imports_are_torch_and_numpy_alone(folder):
 
 def _roots(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.ImportFrom):
             found.add((node.module or "").split(".")[0])
         elif isinstance(node, ast.Import):

@@ -33,20 +33,6 @@ class Label:
     abstained_why: str | None = None  #: None with a label
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """How many labels are right."""
-
-    labelled: int  #: questions with a label
-    known: int  #: those of them whose truth is known
-    right: int  #: those of them that are right
-
-    @property
-    def share(self) -> float | None:
-        """Share of right labels among those whose truth is known; None if there are none."""
-        return self.right / self.known if self.known else None
-
-
 def label(
     engine: Engine,
     domain: Domain,
@@ -184,30 +170,6 @@ def cluster_texts(texts: Sequence[str | None], embed: Embed) -> list[list[int]]:
     for i, number in zip(given, found.tolist(), strict=True):
         clusters.setdefault(number, []).append(i)
     return _largest_first(clusters.values())
-
-
-def accuracy(domain: Domain, labels: Sequence[Label], truth: Sequence[Sample] | None = None) -> Accuracy:
-    """How many labels are right, as far as that is known.
-
-    Args:
-        domain: of the questions.
-        labels: n labels.
-        truth: n samples with the right answers; by default the domain verifies what it can (:meth:`Domain.verify`).
-
-    Raises:
-        ValueError: truth of another length.
-    """
-    if truth is not None and len(truth) != len(labels):
-        raise ValueError(f"truth: expected {len(labels)} samples, one a label, got {len(truth)}")
-    labelled = [i for i, label in enumerate(labels) if label.sample is not None]
-    samples = [sample for label in labels if (sample := label.sample) is not None]
-    verdicts: Sequence[bool | None]
-    if truth is None:
-        verdicts = domain.verify(samples)
-    else:
-        verdicts = domain.equivalent([truth[i] for i in labelled], [sample.answer for sample in samples])
-    known = [verdict for verdict in verdicts if verdict is not None]
-    return Accuracy(len(labelled), len(known), known.count(True))
 
 
 def _decide(

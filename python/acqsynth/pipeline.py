@@ -205,7 +205,7 @@ def plan(config: Config) -> Plan:
     for name in dict.fromkeys((found.main, *config.baselines)):
         found.arms[name] = arm = Arm(name)
         for generator in config.generator.seeds:
-            of_generator = f"{name}-g{generator}" if generator else name
+            of_generator = f"{name}@{generator}" if generator else name  # no name of a student holds an @
             learnt = rows_for(arm, of_generator, config.seed + config.rounds * generator)
             if learnt in arm.rows.values():
                 continue  # the same rows are no second draw

@@ -20,6 +20,7 @@ from acqsynth.config import Config, ConfigError, OtherSource, RewardConfig, Sour
 from acqsynth.domains import Domain, domain as find_domain
 from acqsynth.domains.base import is_local
 from acqsynth.engines import Sampling
+from acqsynth.report.metrics import IN_DISTRIBUTION, STUDENT
 from acqsynth.seeds import BUNDLED, bundled
 
 
@@ -52,6 +53,12 @@ def check(config: Config) -> None:
     _checked("reward", build.check, reward, domain)
     if config.evaluation.validity.batches:
         _checked("evaluation.validity", build.check, validity_reward(reward, config.evaluation.validity), domain)
+    for key, own, others in (
+        ("student.others", STUDENT, student.others),
+        ("evaluation.others", IN_DISTRIBUTION, config.evaluation.others),
+    ):
+        if own in others:
+            raise ConfigError(f"{key}.{own}: expected another name, this one is the recipe's own")
     for name, other in config.evaluation.others.items():
         _checked(f"evaluation.others.{name}", find_domain, other.domain or config.domain)
     for key, source in _sources(config):

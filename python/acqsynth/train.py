@@ -165,7 +165,6 @@ def dpo(
     options: Mapping[str, Any] | None = None,
     *,
     sampling: Sampling,
-    margin: float = 0.0,
     engine: Callable[[], Engine] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
@@ -179,22 +178,21 @@ def dpo(
         output: folder of the model.
         options: of :func:`configuration`.
         sampling: its ``n`` is the number of candidates of a prompt.
-        margin: as in :func:`pairs`.
         engine: makes an engine of the generator; by default transformers.
 
     Raises:
-        ValueError: no pair with the margin, or as :func:`configuration`.
+        ValueError: no pair, or as :func:`configuration`.
     """
     output = Path(output)
     config, lora = configuration("dpo", options or {}, output)
     table = output / "pairs.parquet"
     if not table.is_file():
         drawing = engine() if engine is not None else engines.load("transformers", generator)
-        rows = pairs(candidates(drawing, prompts, reward, sampling), margin)
+        rows = pairs(candidates(drawing, prompts, reward, sampling))
         del drawing
         if not rows:
             raise ValueError(
-                f"prompts: expected a prompt whose best candidate passes the gates and leads by {margin}, "
+                "prompts: expected a prompt whose best candidate passes the gates and leads the worst, "
                 f"found none of {len(prompts)}"
             )
         logger.info("%d pairs of %d prompts", len(rows), len(prompts))
@@ -213,12 +211,9 @@ def dpo(
     return output
 
 
-def pairs(groups: Sequence[Sequence[Candidate]], margin: float = 0.0) -> list[dict[str, Any]]:
-    """The best candidate of each group that passes the gates, against the worst, which need not pass.
-
-    Args:
-        groups: candidates of each prompt.
-        margin: least difference of the two totals; equal totals never make a pair.
+def pairs(groups: Sequence[Sequence[Candidate]]) -> list[dict[str, Any]]:
+    """The best candidate of each group that passes the gates, against the worst, which need not pass. Equal totals make
+    no pair.
 
     Returns:
         Rows ``{"prompt", "chosen", "rejected"}`` in messages, with ``chosen_total`` and ``rejected_total``.
@@ -231,7 +226,7 @@ def pairs(groups: Sequence[Sequence[Candidate]], margin: float = 0.0) -> list[di
             continue
         best, chosen = max(passing, key=lambda entry: entry[0])
         worst, rejected = min(totals, key=lambda entry: entry[0])
-        if best > worst and best - worst >= margin:
+        if best > worst:
             rows.append(
                 {
                     "prompt": chosen.prompt,

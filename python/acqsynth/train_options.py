@@ -74,9 +74,18 @@ def configuration(method: str, options: Mapping[str, Any], output: str | Path) -
     config = _build(kind, {**fields, "output_dir": str(output)}, "options")
     if lora is None:
         return config, None
+    if not isinstance(lora, Mapping):
+        raise ValueError(f"options.lora: expected fields of peft.LoraConfig, got {lora!r}")
+    modules = lora.get("target_modules")
+    if not (modules is None or isinstance(modules, str) or _are_names(modules)):
+        raise ValueError(f"options.lora: target_modules: expected a pattern or names, got {modules!r}")
     from peft import LoraConfig
 
     return config, _build(LoraConfig, {"task_type": "CAUSAL_LM", **lora}, "options.lora")
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) for name in value)
 
 
 def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:

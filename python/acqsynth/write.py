@@ -201,7 +201,6 @@ def best(
     sampling: Sampling,
     *,
     rows: int,
-    threshold: float = -math.inf,
     rounds: int = 8,
 ) -> WriteResult[Candidate]:
     """Rejection sampling: the best candidate of each prompt by the reward.
@@ -211,7 +210,6 @@ def best(
         prompts, rows, rounds: as in :func:`write`.
         reward: scores candidates; one that a gate rejects or a scorer fails on is never kept.
         sampling: its ``n`` is the number of candidates of a prompt.
-        threshold: least total of what is kept.
 
     Returns:
         Candidates with a sample and a total, of different questions.
@@ -229,9 +227,7 @@ def best(
             dropped["not the best of its prompt"] += len(valid[1:])
             for candidate in valid[:1]:
                 assert candidate.sample is not None
-                if _total(candidate) < threshold:
-                    dropped["below the threshold"] += 1
-                elif _is_new(candidate.sample, asked, dropped):
+                if _is_new(candidate.sample, asked, dropped):
                     kept.append(candidate)
         return kept
 

@@ -6,7 +6,7 @@ import pytest
 from acqsynth.config import LabellingConfig
 from acqsynth.domains import Sample
 from acqsynth.domains.math import Math
-from acqsynth.label import Label, Labeller, _reasoning, accuracy, cluster, cluster_texts, label, label_by_domain
+from acqsynth.label import Label, Labeller, _reasoning, cluster, cluster_texts, label, label_by_domain
 
 QUESTION = Sample("3+4", "99", "the generator's own")
 
@@ -139,22 +139,6 @@ def test_the_medoid_stands_for_open_answers(sums, scripted):
     found = labelled(sums, scripted, ["0", "40", "x\n20", "180", "..."], embed=embed)
     assert found.sample == Sample("3+4", "20", "x")
     assert found.agreement == 3 / 5
-
-
-def test_accuracy_where_truth_is_known(sums):
-    labels = [
-        Label(Sample("3+4", "7"), 1.0, []),
-        Label(Sample("1+1", "3"), 1.0, []),
-        Label(Sample("?", "3"), 1.0, []),
-        Label(None, 0.0, [], "why"),
-    ]
-    found = accuracy(sums, labels)
-    assert (found.labelled, found.known, found.right, found.share) == (3, 2, 1, 0.5)
-    truth = [Sample("", "7"), Sample("", "3.0"), Sample("", "4"), Sample("", "0")]
-    assert accuracy(sums, labels, truth).share == pytest.approx(2 / 3)
-    assert accuracy(sums, labels[3:]).share is None
-    with pytest.raises(ValueError, match="truth: expected 4 samples, one a label, got 1"):
-        accuracy(sums, labels, truth[:1])
 
 
 def test_wrong_arguments(sums, scripted):

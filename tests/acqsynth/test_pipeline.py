@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     (folder / "recipe.yaml").write_text(fake_run.RECIPE + f"output: {folder / 'out'}\n")
     with pytest.MonkeyPatch.context() as patch:
-        fake_run.install(patch.setattr)
+        fake_run.install(patch.setattr, figures=True)
         run(folder / "recipe.yaml")
     return folder / "out"
 
@@ -438,7 +438,7 @@ def whole(tmp_path_factory):
     """What a run ends with that nobody disturbs."""
     folder = tmp_path_factory.mktemp("whole")
     process = start(folder, None)
-    process.join(120)
+    process.join(300)
     assert process.exitcode == 0
     return contents(folder / "out")
 
@@ -457,7 +457,7 @@ def test_killed_and_started_again_it_ends_with_the_same(whole, pause, tmp_path):
     times = {path: path.stat().st_mtime_ns for path in finished}
     assert times
     again = start(tmp_path, None)
-    again.join(120)
+    again.join(300)
     assert again.exitcode == 0
     assert {path: path.stat().st_mtime_ns for path in finished} == times
     assert contents(tmp_path / "out") == whole

@@ -30,6 +30,11 @@ REFUSED = {
     "reward.embedder=minilm": "reward.embedder: all-MiniLM-L6-v2 comes with the package",
     "generator.options.lora={r: x}": "generator.options.lora: r: expected an integer, got 'x'",
     "generator.options.lora={r: 0}": "generator.options.lora: r: expected an integer at least 1, got 0",
+    "generator.options.lora=[8]": "generator.options.lora: expected fields of peft.LoraConfig, got [8]",
+    "student.options.lora={target_modules: 5}": "target_modules: expected a pattern or names, got 5",
+    "student.options.lora={target_modules: [q_proj, 5]}": "target_modules: expected a pattern or names, got",
+    "student.others={student: gpt2}": "student.others.student: expected another name",
+    "evaluation.others={in_distribution: {source: 'world:2'}}": "in_distribution: expected another name",
     "generator.options.temperature=-1": "generator.options: temperature: expected a number above 0, got -1",
     "generator.options.top_p=5": "generator.options: top_p: expected a number above 0 and at most 1, got 5",
     "generator.options.learning_rate=-1": "generator.options: learning_rate: expected a number at least 0, got -1",
@@ -45,6 +50,8 @@ REFUSED = {
     "labelling={method: majority, options: {max_tokens: 0}}": "labelling.max_tokens: expected at least 1, got 0",
     "reward.labelling={method: majority, options: {foo: 1}}": "reward.labelling.options: unknown 'foo'",
     "data.seeds.source=bundled:poems": "data.seeds.source",
+    "generator.seeds=[0, 0]": "generator.seeds: expected different entries, got 0, 0",
+    "generator.seeds=[-1]": "generator.seeds[0]: expected at least 0, got -1",
     "seed=-1": "seed: expected at least 0, got -1",
 }
 

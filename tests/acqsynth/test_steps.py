@@ -387,7 +387,7 @@ def test_a_killed_process_goes_on_with_its_chunks(tmp_path):
         )
     )
     process = subprocess.Popen([sys.executable, script, "slow"], cwd=tmp_path)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     log = tmp_path / "log.txt"
     while not (log.exists() and "4" in log.read_text()):
         assert time.monotonic() < deadline
@@ -395,7 +395,7 @@ def test_a_killed_process_goes_on_with_its_chunks(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "out/00-seeds/a").exists()
-    subprocess.run([sys.executable, script, "fast"], cwd=tmp_path, check=True, timeout=60)
+    subprocess.run([sys.executable, script, "fast"], cwd=tmp_path, check=True, timeout=300)
     assert log.read_text().split() == ["0", "2", "4", "4", "6"]
     assert json.loads((tmp_path / "out/00-seeds/a/all.json").read_text()) == list(range(8))
     shutil.rmtree(tmp_path / "out")

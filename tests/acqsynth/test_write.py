@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 
 import pytest
@@ -198,11 +197,8 @@ def test_the_best_of_each_prompt(engine, answer_reward):
     assert (found.completions, found.incomplete) == (9, True)
 
 
-def test_a_threshold_and_as_many_rows_as_wanted(engine, answer_reward):
-    found = best(engine, ASK[:3], answer_reward, Sampling(n=3), rows=1, threshold=4.5)
+def test_as_many_rows_as_wanted(engine, answer_reward):
+    found = best(engine, ASK[:3], answer_reward, Sampling(n=3), rows=1)
     assert [scored.total for scored in found.rows] == [5]
     assert len(engine.calls) == 1
     assert len(engine.calls[0][0]) == 1
-    high = best(engine, ASK[:3], answer_reward, Sampling(n=3), rows=1, threshold=math.inf, rounds=2)
-    assert high.rows == []
-    assert high.dropped["below the threshold"] > 0

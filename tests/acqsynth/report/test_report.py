@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections import defaultdict
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import acqcore
-from acqsynth.report import metrics as measures, render
+from acqsynth.report import metrics as measures, page as pages, render
 from acqsynth.report.metrics import Answers
 
 SKILLS = ["add", "sort"] * 20
@@ -138,8 +139,12 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-def page(found):
-    return Page(render(json.loads(json.dumps(found))))
+def page(found, figures=False):
+    """The page, without figures, which take a second or two, unless a test reads them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not figures:
+            patch.setattr(pages, "_figures", lambda metrics: defaultdict(lambda: None))
+        return Page(render(json.loads(json.dumps(found))))
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +223,7 @@ def test_what_was_not_run_is_said():
 def test_a_log_without_rewards_is_said():
     found = whole() | {"training": measures.training([[{"step": 1, "loss": 0.5}]])}
     assert found["training"]["cost"] is None
-    assert "scores before it trains" in page(found).text
+    assert "scores before it trains" in page(found, figures=True).text
 
 
 def test_one_set_and_one_size_leave_no_empty_places():
@@ -226,7 +231,7 @@ def test_one_set_and_one_size_leave_no_empty_places():
     del found["sets"]["other"]
     for entry in found["arms"].values():
         entry["results"] = entry["results"][:1]
-    made = page(found)
+    made = page(found, figures=True)
     assert made.tags.count("svg") == 8
     assert "so forgetting elsewhere was not measured" in made.text
 

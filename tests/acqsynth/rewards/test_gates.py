@@ -128,7 +128,7 @@ class TestNoRepetition:
         path = DATA / "math" / "gsm8k_train.jsonl"
         if not path.is_file():
             pytest.skip(f"{path} is not here")
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in path.read_text().splitlines()[::4]]
         assert all(NoRepetition()([Sample(row["question"], row["answer"]) for row in rows]))
 
     def test_wrong_limit(self):

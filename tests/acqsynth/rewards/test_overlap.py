@@ -161,9 +161,9 @@ def test_texts_that_differ_in_a_number_stay_apart(a, b):
     ],
 )
 def test_the_normal_form_takes_linear_time(part):
-    begin = time.perf_counter()
+    begin = time.process_time()
     normal_form(part * (100_000 // len(part)))
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 def test_the_oldest_make_room():
@@ -193,10 +193,10 @@ def test_thousands_of_texts_in_a_moment():
     vocabulary = ["".join(rng.choices("abcdefghijklmnop", k=5)) for _ in range(300)]
     stock = [" ".join(rng.choices(vocabulary, k=40)) for _ in range(3000)]
     copies = NearCopies()
-    begin = time.perf_counter()
+    begin = time.process_time()
     copies.add(stock)
     assert [copies.find(text) for text in stock[::50]] == stock[::50]
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 20
 
 
 def test_wrong_arguments():

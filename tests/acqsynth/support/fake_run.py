@@ -9,7 +9,7 @@ import json
 import os
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +20,7 @@ from fakes import FakeEngine, PlainDomain
 
 from acqsynth.domains import Sample
 from acqsynth.engines import Completion, Sampling
+from acqsynth.report import page
 
 PAUSE = "ACQSYNTH_TEST_PAUSE"  #: name of a call at which this process waits to be killed
 
@@ -205,8 +206,8 @@ def prompts(domain, seeds, n, *, shown, turns, seed):
     return [domain.generator_prompt([seeds[(i + seed) % len(seeds)], seeds[(i // 7) % len(seeds)]]) for i in range(n)]
 
 
-def install(put):
-    """``put(object, name, value)`` is ``setattr`` or a fixture's."""
+def install(put, figures=False):
+    """``put(object, name, value)`` is ``setattr`` or a fixture's. Reports have no ``figures``, which take seconds."""
     from acqsynth import engines, label as labels, preflight, stages, train, write as writing
     from acqsynth.rewards import build
 
@@ -215,6 +216,8 @@ def install(put):
     put(engines, "load", lambda name, path: Counting(path))
     put(build, "build", lambda config, domain, student, engine, **rows: Reward(student))
     put(labels, "label", label)
+    if not figures:
+        put(page, "_figures", lambda metrics: defaultdict(lambda: None))
     for module, functions in ((writing, (prompts, write, best)), (train, (grpo, sft))):
         for function in functions:
             put(module, function.__name__, function)
