@@ -45,7 +45,8 @@ def _linear(probes: int, posterior: str = "dropout", half: str | None = None, **
 def _family(name: str, *counts: int, **options: Any) -> dict[str, Signal]:
     """By their probes, each with the signal of half as many as its half."""
     named = {count: f"{name}, {count} probe{'s' * (count > 1)}" for count in counts}
-    return {named[count]: _linear(count, half=named.get(count / 2), **options) for count in counts}
+    halves = {2 * count: called for count, called in named.items()}
+    return {named[count]: _linear(count, half=halves.get(count), **options) for count in counts}
 
 
 def graphs(names: Sequence[str]) -> dict[str, list[str]]:
