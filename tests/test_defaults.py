@@ -51,12 +51,13 @@ def test_scores(name, changed, tiny_model):
     assert_same(lambda: acqcore.score(model, samples, name, progress=False)[name], changed)
 
 
-@pytest.mark.parametrize("how", ["texts", "badge", "norm", "sketch", "influence", "epig", "laplace"])
+@pytest.mark.parametrize("how", ["texts", "prompts", "badge", "norm", "sketch", "influence", "epig", "laplace"])
 def test_functions_of_a_student(how, changed, tiny_model, tokenizer):
     model, samples = tiny_model("Llama"), rows()
     laplace = {"posterior": "laplace", "layers": 1}
     calls: dict[str, Callable[[], torch.Tensor]] = {
         "texts": lambda: acqcore.encode(["a fox"], tokenizer, vocab_size=320, limit=None)[0].ids,
+        "prompts": lambda: acqcore.prompt_embedding(model, ["a fox", "the lazy dog"], tokenizer=tokenizer),
         "badge": lambda: acqcore.badge_embedding(model, samples, 1, dim=64),
         "norm": lambda: acqcore.grad_norm(model, samples, "all"),
         "sketch": lambda: acqcore.grad_sketch(model, samples, 1, dim=64),

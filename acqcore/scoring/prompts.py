@@ -8,11 +8,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from acqcore import checks
+from acqcore.defaults import standard_defaults
 from acqcore.students.packing import OVERHEAD_TOKENS, partition
 from acqcore.students.samples import Row, Samples, encode
 from acqcore.students.student import StudentLike, as_student
 
 
+@standard_defaults()
 def prompt_embedding(
     student: StudentLike,
     samples: Samples,
