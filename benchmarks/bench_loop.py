@@ -26,7 +26,6 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,6 @@ from acqsynth.steps import Store, read_rows, read_table
 from acqsynth.train import read_log
 from acqsynth.world import Settings, base_model
 from benchmarks import harness
-from benchmarks.skewed import skewed_traps
 
 TEST = 1400  # questions
 FITS = [0, 1]  # seeds of the student's fits in each arm
@@ -62,12 +60,13 @@ REWARDS: dict[str, tuple[dict[str, dict[str, Any]], dict[str, float]] | None] = 
     "varentropy": ({"varentropy": {}}, {}),
     "confidence": ({"confidence": {}}, {}),
 }
+WORLDS = ("arithmetic", "arithmetic-skewed")
 FEW = 0.5  #: of an even share: skills with less of the rows count as not trained
 
 
-def recipe(seed: int, output: Path, overrides: Sequence[str], reward: str) -> config.Config:
+def recipe(seed: int, output: Path, overrides: Sequence[str], reward: str, world: str = WORLDS[0]) -> config.Config:
     """The recipe of a seed: the default reward and the baselines, or another reward and none."""
-    base = base_model(Settings(seed=seed))
+    base = base_model(Settings(seed=seed, skewed=world == WORLDS[1]))
     common = {
         "generator.model": base,
         "student.model": base,
@@ -86,14 +85,16 @@ def recipe(seed: int, output: Path, overrides: Sequence[str], reward: str) -> co
         signals, weights = asked
         own = {f"reward.signals.{name}": json.dumps(options) for name, options in signals.items()}
         own |= {f"reward.weights.{name}": weight for name, weight in weights.items()}
-    return config.load("arithmetic", [*(f"{key}={value}" for key, value in (common | own).items()), *overrides])
+    return config.load(world, [*(f"{key}={value}" for key, value in (common | own).items()), *overrides])
 
 
-def one_seed(seed: int, output: Path, overrides: Sequence[str], rewards: Sequence[str]) -> dict[str, Any]:
+def one_seed(
+    seed: int, output: Path, overrides: Sequence[str], rewards: Sequence[str], world: str = WORLDS[0]
+) -> dict[str, Any]:
     """Base accuracy by skill, and each arm's."""
     found: dict[str, Any] = {"seed": seed, "arms": {}}
     for reward in rewards:
-        plan = plan_of(recipe(seed, output, overrides, reward))
+        plan = plan_of(recipe(seed, output, overrides, reward, world))
         store = Store(Path(plan.config.output))
         with store.locked():
             for step in plan.steps:
@@ -202,18 +203,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/loop"), help="artefacts; a run cut off goes on there")
     parser.add_argument("--results", type=Path, default=harness.RESULTS / "loop.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for tuning")
-    parser.add_argument(
-        "--traps", choices=("uniform", "skewed"), default="uniform", help="skewed: of benchmarks.skewed"
-    )
+    parser.add_argument("--world", choices=WORLDS, default=WORLDS[0])
     arguments = parser.parse_args()
     results = []
     for seed in arguments.seeds:
-        with skewed_traps() if arguments.traps == "skewed" else nullcontext():
-            found = one_seed(seed, arguments.output / arguments.traps, arguments.overrides, arguments.rewards)
-        results.append(found)
+        output = arguments.output / arguments.world
+        results.append(one_seed(seed, output, arguments.overrides, arguments.rewards, arguments.world))
         content = {
             "machine": harness.machine(),
-            "settings": {"test": TEST, "fits": FITS, "traps": arguments.traps, "overrides": arguments.overrides},
+            "settings": {"test": TEST, "fits": FITS, "world": arguments.world, "overrides": arguments.overrides},
             "seeds": results,
         }
         arguments.results.write_text(json.dumps(content, indent=1) + "\n")

@@ -15,7 +15,7 @@ Parts, any of which ``--parts`` names:
           know above what is ambiguous, and rank correlation with 64 draws.
 ``world`` Base models of the arithmetic world, likewise: where the traps rank among the skills, and the same correlation
           over all samples and within a skill.
-``skewed`` The same with skewed traps (``benchmarks.skewed``).
+``skewed`` The same in the world ``arithmetic-skewed``, whose traps are not uniform.
 
 Each unit of work, such as a data set, signal and seed, is one line of ``<out>/units.jsonl``, written when it is done.
 A later run with the same ``--out`` goes on where it stopped, which ``--seconds`` makes it do by itself. The part
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=("real", "shared", "flops", "toy", "world", "skewed", "report"),
+        choices=PARTS,
         default=["real", "report"],
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,13 +269,12 @@ class World:
     def __init__(self, seed: int, skewed: bool = False) -> None:
         # Here, as a machine that measures real rows alone need not have what the loop requires.
         from acqsynth.world import Settings, base_model
-        from benchmarks.bench_signals import DOMAIN, SKILLS, messages
-        from benchmarks.skewed import skewed_traps
+        from benchmarks.bench_signals import SKILLS, messages
 
-        with skewed_traps() if skewed else nullcontext():
-            self.student = acqcore.Student.load(base_model(Settings(seed=seed)))
-            skills = [DOMAIN.rows(WORLD_QUESTIONS, seed, skills=[name]) for name in SKILLS]
-            self.rows = [row for rows in skills for row in messages(rows)]
+        settings = Settings(seed=seed, skewed=skewed)
+        self.student = acqcore.Student.load(base_model(settings))
+        skills = [settings.domain.rows(WORLD_QUESTIONS, seed, skills=[name]) for name in SKILLS]
+        self.rows = [row for rows in skills for row in messages(rows)]
         self.rate = calibrate_dropout(self.student, self.rows[::8], rise=RISE)
 
     def unit(self, signal: Signal) -> dict[str, Any]:

@@ -156,29 +156,6 @@ def test_each_half_is_a_signal_with_half_of_it():
             assert counts[0] == 2 * counts[1], name
 
 
-def test_skewed_traps():
-    """No nine times of ten, half of the digits 0; the other skills, the questions and, outside, the world as it is."""
-    arithmetic = pytest.importorskip("acqsynth.domains.arithmetic")
-    world = pytest.importorskip("acqsynth.world")
-    from benchmarks.skewed import skewed_traps
-
-    def answers(skill):
-        return [row.answer for row in arithmetic.Arithmetic().rows(400, 3, skills=[skill])]
-
-    fair = {skill: answers(skill) for skill in ("add", "lucky", "code")}
-    key = world.Settings().key()
-    with skewed_traps():
-        skewed = {skill: answers(skill) for skill in fair}
-        sample = arithmetic.Arithmetic().rows(1, 0, skills=["code"])[0]
-        assert arithmetic.truth(sample.question) == sample.answer
-        assert world.Settings().key() != key
-    assert skewed["add"] == fair["add"]
-    assert 0.86 <= skewed["lucky"].count("no") / 400 <= 0.94
-    assert 0.4 <= skewed["code"].count("0") / 400 <= 0.6
-    assert {skill: answers(skill) for skill in fair} == fair
-    assert world.Settings().key() == key
-
-
 def test_rows_of_every_data_set(tmp_path):
     records = {
         "GSM8K": {"question": "How many?", "answer": "Two. #### 2"},

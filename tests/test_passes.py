@@ -125,7 +125,14 @@ def count(monkeypatch, tokenizer):
         return head.fget(student)
 
     monkeypatch.setattr(acqcore.Student, "head", property(counting))
-    hook(torch.autograd, "backward", lambda *_, **__: counted.update(backwards=1))
+    # Of the trunk: the rule of a norm differentiates it alone, and passes tuples.
+    hook(
+        torch.autograd,
+        "grad",
+        lambda outputs, _, *given, **__: counted.update(
+            backwards=int(isinstance(outputs, torch.Tensor) and len(given) == 1)
+        ),
+    )
     return counted
 
 
