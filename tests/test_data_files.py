@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import acqcore
 from acqcore.files.data import Block, Reader, Record, choose_columns, records, scan
 from acqcore.files.table import join, write_block
 
@@ -379,3 +380,12 @@ def test_bad_columns(options, message):
     names: dict[str, Any] = {"prompt": None, "completion": None, "text": None, **options}
     with pytest.raises(ValueError, match=re.escape(message)):
         choose_columns(["x", "y"], **names)
+
+
+def test_records_of_a_path_or_its_name(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    for name in (path, str(path)):
+        assert [record.values["text"] for record in acqcore.records(name)] == ["a", "b"]
+    with pytest.raises(FileNotFoundError):
+        next(acqcore.records(str(tmp_path / "missing.jsonl")))

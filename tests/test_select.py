@@ -105,6 +105,18 @@ class TestLabelsAndTrust:
         with pytest.raises(ValueError, match=message):
             acqcore.select(self.SCORES, 2, **arguments)
 
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"labels": [0, 1, 1]}, r"labels: expected int64 \[7\], got list"),
+            ({"trust": [0.5] * 7}, r"trust: expected a tensor \[n\], got list"),
+            ({"trust": LABELS}, r"trust: expected float32, bfloat16, float16 or float64 \[n\], got"),
+        ],
+    )
+    def test_other_types_are_refused(self, arguments, message):
+        with pytest.raises(TypeError, match=message):
+            acqcore.select(self.SCORES, 2, **arguments)
+
 
 @pytest.mark.parametrize("method", VECTOR_METHODS)
 class TestEveryVectorMethod:

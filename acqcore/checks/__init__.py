@@ -19,4 +19,4 @@ from acqcore.checks.heads import (  # noqa: F401
 from acqcore.checks.mixtures import (  # noqa: F401
     alike, drawn_hidden, draws, dropout, enough_blocks, layers, probes, seed, some_blocks,
 )  # fmt: skip
-from acqcore.checks.sketches import like_vector, ridge, vectors  # noqa: F401
+from acqcore.checks.sketches import labels, like_vector, ridge, vectors  # noqa: F401

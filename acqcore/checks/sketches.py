@@ -18,6 +18,14 @@ def vectors(name: str, value: object, like: torch.Tensor | None = None, like_nam
         raise ValueError(f"{name}: expected finite vectors, row {int(bad.nonzero()[0])} has NaN or infinity")
 
 
+def labels(value: object, count: int) -> None:
+    """One int64 label for each of ``count`` rows."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"labels: expected int64 [{count}], got {describe(value)}")
+    if value.dtype != torch.int64 or value.shape != (count,):
+        raise ValueError(f"labels: expected int64 [{count}], got {describe(value)}")
+
+
 def ridge(value: object) -> None:
     """Noise on a kernel with ones on its diagonal; below 1e-9 its factorisation in float64 may fail."""
     finite("ridge", value)

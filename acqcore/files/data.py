@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,12 +94,13 @@ def _scan_parquet(path: Path, block_rows: int, limit: int | None) -> tuple[list[
     return [Block(i, start, min(block_rows, n_rows - start), start + 1, 0) for i, start in enumerate(starts)], columns
 
 
-def records(path: Path) -> Iterator[Record]:
-    """Every row of a file, in order; what is not asked for is not read.
+def records(path: str | os.PathLike[str]) -> Iterator[Record]:
+    """Every row of a .jsonl, .csv or .parquet file, in order; what is not asked for is not read.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: as :func:`scan`.
     """
+    path = Path(path)
     if path.suffix != ".parquet":
         with _open(path) as (found, _):
             yield from found

@@ -75,7 +75,8 @@ def select(
         comes first.
 
     Raises:
-        TypeError: candidates that are not a floating-point tensor (or Scores for ``top_k``), k not an int.
+        TypeError: candidates or trust that are not a floating-point tensor (or Scores for ``top_k``), labels that are
+            no tensor, k not an int.
         ValueError: an unknown method, k out of range, a wrong shape, a vector that is not finite, Scores of
             several acquisitions and no name, ridge below 1e-9; labels or trust of another shape or dtype, with NaN, or
             for another method than ``top_k``.
@@ -88,8 +89,8 @@ def select(
     if method == "top_k":
         scores = _column(candidates, acquisition) if isinstance(candidates, Scores) else candidates
         checks.float_tensor("candidates", scores, "[n]", 1)
-        if labels is not None and (labels.dtype != torch.int64 or labels.shape != scores.shape):
-            raise ValueError(f"labels: expected int64 [{len(scores)}], got {checks.describe(labels)}")
+        if labels is not None:
+            checks.labels(labels, len(scores))
         if trust is not None:
             checks.float_tensor("trust", trust, "[n]", 1)
             if trust.shape != scores.shape or bool(trust.isnan().any()):

@@ -38,10 +38,7 @@ def label_trust(
     Northcutt, Jiang & Chuang 2021 (confident learning).
     """
     checks.vectors("vectors", vectors)
-    if not isinstance(labels, torch.Tensor):
-        raise TypeError(f"labels: expected int64 [{len(vectors)}], got {checks.describe(labels)}")
-    if labels.dtype != torch.int64 or labels.shape != vectors.shape[:1]:
-        raise ValueError(f"labels: expected int64 [{len(vectors)}], got {checks.describe(labels)}")
+    checks.labels(labels, len(vectors))
     x = vectors.double()
     x = x - x.mean(dim=0)
     x = x / x.square().mean(dim=0).sqrt().clamp_min(1e-12)
