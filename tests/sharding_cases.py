@@ -470,6 +470,24 @@ def one_step(model: Any) -> float:
     return round(loss.item(), 4)
 
 
+def replicated() -> Pairs:
+    """A student that DistributedDataParallel trains is scored between its steps: no hook of the trainer's runs."""
+    model, fresh, whole = tiny_llama(), tiny_llama(), tiny_llama()
+    trained, alone = (torch.nn.parallel.DistributedDataParallel(given) for given in (model, fresh))
+    rank = dist.get_rank()
+    own = together(samples([4, 3][rank], seed=rank))
+    expected = acqcore.grad_norm(whole, own, "all")
+    pairs: Pairs = {}
+    for name, student in {"model": model, "wrapper": trained}.items():
+        with wire() as sent:
+            pairs[f"norms of the {name}"] = (acqcore.grad_norm(student, own, "all"), expected)
+        pairs[f"sent for the {name}"] = (sent, [])
+        pairs[f"gradients left in the {name}"] = (any(p.grad is not None for p in model.parameters()), False)
+    pairs["training goes on"] = (one_step(trained), one_step(alone))
+    pairs["after a step"] = (acqcore.grad_norm(trained, own, "all"), acqcore.grad_norm(fresh, own, "all"))
+    return pairs
+
+
 def whole_student() -> Pairs:
     """Beside a process group a whole student makes no collective."""
     with wire() as sent:
@@ -634,6 +652,7 @@ CASES: dict[str, dict[str, Callable[..., Pairs]]] = {
             parallelized, partial(RowwiseParallel, input_layouts=Replicate()), lambda: (0, 321, 321, True)
         ),
         "tensor parallel, tied": partial(tensor_parallel, tie_word_embeddings=True),
+        "DistributedDataParallel": replicated,
         "a whole student": whole_student,
         "members": members,
         "FSDP2": partial(data_parallel, fsdp2),

@@ -157,23 +157,6 @@ class TestHooksOfOthers:
         model(input_ids=samples["input_ids"]).logits.sum().backward()
         assert fired, "training goes on with its hooks"
 
-    def test_data_parallel_training_beside(self, tiny_model, exact, tmp_path):
-        """A student that DistributedDataParallel trains is scored between two of its steps."""
-        distributed = torch.distributed
-        model, samples = tiny_model("Llama"), rows(9, 6)
-        expected = exact(model, samples, list(model.parameters())).norm(dim=1)
-        distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-        try:
-            trained = nn.parallel.DistributedDataParallel(model)
-            for student in (model, trained, model):
-                norms = grad_norm(student, samples, "all", backend="eager")
-                torch.testing.assert_close(norms.double(), expected, rtol=1e-4, atol=0)
-                assert all(parameter.grad is None for parameter in model.parameters())
-                trained(input_ids=samples["input_ids"]).logits.sum().backward()
-                model.zero_grad(set_to_none=True)
-        finally:
-            distributed.destroy_process_group()
-
     def test_gradients_of_training_are_left_alone(self, tiny_model):
         model = tiny_model("Llama")
         for parameter in model.parameters():

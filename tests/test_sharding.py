@@ -26,6 +26,7 @@ FLOAT64, FLOAT32, HIDDEN_GRAD, DRAWS = 1e-9, 1e-6, 5e-6, 2e-5
 
 #: Cases whose ranks have samples of their own.
 OWN_SAMPLES = {
+    "DistributedDataParallel",
     "FSDP2",
     "FSDP2, LoRA",
     "FSDP2 in one unit",
