@@ -35,8 +35,8 @@ from acqcore.scoring.prompts import prompt_embedding
 from acqcore.selection.diversity import Archive, gradient_diversity, vendi_score
 from acqcore.selection.subsets import select
 from acqcore.selection.trust import label_trust
+from acqcore.students.loading import load_model, load_tokenizer
 from acqcore.students.samples import Row, encode
-from acqcore.students.sharding import loading_whole
 from acqcore.students.student import Student
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ __all__ = [
     "Reference", "Row", "RowStats", "Scores", "Student", "__version__", "acquisitions", "backends", "badge_embedding",
     "check_request", "encode", "ensemble_stats", "epig", "epig_reference", "grad_norm", "grad_sketch",
     "gradient_diversity", "head_grad_norm", "hidden_grad", "hidden_grad_norm", "influence", "influence_reference",
-    "label_trust", "laplace_posterior", "loading_whole", "logit_stats", "mutual_information", "prompt_embedding",
-    "records", "register", "row_stats", "score", "score_stream", "select", "vendi_score",
+    "label_trust", "laplace_posterior", "load_model", "load_tokenizer", "logit_stats", "mutual_information",
+    "prompt_embedding", "records", "register", "row_stats", "score", "score_stream", "select", "vendi_score",
 ]  # fmt: skip
 
 

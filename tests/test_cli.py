@@ -467,6 +467,7 @@ class TestOutput:
         ({"student": "data.jsonl"}, "--student: expected a folder or hub id, data.jsonl is a file"),
         ({"student": "empty"}, ""),
         ({"student": "broken"}, ""),
+        ({"student": "wordless"}, "wordless has no tokenizer, which rows of a file need"),
         ({"student": "untemplated", "data": "chat.jsonl"}, "the tokenizer of"),
     ],
 )
@@ -480,6 +481,7 @@ def test_what_a_run_would_find_out_is_one_sentence(options, message, command, st
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"no weights")
     shutil.copytree(student, tmp_path / "untemplated")
     (tmp_path / "untemplated" / "chat_template.jinja").unlink()
+    shutil.copytree(student, tmp_path / "wordless", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
     (tmp_path / "chat.jsonl").write_text(json.dumps(conversation({})) + "\n")
     rows = [{"text": "a fox"}]
     assert message in refused(command(rows, **options))

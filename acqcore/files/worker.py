@@ -204,12 +204,19 @@ class BlockScorer:
 
 
 def load_student(source: str, dtype: str | None, device: str | None) -> Student:
-    """The student at a hub id or path; ``dtype`` is a name in ``DTYPES``. Raises as ``Student.load``."""
+    """The student at a hub id or path, for rows of text; ``dtype`` is a name in ``DTYPES``.
+
+    Raises:
+        ValueError: it has no tokenizer. Otherwise as ``Student.load``.
+    """
     if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # noise in a log file
-    return Student.load(source, dtype=None if dtype is None else DTYPES[dtype], device=device)
+    student = Student.load(source, dtype=None if dtype is None else DTYPES[dtype], device=device)
+    if student.tokenizer is None:
+        raise ValueError(f"student: {source} has no tokenizer, which rows of a file need")
+    return student
 
 
 def write_failed(job: Job, block: Block, reason: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from acqcore import checks
+from acqcore.students.sharding import loading_whole
 
 #: Dtypes of weights that the commands offer.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,7 +35,30 @@ def check_request(path: str, dtype: object, device: object) -> None:
     checks.device("device", device)
 
 
-def load_tokenizer(path: str) -> Any:
+def load_model(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, kind: Any = None) -> Any:
+    """A transformers model on the CPU, whole even in a run that shards its models.
+
+    Args:
+        path: folder or hub id, as for ``from_pretrained``.
+        dtype: of the weights; by default as stored.
+        kind: the class whose ``from_pretrained`` loads it; by default ``AutoModelForCausalLM``.
+
+    Raises:
+        OSError: no such model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with loading_whole():
+        try:
+            return (kind or AutoModelForCausalLM).from_pretrained(path, dtype="auto" if dtype is None else dtype)
+        except OSError as error:
+            if os.path.isdir(path):
+                raise
+            told = str(error).strip().splitlines()[0]
+            raise OSError(f"{os.fspath(path)!r} is no folder here, and the hub did not give it: {told}") from error
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The tokenizer beside a model; None where a folder has no file of one.
 
     Raises:

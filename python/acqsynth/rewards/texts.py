@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 
 import acqcore
+from acqsynth.models import load_tokenizer
 from acqsynth.normal_form import normal_form, numbers
 
 _WORD = re.compile(r"\w+|[^\w\s]")
@@ -110,11 +111,10 @@ def minilm_path() -> Path:
 
 @functools.cache
 def _load(model: str, device: str) -> tuple[Any, Any]:
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
-    with acqcore.loading_whole():
-        loaded = AutoModel.from_pretrained(model)
-    return loaded.eval().to(device), AutoTokenizer.from_pretrained(model)
+    loaded = acqcore.load_model(model, kind=AutoModel)
+    return loaded.eval().to(device), load_tokenizer(model)
 
 
 def words(text: str) -> list[str]:
