@@ -60,6 +60,8 @@ REWARDS: dict[str, tuple[dict[str, dict[str, Any]], dict[str, float]] | None] = 
     "varentropy": ({"varentropy": {}}, {}),
     "confidence": ({"confidence": {}}, {}),
 }
+#: Rewards whose mutual information is linear -> the same by draws.
+FORMS = {DEFAULT: "default, draws", "mutual_information": "mutual_information, draws"}
 WORLDS = ("arithmetic", "arithmetic-skewed")
 FEW = 0.5  #: of an even share: skills with less of the rows count as not trained
 
@@ -196,6 +198,25 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def forms(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown: the linear form minus draws, in points of 100, and the seconds of a step that each reward takes."""
+    lines = ["| reward | accuracy | trap rows | seconds a step |", "|---|---|---|---|"]
+    for linear, draws in FORMS.items():
+        pairs = [[result["arms"].get(f"rl: {name}") for name in (linear, draws)] for result in results]
+        if not all(arm for pair in pairs for arm in pair):
+            continue
+        gains = [accuracy(a["skills"]) - accuracy(b["skills"]) for a, b in pairs]
+        more = [_traps(a) - _traps(b) for a, b in pairs]
+        seconds = [[arm["reward_share"] * arm["step_seconds"] for arm in pair] for pair in pairs]
+        taken = [f"{statistics.median(column):.2f}" for column in zip(*seconds, strict=True)]
+        lines.append(f"| {linear} | {interval(gains)} | {interval(more)} | {taken[0]} against {taken[1]} |")
+    return "\n".join(lines)
+
+
+def _traps(arm: dict[str, Any]) -> float:
+    return sum(share for skill, share in arm["mix"].items() if SKILLS[skill].kind in ("coin", "table"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9, 10, 11])
@@ -217,6 +238,7 @@ def main() -> None:
         arguments.results.write_text(json.dumps(content, indent=1) + "\n")
     if DEFAULT in arguments.rewards:
         print(table(results))
+    print(forms(results))
 
 
 if __name__ == "__main__":

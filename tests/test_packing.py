@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -46,6 +47,34 @@ def test_every_sample_once_longest_first_within_the_budget():
     assert flat == sorted(lengths, reverse=True)
     for batch in batches:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= 300
+
+
+def runs(order: list[int], budget: int, lengths: list[int]) -> Iterator[list[list[int]]]:
+    """Every way of cutting the list into runs within the budget."""
+    if not order:
+        yield []
+    for k in range(1, len(order) + 1):
+        if k == 1 or k * max(lengths[i] for i in order[:k]) <= budget:
+            yield from ([order[:k], *rest] for rest in runs(order[k:], budget, lengths))
+
+
+@pytest.mark.parametrize("repeats", [1, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_short_prompts_do_not_lengthen_the_part_of_others(seed, repeats):
+    """With ``starts`` no other way of cutting the list is cheaper, and few batches mix prompts' lengths."""
+    rng = random.Random(seed)
+    starts = [rng.choice([2, 20, 40]) for _ in range(9)]
+    lengths = [start + rng.randint(1, 15) for start in starts]
+    batches = partition(lengths, 150, 5, None, starts, repeats)
+    assert sorted(i for batch in batches for i in batch) == list(range(9))
+
+    def price(cut: list[list[int]]) -> int:
+        again = [max(lengths[i] for i in part) - min(starts[i] for i in part) for part in cut]
+        return cost(lengths, cut, 5) + repeats * sum(len(p) * a for p, a in zip(cut, again, strict=True))
+
+    order = sorted(range(9), key=lambda i: (-starts[i], -lengths[i]))
+    assert price(batches) == min(map(price, runs(order, 150, lengths)))
+    assert price(batches) <= price(partition(lengths, 150, 5))
 
 
 def test_edges():

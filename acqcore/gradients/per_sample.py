@@ -93,6 +93,11 @@ class SampleGradients:
         """Whether batches must be of one sample; known once :meth:`prepare` ran."""
         return self.deep and self._probe.one_by_one
 
+    @property
+    def backwards_of_completions(self) -> int:
+        """How often a batch goes back over its completions, where gradients reach no further; else 0."""
+        return self._backwards() if self.deep and self._of_completions and self._student.cuts_prompts else 0
+
     def prepare(
         self,
         input_ids: torch.Tensor,  # [n, T] int64, of real samples
@@ -128,7 +133,7 @@ class SampleGradients:
         if not self.deep:
             yield self._student.hidden(input_ids)
             return
-        start = int(first.min()) if self._of_completions and self._student.cuts_prompts else 0
+        start = int(first.min()) if self.backwards_of_completions else 0
         self._first = first - start
         with self._capture.attached():
             yield self._capture.forward(input_ids, start)

@@ -99,7 +99,9 @@ class Runner:
             probed = (scored * 2)[: max(2, min(PROBED_ROWS, len(scored)))]
             self._gradients.prepare(Batch.of([rows[i] for i in probed]).input_ids)
         groups = self.student.length_groups(lengths)
-        for picked in partition(lengths, self._batch_tokens, overhead, groups):
+        repeats = 0 if self._gradients is None or not scored else self._gradients.backwards_of_completions
+        starts = [rows[i].first for i in scored] if repeats else None
+        for picked in partition(lengths, self._batch_tokens, overhead, groups, starts, repeats):
             indices = [scored[i] for i in picked]
             if any(i not in done for i in indices):
                 yield from self._batch(rows, indices)

@@ -21,12 +21,17 @@ def partition(
     batch_tokens: int,
     overhead: int,
     groups: Sequence[int] | None = None,  # [n]
+    starts: Sequence[int] | None = None,  # [n], each below the length
+    repeats: int = 0,
 ) -> list[list[int]]:
     """Indices of the samples of each batch, which is padded to its longest sample; its samples are of one group.
 
     Samples are sorted by length, longest first, so that running out of memory happens early, and cut into contiguous
     runs of at most ``batch_tokens`` padded tokens; a longer sample gets its own batch. Dynamic programming minimizes
     the padded tokens plus ``overhead`` per batch. The sort is stable, so the result is a function of the arguments.
+
+    With ``starts`` a batch's tokens from its earliest start on are computed ``repeats`` times more, which counts too;
+    samples are then sorted by start first, latest first, so that a short prompt does not lengthen the others' part.
     """
     if groups is not None and len(set(groups)) > 1:
         batches = []
@@ -34,18 +39,25 @@ def partition(
             set(groups), key=lambda g: -max(n for n, own in zip(lengths, groups, strict=True) if own == g)
         ):
             members = [i for i, own in enumerate(groups) if own == group]
-            parts = partition([lengths[i] for i in members], batch_tokens, overhead)
+            own_starts = None if starts is None else [starts[i] for i in members]
+            parts = partition([lengths[i] for i in members], batch_tokens, overhead, None, own_starts, repeats)
             batches += [[members[i] for i in part] for part in parts]
         return batches
     n = len(lengths)
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    begins = np.zeros(n, dtype=np.int64) if starts is None else np.asarray(starts, dtype=np.int64)
+    ends = np.asarray(lengths, dtype=np.int64)
+    order = np.lexsort((-ends, -begins))
+    begins, ends = begins[order], ends[order]
     sizes = np.arange(1, n + 1)
     cost = np.zeros(n + 1)  # of the best partition of order[i:]
     first = np.zeros(n, dtype=np.int64)  # size of its first batch
     for i in range(n - 1, -1, -1):
-        longest = lengths[order[i]]
-        most = min(max(1, batch_tokens // longest), n - i)
-        total = cost[i + 1 : i + 1 + most] + sizes[:most] * longest
+        most = min(max(1, batch_tokens // int(ends[i])), n - i)
+        longest = np.maximum.accumulate(ends[i : i + most])
+        most = max(1, int((sizes[:most] * longest <= batch_tokens).sum()))
+        longest = longest[:most]
+        again = repeats * (longest - begins[i : i + most])  # the last of a run starts first
+        total = cost[i + 1 : i + 1 + most] + sizes[:most] * (longest + again)
         best = int(total.argmin())
         first[i] = best + 1
         cost[i] = total[best] + overhead

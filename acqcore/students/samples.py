@@ -66,6 +66,11 @@ class Row:
     def n_scored(self) -> int:
         return int((self.targets != checks.IGNORE_INDEX).sum())
 
+    @property
+    def first(self) -> int:
+        """Position of the token that predicts the first scored one; of a row that has one."""
+        return int((self.targets != checks.IGNORE_INDEX).int().argmax()) - 1
+
 
 EMPTY = Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 
@@ -315,8 +320,7 @@ def _truncate(row: Row, max_length: int) -> Row:
     excess = len(row.ids) - max_length
     if excess <= 0:
         return row
-    first_scored = int((row.targets != checks.IGNORE_INDEX).int().argmax())
-    drop = min(excess, first_scored - 1)
+    drop = min(excess, row.first)
     return Row(row.ids[drop : drop + max_length], row.targets[drop : drop + max_length])
 
 

@@ -28,6 +28,7 @@ import models
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 600
+SMALL = 200_000_000  # parameters
 MEMORY = 3 << 30  # bytes of a type's process beyond this one: a model of full size is not built
 
 
@@ -35,6 +36,8 @@ def verdicts(kind: str) -> dict[str, Any]:
     """Verdicts of a type, or why there is no small model of it."""
     try:
         model = models.build(kind)
+        if (size := sum(p.numel() for p in model.parameters())) > SMALL:
+            return {"unbuilt": f"{size / 1e6:.0f} million parameters, though asked for a small one"}
         with torch.no_grad():
             logits = model(input_ids=check.samples(models.VOCABULARY)[0][None]).logits
     except Exception as error:
