@@ -8,6 +8,7 @@ FSDP, ZeRO-3), last the groups, with the number of ranks that each is for.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -685,6 +686,7 @@ def main(folder: Path, rank: int, world: int, cases: dict[str, Callable[..., Pai
         except Exception:
             results[name] = traceback.format_exc()
     torch.save(results, folder / f"{rank}")
+    gc.collect()  # trainers' reducers go before their group does
     dist.destroy_process_group()
 
 

@@ -50,9 +50,13 @@ def run(folder: Path, world: int, group: str) -> list[dict[str, Any]]:
         )
         for rank in range(world)
     ]
-    for rank, process in enumerate(processes):
-        code = process.wait(timeout=600)
-        assert code == 0, f"rank {rank} ended with {code}:\n" + (folder / f"{rank}.log").read_text()[-4000:]
+    try:
+        for rank, process in enumerate(processes):
+            code = process.wait(timeout=400)
+            assert code == 0, f"rank {rank} ended with {code}:\n" + (folder / f"{rank}.log").read_text()[-4000:]
+    finally:
+        for process in processes:
+            process.kill()
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(world)]
 
 
