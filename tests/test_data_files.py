@@ -147,6 +147,28 @@ def test_a_file_without_rows_has_no_blocks(name, tmp_path):
     assert scan(path, 10, None) == ([], [])
 
 
+def test_a_damaged_parquet_is_read_or_names_itself(tmp_path):
+    """Whichever byte is damaged: rows, or one sentence; a count of rows that is too high among them."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "data.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([{"text": "a fox", "n": 1, "of": {"x": [1.5]}}] * 3), path)
+    whole = path.read_bytes()
+    told = set()
+    for place in range(len(whole)):
+        for flipped in (0x01, 0x02, 0xFF):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ flipped]) + whole[place + 1 :])
+            try:
+                list(records(path))
+            except ValueError as error:
+                message = str(error)
+                assert message.startswith(f"{path}: not readable: ")
+                assert "\n" not in message
+                told.add(message.removeprefix(f"{path}: not readable: "))
+    assert "it holds fewer rows than its metadata counts" in told
+    assert len(told) > 20
+
+
 def test_parquet_blocks_in_any_order(tmp_path, monkeypatch):
     """Across row groups, and across the batches that are decoded; only the columns asked for."""
     pyarrow = pytest.importorskip("pyarrow")

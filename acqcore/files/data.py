@@ -87,7 +87,7 @@ def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], l
 def _scan_parquet(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], list[str]]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with _named(path), pyarrow.parquet.ParquetFile(path) as file:
         n_rows = file.metadata.num_rows if limit is None else min(limit, file.metadata.num_rows)
         columns = _distinct(file.schema_arrow.names)
     starts = range(0, n_rows, block_rows)
@@ -138,22 +138,47 @@ class Reader:
     def _read_parquet(self, block: Block) -> list[Record]:
         if self._batches is None or block.start < self._first:
             self._batches = _parquet_batches(self.path, self.columns)
-            self._first, self._batch = 0, next(self._batches)
+            self._first, self._batch = 0, self._next_batch()
         records: list[Record] = []
         while len(records) < block.rows:
             place = block.start + len(records) - self._first
             if place >= self._batch.num_rows:
                 self._first += self._batch.num_rows
-                self._batch = next(self._batches)
+                self._batch = self._next_batch()
                 continue
             records += _parquet_records(self._batch.slice(place, block.rows - len(records)), block.line + len(records))
         return records
+
+    def _next_batch(self) -> Any:
+        assert self._batches is not None
+        batch = next(self._batches, None)
+        if batch is None:
+            raise ValueError(f"{self.path}: not readable: it holds fewer rows than its metadata counts")
+        return batch
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Damage that pyarrow finds becomes a ValueError that names the file."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system: no such file
+            raise
+        raise ValueError(f"{path}: not readable: {' '.join(str(error).split())}") from error
 
 
 def _parquet_records(batch: Any, line: int) -> list[Record]:
     try:
         return [Record(line + i, values) for i, values in enumerate(batch.to_pylist())]
-    except (ValueError, TypeError, OverflowError) as error:  # text that is not UTF-8, a date beyond Python's
+    except (
+        ValueError,
+        TypeError,
+        OverflowError,
+        NotImplementedError,
+    ) as error:  # text that is not UTF-8, a date beyond Python's
         if batch.num_rows == 1:
             return [Record(line, {}, f"not readable: {error}")]
         return [record for i in range(batch.num_rows) for record in _parquet_records(batch.slice(i, 1), line + i)]
@@ -163,7 +188,7 @@ def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
     import pyarrow.parquet
 
     # Without both settings a row group's whole column is kept: 98 MiB instead of 4 for a million texts of 100 bytes.
-    with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
+    with _named(path), pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
         names = _distinct(file.schema_arrow.names)
         if names == file.schema_arrow.names:
             yield from file.iter_batches(_READ_ROWS, columns=columns)

@@ -277,7 +277,8 @@ def _file(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise ValueError(f"row {record.line}: {record.error}")
             yield record.line, record.values
     except (ValueError, OSError) as error:
-        raise ValueError(f"{source}: {' '.join(str(error).split())}") from None
+        told = " ".join(str(error).split())
+        raise ValueError(told if str(path) in told else f"{source}: {told}") from None
 
 
 def _hub(source: str, split: str, class_names: bool) -> Iterator[tuple[int, dict[str, Any]]]:
