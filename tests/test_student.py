@@ -102,6 +102,20 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda path: acqcore.load_model(None), TypeError, "path: expected a folder or hub id, got NoneType"),
+        (lambda path: acqcore.load_tokenizer(3), TypeError, "path: expected a folder or hub id, got int"),
+        (lambda path: acqcore.load_model(path, "fp8"), ValueError, "dtype: unknown 'fp8'"),
+        (lambda path: acqcore.load_model("/no/model"), OSError, "'/no/model' is no folder here"),
+    ],
+)
+def test_wrong_arguments_of_loading(call, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        call(tmp_path)
+
+
 class TestVerification:
     @pytest.mark.parametrize("name", REFUSED)
     def test_what_trunk_and_head_would_not_reproduce_is_refused(self, name, tiny_model):

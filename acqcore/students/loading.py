@@ -29,10 +29,20 @@ def check_request(path: str, dtype: object, device: object) -> None:
         (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
     ):
         raise ValueError(f"student: {path} holds no model (no config.json)")
+    _check_dtype(dtype)
+    checks.device("device", device)
+
+
+def _check_dtype(dtype: object) -> None:
     if dtype is not None and dtype not in checks.FLOAT_DTYPES:
         names = [str(known).removeprefix("torch.") for known in checks.FLOAT_DTYPES]
         checks.one_of("dtype", str(dtype).removeprefix("torch."), names)
-    checks.device("device", device)
+
+
+def _checked_path(path: object) -> str:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: expected a folder or hub id, got {type(path).__name__}")
+    return os.fspath(path)
 
 
 def load_model(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, kind: Any = None) -> Any:
@@ -44,10 +54,12 @@ def load_model(path: str | os.PathLike[str], dtype: torch.dtype | str | None = N
         kind: the class whose ``from_pretrained`` loads it; by default ``AutoModelForCausalLM``.
 
     Raises:
-        OSError: no such model.
+        OSError: no such model. TypeError: a path that is none. ValueError: an unknown dtype.
     """
     from transformers import AutoModelForCausalLM
 
+    path = _checked_path(path)
+    _check_dtype(None if dtype == "auto" else dtype)
     with loading_whole():
         try:
             return (kind or AutoModelForCausalLM).from_pretrained(path, dtype="auto" if dtype is None else dtype)
@@ -55,17 +67,18 @@ def load_model(path: str | os.PathLike[str], dtype: torch.dtype | str | None = N
             if os.path.isdir(path):
                 raise
             told = str(error).strip().splitlines()[0]
-            raise OSError(f"{os.fspath(path)!r} is no folder here, and the hub did not give it: {told}") from error
+            raise OSError(f"{path!r} is no folder here, and the hub did not give it: {told}") from error
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
     """The tokenizer beside a model; None where a folder has no file of one.
 
     Raises:
-        ValueError: there is one that does not load.
+        ValueError: there is one that does not load. TypeError: a path that is none.
     """
     from transformers import AutoTokenizer
 
+    path = _checked_path(path)
     if os.path.isdir(path) and not any(any(Path(path).glob(name)) for name in _TOKENIZER_FILES):
         return None
     try:
