@@ -12,6 +12,7 @@ import re
 import unicodedata
 from collections import Counter
 from fractions import Fraction
+from functools import lru_cache
 
 # Look-alikes that Unicode's compatibility forms leave alone, after the form of UTS 39 ("confusables"): pairs of equal
 # length, first those with the shape of a capital letter.
@@ -64,6 +65,7 @@ def visible(text: str) -> str:
     )
 
 
+@lru_cache(maxsize=1024)  # every gate reads the same fields of a batch
 def normal_form(text: str) -> str:
     """The text as gates compare it: small letters, single blanks, numbers by value, no marks, no numbering."""
     plain = visible(html.unescape(text))
@@ -88,6 +90,7 @@ def numbers(plain: str) -> Counter[Fraction]:
     return Counter(value(found) for found in _NUMBER.findall(plain))
 
 
+@lru_cache(maxsize=4096)
 def value(number: str) -> Fraction:
     """Of a number as :func:`normal_form` finds it."""
     whole, _, rest = number.replace(",", "").partition(".")
