@@ -58,15 +58,15 @@ def delta_hash(
 def fisher_sums(
     isa: str,
     head: HeadArgs,
-    state: int,
-    index: int,
+    state: int,  # float64 [7, N], written
+    index: int,  # int64 [N], written
     probes: int,
     seed: int,
-    samples: int,
-    positions: int,
-    sums: int,
-    signed_sums: int,
-    squares: int,
+    samples: int,  # int64 [N]
+    positions: int,  # int64 [N]
+    sums: int,  # float32 [P + 1, N, D], written
+    signed_sums: int,  # float64 [P, N], written
+    squares: int,  # float64 [N], written
 ) -> None: ...
 def hidden_grad(
     isa: str,

@@ -205,7 +205,7 @@ class Shape:
 
     def flops(self, signal: Signal, row: acqcore.Row) -> int:
         """Of one row alone. A backward of activations takes as much as the forward in linear layers, 5/2 in attention
-        (which forms its weights again); cotangents of P probes take 2 + P products with the head, statistics one.
+        (which forms its weights again); statistics take a product with the head, with cotangents of P probes 2 + P.
         """
         length = len(row.ids)
         forward = 2 * self.linear * length + 4 * self.attention * length**2
@@ -219,7 +219,7 @@ class Shape:
         first = int((row.targets >= 0).nonzero()[0]) - 1 if options.get("positions") == "completion" else 0
         graph = length - first  # tokens of which activations are kept
         backward = 2 * self.linear * graph + 10 * self.attention * graph * length
-        return forward + head + probes * (backward + head) + (2 * head if probes else 0)
+        return forward + head + probes * (backward + head) + (head if probes else 0)
 
 
 def counted(signal: Signal) -> bool:

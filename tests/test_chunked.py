@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import acqcore
-from acqcore.backends import _BACKENDS, Probes, chunked, chunked_mixture
+from acqcore.backends import _BACKENDS, Probes, chunked, chunked_mixture, get
 from acqcore.backends.base import Gram, HeadRows
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.eager import Eager
 from acqcore.backends.scatter import add_at
 from acqcore.bayes import BayesStats
-from acqcore.fisher import fisher_grads
+from acqcore.fisher import fisher_visit
 from acqcore.head_grad import grad_sketch
 from acqcore.testing import Case, random_case
 
@@ -72,10 +72,9 @@ def test_hidden_grad(case):
 def test_fisher_grads(at_once, case, monkeypatch):
     """Signs drawn for one chunk of the vocabulary at a time, for several, or for all."""
     monkeypatch.setattr(chunked, "SIGN_COLUMNS", at_once)
-    stats = acqcore.row_stats(case.hidden, case.head, case.targets, temperature=case.temperature, backend="eager")
     probes = Probes(2, 3, torch.arange(60) // 7, torch.arange(60) % 7)
-    got, expected = (
-        fisher_grads(case.hidden, case.head, stats, probes, case.temperature, backend)
+    (_, got), (_, expected) = (
+        fisher_visit(case.hidden, case.head, case.targets, probes, case.temperature, get(backend))
         for backend in ("chunked", "eager")
     )
     torch.testing.assert_close(got.gradients, expected.gradients, rtol=1e-10, atol=1e-12)

@@ -251,7 +251,7 @@ def test_choice_among_gpu_backends(monkeypatch):
     assert chosen("row_stats", 4096, 151936) == "triton"
     assert chosen("logit_stats", 4096, 151936) == "cuda"
     assert chosen("logit_stats", 4096, 151936, "triton") == "triton"
-    for op in ("dropout_mask", "mixture_stats", "head_grad_norm", "hidden_grad", "delta_hash"):
+    for op in ("dropout_mask", "mixture_stats", "head_grad_norm", "hidden_grad", "fisher_sums", "delta_hash"):
         assert chosen(op, 4096, 151936) == "triton"
     assert chosen("", 0, 0) == "triton"  # an operation that the table does not know: the first that fits
     measured: dict[str, Any] = {"op": "row_stats", "capability": "9.0", "dtype": "bfloat16", "rows": "few"}

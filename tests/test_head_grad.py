@@ -111,9 +111,9 @@ def test_confident_samples(gap, form, implementation):
 
 @pytest.mark.parametrize("form", ["gram", "direct", "auto"])
 def test_samples_do_not_depend_on_the_batch(form, implementation):
-    case = random_case(400, 24, 900)
+    case = random_case(200, 24, 600)
     assert case.targets is not None
-    offsets = torch.tensor([0, 10, 11, 150, 399, 400])
+    offsets = torch.tensor([0, 10, 11, 150, 199, 200])
     whole = acqcore.head_grad_norm(case.hidden, case.head, case.targets, offsets, form=form, backend=implementation)
     for i, (begin, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False)):
         alone = acqcore.head_grad_norm(
@@ -172,16 +172,16 @@ def test_sketch_keeps_inner_products(implementation):
     gradients = torch.stack([g[0].flatten() for g in _autograd(case, offsets)])  # [3, V D]
     exact = gradients @ gradients.T
     products = []
-    for seed in range(60):
+    for seed in range(24):
         s = acqcore.grad_sketch(
             case.hidden, case.head, case.targets, offsets, dim=256, seed=seed, backend=implementation
         ).double()
         products.append(s @ s.T)
     stacked = torch.stack(products)
     error = (stacked.mean(dim=0) - exact).abs()
-    standard_error = stacked.std(dim=0) / 60**0.5
+    standard_error = stacked.std(dim=0) / 24**0.5
     assert (error <= 5 * standard_error).all()
-    # Of a tensor sketch: at most 8 / dim ||G||^4, with room for 60 draws.
+    # Of a tensor sketch: at most 8 / dim ||G||^4, with room for 24 draws.
     assert (stacked.var(dim=0).diagonal() <= 8 / 256 * exact.diagonal().square() * 1.5).all()
 
 

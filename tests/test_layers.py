@@ -67,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
         "bayes",
         "checks",
         "defaults",
+        "fisher",
         "gradients",
         "head",
         "head_grad",

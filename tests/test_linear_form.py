@@ -109,13 +109,12 @@ def test_unbiased_over_every_token_and_weight(kind, layers, tiny_model):
     _assert_unbiased(scores, expected)
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "GPT2"])
-def test_unbiased_over_the_positions_of_completions(kind, tiny_model):
+def test_unbiased_over_the_positions_of_completions(tiny_model):
     """Prompts of two lengths in one batch: what lies before each sample's own completion does not count."""
-    model = tiny_model(kind, **SMALL)
+    model = tiny_model("Llama", **SMALL)
     samples = _samples(7, 6)
     samples["labels"][0, :4] = -100
-    expected = RHO / 2 * _expected_squares(model, samples, _sites(model, kind, 2), 2, of_completions=True)
+    expected = RHO / 2 * _expected_squares(model, samples, _sites(model, "Llama", 2), 2, of_completions=True)
     _assert_unbiased(_score(model, samples, positions="completion", probes=2500), expected)
 
 
@@ -125,14 +124,15 @@ def test_a_student_too_short_for_the_comparison_keeps_the_whole_graph(tiny_model
     assert _score(model, samples, positions="completion")["mutual_information"].isfinite().all()
 
 
-def test_prompts_without_a_graph_change_no_value(tiny_model, monkeypatch):
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "GPT2"])
+def test_prompts_without_a_graph_change_no_value(kind, tiny_model, monkeypatch):
     """A student whose forward may not be cut keeps the whole graph."""
-    model, samples = tiny_model("Llama"), _samples(12, 17, 9, context=5)
+    model, samples = tiny_model(kind), _samples(12, 17, 9, context=5)
     student = acqcore.Student.from_model(model)
     assert student.cuts_prompts
     lengths = []
-    handle = model.model.layers[1].register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append((args[0].shape[1], torch.is_grad_enabled())), with_kwargs=True
+    handle = _blocks(model, 1)[0].register_forward_pre_hook(
+        lambda _, args: lengths.append((args[0].shape[1], torch.is_grad_enabled()))
     )
     cut = _score(student, samples, positions="completion")
     handle.remove()

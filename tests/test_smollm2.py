@@ -63,7 +63,7 @@ def references(
 @pytest.mark.skipif(not DATA.exists(), reason=f"{DATA.name} is absent")
 def test_gsm8k_agrees_with_one_question_at_a_time(student):
     with DATA.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line, _ in zip(file, range(16), strict=False)]
+        rows = [json.loads(line) for line, _ in zip(file, range(6), strict=False)]
     samples = [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
     scores = acqcore.score(student, samples, NAMES)
     assert scores.valid.all()

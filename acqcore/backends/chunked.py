@@ -140,7 +140,6 @@ class Chunked(Backend):
                 factors.masked_fill_(of_row == piece.targets[:, None], 0)
                 out[part].addmm_(factors, rows.head.weight[columns].to(factors.dtype))
 
-    @float32_products()
     def fisher_sums(
         self,
         rows: HeadRows,
@@ -149,6 +148,20 @@ class Chunked(Backend):
         signed: torch.Tensor,  # [P, N] float64, written
         squares: torch.Tensor,  # [N] float64, written
     ) -> None:
+        """In two visits of the weights."""
+        self.row_stats(rows)
+        self.fill_fisher_sums(rows, probes, sums, signed, squares)
+
+    @float32_products()
+    def fill_fisher_sums(
+        self,
+        rows: HeadRows,  # their state filled
+        probes: Probes,
+        sums: torch.Tensor,  # [P + 1, N, D], written
+        signed: torch.Tensor,  # [P, N] float64, written
+        squares: torch.Tensor,  # [N] float64, written
+    ) -> None:
+        """The second visit."""
         for written in (sums, signed, squares):
             written.zero_()
         for part, piece in _row_chunks(rows, 0, len(rows.hidden)):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from acqcore.backends import extension
-from acqcore.backends.base import Gram, HeadRows
+from acqcore.backends.base import Gram, HeadRows, Probes
 from acqcore.backends.chunked import Chunked, float32_products
 from acqcore.backends.extension import constant_when_compiled, core, matrix, pointer
 from acqcore.backends.scatter import on_device
@@ -82,6 +82,20 @@ class Cuda(Chunked):
             _TRITON.fill_hidden_grad(rows, out)
         else:
             super().hidden_grad(rows, out)
+
+    def fisher_sums(
+        self,
+        rows: HeadRows,
+        probes: Probes,
+        sums: torch.Tensor,  # [P + 1, N, D], written
+        signed: torch.Tensor,  # [P, N] float64, written
+        squares: torch.Tensor,  # [N] float64, written
+    ) -> None:
+        if _TRITON.unavailable() is None:
+            self.row_stats(rows)
+            _TRITON.fill_fisher_sums(rows, probes, sums, signed, squares)
+        else:
+            super().fisher_sums(rows, probes, sums, signed, squares)
 
     def _fused(
         self,

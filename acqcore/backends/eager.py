@@ -107,6 +107,7 @@ class Eager(Backend):
         signed: torch.Tensor,  # [P, N] float64, written
         squares: torch.Tensor,  # [N] float64, written
     ) -> None:
+        self.row_stats(rows)
         whole = slice(0, len(rows.head.weight))
         positive = [signs(probes.samples, probes.positions, whole, probes.seed, k) for k in range(probes.count)]
         add_fisher_sums(rows, positive, whole, sums.zero_(), signed.zero_(), squares.zero_())
@@ -284,7 +285,7 @@ def add_fisher_sums(
     signed: torch.Tensor,  # [P, N] float64, added to
     squares: torch.Tensor,  # [N] float64, added to
 ) -> None:
-    """``Backend.fisher_sums`` over some columns."""
+    """The sums of ``Backend.fisher_sums`` over some columns, the state filled."""
     assert rows.targets is not None
     head = rows.head
     bias = None if head.bias is None else head.bias[columns]

@@ -197,6 +197,19 @@ class Triton(Chunked):
         signed: torch.Tensor,  # [P, N] float64, written
         squares: torch.Tensor,  # [N] float64, written
     ) -> None:
+        """In two visits of the weights, the second of which forms the logits again."""
+        self.row_stats(rows)
+        self.fill_fisher_sums(rows, probes, sums, signed, squares)
+
+    def fill_fisher_sums(
+        self,
+        rows: HeadRows,  # their state filled
+        probes: Probes,
+        sums: torch.Tensor,  # [P + 1, N, D], written
+        signed: torch.Tensor,  # [P, N] float64, written
+        squares: torch.Tensor,  # [N] float64, written
+    ) -> None:
+        """The second visit."""
         from acqcore.kernels.cotangents import fisher_sums
 
         assert rows.targets is not None

@@ -125,7 +125,8 @@ def passes(shape: Shape, work: Work) -> Passes:
       costs a forward) and two products; for each norm or sketch as much again through its blocks. In the head a sketch
       takes a product; a norm T / 2D of one, beside the statistics, and under predicted targets a product more.
     - P probes of one seed: P + 2 products, and for each a backward through the blocks of the deepest need; a norm or
-      sketch of weights takes as much again through its blocks.
+      sketch of weights takes as much again through its blocks. The first seed's give the statistics too, unless a norm
+      of the head already comes with those.
     """
     plan = work.plan
     on_hidden = any(need.on_hidden for need in plan.draws)
@@ -149,6 +150,8 @@ def passes(shape: Shape, work: Work) -> Passes:
                 head += 1 if need.dim is not None else gram + predicted
         kept = max(kept, deepest)
     probed = [need for need in plan.needs if isinstance(need, ProbeNeed)]
+    of_head = [n for n in plan.needs if isinstance(n, GradientNeed) and isinstance(n.parameters, str)]
+    head -= bool(probed) and all(need.predicted or need.dim is not None for need in of_head)
     for seed in {need.seed for need in probed}:
         of_seed = [need for need in probed if need.seed == seed]
         most = max(need.probes for need in of_seed)

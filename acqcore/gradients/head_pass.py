@@ -9,12 +9,12 @@ import torch
 
 from acqcore.backends import HeadRows, Probes
 from acqcore.backends.eager import logit_gradient
-from acqcore.fisher import FisherGrads, fisher_grads
+from acqcore.fisher import FisherGrads, fisher_visit
 from acqcore.head import Head
 from acqcore.head_grad import Bounds, delta_product, grad_sketch_from, head_grad_norm_from, loss_weights
 from acqcore.head_visit import HeadVisit
 from acqcore.literals import Loss
-from acqcore.row_stats import RowStats, predicted_targets
+from acqcore.row_stats import RowStats, checked_backend, predicted_targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,7 @@ class HeadPass:
     mask_keys: torch.Tensor  # [N] int64, of each token's sample
     places: torch.Tensor  # [N] int64, of each token in its sample
     visited: HeadVisit | None = None  # that gave the statistics, where it kept what the norm needs
+    carried: tuple[Probes, FisherGrads] | None = None  # found in the visit that gave the statistics
     _found: dict[tuple[int, int] | None, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -89,8 +90,12 @@ class HeadPass:
 
     def fisher_grads(self, probes: int, seed: int) -> FisherGrads:
         """Random cotangents of the tokens, carried back through the head."""
+        if self.carried is not None and (self.carried[0].count, self.carried[0].seed) == (probes, seed):
+            return self.carried[1]
+        assert self.stats.targets is not None
         of_rows = Probes(probes, seed, self.mask_keys, self.places)
-        return fisher_grads(self.hidden, self.head, self.stats, of_rows, 1.0, self.backend)
+        chosen = checked_backend(self.hidden, self.head, self.stats.targets, 1.0, self.backend, "fisher_sums")
+        return fisher_visit(self.hidden, self.head, self.stats.targets, of_rows, 1.0, chosen)[1]
 
     def product(
         self,

@@ -83,6 +83,10 @@ class SampleGradients:
         written = [need.loss for need in self._needs if not need.predicted]
         #: Loss that weighs the written tokens.
         self.loss: Loss = written[0] if written else "mean"
+        #: Seed of random cotangents -> how many are needed.
+        self.probes: dict[int, int] = {}
+        for need in self._probed:
+            self.probes[need.seed] = max(need.probes, self.probes.get(need.seed, 0))
         #: Whether the norm of the head's gradient under the written targets is among the needs.
         self.of_head = any(
             need.dim is None and not need.predicted and self._selections[need.parameters].head for need in self._needs
@@ -152,7 +156,7 @@ class SampleGradients:
             if needs:
                 head_pass = written.predicted(needs[0].loss) if predicted else written
                 values.update(self._under_targets(hidden, positions, needs, head_pass).items())
-        for seed in dict.fromkeys(need.seed for need in self._probed):
+        for seed in self.probes:
             probed = [need for need in self._probed if need.seed == seed]
             values.update(self._under_probes(hidden, positions, probed, written).items())
         return values
@@ -181,7 +185,7 @@ class SampleGradients:
         head_pass: HeadPass,
     ) -> dict[ProbeNeed, Any]:
         """Of random cotangents, in a backward each."""
-        carried = head_pass.fisher_grads(max(need.probes for need in needs), needs[0].seed)
+        carried = head_pass.fisher_grads(self.probes[needs[0].seed], needs[0].seed)
         # Needs that differ in the number of probes alone share the squares of those that both have.
         widest = {_but_probes(need): need for need in sorted(needs, key=lambda need: need.probes)}
         measured = list(widest.values())

@@ -12,6 +12,8 @@ import torch
 from acqcore import checks
 from acqcore.acquisitions import BatchNeed, DrawOptions, RowNeed, SampleBatch
 from acqcore.acquisitions.needs import Need
+from acqcore.backends import Probes
+from acqcore.fisher import fisher_visit
 from acqcore.gradients.capture import OneByOne
 from acqcore.gradients.head_pass import HeadPass
 from acqcore.gradients.need import GradientNeed, ProbeNeed
@@ -166,16 +168,22 @@ class Runner:
         """Everything that is asked of the head for the written targets."""
         head, gradients = self.head, self._gradients
         targets = batch.targets.to(hidden.device)
-        visited = None
-        if gradients is None or not gradients.of_head:
-            stats = row_stats(hidden, head, targets, backend=self._backend)
-        else:
+        keys, places = (value.to(hidden.device) for value in batch.keys_and_places)
+        visited = carried = None
+        if gradients is not None and gradients.of_head:
             backend = checked_backend(hidden, head, targets, 1.0, self._backend, "head_grad_norm")
             visited = visit(hidden, head, targets, batch.bounds, 1.0, backend)
             stats = visited.stats
+        elif gradients is not None and gradients.probes:
+            backend = checked_backend(hidden, head, targets, 1.0, self._backend, "fisher_sums")
+            seed, count = next(iter(gradients.probes.items()))
+            probes = Probes(count, seed, keys, places)
+            stats, cotangents = fisher_visit(hidden, head, targets, probes, 1.0, backend)
+            carried = probes, cotangents
+        else:
+            stats = row_stats(hidden, head, targets, backend=self._backend)
         loss = "mean" if gradients is None else gradients.loss
-        keys, places = (value.to(hidden.device) for value in batch.keys_and_places)
-        return HeadPass(hidden, head, stats, batch.bounds, loss, self._backend, keys, places, visited)
+        return HeadPass(hidden, head, stats, batch.bounds, loss, self._backend, keys, places, visited, carried)
 
 
 def check_reference_set(

@@ -126,8 +126,8 @@ void fisher_sums(const std::string& isa, const acqcore::HeadArgs& head, uintptr_
                  uint64_t seed, uintptr_t samples, uintptr_t positions, uintptr_t sums, uintptr_t signed_sums,
                  uintptr_t squares) {
   const acqcore::FisherSumsArgs args = {head,
-                                        reinterpret_cast<const double*>(state),
-                                        reinterpret_cast<const int64_t*>(index),
+                                        reinterpret_cast<double*>(state),
+                                        reinterpret_cast<int64_t*>(index),
                                         probes,
                                         seed,
                                         reinterpret_cast<const int64_t*>(samples),

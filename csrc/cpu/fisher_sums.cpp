@@ -1,20 +1,32 @@
-// What random cotangents of the logits, carried back through the head, follow from (fisher.py): sums over the vocabulary
-// of e cap' W and of sqrt(e) r cap' W for each probe's signs r, e = exp(z - max), the logits never held.
+// Row statistics, and what random cotangents of the logits carried back through the head follow from (fisher.py): sums
+// over the vocabulary of e cap' W and of sqrt(e) r cap' W for each probe's signs r, e = exp(z - max), the logits never
+// held.
 //
-// For each tile of the vocabulary a block forms the factors e cap' and sqrt(e) r cap', and adds each times the tile's
-// weights to sums of its own, values.h. Signs are the bits of Philox words, recomputed a tile at a time: 128 columns a
-// counter.
+// For each tile of the vocabulary a block folds the logits, forms the factors e cap' and sqrt(e) r cap', and adds each
+// times the tile's weights to sums of its own, values.h. The sums leave out the largest logit so far, the top; when it
+// rises they are rescaled, and the former top joins them. Signs are the bits of Philox words, recomputed a tile at a
+// time: 128 columns a counter. Tile registers take sqrt(e) rounded to bfloat16, in sums with and without W alike, so that
+// a cotangent still adds up to 0: its entries change by 0.1 %, what is expected of their squares by 1e-6, and half of
+// the products are saved.
 #include "../philox.h"
+#include "fold.h"
 #include "isa.h"
 #include "values.h"
 
 namespace acqcore::ACQCORE_ISA {
 namespace {
 
+constexpr int64_t kMaxSplits = 32;               // as in row_stats.cpp: float32 suffices for a split
 constexpr int64_t kBlockRows = 16 * kVectorRows;  // at most: the factors of two probes beside those of e in L2
 constexpr float kLowestRoot = -87.0f;            // below, exp is taken as 0: 1e-38
 constexpr int kWords = kTile / 32 + 4;           // of a tile's signs, up to the counter that holds its last
 static_assert(kTile % 32 == 0, "a tile begins with a word of signs");
+
+// The largest logit of a row so far: what its sums are relative to, and leave out.
+struct Top {
+  float logit;
+  int64_t column;  // in this weight; -1 before the first finite logit
+};
 
 // Scratch of one thread.
 struct Workspace {
@@ -25,6 +37,9 @@ struct Workspace {
   float* norms;    // [kTile], squared norms of the tile's weights
   float* factors;  // [probes + 1, block_rows, kTile]
   float* sums;     // [probes + 1, block_rows, columns]
+  Top* tops;          // [block_rows]
+  LaneState* lanes;   // [block_rows]
+  RowState* states;   // [block_rows]
 };
 
 // Words of the signs of columns [tile, tile + kTile): bit i of word w is that of column tile + 32 w + i.
@@ -50,30 +65,67 @@ inline Vec with_signs(Vec x, uint32_t word, int shift) {
   return (Vec)((IntVec)x ^ negative);
 }
 
+// 1 or -1 for one column.
+float sign_of(const FisherSumsArgs& args, int64_t row, int probe, int64_t column) {
+  uint32_t words[4];
+  mask_words(args.seed, static_cast<uint32_t>(column / 128), static_cast<uint32_t>(args.positions[row]),
+             static_cast<uint32_t>(args.samples[row]), static_cast<uint32_t>(probe), kSignSite, words);
+  return words[column / 32 % 4] >> (column % 32) & 1 ? 1.0f : -1.0f;
+}
+
+// Moves a row's sums from `top` to a larger logit; `top` joins them as a column like any other.
+void raise(const FisherSumsArgs& args, const Transform& transform, int64_t row, const Top& top, float largest,
+           int64_t probe_stride, float* sums /* [probes + 1, columns], probe_stride apart */) {
+  if (top.column < 0) return;  // nothing was added yet
+  const Matrix& weight = args.head.weight;
+  const int64_t n = args.head.hidden.rows;
+  const float root = expf((top.logit - largest) * 0.5f), e = root * root;
+  const float tanh = transform.capped ? top.logit / transform.after : 0, slope = 1.0f - tanh * tanh;
+  float values[kPanelColumns];
+  double squares = 0;
+  for (int k = 0; k <= args.probes; ++k) {
+    const float shrink = k == 0 ? e : root;
+    const float sign = k == 0 ? 1.0f : sign_of(args, row, k - 1, top.column);
+    float* sum = sums + k * probe_stride;
+    for (int64_t j = 0; j < weight.columns; j += kPanelColumns) {
+      const int64_t present = lesser(kPanelColumns, weight.columns - j);
+      load_floats(weight, top.column, j, present, values);
+      for (int64_t i = 0; i < present; ++i) {
+        sum[j + i] = sum[j + i] * shrink + shrink * sign * slope * values[i];
+        if (k == 0) squares += double(values[i]) * values[i];
+      }
+    }
+    if (k > 0) {
+      double& signed_sum = args.signed_sums[(k - 1) * n + row];
+      signed_sum = (signed_sum + sign) * root;
+    }
+  }
+  args.squares[row] = (args.squares[row] + squares * slope * slope) * e;
+}
+
 // Logits z[0, width) of a row -> the factors of e and of each probe, in place for e; zero from width up to a vector.
 void to_factors(const FisherSumsArgs& args, const Transform& transform, int64_t row, int64_t tile, int width,
-                int64_t probe_stride, const float* norms, float* z) {
-  const int64_t n = args.head.hidden.rows;
-  const float max = static_cast<float>(args.state[row]);
-  const int64_t top = args.index[row] - args.head.vocab_start - tile;
+                const Top& top, int64_t probe_stride, const float* norms, float* z) {
+  const int64_t n = args.head.hidden.rows, skip = top.column - tile;
   const float inverse = transform.capped ? 1 / transform.after : 0;  // z * inverse = tanh
   float roots[kTile], slopes[kTile];  // 0 past the width, where the transform left -inf
   Vec squares = {};
   for (int i = 0; i < width; i += kLanes) {
     const Vec logits = load(z + i);
-    Vec x = (logits - max) * 0.5f;
-    x = x > 0.0f ? Vec{} : x;  // the product may round a tie a little above the maximum
+    Vec x = (logits - top.logit) * 0.5f;
     const Vec root = exp_above<0>(x, kLowestRoot);
     const Vec t = logits * inverse;
     store(roots + i, root);
     store(slopes + i, root == 0 ? Vec{} : 1.0f - t * t);
   }
-  if (top >= 0 && top < width) roots[top] = 0;
+  if (skip >= 0 && skip < width) roots[skip] = 0;
+  const bool rounded = in_tiles(args.head.weight);
   for (int i = 0; i < width; i += kLanes) {
     const Vec root = load(roots + i), slope = load(slopes + i);
     const Vec factor = root * root * slope;
     store(z + i, factor);
     squares += factor * slope * load(norms + i);
+    if (rounded) store(roots + i, high_part(root));
   }
   args.squares[row] += horizontal_sum(squares);
   for (int k = 0; k < args.probes; ++k) {
@@ -106,31 +158,69 @@ void row_norms(const Matrix& weight, int64_t tile, int width, float* norms /* [k
   }
 }
 
+// Logits of a tile -> folded, then factors; rows whose largest logit rises have their sums moved.
+void fold_tile(const FisherSumsArgs& args, const Transform& transform, const int64_t* rows, int64_t count,
+               int64_t block, int64_t columns, int64_t tile, int width, const Workspace& ws) {
+  const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
+  const int64_t first = args.head.vocab_start;
+  for (int64_t i = 0; i < count; ++i) {
+    float* z = ws.factors + i * kTile;
+    LaneState& lanes = ws.lanes[i];
+    Top& top = ws.tops[i];
+    transform(z, width, tile);
+    const int64_t target = args.head.targets[rows[i]] - first - tile;
+    if (target >= 0 && target < width) lanes.target = z[target];
+    fold(z, n, first + tile, lanes);
+    if (lanes.max > top.logit) {
+      raise(args, transform, rows[i], top, lanes.max, block * columns, ws.sums + i * columns);
+      top = {lanes.max, lanes.index - first};
+    }
+    if (top.column >= 0) {
+      to_factors(args, transform, rows[i], tile, width, top, block * kTile, ws.norms, z);
+    } else {  // nothing finite yet
+      for (int64_t k = 0; k <= args.probes; ++k) memset(z + k * block * kTile, 0, 4 * n);
+    }
+  }
+}
+
 // One task: `count` rows.
 void run_block(const FisherSumsArgs& args, const Inner& inner, const Transform& transform, const int64_t* rows,
                int64_t count, int64_t block, int64_t columns, const Workspace& ws) {
   const HeadArgs& head = args.head;
   const int64_t n = head.hidden.rows, depth = head.weight.columns;
   const int64_t whole = pack_block(head, inner, rows, count, ws.hidden);
+  for (int64_t i = 0; i < count; ++i) {
+    clear(ws.states[i]);
+    ws.tops[i] = {-INFINITY, -1};
+  }
   memset(ws.factors, 0, 4 * (args.probes + 1) * block * kTile);
   memset(ws.sums, 0, 4 * (args.probes + 1) * block * columns);
-  for (int64_t tile = 0; tile < head.weight.rows; tile += kTile) {
-    const int width = static_cast<int>(lesser(kTile, head.weight.rows - tile));
-    pack_values(head.weight, tile, width, ws.values);
-    row_norms(head.weight, tile, width, ws.norms);
-    multiply_tile(head, inner, ws.hidden, whole, tile, width, ws.weights, ws.factors);
-    for (int64_t i = 0; i < count; ++i) {
-      float* z = ws.factors + i * kTile;
-      transform(z, width, tile);
-      to_factors(args, transform, rows[i], tile, width, block * kTile, ws.norms, z);
+  const int64_t split_columns = ceil_div(ceil_div(head.weight.rows, kTile), kMaxSplits) * kTile;
+  for (int64_t first = 0; first < head.weight.rows; first += split_columns) {
+    const int64_t last = lesser(first + split_columns, head.weight.rows);
+    for (int64_t i = 0; i < count; ++i) clear(ws.lanes[i]);
+    for (int64_t tile = first; tile < last; tile += kTile) {
+      const int width = static_cast<int>(lesser(kTile, last - tile));
+      pack_values(head.weight, tile, width, ws.values);
+      row_norms(head.weight, tile, width, ws.norms);
+      multiply_tile(head, inner, ws.hidden, whole, tile, width, ws.weights, ws.factors);
+      fold_tile(args, transform, rows, count, block, columns, tile, width, ws);
+      for (int64_t k = 0; k <= args.probes; ++k) {
+        add_values(head.weight, ws.factors + k * block * kTile, whole, width, ws.values, ws.split,
+                   ws.sums + k * block * columns, k > 0);
+      }
     }
-    for (int64_t k = 0; k <= args.probes; ++k) {
-      add_values(head.weight, ws.factors + k * block * kTile, whole, width, ws.values, ws.split,
-                 ws.sums + k * block * columns);
+    for (int64_t i = 0; i < count; ++i) {
+      if (first == 0) {
+        ws.states[i] = reduce(ws.lanes[i]);
+      } else {
+        merge(ws.states[i], reduce(ws.lanes[i]));
+      }
     }
   }
-  for (int64_t k = 0; k <= args.probes; ++k) {
-    for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
+    write_state(ws.states + i, rows[i], n, args.state, args.index);
+    for (int64_t k = 0; k <= args.probes; ++k) {
       memcpy(args.sums + (k * n + rows[i]) * depth, ws.sums + (k * block + i) * columns, 4 * depth);
     }
   }
@@ -147,6 +237,7 @@ bool fisher_sums(const FisherSumsArgs& args) {
   memset(args.squares, 0, 8 * n);
   memset(args.signed_sums, 0, 8 * args.probes * n);
   const int64_t scored = scored_rows(head, rows, [&](int64_t i) {
+    write_state(nullptr, i, n, args.state, args.index);
     for (int64_t k = 0; k <= args.probes; ++k) memset(args.sums + (k * n + i) * depth, 0, 4 * depth);
   });
   if (scored == 0) return true;
@@ -161,7 +252,10 @@ bool fisher_sums(const FisherSumsArgs& args) {
                      arena.take<float>(kTile * kPanelRows),
                      arena.take<float>(kTile),
                      arena.take<float>((args.probes + 1) * block * kTile),
-                     arena.take<float>((args.probes + 1) * block * columns)};
+                     arena.take<float>((args.probes + 1) * block * columns),
+                     arena.take<Top>(block),
+                     arena.take<LaneState>(block),
+                     arena.take<RowState>(block)};
   };
   Arena layout(nullptr);
   carve(layout);

@@ -76,11 +76,12 @@ struct DeltaProductArgs {
   float* out;             // [N, n], written
 };
 
-// Sums over the vocabulary that random cotangents of the logits follow from; zero in ignored rows.
+// The state of RowStatsArgs, and sums over the vocabulary that random cotangents of the logits follow from; those are
+// zero in ignored rows.
 struct FisherSumsArgs {
   HeadArgs head;             // with targets
-  const double* state;       // [7, N], of row_stats for the same head
-  const int64_t* index;      // [N], likewise
+  double* state;             // [7, N], written
+  int64_t* index;            // [N], written
   int probes;                // P
   uint64_t seed;             // of the signs
   const int64_t* samples;    // [N]

@@ -110,6 +110,17 @@ inline void split_panel(const float* x /* [kPanelRows, n] */, int64_t stride, in
   }
 }
 
+// The same of x rounded to bfloat16 alone.
+inline void round_panel(const float* x /* [kPanelRows, n] */, int64_t stride, int n, float* rounded) {
+  for (int k = 0; k < n; k += 2 * kLanes) {
+    for (int i = 0; i < kPanelRows; ++i) {
+      const Vec a = load(x + i * stride + k), b = k + kLanes < n ? load(x + i * stride + k + kLanes) : Vec{};
+      const int64_t place = (k / 2 / kTileUnits * kPanelRows + i) * kTileUnits;
+      store(rounded + place, (Vec)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+    }
+  }
+}
+
 // Both halves of a panel [k / kTileUnits, kPanelRows, kTileUnits] as columns [k, kPanelRows].
 inline void transpose_panel(const float* panel, int64_t k, float* columns) {
   for (int64_t u = 0; u < k; u += kTileUnits) {
@@ -164,7 +175,9 @@ struct Tiles {
 
 template <int kParts = 1>
 inline void tile_product(const float*, const float*, int64_t, bool, float*, int64_t, int64_t = 0) {}
+inline Vec high_part(Vec x) { return x; }
 inline void split_panel(const float*, int64_t, int, float*, float*) {}
+inline void round_panel(const float*, int64_t, int, float*) {}
 inline void transpose_panel(const float*, int64_t, float*) {}
 inline void tile_gram(const float*, const float*, const float*, const float*, int64_t, float*, int64_t) {}
 

@@ -69,9 +69,9 @@ inline void pack_values(const Matrix& values, int64_t tile, int width, float* ou
 }
 
 // sums [rows, columns] += factors times packed values. Factors are 0 from width up to a whole vector; rows are whole
-// panels. `split` has room for [2, kTile / 2, kPanelRows].
+// panels. `split` has room for [2, kTile / 2, kPanelRows]. Tile registers round factors to one bfloat16 if `rounded`.
 inline void add_values(const Matrix& values, const float* factors /* [rows, kTile] */, int64_t rows, int width,
-                       const float* packed, float* split, float* sums) {
+                       const float* packed, float* split, float* sums, bool rounded = false) {
   const int64_t columns = value_columns(values.columns);
   constexpr int64_t kPart = kTile / 2 * kPanelRows;
   const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
@@ -79,7 +79,12 @@ inline void add_values(const Matrix& values, const float* factors /* [rows, kTil
   for (int64_t row = 0; row < rows; row += kPanelRows) {
     const float* of_rows = factors + row * kTile;
     float* out = sums + row * columns;
-    if (in_tiles(values)) {
+    if (in_tiles(values) && rounded) {
+      round_panel(of_rows, kTile, n, split);
+      for (int64_t j = 0; j < columns; j += kPanelColumns) {
+        tile_product(split, packed + j * (kTile / 2), units, true, out + j, columns);
+      }
+    } else if (in_tiles(values)) {
       split_panel(of_rows, kTile, n, split, split + kPart);
       for (int64_t j = 0; j < columns; j += kPanelColumns) {
         tile_product<2>(split, packed + j * (kTile / 2), units, true, out + j, columns, kPart);
