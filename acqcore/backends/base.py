@@ -216,7 +216,7 @@ class Backend(ABC):
         signed: torch.Tensor,  # [P, N] float64, contiguous, written
         squares: torch.Tensor,  # [N] float64, written
     ) -> None:
-        """Fill the state as ``row_stats`` does, and sums that random cotangents follow from, in one visit of the weights.
+        """Fill the state as ``row_stats`` does, and sums that random cotangents follow from in the same visit.
 
         With e the unnormalised probabilities ``exp(z - state[MAX])``, zero in the column of the largest logit, cap' as
         in :class:`Gram` and r the signs of probe k:

@@ -17,7 +17,7 @@ namespace acqcore::ACQCORE_ISA {
 namespace {
 
 constexpr int64_t kMaxSplits = 32;               // as in row_stats.cpp: float32 suffices for a split
-constexpr int64_t kBlockRows = 16 * kVectorRows;  // at most: the factors of two probes beside those of e in L2
+constexpr int64_t kBlockRows = 32 * kVectorRows;  // at most: the factors of two probes beside those of e in L2
 constexpr float kLowestRoot = -87.0f;            // below, exp is taken as 0: 1e-38
 constexpr int kWords = kTile / 32 + 4;           // of a tile's signs, up to the counter that holds its last
 static_assert(kTile % 32 == 0, "a tile begins with a word of signs");
@@ -34,7 +34,6 @@ struct Workspace {
   float* weights;  // [kTile / kPanelColumns, depth, kPanelColumns]
   float* values;   // [columns / kPanelColumns, kTile, kPanelColumns]
   float* split;    // [2, kTile / 2, kPanelRows]
-  float* norms;    // [kTile], squared norms of the tile's weights
   float* factors;  // [probes + 1, block_rows, kTile]
   float* sums;     // [probes + 1, block_rows, columns]
   Top* tops;          // [block_rows]
@@ -142,25 +141,27 @@ void to_factors(const FisherSumsArgs& args, const Transform& transform, int64_t 
   }
 }
 
-// Squared norms of the tile's weights; 0 from width on.
-void row_norms(const Matrix& weight, int64_t tile, int width, float* norms /* [kTile] */) {
-  float row[kPanelColumns];
-  for (int k = 0; k < kTile; ++k) norms[k] = 0;
-  for (int k = 0; k < width; ++k) {
+// Squared norms of the weights, once for all blocks: in tiles of bfloat16 they would cost each as much as its product.
+void row_norms(const HeadArgs& head, float* norms /* [V] */) {
+  const Matrix& weight = head.weight;
+#pragma omp parallel for num_threads(head.threads)
+  for (int64_t v = 0; v < weight.rows; ++v) {
+    float row[kPanelColumns];
+    Vec squares = {};
     for (int64_t j = 0; j < weight.columns; j += kPanelColumns) {
       const int64_t present = lesser(kPanelColumns, weight.columns - j);
-      load_floats(weight, tile + k, j, present, row);
+      load_floats(weight, v, j, present, row);
       for (int64_t i = present; i < kPanelColumns; ++i) row[i] = 0;
-      Vec squares = {};
       for (int64_t i = 0; i < kPanelColumns; i += kLanes) squares += load(row + i) * load(row + i);
-      norms[k] += static_cast<float>(horizontal_sum(squares));
     }
+    norms[v] = static_cast<float>(horizontal_sum(squares));
   }
 }
 
 // Logits of a tile -> folded, then factors; rows whose largest logit rises have their sums moved.
 void fold_tile(const FisherSumsArgs& args, const Transform& transform, const int64_t* rows, int64_t count,
-               int64_t block, int64_t columns, int64_t tile, int width, const Workspace& ws) {
+               int64_t block, int64_t columns, int64_t tile, int width, const float* norms /* [V] */,
+               const Workspace& ws) {
   const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
   const int64_t first = args.head.vocab_start;
   for (int64_t i = 0; i < count; ++i) {
@@ -176,7 +177,7 @@ void fold_tile(const FisherSumsArgs& args, const Transform& transform, const int
       top = {lanes.max, lanes.index - first};
     }
     if (top.column >= 0) {
-      to_factors(args, transform, rows[i], tile, width, top, block * kTile, ws.norms, z);
+      to_factors(args, transform, rows[i], tile, width, top, block * kTile, norms + tile, z);
     } else {  // nothing finite yet
       for (int64_t k = 0; k <= args.probes; ++k) memset(z + k * block * kTile, 0, 4 * n);
     }
@@ -185,7 +186,7 @@ void fold_tile(const FisherSumsArgs& args, const Transform& transform, const int
 
 // One task: `count` rows.
 void run_block(const FisherSumsArgs& args, const Inner& inner, const Transform& transform, const int64_t* rows,
-               int64_t count, int64_t block, int64_t columns, const Workspace& ws) {
+               int64_t count, int64_t block, int64_t columns, const float* norms /* [V] */, const Workspace& ws) {
   const HeadArgs& head = args.head;
   const int64_t n = head.hidden.rows, depth = head.weight.columns;
   const int64_t whole = pack_block(head, inner, rows, count, ws.hidden);
@@ -202,9 +203,8 @@ void run_block(const FisherSumsArgs& args, const Inner& inner, const Transform& 
     for (int64_t tile = first; tile < last; tile += kTile) {
       const int width = static_cast<int>(lesser(kTile, last - tile));
       pack_values(head.weight, tile, width, ws.values);
-      row_norms(head.weight, tile, width, ws.norms);
       multiply_tile(head, inner, ws.hidden, whole, tile, width, ws.weights, ws.factors);
-      fold_tile(args, transform, rows, count, block, columns, tile, width, ws);
+      fold_tile(args, transform, rows, count, block, columns, tile, width, norms, ws);
       for (int64_t k = 0; k <= args.probes; ++k) {
         add_values(head.weight, ws.factors + k * block * kTile, whole, width, ws.values, ws.split,
                    ws.sums + k * block * columns, k > 0);
@@ -231,9 +231,11 @@ void run_block(const FisherSumsArgs& args, const Inner& inner, const Transform& 
 bool fisher_sums(const FisherSumsArgs& args) {
   const HeadArgs& head = args.head;
   const int64_t n = head.hidden.rows, depth = head.weight.columns;
-  Scratch row_scratch(8 * n);
-  if (row_scratch.missing()) return false;
+  const int64_t vectors = ceil_div(head.weight.rows, kLanes) * kLanes;
+  Scratch row_scratch(8 * n), norm_scratch(4 * vectors);
+  if (row_scratch.missing() || norm_scratch.missing()) return false;
   int64_t* rows = row_scratch.as<int64_t>();
+  float* norms = norm_scratch.as<float>();  // 0 past the last
   memset(args.squares, 0, 8 * n);
   memset(args.signed_sums, 0, 8 * args.probes * n);
   const int64_t scored = scored_rows(head, rows, [&](int64_t i) {
@@ -241,6 +243,8 @@ bool fisher_sums(const FisherSumsArgs& args) {
     for (int64_t k = 0; k <= args.probes; ++k) memset(args.sums + (k * n + i) * depth, 0, 4 * depth);
   });
   if (scored == 0) return true;
+  memset(norms, 0, 4 * vectors);
+  row_norms(head, norms);
 
   const Inner inner = inner_dimension(head);
   const Transform transform(head);
@@ -250,7 +254,6 @@ bool fisher_sums(const FisherSumsArgs& args) {
                      arena.take<float>(kTile * inner.depth),
                      arena.take<float>(kTile * columns),
                      arena.take<float>(kTile * kPanelRows),
-                     arena.take<float>(kTile),
                      arena.take<float>((args.probes + 1) * block * kTile),
                      arena.take<float>((args.probes + 1) * block * columns),
                      arena.take<Top>(block),
@@ -266,7 +269,7 @@ bool fisher_sums(const FisherSumsArgs& args) {
   for (int64_t begin = 0; begin < scored; begin += block) {
     const Tiles tiles;
     Arena arena(scratch.as<char>() + thread_number() * layout.used());
-    run_block(args, inner, transform, rows + begin, lesser(block, scored - begin), block, columns, carve(arena));
+    run_block(args, inner, transform, rows + begin, lesser(block, scored - begin), block, columns, norms, carve(arena));
   }
   return true;
 }
