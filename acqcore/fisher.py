@@ -27,8 +27,10 @@ from acqcore import checks
 from acqcore.backends import Backend, HeadRows, Probes
 from acqcore.bayes import places
 from acqcore.head import Head, compute_dtype
-from acqcore.philox import sign_of
+from acqcore.philox import signs_of
 from acqcore.row_stats import MAX, R, RowStats, checked_backend, empty_state, stats_of
+
+FINISHED_ROWS = 512  # at a time, which bounds what is held beside the result: 16 MiB at D = 4096
 
 
 @torch.no_grad()
@@ -97,7 +99,7 @@ def fisher_visit(
     temperature: float,
     backend: Backend,
 ) -> tuple[RowStats, FisherGrads]:
-    """Statistics and random cotangents of the rows in one visit of the weights; arguments are trusted.
+    """Statistics and random cotangents of the rows, in one visit of the weights on a CPU; arguments are trusted.
 
     With R and Z of the row, a its most likely token, A, B, S and Q the sums of ``Backend.fisher_sums``,
 
@@ -109,30 +111,54 @@ def fisher_visit(
     sums = torch.empty((probes.count + 1, n, columns), dtype=dtype, device=hidden.device)
     signed = torch.empty((probes.count, n), dtype=torch.float64, device=hidden.device)
     squares = torch.empty(n, dtype=torch.float64, device=hidden.device)
-    state, top_index = empty_state(hidden)
+    state, index = empty_state(hidden)
     trusted = checks.targets_in_range(targets, head.vocab_size)
-    rows = HeadRows(hidden, head, trusted, temperature, state, top_index)
+    rows = HeadRows(hidden, head, trusted, temperature, state, index)
     backend.fisher_sums(rows, probes, sums, signed, squares)
-    stats = stats_of(hidden, targets, state, top_index, dtype)
-    scored = targets != checks.IGNORE_INDEX
-    index = top_index.clamp_min(0)  # -1 in rows to ignore
-    largest = state[MAX].where(scored, 0)
-    r = state[R].where(scored, 0)
+    stats = stats_of(hidden, targets, state, index, dtype)
+    expected = torch.empty(n, dtype=torch.float64, device=hidden.device)
+    tops = index.clamp_min(0)  # -1 in rows to ignore
+    of_tops = signs_of(probes.samples, probes.positions, tops, probes.seed, probes.count)
+    for begin in range(0, n, FINISHED_ROWS):
+        part = slice(begin, begin + FINISHED_ROWS)
+        few = HeadRows(hidden[part], head, targets[part], temperature, state[:, part], tops[part])
+        expected[part] = _finished(few, of_tops[:, part], sums[:, part], signed[:, part], squares[part])
+    return stats, FisherGrads(sums[1:], expected)
+
+
+def _finished(
+    rows: HeadRows,  # the index 0 in rows to ignore
+    of_tops: torch.Tensor,  # [P, N] signs of the rows' most likely tokens
+    sums: torch.Tensor,  # [P + 1, N, D]: the last P become the gradients
+    signed: torch.Tensor,  # [P, N] float64
+    squares: torch.Tensor,  # [N] float64
+) -> torch.Tensor:
+    """The expected squared norms, ``[N]`` float64, by the formulas of :func:`fisher_visit`."""
+    head, dtype = rows.head, sums.dtype
+    assert rows.targets is not None
+    scored = rows.targets != checks.IGNORE_INDEX
+    largest = rows.state[MAX].where(scored, 0)
+    r = rows.state[R].where(scored, 0)
     inverse = r.reciprocal().where(r > 0, 0)
     z = 1 + r
-    slope = head.scale / temperature
-    top = head.weight[index].to(dtype)  # [N, D]
+    slope = head.scale / rows.temperature
+    top = head.weight[rows.index].to(dtype)  # [N, D]
     if head.softcap is not None:
-        top = top * (1 - (largest * (temperature / head.softcap)).square())[:, None].to(dtype)
+        top = top * (1 - (largest * (rows.temperature / head.softcap)).square())[:, None].to(dtype)
     mean, gradients = sums[0], sums[1:]
-    between = (mean - r[:, None].to(dtype) * top).double().square().sum(dim=1)
-    within = squares - mean.double().square().sum(dim=1) * inverse
+    between = _squared_norms(mean - r[:, None].to(dtype) * top)
+    within = squares - _squared_norms(mean) * inverse
     expected = (slope**2 * (within.clamp_min(0) + between * inverse / z) / z).where(scored, 0)
-    of_top = r.sqrt() / z.sqrt()
+    of_tops = of_tops * (r.sqrt() / z.sqrt())  # [P, N]
     factor = slope / z.sqrt()
-    for k in range(probes.count):
-        of_top_k = of_top * sign_of(probes.samples, probes.positions, index, probes.seed, k)
-        gradients[k].addcmul_((-(signed[k] + of_top_k) * inverse)[:, None].to(dtype), mean)
-        gradients[k].addcmul_(of_top_k[:, None].to(dtype), top)
-        gradients[k].mul_(factor[:, None].to(dtype)).masked_fill_(~scored[:, None], 0)
-    return stats, FisherGrads(gradients, expected)
+    gradients.addcmul_((-(signed + of_tops) * inverse)[:, :, None].to(dtype), mean)
+    gradients.addcmul_(of_tops[:, :, None].to(dtype), top)
+    gradients.mul_(factor[:, None].to(dtype)).masked_fill_(~scored[:, None], 0)
+    return expected
+
+
+def _squared_norms(
+    x: torch.Tensor,  # [N, D]
+) -> torch.Tensor:
+    """``[N]`` float64."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()

@@ -114,16 +114,16 @@ def signs_in(
     return bits.flatten(1)[:, skipped : skipped + columns.stop - columns.start].bool()
 
 
-def sign_of(
+def signs_of(
     samples: torch.Tensor,  # [N] int64
     positions: torch.Tensor,  # [N] int64
     columns: torch.Tensor,  # [N] int64
     seed: int,
-    probe: int,
+    probes: int,
 ) -> torch.Tensor:
-    """The sign of one column of each row, ``[N]`` int64, +1 or -1."""
-    last = torch.tensor(probe | SIGN_SITE << 16, device=samples.device)
+    """The signs of one column of each row under each of P probes, ``[P, N]`` int64, +1 or -1."""
+    last = torch.arange(probes, device=samples.device)[:, None] | SIGN_SITE << 16
     counter = (columns // _SIGNS_PER_COUNTER, positions & _WORD, samples & _WORD, last)
-    words = philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD))  # [N, 4]
-    word = words.gather(1, (columns // 32 % 4)[:, None])[:, 0]
+    words = philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD))  # [P, N, 4]
+    word = words.gather(2, (columns // 32 % 4).expand(probes, -1)[:, :, None])[:, :, 0]
     return (word >> columns % 32 & 1) * 2 - 1

@@ -31,11 +31,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import acqcore
 from acqcore.backends import triton as backend
+from acqcore.fisher import fisher_grad
 from benchmarks import ahead_of_time, harness
 
 RESULT = harness.RESULTS / "gpu_static.json"
 ROWS = 4096
 DRAWS = 8
+PROBES = 4
 #: Tensors of more elements are never touched: operations on them are counted and not run.
 TOUCHED = 1 << 18
 
@@ -73,6 +75,9 @@ OPERATIONS: dict[str, Callable[[Inputs], object]] = {
     "statistics and head_grad_norm, T=32": _norm(32),
     "hidden_grad": lambda x: acqcore.hidden_grad(x.hidden, x.head, x.targets, backend="triton"),
     "grad_sketch, T=128": lambda x: acqcore.grad_sketch(x.hidden, x.head, x.targets, x.offsets(128), backend="triton"),
+    f"statistics and random cotangents, {PROBES} probes": lambda x: fisher_grad(
+        x.hidden, x.head, x.targets, probes=PROBES, backend="triton"
+    ),
     f"mutual_information, element, K={DRAWS}": _information("element"),
     f"mutual_information, block, K={DRAWS}": _information("block"),
 }
