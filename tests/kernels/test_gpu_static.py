@@ -23,13 +23,21 @@ PRODUCTS = {
     "statistics and head_grad_norm, T=32": 1.15,
     "hidden_grad": 3.2,
     "grad_sketch, T=128": 1.2,
+    "statistics and random cotangents, 4 probes": 7.0,
     "mutual_information, element, K=8": 16.3,
     "mutual_information, block, K=8": 2.5,
 }
 #: Stack of a thread, in bytes, where it is not 0; merges run once a call, where it does not show.
-SPILLS = {"gram_fold": 104, "block_fold": 392, "block_mixture": 24, "sketch_fold": 24, "merge_splits": 704}
+SPILLS = {
+    "gram_fold": 104,
+    "block_fold": 392,
+    "block_mixture": 24,
+    "sketch_fold": 24,
+    "merge_splits": 704,
+    "write_cotangents": 224,
+}
 #: Calls whose launches follow from the vocabulary: their ring of gradients in the logits is bounded.
-BY_VOCABULARY = ("hidden_grad",)
+BY_VOCABULARY = ("hidden_grad", "statistics and random cotangents, 4 probes")
 
 
 def test_products():
