@@ -208,17 +208,22 @@ def _median(row: Mapping[str, Any], column: str) -> str:
 def _toy(cell: Mapping[str, Any] | None) -> str:
     if cell is None:
         return " | | | "
-    agreement = cell.get(f"to {MANY_DRAWS[0]}")
+    agreement = _agreement(cell, "to")
     texts = [f"{cell[kind]:.3f} ({cell[f'{kind}_least']:.3f})" for kind in ("ambiguous", "both")]
     cost = f"{cell['entropy']:.1f}" if "entropy" in cell else ""
     return " | ".join([*texts, "" if agreement is None else f"{agreement:.2f}", cost])
 
 
 def _world(cell: Mapping[str, Any]) -> str:
-    agreements = [cell.get(f"{what}to {MANY_DRAWS[0]}") for what in ("", "within skills ")]
+    agreements = [_agreement(cell, what) for what in ("to", "within skills to")]
     cells = [", ".join(cell["tops"]), ", ".join(map(str, cell["best_trap"]))]
     cells += ["" if value is None else f"{value:.2f}" for value in agreements]
     return " | ".join([*cells, f"{cell['entropy']:.1f}" if "entropy" in cell else ""])
+
+
+def _agreement(cell: Mapping[str, Any], what: str) -> float | None:
+    """With many draws, at the first of their rates that was taken."""
+    return next((cell[f"{what} {many}"] for many in MANY_DRAWS if f"{what} {many}" in cell), None)
 
 
 def _cost(row: Mapping[str, Any], sets: Sequence[str]) -> float | None:
@@ -265,10 +270,11 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axis, (title, sets, height) in zip(axes.flat, panels, strict=True):
         for row in rows:
             x, y = _cost(row, sets), height(row)
-            if x is None or y is None:
+            if x is None or y is None or row["family"] not in colours:  # entropy, the unit of cost, tells nothing apart
                 continue
             axis.scatter(x, y, color=colours[row["family"]], s=28)
-            axis.annotate(row["signal"], (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            name = row["signal"].replace(", all blocks", "")
+            axis.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
         axis.set_xscale("log")
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xticks(TICKS, [str(tick) for tick in TICKS])
@@ -276,6 +282,8 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.set_xlabel("cost, counted, in multiples of scoring entropy", fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.25)
+        if title.startswith("toy"):
+            axis.set_ylim(0.9, 1.005)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
