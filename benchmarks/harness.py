@@ -304,7 +304,7 @@ def plot(name: str, rows: list[Row]) -> None:
         colours = ["#c44e52" if row.peer.startswith(OURS) else "#8c9bb0" for row in chosen]
         bars = axis.barh([row.peer for row in chosen], [row.seconds for row in chosen], color=colours)
         axis.bar_label(bars, [f"{row.seconds:.3g} s" for row in chosen], padding=3, fontsize=8)
-        axis.set_title(case, fontsize=10, loc="left")
+        axis.annotate(case, (0.01, 1.03), xycoords=("figure fraction", "axes fraction"), fontsize=10)
         axis.set_xlabel("seconds (median)")
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.12)
