@@ -26,11 +26,13 @@ from typing import Any, ClassVar
 import torch
 
 import acqcore
+from acqcore.fisher import fisher_grad
 from benchmarks import bench_logit_stats, bench_row_stats, harness
 from benchmarks.gpu_parity import backends
 
 BARE = "bare product"
 DRAWS = 8
+PROBES = 4
 ORACLE_ROWS = 64
 #: Least time that a turn spends on one peer, and most that one call may take to be called more than once.
 TURN_SECONDS, LONGEST_CALL = 20e-3, 2.0
@@ -292,6 +294,25 @@ def head_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
     yield Group(f"gradients, {case}", peers, work, facts={"accuracy": "vector, relative"})
 
 
+def cotangent_group(n: int, d: int, v: int, device: str) -> Group:
+    """Statistics and random cotangents: what the default mutual information asks of the head."""
+    hidden, weight, _ = bench_row_stats.make_inputs(n, d, v, torch.bfloat16, device)
+    head, few = acqcore.Head(weight), min(ORACLE_ROWS, n)
+    exact = acqcore.Head(weight.double())
+    expected = fisher_grad(hidden[:few].double(), exact, probes=PROBES, backend="eager")
+    peers = {BARE: Peer(lambda: torch.mm(hidden, weight.T))}
+
+    def error(got: torch.Tensor) -> float:
+        return max(_relative(of_probe, one) for of_probe, one in zip(got, expected, strict=True))
+
+    for backend in automatic(device):
+        peers[named(f"statistics and random cotangents, {PROBES} probes", backend)] = Peer(
+            partial(fisher_grad, hidden, head, probes=PROBES, backend=backend), error
+        )
+    facts = {"accuracy": "vector, relative"}
+    return Group(f"cotangents, N={n} D={d} V={v} bfloat16", peers, 2.0 * n * d * v, facts=facts)
+
+
 def draw_group(n: int, d: int, v: int, device: str) -> Group:
     """Mutual information of dropout on hidden states, in both forms."""
     hidden, weight, _ = bench_row_stats.make_inputs(n, d, v, torch.bfloat16, device)
@@ -360,14 +381,17 @@ def groups(device: str, wanted: Sequence[str] = ()) -> Iterator[Callable[[], Ite
         return not wanted or bool(set(names) & set(wanted))
 
     (first, *others), (first_logits, *other_logits) = SHAPES[device], LOGITS[device]
-    for_head, for_draws, for_logits = (
+    for_head, for_cotangents, for_draws, for_logits = (
         among("statistics", "gradient norms", "gradients"),
+        among("cotangents"),
         among("draws"),
         among("logits"),
     )
     for i, shape in enumerate([first, *others]):
         if for_head:
             yield partial(head_groups, *shape, device)
+        if for_cotangents:
+            yield alone(cotangent_group, *shape)
         if for_logits and i == 0:
             yield alone(logit_group, *first_logits)
         if for_draws:

@@ -18,8 +18,9 @@ import torch
 
 import acqcore
 from acqcore.bayes import FIELDS as BAYES_FIELDS
+from acqcore.fisher import fisher_grad
 from acqcore.testing import CASES, Case, assert_logits_match, random_case, worst_errors
-from benchmarks import harness
+from benchmarks import gpu_student, harness
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = (torch.bfloat16, torch.float32, torch.float16)
@@ -27,6 +28,8 @@ ALL = (torch.bfloat16, torch.float32, torch.float16)
 #: Relative errors: of a sample's gradient norm, of a token's gradient beside its norm, of a sketch beside its own.
 NORM = {torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 VECTOR = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}
+#: Of a random cotangent's gradient: its entries are rounded to the dtype of a half-precision head.
+COTANGENT = {torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 8e-3}
 BAYES = {torch.float32: 1e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}  # absolute, relative above 1
 
 
@@ -133,6 +136,20 @@ def _hidden_grad(name: str, backend: str, dtype: torch.dtype, device: str) -> fl
     return float(((got.double() - expected).norm(dim=1) / norm)[~ignored].max()) / VECTOR[dtype]
 
 
+def _fisher_grad(name: str, backend: str, dtype: torch.dtype, device: str) -> float:
+    case, offsets = _gradient_case(name, dtype, device)
+    exact = case.to(torch.float64, device)
+    options = {"probes": 3, "seed": 5, "offsets": offsets, "temperature": case.temperature}
+    got = fisher_grad(case.hidden, case.head, case.targets, backend=backend, **options)  # type: ignore[arg-type]
+    expected = fisher_grad(exact.hidden, exact.head, exact.targets, backend="eager", **options)  # type: ignore[arg-type]
+    assert case.targets is not None
+    ignored = case.targets == -100
+    if got[:, ignored].any():
+        raise AssertionError("ignored rows have a gradient")
+    error = (got.double() - expected).norm(dim=2) / expected.norm(dim=2)
+    return float(error[:, ~ignored].max()) / COTANGENT[dtype]
+
+
 def _grad_sketch(name: str, backend: str, dtype: torch.dtype, device: str) -> float:
     case, offsets = _gradient_case(name, dtype, device)
     exact = case.to(torch.float64, device)
@@ -209,14 +226,15 @@ def _calls(
         "head_grad_norm": lambda: acqcore.head_grad_norm(hidden, head, targets, offsets, backend=backend),
         "hidden_grad": lambda: acqcore.hidden_grad(hidden, head, targets, backend=backend),
         "grad_sketch": lambda: acqcore.grad_sketch(hidden, head, targets, offsets, backend=backend),
+        "fisher_grad": lambda: fisher_grad(hidden, head, targets, probes=2, offsets=offsets, backend=backend),
         "mutual_information, element": lambda: information(form="element").state,
         "mutual_information, block": lambda: information(form="block").state,
     }
 
 
 OPERATIONS = (
-    "row_stats", "logit_stats", "head_grad_norm", "hidden_grad", "grad_sketch", "mutual_information, element",
-    "mutual_information, block",
+    "row_stats", "logit_stats", "head_grad_norm", "hidden_grad", "grad_sketch", "fisher_grad",
+    "mutual_information, element", "mutual_information, block",
 )  # fmt: skip
 
 
@@ -240,8 +258,8 @@ def _batch_invariance(op: str, backend: str, dtype: torch.dtype, device: str) ->
         assert case.targets is not None
         part = Case(case.hidden[:rows], case.head, case.targets[:rows])
         got = _calls(part, offsets[: samples + 1], backend, logits[:rows])[op]()
-        # States are [fields, N]; norms, gradients and sketches have rows or samples first.
-        of_state = op in ("row_stats", "logit_stats") or op.startswith("mutual")
+        # States are [fields, N], cotangents [probes, N, D]; norms, gradients, sketches have rows or samples first.
+        of_state = op in ("row_stats", "logit_stats", "fisher_grad") or op.startswith("mutual")
         expected = whole[:, :rows] if of_state else whole[: len(got)]
         _equal(got, expected, f"{rows} of {len(case.hidden)} rows")
     return 0.0
@@ -294,6 +312,9 @@ def checks(device: str) -> Iterator[Check]:
         yield Check("head_grad_norm", name, ALL, partial(_head_grad_norm, name))
         yield Check("hidden_grad", name, ALL, partial(_hidden_grad, name))
         yield Check("grad_sketch", name, ALL, partial(_grad_sketch, name))
+        yield Check("fisher_grad", name, ALL, partial(_fisher_grad, name))
+    for title in gpu_student.titles():
+        yield Check("a student", title, (torch.float32,), partial(gpu_student.error, title))
     for form in ("element", "block"):
         for name in ("wide", "deep", "depth no multiple of a block"):
             yield Check("mutual_information", f"{form}, {name}", ALL, partial(_mutual_information, form, name))
@@ -315,6 +336,7 @@ def checks(device: str) -> Iterator[Check]:
     for name in GRADIENT_CASES[3:]:
         for op, function in (
             ("head_grad_norm", _head_grad_norm), ("hidden_grad", _hidden_grad), ("grad_sketch", _grad_sketch),
+            ("fisher_grad", _fisher_grad),
         ):  # fmt: skip
             yield Check(op, name, (torch.bfloat16, torch.float32), partial(function, name))
     for form in ("element", "block"):
@@ -327,6 +349,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--backends", nargs="+", help="default: all of the device")
+    parser.add_argument("--only", help="one operation; default: all")
     parser.add_argument("--rows", type=Path, required=True, help="file that results are appended to")
     parser.add_argument("--worker", type=int, default=0)
     parser.add_argument("--of", type=int, default=1)
@@ -337,7 +360,7 @@ def main() -> None:
         for check in checks(arguments.device)
         for backend in names
         for dtype in check.dtypes
-        if promised(check, backend, dtype)
+        if promised(check, backend, dtype) and arguments.only in (None, check.op)
     ]
     failed = 0
     for check, backend, dtype in todo[arguments.worker :: arguments.of]:

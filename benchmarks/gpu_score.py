@@ -43,6 +43,9 @@ INFORMATION = {"mutual_information": {"layers": 0, "form": "block"}}
 REQUESTS: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
     "score(entropy)": (("entropy",), {}),
     "score(entropy, grad_norm)": (("entropy", "grad_norm"), {}),
+    "score(mutual_information)": (("mutual_information",), {}),
+    "score(entropy, grad_norm, mutual_information)": (("entropy", "grad_norm", "mutual_information"), {}),
+    "score(grad_norm), all blocks": (("grad_norm",), {"grad_norm": {"parameters": "all"}}),
     "score(mutual_information), block": (("mutual_information",), INFORMATION),
     "score(entropy, grad_norm, mutual_information), block": (
         ("entropy", "grad_norm", "mutual_information"),

@@ -11,6 +11,7 @@ import argparse
 import torch
 
 import acqcore
+from acqcore.fisher import fisher_grad
 from acqcore.testing import assert_close_to_oracle, random_case
 from benchmarks import harness
 from benchmarks.gpu_parity import backends
@@ -46,6 +47,14 @@ def gradients(backend: str, dtype: torch.dtype, device: str) -> None:
     _close(got, acqcore.hidden_grad(exact.hidden, exact.head, exact.targets, backend="eager"), loose)
 
 
+def cotangents(backend: str, dtype: torch.dtype, device: str) -> None:
+    case = random_case(150, 40, 1501, bias=True, softcap=20.0).to(dtype, device)
+    exact = case.to(torch.float64)
+    got = fisher_grad(case.hidden, case.head, probes=2, seed=3, backend=backend)
+    expected = fisher_grad(exact.hidden, exact.head, probes=2, seed=3, backend="eager")
+    _close(got, expected, 1e-4 if dtype == torch.float32 else 8e-3)
+
+
 def draws(backend: str, dtype: torch.dtype, device: str) -> None:
     case = random_case(37, 72, 1501).to(dtype, device)
     for form in ("element", "block"):
@@ -61,7 +70,7 @@ def _close(got: torch.Tensor, expected: torch.Tensor, relative: float) -> None:
     assert error <= relative, f"relative error {error:.3g}, expected at most {relative}"
 
 
-PARTS = (statistics, gradients, draws)
+PARTS = (statistics, gradients, cotangents, draws)
 DTYPES = (torch.bfloat16, torch.float32)
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from acqcore.kernels.config import Tiles
-from acqcore.kernels.factors import ROWS, Factors, add_lost, add_product
+from acqcore.kernels.factors import ROWS, Factors, add_lost, multiply
 from acqcore.kernels.fold import LOG2E, LOWEST, widen
 from acqcore.kernels.product import descriptor, has_descriptor, logit_tile, place
 
@@ -206,17 +206,7 @@ def fisher_sums(
             squares[part] += of_squares.sum(dim=0, dtype=torch.float64)
             if lost is not None:
                 all_lost += lost.sum(dim=1)
-            by_engine_too = product.descriptors and has_descriptor(weight)
-            for k in range(probes + 1):
-                add_product[(triton.cdiv(rows, product.block_m) * triton.cdiv(depth, product.block_n),)](
-                    descriptor(factor[k], product.block_m, product.block_k) if by_engine_too else factor[k],
-                    descriptor(weight, product.block_k, product.block_n) if by_engine_too else weight,
-                    sums[k, part], finals[k], rows, chunk, min(width, vocab - chunk), vocab, depth, width,
-                    *weight.stride(), sums.stride(1), BLOCK_M=product.block_m, BLOCK_N=product.block_n,
-                    BLOCK_K=product.block_k, GROUP_M=product.group_m, DESCRIPTORS=by_engine_too,
-                    UPCAST=factors.upcast or weight.dtype != dtype, PRECISION=factors.precision,
-                    num_warps=product.warps, num_stages=max(product.stages - 1, 1), enable_fp_fusion=True,
-                )  # fmt: skip
+            multiply(factors, product, factor, finals, chunk, min(width, vocab - chunk), sums[:, part])
         del ring, factor  # their room is needed
         signed[:, part] *= final[part].sqrt()
         squares[part] *= final[part]

@@ -108,13 +108,14 @@ def write_factors(
         tl.store(low + at, (f - widen(part)).to(low.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["n", "chunk", "columns"])
+@triton.jit(do_not_specialize=["n", "planes", "chunk", "columns"])
 def add_product(
-    factor,  # [n, ring_row], or its tensor descriptor
+    factor,  # [planes n, ring_row], or its tensor descriptor
     weight,  # [vocab, depth], or its tensor descriptor
-    out,  # [n, depth] float32, added to
-    final,  # [n] float32, multiplies a row of ``out`` after the last stretch
+    out,  # [planes, n, depth] float32, added to
+    final,  # [planes, n] float32, multiplies a row of ``out`` after the last stretch
     n,
+    planes,
     chunk,
     columns,  # of the ring, up to the end of the vocabulary
     vocab,
@@ -122,6 +123,7 @@ def add_product(
     ring_row,
     weight_row,
     weight_column,
+    out_plane,
     out_row,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -131,22 +133,24 @@ def add_product(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block, tile = place(tl.program_id(0), tl.cdiv(n, BLOCK_M), tl.cdiv(depth, BLOCK_N), GROUP_M)
-    first_row = block * BLOCK_M
+    blocks = tl.cdiv(n, BLOCK_M)
+    block, tile = place(tl.program_id(0), planes * blocks, tl.cdiv(depth, BLOCK_N), GROUP_M)
+    plane = block // blocks
+    first_row = block % blocks * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
     across = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (rows < n)[:, None] & (across < depth)[None, :]
-    out_at = out + rows.to(tl.int64)[:, None] * out_row + across[None, :]
+    out_at = out + plane.to(tl.int64) * out_plane + rows.to(tl.int64)[:, None] * out_row + across[None, :]
     inner = tl.arange(0, BLOCK_K)
     if not DESCRIPTORS:
-        ring_at = tl.minimum(rows, n - 1)[:, None] * ring_row + inner[None, :]
+        ring_at = (plane * n + tl.minimum(rows, n - 1))[:, None] * ring_row + inner[None, :]
         weight_at = weight + (chunk + inner).to(tl.int64)[:, None] * weight_row
         weight_at += tl.minimum(across, depth - 1).to(tl.int64)[None, :] * weight_column
     begun = tl.zeros((BLOCK_M, 1), tl.int32) < chunk
     total = tl.load(out_at, mask=inside & begun, other=0.0)
     for k in range(0, columns, BLOCK_K):
         if DESCRIPTORS:
-            a = factor.load([first_row, k])
+            a = factor.load([plane * n + first_row, k])
             b = weight.load([chunk + k, tile * BLOCK_N])
         else:
             a = tl.load(factor + ring_at + k)
@@ -157,7 +161,7 @@ def add_product(
             b = widen(b)
         total = tl.dot(a, b, total, input_precision=PRECISION)
     if chunk + columns == vocab:
-        total *= tl.load(final + rows, mask=rows < n, other=0.0)[:, None]
+        total *= tl.load(final + plane * n + rows, mask=rows < n, other=0.0)[:, None]
     tl.store(out_at, total, mask=inside)
 
 
@@ -319,7 +323,7 @@ def hidden_sums(
     """``out_s = final_s sum_v exp(z_s[v] - reference_s) cap' W_v`` over the columns but the row's target."""
     weight, tiles = factors.weight, factors.tiles
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    (vocab, depth), n = weight.shape, len(hidden)
+    vocab, n = len(weight), len(hidden)
     if n == 0:
         return
     groups = triton.cdiv(n, ROWS)
@@ -329,25 +333,40 @@ def hidden_sums(
         part = slice(first, first + at_once)
         rows = len(reference[part])
         factor, _ = factors.ring(rows, dtype, parts=1)
-        descriptors = tiles.descriptors and has_descriptor(weight)
         lost = None
         if dtype != torch.float32:
             ring = factor.shape[1]
             lost = reference.new_empty((triton.cdiv(vocab, ring) * (ring // tiles.block_n), rows))
         stretches = factors.stretches(hidden[part], targets[part], reference[part], no_target, factor, None, lost)
         for chunk, columns in stretches:
-            add_product[(triton.cdiv(rows, tiles.block_m) * triton.cdiv(depth, tiles.block_n),)](
-                descriptor(factor, tiles.block_m, tiles.block_k) if descriptors else factor,
-                descriptor(weight, tiles.block_k, tiles.block_n) if descriptors else weight,
-                out[part], final[part], rows, chunk, columns, vocab, depth, factor.stride(0), *weight.stride(),
-                out.stride(0), BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
-                GROUP_M=tiles.group_m, DESCRIPTORS=descriptors, UPCAST=factors.upcast or weight.dtype != dtype,
-                PRECISION=factors.precision, num_warps=tiles.warps, num_stages=max(tiles.stages - 1, 1),
-                enable_fp_fusion=True,
-            )  # fmt: skip
+            multiply(factors, tiles, factor[None], final[None, part], chunk, columns, out[None, part])
         del factor, stretches  # their room is needed
         if lost is not None:
             add_lost(factors, targets[part], lost.sum(0) * final[part], out[part])
+
+
+def multiply(
+    factors: Factors,
+    tiles: Tiles,
+    factor: torch.Tensor,  # [planes, n, ring], contiguous
+    final: torch.Tensor,  # [planes, n] float32, contiguous
+    chunk: int,
+    columns: int,  # of the ring, up to the end of the vocabulary
+    out: torch.Tensor,  # [planes, n, D] float32, added to
+) -> None:
+    """Launches :func:`add_product` for the stretch of the vocabulary from ``chunk`` on."""
+    weight = factors.weight
+    (vocab, depth), (planes, n, ring) = weight.shape, factor.shape
+    descriptors = tiles.descriptors and has_descriptor(weight)
+    flat = factor.view(planes * n, ring)
+    add_product[(planes * triton.cdiv(n, tiles.block_m) * triton.cdiv(depth, tiles.block_n),)](
+        descriptor(flat, tiles.block_m, tiles.block_k) if descriptors else flat,
+        descriptor(weight, tiles.block_k, tiles.block_n) if descriptors else weight,
+        out, final, n, planes, chunk, columns, vocab, depth, ring, *weight.stride(), *out.stride()[:2],
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, GROUP_M=tiles.group_m,
+        DESCRIPTORS=descriptors, UPCAST=factors.upcast or weight.dtype != factor.dtype, PRECISION=factors.precision,
+        num_warps=tiles.warps, num_stages=max(tiles.stages - 1, 1), enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def add_lost(

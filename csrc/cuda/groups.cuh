@@ -58,12 +58,8 @@ inline Exponential exponential_of(double temperature) {
   return {static_cast<float>(rate), static_cast<float>(-170.0 / rate)};
 }
 
-// Whether every row starts on 16 bytes and its logits lie side by side.
-inline bool loads_vectors(const Matrix& m) {
-  const int64_t size = m.dtype == DType::kFloat32 ? 4 : 2;
-  return m.column_stride == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 &&
-         (m.rows == 1 || m.row_stride * size % 16 == 0);
-}
+// Whether a row's logits lie side by side: it is read 16 bytes at a time, wherever it starts.
+inline bool loads_vectors(const Matrix& m) { return m.column_stride == 1; }
 
 // One row in memory.
 template <DType dtype>
@@ -81,20 +77,49 @@ ACQCORE_DEVICE Row<dtype> row_of(const Matrix& m, int64_t row, bool vectors) {
   return {data, static_cast<int>(m.columns), m.column_stride, vectors};
 }
 
-// A lane's words of the whole chunk at column `begin`, in 16-byte loads: vector j of lane i is vector 32 j + i.
+#if defined(__CUDACC__)
+// 16 bytes from any address: of the two aligned vectors that hold them, both are inside the allocation.
+ACQCORE_DEVICE void load_shifted(const void* source, uint32_t (&words)[4]) {
+  const auto address = reinterpret_cast<uintptr_t>(source);
+  const auto* aligned = reinterpret_cast<const uint4*>(address & ~uintptr_t(15));
+  const uint4 low = __ldg(aligned), high = __ldg(aligned + 1);
+  const uint32_t skipped = address % 16;
+  uint32_t w[5];
+  const bool two = skipped & 8, one = skipped & 4;
+  w[0] = two ? low.z : low.x, w[1] = two ? low.w : low.y, w[2] = two ? high.x : low.z;
+  w[3] = two ? high.y : low.w, w[4] = two ? high.z : high.x;
+  const uint32_t last = two ? high.w : high.y;
+  ACQCORE_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t a = one ? w[i + 1] : w[i], b = one ? (i < 3 ? w[i + 2] : last) : w[i + 1];
+    words[i] = __funnelshift_r(a, b, 8 * (skipped % 4));
+  }
+}
+#endif
+
+// A lane's words of the whole chunk at column `begin`, in 16-byte loads: vector j of lane i is vector 32 j + i. A row
+// starts on 16 bytes or not: all its vectors do as the first.
 template <DType dtype>
 ACQCORE_DEVICE void load_vectors(const Row<dtype>& row, int begin, int lane, uint32_t (&words)[kChunkWords]) {
   const auto* source = row.data + begin + lane * kVectorLogits<dtype>;
+#if defined(__CUDACC__)
+  const bool aligned = reinterpret_cast<uintptr_t>(source) % 16 == 0;
+#endif
   ACQCORE_UNROLL
   for (int j = 0; j < kVectors; ++j) {
+    const auto* vector = source + j * kWarp * kVectorLogits<dtype>;
 #if defined(__CUDACC__)
-    const uint4 v = __ldcs(reinterpret_cast<const uint4*>(source + j * kWarp * kVectorLogits<dtype>));
-    words[4 * j] = v.x;
-    words[4 * j + 1] = v.y;
-    words[4 * j + 2] = v.z;
-    words[4 * j + 3] = v.w;
+    uint32_t loaded[4];
+    if (aligned) {
+      const uint4 v = __ldcs(reinterpret_cast<const uint4*>(vector));
+      loaded[0] = v.x, loaded[1] = v.y, loaded[2] = v.z, loaded[3] = v.w;
+    } else {
+      load_shifted(vector, loaded);
+    }
+    ACQCORE_UNROLL
+    for (int i = 0; i < 4; ++i) words[4 * j + i] = loaded[i];
 #else
-    memcpy(words + 4 * j, source + j * kWarp * kVectorLogits<dtype>, 16);
+    memcpy(words + 4 * j, vector, 16);
 #endif
   }
 }
