@@ -30,7 +30,7 @@ from acqcore.head import Head, compute_dtype
 from acqcore.philox import signs_of
 from acqcore.row_stats import MAX, R, RowStats, checked_backend, empty_state, stats_of
 
-FINISHED_ROWS = 512  # at a time, which bounds what is held beside the result: 16 MiB at D = 4096
+FINISHED_ELEMENTS = 1 << 21  # of the rows finished at a time: bounds what is held beside the result, 16 MiB
 
 
 @torch.no_grad()
@@ -119,8 +119,9 @@ def fisher_visit(
     expected = torch.empty(n, dtype=torch.float64, device=hidden.device)
     tops = index.clamp_min(0)  # -1 in rows to ignore
     of_tops = signs_of(probes.samples, probes.positions, tops, probes.seed, probes.count)
-    for begin in range(0, n, FINISHED_ROWS):
-        part = slice(begin, begin + FINISHED_ROWS)
+    at_once = max(FINISHED_ELEMENTS // columns, 1)
+    for begin in range(0, n, at_once):
+        part = slice(begin, begin + at_once)
         few = HeadRows(hidden[part], head, targets[part], temperature, state[:, part], tops[part])
         expected[part] = _finished(few, of_tops[:, part], sums[:, part], signed[:, part], squares[part])
     return stats, FisherGrads(sums[1:], expected)

@@ -6,8 +6,9 @@ counters. A stretch of the vocabulary at a time the factors go to a ring, and ``
 the weights. The logits are formed once for all probes.
 
 The reference is the second largest logit: a confident row's factors are not all next to 0. Of half-precision inputs
-factors are rounded to the inputs' dtype, and the column of the largest logit takes what they lose: a cotangent's
-entries still add up to 0, so what all rows of the weight have in common cancels. Not measured on a GPU yet.
+factors are rounded to the inputs' dtype. The column of the largest logit takes what ``e cap'`` loses, and ``signed``
+adds up ``sqrt(e) r`` as it was rounded: a cotangent's entries still add up to 0, so what all rows of the weight have in
+common cancels.
 """
 
 from __future__ import annotations
@@ -40,25 +41,40 @@ def narrowed(tiles: Tiles) -> Tiles:
 
 
 @triton.jit
-def tile_signs(
-    first,  # column, a multiple of BITS
+def sign_words(
+    first,  # column, a multiple of 32, of 128 where WORDS is one of 4
     position,  # [rows] uint32
     sample,  # [rows] uint32
     probe_site,  # uint32: probe | site << 16
     seed,  # uint64
     WORDS: tl.constexpr,
-    BITS: tl.constexpr,
 ):
-    """Signs ``[rows, WORDS * BITS]`` of consecutive columns, bool, as ``acqcore.philox.signs`` has them."""
-    word = first // 32 + tl.arange(0, WORDS)[None, :]  # [1, WORDS]
-    zero = (word * 0).to(tl.uint32) + position[:, None] * 0  # [rows, WORDS]
+    """Words of signs ``[rows, WORDS]`` uint32, as ``acqcore.philox.sign_words`` has them: bit b is column 32 w + b."""
+    GROUPS: tl.constexpr = WORDS // 4 if WORDS % 4 == 0 else WORDS  # a counter gives four words
+    word = tl.arange(0, GROUPS)[None, :]  # [1, GROUPS]
+    if WORDS % 4 == 0:
+        word *= 4
+    word += first // 32
+    zero = (word * 0).to(tl.uint32) + position[:, None] * 0  # [rows, GROUPS]
     group = (word // 4).to(tl.uint32) + zero
     a, b, c, d = tl.philox(seed, group, position[:, None] + zero, sample[:, None] + zero, probe_site + zero)
-    which = word % 4
-    words = tl.where(which < 2, tl.where(which == 0, a, b), tl.where(which == 2, c, d))
-    shift = (first % 32 + tl.arange(0, BITS)).to(tl.uint32)
-    bits = (words[:, :, None] >> shift[None, None, :]) & 1
-    return tl.reshape(bits, (position.shape[0], WORDS * BITS)) != 0
+    if WORDS % 4 == 0:
+        return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    else:
+        which = word % 4
+        return tl.where(which < 2, tl.where(which == 0, a, b), tl.where(which == 2, c, d))
+
+
+@triton.jit
+def flipped(
+    x,  # floating point
+    negative,  # uint32, 2^31 or 0
+):
+    """-x where ``negative`` is not 0."""
+    if x.dtype == tl.float32:
+        return (x.to(tl.uint32, bitcast=True) ^ negative).to(tl.float32, bitcast=True)
+    else:
+        return (x.to(tl.uint16, bitcast=True) ^ (negative >> 16).to(tl.uint16)).to(x.dtype, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["n", "chunk", "probes", "tiles", "seed"])
@@ -72,9 +88,9 @@ def write_cotangents(
     samples,  # [n] int64
     positions,  # [n] int64
     factor,  # [probes + 1, n, ring_row], written; zero in ignored rows and outside the vocabulary
-    signed,  # [probes, tiles, n] float32, written: sums of sqrt(e) r, by the stretch's tiles
-    squares,  # [tiles, n] float32, written: sums of e cap'^2 norms
-    lost,  # [probes + 1, tiles, n] float32, written: what rounding takes from the factors, if ROUNDED
+    signed,  # [probes, tiles, n] float32: sums of sqrt(e) r as rounded, by tiles of a stretch, added to
+    squares,  # [tiles, n] float32: sums of e cap'^2 norms, added to
+    lost,  # [tiles, n] float32: what rounding takes from e cap', added to, if ROUNDED
     n,
     chunk,  # first column of the stretch
     vocab,
@@ -129,24 +145,36 @@ def write_cotangents(
         slope = 1 - tanh * tanh
     of_row = tile * n + rows
     norm = tl.load(norms + column, mask=column < vocab, other=0.0)
-    tl.store(squares + of_row, tl.sum(root * root * slope * slope * norm[None, :], axis=1), mask=inside)
+    begun = inside & (tl.zeros((BLOCK_M,), tl.int32) < chunk)
+    square = tl.load(squares + of_row, mask=begun, other=0.0)
+    square += tl.sum(root * root * slope * slope * norm[None, :], axis=1)
+    tl.store(squares + of_row, square, mask=inside)
     at = rows.to(tl.int64)[:, None] * ring_row + (tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    mean = root * root * slope
+    part = mean.to(factor.dtype.element_ty)
+    tl.store(factor + at, part, mask=inside[:, None])
+    if ROUNDED:
+        left = tl.sum(mean - widen(part), axis=1)
+        tl.store(lost + of_row, tl.load(lost + of_row, mask=begun, other=0.0) + left, mask=inside)
+
+    size = tl.reshape((root * slope).to(factor.dtype.element_ty), (BLOCK_M, WORDS, BITS))
+    slope = tl.reshape(slope, (BLOCK_M, WORDS, BITS))
+    bit = (31 - (begin % 32 + tl.arange(0, BITS))).to(tl.uint32)[None, None, :]
     position = tl.load(positions + rows, mask=inside, other=0).to(tl.uint32)
     sample = tl.load(samples + rows, mask=inside, other=0).to(tl.uint32)
     rows_in_ring = tl.zeros((), tl.int64) + n
     plane = rows_in_ring * tiles
-    for k in range(-1, probes):  # -1 stands for e itself; not unrolled, so that no variant depends on the probes
-        probe = tl.maximum(tl.zeros((), tl.int32) + k, 0)
-        positive = tile_signs(
-            begin, position, sample, probe.to(tl.uint32) | (SITE << 16), seed.to(tl.uint64), WORDS, BITS
-        )
-        signs = tl.where(positive, root, -root)
-        tl.store(signed + probe * plane + of_row, tl.sum(signs, axis=1), mask=inside & (k >= 0))
-        f = tl.where(k < 0, root * root, signs) * slope
-        part = f.to(factor.dtype.element_ty)
-        if ROUNDED:
-            left = tl.sum(f, axis=1) - tl.sum(widen(part), axis=1)
-            tl.store(lost + (k + 1) * plane + of_row, left, mask=inside)
+    for k in range(probes):  # not unrolled, so that no variant depends on the probes
+        probe = (tl.zeros((), tl.int32) + k).to(tl.uint32)
+        words = sign_words(begin, position, sample, probe | (SITE << 16), seed.to(tl.uint64), WORDS)
+        part = flipped(size, ~words[:, :, None] << bit & 0x80000000)
+        of_part = widen(part)
+        if HAS_CAP:
+            of_part = tl.where(slope > 0, of_part / slope, 0.0)
+        signed_at = signed + k * plane + of_row
+        total = tl.load(signed_at, mask=begun, other=0.0) + tl.sum(tl.sum(of_part, axis=2), axis=1)
+        tl.store(signed_at, total, mask=inside)
+        part = tl.reshape(part, (BLOCK_M, BLOCK_N))
         tl.store(factor + (k + 1) * rows_in_ring * ring_row + at, part, mask=inside[:, None])
 
 
@@ -182,9 +210,7 @@ def fisher_sums(
         factor = ring.view(probes + 1, rows, width)
         tiles = width // cut.block_n
         of_signs, of_squares = reference.new_empty((probes, tiles, rows)), reference.new_empty((tiles, rows))
-        lost = reference.new_empty((probes + 1, tiles, rows)) if dtype != torch.float32 else None
-        all_lost = reference.new_zeros((probes + 1, rows))
-        signed[:, part], squares[part] = 0, 0
+        lost = reference.new_empty((tiles, rows)) if dtype != torch.float32 else None
         finals = torch.stack([final[part], *[final[part].sqrt()] * probes]).float()
         by_engine = cut.descriptors and has_descriptor(hidden[part]) and has_descriptor(weight)
         for chunk in range(0, vocab, width):
@@ -202,14 +228,9 @@ def fisher_sums(
                 PRECISION=factors.precision, ROUNDED=lost is not None, num_warps=cut.warps, num_stages=cut.stages,
                 enable_fp_fusion=True,
             )  # fmt: skip
-            signed[:, part] += of_signs.sum(dim=1, dtype=torch.float64)
-            squares[part] += of_squares.sum(dim=0, dtype=torch.float64)
-            if lost is not None:
-                all_lost += lost.sum(dim=1)
             multiply(factors, product, factor, finals, chunk, min(width, vocab - chunk), sums[:, part])
         del ring, factor  # their room is needed
-        signed[:, part] *= final[part].sqrt()
-        squares[part] *= final[part]
+        signed[:, part] = of_signs.sum(dim=1, dtype=torch.float64) * final[part].sqrt()
+        squares[part] = of_squares.sum(dim=0, dtype=torch.float64) * final[part]
         if lost is not None:
-            for k in range(probes + 1):
-                add_lost(factors, top[part], all_lost[k] * finals[k], sums[k, part])
+            add_lost(factors, top[part], lost.sum(dim=0) * finals[0], sums[0, part])

@@ -44,8 +44,9 @@ class SiteTaker(Protocol):
         module: nn.Module,
         value: torch.Tensor,  # [B, ..., D] or [B * T, D]
         gradient: torch.Tensor,  # likewise
+        factor: torch.Tensor | None,  # [B]
     ) -> None:
-        """The output of a site and its gradient."""
+        """The output of a site and its gradient, which is yet to be multiplied by each sample's factor."""
 
 
 class Capture:
@@ -275,11 +276,8 @@ class Capture:
         return with_first(output, Tap.apply(value, self._leaf, self._shape[0], False, lambda _: None))
 
     def _after_site_backward(self, module: nn.Module, value: torch.Tensor, gradient: torch.Tensor) -> None:
-        if self._factor is not None:
-            of_samples = gradient.to(compute_dtype(gradient.dtype)).reshape(len(self._factor), -1)
-            gradient = (of_samples * self._factor.to(of_samples)[:, None]).view(gradient.shape)
         for taker in self._of_sites:
-            taker.add_site(module, value, gradient)
+            taker.add_site(module, value, gradient, self._factor)
 
     def _taken(self, name: str) -> bool:
         return any(taker.takes(name) for taker in self._of_parameters)

@@ -78,15 +78,21 @@ def test_a_row_does_not_depend_on_its_batch_or_the_ring(monkeypatch):
 
 
 def test_what_all_rows_of_the_weight_share_cancels_in_bfloat16():
-    """The column of the largest logit takes what rounding takes from the others."""
+    """A cotangent's entries add up to 0 as they were rounded, and the mean's weights to 1."""
     case = random_case(20, 24, 300)
     shared = 30 * torch.randn(24, generator=torch.Generator().manual_seed(0))
     case = replace(case, head=replace(case.head, weight=case.head.weight + shared)).to(torch.bfloat16)
-    got, expected = _sums(case, _probes(20))[0], _expected(case, _probes(20))[0]
-    weight = case.head.weight.double()
     totals = _totals(case, _probes(20))  # [P + 1, N]: of the factors
-    error = (got.double() - expected).norm(dim=2)
-    farthest = torch.cdist(weight[case.run("eager").max_index], weight).amax(dim=1)  # [N]
+    weight, top = case.head.weight.double(), case.run("eager").max_index
+
+    def centred(sums: torch.Tensor, signed: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        """The mean's distance from the most likely token's row, and each probe's sum less its share of the mean."""
+        mean = sums[0].double() / totals[0, :, None]
+        return torch.stack([totals[0, :, None] * (mean - weight[top]), *(sums[1:] - signed[:, :, None] * mean)])
+
+    got, expected = centred(*_sums(case, _probes(20))), centred(*_expected(case, _probes(20)))
+    error = (got - expected).norm(dim=2)
+    farthest = torch.cdist(weight[top], weight).amax(dim=1)  # [N]
     assert bool((error <= 2**-8 * totals * farthest).all())
     assert float((2**-8 * totals * shared.norm()).mean()) > 10 * float(error.mean())
 
