@@ -167,6 +167,19 @@ def test_nothing_runs_twice(request_of, tiny_model, tokenizer, count):
     assert count["heads"] == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("request_of", ["norm", "linear", "linear, entropy, norm", "norm, influence, diversity"])
+def test_half_precision_keeps_batches_whole(request_of, dtype, tiny_model, tokenizer, count):
+    acquisitions, arguments, expected = REQUESTS[request_of]
+    student = acqcore.Student.from_model(tiny_model("Llama").to(dtype), tokenizer=tokenizer)
+    if "influence" in arguments:
+        arguments = {**arguments, "influence": {"reference": acqcore.influence_reference(student, SAMPLES[:2])}}
+    for _ in range(2):
+        count.clear()
+        acqcore.score(student, SAMPLES, acquisitions, acquisition_args=arguments, backend="cpu")
+    assert tuple(count[name] for name in COUNTED) == expected
+
+
 SAME = {"backend": "cpu"}
 # two reference samples, then six samples -> the same counts, of both calls
 FUNCTIONS = {

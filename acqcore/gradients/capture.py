@@ -97,7 +97,8 @@ class Capture:
         self._last = True
         self._pending: dict[str, list[GradPiece]] = {}
         self._arrived: set[str] = set()
-        self._factor: torch.Tensor | None = None
+        #: ``[B]``, by which the backward divides each sample's gradient; None where it does not.
+        self.factor: torch.Tensor | None = None
 
     @contextmanager
     def probing(self, failed: set[str]) -> Iterator[None]:
@@ -195,13 +196,13 @@ class Capture:
         """The pieces to ``of_parameters``, and autograd's gradients of the parameters ``whole`` to ``receive``."""
         self._of_parameters, self._last = of_parameters, last
         self._arrived.clear()
-        self._factor = None
+        self.factor = None
         if self.half or torch.is_autocast_enabled(hidden.device.type):
             # The mean over a long sample would underflow in half precision.
             largest = gradient.flatten(1).abs().amax(1).double()
             exponent = torch.frexp(largest.where(largest.isfinite() & (largest > 0), 1.0)).exponent
-            self._factor = torch.ldexp(torch.ones_like(largest), exponent)  # [B]
-            gradient = gradient / self._factor[:, None, None].to(gradient)
+            self.factor = torch.ldexp(torch.ones_like(largest), exponent)  # [B]
+            gradient = gradient / self.factor[:, None, None].to(gradient)
         if hidden.requires_grad:
             with streamed(whole, receive):
                 self._recomputing = True
@@ -277,7 +278,7 @@ class Capture:
 
     def _after_site_backward(self, module: nn.Module, value: torch.Tensor, gradient: torch.Tensor) -> None:
         for taker in self._of_sites:
-            taker.add_site(module, value, gradient, self._factor)
+            taker.add_site(module, value, gradient, self.factor)
 
     def _taken(self, name: str) -> bool:
         return any(taker.takes(name) for taker in self._of_parameters)
@@ -320,6 +321,6 @@ class Capture:
             self._failed.add(name)
             return
         self._arrived.add(name)
-        piece = piece if self._factor is None else scaled(piece, self._factor)
+        piece = piece if self.factor is None else scaled(piece, self.factor)
         for taker in self._of_parameters:
             taker.add(name, piece)

@@ -141,7 +141,8 @@ class Probe:
 
         def receive(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
             self._touched.add(capture.names[parameter])
-            squares[capture.names[parameter]] += float(gradient.double().square().sum())
+            scale = 1.0 if capture.factor is None else float(capture.factor[sample])
+            squares[capture.names[parameter]] += float((gradient.double() * scale).square().sum())
 
         try:
             with (

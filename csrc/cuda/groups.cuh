@@ -78,21 +78,22 @@ ACQCORE_DEVICE Row<dtype> row_of(const Matrix& m, int64_t row, bool vectors) {
 }
 
 #if defined(__CUDACC__)
-// 16 bytes from any address: of the two aligned vectors that hold them, both are inside the allocation.
-ACQCORE_DEVICE void load_shifted(const void* source, uint32_t (&words)[4]) {
-  const auto address = reinterpret_cast<uintptr_t>(source);
-  const auto* aligned = reinterpret_cast<const uint4*>(address & ~uintptr_t(15));
-  const uint4 low = __ldg(aligned), high = __ldg(aligned + 1);
-  const uint32_t skipped = address % 16;
-  uint32_t w[5];
-  const bool two = skipped & 8, one = skipped & 4;
-  w[0] = two ? low.z : low.x, w[1] = two ? low.w : low.y, w[2] = two ? high.x : low.z;
-  w[3] = two ? high.y : low.w, w[4] = two ? high.z : high.x;
-  const uint32_t last = two ? high.w : high.y;
+template <int k>
+ACQCORE_DEVICE void shift(const uint4& low, const uint4& high, uint32_t bits, uint32_t (&words)[4]) {
+  const uint32_t w[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
   ACQCORE_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t a = one ? w[i + 1] : w[i], b = one ? (i < 3 ? w[i + 2] : last) : w[i + 1];
-    words[i] = __funnelshift_r(a, b, 8 * (skipped % 4));
+  for (int i = 0; i < 4; ++i) words[i] = __funnelshift_r(w[k + i], w[k + i + 1], bits);
+}
+
+// The 16 bytes that start `skipped` bytes after `aligned`, which is on 16 bytes: both vectors are inside the allocation.
+ACQCORE_DEVICE void load_shifted(const uint4* aligned, uint32_t skipped, uint32_t (&words)[4]) {
+  const uint4 low = __ldg(aligned), high = __ldg(aligned + 1);
+  const uint32_t bits = 8 * (skipped % 4);
+  switch (skipped / 4) {  // the same in the whole row
+    case 0: return shift<0>(low, high, bits, words);
+    case 1: return shift<1>(low, high, bits, words);
+    case 2: return shift<2>(low, high, bits, words);
+    default: return shift<3>(low, high, bits, words);
   }
 }
 #endif
@@ -103,23 +104,23 @@ template <DType dtype>
 ACQCORE_DEVICE void load_vectors(const Row<dtype>& row, int begin, int lane, uint32_t (&words)[kChunkWords]) {
   const auto* source = row.data + begin + lane * kVectorLogits<dtype>;
 #if defined(__CUDACC__)
-  const bool aligned = reinterpret_cast<uintptr_t>(source) % 16 == 0;
+  const uint32_t skipped = reinterpret_cast<uintptr_t>(row.data) % 16;  // a chunk is whole vectors
+  const auto* aligned = reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(source) - skipped);
 #endif
   ACQCORE_UNROLL
   for (int j = 0; j < kVectors; ++j) {
-    const auto* vector = source + j * kWarp * kVectorLogits<dtype>;
 #if defined(__CUDACC__)
     uint32_t loaded[4];
-    if (aligned) {
-      const uint4 v = __ldcs(reinterpret_cast<const uint4*>(vector));
+    if (skipped == 0) {
+      const uint4 v = __ldcs(aligned + j * kWarp);
       loaded[0] = v.x, loaded[1] = v.y, loaded[2] = v.z, loaded[3] = v.w;
     } else {
-      load_shifted(vector, loaded);
+      load_shifted(aligned + j * kWarp, skipped, loaded);
     }
     ACQCORE_UNROLL
     for (int i = 0; i < 4; ++i) words[4 * j + i] = loaded[i];
 #else
-    memcpy(words + 4 * j, vector, 16);
+    memcpy(words + 4 * j, source + j * kWarp * kVectorLogits<dtype>, 16);
 #endif
   }
 }
