@@ -96,7 +96,7 @@ def _words(
     seed: int,
 ) -> torch.Tensor:
     """The words of the counters ``(group, position, sample, last)``, ``[N, 4 C]`` int64."""
-    last_word = torch.tensor(last, device=samples.device)
+    last_word = torch.full((), last, dtype=torch.int64, device=samples.device)  # without a copy that the host waits for
     counter = (group, positions[:, None] & _WORD, samples[:, None] & _WORD, last_word)
     return philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD)).flatten(1)
 

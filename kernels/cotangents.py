@@ -32,6 +32,8 @@ SIGN_SITE = 0xFFFF
 #: ``row_stats`` on sm_90 have, 1064 bytes of a thread spill, with 64 none (Triton 3.9).
 THREAD_LOGITS = 64
 WIDEST = 128
+#: Rows of a program of ``add_tiles``.
+TOTAL_ROWS = 64
 
 
 def narrowed(tiles: Tiles) -> Tiles:
@@ -88,9 +90,8 @@ def write_cotangents(
     samples,  # [n] int64
     positions,  # [n] int64
     factor,  # [probes + 1, n, ring_row], written; zero in ignored rows and outside the vocabulary
-    signed,  # [probes, tiles, n] float32: sums of sqrt(e) r as rounded, by tiles of a stretch, added to
-    squares,  # [tiles, n] float32: sums of e cap'^2 norms, added to
-    lost,  # [tiles, n] float32: what rounding takes from e cap', added to, if ROUNDED
+    of_tiles,  # [probes + 2, tiles, n] float32, written: sums over a tile of the stretch: sqrt(e) r of each probe as it
+    # was rounded, e cap'^2 norms, and what rounding takes from e cap'
     n,
     chunk,  # first column of the stretch
     vocab,
@@ -120,7 +121,6 @@ def write_cotangents(
     DESCRIPTORS: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
-    ROUNDED: tl.constexpr,
 ):
     block, tile = place(tl.program_id(0), tl.cdiv(n, BLOCK_M), ring_row // BLOCK_N, GROUP_M)
     first_row = block * BLOCK_M
@@ -145,25 +145,22 @@ def write_cotangents(
         slope = 1 - tanh * tanh
     of_row = tile * n + rows
     norm = tl.load(norms + column, mask=column < vocab, other=0.0)
-    begun = inside & (tl.zeros((BLOCK_M,), tl.int32) < chunk)
-    square = tl.load(squares + of_row, mask=begun, other=0.0)
-    square += tl.sum(root * root * slope * slope * norm[None, :], axis=1)
-    tl.store(squares + of_row, square, mask=inside)
+    rows_in_ring = tl.zeros((), tl.int64) + n
+    plane = rows_in_ring * tiles
+    square = tl.sum(root * root * slope * slope * norm[None, :], axis=1)
+    tl.store(of_tiles + probes * plane + of_row, square, mask=inside)
     at = rows.to(tl.int64)[:, None] * ring_row + (tile * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     mean = root * root * slope
     part = mean.to(factor.dtype.element_ty)
     tl.store(factor + at, part, mask=inside[:, None])
-    if ROUNDED:
-        left = tl.sum(mean - widen(part), axis=1)
-        tl.store(lost + of_row, tl.load(lost + of_row, mask=begun, other=0.0) + left, mask=inside)
+    lost = tl.sum(mean - widen(part), axis=1)
+    tl.store(of_tiles + (probes + 1) * plane + of_row, lost, mask=inside)
 
     size = tl.reshape((root * slope).to(factor.dtype.element_ty), (BLOCK_M, WORDS, BITS))
     slope = tl.reshape(slope, (BLOCK_M, WORDS, BITS))
     bit = (31 - (begin % 32 + tl.arange(0, BITS))).to(tl.uint32)[None, None, :]
     position = tl.load(positions + rows, mask=inside, other=0).to(tl.uint32)
     sample = tl.load(samples + rows, mask=inside, other=0).to(tl.uint32)
-    rows_in_ring = tl.zeros((), tl.int64) + n
-    plane = rows_in_ring * tiles
     for k in range(probes):  # not unrolled, so that no variant depends on the probes
         probe = (tl.zeros((), tl.int32) + k).to(tl.uint32)
         words = sign_words(begin, position, sample, probe | (SITE << 16), seed.to(tl.uint64), WORDS)
@@ -171,11 +168,27 @@ def write_cotangents(
         of_part = widen(part)
         if HAS_CAP:
             of_part = tl.where(slope > 0, of_part / slope, 0.0)
-        signed_at = signed + k * plane + of_row
-        total = tl.load(signed_at, mask=begun, other=0.0) + tl.sum(tl.sum(of_part, axis=2), axis=1)
-        tl.store(signed_at, total, mask=inside)
+        tl.store(of_tiles + k * plane + of_row, tl.sum(tl.sum(of_part, axis=2), axis=1), mask=inside)
         part = tl.reshape(part, (BLOCK_M, BLOCK_N))
         tl.store(factor + (k + 1) * rows_in_ring * ring_row + at, part, mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["n", "tiles"])
+def add_tiles(
+    of_tiles,  # [planes, tiles, n] float32
+    total,  # [planes, n] float64, added to, one tile after another: a row's sum does not depend on how tiles are cut
+    n,
+    tiles,
+    ROWS: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    plane = tl.program_id(1).to(tl.int64)
+    at = total + plane * n + rows
+    found = tl.load(at, mask=inside, other=0.0)
+    for tile in range(tiles):
+        found += tl.load(of_tiles + (plane * tiles + tile) * n + rows, mask=inside, other=0.0).to(tl.float64)
+    tl.store(at, found, mask=inside)
 
 
 def fisher_sums(
@@ -209,28 +222,30 @@ def fisher_sums(
         width = ring.shape[1]
         factor = ring.view(probes + 1, rows, width)
         tiles = width // cut.block_n
-        of_signs, of_squares = reference.new_empty((probes, tiles, rows)), reference.new_empty((tiles, rows))
-        lost = reference.new_empty((tiles, rows)) if dtype != torch.float32 else None
+        of_tiles = reference.new_empty((probes + 2, tiles, rows))
+        total = squares.new_zeros((probes + 2, rows))
         finals = torch.stack([final[part], *[final[part].sqrt()] * probes]).float()
         by_engine = cut.descriptors and has_descriptor(hidden[part]) and has_descriptor(weight)
         for chunk in range(0, vocab, width):
             write_cotangents[(triton.cdiv(rows, cut.block_m) * (width // cut.block_n),)](
                 descriptor(hidden[part], cut.block_m, cut.block_k) if by_engine else hidden[part],
                 descriptor(weight, cut.block_n, cut.block_k) if by_engine else weight,
-                factors.bias, top[part], reference[part], norms, samples[part], positions[part], factor, of_signs,
-                of_squares, lost, rows, chunk, vocab, depth, *hidden.stride(), *weight.stride(), width, probes, tiles,
+                factors.bias, top[part], reference[part], norms, samples[part], positions[part], factor, of_tiles,
+                rows, chunk, vocab, depth, *hidden.stride(), *weight.stride(), width, probes, tiles,
                 seed, factors.scale / over, (factors.softcap or 1.0) / factors.temperature,
                 BLOCK_M=cut.block_m, BLOCK_N=cut.block_n, BLOCK_K=cut.block_k, GROUP_M=cut.group_m,
                 WORDS=max(cut.block_n // 32, 1), BITS=min(cut.block_n, 32), SITE=SIGN_SITE,
                 HAS_BIAS=factors.bias is not None, HAS_SCALE=factors.scale != over,
                 HAS_CAP=factors.softcap is not None, EVEN_K=depth % cut.block_k == 0, EVEN_V=vocab % width == 0,
                 DESCRIPTORS=by_engine, UPCAST=factors.upcast or hidden.dtype != weight.dtype,
-                PRECISION=factors.precision, ROUNDED=lost is not None, num_warps=cut.warps, num_stages=cut.stages,
-                enable_fp_fusion=True,
+                PRECISION=factors.precision, num_warps=cut.warps, num_stages=cut.stages, enable_fp_fusion=True,
             )  # fmt: skip
+            add_tiles[(triton.cdiv(rows, TOTAL_ROWS), probes + 2)](
+                of_tiles, total, rows, tiles, ROWS=TOTAL_ROWS, num_warps=2, enable_fp_fusion=True
+            )
             multiply(factors, product, factor, finals, chunk, min(width, vocab - chunk), sums[:, part])
         del ring, factor  # their room is needed
-        signed[:, part] = of_signs.sum(dim=1, dtype=torch.float64) * final[part].sqrt()
-        squares[part] = of_squares.sum(dim=0, dtype=torch.float64) * final[part]
-        if lost is not None:
-            add_lost(factors, top[part], lost.sum(dim=0) * finals[0], sums[0, part])
+        signed[:, part] = total[:probes] * final[part].sqrt()
+        squares[part] = total[probes] * final[part]
+        if dtype != torch.float32:
+            add_lost(factors, top[part], total[probes + 1].float() * finals[0], sums[0, part])
