@@ -138,9 +138,11 @@ def preferences(content: dict[str, Any]) -> list[Row]:
     """Rows for ``acqcore/backends/preference.json``: per class of shapes, GPU backends by their geometric mean time."""
     logs: dict[tuple[str, str, str, str], dict[str, list[float]]] = {}
     for row in content.get("mission", []):
-        peer = re.fullmatch(r"(row_stats|logit_stats), (?!automatic)(\w+)", row["peer"])
+        peer = re.fullmatch(
+            r"(?:statistics and )?(row_stats|logit_stats|head_grad_norm)(?:, T=\d+)?, (\w+)", row["peer"]
+        )
         case = re.search(r"N=(\d+) (?:D=\d+ )?V=(\d+) (\w+)", row["case"])
-        if peer and case and "ms" in row:
+        if peer and peer[2] != "automatic" and case and "ms" in row:
             n, v = int(case[1]), int(case[2])
             key = (peer[1], case[3], "few" if n < 256 else "many", "small" if v < 32768 else "large")
             logs.setdefault(key, {}).setdefault(peer[2], []).append(row["ms"])

@@ -108,9 +108,10 @@ class SquaredNorm:
         self.add(name, rows)
         keys, sums = _row_sums(rows)
         keys, sums = keys.to(self.values.device), sums.to(self.values.device)
-        for b in range(len(self.values)):
-            here = keys // rows.size == b
-            self.values[b] += 2 * head.product(b, keys[here] % rows.size, sums[here])
+        lengths = torch.bincount(keys // rows.size, minlength=len(self.values)).tolist()
+        of_samples = zip((keys % rows.size).split(lengths), sums.split(lengths), strict=True)
+        for b, (ids, values) in enumerate(of_samples):
+            self.values[b] += 2 * head.product(b, ids, values)
 
 
 class WeightedNorm(SquaredNorm):
