@@ -55,6 +55,8 @@ def run_report(content: dict[str, Any]) -> str:
     words = {True: "ok", False: "failed", None: "not run"}
     stages = [(stage["name"], words[stage["ok"]], stage["detail"], stage["seconds"]) for stage in content["stages"]]
     parts += [facts, table(("stage", "", "", "s"), stages)]
+    if "note" in content:
+        parts.append(str(content["note"]))
     parts += [part for part in (_parity(content), _mission(content), _score(content), _tuning(content)) if part]
     rows = preferences(content)
     if rows:
