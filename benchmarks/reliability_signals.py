@@ -9,6 +9,7 @@ from typing import Any
 TRUNK, ENTROPY = "trunk", "entropy"
 MI = "mutual_information"
 EPIG = "epig"
+LAPLACE = "laplace"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,8 @@ def _draws(half: str | None = None, pass_: int = 0, acquisition: str = MI, **opt
 
 def _linear(probes: int, posterior: str = "dropout", half: str | None = None, **options: Any) -> Signal:
     asked = {"form": "linear", "posterior": posterior, "probes": probes, **options}
+    if posterior == LAPLACE:
+        asked["reference"] = LAPLACE
     return Signal("linear" if posterior == "dropout" else "weights", MI, asked, half)
 
 
@@ -74,6 +77,7 @@ SIGNALS: dict[str, Signal] = {
     "linear, last 4 blocks, 4 probes": _linear(4, layers=4),
     "linear, last hidden state, 4 probes": _linear(4, layers=0),
     **_family("isotropic weights, all blocks", 1, 2, 4, 8, posterior="isotropic"),
+    **_family("Laplace weights, all blocks", 2, 4, posterior=LAPLACE),
     "isotropic weights, last 8 blocks, 4 probes": _linear(4, "isotropic", layers=8),
     "draws, last 4 blocks, 8, p=0.05": _draws(draws=8, layers=4, dropout=0.05),
     "draws, last hidden state, 8, p=0.1": _draws(draws=8, layers=0, dropout=0.1),
@@ -97,7 +101,7 @@ SIGNALS: dict[str, Signal] = {
 MANY_DRAWS = ("draws, all blocks, 64, calibrated p", "draws, all blocks, 64, p=0.05")
 #: Of the toy students: those of real rows that mean something with a vocabulary of 200 tokens and 3 or 6 blocks.
 TOY_SKIPPED = (
-    TRUNK, "epig, 2 probes", "epig, 4 probes", "influence, head", "influence, all parameters",
-    "gradient_diversity, head", "draws, last 4 blocks, 8, p=0.05", "linear, last 8 blocks, 4 probes",
-    "linear, last 4 blocks, 4 probes", "isotropic weights, last 8 blocks, 4 probes",
+    TRUNK, "influence, head", "influence, all parameters", "gradient_diversity, head",
+    "draws, last 4 blocks, 8, p=0.05", "linear, last 8 blocks, 4 probes", "linear, last 4 blocks, 4 probes",
+    "isotropic weights, last 8 blocks, 4 probes",
 )  # fmt: skip

@@ -17,10 +17,10 @@ from acqcore.gradients.selection import select_linear
 from acqcore.scoring.run import Runner
 from benchmarks import real_rows, toy_student
 from benchmarks.calibration import calibrate_dropout
-from benchmarks.reliability_signals import ENTROPY, EPIG, MI, SIGNALS, Signal
+from benchmarks.reliability_signals import ENTROPY, EPIG, LAPLACE, MI, SIGNALS, Signal
 from benchmarks.reliability_units import rounded
 
-REFERENCE_ROWS = 16  # of influence and of expected predictive information gain
+REFERENCE_ROWS = 16  # of influence, expected predictive information gain, and a posterior of the weights
 RISE = 0.02  #: share of the loss that draws at the calibrated rate add
 TOY_STEPS = {3: 400, 6: 800}  # blocks -> training steps that bring a student to know the table
 TOY_QUESTIONS = 256  # of each kind
@@ -79,7 +79,7 @@ class Real:
             options["dropout"] = self.rate
         if "reference" in options:
             options["reference"] = self._reference(options["reference"], seed)
-        elif signal.stochastic:
+        if signal.stochastic and ("reference" not in options or signal.acquisition == MI):
             options["seed"] = seed
         return options
 
@@ -177,8 +177,8 @@ class Real:
     def _reference(self, kind: Any, seed: int) -> Any:
         if (kind, seed) not in self._made:
             given: dict[str, Any] = {"seed": seed, "batch_tokens": self.batch_tokens}
-            if kind == EPIG:
-                made: Any = acqcore.epig_reference(self.student, self.reference, **given)
+            if kind in (EPIG, LAPLACE):
+                made = made_from(kind, self.student, self.reference, **given)
             else:
                 made = acqcore.influence_reference(self.student, self.reference, parameters=kind, **given)
             self._made[kind, seed] = made
@@ -230,6 +230,24 @@ def counted(signal: Signal) -> bool:
     return signal.acquisition in ("", ENTROPY, MI) and plain and of_blocks
 
 
+def made_from(kind: str, student: acqcore.Student, samples: Any, **given: Any) -> Any:
+    """What an acquisition takes as its reference, of these samples."""
+    make: Any = acqcore.epig_reference if kind == EPIG else acqcore.laplace_posterior
+    return make(student, samples, **given)
+
+
+def options_of(signal: Signal, rate: float, student: acqcore.Student, references: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a signal of a small student, placeholders filled in; ``references``: kind -> samples."""
+    options = dict(signal.options)
+    if options.get("dropout") == "calibrated":
+        options["dropout"] = rate
+    if "reference" in options:
+        options["reference"] = made_from(options["reference"], student, references[options["reference"]])
+    if signal.stochastic and signal.acquisition != EPIG:
+        options["seed"] = 0
+    return options
+
+
 class Toy:
     """A student of ``blocks`` blocks, and questions of each kind."""
 
@@ -240,12 +258,18 @@ class Toy:
         # Of unseen keys the student is wrong and sure, so dropout lowers their loss.
         learnt = self.ids[: 2 * TOY_QUESTIONS]
         self.rate = calibrate_dropout(self.student, toy_student.samples(learnt), rise=RISE)
+        # New ones: of what it learnt for its weights' posterior; for EPIG of the table, keys that it saw or not.
+        kinds = {LAPLACE: ("easy", "ambiguous"), EPIG: ("easy", "unseen")}
+        self.references = {
+            kind: toy_student.samples(
+                torch.cat([toy_student.questions(of, REFERENCE_ROWS // 2, generator) for of in kinds[kind]])
+            )
+            for kind in kinds
+        }
 
     def unit(self, signal: Signal) -> dict[str, Any]:
         """AUROC of unseen questions above the ambiguous and above all others, values, seconds."""
-        options = dict(signal.options) | ({"seed": 0} if signal.stochastic else {})
-        if options.get("dropout") == "calibrated":
-            options["dropout"] = self.rate
+        options = options_of(signal, self.rate, self.student, self.references)
         asked = {signal.acquisition: options} if options else None
         begin = time.perf_counter()
         scores = acqcore.score(
@@ -269,19 +293,23 @@ class World:
     def __init__(self, seed: int, skewed: bool = False) -> None:
         # Here, as a machine that measures real rows alone need not have what the loop requires.
         from acqsynth.world import Settings, base_model
-        from benchmarks.bench_signals import SKILLS, messages
+        from benchmarks.bench_signals import SKILLS, TRAPS, messages
 
         settings = Settings(seed=seed, skewed=skewed)
         self.student = acqcore.Student.load(base_model(settings))
         skills = [settings.domain.rows(WORLD_QUESTIONS, seed, skills=[name]) for name in SKILLS]
         self.rows = [row for rows in skills for row in messages(rows)]
         self.rate = calibrate_dropout(self.student, self.rows[::8], rise=RISE)
+        # New ones: of every skill for the weights' posterior; for EPIG of those that can be learnt.
+        others = {name: messages(settings.domain.rows(2, seed + 1000, skills=[name])) for name in SKILLS}
+        self.references = {
+            LAPLACE: [row for rows in others.values() for row in rows],
+            EPIG: [row for name, rows in others.items() if name not in TRAPS for row in rows],
+        }
 
     def unit(self, signal: Signal) -> dict[str, Any]:
         """Values of the skills one after another, seconds."""
-        options = dict(signal.options) | ({"seed": 0} if signal.stochastic else {})
-        if options.get("dropout") == "calibrated":
-            options["dropout"] = self.rate
+        options = options_of(signal, self.rate, self.student, self.references)
         asked = {signal.acquisition: options} if options else None
         begin = time.perf_counter()
         # The sum, as the recipe has it: what a row tells is the sum of what its tokens tell.
