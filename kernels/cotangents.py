@@ -137,7 +137,7 @@ def write_cotangents(
     x = (z - tl.load(reference + rows, mask=inside, other=0.0)[:, None]) * 0.5
     if HAS_BIAS or not EVEN_V:
         x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    kept = (largest >= 0)[:, None] & (column[None, :] != largest[:, None]) & (column < vocab)[None, :]
+    kept = (largest >= 0)[:, None] & (column[None, :] != largest[:, None])
     root = tl.where(kept, tl.exp2(x * LOG2E), 0.0)
     slope = tl.full((BLOCK_M, BLOCK_N), 1.0, tl.float32)
     if HAS_CAP:
