@@ -19,7 +19,7 @@ def random_signs(
     words = (columns + _BITS - 1) // _BITS
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
     word = torch.arange(words, dtype=torch.int64, device=device)
-    bits = _mix(_mix(_key(seed, stream, device) + (row[:, None] + 1) * _GOLDEN) + (word + 1) * _GOLDEN)  # [rows, words]
+    bits = _mix(_mix(_key(seed, stream) + (row[:, None] + 1) * _GOLDEN) + (word + 1) * _GOLDEN)  # [rows, words]
     shifts = torch.arange(_BITS, dtype=torch.int64, device=device)
     signs = torch.empty((rows, words * _BITS), dtype=torch.float32, device=device)
     for i in range(words):  # one word at a time: the integers take eight bytes a sign
@@ -35,7 +35,7 @@ def hashed_places(
     A function of (seed, stream, row + first_row): the columns of a count sketch (Charikar, Chen & Farach-Colton 2002).
     """
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
-    bits = _mix(_key(seed, stream, device) + (row + 1) * _GOLDEN)
+    bits = _mix(_key(seed, stream) + (row + 1) * _GOLDEN)
     place = _shift_right(bits, 1) % places
     return place.where((bits & 1) == 0, ~place).to(torch.int32)
 
@@ -59,15 +59,20 @@ def rotated_places(
     expectation exact; the variance is at most that of independent places.
     """
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
-    key = _key(seed, stream, device)
-    turn = _shift_right(_mix(_mix(key) + (row // places + 1) * _GOLDEN), 1) % places
+    key = _key(seed, stream)
+    turn = _shift_right(_mix(_mixed(key) + (row // places + 1) * _GOLDEN), 1) % places
     place = (row + turn) % places
     negative = _mix(key + (row + 1) * _GOLDEN) & 1
     return place.where(negative == 0, ~place).to(torch.int32)
 
 
-def _key(seed: int, stream: int, device: torch.device | str) -> torch.Tensor:
-    return _mix(torch.tensor(seed, dtype=torch.int64, device=device) * _GOLDEN + stream)
+def _key(seed: int, stream: int) -> int:
+    return _mixed((torch.tensor(seed, dtype=torch.int64) * _GOLDEN + stream).item())
+
+
+def _mixed(value: int | float) -> int:
+    """:func:`_mix` of one number, on the CPU: a copy to a GPU would make the host wait."""
+    return int(_mix(torch.tensor(value, dtype=torch.int64)))
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
