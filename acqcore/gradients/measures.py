@@ -261,7 +261,7 @@ class SiteSquares:
             return
         if value.dtype == torch.float16:  # which has not the range of a product
             value = value.float()
-        terms = (value * gradient).view(len(self._of_rows), -1, value.shape[-1])  # [B, T, D]
+        terms = (value * gradient).reshape(len(self._of_rows), -1, value.shape[-1])  # [B, T, D]
         norms = torch.linalg.vector_norm(terms, dim=2, dtype=compute_dtype(terms.dtype))
         self._norms.setdefault(self._sites[module], []).append(norms.to(self._of_rows.device))
         self._factor = factor
