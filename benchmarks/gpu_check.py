@@ -45,7 +45,7 @@ PEERS = ROOT / "build" / "gpu-peers"
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
 
 #: stage -> cap in seconds
-CAPS = {"parity": 100.0, "mission": 150.0, "sanitizer": 60.0, "score": 60.0, "tune": 120.0}
+CAPS = {"parity": 140.0, "mission": 130.0, "sanitizer": 60.0, "score": 100.0, "tune": 60.0}
 BUILD_SECONDS = 150.0
 #: Processes that compile and check kernels side by side; the build and the warm-up have the other cores.
 WORKERS = max(2, (os.cpu_count() or 2) - 4)

@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--rows", type=Path, required=True, help="file that results are appended to")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
     device = arguments.device
     shapes = [("SmolLM2 135M", 128, 256), ("Llama 3.2 1B", 128, 256)] if device == "cuda" else [("tiny", 6, 32)]
