@@ -137,8 +137,7 @@ class Real:
         }
 
     def _linear(self, signal: Signal, seed: int) -> LinearOptions:
-        options = {key: value for key, value in signal.options.items() if key != "form"}
-        return LinearOptions.of(MI, {**options, "seed": seed})
+        return LinearOptions.of(MI, {key: value for key, value in self.resolved(signal, seed).items() if key != "form"})
 
     def _from_one_graph(
         self, asked: Mapping[tuple[str, int], LinearOptions], rows: Sequence[acqcore.Row]
