@@ -170,8 +170,9 @@ def static_report(content: dict[str, Any]) -> str:
     parts = [
         "## Without a GPU",
         f"Compiled by Triton {content['triton']} for sm_90; N={content['rows']}. Product-equivalents count products "
-        "at D=4096; bytes count the arguments of every launch and torch operation once; memory is beside the result, and beside a copy of the hidden states (32 MiB at D=4096) that gradients "
-        "of the head take on a GPU, where ignored rows may hold anything.",
+        "at D=4096; bytes count the arguments of every launch and torch operation once. Memory is beside the result "
+        "and a copy of the hidden states (32 MiB at D=4096), which gradients of the head take on a GPU, where ignored "
+        "rows may hold anything.",
     ]
     rows = [
         (
