@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import acqcore
-from benchmarks import gpu_check, gpu_mission, gpu_parity, gpu_tables
+from benchmarks import gpu_check, gpu_mission, gpu_parity, gpu_student, gpu_tables
 
 
 @pytest.fixture
@@ -65,6 +65,21 @@ def test_the_site_has_every_package(run):
     gpu_check.make_site()
     for part in ("acqcore/__init__.py", "acqcore/kernels/configs/sm_90.json", "acqsynth", "benchmarks/gpu_check.py"):
         assert (gpu_check.SITE / part).exists()
+
+
+@pytest.mark.parametrize("title", gpu_student.titles())
+def test_a_student_agrees_with_eager(title):
+    """What a GPU is asked, of the CPU's own kernels."""
+    assert gpu_student.error(title, "cpu", torch.float32, "cpu") <= 1
+
+
+def test_a_student_that_does_not_agree_is_noticed(monkeypatch):
+    expected = gpu_student.score("entropy", "eager", "cpu")
+    found = {"eager": expected, "cpu": expected * 1.002, "nan": expected.where(expected != expected[0], torch.nan)}
+    monkeypatch.setattr(gpu_student, "score", lambda title, backend, device: found[backend])
+    assert gpu_student.error("entropy", "cpu", torch.float32, "cpu") > 1
+    with pytest.raises(AssertionError, match="other samples have a value"):
+        gpu_student.error("entropy", "nan", torch.float32, "cpu")
 
 
 def test_caps():
