@@ -119,7 +119,7 @@ def fisher_visit(
     expected = torch.empty(n, dtype=torch.float64, device=hidden.device)
     tops = index.clamp_min(0)  # -1 in rows to ignore
     of_tops = signs_of(probes.samples, probes.positions, tops, probes.seed, probes.count)
-    at_once = max(FINISHED_ELEMENTS // columns, 1)
+    at_once = max(FINISHED_ELEMENTS // max(columns, 1), 1)
     for begin in range(0, n, at_once):
         part = slice(begin, begin + at_once)
         few = HeadRows(hidden[part], head, targets[part], temperature, state[:, part], tops[part])

@@ -60,19 +60,23 @@ def rotated_places(
     """
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
     key = _key(seed, stream)
-    turn = _shift_right(_mix(_mixed(key) + (row // places + 1) * _GOLDEN), 1) % places
+    turn = _shift_right(_mix(_mixed(_number(key)) + (row // places + 1) * _GOLDEN), 1) % places
     place = (row + turn) % places
     negative = _mix(key + (row + 1) * _GOLDEN) & 1
     return place.where(negative == 0, ~place).to(torch.int32)
 
 
 def _key(seed: int, stream: int) -> int:
-    return _mixed((torch.tensor(seed, dtype=torch.int64) * _GOLDEN + stream).item())
+    return _mixed(_number(seed) * _GOLDEN + stream)
 
 
-def _mixed(value: int | float) -> int:
-    """:func:`_mix` of one number, on the CPU: a copy to a GPU would make the host wait."""
-    return int(_mix(torch.tensor(value, dtype=torch.int64)))
+def _number(value: int) -> torch.Tensor:
+    """On the CPU: a copy to a GPU would make the host wait."""
+    return torch.tensor(value, dtype=torch.int64, device="cpu")
+
+
+def _mixed(number: torch.Tensor) -> int:
+    return int(_mix(number))
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 
 import acqcore
 from acqcore import grad_norm
+from acqcore.gradients.rules import ModuleCall
 
 Exact = Callable[..., torch.Tensor]
 
@@ -373,3 +374,29 @@ def test_half_precision_gradients_do_not_underflow(dtype, tiny_model, exact):
     assert mean == pytest.approx(total / int(scores.n_tokens), rel=1e-3)
     [expected] = exact(model.float(), samples, list(model.model.layers[-1].parameters())).norm(dim=1).tolist()
     assert mean == pytest.approx(expected, rel=0.02 if dtype == torch.float16 else 0.1)
+
+
+@pytest.mark.parametrize("kind", ["LlamaRMSNorm", "GemmaRMSNorm", "LayerNorm", "RMSNorm"])
+def test_a_norm_is_differentiated_by_two_calls(kind, monkeypatch):
+    """A weight that scales by w, by 1 + w, and with a bias, against autograd sample by sample."""
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    kinds = {
+        "LlamaRMSNorm": LlamaRMSNorm,
+        "GemmaRMSNorm": GemmaRMSNorm,
+        "LayerNorm": nn.LayerNorm,
+        "RMSNorm": nn.RMSNorm,
+    }
+    monkeypatch.setattr(ModuleCall, "_other", None)
+    generator = torch.Generator().manual_seed(0)
+    module = kinds[kind](12)
+    for parameter in module.parameters():
+        parameter.data.normal_(generator=generator)
+    value, gradient = (torch.randn(3, 5, 12, generator=generator) for _ in range(2))
+    names = {key: key for key, _ in module.named_parameters()}
+    pieces = ModuleCall(module, names, (value,), {}, module(value), 3, 5).pieces(gradient)
+    for i in range(3):
+        expected = torch.autograd.grad(module(value[i : i + 1]), list(module.parameters()), gradient[i : i + 1])
+        for key, one in zip(names, expected, strict=True):
+            torch.testing.assert_close(pieces[key].values[i], one, rtol=1e-5, atol=1e-5)

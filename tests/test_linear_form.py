@@ -449,3 +449,17 @@ def test_tells_ignorance_from_ambiguity(posterior):
     others = torch.cat([found["easy"], found["ambiguous"]])
     assert toy_student.auroc(found["unseen"], others) >= 0.95
     assert toy_student.auroc(found["unseen"], found["ambiguous"]) >= 0.93
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("positions", ["all", "completion"])
+def test_half_precision_has_the_values_of_float32(positions, dtype, tiny_model):
+    """Gradients go back in units of each sample's own size there."""
+    samples = _samples(9, 7)
+    arguments = {"mutual_information": {"positions": positions}}
+    model = tiny_model("Llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    exact = acqcore.score(model, samples, "mutual_information", acquisition_args=arguments)
+    got = acqcore.score(model.to(dtype), samples, "mutual_information", acquisition_args=arguments)
+    torch.testing.assert_close(got["mutual_information"], exact["mutual_information"], rtol=0.1, atol=0)
