@@ -349,7 +349,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--backends", nargs="+", help="default: all of the device")
-    parser.add_argument("--only", help="one operation; default: all")
     parser.add_argument("--rows", type=Path, required=True, help="file that results are appended to")
     parser.add_argument("--worker", type=int, default=0)
     parser.add_argument("--of", type=int, default=1)
@@ -360,7 +359,7 @@ def main() -> None:
         for check in checks(arguments.device)
         for backend in names
         for dtype in check.dtypes
-        if promised(check, backend, dtype) and arguments.only in (None, check.op)
+        if promised(check, backend, dtype)
     ]
     failed = 0
     for check, backend, dtype in todo[arguments.worker :: arguments.of]:
