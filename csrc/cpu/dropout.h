@@ -29,7 +29,7 @@ inline void keep_units(const Dropout& dropout, int64_t row, int draw, int site, 
 inline void mask_row(const float* panel /* of `units` */, int row, const bool* keep, int64_t units, bool pairs,
                      float* out /* likewise */) {
   for (int64_t u = 0; u < units; ++u) {
-    const int64_t place = panel_place(pairs, u, row);
+    const int64_t place = panel_place(u, row);
     uint32_t bits;
     memcpy(&bits, panel + place, 4);
     const uint32_t mask = pairs ? (keep[2 * u] ? 0xffffu : 0u) | (keep[2 * u + 1] ? 0xffff0000u : 0u)

@@ -29,7 +29,7 @@ struct Workspace {
   float* hidden;      // [padded / kPanelRows, units, kPanelRows]
   float* right;       // [units, kPanelColumns]
   float* delta;       // [padded, kTile]
-  float* split;       // [gram_scratch]
+  float* split;       // [GramLayout::scratch]
   float* gram;        // of the deltas
 };
 
@@ -61,8 +61,8 @@ void to_delta(const Row& row, const Transform& transform, int64_t tile, int widt
 void special_gram(const GramNormArgs& args, const Inner& inner, const Workspace& ws, int64_t count,
                   int64_t column_count) {
   const HeadArgs& head = args.head;
-  const int64_t padded = gram_padded(count);
-  memset(ws.gram, 0, 4 * gram_elements(padded));
+  const GramLayout layout(count, inner.pairs);
+  memset(ws.gram, 0, 4 * layout.elements());
   Transform transform(head);
   for (int64_t tile = 0; tile < column_count; tile += kTile) {
     const int width = static_cast<int>(lesser(kTile, column_count - tile));
@@ -81,8 +81,8 @@ void special_gram(const GramNormArgs& args, const Inner& inner, const Workspace&
       transform(z, width, 0);
       to_delta(ws.rows[i], transform, tile, width, z);
     }
-    for (int64_t i = count; i < padded; ++i) memset(ws.delta + i * kTile, 0, 4 * n);
-    add_to_gram(ws.delta, padded, n, ws.gram, ws.split);
+    for (int64_t i = count; i < layout.padded; ++i) memset(ws.delta + i * kTile, 0, 4 * n);
+    add_to_gram(ws.delta, layout, n, ws.gram, ws.split);
   }
 }
 
@@ -121,7 +121,7 @@ double norm_of(const GramNormArgs& args, const Inner& inner, const Workspace& ws
   }
   special_gram(args, inner, ws, count, distinct);
 
-  const int64_t padded = gram_padded(count);
+  const GramLayout layout(count, inner.pairs);
   const float one = head.bias ? 1.0f : 0.0f;
   float keys[kPanelRows * kPanelColumns];
   double total = 0;
@@ -132,7 +132,7 @@ double norm_of(const GramNormArgs& args, const Inner& inner, const Workspace& ws
     for (int64_t i = 0; i < j + present; i += kPanelRows) {
       multiply(inner, ws.hidden + i * inner.units, ws.right, keys, kPanelColumns);
       for (int64_t s = i; s < lesser(i + kPanelRows, count); ++s) {
-        const float* special = ws.gram + gram_row(padded, s);
+        const float* special = ws.gram + layout.row(s);
         const float* row = products + (ws.rows[s].number - begin) * length - begin;
         double sum = 0;
         for (int64_t t = greater(j, s); t < j + present; ++t) {
@@ -162,7 +162,8 @@ bool gram_norm(const GramNormArgs& args) {
     longest = greater(longest, length);
   }
   const Inner inner = inner_dimension(args.head);
-  const int64_t rows = greater(ceil_div(longest, kPanelRows) * kPanelRows, gram_padded(longest));
+  const GramLayout largest(longest, inner.pairs);
+  const int64_t rows = greater(ceil_div(longest, kPanelRows) * kPanelRows, largest.padded);
   const auto carve = [&](Arena& arena) {
     return Workspace{arena.take<Row>(rows),
                      arena.take<int64_t>(rows),
@@ -170,8 +171,8 @@ bool gram_norm(const GramNormArgs& args) {
                      arena.take<float>(rows * inner.units),
                      arena.take<float>(inner.units * kPanelColumns),
                      arena.take<float>(rows * kTile),
-                     arena.take<float>(gram_scratch(gram_padded(longest))),
-                     arena.take<float>(gram_elements(gram_padded(longest)))};
+                     arena.take<float>(largest.scratch()),
+                     arena.take<float>(largest.elements())};
   };
   Arena layout(nullptr);
   carve(layout);

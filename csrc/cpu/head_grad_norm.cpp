@@ -70,7 +70,8 @@ double share_of_tile(const HeadArgs& head, const Sample& sample, int width, cons
   double share = 0;
   for (int64_t j = 0; j < key_columns(head); j += kPanelColumns) {
     for (int v = 0; v < width; v += kPanelRows) {
-      panel_product<false, 1, kTile>(delta + v, sample.keys + j * sample.count, sample.count, false, block, kPanelColumns);
+      panel_product<false, ByColumns<kTile>>(delta + v, sample.keys + j * sample.count, sample.count, false, block,
+                                             kPanelColumns);
       const int present = static_cast<int>(lesser(kPanelRows, width - v));  // the rest are not columns of this tile
       Vec sum{};
       for (int i = 0; i < present * kPanelColumns; i += kLanes) sum += load(block + i) * load(block + i);

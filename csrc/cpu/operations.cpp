@@ -1,6 +1,6 @@
 // This instruction set's table.
+#include "gram.h"
 #include "isa.h"
-#include "tiles.h"
 
 namespace acqcore {
 #if defined(__AMX_BF16__)
@@ -34,6 +34,15 @@ bool multiplies(const HeadArgs& head) {
 
 template <typename Args>
 bool multiplies(const Args& args) {
+  return multiplies(args.head);
+}
+
+// Grams of long samples are formed of factors split into bfloat16, whatever the product's dtype.
+bool multiplies(const RowStatsArgs& args) {
+  const GramArgs& gram = args.gram;
+  for (int64_t s = 0; s < gram.samples; ++s) {
+    if (GramLayout(gram.bounds[2 * s + 1] - gram.bounds[2 * s], false).tiled()) return true;
+  }
   return multiplies(args.head);
 }
 

@@ -1,8 +1,8 @@
 // Register-blocked tile product on packed panels: the inner loop of row_stats.
 //
 // Panels hold 4-byte units, k-major: a hidden panel [K, kPanelRows], a weight panel [K, kPanelColumns]. A unit is a
-// float32, or a pair of bfloat16 whose product accumulates in float32. Tile registers take hidden panels of pairs as
-// [K / kTileUnits, kPanelRows, kTileUnits] (tiles.h).
+// float32, or a pair of bfloat16 whose product accumulates in float32. Tile registers take hidden panels as
+// [K / kTileUnits, kPanelRows, kTileUnits] (tiles.h), and vectors read them so where there are such registers.
 #pragma once
 #include "load.h"
 #include "tiles.h"
@@ -11,13 +11,15 @@ namespace acqcore::ACQCORE_ISA {
 
 constexpr int kLoadUnits = 128;  // units of a row read at once while packing, on the stack; a multiple of kLanes
 
-// Units [begin, begin + n) of a row.
+// Units [begin, begin + n) of a row; what the row lacks is 0.
 inline void load_units(const Matrix& m, int64_t row, bool pairs, int64_t begin, int64_t n, float* out /* [n] */) {
   if (pairs) {
     load_pairs(m, row, begin, n, out);
-  } else {
-    load_floats(m, row, begin, n, out);
+    return;
   }
+  const int64_t there = m.columns - begin < n ? m.columns - begin : n;
+  load_floats(m, row, begin, there, out);
+  for (int64_t i = there; i < n; ++i) out[i] = 0;
 }
 
 // Interleaves `count` rows of a matrix into a panel of `width`, units [begin, begin + n); missing rows become 0.
@@ -53,43 +55,59 @@ inline void pack_panel(const Matrix& m, const int64_t* rows, int64_t first, int 
   }
 }
 
-// Packs a panel of hidden states, all their units; missing rows become 0. rows: [count].
+// Where a row's unit stands in a packed panel of hidden states: units lie side by side for a run, then come the runs of
+// the other rows. Without tile registers a run is one unit.
+constexpr int kRun = kHasTiles ? kTileUnits : 1;
+
+inline int64_t panel_place(int64_t unit, int row) { return (unit / kRun * kPanelRows + row) * kRun + unit % kRun; }
+
+// Packs a panel of hidden states, all their units, whole runs; missing rows become 0. rows: [count].
 inline void pack_rows(const Matrix& hidden, const int64_t* rows, int count, bool pairs, int64_t units, float* panel) {
-  if (!kHasTiles || !pairs) {
+  if (!kHasTiles) {
     pack_panel(hidden, rows, 0, count, kPanelRows, pairs, 0, units, panel);
     return;
   }
-  for (int64_t k = 0; k < units; k += kTileUnits) {
+  for (int64_t k = 0; k < units; k += kRun) {
     float* out = panel + k * kPanelRows;
-    for (int i = 0; i < count; ++i) load_pairs(hidden, rows[i], k, kTileUnits, out + i * kTileUnits);
-    memset(out + count * kTileUnits, 0, 4 * kTileUnits * (kPanelRows - count));
+    for (int i = 0; i < count; ++i) load_units(hidden, rows[i], pairs, k, kRun, out + i * kRun);
+    memset(out + count * kRun, 0, 4 * kRun * (kPanelRows - count));
   }
 }
 
-// Where unit k of a row stands in a hidden panel.
-inline int64_t panel_place(bool pairs, int64_t k, int row) {
-  if (!kHasTiles || !pairs) return k * kPanelRows + row;
-  return (k / kTileUnits * kPanelRows + row) * kTileUnits + k % kTileUnits;
-}
+// How the left factor of a product lies in memory: entry (row, k) of a packed panel, of a matrix that is read by rows, or
+// of one that is read by columns.
+struct Packed {
+  static constexpr int kRowStride = kRun, kStepStride = kRun == 1 ? kPanelRows : 1, kSteps = kRun;
+};
+template <int kStride>
+struct ByRows {
+  static constexpr int kRowStride = kStride, kStepStride = 1, kSteps = 1;
+};
+template <int kStride>
+struct ByColumns {
+  static constexpr int kRowStride = 1, kStepStride = kStride, kSteps = 1;
+};
 
-// out [kVectorRows, kPanelColumns] (row stride `stride`) = a b, or += a b if `accumulate`. Entry (i, k) of a is
-// a[i * kRowStride + k * kStepStride].
-template <bool kPairs, int kRowStride, int kStepStride>
-inline void vector_product(const float* a /* [kVectorRows, k] */, const float* b /* [k, kPanelColumns] */, int64_t k,
-                           bool accumulate, float* out, int64_t stride) {
+// out [kVectorRows, kPanelColumns] (row stride `stride`) = a b, or += a b if `accumulate`.
+template <bool kPairs, typename Left>
+inline void vector_product(const float* a /* [kVectorRows, k] as Left says */, const float* b /* [k, kPanelColumns] */,
+                           int64_t k, bool accumulate, float* out, int64_t stride) {
   int64_t step = 0;
   do {
     const int64_t end = step + kChain < k ? step + kChain : k;
     Vec c[kVectorRows][kPanelVectors] = {};
-    for (; step < end; ++step) {
-      Vec columns[kPanelVectors];
+    for (; step < end; step += Left::kSteps) {
+      const float* run = a + step * (Left::kSteps == 1 ? Left::kStepStride : kPanelRows);
+      for (int s = 0; s < Left::kSteps; ++s) {
+        Vec columns[kPanelVectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < kPanelVectors; ++j) columns[j] = load(b + step * kPanelColumns + j * kLanes);
+        for (int j = 0; j < kPanelVectors; ++j) columns[j] = load(b + (step + s) * kPanelColumns + j * kLanes);
 #pragma GCC unroll 16
-      for (int i = 0; i < kVectorRows; ++i) {
-        const Vec row = broadcast(a[i * kRowStride + step * kStepStride]);
+        for (int i = 0; i < kVectorRows; ++i) {
+          const Vec row = broadcast(run[i * Left::kRowStride + s * Left::kStepStride]);
 #pragma GCC unroll 4
-        for (int j = 0; j < kPanelVectors; ++j) c[i][j] = multiply_add<kPairs>(c[i][j], row, columns[j]);
+          for (int j = 0; j < kPanelVectors; ++j) c[i][j] = multiply_add<kPairs>(c[i][j], row, columns[j]);
+        }
       }
     }
 #pragma GCC unroll 16
@@ -104,16 +122,15 @@ inline void vector_product(const float* a /* [kVectorRows, k] */, const float* b
   } while (step < k);
 }
 
-// out [kPanelRows, kPanelColumns] (row stride `stride`) = a b, or += a b if `accumulate`. a is a packed panel by
-// default, else rows or columns of a matrix as they lie in memory, strides as in vector_product.
-template <bool kPairs, int kRowStride = 1, int kStepStride = kPanelRows>
-inline void panel_product(const float* a /* [kPanelRows, k] */, const float* b /* [k, kPanelColumns] */, int64_t k,
-                          bool accumulate, float* out, int64_t stride) {
+// out [kPanelRows, kPanelColumns] (row stride `stride`) = a b, or += a b if `accumulate`.
+template <bool kPairs, typename Left = Packed>
+inline void panel_product(const float* a /* [kPanelRows, k] as Left says */, const float* b /* [k, kPanelColumns] */,
+                          int64_t k, bool accumulate, float* out, int64_t stride) {
   if constexpr (kHasTiles && kPairs) {
     tile_product(a, b, k, accumulate, out, stride);
   } else {
     for (int i = 0; i < kPanelRows; i += kVectorRows) {
-      vector_product<kPairs, kRowStride, kStepStride>(a + i * kRowStride, b, k, accumulate, out + i * stride, stride);
+      vector_product<kPairs, Left>(a + i * Left::kRowStride, b, k, accumulate, out + i * stride, stride);
     }
   }
 }

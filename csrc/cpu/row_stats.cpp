@@ -32,8 +32,6 @@ struct Sample {
   int64_t gram;             // its first element in a slot's Grams
   int64_t* specials;         // its targets' columns in this weight, ascending
   int64_t special_count;
-
-  int64_t padded() const { return gram_padded(end - begin); }
 };
 
 // Rows of a task, whose panels and samples no other block shares.
@@ -80,7 +78,7 @@ Plan make_plan(const RowStatsArgs& args, int64_t scored) {
 // The largest of what the chunks need, and of what their blocks do.
 struct Limits {
   int64_t blocks = 0, chunks = 0;
-  int64_t chunk_rows = 0, chunk_panels = 0, chunk_grams = 0, block_rows = 0, padded = 0;
+  int64_t chunk_rows = 0, chunk_panels = 0, chunk_grams = 0, block_rows = 0, padded = 0, gram_scratch = 0;
 };
 
 // Cuts the scored rows into blocks and those into chunks; with `blocks` and `chunks` null it only counts.
@@ -116,7 +114,8 @@ Limits cut(const Plan& plan, int64_t scored, Sample* samples, int64_t sample_cou
     const bool of_sample = next < sample_count && samples[next].begin == row;
     const int64_t bound = next < sample_count ? samples[next].begin : scored;
     const int64_t end = of_sample ? samples[next].end : lesser(row + kPanelRows, bound);
-    const int64_t gram = of_sample ? gram_elements(samples[next].padded()) : 0;
+    const GramLayout layout(of_sample ? end - row : 0, plan.inner.pairs);
+    const int64_t gram = layout.elements();
     const bool chunk_full = chunk.rows + (end - block.begin) > plan.chunk_rows ||
                             (of_sample && 4 * plan.slots * (chunk.grams + gram) > kGramBytes);
     if (chunk_full) {
@@ -127,7 +126,8 @@ Limits cut(const Plan& plan, int64_t scored, Sample* samples, int64_t sample_cou
     if (of_sample) {
       samples[next].gram = chunk.grams;
       chunk.grams += gram;
-      limits.padded = greater(limits.padded, samples[next].padded());
+      limits.padded = greater(limits.padded, layout.padded);
+      limits.gram_scratch = greater(limits.gram_scratch, layout.scratch());
       block.sample_end = ++next;
     }
     block.end = row = end;
@@ -143,7 +143,7 @@ struct Workspace {
   LaneState* lanes;   // [block_rows]
   float* factors;     // [padded, kTile], of a sample
   float* scale;       // [padded], by how much its rows of the Gram shrink
-  float* split;       // [gram_scratch]
+  float* split;       // [GramLayout::scratch]
 };
 
 // What the threads share of a chunk.
@@ -157,21 +157,22 @@ struct Shared {
 };
 
 // Adds a tile to a sample's Gram.
-void finish_tile(const Sample& sample, const Workspace& ws, int64_t tile, int width, float* gram) {
-  const int64_t rows = sample.end - sample.begin, padded = sample.padded();
+void finish_tile(const Sample& sample, const GramLayout& layout, const Workspace& ws, int64_t tile, int width,
+                 float* gram) {
+  const int64_t rows = sample.end - sample.begin;
   const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
   for (int64_t s = lower_bound(sample.specials, sample.special_count, tile);
        s < sample.special_count && sample.specials[s] < tile + width; ++s) {
     for (int64_t i = 0; i < rows; ++i) ws.factors[i * kTile + sample.specials[s] - tile] = 0;
   }
-  for (int64_t i = rows; i < padded; ++i) {
+  for (int64_t i = rows; i < layout.padded; ++i) {
     ws.scale[i] = 1;
     memset(ws.factors + i * kTile, 0, 4 * n);
   }
   bool rescaled = false;
   for (int64_t i = 0; i < rows; ++i) rescaled = rescaled || ws.scale[i] != 1;
-  if (rescaled) rescale_gram(ws.scale, padded, gram);
-  add_to_gram(ws.factors, padded, n, gram, ws.split);
+  if (rescaled) rescale_gram(ws.scale, layout, gram);
+  add_to_gram(ws.factors, layout, n, gram, ws.split);
 }
 
 // One task.
@@ -183,7 +184,8 @@ void run_task(const RowStatsArgs& args, const Plan& plan, const Limits& limits, 
   float* references = shared.references + slot * limits.chunk_rows - shared.first;
   float* grams = shared.grams + slot * limits.chunk_grams;
   for (int64_t s = block.sample_begin; s < block.sample_end; ++s) {
-    memset(grams + samples[s].gram, 0, 4 * gram_elements(samples[s].padded()));
+    const GramLayout layout(samples[s].end - samples[s].begin, plan.inner.pairs);
+    memset(grams + samples[s].gram, 0, 4 * layout.elements());
     for (int64_t i = samples[s].begin; i < samples[s].end; ++i) references[i] = -INFINITY;
   }
   const float* hidden = shared.hidden + block.panel * kPanelRows * plan.inner.units;
@@ -219,7 +221,8 @@ void run_task(const RowStatsArgs& args, const Plan& plan, const Limits& limits, 
             ws.scale[own] = fold_factors(transform, z, n, head.vocab_start + tile, lanes, references[i],
                                          ws.factors + own * kTile);
             if (i + 1 == samples[s].end) {
-              finish_tile(samples[s], ws, tile, width, grams + samples[s].gram);
+              const GramLayout layout(samples[s].end - samples[s].begin, plan.inner.pairs);
+              finish_tile(samples[s], layout, ws, tile, width, grams + samples[s].gram);
               ++s;
             }
           }
@@ -236,7 +239,8 @@ void write_products(const RowStatsArgs& args, const Plan& plan, const Limits& li
                     const Shared& shared, const RowState* totals /* of the chunk */, double* scale /* [slots, padded] */) {
   const int64_t begin = args.gram.bounds[2 * sample.number];
   const int64_t length = args.gram.bounds[2 * sample.number + 1] - begin;
-  const int64_t count = sample.end - sample.begin, padded = sample.padded();
+  const int64_t count = sample.end - sample.begin;
+  const GramLayout layout(count, plan.inner.pairs);
   float* products = args.gram.products + sample.product;
   if (count < length) memset(products, 0, 4 * length * length);
   for (int64_t slot = 0; slot < plan.slots; ++slot) {
@@ -244,17 +248,17 @@ void write_products(const RowStatsArgs& args, const Plan& plan, const Limits& li
     for (int64_t i = 0; i < count; ++i) {
       const float reference = references[sample.begin + i];
       // Factors are kept times 2^40.
-      scale[slot * padded + i] =
+      scale[slot * layout.padded + i] =
           reference == -INFINITY ? 0 : exp(double(reference) - totals[sample.begin + i - shared.first].max) * 0x1p-40;
     }
   }
   for (int64_t s = 0; s < count; ++s) {
-    const float* gram = shared.grams + sample.gram + gram_row(padded, s);
+    const float* gram = shared.grams + sample.gram + layout.row(s);
     const int64_t to = shared.rows[sample.begin + s] - begin;
     for (int64_t t = s; t < count; ++t) {
       double sum = 0;
       for (int64_t slot = 0; slot < plan.slots; ++slot) {
-        sum += double(gram[slot * limits.chunk_grams + t]) * scale[slot * padded + s] * scale[slot * padded + t];
+        sum += double(gram[slot * limits.chunk_grams + t]) * scale[slot * layout.padded + s] * scale[slot * layout.padded + t];
       }
       const int64_t other = shared.rows[sample.begin + t] - begin;
       products[to * length + other] = products[other * length + to] = static_cast<float>(sum);
@@ -312,7 +316,7 @@ bool row_stats(const RowStatsArgs& args) {
   const auto carve = [&](Arena& arena) {
     return Workspace{arena.take<float>(kTile * plan.inner.depth), arena.take<float>(logit_rows * kTile),
                      arena.take<LaneState>(limits.block_rows), arena.take<float>(limits.padded * kTile),
-                     arena.take<float>(limits.padded), arena.take<float>(gram_scratch(limits.padded))};
+                     arena.take<float>(limits.padded), arena.take<float>(limits.gram_scratch)};
   };
   Shared shared{};
   const auto carve_chunk = [&](Arena& arena) {

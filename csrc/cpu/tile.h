@@ -24,9 +24,10 @@ struct Inner {
 inline Inner inner_dimension(const HeadArgs& args) {
   Inner inner;
   inner.pairs = kHasBf16Product && args.hidden.dtype == DType::kBFloat16 && args.weight.dtype == DType::kBFloat16;
-  const int64_t step = kHasTiles && inner.pairs ? kTileUnits : 1;
-  inner.units = ceil_div(inner.pairs ? ceil_div(args.hidden.columns, 2) : args.hidden.columns, step) * step;
-  inner.depth = ceil_div(ceil_div(greater(1, inner.units), greater(1, ceil_div(inner.units, kDepth))), step) * step;
+  inner.units = ceil_div(inner.pairs ? ceil_div(args.hidden.columns, 2) : args.hidden.columns, kRun) * kRun;
+  const int64_t parts = greater(1, ceil_div(inner.units, kDepth));
+  // Whole runs whatever the instruction set: where the depth is cut decides how sums round.
+  inner.depth = ceil_div(ceil_div(greater(1, inner.units), parts), kTileUnits) * kTileUnits;
   return inner;
 }
 
@@ -39,15 +40,20 @@ inline void pack_weights(const Matrix& weight, const Inner& inner, int64_t tile,
   }
 }
 
-// A panel of rows times a packed tile: out [kPanelRows, kTile] = or +=.
+// A panel of rows times a packed tile: out [kPanelRows, kTile] = or +=. Vectors keep few rows in L1 while the tile passes
+// by, tile registers all.
 inline void multiply_panel(const Inner& inner, const float* a /* [k, kPanelRows] */, const float* weights, int width,
                            int64_t k, bool accumulate, float* out) {
-  for (int j = 0; j < width; j += kPanelColumns) {
-    const float* b = weights + j * inner.depth;
-    if (inner.pairs) {
-      panel_product<kHasBf16Product>(a, b, k, accumulate, out + j, kTile);
-    } else {
-      panel_product<false>(a, b, k, accumulate, out + j, kTile);
+  if (inner.pairs) {
+    for (int j = 0; j < width; j += kPanelColumns) {
+      panel_product<kHasBf16Product>(a, weights + j * inner.depth, k, accumulate, out + j, kTile);
+    }
+    return;
+  }
+  for (int i = 0; i < kPanelRows; i += kVectorRows) {
+    for (int j = 0; j < width; j += kPanelColumns) {
+      vector_product<false, Packed>(a + i * Packed::kRowStride, weights + j * inner.depth, k, accumulate,
+                                    out + i * kTile + j, kTile);
     }
   }
 }

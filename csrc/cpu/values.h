@@ -91,7 +91,7 @@ inline void add_values(const Matrix& values, const float* factors /* [rows, kTil
       }
     } else {
       for (int64_t j = 0; j < columns; j += kPanelColumns) {
-        panel_product<false, kTile, 1>(of_rows, packed + j * kTile, width, true, out + j, columns);
+        panel_product<false, ByRows<kTile>>(of_rows, packed + j * kTile, width, true, out + j, columns);
       }
     }
   }
