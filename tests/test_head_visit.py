@@ -199,16 +199,18 @@ def test_a_sample_does_not_depend_on_its_batch(threads, dtype, isa, monkeypatch)
 
 
 @pytest.mark.parametrize("isa", [isa for isa, missing in acqcore._core.isas() if not missing and isa.endswith("-amx")])
-def test_tiles_multiply_bfloat16(isa, monkeypatch):
-    """Their factors are split in two, so the last bits differ from those of the vector code, and only for bfloat16."""
-    results = []
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+def test_tiles_multiply_split_factors(dtype, isa, monkeypatch):
+    """Factors, and weights that are not bfloat16, are split in two: the last bits differ from the vector code's."""
+    grads, states = [], []
+    case = random_case(70, 41, 500).to(dtype)
     for name in (isa, isa.removesuffix("-amx") + "-bf16"):
         monkeypatch.setenv("ACQCORE_ISA", name)
-        for dtype in (torch.bfloat16, torch.float32):
-            case = random_case(70, 41, 500).to(dtype)
-            results.append(acqcore.hidden_grad(case.hidden, case.head, case.targets, backend="cpu"))
-    assert not torch.equal(results[0], results[2])
-    assert torch.equal(results[1], results[3])
+        grads.append(acqcore.hidden_grad(case.hidden, case.head, case.targets, backend="cpu"))
+        states.append(acqcore.row_stats(case.hidden, case.head, case.targets, backend="cpu").state)
+    assert not torch.equal(*grads)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=2e-5 * float(grads[0].abs().max()))
+    assert torch.equal(*states) == (dtype != torch.bfloat16)
 
 
 @pytest.mark.parametrize("isa", [isa for isa, missing in acqcore._core.isas() if not missing])

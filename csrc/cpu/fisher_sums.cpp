@@ -5,7 +5,8 @@
 // For each tile of the vocabulary a block folds the logits, forms the factors e cap' and sqrt(e) r cap', and adds each
 // times the tile's weights to sums of its own, values.h. The sums leave out the largest logit so far, the top; when it
 // rises they are rescaled, and the former top joins them. Signs are the bits of Philox words, recomputed a tile at a
-// time: 128 columns a counter. Tile registers take sqrt(e) rounded to bfloat16, in sums with and without W alike, so that
+// time: 128 columns a counter. Beside weights of bfloat16 tile registers take sqrt(e) rounded to it, in sums with and without
+// W alike, so that
 // a cotangent still adds up to 0: its entries change by 0.1 %, what is expected of their squares by 1e-6, and half of
 // the products are saved.
 #include "../philox.h"
@@ -118,7 +119,7 @@ void to_factors(const FisherSumsArgs& args, const Transform& transform, int64_t 
     store(slopes + i, root == 0 ? Vec{} : 1.0f - t * t);
   }
   if (skip >= 0 && skip < width) roots[skip] = 0;
-  const bool rounded = in_tiles(args.head.weight);
+  const bool rounded = kHasTiles && is_bfloat16(args.head.weight);
   for (int i = 0; i < width; i += kLanes) {
     const Vec root = load(roots + i), slope = load(slopes + i);
     const Vec factor = root * root * slope;
@@ -207,7 +208,7 @@ void run_block(const FisherSumsArgs& args, const Inner& inner, const Transform& 
       fold_tile(args, transform, rows, count, block, columns, tile, width, norms, ws);
       for (int64_t k = 0; k <= args.probes; ++k) {
         add_values(head.weight, ws.factors + k * block * kTile, whole, width, ws.values, ws.split,
-                   ws.sums + k * block * columns, k > 0);
+                   ws.sums + k * block * columns, k > 0 && is_bfloat16(head.weight));
       }
     }
     for (int64_t i = 0; i < count; ++i) {

@@ -46,6 +46,11 @@ bool multiplies(const RowStatsArgs& args) {
   return multiplies(args.head);
 }
 
+// So are factors that multiply values.
+bool multiplies(const HiddenGradArgs&) { return true; }
+bool multiplies(const FisherSumsArgs&) { return true; }
+bool multiplies(const DeltaProductArgs& args) { return args.places == nullptr || multiplies(args.head); }
+
 bool multiplies(const MixtureStatsArgs& args) {
   const bool whole = args.dropout.form != Draws::kBlock || args.dropout.block % (2 * kTileUnits) == 0;
   return whole && multiplies(args.head);

@@ -35,13 +35,33 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// out [32, 48] (row stride `stride`) = a b, or += a b if `accumulate`, a being the sum of kParts panels, one every `part`
-// floats. k is a multiple of kTileUnits. Each tile of a and of b is read again rather than kept: 9 loads of 8 cycles hide
-// behind 6 products of 16. Several parts find b's tiles in L1.
+// Two tiles of rows by three of columns, added to the first six registers. Each tile is read again rather than kept: 9
+// loads of 8 cycles hide behind 6 products of 16.
+inline void tile_step(const float* rows /* [32, kTileUnits] */, const float* columns /* [kTileUnits, 48] */) {
+  constexpr int kColumns = 48, kBelow = kTileRows * kTileUnits;
+  _tile_loadd(7, columns, 4 * kColumns);
+  _tile_loadd(6, rows, 4 * kTileUnits);
+  _tile_dpbf16ps(0, 6, 7);
+  _tile_loadd(6, rows + kBelow, 4 * kTileUnits);
+  _tile_dpbf16ps(3, 6, 7);
+  _tile_loadd(7, columns + kTileUnits, 4 * kColumns);
+  _tile_dpbf16ps(4, 6, 7);
+  _tile_loadd(6, rows, 4 * kTileUnits);
+  _tile_dpbf16ps(1, 6, 7);
+  _tile_loadd(7, columns + 2 * kTileUnits, 4 * kColumns);
+  _tile_dpbf16ps(2, 6, 7);
+  _tile_loadd(6, rows + kBelow, 4 * kTileUnits);
+  _tile_dpbf16ps(5, 6, 7);
+}
+
+// out [32, 48] (row stride `stride`) = a b, or += a b if `accumulate`. a is the sum of kParts panels, one every `part`
+// floats, b that of itself and of `low` where that is given; the product of the low parts, at most 2^-16, is left out.
+// k is a multiple of kTileUnits.
 template <int kParts = 1>
 inline void tile_product(const float* a /* [kParts, k / kTileUnits, 32, kTileUnits] */, const float* b /* [k, 48] */,
-                         int64_t k, bool accumulate, float* out, int64_t stride, int64_t part = 0) {
-  constexpr int kColumns = 48, kRows = 32, kBelow = kTileRows * kTileUnits;
+                         int64_t k, bool accumulate, float* out, int64_t stride, int64_t part = 0,
+                         const float* low = nullptr /* [k, 48] */) {
+  constexpr int kColumns = 48, kRows = 32;
   alignas(64) float chain[kRows * kColumns];
   int64_t step = 0;
   do {
@@ -53,24 +73,9 @@ inline void tile_product(const float* a /* [kParts, k / kTileUnits, 32, kTileUni
     _tile_zero(4);
     _tile_zero(5);
     for (; step < end; step += kTileUnits) {
-      const float* columns = b + step * kColumns;
 #pragma GCC unroll 2
-      for (int i = 0; i < kParts; ++i) {
-        const float* rows = a + i * part + step * kRows;
-        _tile_loadd(7, columns, 4 * kColumns);
-        _tile_loadd(6, rows, 4 * kTileUnits);
-        _tile_dpbf16ps(0, 6, 7);
-        _tile_loadd(6, rows + kBelow, 4 * kTileUnits);
-        _tile_dpbf16ps(3, 6, 7);
-        _tile_loadd(7, columns + kTileUnits, 4 * kColumns);
-        _tile_dpbf16ps(4, 6, 7);
-        _tile_loadd(6, rows, 4 * kTileUnits);
-        _tile_dpbf16ps(1, 6, 7);
-        _tile_loadd(7, columns + 2 * kTileUnits, 4 * kColumns);
-        _tile_dpbf16ps(2, 6, 7);
-        _tile_loadd(6, rows + kBelow, 4 * kTileUnits);
-        _tile_dpbf16ps(5, 6, 7);
-      }
+      for (int i = 0; i < kParts; ++i) tile_step(a + i * part + step * kRows, b + step * kColumns);
+      if (low) tile_step(a + step * kRows, low + step * kColumns);
     }
     float* to = accumulate ? chain : out;
     const int64_t to_stride = accumulate ? kColumns : stride;
@@ -174,7 +179,8 @@ struct Tiles {
 };
 
 template <int kParts = 1>
-inline void tile_product(const float*, const float*, int64_t, bool, float*, int64_t, int64_t = 0) {}
+inline void tile_product(const float*, const float*, int64_t, bool, float*, int64_t, int64_t = 0,
+                         const float* = nullptr) {}
 inline Vec high_part(Vec x) { return x; }
 inline void split_panel(const float*, int64_t, int, float*, float*) {}
 inline void round_panel(const float*, int64_t, int, float*) {}

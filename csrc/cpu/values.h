@@ -37,23 +37,47 @@ inline int64_t pack_block(const HeadArgs& head, const Inner& inner, const int64_
   return ceil_div(count, kPanelRows) * kPanelRows;
 }
 
-// Tile registers multiply bfloat16 values as they are, factors as sums of two bfloat16.
-inline bool in_tiles(const Matrix& values) { return kHasTiles && values.dtype == DType::kBFloat16; }
+// Tile registers multiply bfloat16 values as they are, others and factors as sums of two bfloat16.
+inline bool is_bfloat16(const Matrix& values) { return values.dtype == DType::kBFloat16; }
 
 inline int64_t value_columns(int64_t columns) { return ceil_div(columns, kPanelColumns) * kPanelColumns; }
 
-// Values [tile, tile + width) as panels [columns / kPanelColumns, kTile, kPanelColumns], or half of it: pairs of rows.
+// Rows [row, row + 2) of values as pairs, columns [j, j + kPanelColumns); rows from `last` on are 0.
+inline void pack_pair(const Matrix& values, int64_t row, int64_t last, int64_t j, float* pairs /* [kPanelColumns] */) {
+  uint16_t first[kPanelColumns], second[kPanelColumns];
+  load_bits(values, row, row < last, j, kPanelColumns, first);
+  load_bits(values, row + 1, row + 1 < last, j, kPanelColumns, second);
+  for (int i = 0; i < kPanelColumns; ++i) pairs[i] = from_bits(first[i] | uint32_t(second[i]) << 16);
+}
+
+// The same of values that are split in two.
+inline void pack_split_pair(const Matrix& values, int64_t row, int64_t last, int64_t j,
+                            float* high /* [kPanelColumns] */, float* low /* [kPanelColumns] */) {
+  float rows[2][kPanelColumns] = {};
+  const int64_t present = lesser(kPanelColumns, values.columns - j);
+  for (int64_t r = 0; r < lesser(2, last - row); ++r) load_floats(values, row + r, j, present, rows[r]);
+  for (int i = 0; i < kPanelColumns; i += kLanes) {
+    const Vec a = load(rows[0] + i), b = load(rows[1] + i), a_high = high_part(a), b_high = high_part(b);
+    store(high + i, (Vec)((UintVec)a_high >> 16 | (UintVec)b_high));
+    store(low + i, (Vec)((UintVec)high_part(a - a_high) >> 16 | (UintVec)high_part(b - b_high)));
+  }
+}
+
+// Values [tile, tile + width) as panels [columns / kPanelColumns, kTile, kPanelColumns]; for tile registers, as pairs of
+// rows, panels [columns / kPanelColumns, kTile / 2, kPanelColumns], of the high parts and then of the low ones.
 inline void pack_values(const Matrix& values, int64_t tile, int width, float* out) {
   const int64_t columns = value_columns(values.columns);
-  if (in_tiles(values)) {
-    const int64_t units = ceil_div(width, 2 * kTileUnits) * kTileUnits;
-    uint16_t first[kPanelColumns], second[kPanelColumns];
+  if (kHasTiles) {
+    const int64_t units = ceil_div(width, 2 * kTileUnits) * kTileUnits, last = tile + width;
+    float* low = out + columns * (kTile / 2);
     for (int64_t j = 0; j < columns; j += kPanelColumns) {
       for (int64_t u = 0; u < units; ++u) {
-        load_bits(values, tile + 2 * u, 2 * u < width, j, kPanelColumns, first);
-        load_bits(values, tile + 2 * u + 1, 2 * u + 1 < width, j, kPanelColumns, second);
-        float* row = out + j * (kTile / 2) + u * kPanelColumns;
-        for (int i = 0; i < kPanelColumns; ++i) row[i] = from_bits(first[i] | uint32_t(second[i]) << 16);
+        const int64_t place = j * (kTile / 2) + u * kPanelColumns;
+        if (is_bfloat16(values)) {
+          pack_pair(values, tile + 2 * u, last, j, out + place);
+        } else {
+          pack_split_pair(values, tile + 2 * u, last, j, out + place, low + place);
+        }
       }
     }
     return;
@@ -74,24 +98,30 @@ inline void add_values(const Matrix& values, const float* factors /* [rows, kTil
                        const float* packed, float* split, float* sums, bool rounded = false) {
   const int64_t columns = value_columns(values.columns);
   constexpr int64_t kPart = kTile / 2 * kPanelRows;
+  const float* low = packed + columns * (kTile / 2);
   const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
   const int64_t units = ceil_div(n, 2 * kTileUnits) * kTileUnits;
   for (int64_t row = 0; row < rows; row += kPanelRows) {
     const float* of_rows = factors + row * kTile;
     float* out = sums + row * columns;
-    if (in_tiles(values) && rounded) {
-      round_panel(of_rows, kTile, n, split);
-      for (int64_t j = 0; j < columns; j += kPanelColumns) {
-        tile_product(split, packed + j * (kTile / 2), units, true, out + j, columns);
-      }
-    } else if (in_tiles(values)) {
-      split_panel(of_rows, kTile, n, split, split + kPart);
-      for (int64_t j = 0; j < columns; j += kPanelColumns) {
-        tile_product<2>(split, packed + j * (kTile / 2), units, true, out + j, columns, kPart);
-      }
-    } else {
+    if (!kHasTiles) {
       for (int64_t j = 0; j < columns; j += kPanelColumns) {
         panel_product<false, ByRows<kTile>>(of_rows, packed + j * kTile, width, true, out + j, columns);
+      }
+      continue;
+    }
+    if (rounded) {
+      round_panel(of_rows, kTile, n, split);
+    } else {
+      split_panel(of_rows, kTile, n, split, split + kPart);
+    }
+    for (int64_t j = 0; j < columns; j += kPanelColumns) {
+      const float* panel = packed + j * (kTile / 2);
+      const float* rest = is_bfloat16(values) ? nullptr : low + j * (kTile / 2);
+      if (rounded) {
+        tile_product(split, panel, units, true, out + j, columns, 0, rest);
+      } else {
+        tile_product<2>(split, panel, units, true, out + j, columns, kPart, rest);
       }
     }
   }
