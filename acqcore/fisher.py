@@ -61,7 +61,8 @@ def fisher_grad(
     Returns:
         ``[P, N, D]`` float32 (float64 for float64 inputs); zero in ignored rows, NaN where the logits are not finite.
         Within 1e-4 of a row's norm. Entries of a cotangent are rounded once to the dtype of a half-precision head on
-        GPUs, and beside bfloat16 weights in AMX tiles: within 8e-3 there, 2e-3 as a rule; their second moment changes by 1e-6.
+        GPUs, and to bfloat16 beside bfloat16 weights in AMX tiles: within 8e-3 there, 2e-3 as a rule; their second
+        moment changes by 1e-6.
 
     Raises:
         TypeError, ValueError: as :func:`acqcore.row_stats`; probes below 1, a shard of a head, offsets that do not

@@ -18,6 +18,16 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, PICTURE = DOCS / "evidence-pool.md", DOCS / "evidence-pool.png"
 BEGIN, END = "<!-- results: written by bench_pool -->", "<!-- end of results -->"
 RANDOM, DEFAULT, VARENTROPY = "random", "default", "varentropy"
+#: What the picture calls an arm whose name says too little by itself.
+NAMES = {
+    DEFAULT: "label_trust, then the loss (default)",
+    "default without its value": "label_trust alone",
+    "grad_norm": "gradient norm of the head",
+    "rho loss": "RHO-loss",
+    "badge": "BADGE",
+    "sift": "SIFT",
+    "huds": "HUDS",
+}
 
 
 class Results:
@@ -210,7 +220,8 @@ def picture(results: Results, path: Path) -> None:
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(10, 0.36 * len(arms) + 1.4), sharey=True, width_ratios=(3, 2), layout="constrained"
     )
-    styles = {"B": ("#c44e52", -0.14, "45 % junk"), "A": ("#4c72b0", 0.14, "as published")}
+    apart = 0.14 if len(results.seeds) > 1 else 0.0
+    styles = {"B": ("#c44e52", -apart, "45 % junk"), "A": ("#4c72b0", apart, "as published")}
     for pool in results.seeds:
         colour, shift, label = styles[pool]
         held = [(place, results.minus(pool, arm, RANDOM)) for place, arm in enumerate(arms) if arm in results.of(pool)]
@@ -219,7 +230,7 @@ def picture(results: Results, path: Path) -> None:
         means, places = [one.mean for _, one in held], [place - shift for place, _ in held]
         left.errorbar(means, places, xerr=half, label=f"pool {pool}: {label}", **style)
     left.axvline(0, color="#888888", lw=0.8)
-    left.set_yticks(range(len(arms)), arms)
+    left.set_yticks(range(len(arms)), [NAMES.get(arm, arm) for arm in arms])
     for tick, arm in zip(left.get_yticklabels(), arms, strict=True):
         tick.set_fontweight("bold" if arm == DEFAULT else "normal")
     left.set_xlabel("accuracy against random, points (95 % interval)")

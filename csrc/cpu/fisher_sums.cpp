@@ -5,10 +5,9 @@
 // For each tile of the vocabulary a block folds the logits, forms the factors e cap' and sqrt(e) r cap', and adds each
 // times the tile's weights to sums of its own, values.h. The sums leave out the largest logit so far, the top; when it
 // rises they are rescaled, and the former top joins them. Signs are the bits of Philox words, recomputed a tile at a
-// time: 128 columns a counter. Beside weights of bfloat16 tile registers take sqrt(e) rounded to it, in sums with and without
-// W alike, so that
-// a cotangent still adds up to 0: its entries change by 0.1 %, what is expected of their squares by 1e-6, and half of
-// the products are saved.
+// time: 128 columns a counter. Beside weights of bfloat16 tile registers take sqrt(e) rounded to it, in sums with and
+// without W alike, so that a cotangent still adds up to 0: its entries change by 0.1 %, what is expected of their squares
+// by 1e-6, and half of the products are saved.
 #include "../philox.h"
 #include "fold.h"
 #include "isa.h"
