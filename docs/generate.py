@@ -1,6 +1,6 @@
-"""Pages written from the code: acquisitions, command lines, recipe keys, HTTP, and the list of what was measured.
+"""Generates pages from the code: acquisitions, command lines, recipe keys, HTTP, and the list of evidence pages.
 
-They go into ``docs/generated/`` and are not committed.
+They are written to ``docs/generated/`` and not committed.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-#: Page -> what it measured.
+#: Page -> its description.
 EVIDENCE = {
-    "reliability": "Do two seeds give the same ranks? How reliable each signal is on a real model.",
-    "evidence-pool": "Choosing rows from a real pool, against random and the usual baselines.",
-    "evidence-write": "A generator taught by the reward, in real language.",
-    "students": "Students of other families and sizes.",
-    "gpu": "Every operation on one H100: parity, times, memory.",
+    "reliability": "Reliability of each signal on a real model: do two seeds give the same ranks?",
+    "evidence-pool": "Choosing rows from a real pool, compared with random and the usual baselines.",
+    "evidence-write": "A generator trained on the reward, in real language.",
+    "students": "Supported model types.",
+    "gpu": "Parity, time and memory of every operation on an H100 and an H200.",
 }
 
 
 def _complete(name: str) -> bool:
-    """Whether a page is there, and its pictures."""
+    """Whether the page and its pictures exist."""
     page = DOCS / f"{name}.md"
     return page.exists() and all(
         (DOCS / picture).exists() for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
@@ -38,14 +38,14 @@ EVIDENCE_COMPLETE = all(map(_complete, EVIDENCE))
 _COST = {
     "RowNeed": "one forward",
     "BatchNeed": "one forward",
-    "DrawOptions": "a forward for each draw",
-    "ProbeNeed": "in linear form one forward, and a backward for each probe",
-    "GradientNeed": "one forward; a backward unless `parameters` is `head`",
+    "DrawOptions": "one forward per draw",
+    "ProbeNeed": "in linear form one forward, and one backward per probe",
+    "GradientNeed": "one forward, and one backward unless `parameters` is `head`",
 }
 
 
 def write() -> None:
-    """Write all generated pages."""
+    """Writes all generated pages."""
     pages = {
         "acquisitions": acquisitions(),
         "acqcore-cli": command_line("acqcore"),
@@ -63,7 +63,7 @@ def write() -> None:
 
 
 def acquisitions() -> str:
-    """A table of all acquisitions, then each with source and options."""
+    """A table of all acquisitions, then each one with its source and options."""
     from acqcore.acquisitions import REGISTRY
 
     rows = [["acquisition", "formula", "value of", "reads the text", "cost"]]
@@ -78,16 +78,16 @@ def acquisitions() -> str:
         parts.append(f"### {name}\n\n{text}{arguments}\n")
     return _page(
         "Acquisition functions",
-        "Larger means more worth acquiring. The list is written from the registry; each entry is one file with "
-        "formula, source and a slow reference that the tests compare with. *Reads the text*: the value depends on the "
-        "tokens that were written; otherwise only on the prediction, so no label is needed.",
+        "Larger values mean more worth acquiring. This list is generated from the registry; each entry is one file "
+        "with the formula, its source and a slow reference for the tests. *Reads the text*: the value depends on the "
+        "actual tokens; otherwise it depends only on the prediction, so no label is needed.",
         _table(rows),
-        "## Each of them\n\n" + "\n".join(parts),
+        "## Details\n\n" + "\n".join(parts),
     )
 
 
 def _options(kind: Any) -> list[str]:
-    """Names of the arguments; of options that take several forms, those of each."""
+    """Names of the arguments, of all forms if there are several."""
     from acqcore.acquisitions import DrawOptions, LinearOptions
 
     if issubclass(DrawOptions, kind) and issubclass(LinearOptions, kind):
@@ -128,7 +128,7 @@ def command_line(program: str) -> str:
                         )
                         rows.append([f"`{shown}{value}`", _plain(_expand(option))])
                 parts.append(f"## {program} {name}\n\n{(helps[name] or '').capitalize()}.\n\n{_table(rows)}")
-    return _page(f"The command line of {program}", *parts)
+    return _page(f"Command line of {program}", *parts)
 
 
 def _expand(option: argparse.Action) -> str:
@@ -143,40 +143,40 @@ def recipe() -> str:
 
     rows = [["key", "type", "default", "meaning"]]
     rows += [[f"`{key}`", _plain(kind), _plain(default), _plain(doc)] for key, kind, default, doc in documented()]
-    return _page("Keys of a recipe", "As `acqsynth run --help-config` prints them.", _table(rows))
+    return _page("Recipe keys", "The output of `acqsynth run --help-config`.", _table(rows))
 
 
 def http() -> str:
-    """Routes of the service, from its OpenAPI description."""
+    """Routes of the service."""
     rows = [
         ["route", "does", "token"],
-        ["`POST /score`", "scores samples: values, scored tokens, the student that scored them", "yes"],
+        ["`POST /score`", "returns values, numbers of scored tokens and the student that scored them", "yes"],
         ["`POST /get_reward`", "answers OpenRLHF's reward requests", "yes, or in the URL"],
-        ["`POST /student`", "loads another student below `--student-root`", "the admin's"],
-        ["`GET /health`", "says whether the model is loaded", "no"],
-        ["`GET /metrics`", "Prometheus", "yes"],
-        ["`GET /openapi.json`", "this interface, described", "yes"],
+        ["`POST /student`", "loads another student below `--student-root`", "admin token"],
+        ["`GET /health`", "reports whether the model is loaded", "no"],
+        ["`GET /metrics`", "returns Prometheus metrics", "yes"],
+        ["`GET /openapi.json`", "returns the OpenAPI description", "yes"],
     ]
     body = {"samples": [{"prompt": "What is 2 + 2?", "completion": " It is 4."}], "acquisitions": ["entropy", "loss"]}
     return _page(
         "HTTP",
         _table(rows),
-        f"A body of `POST /score`:\n\n```json\n{json.dumps(body, indent=2)}\n```",
-        "Errors are JSON with one sentence in `error`. Too much is 413, or 429 with `Retry-After`; too late is 504. On "
-        "any address but loopback a token is required: `Authorization: Bearer ...`.",
+        f"A request body for `POST /score`:\n\n```json\n{json.dumps(body, indent=2)}\n```",
+        "Errors are JSON with one sentence in `error`: 413 if a request is too large, 429 with `Retry-After` if there "
+        "are too many, 504 after a timeout. Except on loopback, a token is required: `Authorization: Bearer ...`.",
     )
 
 
 def evidence() -> str:
-    """Links to what was measured; pages that are not there yet are named."""
+    """Links to the evidence pages; missing pages are listed without a link."""
     there = [name for name in EVIDENCE if (DOCS / f"{name}.md").exists()]
     lines = [f"- [{EVIDENCE[name]}](../{name}.md)" for name in there]
     lines += [f"- {text} *Not written yet.*" for name, text in EVIDENCE.items() if name not in there]
     hidden = "```{toctree}\n:hidden:\n\n" + "\n".join(f"../{name}" for name in there) + "\n```"
     return _page(
         "Evidence",
-        "What was measured, by which command, on which machine, with how many seeds. A `no` stands here like a `yes`. "
-        "The comparison in a made world, whose skills and traps are known, is in [What does not work]"
+        "Measurements, each with its command, machine and number of seeds. Negative results are included. For the "
+        "comparison in a synthetic world, whose skills and traps are known, see [What does not work]"
         "(../concepts/what-does-not-work.md).",
         "\n".join(lines),
         hidden,
@@ -194,9 +194,9 @@ def _table(rows: list[list[str]]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Markdown of a text with reStructuredText's literals and roles."""
+    """Converts reStructuredText literals and roles to Markdown."""
     text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", str(text))
     text = text.replace("``", "`")
     outside: Iterable[str] = text.split("`")
-    # Formulas hold signs that Markdown reads as emphasis, links or HTML.
+    # Formulas contain characters that Markdown reads as emphasis, links or HTML.
     return "`".join(part if i % 2 else re.sub(r"([\\*_\[\]<>|$])", r"\\\1", part) for i, part in enumerate(outside))

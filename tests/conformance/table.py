@@ -115,13 +115,13 @@ def write(path: Path, done: dict[str, dict[str, Any]]) -> None:
     lines = [
         "# Supported students",
         "",
-        f"Every causal language model type of transformers {transformers.__version__} of which a small random model",
-        f"can be made: {len(built)} of {len(done)}. Of these {right} are right in all that was asked, and {sound}",
-        "right or refused by name.",
+        f"Every causal language model type of transformers {transformers.__version__} for which a small random model",
+        f"can be built: {len(built)} of {len(done)}. Of these, {right} are correct in every check, and {sound}",
+        "are correct or rejected by name.",
         "",
-        "Each value is held to plain autograd on the model's own logits, in float32, one sample at a time, for samples",
-        'that are scored alone, and in a batch, padded. "yes" is right, "no" refused with a ValueError that says why',
-        '(below), "-" what the model or PEFT itself cannot do. LoRA is on every linear layer that PEFT takes.',
+        "Each value is compared with plain autograd on the model's own logits, in float32, one sample at a time.",
+        'Samples are scored alone and in a padded batch. "yes": correct. "no": rejected with a ValueError that gives',
+        'the reason (below). "-": unsupported by the model or PEFT. LoRA is on every linear layer that PEFT supports.',
         "`make conformance` writes this page.",
         "",
         "| type | class | " + " | ".join(check.TITLES.values()) + " |",
@@ -136,9 +136,9 @@ def write(path: Path, done: dict[str, dict[str, Any]]) -> None:
         for name, (verdict, reason) in found.items():
             if verdict in ("refused", "wrong", "raw"):
                 reasons.setdefault(f"{reason.splitlines()[0]}", []).append(f"`{kind}` ({check.TITLES[name]})")
-    lines += ["", "## Refused", ""]
+    lines += ["", "## Rejected", ""]
     lines += [f"- {', '.join(kinds)}: {reason}" for reason, kinds in sorted(reasons.items())]
-    lines += ["", "## Not tried", "", "No small model of these can be made, or it needs a package that is missing:", ""]
+    lines += ["", "## Not tested", "", "No small model of these can be built, or it needs a missing package:", ""]
     lines += [", ".join(f"`{kind}`" for kind, entry in sorted(done.items()) if "unbuilt" in entry["found"]) + "."]
     path.write_text("\n".join(lines) + "\n")
 
