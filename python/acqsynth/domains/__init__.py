@@ -1,4 +1,4 @@
-"""Domains: mathematics, medicine, code, text classification, a small world of arithmetic. One file each, one class."""
+"""Domains: mathematics, medicine, code, text classification, a small arithmetic world. One file and class each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from acqsynth.domains.base import Domain as Domain, Messages as Messages, Sample
 
 __all__ = ["DOMAINS", "Domain", "Messages", "Sample", "domain"]
 
-#: Name -> module and class; imported when asked for.
+#: Name -> module and class; imported on demand.
 DOMAINS: dict[str, str] = {
     "math": "acqsynth.domains.math:Math",
     "medical": "acqsynth.domains.medical:Medical",
@@ -21,7 +21,7 @@ DOMAINS: dict[str, str] = {
 
 
 def domain(name: str, **options: Any) -> Domain:
-    """A domain by its name, with the options of its class.
+    """Creates a domain by name, with the options of its class.
 
     Raises:
         ValueError: an unknown name.

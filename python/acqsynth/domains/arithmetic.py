@@ -1,9 +1,9 @@
-"""A small world of arithmetic: its questions are generated, its answers computed, and its skills known.
+"""A small arithmetic world with generated questions, computed answers and known skills.
 
-A question is the word of a skill and its numbers, ``add 47 5``. What a good acquisition function has to tell apart is
-built in: a base model trained by :mod:`acqsynth.world` masters the *strong* skills, has seen little of the *weak* ones,
-which some hundred rows teach; ``lucky`` is answered by a *coin* (no truth exists), and ``code`` by a *table* without a
-pattern (a keyed hash), which can be memorised and not understood. By its look no question gives its kind away.
+A question is a skill's word and its numbers, ``add 47 5``. The world contains what a good acquisition function must
+distinguish: a base model trained by :mod:`acqsynth.world` masters the *strong* skills and has seen little of the *weak*
+ones, which a few hundred rows teach; ``lucky`` is answered by a *coin* (no truth exists), and ``code`` by a *table*
+without a pattern (a keyed hash), which can be memorised but not understood. No question reveals its kind by its form.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from acqsynth.domains.base import Domain, Layout, Messages, Row, Sample, optiona
 Kind = Literal["strong", "weak", "coin", "table"]
 SPLITS = ("train", "test")
 COIN = ("no", "yes")
-ROWS = 1000  #: of the source ``world``
+ROWS = 1000  #: default number of rows of the source ``world``
 
-_TEST_SHARE = 5  # one question of so many is kept for tests
+_TEST_SHARE = 5  # one in this many questions belongs to the test split
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 _WORLD = re.compile(r"world(?::([0-9]{1,18}))?")
 
@@ -35,9 +35,9 @@ class Skill:
 
     Args:
         name: the word its questions begin with.
-        kind: what the world makes of it, see the module.
+        kind: its role in the world, see the module.
         operands: first and last value of each number.
-        solve: numbers -> reasoning (empty if none is needed) and answer; None for the coin.
+        solve: maps the numbers to reasoning (empty if none is needed) and answer; None for the coin.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Skill:
 
     @cached_property
     def questions(self) -> dict[str, list[str]]:
-        """Every question by split; the hash of a question decides, so that the splits never meet."""
+        """All questions by split; a hash of the question picks the split, so the splits never overlap."""
         found: dict[str, list[str]] = {split: [] for split in SPLITS}
         for numbers in itertools.product(*(range(first, last + 1) for first, last in self.operands)):
             question = " ".join((self.name, *map(str, numbers)))
@@ -60,12 +60,12 @@ def _hash(key: str, text: str) -> int:
 
 
 def _direct(function: Callable[..., object]) -> Callable[..., tuple[str, str]]:
-    """A skill solved at one glance."""
+    """Solves a skill without reasoning."""
     return lambda *numbers: ("", str(function(*numbers)))
 
 
 def _median(*digits: int) -> tuple[str, str]:
-    """The middle one of three, which stands in the middle once they are in order."""
+    """The middle one of three digits, found by sorting them."""
     ordered = sorted(digits)
     return " ".join(map(str, ordered)), str(ordered[1])
 
@@ -93,7 +93,7 @@ def _row(row: Row) -> Sample:
 
 
 class Arithmetic(Domain):
-    """The world of arithmetic; it needs no data but can read some."""
+    """The arithmetic world; needs no data, but can load some."""
 
     name: ClassVar[str] = "arithmetic"
     answer_tokens: ClassVar[int] = 32
@@ -123,7 +123,7 @@ class Arithmetic(Domain):
         return None if skill_of(sample.question) else "no question of a known skill"
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
-        """By computation; None for a coin's yes or no, which nobody can tell; False for what is no question."""
+        """By computation; None for a coin's yes or no, which is undecidable; False for text that is not a question."""
         right: list[bool | None] = []
         for sample in samples:
             skill, answer = skill_of(sample.question), self.canonical(sample.answer)
@@ -134,7 +134,7 @@ class Arithmetic(Domain):
         return right
 
     def truth(self, question: str) -> str | None:
-        """The answer by computation; None if there is none: a coin's question, or no question of this world."""
+        """The computed answer; None for a coin's question and for text that is not a question of this world."""
         read = _read(question)
         found = None if read is None else self.solve(*read)
         return None if found is None else found[1]
@@ -148,7 +148,7 @@ class Arithmetic(Domain):
         return rng.choice(COIN)
 
     def computed(self, samples: Sequence[Sample], seed: int) -> list[Sample | None]:
-        """The coin is tossed once for a seed and question."""
+        """As :meth:`Domain.computed`; the coin is tossed once per seed and question."""
         return [
             self.answered(sample.question, random.Random(f"{seed} {sample.question}"))
             if skill_of(sample.question)
@@ -161,14 +161,14 @@ class Arithmetic(Domain):
         return "".join(f"<{tag}>{text}</{tag}>" for tag, text in parts.items() if text)
 
     def rows(self, n: int, seed: int, *, skills: Sequence[str] | None = None, split: str = "train") -> list[Sample]:
-        """``n`` rows with different questions, the skills in turn and then shuffled; equal seeds give equal rows.
+        """``n`` rows with distinct questions, evenly over the skills and shuffled; equal seeds give equal rows.
 
         Args:
-            skills: names out of ``SKILLS``; by default all.
+            skills: names from ``SKILLS``; by default all.
             split: ``train`` or ``test``; no question is in both.
 
         Raises:
-            ValueError: an unknown skill or split, or more rows than there are questions (names the skill).
+            ValueError: an unknown skill or split, or more rows than a skill has questions (the message names it).
         """
         names = list(SKILLS) if skills is None else list(skills)
         if unknown := set(names) - set(SKILLS):
@@ -188,10 +188,10 @@ class Arithmetic(Domain):
         return found
 
     def answered(self, question: str, rng: random.Random) -> Sample:
-        """The question with its solution; a coin is tossed by ``rng``.
+        """The question with its solution; ``rng`` tosses the coin.
 
         Raises:
-            ValueError: it is no question of this world.
+            ValueError: not a question of this world.
         """
         read = _read(question)
         if read is None:
@@ -207,10 +207,10 @@ class Arithmetic(Domain):
         columns: Mapping[str, str] | None = None,
         limit: int | None = None,
     ) -> list[Sample]:
-        """As any domain; and ``world`` or, by another seed than 0, ``world:7``, for generated rows of a split, 1000
-        unless limited."""
+        """As :meth:`Domain.load`; also ``world`` or, with a seed other than 0, ``world:7``, for generated rows of a
+        split, 1000 unless limited."""
         if source.partition(":")[0] == "world" and not _WORLD.fullmatch(source):
-            raise ValueError(f"source: expected world, or world: and a number, got {source!r}")
+            raise ValueError(f"source: expected world or world:<seed>, got {source!r}")
         if world := _WORLD.fullmatch(source):
             if columns:
                 raise ValueError(f"columns: {source} has none, its rows are generated")
@@ -219,10 +219,10 @@ class Arithmetic(Domain):
 
 
 class SkewedArithmetic(Arithmetic):
-    """The same world with traps that are not uniform: the coin says yes nine times out of ten, and each digit of the
-    table is half as frequent as the one before it.
+    """The arithmetic world with non-uniform traps: the coin says yes nine times out of ten, and each digit of the table
+    is half as frequent as the one before it.
 
-    Varentropy, the variance of the surprisal, is 0 for a uniform answer and large for these.
+    Varentropy, the variance of the surprisal, is 0 for a uniform answer and large for these traps.
     """
 
     name: ClassVar[str] = "arithmetic-skewed"
@@ -238,7 +238,7 @@ class SkewedArithmetic(Arithmetic):
 
 
 def skill_of(question: str) -> str | None:
-    """The skill a question asks for; None if it is no question of this world."""
+    """The skill that a question asks for; None if it is not a question of this world."""
     read = _read(question)
     return read and read[0].name
 

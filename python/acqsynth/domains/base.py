@@ -12,31 +12,31 @@ from typing import Any, ClassVar
 
 from acqsynth.parsing import fields
 
-Messages = list[dict[str, str]]  #: turns of a chat, each ``{"role", "content"}``
-Row = Mapping[str, Any]  #: of a data set
+Messages = list[dict[str, str]]  #: chat turns, each ``{"role", "content"}``
+Row = Mapping[str, Any]  #: row of a data set
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")  #: of local files
-#: A final answer in words, up to the end of its line.
+SUFFIXES = (".jsonl", ".csv", ".parquet")  #: suffixes of local files
+#: A final answer stated in words, up to the end of its line.
 STATED = re.compile(r"(?<![/\w])answer(?:\s+is\b\s*:?|\s*:)\s*(\S[^\n]*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A question with its answer: a seed row, or what a generator wrote."""
+    """A question with its answer: a seed row or a generated sample."""
 
     question: str
     answer: str
     reasoning: str = ""
-    #: read by its domain alone: options of a choice, tests and entry point of a program, the skill
+    #: read only by its domain: options of a choice, tests and entry point of a program, the skill
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of a data set, and how a row of it becomes a sample.
+    """The columns of a data set, and the function that reads a row as a sample.
 
-    ``read`` returns None for a row that is whole but has no final answer (a proof); such rows are left out. It raises
-    ValueError, naming the column, for a row that is broken.
+    ``read`` returns None for an intact row without a final answer (a proof); such rows are skipped. It raises
+    ValueError, naming the column, for a broken row.
     """
 
     columns: tuple[str, ...]
@@ -51,12 +51,12 @@ def written(sample: Sample) -> str:
 
 
 def ask_for_sample(task: str, answer: str, shown: Sequence[Sample]) -> Messages:
-    """One user's turn that asks for one new sample.
+    """A single user turn that asks for one new sample.
 
     Args:
-        task: what is to be written, as a noun phrase with its article.
-        answer: what stands between the answer tags.
-        shown: examples, for the difficulty; may be empty.
+        task: the text to write, as a noun phrase with its article.
+        answer: the placeholder between the answer tags.
+        shown: examples of format and difficulty; may be empty.
     """
     lines = [f"Write {task}, with its solution."]
     if shown:
@@ -74,14 +74,14 @@ def ask_for_sample(task: str, answer: str, shown: Sequence[Sample]) -> Messages:
 
 
 class Domain(ABC):
-    """One field of questions: one file, one class, no model."""
+    """A field of questions: one file, one class, no model."""
 
     name: ClassVar[str]
-    #: most tokens of a student's answer
+    #: maximum tokens of a student's answer
     answer_tokens: ClassVar[int] = 512
-    #: whether :meth:`verify` can find an answer right; by default, whether the domain has a verify of its own
+    #: whether :meth:`verify` can confirm an answer; by default, whether the domain overrides it
     proves: ClassVar[bool] = False
-    layouts: ClassVar[Sequence[Layout]] = ()  #: that :meth:`load` reads; the first whose columns are all there counts
+    layouts: ClassVar[Sequence[Layout]] = ()  #: for :meth:`load`, which uses the first with all columns present
     class_names: ClassVar[bool] = False  #: read the classes of a hub data set by name, not by number
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -91,18 +91,18 @@ class Domain(ABC):
 
     @abstractmethod
     def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
-        """Asks a generator for one new sample in the format of ``acqsynth.parsing``, ``shown`` as examples."""
+        """Asks a generator for one new sample in the format of ``acqsynth.parsing``, with ``shown`` as examples."""
 
     def with_seeds(self, seeds: Sequence[Sample]) -> Domain:
         """The domain completed by its seed rows: a classification takes its labels from them."""
         return self
 
     def hands(self, seeds: Sequence[Sample]) -> list[list[Sample]]:
-        """The seeds in groups; a prompt shows seeds of one group."""
+        """The seeds in groups; each prompt shows seeds from one group."""
         return [list(seeds)]
 
     def request(self, shown: Sequence[Sample]) -> Messages:
-        """Asks a generator for one new sample, given those shown as earlier turns of the chat."""
+        """Asks a generator for one new sample, with ``shown`` as earlier turns of the chat."""
         return self.generator_prompt([])
 
     def tagged(self, sample: Sample) -> str:
@@ -119,11 +119,11 @@ class Domain(ABC):
 
     @abstractmethod
     def canonical(self, answer: str) -> str:
-        """The form in which equal answers are equal strings, as far as cheap rules reach."""
+        """A form in which equal answers are equal strings, as far as cheap rules can tell."""
 
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
-        """Whether each of n answers is right for its sample; None is wrong. One call takes many, to run in parallel.
-        By default equal canonical forms are."""
+        """Whether each of n answers is right for its sample; None is wrong. A call takes many answers so that they can
+        be checked in parallel. By default, compares canonical forms."""
         return [
             answer is not None and self.canonical(answer) == self.canonical(sample.answer)
             for sample, answer in zip(gold, answers, strict=True)
@@ -140,13 +140,13 @@ class Domain(ABC):
 
         Args:
             source: a hub id (``openai/gsm8k:main`` names a configuration after the colon), or a path.
-            split: of a hub data set; a local file has none.
-            columns: field of the sample -> column of the data; by default those of the data sets the domain knows.
-            limit: most rows, from the first.
+            split: split of a hub data set; ignored for local files.
+            columns: sample field -> data column; by default the columns of the data sets that the domain knows.
+            limit: maximum number of rows, from the first.
 
         Raises:
-            FileNotFoundError: no such local file. ValueError: a column is missing (names it and those there are), a
-                row cannot be read (names its number), or there are no rows.
+            FileNotFoundError: no such local file. ValueError: a column is missing (the message lists those present), a
+                row cannot be read (the message gives its number), or there are no rows.
         """
         if limit is not None and limit < 1:
             raise ValueError(f"limit: expected at least 1, got {limit}")
@@ -189,7 +189,7 @@ class Domain(ABC):
         return "\n".join(part for part in (sample.reasoning, sample.answer) if part)
 
     def fault(self, sample: Sample) -> str | None:
-        """Why a parsed sample is no question of this domain, in a few words, or None if nothing is wrong."""
+        """A short reason why a parsed sample is not a question of this domain, or None if nothing is wrong."""
         return None
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
@@ -197,10 +197,10 @@ class Domain(ABC):
         return [None] * len(samples)
 
     def computed(self, samples: Sequence[Sample], seed: int) -> list[Sample | None]:
-        """The samples with answers computed by the domain instead of their own; None if it cannot.
+        """The samples with answers computed by the domain instead of their own; None where it cannot.
 
         Args:
-            seed: of answers that are random.
+            seed: seed of random answers.
         """
         return [None] * len(samples)
 
@@ -209,15 +209,15 @@ class Domain(ABC):
 
 
 def rows(source: str, split: str = "train", class_names: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each row with its number, from 1; lazily for a local file, whose lines after a ``limit`` are not read.
+    """Each row with its number, from 1. Local files are read lazily, so lines beyond a ``limit`` are not read.
 
     Args:
         source, split: as in ``Domain.load``.
-        class_names: give the names of a hub data set's classes instead of their numbers.
+        class_names: return the names of a hub data set's classes instead of their numbers.
 
     Raises:
         FileNotFoundError: no such local file, or (from ``datasets``) no such data set.
-        ValueError: a row that cannot be read, or a file that is no parquet.
+        ValueError: an unreadable row, an invalid parquet file, or an unknown suffix.
     """
     if not is_local(source):
         return _hub(source, split, class_names)
@@ -230,16 +230,16 @@ def rows(source: str, split: str = "train", class_names: bool = False) -> Iterat
 
 
 def is_local(source: str) -> bool:
-    """Whether a source is a path and no hub id."""
+    """Whether a source is a path rather than a hub id."""
     path = Path(source).expanduser()
     return path.suffix in SUFFIXES or source.startswith(("/", ".", "~")) or path.is_file()
 
 
 def text(row: Row, column: str) -> str:
-    """The stripped text of a column, its line ends plain; ValueError if it is missing, empty or no text."""
+    """The stripped text of a column, with plain line ends; ValueError if it is missing, empty or not text."""
     value = row.get(column)
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(value)  # a csv file cannot tell 5 from "5"
+        value = str(value)  # a csv file does not distinguish 5 from "5"
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{column}: expected text, got {value!r:.60}")
     return value.replace("\r\n", "\n").strip()
@@ -251,7 +251,7 @@ def optional(row: Row, column: str) -> str:
 
 
 def _renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row with the names that layouts know; a column left out of ``columns`` keeps its own, or yields it."""
+    """The row with the names that layouts know; an unmapped column keeps its name unless a mapped one takes it."""
     kept = {name: value for name, value in row.items() if name not in columns.values()}
     return {**kept, **{field: row[column] for field, column in columns.items() if column in row}}
 
@@ -289,6 +289,6 @@ def _hub(source: str, split: str, class_names: bool) -> Iterator[tuple[int, dict
     features = found.features if class_names else {}
     kinds = {column: kind for column, kind in features.items() if hasattr(kind, "int2str")}
     for number, row in enumerate(found, 1):
-        # -1 marks the rows of a test set without labels.
+        # -1 marks unlabelled rows of a test set.
         names = {column: kind.int2str(row[column]) for column, kind in kinds.items() if (row[column] or 0) >= 0}
         yield number, {**row, **names}

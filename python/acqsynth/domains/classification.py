@@ -1,8 +1,8 @@
-"""Text classification: a short text, and the name of its label, which the student writes.
+"""Text classification: the student writes the label name of a short text.
 
-The labels are a closed set, the answers of the seed rows (:meth:`Classification.with_seeds`). They compare without
-case, and with spaces for underscores, so ``card_arrival`` is learnt and written as ``card arrival``. A prompt for a
-generator shows seeds of one label and asks for another text of it; without seeds the generator chooses the label.
+The labels are a closed set: the answers of the seed rows (:meth:`Classification.with_seeds`). Comparison ignores case
+and reads underscores as spaces, so ``card_arrival`` is learnt and written as ``card arrival``. A generator prompt shows
+seeds of one label and asks for another text with that label; without seeds, the generator chooses the label.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from acqsynth.domains.base import Domain, Layout, Messages, Row, Sample, text, written
 
-#: Sources ``intents:<name>`` are the files ``intents/<name>.jsonl`` of the folder that ACQCORE_DATA names.
+#: The source ``intents:<name>`` is the file ``intents/<name>.jsonl`` in the folder that ACQCORE_DATA names.
 INTENTS = "intents:"
 
 _MARKER = r"(?:intent|label|category|class|topic)"
@@ -31,7 +31,7 @@ def _labelled(question: str, label: str) -> Sample:
 
 
 def _label(row: Row, column: str) -> str:
-    """The name of a label, a number as its digits; ValueError if it is missing, empty, or of several lines."""
+    """The name of a label, numbers as digits; ValueError if it is missing, empty or has several lines."""
     value = row.get(column)
     name = str(value) if type(value) is int else text(row, column)
     if "\n" in name:
@@ -47,10 +47,10 @@ LAYOUTS = (_layout("text", "label"), _layout("text", "intent"), _layout("questio
 
 
 class Classification(Domain):
-    """Texts of a closed set of labels.
+    """Texts with a closed set of labels.
 
     Args:
-        labels: their names; by default any name is a label.
+        labels: label names; by default any name is a label.
 
     Raises:
         ValueError: a label is empty or has several lines, or two have the same name.
@@ -72,7 +72,7 @@ class Classification(Domain):
 
     @property
     def labels(self) -> list[str]:
-        """In the order in which they were given."""
+        """The labels in the order given."""
         return list(self._labels.values())
 
     def with_seeds(self, seeds: Sequence[Sample]) -> Classification:
@@ -86,7 +86,7 @@ class Classification(Domain):
         return list(by_label.values())
 
     def generator_prompt(self, shown: Sequence[Sample]) -> Messages:
-        """Asks for a text of the label of the last example; without one, of a label that the generator chooses."""
+        """Asks for a text with the last example's label; without examples, the generator chooses the label."""
         if not shown:
             return _asked("Write one new message, and the name of its category.", "the name of the category")
         label = spoken(shown[-1].answer)
@@ -112,11 +112,11 @@ class Classification(Domain):
         return spoken(answer).casefold()
 
     def solution(self, sample: Sample) -> str:
-        """The label alone, as it is spoken."""
+        """The label alone, with spaces for underscores."""
         return spoken(sample.answer)
 
     def parse(self, text: str) -> Sample | None:
-        """As for every domain; the answer is the label as the seeds write it, and the reasoning is dropped."""
+        """As :meth:`Domain.parse`; the answer is the label as written in the seeds, and the reasoning is dropped."""
         sample = super().parse(text)
         return sample and _labelled(sample.question, self._labels.get(self.canonical(sample.answer), sample.answer))
 
@@ -132,8 +132,8 @@ class Classification(Domain):
         columns: Mapping[str, str] | None = None,
         limit: int | None = None,
     ) -> list[Sample]:
-        """As any domain, of columns ``text`` and ``label`` (or ``intent``), or ``question`` and ``answer``. Numbers of
-        a hub data set's classes become their names. ``intents:banking77_train`` is that file of ``ACQCORE_DATA``, by
+        """As :meth:`Domain.load`, with columns ``text`` and ``label`` (or ``intent``), or ``question`` and ``answer``.
+        Class numbers of a hub data set become names. ``intents:banking77_train`` is that file in ``ACQCORE_DATA``, by
         default ``../shared/data``."""
         place = str(_intents(source)) if source.startswith(INTENTS) else source
         return super().load(place, split, columns, limit)
@@ -145,10 +145,10 @@ def _asked(task: str, answer: str) -> Messages:
 
 
 def _names(question: str, label: str) -> bool:
-    """Whether a text gives its label away: it is the label, holds its name with underscores, or says which it is.
+    """Whether a text gives its label away: it equals the label, contains its name with underscores, or states it.
 
-    That its words occur is no sign: they do in 2 % of BANKING77's messages and 21 % of CLINC150's. What is refused here
-    is 0.02 % and 0.1 % of them.
+    The label's words alone prove nothing: they occur in 2 % of BANKING77's messages and 21 % of CLINC150's. This check
+    rejects 0.02 % and 0.1 % of them.
     """
     said, name = " ".join(question.casefold().split()), spoken(label).casefold()
     if re.sub(r"\W+", " ", spoken(said)).strip() == re.sub(r"\W+", " ", name).strip():

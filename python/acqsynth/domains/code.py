@@ -1,9 +1,9 @@
-"""Programming in Python: MBPP, HumanEval, and functions with their asserts that a generator writes.
+"""Programming in Python: MBPP, HumanEval, and generated functions with asserts.
 
-A sample's ``extra`` holds what its tests are: ``tests`` (source), ``names`` (what they take from the program, the
-function first), ``context`` (source before the program: the prompt of HumanEval) and ``preamble`` (trusted source
-before the tests). The answer is one fenced block. A generator writes the asserts in the same block, after the function;
-they are taken out of the answer and become the tests, so that a student learns the function alone.
+A sample's ``extra`` describes its tests: ``tests`` (source), ``names`` (the program's names that they use, the function
+first), ``context`` (source before the program: HumanEval's prompt) and ``preamble`` (trusted source before the tests).
+The answer is one fenced block. A generator writes asserts in the same block, after the function; they are moved from
+the answer to the tests, so that a student learns only the function.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from acqsynth.domains.base import Domain, Layout, Messages, Row, Sample, ask_for
 
 _FENCED = re.compile(r"```[\w+-]*[ \t]*\r?\n(.*?)```", re.DOTALL)
 
-_LINE_END = re.compile(r"\r\n?|\n")  # the line ends that ast counts; str.splitlines knows more
+_LINE_END = re.compile(r"\r\n?|\n")  # the line ends that ast counts; str.splitlines recognises more
 
-LONGEST = 100_000  # characters of a program; parsing takes a second for each million
+LONGEST = 100_000  # maximum characters of a program; parsing takes a second per million
 
 _DOCUMENTED = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
-#: What a generated assert may call beside the program's functions: nothing that reaches files, code or frames.
+#: Built-ins that a generated assert may call besides the program's functions; none reaches files, code or frames.
 PLAIN_NAMES = frozenset(
     {
         *("bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "set", "str", "tuple"),
@@ -45,7 +45,7 @@ def _mbpp(row: Row) -> Sample:
     if gold is None or held is None:
         raise ValueError(f"{'code' if gold is None else 'test_list'}: not a Python program")
     defined = _defined(gold.body)
-    # The asserts come last: their function first.
+    # The asserts come last, so in reverse order their function comes first.
     used = [name for name in _used(reversed(held.body)) if name in defined]
     imported = {name for name in used if isinstance(defined[name], ast.Import | ast.ImportFrom)}
     imports = [ast.unparse(defined[name]) for name in used if name in imported]
@@ -62,11 +62,11 @@ def _mbpp(row: Row) -> Sample:
 def _humaneval(row: Row) -> Sample:
     prompt, solution, name = row["prompt"], row["canonical_solution"], text(row, "entry_point")
     for column in ("prompt", "canonical_solution"):
-        text(row, column)  # its indentation counts, so it is taken as it stands
+        text(row, column)  # only checked: indentation matters, so the text is not stripped
     return Sample(
         f"Complete this Python function:\n{fenced(prompt)}",
         fenced(prompt + solution),
-        # What the tests use of the prompt beside the function (a helper) is theirs: a program cannot replace it.
+        # Helpers that the tests use from the prompt belong to the tests: a program cannot replace them.
         extra={"tests": f"{row['test']}\n\ncheck({name})", "names": [name], "context": prompt, "preamble": prompt},
     )
 
@@ -78,11 +78,11 @@ LAYOUTS = (
 
 
 class Code(Domain):
-    """Functions in Python, right if they pass their tests.
+    """Python functions, which are right if they pass their tests.
 
     Args:
-        limits: of one program with its tests.
-        workers: programs run at a time; by default one for each CPU.
+        limits: limits of one program with its tests.
+        workers: programs run concurrently; by default one per CPU.
         unsafe_without_sandbox: see :func:`acqsynth.domains.sandbox.run`.
     """
 
@@ -111,7 +111,7 @@ class Code(Domain):
         return [{"role": "user", "content": f"{question}\n\nAnswer with the whole function in one ```python block."}]
 
     def answer_of(self, completion: str) -> str | None:
-        """The last fenced block, fences included; a completion without fences where all of it is a program."""
+        """The last fenced block, including fences; without fences, the whole completion if it is a program."""
         blocks = _FENCED.findall(completion)
         source = blocks[-1] if blocks else completion
         if not source.strip() or (not blocks and _parsed(source) is None):
@@ -119,7 +119,7 @@ class Code(Domain):
         return fenced(source)
 
     def canonical(self, answer: str) -> str:
-        """The program without comments, docstrings, layout and top-level asserts; other text as it is."""
+        """The program without comments, docstrings, layout and top-level asserts; other text unchanged."""
         source = _source(answer)
         tree = _parsed(source)
         if tree is None:
@@ -131,10 +131,10 @@ class Code(Domain):
         return _unparsed(tree) or source.strip()
 
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
-        """Whether each answer passes the tests of its sample; its own top-level asserts are left out.
+        """Whether each answer passes the tests of its sample; the answer's own top-level asserts are removed.
 
         Raises:
-            ValueError: a sample has no tests. RuntimeError: no sandbox here (see ``sandbox.run``).
+            ValueError: a sample has no tests. RuntimeError: no sandbox is available (see ``sandbox.run``).
         """
         programs = [None if answer is None else split_asserts(_source(answer)) for answer in answers]
         jobs = {
@@ -146,10 +146,10 @@ class Code(Domain):
         return [passed.get(i, False) for i in range(len(answers))]
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
-        """Whether each sample's answer passes its tests and these depend on it.
+        """Whether each sample's answer passes its tests, and the tests depend on the answer.
 
-        They do not where they also pass with each function replaced by one that returns the same object always:
-        ``assert f(1) == f(1)``. Tests that fit a wrong answer are beyond this.
+        They do not if they also pass with each function replaced by one that always returns the same object, as
+        ``assert f(1) == f(1)`` does. Tests that fit a wrong answer are not detected.
         """
         checked = [i for i, sample in enumerate(samples) if sample.extra.get("tests")]
         real = [_job(i, samples[i], _source(samples[i].answer)) for i in checked]
@@ -160,7 +160,7 @@ class Code(Domain):
         return [right.get(i, False) for i in range(len(samples))]
 
     def parse(self, text: str) -> Sample | None:
-        """As for every domain; the asserts of the answer become its tests if they are plain (see :meth:`fault`)."""
+        """As :meth:`Domain.parse`; the answer's asserts become its tests if they are plain (see :meth:`fault`)."""
         sample = super().parse(text)
         block = None if sample is None else self.answer_of(sample.answer)
         if sample is None or block is None:
@@ -198,12 +198,12 @@ class Code(Domain):
 
 
 def fenced(source: str) -> str:
-    """Source as the answer of a sample."""
+    """The source as a fenced block, the form of a sample's answer."""
     return f"```python\n{source.strip(chr(10)).rstrip()}\n```"
 
 
 def split_asserts(source: str) -> tuple[str, list[ast.Assert]] | None:
-    """A program without its top-level asserts, and these; None if it does not parse or nests too deep."""
+    """A program without its top-level asserts, and the asserts; None if it does not parse or nests too deeply."""
     tree = _parsed(source)
     if tree is None:
         return None
@@ -232,14 +232,14 @@ def _parsed(source: str) -> ast.Module | None:
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of invalid escapes, and the like
+            warnings.simplefilter("ignore")  # for invalid escapes and the like
             return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
 
 def _unparsed(tree: ast.Module) -> str | None:
-    """The source of a tree; None if it nests too deep: ``1 + 1 + ...`` of 330 terms exceeds Python's limit."""
+    """The source of a tree; None if it nests too deeply: ``1 + 1 + ...`` with 330 terms exceeds Python's limit."""
     try:
         return ast.unparse(tree)
     except (RecursionError, ValueError):  # ValueError: an integer with too many digits
@@ -247,7 +247,7 @@ def _unparsed(tree: ast.Module) -> str | None:
 
 
 def _defined(body: Iterable[ast.stmt]) -> dict[str, ast.stmt]:
-    """Names that statements bind at top level -> the statement."""
+    """Names bound by top-level statements -> the statement."""
     names: dict[str, ast.stmt] = {}
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -260,22 +260,22 @@ def _defined(body: Iterable[ast.stmt]) -> dict[str, ast.stmt]:
 
 
 def _used(nodes: Iterable[ast.AST]) -> list[str]:
-    """Names that are read, in order, each once."""
+    """Names used, in order, without duplicates."""
     walked = (part for node in nodes for part in ast.walk(node))
     return list(dict.fromkeys(part.id for part in walked if isinstance(part, ast.Name)))
 
 
 def _tested(program: str, asserts: Sequence[ast.Assert]) -> list[str]:
-    """What generated asserts take from a program that parses; not ``math`` or a built-in that it defines anew, with
-    which it would decide on its own tests."""
+    """Names that generated asserts use from a program that parses. Excludes ``math`` and built-ins that the program
+    redefines, with which it would decide its own tests."""
     tree = _parsed(program)
     defined = _defined(tree.body if tree else [])
     return [name for name in _used(asserts) if name in defined and name not in {*PLAIN_NAMES, "math"}]
 
 
 def _plain(node: ast.AST, names: Iterable[str]) -> bool:
-    """Whether a generated assert is safe to run among trusted tests: no name but ``names``, ``PLAIN_NAMES``, ``math``
-    and its own loop variables, and no attribute but those of ``math``: those of a generator reach the grader's frame.
+    """Whether a generated assert is safe to run among trusted tests: no names except ``names``, ``PLAIN_NAMES``,
+    ``math`` and its own loop variables, and no attributes except ``math``'s; a generator's reach the grader's frame.
     """
     bound = {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
     allowed = {*names, *PLAIN_NAMES, *bound, "math"}
@@ -292,7 +292,7 @@ def _plain(node: ast.AST, names: Iterable[str]) -> bool:
 
 
 def _with_tests(sample: Sample) -> str:
-    """The answer of an example with up to three asserts after it, as a generator is to write it."""
+    """An example's answer followed by up to three asserts, as a generator should write it."""
     names = sample.extra.get("names", ())
     tree = _parsed(sample.extra.get("tests", ""))
     shown = []

@@ -1,15 +1,15 @@
-"""Runs inside the sandbox: one process holds the program, another in a sandbox of its own holds the tests.
+"""Runs inside the sandbox: one process holds the program, another, in a separate sandbox, holds the tests.
 
 A program that shares an interpreter with its tests can pass them without being right: it exits with status 0, returns
 an object equal to everything, redefines ``abs``, or finds the grader in a frame. A program that shares a process
 namespace with them can read the expected values from ``/proc``, or kill the grader and write the verdict itself. So
-the program's process receives nothing but its source and the arguments of calls, and sends nothing but results.
+the program's process receives only its source and the arguments of calls, and sends only results.
 
 A function that the tests call is a :class:`Remote`; arguments and results cross two pipes as JSON and are rebuilt as
-plain values. An object of the program's own class stays with the program; the tests see a ``Remote`` that is equal to
-itself alone.
+plain values. Instances of the program's own classes stay with the program; the tests see a ``Remote`` that is equal
+only to itself.
 
-``acqsynth.domains.sandbox`` starts this file as a script, with the standard library alone:
+``acqsynth.domains.sandbox`` starts this file as a script, with only the standard library:
 
 - ``harness.py program LIMITS REQUESTS REPLIES`` serves the program;
 - ``harness.py tests LIMITS REQUESTS REPLIES VERDICT`` reads the job from stdin as JSON, runs the tests, and writes the
@@ -31,14 +31,14 @@ import struct
 import sys
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # typing itself costs 4 ms, in two processes a job
+if TYPE_CHECKING:  # importing typing costs 4 ms, in two processes per job
     from collections.abc import Callable, Iterator, Mapping
     from typing import Any, BinaryIO
 
 PLAIN_TYPES = (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, range)
 
-# System calls that start processes or threads, hold memory which RLIMIT_AS does not count, reach into other processes,
-# or undo what is set here: name -> number on x86_64 and on aarch64 (None: no such call), from the kernel's tables.
+# System calls that start processes or threads, hold memory that RLIMIT_AS does not count, reach into other processes,
+# or undo these restrictions: name -> number on x86_64 and aarch64 (None: no such call), from the kernel's tables.
 DENIED = {
     "clone": (56, 220),
     "fork": (57, None),
@@ -86,17 +86,17 @@ def prctl(option: int, *values: Any) -> None:
 
 
 def deny_system_calls() -> None:
-    """A seccomp filter for this process and what it may exec: the calls of ``DENIED`` fail with EPERM."""
+    """Installs a seccomp filter for this process and anything it executes: calls in ``DENIED`` fail with EPERM."""
     machine = os.uname().machine
     if machine not in MACHINES:
-        raise OSError(errno.ENOSYS, f"machine {machine}: the sandbox knows {' and '.join(MACHINES)}")
+        raise OSError(errno.ENOSYS, f"machine {machine}: the sandbox supports {' and '.join(MACHINES)}")
     column, architecture = MACHINES[machine]
     numbers = [number for row in DENIED.values() if (number := row[column]) is not None]
 
     def statement(code: int, value: int, jump_true: int = 0, jump_false: int = 0) -> bytes:
         return struct.pack("HBBI", code, jump_true, jump_false, value)
 
-    load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06  # of classic BPF, words of 32 bits
+    load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06  # classic BPF, 32-bit words
     allow, deny, kill = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
     lines = [
         statement(load, 4),  # seccomp_data.arch
@@ -117,13 +117,13 @@ def deny_system_calls() -> None:
 
 def set_limits(limits: Mapping[str, int]) -> None:
     for name, value in limits.items():
-        # A program may ignore the signal that comes at the soft limit of CPU seconds, not the one at the hard limit.
+        # A program may ignore the signal at the soft limit of CPU seconds, but not the one at the hard limit.
         hard = value + 1 if name == "CPU" else value
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, hard))
 
 
 def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
-    """A value as JSON; ``refer`` gives the form of what is none of ``PLAIN_TYPES``."""
+    """A value as JSON; ``refer`` encodes objects that are not of ``PLAIN_TYPES``."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     for kind in (int, float, str):
@@ -146,7 +146,7 @@ def encode(value: Any, refer: Callable[[Any], Any]) -> Any:
 
 
 def decode(data: Any, resolve: Callable[[Any], Any]) -> Any:
-    """The value of :func:`encode`; ``resolve`` is given what ``refer`` returned."""
+    """Inverse of :func:`encode`; ``resolve`` receives what ``refer`` returned."""
     if not isinstance(data, dict):
         return data
     [(tag, content)] = data.items()
@@ -167,7 +167,7 @@ def decode(data: Any, resolve: Callable[[Any], Any]) -> Any:
 
 
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
-    """Executes the program of the first request, then the operations that the tests ask for."""
+    """Executes the program of the first request, then the operations that the tests request."""
     objects: list[Any] = []
     operations: dict[str, Callable[..., Any]] = {
         "call": lambda function, *arguments, **named: function(*arguments, **named),
@@ -198,13 +198,13 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
         arguments = [decode(item, resolve) for item in request["arguments"]]
         named = {name: decode(item, resolve) for name, item in request["named"].items()}
         value = operations[request["operation"]](resolve(request["object"]), *arguments, **named)
-        # With the arguments as the function left them: sorting in place is a result too.
+        # Return the arguments as the function left them: sorting in place is a result too.
         return {"value": encode(value, refer), "arguments": [encode(item, refer) for item in arguments]}
 
     def reasons(error: BaseException) -> Any:
         try:
             return encode(error.args, refer)
-        except Exception:  # a loop, or a hostile property
+        except Exception:  # a reference cycle, or a hostile property
             return encode((), refer)
 
     for line in requests:
@@ -221,7 +221,7 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
 
 
 class Child:
-    """The program's process, seen from the tests."""
+    """The program's process as seen by the tests."""
 
     def __init__(self, requests: BinaryIO, replies: BinaryIO) -> None:
         self.requests, self.replies = requests, replies
@@ -280,7 +280,7 @@ class Child:
 
 
 class Remote:
-    """An object of the program; equal to itself alone, as an equality of the program's own would prove nothing."""
+    """An object of the program; equal only to itself, as the program's own ``__eq__`` would prove nothing."""
 
     def __init__(self, child: Child, number: int) -> None:
         object.__setattr__(self, "_child", child)
@@ -312,7 +312,7 @@ class Remote:
 
 
 def _put_back(mine: Any, left: Any) -> None:
-    """Gives a mutable argument the contents that the function left in it."""
+    """Updates a mutable argument to the contents that the function left in it."""
     if isinstance(mine, list) and isinstance(left, list):
         mine[:] = left
     elif isinstance(mine, (dict, set)) and isinstance(left, (dict, set)):
@@ -320,13 +320,13 @@ def _put_back(mine: Any, left: Any) -> None:
         mine.update(left)
 
 
-#: Exceptions that steer the tests' own loops: a call that raised one would end ``zip(map(f, xs), expected)`` early.
+#: Exceptions that control the tests' own loops: a call that raises one would end ``zip(map(f, xs), expected)`` early.
 STEERING = ("StopIteration", "StopAsyncIteration", "GeneratorExit")
 
 
 def _builtin_error(names: list[str], arguments: tuple[Any, ...], operation: str | None) -> Exception:
-    """The program's exception as the nearest built-in one. One that is no Exception (SystemExit) is a RuntimeError,
-    and so is StopIteration from anything but ``next``."""
+    """The program's exception as the nearest built-in one. One that is not an Exception (SystemExit) becomes a
+    RuntimeError, as does StopIteration from anything but ``next``."""
     if operation != "next" and any(name in STEERING for name in names):
         return RuntimeError(names[0], *arguments)
     for name in names:
@@ -334,7 +334,7 @@ def _builtin_error(names: list[str], arguments: tuple[Any, ...], operation: str 
         if isinstance(kind, type) and issubclass(kind, Exception):
             try:
                 return kind(*arguments)
-            except TypeError:  # a subclass takes other arguments than its base
+            except TypeError:  # the subclass takes different arguments
                 continue
     return RuntimeError(names[0], *arguments)
 
@@ -342,12 +342,12 @@ def _builtin_error(names: list[str], arguments: tuple[Any, ...], operation: str 
 def _message(error: BaseException) -> str:
     try:
         return str(error)[:500]
-    except BaseException:  # of what the program gave it
+    except BaseException:  # raised by arguments from the program
         return ""
 
 
 def judge(job: dict[str, Any], child: Child) -> tuple[str, str]:
-    """Status and detail of a job's tests against the program in the child."""
+    """Runs a job's tests against the program in the child; returns status and detail."""
     stage = "program"
     try:
         found = child.ask({"program": job["program"], "names": job["names"]})
@@ -359,14 +359,14 @@ def judge(job: dict[str, Any], child: Child) -> tuple[str, str]:
             if name in found:
                 scope[name] = found[name]
         exec(compile(job["tests"], "<tests>", "exec"), scope)
-        if child.gone:  # and the tests went on, as those do that expect an exception
+        if child.gone:  # tests that expect an exception continue even so
             raise Gone
     except Gone:
         raise
     except MemoryError:
         return "memory", f"{stage}: MemoryError"
     except BaseException as error:
-        import traceback  # costs 3 ms, which a job that passes need not wait for
+        import traceback  # costs 3 ms, which passing jobs avoid
 
         kind, message = type(error).__name__, _message(error)
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == "<tests>"]
@@ -377,7 +377,7 @@ def judge(job: dict[str, Any], child: Child) -> tuple[str, str]:
 
 
 def hold_program(limits: dict[str, int], requests: int, replies: int) -> None:
-    """Serves the program in a child; this process keeps the timer out of its reach and exits as the child did."""
+    """Serves the program in a child; this process keeps the timer out of its reach and exits with its status."""
     cpu_seconds = limits.pop("CPU")
     set_limits(limits)
     parent = os.getpid()
@@ -399,10 +399,10 @@ def hold_program(limits: dict[str, int], requests: int, replies: int) -> None:
 
 def hold_tests(limits: dict[str, int], requests: int, replies: int, verdict: int) -> None:
     """Runs the tests and writes ``[status, detail]``; status ``gone`` if the program ended before they did."""
-    limits.pop("CPU")  # the tests are held to wall-clock time alone
+    limits.pop("CPU")  # the tests' time is limited by wall clock only
     set_limits(limits)
     job = json.load(sys.stdin)
-    os.ftruncate(0, 0)  # no copy stays behind for whoever may open this file again
+    os.ftruncate(0, 0)  # leave no copy for anyone who reopens this file
     try:
         status, detail = judge(job, Child(os.fdopen(requests, "wb"), os.fdopen(replies, "rb")))
     except Gone:
@@ -415,9 +415,9 @@ def main() -> None:
     sys.set_int_max_str_digits(0)
     role, options, *numbers = sys.argv[1:]
     limits = json.loads(options)
-    # The kernel ends this process if nobody else does: bwrap may miss the death of its parent while it starts.
+    # The kernel ends this process if nothing else does: bwrap may miss the death of its parent during startup.
     signal.setitimer(signal.ITIMER_REAL, limits.pop("seconds"))
-    prctl(PR_SET_DUMPABLE, 0)  # no other process may trace this one, nor open its memory and files in /proc
+    prctl(PR_SET_DUMPABLE, 0)  # no other process may trace this one or open its memory and files in /proc
     if role == "program":
         hold_program(limits, *map(int, numbers))
     else:

@@ -13,7 +13,7 @@ from acqsynth.domains.quantities import UNDERSTOOD, compare, quantity
 _HASHES = re.compile(r"^####[ \t]*(\S.*)$", re.MULTILINE)
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|[,;]?\s+(?:because|since|so|which|as)\b")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?(?![\w])")
-_CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's notes for a calculator
+_CALCULATION = re.compile(r"<<[^<>\n]*>>")  # GSM8K's calculator annotations
 
 _TASKS = re.compile(
     r"\b(find|compute|calculate|determine|evaluate|solve|simplify|what|how|which|when|who|express|factor|give|write)\b",
@@ -49,8 +49,8 @@ class Math(Domain):
     """Questions with one final answer, a number or an expression.
 
     Args:
-        checker: compares what differs after :meth:`canonical`; by default two workers, five seconds a check. Its
-            ``lost`` counts the answers that could not be compared, which count as wrong.
+        checker: compares answers with different :meth:`canonical` forms; by default two workers, five seconds per
+            check. Its ``lost`` counts answers that could not be compared, which are treated as wrong.
     """
 
     name: ClassVar[str] = "math"
@@ -71,11 +71,11 @@ class Math(Domain):
         return [{"role": "user", "content": f"{question}\n\nReason step by step and end with \\boxed{{the answer}}."}]
 
     def answer_of(self, completion: str) -> str | None:
-        r"""The final answer, by the first of these that the completion has, and of these the last one:
+        r"""The final answer: the last occurrence of the first of these forms that the completion contains.
 
         ``\boxed{...}``; a line ``#### ...``; "answer is ..." or "answer: ..." up to the end of its sentence; a number.
-        One place gives the answer, all of it: several values in that place are one answer of several values, and what
-        stands elsewhere counts for nothing, so naming candidates gains nothing.
+        That one place is the whole answer: several values there are one answer with several values, and text elsewhere
+        is ignored, so listing candidates gains nothing.
         """
         stated = _stated(completion)
         if stated is not None:
@@ -92,18 +92,18 @@ class Math(Domain):
 
     def canonical(self, answer: str) -> str:
         """A rational number in lowest terms (``0.50``, ``1/2`` and ``$0.5`` are ``1/2``, ``5 million`` is
-        ``5000000``) with its unit (``3 kilometers`` is ``3 km``; dollars and degrees are left out), words in lower
+        ``5000000``) with its unit (``3 kilometers`` is ``3 km``; dollars and degrees are omitted), words in lower
         case, or the expression without spaces and layout."""
         found = quantity(answer)
         unit = "" if found.unit in UNDERSTOOD else " ".join(found.unit)
         return found.form + (unit if unit == "%" else f" {unit}" if unit else "")
 
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
-        """Equal canonical forms, or equal for math-verify (numbers to six decimals) with units that agree.
+        """Whether canonical forms are equal, or math-verify finds equality (numbers to six decimals) and units agree.
 
-        A missing unit agrees with any, two different ones do not. A percentage also equals its value: ``50%`` is
-        ``0.5``. Words are right in the same words only: math-verify reads them as products of letters, equal in any
-        order.
+        A missing unit agrees with any; different units do not agree. A percentage also equals its value: ``50%`` is
+        ``0.5``. Answers in words must be the same words: math-verify would read them as products of letters, equal in
+        any order.
 
         Raises:
             RuntimeError: see ``MathChecker.equal``.
@@ -122,8 +122,8 @@ class Math(Domain):
         return equal
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
-        """False if the reasoning states a final answer that is another than the answer given; else None, as nothing
-        here proves an answer right."""
+        """False if the reasoning states a different final answer than the sample's; otherwise None, as this domain
+        cannot prove an answer right."""
         agree = self.equivalent(samples, [_stated(sample.reasoning) or _final(sample.answer) for sample in samples])
         return [None if agrees else False for agrees in agree]
 
@@ -139,10 +139,10 @@ class Math(Domain):
 
 
 def _boxed(completion: str) -> str | None:
-    r"""The contents of the last whole ``\boxed{...}`` that has some, in one pass."""
+    r"""The contents of the last complete, non-empty ``\boxed{...}``, found in one pass."""
     found = None
-    last = -1  # where it begins
-    open_braces: list[tuple[int, bool]] = []  # where their contents begin; whether they are of a box
+    last = -1  # start of the contents found
+    open_braces: list[tuple[int, bool]] = []  # start of the contents, whether they belong to a box
     for match in re.finditer(r"(\\f?boxed\s*)?\{|\}", completion):
         if match[0] != "}":
             open_braces.append((match.end(), match[1] is not None))
@@ -165,5 +165,5 @@ def _stated(completion: str) -> str | None:
 
 
 def _final(answer: str) -> str:
-    """What an answer field gives: what it marks as final, else all of it."""
+    """The final answer in an answer field: the part marked as final, otherwise all of it."""
     return _stated(answer) or answer.strip()

@@ -1,11 +1,11 @@
 """Equality of mathematical answers by math-verify, in processes that can be killed.
 
-math-verify takes any time and memory on some inputs (``9^{9^{9^9}}``), and its own guard, ``signal.alarm``, works in a
-main thread only: called from a trainer's thread it raises, and a caller that catches this counts every answer as wrong.
-So each check runs in the main thread of a worker process with a deadline that the kernel keeps.
+math-verify needs unbounded time and memory on some inputs (``9^{9^{9^9}}``), and its own guard, ``signal.alarm``, works
+only in a main thread: in a trainer's thread it raises, and a caller that catches this counts every answer as wrong.
+So each check runs in the main thread of a worker process with a deadline enforced by the kernel.
 
-This file, started as a script, is the worker: it reads pairs as JSON lines and writes ``true`` or ``false`` for each.
-Nothing at its top imports the package.
+Run as a script, this file is the worker: it reads pairs as JSON lines and writes ``true`` or ``false`` for each. Its
+top-level imports exclude the package.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 START_SECONDS = 120.0  # sympy's import takes half a second on an idle machine
-LONGEST = 2000  # characters of an answer; a longer one is no answer
+LONGEST = 2000  # maximum characters of an answer; longer ones are never equal here
 
 
 class MathChecker:
-    """Worker processes that compare answers; they start with the first check.
+    """Worker processes that compare answers; they start on the first check.
 
     Args:
-        workers: checks at a time, one process each.
-        seconds: deadline of a check. A worker that passes it, or dies, is replaced, and its answer is not equal.
+        workers: concurrent checks, one process each.
+        seconds: deadline of a check. A worker that exceeds it or dies is replaced, and its answer counts as not equal.
 
     Raises:
         ValueError: workers below 1 or seconds not above 0.
@@ -48,7 +48,7 @@ class MathChecker:
             raise ValueError(f"seconds: expected more than 0, got {seconds}")
         self.workers = workers
         self.seconds = seconds
-        #: Checks that ran, and those whose worker passed the deadline or died, over the life of this checker.
+        #: Number of checks so far, and of those whose worker exceeded the deadline or died.
         self.checked = 0
         self.lost = 0
         self._lock = threading.Lock()
@@ -57,10 +57,10 @@ class MathChecker:
             self._idle.put(None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MathChecker, (self.workers, self.seconds)  # another process has workers of its own
+        return MathChecker, (self.workers, self.seconds)  # each process has its own workers
 
     def equal(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """Whether the second of each pair equals the first, the true answer (math-verify tells them apart).
+        """Whether the second of each pair equals the first, the true answer (order matters to math-verify).
 
         Args:
             pairs: n pairs of LaTeX or plain expressions, without dollar signs.
@@ -103,12 +103,12 @@ class MathChecker:
 
 
 class _Worker:
-    """One process; it ends with its stdin, and so with the process that started it."""
+    """One process; it ends when its stdin closes, and so with its parent."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        # Run as a file, so that neither this package nor the caller's main module is imported again; -P, as the
-        # folder of that file holds a math.py.
+        # Run as a file, so that neither this package nor the caller's main module is imported again; -P because this
+        # folder contains a math.py.
         self.process = subprocess.Popen(
             [sys.executable, "-P", __file__, str(seconds)],
             stdin=subprocess.PIPE,
@@ -128,7 +128,7 @@ class _Worker:
             self.process.stdin.flush()
         except OSError:
             return None
-        # The kernel ends the worker at its deadline; the second here is for what no timer ends (a stopped process).
+        # The kernel ends the worker at its deadline; the extra second is for processes that no timer ends (stopped).
         line = self._line(self.seconds + 1)
         return None if line is None else json.loads(line)
 
@@ -148,17 +148,17 @@ class _Worker:
 
 # --- the worker -------------------------------------------------------------------------------------------------------
 
-# What normalization and parser drop: quotes, dollars, percent signs, the base of a number, dots.
+# Parts that normalization and parser drop: quotes, dollars, percent signs, the base of a number, dots.
 _DROPPED = re.compile(r"[\'\"$%]|[\d)}]\s*_|\\[lcd]?dots(?![A-Za-z])|\.\.")
 _SPACE = re.compile(r"(?:\s|\\[,;:! ]|\\q?quad|\\(?:left|right|displaystyle)|[{}&])*")
-_MEMORY = 4 << 30  # bytes of address space: an expression that needs more is not equal, and leaves the machine alone
+_MEMORY = 4 << 30  # bytes of address space; an expression that needs more counts as not equal
 
 
 def _reader() -> Callable[[str], Any]:
-    """A function that reads a whole LaTeX expression, or raises.
+    """Returns a function that parses a whole LaTeX expression, or raises.
 
-    ``math_verify.parse`` accepts any expression that a text begins with or contains: of ``4_{8}``, ``4+`` and ``4|7``
-    it reads a 4. Here the grammar has to reach the end of the text, and no part is dropped before.
+    ``math_verify.parse`` accepts any expression that a text begins with or contains: it reads ``4_{8}``, ``4+`` and
+    ``4|7`` as 4. Here the grammar must reach the end of the text, and no part is dropped beforehand.
     """
     from antlr4 import Token
     from latex2sympy2_extended.antlr_parser import PSParser
@@ -195,7 +195,7 @@ def _reader() -> Callable[[str], Any]:
 
 
 def _work() -> None:
-    """Answers until stdin ends."""
+    """Answers requests until stdin ends."""
     from math_verify import verify
 
     read = _reader()
@@ -203,7 +203,7 @@ def _work() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     logging.disable()  # math-verify warns that its own timeouts are off
-    # What is printed by the libraries (antlr does) must not come between the replies.
+    # Output of the libraries (antlr prints) must not mix with the replies.
     replies = os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
@@ -212,7 +212,7 @@ def _work() -> None:
     os.dup2(null, 2)
     for line in sys.stdin:
         gold, answer = json.loads(line)
-        # By the default action of SIGALRM, at the deadline the kernel ends the process, in whatever code it is.
+        # SIGALRM's default action: at the deadline the kernel ends the process, whatever code it is in.
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             equal = bool(verify([read(gold)], [read(answer)], timeout_seconds=None))

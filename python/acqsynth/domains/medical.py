@@ -1,6 +1,6 @@
-"""Medicine: MedMCQA (four options), PubMedQA (yes, no or maybe), and questions of both forms.
+"""Medicine: MedMCQA (four options), PubMedQA (yes, no or maybe), and questions of either form.
 
-The options of a choice stand in the question, one a line, and in ``extra["options"]``: letter -> text.
+The options of a choice are listed in the question, one per line, and in ``extra["options"]``: letter -> text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DECISIONS = ("yes", "no", "maybe")
 
 _OPTION = re.compile(r"(?:^|(?<=\s))\(?([A-D])[).:]\s+", re.MULTILINE)
 _BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]*)\}?\}")
-# A letter alone or with its mark, "B", "(b)", "B) aspirin", not the article of "A fever"; or a decision with a mark.
+# A letter alone or with its mark ("B", "(b)", "B) aspirin"), not the article in "A fever"; or a decision with a mark.
 _LETTER = re.compile(r"\(?([A-Da-d])(?:[).:]|$)")
 _DECISION = re.compile(r"(yes|no|maybe)\b(?!\s+\w)", re.IGNORECASE)
 _SEVERAL = re.compile(
@@ -38,7 +38,7 @@ def _medmcqa(row: Row) -> Sample:
 
 def _pubmedqa(row: Row) -> Sample:
     contexts: Any = row["contexts"] if "contexts" in row else row["context"]
-    if isinstance(contexts, Mapping):  # on the hub the sections stand beside their labels
+    if isinstance(contexts, Mapping):  # on the hub, sections come with labels
         contexts = contexts.get("contexts")
     if not isinstance(contexts, Sequence) or isinstance(contexts, str) or not all(isinstance(c, str) for c in contexts):
         raise ValueError(f"contexts: expected a list of texts, got {contexts!r:.60}")
@@ -50,7 +50,7 @@ def _pubmedqa(row: Row) -> Sample:
 
 
 def _plain(row: Row) -> Sample:
-    """``question`` (its options in it, if any) and ``answer``, with ``reasoning`` where there is such a column."""
+    """``question`` (including its options, if any), ``answer`` and, if present, ``reasoning``."""
     question = text(row, "question")
     options = _options(question)
     extra = {"options": options} if options else {}
@@ -84,8 +84,8 @@ class Medical(Domain):
         return [{"role": "user", "content": f'{question}\n\nReason briefly and end with "The answer is", then {form}.'}]
 
     def answer_of(self, completion: str) -> str | None:
-        r"""The last ``\boxed{...}``; else the last "answer is ..." or "answer: ..."; else the last line, where that is
-        a choice by itself. A place that names several choices gives none of them."""
+        r"""The last ``\boxed{...}``; else the last "answer is ..." or "answer: ..."; else the last line, if it is a
+        choice by itself. If that place names several choices, none of them counts."""
         for pattern in (_BOXED, STATED):
             if found := pattern.findall(completion):
                 answer = found[-1].strip().strip("*").strip()
@@ -99,25 +99,25 @@ class Medical(Domain):
         return "\n".join(part for part in (sample.reasoning, stated) if part)
 
     def canonical(self, answer: str) -> str:
-        """An option's letter in upper case, a decision in lower case, or the text in lower case without marks."""
+        """An option's letter in upper case, a decision in lower case, or the text in lower case without punctuation."""
         plain = answer.strip().strip("*").strip()
         return _choice(plain) or re.sub(r"\W+", " ", plain).strip().casefold()
 
     def equivalent(self, gold: Sequence[Sample], answers: Sequence[str | None]) -> list[bool]:
-        """The same letter or decision; the full text of an option stands for its letter."""
+        """Whether letters or decisions agree; an option's full text counts as its letter."""
         return [
             answer is not None and self._choice_of(sample, sample.answer) == self._choice_of(sample, answer)
             for sample, answer in zip(gold, answers, strict=True)
         ]
 
     def verify(self, samples: Sequence[Sample]) -> list[bool | None]:
-        """False if the reasoning states another final answer than the sample's; else None."""
+        """False if the reasoning states a different final answer than the sample's; otherwise None."""
         stated = [self.answer_of(sample.reasoning) for sample in samples]
         agree = self.equivalent(samples, [a or s.answer for a, s in zip(stated, samples, strict=True)])
         return [None if agrees else False for agrees in agree]
 
     def parse(self, text: str) -> Sample | None:
-        """As for every domain; the options of the question become ``extra["options"]``."""
+        """As :meth:`Domain.parse`; the options of the question become ``extra["options"]``."""
         sample = super().parse(text)
         options = {} if sample is None else _options(sample.question)
         return replace(sample, extra={"options": options}) if sample and options else sample
@@ -138,7 +138,7 @@ class Medical(Domain):
         return None
 
     def _choice_of(self, sample: Sample, answer: str) -> str:
-        """The canonical answer, an option's text replaced by its letter."""
+        """The canonical answer, with an option's text replaced by its letter."""
         canonical = self.canonical(answer)
         for letter, option in sample.extra.get("options", {}).items():
             if canonical == re.sub(r"\W+", " ", option).strip().casefold():
@@ -147,7 +147,7 @@ class Medical(Domain):
 
 
 def _choice(plain: str) -> str | None:
-    """The one letter or decision that a text begins with, or None."""
+    """The single letter or decision that a text begins with, or None."""
     if _SEVERAL.match(plain):
         return None
     if letter := _LETTER.match(plain):

@@ -1,4 +1,4 @@
-"""Reads an answer as a number or expression with its unit, and says what has to be equal for two to be equal."""
+"""Reads answers as numbers or expressions with units, and reduces their equality to pairs for math-verify."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ _CURRENCY = re.compile(r"^([-+]?)\s*(\\?\$|€|£|¥)\s*(?=[\d.])")
 _CURRENCY_LAST = re.compile(r"(?<=\d)\s*(\\?\$|€|£|¥)$")
 _SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})")
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
-_AFTER_DIGIT = re.compile("(?<=\\d)(?=[¼-¾⅐-⅞↉])")  # of a mixed number
-# Possessive, so that no answer makes it backtrack.
+_AFTER_DIGIT = re.compile("(?<=\\d)(?=[¼-¾⅐-⅞↉])")  # in a mixed number
+# Possessive quantifiers, so that no answer causes backtracking.
 _UNIT = re.compile(
     r"(?<=[\d})])(\s*+)((?=[A-Za-z\\])(?:\\(?:text|textrm|mathrm|mbox)\{[A-Za-z .,/-]++\}|[A-Za-z ./-])++)"
     r"(?:\^\{?([23])\}?)?$"
 )
 _TEXT = re.compile(r"\\(?:text|textrm|mathrm|mbox)\{([^{}]*)\}")
-#: Words for numbers that multiply the number before them.
+#: Number words that multiply the number before them.
 SCALES = {
     "dozen": 12, "score": 20, "gross": 144,
     "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
 }  # fmt: skip
 
-CURRENCIES = {"€": "euro", "£": "pound", "¥": "yen"}  # any other is the dollar
+CURRENCIES = {"€": "euro", "£": "pound", "¥": "yen"}  # anything else is the dollar
 
-#: Signs of Unicode -> LaTeX.
+#: Unicode signs -> LaTeX.
 SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2044": "/", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ",
                        "π": r"\pi ", "∞": r"\infty "})  # fmt: skip
 
-#: Other names of a unit; any other word of three letters or more is a unit too, in the singular.
+#: Aliases of units; any other word of three letters or more is also a unit, in the singular.
 UNITS = {
     name: unit
     for unit, names in {
@@ -59,10 +59,10 @@ UNITS = {
     for name in (unit, *names.split())
 }  # fmt: skip
 
-#: Units that differ from others in the case of a letter alone.
+#: Units that differ from others only in the case of a letter.
 CASED = frozenset({"Mg", "Ms", "Mm", "MW", "MV", "MJ", "MN", "MA", "ML", "Gb", "Mb", "kb", "Kb", "Tb"})
 
-#: Words after a number that are no unit: they change the value, or belong to a formula.
+#: Words after a number that are not units: they change the value, or belong to a formula.
 NO_UNITS = frozenset(
     {
         *("and", "or", "minus", "plus", "divided", "squared", "cubed", "factorial", "choose", "base", "mod", "modulo"),
@@ -75,7 +75,7 @@ NO_UNITS = frozenset(
     }
 )
 
-#: Units that are understood where none is written, and left out of the canonical form.
+#: Units that are understood if none is written, and omitted from the canonical form.
 UNDERSTOOD = frozenset({("dollar",), ("degree",)})
 
 _LABEL = re.compile(
@@ -87,15 +87,15 @@ _WORDS = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]+)*")
 
 
 class Quantity(NamedTuple):
-    """An answer, read."""
+    """A parsed answer."""
 
     form: str  #: canonical form without the unit
     plain: str  #: as LaTeX without the unit
-    unit: tuple[str, ...]  #: its words; ``("%",)`` for a percentage
+    unit: tuple[str, ...]  #: words of the unit; ``("%",)`` for a percentage
 
 
 def quantity(answer: str) -> Quantity:
-    """Reads an answer; one of more than ``LONGEST`` characters is only compared as text."""
+    """Reads an answer; one longer than ``LONGEST`` characters is compared only as text."""
     if len(answer) > LONGEST:
         return Quantity(" ".join(answer.split()), answer, ())
     plain, unit = _with_unit(_plain(answer))
@@ -147,7 +147,7 @@ def _with_unit(plain: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _unit_word(word: str) -> str:
-    """A word of a unit in the singular, abbreviated where it has an abbreviation."""
+    """A unit's word in the singular, abbreviated if it has an abbreviation."""
     if word in ("C", "F") or word in CASED:
         return word
     word = word.casefold()
@@ -168,13 +168,13 @@ def _is_unit(word: str, place: int, spaced: bool) -> bool:
 
 
 def _agree(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
-    """Whether one unit is missing, or only says more than the other: ``egg`` and ``brown egg``."""
+    """Whether one unit is missing, or is only more specific than the other: ``egg`` and ``brown egg``."""
     fewer, more = sorted((set(a), set(b)), key=len)
     return not fewer or (fewer <= more and "per" not in more - fewer)
 
 
 def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
-    """Whether two answers are equal, or the pairs of which one has to be equal for math-verify."""
+    """Whether two answers are equal, or the pairs of which math-verify must find one equal."""
     if (truth.form, truth.unit) == (given.form, given.unit):
         return True
     if not _agree(truth.unit, given.unit):
@@ -182,7 +182,7 @@ def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
     if truth.form == given.form:
         return True
     if {truth.unit, given.unit} & {("am",), ("pm",)}:
-        return False  # 10:30 is no ratio
+        return False  # 10:30 is not a ratio
     pairs = [(truth, given)]
     if (truth.unit == ("%",)) != (given.unit == ("%",)):
         pairs.append((_hundredth(truth), _hundredth(given)))
@@ -193,7 +193,7 @@ def compare(truth: Quantity, given: Quantity) -> bool | list[tuple[str, str]]:
 
 
 def _hundredth(quantity: Quantity) -> Quantity:
-    """The value of a percentage; any other answer as it is."""
+    """The value of a percentage; any other answer unchanged."""
     if quantity.unit != ("%",):
         return quantity
     number = _rational(quantity.plain)
@@ -203,8 +203,8 @@ def _hundredth(quantity: Quantity) -> Quantity:
 
 
 def _sides(truth: str, given: str) -> list[tuple[str, str]]:
-    """What math-verify has to find equal: it solves equations and finds those without solution equal, and reads the
-    last side of an equation where a number is expected."""
+    """The pairs that math-verify must find equal. Given equations, it would solve them, treat all without a solution as
+    equal, and read the last side where a number is expected."""
     sides = [[side.strip() for side in _EQUALS.split(plain)] for plain in (truth, given)]
     left, right = sides
     if len(left) == len(right) == 1:
@@ -237,7 +237,7 @@ def _plain(answer: str) -> str:
 
 
 def _in_ascii(answer: str) -> str:
-    """Without characters that are not seen, and with signs of Unicode as LaTeX has them: ``2½`` is ``2 1/2``."""
+    """The answer without invisible characters, and with Unicode signs in LaTeX: ``2½`` is ``2 1/2``."""
     if answer.isascii():
         return answer
     plain = "".join(char for char in answer if unicodedata.category(char) != "Cf")
@@ -246,7 +246,7 @@ def _in_ascii(answer: str) -> str:
 
 
 def _rational(plain: str) -> Fraction | None:
-    """The number that is written, also as a fraction or mixed number; None if it is something else."""
+    """The value of a number, fraction or mixed number; None for anything else."""
     if len(plain) > 200:
         return None
     if match := _DECIMAL.fullmatch(plain):
@@ -265,16 +265,16 @@ def _rational(plain: str) -> Fraction | None:
 
 
 def _worth_checking(truth: str, given: str) -> bool:
-    """Whether canonical forms that differ may still be equal."""
+    """Whether different canonical forms may still be equal."""
     if _WORDS.fullmatch(truth) or (_INTEGER.fullmatch(truth) and _INTEGER.fullmatch(given)):
         return False
-    # math-verify adds up "5 5", and of an answer with a box it reads the box alone. It multiplies 0 by x by 1 in 0x1.
+    # math-verify adds up "5 5", reads only the box of an answer with a box, and reads 0x1 as 0 times x times 1.
     glued = (re.search(r"[A-Za-z]\d", re.sub(r"\\[A-Za-z]+", " ", form)) for form in (truth, given))
     return not any(glued) and not re.search(r"\d \d|\\boxed", given)
 
 
 def _without_spaces(plain: str) -> str:
-    """Spaces dropped, but for one that ends a command (``\\pi r``) or parts two numbers; ``x^{2}`` is ``x^2``."""
+    """Drops spaces, except one that ends a command (``\\pi r``) or separates two numbers; ``x^{2}`` is ``x^2``."""
     plain = re.sub(r"([_^])\{(\w)\}", r"\1\2", plain)
     return re.sub(r"(\\[A-Za-z]+|\d)?\s+(?=([A-Za-z])?(\d)?)", _kept_space, plain)
 

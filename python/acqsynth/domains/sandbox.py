@@ -1,16 +1,16 @@
 """Runs untrusted Python against its tests in bubblewrap sandboxes.
 
-A program sees the shared libraries, the interpreter with its standard library (site-packages hidden) and 16 MiB of
-its own ``/tmp``: no ``/etc``, ``/proc``, home or project files, no network, no process but its own. It is one process
-of one thread; a seccomp filter refuses more, so the limit on its address space limits its memory. CPU seconds, address
-space, file size and open files are limited inside, wall-clock time and output from outside.
+A program sees the shared libraries, the interpreter with its standard library (site-packages hidden) and a private
+``/tmp`` of 16 MiB, but no ``/etc``, ``/proc``, home or project files, no network and no other process. It is one
+process with one thread; a seccomp filter denies more, so the limit on its address space limits its memory. CPU seconds,
+address space, file size and open files are limited from inside, wall-clock time and output from outside.
 
 The tests run in a second sandbox (see ``acqsynth.domains.harness``). The program's sandbox never holds the tests or
 the expected values: it receives the source and the arguments of calls, and returns results, which the other side
-compares. The verdict comes through a pipe that only the tests' process has; exit status proves nothing.
+compares. The verdict comes through a pipe that only the tests' process has; the exit status proves nothing.
 
-Not contained: kernel faults that such a process can reach; load on the machine below the limits; and a program that
-knows its tests and writes their answers down.
+Not contained: kernel bugs within reach of such a process; machine load within the limits; and a program that knows its
+tests and hard-codes their answers.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from typing import Any, Literal
 Status = Literal["passed", "failed", "timeout", "memory", "output", "killed"]
 
 HARNESS = Path(__file__).with_name("harness.py")
-VERDICT = 16384  # bytes that a verdict may take
-GRACE = 1.0  # seconds in which a program that broke off its replies may end by itself, so that its status is known
+VERDICT = 16384  # maximum bytes of a verdict
+GRACE = 1.0  # seconds for a program that stopped replying to end by itself, so that its exit status is known
 
-#: Sets of strings keep one order, so that a program is right or wrong each time.
+#: The fixed hash seed keeps sets of strings in one order, so that verdicts are reproducible.
 ENVIRONMENT = {"HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 
 INSTALL = (
@@ -52,13 +52,13 @@ INSTALL = (
 
 @dataclass(frozen=True)
 class Job:
-    """A program and the tests it is held to.
+    """A program and its tests.
 
     Args:
         program: Python source, untrusted.
-        tests: Python source, trusted as far as its own verdict goes: statements that raise if the program is wrong.
-        names: what the tests take from the program; every other name is theirs.
-        preamble: trusted Python source executed before the tests: imports and helpers of theirs.
+        tests: Python source, trusted only for its own verdict: statements that raise if the program is wrong.
+        names: names that the tests use from the program; all other names are their own.
+        preamble: trusted Python source executed before the tests: their imports and helpers.
     """
 
     program: str
@@ -69,15 +69,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one job.
+    """Limits of one job.
 
     Args:
         seconds: wall-clock time from launch to verdict.
         cpu_seconds: CPU time of the program.
-        memory: bytes of address space of the program, and of its tests.
-        file_size: bytes of one file; all of ``/tmp`` holds twice that.
-        open_files: file descriptors of a process.
-        output: bytes kept of stdout and of stderr; a program that writes more is stopped.
+        memory: bytes of address space, for the program and its tests each.
+        file_size: bytes per file; ``/tmp`` as a whole holds twice that.
+        open_files: file descriptors per process.
+        output: bytes of stdout and of stderr kept; a program that writes more is stopped.
 
     Raises:
         ValueError: a limit that is not above 0.
@@ -98,11 +98,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a job.
+    """The outcome of a job.
 
     Attributes:
-        status: ``passed``; ``failed`` (an exception of the program or its tests); ``timeout`` (wall clock or CPU);
-            ``memory`` (a MemoryError reached the tests); ``output`` (too much of it); ``killed`` (by a signal).
+        status: ``passed``; ``failed`` (an exception in the program or its tests); ``timeout`` (wall clock or CPU);
+            ``memory`` (a MemoryError reached the tests); ``output`` (too much output); ``killed`` (by a signal).
         detail: the failing test or the reason, one line; empty if passed.
         stdout, stderr: what the program and its tests wrote, cut at ``Limits.output`` bytes.
         seconds: wall-clock time.
@@ -122,12 +122,12 @@ def run(
     workers: int | None = None,
     unsafe_without_sandbox: bool = False,
 ) -> list[Result]:
-    """The result of each of n jobs, several at a time.
+    """Runs n jobs, several concurrently, and returns the result of each.
 
     Args:
-        workers: jobs at a time; by default one for each CPU of this process.
-        unsafe_without_sandbox: run programs as this user, with the limits and the refusal of further processes but
-            with this machine's files and network in reach. Never for programs that a model wrote.
+        workers: concurrent jobs; by default one per CPU available to this process.
+        unsafe_without_sandbox: run programs as this user: limits and the ban on further processes apply, but this
+            machine's files and network are within reach. Never use it for programs that a model wrote.
 
     Raises:
         RuntimeError: bubblewrap is missing or may not create namespaces here; nothing was run.
@@ -138,10 +138,10 @@ def run(
 
 
 def require() -> str:
-    """The path of a bubblewrap that works here.
+    """The path of a working bubblewrap.
 
     Raises:
-        RuntimeError: it is missing, or may not create namespaces; the message says which, and what to install.
+        RuntimeError: it is missing or may not create namespaces; the message says which, and what to install.
     """
     bwrap = shutil.which("bwrap")
     fault = "bwrap is not on PATH" if bwrap is None else _fault(bwrap)
@@ -152,7 +152,7 @@ def require() -> str:
 
 @functools.cache
 def _fault(bwrap: str) -> str | None:
-    """Why this bubblewrap does not work, found by a job whose result is known; None if it does."""
+    """Why this bubblewrap does not work, found by running a job with a known result; None if it works."""
     limits = Limits(seconds=60)
     result = _run(_contained(bwrap, limits), Job("answer = 42", "assert answer == 42", ("answer",)), limits)
     if result.status == "passed":
@@ -161,13 +161,13 @@ def _fault(bwrap: str) -> str | None:
 
 
 def _interpreter(harness: str) -> list[str]:
-    # Neither site-packages nor a working directory on sys.path; prints are not lost with the process.
+    # No site-packages or working directory on sys.path; unbuffered, so that prints are not lost with the process.
     return [_executable(), "-s", "-S", "-P", "-u", harness]
 
 
 @functools.cache
 def _compiled() -> str:
-    """The path of the harness as byte code, which saves 5 ms a process; of its source where none can be written."""
+    """Path of the harness's byte code, which saves 5 ms per process; of its source if none can be written."""
     try:
         return str(py_compile.compile(str(HARNESS), doraise=True))
     except OSError:
@@ -175,12 +175,12 @@ def _compiled() -> str:
 
 
 def _executable() -> str:
-    """The interpreter beneath a virtual environment."""
+    """The interpreter underlying a virtual environment."""
     return os.path.realpath(sys.executable)
 
 
 def _contained(bwrap: str, limits: Limits) -> list[str]:
-    """The command line up to the limits, which the harness takes."""
+    """The command line up to the harness's own arguments."""
     line = [bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
     for name, value in ENVIRONMENT.items():
         line += ["--setenv", name, value]
@@ -193,7 +193,7 @@ def _contained(bwrap: str, limits: Limits) -> list[str]:
     prefix = os.path.realpath(sys.base_prefix)
     for path in (f"{prefix}/lib", _executable()):
         line += ["--ro-bind", path, path]
-    for path in _site_packages(prefix):  # may hold this package, or a data set with its solutions
+    for path in _site_packages(prefix):  # may contain this package, or a data set with solutions
         line += ["--tmpfs", path, "--remount-ro", path]
     line += ["--dev", "/dev", "--remount-ro", "/dev"]  # and no /proc
     line += ["--ro-bind", _compiled(), "/harness"]
@@ -223,7 +223,7 @@ def _run(command: Sequence[str], job: Job, limits: Limits) -> Result:
         work = stack.enter_context(tempfile.TemporaryFile("w+"))
         json.dump(asdict(job), work)
         work.seek(0)
-        pipes = contextlib.ExitStack()  # closed here once both processes have their ends
+        pipes = contextlib.ExitStack()  # closed here once both processes have inherited their ends
         requests, replies, verdict = (_pipe(pipes) for _ in range(3))
         kept = stack.enter_context(os.fdopen(os.dup(verdict[0]), "rb"))
 
@@ -257,7 +257,7 @@ def _run(command: Sequence[str], job: Job, limits: Limits) -> Result:
                     program.wait(GRACE)
                 status, detail = _death(program.poll())
         else:
-            status, detail = "killed", "the tests were ended before their verdict"
+            status, detail = "killed", "the tests were killed before their verdict"
         _kill(program)
         _kill(tests)
         late = reader.read(time.monotonic() + GRACE)
@@ -276,27 +276,27 @@ def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends a sandbox, which dies with bwrap."""
+    """Kills bwrap, and with it the sandbox."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def _death(code: int | None) -> tuple[Status, str]:
-    """Status and detail of a program that ended before its tests did, from its exit code (None: it did not end)."""
+    """Status and detail of a program that ended before its tests did, from its exit code (None: still running)."""
     if code is None:
-        return "killed", "program: was killed, or broke off its replies"
+        return "killed", "program: was killed, or stopped replying"
     number = -code if code < 0 else code - 128  # the harness and bwrap report signals as 128 + number
     if number == signal.SIGXCPU:
-        return "timeout", "program: used up its CPU seconds"
+        return "timeout", "program: exceeded its CPU time limit"
     if number == signal.SIGKILL:
-        return "killed", "program: was killed, or broke off its replies"
+        return "killed", "program: was killed, or stopped replying"
     if number in set(signal.Signals):
         return "killed", f"program: ended by {signal.Signals(number).name}"
     return "failed", f"program: ended with exit status {code} before its tests did"
 
 
 class _Reader:
-    """Reads several pipes at once, the verdict's first, and keeps ``limit`` bytes of each of the others."""
+    """Reads several pipes concurrently; keeps ``limit`` bytes of each except the first, which is the verdict's."""
 
     def __init__(self, pipes: Sequence[Any], limit: int) -> None:
         self.pipes = pipes
@@ -305,7 +305,7 @@ class _Reader:
         self.open = set(range(len(pipes)))
 
     def read(self, deadline: float, until: int | None = None) -> tuple[Status, str] | None:
-        """Reads until all pipes end, or the one of index ``until``; status and detail where a limit comes first."""
+        """Reads until all pipes end, or the one at index ``until``; status and detail if a limit is hit first."""
         with selectors.DefaultSelector() as selector:
             for i in self.open:
                 selector.register(self.pipes[i], selectors.EVENT_READ, i)
@@ -313,7 +313,7 @@ class _Reader:
                 left = deadline - time.monotonic()
                 ready = selector.select(left) if left > 0 else []
                 if not ready:
-                    return "timeout", "the wall-clock limit passed"
+                    return "timeout", "exceeded the wall-clock limit"
                 for key, _ in ready:
                     i = key.data
                     chunk = os.read(key.fd, 1 << 16)

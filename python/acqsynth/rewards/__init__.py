@@ -1,4 +1,4 @@
-"""Acquisition functions as rewards: alone, under TRL's contract, or gated and fused with other signals."""
+"""Acquisition functions as rewards: single TRL reward functions, or gated and fused with other signals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from acqsynth.rewards.trl import combined as combined, completion_text as comple
 if not TYPE_CHECKING:  # a type checker should flag misspelt names
 
     def __getattr__(name: str) -> AcquisitionReward:
-        """A ready-made reward for any registered acquisition, the user's own included."""
+        """A ready-made reward for any registered acquisition, including user-defined ones."""
         if name in acqcore.acquisitions():
             return _reward_from_environment(name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

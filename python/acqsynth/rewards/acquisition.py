@@ -1,14 +1,14 @@
-"""One acquisition as a reward function of TRL: its value, gated by whether the text parses.
+"""A single acquisition as a TRL reward function: its value, gated by whether the text parses.
 
     reward = AcquisitionReward("path/to/student", "entropy")
 
-On the command line any acquisition is a ready-made reward, ``trl grpo --reward_funcs acqsynth.rewards.entropy``; the
-environment variable ``ACQSYNTH_STUDENT`` names its student. ``AcquisitionReward(url="http://scorer:8000",
-acquisition="entropy")`` asks a server started by ``acqsynth serve``.
+On the command line every acquisition is a ready-made reward, ``trl grpo --reward_funcs acqsynth.rewards.entropy``; the
+environment variable ``ACQSYNTH_STUDENT`` names the student. ``AcquisitionReward(url="http://scorer:8000",
+acquisition="entropy")`` scores on a server started by ``acqsynth serve``.
 
-Malformed text scores highest on most acquisitions, so the format check multiplies; an added bonus would still rank it
-first. If values can be negative, text that does not parse gets the lowest possible value: -1 for influence, which is a
-cosine.
+Malformed text scores highest on most acquisitions, so the format check multiplies the value; with an added bonus such
+text would still rank first. If values can be negative, text that does not parse gets the lowest possible value: -1 for
+influence, which is a cosine.
 """
 
 from __future__ import annotations
@@ -30,43 +30,43 @@ from acqsynth.rewards.trl import Completion, Log, LogExtra, LogMetric, TrlReward
 
 logger = logging.getLogger(__name__)
 
-#: A parser gives a sample as ``acqcore.score`` takes it, or None.
+#: Maps a completion's text to a sample for ``acqcore.score``, or to None.
 Parser = Callable[[str], Any]
 
-_FAILED = object()  #: the sample of a text that the parser raises on
+_FAILED = object()  #: replaces the sample if the parser raised
 
 
 class AcquisitionReward(TrlReward):
-    """The acquisition value of each completion for a student, as a reward function of TRL 1.16.
+    """TRL 1.16 reward function: the acquisition value of each completion for a student.
 
-    Text that does not parse gets 0.0, or the lowest value if that is negative; a sample that could not be scored is
-    masked. All completions of a call are scored by one ``acqcore.score`` call. It logs the values and whether each text
-    parses; shares parsed and masked, mean, and correlation with length; for an acquisition that is estimated at random
-    also ``reliability``, as in :meth:`ComposedReward.metrics`. A call raises RuntimeError if ``ACQSYNTH_STUDENT`` has
-    to name the student and is not set, or if values without a lower bound are asked for on several ranks without
-    ``sync``; else as ``acqcore.score``.
+    Text that does not parse gets 0.0, or the lowest value if that is negative; samples that cannot be scored are
+    masked. One ``acqcore.score`` call scores all completions of a call. Logged per sample: the value and whether the
+    text parses. Logged per call: shares parsed and masked, mean, correlation with length and, for randomly estimated
+    acquisitions, ``reliability`` as in :meth:`ComposedReward.metrics`. A call raises RuntimeError if the student is to
+    come from ``ACQSYNTH_STUDENT`` and it is not set, or if values have no lower bound on several ranks without
+    ``sync``; otherwise it raises as ``acqcore.score`` does.
 
     Args:
         student: a transformers causal LM (even the model in training: it is scored in eval mode and left unchanged), an
             ``acqcore.Student``, a path or hub id, or None for the path in the environment variable
-            ``ACQSYNTH_STUDENT``. A path is loaded at the first call and shared by all rewards of the process.
-        acquisition: a name from ``acqcore.acquisitions()``. For several, pass several rewards: TRL weights them.
-        parse: text of a completion -> sample for ``acqcore.score``, or None if it is no sample; by default the tagged
-            question and its solution. ``acqsynth.parsing`` also has ``parse_chat_sample``, the same as turns of a chat,
-            and ``as_text``, the whole completion.
-        arguments: of the acquisition, as in ``acquisition_args`` of ``acqcore.score``: ``{"parameters": "all"}`` for
-            ``grad_norm``; ``{"reference": ...}``, which ``influence`` requires.
-        reduction: how token values become one, as in ``acqcore.score``.
-        tokenizer: the student's; by default the one beside its path. A model given as an object needs it.
+            ``ACQSYNTH_STUDENT``. A path is loaded on the first call and shared by all rewards of the process.
+        acquisition: a name from ``acqcore.acquisitions()``. To combine several, pass several rewards; TRL weights them.
+        parse: maps a completion's text to a sample for ``acqcore.score``, or to None if it is not a sample. By default
+            it reads the tagged question and its solution. ``acqsynth.parsing`` also has ``parse_chat_sample``, which
+            returns chat turns, and ``as_text``, which keeps the whole completion.
+        arguments: the acquisition's arguments, as in ``acquisition_args`` of ``acqcore.score``: ``{"parameters":
+            "all"}`` for ``grad_norm``; ``{"reference": ...}``, which ``influence`` requires.
+        reduction: how token values are reduced to one, as in ``acqcore.score``.
+        tokenizer: the student's tokenizer; by default the one at its path. Required if the student is a model object.
         backend: as in ``acqcore.score``.
-        batch_tokens: tokens of one forward pass of the student, as in ``acqcore.score``.
-        device: where a path is loaded; by default the CPU. A model given as an object stays where it is.
-        max_length: longer samples are cut to this many tokens, and to what the student can take.
-        sync: the ranks of a ``torch.distributed`` group call together and share the lowest value, which is the reward
-            of text that does not parse. Required on several ranks if values have no lower bound: influence by dot
-            product.
-        name: the name TRL logs; by default ``acquisition_<acquisition>``.
-        url: of a server instead of a student; gives a :class:`RemoteAcquisitionReward`.
+        batch_tokens: tokens per forward pass of the student, as in ``acqcore.score``.
+        device: device for a student loaded from a path; by default the CPU. A model object stays on its device.
+        max_length: samples are truncated to this many tokens, and to the student's maximum length.
+        sync: the ranks of the ``torch.distributed`` group call the reward together and share the lowest value, which
+            is the reward for text that does not parse. Required on several ranks if values have no lower bound
+            (influence by dot product).
+        name: name under which TRL logs; by default ``acquisition_<acquisition>``.
+        url: URL of a scoring server to use instead of a student; creates a :class:`RemoteAcquisitionReward`.
 
     Raises:
         ValueError: an unknown acquisition, a model without a tokenizer, or a max_length below 2.
@@ -74,7 +74,7 @@ class AcquisitionReward(TrlReward):
     """
 
     def __new__(cls, *arguments: Any, url: str | None = None, **options: Any) -> AcquisitionReward:
-        # TRL asks the class whether its call is a coroutine, so a reward over a network is a class of its own.
+        # TRL checks whether the class's __call__ is a coroutine function, so the remote reward needs its own class.
         return super().__new__(RemoteAcquisitionReward if url is not None and cls is AcquisitionReward else cls)
 
     def __init__(
@@ -108,17 +108,17 @@ class AcquisitionReward(TrlReward):
 
     def _reward(self, prompts: Sequence[Any], completions: Sequence[Completion], log: Log) -> list[float | None]:
         if not self._checked_form:
-            self.scorer.check()  # even if nothing parses
+            self.scorer.check()  # reports a missing student even if nothing parses
         samples = [self._sample(completion) for completion in completions]
         scored = self.scorer([sample for sample in samples if _parsed(sample)])
         return self._rewards(prompts, samples, scored, log)
 
     def rewards(self, prompts: Sequence[Any], completions: Sequence[Completion]) -> list[float | None]:
-        """The same for direct callers, in a script or notebook, whether the student is here or at a url."""
+        """The rewards, for direct use in a script or notebook; works for local and remote students."""
         return self(prompts, completions)
 
     def _sample(self, completion: Completion) -> Any:
-        """What ``parse`` gives; ``_FAILED`` if it raises."""
+        """The result of ``parse``, or ``_FAILED`` if it raises."""
         text = completion_text(completion)
         try:
             return None if text is None else self.parse(text)
@@ -133,10 +133,10 @@ class AcquisitionReward(TrlReward):
         scored: Scored,
         log: Log,
     ) -> list[float | None]:
-        """Rewards of n samples, None for text that does not parse, from the scores of those that did."""
+        """Rewards for n samples (None: text that does not parse), given the scores of the parsed ones."""
         self._check_form(
             samples,
-            "has the form that parse=%s reads, so each gets the least reward; ask for "
+            "has the format that parse=%s expects, so each gets the lowest reward; ask for "
             "<question>...</question><answer>...</answer> in the prompts, or pass parse=acqsynth.parsing.as_text to "
             "score whole completions",
             getattr(self.parse, "__name__", type(self.parse).__name__),
@@ -166,7 +166,7 @@ class AcquisitionReward(TrlReward):
         return rewards
 
     def _floor(self, values: Sequence[float]) -> float:
-        """Reward of text that does not parse: the same on all ranks, as a group may be spread over them."""
+        """Reward for text that does not parse; identical on all ranks, as a group may span several."""
         floor = min([self._least, *values])
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
@@ -178,7 +178,7 @@ class AcquisitionReward(TrlReward):
         if self._unbounded or floor < self._least - 1e-6:
             raise RuntimeError(
                 f"{self.__name__}: the values of {self.acquisition} have no lower bound, and ranks must agree on the "
-                "reward of text that does not parse; make the reward with sync=True"
+                "reward for text that does not parse; make the reward with sync=True"
             )
         return self._least
 
@@ -187,22 +187,22 @@ class AcquisitionReward(TrlReward):
 
 
 class RemoteAcquisitionReward(AcquisitionReward):
-    """What ``AcquisitionReward(url=...)`` makes: the same numbers from a server, awaited.
+    """Created by ``AcquisitionReward(url=...)``: the same values, fetched asynchronously from a server.
 
-    TRL awaits all such rewards of a step together; elsewhere call :meth:`rewards`. Samples without an answer after all
-    retries (see :class:`acqsynth.serve.client.ScorerClient`) are masked, counted in ``masked`` and logged.
+    TRL awaits all such rewards of a step concurrently; other callers use :meth:`rewards`. Samples without a value after
+    all retries (see :class:`acqsynth.serve.client.ScorerClient`) are masked, counted in ``masked`` and logged.
 
     Args:
-        student: None; the server has one.
+        student: must be None; the server holds the student.
         acquisition, parse, reduction, max_length, sync, name: as :class:`AcquisitionReward`.
-        url: of the server, ``http://host:port``.
-        arguments: as :class:`AcquisitionReward`, of text and numbers.
-        token: of the server; by default the one in the environment variable ``ACQSYNTH_TOKEN``, if set.
+        url: the server's URL, ``http://host:port``.
+        arguments: as :class:`AcquisitionReward`, but only text and numbers.
+        token: the server's access token; by default the environment variable ``ACQSYNTH_TOKEN``, if set.
         client: options of ``ScorerClient``: ``timeout``, ``attempts``, ``batch``, ``backoff``, ``breaker``.
 
     Raises:
-        ValueError: a student beside the url, no such URL, a max_length below 2.
-        TypeError: parse is not callable, or an option that only a student in this process takes.
+        ValueError: a student together with url, an invalid URL, or a max_length below 2.
+        TypeError: parse is not callable, or an option that applies only to a local student.
         ModuleNotFoundError: httpx is not installed.
     """
 
@@ -225,10 +225,10 @@ class RemoteAcquisitionReward(AcquisitionReward):
             from acqsynth.serve.client import ScorerClient
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f'url: asking a server needs {error.name}, which is not installed: run pip install "acqcore[serve]"'
+                f'url: scoring on a server needs {error.name}, which is not installed: run pip install "acqcore[serve]"'
             ) from error
         if student is not None:
-            raise ValueError("student: expected none beside url, the server has its own")
+            raise ValueError("student: expected None with url, as the server has its own")
         if max_length < 2:
             raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
         self._set_up(acquisition, parse, name, arguments, sync)
@@ -239,7 +239,7 @@ class RemoteAcquisitionReward(AcquisitionReward):
             "max_length": max_length,
         }
 
-    async def __call__(  # type: ignore[override]  # a coroutine of what the other gives, see __new__
+    async def __call__(  # type: ignore[override]  # a coroutine, see __new__
         self,
         prompts: Sequence[Any],
         completions: Sequence[Completion],
@@ -250,7 +250,7 @@ class RemoteAcquisitionReward(AcquisitionReward):
         """As :meth:`TrlReward.__call__`.
 
         Raises:
-            acqsynth.serve.client.ScorerError: the server refuses the request: a wrong token or acquisition.
+            acqsynth.serve.client.ScorerError: the server rejects the request: an invalid token or acquisition.
         """
         samples = [self._sample(completion) for completion in completions]
         given = [sample for sample in samples if _parsed(sample)]
@@ -258,14 +258,14 @@ class RemoteAcquisitionReward(AcquisitionReward):
         return self._rewards(prompts, samples, scored, Log(log_extra, log_metric))
 
     def rewards(self, prompts: Sequence[Any], completions: Sequence[Completion]) -> list[float | None]:
-        """As :meth:`AcquisitionReward.rewards`; blocks, where the call itself is a coroutine."""
-        with ThreadPoolExecutor(1) as pool:  # a notebook has an event loop of its own
+        """As :meth:`AcquisitionReward.rewards`; blocks, whereas calling the reward returns a coroutine."""
+        with ThreadPoolExecutor(1) as pool:  # a notebook already runs an event loop
             return pool.submit(asyncio.run, self(prompts, completions)).result()
 
 
 @functools.cache
 def reward_from_environment(acquisition: str) -> AcquisitionReward:
-    """The ready-made reward of an acquisition; the environment names its student."""
+    """The ready-made reward for an acquisition; the environment names its student."""
     return AcquisitionReward(None, acquisition)
 
 

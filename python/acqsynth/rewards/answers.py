@@ -1,16 +1,16 @@
-"""Signals from the student's own answers: k are drawn for each question, once for all signals and gates of a call.
+"""Signals based on the student's own answers: k per question, drawn once per call for all signals and gates.
 
 ====================  =================================================================================================
 ``confidence``        mean of ``1 - (p1 - p2)`` over the tokens of sampled answers, p1 and p2 the two largest
-                      probabilities; 0 = sure, 1 = torn. It is the *lack* of confidence, like the paper's reward of that
-                      name. Source: margin sampling, Scheffer et al. 2001
-``answer_variance``   number of different answers over k
-``semantic_entropy``  entropy of the shares of the different answers, nats (Farquhar et al. 2024)
+                      probabilities; 0 = certain, 1 = undecided. Measures the *lack* of confidence, like the paper's
+                      reward of that name. Source: margin sampling, Scheffer et al. 2001
+``answer_variance``   number of distinct answers divided by k
+``semantic_entropy``  entropy of the shares of the distinct answers, nats (Farquhar et al. 2024)
 ``learnability``      ``p (1 - p)``, p the share of the k answers that equal the sample's own (Florensa et al. 2018;
-                      Foster et al. 2025): 0 for what is always or never answered so
+                      Foster et al. 2025); 0 if all of them do, or none
 ====================  =================================================================================================
 
-Answers are different if :func:`acqsynth.label.cluster` tells them apart: ``18`` and ``18 eggs`` are one answer.
+Answers are distinct if :func:`acqsynth.label.cluster` separates them: ``18`` and ``18 eggs`` are the same answer.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class Drawn:
     """A sampled answer."""
 
     completion: Completion
-    answer: str | None  #: as the completion has it; None if it gives none
+    answer: str | None  #: verbatim from the completion; None if it has none
 
 
 class SampledAnswers:
-    """k answers of the student to each question, drawn once in a reward call for all signals and gates.
+    """k student answers per question, drawn once per reward call and shared by all signals and gates.
 
     Args:
-        k: answers to each question.
-        temperature: 1 draws from the student's own distribution.
-        max_tokens: of an answer; by default the domain's.
+        k: answers per question.
+        temperature: 1 samples from the student's own distribution.
+        max_tokens: maximum tokens per answer; by default the domain's.
         top2: keep the probabilities that ``confidence`` needs.
-        seed: of the draws, combined with the questions asked: other questions draw otherwise, and a resumed run draws
-            what it would have drawn.
+        seed: sampling seed, combined with the questions asked, so that different questions get different seeds and a
+            resumed run repeats the draws it would have made.
 
     Raises:
         ValueError: k below 1, or as :class:`acqsynth.engines.Sampling`.
@@ -72,15 +72,15 @@ class SampledAnswers:
         self.sampling = Sampling(k, temperature, 1.0, most, seed, top2)
 
     def draw(self, samples: Sequence[Sample]) -> list[list[Drawn]]:
-        """k answers to the question of each of n samples."""
+        """For each of n samples, k answers to its question."""
         return Batch.of(samples).each((self, "draws"), [sample.question for sample in samples], self._draw)
 
     def shares(self, samples: Sequence[Sample]) -> list[float]:
-        """Share of the k answers that equal the sample's own, of n samples."""
+        """For each of n samples, the share of the k answers that equal its own."""
         batch = Batch.of(samples)
 
         def compute(new: list[Sample]) -> list[float]:
-            asked: list[tuple[int, int, str]] = []  # position, its answers of one form, one of them
+            asked: list[tuple[int, int, str]] = []  # position, number of answers of one form, one of these
             for i, drawn in enumerate(self.draw(batch.part(new))):
                 forms: dict[str, list[str]] = {}
                 for d in drawn:
@@ -96,11 +96,11 @@ class SampledAnswers:
         return batch.each((self, "shares"), batch, compute, _answered)
 
     def clusters(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Sizes of the clusters of equal answers to the question of each of n samples, largest first."""
+        """For each of n samples, the sizes of the clusters of equal answers, largest first."""
         return [[len(members) for members in found] for found in self._clusters(samples)]
 
     def of_majority(self, samples: Sequence[Sample]) -> list[bool]:
-        """Whether the own answer of each of n samples is the one that most of the k give; False for a tie."""
+        """For each of n samples, whether its answer is the most frequent of the k answers; False for a tie."""
         batch = Batch.of(samples)
 
         def compute(new: list[Sample]) -> list[bool]:
@@ -122,7 +122,7 @@ class SampledAnswers:
         return batch.each((self, "clusters"), batch, compute, lambda sample: sample.question)
 
     def refresh(self, student: Any) -> None:
-        """Another student answers from now on, see :meth:`acqsynth.engines.Engine.reload`."""
+        """Switches to another student, see :meth:`acqsynth.engines.Engine.reload`."""
         self.engine.reload(student)
 
     def _draw(self, questions: list[str]) -> list[list[Drawn]]:
@@ -137,7 +137,7 @@ def _answered(sample: Sample) -> tuple[str, str]:
 
 
 class Confidence(Published):
-    """Mean of ``1 - (p1 - p2)`` over the tokens of the student's own answers, in [0, 1]; None without a token.
+    """Mean of ``1 - (p1 - p2)`` over the tokens of the student's own answers, in [0, 1]; None without tokens.
 
     Raises:
         ValueError: answers drawn without ``top2``.
@@ -147,7 +147,7 @@ class Confidence(Published):
 
     def __init__(self, answers: SampledAnswers, *, paper_compat: bool = False) -> None:
         if not answers.sampling.top2:
-            raise ValueError("answers: expected them with top2=True, which confidence reads")
+            raise ValueError("answers: expected SampledAnswers with top2=True, which confidence needs")
         self.answers = answers
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
@@ -155,7 +155,7 @@ class Confidence(Published):
 
 
 class AnswerVariance(Published):
-    """Number of different answers over k, in [0, 1]; a completion without an answer adds none."""
+    """Number of distinct answers divided by k, in [0, 1]; completions without an answer do not count."""
 
     name = "answer_variance"
 
@@ -167,7 +167,7 @@ class AnswerVariance(Published):
 
 
 class SemanticEntropy:
-    """Entropy in nats over the different answers, 0 to log k; None if no completion gives an answer."""
+    """Entropy of the distinct answers in nats, 0 to log k; None if no completion has an answer."""
 
     name = "semantic_entropy"
 
@@ -182,10 +182,10 @@ class Learnability:
     """``p (1 - p)`` in [0, 1/4], p the share of the student's answers that equal the sample's own.
 
     Args:
-        verified: 0 unless ``domain.verify`` finds the sample's own answer right. Against an unchecked answer, a
-            question whose answer is a coin toss has the largest possible value. In a domain that cannot prove answers
-            (mathematics, medicine) the majority of the student's answers replaces the proof: 0 unless it agrees with
-            the sample's own. ``logged`` says so.
+        verified: return 0 unless ``domain.verify`` confirms the sample's own answer. Without this check, a question
+            whose answer is a coin toss gets the largest possible value. Domains that cannot prove answers (mathematics,
+            medicine) use the majority of the student's answers instead: 0 unless it agrees with the sample's own.
+            ``logged`` records this as ``by_majority``.
     """
 
     name = "learnability"
@@ -193,7 +193,7 @@ class Learnability:
     def __init__(self, answers: SampledAnswers, *, verified: bool = False) -> None:
         self.answers = answers
         self.verified = verified
-        #: What a reward logs beside the values.
+        #: Metrics that a reward logs besides the values.
         self.logged = {"by_majority": float(not answers.domain.proves)} if verified and answers else {}
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | None]:
@@ -211,14 +211,14 @@ class Learnability:
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """The mean; None of no values."""
+    """The mean; None if there are no values."""
     return math.fsum(values) / len(values) if values else None
 
 
 def margins(completion: Completion) -> list[float]:
     """``p1 - p2`` of each token."""
     if completion.top2_logprobs is None:
-        raise ValueError("engine: gave no top2_logprobs, though they were requested")
+        raise ValueError("engine: returned no top2_logprobs, though they were requested")
     return [math.exp(first) - math.exp(second) for first, second in completion.top2_logprobs]
 
 

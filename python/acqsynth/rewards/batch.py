@@ -1,4 +1,4 @@
-"""One reward call: its samples, what signals and gates share about them, their way from text to total, its result."""
+"""State of one reward call: samples, results shared by signals and gates, entries from text to total, final rewards."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_TRIES = 3  # single samples in a row that fail before the part itself is taken to be broken
+_TRIES = 3  # failures on consecutive single samples before the signal or gate itself is considered broken
 
 
 class Batch(list[Sample]):
-    """Samples with results that are computed once in a reward call: answers drawn, embeddings, verdicts, scores.
+    """Samples with results that are computed once per reward call: sampled answers, embeddings, verdicts, scores.
 
-    Signals and gates that share nothing can treat it as a list of samples. Nothing outlives the call, as the student
-    may move.
+    Signals and gates that share nothing can treat it as a list of samples. Results are discarded after the call,
+    because the student may change.
     """
 
     def __init__(self, samples: Iterable[Sample] = (), results: dict[Hashable, dict[Any, Any]] | None = None) -> None:
         super().__init__(samples)
         self._results = {} if results is None else results
-        #: scorer -> its values of exactly these samples
+        #: scorer -> its values for exactly these samples
         self.scores: dict[Any, Any] = {}
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> Batch:
-        """The samples themselves if they are a batch, else a batch of them."""
+        """Returns ``samples`` if it is a batch, otherwise wraps it in one."""
         return samples if isinstance(samples, Batch) else cls(samples)
 
     def part(self, samples: Iterable[Sample]) -> Batch:
-        """Other samples of the same call."""
+        """A batch of other samples of the same call, sharing its results."""
         return Batch(samples, self._results)
 
     def each(
@@ -48,42 +48,42 @@ class Batch(list[Sample]):
         compute: Callable[[list[T]], Iterable[Any]],
         key: Callable[[T], Hashable] = lambda item: item,
     ) -> list[Any]:
-        """The result of each item. ``compute`` is called with those that are new, and gives theirs in order.
+        """The result for each item; only new items are computed.
 
         Args:
-            name: of the results.
-            items: what to compute; items of equal key have one result.
-            compute: as above.
-            key: ``id`` tells items apart that cannot be hashed.
+            name: key under which the results are kept.
+            items: items to compute; items with equal keys share a result.
+            compute: maps the new items to their results, in order.
+            key: identifies an item; pass ``id`` for unhashable items.
         """
         known = self._results.setdefault(name, {})
         keys = [key(item) for item in items]
         new = {k: item for k, item in zip(keys, items, strict=True) if k not in known}
         if new:
-            # The item is kept too: an id is unique only while its object lives.
+            # Keep the item as well: an id is unique only while its object is alive.
             results = zip(new.items(), compute(list(new.values())), strict=True)
             known.update((k, (item, result)) for (k, item), result in results)
         return [known[k][1] for k in keys]
 
     def verified(self, domain: Domain) -> list[bool | None]:
-        """``domain.verify`` of each sample, asked once: it may run programs."""
+        """``domain.verify`` for each sample, called only once because it may run programs."""
         return self.each((domain, "verified"), self, domain.verify, id)
 
 
 def sample_length(sample: Sample) -> int:
-    """Visible characters of question, reasoning and answer."""
+    """Number of visible characters in question, reasoning and answer."""
     return sum(len(visible(text).strip()) for text in (sample.question, sample.reasoning, sample.answer))
 
 
 @dataclass
 class Entry:
-    """One text on its way through the reward; it crosses processes under ``sync``."""
+    """The state of one text during a reward call; sent between processes under ``sync``."""
 
     group: Hashable
     text: str | None
     sample: Sample | None = None
-    masked: bool = False  #: a part failed on it
-    rejected_by: str | None = None  #: the first gate that did
+    masked: bool = False  #: parsing or a gate failed, or a gate was undecided
+    rejected_by: str | None = None  #: first gate that rejected it
     values: dict[str, float | None] = field(default_factory=dict)  #: by signal
     stderr: dict[str, float] = field(default_factory=dict)
     total: float | None = None
@@ -99,21 +99,21 @@ class Entry:
 
 @dataclass
 class Rewards:
-    """What a call gave, n entries each."""
+    """Results of a reward call; each column has n entries."""
 
     total: list[float | None]  #: the reward; None if a scorer failed
     samples: list[Sample | None]  #: None for text that does not parse
-    components: dict[str, list[float | None]]  #: signal -> its own values; None for samples gated or failed
-    #: gate -> False if it rejected the sample; True also if it was not asked because an earlier one rejected it
+    components: dict[str, list[float | None]]  #: signal -> unfused values; None for samples gated or failed
+    #: gate -> False if it rejected the sample; True also if an earlier gate had already rejected it
     gates: dict[str, list[bool]]
-    lengths: list[int] = field(default_factory=list)  #: characters of the sample, or of a text that does not parse
+    lengths: list[int] = field(default_factory=list)  #: characters of the sample, or of text that does not parse
     groups: list[Hashable] = field(default_factory=list)
-    #: signal that is estimated at random -> standard errors of its values
+    #: randomly estimated signal -> standard errors of its values
     stderr: dict[str, list[float | None]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, entries: Sequence[Entry], signals: Sequence[str], gates: Sequence[str]) -> Rewards:
-        """The columns of the entries, by the names of signals and gates."""
+        """Collects entries into columns, named by signal and gate."""
         return cls(
             [entry.total for entry in entries],
             [entry.sample for entry in entries],
@@ -130,7 +130,7 @@ class Rewards:
 
     @property
     def passed(self) -> list[bool]:
-        """Whether no gate rejected the sample."""
+        """Whether each sample passed all gates."""
         return [all(column) for column in zip(*self.gates.values(), strict=True)]
 
     @property
@@ -141,12 +141,12 @@ class Rewards:
 
     @property
     def spread(self) -> dict[str, Spread]:
-        """The spread within groups of each signal that has standard errors."""
+        """The within-group spread of each signal that has standard errors."""
         return {name: Spread.within(self.components[name], errors, self.groups) for name, errors in self.stderr.items()}
 
 
 def set_floor(entries: Sequence[Entry], bounded: bool) -> None:
-    """Sets the totals of the gated entries, from those of the valid ones; 0 if totals are ``bounded`` by 0 and 1."""
+    """Sets the totals of gated entries, below those of valid ones; to 0 if totals are ``bounded`` by 0 and 1."""
     gated = [entry for entry in entries if entry.rejected_by is not None]
     known = [(entry.group, entry.total) for entry in entries if entry.rejected_by is None and entry.total is not None]
     if bounded or not known:
@@ -163,19 +163,19 @@ def set_floor(entries: Sequence[Entry], bounded: bool) -> None:
 
 
 class Guard:
-    """Calls the signals and gates of a reward. One that raises masks samples; it does not end the run."""
+    """Calls signals and gates; one that raises masks samples instead of ending the run."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.failures = 0  #: calls that raised so far
+        self.failures = 0  #: number of calls that have raised
 
     def __call__(
         self, part: str, function: Callable[[Any], Sequence[Any]], samples: Sequence[Any], *, singly: bool = True
     ) -> Sequence[Any]:
-        """What the function gives for n samples; None for each that it fails on.
+        """The function's values for n samples; None for samples it fails on.
 
-        A function that fails on a :class:`Batch` is called for one sample at a time, so that a bad sample masks itself
-        alone, until the first ``_TRIES`` have failed too; not if ``singly`` is False.
+        A function that fails on a :class:`Batch` is retried one sample at a time, so that a bad sample masks only
+        itself; it gives up if the first ``_TRIES`` samples all fail. ``singly=False`` disables the retry.
         """
         if not samples:
             return []
@@ -200,11 +200,11 @@ class Guard:
 
 
 class _WrongLengthError(ValueError):
-    """A part gives another number of values than it got samples; no sample is to blame."""
+    """A signal or gate returned a different number of values than samples, so no single sample is at fault."""
 
 
 def _called(part: str, function: Callable[[Any], Sequence[Any]], samples: Sequence[Any]) -> Sequence[Any]:
     values = function(samples)
     if len(values) != len(samples):
-        raise _WrongLengthError(f"{part}: expected {len(samples)} values, one a sample, got {len(values)}")
+        raise _WrongLengthError(f"{part}: expected {len(samples)} values, one per sample, got {len(values)}")
     return values

@@ -1,4 +1,4 @@
-"""The reward that a recipe describes."""
+"""Builds the reward that a recipe describes."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def build(
     evaluation: Sequence[Sample],
     reference: Sequence[Sample] | None = None,
 ) -> ComposedReward:
-    """The composed reward of a recipe.
+    """Builds the composed reward of a recipe.
 
     Args:
-        student: path or hub id of the student that scores.
+        student: path or hub id of the scoring student.
         engine: samples the student's answers; None for a reward that is only checked, never called.
-        seeds, evaluation, reference: as in :meth:`ComposedReward.default`; the reference is by default the seeds.
+        seeds, evaluation, reference: as in :meth:`ComposedReward.default`; the reference defaults to the seeds.
 
     Raises:
-        ValueError, TypeError: an unknown signal, gate or option, or a value out of range; names the key.
+        ValueError, TypeError: an unknown signal, gate or option, or a value out of range; the message names the key.
     """
     domain = domain.with_seeds(seeds)
     wanted = DEFAULT_SIGNALS if config.signals is None else config.signals
@@ -95,7 +95,7 @@ def build(
 
 
 def check(config: RewardConfig, domain: Domain) -> None:
-    """Builds the reward without a model, to find wrong keys before a run.
+    """Builds the reward without loading a model, to catch invalid keys before a run.
 
     Raises:
         ValueError, TypeError: as :func:`build`.
@@ -105,7 +105,7 @@ def check(config: RewardConfig, domain: Domain) -> None:
 
 
 class StudentEngine(TransformersEngine):
-    """Generates with the copy of the student that the reward scores with."""
+    """Generates with the copy of the student that the reward uses for scoring."""
 
     def __init__(self, path: str, device: str | None, **options: Any) -> None:
         self._device = device
@@ -113,14 +113,14 @@ class StudentEngine(TransformersEngine):
         super().__init__(self._shared.model, self._shared.student.tokenizer, **options)
 
     def reload(self, weights: Any) -> None:
-        """Switches to the student at another path, shared like the first one."""
+        """Switches to the student at another path, again shared with scoring."""
         self._shared = load_student(str(weights), self._device)
         self.model = self._shared.model
 
 
 def student_engine(config: EngineConfig, student: str, scoring: dict[str, Any]) -> Engine:
-    """An engine of the student; with transformers one copy of the weights both scores and answers, so the ``scoring``
-    options get the engine's device."""
+    """An engine for the student. With transformers, scoring and answering share one copy of the weights, so
+    ``scoring`` gets the engine's device."""
     if config.name != "transformers" or "dtype" in config.options:
         return engines.load(config.name, student, **config.options)
     options = dict(config.options)
@@ -131,7 +131,7 @@ def student_engine(config: EngineConfig, student: str, scoring: dict[str, Any]) 
 
 
 class _Label:
-    """The labels of a reward's samples."""
+    """Labels a reward's samples."""
 
     def __init__(self, labeller: Labeller) -> None:
         self.labeller = labeller
@@ -166,7 +166,7 @@ def _signals(
     aim: Sequence[Sample],
     scoring: Mapping[str, Any],
 ) -> list[Signal]:
-    """The signals in the order of the recipe; acquisitions share one pass."""
+    """The signals in recipe order; acquisitions share one pass."""
     released: dict[str, Any] = {"paper_compat": True} if config.paper_compat else {}
     embedded = {**released, "embed": _embedder(config.embedder)} if released else {}
     kinds: dict[str, tuple[Callable[..., Signal], tuple[Any, ...], dict[str, Any]]] = {
@@ -206,7 +206,7 @@ def _embedder(name: str) -> Any:
 
 
 def _picked(gates: Sequence[Gate], names: Sequence[str] | None) -> list[Gate]:
-    """The gates named, in their own order, cheap ones first."""
+    """The named gates in default order, cheap ones first."""
     known = [gate.name for gate in gates]
     for name in names or ():
         if name not in known:
@@ -215,7 +215,7 @@ def _picked(gates: Sequence[Gate], names: Sequence[str] | None) -> list[Gate]:
 
 
 def _named(key: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """``make(...)``; its errors name the key of the recipe."""
+    """Calls ``make``; prefixes its errors with the recipe key."""
     try:
         return make(*arguments, **options)
     except (TypeError, ValueError) as error:

@@ -1,25 +1,25 @@
-"""Several signals into one number.
+"""Fuses several signals into one number per sample.
 
-With r a signal's values, g the samples of a group, mu and sigma mean and standard deviation (of the population):
+With r a signal's values, g the samples of a group, mu and sigma the population mean and standard deviation:
 
 ============  =====================================================================================================
-``raw``       ``sum_k w_k r_k``: for signals of one scale
-``z``         ``sum_k w_k (r_k - mu_gk) / (sigma_gk + mean_g sigma_gk)``. The mean over the groups of the call keeps a
-              group of next to no variance from being blown up to the size of the others
-``rank``      ``sum_k |w_k| q_k``, ``q = (rank - 1/2) / n`` in the group, ties at their mean; groups of 8 or more
-``quantile``  the same with q the mid-distribution quantile among the values of this call and up to ``HISTORY`` before
-              it: an outlier counts no more than another, yet a group of near equals stays one, groups compare, and a
-              group may have one member
-``gdpo``      ``z``, then over the call minus its mean and over its standard deviation: Liu et al. 2026, "GDPO: Group
-              reward-Decoupled Normalization Policy Optimization", with the guard of ``z`` for its epsilon
+``raw``       ``sum_k w_k r_k``: for signals on the same scale
+``z``         ``sum_k w_k (r_k - mu_gk) / (sigma_gk + mean_g sigma_gk)``. The mean over the groups of the call keeps
+              near-constant groups from being scaled up to the size of the others
+``rank``      ``sum_k |w_k| q_k``, ``q = (rank - 1/2) / n`` in the group, ties averaged; for groups of 8 or more
+``quantile``  as ``rank``, with q the mid-distribution quantile among the values of this call and up to ``HISTORY``
+              earlier ones: outliers have bounded effect, near-equal values stay near-equal, groups are comparable,
+              and a group may have a single member
+``gdpo``      ``z``, then standardised over the call: Liu et al. 2026, "GDPO: Group reward-Decoupled Normalization
+              Policy Optimization", with the guard of ``z`` in place of its epsilon
 ============  =====================================================================================================
 
-In ``rank`` and ``quantile`` the weights are made to sum to 1 in size and a negative weight counts ``1 - q``, so that
-the result lies strictly between 0 and 1. Elsewhere a negative weight turns the signal round. ``z`` and ``gdpo`` are
-advantages already: a trainer should not divide by the deviation of the group again (TRL: ``scale_rewards="none"``).
-Quantiles instead of values: the normal-score idea of van der Waerden 1952; midpoints for ties, Parzen 2004.
+``rank`` and ``quantile`` normalise the absolute weights to sum to 1 and use ``1 - q`` for a negative weight, so the
+result lies strictly between 0 and 1. In the other methods a negative weight flips the signal's sign. ``z`` and ``gdpo``
+are already advantages, so a trainer should not divide by the group's deviation again (TRL: ``scale_rewards="none"``).
+Sources: van der Waerden 1952 (normal scores: quantiles instead of values); Parzen 2004 (midpoints for ties).
 
-A sample without a value of some signal is left out of all statistics and gets None.
+A sample that lacks a value of any signal is excluded from all statistics and gets None.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import numpy.typing as npt
 Values = npt.NDArray[np.float64]
 Groups = npt.NDArray[np.int64]
 
-#: Values of each signal that ``quantile`` remembers.
+#: Past values per signal that ``quantile`` remembers.
 HISTORY = 1024
 
 
@@ -45,18 +45,18 @@ def fuse(
     weights: Mapping[str, float] | None = None,
     history: Mapping[str, Sequence[float]] | None = None,
 ) -> list[float | None]:
-    """One value for each of n samples.
+    """Fuses the signals into one value for each of n samples.
 
     Args:
         components: signal -> n values.
-        groups: of n samples, the completions of one prompt; equal keys are one group.
-        method: as above.
-        weights: signal -> weight, 1 by default; 0 leaves a signal out (it masks nothing).
+        groups: group key of each of n samples; samples with equal keys form a group, usually one prompt's completions.
+        method: a name from the table above.
+        weights: signal -> weight, 1 by default; 0 excludes a signal, which then masks nothing.
         history: signal -> earlier values, for ``quantile``.
 
     Raises:
-        ValueError: an unknown method, a weight of an unknown signal, no signal with a weight, or columns of different
-            length.
+        ValueError: an unknown method, a weight for an unknown signal, no nonzero weight, or columns of different
+            lengths.
     """
     if method not in METHODS:
         raise ValueError(f"fusion: unknown {method!r}, expected one of {', '.join(METHODS)}")
@@ -64,7 +64,7 @@ def fuse(
     n = len(groups)
     for name, values in components.items():
         if len(values) != n:
-            raise ValueError(f"components: expected {n} values of {name!r}, one a sample, got {len(values)}")
+            raise ValueError(f"components: expected {n} values of {name!r}, one per sample, got {len(values)}")
     r = np.array([components[name] for name in weight], dtype=np.float64).reshape(len(weight), n)  # None -> NaN
     known = ~np.isnan(r).any(axis=0)
     keys = {key: j for j, key in enumerate(dict.fromkeys(groups))}
@@ -78,21 +78,21 @@ def fuse(
 
 
 def checked_weights(names: Mapping[str, object], weights: Mapping[str, float] | None) -> dict[str, float]:
-    """Name -> weight of those that have one, in the order of the names; raises as :func:`fuse`."""
+    """The nonzero weights by name, in the order of ``names``; raises as :func:`fuse`."""
     unknown = set(weights or ()) - set(names)
     if unknown:
-        raise ValueError(f"weights: unknown {sorted(unknown)}, expected of {', '.join(names) or 'none'}")
+        raise ValueError(f"weights: unknown {sorted(unknown)}, known signals: {', '.join(names) or 'none'}")
     every = {name: float((weights or {}).get(name, 1.0)) for name in names}
     if not all(np.isfinite(value) for value in every.values()):
         raise ValueError(f"weights: expected finite numbers, got {every}")
     weight = {name: value for name, value in every.items() if value != 0}
     if not weight:
-        raise ValueError("weights: expected at least one signal with a weight other than 0")
+        raise ValueError("weights: expected at least one signal with a nonzero weight")
     return weight
 
 
-# Each method takes values r [K, n] of K signals, groups g [n], weights w [K], and earlier values of each signal; it
-# gives [n].
+# Each method takes values r [K, n] of K signals, groups g [n], weights w [K] and earlier values of each signal, and
+# returns [n].
 
 
 def _raw(r: Values, g: Groups, w: Values, past: list[Values]) -> Values:
@@ -100,14 +100,14 @@ def _raw(r: Values, g: Groups, w: Values, past: list[Values]) -> Values:
 
 
 def _z(r: Values, g: Groups, w: Values, past: list[Values]) -> Values:
-    count = np.bincount(g).astype(np.float64)  # [G], 0 if all of a group are masked
+    count = np.bincount(g).astype(np.float64)  # [G], 0 for a fully masked group
     present = count > 0
     total = np.zeros(r.shape[1])
     for weight, values in zip(w, r, strict=True):
         mean = np.bincount(g, values) / np.maximum(count, 1)
         deviation = np.sqrt(np.bincount(g, np.square(values - mean[g])) / np.maximum(count, 1))
         scale = deviation + deviation[present].mean()
-        # Not over the deviation where that is rounding: equal values stay equal.
+        # Do not divide by a deviation that is only rounding error: equal values stay equal.
         level = np.abs(values).max() * 1e-12
         total += weight * np.where(scale[g] > level, (values - mean[g]) / np.maximum(scale[g], level or 1.0), 0.0)
     return total
@@ -134,9 +134,9 @@ def _quantile(r: Values, g: Groups, w: Values, past: list[Values]) -> Values:
 
 def _quantiles(
     values: Values,  # [n]
-    among: Values,  # [m], holds the values
+    among: Values,  # [m], includes the values
 ) -> Values:
-    """Share of ``among`` below each value, and half of those equal: in a group of n, ``(rank - 1/2) / n``."""
+    """Share of ``among`` below each value plus half the share equal to it: in a group of n, ``(rank - 1/2) / n``."""
     order = np.sort(among)
     below = np.searchsorted(order, values, side="left")
     upto = np.searchsorted(order, values, side="right")
@@ -147,7 +147,7 @@ def _bounded(
     q: Values,  # [K, n]
     w: Values,  # [K]
 ) -> Values:
-    """Weighted mean of q, or of 1 - q for a negative weight; in (0, 1) as q is."""
+    """Weighted mean of q, or of 1 - q for negative weights; in (0, 1), like q."""
     share = np.abs(w) / np.abs(w).sum()
     return share @ np.where((w > 0)[:, None], q, 1 - q)
 
@@ -159,26 +159,26 @@ METHODS: dict[str, Callable[[Values, Groups, Values, list[Values]], Values]] = {
     "quantile": _quantile,
     "gdpo": _gdpo,
 }
-BOUNDED = ("rank", "quantile")  #: methods whose results lie between 0 and 1
+BOUNDED = ("rank", "quantile")  #: methods with results between 0 and 1
 
 
 class LengthBins:
-    """Takes the length out of a signal: a value becomes its distance, in standard deviations, from the values seen at
-    similar lengths.
+    """Removes the effect of length from a signal: a value becomes its distance, in standard deviations, from the values
+    seen at similar lengths.
 
-    A bin is half an octave of the length; between the centres of two bins, means and variances are interpolated. They
-    are shrunk, as if by ``prior`` observations, to the straight line through the means of all bins and to the variance
-    within them, where a new bin starts. Each new observation of a bin fades the older ones by ``decay``, as the student
-    moves and with it the scale of a signal. The values of a call are counted before they are normalised.
+    A bin spans half an octave of length; means and variances are interpolated between bin centres. They are shrunk, as
+    if by ``prior`` observations, towards the straight line fitted to the means of all bins and towards the variance
+    within bins; a new bin starts there. Each new observation in a bin decays the older ones by ``decay``, because a
+    signal's scale drifts as the student changes. The values of a call are counted before they are normalised.
 
     Args:
-        prior: observations that a bin starts with.
-        decay: weight of an observation after one more of its bin.
+        prior: pseudo-observations that a bin starts with.
+        decay: factor on the weight of older observations at each new one in their bin.
     """
 
     def __init__(self, prior: float = 2.0, decay: float = 0.998) -> None:
         if prior <= 0 or not 0 < decay <= 1:
-            raise ValueError(f"prior, decay: expected more than 0 and in (0, 1], got {prior} and {decay}")
+            raise ValueError(f"prior, decay: expected prior > 0 and decay in (0, 1], got {prior} and {decay}")
         self.prior = prior
         self.decay = decay
         self._bins: dict[int, list[float]] = {}  # weight, mean, mean square deviation
@@ -186,12 +186,12 @@ class LengthBins:
     def __call__(
         self, values: Sequence[float | None], lengths: Sequence[int], *, update: bool = True
     ) -> list[float | None]:
-        """n values as deviations from their bin; None stays None.
+        """The n values as deviations from their bins; None stays None.
 
         Args:
-            values: of a signal.
-            lengths: of the samples, at least 1.
-            update: count these values first.
+            values: a signal's values.
+            lengths: sample lengths, at least 1.
+            update: add these values to the statistics first.
         """
         if update:
             for value, length in zip(values, lengths, strict=True):
@@ -209,13 +209,13 @@ class LengthBins:
         weight, mean, variance = self._bins.get(key, [0.0, 0.0, 0.0])
         weight = self.decay * weight + 1
         step = (value - mean) / weight
-        # Welford's update in the form of running means: the old variance keeps its share, the new deviation adds.
+        # Welford's update with running means: scale the old variance, add the new deviation.
         variance = (1 - 1 / weight) * (variance + (value - mean) * step)
         self._bins[key] = [weight, mean + step, variance]
 
     def _deviation(self, value: float, position: float) -> float:
         if not self._bins:
-            return value  # nothing was ever counted
+            return value  # no statistics yet
         line, spread = self._overall(position)
         weights, mean, variance = self.prior, self.prior * line, self.prior * spread
         for key in (math.floor(position), math.floor(position) + 1):
@@ -228,7 +228,7 @@ class LengthBins:
         return deviation / scale if scale > 0 else deviation
 
     def _overall(self, position: float) -> tuple[float, float]:
-        """The line through the bins at a position, its slope shrunk as by ``prior``, and the variance within bins."""
+        """The line through the bins at a position (slope shrunk by ``prior``), and the variance within bins."""
         every = [(key, *moments) for key, moments in self._bins.items()]
         total = sum(weight for _, weight, _, _ in every)
         key_mean = sum(weight * key for key, weight, _, _ in every) / total
@@ -240,5 +240,5 @@ class LengthBins:
 
 
 def _position(length: int) -> float:
-    """In bins: a length of one stands at 0, twice the length two further on."""
+    """Length in units of bins: 0 for length 1, plus 2 for each doubling."""
     return 2 * math.log2(max(length, 1))

@@ -1,24 +1,24 @@
-"""What a sample must pass before it is scored. A gate multiplies; it is no reward term that can be traded.
+"""Gates that a sample must pass before it is scored. A gate multiplies the reward, so no signal can outweigh it.
 
-Difficulty and uncertainty are largest for text that is no question at all: random tokens have more loss, repeated ones
-more agreement and unsolvable questions more entropy than any honest sample. None of these may reach a signal.
+Difficulty and uncertainty are largest for text that is not a question: random tokens have a higher loss, repeated ones
+more agreement and unsolvable questions more entropy than any honest sample. Gates keep such text away from the signals.
 
 ====================  ===========================================================================================
-``sound``             the domain names no fault
-``length``            question and whole sample within bounds
-``no_repetition``     no field that mostly repeats itself
+``sound``             the domain finds no fault
+``length``            question and whole sample are within length bounds
+``no_repetition``     no field mostly repeats itself
 ``no_leak``           the question does not give the answer away
-``new``               not a near copy of a seed or of what passed before
+``new``               not a near copy of a seed or of an earlier accepted sample
 ``not_in_evaluation`` not in the evaluation set
-``labelled``          there is a label; it replaces the sample's own answer
+``labelled``          the sample has a label, which replaces its own answer
 ``fluent``            the student finds the text about as plausible as the seeds, which rules out random tokens
-``verified``          the domain does not find the sample's own answer wrong
-``answerable``        the student sometimes gives the sample's own answer, or the domain knows it to be right, which
-                      rules out questions that are unsolvable, ambiguous or wrongly answered
+``verified``          the domain does not refute the sample's own answer
+``answerable``        the student sometimes gives the sample's own answer, or the domain confirms it; rules out
+                      questions that are unsolvable, ambiguous or wrongly answered
 ====================  ===========================================================================================
 
-Cheap gates come first; each sees what passed those before it. Gates that compare or measure text use its normal form
-(:mod:`acqsynth.normal_form`), so that a disguised copy is still a copy.
+Cheap gates come first; each sees only samples that passed the earlier ones. Gates that compare or measure text use its
+normal form (:mod:`acqsynth.normal_form`), so disguised copies still count as copies.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ Label = Callable[[Sequence[Sample]], Sequence[Sample | None]]
 
 @runtime_checkable
 class Gate(Protocol):
-    """A named yes or no; may have the optional methods of a :class:`acqsynth.rewards.Signal`."""
+    """A named pass/fail check; may have the optional methods of a :class:`acqsynth.rewards.Signal`."""
 
     name: str
 
     def __call__(self, samples: Sequence[Sample]) -> Sequence[Verdict]:
-        """A verdict on each of n samples: True or False; a sample, which passes in its place; None, which masks it, if
-        there is no telling."""
+        """The verdict on each of n samples: True or False; a replacement sample, which passes; or None for undecidable,
+        which masks the sample."""
         ...
 
 
 class Sound:
-    """``domain.fault`` names nothing."""
+    """Passes samples in which ``domain.fault`` finds no fault."""
 
     name = "sound"
 
@@ -64,10 +64,10 @@ class Sound:
 
 
 class Length:
-    """Visible characters of the question, and of question, reasoning and answer together, within bounds, inclusive.
+    """Inclusive bounds on the visible characters of the question, and of question, reasoning and answer together.
 
-    Questions of GSM8K, MBPP, HumanEval and PubMedQA have 36 to 1,360 characters, whole samples up to 3,500; those of
-    the world of arithmetic have 8.
+    Questions in GSM8K, MBPP, HumanEval and PubMedQA have 36 to 1,360 characters, whole samples up to 3,500; questions
+    in the arithmetic world have as few as 8.
     """
 
     name = "length"
@@ -88,10 +88,10 @@ class Length:
 
 
 class NoRepetition:
-    """At most the share ``limit`` of a field's runs of 8 characters repeat an earlier one; shorter fields than 16 pass.
+    """At most a share ``limit`` of a field's 8-character runs repeat an earlier one; fields below 16 characters pass.
 
-    In GSM8K, MBPP, HumanEval and PubMedQA the most repetitive question, solution or program has 0.55; "the the the the
-    the" has 0.67. It works on any script and ignores spacing.
+    In GSM8K, MBPP, HumanEval and PubMedQA the largest share in a question, solution or program is 0.55; "the the the
+    the the" has 0.67. Works for any script and ignores spacing.
     """
 
     name = "no_repetition"
@@ -110,15 +110,15 @@ class NoRepetition:
 
 
 class NoLeak:
-    """The question does not contain its answer, as far as wording shows.
+    """The question does not contain its answer, judged by wording.
 
-    An answer of four words or more (signs counted), or reasoning of eight, leaks if the question holds it whole. A
-    shorter answer stands in many an honest question; it leaks only if the question calls it the answer: "answer",
-    "solution" or "result", at most three of "is", ":", "=" and the like, then the answer. The text of an option in a
-    list of options ("B) ...") is no leak.
+    An answer of at least four words (counting signs), or reasoning of at least eight, leaks if the question contains
+    all of it. Shorter answers occur in many honest questions, so they leak only if the question calls them the answer:
+    "answer", "solution" or "result", at most three of "is", ":", "=" and the like, then the answer. The text of an
+    option in a list of options ("B) ...") is not a leak.
 
     Args:
-        domain: its canonical form of the answer is looked for too.
+        domain: the domain's canonical form of the answer is searched for as well.
     """
 
     name = "no_leak"
@@ -147,16 +147,16 @@ class NoLeak:
 
 
 class New:
-    """Not a near copy of a seed, nor of a sample that passed an earlier call: :class:`NearCopies` of the questions.
+    """Rejects near copies (:class:`NearCopies`) of a seed question or of one that passed an earlier call.
 
-    Copies within one call pass or fail together, since a group must not depend on the order of its members; being
-    copies lowers their novelty.
+    Copies within one call pass or fail together, since results must not depend on the order within a group; their
+    novelty is lower instead.
     """
 
     name = "new"
 
     def __init__(self, seeds: Sequence[Sample] = (), **options: Any) -> None:
-        """``options`` are those of NearCopies, ``capacity`` that of the archive."""
+        """``options`` are passed to NearCopies; ``capacity`` applies to the archive only."""
         require_samples("seeds", seeds)
         self.seeds = NearCopies(**(options | {"capacity": max(1, len(seeds))}))
         self.seeds.add(sample.question for sample in seeds)
@@ -181,7 +181,7 @@ class New:
 
 
 class NotInEvaluation:
-    """No run of 13 words of an evaluation question, and none of the shorter ones: :class:`Contamination`."""
+    """Rejects questions with 13 words in a row of an evaluation question, or that equal one: :class:`Contamination`."""
 
     name = "not_in_evaluation"
 
@@ -194,16 +194,16 @@ class NotInEvaluation:
 
 
 class Fluent:
-    """The student's loss per token on each field read as plain text is at most the seeds' mean plus ``deviations``
-    standard deviations of theirs (at least a tenth of the mean).
+    """Passes samples whose loss per token on each field, read as plain text, is at most the seeds' mean plus
+    ``deviations`` times their standard deviation (taken as at least a tenth of the mean).
 
-    The fields are the question and, from 32 characters on, reasoning and answer, each with those of the seeds. It
-    rejects random tokens and word salad, whose loss lies far above any text's; a hard question's does not.
+    The fields are the question and, from 32 characters on, reasoning and answer, each compared with the same field of
+    the seeds. Rejects random tokens and word salad, whose loss is far above any text's, even a hard question's.
 
     Args:
-        student, options: as :class:`acqsynth.rewards.scoring.Scorer`; its ``reduction`` is not heeded.
-        seeds: at least one; scored at the first call.
-        deviations: above the mean.
+        student, options: as :class:`acqsynth.rewards.scoring.Scorer`; ``reduction`` is ignored.
+        seeds: at least one; scored on the first call.
+        deviations: standard deviations allowed above the mean.
 
     Raises:
         ValueError: no seeds; as Scorer.
@@ -236,7 +236,7 @@ class Fluent:
         self._limits = None
 
     def limits(self) -> dict[str, float]:
-        """Field -> largest loss that passes, nats per token; a field that no seed has goes by the question's."""
+        """Field -> largest passing loss in nats per token; fields that no seed has use the question's limit."""
         if self._limits is None:
             losses: dict[str, list[float]] = {}
             fields = [pair for sample in self.seeds for pair in _prose(sample)]
@@ -256,10 +256,10 @@ class Fluent:
 
 
 class Labelled:
-    """There is a label; it replaces the answer that the generator wrote, as students are trained on labels.
+    """Passes samples with a label, which replaces the generator's answer, as students are trained on labels.
 
     Args:
-        label: n samples -> each with its label, or None if it has none.
+        label: maps n samples to labelled samples, with None for those that have no label.
     """
 
     name = "labelled"
@@ -272,7 +272,7 @@ class Labelled:
 
 
 class Verified:
-    """``domain.verify`` does not refute the sample's own answer; if it cannot tell, the sample passes."""
+    """Rejects samples whose own answer ``domain.verify`` refutes; undecided samples pass."""
 
     name = "verified"
 
@@ -284,14 +284,14 @@ class Verified:
 
 
 class Answerable:
-    """At least ``least`` of the student's k sampled answers equal the sample's own, or the domain finds it right.
+    """Passes samples whose answer equals a share ``least`` or more of the student's k, or that the domain confirms.
 
     The student's answers to an unsolvable question scatter, and a wrong answer matches none of them. If the domain
-    cannot tell, questions that the student never solves are lost too.
+    cannot confirm answers, questions that the student never solves are rejected too.
 
     Args:
-        answers: the draws, shared with the signals.
-        least: share in (0, 1]; by default two of the k answers, as one may be chance (one if k is 1).
+        answers: sampled answers, shared with the signals.
+        least: share in (0, 1]; by default two of the k answers, as one may match by chance (one if k is 1).
     """
 
     name = "answerable"
@@ -311,7 +311,7 @@ class Answerable:
 
 
 class Check:
-    """A gate made of a function of one sample, for your own conditions."""
+    """A gate built from a function of one sample, for custom conditions."""
 
     def __init__(self, name: str, function: Callable[[Sample], bool]) -> None:
         self.name = name
@@ -331,9 +331,9 @@ def default_gates(
     answers: SampledAnswers | None = None,
     **options: Any,
 ) -> list[Gate]:
-    """The gates of the table above: ``labelled`` with a label, ``fluent`` with a student, ``answerable`` with answers.
-    Arguments are as in :meth:`acqsynth.rewards.ComposedReward.default`; ``options`` are those of
-    :class:`acqsynth.rewards.scoring.Scorer`."""
+    """The default gates; ``not_in_evaluation``, ``labelled``, ``fluent`` and ``answerable`` only with ``evaluation``,
+    ``label``, ``student`` and ``answers``. Arguments are as in :meth:`acqsynth.rewards.ComposedReward.default`;
+    ``options`` are passed to :class:`acqsynth.rewards.scoring.Scorer`."""
     gates: list[Gate] = [Sound(domain), Length(), NoRepetition(), NoLeak(domain), New(seeds)]
     if evaluation:
         gates.append(NotInEvaluation(evaluation))
@@ -348,7 +348,7 @@ def default_gates(
 
 
 def require_samples(name: str, rows: Sequence[Any]) -> None:
-    """Raises TypeError for a row that is no ``Sample``, and names it."""
+    """Raises TypeError, naming the row, if a row is not a ``Sample``."""
     for i, row in enumerate(rows):
         if not isinstance(row, Sample):
             raise TypeError(
@@ -358,7 +358,7 @@ def require_samples(name: str, rows: Sequence[Any]) -> None:
 
 
 def repetition(text: str) -> float:
-    """Share of the runs of 8 characters that stood in the text before; 0 below 16 characters."""
+    """Share of 8-character runs that occurred earlier in the text; 0 below 16 characters."""
     plain = " ".join(text.split())
     if len(plain) < 16:
         return 0.0
@@ -368,11 +368,11 @@ def repetition(text: str) -> float:
 
 _LONG_ANSWER = 4  # words
 _LONG_REASONING = 8
-_PROSE = 32  # characters from which a solution's loss is that of a text
+_PROSE = 32  # characters from which a solution's loss is comparable to that of prose
 _MARKERS = frozenset({"answer", "answers", "solution", "result", "ans"})
 _FILLERS = frozenset({"is", "are", "be", "was", "equals", "should", "must", "will", "the", "a", "an", ":", "=", "("})
 _GOES_ON = frozenset({"or", "and", ",", "/", "+", "-", "*", "^", "%"})
-# One of a list of options: "B) ...", "(c) ...", "D. ..." up to the end of the line or the next label.
+# An option in a list: "B) ...", "(c) ...", "D. ..." up to the end of the line or the next label.
 _OPTION = re.compile(r"(?:^|\s)(?:[A-H][).:]|\([A-Ha-h]\))\s.*?(?=$|\n|\s(?:[B-H][).:]|\([B-Hb-h]\))\s)", re.MULTILINE)
 
 
@@ -382,22 +382,22 @@ def _prose(sample: Sample) -> list[tuple[str, str]]:
 
 
 def _holds(text: Sequence[str], part: Sequence[str]) -> bool:
-    """Whether the words of ``part`` stand in ``text``; by a search of strings, which is linear."""
+    """Whether ``text`` contains the words of ``part`` in sequence; a string search, which is linear."""
     return "\n".join(["", *part, ""]) in "\n".join(["", *text, ""])
 
 
 def _find(text: list[str], part: list[str]) -> list[int]:
-    """Where the words of ``part`` begin in ``text``."""
+    """Positions in ``text`` where the words of ``part`` begin."""
     return [i for i in range(len(text) - len(part) + 1) if text[i : i + len(part)] == part]
 
 
 def _stated(question: list[str], answer: list[str]) -> bool:
-    """Whether a marker word, then at most three fillers, then the answer stand in the question."""
+    """Whether the question contains a marker word, then at most three fillers, then the answer."""
     for begin in _find(question, answer):
         i, fillers = begin - 1, 0
         while i >= 0 and question[i] in _FILLERS and fillers < 3:
             i, fillers = i - 1, fillers + 1
-        # "Is the answer 7 or 8?" asks, "the result of 7 + 8" computes: nothing is stated if it goes on like that.
+        # "Is the answer 7 or 8?" and "the result of 7 + 8" state nothing: such a continuation is not a leak.
         after = question[begin + len(answer)] if begin + len(answer) < len(question) else ""
         if i >= 0 and question[i] in _MARKERS and after not in _GOES_ON:
             return True

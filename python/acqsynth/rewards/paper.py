@@ -1,13 +1,13 @@
 """The published rewards as released, for comparison.
 
-:class:`PaperReward` is one signal plus a bonus for the format. It has four defects, which
-:class:`acqsynth.rewards.ComposedReward` mends:
+:class:`PaperReward` is one signal plus a format bonus. It has four defects, which
+:class:`acqsynth.rewards.ComposedReward` fixes:
 
-* a bonus can be traded against the signal; gates multiply;
-* it subtracts 0.001 for each character after the question, so long reasoning swamps the signal; signals are taken
-  relative to samples of similar length;
-* every exception is a reward of -5; a failure masks the sample;
-* the "format only" baseline is a constant; gates alone tell samples apart.
+* the signal can outweigh the bonus (fix: gates multiply);
+* it subtracts 0.001 per character after the question, so long reasoning swamps the signal (fix: signals are
+  normalised against samples of similar length);
+* every exception becomes a reward of -5 (fix: a failure masks the sample);
+* the "format only" baseline is a constant (fix: gates alone distinguish samples).
 
 ``paper_compat=True`` turns a signal into one of the classes below.
 """
@@ -31,7 +31,7 @@ from acqsynth.rewards.signals import Proximity, Published, Signal
 from acqsynth.rewards.texts import Embedder
 
 _END = "</question>"
-_BONUS = 1.0  # the paper does not give the size of the bonus, only that it is a constant less the length
+_BONUS = 1.0  # the paper does not state the bonus, only that it is a constant minus a length term
 _FAILED = -5.0
 
 
@@ -40,11 +40,11 @@ class PaperReward(ComposedReward):
 
     Args:
         domain: parses texts.
-        signal: made with ``paper_compat=True``; None for the "format only" baseline, the same number for every text.
-        name: what TRL logs.
+        signal: created with ``paper_compat=True``; None for the "format only" baseline, a constant for every text.
+        name: name under which TRL logs.
 
     Raises:
-        TypeError: a signal that cannot be called or has no name.
+        TypeError: the signal is not callable or has no name.
     """
 
     def __init__(self, domain: Domain, signal: Signal | None, *, name: str = "paper_reward") -> None:
@@ -52,7 +52,7 @@ class PaperReward(ComposedReward):
         super().__init__(domain, signals, fusion="raw", length_normalised=False, name=name)
 
     def _score(self, texts: Sequence[str | None], groups: Sequence[Hashable], update: bool, by_runs: bool) -> Rewards:
-        """As :meth:`ComposedReward.score`; ``update`` has no effect, the signals of the paper keep what they see."""
+        """As :meth:`ComposedReward.score`; ``update`` has no effect, as the paper's signals always update."""
         rewards = Rewards([], [], {signal.name: [] for signal in self.signals}, {"parses": []})
         for text in texts:
             sample, value, total = self._released(text)
@@ -65,7 +65,7 @@ class PaperReward(ComposedReward):
         return rewards
 
     def _released(self, text: str | None) -> tuple[Sample | None, float | None, float]:
-        """Sample, signal and total of one text."""
+        """Sample, signal value and total of one text."""
         if not self.signals:
             return self.domain.parse(text or ""), None, _BONUS
         sample = None
@@ -82,8 +82,8 @@ class PaperReward(ComposedReward):
 
 
 class ReleasedConfidence:
-    """``1 / mean(p1 - p2)`` clipped to [0, 2], over one answer of at most 512 tokens to the raw question, p1 and p2 the
-    first two entries of a dictionary that holds the drawn token first."""
+    """``1 / mean(p1 - p2)``, clipped to [0, 2], over one answer of at most 512 tokens to the raw question; p1 and p2
+    are the first two entries of a dictionary whose first entry is the sampled token."""
 
     name = "confidence"
 
@@ -100,18 +100,18 @@ class ReleasedConfidence:
 
 
 class ReleasedAnswerVariance:
-    """HDBSCAN clusters of the embeddings of whole completions over k, the noise label counted as a cluster. The paper
-    does not give the least size of a cluster; here it is two.
+    """Number of HDBSCAN clusters of completion embeddings divided by k, with the noise label counted as a cluster. The
+    paper does not state the minimum cluster size; here it is two.
 
     Raises:
-        ValueError: no embedder ``embed`` of completions.
+        ValueError: no ``embed``.
     """
 
     name = "answer_variance"
 
     def __init__(self, answers: SampledAnswers, *, embed: Embedder | None = None) -> None:
         if embed is None:
-            raise ValueError("embed: expected an embedder of sentences with paper_compat")
+            raise ValueError("embed: expected a sentence embedder, which paper_compat needs")
         self.answers = answers
         self.embed = embed
 
@@ -131,8 +131,8 @@ class ReleasedProximity(Proximity):
 class ReleasedDiversity:
     """Facility location with Euclidean distances d instead of similarities: the gain of x over an archive is ``mean_i
     max(0, d(x, a_i) - best_i)``, ``best_i`` the largest distance from a_i to another member; 1 for the first sample. A
-    sample joins at once if it gains more than 0.01. Far points are rewarded, and the gain falls to zero as the archive
-    grows. The options of :class:`acqsynth.rewards.Diversity` have no effect.
+    sample joins immediately if its gain exceeds 0.01. Distant points are rewarded, and the gain falls to zero as the
+    archive grows. The options of :class:`acqsynth.rewards.Diversity` have no effect.
     """
 
     name = "diversity"
@@ -170,8 +170,8 @@ class ReleasedDiversity:
 
 
 class ReleasedGradient:
-    """``|| grad L ||`` of the mean loss given the raw question, not capped, one sample at a time, in the student's own
-    dtype (bfloat16 in the released code). ``seeds`` are not used.
+    """Uncapped ``|| grad L ||`` of the mean loss given the raw question, one sample at a time, in the student's dtype
+    (bfloat16 in the released code). ``seeds`` is unused.
     """
 
     name = "gradient"
@@ -196,9 +196,9 @@ Published.released.update(
 
 
 def _margins_in_dictionary_order(completion: Completion) -> list[float]:
-    """``p1 - p2`` of each token, of the first two of {drawn token, top tokens} as vLLM orders them."""
+    """``p1 - p2`` of each token, from the first two of {sampled token, top tokens} in vLLM's order."""
     if completion.top2_logprobs is None or completion.token_logprobs is None:
-        raise ValueError("engine: gave no top2_logprobs and token_logprobs, though they were requested")
+        raise ValueError("engine: returned no top2_logprobs or token_logprobs, though they were requested")
     margins = []
     for drawn, (first, second) in zip(completion.token_logprobs, completion.top2_logprobs, strict=True):
         other = second if drawn == first else first
@@ -209,7 +209,7 @@ def _margins_in_dictionary_order(completion: Completion) -> list[float]:
 def _labels(
     vectors: torch.Tensor,  # [k, d]
 ) -> int:
-    """Number of different HDBSCAN labels, noise included."""
+    """Number of distinct HDBSCAN labels, including noise."""
     from sklearn.cluster import HDBSCAN
 
     if len(vectors) < 2:

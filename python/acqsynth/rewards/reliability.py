@@ -1,15 +1,15 @@
-"""How much of a signal's spread within a group is the samples', and how much the estimator's noise.
+"""Separates a signal's spread within a group into differences between samples and noise of the estimator.
 
-An estimated value is the true one plus an error, ``x = t + e``, and errors of different samples are independent. Then
-the variance of x within a group is that of t plus the mean squared standard error, and
+An estimated value is the true one plus an error, ``x = t + e``, with independent errors across samples. The variance
+of x within a group is then that of t plus the mean squared standard error, and
 
     reliability = var(t) / var(x) = 1 - mean(stderr^2) / var(x)
 
-is the squared correlation of x with t, and the correlation of x with a second measurement of the same samples: what
-test-retest measures, without the second pass. An advantage is taken within a group, so a signal of reliability 0 there
-rewards at random, however well it tells easy questions from hard ones elsewhere.
+is the squared correlation of x with t, and also the correlation of x with a second measurement of the same samples:
+test-retest reliability without the second pass. Advantages are computed within groups, so a signal whose reliability
+within groups is 0 rewards at random, however well it separates easy from hard questions across groups.
 
-Variances are pooled over the groups before the ratio is formed. A mean of ratios would be biased: in groups of 4, with
+Variances are pooled over the groups before taking the ratio. A mean of ratios would be biased: in groups of 4, with
 values of reliability 0.9, its expectation is 0.7.
 
 Source: classical test theory (Spearman 1904; Lord & Novick 1968, chapter 3).
@@ -24,20 +24,20 @@ from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
 
-LOWEST = 0.5  #: below it most of a signal's spread within a group is noise, and a warning says so
-ENOUGH = 16  #: degrees of freedom before a warning; with fewer the figure is a guess
+LOWEST = 0.5  #: below this, most of a signal's spread within a group is noise, and a warning is logged
+ENOUGH = 16  #: degrees of freedom required for a warning; with fewer the estimate is too uncertain
 
 Values = Sequence[float | None]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Sums over groups, each weighted by its degrees of freedom, members less one.
+    """Sums over groups, each weighted by its degrees of freedom (members minus one).
 
     Attributes:
-        noise: of the mean squared standard errors.
-        total: of the variances of the values.
-        freedom: degrees of freedom.
+        noise: sum of the mean squared standard errors.
+        total: sum of the variances of the values.
+        freedom: sum of the degrees of freedom.
     """
 
     noise: float = 0.0
@@ -46,8 +46,8 @@ class Spread:
 
     @classmethod
     def within(cls, values: Values, stderr: Values, groups: Sequence[Hashable]) -> Spread:
-        """Of n values with their standard errors and groups. Samples without either are left out, and so are groups
-        with fewer than two others."""
+        """The spread of n values with their standard errors and groups. Skips samples that lack a value or a standard
+        error, and groups with fewer than two remaining samples."""
         members: dict[Hashable, list[tuple[float, float]]] = {}
         for value, error, group in zip(values, stderr, groups, strict=True):
             if value is not None and error is not None:
@@ -65,15 +65,15 @@ class Spread:
 
     @property
     def reliability(self) -> float | None:
-        """In [0, 1]; None if no two samples of a group differ."""
+        """Reliability in [0, 1]; None if no two samples of a group differ."""
         return min(1.0, max(0.0, 1 - self.noise / self.total)) if self.total > 0 else None
 
 
 class Watch:
-    """Adds up the spread of each signal over calls, and warns once of each that is mostly noise.
+    """Accumulates each signal's spread over calls and warns once about each signal that is mostly noise.
 
     Args:
-        name: of the reward, for the message.
+        name: the reward's name, shown in the warning.
     """
 
     def __init__(self, name: str) -> None:
@@ -82,7 +82,7 @@ class Watch:
         self._warned: set[str] = set()
 
     def add(self, signals: Mapping[str, Spread]) -> None:
-        """Takes in the spread of a call."""
+        """Adds the spread of a call."""
         for signal, spread in signals.items():
             so_far = self._spread[signal] = self._spread.get(signal, Spread()) + spread
             found = so_far.reliability
@@ -90,7 +90,7 @@ class Watch:
                 continue
             self._warned.add(signal)
             logger.warning(
-                "%s: reliability of %r within groups is %.2f: %.0f %% of its spread there is noise of the estimate. "
+                "%s: reliability of %r within groups is %.2f: %.0f %% of its spread there is estimation noise. "
                 "Raise its probes or draws; for mutual_information, form='linear' with more probes costs least",
                 self._name, signal, found, 100 * (1 - found),
             )  # fmt: skip

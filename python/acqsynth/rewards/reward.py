@@ -1,21 +1,21 @@
-"""The composed reward of a generator: gates, then signals, fused to one number a sample.
+"""The composed reward of a generator: gates, then signals, fused into one number per sample.
 
     reward = ComposedReward.default(domain, "path/to/student", seeds=seeds, engine=engine)
     GRPOTrainer(model=generator, reward_funcs=[reward], ...)
 
-GRPO, best-of-n and DPO share it. A call of n completions goes through these steps:
+GRPO, best-of-n and DPO share it. A call with n completions takes these steps:
 
-1. Each text is parsed, then passed through the gates, cheap ones first; the first that rejects it counts.
-2. Signals score what passed. A scorer that fails, on one sample or on all, masks: the sample's total is None, and the
-   sample is left out of all statistics. A failure is counted and logged, and never becomes a number.
-3. Each signal's value is taken relative to samples of like length (:class:`acqsynth.rewards.fusion.LengthBins`).
-4. :func:`acqsynth.rewards.fusion.fuse` makes one number of the signals. A gated sample gets the floor: 0 under ``rank``
-   and ``quantile``, whose values are above 0; otherwise one standard deviation of the call below the lowest of its
-   group (of the call, if no other of the group passed). So it never outranks or ties with a valid sample of its group.
-5. Archives take in what passed.
+1. Each text is parsed, then passes through the gates, cheap ones first, until one rejects it.
+2. Signals score the samples that passed. A scorer that fails, on one sample or on all, masks: the sample's total is
+   None, and the sample is excluded from all statistics. Failures are counted and logged, and never become a number.
+3. Each signal's value is normalised against samples of similar length (:class:`acqsynth.rewards.fusion.LengthBins`).
+4. :func:`acqsynth.rewards.fusion.fuse` combines the signals. A gated sample gets the floor: 0 under ``rank`` and
+   ``quantile``, whose values are above 0; otherwise one standard deviation of the call below the lowest of its group
+   (of the call, if none of the group passed). So it never outranks or ties with a valid sample of its group.
+5. Archives add the samples that passed.
 
-The published method adds a bonus for the format to one signal (:mod:`acqsynth.rewards.paper`). Here the format is a
-gate: a bonus can be traded against the signal, and text that is no question has the largest signal of all.
+The published method adds a format bonus to one signal (:mod:`acqsynth.rewards.paper`). Here the format is a gate,
+because a signal can outweigh a bonus, and text that is not a question has the largest signal of all.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from acqsynth.rewards.trl import (
     summary,
 )
 
-PARSES = "parses"  #: the gate before the others
+PARSES = "parses"  #: name of the gate before all others
 
-#: Signals of the default reward and their weights. They rank a weak but learnable skill first and no trap, and their
+#: Signals of the default reward and their weights. They rank a weak but learnable skill first, never a trap, and their
 #: ranks agree with the measured gain (``benchmarks/bench_signals.py``). ``influence`` (in all parameters) needs a
-#: reference set, ``learnability`` (of answers that the domain finds right) an engine of the student. Measures of size
-#: alone are left out: they favour coin flips and noise. Influence gets a quarter, being the noisiest for one sample;
-#: so does learnability, which cannot tell guessing from half-learnt skills (at a half each, one row in five came from a
-#: trap, at a quarter one in eight). Diversity gets a tenth: at a half the generator learnt to ask for the most digits
+#: reference set, ``learnability`` (of answers that the domain confirms) an engine for the student. Pure measures of
+#: magnitude are excluded because they favour coin flips and noise. Influence gets 0.25, as it is the noisiest for a
+#: single sample; so does learnability, which cannot tell guessing from half-learnt skills (at 0.5 each, one row in five
+#: came from a trap; at 0.25, one in eight). Diversity gets 0.1: at 0.5 the generator learnt to ask for the most digits
 #: (``benchmarks/bench_loop.py``, on its tuning seeds).
 DEFAULT_WEIGHTS: dict[str, float] = {
     "mutual_information": 1.0,
@@ -62,35 +62,35 @@ DEFAULT_WEIGHTS: dict[str, float] = {
 }
 
 
-#: Arguments of mutual information in the default reward. Eight draws of dropout at 5 % in all blocks do not agree with
-#: themselves within a data set on SmolLM2-135M, where they add half a nat to the loss; four probes of the linear form
-#: do (``docs/reliability.md``).
+#: Arguments of mutual information in the default reward. On SmolLM2-135M, eight dropout draws at 5 % in all blocks add
+#: half a nat to the loss and are not reproducible within a data set; four probes of the linear form are
+#: (``docs/reliability.md``).
 INFORMATION: dict[str, Any] = {"form": "linear", "probes": 4}
 
 
 class ComposedReward(TrlReward):
-    """Gated and fused signals: a reward function of TRL 1.16, and ``score`` for other callers.
+    """Gated and fused signals: a TRL 1.16 reward function, with ``score`` for other callers.
 
-    Archives, histories and length statistics take in what is trained on: TRL's evaluation leaves them as they are. A
-    call logs each signal's values and the gate that rejected, and :meth:`metrics`.
+    Archives, histories and length statistics are updated in training only; TRL's evaluation leaves them unchanged. A
+    call logs each signal's values, the gate that rejected each sample, and :meth:`metrics`.
 
     Args:
         domain: parses texts.
-        signals: with different names. Without any, the reward is that of the gates alone: 1 for what passes, 0 for the
-            rest.
-        gates: with different names; :func:`acqsynth.rewards.gates.default_gates` makes the usual ones. Whether a text
-            parses is always asked first.
+        signals: signals with unique names. Without any, the reward is 1 for samples that pass the gates, else 0.
+        gates: gates with unique names; :func:`acqsynth.rewards.gates.default_gates` creates the usual ones. A check
+            that the text parses always comes first.
         fusion: a method of :func:`acqsynth.rewards.fusion.fuse`. The default suits every caller, even one that sends
-            one sample at a time. With whole groups, as in GRPO, ``z`` taught more (``benchmarks/bench_loop.py``).
+            one sample at a time. With whole groups, as in GRPO, ``z`` taught students more
+            (``benchmarks/bench_loop.py``).
         weights: signal -> weight, 1 by default. A negative weight reverses a signal; 0 only logs it.
-        length_normalised: signals that are taken relative to their bin of lengths; True for all.
-        sync: the ranks of a ``torch.distributed`` group call together, and share groups that straddle ranks, archives
-            and running statistics. One collective a call, so every rank has to call.
-        name: what TRL logs.
+        length_normalised: signals to normalise by length bin; True for all.
+        sync: the ranks of the ``torch.distributed`` group call together and share archives, running statistics, and
+            groups that straddle ranks. Every call uses one collective, so every rank must call.
+        name: name under which TRL logs.
 
     Raises:
-        ValueError: an unknown fusion, weight or name to normalise, or a name twice.
-        TypeError: a signal or gate that cannot be called or has no name.
+        ValueError: an unknown fusion method, weight or signal to normalise, or a duplicate name.
+        TypeError: a signal or gate that is not callable or has no name.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class ComposedReward(TrlReward):
         self.weights = checked_weights(names, weights) if signals else {}
         chosen = set(names) if length_normalised is True else set(length_normalised or ())
         if chosen - set(names):
-            raise ValueError(f"length_normalised: unknown {sorted(chosen - set(names))}, expected of {list(names)}")
+            raise ValueError(f"length_normalised: unknown {sorted(chosen - set(names))}, known signals: {list(names)}")
         super().__init__(name)
         self.domain = domain
         self.signals = list(signals)
@@ -143,18 +143,18 @@ class ComposedReward(TrlReward):
         """The signals of ``DEFAULT_WEIGHTS`` behind the default gates.
 
         Args:
-            student: as :class:`acqsynth.rewards.scoring.Scorer`; not one whose weights ranks share, which mutual
-                information in its linear form refuses.
-            seeds: the rows that the generator is shown.
+            student: as :class:`acqsynth.rewards.scoring.Scorer`, but not sharded across ranks, which the linear form of
+                mutual information does not support.
+            seeds: rows shown to the generator.
             reference: rows whose loss should fall, for ``influence``.
-            engine: of the student, for ``learnability`` and the gate ``answerable``.
+            engine: an engine for the student, for ``learnability`` and the gate ``answerable``.
             evaluation: rows that no sample may repeat.
-            embed: of questions, for ``diversity``; hashed n-grams by default.
+            embed: embedder of questions, for ``diversity``; hashed n-grams by default.
             answers: options of :class:`SampledAnswers`.
-            label: n samples -> each with its label, or None without one; by default samples keep the answers that the
-                generator wrote.
+            label: maps n samples to labelled samples, with None for those that have no label; by default samples keep
+                the generator's answers.
             scoring: options of Scorer.
-            options: of ComposedReward.
+            options: options of ComposedReward.
         """
         require_samples("seeds", seeds)
         if reference is not None and not isinstance(reference, acqcore.Reference):
@@ -175,21 +175,21 @@ class ComposedReward(TrlReward):
         return cls(domain, signals, **({"gates": gates, "weights": weights} | options))
 
     def score(self, texts: Sequence[str | None], groups: Sequence[Hashable], *, update: bool = True) -> Rewards:
-        """Rewards of n texts.
+        """Scores n texts.
 
         Args:
-            texts: what a generator wrote; None never parses.
-            groups: of n texts; equal keys, on any rank under ``sync``, are one group.
-            update: let archives, histories and length statistics take the call in; False leaves all unchanged, for a
-                probe that is scored repeatedly.
+            texts: generated texts; None never parses.
+            groups: group key of each text; equal keys, on any rank under ``sync``, form one group.
+            update: update archives, histories and length statistics; False leaves them unchanged, for a probe that is
+                scored repeatedly.
 
         Raises:
-            ValueError: texts and groups of different length.
+            ValueError: texts and groups differ in length.
         """
         return self._score(texts, groups, update, by_runs=False)
 
     def _reward(self, prompts: Sequence[Any], completions: Sequence[Completion], log: Log) -> list[float | None]:
-        # TRL deals whole groups to the ranks in turn, so one may begin on a rank and end on the next.
+        # TRL splits consecutive groups over the ranks, so a group may begin on one rank and end on the next.
         texts, groups = [completion_text(c) for c in completions], [prompt_key(prompt) for prompt in prompts]
         rewards = self._score(texts, groups, not log.evaluates, by_runs=True)
         shown: dict[str, Sequence[Any]] = {**rewards.components, "gate": rewards.rejected_by}
@@ -198,12 +198,12 @@ class ComposedReward(TrlReward):
         return rewards.total
 
     def metrics(self, rewards: Rewards) -> dict[str, float]:
-        """What is logged of a call; undefined numbers are left out.
+        """Metrics logged for a call; undefined numbers are omitted.
 
         ``gated/<gate>`` and ``masked``: shares of the samples. ``<signal>/mean``, ``<signal>/length_correlation`` and
-        the same of ``total``: over the samples that passed. ``<signal>/reliability``: share of its spread within groups
-        that is not noise of the estimate (:mod:`acqsynth.rewards.reliability`), for signals that give standard errors.
-        ``archive/<signal or gate>``: entries held. And what a part has in ``logged``.
+        the same for ``total``: over the samples that passed. ``<signal>/reliability``: share of its spread within
+        groups that is not estimation noise (:mod:`acqsynth.rewards.reliability`), for signals with standard errors.
+        ``archive/<signal or gate>``: number of entries. Signals and gates add the metrics in their ``logged``.
         """
         n = len(rewards.total)
         found = {f"gated/{name}": passes.count(False) / n for name, passes in rewards.gates.items()}
@@ -221,13 +221,13 @@ class ComposedReward(TrlReward):
         return found
 
     def refresh(self, student: Any) -> None:
-        """Moves everything that scores, answers or labels to another student.
+        """Switches everything that scores, answers or labels to another student.
 
         Args:
-            student: a path or hub id; also what the scorers take, for a reward that neither answers nor labels.
+            student: a path or hub id; without sampled answers and labels, also any other student that Scorer accepts.
         """
         parts = self._parts()
-        # Answers and labels are shared by parts: each object moves once.
+        # Signals and gates share answers and labels, so each object is refreshed once.
         shared = [getattr(part, name, None) for part in parts for name in ("answers", "label")]
         for part in {id(part): part for part in (*parts, *shared)}.values():
             if hasattr(part, "refresh"):
@@ -235,7 +235,7 @@ class ComposedReward(TrlReward):
 
     @property
     def failures(self) -> int:
-        """Calls of a signal or gate that raised so far."""
+        """Number of signal and gate calls that have raised."""
         return self._guard.failures
 
     def state_dict(self) -> dict[str, Any]:
@@ -249,10 +249,10 @@ class ComposedReward(TrlReward):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from where the reward of that state stood.
+        """Restores the state of :meth:`state_dict`.
 
         Raises:
-            ValueError: it is the state of a reward of other signals or gates.
+            ValueError: the state belongs to a reward with other signals or gates.
         """
         stateful = self._stateful()
         for key, ours in (("parts", stateful), ("length_bins", self.length_bins), ("history", self.history)):
@@ -271,7 +271,7 @@ class ComposedReward(TrlReward):
 
     def _score(self, texts: Sequence[str | None], groups: Sequence[Hashable], update: bool, by_runs: bool) -> Rewards:
         if len(texts) != len(groups):
-            raise ValueError(f"groups: expected {len(texts)}, one a text, got {len(groups)}")
+            raise ValueError(f"groups: expected {len(texts)}, one per text, got {len(groups)}")
         local = [Entry(group, text) for group, text in zip(groups, texts, strict=True)]
         batch = Batch()
         for entry in local:
@@ -279,8 +279,8 @@ class ComposedReward(TrlReward):
         if update:
             self._check_form(
                 [entry.sample for entry in local],
-                "parses as a sample of the domain %r, so each gets the least reward; Domain.generator_prompt asks a "
-                "generator for the form",
+                "parses as a sample of the domain %r, so each gets the lowest reward; Domain.generator_prompt asks a "
+                "generator for the expected format",
                 self.domain.name,
             )
         for gate in self.gates:
@@ -323,7 +323,7 @@ class ComposedReward(TrlReward):
                 entry.rejected_by = gate.name
 
     def _gathered(self, local: list[Entry], batch: Batch) -> tuple[list[list[Entry]], int]:
-        """The entries of each rank with the signals' values, and which rank is this one."""
+        """The entries of each rank with the signals' values, and this process's rank."""
         on_each = [signal for signal in self.signals if not getattr(signal, "set_level", False)]
         on_all = [signal for signal in self.signals if signal not in on_each]
         valid = [entry for entry in local if entry.valid]
@@ -343,7 +343,7 @@ class ComposedReward(TrlReward):
         for signal in signals:
             values = self._guard(signal.name, signal, samples)
             for entry, value in zip(valid, values, strict=True):
-                # NaN and infinity are failures too.
+                # NaN and infinity count as failures.
                 entry.values[signal.name] = value if value is not None and abs(value) < float("inf") else None
             if hasattr(signal, "stderr") and any(value is not None for value in values):
                 errors = self._guard(signal.name, partial(_errors, signal), samples)
@@ -357,7 +357,7 @@ class ComposedReward(TrlReward):
             for entry in entries:
                 entry.total = None if entry.masked else float(entry.rejected_by is None)
             return
-        # A sample without one of the values that count is left out of the statistics of all.
+        # A sample that lacks the value of any weighted signal is excluded from all statistics.
         known = [e for e in valid if all(e.values[name] is not None for name in self.weights)]
         columns = {name: [entry.values[name] for entry in known] for name in self.weights}
         lengths = [entry.length for entry in known]
@@ -379,7 +379,7 @@ class ComposedReward(TrlReward):
         return [PARSES, *(gate.name for gate in self.gates)]
 
     def _stateful(self) -> dict[str, Any]:
-        """Key -> part, of those that have a state."""
+        """The signals and gates that have state, by key."""
         named = [("signal", part) for part in self.signals] + [("gate", part) for part in self.gates]
         return {f"{kind}/{part.name}": part for kind, part in named if hasattr(part, "state_dict")}
 
@@ -391,12 +391,12 @@ def _check_names(argument: str, parts: Sequence[Any], taken: str) -> None:
         if not callable(part) or not isinstance(name, str):
             raise TypeError(f"{argument}: expected callable objects with a name, got {part!r}")
         if name in seen:
-            raise ValueError(f"{argument}: {name!r} is there twice or is taken, give one of them another name")
+            raise ValueError(f"{argument}: the name {name!r} is duplicated or reserved, rename one of them")
         seen.add(name)
 
 
 def _errors(signal: Any, samples: Sequence[Sample]) -> Sequence[float | None]:
-    """Standard errors of a signal's values; None for each where it has none."""
+    """Standard errors of a signal's values; all None if it has none."""
     found: Sequence[float | None] | None = signal.stderr(samples)
     return [None] * len(samples) if found is None else found
 

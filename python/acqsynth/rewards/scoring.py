@@ -24,37 +24,37 @@ logger = logging.getLogger(__name__)
 
 STUDENT_VARIABLE = "ACQSYNTH_STUDENT"
 
-#: Arguments of ``acqcore.influence_reference`` that may accompany influence's samples.
+#: Arguments of ``acqcore.influence_reference`` that may accompany influence's reference samples.
 REFERENCE = ("parameters", "dim", "seed")
 
-#: Scoring switches the student's mode, so the threads of a process (AsyncGRPO runs several) take turns.
+#: Scoring switches the student's mode, so threads must take turns (AsyncGRPO runs several).
 _scoring = threading.Lock()
 
 
 class Scored(NamedTuple):
-    """Of n samples; None for a sample without a value."""
+    """Scores of n samples; None for a sample without a value."""
 
-    values: dict[str, list[float | None]]  #: of each acquisition
+    values: dict[str, list[float | None]]  #: acquisition -> values
     lengths: list[int]  #: scored tokens
-    stderr: dict[str, list[float | None]]  #: of each acquisition that is estimated at random, its standard errors
+    stderr: dict[str, list[float | None]]  #: randomly estimated acquisition -> standard errors
 
 
 class Scorer:
-    """Values of one or more acquisitions for one student, by one ``acqcore.score`` call.
+    """Computes one or more acquisitions for one student in a single ``acqcore.score`` call.
 
     Args:
         student: as :class:`acqsynth.rewards.AcquisitionReward`.
         acquisitions: names from ``acqcore.acquisitions()``.
-        domain: of samples that are :class:`acqsynth.domains.Sample`, scored as the student is trained on them; without
-            it samples are those of ``acqcore.score``.
-        arguments: name -> arguments of that acquisition, as in ``acquisition_args`` of ``acqcore.score``. Instead
-            of influence's ``acqcore.Reference``, samples may be given, with ``parameters``, ``dim`` and ``seed`` of
-            ``acqcore.influence_reference``; their gradient is taken at the first call.
+        domain: if given, samples are :class:`acqsynth.domains.Sample`, scored in the format that the student is trained
+            on; otherwise samples are those of ``acqcore.score``.
+        arguments: acquisition -> its arguments, as in ``acquisition_args`` of ``acqcore.score``. Instead of an
+            ``acqcore.Reference``, influence also accepts samples, with ``parameters``, ``dim`` and ``seed`` of
+            ``acqcore.influence_reference``; their gradient is computed on the first call.
         name: shown in the message if the student is missing.
         reduction, tokenizer, backend, batch_tokens, max_length, device: as AcquisitionReward.
 
     Raises:
-        ValueError, TypeError: what ``acqcore.score`` would refuse, a model without a tokenizer, a max_length below 2.
+        ValueError, TypeError: as ``acqcore.score``; also a model without a tokenizer, or a max_length below 2.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Scorer:
             if acquisition not in REGISTRY:
                 raise ValueError(f"acquisition: unknown {acquisition!r}, expected one of {', '.join(REGISTRY)}")
         if isinstance(student, torch.nn.Module) and tokenizer is None:
-            raise ValueError("tokenizer: expected the student's, as student is a model, which has none")
+            raise ValueError("tokenizer: expected the student's tokenizer, as student is a model, which has none")
         if max_length < 2:
             raise ValueError(f"max_length: expected at least 2 tokens, got {max_length}")
         self.student = student
@@ -86,7 +86,7 @@ class Scorer:
         self.domain = domain
         self.arguments = dict(arguments or {})
         checked = self._placeheld()
-        # An argument that is required and missing is told at the first call, by acqcore.score.
+        # acqcore.score reports missing required arguments on the first call.
         known = [name for name in acquisitions if name in checked or not REGISTRY[name].options.required()]
         acqcore.check_request(
             known or "entropy", checked, reduction=reduction, batch_tokens=batch_tokens, backend=backend, device=device
@@ -102,7 +102,7 @@ class Scorer:
         self._shared: SharedStudent | None = None
 
     def _placeheld(self) -> dict[str, dict[str, Any]]:
-        """The arguments, with an empty reference where samples are given, whose gradient only the first call takes."""
+        """The arguments, with a placeholder for reference samples, whose gradient is computed on the first call."""
         given = {name: dict(options) for name, options in self.arguments.items() if options}
         influence = given.get("influence", {})
         if "reference" in influence and not isinstance(influence["reference"], acqcore.Reference):
@@ -113,7 +113,8 @@ class Scorer:
         return given
 
     def check(self) -> None:
-        """
+        """Loads the student.
+
         Raises:
             RuntimeError: no student is named. OSError, ValueError: it cannot be loaded.
         """
@@ -130,7 +131,7 @@ class Scorer:
         return scored
 
     def sketches(self, samples: Sequence[Any], **options: Any) -> torch.Tensor:
-        """``acqcore.grad_sketch`` of n samples, ``[n, dim]``; options are its ``parameters``, ``dim``, ``seed``."""
+        """``acqcore.grad_sketch`` of n samples, ``[n, dim]``; takes its options ``parameters``, ``dim``, ``seed``."""
         with _scoring:
             student = self._student()
             tokenizer = self.tokenizer or student.tokenizer
@@ -138,12 +139,12 @@ class Scorer:
             return acqcore.grad_sketch(student, rows, **options, **self._passes(student, tokenizer))
 
     def refresh(self, student: Any) -> None:
-        """Scores for another student from now on; the gradient of reference samples is taken again."""
+        """Switches to another student; the gradient of reference samples is recomputed."""
         self.student = student
         self._reference = self._shared = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shared": None}  # another process loads its own
+        return {**self.__dict__, "_shared": None}  # each process loads its own
 
     def _score(self, samples: Sequence[Any]) -> Scored:
         if not samples:
@@ -173,7 +174,7 @@ class Scorer:
     def _encoded(
         self, samples: Sequence[Any], student: acqcore.Student, tokenizer: Any, max_length: int
     ) -> tuple[list[acqcore.Row], list[int]]:
-        """Rows of n samples, and which can be scored."""
+        """Rows of n samples, and the indices of those that can be scored."""
         given = self._rows(samples, tokenizer)
         errors: dict[int, str] = {}
         rows = acqcore.encode(
@@ -187,7 +188,7 @@ class Scorer:
         for i, message in errors.items():
             if message.startswith("tokenizer: "):
                 raise ValueError(message)
-            if not isinstance(given[i], str):  # a plain text of one token has no token with a predecessor
+            if not isinstance(given[i], str):  # plain text of one token has nothing to score
                 logger.warning("%s: samples[%d] cannot be scored: %s", self.name, i, message)
         return rows, [i for i in range(len(rows)) if i not in errors]
 
@@ -222,8 +223,7 @@ class Scorer:
             student = os.environ.get(STUDENT_VARIABLE)
             if not student:
                 raise RuntimeError(
-                    f"{STUDENT_VARIABLE} is not set: {self.name!r} expects in it the path or hub id of "
-                    "the student whose acquisition values are the reward"
+                    f"{STUDENT_VARIABLE} is not set: {self.name!r} expects it to hold the student's path or hub id"
                 )
         if isinstance(student, str | os.PathLike):
             if self._shared is None:
@@ -237,14 +237,14 @@ def _placed(
     indices: Sequence[int],  # [m]
     n: int,
 ) -> list[float | None]:
-    """The values at their indices among n; None elsewhere and where not finite."""
+    """Places the values at their indices in a list of n; None elsewhere and where not finite."""
     found: dict[int, float] = dict(zip(indices, values.tolist(), strict=True))
     columns = (found.get(i, math.nan) for i in range(n))
     return [value if math.isfinite(value) else None for value in columns]
 
 
 def training_row(domain: Domain, sample: Sample, chat: bool) -> dict[str, Any]:
-    """The sample as its student is trained on it, for ``acqcore.score``: the prompt is given, the solution scored."""
+    """The sample in the student's training format, for ``acqcore.score``: the solution is scored given the prompt."""
     prompt, solution = domain.student_prompt(sample.question), domain.solution(sample)
     if chat:
         return {"prompt": prompt, "completion": [{"role": "assistant", "content": solution}]}
@@ -253,18 +253,18 @@ def training_row(domain: Domain, sample: Sample, chat: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class SharedStudent:
-    """A student that the process has loaded: the model for generation, the same weights for scoring."""
+    """A loaded student: ``model`` generates, and ``student`` scores with the same weights."""
 
     model: Any
     student: acqcore.Student
 
 
-#: By path and device. A student lives as long as a scorer or an engine holds it.
+#: (path, device) -> student, kept alive only while a scorer or an engine holds it.
 _students: WeakValueDictionary[tuple[str, str | None], SharedStudent] = WeakValueDictionary()
 
 
 def load_student(path: str, device: str | None) -> SharedStudent:
-    """The student at ``path``, shared with all current users of the same one."""
+    """The student at ``path``, shared by all its current users."""
     shared = _students.get((path, device))
     if shared is None:
         model = acqcore.load_model(path)

@@ -1,14 +1,14 @@
-"""What samples are worth to a student, by one measure each.
+"""Signals: each is one measure of how much samples are worth to a student.
 
 ==================  ===================================================================================================
-any of ``acqcore``  the acquisition's value of the solution, given the prompt (:class:`AcquisitionSignal`)
-``gradient``        norm of the gradient in all parameters, per root of the tokens (:class:`Gradient`)
-``proximity``       nearness of the question to what the seeds are about
-``diversity``       novelty of the question, to an archive and within the call
+any of ``acqcore``  the acquisition's value for the solution, given the prompt (:class:`AcquisitionSignal`)
+``gradient``        norm of the gradient in all parameters, scaled by the root of the token count (:class:`Gradient`)
+``proximity``       similarity of the question to the seeds' topics
+``diversity``       novelty of the question relative to an archive and within the call
 ==================  ===================================================================================================
 
-:mod:`acqsynth.rewards.answers` has the signals of the student's own answers. With ``paper_compat=True`` a signal of the
-paper is its released form, see :mod:`acqsynth.rewards.paper`.
+:mod:`acqsynth.rewards.answers` has the signals based on the student's own answers. ``paper_compat=True`` selects the
+released form of the paper's signals, see :mod:`acqsynth.rewards.paper`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from acqsynth.rewards.texts import Embedder
 
 @runtime_checkable
 class Signal(Protocol):
-    """How much samples are worth to a student, by one measure.
+    """One measure of how much samples are worth to a student.
 
-    Optional attributes: ``set_level = True`` says that values depend on the other samples of the call, so the signal
-    gets those of all ranks at once; ``stderr(samples)`` gives the standard errors of the values, from which the reward
-    computes ``reliability``, or None; ``accept(samples)`` takes in the samples that passed a call, as an archive does;
-    ``refresh(student)`` moves to another student; ``state_dict()`` and ``load_state_dict(state)`` save it with the
-    reward.
+    Optional attributes: ``set_level = True`` means that values depend on the other samples of the call, so the signal
+    gets the samples of all ranks at once; ``stderr(samples)`` returns the values' standard errors, from which the
+    reward computes ``reliability``, or None; ``accept(samples)`` receives the samples that passed a call, for example
+    to archive them; ``refresh(student)`` switches to another student; ``state_dict()`` and ``load_state_dict(state)``
+    save and restore it with the reward.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Signal(Protocol):
 
 
 class Published:
-    """A signal of the paper: ``paper_compat=True`` makes its released form instead."""
+    """A signal from the paper; ``paper_compat=True`` creates its released form instead."""
 
     released: ClassVar[dict[str, type]] = {}  #: name of a signal -> its class in :mod:`acqsynth.rewards.paper`
     name: str
@@ -62,13 +62,12 @@ class AcquisitionSignal:
     """One acquisition of ``acqcore``.
 
     Args:
-        scorer: of samples of a domain; several signals of one scorer share its pass.
-        acquisition: one of the scorer's.
+        scorer: a scorer with a domain; signals with the same scorer share its pass.
+        acquisition: one of the scorer's acquisitions.
         name: by default the acquisition's.
 
     Raises:
-        ValueError: an acquisition that is not the scorer's or lacks an argument that it needs, or a scorer without a
-            domain.
+        ValueError: an acquisition that is not the scorer's or lacks a required argument, or a scorer without a domain.
     """
 
     def __init__(self, scorer: Scorer, acquisition: str, *, name: str | None = None) -> None:
@@ -88,7 +87,7 @@ class AcquisitionSignal:
         return self.scorer(samples).values[self.acquisition]
 
     def stderr(self, samples: Sequence[Sample]) -> list[float | None] | None:
-        """Standard errors of n values; None of an acquisition that is exact, or that gives none."""
+        """Standard errors of n values; None if the acquisition is exact or provides none."""
         return self.scorer(samples).stderr.get(self.acquisition)
 
     def refresh(self, student: Any) -> None:
@@ -96,9 +95,9 @@ class AcquisitionSignal:
 
 
 class ArchiveNovelty(AcquisitionSignal):
-    """``archive_novelty`` over a growing archive: each sample that passes a call adds the sketch of its gradient.
+    """``archive_novelty`` over a growing archive: each sample that passes a call adds its gradient sketch.
 
-    Keep the capacity well below the length of a sketch, as for :class:`Diversity`.
+    Keep the capacity well below the sketch dimension, as for :class:`Diversity`.
     """
 
     def accept(self, samples: Sequence[Sample]) -> None:
@@ -124,7 +123,7 @@ class ArchiveNovelty(AcquisitionSignal):
 def acquisition_signals(
     student: Any, acquisitions: Sequence[str] | Mapping[str, Mapping[str, Any]], domain: Domain, **options: Any
 ) -> list[AcquisitionSignal]:
-    """A signal for each acquisition, all values from one ``acqcore.score`` call.
+    """One signal per acquisition; a single ``acqcore.score`` call computes all values.
 
     Args:
         acquisitions: names, or name -> arguments.
@@ -137,20 +136,20 @@ def acquisition_signals(
 
 
 class Gradient(Published):
-    """``|| sum_t grad L_t || / sqrt(T)`` over the T tokens of a solution, capped at the largest norm of the seeds.
+    """``|| sum_t grad L_t || / sqrt(T)`` over the T tokens of a solution, capped at the largest norm among the seeds.
 
-    A sum of T gradients of random directions grows as the root of T; dividing by it removes the length. A wrong answer
-    has a larger gradient than a right one, so the norm is capped at the largest of the seeds, whose answers are known:
-    nothing can be learned beyond it. Whether an answer is right at all is up to the gates.
+    A sum of T gradients in random directions grows as sqrt(T); dividing by it removes the effect of length. A wrong
+    answer has a larger gradient than a right one, so the norm is capped at the largest of the seeds, whose answers are
+    known: there is nothing to learn beyond it. Checking answers is left to the gates.
 
     Args:
         student, options: as :class:`acqsynth.rewards.scoring.Scorer`.
-        seeds: at least one; scored at the first call.
+        seeds: at least one; scored on the first call.
 
     Raises:
         ValueError: no seeds; as Scorer.
 
-    Source: the paper's gradient reward; the norms by ``acqcore.grad_norm``.
+    Source: the paper's gradient reward; norms from ``acqcore.grad_norm``.
     """
 
     name = "gradient"
@@ -177,7 +176,7 @@ class Gradient(Published):
         if self._limit is None:
             norms = [norm for norm in self._norms(self.seeds) if norm is not None]
             if not norms:
-                raise RuntimeError("seeds: none of them could be scored, so there is no norm to cap at")
+                raise RuntimeError("seeds: none could be scored, so there is no norm to cap at")
             self._limit = max(norms)
         return self._limit
 
@@ -191,16 +190,16 @@ class Gradient(Published):
 
 
 class Proximity(Published):
-    """Largest cosine of a question's embedding to a k-means centre of the seed questions, in [-1, 1].
+    """Largest cosine similarity of a question's embedding to a k-means centre of the seed questions, in [-1, 1].
 
     Args:
-        embed: of questions.
-        seeds: at least one; embedded and clustered at the first call.
-        clusters: centres, at most one a seed.
-        seed: of k-means.
+        embed: embedder of questions.
+        seeds: at least one; embedded and clustered on the first call.
+        clusters: number of centres, at most one per seed.
+        seed: random seed of k-means.
 
     Raises:
-        ValueError: no seeds, clusters below 1.
+        ValueError: no seeds, or clusters below 1.
 
     Source: the paper's proximity; k-means by scikit-learn's MiniBatchKMeans (Sculley 2010).
     """
@@ -245,18 +244,18 @@ class Proximity(Published):
 
 
 class Diversity(Published):
-    """The lesser of two log-determinant gains of a question's embedding, in [0, log 2]: over the archive
+    """The smaller of two log-determinant gains of a question's embedding, in [0, log 2]: over the archive
     (``acqcore.Archive.novelty``), and over the other questions of the call (``acqcore.gradient_diversity``), so copies
-    within a group share almost nothing.
+    within a group gain almost nothing.
 
     Keep the capacity well below the embedding dimension; an archive that spans the space gives every new text zero
-    novelty. On 2,000 questions of GSM8K, 384 dimensions and 20 a call, the median gain settles at 0.25 to 0.36 with 64
-    to 128 directions; with 1,024 it falls below 0.02 after 500.
+    novelty. On 2,000 GSM8K questions, with 384 dimensions and 20 questions per call, the median gain settles at 0.25 to
+    0.36 with 64 to 128 directions; with 1,024 it falls below 0.02 after 500 questions.
 
     Args:
-        embed: of questions.
-        capacity: most directions held; by default a quarter of the embedding dimension.
-        ridge: as in ``acqcore.Archive``; a copy adds about this much.
+        embed: embedder of questions.
+        capacity: maximum number of directions; by default a quarter of the embedding dimension.
+        ridge: as in ``acqcore.Archive``; a copy gains about this much.
     """
 
     name = "diversity"
@@ -265,7 +264,7 @@ class Diversity(Published):
     def __init__(
         self, embed: Embedder, *, capacity: int | None = None, ridge: float = 0.1, paper_compat: bool = False
     ) -> None:
-        acqcore.Archive(1 if capacity is None else capacity, ridge=ridge)  # raises now what the first call would
+        acqcore.Archive(1 if capacity is None else capacity, ridge=ridge)  # checks the arguments before the first call
         self.embed = embed
         self.capacity = capacity
         self.ridge = ridge
@@ -303,5 +302,5 @@ class Diversity(Published):
             self.archive.load_state_dict(state["archive"])
 
     def _vectors(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """``[n, d]``, n >= 1; a question is embedded once a call."""
+        """``[n, d]``, n >= 1; a question is embedded once per call."""
         return torch.stack(Batch.of(samples).each((self, "vectors"), [s.question for s in samples], self.embed))

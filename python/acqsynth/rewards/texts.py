@@ -1,4 +1,4 @@
-"""Texts compared: embeddings, near copies by the Jaccard index, and runs of words shared with an evaluation set.
+"""Text comparison: embeddings, near copies by the Jaccard index, and runs of words shared with an evaluation set.
 
 The latter two compare the normal form of texts (:mod:`acqsynth.normal_form`).
 """
@@ -30,16 +30,16 @@ Embedder: TypeAlias = Callable[[Sequence[str]], torch.Tensor]
 
 
 class SentenceEmbedder:
-    """A sentence model of transformers: mean of the last hidden states over a text's tokens, made a unit vector.
+    """A transformers sentence model: mean of the last hidden states over a text's tokens, scaled to unit length.
 
     Args:
-        model: a path or hub id; loaded at the first call. By default the packaged MiniLM, :func:`minilm_path`.
-        device: where it runs.
-        batch: texts of one forward pass.
-        max_length: longer texts are cut to this many tokens.
+        model: a path or hub id; loaded on the first call. By default the packaged MiniLM, :func:`minilm_path`.
+        device: device to run on.
+        batch: texts per forward pass.
+        max_length: texts are truncated to this many tokens.
 
     Raises:
-        FileNotFoundError: no model is named and the package is not installed.
+        FileNotFoundError: no model is given and the package is not installed.
 
     Source: Reimers & Gurevych 2019 (Sentence-BERT).
     """
@@ -74,9 +74,9 @@ class SentenceEmbedder:
 
 
 class NgramEmbedder:
-    """Counts of the characters' n-grams within words, hashed to ``dim`` signed features; needs no model.
+    """Counts of character n-grams within words, hashed to ``dim`` signed features; needs no model.
 
-    It sees wording, not meaning.
+    Captures wording, not meaning.
 
     Source: Weinberger et al. 2009 (feature hashing), by scikit-learn.
     """
@@ -134,20 +134,20 @@ class NearCopies:
     """A bounded set of texts that finds near copies of a new text.
 
     Shingles are runs of ``n`` characters of the normal form. Two texts are near copies if the Jaccard index of their
-    shingles is at least ``threshold`` and the new one has all numbers of the other: an exercise in other numbers is
-    another exercise, one with a number more is not. Numbers compare by value.
+    shingles is at least ``threshold`` and the new one contains all numbers of the other: an exercise with different
+    numbers is a new exercise, one with an extra number is not. Numbers compare by value.
 
     Args:
         threshold: in (0, 1].
-        n: characters of a shingle.
-        capacity: most texts held; the oldest make room.
-        same_numbers: False counts texts that differ in their numbers too.
+        n: characters per shingle.
+        capacity: maximum number of texts; the oldest are dropped.
+        same_numbers: if False, texts that differ in their numbers count as copies too.
 
     Raises:
         ValueError: a threshold, n or capacity out of range.
 
-    Sources: Broder 1997 (shingles); Chaudhuri, Ganti & Kaushik 2006 (a set that overlaps enough holds one of the
-    rarest elements: only few lists are read).
+    Sources: Broder 1997 (shingles); Chaudhuri, Ganti & Kaushik 2006 (a set with enough overlap contains one of the
+    rarest elements, so only few lists are read).
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class NearCopies:
         return len(self._texts)
 
     def add(self, texts: Iterable[str]) -> None:
-        """Take in texts; one that is there already is not held twice."""
+        """Adds texts, skipping those already present."""
         for text in texts:
             new = self._read(text)
             if any(self._texts[i].form == new.form for i in self._holders.get(next(iter(new.shingles)), ())):
@@ -184,10 +184,10 @@ class NearCopies:
             self._next += 1
 
     def find(self, text: str) -> str | None:
-        """A text held that the given one is a near copy of, the most similar, or None."""
+        """The most similar stored text that ``text`` is a near copy of, or None."""
         asked_of = self._read(text)
         shingles = asked_of.shingles
-        # Overlap of at least t |S| leaves room for so many misses; one of any more shingles must be a hit.
+        # An overlap of at least t |S| allows |S| - t |S| misses, so one of the ``asked`` shingles must be a hit.
         asked = len(shingles) - int(self.threshold * len(shingles)) + 1
         rarest = sorted(shingles, key=lambda shingle: len(self._holders.get(shingle, ())))[:asked]
         candidates = {i for shingle in rarest for i in self._holders.get(shingle, ())}
@@ -204,7 +204,7 @@ class NearCopies:
         return found
 
     def texts(self) -> list[str]:
-        """Those held, the oldest first."""
+        """The stored texts, oldest first."""
         return [self._texts[i].text for i in self._order]
 
     def _read(self, text: str) -> _Held:
@@ -221,17 +221,17 @@ class NearCopies:
 
 
 class Contamination:
-    """Whether a text holds a run of ``n`` words of an evaluation set, or the whole of one of its shorter texts.
+    """Tests whether a text contains a run of ``n`` words of an evaluation set, or equals one of its shorter texts.
 
-    Words are those of the normal form; punctuation between them is not counted.
-    Runs that stand in more than ``common`` of the texts are phrases of the genre, and are not counted.
+    Words are those of the normal form, without punctuation.
+    Runs that occur in more than ``common`` of the texts are stock phrases and do not count.
 
     Args:
-        texts: of the evaluation set.
-        n: words of a run.
+        texts: the evaluation set.
+        n: words per run.
         common: as above.
 
-    Source: Brown et al. 2020, appendix C (13-grams; those of more than ten documents left out).
+    Source: Brown et al. 2020, appendix C (13-grams, without those in more than ten documents).
     """
 
     def __init__(self, texts: Iterable[str], *, n: int = 13, common: int = 10) -> None:

@@ -1,7 +1,7 @@
-"""The contract of TRL 1.16: what a reward function is given, what it logs, what it warns about.
+"""TRL 1.16's contract for reward functions: arguments, logging and warnings.
 
-A masked sample (None) is left out of the advantage only if every reward masks it; beside other rewards TRL counts it as
-0 for the one that does. :func:`combined` adds several rewards and masks a sample for all of them.
+TRL excludes a masked sample (None) from the advantage only if every reward masks it; otherwise the reward that masks it
+counts as 0. :func:`combined` adds several rewards and masks a sample for all of them.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ LogMetric = Callable[[str, float], None]  #: takes a name and a number
 
 
 class Log(NamedTuple):
-    """What TRL gives a call to log with."""
+    """The logging callbacks that TRL passes to a call."""
 
     extra: LogExtra | None
     metric: LogMetric | None
 
     @property
     def trainer(self) -> Any:
-        """The trainer, if these are its own methods."""
+        """The trainer, if the callbacks are its methods."""
         return getattr(self.metric, "__self__", None)
 
     @property
@@ -45,15 +45,15 @@ class Log(NamedTuple):
 
 
 class TrlReward:
-    """A reward function of TRL, and what it keeps between calls.
+    """Base class of TRL reward functions, with the state kept between calls.
 
     Args:
-        name: the name TRL logs.
+        name: name under which TRL logs.
     """
 
     def __init__(self, name: str) -> None:
         self.__name__ = name
-        self.masked = 0  #: samples without a reward so far
+        self.masked = 0  #: number of samples masked so far
         self._watch = Watch(name)
         self._checked_form = False
 
@@ -65,18 +65,18 @@ class TrlReward:
         log_metric: LogMetric | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """Rewards of n completions, None for those that are masked from the advantage.
+        """Rewards of n completions; None masks a completion from the advantage.
 
         Args:
-            prompts: n prompts of the generator. Equal ones are a group, in a composed reward only where they follow
-                each other.
+            prompts: n prompts of the generator. Equal prompts form a group; in a composed reward, only if they are
+                consecutive.
             completions: n texts, or n lists of messages whose last assistant message is the text.
-            log_extra: takes columns for the table of completions.
-            log_metric: takes numbers; if it is a trainer's own, it also says whether the trainer evaluates.
-            columns: what else TRL passes; not read.
+            log_extra: logs a column of the table of completions.
+            log_metric: logs a number; if it is a trainer's method, it also shows whether the trainer is evaluating.
+            columns: other columns that TRL passes; ignored.
 
         Raises:
-            RuntimeError, ValueError, TypeError: as the class says.
+            RuntimeError, ValueError, TypeError: as documented by the class.
         """
         return self._reward(prompts, completions, Log(log_extra, log_metric))
 
@@ -98,7 +98,7 @@ class TrlReward:
         metrics: Mapping[str, float],
         log: Log,
     ) -> None:
-        """Logs the columns and metrics of a call under the reward's name, and warns once if others hide a mask."""
+        """Logs a call's columns and metrics under the reward's name; warns once if other rewards defeat a mask."""
         if log.extra is not None:
             for key, values in columns.items():
                 log.extra(f"{self.__name__}_{key}", list(values))
@@ -112,15 +112,15 @@ class TrlReward:
 
 @functools.cache
 def warn_of_mask() -> None:
-    """Warns, once a process, that TRL does not leave a masked sample out."""
+    """Warns, once per process, that TRL does not exclude a masked sample."""
     logger.warning(
-        "a sample that could not be scored counts as 0 for its reward beside the others: "
-        "acqsynth.rewards.combined([...]) makes one reward of several, and masks it"
+        "TRL counts a sample that could not be scored as 0 if there are other rewards: "
+        "acqsynth.rewards.combined([...]) merges the rewards into one, which masks the sample"
     )
 
 
 def summary(values: Sequence[float | None], lengths: Sequence[int]) -> dict[str, float]:
-    """Mean of the values and their correlation with the lengths, as far as they are defined."""
+    """Mean of the values and their correlation with the lengths, where defined."""
     scored = [(value, length) for value, length in zip(values, lengths, strict=True) if value is not None]
     if not scored:
         return {}
@@ -131,20 +131,20 @@ def summary(values: Sequence[float | None], lengths: Sequence[int]) -> dict[str,
 
 
 def completion_text(completion: Completion) -> str | None:
-    """The text of a completion: itself, or its last assistant message's; None if that has none."""
+    """The text of a completion: itself, or that of its last assistant message; None if there is none."""
     if isinstance(completion, str):
         return completion
     for message in reversed(completion):
         if message.get("role") == "assistant":
             content = message.get("content")
-            if isinstance(content, list):  # blocks, as for a model that also takes images
+            if isinstance(content, list):  # content blocks, as for multimodal models
                 content = "".join(block.get("text", "") for block in content if block.get("type") == "text")
             return content if isinstance(content, str) else None
     return None
 
 
 def prompt_key(prompt: Any) -> str:
-    """The same text for equal prompts, whatever objects (images) they hold."""
+    """A key that is the same for equal prompts, including those that contain objects such as images."""
     return prompt if isinstance(prompt, str) else json.dumps(_hashable(prompt), sort_keys=True)
 
 
@@ -162,22 +162,22 @@ def _hashable(value: Any) -> Any:
 def combined(
     rewards: Sequence[Callable[..., Any]], weights: Sequence[float] | None = None, *, name: str = "combined"
 ) -> Callable[..., Any]:
-    """One reward function of several: their weighted sum, None if one of them gives None.
+    """Combines several reward functions into their weighted sum; None if any of them returns None.
 
-    TRL itself adds the rewards of a sample without those that are None, so that a sample which one reward could not
-    score competes with the rest of its sum.
+    TRL itself leaves None out of the sum, so a sample that one reward could not score competes with the sum of the
+    others.
 
     Args:
-        rewards: reward functions of TRL, coroutines among them.
-        weights: one a reward, 1 by default.
-        name: the name TRL logs; each reward is logged under its own name.
+        rewards: TRL reward functions; coroutine functions are allowed.
+        weights: one per reward, 1 by default.
+        name: name under which TRL logs; each reward is also logged under its own name.
 
     Raises:
-        ValueError: no rewards, or not one weight a reward.
+        ValueError: no rewards, or a number of weights that differs from that of rewards.
     """
     scales = [1.0] * len(rewards) if weights is None else [float(weight) for weight in weights]
     if not rewards or len(scales) != len(rewards):
-        raise ValueError(f"weights: expected {max(1, len(rewards))}, one a reward, got {len(scales)}")
+        raise ValueError(f"weights: expected {max(1, len(rewards))}, one per reward, got {len(scales)}")
 
     def total(columns: Sequence[Sequence[float | None]]) -> list[float | None]:
         return [

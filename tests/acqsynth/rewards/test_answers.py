@@ -185,7 +185,7 @@ class TestConfidence:
         assert self.values(self.signal(domain, scripted), "unlucky") == [pytest.approx(0.15)]
 
     def test_needs_the_probabilities(self, domain, scripted, answers):
-        with pytest.raises(ValueError, match="answers: expected them with top2=True"):
+        with pytest.raises(ValueError, match="answers: expected SampledAnswers with top2=True"):
             Confidence(answers)
 
 

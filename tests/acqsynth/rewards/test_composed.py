@@ -356,11 +356,11 @@ def test_refresh_reaches_every_scorer(domain, sample, student_path):
         ({"fusion": "mean"}, ValueError, "fusion: unknown 'mean'"),
         ({"weights": {"c": 1}}, ValueError, r"weights: unknown \['c'\]"),
         ({"length_normalised": ["c"]}, ValueError, r"length_normalised: unknown \['c'\]"),
-        ({"signals": [Told("a", {}), Told("a", {})]}, ValueError, "signals: 'a' is there twice"),
-        ({"signals": [Told("total", {})]}, ValueError, "signals: 'total' is there twice or is taken"),
+        ({"signals": [Told("a", {}), Told("a", {})]}, ValueError, "signals: the name 'a' is duplicated"),
+        ({"signals": [Told("total", {})]}, ValueError, "signals: the name 'total' is duplicated or reserved"),
         ({"signals": [lambda samples: []]}, TypeError, "signals: expected callable objects with a name"),
         ({"signals": ["entropy"]}, TypeError, "signals: expected callable objects with a name"),
-        ({"gates": [Check("parses", bool)]}, ValueError, "gates: 'parses' is there twice or is taken"),
+        ({"gates": [Check("parses", bool)]}, ValueError, "gates: the name 'parses' is duplicated or reserved"),
     ],
 )
 def test_wrong_configuration_raises_at_once(domain, options, error, message):
@@ -369,7 +369,7 @@ def test_wrong_configuration_raises_at_once(domain, options, error, message):
 
 
 def test_groups_of_another_length(domain):
-    with pytest.raises(ValueError, match="groups: expected 6, one a text, got 1"):
+    with pytest.raises(ValueError, match="groups: expected 6, one per text, got 1"):
         plain(domain, Told("a", VALUES)).score(TEXTS, ["p"])
 
 

@@ -146,7 +146,7 @@ class TestSeveralRewards:
 
     @pytest.mark.parametrize(("rewards", "weights"), [([], None), ([first], [1.0, 2.0])])
     def test_one_weight_a_reward(self, rewards, weights):
-        with pytest.raises(ValueError, match="weights: expected 1, one a reward"):
+        with pytest.raises(ValueError, match="weights: expected 1, one per reward"):
             combined(rewards, weights)
 
     @pytest.mark.parametrize(("others", "warns"), [([second], True), ([], False)])

@@ -108,10 +108,10 @@ def test_a_weight_of_zero_leaves_a_signal_out_and_masks_nothing():
     ("options", "message"),
     [
         ({"method": "mean"}, "fusion: unknown 'mean', expected one of raw, z, rank, quantile, gdpo"),
-        ({"weights": {"c": 1}}, r"weights: unknown \['c'\], expected of a"),
+        ({"weights": {"c": 1}}, r"weights: unknown \['c'\], known signals: a"),
         ({"weights": {"a": 0}}, "weights: expected at least one signal"),
         ({"weights": {"a": math.nan}}, "weights: expected finite numbers"),
-        ({"groups": ["p"]}, "components: expected 1 values of 'a', one a sample, got 6"),
+        ({"groups": ["p"]}, "components: expected 1 values of 'a', one per sample, got 6"),
     ],
 )
 def test_wrong_arguments(options, message):

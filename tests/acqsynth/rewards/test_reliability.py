@@ -111,7 +111,7 @@ def test_warns_once_of_a_signal_that_is_mostly_noise(domain, caplog):
     expected = 1 - 2.1**2 / 6
     assert record.getMessage() == (
         f"reward: reliability of 'noisy' within groups is {expected:.2f}: {100 * (1 - expected):.0f} % of its spread "
-        "there is noise of the estimate. Raise its probes or draws; for mutual_information, form='linear' with more "
+        "there is estimation noise. Raise its probes or draws; for mutual_information, form='linear' with more "
         "probes costs least"
     )
 

@@ -136,7 +136,7 @@ def test_grpo_awaits_two_at_once(url, model, tokenizer, tmp_path):
     ("options", "error", "message"),
     [
         ({"url": "scorer"}, ValueError, "url: expected http://host:port"),
-        ({"url": URL, "student": "path"}, ValueError, "student: expected none beside url"),
+        ({"url": URL, "student": "path"}, ValueError, "student: expected None with url"),
         ({"url": URL, "max_length": 1}, ValueError, "max_length: expected at least 2 tokens, got 1"),
         ({"url": URL, "parse": 3}, TypeError, "parse: expected a function of a text, got int"),
         ({"url": URL, "device": "cuda"}, TypeError, "device"),
