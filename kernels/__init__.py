@@ -1,1 +1,1 @@
-"""Triton kernels of acqcore (installed as ``acqcore.kernels``); imports torch, triton and itself only."""
+"""Triton kernels of acqcore (installed as ``acqcore.kernels``); imports only torch, triton and itself."""

@@ -1,24 +1,24 @@
-"""The mixture of draws whose dropout takes blocks of columns (``mixture.py``): one product of partial logits a visit.
+"""The mixture of ``mixture.py`` for dropout of column blocks: one product of partial logits per visit.
 
-``u_b``, the partial logits of block b, are formed once on the matrix units, and every draw sums those it keeps,
-``z_k = sum_b keep_kb u_b``, in registers. What that costs on an sm_90 multiprocessor, for a column and token of a head
-of depth D, K = 8 draws and blocks of 64:
+The partial logits ``u_b`` of block b are formed once on the matrix units, and every draw sums the blocks it keeps,
+``z_k = sum_b keep_kb u_b``, in registers. Cost on an sm_90 multiprocessor per column, token and block of a head of
+depth D, with K = 8 draws and blocks of 64:
 
-    u_b on the matrix units       64 multiply-adds a block at 2048 a cycle       0.031 cycles, one product
-    sums over draws               8 multiply-adds a block at 128 a cycle         0.063 cycles, two products
-    all instructions of the step  239 a warp, 128 of them the sums               0.117 cycles, 3.7 products
-    operands from L2              16 KiB a tile of 64 x 64 and block, 34 B/cycle 0.118 cycles, 3.8 products
+    u_b on the matrix units       64 multiply-adds at 2048 per cycle            0.031 cycles, one product
+    sums over draws               8 multiply-adds at 128 per cycle              0.063 cycles, two products
+    all instructions of the step  239 per warp, 128 of them for the sums        0.117 cycles, 3.7 products
+    operands from L2              16 KiB per block and 64 x 64 tile, 34 B/cycle 0.118 cycles, 3.8 products
 
-z_k fills half the register file (64 tokens x 64 columns x 8 draws), which bounds the tile and so the traffic. Of two
-visits the sums alone are four products, whatever the tiles. On an H100 (N = 4096, D = 4096, V = 131072) both took 12.1
-products: 16.1 with masks in float32, loaded in the step that used them, 13.6 loaded a step ahead.
+z_k fills half the register file (64 tokens x 64 columns x 8 draws), which limits the tile size and thus the traffic.
+Over two visits the sums alone cost four products for any tiles. On an H100 (N = 4096, D = 4096, V = 131072) both visits
+took 12.1 products; with float32 masks it was 16.1 loading them in the step that uses them, and 13.6 one step ahead.
 
-Not taken: subtracting the dropped blocks alone is a tenth of the sums, but which they are differs from token to token,
-and a warp holds eight of them or four. On the matrix units the sums are an eighth of a product for each bfloat16 of
-u_b, with the draws as columns of an ``m16n8k16``; but one token's blocks must then lie across the lanes of a quad, and
-a product leaves them in one lane: shuffles take a product's time, and a block-diagonal operand wastes three quarters.
+Rejected alternatives: subtracting only the dropped blocks costs a tenth of the sums, but they differ between tokens and
+a warp holds eight or four tokens. On the matrix units, with the draws as columns of an ``m16n8k16``, the sums cost an
+eighth of a product per bfloat16 of u_b. But a token's blocks would have to span the lanes of a quad, and a product
+leaves them in one lane: shuffles cost as much as a product, and a block-diagonal operand wastes three quarters.
 
-The layout is tokens by vocabulary: a thread then holds few tokens, hence few masks, for many columns, and all draws.
+The layout is tokens by vocabulary, so a thread holds few tokens and thus few masks, for many columns and all draws.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from acqcore.kernels.philox import keep_mask
 from acqcore.kernels.product import GATHER_TILE, descriptor, gather_scored, has_descriptor, place, tanh
 from acqcore.kernels.row_stats import SCRATCH_BYTES
 
-#: Draws whose logits a program holds.
+#: Maximum draws per program.
 MAX_DRAWS = 8
-#: Counters of a program of ``write_block_masks``, each of four blocks.
+#: Counters per program of ``write_block_masks``; each covers four blocks.
 MASK_TILE = 256
-#: Stages of the loop over words: each has four blocks of operands.
+#: Stages of the loop over words; each loads operands for four blocks.
 STAGES = 3
 
 
 def serves(width: int, depth: int, draws: int) -> bool:
-    """Whether the kernels here take blocks of ``width`` columns: whole steps of the product, and draws that fit."""
+    """Whether these kernels support blocks of ``width`` columns (whole product steps) and that many draws."""
     return draws <= MAX_DRAWS and (width % 16 == 0 or width >= depth)
 
 
@@ -51,8 +51,8 @@ def serves(width: int, depth: int, draws: int) -> bool:
 def write_block_masks(
     samples,  # [n] int64
     positions,  # [n] int64
-    position,  # [n] int32: a token's number among the scored, -1 if ignored; None: its own number
-    keep,  # [n, words] int32, written by number: bit 8 j + k of word w is draw k's mask of block 4 w + j
+    position,  # [n] int32: index among scored tokens, -1 if ignored; None: identity
+    keep,  # [n, words] int32, written by index: bit 8 j + k of word w is draw k's mask of block 4 w + j
     n,
     words,
     seed,
@@ -88,7 +88,7 @@ def unpacked(
     first,  # bit of draw 0
     DRAWS: tl.constexpr,
 ):
-    """Masks ``[ROWS, DRAWS]`` in float32."""
+    """Unpacked masks ``[ROWS, DRAWS]`` in float32."""
     bits = word[:, None] >> (first + tl.arange(0, DRAWS))[None, :]
     return tl.where((bits & 1) != 0, 1.0, 0.0)
 
@@ -97,7 +97,7 @@ def unpacked(
 def block_logits(
     hidden,  # [n, depth], or its tensor descriptor
     weight,  # [vocab, depth], or its tensor descriptor
-    keep,  # [n, words] int32, of ``write_block_masks``
+    keep,  # [n, words] int32, from ``write_block_masks``
     bias,  # [vocab] float32 or None
     first_row,
     begin,  # the tile's first column
@@ -114,7 +114,7 @@ def block_logits(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STEPS: tl.constexpr,  # of BLOCK_K columns in a block
+    STEPS: tl.constexpr,  # steps of BLOCK_K columns per block
     DRAWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -125,7 +125,7 @@ def block_logits(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Logits ``[BLOCK_M, BLOCK_N, DRAWS]`` in float32; LOWEST outside the vocabulary, anything beyond row ``n``."""
+    """Logits ``[BLOCK_M, BLOCK_N, DRAWS]`` in float32; LOWEST outside the vocabulary, undefined beyond row ``n``."""
     rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), n - 1)
     columns = begin + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, BLOCK_K)
@@ -199,11 +199,11 @@ def block_logits(
 def block_fold(
     hidden,  # [n, depth], or its tensor descriptor
     weight,  # [vocab, depth], or its tensor descriptor
-    keep,  # [n, words] int32, of ``write_block_masks``
+    keep,  # [n, words] int32, from ``write_block_masks``
     bias,  # [vocab] float32 or None
     targets,  # [n] int32 relative to this weight, or None
-    count,  # [1] int32: rows that hold something; None: n
-    partial,  # [7, splits, n DRAWS] float32, written as by ``row_stats.product_fold``; second, s2 and s11 are empty
+    count,  # [1] int32: rows in use; None: n
+    partial,  # [7, splits, n DRAWS] float32, written as in ``row_stats.product_fold``; second, s2 and s11 are unused
     partial_index,  # [splits, n DRAWS] int32, written
     n,
     vocab,
@@ -234,7 +234,7 @@ def block_fold(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The first visit: the state of every draw."""
+    """First visit: the state of every draw."""
     block, split = place(tl.program_id(0), tl.cdiv(n, BLOCK_M), splits, GROUP_M)
     first_row = block * BLOCK_M
     if HAS_COUNT:
@@ -249,7 +249,7 @@ def block_fold(
     out = split * (n * DRAWS) + flat
     plane = splits * (n * DRAWS)
     low = tl.full((BLOCK_M, DRAWS), float("-inf"), tl.float32)
-    # Index and target change rarely: they stay in memory, not in registers beside the draws' logits.
+    # Index and target change rarely, so they stay in memory and leave registers to the draws' logits.
     tl.store(partial_index + out, tl.full((BLOCK_M, DRAWS), -1, tl.int32), mask=inside)
     tl.store(partial + 6 * plane + out, low, mask=inside)
     tl.debug_barrier()
@@ -281,7 +281,7 @@ def block_fold(
         d = tl.maximum(top - reference, LOWEST)
         c = tl.exp2(d * LOG2E)
         x = z - reference[:, None, :]
-        if HAS_BIAS:  # which may be -inf
+        if HAS_BIAS:  # a bias may be -inf
             x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
         e = tl.exp2(x * LOG2E)
         moment = (moment + d * total) * c + tl.sum(e * x, axis=1)
@@ -299,12 +299,12 @@ def block_fold(
 def block_mixture(
     hidden,  # [n, depth], or its tensor descriptor
     weight,  # [vocab, depth], or its tensor descriptor
-    keep,  # [n, words] int32, of ``write_block_masks``
+    keep,  # [n, words] int32, from ``write_block_masks``
     bias,  # [vocab] float32 or None
     references,  # [n] float32
     norms,  # [n, DRAWS] float32
-    count,  # [1] int32: rows that hold something; None: n
-    partial,  # [4, splits, n] float32, written: information, reverse, sum_sq, spread; the first two in bits
+    count,  # [1] int32: rows in use; None: n
+    partial,  # [4, splits, n] float32, written: information, reverse (both in bits), sum_sq, spread
     n,
     vocab,
     depth,
@@ -335,7 +335,7 @@ def block_mixture(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The second visit: what the mean distribution adds."""
+    """Second visit: the terms of the mean distribution."""
     block, split = place(tl.program_id(0), tl.cdiv(n, BLOCK_M), splits, GROUP_M)
     first_row = block * BLOCK_M
     if HAS_COUNT:
@@ -392,7 +392,7 @@ def block_mixture_stats(
     precision: str = "ieee",
     upcast: bool = False,
 ) -> None:
-    """:func:`acqcore.kernels.mixture.mixture_stats` for blocks of columns that :func:`serves` names."""
+    """:func:`acqcore.kernels.mixture.mixture_stats` for column blocks that :func:`serves` accepts."""
     n, depth = hidden.shape
     if n == 0:
         return

@@ -1,11 +1,10 @@
-"""Tile shapes, from the JSON files in ``configs/``: one for each measured device, one for each architecture.
+"""Tile shapes from the JSON files in ``configs/``: one per measured device, one per architecture.
 
 A file holds, for each kernel and kind of product (``half``: bfloat16 and float16; ``tf32``; ``ieee``: float32), a list
-of entries: the shape of a weight, and the tiles for it. A weight takes those of the nearest shape. Device files are
-named after the device and written by ``python -m acqcore.kernels.tune``; those of architectures (``sm_90.json``) were
-not measured: they were chosen so that the compiled kernels spill no registers, or few, and, where the fold is long
-beside the product (small depths on sm_90), so that two programs share a multiprocessor and one's fold runs under the
-other's product.
+of entries: a weight shape and its tiles. A weight uses the entry with the nearest shape. Device files are named after
+the device and written by ``python -m acqcore.kernels.tune``. Architecture files (``sm_90.json``) are not measured.
+Their tiles were chosen so that the compiled kernels spill few or no registers. If the fold is long compared to the
+product (small depths on sm_90), two programs also share a multiprocessor, so one's fold overlaps the other's product.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "configs"
 
-#: compute capability (major) -> architecture whose tiles fit; others have the shared memory of none but sm_80's
+#: Compute capability (major) -> architecture whose tiles fit; others have shared memory for the sm_80 tiles only
 ARCHITECTURES = {8: "sm_80", 9: "sm_90", 10: "sm_100"}
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How ``row_stats`` cuts the product of ``[N, D]`` and ``[V, D]``; none of it may follow from N.
+    """How ``row_stats`` tiles the product of ``[N, D]`` and ``[V, D]``; must not depend on N.
 
     Attributes:
         block_m, block_n, block_k: rows, vocabulary and depth of a tile; powers of two, at least 16.
-        warps: of a program.
+        warps: per program.
         stages: tiles of depth ``block_k`` in flight.
         group_m: blocks of rows whose programs run side by side.
-        splits: at most so many programs share the vocabulary.
-        descriptors: load through the copy engine (sm_90 and later) where strides allow.
-        flatten: run the loops over tiles and depth as one, so that a tile's loads start under the fold of the last.
+        splits: maximum number of programs that share the vocabulary.
+        descriptors: load through the copy engine (sm_90 and later) if strides allow.
+        flatten: fuse the loops over tiles and depth, so a tile's loads overlap the fold of the previous one.
     """
 
     block_m: int
@@ -50,7 +49,7 @@ class Tiles:
     flatten: bool
 
     def split(self, vocab: int) -> tuple[int, int]:
-        """(splits of a vocabulary, tiles of each but the last)."""
+        """(splits of the vocabulary, tiles of each split but the last)."""
         tiles = -(-vocab // self.block_n)
         each = -(-tiles // self.splits)
         return -(-tiles // each), each
@@ -58,16 +57,16 @@ class Tiles:
 
 @dataclass(frozen=True)
 class GramTiles(Tiles):
-    """How ``row_stats_and_grams`` cuts its product; ``block_m`` is 128.
+    """How ``row_stats_and_grams`` tiles its product; ``block_m`` is 128.
 
     Attributes:
-        resident: keep the Gram matrix in registers from tile to tile; else it waits in memory.
+        resident: keep the Gram matrix in registers between tiles instead of in memory.
     """
 
     resident: bool
 
     def even_split(self, vocab: int) -> tuple[int, int, int]:
-        """(splits of a vocabulary, tiles of each, how many of the first have one more)."""
+        """(splits of the vocabulary, tiles of each, number of leading splits with one more)."""
         tiles = -(-vocab // self.block_n)
         splits = min(self.splits, tiles)
         return splits, tiles // splits, tiles % splits
@@ -75,12 +74,12 @@ class GramTiles(Tiles):
 
 @dataclass(frozen=True)
 class Strips:
-    """How ``logit_stats`` cuts ``[N, V]``.
+    """How ``logit_stats`` tiles ``[N, V]``.
 
     Attributes:
-        rows, columns: of the strip that a program folds at a time; powers of two.
-        split_columns: columns of a program.
-        warps: of a program.
+        rows, columns: size of the strip that a program folds at a time; powers of two.
+        split_columns: columns per program.
+        warps: per program.
     """
 
     rows: int
@@ -90,19 +89,19 @@ class Strips:
 
 
 def file_name(device: str) -> str:
-    """The file of a device called so by the driver."""
+    """File name for a device, given the driver's name for it."""
     return re.sub(r"[^A-Za-z0-9]+", "_", device).strip("_") + ".json"
 
 
 @functools.cache
 def table(device: str, major: int) -> dict[str, Any]:
-    """The file of ``device``, or of its architecture after one warning."""
+    """The tiles of ``device``, or of its architecture after one warning."""
     path = FOLDER / file_name(device)
     if not path.exists():
         path = FOLDER / f"{ARCHITECTURES.get(major, 'sm_80')}.json"
         warnings.warn(
-            f"acqcore.kernels: no tile shapes measured on {device!r}, those of {path.stem} are used; "
-            "'python -m acqcore.kernels.tune' measures them",
+            f"acqcore.kernels: no tile shapes measured for {device!r}, using those of {path.stem}; "
+            "measure them with 'python -m acqcore.kernels.tune'",
             stacklevel=2,
         )
     return json.loads(path.read_text())
@@ -113,11 +112,11 @@ def tiles_for(device: str, major: int, product: str, vocab: int, depth: int, ker
     """Tiles for a weight ``[vocab, depth]``.
 
     Args:
-        device: the driver's name of the device; ``interpreter`` for Triton's.
+        device: the driver's name of the device, or ``interpreter`` for Triton's.
         major: first number of its compute capability.
         product: ``half``, ``tf32`` or ``ieee``.
         vocab, depth: shape of the weight.
-        kernel: whose tiles: ``row_stats``, ``gram`` or ``mixture``.
+        kernel: ``row_stats``, ``gram`` or ``mixture``.
     """
     kind = GramTiles if kernel == "gram" else Tiles
     return kind(**_nearest(table(device, major)[kernel][product], vocab=vocab, depth=depth))
@@ -130,7 +129,7 @@ def strips_for(device: str, major: int, vocab: int) -> Strips:
 
 
 def _nearest(entries: list[dict[str, Any]], **shape: int) -> dict[str, Any]:
-    """The settings of the entry whose shape is nearest by its logarithms; the first among equals."""
+    """Settings of the entry nearest in log shape; ties go to the first."""
 
     def distance(entry: dict[str, Any]) -> float:
         return sum(abs(math.log2(max(size, 1) / entry[name])) for name, size in shape.items())

@@ -1,14 +1,14 @@
-"""Sums of a second visit that random cotangents of the logits follow from, as ``acqcore.fisher`` combines them.
+"""Second-visit sums from which ``acqcore.fisher`` derives gradients under random cotangents of the logits.
 
-With the statistics known, ``write_cotangents`` forms the factors ``e cap'`` of each row and ``sqrt(e) r cap'`` of each
-probe. ``e = exp(z - reference)``, zero in the column of the largest logit; r are the probe's signs, recomputed from
-counters. A stretch of the vocabulary at a time the factors go to a ring, and ``factors.add_product`` multiplies each by
-the weights. The logits are formed once for all probes.
+Given the statistics, ``write_cotangents`` forms the factors ``e cap'`` of each row and ``sqrt(e) r cap'`` of each
+probe, where ``e = exp(z - reference)`` is set to zero in the column of the largest logit and r are the probe's signs,
+recomputed from counters. The factors are written to a ring buffer, one vocabulary stretch at a time, and
+``factors.add_product`` multiplies them by the weights. The logits are formed once for all probes.
 
-The reference is the second largest logit: a confident row's factors are not all next to 0. Of half-precision inputs
-factors are rounded to the inputs' dtype. The column of the largest logit takes what ``e cap'`` loses, and ``signed``
-adds up ``sqrt(e) r`` as it was rounded: a cotangent's entries still add up to 0, so what all rows of the weight have in
-common cancels.
+The reference is the second largest logit, so a confident row's factors do not all vanish. For half-precision inputs,
+factors are rounded to the input dtype. The column of the largest logit absorbs the rounding errors of ``e cap'``, and
+``signed`` sums the rounded ``sqrt(e) r``. Thus a cotangent's entries still sum to 0, and components common to all rows
+of the weight cancel.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from acqcore.kernels.factors import ROWS, Factors, add_lost, multiply
 from acqcore.kernels.fold import LOG2E, LOWEST, widen
 from acqcore.kernels.product import descriptor, has_descriptor, logit_tile, place
 
-#: The site that signs take in a counter, as in ``acqcore.philox``.
+#: Counter site of the signs, as in ``acqcore.philox``.
 SIGN_SITE = 0xFFFF
 
 
-#: Logits of a tile that a thread holds at most: root, slope and factor are beside them. With 128, as the tiles of
-#: ``row_stats`` on sm_90 have, 1064 bytes of a thread spill, with 64 none (Triton 3.9).
+#: Maximum tile logits per thread, which also holds root, slope and factor. With 128, as in the sm_90 tiles of
+#: ``row_stats``, a thread spills 1064 bytes; with 64, none (Triton 3.9).
 THREAD_LOGITS = 64
 WIDEST = 128
-#: Rows of a program of ``add_tiles``.
+#: Rows per program of ``add_tiles``.
 TOTAL_ROWS = 64
 
 
 def narrowed(tiles: Tiles) -> Tiles:
-    """Tiles of ``write_cotangents``, after those of ``row_stats``."""
+    """Tiles for ``write_cotangents``, derived from those of ``row_stats``."""
     width = min(tiles.block_n, WIDEST)
     return replace(tiles, block_n=width, warps=max(tiles.warps, tiles.block_m * width // (32 * THREAD_LOGITS)))
 
 
 @triton.jit
 def sign_words(
-    first,  # column, a multiple of 32, of 128 where WORDS is one of 4
+    first,  # column, a multiple of 32, or of 128 if WORDS is a multiple of 4
     position,  # [rows] uint32
     sample,  # [rows] uint32
     probe_site,  # uint32: probe | site << 16
     seed,  # uint64
     WORDS: tl.constexpr,
 ):
-    """Words of signs ``[rows, WORDS]`` uint32, as ``acqcore.philox.sign_words`` has them: bit b is column 32 w + b."""
-    GROUPS: tl.constexpr = WORDS // 4 if WORDS % 4 == 0 else WORDS  # a counter gives four words
+    """Sign words ``[rows, WORDS]`` uint32, as in ``acqcore.philox.sign_words``: bit b is column 32 w + b."""
+    GROUPS: tl.constexpr = WORDS // 4 if WORDS % 4 == 0 else WORDS  # a counter yields four words
     word = tl.arange(0, GROUPS)[None, :]  # [1, GROUPS]
     if WORDS % 4 == 0:
         word *= 4
@@ -72,7 +72,7 @@ def flipped(
     x,  # floating point
     negative,  # uint32, 2^31 or 0
 ):
-    """-x where ``negative`` is not 0."""
+    """Negate x where ``negative`` is not 0."""
     if x.dtype == tl.float32:
         return (x.to(tl.uint32, bitcast=True) ^ negative).to(tl.float32, bitcast=True)
     else:
@@ -90,8 +90,8 @@ def write_cotangents(
     samples,  # [n] int64
     positions,  # [n] int64
     factor,  # [probes + 1, n, ring_row], written; zero in ignored rows and outside the vocabulary
-    of_tiles,  # [probes + 2, tiles, n] float32, written: sums over a tile of the stretch: sqrt(e) r of each probe as it
-    # was rounded, e cap'^2 norms, and what rounding takes from e cap'
+    of_tiles,  # [probes + 2, tiles, n] float32, written: sums over each tile of the stretch of the rounded sqrt(e) r
+    # of each probe, of e cap'^2 norms, and of the rounding errors of e cap'
     n,
     chunk,  # first column of the stretch
     vocab,
@@ -102,7 +102,7 @@ def write_cotangents(
     weight_column,
     ring_row,
     probes,
-    tiles,  # of the stretch
+    tiles,  # number of tiles in the stretch
     seed,
     scale,  # multiplies product and bias
     cap,  # multiplies tanh, if HAS_CAP
@@ -161,7 +161,7 @@ def write_cotangents(
     bit = (31 - (begin % 32 + tl.arange(0, BITS))).to(tl.uint32)[None, None, :]
     position = tl.load(positions + rows, mask=inside, other=0).to(tl.uint32)
     sample = tl.load(samples + rows, mask=inside, other=0).to(tl.uint32)
-    for k in range(probes):  # not unrolled, so that no variant depends on the probes
+    for k in range(probes):  # not unrolled, so variants do not depend on the number of probes
         probe = (tl.zeros((), tl.int32) + k).to(tl.uint32)
         words = sign_words(begin, position, sample, probe | (SITE << 16), seed.to(tl.uint64), WORDS)
         part = flipped(size, ~words[:, :, None] << bit & 0x80000000)
@@ -176,7 +176,7 @@ def write_cotangents(
 @triton.jit(do_not_specialize=["n", "tiles"])
 def add_tiles(
     of_tiles,  # [planes, tiles, n] float32
-    total,  # [planes, n] float64, added to, one tile after another: a row's sum does not depend on how tiles are cut
+    total,  # [planes, n] float64, added to tile by tile, so a row's sum is independent of how tiles are grouped
     n,
     tiles,
     ROWS: tl.constexpr,
@@ -204,7 +204,7 @@ def fisher_sums(
     signed: torch.Tensor,  # [P, N] float64, written
     squares: torch.Tensor,  # [N] float64, written
 ) -> None:
-    """``Backend.fisher_sums`` of a whole head; arguments are trusted."""
+    """``Backend.fisher_sums`` for an unsharded head; arguments are trusted."""
     weight, product, cut = factors.weight, factors.tiles, narrowed(factors.tiles)
     factors = replace(factors, tiles=cut)
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
@@ -244,7 +244,7 @@ def fisher_sums(
                 of_tiles, total, rows, tiles, ROWS=TOTAL_ROWS, num_warps=2, enable_fp_fusion=True
             )
             multiply(factors, product, factor, finals, chunk, min(width, vocab - chunk), sums[:, part])
-        del ring, factor  # their room is needed
+        del ring, factor  # frees memory
         signed[:, part] = total[:probes] * final[part].sqrt()
         squares[part] = total[probes] * final[part]
         if dtype != torch.float32:

@@ -1,18 +1,18 @@
-"""A second visit of the weights: gradients in the logits, a stretch of the vocabulary at a time, and their products.
+"""Second pass over the weights: forms gradients in the logits, one vocabulary stretch at a time, and their products.
 
-With the statistics known, ``write_factors`` forms ``exp(z_s[v] - m_s) cap'`` in tiles and writes them to a ring. From
-the ring, on the matrix units,
+Given the statistics, ``write_factors`` forms ``exp(z_s[v] - m_s) cap'`` in tiles and writes them to a ring buffer. From
+the ring, the matrix units compute
 
     add_product      out += factors W     (dL/dh: attention with the vocabulary as keys and values)
     add_grams        products += factors factors^T within each sample, for samples longer than a block of ``gram``
 
-Float32 inputs have factors in float32. Of half-precision inputs a Gram matrix takes each as two numbers, 16 bits in
-all; ``add_product`` takes one, rounded, and the target's column takes what the others lose. On an H100 (N = 4096,
-D = 4096, V = 131072) that makes dL/dh 3.6 products, to 3e-4; two numbers made it 4.5 to 4.7, to 6e-5. torch's product
-in place of ``add_product`` was as fast, and follows the batch.
+Factors of float32 inputs are float32. For half-precision inputs, Gram matrices split each factor into two numbers with
+16 bits in total; ``add_product`` uses one rounded number and adds the rounding errors to the target's column. On an
+H100 (N = 4096, D = 4096, V = 131072), dL/dh then costs 3.6 products at an error of 3e-4; two numbers cost 4.5 to 4.7 at
+6e-5. torch's product instead of ``add_product`` was equally fast, but its results depend on the batch.
 
-Cuts follow from the shape of the weight, the dtype and, for ``add_grams``, the sample's own length. Every sum has a
-fixed order, so results are reproducible bit for bit; a row's do not depend on its batch.
+Tiling depends on the weight shape, the dtype and, for ``add_grams``, the sample length. Every sum has a fixed order, so
+results are bitwise reproducible and a row's result does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import LOG2E, LOWEST, widen
 from acqcore.kernels.product import descriptor, has_descriptor, kept_tables, logit_tile, place, to_device
 
-#: The ring, and at most so many rows share it.
+#: Size of the ring, and maximum number of rows that share it.
 RING_BYTES = 54 << 20
 ROWS = 4096
-#: Rows whose targets' weights are gathered at a time.
+#: Rows whose target weights are gathered at a time.
 GATHERED_ROWS = 1024
 #: Rows and columns of a tile of ``add_grams``.
 GRAM_TILE = 128
@@ -44,10 +44,10 @@ def write_factors(
     bias,  # [vocab] float32 or None
     targets,  # [n] int64, -100 ignored
     reference,  # [n] float32: m
-    of_target,  # [n] float32: the factor in the target's column
+    of_target,  # [n] float32: factor in the target's column
     high,  # [n, ring_row], written; zero in ignored rows and outside the vocabulary
-    low,  # the same: what ``high`` leaves of a factor; None in float32
-    lost,  # [tiles, n] float32, written: the sum of what ``high`` leaves, if ROUNDED
+    low,  # same shape, written: remainder of each factor; None in float32
+    lost,  # [tiles, n] float32, written if ROUNDED: sum of the remainders
     n,
     chunk,  # first column of the stretch
     vocab,
@@ -113,11 +113,11 @@ def add_product(
     factor,  # [planes n, ring_row], or its tensor descriptor
     weight,  # [vocab, depth], or its tensor descriptor
     out,  # [planes, n, depth] float32, added to
-    final,  # [planes, n] float32, multiplies a row of ``out`` after the last stretch
+    final,  # [planes, n] float32, multiplies the rows of ``out`` after the last stretch
     n,
     planes,
     chunk,
-    columns,  # of the ring, up to the end of the vocabulary
+    columns,  # columns in use, up to the end of the vocabulary
     vocab,
     depth,
     ring_row,
@@ -201,7 +201,7 @@ def add_grams(
     high,  # [n, ring_row]
     low,
     samples,  # [3, number] int64
-    tiles,  # [3, programs] int32: sample, tile of rows, tile of columns not before it
+    tiles,  # [3, programs] int32: sample, tile of rows, tile of columns (not before the rows)
     products,  # [sum T^2] float32, added to
     chunk,
     columns,
@@ -214,7 +214,7 @@ def add_grams(
     PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """A tile of a sample's Gram matrix, and its mirror image."""
+    """Add a tile of a sample's Gram matrix and its mirror image."""
     program = tl.program_id(0)
     sample = tl.load(tiles + program)
     begin = tl.load(samples + sample).to(tl.int32)
@@ -252,7 +252,7 @@ def add_grams(
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """How a call forms its factors; tensors are on the device."""
+    """Settings for forming factors; tensors are on the device."""
 
     weight: torch.Tensor  # [V, D]
     bias: torch.Tensor | None  # [V] float32
@@ -266,7 +266,7 @@ class Factors:
     multiprocessors: int
 
     def ring(self, n: int, dtype: torch.dtype, parts: int = 2) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``high`` and ``low [n, columns]`` for ``n`` rows: programs fill the multiprocessors, all in RING_BYTES."""
+        """``high`` and ``low [n, columns]`` for ``n`` rows, sized within RING_BYTES to fill the multiprocessors."""
         parts = 1 if dtype == torch.float32 else parts
         itemsize = parts * dtype.itemsize
         m, width = self.tiles.block_m, self.tiles.block_n
@@ -291,7 +291,7 @@ class Factors:
         low: torch.Tensor | None,
         lost: torch.Tensor | None = None,  # [tiles of all stretches, n] float32, written
     ) -> Iterator[tuple[int, int]]:
-        """(first column, columns) of each stretch of the vocabulary whose factors the ring then holds."""
+        """Yield (first column, columns) of each vocabulary stretch while the ring holds its factors."""
         (vocab, depth), n, tiles, weight = self.weight.shape, len(hidden), self.tiles, self.weight
         descriptors = tiles.descriptors and has_descriptor(hidden) and has_descriptor(weight)
         over = self.softcap or self.temperature
@@ -320,7 +320,7 @@ def hidden_sums(
     final: torch.Tensor,  # [N] float32
     out: torch.Tensor,  # [N, D] float32, written
 ) -> None:
-    """``out_s = final_s sum_v exp(z_s[v] - reference_s) cap' W_v`` over the columns but the row's target."""
+    """``out_s = final_s sum_v exp(z_s[v] - reference_s) cap' W_v`` over all columns except the row's target."""
     weight, tiles = factors.weight, factors.tiles
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     vocab, n = len(weight), len(hidden)
@@ -340,7 +340,7 @@ def hidden_sums(
         stretches = factors.stretches(hidden[part], targets[part], reference[part], no_target, factor, None, lost)
         for chunk, columns in stretches:
             multiply(factors, tiles, factor[None], final[None, part], chunk, columns, out[None, part])
-        del factor, stretches  # their room is needed
+        del factor, stretches  # frees memory
         if lost is not None:
             add_lost(factors, targets[part], lost.sum(0) * final[part], out[part])
 
@@ -351,10 +351,10 @@ def multiply(
     factor: torch.Tensor,  # [planes, n, ring], contiguous
     final: torch.Tensor,  # [planes, n] float32, contiguous
     chunk: int,
-    columns: int,  # of the ring, up to the end of the vocabulary
+    columns: int,  # columns in use, up to the end of the vocabulary
     out: torch.Tensor,  # [planes, n, D] float32, added to
 ) -> None:
-    """Launches :func:`add_product` for the stretch of the vocabulary from ``chunk`` on."""
+    """Launch :func:`add_product` for the vocabulary stretch that starts at ``chunk``."""
     weight = factors.weight
     (vocab, depth), (planes, n, ring) = weight.shape, factor.shape
     descriptors = tiles.descriptors and has_descriptor(weight)
@@ -375,10 +375,10 @@ def add_lost(
     lost: torch.Tensor,  # [n] float32
     out: torch.Tensor,  # [n, D] float32, added to
 ) -> None:
-    """Gives what rounding took from a row's factors to its target's column, where that is a row of this weight.
+    """Add the rounding errors of a row's factors to its target's column if that is a row of this weight.
 
-    The gradient is a sum of differences, factor times ``W_v - W_y``: rounded factors that the target's column balances
-    keep it so, and what all rows of W have in common still cancels.
+    The gradient is a sum of differences, factor times ``W_v - W_y``. Balancing the rounded factors in the target's
+    column preserves this form, so components common to all rows of W still cancel.
     """
     local = targets - factors.vocab_start
     here = (local >= 0) & (local < len(factors.weight))
@@ -390,16 +390,16 @@ def add_lost(
 
 def grams(
     factors: Factors,
-    hidden: torch.Tensor,  # [n, D]: rows of the samples, one after another
+    hidden: torch.Tensor,  # [n, D]: rows of the samples in order
     targets: torch.Tensor,  # [n] int64, -100 ignored
     reference: torch.Tensor,  # [n] float32
     lengths: tuple[int, ...],
     starts: tuple[int, ...],  # first element of each sample's matrix in ``products``
     products: torch.Tensor,  # [sum T^2] float32, written
 ) -> None:
-    """Gram matrices as in ``gram``, relative to ``reference``, of samples of any length."""
+    """Gram matrices as in ``gram``, relative to ``reference``, for samples of any length."""
     full = torch.float32 in (hidden.dtype, factors.weight.dtype)
-    dtype = torch.float32 if full else torch.bfloat16  # float16 has not the range of confident rows
+    dtype = torch.float32 if full else torch.bfloat16  # float16 lacks the range for confident rows
     samples, owner, tiles = gram_tables(lengths, starts, GRAM_TILE, hidden.device)
     programs = tiles.shape[1]
     high, low = factors.ring(len(hidden), dtype)
@@ -423,7 +423,7 @@ def gram_tables(
     tile: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``samples [3, B]`` and ``owner [n]`` of :func:`zero_targets`, ``tiles [3, programs]`` of :func:`add_grams`."""
+    """``samples [3, B]`` and ``owner [n]`` for :func:`zero_targets`, ``tiles [3, programs]`` for :func:`add_grams`."""
     length = torch.tensor(lengths)
     begin = length.cumsum(0) - length
     samples = torch.stack([begin, length, torch.tensor(starts)])

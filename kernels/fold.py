@@ -1,12 +1,12 @@
-"""The fold of logit tiles into row states, and the merge of states: the algebra of ``acqcore/row_stats.py``.
+"""Folds logit tiles into row states and merges states, by the algebra of ``acqcore/row_stats.py``.
 
-A program walks over one stretch of the vocabulary and keeps, for each of its rows, in float32 registers
+A program loops over one range of the vocabulary and keeps in float32 registers, for each of its rows,
 
     top      the largest logit so far            index    its column
     second   the largest of all others           target   the target's logit
     r, s1, s2, s11   sums over all columns but ``index`` of e, e x, e^2, e x^2; x = z - top, e = 2^40 exp(x)
 
-The factor 2^40 keeps e^2 of a runner-up at 1e-20 a normal float32. Impossible tokens (-inf) add nothing.
+The factor 2^40 keeps e^2 a normal float32 for a runner-up at 1e-20. Impossible tokens (-inf) add nothing.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-140.0)  # stands for -inf: the exponential is exactly 0 there, and 0 * LOWEST is 0
+LOWEST = tl.constexpr(-140.0)  # replaces -inf: its exponential is exactly 0, and 0 * LOWEST is 0
 NO_INDEX = tl.constexpr(2**31 - 1)
 SCALE = tl.constexpr(2.0**40)
 INV_SCALE = tl.constexpr(2.0**-40)
 
-#: States that a program of ``merge_splits`` holds.
+#: States per program of ``merge_splits``.
 MERGE_TILE = 2048
 
 
 @triton.jit
 def widen(x):
-    """``x`` in float32. bfloat16 by its bits: Triton's interpreter loses subnormals in its own conversion."""
+    """``x`` in float32. bfloat16 is converted bitwise, since Triton's interpreter loses subnormals otherwise."""
     if x.dtype == tl.bfloat16:
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         return bits.to(tl.float32, bitcast=True)
@@ -50,7 +50,7 @@ def holds_target(
     begin,
     COLUMNS: tl.constexpr,
 ):
-    """Whether a tile from column ``begin`` on holds a row's target; few do."""
+    """Whether a tile that starts at column ``begin`` holds a row's target (rare)."""
     local = targets - begin
     return tl.max(((local >= 0) & (local < COLUMNS)).to(tl.int32), axis=0) > 0
 
@@ -59,7 +59,7 @@ def holds_target(
 def fold(
     z,  # [ROWS, COLUMNS] float32; -inf outside the vocabulary
     begin,  # the first column's index
-    targets,  # [ROWS] int32, indices as ``begin``; anything else: no target here
+    targets,  # [ROWS] int32, numbered like ``begin``; other values: no target here
     holds,  # whether the tile holds a target, if HAS_TARGETS
     top,  # [ROWS] float32, and so on to index [ROWS] int32: the state
     second,
@@ -72,10 +72,10 @@ def fold(
     HAS_TARGETS: tl.constexpr,
     MAY_BE_ABSENT: tl.constexpr,  # some logits may be -inf
 ):
-    """The state after the columns of ``z``; e ``[ROWS, COLUMNS]``, the new maximum's own term among them; c ``[ROWS]``.
+    """The state after the columns of ``z``; e ``[ROWS, COLUMNS]``, including the new maximum's term; c ``[ROWS]``.
 
-    c takes what is relative to the old maximum to the new one; it is exactly 1 where none rose. The reference is
-    ``acqcore.backends.eager.fold``.
+    c rescales quantities relative to the old maximum to the new one; it is exactly 1 if the maximum did not rise. The
+    reference implementation is ``acqcore.backends.eager.fold``.
     """
     COLUMNS: tl.constexpr = z.shape[1]
     column = tl.arange(0, COLUMNS)[None, :]
@@ -88,14 +88,14 @@ def fold(
     new_top = tl.where(rises, tile_top, top)
     reference = tl.where(new_top == float("-inf"), 0.0, new_top)
 
-    # A new maximum leaves the sums, at its first occurrence.
+    # Exclude a new maximum from the sums, at its first occurrence.
     first = tl.min(tl.where(z == tile_top[:, None], column, COLUMNS), axis=1)
     out = tl.where(rises, first, COLUMNS)
     z = tl.where(column == out[:, None], (reference + LOWEST)[:, None], z)
     second = tl.maximum(tl.where(rises, top, second), tl.max(z, axis=1))
     index = tl.where(rises, begin + first, index)
 
-    # To the new maximum; the old one joins the sums as a term of its own.
+    # Rescale to the new maximum; the old one joins the sums as a separate term.
     d = tl.maximum(top - reference, LOWEST)
     c = tl.exp2(d * LOG2E)
     joins = tl.where(rises, c * SCALE, 0.0)
@@ -107,14 +107,14 @@ def fold(
     x = z - reference[:, None]
     if MAY_BE_ABSENT:
         x = tl.maximum(x, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    # Joined to the multiply-add, the factor saves an instruction and makes Triton 3.9 spill 512 bytes on sm_90.
+    # Fusing the factor into the multiply-add saves an instruction but makes Triton 3.9 spill 512 bytes on sm_90.
     e = tl.exp2(x * LOG2E) * SCALE
     ex = e * x
     r += tl.sum(e, axis=1)
     s1 += tl.sum(ex, axis=1)
     s2 += tl.sum(e * e, axis=1)
     s11 += tl.sum(ex * x, axis=1)
-    e = tl.where(column == out[:, None], SCALE, e)  # compiled out where nobody asks for e
+    e = tl.where(column == out[:, None], SCALE, e)  # compiled out if e is unused
     return new_top, second, r, s1, s2, s11, index, target, e, c
 
 
@@ -135,7 +135,7 @@ def store_state(
     index,
     target,
 ):
-    """Writes the state of one split."""
+    """Write the state of one split."""
     inside = rows < n
     at = split * n + rows
     plane = splits * n
@@ -156,10 +156,10 @@ def store_state(
 def merge_splits(
     partial,  # [7, splits, n] float32
     partial_index,  # [splits, n] int32
-    position,  # [n] int32: where a row's state is, -1 for an ignored row; None for its own number
-    destination,  # [n] int32: the row it belongs to, -1 for none; None for its own number
+    position,  # [n] int32: location of a row's state, -1 for an ignored row; None: the row number
+    destination,  # [n] int32: output row, -1 for none; None: the row number
     state,  # [7, rows of all chunks] float64, written from first_row on
-    index,  # [rows of all chunks] int64, likewise
+    index,  # [rows of all chunks] int64, written from first_row on
     first_row,
     all_rows,
     n,
@@ -170,7 +170,7 @@ def merge_splits(
     SPLITS: tl.constexpr,  # splits, rounded up to a power of two
     ROWS: tl.constexpr,
 ):
-    """Merges the splits of each row in float64, in an order that ``SPLITS`` alone decides (``RowStats.merge``)."""
+    """Merge the splits of each row in float64, in an order that depends only on ``SPLITS`` (``RowStats.merge``)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     out_rows = first_row + rows
@@ -189,7 +189,7 @@ def merge_splits(
     top = tl.load(partial + at, mask=here, other=float("-inf")).to(tl.float64)
     new_top = tl.max(top, axis=0)
     at_split = tl.load(partial_index + at, mask=here, other=NO_INDEX)
-    best = tl.min(tl.where(top == new_top[None, :], at_split, NO_INDEX), axis=0)  # the lowest among equals
+    best = tl.min(tl.where(top == new_top[None, :], at_split, NO_INDEX), axis=0)  # ties go to the lowest index
     wins = (top == new_top[None, :]) & (at_split == best[None, :])
     absent = top == float("-inf")
     d = tl.where(absent, 0.0, top - new_top[None, :])
@@ -197,7 +197,7 @@ def merge_splits(
 
     second = tl.load(partial + plane + at, mask=here, other=float("-inf")).to(tl.float64)
     second = tl.max(tl.where(wins, second, top), axis=0)
-    joins = tl.where(wins, 0.0, 1.0).to(tl.float64)  # a lower maximum is a term of its own
+    joins = tl.where(wins, 0.0, 1.0).to(tl.float64)  # a lower maximum becomes a separate term
     count = tl.load(partial + 2 * plane + at, mask=here, other=0.0).to(tl.float64) * INV_SCALE + joins
     first = tl.load(partial + 3 * plane + at, mask=here, other=0.0).to(tl.float64) * INV_SCALE
     squares = tl.load(partial + 4 * plane + at, mask=here, other=0.0).to(tl.float64) * (INV_SCALE * INV_SCALE) + joins
@@ -227,12 +227,12 @@ def merge(
     partial_index: torch.Tensor,  # [splits, n] int32
     position: torch.Tensor | None,  # [n] int32
     state: torch.Tensor,  # [7, N] float64, columns first_row to first_row + n written
-    index: torch.Tensor,  # [N] int64, likewise
+    index: torch.Tensor,  # [N] int64, written in the same range
     first_row: int,
     vocab_start: int,
     destination: torch.Tensor | None = None,  # [n] int32, instead of first_row
 ) -> None:
-    """Launches :func:`merge_splits`."""
+    """Launch :func:`merge_splits`."""
     splits, n = partial_index.shape
     padded = triton.next_power_of_2(splits)
     rows = max(MERGE_TILE // padded, 1)

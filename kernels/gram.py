@@ -1,17 +1,17 @@
-"""Statistics and Gram matrices from one visit of the weights: the exact norm of a sample's head gradient.
+"""Row statistics and Gram matrices from one pass over the weights, for exact norms of samples' head gradients.
 
-``product_fold`` with a second accumulator. Samples are packed whole into blocks of 128 rows, and each tile, folded,
-adds the product of its exponentials with themselves to the block's Gram matrix, as flash attention adds to its output:
-rows and columns are rescaled when a maximum rises. Columns that are some row's target are left out of its sample's
-matrix and added exactly in ``gram_norm``; everything in the matrix is positive, so nothing cancels. Launches:
+This is ``product_fold`` with a second accumulator. Whole samples are packed into blocks of 128 rows. After its fold,
+each tile adds the product of its exponentials with themselves to the block's Gram matrix, as flash attention updates
+its output: rows and columns are rescaled when a maximum rises. Target columns of a sample's rows are excluded from its
+matrix and added exactly in ``gram_norm``. All entries of the matrix are positive, so nothing cancels. Launches:
 
     gather_slots    packs hidden states and targets; sorts each block's targets
-    gram_fold       one program for each (block of rows, split of the vocabulary)
+    gram_fold       one program per (block of rows, split of the vocabulary)
     merge_splits    merges the row states in float64
-    merge_grams     merges the Gram matrices; one sample at a time, whatever its place in its block
+    merge_grams     merges the Gram matrices per sample, independently of its place in the block
 
-Cuts follow from the shape of the weight and the dtype alone, and every sum has a fixed order: results are reproducible
-bit for bit and do not depend on the batch.
+Tiling depends only on the weight shape and the dtype, and every sum has a fixed order, so results are bitwise
+reproducible and do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from acqcore.kernels.config import GramTiles
 from acqcore.kernels.fold import INV_SCALE, LOG2E, LOWEST, empty_state, fold, merge, store_state
 from acqcore.kernels.product import GATHER_TILE, descriptor, has_descriptor, kept_tables, logit_tile, place, to_device
 
-#: Slots of a block, and the rows of the longest sample.
+#: Slots per block, and maximum rows of a sample.
 BLOCK = 128
-#: Scratch of a call: Gram matrices and states of each split, packed hidden states, of the blocks under way.
+#: Scratch memory of a call: Gram matrices, split states and packed hidden states of the blocks in flight.
 SCRATCH_BYTES = 60 << 20
-#: Rows of the Gram matrix that a program of ``merge_grams`` merges.
+#: Rows of the Gram matrix per program of ``merge_grams``.
 MERGE_ROWS = 16
-#: Sorts behind every target of this weight.
+#: Sorts after every target of this weight.
 NO_TARGET = tl.constexpr(2**31 - 1)
 
 
@@ -42,11 +42,11 @@ NO_TARGET = tl.constexpr(2**31 - 1)
 def gather_slots(
     hidden,  # [N, depth]
     targets,  # [N] int64, -100 ignored
-    slots,  # [3, n] int32: the slot's row, -1 for none; first and last slot of its sample, from the block's start
-    packed,  # [n, depth], written; zero in slots without a scored row
+    slots,  # [3, n] int32: the slot's row, -1 for none; first and last slot of its sample within the block
+    packed,  # [n, depth], written; zero in slots with no scored row
     packed_targets,  # [n] int32, written: relative to vocab_start
-    marks,  # [3, n] int32, written: targets of each block, sorted; first and last slot of the sample
-    position,  # [n] int32, written: the slot itself, -1 without a scored row
+    marks,  # [3, n] int32, written: sorted targets of each block; first and last slot of the sample
+    position,  # [n] int32, written: the slot, -1 with no scored row
     n,
     depth,
     hidden_row,
@@ -87,10 +87,10 @@ def halves(
     e,  # [BLOCK, COLUMNS] float32, not negative
     INTERPRETED: tl.constexpr,
 ):
-    """``high`` and ``2 low`` in bfloat16, with ``e = high + low`` to 15 bits; ``high`` is cut off, not rounded.
+    """``high`` and ``2 low`` in bfloat16, with ``e = high + low`` to 15 bits; ``high`` is truncated, not rounded.
 
-    The symmetric part of ``high (high + 2 low)^T`` is ``e e^T - low low^T``: two products, not three. In Triton's
-    interpreter, which has no such products, they are float32 of the same values.
+    The symmetric part of ``high (high + 2 low)^T`` is ``e e^T - low low^T``, which takes two products instead of three.
+    Triton's interpreter lacks bfloat16 products, so there both are float32 with the same values.
     """
     bits = e.to(tl.uint32, bitcast=True)
     cut = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -110,7 +110,7 @@ def gram_fold(
     weight,  # [vocab, depth], or its tensor descriptor
     bias,  # [vocab] float32 or None
     targets,  # [n] int32 relative to this weight
-    marks,  # [3, n] int32: of ``gather_slots``
+    marks,  # [3, n] int32, from ``gather_slots``
     partial,  # [7, splits, n] float32, written
     partial_index,  # [splits, n] int32, written
     grams,  # [n / BLOCK_M, splits, BLOCK_M, BLOCK_M] float32, written
@@ -122,8 +122,8 @@ def gram_fold(
     weight_row,
     weight_column,
     splits,
-    split_tiles,  # tiles of a split,
-    longer_splits,  # and how many of the first have one more
+    split_tiles,  # tiles per split
+    longer_splits,  # number of leading splits with one more tile
     scale,  # multiplies product and bias
     cap,  # multiplies tanh, if HAS_CAP
     BLOCK_M: tl.constexpr,
@@ -136,9 +136,9 @@ def gram_fold(
     EVEN_K: tl.constexpr,
     EVEN_V: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    UPCAST: tl.constexpr,  # multiply in float32 whatever the weight's dtype
+    UPCAST: tl.constexpr,  # multiply in float32 for any weight dtype
     PRECISION: tl.constexpr,
-    RESIDENT: tl.constexpr,  # the Gram matrix stays in registers from tile to tile; else it waits in ``grams``
+    RESIDENT: tl.constexpr,  # keep the Gram matrix in registers between tiles, not in ``grams``
     INTERPRETED: tl.constexpr,
 ):
     block, split = place(tl.program_id(0), n // BLOCK_M, splits, GROUP_M)
@@ -168,7 +168,7 @@ def gram_fold(
         if HAS_CAP:
             tanh = tl.maximum(z, -cap) / cap
             e *= 1 - tanh * tanh
-        # The tile's targets, in order: each leaves the rows of its sample.
+        # Zero each of the tile's targets, in order, in the rows of its sample.
         while special < BLOCK_N:
             at = marks + first_row + mark
             own = (slots >= tl.load(at + n)) & (slots <= tl.load(at + 2 * n))
@@ -184,7 +184,7 @@ def gram_fold(
         g = tl.dot(high, tl.trans(high), g)
         if not RESIDENT:
             tl.store(gram_at, g)
-            tl.debug_barrier()  # other threads may load what these stored
+            tl.debug_barrier()  # other threads may load these values
     if RESIDENT:
         tl.store(gram_at, g)
     store_state(partial, partial_index, split, splits, n, rows, top, second, r, s1, s2, s11, index, target)
@@ -194,17 +194,17 @@ def gram_fold(
 def merge_grams(
     grams,  # [n / BLOCK, splits, BLOCK, BLOCK] float32
     tops,  # [splits, n] float32: each split's maxima
-    position,  # [n] int32: -1 without a scored row
-    samples,  # [3, samples] int64: a sample's first slot among all, its length, where its matrix is in ``products``
+    position,  # [n] int32: -1 with no scored row
+    samples,  # [3, samples] int64: first slot of the sample, its length, start of its matrix in ``products``
     products,  # [sum T^2] float32, written
     first_slot,  # of this chunk
     n,
     splits,
-    number,  # samples
+    number,  # of samples
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Moves the matrices of all splits to each row's final maximum and adds their symmetric parts, first to last."""
+    """Rescale the matrices of all splits to each row's final maximum and add their symmetric parts in order."""
     first = (tl.load(samples + tl.program_id(0)) - first_slot).to(tl.int32)
     length = tl.load(samples + number + tl.program_id(0)).to(tl.int32)
     start = tl.load(samples + 2 * number + tl.program_id(0))
@@ -237,13 +237,13 @@ def merge_grams(
 
 @triton.jit
 def relative(top, new_top):
-    """``exp(top - new_top)``; 0 where the split has no finite logit."""
+    """``exp(top - new_top)``; 0 if the split has no finite logit."""
     d = tl.where(top == float("-inf"), LOWEST, tl.maximum(top - new_top, LOWEST))
     return tl.exp2(d * LOG2E)
 
 
 def pack(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of the samples of each block, filled one after another: always the longest sample that still fits."""
+    """Sample numbers of each block; blocks are filled one by one with the longest sample that still fits."""
     numbers: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
         numbers.setdefault(length, []).append(i)
@@ -275,15 +275,15 @@ def row_stats_and_grams(
     temperature: float,
     vocab_start: int,
     state: torch.Tensor,  # [7, N] float64, written in the samples' rows
-    index: torch.Tensor,  # [N] int64, likewise
+    index: torch.Tensor,  # [N] int64, written in the samples' rows
     products: torch.Tensor,  # [sum T^2] float32, written
     tiles: GramTiles,
     precision: str = "ieee",
     upcast: bool = False,
 ) -> None:
-    """Fills the row states of the samples' rows, and ``products`` of ``acqcore.backends.base.Gram``.
+    """Fill the states of the samples' rows and ``products`` of ``acqcore.backends.base.Gram``.
 
-    Arguments are trusted; those beside the samples are as in :func:`acqcore.kernels.row_stats.row_stats`.
+    Arguments are trusted; the other arguments are as in :func:`acqcore.kernels.row_stats.row_stats`.
     """
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     bias = None if bias is None else bias.float().contiguous()
@@ -296,28 +296,28 @@ def row_stats_and_grams(
 
 
 def most_blocks(depth: int, itemsize: int, splits: int) -> int:
-    """Blocks that fit SCRATCH_BYTES."""
+    """Number of blocks that fit in SCRATCH_BYTES."""
     block_bytes = BLOCK * ((depth + 8) * itemsize + 32 * splits + 40) + 4 * splits * BLOCK * BLOCK
     return max(SCRATCH_BYTES // block_bytes, 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Blocks that are under way together, and their samples; tensors are on the device."""
+    """Blocks processed together, and their samples; tensors are on the device."""
 
-    slots: torch.Tensor  # [3, n] int32, of ``gather_slots``
-    samples: torch.Tensor  # [3, samples] int64, of ``merge_grams``
-    first_slot: int  # among those of all parts
+    slots: torch.Tensor  # [3, n] int32, for ``gather_slots``
+    samples: torch.Tensor  # [3, samples] int64, for ``merge_grams``
+    first_slot: int  # among the slots of all parts
 
 
 @kept_tables
 def parts(
     bounds: tuple[tuple[int, int], ...],
     starts: tuple[int, ...],
-    most: int,  # blocks of a part
+    most: int,  # blocks per part
     device: torch.device,
 ) -> tuple[Part, ...]:
-    """Every sample in a block, blocks in parts of nearly equal length."""
+    """Pack the samples into blocks, and the blocks into parts of nearly equal length."""
     blocks = pack([end - begin for begin, end in bounds])
     if not blocks:
         return ()
@@ -334,11 +334,11 @@ def parts(
 
 
 def tables(
-    blocks: Sequence[Sequence[int]],  # samples of each
+    blocks: Sequence[Sequence[int]],  # samples of each block
     bounds: Sequence[tuple[int, int]],
     starts: Sequence[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``slots [3, n]`` of :func:`gather_slots`, int32, and ``samples [3, samples]`` of :func:`merge_grams`, int64."""
+    """``slots [3, n]`` int32 for :func:`gather_slots` and ``samples [3, samples]`` int64 for :func:`merge_grams`."""
     order = torch.tensor(list(itertools.chain.from_iterable(blocks)))
     begins, ends = torch.tensor(list(itertools.chain.from_iterable(bounds))).view(-1, 2)[order].T
     lengths = ends - begins
@@ -375,7 +375,7 @@ def _chunk(
 ) -> None:
     slots, samples = part.slots, part.samples
     (vocab, depth), n = weight.shape, slots.shape[1]
-    pitch = triton.cdiv(depth, 8) * 8  # rows of 16 bytes, as descriptors want them
+    pitch = triton.cdiv(depth, 8) * 8  # descriptors require rows of 16 bytes
     packed = hidden.new_empty((n, pitch), dtype=dtype)[:, :depth]
     packed_targets, position = hidden.new_empty((2, n), dtype=torch.int32)
     marks = hidden.new_empty((3, n), dtype=torch.int32)

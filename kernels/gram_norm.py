@@ -1,17 +1,17 @@
-"""The norm of each sample's head gradient from its Gram matrix: the columns of its targets, exactly, and the sum.
+"""The norm of each sample's head gradient from its Gram matrix and its exactly computed target columns.
 
-With ``w``, ``h`` and ``delta`` a row's weight, hidden state and gradient in the logits, and u over a sample's distinct
-targets, the squared norm is
+If ``w``, ``h`` and ``delta`` are a row's weight, hidden state and gradient in the logits, and u runs over the sample's
+distinct targets, the squared norm is
 
     sum_st <h_s, h_t> (c_s c_t products_st + w_s w_t sum_u delta_s[u] delta_t[u])
 
-Launches, the first two for short and for longer samples, on tiles of T x T:
+Launches, the first two on tiles of T x T and separately for short and long samples:
 
-    target_delta   logits of a sample's rows in the weight rows of its targets, as w delta; beside them <h_s, h_t>
+    target_delta   w delta from the logits of a sample's rows for the weight rows of its targets, and <h_s, h_t>
     contract       a tile's part of the sum, in float64
-    sum_tiles      a sample's parts, in order
+    sum_tiles      sums a sample's parts in order
 
-A sample is cut from its first row, by its own length: the number does not depend on the batch.
+A sample is tiled from its first row by its own length, so its norm does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import triton.language as tl
 from acqcore.kernels.fold import LOG2E, widen
 from acqcore.kernels.product import kept_tables, tanh as exact_tanh, to_device
 
-#: Tiles of samples of at most so many rows, and of longer ones.
+#: Tile size for samples of at most SHORT rows, and for longer ones.
 SHORT, LONG = 16, 64
 #: Parts of a sample that ``sum_tiles`` adds at a time.
 PARTS_AT_ONCE = 64
@@ -44,7 +44,7 @@ def target_delta(
     tiles,  # [3, programs] int32: sample, tile of rows, tile of columns
     samples,  # [3, number] int64: first row, length, start of the sample's matrix
     keys,  # [sum T^2] float32, written: <h_s, h_t>, + 1 with a bias; 0 in ignored rows
-    delta,  # [sum T^2] float32, written: w_s delta_s in the target of row u, 0 where an earlier row has that too
+    delta,  # [sum T^2] float32, written: w_s delta_s at the target of row u, 0 if an earlier row has that target
     all_rows,
     number,
     programs,
@@ -57,7 +57,7 @@ def target_delta(
     vocab_start,
     scale,  # multiplies product and bias
     cap,  # multiplies tanh, if HAS_CAP
-    slope,  # of the logit in W h + b where the cap is flat
+    slope,  # scale / temperature
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -191,7 +191,7 @@ def contract(
 
 @triton.jit
 def shift(targets, state, local_max, weights, row, inside, all_rows, slope):
-    """What takes a row's unnormalised exponentials to weighted probabilities, times the slope; 0 in ignored rows."""
+    """Factor from unnormalised exponentials to weighted probabilities, times the slope; 0 in ignored rows."""
     scored = inside & (tl.load(targets + row, mask=inside, other=-100) != -100)
     d = tl.load(local_max + row, mask=scored, other=0.0) - tl.load(state + row, mask=scored, other=0.0)
     r = tl.load(state + 2 * all_rows + row, mask=scored, other=0.0)
@@ -200,8 +200,8 @@ def shift(targets, state, local_max, weights, row, inside, all_rows, slope):
 
 @triton.jit(do_not_specialize=["number"])
 def sum_tiles(
-    parts,  # [programs] float64: a sample's one after another
-    firsts,  # [2, number] int32: where they begin and end
+    parts,  # [programs] float64, contiguous per sample
+    firsts,  # [2, number] int32: where a sample's parts begin and end
     squared,  # [number] float64, written
     number,
     AT_ONCE: tl.constexpr,
@@ -229,9 +229,9 @@ def gram_norm(
     temperature: float,
     vocab_start: int,
     state: torch.Tensor,  # [7, N] float64, of the whole vocabulary
-    index: torch.Tensor,  # [N] int64, likewise
+    index: torch.Tensor,  # [N] int64, of the whole vocabulary
     products: torch.Tensor,  # [sum T^2] float32
-    local_max: torch.Tensor,  # [N] float64: what ``products`` are relative to
+    local_max: torch.Tensor,  # [N] float64: reference of ``products``
     weights: torch.Tensor,  # [N] float64
     squared: torch.Tensor,  # [samples] float64, written
     upcast: bool = False,
@@ -272,7 +272,7 @@ class Cut:
 
     samples: torch.Tensor  # [3, samples] int64: first row, length, start of the sample's matrix
     short: torch.Tensor  # [3, programs] int32: sample, tile of rows, tile of columns
-    long: torch.Tensor  # likewise
+    long: torch.Tensor  # same layout
     firsts: torch.Tensor  # [2, samples] int32: where a sample's parts begin and end
 
 
@@ -287,7 +287,7 @@ def cuts(bounds: tuple[tuple[int, int], ...], starts: tuple[int, ...], device: t
 def tile_tables(
     lengths: torch.Tensor,  # [samples] int64
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``tiles [3, programs]`` of short samples and of long ones, and ``firsts [2, samples]``; int32, on the host."""
+    """``tiles [3, programs]`` of short and of long samples, and ``firsts [2, samples]``; int32, on the host."""
     is_long = lengths > SHORT
     side = torch.where(is_long, (lengths + LONG - 1) // LONG, (lengths + SHORT - 1) // SHORT)  # [samples]
     order = is_long.to(torch.uint8).argsort(stable=True)

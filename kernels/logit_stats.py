@@ -1,4 +1,4 @@
-"""Row statistics of logits that exist already: one read of them, folded as in ``row_stats.py``."""
+"""Row statistics of existing logits, read once and folded as in ``row_stats.py``."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def logit_stats(
     index: torch.Tensor,  # [N] int64, written
     strips: Strips,
 ) -> None:
-    """Fills ``state`` and ``index`` of ``acqcore.row_stats.RowStats``; arguments are trusted."""
+    """Fill ``state`` and ``index`` of ``acqcore.row_stats.RowStats``; arguments are trusted."""
     n, vocab = logits.shape
     columns = min(strips.columns, triton.next_power_of_2(vocab))
     split_columns = triton.cdiv(strips.split_columns, columns) * columns

@@ -1,16 +1,16 @@
-"""Statistics of a mixture of K draws (``acqcore/bayes.py``): two visits of the vocabulary, logits in registers alone.
+"""Statistics of a mixture of K draws (``acqcore/bayes.py``) in two visits of the vocabulary; logits stay in registers.
 
-    number_scored   numbers the scored tokens, on the device alone
-    gather_draws    packs the hidden states of every draw of them; dropout's masks are applied on the way
-    product_fold    the first visit: each packed row's state (``row_stats.py``)
+    number_scored   numbers the scored tokens on the device
+    gather_draws    packs the hidden states of all their draws and applies dropout masks
+    product_fold    first visit: the state of each packed row (``row_stats.py``)
     finish_draws    each draw's normaliser and vote; expected entropy and the target's likelihood
-    mixture_fold    the second visit: what the mean distribution adds
+    mixture_fold    second visit: the terms of the mean distribution
     finish_mixture  merges the splits of the vocabulary in float64
 
-A packed row is one draw of one token. ``PLANE`` tokens lie side by side under each draw: row ``k PLANE + r`` of their
-group is draw k of token r. The second visit takes the product the other way round, vocabulary by packed rows. In the
-matrix units' layout a thread then holds every draw of its tokens: the sums over draws take neither shuffles nor shared
-memory. K is padded to a power of two with rows of zeros.
+A packed row is one draw of one token. ``PLANE`` tokens are adjacent within each draw: row ``k PLANE + r`` of their
+group is draw k of token r. The second visit transposes the product to vocabulary by packed rows. In the matrix units'
+layout a thread then holds every draw of its tokens, so sums over draws need neither shuffles nor shared memory. K is
+padded to a power of two with rows of zeros.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from acqcore.kernels.product import (
 )
 from acqcore.kernels.row_stats import SCRATCH_BYTES, launch_fold
 
-#: Tokens side by side under a draw: the columns that a matrix unit deals to the threads of a warp at a time.
+#: Adjacent tokens within a draw: the columns that a matrix unit distributes over the threads of a warp at a time.
 PLANE = 8
-#: Tokens of a tile of the second visit: each keeps four sums in the registers of every thread it is dealt to.
+#: Tokens per tile of the second visit; each has four sums in the registers of every thread that holds it.
 TILE_TOKENS = 32
-#: Tokens of a program of ``number_scored``.
+#: Tokens per program of ``number_scored``.
 SCAN_ROWS = 1024
-#: Packed rows of a program of ``gather_draws``.
+#: Packed rows per program of ``gather_draws``.
 GATHER_ROWS = 128
-#: Tokens whose draws a program of ``finish_draws`` and ``finish_mixture`` merges.
+#: Tokens per program of ``finish_draws`` and ``finish_mixture``.
 FINISH_TOKENS = 64
-#: log2 of the least probability that is told from 0; 2^FLOOR is the least normal float32.
+#: log2 of the smallest probability distinguished from 0; 2^FLOOR is the smallest normal float32.
 FLOOR = tl.constexpr(-126.0)
 LEAST = tl.constexpr(2.0**-126)
-#: Stands for -inf: its exponential is 0, and 0 * LOWEST is 0.
+#: Replaces -inf: its exponential is 0, and 0 * LOWEST is 0.
 LOWEST = tl.constexpr(-1e30)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Inverted dropout: what ``gather_draws`` applies to hidden states ``[N, D]``."""
+    """Inverted dropout that ``gather_draws`` applies to hidden states ``[N, D]``."""
 
     samples: torch.Tensor  # [N] int64
     positions: torch.Tensor  # [N] int64
@@ -71,9 +71,9 @@ class Masks:
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["targets"])
 def number_scored(
     targets,  # [n] int64, -100 ignored
-    position,  # [n] int32, written: a token's number among the scored, -1 if ignored
-    sources,  # [n] int32, written: the token of each number
-    count,  # [2] int32, written: packed rows of groups with a scored token; scored tokens
+    position,  # [n] int32, written: index among scored tokens, -1 if ignored
+    sources,  # [n] int32, written: the token at each index
+    count,  # [2] int32, written: packed rows in groups with a scored token; scored tokens
     n,
     PADDED: tl.constexpr,
     PLANE: tl.constexpr,
@@ -97,8 +97,8 @@ def number_scored(
 def gather_draws(
     hidden,  # [n, depth]; without MASKED [draws, n, depth]
     targets,  # [n] int64
-    sources,  # [n] int32 of ``number_scored``
-    count,  # [2] int32, likewise
+    sources,  # [n] int32, from ``number_scored``
+    count,  # [2] int32, from ``number_scored``
     samples,  # [n] int64, if MASKED
     positions,  # [n] int64, if MASKED
     packed,  # [rows, depth], written: zero in padding
@@ -117,8 +117,8 @@ def gather_draws(
     threshold,
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,  # width > 1
-    HAS_TARGETS: tl.constexpr,  # else every token is scored, and there are no sources and no count
-    PADDED: tl.constexpr,  # draws of a group
+    HAS_TARGETS: tl.constexpr,  # else every token is scored, without sources and count
+    PADDED: tl.constexpr,  # draws per group
     PLANE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -161,7 +161,7 @@ def gather_draws(
 
 @triton.jit
 def log1p(x):
-    """float64; the quotient makes good what ``1 + x`` rounds off."""
+    """float64 log(1 + x); the quotient corrects the rounding of ``1 + x``."""
     u = 1 + x
     return tl.where(u == 1, x, tl.log(u) * (x / (u - 1)))
 
@@ -172,11 +172,11 @@ def log1p(x):
 def finish_draws(
     draw_state,  # [7, rows] float64
     draw_index,  # [rows] int64
-    position,  # [n] int32: a token's number among the scored, -1 if ignored; None: its own number
-    references,  # [n] float32, written for scored tokens, by number: the largest logit under draw 0
-    norms,  # [rows] float32, written: log2 of each draw's normaliser relative to that
+    position,  # [n] int32: index among scored tokens, -1 if ignored; None: identity
+    references,  # [n] float32, written for scored tokens, by index: the largest logit under draw 0
+    norms,  # [rows] float32, written: log2 of each draw's normaliser relative to the reference
     state,  # [6, all tokens] float64: rows 0 and 3 written from ``first`` on
-    votes,  # [draws, all tokens] int64, likewise
+    votes,  # [draws, all tokens] int64, written from ``first`` on
     n,
     first,
     all_tokens,
@@ -201,7 +201,7 @@ def finish_draws(
     tl.store(references + token, reference.to(tl.float32), mask=scored)
     entropy = tl.zeros((TOKENS,), tl.float64)
     best = tl.full((TOKENS,), low, tl.float64)  # the target's largest log-probability
-    likelihood = tl.zeros((TOKENS,), tl.float64)  # and the sum over draws relative to it
+    likelihood = tl.zeros((TOKENS,), tl.float64)  # sum over draws relative to best
     for k in range(draws):
         top = tl.load(draw_state + at, mask=scored, other=0.0)
         r = tl.load(draw_state + 2 * rows + at, mask=scored, other=0.0)
@@ -231,7 +231,7 @@ def finish_draws(
 @triton.jit
 def draw_sums(
     y,  # [.., .., draws, ..]: log2 of each draw's probability
-    kept,  # the same rank: draws that are not padding
+    kept,  # same rank: draws that are not padding
     EVEN_DRAWS: tl.constexpr,
     MAY_BE_ABSENT: tl.constexpr,  # some y may be -inf
 ):
@@ -249,13 +249,13 @@ def draw_sums(
 
 @triton.jit
 def mixture_terms(top, e, x, ex, ee, share):
-    """What a column adds to information, reverse (both in bits), sum_sq and spread, from :func:`draw_sums`.
+    """A column's terms of information, reverse (both in bits), sum_sq and spread, from :func:`draw_sums`.
 
-    m = p mean with p = 2^top. Terms are differences that are exactly 0 where the draws agree.
+    m = p mean with p = 2^top. Terms are differences that are exactly 0 if the draws agree.
     """
     mean, mean_x = e * share, x * share
     log_mean = tl.log2(tl.maximum(mean, LEAST))
-    absent = top <= FLOOR  # of no weight in any draw
+    absent = top <= FLOOR  # negligible in every draw
     p = tl.where(absent, 0.0, tl.exp2(top))
     m = p * mean
     reverse = tl.where(absent, 0.0, m * (log_mean - mean_x))
@@ -264,7 +264,7 @@ def mixture_terms(top, e, x, ex, ee, share):
 
 @triton.jit
 def in_register_pairs(x, VOCAB: tl.constexpr, GROUPS: tl.constexpr, PLANE: tl.constexpr):
-    """``[VOCAB, GROUPS, PLANE]`` -> ``[VOCAB / 16, 8, GROUPS, PLANE]``: the sum of what one thread holds on sm_90."""
+    """``[VOCAB, GROUPS, PLANE]`` -> ``[VOCAB / 16, 8, GROUPS, PLANE]``: sums the pairs in an sm_90 thread."""
     return tl.sum(tl.reshape(x, (VOCAB // 16, 2, 8, GROUPS, PLANE)), axis=1)
 
 
@@ -275,8 +275,8 @@ def mixture_fold(
     bias,  # [vocab] float32 or None
     references,  # [tokens] float32
     norms,  # [rows, rounded up to whole tiles] float32
-    count,  # [1] int32: packed rows that hold something; None: all
-    partial,  # [4, splits, tokens] float32, written: information, reverse, sum_sq, spread; the first two in bits
+    count,  # [1] int32: packed rows in use; None: all
+    partial,  # [4, splits, tokens] float32, written: information, reverse (both in bits), sum_sq, spread
     rows,
     tokens,
     vocab,
@@ -286,17 +286,17 @@ def mixture_fold(
     weight_row,
     weight_column,
     splits,
-    split_tiles,  # tiles of a split
+    split_tiles,  # tiles per split
     draws,
     scale,  # multiplies product and bias, if HAS_SCALE
     cap,  # multiplies tanh, if HAS_CAP
-    BLOCK_M: tl.constexpr,  # packed rows of a tile
-    BLOCK_N: tl.constexpr,  # vocabulary of a tile
+    BLOCK_M: tl.constexpr,  # packed rows per tile
+    BLOCK_N: tl.constexpr,  # vocabulary per tile
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    DRAWS: tl.constexpr,  # in a tile
+    DRAWS: tl.constexpr,  # per tile
     PLANE: tl.constexpr,
-    TURNS: tl.constexpr,  # tiles of DRAWS that make all draws
+    TURNS: tl.constexpr,  # tiles of DRAWS that cover all draws
     EVEN_DRAWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_COUNT: tl.constexpr,
@@ -349,7 +349,7 @@ def mixture_fold(
             new_top, new_e, new_x, new_ex, new_ee = draw_sums(y, kept, EVEN_DRAWS, HAS_BIAS)
             if turn == 0:
                 top, e, x, ex, ee = new_top, new_e, new_x, new_ex, new_ee
-            else:  # relative to the larger of the two largest
+            else:  # rescale both to the larger top
                 higher = tl.maximum(top, new_top)
                 d, new_d = top - higher, new_top - higher
                 c, new_c = tl.exp2(d), tl.exp2(new_d)
@@ -414,21 +414,21 @@ def finish_mixture(
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the draws of a token lie among packed rows."""
+    """Arrangement of a token's draws among packed rows."""
 
-    rows: int  # packed rows of a tile of the second visit
-    draws: int  # in a tile
-    turns: int  # tiles that make all draws
-    plane: int  # tokens side by side under each draw
+    rows: int  # packed rows per tile of the second visit
+    draws: int  # per tile
+    turns: int  # tiles that cover all draws
+    plane: int  # adjacent tokens within each draw
 
     @property
     def padded(self) -> int:
-        """Draws of a group of ``plane`` tokens, padding included."""
+        """Draws per group of ``plane`` tokens, including padding."""
         return self.draws * self.turns
 
     @staticmethod
     def of(draws: int, rows: int) -> Layout:
-        """For K draws in tiles of at most ``rows`` packed rows."""
+        """The layout of K draws in tiles of at most ``rows`` packed rows."""
         tile = min(triton.next_power_of_2(draws), rows)
         rows = min(rows, TILE_TOKENS * tile)
         return Layout(rows, tile, triton.cdiv(draws, tile), min(PLANE, rows // tile))
@@ -452,12 +452,12 @@ def mixture_stats(
     precision: str = "ieee",
     upcast: bool = False,
 ) -> None:
-    """Fills ``state`` and ``votes`` of ``acqcore.bayes.BayesStats``; arguments are trusted, nothing is read back.
+    """Fill ``state`` and ``votes`` of ``acqcore.bayes.BayesStats``; arguments are trusted, nothing is read back.
 
-    Dropout is not divided out of half-precision states, which would round them: it goes into ``scale``.
+    Dropout's factor goes into ``scale``, as dividing half-precision states by it would round them.
 
     Args:
-        fold_tiles, tiles: of the first and the second visit; ``block_m`` counts packed rows.
+        fold_tiles, tiles: tiles of the first and second visit; ``block_m`` counts packed rows.
         precision, upcast: as in :func:`acqcore.kernels.row_stats.row_stats`.
     """
     n, depth = hidden.shape[-2:]
@@ -507,7 +507,7 @@ def _chunk(
     n, depth = hidden.shape[-2:]
     vocab = len(weight)
     rows = triton.cdiv(n, layout.plane) * layout.plane * layout.padded
-    pitch = triton.cdiv(depth, 8) * 8  # rows of 16 bytes, as descriptors want them
+    pitch = triton.cdiv(depth, 8) * 8  # descriptors require rows of 16 bytes
     packed = hidden.new_empty((rows, pitch), dtype=dtype)[:, :depth]
     packed_targets = position = sources = count = None
     if targets is not None:

@@ -1,8 +1,8 @@
-"""Dropout masks from Philox 4x32-10 (Salmon et al. 2011): a counter decides each entry, so that a mask is recomputed
-wherever it is needed, in any order, and is the same on every processor.
+"""Dropout masks from Philox 4x32-10 (Salmon et al. 2011): a counter determines each entry, so masks can be recomputed
+where needed, in any order, and are identical on every processor.
 
-Counter: (column // 4, position, sample, draw | site << 16). Key: (low, high) 32 bits of the seed. Of the four words
-that come out, number column % 4 decides: the entry is kept if it is at least ``floor(p 2^32)``.
+Counter: (column // 4, position, sample, draw | site << 16). Key: (low, high) 32 bits of the seed. Of the four output
+words, word column % 4 decides: the entry is kept if the word is at least ``floor(p 2^32)``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-#: Counters of a program, each of four columns.
+#: Counters per program; each covers four columns.
 MASK_TILE = 512
 
 
@@ -19,12 +19,12 @@ MASK_TILE = 512
 def keep_mask(
     groups,  # [rows or 1, GROUPS] uint32: consecutive values of column // 4
     position,  # [rows, 1] or scalar, uint32
-    sample,  # the same
-    draw_site,  # the same: draw | site << 16
+    sample,  # same shape
+    draw_site,  # same shape: draw | site << 16
     seed,  # uint64
     threshold,  # uint32: floor(p 2^32)
 ):
-    """Which entries stay, ``[rows, 4 GROUPS]`` bool, for the columns of ``groups`` from first to last."""
+    """Kept entries, ``[rows, 4 GROUPS]`` bool, for the columns of ``groups`` in order."""
     zero = groups * 0 + position * 0 + sample * 0 + draw_site * 0  # [rows, GROUPS]
     a, b, c, d = tl.philox(seed, groups + zero, position + zero, sample + zero, draw_site + zero)
     words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
@@ -33,14 +33,14 @@ def keep_mask(
 
 @triton.jit
 def keep_units(
-    units,  # [rows or 1, UNITS] uint32: any columns, or blocks of them
-    position,  # as in keep_mask, and so on
+    units,  # [rows or 1, UNITS] uint32: any columns or column blocks
+    position,  # this and the rest as in keep_mask
     sample,
     draw_site,
     seed,
     threshold,
 ):
-    """Which of these units stay, ``[rows, UNITS]`` bool: a counter each, where :func:`keep_mask` has one for four."""
+    """Kept units, ``[rows, UNITS]`` bool; evaluates one counter per unit, :func:`keep_mask` one per four."""
     zero = units * 0 + position * 0 + sample * 0 + draw_site * 0
     a, b, c, d = tl.philox(seed, units // 4 + zero, position + zero, sample + zero, draw_site + zero)
     word = units % 4
@@ -61,7 +61,7 @@ def write_keep_mask(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    flat = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of draw and row
+    flat = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # index over draws and rows
     inside = flat < draws * n
     draw = flat // n
     row = flat % n
@@ -87,10 +87,10 @@ def dropout_mask(
     threshold: int,
     keep: torch.Tensor,  # [K, N, units] bool, contiguous, written
 ) -> None:
-    """Which units dropout keeps under each draw, ``acqcore.philox.keep_mask``; arguments are trusted.
+    """Units that dropout keeps under each draw (``acqcore.philox.keep_mask``); arguments are trusted.
 
     Args:
-        site: which of the model's dropouts, < 2^16.
+        site: number of the dropout site in the model, < 2^16.
         seed: 0 <= seed < 2^64.
         threshold: ``floor(p 2^32)``.
     """

@@ -1,4 +1,4 @@
-"""The product that every kernel of the head shares: packed hidden states, and one tile of logits in registers."""
+"""The product shared by all kernels of the head: packs hidden states and forms one tile of logits in registers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from acqcore.kernels.fold import LOG2E, widen
 
 #: Elements of a tile of ``gather_scored``.
 GATHER_TILE = 1 << 14
-#: Shapes of batches whose tables stay on the device.
+#: Number of batch shapes whose tables stay on the device.
 TABLES = 64
 
 T = TypeVar("T")
@@ -24,17 +24,17 @@ T = TypeVar("T")
 @triton.jit
 def scored_places(
     targets,  # [n] int64, -100 ignored
-    begin,  # the first of the rows asked for
+    begin,  # first requested row
     n,
     ROWS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """Of ``ROWS`` rows: target, whether scored, number among the scored; and how many are scored up to the last."""
+    """For ``ROWS`` rows: target, whether scored, index among scored rows; and the number of scored rows to the end."""
     rows = begin + tl.arange(0, ROWS)
     target = tl.load(targets + rows, mask=rows < n, other=-100)
     scored = target != -100
     before = 0
-    for i in range(0, begin, SCAN):  # every program counts for itself: n is at most a few thousand
+    for i in range(0, begin, SCAN):  # every program recounts, as n is at most a few thousand
         earlier = i + tl.arange(0, SCAN)
         other = tl.load(targets + earlier, mask=earlier < begin, other=-100)
         before += tl.sum((other != -100).to(tl.int32), axis=0)
@@ -43,15 +43,15 @@ def scored_places(
     return target, scored, through - ones, tl.max(through, axis=0)
 
 
-# Numbers of rows are not specialised on: no new variant is compiled for another N, and none can round otherwise.
+# Row counts are not specialised, so a new N neither compiles a new variant nor changes the rounding.
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["targets", "position", "count"])
 def gather_scored(
     hidden,  # [n, depth]
     targets,  # [n] int64, -100 ignored; None: every row is scored
-    packed,  # [n, depth] written: the scored rows, first to last
+    packed,  # [n, depth] written: the scored rows in order
     packed_targets,  # [n] int32, written: relative to vocab_start
-    position,  # [n] int32, written: a row's place in ``packed``, -1 if ignored
-    count,  # [1] int32, written: scored rows
+    position,  # [n] int32, written: a row's index in ``packed``, -1 if ignored
+    count,  # [1] int32, written: number of scored rows
     n,
     depth,
     hidden_row,
@@ -101,8 +101,8 @@ def tanh(y):
 def product_tile(
     a,  # [rows_a, depth], or its tensor descriptor
     b,  # [rows_b, depth], or its tensor descriptor
-    first_a,  # the tile's first row of a
-    first_b,  # and of b
+    first_a,  # the tile's first row in a
+    first_b,  # and in b
     rows_a,
     rows_b,
     depth,
@@ -115,10 +115,10 @@ def product_tile(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    UPCAST: tl.constexpr,  # multiply in float32 whatever the dtypes
+    UPCAST: tl.constexpr,  # multiply in float32 for all dtypes
     PRECISION: tl.constexpr,
 ):
-    """``a b^T`` of some rows, ``[BLOCK_A, BLOCK_B]`` float32; outside ``rows_a`` and ``rows_b`` it holds anything."""
+    """A tile of ``a b^T``, ``[BLOCK_A, BLOCK_B]`` float32; undefined beyond ``rows_a`` and ``rows_b``."""
     z = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     if not DESCRIPTORS:
         inner = tl.arange(0, BLOCK_K)
@@ -143,8 +143,8 @@ def product_tile(
             x = widen(x)
             y = widen(y)
         if x.dtype == tl.float32 and PRECISION == "ieee":
-            # Sums of a step first: added one by one, 576 products lose 1.2e-4 of a logit near 100, twice what a
-            # runner-up's probability may lose (H100, H200). By tl.fma, as Triton would join an addition to the product.
+            # Sum each step first: added one by one, 576 products lose 1.2e-4 of a logit near 100, twice the error
+            # allowed for a runner-up's probability (H100, H200). tl.fma keeps Triton from fusing the sum into the dot.
             z = tl.fma(tl.dot(x, y, input_precision=PRECISION), tl.full((BLOCK_A, BLOCK_B), 1.0, tl.float32), z)
         else:
             z = tl.dot(x, y, z, input_precision=PRECISION)
@@ -179,7 +179,7 @@ def logit_tile(
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Logits ``[BLOCK_M, BLOCK_N]`` in float32; -inf outside the vocabulary, anything beyond row ``n``."""
+    """Logits ``[BLOCK_M, BLOCK_N]`` in float32; -inf outside the vocabulary, undefined beyond row ``n``."""
     z = product_tile(
         hidden, weight, first_row, begin, n, vocab, depth, hidden_row, hidden_column, weight_row, weight_column,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, DESCRIPTORS, UPCAST, PRECISION,
@@ -203,7 +203,7 @@ def place(
     splits,
     GROUP_M: tl.constexpr,
 ):
-    """(block of rows, split) of a program: neighbours share a split's weights, GROUP_M blocks of rows stay in L2."""
+    """(row block, split) of a program: neighbours share a split's weights and GROUP_M row blocks stay in L2."""
     group_programs = GROUP_M * splits
     group = program // group_programs
     group_blocks = min(row_blocks - group * GROUP_M, GROUP_M)
@@ -212,7 +212,7 @@ def place(
 
 
 def has_descriptor(matrix: torch.Tensor) -> bool:
-    """Whether the copy engine of sm_90 can address ``matrix [rows, columns]``: 16-byte rows of adjacent elements."""
+    """Whether the sm_90 copy engine can load ``matrix [rows, columns]``: contiguous rows, aligned to 16 bytes."""
     row, column = matrix.stride()
     aligned = matrix.data_ptr() % 16 == 0 and row * matrix.element_size() % 16 == 0
     return aligned and column == 1 and row >= matrix.shape[1] > 0
@@ -223,16 +223,16 @@ def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescripto
 
 
 def to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A table of the host's on ``device``, without waiting for what runs there."""
+    """Copy a host table to ``device`` without waiting for running work."""
     if device.type != "cuda":
         return table.to(device)
     return table.pin_memory().to(device, non_blocking=True)
 
 
 def kept_tables(build: Callable[..., T]) -> Callable[..., T]:
-    """``build(*shape, device)`` of tables on a device, called once for a shape and stream.
+    """Cache ``build(*shape, device)``, which creates tables on a device, per shape and stream.
 
-    While a CUDA graph is captured nothing is kept: tables copied then have their values in replays alone.
+    Nothing is cached during CUDA graph capture, as tables copied then have their values only in replays.
     """
 
     @functools.lru_cache(maxsize=TABLES)

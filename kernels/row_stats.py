@@ -1,14 +1,14 @@
-"""Row statistics fused with the head's product: logits live in registers, a tile at a time, and are never written.
+"""Row statistics fused with the head's product: logits exist in registers, one tile at a time, and are never stored.
 
-Three launches for a chunk of rows:
+Three launches per chunk of rows:
 
-    gather_scored   packs the hidden states of scored rows (ignored ones cost no product), on the device alone
-    product_fold    one program for each (block of rows, split of the vocabulary): walks over the split's tiles, each a
-                    pipelined product, folded into the rows' state in registers
+    gather_scored   packs the hidden states of scored rows on the device, so ignored rows cost no product
+    product_fold    one program per (block of rows, split of the vocabulary): loops over the split's tiles and folds
+                    each pipelined product into the rows' state in registers
     merge_splits    merges the splits in float64
 
-Tiles and splits follow from the shape of the weight and the dtype, never from the number of rows, and every reduction
-runs in a fixed order: results are reproducible bit for bit, and a row's do not depend on its batch.
+Tiles and splits depend on the weight shape and the dtype, never on the number of rows, and every reduction has a fixed
+order. Results are therefore bitwise reproducible, and a row's result does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import empty_state, fold, holds_target, merge, store_state
 from acqcore.kernels.product import GATHER_TILE, descriptor, gather_scored, has_descriptor, logit_tile, place
 
-#: Scratch of a call: split states and packed hidden states of the rows that are under way.
+#: Scratch memory of a call: split states and packed hidden states of the rows in flight.
 SCRATCH_BYTES = 56 << 20
 
 
@@ -31,7 +31,7 @@ def product_fold(
     weight,  # [vocab, depth], or its tensor descriptor
     bias,  # [vocab] float32 or None
     targets,  # [n] int32 relative to this weight, or None
-    count,  # [1] int32: rows that hold something; None: n
+    count,  # [1] int32: rows in use; None: n
     partial,  # [7, splits, n] float32, written
     partial_index,  # [splits, n] int32, written
     n,
@@ -58,7 +58,7 @@ def product_fold(
     EVEN_V: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     FLATTEN: tl.constexpr,
-    UPCAST: tl.constexpr,  # multiply in float32 whatever the weight's dtype
+    UPCAST: tl.constexpr,  # multiply in float32 for any weight dtype
     PRECISION: tl.constexpr,
 ):
     block, split = place(tl.program_id(0), tl.cdiv(n, BLOCK_M), splits, GROUP_M)
@@ -120,15 +120,15 @@ def row_stats(
     precision: str = "ieee",
     upcast: bool = False,
 ) -> None:
-    """Fills ``state`` and ``index`` of ``acqcore.row_stats.RowStats``; arguments are trusted.
+    """Fill ``state`` and ``index`` of ``acqcore.row_stats.RowStats``; arguments are trusted.
 
-    Nothing is read back from the device, so a call can be captured in a CUDA graph.
+    Nothing is read back from the device, so calls can be captured in a CUDA graph.
 
     Args:
-        first_row: where these rows' columns of ``state`` and ``index`` begin.
-        tiles: how the product is cut (:func:`acqcore.kernels.config.tiles_for`).
-        precision: of float32 products, as ``triton.language.dot`` names it: ``ieee``, ``tf32``, ``tf32x3``.
-        upcast: multiply in float32 whatever the dtypes are, as is done where they differ.
+        first_row: first column of ``state`` and ``index`` for these rows.
+        tiles: tiling of the product (:func:`acqcore.kernels.config.tiles_for`).
+        precision: of float32 products, as in ``triton.language.dot``: ``ieee``, ``tf32``, ``tf32x3``.
+        upcast: multiply in float32 for any dtypes, as is always done if they differ.
     """
     n, depth = hidden.shape
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
@@ -143,9 +143,9 @@ def row_stats(
 
 
 def chunk_rows(n: int, depth: int, itemsize: int, splits: int, block_m: int) -> int:
-    """Rows under way at a time: packed, with their split states, they fit SCRATCH_BYTES; a multiple of ``block_m``.
+    """Rows per chunk, a multiple of ``block_m``: packed rows and their split states fit in SCRATCH_BYTES.
 
-    Chunks are of nearly equal length, as a short last one would leave multiprocessors idle.
+    Chunks have nearly equal lengths, as a short last one would leave multiprocessors idle.
     """
     row_bytes = (depth + 8) * itemsize + 32 * splits
     blocks, most = triton.cdiv(n, block_m), max(SCRATCH_BYTES // row_bytes // block_m, 1)
@@ -174,7 +174,7 @@ def _chunk(
     packed_targets = position = count = None
     packed = hidden
     if targets is not None or hidden.dtype != dtype or not has_descriptor(hidden):
-        pitch = triton.cdiv(depth, 8) * 8  # rows of 16 bytes, as descriptors want them
+        pitch = triton.cdiv(depth, 8) * 8  # descriptors require rows of 16 bytes
         packed = hidden.new_empty((n, pitch), dtype=dtype)[:, :depth]
         if targets is not None:
             packed_targets, position = hidden.new_empty((2, n), dtype=torch.int32)
@@ -196,7 +196,7 @@ def launch_fold(
     weight: torch.Tensor,  # [V, D]
     bias: torch.Tensor | None,  # [V] float32
     targets: torch.Tensor | None,  # [n] int32, relative to this weight
-    count: torch.Tensor | None,  # [1] int32: rows that hold something
+    count: torch.Tensor | None,  # [1] int32: rows in use
     softcap: float | None,
     scale: float,
     temperature: float,
@@ -204,7 +204,7 @@ def launch_fold(
     precision: str,
     upcast: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launches :func:`product_fold`: states ``[7, splits, n]`` float32, indices ``[splits, n]`` int32."""
+    """Launch :func:`product_fold`; returns states ``[7, splits, n]`` float32, indices ``[splits, n]`` int32."""
     n, depth = packed.shape
     vocab = len(weight)
     splits, split_tiles = tiles.split(vocab)

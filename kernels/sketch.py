@@ -1,11 +1,11 @@
-"""Hashed gradients of the logits beside the row states, from one visit of the weights, without atomics.
+"""Hashed gradients of the logits along with the row states, from one pass over the weights, without atomics.
 
-The hash turns each group of n consecutive columns of the vocabulary as a whole: column g n + u has the place
-``(u + s_g) mod n`` (``acqcore.signs.rotated_places``). So a stretch of ``BLOCK_N`` places gets a stretch of consecutive
-columns from every group, which wraps around in one group of ``n / BLOCK_N``. A program of ``sketch_fold`` takes the
-stretches of one class of places for a block of rows: its share of the vocabulary is its share of the places. It folds
-each tile of logits into the rows' states and adds the signed exponentials to one bucket a column, in registers, as
-flash attention adds to its output.
+The hash rotates each group of n consecutive vocabulary columns as a whole: column g n + u has the place
+``(u + s_g) mod n`` (``acqcore.signs.rotated_places``). A class of ``BLOCK_N`` consecutive places thus receives
+consecutive columns from every group, which wrap around in one of ``n / BLOCK_N`` groups. A program of ``sketch_fold``
+processes one class of places for a block of rows, so its share of the vocabulary is its share of the places. It folds
+each tile of logits into the rows' states and adds the signed exponentials to one bucket per column, in registers, as
+flash attention updates its output.
 
     gather_scored   packs the hidden states of scored rows
     sketch_fold     states and bucket sums of each class
@@ -23,7 +23,7 @@ from acqcore.kernels.config import Tiles
 from acqcore.kernels.fold import INV_SCALE, LOWEST, empty_state, fold, holds_target, merge, store_state
 from acqcore.kernels.product import GATHER_TILE, descriptor, gather_scored, has_descriptor, place, product_tile, tanh
 
-#: Scratch of a call: bucket sums, states and packed hidden states of the rows under way.
+#: Scratch memory of a call: bucket sums, states and packed hidden states of the rows in flight.
 SCRATCH_BYTES = 56 << 20
 #: Elements of a tile of ``finish_hash``.
 FINISH_ROWS, FINISH_COLUMNS = 8, 256
@@ -37,18 +37,18 @@ def take_tile(
     targets,  # [ROWS] int32
     holds,  # whether the tile holds a target
     begin,  # the tile's first column
-    low,  # the first of its columns that count
-    high,  # the one after the last
+    low,  # the first of its columns that counts
+    high,  # one past the last
     scale,
     cap,
-    state,  # of the rows, as ``fold.empty_state`` orders it
+    state,  # of the rows, ordered as in ``fold.empty_state``
     buckets,  # [ROWS, COLUMNS] float32
     WHOLE: tl.constexpr,  # all columns count
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
 ):
-    """State and buckets after the tile."""
+    """State and buckets after adding the tile."""
     COLUMNS: tl.constexpr = z.shape[1]
     column = tl.arange(0, COLUMNS)
     columns = begin + column
@@ -89,11 +89,11 @@ def sketch_fold(
     weight,  # [vocab, depth], or its tensor descriptor
     bias,  # [vocab] float32 or None
     targets,  # [n] int32 relative to this weight
-    places,  # [vocab] int32: a place in [0, dim), or its complement for a minus sign
-    count,  # [1] int32: rows that hold something
+    places,  # [vocab] int32: a place in [0, dim), complemented for a minus sign
+    count,  # [1] int32: rows in use
     partial,  # [7, splits, n] float32, written; splits = shares * classes, classes fastest
     partial_index,  # [splits, n] int32, written
-    sums,  # [shares, n, dim] float32, written: 2^40 sum of +-exp(z - top), the target's column left out
+    sums,  # [shares, n, dim] float32, written: 2^40 sum of +-exp(z - top) without the target's column
     n,
     vocab,
     depth,
@@ -105,9 +105,9 @@ def sketch_fold(
     weight_column,
     classes,
     shares,  # of the groups
-    share_groups,  # groups of a share
-    first_group,  # that holds a column of this weight
-    last_group,  # the one after the last
+    share_groups,  # groups per share
+    first_group,  # first group with a column of this weight
+    last_group,  # one past the last such group
     scale,
     cap,
     BLOCK_M: tl.constexpr,
@@ -144,9 +144,9 @@ def sketch_fold(
         known = tl.load(places + low)
         known = tl.where(known < 0, -1 - known, known)
         turn = (known - (low - origin) + dim) % dim
-        start = (first_place - turn + dim) % dim  # of the class in the group
+        start = (first_place - turn + dim) % dim  # start of the class in the group
         wraps = (start + width > dim).to(tl.int32)
-        for turned in range(1 - wraps, 2):  # what wraps around lies at the group's beginning
+        for turned in range(1 - wraps, 2):  # wrapped columns are at the group's beginning
             begin = origin + start - (1 - turned) * dim
             holds = holds_target(row_targets, begin, BLOCK_N)
             z = product_tile(
@@ -178,7 +178,7 @@ def finish_hash(
     tops,  # [shares * classes, n] float32
     targets,  # [n] int64, -100 ignored
     places,  # [vocab] int32
-    position,  # [n] int32: a row's number among the scored, -1 if ignored
+    position,  # [n] int32: a row's index among scored rows, -1 if ignored
     state,  # [7, all rows] float64
     index,  # [all rows] int64
     out,  # [all rows, dim] float32, written from ``first_row`` on
@@ -193,7 +193,7 @@ def finish_hash(
     shares,
     slope,  # scale / temperature
     cap,  # softcap / temperature, if HAS_CAP
-    CLASS: tl.constexpr,  # places of a class
+    CLASS: tl.constexpr,  # places per class
     HAS_CAP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -239,24 +239,24 @@ def hashed_delta(
     weight: torch.Tensor,  # [V, D]
     bias: torch.Tensor | None,  # [V]
     targets: torch.Tensor,  # [N] int64, -100 ignored
-    places: torch.Tensor,  # [V] int32: of ``acqcore.signs.rotated_places``, columns from vocab_start on
+    places: torch.Tensor,  # [V] int32, from ``acqcore.signs.rotated_places``, columns from vocab_start on
     *,
     softcap: float | None,
     scale: float,
     temperature: float,
     vocab_start: int,
     state: torch.Tensor,  # [7, N] float64, read; written if ``fill``
-    index: torch.Tensor,  # [N] int64, likewise
+    index: torch.Tensor,  # [N] int64, read; written if ``fill``
     fill: bool,
     out: torch.Tensor,  # [N, dim] float32, written
     tiles: Tiles,
     precision: str = "ieee",
     upcast: bool = False,
 ) -> None:
-    """``Backend.delta_hash``; with ``fill`` the state and index of ``row_stats`` from the same visit.
+    """``Backend.delta_hash``; ``fill`` also writes the state and index of ``row_stats`` from the same pass.
 
     Args:
-        tiles: how the product is cut; ``splits`` is the least number of programs that share the vocabulary.
+        tiles: tiling of the product; ``splits`` is the minimum number of programs that share the vocabulary.
         precision, upcast: as in :func:`acqcore.kernels.row_stats.row_stats`.
     """
     n, depth = hidden.shape
@@ -309,7 +309,7 @@ def _chunk(
 ) -> None:
     n, depth = hidden.shape
     vocab, dim = len(weight), out.shape[1]
-    pitch = triton.cdiv(depth, 8) * 8  # rows of 16 bytes, as descriptors want them
+    pitch = triton.cdiv(depth, 8) * 8  # descriptors require rows of 16 bytes
     packed = hidden.new_empty((n, pitch), dtype=dtype)[:, :depth]
     packed_targets, position = hidden.new_empty((2, n), dtype=torch.int32)
     count = hidden.new_empty(1, dtype=torch.int32)

@@ -1,9 +1,9 @@
 """Measures tile shapes on this machine's GPU and writes them to ``configs/``: ``python -m acqcore.kernels.tune``.
 
-Each candidate runs on Gaussian inputs of each shape of weight. A candidate that does not compile, or whose statistics
-differ from those of the architecture's own tiles, is dropped and named, whatever its speed. Candidates nearest to those
-tiles come first, so a search cut short by ``--seconds`` or ``--candidates`` has tried the likeliest. The file is
-written after every entry; until a shape is measured, it keeps the architecture's entry.
+Each candidate runs on Gaussian inputs for each weight shape. Candidates that do not compile, or whose statistics differ
+from those of the architecture's default tiles, are reported and dropped. Candidates closest to the default come first,
+so a search cut short by ``--seconds`` or ``--candidates`` has tried the most promising ones. The file is written after
+every entry; shapes not yet measured keep the architecture's entry.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from acqcore.kernels.config import ARCHITECTURES, FOLDER, Strips, Tiles, file_na
 from acqcore.kernels.logit_stats import logit_stats
 from acqcore.kernels.row_stats import row_stats
 
-#: Weights of SmolLM2 135M, Qwen3 0.6B and 4B, Gemma 2 2B, and the shape that fused heads are usually timed at.
+#: Weights of SmolLM2 135M, Qwen3 0.6B and 4B, Gemma 2 2B, and the usual benchmark shape of fused heads.
 SHAPES = ((49152, 576), (151936, 1024), (151936, 2560), (256000, 2304), (131072, 4096))
 PRODUCTS = {"half": torch.bfloat16, "tf32": torch.float32, "ieee": torch.float32}
 ROWS = 4096
@@ -35,7 +35,7 @@ ROWS = 4096
 
 @dataclass
 class Budget:
-    """Bounds a search: a moment of ``time.monotonic`` to end at, and candidates tried at most."""
+    """Limits of a search: a ``time.monotonic`` deadline and a maximum number of candidates."""
 
     deadline: float = float("inf")
     candidates: int | None = None
@@ -45,7 +45,7 @@ class Budget:
 
 
 def tile_candidates(product: str, major: int, fallback: Tiles) -> list[Tiles]:
-    """Tiles worth trying, nearest to ``fallback`` first, with its splits and order of programs."""
+    """Tiles worth trying, closest to ``fallback`` first, with its splits and program order."""
     depths = {"half": (64, 128), "tf32": (32, 64), "ieee": (16,)}[product]
     ways = [(False, False)]  # (descriptors, flatten)
     if major in (9, 10) and product != "ieee":
@@ -87,7 +87,7 @@ def tune_row_stats(product: str, vocab: int, depth: int, fallback: Tiles, major:
         )  # fmt: skip
         return state
 
-    # The number of splits and the order of programs come last: they matter least.
+    # The number of splits and the program order come last, as they matter least.
     first = fastest(run, tile_candidates(product, major, fallback), fallback, budget)
     around = [replace(first, group_m=group, splits=splits) for group in (4, 8, 16, 32) for splits in (32, 64, 128, 256)]
     best = fastest(run, around, first, budget)
@@ -107,7 +107,7 @@ def tune_logit_stats(vocab: int, fallback: Strips, budget: Budget) -> dict[str, 
 
 
 def fastest(run: Any, candidates: list[Any], fallback: Any, budget: Budget) -> Any:
-    """The candidate of the least median time whose state is that of ``fallback``; ``run(candidate) -> state``."""
+    """The candidate with the lowest median time whose state matches ``fallback``; ``run(candidate) -> state``."""
     expected = run(fallback)
     best, least = fallback, triton.testing.do_bench(lambda: run(fallback), return_mode="median")
     for tried, candidate in enumerate(dict.fromkeys(candidates)):
@@ -118,12 +118,12 @@ def fastest(run: Any, candidates: list[Any], fallback: Any, budget: Budget) -> A
             state = run(candidate)
             torch.cuda.synchronize()
         except OutOfResources:
-            continue  # more shared memory or registers than the device has
-        except Exception as error:  # Triton's passes and ptxas fail in ways of their own
-            print(f"  dropped, it fails with {type(error).__name__}: {candidate}", flush=True)
+            continue  # exceeds the device's shared memory or registers
+        except Exception as error:  # Triton's passes and ptxas raise various errors
+            print(f"  dropped, failed with {type(error).__name__}: {candidate}", flush=True)
             continue
         if not torch.allclose(state, expected, rtol=1e-3, atol=1e-4):
-            print(f"  dropped, its statistics differ: {candidate}", flush=True)
+            print(f"  dropped, wrong statistics: {candidate}", flush=True)
             continue
         ms = triton.testing.do_bench(lambda c=candidate: run(c), return_mode="median")
         if ms < least:
@@ -133,18 +133,18 @@ def fastest(run: Any, candidates: list[Any], fallback: Any, budget: Budget) -> A
 
 
 def why_not() -> str | None:
-    """Why this machine cannot be tuned for, or None."""
+    """Reason why tuning is impossible on this machine, or None."""
     if triton.knobs.runtime.interpret:
-        return "TRITON_INTERPRET is set: kernels run in Triton's interpreter, which has no speed to measure"
+        return "TRITON_INTERPRET is set: kernels run in Triton's interpreter, where timings mean nothing"
     if not torch.cuda.is_available():
-        return "torch finds no CUDA device here, tile shapes can be measured on a GPU only"
+        return "torch finds no CUDA device; tile shapes can only be measured on a GPU"
     if torch.cuda.get_device_capability()[0] < 8:
-        return f"{torch.cuda.get_device_name()} has a compute capability below 8.0, which acqcore does not serve"
+        return f"{torch.cuda.get_device_name()} has a compute capability below 8.0, which acqcore does not support"
     return None
 
 
 def write(path: Path, tables: dict[str, Any]) -> None:
-    """Writes a file of tiles, an entry on each line."""
+    """Write a file of tiles, one entry per line."""
     lines = []
     for kernel, content in tables.items():
         if isinstance(content, str):
@@ -162,7 +162,7 @@ def write(path: Path, tables: dict[str, Any]) -> None:
 
 
 def shape(text: str) -> tuple[int, int]:
-    """``VxD``."""
+    """Parse ``VxD``."""
     vocab, _, depth = text.partition("x")
     return int(vocab), int(depth)
 
@@ -170,11 +170,11 @@ def shape(text: str) -> tuple[int, int]:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m acqcore.kernels.tune", description=__doc__)
-    parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, metavar="VxD", help="weights to tune for")
+    parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, metavar="VxD", help="weight shapes")
     parser.add_argument("--products", nargs="+", choices=PRODUCTS, default=tuple(PRODUCTS), help="default: all")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="end the search after so long")
-    parser.add_argument("--candidates", type=int, help="most candidates of a search; an entry takes two searches")
-    parser.add_argument("--output", type=Path, help="file to write; default: this device's, in the package")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="time limit of the search")
+    parser.add_argument("--candidates", type=int, help="maximum candidates per search (two searches per entry)")
+    parser.add_argument("--output", type=Path, help="output file (default: this device's, in the package)")
     options = parser.parse_args(arguments)
     if reason := why_not():
         print(f"acqcore.kernels.tune: {reason}", file=sys.stderr)

@@ -289,11 +289,11 @@ def errors() -> Pairs:
         ),
         "no size": (
             message(used()),
-            "ValueError: vocab_size: expected the size of the whole vocabulary where a group shares it, got None",
+            "ValueError: vocab_size: expected the size of the whole vocabulary if a group shares it, got None",
         ),
         "a group for some draws": (
             message(lambda: acqcore.ensemble_stats(drawn, [whole, shared])),
-            f"ValueError: head: expected heads alike in group, got None and {ranks} for draw 1",
+            f"ValueError: head: expected heads with the same group, got None and {ranks} for draw 1",
         ),
         "a DTensor": (
             message(lambda: acqcore.Head(distribute_tensor(weight, mesh(), [Shard(0)]))),
@@ -380,8 +380,8 @@ def compared(student: Any, reference: Any, given: Any) -> Pairs:
     )  # fmt: skip
     pairs["deeper"] = (
         message(lambda: acqcore.grad_norm(student, given, 1)),
-        "ValueError: parameters: 1 needs a student whose parameters are whole on each rank; of one spread over "
-        "processes (tensor parallel, FSDP, ZeRO-3) only 'head' is known",
+        "ValueError: parameters: 1 needs a student with unsharded parameters; for a sharded one "
+        "(tensor parallel, FSDP, ZeRO-3) only 'head' is supported",
     )
     return pairs
 
@@ -505,8 +505,7 @@ def members() -> Pairs:
     return {
         "refused": (
             refused,
-            "ValueError: members: expected models whose forwards are each rank's own, "
-            "got one under FSDP or ZeRO-3 at 1",
+            "ValueError: members: expected models that each rank runs independently, got one under FSDP or ZeRO-3 at 1",
         )
     }
 

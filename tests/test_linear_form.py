@@ -270,7 +270,7 @@ def test_a_sum_is_the_average_times_the_tokens(posterior, tiny_model):
 
 @pytest.mark.parametrize("reduction", ["max", "topk"])
 def test_there_are_no_values_of_tokens_to_reduce(reduction, tiny_model):
-    message = f"reduction: 'mutual_information' has no values of tokens .* expected 'mean' or 'sum', got '{reduction}'"
+    message = f"reduction: 'mutual_information' has no token values .* expected 'mean' or 'sum', got '{reduction}'"
     with pytest.raises(ValueError, match=message):
         acqcore.score(
             tiny_model("Llama"), _samples(5), "mutual_information",
@@ -377,9 +377,9 @@ def test_rows_without_a_finite_logit_are_not_valid(tiny_model):
         ({"probes": 0}, ValueError, "probes: expected 1 to 65535, got 0"),
         ({"probes": True}, TypeError, "probes: expected an int, got bool"),
         ({"posterior": "cauchy"}, ValueError, "posterior: unknown 'cauchy'"),
-        ({"variance": 1e-3}, ValueError, "variance: belongs to posterior='isotropic', got posterior='dropout'"),
-        ({"posterior": "isotropic", "dropout": 0.1}, ValueError, "dropout: belongs to posterior='dropout', got"),
-        ({"posterior": "isotropic", "positions": "all"}, ValueError, "positions: belongs to posterior='dropout', got"),
+        ({"variance": 1e-3}, ValueError, "variance: requires posterior='isotropic', got posterior='dropout'"),
+        ({"posterior": "isotropic", "dropout": 0.1}, ValueError, "dropout: requires posterior='dropout', got"),
+        ({"posterior": "isotropic", "positions": "all"}, ValueError, "positions: requires posterior='dropout', got"),
         ({"positions": "prompt"}, ValueError, "positions: unknown 'prompt'"),
         ({"posterior": "isotropic", "variance": 0.0}, ValueError, "variance"),
         (

@@ -97,8 +97,8 @@ class TestLabelsAndTrust:
             ({"labels": LABELS.float()}, r"labels: expected int64 \[7\], got"),
             ({"trust": SCORES}, r"trust: expected \[7\] without NaN"),
             ({"trust": SCORES[:2]}, r"trust: expected \[7\] without NaN"),
-            ({"labels": LABELS, "method": "badge"}, "labels: expected it with method='top_k', got method='badge'"),
-            ({"trust": SCORES, "method": "k_center"}, "trust: expected it with method='top_k'"),
+            ({"labels": LABELS, "method": "badge"}, "labels: only valid with method='top_k', got method='badge'"),
+            ({"trust": SCORES, "method": "k_center"}, "trust: only valid with method='top_k'"),
         ],
     )
     def test_wrong_ones_are_refused(self, arguments, message):

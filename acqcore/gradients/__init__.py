@@ -1,5 +1,5 @@
 """Norms and sketches of each sample's gradient, from one batched forward and backward.
 
-``need`` names what can be asked for, ``capture`` catches the gradients' pieces while the backward runs, ``rules`` makes
-the pieces, ``measures`` turns them into numbers, ``per_sample`` has several measures share the backward.
+``need`` declares the quantities that can be requested, ``rules`` forms a module's gradient pieces, ``capture`` collects
+them during the backward, ``measures`` reduces them to numbers, ``per_sample`` shares one backward among measures.
 """

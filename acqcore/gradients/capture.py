@@ -1,9 +1,9 @@
-"""Catches the pieces of the selected parameters' gradients while a backward pass runs.
+"""Captures the pieces of the selected parameters' gradients during a backward pass.
 
-The output of each module that owns a selected parameter goes through a :class:`Tap`, and so do the outputs that dropout
-acts on. The backward runs towards the taps' own leaf and nothing else, whatever requires a gradient besides (gradient
-checkpointing and PEFT make embeddings do so). No parameter requires a gradient meanwhile: autograd computes gradients
-of activations alone, and none before the first tap, where activations are not kept.
+The output of each module that owns a selected parameter passes through a :class:`Tap`, as do the outputs that dropout
+acts on. The backward targets only the taps' leaf, even if other tensors require gradients (gradient checkpointing and
+PEFT make embeddings do so). Parameters require no gradient during the pass, so autograd computes only gradients of
+activations, and before the first tap it neither computes them nor keeps activations.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from acqcore.students.student import Student
 
 
 class OneByOne(Exception):  # noqa: N818
-    """A module does not keep the batch's samples apart: they must come one at a time."""
+    """A module mixes the samples of a batch, so batches must hold one sample."""
 
 
 class PieceTaker(Protocol):
     def takes(self, name: str) -> bool:
-        """Whether it wants this parameter's gradient."""
+        """Whether this parameter's gradient is wanted."""
 
     def add(self, name: str, piece: GradPiece) -> None:
-        """The gradient of a selected parameter."""
+        """Receive the gradient of a selected parameter."""
 
 
 class SiteTaker(Protocol):
@@ -43,19 +43,19 @@ class SiteTaker(Protocol):
         self,
         module: nn.Module,
         value: torch.Tensor,  # [B, ..., D] or [B * T, D]
-        gradient: torch.Tensor,  # likewise
+        gradient: torch.Tensor,  # same shape
         factor: torch.Tensor | None,  # [B]
     ) -> None:
-        """The output of a site and its gradient, which is yet to be multiplied by each sample's factor."""
+        """Receive a site's output and its gradient, not yet multiplied by each sample's ``factor``."""
 
 
 class Capture:
-    """Catches the pieces of the selected parameters' gradients, as :class:`acqcore.gradients.probe.Probe` prepares it.
+    """Captures the pieces of the selected parameters' gradients; prepared by :class:`acqcore.gradients.probe.Probe`.
 
     Args:
-        student: whose trunk runs.
+        student: its trunk runs the forward.
         names: parameter -> name.
-        tied: names of head weights among them: an embedding's rows and the head's add up.
+        tied: the names that are head weights; their gradient adds the embedding's rows to the head's.
         sites: modules whose outputs dropout acts on.
     """
 
@@ -79,31 +79,31 @@ class Capture:
                 self.owners[module] = own
         parameters = [p for module in self.modules for p in module._parameters.values() if p is not None]
         self.half = any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters)
-        self.used: set[str] = set()  # names of parameters that have a gradient, more than rounding
-        #: Parameter -> name, where autograd itself gives the gradient; batches are then of one sample.
+        self.used: set[str] = set()  # names of parameters whose gradient exceeds rounding
+        #: Parameter -> name, for gradients left to autograd; batches then hold one sample.
         self.by_autograd: dict[torch.Tensor, str] = {}
-        self.forms: dict[nn.Module, set[tuple[str, str]]] = {}  # in which modules take and give samples
-        self._failed: set[str] | None = None  # names that fit no rule, while the probe runs
-        # Of a forward.
+        self.forms: dict[nn.Module, set[tuple[str, str]]] = {}  # of modules' inputs and outputs
+        self._failed: set[str] | None = None  # during the probe: names that fit no rule
+        # State of a forward.
         self._active = False
-        self._recomputing = False  # while the backward runs, in which checkpointed modules are called again
+        self._recomputing = False  # during the backward, when checkpointing reruns modules
         self._shape = (0, 0)
         self._leaf = torch.zeros(())
         self._uses: Counter[str] = Counter()
         self._ran_sites = 0
-        # Of a backward.
+        # State of a backward.
         self._of_parameters: Sequence[PieceTaker] = ()
         self._of_sites: Sequence[SiteTaker] = ()
         self._last = True
         self._pending: dict[str, list[GradPiece]] = {}
         self._arrived: set[str] = set()
-        #: ``[B]``, by which the backward divides each sample's gradient; None where it does not.
+        #: ``[B]``, divisor of each sample's gradient in the backward; None without scaling.
         self.factor: torch.Tensor | None = None
 
     @contextmanager
     def probing(self, failed: set[str]) -> Iterator[None]:
-        """Context in which every parameter is captured and has autograd's gradient too; names of parameters that fit no
-        rule are added to ``failed``."""
+        """Context that captures every parameter and computes its autograd gradient too; adds the names of parameters
+        that fit no rule to ``failed``."""
         self._of_sites = ()
         self.by_autograd, self._failed = dict(self.names), failed
         try:
@@ -113,7 +113,7 @@ class Capture:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks installed, and no parameter but those left to autograd requiring a gradient; undone on exit."""
+        """Context with hooks installed and ``requires_grad`` set only on parameters left to autograd."""
         parameters = {p: p.requires_grad for m in self.modules for p in m._parameters.values() if p is not None}
         with ExitStack() as stack:
             for parameter, required in parameters.items():
@@ -132,10 +132,10 @@ class Capture:
         input_ids: torch.Tensor,  # [B, T] int64
         start: int = 0,
     ) -> torch.Tensor:
-        """The trunk's hidden states ``[B, T, D]`` with the graph that :meth:`backward` needs, from token ``start`` on.
+        """The trunk's hidden states ``[B, T, D]`` from token ``start`` on, with the graph that :meth:`backward` needs.
 
         Raises:
-            OneByOne: samples that a module does not keep apart. ValueError: a module that fits no rule; no site ran.
+            OneByOne: a module mixes samples. ValueError: a module fits no rule; no site ran.
         """
         self._shape = (input_ids.shape[0], input_ids.shape[1] - start)
         self._leaf = torch.zeros((), requires_grad=True)
@@ -153,7 +153,7 @@ class Capture:
 
     @contextmanager
     def _catching(self) -> Iterator[None]:
-        """Context of the forward whose modules are tapped."""
+        """Context of a forward with tapped modules."""
         self._active = True
         try:
             with torch.enable_grad():
@@ -173,7 +173,7 @@ class Capture:
         ``of_sites``; ``last`` frees the graph.
 
         Raises:
-            ValueError: a parameter took part in the forward and got no gradient, or autograd fails.
+            ValueError: a parameter took part in the forward but got no gradient, or autograd failed.
         """
         self._of_sites = of_sites
         self.run_backward(hidden, gradient, of_parameters, last, self.by_autograd, self._after_autograd)
@@ -193,12 +193,12 @@ class Capture:
         whole: Mapping[torch.Tensor, str],
         receive: Callable[[torch.Tensor, torch.Tensor], None],
     ) -> None:
-        """The pieces to ``of_parameters``, and autograd's gradients of the parameters ``whole`` to ``receive``."""
+        """Pass pieces to ``of_parameters`` and autograd's gradients of the parameters ``whole`` to ``receive``."""
         self._of_parameters, self._last = of_parameters, last
         self._arrived.clear()
         self.factor = None
         if self.half or torch.is_autocast_enabled(hidden.device.type):
-            # The mean over a long sample would underflow in half precision.
+            # A mean over many tokens would underflow in half precision.
             largest = gradient.flatten(1).abs().amax(1).double()
             exponent = torch.frexp(largest.where(largest.isfinite() & (largest > 0), 1.0)).exponent
             self.factor = torch.ldexp(torch.ones_like(largest), exponent)  # [B]
@@ -216,14 +216,14 @@ class Capture:
                     )
                 except (torch.OutOfMemoryError, ValueError, OneByOne):
                     raise
-                except Exception as error:  # of the student's own backward
+                except Exception as error:  # raised by the student's backward
                     name = next(iter(self.names.values()))
                     raise ValueError(
-                        f"parameters: the gradient of {name} and others cannot be taken: {error}"
+                        f"parameters: cannot compute the gradient of {name} and others: {error}"
                     ) from error
                 finally:
                     self._recomputing = False
-        for name in list(self._pending):  # a call that nothing depends on gets no gradient
+        for name in list(self._pending):  # calls whose output went unused get no gradient
             self._finish(name)
 
     def _after_forward(
@@ -245,14 +245,14 @@ class Capture:
             if self._shape[0] > 1:
                 raise OneByOne from error
             raise
-        # A batch must not tell its samples apart by a shape that the module's calls in the probe did not have: as many
-        # tokens may be routed to an expert as there are samples.
+        # Reject shapes the probe did not see: an expert may be routed as many tokens as there are samples, which looks
+        # like one row per sample.
         if self._shape[0] > 1 and not probing and call.forms not in self.forms.get(module, ()):
             raise OneByOne
         if probing:
             self.forms.setdefault(module, set()).add(call.forms)
         self._uses.update(names.values())
-        # A linear layer does not need its output again, so that may change in place; other outputs are copied.
+        # A linear layer's backward does not need its output, which may change in place; other outputs are copied.
         alias = is_linear(module) and output._base is None
         receive = partial(self._after_backward, [call])
         return Tap.apply(output, self._leaf, self._shape[0], alias, receive)
@@ -269,8 +269,8 @@ class Capture:
         return with_first(output, Tap.apply(value, self._leaf, batch, False, receive))
 
     def _tapped_again(self, output: Any) -> Any:
-        """The output in a recomputation by checkpointing, which must keep the tensors for the backward that the forward
-        kept: after a tap the graph begins, if not before."""
+        """Tap the output again when checkpointing recomputes it. The recomputation must save the same tensors as the
+        forward, whose graph starts no later than at a tap."""
         value = first_tensor(output) if self._recomputing else None
         if value is None:
             return None
@@ -284,10 +284,10 @@ class Capture:
         return any(taker.takes(name) for taker in self._of_parameters)
 
     def _after_backward(self, calls: list[ModuleCall], gradient: torch.Tensor) -> None:
-        call = calls.pop() if self._last else calls[0]  # the last backward frees the module's input
+        call = calls.pop() if self._last else calls[0]  # the last backward frees the input
         if not any(map(self._taken, call.names.values())):
             return
-        self._recomputing = False  # a module called for its pieces is not one that checkpointing calls again
+        self._recomputing = False  # forming pieces may call the module; that is no checkpoint rerun
         try:
             pieces = call.pieces(gradient)
         except Uncovered:

@@ -1,4 +1,4 @@
-"""A reference set for expected predictive information gain: its sketched gradients under random cotangents."""
+"""Reference set for expected predictive information gain: sketched gradients under random cotangents."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class EpigReference(Saved):
     """Sketched gradients of a reference set under random cotangents; made by :func:`epig_reference`.
 
     Attributes:
-        sketches: ``[2, m, dim]`` float32, two independent sketches of m gradients, probe by probe, each gradient
-            divided by the root of the number of its sample's scored tokens.
-        layers, seed: of the gradients.
-        shapes: name -> shape of each weight the gradients are taken in.
+        sketches: ``[2, m, dim]`` float32, two independent sketches of m gradients (one per sample and probe), each
+            gradient divided by the square root of its sample's scored-token count.
+        layers, seed: settings of the gradients.
+        shapes: name -> shape of each differentiated weight.
     """
 
     maker: ClassVar[str] = "epig_reference"
@@ -40,11 +40,11 @@ class EpigReference(Saved):
         return self.sketches.shape[2]
 
     def check(self, student: Student) -> None:
-        """Raise ValueError if the reference was made with another student (names what differs)."""
+        """Raise ValueError if the reference was made with another student (names the difference)."""
         same_student(self.shapes, shapes_of(select_linear(student, self.layers)))
 
     def needs(self, probes: int) -> tuple[ProbeNeed, ProbeNeed]:
-        """Sketches of samples that can be compared with these, under cotangents of their own."""
+        """Needs for sketches comparable with the reference's, under independent cotangents."""
         return sketch_needs(self.layers, probes, self.seed + 1, self.dim, self.seed)
 
     def squares(
@@ -52,16 +52,16 @@ class EpigReference(Saved):
         first: torch.Tensor,  # [B, P, dim]
         second: torch.Tensor,  # [B, P, dim]
     ) -> torch.Tensor:
-        """Squared inner products with the reference set's gradients, the mean over them, ``[B, P]`` float64.
+        """Mean squared inner product with the reference set's gradients, ``[B, P]`` float64.
 
-        Without bias: the two factors of a square come from independent sketches.
+        Unbiased: the two factors of each square come from independent sketches.
         """
         inner = torch.einsum("hnpd,hmd->hnpm", torch.stack([first, second]).double(), self.sketches.double())
         return inner.prod(dim=0).mean(dim=2)
 
 
 def sketch_needs(layers: Layers, probes: int, seed: int, dim: int, sketch_seed: int) -> tuple[ProbeNeed, ProbeNeed]:
-    """Two independent sketches of the same gradients."""
+    """Needs for two independent sketches of the same gradients."""
     first, second = (
         ProbeNeed("weights", layers, probes, seed, dim=dim, sketch_seed=2 * sketch_seed + i) for i in (0, 1)
     )

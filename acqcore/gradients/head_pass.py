@@ -1,4 +1,4 @@
-"""The head's part of the gradients; each product with the head is taken at most once."""
+"""The head's part of the gradients; each product with the head is computed at most once."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class HeadPass:
     loss: Loss
     backend: str | None
     mask_keys: torch.Tensor  # [N] int64, of each token's sample
-    places: torch.Tensor  # [N] int64, of each token in its sample
-    visited: HeadVisit | None = None  # that gave the statistics, where it kept what the norm needs
-    carried: tuple[Probes, FisherGrads] | None = None  # found in the visit that gave the statistics
+    places: torch.Tensor  # [N] int64, index of each token in its sample
+    visited: HeadVisit | None = None  # source of stats, if it kept the norm's inputs
+    carried: tuple[Probes, FisherGrads] | None = None  # from the same visit as stats
     _found: dict[tuple[int, int] | None, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
     def weights(self) -> torch.Tensor:
-        """Of each token in its sample's loss, ``[N]`` float64."""
+        """Weight of each token in its sample's loss, ``[N]`` float64."""
         assert self.stats.targets is not None
         return loss_weights(self.stats.targets, self.bounds, self.loss, None)
 
     def excess(self, carried: FisherGrads) -> torch.Tensor:
-        """By how much the squared norm of each probe's gradient exceeds its expectation, as a share of it, ``[B, P]``.
+        """Relative excess of each probe's squared gradient norm over its expectation, ``[B, P]``.
 
-        0 where the expectation is.
+        0 where the expectation is 0.
         """
         lengths = torch.tensor(self.counts, device=carried.expected.device)
         squares = carried.gradients.double().square().sum(dim=2).T.contiguous()  # [N, P]
@@ -52,15 +52,15 @@ class HeadPass:
 
     @property
     def counts(self) -> list[int]:
-        """Scored tokens of each sample, B."""
+        """Number of scored tokens of each of the B samples."""
         return [end - begin for begin, end in self.bounds]
 
     def predicted(self, loss: Loss) -> HeadPass:
-        """The same tokens with the most likely ones as targets."""
+        """The same rows with the most likely tokens as targets."""
         return replace(self, stats=predicted_targets(self.stats), loss=loss, visited=None, _found={})
 
     def squared_norm(self) -> torch.Tensor:
-        """``[B]`` float64."""
+        """Squared norm of each sample's head gradient, ``[B]`` float64."""
         if None not in self._found:
             if self.visited is not None:
                 norm = self.visited.grad_norm(self.weights)
@@ -72,7 +72,7 @@ class HeadPass:
         return self._found[None]
 
     def sketch(self, dim: int, seed: int) -> torch.Tensor:
-        """``[B, dim]``."""
+        """Sketch of each sample's head gradient, ``[B, dim]``."""
         if (dim, seed) not in self._found:
             self._found[dim, seed] = grad_sketch_from(
                 self.hidden, self.head, self.stats, self.bounds, self.weights, 1.0, self.backend, dim, seed
@@ -84,12 +84,12 @@ class HeadPass:
         hidden: torch.Tensor,  # [B, T, D]
         positions: torch.Tensor,  # [N] int64
     ) -> torch.Tensor:
-        """Gradient of the samples' losses in ``hidden``, ``[B, T, D]``; its flattened ``positions`` are the N rows."""
+        """Gradient of the samples' losses in ``hidden``, ``[B, T, D]``; the N rows are its flattened ``positions``."""
         gradient = delta_product(self.hidden, self.head, self.stats, self.head.weight, 1.0, self.backend)  # [N, D]
         return spread(gradient * self.weights[:, None].to(gradient.dtype), hidden, positions)
 
     def fisher_grads(self, probes: int, seed: int) -> FisherGrads:
-        """Random cotangents of the tokens, carried back through the head."""
+        """Random cotangents of the tokens' logits, propagated back through the head."""
         if self.carried is not None and (self.carried[0].count, self.carried[0].seed) == (probes, seed):
             return self.carried[1]
         assert self.stats.targets is not None
@@ -108,7 +108,7 @@ class HeadPass:
         bias = None if self.head.bias is None else self.head.bias[ids]
         columns = Head(self.head.weight[ids], bias, self.head.softcap, self.head.scale)
         assert self.stats.targets is not None
-        # The few columns stand for the vocabulary: targets and maxima become indices among them.
+        # These few columns act as the vocabulary; targets and maxima become indices into them.
         target = _index_in(ids, self.stats.targets[rows])
         maximum = _index_in(ids, self.stats.max_index[rows])
         hidden = self.hidden[rows]
@@ -123,7 +123,7 @@ def spread(
     hidden: torch.Tensor,  # [B, T, D]
     positions: torch.Tensor,  # [N] int64, of the tokens in the flattened batch
 ) -> torch.Tensor:
-    """The gradient in ``hidden``, in its shape and on its device, zero elsewhere."""
+    """Scatter the gradient into the shape and device of ``hidden``; zero at other tokens."""
     gradient = gradient.to(hidden.device)
     whole = gradient.new_zeros(hidden.shape[0] * hidden.shape[1], hidden.shape[2])
     return whole.index_copy_(0, positions.to(hidden.device), gradient).view(hidden.shape)
@@ -133,6 +133,6 @@ def _index_in(
     ids: torch.Tensor,  # [U] int64, distinct
     wanted: torch.Tensor,  # [S] int64
 ) -> torch.Tensor:
-    """Index in ``ids`` of each of ``wanted``, ``[S]``; -1 where it is not among them."""
+    """Index in ``ids`` of each entry of ``wanted``, ``[S]``; -1 if absent."""
     equal = wanted[:, None] == ids
     return equal.int().argmax(1).where(equal.any(1), -1)

@@ -1,9 +1,9 @@
 """A Laplace posterior over the weights of linear layers, from the Fisher information of a reference set.
 
-The diagonal of the Fisher information of a layer is approximated by the rank-one matrix that has its marginals,
-``F_ij ~ F r_i c_j`` with r and c of mean 1, which K-FAC's diagonal has too where activations and gradients are
-independent. After n tokens the posterior's variance, damped factor by factor, is ``1 / (n F (r_i + d) (c_j + d))``: of
-rank one, so that ``sum_ij var_ij G_ij^2`` is the ghost norm of scaled inputs and output gradients.
+The diagonal of a layer's Fisher information is approximated by the rank-one matrix with the same marginals,
+``F_ij ~ F r_i c_j``, where r and c have mean 1. K-FAC's diagonal agrees if activations and gradients are independent.
+After n tokens the posterior variance, with each factor damped, is ``1 / (n F (r_i + d) (c_j + d))``. It has rank one,
+so ``sum_ij var_ij G_ij^2`` is the ghost norm of scaled inputs and output gradients.
 
 Sources: MacKay 1992 (Laplace approximation); Martens & Grosse 2015 (K-FAC, factored damping).
 """
@@ -25,9 +25,9 @@ class LaplacePosterior:
     """Variances of the weights of a student's linear layers; made by :func:`acqcore.laplace_posterior`.
 
     Attributes:
-        factors: name of a weight of P outputs and Q inputs -> ``[P]`` and ``[Q]`` float32, whose outer product has the
+        factors: name of a weight with P outputs and Q inputs -> ``[P]`` and ``[Q]`` float32, whose outer product is the
             variances.
-        layers: the blocks they are in.
+        layers: the blocks that hold the weights.
     """
 
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
@@ -36,12 +36,12 @@ class LaplacePosterior:
     @classmethod
     def of(
         cls,
-        marginals: Mapping[str, tuple[torch.Tensor, torch.Tensor]],  # name -> [P], [Q]: of the Fisher diagonal
+        marginals: Mapping[str, tuple[torch.Tensor, torch.Tensor]],  # name -> [P], [Q] of the Fisher diagonal
         layers: Layers,
         observations: float,
         damping: float,
     ) -> LaplacePosterior:
-        """From the sums of the Fisher diagonal of each weight over its inputs ``[P]`` and outputs ``[Q]``."""
+        """Build from the sums of each weight's Fisher diagonal over its inputs ``[P]`` and outputs ``[Q]``."""
         factors = {}
         for name, (rows, columns) in marginals.items():
             mean = (rows.sum() / (len(rows) * len(columns))).clamp_min(torch.finfo(torch.float64).tiny)
@@ -50,7 +50,7 @@ class LaplacePosterior:
         return cls(factors, layers)
 
     def check(self, student: Student) -> None:
-        """Raise ValueError if it was made with another student (names what differs)."""
+        """Raise ValueError if it was made with another student (names the difference)."""
         shapes = shapes_of(select_linear(student, self.layers))
         here = {name: sorted(shape) for name, shape in shapes.items()}
         same_student({name: sorted(map(len, factors)) for name, factors in self.factors.items()}, here)

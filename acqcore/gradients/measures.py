@@ -1,12 +1,12 @@
-"""Measures of each sample's gradient, added up piece by piece: its squared norm, or a sketch of it.
+"""Measures of each sample's gradient, accumulated piece by piece: its squared norm, or a sketch of it.
 
-A backward pass gives the gradient of one parameter at a time, in its cheapest form:
+A backward pass yields the gradient of one parameter at a time, in its cheapest form:
 
     OuterGrad  ``G = sum_t left_t right_t^T``        linear layers: output gradients and inputs
     RowGrad    ``G = sum_t e_{ids_t} values_t^T``    embeddings
     DenseGrad  the gradient itself                   biases, normalisation layers, anything small
 
-and the head's as a :class:`HeadPass`, which never forms it either.
+The head's gradient comes as a :class:`HeadPass`, which never forms it either.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from acqcore.head import compute_dtype
 from acqcore.head_grad import hash_columns, head_places
 from acqcore.signs import hashed_places, random_signs
 
-#: Most elements of per-sample weight gradients held at a time by the direct form (64 MiB in float32).
+#: Most elements of per-sample weight gradients that the direct form holds at a time (64 MiB in float32).
 CHUNK_ELEMENTS = 1 << 24
 
-#: Rows and columns a matrix is projected to before its entries are hashed. With 64, which need no hashing at dim 4096,
-#: influence on real text was ranked at Spearman 0.85 to 0.95; 256 has a quarter of that variance.
+#: Rows and columns to which a matrix is projected before its entries are hashed. With 64 (no hashing needed at dim
+#: 4096), influence on real text ranked at Spearman 0.85 to 0.95; 256 has a quarter of that variance.
 WIDTH = 256
 
 
@@ -43,7 +43,7 @@ class OuterGrad:
 class RowGrad:
     ids: torch.Tensor  # [B, T] int64
     values: torch.Tensor  # [B, T, Q]
-    size: int  # ids are below it
+    size: int  # upper bound of ids, exclusive
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ GradPiece: TypeAlias = OuterGrad | RowGrad | DenseGrad
 
 
 def merged(pieces: Sequence[GradPiece]) -> GradPiece | None:
-    """The gradient of a parameter that was used several times, None if the uses are of different kinds."""
+    """The gradient of a parameter with several uses; None if their pieces have different types."""
     if len(pieces) == 1:
         return pieces[0]
     outer = [piece for piece in pieces if isinstance(piece, OuterGrad)]
@@ -74,7 +74,7 @@ def scaled(
     piece: GradPiece,
     factor: torch.Tensor,  # [B]
 ) -> GradPiece:
-    """The gradient of each sample times its factor."""
+    """Each sample's gradient times its factor."""
     if isinstance(piece, OuterGrad):
         return OuterGrad(piece.left * factor.to(piece.left)[:, None, None], piece.right)
     if isinstance(piece, RowGrad):
@@ -103,7 +103,7 @@ class SquaredNorm:
         self.values += head.squared_norm()
 
     def add_tied(self, head: HeadPass, name: str, rows: RowGrad) -> None:
-        """A weight that is both head and embedding: both norms and twice their inner product."""
+        """Add a weight shared by head and embedding: both squared norms plus twice the inner product."""
         self.add_head(head)
         self.add(name, rows)
         keys, sums = _row_sums(rows)
@@ -115,7 +115,7 @@ class SquaredNorm:
 
 
 class WeightedNorm(SquaredNorm):
-    """The same with the square of each entry of a linear weight's gradient multiplied by its variance, of rank one."""
+    """The squared norm of linear weights' gradients, each squared entry multiplied by its (rank-one) variance."""
 
     def __init__(
         self, batch: int, device: torch.device, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -132,7 +132,7 @@ class WeightedNorm(SquaredNorm):
 class Marginals:
     """Sums of each weight's squared gradient over inputs and over outputs, ``found``: name -> ``[P]``, ``[Q]`` float64.
 
-    Added up over samples, each divided by its number of scored tokens.
+    They accumulate over samples, each divided by its number of scored tokens.
     """
 
     def __init__(self, head: HeadPass, names: Collection[str]) -> None:
@@ -149,7 +149,7 @@ class Marginals:
         assert isinstance(piece, OuterGrad)
         left, right = piece.left, piece.right
         inverse = self._tokens.to(left.device).reciprocal()
-        # Row i of G = left^T right has the squared norm (left^T (right right^T) left)_ii: G is not formed.
+        # Row i of G = left^T right has the squared norm (left^T (right right^T) left)_ii, so G need not be formed.
         of_rows = (right @ right.mT @ left * left).sum(dim=1).double()
         of_columns = (left @ left.mT @ right * right).sum(dim=1).double()
         sums = tuple((inverse @ values).cpu() for values in (of_rows, of_columns))
@@ -158,13 +158,13 @@ class Marginals:
 
 
 class Sketch:
-    """A sketch of each sample's gradient, ``values [B, dim]``: the sum of every parameter's own.
+    """A sketch of each sample's gradient, ``values [B, dim]``: the sum of the parameters' sketches.
 
-    Parameters have independent signs, so inner products within parameters add up and those between them vanish in
-    expectation. The head and embeddings are sketched as in ``head_grad.grad_sketch``. A deeper matrix is projected to
-    at most WIDTH rows and columns with dense signs. Its entries, like those of small parameters, are then hashed to one
-    place each (Weinberger et al. 2009, "Feature hashing"), which costs less than two Fourier transforms per token and
-    layer. Hashes depend on the parameter's name.
+    Parameters have independent signs, so inner products within a parameter add up and those between parameters vanish
+    in expectation. The head and embeddings are sketched as in ``head_grad.grad_sketch``. Other matrices are projected
+    to at most WIDTH rows and columns with dense signs. Their entries, like those of small parameters, are then hashed
+    to one place each (Weinberger et al. 2009, "Feature hashing"), which costs less than two Fourier transforms per
+    token and layer. Hashes depend on the parameter's name.
     """
 
     def __init__(self, batch: int, device: torch.device, dim: int, seed: int) -> None:
@@ -189,7 +189,7 @@ class Sketch:
         self.values += head.sketch(self.dim, self.seed)
 
     def add_tied(self, head: HeadPass, name: str, rows: RowGrad) -> None:
-        """A weight that is both head and embedding: the sketch of the sum, under the head's hash."""
+        """Add a weight shared by head and embedding: the sketch of the sum, under the head's hash."""
         self.add_head(head)
         of_rows, of_columns = head_places(head.head, self.dim, self.seed)
         self._add_rows(rows, of_rows.to(rows.ids.device), of_columns.to(rows.ids.device))
@@ -199,7 +199,7 @@ class Sketch:
         values: torch.Tensor,  # [B, T, P]
         stream: int,
     ) -> torch.Tensor:
-        """``[B, T, min(P, WIDTH)]``, preserving inner products in expectation; the values themselves if P is small."""
+        """``[B, T, min(P, WIDTH)]``, preserving inner products in expectation; small P is returned unchanged."""
         if values.shape[2] <= WIDTH:
             return values
         signs = random_signs(values.shape[2], WIDTH, self.seed, stream, device=values.device)
@@ -211,7 +211,7 @@ class Sketch:
         of_rows: torch.Tensor,  # [size] int32, hashed places
         of_columns: torch.Tensor,  # [Q] int32, hashed places
     ) -> None:
-        """Entry (v, d) goes to place (of_rows[v] + of_columns[d]) mod dim: a row's hash, rotated by its place."""
+        """Add entry (v, d) at place (of_rows[v] + of_columns[d]) mod dim: a row's hash, rotated by its place."""
         places = torch.arange(self.dim, device=rows.ids.device)
         for b in range(len(self.values)):
             hashed = hash_columns(rows.values[b], of_columns, self.dim, rows.values.dtype)  # [T, dim]
@@ -233,7 +233,7 @@ class SiteSquares:
     """``sum_s p_s / (1 - p_s) sum_i (o_i g_i)^2`` over activations o and their gradients g, ``values [B]`` float64.
 
     Inverted dropout with probability p multiplies an activation by noise of variance ``p / (1 - p)``.
-    A site takes three launches on a GPU, where a small student's backward waits for launches.
+    A site costs three GPU launches, which matters because a small student's backward is launch-bound.
     """
 
     def __init__(
@@ -242,11 +242,11 @@ class SiteSquares:
         sites: Mapping[nn.Module, float],
         first: torch.Tensor | None = None,  # [B] int64
     ) -> None:
-        """``first`` is the first token of each sample whose activations count, among those that have a gradient."""
+        """``first``: index of each sample's first token that counts, among the tokens that have a gradient."""
         self._head = head
         self._sites = sites
         self._first = first
-        self._norms: dict[float, list[torch.Tensor]] = {}  # p -> norms of o g of each token and site, [B, T]
+        self._norms: dict[float, list[torch.Tensor]] = {}  # p -> norms of o g per site, [B, T]
         self._factor: torch.Tensor | None = None  # [B]
         self._of_rows = torch.zeros(len(head.bounds), dtype=torch.float64, device=head.hidden.device)
 
@@ -254,7 +254,7 @@ class SiteSquares:
         self,
         module: nn.Module,
         value: torch.Tensor,  # [B, ..., D] or [B * T, D]
-        gradient: torch.Tensor,  # likewise
+        gradient: torch.Tensor,  # same shape
         factor: torch.Tensor | None,  # [B], of the gradient
     ) -> None:
         if module not in self._sites:
@@ -284,7 +284,7 @@ class SiteSquares:
         gradient: torch.Tensor,  # [N, D]
         p: float,
     ) -> None:
-        """Dropout on the last hidden state of the scored tokens."""
+        """Add dropout on the last hidden state of the scored tokens."""
         terms = (hidden.to(gradient.dtype) * gradient).square_().sum(1, dtype=torch.float64)
         lengths = torch.tensor(self._head.counts, device=terms.device)
         self._of_rows += p / (1 - p) * torch.segment_reduce(terms, "sum", lengths=lengths)
@@ -294,13 +294,13 @@ Measure: TypeAlias = SquaredNorm | Sketch
 
 
 def _stream(name: str) -> int:
-    """The first of a parameter's four streams of hashes; the head's are 0 and 1."""
+    """The first of a parameter's four hash streams; the head uses 0 and 1."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 3 | 1) * 4
 
 
 def _outer_squared(piece: OuterGrad) -> torch.Tensor:
-    """``[B]`` float64, by the Gram matrices of the tokens or through the gradient itself, whichever costs less."""
+    """``[B]`` float64, from the tokens' Gram matrices or the gradient itself, whichever is cheaper."""
     left, right = piece.left, piece.right
     (_, t, p), q = left.shape, right.shape[2]
     if t * (p + q) < p * q:
@@ -312,7 +312,7 @@ def _outer_squared(piece: OuterGrad) -> torch.Tensor:
 
 
 def _row_sums(rows: RowGrad) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nonzero rows of each sample's gradient, ``[U, Q]``, and their keys ``[U]``, sample * size + row."""
+    """Nonzero rows of the samples' gradients, ``[U, Q]``, and their keys ``[U]`` (sample * size + row)."""
     b = len(rows.ids)
     keys = torch.arange(b, device=rows.ids.device)[:, None] * rows.size + rows.ids
     keys, places = keys.unique(return_inverse=True)

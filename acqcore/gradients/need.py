@@ -1,4 +1,4 @@
-"""What can be asked of a sample's gradient."""
+"""Quantities of a sample's gradient that a measure may request."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class GradientNeed:
     Args:
         parameters, loss, predicted: as in :func:`acqcore.grad_norm`.
         dim: length of the sketch; None asks for the norm.
-        seed: of the sketch.
+        seed: seed of the sketch.
 
     Raises:
-        TypeError, ValueError: a value of a wrong type or out of range.
+        TypeError, ValueError: a value has the wrong type or is out of range.
     """
 
     parameters: Parameters = "head"
@@ -48,7 +48,7 @@ class GradientNeed:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one sample's value."""
+        """Shape of one sample's value."""
         return () if self.dim is None else (self.dim,)
 
 
@@ -57,18 +57,18 @@ class ProbeNeed:
     """Squared gradients of a sample under P random cotangents of its logits (``acqcore.fisher``); float64 on the CPU.
 
     Args:
-        of: ``sites``, ``sum_s p_s / (1 - p_s) sum_i (o_i g_i)^2`` over the activations o that dropout acts on and their
-            gradients g, ``[B, P]``; ``weights``, the squared norm of the gradient in the weights of linear layers,
-            ``[B, P]``, or its sketch, ``[B, P, dim]``; ``marginals``, of the Fisher diagonal of each of these weights,
-            name -> its sums over inputs and outputs, added up over samples. Squares are divided by the number of scored
-            tokens, sketches by its root.
-        layers: the last n blocks, or ``"all"``; of sites also ``"own"``, or 0 for the last hidden state.
+        of: ``sites``: ``sum_s p_s / (1 - p_s) sum_i (o_i g_i)^2`` over the activations o that dropout acts on and their
+            gradients g, ``[B, P]``. ``weights``: the squared norm of the gradient in the weights of linear layers,
+            ``[B, P]``, or its sketch, ``[B, P, dim]``. ``marginals``: name -> sums of each such weight's Fisher
+            diagonal over inputs and over outputs, added up over samples. Squares are divided by the number of scored
+            tokens, sketches by its square root.
+        layers: the last n blocks, or ``"all"``; for sites also ``"own"``, or 0 for the last hidden state.
         probes: P.
-        seed: of the cotangents.
-        dropout: of sites, probability p in blocks and on the last hidden state.
-        positions: of sites, the tokens whose activations count.
-        dim, sketch_seed: of the sketch; None asks for the norm.
-        posterior: multiplies the squares of a weight's gradient by its variances.
+        seed: seed of the cotangents.
+        dropout: for sites, probability p in blocks and on the last hidden state.
+        positions: for sites, the tokens whose activations count.
+        dim, sketch_seed: length and seed of the sketch; a ``dim`` of None asks for the norm.
+        posterior: its variances multiply the squared entries of a weight's gradient.
     """
 
     of: Literal["sites", "weights", "marginals"]

@@ -1,12 +1,12 @@
-"""Several measures of each sample's gradient from one forward and as few backwards as their targets allow.
+"""Computes several measures of each sample's gradient from one forward and as few backwards as possible.
 
 A batched backward gives the gradient of each module's output per sample and token. With a linear layer's inputs
-``x_t`` and output gradients ``g_t`` a sample's weight gradient is ``sum_t g_t x_t^T``, whose norm and sketch need not
-form it: ``||G||^2 = sum_st <g_s, g_t> <x_s, x_t>`` (the ghost norm). The student is causal and padding comes last, so
-the gradients of padded tokens are zero.
+``x_t`` and output gradients ``g_t``, a sample's weight gradient is ``sum_t g_t x_t^T``. Its norm and sketch can be
+computed without forming it: ``||G||^2 = sum_st <g_s, g_t> <x_s, x_t>`` (the ghost norm). The student is causal and
+padding comes last, so the gradients of padded tokens are zero.
 
 Sources: Goodfellow 2015, "Efficient per-example gradient computations"; Li et al. 2021, "Large language models can be
-strong differentially private learners"; for the sketches Park et al. 2023 (TRAK).
+strong differentially private learners"; Park et al. 2023 (TRAK) for the sketches.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from acqcore.students.student import Student
 
 
 class SampleGradients:
-    """Gradients of a student's samples.
+    """Computes gradient needs of a student's samples, batch by batch.
 
     Raises:
-        ValueError: parameters that the student does not have, or whose gradient is not known; layers likewise.
+        ValueError: the student lacks the parameters or layers, or their gradients are not supported.
     """
 
     def __init__(self, student: Student, head: Head, needs: Sequence[GradientNeed | ProbeNeed]) -> None:
@@ -73,43 +73,43 @@ class SampleGradients:
         tied = [selection.head for selection in chosen]
         self._capture = Capture(student, names, tied, modules)
         self._probe = Probe(self._capture, student, tied)
-        self._left = 0  # backwards that a batch still takes
-        self._first = torch.zeros(0, dtype=torch.int64)  # of a batch's samples the first token of the completion
+        self._left = 0  # backwards left for the current batch
+        self._first = torch.zeros(0, dtype=torch.int64)  # [B], first position that predicts a scored token
         of_trunk = [need for need in self._probed if need.layers != 0]
-        #: Whether gradients reach completions alone.
+        #: Whether gradients are confined to completions.
         self._of_completions = not names and all(need.positions == "completion" for need in of_trunk)
         #: Whether the forward must keep a graph.
         self.deep = bool(names or modules)
         written = [need.loss for need in self._needs if not need.predicted]
-        #: Loss that weighs the written tokens.
+        #: Loss that weights the written tokens.
         self.loss: Loss = written[0] if written else "mean"
-        #: Seed of random cotangents -> how many are needed.
+        #: Seed of random cotangents -> number needed.
         self.probes: dict[int, int] = {}
         for need in self._probed:
             self.probes[need.seed] = max(need.probes, self.probes.get(need.seed, 0))
-        #: Whether the norm of the head's gradient under the written targets is among the needs.
+        #: Whether a need asks for the norm of the head's gradient under the written targets.
         self.of_head = any(
             need.dim is None and not need.predicted and self._selections[need.parameters].head for need in self._needs
         )
 
     @property
     def one_by_one(self) -> bool:
-        """Whether batches must be of one sample; known once :meth:`prepare` ran."""
+        """Whether batches must hold one sample; known after :meth:`prepare`."""
         return self.deep and self._probe.one_by_one
 
     @property
     def backwards_of_completions(self) -> int:
-        """How often a batch goes back over its completions, where gradients reach no further; else 0."""
+        """Number of backwards over a batch's completions if gradients reach no further, else 0."""
         return self._backwards() if self.deep and self._of_completions and self._student.cuts_prompts else 0
 
     def prepare(
         self,
         input_ids: torch.Tensor,  # [n, T] int64, of real samples
     ) -> None:
-        """Find out which rules the student allows; call it before batches are made.
+        """Find out which rules hold for the student; call before forming batches.
 
         Raises:
-            ValueError: selected parameters none of which has a gradient.
+            ValueError: none of the selected parameters has a gradient.
         """
         if not self.deep:
             return
@@ -119,21 +119,21 @@ class SampleGradients:
                 name = next(iter(selection.names.values()))
                 raise ValueError(
                     f"parameters: {parameters!r}: {name} and the others have no gradient: the forward of the first "
-                    "samples does not use them, as those of a merged or disabled adapter or of tokens that are not "
-                    "there, or runs without gradients, as under checkpointing with use_reentrant=True"
+                    "samples does not use them (merged or disabled adapters, tokens that do not occur) or runs "
+                    "without gradients (checkpointing with use_reentrant=True)"
                 )
 
     def take_one_by_one(self) -> None:
-        """From here on batches are of one sample."""
+        """Use batches of one sample from now on."""
         self._probe.take_one_by_one()
 
     @contextmanager
     def forward(
         self,
         input_ids: torch.Tensor,  # [B, T] int64
-        first: torch.Tensor,  # [B] int64, of each sample the token that predicts the first scored one
+        first: torch.Tensor,  # [B] int64, position that predicts the first scored token
     ) -> Iterator[torch.Tensor]:
-        """The trunk's hidden states ``[B, T, D]``, within the context with the graph that :meth:`measure` needs."""
+        """Context that yields the trunk's hidden states ``[B, T, D]`` and keeps the graph for :meth:`measure`."""
         if not self.deep:
             yield self._student.hidden(input_ids)
             return
@@ -148,7 +148,7 @@ class SampleGradients:
         positions: torch.Tensor,  # [N] int64, of the scored tokens' predecessors in the flattened batch
         written: HeadPass,
     ) -> dict[GradientNeed | ProbeNeed, Any]:
-        """Values of each need, given the head's pass over the written targets."""
+        """Values of each need, given the head pass over the written targets."""
         self._left = self._backwards()
         values: dict[GradientNeed | ProbeNeed, Any] = {}
         for predicted in (False, True):
@@ -168,7 +168,7 @@ class SampleGradients:
         needs: Sequence[GradientNeed],
         head_pass: HeadPass,
     ) -> dict[GradientNeed, torch.Tensor]:
-        """Of the loss, in one backward."""
+        """Values of needs of the loss gradient, from one backward."""
         measured = {key: self._measured(key, head_pass) for key in dict.fromkeys(map(_measure_of, needs))}
         if self._reaches_trunk(needs):
             self._backward(hidden, head_pass.hidden_gradient(hidden, positions), list(measured.values()), ())
@@ -184,9 +184,9 @@ class SampleGradients:
         needs: Sequence[ProbeNeed],  # of one seed
         head_pass: HeadPass,
     ) -> dict[ProbeNeed, Any]:
-        """Of random cotangents, in a backward each."""
+        """Values of needs under random cotangents, one backward per cotangent."""
         carried = head_pass.fisher_grads(self.probes[needs[0].seed], needs[0].seed)
-        # Needs that differ in the number of probes alone share the squares of those that both have.
+        # Needs that differ only in the number of probes share the probes they have in common.
         widest = {_but_probes(need): need for need in sorted(needs, key=lambda need: need.probes)}
         measured = list(widest.values())
         found: dict[ProbeNeed, list[torch.Tensor]] = {need: [] for need in measured if need.of != "marginals"}
@@ -236,12 +236,12 @@ class SampleGradients:
         of_parameters: Sequence[PieceTaker],
         of_sites: Sequence[SiteSquares],
     ) -> None:
-        """One of a batch's backwards; the last frees the graph."""
+        """Run one of a batch's backwards; the last frees the graph."""
         self._left -= 1
         self._capture.backward(hidden, gradient, of_parameters, of_sites, last=self._left == 0)
 
     def _backwards(self) -> int:
-        """How many backwards through the trunk a batch takes."""
+        """Number of backwards through the trunk per batch."""
         by_targets = ([n for n in self._needs if n.predicted == predicted] for predicted in (False, True))
         count = sum(self._reaches_trunk(needs) for needs in by_targets)
         for seed in dict.fromkeys(need.seed for need in self._probed):
@@ -268,11 +268,11 @@ def controlled(
     squares: torch.Tensor,  # [B, P]
     excess: torch.Tensor,  # [B, P]
 ) -> torch.Tensor:
-    """The squares of each probe less what its cotangents owe to their size, in the shape of ``squares``.
+    """Squares corrected by a control variate for the size of each probe's cotangents, in the shape of ``squares``.
 
-    ``excess``, by how much the squared norm of a probe's gradient in the hidden states differs from its expectation, as
-    a share of it, has mean 0 and goes along with the squares. Its coefficient is the mean over the other probes, which
-    is independent of it, so the control adds no bias; one probe has no control.
+    ``excess`` is the relative deviation of the squared norm of a probe's gradient in the hidden states from its
+    expectation. It has mean 0 and correlates with the squares. Its coefficient is the mean over the other probes, which
+    is independent of it, so the control adds no bias. A single probe has no control.
     """
     probes = squares.shape[1]
     if probes == 1:
@@ -282,7 +282,7 @@ def controlled(
 
 
 def _but_probes(need: ProbeNeed) -> ProbeNeed:
-    """Equal for needs that differ in the number of probes alone; marginals are added up over theirs."""
+    """Key equal for needs that differ only in the number of probes; marginals, summed over probes, keep theirs."""
     return need if need.of == "marginals" else replace(need, probes=1)
 
 
@@ -290,7 +290,7 @@ _Key = tuple[Parameters, int | None, int]
 
 
 def _measure_of(need: GradientNeed) -> _Key:
-    """Needs with equal keys share a measure within a backward."""
+    """Key of a need; needs with equal keys share a measure within a backward."""
     return need.parameters, need.dim, need.seed if need.dim is not None else 0
 
 
@@ -301,12 +301,12 @@ def _measure(head_pass: HeadPass, dim: int | None, seed: int) -> Measure:
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """A measure, and the parameters whose pieces it takes."""
+    """A measure and the parameters whose pieces it takes."""
 
     measure: Measure
     names: frozenset[str]
     head: str | None
-    _tied: list[GradPiece] = field(default_factory=list)  # of a weight that is both embedding and head
+    _tied: list[GradPiece] = field(default_factory=list)  # pieces of a weight shared by embedding and head
 
     def takes(self, name: str) -> bool:
         return name == self.head or name in self.names
@@ -326,7 +326,7 @@ class _Measured:
         [piece] = self._tied
         if not isinstance(piece, RowGrad):
             raise ValueError(
-                f"parameters: no rule covers {self.head}: the head shares it with a layer that is no embedding"
+                f"parameters: no rule covers {self.head}: the head shares it with a layer that is not an embedding"
             )
         self.measure.add_tied(head_pass, self.head, piece)
 
@@ -337,7 +337,7 @@ def _finished(
     measure: Measure,
     counts: torch.Tensor,  # [B]
 ) -> torch.Tensor:
-    """``[B]`` or ``[B, dim]`` of what was measured under ``loss``: the other loss differs by the token count."""
+    """Convert what was measured under ``loss`` to the need's loss (a factor of the token count); ``[B, ...]``."""
     values = measure.values.clamp_min(0).sqrt() if need.dim is None else measure.values
     if need.loss != loss:
         scale = counts.double() if need.loss == "sum" else counts.double().reciprocal()

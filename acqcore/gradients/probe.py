@@ -1,8 +1,8 @@
-"""Finds out on a few tokens how the gradients of a student's parameters can be captured.
+"""Tests on a few tokens how the gradients of a student's parameters can be captured.
 
-The captured pieces are compared with autograd's own gradients, parameter by parameter and sample by sample. Where they
-differ, or a module fits no rule, samples come one at a time and autograd itself gives the gradient of the parameters in
-question. Experts that are called with the tokens routed to them need this.
+The captured pieces are compared with autograd's gradients, parameter by parameter and sample by sample. If they differ
+or a module fits no rule, batches hold one sample and autograd computes the gradients of the parameters in question.
+Mixture-of-experts layers need this, as an expert only sees the tokens routed to it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from acqcore.gradients.rules import is_embedding, is_linear
 from acqcore.head import compute_dtype
 from acqcore.students.student import Student
 
-#: Shape of the token ids on which pieces are compared with autograd.
+#: Shape of the token ids for comparing pieces with autograd.
 SHAPE = (2, 8)
 
-#: Most findings kept per model: a training run may change its state any number of times.
+#: Most findings kept per model; a training run may change its state any number of times.
 KEPT_FINDINGS = 16
 
-#: Largest difference of a parameter's gradient norm from autograd's: relative to that norm, and to the norm over all
-#: parameters, as a gradient that is zero up to rounding (a key's bias) has no relative error.
+#: Largest error of a parameter's gradient norm against autograd's, relative to that norm and to the norm over all
+#: parameters. The latter covers gradients that are zero up to rounding (a key's bias) and have no relative error.
 TOLERANCE = {
     torch.float64: (1e-6, 1e-9),
     torch.float32: (2e-3, 1e-5),
@@ -41,7 +41,7 @@ TOLERANCE = {
 
 @dataclass(frozen=True)
 class _Findings:
-    """What a probe found, without references to the model."""
+    """Results of a probe, without references to the model."""
 
     one_by_one: bool
     by_autograd: frozenset[str]
@@ -49,7 +49,7 @@ class _Findings:
     forms: dict[int, frozenset[tuple[str, str]]]  # by the module's index
 
 
-# Module -> its state and the selected names -> findings: a reward called at every step pays for the probe once.
+# Module -> its state and the selected names -> findings, so a reward called at every step probes once.
 _KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], _Findings]] = WeakKeyDictionary()
 
 
@@ -57,7 +57,7 @@ class Probe:
     """Prepares a capture for its student.
 
     Args:
-        capture: gets what is found: ``used``, ``forms`` and ``by_autograd``.
+        capture: receives the findings ``used``, ``forms`` and ``by_autograd``.
         tied: names of head weights among the selected parameters.
     """
 
@@ -69,19 +69,19 @@ class Probe:
         self._touched: set[str] = set()  # names of parameters with any gradient in the probe
         rows, length = SHAPE
         length = min(length, student.max_length or length)
-        with torch.inference_mode(False):  # autograd keeps them
+        with torch.inference_mode(False):  # autograd saves the tokens
             generator = torch.Generator().manual_seed(0)
             self._tokens = torch.randint(student._vocab_size, (rows, length), generator=generator).to(student.device)
-        #: Whether batches must be of one sample; known once :meth:`prepare` ran.
+        #: Whether batches must hold one sample; known after :meth:`prepare`.
         self.one_by_one = False
 
     def prepare(
         self,
         input_ids: torch.Tensor,  # [n, T] int64, of real samples
     ) -> None:
-        """Find out which rules hold, once; call it before the first batch is made.
+        """Find out which rules hold, once; call before the first batch is formed.
 
-        Real samples are tried where arbitrary tokens reach none of the parameters: an adapter may wait for a token.
+        If random tokens reach none of the parameters, real samples are tried: an adapter may need a certain token.
         """
         capture, student = self._capture, self._student
         if self._done or not capture.names:
@@ -100,13 +100,13 @@ class Probe:
         if failed is None or failed:
             self.take_one_by_one()
         self._refuse_unseen()
-        if capture.used:  # other samples may reach what these do not
+        if capture.used:  # otherwise later samples may still reach the parameters
             if len(known) == KEPT_FINDINGS:
                 known.clear()
             known[state] = self._findings()
 
     def take_one_by_one(self) -> None:
-        """From now on batches are of one sample, and what fits no rule is left to autograd."""
+        """Use batches of one sample from now on, and leave parameters that fit no rule to autograd."""
         capture = self._capture
         self.one_by_one = True
         capture.forms.clear()
@@ -132,8 +132,8 @@ class Probe:
         self,
         ids: torch.Tensor,  # [n, T] int64
     ) -> set[str] | None:
-        """Names of parameters that fit no rule or whose pieces differ from autograd's gradients; None where the student
-        takes no batch, or its modules' outputs cannot be tapped."""
+        """Names of parameters that fit no rule or whose pieces differ from autograd's gradients; None if the student
+        rejects the batch or its modules' outputs cannot be tapped."""
         capture, student, batch = self._capture, self._student, len(ids)
         generator = torch.Generator().manual_seed(0)
         squares: defaultdict[str, float] = defaultdict(float)
@@ -172,12 +172,12 @@ class Probe:
                             capture.used.add(name)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # of the student's own code, which a tapped output or a batch may not suit
+        except Exception:  # the student's code may reject a tapped output or a batch
             return None
         return bad
 
     def _require_graph(self) -> None:
-        """Raise ValueError where the student runs, but not with gradients; its own error where it does not run."""
+        """Raise ValueError if the student runs only without gradients, its own error if it does not run at all."""
         student = self._student
         with torch.inference_mode(False), student.scoring():
             student.hidden(self._tokens[:1])
@@ -187,11 +187,11 @@ class Probe:
             except Exception as error:
                 name = next(iter(self._capture.names.values()))
                 raise ValueError(
-                    f"parameters: the student does not run with gradients, as {name} needs: {error}"
+                    f"parameters: the student does not run with gradients, which {name} needs: {error}"
                 ) from error
 
     def _refuse_unseen(self) -> None:
-        """Refuse parameters that the logits depend on and the hidden states do not, such as adapters on the head."""
+        """Reject parameters that affect the logits but not the hidden states, such as adapters on the head."""
         names, student = self._capture.names, self._student
         seen_here = self._touched.union(self._tied)
         silent = {p: name for p, name in names.items() if name not in seen_here}
@@ -210,7 +210,7 @@ class Probe:
                 parameter.requires_grad_(True)
             reached = _reached(student.hidden(ids), silent)
             seen = [name for name in _reached(student._logits(ids), silent) if name not in reached]
-        if reached and not self.one_by_one:  # by some tokens, but not by those of the probe
+        if reached and not self.one_by_one:  # these tokens reach them, the probe's did not
             self.take_one_by_one()
         if seen:
             more = f" and {len(seen) - 1} more" if len(seen) > 1 else ""
@@ -218,7 +218,7 @@ class Probe:
 
 
 class _Norms:
-    """The norm of each sample's gradient in each parameter, ``norms``: name -> ``[B]`` float64."""
+    """Norms of each sample's gradient per parameter, ``norms``: name -> ``[B]`` float64."""
 
     def __init__(self, batch: int, device: torch.device) -> None:
         self._batch = batch
@@ -235,13 +235,13 @@ class _Norms:
 
 
 def _state(module: nn.Module) -> tuple[Any, ...]:
-    """What may change how a module's parameters are used: its hooks, and the state of PEFT's adapters."""
+    """State that may change how a module's parameters are used: its hooks and PEFT adapters."""
     adapters = [getattr(module, name, None) for name in ("merged_adapters", "_disable_adapters", "_active_adapter")]
     return id(module), len(module._forward_hooks), len(module._forward_pre_hooks), str(adapters)
 
 
 def _reached(output: torch.Tensor, parameters: Mapping[torch.Tensor, str]) -> list[str]:
-    """Names of the parameters that ``output`` has a gradient in."""
+    """Names of the parameters on which ``output`` depends."""
     if not output.requires_grad:
         return []
     gradients = torch.autograd.grad(output.sum(), list(parameters), allow_unused=True)

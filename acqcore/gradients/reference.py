@@ -1,8 +1,8 @@
-"""The sketched gradient of a reference set, with which influence compares samples.
+"""The sketched gradient of a reference set, against which influence compares samples.
 
-To first order a gradient step on sample i changes the loss of a reference set by ``-lr <g_i, g_ref>``. Sketches keep
-inner products (:func:`acqcore.grad_sketch`), so the reference set is scored once, and each sample costs one product
-with the mean sketch.
+To first order, a gradient step on sample i changes the loss of a reference set by ``-lr <g_i, g_ref>``. Sketches
+preserve inner products (:func:`acqcore.grad_sketch`), so the reference set is scored once, and each sample costs one
+product with the mean sketch.
 
 Sources: Pruthi et al. 2020 (TracIn, one checkpoint); Xia et al. 2024 (LESS: cosine, sketches, Adam); Park et al. 2023
 (TRAK, sketches).
@@ -23,8 +23,8 @@ from acqcore.head import Head
 from acqcore.literals import Loss, Parameters, Similarity
 from acqcore.students.student import Student
 
-# Added to the square root of a coordinate's second moment, in units of their root mean square. A coordinate that a
-# small reference set hardly moves weighs at most ten times the average; with Adam's 1e-8 it would dominate.
+# Added to the root of a coordinate's second moment, relative to the root mean square over all coordinates. A coordinate
+# that a small reference set hardly moves weighs at most ten times the average; with Adam's 1e-8 it would dominate.
 _DAMPING = 0.1
 
 
@@ -35,9 +35,9 @@ class Reference(Saved):
     Attributes:
         mean: ``[dim]`` float32, mean of the samples' sketches.
         n: number of samples.
-        parameters, seed, loss: of the sketches.
-        shapes: name -> shape of each parameter the gradient is taken in; ``head`` is the last layer.
-        second_moments: ``[dim]`` float32, of the preconditioner, or None.
+        parameters, seed, loss: settings of the sketches.
+        shapes: name -> shape of each differentiated parameter; ``head`` is the last layer.
+        second_moments: ``[dim]`` float32, second moments of the preconditioner, or None.
     """
 
     maker: ClassVar[str] = "influence_reference"
@@ -61,8 +61,8 @@ class Reference(Saved):
         """Cosine or dot product of each sketch with the mean, preconditioned if there are second moments.
 
         Args:
-            sketches: ``[n, dim]`` floating point, of the same student, parameters, dim, seed and loss; a
-                row with NaN gives NaN.
+            sketches: ``[n, dim]`` floating point, made with the same student, parameters, dim, seed and loss. A row
+                with NaN gives NaN.
             similarity: ``cosine`` (0 for a zero gradient) or ``dot``.
 
         Returns:
@@ -70,13 +70,13 @@ class Reference(Saved):
 
         Raises:
             TypeError: not a floating-point tensor.
-            ValueError: a wrong shape, another device, an unknown similarity.
+            ValueError: a wrong shape, a different device, an unknown similarity.
         """
         checks.literal("similarity", similarity, Similarity)
         checks.like_vector("sketches", sketches, self.mean, "the reference")
         x, mean = sketches.double(), self.mean.double()
         if self.second_moments is not None:
-            # <a, b> = sum_j a_j b_j / (sqrt(v_j) + damping), its root on each side: a cosine with itself is 1.
+            # <a, b> = sum_j a_j b_j / (sqrt(v_j) + damping). Each side takes its root, so a self-cosine is 1.
             root = self.second_moments.double().sqrt()
             half = (root + _DAMPING * root.square().mean().sqrt()).rsqrt()
             x, mean = x * half, mean * half
@@ -87,7 +87,7 @@ class Reference(Saved):
         return (dot / length.where(length != 0, 1.0)).float()
 
     def check(self, student: Student, head: Head) -> None:
-        """Raise ValueError if the reference was made with another student (names what differs)."""
+        """Raise ValueError if the reference was made with another student (names the difference)."""
         same_student(self.shapes, parameter_shapes(student, head, self.parameters))
 
 

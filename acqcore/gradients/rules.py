@@ -1,4 +1,4 @@
-"""The pieces of a module's parameter gradients, from its input and the gradient of its output."""
+"""Forms a module's parameter gradients from its input and the gradient of its output."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from acqcore import checks
 from acqcore.gradients.measures import CHUNK_ELEMENTS, DenseGrad, GradPiece, OuterGrad, RowGrad
 from acqcore.head import compute_dtype
 
-#: Most parameter elements of a module without a rule of its own, whose gradients are formed sample by sample.
+#: Most parameter elements of a module without a rule; its gradients are formed sample by sample.
 SMALL_ELEMENTS = 1 << 20
 
-#: Largest deviation of an embedding's output from a multiple of its weight's rows, relative to the largest entry.
+#: Largest deviation of an embedding's output from scaled rows of its weight, relative to the largest entry.
 SCALED_ROWS_TOLERANCE = 1e-2
 
 
 class Uncovered(ValueError):  # noqa: N818
-    """A call that fits no rule."""
+    """Raised for a call that fits no rule."""
 
 
 class ModuleCall:
     """One call of a module that owns selected parameters.
 
     Args:
-        names: the module's own selected parameters, attribute -> name in the model.
+        names: selected parameters that the module owns, attribute -> name in the model.
         args, kwargs, output: of the call; the first tensor is the input.
-        batch, length: of the token ids. A tensor has a :func:`form` that tells its samples apart; all that a module
-            gets of a batch of one belongs to that sample.
+        batch, length: of the token ids. The :func:`form` of a tensor tells how its samples are laid out; in a batch of
+            one, every tensor belongs to that sample.
 
     Raises:
         Uncovered: the module fits no rule (names the parameter).
@@ -55,7 +55,7 @@ class ModuleCall:
         values = (*self._args, *self._kwargs.values())
         given = next((value for value in values if isinstance(value, torch.Tensor)), None)
         if given is None or not isinstance(output, torch.Tensor):
-            handled = f"its {type(module).__name__} takes or gives"
+            handled = f"its {type(module).__name__} takes or returns"
             odd = given if given is None else output
             raise self._uncovered(f"{handled} {checks.describe(odd)} where one tensor was expected")
         self._input = given
@@ -63,8 +63,8 @@ class ModuleCall:
             for tensor in (output, *(x for x in values if isinstance(x, torch.Tensor))):
                 if form(tensor, batch, length) is None:
                     raise self._uncovered(
-                        f"its {type(module).__name__} takes or gives a {checks.describe(tensor)}, in which the {batch} "
-                        f"samples of {length} tokens cannot be told apart"
+                        f"its {type(module).__name__} takes or returns a {checks.describe(tensor)}, in which the "
+                        f"{batch} samples of {length} tokens cannot be separated"
                     )
         self.forms = (str(form(self._input, batch, length)), str(form(output, batch, length)))
         self._version = self._input._version
@@ -77,7 +77,7 @@ class ModuleCall:
             if size > SMALL_ELEMENTS:
                 raise self._uncovered(
                     f"{type(module).__name__} is neither a linear layer nor an embedding, and its {size} parameters "
-                    f"are more than the {SMALL_ELEMENTS} that are differentiated sample by sample"
+                    f"exceed the limit of {SMALL_ELEMENTS} for differentiation sample by sample"
                 )
 
     def _uncovered(self, reason: str) -> Uncovered:
@@ -87,9 +87,9 @@ class ModuleCall:
         self,
         gradient: torch.Tensor,  # of the output, in its shape
     ) -> dict[str, GradPiece]:
-        """The pieces of the selected parameters, by attribute."""
+        """Gradient pieces of the selected parameters, by attribute."""
         if self._input._version != self._version:
-            raise self._uncovered("the input of its module is changed in place")
+            raise self._uncovered("the input of its module was changed in place")
         if is_linear(self.module):
             return self._linear(self._tokens(gradient), self._tokens(self._input))
         if is_embedding(self.module):
@@ -119,12 +119,12 @@ class ModuleCall:
         return RowGrad(ids, gradient * self._scale, weight.shape[0])
 
     def _row_scale(self, output: torch.Tensor) -> float:
-        """Factor of the rows in the output (Gemma 3: the square root of the width)."""
+        """Factor by which the output scales the weight's rows (Gemma 3: the square root of the width)."""
         weight: Any = self.module.weight
         if self._input.is_floating_point() or self._input.dtype == torch.bool:
             raise self._uncovered(f"its embedding takes {checks.describe(self._input)}, not token ids")
         rows = nn.functional.embedding(self._input, weight.detach())
-        other = self._uncovered("its embedding does not give a multiple of the rows of its weight")
+        other = self._uncovered("its embedding does not return a multiple of the rows of its weight")
         if rows.shape != output.shape:
             raise other
         rows, output = rows.double(), output.double()
@@ -138,7 +138,7 @@ class ModuleCall:
         self,
         gradient: torch.Tensor,  # [B, T, D]
     ) -> dict[str, GradPiece]:
-        """Of a weight w that scales the normalised values by w or 1 + w, and of a bias that is added.
+        """Pieces of a weight w that scales the normalised values by w or 1 + w, and of an additive bias.
 
         The normalised values are output(w = 1) - output(w = 0). On a small batch the two calls take a fifth of the time
         of differentiating the module sample by sample (1.1 ms).
@@ -166,7 +166,7 @@ class ModuleCall:
         self,
         gradient: torch.Tensor,  # of the output, in its shape
     ) -> dict[str, GradPiece]:
-        """By the module's own derivative, sample by sample: exact for any computation."""
+        """Differentiate the module sample by sample; exact for any computation."""
         module, batch = self.module, self._shape[0]
         dtype = compute_dtype(self._input.dtype)
         values = {key: getattr(module, key).detach().to(dtype) for key in self.names}
@@ -188,7 +188,7 @@ class ModuleCall:
         return {key: DenseGrad(value.reshape(batch, -1)) for key, value in gradients.items()}
 
     def _spread(self, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor argument with samples first, floating point in ``dtype``."""
+        """A tensor argument with samples first, cast to ``dtype`` if it is floating point."""
         value = self._by_sample(value)
         return value.to(dtype) if value.is_floating_point() else value
 
@@ -214,9 +214,9 @@ class ModuleCall:
 
 
 def form(tensor: torch.Tensor, batch: int, length: int) -> str | None:
-    """How a tensor keeps the samples of a batch apart; None if it does not.
+    """How the samples of a batch are laid out in a tensor; None if they cannot be separated.
 
-    ``[n, P]`` does not count as n samples: it may be n tokens picked from the batch.
+    ``[n, P]`` does not count as n samples, since it may be n tokens picked from the batch.
     """
     if tensor.dim() >= 2 and tensor.shape[:2] == (batch, length):
         return "tokens"
@@ -228,7 +228,7 @@ def form(tensor: torch.Tensor, batch: int, length: int) -> str | None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """``x W^T + b``, or the transposed ``Conv1D`` of transformers (GPT-2): the same gradient, transposed."""
+    """Whether it computes ``x W^T + b``, or is the ``Conv1D`` of transformers (GPT-2), with W transposed."""
     kind = type(module)
     if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
         return True
@@ -240,7 +240,7 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A LayerNorm or RMSNorm by its name, with a weight for each column and no other parameter but a bias."""
+    """Whether it is a LayerNorm or RMSNorm by name, with one weight per column and at most a bias besides."""
     parameters = module._parameters
     weight = parameters.get("weight")
     named = type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
@@ -248,7 +248,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """A floating-point tensor in ``dtype``, anything else as it is."""
+    """Cast floating-point tensors to ``dtype``; return anything else unchanged."""
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 

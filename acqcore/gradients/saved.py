@@ -1,4 +1,4 @@
-"""Reference sets that are kept in a file."""
+"""Saves reference sets to files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from acqcore import checks
 
 
 class Saved:
-    """A dataclass of tensors and plain values.
+    """Base of dataclasses of tensors and plain values that can be saved.
 
     Attributes:
-        maker: function of acqcore that makes one.
-        written_by: what writes its files, for messages.
+        maker: acqcore function that creates an instance.
+        written_by: writer of its files, for messages.
     """
 
     maker: ClassVar[str]
@@ -29,10 +29,10 @@ class Saved:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what :meth:`save` wrote.
+        """Read a file written by :meth:`save`.
 
         Raises:
-            OSError: the file cannot be read. ValueError: it is not a saved reference.
+            OSError: the file cannot be read. ValueError: the file is not a saved reference.
         """
         try:
             return cls(**torch.load(path, weights_only=True))
@@ -41,8 +41,8 @@ class Saved:
 
     @classmethod
     def given(cls, reference: Any) -> Self:
-        """The argument ``reference``, one of these or the path of a file. Raises TypeError for anything else."""
+        """Return ``reference``, loaded first if it is a path. Raises TypeError for other types."""
         if isinstance(reference, str | os.PathLike):
             return cls.load(reference)
-        checks.instance("reference", reference, cls, f"what acqcore.{cls.maker} gives")
+        checks.instance("reference", reference, cls, f"a result of acqcore.{cls.maker}()")
         return reference

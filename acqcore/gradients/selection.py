@@ -1,4 +1,4 @@
-"""Selects the parameters that a gradient is taken in."""
+"""Selects the parameters to differentiate."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from acqcore.students.student import Student
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The parameters that a gradient is taken in."""
+    """Parameters to differentiate."""
 
-    names: Mapping[torch.Tensor, str]  # of the head only if the trunk owns it too (tied to the embedding)
-    head: str | None  # name of the head's weight, None if it is not selected; its bias comes with it
+    names: Mapping[torch.Tensor, str]  # includes the head only if tied to the embedding
+    head: str | None  # name of the head's weight if head and bias are selected, else None
 
 
 def select_parameters(student: Student, head: Head, parameters: str | int) -> Selection:
-    """The parameters named by ``parameters``, see :func:`acqcore.grad_norm`.
+    """The parameters specified by ``parameters``; see :func:`acqcore.grad_norm`.
 
     Raises:
-        ValueError: more blocks than the trunk has, no trainable parameter, a quantised parameter, a student whose
-            parameters are sharded over processes.
+        ValueError: more blocks than the trunk has, no trainable parameter, a quantised parameter, a student with
+            parameters sharded over processes.
     """
     if parameters == "head":
         return Selection({}, "head")
     module, trunk = student._module, student.trunk
     if module is None:
         raise ValueError(
-            f"parameters: {parameters!r} needs a student whose trunk is a torch.nn.Module; of any other "
-            "callable only 'head' is known"
+            f"parameters: {parameters!r} needs a student whose trunk is a torch.nn.Module; for any other "
+            "callable only 'head' is supported"
         )
     if student.sharded or head.group is not None:
         raise ValueError(
-            f"parameters: {parameters!r} needs a student whose parameters are whole on each rank; of one spread over "
-            "processes (tensor parallel, FSDP, ZeRO-3) only 'head' is known"
+            f"parameters: {parameters!r} needs a student with unsharded parameters; for a sharded one "
+            "(tensor parallel, FSDP, ZeRO-3) only 'head' is supported"
         )
     assert isinstance(trunk, nn.Module)
     names: dict[torch.Tensor, str] = {p: name for name, p in module.named_parameters()}
@@ -51,7 +51,7 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
         names = {p: name for p, name in names.items() if p in last}
         checks.differentiable(names)
         return Selection(names, None)
-    if module is trunk:  # a head given on its own is not part of the module
+    if module is trunk:  # a head passed separately is not part of the module
         for name, value in (("head.weight", head.weight), ("head.bias", head.bias)):
             if value is not None and _name(value, names) is None:
                 names[value] = name
@@ -71,11 +71,11 @@ def select_parameters(student: Student, head: Head, parameters: str | int) -> Se
 
 
 def select_linear(student: Student, layers: int | str) -> Selection:
-    """The weights of the linear layers in the last ``layers`` blocks, or in all (``"all"``).
+    """The weights of the linear layers in the last ``layers`` blocks, or in every block (``"all"``).
 
     Raises:
-        ValueError: a trunk without blocks or with fewer, no linear layer in them, a student whose parameters are
-            sharded over processes.
+        ValueError: a trunk with no blocks or too few, no linear layer in them, a student with parameters sharded over
+            processes.
     """
     blocks = student.blocks
     checks.some_blocks(len(blocks))
@@ -96,31 +96,31 @@ def select_linear(student: Student, layers: int | str) -> Selection:
 
 
 def whole_parameters(student: Student, argument: str) -> None:
-    """Raise ValueError for a student whose parameters are spread over processes; ``argument`` asked for them."""
+    """Raise ValueError, naming ``argument``, if the student's parameters are sharded over processes."""
     if student.sharded:
         raise ValueError(
-            f"{argument}: gradients in the trunk need a student whose parameters are whole on each rank, got one "
-            "spread over processes (tensor parallel, FSDP, ZeRO-3)"
+            f"{argument}: gradients in the trunk need a student with unsharded parameters, got a sharded one "
+            "(tensor parallel, FSDP, ZeRO-3)"
         )
 
 
 def shapes_of(selection: Selection) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the parameters, on which the signs of a sketch depend."""
+    """Name -> shape of each parameter; the signs of a sketch depend on them."""
     return {name: tuple(parameter.shape) for parameter, name in selection.names.items()}
 
 
 def same_student(made_with: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]]) -> None:
-    """Raise ValueError if a reference was made with another student: the name of the first parameter that differs, and
-    its shapes there and here."""
+    """Raise ValueError if a reference was made with another student, naming the first parameter that differs and both
+    shapes."""
     for name in (*made_with, *now):
         shapes = [None if name not in found else list(found[name]) for found in (made_with, now)]
         if shapes[0] != shapes[1]:
-            there, here = ("no such parameter" if shape is None else str(shape) for shape in shapes)
-            raise ValueError(f"reference: made with another student: {name} is {there} there, {here} here")
+            there, here = ("missing" if shape is None else str(shape) for shape in shapes)
+            raise ValueError(f"reference: made with another student: {name} is {there} in the reference, {here} here")
 
 
 def _name(value: torch.Tensor, names: Mapping[torch.Tensor, str]) -> str | None:
-    """Name of the parameter that shares the memory of ``value``, which may leave out its last rows."""
+    """Name of the parameter that shares memory with ``value``; ``value`` may omit its last rows."""
     for parameter, name in names.items():
         alike = parameter.dim() == value.dim() and parameter.shape[1:] == value.shape[1:]
         if alike and parameter.data_ptr() == value.data_ptr() and len(parameter) >= len(value):

@@ -1,4 +1,4 @@
-"""Where a backward pass can be watched: on the outputs of modules, and on leaves."""
+"""Observes a backward pass at the outputs of modules and at leaves."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 
 
 class Tap(torch.autograd.Function):
-    """Passes on a module's output, and hands its gradient to ``receive``.
+    """Forwards a module's output and hands its gradient to ``receive``.
 
-    ``alias`` shares the output's memory, so that the student may change it in place.
+    ``alias`` shares the output's memory, so the student may change it in place.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        output: torch.Tensor,  # [B, ...], [B * T, ...], or [1, ...] where the samples share it
-        leaf: torch.Tensor,  # a scalar that the backward runs towards
+        output: torch.Tensor,  # [B, ...], [B * T, ...], or [1, ...] if shared by the samples
+        leaf: torch.Tensor,  # scalar target of the backward
         batch: int,
         alias: bool,
         receive: Callable[[torch.Tensor], None],
     ) -> torch.Tensor:
         ctx.receive, ctx.device = receive, leaf.device
         ctx.shared = batch > 1 and output.shape[0] == 1
-        if ctx.shared:  # such as positions: a row for each sample keeps their gradients apart
+        if ctx.shared:  # e.g. positions: one row per sample separates the gradients
             return output.expand(batch, *output.shape[1:]).clone()
         return output.data if alias else output.clone()
 
@@ -45,10 +45,10 @@ class Tap(torch.autograd.Function):
 def streamed(
     parameters: Collection[torch.Tensor], receive: Callable[[torch.Tensor, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Context in which ``torch.autograd.grad`` hands each leaf's gradient to ``receive`` and keeps none of them.
+    """Context in which ``torch.autograd.grad`` hands each leaf's gradient to ``receive`` and keeps none.
 
-    Other hooks on the leaves are off. Those that wait for an accumulated gradient, as of DeepSpeed, DDP and optimizers
-    that step in the backward, never run under ``torch.autograd.grad``.
+    Other hooks on the leaves are disabled. Hooks on the accumulated gradient (DeepSpeed, DDP, optimizers that step in
+    the backward) never run under ``torch.autograd.grad``.
     """
 
     def arrived(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

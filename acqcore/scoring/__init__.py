@@ -1,6 +1,6 @@
-"""A request becomes a plan: the needs of its acquisitions, each computed once a batch.
+"""Turns a request into a plan: the needs of its acquisitions, each computed once per batch.
 
-``api`` is called by users, ``plan`` checks a request and turns results into values, ``run`` computes the needs,
-``draws`` and ``acqcore.gradients`` those that take passes of their own; ``gradients`` has the public functions that ask
-for one gradient need.
+Users call ``api``. ``plan`` checks a request and turns results into values, ``run`` computes the needs, with ``draws``
+and ``acqcore.gradients`` for those that require extra passes. ``gradients`` has the public functions for a single
+gradient need.
 """

@@ -36,23 +36,23 @@ def score(
     progress: bool | None = None,
     errors: dict[int, str] | None = None,
 ) -> Scores:
-    """Acquisition values of each sample for ``student``: how much it is worth learning from, larger is more.
+    """Acquisition values of each sample for ``student``: how much it is worth training on (larger is better).
 
     The samples are tokenized once. Each batch takes one trunk forward for all acquisitions, one more for each set of
-    draws, and one backward for all gradients of the same targets; only the hidden states that predict a scored token
-    reach the head. A sample's values do not depend on what else is scored with it, except those that compare the
+    draws, and one backward for all gradients of the same targets. Only the hidden states that predict a scored token
+    reach the head. A sample's values do not depend on the other samples, except for acquisitions that compare the
     samples of a call (``gradient_diversity``).
 
     Args:
         student: a transformers causal language model, a PEFT model, a hub id or local path, or ``acqcore.Student``.
-            Mode, gradients, dtype and device are unchanged. For sharded models see ``acqcore.Student.from_model``;
-            other models make no collective calls.
-        samples: a list of strings (scored whole); of ``{"prompt", "completion"}``, strings or messages (the
-            completion is scored); of ``{"question", "answer"}``, the same; of ``{"messages"}`` (the last assistant
-            turn is scored, through the chat template); a table with such columns or ``"text"``: a
-            ``datasets.Dataset``, a pandas, polars or Arrow table, a mapping of lists; tensors ``{"input_ids" [B,
-            T], "attention_mask" [B, T], "labels" [B, T]}``, padded on either side, labels aligned with input_ids
-            and -100 where not scored (mask and labels optional); or rows from ``acqcore.encode``.
+            Its mode, gradients, dtype and device are left unchanged. For sharded models see
+            ``acqcore.Student.from_model``; other models make no collective calls.
+        samples: a list of strings (scored whole), of ``{"prompt", "completion"}`` (strings or messages; the completion
+            is scored), of ``{"question", "answer"}`` (the same), or of ``{"messages"}`` (the last assistant turn is
+            scored, through the chat template); a table with such columns or ``"text"`` (a ``datasets.Dataset``, a
+            pandas, polars or Arrow table, or a mapping of lists); tensors ``{"input_ids" [B, T], "attention_mask"
+            [B, T], "labels" [B, T]}``, padded on either side, labels aligned with input_ids and -100 where not
+            scored (mask and labels are optional); or rows from ``acqcore.encode``.
         acquisitions: names from ``acqcore.acquisitions()``.
         acquisition_args: name -> arguments of that acquisition, as a mapping or as its options.
 
@@ -64,34 +64,34 @@ def score(
             - ``archive_novelty``: ``archive``, an ``acqcore.Archive`` (required), ``parameters``, ``dim``, ``seed``.
             - ``mutual_information``: by default its linear form, with ``posterior``, ``probes``, ``layers``,
               ``positions``, ``dropout`` or ``variance`` or ``reference``, ``seed``: see
-              ``acqcore.acquisitions.LinearOptions``. It has no values of tokens, and a standard error in
-              ``Scores.stderr``. With ``draws``, ``members``, ``block`` or ``form="element"`` or ``"block"`` it is of
-              draws, as the next ones.
-            - ``predictive_entropy`` and the others of several draws: ``layers`` (dropout in the last n blocks,
+              ``acqcore.acquisitions.LinearOptions``. This form has no token values; its standard error is in
+              ``Scores.stderr``. With ``draws``, ``members``, ``block``, ``form="element"`` or ``form="block"`` it is
+              computed from draws, like the next ones.
+            - ``predictive_entropy`` and others computed from draws: ``layers`` (dropout in the last n blocks,
               ``"all"``, ``"own"``, or 0 for the last hidden state), ``draws``, ``dropout``, ``form``, ``block``,
-              ``seed``, or ``members``, an ensemble: see ``acqcore.acquisitions.DrawOptions``. Equal arguments share
-              the draws.
-        tokenizer: of the student; by default the one loaded with a path. Tensors need none.
+              ``seed``, or ``members``, an ensemble: see ``acqcore.acquisitions.DrawOptions``. Acquisitions with
+              equal arguments share the draws.
+        tokenizer: the student's; defaults to the one loaded with a path. Not needed for tensors.
         reduction: of a sample's token values: ``mean``, ``sum``, ``max``, or ``topk``, the mean of the largest.
         topk: number of values that ``topk`` averages; all if there are fewer.
         batch_tokens: maximum padded tokens per trunk forward; a longer sample gets its own batch.
-        max_length: truncates samples to this many tokens: first the oldest tokens of the prompt, down to the one that
-            predicts the completion's first, then the end of the completion; plain strings keep their beginning.
+        max_length: maximum tokens per sample. Truncation drops the oldest tokens of the prompt first, except the one
+            that predicts the completion's first token, then the end of the completion; plain strings lose their end.
         backend: a name from ``acqcore.backends()``; by default the first that fits.
         keep_tokens: keep per-token values in ``Scores.tokens``.
-        progress: show a bar on stderr; by default on a terminal, after a few seconds.
-        errors: a dict that gets ``index -> message`` of each sample that cannot be scored. Such a sample then has NaN
-            values, is not valid, and does not raise.
+        progress: show a progress bar on stderr; by default only on a terminal, after a few seconds.
+        errors: a dict that receives ``index -> message`` for each sample that cannot be scored. Such a sample then has
+            NaN values and is marked invalid instead of raising.
 
     Returns:
-        Scores in input order, float32. Where a token has no finite value, the sample's value is NaN and the sample is
-        not valid.
+        Scores in input order, float32. If a token has no finite value, the sample's value is NaN and the sample is
+        invalid.
 
     Raises:
-        TypeError: an argument of a wrong type, samples of several kinds, a missing tokenizer.
-        ValueError: an unknown name, a sample with nothing to score or longer than the student takes (names its index),
+        TypeError: an argument of the wrong type, samples of several kinds, a missing tokenizer.
+        ValueError: an unknown name, a sample with nothing to score or too long for the student (names its index),
             a model whose logits acqcore cannot reproduce, parameters or layers that the student does not have.
-        RuntimeError: the backend is not available here; under FSDP or ZeRO-3, another rank raised.
+        RuntimeError: the backend is unavailable; under FSDP or ZeRO-3, another rank raised.
     """
     plan = Plan.of(
         acquisitions, acquisition_args,
@@ -135,10 +135,10 @@ def check_request(
     backend: str | None = None,
     device: str | None = None,
 ) -> None:
-    """Check arguments of :func:`score` before there is a student, and the device that it is to be loaded on.
+    """Check arguments of :func:`score`, and the device to load the student on, before a student exists.
 
     Raises:
-        TypeError, ValueError: an argument that :func:`score` would refuse for any student; a device that this machine
+        TypeError, ValueError: an argument that :func:`score` would reject for any student; a device that this machine
             does not have.
     """
     Plan.of(acquisitions, acquisition_args, reduction=reduction, batch_tokens=batch_tokens)
@@ -155,22 +155,22 @@ def score_stream(
     chunk: int = 4096,
     **options: Any,
 ) -> Iterator[Scores]:
-    """Acquisition values of any number of samples, one chunk in memory at a time.
+    """Acquisition values of any number of samples, holding one chunk in memory at a time.
 
     Args:
         student: as in :func:`acqcore.score`; loaded once.
-        samples: strings or mappings as there, from a list, a generator, a ``datasets.IterableDataset``; read one chunk
-            at a time.
+        samples: strings or mappings as in :func:`acqcore.score`, from any iterable such as a generator or a
+            ``datasets.IterableDataset``; read one chunk at a time.
         acquisitions: names from ``acqcore.acquisitions()``, except those that compare the samples of a call.
         chunk: samples per chunk.
         options: the other arguments of :func:`acqcore.score`.
 
     Returns:
-        An iterator of Scores, in order, of ``chunk`` samples each; the last may have fewer.
+        An iterator of Scores in input order, for ``chunk`` samples each; the last may cover fewer.
 
     Raises:
-        TypeError, ValueError: at once for student, chunk and acquisitions; for the samples of a chunk when it is read,
-            with the index of its first sample in front of the message.
+        TypeError, ValueError: immediately for student, chunk and acquisitions; for invalid samples when their chunk is
+            read, with the index of its first sample prefixed to the message.
     """
     checks.positive_int("chunk", chunk)
     Plan.of(acquisitions, options.get("acquisition_args")).sample_by_sample("use acqcore.score")

@@ -1,4 +1,4 @@
-"""Statistics of a student's draws, or of the members of an ensemble, for a batch."""
+"""Statistics of a student's draws, or of an ensemble's members, for a batch."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from acqcore.students.trunk_draws import TrunkDraws, member_hidden
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B samples that share a trunk forward, padded on the right: the student is causal, so no token sees padding."""
+    """B samples that share a trunk forward, padded on the right; as the student is causal, no token sees padding."""
 
     rows: Sequence[Row]
     input_ids: torch.Tensor  # [B, T] int64
-    positions: torch.Tensor  # [N] int64, of the scored tokens' predecessors in the flattened batch
+    positions: torch.Tensor  # [N] int64, predecessors of the scored tokens in the flattened batch
     targets: torch.Tensor  # [N] int64, the scored tokens
     offsets: torch.Tensor  # [B + 1] int64
 
@@ -37,31 +37,31 @@ class Batch:
 
     @cached_property
     def bounds(self) -> Bounds:
-        """[begin, end) of each sample among the N tokens."""
+        """Range [begin, end) of each sample within the N tokens."""
         return tuple(pairwise(self.offsets.tolist()))
 
     @cached_property
     def mask_keys(self) -> torch.Tensor:
-        """``[B]`` int64: masks depend on a sample's tokens, not on its place in the batch."""
+        """``[B]`` int64, hashes of the samples' tokens, so masks do not depend on the place in the batch."""
         return torch.tensor([zlib.crc32(row.ids.numpy().tobytes()) for row in self.rows])
 
     @property
     def first(self) -> torch.Tensor:
-        """Of each sample the token that predicts the first scored one, ``[B]`` int64."""
+        """Position that predicts each sample's first scored token, ``[B]`` int64."""
         return self.positions[self.offsets[:-1]] % self.input_ids.shape[1]
 
     @property
     def keys_and_places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mask key of each scored token's sample, and the position in it that predicts the token, ``[N]`` int64."""
+        """Mask key of each scored token's sample, and the position that predicts the token, each ``[N]`` int64."""
         keys = self.mask_keys.repeat_interleave(self.offsets.diff())
         return keys, self.positions % self.input_ids.shape[1]
 
 
 class Draws:
-    """Statistics under given options.
+    """Computes statistics under given options.
 
     Raises:
-        TypeError, ValueError: members that are not students, or are sharded by FSDP or ZeRO-3; layers the student does
+        TypeError, ValueError: members that are not students or are sharded by FSDP or ZeRO-3; layers the student does
             not have.
     """
 
@@ -74,9 +74,9 @@ class Draws:
         self._backend = backend
         self._members = [as_student(member) for member in options.members]
         for i, member in enumerate(self._members):
-            if member.forwards_are_collective:  # ranks run the student's forwards in step, not those of members
+            if member.forwards_are_collective:  # only the student's forwards are in step across ranks
                 raise ValueError(
-                    f"members: expected models whose forwards are each rank's own, got one under FSDP or ZeRO-3 at {i}"
+                    f"members: expected models that each rank runs independently, got one under FSDP or ZeRO-3 at {i}"
                 )
         self._trunk: TrunkDraws | None = None
         if not self._members and not options.on_hidden:
@@ -89,7 +89,7 @@ class Draws:
         batch: Batch,
         hidden: torch.Tensor,  # [N, D] of the scored tokens, on the head's device
     ) -> BayesStats:
-        """Dropout on the last hidden state, ``options.on_hidden``."""
+        """Statistics under dropout on the last hidden state (``options.on_hidden``)."""
         options = self._options
         assert options.dropout is not None
         assert options.form is not None
@@ -99,7 +99,7 @@ class Draws:
         return dropout_stats(hidden, self._head, dropout, options.draws, batch.targets.to(hidden.device), self._backend)
 
     def of_forwards(self, batch: Batch) -> BayesStats:
-        """Dropout inside the trunk, or an ensemble: forwards of their own."""
+        """Statistics under dropout inside the trunk, or of an ensemble, from additional forwards."""
         count, length = batch.input_ids.shape
         at_once = 1 if self._members else self._options.draws
         size = max(1, self._batch_tokens // (length * at_once))  # samples whose draws share a forward
@@ -112,7 +112,7 @@ class Draws:
         )
 
     def _part(self, batch: Batch, begin: int, end: int) -> BayesStats:
-        """Of the samples from ``begin`` to ``end``."""
+        """Statistics of the samples from ``begin`` to ``end``."""
         length = batch.input_ids.shape[1]
         input_ids = batch.input_ids[begin:end]
         first, last = int(batch.offsets[begin]), int(batch.offsets[end])

@@ -1,4 +1,4 @@
-"""Expected predictive information gain of a student's samples, and of its reference set (``acquisitions/epig.py``)."""
+"""Expected predictive information gain of samples, and its reference set (see ``acquisitions/epig.py``)."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def epig_reference(
     max_length: int | None = None,
     backend: str | None = None,
 ) -> EpigReference:
-    """Sketches of a reference set, such as prompts of the target task with answers that give the context.
+    """Sketches of a reference set, such as prompts of the target task with answers as context.
 
     Args:
         student, samples, tokenizer, batch_tokens, max_length, backend: as in :func:`acqcore.score`.
         layers: the linear layers of the last n blocks, or of every block (``"all"``).
-        probes: random cotangents of each sample, a backward each.
+        probes: random cotangents per sample, one backward each.
         dim: length of each of two independent sketches of a gradient.
-        seed: of cotangents and sketches.
+        seed: seed of cotangents and sketches.
 
     Returns:
         An EpigReference on the CPU.
@@ -78,24 +78,24 @@ def epig(
 ) -> torch.Tensor:
     """Expected predictive information gain of each sample towards a reference set; larger is more.
 
-    Without bias: cotangents of samples and reference are independent, and the two factors of a squared inner product
-    come from independent sketches. A value may so come out negative where there is little to gain.
+    Unbiased: cotangents of samples and reference are independent, and the two factors of a squared inner product come
+    from independent sketches. A value may therefore be negative if there is little to gain.
 
     Args:
         student, samples, tokenizer, batch_tokens, max_length, backend: as in :func:`acqcore.score`.
         reference: made by :func:`epig_reference` with this student.
         variance: s^2 of a weight; a constant factor of the values.
-        probes: random cotangents of each sample, a backward each.
+        probes: random cotangents per sample, one backward each.
 
     Returns:
-        ``[n]`` float32 on the CPU, nats for each pair of a scored token of the sample and one of the reference set; NaN
-        where a token has no finite value.
+        ``[n]`` float32 on the CPU, in nats per pair of a scored token of the sample and one of the reference set; NaN
+        if a token has no finite value.
 
     Raises:
-        TypeError: reference is not an EpigReference. ValueError: it was made with another student (names what differs).
-            Otherwise as :func:`acqcore.score`.
+        TypeError: reference is not an EpigReference. ValueError: it was made with another student (names the
+            difference). Otherwise as :func:`acqcore.score`.
     """
-    checks.instance("reference", reference, EpigReference, "what acqcore.epig_reference gives")
+    checks.instance("reference", reference, EpigReference, "a result of acqcore.epig_reference()")
     options = EpigOptions(reference, variance, probes)
     scores = score(
         student, samples, "epig", acquisition_args={"epig": options}, tokenizer=tokenizer, batch_tokens=batch_tokens,

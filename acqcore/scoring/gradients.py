@@ -33,29 +33,29 @@ def grad_norm(
     max_length: int | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Exact norm of the gradient of each sample's own loss, from one forward and backward per batch.
+    """Exact norm of the gradient of each sample's loss, from one forward and backward per batch.
 
     Args:
-        student, samples, tokenizer, batch_tokens, max_length, backend: as in :func:`acqcore.score`. The student is in
-            evaluation mode meanwhile; its modes, gradients and hooks are restored.
-        parameters: where the gradient is taken:
+        student, samples, tokenizer, batch_tokens, max_length, backend: as in :func:`acqcore.score`. The student is
+            switched to evaluation mode during the call; its modes, gradients and hooks are restored afterwards.
+        parameters: the parameters to differentiate:
 
-            - ``"head"``: the last layer's weight and bias, without a backward; with an adapter on it, the weight that
-              is their sum.
-            - ``n >= 1``: the last n transformer blocks with every parameter in them, adapters and frozen ones too, and
-              nothing else: neither the final norm nor the head. Earlier blocks keep no activations.
+            - ``"head"``: the last layer's weight and bias, without a backward; with an adapter on the head, the sum of
+              both weights.
+            - ``n >= 1``: every parameter of the last n transformer blocks, including adapters and frozen ones, but not
+              the final norm or the head. Earlier blocks keep no activations.
             - ``"trainable"``: parameters with ``requires_grad=True``, such as LoRA adapters and ``modules_to_save``.
-            - ``"all"``: every parameter, frozen ones too; a tied head and embedding are one.
+            - ``"all"``: every parameter, including frozen ones; a tied head and embedding count as one.
         loss: the sample's loss is the ``mean`` or the ``sum`` of ``-log p`` over its scored tokens.
-        predicted: replace each scored token by the student's most likely one; what is written only serves as context.
+        predicted: use the student's most likely token as each target; the written tokens serve only as context.
 
     Returns:
-        ``[n]`` float32 on the CPU, in the order of the samples; NaN where a token has no finite value.
+        ``[n]`` float32 on the CPU, in the order of the samples; NaN if a token has no finite value.
 
     Raises:
-        TypeError, ValueError: as :func:`acqcore.score`; an unknown loss; parameters of another type, more blocks than
-            the model has, nothing trainable; a parameter whose gradient no rule covers (named): that of an adapter on
-            the head, or of a large module other than linear layers and embeddings (fused experts).
+        TypeError, ValueError: as :func:`acqcore.score`; an unknown loss; parameters of the wrong type, more blocks than
+            the model has, nothing trainable; a parameter whose gradient no rule covers (named), such as an adapter on
+            the head or a large module other than a linear layer or embedding (fused experts).
     """
     need = GradientNeed(parameters, loss, predicted)
     return _of_samples(need, Runner(student, (need,), batch_tokens, backend), samples, tokenizer, max_length)
@@ -94,14 +94,14 @@ def grad_sketch(
 
 
 def grad_sketch(*arguments: Any, **options: Any) -> torch.Tensor:
-    """A sketch of each sample's gradient that keeps inner products: ``E <S_i, S_j> = <G_i, G_j>``.
+    """A sketch of each sample's gradient that preserves inner products: ``E <S_i, S_j> = <G_i, G_j>``.
 
     Two forms: ``grad_sketch(hidden, head, targets, offsets, ...)`` for the head's gradient of hidden states
     (:func:`acqcore.head_grad.grad_sketch`), and ``grad_sketch(student, samples, parameters="head"|n|"trainable"|"all",
     ...)`` for a student's samples (:func:`student_grad_sketch`), from one batched forward and backward.
 
     Returns:
-        ``[B, dim]`` float32; only sketches of the same parameters, dim and seed can be compared.
+        ``[B, dim]`` float32; only sketches with the same parameters, dim and seed are comparable.
 
     Raises: as those functions.
     """
@@ -124,17 +124,17 @@ def student_grad_sketch(
     max_length: int | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """A sketch of the gradient of each sample's own loss: ``E <S_i, S_j> = <G_i, G_j>`` over random signs.
+    """A sketch of the gradient of each sample's loss: ``E <S_i, S_j> = <G_i, G_j>`` over random signs.
 
-    Every parameter is sketched with signs of its own, and the sketches are added up. The head's is that of
-    :func:`acqcore.grad_sketch`, without its bias. A deeper matrix gives the hashed entries of
-    ``sum_t (A^T g_t) (B^T x_t)^T``, A and B random signs that leave at most 256 rows and columns; biases and norms are
-    hashed entry by entry.
+    Every parameter is sketched with independent signs, and the sketches are added up. The head is sketched as in
+    :func:`acqcore.grad_sketch`, without its bias. Other matrices contribute the hashed entries of
+    ``sum_t (A^T g_t) (B^T x_t)^T``, where A and B are random signs that leave at most 256 rows and columns; biases and
+    norms are hashed entry by entry.
 
     Args:
         student, samples, parameters, loss, tokenizer, batch_tokens, max_length, backend: as in :func:`grad_norm`.
         dim: length of a sketch.
-        seed: of the signs.
+        seed: seed of the signs.
 
     Returns:
         ``[n, dim]`` float32 on the CPU, in the order of the samples.
@@ -162,8 +162,8 @@ def badge_embedding(
 ) -> torch.Tensor:
     """Sketch of each sample's gradient with the student's most likely tokens as the targets.
 
-    Short where the student is confident, so that k-means++ over it (``acqcore.select(..., method="badge")``) takes
-    samples that are both uncertain and diverse. It needs no labels: what is written only serves as context.
+    It is short where the student is confident, so k-means++ on it (``acqcore.select(..., method="badge")``) chooses
+    samples that are both uncertain and diverse. It needs no labels: the written tokens serve only as context.
 
     Args:
         student, samples, parameters, dim, seed, loss, tokenizer, batch_tokens, max_length, backend: as in
@@ -174,8 +174,8 @@ def badge_embedding(
 
     Raises: as :func:`acqcore.grad_sketch`.
 
-    Source: Ash et al. 2020, "Deep batch active learning by diverse, uncertain gradient lower bounds", with each token a
-    label of its own.
+    Source: Ash et al. 2020, "Deep batch active learning by diverse, uncertain gradient lower bounds", with each
+    token treated as a separate label.
     """
     checks.positive_int("dim", dim)
     need = GradientNeed(parameters, loss, True, dim, seed)
@@ -203,22 +203,22 @@ def influence_reference(
         student, samples, loss, tokenizer, batch_tokens, max_length, backend: as in :func:`acqcore.grad_sketch`.
         parameters: ``all``, ``trainable``, the last n blocks, or ``head``. All by default: among learnable and
             unlearnable samples (random answers), influence through the head alone ranked an unlearnable one first half
-            of the time, influence through every parameter never.
-        dim: length of a sketch. The standard error of a cosine is ``1 / sqrt(dim)``, 0.016 at 4096, whatever the model.
-            Ranks can be trusted where the samples' cosines differ by more: of random rows, whose cosines had a standard
-            deviation of 0.018, dim 4096 kept the ranks at a Spearman correlation of 0.78, 16384 at 0.91, 65536 at 0.98.
-        seed: of the sketch.
+            of the time; influence through all parameters never did.
+        dim: length of a sketch. The standard error of a cosine is ``1 / sqrt(dim)``, 0.016 at 4096, for any model.
+            Ranks are reliable if the samples' cosines differ by more. On random rows, whose cosines had a standard
+            deviation of 0.018, ranks at dim 4096 had a Spearman correlation of 0.78, at 16384 0.91, at 65536 0.98.
+        seed: seed of the sketch.
         precondition: None, or second moments v of the sketch coordinates: ``"reference"`` for those of this set, or
-            ``[dim]`` of your own (the running mean of squared sketches of training batches). Coordinate j of an inner
-            product is then divided by ``sqrt(v_j)``, damped. It has the form of Adam's preconditioner (LESS) but is not
-            the same: Adam divides each parameter by its own moment, and each coordinate of a sketch mixes all of them.
+            a tensor ``[dim]`` (the running mean of squared sketches of training batches). Coordinate j of an inner
+            product is then divided by ``sqrt(v_j)``, damped. This has the form of Adam's preconditioner (LESS) but
+            differs: Adam divides each parameter by its own moment, and a sketch coordinate mixes all parameters.
 
     Returns:
         A Reference on the CPU.
 
     Raises:
         TypeError, ValueError: as :func:`acqcore.grad_sketch`; no samples; a sample whose gradient is not finite; second
-            moments of another shape, negative or not finite.
+            moments of the wrong shape, negative or not finite.
     """
     checks.positive_int("dim", dim)
     if isinstance(precondition, torch.Tensor):
@@ -234,7 +234,7 @@ def influence_reference(
     sketches = _of_samples(need, runner, samples, tokenizer, max_length)
     check_reference_set(sketches)
     if not bool(sketches.any()):
-        raise ValueError("samples: expected a reference set with a gradient, all of its gradients are zero")
+        raise ValueError("samples: expected a reference set with nonzero gradients, all are zero")
     mean = sketches.double().mean(dim=0).float()
     if isinstance(precondition, torch.Tensor):
         moments: torch.Tensor | None = precondition.detach().to("cpu", torch.float32)
@@ -258,8 +258,8 @@ def influence(
 ) -> torch.Tensor:
     """How much training on each sample would help the reference set, to first order; larger is more.
 
-    Parameters, sketch and loss are the reference's. It may come from an earlier checkpoint: only parameter shapes must
-    match.
+    Parameters, sketch and loss are those of the reference, which may come from an earlier checkpoint: only parameter
+    shapes must match.
 
     Args:
         student, samples, tokenizer, batch_tokens, max_length, backend: as in :func:`acqcore.grad_sketch`.
@@ -267,11 +267,11 @@ def influence(
         similarity: ``cosine``, which ignores the length of a sample's gradient, or ``dot``.
 
     Returns:
-        ``[n]`` float32 on the CPU; NaN where a token has no finite value.
+        ``[n]`` float32 on the CPU; NaN if a token has no finite value.
 
     Raises:
-        TypeError: reference is not a Reference. ValueError: it was made with another student (names what differs), an
-            unknown similarity. Otherwise as :func:`acqcore.grad_sketch`.
+        TypeError: reference is not a Reference. ValueError: it was made with another student (names the difference),
+            an unknown similarity. Otherwise as :func:`acqcore.grad_sketch`.
     """
     options = InfluenceOptions(reference, similarity)
     need = sketch(options)
@@ -295,23 +295,23 @@ def laplace_posterior(
     max_length: int | None = None,
     backend: str | None = None,
 ) -> LaplacePosterior:
-    """Variances of a student's weights by a Laplace approximation, for mutual information with ``posterior="laplace"``.
+    """Weight variances from a Laplace approximation, for mutual information with ``posterior="laplace"``.
 
     Args:
-        student, samples, tokenizer, batch_tokens, max_length, backend: as in :func:`acqcore.score`. The samples stand
-            for what the student was trained on; their Fisher information takes no labels.
+        student, samples, tokenizer, batch_tokens, max_length, backend: as in :func:`acqcore.score`. The samples
+            represent the student's training data; their Fisher information needs no labels.
         layers: the linear layers of the last n blocks, or of every block (``"all"``).
-        probes: random cotangents of each sample, a backward each.
-        seed: of the cotangents.
-        observations: tokens that the posterior has seen; a constant factor of the variances.
-        damping: of each factor, as a share of its mean.
+        probes: random cotangents per sample, one backward each.
+        seed: seed of the cotangents.
+        observations: number of tokens that the posterior has seen; the variances scale with its inverse.
+        damping: damping of each factor, relative to its mean.
 
     Returns:
         A LaplacePosterior on the CPU.
 
     Raises:
         TypeError, ValueError: as :func:`acqcore.score`; no samples, a gradient that is not finite, layers that the
-            student does not have, observations or damping that are not positive.
+            student does not have, nonpositive observations or damping.
     """
     LinearOptions("isotropic", layers, probes=probes, seed=seed)
     checks.positive("observations", observations)

@@ -1,4 +1,4 @@
-"""A request, checked: which acquisitions with which options, what they need, and how values are reduced."""
+"""A checked request: its acquisitions with their options, their needs, and the reduction of values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from acqcore.scoring.run import Found, Runner
 from acqcore.students.samples import Row
 from acqcore.students.student import StudentLike
 
-#: name -> arguments of that acquisition, as a mapping or as its options.
+#: Name -> arguments of that acquisition, as a mapping or an options object.
 AcquisitionArgs: TypeAlias = Mapping[str, Mapping[str, Any] | Options]
 
 
@@ -26,12 +26,12 @@ AcquisitionArgs: TypeAlias = Mapping[str, Mapping[str, Any] | Options]
 class Scored:
     """Finished samples: ``indices`` into the rows, values of A acquisitions in float32 on the CPU.
 
-    Acquisitions over sets have no values yet: ``sketches`` holds what they need of the samples.
+    Acquisitions over sets have no values yet; ``sketches`` holds their inputs.
     """
 
     indices: list[int]
     values: torch.Tensor  # [A, B]
-    tokens: list[dict[str, torch.Tensor]]  # B of name -> [scored tokens], for acquisitions of tokens
+    tokens: list[dict[str, torch.Tensor]]  # B of name -> [scored tokens], for acquisitions with token values
     sketches: Mapping[GradientNeed, torch.Tensor]  # [B, ...]
     stderr: Mapping[str, torch.Tensor]  # name -> [B] float32, for acquisitions that have a standard error
     n_input_tokens: int
@@ -39,7 +39,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Plan:
-    """Arguments of :func:`acqcore.score`, checked; made by :meth:`of`."""
+    """Checked arguments of :func:`acqcore.score`; made by :meth:`of`."""
 
     asked: tuple[tuple[Acquisition, Options], ...]
     reduction: Reduction
@@ -58,7 +58,7 @@ class Plan:
         batch_tokens: int = 8192,
         backend: str | None = None,
     ) -> Plan:
-        """Raises TypeError or ValueError, as :func:`acqcore.score`."""
+        """Check the arguments; raises TypeError or ValueError as :func:`acqcore.score`."""
         names = checks.names("acquisitions", acquisitions, REGISTRY)
         checks.literal("reduction", reduction, Reduction)
         checks.positive_int("topk", topk)
@@ -77,11 +77,11 @@ class Plan:
             needs, over = entry.needed(options), entry.values_over(options)
             if over == "average" and reduction not in ("mean", "sum"):
                 raise ValueError(
-                    f"reduction: {entry.name!r} has no values of tokens under these arguments, expected 'mean' or "
+                    f"reduction: {entry.name!r} has no token values with these arguments, expected 'mean' or "
                     f"'sum', got {reduction!r}"
                 )
             if over == "set" and not all(isinstance(need, GradientNeed) for need in needs):
-                raise ValueError(f"acquisition {entry.name!r}: expected one over sets to need gradients, got {needs}")
+                raise ValueError(f"acquisition {entry.name!r}: one over sets must need gradients only, got {needs}")
         return cls(asked, reduction, topk, batch_tokens, backend)
 
     @property
@@ -90,7 +90,7 @@ class Plan:
 
     @cached_property
     def needs(self) -> tuple[Need, ...]:
-        """Each need once, in the order in which they are asked for."""
+        """Distinct needs, in the order of request."""
         return tuple(dict.fromkeys(need for entry, options in self.asked for need in entry.needed(options)))
 
     @property
@@ -114,7 +114,7 @@ class Plan:
 
     @cached_property
     def set_needs(self) -> tuple[GradientNeed, ...]:
-        """Needs of acquisitions over sets, each once."""
+        """Distinct needs of acquisitions over sets."""
         needs = (need for entry, options in self.of_sets for need in entry.needed(options))
         return tuple(dict.fromkeys(need for need in needs if isinstance(need, GradientNeed)))
 
@@ -124,7 +124,7 @@ class Plan:
             raise ValueError(f"acquisitions: {entry.name!r} compares all samples of a call: {instead}")
 
     def runner(self, student: StudentLike) -> Runner:
-        """What computes the needs. Raises as :class:`Runner`; ValueError for options that do not fit the student."""
+        """A runner for the needs. Raises as :class:`Runner`; ValueError for options that do not fit the student."""
         runner = Runner(student, self.needs, self.batch_tokens, self.backend)
         for _, options in self.asked:
             options.check(runner.student, runner.head)
@@ -157,7 +157,7 @@ class Plan:
             if over in ("average", "sample"):
                 values[a] = _finite(self._of_averages(over, of_host[entry.name], counts).float())
             elif over == "token":
-                # An infinity of either sign becomes NaN here: later a maximum would hide it.
+                # Infinities become NaN before the reduction, where a maximum would hide them.
                 column = _finite(of_host[entry.name])
                 values[a] = _finish(entry, reduce(column, counts, self.reduction, self.topk))
                 for sample, piece in zip(tokens, _finish(entry, column).split(counts), strict=True):
@@ -171,12 +171,12 @@ class Plan:
         values: torch.Tensor,  # [B] float64 on the CPU
         counts: list[int],  # [B], tokens
     ) -> torch.Tensor:
-        """``[B]``: averages over tokens, reduced; values of samples as they are."""
+        """``[B]``: apply the reduction to averages over tokens; sample values are unchanged."""
         return values * torch.tensor(counts) if over == "average" and self.reduction == "sum" else values
 
 
 def _on_host(columns: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The columns on the CPU by one copy a device: on a GPU each copy would wait for it."""
+    """The columns on the CPU, in a single copy, as each copy from a GPU synchronizes."""
     found = dict(columns)
     on_gpu = {name: column for name, column in columns.items() if column.device.type != "cpu"}
     if on_gpu:
@@ -187,12 +187,12 @@ def _on_host(columns: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def reduce(
-    values: torch.Tensor,  # [N] float64, sample after sample
+    values: torch.Tensor,  # [N] float64, sample by sample
     counts: list[int],  # [B], their sum is N
     reduction: Reduction,
     topk: int,
 ) -> torch.Tensor:
-    """``[B]``; NaN where a value of the sample is."""
+    """``[B]``; NaN if any value of the sample is NaN."""
     if reduction == "topk":  # NaN counts as the largest
         return torch.stack([piece.topk(min(topk, len(piece))).values.mean() for piece in values.split(counts)])
     return torch.segment_reduce(values, reduction, lengths=torch.tensor(counts, device=values.device))

@@ -1,4 +1,4 @@
-"""Vectors of what a student reads before it writes."""
+"""Embeddings of prompts."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def prompt_embedding(
 ) -> torch.Tensor:
     """Mean of the student's final hidden states over the tokens of each prompt, from one forward.
 
-    What follows the prompt is not read, so the vector cannot depend on a label that is written there. Of a sample
-    without a prompt, such as ``{"text": ...}``, all tokens are read.
+    Text after the prompt is not read, so the vector cannot depend on a label that appears there. For samples without a
+    prompt, such as ``{"text": ...}``, all tokens are read.
 
     Args:
         student, samples, tokenizer, batch_tokens, max_length: as in :func:`acqcore.score`.
@@ -58,6 +58,6 @@ def prompt_embedding(
 
 
 def _prompt(row: Row) -> torch.Tensor:
-    """Token ids before the first scored one; all of them where that is the second token."""
+    """Token ids before the first scored token; all token ids if that is the second token."""
     first = int(row.targets.ne(checks.IGNORE_INDEX).nonzero()[0])
     return row.ids[:first] if first > 1 else row.ids

@@ -1,4 +1,4 @@
-"""Runs the student over batches of samples and computes what is needed of each, once."""
+"""Runs the student over batches of samples and computes each need once per batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from acqcore.students.packing import OVERHEAD_TOKENS, partition
 from acqcore.students.samples import Row, Samples, encode
 from acqcore.students.student import StudentLike, as_student
 
-#: Most rows that a student's gradients are probed with.
+#: Maximum rows for probing a student's gradients.
 PROBED_ROWS = 4
 
 
@@ -33,7 +33,7 @@ PROBED_ROWS = 4
 class Found:
     """The results of a batch."""
 
-    indices: list[int]  # of its samples among the rows
+    indices: list[int]  # of its samples in the rows
     counts: list[int]  # scored tokens of each sample; their sum is N
     results: Mapping[Need, Any]  # RowStats or BayesStats of the N tokens, SampleBatch, or values of the samples
     n_input_tokens: int  # of the samples, without padding
@@ -42,11 +42,11 @@ class Found:
 class Runner:
     """Computes needs of a student's samples, batch by batch.
 
-    One forward without dropout serves all needs that read it, and keeps a graph only if a gradient reaches the trunk;
-    one backward serves all gradients of the same targets; equal draws are taken once.
+    Needs share one forward without dropout, which keeps a graph only if a gradient reaches the trunk. Gradients of the
+    same targets share one backward, and equal draws are computed once.
 
     Raises:
-        TypeError, ValueError, RuntimeError: before any forward: as :func:`acqcore.score` for a student, backend, draws
+        TypeError, ValueError, RuntimeError: before any forward, as :func:`acqcore.score`, for a student, backend, draws
             or parameters that do not fit together.
     """
 
@@ -54,7 +54,7 @@ class Runner:
         checks.positive_int("batch_tokens", batch_tokens)
         self.student = student = as_student(student)
         self.head = head = student.head
-        row_stats(head.weight[:0], head, backend=backend)  # no rows: raises what a batch would
+        row_stats(head.weight[:0], head, backend=backend)  # on no rows: raises early what a batch would
         self._needs = needs
         self._batch_tokens = batch_tokens
         self._backend = backend
@@ -67,7 +67,7 @@ class Runner:
     def encode(
         self, samples: Samples, tokenizer: Any, max_length: int | None, errors: dict[int, str] | None = None
     ) -> list[Row]:
-        """The samples as rows; ``tokenizer`` None stands for the student's own. Raises as :func:`encode`."""
+        """The samples as rows; ``tokenizer`` defaults to the student's. Raises as :func:`encode`."""
         tokenizer = tokenizer if tokenizer is not None else self.student.tokenizer
         vocab_size, limit = self.head.vocab_size, self.student.max_length
         return encode(samples, tokenizer, vocab_size=vocab_size, limit=limit, max_length=max_length, errors=errors)
@@ -80,7 +80,7 @@ class Runner:
         shape: tuple[int, ...],
         value: Callable[[Found], torch.Tensor],
     ) -> torch.Tensor:
-        """``value [B, *shape]`` of every batch, in the order of the samples, ``[n, *shape]`` float32 on the CPU."""
+        """Collect ``value [B, *shape]`` of every batch in sample order: ``[n, *shape]`` float32 on the CPU."""
         with self.student.in_step():
             rows = self.encode(samples, tokenizer, max_length)
             values = torch.zeros(len(rows), *shape)
@@ -89,9 +89,9 @@ class Runner:
         return values
 
     def batches(self, rows: Sequence[Row], done: Collection[int] = ()) -> Iterator[Found]:
-        """Batches of ``rows`` as they finish; rows with nothing to score are left out.
+        """Yield results of batches of ``rows`` as they finish; rows with nothing to score are omitted.
 
-        The batches are a function of the rows, ``batch_tokens`` and the device's type. Batches whose rows are all in
+        The batches depend only on the rows, ``batch_tokens`` and the device type. Batches whose rows are all in
         ``done`` are skipped.
         """
         scored = [i for i, row in enumerate(rows) if row.n_scored]
@@ -109,7 +109,7 @@ class Runner:
                 yield from self._batch(rows, indices)
 
     def _batch(self, rows: Sequence[Row], indices: list[int]) -> Iterator[Found]:
-        """The results of every need for these rows: in one batch, or one row at a time where gradients require it."""
+        """Results of every need for these rows, in one batch or, if gradients require it, one row at a time."""
         if len(indices) > 1 and self._gradients is not None and self._gradients.one_by_one:
             for i in indices:
                 yield from self._batch(rows, [i])
@@ -126,8 +126,8 @@ class Runner:
         yield Found(indices, batch.offsets.diff().tolist(), results, tokens)
 
     def _results(self, batch: Batch) -> dict[Need, Any]:
-        # The mode is switched for each batch, not around the generator: a paused generator would leave its caller
-        # without gradients. In inference mode autograd could not run.
+        # The mode is switched per batch, not around the generator: a paused generator would leave its caller without
+        # gradients. Autograd cannot run in inference mode.
         results: dict[Need, Any] = {}
         with torch.inference_mode(False), self.student.scoring():
             for options, draws in self._draws.items():
@@ -138,7 +138,7 @@ class Runner:
         return results
 
     def _without_dropout(self, batch: Batch, results: dict[Need, Any]) -> None:
-        """Add what follows from one forward without dropout to the results."""
+        """Add the results that follow from one forward without dropout."""
         gradients, head = self._gradients, self.head
         input_ids = batch.input_ids.to(self.student.device)
         forward = nullcontext(None) if gradients is None else gradients.forward(input_ids, batch.first)
@@ -165,7 +165,7 @@ class Runner:
         hidden: torch.Tensor,  # [N, D]
         batch: Batch,
     ) -> HeadPass:
-        """Everything that is asked of the head for the written targets."""
+        """One head pass for all needs under the written targets."""
         head, gradients = self.head, self._gradients
         targets = batch.targets.to(hidden.device)
         keys, places = (value.to(hidden.device) for value in batch.keys_and_places)
@@ -189,7 +189,7 @@ class Runner:
 def check_reference_set(
     gradients: torch.Tensor,  # [n, ...]
 ) -> None:
-    """Raise ValueError unless there is a sample and each one's gradient is finite (names the first that is not)."""
+    """Raise ValueError if there is no sample or a gradient is not finite (names the first such sample)."""
     if not len(gradients):
         raise ValueError("samples: expected at least one reference sample, got none")
     bad = ~gradients.isfinite().flatten(1).all(dim=1)

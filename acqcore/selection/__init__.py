@@ -1,1 +1,1 @@
-"""Choosing among vectors: subsets, and the worth of a vector beside others."""
+"""Selection among vectors: subsets, diversity gains and label trust."""

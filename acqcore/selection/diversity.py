@@ -1,18 +1,18 @@
 """Set-level signals: how much the direction of a vector adds to a batch or to an archive.
 
-Vectors ``[n, d]`` are sketches of gradients, or embeddings; ``x`` are their directions (a zero vector has none and adds
-nothing), ``K = x x^T`` their cosines. A set S leaves of a vector its variance given S in a Gaussian process with kernel
-K,
+Vectors ``[n, d]`` are gradient sketches or embeddings; ``x`` are their directions (a zero vector has none and adds
+nothing), ``K = x x^T`` their cosines. The part of a vector that a set S does not explain is its variance given S in a
+Gaussian process with kernel K,
 
     r_i = k_ii - k_iS (K_SS + ridge I)^-1 k_Si = det(K_{S+i} + ridge I) / det(K_S + ridge I) - ridge,
 
 which is 1 for a direction orthogonal to S and ``ridge / (1 + ridge)`` for a copy of a member. The signals are the
-log-determinant gain ``log(1 + r_i)``: the information, in nats, that the direction adds when it is observed under unit
-noise and S is known up to noise ``ridge``. With one noise for both, ``log(1 + r_i / ridge)``, a copy would gain
-``log 2`` however small the ridge, as two noisy observations tell more than one; here it gains about ``ridge``.
+log-determinant gain ``log(1 + r_i)``: the information in nats from observing the direction under unit noise if S is
+known up to noise ``ridge``. With the same noise for both, ``log(1 + r_i / ridge)``, a copy would gain ``log 2`` for
+any ridge, since two noisy observations are more informative than one; here it gains about ``ridge``.
 
 Sources: Kulesza & Taskar 2012 (determinants as diversity); Krause, Singh & Guestrin 2008 (information gain);
-Friedman & Dieng 2023 (Vendi score); Jung et al. 2025 (G-Vendi: of gradients).
+Friedman & Dieng 2023 (Vendi score); Jung et al. 2025 (G-Vendi, on gradients).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from acqcore.selection.subsets import pivoted_cholesky
 def gradient_diversity(vectors: torch.Tensor, *, ridge: float = 0.01, ordered: bool = False) -> torch.Tensor:
     """Gain of each vector over the rest of its batch, ``log(1 + r_i)`` nats.
 
-    Leave-one-out: a permuted batch gives permuted values, and copies of each other all score ~0. One factorization
-    gives every r_i: ``r_i + ridge = 1 / ((K + ridge I)^-1)_ii``.
+    Gains are leave-one-out: permuting the batch permutes the values, and copies of each other all score ~0. One
+    factorization gives every r_i: ``r_i + ridge = 1 / ((K + ridge I)^-1)_ii``.
 
     Args:
         vectors: ``[n, d]`` float32, bfloat16, float16 or float64, such as :func:`acqcore.grad_sketch`.
-        ridge: noise on the rest of the batch; a copy scores at most about this much. Raise it for n near d or beyond,
-            as vectors that span the space explain each other.
-        ordered: compare i with the vectors before it only: the first of several copies gets the credit.
+        ridge: noise on the rest of the batch; a copy scores at most about this much. Raise it if n is close to d or
+            larger, since vectors that span the space explain each other.
+        ordered: compare each vector only with those before it, so the first of several copies gets the credit.
 
     Returns:
         ``[n]`` float32 (float64 for float64 inputs) between 0 and log 2.
@@ -57,7 +57,7 @@ def gradient_diversity(vectors: torch.Tensor, *, ridge: float = 0.01, ordered: b
     if len(x) <= x.shape[1]:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(_ridged(x @ x.T, ridge)))
         return _gain(inverse.diagonal().reciprocal() - ridge, vectors)
-    # The same through the d by d matrix, by Woodbury: with leverage h_i = x_i (X^T X + ridge I)^-1 x_i,
+    # The same from the d by d matrix by Woodbury: with leverage h_i = x_i (X^T X + ridge I)^-1 x_i,
     # ((K + ridge I)^-1)_ii = (1 - h_i) / ridge.
     factor = torch.linalg.cholesky(_ridged(x.T @ x, ridge))
     leverage = torch.linalg.solve_triangular(factor, x.T, upper=False).square().sum(dim=0)
@@ -67,19 +67,19 @@ def gradient_diversity(vectors: torch.Tensor, *, ridge: float = 0.01, ordered: b
 @standard_defaults()
 @torch.no_grad()
 def vendi_score(vectors: torch.Tensor) -> torch.Tensor:
-    """Effective number of different directions: exp of the entropy of the eigenvalues of ``K / n``.
+    """Effective number of distinct directions: exp of the entropy of the eigenvalues of ``K / n``.
 
     Args:
         vectors: ``[n, d]`` floating point, n >= 1.
 
     Returns:
-        A scalar, float32 (float64 for float64 inputs): 1 where all are copies, n where all are orthogonal.
+        A scalar, float32 (float64 for float64 inputs): 1 if all are copies, n if all are orthogonal.
 
     Raises:
         TypeError: not a floating-point tensor.
         ValueError: empty, not two-dimensional, not finite, or a zero vector.
 
-    Source: Friedman & Dieng 2023; of gradients, G-Vendi (Jung et al. 2025).
+    Sources: Friedman & Dieng 2023; Jung et al. 2025 (G-Vendi, on gradients).
     """
     checks.vectors("vectors", vectors)
     if len(vectors) == 0:
@@ -88,17 +88,17 @@ def vendi_score(vectors: torch.Tensor) -> torch.Tensor:
     if bool(zero.any()):
         raise ValueError(f"vectors: row {int(zero.nonzero()[0])} is zero, expected vectors with a direction")
     x = _directions(vectors)
-    small = x @ x.T if len(x) <= x.shape[1] else x.T @ x  # the same eigenvalues but for zeros
+    small = x @ x.T if len(x) <= x.shape[1] else x.T @ x  # the same nonzero eigenvalues
     eigenvalues = torch.linalg.eigvalsh(small / len(x)).clamp_min(0)
     return torch.special.entr(eigenvalues).sum().exp().to(_result_dtype(vectors))
 
 
 class Archive:
-    """A bounded set of directions, and the gain of a new vector over it.
+    """A bounded set of directions that scores the gain of new vectors over it.
 
-    It keeps the directions that greedy log-determinant selection takes from old and new ones, up to ``capacity``, the
-    older among equals. Directions that the kept ones explain as well as a copy (``r <= ridge``) are dropped. As the
-    most spread-out subset it remembers the extent of what was seen, not its density. It is deterministic.
+    It keeps up to ``capacity`` of the old and new directions by greedy log-determinant selection, preferring older ones
+    among equals. Directions that the kept ones explain as well as a copy (``r <= ridge``) are dropped. The archive is a
+    maximally spread-out subset, so it covers the extent of past vectors, not their density. It is deterministic.
 
     Args:
         capacity: maximum number of vectors; memory is ``capacity * d`` floats, an update costs
@@ -163,21 +163,21 @@ class Archive:
         self._factor = None
 
     def state_dict(self) -> dict[str, Any]:
-        """``capacity``, ``ridge`` and the directions held, ``vectors [m, d]`` float32 or None."""
+        """``capacity``, ``ridge`` and the stored directions, ``vectors [m, d]`` float32 or None."""
         return {"capacity": self.capacity, "ridge": self.ridge, "vectors": self._held}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave.
+        """Restore the result of :meth:`state_dict`.
 
         Raises:
-            TypeError: not a mapping, or an entry of a wrong type.
+            TypeError: not a mapping, or an entry of the wrong type.
             ValueError: an entry is missing or out of range, or more vectors than the capacity.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state: expected a mapping, got {checks.describe(state)}")
         for key in ("capacity", "ridge", "vectors"):
             if key not in state:
-                raise ValueError(f"state: no entry {key!r}, expected what Archive.state_dict() gives")
+                raise ValueError(f"state: no entry {key!r}, expected the result of Archive.state_dict()")
         checks.positive_int("state: capacity", state["capacity"])
         checks.ridge(state["ridge"])
         if state["vectors"] is not None:

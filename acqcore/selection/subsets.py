@@ -1,7 +1,7 @@
-"""Selects k of n samples: the highest scores, or a diverse subset by their vectors.
+"""Selects k of n samples: those with the highest scores, or a diverse subset of their vectors.
 
-Every method is greedy, so the first j of k choices are the choice for j. Only ``facility_location`` looks at all pairs,
-in a bounded buffer: memory stays O(n d + n k).
+Every method is greedy, so the first j of k choices are the selection for k = j. Only ``facility_location`` compares all
+pairs, in a bounded buffer, so memory stays O(n d + n k).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from acqcore.defaults import standard_defaults
 from acqcore.literals import Method
 from acqcore.scores import Scores
 
-# Facility location computes this many similarities at once (64 MiB of float32), and keeps all of them up to the second
-# number (256 MiB), which halves the time on 2000 noisy vectors of 4096.
+# Similarities that facility location computes at once (64 MiB of float32), and the most for which it keeps them all
+# (256 MiB); keeping them halves the time on 2000 noisy vectors of length 4096.
 _BLOCK_ELEMENTS = 1 << 24
 _KEPT_ELEMENTS = 1 << 26
-# Stale gains of facility location refreshed in one pass over the vectors; doubled until they decide the choice.
+# Stale gains that facility location refreshes in one pass over the vectors; doubled until the choice is decided.
 _REFRESH = 8
 
 
@@ -39,53 +39,52 @@ def select(
     """Indices of k of n candidates, in order of choice.
 
     =====================  ================================================================================
-    method                 each choice is
+    method                 next choice
     =====================  ================================================================================
-    ``top_k``              the highest score left; NaN is never chosen
-    ``k_center``           the vector farthest from those chosen, after the one nearest to the mean; the
-                           largest distance left is at most twice the smallest possible (Gonzalez 1985;
+    ``top_k``              the highest remaining score; NaN is never chosen
+    ``k_center``           the vector farthest from those chosen, starting with the one nearest the mean;
+                           the largest remaining distance is at most twice the optimum (Gonzalez 1985;
                            Sener & Savarese 2018)
     ``facility_location``  the largest gain in ``sum_i max_{j chosen} max(0, cos(x_i, x_j))``, by lazy
-                           evaluation (Minoux 1978); within 1 - 1/e of the best (Nemhauser, Wolsey & Fisher
-                           1978)
+                           evaluation (Minoux 1978); at least 1 - 1/e of the optimum (Nemhauser, Wolsey &
+                           Fisher 1978)
     ``badge``              drawn with probability proportional to the squared distance from those chosen,
-                           the first uniformly: k-means++ seeding (Arthur & Vassilvitskii 2007); on
-                           :func:`acqcore.badge_embedding` the BADGE of Ash et al. 2020
+                           the first uniformly: k-means++ seeding (Arthur & Vassilvitskii 2007); with
+                           :func:`acqcore.badge_embedding` this is BADGE (Ash et al. 2020)
     ``log_det``            the largest gain in ``log det(I + K / s)``, K the Gram matrix of those chosen:
                            greedy MAP of a determinantal point process (Kulesza & Taskar 2012) by
-                           incremental Cholesky (Chen, Zhang & Zhou 2018); within 1 - 1/e of the best. A long
-                           vector is worth more than a short one
+                           incremental Cholesky (Chen, Zhang & Zhou 2018); at least 1 - 1/e of the optimum.
+                           Longer vectors are worth more
     =====================  ================================================================================
 
     Args:
-        candidates: for ``top_k`` scores ``[n]`` or :class:`acqcore.Scores`; for the others vectors ``[n, d]`` such as
-            sketches or embeddings. float32, bfloat16, float16 or float64; distances and similarities are computed in
-            float32 or float64.
-        k: number of choices, 1 to n (for ``top_k`` to the number of scores that are not NaN).
+        candidates: for ``top_k``, scores ``[n]`` or :class:`acqcore.Scores`; for other methods, vectors ``[n, d]`` such
+            as sketches or embeddings. float32, bfloat16, float16 or float64; distances and similarities are computed
+            in float32 or float64.
+        k: number of choices, from 1 to n (for ``top_k``, to the number of scores that are not NaN).
         method: as above.
-        acquisition: the column of Scores, if there are several.
-        seed: of ``badge``; the other methods are deterministic.
+        acquisition: column of Scores to use; required if there are several.
+        seed: seed of ``badge``; the other methods are deterministic.
         ridge: ``s`` of ``log_det``, in units of the mean squared length of the vectors.
-        labels: ``[n]`` int64, for ``top_k``: the highest score of each label in turn, the label of the highest first.
-        trust: ``[n]`` floating point, for ``top_k``, such as :func:`acqcore.label_trust`: only what is above 0 is
-            chosen; where that is fewer than k, the most trusted of the others fill up.
+        labels: ``[n]`` int64, for ``top_k``: choose the highest score of each label in turn, best label first.
+        trust: ``[n]`` floating point, for ``top_k``, such as :func:`acqcore.label_trust`: only candidates with trust
+            above 0 are chosen; if there are fewer than k, the most trusted of the rest fill up the selection.
 
     Returns:
-        ``[k]`` int64 on the device of the candidates, no index twice. Among exact equals the lower index
-        comes first.
+        ``[k]`` distinct int64 indices on the device of the candidates. Exact ties go to the lower index.
 
     Raises:
-        TypeError: candidates or trust that are not a floating-point tensor (or Scores for ``top_k``), labels that are
-            no tensor, k not an int.
-        ValueError: an unknown method, k out of range, a wrong shape, a vector that is not finite, Scores of
-            several acquisitions and no name, ridge below 1e-9; labels or trust of another shape or dtype, with NaN, or
-            for another method than ``top_k``.
+        TypeError: candidates or trust are not a floating-point tensor (or Scores for ``top_k``), labels are not a
+            tensor, k is not an int.
+        ValueError: an unknown method, k out of range, a wrong shape, a vector that is not finite, Scores of several
+            acquisitions without a name, ridge below 1e-9; labels or trust of the wrong shape or dtype, with NaN, or
+            for a method other than ``top_k``.
     """
     checks.literal("method", method, Method)
     checks.positive_int("k", k)
     for name, given in (("labels", labels), ("trust", trust)):
         if given is not None and method != "top_k":
-            raise ValueError(f"{name}: expected it with method='top_k', got method={method!r}")
+            raise ValueError(f"{name}: only valid with method='top_k', got method={method!r}")
     if method == "top_k":
         scores = _column(candidates, acquisition) if isinstance(candidates, Scores) else candidates
         checks.float_tensor("candidates", scores, "[n]", 1)
@@ -111,13 +110,13 @@ def select(
 
 
 def _column(scores: Scores, acquisition: str | None) -> torch.Tensor:
-    """Scores of the acquisition; of the only one where that is None."""
+    """Scores of the acquisition; None selects the only one."""
     if acquisition is not None:
         checks.one_of("acquisition", acquisition, scores)
         return scores[acquisition]
     if len(scores) != 1:
         raise ValueError(
-            f"candidates: expected scores of one acquisition, got {', '.join(scores) or 'none'}; acquisition= names one"
+            f"candidates: expected scores of one acquisition, got {', '.join(scores) or 'none'}; set acquisition="
         )
     return next(iter(scores.values()))
 
@@ -142,7 +141,7 @@ def in_turn(
     labels: torch.Tensor,  # [n] int64
     k: int,
 ) -> torch.Tensor:
-    """Positions ``[k]`` of rows in order: the first of each label, labels in the order in which they appear, then the
+    """Positions ``[k]`` of rows, round-robin over labels in order of appearance: the first row of each label, then the
     second of each, and so on."""
     queues: dict[int, list[int]] = {}
     for place, label in enumerate(labels.tolist()):
@@ -156,7 +155,7 @@ def _k_center(
     k: int,
 ) -> torch.Tensor:
     chosen = torch.empty(k, dtype=torch.int64, device=vectors.device)
-    nearest = torch.full_like(vectors[:, 0], torch.inf)  # [n] distance to the nearest one chosen; -1 if chosen
+    nearest = torch.full_like(vectors[:, 0], torch.inf)  # [n] distance to the nearest chosen vector; -1 if chosen
     pick = distances(vectors, vectors.mean(dim=0)).argmin()
     for j in range(k):
         chosen[j] = pick
@@ -173,14 +172,14 @@ def _badge(
 ) -> torch.Tensor:
     draws = torch.rand(k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     chosen = torch.empty(k, dtype=torch.int64)
-    squared = torch.full((len(vectors),), torch.inf, dtype=torch.float64)  # [n] to the nearest one chosen
+    squared = torch.full((len(vectors),), torch.inf, dtype=torch.float64)  # [n] to the nearest chosen vector
     left = torch.ones(len(vectors), dtype=torch.float64)
     for j in range(k):
         weights = left if j == 0 else squared * left
-        if not bool(weights.any()):  # only copies of those chosen are left
+        if not bool(weights.any()):  # only copies of chosen vectors remain
             weights = left
         total = weights.cumsum(0)
-        # right=True passes over weights of zero; the clamp is for a draw that rounds up to the total.
+        # right=True skips zero weights; the clamp handles a draw that rounds up to the total.
         pick = torch.searchsorted(total, draws[j] * total[-1], right=True)
         chosen[j] = pick.clamp_max(int(weights.nonzero()[-1]))
         left[chosen[j]] = 0
@@ -192,7 +191,7 @@ def distances(
     vectors: torch.Tensor,  # [n, d]
     point: torch.Tensor,  # [d]
 ) -> torch.Tensor:
-    """Euclidean distances ``[n]``, by differences: a copy is at 0, which the expanded square would miss."""
+    """Euclidean distances ``[n]`` from differences, as the expanded square would not give exactly 0 for a copy."""
     return torch.cdist(vectors, point[None], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
 
 
@@ -202,13 +201,13 @@ def _facility_location(
 ) -> torch.Tensor:
     n = len(vectors)
     unit = torch.nn.functional.normalize(vectors, dim=1)
-    covered = torch.zeros_like(unit[:, 0])  # [n] similarity to the nearest one chosen
+    covered = torch.zeros_like(unit[:, 0])  # [n] similarity to the nearest chosen vector
 
     kept = unit @ unit.T if n * n <= _KEPT_ELEMENTS else None
 
     def gains(indices: torch.Tensor) -> torch.Tensor:  # [m] -> [m]
         similarity = unit[indices] @ unit.T if kept is None else kept[indices]  # [m, n]
-        # The floor of covered at 0 is the clip.
+        # As covered is at least 0, this also clips negative similarities.
         return (similarity - covered).clamp_min_(0).sum(dim=1, dtype=torch.float64)
 
     block = max(1, _BLOCK_ELEMENTS // n)
@@ -216,8 +215,8 @@ def _facility_location(
     taken = torch.zeros(n, dtype=torch.bool, device=unit.device)
     chosen = torch.empty(k, dtype=torch.int64, device=unit.device)
     for j in range(k):
-        # Gains only fall as the choice grows, so an old gain bounds a new one: refresh the highest until the
-        # highest of all is fresh.
+        # Gains only fall as the choice grows, so a stale gain is an upper bound: refresh the highest until the
+        # maximum is fresh.
         fresh = taken.clone() if j else torch.ones_like(taken)
         count = _REFRESH
         while not fresh[pick := bounds.argmax()]:
@@ -250,10 +249,10 @@ def pivoted_cholesky(
     k: int,
     ridge: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy choice of k rows of a positive semi-definite kernel by ``log det(I + K / ridge)``.
+    """Greedily choose k rows of a positive semi-definite kernel by ``log det(I + K / ridge)``.
 
-    The gain of i is ``log(1 + r_i / ridge)`` with r_i its variance given those chosen,
-    ``k_ii - k_iS (K_SS + ridge I)^-1 k_Si``: the choice is the largest r_i.
+    The gain of row i is ``log(1 + r_i / ridge)``, where r_i is its variance given the chosen rows,
+    ``k_ii - k_iS (K_SS + ridge I)^-1 k_Si``. Each step chooses the largest r_i.
 
     Returns:
         Indices ``[k]`` int64 and their r at the time of choice, ``[k]`` float64.

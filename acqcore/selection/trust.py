@@ -1,4 +1,4 @@
-"""How well a row's label agrees with the labels of rows like it, by leave-one-out ridge regression."""
+"""How well a row's label agrees with the labels of similar rows, by leave-one-out ridge regression."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from acqcore import checks
 
-#: Ridge strengths tried, relative to the mean eigenvalue of the centred Gram matrix.
+#: Candidate ridge strengths, relative to the mean eigenvalue of the centred Gram matrix.
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
@@ -15,27 +15,27 @@ def label_trust(
     vectors: torch.Tensor,  # [n, d]
     labels: torch.Tensor,  # [n] int64
 ) -> torch.Tensor:
-    """Margin of each row's own label over the best other label, as the other n - 1 rows predict it.
+    """Margin of each row's label over the best other label, as predicted from the other n - 1 rows.
 
-    A ridge regression of one-hot labels on the vectors predicts row i from all rows but i; one factorization gives all
-    n predictions, ``y_i - (y_i - f_i) / (1 - H_ii)`` with ``H`` the hat matrix. Positive: the other rows agree with the
-    label. A random label, a message of no class and a class told apart by nothing in the vectors come out negative or
-    near 0. The ridge is the one of ``RIDGES`` with the least squared leave-one-out error.
+    A ridge regression of one-hot labels on the vectors predicts row i from all rows but i. One factorization gives all
+    n predictions, ``y_i - (y_i - f_i) / (1 - H_ii)`` with hat matrix ``H``. A positive margin means the other rows
+    agree with the label. Random labels, texts of no class and classes that the vectors do not separate score negative
+    or near 0. The ridge is the one in ``RIDGES`` with the smallest squared leave-one-out error.
 
     Args:
         vectors: ``[n, d]`` floating point, such as the student's hidden states of the prompts. Columns are centred and
             scaled to unit variance.
-        labels: ``[n]`` int64, any numbers; equal numbers are one class.
+        labels: ``[n]`` int64, arbitrary numbers; equal numbers form a class.
 
     Returns:
-        ``[n]`` float32 on the device of the vectors. With one class only, 0 everywhere.
+        ``[n]`` float32 on the device of the vectors; all 0 if there is only one class.
 
     Raises:
-        TypeError: vectors that are not floating point, labels that are no tensor. ValueError: a wrong shape, a vector
-            that is not finite, labels of another length or dtype.
+        TypeError: vectors are not floating point, labels are not a tensor. ValueError: a wrong shape, a vector that is
+            not finite, labels of the wrong length or dtype.
 
-    Source: the leave-one-out identity is Allen's PRESS (1974); out-of-sample predictions as the test of a label,
-    Northcutt, Jiang & Chuang 2021 (confident learning).
+    Sources: Allen 1974 (PRESS, the leave-one-out identity); Northcutt, Jiang & Chuang 2021 (confident learning:
+    out-of-sample predictions as a test of labels).
     """
     checks.vectors("vectors", vectors)
     checks.labels(labels, len(vectors))

@@ -18,7 +18,7 @@ def _fresh():
 
 
 def test_a_device_without_measured_tiles_warns_once():
-    with pytest.warns(UserWarning, match="no tile shapes measured on 'NVIDIA Imaginary 9', those of sm_90 are used"):
+    with pytest.warns(UserWarning, match="no tile shapes measured for 'NVIDIA Imaginary 9', using those of sm_90"):
         first = config.tiles_for("NVIDIA Imaginary 9", 9, "half", 131072, 4096)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -29,7 +29,7 @@ def test_a_device_without_measured_tiles_warns_once():
 
 @pytest.mark.parametrize(("major", "architecture"), [(8, "sm_80"), (9, "sm_90"), (10, "sm_100"), (12, "sm_80")])
 def test_architecture(major, architecture):
-    with pytest.warns(UserWarning, match=f"those of {architecture} are used"):
+    with pytest.warns(UserWarning, match=f"using those of {architecture}"):
         assert config.table("NVIDIA Imaginary", major)["architecture"] == architecture
 
 

@@ -22,14 +22,14 @@ def test_without_a_gpu_it_says_so(tmp_path, capsys):
 
 def test_reasons(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "interpreter, which has no speed to measure" in str(tune.why_not())
+    assert "interpreter, where timings mean nothing" in str(tune.why_not())
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "tile shapes can be measured on a GPU only" in str(tune.why_not())
+    assert "tile shapes can only be measured on a GPU" in str(tune.why_not())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    assert tune.why_not() == "Tesla V100 has a compute capability below 8.0, which acqcore does not serve"
+    assert tune.why_not() == "Tesla V100 has a compute capability below 8.0, which acqcore does not support"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert tune.why_not() is None
 
@@ -74,8 +74,8 @@ def search(monkeypatch):
 def test_the_fastest_that_agrees_is_taken(search, capsys):
     assert search([5, 1, 2, 4, 3, 6], tune.Budget()) == 3
     said = capsys.readouterr().out
-    assert "dropped, its statistics differ: 1" in said
-    assert "dropped, it fails with RuntimeError: 4" in said
+    assert "dropped, wrong statistics: 1" in said
+    assert "dropped, failed with RuntimeError: 4" in said
 
 
 def test_a_search_ends_with_its_budget(search, capsys):
