@@ -1,8 +1,8 @@
-"""Kernels compiled for a GPU that is not there: launches recorded and not run, what they compile to, its machine code.
+"""Compiles kernels for an absent GPU: records launches without running them and inspects the machine code.
 
-``recorded`` runs the launchers, or whole operations of the package, on tensors of the CPU and keeps what they would
-launch; ``compiled`` is what Triton would compile for such a launch; ``measured`` reads registers, stack, shared memory
-and the instructions of the fold from it.
+``recorded`` runs launchers, or whole operations of the package, on CPU tensors and records the launches they would
+make; ``compiled`` gives the kernel that Triton would compile for such a launch; ``measured`` reads its registers,
+stack, shared memory and instructions of the fold.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAJORS = {80: 8, 90: 9, 100: 10}
-SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # what a block may have
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # maximum per block
 NAMES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
     torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.int8: "i8", torch.uint32: "u32",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
-#: Instructions of the matrix units in SASS, and float32's where there is none for a product.
+#: SASS instructions of the matrix units.
 MATRIX = r"HGMMA|QGMMA|IGMMA|UTCHMMA|UTCQMMA|UTC\w*MMA|HMMA|IMMA"
 
 
 @dataclass(frozen=True)
 class Argument:
-    """A tensor, or the descriptor of one, that a launch was given; its memory is not kept."""
+    """A tensor or tensor descriptor passed to a launch; its memory is not kept alive."""
 
     dtype: torch.dtype
     address: int
     bytes: int
-    block: tuple[int, ...] | None  #: of a descriptor
+    block: tuple[int, ...] | None  #: block shape of a descriptor
 
     @classmethod
     def of(cls, value: Any) -> Any:
-        """What is kept of an argument."""
+        """Records an argument; values other than tensors are returned unchanged."""
         tensor = value.base if isinstance(value, TensorDescriptor) else value
         if not isinstance(tensor, torch.Tensor):
             return value
@@ -56,7 +56,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that did not run."""
+    """A recorded launch, not run."""
 
     kernel: Any
     arguments: tuple[Any, ...]
@@ -69,13 +69,13 @@ class Launch:
 
     @property
     def values(self) -> dict[str, Any]:
-        """Parameter -> argument, compile options left out."""
+        """Parameter -> argument, without compile options."""
         found = dict(zip(self.kernel.arg_names, self.arguments, strict=False))
         return found | {key: value for key, value in self.named.items() if key not in OPTIONS}
 
     @property
     def bytes(self) -> int:
-        """Of every tensor it reads or writes, once."""
+        """Bytes of all tensors that it reads or writes, each counted once."""
         return sum(value.bytes for value in self.values.values() if isinstance(value, Argument))
 
 
@@ -84,7 +84,7 @@ Launches = TypeVar("Launches", bound=list[Launch])
 
 @contextlib.contextmanager
 def recorded(launches: Launches) -> Iterator[Launches]:
-    """Adds the launches of what runs inside; no kernel runs, so what they would write stays as it was."""
+    """Records the launches made inside the context; no kernel runs, so outputs stay unchanged."""
 
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
         if callable(grid):
@@ -98,7 +98,7 @@ def recorded(launches: Launches) -> Iterator[Launches]:
 
 
 def compiled(launch: Launch, arch: int) -> Any:
-    """What Triton would compile for a launch: arguments specialised on as at run time."""
+    """The kernel that Triton would compile for a launch, with arguments specialized as at run time."""
     values = launch.values
     options = {key: value for key, value in launch.named.items() if key in OPTIONS}
     signature: dict[str, str] = {}
@@ -128,7 +128,7 @@ def compiled(launch: Launch, arch: int) -> Any:
 
 
 def measured(launch: Launch, arch: int) -> dict[str, Any]:
-    """Registers, stack, shared memory and instructions of a launch's kernel."""
+    """Registers, stack, shared memory and instruction counts of a launch's kernel."""
     code = compiled(launch, arch)
     usage = _cuobjdump(code, "--dump-resource-usage")
     instructions = parse(_cuobjdump(code, "-sass"))
@@ -146,9 +146,9 @@ def measured(launch: Launch, arch: int) -> dict[str, Any]:
 
 
 def fold_instructions(launch: Launch, instructions: list[Instruction], threads: int) -> float | None:
-    """Instructions of a thread in the loop over the vocabulary, outside that over the depth, for each logit it folds.
+    """Instructions per thread and folded logit in the loop over the vocabulary, excluding the inner loop over depth.
 
-    None where the kernel folds no logits, or where both loops are one.
+    None if the kernel folds no logits or if both loops are one.
     """
     values = launch.values
     if "BLOCK_N" in values and "BLOCK_M" in values:
@@ -160,7 +160,7 @@ def fold_instructions(launch: Launch, instructions: list[Instruction], threads: 
     products = [i.address for i in instructions if re.match(MATRIX, i.name)]
     found = loops(instructions)
     if not products and "logits" not in values:
-        # A float32 product: its loop is the one with the most multiply-adds.
+        # A float32 product has no matrix instructions, only multiply-adds.
         products = [i.address for i in instructions if i.name.startswith("FFMA")]
     if "logits" in values:
         inner, outer = [], [loop for loop in found if _inside(instructions, loop, "MUFU")]
@@ -188,7 +188,7 @@ def _inside(instructions: list[Instruction], loop: tuple[int, int], name: str) -
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of machine code; ``target`` is where a branch goes."""
+    """One line of machine code; ``target`` is the address a branch jumps to."""
 
     address: int
     name: str
@@ -196,7 +196,7 @@ class Instruction:
 
 
 def parse(sass: str) -> list[Instruction]:
-    """The instructions of ``cuobjdump -sass``, padding after the last exit left out."""
+    """The instructions of ``cuobjdump -sass``, without the padding after the last exit."""
     found = []
     for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass):
         words = re.sub(r"^@!?U?P\w+\s+", "", text.strip()).split()
@@ -208,7 +208,7 @@ def parse(sass: str) -> list[Instruction]:
 
 
 def loops(instructions: list[Instruction]) -> list[tuple[int, int]]:
-    """(first, last) address of every loop: a branch to where it or something before it is."""
+    """(first, last) address of every loop, found by backward branches."""
     return [(i.target, i.address) for i in instructions if i.target is not None and i.target <= i.address]
 
 

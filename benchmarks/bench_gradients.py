@@ -1,4 +1,4 @@
-"""Per-sample gradients of a language-model head, and of a whole student, against what people use, on the CPU.
+"""Per-sample gradients of a language-model head and of a whole student, compared with other libraries, on the CPU.
 
 ``python -m benchmarks.bench_gradients`` measures, prints and writes ``results/gradients_head.json``,
 ``gradients_student.json`` and their plots.
@@ -23,7 +23,7 @@ LONGEST_PEER_ROWS = 8192
 D, V = 576, 49152
 OURS = "acqcore.head_grad_norm"
 TRUNK = "trunk alone, unpadded"
-LARGEST = 1 << 29  # elements; peers that hold the logits, or every sample's gradient, are left out beyond
+LARGEST = 1 << 29  # elements; peers that store more logits or per-sample gradients are skipped
 
 
 def loop(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ def loop(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> 
 
 
 def functional(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
-    """torch.func: vmap of grad; holds B gradients of the size of the head."""
+    """torch.func: vmap of grad; stores B gradients the size of the head."""
 
     def loss(weight: torch.Tensor, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(h @ weight.T, y)
@@ -57,7 +57,7 @@ def opacus(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -
 
 
 def backpack_l2(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor) -> torch.Tensor:
-    """BackPACK's BatchL2Grad, squared norms; its loss is a sum so that samples are not scaled."""
+    """BackPACK's BatchL2Grad, squared norms; the loss is a sum so that samples are not scaled."""
     from backpack import backpack, extend
     from backpack.extensions import BatchL2Grad
 
@@ -89,7 +89,7 @@ PEERS: dict[str, tuple[Callable[..., torch.Tensor], str | None]] = {
 
 
 def head_rows(turns: int, absent: dict[str, str]) -> list[harness.Row]:
-    """Every peer on each shape; their norms agree with ours to 1e-3, or this raises."""
+    """Measures every peer on each shape; raises unless its norms agree with ours to 1e-3."""
     g = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(D, V, bias=False)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def head_rows(turns: int, absent: dict[str, str]) -> list[harness.Row]:
 
 
 def student_rows(turns: int, data: Path, count: int) -> list[harness.Row]:
-    """``score`` with the head's gradient norm, and gradients of all layers, beside forward and backward passes."""
+    """Times ``score`` with the head's gradient norm, and gradients of all layers, against forwards and backwards."""
     student = acqcore.Student.load(smollm2_path(), dtype=torch.float32)
     samples = gsm8k.load_samples(data, count)
     rows = gsm8k.token_rows(student, samples)
@@ -140,7 +140,7 @@ def student_rows(turns: int, data: Path, count: int) -> list[harness.Row]:
     longest_first = sorted(rows, key=lambda row: -len(row[0]))
 
     def batched() -> list[torch.Tensor]:
-        """An ordinary training step's forward and backward over all rows, eight of similar length at a time."""
+        """Forward and backward of an ordinary training step over all rows, eight of similar length at a time."""
         model.requires_grad_(True)
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
         total: list[torch.Tensor] = []
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["all", "head", "student"], default="all")
     arguments = parser.parse_args()
     absent = {
-        name: f"the package {module} is absent"
+        name: f"package {module} is not installed"
         for name, (_, module) in PEERS.items()
         if module is not None and importlib.util.find_spec(module) is None
     }

@@ -1,8 +1,8 @@
-"""What an acquisition reward takes of a GRPO step: SmolLM2-135M-Instruct is generator and student, as in ``make demo``.
+"""Reward overhead per GRPO step: SmolLM2-135M-Instruct is both generator and student, as in ``make demo``.
 
-``python -m benchmarks.bench_grpo`` trains a few steps with each reward and writes ``results/grpo.json``: of each step
-the seconds, and those of the reward, as the trainer saw them. Every reward begins with the same weights, prompts and
-seed. The reference of ``influence`` is 16 of the bundled rows; its gradient is taken in the first step.
+``python -m benchmarks.bench_grpo`` trains a few steps with each reward and writes ``results/grpo.json``: the seconds of
+each step and of its reward, as measured by the trainer. Every reward starts from the same weights, prompts and seed.
+The reference of ``influence`` is 16 of the bundled rows; the first step includes computing its gradient.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from examples import demo
 
 REFERENCE = 16
 BLOCKS = 4  # of 30
-#: What is measured -> acquisition and its arguments.
+#: Title -> acquisition and its arguments.
 REWARDS: dict[str, tuple[str, dict[str, Any]]] = {
     "entropy": ("entropy", {}),
     "varentropy": ("varentropy", {}),
@@ -53,8 +53,8 @@ def steps_of(acquisition: str, arguments: dict[str, Any]) -> list[dict[str, floa
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: of each reward the median step, the reward's seconds, its share in the median and at most."""
-    lines = ["| reward | s a step | s of the reward | share, median | most |", "|---|---|---|---|---|"]
+    """Markdown: for each reward the median seconds of a step and of the reward, and the reward's share of the step."""
+    lines = ["| reward | s per step | s of the reward | share, median | maximum |", "|---|---|---|---|---|"]
     for name, steps in results.items():
         shares = [step["reward_share"] for step in steps]
         seconds, own = (statistics.median(step[key] for step in steps) for key in ("seconds", "reward_seconds"))

@@ -1,8 +1,8 @@
-"""Does a sketch rank influence as the gradients themselves do? Spearman, 256 rows of real text, dim 4096.
+"""Does a sketch rank influence like the gradients themselves? Spearman correlation, 256 rows of real text, dim 4096.
 
-``python -m benchmarks.bench_influence`` writes ``results/influence.json``. Influence is the product, or cosine, of a
-row's gradient with the mean gradient of 32 other rows. Head: SmolLM2-135M, gradients formed row by row. All layers: a
-Llama of three blocks over the same tokens, trained for a moment, by autograd.
+``python -m benchmarks.bench_influence`` writes ``results/influence.json``. Influence is the inner product or cosine of
+a row's gradient and the mean gradient of 32 other rows. Head: SmolLM2-135M, gradients computed row by row. All layers:
+a three-block Llama on the same tokens, briefly trained, with autograd.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def agreement(products: torch.Tensor, norms: torch.Tensor, sketches: torch.Tensor) -> dict[str, float]:
-    """Of exact ``products [256]`` and ``norms [256]`` with ``sketches [288, dim]``, the reference rows last."""
+    """Compares exact ``products [256]`` and ``norms [256]`` with ``sketches [288, dim]``, reference rows last."""
     ranked, mean = sketches[:RANKED], sketches[RANKED:].mean(dim=0)
     approximate = ranked @ mean
     return {

@@ -1,8 +1,8 @@
-"""Statistics of logits that already exist: acqcore against what people use, in GB/s of one read of the logits.
+"""Statistics of materialized logits: acqcore compared with other libraries, in GB/s for one read of the logits.
 
 ``python -m benchmarks.bench_logit_stats`` measures on the CPU, prints and writes ``results/logit_stats.json`` and
-``.png``; ``--device cuda --out FILE`` measures on a GPU and writes that file, shares being of the bandwidth of a
-device-to-device copy (bytes read and written) that it measures first.
+``.png``; ``--device cuda --out FILE`` measures on a GPU and writes that file. GPU shares are relative to the bandwidth
+of a device-to-device copy (bytes read plus written), measured first.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def quack_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> object:
 _compiled = torch.compile(eager, dynamic=False)
 BASELINE = "eager"
 
-#: name -> (function, what it gives)
+#: device -> peer -> function
 PEERS: dict[str, dict[str, Callable[..., object]]] = {
     "cpu": {
         "acqcore cpu (all fields)": ours_by("cpu", True),
@@ -71,7 +71,7 @@ PEERS: dict[str, dict[str, Callable[..., object]]] = {
     },
 }
 
-#: device -> (N, V, dtype); on the GPU both sizes of vocabulary at full load, then a few rows alone
+#: device -> (N, V, dtype); on the GPU several vocabularies at full load, then a few rows
 SHAPES: dict[str, list[tuple[int, int, torch.dtype]]] = {
     "cpu": [(1024, 151936, torch.float32), (1024, 151936, torch.bfloat16)],
     "cuda": [

@@ -1,21 +1,21 @@
-"""Does a generator taught by acquisition rewards make better data? The arithmetic world, several seeds, arm by arm.
+"""Does a generator trained on acquisition rewards make better data? The arithmetic world, several seeds, arm by arm.
 
-``python -m benchmarks.bench_loop`` runs the recipe ``arithmetic`` once for each seed and reward and writes
-``results/loop.json``. A seed is one of the base model's weights and of every row drawn; each arm fits the base student
-on equally many rows, answered by computation, and the student answers test questions of all skills. Arms:
+``python -m benchmarks.bench_loop`` runs the recipe ``arithmetic`` once per seed and reward and writes
+``results/loop.json``. A seed determines the base model's weights and every row drawn; each arm fits the base student on
+equally many rows, answered by computation, and the student answers test questions of all skills. Arms:
 
 ===============  =====================================================================================================
-``random_real``  rows of the world, at random
-``no_rl``        the generator as it is
-``best_of_n``    rejection sampling on the default reward, as many completions as the training of ``rl: default`` drew
+``random_real``  random rows of the world
+``no_rl``        the untrained generator
+``best_of_n``    rejection sampling on the default reward, with as many completions as training ``rl: default`` drew
 ``rl: <name>``   GRPO on a reward of that signal alone, or on the default reward; the same gates, fusion and steps.
-                 In ``default, draws`` and ``mutual_information, draws`` that signal is estimated by eight draws of
-                 dropout in all blocks, elsewhere in its linear form
+                 ``default, draws`` and ``mutual_information, draws`` estimate mutual information by eight draws of
+                 dropout in all blocks, other rewards use its linear form
 ===============  =====================================================================================================
 
-Forgetting is the change on the skills that make up less than half an even share of the rows that an arm learnt.
-Intervals are of Student's t over the seeds. Seeds 0 to 6 served to tune the recipe and the default reward, so that they
-are not among those reported.
+Forgetting is the change on skills that make up less than half an even share of the rows that an arm learnt. Intervals
+are Student's t intervals over the seeds. Seeds 0 to 6 were used to tune the recipe and the default reward, so they are
+not reported.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from acqsynth.world import Settings, base_model
 from benchmarks import harness
 
 TEST = 1400  # questions
-FITS = [0, 1]  # seeds of the student's fits in each arm
+FITS = [0, 1]  # seeds of each arm's student fits
 LEVEL = 0.95
 DEFAULT = "default"
 RL_DEFAULT = f"rl: {DEFAULT}"
 DRAWS = {"layers": "all", "draws": 8, "dropout": 0.05}
 BASELINES = ["random_real", "no_rl", "best_of_n"]
-#: Rewards -> their signals, with options and, where several count, weights; None is the recipe's own.
+#: Rewards -> their signals with options and, if there are several, weights; None is the recipe's own.
 REWARDS: dict[str, tuple[dict[str, dict[str, Any]], dict[str, float]] | None] = {
     DEFAULT: None,
     "default, draws": (DEFAULT_SIGNALS | {"mutual_information": DRAWS}, DEFAULT_WEIGHTS),
@@ -60,14 +60,14 @@ REWARDS: dict[str, tuple[dict[str, dict[str, Any]], dict[str, float]] | None] = 
     "varentropy": ({"varentropy": {}}, {}),
     "confidence": ({"confidence": {}}, {}),
 }
-#: Rewards whose mutual information is linear -> the same by draws.
+#: Rewards with linear mutual information -> the same rewards with draws.
 FORMS = {DEFAULT: "default, draws", "mutual_information": "mutual_information, draws"}
 WORLDS = ("arithmetic", "arithmetic-skewed")
-FEW = 0.5  #: of an even share: skills with less of the rows count as not trained
+FEW = 0.5  #: skills with less than this fraction of an even share count as hardly trained
 
 
 def recipe(seed: int, output: Path, overrides: Sequence[str], reward: str, world: str = WORLDS[0]) -> config.Config:
-    """The recipe of a seed: the default reward and the baselines, or another reward and none."""
+    """The recipe of a seed: the default reward with the baselines, or another reward without them."""
     base = base_model(Settings(seed=seed, skewed=world == WORLDS[1]))
     common = {
         "generator.model": base,
@@ -93,7 +93,7 @@ def recipe(seed: int, output: Path, overrides: Sequence[str], reward: str, world
 def one_seed(
     seed: int, output: Path, overrides: Sequence[str], rewards: Sequence[str], world: str = WORLDS[0]
 ) -> dict[str, Any]:
-    """Base accuracy by skill, and each arm's."""
+    """Base accuracy by skill, and the results of each arm."""
     found: dict[str, Any] = {"seed": seed, "arms": {}}
     for reward in rewards:
         plan = plan_of(recipe(seed, output, overrides, reward, world))
@@ -111,7 +111,7 @@ def one_seed(
 
 
 def measured(store: Store, arm: Arm) -> dict[str, Any]:
-    """What an arm learnt, what came of it, and what its reward cost."""
+    """The rows an arm learnt, the resulting accuracy, and the cost of its reward."""
     written = [unit for units in arm.rows.values() for unit in units]
     learnt = [row for unit in written for row in read_rows(store.path(unit / "samples.parquet"))]
     counts = Counter(str(row.extra["skill"]) for row in learnt)
@@ -134,7 +134,7 @@ def measured(store: Store, arm: Arm) -> dict[str, Any]:
 
 
 def by_skill(files: Sequence[Path]) -> dict[str, float]:
-    """Skill -> share of right answers, over all files."""
+    """Skill -> share of correct answers over all files."""
     right: dict[str, list[bool]] = {name: [] for name in SKILLS}
     for file in files:
         table = read_table(file)
@@ -144,18 +144,18 @@ def by_skill(files: Sequence[Path]) -> dict[str, float]:
 
 
 def accuracy(skills: dict[str, float], kind: str | None = None) -> float:
-    """Mean over the skills, or over those of a kind."""
+    """Mean over all skills, or over those of a kind."""
     return statistics.fmean(share for name, share in skills.items() if kind in (None, SKILLS[name].kind))
 
 
 def forgetting(arm: dict[str, Any], base: dict[str, float]) -> float | None:
-    """Mean change on the skills that were hardly trained; None where every skill was."""
+    """Mean change on the hardly trained skills; None if there are none."""
     few = [name for name, share in arm["mix"].items() if share < FEW / len(SKILLS)]
     return statistics.fmean(arm["skills"][name] - base[name] for name in few) if few else None
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean and half-width, in points of 100."""
+    """Mean and half-width, in percentage points."""
     mean = 100 * statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.1f}"
@@ -164,10 +164,10 @@ def interval(values: Sequence[float]) -> str:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown, a line for each arm; in points of 100."""
+    """Markdown, one line per arm, in percentage points."""
     lines = [
-        f"| arm | accuracy | {RL_DEFAULT} minus it | weak skills | skills hardly trained, change | weak, traps in the "
-        "rows | reward's share of a step |",
+        f"| arm | accuracy | {RL_DEFAULT} minus arm | weak skills | hardly trained skills, change | weak, traps in "
+        "rows | reward share of step |",
         "|---|---|---|---|---|---|---|",
     ]
     base = [result["base"] for result in results]
@@ -199,8 +199,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def forms(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: the linear form minus draws, in points of 100, and the seconds of a step that each reward takes."""
-    lines = ["| reward | accuracy | trap rows | seconds a step |", "|---|---|---|---|"]
+    """Markdown: the linear form minus draws, in percentage points, and each reward's seconds per step."""
+    lines = ["| reward | accuracy | trap rows | reward seconds per step |", "|---|---|---|---|"]
     for linear, draws in FORMS.items():
         pairs = [[result["arms"].get(f"rl: {name}") for name in (linear, draws)] for result in results]
         if not all(arm for pair in pairs for arm in pair):
@@ -221,9 +221,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9, 10, 11])
     parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS), metavar="NAME")
-    parser.add_argument("--output", type=Path, default=Path("runs/loop"), help="artefacts; a run cut off goes on there")
+    parser.add_argument("--output", type=Path, default=Path("runs/loop"), help="artifacts; an interrupted run resumes")
     parser.add_argument("--results", type=Path, default=harness.RESULTS / "loop.json")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for tuning")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, for tuning")
     parser.add_argument("--world", choices=WORLDS, default=WORLDS[0])
     arguments = parser.parse_args()
     results = []

@@ -1,10 +1,10 @@
-"""Mass scoring: 100,000 short rows by each engine of ``acqcore score``, one of Ray's actors killed half-way.
+"""Mass scoring: 100,000 short rows with each engine of ``acqcore score``, including a Ray actor killed half-way.
 
-``python -m benchmarks.bench_mass`` makes a student of two blocks and the rows, scores them by the command line with one
-process, with two processes of ``accelerate launch``, with two actors of Ray, and with two of which one gets SIGKILL
-when half of the blocks are finished. Every run must give every row once, with the values of the first. Beside the rates
-stand the peaks of resident memory, by quarter of the blocks finished, of the process that was started and of those that
-score (Linux). Writes ``results/mass.json`` and ``.png``.
+``python -m benchmarks.bench_mass`` creates a two-block student and the rows, and scores them from the command line with
+one process, with two processes of ``accelerate launch``, with two Ray actors, and with two Ray actors of which one gets
+SIGKILL when half of the blocks are finished. Every run must give every row once, with the values of the first run. Next
+to the rates it reports the peak resident memory, by quarter of the blocks finished, of the started process and of the
+scoring processes (Linux). Writes ``results/mass.json`` and ``.png``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SENTENCES = ["the fox says no", "two and two is four", "a lazy dog sleeps", "wha
 LAUNCH = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
 LAUNCH += " --dynamo_backend no --main_process_port 0 -m acqcore"
 KILLED = "ray, 2 actors, one killed half-way"
-#: name -> what runs, and its options of the command line
+#: name -> module to run and its command-line options
 RUNS = {
     "local, 1 process": (["acqcore"], []),
     "accelerate, 2 processes": (LAUNCH.split(), ["--engine", "accelerate", "--device", "cpu"]),
@@ -39,7 +39,7 @@ RUNS = {
 
 
 def make_student(folder: Path) -> None:
-    """A random Llama of two blocks, and a tokenizer of 512 tokens."""
+    """Saves a random two-block Llama and a tokenizer of 512 tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -65,8 +65,8 @@ def make_rows(path: Path, n: int) -> None:
 
 
 class Watch:
-    """Peaks of resident memory in MiB, ``[4]`` by quarter of the blocks finished: of one process, and of the largest of
-    those that have finished a block."""
+    """Peaks of resident memory in MiB, ``[4]`` by quarter of the blocks finished: of the started process, and of the
+    largest process that has finished a block."""
 
     def __init__(self, pid: int, parts: Parts, n_blocks: int) -> None:
         self.pid, self.parts, self.n_blocks = pid, parts, n_blocks
@@ -78,7 +78,7 @@ class Watch:
         """The share of blocks finished."""
         for block in range(self.n_blocks):
             if block not in self._seen:
-                # Joined and gone between the look and the reading: the run is over.
+                # None: the part was joined and removed since finished() was called, so the run is over.
                 report = self.parts.report(block) if self.parts.finished(block) else None
                 if report is not None:
                     self._seen.add(block)
@@ -92,7 +92,7 @@ class Watch:
 
 
 def resident_mib(pid: int) -> float:
-    """Of a process; 0 of one that has ended."""
+    """Resident memory of a process; 0 if it has ended."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmRSS"):
@@ -101,10 +101,10 @@ def resident_mib(pid: int) -> float:
 
 
 def run(name: str, options: list[str], out: Path, n_blocks: int) -> tuple[dict[str, float], Watch]:
-    """Seconds, rows/s and tokens/s as the command prints them, and what it held; raises where it fails."""
+    """Seconds, rows/s and tokens/s as printed by the command, and its memory peaks; raises if it fails."""
     module, extra = RUNS[name]
     command = [sys.executable, "-m", *module, "score", *options, "--out", str(out), *extra]
-    environment = {**os.environ, "RAY_worker_niceness": "0"}  # else 15: behind all other work on the machine
+    environment = {**os.environ, "RAY_worker_niceness": "0"}  # the default of 15 yields to all other work
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     watch = Watch(process.pid, Parts(out), n_blocks)
     to_kill = name == KILLED
@@ -125,14 +125,14 @@ def run(name: str, options: list[str], out: Path, n_blocks: int) -> tuple[dict[s
 
 
 def check(out: Path, reference: Path, rows: int) -> float:
-    """Every row once and valid; the largest relative difference to the values of ``reference``."""
+    """Checks that every row occurs once and is valid; the largest relative difference from ``reference``."""
     import pyarrow.parquet
 
     table, other = pyarrow.parquet.read_table(out), pyarrow.parquet.read_table(reference)
     if table["row"].to_pylist() != list(range(rows)) or not all(table["valid"].to_pylist()):
-        raise RuntimeError(f"{out.name}: not every row once")
+        raise RuntimeError(f"{out.name}: rows are missing, repeated or invalid")
     if table["text"] != other["text"]:
-        raise RuntimeError(f"{out.name}: other texts")
+        raise RuntimeError(f"{out.name}: texts differ from the first run")
     a, b = table["entropy"].to_numpy(), other["entropy"].to_numpy()
     return float(np.abs(a / b - 1).max())
 

@@ -1,9 +1,9 @@
-"""Mutual information (BALD): what it tells apart, and what it costs, against K forwards of the head.
+"""Mutual information (BALD): separation of ignorance from ambiguity, and cost against K forward passes of the head.
 
 ``--part separation`` trains small students whose ignorance is known (``toy_student``) and tabulates how well each form
-ranks what a student does not know above what is ambiguous and above what it knows, beside its cost: AUROC, mean and
-smallest over the seeds. ``--part head`` times one head pass against peers, ``--part score`` SmolLM2 on GSM8K rows. Each
-writes ``results/mutual_information_<part>.json`` and prints its table.
+ranks unknown questions above ambiguous and above known ones (AUROC, mean and minimum over the seeds), and its cost.
+``--part head`` times one head pass against peers, ``--part score`` SmolLM2 on GSM8K rows. Each part writes
+``results/mutual_information_<part>.json`` and prints its table.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ENTROPY = "entropy (no draws)"
 ENSEMBLE = 5
 
 
-#: Blocks of a student -> training steps that bring it to know the table.
+#: Blocks of a student -> training steps it needs to learn the table.
 STUDENTS = {3: 400, 6: 800}
 
 
 def separation(seeds: int) -> None:
-    """AUROC and cost of each form over seeds, for students of each depth."""
+    """Measures AUROC and cost of each form over seeds, for students of each depth."""
     _write("separation", {"seeds": seeds, "blocks": {n: _separation(n, STUDENTS[n], seeds) for n in STUDENTS}})
 
 
@@ -78,7 +78,7 @@ def _separation(blocks: int, steps: int, seeds: int) -> dict[str, list[dict[str,
                     "seconds": time.perf_counter() - begin,
                 }
             )
-    print(f"\n{blocks} blocks: AUROC of unseen keys over {seeds} seeds, mean (smallest); cost in times of entropy's\n")
+    print(f"\n{blocks} blocks: AUROC of unseen keys over {seeds} seeds, mean (minimum); cost relative to entropy\n")
     print("| | above ambiguous | above easy | above both | cost |\n|---|---|---|---|---|")
     for form, rows in found.items():
         cells = []
@@ -96,7 +96,7 @@ def _write(part: str, content: dict[str, Any]) -> None:
 
 
 def eager(hidden: torch.Tensor, weight: torch.Tensor, draws: int) -> torch.Tensor:
-    """K forwards, a running mean: what a careful user writes."""
+    """K forward passes with a running mean, as a careful user would write it."""
     mean = torch.zeros(hidden.shape[0], weight.shape[0])
     entropy = torch.zeros(hidden.shape[0])
     for _ in range(draws):
@@ -108,7 +108,7 @@ def eager(hidden: torch.Tensor, weight: torch.Tensor, draws: int) -> torch.Tenso
 
 
 def _all_draws(hidden: torch.Tensor, weight: torch.Tensor, draws: int) -> torch.Tensor:
-    """Log-probabilities ``[N, K, V]``: what the libraries take."""
+    """Log-probabilities ``[N, K, V]``, the libraries' input."""
     rows = torch.nn.functional.dropout(hidden[:, None].expand(-1, draws, -1), 0.1)
     return (rows @ weight.T).log_softmax(dim=2)
 
@@ -140,7 +140,7 @@ PEERS: dict[str, tuple[str, Callable[..., Any]]] = {
 
 
 def head(turns: int) -> None:
-    """One head pass against peers."""
+    """Times one head pass against peers."""
     g = torch.Generator().manual_seed(0)
     d, v = 576, 49152
     weight = torch.randn(v, d, generator=g) * (3 / d**0.5)
@@ -161,7 +161,7 @@ def head(turns: int) -> None:
             try:
                 importlib.import_module(module)
             except ImportError as error:
-                print(f"{name} does not import here: {error}")
+                print(f"{name} cannot be imported: {error}")
                 continue
             calls[name] = partial(peer, hidden, weight, draws)
         case = f"N={n} D={d} V={v} K={draws} float32"
@@ -170,7 +170,7 @@ def head(turns: int) -> None:
 
 
 def score(path: Path, count: int, turns: int) -> None:
-    """SmolLM2 on GSM8K rows."""
+    """Times SmolLM2 on GSM8K rows."""
     student = acqcore.Student.load(smollm2_path(), dtype=torch.float32)
     samples = gsm8k.load_samples(path, count)
     tokens = gsm8k.token_rows(student, samples)

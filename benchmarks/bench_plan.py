@@ -1,12 +1,12 @@
-"""What ``acqcore plan`` says beforehand against what scoring then takes.
+"""The predictions of ``acqcore plan`` against the measured time and memory of scoring.
 
-``python -m benchmarks.bench_plan`` plans and then scores, each in a process of its own, in turns: SmolLM2-135M on rows
-of one length, the same with gradients of all parameters, the same on rows of GSM8K (question as prompt, answer as
-completion; the plan knows their mean lengths alone, so its batches are larger than those that packing makes), and a
-Qwen2 with random weights, of another shape, vocabulary and dtype. All the plan is given of a model is its
-configuration. It writes ``results/plan.json``. Time is that of the call of ``acqcore.score`` after loading, memory the
-largest resident size of the process meanwhile; "beyond libraries" leaves out what the interpreter and its libraries
-take, as the plan measured it.
+``python -m benchmarks.bench_plan`` plans and scores in turns, each in its own process: SmolLM2-135M on rows of one
+length, the same with gradients of all parameters, the same on rows of GSM8K (question as prompt, answer as completion;
+the plan knows only their mean lengths, so its batches are larger than those of packing), and a Qwen2 with random
+weights and another shape, vocabulary and dtype. The plan sees nothing of a model but its configuration. The results go
+to ``results/plan.json``. Time is that of the call to ``acqcore.score`` after loading, memory the peak resident size of
+the process during the call; "beyond libraries" excludes the memory of the interpreter and its libraries, as measured by
+the plan.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ QWEN = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is planned and scored: rows of GSM8K where there is ``data``, else random tokens, all rows of one length."""
+    """A case to plan and score: rows of GSM8K if ``data`` is given, else random tokens in rows of equal length."""
 
     name: str
     student: str
@@ -65,7 +65,7 @@ def planned(case: Case) -> dict[str, Any]:
 
 
 def scored(case: Case) -> dict[str, Any]:
-    """Seconds and peak MiB of scoring, in a process of its own."""
+    """Seconds and peak MiB of scoring, in a separate process."""
     return _json_of([sys.executable, "-m", "benchmarks.bench_plan", "--child", json.dumps(asdict(case))])
 
 
@@ -75,7 +75,7 @@ def _json_of(command: list[str]) -> dict[str, Any]:
 
 
 def child(case: Case) -> None:
-    """Score and print what it took."""
+    """Scores and prints the time and memory taken."""
     samples: Any
     dtype = getattr(torch, case.dtype)
     if case.data:
@@ -99,7 +99,7 @@ def child(case: Case) -> None:
 
 
 def cases(data: Path, rows: int, folder: str) -> list[Case]:
-    """Of ``rows`` rows and fewer; the random model is written to ``folder``."""
+    """Cases of at most ``rows`` rows; the random model is written to ``folder``."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -144,7 +144,7 @@ def main() -> None:
 
 
 def compared(plan: dict[str, Any], real: dict[str, Any]) -> dict[str, float]:
-    """Both sides of a turn, and planned over measured."""
+    """Planned and measured values of a turn, and their ratios."""
     libraries = next(f["value"] for f in plan["memory"] if f["name"] == "interpreter and libraries") / 2**20
     peak = plan["peak_bytes"] / 2**20
     return {

@@ -1,40 +1,40 @@
-"""Choosing rows of real language: which signal makes SmolLM2 better, and which one chooses junk?
+"""Choosing rows of real language: which signal makes SmolLM2 better, and which one selects junk?
 
-``python -m benchmarks.bench_pool --student MODEL --data FOLDER`` tunes on CLINC150, runs BANKING77 once, writes
-``results/pool.json`` and its part of ``docs/evidence-pool.md`` with a picture. ``--stage tune|report|table`` runs one
-part. Each finished fit is appended to ``<out>/pool.jsonl``, and a rerun takes up from there.
+``python -m benchmarks.bench_pool --student MODEL --data FOLDER`` tunes on CLINC150, runs BANKING77 once, and writes
+``results/pool.json`` and its section of ``docs/evidence-pool.md`` with a plot. ``--stage tune|report|table`` runs one
+stage. Each finished fit is appended to ``<out>/pool.jsonl``, and a rerun resumes from there.
 
 Protocol, written before any run on BANKING77
 ---------------------------------------------
 Question: a student that has seen two messages of each of 77 intents may learn 400 of 3,000 rows. Which rows?
 
-Student: SmolLM2-135M-Instruct reads ``Message: <text>\\nIntent:`` and writes the intent's name; the loss is that of
-the name's tokens. It is first fitted to the 154 rows (the warm start); every signal is taken of that student. Then it
-learns the chosen rows. Outcome: share of 1,000 test messages whose intent greedy decoding writes exactly, in points
-of 100.
+Student: SmolLM2-135M-Instruct reads ``Message: <text>\\nIntent:`` and writes the intent's name; the loss covers the
+name's tokens. It is first fitted to the 154 rows (the warm start); every signal is computed with that student. Then it
+learns the chosen rows. Outcome: share of 1,000 test messages whose intent greedy decoding writes exactly, in percentage
+points.
 
-Pools: A, as published; B, 55 % as published and 45 % junk in four kinds (``pool_data.py``). Junk is known to the
-evaluation alone. All arms of a seed share warm start, pool, test rows and the seed of the fit's order; a seed draws all
-of these. Rows longer than 48 tokens (some 2 % of BANKING77) are left out, so that every batch has one shape.
+Pools: A, as published; B, 55 % as published and 45 % junk of four kinds (``pool_data.py``). Only the evaluation knows
+which rows are junk. All arms of a seed share warm start, pool, test rows and the seed of the fit's order, all drawn
+from the seed. Rows longer than 48 tokens (about 2 % of BANKING77) are excluded, so that every batch has one shape.
 
 Arms: random; a clean oracle (random among the uncorrupted rows); loss; entropy; varentropy; gradient norm of the head;
 mutual information in the linear form (8 probes), with an isotropic posterior, and by 8 draws in all blocks; influence
 of all parameters towards 96 development rows (exact cosine); RHO-loss (second student fitted to those 96); BADGE;
 facility location; SIFT (prompts: the 96 rows); HUDS; the default reward's fusion; and ``default``, the recipe that this
-package recommends for choosing. A control learns the 96 development rows besides random ones, since some arms use them.
-Added after random and ``default`` had been seen on six seeds of pool B, to separate the steps of ``default``: the same
-gate and spread without its value.
+package recommends for selection. A control learns the 96 development rows in addition to random ones, since some arms
+use them. One arm was added after random and ``default`` had been seen on six seeds of pool B, to separate the steps of
+``default``: the same gate and spread without its value.
 
 Choices: learning rate, epochs, start (from the warm student, or anew on warm and chosen rows), the states used for
 distances, each signal's spread (the highest 400, or the highest of each label in turn), and the recipe of ``default``
-are made on CLINC150 (77 of its intents a seed, seeds 100 to 102) by the highest mean accuracy on pool B, the earlier in
-the grid winning ties. BANKING77 (seeds 0 to 7) is run once with them.
+are chosen on CLINC150 (77 of its intents per seed, seeds 100 to 102) by the highest mean accuracy on pool B; ties go to
+the earlier grid entry. BANKING77 (seeds 0 to 7) is run once with these choices.
 
 Primary outcome: accuracy on pool B, default minus random, mean over seeds, 95 % t interval of the paired differences.
 Secondary: junk among the 400 (goal: at most half of random's); default minus each other arm and each arm minus random,
 on pools A and B, p values adjusted by Holm in each family; the stochastic signals' test-retest rank correlation on this
-pool. An interval that holds 0 is printed as "no gain shown", with the difference that a test of this size would have
-found.
+pool. An interval that contains 0 is reported as "no gain shown", with the difference that a test of this size would
+have detected.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ WARM_EPOCHS = 8.0
 
 RATES, EPOCHS, STARTS = (2e-4, 5e-4, 1e-3), (4.0, 8.0), ("warm", "anew")
 STATES = ("last", "mean")
-#: Arms that rank rows by one signal, and the spreads they may choose from.
+#: Arms that rank rows by one signal, and the spreads available to them.
 RANKING = (
     "loss", "entropy", "varentropy", "grad_norm", "mutual information", "mutual information, isotropic",
     "mutual information, draws", "influence", "rho loss", "default fusion",
@@ -80,11 +80,11 @@ RANKING = (
 SPREADS = ("top", "balanced")
 SETS = ("badge", "facility location", "sift", "huds")
 RANDOM, ORACLE, CONTROL, DEFAULT = "random", "clean oracle", "random, and development rows", "default"
-#: ``default``'s gate and spread with rows in random order between them: what is left is its value's.
+#: ``default``'s gate and spread with rows in random order; the difference from ``default`` is due to its value.
 VALUELESS = "default without its value"
 OPTIONAL = (VALUELESS, ORACLE, *RANKING, *SETS, CONTROL)
 ARMS = (RANDOM, DEFAULT, *OPTIONAL)
-#: What ``default`` may be: a gate on the label's trust, a ranking, a spread.
+#: Candidates for ``default``: a gate on the label's trust, a ranking, a spread.
 RECIPES = tuple(
     Recipe(*parts)
     for parts in product(
@@ -96,7 +96,7 @@ FIRST_RECIPE, FULL = RECIPES[0], Sizes()
 
 @dataclass(frozen=True)
 class Choices:
-    """What was decided on the tuning data."""
+    """The choices made on the tuning data."""
 
     rate: float = 5e-4
     epochs: float = 4.0
@@ -113,7 +113,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of everything; the tests' are tiny."""
+    """All sizes; tests use tiny ones."""
 
     sizes: Sizes = FULL
     chosen: int = CHOSEN
@@ -126,7 +126,7 @@ class Scale:
 
 
 class Log:
-    """Finished units, one JSON line each; a unit is known by its keys."""
+    """Finished units, one JSON line each, identified by their keys."""
 
     KEYS = ("stage", "seed", "pool", "arm")
 
@@ -137,7 +137,7 @@ class Log:
             for line in path.read_text().splitlines():
                 try:
                     self.rows.append(json.loads(line))
-                except json.JSONDecodeError:  # the line that a killed process was writing
+                except json.JSONDecodeError:  # a line left incomplete by a killed process
                     continue
         self._done = {self._key(row): row for row in self.rows}
 
@@ -155,7 +155,7 @@ class Log:
 
 
 class Stopped(Exception):  # noqa: N818
-    """The time is up; everything finished is in the log."""
+    """The time is up; all finished units are in the log."""
 
 
 class Encoder:
@@ -167,13 +167,13 @@ class Encoder:
         self.stop: int = tokenizer.eos_token_id
 
     def tokens(self, message: Message) -> tuple[list[int], list[int]]:
-        """Ids of the prompt and of the label, its end included."""
+        """Token ids of the prompt and of the label, including its end token."""
         prompt = self._tokenizer(f"Message: {message.text}\nIntent:", add_special_tokens=False).input_ids
         label = self._tokenizer(" " + message.intent.replace("_", " "), add_special_tokens=False).input_ids
         return prompt, [*label, self.stop]
 
     def fits(self, message: Message) -> bool:
-        """With any label, so that a new one cannot make a row too long."""
+        """Whether the message fits with any label, so that a new label cannot make the row too long."""
         return len(self.tokens(message)[0]) + self._label_length <= self._length
 
     def __call__(self, messages: Sequence[Message]) -> Rows:
@@ -191,7 +191,7 @@ class Bench:
         self._folder, self._deadline = folder, deadline
         self._data: dict[str, tuple[list[Message], list[Message], list[Message]]] = {}
         self._base = fitter.weights()
-        self.seconds = 0.0  #: of the last fit and its test
+        self.seconds = 0.0  #: time of the last fit and its test
 
     def seed(self, data: str, seed: int, choices: Choices, pools: Sequence[str] = ("A", "B")) -> Seed:
         if data not in self._data:
@@ -212,7 +212,7 @@ class Bench:
 
 
 class Seed:
-    """Warm student, pools and test rows of one seed, and the fits already made."""
+    """Warm student, pools and test rows of one seed, and cached fits."""
 
     def __init__(self, bench: Bench, task: Task, seed: int, choices: Choices, pools: Sequence[str]) -> None:
         self._bench, self.task, self.number, self.choices = bench, task, seed, choices
@@ -234,7 +234,7 @@ class Seed:
         return self._bench.scale
 
     def adopt(self, choices: Choices) -> None:
-        """Makes the warm student of these choices, if it is another; its signals are dropped with it."""
+        """Adopts other choices: refits the warm student if its rate changes, and drops outdated signals."""
         known, self.choices = self.choices, choices
         if choices.rate != known.rate:
             self._start()
@@ -249,7 +249,7 @@ class Seed:
         self._signals.clear()
 
     def signals(self, pool: str) -> Signals:
-        """Of a pool, with the warm student in place: another seed's may have been there since."""
+        """Signals of a pool. Restores the warm student first, since another seed may have replaced it."""
         self._bench.fitter.restore(self.warm)
         if pool not in self._signals:
             names = self.task.intents
@@ -263,7 +263,7 @@ class Seed:
         return self._signals[pool]
 
     def tested(self, pool: str, chosen: Sequence[int], *, development: bool = False) -> dict[str, float]:
-        """Accuracy and loss after learning the chosen rows; equal sets are fitted once."""
+        """Accuracy and loss after learning the chosen rows; identical sets are fitted once."""
         key = (pool, development, self.choices.rate, self.choices.epochs, self.choices.start, tuple(sorted(chosen)))
         bench, choices = self._bench, self.choices
         bench.seconds = 0.0
@@ -281,12 +281,12 @@ class Seed:
             bench.fitter.fit(rows, epochs=choices.epochs, rate=choices.rate, seed=self.number)
             found = bench.fitter.test(self.test_rows)
             bench.fitter.restore(self.warm)
-            bench.seconds = time.perf_counter() - begin  # 0 where the fit is an earlier one
+            bench.seconds = time.perf_counter() - begin  # 0 for a cached fit
             self._fits[key] = {"accuracy": found.accuracy, "loss": found.loss}
         return self._fits[key]
 
     def chosen(self, pool: str, arm: str) -> list[int]:
-        """Indices of the rows that an arm chooses."""
+        """Indices of the rows chosen by an arm."""
         k, kinds = self._bench.scale.chosen, self.kinds[pool]
         if arm in (RANDOM, CONTROL):
             return random.Random(self.number).sample(range(len(kinds)), len(kinds))[:k]
@@ -302,7 +302,7 @@ class Seed:
         return signals.follow(Recipe("none", arm, (self.choices.spreads or {}).get(arm, "top")), k)
 
     def unit(self, stage: str, pool: str, arm: str, choose: Callable[[Seed], list[int]]) -> None:
-        """Chooses, fits, tests and logs, unless the log has it. An arm that fails is logged with its error."""
+        """Chooses, fits, tests and logs, unless already logged. An arm that fails is logged with its error."""
         bench = self._bench
         key = {"stage": stage, "seed": self.number, "pool": pool, "arm": arm}
         if bench.log.get(**key) is not None:
@@ -325,12 +325,12 @@ class Seed:
 
 
 def _digest(chosen: Sequence[int]) -> str:
-    """Names a set of rows."""
+    """A hash that identifies a set of rows."""
     return hashlib.blake2b(json.dumps(sorted(chosen)).encode(), digest_size=8).hexdigest()
 
 
 def best(log: Log, stage: str, names: Sequence[str], seeds: Sequence[int]) -> str:
-    """The name of highest mean accuracy over the seeds; the first of equals; names that failed anywhere are out."""
+    """The name with the highest mean accuracy over seeds; ties go to the first; names that failed are excluded."""
     means: dict[str, float] = {}
     for name in names:
         found = [log.get(stage=stage, seed=seed, pool="B", arm=name) for seed in seeds]
@@ -343,10 +343,10 @@ def best(log: Log, stage: str, names: Sequence[str], seeds: Sequence[int]) -> st
 
 
 def tune(bench: Bench, seeds: Sequence[int] = TUNING_SEEDS) -> Choices:
-    """Makes the choices on pool B of the tuning data, by accuracy alone.
+    """Makes the choices on pool B of the tuning data by accuracy alone.
 
-    First training (rate, epochs, start) with random rows; under it the states, with facility location; under both the
-    spreads and the default's recipe.
+    First it chooses the training (rate, epochs, start) with random rows, then the states with facility location, then
+    the spreads and the recipe of ``default``.
     """
     scale, log = bench.scale, bench.log
     made: dict[int, Seed] = {}
@@ -396,8 +396,8 @@ def _name(recipe: Recipe) -> str:
 
 
 def run(bench: Bench, choices: Choices, data: str = REPORTED_ON, seeds: Sequence[int] = SEEDS) -> None:
-    """Pool B, which has the primary outcome, then pool A; all arms of one seed before the next, so that a stop leaves
-    complete seeds."""
+    """Runs pool B, which gives the primary outcome, then pool A; all arms of a seed run before the next seed, so that
+    an interrupted run has complete seeds."""
     for pool, seed in product(("B", "A"), seeds):
         asked = [("report", arm) for arm in bench.scale.arms]
         if pool == "B":
@@ -419,7 +419,7 @@ def run(bench: Bench, choices: Choices, data: str = REPORTED_ON, seeds: Sequence
                 continue
             try:
                 value: dict[str, Any] = {"reliability": made.signals(pool).reliability(arm)}
-            except Exception as error:  # as an arm's
+            except Exception as error:  # treated like a failed arm
                 bench.fitter.restore(made.warm)
                 value = {"failed": harness.first_line(error)}
             bench.log.add(**key, **value)
@@ -435,18 +435,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=gsm8k.FOLDER / "intents", help="folder of the intent files")
     parser.add_argument("--out", type=Path, default=Path("bench-pool"), help="folder of the log (default: %(default)s)")
     parser.add_argument("--stage", choices=("all", "tune", "report", "table"), default="all")
-    parser.add_argument("--choices", type=Path, default=None, help="read the choices from this file, do not tune")
+    parser.add_argument("--choices", type=Path, default=None, help="read the choices from this file instead of tuning")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop cleanly after this time")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the report (default: %(default)s)")
-    parser.add_argument("--tuning-seeds", type=int, default=len(TUNING_SEEDS), help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds of the report (default: %(default)s)")
+    parser.add_argument("--tuning-seeds", type=int, default=len(TUNING_SEEDS), help="default: %(default)s")
     parser.add_argument("--without", nargs="*", default=[], choices=OPTIONAL, help="arms to leave out")
-    parser.add_argument("--no-graph", action="store_true", help="plain training steps in place of a CUDA graph")
+    parser.add_argument("--no-graph", action="store_true", help="use plain training steps instead of a CUDA graph")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of the student's weights (default: bfloat16 on a GPU)"
+        "--dtype", choices=("float32", "bfloat16"), help="dtype of the student's weights (default: bfloat16 on a GPU)"
     )
-    parser.add_argument("--backend", default=None, help="of acqcore (default: the first that fits)")
-    parser.add_argument("--small", action="store_true", help="a tenth of every size, to try the code out; not evidence")
+    parser.add_argument("--backend", default=None, help="acqcore backend (default: automatic)")
+    parser.add_argument("--small", action="store_true", help="a tenth of every size, only to test that the code runs")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     log = Log(arguments.out / "pool.jsonl")
@@ -461,7 +461,7 @@ def main() -> None:
             if arguments.stage in ("all", "report"):
                 run(bench, Choices.read(made_choices), seeds=range(arguments.seeds))
         except Stopped:
-            print(f"stopped after {arguments.seconds:g} s; the same command goes on")
+            print(f"stopped after {arguments.seconds:g} s; the same command resumes")
     pool_report.write(log.rows, made_choices, arguments.out, small=arguments.small)
 
 

@@ -1,21 +1,21 @@
-"""Do signals follow the ambiguity of real questions? ProtoQA: what 100 people answered, against what the student shows.
+"""Do signals follow the ambiguity of real questions? ProtoQA: the answers of 100 people against the student's signals.
 
-``python -m benchmarks.bench_protoqa --student MODEL --data FILE`` writes ``results/protoqa.json`` and its part of
+``python -m benchmarks.bench_protoqa --student MODEL --data FILE`` writes ``results/protoqa.json`` and its section of
 ``docs/evidence-pool.md``.
 
 Protocol, written before the run
 --------------------------------
 The entropy of the people's answers is a measured ambiguity: "name something tropical" has many good answers, and no
-amount of learning takes them away. For each signal the table has Spearman's correlation with that entropy over the
-questions, with a 95 % bootstrap interval (questions resampled, 2,000 times). The student's predictive entropy should
-follow it. A signal that claims to measure what the student does not know, and not what nobody can know, should not: its
-interval should hold 0, or at least lie below that of entropy (the paired difference is in the table).
+amount of learning removes them. For each signal the table gives Spearman's correlation with that entropy over the
+questions, with a 95 % bootstrap interval (questions resampled 2,000 times). The student's predictive entropy should
+follow it. A signal that claims to measure what the student does not know, as opposed to what nobody can know, should
+not: its interval should contain 0, or at least lie below that of entropy (the table gives the paired difference).
 
 Questions: those whose listed answers cover at least 80 of the 100 people; the entropy is that of the listed answers.
-As a check all questions, the people without a listed answer counted as one answer more. The student sees two worked
-examples and the question; its answer is what it writes greedily, up to the end of the line or 8 tokens. Signals are
-taken at the answer's first token and as means over the answer. ``sampled`` takes an answer drawn at temperature 1 as
-the target; the answers' entropy is that of 10 drawn answers, equal up to case and punctuation.
+As a check, all questions, with the people without a listed answer counted as one more answer. The student sees two
+worked examples and the question; its answer is its greedy completion, up to the end of the line or 8 tokens. Signals
+are computed at the answer's first token and as means over the answer. ``sampled`` uses an answer drawn at temperature 1
+as the target; the answers' entropy is that of 10 drawn answers, compared without case and punctuation.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ EXAMPLES = (
     ("tell me something people do on a sunday morning.", "sleep in"),
 )
 PLAIN = ("entropy", "varentropy", "margin", "gini", "least_confidence", "loss", "grad_norm", "expected_gradient_length")
-#: Signals that claim to tell what the student does not know from what nobody can know.
+#: Signals that claim to distinguish what the student does not know from what nobody can know.
 EPISTEMIC = tuple(MUTUAL_INFORMATION)
 
 Values = npt.NDArray[np.float64]
@@ -57,7 +57,7 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Question:
-    """``answers`` maps an answer to the number of people, of 100, who gave it."""
+    """``answers`` maps an answer to the number of people out of 100 who gave it."""
 
     text: str
     answers: dict[str, int]
@@ -67,7 +67,7 @@ class Question:
         return sum(self.answers.values())
 
     def entropy(self, rest: bool = False) -> float:
-        """Of the people's answers in nats; ``rest`` counts the people without a listed answer as one answer more."""
+        """Entropy of the people's answers in nats; ``rest`` counts people without a listed answer as one answer."""
         counts = [n for n in self.answers.values() if n]
         if rest and self.covered < 100:
             counts.append(100 - self.covered)
@@ -97,13 +97,13 @@ def prompt(question: str) -> str:
 
 
 class Answers:
-    """What a student writes after each prompt."""
+    """Writes a student's answers to prompts."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._model, self._tokenizer = model, tokenizer
 
     def __call__(self, prompts: Sequence[Sequence[int]], n: int, seed: int | None = None) -> list[list[list[int]]]:
-        """For each prompt n answers, greedy without a seed; each of at least one token, without the line's end."""
+        """n answers per prompt, greedy without a seed; each has at least one token and excludes the end of the line."""
         torch.manual_seed(seed or 0)
         longest = max(map(len, prompts))
         found: list[list[list[int]]] = []
@@ -129,7 +129,7 @@ class Answers:
 
 
 def row(prompt_ids: Sequence[int], answer: Sequence[int], first: bool) -> acqcore.Row:
-    """The answer scored after its prompt, or its first token alone."""
+    """A row in which the answer, or only its first token, is scored after its prompt."""
     ids = torch.tensor([*prompt_ids, *answer])
     targets = torch.full_like(ids, -100)
     begin = len(prompt_ids)
@@ -139,7 +139,7 @@ def row(prompt_ids: Sequence[int], answer: Sequence[int], first: bool) -> acqcor
 
 
 def signals(model: Any, tokenizer: Any, questions: Sequence[Question], n_answers: int) -> dict[str, dict[str, Values]]:
-    """``first token`` and ``whole answer`` -> signal -> a value for each question; what fails is left out, printed."""
+    """``first token`` and ``whole answer`` -> signal -> a value per question; omits failing signals with a message."""
     prompts = [tokenizer(prompt(q.text), add_special_tokens=False).input_ids for q in questions]
     write = Answers(model, tokenizer)
     greedy = [answer for (answer,) in write(prompts, 1)]
@@ -167,7 +167,7 @@ def signals(model: Any, tokenizer: Any, questions: Sequence[Question], n_answers
                 made = score(own, ("mutual_information",), {"mutual_information": arguments})
                 values[name] = made["mutual_information"].double().numpy()
             except (ValueError, RuntimeError) as error:
-                print(f"{name} is left out: {harness.first_line(error)}")
+                print(f"{name} is omitted: {harness.first_line(error)}")
     texts = [[_plain(tokenizer.decode(answer)) for answer in answers] for answers in drawn]
     found["whole answer"][f"entropy of {n_answers} answers"] = np.array([_entropy(row) for row in texts])
     return found
@@ -182,7 +182,7 @@ def _entropy(values: Sequence[str]) -> float:
 
 
 def spearman(a: Values, b: Values) -> float:
-    """Rank correlation, ties at their mean rank; 0 where all of one are equal."""
+    """Rank correlation; ties share their mean rank; 0 if either argument is constant."""
     x, y = rankdata(a), rankdata(b)
     x, y = x - x.mean(), y - y.mean()
     norm = math.sqrt(float(x @ x) * float(y @ y))
@@ -195,8 +195,8 @@ def correlations(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Signal -> ``rho`` with the ambiguity, its 95 % ``interval``; ``below_entropy``, the correlation of entropy minus
-    its own, with an interval; ``with_entropy``, its correlation with the student's entropy."""
+    """Signal -> ``rho``, its correlation with the ambiguity, with a 95 % ``interval``; ``below_entropy``, entropy's
+    correlation minus its own, with an interval; ``with_entropy``, its correlation with the student's entropy."""
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, len(ambiguity), (resamples, len(ambiguity)))
     every = {name: np.array([spearman(column[d], ambiguity[d]) for d in draws]) for name, column in values.items()}
@@ -242,7 +242,7 @@ def _cell(value: float, interval: Sequence[float]) -> str:
 
 
 def verdicts(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """A sentence for each signal that claims to tell ignorance from ambiguity."""
+    """A sentence for each signal that claims to distinguish ignorance from ambiguity."""
     lines = []
     for level, found in results.items():
         for name in EPISTEMIC:
@@ -262,7 +262,7 @@ def verdicts(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 
 
 def picture(results: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """The correlations with their intervals, one panel a level."""
+    """Plots the correlations with their intervals, one panel per level."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -289,11 +289,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--student", default=None, help="folder or hub id (default: the packaged SmolLM2)")
     parser.add_argument("--data", type=Path, default=gsm8k.FOLDER / "protoqa" / "dev_scraped.jsonl")
-    parser.add_argument("--out", type=Path, default=None, help="write there, not to results/ and docs/")
-    parser.add_argument("--questions", type=int, default=None, help="a random sample of so many (default: all)")
+    parser.add_argument("--out", type=Path, default=None, help="output folder instead of results/ and docs/")
+    parser.add_argument("--questions", type=int, default=None, help="size of a random sample (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the student's weights")
-    parser.add_argument("--render", type=Path, default=None, help="write the page again from this JSON")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="student's dtype")
+    parser.add_argument("--render", type=Path, default=None, help="rewrite the page from this JSON")
     arguments = parser.parse_args()
     content = measured(arguments) if arguments.render is None else json.loads(arguments.render.read_text())
     text = table(content["results"], content["questions"], content["all_questions"])
@@ -305,7 +305,7 @@ def main() -> None:
     try:
         picture(content["results"], PICTURE if out is None else out / PICTURE.name)
     except ModuleNotFoundError as error:
-        print(f"no picture: {error}; --render draws it where matplotlib is installed")
+        print(f"no plot: {error}; install matplotlib and use --render to draw it")
     if out is None:
         write_section(PAGE, BEGIN, END, text)
 

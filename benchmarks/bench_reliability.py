@@ -1,26 +1,26 @@
-"""Does a signal agree with itself? Reliability of every stochastic signal on a real model, against what it costs.
+"""Does a signal agree with itself? Reliability of every stochastic signal on a real model, against its cost.
 
-Parts, any of which ``--parts`` names:
+``--parts`` selects any of these parts:
 
 ``real``  SmolLM2-135M on rows of five data sets (``real_rows``). A signal is scored under several seeds; its
-          *test-retest* reliability is the rank correlation of two seeds' values within a data set, the mean over all
-          pairs of seeds, with a bootstrap interval over rows. *Split-half* is that of the same signal with half the
-          draws or probes, stepped up to the whole by Spearman and Brown. Cost is time over that of scoring entropy
-          alone and over a bare forward of the trunk, in the same round of turns; CPU time on one thread.
-``shared``  The same values some rows at a time, without times; linear forms that differ in their probes alone, and all
-          seeds, share a graph.
-``flops`` The same costs counted, from the shapes of every matrix product; nothing runs. torch's counter gave 3 % less
-          for the trunk and for one probe.
-``toy``   Students whose ignorance is known (``toy_student``), of seeds that nobody tuned on: AUROC of what they do not
-          know above what is ambiguous, and rank correlation with 64 draws.
-``world`` Base models of the arithmetic world, likewise: where the traps rank among the skills, and the same correlation
-          over all samples and within a skill.
+          *test-retest* reliability is the rank correlation of two seeds' values within a data set, averaged over all
+          pairs of seeds, with a bootstrap interval over rows. *Split-half* reliability is that of the same signal with
+          half the draws or probes, extrapolated by the Spearman-Brown formula. Cost is time relative to scoring
+          entropy alone and to a bare forward of the trunk, in the same round of turns; CPU time on one thread.
+``shared``  The same values for some rows at a time, without times; all seeds, and linear forms that differ only in
+          their probes, share a graph.
+``flops`` The same costs, counted from the shapes of every matrix product without running anything. torch's counter
+          gave 3 % less for the trunk and for one probe.
+``toy``   Students whose ignorance is known (``toy_student``), with seeds not used for tuning: AUROC of unknown above
+          ambiguous questions, and rank correlation with 64 draws.
+``world`` Base models of the arithmetic world, with seeds not used for tuning: the rank of the traps among the skills,
+          and the same correlation over all samples and within a skill.
 ``skewed`` The same in the world ``arithmetic-skewed``, whose traps are not uniform.
 
-Each unit of work, such as a data set, signal and seed, is one line of ``<out>/units.jsonl``, written when it is done.
-A later run with the same ``--out`` goes on where it stopped, which ``--seconds`` makes it do by itself. The part
-``report`` writes the tables of what there is; ``--result`` names their JSON, ``--picture`` a picture of the frontier.
-Wall times are of an idle machine only if it was idle; counted costs do not depend on it.
+Each unit of work, such as a data set, signal and seed, becomes one line of ``<out>/units.jsonl`` when it is done. A
+later run with the same ``--out`` resumes where an earlier one stopped, for example because of ``--seconds``. The part
+``report`` writes tables of the available results; ``--result`` names their JSON, ``--picture`` a plot of the frontier.
+Wall times are meaningful only on an idle machine; counted costs do not depend on its load.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from benchmarks.reliability_students import TOY_STEPS, Real, Toy, World, counted
 from benchmarks.reliability_units import Store
 
 PARTS = ("real", "shared", "flops", "toy", "world", "skewed", "report")
-TOY_SEEDS = (41, 42, 43, 44, 45)  # nobody tuned on them
-WORLD_SEEDS = (12, 13, 14, 15, 16)  # those of bench_signals and of tuning end at 11
+TOY_SEEDS = (41, 42, 43, 44, 45)  # not used for tuning
+WORLD_SEEDS = (12, 13, 14, 15, 16)  # bench_signals and tuning use seeds up to 11
 SHARED_ROWS = 20  # at a time
 
 
 def measure_real(store: Store, real: Real, names: Sequence[str], seeds: Sequence[int]) -> bool:
-    """Rounds of a seed and a data set in which every signal takes its turn; False if the time was up."""
+    """Measures every signal in turn for each seed and data set; False if the time ran out."""
     for pass_, seed, of_set in itertools.product(range(3), seeds, real.rows):
         for name in names:
             signal = SIGNALS[name]
@@ -59,8 +59,8 @@ def measure_real(store: Store, real: Real, names: Sequence[str], seeds: Sequence
 
 
 def measure_shared(store: Store, real: Real, names: Sequence[str], seeds: Sequence[int], count: int) -> bool:
-    """Every data set's first rows, then the next: what is there when the time is up has as many of each. Short
-    completions are taken whole: in small batches they cost more than their own products."""
+    """Measures every data set's first rows, then the next, so that a run that times out has equally many of each. Data
+    sets with short completions are scored at once: in small batches, overhead would exceed the cost of the products."""
     for begin, of_set in itertools.product(range(0, count, SHARED_ROWS), real.rows):
         rows = count if of_set in real_rows.SHORT else SHARED_ROWS
         if begin % rows:
@@ -113,20 +113,20 @@ def main() -> None:
         default=["real", "report"],
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="by default float32, on a GPU bfloat16")
-    parser.add_argument("--student", type=Path, help="folder of the model; by default SmolLM2-135M-Instruct")
-    parser.add_argument("--rows", type=int, default=100, help="of each data set")
-    parser.add_argument("--tokens", type=int, default=40, help="scored tokens of a row; 0 keeps completions whole")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="of a forward; 8192 in bfloat16 take 6 GB")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, on a GPU bfloat16")
+    parser.add_argument("--student", type=Path, help="folder of the model (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--rows", type=int, default=100, help="rows per data set")
+    parser.add_argument("--tokens", type=int, default=40, help="scored tokens per row; 0 keeps completions whole")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens per forward; 8192 in bfloat16 take 6 GB")
     parser.add_argument("--sets", nargs="+", choices=real_rows.SETS, default=list(real_rows.SETS))
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, metavar="NAME", default=list(SIGNALS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--toy-seeds", type=int, nargs="+", default=list(TOY_SEEDS))
     parser.add_argument("--world-seeds", type=int, nargs="+", default=list(WORLD_SEEDS))
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no unit after so many")
-    parser.add_argument("--out", type=Path, default=Path("runs/reliability"), help="folder of the units")
-    parser.add_argument("--result", type=Path, help="JSON of the tables")
-    parser.add_argument("--picture", type=Path, help="PNG of cost against reliability")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no unit after this time")
+    parser.add_argument("--out", type=Path, default=Path("runs/reliability"), help="folder for the units' results")
+    parser.add_argument("--result", type=Path, help="JSON file for the tables")
+    parser.add_argument("--picture", type=Path, help="PNG file for the plot of cost against reliability")
     arguments = parser.parse_args()
     dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
     settings = {

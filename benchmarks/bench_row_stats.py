@@ -1,10 +1,10 @@
-"""Statistics of a language-model head: acqcore against what people use.
+"""Statistics of a language-model head: acqcore compared with other libraries.
 
 ``python -m benchmarks.bench_row_stats`` measures on the CPU, prints and writes ``results/row_stats.json`` and ``.png``;
-``--device cuda --out FILE`` measures on a GPU and writes that file; ``make bench-pytest`` drives the CPU's peers
-through pytest-benchmark on a small shape. Rates count the product alone (2 N D V). On the CPU shares are of the peak
-of multiply-adds measured in the same turns (``peak.py``), for every instruction set the processor has; on a GPU of
-the bare ``hidden @ weight.T``.
+``--device cuda --out FILE`` measures on a GPU and writes that file; ``make bench-pytest`` runs the CPU peers under
+pytest-benchmark on a small shape. Rates count the product alone (2 N D V). On the CPU, shares are relative to the peak
+multiply-add rate measured in the same turns (``peak.py``), for every instruction set of the processor; on a GPU,
+relative to the bare ``hidden @ weight.T``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def fields(
     logits: torch.Tensor,  # [N, V] float32
     targets: torch.Tensor,  # [N]
 ) -> tuple[torch.Tensor, ...]:
-    """Every field of RowStats from the logits, written with care: each pass over them is needed."""
+    """Every field of RowStats from the logits, without redundant passes over them."""
     lse = logits.logsumexp(dim=-1)
     logp = logits.log_softmax(dim=-1)
     p = logp.exp()
@@ -74,7 +74,7 @@ def reference(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor)
 
 
 def torch_linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    # With options= it goes by chunks, but computes the gradients too: slower still.
+    # With options= it works in chunks but also computes gradients, which is even slower.
     return torch.nn.functional.linear_cross_entropy(hidden, weight, targets)
 
 
@@ -95,7 +95,7 @@ def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> 
 
 
 def liger_fallback(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> object:
-    """What Liger runs where its Hopper kernel does not: chunks of 512 tokens in torch."""
+    """Liger's fallback without its Hopper kernel: chunks of 512 tokens in torch."""
     from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
 
     return module._FusedLinearPPOFallbackFunction.apply(hidden, weight, targets, 1.0, -100, True)
@@ -109,7 +109,7 @@ def cut_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch
 
 _compiled = torch.compile(eager, dynamic=False)
 
-#: name -> (function, what it gives)
+#: name (fields it computes) -> function
 PEERS: dict[str, Callable[..., object]] = {
     "hidden @ weight.T (no statistics)": bare_product,
     "acqcore cpu (all fields)": ours,
@@ -137,7 +137,7 @@ GPU_PEERS: dict[str, Callable[..., object]] = {
 
 
 def missing(peer: str) -> str | None:
-    """Why a peer cannot run here, or None."""
+    """The reason why a peer cannot run here, or None."""
     if not hasattr(torch.nn.functional, "linear_cross_entropy") and peer.startswith("torch linear"):
         return "this torch has no linear_cross_entropy"
     module = {"TRL": "trl", "Liger": "liger_kernel"}.get(peer.split()[0])
@@ -224,7 +224,7 @@ def on_cpu(turns: int, out: Path | None) -> None:
 
 
 def by_instruction_set(dtype: torch.dtype, turns: int) -> list[harness.Row]:
-    """All statistics by each instruction set this processor has, beside its own peak."""
+    """All statistics under each instruction set of this processor, compared with its peak."""
     n, d, v = 1024, 576, 49152
     inputs = make_inputs(n, d, v, dtype)
     work = 2.0 * n * d * v
@@ -242,7 +242,7 @@ def by_instruction_set(dtype: torch.dtype, turns: int) -> list[harness.Row]:
 
 
 def instruction_sets() -> list[str]:
-    """Those of the cpu backend that this processor has and ``peak.py`` has a loop for, the best first."""
+    """The cpu backend's instruction sets that this processor supports and ``peak.py`` has a loop for."""
     from acqcore import _core
 
     usable = [name for name, reason in dict(_core.isas()).items() if not reason]

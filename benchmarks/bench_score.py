@@ -1,7 +1,7 @@
-"""The cost of scoring real questions beside the student's own forward pass.
+"""The cost of scoring real questions relative to the student's own forward pass.
 
-``python -m benchmarks.bench_score`` takes SmolLM2-135M-Instruct and the first rows of a GSM8K file (question as
-prompt, answer as completion), and writes ``results/score.json`` and ``.png``. Ratios are to the trunk alone, run one
+``python -m benchmarks.bench_score`` scores the first rows of a GSM8K file (question as prompt, answer as completion)
+with SmolLM2-135M-Instruct, and writes ``results/score.json`` and ``.png``. Ratios are to the trunk alone, run one
 sample at a time: no padding, no head.
 """
 

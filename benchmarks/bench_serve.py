@@ -1,10 +1,10 @@
-"""What coalescing gains a server: 32 clients at once, each asking for one sample at a time.
+"""The benefit of coalescing requests in the server: 32 concurrent clients, each requesting one sample at a time.
 
-``python -m benchmarks.bench_serve`` starts ``acqsynth serve`` twice for each student, as it is by default and with
-batches of one sample, and writes ``results/serve.json`` and ``.png``. Clients and both servers share the machine's
-cores. The students are the arithmetic world's, on its own samples, and SmolLM2-135M-Instruct, on the shortest rows of a
-GSM8K file. Ratios are to one sample at a time; ``acqcore.score`` over the same samples, without a server, stands
-beside.
+``python -m benchmarks.bench_serve`` starts ``acqsynth serve`` twice per student, with default settings and with batches
+of one sample, and writes ``results/serve.json`` and ``.png``. Clients and both servers share the machine's cores. The
+students are the arithmetic world's base model, on its own samples, and SmolLM2-135M-Instruct, on the shortest rows of a
+GSM8K file. Ratios are to one sample at a time; ``acqcore.score`` on the same samples, without a server, is included for
+comparison.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def short_samples(path: Path, rows: int) -> list[Any]:
 
 @contextlib.contextmanager
 def server(student: str, *options: str) -> Iterator[str]:
-    """The URL of a server that runs meanwhile."""
+    """Runs a server inside the context and yields its URL."""
     command = [sys.executable, "-m", "acqsynth.cli", "serve", "--student", student, "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -61,9 +61,9 @@ def server(student: str, *options: str) -> Iterator[str]:
 
 
 async def ask_all(url: str, samples: Sequence[Any], names: Sequence[str]) -> list[float]:
-    """The first acquisition of every sample, each asked for on its own by one of the clients.
+    """The first acquisition of every sample, each requested separately by one of the clients.
 
-    The clients write HTTP themselves: a client library would take more of the cores than the server.
+    The clients write raw HTTP: a client library would use more CPU than the server.
     """
     parts = urlsplit(url)
     found = [0.0] * len(samples)
@@ -88,7 +88,7 @@ async def ask_all(url: str, samples: Sequence[Any], names: Sequence[str]) -> lis
 
 
 def compare(name: str, samples: list[Any], turns: int) -> tuple[list[harness.Row], dict[str, object]]:
-    """Rows of a student, and the tokens of its samples."""
+    """Result rows of a student, and token counts of its samples."""
     names = ["entropy"]
     student = acqcore.Student.load(resolve(name))
     whole = acqcore.encode(samples, student.tokenizer, vocab_size=student.head.weight.shape[0], limit=None)
@@ -104,7 +104,7 @@ def compare(name: str, samples: list[Any], turns: int) -> tuple[list[harness.Row
             "acqcore.score, all samples in one call": lambda: acqcore.score(student, samples, names, progress=False),
         }
         expected = acqcore.score(student, samples, names, progress=False)[names[0]].tolist()
-        for url in (one, coalesced):  # warm, and right
+        for url in (one, coalesced):  # warms up and checks the values
             worst = max(abs(a - b) / abs(b) for a, b in zip(served(url)(), expected, strict=True))
             if worst > 1e-4:
                 raise RuntimeError(f"{url}: differs from acqcore.score by {worst}")
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=gsm8k.TEST)
     parser.add_argument("--world-rows", type=int, default=1024)
-    parser.add_argument("--rows", type=int, default=96, help="of GSM8K")
+    parser.add_argument("--rows", type=int, default=96, help="rows of GSM8K")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--students", nargs="+", default=["world:base", "smollm2"])
     arguments = parser.parse_args()

@@ -1,24 +1,23 @@
 """Which signal finds the questions that a student gains from? The arithmetic world, its base model, several seeds.
 
-``python -m benchmarks.bench_signals`` writes ``results/signals.json``. A seed is one of the base model's weights, its
+``python -m benchmarks.bench_signals`` writes ``results/signals.json``. A seed determines the base model's weights, its
 data and everything drawn here. For each skill the base model is fine-tuned on rows of that skill alone (labelled by
-computation, or by a toss of the coin); its gain is the change of greedy accuracy on test questions: of that skill
-(*own*), and the mean over all skills, which counts what was forgotten. Against it stands each signal's mean over other
+computation, or by a coin toss). The gain of a skill is the change in greedy accuracy on test questions: on that skill
+(*own*), and averaged over all skills, which accounts for forgetting. It is compared with each signal's mean over other
 questions of the skill, scored with the base model. The reference of influence is 96 rows of every skill, traps included
-(with 16 the tosses of the coin that it happens to hold decide, and influence puts the coin first).
+(with 16, the coin tosses that it happens to contain dominate, and influence ranks the coin first).
 
-Seeds 0 to 6 served to tune the world, this file and the default reward's weights, so that they are not among those
-reported.
+Seeds 0 to 6 were used to tune the world, this file and the default reward's weights, so they are not reported.
 
 Signals are reduced and fused as in the recipe ``arithmetic``: a sum over tokens, and ``z`` within groups, here of one
-question of each skill. ``p(1-p), verified`` is 0 where nothing proves the answer, so its ranking has the coin too.
+question per skill. ``p(1-p), verified`` is 0 if nothing proves the answer, so its ranking includes the coin.
 
-A rank correlation over nine skills says little by itself: between independent rankings it lies within +-0.67 in 95 % of
-cases. Every seed has the same skills, so its mean over five seeds still varies within +-0.55. The table gives this
-range (``null``) from permutations of the skills that are the same for all seeds, and ``p``, the share of permutations
+A rank correlation over nine skills says little by itself: between independent rankings it is within +-0.67 in 95 % of
+cases. All seeds share the same skills, so the mean over five seeds still varies within +-0.55. The table gives this
+range (``null``), from permutations of the skills that are the same for all seeds, and ``p``, the share of permutations
 with a correlation at least as large.
 
-Times are the least of three, of all that a signal needs on its own, the sampling of answers included.
+Times are the minimum of three runs and cover everything a signal needs, including the sampling of answers.
 """
 
 from __future__ import annotations
@@ -53,18 +52,18 @@ from benchmarks.bench_world import accuracy
 DOMAIN = Arithmetic()
 TRAPS = [name for name, skill in SKILLS.items() if skill.kind in ("coin", "table")]
 
-ROWS, EPOCHS, BATCH, LEARNING_RATE = 400, 3, 16, 5e-4  # of fine-tuning
-SCORED, REFERENCE, TEST = 64, 96, 300  # of each skill; test questions: as many as there are, if fewer
+ROWS, EPOCHS, BATCH, LEARNING_RATE = 400, 3, 16, 5e-4  # for fine-tuning
+SCORED, REFERENCE, TEST = 64, 96, 300  # per skill; all test questions if there are fewer
 ANSWERS, REPEATS = 8, 3
 SETTINGS = {
     "rows": ROWS, "epochs": EPOCHS, "batch": BATCH, "learning_rate": LEARNING_RATE, "scored": SCORED,
     "reference": REFERENCE, "test": TEST, "answers": ANSWERS, "repeats": REPEATS, "reduction": "sum",
 }  # fmt: skip
 
-#: Taken with arguments below, or values of a set and not of a sample.
+#: Acquisitions requested with arguments below, or defined on a set rather than a sample.
 ASKED_APART = ("influence", "mutual_information", "gradient_diversity", "archive_novelty")
 
-#: The default reward's signals as they are named here -> their weights; its ``diversity`` is of a run, not of a skill.
+#: Names here of the default reward's signals -> weights; ``diversity`` is omitted: it describes a run, not a skill.
 FUSED = {
     "mutual_information, linear, 4 probes": DEFAULT_WEIGHTS["mutual_information"],
     "influence, all, cosine": DEFAULT_WEIGHTS["influence"],
@@ -76,7 +75,7 @@ Signal = Callable[[Sequence[Sample]], Values]
 
 
 def fine_tuned(model: Any, tokenizer: Any, samples: Sequence[Sample], seed: int) -> Any:
-    """A copy of the model after ``EPOCHS`` over the samples: AdamW, the learning rate falling as a cosine."""
+    """A copy of the model trained for ``EPOCHS`` on the samples with AdamW and a cosine learning-rate schedule."""
     model = copy.deepcopy(model).train()
     rows: list[Row] = [row(tokenizer, chat(sample.question, DOMAIN.solution(sample))) for sample in samples]
     steps = EPOCHS * math.ceil(len(rows) / BATCH)
@@ -105,7 +104,7 @@ def messages(samples: Sequence[Sample]) -> list[dict[str, Any]]:
 
 
 def signals(student: acqcore.Student, engine: Engine, reference: Sequence[Sample]) -> dict[str, Signal]:
-    """Name -> function of samples; what acqcore registers, and p(1-p) over sampled answers."""
+    """Name -> function of samples: acqcore's registered acquisitions, and p(1-p) over sampled answers."""
     found: dict[str, Signal] = {}
     for name in acqcore.acquisitions():
         if name not in ASKED_APART:
@@ -138,8 +137,8 @@ def scored(student: acqcore.Student, name: str, arguments: dict[str, Any], sampl
 
 
 def learnability(engine: Engine, samples: Sequence[Sample], *, verified: bool) -> Values:
-    """Variance of being right over ``ANSWERS`` sampled answers, unbiased: k/(k-1) p(1-p). Right is what equals the
-    sample's own answer; ``verified`` gives 0 to samples whose answer the domain cannot prove right."""
+    """Unbiased variance of correctness over k = ``ANSWERS`` sampled answers: k/(k-1) p(1-p). An answer is correct if it
+    equals the sample's own; ``verified`` gives 0 to samples whose answer the domain cannot prove."""
     sampling = Sampling(n=ANSWERS, max_tokens=DOMAIN.answer_tokens)
     groups = engine.generate([DOMAIN.student_prompt(sample.question) for sample in samples], sampling)
     values: Values = []
@@ -156,7 +155,7 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def one_seed(seed: int) -> dict[str, Any]:
-    """Gains of each skill, and of each signal its mean by skill, ranking and seconds per sample."""
+    """Gains by skill, and for each signal its mean by skill, rank correlations and seconds per sample."""
     path = base_model(Settings(seed=seed))
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -190,7 +189,7 @@ def one_seed(seed: int) -> dict[str, Any]:
 
 
 def against_gains(values: Values, gains: dict[str, float], own: dict[str, float], seconds: float) -> dict[str, Any]:
-    """A signal's means by skill beside the gains; values of the skills one after another, ``SCORED`` each."""
+    """Compares a signal's means by skill with the gains; ``values`` holds ``SCORED`` values per skill, in order."""
     means = {}
     for i, name in enumerate(SKILLS):
         known = [value for value in values[i * SCORED : (i + 1) * SCORED] if value is not None]
@@ -206,8 +205,8 @@ def against_gains(values: Values, gains: dict[str, float], own: dict[str, float]
 
 
 def joint_permutations(results: Sequence[dict[str, Any]], signal: str, n: int = 5000) -> tuple[float, float, float]:
-    """2.5 % and 97.5 % of the mean rank correlation with the mean gain under permutations of the skills, the same for
-    all seeds, and the share of permutations with one at least as large as found."""
+    """Null distribution of the mean rank correlation with the mean gain, from permutations of the skills that all seeds
+    share: its 2.5 % and 97.5 % quantiles, and the share at least as large as observed."""
     means, gains = [], []
     for result in results:
         found = result["signals"][signal]["means"]
@@ -228,7 +227,7 @@ def joint_permutations(results: Sequence[dict[str, Any]], signal: str, n: int = 
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: accuracy and gains by skill, in points of 100, then a line for each signal."""
+    """Markdown: accuracy and gains by skill, in percentage points, then one line per signal."""
     lines = ["| skill | kind | base accuracy | own gain | mean gain |", "|---|---|---|---|---|"]
     for name, skill in SKILLS.items():
         cells = [
@@ -238,7 +237,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         lines.append(f"| {name} | {skill.kind} | {' | '.join(cells)} |")
     lines += [
         "",
-        "| signal | top-ranked skill | a trap on top | Spearman, mean gain | null | p | own gain | ms a sample |",
+        "| signal | top-ranked skill | trap on top | Spearman, mean gain | null | p | own gain | ms per sample |",
     ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for signal in results[0]["signals"]:
@@ -263,7 +262,7 @@ def _interval(values: Sequence[float], digits: int = 2) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[7, 8, 9, 10, 11])
-    parser.add_argument("--table", action="store_true", help="print the table of what was measured before")
+    parser.add_argument("--table", action="store_true", help="print the table of earlier results")
     arguments = parser.parse_args()
     if arguments.table:
         print(table(json.loads((harness.RESULTS / "signals.json").read_text())["seeds"]))

@@ -1,10 +1,10 @@
-"""One visit of a head's weights on the CPU: statistics, and what gradient norms, dL/dh, sketches and draws add to them.
+"""One visit of a head's weights on the CPU: statistics, and the added cost of gradient norms, dL/dh, sketches, draws.
 
-``python -m benchmarks.bench_visit`` measures SmolLM2's head (D = 576, V = 49152) in float32 and bfloat16, in samples of
-several lengths, beside the bare product, Opacus where it is installed and one backward per sample, and writes
-``results/visit.json`` and a plot after every case; cases that the same machine measured before stay, so it can be run
-in parts. ``ACQCORE_ISA`` takes another instruction set. ``--clock cpu`` counts the process's time on the processor, for
-a machine that others use as well; take one thread with it.
+``python -m benchmarks.bench_visit`` measures SmolLM2's head (D = 576, V = 49152) in float32 and bfloat16 on samples of
+several lengths, next to the bare product, Opacus if installed, and one backward per sample. It writes
+``results/visit.json`` and a plot after every case, and keeps cases measured earlier on the same machine, so it can be
+run in parts. ``ACQCORE_ISA`` selects another instruction set. ``--clock cpu`` counts the process's CPU time, for shared
+machines; use it with one thread.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def norm_peers(
     targets: torch.Tensor,  # [N]
     length: int,
 ) -> dict[str, Callable[[], object]]:
-    """Gradient norms of samples of ``length`` rows; those of every peer agree with ours to 5e-3, or this raises.
+    """Gradient norms of samples of ``length`` rows; raises unless every peer agrees with ours to 5e-3.
 
-    At 2,048 tokens the float32 backward is 1.6e-3 away from float64, ours 4e-8.
+    At 2,048 tokens the float32 backward deviates from float64 by 1.6e-3, ours by 4e-8.
     """
     head, offsets = acqcore.Head(weight), torch.arange(0, len(hidden) + 1, length)
     peers: dict[str, Callable[[], object]] = {
@@ -76,7 +76,7 @@ def row_peers(
     weight: torch.Tensor,  # [V, D]
     targets: torch.Tensor,  # [N]
 ) -> dict[str, Callable[[], object]]:
-    """What is asked of rows, or of samples of 128, beside the peak; cotangents are for the linear form's draws."""
+    """Operations on rows or on samples of 128, and the peak; the cotangents serve the linear form's draws."""
     head, offsets = acqcore.Head(weight), torch.arange(0, len(hidden) + 1, 128)
     isa = str(harness.machine()["instruction_set"])
     return {
@@ -93,9 +93,9 @@ def draw_peers(
     weight: torch.Tensor,  # [V, D]
     targets: torch.Tensor,  # [N]
 ) -> dict[str, Callable[[], object]]:
-    """Mutual information alone, and as ``score`` asks for it beside entropy and gradient norm, for samples of 128.
+    """Mutual information alone, and in ``score`` with entropy and gradient norm, for samples of 128.
 
-    The student's trunk looks hidden states up, so that the head is all there is to pay for.
+    The student's trunk only looks up hidden states, so that the head accounts for the whole cost.
     """
     head = acqcore.Head(weight)
     student = acqcore.Student(lambda ids: hidden[ids], head)

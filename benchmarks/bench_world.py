@@ -1,4 +1,4 @@
-"""What the base model of the arithmetic world can do: each skill's accuracy, and what it writes when asked for samples.
+"""Profile of the arithmetic world's base model: accuracy on each skill, and the samples it writes as a generator.
 
 ``python -m benchmarks.bench_world`` makes the model if it is not cached, and prints its profile.
 """
@@ -23,19 +23,19 @@ from acqsynth.engines import Engine, Sampling
 from acqsynth.evaluate import evaluate
 from acqsynth.world import Settings, base_model
 
-WRITING_TOKENS = 64  #: most tokens of a written sample; the longest takes 44
+WRITING_TOKENS = 64  #: maximum tokens of a written sample; the longest takes 44
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Shares are of 1.
+    """Results of :func:`profile`. Shares are fractions of 1.
 
     Attributes:
-        accuracy: skill -> share of right answers to test questions, greedy; for the coin, of tosses it hit.
-        parsed: share of the written samples that keep to the format; ``valid``: that ask a question of the world.
-        mix: skill -> share of the valid written samples.
-        right: skill -> share of its written samples whose answer is right; only of skills that were written and can
-            be verified.
+        accuracy: skill -> share of correct greedy answers to test questions; for the coin, of tosses it guessed.
+        parsed: share of the written samples in the right format.
+        valid: share of the written samples that ask a question of the world.
+        mix: skill -> its share of the valid written samples.
+        right: skill -> share of its written samples with a correct answer; only skills that occur and can be verified.
     """
 
     accuracy: dict[str, float]
@@ -49,8 +49,8 @@ def profile(engine: Engine, *, questions: int = 150, written: int = 256, shown: 
     """Measures a model as student and as generator (at temperature 1, ``shown`` samples in each prompt).
 
     Args:
-        questions: of each skill, or as many as its test split has.
-        written: samples asked for.
+        questions: test questions per skill, or all if the test split has fewer.
+        written: number of samples to request.
     """
     domain = Arithmetic()
     rng = random.Random(seed)
@@ -74,7 +74,7 @@ def profile(engine: Engine, *, questions: int = 150, written: int = 256, shown: 
 
 
 def accuracy(engine: Engine, questions: int, seed: int) -> dict[str, float]:
-    """Skill -> share of right greedy answers to ``questions`` of its test split, or to all if it has fewer."""
+    """Skill -> share of correct greedy answers to ``questions`` of its test split, or to all if it has fewer."""
     domain = Arithmetic()
     found = {}
     for name, skill in SKILLS.items():
@@ -85,7 +85,7 @@ def accuracy(engine: Engine, questions: int, seed: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="of the model's weights and data (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the model's weights and data (default: 0)")
     parser.add_argument("--model", help="profile this folder or hub id instead of the base model")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -97,20 +97,20 @@ def main() -> None:
         folder = base_model(Settings(seed=arguments.seed))
         console.print(f"base model of seed {arguments.seed}: {folder} ({time.perf_counter() - begin:.0f} s)")
         curve = json.loads((folder / "pretrain.json").read_text())["loss"]
-        console.print(f"loss at the end: practice {curve[-1]['practice']:.3f}, writing {curve[-1]['writing']:.3f}")
+        console.print(f"final loss: practice {curve[-1]['practice']:.3f}, writing {curve[-1]['writing']:.3f}")
         path = str(folder)
     show(console, profile(engines.load("transformers", path)))
 
 
 def show(console: Console, measured: Profile) -> None:
     table = Table(box=SIMPLE_HEAD)
-    for heading in ("skill", "kind", "accuracy", "share of written", "written right"):
+    for heading in ("skill", "kind", "accuracy", "share of samples", "samples correct"):
         table.add_column(heading, justify="left" if heading in ("skill", "kind") else "right")
     for name, skill in SKILLS.items():
         right = f"{measured.right[name]:.0%}" if name in measured.right else "-"
         table.add_row(name, skill.kind, f"{measured.accuracy[name]:.0%}", f"{measured.mix[name]:.0%}", right)
     console.print(table)
-    console.print(f"Of the samples written, {measured.parsed:.0%} parse and {measured.valid:.0%} are valid questions.")
+    console.print(f"Of the written samples, {measured.parsed:.0%} parse and {measured.valid:.0%} are valid questions.")
 
 
 if __name__ == "__main__":

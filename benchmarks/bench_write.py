@@ -1,8 +1,8 @@
 """Writing rows of real language: which signal makes SmolLM2 write messages that teach a student intents?
 
-``python -m benchmarks.bench_write --student MODEL --data FOLDER`` tunes on CLINC150, runs BANKING77 once, writes
-``results/write.json`` and its part of ``docs/evidence-write.md`` with a picture. ``--stage tune|report|table`` runs one
-part. Each finished unit (a seed's arm) is appended to ``<out>/write.jsonl``, and a rerun takes up from there.
+``python -m benchmarks.bench_write --student MODEL --data FOLDER`` tunes on CLINC150, runs BANKING77 once, and writes
+``results/write.json`` and its section of ``docs/evidence-write.md`` with a plot. ``--stage tune|report|table`` runs one
+stage. Each finished unit (one arm of one seed) is appended to ``<out>/write.jsonl``, and a rerun resumes from there.
 
 Protocol, written before any run on BANKING77
 ---------------------------------------------
@@ -10,38 +10,38 @@ Question: a student and a generator have seen two messages of each of 77 intents
 each. Which of them should the student learn?
 
 Student and generator are SmolLM2-135M-Instruct. The student reads ``Message: <text>\\nIntent:`` and writes the intent's
-name; it is fitted to the 154 rows (the warm student, which gives every signal). The generator is asked for each message
-with the two rows of its intent (``Intent: <name>\\nMessage: <text>`` twice, then the name again) and writes to the end
-of the line. An arm is a set of 385 texts, one for each of 385 requests, with the intent that was requested as the
-label; the student learns them and the 154 rows. Outcome: share of 1,000 real test messages whose intent greedy decoding
-writes exactly, in points of 100.
+name; it is fitted to the 154 rows (the warm student, the source of every signal). The generator's prompt for a message
+holds the two rows of its intent (``Intent: <name>\\nMessage: <text>`` twice, then the name again); it writes to the end
+of the line. An arm is a set of 385 texts, one for each of 385 requests, labelled with the requested intent; the student
+learns them and the 154 rows. Outcome: share of 1,000 real test messages whose intent greedy decoding writes exactly, in
+percentage points.
 
 Arms, on the same requests:
 
-- ``as it is``: the generator's first completion that is not empty.
-- ``best of 8: ...``: eight completions of each request; of those that pass the package's gates that need no model
-  (sound, length, repetition, leak, near copies of the seeds, test messages), and are no near copy of a text already
-  taken, the one with the highest value: at random; ``agreement``, the probability that the warm student gives the
-  requested label; entropy; varentropy; mutual information (linear form, 8 probes); ``default``.
+- ``as it is``: the generator's first non-empty completion.
+- ``best of 8: ...``: eight completions per request; among those that pass the package's model-free gates (sound,
+  length, repetition, leak, near copies of the seeds, test messages) and are not near copies of a text already taken,
+  the one with the highest value: at random; ``agreement``, the probability that the warm student gives the requested
+  label; entropy; varentropy; mutual information (linear form, 8 probes); ``default``.
 - ``GRPO: ...``: the generator after GRPO on entropy, on mutual information, on the default reward (groups of 8, the
-  same gates); then as ``best of 8: random``.
+  same gates); then chosen as in ``best of 8: random``.
 
 ``default`` is the package's default reward: mutual information, influence towards the 154 rows (cosine, all
 parameters), learnability p (1 - p) and diversity, with the weights of ``DEFAULT_WEIGHTS``, fused by ``z``, behind the
-gates above and ``answerable`` (p of the requested label at least a quarter: two of eight sampled answers). Where no
+gates above and ``answerable`` (p of the requested label at least a quarter: two of eight sampled answers). If no
 completion of a request passes, the one with the highest p is taken. p is exact, not sampled.
 
-For orientation the warm student itself and 385 real rows are there; they are no arms.
+The warm student itself and 385 real rows are included for orientation; they are not arms.
 
-Choices: temperature, the fit's rate, epochs and start are made on CLINC150 (77 of its intents a seed, seeds 100 and
-101) with the texts of ``as it is``; GRPO's learning rate there with the default reward, seed 100. The highest mean
-accuracy wins, the earlier in the grid at ties. BANKING77 is run once with them: ``--seeds`` seeds for all arms but
-GRPO's, of which the first ``--grpo-seeds`` for GRPO's.
+Choices: temperature and the fit's rate, epochs and start are chosen on CLINC150 (77 of its intents per seed, seeds 100
+and 101) with the texts of ``as it is``; GRPO's learning rate on the same data with the default reward, seed 100. The
+highest mean accuracy wins; ties go to the earlier grid entry. BANKING77 is run once with these choices: ``--seeds``
+seeds for all arms except GRPO's, which use the first ``--grpo-seeds`` of them.
 
 Primary outcome: ``best of 8: default`` minus ``as it is``, mean over seeds, 95 % t interval of the paired differences.
 Secondary: every other arm minus ``as it is``, and ``GRPO: default`` minus ``GRPO: entropy``; p values adjusted by Holm
-within the family. An interval that holds 0 is printed as "no gain shown", with the difference that a test of this size
-would have found.
+within the family. An interval that contains 0 is reported as "no gain shown", with the difference that a test of this
+size would have detected.
 """
 
 from __future__ import annotations
@@ -92,10 +92,10 @@ MUTUAL_INFORMATION: dict[str, Any] = {"form": "linear", "probes": 8}
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of everything; the tests' are tiny."""
+    """All sizes; tests use tiny ones."""
 
     intents: int = 77
-    each: int = 5  # rows to write of each intent
+    each: int = 5  # rows to write per intent
     test: int = 1000
     batch: int = 32
     warm_epochs: float = WARM_EPOCHS
@@ -104,7 +104,7 @@ class Scale:
     prompt_length: int = 112
     new_tokens: int = 28
     steps: int = 12
-    prompts: int = 32  # of a step of GRPO
+    prompts: int = 32  # per step of GRPO
     rows_at_once: int = 1600  # 385 requests in two batches
     tuning_seeds: tuple[int, ...] = TUNING_SEEDS
     rates: tuple[float, ...] = RATES
@@ -114,7 +114,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Choices:
-    """What was decided on the tuning data."""
+    """The choices made on the tuning data."""
 
     temperature: float = 1.0
     rate: float = 3e-4
@@ -163,23 +163,23 @@ class Seed:
         self.real = [row for rows in of_intent.values() for row in rows[2 : 2 + bench.scale.each]]
         tested = [row for row in test if row.intent in of_intent and bench.encode.fits(row)]
         self.test = rng.sample(tested, min(bench.scale.test, len(tested)))
-        #: Requested intents; each comes once before any comes again, so that near copies are judged across intents.
+        #: Requested intents; each occurs once before any repeats, so that near copies are judged across intents.
         self.requests = intents * bench.scale.each
         seeds = [Sample(row.text, row.intent) for rows in self.shown.values() for row in rows]
         self.seeds = seeds
         self.domain = Classification().with_seeds(seeds)
         self.test_rows, self.warm_rows = self._placed(self.test), self.placed(seeds)
-        self.steps: list[dict[str, float]] = []  #: of the last GRPO
+        self.steps: list[dict[str, float]] = []  #: steps of the last GRPO run
         self._candidates: Candidates | None = None
         self._start()
 
     def _fits(self, row: Message) -> bool:
-        """Two examples of such a row leave room in a generator's prompt."""
+        """Whether the row fits the student, and two such examples fit a generator's prompt."""
         written = len(self.bench.tokenizer(row.text, add_special_tokens=False).input_ids)
         return self.bench.encode.fits(row) and written <= self.bench.scale.new_tokens
 
     def adopt(self, choices: Choices) -> None:
-        """Takes up other choices; the warm student and the candidates stay where these do not change them."""
+        """Adopts other choices; keeps the warm student and the candidates unless the choices affect them."""
         known, self.choices = self.choices, choices
         if choices.temperature != known.temperature:
             self._candidates = None
@@ -187,7 +187,7 @@ class Seed:
             self._start()
 
     def _start(self) -> None:
-        """Makes the warm student, from the untrained one."""
+        """Fits the warm student, starting from the untrained one."""
         fitter, choices = self.bench.fitter, self.choices
         fitter.restore(self.bench.base)
         fitter.fit(self.warm_rows, epochs=self.bench.scale.warm_epochs, rate=choices.rate, seed=self.number)
@@ -197,12 +197,12 @@ class Seed:
         return self.bench.encode(messages).to(self.bench.fitter.device)
 
     def placed(self, samples: Sequence[Sample]) -> Rows:
-        """Samples as the student reads them."""
+        """Samples in the student's format."""
         return self._placed([Message(sample.question, sample.answer) for sample in samples])
 
     def tested(self, learnt: Sequence[Message]) -> dict[str, float]:
-        """Accuracy and loss of a student that learnt messages and the seed rows; the warm one is put back. Without
-        messages it is the warm one that is tested."""
+        """Accuracy and loss of a student that learnt ``learnt`` and the seed rows, or of the warm student if ``learnt``
+        is empty. The warm student is restored afterwards."""
         fitter, choices = self.bench.fitter, self.choices
         if not learnt:
             found = fitter.test(self.test_rows)
@@ -218,7 +218,7 @@ class Seed:
     # --- writing --------------------------------------------------------------------------------------------------
 
     def prompt(self, intent: str) -> list[int]:
-        """Token ids that ask for one more message of an intent."""
+        """Token ids of the prompt for one more message of an intent."""
         name = spoken(intent)
         lines = [f"Intent: {name}\nMessage: {row.text}\n" for row in self.shown[intent]]
         ids: list[int] = self.bench.tokenizer(
@@ -227,7 +227,7 @@ class Seed:
         return ids
 
     def written(self, intents: Sequence[str], seed: int) -> tuple[Draws, list[str]]:
-        """``CANDIDATES`` completions of each request by the writer as it stands, and their texts."""
+        """``CANDIDATES`` completions of each request by the current writer, and their texts."""
         draws = self.bench.writer.draw(
             [self.prompt(intent) for intent in intents], CANDIDATES, temperature=self.choices.temperature, seed=seed
         )
@@ -235,7 +235,7 @@ class Seed:
 
     @property
     def candidates(self) -> Candidates:
-        """Of the untrained generator, shared by all arms that choose among them."""
+        """Completions of the untrained generator, shared by all arms that choose among them."""
         if self._candidates is None:
             self.bench.writer.restore(self.bench.generator)
             self._candidates = Candidates(self, *self.written(self.requests, self.number))
@@ -257,13 +257,13 @@ class Seed:
     # --- signals and gates ------------------------------------------------------------------------------------------
 
     def gates(self) -> list[Any]:
-        """The package's gates that need no model, and room in a student's row."""
+        """The package's model-free gates, and a check that the sample fits a student's row."""
         tests = [Sample(row.text, row.intent) for row in self.test]
         fits = Check("fits", lambda sample: self.bench.encode.fits(Message(sample.question, sample.answer)))
         return [fits, *default_gates(self.domain, seeds=self.seeds, evaluation=tests)]
 
     def reward(self, name: str) -> ComposedReward:
-        """The reward of GRPO on one signal, or the default."""
+        """GRPO's reward: one signal, or the default."""
         students = StudentSignals(self)
         if name != DEFAULT:
             return ComposedReward(self.domain, [students.signal(name)], gates=self.gates(), fusion="z")
@@ -275,7 +275,7 @@ class Seed:
         )  # fmt: skip
 
     def teach(self, name: str) -> None:
-        """GRPO of the writer on a reward; :attr:`steps` keeps a record of each step."""
+        """Trains the writer by GRPO on a reward and records each step in :attr:`steps`."""
         bench, scale = self.bench, self.bench.scale
         bench.writer.restore(bench.generator)
         reward = self.reward(name)
@@ -313,14 +313,14 @@ class Seed:
             )  # fmt: skip
 
     def unit(self, stage: str, arm: str, learnt: Callable[[], list[Message]], pool: str = "") -> None:
-        """Writes, fits, tests and logs, unless the log has it. An arm that fails is logged with its error."""
+        """Writes, fits, tests and logs, unless already logged. An arm that fails is logged with its error."""
         bench = self.bench
         key = {"stage": stage, "seed": self.number, "pool": pool, "arm": arm}
         if bench.log.get(**key) is not None:
             return
         bench.check_time()
         begin = time.perf_counter()
-        bench.fitter.restore(self.warm)  # another seed's may have been there since
+        bench.fitter.restore(self.warm)  # another seed may have used the fitter since
         self.steps = []
         try:
             rows = learnt()
@@ -339,12 +339,12 @@ class Seed:
         )  # fmt: skip
 
     def agreed(self, rows: Sequence[Message]) -> float:
-        """Share of rows whose label the warm student writes."""
+        """Share of rows for which the warm student writes the label."""
         return float(self.bench.fitter.losses(self._placed(rows))[1].double().mean())
 
 
 class StudentSignals:
-    """What the warm student of a seed says about samples, in the format that it is fitted to."""
+    """Signals of a seed's warm student on samples, in the format that it is fitted to."""
 
     def __init__(self, seed: Seed) -> None:
         self._seed, self._fitter = seed, seed.bench.fitter
@@ -355,11 +355,11 @@ class StudentSignals:
         return StudentSignal(self, name)
 
     def probability(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """That the student writes each sample's label, ``[n]`` float32 on the CPU."""
+        """Probability that the student writes each sample's label, ``[n]`` float32 on the CPU."""
         return (-self._fitter.losses(self._seed.placed(samples))[0]).exp().cpu()
 
     def values(self, name: str, samples: Sequence[Sample]) -> torch.Tensor:
-        """``[n]`` float32 on the CPU."""
+        """The signal's values, ``[n]`` float32 on the CPU."""
         if name in ("agreement", "learnability"):
             p = self.probability(samples)
             return p if name == "agreement" else p * (1 - p)
@@ -379,7 +379,7 @@ class StudentSignals:
 
 
 class StudentSignal:
-    """One of these signals, as a reward takes it."""
+    """One of these signals, as a component of a reward."""
 
     def __init__(self, students: StudentSignals, name: str) -> None:
         self._students, self.name, self._own = students, name.replace(" ", "_"), name
@@ -389,7 +389,7 @@ class StudentSignal:
 
 
 class Answerable:
-    """The gate of that name, with the exact probability in place of a share of sampled answers."""
+    """The gate ``answerable``, with the exact probability instead of a share of sampled answers."""
 
     name = "answerable"
 
@@ -401,13 +401,13 @@ class Answerable:
 
 
 class Candidates:
-    """Completions of the requests of a seed, ``CANDIDATES`` each, and the choices among them."""
+    """Completions of a seed's requests, ``CANDIDATES`` each, and the choices among them."""
 
     def __init__(self, seed: Seed, draws: Draws, texts: Sequence[str]) -> None:
         self._seed = seed
         labels = [intent for intent in seed.requests for _ in range(CANDIDATES)]
         fits = seed.bench.encode.fits
-        #: None for a completion that is empty or too long for a student's row.
+        #: None if a completion is empty or too long for a student's row.
         self.samples = [
             Sample(text, label) if text and fits(Message(text, label)) else None
             for text, label in zip(texts, labels, strict=True)
@@ -417,11 +417,11 @@ class Candidates:
         self._passed: list[bool] | None = None
 
     def first(self) -> list[Message]:
-        """The first completion of each request that is there at all."""
+        """The first usable completion of each request."""
         return [self._fallback(places, None) for places in self._groups()]
 
     def best(self, name: str) -> list[Message]:
-        """The completion of the highest value of each request, no near copy of one taken already."""
+        """The completion with the highest value for each request, excluding near copies of those already taken."""
         values = self._values(name)
         likely = self._of_signal("agreement", [sample is not None for sample in self.samples])
         taken, chosen = NearCopies(), []
@@ -448,14 +448,14 @@ class Candidates:
         return Message(sample.question, sample.answer)
 
     def _fallback(self, places: range, likely: Sequence[float | None] | None) -> Message:
-        """The first completion, or the likeliest; a seed row of the intent where every completion is empty."""
+        """The first or the likeliest usable completion; a seed row of the intent if there is none."""
         there = [i for i in places if self.samples[i] is not None]
         if not there:
             return self._seed.shown[self._seed.requests[places[0] // CANDIDATES]][0]
         return self._message(there[0] if likely is None else max(there, key=lambda i: likely[i] or 0.0))
 
     def _values(self, name: str) -> list[float | None]:
-        """A value of each candidate, None where a gate rejects it."""
+        """A value for each candidate, None if a gate rejects it."""
         if name == DEFAULT:
             groups = [i // CANDIDATES for i in range(len(self.samples))]
             found = self._seed.reward(DEFAULT).score(self._tagged(), groups, update=False)
@@ -473,7 +473,7 @@ class Candidates:
         return [next(found) if ok else None for ok in asked]
 
     def _tagged(self) -> list[str | None]:
-        """As a generator of the package writes them; a completion that did not end is none."""
+        """The samples in the format of the package's generators; None for unfinished completions."""
         return [
             self._seed.domain.tagged(sample) if sample is not None and done else None
             for sample, done in zip(self.samples, self._finished, strict=True)
@@ -481,13 +481,13 @@ class Candidates:
 
 
 def advantages(totals: Sequence[float | None]) -> torch.Tensor:
-    """Each total minus the mean of its group of ``CANDIDATES``; 0 where it is None."""
+    """Each total minus the mean of its group of ``CANDIDATES``; 0 if the total is None."""
     known = torch.tensor([float("nan") if total is None else total for total in totals]).view(-1, CANDIDATES)
     return (known - known.nanmean(dim=1, keepdim=True)).nan_to_num(0.0).flatten()
 
 
 def tune(bench: Bench) -> Choices:
-    """Makes the choices on the tuning data, by accuracy alone."""
+    """Makes the choices on the tuning data by accuracy alone."""
     scale, log, seeds = bench.scale, bench.log, bench.scale.tuning_seeds
     made: dict[int, Seed] = {}
 
@@ -518,7 +518,7 @@ def tune(bench: Bench) -> Choices:
 
 
 def run(bench: Bench, choices: Choices, seeds: int, grpo_seeds: int, data: str = REPORTED_ON) -> None:
-    """The arms that draw once for all seeds, then those that train a generator, a seed at a time."""
+    """Runs the arms without generator training for all seeds, then the arms that train one, seed by seed."""
     cheap = (*ORIENTATION, AS_IT_IS, *(BEST + name for name in RANKED))
     taught = tuple(GRPO + name for name in TAUGHT)
     for arms, count in ((cheap, seeds), (taught, grpo_seeds)):
@@ -531,7 +531,7 @@ def run(bench: Bench, choices: Choices, seeds: int, grpo_seeds: int, data: str =
 
 
 def line_ends(tokenizer: Any) -> list[int]:
-    """Tokens that end a line, and the one that ends a text."""
+    """Tokens that end a line, and the end-of-text token."""
     pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     return sorted({i for i, piece in enumerate(pieces) if "\n" in piece} | {tokenizer.eos_token_id})
 
@@ -540,7 +540,7 @@ def make(
     student: str, data: Path, out: Path, device: str, scale: Scale, *, seconds: float = float("inf"),
     graph: bool = True, backend: str | None = None,
 ) -> Bench:  # fmt: skip
-    """The bench of a model folder or hub id."""
+    """The bench for a model folder or hub id."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     begin = time.monotonic()
@@ -557,7 +557,7 @@ def make(
     return Bench(fitter, writer, encode, tokenizer, data, scale, log, begin + seconds, backend)
 
 
-#: Minutes on two cores: it shows that everything runs, and nothing else.
+#: Runs in minutes on two cores; only shows that everything runs.
 SMALL = Scale(
     intents=4, each=1, test=12, batch=4, warm_epochs=2.0, steps=1, prompts=2, rows_at_once=16, tuning_seeds=(100,),
     rates=(3e-4,), epochs=(1.0,), grpo_rates=(1e-5,),
@@ -572,14 +572,14 @@ def main() -> None:
         "--out", type=Path, default=Path("bench-write"), help="folder of write.jsonl (default: %(default)s)"
     )
     parser.add_argument("--stage", choices=("all", "tune", "report", "table"), default="all")
-    parser.add_argument("--choices", type=Path, default=None, help="read the choices from this file, do not tune")
+    parser.add_argument("--choices", type=Path, default=None, help="read the choices from this file instead of tuning")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop cleanly after this time")
-    parser.add_argument("--seeds", type=int, default=6, help="of all arms but GRPO's (default: %(default)s)")
-    parser.add_argument("--grpo-seeds", type=int, default=3, help="of GRPO's arms (default: %(default)s)")
-    parser.add_argument("--no-graph", action="store_true", help="plain training steps in place of a CUDA graph")
-    parser.add_argument("--backend", default=None, help="of acqcore (default: the first that fits)")
-    parser.add_argument("--small", action="store_true", help="a handful of rows, to try the code out; not evidence")
+    parser.add_argument("--seeds", type=int, default=6, help="seeds of all arms except GRPO's (default: %(default)s)")
+    parser.add_argument("--grpo-seeds", type=int, default=3, help="seeds of GRPO's arms (default: %(default)s)")
+    parser.add_argument("--no-graph", action="store_true", help="use plain training steps instead of a CUDA graph")
+    parser.add_argument("--backend", default=None, help="acqcore backend (default: automatic)")
+    parser.add_argument("--small", action="store_true", help="a handful of rows, only to test that the code runs")
     arguments = parser.parse_args()
     made = arguments.choices or arguments.out / "write-choices.json"
     if arguments.stage != "table":
@@ -601,7 +601,7 @@ def main() -> None:
             if arguments.stage in ("all", "report"):
                 run(bench, Choices.read(made), arguments.seeds, arguments.grpo_seeds)
         except Stopped:
-            print(f"stopped after {arguments.seconds:g} s; the same command goes on")
+            print(f"stopped after {arguments.seconds:g} s; the same command resumes")
     write_report.write(Log(arguments.out / "write.jsonl").rows, made, arguments.out, small=arguments.small)
 
 

@@ -1,7 +1,7 @@
-"""The dropout rate at which a student's loss rises by a stated share.
+"""The dropout rate at which a student's loss rises by a given share.
 
-A fixed rate means something else for every student: 5 % in all 30 blocks of SmolLM2-135M adds 0.5 to 0.7 nats a token,
-far from the small perturbation of the weights that mutual information by dropout supposes.
+A fixed rate affects every student differently: 5 % in all 30 blocks of SmolLM2-135M adds 0.5 to 0.7 nats per token, far
+more than the small perturbation of the weights that mutual information by dropout assumes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from acqcore.students.samples import Row, Samples, encode
 from acqcore.students.student import Student, StudentLike, as_student
 from acqcore.students.trunk_draws import TrunkDraws
 
-LARGEST = 0.5  #: a block that loses more than half its outputs is another network
-_TOLERANCE = 0.05  # of the rise, relative
+LARGEST = 0.5  #: a block that loses more than half its outputs is effectively another network
+_TOLERANCE = 0.05  # relative to the rise
 _TRIES = 16
-_STEP = 8.0  # largest factor between two rates tried
+_STEP = 8.0  # largest factor between successive rates
 
 
 def calibrate_dropout(
@@ -41,23 +41,23 @@ def calibrate_dropout(
 ) -> float:
     """The probability p of dropout in the last blocks at which the mean loss of ``samples`` rises by ``rise``.
 
-    A rise is nearly proportional to p while it is small, and masks of equal seeds are nested in p, so the rate is found
-    by scaling: about four forwards of ``draws`` times the samples. A few dozen samples of the kind to be scored are
-    enough.
+    A small rise is nearly proportional to p, and masks with equal seeds are nested in p, so the rate is found by
+    scaling: about four forward passes over ``draws`` times the samples. A few dozen samples of the kind to be scored
+    are enough.
 
     Args:
         student, samples, tokenizer, max_length, batch_tokens, backend: as in :func:`acqcore.score`.
-        rise: share of the loss without dropout, above 0.
+        rise: desired rise as a share of the loss without dropout, above 0.
         layers: the last n blocks, or ``"all"``.
-        draws: masks that the loss under dropout is averaged over.
-        seed: of the masks.
+        draws: number of masks over which the loss under dropout is averaged.
+        seed: seed of the masks.
 
     Returns:
-        p, with a rise within 5 % of the one asked for.
+        p, with a rise within 5 % of the requested one.
 
     Raises:
-        TypeError, ValueError: as :func:`acqcore.score`; rise not above 0; layers of dropout that are not blocks;
-            no samples; a rise that no p up to 0.5 reaches.
+        TypeError, ValueError: as :func:`acqcore.score`; ``rise`` is not above 0; ``layers`` does not name blocks; there
+            are no samples; no p up to 0.5 reaches the rise.
     """
     checks.positive("rise", rise)
     if layers in (0, "own"):
@@ -95,13 +95,13 @@ def _scaled(loss: _Loss, wanted: float) -> float:
         p *= min(_STEP, max(1 / _STEP, wanted / found)) if found > 0 else _STEP
         if not bracketed:
             p = min(p, LARGEST)
-        elif not low < p < high:  # a rise that is not proportional
+        elif not low < p < high:  # the rise is not proportional
             p = (max(low, high / _STEP) * high) ** 0.5
     return p
 
 
 class _Loss:
-    """Mean loss of the scored tokens of ``rows`` as a function of p; each p is asked once."""
+    """Mean loss of the scored tokens of ``rows`` as a function of p; each p is computed once."""
 
     def __init__(
         self, student: Student, rows: Sequence[Row], options: DrawOptions, batch_tokens: int, backend: str | None
@@ -121,7 +121,7 @@ class _Loss:
         return self._known[p]
 
     def _of(self, batch: Batch, p: float) -> torch.Tensor:
-        """``[K * N]`` float64 of the K draws, ``[N]`` for p = 0."""
+        """Losses, ``[K * N]`` float64 for K draws, ``[N]`` for p = 0."""
         options, student, head = self._options, self._student, self._student.head
         assert options.layers is not None
         if p == 0:

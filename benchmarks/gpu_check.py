@@ -1,18 +1,18 @@
-"""``make gpu-check``: everything that needs a GPU, on this machine's, in eight minutes and without network.
+"""``make gpu-check``: every check that needs a GPU, on this machine, in eight minutes and without network access.
 
-Stages, each with a cap in seconds; one that fails or runs out of time stops none of the others:
+Stages, each with a cap in seconds; a stage that fails or times out does not stop the others:
 
-    parity     every operation on small shapes against float64, in processes side by side; the extension is compiled
-               meanwhile, and compilers' caches are filled for the next stage
-    mission    every operation at the shapes that matter, beside the bare product, eager torch and peers
-    sanitizer  compute-sanitizer over the smallest shapes
+    parity     every operation on small shapes against float64, in parallel processes; at the same time the extension
+               is compiled, and compiler caches are filled for the next stage
+    mission    every operation at the shapes that matter, against the bare product, eager torch and peers
+    sanitizer  compute-sanitizer on the smallest shapes
     score      whole students
-    tune       a bounded search for tiles of one shape, in the time that is left
+    tune       a bounded search for tiles of one shape, in the remaining time
 
-``gpu-<name>.json`` and ``.md`` in ``--out`` are rewritten whenever a stage has measured something more, so that a run
-that is killed keeps what it had. Peers come from ``build/gpu-peers`` (``make gpu-peers``) or the interpreter. Settings
-of the card are left as they are. The status is non-zero where anything failed. ``--dry-run`` takes the same way through
-tiny shapes on the CPU.
+``gpu-<name>.json`` and ``.md`` in ``--out`` are rewritten whenever a stage has new measurements, so that a killed run
+keeps its results. Peers come from ``build/gpu-peers`` (``make gpu-peers``) or the interpreter. The settings of the card
+are not changed. The exit status is non-zero if anything failed. ``--dry-run`` runs the same steps on tiny shapes on the
+CPU.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_tables  # noqa: E402 - a script's own folder is not its package's
+from benchmarks import gpu_tables  # noqa: E402 - needs the path above: a script's folder is not its package's
 
 WORK = ROOT / "build" / "gpu-check"
 SITE = WORK / "site"
 PEERS = ROOT / "build" / "gpu-peers"
 
-#: The interpreter's own CMake and Ninja come first; the toolkit is found where it is not on the caller's path.
+#: The interpreter's own CMake and Ninja come first; the CUDA toolkit is found even if it is not on the caller's path.
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
 
 #: stage -> cap in seconds
 CAPS = {"parity": 140.0, "mission": 130.0, "sanitizer": 60.0, "score": 100.0, "tune": 60.0}
 BUILD_SECONDS = 150.0
-#: Processes that compile and check kernels side by side; the build and the warm-up have the other cores.
+#: Processes that compile and check kernels in parallel; the build and the warm-up use the other cores.
 WORKERS = max(2, (os.cpu_count() or 2) - 4)
 
 
 @dataclass
 class Stage:
-    """What became of one part: ``ok`` None where it could not run, ``detail`` says why or how it went."""
+    """The outcome of a stage: ``ok`` is None if it could not run; ``detail`` gives the reason or the result."""
 
     name: str
     ok: bool | None
@@ -62,8 +62,8 @@ class Stage:
 
 
 def missing() -> str | None:
-    """Why this machine or interpreter cannot run the check, in one sentence, or None."""
-    if sys.version_info < (3, 11):  # noqa: UP036 - the interpreter is the user's, this package is not installed in it
+    """The reason why this machine or interpreter cannot run the check, in one sentence, or None."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - the user's interpreter, without this package installed
         return f"expected Python 3.11 or newer, got {sys.version.split()[0]}"
     try:
         import torch
@@ -80,12 +80,12 @@ def missing() -> str | None:
         return f"expected a GPU of compute capability 8.0 or later, got {torch.cuda.get_device_name()}"
     for module in ("triton", "pybind11"):
         if importlib.util.find_spec(module) is None:
-            return f"expected an interpreter with {module}; nothing is installed here beside this package"
+            return f"expected an interpreter with {module}; this check installs no packages"
     return None
 
 
 def machine(dry_run: bool) -> dict[str, Any]:
-    """What the figures depend on."""
+    """The environment of the measurements."""
     import torch
 
     found: dict[str, Any] = {}
@@ -122,12 +122,12 @@ def _driver() -> dict[str, Any]:
 
 
 def _peer_paths() -> list[Path]:
-    """Folders of carried peers; CuTe DSL, which Liger's Hopper kernels need, keeps its packages in one of its own."""
+    """Folders of bundled peers; CuTe DSL, which Liger's Hopper kernels need, keeps its packages in a subfolder."""
     return [path for path in (PEERS, PEERS / "nvidia_cutlass_dsl" / "dsl_packages") if path.exists()]
 
 
 class Run:
-    """Starts processes within the time there is, and keeps the report in step with what they have appended."""
+    """Starts processes within the time limit, and keeps the report up to date with the rows that they append."""
 
     def __init__(self, out: Path, seconds: float, dry_run: bool) -> None:
         self.started = time.monotonic()
@@ -155,7 +155,7 @@ class Run:
         return self.seconds - (time.monotonic() - self.started)
 
     def start(self, name: str, command: list[str], **environment: str) -> subprocess.Popen[bytes]:
-        """A process that imports the site, then what the caller's PYTHONPATH has, then the carried peers."""
+        """Starts a process that imports from the site, then the caller's PYTHONPATH, then the bundled peers."""
         inherited = os.environ.get("PYTHONPATH", "")
         parts = [str(SITE), *inherited.split(os.pathsep), *map(str, _peer_paths())]
         ours = {
@@ -173,7 +173,7 @@ class Run:
             )  # fmt: skip
 
     def wait(self, name: str, processes: dict[str, subprocess.Popen[bytes]], limit: float) -> bool:
-        """Waits for all, ends those that are still running at the limit, and notes the stage."""
+        """Waits for all processes, kills those still running at the limit, and records the stage."""
         begin = time.monotonic()
         deadline = begin + max(1.0, min(limit, self.left))
         while any(process.poll() is None for process in processes.values()) and time.monotonic() < deadline:
@@ -192,7 +192,7 @@ class Run:
         return not details
 
     def finish(self, name: str, process: subprocess.Popen[bytes], deadline: float) -> bool:
-        """Whether a process that was started in the background ends in time; it is ended then."""
+        """Whether a background process ends in time; kills it otherwise."""
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.25)
         ended = process.poll() is not None
@@ -220,14 +220,14 @@ class Run:
         return {"machine": self.machine, "stages": stages, **parts, "tuning": self.tuning}
 
     def report(self, force: bool = False) -> None:
-        """Rewrites both files where there are new rows."""
+        """Rewrites both files if there are new rows."""
         size = self.rows.stat().st_size if self.rows.exists() else 0
         if not force and size == self._written:
             return
         try:
             content = self.content()
         except json.JSONDecodeError:
-            return  # a line is being written
+            return  # a line is only half written
         self._written = size
         for name, text in (("json", json.dumps(content, indent=1) + "\n"), ("md", gpu_tables.run_report(content))):
             path = self.out / f"{self.stem}.{name}"
@@ -251,7 +251,7 @@ def module(name: str, *arguments: str) -> list[str]:
 
 
 def make_site() -> None:
-    """A folder to import from: the checkout's packages by links, the extension as soon as it is compiled."""
+    """Creates a folder to import from: links to the checkout's packages, and the extension once it is compiled."""
     shutil.rmtree(SITE, ignore_errors=True)
     package = SITE / "acqcore"
     package.mkdir(parents=True)
@@ -264,7 +264,7 @@ def make_site() -> None:
 
 
 def start_build(run: Run) -> subprocess.Popen[bytes]:
-    """Compiles the extension for this interpreter with CMake and Ninja, in the background."""
+    """Starts compiling the extension for this interpreter, with CMake and Ninja, in the background."""
     jobs = max(2, (os.cpu_count() or 2) // 2)
     folder = WORK / "build"
     cuda = "OFF" if run.dry_run else "ON"
@@ -277,7 +277,7 @@ def start_build(run: Run) -> subprocess.Popen[bytes]:
 
 
 def parity(run: Run, cap: float) -> None:
-    """Triton's kernels while the extension compiles, then the extension's."""
+    """Checks Triton's kernels while the extension compiles, then the extension's."""
     deadline = time.monotonic() + cap
     building = start_build(run)
     common = ["--device", run.device, "--rows", str(run.rows)]
@@ -301,7 +301,7 @@ def parity(run: Run, cap: float) -> None:
 
 
 def backends(run: Run) -> list[str]:
-    """The backends of the device; one that is missing must not pass as one that was tested."""
+    """The backends of the device; a missing one is recorded as a failure, so that it cannot pass as tested."""
     code = (
         "import acqcore\n"
         "from benchmarks.gpu_parity import backends\n"
@@ -390,10 +390,10 @@ def caps(text: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=gpu_tables.RESULTS, help="folder for gpu-<name>.json and .md")
-    parser.add_argument("--stages", default=",".join(STAGES), help="stages to run, by commas; default: all")
-    parser.add_argument("--groups", default="", help="of the mission, by commas; default: all")
+    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated stages to run; default: all")
+    parser.add_argument("--groups", default="", help="comma-separated groups of the mission; default: all")
     parser.add_argument("--caps", type=caps, default=dict(CAPS), metavar="STAGE=SECONDS,...", help=f"default: {CAPS}")
-    parser.add_argument("--seconds", type=float, default=480.0, help="of the whole run")
+    parser.add_argument("--seconds", type=float, default=480.0, help="time limit of the whole run")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, Triton's kernels interpreted")
     arguments = parser.parse_args()
     chosen = arguments.stages.split(",")
@@ -414,7 +414,7 @@ def main() -> None:
             continue
         try:
             STAGES[name](run, arguments.caps[name])
-        except Exception as error:  # the next stage is still worth its time
+        except Exception as error:  # the next stage is still worth running
             run.add(name, False, f"{type(error).__name__}: {error}")
     run.report(force=True)
     print((arguments.out / f"{run.stem}.md").read_text())

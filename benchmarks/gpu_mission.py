@@ -1,9 +1,9 @@
-"""Every operation at the shapes that matter, beside the bare product and peers: the second stage of ``make gpu-check``.
+"""Every operation at the shapes that matter, against the bare product and peers: second stage of ``make gpu-check``.
 
-``python -m benchmarks.gpu_mission --device cuda --rows FILE`` takes turns within each group of peers, and appends one
-JSON object a peer to FILE: median time and spread, product-equivalents (its time over the bare product's in the same
-turn), extra memory, error against float64 on a few rows, and the clocks, power and throttle reasons seen meanwhile.
-``--warm`` calls everything once and measures nothing: it fills the caches of compilers.
+``python -m benchmarks.gpu_mission --device cuda --rows FILE`` interleaves the peers of each group and appends one JSON
+object per peer to FILE: median time and spread, product-equivalents (its time over the bare product's in the same
+turn), extra memory, error against float64 on a few rows, and the clocks, power and throttle reasons during the turns.
+``--warm`` calls everything once without measuring, to fill compiler caches.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ BARE = "bare product"
 DRAWS = 8
 PROBES = 4
 ORACLE_ROWS = 64
-#: Least time that a turn spends on one peer, and most that one call may take to be called more than once.
+#: Minimum time per peer and turn, and the longest call that is still repeated.
 TURN_SECONDS, LONGEST_CALL = 20e-3, 2.0
 
-#: (N, D, V): the shape that fused heads are published at, SmolLM2's head.
+#: (N, D, V): the common shape in publications on fused heads, SmolLM2's head.
 SHAPES = {"cuda": [(4096, 4096, 131072), (4096, 576, 49152)], "cpu": [(256, 64, 700), (256, 40, 333)]}
 LOGITS = {"cuda": [(4096, 151936), (4096, 50257)], "cpu": [(64, 1000), (64, 501)]}
-#: Few rows: bound by reading W. Rows whose logits pass 2^31.
+#: Few rows, bound by reading W; and more than 2^31 logits.
 EDGES = {"cuda": [(128, 4096, 131072), (20480, 1024, 131072)], "cpu": [(16, 64, 700)]}
 
 
 @dataclass
 class Peer:
-    """``call()`` is timed; ``error(result)`` is its largest error on a few rows, against float64."""
+    """``call()`` is timed; ``error(result)`` is its largest error against float64 on a few rows."""
 
     call: Callable[[], Any]
     error: Callable[[Any], float] | None = None
@@ -54,7 +54,7 @@ class Peer:
 
 @dataclass
 class Group:
-    """Peers that take turns, each compared with the first."""
+    """Peers that take turns and are compared with the first."""
 
     case: str
     peers: dict[str, Peer]
@@ -64,7 +64,7 @@ class Group:
 
 
 class Monitor:
-    """``nvidia-smi`` sampling in the background, and what it saw between two moments."""
+    """Samples ``nvidia-smi`` in the background and summarizes the samples since the last query."""
 
     FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
     REASONS: ClassVar[dict[int, str]] = {
@@ -109,10 +109,10 @@ class Monitor:
         }
 
     def _lines(self) -> list[str]:
-        """Whole lines that have come since the last call."""
+        """Complete lines received since the last call."""
         assert self._process is not None
         assert self._process.stdout is not None
-        while chunk := self._process.stdout.read(1 << 16):  # None where nothing is waiting
+        while chunk := self._process.stdout.read(1 << 16):  # None if nothing is available
             self._pending += chunk
         *whole, self._pending = self._pending.split(b"\n")
         return [line.decode(errors="replace") for line in whole]
@@ -124,14 +124,14 @@ class Monitor:
 
 
 def seconds_of(call: Callable[[], object], repeats: int, device: str) -> float:
-    """Mean seconds of ``repeats`` calls queued one after another."""
+    """Mean seconds of ``repeats`` back-to-back calls."""
     if device == "cuda":
         return harness.gpu_seconds(call, repeats)
     return sum(harness.cpu_seconds(call) for _ in range(repeats)) / repeats
 
 
 def measure(group: Group, turns: int, device: str, rows: Path, monitor: Monitor) -> None:
-    """Measures a group and appends a row a peer; one that raises has its reason in place of figures."""
+    """Measures a group and appends one row per peer; the row of a failing peer holds the error instead of figures."""
     baseline = next(iter(group.peers))
     known: dict[str, dict[str, Any]] = {}
     for name, peer in group.peers.items():
@@ -146,7 +146,7 @@ def measure(group: Group, turns: int, device: str, rows: Path, monitor: Monitor)
             del result
             _release(device)
             once = _second_call(peer.call, device, row)
-        except Exception as error:  # somebody else's code, or a kernel under test: the others are still measured
+        except Exception as error:  # third-party code or a kernel under test: the others are still measured
             harness.append(rows, **row, not_measured=harness.first_line(error))
             print(f"{group.case}: {name}: {harness.first_line(error)}", flush=True)
             _release(device)
@@ -182,7 +182,7 @@ def measure(group: Group, turns: int, device: str, rows: Path, monitor: Monitor)
 
 
 def _second_call(call: Callable[[], object], device: str, row: dict[str, Any]) -> float:
-    """Seconds of one call; on a GPU its peak of allocated memory goes to ``row``."""
+    """Seconds of one call; on a GPU, adds its peak allocated memory to ``row``."""
     if device != "cuda":
         return harness.cpu_seconds(call)
     torch.cuda.reset_peak_memory_stats()
@@ -209,7 +209,7 @@ def _largest(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _relative(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest error of a row over its norm."""
+    """Largest error of a row relative to its norm."""
     got = got[: len(expected)].double()
     if expected.ndim == 1:
         return float(((got - expected).abs() / expected.abs()).max())
@@ -217,7 +217,7 @@ def _relative(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def automatic(device: str) -> list[str | None]:
-    """The automatic choice, and the backends named; ``cuda`` has kernels of statistics and Gram matrices alone."""
+    """The automatic choice (None) and the backends except ``cuda``, which has only statistics and Gram kernels."""
     return [None, *(name for name in backends(device) if name != "cuda")]
 
 
@@ -226,7 +226,7 @@ def named(op: str, backend: str | None) -> str:
 
 
 def head_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
-    """Statistics, gradient norms and gradients under one head in bfloat16."""
+    """Statistics, gradient norms and gradients for one bfloat16 head."""
     hidden, weight, targets = bench_row_stats.make_inputs(n, d, v, torch.bfloat16, device)
     head = acqcore.Head(weight)
     case, work = f"N={n} D={d} V={v} bfloat16", 2.0 * n * d * v
@@ -250,7 +250,7 @@ def head_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
     peers = {BARE: bare}
     peers |= {f"row_stats, {name}": statistics_peer(bench_row_stats.ours_by(name), "ours") for name in names}
     peers["eager"] = statistics_peer(bench_row_stats.eager, "eager")
-    if device == "cuda":  # on a CPU it compiles for a minute
+    if device == "cuda":  # compiling for a CPU takes a minute
         compiled = bench_row_stats.PEERS["torch.compile of eager"]
         peers["torch.compile of eager"] = statistics_peer(compiled, "eager")
     peers |= {
@@ -295,7 +295,7 @@ def head_groups(n: int, d: int, v: int, device: str) -> Iterator[Group]:
 
 
 def cotangent_group(n: int, d: int, v: int, device: str) -> Group:
-    """Statistics and random cotangents: what the default mutual information asks of the head."""
+    """Statistics and random cotangents, which the default mutual information needs from the head."""
     hidden, weight, _ = bench_row_stats.make_inputs(n, d, v, torch.bfloat16, device)
     head, few = acqcore.Head(weight), min(ORACLE_ROWS, n)
     exact = acqcore.Head(weight.double())
@@ -336,7 +336,7 @@ def _information_error(stats: acqcore.BayesStats, expected: torch.Tensor) -> flo
 
 
 def logit_group(n: int, v: int, device: str) -> Group:
-    """Statistics of logits in bfloat16, beside a copy of them."""
+    """Statistics of bfloat16 logits, against a copy of them."""
     logits, targets = bench_logit_stats.make_inputs(n, v, torch.bfloat16, device)
     bytes_read = float(logits.numel() * logits.element_size())
     few = min(ORACLE_ROWS, n)
@@ -360,7 +360,7 @@ def logit_group(n: int, v: int, device: str) -> Group:
 
 
 def edge_group(n: int, d: int, v: int, device: str) -> Group:
-    """Statistics alone, of each backend."""
+    """Only statistics, for each backend."""
     hidden, weight, targets = bench_row_stats.make_inputs(n, d, v, torch.bfloat16, device)
     peers = {BARE: Peer(lambda: torch.mm(hidden, weight.T))}
     for name in backends(device):
@@ -369,9 +369,9 @@ def edge_group(n: int, d: int, v: int, device: str) -> Group:
 
 
 def groups(device: str, wanted: Sequence[str] = ()) -> Iterator[Callable[[], Iterator[Group]]]:
-    """What makes each set of groups, those that matter most first; inputs exist only while a set is measured.
+    """Factories for sets of groups, most important first; inputs exist only while a set is measured.
 
-    ``wanted``: the first words of some; empty for all.
+    ``wanted``: titles of the groups to measure, up to the first comma; empty for all.
     """
 
     def alone(make: Callable[..., Group], *shape: int) -> Callable[[], Iterator[Group]]:
@@ -403,7 +403,7 @@ def groups(device: str, wanted: Sequence[str] = ()) -> Iterator[Callable[[], Ite
 
 
 def warm(device: str) -> None:
-    """Calls every peer once, so that what compiles finds its result on disk later."""
+    """Calls every peer once, so that later compilations hit the cache on disk."""
     for make in groups(device):
         for group in make():
             for name, peer in group.peers.items():
@@ -411,7 +411,7 @@ def warm(device: str) -> None:
                 try:
                     peer.call()
                     _settle(device)
-                except Exception as error:  # measure() will say why
+                except Exception as error:  # measure() records it
                     print(f"{group.case}: {name}: {harness.first_line(error)}", flush=True)
                     continue
                 print(f"{group.case}: {name}: {time.perf_counter() - begin:.1f} s", flush=True)
@@ -423,8 +423,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--rows", type=Path, required=True, help="file that results are appended to")
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--groups", nargs="+", help="the first words of those to measure; default: all")
-    parser.add_argument("--warm", action="store_true", help="call everything once, measure nothing")
+    parser.add_argument("--groups", nargs="+", help="titles up to the first comma; default: all")
+    parser.add_argument("--warm", action="store_true", help="call everything once without measuring")
     arguments = parser.parse_args()
     device = arguments.device
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """Parity of every operation on a device, on small shapes: the first stage of ``make gpu-check``.
 
-``python -m benchmarks.gpu_parity --device cuda --rows FILE`` holds each backend to float64 on the same inputs, checks
-that results repeat bit for bit, do not depend on the batch and can be captured in a CUDA graph, and appends one JSON
-object a check to FILE. ``--worker I --of N`` takes every Nth check, so that processes compile side by side.
+``python -m benchmarks.gpu_parity --device cuda --rows FILE`` compares each backend with float64 on the same inputs,
+checks that results repeat bit for bit, do not depend on the batch and can be captured in a CUDA graph, and appends one
+JSON object per check to FILE. ``--worker I --of N`` runs every Nth check, so that processes can compile in parallel.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from benchmarks import gpu_student, harness
 HALF = (torch.bfloat16, torch.float16)
 ALL = (torch.bfloat16, torch.float32, torch.float16)
 
-#: Relative errors: of a sample's gradient norm, of a token's gradient beside its norm, of a sketch beside its own.
+#: Bounds on relative errors: NORM for a sample's gradient norm; VECTOR for gradients and sketches, by their norms.
 NORM = {torch.float32: 1e-4, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 VECTOR = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float16: 5e-3}
-#: Of a random cotangent's gradient: its entries are rounded to the dtype of a half-precision head.
+#: Bounds for a random cotangent's gradient, whose entries are rounded to the dtype of a half-precision head.
 COTANGENT = {torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 8e-3}
 BAYES = {torch.float32: 1e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}  # absolute, relative above 1
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that holds, or not: ``run(backend, dtype, device)`` gives the worst error over its bound."""
+    """One check: ``run(backend, dtype, device)`` returns the worst error relative to its bound."""
 
     op: str
     case: str
@@ -44,7 +44,7 @@ class Check:
 
 
 def backends(device: str) -> list[str]:
-    """The backends under test: those of the GPU, or, for a trial without one, those that serve a CPU."""
+    """The backends under test: those of the GPU, or of the CPU for a trial without one."""
     names = [row.name for row in acqcore.backends() if row.available and row.name != "eager"]
     if device == "cuda":
         return [name for name in names if name != "cpu"]
@@ -57,14 +57,14 @@ def _row_stats(name: str, backend: str, dtype: torch.dtype, device: str) -> floa
 
 
 def _mixed(backend: str, dtype: torch.dtype, device: str) -> float:
-    """Hidden states of one dtype under a weight of another."""
+    """Hidden states of one dtype with a float32 weight."""
     case = random_case(37, 123, 507).to(dtype, device)
     mixed = Case(case.hidden, acqcore.Head(case.head.weight.float()), case.targets)
     return max(worst_errors(mixed.run(backend), case.oracle()).values())
 
 
 def _wide(backend: str, dtype: torch.dtype, device: str) -> float:
-    """Shapes of the mission's kind, cut short: every tile is full, rows fill several blocks."""
+    """A reduced version of the mission's shapes: every tile is full, rows fill several blocks."""
     case = random_case(384, 512, 8192).to(dtype, device)
     return max(worst_errors(case.run(backend), case.oracle()).values())
 
@@ -190,7 +190,7 @@ def _ensemble(backend: str, dtype: torch.dtype, device: str) -> float:
 
 
 def _bayes_error(got: acqcore.BayesStats, oracle: acqcore.BayesStats) -> float:
-    """Largest error of any field, over ``max(1, |value|)``; infinite where validity differs."""
+    """Largest error of any field, relative to ``max(1, |value|)``; infinite if validity differs."""
     worst = 0.0
     for field in BAYES_FIELDS:
         value, expected = getattr(got, field), getattr(oracle, field)
@@ -212,9 +212,9 @@ def _calls(
     case: Case,
     offsets: torch.Tensor,  # [B + 1]
     backend: str,
-    logits: torch.Tensor | None = None,  # [N, V]; None: those of the case
+    logits: torch.Tensor | None = None,  # [N, V]; None: the case's own
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """Every operation on one case, as a tensor."""
+    """Every operation on one case, each returning a tensor."""
     assert case.targets is not None
     hidden, head, targets = case.hidden, case.head, case.targets
     if logits is None:
@@ -239,7 +239,7 @@ OPERATIONS = (
 
 
 def _repeats(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
-    """A second run gives the same bits."""
+    """Repeated runs give the same bits."""
     call = _calls(*_gradient_case("128 tokens", dtype, device), backend)[op]
     first = call()
     for _ in range(3):
@@ -248,9 +248,9 @@ def _repeats(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
 
 
 def _batch_invariance(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
-    """The first sample alone, and the first two, have the bits they have among all."""
+    """The first one and two samples alone give the same bits as within the whole batch."""
     case, offsets = _gradient_case("128 tokens", dtype, device)
-    # torch's own product depends on the batch: logits are formed once and cut.
+    # torch's own product depends on the batch, so logits are computed once and sliced.
     logits = case.head.logits(case.hidden).to(dtype)
     whole = _calls(case, offsets, backend, logits)[op]()
     for samples in (1, 2):
@@ -258,7 +258,7 @@ def _batch_invariance(op: str, backend: str, dtype: torch.dtype, device: str) ->
         assert case.targets is not None
         part = Case(case.hidden[:rows], case.head, case.targets[:rows])
         got = _calls(part, offsets[: samples + 1], backend, logits[:rows])[op]()
-        # States are [fields, N], cotangents [probes, N, D]; norms, gradients, sketches have rows or samples first.
+        # States are [fields, N], cotangents [probes, N, D]; norms, gradients and sketches have rows or samples first.
         of_state = op in ("row_stats", "logit_stats", "fisher_grad") or op.startswith("mutual")
         expected = whole[:, :rows] if of_state else whole[: len(got)]
         _equal(got, expected, f"{rows} of {len(case.hidden)} rows")
@@ -266,7 +266,7 @@ def _batch_invariance(op: str, backend: str, dtype: torch.dtype, device: str) ->
 
 
 def _host_never_waits(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
-    """All is queued without a look at the device; what torch knows of such looks raises."""
+    """Everything is queued without synchronizing with the device; syncs that torch detects raise."""
     case, offsets = _gradient_case("128 tokens", dtype, device)
     call = _calls(case, offsets.cpu(), backend)[op]
     call()
@@ -280,7 +280,7 @@ def _host_never_waits(op: str, backend: str, dtype: torch.dtype, device: str) ->
 
 
 def _graph(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
-    """Captured once, a replay over new inputs gives what a call gives."""
+    """Replaying a captured graph on new inputs gives the same result as a call."""
     case, offsets = _gradient_case("128 tokens", dtype, device)
     call = _calls(case, offsets, backend)[op]
     call()
@@ -294,10 +294,10 @@ def _graph(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
 
 
 def promised(check: Check, backend: str, dtype: torch.dtype) -> bool:
-    """Whether the backend promises this: all but ``cuda`` repeat bit for bit and do not look at the batch.
+    """Whether the backend promises this: all except ``cuda`` repeat bit for bit and do not depend on the batch.
 
-    What ``cuda`` has no kernel for is torch, whose products follow the number of rows and whose ``index_add_`` adds in
-    any order.
+    Operations without a ``cuda`` kernel use torch, whose products depend on the number of rows and whose
+    ``index_add_`` adds in arbitrary order.
     """
     if backend != "cuda" or check.op not in ("repeats", "batch invariance"):
         return True
@@ -307,7 +307,7 @@ def promised(check: Check, backend: str, dtype: torch.dtype) -> bool:
 
 
 def checks(device: str) -> Iterator[Check]:
-    """Every check, those that matter most first."""
+    """Every check, the most important first."""
     for name in GRADIENT_CASES[:3]:
         yield Check("head_grad_norm", name, ALL, partial(_head_grad_norm, name))
         yield Check("hidden_grad", name, ALL, partial(_hidden_grad, name))
@@ -381,7 +381,7 @@ def main() -> None:
         if message:
             print(f"{check.op}, {check.case}, {backend}, {harness.name(dtype)}: {message}", flush=True)
         if "CUDA error" in message or "illegal memory" in message:
-            raise SystemExit("the device's context is lost; this worker ends here")
+            raise SystemExit("the CUDA context is lost; stopping this worker")
     raise SystemExit(failed > 0)
 
 

@@ -1,8 +1,8 @@
-"""``score`` of whole students on a GPU beside their own forward pass: the fourth stage of ``make gpu-check``.
+"""``score`` of whole students on a GPU relative to their forward pass: the fourth stage of ``make gpu-check``.
 
-No weights travel to a rented GPU: students have the published sizes and random weights, which cost what trained ones
-do. Samples are random tokens. One JSON object a measurement is appended to ``--rows``; ratios are to the trunk's
-forward over the same batches.
+No weights need to be copied to a rented GPU: students have published sizes and random weights, which cost the same as
+trained ones. Samples are random tokens. One JSON object per measurement is appended to ``--rows``; ratios are to the
+trunk's forward on the same batches.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks import harness
 
 TRUNK = "trunk forward"
 
-#: Sizes of published students: SmolLM2 135M, Llama 3.2 1B; and one for a trial without a GPU.
+#: Sizes of published students, SmolLM2 135M and Llama 3.2 1B, and one for trials without a GPU.
 STUDENTS: dict[str, dict[str, int]] = {
     "SmolLM2 135M": {
         "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -39,7 +39,7 @@ STUDENTS: dict[str, dict[str, int]] = {
 
 INFORMATION = {"mutual_information": {"layers": 0, "form": "block"}}
 
-#: What is scored, with the arguments it takes.
+#: Title -> acquisitions to score and their arguments.
 REQUESTS: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
     "score(entropy)": (("entropy",), {}),
     "score(entropy, grad_norm)": (("entropy", "grad_norm"), {}),
@@ -55,7 +55,7 @@ REQUESTS: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
 
 
 def make(name: str, device: str) -> Any:
-    """A Llama with random weights in bfloat16, its logits of a trained model's spread."""
+    """A Llama with random bfloat16 weights whose logits have the spread of a trained model's."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def make(name: str, device: str) -> Any:
 
 
 def measure(name: str, count: int, tokens: int, turns: int, device: str, rows: Path) -> None:
-    """Times every request on ``count`` samples of ``tokens`` tokens, the second half of each scored."""
+    """Times every request on ``count`` samples of ``tokens`` tokens, scoring the second half of each."""
     model = make(name, device)
     student = acqcore.Student.from_model(model)
     g = torch.Generator().manual_seed(0)
@@ -84,7 +84,7 @@ def measure(name: str, count: int, tokens: int, turns: int, device: str, rows: P
                 student.hidden(ids[begin : begin + batch].to(device))
 
     def logits() -> None:
-        """The model's own forward, with the logits of every position, as a trainer runs it."""
+        """The model's own forward with logits at every position, as in a trainer."""
         with torch.no_grad():
             for begin in range(0, count, batch):
                 model(input_ids=ids[begin : begin + batch].to(device), use_cache=False)
@@ -125,7 +125,7 @@ def _request(
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
-    """Wall-clock seconds, the host's share included."""
+    """Wall-clock seconds, including host time."""
     if device == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()

@@ -1,7 +1,7 @@
-"""The smallest shapes of every operation, held to the oracle: ``make gpu-check`` runs a memory checker over it.
+"""The smallest shapes of every operation, compared with the oracle; ``make gpu-check`` runs a memory checker on it.
 
-Shapes leave a tail in every tile; rows are ignored, views unaligned, samples of one token among them. The oracle runs
-on the CPU, so that the checker watches the kernels under test and little else.
+The cases cover partial tiles, ignored rows, unaligned views and samples of one token. The oracle runs on the CPU, so
+that the checker watches little besides the kernels under test.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""``make gpu-static``: what can be known of the GPU's kernels without a GPU; writes ``results/gpu_static.json``.
+"""``make gpu-static``: static analysis of the GPU kernels without a GPU; writes ``results/gpu_static.json``.
 
-Every operation of the public interface runs on tensors that are allocated but never touched, under every dtype, an even
-and an odd vocabulary and SmolLM2's head. What it would launch is compiled for sm_80, sm_90 and sm_100: registers, stack
-(spills), shared memory, matrix instructions, instructions of the fold for each logit. Each call is counted too:
-launches, torch operations, bytes of their arguments (read or written once), memory beside the result. Products are
-counted in Triton's interpreter, in a process of its own (``--part products``): multiply-adds over those of one head
-product, as the slope between two vocabularies. A new operation is one row of ``OPERATIONS``; its kernels are found by
-what it launches. The Triton of users with torch 2.11 is 3.6; the file names the one that compiled.
+Every public operation runs on tensors that are allocated but never touched, for every dtype, with an even and an odd
+vocabulary and with SmolLM2's head. The kernels that it would launch are compiled for sm_80, sm_90 and sm_100 to report
+registers, stack (spills), shared memory, matrix instructions and instructions of the fold per logit. For each call it
+also counts launches, torch operations, bytes of their arguments (each read or written once) and memory beyond the
+result. Products are counted with Triton's interpreter in a separate process (``--part products``): multiply-adds
+relative to one head product, as the slope between two vocabularies. To add an operation, add a row to ``OPERATIONS``;
+its kernels are discovered from its launches. Users with torch 2.11 have Triton 3.6; the file names the version used.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ RESULT = harness.RESULTS / "gpu_static.json"
 ROWS = 4096
 DRAWS = 8
 PROBES = 4
-#: Tensors of more elements are never touched: operations on them are counted and not run.
+#: Operations on tensors with more elements are counted but not run.
 TOUCHED = 1 << 18
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an operation takes; offsets of samples of 128 and of 32 tokens."""
+    """Inputs of an operation."""
 
     hidden: torch.Tensor  # [N, D]
     weight: torch.Tensor  # [V, D]
@@ -82,7 +82,7 @@ OPERATIONS: dict[str, Callable[[Inputs], object]] = {
     f"mutual_information, block, K={DRAWS}": _information("block"),
 }
 
-#: (V, D, dtypes): a head whose V divides every tile, one whose V is odd, SmolLM2's.
+#: (V, D, dtypes): a head whose V is a multiple of every tile, one with odd V, SmolLM2's.
 HEADS = (
     (131072, 4096, (torch.bfloat16, torch.float32)),
     (50257, 4096, (torch.bfloat16, torch.float32)),
@@ -95,7 +95,7 @@ Case: TypeAlias = tuple[int, int, torch.dtype, int]
 
 
 class Counter(TorchDispatchMode):
-    """Counts torch operations, bytes and memory; those on large tensors give untouched memory of the right shape."""
+    """Counts torch operations, bytes and memory; operations on large tensors return untouched memory of their shape."""
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Counter(TorchDispatchMode):
         self.argument_bytes = 0
         self._own = {t.untyped_storage()._cdata for t in (inputs.hidden, inputs.weight, inputs.targets, inputs.logits)}
         self._live: dict[int, list[int]] = {}  # storage -> [bytes, tensors that hold it]
-        self.held = 0  #: bytes that live tensors hold, beside the inputs
+        self.held = 0  #: bytes held by live tensors other than the inputs
         self.peak = 0
 
     def __torch_dispatch__(
@@ -142,7 +142,7 @@ class Counter(TorchDispatchMode):
         if all(t.numel() <= TOUCHED for t in tensors):
             try:
                 shaped = func(*on_meta[0], **on_meta[1], **({"device": "meta"} if "device" in kwargs else {}))
-            except (NotImplementedError, RuntimeError):  # its shape follows from its values
+            except (NotImplementedError, RuntimeError):  # its shape depends on values
                 return func(*args, **kwargs)
             sizes = [t.numel() for t in torch.utils._pytree.tree_leaves(shaped) if isinstance(t, torch.Tensor)]
             if all(size <= TOUCHED for size in sizes):
@@ -176,7 +176,7 @@ class Counter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def serving_the_cpu(major: int) -> Iterator[None]:
-    """The Triton backend takes the CPU's tensors, with the tiles of an architecture; custom operations run inside."""
+    """Makes the Triton backend accept CPU tensors with an architecture's tiles, and inlines custom operations."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -203,9 +203,9 @@ def make_inputs(vocab: int, depth: int, dtype: torch.dtype, rows: int = ROWS) ->
 
 
 def call(op: str, inputs: Inputs, arch: int) -> tuple[object, Counter, list[ahead_of_time.Launch], int]:
-    """An operation's result, its counts, its launches, and bytes held beside inputs and result at most.
+    """An operation's result, counts, launches, and peak bytes beyond inputs and result.
 
-    Of a second call: the first leaves the tables of the batch's shape on the device.
+    They describe a second call, since the first one leaves tables for the batch's shape on the device.
     """
     launches: list[ahead_of_time.Launch] = []
     with serving_the_cpu(ahead_of_time.MAJORS[arch]), ahead_of_time.recorded(launches), torch.no_grad():
@@ -219,7 +219,7 @@ def call(op: str, inputs: Inputs, arch: int) -> tuple[object, Counter, list[ahea
 
 
 def calls_and_kernels(cases: list[Case], ops: list[str], path: Path) -> None:
-    """Counts and compiles every operation of every case, and adds the rows to the file after each."""
+    """Counts and compiles every operation in every case, and updates the file after each."""
     for vocab, depth, dtype, arch in cases:
         inputs = make_inputs(vocab, depth, dtype)
         for op in ops:
@@ -229,7 +229,7 @@ def calls_and_kernels(cases: list[Case], ops: list[str], path: Path) -> None:
             content["calls"] = [row for row in content.get("calls", []) if any(row[key] != case[key] for key in case)]
             try:
                 _, counter, launches, extra = call(op, inputs, arch)
-            except Exception as error:  # an operation that fails is a finding; the others are still taken
+            except Exception as error:  # a failing operation is a finding; the others still run
                 content["calls"].append(case | {"fails": harness.first_line(error)})
                 write(path, content)
                 continue
@@ -256,21 +256,21 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
 def _measured(launch: ahead_of_time.Launch, arch: int) -> dict[str, Any]:
     try:
         return ahead_of_time.measured(launch, arch)
-    except Exception as error:  # a kernel that does not compile for one architecture is a finding
+    except Exception as error:  # a kernel that does not compile for an architecture is a finding
         return {"fails": harness.first_line(error)}
 
 
-#: Vocabularies for the sketch, whose tiles hold whole buckets: with few columns in each they are mostly padding.
+#: Vocabularies for the sketch, whose tiles hold whole buckets: small buckets would be mostly padding.
 WIDE = (16384, 32768)
 
 
 def _addmm_flops(out: Any, left: Any, right: Any, **_: Any) -> int:
-    """Of ``out += left @ right``, from their shapes."""
+    """Operations of ``out += left @ right``, from the shapes."""
     return 2 * int(left[0]) * int(left[1]) * int(right[1])
 
 
 def products(depth: int = 4096, rows: int = 128, vocabs: tuple[int, int] = (1024, 2048)) -> list[dict[str, Any]]:
-    """Product-equivalents of every operation, of what Triton's interpreter and torch multiply."""
+    """Product-equivalents of every operation, counting the products in Triton's interpreter and in torch."""
     from torch.utils import flop_counter
     from triton.runtime import interpreter
 
@@ -283,7 +283,7 @@ def products(depth: int = 4096, rows: int = 128, vocabs: tuple[int, int] = (1024
         multiplied += 2 * a.data.size * b.data.shape[-1]
         return create_dot(self, a, b, *others)
 
-    # Torch counts addmm and not its in-place form.
+    # torch counts addmm but not its in-place form.
     in_place = {torch.ops.aten.addmm_: _addmm_flops}
     with mock.patch.object(interpreter.InterpreterBuilder, "create_dot", counting), serving_the_cpu(9):
         for op, run in OPERATIONS.items():
@@ -301,7 +301,7 @@ def products(depth: int = 4096, rows: int = 128, vocabs: tuple[int, int] = (1024
                 try:
                     with counter, torch.no_grad():
                         run(inputs)
-                except Exception as error:  # the others are still taken
+                except Exception as error:  # the others still run
                     found.append({"op": op, "depth": depth, "fails": harness.first_line(error)})
                     break
                 flops.append(multiplied + counter.get_total_flops())
@@ -325,15 +325,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("all", "kernels", "products"), default="all")
     parser.add_argument("--arches", nargs="+", type=int, default=[90, 80, 100])
-    parser.add_argument(
-        "--vocabs", nargs="+", type=int, help="heads to take again, by their vocabularies; default: all"
-    )
-    parser.add_argument("--ops", nargs="+", choices=tuple(OPERATIONS), help="operations to take again; default: all")
+    parser.add_argument("--vocabs", nargs="+", type=int, help="vocabularies of the heads to rerun; default: all")
+    parser.add_argument("--ops", nargs="+", choices=tuple(OPERATIONS), help="operations to rerun; default: all")
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), help="default: all")
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     if arguments.part in ("all", "products"):
-        if not backend.INTERPRETED:  # Triton decides that once for a process
+        if not backend.INTERPRETED:  # Triton decides this once per process
             command = [sys.executable, "-m", "benchmarks.gpu_static", "--part", "products", "--out", arguments.out]
             subprocess.run(command, check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
         else:
@@ -355,13 +353,13 @@ def main() -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The file, or nothing."""
+    """The file's content, or an empty dictionary."""
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return content
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """JSON with one line a row, so that a change shows as the rows that changed."""
+    """Writes JSON with one line per row, so that diffs show the changed rows."""
     parts = []
     for key, value in content.items():
         if isinstance(value, list):

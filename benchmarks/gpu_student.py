@@ -1,7 +1,7 @@
-"""Every acquisition of a small student on a device against the CPU: checks of :mod:`benchmarks.gpu_parity`.
+"""Checks for :mod:`benchmarks.gpu_parity`: every acquisition of a small student on a device against the CPU.
 
-The student is a Llama of two blocks with random weights in float32. The CPU scores it on ``eager``; masks and signs are
-functions of counters, so stochastic values are the same on both.
+The student is a two-block Llama with random float32 weights. The CPU scores it with the ``eager`` backend. Masks and
+signs are functions of counters, so stochastic values are the same on both devices.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 
 import acqcore
 
-#: Largest difference, over the largest value among the samples.
+#: Largest allowed difference, relative to the largest value among the samples.
 BOUND = 1e-3
 VOCAB, SAMPLES, LONGEST = 500, 6, 24
 
-#: Requests beside every acquisition with its defaults: title -> (acquisition, its arguments).
+#: Requests in addition to every acquisition with its defaults: title -> (acquisition, its arguments).
 REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "grad_norm, all": ("grad_norm", {"parameters": "all"}),
     "grad_norm, last block": ("grad_norm", {"parameters": 1}),
@@ -44,7 +44,7 @@ def student(device: str) -> Any:
 
 
 def samples() -> dict[str, torch.Tensor]:
-    """Of several lengths, padded on the right."""
+    """Samples of several lengths, padded on the right."""
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCAB, (SAMPLES, LONGEST), generator=g)
     lengths = torch.randint(6, LONGEST + 1, (SAMPLES, 1), generator=g)
@@ -54,7 +54,7 @@ def samples() -> dict[str, torch.Tensor]:
 
 
 def arguments_of(name: str, device: str) -> dict[str, Any]:
-    """What an acquisition cannot do without."""
+    """The required arguments of an acquisition."""
     few = {key: value[:2] for key, value in samples().items()}
     if name == "influence":
         return {"reference": acqcore.influence_reference(student(device), few, dim=256)}
@@ -79,7 +79,7 @@ def score(title: str, backend: str, device: str) -> torch.Tensor:
 
 
 def error(title: str, backend: str, dtype: torch.dtype, device: str) -> float:
-    """Largest difference from the CPU, over what is allowed."""
+    """Largest difference from the CPU, relative to the bound."""
     expected = score(title, "eager", "cpu")
     got = score(title, backend, device)
     if expected.shape != got.shape or not torch.equal(expected.isnan(), got.isnan()):

@@ -1,7 +1,7 @@
-"""Tables of what a GPU showed, from the JSON that ``make gpu-check`` and ``make gpu-static`` leave; no figure is typed.
+"""Tables of GPU results, generated from the JSON files of ``make gpu-check`` and ``make gpu-static``.
 
-``python -m benchmarks.gpu_tables`` writes ``docs/gpu.md``. Standard library alone: ``gpu_check`` uses it on machines
-where the package is not installed.
+``python -m benchmarks.gpu_tables`` writes ``docs/gpu.md``. It uses only the standard library, since ``gpu_check`` runs
+it on machines where the package is not installed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ same turn of the same process.
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table; the first column is text, the others figures."""
+    """A Markdown table; the first column holds text, the others figures."""
     header = list(header)
     lines = [f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}"]
     lines += [f"| {' | '.join(_cell(cell) for cell in row)} |" for row in rows]
@@ -65,7 +65,7 @@ def run_report(content: dict[str, Any]) -> str:
 
 
 def _parity(content: dict[str, Any]) -> str:
-    """Counts and worst error of each operation and backend; each check that fails, by name."""
+    """Counts and worst error by operation, backend and dtype, and a list of failed checks."""
     found: dict[tuple[str, str, str], list[Row]] = {}
     for row in content.get("parity", []):
         found.setdefault((row["op"], row["backend"], row["dtype"]), []).append(row)
@@ -137,7 +137,7 @@ def _tuning(content: dict[str, Any]) -> str:
 
 
 def preferences(content: dict[str, Any]) -> list[Row]:
-    """Rows for ``acqcore/backends/preference.json``: per class of shapes, GPU backends by their geometric mean time."""
+    """Rows for ``acqcore/backends/preference.json``: GPU backends ranked by geometric mean time per class of shapes."""
     logs: dict[tuple[str, str, str, str], dict[str, list[float]]] = {}
     for row in content.get("mission", []):
         peer = re.fullmatch(
@@ -165,7 +165,7 @@ def _geometric_mean(values: list[float]) -> float:
 
 
 def static_report(content: dict[str, Any]) -> str:
-    """What ``make gpu-static`` found, as Markdown."""
+    """The results of ``make gpu-static`` as Markdown."""
     products = {row["op"]: row.get("product_equivalents") for row in content["products"]}
     parts = [
         "## Without a GPU",
@@ -200,10 +200,10 @@ def static_report(content: dict[str, Any]) -> str:
 
 
 def merged(contents: list[dict[str, Any]]) -> dict[str, Any]:
-    """Runs of one GPU as one: stages and rows one after another."""
+    """Merges runs on the same GPU by concatenating their stages and rows."""
     names = {content["machine"].get("gpu") for content in contents}
     if len(names) > 1:
-        raise SystemExit(f"gpu_tables: runs of several GPUs, {', '.join(sorted(map(str, names)))}")
+        raise SystemExit(f"gpu_tables: expected runs of one GPU, got {', '.join(sorted(map(str, names)))}")
     first = dict(contents[0])
     for content in contents[1:]:
         for key in ("stages", "parity", "mission", "score", "tuning"):
@@ -227,7 +227,7 @@ def document() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--merge", nargs="+", type=Path, metavar="JSON", help="runs of one GPU to make one, in the first"
+        "--merge", nargs="+", type=Path, metavar="JSON", help="merge runs of one GPU into the first file"
     )
     arguments = parser.parse_args()
     if arguments.merge:

@@ -1,4 +1,4 @@
-"""GSM8K, the real text that benchmarks score."""
+"""GSM8K, real text for the benchmarks to score."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ TRAIN = FOLDER / "math" / "gsm8k_train.jsonl"
 
 
 def load_samples(path: Path, rows: int) -> list[dict[str, str]]:
-    """The first rows, as ``acqcore.score`` takes them."""
+    """The first rows, as samples for ``acqcore.score``."""
     if not path.is_file():
         raise SystemExit(
-            f"{path}: no such file. Set ACQCORE_DATA to a folder with math/{TEST.name}, GSM8K as published, or name "
-            "the file (--data)"
+            f"{path}: no such file. Set ACQCORE_DATA to a folder with math/{TEST.name} (GSM8K as published), or pass "
+            "the file with --data"
         )
     with path.open(encoding="utf-8") as file:
         records = [json.loads(line) for line, _ in zip(file, range(rows), strict=False)]
@@ -27,7 +27,7 @@ def load_samples(path: Path, rows: int) -> list[dict[str, str]]:
 
 
 def token_rows(student: acqcore.Student, samples: list[dict[str, str]]) -> list[tuple[torch.Tensor, int]]:
-    """(ids ``[T]``, length of the prompt) of each sample."""
+    """(ids ``[T]``, length of the prompt) for each sample."""
     tokenizer = student.tokenizer
     rows = []
     for sample in samples:

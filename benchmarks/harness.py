@@ -1,10 +1,10 @@
-"""One way of measuring: peers in one process, interleaved, medians and ratios; peak memory; JSON and a plot.
+"""The common measurement protocol: interleaved peers in one process, medians and ratios, peak memory, JSON and a plot.
 
-On a GPU the times are the device's own (events around as many calls as fill five milliseconds) and the memory is the
-allocator's; rates stand beside the ceilings that the same process measured.
+On a GPU, times come from device events around as many calls as fill five milliseconds, and memory is the allocator's;
+rates are compared with ceilings measured in the same process.
 
-Peers take turns (A B C A B C ...), so that a machine that slows down slows all of them; the median of each and the
-median of its turn-by-turn ratio to a named baseline are kept.
+Peers take turns (A B C A B C ...), so that a slowdown of the machine affects all of them. Each peer's result is its
+median time and the median of its ratio to a named baseline within each turn.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import acqcore
 
 RESULTS = Path(__file__).parent / "results"
 
-#: How the names of our own fast paths begin; plots colour them.
+#: Name prefixes of our own fast paths, coloured in plots.
 OURS = ("acqcore cpu", "acqcore cuda", "acqcore triton", "acqcore.", "score(")
 
 
@@ -42,10 +42,10 @@ class Row:
         seconds: median over turns.
         ratio: median over turns of its time / the baseline's time in the same turn.
         rate: ``work / seconds`` in the benchmark's unit (GFLOP/s, GB/s), or None.
-        extra_mib: peak of resident memory (of allocated memory on a GPU) beyond what there was before the call, results
-            included, MiB; None where not measured.
-        share: ``rate`` over the ceiling measured for it, or None; where the ceiling took turns with the peers, the
-            median over turns.
+        extra_mib: peak resident memory (on a GPU, allocated memory) in MiB beyond that before the call, including
+            results; None if not measured.
+        share: ``rate`` over its measured ceiling, or None; the median over turns if the ceiling took turns with the
+            peers.
     """
 
     case: str
@@ -69,11 +69,11 @@ def measure(
     ceiling: float | str | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Row]:
-    """Times ``peers`` in turn, after one call each to warm up (and to take its peak memory).
+    """Times ``peers`` in turn, after one warm-up call each (which also measures peak memory).
 
-    ``work`` is what each call does, in bytes or floating-point operations. ``ceiling`` is in units of it a second, or
-    names the peer that does the same work as fast as the machine can.
-    On the CPU a call takes the difference of two readings of ``clock``, in seconds.
+    ``work`` is the work of each call in bytes or floating-point operations. ``ceiling`` is in units of work per second,
+    or names the peer that does the same work as fast as the machine can.
+    On the CPU, the time of a call is the difference of two readings of ``clock``, in seconds.
     """
     on_gpu = device == "cuda"
     peak = peak_gpu_mib if on_gpu else peak_mib
@@ -106,7 +106,7 @@ def cpu_seconds(call: Callable[[], object], clock: Callable[[], float] = time.pe
 
 
 def gpu_seconds(call: Callable[[], object], repeats: int) -> float:
-    """Seconds a call takes on the device when ``repeats`` of them are queued one after another."""
+    """Seconds per call on the device when ``repeats`` calls are queued back to back."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -120,7 +120,7 @@ def gpu_seconds(call: Callable[[], object], repeats: int) -> float:
 def running(
     peers: dict[str, Callable[..., object]], inputs: Sequence[torch.Tensor]
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """The peers, bound to ``inputs``, whose first call succeeds, and why the others' did not."""
+    """Peers whose first call succeeds, bound to ``inputs``, and the other peers' errors."""
     good: dict[str, Callable[[], object]] = {}
     absent = {}
     for name, function in peers.items():
@@ -129,7 +129,7 @@ def running(
             call()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-        except Exception as error:  # whatever somebody else's code raises here is the answer
+        except Exception as error:  # third-party code may raise anything; the error is the result
             absent[name] = first_line(error)
         else:
             good[name] = call
@@ -148,14 +148,14 @@ def name(dtype: torch.dtype) -> str:
 
 
 def append(path: Path, **row: object) -> None:
-    """Adds ``row`` to a file of JSON lines in one write, so that a process that is killed loses none before it."""
+    """Appends ``row`` to a JSON-lines file in one write, so that a killed process loses no earlier row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a device-to-device copy of 2 GiB (or a quarter of what is free)."""
+    """Bytes per second, read plus written, of a device-to-device copy of 2 GiB (or a quarter of free memory)."""
     size = min(2 << 30, torch.cuda.mem_get_info()[0] // 4)
     source = torch.empty(size, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
@@ -164,7 +164,7 @@ def copy_bandwidth() -> float:
 
 
 def peak_gpu_mib(call: Callable[[], object]) -> float:
-    """Peak of allocated device memory of a second call beyond what is allocated before it, in MiB."""
+    """Peak allocated device memory of a second call beyond the memory allocated before it, in MiB."""
     call()
     gc.collect()
     torch.cuda.synchronize()
@@ -178,13 +178,13 @@ def peak_gpu_mib(call: Callable[[], object]) -> float:
 
 
 def peak_mib(call: Callable[[], object]) -> float | None:
-    """Peak resident memory of a second call beyond what is resident before it, in MiB (Linux)."""
+    """Peak resident memory of a second call beyond the memory resident before it, in MiB (Linux)."""
     call()
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # else the call is served from pages that an earlier one left
+        ctypes.CDLL(None).malloc_trim(0)  # else the call reuses pages that an earlier call left behind
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident size
     except OSError:
         return None
     before = _status("VmRSS")
@@ -195,7 +195,7 @@ def peak_mib(call: Callable[[], object]) -> float | None:
 
 
 def process_peak_mib(call: Callable[[], object]) -> float:
-    """Peak resident memory of the process while a call runs, all that was there before it included, in MiB (Linux)."""
+    """Peak resident memory of the whole process while a call runs, in MiB (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
     result = call()
     peak = _status("VmHWM") / 1024
@@ -211,7 +211,7 @@ def _status(field: str) -> int:
 
 
 def machine() -> dict[str, str | int]:
-    """What the figures depend on: processor, threads, versions, the instruction set of the cpu backend."""
+    """The environment of a measurement: processor, threads, versions, instruction set of the cpu backend."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -250,9 +250,9 @@ def report(
     out: Path | None = None,
     keep: bool = False,
 ) -> None:
-    """Prints the table, writes ``results/<name>.json`` and ``results/<name>.png``; with ``out``, that JSON alone.
+    """Prints the table and writes ``results/<name>.json`` and ``results/<name>.png``; with ``out``, only that JSON.
 
-    With ``keep``, rows of other cases stay in the file where the same machine measured them, with any instruction set.
+    With ``keep``, the file keeps other cases that the same machine measured, with any instruction set.
     """
     print(table(rows, unit))
     path = out or RESULTS / f"{name}.json"
@@ -270,7 +270,7 @@ def report(
 
 
 def table(rows: list[Row], unit: str) -> str:
-    """The rows as Markdown, one table a case; columns without a figure are left out."""
+    """The rows as Markdown, one table per case; empty columns are omitted."""
     lines: list[str] = []
     for case in dict.fromkeys(row.case for row in rows):
         chosen = [row for row in rows if row.case == case]
@@ -289,7 +289,7 @@ def table(rows: list[Row], unit: str) -> str:
 
 
 def plot(name: str, rows: list[Row]) -> None:
-    """Horizontal bars of the median times, one panel a case that compares several."""
+    """Plots the median times as horizontal bars, one panel per case with several peers."""
     import matplotlib
 
     matplotlib.use("Agg")

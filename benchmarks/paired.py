@@ -1,4 +1,4 @@
-"""Paired comparisons over seeds: t intervals, Holm's correction, and what a comparison could have shown."""
+"""Paired comparisons over seeds: t intervals, Holm's correction, and the smallest detectable difference."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Difference:
     Attributes:
         low, high: 95 % t interval of the mean; infinite for one pair.
         deviation: standard deviation of the differences; NaN for one pair.
-        p: two-sided, of a mean of 0.
-        detectable: the mean that a test at 5 % would find with a power of about 80 %.
+        p: two-sided p value of the hypothesis that the mean is 0.
+        detectable: the mean that a test at 5 % would detect with a power of about 80 %.
     """
 
     n: int
@@ -30,15 +30,15 @@ class Difference:
     detectable: float
 
     def shown(self, p: float | None = None) -> bool:
-        """Whether the mean is above 0 at 5 %, by ``p`` (adjusted) or its own."""
+        """Whether the mean is above 0 at the 5 % level, by ``p`` (an adjusted value) or its own."""
         return self.mean > 0 and (self.p if p is None else p) < 0.05
 
 
 def difference(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """Of ``a - b``, seed by seed.
+    """Statistics of ``a - b``, seed by seed.
 
     Raises:
-        ValueError: none, or different numbers of values.
+        ValueError: ``a`` is empty, or ``a`` and ``b`` have different lengths.
     """
     if not a or len(a) != len(b):
         raise ValueError(f"a, b: expected equally many values, at least one each, got {len(a)} and {len(b)}")
@@ -56,7 +56,7 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Difference:
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """Adjusted p of each comparison of one family (Holm 1979)."""
+    """Adjusted p values of the comparisons of one family (Holm 1979)."""
     adjusted: dict[str, float] = {}
     least = 0.0
     for i, name in enumerate(sorted(p, key=lambda key: p[key])):

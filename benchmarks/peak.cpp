@@ -1,7 +1,7 @@
-// Multiply-adds with nothing else: the ceiling of any matrix product on one core, by instruction set.
+// Pure multiply-add throughput, by instruction set: the ceiling of any matrix product on one core.
 //
-// Sixteen independent sums hide the latency of the multiply-add (4 cycles, two a cycle on the widest cores). The result
-// is returned so that the compiler keeps the loop.
+// Sixteen independent sums hide the latency of the multiply-add (4 cycles, two per cycle on the widest cores). The
+// result is returned so that the compiler keeps the loop.
 #include <cstdint>
 
 #if defined(__x86_64__)
@@ -44,8 +44,7 @@ extern "C" __attribute__((target("avx512f,avx512bf16"))) float avx512_bf16(std::
 }
 
 #if defined(__linux__)
-// Four products of whole tiles, 16 x 16 x 32 multiply-adds each, that do not wait for one another. NaN where Linux lends
-// no tile registers.
+// Four independent products of whole tiles, 16 x 16 x 32 multiply-adds each. NaN if Linux denies tile registers.
 extern "C" __attribute__((target("amx-tile,amx-bf16"))) float amx_bf16(std::int64_t rounds) {
     constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     if (syscall(SYS_arch_prctl, kAsk, kTileData) != 0) return __builtin_nanf("");
@@ -91,7 +90,7 @@ extern "C" __attribute__((target("amx-tile,amx-bf16"))) float amx_bf16(std::int6
 #endif
 
 extern "C" __attribute__((target("avx2,fma"))) float avx2_fp32(std::int64_t rounds) {
-    constexpr int kFew = 12;  // sixteen registers in all, two hold the factors
+    constexpr int kFew = 12;  // sixteen registers, two of which hold the factors
     __m256 sums[kFew];
     for (int i = 0; i < kFew; ++i) sums[i] = _mm256_set1_ps(1e-3f * static_cast<float>(i));
     const __m256 a = _mm256_set1_ps(0.999f), b = _mm256_set1_ps(1e-4f);
@@ -111,7 +110,7 @@ extern "C" __attribute__((target("avx2,fma"))) float avx2_fp32(std::int64_t roun
 #include <arm_neon.h>
 
 extern "C" float neon_fp32(std::int64_t rounds) {
-    constexpr int kSums = 24;  // of 32 registers: four multiply-adds a cycle, latency 4
+    constexpr int kSums = 24;  // of 32 registers: four multiply-adds per cycle, latency 4
     float32x4_t sums[kSums];
     for (int i = 0; i < kSums; ++i) sums[i] = vdupq_n_f32(1e-3f * static_cast<float>(i));
     const float32x4_t a = vdupq_n_f32(0.999f), b = vdupq_n_f32(1e-4f);

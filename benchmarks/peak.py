@@ -1,7 +1,7 @@
-"""What this machine can do at most, measured beside the peers: multiply-adds a second and bytes copied a second.
+"""This machine's peak multiply-adds and copied bytes per second, measured alongside the peers.
 
-A rate in GFLOP/s says little on another processor; the share of the measured peak travels. ``peak.cpp`` is compiled on
-first use with the C++ compiler (``$CXX``, else ``c++``).
+A rate in GFLOP/s says little about another processor; the share of the measured peak is portable. ``peak.cpp`` is
+compiled on first use with the C++ compiler (``$CXX``, else ``c++``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-#: (instruction set of the cpu backend, dtype) -> (loop of peak.cpp, its floating-point operations a round)
+#: (instruction set of the cpu backend, dtype) -> (loop in peak.cpp, its floating-point operations per round)
 LOOPS = {
     ("x86-64-v4-amx", torch.bfloat16): ("amx_bf16", 4 * 16 * 16 * 32 * 2),
     ("x86-64-v4-amx", torch.float32): ("avx512_fp32", 16 * 16 * 2),
@@ -30,29 +30,29 @@ LOOPS = {
 
 
 def multiply_adds(work: float, instruction_set: str, dtype: torch.dtype) -> Callable[[], object]:
-    """A call that does ``work`` floating-point operations, a multiply-add being two, spread over torch's threads.
+    """A call that runs ``work`` floating-point operations, two per multiply-add, spread over torch's threads.
 
-    Where an instruction set has no dot product of bfloat16, bfloat16 inputs are widened and the float32 peak holds.
+    Without a bfloat16 dot product, the backend widens bfloat16 inputs, so the float32 peak applies.
 
     Raises:
-        LookupError: no loop for the instruction set.
-        RuntimeError: no compiler.
+        LookupError: there is no loop for the instruction set.
+        RuntimeError: there is no compiler.
     """
     key = (instruction_set, dtype)
     loop = LOOPS.get(key) or LOOPS.get((instruction_set, torch.float32))
     if loop is None:
-        raise LookupError(f"no loop of multiply-adds for {instruction_set}; there are {sorted({k[0] for k in LOOPS})}")
+        raise LookupError(f"no multiply-add loop for {instruction_set}; available: {sorted({k[0] for k in LOOPS})}")
     name, operations = loop
     function = getattr(_library(), name)
     function.argtypes, function.restype = [ctypes.c_int64], ctypes.c_float
     threads = torch.get_num_threads()
     rounds = int(work / operations / threads)
-    pool = ThreadPoolExecutor(threads)  # ctypes releases the interpreter's lock
+    pool = ThreadPoolExecutor(threads)  # ctypes releases the GIL
     return lambda: list(pool.map(function, [rounds] * threads))
 
 
 def copy_bandwidth(turns: int = 5) -> float:
-    """Bytes a second, read and written, of torch's copy of 256 MiB: the best of ``turns``."""
+    """Bytes per second, read plus written, of torch's copy of 256 MiB: the best of ``turns``."""
     from benchmarks.harness import cpu_seconds
 
     source = torch.zeros(1 << 26)
@@ -70,7 +70,5 @@ def _library() -> ctypes.CDLL:
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
         except FileNotFoundError:
-            raise RuntimeError(
-                f"the peak is measured by compiled code, and there is no compiler {compiler!r}"
-            ) from None
+            raise RuntimeError(f"measuring the peak needs a C++ compiler; not found: {compiler!r}") from None
         return ctypes.CDLL(str(target))

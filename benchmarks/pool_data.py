@@ -1,17 +1,17 @@
-"""Intent messages as a pool to choose from: as published, or with four kinds of rows that a pool should not hold.
+"""Pools of intent messages: as published, or with four kinds of junk rows.
 
-Pool B keeps 55 % of its rows as they are and corrupts the others in place:
+Pool B keeps 55 % of its rows unchanged and corrupts the others in place:
 
 =================  =====  ==========================================================================================
-kind               share  what happens to the row
+kind               share  corruption
 =================  =====  ==========================================================================================
-``random label``   15 %   another intent, drawn uniformly
-``ambiguous``      10 %   its own intent with probability 0.8, the intent most easily confused with it otherwise
+``random label``   15 %   labelled with another intent, drawn uniformly
+``ambiguous``      10 %   keeps its intent with probability 0.8, otherwise gets the intent most easily confused with it
 ``near duplicate`` 10 %   replaced by a light edit of a clean row of the pool, with that row's intent
-``out of scope``   10 %   replaced by a message of no intent: half labelled at random, half with the nearest intent
+``out of scope``   10 %   replaced by a message without intent: half labelled at random, half with the nearest intent
 =================  =====  ==========================================================================================
 
-Intents are compared by the TF-IDF centroids of their messages, so no student decides what is confusable.
+Intents are compared by the TF-IDF centroids of their messages, so confusability does not depend on a student.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OWN_INTENT = 0.8  #: probability that an ambiguous row keeps its intent
 
 @dataclass(frozen=True)
 class Message:
-    """A message with the intent it is given; ``kind`` is for the evaluation alone, no signal sees it."""
+    """A message and its assigned intent; ``kind`` is only for the evaluation and hidden from all signals."""
 
     text: str
     intent: str
@@ -43,8 +43,8 @@ class Message:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of a seed; ``intents`` is how many intents take part, ``warm`` how many rows of each the student starts
-    with."""
+    """Sizes of a seed's data; ``intents`` is the number of intents, ``warm`` the number of rows per intent that the
+    student starts with."""
 
     intents: int = 77
     warm: int = 2
@@ -55,7 +55,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Task:
-    """What one seed works on. ``pools`` maps ``A`` and ``B`` to rows of equal number."""
+    """The data of one seed. ``pools`` maps ``A`` and ``B`` to equally many rows."""
 
     intents: tuple[str, ...]
     warm: tuple[Message, ...]
@@ -65,7 +65,7 @@ class Task:
 
 
 def read(path: Path) -> list[Message]:
-    """The rows of a file, without those whose words repeat an earlier row's."""
+    """The rows of a file, without those that repeat an earlier row's words."""
     if not path.is_file():
         raise SystemExit(f"{path}: no such file. Name the folder that holds the intent files with --data")
     with path.open(encoding="utf-8") as file:
@@ -82,7 +82,7 @@ def load(folder: Path, name: str) -> tuple[list[Message], list[Message], list[Me
     """Training rows, test rows and out-of-scope messages; no training row repeats a test row.
 
     Args:
-        name: ``banking77`` or ``clinc150``. The out-of-scope messages are CLINC150's for both.
+        name: ``banking77`` or ``clinc150``. Both use the out-of-scope messages of CLINC150.
     """
     train, test = read(folder / f"{name}_train.jsonl"), read(folder / f"{name}_test.jsonl")
     tested = {" ".join(words(row.text)) for row in test}
@@ -94,7 +94,7 @@ def task(train: Sequence[Message], test: Sequence[Message], stray: Sequence[Mess
     """Splits and corrupts the rows of one seed.
 
     Raises:
-        ValueError: fewer rows than ``sizes`` asks for.
+        ValueError: there are fewer rows than ``sizes`` requires.
     """
     rng = random.Random(seed)
     every = sorted({row.intent for row in train})
@@ -112,8 +112,8 @@ def task(train: Sequence[Message], test: Sequence[Message], stray: Sequence[Mess
     wanted = sizes.development + sizes.pool
     if len(rest) < wanted or len(tested) < sizes.test:
         raise ValueError(
-            f"sizes: {wanted} rows beside the warm start and {sizes.test} test rows are asked for, "
-            f"there are {len(rest)} and {len(tested)}"
+            f"sizes: {wanted} rows beyond the warm start and {sizes.test} test rows are required, "
+            f"got {len(rest)} and {len(tested)}"
         )
     development, pool = rest[: sizes.development], rest[sizes.development : wanted]
     nearest = Nearest(warm + rest)
@@ -127,7 +127,7 @@ def task(train: Sequence[Message], test: Sequence[Message], stray: Sequence[Mess
 
 
 def corrupted(pool: Sequence[Message], stray: Sequence[Message], nearest: Nearest, rng: random.Random) -> list[Message]:
-    """The pool with the four kinds of ``SHARES`` in place of as many clean rows."""
+    """The pool with clean rows replaced by the four kinds of junk in ``SHARES``."""
     places = list(range(len(pool)))
     rng.shuffle(places)
     rows = list(pool)
@@ -155,7 +155,7 @@ def corrupted(pool: Sequence[Message], stray: Sequence[Message], nearest: Neares
 
 
 def edited(text: str, rng: random.Random) -> str:
-    """The message as somebody else might have typed it."""
+    """The message as another person might have typed it."""
     stripped = text.strip()
     edits = (
         f"hi, {stripped}",
@@ -186,7 +186,7 @@ class Nearest:
         return max(others, key=lambda other: _dot(self._centroids[intent], self._centroids[other]))
 
     def of_text(self, text: str) -> str | None:
-        """The nearest intent, None where the message shares no word with any."""
+        """The nearest intent, or None if the message shares no word with any."""
         vector = self._vector(text)
         best = max(self.intents, key=lambda intent: _dot(vector, self._centroids[intent]))
         return best if _dot(vector, self._centroids[best]) > 0 else None

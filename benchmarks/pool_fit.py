@@ -1,8 +1,8 @@
 """Fits and tests a Llama student on short rows of one shape: a CUDA graph, or the same calls on the same buffers.
 
-A fit of some hundred short rows is bound by kernel launches, not by arithmetic. So every batch has one shape, the
+Fitting a few hundred short rows is bound by kernel launches, not arithmetic. All batches therefore have one shape, the
 training step (forward, backward, clipping, AdamW) is captured once and replayed for every fit, and weights and moments
-are put back in place. Weights of the forward are bfloat16 on a GPU, masters and moments float32; on a CPU all are
+are restored in place. On a GPU, the weights of the forward are bfloat16, masters and moments float32; on a CPU all are
 float32.
 """
 
@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 IGNORED = -100
-#: cuDNN's attention builds plans at its first calls, which a capture should not wait for.
+#: Excludes cuDNN's attention, whose first calls build plans, which would delay a capture.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 BETAS, CLIP, WARM_UP = (0.9, 0.98), 1.0, 0.1
 
@@ -31,8 +31,8 @@ class Rows:
     Attributes:
         ids: ``[n, T]`` int64, padded on the right.
         places: ``[n, L]`` int64, the position that predicts each token of the label.
-        targets: ``[n, L]`` int64, the label's tokens, -100 where it is shorter.
-        prompt: ``[n]`` int64, tokens before the label.
+        targets: ``[n, L]`` int64, the label's tokens, -100 beyond its end.
+        prompt: ``[n]`` int64, number of tokens before the label.
     """
 
     ids: torch.Tensor
@@ -69,13 +69,13 @@ def pad(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], length: int, label
 
 @dataclass(frozen=True)
 class Llama:
-    """The weights of a Llama as its forward reads them, and the rotation of each position.
+    """The weights of a Llama in the form its forward needs, and the rotation of each position.
 
     Attributes:
         embedding, head, norm: ``[V, D]``, ``[V, D]``, ``[D]``.
-        blocks: for each the weights of norm, q, k, v, o, norm, gate, up, down.
-        cosine, sine: ``[T, d]`` of a head of dimension d.
-        eps: of the norms.
+        blocks: weights of norm, q, k, v, o, norm, gate, up, down for each block.
+        cosine, sine: ``[T, d]`` for attention heads of dimension d.
+        eps: epsilon of the norms.
     """
 
     embedding: torch.Tensor
@@ -88,7 +88,7 @@ class Llama:
 
     @classmethod
     def of(cls, model: Any, weights: Sequence[torch.Tensor], length: int) -> Llama:
-        """Reads ``weights``, in the order of ``model.parameters()``, in place of the model's own."""
+        """Builds the forward from ``weights``, in the order of ``model.parameters()``, instead of the model's own."""
         own = dict(zip(model.parameters(), weights, strict=True))
         trunk = model.model
         blocks = []
@@ -117,7 +117,7 @@ class Llama:
     ) -> torch.Tensor:
         """Hidden states after the final norm, ``[B, T, D]``.
 
-        ``kept``: places of ``ids.flatten()`` that are not padding. Only these are computed; the others' states are 0.
+        ``kept``: indices of ``ids.flatten()`` that are not padding. Only these are computed; other states are 0.
         """
         d = self.cosine.shape[1]
         at = torch.arange(ids.numel(), device=ids.device) if kept is None else kept
@@ -153,7 +153,7 @@ class Llama:
         targets: torch.Tensor,  # [B, L]
         kept: torch.Tensor | None = None,  # [N]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """``-log p`` of each token of the label, 0 past its end, and the likeliest token: ``[B, L]`` each."""
+        """``-log p`` of each token of the label (0 past its end) and the most likely token: ``[B, L]`` each."""
         hidden = self.hidden(ids, kept)
         picked = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))
         logits = self.logits(picked)
@@ -164,7 +164,7 @@ class Llama:
         self,
         hidden: torch.Tensor,  # [..., D]
     ) -> torch.Tensor:
-        """``[..., V]`` float32. Without gradients the product is one of float32: rounded to bfloat16, logits tie."""
+        """``[..., V]`` float32. Without gradients the product runs in float32: in bfloat16, logits would tie."""
         if torch.is_grad_enabled():
             return F.linear(hidden, self.head).float()
         return F.linear(hidden.float(), self.head.float())
@@ -173,7 +173,7 @@ class Llama:
 def rotated(
     x: torch.Tensor,  # [..., d]
     cosine: torch.Tensor,  # [..., d], as x or broadcast to it
-    sine: torch.Tensor,  # likewise
+    sine: torch.Tensor,  # as cosine
 ) -> torch.Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat((-second, first), dim=-1) * sine
@@ -188,19 +188,19 @@ class Tested:
 
 
 class Fitter:
-    """A student that is fitted again and again from stored weights.
+    """A student that is fitted repeatedly from stored weights.
 
     Args:
-        model: a Llama of transformers in float32 on its device; on a GPU its weights become bfloat16. It stays the
+        model: a Llama of transformers in float32 on its device; on a GPU its weights become bfloat16. It remains the
             student: after :meth:`fit` it can be scored.
-        batch, length, label_length: the one shape of training batches, ``[batch, length]`` with labels of at most
+        batch, length, label_length: the shape of all training batches, ``[batch, length]`` with labels of at most
             ``label_length`` tokens.
         graph: capture the step in a CUDA graph; ignored on a CPU.
-        dtype: of the forward's weights, which are then apart from the masters; by default bfloat16 on a GPU, and on a
-            CPU the masters themselves.
+        dtype: dtype of the forward's weights, which are then separate from the masters; by default bfloat16 on a GPU,
+            and on a CPU the masters themselves.
 
     Raises:
-        ValueError: the model's logits are not those of :class:`Llama`.
+        ValueError: the model's logits differ from those of :class:`Llama`.
     """
 
     def __init__(
@@ -215,12 +215,12 @@ class Fitter:
         own = list(model.parameters())
         if dtype is None and on_gpu:
             dtype = torch.bfloat16
-        #: float32 weights that the optimiser moves.
+        #: float32 weights that the optimizer updates.
         self.masters = [p.detach() if dtype is None else p.detach().clone() for p in own]
         self.exact = Llama.of(model, self.masters, length)  # float32
         _check(model, self.exact)
         if dtype is not None:
-            for p in own:  # parameters alone: rounding the rotary frequencies would turn far positions wrongly
+            for p in own:  # only parameters: rounding rotary frequencies would misrotate distant positions
                 p.data = p.data.to(dtype)
         self._weights = [p.detach().requires_grad_() for p in model.parameters()]
         self._forward = Llama.of(model, self._weights, length)
@@ -252,7 +252,7 @@ class Fitter:
 
     @torch.no_grad()
     def restore(self, weights: Sequence[torch.Tensor]) -> None:
-        """Puts weights back in place; moments and step counts become 0."""
+        """Restores weights in place; moments and step counts become 0."""
         torch._foreach_copy_(self.masters, list(weights))
         self._publish()
         for state in self._optimizer.state.values():
@@ -260,9 +260,9 @@ class Fitter:
                 value.zero_()
 
     def fit(self, rows: Rows, *, epochs: float, rate: float, seed: int) -> int:
-        """Trains on the rows from the weights of now: the rate rises over a tenth of the steps and falls as a cosine.
+        """Trains the current weights on the rows; the rate warms up over a tenth of the steps and decays as a cosine.
 
-        Batches are cut from shuffled epochs joined end to end, so every batch is full. Returns the number of steps.
+        Batches are cut from concatenated shuffled epochs, so every batch is full. Returns the number of steps.
         """
         rng = random.Random(seed)
         order: list[int] = []
@@ -283,8 +283,8 @@ class Fitter:
         return steps
 
     def test(self, rows: Rows, at_once: int = 250) -> Tested:
-        """Accuracy without generation: greedy decoding writes the label if and only if each of its tokens is the
-        likeliest after the true ones before it."""
+        """Accuracy without generation: greedy decoding writes the label if and only if each of its tokens is the most
+        likely one after the true preceding tokens."""
         losses, right = self.losses(rows, at_once)
         counted = rows.targets.ne(IGNORED).sum(dim=1)
         return Tested(float(right.double().mean()), float(losses.sum() / counted.sum()))
@@ -293,7 +293,7 @@ class Fitter:
     def losses(self, rows: Rows, at_once: int = 250, exact: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """``-log p`` of each row's label, ``[n]`` float32, and whether greedy decoding writes it, ``[n]`` bool.
 
-        ``exact`` takes the float32 weights.
+        ``exact`` uses the float32 weights.
         """
         forward = self.exact if exact else self._forward
         found = torch.zeros(len(rows), device=self.device)
@@ -306,7 +306,7 @@ class Fitter:
 
     @torch.no_grad()
     def states(self, rows: Rows, at_once: int = 250) -> tuple[torch.Tensor, torch.Tensor]:
-        """Final hidden states of the prompt, its last and its mean: ``[n, D]`` float32 each."""
+        """The last and the mean of the prompt's final hidden states: ``[n, D]`` float32 each."""
         last = torch.zeros(len(rows), self._forward.norm.shape[0], device=self.device)
         mean = torch.zeros_like(last)
         for index, part in _parts(rows, at_once):
@@ -319,9 +319,9 @@ class Fitter:
     def along(self, reference: Rows, rows: Rows, relative: float = 1e-3) -> torch.Tensor:
         """Inner product of each row's gradient with the reference rows' mean gradient, ``[n]``, over all parameters.
 
-        A central difference of the rows' losses along that mean, in float32: exact but for curvature and rounding, at
-        the price of two forwards. Losses are means over a row's tokens. ``relative`` is the length of the step over
-        that of the weights.
+        A central difference of the rows' losses along that mean, in float32: exact except for curvature and rounding,
+        at the cost of two forward passes. Losses are means over a row's tokens. ``relative`` is the norm of the step
+        relative to that of the weights.
         """
         losses, _ = self.exact.token_losses(reference.ids, reference.places, reference.targets)
         of_rows = losses.sum(dim=1) / reference.targets.ne(IGNORED).sum(dim=1)
@@ -338,8 +338,8 @@ class Fitter:
         return (above - below) / (2 * step) / rows.targets.ne(IGNORED).sum(dim=1)
 
     def greedy(self, rows: Rows, stop: int, at_once: int = 250) -> torch.Tensor:
-        """Mean ``-log p`` of the tokens that greedy decoding writes after each prompt, ``[n]``; it ends with ``stop``
-        or after as many tokens as the longest label has."""
+        """Mean ``-log p`` of the tokens that greedy decoding writes after each prompt, ``[n]``. Decoding ends with
+        ``stop`` or at the length of the longest label."""
         found = torch.zeros(len(rows), device=self.device)
         for index, part in _parts(rows, at_once, rows.targets.shape[1]):
             found[index] = self._greedy(part, stop)
@@ -369,7 +369,7 @@ class Fitter:
     def _step(self, batch: Rows) -> None:
         if self._graph is not None:
             self._graph.replay()
-        else:  # the shape is free, so padding is left out
+        else:  # without a graph the shape may vary, so padding is skipped
             place = torch.arange(batch.ids.shape[1], device=self.device)
             ends = batch.prompt + batch.targets.ne(IGNORED).sum(dim=1)
             self._compute((place < ends[:, None]).flatten().nonzero()[:, 0])
@@ -378,7 +378,7 @@ class Fitter:
         self,
         kept: torch.Tensor | None = None,  # [N]
     ) -> None:
-        """One training step on the buffers; no allocation outlives it and nothing waits for the device."""
+        """One training step on the buffers, without lasting allocations or host synchronization."""
         losses, _ = self._forward.token_losses(self._ids, self._places, self._targets, kept)
         loss = losses.sum() / self._targets.ne(IGNORED).sum()
         gradients = torch.autograd.grad(loss, self._weights)
@@ -391,18 +391,18 @@ class Fitter:
 
     @torch.no_grad()
     def _publish(self) -> None:
-        """Rounds the masters into the weights of the forward."""
+        """Copies the masters to the forward's weights, rounded to their dtype."""
         if self._weights[0].data_ptr() != self.masters[0].data_ptr():
             torch._foreach_copy_(self._weights, self.masters)
 
     def _rehearse(self) -> None:
-        """Three steps, so that the optimiser's state and every kernel are there before a capture."""
+        """Runs three steps, so that the optimizer's state and every kernel exist before a capture."""
         self._targets.fill_(1)
         for _ in range(3):
             self._compute()
 
     def _capture(self) -> None:
-        """Rehearses on a side stream, then captures, as torch asks for; weights and moments are put back."""
+        """Rehearses on a side stream, as torch requires, then captures; restores weights and moments."""
         before = self.weights()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -418,7 +418,7 @@ class Fitter:
 
 
 def _parts(rows: Rows, at_once: int, room: int = 0) -> Iterator[tuple[torch.Tensor, Rows]]:
-    """Indices and rows of like length, cut to the longest of each part; ``room``: tokens to write after prompts."""
+    """Indices and rows of similar length, cut to the longest of each part; ``room``: tokens to write after prompts."""
     ends = rows.prompt + (room or rows.targets.ne(IGNORED).sum(dim=1))
     order = ends.argsort(descending=True)
     for part, longest in zip(order.split(at_once), ends[order[::at_once]].tolist(), strict=True):
@@ -428,7 +428,7 @@ def _parts(rows: Rows, at_once: int, room: int = 0) -> Iterator[tuple[torch.Tens
 
 @torch.no_grad()
 def _check(model: Any, forward: Llama) -> None:
-    """Raises ValueError unless the forward is the model's."""
+    """Raises ValueError unless the forward reproduces the model's logits."""
     ids = torch.arange(2 * 8, device=forward.embedding.device).view(2, 8) % len(forward.embedding)
     expected = model(input_ids=ids, use_cache=False).logits.float()
     error = (forward.logits(forward.hidden(ids)) - expected).abs().max() / expected.abs().max()

@@ -1,4 +1,4 @@
-"""Tables, JSON and picture of ``bench_pool``, from its log alone."""
+"""Tables, JSON and plot of ``bench_pool``, made from its log alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, PICTURE = DOCS / "evidence-pool.md", DOCS / "evidence-pool.png"
 BEGIN, END = "<!-- results: written by bench_pool -->", "<!-- end of results -->"
 RANDOM, DEFAULT, VARENTROPY = "random", "default", "varentropy"
-#: What the picture calls an arm whose name says too little by itself.
+#: Labels in the plot for arms whose names are not self-explanatory.
 NAMES = {
     DEFAULT: "label_trust, then the loss (default)",
     "default without its value": "label_trust alone",
@@ -31,13 +31,13 @@ NAMES = {
 
 
 class Results:
-    """The report's rows. An arm is compared with another on the seeds that both have.
+    """The report's rows. Two arms are compared on the seeds that both have.
 
     Attributes:
-        seeds: pool -> the seeds that have random and default; a pool without any is left out.
+        seeds: pool -> the seeds that have both random and default; pools without such a seed are omitted.
         arms: in the order of the run.
         failed: arm -> its error.
-        warm: accuracy of the warm student, in points of 100.
+        warm: accuracy of the warm student, in percentage points.
         reliability: stochastic signal -> mean test-retest correlation.
     """
 
@@ -66,11 +66,11 @@ class Results:
         return [arm for arm in self.arms if self._both(pool, arm)]
 
     def values(self, pool: str, arm: str, column: str = "accuracy", beside: str | None = None) -> list[float]:
-        """In points of 100, one a seed; with ``beside``, of the seeds which that arm has as well."""
+        """Percentage points, one per seed; with ``beside``, only on seeds which that arm has too."""
         return [100 * self._found[seed, pool, arm][column] for seed in self._both(pool, arm, beside or arm)]
 
     def kinds(self, pool: str, arm: str) -> dict[str, float]:
-        """Kind -> mean share of the chosen rows, in points of 100."""
+        """Kind -> mean share of the chosen rows, in percentage points."""
         rows = [self._found[seed, pool, arm]["kinds"] for seed in self._both(pool, arm)]
         return {kind: 100 * statistics.fmean(row.get(kind, 0.0) for row in rows) for kind in KINDS}
 
@@ -82,7 +82,7 @@ class Results:
 
 
 def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bool = False) -> None:
-    """Prints the tables and writes them: beside the log, and, unless ``small``, to ``results/`` and ``docs/``."""
+    """Prints the tables and writes them next to the log and, unless ``small``, to ``results/`` and ``docs/``."""
     results = Results(rows)
     if "B" not in results.seeds or DEFAULT not in results.arms:
         print(f"{len(rows)} units are done; no seed of pool B is complete yet")
@@ -98,7 +98,7 @@ def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bo
     try:
         picture(results, out / PICTURE.name)
     except ModuleNotFoundError as error:
-        print(f"no picture: {error}; --stage table draws it where matplotlib is installed")
+        print(f"no plot: {error}; install matplotlib and run --stage table to draw it")
         return
     if not small:
         picture(results, PICTURE)
@@ -107,13 +107,13 @@ def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bo
 
 
 def write_section(page: Path, begin: str, end: str, text: str) -> None:
-    """Puts ``text`` between the two marks of a page."""
+    """Replaces the text between the two marks of a page."""
     held = page.read_text()
     page.write_text(f"{held[: held.index(begin) + len(begin)]}\n\n{text}\n\n{held[held.index(end) :]}")
 
 
 def families(results: Results) -> dict[str, dict[str, tuple[Difference, float]]]:
-    """Family -> comparison -> its difference and its p, adjusted by Holm within the family."""
+    """Family -> comparison -> its difference and its p value, Holm-adjusted within the family."""
     found: dict[str, dict[str, Difference]] = {}
     for pool in results.seeds:
         found[f"{pool}: default minus"] = {
@@ -209,7 +209,7 @@ def verdict(d: Difference, p: float) -> str:
 
 
 def picture(results: Results, path: Path) -> None:
-    """Accuracy against random by arm and pool, with 95 % intervals; the junk chosen from pool B beside it."""
+    """Plots accuracy against random by arm and pool, with 95 % intervals, and the junk chosen from pool B."""
     import matplotlib
 
     matplotlib.use("Agg")

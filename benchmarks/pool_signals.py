@@ -1,7 +1,7 @@
-"""What each arm knows of a pool, and how it chooses from it.
+"""The signals of a pool, and how each arm selects rows from it.
 
-Every signal comes from the warm student. The page ``docs/evidence-pool.md`` says which of them read a row's label as
-the target, which only as the text at which predictions are taken, and which use the development rows.
+Every signal comes from the warm student. ``docs/evidence-pool.md`` lists which of them use a row's label as the target,
+which only as the text at which predictions are made, and which use the development rows.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from benchmarks.pool_data import CLEAN
 from benchmarks.pool_fit import IGNORED, Fitter, Rows
 
 PROBES, DRAWS, DROPOUT = 8, 8, 0.05
-RETESTED = 600  #: rows of the pool that stochastic signals are taken of a second time
-NEAR_COPY = 0.88  #: of hashed character n-grams; lightly edited messages of CLINC150 lie above, 19 of 20 others below
+RETESTED = 600  #: rows of the pool on which stochastic signals are computed a second time
+NEAR_COPY = 0.88  #: hashed character n-grams; lightly edited messages of CLINC150 are above, 19 of 20 others below
 SIFT_NOISE, HUDS_STRATA, HUDS_LAMBDA = 0.01, 10, 0.5
 
 STOCHASTIC = ("mutual information", "mutual information, isotropic", "mutual information, draws", "rho loss")
@@ -35,15 +35,15 @@ STOCHASTIC = ("mutual information", "mutual information, isotropic", "mutual inf
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to choose, in three steps.
+    """A selection rule in three steps.
 
     Attributes:
         gate: ``none``; ``agree``: rows whose label the other rows' labels predict (:func:`acqcore.label_trust` above
-            0); ``half``: the half whose label is trusted most. Either one also keeps only the most trusted of near
-            copies, rows whose wording has a cosine of at least ``NEAR_COPY``.
-        value: the signal that ranks what passes, or ``none`` for a random order.
-        spread: ``top`` takes the highest; ``balanced`` one row of each label in turn; ``cover`` a facility location
-            over the prompts' states among the three times k highest.
+            0); ``half``: the half with the most trusted labels. Both also keep only the most trusted of near copies,
+            rows whose wording has a cosine of at least ``NEAR_COPY``.
+        value: the signal that ranks rows behind the gate, or ``none`` for a random order.
+        spread: ``top`` takes the highest; ``balanced`` one row of each label in turn; ``cover`` runs facility location
+            on the prompts' states of the 3 k highest.
     """
 
     gate: str = "none"
@@ -53,26 +53,26 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Refit:
-    """How RHO-loss fits its second student, which is how every student is fitted."""
+    """How RHO-loss fits its second student: like every other student."""
 
     epochs: float
     rate: float
 
 
 class Signals:
-    """Signals of one pool under one warm student, each computed when first asked for.
+    """Signals of one pool under one warm student, each computed on first use.
 
     Args:
-        fitter: holds the warm student; is as it was after every call.
-        warm: its weights.
+        fitter: holds the warm student; its state is restored after every call.
+        warm: the warm student's weights.
         pool, development: rows on the fitter's device.
         labels: ``[n]`` int64, the intents as given.
         texts: the n messages.
-        refit: of RHO-loss.
+        refit: settings of RHO-loss.
         stop: token that ends a label.
-        seed: of everything random here.
-        state: ``last`` or ``mean``, which of the prompts' hidden states distances are taken of.
-        backend: of ``acqcore``.
+        seed: seed of everything random here.
+        state: ``last`` or ``mean``, the prompts' hidden states used for distances.
+        backend: backend of ``acqcore``.
     """
 
     def __init__(
@@ -94,13 +94,13 @@ class Signals:
         return len(self._pool)
 
     def value(self, name: str) -> torch.Tensor:
-        """``[n]`` float32 on the CPU; larger is more worth choosing."""
+        """``[n]`` float32 on the CPU; a larger value is preferred."""
         if name not in self._values:
             self._values[name] = self._compute(name, self._seed, None).float().cpu()
         return self._values[name]
 
     def reliability(self, name: str) -> float:
-        """Spearman of a stochastic signal with itself under another seed, over the first ``RETESTED`` rows."""
+        """Spearman correlation of a stochastic signal with itself under another seed, on ``RETESTED`` rows."""
         again = self._compute(name, self._seed + 1000, RETESTED).float().cpu()
         return float(spearmanr(self.value(name)[: len(again)], again).statistic)
 
@@ -141,8 +141,8 @@ class Signals:
         )  # fmt: skip
 
     def _rho(self, rows: Rows, seed: int) -> torch.Tensor:
-        """Mean loss under the warm student minus that under one fitted to the development rows (Mindermann et al.
-        2022)."""
+        """Mean loss under the warm student minus mean loss under a student fitted to the development rows (Mindermann
+        et al. 2022)."""
         fitter = self._fitter
         before, _ = fitter.losses(rows)
         fitter.fit(self._development, epochs=self._refit.epochs, rate=self._refit.rate, seed=seed)
@@ -152,12 +152,12 @@ class Signals:
 
     @cached_property
     def states(self) -> torch.Tensor:
-        """Hidden states of the prompts, ``[n, D]`` float32 on the CPU, columns centred and scaled."""
+        """Hidden states of the prompts, ``[n, D]`` float32 on the CPU, with columns centred and scaled."""
         return self._standard[: len(self)]
 
     @cached_property
     def prompts(self) -> torch.Tensor:
-        """States of the development rows' prompts, ``[m, D]``, on the pool's scale."""
+        """Hidden states of the development rows' prompts, ``[m, D]``, on the pool's scale."""
         return self._standard[len(self) :]
 
     @cached_property
@@ -168,7 +168,7 @@ class Signals:
         return (x - own.mean(dim=0)) / own.std(dim=0).clamp_min(1e-6)
 
     def choose(self, arm: str, k: int) -> list[int]:
-        """Indices of k rows by one of the arms that need no recipe."""
+        """Indices of k rows chosen by one of the arms without a recipe."""
         device = self._fitter.device
         if arm == "badge":
             vectors = acqcore.badge_embedding(
@@ -184,7 +184,7 @@ class Signals:
         raise ValueError(f"unknown arm {arm!r}")
 
     def follow(self, recipe: Recipe, k: int) -> list[int]:
-        """Indices of k rows by a recipe. Where fewer than k pass the gate, the most trusted of the others fill up."""
+        """Indices of k rows chosen by a recipe; if fewer than k pass the gate, the most trusted others are added."""
         n = len(self)
         order = self._order(recipe.value)
         if recipe.gate != "none":
@@ -231,7 +231,7 @@ FUSED = {
 
 
 def samples(rows: Rows) -> list[acqcore.Row]:
-    """The rows as ``acqcore.score`` takes them: exactly the tokens that the student is fitted to."""
+    """The rows as samples for ``acqcore.score``: exactly the tokens that the student is fitted to."""
     ids, prompt = rows.ids.cpu(), rows.prompt.tolist()
     lengths = rows.targets.ne(IGNORED).sum(dim=1).tolist()
     found = []
@@ -244,7 +244,7 @@ def samples(rows: Rows) -> list[acqcore.Row]:
 
 
 def clean_oracle(kinds: Sequence[str], k: int, seed: int) -> list[int]:
-    """Random rows among those that were left as they are; the random arm's own order, so both share what they can."""
+    """Random uncorrupted rows, in the random arm's order, so that both arms share as many rows as possible."""
     order = random.Random(seed).sample(range(len(kinds)), len(kinds))
     return [i for i in order if kinds[i] == CLEAN][:k]
 
@@ -254,7 +254,7 @@ def distinct(
     vectors: torch.Tensor,  # [n, d]
     threshold: float = NEAR_COPY,
 ) -> list[int]:
-    """``order`` without the rows whose cosine with one before them is at least ``threshold``."""
+    """``order`` without rows whose cosine with an earlier kept row is at least ``threshold``."""
     unit = F.normalize(vectors, dim=1)
     near = unit @ unit.T >= threshold
     dropped = torch.zeros(len(unit), dtype=torch.bool)
@@ -272,11 +272,11 @@ def sift(
     k: int,
     noise: float = SIFT_NOISE,
 ) -> torch.Tensor:
-    """Indices ``[k]`` of candidates, each the one that most lowers the summed posterior variance at the prompts.
+    """Indices ``[k]`` of candidates, each the one that most reduces the summed posterior variance at the prompts.
 
-    A Gaussian process with the cosine as kernel, observed under noise: choosing x lowers the variance at a prompt by
-    ``cov(prompt, x)^2 / (var(x) + noise)``, both given what is chosen already. SIFT (Hubotter et al. 2024, arXiv
-    2410.08020) for several prompts at once, without repetition.
+    The model is a Gaussian process with a cosine kernel and observation noise: choosing x reduces the variance at a
+    prompt by ``cov(prompt, x)^2 / (var(x) + noise)``, both conditional on earlier choices. SIFT (Hubotter et al. 2024,
+    arXiv 2410.08020) for several prompts at once, without repetition.
     """
     n = len(candidates)
     x = F.normalize(torch.cat([candidates, prompts]).double(), dim=1)
@@ -308,7 +308,7 @@ def huds(
     """Indices ``[k]`` of the highest ``weight * distance + (1 - weight) * uncertainty``.
 
     The distance is 1 - cos to the mean vector of the row's stratum, one of ``strata`` equal intervals of uncertainty.
-    HUDS (Azeemi et al. 2024, arXiv 2403.09259) with the constants of ATGen, which adds the two unnormalised.
+    HUDS (Azeemi et al. 2024, arXiv 2403.09259) with the constants of ATGen, which adds the two without normalization.
     """
     low, high = uncertainty.min(), uncertainty.max()
     width = (high - low).clamp_min(torch.finfo(uncertainty.dtype).tiny)

@@ -1,4 +1,4 @@
-"""Rows of five public data sets, as ``acqcore.score`` takes them: a prompt and the completion that is scored.
+"""Rows of five public data sets as samples for ``acqcore.score``: a prompt and a scored completion.
 
 =========  ======================  ==================================  =======================
 name       prompt                  completion                          file
@@ -6,8 +6,8 @@ name       prompt                  completion                          file
 GSM8K      the question            the worked answer                   math/gsm8k_test.jsonl
 PubMedQA   the question alone      the long answer                     medical/pubmedqa_test.jsonl
 MBPP       the task                the program                         code/mbpp.jsonl
-BANKING77  the customer's message  its intent in words, some 4 tokens  intents/banking77_test.jsonl
-CLINC150   the user's message      its intent in words, some 3 tokens  intents/clinc150_test.jsonl
+BANKING77  the customer's message  its intent in words, ~4 tokens      intents/banking77_test.jsonl
+CLINC150   the user's message      its intent in words, ~3 tokens      intents/clinc150_test.jsonl
 =========  ======================  ==================================  =======================
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 
 import acqcore
 
-#: Holds the files of the table, as published.
+#: Folder with the files of the table, as published.
 FOLDER = Path(os.environ.get("ACQCORE_DATA", "../shared/data"))
 
 SHORT = ("BANKING77", "CLINC150")  #: data sets with completions of a few tokens
@@ -31,7 +31,7 @@ SHORT = ("BANKING77", "CLINC150")  #: data sets with completions of a few tokens
 
 @dataclass(frozen=True)
 class DataSet:
-    """A file below ``FOLDER``, and its record -> prompt and completion."""
+    """A file under ``FOLDER``, and a function from its record to prompt and completion."""
 
     file: str
     read: Callable[[Mapping[str, Any]], tuple[str, str]]
@@ -51,10 +51,10 @@ SETS: dict[str, DataSet] = {
 
 
 def load(name: str, rows: int, seed: int = 0, folder: Path = FOLDER) -> list[dict[str, str]]:
-    """``rows`` samples of a data set, drawn at random: the files of intents are sorted by intent.
+    """``rows`` samples of a data set, drawn at random because the intent files are sorted by intent.
 
     Raises:
-        SystemExit: the file is missing (says how to name another folder), or holds fewer rows.
+        SystemExit: the file is missing or has fewer rows.
     """
     path = folder / SETS[name].file
     if not path.is_file():
@@ -67,7 +67,7 @@ def load(name: str, rows: int, seed: int = 0, folder: Path = FOLDER) -> list[dic
 
 
 def encode(student: acqcore.Student, samples: list[dict[str, str]], scored: int | None) -> list[acqcore.Row]:
-    """The samples as rows that end with their ``scored``-th scored token; None keeps them whole."""
+    """The samples as rows, cut after ``scored`` scored tokens; None keeps them whole."""
     limit = student.max_length
     rows = acqcore.encode(samples, student.tokenizer, vocab_size=student.head.vocab_size, limit=limit, max_length=limit)
     return rows if scored is None else [_cut(row, scored) for row in rows]

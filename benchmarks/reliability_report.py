@@ -1,4 +1,4 @@
-"""What the units of a reliability run come to: tables, JSON, and the picture of the frontier."""
+"""Summary of the units of a reliability run: tables, JSON, and a plot of the frontier."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TICKS = (1, 2, 4, 8, 16, 32)  # of cost
 
 
 def summary(store: Store) -> list[dict[str, Any]]:
-    """A line for each signal: reliability and cost by data set, separation in the toy students."""
+    """One entry per signal: reliability and cost by data set, separation in the toy students."""
     real, flops, toy = {**_shared(store), **store.found("real")}, store.found("flops"), store.found("toy")
     sets = [name for name in real_rows.SETS if any(key[0] == name for key in (*real, *flops))]
     table = []
@@ -38,7 +38,7 @@ def summary(store: Store) -> list[dict[str, Any]]:
 
 
 def _shared(store: Store) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Units of the part ``shared`` by data set, signal and seed, their rows one after another."""
+    """Units of the part ``shared`` by data set, signal and seed, with their rows concatenated."""
     joined: dict[tuple[Any, ...], dict[str, Any]] = {}
     for (of_set, *_), unit in sorted(store.found("shared").items()):
         for found in unit["signals"]:
@@ -93,7 +93,7 @@ def _of_set(
 
 
 def _values(units: Mapping[tuple[Any, ...], Mapping[str, Any]], of_set: str, name: str) -> np.ndarray:
-    """``[s, n]``, of each seed in turn."""
+    """Values ``[s, n]``, one row per seed."""
     found = [units[key]["values"] for key in sorted(units) if key[:2] == (of_set, name) and "values" in units[key]]
     return np.array(found, dtype=np.float64)
 
@@ -162,7 +162,7 @@ def _of_worlds(name: str, worlds: Mapping[tuple[Any, ...], Mapping[str, Any]]) -
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table each of real rows, of worlds, and of toy students."""
+    """Markdown tables for real rows, worlds, and toy students."""
     sets = list(dict.fromkeys(name for row in rows for name in row["sets"]))
     lines: list[str] = []
     if sets:
@@ -200,7 +200,7 @@ def _reliability(cell: Mapping[str, Any] | None) -> str:
 
 
 def _median(row: Mapping[str, Any], column: str) -> str:
-    """Over the data sets."""
+    """Median over the data sets."""
     values = [cell[column] for cell in row["sets"].values() if column in cell]
     return f"{statistics.median(values):.1f}" if values else ""
 
@@ -222,12 +222,12 @@ def _world(cell: Mapping[str, Any]) -> str:
 
 
 def _agreement(cell: Mapping[str, Any], what: str) -> float | None:
-    """With many draws, at the first of their rates that was taken."""
+    """Agreement with many draws, at the first of their rates that was measured."""
     return next((cell[f"{what} {many}"] for many in MANY_DRAWS if f"{what} {many}" in cell), None)
 
 
 def _cost(row: Mapping[str, Any], sets: Sequence[str]) -> float | None:
-    """In multiples of scoring entropy, the mean over data sets: counted, or timed where nothing was counted."""
+    """Cost relative to scoring entropy, averaged over data sets: counted, or timed if nothing was counted."""
     cells = [row["sets"][name] for name in sets if name in row["sets"]]
     for column in ("entropy_counted", "entropy"):
         values = [cell[column] for cell in cells if column in cell]
@@ -248,7 +248,7 @@ def _separation(row: Mapping[str, Any], blocks: str) -> float | None:
 
 
 def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Cost against reliability, of long and of short completions, and against separation."""
+    """Plots cost against reliability, for long and for short completions, and against separation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -270,7 +270,7 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axis, (title, sets, height) in zip(axes.flat, panels, strict=True):
         for row in rows:
             x, y = _cost(row, sets), height(row)
-            if x is None or y is None or row["family"] not in colours:  # entropy, the unit of cost, tells nothing apart
+            if x is None or y is None or row["family"] not in colours:  # entropy is only the unit of cost
                 continue
             axis.scatter(x, y, color=colours[row["family"]], s=28)
             name = row["signal"].replace(", all blocks", "")
@@ -291,7 +291,7 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def report(store: Store, result: Path | None, image: Path | None) -> None:
-    """Prints the tables; writes JSON and picture where a path is given."""
+    """Prints the tables; writes JSON and plot if paths are given."""
     rows = summary(store)
     print(markdown(rows))
     if result is not None:

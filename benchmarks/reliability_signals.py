@@ -14,16 +14,16 @@ LAPLACE = "laplace"
 
 @dataclass(frozen=True, eq=False)
 class Signal:
-    """What is measured.
+    """A signal to measure.
 
     Attributes:
-        family: colours the picture.
+        family: determines the colour in the plot.
         acquisition: name in acqcore.
-        options: of it; the value ``"calibrated"`` of ``dropout`` stands for the student's own rate, and ``reference``
+        options: its arguments; ``"calibrated"`` for ``dropout`` means the student's calibrated rate, and ``reference``
             names the kind of reference set.
         half: the signal with half the draws or probes.
-        pass_: signals of a pass wait until those of the one before have all seeds; products are counted for pass 0.
-        stochastic: values depend on the seed.
+        pass_: a pass starts once the previous pass has all seeds; products are counted for pass 0.
+        stochastic: whether values depend on the seed.
     """
 
     family: str
@@ -46,14 +46,14 @@ def _linear(probes: int, posterior: str = "dropout", half: str | None = None, **
 
 
 def _family(name: str, *counts: int, **options: Any) -> dict[str, Signal]:
-    """By their probes, each with the signal of half as many as its half."""
+    """Linear forms by number of probes; each one's ``half`` is the signal with half as many."""
     named = {count: f"{name}, {count} probe{'s' * (count > 1)}" for count in counts}
     halves = {2 * count: called for count, called in named.items()}
     return {named[count]: _linear(count, half=halves.get(count), **options) for count in counts}
 
 
 def graphs(names: Sequence[str]) -> dict[str, list[str]]:
-    """The signals that can be taken together, by what they are called: linear forms that differ in their probes."""
+    """Groups of signals that can share a graph, by common name: linear forms that differ only in their probes."""
     together: dict[str, list[str]] = {}
     for name in names:
         probed = "probes" in SIGNALS[name].options and SIGNALS[name].acquisition == MI
@@ -63,7 +63,7 @@ def graphs(names: Sequence[str]) -> dict[str, list[str]]:
 
 ALL_BLOCKS: dict[str, Any] = {"layers": "all", "dropout": 0.05}
 
-#: Name -> signal. The name says all that is not a default of the form.
+#: Name -> signal. The name states every option that is not the form's default.
 SIGNALS: dict[str, Signal] = {
     TRUNK: Signal("cost", "", stochastic=False),
     ENTROPY: Signal("cost", ENTROPY, stochastic=False),
@@ -97,9 +97,9 @@ SIGNALS: dict[str, Signal] = {
     "draws, all blocks, 64, p=0.05": _draws(pass_=2, draws=64, **ALL_BLOCKS),
 }
 
-#: Signals that stand for the value without noise, where they agree with themselves.
+#: Proxies for the noise-free value, provided that they are reliable.
 MANY_DRAWS = ("draws, all blocks, 64, calibrated p", "draws, all blocks, 64, p=0.05")
-#: Of the toy students: those of real rows that mean something with a vocabulary of 200 tokens and 3 or 6 blocks.
+#: Skipped for toy students: meaningless with a vocabulary of 200 tokens and 3 or 6 blocks.
 TOY_SKIPPED = (
     TRUNK, "influence, head", "influence, all parameters", "gradient_diversity, head",
     "draws, last 4 blocks, 8, p=0.05", "linear, last 8 blocks, 4 probes", "linear, last 4 blocks, 4 probes",

@@ -1,4 +1,4 @@
-"""The students and questions on which signals are measured: SmolLM2, toy students, base models of the world."""
+"""The students and questions used to measure signals: SmolLM2, toy students, base models of the arithmetic world."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from benchmarks.calibration import calibrate_dropout
 from benchmarks.reliability_signals import ENTROPY, EPIG, LAPLACE, MI, SIGNALS, Signal
 from benchmarks.reliability_units import rounded
 
-REFERENCE_ROWS = 16  # of influence, expected predictive information gain, and a posterior of the weights
-RISE = 0.02  #: share of the loss that draws at the calibrated rate add
-TOY_STEPS = {3: 400, 6: 800}  # blocks -> training steps that bring a student to know the table
-TOY_QUESTIONS = 256  # of each kind
-WORLD_QUESTIONS = 32  # of each skill
+REFERENCE_ROWS = 16  # for influence, expected predictive information gain, and a posterior of the weights
+RISE = 0.02  #: rise in loss, as a share, under draws at the calibrated rate
+TOY_STEPS = {3: 400, 6: 800}  # blocks -> training steps needed to learn the table
+TOY_QUESTIONS = 256  # per kind
+WORLD_QUESTIONS = 32  # per skill
 
 
 class Real:
@@ -32,9 +32,9 @@ class Real:
 
     Args:
         student: folder of the model.
-        rows: of each data set.
-        scored: tokens of a completion; None keeps it whole.
-        batch_tokens: of a forward.
+        rows: rows per data set.
+        scored: scored tokens per row; None keeps completions whole.
+        batch_tokens: tokens per forward pass.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Real:
         batch_tokens: int,
     ) -> None:
         self.student = acqcore.Student.load(student, dtype=dtype, device=device)
-        if device == "cpu":  # flash attention's backward takes 1.4 times as long there, in bfloat16
+        if device == "cpu":  # the backward of flash attention in bfloat16 is 1.4 times slower there
             module: Any = self.student._module
             module.set_attn_implementation("eager")
         self.device = device
@@ -59,7 +59,7 @@ class Real:
         self._made: dict[Any, Any] = {}
 
     def score(self, signal: Signal, rows: Sequence[acqcore.Row], seed: int, backend: str | None = None) -> Any:
-        """Values and standard errors ``[n]``, the latter None where there are none; None of the bare trunk."""
+        """Values and standard errors ``[n]``, the latter None if not available; None for the bare trunk."""
         if not signal.acquisition:
             return self._trunk(rows)
         options = self.resolved(signal, seed)
@@ -73,7 +73,7 @@ class Real:
         return scores[signal.acquisition], scores.stderr.get(signal.acquisition)
 
     def resolved(self, signal: Signal, seed: int) -> dict[str, Any]:
-        """The arguments of a signal under a seed, placeholders filled in."""
+        """The arguments of a signal under a seed, with placeholders filled in."""
         options = dict(signal.options)
         if options.get("dropout") == "calibrated":
             options["dropout"] = self.rate
@@ -85,7 +85,7 @@ class Real:
 
     @property
     def rate(self) -> float:
-        """The dropout that raises the loss of the reference rows by ``RISE``."""
+        """The dropout rate that raises the loss of the reference rows by ``RISE``."""
         if "rate" not in self._made:
             self._made["rate"] = calibrate_dropout(
                 self.student, self.reference, rise=RISE, batch_tokens=self.batch_tokens
@@ -93,7 +93,7 @@ class Real:
         return float(self._made["rate"])
 
     def prepare(self, signal: Signal, seed: int) -> None:
-        """Makes what many calls share, so that no time counts it; and warms the signal's kernels up."""
+        """Creates what calls share, and warms up the signal's kernels, so that neither is timed."""
         self.resolved(signal, seed)
         if signal not in self._made:
             self._made[signal] = True
@@ -101,7 +101,7 @@ class Real:
 
     def seconds(self, signal: Signal, name: str, seed: int) -> tuple[float, Any]:
         self.prepare(signal, seed)
-        # Of one thread its own time, which other work on the machine lengthens little.
+        # With one thread, use CPU time, which other work on the machine affects little.
         alone = self.device == "cpu" and torch.get_num_threads() == 1
         clock = time.process_time if alone else time.perf_counter
         self._settle()
@@ -111,7 +111,7 @@ class Real:
         return clock() - begin, found
 
     def unit(self, signal: Signal, name: str, seed: int) -> dict[str, Any]:
-        """Values, their standard errors where the estimator gives them, and seconds."""
+        """Values, standard errors if the estimator provides them, and seconds."""
         seconds, found = self.seconds(signal, name, seed)
         if found is None:
             return {"seconds": seconds}
@@ -120,7 +120,7 @@ class Real:
         return unit if errors is None else {**unit, "stderr": rounded(errors)}
 
     def shared(self, names: Sequence[str], of_set: str, rows: slice, seeds: Sequence[int]) -> dict[str, Any]:
-        """Values and standard errors of some rows; of linear forms, from one graph for all probes and seeds."""
+        """Values and standard errors of some rows; linear forms share one graph for all probes and seeds."""
         picked = self.rows[of_set][rows]
         signals = {name: SIGNALS[name] for name in names}
         if any("probes" not in signal.options or signal.acquisition != MI for signal in signals.values()):
@@ -142,7 +142,7 @@ class Real:
     def _from_one_graph(
         self, asked: Mapping[tuple[str, int], LinearOptions], rows: Sequence[acqcore.Row]
     ) -> dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]:
-        """Values and standard errors ``[n]`` of each."""
+        """Values and standard errors ``[n]`` for each request."""
         found = {key: torch.full((2, len(rows)), torch.nan) for key in asked}
         runner = Runner(self.student, [options.need for options in asked.values()], self.batch_tokens, None)
         for batch in runner.batches(rows):
@@ -154,7 +154,7 @@ class Real:
         return {key: (values[0], values[1]) for key, values in found.items()}
 
     def flops(self, signal: Signal, name: str) -> dict[str, Any]:
-        """Floating-point operations of all matrix products for a data set's rows, from their shapes."""
+        """Floating-point operations of all matrix products for a data set's rows, computed from shapes."""
         trunk = select_linear(self.student, "all").names
         assert self.student._module is not None
         config: Any = self.student._module.config
@@ -164,7 +164,7 @@ class Real:
         return {"flops": sum(shape.flops(signal, row) for row in self.rows[name])}
 
     def _trunk(self, rows: Sequence[acqcore.Row]) -> None:
-        """The forwards that ``score`` makes, alone."""
+        """Runs only the forward passes that ``score`` makes."""
         from acqcore.students.packing import OVERHEAD_TOKENS, collate, partition
 
         lengths = [len(row.ids) for row in rows]
@@ -190,12 +190,12 @@ class Real:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that the products of a student follow from.
+    """Sizes that determine the cost of a student's products.
 
     Attributes:
-        linear: weights of the linear layers in blocks.
-        attention: width of attention, added up over blocks.
-        head: weights of the head.
+        linear: number of weights in the blocks' linear layers.
+        attention: width of attention, summed over blocks.
+        head: number of weights in the head.
     """
 
     linear: int
@@ -203,9 +203,9 @@ class Shape:
     head: int
 
     def flops(self, signal: Signal, row: acqcore.Row) -> int:
-        """Of one row alone. A backward of activations takes as much as the forward in linear layers, 5/2 in attention
-        (which forms its weights again); statistics take a product with the head, with cotangents of P probes 2 + P.
-        """
+        """Operations for one row alone. The backward of activations costs as much as the forward in linear layers and
+        5/2 as much in attention (which recomputes its weights); statistics cost one product with the head, or 2 + P
+        with the cotangents of P probes."""
         length = len(row.ids)
         forward = 2 * self.linear * length + 4 * self.attention * length**2
         head = 2 * self.head * row.n_scored
@@ -216,13 +216,13 @@ class Shape:
             return int(options["draws"]) * (forward + head)
         probes = options.get("probes", 0)
         first = int((row.targets >= 0).nonzero()[0]) - 1 if options.get("positions") == "completion" else 0
-        graph = length - first  # tokens of which activations are kept
+        graph = length - first  # tokens whose activations are kept
         backward = 2 * self.linear * graph + 10 * self.attention * graph * length
         return forward + head + probes * (backward + head) + (head if probes else 0)
 
 
 def counted(signal: Signal) -> bool:
-    """Whether :class:`Shape` counts its products: the trunk, entropy, and noise of activations in every block."""
+    """Whether :class:`Shape` covers the signal: the trunk, entropy, and activation noise in every block."""
     options = signal.options
     plain = not set(options) - {"form", "posterior", "probes", "draws", "layers", "dropout", "positions"}
     of_blocks = options.get("layers", "all") == "all" and options.get("posterior", "dropout") == "dropout"
@@ -230,13 +230,13 @@ def counted(signal: Signal) -> bool:
 
 
 def made_from(kind: str, student: acqcore.Student, samples: Any, **given: Any) -> Any:
-    """What an acquisition takes as its reference, of these samples."""
+    """The reference object of an acquisition, made from ``samples``."""
     make: Any = acqcore.epig_reference if kind == EPIG else acqcore.laplace_posterior
     return make(student, samples, **given)
 
 
 def options_of(signal: Signal, rate: float, student: acqcore.Student, references: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a signal of a small student, placeholders filled in; ``references``: kind -> samples."""
+    """A signal's arguments for a small student, with placeholders filled in; ``references``: kind -> samples."""
     options = dict(signal.options)
     if options.get("dropout") == "calibrated":
         options["dropout"] = rate
@@ -254,10 +254,10 @@ class Toy:
         self.student = acqcore.Student.from_model(toy_student.train(seed, blocks, TOY_STEPS[blocks]))
         generator = torch.Generator().manual_seed(seed)
         self.ids = torch.cat([toy_student.questions(kind, TOY_QUESTIONS, generator) for kind in toy_student.KINDS])
-        # Of unseen keys the student is wrong and sure, so dropout lowers their loss.
+        # Unseen keys are excluded: the student is confidently wrong about them, so dropout lowers their loss.
         learnt = self.ids[: 2 * TOY_QUESTIONS]
         self.rate = calibrate_dropout(self.student, toy_student.samples(learnt), rise=RISE)
-        # New ones: of what it learnt for its weights' posterior; for EPIG of the table, keys that it saw or not.
+        # New questions: learnt kinds for the weights' posterior; seen and unseen keys of the table for EPIG.
         kinds = {LAPLACE: ("easy", "ambiguous"), EPIG: ("easy", "unseen")}
         self.references = {
             kind: toy_student.samples(
@@ -267,7 +267,7 @@ class Toy:
         }
 
     def unit(self, signal: Signal) -> dict[str, Any]:
-        """AUROC of unseen questions above the ambiguous and above all others, values, seconds."""
+        """AUROC of unseen questions above ambiguous and above all other questions, values, seconds."""
         options = options_of(signal, self.rate, self.student, self.references)
         asked = {signal.acquisition: options} if options else None
         begin = time.perf_counter()
@@ -287,10 +287,10 @@ class Toy:
 
 
 class World:
-    """The base model of a seed, and questions of every skill; traps are uniform, or skewed."""
+    """The base model of a seed, and questions of every skill; traps are uniform or skewed."""
 
     def __init__(self, seed: int, skewed: bool = False) -> None:
-        # Here, as a machine that measures real rows alone need not have what the loop requires.
+        # Imported here because machines that only measure real rows need not have the loop's dependencies.
         from acqsynth.world import Settings, base_model
         from benchmarks.bench_signals import SKILLS, TRAPS, messages
 
@@ -299,7 +299,7 @@ class World:
         skills = [settings.domain.rows(WORLD_QUESTIONS, seed, skills=[name]) for name in SKILLS]
         self.rows = [row for rows in skills for row in messages(rows)]
         self.rate = calibrate_dropout(self.student, self.rows[::8], rise=RISE)
-        # New ones: of every skill for the weights' posterior; for EPIG of those that can be learnt.
+        # New questions: every skill for the weights' posterior; learnable skills for EPIG.
         others = {name: messages(settings.domain.rows(2, seed + 1000, skills=[name])) for name in SKILLS}
         self.references = {
             LAPLACE: [row for rows in others.values() for row in rows],
@@ -307,11 +307,11 @@ class World:
         }
 
     def unit(self, signal: Signal) -> dict[str, Any]:
-        """Values of the skills one after another, seconds."""
+        """Values, skill after skill, and seconds."""
         options = options_of(signal, self.rate, self.student, self.references)
         asked = {signal.acquisition: options} if options else None
         begin = time.perf_counter()
-        # The sum, as the recipe has it: what a row tells is the sum of what its tokens tell.
+        # The sum, as in the recipe: a row's information is the sum over its tokens.
         scores = acqcore.score(
             self.student, self.rows, signal.acquisition, acquisition_args=asked, reduction="sum", progress=False
         )

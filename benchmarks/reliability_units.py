@@ -1,4 +1,4 @@
-"""Units of a reliability run, kept as they are done, and statistics of their values."""
+"""Units of a reliability run, saved as they finish, and statistics of their values."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LEVEL = 0.95
 
 
 class Store:
-    """The finished units of a run; the first line holds its settings.
+    """The finished units of a run; the first line of the file holds its settings.
 
     Args:
-        settings: of this run; empty to read a finished one, of whatever machine.
-        seconds: no unit begins after so many.
+        settings: settings of this run; empty to read a finished run from any machine.
+        seconds: no unit starts after this time.
 
     Raises:
-        SystemExit: the folder holds a run of other settings (names them).
+        SystemExit: the folder contains a run with other settings (the message names one).
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], seconds: float = math.inf) -> None:
@@ -43,14 +43,14 @@ class Store:
         for key in wanted:
             if self.settings[key] != wanted[key]:
                 raise SystemExit(
-                    f"{folder}: holds a run with {key} {self.settings[key]!r}, here it is {wanted[key]!r}; "
-                    "repeat that run's options, or name another folder (--out)"
+                    f"{folder}: contains a run with {key} {self.settings[key]!r}, expected {wanted[key]!r}; "
+                    "repeat that run's options or choose another folder (--out)"
                 )
         done = [unit for unit in units if "failed" not in unit]
         self.units: dict[tuple[Any, ...], dict[str, Any]] = {tuple(unit.pop("key")): unit for unit in done}
 
     def run(self, key: tuple[Any, ...], work: Callable[[], dict[str, Any]]) -> bool:
-        """Does a unit that is not done yet; False once the time is up."""
+        """Runs a unit unless it is done; False once the time is up."""
         if key in self.units:
             return True
         if time.monotonic() > self._until:
@@ -58,7 +58,7 @@ class Store:
         begin = time.perf_counter()
         try:
             unit = work()
-        except Exception as error:  # the other units are still measured, and a later run tries this one again
+        except Exception as error:  # other units are still measured, and a later run retries this one
             unit = {"failed": harness.first_line(error)}
         harness.append(self.path, key=key, **unit)
         self.units[key] = unit
@@ -67,24 +67,24 @@ class Store:
         return True
 
     def found(self, kind: str) -> dict[tuple[Any, ...], dict[str, Any]]:
-        """Units of a kind that succeeded, by the rest of their key."""
+        """Successful units of a kind, by the rest of their key."""
         return {key[1:]: unit for key, unit in self.units.items() if key[0] == kind and "failed" not in unit}
 
 
 def rounded(values: torch.Tensor) -> list[float]:
-    """Seven digits, which float32 has, as JSON."""
+    """The values with seven significant digits, the precision of float32."""
     return [float(f"{value:.7g}") for value in values.tolist()]
 
 
 def spearman(
     values: np.ndarray,  # [s, ..., n], of s seeds
 ) -> np.ndarray:  # [...]
-    """Rank correlation of two seeds' values, the mean over all pairs of seeds; ties share their mean rank."""
+    """Rank correlation of two seeds' values, averaged over all pairs of seeds; ties share their mean rank."""
     ranks = rankdata(values, axis=-1)
     ranks = ranks - ranks.mean(axis=-1, keepdims=True)
     norm = np.sqrt((ranks**2).sum(axis=-1))
     pairs = itertools.combinations(range(len(values)), 2)
-    with np.errstate(invalid="ignore"):  # values that are all alike have no correlation
+    with np.errstate(invalid="ignore"):  # constant values have no correlation
         found = [(ranks[a] * ranks[b]).sum(axis=-1) / (norm[a] * norm[b]) for a, b in pairs]
     return np.mean(found, axis=0)
 
@@ -99,5 +99,5 @@ def interval(
 
 
 def stepped_up(half: float) -> float:
-    """Reliability of a test from that of its halves. Source: Spearman 1910; Brown 1910."""
+    """Reliability of a test from that of its halves (Spearman 1910; Brown 1910)."""
     return 2 * half / (1 + half)

@@ -1,8 +1,8 @@
-"""A small student whose ignorance is known, to see what a Bayesian acquisition tells apart.
+"""A small student whose ignorance is known, to test what a Bayesian acquisition can distinguish.
 
-It learns a table of 64 keys, and for a second kind of question an answer drawn anew each time from 32. Asked about keys
-that it never saw it does not know (``unseen``); of the second kind nobody knows (``ambiguous``); the table is ``easy``.
-An acquisition worth a reward ranks ``unseen`` above both.
+It learns a table of 64 keys (``easy``) and a second kind of question whose answer is redrawn from 32 each time
+(``ambiguous``: nobody can know it). Keys that it never saw are ``unseen``: here the student is ignorant. An acquisition
+that is useful as a reward ranks ``unseen`` above both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VOCABULARY = _ANSWER + KEYS
 
 
 def questions(kind: str, n: int, generator: torch.Generator) -> torch.Tensor:
-    """Token ids ``[n, 5]``: kind of question, key, two words that mean nothing, answer."""
+    """Token ids ``[n, 5]``: kind of question, key, two meaningless words, answer."""
     words = torch.randint(_SEEN, _SEEN + KEYS, (n, 3), generator=generator)
     if kind == "unseen":
         words[:, 0] = torch.randint(_UNSEEN, _UNSEEN + KEYS, (n,), generator=generator)
@@ -32,7 +32,7 @@ def questions(kind: str, n: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def train(seed: int, blocks: int = 3, steps: int = 300) -> Any:
-    """A Llama of ``blocks`` blocks, 64 units wide, trained without dropout on easy and ambiguous questions."""
+    """A Llama of ``blocks`` blocks and width 64, trained without dropout on easy and ambiguous questions."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -51,7 +51,7 @@ def train(seed: int, blocks: int = 3, steps: int = 300) -> Any:
 
 
 def samples(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Questions ``[n, 5]`` as ``acqcore.score`` takes them, the answer scored."""
+    """Questions ``[n, 5]`` as samples for ``acqcore.score``, with only the answer scored."""
     labels = torch.full_like(ids, -100)
     labels[:, -1] = ids[:, -1]
     return {"input_ids": ids, "labels": labels}
@@ -61,6 +61,6 @@ def auroc(
     above: torch.Tensor,  # [n]
     below: torch.Tensor,  # [m]
 ) -> float:
-    """Chance that one of ``above`` is larger than one of ``below``, ties counting half."""
+    """Probability that a value of ``above`` exceeds one of ``below``; ties count half."""
     wins = (above[:, None] > below).double() + 0.5 * (above[:, None] == below).double()
     return float(wins.mean())

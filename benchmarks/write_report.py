@@ -1,4 +1,4 @@
-"""Tables, JSON and picture of ``bench_write``, from its log alone."""
+"""Tables, JSON and plot of ``bench_write``, made from its log alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TAUGHT = ("GRPO: default", "GRPO: entropy")
 
 
 class Results:
-    """The report's rows, arm by arm; a comparison takes the seeds that both arms have."""
+    """The report's rows by arm. Comparisons use the seeds that both arms have."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         report = [row for row in rows if row["stage"] == "report"]
@@ -38,7 +38,7 @@ class Results:
         return [arm for arm in self.found if arm not in ORIENTATION]
 
     def mean(self, arm: str, column: str = "accuracy") -> float:
-        """In points of 100."""
+        """Mean of a column over seeds, in percentage points."""
         return 100 * statistics.fmean(row[column] for row in self.found[arm].values())
 
     def minus(self, arm: str, other: str) -> Difference:
@@ -46,7 +46,7 @@ class Results:
         return difference(*([100 * self.found[name][seed]["accuracy"] for seed in seeds] for name in (arm, other)))
 
     def comparisons(self) -> dict[tuple[str, str], tuple[Difference, float]]:
-        """The secondary family: (arm, other) -> difference and its p by Holm."""
+        """The secondary family: (arm, other) -> difference and its Holm-adjusted p value."""
         pairs = [(arm, AS_IT_IS) for arm in self.arms if arm not in (AS_IT_IS, PRIMARY)]
         pairs += [TAUGHT] if all(arm in self.found for arm in TAUGHT) else []
         found = {pair: self.minus(*pair) for pair in pairs if self._meet(*pair)}
@@ -58,7 +58,7 @@ class Results:
 
 
 def write(rows: Sequence[dict[str, Any]], choices: Path, out: Path, *, small: bool = False) -> None:
-    """Prints the tables and writes them: beside the log, and, unless ``small``, to ``results/`` and ``docs/``."""
+    """Prints the tables and writes them next to the log and, unless ``small``, to ``results/`` and ``docs/``."""
     results = Results(rows)
     if PRIMARY not in results.found or AS_IT_IS not in results.found:
         print(f"{len(rows)} units are done; no seed of the report is complete yet")
@@ -125,7 +125,7 @@ def tables(results: Results, choices: dict[str, Any]) -> str:
 
 
 def picture(results: Results, path: Path) -> None:
-    """Accuracy against the generator as it is, with 95 % intervals; nothing where matplotlib is not installed."""
+    """Plots accuracy relative to the unchanged generator with 95 % intervals; does nothing without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return
     import matplotlib

@@ -1,7 +1,7 @@
-"""A generator of short texts: draws many completions at once, and takes one step of GRPO.
+"""A generator of short texts that draws many completions at once and takes GRPO steps.
 
-Both read the weights of a Llama as :mod:`benchmarks.pool_fit` does. Drawing keeps keys and values of a prompt once for
-all its completions; a decoding step is then some twelve kernels a block, for any number of rows.
+Both use the Llama forward of :mod:`benchmarks.pool_fit`. Drawing computes the keys and values of a prompt once for all
+its completions; a decoding step is then about twelve kernels per block, for any number of rows.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Draws:
-    """n completions of each of U prompts, prompt after prompt.
+    """n completions of each of U prompts, grouped by prompt.
 
     Attributes:
         prompts: ``[U n, P]`` int64, padded on the left.
         within: ``[U n, P]`` bool, False at padding.
-        ids: ``[U n, N]`` int64, the completion and the token that stopped it.
-        kept: ``[U n, N]`` bool, False after that token.
-        finished: ``[U n]`` bool, whether a token stopped it.
+        ids: ``[U n, N]`` int64, the completion and its stop token.
+        kept: ``[U n, N]`` bool, False after the stop token.
+        finished: ``[U n]`` bool, whether a stop token ended the completion.
     """
 
     prompts: torch.Tensor
@@ -38,21 +38,21 @@ class Draws:
     finished: torch.Tensor
 
     def texts(self, tokenizer: Any) -> list[str]:
-        """Each completion up to the token that stopped it, stripped."""
+        """Each completion up to its stop token, stripped."""
         lengths = (self.kept.sum(dim=1) - self.finished.long()).tolist()
         rows = [row[:length] for row, length in zip(self.ids.tolist(), lengths, strict=True)]
         return [text.strip() for text in tokenizer.batch_decode(rows)]
 
 
 class Writer:
-    """A Llama that writes, and learns from the advantages of what it wrote.
+    """A Llama that writes completions and learns from their advantages.
 
     Args:
-        model: of transformers, in float32 on its device.
+        model: a transformers model in float32 on its device.
         stops: tokens that end a completion.
-        prompt_length, new_tokens: most tokens of a prompt, and of a completion with its stop.
-        rows_at_once: rows of a decoding batch; a backward takes a quarter.
-        dtype: of the weights in the forward (default: bfloat16 on a GPU, else float32).
+        prompt_length, new_tokens: maximum tokens of a prompt, and of a completion including its stop token.
+        rows_at_once: rows per decoding batch; a backward uses a quarter.
+        dtype: dtype of the forward's weights (default: bfloat16 on a GPU, else float32).
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class Writer:
 
     @torch.no_grad()
     def restore(self, weights: Sequence[torch.Tensor]) -> None:
-        """Puts weights back, and forgets the optimizer's moments."""
+        """Restores weights and clears the optimizer's moments."""
         torch._foreach_copy_(self.masters, list(weights))
         torch._foreach_copy_(self._weights, self.masters)
         self._optimizer.state.clear()
 
     def draw(self, prompts: Sequence[Sequence[int]], n: int, *, temperature: float, seed: int) -> Draws:
-        """n completions of each prompt.
+        """Draws n completions of each prompt.
 
         Raises:
             ValueError: a prompt is longer than ``prompt_length``.
@@ -120,7 +120,7 @@ class Writer:
         temperature: float,
         generator: torch.Generator,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Completions ``[U n, N]``, which of their tokens count, and ``[U n]``, whether each was stopped."""
+        """Completions ``[U n, N]``, a mask of their tokens, and ``[U n]``, whether a stop token ended each."""
         rows, p = len(ids) * n, ids.shape[1]
         x, pairs = _prefill(self._forward, ids, within)
         shape = (rows, pairs[0][0].shape[1], p + self.new_tokens, pairs[0][0].shape[3])
@@ -138,7 +138,7 @@ class Writer:
         state = x[:, -1].repeat_interleave(n, dim=0)
         for j in range(self.new_tokens):
             p_next = (F.linear(state, self._forward.head).float() / temperature).softmax(dim=1)
-            # argmax of p / Exp(1) is a draw from p, without multinomial's wait for the device
+            # argmax of p / Exp(1) is a draw from p, without multinomial's host synchronization
             token = (p_next / torch.empty_like(p_next).exponential_(generator=generator)).argmax(dim=1)
             written[:, j], kept[:, j] = token, going
             going = going & ~torch.isin(token, self._stops)
@@ -148,24 +148,24 @@ class Writer:
         return written, kept, ~going
 
     def learn(self, draws: Draws, advantages: torch.Tensor, *, temperature: float, rate: float) -> float:
-        """One step on ``-mean_i A_i sum_t log p(token_t) / N`` at the temperature of the draws.
+        """Takes one step on ``-mean_i A_i sum_t log p(token_t) / N`` at the temperature of the draws.
 
-        Every batch is learnt once, by the policy that wrote it, so the ratio of GRPO is 1 and nothing is clipped; as in
-        Dr. GRPO (Liu et al. 2025) the sum over tokens is divided by a constant, not by the length. No penalty keeps the
-        policy near its start.
+        Each batch is used once, by the policy that wrote it, so GRPO's ratio is 1 and nothing is clipped. As in Dr.
+        GRPO (Liu et al. 2025), the sum over tokens is divided by a constant, not by the length. There is no penalty for
+        moving away from the initial policy.
 
         Args:
-            draws: of this writer.
-            advantages: ``[rows]`` float32; 0 leaves a row out.
+            draws: draws of this writer.
+            advantages: ``[rows]`` float32; rows with 0 are skipped.
 
         Returns:
-            The norm of the gradient; 0, and no step is taken, where every advantage is 0.
+            The norm of the gradient; 0, without a step, if every advantage is 0.
         """
         ids = torch.cat([draws.prompts, draws.ids], dim=1)
         total = [torch.zeros_like(p) for p in self._weights]
         used = advantages.to(self.device).nonzero()[:, 0]
         if not len(used):
-            return 0.0  # nothing to tell apart
+            return 0.0  # nothing to learn
         p = draws.prompts.shape[1]
         for rows in used.split(max(1, self.rows_at_once // 4)):
             with sdpa_kernel(ATTENTION):
@@ -192,7 +192,7 @@ def _prefill(
 ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
     """Hidden states ``[U, P, D]`` and each block's rotated keys and values ``[U, kv heads, P, d]``.
 
-    Positions count from the padding's first token: rotations are relative, so the shift changes nothing.
+    Positions count padding tokens: rotations are relative, so the shift does not matter.
     """
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     return _masked(llama, ids, within, pairs), pairs
@@ -204,12 +204,12 @@ def _masked(
     within: torch.Tensor,  # [B, P]
     pairs: list[tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> torch.Tensor:
-    """Hidden states ``[B, T, D]``; keys and values are appended to ``pairs``."""
+    """Hidden states ``[B, T, D]``; appends keys and values to ``pairs``."""
     t = ids.shape[1]
     keys = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     keys[:, : within.shape[1]] = within
     causal = torch.ones(t, t, dtype=torch.bool, device=ids.device).tril()
-    # A padding token attends to itself: a row without any key would be NaN.
+    # A padding token attends to itself, since a row without any key would give NaN.
     mask = (causal & keys[:, None, :]) | torch.eye(t, dtype=torch.bool, device=ids.device)
     cosine, sine = llama.cosine[:t], llama.sine[:t]
     x = F.embedding(ids, llama.embedding)
@@ -231,7 +231,7 @@ def _decode(
     at: int,
     open_keys: torch.Tensor,  # [B, S] bool
 ) -> torch.Tensor:
-    """The hidden state ``[B, D]`` after a token at position ``at``, whose keys and values join the caches."""
+    """The hidden state ``[B, D]`` after a token at position ``at``; adds its keys and values to the caches."""
     cosine, sine = llama.cosine[at : at + 1], llama.sine[at : at + 1]
     mask = open_keys[:, None, None, : at + 1]
     x = F.embedding(token[:, None], llama.embedding)
@@ -239,7 +239,7 @@ def _decode(
         query, key, value = _projected(llama, block, x, cosine, sine)
         keys[:, :, at], values[:, :, at] = key[:, :, 0], value[:, :, 0]
         b, kv_heads, d = key.shape[0], key.shape[1], key.shape[3]
-        # The heads that share a key stand in the place of query positions, so keys are not repeated.
+        # Heads that share a key become query positions, so that keys need not be repeated.
         y = F.scaled_dot_product_attention(
             query.view(b, kv_heads, -1, d), keys[:, :, : at + 1], values[:, :, : at + 1], attn_mask=mask
         )

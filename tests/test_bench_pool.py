@@ -119,7 +119,7 @@ class TestPool:
         assert pool_data.load(folder, "banking77")[0] == train
 
     def test_too_few_rows_are_refused(self, folder):
-        with pytest.raises(ValueError, match="sizes: 5008 rows beside the warm start"):
+        with pytest.raises(ValueError, match="sizes: 5008 rows beyond the warm start"):
             pool_data.task(*pool_data.load(folder, "banking77"), Sizes(4, 2, 8, 5000, 16), seed=0)
 
     def test_confusable_intents_share_words(self):

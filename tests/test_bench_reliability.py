@@ -66,7 +66,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     assert late.run(("real", 0), lambda: work(0))
     assert not late.run(("real", 9), lambda: work(9))
     assert done == [0, 1, 2, 1]
-    with pytest.raises(SystemExit, match="holds a run with rows 3, here it is 4"):
+    with pytest.raises(SystemExit, match="contains a run with rows 3, expected 4"):
         Store(tmp_path, {"rows": 4})
     assert Store(tmp_path, {}).settings == {"rows": 3}
 

@@ -1,4 +1,4 @@
-// One function per topic; module.cpp calls them and does nothing else.
+// One registration function per backend, called by module.cpp.
 #pragma once
 #include <pybind11/pybind11.h>
 

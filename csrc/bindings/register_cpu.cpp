@@ -1,4 +1,4 @@
-// The cpu backend: arguments as Python gives them -> argument structs. No torch here; pointers are trusted.
+// Bindings of the cpu backend: builds argument structs from Python arguments. No torch here; pointers are trusted.
 #include <pybind11/stl.h>
 
 #include <new>

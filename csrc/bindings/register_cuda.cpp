@@ -1,4 +1,4 @@
-// The cuda backend: arguments as Python gives them -> argument structs. No torch here; pointers are trusted.
+// Bindings of the cuda backend: builds argument structs from Python arguments. No torch here; pointers are trusted.
 #include <stdexcept>
 #include <string>
 

@@ -1,16 +1,16 @@
-// The gradient of each token's loss in W h + b, tile by tile (delta of head_grad.py), formed from the row's state.
+// Gradient of each token's loss with respect to W h + b (delta of head_grad.py), tile by tile, from the row's state.
 #pragma once
 #include "fold.h"
 #include "tile.h"
 
 namespace acqcore::ACQCORE_ISA {
 
-// What a row's entries need: delta_v = weight slope_v (exp(z_v - max) / Z - [v = target]).
+// Per-row constants of delta_v = weight slope_v (exp(z_v - max) / Z - [v = target]).
 struct DeltaRow {
   float max;
   float term;       // weight slope / (2^40 Z), for exp_above<40>
   float slope;      // weight scale / temperature
-  float at_target;  // p_y - 1, as -R / Z where the target is the maximum
+  float at_target;  // p_y - 1, computed as -R / Z if the target is the maximum
   int64_t target;   // column in this weight, or negative
 };
 
@@ -25,7 +25,7 @@ inline DeltaRow delta_row(const HeadArgs& args, const double* state /* [7, N] */
           args.targets[row] - args.vocab_start};
 }
 
-// z[0, width) -> delta, in place; zero from width up to a whole vector. `tile` is the column of z[0].
+// Turns z[0, width) into delta in place; pads the last vector with zeros. `tile` is the column of z[0].
 inline void to_delta(const DeltaRow& row, const Transform& transform, int64_t tile, int width, float* z) {
   const int64_t target = row.target - tile;
   const bool here = target >= 0 && target < width;
@@ -37,7 +37,7 @@ inline void to_delta(const DeltaRow& row, const Transform& transform, int64_t ti
     Vec delta = exp_above<kShift>(x, kLowest) * row.term;
     if (transform.capped) {
       const Vec t = logits * inverse;
-      delta = delta == 0 ? Vec{} : delta * (1.0f - t * t);  // of an absent logit t is not finite
+      delta = delta == 0 ? Vec{} : delta * (1.0f - t * t);  // t is not finite for an absent logit
     }
     store(z + i, delta);
   }
@@ -47,10 +47,10 @@ inline void to_delta(const DeltaRow& row, const Transform& transform, int64_t ti
   }
 }
 
-// A row that pads a panel: its delta is zero.
+// A row that pads a panel, with zero delta.
 inline DeltaRow padding_row() { return {INFINITY, 0, 0, 0, -1}; }
 
-// delta [rows, kTile] of one tile: product, transform, delta. `rows` is a multiple of kPanelRows.
+// Computes delta [rows, kTile] of one tile. `rows` is a multiple of kPanelRows.
 inline void delta_tile(const HeadArgs& args, const Inner& inner, const Transform& transform, const DeltaRow* delta_rows,
                        int64_t rows, const float* hidden /* packed panels */, int64_t tile, int width,
                        float* weights /* [kTile, depth] */, float* delta /* [rows, kTile] */) {

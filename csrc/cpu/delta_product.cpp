@@ -1,5 +1,5 @@
-// delta values: attention with the vocabulary as keys and the rows of `values` as values, the logits never held; or, where
-// values are unit vectors with signs, delta hashed to places, an addition for each entry instead of a product.
+// The product delta values: attention with the vocabulary as keys and the rows of `values` as values, without
+// materializing the logits. If values are signed unit vectors, delta is hashed to places: one addition per entry.
 #include "delta.h"
 #include "isa.h"
 #include "values.h"
@@ -7,9 +7,9 @@
 namespace acqcore::ACQCORE_ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 28 * kVectorRows;  // at most: delta of 224 x 384 floats in L2
+constexpr int64_t kBlockRows = 28 * kVectorRows;  // maximum: delta of 224 x 384 floats in L2
 
-// Scratch of one thread.
+// Per-thread scratch.
 struct Workspace {
   float* hidden;   // [block_rows / kPanelRows, units, kPanelRows]
   float* weights;  // [kTile, depth]
@@ -20,7 +20,7 @@ struct Workspace {
   DeltaRow* rows;  // [block_rows]
 };
 
-// Adds each entry of delta [count, width] to its place in ws.out [count, columns], or takes it off.
+// Adds each entry of delta [count, width] to its place in ws.out [count, columns], or subtracts it.
 void add_places(const int32_t* places, int64_t count, int width, int64_t columns, const Workspace& ws) {
   for (int64_t i = 0; i < count; ++i) {
     const float* delta = ws.delta + i * kTile;

@@ -1,4 +1,4 @@
-// Which instruction sets exist, which this processor has, which one is used.
+// Lists the known instruction sets, detects those this processor supports, and selects the best.
 #include <string.h>
 
 #include "isa.h"
@@ -40,10 +40,10 @@ bool has_v4() {
 }
 bool has_v4_bf16() { return has_v4() && __builtin_cpu_supports("avx512bf16"); }
 
-// Linux lends tile registers to a process that asks, its threads and those of its future included.
+// Linux grants tile registers on request, to all current and future threads of the process.
 bool lent_tiles() {
 #if defined(__linux__)
-  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // of leaf 7's edx
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // in edx of leaf 7
   constexpr long kAsk = 0x1023, kTileData = 18;            // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBf16) && (edx & kTiles) &&

@@ -1,4 +1,4 @@
-// Dropout on hidden states, applied to packed panels: masks are found again from their counters, never stored.
+// Dropout on hidden states, applied to packed panels. Masks are recomputed from their counters, never stored.
 #pragma once
 #include "../philox.h"
 #include "isa.h"
@@ -6,9 +6,9 @@
 
 namespace acqcore::ACQCORE_ISA {
 
-constexpr int kCounters = 16;  // evaluated side by side: the compiler makes vectors of them
+constexpr int kCounters = 16;  // evaluated together, so that the compiler vectorizes them
 
-// keep[0, n): whether units [0, n) of one row survive draw `draw` at `site`; a unit is a column, or a block of columns.
+// keep[0, n): whether units [0, n) of a row survive draw `draw` at `site`; a unit is a column or a block of columns.
 inline void keep_units(const Dropout& dropout, int64_t row, int draw, int site, int64_t n, bool* keep) {
   const uint32_t position = static_cast<uint32_t>(dropout.positions[row]);
   const uint32_t sample = static_cast<uint32_t>(dropout.samples[row]);
@@ -25,9 +25,9 @@ inline void keep_units(const Dropout& dropout, int64_t row, int draw, int site, 
   }
 }
 
-// One row of a panel under a mask of columns, as many as the units hold; dropped ones become 0.
-inline void mask_row(const float* panel /* of `units` */, int row, const bool* keep, int64_t units, bool pairs,
-                     float* out /* likewise */) {
+// Applies a mask, one entry per column, to one row of a panel; dropped columns become 0.
+inline void mask_row(const float* panel /* `units` deep */, int row, const bool* keep, int64_t units, bool pairs,
+                     float* out /* `units` deep */) {
   for (int64_t u = 0; u < units; ++u) {
     const int64_t place = panel_place(u, row);
     uint32_t bits;

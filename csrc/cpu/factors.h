@@ -1,5 +1,5 @@
-// The fold, and the factors exp(z - m) cap' 2^40 of a tile beside it, for sums over the vocabulary that are kept
-// unnormalised: relative to a reference m that is the largest logit so far, and rescaled when it rises.
+// Folds a tile and produces its factors exp(z - m) cap' 2^40, for unnormalized sums over the vocabulary. The reference
+// m is the largest logit so far; sums are rescaled when it rises.
 #pragma once
 #include <math.h>
 
@@ -8,8 +8,8 @@
 
 namespace acqcore::ACQCORE_ISA {
 
-// Folds z[0, n) and leaves its factors, which may be z itself where there is no softcap. The reference outlives `lanes`,
-// which begin anew with each split. Returns what sums relative to the reference before are to be multiplied with.
+// Folds z[0, n) and writes its factors; `factors` may be z if there is no softcap. The reference outlives `lanes`,
+// which restart with each split. Returns the factor for sums relative to the previous reference.
 inline float fold_factors(const Transform& transform, const float* z, int n, int64_t base, LaneState& lanes,
                           float& reference, float* factors /* [n] */) {
   fold<true>(z, n, base, lanes, factors);

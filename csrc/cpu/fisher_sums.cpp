@@ -1,13 +1,13 @@
-// Row statistics, and what random cotangents of the logits carried back through the head follow from (fisher.py): sums
-// over the vocabulary of e cap' W and of sqrt(e) r cap' W for each probe's signs r, e = exp(z - max), the logits never
-// held.
+// Row statistics, and the sums from which random cotangents of the logits, pulled back through the head, follow
+// (fisher.py): over the vocabulary, sums of e cap' W and, for each probe's signs r, of sqrt(e) r cap' W with
+// e = exp(z - max). The logits are never materialized.
 //
-// For each tile of the vocabulary a block folds the logits, forms the factors e cap' and sqrt(e) r cap', and adds each
-// times the tile's weights to sums of its own, values.h. The sums leave out the largest logit so far, the top; when it
-// rises they are rescaled, and the former top joins them. Signs are the bits of Philox words, recomputed a tile at a
-// time: 128 columns a counter. Beside weights of bfloat16 tile registers take sqrt(e) rounded to it, in sums with and
-// without W alike, so that a cotangent still adds up to 0: its entries change by 0.1 %, what is expected of their squares
-// by 1e-6, and half of the products are saved.
+// For each tile of the vocabulary a block folds the logits, forms the factors e cap' and sqrt(e) r cap', and adds their
+// products with the tile's weights to separate sums (values.h). The sums exclude the largest logit so far, the top;
+// when it rises, they are rescaled and the former top joins them. Signs are bits of Philox words, recomputed per tile:
+// 128 columns per counter. With bfloat16 weights, tile registers use sqrt(e) rounded to bfloat16, in sums with and
+// without W alike, so that a cotangent still adds up to 0: its entries change by 0.1 %, the expectation of their
+// squares by 1e-6, and half of the products are saved.
 #include "../philox.h"
 #include "fold.h"
 #include "isa.h"
@@ -17,18 +17,18 @@ namespace acqcore::ACQCORE_ISA {
 namespace {
 
 constexpr int64_t kMaxSplits = 32;               // as in row_stats.cpp: float32 suffices for a split
-constexpr int64_t kBlockRows = 32 * kVectorRows;  // at most: 4 probes take 5 MB a thread; half as many rows are 15 % slower
-constexpr float kLowestRoot = -87.0f;            // below, exp is taken as 0: 1e-38
-constexpr int kWords = kTile / 32 + 4;           // of a tile's signs, up to the counter that holds its last
+constexpr int64_t kBlockRows = 32 * kVectorRows;  // maximum: 4 probes use 5 MB a thread; half as many are 15 % slower
+constexpr float kLowestRoot = -87.0f;            // below this, exp (1e-38) is rounded to 0
+constexpr int kWords = kTile / 32 + 4;           // words of a tile's signs, up to the end of the last counter
 static_assert(kTile % 32 == 0, "a tile begins with a word of signs");
 
-// The largest logit of a row so far: what its sums are relative to, and leave out.
+// The largest logit of a row so far: the reference of its sums, which exclude it.
 struct Top {
   float logit;
   int64_t column;  // in this weight; -1 before the first finite logit
 };
 
-// Scratch of one thread.
+// Per-thread scratch.
 struct Workspace {
   float* hidden;   // [block_rows / kPanelRows, units, kPanelRows]
   float* weights;  // [kTile / kPanelColumns, depth, kPanelColumns]
@@ -41,7 +41,7 @@ struct Workspace {
   RowState* states;   // [block_rows]
 };
 
-// Words of the signs of columns [tile, tile + kTile): bit i of word w is that of column tile + 32 w + i.
+// Sign words of columns [tile, tile + kTile): bit i of word w belongs to column tile + 32 w + i.
 void sign_words(const FisherSumsArgs& args, int64_t row, int probe, int64_t tile, uint32_t* words /* [kWords] */) {
   const int64_t first = tile / 32, last = first + kTile / 32;
   for (int64_t group = first / 4; group * 4 < last; ++group) {
@@ -55,7 +55,7 @@ void sign_words(const FisherSumsArgs& args, int64_t row, int probe, int64_t tile
   }
 }
 
-// x with its sign bit set where the lane's bit of `word`, from bit `shift` on, is 0.
+// Sets the sign bit of x in every lane i whose bit `shift` + i of `word` is 0.
 inline Vec with_signs(Vec x, uint32_t word, int shift) {
   IntVec lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -64,7 +64,7 @@ inline Vec with_signs(Vec x, uint32_t word, int shift) {
   return (Vec)((IntVec)x ^ negative);
 }
 
-// 1 or -1 for one column.
+// The sign, 1 or -1, of one column.
 float sign_of(const FisherSumsArgs& args, int64_t row, int probe, int64_t column) {
   uint32_t words[4];
   mask_words(args.seed, static_cast<uint32_t>(column / 128), static_cast<uint32_t>(args.positions[row]),
@@ -72,7 +72,7 @@ float sign_of(const FisherSumsArgs& args, int64_t row, int probe, int64_t column
   return words[column / 32 % 4] >> (column % 32) & 1 ? 1.0f : -1.0f;
 }
 
-// Moves a row's sums from `top` to a larger logit; `top` joins them as a column like any other.
+// Rebases a row's sums from `top` to a larger logit; `top` joins them as an ordinary column.
 void raise(const FisherSumsArgs& args, const Transform& transform, int64_t row, const Top& top, float largest,
            int64_t probe_stride, float* sums /* [probes + 1, columns], probe_stride apart */) {
   if (top.column < 0) return;  // nothing was added yet
@@ -102,12 +102,12 @@ void raise(const FisherSumsArgs& args, const Transform& transform, int64_t row, 
   args.squares[row] = (args.squares[row] + squares * slope * slope) * e;
 }
 
-// Logits z[0, width) of a row -> the factors of e and of each probe, in place for e; zero from width up to a vector.
+// Turns a row's logits z[0, width) into the factors of e, in place, and of each probe; pads the last vector with zeros.
 void to_factors(const FisherSumsArgs& args, const Transform& transform, int64_t row, int64_t tile, int width,
                 const Top& top, int64_t probe_stride, const float* norms, float* z) {
   const int64_t n = args.head.hidden.rows, skip = top.column - tile;
   const float inverse = transform.capped ? 1 / transform.after : 0;  // z * inverse = tanh
-  float roots[kTile], slopes[kTile];  // 0 past the width, where the transform left -inf
+  float roots[kTile], slopes[kTile];  // 0 past the width, where the logits are -inf
   Vec squares = {};
   for (int i = 0; i < width; i += kLanes) {
     const Vec logits = load(z + i);
@@ -141,7 +141,7 @@ void to_factors(const FisherSumsArgs& args, const Transform& transform, int64_t 
   }
 }
 
-// Squared norms of the weights, once for all blocks: in tiles of bfloat16 they would cost each as much as its product.
+// Squared norms of the weights, computed once: with bfloat16 tiles they would cost each block as much as its product.
 void row_norms(const HeadArgs& head, float* norms /* [V] */) {
   const Matrix& weight = head.weight;
 #pragma omp parallel for num_threads(head.threads)
@@ -158,7 +158,7 @@ void row_norms(const HeadArgs& head, float* norms /* [V] */) {
   }
 }
 
-// Logits of a tile -> folded, then factors; rows whose largest logit rises have their sums moved.
+// Folds the logits of a tile and turns them into factors; rebases the sums of rows whose largest logit rises.
 void fold_tile(const FisherSumsArgs& args, const Transform& transform, const int64_t* rows, int64_t count,
                int64_t block, int64_t columns, int64_t tile, int width, const float* norms /* [V] */,
                const Workspace& ws) {
@@ -184,7 +184,7 @@ void fold_tile(const FisherSumsArgs& args, const Transform& transform, const int
   }
 }
 
-// One task: `count` rows.
+// Runs one task of `count` rows.
 void run_block(const FisherSumsArgs& args, const Inner& inner, const Transform& transform, const int64_t* rows,
                int64_t count, int64_t block, int64_t columns, const float* norms /* [V] */, const Workspace& ws) {
   const HeadArgs& head = args.head;
@@ -235,7 +235,7 @@ bool fisher_sums(const FisherSumsArgs& args) {
   Scratch row_scratch(8 * n), norm_scratch(4 * vectors);
   if (row_scratch.missing() || norm_scratch.missing()) return false;
   int64_t* rows = row_scratch.as<int64_t>();
-  float* norms = norm_scratch.as<float>();  // 0 past the last
+  float* norms = norm_scratch.as<float>();  // padded with 0
   memset(args.squares, 0, 8 * n);
   memset(args.signed_sums, 0, 8 * args.probes * n);
   const int64_t scored = scored_rows(head, rows, [&](int64_t i) {

@@ -1,7 +1,7 @@
 // Folds logits into the state of a row (the algebra of row_stats.py).
 //
-// Sums run in float32 lanes, relative to the largest logit so far, and leave that logit's own term out. They are kept
-// times 2^40 (squares times 2^80), which costs nothing and keeps e^2 clear of subnormals down to e = 1e-31.
+// Sums run in float32 lanes, relative to the largest logit so far, and exclude that logit's own term. They are scaled
+// by 2^40 (squares by 2^80), which costs nothing and keeps e^2 clear of subnormals down to e = 1e-31.
 #pragma once
 #include <math.h>
 
@@ -12,12 +12,12 @@ namespace acqcore::ACQCORE_ISA {
 constexpr int kShift = 40;
 constexpr float kTerm = 0x1p40f;     // the term of a logit equal to the maximum
 constexpr float kTermSq = 0x1p80f;   // its square
-constexpr float kLowest = -110.0f;   // below, exp is taken as 0: 1e-48
+constexpr float kLowest = -110.0f;   // below this, exp (1e-48) is rounded to 0
 
-// A row's sums over one stretch of the vocabulary, in lanes. The stretch is bounded (kStretch) so that float32 suffices.
+// A row's sums over one stretch of the vocabulary, in lanes. kStretch bounds the stretch so that float32 suffices.
 struct LaneState {
-  Vec r, s1, s2, s11;  // scaled sums over all logits but the maximum
-  Vec second;          // lane-wise largest of all logits but the maximum
+  Vec r, s1, s2, s11;  // scaled sums over all logits except the maximum
+  Vec second;          // lane-wise largest of all logits except the maximum
   int64_t index;       // of the maximum
   float max;
   float target;
@@ -41,11 +41,11 @@ inline void clear(LaneState& s) {
 
 inline void clear(RowState& s) { s = {0, 0, 0, 0, -1, -INFINITY, -INFINITY, -INFINITY}; }
 
-// Adds the terms of z[0, n), relative to `max`; `skip` is the position of the maximum itself, if it is among them. With
-// kKeep, `terms` is exp(z - max) 2^40, the maximum's own 0.
+// Adds the terms of z[0, n), relative to `max`. With kSkip, z[skip] is the maximum itself and is left out. With kKeep,
+// `terms` receives exp(z - max) 2^40, and 0 for the maximum.
 template <bool kSkip, bool kKeep>
 inline void add_terms(const float* z, int n, float max, int skip, LaneState& s, float* terms /* [n] */) {
-  Vec r{}, s1{}, s2{}, s11{};  // summed apart and added once, so that small terms do not drown in large sums
+  Vec r{}, s1{}, s2{}, s11{};  // summed separately and added once, so that small terms are not lost in large sums
   for (int i = 0; i < n; i += kLanes) {
     Vec x = load(z + i) - max;
     if constexpr (kSkip) {
@@ -59,13 +59,13 @@ inline void add_terms(const float* z, int n, float max, int skip, LaneState& s, 
     s2 += e * e;
     s11 += ex * x;
   }
-  s.r += r + s1 * 0.0f;  // exp_above may lose a NaN, s1 = e x keeps it
+  s.r += r + s1 * 0.0f;  // exp_above may lose a NaN; s1 = e x propagates it
   s.s1 += s1;
   s.s2 += s2;
   s.s11 += s11;
 }
 
-// Moves the sums to a new maximum; the old one joins them as a term of its own.
+// Rebases the sums to a new maximum; the old maximum joins them as a term.
 inline void rescale(LaneState& s, float max) {
   if (s.max == -INFINITY) {
     s.max = max;
@@ -82,19 +82,19 @@ inline void rescale(LaneState& s, float max) {
   s.s1[0] += term * d;
   s.s11[0] += term * d * d;
   s.s2[0] += term * term;
-  s.second[0] = s.max;  // no smaller than any other second so far
+  s.second[0] = s.max;  // at least as large as any second so far
   s.max = max;
 }
 
-// Folds logits z[0, n) whose first has the vocabulary index `base`. n is a multiple of kLanes; -inf is no token at all.
-// With kKeep, `terms` [n] is exp(z - s.max) 2^40 with the maximum as it is after the call.
+// Folds logits z[0, n), the first of which has vocabulary index `base`. n is a multiple of kLanes; -inf marks an absent
+// token. With kKeep, `terms` [n] receives exp(z - s.max) 2^40, where s.max is the maximum after the call.
 template <bool kKeep = false>
 inline void fold(const float* z, int n, int64_t base, LaneState& s, float* terms = nullptr) {
   Vec top = load(z);
   for (int i = kLanes; i < n; i += kLanes) top = maximum(load(z + i), top);
   const float max = horizontal_max(top);
   if (!(max > s.max)) {
-    if (max == -INFINITY && s.max == -INFINITY) {  // nothing finite yet: only a NaN can matter
+    if (max == -INFINITY && s.max == -INFINITY) {  // nothing finite yet: only a NaN matters
       for (int i = 0; i < n; ++i)
         if (z[i] != z[i]) s.r[0] = z[i];
       if constexpr (kKeep) memset(terms, 0, 4 * n);
@@ -128,8 +128,8 @@ inline RowState reduce(const LaneState& s) {
           s.target};
 }
 
-// Merges a later stretch of the vocabulary into `s`; on equal maxima the earlier index stays. Out of line, so that all
-// operations round alike: where it is inlined decides which of its sums become fused multiply-adds.
+// Merges a later stretch of the vocabulary into `s`; the earlier index wins ties. Not inlined, so that all operations
+// round alike: inlining affects which sums become fused multiply-adds.
 __attribute__((noinline)) inline void merge(RowState& s, const RowState& later) {
   const bool swap = later.max > s.max;
   const RowState high = swap ? later : s;
@@ -142,7 +142,7 @@ __attribute__((noinline)) inline void merge(RowState& s, const RowState& later) 
   }
   const double d = double(low.max) - double(high.max);
   const double c = exp(d);
-  const double n = low.r + 1;  // its maximum joins as a term of its own
+  const double n = low.r + 1;  // includes the term of the lower maximum
   s.s11 += c * (low.s11 + 2 * d * low.s1 + d * d * n);
   s.s1 += c * (low.s1 + d * n);
   s.s2 += c * c * (low.s2 + 1);
@@ -150,7 +150,7 @@ __attribute__((noinline)) inline void merge(RowState& s, const RowState& later) 
   s.second = low.max > high.second ? low.max : high.second;
 }
 
-// Writes a row's state, or NaN for a row that was ignored (`s` null).
+// Writes a row's state, or NaN if `s` is null (an ignored row).
 inline void write_state(const RowState* s, int64_t row, int64_t rows, double* state /* [7, rows] */,
                         int64_t* index /* [rows] */) {
   const double nan = NAN;

@@ -1,9 +1,9 @@
-// Gram matrices of unnormalised probabilities beside the fold, G_st = sum_v f_s[v] f_t[v], a sample each.
+// Per-sample Gram matrices of unnormalized probabilities, G_st = sum_v f_s[v] f_t[v], computed alongside the fold.
 //
-// Every term is positive and relative to the rows' largest logits so far, so that sums in float32 suffice; rows and
-// columns are rescaled when a maximum rises. Only blocks on and above the diagonal are kept. Vectors run along the
-// vocabulary: the factors are multiplied as the fold leaves them, without packing, and 16 sums at a time are reduced by
-// a tree of shuffles. Tile registers multiply factors split into two bfloat16, and add to the Gram where it lies.
+// Every term is positive and relative to the rows' largest logits so far, so float32 sums suffice; rows and columns are
+// rescaled when a maximum rises. Only blocks on and above the diagonal are stored. Vectors run along the vocabulary:
+// the fold's factors are multiplied without packing, and 16 sums at a time are reduced by a tree of shuffles. Tile
+// registers multiply factors split into two bfloat16 and accumulate into the Gram in place.
 #pragma once
 #include <math.h>
 #include <stdlib.h>
@@ -13,23 +13,23 @@
 
 namespace acqcore::ACQCORE_ISA {
 
-constexpr int kGramColumns = 4;  // rows and columns that vectors multiply at a time
+constexpr int kGramColumns = 4;  // rows and columns per vector block
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kGramRows = 4;  // 16 accumulators of 32 registers
+constexpr int kGramRows = 4;  // 16 accumulators in 32 registers
 #else
-constexpr int kGramRows = 2;  // 8 of 16
+constexpr int kGramRows = 2;  // 8 in 16
 #endif
 
-constexpr int kGramStripe = 16;  // rows of factors that stay in L1: 24 KiB of AVX-512
+constexpr int kGramStripe = 16;  // rows of factors that stay in L1: 24 KiB with AVX-512
 
-// Rows above which tile registers multiply a sample's factors. Beside a product of bfloat16 a short sample would leave
-// them empty. Beside one of float32 the product loses 4 % by the height of their panels: statistics with the Gram take 1.20
-// times the statistics at 128 rows (1.17 by vectors), 1.35 at 256 (1.35), 1.4 at 512 (1.7) and 2.6 at 2048 (4.4; one core
-// of a Xeon, D = 576).
+// Number of rows above which tile registers multiply a sample's factors. With a bfloat16 product, shorter samples would
+// leave the tiles mostly empty. With a float32 product, the taller panels cost the product 4 %: statistics with the
+// Gram take 1.20 times as long as without at 128 rows (1.17 with vectors), 1.35 at 256 (1.35), 1.4 at 512 (1.7) and 2.6
+// at 2048 (4.4; one core of a Xeon, D = 576).
 inline int64_t shortest_tiled_gram(bool pairs) { return pairs ? kPanelRows / 2 : 256; }
 
-// A sample's triangle: blocks of `side` rows and columns on and above the diagonal.
+// Layout of a sample's triangle: blocks of `side` rows and columns on and above the diagonal.
 struct GramLayout {
   int64_t side, padded;  // padded: the sample's rows, rounded up to whole blocks
 
@@ -39,18 +39,18 @@ struct GramLayout {
 
   bool tiled() const { return side == kPanelRows; }
 
-  // First element of the blocks of rows [row, row + side); they are [side, padded - row].
+  // Offset of the blocks of rows [row, row + side), stored as [side, padded - row].
   int64_t offset(int64_t row) const { return row * padded - row * (row - side) / 2; }
 
   int64_t elements() const { return offset(padded); }
 
-  // Entry (row, column) of the triangle stands `column` after this.
+  // Offset of a row: entry (row, column) of the triangle is at row(row) + column.
   int64_t row(int64_t row) const {
     const int64_t block = row / side * side;
     return offset(block) + (row - block) * (padded - block) - block;
   }
 
-  // Floats of scratch that add_to_gram takes: factors split in two, as rows and as columns.
+  // Floats of scratch for add_to_gram: split factors, as rows and as columns.
   int64_t scratch() const { return tiled() ? 4 * padded * (kTile / 2) : 0; }
 };
 
@@ -79,7 +79,7 @@ inline void gram_block(const float* left /* [kGramRows, kTile] */, const float* 
   }
 }
 
-// The same in tile registers; scratch holds [panels, 4, kTile / 2, kPanelRows].
+// add_to_gram in tile registers; scratch is [panels, 4, kTile / 2, kPanelRows].
 inline void add_to_gram_by_tiles(const float* factors /* [padded, kTile] */, const GramLayout& layout, int n,
                                  float* gram, float* scratch) {
   const int64_t padded = layout.padded;
@@ -91,7 +91,7 @@ inline void add_to_gram_by_tiles(const float* factors /* [padded, kTile] */, con
     transpose_panel(parts, units, parts + 2 * kPart);
     transpose_panel(parts + kPart, units, parts + 3 * kPart);
   }
-  constexpr int64_t kStripe = 4 * kPanelRows;  // rows that stay in L2 while the others pass by: 192 KiB
+  constexpr int64_t kStripe = 4 * kPanelRows;  // rows kept in L2 while the others stream by: 192 KiB
   for (int64_t stripe = 0; stripe < padded; stripe += kStripe) {
     for (int64_t t = stripe; t < padded; t += kPanelRows) {
       const float* right = scratch + t / kPanelRows * 4 * kPart + 2 * kPart;
@@ -103,7 +103,7 @@ inline void add_to_gram_by_tiles(const float* factors /* [padded, kTile] */, con
   }
 }
 
-// gram += factors factors^T over a tile of n columns. Some rows stay in L1 while the others pass by from L2.
+// gram += factors factors^T over a tile of n columns. A stripe of rows stays in L1 while the others stream from L2.
 inline void add_to_gram(const float* factors /* [padded, kTile] */, const GramLayout& layout, int n, float* gram,
                         float* scratch) {
   if (layout.tiled()) {
@@ -129,7 +129,7 @@ inline int ascending(const void* a, const void* b) {
   return x < y ? -1 : x > y;
 }
 
-// Sorts the columns and drops repetitions; returns how many there are then.
+// Sorts the columns, removes duplicates and returns the number left.
 inline int64_t sort_distinct(int64_t* columns, int64_t count) {
   qsort(columns, count, sizeof(int64_t), ascending);
   int64_t distinct = 0;
@@ -139,7 +139,7 @@ inline int64_t sort_distinct(int64_t* columns, int64_t count) {
   return distinct;
 }
 
-// Place of the first of the ascending columns that is at least `least`.
+// Index of the first of the ascending columns that is at least `least`.
 inline int64_t lower_bound(const int64_t* columns, int64_t count, int64_t least) {
   int64_t low = 0, high = count;
   while (low < high) {
@@ -153,7 +153,7 @@ inline int64_t lower_bound(const int64_t* columns, int64_t count, int64_t least)
   return low;
 }
 
-// Rows and columns of the Gram times `scale` [padded].
+// Scales the rows and columns of the Gram by `scale` [padded].
 inline void rescale_gram(const float* scale, const GramLayout& layout, float* gram) {
   for (int64_t s = 0; s < layout.padded; ++s) {
     float* row = gram + layout.row(s);

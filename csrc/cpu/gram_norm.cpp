@@ -1,8 +1,8 @@
-// Norms of per-sample head gradients from Gram matrices kept beside the statistics: ||sum_t w_t delta_t h_t^T||^2 =
+// Norms of per-sample head gradients from Gram matrices computed with the statistics: ||sum_t w_t delta_t h_t^T||^2 =
 // sum_st <h_s, h_t> (c_s c_t products_st + sum_u delta_s[u] delta_t[u]), u over the sample's distinct targets.
 //
-// A task is a sample. The logits of its targets' columns are products again, at most T of V columns; their deltas are
-// exact as in delta.h, and form a Gram of their own (gram.h). <h_s, h_t> is contracted block by block as it is formed.
+// A task is a sample. The logits of its targets' columns, at most T of V, are recomputed; their deltas are exact as in
+// delta.h and form a Gram of their own (gram.h). <h_s, h_t> is contracted block by block as it is computed.
 #include "gram.h"
 #include "isa.h"
 #include "parallel.h"
@@ -13,19 +13,19 @@ namespace {
 // A row of a sample.
 struct Row {
   int64_t number;
-  int64_t place;     // of its target among the sample's distinct ones, -1 where that is not in this weight
+  int64_t place;     // of its target among the sample's distinct ones, -1 if not in this weight
   bool top;          // the target is the largest logit
   float max;         // over the vocabulary
   float e_scale;     // weight slope / (Z 2^40), for exp_above<40>
-  float at_target;   // -R / Z weight slope where the target is the maximum, else what is added to the target's p
+  float at_target;   // -R / Z weight slope if the target is the maximum, else added to the target's p
   double product_scale;
 };
 
-// Scratch of one thread, for the longest sample.
+// Per-thread scratch, sized for the longest sample.
 struct Workspace {
   Row* rows;          // [padded]
   int64_t* columns;   // [padded], distinct targets in this weight, ascending
-  float* bias;        // [kTile], of the columns of a tile
+  float* bias;        // [kTile], of a tile's columns
   float* hidden;      // [padded / kPanelRows, units, kPanelRows]
   float* right;       // [units, kPanelColumns]
   float* delta;       // [padded, kTile]
@@ -42,7 +42,7 @@ void multiply(const Inner& inner, const float* left, const float* right, float* 
   }
 }
 
-// Logits of one row at the columns of a tile -> delta times weight, in place; zero from width up to a whole vector.
+// Turns a row's logits at a tile's columns into delta times weight, in place; pads the last vector with zeros.
 void to_delta(const Row& row, const Transform& transform, int64_t tile, int width, float* z) {
   const int64_t place = row.place - tile;
   const bool here = place >= 0 && place < width;
@@ -52,12 +52,12 @@ void to_delta(const Row& row, const Transform& transform, int64_t tile, int widt
     const Vec t = load(z + i) * inverse;
     Vec x = load(z + i) - row.max;
     const Vec delta = exp_above<kShift>(x, kLowest) * row.e_scale;
-    store(z + i, delta == 0 ? Vec{} : delta * (1.0f - t * t));  // of an absent logit t is not finite
+    store(z + i, delta == 0 ? Vec{} : delta * (1.0f - t * t));  // t is not finite for an absent logit
   }
   if (here) z[place] = (row.top ? 0 : z[place]) + row.at_target * (1 - at_place * at_place);
 }
 
-// Gram of the deltas at the sample's targets, in ws.gram.
+// Computes the Gram of the deltas at the sample's targets into ws.gram.
 void special_gram(const GramNormArgs& args, const Inner& inner, const Workspace& ws, int64_t count,
                   int64_t column_count) {
   const HeadArgs& head = args.head;

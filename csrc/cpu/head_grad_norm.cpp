@@ -1,8 +1,8 @@
-// Norms of per-sample head gradients G = sum_t delta_t h_t^T (weights inside delta), in the form for long samples.
+// Norms of per-sample head gradients G = sum_t delta_t h_t^T (weights included in delta), in the form for long samples.
 //
-// A task is a group of samples times a range of the vocabulary. For each tile it forms delta exactly (delta.h), then the
-// tile's rows of G, a tile x D product of each sample, and adds up their squares at once. The shares, one double per
-// sample and range, are added in order: nothing depends on threads or on other samples.
+// A task is a group of samples times a range of the vocabulary. For each tile it forms delta exactly (delta.h), then
+// the tile's rows of G, a tile x D product per sample, and immediately adds up their squares. The shares, one double
+// per sample and range, are added in order, so results do not depend on threads or on other samples.
 #include "delta.h"
 #include "isa.h"
 #include "parallel.h"
@@ -15,24 +15,24 @@ constexpr int64_t kGroupRows = 256;  // samples are grouped until they have this
 
 // One sample of a group.
 struct Sample {
-  const int64_t* rows;  // its scored rows
-  int64_t count;        // of them
+  const int64_t* rows;  // scored rows
+  int64_t count;        // number of scored rows
   int64_t first;        // its first row among the group's panels
-  float* keys;          // h as panels [count, kPanelColumns], a column of ones last where there is a bias
+  float* keys;          // h as panels [count, kPanelColumns]; with a bias, the last column is ones
 
   int64_t padded() const { return ceil_div(count, kPanelRows) * kPanelRows; }
 };
 
-// Scratch of one thread, for the largest group.
+// Per-thread scratch, sized for the largest group.
 struct Workspace {
   float* hidden;   // packed panels [rows / kPanelRows, units, kPanelRows]
   float* weights;  // [kTile, depth]
-  float* delta;    // [rows, kTile], and a panel's rows beyond
+  float* delta;    // [rows, kTile], and one more row that panels may read
   float* keys;     // of all samples
   DeltaRow* delta_rows;
 };
 
-// What a group needs of a workspace.
+// The workspace sizes that a group needs.
 struct Size {
   int64_t rows = 0, keys = 0;
 
@@ -63,7 +63,7 @@ void fill_keys(const HeadArgs& head, const Sample& sample) {
   }
 }
 
-// Squared norm of this tile's rows of G.
+// Squared norm of the tile's rows of G.
 double share_of_tile(const HeadArgs& head, const Sample& sample, int width, const Workspace& ws) {
   const float* delta = ws.delta + sample.first * kTile;
   float block[kPanelRows * kPanelColumns];
@@ -72,7 +72,7 @@ double share_of_tile(const HeadArgs& head, const Sample& sample, int width, cons
     for (int v = 0; v < width; v += kPanelRows) {
       panel_product<false, ByColumns<kTile>>(delta + v, sample.keys + j * sample.count, sample.count, false, block,
                                              kPanelColumns);
-      const int present = static_cast<int>(lesser(kPanelRows, width - v));  // the rest are not columns of this tile
+      const int present = static_cast<int>(lesser(kPanelRows, width - v));  // the rest lie beyond the tile
       Vec sum{};
       for (int i = 0; i < present * kPanelColumns; i += kLanes) sum += load(block + i) * load(block + i);
       share += horizontal_sum(sum);
@@ -81,10 +81,10 @@ double share_of_tile(const HeadArgs& head, const Sample& sample, int width, cons
   return share;
 }
 
-// One task: samples [begin, end) against columns [first, last) of the vocabulary.
+// Runs one task: samples [begin, end) against columns [first, last) of the vocabulary.
 void run_task(const HeadGradNormArgs& args, const Inner& inner, const Transform& transform, const int64_t* rows,
               const int64_t* bounds, int64_t begin, int64_t end, int64_t first, int64_t last, const Workspace& ws,
-              Sample* samples, double* shares /* [samples, kRanges], of this range */) {
+              Sample* samples, double* shares /* [samples, kRanges], from this range on */) {
   const HeadArgs& head = args.head;
   int64_t total = 0;
   float* keys = ws.keys;
@@ -121,8 +121,8 @@ bool head_grad_norm(const HeadGradNormArgs& args) {
   if (args.samples == 0) return true;
   Scratch list_scratch(8 * (head.hidden.rows + 3 * args.samples + 2));
   if (list_scratch.missing()) return false;
-  int64_t* rows = list_scratch.as<int64_t>();      // scored rows, sample by sample
-  int64_t* bounds = rows + head.hidden.rows;       // [samples + 1], of each sample in `rows`
+  int64_t* rows = list_scratch.as<int64_t>();      // scored rows by sample
+  int64_t* bounds = rows + head.hidden.rows;       // [samples + 1], each sample's range in `rows`
   int64_t* groups = bounds + args.samples + 1;     // [group_count + 1], first sample of each group
   int64_t scored = 0, group_count = 0, most = 1;
   Size size, group;

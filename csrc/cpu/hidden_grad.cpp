@@ -1,8 +1,8 @@
-// Row statistics and sum_v exp(z_v - m) cap'_v W_v over all columns but the target, from which dL/dh follows: attention
-// with the vocabulary as keys and values, the logits never held.
+// Row statistics and sum_v exp(z_v - m) cap'_v W_v over all columns except the target, from which dL/dh follows:
+// attention with the vocabulary as keys and values, without materializing the logits.
 //
-// For each tile of the vocabulary a block folds the logits and keeps their factors, values.h; rows of its sums are
-// rescaled when their reference rises.
+// For each tile of the vocabulary a block folds the logits and adds their factors times the weights to its sums
+// (values.h); a row's sums are rescaled when its reference rises.
 #include "factors.h"
 #include "isa.h"
 #include "values.h"
@@ -11,9 +11,9 @@ namespace acqcore::ACQCORE_ISA {
 namespace {
 
 constexpr int64_t kMaxSplits = 32;               // as in row_stats.cpp: float32 suffices for a split
-constexpr int64_t kBlockRows = 64 * kVectorRows;  // at most; a tile's weights are packed once for them
+constexpr int64_t kBlockRows = 64 * kVectorRows;  // maximum; a tile's weights are packed once per block
 
-// Scratch of one thread.
+// Per-thread scratch.
 struct Workspace {
   float* hidden;      // [block_rows / kPanelRows, units, kPanelRows]
   float* weights;     // [kTile / kPanelColumns, depth, kPanelColumns]
@@ -26,12 +26,12 @@ struct Workspace {
   RowState* states;   // [block_rows]
 };
 
-// Logits of a tile -> factors, folded; `whole` rows are count rounded up to panels.
+// Folds the logits of a tile and turns them into factors; `whole` is count rounded up to whole panels.
 void fold_tile(const HiddenGradArgs& args, const Inner& inner, const Transform& transform, const int64_t* rows,
                int64_t count, int64_t whole, int64_t columns, int64_t tile, int width, const Workspace& ws) {
   const HeadArgs& head = args.head;
   const int n = static_cast<int>(ceil_div(width, kLanes) * kLanes);
-  float copy[kTile];  // of a row's logits, which the cap's derivative takes
+  float copy[kTile];  // a row's logits, needed for the cap's derivative
   for (int64_t k0 = 0; k0 < inner.units || k0 == 0; k0 += inner.depth) {
     const int64_t k = lesser(inner.depth, inner.units - k0);
     pack_weights(head.weight, inner, tile, width, k0, k, ws.weights);
@@ -58,7 +58,7 @@ void fold_tile(const HiddenGradArgs& args, const Inner& inner, const Transform& 
   }
 }
 
-// One task: `count` rows.
+// Runs one task of `count` rows.
 void run_block(const HiddenGradArgs& args, const Inner& inner, const Transform& transform, const int64_t* rows,
                int64_t count, int64_t columns, const Workspace& ws) {
   const HeadArgs& head = args.head;

@@ -1,8 +1,8 @@
 // The operations of the cpu backend and the instruction sets they are compiled for.
 //
-// Every algorithm is written once. CMake compiles it once per instruction set, in a namespace of that name, and
-// dispatch.cpp picks a table at run time. Code in those namespaces uses no std:: templates: the linker keeps one copy of
-// an inline function, and it might keep the one that an older processor cannot run.
+// CMake compiles every algorithm once per instruction set, in a namespace of that name, and dispatch.cpp picks a table
+// at run time. Code in those namespaces uses no std:: templates: the linker keeps only one copy of an inline function,
+// possibly one that an older processor cannot run.
 #pragma once
 #include <cstdint>
 
@@ -23,15 +23,15 @@ struct HeadArgs {
   int64_t vocab_start;
 };
 
-// Gram matrices of samples, sum_v f_s[v] f_t[v] as backends/base.py defines them; without samples, none.
+// Gram matrices of samples, sum_v f_s[v] f_t[v] as defined in backends/base.py; none if samples is 0.
 struct GramArgs {
-  const int64_t* bounds;  // [samples, 2], begin and end, ascending
+  const int64_t* bounds;  // [samples, 2], begin and end rows, ascending
   int64_t samples;
   float* products;        // [sum T_i^2], written
 };
 
 struct RowStatsArgs {
-  HeadArgs head;   // with targets where there are samples
+  HeadArgs head;   // with targets if there are samples
   GramArgs gram;
   double* state;   // [7, N], written; rows as STATE_ROWS in row_stats.py
   int64_t* index;  // [N], written
@@ -46,13 +46,13 @@ struct LogitStatsArgs {
   int64_t* index;  // [N], written
 };
 
-// Squared norms of the samples' head gradients from their Grams, the bias's included where there is one.
+// Squared norms of the samples' head gradients, including the bias's, from their Grams.
 struct GramNormArgs {
   HeadArgs head;            // with targets
   const double* state;      // [7, N], over the whole vocabulary
-  const int64_t* index;     // [N], likewise
+  const int64_t* index;     // [N], over the whole vocabulary
   GramArgs gram;            // filled
-  const double* local_max;  // [N], what the Grams are relative to
+  const double* local_max;  // [N], the maxima that the Grams are relative to
   const double* weights;    // [N]
   double* squared;          // [samples], written
 };
@@ -65,37 +65,37 @@ struct HiddenGradArgs {
   float* out;      // [N, D], written
 };
 
-// delta values, or delta hashed to n places; delta [N, V] as in head_grad.py, zero in ignored rows.
+// The product delta values, or delta hashed to n places; delta [N, V] as in head_grad.py, zero in ignored rows.
 struct DeltaProductArgs {
   HeadArgs head;          // with targets
   const double* state;    // [7, N], of row_stats for the same head
-  const int64_t* index;   // [N], likewise
-  Matrix values;          // [V, n]; not read where there are places
-  const int32_t* places;  // [V] or null: column v is added to place p, or taken from place ~p where it is negative
+  const int64_t* index;   // [N], of the same call
+  Matrix values;          // [V, n]; not read with places
+  const int32_t* places;  // [V] or null: column v is added to place p, or subtracted from place ~p if p is negative
   int64_t columns;        // n
   float* out;             // [N, n], written
 };
 
-// The state of RowStatsArgs, and sums over the vocabulary that random cotangents of the logits follow from; those are
+// The state of RowStatsArgs, and the sums over the vocabulary that give random cotangents of the logits; the sums are
 // zero in ignored rows.
 struct FisherSumsArgs {
   HeadArgs head;             // with targets
   double* state;             // [7, N], written
   int64_t* index;            // [N], written
   int probes;                // P
-  uint64_t seed;             // of the signs
+  uint64_t seed;             // for the signs
   const int64_t* samples;    // [N]
   const int64_t* positions;  // [N], in the sample
-  float* sums;               // [P + 1, N, D], written: of e cap' W, then of sqrt(e) r cap' W for each probe
-  double* signed_sums;       // [P, N], written: of sqrt(e) r
-  double* squares;           // [N], written: of e cap'^2 |W|^2
+  float* sums;               // [P + 1, N, D], written: sums of e cap' W, then of sqrt(e) r cap' W for each probe
+  double* signed_sums;       // [P, N], written: sums of sqrt(e) r
+  double* squares;           // [N], written: sums of e cap'^2 |W|^2
 };
 
-// Squared norms of each sample's head gradient, sum_t weights_t delta_t h_t^T, the bias's included where there is one.
+// Squared norms of each sample's head gradient, sum_t weights_t delta_t h_t^T, including the bias's.
 struct HeadGradNormArgs {
   HeadArgs head;           // with targets
   const double* state;     // [7, N], of row_stats for the same head
-  const int64_t* index;    // [N], likewise
+  const int64_t* index;    // [N], of the same call
   const int64_t* bounds;   // [samples, 2], begin and end
   int64_t samples;
   const double* weights;  // [N]
@@ -108,10 +108,10 @@ enum class Draws {
   kBlock,    // dropout of blocks of columns
 };
 
-// Dropout that makes the draws: a unit is kept where its random word (philox.h) is at least `threshold`.
+// Dropout that generates the draws: a unit is kept if its random word (philox.h) is at least `threshold`.
 struct Dropout {
   Draws form;
-  int64_t block;       // columns that drop together, the last block may be short
+  int64_t block;       // columns that drop together; the last block may be shorter
   uint32_t threshold;  // floor(p 2^32)
   float inverse_keep;  // 1 / (1 - p)
   uint64_t seed;
@@ -121,29 +121,29 @@ struct Dropout {
 
 // Statistics of K softmax rows and of their mean, for each of N rows.
 struct MixtureStatsArgs {
-  HeadArgs head;               // hidden [N, D], or [K * N, D] draw by draw where they are given; targets [N]
+  HeadArgs head;               // hidden [N, D], or [K * N, D] draw by draw for Draws::kGiven; targets [N]
   int64_t rows;                // N
   int draws;                   // K
   Dropout dropout;
-  int members;                 // heads: 1, or K for draws with heads of their own
+  int members;                 // number of heads: 1, or K if every draw has its own
   const Matrix* weights;       // [members], each [V, D]
   const float* const* biases;  // [members], each [V] or null
   double* state;               // [6, N], written; rows as STATE_ROWS in bayes.py
   int64_t* votes;              // [K, N], written: each draw's largest logit
 };
 
-// The masks of every draw at one site of the model; 0 is the last hidden state, whose masks mixture_stats finds itself.
+// The masks of every draw at one site of the model. Site 0 is the last hidden state, masked by mixture_stats itself.
 struct DropoutMaskArgs {
   int threads;
   Dropout dropout;
   int site;
   int64_t rows;
   int draws;
-  int64_t units;  // columns, or blocks of them
+  int64_t units;  // columns or blocks
   bool* keep;     // [draws, rows, units], written
 };
 
-// One instruction set's operations. Each returns false if scratch memory could not be had.
+// The operations of one instruction set. Each returns false if scratch memory cannot be allocated.
 struct Operations {
   bool (*row_stats)(const RowStatsArgs&);
   bool (*logit_stats)(const LogitStatsArgs&);

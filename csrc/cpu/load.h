@@ -1,4 +1,4 @@
-// Reads a stretch of a matrix row as 4-byte units: float32 whatever the dtype, or pairs of bfloat16.
+// Reads part of a matrix row as 4-byte units: float32, converted from any dtype, or pairs of bfloat16.
 #pragma once
 #include "matrix.h"
 #include "simd.h"
@@ -13,7 +13,7 @@ inline float from_bits(uint32_t bits) {
 
 inline float from_bf16(uint16_t x) { return from_bits(uint32_t(x) << 16); }
 
-// Multiplying by 2^112 moves the exponent's bias and normalises subnormals; infinities and NaN get theirs by hand.
+// Multiplying by 2^112 adjusts the exponent bias and normalizes subnormals; infinities and NaN are handled separately.
 inline float from_fp16(uint16_t x) {
   const uint32_t magnitude = x & 0x7fffu;
   const float scaled = from_bits(magnitude << 13) * 0x1p112f;
@@ -32,7 +32,7 @@ inline void load_as_float(const T* source, int64_t stride, int64_t n, float* out
   }
 }
 
-// Columns [begin, begin + n) of a row, as float32.
+// Loads columns [begin, begin + n) of a row as float32.
 inline void load_floats(const Matrix& m, int64_t row, int64_t begin, int64_t n, float* out /* [n] */) {
   const int64_t offset = row * m.row_stride + begin * m.column_stride;
   const int64_t stride = m.column_stride;
@@ -50,7 +50,7 @@ inline void load_floats(const Matrix& m, int64_t row, int64_t begin, int64_t n, 
   }
 }
 
-// Columns [begin, begin + n) of a 16-bit row as they are; what the row lacks, or all of an absent one, is 0.
+// Loads columns [begin, begin + n) of a 16-bit row unconverted; columns past its end, or of an absent row, are 0.
 inline void load_bits(const Matrix& m, int64_t row, bool present, int64_t begin, int64_t n, uint16_t* out /* [n] */) {
   const uint16_t* source = static_cast<const uint16_t*>(m.data) + row * m.row_stride + begin * m.column_stride;
   int64_t there = present ? m.columns - begin : 0;
@@ -63,7 +63,7 @@ inline void load_bits(const Matrix& m, int64_t row, bool present, int64_t begin,
   for (int64_t i = there; i < n; ++i) out[i] = 0;
 }
 
-// Pairs [begin, begin + n) of a bfloat16 row, two neighbouring columns each; what the row lacks is 0.
+// Loads pairs [begin, begin + n) of a bfloat16 row, two adjacent columns each; columns past its end are 0.
 inline void load_pairs(const Matrix& m, int64_t row, int64_t begin, int64_t n, float* out /* [n] */) {
   const uint16_t* source = static_cast<const uint16_t*>(m.data) + row * m.row_stride;
   int64_t whole = m.columns / 2 - begin;

@@ -1,4 +1,4 @@
-// Row statistics of logits that already exist: one read of them, rows over threads.
+// Row statistics of materialized logits, read once; rows are distributed over threads.
 #include "fold.h"
 #include "isa.h"
 #include "load.h"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kBlock = 1024;  // logits folded at a time, in L1
 
-// Folds columns [begin, begin + n) of a row; `buffer` holds them where they are not plain float32 in memory.
+// Folds columns [begin, begin + n) of a row, converted into `buffer` unless they are contiguous float32 in memory.
 inline void fold_block(const LogitStatsArgs& args, int64_t row, int64_t begin, int n, float* buffer /* [kBlock] */,
                        LaneState& lanes) {
   const Matrix& m = args.logits;

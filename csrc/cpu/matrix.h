@@ -1,4 +1,4 @@
-// A strided matrix somewhere in memory, as Python hands it over. No ownership.
+// A non-owning strided matrix, as passed from Python.
 #pragma once
 #include <cstdint>
 

@@ -1,13 +1,13 @@
-// Statistics of a mixture of K softmax rows (MC dropout, or ensembles) without the [N, K, V] logits.
+// Statistics of a mixture of K softmax rows (MC dropout or ensembles) without materializing the [N, K, V] logits.
 //
-// The entropy of the mean distribution needs every draw's normaliser first, so the vocabulary is visited twice: the first
-// visit folds each draw's logits into its row state (fold.h), the second forms the mean distribution. Where the
-// product is taken K times, the first visit keeps its logits for a chunk of rows in a bounded scratch; the block form,
-// whose product is taken once for all draws, takes it again. Measured at N=1024, D=576, V=49152, K=8 in times of a bare
-// hidden W^T: element 3.9 kept, 7.0 taken again; block 1.9 kept, 1.55 taken again.
+// The entropy of the mean distribution needs every draw's normalizer first, so the vocabulary is visited twice: the
+// first pass folds each draw's logits into its row state (fold.h), the second forms the mean distribution. If the
+// product is computed K times, the first pass keeps its logits for a chunk of rows in bounded scratch; the block form,
+// which computes one product for all draws, recomputes it. Measured at N=1024, D=576, V=49152, K=8, in multiples of a
+// bare hidden W^T: element 3.9 kept, 7.0 recomputed; block 1.9 kept, 1.55 recomputed.
 //
-//   element: draws are further rows under each packed weight tile.
-//   block:   each block of columns is multiplied once, and the draws are sums of those partial products.
+//   element: draws are additional rows multiplied by each packed weight tile.
+//   block:   each block of columns is multiplied once, and draws are sums of those partial products.
 #include "dropout.h"
 #include "fold.h"
 #include "parallel.h"
@@ -17,25 +17,25 @@ namespace acqcore::ACQCORE_ISA {
 namespace {
 
 constexpr int64_t kMaxSplits = 32;
-constexpr int64_t kPackedBytes = 16 << 20;   // packed hidden states held at a time
-constexpr int64_t kKeptBytes = 128 << 20;    // logits kept between the visits
-constexpr int64_t kStateBytes = 16 << 20;    // states of the splits
-constexpr float kNone = -87.0f;              // below, exp is taken as 0: 1e-38
-constexpr int64_t kBufferBytes = 4 << 20;    // logits of a tile that wait for further products
-constexpr int kPlane = kPanelRows * kTile + 2 * kLanes;  // logits of a panel of rows under one draw; planes share no cache sets
+constexpr int64_t kPackedBytes = 16 << 20;   // limit on packed hidden states
+constexpr int64_t kKeptBytes = 128 << 20;    // limit on logits kept between the passes
+constexpr int64_t kStateBytes = 16 << 20;    // limit on the splits' states
+constexpr float kNone = -87.0f;              // below this, exp (1e-38) is rounded to 0
+constexpr int64_t kBufferBytes = 4 << 20;    // limit on a tile's incomplete logits
+constexpr int kPlane = kPanelRows * kTile + 2 * kLanes;  // a row panel's logits in one draw, padded against aliasing
 
 struct Plan {
   Inner inner;
-  bool keep;           // logits stay between the visits
-  bool buffered;       // a tile's logits are complete only after several passes over the rows
+  bool keep;           // keep logits between the passes
+  bool buffered;       // a tile's logits are complete only after several loops over the rows
   int64_t tiles;
   int64_t split_tiles;
   int64_t splits;
   int64_t chunk_rows;  // rows whose hidden states are packed together
-  int64_t block_rows;  // rows of a task
-  int64_t planes;      // hidden panels of a panel of rows: K, or 1 in the block form
-  int64_t block_units; // units of a block
-  int64_t blocks;      // B, of a row
+  int64_t block_rows;  // rows per task
+  int64_t planes;      // hidden panels per panel of rows: K, or 1 in the block form
+  int64_t block_units; // units per block
+  int64_t blocks;      // B, blocks per row
 };
 
 Plan make_plan(const MixtureStatsArgs& args, int64_t scored) {
@@ -75,12 +75,12 @@ Plan make_plan(const MixtureStatsArgs& args, int64_t scored) {
   return p;
 }
 
-// A draw's log-probabilities: (z - max) - log_z.
+// A draw's log-probabilities are (z - max) - log_z.
 struct Normaliser {
   float max, log_z;
 };
 
-// Sums over a stretch of the vocabulary of what a row's mixture adds to its draws.
+// A row's mixture statistics, summed over part of the vocabulary.
 struct Mixture {
   double information;  // sum_v mean_k p_k log p_k - m log m, m = mean_k p_k
   double reverse;      // sum_v m (log m - mean_k log p_k)
@@ -88,9 +88,9 @@ struct Mixture {
   double spread;       // sum_v mean_k p_k^2 - m^2
 };
 
-// What the threads share; arrays of a chunk hold its rows one after another.
+// Data of a chunk that the threads share.
 struct Chunk {
-  const int64_t* rows;   // numbers of its rows
+  const int64_t* rows;   // row numbers
   int64_t count;
   float* hidden;         // [panels, planes, units, kPanelRows]
   bool* keep;            // block form: [rows, K, blocks]
@@ -100,7 +100,7 @@ struct Chunk {
   Mixture* mixtures;     // [splits, rows]
 };
 
-// Scratch of one thread.
+// Per-thread scratch.
 struct Workspace {
   float* weights;     // [kTile / kPanelColumns, depth, kPanelColumns]
   float* logits;      // [1 or block_rows / kPanelRows, K, kPanelRows, kTile]
@@ -109,7 +109,7 @@ struct Workspace {
   bool* keep;         // [2 units]
 };
 
-// Packs a panel of rows, once for each draw that has hidden states of its own, or with the masks of its blocks.
+// Packs a panel of rows: once per draw or, in the block form, once with every draw's block masks.
 void pack_draws(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chunk, int64_t panel, bool* keep) {
   const int64_t first = panel * kPanelRows;
   const int count = static_cast<int>(lesser(kPanelRows, chunk.count - first));
@@ -130,7 +130,7 @@ void pack_draws(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chu
     float* whole = out + (args.draws - 1) * plane;  // the last draw is masked in place
     pack(rows, whole);
     const int64_t columns = args.head.hidden.columns;
-    for (int64_t c = columns; c < 2 * plan.inner.units; ++c) keep[c] = true;  // of the zeros that fill pairs
+    for (int64_t c = columns; c < 2 * plan.inner.units; ++c) keep[c] = true;  // the zeros that pad pairs
     for (int k = 0; k < args.draws; ++k) {
       for (int i = 0; i < kPanelRows; ++i) {
         if (i < count) keep_units(dropout, rows[i], k, 0, columns, keep);
@@ -156,13 +156,13 @@ void add(const float* part, int width, bool accumulate, float* z) {
   }
 }
 
-// z [draws, kPlane] of one row = or += its partial products under each draw's mask: those kept, or all less those
-// dropped, whichever are fewer.
+// z [draws, kPlane] of one row = or += its partial products under each draw's mask: adds the kept ones, or subtracts
+// the dropped ones from the total, whichever are fewer.
 void combine(const float* partial /* [blocks, kPlane] */, int64_t blocks, const bool* keep /* [draws, stride] */,
              int64_t stride, int draws, int width, bool accumulate, float* z) {
   alignas(64) float all[kTile];
   for (int v = 0; v < width; v += kLanes) {
-    Vec sums[4] = {};  // four short chains: what is taken off again costs no more exactness than one long chain would
+    Vec sums[4] = {};  // four short chains: with the subtractions, no less accurate than one long chain
     for (int64_t b = 0; b < blocks; ++b) sums[b % 4] += load(partial + b * kPlane + v);
     store(all + v, (sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
@@ -185,8 +185,8 @@ void combine(const float* partial /* [blocks, kPlane] */, int64_t blocks, const 
   }
 }
 
-// Products of a panel of rows with the packed weights of one member, units [k0, k0 + k); in the block form those of each
-// block, in ws.partial.
+// Multiplies a panel of rows by one member's packed weights, units [k0, k0 + k); the block form writes the products of
+// each block to ws.partial.
 void multiply(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chunk, const Workspace& ws, int64_t panel,
               int member, int width, int64_t k0, int64_t k, float* z /* [K, kPanelRows, kTile] */) {
   const int64_t plane = plan.inner.units * kPanelRows;
@@ -207,8 +207,8 @@ void multiply(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chunk
   }
 }
 
-// Calls visit(row, tile number, width, z [K, kPanelRows, kTile] at that row) for rows [begin, end) of the chunk and the
-// tiles of a split, z being whole products.
+// Calls visit(row, tile number, width, z [K, kPanelRows, kTile] at that row) with complete products z for rows
+// [begin, end) of the chunk and all tiles of a split.
 template <typename Visit>
 void for_each_tile(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chunk, const Workspace& ws,
                    int64_t begin, int64_t end, int64_t split, const Visit& visit) {
@@ -239,8 +239,8 @@ void for_each_tile(const MixtureStatsArgs& args, const Plan& plan, const Chunk& 
   }
 }
 
-// Adds the mixture of z[k][0, n) to `sums`; z becomes log-probabilities. Taken relative to top = max_k log p_k, the terms
-// of `information`, `reverse` and `spread` are exactly 0 where the draws agree.
+// Adds the mixture of z[k][0, n) to `sums`; z becomes log-probabilities. Computed relative to top = max_k log p_k, the
+// terms of `information`, `reverse` and `spread` are exactly 0 where the draws agree.
 void mix(float* z, int64_t stride, int draws, int n, const Normaliser* norms /* [K] */, Mixture& sums) {
   const float share = 1.0f / draws;
   Vec information{}, reverse{}, sum_sq{}, spread{};
@@ -251,7 +251,7 @@ void mix(float* z, int64_t stride, int draws, int n, const Normaliser* norms /* 
       store(z + k * stride + i, log_p);
       top = maximum(log_p, top);
     }
-    const IntVec absent = top < kNone;  // of no weight in any draw
+    const IntVec absent = top < kNone;  // negligible in every draw
     top = absent ? Vec{} : top;
     Vec e_sum{}, x_sum{}, ex_sum{}, ee_sum{};
     for (int k = 0; k < draws; ++k) {
@@ -279,7 +279,7 @@ void mix(float* z, int64_t stride, int draws, int n, const Normaliser* norms /* 
   sums.spread += horizontal_sum(spread);
 }
 
-// First visit: states of every draw of rows [begin, end) over one split.
+// First pass: states of every draw of rows [begin, end) over one split.
 void fold_split(const MixtureStatsArgs& args, const Plan& plan, const Transform* transforms, const Chunk& chunk,
                 const Workspace& ws, int64_t begin, int64_t end, int64_t split) {
   for (int64_t i = 0; i < (end - begin) * args.draws; ++i) clear(ws.lanes[i]);
@@ -301,7 +301,7 @@ void fold_split(const MixtureStatsArgs& args, const Plan& plan, const Transform*
   for (int64_t i = 0; i < (end - begin) * args.draws; ++i) states[i] = reduce(ws.lanes[i]);
 }
 
-// Second visit: the mixture of rows [begin, end) over one split.
+// Second pass: the mixture of rows [begin, end) over one split.
 void mix_split(const MixtureStatsArgs& args, const Plan& plan, const Transform* transforms, const Chunk& chunk,
                const Workspace& ws, int64_t begin, int64_t end, int64_t split) {
   Mixture* mixtures = chunk.mixtures + split * plan.chunk_rows;
@@ -325,7 +325,7 @@ void mix_split(const MixtureStatsArgs& args, const Plan& plan, const Transform* 
   });
 }
 
-// Merges the splits of a row's draws; writes all of its state that the draws alone give.
+// Merges the splits of a row's draws and writes the part of its state that does not need the mixture.
 void finish_draws(const MixtureStatsArgs& args, const Plan& plan, const Chunk& chunk, int64_t row) {
   double entropy = 0, top = -INFINITY, likelihood = 0;
   const int64_t n = args.rows, number = chunk.rows[row];

@@ -1,4 +1,4 @@
-// This instruction set's table.
+// Operation table of this instruction set.
 #include "gram.h"
 #include "isa.h"
 
@@ -27,7 +27,7 @@ extern const Operations kOperations;
 
 namespace {
 
-// Tile registers multiply whole tiles of bfloat16; the rest is the best vectors' work.
+// Tile registers multiply whole tiles of bfloat16; everything else runs on the best vector instruction set.
 bool multiplies(const HeadArgs& head) {
   return head.hidden.dtype == DType::kBFloat16 && head.weight.dtype == DType::kBFloat16;
 }
@@ -37,7 +37,7 @@ bool multiplies(const Args& args) {
   return multiplies(args.head);
 }
 
-// Grams of long samples are formed of factors split into bfloat16, whatever the product's dtype.
+// For any dtype of the product, Grams of long samples are computed from factors split into bfloat16.
 bool multiplies(const RowStatsArgs& args) {
   const GramArgs& gram = args.gram;
   for (int64_t s = 0; s < gram.samples; ++s) {
@@ -46,7 +46,7 @@ bool multiplies(const RowStatsArgs& args) {
   return multiplies(args.head);
 }
 
-// So are factors that multiply values.
+// Factors that multiply values are split into bfloat16 too.
 bool multiplies(const HiddenGradArgs&) { return true; }
 bool multiplies(const FisherSumsArgs&) { return true; }
 bool multiplies(const DeltaProductArgs& args) { return args.places == nullptr || multiplies(args.head); }

@@ -16,7 +16,7 @@ inline int thread_number() {
 #endif
 }
 
-// 64-byte aligned, uninitialised, freed at the end of its scope.
+// 64-byte aligned, uninitialized memory, freed at the end of its scope.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) : data_(aligned_alloc(64, (bytes + 127) / 64 * 64)) {}
@@ -34,7 +34,7 @@ class Scratch {
   void* data_;
 };
 
-// Hands out consecutive 64-byte aligned pieces of a block; of a null block, only counts.
+// Hands out consecutive 64-byte aligned pieces of a block; with a null base it only counts bytes.
 class Arena {
  public:
   explicit Arena(char* base) : base_(base) {}

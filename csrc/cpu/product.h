@@ -1,17 +1,17 @@
 // Register-blocked tile product on packed panels: the inner loop of row_stats.
 //
-// Panels hold 4-byte units, k-major: a hidden panel [K, kPanelRows], a weight panel [K, kPanelColumns]. A unit is a
-// float32, or a pair of bfloat16 whose product accumulates in float32. Tile registers take hidden panels as
-// [K / kTileUnits, kPanelRows, kTileUnits] (tiles.h), and vectors read them so where there are such registers.
+// Panels hold 4-byte units, k-major: a hidden panel is [K, kPanelRows], a weight panel [K, kPanelColumns]. A unit is a
+// float32, or a pair of bfloat16 whose product accumulates in float32. On processors with tile registers, hidden panels
+// are [K / kTileUnits, kPanelRows, kTileUnits] (tiles.h) for both tile and vector products.
 #pragma once
 #include "load.h"
 #include "tiles.h"
 
 namespace acqcore::ACQCORE_ISA {
 
-constexpr int kLoadUnits = 128;  // units of a row read at once while packing, on the stack; a multiple of kLanes
+constexpr int kLoadUnits = 128;  // units of a row buffered on the stack while packing; a multiple of kLanes
 
-// Units [begin, begin + n) of a row; what the row lacks is 0.
+// Loads units [begin, begin + n) of a row; units past its end are 0.
 inline void load_units(const Matrix& m, int64_t row, bool pairs, int64_t begin, int64_t n, float* out /* [n] */) {
   if (pairs) {
     load_pairs(m, row, begin, n, out);
@@ -22,7 +22,7 @@ inline void load_units(const Matrix& m, int64_t row, bool pairs, int64_t begin, 
   for (int64_t i = there; i < n; ++i) out[i] = 0;
 }
 
-// Interleaves `count` rows of a matrix into a panel of `width`, units [begin, begin + n); missing rows become 0.
+// Interleaves units [begin, begin + n) of `count` rows into a panel of width `width`; missing rows become 0.
 // rows: [count] row numbers, or null for first, first + 1, ...
 inline void pack_panel(const Matrix& m, const int64_t* rows, int64_t first, int count, int width, bool pairs,
                        int64_t begin, int64_t n, float* panel /* [n, width] */) {
@@ -35,7 +35,7 @@ inline void pack_panel(const Matrix& m, const int64_t* rows, int64_t first, int 
       for (int i = 0; i < kLanes; ++i) load_units(m, number(j + i), pairs, begin + k0, part, units + i * kLoadUnits);
       for (int64_t k = 0; k < part; k += kLanes) {
         Vec v[kLanes];
-        for (int i = 0; i < kLanes; ++i) v[i] = load(units + i * kLoadUnits + k);  // past `part` anything
+        for (int i = 0; i < kLanes; ++i) v[i] = load(units + i * kLoadUnits + k);  // arbitrary past `part`
         transpose(v);
         const int64_t present = part - k < kLanes ? part - k : kLanes;
         for (int64_t i = 0; i < present; ++i) store(panel + (k0 + k + i) * width + j, v[i]);
@@ -55,13 +55,13 @@ inline void pack_panel(const Matrix& m, const int64_t* rows, int64_t first, int 
   }
 }
 
-// Where a row's unit stands in a packed panel of hidden states: units lie side by side for a run, then come the runs of
-// the other rows. Without tile registers a run is one unit.
+// Layout of a packed panel of hidden states: a run of consecutive units of one row is contiguous, followed by the same
+// run of the other rows. Without tile registers a run is one unit.
 constexpr int kRun = kHasTiles ? kTileUnits : 1;
 
 inline int64_t panel_place(int64_t unit, int row) { return (unit / kRun * kPanelRows + row) * kRun + unit % kRun; }
 
-// Packs a panel of hidden states, all their units, whole runs; missing rows become 0. rows: [count].
+// Packs all units of a panel of hidden states, in whole runs; missing rows become 0. rows: [count].
 inline void pack_rows(const Matrix& hidden, const int64_t* rows, int count, bool pairs, int64_t units, float* panel) {
   if (!kHasTiles) {
     pack_panel(hidden, rows, 0, count, kPanelRows, pairs, 0, units, panel);
@@ -74,8 +74,8 @@ inline void pack_rows(const Matrix& hidden, const int64_t* rows, int count, bool
   }
 }
 
-// How the left factor of a product lies in memory: entry (row, k) of a packed panel, of a matrix that is read by rows, or
-// of one that is read by columns.
+// Memory layout of the left factor of a product: a packed panel, a matrix read by rows, or a matrix read by columns.
+// Strides locate entry (row, k).
 struct Packed {
   static constexpr int kRowStride = kRun, kStepStride = kRun == 1 ? kPanelRows : 1, kSteps = kRun;
 };
@@ -90,7 +90,7 @@ struct ByColumns {
 
 // out [kVectorRows, kPanelColumns] (row stride `stride`) = a b, or += a b if `accumulate`.
 template <bool kPairs, typename Left>
-inline void vector_product(const float* a /* [kVectorRows, k] as Left says */, const float* b /* [k, kPanelColumns] */,
+inline void vector_product(const float* a /* [kVectorRows, k], layout Left */, const float* b /* [k, kPanelColumns] */,
                            int64_t k, bool accumulate, float* out, int64_t stride) {
   int64_t step = 0;
   do {
@@ -124,7 +124,7 @@ inline void vector_product(const float* a /* [kVectorRows, k] as Left says */, c
 
 // out [kPanelRows, kPanelColumns] (row stride `stride`) = a b, or += a b if `accumulate`.
 template <bool kPairs, typename Left = Packed>
-inline void panel_product(const float* a /* [kPanelRows, k] as Left says */, const float* b /* [k, kPanelColumns] */,
+inline void panel_product(const float* a /* [kPanelRows, k], layout Left */, const float* b /* [k, kPanelColumns] */,
                           int64_t k, bool accumulate, float* out, int64_t stride) {
   if constexpr (kHasTiles && kPairs) {
     tile_product(a, b, k, accumulate, out, stride);

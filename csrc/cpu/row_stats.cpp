@@ -1,14 +1,14 @@
-// Row statistics of softmax(head(hidden)), and Gram matrices of samples beside them: tile product and fold in one loop,
-// the logits never leave the cache.
+// Row statistics of softmax(head(hidden)), with optional Gram matrices of samples. One loop multiplies and folds tiles,
+// so the logits never leave the cache.
 //
-// The vocabulary is cut into splits, a split into tiles. A task is a block of rows times a slot of neighbouring splits:
-// for each tile the thread packs the weights once (L2), multiplies every row panel with them and folds the logits while
-// they are in L1. Where a row belongs to a sample with a Gram matrix the fold leaves its factors, and the last row of the
-// sample adds the tile to the slot's Gram (gram.h). Splits and slots are merged in order. The cuts depend on V alone and
-// samples lie in one block, so a row's or sample's result depends neither on the others nor on the number of threads.
-// Measured on an AMD EPYC (Zen 5, 2 cores, N=4096, D=576, V=49152): the product alone runs at 490 GFLOP/s in float32 and
-// 970 in bfloat16, where the BLAS of torch 2.13 reaches 200 and rounds bfloat16 results; hence a product of our own
-// rather than BLAS tiles. The fold adds 5 %.
+// The vocabulary is divided into splits, and splits into tiles. A task is a block of rows times a slot of adjacent
+// splits: for each tile the thread packs the weights once (L2), multiplies every row panel by them and folds the logits
+// while they are in L1. For rows of a sample with a Gram matrix, the fold keeps its factors, and the sample's last row
+// adds the tile to the slot's Gram (gram.h). Splits and slots are merged in order. They depend on V alone and a sample
+// lies within one block, so results do not depend on other rows, other samples or the number of threads.
+// Measured on an AMD EPYC (Zen 5, 2 cores, N=4096, D=576, V=49152): the product alone runs at 490 GFLOP/s in float32
+// and 970 in bfloat16. The BLAS of torch 2.13 reaches 200 and rounds bfloat16 results, hence the custom product. The
+// fold adds 5 %.
 #include "factors.h"
 #include "gram.h"
 #include "isa.h"
@@ -20,11 +20,11 @@ namespace {
 
 constexpr int64_t kMaxSplits = 32;          // bounds the memory of the split states
 constexpr int64_t kGramSlots = 8;           // bounds the memory of the Grams
-constexpr int64_t kPackedBytes = 16 << 20;  // packed hidden states held at a time
-constexpr int64_t kGramBytes = 24 << 20;    // Grams of all slots held at a time, or one sample's
+constexpr int64_t kPackedBytes = 16 << 20;  // limit on packed hidden states
+constexpr int64_t kGramBytes = 24 << 20;    // limit on the Grams of all slots, unless one sample exceeds it
 constexpr int64_t kMaxRows = 4096 / kPanelRows * kPanelRows;
 
-// A sample with a Gram matrix. Rows are numbered among the scored ones.
+// A sample with a Gram matrix. Row numbers count scored rows only.
 struct Sample {
   int64_t begin, end;
   int64_t number;           // in GramArgs
@@ -34,10 +34,10 @@ struct Sample {
   int64_t special_count;
 };
 
-// Rows of a task, whose panels and samples no other block shares.
+// Rows of a task. No other block shares their panels or samples.
 struct Block {
   int64_t begin, end;             // among the scored rows
-  int64_t panel;                  // its first among the chunk's
+  int64_t panel;                  // its first panel in the chunk
   int64_t sample_begin, sample_end;
 };
 
@@ -45,17 +45,17 @@ struct Block {
 struct Chunk {
   int64_t begin = 0, end = 0;    // blocks
   int64_t rows = 0, panels = 0;
-  int64_t grams = 0;             // elements of a slot's Grams
+  int64_t grams = 0;             // elements in a slot's Grams
 };
 
 struct Plan {
   Inner inner;
-  int64_t columns;      // of a split
+  int64_t columns;      // per split
   int64_t splits;
   int64_t slots;
-  int64_t slot_splits;  // splits of a slot
-  int64_t chunk_rows;   // at most, unless a sample is longer
-  int64_t block_rows;   // wished for
+  int64_t slot_splits;  // splits per slot
+  int64_t chunk_rows;   // maximum, unless a sample is longer
+  int64_t block_rows;   // target
 };
 
 Plan make_plan(const RowStatsArgs& args, int64_t scored) {
@@ -69,19 +69,19 @@ Plan make_plan(const RowStatsArgs& args, int64_t scored) {
   const int64_t fitting = kPackedBytes / (4 * greater(1, p.inner.units)) / kPanelRows * kPanelRows;
   const int64_t needed = ceil_div(scored, kPanelRows) * kPanelRows;
   p.chunk_rows = lesser(needed, lesser(kMaxRows, greater(kPanelRows, fitting)));
-  // With fewer slots than four tasks a thread, rows are cut too.
+  // Split the rows too if the slots yield fewer than four tasks per thread.
   const int64_t blocks = greater(1, ceil_div(4 * args.head.threads, p.slots));
   p.block_rows = ceil_div(ceil_div(p.chunk_rows, blocks), kPanelRows) * kPanelRows;
   return p;
 }
 
-// The largest of what the chunks need, and of what their blocks do.
+// Numbers of blocks and chunks, and the maximum sizes of both.
 struct Limits {
   int64_t blocks = 0, chunks = 0;
   int64_t chunk_rows = 0, chunk_panels = 0, chunk_grams = 0, block_rows = 0, padded = 0, gram_scratch = 0;
 };
 
-// Cuts the scored rows into blocks and those into chunks; with `blocks` and `chunks` null it only counts.
+// Divides the scored rows into blocks and the blocks into chunks; with null `blocks` and `chunks` it only counts.
 Limits cut(const Plan& plan, int64_t scored, Sample* samples, int64_t sample_count, Block* blocks, Chunk* chunks) {
   Limits limits;
   Block block{};
@@ -136,23 +136,23 @@ Limits cut(const Plan& plan, int64_t scored, Sample* samples, int64_t sample_cou
   return limits;
 }
 
-// Scratch of one thread.
+// Per-thread scratch.
 struct Workspace {
   float* weights;     // [kTile / kPanelColumns, depth, kPanelColumns]
   float* logits;      // [block_rows or kPanelRows, kTile]
   LaneState* lanes;   // [block_rows]
   float* factors;     // [padded, kTile], of a sample
-  float* scale;       // [padded], by how much its rows of the Gram shrink
+  float* scale;       // [padded], rescaling factors of its rows of the Gram
   float* split;       // [GramLayout::scratch]
 };
 
-// What the threads share of a chunk.
+// Data of a chunk that the threads share.
 struct Shared {
   const int64_t* rows;  // numbers of the scored rows
-  int64_t first;        // of the chunk among them
+  int64_t first;        // the chunk's first row among them
   float* hidden;        // [panels, units, kPanelRows]
   RowState* states;     // [splits, chunk_rows]
-  float* references;    // [slots, chunk_rows], what the slot's Grams are relative to
+  float* references;    // [slots, chunk_rows], reference maxima of the slot's Grams
   float* grams;         // [slots, chunk_grams]
 };
 
@@ -175,7 +175,6 @@ void finish_tile(const Sample& sample, const GramLayout& layout, const Workspace
   add_to_gram(ws.factors, layout, n, gram, ws.split);
 }
 
-// One task.
 void run_task(const RowStatsArgs& args, const Plan& plan, const Limits& limits, const Transform& transform,
               const Sample* samples, const Block& block, int64_t slot, const Shared& shared, const Workspace& ws) {
   const HeadArgs& head = args.head;
@@ -234,7 +233,7 @@ void run_task(const RowStatsArgs& args, const Plan& plan, const Limits& limits, 
   }
 }
 
-// Merges a sample's slots, relative to its rows' largest logits, and writes its matrix of products.
+// Merges a sample's slots, rebased to its rows' largest logits, and writes its matrix of products.
 void write_products(const RowStatsArgs& args, const Plan& plan, const Limits& limits, const Sample& sample,
                     const Shared& shared, const RowState* totals /* of the chunk */, double* scale /* [slots, padded] */) {
   const int64_t begin = args.gram.bounds[2 * sample.number];
@@ -247,7 +246,7 @@ void write_products(const RowStatsArgs& args, const Plan& plan, const Limits& li
     const float* references = shared.references + slot * limits.chunk_rows - shared.first;
     for (int64_t i = 0; i < count; ++i) {
       const float reference = references[sample.begin + i];
-      // Factors are kept times 2^40.
+      // Factors are scaled by 2^40.
       scale[slot * layout.padded + i] =
           reference == -INFINITY ? 0 : exp(double(reference) - totals[sample.begin + i - shared.first].max) * 0x1p-40;
     }

@@ -1,4 +1,4 @@
-// Vectors of the instruction set that this file is compiled for, on the GCC and Clang vector extensions.
+// Vectors of the target instruction set, built on the GCC and Clang vector extensions.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -11,15 +11,15 @@ namespace acqcore::ACQCORE_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-constexpr int kVectorRows = 8;  // 8 x 3 accumulators + 3 columns + 1 broadcast of 32 registers; 5 % faster than 14 x 2
+constexpr int kVectorRows = 8;  // 8 x 3 accumulators + 3 columns + 1 broadcast in 32 registers; 5 % faster than 14 x 2
 constexpr int kPanelVectors = 3;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
-constexpr int kVectorRows = 6;  // 6 x 2 accumulators + 2 + 1 of 16 registers
+constexpr int kVectorRows = 6;  // 6 x 2 accumulators + 2 + 1 in 16 registers
 constexpr int kPanelVectors = 2;
 #elif defined(__aarch64__)
 constexpr int kLanes = 4;
-constexpr int kVectorRows = 8;  // 8 x 3 accumulators + 3 + 1 of 32 registers
+constexpr int kVectorRows = 8;  // 8 x 3 accumulators + 3 + 1 in 32 registers
 constexpr int kPanelVectors = 3;
 #else
 constexpr int kLanes = 4;
@@ -29,7 +29,7 @@ constexpr int kPanelVectors = 2;
 
 #if defined(__AMX_BF16__)
 constexpr bool kHasTiles = true;
-constexpr int kPanelRows = 32;  // two tiles of rows by three of columns, and one of each: the eight tile registers
+constexpr int kPanelRows = 32;  // eight tile registers: 2 x 3 accumulators, 1 for rows, 1 for columns
 #else
 constexpr bool kHasTiles = false;
 constexpr int kPanelRows = kVectorRows;
@@ -45,7 +45,7 @@ constexpr int kPanelColumns = kLanes * kPanelVectors;
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t UintVec __attribute__((vector_size(4 * kLanes)));  // wraps where bits are added, of a NaN too
+typedef uint32_t UintVec __attribute__((vector_size(4 * kLanes)));  // bit arithmetic wraps, even on a NaN's bits
 
 inline Vec broadcast(float x) { return x - Vec{}; }
 
@@ -71,7 +71,7 @@ inline double horizontal_sum(Vec v) {
   return sum;
 }
 
-// Lane i: lane from[i] of a and b one after the other. `from` is a constant once inlined.
+// Lane i is lane from[i] of the concatenation of a and b. `from` is constant once inlined.
 inline Vec shuffle(Vec a, Vec b, IntVec from) {
 #if defined(__clang__)
   Vec out;
@@ -82,7 +82,7 @@ inline Vec shuffle(Vec a, Vec b, IntVec from) {
 #endif
 }
 
-// Of each group of 2 kHalf lanes: a's lower and upper half added, then b's.
+// In each group of 2 kHalf lanes: the sum of a's lower and upper half, then the sum of b's.
 template <int kHalf>
 inline Vec add_halves(Vec a, Vec b) {
   IntVec low, high;
@@ -94,7 +94,7 @@ inline Vec add_halves(Vec a, Vec b) {
   return shuffle(a, b, low) + shuffle(a, b, high);
 }
 
-// One step of a transposition: blocks of kHalf lanes off the diagonal change places.
+// One step of a transposition: swaps off-diagonal blocks of kHalf lanes.
 template <int kHalf>
 inline void exchange(Vec* v /* [kLanes] */) {
   IntVec low, high;
@@ -118,7 +118,7 @@ inline void transpose(Vec* v /* [kLanes] */) {
   exchange<1>(v);
 }
 
-// Lane i: the sum of the lanes of v[i]. v is overwritten.
+// Lane i is the sum of the lanes of v[i]. v is overwritten.
 inline Vec horizontal_sums(Vec* v /* [kLanes] */) {
   if constexpr (kLanes > 8) {
     for (int i = 0; i < 8; ++i) v[i] = add_halves<8>(v[i], v[i + 8]);
@@ -130,15 +130,15 @@ inline Vec horizontal_sums(Vec* v /* [kLanes] */) {
   return add_halves<1>(v[0], v[1]);
 }
 
-// exp(x) = 2^n p with n whole, p in [1 / sqrt(2), sqrt(2)]. Returns p, times 2^shift where powers of two multiply it
-// (AVX-512), and n with 1.5 * 2^23 added, which rounds it into the low bits. Polynomial of degree 6, off by 4e-9.
+// exp(x) = 2^n p with integer n and p in [1 / sqrt(2), sqrt(2)]. Returns p, times 2^shift with AVX-512, and `rounded`
+// = n + 1.5 * 2^23, whose low bits hold n. Polynomial of degree 6 with error 4e-9.
 template <int shift>
 inline Vec exp_parts(Vec x, Vec& rounded) {
   const Vec magic = broadcast(12582912.0f);
   rounded = x * 1.44269504088896341f + magic;
   const Vec n = rounded - magic;
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  const Vec r = x - n * 0.69314718055994531f;  // the product is not rounded, and the constant within 2e-9 of log 2
+  const Vec r = x - n * 0.69314718055994531f;  // the product is not rounded; the constant is within 2e-9 of log 2
 #else
   const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
 #endif
@@ -161,14 +161,14 @@ inline Vec exp_scaled(Vec x) {
   Vec rounded;
   const Vec p = exp_parts<shift>(x, rounded);
 #if defined(__AVX512F__)
-  // All lanes by a mask: GCC 12 warns of the undefined operand of the plain form.
+  // An all-ones mask, since GCC 12 warns about the undefined operand of the unmasked form.
   return (Vec)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)(rounded - 12582912.0f));
 #else
   return (Vec)((UintVec)p + (((UintVec)rounded + shift) << 23));
 #endif
 }
 
-// The same, and 0 where x is less than `lowest`; x is clamped there.
+// The same, but 0 where x is less than `lowest`; clamps x to `lowest`.
 template <int shift>
 inline Vec exp_above(Vec& x, float lowest) {
 #if defined(__AVX512F__)
@@ -187,7 +187,7 @@ inline Vec exp_above(Vec& x, float lowest) {
 
 // log(x) for normal x > 0, within 2 ulp, exactly 0 at 1. Polynomial of Cephes logf on [sqrt(1/2), sqrt(2)).
 inline Vec log(Vec x) {
-  IntVec bits = (IntVec)((UintVec)x - 0x3f3504f3);  // of sqrt(1/2)
+  IntVec bits = (IntVec)((UintVec)x - 0x3f3504f3);  // bits of sqrt(1/2)
   const IntVec exponent = bits >> 23;
   bits = (bits & 0x007fffff) + 0x3f3504f3;
   const Vec f = (Vec)bits - 1.0f;
@@ -222,7 +222,7 @@ inline Vec tanh(Vec x) {
   return a < 0.625f ? near : (x == x ? signed_far : x);
 }
 
-// c + a * b, where the 4-byte units of a and b are floats, or pairs of bfloat16 if kPairs.
+// c + a * b, where the 4-byte units of a and b are floats or, with kPairs, pairs of bfloat16.
 template <bool kPairs>
 inline Vec multiply_add(Vec c, Vec a, Vec b) {
 #if defined(__AVX512BF16__)

@@ -1,4 +1,4 @@
-// Tiles of the vocabulary: how a head's weights are packed and multiplied, and how a product becomes a logit.
+// Tiles of the vocabulary: packing and multiplying a head's weights, and turning products into logits.
 #pragma once
 #include <math.h>
 
@@ -7,8 +7,8 @@
 
 namespace acqcore::ACQCORE_ISA {
 
-constexpr int kTile = 8 * kPanelColumns;  // columns of a tile
-constexpr int64_t kDepth = 640;           // units of the inner dimension packed at a time: a tile's weights stay in L2
+constexpr int kTile = 8 * kPanelColumns;  // columns per tile
+constexpr int64_t kDepth = 640;           // inner units packed at a time, so that a tile's weights stay in L2
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -26,12 +26,12 @@ inline Inner inner_dimension(const HeadArgs& args) {
   inner.pairs = kHasBf16Product && args.hidden.dtype == DType::kBFloat16 && args.weight.dtype == DType::kBFloat16;
   inner.units = ceil_div(inner.pairs ? ceil_div(args.hidden.columns, 2) : args.hidden.columns, kRun) * kRun;
   const int64_t parts = greater(1, ceil_div(inner.units, kDepth));
-  // Whole runs whatever the instruction set: where the depth is cut decides how sums round.
+  // Whole runs for every instruction set, since the cut affects how sums round.
   inner.depth = ceil_div(ceil_div(greater(1, inner.units), parts), kTileUnits) * kTileUnits;
   return inner;
 }
 
-// Weights [tile, tile + width), units [k0, k0 + k), as panels [depth, kPanelColumns] one after another.
+// Packs units [k0, k0 + k) of weights [tile, tile + width) as consecutive panels [depth, kPanelColumns].
 inline void pack_weights(const Matrix& weight, const Inner& inner, int64_t tile, int width, int64_t k0, int64_t k,
                          float* out /* [kTile / kPanelColumns, depth, kPanelColumns] */) {
   for (int j = 0; j < width; j += kPanelColumns) {
@@ -40,8 +40,8 @@ inline void pack_weights(const Matrix& weight, const Inner& inner, int64_t tile,
   }
 }
 
-// A panel of rows times a packed tile: out [kPanelRows, kTile] = or +=. Vectors keep few rows in L1 while the tile passes
-// by, tile registers all.
+// A panel of rows times a packed tile: out [kPanelRows, kTile] = or +=. While the tile streams by, vectors keep a few
+// rows in L1, tile registers all of them.
 inline void multiply_panel(const Inner& inner, const float* a /* [k, kPanelRows] */, const float* weights, int width,
                            int64_t k, bool accumulate, float* out) {
   if (inner.pairs) {
@@ -58,7 +58,7 @@ inline void multiply_panel(const Inner& inner, const float* a /* [k, kPanelRows]
   }
 }
 
-// Products of a block of packed panels with a tile, all its depth: out [rows, kTile]. rows is a multiple of kPanelRows.
+// Full-depth products of a block of packed panels with a tile: out [rows, kTile]. rows is a multiple of kPanelRows.
 inline void multiply_tile(const HeadArgs& args, const Inner& inner, const float* hidden, int64_t rows, int64_t tile,
                           int width, float* weights /* [kTile, depth] */, float* out) {
   for (int64_t k0 = 0; k0 < inner.units || k0 == 0; k0 += inner.depth) {
@@ -85,7 +85,7 @@ struct Transform {
         identity(args.softcap == 0 && args.bias == nullptr && before * factor == 1.0f),
         capped(args.softcap > 0) {}
 
-  // In place on z[0, n) whose first has column `base` in this weight; what lies beyond n up to a whole vector is -inf.
+  // In place on z[0, n), whose first entry is column `base` of this weight; pads the last vector with -inf.
   void operator()(float* z, int n, int64_t base) const {
     if (!identity) {
       if (bias) {

@@ -1,20 +1,20 @@
-// Products of bfloat16 pairs in the tile registers of AMX: 16 rows of 64 bytes each, 16 x 16 x 32 multiply-adds at once.
+// Products of bfloat16 pairs in AMX tile registers: 16 rows of 64 bytes, 16 x 16 x 32 multiply-adds per instruction.
 #pragma once
 #include "simd.h"
 
 namespace acqcore::ACQCORE_ISA {
 
 // Longest chain of units whose products are added in float32. Chains are summed in memory (L1): at logits of +-130 this
-// halves the error of one chain over D = 576, for 2 % of the time.
+// halves the error of a single chain over D = 576 and costs 2 % of the time.
 constexpr int64_t kChain = 128;
 
-constexpr int kTileUnits = 16;  // of a row of a tile
+constexpr int kTileUnits = 16;  // units per tile row
 
 #if defined(__AMX_BF16__)
 
 constexpr int kTileRows = 16;
 
-// This thread's tile registers, eight of 16 rows of 64 bytes, for as long as the object lives.
+// Configures this thread's eight tile registers, 16 rows of 64 bytes each, for the lifetime of the object.
 class Tiles {
  public:
   Tiles() {
@@ -35,8 +35,8 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// Two tiles of rows by three of columns, added to the first six registers. Each tile is read again rather than kept: 9
-// loads of 8 cycles hide behind 6 products of 16.
+// Multiplies two tiles of rows by three of columns and adds to the first six registers. Reloads tiles rather than
+// keeping them: 9 loads of 8 cycles hide behind 6 products of 16.
 inline void tile_step(const float* rows /* [32, kTileUnits] */, const float* columns /* [kTileUnits, 48] */) {
   constexpr int kColumns = 48, kBelow = kTileRows * kTileUnits;
   _tile_loadd(7, columns, 4 * kColumns);
@@ -54,9 +54,9 @@ inline void tile_step(const float* rows /* [32, kTileUnits] */, const float* col
   _tile_dpbf16ps(5, 6, 7);
 }
 
-// out [32, 48] (row stride `stride`) = a b, or += a b if `accumulate`. a is the sum of kParts panels, one every `part`
-// floats, b that of itself and of `low` where that is given; the product of the low parts, at most 2^-16, is left out.
-// k is a multiple of kTileUnits.
+// out [32, 48] (row stride `stride`) = a b, or += a b if `accumulate`. a is the sum of kParts panels, `part` floats
+// apart, and b the sum of `b` and `low`, if given; the product of the low parts, at most 2^-16, is omitted. k is a
+// multiple of kTileUnits.
 template <int kParts = 1>
 inline void tile_product(const float* a /* [kParts, k / kTileUnits, 32, kTileUnits] */, const float* b /* [k, 48] */,
                          int64_t k, bool accumulate, float* out, int64_t stride, int64_t part = 0,
@@ -98,11 +98,11 @@ inline void tile_product(const float* a /* [kParts, k / kTileUnits, 32, kTileUni
   } while (step < k);
 }
 
-// x rounded to bfloat16; the rest is at most 2^-8 of it and of either sign: cut off instead, all rests would have the
-// sign of their factor, and squared norms came out 1e-5 too small.
+// x rounded to bfloat16. The remainder is at most 2^-8 of x and of either sign; with truncation all remainders would
+// have the sign of their factor, which made squared norms 1e-5 too small.
 inline Vec high_part(Vec x) { return (Vec)(((UintVec)x + 0x8000u) & 0xffff0000u); }
 
-// Panels [n / 32, kPanelRows, kTileUnits] of bfloat16 pairs, whose sum is x to 2^-16. n is a multiple of kLanes.
+// Splits x into panels [n / 32, kPanelRows, kTileUnits] of bfloat16 pairs, x = high + low to 2^-16. kLanes divides n.
 inline void split_panel(const float* x /* [kPanelRows, n] */, int64_t stride, int n, float* high, float* low) {
   for (int k = 0; k < n; k += 2 * kLanes) {
     for (int i = 0; i < kPanelRows; ++i) {
@@ -115,7 +115,7 @@ inline void split_panel(const float* x /* [kPanelRows, n] */, int64_t stride, in
   }
 }
 
-// The same of x rounded to bfloat16 alone.
+// Packs x rounded to bfloat16 in the same layout.
 inline void round_panel(const float* x /* [kPanelRows, n] */, int64_t stride, int n, float* rounded) {
   for (int k = 0; k < n; k += 2 * kLanes) {
     for (int i = 0; i < kPanelRows; ++i) {
@@ -126,7 +126,7 @@ inline void round_panel(const float* x /* [kPanelRows, n] */, int64_t stride, in
   }
 }
 
-// Both halves of a panel [k / kTileUnits, kPanelRows, kTileUnits] as columns [k, kPanelRows].
+// Transposes a panel [k / kTileUnits, kPanelRows, kTileUnits] to columns [k, kPanelRows].
 inline void transpose_panel(const float* panel, int64_t k, float* columns) {
   for (int64_t u = 0; u < k; u += kTileUnits) {
     for (int half = 0; half < kPanelRows; half += kTileRows) {
@@ -138,8 +138,8 @@ inline void transpose_panel(const float* panel, int64_t k, float* columns) {
   }
 }
 
-// out [32, 32] (row stride `stride`) += left right^T of factors split in two; the product of the low parts, at most
-// 2^-16, is left out.
+// out [32, 32] (row stride `stride`) += left right^T of split factors; the product of the low parts, at most 2^-16, is
+// omitted.
 inline void tile_gram(const float* left_high, const float* left_low /* [k / kTileUnits, 32, kTileUnits] */,
                       const float* right_high, const float* right_low /* [k, 32] */, int64_t k, float* out,
                       int64_t stride) {
@@ -173,7 +173,7 @@ inline void tile_gram(const float* left_high, const float* left_low /* [k / kTil
 
 #else
 
-// Without tile registers there is nothing to set up, and nothing calls these.
+// Stubs without tile registers. The functions are never called.
 struct Tiles {
   Tiles() {}
 };

@@ -1,6 +1,6 @@
-// Blocks of rows, and sums of their factors times the rows of a matrix: what delta values, dL/dh and random cotangents
-// have in common. A task is a block; tile by tile of the vocabulary it forms factors (L2) and adds them times the tile's
-// values to its sums, which stay in its scratch. Rows do not depend on the other rows of the batch.
+// Blocks of rows, and sums of their factors times the rows of a matrix, shared by delta products, dL/dh and random
+// cotangents. A task is a block: for each tile of the vocabulary it forms factors (L2) and adds their product with the
+// tile's values to sums in its scratch. Rows do not depend on the other rows of the batch.
 #pragma once
 #include "load.h"
 #include "parallel.h"
@@ -8,7 +8,7 @@
 
 namespace acqcore::ACQCORE_ISA {
 
-// Numbers of the rows whose target is not -100, in order; calls ignored(row) for the others. Returns how many.
+// Lists the rows whose target is not -100 and returns their number; calls ignored(row) for the others.
 template <typename Ignored>
 inline int64_t scored_rows(const HeadArgs& head, int64_t* rows /* [N] */, const Ignored& ignored) {
   int64_t scored = 0;
@@ -22,7 +22,7 @@ inline int64_t scored_rows(const HeadArgs& head, int64_t* rows /* [N] */, const 
   return scored;
 }
 
-// Rows of a block: at most `most`, and two blocks for each thread.
+// Rows per block: two blocks per thread, but at most `most` rows.
 inline int64_t rows_of_block(const HeadArgs& head, int64_t scored, int64_t most) {
   return lesser(most, ceil_div(ceil_div(scored, 2 * head.threads), kPanelRows) * kPanelRows);
 }
@@ -37,12 +37,12 @@ inline int64_t pack_block(const HeadArgs& head, const Inner& inner, const int64_
   return ceil_div(count, kPanelRows) * kPanelRows;
 }
 
-// Tile registers multiply bfloat16 values as they are, others and factors as sums of two bfloat16.
+// Tile registers multiply bfloat16 values directly; other values, and factors, as sums of two bfloat16.
 inline bool is_bfloat16(const Matrix& values) { return values.dtype == DType::kBFloat16; }
 
 inline int64_t value_columns(int64_t columns) { return ceil_div(columns, kPanelColumns) * kPanelColumns; }
 
-// Rows [row, row + 2) of values as pairs, columns [j, j + kPanelColumns); rows from `last` on are 0.
+// Packs columns [j, j + kPanelColumns) of rows [row, row + 2) of values as pairs; rows from `last` on are 0.
 inline void pack_pair(const Matrix& values, int64_t row, int64_t last, int64_t j, float* pairs /* [kPanelColumns] */) {
   uint16_t first[kPanelColumns], second[kPanelColumns];
   load_bits(values, row, row < last, j, kPanelColumns, first);
@@ -50,7 +50,7 @@ inline void pack_pair(const Matrix& values, int64_t row, int64_t last, int64_t j
   for (int i = 0; i < kPanelColumns; ++i) pairs[i] = from_bits(first[i] | uint32_t(second[i]) << 16);
 }
 
-// The same of values that are split in two.
+// The same, with values split into two bfloat16.
 inline void pack_split_pair(const Matrix& values, int64_t row, int64_t last, int64_t j,
                             float* high /* [kPanelColumns] */, float* low /* [kPanelColumns] */) {
   float rows[2][kPanelColumns] = {};
@@ -63,8 +63,8 @@ inline void pack_split_pair(const Matrix& values, int64_t row, int64_t last, int
   }
 }
 
-// Values [tile, tile + width) as panels [columns / kPanelColumns, kTile, kPanelColumns]; for tile registers, as pairs of
-// rows, panels [columns / kPanelColumns, kTile / 2, kPanelColumns], of the high parts and then of the low ones.
+// Packs values [tile, tile + width) as panels [columns / kPanelColumns, kTile, kPanelColumns]; for tile registers, as
+// pairs of rows in panels [columns / kPanelColumns, kTile / 2, kPanelColumns], high parts first, then low parts.
 inline void pack_values(const Matrix& values, int64_t tile, int width, float* out) {
   const int64_t columns = value_columns(values.columns);
   if (kHasTiles) {
@@ -93,7 +93,7 @@ inline void pack_values(const Matrix& values, int64_t tile, int width, float* ou
 }
 
 // sums [rows, columns] += factors times packed values. Factors are 0 from width up to a whole vector; rows are whole
-// panels. `split` has room for [2, kTile / 2, kPanelRows]. Tile registers round factors to one bfloat16 if `rounded`.
+// panels. `split` is scratch of [2, kTile / 2, kPanelRows]. With `rounded`, tile registers round factors to bfloat16.
 inline void add_values(const Matrix& values, const float* factors /* [rows, kTile] */, int64_t rows, int width,
                        const float* packed, float* split, float* sums, bool rounded = false) {
   const int64_t columns = value_columns(values.columns);

@@ -1,10 +1,10 @@
-// The algebra of row_stats.py on a GPU: logits -> a lane's sums -> a group's state (32 lanes) -> the row's.
+// The algebra of row_stats.py on a GPU: logits -> a lane's sums -> a group's state (32 lanes) -> the row's state.
 //
-// A lane holds the largest logit it has met apart from its sums. Each further logit competes with it and the loser's
-// term is added, relative to the winner: the maximum's own term never enters a sum, so that confident rows stay exact,
-// and where maxima fall costs next to nothing. Lanes work in float32 on the logits as they are, sums times 2^40
-// (squares times 2^80), which keeps e^2 clear of flushed subnormals down to e = 1e-31; the temperature is in the
-// exponential's rate, and is divided out of what is linear in the logits once a row, in float64.
+// A lane keeps the largest logit so far apart from its sums. Each new logit competes with it, and the loser's term,
+// relative to the winner, is added. The maximum's own term never enters a sum, which keeps confident rows exact and
+// makes the position of maxima nearly irrelevant to the cost. Lanes work in float32 on the raw logits, with sums scaled
+// by 2^40 (squares by 2^80), which keeps e^2 clear of flushed subnormals down to e = 1e-31. The temperature is part of
+// the exponential's rate; quantities linear in the logits are divided by it once per row, in float64.
 #pragma once
 #include <float.h>
 
@@ -15,7 +15,7 @@ namespace acqcore::cuda {
 constexpr float kTermLog2 = 40.0f;      // log2 of the term of a logit equal to the maximum
 constexpr double kUnscale = 0x1p-40;
 
-// exp((z - m) / temperature) = 2^(rate (z - m)); below `floor` it is 0, and -inf is taken for `floor`.
+// exp((z - m) / temperature) = 2^(rate (z - m)). z - m is clamped to `floor`, where the result is 0.
 struct Exponential {
   float rate;   // log2(e) / temperature
   float floor;  // -170 / rate: 2^(40 - 170) is flushed to 0
@@ -44,7 +44,7 @@ ACQCORE_DEVICE void add_term(Sums<Real>& s, Real e, Real x) {
   s.s11 += ex * x;
 }
 
-// Moves sums to a maximum that is higher by -d; c = exp(d).
+// Rebases sums to a maximum that is higher by -d; c = exp(d).
 template <typename Real>
 ACQCORE_DEVICE void rebase(Sums<Real>& s, Real c, Real d) {
   s.s11 = (s.s11 + 2 * d * s.s1 + d * d * s.r) * c;
@@ -53,14 +53,14 @@ ACQCORE_DEVICE void rebase(Sums<Real>& s, Real c, Real d) {
   s.r *= c;
 }
 
-// What a lane knows of the logits it has met.
+// A lane's state over the logits it has folded.
 template <DType dtype>
 struct Lane {
   Sums<float> sums;  // scaled; over all but `best`
-  uint32_t best;     // word of the largest logits of even and of odd columns
-  uint32_t second;   // word: no smaller than any logit in the sums
+  uint32_t best;     // word: the largest logits of even and of odd columns
+  uint32_t second;   // word: upper bounds of the logits in the sums
   float max;         // of the logits in `best`
-  uint32_t chunk;    // where max was met first
+  uint32_t chunk;    // where max first occurred
 };
 
 template <DType dtype>
@@ -68,7 +68,7 @@ ACQCORE_DEVICE Lane<dtype> empty_lane() {
   return {{0, 0, 0, 0}, Words<dtype>::kAbsent, Words<dtype>::kAbsent, -INFINITY, 0};
 }
 
-// What the sums are relative to; finite in a lane that has met no finite logit, so that -inf - reference is not formed.
+// The sums' reference: max, but finite even without a finite logit so far, which avoids -inf - -inf.
 ACQCORE_DEVICE float reference_of(float max) { return fmaxf(max, -FLT_MAX); }
 
 ACQCORE_DEVICE void add_logit(Sums<float>& s, float z, float reference, const Exponential& exponential) {
@@ -76,7 +76,7 @@ ACQCORE_DEVICE void add_logit(Sums<float>& s, float z, float reference, const Ex
   add_term(s, exp2_flushed(fmaf(x, exponential.rate, kTermLog2)), x);
 }
 
-// Moves a lane's sums to the larger maximum `max`.
+// Rebases a lane's sums to the larger maximum `max`.
 template <DType dtype>
 ACQCORE_DEVICE void raise(Lane<dtype>& lane, float max, const Exponential& exponential) {
   const float d = fmaxf(reference_of(lane.max) - max, exponential.floor);
@@ -90,12 +90,12 @@ ACQCORE_DEVICE float largest(uint32_t word) {
   return Words<dtype>::kPer == 1 ? first : fmaxf(first, Words<dtype>::get(word, 1));
 }
 
-// Folds the words of one chunk into a lane; they are overwritten.
+// Folds the words of one chunk into a lane and overwrites them.
 //
-// Per bfloat16 logit: 1.5 for the competition (three instructions a word), 1 to widen, 1 subtraction, 1 clamp, 1 fma, 1
-// exp2, 5 for the sums: 11.5. As compiled for sm_90, with loads and raising: 12.7, and 1.3 to reduce the group. An H100
-// at 1.7 GHz issues 132 multiprocessors x 128 lanes x 1.7e9 = 29e12 lane instructions a second, 19 a logit at 3.0 TB/s
-// (1.5e12 logits a second), and its exp2 units give 2.4 times that rate: memory is the bound. float32 may take 38.
+// Instructions per bfloat16 logit: 1.5 for the competition (three per word), 1 to widen, 1 subtraction, 1 clamp, 1 fma,
+// 1 exp2, 5 for the sums: 11.5. As compiled for sm_90, with loads and raising: 12.7, and 1.3 to reduce the group. An
+// H100 at 1.7 GHz issues 132 multiprocessors x 128 lanes x 1.7e9 = 29e12 lane instructions per second, 19 per logit at
+// 3.0 TB/s (1.5e12 logits/s), and its exp2 units sustain 2.4 times that rate: memory-bound. float32 may use 38.
 template <DType dtype, int n>
 ACQCORE_DEVICE void fold_words(uint32_t (&words)[n], uint32_t chunk, const Exponential& exponential,
                                Lane<dtype>& lane) {
@@ -121,15 +121,15 @@ ACQCORE_DEVICE void fold_words(uint32_t (&words)[n], uint32_t chunk, const Expon
   }
 }
 
-// The state of a group: a stretch of the row that one warp folds. 32 bytes.
+// The state of a group, the part of a row that one warp folds. 32 bytes.
 struct GroupState {
   float max, second;
   Sums<float> sums;  // scaled
   uint32_t chunk;    // the first chunk that holds max
-  uint32_t lanes;    // bit i: lane i met max first in that chunk
+  uint32_t lanes;    // bit i: lane i first met max in that chunk
 };
 
-// The lanes of a warp -> the state of their group, in every lane.
+// Reduces the lanes of a warp to the state of their group, returned in every lane.
 template <DType dtype>
 ACQCORE_DEVICE GroupState reduce(Lane<dtype> (&lanes)[kHeld], const Exponential& exponential) {
   const auto greater = [](float a, float b) { return b > a ? b : a; };
@@ -141,7 +141,7 @@ ACQCORE_DEVICE GroupState reduce(Lane<dtype> (&lanes)[kHeld], const Exponential&
   for (int i = 0; i < kHeld; ++i) {
     Lane<dtype>& lane = lanes[i];
     second[i] = largest<dtype>(lane.second);
-    if constexpr (Words<dtype>::kPer == 2) {  // the lesser of the two that were held apart joins the sums
+    if constexpr (Words<dtype>::kPer == 2) {  // the smaller of the two kept logits joins the sums
       const float other = fminf(Words<dtype>::get(lane.best, 0), Words<dtype>::get(lane.best, 1));
       add_logit(lane.sums, other, reference_of(lane.max), exponential);
       second[i] = greater(second[i], other);
@@ -176,14 +176,14 @@ ACQCORE_DEVICE GroupState reduce(Lane<dtype> (&lanes)[kHeld], const Exponential&
   return {max[0], second[0], {r[0], s1[0], s2[0], s11[0]}, chunk[0], where};
 }
 
-// The state of a row or of a part of its vocabulary, unscaled, logits divided by the temperature.
+// The state of a row over all or part of the vocabulary, unscaled, with logits divided by the temperature.
 struct RowState {
   double max, second, target;
   Sums<double> sums;
   int64_t index;
 };
 
-// Merges a later part of the vocabulary into `s`; on equal maxima the earlier index stays.
+// Merges a later part of the vocabulary into `s`; the earlier index wins ties.
 ACQCORE_DEVICE void merge(RowState& s, const RowState& later) {
   const bool swap = later.max > s.max;
   RowState low = swap ? s : later;
@@ -197,7 +197,7 @@ ACQCORE_DEVICE void merge(RowState& s, const RowState& later) {
   const double c = exp(d);
   rebase(low.sums, c, d);
   add(s.sums, low.sums);
-  add_term(s.sums, c, d);  // its maximum joins as a term of its own
+  add_term(s.sums, c, d);  // the term of the lower maximum
   s.second = fmax(s.second, low.max);
 }
 

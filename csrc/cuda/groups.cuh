@@ -1,9 +1,9 @@
-// How a row is cut, loaded and put together again.
+// Splits a row into groups, loads and folds them, and combines the results.
 //
-// A row is cut into groups of kGroup logits, counted from its first column; one warp folds one group. Which warp of
-// which block folds a group follows from the numbers of rows and multiprocessors, the arithmetic does not: within a
-// group a logit's lane and place follow from its column, and the groups of a row are combined in one fixed order. So a
-// row's state has the same bits whatever the batch, the strides, the alignment or the number of multiprocessors.
+// A row is split into groups of kGroup logits, counted from its first column; one warp folds one group. The number of
+// rows and multiprocessors determines which warp of which block folds a group, but not the arithmetic: a logit's lane
+// and place within a group follow from its column, and the groups of a row are combined in a fixed order. A row's state
+// is therefore bitwise independent of the batch, the strides, the alignment and the number of multiprocessors.
 #pragma once
 #include "fold.cuh"
 #include "launch.h"
@@ -11,22 +11,22 @@
 namespace acqcore::cuda {
 
 constexpr int kGroup = 4096;      // logits: 9 % of a group's instructions reduce it; 8 rows of 150k make 300 warps
-constexpr int kVectors = 4;       // 16-byte loads a lane has in flight for the next chunk, beside the one being folded
+constexpr int kVectors = 4;       // 16-byte loads per lane in flight for the next chunk while one is being folded
 constexpr int kChunkWords = 4 * kVectors;
-constexpr int kMaxWarps = 4;      // of a block: six blocks share a multiprocessor
-constexpr int kBlocksPerMultiprocessor = 48;  // wanted at least: eight rounds, so that the last one costs little
-constexpr int kSharedGroups = 1024;           // of a row that one block combines in 32 KiB
+constexpr int kMaxWarps = 4;      // per block: six blocks share a multiprocessor
+constexpr int kBlocksPerMultiprocessor = 48;  // target minimum: eight waves, so that a partial last wave costs little
+constexpr int kSharedGroups = 1024;           // most groups of a row that one block combines, in 32 KiB
 constexpr int64_t kScratchBytes = 16 << 20;
 
 template <DType dtype>
 constexpr int kVectorLogits = 4 * Words<dtype>::kPer;
 template <DType dtype>
-constexpr int kChunk = kWarp * kVectors * kVectorLogits<dtype>;  // logits that a warp folds at a time
+constexpr int kChunk = kWarp * kVectors * kVectorLogits<dtype>;  // logits a warp folds at a time
 
 struct Plan {
-  int groups;  // of a row
-  int warps;   // of a block
-  int parts;   // blocks that share a row; 1: the block combines it, else combine_rows() does
+  int groups;  // per row
+  int warps;   // per block
+  int parts;   // blocks per row; if 1, the block combines the row, otherwise combine_rows() does
   int64_t rows_per_pass;
 };
 
@@ -58,7 +58,7 @@ inline Exponential exponential_of(double temperature) {
   return {static_cast<float>(rate), static_cast<float>(-170.0 / rate)};
 }
 
-// Whether a row's logits lie side by side: it is read 16 bytes at a time, wherever it starts.
+// Whether a row's logits are contiguous. Such a row is read 16 bytes at a time, whatever its alignment.
 inline bool loads_vectors(const Matrix& m) { return m.column_stride == 1; }
 
 // One row in memory.
@@ -85,11 +85,11 @@ ACQCORE_DEVICE void shift(const uint4& low, const uint4& high, uint32_t bits, ui
   for (int i = 0; i < 4; ++i) words[i] = __funnelshift_r(w[k + i], w[k + i + 1], bits);
 }
 
-// The 16 bytes that start `skipped` bytes after `aligned`, which is on 16 bytes: both vectors are inside the allocation.
+// Loads the 16 bytes that start `skipped` bytes after the 16-byte aligned `aligned`; both vectors must be allocated.
 ACQCORE_DEVICE void load_shifted(const uint4* aligned, uint32_t skipped, uint32_t (&words)[4]) {
   const uint4 low = __ldg(aligned), high = __ldg(aligned + 1);
   const uint32_t bits = 8 * (skipped % 4);
-  switch (skipped / 4) {  // the same in the whole row
+  switch (skipped / 4) {  // uniform across the row
     case 0: return shift<0>(low, high, bits, words);
     case 1: return shift<1>(low, high, bits, words);
     case 2: return shift<2>(low, high, bits, words);
@@ -98,13 +98,13 @@ ACQCORE_DEVICE void load_shifted(const uint4* aligned, uint32_t skipped, uint32_
 }
 #endif
 
-// A lane's words of the whole chunk at column `begin`, in 16-byte loads: vector j of lane i is vector 32 j + i. A row
-// starts on 16 bytes or not: all its vectors do as the first.
+// Loads a lane's words of the full chunk at column `begin`, 16 bytes at a time: vector j of lane i is vector 32 j + i.
+// All vectors of a row share the alignment of its first.
 template <DType dtype>
 ACQCORE_DEVICE void load_vectors(const Row<dtype>& row, int begin, int lane, uint32_t (&words)[kChunkWords]) {
   const auto* source = row.data + begin + lane * kVectorLogits<dtype>;
 #if defined(__CUDACC__)
-  const uint32_t skipped = reinterpret_cast<uintptr_t>(row.data) % 16;  // a chunk is whole vectors
+  const uint32_t skipped = reinterpret_cast<uintptr_t>(row.data) % 16;  // chunks consist of whole vectors
   const auto* aligned = reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(source) - skipped);
 #endif
   ACQCORE_UNROLL
@@ -125,13 +125,13 @@ ACQCORE_DEVICE void load_vectors(const Row<dtype>& row, int begin, int lane, uin
   }
 }
 
-// The column of logit `half` of word `i` of a lane, in its chunk.
+// The column, within the chunk, of logit `half` of a lane's word `i`.
 template <DType dtype>
 ACQCORE_DEVICE int column_of(int lane, int i, int half) {
   return (i / 4 * kWarp + lane) * kVectorLogits<dtype> + i % 4 * Words<dtype>::kPer + half;
 }
 
-// The same words one logit at a time: any stride, any alignment, the end of a row (-inf beyond it).
+// Loads the same words one logit at a time, for any stride and for the end of a row (-inf beyond it).
 template <DType dtype>
 ACQCORE_DEVICE void load_logits(const Row<dtype>& row, int begin, int lane, uint32_t (&words)[kChunkWords]) {
   ACQCORE_UNROLL
@@ -161,7 +161,7 @@ ACQCORE_DEVICE void load_chunk(const Row<dtype>& row, int begin, int lane, uint3
   }
 }
 
-// The state of group `group` of a row, folded by one warp.
+// Folds group `group` of a row with one warp.
 template <DType dtype>
 ACQCORE_DEVICE GroupState fold_group(const Row<dtype>& row, int group, const Exponential& exponential) {
   constexpr int chunks = kGroup / kChunk<dtype>;
@@ -191,7 +191,7 @@ ACQCORE_DEVICE GroupState fold_group(const Row<dtype>& row, int group, const Exp
   return reduce(lanes, exponential);
 }
 
-// The lowest column of `row` that holds a group's maximum: the lanes that met it read their part of its chunk again.
+// The lowest column of `row` that holds a group's maximum. The lanes that found it reload their part of its chunk.
 template <DType dtype>
 ACQCORE_DEVICE int64_t first_column(const Row<dtype>& row, const GroupState& state, int group) {
   const int begin = group * kGroup + state.chunk * kChunk<dtype>;
@@ -214,7 +214,7 @@ ACQCORE_DEVICE int64_t first_column(const Row<dtype>& row, const GroupState& sta
   return first[0];
 }
 
-// The state of a row from those of its groups, by one warp. `target` is a column of the row, or outside it.
+// Combines the states of a row's groups with one warp. `target` may lie outside the row.
 template <DType dtype>
 ACQCORE_DEVICE RowState combine(const Row<dtype>& row, const GroupState* groups, int count, double temperature,
                                 int64_t target) {
@@ -247,7 +247,7 @@ ACQCORE_DEVICE RowState combine(const Row<dtype>& row, const GroupState* groups,
         const double d = double(group.max) - double(max[i]);
         const double c = exp(d / temperature);
         rebase(s, c, d);
-        add_term(s, c, d);  // its maximum joins as a term of its own
+        add_term(s, c, d);  // the term of the group's own maximum
         second[i] = greater(second[i], group.max);
       }
       add(sums, s);
@@ -276,7 +276,7 @@ ACQCORE_DEVICE bool ignored(const LogitStatsArgs& args, int64_t row) {
   return args.targets && args.targets[row] == -100;
 }
 
-// Writes a row's state; an ignored row's is NaN.
+// Writes a row's state, or NaN if `s` is null (an ignored row).
 ACQCORE_DEVICE void write_state(const LogitStatsArgs& args, int64_t row, const RowState* s) {
   const double values[7] = {s ? s->max : NAN,     s ? s->second : NAN,   s ? s->sums.r : NAN,  s ? s->sums.s1 : NAN,
                             s ? s->sums.s2 : NAN, s ? s->sums.s11 : NAN, s ? s->target : NAN};
@@ -284,7 +284,7 @@ ACQCORE_DEVICE void write_state(const LogitStatsArgs& args, int64_t row, const R
   args.index[row] = s ? s->index : -1;
 }
 
-// Combines a row's groups and writes its state, merged with what is there of earlier columns where that is asked for.
+// Combines a row's groups and writes its state; with args.accumulate, merges it with the state of earlier columns.
 template <DType dtype>
 ACQCORE_DEVICE void finish_row(const LogitStatsArgs& args, int64_t row, const Row<dtype>& logits,
                                const GroupState* groups, int count) {
@@ -302,7 +302,7 @@ ACQCORE_DEVICE void finish_row(const LogitStatsArgs& args, int64_t row, const Ro
   write_state(args, row, &state);
 }
 
-// One warp's share of the groups of a row, for block `part` of those that share it.
+// Folds one warp's share of a row's groups, in block `part` of the blocks that share the row.
 template <DType dtype>
 ACQCORE_DEVICE void fold_share(const Row<dtype>& row, const Plan& plan, int part, int warp,
                                const Exponential& exponential, GroupState* groups /* [plan.groups], written */) {

@@ -1,5 +1,5 @@
-// Hopper's own instructions (sm_90a): barriers in shared memory, the tensor copy engine, the warpgroup's matrix product.
-// Addresses in shared memory are 32-bit, as these instructions take them.
+// Hopper instructions (sm_90a): barriers in shared memory, the tensor copy engine, the warpgroup's matrix product.
+// Shared-memory addresses are 32-bit, as these instructions require.
 #pragma once
 #include <cuda.h>
 #include <stdint.h>
@@ -19,12 +19,12 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of the cluster meet; what they wrote to shared memory before is seen after.
+// Synchronizes all threads of the cluster and makes their earlier shared-memory writes visible.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// mbarrier: a phase ends when `arrivals` have come and every byte announced has landed.
+// mbarrier: a phase ends after `arrivals` arrivals, when every announced byte has landed.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -33,7 +33,7 @@ __device__ __forceinline__ void barrier_init_visible_to_cluster() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Waits for the end of the phase whose parity is `parity`; a fresh barrier has ended one of parity 1.
+// Waits for the phase of the given parity to end; a fresh barrier counts as having ended a phase of parity 1.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -53,8 +53,8 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// One arrival at the barrier at the same address in block `rank` of the cluster. Products that have been waited for are
-// done with shared memory; a release of the cluster scope would add a MEMBAR.GPU, some 500 cycles, and order no more.
+// One arrival at the barrier at the same address in block `rank` of the cluster. Products already waited for no longer
+// read shared memory; a release at cluster scope would add a MEMBAR.GPU, about 500 cycles, and order nothing more.
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n"
@@ -74,10 +74,10 @@ __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// What this thread wrote to shared memory is seen by products that follow a barrier.
+// Makes this thread's shared-memory writes visible to products after a barrier.
 __device__ __forceinline__ void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Registers of a thread of this warpgroup; all its warps must come here.
+// Sets the registers per thread of this warpgroup; all its warps must call it.
 template <int registers>
 __device__ __forceinline__ void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
@@ -91,8 +91,8 @@ __device__ __forceinline__ void prefetch(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Copies the box of `map` at (column, row) to `destination`; rows and columns outside the matrix are zero. The copy
-// counts towards `barrier`. With `mask`, into every block of the cluster whose bit is set, at the same addresses.
+// Copies the box of `map` at (column, row) to `destination`; rows and columns outside the matrix are zero. The bytes
+// count towards `barrier`. With `mask`, copies to the same addresses in every block of the cluster whose bit is set.
 __device__ __forceinline__ void load_box(const CUtensorMap& map, uint32_t destination, uint32_t barrier, int column,
                                          int row) {
   asm volatile(
@@ -110,24 +110,24 @@ __device__ __forceinline__ void load_box(const CUtensorMap& map, uint32_t destin
       : "memory");
 }
 
-// Describes to wgmma a matrix of 64 16-bit columns, 128 bytes a row, swizzled by the copy engine over 128 bytes.
-// Adding n moves it by 16 n bytes.
+// wgmma descriptor of a matrix of 64 16-bit columns, 128 bytes per row, with the copy engine's 128-byte swizzle.
+// Adding n advances it by 16 n bytes.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
   constexpr uint64_t rows_of_8 = 1024 >> 4, swizzle_128 = 1;
   return (address & 0x3ffff) >> 4 | rows_of_8 << 32 | swizzle_128 << 62;
 }
 
-// Registers of the accumulator may be touched by the products that follow.
+// Orders accesses to the accumulator's registers before the products that follow.
 __device__ __forceinline__ void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// Ends a group of products; product_wait<n> waits until at most n groups are under way.
+// Ends a group of products; product_wait<n> waits until at most n groups are in flight.
 __device__ __forceinline__ void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int groups>
 __device__ __forceinline__ void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(groups) : "memory");
 }
 
-// Keeps the compiler from moving uses of the accumulator across.
+// Keeps the compiler from moving accumulator accesses across this point.
 template <int n>
 __device__ __forceinline__ void pin(float (&d)[n]) {
 #pragma unroll
@@ -169,8 +169,8 @@ __device__ __forceinline__ void pin(float (&d)[n]) {
       "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])\
       : "l"(a), "l"(b), "r"(accumulate))
 
-// d = a b^T, or += with `accumulate`: a [64, 16], b [256, 16]. Asynchronous. Lane l of warp w of the warpgroup holds,
-// of rows 16 w + l / 4 + {0, 8}, columns 8 j + 2 (l % 4) + {0, 1} in d[4 j + {0, 1}] and d[4 j + {2, 3}].
+// d = a b^T, or += with `accumulate`: a [64, 16], b [256, 16]. Asynchronous. In lane l of warp w, d[4 j + {0, 1}] and
+// d[4 j + {2, 3}] are columns 8 j + 2 (l % 4) + {0, 1} of rows 16 w + l / 4 and 16 w + l / 4 + 8.
 template <DType dtype>
 __device__ __forceinline__ void product(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
   static_assert(dtype != DType::kFloat32);
@@ -182,7 +182,7 @@ __device__ __forceinline__ void product(float (&d)[128], uint64_t a, uint64_t b,
 }
 #undef ACQCORE_PRODUCT
 
-// The same of bfloat16 matrices with b [64, 16] and b [128, 16].
+// The same for bfloat16, with b [64, 16] and b [128, 16].
 __device__ __forceinline__ void product(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
   asm volatile(
       "{\n"

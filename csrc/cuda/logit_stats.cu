@@ -1,4 +1,4 @@
-// Row statistics of logits that already exist: one read of them, at the speed of memory.
+// Row statistics of materialized logits: reads them once, at memory bandwidth.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp)
   if (warp == 0) finish_row(args, first + local, row, groups, plan.groups);
 }
 
-// One warp a row, where several blocks shared it.
+// Combines rows that several blocks shared, one warp per row.
 template <DType dtype>
 __global__ void __launch_bounds__(kMaxWarps* kWarp)
     combine_rows(const __grid_constant__ LogitStatsArgs args, int groups, bool vectors, int64_t first, int64_t rows,

@@ -1,4 +1,4 @@
-// The cuda backend's arithmetic on the host, warp by warp, for tests on a machine without a GPU.
+// The cuda backend's arithmetic on the host, warp by warp, for tests without a GPU.
 #include <vector>
 
 #include "groups.cuh"

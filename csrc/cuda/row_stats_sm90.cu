@@ -1,35 +1,35 @@
 // Row statistics fused with the head's product on Hopper (sm_90a): logits live in registers and are never written.
 //
-// Three kernels for a chunk of rows:
+// Three kernels process a chunk of rows:
 //
-//   pack_rows      packs the hidden states of scored rows, on the device alone, and takes each target's logit
-//   product_fold   the product, folded tile by tile into row states: one state for each row and split
-//   merge_splits   merges the splits of a row in float64, in one fixed order
+//   pack_rows      packs the hidden states of scored rows, without a host sync, and computes each target's logit
+//   product_fold   computes the product and folds it tile by tile into one state per row and split
+//   merge_splits   merges the splits of a row in float64, in a fixed order
 //
-// product_fold is persistent: a cluster of two blocks takes units, each a pair of row blocks (2 x 128) and a split of
-// the vocabulary, and walks over the split's tiles of 256 columns. A block has a warp that loads and two warpgroups
-// that multiply and fold 64 x 256 logits each. Both blocks need the same weights: each loads half and the copy engine
-// writes it to both. Splits follow from the vocabulary alone, so a row's result does not depend on its batch.
+// product_fold is persistent: a cluster of two blocks loops over units, each a pair of row blocks (2 x 128) and a split
+// of the vocabulary, and walks the split's tiles of 256 columns. A block has one loader warp and two warpgroups that
+// multiply and fold 64 x 256 logits each. Both blocks need the same weights: each loads half and multicasts it to both.
+// Splits depend on the vocabulary alone, so a row's result does not depend on its batch.
 //
-// Who waits for whom. A stage of the ring holds 64 columns of depth: 128 rows of hidden states, 256 of weights.
-// `full`: one arrival, of the block's own loader, and all bytes, its own and the other block's. `empty`: an arrival of
-// each consumer warp of both blocks, for the copy writes to both. Step j waits for the stage of step j - kStages. A warp
-// frees step j once its products of step j + 1 are queued, and the last step of a tile before it folds. Take the
-// consumer that is furthest behind, at step j of its unit: all others have begun j, so they have freed j - 2 and what
-// is before, the stages of j and j + 1 can be loaded, and it goes on. At the first step of a tile all have freed j - 1,
-// so that the whole ring can be loaded and the first warpgroup can reach the lead that the second waits for.
+// Synchronization. A stage of the ring holds 64 columns of depth: 128 rows of hidden states, 256 of weights. `full`
+// expects one arrival from the block's own loader and the bytes loaded by both blocks. `empty` expects an arrival from
+// every consumer warp of both blocks, since copies write to both. Step j reuses the stage of step j - kStages. A warp
+// frees step j once its products of step j + 1 are queued, and frees the last step of a tile before it folds. No
+// deadlock: when the slowest consumer is at step j of its unit, all others have begun j and so have freed all steps up
+// to j - 2; the stages of j and j + 1 can be loaded and it proceeds. At the first step of a tile all have freed j - 1,
+// so the whole ring can be loaded and the first warpgroup can reach the lead that the second waits for.
 //
-// Why it does not stall. The two warpgroups share the tensor cores: 1024 cycles a step. The second starts `lag` steps
-// behind in every tile, so one folds (about 1500 cycles) while the other multiplies alone, at 512 cycles a step.
+// Overlap. The two warpgroups share the tensor cores: 1024 cycles per step. The second starts `lag` steps behind in
+// every tile, so one folds (about 1500 cycles) while the other multiplies alone, at 512 cycles per step.
 //
-// At N = 4096, D = 4096, V = 131072: 16 pairs x 66 splits over 66 clusters are 16 units each, of 7 or 8 tiles: 124 or
-// 125 tiles of 65536 cycles, 1 % above an even share. L2 delivers 32 KiB a block and step, 32 bytes a cycle; memory
-// is read for 8 pairs side by side: 17 MB of hidden states stay in L2, the weights pass twice, 0.35 TB/s.
+// At N = 4096, D = 4096, V = 131072, 16 pairs x 66 splits over 66 clusters give 16 units each, of 7 or 8 tiles: 124 or
+// 125 tiles of 65536 cycles, 1 % above an even share. L2 delivers 32 KiB per block and step, 32 bytes per cycle. Eight
+// pairs walk the vocabulary together: 17 MB of hidden states stay in L2 and the weights are read twice, 0.35 TB/s.
 //
-// The Gram matrix of a block's 128 rows takes their exponentials, in bfloat16, through shared memory: the first
-// warpgroup multiplies its own with its own, the second its own with all. By symmetry that is everything, and the first,
-// which leads, never waits for the second's of the same tile. The matrix itself waits in L2 from tile to tile. A row's
-// targets and those of its sample are left out. The terms take the room of a stage. merge_grams adds up the splits.
+// For the Gram matrix of a block's 128 rows, their exponentials go through shared memory in bfloat16: the first
+// warpgroup multiplies its rows by themselves, the second multiplies its rows by all. Symmetry gives the rest, and the
+// first warpgroup, which leads, never waits for the second's terms of the same tile. The matrix stays in L2 between
+// tiles. Targets of a row's sample are left out. The terms occupy the space of a stage. merge_grams sums the splits.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -42,29 +42,29 @@
 namespace acqcore::cuda {
 namespace {
 
-constexpr int kRows = 128;   // of a block
-constexpr int kDepth = 64;   // of a stage: 128 bytes, the width of the swizzle
-constexpr int kBlocks = 2;   // of a cluster
+constexpr int kRows = 128;   // per block
+constexpr int kDepth = 64;   // per stage: 128 bytes, the width of the swizzle
+constexpr int kBlocks = 2;   // per cluster
 constexpr int kPairRows = kBlocks * kRows;
 constexpr int kBoxBytes = kRows * kDepth * 2;  // all boxes are 128 rows of 64 columns
 constexpr int kStageBytes = 3 * kBoxBytes;     // hidden states, two halves of the weights
-constexpr int kGramFloats = (64 + kGramRows) * 64;  // of a block: the lower half of its rows has the columns of all
+constexpr int kGramFloats = (64 + kGramRows) * 64;  // per block: rows 0-63 by 64 columns, rows 64-127 by all 128
 constexpr int kWarpgroup = 4 * kWarp;
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kConsumerWarps = 8;
 constexpr int kProductDepth = 16;
-// Named barriers. Of the terms in shared memory: the first warpgroup has written its own, the second has read them.
-constexpr int kLagBarrier = 1, kTermsBarrier = 2, kReadBarrier = 3, kOwnBarrier = 4;  // one more for the second
+// Named barriers. Terms: the first warpgroup has written its terms to shared memory. Read: the second has read them.
+constexpr int kLagBarrier = 1, kTermsBarrier = 2, kReadBarrier = 3, kOwnBarrier = 4;  // the second's own is 5
 constexpr int64_t kScratchBytes = 56 << 20;
 
-// A slot's target as a column of this weight, negative for none, and the slots of its sample in the block.
+// A slot's target as a column of this weight (negative for none) and its sample's first and last slot in the block.
 struct alignas(8) Mark {
   int column;
   int16_t first, last;
 };
 
 struct ProductArgs {
-  const int* count;  // [1] rows that hold something, or null: `rows`
+  const int* count;  // [1] packed rows, or null for all `rows`
   int rows;
   int depth_steps;
   int tiles;  // of the vocabulary
@@ -77,13 +77,13 @@ struct ProductArgs {
   float* grams;          // [rows / 128, splits, kGramFloats], written
 };
 
-// What a cluster works on at a time.
+// A cluster's unit of work.
 struct Unit {
   int first_row;  // of the pair
   int split, first_tile, last_tile;
 };
 
-// Pairs of row blocks pass fastest, within groups of `group` pairs: clusters side by side share weights in L2.
+// Pairs of row blocks vary fastest, in groups of `group` pairs, so that concurrent clusters share weights in L2.
 __device__ Unit unit_at(const ProductArgs& args, int pairs, int unit) {
   const int before = unit / (args.group * args.splits) * args.group;
   const int width = min(pairs - before, args.group);
@@ -93,14 +93,14 @@ __device__ Unit unit_at(const ProductArgs& args, int pairs, int unit) {
           split_begin(split + 1, args.splits, args.tiles)};
 }
 
-// Shared memory: a ring of stages; the terms of a tile and what rows were multiplied by, for the Gram matrix; barriers.
+// Shared memory: a ring of stages; a tile's terms and the rows' rescaling factors, for the Gram matrix; barriers.
 template <bool grams>
 struct Ring {
   static constexpr int kStages = grams ? 3 : 4;
   static constexpr int kTerms = kStages * kStageBytes, kFactors = kTerms + (grams ? kGramTileBytes : 0);
   static constexpr int kBarriers = kFactors + (grams ? kRows * 4 : 0);
   static constexpr int kBytes = kBarriers + 2 * kStages * 8;
-  uint32_t stages;  // address, a multiple of 1024 as the swizzle wants it
+  uint32_t stages;  // address, a multiple of 1024 as the swizzle requires
   __device__ uint32_t hidden(int stage) const { return stages + stage * kStageBytes; }
   __device__ uint32_t weight(int stage) const { return stages + stage * kStageBytes + kBoxBytes; }
   __device__ uint32_t full_at(int stage) const { return stages + kBarriers + 8 * stage; }
@@ -110,7 +110,7 @@ struct Ring {
 
 constexpr int kAlignment = 1024;
 
-// A place in a ring.
+// A position in the ring.
 template <int stages>
 struct Place {
   int stage = 0;
@@ -141,7 +141,7 @@ __device__ void load_units(const CUtensorMap& hidden, const CUtensorMap& weight,
   }
 }
 
-// Zeroes, in a warp's rows of a tile's terms, the columns that are targets of the row's own sample.
+// In a warp's rows of a tile's terms, zeroes the columns that are targets of the row's own sample.
 __device__ void leave_out_targets(const Mark* marks /* [128] */, int begin, int first_row, char* terms) {
   const int lane = threadIdx.x % kWarp, row = first_row + lane % 16;
   for (int i = 0; i < kGramRows; i += kWarp) {
@@ -157,8 +157,8 @@ __device__ void leave_out_targets(const Mark* marks /* [128] */, int begin, int 
   }
 }
 
-// gram = factors gram factors + terms terms^T for a warpgroup's 64 rows and the block's first `columns` rows. The same
-// thread reads and writes an element in every tile.
+// gram = factors gram factors + terms terms^T for a warpgroup's 64 rows and the block's first `columns` rows. In every
+// tile the same thread reads and writes an element.
 template <int columns>
 __device__ void add_products(float* gram /* [64, columns] */, bool begun, uint32_t terms, int own_rows,
                              const float (&row_factor)[2], const float* factors /* [columns] */) {
@@ -196,7 +196,7 @@ __device__ void add_products(float* gram /* [64, columns] */, bool begun, uint32
   }
 }
 
-// One warpgroup multiplies and folds its 64 rows of the block.
+// Multiplies and folds a warpgroup's 64 rows of the block.
 template <DType dtype, Transform transform, bool grams>
 __device__ void fold_units(const ProductArgs& args, const Ring<grams>& ring, char* shared, int pairs, int rank,
                            int warpgroup) {
@@ -241,14 +241,14 @@ __device__ void fold_units(const ProductArgs& args, const Ring<grams>& ring, cha
       fold_tile<grams>(z, tile * kTileColumns, rows, raised);
       if constexpr (grams) {
         int first_row = warp_rows, row_of_block = block_row;
-        asm volatile("" : "+r"(first_row), "+r"(row_of_block));  // so that its addresses take no registers while the product runs
+        asm volatile("" : "+r"(first_row), "+r"(row_of_block));  // addresses take no registers during the product
         char* terms = shared + Ring<grams>::kTerms;
         auto* factors = reinterpret_cast<float*>(shared + Ring<grams>::kFactors);
         const float factor[2] = {raised[0][0].factor, raised[0][1].factor};
         if (warpgroup == 1) {
-          hopper::named_sync(kOwnBarrier + 1, kWarpgroup);  // all its warps are done with the last tile's terms
+          hopper::named_sync(kOwnBarrier + 1, kWarpgroup);  // its warps are done with the previous tile's terms
         } else {
-          hopper::named_sync(kReadBarrier, 2 * kWarpgroup);  // both warpgroups are
+          hopper::named_sync(kReadBarrier, 2 * kWarpgroup);  // both warpgroups are done with them
         }
         store_terms(z, raised, first_row, terms);
         if (lane % kSharing == 0) {
@@ -312,25 +312,25 @@ __global__ void __cluster_dims__(kBlocks, 1, 1) __launch_bounds__(kThreads, 1)
   hopper::cluster_sync();  // the other block may still write to this one's memory and barriers
 }
 
-constexpr int kPackRows = 8;  // of a block, one a warp
+constexpr int kPackRows = 8;  // per block, one per warp
 
 struct PackArgs {
-  Matrix hidden, weight;   // of the chunk's rows, of the vocabulary
-  int rows;                // of the chunk
-  const Slot* slots;       // [rows] or null: which row of `hidden` each takes; else scored ones move together
+  Matrix hidden, weight;   // hidden: the chunk's rows, or all with slots
+  int rows;                // in the chunk
+  const Slot* slots;       // [rows], each slot's row of `hidden`, or null: scored rows are compacted
   const int64_t* targets;  // of hidden's rows, or null
   int64_t vocab_start;
   Logits logits;
-  bool capped, vectors;  // vectors: hidden states in 16-byte loads
-  uint16_t* packed;      // [rows, pitch], written: the scored rows, first to last
+  bool capped, vectors;  // vectors: load hidden states 16 bytes at a time
+  uint16_t* packed;      // [rows, pitch], written: the scored rows in order
   int pitch;
   int* position;         // [rows], written: a row's place in `packed`, -1 if ignored
-  float* target_logit;   // [rows], written: -inf where the target is not of this vocabulary
-  int* count;            // [1], written without slots: scored rows
+  float* target_logit;   // [rows], written: -inf where the target is outside this vocabulary
+  int* count;            // [1], number of scored rows, written without slots
   Mark* marks;           // [rows], written with slots
 };
 
-// Eight elements from column `begin` on, zero beyond the last.
+// Loads eight elements from column `begin` on; zero beyond the last column.
 template <DType dtype>
 __device__ void load_eight(const uint16_t* row, int64_t stride, int begin, int columns, bool vectors,
                            uint32_t (&words)[4]) {
@@ -411,13 +411,13 @@ constexpr int kMergeThreads = 128;
 struct MergeArgs {
   const RowPartial* partials;  // [splits, rows]
   int splits, rows;
-  const int* position;        // [rows] or null: a row's partials are at its own number
-  const Slot* slots;          // [rows] or null: a row's state goes to its own number
+  const int* position;        // [rows], index of a row's partials, or null: the row's own
+  const Slot* slots;          // [rows], where a row's state goes, or null: to its own index
   const int64_t* targets;     // [all_rows] or null
-  const float* target_logit;  // [rows], where targets are
+  const float* target_logit;  // [rows], with targets
   int64_t vocab_start, all_rows;
   double* state;   // [7, all_rows], `rows` of them written
-  int64_t* index;  // [all_rows], likewise
+  int64_t* index;  // [all_rows], `rows` of them written
 };
 
 __device__ RowState shuffle_down(const RowState& s, int lanes) {
@@ -439,7 +439,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_splits(const __grid_const
   if (out < 0) return;
   if (s.index >= 0) s.index += args.vocab_start;
   if (args.targets && at >= 0) {
-    // The maximum's own logit, not one summed in another order: a confident row's logprob is -log1p(R).
+    // Use the maximum itself, not the logit that was summed in another order: a confident row's logprob is -log1p(R).
     s.target = args.targets[out] == s.index ? s.max : double(args.target_logit[row]);
   }
   const double values[7] = {s.max, s.second, s.sums.r, s.sums.s1, s.sums.s2, s.sums.s11, s.target};
@@ -453,12 +453,12 @@ struct MergeGramsArgs {
   int splits, rows;
   const Slot* slots;    // [rows]
   const int* position;  // [rows]
-  const double* max;    // [all rows]: of the row states
+  const double* max;    // [all rows], from the row states
   float* products;      // written
 };
 
-// A warp for each row of the matrices: all splits moved to the final maxima and added, first to last. Only a slot and
-// those before it in its sample are looked at, so that what a sample gets does not depend on its place.
+// One warp per row of the matrices: rebases all splits to the final maxima and adds them in order. A slot is combined
+// only with the slots before it in its sample, so that a sample's result does not depend on its place.
 __global__ void __launch_bounds__(kMergeThreads) merge_grams(const __grid_constant__ MergeGramsArgs args) {
   const int slot = (blockIdx.x * kMergeThreads + threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
   if (slot >= args.rows) return;
@@ -498,7 +498,7 @@ T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-// Whether the copy engine can address `m`, and 16-byte loads its rows.
+// Whether the copy engine and 16-byte loads can address the rows of `m`.
 bool addressable(const Matrix& m) {
   return m.column_stride == 1 && reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.row_stride * 2 % 16 == 0 &&
          m.row_stride >= m.columns && m.row_stride * 2 < int64_t(1) << 40;
@@ -506,9 +506,9 @@ bool addressable(const Matrix& m) {
 
 bool packs(const RowStatsArgs& args) { return args.targets || !addressable(args.hidden); }
 
-// Splits are multiples of half the clusters of an H100: with an even number of pairs all get equally many units. On an
-// H100, N = 4096: 66 splits of 7.8 tiles took 6.2 ms, 33 6.4 and 132 6.7 (V = 131072, D = 4096); 33 splits of 5.8 tiles
-// took 0.46 ms, 66 0.55 and 132 0.57 (V = 49152, D = 576).
+// The number of splits is a multiple of half the clusters of an H100, so that with an even number of pairs all clusters
+// get equally many units. On an H100, N = 4096: 66 splits of 7.8 tiles took 6.2 ms, 33 6.4 and 132 6.7 (V = 131072,
+// D = 4096); 33 splits of 5.8 tiles took 0.46 ms, 66 0.55 and 132 0.57 (V = 49152, D = 576).
 int splits_of(const ProductPlan& plan, int64_t vocab) {
   constexpr int64_t kStep = 33, kTilesOfSplit = 7;
   const int64_t tiles = ceil_div<int64_t>(vocab, kTileColumns);
@@ -516,9 +516,9 @@ int splits_of(const ProductPlan& plan, int64_t vocab) {
   return static_cast<int>(std::min(splits, tiles));
 }
 
-// The chunk's part of the scratch memory; offsets are of 256 bytes.
+// Layout of a chunk's scratch memory; offsets are multiples of 256 bytes.
 struct Layout {
-  int64_t all_rows, rows;  // of the call and of a chunk: slots with Gram matrices, else rows of the hidden states
+  int64_t all_rows, rows;  // per call and per chunk: slots with Gram matrices, else rows of the hidden states
   int splits, pitch;
   int64_t partials, position, target_logit, count, marks, grams, bytes;
 };
@@ -529,7 +529,7 @@ Layout layout_of(const RowStatsArgs& args, const ProductPlan& plan) {
   layout.all_rows = with_grams ? args.gram.count : args.hidden.rows;
   layout.splits = splits_of(plan, args.weight.rows);
   layout.pitch = static_cast<int>(ceil_div<int64_t>(args.hidden.columns, 8) * 8);
-  const int64_t gram_bytes = with_grams ? layout.splits * kGramFloats * 4 / kGramRows : 0;  // of a row
+  const int64_t gram_bytes = with_grams ? layout.splits * kGramFloats * 4 / kGramRows : 0;  // per row
   const int64_t mark_bytes = with_grams ? sizeof(Mark) : 0;
   const int64_t row_bytes = layout.splits * int64_t(sizeof(RowPartial)) + (packs(args) ? 2 * layout.pitch + 8 : 0) +
                             gram_bytes + mark_bytes;
@@ -555,7 +555,7 @@ Layout layout_of(const RowStatsArgs& args, const ProductPlan& plan) {
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-// From the driver that the runtime found: nothing here is linked against it.
+// Looks the function up in the driver that the runtime loaded, so that nothing here links against the driver.
 EncodeTiled encode_tiled() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
@@ -590,7 +590,7 @@ void launch_product(const CUtensorMap& hidden, const CUtensorMap& weight, Produc
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, launch.device),
         "cudaDeviceGetAttribute");
-  // One stage stays for loads, and the lead is less than a tile.
+  // One stage stays free for loads, and the lead is shorter than a tile.
   args.lag = args.depth_steps > stages ? std::min(args.lag, stages - 1) : 0;
   const int units = ceil_div(args.rows, kPairRows) * args.splits;
   const int clusters = std::max(std::min(units, multiprocessors / kBlocks), 1);

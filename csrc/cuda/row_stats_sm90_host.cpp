@@ -1,4 +1,4 @@
-// The fold of the fused product on the host, lane by lane, for tests on a machine without a GPU.
+// The fold of the fused product on the host, lane by lane, for tests without a GPU.
 #include <algorithm>
 #include <stdexcept>
 #include <vector>

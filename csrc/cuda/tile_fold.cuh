@@ -1,9 +1,9 @@
-// The fold of a warp's 16 x 256 logits, as a warpgroup's matrix product leaves them in registers, into row states.
+// Folds a warp's 16 x 256 logits into row states, in the register layout of a warpgroup's matrix product.
 //
-// Four lanes share a row. They agree on its maximum, its runner-up and its index; each holds the sums over its own 64
-// columns of every tile. A tile costs a lane, per logit: 1 for the maximum, 1 subtraction, 1 clamp, 1 fma, 1 exp2, 5
-// for the sums: 10. Only where a row's maximum rises is it looked for and taken out of the sums. It is found by the
-// largest of each of eight groups of columns, which the maximum needs anyway.
+// Four lanes share a row. They agree on its maximum, runner-up and index; each holds the sums over its own 64 columns
+// of every tile. Instructions per logit: 1 for the maximum, 1 subtraction, 1 clamp, 1 fma, 1 exp2, 5 for the sums: 10.
+// The maximum is located and taken out of the sums only when it rises. The maxima of eight groups of columns, needed
+// for the row's maximum anyway, locate it.
 #pragma once
 #include "fold.cuh"
 #include "launch.h"
@@ -11,20 +11,20 @@
 namespace acqcore::cuda {
 
 constexpr int kTileColumns = 256;
-constexpr int kLaneLogits = 128;  // a lane's in a tile: 64 columns of two rows, eight apart
-constexpr int kSharing = 4;       // lanes of a row
-constexpr int kColumnGroups = 8;  // of 32 columns: 8 of each lane
+constexpr int kLaneLogits = 128;  // per lane and tile: 64 columns of two rows, eight apart
+constexpr int kSharing = 4;       // lanes per row
+constexpr int kColumnGroups = 8;  // of 32 columns, 8 of each lane
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLowest = -140.0f;  // exp gives 0 from here on
+constexpr float kLowest = -140.0f;  // at and below, exp gives 0
 
-// What a lane knows of a row. `top`, `second` and `index` are the same in the four lanes that share it.
+// A lane's state of a row. `top`, `second` and `index` are the same in the four lanes that share it.
 struct RowLane {
   float top, second;  // largest logit, largest of all others
   int index;          // the first column that holds `top`
-  Sums<float> sums;   // scaled as in fold.cuh; over this lane's columns but `index`
+  Sums<float> sums;   // scaled as in fold.cuh; over this lane's columns except `index`
 };
 
-// The state of a row over a split of the vocabulary, as it travels through memory.
+// The state of a row over a split of the vocabulary, as stored in memory.
 struct alignas(32) RowPartial {
   float top, second;
   Sums<float> sums;
@@ -33,13 +33,13 @@ struct alignas(32) RowPartial {
 
 ACQCORE_DEVICE RowLane empty_row() { return {-INFINITY, -INFINITY, -1, {0, 0, 0, 0}}; }
 
-// Where a lane keeps member `m` of column group `g` of row `half`, and which column of the tile that is.
+// The register of member `m` of column group `g` of row `half`, and the tile's column that a register holds.
 ACQCORE_DEVICE constexpr int register_of(int half, int g, int m) { return 4 * (4 * g + m / 2) + 2 * half + m % 2; }
 ACQCORE_DEVICE constexpr int column_of_register(int lane, int i) {
   return 8 * (i / 4) + 2 * (lane % kSharing) + i % 2;
 }
 
-// Takes the first logit that equals `top` out of a lane's part of row `half`; its column in the tile.
+// Removes the first logit equal to `top` from a lane's part of row `half`; returns its column in the tile, or -1.
 template <int half>
 ACQCORE_DEVICE int take_out(float (&z)[kLaneLogits], float (&groups)[kColumnGroups], float top, int lane) {
   int column = -1;
@@ -67,14 +67,14 @@ ACQCORE_DEVICE float largest_of(const float (&groups)[kColumnGroups]) {
   return fmaxf(a, fmaxf(fmaxf(groups[4], groups[5]), fmaxf(groups[6], groups[7])));
 }
 
-// What a tile did to a row whose maximum it raised, for its exponentials.
+// How a tile that raised a row's maximum affects the row's exponentials.
 struct Raised {
   static constexpr int kNone = 1 << 30;
-  int taken;     // the column of the tile where this lane met the new maximum
-  float factor;  // of the terms of earlier tiles
+  int taken;     // the column of the tile where this lane found the new maximum
+  float factor;  // rescales the terms of earlier tiles
 };
 
-// Moves the rows whose maximum the tile raises to it: the new maximum leaves the tile, the old one joins the sums.
+// Rebases rows whose maximum the tile raises: the new maximum leaves the tile, the old one joins the sums.
 template <int half>
 ACQCORE_DEVICE void raise_rows(float (&z)[kHeld][kLaneLogits], float (&groups)[kHeld][kColumnGroups],
                                const float (&tile_top)[kHeld], int begin, RowLane (&rows)[kHeld][2],
@@ -111,7 +111,7 @@ ACQCORE_DEVICE void raise_rows(float (&z)[kHeld][kLaneLogits], float (&groups)[k
     rebase(row.sums, c, d);
     if (row.top != -INFINITY) raised[i][half].factor = c;
     if (lane_of(i) % kSharing == 0) add_term(row.sums, exp2_flushed(y + kTermLog2), d);
-    // An equal maximum of a higher column is a term like any other.
+    // An equal maximum in a higher column is an ordinary term.
     if (own[i] != first[i] && own[i] != none) add_term(row.sums, 0x1p40f, 0.0f);
     row.second = fmaxf(row.top, rest[i]);
     row.top = tile_top[i];
@@ -119,8 +119,8 @@ ACQCORE_DEVICE void raise_rows(float (&z)[kHeld][kLaneLogits], float (&groups)[k
   }
 }
 
-// The states after the tile whose first column is `begin`. -inf is no token at all. Logits are overwritten: with `keeps`
-// by 2^40 exp(z - top), and by 0 where a lane met a new maximum.
+// Folds the tile whose first column is `begin` into the rows' states. -inf marks an absent token. With `keeps`, logits
+// are overwritten by 2^40 exp(z - top), and by 0 where a lane found a new maximum.
 template <bool keeps>
 ACQCORE_DEVICE void fold_tile(float (&z)[kHeld][kLaneLogits], int begin, RowLane (&rows)[kHeld][2],
                               Raised (&raised)[kHeld][2]) {
@@ -156,10 +156,10 @@ ACQCORE_DEVICE void fold_tile(float (&z)[kHeld][kLaneLogits], int begin, RowLane
   }
   ACQCORE_UNROLL
   for (int i = 0; i < kHeld; ++i) {
-    // A row without a finite logit so far: -inf - -inf is not formed.
+    // Avoids -inf - -inf in a row without a finite logit so far.
     const float reference[2] = {rows[i][0].top == -INFINITY ? 0.0f : rows[i][0].top,
                                 rows[i][1].top == -INFINITY ? 0.0f : rows[i][1].top};
-    Sums<float> tile[2] = {};  // added up by themselves: 64 terms and then tiles, not thousands of terms in a row
+    Sums<float> tile[2] = {};  // summed per tile first: short chains of 64 terms instead of thousands
     ACQCORE_UNROLL
     for (int j = 0; j < kLaneLogits; ++j) {
       const int half = j / 2 % 2;
@@ -173,7 +173,7 @@ ACQCORE_DEVICE void fold_tile(float (&z)[kHeld][kLaneLogits], int begin, RowLane
   }
 }
 
-// The states of the rows, complete in every lane: the sums of the four lanes are added.
+// Adds the sums of the four lanes, so that every lane holds its rows' complete states.
 ACQCORE_DEVICE void combine_lanes(RowLane (&rows)[kHeld][2]) {
   const auto plus = [](float a, float b) { return a + b; };
   ACQCORE_UNROLL
@@ -191,10 +191,10 @@ ACQCORE_DEVICE void combine_lanes(RowLane (&rows)[kHeld][2]) {
   }
 }
 
-// Exponentials of 128 rows of a tile as bfloat16, for the warpgroup's product: four matrices of 64 columns, 128 bytes a
-// row, 16-byte words swizzled as the copy engine does it.
+// Exponentials of 128 rows of a tile in bfloat16, for the warpgroup's product: four matrices of 64 columns, 128 bytes
+// per row, 16-byte words swizzled like the copy engine's.
 constexpr int kGramRows = 128;
-constexpr int kGramChunk = kGramRows * 128;  // bytes of 64 columns
+constexpr int kGramChunk = kGramRows * 128;  // bytes per 64 columns
 constexpr int kGramTileBytes = kTileColumns / 64 * kGramChunk;
 
 ACQCORE_DEVICE constexpr int place_of(int row, int column) {
@@ -214,7 +214,7 @@ ACQCORE_DEVICE uint32_t bfloat16_pair(float low, float high) {
 
 constexpr uint16_t kTopTerm = (127 + 40) << 7;  // 2^40 in bfloat16
 
-// Stores what fold_tile<true> left of a warp's 16 rows from `first_row` of `tile` on.
+// Stores the terms that fold_tile<true> left for a warp's 16 rows, from row `first_row` of `tile` on.
 ACQCORE_DEVICE void store_terms(const float (&e)[kHeld][kLaneLogits], const Raised (&raised)[kHeld][2],
                                 int first_row, char* tile) {
   ACQCORE_UNROLL
@@ -227,7 +227,7 @@ ACQCORE_DEVICE void store_terms(const float (&e)[kHeld][kLaneLogits], const Rais
           bfloat16_pair(e[i][j], e[i][j + 1]);
     }
     ACQCORE_UNROLL
-    for (int half = 0; half < 2; ++half) {  // its own columns, so that no other lane writes there
+    for (int half = 0; half < 2; ++half) {  // in the lane's own columns, which no other lane writes
       const int column = raised[i][half].taken;
       if (column != Raised::kNone) *reinterpret_cast<uint16_t*>(tile + place_of(row + 8 * half, column)) = kTopTerm;
     }
@@ -251,8 +251,8 @@ ACQCORE_DEVICE float tanh_of(float y) {
 enum class Transform { kNone, kAffine, kCapped };
 struct Logits {
   const float* bias;  // [V] or null
-  float scale;        // by the cap or by the temperature
-  float cap;          // multiplies tanh, by the temperature
+  float scale;        // divided by the cap, or by the temperature without one
+  float cap;          // multiplies tanh, divided by the temperature
   int vocab;
 };
 
@@ -262,10 +262,10 @@ inline Logits logits_of(const RowStatsArgs& args, int vocab) {
   return {args.bias, float(args.scale / inner), float((capped ? args.softcap : 1.0) / args.temperature), vocab};
 }
 
-// Whether logits without a cap differ from products.
+// Whether uncapped logits differ from products.
 inline bool changes(const Logits& logits) { return logits.bias || logits.scale != 1; }
 
-// `product` has the bias added.
+// `product` includes the bias.
 template <Transform transform>
 ACQCORE_DEVICE float logit_of(float product, const Logits& logits) {
   if constexpr (transform == Transform::kNone) return product;
@@ -278,7 +278,7 @@ ACQCORE_DEVICE void add_bias(float (&z)[kHeld][kLaneLogits], int begin, const Lo
   ACQCORE_UNROLL
   for (int i = 0; i < kHeld; ++i) {
     ACQCORE_UNROLL
-    for (int j = 0; j < kLaneLogits; j += j % 2 ? 3 : 1) {  // of the first row; the second has the same columns
+    for (int j = 0; j < kLaneLogits; j += j % 2 ? 3 : 1) {  // the first row's; the second has the same columns
       const int column = begin + column_of_register(lane_of(i), j);
       const float bias = whole || column < logits.vocab ? logits.bias[column] : 0.0f;
       z[i][j] += bias;
@@ -287,7 +287,7 @@ ACQCORE_DEVICE void add_bias(float (&z)[kHeld][kLaneLogits], int begin, const Lo
   }
 }
 
-// Products of the tile at `begin` -> logits; -inf beyond the vocabulary.
+// Turns the products of the tile at `begin` into logits; -inf beyond the vocabulary.
 template <Transform transform>
 ACQCORE_DEVICE void finish_logits(float (&z)[kHeld][kLaneLogits], int begin, const Logits& logits) {
   const bool whole = begin + kTileColumns <= logits.vocab;
@@ -311,21 +311,21 @@ ACQCORE_DEVICE void finish_logits(float (&z)[kHeld][kLaneLogits], int begin, con
 
 ACQCORE_DEVICE RowPartial partial_of(const RowLane& row) { return {row.top, row.second, row.sums, row.index}; }
 
-// The first tile of a split. A split is a stretch of the tiles; their lengths differ by one at most.
+// The first tile of a split. Splits are runs of tiles whose lengths differ by at most one.
 ACQCORE_DEVICE int split_begin(int split, int splits, int tiles) {
   return static_cast<int>(int64_t(split) * tiles / splits);
 }
 
-// In float64 and unscaled, with no target.
+// Converts to float64, unscaled, without a target.
 ACQCORE_DEVICE RowState state_of(const RowPartial& p) {
   const Sums<double> sums = {p.sums.r * kUnscale, p.sums.s1 * kUnscale, p.sums.s2 * (kUnscale * kUnscale),
                              p.sums.s11 * kUnscale};
   return {p.top, p.second, -INFINITY, sums, p.index};
 }
 
-constexpr int kMergeLanes = 8;  // that merge a row's splits: a stretch each, then in pairs, lower splits on the left
+constexpr int kMergeLanes = 8;  // lanes merging a row's splits: a run each, then pairwise, lower splits on the left
 
-// A row's state over the lane's stretch of the splits; `partials` of consecutive splits are `stride` apart.
+// A row's state over the lane's run of splits; `partials` of consecutive splits are `stride` apart.
 ACQCORE_DEVICE RowState merged_stretch(const RowPartial* partials, int64_t stride, int lane, int splits) {
   RowState s = {-INFINITY, -INFINITY, -INFINITY, {0, 0, 0, 0}, -1};
   const int last = split_begin(lane + 1, kMergeLanes, splits);

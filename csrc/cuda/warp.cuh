@@ -1,8 +1,8 @@
-// A warp, written once for the device and for the host.
+// Warp primitives that compile for both the device and the host.
 //
 // On the device a thread runs one lane and reaches the others by shuffles. Compiled without nvcc, one thread runs all
-// 32 lanes in lockstep: tests on a machine without a GPU go through the same folds in the same order. What a lane holds
-// is therefore an array of kHeld values: one on the device, 32 on the host.
+// 32 lanes in lockstep, so tests on a machine without a GPU run the same folds in the same order. Per-lane values are
+// therefore arrays of kHeld elements: one on the device, 32 on the host.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -34,15 +34,15 @@ ACQCORE_DEVICE int lane_of(int i) {
 #endif
 }
 
-// What a lane of the warp wrote to memory is seen by the others.
+// Makes each lane's memory writes visible to the other lanes of the warp.
 ACQCORE_DEVICE void sync_warp() {
 #if defined(__CUDACC__)
   __syncwarp();
 #endif
 }
 
-// v = op over each run of `lanes` lanes, in every lane, by exchange with lanes 16, 8, 4, 2, 1 away; op commutes: all
-// get the same bits.
+// Reduces v with op over each run of `lanes` lanes by exchanging with lanes 16, 8, 4, 2, 1 away. op must commute, so
+// that every lane gets the same bits.
 template <int lanes = kWarp, typename T, typename Op>
 ACQCORE_DEVICE void butterfly(T (&v)[kHeld], Op op) {
   ACQCORE_UNROLL
@@ -57,7 +57,7 @@ ACQCORE_DEVICE void butterfly(T (&v)[kHeld], Op op) {
   }
 }
 
-// Bit i: lane i's value is true.
+// Bit i is set if lane i's value is true.
 ACQCORE_DEVICE uint32_t ballot(const bool (&v)[kHeld]) {
 #if defined(__CUDACC__)
   return __ballot_sync(~0u, v[0]);
@@ -76,7 +76,7 @@ ACQCORE_DEVICE int lowest_bit(uint32_t bits) {
 #endif
 }
 
-// 2^x within 2 ulp; 0 below 2^-126; NaN stays.
+// 2^x within 2 ulp; results below 2^-126 are flushed to 0; NaN propagates.
 ACQCORE_DEVICE float exp2_flushed(float x) {
 #if defined(__CUDACC__)
   float y;

@@ -1,5 +1,5 @@
-// Logits as they lie in memory: 4-byte words of one float32, or of two bfloat16 or float16 (the lower column in the low
-// half). Largest and smallest are taken of whole words, both halves at once: 0.5 instructions a logit and not 1.
+// Logits in memory layout: 4-byte words of one float32, or of two bfloat16 or float16 (the lower column in the low
+// half). Maxima and minima are taken on whole words, both halves at once: 0.5 instructions per logit instead of 1.
 #pragma once
 #include "../cpu/matrix.h"
 #include "warp.cuh"
@@ -26,7 +26,7 @@ ACQCORE_DEVICE uint32_t to_bits(float f) {
 #endif
 }
 
-// Per dtype: logits a word, a word of -inf, a word's i-th logit.
+// Per dtype: logits per word, a word of -inf, and access to a word's i-th logit.
 template <DType dtype>
 struct Words;
 
@@ -60,7 +60,7 @@ struct Words<DType::kFloat16> {
 #else
     const uint32_t magnitude = half & 0x7fffu, sign = uint32_t(half & 0x8000u) << 16;
     if (magnitude >= 0x7c00u) return from_bits(magnitude << 13 | 0x7f800000u | sign);
-    return from_bits(to_bits(from_bits(magnitude << 13) * 0x1p112f) | sign);  // 2^112 moves the exponent's bias
+    return from_bits(to_bits(from_bits(magnitude << 13) * 0x1p112f) | sign);  // 2^112 adjusts the exponent bias
 #endif
   }
 };
@@ -86,7 +86,7 @@ ACQCORE_PAIRED(smaller_or_nan, "min.NaN")  // the smaller of each pair; a NaN wi
 
 #else
 
-// b's halves where `takes_b` says so, else a's.
+// Selects b's half where `takes_b` returns true, else a's.
 template <DType dtype, typename TakesB>
 inline uint32_t choose(uint32_t a, uint32_t b, TakesB takes_b) {
   uint32_t word = 0;
