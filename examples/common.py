@@ -1,4 +1,4 @@
-"""What the examples share: the model they use by default, rows to try them on, and a short fine-tuning run."""
+"""Shared by the examples: a default model, sample rows, and a short fine-tuning run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-#: Mutual information without draws: one forward, and a backward for each probe.
+#: Mutual information without draws: one forward pass, and a backward pass per probe.
 LINEAR = {"form": "linear", "probes": 2}
 
-#: Some facts, some sums, and coins, which nobody can learn.
+#: Sums, facts, and coin tosses, which cannot be learnt.
 ROWS = [
     *({"prompt": f"{a} * {b} =", "completion": f" {a * b}."} for a in range(11, 19) for b in (7, 12, 23)),
     *({"prompt": f"The capital of {land} is", "completion": f" {city}."} for land, city in [
@@ -26,22 +26,22 @@ ROWS = [
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """Options of every example: the student, and rows to use instead of :data:`ROWS`."""
+    """Options shared by the examples: the student, and rows to use instead of :data:`ROWS`."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--student", default=MODEL, help="hub id or local path (default: SmolLM2-135M-Instruct)")
-    options.add_argument("--data", type=Path, help="jsonl with prompt and completion (default: rows of this example)")
+    options.add_argument("--data", type=Path, help="jsonl with prompt and completion (default: built-in rows)")
     return options
 
 
 def rows(path: Path | None) -> list[dict[str, str]]:
-    """The rows of a jsonl file, or those of the examples."""
+    """The rows of a jsonl file, or the default rows."""
     if path is None:
         return ROWS
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def loss(model: Any, tokenizer: Any, samples: list[dict[str, str]]) -> torch.Tensor:
-    """Mean negative log-likelihood of the completions' tokens, a scalar with a graph."""
+    """Mean negative log-likelihood of completion tokens, a differentiable scalar."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids, labels = [], []
     for sample in samples:
@@ -54,7 +54,7 @@ def loss(model: Any, tokenizer: Any, samples: list[dict[str, str]]) -> torch.Ten
 
 
 def fine_tune(model: Any, tokenizer: Any, samples: list[dict[str, str]], steps: int, lr: float, batch: int = 4) -> None:
-    """A few steps of AdamW on the completions."""
+    """Runs a few steps of AdamW on the completions."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     order = torch.Generator().manual_seed(0)
     model.train()
@@ -67,7 +67,7 @@ def fine_tune(model: Any, tokenizer: Any, samples: list[dict[str, str]], steps: 
 
 
 def pair(student: str) -> tuple[Any, Any]:
-    """Model and tokenizer in float32."""
+    """Loads the model, in float32, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32), AutoTokenizer.from_pretrained(student)

@@ -1,4 +1,4 @@
-"""An acquisition of your own: one function of the statistics that the pass over the head already has.
+"""A custom acquisition: one function of the statistics that the pass over the head already computes.
 
 python examples/custom_acquisition.py
 """

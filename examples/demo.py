@@ -1,11 +1,11 @@
-"""The product on a laptop, ``make demo``.
+"""A demonstration on a laptop, ``make demo``.
 
-1. SmolLM2-135M-Instruct scores the bundled seeds with every acquisition of row statistics in one call.
-2. The same model learns, for a few steps of TRL's GRPO, to write samples that a frozen copy of it is unsure of.
-3. The whole loop in a small world whose skills are known (recipe ``arithmetic``): a generator taught by the default
-   reward, its questions labelled and learnt by a student, against baselines at equal rows, with a report.
+1. SmolLM2-135M-Instruct scores the bundled seeds with all acquisitions of row statistics in one call.
+2. The same model learns, in a few steps of TRL's GRPO, to write samples that its frozen copy is unsure about.
+3. The full loop in a small world with known skills (recipe ``arithmetic``): a generator trained on the default reward,
+   its questions labelled and learnt by a student, baselines at equal rows, and a report.
 
-Every number printed is measured in this run. ``demo-output/`` keeps them: ``scores.parquet``, ``demo.json``, ``loop/``.
+All numbers are measured in this run and saved in ``demo-output/``: ``scores.parquet``, ``demo.json``, ``loop/``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STEPS = 4
 PROMPTS_PER_STEP = 2
 GROUP = 4
 COMPLETION_TOKENS = 96
-SHOTS = 2  # with one, a 135M model keeps to the format in a third of its completions; with two, in two thirds
+SHOTS = 2  # with one, a 135M model follows the format in a third of its completions; with two, in two thirds
 
 ACQUISITIONS = (
     "loss", "perplexity", "entropy", "varentropy", "least_confidence", "margin", "gini", "el2n",
@@ -72,11 +72,11 @@ def main() -> None:
     measured["loop"] = run_loop()
     measured["seconds"] = time.perf_counter() - begin
     (OUTPUT / "demo.json").write_text(json.dumps(measured, indent=2) + "\n")
-    console.print(f"\n{measured['seconds']:.0f} s in all; numbers in {OUTPUT}, the report of the loop in {report()}")
+    console.print(f"\n{measured['seconds']:.0f} s in total; results in {OUTPUT}, the report of the loop in {report()}")
 
 
 def quiet() -> None:
-    """Turns the libraries' bars and notices off."""
+    """Silences the libraries' progress bars and notices."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -84,17 +84,17 @@ def quiet() -> None:
 
 
 def find_model() -> str:
-    """Path of the packaged model, else the hub id."""
+    """The path of the packaged model, or else its hub id."""
     try:
         with console.status("SmolLM2-135M-Instruct: converting the packaged weights (once, half a minute)"):
             return str(smollm2_path())
     except FileNotFoundError as error:
-        console.print(f"[yellow]{error}[/]\nTaking {HUB_ID} from the hub.")
+        console.print(f"[yellow]{error}[/]\nUsing {HUB_ID} from the hub.")
         return HUB_ID
 
 
 def score(student: acqcore.Student) -> dict[str, float]:
-    """Scores the seeds; shows both ends of the ranking by entropy and each acquisition's mean by kind."""
+    """Scores the seeds; shows both ends of the entropy ranking and each acquisition's mean by kind."""
     seeds = load_seeds()
     console.rule(f"1. {len(seeds)} seeds, {len(ACQUISITIONS)} acquisitions, one call")
     begin = time.perf_counter()
@@ -128,7 +128,7 @@ def show(title: str, frame: pandas.DataFrame) -> None:
 
 
 def prompts() -> list[list[dict[str, str]]]:
-    """Chat prompts that ask for a new sample: the seeds are the examples, the domains take turns."""
+    """Chat prompts that ask for a new sample, with seeds as examples; the domains alternate."""
     shortest = {d: sorted(load_seeds(d, "ordinary"), key=lambda seed: len(seed["completion"])) for d in DOMAINS}
     asked = []
     for i in range(STEPS * PROMPTS_PER_STEP):
@@ -145,9 +145,9 @@ def prompts() -> list[list[dict[str, str]]]:
 
 
 def teach(path: str, reward: AcquisitionReward) -> dict[str, Any]:
-    """A few steps of GRPO, one group a prompt: what each took, and the samples of most and least reward."""
-    console.rule(f"2. {STEPS} steps of GRPO, {reward.acquisition} of a frozen copy as reward")
-    console.print(f"{PROMPTS_PER_STEP} prompts x {GROUP} completions of at most {COMPLETION_TOKENS} tokens a step")
+    """A few steps of GRPO, one group per prompt; reports their cost and the samples with most and least reward."""
+    console.rule(f"2. {STEPS} steps of GRPO, rewarded by {reward.acquisition} of a frozen copy")
+    console.print(f"{PROMPTS_PER_STEP} prompts x {GROUP} completions of at most {COMPLETION_TOKENS} tokens per step")
     output = OUTPUT / "grpo" / reward.acquisition
     options = {
         "max_steps": STEPS,
@@ -180,7 +180,7 @@ def teach(path: str, reward: AcquisitionReward) -> dict[str, Any]:
 
 def run_loop() -> dict[str, Any]:
     """Runs the recipe ``arithmetic``."""
-    console.rule("3. the whole loop, in a world of arithmetic")
+    console.rule("3. the full loop in a world of arithmetic")
     begin = time.perf_counter()
     status = cli.main(["run", "arithmetic", f"output={OUTPUT / 'loop'}"])
     if status:
@@ -190,7 +190,7 @@ def run_loop() -> dict[str, Any]:
 
 
 def report() -> Path:
-    """Where the loop's report is."""
+    """The path of the loop's report."""
     return OUTPUT / "loop" / "06-report" / "report" / "report.html"
 
 

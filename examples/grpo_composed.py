@@ -1,9 +1,9 @@
-"""GRPO with a composed reward: gates first, then several signals, fused within each group.
+"""GRPO with a composed reward: gates, then several signals fused within each group.
 
     python examples/grpo_composed.py --steps 20
 
-A question that does not parse, copies a seed, gives its answer away or cannot be answered is rejected. What passes is
-scored by mutual information and novelty. Add ``Learnability`` with verified answers where the domain can check them.
+Questions that do not parse, copy a seed, give their answer away or cannot be answered are rejected. The others are
+scored by mutual information and novelty. If the domain can verify answers, add ``Learnability``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from acqsynth.seeds import bundled
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
     parser = common.parser(__doc__)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=96, help="longest completion")
+    parser.add_argument("--tokens", type=int, default=96, help="maximum tokens per completion")
     parser.add_argument("--output", default="grpo-output")
     options = parser.parse_args(arguments)
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
             num_generations=4,
             max_completion_length=options.tokens,
             learning_rate=1e-5,
-            scale_rewards="none",  # the fusion z has done that
+            scale_rewards="none",  # fusion z already scales rewards
             logging_steps=1,
             save_strategy="no",
             report_to="none",

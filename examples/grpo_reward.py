@@ -1,9 +1,9 @@
-"""GRPO in TRL, rewarded by what the student could still learn.
+"""GRPO in TRL, rewarded by how much the student can still learn.
 
     python examples/grpo_reward.py --steps 20
 
-The generator writes ``<question>...</question> <answer>...</answer>``. One signal without gates is the shortest example
-and easily hacked: ``grpo_composed.py`` is what to train with.
+The generator writes ``<question>...</question> <answer>...</answer>``. A single signal without gates makes the shortest
+example but is easily hacked; train with ``grpo_composed.py`` instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, float]]:
     parser = common.parser(__doc__)
     parser.add_argument("--acquisition", default="mutual_information")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=96, help="longest completion")
+    parser.add_argument("--tokens", type=int, default=96, help="maximum tokens per completion")
     parser.add_argument("--output", default="grpo-output")
     options = parser.parse_args(arguments)
 

@@ -1,8 +1,8 @@
-"""Rank training rows by how far a gradient step on each lowers the loss of a validation set.
+"""Rank training rows by how much a gradient step on each lowers the validation loss.
 
     python examples/influence_to_validation.py
 
-The validation rows are sums; the pool mixes sums, facts and coins. Printed is which kinds the highest rows are of.
+The validation rows are sums; the pool mixes sums, facts and coins. Prints the kinds of the top rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def kind(row: dict[str, str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, int]:
     parser = common.parser(__doc__)
-    parser.add_argument("--parameters", default="all", help="all, head, or a number: that many of the last blocks")
+    parser.add_argument("--parameters", default="all", help="all, head, or the number of last blocks to use")
     options = parser.parse_args(arguments)
     parameters = int(options.parameters) if options.parameters.isdecimal() else options.parameters
     rows = common.rows(options.data)

@@ -1,4 +1,4 @@
-"""Score a data set within ``Dataset.map``, and keep the rows with the highest values.
+"""Score a data set with ``Dataset.map`` and keep the rows with the highest values.
 
 python examples/score_dataset.py
 python examples/score_dataset.py --data rows.jsonl --acquisition grad_norm --keep 100

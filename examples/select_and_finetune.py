@@ -1,8 +1,8 @@
-"""Fine-tune on chosen rows and on random ones, and compare the loss on rows held out.
+"""Fine-tune on selected and on random rows, and compare the loss on held-out rows.
 
     python examples/select_and_finetune.py --plot chosen.png
 
-A demonstration on some fifty rows, not evidence: the measured comparisons are in the documentation.
+A demonstration on about fifty rows, not evidence; measured comparisons are in the documentation.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--acquisition", default="mutual_information")
     parser.add_argument("--n", type=int, default=12, help="rows to train on")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=4, help="points of the curve")
+    parser.add_argument("--rounds", type=int, default=4, help="number of points on the curve")
     parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--plot", help="file of the plot, as chosen.png")
+    parser.add_argument("--plot", help="output file of the plot, such as chosen.png")
     options = parser.parse_args(arguments)
 
     rows = list(common.rows(options.data))
@@ -61,7 +61,7 @@ def plot(curves: dict[str, list[float]], every: int, path: str) -> None:
     axes = figure.subplots()
     for arm, values in curves.items():
         axes.plot([every * i for i in range(len(values))], values, "o-", label=arm)
-    axes.set(xlabel="steps", ylabel="loss on rows held out")
+    axes.set(xlabel="steps", ylabel="loss on held-out rows")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 

@@ -1,4 +1,4 @@
-"""The file that OpenRLHF's ``--reward.remote_url`` names; ``build`` is what ``ACQSYNTH_REWARD`` names."""
+"""The reward file for OpenRLHF's ``--reward.remote_url``; ``ACQSYNTH_REWARD`` names ``build``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from acqsynth.seeds import bundled
 
 
 def build() -> ComposedReward:
-    """Gates and mutual information of the student; ``quantile`` compares across calls."""
+    """Gates and the student's mutual information; ``quantile`` compares across calls."""
     maths = domain("math")
     student = os.environ.get("ACQSYNTH_STUDENT", "HuggingFaceTB/SmolLM2-135M-Instruct")
     signals = acquisition_signals(student, {"mutual_information": {"form": "linear", "probes": 2}}, maths)

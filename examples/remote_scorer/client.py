@@ -1,4 +1,4 @@
-"""Score samples on a server, once directly and once through the reward that a trainer would call.
+"""Score samples on a server, first directly and then through a reward as called by a trainer.
 
 acqsynth serve --student HuggingFaceTB/SmolLM2-135M-Instruct --port 8000
 python examples/remote_scorer/client.py --url http://127.0.0.1:8000

@@ -1,4 +1,4 @@
-"""A reward of verifiers 0.4, named in a task's configuration; its parameters must be called task, trace and runtime."""
+"""A reward for verifiers 0.4, named in a task's configuration. Its parameters must be named task, trace and runtime."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from acqsynth.seeds import bundled
 
 @functools.cache
 def scorer() -> TextScorer:
-    """One a process: it scores concurrent traces in batches."""
+    """One scorer per process; it scores concurrent traces in batches."""
     maths = domain("math")
     student = os.environ.get("ACQSYNTH_STUDENT", "HuggingFaceTB/SmolLM2-135M-Instruct")
     signals = acquisition_signals(student, {"mutual_information": {"form": "linear", "probes": 2}}, maths)
@@ -22,5 +22,5 @@ def scorer() -> TextScorer:
 
 
 async def acquisition(task: Any, trace: Any, runtime: Any) -> float:
-    """The composed reward of the last reply of a trace; traces of one task are a group."""
+    """The composed reward of a trace's last reply; traces of one task form a group."""
     return (await scorer().ask(trace.last_reply, getattr(task, "idx", None))).score

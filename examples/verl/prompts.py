@@ -1,4 +1,4 @@
-"""Write prompts in verl's columns: each shows the generator two seeds and asks for a new exercise.
+"""Write prompts in verl's format; each shows the generator two seeds and asks for a new exercise.
 
 python prompts.py prompts.parquet
 """
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "data_source": "acqsynth",
                 "prompt": maths.generator_prompt(shown),
                 "reward_model": {"ground_truth": ""},
-                "extra_info": {"index": i},  # completions of one prompt are a group
+                "extra_info": {"index": i},  # groups the completions of a prompt
             }
         )
     Dataset.from_list(rows).to_parquet(path)

@@ -1,4 +1,4 @@
-"""The reward that ``run.sh`` names. verl calls ``acqsynth.integrations.verl``, which makes this one once a worker."""
+"""The reward named by ``run.sh``. verl calls ``acqsynth.integrations.verl``, which creates it once per worker."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from acqsynth.seeds import bundled
 
 
 def build() -> ComposedReward:
-    """Gates, mutual information of the student and novelty.
+    """Gates, the student's mutual information, and novelty.
 
-    ``quantile`` compares across calls: verl makes one for each sample.
+    ``quantile`` compares across calls, as verl makes one call per sample.
     """
     maths = domain("math")
     student = os.environ.get("ACQSYNTH_STUDENT", "HuggingFaceTB/SmolLM2-135M-Instruct")

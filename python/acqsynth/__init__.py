@@ -1,1 +1,1 @@
-"""Trainers on top of acqcore: acquisition functions as the reward of a model that writes training data."""
+"""Trainers built on acqcore: acquisition functions reward a model for writing useful training data."""

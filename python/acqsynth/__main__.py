@@ -1,4 +1,4 @@
-"""``python -m acqsynth`` is the command ``acqsynth``."""
+"""Entry point of ``python -m acqsynth``, equivalent to the command ``acqsynth``."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""Requests of many threads and event loops, answered together.
+"""Dynamic batching of requests from many threads and event loops.
 
-Items wait in lanes, one for each key; a batch is of one lane. One worker thread takes the batches.
+Items queue in lanes, one per key; a batch holds items of a single lane. One worker thread processes the batches.
 
-No request holds up another for longer than about three batches. Each item is due when its request would have got that
-far, had all requests shared the worker equally, and the item due first runs first: self-clocked fair queueing
-(Golestani 1994).
+No request delays another by more than about three batches. Items run in the order in which they would finish if all
+requests shared the worker equally: self-clocked fair queueing (Golestani 1994).
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_FIRST = 1024  # size of a lane's first batch, whose speed is not known
-_RATES = 256  # lanes whose speed is remembered
+_FIRST = 1024  # maximum size of a lane's first batch, before its speed is known
+_RATES = 256  # number of lanes whose speed is remembered
 
 
 @dataclass(eq=False)
 class _Job:
-    """A request and the results it has so far."""
+    """A request and its results so far."""
 
     future: Future[list[Any]]
     results: list[Any]
@@ -39,8 +38,8 @@ class _Job:
     finished: bool = False
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Answers the request, unless it was cancelled. The first call counts: a second batch of a request may fail
-        before its queued items are dropped."""
+        """Resolves the future unless it was cancelled. Only the first call counts: a second batch of the request may
+        fail before its queued items are dropped."""
         if self.finished:
             return
         self.finished = True
@@ -54,12 +53,12 @@ class _Job:
 
 @dataclass(order=True)
 class _Entry:
-    """An item that waits."""
+    """A queued item."""
 
-    due: float  # in units of size, of virtual time
-    number: int  # of arrival
+    due: float  # virtual time, in units of size
+    number: int  # order of arrival
     job: _Job = field(compare=False)
-    index: int = field(compare=False)  # in its job
+    index: int = field(compare=False)  # position in its job
     item: Any = field(compare=False)
     size: int = field(compare=False)
     arrived: float = field(compare=False)
@@ -72,21 +71,21 @@ class _Lane:
 
 
 class Batcher(Generic[Key, Item, Result]):
-    """Collects items and passes them to ``function`` in batches, in a thread of its own.
+    """Collects items and passes them to ``function`` in batches, on a separate thread.
 
-    A batch runs when items of size ``limit`` wait in its lane, or ``wait`` seconds after its first item arrived; items
-    that arrive meanwhile form the next batches. A request larger than a batch is split, and others run in between. If a
-    batch of several requests fails, each request runs again by itself, so that none fails for another.
+    A batch runs once its lane holds items of total size ``limit``, or ``wait`` seconds after its first item arrived;
+    items that arrive while it runs join later batches. A request larger than a batch is split, and other requests run
+    in between. If a batch of several requests fails, each request is retried alone, so that one cannot fail another.
 
     Args:
-        function: the key of a lane and n items -> n results, in order.
-        limit: largest size of a batch; a larger item gets a batch of its own.
+        function: maps the key of a lane and n items to n results, in order.
+        limit: maximum size of a batch; a larger item gets its own batch.
         wait: seconds that the first item of a batch waits for others.
-        seconds: a batch takes at most this long, as far as the speed of its lane is known.
-        observe: called with items, size and seconds of each batch.
+        seconds: maximum duration of a batch, estimated from the measured speed of its lane.
+        observe: called with the number of items, size and seconds of each batch.
 
     Raises:
-        ValueError: limit below 1, a negative wait.
+        ValueError: limit is below 1 or wait is negative.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class Batcher(Generic[Key, Item, Result]):
         if limit < 1:
             raise ValueError(f"limit: expected at least 1, got {limit}")
         if wait < 0:
-            raise ValueError(f"wait: expected seconds, 0 or more, got {wait}")
+            raise ValueError(f"wait: expected at least 0 seconds, got {wait}")
         self.function = function
         self.limit = limit
         self.wait = wait
@@ -112,35 +111,35 @@ class Batcher(Generic[Key, Item, Result]):
     def _start_empty(self) -> None:
         self._changed = threading.Condition()
         self._lanes: dict[Key, _Lane] = {}
-        self._rates: OrderedDict[int, float] = OrderedDict()  # hash of a lane's key -> size a second
-        self._clock = 0.0  # virtual time: when the item taken last was due
+        self._rates: OrderedDict[int, float] = OrderedDict()  # hash of a lane's key -> size per second
+        self._clock = 0.0  # virtual time: due time of the item taken last
         self._number = 0
-        self.closed = False  #: nothing more is taken
+        self.closed = False  #: no further requests are accepted
         self._worker: threading.Thread | None = None
         _batchers.add(self)
 
     @property
     def waiting(self) -> int:
-        """Size of the items that wait."""
+        """Total size of the queued items."""
         with self._changed:
             return sum(lane.size for lane in self._lanes.values())
 
     def seconds_for(self, size: int) -> int:
-        """Whole seconds, 1 to 60, in which so much is done at the speed of the slowest lane known."""
+        """Whole seconds, 1 to 60, needed for this size at the speed of the slowest known lane."""
         with self._changed:
             rate = min(self._rates.values(), default=math.inf)
         return min(60, max(1, math.ceil(size / rate)))
 
     def submit(self, key: Key, items: Sequence[Item], sizes: Sequence[int] | None = None) -> Future[list[Result]]:
-        """The future results of n items, in order. Cancelling it drops the items that still wait.
+        """Queues n items and returns a future of their results, in order. Cancelling it drops the queued items.
 
         Args:
-            key: of the lane.
+            key: key of the lane.
             items: the n items.
             sizes: n sizes; 1 each by default.
 
         Raises:
-            RuntimeError: the batcher is closed. ValueError: not one size an item.
+            RuntimeError: the batcher is closed. ValueError: the number of sizes is not n.
         """
         job = _Job(Future(), [None] * len(items), len(items))
         if not items:
@@ -165,7 +164,7 @@ class Batcher(Generic[Key, Item, Result]):
         return job.future
 
     def close(self) -> None:
-        """Takes nothing more, and returns when nothing waits any more."""
+        """Refuses further requests and returns once the queued items are processed."""
         with self._changed:
             self.closed = True
             self._changed.notify_all()
@@ -197,7 +196,7 @@ class Batcher(Generic[Key, Item, Result]):
             self._answer(*batch)
 
     def _next(self) -> tuple[Key, list[_Entry]] | None:
-        """The next batch, when it is due; None once the batcher is closed and nothing waits."""
+        """Waits for the next batch; None once the batcher is closed and the queue is empty."""
         with self._changed:
             while True:
                 while not self._lanes:
@@ -210,7 +209,7 @@ class Batcher(Generic[Key, Item, Result]):
                     if (left := until - time.monotonic()) <= 0:
                         break
                     self._changed.wait(left)
-                if key in self._lanes:  # unless its requests were cancelled meanwhile
+                if key in self._lanes:  # false if its requests were cancelled during the wait
                     return key, self._take(key)
 
     def _take(self, key: Key) -> list[_Entry]:
@@ -251,7 +250,7 @@ class Batcher(Generic[Key, Item, Result]):
         begin = time.monotonic()
         results = self.function(key, [entry.item for entry in batch])
         if len(results) != len(batch):
-            raise RuntimeError(f"function: expected {len(batch)} results, one an item, got {len(results)}")
+            raise RuntimeError(f"function: expected {len(batch)} results, one per item, got {len(results)}")
         seconds, size = time.monotonic() - begin, sum(entry.size for entry in batch)
         rate = size / max(seconds, 1e-6)
         with self._changed:
@@ -268,7 +267,7 @@ _batchers: WeakSet[Batcher[Any, Any, Any]] = WeakSet()
 
 
 def _after_fork() -> None:
-    """A forked process has neither the worker nor the callers of what waits, and the lock may be held for ever."""
+    """Resets the batchers: a forked process has no worker and no callers, and the lock may be held forever."""
     for batcher in list(_batchers):
         batcher._start_empty()
 

@@ -1,4 +1,4 @@
-"""Callbacks of the trainers: progress, time spent in the reward, refreshed students, checkpoints of the reward."""
+"""Trainer callbacks: progress, time spent in the reward, student refreshes and reward checkpoints."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 from acqsynth.evaluate import rank_correlation
 
 CHECKPOINT = "checkpoint-"
-REWARD_STATE = "reward_state.pt"  #: the last file written to a checkpoint: with it the checkpoint is complete
+REWARD_STATE = "reward_state.pt"  #: written last to a checkpoint, so its presence means the checkpoint is complete
 
 
 class Progress(TrainerCallback):
     """Reports each logged step.
 
     Args:
-        say: prints a line; gets one for each tenth of the steps.
-        status: shows a line until the next one; gets one for each step.
+        say: prints a line; called once per tenth of the steps.
+        status: shows a line until the next one; called at each step.
     """
 
     def __init__(self, say: Callable[[str], None], status: Callable[[str], None] = lambda line: None) -> None:
@@ -46,7 +46,7 @@ class Progress(TrainerCallback):
 
 
 class StepClock(TrainerCallback):
-    """Logs the seconds of each step, and those spent in the rewards."""
+    """Logs the duration of each step and the time spent in the rewards."""
 
     def __init__(self) -> None:
         self.reward_seconds = 0.0
@@ -54,7 +54,7 @@ class StepClock(TrainerCallback):
         self._measured: dict[str, float] = {}
 
     def timed(self, reward: Callable[..., Any]) -> Callable[..., Any]:
-        """The reward under its own name, with its seconds counted."""
+        """Wraps a reward, keeping its name, and counts the seconds spent in it."""
 
         def function(*args: Any, **columns: Any) -> Any:
             with self._counted():
@@ -94,14 +94,14 @@ class StepClock(TrainerCallback):
 
 
 class Refresh(TrainerCallback):
-    """Moves the student behind the reward during training.
+    """Refreshes the student behind the reward during training.
 
     Args:
-        every: steps between two moves.
+        every: steps between refreshes.
         student: step -> None; makes the reward score with a newer student.
-        probe: scores of a fixed set of samples by the reward as it stands. Their rank correlation before and after a
-            move is logged as ``staleness``, that with the first scores of the run as ``staleness_since_start``; 1 means
-            that the order did not change.
+        probe: scores a fixed set of samples with the current reward. The rank correlation of the scores before and
+            after a refresh is logged as ``staleness``, that of the first and the latest scores of the run as
+            ``staleness_since_start``; 1 means that the order did not change.
 
     Raises:
         ValueError: every is below 1.
@@ -121,7 +121,7 @@ class Refresh(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if self.probe is not None:
             self._first = self.probe()
-        # A resumed run begins with the student that it had.
+        # A resumed run must continue with the student it had.
         last = state.global_step - state.global_step % self.every
         if last:
             self.student(last)
@@ -152,7 +152,7 @@ class RewardStates(TrainerCallback):
         self.rewards = [reward for reward in rewards if hasattr(reward, "state_dict")]
 
     def restore(self, checkpoint: Path) -> None:
-        """Restores the rewards as they were at the checkpoint."""
+        """Restores the rewards to their state at the checkpoint."""
         states = torch.load(checkpoint / REWARD_STATE, weights_only=True)
         for reward, state in zip(self.rewards, states, strict=True):
             reward.load_state_dict(state)
@@ -172,7 +172,7 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 def newest_checkpoint(folder: Path, step: int) -> Path | None:
-    """The last checkpoint of a trainer from before ``step``, so that a resumed run finds the same one."""
+    """The last checkpoint of a trainer before ``step``, so that a resumed run finds the same one."""
     found = [
         path
         for path in folder.glob(f"{CHECKPOINT}*")

@@ -1,9 +1,9 @@
 """The command line. ``acqsynth run recipe.yaml [key=value ...]`` runs a recipe from seed rows to report and resumes
-where an earlier run of it stopped. ``acqsynth seeds``, ``train``, ``generate``, ``label``, ``fit``, ``evaluate`` and
-``report`` run one stage, and before it what that stage needs. ``acqsynth push`` publishes a run's rows and student,
-``acqsynth serve`` scores over HTTP.
+where an earlier run stopped. ``acqsynth seeds``, ``train``, ``generate``, ``label``, ``fit``, ``evaluate`` and
+``report`` run one stage and its prerequisites. ``acqsynth push`` publishes a run's rows and student, ``acqsynth serve``
+scores over HTTP.
 
-Imports nothing heavy by itself, so that help and mistakes are answered at once.
+Heavy imports are deferred, so that help and usage errors appear at once.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from acqsynth.serve.options import add_arguments as add_serve_arguments
 
 _DESCRIPTION = (
     "Writes the training data that a model learns most from. 'acqsynth run' takes a recipe from seed rows to a report "
-    "and resumes where an earlier run of it stopped; the commands of a stage run that stage and what it needs first. "
+    "and resumes where an earlier run stopped; each stage command runs that stage and its prerequisites. "
     "'acqsynth push' publishes a run's rows and student, and 'acqsynth serve' scores over HTTP."
 )
 _HELP = {
     "run": "run all stages of a recipe",
     "seeds": "read the real rows",
-    "train": "teach the generator",
+    "train": "train the generator",
     "generate": "write questions",
-    "label": "decide their answers",
+    "label": "label the questions",
     "fit": "fine-tune the students",
     "evaluate": "measure accuracy and forgetting",
     "report": "write metrics.json and report.html",
@@ -37,14 +37,14 @@ _HELP = {
 
 
 class MissingExtraError(Exception):
-    """A package of an extra is not installed; the text is for the user."""
+    """A package of an optional extra is not installed; the message is shown to the user."""
 
 
 def _load(module: str, what: str, extra: str) -> Any:
-    """The module of a command.
+    """Imports the module of a command.
 
     Raises:
-        MissingExtraError: it imports a package that is not installed.
+        MissingExtraError: the module imports a package that is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -58,7 +58,7 @@ def _load(module: str, what: str, extra: str) -> Any:
 
 
 class _Help(argparse.HelpFormatter):
-    """Each help text as a sentence."""
+    """Formats each help text as a sentence."""
 
     def _expand_help(self, action: argparse.Action) -> str:
         text = super()._expand_help(action)
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, purpose in _HELP.items():
         command = commands.add_parser(name, help=purpose)
         command.add_argument("recipe", help=f"path of a YAML file, or one of {', '.join(recipes())}")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted key of the recipe and its value")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted recipe key and its value")
         command.add_argument("--dry-run", action="store_true", help="print what would run, and why")
         command.add_argument("--traceback", action="store_true", help="print the traceback of a failed step")
         command.add_argument("--help-config", action=_HelpConfig, help="list every key of a recipe")
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument(
         "--license", required=True, metavar="ID", help="SPDX identifier for the cards, such as apache-2.0"
     )
-    push.add_argument("--only", choices=["dataset", "model"], help="publish one of the two")
+    push.add_argument("--only", choices=["dataset", "model"], help="publish only the data set or only the model")
     push.add_argument("--public", action="store_true", help="make new repositories public; they are private otherwise")
     serve = commands.add_parser("serve", help="score over HTTP for other machines and trainers")
     add_serve_arguments(serve)

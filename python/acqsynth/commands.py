@@ -43,7 +43,7 @@ def main(recipe: str, overrides: Sequence[str], stage: str, dry: bool, traceback
             raise
         print(f"acqsynth: error: {error}", file=sys.stderr)
         return 1
-    except OSError as error:  # outside of any step: the log, when a disk is full
+    except OSError as error:  # outside any step: the log, if the disk is full
         print(f"acqsynth: error: output: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -53,7 +53,7 @@ def main(recipe: str, overrides: Sequence[str], stage: str, dry: bool, traceback
 
 
 def run(plan: Plan, steps: Sequence[Step]) -> None:
-    """Brings steps up to date, reporting each, and says where the report is.
+    """Brings the steps up to date, reports each, and prints the path of the report.
 
     Raises:
         StepError: a step cannot finish, or another run is using the folder.
@@ -76,7 +76,7 @@ def run(plan: Plan, steps: Sequence[Step]) -> None:
         with store.locked(), _quiet(output / "run.log"):
             ran = sum(store.run(step) for step in steps)
     done = len(steps) - ran
-    console.print(f"{ran} of {len(steps)} steps ran{f', {done} were done' if done else ''}.")
+    console.print(f"{ran} of {len(steps)} steps ran{f', {done} were already done' if done else ''}.")
     if plan.report in steps:
         _conclude(console, store.path(plan.report))
 
@@ -106,7 +106,7 @@ def print_help_config() -> None:
 
 
 def _conclude(console: Console, folder: Path) -> None:
-    """Prints the verdict of the report, and its path."""
+    """Prints the verdict and the path of the report."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     for said in metrics["verdict"]:
         console.print(Text(said["text"]))
@@ -114,7 +114,7 @@ def _conclude(console: Console, folder: Path) -> None:
 
 
 def _needed(steps: Sequence[Step]) -> set[Step]:
-    """The steps and all that they read from."""
+    """The steps and all their dependencies."""
     found: set[Step] = set()
     rest = list(steps)
     while rest:
@@ -127,7 +127,7 @@ def _needed(steps: Sequence[Step]) -> set[Step]:
 
 @contextlib.contextmanager
 def _quiet(log: Path) -> Iterator[None]:
-    """Redirects what libraries print, warn and log to a file."""
+    """Redirects the output, warnings and logs of libraries to a file."""
     from transformers.utils import logging as transformers_logging
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -137,7 +137,7 @@ def _quiet(log: Path) -> Iterator[None]:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
         root.addHandler(handler)
-        transformers_logging.disable_default_handler()  # it holds the stderr of its import
+        transformers_logging.disable_default_handler()  # it holds the stderr of import time
         transformers_logging.enable_propagation()
         shown = warnings.showwarning
         warnings.showwarning = lambda message, category, filename, lineno, *rest: print(

@@ -1,7 +1,7 @@
 """The recipe of a run: YAML read into pydantic models, with ``dotted.key=value`` overrides.
 
-Each key is documented where it is declared; ``acqsynth run --help-config`` prints them all. A mistake is reported in
-one sentence that names the key.
+Each key is documented where it is declared; ``acqsynth run --help-config`` prints them all. Errors are one sentence
+that names the key.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 def _different(values: list[T]) -> list[T]:
     if len(set(values)) < len(values):
-        raise ValueError(f"expected different entries, got {', '.join(map(str, values))}")
+        raise ValueError(f"expected distinct entries, got {', '.join(map(str, values))}")
     return values
 
 
@@ -39,13 +39,13 @@ def _folder(path: str) -> str:
         os.fsencode(path)
         if "\0" not in path:
             return str(Path(path).expanduser())
-    except (UnicodeEncodeError, RuntimeError):  # RuntimeError: the home of a user who is not known
+    except (UnicodeEncodeError, RuntimeError):  # RuntimeError: the home of an unknown user
         pass
     raise ValueError(f"expected the path of a folder, got {path!r}")
 
 
 Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, le=10**9)]  # NumPy takes 32 bits, and rounds count up from it
+Seed = Annotated[int, Field(ge=0, le=10**9)]  # NumPy seeds have 32 bits, and rounds count up from here
 Temperature = Annotated[float, Field(ge=0)]
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_folder)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -55,11 +55,11 @@ Different = AfterValidator(_different)
 
 
 class ConfigError(ValueError):
-    """The recipe cannot run; the text is one sentence that names the key."""
+    """The recipe cannot run; the message is one sentence that names the key."""
 
 
 class Section(BaseModel):
-    """A mapping of a recipe: unknown keys and values of another type are errors."""
+    """A section of a recipe; unknown keys and values of the wrong type are errors."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -67,38 +67,38 @@ class Section(BaseModel):
 
 
 class Source(Section):
-    """Where rows come from."""
+    """A source of rows."""
 
     source: str
     """hub id (openai/gsm8k:main names a configuration), path of a .jsonl, .csv or .parquet file, bundled:mathematics or
-    bundled:word_problems for rows of the package, world:<seed> in the domain arithmetic, or intents:<name> in the
-    domain classification"""
+    bundled:word_problems for packaged rows, world:<seed> in the domain arithmetic, or intents:<name> in the domain
+    classification"""
     split: str = "train"
     """split of a hub data set; a local file has none"""
     columns: dict[str, str] | None = None
-    """field of a sample (question, answer, reasoning; text, label) -> column"""
+    """sample field (question, answer, reasoning; text, label) -> column name"""
     skip: int = Field(default=0, ge=0)
-    """rows to leave out at the start"""
+    """rows to skip at the start"""
     limit: Count | None = None
-    """most rows to read after those skipped"""
+    """maximum number of rows to read after skipping"""
     per_label: Count | None = None
-    """most rows of each answer; skip then leaves out so many of each, and limit counts what is left"""
+    """maximum rows per answer; skip then applies per answer, and limit to the remaining rows"""
 
 
 class OtherSource(Source):
-    """Rows that may be of another domain."""
+    """Rows that may belong to another domain."""
 
     domain: str | None = None
     """domain of the rows; by default the recipe's"""
 
 
 class DataConfig(Section):
-    """Real rows. Rows that also appear in an evaluation set are left out of the others."""
+    """Real rows. Rows that also appear in an evaluation set are left out of the other sets."""
 
     seeds: Source
     """examples shown to the generator in training"""
     evaluation: Source
-    """rows for accuracy in distribution"""
+    """rows for in-distribution accuracy"""
     held_out: Source | None = None
     """examples shown when the training set is written; by default seeds"""
     real: Source | None = None
@@ -106,64 +106,64 @@ class DataConfig(Section):
     replay: OtherSource | None = None
     """rows mixed in to prevent forgetting; by default real"""
     reference: Source | None = None
-    """development rows whose loss should fall, for influence: a separate set, without rows of seeds or evaluation. By
-    default seeds, which the generator is shown and can repeat"""
+    """development rows whose loss should fall, for influence: a separate set without rows of seeds or evaluation; by
+    default seeds, which the generator sees and can repeat"""
 
 
 class SamplingConfig(Section):
     """How a generator's completions are drawn."""
 
     temperature: Temperature = 1.0
-    """divisor of the logits; 0 takes the most likely token"""
+    """divides the logits; 0 decodes greedily"""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """probability mass to draw from"""
+    """probability mass of nucleus sampling"""
     max_tokens: Count = 1024
-    """most tokens of a completion"""
+    """maximum tokens per completion"""
 
 
 class EngineConfig(Section):
-    """What generates text: questions, labels, answers."""
+    """The engine that generates questions, labels and answers."""
 
     name: Literal["transformers", "vllm"] = "transformers"
-    """the engine"""
+    """name of the engine"""
     options: Options = {}
-    """passed to the engine"""
+    """options passed to the engine"""
 
 
 class GeneratorConfig(Section):
-    """The model that writes questions, and how it is taught."""
+    """The model that writes questions, and its training."""
 
     model: str
     """hub id, path, or one of the names smollm2, world:base and world:skewed"""
     method: Literal["grpo", "dpo", "best_of_n", "none"] = "grpo"
-    """grpo: RL on the reward; dpo: preference pairs by the reward; best_of_n: rejection sampling, no training; none:
-    prompting alone"""
+    """grpo: RL on the reward; dpo: preference pairs ranked by the reward; best_of_n: rejection sampling without
+    training; none: prompting only"""
     sampling: SamplingConfig = SamplingConfig()
-    """how the training set is drawn"""
+    """how the training set is sampled"""
     prompts: Count = 500
     """training prompts, each with its own draw of seeds"""
     shown: int = Field(default=2, ge=0)
     """seed examples per prompt"""
     turns: bool = False
-    """show seeds as earlier turns of the chat, which small models follow better"""
+    """show seeds as earlier chat turns, which small models follow better"""
     questions: Count | None = None
-    """questions to write, of which labelling keeps some; by default the largest of student.rows"""
+    """questions to write before labelling drops some; by default the largest of student.rows"""
     candidates: Count = 8
     """completions per prompt that best_of_n and dpo rank"""
     seeds: Annotated[list[Annotated[int, Field(ge=0, le=10**6)]], Different] = Field(default=[0], min_length=1)
-    """seeds of the generator: each is trained, writes and labels by itself, and student.seeds fit each"""
+    """generator seeds, each with its own training, writing, labelling and fits by student.seeds"""
     options: Options = {}
     """fields of TRL's GRPOConfig or DPOConfig; lora: fields of peft's LoraConfig"""
 
 
 class LabellingConfig(Section):
-    """How generated questions get their answers."""
+    """Labelling of generated questions."""
 
     method: Literal["majority", "teacher", "own", "computed"] = "majority"
-    """majority of the student's sampled answers; teacher: of a teacher's; own: the answer that the generator wrote;
-    computed: by the domain (arithmetic)"""
+    """majority: most frequent of the student's sampled answers; teacher: of a teacher's; own: the generator's own
+    answer; computed: by the domain (arithmetic)"""
     teacher: str | None = None
-    """model of method teacher"""
+    """model for method teacher"""
     k: Count = 16
     """answers sampled per question"""
     temperature: Temperature = 0.8
@@ -171,46 +171,46 @@ class LabellingConfig(Section):
     threshold: float = Field(default=0.5, gt=0, le=1)
     """minimum share of answers that agree; below it the question is dropped"""
     options: Options = {}
-    """further options of the labelling: max_tokens"""
+    """further labelling options: max_tokens"""
 
     @model_validator(mode="after")
     def _teacher_and_method(self) -> Self:
         if (self.method == "teacher") != (self.teacher is not None):
-            raise ValueError("expected a teacher with method teacher, and none with another method")
+            raise ValueError("expected a teacher with method teacher, and none with any other method")
         return self
 
 
 class RewardConfig(Section):
-    """What a sample is worth to the student."""
+    """The reward: how much a sample is worth to the student."""
 
     signals: dict[str, Options] | None = Field(default=None, min_length=1)
-    """signal -> its options; an acquisition of acqcore, confidence, answer_variance, semantic_entropy, learnability,
-    proximity, diversity or gradient; null: those of the default reward"""
+    """signal -> its options; an acqcore acquisition, confidence, answer_variance, semantic_entropy, learnability,
+    proximity, diversity or gradient; null: the signals of the default reward"""
     weights: dict[str, float] = {}
-    """signal -> weight in the fusion, by default 1"""
+    """signal -> weight in the fusion; by default 1"""
     labelling: LabellingConfig | None = None
-    """score a question with the label that this gives; by default with the answer that the generator wrote"""
+    """labels to score questions with; by default the answers that the generator wrote"""
     gates: list[str] | None = None
-    """gates to keep; by default all that the domain and the signals allow"""
+    """gates to use; by default all that the domain and the signals allow"""
     fusion: Literal["raw", "z", "rank", "quantile", "gdpo"] = "z"
-    """how the signals of a group become one number; z and gdpo are advantages already, so use scale_rewards none in
+    """how the signals of a group are combined; z and gdpo already yield advantages, so set scale_rewards to none in
     TRL"""
     paper_compat: bool = False
-    """the released code's reward of one signal, defects included"""
+    """reproduce the released code's single-signal reward, defects included"""
     reference: Count | None = None
-    """rows of data.reference (or seeds) for influence; by default all"""
+    """number of rows of data.reference (or seeds) used for influence; by default all"""
     embedder: str = "ngram"
-    """embedder of questions: ngram, minilm, or a sentence model"""
+    """question embedder: ngram, minilm, or a sentence model"""
     answers: Options = {}
     """how the student's answers are sampled: k, temperature, max_tokens"""
     scoring: Options = {}
-    """the student's forward passes: batch_tokens, max_length, device"""
+    """options of the student's forward passes: batch_tokens, max_length, device"""
     student: str | None = None
     """the student that scores; by default student.model"""
     refresh_steps: int = Field(default=0, ge=0)
-    """steps between moves to the newest checkpoint of the student; 0 never moves"""
+    """steps between refreshes of the student from its newest checkpoint; 0 disables refreshing"""
     refresh_from: Folder | None = None
-    """folder of these checkpoints; by default the generator's own"""
+    """folder of those checkpoints; by default the generator's own"""
 
     @model_validator(mode="after")
     def _weights_and_signals(self) -> Self:
@@ -218,7 +218,7 @@ class RewardConfig(Section):
             if self.signals is not None and name not in self.signals:
                 raise ValueError(f"weights.{name}: no such signal, expected one of {', '.join(self.signals)}")
         if self.paper_compat and (self.signals is None or len(self.signals) != 1):
-            raise ValueError("paper_compat takes exactly one of signals, as the released code does")
+            raise ValueError("paper_compat needs exactly one signal, as in the released code")
         return self
 
 
@@ -226,13 +226,13 @@ class StudentConfig(Section):
     """The model that learns from the rows."""
 
     model: str
-    """hub id, path or name; answers, scores and learns"""
+    """hub id, path or name; this model answers, scores and learns"""
     others: dict[Name, str] = {}
-    """name -> model of further students fitted on the same rows"""
+    """name -> model of additional students fitted on the same rows"""
     rows: Annotated[list[Count], Different] = Field(default=[1000], min_length=1)
-    """sizes of the training set; the largest decides how much is generated"""
+    """training-set sizes; the largest determines how much is generated"""
     seeds: Annotated[list[Seed], Different] = Field(default=[0], min_length=1)
-    """seeds of the fits: choice and order of rows"""
+    """seeds of the fits, for the choice and order of rows"""
     replay: float = Field(default=0.0, ge=0, lt=1)
     """share of data.replay among all rows learnt"""
     options: Options = {}
@@ -240,29 +240,29 @@ class StudentConfig(Section):
 
 
 class ValidityConfig(Section):
-    """Small fits that test whether a signal predicts what a student gains."""
+    """Small fits that test whether a signal predicts a student's gain."""
 
     signals: list[str] = []
     """signals to test; by default the reward's"""
     batches: int = Field(default=0, ge=0)
-    """batches of real rows, each fitted by a student of its own; 0 skips this"""
+    """batches of real rows, each learnt by a separate student; 0 skips the test"""
     rows: Count = 32
-    """rows of a batch"""
+    """rows per batch"""
     options: Options = {}
-    """options of these fits, over student.options"""
+    """options of these fits, which override student.options"""
 
 
 class EvaluationConfig(Section):
-    """What is measured, and with what confidence."""
+    """Evaluation sets and confidence levels."""
 
     others: dict[Name, OtherSource] = {}
-    """name -> rows out of distribution"""
+    """name -> out-of-distribution rows"""
     rows: Count | None = None
-    """most rows of each set"""
+    """maximum rows per set"""
     max_tokens: Count | None = None
-    """most tokens of an answer; by default the domain's"""
+    """maximum tokens per answer; by default the domain's"""
     likelihood: bool = False
-    """also measure accuracy by the likeliest of the set's labels (classification, engine transformers)"""
+    """also measure the accuracy of the most likely of the set's labels (classification, engine transformers)"""
     resamples: Count = 2000
     """bootstrap resamples for the validity of signals"""
     level: float = Field(default=0.95, gt=0, lt=1)
@@ -272,7 +272,7 @@ class EvaluationConfig(Section):
 
 
 class Config(Section):
-    """A whole run."""
+    """A complete run."""
 
     domain: str
     """math, medical, code, classification, arithmetic or arithmetic-skewed"""
@@ -283,23 +283,23 @@ class Config(Section):
     student: StudentConfig
     """the model that learns"""
     engine: EngineConfig = EngineConfig()
-    """what generates text"""
+    """text generation"""
     reward: RewardConfig = RewardConfig()
-    """what a sample is worth"""
+    """reward of a sample"""
     labelling: LabellingConfig = LabellingConfig()
-    """answers of generated questions"""
+    """labels of generated questions"""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """what is measured"""
+    """evaluation of the students"""
     baselines: Annotated[
         list[Literal["no_rl", "random_real", "filtered_real", "error_driven", "best_of_n"]], Different
     ] = ["no_rl", "random_real", "filtered_real", "error_driven"]
-    """arms beside the base student and the recipe's own, at equal rows"""
+    """arms besides the base student and the recipe's own, at equal rows"""
     rounds: Count = 1
     """rounds of generator and student: the student fitted in one round scores the next"""
     output: Folder = "acqsynth-output"
     """folder of the run's artefacts"""
     seed: Seed = 0
-    """random seed, from which the generator's seeds count up; fits use student.seeds"""
+    """base random seed; the generator's seeds count up from it, fits use student.seeds"""
 
     @model_validator(mode="after")
     def _rounds_and_rows(self) -> Self:
@@ -311,11 +311,11 @@ class Config(Section):
 
 
 def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a recipe: a path, or the name of one in the package.
+    """Loads a recipe from a path, or by its name in the package.
 
     Args:
         recipe: path of a YAML file, or a name such as ``math`` or ``math.yaml``.
-        overrides: ``dotted.key=value``, the value in YAML; ``key=null`` sets None. The last of equal keys counts.
+        overrides: ``dotted.key=value`` with the value in YAML; ``key=null`` sets None. The last of equal keys wins.
 
     Raises:
         ConfigError: no such recipe, invalid YAML, an unknown key, a value of the wrong type or out of range.
@@ -333,7 +333,7 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
-    """The config of nested mappings, as YAML gives them.
+    """Validates nested mappings, as read from YAML.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type or out of range.
@@ -345,7 +345,7 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
 
 
 def documented(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """``(dotted key, type, default, description)`` of every key, a section before its own keys."""
+    """``(dotted key, type, default, description)`` of every key, sections before their keys."""
     for name, field in section.model_fields.items():
         default = "required" if field.is_required() else field.default
         if isinstance(default, Section):
@@ -360,7 +360,7 @@ def documented(section: type[Section] = Config, prefix: str = "") -> Iterator[tu
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-6 as a number and refuses keys that are repeated or no text."""
+    """Safe YAML loader that reads 1e-6 as a number and rejects repeated and non-text keys."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
@@ -376,14 +376,14 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-# YAML 1.1 wants a point and a signed exponent in a float, and reads 1e-6 as text.
+# YAML 1.1 requires a point and a signed exponent in a float, so it reads 1e-6 as text.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
 def _read(recipe: str | Path) -> tuple[str, str]:
-    """Text and name of a recipe."""
+    """The text and the name of a recipe."""
     path = Path(recipe)
     if path.is_file():
         try:
@@ -402,7 +402,7 @@ def _parsed(text: str, name: str) -> Any:
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not YAML: {_one_line(error)}") from error
     except RecursionError as error:
-        raise ConfigError(f"{name}: nested too deep") from error
+        raise ConfigError(f"{name}: nested too deeply") from error
 
 
 def _override(values: dict[str, Any], text: str) -> None:
@@ -419,7 +419,7 @@ def _override(values: dict[str, Any], text: str) -> None:
     values[last] = _parsed(value, key)
 
 
-#: Type of a pydantic error -> sentence, formatted with the error's context.
+#: pydantic error type -> sentence, formatted with the error's context.
 _SENTENCES = {
     "int_type": "expected an integer",
     "float_type": "expected a number",
@@ -429,7 +429,7 @@ _SENTENCES = {
     "string_pattern_mismatch": "expected a name of letters, digits, '_', '.' and '-'",
     "bool_type": "expected true or false",
     "list_type": "expected a list",
-    "dict_type": "expected names with values",
+    "dict_type": "expected a mapping",
     "model_type": "expected a section",
     "literal_error": "expected {expected}",
     "too_short": "expected at least one entry",
@@ -441,7 +441,7 @@ _SENTENCES = {
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first mistake with its key, and the nearest match of an unknown key or word."""
+    """The first error with its key, and the nearest match for an unknown key or word."""
     fault = error.errors(include_url=False)[0]
     where = [part for part in fault["loc"] if part != "[key]"]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).removeprefix(".")
@@ -464,7 +464,7 @@ def _sentence(error: ValidationError) -> str:
 
 
 def _nearest_key(key: str) -> str:
-    """The close match of an unknown key: in its section, else the same name elsewhere, else the section's keys."""
+    """A close match in the section of an unknown key, else the same name elsewhere, else the section's keys."""
     section, _, name = key.rpartition(".")
     known = [dotted for dotted, *_ in documented()]
     beside = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == _generic(section)]
@@ -476,7 +476,7 @@ def _nearest_key(key: str) -> str:
 
 
 def _generic(key: str) -> str:
-    """A key as :func:`documented` has it, names replaced."""
+    """The key as in :func:`documented`, with names replaced."""
     return re.sub(r"^(evaluation\.others)\.[^.]+", r"\1.<name>", key)
 
 
@@ -487,7 +487,7 @@ def _parts(annotation: Any) -> list[Any]:
 
 
 def _type_name(annotation: Any) -> str:
-    """A type as the help names it."""
+    """The name of a type in the help."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type_name(inner[0])
@@ -505,7 +505,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def _described(value: Any) -> str:
-    """A value of a recipe, for a message."""
+    """Describes a recipe value in an error message."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):

@@ -1,9 +1,9 @@
 """Accuracy, intervals and tests over fits, and the validity of signals.
 
-An interval covers the result of another test set and another fit (seed of generator or student). It is
-Student's t on the variance over fits plus that over rows, with the degrees of freedom of Welch and Satterthwaite: a
-bootstrap over two fits would cover fit noise half of the time, one over a single fit never. A change between two
-students is paired, row by row. Several comparisons are judged together by Holm 1979.
+An interval covers the variation over test sets and over fits (seeds of generator or student). It uses Student's t
+with the variance over fits plus that over rows and Welch-Satterthwaite degrees of freedom: a bootstrap over two fits
+would cover fit noise half of the time, one over a single fit never. Changes between two students are paired row by row.
+Multiple comparisons are corrected by Holm's procedure (Holm 1979).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Evaluation:
     """A student's answers to n rows."""
 
     completions: list[str]
-    answers: list[str | None]  #: that the domain reads from each completion; None if there is none
+    answers: list[str | None]  #: read from each completion by the domain; None if there is none
     right: list[bool]
 
     @property
@@ -51,18 +51,18 @@ FEWEST = 3  #: fits needed to call a gain or loss
 class Change(Interval):
     """A difference of accuracies."""
 
-    p: float  #: two-sided p-value of no difference
-    fits: int  #: on the side with fewer
+    p: float  #: two-sided p-value for the hypothesis of no difference
+    fits: int  #: number on the side with fewer
 
 
 def evaluate(
     engine: Engine, domain: Domain, rows: Sequence[Sample], *, max_tokens: int | None = None, seed: int = 0
 ) -> Evaluation:
-    """The most likely answer of the engine's model to each row, judged by the domain.
+    """Answers each row by greedy decoding; the domain judges the answers.
 
     Args:
         rows: n rows with the right answer.
-        max_tokens: most tokens of an answer, by default the domain's.
+        max_tokens: maximum tokens per answer; by default the domain's.
 
     Raises:
         ValueError: no rows.
@@ -77,15 +77,15 @@ def evaluate(
 
 
 def evaluate_by_likelihood(engine: Any, domain: Domain, rows: Sequence[Sample], labels: Sequence[str]) -> Evaluation:
-    """The likeliest label of each row: no answer is outside of the set, and none is lost to another spelling.
+    """Answers each row with its most likely label, so that no answer is outside the set or lost to its spelling.
 
     Args:
-        engine: ``transformers``, as it takes the log-probabilities of given texts.
+        engine: ``transformers``, which computes log-probabilities of given texts.
         rows: n rows with the right answer.
-        labels: different names; of equals the first is taken.
+        labels: distinct names; of equally likely ones the first wins.
 
     Raises:
-        ValueError: no rows or labels, or an engine that cannot do it.
+        ValueError: no rows or labels, or an engine without log-probabilities of texts.
     """
     if not rows or not labels:
         raise ValueError(f"rows, labels: expected at least one of each, got {len(rows)} and {len(labels)}")
@@ -102,9 +102,9 @@ def accuracy_interval(right: Right, *, generators: Sequence[int] | None = None, 
     """Accuracy with its interval over rows and fits.
 
     Args:
-        right: ``[S, N]``, S fits of a student on the same N rows. Of a single fit the interval covers other rows alone.
-        generators: of the S fits, the generator that wrote their rows; with ``FEWEST`` or more generators the fits of
-            one are a single draw.
+        right: ``[S, N]``, S fits of a student on N rows. With a single fit the interval covers only other rows.
+        generators: the generator that wrote the rows of each of the S fits; with ``FEWEST`` or more generators, the
+            fits of one generator count as a single draw.
 
     Raises:
         ValueError: right is not a matrix or is empty.
@@ -127,12 +127,12 @@ def change(
 
     Args:
         right: ``[S, N]``.
-        other: ``[S', N]``, of the same rows.
+        other: ``[S', N]``, on the same rows.
         generators, other_generators: as in :func:`accuracy_interval`.
-        learnt: whether ``other`` is a draw of several; False for the base student, of which there is one.
+        learnt: whether the fits of ``other`` vary; False for the base student, which is fixed.
 
     Raises:
-        ValueError: not matrices over the same rows.
+        ValueError: the arguments are not matrices over the same rows.
     """
     values, others = _matrix("right", right), _matrix("other", other)
     if values.shape[1] != others.shape[1]:
@@ -145,7 +145,7 @@ def change(
 
 
 def holm(p: Sequence[float], alpha: float = 0.05) -> list[bool]:
-    """Which of several null hypotheses are rejected; with probability at most ``alpha`` any of these is true.
+    """Which null hypotheses are rejected; the probability of any false rejection is at most ``alpha``.
 
     Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
     """
@@ -158,7 +158,7 @@ def holm(p: Sequence[float], alpha: float = 0.05) -> list[bool]:
 
 
 def accuracy_by_skill(right: Right, skills: Sequence[str | None]) -> dict[str, tuple[float, int]]:
-    """Skill -> accuracy over all seeds of ``right [S, N]``, and rows; rows without a skill are left out."""
+    """Skill -> accuracy over all seeds of ``right [S, N]`` and number of rows; rows without a skill are left out."""
     values = _matrix("right", right)
     found = {}
     for skill in sorted({skill for skill in skills if skill is not None}):
@@ -175,18 +175,18 @@ def signal_validity(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval | None]:
-    """Spearman's rank correlation of each signal with what students gained.
+    """Spearman's rank correlation of each signal with the students' gains.
 
     Args:
         scores: signal -> mean value of each of B batches.
-        gains: B changes of accuracy (or any measure) after a student learnt one batch.
-        resamples, level, seed: of the interval over batches; draws in which either side is constant count for nothing.
+        gains: B changes in accuracy (or any other measure) after a student learnt one batch.
+        resamples, level, seed: for the bootstrap interval over batches; resamples with a constant side are discarded.
 
     Returns:
-        signal -> correlation; None if fewer than three batches, or a constant side, leave it undefined.
+        signal -> correlation; None if it is undefined, with fewer than three batches or a constant side.
 
     Raises:
-        ValueError: columns of another length.
+        ValueError: a column does not have B values.
     """
     from scipy.stats import rankdata
 
@@ -196,7 +196,7 @@ def signal_validity(
     for name, column in scores.items():
         x = np.asarray(column, dtype=np.float64)
         if x.shape != y.shape:
-            raise ValueError(f"scores: expected {len(y)} values of {name!r}, one a batch, got {len(x)}")
+            raise ValueError(f"scores: expected {len(y)} values of {name!r}, one per batch, got {len(x)}")
         whole = _correlation(rankdata(x)[None], rankdata(y)[None]) if len(y) >= 3 else np.array([np.nan])
         if np.isnan(whole[0]):
             found[name] = None
@@ -211,18 +211,18 @@ def rank_correlation(before: Sequence[float | None], after: Sequence[float | Non
     """Spearman's rank correlation of two scorings of the same samples.
 
     Args:
-        before, after: n scores each; a sample with a score that is None or not finite is left out.
+        before, after: n scores each; samples with a None or non-finite score are left out.
 
     Returns:
         A number in [-1, 1]; None if fewer than three samples are left or one side is constant.
 
     Raises:
-        ValueError: of different length.
+        ValueError: before and after differ in length.
     """
     from scipy.stats import rankdata
 
     if len(before) != len(after):
-        raise ValueError(f"after: expected {len(before)} scores, as before has, got {len(after)}")
+        raise ValueError(f"after: expected {len(before)} scores as in before, got {len(after)}")
     columns = np.array([before, after], dtype=np.float64)  # None -> NaN
     columns = columns[:, np.isfinite(columns).all(axis=0)]
     if columns.shape[1] < 3:
@@ -252,7 +252,7 @@ def _over_rows(values: npt.NDArray[np.float64]) -> tuple[float, float]:
 
 
 def _estimate(mean: float, parts: Sequence[tuple[float, float]], level: float) -> tuple[float, float, float]:
-    """Interval and two-sided p of a mean whose variance is a sum of parts."""
+    """Interval and two-sided p-value of a mean whose variance is the sum of the parts."""
     from scipy.stats import t
 
     variance = sum(part for part, _ in parts)
@@ -269,7 +269,7 @@ def _interval(mean: float, draws: npt.NDArray[np.float64], level: float) -> Inte
 
 
 def _correlation(x: Right, y: Right) -> npt.NDArray[np.float64]:
-    """Pearson's of each row ``[R]``; NaN if a row is constant."""
+    """Pearson's correlation of each row, ``[R]``; NaN if a row is constant."""
     x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
     scale = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
     with np.errstate(invalid="ignore", divide="ignore"):

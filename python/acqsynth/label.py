@@ -1,7 +1,6 @@
-"""Answers to generated questions: the majority of several sampled answers if it is large enough, or what the domain
-computes.
+"""Labels for generated questions: a sufficiently large majority of sampled answers, or the domain's computed answer.
 
-The generator's own answer is not used: it is a single draw from the model that was rewarded for hard questions.
+The generator's own answer is not used: it is a single draw from a model that was rewarded for hard questions.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from acqsynth.engines import Completion, Engine, Sampling
 
 Embed = Callable[[Sequence[str]], Any]  #: n texts -> [n, D] vectors
 
-COSINE_DISTANCE = 0.35  #: of clusters of open text, as in the published recipe
+COSINE_DISTANCE = 0.35  #: clustering threshold for open text, as in the published recipe
 
 
 @dataclass(frozen=True)
 class Label:
-    """The verdict of k answers on one question."""
+    """The label of one question, decided by k answers."""
 
-    sample: Sample | None  #: with the majority's answer and reasoning; None without a label
+    sample: Sample | None  #: with the majority's answer and reasoning; None if unlabelled
     agreement: float  #: share of the k completions in the largest cluster
-    answers: list[str | None]  #: of each completion; None if it gave none
-    abstained_why: str | None = None  #: None with a label
+    answers: list[str | None]  #: of each completion; None if it has no answer
+    abstained_why: str | None = None  #: None if labelled
 
 
 def label(
@@ -45,21 +44,21 @@ def label(
     max_tokens: int | None = None,
     embed: Embed | None = None,
 ) -> list[Label]:
-    """A label for each question, or the reason why there is none.
+    """Labels each question, or gives the reason why there is no label.
 
-    Answers whose canonical form is equal are one cluster; clusters are merged whose representatives the domain finds
-    equivalent, in both directions, to each other and to the same others. With ``embed``, for open text, clusters are
-    those of average linkage at a cosine distance of 0.35.
+    Answers with equal canonical forms share a cluster. Clusters are merged if the domain finds their representatives
+    equivalent, in both directions, to each other and to the same other representatives. With ``embed``, for open text,
+    average linkage with a cosine-distance threshold of 0.35 is used instead.
 
-    The majority is represented by one of the completions of the largest cluster that were not cut off: the one of
-    median length in tokens (the shortest often skips steps, the longest rambles), or with ``embed`` the medoid.
+    The label is taken from a completion of the largest cluster that was not cut off: the one of median length in
+    tokens (the shortest often skips steps, the longest rambles), or with ``embed`` the medoid.
 
     Args:
-        engine: of the student, or of a stronger teacher.
+        engine: engine of the student or a stronger teacher.
         samples: their answers and reasoning are ignored.
-        k: answers to each question.
-        threshold: least share of the k completions that agree; a completion without an answer counts as dissent.
-        max_tokens: most tokens of an answer; by default the domain's.
+        k: answers per question.
+        threshold: minimum share of the k completions that agree; a completion without an answer counts as dissent.
+        max_tokens: maximum tokens per answer; by default the domain's.
         embed: n texts -> n vectors.
 
     Raises:
@@ -78,7 +77,7 @@ def label(
 
 
 def label_by_domain(domain: Domain, samples: Sequence[Sample], *, seed: int = 0) -> list[Label]:
-    """A label for each question whose answer the domain can compute; ``seed`` is that of answers that are random."""
+    """Labels each question whose answer the domain can compute; ``seed`` determines random answers."""
     return [
         Label(None, 0.0, [], "the domain cannot compute it") if solved is None else Label(solved, 1.0, [solved.answer])
         for solved in domain.computed(samples, seed)
@@ -86,14 +85,14 @@ def label_by_domain(domain: Domain, samples: Sequence[Sample], *, seed: int = 0)
 
 
 class Labeller:
-    """Labels samples by the method of a recipe.
+    """Labels samples by the method that a recipe names.
 
     Args:
         config: any method but ``own``.
-        engine: makes the engine that answers, of the student or the teacher; not called for method ``computed``.
+        engine: creates the engine of the student or the teacher that answers; not called for ``computed``.
 
     Raises:
-        ValueError: options that :func:`label` does not have.
+        ValueError: an option that :func:`label` does not accept.
     """
 
     def __init__(self, config: LabellingConfig, domain: Domain, engine: Callable[[], Engine]) -> None:
@@ -115,7 +114,7 @@ class Labeller:
         return label(self.engine, self.domain, samples, seed=seed, **self.options)
 
     def refresh(self, student: Any) -> None:
-        """Labels with another student from now on; a teacher stays."""
+        """Replaces the student that answers; a teacher is kept."""
         if self.engine is not None and self._moves:
             self.engine.reload(student)
 
@@ -123,10 +122,10 @@ class Labeller:
 def cluster(
     domain: Domain, samples: Sequence[Sample], answers: Sequence[Sequence[str | None]]
 ) -> list[list[list[int]]]:
-    """Clusters of each question's answers, as indices, largest first; None belongs to no cluster.
+    """Clusters each question's answers; returns indices, largest cluster first. None belongs to no cluster.
 
-    The domain compares only the first answers of clusters, in one call for all questions, and compares those it finds
-    equal again in the other direction: if tests judge an answer, rather than the other answer, two wrong ones differ.
+    The domain compares only the first answers of clusters, in one call for all questions. Pairs it finds equal are
+    compared in the other direction too. If tests judge an answer regardless of the other, two wrong answers differ.
     """
     by_form: list[list[list[int]]] = []
     for row in answers:
@@ -156,7 +155,7 @@ def cluster(
 
 
 def cluster_texts(texts: Sequence[str | None], embed: Embed) -> list[list[int]]:
-    """Like :func:`cluster`, for one question's open answers by their embeddings."""
+    """Like :func:`cluster`, but clusters one question's open answers by their embeddings."""
     from sklearn.cluster import AgglomerativeClustering
 
     given = [i for i, text in enumerate(texts) if text is not None]
@@ -205,7 +204,7 @@ def _decide(
 
 
 def _reasoning(domain: Domain, text: str, answer: str) -> str:
-    """The completion without the last lines that only state the answer, which ``Domain.solution`` writes again."""
+    """The completion without the final lines that only state the answer, which ``Domain.solution`` adds again."""
     text = text.strip()
     before = text.removesuffix(answer.strip())
     if before != text and (not before or before[-1].isspace()):
@@ -215,10 +214,10 @@ def _reasoning(domain: Domain, text: str, answer: str) -> str:
 
 
 def _merged(forms: Sequence[list[int]], same: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Merges clusters that equal exactly the same ones.
+    """Merges clusters that are equal to exactly the same clusters.
 
-    Equality is not transitive: 50% equals 0.5 and, as a percent sign may be missing, 50. It votes for neither, and
-    must not join them.
+    Equality is not transitive: 50% equals 0.5 and, since a percent sign may be missing, 50. It counts for neither and
+    must not join the two.
     """
     equal = [{i} for i in range(len(forms))]
     for a, b in same:

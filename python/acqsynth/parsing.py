@@ -1,8 +1,8 @@
-"""The format of a generated sample, and its parsers: text -> a sample ``acqcore.score`` takes, or None.
+"""The format of a generated sample, and its parsers: text -> a sample for ``acqcore.score``, or None.
 
 A sample is ``<question>...</question> <reasoning>...</reasoning> <answer>...</answer>``; the reasoning may be
-missing. Text around the tags is allowed, as models like to add it, and is not part of the sample. What cannot
-be read with certainty is None: a generator in training finds every broken form that a parser lets through.
+missing. Text around the tags, which models like to add, is allowed and ignored. Anything ambiguous is rejected: a
+generator in training finds every malformed output that a parser accepts.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _TAG = re.compile(r"<(/?)(question|reasoning|answer)>")
 
 
 def fields(text: str) -> dict[str, str] | None:
-    """The stripped contents of the tags by name, ``reasoning`` only where given; None if that is broken.
+    """The stripped contents of the tags by name, ``reasoning`` only if given; None if the format is broken.
 
-    Broken: a tag that is missing, empty, repeated, unclosed, nested in another or out of order.
+    The format is broken if a tag is missing, empty, repeated, unclosed, nested in another or out of order.
     """
     tags = list(_TAG.finditer(text))
     found: dict[str, str] = {}
@@ -37,7 +37,7 @@ def parse_sample(text: str) -> dict[str, str] | None:
     """A sample whose reasoning and answer are scored, given its question.
 
     Returns:
-        ``{"prompt": question, "completion": reasoning and answer}``, separated by line ends, or None if
+        ``{"prompt": question, "completion": reasoning and answer}``, separated by newlines, or None if
         the format is broken (see :func:`fields`).
     """
     sample = fields(text)
@@ -47,7 +47,7 @@ def parse_sample(text: str) -> dict[str, str] | None:
 
 
 def parse_chat_sample(text: str) -> dict[str, list[dict[str, str]]] | None:
-    """As :func:`parse_sample`, but two turns of a chat, for a student asked through its chat template.
+    """Like :func:`parse_sample`, but returns a two-turn chat, for students that use a chat template.
 
     Returns:
         ``{"messages": [the question as user, reasoning and answer as assistant]}``, or None.

@@ -1,21 +1,21 @@
-"""A recipe from seed rows to a report: its steps, their order, and what each reads.
+"""The steps of a recipe from seed rows to a report, their order, and their inputs.
 
     seeds -> train generator -> write questions -> label -> fit students -> evaluate -> report
 
 :func:`plan` lists the steps of a recipe, arm by arm. Planning runs nothing: a step names a folder, a function of
-:mod:`acqsynth.stages` and its arguments, among them the steps whose artefacts it reads. :class:`acqsynth.steps.Store`
-runs a step and all that it reads, and skips what is done.
+:mod:`acqsynth.stages` and its arguments, which include the steps whose artefacts it reads.
+:class:`acqsynth.steps.Store` runs a step and its dependencies, and skips finished steps.
 
-All arms are fitted from the same student on the same number of rows, with the same options and seeds. Each seed of the
-generator writes, and where it learns is trained, by itself; ``random_real`` draws rows for each.
+All arms fit the same student on the same number of rows, with the same options and seeds. Each generator seed writes,
+and is trained where the arm trains, independently; ``random_real`` draws rows for each.
 
 =================  ====================================================================================================
 ``grpo``, ``dpo``  the recipe's method: the generator learns from the reward, writes questions, the student labels them
-``no_rl``          the same generator untrained (the recipe's own arm with method ``none``)
-``best_of_n``      rejection sampling on the same reward; as a baseline with as many completions as training drew
+``no_rl``          the same generator, untrained (the recipe's own arm with method ``none``)
+``best_of_n``      rejection sampling on the same reward; as a baseline, with as many completions as training drew
 ``random_real``    real rows, drawn at random
 ``filtered_real``  real rows that the reward's signals rank first
-``error_driven``   the generator untrained, shown what the student gets wrong, weak skills more often
+``error_driven``   the untrained generator, shown the student's mistakes, those of weak skills more often
 =================  ====================================================================================================
 """
 
@@ -50,7 +50,7 @@ from acqsynth.steps import Model, Step
 
 @dataclass
 class Plan:
-    """The steps of a recipe, each after those it reads; the report is last."""
+    """The steps of a recipe, each after its dependencies; the report is last."""
 
     config: Config
     sets: dict[str, str]  #: evaluation set -> its domain
@@ -71,10 +71,10 @@ class Plan:
 
 
 def plan(config: Config) -> Plan:
-    """The plan of a recipe. Arms that need the same step share it.
+    """Plans a recipe. Arms that need the same step share it.
 
     Raises:
-        ConfigError: an option that a library, the domain or the reward does not have, or a value that it refuses.
+        ConfigError: an unknown option of a library, the domain or the reward, or a value it rejects.
     """
     preflight.check(config)
     others = {name: other.domain or config.domain for name, other in config.evaluation.others.items()}
@@ -107,7 +107,7 @@ def plan(config: Config) -> Plan:
             config.reward, config.domain, config.engine, scorer, rows / "seeds.parquet", evaluation, reference
         )
 
-    # Left out when off, so that it does not invalidate runs without it.
+    # Omitted when off, so that earlier runs without the option stay valid.
     likelihood: dict[str, Any] = {"likelihood": True} if config.evaluation.likelihood else {}
 
     def answer(name: str, model: Any, sets: Mapping[str, str] | None = None) -> Step:
@@ -155,7 +155,7 @@ def plan(config: Config) -> Plan:
         )  # fmt: skip
 
     def taught(arm: Arm, name: str, seed: int) -> list[Step]:
-        """Rounds of generator and student: the student fitted in a round scores and labels the next."""
+        """Rounds of generator and student: the student fitted in one round scores and labels the next."""
         rows_of: list[Step] = []
         model: Any = Model(config.generator.model)
         student: Any = None
@@ -176,7 +176,7 @@ def plan(config: Config) -> Plan:
         return rows_of
 
     def rows_for(arm: Arm, name: str, seed: int) -> list[Step]:
-        """The steps that write the rows an arm's fits learn, for one seed of the generator."""
+        """The steps that write an arm's training rows, for one generator seed."""
         match arm.name:
             case "grpo" | "dpo":
                 return taught(arm, name, seed)
@@ -205,10 +205,10 @@ def plan(config: Config) -> Plan:
     for name in dict.fromkeys((found.main, *config.baselines)):
         found.arms[name] = arm = Arm(name)
         for generator in config.generator.seeds:
-            of_generator = f"{name}@{generator}" if generator else name  # no name of a student holds an @
+            of_generator = f"{name}@{generator}" if generator else name  # student names contain no @
             learnt = rows_for(arm, of_generator, config.seed + config.rounds * generator)
             if learnt in arm.rows.values():
-                continue  # the same rows are no second draw
+                continue  # equal rows are not a second draw
             arm.rows[generator] = learnt
             for student in students:
                 for size in config.student.rows:
@@ -233,5 +233,5 @@ def plan(config: Config) -> Plan:
 
 
 def _share(n: int, i: int, rounds: int) -> int:
-    """Rows of round i; the first rounds take the remainder."""
+    """Number of rows in round i; the first rounds take the remainder."""
     return n // rounds + (i < n % rounds)

@@ -1,7 +1,7 @@
-"""Mistakes that a run would hit hours later, found before it starts.
+"""Finds mistakes before a run starts instead of hours later.
 
-:func:`check` makes every object that a recipe configures, but no model. :func:`on_this_machine` looks for what the
-recipe needs on this machine: models, data, devices, packages, a folder to write to.
+:func:`check` creates every object that a recipe configures, except models. :func:`on_this_machine` checks that this
+machine has what the recipe needs: models, data, devices, packages and a writable folder.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from acqsynth.seeds import BUNDLED, bundled
 def check(config: Config) -> None:
     """
     Raises:
-        ConfigError: an option that a library, the domain or the reward does not have, or a value that it refuses; names
-            the key.
+        ConfigError: an unknown option of a library, the domain or the reward, or a value it rejects; names the key.
     """
     from acqsynth import train_options
     from acqsynth.rewards import build
@@ -58,7 +57,7 @@ def check(config: Config) -> None:
         ("evaluation.others", IN_DISTRIBUTION, config.evaluation.others),
     ):
         if own in others:
-            raise ConfigError(f"{key}.{own}: expected another name, this one is the recipe's own")
+            raise ConfigError(f"{key}.{own}: expected another name, as the recipe itself uses this one")
     for name, other in config.evaluation.others.items():
         _checked(f"evaluation.others.{name}", find_domain, other.domain or config.domain)
     for key, source in _sources(config):
@@ -72,8 +71,8 @@ def check(config: Config) -> None:
 def on_this_machine(config: Config) -> None:
     """
     Raises:
-        ConfigError: a device, package, model or file that the recipe needs is missing, or its output cannot be written;
-            names the key.
+        ConfigError: a required device, package, model or file is missing, or the output cannot be written; names the
+            key.
     """
     engine = config.engine
     if engine.name == "vllm" and importlib.util.find_spec("vllm") is None:
@@ -102,7 +101,7 @@ def validity_reward(reward: RewardConfig, validity: ValidityConfig) -> RewardCon
 
 
 def _first_row(domain: Domain, source: Source) -> None:
-    """Reads one row of a source that needs no network."""
+    """Reads one row if the source needs no network."""
     generated = domain.name.startswith("arithmetic") and source.source.partition(":")[0] == "world"
     if not source.source.startswith(BUNDLED) and (generated or is_local(source.source)):
         domain.load(source.source, source.split, source.columns, 1)
@@ -131,15 +130,15 @@ def _sources(config: Config) -> Iterator[tuple[str, Source]]:
 
 
 def _checked(key: str, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """``make(...)``; its errors become ConfigError and name the key."""
+    """Calls ``make(...)``; turns its errors into a ConfigError that names the key."""
     try:
         with warnings.catch_warnings(action="ignore"):
             return make(*arguments, **options)
-    except Exception as error:  # libraries raise anything for a wrong value
+    except Exception as error:  # libraries raise arbitrary exceptions for invalid values
         told = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, (ValueError, TypeError, OSError, ImportError)):
             told = f"{type(error).__name__}: {told}"
-        # Of a value, the message may begin with a key of its own.
+        # The message of a value's error may itself begin with a key.
         of_key = isinstance(error, (ValueError, TypeError)) and re.match(r"[a-z_]+(\.[a-z_]+)*: ", told)
         separator = "." if of_key else ": "
         raise ConfigError(told if told.startswith(f"{key}:") else f"{key}{separator}{told}") from error

@@ -1,5 +1,5 @@
-"""Publish a finished run (``acqsynth push``): the rows that its main arm wrote and the student that learned them, each
-with a card that gives the recipe, the counts of the gates, the result and the licence."""
+"""Publishes a finished run (``acqsynth push``): the rows of its main arm and the student that learnt them, each with a
+card that gives the recipe, the gate counts, the result and the licence."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ from acqsynth.report import render
 from acqsynth.report.metrics import STUDENT, percent, points
 from acqsynth.steps import StepError, Store, read_table, write_table
 
-HUB = "hub:"  #: prefix of a target that is a repository
+HUB = "hub:"  #: prefix of repository targets
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-#: Options of trainers and engines that hold credentials; ``eos_token`` and its like do not.
+#: Options of trainers and engines that hold credentials, unlike ``eos_token`` and similar names.
 _SECRET = re.compile(r"(.*_)?(hub|hf|auth|access|api)_(token|key)|token|password|secret", re.IGNORECASE)
 
 
 class PushError(Exception):
-    """A run that cannot be published; the text is one sentence for the user."""
+    """A run that cannot be published; the message is one sentence for the user."""
 
 
 def main(run: Path, to: str, license: str, only: str | None, public: bool) -> int:
-    """Runs the command; returns its exit code, 0, or 2 for a run or target that cannot be used."""
+    """Runs the command; returns the exit code: 0, or 2 if the run or the target is unusable."""
     try:
         for place in push(run, to, license, only=only, public=public):
             print(place)
-    except (PushError, ConfigError, StepError, OSError, ValueError) as error:  # the hub's errors are OSErrors
+    except (PushError, ConfigError, StepError, OSError, ValueError) as error:  # hub errors are OSErrors
         print(f"acqsynth: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
 def push(run: Path, to: str, license: str, *, only: str | None = None, public: bool = False) -> list[str]:
-    """Write or upload the data set and the model of a run.
+    """Writes or uploads the data set and the model of a run.
 
     Args:
         run: output folder of a finished recipe.
         to: a folder, which gets ``dataset/`` and ``model/``; ``hub:owner/name`` uploads to the data set and the model
             repository of that name.
-        license: SPDX identifier for both cards. Seeds and generator decide it; nothing here can.
+        license: SPDX identifier for both cards. It depends on the seeds and the generator and cannot be inferred.
         only: ``dataset`` or ``model``; by default both.
-        public: whether repositories made by the upload are public.
+        public: whether newly created repositories are public.
 
     Returns:
         The folders or addresses written.
 
     Raises:
-        PushError: no finished run in ``run``, or a target that is not empty or no repository name.
+        PushError: ``run`` is not a finished run, or the target is not empty or not a repository name.
     """
     repository = to.removeprefix(HUB) if to.startswith(HUB) else None
     if repository is not None and not _HUB_ID.fullmatch(repository):
@@ -82,7 +82,7 @@ def push(run: Path, to: str, license: str, *, only: str | None = None, public: b
 
 
 def _finished(run: Path) -> tuple[dict[str, Any], Plan]:
-    """The metrics of a run, and its plan."""
+    """The metrics and the plan of a run."""
     path = run / "06-report" / "report" / "metrics.json"
     if not path.is_file():
         raise PushError(f"{run}: no finished run, {path.relative_to(run)} is missing")
@@ -162,7 +162,7 @@ def _card(data: Any, body: list[str]) -> str:
 
 
 def _counts(arm: Mapping[str, Any], samples: Mapping[str, Any] | None) -> str:
-    """How many rows were written, rejected and labelled; empty for an arm of real rows."""
+    """Numbers of rows written, rejected and labelled; empty for an arm of real rows."""
     lines = []
     if written := arm["written"]:
         lines += [("completions sampled", written.get("completions")), ("rows kept", written.get("kept"))]
@@ -172,7 +172,7 @@ def _counts(arm: Mapping[str, Any], samples: Mapping[str, Any] | None) -> str:
             ("rows with a label", labelled.get("labelled")),
             ("labels that could be checked", labelled.get("truth_known")),
         ]
-        lines += [("of these right", labelled.get("right"))]
+        lines += [("of these, right", labelled.get("right"))]
     if samples:
         lines += [(f"in training, rejected by gate `{gate}`", n) for gate, n in samples["gates"].items()]
     rows = [f"| {name} | {n} |" for name, n in lines if n is not None]
@@ -180,7 +180,7 @@ def _counts(arm: Mapping[str, Any], samples: Mapping[str, Any] | None) -> str:
 
 
 def _result(metrics: Mapping[str, Any], main: str) -> list[str]:
-    """What the report concludes, and the accuracies of the main arm's student."""
+    """The report's verdict and the accuracies of the main arm's student."""
     results = [each for each in metrics["arms"][main]["results"] if each["student"] == STUDENT]
     largest = max(results, key=lambda each: each["rows_wanted"])
     level = f"{100 * metrics['level']:g} %" if "level" in metrics else "the report's"
@@ -197,8 +197,8 @@ def _result(metrics: Mapping[str, Any], main: str) -> list[str]:
     return [
         "## Result",
         "\n".join(f"- {said['text']}" for said in metrics["verdict"]),
-        f"{len(largest['seeds'])} students of {_seeds(largest['seeds'])}, on rows that {_seeds(largest['generators'])} "
-        f"of the generator gave, {level} intervals:",
+        f"{len(largest['seeds'])} students with {_seeds(largest['seeds'])}, on rows written with generator "
+        f"{_seeds(largest['generators'])}, with {level} intervals:",
         "\n".join(table),
         "\n".join(made_by),
     ]
@@ -210,7 +210,7 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 
 def _licence(license: str, what: str, depends: str) -> str:
-    return f"## Licence\n\nThe {what} are published under `{license}`. The terms of {depends} apply as well."
+    return f"## Licence\n\nThe {what} are published under `{license}`. The terms of {depends} also apply."
 
 
 def _recipe(metrics: Mapping[str, Any]) -> str:
@@ -219,7 +219,7 @@ def _recipe(metrics: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """The value as others may see it: without credentials, and with each path cut to its last name."""
+    """The value in a form fit to publish: without credentials, and with paths cut to their last component."""
     if isinstance(value, Mapping):
         return {key: _shown(part) for key, part in value.items() if not _SECRET.fullmatch(str(key))}
     if isinstance(value, list | tuple):

@@ -1,9 +1,9 @@
-"""The rows that a source of a recipe names, among them those in the package: a seed set and word problems.
+"""Loads the rows of a recipe's sources, including the bundled ones: a seed set and word problems.
 
 The seed set has 60 short samples written for this project, 20 each of mathematics, medicine and code. Most are ordinary
 and correct. Some are deliberately trivial, ambiguous (no answer follows from the question) or garbled, to show how
-acquisition functions respond: a large value alone does not separate what a student does not know yet from what nobody
-can know. The 96 word problems are of 12 kinds, all with the right answer.
+acquisition functions respond: a large value alone does not distinguish what a student does not know yet from what
+nobody can know. The 96 word problems come in 12 kinds, all with the right answer.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from acqsynth.domains import Domain, Sample
 
-if TYPE_CHECKING:  # the seeds alone need no pydantic
+if TYPE_CHECKING:  # loading seeds does not need pydantic
     from acqsynth.config import Source
 
-BUNDLED = "bundled:"  #: prefix of sources that are in the package
+BUNDLED = "bundled:"  #: prefix of sources in the package
 DOMAINS = ("mathematics", "medicine", "code")
 KINDS = ("ordinary", "trivial", "ambiguous", "garbled")
 
@@ -27,7 +27,7 @@ def load_seeds(domain: str | None = None, kind: str | None = None) -> list[dict[
     """The seeds in file order, each ``{"id", "domain", "kind", "prompt", "completion"}``; in mathematics also
     ``"answer"`` if there is one final answer.
 
-    A prompt ends with a newline, so ``acqcore.score`` takes the rows as they are.
+    A prompt ends with a newline, so ``acqcore.score`` accepts the rows unchanged.
 
     Args:
         domain: one of ``DOMAINS``, or None for all.
@@ -43,13 +43,13 @@ def load_seeds(domain: str | None = None, kind: str | None = None) -> list[dict[
 
 
 def load_word_problems() -> list[dict[str, str]]:
-    """Each ``{"question", "reasoning", "answer"}``, the kinds mixed."""
+    """The word problems, each ``{"question", "reasoning", "answer"}``, in mixed order of kinds."""
     return _rows("word_problems.jsonl")
 
 
 def bundled(name: str) -> list[Sample]:
-    """The rows of a source ``bundled:<name>``. Those of mathematics have no reasoning: small models that are shown some
-    forget to end theirs.
+    """The rows of a source ``bundled:<name>``. Rows of mathematics have no reasoning: small models that are shown
+    some forget to end theirs.
 
     Raises:
         ValueError: an unknown name.
@@ -65,7 +65,7 @@ def load_source(domain: Domain, source: Source) -> list[Sample]:
     """The rows of a source, in file order.
 
     Raises:
-        ValueError: none are left, or as :meth:`Domain.load`. OSError, ImportError: as that.
+        ValueError: no rows are left, or as :meth:`Domain.load`. OSError, ImportError: as :meth:`Domain.load`.
     """
     limit = None if source.limit is None or source.per_label else source.skip + source.limit
     if source.source.startswith(BUNDLED):

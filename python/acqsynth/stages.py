@@ -1,7 +1,7 @@
 """The work of each stage: functions that read artefacts of other steps and write their own.
 
-:mod:`acqsynth.pipeline` says which of them a recipe needs, and with which arguments. Model libraries are imported
-inside the functions, so that a plan is made without them.
+:mod:`acqsynth.pipeline` decides which functions a recipe needs, and with which arguments. Model libraries are imported
+inside the functions, so that planning does not need them.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ from acqsynth.report.metrics import IN_DISTRIBUTION
 from acqsynth.seeds import load_source
 from acqsynth.steps import StepContext, StepError, read_json, read_rows, read_table, write_rows, write_table
 
-CHUNK = 64  #: samples saved together; a kill loses at most these
-_PROBE = 32  # samples whose order before and after a move of the student measures staleness
+CHUNK = 64  #: samples saved together; a kill loses at most this many
+_PROBE = 32  # samples whose order before and after a student refresh measures staleness
 
 
-# --- what several stages are given ------------------------------------------------------------------------------------
+# --- inputs shared by stages ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a step builds its reward from."""
+    """Inputs for a step's reward."""
 
     reward: RewardConfig
     domain: str
     engine: EngineConfig
     student: Any  #: the model that scores
-    seeds: Any  #: rows that the generator is shown
+    seeds: Any  #: rows shown to the generator
     evaluation: Any  #: rows that no sample may repeat
     reference: Any  #: rows whose loss should fall, for influence
 
     def find_domain(self) -> Domain:
-        """The domain as the seeds complete it."""
+        """The domain, completed by the seeds."""
         return find_domain(self.domain).with_seeds(read_rows(self.seeds))
 
     def build(self) -> Any:
-        """The reward."""
+        """Builds the reward."""
         from acqsynth.rewards.build import build
 
         return build(
@@ -74,7 +74,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Writing:
-    """How a generator is asked for questions."""
+    """How a generator is prompted for questions."""
 
     scoring: Scoring
     generator: Any  #: model
@@ -103,7 +103,7 @@ def collect_rows(
 ) -> None:
     """Writes ``seeds``, ``held_out``, ``real``, ``evaluation-<set>`` and, if the recipe has them, ``reference`` and
     ``replay`` as parquet, and ``rows.json`` with their sizes. Rows of an evaluation set are left out of the first three
-    and of ``reference``, which has none of ``seeds`` either."""
+    and of ``reference``, from which rows of ``seeds`` are left out too."""
     own = find_domain(domain)
 
     def load(key: str, source: Source) -> list[Sample]:
@@ -161,9 +161,9 @@ def train_generator(
     options: dict[str, Any],
     seed: int,
 ) -> None:
-    """Teaches the generator: ``model/`` with the trainer's log and completions, and ``counts.json``.
+    """Trains the generator; writes ``model/``, with the trainer's log and completions, and ``counts.json``.
 
-    ``candidates``, for DPO: how the candidates of a prompt are drawn, and how many.
+    ``candidates`` gives, for DPO, how the candidates of a prompt are sampled, and how many.
     """
     from acqsynth import train, write
     from acqsynth.callbacks import newest_checkpoint
@@ -213,8 +213,7 @@ def train_generator(
 def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | None = None) -> None:
     """Writes ``samples.parquet``, up to n samples that pass the reward's gates, and ``counts.json``.
 
-    ``mistakes``: a student's answers to the held-out rows. Only rows that it got wrong are shown, those of weak skills
-    more often.
+    ``mistakes``: a student's answers to the held-out rows. Only rows it got wrong are shown, weak skills more often.
     """
     from acqsynth import write
 
@@ -235,10 +234,10 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
 
 
 def select_questions(context: StepContext, *, writing: Writing, candidates: int, spent: Path | None) -> None:
-    """Rejection sampling: ``samples.parquet`` with the best of several completions a prompt, and ``counts.json``.
+    """Rejection sampling: writes ``samples.parquet``, the best of several completions per prompt, and ``counts.json``.
 
-    ``spent``: counts of a training run; as many completions are drawn as training and writing used together, instead of
-    ``candidates`` per prompt.
+    ``spent``: counts of a training run; instead of ``candidates`` per prompt, as many completions are drawn as training
+    and writing used together.
     """
     from acqsynth import write
 
@@ -277,7 +276,7 @@ def random_rows(context: StepContext, *, real: Path, n: int, seed: int) -> None:
 
 def filter_rows(context: StepContext, *, scoring: Scoring, real: Path, n: int) -> None:
     """Writes ``samples.parquet``: the n real rows that the reward's signals rank first, fused over the whole pool as
-    one group. The gates are not asked: the rows are real."""
+    one group. Gates are skipped, as the rows are real."""
     pool, reward = read_rows(real), scoring.build()
 
     columns = _joined(context.chunks("scores", pool, 4 * CHUNK, lambda start, some: _values(reward, some)))
@@ -291,21 +290,21 @@ def filter_rows(context: StepContext, *, scoring: Scoring, real: Path, n: int) -
 
 
 def sample_mistakes(pool: Sequence[Sample], right: Sequence[bool], n: int, seed: int) -> list[Sample]:
-    """n draws of the samples answered wrongly, each skill in proportion to its share of wrong answers.
+    """Draws n of the wrongly answered samples, each skill in proportion to its share of wrong answers.
 
     Raises:
-        StepError: there are none.
+        StepError: no sample was answered wrongly.
     """
     wrong = [sample for sample, ok in zip(pool, right, strict=True) if not ok]
     if not wrong:
         raise StepError("error_driven: the student makes no mistake on the held-out rows")
-    # m of the a rows of a skill are wrong: its share m / a, split among its m mistakes, is 1 / a each.
+    # If m of a skill's a rows are wrong, its share m / a is split among m mistakes, giving 1 / a each.
     asked = Counter(sample.extra.get("skill") for sample in pool)
     return random.Random(seed).choices(wrong, [1 / asked[sample.extra.get("skill")] for sample in wrong], k=n)
 
 
 def _write_kept(context: StepContext, chunks: Iterable[Mapping[str, Any]], n: int) -> None:
-    """Writes the samples of all chunks, each question once, and counts what became of the completions."""
+    """Writes the samples of all chunks, each question once, and the counts of kept and dropped completions."""
     found: dict[str, Mapping[str, Any]] = {}
     completions, dropped = 0, Counter[str]()
     for chunk in chunks:
@@ -337,7 +336,7 @@ def label_questions(
     samples: Path,
     seed: int,
 ) -> None:
-    """Writes ``samples.parquet``, the labelled rows, and ``counts.json``: how many have a label, how many are right.
+    """Writes ``samples.parquet``, the labelled rows, and ``counts.json``: numbers of labels and of right labels.
 
     ``model`` answers the questions, for the methods ``majority`` and ``teacher``.
     """
@@ -381,7 +380,7 @@ def fit_student(
     options: dict[str, Any],
     seed: int,
 ) -> None:
-    """Writes ``model/``, the student that learnt n of the samples, and ``counts.json``."""
+    """Fits the student on n of the samples; writes ``model/`` and ``counts.json``."""
     from acqsynth import train
 
     pool = [row for path in samples for row in read_rows(path)]
@@ -410,7 +409,7 @@ def answer_rows(
     likelihood: bool = False,
 ) -> None:
     """Writes ``answers-<set>.parquet``: question, gold answer, skill, completion, answer, right; with ``likelihood``
-    also the likeliest of the set's labels and whether it is right.
+    also the most likely of the set's labels and whether it is right.
 
     ``sets``: name -> domain and rows.
     """
@@ -463,8 +462,8 @@ def measure_validity(
     real: Path,
     base: Path,
 ) -> None:
-    """Writes ``batches.json``: for each small batch of real rows its skill, each signal's mean, and the accuracy that a
-    student of its own gained by learning it. A batch has rows of one skill if the rows have skills."""
+    """Writes ``batches.json``: for each small batch of real rows its skill, each signal's mean, and the accuracy gained
+    by a separate student that learnt it. A batch has rows of one skill if the rows have skills."""
     from acqsynth import train
     from acqsynth.evaluate import evaluate
 
@@ -491,7 +490,7 @@ def measure_validity(
 
 
 def _batches(pool: Sequence[Sample], n: int, size: int, seed: int) -> list[tuple[str | None, list[Sample]]]:
-    """n batches, each with its skill, disjoint as long as the pool lasts."""
+    """n batches, each with its skill, disjoint until the pool is exhausted."""
     rng = random.Random(seed)
     by_skill: dict[str | None, list[Sample]] = {}
     for sample in pool:
@@ -520,7 +519,7 @@ def _sampling(config: SamplingConfig, n: int, seed: int) -> Sampling:
 
 
 def _values(reward: Any, samples: Sequence[Sample]) -> dict[str, list[float | None]]:
-    """Each signal's values of the samples; signals share what they compute."""
+    """Each signal's values of the samples; signals share intermediate results."""
     from acqsynth.rewards.batch import Batch
 
     batch = Batch(samples)
@@ -528,7 +527,7 @@ def _values(reward: Any, samples: Sequence[Sample]) -> dict[str, list[float | No
 
 
 def _fused(columns: Mapping[str, Sequence[float | None]], reward: Any) -> list[float | None]:
-    """The signals' values of samples, as one group, fused like the reward fuses them."""
+    """Fuses the signals' values of samples like the reward, as one group."""
     from acqsynth.rewards.fusion import fuse
 
     n = len(next(iter(columns.values())))
@@ -536,7 +535,7 @@ def _fused(columns: Mapping[str, Sequence[float | None]], reward: Any) -> list[f
 
 
 def _joined(chunks: Iterable[Mapping[str, Sequence[Any]]]) -> dict[str, list[Any]]:
-    """The columns of all chunks, one after another."""
+    """Concatenates the columns of all chunks."""
     columns: dict[str, list[Any]] = {}
     for chunk in chunks:
         for name, values in chunk.items():

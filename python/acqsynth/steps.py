@@ -1,10 +1,9 @@
-"""The steps of a run on disk: skipped if nothing they read has changed, resumed if they were killed.
+"""The steps of a run on disk: skipped if their inputs are unchanged, resumed if they were killed.
 
-A step writes into ``<stage>/<name>.partial``. When it finishes, one rename gives the folder its final name
-``<stage>/<name>``. ``stage.json`` in it records what the artefacts were made from: the settings, the digests of the
-input artefacts and the stamps of files outside the run. A killed step leaves its ``.partial`` folder behind; when the
-same step starts again it finds the trainer's checkpoints there and, in the subfolder ``work``, the chunks that were
-finished.
+A step writes into ``<stage>/<name>.partial``. When it finishes, the folder is renamed to ``<stage>/<name>``. Its
+``stage.json`` records what the artefacts were made from: the settings, the digests of the input artefacts and the
+stamps of files outside the run. A killed step leaves its ``.partial`` folder behind; when the same step starts again,
+it finds the trainer's checkpoints there and, in the subfolder ``work``, the finished chunks.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from acqsynth import models
 from acqsynth.config import Source
 from acqsynth.domains import Sample
 
-#: In the order of a run. The number of a stage's folder is its place here.
+#: In the order of a run; a stage's folder is numbered by its position.
 STAGES = ("seeds", "train", "generate", "label", "fit", "evaluate", "report")
 LAYOUT = 3  #: version of ``stage.json``
 
@@ -42,12 +41,12 @@ T = TypeVar("T")
 
 
 class StepError(Exception):
-    """A step cannot finish; the text is one sentence for the user."""
+    """A step cannot finish; the message is one sentence for the user."""
 
 
 class Model(str):
-    """A model that the recipe names. The step's function gets the path or hub id for ``from_pretrained``, and the step
-    runs again when the files at that path change."""
+    """A model that the recipe names. The step's function receives the path or hub id for ``from_pretrained``, and the
+    step runs again when the files at that path change."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +55,11 @@ class Step:
 
     Args:
         stage: one of ``STAGES``.
-        name: of the folder within the stage.
+        name: name of the folder within the stage.
         function: called as ``function(context, **arguments)``; writes into ``context.folder``.
         arguments: everything that the function reads. Mappings, lists and dataclasses may hold other steps and their
-            artefacts, which the function gets as paths, and :class:`Model`. The rest are sections of a recipe and
-            values that JSON can hold.
+            artefacts, which the function receives as paths, and :class:`Model`. All else must be recipe sections or
+            JSON values.
     """
 
     stage: str
@@ -81,19 +80,19 @@ class Step:
 
     @property
     def outside(self) -> list[str]:
-        """Files, folders and hub ids from outside the run that the step reads."""
+        """Files, folders and hub ids outside the run that the step reads."""
         found = [leaf for leaf in _leaves(self.arguments) if not isinstance(leaf, Artefact)]
         return [leaf.source if isinstance(leaf, Source) else str(leaf) for leaf in found]
 
     def settings(self) -> dict[str, Any]:
-        """What decides the artefacts, apart from the content of the inputs, as JSON reads it back."""
+        """Everything but the inputs' content that determines the artefacts, after a round trip through JSON."""
         settings = {"function": self.function.__qualname__, "version": acqcore.__version__, **_plain(self.arguments)}
         return dict(json.loads(json.dumps(settings)))
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """A file or folder that a step writes; with an empty path, all that it writes."""
+    """A file or folder that a step writes; an empty path means all of them."""
 
     step: Step
     path: str
@@ -116,10 +115,10 @@ def _nothing(line: str) -> None:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What the function of a step is given beside its arguments.
+    """The context passed to a step's function besides its arguments.
 
     Args:
-        folder: artefacts go here.
+        folder: destination of the artefacts.
         say: prints a line for the user.
         status: shows a line until the next one, if the output is a terminal.
     """
@@ -130,7 +129,7 @@ class StepContext:
 
     @property
     def scratch(self) -> Path:
-        """A folder that survives a kill and is removed when the step is done."""
+        """A folder that survives a kill and is removed when the step finishes."""
         folder = self.folder / _WORK
         folder.mkdir(exist_ok=True)
         return folder
@@ -143,14 +142,14 @@ class StepContext:
         function: Callable[[int, Sequence[T]], Any],
         state: Stateful | None = None,
     ) -> Iterator[Any]:
-        """``function(start, items[start : start + size])`` for each chunk, in order. A chunk that was finished before a
-        kill is not computed again.
+        """Yields ``function(start, items[start : start + size])`` for each chunk, in order. Chunks finished before a
+        kill are not computed again.
 
         Args:
-            name: of the chunks within this step.
-            function: its results must be JSON.
-            state: what the function changes as it goes. It is saved with each chunk, and restored before the first
-                chunk that is computed after finished ones.
+            name: name of the chunks within this step.
+            function: its results must be JSON values.
+            state: state that the function changes. It is saved with each chunk and restored before the first chunk
+                that is computed after finished ones.
         """
         last: Path | None = None
         behind = False
@@ -169,16 +168,16 @@ class StepContext:
                 if state is not None and last is not None:
                     last.unlink(missing_ok=True)
             last = path.with_suffix(".pt")
-            # Read back, so that a resumed run sees exactly what this one does.
+            # Read back, so that a resumed run sees exactly the same values.
             yield read_json(path)
 
     def write(self, name: str, content: Any) -> None:
-        """A JSON artefact."""
+        """Writes a JSON artefact."""
         write_json(self.folder / name, content)
 
 
 class Store:
-    """The folder of a run: runs steps and knows which are done.
+    """The folder of a run: runs steps and tracks which are done.
 
     Args:
         output: the folder, created if missing.
@@ -194,11 +193,11 @@ class Store:
         self._reasons: dict[Step, str | None] = {}  # valid because only this process writes to the folder
 
     def path(self, artefact: Step | Artefact) -> Path:
-        """Where a finished step's folder, or one of its artefacts, is."""
+        """Path of a finished step's folder or of one of its artefacts."""
         return self.output / str(artefact)
 
     def reason(self, step: Step) -> str | None:
-        """Why the step has to run, in a few words; None if it is done and nothing that it reads has changed.
+        """Why the step has to run, in a few words; None if it is done and its inputs are unchanged.
 
         Raises:
             StepError: the folder holds a run of another layout.
@@ -225,13 +224,13 @@ class Store:
         return None
 
     def run(self, step: Step) -> bool:
-        """Brings the inputs of the step, then the step itself, up to date.
+        """Brings the inputs of the step and then the step itself up to date.
 
         Returns:
-            whether the step itself ran.
+            Whether the step itself ran.
 
         Raises:
-            StepError: the work failed for a reason that the user can mend. Finished steps stay as they are.
+            StepError: the step failed for a reason that the user can fix. Finished steps are kept.
         """
         if step in self._reasons and self._reasons[step] is None:
             return False
@@ -267,7 +266,7 @@ class Store:
         """Keeps other runs out of the folder.
 
         Raises:
-            StepError: another run is using it, or it cannot be written.
+            StepError: another run is using the folder, or it cannot be written.
         """
         try:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -290,7 +289,7 @@ class Store:
             partial.rename(final)
 
     def _resolve(self, leaf: Any) -> Any:
-        """What the function gets for a leaf of its arguments."""
+        """The value that the function receives for a leaf of its arguments."""
         if isinstance(leaf, Artefact):
             return self.path(leaf)
         if not isinstance(leaf, Model):
@@ -301,7 +300,7 @@ class Store:
             raise StepError(f"model: {error}") from error
 
     def _made_from(self, step: Step) -> dict[str, Any]:
-        """What an up-to-date manifest of the step says; the inputs are done."""
+        """The entry ``made_from`` of an up-to-date manifest; the inputs must be done."""
         return {
             "settings": step.settings(),
             "inputs": {str(artefact): self._digest(artefact) for artefact in step.inputs},
@@ -319,7 +318,7 @@ class Store:
 
     @contextmanager
     def _user_errors(self, step: Step) -> Iterator[None]:
-        """Turns failures that the user can mend into one sentence."""
+        """Turns failures that the user can fix into one sentence."""
         try:
             yield
         except StepError as error:
@@ -367,10 +366,10 @@ def read_json(path: Path) -> Any:
 
 
 def write_rows(path: Path, samples: Sequence[Sample], columns: Mapping[str, Sequence[Any]] | None = None) -> None:
-    """Samples, one a row, and further columns; ``extra`` as JSON.
+    """Writes samples, one per row, and further columns; ``extra`` is stored as JSON.
 
     Raises:
-        ValueError: a column of another length. OSError: the file cannot be written.
+        ValueError: a column has a different length. OSError: the file cannot be written.
     """
     table: dict[str, Sequence[Any]] = {
         name: [getattr(sample, name) for sample in samples] for name in ("question", "reasoning", "answer")
@@ -380,7 +379,7 @@ def write_rows(path: Path, samples: Sequence[Sample], columns: Mapping[str, Sequ
 
 
 def read_rows(path: Path) -> list[Sample]:
-    """The samples that :func:`write_rows` wrote, without further columns."""
+    """Reads the samples written by :func:`write_rows`, without further columns."""
     table = read_table(path)
     columns = [table[name] for name in ("question", "answer", "reasoning", "extra")]
     return [
@@ -389,10 +388,10 @@ def read_rows(path: Path) -> list[Sample]:
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Columns of equal length.
+    """Writes columns of equal length.
 
     Raises:
-        ValueError: columns of different length. OSError: the file cannot be written.
+        ValueError: columns differ in length. OSError: the file cannot be written.
     """
     pyarrow.parquet.write_table(pyarrow.table({name: list(values) for name, values in columns.items()}), path)
 
@@ -418,7 +417,7 @@ def _replaced(value: Any, leaf: Callable[[Any], Any]) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
         return dataclasses.replace(value, **_replaced(parts, leaf))
-    if isinstance(value, BaseModel):  # a section may hold sources; it comes back as it is
+    if isinstance(value, BaseModel):  # a section may hold sources; it is returned unchanged
         for name in type(value).model_fields:
             _replaced(getattr(value, name), leaf)
     return value
@@ -437,7 +436,7 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON can hold it; artefacts by their names."""
+    """``value`` in JSON-compatible form, with artefacts as their names."""
     if isinstance(value, Step | Artefact):
         return str(value)
     if isinstance(value, BaseModel):
@@ -452,7 +451,7 @@ def _plain(value: Any) -> Any:
 
 
 def _read_stage(folder: Path) -> dict[str, Any] | None:
-    """``stage.json`` of a step that finished or began; None if there is none."""
+    """``stage.json`` of a started or finished step; None if there is none."""
     try:
         stage = read_json(folder / _MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
@@ -481,8 +480,8 @@ def _sha256(path: Path) -> str:
 
 
 def _stamp(path: Path) -> Any:
-    """A value that changes when an outside file does: its SHA-256, or sizes and times of the files below a folder,
-    which may hold a large model."""
+    """A value that changes with an outside file: its SHA-256, or sizes and times of the files below a folder, which
+    may hold a large model."""
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file())
         return [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
@@ -490,7 +489,7 @@ def _stamp(path: Path) -> Any:
 
 
 def _first_change(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> str | None:
-    """The first key in which two manifests differ, as a reason."""
+    """The first difference between two manifests, as a reason."""
     for key in [*now, *(key for key in before if key not in now)]:
         old, new = before.get(key), now.get(key)
         if old == new:
@@ -504,8 +503,8 @@ def _first_change(before: Mapping[str, Any], now: Mapping[str, Any], path: str =
 
 
 def _disk_is_full(error: BaseException) -> bool:
-    """Whether the system ran out of space. Libraries wrap its error: safetensors and Arrow keep the text, torch's
-    archive writer does not even keep that."""
+    """Whether the disk is full. Libraries wrap the system error: safetensors and Arrow keep its text, torch's archive
+    writer does not."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):

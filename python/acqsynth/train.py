@@ -1,9 +1,8 @@
 """Training with TRL: a student learns rows (``sft``), a generator learns from a reward (``grpo``, ``dpo``).
 
-Each function leaves a folder that ``from_pretrained`` reads, with the tokenizer, ``trainer_state.json`` (what was
-logged, step by step), TRL's model card and, with LoRA, ``adapter/``. While training the folder holds checkpoints, each
-with the state of the reward; a killed run resumes from the last complete one when it is called again with the same
-arguments.
+Each function writes a folder for ``from_pretrained``, with the tokenizer, ``trainer_state.json`` (the log of all
+steps), TRL's model card and, with LoRA, ``adapter/``. During training the folder holds checkpoints, each with the state
+of the reward. A killed run resumes from the last complete checkpoint when called again with the same arguments.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ from acqsynth.write import Candidate, Scorer, candidates
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Messages]  #: ``{"prompt", "completion"}``
-Reward = Callable[..., Any]  #: of TRL's contract
+Reward = Callable[..., Any]  #: a TRL reward function
 
 # --- the student ------------------------------------------------------------------------------------------------------
 
 
 def training_rows(domain: Domain, samples: Sequence[Sample]) -> list[Row]:
-    """Each sample as the student is trained on it: the domain's prompt, and the solution as its completion."""
+    """Training rows for the student: the domain's prompt, with the solution as its completion."""
     return [
         {
             "prompt": domain.student_prompt(sample.question),
@@ -66,17 +65,17 @@ def sft(
     replay_share: float = 0.2,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Trains ``student`` on the samples. The loss is that of the completions alone.
+    """Trains ``student`` on the samples. Only completions count towards the loss.
 
     Args:
         student: path or hub id.
         output: folder of the model.
-        options: of :func:`configuration`.
+        options: as in :func:`configuration`.
         replay: :func:`training_rows` of other domains or general data, to prevent forgetting.
-        replay_share: share of replay among all rows; the rows are drawn by the option ``seed``.
+        replay_share: share of replay among all rows; the option ``seed`` determines which rows are drawn.
 
     Raises:
-        ValueError: no samples, a share outside [0, 1), fewer replay rows than the share needs, or as
+        ValueError: no samples, a share outside [0, 1), too few replay rows for the share, or as
             :func:`configuration`.
     """
     if not samples:
@@ -98,7 +97,7 @@ def sft(
 
 
 def sample_replay(replay: Sequence[Row], share: float, n: int, seed: int) -> list[Row]:
-    """As many rows as make up ``share`` of all beside n others."""
+    """Draws enough rows to make up ``share`` of the total, given n other rows."""
     if not 0 <= share < 1:
         raise ValueError(f"replay_share: expected a share in [0, 1), got {share}")
     count = round(n * share / (1 - share))
@@ -122,17 +121,17 @@ def grpo(
 ) -> Path:
     """Trains ``generator`` on the reward by GRPO.
 
-    Each logged step has what TRL and the reward log, and ``seconds``, ``reward_seconds`` and ``reward_share``.
-    ``completions/completions_<step>.parquet`` has prompts, completions, rewards, advantages, and the columns that the
-    reward logs.
+    Each logged step has the entries of TRL and the reward, ``seconds``, ``reward_seconds`` and ``reward_share``.
+    ``completions/completions_<step>.parquet`` has prompts, completions, rewards, advantages and the reward's logged
+    columns.
 
     Args:
         generator: path or hub id.
-        prompts: of :func:`acqsynth.write.prompts`.
-        reward: a reward function of TRL's contract, or several, which TRL weights (``reward_weights``).
+        prompts: from :func:`acqsynth.write.prompts`.
+        reward: one TRL reward function, or several, which TRL weights (``reward_weights``).
         output: folder of the model.
-        options: of :func:`configuration`; TRL's vLLM modes too.
-        refresh: of the student behind the reward.
+        options: as in :func:`configuration`, including TRL's vLLM modes.
+        refresh: refreshes the student behind the reward.
 
     Raises:
         ValueError: no prompts, or as :func:`configuration`.
@@ -151,7 +150,7 @@ def grpo(
         peft_config=lora,
         callbacks=list(callbacks),
     )
-    # First: trackers read the log after them, with what they add to it.
+    # These run first, so that trackers see the entries they add to the log.
     trainer.callback_handler.callbacks[:0] = [clock, *([refresh] if refresh is not None else [])]
     _run(trainer, output, rewards)
     return output
@@ -168,20 +167,20 @@ def dpo(
     engine: Callable[[], Engine] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Trains ``generator`` by DPO on pairs of its own candidates. ``pairs.parquet`` has the pairs; a resumed run reads
-    them instead of drawing again.
+    """Trains ``generator`` by DPO on pairs of its own candidates. ``pairs.parquet`` stores the pairs; a resumed run
+    reads them instead of drawing again.
 
     Args:
         generator: path or hub id.
-        prompts: of :func:`acqsynth.write.prompts`.
+        prompts: from :func:`acqsynth.write.prompts`.
         reward: scores candidates.
         output: folder of the model.
-        options: of :func:`configuration`.
-        sampling: its ``n`` is the number of candidates of a prompt.
-        engine: makes an engine of the generator; by default transformers.
+        options: as in :func:`configuration`.
+        sampling: its ``n`` is the number of candidates per prompt.
+        engine: creates an engine for the generator; by default transformers.
 
     Raises:
-        ValueError: no pair, or as :func:`configuration`.
+        ValueError: no pair was found, or as :func:`configuration`.
     """
     output = Path(output)
     config, lora = configuration("dpo", options or {}, output)
@@ -192,10 +191,10 @@ def dpo(
         del drawing
         if not rows:
             raise ValueError(
-                "prompts: expected a prompt whose best candidate passes the gates and leads the worst, "
-                f"found none of {len(prompts)}"
+                "prompts: expected a prompt whose best candidate passes the gates and beats the worst, "
+                f"found none among {len(prompts)}"
             )
-        logger.info("%d pairs of %d prompts", len(rows), len(prompts))
+        logger.info("%d pairs from %d prompts", len(rows), len(prompts))
         output.mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_list(rows).to_parquet(table.with_suffix(".part"))
         table.with_suffix(".part").rename(table)
@@ -212,11 +211,11 @@ def dpo(
 
 
 def pairs(groups: Sequence[Sequence[Candidate]]) -> list[dict[str, Any]]:
-    """The best candidate of each group that passes the gates, against the worst, which need not pass. Equal totals make
-    no pair.
+    """Pairs the best candidate of each group that passes the gates with the worst, which need not pass. Equal totals
+    give no pair.
 
     Returns:
-        Rows ``{"prompt", "chosen", "rejected"}`` in messages, with ``chosen_total`` and ``rejected_total``.
+        Rows ``{"prompt", "chosen", "rejected"}`` as messages, with ``chosen_total`` and ``rejected_total``.
     """
     rows = []
     for group in groups:
@@ -239,17 +238,17 @@ def pairs(groups: Sequence[Sequence[Candidate]]) -> list[dict[str, Any]]:
     return rows
 
 
-# --- what is logged, saved and resumed --------------------------------------------------------------------------------
+# --- logging, saving and resuming -------------------------------------------------------------------------------------
 
 
 def read_log(output: Path) -> list[dict[str, Any]]:
-    """The logged steps of a finished training; numbers that are not finite are None."""
+    """The logged steps of a finished training run; non-finite numbers become None."""
     state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
     return [{key: _finite(value) for key, value in entry.items()} for entry in state["log_history"]]
 
 
 def _run(trainer: Any, output: Path, rewards: Sequence[Any] = ()) -> None:
-    """Trains from the last complete checkpoint, if there is one, and leaves the model in ``output``."""
+    """Trains from the last complete checkpoint, if any, and saves the model in ``output``."""
     states = RewardStates(rewards)
     trainer.add_callback(states)
     trainer.remove_callback(PrinterCallback)  # with disable_tqdm it prints every step
@@ -261,7 +260,7 @@ def _run(trainer: Any, output: Path, rewards: Sequence[Any] = ()) -> None:
     if checkpoint is not None:
         states.restore(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    # Activation checkpointing turned the cache off, and the saved model would generate without it.
+    # Activation checkpointing disabled the cache; the saved model would generate without it.
     trainer.model.config.use_cache = True
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not hasattr(model, "merge_and_unload"):

@@ -1,4 +1,4 @@
-"""Options of the trainers: the fields of TRL's configurations, with the published recipe as defaults, checked early."""
+"""Trainer options: the fields of TRL's configurations, validated early, with the published recipe as defaults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trl import DPOConfig, GRPOConfig, SFTConfig
 T = TypeVar("T")
 
 _DEFAULTS: dict[type, dict[str, Any]] = {
-    # The published recipe. Rows above max_length tokens are cut.
+    # The published recipe. Rows longer than max_length tokens are truncated.
     SFTConfig: {
         "num_train_epochs": 5,
         "learning_rate": 2e-5,
@@ -27,7 +27,7 @@ _DEFAULTS: dict[type, dict[str, Any]] = {
         "completion_only_loss": True,
         "save_strategy": "epoch",
     },
-    # The published learning rate (1e-6), its group size (8) and no KL term are TRL's own defaults.
+    # The published learning rate (1e-6), group size (8) and lack of a KL term are TRL's defaults.
     GRPOConfig: {
         "num_train_epochs": 1,
         "max_completion_length": 1024,
@@ -43,12 +43,12 @@ _SHARED = {
     "save_strategy": "steps",
     "save_total_limit": 2,  # the older checkpoint is deleted before the newer one is complete
 }
-EFFECTIVE_BATCH = 16  #: rows of an optimiser step of ``sft``, whatever ``per_device_train_batch_size`` is
+EFFECTIVE_BATCH = 16  #: rows per optimiser step of ``sft``, for any ``per_device_train_batch_size``
 METHODS = {"sft": SFTConfig, "grpo": GRPOConfig, "dpo": DPOConfig}
 
 
 def configuration(method: str, options: Mapping[str, Any], output: str | Path) -> tuple[Any, Any]:
-    """The trainer's configuration and that of LoRA, which is None without the option ``lora``.
+    """The configurations of the trainer and of LoRA; the latter is None without the option ``lora``.
 
     Args:
         method: a key of ``METHODS``.
@@ -56,7 +56,7 @@ def configuration(method: str, options: Mapping[str, Any], output: str | Path) -
         output: the trainer's folder.
 
     Raises:
-        ValueError: an unknown option, a value that TRL refuses, or ``output_dir``.
+        ValueError: an unknown option, a value that TRL rejects, or ``output_dir``.
     """
     kind = METHODS[method]
     if "output_dir" in options:
@@ -64,7 +64,7 @@ def configuration(method: str, options: Mapping[str, Any], output: str | Path) -
     bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported() and not options.get("fp16")
     fields = {**_SHARED, "bf16": bf16, **_DEFAULTS[kind], **options}
     if fields["bf16"] and not torch.cuda.is_available():
-        fields.setdefault("use_cpu", True)  # transformers refuses bfloat16 without a GPU unless told so
+        fields.setdefault("use_cpu", True)  # transformers rejects bfloat16 without a GPU otherwise
     lora = fields.pop("lora", None)
     if method == "sft" and "gradient_accumulation_steps" not in options:
         per_device = fields["per_device_train_batch_size"]
@@ -89,9 +89,9 @@ def _are_names(value: Any) -> bool:
 
 
 def _build(kind: type[T], options: Mapping[str, Any], table: str) -> T:
-    """``kind(**options)``, a dataclass; errors name ``table``, and the nearest field to an unknown one.
+    """Builds the dataclass ``kind(**options)``; errors name ``table`` and the field closest to an unknown one.
 
-    Not HfArgumentParser.parse_dict: it fails on the annotations of LoraConfig and suggests no name.
+    HfArgumentParser.parse_dict fails on the annotations of LoraConfig and suggests no names.
     """
     names = [entry.name for entry in dataclasses.fields(kind) if entry.init]  # type: ignore[arg-type]
     for name, value in options.items():

@@ -1,12 +1,12 @@
-"""The base model of the arithmetic world: a small Llama, trained in a minute or so on two cores, and cached.
+"""The base model of the arithmetic world: a small Llama, trained in about a minute on two cores, then cached.
 
-It learns two tasks at once, as turns of a chat: to answer questions (*practice*: most of the strong skills, little of
-the weak) and to write a new sample in the tagged format when shown some (*writing*: every skill, mostly whichever are
-shown). Rows are drawn as they are needed, from the training split alone; the coin is tossed anew for each.
+It learns two tasks at once, as chat turns: to answer questions (*practice*: mostly strong skills, few weak ones) and to
+write a new sample in the tagged format when shown some (*writing*: every skill, mostly those shown). Rows are drawn on
+demand from the training split only; the coin is tossed anew for each.
 
-Its tokenizer has one token for each word, tag and digit; other text is spelt out. A digit that begins a number is
-another token (`` 4``, with the space before it) than one within (``7``), as in byte-level tokenizers of real models.
-Every text of printable ASCII is decoded unchanged.
+The tokenizer has one token per word, tag and digit; other text is spelt out. A digit at the start of a number is a
+different token (`` 4``, with the space before it) from one within (``7``), as in byte-level tokenizers of real models.
+All printable ASCII text is decoded unchanged.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from acqsynth.parsing import TAGS
 
 logger = logging.getLogger(__name__)
 
-Row = tuple[list[int], int]  #: token ids, and how many at the start are not trained
+Row = tuple[list[int], int]  #: token ids, and the number of leading ones that are not trained
 
-VERSION = 1  #: part of the cache's key; raise it when this script makes another model
-_TOGETHER = 48  # rows of one forward pass
+VERSION = 1  #: part of the cache key; increment it when this script produces a different model
+_TOGETHER = 48  # rows per forward pass
 
 PAD, END, UNKNOWN, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|unknown|>", "<|user|>", "<|assistant|>"
 
@@ -53,16 +53,16 @@ def _by_kind(**shares: float) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the weights depend on.
+    """Everything that determines the weights.
 
     Args:
-        seed: of the initial weights and of the data.
-        steps: of AdamW, the learning rate falling from ``learning_rate`` as a cosine after ``warmup`` steps.
-        practice_rows, writing_rows: rows of a step.
-        practice, writing: skill -> weight in the draw of a row of each kind.
-        most_shown: most samples shown in a writing row.
-        follow: share of writing rows whose skill is that of a sample shown.
-        skewed: the world whose traps are not uniform.
+        seed: seed of the initial weights and the data.
+        steps: AdamW steps; the learning rate decays from ``learning_rate`` by a cosine after ``warmup`` steps.
+        practice_rows, writing_rows: rows per step.
+        practice, writing: skill -> sampling weight for rows of each kind.
+        most_shown: maximum number of samples shown in a writing row.
+        follow: share of writing rows that use the skill of a sample shown.
+        skewed: whether to use the world with non-uniform traps.
     """
 
     seed: int = 0
@@ -94,22 +94,22 @@ class Settings:
         return SkewedArithmetic() if self.skewed else Arithmetic()
 
     def rate(self, step: int) -> float:
-        """Factor of the learning rate at a step, from 0 on: linear warm-up, cosine to 0."""
+        """Learning-rate factor at a step, counted from 0: linear warm-up, cosine decay to 0."""
         return min(1.0, (step + 1) / self.warmup) * (1 + math.cos(math.pi * step / self.steps)) / 2
 
     def key(self) -> str:
         """Identifies the settings in the cache."""
         settings = asdict(self)
         if not self.skewed:
-            del settings["skewed"]  # caches are older than this field
+            del settings["skewed"]  # some caches predate this field
         text = json.dumps({"version": VERSION, **settings}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def base_model(settings: Settings | None = None) -> Path:
-    """Directory of the base model as transformers saves it, with ``pretrain.json``: its settings and loss curve.
+    """Directory of the base model in transformers format, with settings and loss curve in ``pretrain.json``.
 
-    The first call trains it, with torch's threads.
+    The first call trains it, using torch's threads.
     """
     settings = settings or Settings()
 
@@ -126,8 +126,8 @@ def base_model(settings: Settings | None = None) -> Path:
 def pretrain(settings: Settings) -> tuple[LlamaForCausalLM, list[dict[str, float]]]:
     """The trained model, in eval mode, and its loss (nats per trained token) every 50 steps.
 
-    Equal settings give equal weights on one machine with one number of threads; torch's and Python's random numbers
-    are left unchanged.
+    Equal settings give equal weights on the same machine with the same number of threads. The random states of torch
+    and Python are left unchanged.
     """
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
@@ -151,13 +151,13 @@ def pretrain(settings: Settings) -> tuple[LlamaForCausalLM, list[dict[str, float
         if step % 50 == 0 or step == settings.steps:
             mean = sums / (step - (curve[-1]["step"] if curve else 0))
             curve.append({"step": step, "practice": mean[0].item(), "writing": mean[1].item()})
-            logger.info("step %d of %d: loss of practice %.3f, of writing %.3f", step, settings.steps, *mean.tolist())
+            logger.info("step %d of %d: practice loss %.3f, writing loss %.3f", step, settings.steps, *mean.tolist())
             sums.zero_()
     return model.eval(), curve
 
 
 def untrained(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The model before training, drawn by torch's generator."""
+    """The model before training, initialised by torch's generator."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
@@ -176,8 +176,8 @@ def untrained(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaFo
 def loss_of(model: LlamaForCausalLM, batch: Sequence[Row]) -> torch.Tensor:
     """Mean loss of the trained tokens, a scalar.
 
-    Rows of similar length share a forward pass, as most are short and few are long; padding is on the right, where no
-    trained token sees it.
+    Rows of similar length share a forward pass, as most rows are short. Padding is on the right, where no trained token
+    sees it.
     """
     total = torch.zeros(())
     ordered = sorted(batch, key=lambda one: len(one[0]))
@@ -198,7 +198,7 @@ def chat(user: str, assistant: str) -> str:
 
 
 def row(tokenizer: PreTrainedTokenizerFast, text: str) -> Row:
-    """A rendered chat of two turns, of which the reply is trained."""
+    """Tokenizes a rendered two-turn chat; only the reply is trained."""
     ids = tokenizer(text).input_ids
     return ids, ids.index(tokenizer.convert_tokens_to_ids(ASSISTANT)) + 1
 
@@ -214,7 +214,7 @@ def practice_batches(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> 
 
 
 def writing_batches(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[Row]]:
-    """For each step, requests for a new sample and a written one; only the written sample is trained."""
+    """For each step, requests for new samples with written samples; only the latter are trained."""
     domain, rng = settings.domain, random.Random(f"writing {settings.seed}")
     names, weights = list(settings.writing), list(settings.writing.values())
     for _ in range(settings.steps):
@@ -230,19 +230,19 @@ def writing_batches(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> I
 
 
 def random_row(domain: Arithmetic, name: str, rng: random.Random) -> Sample:
-    """A question of a skill's training split, answered."""
+    """An answered question from a skill's training split."""
     return domain.answered(rng.choice(SKILLS[name].questions["train"]), rng)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the world; its end of sequence closes the assistant's turns."""
+    """The tokenizer of the world; the end-of-sequence token closes the assistant's turns."""
     special = [PAD, END, UNKNOWN, USER, ASSISTANT]
     tags = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")]
     words = ["new", *COIN, *SKILLS]
     spaced = [f" {digit}" for digit in string.digits]
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     vocabulary = {token: i for i, token in enumerate([*special, *tags, *words, *spaced, *characters])}
-    # Longest first: a word that is the prefix of another must not win.
+    # Longest first, so that a word does not match in place of a longer one that it begins.
     whole = [*tags, *sorted(words, key=len, reverse=True)]
     pattern = "|".join([*map(re.escape, whole), " [0-9]", r"[\s\S]"])
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))

@@ -1,4 +1,4 @@
-"""Questions from a generator: the prompts it is asked, the samples kept, and the best of several candidates."""
+"""Questions from a generator: prompts, filtering of samples, and selection among candidates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-#: Lowest yield assumed when sizing the next round, so that one bad round does not make the next one endless.
+#: Minimum yield assumed when sizing the next round, so that a bad round does not make the next one endless.
 _LEAST_RATE = 0.05
 
 
@@ -27,14 +27,14 @@ def prompts(
 ) -> list[Messages]:
     """n prompts that ask a generator for a new sample, each with ``shown`` different seeds as examples.
 
-    The seeds are dealt like cards: all of them, shuffled, before any comes again, so that the uses of two seeds differ
-    by at most one. Where the domain groups them (``Domain.hands``), groups are dealt like that too, and a group of
-    fewer seeds is shown whole.
+    Seeds are dealt like cards: all of them, shuffled, before any is reused, so that the usage counts of two seeds
+    differ by at most one. If the domain groups them (``Domain.hands``), groups are dealt in the same way, and a group
+    with fewer than ``shown`` seeds is shown whole.
 
-    With ``turns`` each seed is shown as an earlier answer to the same request, not within it.
+    With ``turns`` each seed is shown as an earlier answer to the same request instead of within it.
 
     Raises:
-        ValueError: n below 1, shown negative or more than there are seeds.
+        ValueError: n is below 1, or shown is negative or above the number of seeds.
     """
     if n < 1:
         raise ValueError(f"n: expected at least 1, got {n}")
@@ -56,7 +56,7 @@ def prompts(
             if not deck:
                 deck += range(len(pool))
                 shuffle(deck)
-            # A fresh deck may start with a card that the hand holds already: that one waits for the next prompt.
+            # A fresh deck may start with a card already in the hand, which then waits for the next prompt.
             hand.append(deck.pop(next(i for i, card in enumerate(deck) if card not in hand)))
         examples = [pool[card] for card in hand]
         if turns and examples:
@@ -70,17 +70,17 @@ def prompts(
 
 @dataclass
 class WriteResult(Generic[T]):
-    """The rows kept, in the order of writing, and counts of the rest."""
+    """The rows kept, in writing order, and counts of the rest."""
 
     rows: list[T]
     wanted: int
     completions: int = 0  #: drawn
-    rounds: int = 0  #: passes over the prompts, or over some of them
-    dropped: dict[str, int] = field(default_factory=dict)  #: reason -> completions that were not kept
+    rounds: int = 0  #: passes over all or some of the prompts
+    dropped: dict[str, int] = field(default_factory=dict)  #: reason -> number of completions dropped
 
     @property
     def incomplete(self) -> bool:
-        """Whether there are fewer rows than were wanted."""
+        """Whether fewer rows than wanted were kept."""
         return len(self.rows) < self.wanted
 
 
@@ -97,14 +97,14 @@ def write(
     """Samples that parse, have no fault, pass the gates and ask a new question.
 
     Args:
-        engine: of the generator.
+        engine: engine of the generator.
         domain: parses samples and names faults.
-        prompts: asked in turn; when all were asked, again with other random seeds.
+        prompts: used in turn, and then again with other random seeds.
         sampling: how completions are drawn; its seed is that of the first round.
-        rows: how many are wanted.
-        gates: as in :mod:`acqsynth.rewards.gates`, in order; those with an archive add what is kept.
-        rounds: after this many the result is returned incomplete, with a warning. A round asks as many prompts as are
-            likely to suffice, each at most once.
+        rows: number of rows wanted.
+        gates: as in :mod:`acqsynth.rewards.gates`, in order; those with an archive add the rows kept.
+        rounds: maximum number of rounds; after that the result is returned incomplete, with a warning. A round uses as
+            many prompts as are likely to suffice, each at most once.
 
     Raises:
         ValueError: rows, rounds or the number of prompts is below 1.
@@ -129,7 +129,7 @@ def write(
 
 
 def passing(gates: Sequence[Any], samples: Sequence[Sample], dropped: Counter[str]) -> list[Sample]:
-    """The samples that every gate passes, in order; the others are counted under the first gate that rejects them."""
+    """The samples that pass every gate, in order; others are counted under the first gate that rejects them."""
     left = Batch(samples)
     for gate in gates:
         verdicts = gate(left) if left else []
@@ -145,15 +145,15 @@ def passing(gates: Sequence[Any], samples: Sequence[Sample], dropped: Counter[st
 
 
 class Scorer(Protocol):
-    """Scores candidates; :class:`acqsynth.rewards.ComposedReward` does."""
+    """Scores candidates, as :class:`acqsynth.rewards.ComposedReward` does."""
 
     def score(self, texts: Sequence[str], groups: Sequence[Hashable]) -> Any:
-        """``total``, ``samples``, ``components`` and ``gates`` of n texts; the candidates of a prompt are a group."""
+        """``total``, ``samples``, ``components`` and ``gates`` of n texts; a prompt's candidates form a group."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One completion with its score."""
+    """A completion with its score."""
 
     prompt: Messages
     text: str
@@ -164,7 +164,7 @@ class Candidate:
 
     @property
     def rejected_by(self) -> str | None:
-        """Why it is unusable as training data; None if it is usable."""
+        """Why the candidate is unusable as training data; None if it is usable."""
         if self.sample is None:
             return "does not parse"
         gate = next((name for name, passes in self.gates.items() if not passes), None)
@@ -176,7 +176,7 @@ class Candidate:
 def candidates(
     engine: Engine, prompts: Sequence[Messages], reward: Scorer, sampling: Sampling
 ) -> list[list[Candidate]]:
-    """``sampling.n`` candidates of each prompt, scored in one call."""
+    """Draws ``sampling.n`` candidates per prompt and scores all of them in one call."""
     texts = [draw.text for group in engine.generate(prompts, sampling) for draw in group]
     groups = [i for i in range(len(prompts)) for _ in range(sampling.n)]
     rewards = reward.score(texts, groups)
@@ -203,16 +203,16 @@ def best(
     rows: int,
     rounds: int = 8,
 ) -> WriteResult[Candidate]:
-    """Rejection sampling: the best candidate of each prompt by the reward.
+    """Rejection sampling: keeps the best candidate of each prompt by the reward.
 
     Args:
-        engine: of the generator, which is not trained.
+        engine: engine of the generator, which is not trained.
         prompts, rows, rounds: as in :func:`write`.
-        reward: scores candidates; one that a gate rejects or a scorer fails on is never kept.
-        sampling: its ``n`` is the number of candidates of a prompt.
+        reward: scores candidates; those that a gate rejects or a scorer fails on are never kept.
+        sampling: its ``n`` is the number of candidates per prompt.
 
     Returns:
-        Candidates with a sample and a total, of different questions.
+        Candidates with a sample and a total, with distinct questions.
 
     Raises:
         ValueError: rows, rounds or the number of prompts is below 1.
@@ -239,7 +239,7 @@ def _total(candidate: Candidate) -> float:
 
 
 def _is_new(sample: Sample, asked: set[str], dropped: Counter[str]) -> bool:
-    """Whether nothing asked the question before; notes it."""
+    """Whether the question is new; records it."""
     question = " ".join(sample.question.lower().split())
     new = question not in asked
     asked.add(question)
@@ -256,9 +256,9 @@ def _draw_until(
     rounds: int,
     per_prompt: int,
 ) -> WriteResult[T]:
-    """Rounds of ``keep``, which draws for some prompts, returns the rows kept and counts what it drops, until there are
-    enough rows. ``sampling`` is that of the first round; later ones use the seeds that follow. One prompt can yield
-    ``per_prompt`` rows at most."""
+    """Calls ``keep`` in rounds until there are enough rows. ``keep`` draws for some prompts, returns the rows kept and
+    counts those dropped. ``sampling`` is that of the first round; later rounds use the following seeds. A prompt yields
+    at most ``per_prompt`` rows."""
     for name, value in (("rows", rows), ("rounds", rounds), ("prompts", len(prompts))):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -281,5 +281,5 @@ def _draw_until(
     result.dropped = {reason: count for reason, count in dropped.most_common() if count}
     if result.incomplete:
         reasons = ", ".join(f"{count} {reason}" for reason, count in result.dropped.items())
-        logger.warning("%d rows of %d after %d rounds (%s)", len(result.rows), rows, result.rounds, reasons)
+        logger.warning("%d of %d rows after %d rounds (%s)", len(result.rows), rows, result.rounds, reasons)
     return result

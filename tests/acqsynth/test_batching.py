@@ -131,7 +131,7 @@ def test_one_requests_failure_is_not_anothers(batcher, doubler):
 
 
 def test_a_wrong_count_is_an_error():
-    with pytest.raises(RuntimeError, match="function: expected 1 results, one an item, got 2"):
+    with pytest.raises(RuntimeError, match="function: expected 1 results, one per item, got 2"):
         Batcher(lambda key, items: [1, 2], limit=1, wait=0).submit(None, [0]).result(60)
 
 
@@ -289,7 +289,7 @@ def test_works_in_a_forked_process(batcher, doubler):
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="limit: expected at least 1, got 0"):
         Batcher(double, limit=0, wait=0.0)
-    with pytest.raises(ValueError, match="wait: expected seconds, 0 or more, got -1"):
+    with pytest.raises(ValueError, match="wait: expected at least 0 seconds, got -1"):
         Batcher(double, limit=1, wait=-1)
     one = Batcher(double, limit=1, wait=0)
     with pytest.raises(ValueError, match="zip"):

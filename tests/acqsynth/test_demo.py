@@ -30,7 +30,7 @@ def test_the_hub_is_used_when_the_package_is_absent(monkeypatch, capsys):
 
     monkeypatch.setattr(demo, "smollm2_path", absent)
     assert demo.find_model() == demo.HUB_ID
-    assert f"Taking {demo.HUB_ID} from the hub" in capsys.readouterr().out
+    assert f"Using {demo.HUB_ID} from the hub" in capsys.readouterr().out
 
 
 def test_the_demo_on_a_tiny_model(student_path, tmp_path, monkeypatch, capsys):

@@ -171,7 +171,7 @@ def test_an_undefined_correlation_is_none_and_not_a_number():
 
 
 def test_scores_of_another_length_are_refused():
-    with pytest.raises(ValueError, match="scores: expected 3 values of 'a', one a batch, got 2"):
+    with pytest.raises(ValueError, match="scores: expected 3 values of 'a', one per batch, got 2"):
         signal_validity({"a": [1.0, 2.0]}, [1.0, 2.0, 3.0])
 
 
@@ -218,5 +218,5 @@ def test_likelihood_needs_labels_and_an_engine_that_gives_it(echo):
 def test_undefined_without_an_order():
     assert rank_correlation([], []) is None
     assert rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0]) is None
-    with pytest.raises(ValueError, match="after: expected 2 scores, as before has, got 1"):
+    with pytest.raises(ValueError, match="after: expected 2 scores as in before, got 1"):
         rank_correlation([1.0, 2.0], [1.0])

@@ -50,7 +50,7 @@ REFUSED = {
     "labelling={method: majority, options: {max_tokens: 0}}": "labelling.max_tokens: expected at least 1, got 0",
     "reward.labelling={method: majority, options: {foo: 1}}": "reward.labelling.options: unknown 'foo'",
     "data.seeds.source=bundled:poems": "data.seeds.source",
-    "generator.seeds=[0, 0]": "generator.seeds: expected different entries, got 0, 0",
+    "generator.seeds=[0, 0]": "generator.seeds: expected distinct entries, got 0, 0",
     "generator.seeds=[-1]": "generator.seeds[0]: expected at least 0, got -1",
     "seed=-1": "seed: expected at least 0, got -1",
 }

@@ -58,7 +58,7 @@ def test_rows_student_and_cards_in_a_folder(fakes, run, tmp_path, capsys):
     assert model.data.license == "cc-by-4.0"
     assert "`student` fine-tuned on 70 rows of the arm `grpo`, seed 0." in model.text
     assert "| in_distribution | 40.7 % | " in model.text
-    assert "2 students of seeds 0, 1, on rows that seed 0 of the generator gave, 95 % intervals" in model.text
+    assert "2 students with seeds 0, 1, on rows written with generator seed 0, with 95 % intervals" in model.text
     for text in (card.text, model.text):
         assert "over the base student in distribution: 40.7 %" in text
         assert "torch" in text

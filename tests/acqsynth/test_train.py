@@ -405,7 +405,7 @@ def test_a_killed_run_keeps_its_pairs(student_path, engine, answer_reward, tmp_p
 
 
 def test_no_pairs(student_path, scripted, answer_reward, tmp_path):
-    with pytest.raises(ValueError, match=r"prompts: expected a prompt whose best candidate .* found none of 4"):
+    with pytest.raises(ValueError, match=r"prompts: expected a prompt whose best candidate .* found none among 4"):
         train.dpo(
             str(student_path),
             ASK[:4],

@@ -139,7 +139,7 @@ def test_it_gives_up_and_says_so(sums, scripted, caplog):
     with caplog.at_level(logging.WARNING):
         found = write(engine, sums, ASK, Sampling(), rows=2, rounds=3)
     assert (found.rows, found.rounds, found.incomplete, found.completions) == ([], 3, True, 10)
-    assert caplog.messages == ["0 rows of 2 after 3 rounds (10 does not parse)"]
+    assert caplog.messages == ["0 of 2 rows after 3 rounds (10 does not parse)"]
 
 
 @pytest.mark.parametrize(

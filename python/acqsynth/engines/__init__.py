@@ -1,4 +1,4 @@
-"""Text generation behind one small interface; ``transformers`` and ``vllm`` implement it."""
+"""Text generation behind a small interface, implemented with ``transformers`` and ``vllm``."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class Sampling:
     """How completions are drawn.
 
     Args:
-        n: completions of each prompt.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_p: probability mass to draw from.
-        max_tokens: most tokens of a completion.
-        seed: equal seeds give equal completions on one engine, machine and batch.
-        top2: keep the log-probabilities of the two most likely tokens at each position, and of the drawn one.
+        n: completions per prompt.
+        temperature: divides the logits; 0 decodes greedily.
+        top_p: probability mass of nucleus sampling.
+        max_tokens: maximum tokens per completion.
+        seed: equal seeds give equal completions on the same engine, machine and batch.
+        top2: keep the log-probabilities of the two most likely tokens and of the drawn token at each position.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number is out of range.
     """
 
     n: int = 1
@@ -54,43 +54,43 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """One drawn text, without the end-of-sequence token."""
+    """A generated text, without the end-of-sequence token."""
 
     text: str
     token_ids: list[int]
-    finished: bool  #: ended by itself, not by ``max_tokens``
+    finished: bool  #: ended by itself rather than at ``max_tokens``
     #: of the two most likely tokens at each position of ``token_ids``, larger first, before temperature; with ``top2``
     top2_logprobs: list[tuple[float, float]] | None = None
-    #: of ``token_ids`` themselves, before temperature; with ``top2``
+    #: log-probabilities of ``token_ids``, before temperature; with ``top2``
     token_logprobs: list[float] | None = None
 
 
 class Engine(ABC):
-    """A model that writes."""
+    """A model that generates text."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def generate(self, prompts: Sequence[str | Messages], sampling: Sampling) -> list[list[Completion]]:
-        """``sampling.n`` completions of each prompt, in order. A list of messages goes through the chat template
-        with the assistant's turn opened; a string is taken as it is."""
+        """``sampling.n`` completions of each prompt, in order. Lists of messages go through the chat template with a
+        generation prompt; strings are used unchanged."""
 
     @abstractmethod
     def reload(self, weights: Any) -> None:
-        """Takes new weights of the same architecture: a local path, or a state dict of name -> tensor."""
+        """Loads new weights of the same architecture: a local path, or a state dict of name -> tensor."""
 
 
 def load(name: str, model: Any, *, tokenizer: Any = None, **options: Any) -> Engine:
-    """The engine of that name over a model.
+    """Creates the named engine for a model.
 
     Args:
         name: one of ``NAMES``.
-        model: a local path or hub id; ``transformers`` also takes a model.
-        tokenizer: by default the one beside the path.
-        options: of the engine: see ``TransformersEngine`` and ``VllmEngine``.
+        model: a local path or hub id; ``transformers`` also accepts a model object.
+        tokenizer: by default the one at the path.
+        options: engine options; see ``TransformersEngine`` and ``VllmEngine``.
 
     Raises:
-        ValueError: an unknown name. RuntimeError: the package ``vllm`` is needed and does not import.
+        ValueError: an unknown name. RuntimeError: the package ``vllm`` is needed but cannot be imported.
     """
     if name == "transformers":
         from acqsynth.engines.transformers import TransformersEngine
@@ -104,10 +104,10 @@ def load(name: str, model: Any, *, tokenizer: Any = None, **options: Any) -> Eng
 
 
 def check(name: str, options: Mapping[str, Any]) -> None:
-    """Refuses unknown options and values that the engine refuses; vLLM checks its own.
+    """Rejects unknown options and invalid values; vLLM validates its own options.
 
     Raises:
-        ValueError, TypeError: names the option.
+        ValueError, TypeError: an invalid option, which the message names.
     """
     if name == "transformers":
         from acqsynth.engines.transformers import TransformersEngine
@@ -122,20 +122,20 @@ def check(name: str, options: Mapping[str, Any]) -> None:
         if isinstance(dtype, str) and dtype not in DTYPES:
             raise ValueError(f"options.dtype: unknown {dtype!r}, expected one of {', '.join(DTYPES)}")
         try:
-            torch.device("cpu" if device is None else device)  # of this machine or another
+            torch.device("cpu" if device is None else device)  # available here or not
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"options.device: expected cpu, cuda or cuda:1, got {device!r}") from error
 
 
-# --- tokens, the same for every engine --------------------------------------------------------------------------------
+# --- tokens, shared by all engines ------------------------------------------------------------------------------------
 
 
 def encode(tokenizer: Any, prompts: Sequence[str | Messages], limit: int | None) -> list[list[int]]:
-    """Token ids of each prompt: messages through the chat template, a string with the special tokens that the
-    tokenizer puts around any text.
+    """Token ids of each prompt: messages go through the chat template, strings get the special tokens that the
+    tokenizer adds to any text.
 
     Args:
-        limit: most tokens the model can take; None for no limit.
+        limit: maximum tokens of the model; None for no limit.
 
     Raises:
         ValueError: a prompt is empty or leaves no room for a completion; messages for a tokenizer without a chat
@@ -152,13 +152,13 @@ def encode(tokenizer: Any, prompts: Sequence[str | Messages], limit: int | None)
         if not ids:
             raise ValueError(f"prompts[{i}]: expected at least one token, got an empty prompt")
         if limit is not None and len(ids) >= limit:
-            raise ValueError(f"prompts[{i}]: expected fewer than {limit} tokens, all the model takes, got {len(ids)}")
+            raise ValueError(f"prompts[{i}]: expected fewer than {limit} tokens, the model's limit, got {len(ids)}")
         encoded.append(ids)
     return encoded
 
 
 def eos_ids(tokenizer: Any, generation_config: Any) -> list[int]:
-    """Every token that ends a completion: those of the generation configuration and the tokenizer's."""
+    """All tokens that end a completion, from the generation configuration and the tokenizer."""
     given = generation_config.eos_token_id if generation_config is not None else None
     ids = given if isinstance(given, list) else [given]
     return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
@@ -171,8 +171,8 @@ def completion(
     top2: Sequence[tuple[float, float]] | None = None,
     drawn: Sequence[float] | None = None,
 ) -> Completion:
-    """The completion up to the first token of ``eos``. Ids, and for each the log-probabilities of the two most likely
-    tokens and of the drawn one, may continue beyond it."""
+    """The completion up to the first token in ``eos``. The ids, and for each the log-probabilities of the two most
+    likely tokens and of the drawn one, may continue beyond it."""
     ends = set(eos)
     length = next((t for t, token in enumerate(ids) if token in ends), len(ids))
     kept = list(ids[:length])

@@ -1,4 +1,4 @@
-"""Generation with transformers: any causal LM, on any device, the model in training too."""
+"""Generation with transformers, for any causal LM on any device, including the model in training."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from acqsynth.models import load_tokenizer
 
 
 class TransformersEngine(Engine):
-    """Batches of prompts of similar length, padded on the left, through ``model.generate``.
+    """Runs left-padded batches of prompts of similar length through ``model.generate``.
 
     A completion ends at any end-of-sequence token of the model's generation configuration or the tokenizer, at
-    ``max_tokens``, or where the model's positions end.
+    ``max_tokens``, or at the model's maximum position.
 
     Args:
         model: a local path or hub id, or a causal LM (a PEFT model too), which stays on its device; its mode, gradients
             and the random state are left unchanged.
-        tokenizer: by default the one beside the path; a model given as an object needs it.
+        tokenizer: by default the one at the path; required for a model object.
         device: where a path is loaded; by default the first GPU, else the CPU.
-        dtype: of a path's weights; by default the one they were saved in.
-        batch_tokens: most tokens of one batch, prompts and completions with padding; a longer row gets its own batch.
+        dtype: dtype of a loaded path's weights; by default the saved one.
+        batch_tokens: maximum tokens per batch, with completions and padding; a longer row gets its own batch.
 
     Raises:
         ValueError: a model without a tokenizer; a device or dtype for a model that is already loaded.
@@ -50,9 +50,9 @@ class TransformersEngine(Engine):
     ) -> None:
         if isinstance(model, torch.nn.Module):
             if tokenizer is None:
-                raise ValueError("tokenizer: expected the model's, as model is an object, which has none")
+                raise ValueError("tokenizer: expected the model's tokenizer, as model is an object without one")
             if device is not None or dtype is not None:
-                raise ValueError("device, dtype: expected None, as the model is loaded already")
+                raise ValueError("device, dtype: expected None, as the model is already loaded")
         else:
             path = os.fspath(model)
             place = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,22 +86,22 @@ class TransformersEngine(Engine):
         return [group * sampling.n for group in groups] if greedy else groups
 
     def logprobs(self, prompts: Sequence[str | Messages], texts: Sequence[str], at_once: int = 32) -> list[list[float]]:
-        """Log-probability of each of m texts, its end included, as the completion of each of n prompts.
+        """Log-probability of each of m texts, including the end token, as the completion of each of n prompts.
 
-        The end token makes a text comparable with longer ones that begin with it. Keys and values of a prompt are
+        The end token makes a text comparable with longer texts that begin with it. The keys and values of a prompt are
         computed once.
 
         Args:
             prompts: as in :meth:`generate`.
-            texts: not empty; tokenized apart from the prompt, as a completion is written.
-            at_once: texts of a forward.
+            texts: non-empty texts, tokenized separately from the prompt, as completions are generated.
+            at_once: texts per forward pass.
 
         Returns:
             n lists of m numbers, nats.
 
         Raises:
             ValueError: an empty text or prompt, a tokenizer without an end-of-sequence token, or more tokens than the
-                model takes.
+                model accepts.
         """
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         ids = encode(self.tokenizer, prompts, limit)
@@ -114,13 +114,13 @@ class TransformersEngine(Engine):
         end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else ends[0]
         rows = [[*piece, end] for piece in pieces]
         if limit and max(map(len, ids), default=0) + max(map(len, rows), default=0) > limit:
-            raise ValueError(f"texts: expected prompt and text within {limit} tokens, all that the model takes")
+            raise ValueError(f"texts: expected prompt and text within {limit} tokens, the model's limit")
         parts = [self._padded(rows[i : i + at_once]) for i in range(0, len(rows), at_once)]
         with self._generating():
             return [[value for part in parts for value in values(part)] for values in map(self._continued, ids)]
 
     def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids ``[m, T]``, padded on the right, and which of them are there."""
+        """Ids ``[m, T]``, padded on the right, and the mask of real tokens."""
         tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
         there = torch.zeros_like(tokens, dtype=torch.bool)
         for i, row in enumerate(rows):
@@ -129,7 +129,7 @@ class TransformersEngine(Engine):
         return tokens.to(self.model.device), there.to(self.model.device)
 
     def _continued(self, prompt: list[int]) -> Callable[[tuple[torch.Tensor, torch.Tensor]], list[float]]:
-        """Gives the log-probability of each row of a part after a prompt."""
+        """A function that computes the log-probability of each row of a part after the prompt."""
         first = self.model(input_ids=torch.tensor([prompt], device=self.model.device), use_cache=True)
 
         def values(part: tuple[torch.Tensor, torch.Tensor]) -> list[float]:
@@ -148,14 +148,14 @@ class TransformersEngine(Engine):
         """As in :class:`Engine`; a path is a folder that ``from_pretrained`` reads. Weights are copied in place.
 
         Raises:
-            FileNotFoundError: no such folder. ValueError: tensors are missing, unknown or of another shape; then
-                nothing is changed.
+            FileNotFoundError: no such folder. ValueError: tensors are missing, unknown or of another shape; the
+                model is left unchanged.
         """
         if isinstance(weights, Mapping):
             state = dict(weights)
         else:
             if not Path(weights).is_dir():
-                raise FileNotFoundError(f"weights: expected a folder with a model, {weights} is none")
+                raise FileNotFoundError(f"weights: expected a folder with a model, {weights} is not one")
             state = acqcore.load_model(weights).state_dict()
         own = self.model.state_dict()
         tied = set(getattr(self.model, "all_tied_weights_keys", ()))
@@ -173,7 +173,7 @@ class TransformersEngine(Engine):
         eos = eos_ids(self.tokenizer, self.model.generation_config)
         pad = self.tokenizer.pad_token_id
         if pad is None:
-            pad = eos[0] if eos else 0  # masked, so any token does
+            pad = eos[0] if eos else 0  # masked, so any token will do
         longest = max(map(len, rows))
         tokens = torch.full((len(rows), longest), pad)
         mask = torch.zeros_like(tokens)
@@ -210,7 +210,7 @@ class TransformersEngine(Engine):
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        """Evaluation mode without gradients, with random numbers of its own; restores all on exit."""
+        """Evaluation mode without gradients and with a forked random state; restores everything on exit."""
         modules = list(self.model.modules())
         flags = [module.training for module in modules]
         device = self.model.device
@@ -225,9 +225,9 @@ class TransformersEngine(Engine):
 
 
 def batches(lengths: Sequence[int], room: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of the rows of each batch, longest prompts first, from the tokens of prompts, the most tokens of their
-    completions, and those of a batch, padding included. Rows of a batch have the same room, so that what a row may
-    write does not depend on its neighbours."""
+    """Row indices of each batch, longest prompts first, given prompt lengths, room for completions and the maximum
+    tokens of a batch, padding included. Rows of a batch have equal room, so that a row's limit does not depend on its
+    neighbours."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batch:
@@ -241,19 +241,19 @@ def batches(lengths: Sequence[int], room: Sequence[int], budget: int) -> Iterato
 
 
 class _Logprobs(LogitsProcessor):
-    """Log-probabilities of the two most likely tokens and of the drawn one; one step's logits are held, not all."""
+    """Log-probabilities of the two most likely tokens and the drawn one; holds the logits of only one step."""
 
     def __init__(self) -> None:
         self.top2: list[torch.Tensor] = []  # [B, 2] each
         self.drawn: list[torch.Tensor] = []  # [B, 1] each
-        self.logprobs: torch.Tensor | None = None  # [B, V] of the step before
+        self.logprobs: torch.Tensor | None = None  # [B, V] of the previous step
 
     def __call__(
         self,
         input_ids: torch.Tensor,  # [B, T]
         scores: torch.Tensor,  # [B, V]
     ) -> torch.Tensor:
-        if self.logprobs is not None:  # what that step drew is known now
+        if self.logprobs is not None:  # the token drawn at that step is known now
             self.drawn.append(self.logprobs.gather(1, input_ids[:, -1:]))
         self.logprobs = scores.log_softmax(dim=-1)
         self.top2.append(self.logprobs.topk(2, dim=-1).values)
@@ -263,7 +263,7 @@ class _Logprobs(LogitsProcessor):
         self,
         output: torch.Tensor,  # [B, T]
     ) -> tuple[list[list[list[float]]], list[list[float]]]:
-        """Of each row and step the two largest, and the drawn token's."""
+        """The two largest values and the drawn token's value, for each row and step."""
         assert self.logprobs is not None
         drawn = torch.cat([*self.drawn, self.logprobs.gather(1, output[:, -1:])], dim=1)
         return torch.stack(self.top2, dim=1).tolist(), drawn.tolist()

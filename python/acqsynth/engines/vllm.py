@@ -1,4 +1,4 @@
-"""Generation with vLLM, for throughput; the extra ``vllm`` installs it."""
+"""High-throughput generation with vLLM, installed by the extra ``vllm``."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from acqsynth.models import load_tokenizer
 
 
 class VllmEngine(Engine):
-    """Prompts through ``vllm.LLM``, tokenised here, so that both engines see the same tokens.
+    """Runs prompts through ``vllm.LLM``; they are tokenised here, so that both engines see the same tokens.
 
     Args:
         model: a local path or hub id.
-        tokenizer: by default the one beside the path.
-        lora: folder of a PEFT adapter that every generation uses.
-        options: of ``vllm.LLM``, such as ``max_model_len``, ``gpu_memory_utilization``, ``dtype``,
+        tokenizer: by default the one at the path.
+        lora: folder of a PEFT adapter, used for all generation.
+        options: options of ``vllm.LLM``, such as ``max_model_len``, ``gpu_memory_utilization``, ``dtype``,
             ``tensor_parallel_size``.
 
     Raises:
-        RuntimeError: the package ``vllm`` does not import.
+        RuntimeError: the package ``vllm`` cannot be imported.
         TypeError: the model is not a path or hub id.
     """
 
@@ -56,7 +56,7 @@ class VllmEngine(Engine):
         self.lora = None if lora is None else LoRARequest("adapter", 1, os.fspath(lora))
         if self.lora is not None:
             options = {"enable_lora": True, **options}
-        # Raw: before temperature, as ``Completion`` has them.
+        # Raw, that is, before temperature, as in ``Completion``.
         self.llm = LLM(
             model=path,
             logprobs_mode="raw_logprobs",
@@ -65,7 +65,7 @@ class VllmEngine(Engine):
         )
         try:
             generation = GenerationConfig.from_pretrained(path)
-        except OSError:  # a model may come without one
+        except OSError:  # a model may have none
             generation = None
         self.eos = eos_ids(self.tokenizer, generation)
 
@@ -79,14 +79,14 @@ class VllmEngine(Engine):
         from vllm.inputs import TokensPrompt
 
         ids = encode(self.tokenizer, prompts, self.llm.llm_engine.model_config.max_model_len)
-        # Of one prompt vLLM seeds the draws apart; of two prompts with one seed they would be the same draws.
+        # vLLM varies the seed across the draws of one prompt, but two prompts with equal seeds would share their draws.
         seeds = numpy.random.SeedSequence(sampling.seed).generate_state(len(ids)).tolist()
         greedy = sampling.temperature == 0
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=row) for row in ids],
             [
                 SamplingParams(
-                    n=1 if greedy else sampling.n,  # vLLM refuses several draws of what is one text
+                    n=1 if greedy else sampling.n,  # vLLM rejects several greedy draws
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
                     max_tokens=sampling.max_tokens,
@@ -111,7 +111,7 @@ class VllmEngine(Engine):
 
     def reload(self, weights: str | os.PathLike[str] | Mapping[str, torch.Tensor]) -> None:
         """As in :class:`Engine`; a path is a folder with safetensors. Cached prefixes of the old weights are
-        dropped.
+        discarded.
 
         Raises:
             FileNotFoundError: no such folder.
@@ -119,14 +119,14 @@ class VllmEngine(Engine):
         if isinstance(weights, Mapping):
             from safetensors.torch import save_file
 
-            # The workers may be other processes: a folder reaches them all.
+            # Workers may be separate processes, which can all read a folder.
             with tempfile.TemporaryDirectory(prefix="acqsynth-weights-") as folder:
                 state = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
                 save_file(state, Path(folder) / "model.safetensors")
                 self.reload(folder)
             return
         if not Path(weights).is_dir():
-            raise FileNotFoundError(f"weights: expected a folder with a model, {weights} is none")
+            raise FileNotFoundError(f"weights: expected a folder with a model, {weights} is not one")
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": os.fspath(weights)})
         self.llm.collective_rpc("repack_head")
         self.llm.reset_prefix_cache()
@@ -135,7 +135,7 @@ class VllmEngine(Engine):
 def _logprobs(
     ids: Sequence[int], positions: Sequence[Mapping[int, Any]] | None
 ) -> tuple[list[tuple[float, float]] | None, list[float] | None]:
-    """The two largest at each position, and that of the drawn token, which a position lists whatever its rank."""
+    """The two largest at each position, and the drawn token's, which vLLM lists whatever its rank."""
     if positions is None:
         return None, None
     pairs = []
@@ -146,13 +146,13 @@ def _logprobs(
 
 
 class WorkerExtension:
-    """Methods for the workers of vLLM, which load the class by its name (``worker_extension_cls``)."""
+    """Methods for vLLM's workers, which load this class by name (``worker_extension_cls``)."""
 
     model_runner: Any
 
     def repack_head(self) -> None:
-        """Packs the head's weight again after a reload. On a CPU the head multiplies a packed copy, which vLLM 0.32
-        does not update if the head is tied to the embeddings; elsewhere there is no copy."""
+        """Repacks the head's weight after a reload. On CPUs the head uses a packed copy, which vLLM 0.32 does not
+        update if the head is tied to the embeddings; other devices have no such copy."""
         head = getattr(self.model_runner.get_model(), "lm_head", None)
         head = getattr(head, "base_layer", head)  # under a LoRA layer
         if head is not None and hasattr(head, "cpu_linear"):

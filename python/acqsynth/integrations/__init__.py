@@ -1,5 +1,5 @@
-"""Rewards for trainers other than TRL; none of them is imported here.
+"""Rewards for trainers other than TRL, none of which is imported here.
 
-The reward is named by the environment variable ``ACQSYNTH_REWARD``, ``package.module:attribute``: a
-``ComposedReward``, or a function without arguments that makes one at the first call.
+The environment variable ``ACQSYNTH_REWARD`` names the reward as ``package.module:attribute``: a ``ComposedReward``, or
+a function without arguments that creates one on first use.
 """

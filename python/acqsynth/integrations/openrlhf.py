@@ -2,8 +2,8 @@
 
     from acqsynth.integrations.openrlhf import reward_func
 
-``ACQSYNTH_REWARD`` names the reward. OpenRLHF calls it from threads with lists of one element; they are scored in
-batches. It never raises, which would break OpenRLHF's batch: failures are masked, counted in ``extra_logs`` and logged.
+``ACQSYNTH_REWARD`` names the reward. OpenRLHF calls it from threads with lists of one element, which are scored in
+batches. It never raises, which would break OpenRLHF's batch; failures are masked, logged and counted in ``extra_logs``.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
 
     Args:
         queries: n prompts, each followed by its response, special tokens included.
-        prompts: the n prompts; equal ones that meet in a batch are a group.
-        labels: not read.
+        prompts: the n prompts; responses to equal prompts in a batch form a group.
+        labels: ignored.
 
     Returns:
-        ``rewards`` float32 ``[n]``; ``scores`` float32 ``[n]`` between 0 and 1, the rewards themselves if the fusion is
-        bounded, else their logistic; ``extra_logs``, name -> float32 ``[n]``: ``masked`` and ``gated``, 0 or 1, and
+        ``rewards``, float32 ``[n]``; ``scores``, float32 ``[n]`` between 0 and 1: the rewards themselves if the fusion
+        is bounded, else their logistic; ``extra_logs``, name -> float32 ``[n]``: ``masked`` and ``gated``, 0 or 1, and
         each signal, 0 if it has no value.
     """
     names: list[str] = []
@@ -60,15 +60,15 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
 def response_of(query: str, prompt: str) -> str | None:
     """The text after the prompt; None if the query does not contain the prompt.
 
-    The query is decoded from tokens, so it may begin with special tokens and differ in white space. An example shown in
-    the prompt must not be taken for the response.
+    The query is decoded from tokens, so it may start with special tokens and differ in white space. Examples in the
+    prompt must not be mistaken for the response.
     """
     if query.startswith(prompt):
         return query[len(prompt) :]
     begin = query.find(prompt.strip())
     if begin >= 0:
         return query[begin + len(prompt.strip()) :]
-    # Ignore white space: skip as many other characters as the prompt has.
+    # Ignore white space: skip as many non-space characters as the prompt has.
     plain = "".join(prompt.split())
     begin = "".join(query.split()).find(plain)
     if begin < 0 or not plain:
@@ -84,11 +84,11 @@ def response_of(query: str, prompt: str) -> str | None:
 
 def _scored(scorer: TextScorer, queries: Sequence[str], prompts: Sequence[str], names: Sequence[str]) -> list[Scored]:
     if len(queries) != len(prompts):
-        raise ValueError(f"prompts: expected {len(queries)}, one a query, got {len(prompts)}")
+        raise ValueError(f"prompts: expected {len(queries)}, one per query, got {len(prompts)}")
     responses = [response_of(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
     lost = responses.count(None)
     if lost:
-        logger.error("%d of %d queries do not hold their prompt, these are masked", lost, len(queries))
+        logger.error("%d of %d queries do not contain their prompt and are masked", lost, len(queries))
     futures = [
         None if response is None else scorer.submit(response, prompt)
         for response, prompt in zip(responses, prompts, strict=True)

@@ -1,4 +1,4 @@
-"""Rewards of single texts, for verl and OpenRLHF."""
+"""Rewards for single texts, for verl, OpenRLHF and verifiers."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ REWARD_VARIABLE = "ACQSYNTH_REWARD"
 
 @dataclass(frozen=True)
 class Scored:
-    """The result of one text; every field is always a number."""
+    """The result for one text; every field is always a number."""
 
-    score: float  #: the total; if masked, the mean of the others of its group, which has next to no advantage
+    score: float  #: the total; if masked, the mean of the rest of its group, whose advantage is close to zero
     masked: bool  #: a scorer failed
     gated: bool  #: a gate rejected it
-    components: dict[str, float]  #: each signal; NaN without a value
+    components: dict[str, float]  #: each signal; NaN if it has no value
 
 
 class TextScorer:
-    """Scores single texts in batches by a composed reward; never raises for a text.
+    """Scores single texts in batches with a composed reward; never raises because of a text.
 
-    Texts of the same group in one batch are a group. A batch need not hold a whole group, so the reward's fusion should
-    compare across calls, as ``quantile`` (the default) and ``raw`` do.
+    Texts of the same group in one batch are scored as a group. A batch may lack part of a group, so the reward's fusion
+    should compare across calls, as ``quantile`` (the default) and ``raw`` do.
 
-    These trainers have no masked samples. A masked sample gets the mean of the scored ones of its group in the batch,
-    else of the batch, else of the last batch with a score (1/2 before any): next to no advantage.
+    These trainers do not support masked samples. A masked sample gets the mean score of its group in the batch, else of
+    the batch, else of the last batch with a score (1/2 if there is none), so that its advantage is close to zero.
 
     Args:
-        reward: the reward, or None for that of the environment.
-        limit, wait: of :class:`acqsynth.batching.Batcher`, in texts and seconds.
+        reward: the reward; None uses the one named by the environment.
+        limit, wait: as in :class:`acqsynth.batching.Batcher`, in texts and seconds.
     """
 
     def __init__(self, reward: ComposedReward | None = None, *, limit: int = 64, wait: float = 0.05) -> None:
@@ -52,15 +52,15 @@ class TextScorer:
 
     @property
     def reward(self) -> ComposedReward:
-        """The reward; made here if the environment names it."""
+        """The reward; created here if the environment names it."""
         return self._given if self._given is not None else reward_from_environment()
 
     def submit(self, text: str | None, group: Hashable) -> Future[list[Scored]]:
-        """The future result of a text, a list of one."""
+        """Queues a text and returns a future of its result, in a list of one."""
         return self.batcher.submit(None, [(text, group)])
 
     async def ask(self, text: str | None, group: Hashable) -> Scored:
-        """The result of a text, awaited."""
+        """Awaits the result of a text."""
         [scored] = await asyncio.wrap_future(self.submit(text, group))
         return scored
 
@@ -97,23 +97,23 @@ class TextScorer:
         return Scored(self._typical, True, False, dict.fromkeys(names, float("nan")))
 
 
-#: Many threads make their first request at once.
+#: Many threads may make their first request at the same time.
 _making = threading.RLock()
 _made: dict[str, ComposedReward] = {}
 
 
 def reward_from_environment() -> ComposedReward:
-    """The reward that ``ACQSYNTH_REWARD`` names, made once per process.
+    """The reward that ``ACQSYNTH_REWARD`` names, created once per process.
 
     Raises:
         RuntimeError: the variable is not set. ValueError: it is not ``module:attribute``. ImportError, AttributeError:
-            there is no such thing. TypeError: it is no ComposedReward and makes none.
+            no such module or attribute. TypeError: the attribute is not a ComposedReward and does not create one.
     """
     path = os.environ.get(REWARD_VARIABLE)
     if not path:
         raise RuntimeError(
             f"{REWARD_VARIABLE} is not set: expected package.module:attribute, a ComposedReward or a function that "
-            "makes one"
+            "creates one"
         )
     with _making:
         if path not in _made:
@@ -127,7 +127,7 @@ def _scorer(path: str | None) -> TextScorer:
 
 
 def scorer_from_environment() -> TextScorer:
-    """One scorer per process for the reward of the environment, so that all callers share its batches."""
+    """The scorer for the environment's reward, one per process, so that all callers share its batches."""
     with _making:
         return _scorer(os.environ.get(REWARD_VARIABLE))
 

@@ -2,8 +2,8 @@
 
     vf.TaskConfig(rewards={"acquisition": {"fn": "acqsynth.integrations.verifiers:acquisition"}})
 
-or awaited in a ``@vf.reward`` method of one's own: ``return await acquisition(self.data, trace)``. ``ACQSYNTH_REWARD``
-names the reward. verifiers scores the traces of a group concurrently, and they are scored in batches.
+or awaited in your own ``@vf.reward`` method: ``return await acquisition(self.data, trace)``. ``ACQSYNTH_REWARD`` names
+the reward. verifiers requests the scores of a group's traces concurrently; they are computed in batches.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from acqsynth.rewards.trl import prompt_key
 
 
 async def acquisition(task: Any, trace: Any) -> float:
-    """The total of the last reply of a trace.
+    """The total reward of a trace's last reply.
 
-    verifiers passes arguments by these names.
+    verifiers passes the arguments by name.
 
     Args:
-        task: a ``TaskData``; traces of equal ``idx`` or, without one, equal prompts are a group.
+        task: a ``TaskData``; traces with equal ``idx`` or, without one, equal prompts form a group.
         trace: a ``Trace``; its ``last_reply`` is the text.
 
     Returns:
-        The total; of a sample that a scorer failed on, the mean of the others of its group, see
-        :class:`acqsynth.integrations.scorer.TextScorer`.
+        The total; if a scorer failed, the mean of the rest of the group (see
+        :class:`acqsynth.integrations.scorer.TextScorer`).
 
     Raises:
         RuntimeError, ValueError, ImportError, AttributeError, TypeError: the environment names no usable reward.
@@ -35,7 +35,7 @@ async def acquisition(task: Any, trace: Any) -> float:
 
 
 def _plain(prompt: Any) -> Any:
-    """Messages of verifiers as mappings."""
+    """verifiers messages as mappings."""
     if isinstance(prompt, list):
         return [message.model_dump() if hasattr(message, "model_dump") else message for message in prompt]
     return prompt

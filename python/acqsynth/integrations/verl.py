@@ -1,18 +1,18 @@
 """A reward for verl 0.9: a function of one sample, or a reward manager.
 
-    export ACQSYNTH_REWARD=my_rewards:build          # a function that makes a ComposedReward
+    export ACQSYNTH_REWARD=my_rewards:build          # a function that creates a ComposedReward
     reward.custom_reward_function.path=pkg://acqsynth.integrations.verl
     reward.custom_reward_function.name=compute_score
 
-or, to know the groups, which takes the prompt,
+or, to identify groups, which requires the prompt,
 
     reward.reward_manager.source=importlib
     reward.reward_manager.module.path=pkg://acqsynth.integrations.verl
     reward.reward_manager.name=AcquisitionRewardManager
 
-verl makes concurrent calls of one sample each; they are scored in batches. Each reward worker is a process with
-archives, histories and a student of its own, and verl starts eight of them: set ``reward.num_workers=1``, which keeps
-groups together too, or let the workers ask one server (``AcquisitionReward(url=...)``, ``acqsynth serve``).
+verl makes concurrent calls of one sample each, which are scored in batches. Each reward worker is a process with its
+own archives, histories and student, and verl starts eight of them: set ``reward.num_workers=1``, which also keeps
+groups together, or let the workers share one server (``AcquisitionReward(url=...)``, ``acqsynth serve``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from acqsynth.integrations.scorer import Scored, scorer_from_environment
 from acqsynth.rewards.trl import prompt_key
 
-#: Keys of ``extra_info`` that identify the prompt of a completion; the first one present counts.
+#: Keys of ``extra_info`` that identify the prompt of a completion; the first one present is used.
 GROUP_KEYS = ("uid", "prompt", "index")
 
 
@@ -37,16 +37,16 @@ async def compute_score(
     extra_info: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, float]:
-    """Score of one completion.
+    """Scores one completion.
 
     Args:
-        data_source, ground_truth, options: of verl; not read.
-        solution_str: what the generator wrote.
+        data_source, ground_truth, options: passed by verl; ignored.
+        solution_str: the generator's completion.
         extra_info: its ``uid``, ``prompt`` or ``index`` identifies the group.
 
     Returns:
-        ``score``, then 0 or 1 for ``masked`` and ``gated``, then each signal (NaN without a value): the same keys for
-        every sample, as verl requires.
+        ``score``, then 0 or 1 for ``masked`` and ``gated``, then each signal (NaN if it has no value). The keys are the
+        same for every sample, as verl requires.
 
     Raises:
         RuntimeError, ValueError, ImportError, AttributeError, TypeError: the environment names no usable reward.
@@ -57,11 +57,11 @@ async def compute_score(
 
 
 class AcquisitionRewardManager:
-    """The same as a reward manager of verl: it takes verl's batch of one and groups by ``uid`` or prompt.
+    """The same reward as a verl reward manager: scores batches of one sample and groups by ``uid`` or prompt.
 
     Args:
-        config, compute_score, reward_router_address, reward_model_tokenizer: of verl; not read.
-        tokenizer: of the generator.
+        config, compute_score, reward_router_address, reward_model_tokenizer: passed by verl; ignored.
+        tokenizer: the generator's tokenizer.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class AcquisitionRewardManager:
 
     @classmethod
     def assemble_rm_scores(cls, data: Any, scores: list[float]) -> torch.Tensor:
-        """The scores of a batch where verl looks for them: at the last token of each response.
+        """Places the scores of a batch where verl expects them, at the last token of each response.
 
         Args:
             data: a ``DataProto`` of B items: ``batch`` with ``prompts [B, P]``, ``responses [B, R]``,
@@ -93,10 +93,10 @@ class AcquisitionRewardManager:
         return found.scatter_(1, last[:, None].long(), found.new_tensor(scores)[:, None])
 
     async def run_single(self, data: Any) -> dict[str, Any]:
-        """Score of one sample.
+        """Scores one sample.
 
         Args:
-            data: a ``DataProto`` of one item (the last of several turns' items counts): ``batch`` with ``responses
+            data: a ``DataProto`` of one item (with several turns the last item is used): ``batch`` with ``responses
                 [R]`` and ``attention_mask [P + R]``, ``non_tensor_batch`` with ``uid`` or ``raw_prompt``.
 
         Returns:

@@ -1,4 +1,4 @@
-"""The report of a run: its numbers, and one HTML file that needs nothing else."""
+"""The report of a run: its numbers and a self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from acqsynth.steps import StepContext, read_json, read_table, seconds_of
 Fit = tuple[str, int, int, int]  #: student, rows, the generator's seed, the fit's seed
 
 DESCRIPTIONS = {
-    "grpo": "generator taught by GRPO on the reward",
-    "dpo": "generator taught by DPO on pairs of the reward",
+    "grpo": "generator trained with GRPO on the reward",
+    "dpo": "generator trained with DPO on pairs ranked by the reward",
     "no_rl": "generator untrained",
     "best_of_n": "generator untrained, best of several by the reward",
     "random_real": "real rows at random",
@@ -27,11 +27,11 @@ DESCRIPTIONS = {
 
 @dataclass
 class Arm:
-    """One way to obtain training rows: its steps, one a seed of the generator and round; in a report, the folders they
+    """One way to obtain training rows: its steps, one per generator seed and round; in a report, the folders they
     filled."""
 
     name: str
-    rows: dict[int, list[Any]] = field(default_factory=dict)  #: generator's seed -> write ``samples.parquet``, to learn
+    rows: dict[int, list[Any]] = field(default_factory=dict)  #: generator's seed -> steps that write the training rows
     trained: list[Any] = field(default_factory=list)
     written: list[Any] = field(default_factory=list)
     labelled: list[Any] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The numbers of a report, from answers and logs: everything in ``metrics.json``."""
+"""Computes the numbers of a report, everything in ``metrics.json``, from answers and logs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from acqsynth.evaluate import (
 )
 
 IN_DISTRIBUTION = "in_distribution"
-KNOWN = 0.8  #: accuracy of the base student from which a skill can be forgotten
+KNOWN = 0.8  #: base student's accuracy from which a skill counts as known and can be forgotten
 STUDENT = "student"
 
 
@@ -34,20 +34,20 @@ class Answers:
     """One student's answers to a set."""
 
     right: Sequence[float] | npt.NDArray[np.float64]  #: [N], 1 if right
-    skills: Sequence[str | None]  #: of N rows
+    skills: Sequence[str | None]  #: skill of each of the N rows
 
 
 @dataclass(frozen=True)
 class _Fits:
     """The S fits of an arm's student on one number of rows."""
 
-    generators: list[int]  #: [S], seed of the generator that wrote the rows
+    generators: list[int]  #: [S], seeds of the generators that wrote the rows
     seeds: list[int]  #: [S]
     right: dict[str, npt.NDArray[np.float64]]  #: set -> [S, N]
 
     @property
     def drawn(self) -> list[tuple[int, int]]:
-        """Of each fit the generator's seed and its own."""
+        """The generator's seed and the fit's own seed, for each fit."""
         return list(zip(self.generators, self.seeds, strict=True))
 
 
@@ -64,13 +64,13 @@ def collect(
     """Accuracies, changes against the base student, comparisons of arms, and the verdict.
 
     Args:
-        sets: name -> domain of the evaluation sets, that of the recipe first.
+        sets: name -> domain of the evaluation sets, the recipe's own first.
         main: the arm of the recipe's own method.
-        descriptions: arm -> what it is, in order.
+        descriptions: arm -> description, in order.
         base: (student, set) -> answers of the base student.
         answers: (arm, student, rows, generator's seed, seed, set) -> answers of a fitted student.
-        learnt: (arm, student, rows, generator's seed, seed) -> rows it really learnt.
-        level: of the intervals, and of the verdict as a whole.
+        learnt: (arm, student, rows, generator's seed, seed) -> number of rows actually learnt.
+        level: confidence level of the intervals, and of the verdict as a whole.
     """
     found: dict[str, Any] = {"main": main, "level": level}
     found["sets"] = {
@@ -130,7 +130,7 @@ def collect(
 
 
 def machine() -> dict[str, str]:
-    """The hardware and versions of this process, in words."""
+    """Describes the hardware and the package versions of this process."""
     import torch
 
     import acqcore
@@ -152,9 +152,9 @@ def machine() -> dict[str, str]:
 
 
 def verdict(found: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Sentences on the recipe's own student and its most rows, each ``{"kind": gain | loss | none | note, "text"}``.
+    """Sentences on the recipe's own student at its largest size, each ``{"kind": gain | loss | none | note, "text"}``.
 
-    A gain or loss has ``FEWEST`` fits or more and survives Holm's procedure over all comparisons here.
+    A gain or loss requires at least ``FEWEST`` fits and significance by Holm's procedure over all comparisons here.
     """
     main = found["main"]
     largest = _largest(found["arms"][main]["results"])
@@ -191,7 +191,7 @@ def verdict(found: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def training(logs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The logged steps of all rounds in sequence, as TRL and the reward give them, and the cost of the reward."""
+    """The steps of all rounds in sequence, as logged by TRL and the reward, and the cost of the reward."""
     steps: list[dict[str, Any]] = []
     offset = 0
     for number, log in enumerate(logs, 1):
@@ -213,7 +213,7 @@ def training(logs: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
 
 
 def validity(batches: Sequence[Mapping[str, Any]], **bootstrap: Any) -> dict[str, Any]:
-    """How well each signal ranks small batches by what students gained from them.
+    """How well each signal ranks small batches by the students' gains from them.
 
     Args:
         batches: each ``{"skill", "rows", "scores": signal -> mean or None, "gain"}``.
@@ -236,11 +236,11 @@ def validity(batches: Sequence[Mapping[str, Any]], **bootstrap: Any) -> dict[str
 
 def samples(tables: Sequence[Mapping[str, Sequence[Any]]], n: int = 5) -> dict[str, Any] | None:
     """The n samples with the highest reward, the n with the lowest that passed the gates, and n rejected ones, each
-    text once; None if no sample was scored, as with a generator that is only prompted.
+    text once; None if no sample was scored, as for a generator that is only prompted.
 
     Args:
-        tables: columns ``reward``, ``reward_<part>`` and ``completion``, or those of a sample.
-        n: of each.
+        tables: columns ``reward``, ``reward_<part>``, and either ``completion`` or the fields of a sample.
+        n: number of each.
     """
     scored = [
         _flat(dict(zip(table, row, strict=True)))
@@ -263,7 +263,7 @@ def samples(tables: Sequence[Mapping[str, Sequence[Any]]], n: int = 5) -> dict[s
 
 
 def constant_signals(tables: Sequence[Mapping[str, Sequence[Any]]]) -> list[str]:
-    """Signals with the same value for every scored completion, from tables as :func:`samples` takes them."""
+    """Signals with the same value for every scored completion; ``tables`` as in :func:`samples`."""
     seen: dict[str, set[float]] = {}
     for table in tables:
         for key, column in table.items():
@@ -275,13 +275,13 @@ def constant_signals(tables: Sequence[Mapping[str, Sequence[Any]]]) -> list[str]
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Text, reward, the gate that rejected it, and the parts of the reward."""
+    """Step, text, reward, rejecting gate and parts of the reward."""
     text = row.get("completion")
     if text is None:
         text = "\n".join(row[part] for part in ("question", "reasoning", "answer") if row[part])
     elif not isinstance(text, str):
         text = text[-1]["content"]
-    numbers = {  # trainers write NaN for a sample without a value
+    numbers = {  # trainers write NaN for missing values
         key: value for key, value in row.items() if isinstance(value, float) and math.isfinite(value)
     }
     return {
@@ -294,7 +294,7 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sum_counts(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts of several rounds as one: numbers added, mappings of numbers too."""
+    """Adds up the counts of several rounds, including nested mappings."""
     total: dict[str, Any] = {}
     for entry in counts:
         for key, value in entry.items():
@@ -326,7 +326,7 @@ def _accuracy(
 
 
 def _forgotten(right: npt.NDArray[np.float64], base: Answers, **options: Any) -> dict[str, Any] | None:
-    """Change in the skills that the base student had mastered; None if it had none, or the rows name no skills."""
+    """Change in the skills that the base student knew; None if it knew none, or the rows name no skills."""
     before = np.array([base.right])  # [1, N]
     known = {name: share for name, (share, _) in accuracy_by_skill(before, base.skills).items() if share >= KNOWN}
     if not known:
@@ -363,9 +363,9 @@ _ELSEWHERE = {"gain": "Gain", "loss": "Forgetting", "none": "No change shown"}
 
 
 def _judged(difference: Mapping[str, float], what: str, words: Mapping[str, str], sure: bool) -> dict[str, str]:
-    """A gain or loss, if the joint tests leave one and there are enough fits."""
+    """Words a comparison; a gain or loss must pass the joint test and have enough fits."""
     few = difference["fits"] < FEWEST
     kind = "none" if few or not sure else "gain" if difference["mean"] > 0 else "loss"
     span = f"{points(difference['mean'])} points, interval {points(difference['low'])} to {points(difference['high'])}"
-    why = f"; a gain or a loss needs {FEWEST} fits, this run has {difference['fits']:.0f}" if few else ""
+    why = f"; a gain or a loss needs {FEWEST} fits, but this run has {difference['fits']:.0f}" if few else ""
     return {"kind": kind, "text": f"{words[kind]}: {what}, {span}{why}."}

@@ -1,6 +1,6 @@
-"""``metrics.json`` as one HTML page with figures.
+"""Renders ``metrics.json`` as one HTML page with figures.
 
-Styles, SVG and a script that sorts tables are in the file. Nothing is fetched; without the script the page is whole.
+The page embeds styles, SVG and a script that sorts tables. It fetches nothing and works without the script.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ _STYLE: Any = {
     "legend.frameon": False,
     "lines.linewidth": 1.6,
 }
-_WIDTH = 8.6  # inches; the page scales it
+_WIDTH = 8.6  # inches, before scaling by the page
 
 Log = Sequence[Mapping[str, Any]]
 
 
 def render(metrics: Mapping[str, Any]) -> str:
-    """The page.
+    """Renders the page.
 
     Args:
-        metrics: of :func:`acqsynth.report.metrics.collect`, with ``recipe``, ``training``, ``samples`` and
-            ``validity``, the latter three None if the run had none; ``machine`` if known.
+        metrics: from :func:`acqsynth.report.metrics.collect`, with ``recipe``, ``training``, ``samples`` and
+            ``validity``, the last three None if the run has none, and ``machine`` if known.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("acqsynth", "report"),
@@ -84,7 +84,7 @@ def render(metrics: Mapping[str, Any]) -> str:
 
 
 def _largest(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Arm -> result of the recipe's own student with the most rows."""
+    """Arm -> result of the recipe's own student at its largest size."""
     found = {}
     for arm, entry in metrics["arms"].items():
         own = [result for result in entry["results"] if result["student"] == STUDENT]
@@ -93,7 +93,7 @@ def _largest(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A line for each arm, student and size, the recipe's own student first."""
+    """A row per arm, student and size, the recipe's own student first."""
     lines = []
     for arm, entry in metrics["arms"].items():
         lines += [{"arm": arm, **result} for result in entry["results"]]
@@ -101,7 +101,7 @@ def _table(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _skills(metrics: Mapping[str, Any]) -> list[tuple[str, int, list[float | None]]]:
-    """Skill, its rows, and accuracy of the base student and of each arm."""
+    """Each skill with its number of rows and the accuracies of the base student and each arm."""
     base = metrics["base"][STUDENT][IN_DISTRIBUTION]["skills"]
     arms = [result["sets"][IN_DISTRIBUTION]["skills"] for result in _largest(metrics).values()]
     return [
@@ -111,7 +111,7 @@ def _skills(metrics: Mapping[str, Any]) -> list[tuple[str, int, list[float | Non
 
 
 def _moved(metrics: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """Skill, accuracy before and after the main arm, the largest loss first."""
+    """Each skill with its accuracy before and after the main arm, largest loss first."""
     base = metrics["base"][STUDENT][IN_DISTRIBUTION]["skills"]
     after = _largest(metrics)[metrics["main"]]["sets"][IN_DISTRIBUTION]["skills"]
     moved = [(skill, entry["accuracy"], after[skill]["accuracy"]) for skill, entry in base.items()]
@@ -141,7 +141,7 @@ def _figures(metrics: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def _tint(change: float) -> str:
-    """Background of a cell with a change of accuracy: blue for gain, red for loss, full at ten points."""
+    """Cell background for a change in accuracy: blue for gains, red for losses, saturated at ten points."""
     strength = min(1.0, abs(change) / 0.10)
     colour = "31, 95, 168" if change >= 0 else "179, 56, 44"
     return f"background: rgba({colour}, {0.45 * strength:.2f})"
@@ -154,15 +154,15 @@ def _seconds(value: float) -> str:
     return f"{value / 60:.0f} min" if value < 6000 else f"{value / 3600:.1f} h"
 
 
-# --- figures: SVG text to stand within HTML ---------------------------------------------------------------------------
+# --- figures: SVG text to embed in HTML -------------------------------------------------------------------------------
 
 
 def accuracy(bars: Sequence[tuple[str, Mapping[str, float]]], main: str) -> str:
-    """Horizontal bars with intervals: ``(arm, accuracy)``, the base student first and as a line through all."""
+    """Horizontal bars with intervals from ``(arm, accuracy)``, the base student first and as a vertical line."""
     axes = _axes(0.6 + 0.34 * len(bars))
     names = [name for name, _ in bars]
     means = [100 * interval["mean"] for _, interval in bars]
-    # At least 0: a mean can lie outside a percentile interval of few rows by rounding.
+    # At least 0: rounding can put a mean outside a percentile interval of few rows.
     spans = [
         [max(0.0, 100 * (interval["mean"] - interval["low"])) for _, interval in bars],
         [max(0.0, 100 * (interval["high"] - interval["mean"])) for _, interval in bars],
@@ -202,7 +202,7 @@ def sizes(curves: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]], base:
 
 
 def reward(log: Log) -> str | None:
-    """The total with its spread, and each part in a panel of its own scale; None if no step logged a reward."""
+    """The total with its spread, and each part in its own panel; None if no step logged a reward."""
     if not _points(log, "reward"):
         return None
     parts = _named(log, "reward/", "/mean", without=("total",))
@@ -230,7 +230,7 @@ def reward(log: Log) -> str | None:
 
 
 def _lines(log: Log, keys: Mapping[str, str], name: str, unit: str, share: bool) -> str | None:
-    """A line for each label -> key of the log; None if nothing of it was logged."""
+    """A line for each label -> key of the log; None if no key was logged."""
     present = {label: _points(log, key) for label, key in keys.items()}
     present = {label: line for label, line in present.items() if line}
     if not present:
@@ -249,8 +249,7 @@ def _lines(log: Log, keys: Mapping[str, str], name: str, unit: str, share: bool)
 
 
 def over_steps(log: Log) -> dict[str, str | None]:
-    """Figures of one line each, by name: what gates reject, lengths, correlation with length, archives, cost,
-    staleness."""
+    """Line figures by name: gate rejections, lengths, correlation with length, archives, cost and staleness."""
     rejected = _named(log, "reward/gated/", "") | {"masked": "reward/masked"}
     rejected = {label: key for label, key in rejected.items() if any(value for _, value in _points(log, key))}
     drawn: dict[str, tuple[Mapping[str, str], str, bool]] = {
@@ -269,7 +268,7 @@ def over_steps(log: Log) -> dict[str, str | None]:
 
 
 def validity(signals: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Rank correlation of each signal with measured gain, with intervals; None if none is defined."""
+    """Rank correlation of each signal with the measured gain, with intervals; None if all are undefined."""
     found = sorted(
         ((name, s["correlation"]) for name, s in signals.items() if s["correlation"]), key=lambda pair: pair[1]["mean"]
     )
@@ -285,17 +284,17 @@ def validity(signals: Mapping[str, Mapping[str, Any]]) -> str | None:
     axes.set_ylim(-0.6, len(found) - 0.4)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
-    axes.set_xlabel("rank correlation with the gain measured")
+    axes.set_xlabel("rank correlation with the measured gain")
     return _svg(axes.figure, "validity")
 
 
 def _points(log: Log, key: str) -> list[tuple[int, float]]:
-    """(step, value) of the steps that logged a number under the key."""
+    """(step, value) of each step that logged a number under the key."""
     return [(int(e["step"]), float(e[key])) for e in log if isinstance(e.get(key), int | float)]
 
 
 def _named(log: Log, prefix: str, suffix: str, without: Sequence[str] = ()) -> dict[str, str]:
-    """Name -> key, of the keys ``<prefix><name><suffix>`` whose name has no further parts."""
+    """Name -> key, for keys ``<prefix><name><suffix>`` whose name has no further parts."""
     keys = dict.fromkeys(key for entry in log for key in entry if key.startswith(prefix) and key.endswith(suffix))
     names = {key.removeprefix(prefix).removesuffix(suffix): key for key in keys if _points(log, key)}
     return {name: key for name, key in names.items() if "/" not in name and name not in without}
@@ -307,7 +306,7 @@ def _mark(x: Sequence[int]) -> dict[str, Any]:
 
 
 def _axes(height: float) -> Any:
-    """Axes of a figure of so many inches."""
+    """Axes of a figure with this height in inches."""
     return Figure(figsize=(_WIDTH, height), layout="constrained").subplots()
 
 
@@ -317,7 +316,7 @@ def _steps(axes: Axes) -> None:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The bare ``<svg>`` element, without metadata; identifiers begin with the figure's name, as a page has many."""
+    """The bare ``<svg>`` element without metadata; identifiers are prefixed with the name to be unique on a page."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})

@@ -1,4 +1,4 @@
 """The scorer as a service: ``acqsynth serve`` and its client.
 
-The server needs ``fastapi``, ``uvicorn`` and ``prometheus-client``, the client ``httpx``: all in the extra ``serve``.
+The server needs ``fastapi``, ``uvicorn`` and ``prometheus-client``, the client ``httpx``; the extra ``serve`` has all.
 """

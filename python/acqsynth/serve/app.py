@@ -1,7 +1,7 @@
 """The routes of the scorer.
 
-A request is validated, tokenized and queued; the student that was current when it was tokenized scores all of it.
-Every error has one form, ``{"error": {"type", "message"}}``.
+A request is validated, tokenized and queued; the student that was current at tokenization scores all of it. All
+errors have the form ``{"error": {"type", "message"}}``.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ logger = logging.getLogger(__name__)
 
 Key = tuple[Loaded, Question]
 
-_RESERVE = 8  # one part in so many of the queue is kept for small requests, beside a queue that is full
+_RESERVE = 8  # small requests still fit into a full queue, up to 1 / _RESERVE of its size
 
 
 class Service:
-    """What the routes share.
+    """State shared by the routes.
 
     Args:
-        acquisition: the reward of ``/get_reward``.
+        acquisition: acquisition used as the reward of ``/get_reward``.
         backend: as in ``acqcore.score``.
 
     Raises:
-        ValueError: an acquisition that cannot be served, a backend that is unknown or does not serve the student.
-        RuntimeError: the backend is not available here.
+        ValueError: the acquisition cannot be served, or the backend is unknown or does not support the student.
+        RuntimeError: the backend is not available on this machine.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Service:
             raise ValueError(
                 f"acquisition: unknown {acquisition!r}, expected one of {', '.join(served_acquisitions())}"
             )
-        # No samples: raises now what every request would.
+        # Scores no samples, to raise now what every request would raise.
         acqcore.score(students.current.student, [], acquisition, backend=backend, progress=False)
         self.students = students
         self.limits = limits or Limits()
@@ -92,10 +92,10 @@ class Service:
             observe=self.metrics.batch,
         )
         self.metrics.watch("acqsynth_queue_tokens", "Tokens in the queue", lambda: self.batcher.waiting)
-        #: Set when the server is draining: new requests are refused, accepted ones are answered.
+        #: Set while the server drains: new requests are refused, accepted ones are answered.
         self.stopping = False
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="acqsynth-encode")
-        # Of /get_reward: what a masked sample gets, and the bound that no gated one passes.
+        # For /get_reward: the reward of masked samples, and the lowest known reward, which gated ones get.
         self._typical = 0.0
         self._parsed = False
         self._least = 0.0
@@ -107,7 +107,7 @@ class Service:
     async def score(
         self, samples: Sequence[Any], question: Question, max_length: int | None
     ) -> tuple[Loaded, list[Values], list[int], dict[int, str]]:
-        """The student, values and scored tokens of n samples, and why some could not be scored: index -> message."""
+        """The student, values and scored-token counts of n samples, and errors of unscorable ones: index -> message."""
         if self.stopping:
             raise ServiceError("stopping", "the server is stopping")
         limits = self.limits
@@ -121,7 +121,7 @@ class Service:
         loop = asyncio.get_running_loop()
         rows: list[acqcore.Row] = []
         errors: dict[int, str] = {}
-        for chunk in _chunks(samples, limits.max_characters):  # others are served between two of them
+        for chunk in _chunks(samples, limits.max_characters):  # other requests are served between chunks
             found = await loop.run_in_executor(self._encoding, loaded.encode, chunk, limits, max_length)
             errors |= {len(rows) + i: message for i, message in found[1].items()}
             rows += found[0]
@@ -133,7 +133,7 @@ class Service:
             scored = await asyncio.wrap_future(
                 self.batcher.submit((loaded, question), [rows[i] for i in picked], tokens)
             )
-        except (ValueError, TypeError) as error:  # the rows are sound: it is what was asked of them
+        except (ValueError, TypeError) as error:  # the rows are valid, so the request itself is at fault
             raise ServiceError("invalid_request", str(error)) from error
         for i, value in zip(picked, scored, strict=True):
             values[i] = value
@@ -143,30 +143,30 @@ class Service:
     def _admit(self, tokens: int) -> None:
         """
         Raises:
-            ServiceError: ``too_large``, more tokens than may ever wait; ``busy``, too many wait already; ``stopping``.
+            ServiceError: ``too_large``, more tokens than the queue holds; ``busy``, the queue is full; ``stopping``.
         """
         if self.batcher.closed:
             raise ServiceError("stopping", "the server is stopping")
         most, waiting = self.limits.queue_tokens, self.batcher.waiting
         if tokens > most:
             raise ServiceError(
-                "too_large", f"the request has {tokens} tokens, at most {most} may wait: send fewer samples"
+                "too_large", f"the request has {tokens} tokens, but the queue holds at most {most}: send fewer samples"
             )
-        # A small request finds room in a queue that others have filled.
+        # Small requests still fit into a queue that others have filled.
         if waiting + tokens > most + (most // _RESERVE if tokens <= most // _RESERVE else 0):
             raise ServiceError(
-                "busy", f"{waiting} tokens wait, and at most {most} may", self.batcher.seconds_for(waiting)
+                "busy", f"{waiting} tokens are queued, at most {most} are allowed", self.batcher.seconds_for(waiting)
             )
 
     async def close(self) -> None:
-        """Answers all accepted requests, then ends the threads."""
+        """Answers all accepted requests, then stops the threads."""
         self.stopping = True
         await asyncio.to_thread(self.batcher.close)
         self._encoding.shutdown()
 
     async def rewards(self, queries: Sequence[str], prompts: Sequence[str]) -> dict[str, Any]:
-        """The answer of ``/get_reward``: as :class:`acqsynth.rewards.AcquisitionReward`, but that OpenRLHF knows no
-        masked sample. One gets the mean of the others of its request, else of the last request that had some."""
+        """The answer of ``/get_reward``, as by :class:`acqsynth.rewards.AcquisitionReward`. OpenRLHF does not support
+        masked samples; they get the mean of the scored samples of the request, else of the last request with any."""
         responses = [response_of(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
         samples = [None if response is None else parse_sample(response) for response in responses]
         parsed = [i for i, sample in enumerate(samples) if sample is not None]
@@ -176,10 +176,10 @@ class Service:
         if responses and not parsed and not self._parsed:
             logger.warning(
                 "/get_reward: none of %d responses has the form <question>...</question><answer>...</answer>, so each "
-                "gets the least reward; ask for this form in the prompts",
+                "gets the lowest reward; ask for this form in the prompts",
                 len(responses),
             )
-        self._parsed = True  # or said once
+        self._parsed = True  # or the warning was logged
         if known := [value for value in values.values() if value is not None]:
             self._typical = statistics.fmean(known)
             self._least = min(self._least, *known)
@@ -198,7 +198,7 @@ class Service:
         }
 
     async def reload(self, path: str) -> Loaded:
-        """Replaces the student for requests from now on."""
+        """Replaces the student for future requests."""
         try:
             loaded = await self.students.load(path)
         except ServiceError:
@@ -212,12 +212,12 @@ class Service:
 
 _ERRORS = {
     400: "the body is not JSON",
-    401: "token missing or wrong",
-    403: "the server was started without admin token or root",
+    401: "missing or wrong token",
+    403: "the server was started without an admin token or a student root",
     408: "the body arrived too slowly",
-    409: "another is being loaded",
-    413: "too large: body, samples, or their tokens",
-    422: "a field is missing or wrong",
+    409: "another student is being loaded",
+    413: "the body, the samples or their tokens are too large",
+    422: "a field is missing or invalid",
     429: "too many requests; retry after Retry-After seconds",
     503: "the server is stopping",
     504: "no answer before the deadline",
@@ -226,12 +226,12 @@ _OF_BODIES = (400, 401, 408, 413, 422, 429, 503, 504)
 
 
 def _documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The errors that a route may answer with."""
+    """The errors that a route may return."""
     return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses}
 
 
 def create_app(service: Service) -> FastAPI:
-    """The ASGI application of a service; the batcher lives as long as its lifespan."""
+    """The ASGI application of a service, which it closes at the end of its lifespan."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -264,7 +264,7 @@ def create_app(service: Service) -> FastAPI:
 
     @bodies.post("/score", response_model=ScoreResponse, responses=_documented(*_OF_BODIES))
     async def score(body: ScoreRequest, request: Request) -> Response:
-        """Values of samples, one a sample and acquisition."""
+        """Values of samples, one per sample and acquisition."""
         for i, sample in enumerate(body.samples):
             try:
                 template_variables(sample)
@@ -294,7 +294,7 @@ def create_app(service: Service) -> FastAPI:
         """Rewards in the wire format of OpenRLHF."""
         if len(body.query) != len(body.prompts):
             raise ServiceError(
-                "invalid_request", f"prompts: expected {len(body.query)}, one a query, got {len(body.prompts)}"
+                "invalid_request", f"prompts: expected {len(body.query)}, one per query, got {len(body.prompts)}"
             )
         return JSONResponse(await answered(request, service.rewards(body.query, body.prompts), service.limits.timeout))
 
@@ -304,7 +304,7 @@ def create_app(service: Service) -> FastAPI:
         responses=_documented(*sorted((*_OF_BODIES, 403, 409))),
     )
     async def student(body: StudentRequest, request: Request) -> Response:
-        """Replaces the student; queued requests keep theirs."""
+        """Replaces the student; queued requests keep the previous one."""
         return JSONResponse((await service.reload(body.path)).described())
 
     @app.get("/health", response_model=Health, responses={503: {"model": Health, "description": "stopping"}})
@@ -320,7 +320,7 @@ def create_app(service: Service) -> FastAPI:
         responses={**_documented(401, 429), 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def metrics() -> Response:
-        """Figures for Prometheus."""
+        """Metrics for Prometheus."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     app.include_router(bodies)
@@ -328,7 +328,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _chunks(samples: Sequence[Any], characters: int) -> Iterator[list[Any]]:
-    """Samples in order, of about so many characters at a time; at least one chunk."""
+    """Samples in order, in chunks of about this many characters; at least one chunk."""
     chunk: list[Any] = []
     total = 0
     for sample in samples:

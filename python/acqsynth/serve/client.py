@@ -1,4 +1,4 @@
-"""A client of the scorer: retries with exponential backoff behind a circuit breaker; a sample without an answer gets no
+"""A client of the scorer: retries with exponential backoff behind a circuit breaker; samples without an answer get no
 value."""
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from acqsynth.serve.options import TOKEN_VARIABLE, is_loopback, token_from
 
 logger = logging.getLogger(__name__)
 
-#: Status codes worth a retry; a server that answers 429 is healthy, but busy.
+#: Status codes worth retrying; a server that answers 429 is healthy but busy.
 _AGAIN = frozenset({408, 429, 500, 502, 503, 504})
-_AT_ONCE = 8  #: requests of one call in flight
+_AT_ONCE = 8  #: concurrent requests per call
 _CONNECT_SECONDS = 10.0
 
 
 class ScorerError(RuntimeError):
-    """The scorer refuses the request, and a retry would not help: a wrong token, acquisition or address."""
+    """The scorer rejects the request, and retrying would not help: a wrong token, acquisition or address."""
 
 
 class CircuitBreaker:
-    """Opens after ``failures`` consecutive requests that failed with all their retries. After ``cooldown`` seconds one
-    request may try once; its success closes the breaker."""
+    """Opens after ``failures`` consecutive requests fail despite all retries. After ``cooldown`` seconds one
+    request may try once; if it succeeds, the breaker closes."""
 
     def __init__(self, failures: int = 3, cooldown: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
         if failures < 1:
@@ -41,14 +41,14 @@ class CircuitBreaker:
         self.cooldown = cooldown
         self._clock = clock
         self._in_a_row = 0
-        self._since: float | None = None  # when it opened, or when the last try began
+        self._since: float | None = None  # when it opened, or when the last trial began
 
     @property
     def is_open(self) -> bool:
         return self._since is not None
 
     def allows(self) -> bool:
-        """Whether a request may be sent; while the breaker is open, True is that one try."""
+        """Whether a request may be sent; while the breaker is open, True permits a single trial."""
         if self._since is None:
             return True
         if self._clock() - self._since < self.cooldown:
@@ -65,26 +65,26 @@ class CircuitBreaker:
             self._since = self._clock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_in_a_row": 0, "_since": None}  # another process starts closed
+        return {**self.__dict__, "_in_a_row": 0, "_since": None}  # closed in another process
 
 
 class ScorerClient:
     """A scorer at a URL.
 
     Args:
-        url: of ``acqsynth serve``, ``http://host:port``.
-        token: of the server; by default the one in the environment variable ``ACQSYNTH_TOKEN``, if there is one.
-        batch: most samples in one request; larger calls are split into concurrent requests.
-        timeout: seconds for a call, retries included.
-        attempts: tries of each request.
-        backoff: seconds before the second try; doubles with each try, plus or minus half. A longer ``Retry-After`` of
-            the server wins.
-        breaker: by default 3 failures and 30 seconds.
+        url: address of ``acqsynth serve``, ``http://host:port``.
+        token: token of the server; by default that in the environment variable ``ACQSYNTH_TOKEN``, if set.
+        batch: maximum samples per request; larger calls are split into concurrent requests.
+        timeout: maximum seconds per call, retries included.
+        attempts: maximum tries per request.
+        backoff: seconds before the second try; doubles with each try, plus or minus half. A longer ``Retry-After`` from
+            the server takes precedence.
+        breaker: by default opens after 3 failures for 30 seconds.
 
-    A scorer on this machine is reached directly; for others the proxies of the environment apply.
+    A scorer on this machine is reached directly; otherwise the proxies of the environment apply.
 
     Raises:
-        ValueError: no such URL, or a number out of range.
+        ValueError: an invalid URL, or a number out of range.
         RuntimeError: the environment names a proxy that httpx cannot use.
     """
 
@@ -128,15 +128,15 @@ class ScorerClient:
         reduction: str = "mean",
         max_length: int | None = None,
     ) -> Scored:
-        """Values of each acquisition, scored tokens and standard errors of n samples; None and 0 if there is no
+        """Values of each acquisition, scored-token counts and standard errors of n samples; None and 0 without an
         answer.
 
         Args:
             samples, acquisitions, reduction, max_length: as in ``acqcore.score``.
-            arguments: as ``acquisition_args`` there.
+            arguments: as ``acquisition_args`` in ``acqcore.score``.
 
         Raises:
-            ScorerError: the server refuses what is asked, or is none.
+            ScorerError: the server rejects the request, or is not a scorer.
         """
         question = {
             "acquisitions": list(acquisitions),
@@ -171,7 +171,7 @@ class ScorerClient:
         return httpx.AsyncClient(headers=dict(headers), timeout=timeout, trust_env=not self._loopback)
 
     def _proxy(self) -> str:
-        """Names the proxy that a request goes through; empty without one."""
+        """Names the proxy that requests go through; empty without a proxy."""
         bypassed = self._loopback or urllib.request.proxy_bypass(urlsplit(self.url).hostname or "")
         proxies = {} if bypassed else urllib.request.getproxies()
         proxy = proxies.get(urlsplit(self.url).scheme) or proxies.get("all")
@@ -180,7 +180,7 @@ class ScorerClient:
     async def _all(
         self, bodies: Sequence[Mapping[str, Any]], headers: Mapping[str, str]
     ) -> list[Mapping[str, Any] | None]:
-        """The answers to requests, None if there is none in time."""
+        """The answers to requests; None for those not answered in time."""
         if not bodies:
             return []
         at_once = asyncio.Semaphore(_AT_ONCE)
@@ -189,7 +189,7 @@ class ScorerClient:
             async with at_once:
                 return await self._ask(http, body)
 
-        # A client of its own for each call: its connections belong to the event loop that runs now.
+        # A new client for each call, as connections belong to the running event loop.
         async with self._client(headers) as http:
             tasks = [asyncio.ensure_future(ask(http, body)) for body in bodies]
             try:
@@ -204,13 +204,13 @@ class ScorerClient:
         for _ in late:
             self.breaker.failed()
         if late:
-            logger.error("%s: no answer in %g seconds to %d requests", self.url, self.timeout, len(late))
+            logger.error("%s: no answer within %g seconds to %d requests", self.url, self.timeout, len(late))
         return [None if task.cancelled() else task.result() for task in tasks]
 
     async def _ask(self, http: httpx.AsyncClient, body: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The answer to one request; None if all tries fail."""
         if not self.breaker.allows():
-            logger.error("%s: not asked, as the last %d requests failed", self.url, self.breaker.failures)
+            logger.error("%s: request not sent, as the last %d requests failed", self.url, self.breaker.failures)
             return None
         tries = 1 if self.breaker.is_open else self.attempts
         for attempt in range(tries):
@@ -226,7 +226,7 @@ class ScorerClient:
                 reason, least, well = _reason(response), _retry_after(response), response.status_code == 429
             if attempt + 1 < tries:
                 wait = max(self.backoff * 2**attempt * random.uniform(0.5, 1.5), least)
-                logger.warning("%s: %s; next try in %.1f s", self.url, reason, wait)
+                logger.warning("%s: %s; retrying in %.1f s", self.url, reason, wait)
                 await asyncio.sleep(wait)
         logger.error("%s: %s; gave up after %d tries", self.url, reason, tries)
         if well:
@@ -243,12 +243,12 @@ class ScorerClient:
         except ValueError:
             answer = None
         if not isinstance(answer, dict) or not {"values", "n_tokens"} <= set(answer):
-            raise ScorerError(f"{self.url}: expected the answer of a scorer, got something else")
+            raise ScorerError(f"{self.url}: expected the response of a scorer, got something else")
         return answer
 
     def _column(self, column: list[Any], chunk: list[Any]) -> list[Any]:
         if len(column) != len(chunk):
-            raise ScorerError(f"{self.url}: expected {len(chunk)} values, one a sample, got {len(column)}")
+            raise ScorerError(f"{self.url}: expected {len(chunk)} values, one per sample, got {len(column)}")
         return column
 
     def __repr__(self) -> str:
@@ -256,7 +256,7 @@ class ScorerClient:
 
 
 def _encodable(index: int, sample: Any) -> bool:
-    """Whether a sample is JSON in UTF-8; one with half a surrogate pair, say, is not and gets no value."""
+    """Whether a sample can be sent as UTF-8 JSON; one with half a surrogate pair, for example, cannot."""
     try:
         json.dumps(sample, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
@@ -271,7 +271,7 @@ def _without_password(proxy: str) -> str:
 
 
 def _reason(response: httpx.Response) -> str:
-    """Status and message of an answer that is no score."""
+    """Status and message of an error response."""
     try:
         message = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):

@@ -1,8 +1,8 @@
-"""Errors of the service: a status, a type for programs and a message for people."""
+"""Service errors: a status, a type for programs and a message for people."""
 
 from __future__ import annotations
 
-#: Type of an error -> status of its answer.
+#: Error type -> HTTP status.
 STATUS = {
     "bad_request": 400,
     "unauthorized": 401,
@@ -12,7 +12,7 @@ STATUS = {
     "too_large": 413,
     "invalid_request": 422,
     "busy": 429,
-    "client_closed": 499,  # as in nginx; nobody reads the answer, it only appears in the metrics
+    "client_closed": 499,  # as in nginx; the answer is never read and only shows in the metrics
     "internal": 500,
     "stopping": 503,
     "deadline_exceeded": 504,
@@ -20,12 +20,12 @@ STATUS = {
 
 
 class ServiceError(Exception):
-    """A request that gets no scores.
+    """A failed request.
 
     Args:
         kind: the error's type, a key of ``STATUS``.
-        message: both are in the body, ``{"error": {"type", "message"}}``.
-        retry_after: whole seconds after which to retry.
+        message: sent with kind in the body, ``{"error": {"type", "message"}}``.
+        retry_after: whole seconds to wait before a retry.
     """
 
     def __init__(self, kind: str, message: str, retry_after: int | None = None) -> None:

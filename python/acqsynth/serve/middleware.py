@@ -1,4 +1,4 @@
-"""What a request passes before its route: tokens, limits on bodies and on concurrent requests, metrics."""
+"""Checks before a request reaches its route: tokens, limits on bodies and concurrency, metrics."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 @dataclass(frozen=True)
 class Access:
-    """The tokens of a server. Without ``token`` anyone may score; without ``admin_token`` nobody may change the
-    student."""
+    """The tokens of a server. Without ``token`` anyone may score; without ``admin_token`` the student cannot be
+    changed."""
 
     token: str | None = field(default=None, repr=False)
     admin_token: str | None = field(default=None, repr=False)
@@ -41,12 +41,12 @@ class Access:
     def check(self, path: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """
         Args:
-            path: of the request, decoded.
-            headers: of the request, names in lower case.
+            path: decoded path of the request.
+            headers: headers of the request, with lower-case names.
 
         Raises:
-            ServiceError: ``unauthorized``, no token or a wrong one; ``forbidden``, an admin route of a server without
-                admin token.
+            ServiceError: ``unauthorized``, a missing or wrong token; ``forbidden``, an admin route of a server without
+                an admin token.
         """
         if path in OPEN:
             return
@@ -80,17 +80,17 @@ def _secret(header: bytes) -> bytes | None:
 
 
 class Metrics:
-    """Counters and histograms of one server, in a registry of their own."""
+    """Counters and histograms of one server, in a separate registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter("acqsynth_requests", "Requests answered", ["route", "status"], registry=self.registry)
         self.seconds = Histogram(
-            "acqsynth_request_seconds", "From a request's arrival to its answer", ["route"],
+            "acqsynth_request_seconds", "Time from a request's arrival to its answer", ["route"],
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         self.samples = Counter(
-            "acqsynth_samples", "Samples scored by the model, and samples refused before", ["outcome"],
+            "acqsynth_samples", "Samples scored by the model, and samples refused before scoring", ["outcome"],
             registry=self.registry,
         )  # fmt: skip
         self.batch_samples = Histogram(
@@ -102,18 +102,18 @@ class Metrics:
         )
         self.reloads = Counter("acqsynth_reloads", "Reloads of the student", ["outcome"], registry=self.registry)
         self.student_version = Gauge(
-            "acqsynth_student_version", "1 for the initial student, one more after each reload", registry=self.registry
+            "acqsynth_student_version", "1 for the initial student, incremented by each reload", registry=self.registry
         )
         self._gauges: list[Gauge] = []
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
-        """Adds a gauge that is computed at each scrape."""
+        """Adds a gauge computed at each scrape."""
         gauge = Gauge(name, text, registry=self.registry)
         gauge.set_function(value)
         self._gauges.append(gauge)
 
     def batch(self, samples: int, tokens: int, seconds: float) -> None:
-        """One scoring call."""
+        """Records one scoring call."""
         self.samples.labels("scored").inc(samples)
         self.batch_samples.observe(samples)
         self.batch_tokens.inc(tokens)
@@ -124,7 +124,7 @@ class Metrics:
 
 
 class Gate:
-    """An ASGI middleware that checks the token and reads the body, so that no route waits for a client."""
+    """ASGI middleware that checks the token and reads the body, so that routes never wait for a client."""
 
     def __init__(self, app: ASGIApp, access: Access, limits: Limits, metrics: Metrics) -> None:
         self.app = app
@@ -132,7 +132,7 @@ class Gate:
         self._limits = limits
         self._metrics = metrics
         self._active = 0
-        self._held = 0  # bytes of bodies
+        self._held = 0  # bytes of bodies in memory
         metrics.watch("acqsynth_active_requests", "Requests being read or answered", lambda: self._active)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -154,7 +154,7 @@ class Gate:
             body = await self._admitted(scope, receive, held)
             await self.app(scope, _replayed(body, receive), counted)
         except ServiceError as error:
-            # The rest of the body is still on its way, so the connection cannot be reused.
+            # The rest of the body may still arrive, so the connection cannot be reused.
             await error_response(error, close=True)(scope, receive, counted)
         except Exception:
             logger.exception("%s failed", scope["path"] if scope["path"] in ROUTES else "a request")
@@ -167,7 +167,7 @@ class Gate:
             self._metrics.seconds.labels(route).observe(time.monotonic() - begin)
 
     async def _admitted(self, scope: Scope, receive: Receive, held: _Held) -> bytes:
-        """The body of an admitted request."""
+        """Admits a request and returns its body."""
         self._access.check(scope["path"], scope["headers"])
         if self._active > self._limits.max_requests and scope["path"] not in OPEN:
             raise ServiceError("busy", f"{self._limits.max_requests} requests are already being answered", 1)
@@ -176,18 +176,18 @@ class Gate:
         if not declared.isascii() or not declared.isdigit():
             raise ServiceError("invalid_request", "content-length: expected a number of bytes")
         if len(declared) > 18 or int(declared) > most:
-            raise ServiceError("too_large", f"the body has {declared[:18]} bytes, at most {most} are taken")
+            raise ServiceError("too_large", f"the body has {declared[:18]} bytes, at most {most} are allowed")
         try:
             async with asyncio.timeout(self._limits.body_timeout):
                 return await _read(receive, most, held)
         except TimeoutError:
             raise ServiceError(
-                "slow_body", f"the body did not arrive in {self._limits.body_timeout:g} seconds"
+                "slow_body", f"the body did not arrive within {self._limits.body_timeout:g} seconds"
             ) from None
 
 
 class _Held:
-    """The bytes that one request holds, counted in its gate."""
+    """The bytes held by one request, counted in its gate."""
 
     def __init__(self, gate: Gate, most: int) -> None:
         self._gate = gate
@@ -197,7 +197,7 @@ class _Held:
     def add(self, size: int) -> None:
         """
         Raises:
-            ServiceError: ``busy``, all requests together hold too many bytes.
+            ServiceError: ``busy``, the requests together hold too many bytes.
         """
         self._size += size
         self._gate._held += size
@@ -219,13 +219,13 @@ async def _read(receive: Receive, most: int, held: _Held) -> bytes:
         size += len(pieces[-1])
         held.add(len(pieces[-1]))
         if size > most:
-            raise ServiceError("too_large", f"the body has more than {most} bytes, at most {most} are taken")
+            raise ServiceError("too_large", f"the body has more than {most} bytes, at most {most} are allowed")
         if not message.get("more_body", False):
             return b"".join(pieces)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """``receive`` for the route: the body again, then whatever follows."""
+    """A ``receive`` for the route that replays the body and then continues with ``receive``."""
     left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
@@ -235,7 +235,7 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 def error_response(error: ServiceError, *, close: bool = False) -> JSONResponse:
-    """The answer to a request that failed."""
+    """The response to a failed request."""
     headers: dict[str, Any] = {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"

@@ -1,4 +1,4 @@
-"""Options of a server: its limits, its tokens, its command line."""
+"""Server options: limits, tokens and the command line."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def _limit(default: T, help: str) -> T:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a server, each with its meaning.
+    """Limits of a server, with help texts.
 
     Raises:
-        ValueError: a limit below 1 (0 for wait; any seconds above 0), a max_length below 2.
+        ValueError: a count below 1, a max_length below 2, a negative wait, or another time that is not above 0.
     """
 
-    batch_tokens: int = _limit(8192, "most tokens scored in one call; requests are coalesced up to it")
-    batch_seconds: float = _limit(0.5, "longest time of one call; another request waits for about three calls at most")
-    wait: float = _limit(0.005, "how long a sample waits for others while the model is idle")
-    queue_tokens: int = _limit(262_144, "most tokens in the queue; beyond it requests get 429")
-    max_samples: int = _limit(256, "most samples in a request")
-    max_length: int = _limit(2048, "most tokens in a sample")
-    max_characters: int = _limit(1 << 16, "most characters in a sample; a longer one is not tokenized")
-    max_body: int = _limit(8 << 20, "most bytes in a request body")
-    max_bodies: int = _limit(64 << 20, "most bytes of all bodies held at once; beyond it requests get 429")
-    max_requests: int = _limit(256, "most requests read or answered at once")
-    timeout: float = _limit(120.0, "longest time from the arrival of a request to its answer; later it gets 504")
-    body_timeout: float = _limit(10.0, "longest time for a body to arrive; later it gets 408")
+    batch_tokens: int = _limit(8192, "maximum tokens per scoring call; requests are batched up to this")
+    batch_seconds: float = _limit(0.5, "maximum time per scoring call; requests wait for about three calls at most")
+    wait: float = _limit(0.005, "time a sample waits for others while the model is idle")
+    queue_tokens: int = _limit(262_144, "maximum tokens in the queue; requests beyond it get 429")
+    max_samples: int = _limit(256, "maximum samples per request")
+    max_length: int = _limit(2048, "maximum tokens per sample")
+    max_characters: int = _limit(1 << 16, "maximum characters per sample; longer ones are not tokenized")
+    max_body: int = _limit(8 << 20, "maximum bytes per request body")
+    max_bodies: int = _limit(64 << 20, "maximum total bytes of bodies held; requests beyond it get 429")
+    max_requests: int = _limit(256, "maximum concurrent requests")
+    timeout: float = _limit(120.0, "maximum time from a request's arrival to its answer; after that it gets 504")
+    body_timeout: float = _limit(10.0, "maximum time for a body to arrive; after that it gets 408")
 
     def __post_init__(self) -> None:
         for name in (
@@ -53,18 +53,18 @@ class Limits:
         if self.max_bodies < self.max_body:
             raise ValueError(f"max_bodies: expected at least max_body ({self.max_body} bytes), got {self.max_bodies}")
         if not 0 <= self.wait < float("inf"):
-            raise ValueError(f"wait: expected seconds, 0 or more, got {self.wait}")
+            raise ValueError(f"wait: expected at least 0 seconds, got {self.wait}")
         for name in ("timeout", "body_timeout", "batch_seconds"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: expected seconds above 0, got {getattr(self, name)}")
 
 
 def token_from(variable: str, file: Path | None, environment: Mapping[str, str] | None = None) -> str | None:
-    """A token from a file, else from an environment variable, else None; never from the command line, which every user
-    of the machine can read.
+    """Reads a token from a file, else from an environment variable, else returns None. Tokens are never taken from the
+    command line, which every user of the machine can read.
 
     Raises:
-        ValueError: it is empty or has a character that a header cannot carry.
+        ValueError: the token is empty or has a character that a header cannot carry.
         OSError: the file cannot be read.
     """
     if file is not None:
@@ -85,19 +85,19 @@ def is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name: what it resolves to may change
+    except ValueError:  # a name, which may resolve to another address later
         return False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``acqsynth serve``."""
+    """Adds the options of ``acqsynth serve``."""
     add = parser.add_argument
     add("--student", required=True, help="path, hub id, or one of the names smollm2, world:base and world:skewed")
-    add("--host", default="127.0.0.1", help="address to serve on; any but loopback needs a token")
-    add("--port", type=int, default=8000, help="0 takes a free one")
+    add("--host", default="127.0.0.1", help="address to listen on; any address but loopback needs a token")
+    add("--port", type=int, default=8000, help="port to listen on; 0 picks a free one")
     add("--device", help="device of the student (default: cpu)")
-    add("--backend", help="backend of acqcore (default: the first that fits)")
-    add("--acquisition", default="entropy", help="acquisition that /get_reward returns (default: %(default)s)")
+    add("--backend", help="acqcore backend (default: the first suitable one)")
+    add("--acquisition", default="entropy", help="acquisition returned by /get_reward (default: %(default)s)")
     add("--token-file", type=Path, help=f"file with the clients' token (default: ${TOKEN_VARIABLE})")
     add(
         "--admin-token-file", type=Path,
@@ -106,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--student-root",
         type=Path,
-        help="folder that POST /student loads students from; without it the student cannot be changed",
+        help="folder from which POST /student loads students; without it the student cannot be changed",
     )
     for limit in fields(Limits):
         unit = " s" if isinstance(limit.default, float) else ""

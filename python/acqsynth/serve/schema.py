@@ -1,4 +1,4 @@
-"""Bodies of requests and answers."""
+"""Bodies of requests and responses."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from acqcore.acquisitions import REGISTRY
 
 
 def served_acquisitions() -> list[str]:
-    """Names from ``acqcore.acquisitions()`` whose value depends on the sample and the student alone. The others need
-    an object that no request can carry, or the whole set at once."""
+    """Names from ``acqcore.acquisitions()`` whose value depends only on the sample and the student. The others need an
+    object that a request cannot carry, or the whole set at once."""
     return [name for name, entry in REGISTRY.items() if entry.over != "set" and not entry.options.required()]
 
 
 class _Served:
-    """Annotation of a string: one of :func:`served_acquisitions`, as they are at that time."""
+    """Annotation of a string: one of :func:`served_acquisitions` at the time of the check."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
@@ -56,7 +56,7 @@ class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-#: Parameters of ``apply_chat_template`` that are the server's own; a template from a request would be run here.
+#: Parameters of ``apply_chat_template`` reserved for the server; a template from a request would run on it.
 RESERVED = frozenset(
     {
         *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
@@ -69,54 +69,54 @@ RESERVED = frozenset(
 _SAMPLE = {
     "anyOf": [{"type": "string"}, {"type": "object"}],
     "description": 'a string, or an object with "prompt" and "completion" (strings or messages), "messages", '
-    '"question" and "answer", or "text"; beside messages "tools" and "chat_template_kwargs", variables of the chat '
-    "template. Other keys are not read.",
+    '"question" and "answer", or "text"; with messages also "tools" and "chat_template_kwargs", variables of the '
+    "chat template. Other keys are ignored.",
     "examples": [{"prompt": "What is 2 + 2?\n", "completion": "It is 4."}],
 }
-#: A sample as acqcore.score takes it. What is wrong with one is told in ``errors`` of the answer.
+#: A sample as for acqcore.score. Faults of samples are reported in ``errors`` of the response.
 Sample = Annotated[Any, WithJsonSchema(_SAMPLE)]
 
 
 def template_variables(sample: Any) -> None:
     """
     Raises:
-        ValueError: ``chat_template_kwargs`` of a sample are more than variables of its chat template.
+        ValueError: ``chat_template_kwargs`` of a sample hold anything but variables of its chat template.
     """
     given = sample.get("chat_template_kwargs") if isinstance(sample, dict) else None
     if given is None:
         return
     if not isinstance(given, dict) or not all(isinstance(value, bool | int | float | str) for value in given.values()):
-        raise ValueError("chat_template_kwargs: expected names with a text, a number, true or false each")
+        raise ValueError("chat_template_kwargs: expected names with text, numbers, true or false as values")
     for name in given:
         if not name.isidentifier() or len(name) > 64 or name in RESERVED:
             raise ValueError("chat_template_kwargs: expected names of variables of the chat template")
 
 
 class Arguments(_Body):
-    """Of an acquisition, as in ``acquisition_args`` of ``acqcore.score``; what cannot stand in a request is left
-    out."""
+    """Arguments of an acquisition, as in ``acquisition_args`` of ``acqcore.score``, without those that a request
+    cannot carry."""
 
     parameters: Literal["head", "trainable", "all"] | Annotated[int, Field(ge=1)] | None = None
     loss: Literal["mean", "sum"] | None = None
     layers: Literal["all", "own"] | Annotated[int, Field(ge=0)] | None = None
-    draws: int | None = Field(None, ge=2, le=32, description="each costs a pass of its own")
+    draws: int | None = Field(None, ge=2, le=32, description="each costs an additional pass")
     dropout: float | None = Field(None, ge=0, lt=1)
     form: Literal["element", "block", "linear"] | None = None
     posterior: Literal["dropout", "isotropic"] | None = None
     positions: Literal["all", "completion"] | None = None
-    probes: int | None = Field(None, ge=1, le=32, description="each costs a backward of its own")
+    probes: int | None = Field(None, ge=1, le=32, description="each costs an additional backward pass")
     variance: float | None = Field(None, gt=0)
     block: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
 
 
 class ScoreRequest(_Body):
-    samples: Many[Sample] = Field(description="samples as acqcore.score takes them, all of one kind")
-    acquisitions: Names = Field(["entropy"], description="names; a single name need not be a list")
+    samples: Many[Sample] = Field(description="samples as for acqcore.score, all of one kind")
+    acquisitions: Names = Field(["entropy"], description="a list of names, or a single name")
     acquisition_args: dict[AcquisitionName, Arguments] = Field({}, description="name -> arguments")
     reduction: Literal["mean", "sum", "max", "topk"] = "mean"
     max_length: int | None = Field(
-        None, ge=2, description="truncate longer samples to this many tokens; without it they cannot be scored"
+        None, ge=2, description="truncate longer samples to this many tokens; by default they cannot be scored"
     )
 
 
@@ -133,9 +133,9 @@ class SampleError(BaseModel):
 
 class ScoreResponse(BaseModel):
     student: StudentInfo = Field(description="the student that scored all samples of the request")
-    values: dict[str, list[float | None]] = Field(description="acquisition -> one value a sample")
+    values: dict[str, list[float | None]] = Field(description="acquisition -> one value per sample")
     stderr: dict[str, list[float | None]] = Field(
-        {}, description="acquisition that is estimated at random -> the standard error of each value"
+        {}, description="acquisition estimated by random draws -> the standard error of each value"
     )
     n_tokens: list[int] = Field(description="scored tokens of each sample")
     valid: list[bool] = Field(description="false if a value is null")
@@ -147,7 +147,7 @@ class RewardRequest(_Body):
 
     query: Many[str] = Field(description="prompts, each followed by its response")
     prompts: Many[str]
-    labels: Many[Any] | None = Field(None, description="not read")
+    labels: Many[Any] | None = Field(None, description="ignored")
 
 
 class RewardResponse(BaseModel):

@@ -1,4 +1,4 @@
-"""``acqsynth serve``: the scorer on a socket."""
+"""``acqsynth serve``: runs the scorer on a socket."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from acqsynth.serve.options import (
 )
 from acqsynth.serve.students import Students
 
-HEAD_BYTES = 1 << 15  #: most bytes of request line and headers; a token and a path need a few hundred
+HEAD_BYTES = 1 << 15  #: maximum bytes of request line and headers; a token and a path need a few hundred
 
 
 class UsageError(ValueError):
-    """Options that cannot start a server; the text is one sentence."""
+    """Invalid options; the message is one sentence."""
 
 
 class _Server(uvicorn.Server):
-    """Stops accepting at the signal itself, not one tick later, and does not raise the signal again at exit."""
+    """Stops accepting immediately on a signal, not one tick later, and does not re-raise the signal at exit."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -85,11 +85,11 @@ def main(options: argparse.Namespace) -> int:
 
 
 def prepared(options: argparse.Namespace) -> tuple[Service, socket.socket]:
-    """The service of the options and its socket; the cheap checks come first.
+    """Creates the service and its socket from the options; the cheap checks come first.
 
     Raises:
-        UsageError, ValueError: wrong options. OSError: no such student or file, or the address is taken.
-        ModuleNotFoundError: transformers is not installed. RuntimeError: no backend runs here.
+        UsageError, ValueError: invalid options, or the address is in use. OSError: no such student or file.
+        ModuleNotFoundError: transformers is not installed. RuntimeError: no backend runs on this machine.
     """
     access = Access(
         token_from(TOKEN_VARIABLE, options.token_file), token_from(ADMIN_TOKEN_VARIABLE, options.admin_token_file)
@@ -110,11 +110,11 @@ def prepared(options: argparse.Namespace) -> tuple[Service, socket.socket]:
     try:
         listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
     except OSError as error:
-        raise UsageError(f"{options.host}:{options.port} cannot be served on: {error}") from error
+        raise UsageError(f"{options.host}:{options.port} cannot be bound: {error}") from error
     if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # in a log file they are noise
+        logging.disable_progress_bar()  # progress bars clutter log files
     try:
         student = acqcore.Student.load(resolve(options.student), device=options.device)
         students = Students(student, options.student, root=options.student_root, device=options.device)
@@ -145,10 +145,10 @@ def told(service: Service, listener: socket.socket, options: argparse.Namespace)
 
 
 def bounded_protocol(limits: Limits) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol, closing connections whose request head is too large or too late: ASGI sees neither.
+    """uvicorn's protocol, but closes connections with an oversized or late request head, neither of which ASGI sees.
 
     A head must be complete ``limits.body_timeout`` seconds after the connection opens or the previous answer ends.
-    The bytes of a whole request, chunk marks and trailers included, are bounded by twice ``limits.max_body``.
+    A whole request, including chunk headers and trailers, may have at most twice ``limits.max_body`` bytes.
     """
 
     class Bounded(HttpToolsProtocol):
@@ -165,7 +165,7 @@ def bounded_protocol(limits: Limits) -> type[HttpToolsProtocol]:
             super().connection_lost(error)
 
         def data_received(self, data: bytes) -> None:
-            self._size += len(data)  # before the parser, whose callbacks may begin to count anew
+            self._size += len(data)  # before the parser, whose callbacks may reset the count
             super().data_received(data)
             if self._size > (HEAD_BYTES if self._in_head else 2 * limits.max_body + HEAD_BYTES):
                 self._refuse()
@@ -176,7 +176,7 @@ def bounded_protocol(limits: Limits) -> type[HttpToolsProtocol]:
 
         def on_header(self, name: bytes, value: bytes) -> None:
             if self._in_head:
-                super().on_header(name, value)  # trailers are dropped: nobody reads them
+                super().on_header(name, value)  # trailers are dropped, as they are never used
 
         def on_headers_complete(self) -> None:
             self._in_head = False

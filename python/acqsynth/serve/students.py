@@ -1,4 +1,4 @@
-"""The student of a server, and its replacement while requests go on."""
+"""The student of a server, which can be replaced while requests are served."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ EMPTY = acqcore.Row(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torc
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A student that is served. A request keeps the one it was tokenized for, whatever is loaded meanwhile."""
+    """A served student. A request keeps the student it was tokenized for, even if another is loaded."""
 
-    name: str  #: as it was asked for
-    version: int  #: 1 for the first
-    fingerprint: str  #: of its parameters
+    name: str  #: as requested
+    version: int  #: 1 for the initial student
+    fingerprint: str  #: hash of its parameters
     student: acqcore.Student
 
     @cached_property
@@ -41,10 +41,10 @@ class Loaded:
     def encode(
         self, samples: Sequence[Any], limits: Limits, max_length: int | None
     ) -> tuple[list[acqcore.Row], dict[int, str]]:
-        """Rows of n samples, and why some cannot be scored: index -> message. Their row is empty.
+        """Rows of n samples, and errors of those that cannot be scored: index -> message; their rows are empty.
 
         Args:
-            limits: ``max_length`` tokens and ``max_characters`` bound each sample.
+            limits: ``max_length`` and ``max_characters`` limit each sample.
             max_length: truncate to this many tokens, as in ``acqcore.score``.
         """
         most = limits.max_characters
@@ -71,7 +71,7 @@ class Loaded:
         fit = [i for i in range(len(samples)) if i not in errors]
         try:
             encode(fit)
-        except Exception:  # templates and tokenizers raise anything
+        except Exception:  # templates and tokenizers raise arbitrary exceptions
             for i in fit:
                 try:
                     encode([i])
@@ -81,15 +81,15 @@ class Loaded:
 
 
 class Values(NamedTuple):
-    """Of one row; None if not finite."""
+    """Values of one row; None if not finite."""
 
-    values: tuple[float | None, ...]  #: one an acquisition
-    stderr: Mapping[str, float | None]  #: of the acquisitions that are estimated at random
+    values: tuple[float | None, ...]  #: one per acquisition
+    stderr: Mapping[str, float | None]  #: standard errors of acquisitions estimated by random draws
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of a student: of one question all samples can share a batch."""
+    """What to compute; samples with the same question can share a batch."""
 
     acquisitions: tuple[str, ...]
     reduction: Reduction
@@ -122,11 +122,11 @@ def _finite(
 
 
 class Students:
-    """Holds the student that new requests get, at first ``first``.
+    """Holds the student for new requests, initially ``first``.
 
     Args:
-        root: the folder that others are loaded from; None forbids reloading.
-        device: where they are loaded.
+        root: folder from which other students are loaded; None forbids reloading.
+        device: device for loaded students.
     """
 
     def __init__(
@@ -138,14 +138,14 @@ class Students:
         self._loading = asyncio.Lock()
 
     async def load(self, path: str) -> Loaded:
-        """Serves another student; the previous one is freed when its last request is answered.
+        """Switches to another student; the previous one is freed when its last request is answered.
 
         Args:
-            path: of a saved model below the root, relative to it.
+            path: path of a saved model below the root, relative to it.
 
         Raises:
             ServiceError: ``forbidden``, there is no root; ``invalid_request``, no such model, or it cannot be loaded
-                (the one before stays); ``reload_in_progress``, another is being loaded.
+                (the current student is kept); ``reload_in_progress``, another student is being loaded.
         """
         if self._root is None:
             raise ServiceError(
@@ -157,7 +157,7 @@ class Students:
             folder = _inside(self._root, path)
             try:
                 student, mark = await asyncio.to_thread(self._read, folder)
-            except Exception as error:  # whatever transformers makes of broken files
+            except Exception as error:  # transformers raises arbitrary exceptions for broken files
                 reason = str(error).strip().split("\n")[0].replace(str(self._root), "")
                 raise ServiceError("invalid_request", f"path: {path!r} cannot be loaded: {reason}") from error
             self.current = Loaded(path, self.current.version + 1, mark, student)
@@ -169,7 +169,7 @@ class Students:
 
 
 def text_size(value: Any) -> int:
-    """Characters of all text in a sample."""
+    """Number of characters of all text in a sample."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):
@@ -180,25 +180,25 @@ def text_size(value: Any) -> int:
 
 
 def _inside(root: Path, path: str) -> Path:
-    """A folder with a whole model below the root, symbolic links followed."""
+    """Resolves a folder below the root that holds a complete model, following symbolic links."""
     try:
         folder = (root / path).resolve()
         inside = folder.is_relative_to(root)
-        # An adapter names its base model, which may be anywhere.
+        # An adapter refers to its base model, which may be anywhere.
         whole = inside and (folder / "config.json").is_file() and not (folder / "adapter_config.json").exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a null byte, a circle of links
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, a link cycle
         inside = whole = False
     if not inside:
         raise ServiceError("invalid_request", "path: expected a folder below the student root")
     if not whole:
         raise ServiceError(
-            "invalid_request", f"path: expected a folder with a whole model (config.json, no adapter), got {path!r}"
+            "invalid_request", f"path: expected a folder with a complete model (config.json, no adapter), got {path!r}"
         )
     return folder
 
 
 def fingerprint(student: acqcore.Student) -> str:
-    """16 hexadecimal digits that tell students apart: of SHA-256 over the parameters of trunk and head."""
+    """Identifies a student: 16 hexadecimal digits of SHA-256 over the parameters of trunk and head."""
     digest = hashlib.sha256()
     head = student.head
     tensors = [head.weight, *([] if head.bias is None else [head.bias])]

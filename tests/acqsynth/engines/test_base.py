@@ -36,7 +36,7 @@ def test_encode_messages_and_strings(tokenizer):
     assert tokenizer.decode(text) == "Hi"
     with pytest.raises(ValueError, match=r"prompts\[1\]: expected at least one token"):
         encode(tokenizer, ["a", ""], None)
-    with pytest.raises(ValueError, match=r"prompts\[0\]: expected fewer than 3 tokens, all the model takes, got 3"):
+    with pytest.raises(ValueError, match=r"prompts\[0\]: expected fewer than 3 tokens, the model's limit, got 3"):
         encode(tokenizer, ["abc"], 3)
 
 

@@ -254,7 +254,7 @@ def test_gain_loss_and_neither_are_said_plainly():
 def test_fewer_than_three_fits_call_nothing(fits):
     said = collected(grpo=(39, 40)[:fits], no_rl=(10, 10, 10))["verdict"]
     assert [entry["kind"] for entry in said if entry["kind"] != "note"] == ["none"] * 3
-    assert said[0]["text"].endswith(f"; a gain or a loss needs 3 fits, this run has {fits}.")
+    assert said[0]["text"].endswith(f"; a gain or a loss needs 3 fits, but this run has {fits}.")
 
 
 def test_comparisons_are_judged_together():

@@ -267,8 +267,8 @@ class TestScore:
         limits = {"max_samples": 2, "queue_tokens": 20, "max_body": 1000}
         for body, message in (
             ({"samples": ["a b"] * 3}, "samples: expected at most 2, got 3"),
-            ({"samples": ["a b" * 8]}, "the request has 24 tokens, at most 20 may wait"),
-            ({"samples": ["a" * 1000]}, "the body has 1016 bytes, at most 1000 are taken"),
+            ({"samples": ["a b" * 8]}, "the request has 24 tokens, but the queue holds at most 20"),
+            ({"samples": ["a" * 1000]}, "the body has 1016 bytes, at most 1000 are allowed"),
         ):
             status, kind, text = error_of(post("/score", body, limits=limits))
             assert (status, kind) == (413, "too_large")
@@ -331,7 +331,7 @@ class TestPressure:
 
         refused, answered = asyncio.run(main())
         for response in refused:
-            assert error_of(response) == (429, "busy", "112 tokens wait, and at most 100 may")
+            assert error_of(response) == (429, "busy", "112 tokens are queued, at most 100 are allowed")
             assert 1 <= int(response.headers["retry-after"]) <= 60
         assert [response.status_code for response in answered] == [200, 200, 200]
 
@@ -358,7 +358,7 @@ class TestPressure:
                 return late, following, (await client.get("/metrics")).text
 
         late, following, metrics = asyncio.run(main())
-        assert error_of(late) == (504, "deadline_exceeded", "no answer in 0.3 seconds")
+        assert error_of(late) == (504, "deadline_exceeded", "no answer within 0.3 seconds")
         assert following.status_code == 200
         assert len(forwards) == 2  # the first sample of three was at work already
         assert 'acqsynth_samples_total{outcome="scored"} 2.0' in metrics
@@ -471,7 +471,7 @@ class TestGetReward:
 
     def test_lists_of_different_length(self, post):
         response = post("/get_reward", {"query": [GOOD], "prompts": []})
-        assert error_of(response) == (422, "invalid_request", "prompts: expected 1, one a query, got 0")
+        assert error_of(response) == (422, "invalid_request", "prompts: expected 1, one per query, got 0")
 
     def test_an_acquisition_that_can_not_be_served(self, serve):
         with pytest.raises(ValueError, match="acquisition: unknown 'influence', expected one of"):
@@ -552,12 +552,12 @@ class TestStudent:
             ("/etc", "below the student root"),
             ("a\0b", "below the student root"),
             ("x" * 5000, "expected a folder"),
-            ("nowhere", "with a whole model"),
-            ("HuggingFaceTB/SmolLM2-135M", "with a whole model"),
-            ("", "with a whole model"),
-            ("empty", "with a whole model"),
-            ("adapter", "with a whole model"),
-            ("second/config.json", "with a whole model"),
+            ("nowhere", "with a complete model"),
+            ("HuggingFaceTB/SmolLM2-135M", "with a complete model"),
+            ("", "with a complete model"),
+            ("empty", "with a complete model"),
+            ("adapter", "with a complete model"),
+            ("second/config.json", "with a complete model"),
             ("broken", "'broken' cannot be loaded: "),
         ],
     )

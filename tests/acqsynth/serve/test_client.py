@@ -154,7 +154,7 @@ def test_what_may_get_better_is_asked_again(reached, failure, caplog):
     reached(server)
     assert ask(ScorerClient(URL, backoff=0.001), ["4"])[0] == {"loss": [4.0]}
     assert len(server.asked) == 3
-    assert caplog.text.count("next try in") == 2
+    assert caplog.text.count("retrying in") == 2
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 405, 413, 422])
@@ -219,7 +219,7 @@ def test_the_time_of_a_call_is_kept(reached, caplog):
     reached(slow)
     client = ScorerClient(URL, batch=1, timeout=0.3, breaker=CircuitBreaker(failures=1))
     assert ask(client, ["0", "1"])[0] == {"loss": [None, 1.0]}
-    assert "no answer in 0.3 seconds to 1 requests" in caplog.text
+    assert "no answer within 0.3 seconds to 1 requests" in caplog.text
     assert client.breaker.is_open
 
 
@@ -231,7 +231,7 @@ def test_the_breaker_stops_asking_and_tries_once_later(reached, caplog):
     for asked in (2, 4, 4, 4):  # open after two requests of two tries
         assert ask(client, ["1"])[0] == {"loss": [None]}
         assert len(server.asked) == asked
-    assert "not asked, as the last 2 requests failed" in caplog.text
+    assert "request not sent, as the last 2 requests failed" in caplog.text
     clock.now = 29.0
     ask(client, ["1"])
     assert len(server.asked) == 4

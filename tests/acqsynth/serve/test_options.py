@@ -10,8 +10,8 @@ from acqsynth.serve.options import TOKEN_VARIABLE, Limits, is_loopback, token_fr
     [
         ({"max_samples": 0}, "max_samples: expected at least 1, got 0"),
         ({"max_length": 1}, "max_length: expected at least 2 tokens, got 1"),
-        ({"wait": -1.0}, "wait: expected seconds, 0 or more, got -1.0"),
-        ({"wait": float("nan")}, "wait: expected seconds"),
+        ({"wait": -1.0}, "wait: expected at least 0 seconds, got -1.0"),
+        ({"wait": float("nan")}, "wait: expected at least 0 seconds"),
         ({"timeout": 0.0}, "timeout: expected seconds above 0, got 0.0"),
         ({"body_timeout": float("inf")}, "body_timeout: expected seconds above 0"),
     ],

@@ -48,7 +48,7 @@ def test_the_deadline():
     async def main():
         return await waited(Client(), seconds=0.01)
 
-    with pytest.raises(ServiceError, match=r"no answer in 0.01 seconds"):
+    with pytest.raises(ServiceError, match=r"no answer within 0.01 seconds"):
         asyncio.run(main())
 
 

@@ -225,7 +225,7 @@ class TestUsage:
     def test_an_address_that_is_taken(self, capsys):
         with socket.create_server(("127.0.0.1", 0)) as other:
             port = str(other.getsockname()[1])
-            assert f"127.0.0.1:{port} cannot be served on" in self.fails(capsys, "--student", "nowhere", "--port", port)
+            assert f"127.0.0.1:{port} cannot be bound" in self.fails(capsys, "--student", "nowhere", "--port", port)
         assert "--port: expected 0 to 65535, got 99999" in self.fails(capsys, "--student", "nowhere", "--port", "99999")
 
     def test_other_options(self, capsys, root, tmp_path):
