@@ -47,14 +47,14 @@ def test_environment_forces_a_backend(monkeypatch):
     assert acqcore.row_stats(case.hidden.double(), case.head).entropy.dtype == torch.float64
     monkeypatch.setenv("ACQCORE_BACKEND", "cpu")
     with pytest.raises(
-        ValueError, match="ACQCORE_BACKEND: backend 'cpu' takes float32, bfloat16, float16, got float64"
+        ValueError, match="ACQCORE_BACKEND: backend 'cpu' supports float32, bfloat16, float16, got float64"
     ):
         acqcore.row_stats(case.hidden.double(), case.head)
 
 
 def test_nothing_falls_back_to_eager_unasked():
     case = random_case(2, 4, 8)
-    with pytest.raises(RuntimeError, match="backend='eager' computes it in plain torch"):
+    with pytest.raises(RuntimeError, match="Pass backend='eager' to use plain torch"):
         acqcore.row_stats(case.hidden.double(), case.head)
 
 

@@ -89,7 +89,7 @@ def test_labels_that_others_predict_take_turns(choose, student, tmp_path, capsys
     assert [type(row["intent"]) for row in found] in ([str, int] * 2, [int, str] * 2)
     err = capsys.readouterr().err
     assert f"{int((trust > 0).sum())} of 8 labels agree" in err
-    assert "intent: expected a text or an int, got None" in err
+    assert "intent: expected a string or an int, got None" in err
 
 
 def test_diversity_alone_chooses_among_all_rows(choose, student, tmp_path, read):
@@ -223,18 +223,18 @@ def test_rows_without_a_finite_value_are_not_chosen(choose, tmp_path, monkeypatc
         ({"signal": "entropie"}, "acquisitions: unknown 'entropie'"),
         ({"method": "topk"}, "method: unknown 'topk', expected one of top_k, k_center"),
         ({"text_column": "body"}, "data: no column 'body', expected one of text"),
-        ({"signal": "score", "student": None}, "signal: no column 'score' in the data, which have text"),
-        ({"signal": None}, "--signal: expected an acquisition with --method top_k"),
+        ({"signal": "score", "student": None}, "signal: no column 'score' in the data (columns: text); pass"),
+        ({"signal": None}, "--signal: required with --method top_k"),
         ({"student": None, "method": "badge"}, "--student: expected a model"),
-        ({"label_column": "intent"}, "label-column: no column 'intent' in the data, which have text"),
-        ({"label_column": "text", "method": "badge"}, "--label-column: expected it with --student and --method top_k"),
-        ({"label_column": "text", "student": None}, "--label-column: expected it with --student and --method top_k"),
-        ({"among": 5}, "--among: expected it with --signal and a diverse --method"),
+        ({"label_column": "intent"}, "label-column: no column 'intent' in the data, only text"),
+        ({"label_column": "text", "method": "badge"}, "--label-column: requires --student and --method top_k"),
+        ({"label_column": "text", "student": None}, "--label-column: requires --student and --method top_k"),
+        ({"among": 5}, "--among: requires --signal and a diverse --method"),
         ({"method": "badge", "among": 2}, "--among: expected at least --n = 3, got 2"),
         ({"acquisition_args": '{"loss": {}}'}, "--acquisition-args: 'loss' is not among the acquisitions asked for"),
         ({"signal": "influence"}, "--acquisition-args: 'influence' needs 'reference'"),
         ({"out": "out.txt"}, "extension of out.txt: unknown '.txt'"),
-        ({"out": "data.jsonl"}, "out: data.jsonl is or holds the data, which would be lost; name another output"),
+        ({"out": "data.jsonl"}, "out: data.jsonl is or contains the data, which would be lost; choose another output"),
         ({"out": "missing/out.csv"}, "out: the folder missing does not exist"),
         ({"data": "missing.jsonl"}, "missing.jsonl: No such file or directory"),
         ({"student": "./missing"}, "missing"),

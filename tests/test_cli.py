@@ -131,8 +131,8 @@ def test_another_run_may_not_take_over(command, tmp_path, monkeypatch, capsys, r
         assert main(command(rows)) == 130
     assert "the same command resumes" in capsys.readouterr().err
     message = refused(command(rows, acquisitions="margin"))
-    assert "holds a cut-off run with another acquisitions ('entropy' there, 'margin' here)" in message
-    assert "another data" in refused(command(rows[1:]))
+    assert "holds an interrupted run with different acquisitions ('entropy' there, 'margin' here)" in message
+    assert "with different data" in refused(command(rows[1:]))
     assert main(command(rows)) == 0
 
 
@@ -240,7 +240,7 @@ def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused, read):
     assert not (tmp_path / "out.jsonl.parts").exists()
     (tmp_path / "out.jsonl").unlink()
     message = refused(command([], data="org/name", split="tests"))
-    assert message.startswith("--data: org/name is neither a file nor a data set that loads:")
+    assert message.startswith("--data: org/name is neither a file nor a loadable data set:")
     assert main(command([], data="org/name", text_column="body")) == 2
     assert not (tmp_path / "out.jsonl.parts").exists()
 
@@ -265,8 +265,8 @@ def test_a_data_set_by_name(command, tmp_path, monkeypatch, refused, read):
         ({"max_length": 65}, "--max-length: the student takes at most 64 tokens, got 65"),
         ({"block_rows": 0}, "--block-rows: expected an int >= 1, got 0"),
         ({"engine": "dask"}, "argument --engine: invalid choice: 'dask'"),
-        ({"workers": 2}, "--workers: expected it with --engine ray, got --engine local"),
-        ({"engine": "accelerate", "ray_address": "auto"}, "--ray-address: expected it with --engine ray"),
+        ({"workers": 2}, "--workers: requires --engine ray, got --engine local"),
+        ({"engine": "accelerate", "ray_address": "auto"}, "--ray-address: requires --engine ray"),
         ({"engine": "ray", "workers": 0}, "workers: expected an int >= 1, got 0"),
         ({"engine": "ray", "device": "cuda:1"}, "device: expected cpu or cuda with --engine ray"),
         ({"dtype": "int8"}, "argument --dtype: invalid choice: 'int8'"),
@@ -320,9 +320,9 @@ def test_a_folder_as_output(command, tmp_path, read):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("full", "out: the folder full is not empty, and holds other files"),
-        ("folder.jsonl", "out: folder.jsonl is a folder; to write one of parquet files give it a name without an ext"),
-        ("file", "out: file is a file; a name without an extension is a folder of parquet files"),
+        ("full", "out: the folder full contains files other than parts"),
+        ("folder.jsonl", "out: folder.jsonl is a folder; for a folder of parquet files, use a name without an ext"),
+        ("file", "out: file is a file; a name without an extension means a folder of parquet files"),
     ],
 )
 def test_outputs_that_are_in_the_way(name, message, command, refused, tmp_path, monkeypatch):
@@ -428,13 +428,13 @@ class TestOutput:
         (tmp_path / "linked").symlink_to(tmp_path)
         for out in (data, tmp_path / "linked" / data.name):
             for more in ([], ["--overwrite"]):
-                assert "is or holds the data, which would be lost" in refused([*command([], data=data, out=out), *more])
+                assert "is or contains the data, which would be" in refused([*command([], data=data, out=out), *more])
         assert data.read_bytes() == before
 
     def test_a_folder_that_holds_the_data(self, command, tmp_path, refused):
         assert main(command([{"text": "a fox"}], out=tmp_path / "scores")) == 0
         [data] = (tmp_path / "scores").iterdir()
-        assert "is or holds the data" in refused([*command([], data=data, out=tmp_path / "scores"), "--overwrite"])
+        assert "is or contains the data" in refused([*command([], data=data, out=tmp_path / "scores"), "--overwrite"])
         assert data.exists()
 
     @pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet", "out"])
@@ -451,7 +451,7 @@ class TestOutput:
         (tmp_path / "out" / "notes.txt").write_text("keep")
         arguments = [*command([{"text": "a fox"}], out=tmp_path / "out"), "--overwrite"]
         for _ in range(2):
-            assert "holds other files than parts of an output" in refused(arguments)
+            assert "contains files other than parts of an output" in refused(arguments)
             (tmp_path / "out.parts").mkdir(exist_ok=True)
             (tmp_path / "out.parts" / "manifest.json").write_text("{}")
         assert (tmp_path / "out" / "notes.txt").read_text() == "keep"
@@ -463,11 +463,11 @@ class TestOutput:
         ({"device": "cuda"}, "--device: 'cuda' is not available"),
         ({"device": "cuda:7"}, "--device: 'cuda:7' is not available"),
         ({"device": "gpu"}, "--device: expected cpu, cuda or cuda:1, got 'gpu'"),
-        ({"device": "meta"}, "--device: expected a device that computes, got 'meta'"),
+        ({"device": "meta"}, "--device: expected a compute device, got 'meta'"),
         ({"student": "data.jsonl"}, "--student: expected a folder or hub id, data.jsonl is a file"),
         ({"student": "empty"}, ""),
         ({"student": "broken"}, ""),
-        ({"student": "wordless"}, "wordless has no tokenizer, which rows of a file need"),
+        ({"student": "wordless"}, "wordless has no tokenizer, which rows of a file require"),
         ({"student": "untemplated", "data": "chat.jsonl"}, "the tokenizer of"),
     ],
 )

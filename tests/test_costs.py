@@ -319,7 +319,7 @@ def test_measured_from_a_configuration_alone(arguments, capsys, monkeypatch):
         "peak while scoring",
         "measured, extended",
         "not known",
-        "Other work ran here",
+        "slowed down the measurement",
     ):
         assert shown in out
 
@@ -370,7 +370,7 @@ def test_blocks_of_several_kinds_and_long_rows_are_noted(tiny_model, tmp_path, c
         ({"acquisition_args": "{"}, "argument --acquisition-args: expected JSON, got"),
         ({"flops": 1e12}, "--flops and --bandwidth: expected both or neither"),
         ({"flops": -1, "bandwidth": 1}, "flops: expected a number > 0, got -1"),
-        ({"device": "h100"}, "device: 'h100' is not on this machine, so nothing is measured"),
+        ({"device": "h100"}, "device: 'h100' is not on this machine and cannot be measured"),
         ({"config": "missing.json"}, "config: no file or folder missing.json"),
         ({"config": None}, "one of the arguments --student --config is required"),
         ({"student": "x"}, "not allowed with argument"),
@@ -390,7 +390,7 @@ def test_a_model_that_does_not_fit_is_not_measured(arguments, capsys, monkeypatc
     monkeypatch.setattr(measuring, "free_bytes", lambda device: 10 * MIB)
     assert main(arguments()) == 2
     error = capsys.readouterr().err
-    assert "plan: models of 1 and 2 blocks and a batch need 0.05 GiB to be measured, 0.01 GiB are free" in error
+    assert "plan: measuring models of 1 and 2 blocks with a batch needs 0.05 GiB, but 0.01 GiB are available" in error
 
 
 def test_a_failing_measurement_is_told(tmp_path, tiny_model):

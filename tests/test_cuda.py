@@ -203,7 +203,7 @@ def test_each_cause_is_named(built, version, missing, expected, monkeypatch):
 
 
 def test_a_cpu_tensor_does_not_fit():
-    assert Cuda().misfit(torch.device("cpu"), (torch.float32,)) == "backend 'cuda' serves cuda tensors, got cpu"
+    assert Cuda().misfit(torch.device("cpu"), (torch.float32,)) == "backend 'cuda' supports cuda tensors, got cpu"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -326,7 +326,7 @@ def test_on_device_another_stream():
 @needs_device
 def test_on_device_wrong_devices_are_one_sentence():
     case = random_case(3, 8, 20)
-    with pytest.raises(ValueError, match="backend: backend 'cuda' serves cuda tensors, got cpu"):
+    with pytest.raises(ValueError, match="backend: backend 'cuda' supports cuda tensors, got cpu"):
         case.run("cuda")
     with pytest.raises(ValueError, match=r"hidden: is on cpu but head\.weight is on cuda:0"):
         acqcore.row_stats(case.hidden, acqcore.Head(case.head.weight.cuda()), backend="cuda")

@@ -165,7 +165,7 @@ def test_a_damaged_parquet_is_read_or_names_itself(tmp_path):
                 assert message.startswith(f"{path}: not readable: ")
                 assert "\n" not in message
                 told.add(message.removeprefix(f"{path}: not readable: "))
-    assert "it holds fewer rows than its metadata counts" in told
+    assert "it has fewer rows than its metadata says" in told
     assert len(told) > 20
 
 
@@ -320,7 +320,7 @@ def test_a_quote_that_is_never_closed(last, block_rows, tmp_path):
     path.write_text(f"text,id\na,1\n{last}")
     *sound, bad = read_all(path, block_rows)
     assert [record.values["text"] for record in sound] == ["a", "b"][: len(sound)]
-    assert str(bad.error).startswith("not csv: a quote in this row is never closed, which makes the last 2 lines one")
+    assert str(bad.error).startswith("not csv: a quote in this row is never closed, so the last 2 lines form one")
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_a_quote_that_is_never_closed(last, block_rows, tmp_path):
 )
 def test_a_file_none_of_whose_rows_is_readable(content, error, tmp_path):
     (tmp_path / "data.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(f"data.jsonl: no row is readable, the first: {error}")):
+    with pytest.raises(ValueError, match=re.escape(f"data.jsonl: no row is readable; first error: {error}")):
         scan(tmp_path / "data.jsonl", 10, None)
 
 
@@ -394,7 +394,7 @@ def test_columns(present, options, chosen):
     [
         ({}, "data: expected columns prompt and completion, or messages, or question and answer, or text, got x, y"),
         ({"prompt": "x"}, "--prompt-column and --completion-column: expected both or neither"),
-        ({"prompt": "x", "completion": "y", "text": "x"}, "--text-column: expected it without"),
+        ({"prompt": "x", "completion": "y", "text": "x"}, "--text-column: cannot be combined with"),
         ({"text": "z"}, "data: no column 'z', expected one of x, y"),
     ],
 )

@@ -254,7 +254,7 @@ def test_every_reduction(tiny_model):
         ({"members": []}, ValueError, "members: expected at least 2 students, got 0"),
         ({"members": "a/path"}, TypeError, "members: expected a sequence of students"),
         ({"members": [1, 2]}, TypeError, "student: expected"),
-        ({"members": [None, None], "draws": 3}, ValueError, "members: replaces draws by dropout, got 'draws'"),
+        ({"members": [None, None], "draws": 3}, ValueError, "members: replaces draws by dropout, so 'draws' must"),
         ({"rate": 0.1}, ValueError, r"acquisition_args\['mutual_information'\]: unknown 'rate'"),
     ],
 )

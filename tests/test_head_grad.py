@@ -227,7 +227,7 @@ def test_signs_are_fixed_for_ever():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"offsets": torch.tensor([0, 5, 5, 60])}, ValueError, r"expected increasing, got 5 then 5 \(sample 1\)"),
+        ({"offsets": torch.tensor([0, 5, 5, 60])}, ValueError, r"increasing values, got 5 then 5 \(sample 1\)"),
         ({"offsets": torch.tensor([0, 50])}, ValueError, "offsets: expected to run from 0 to N = 60, got 0 to 50"),
         ({"offsets": torch.tensor([0.0, 60.0])}, TypeError, "offsets: expected an int64 tensor"),
         ({"offsets": [0, 60]}, TypeError, "offsets: expected an int64 tensor"),

@@ -80,12 +80,12 @@ def test_isotropic_is_the_same_with_equal_variances(tiny_model):
 
 def test_bad_arguments(tiny_model):
     model, samples = tiny_model("Llama"), _samples(2, 0)
-    with pytest.raises(TypeError, match=r"reference: expected what acqcore\.laplace_posterior gives, got NoneType"):
+    with pytest.raises(TypeError, match=r"reference: expected the result of acqcore\.laplace_posterior, got NoneType"):
         LinearOptions("laplace")
     posterior = acqcore.laplace_posterior(model, samples, layers=1)
     with pytest.raises(ValueError, match="layers: the reference was made with 1, got 'all'"):
         LinearOptions("laplace", reference=posterior)
-    with pytest.raises(ValueError, match="reference: belongs to posterior='laplace', got posterior='dropout'"):
+    with pytest.raises(ValueError, match="reference: requires posterior='laplace', got posterior='dropout'"):
         LinearOptions(reference=posterior)
     with pytest.raises(ValueError, match="observations"):
         acqcore.laplace_posterior(model, samples, observations=0.0)

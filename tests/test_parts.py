@@ -48,7 +48,7 @@ def test_another_run_is_refused(tmp_path):
     first = Parts(tmp_path / "o.csv")
     first.claim({"a": 1, "b": [1, 2]})
     first.release()
-    with pytest.raises(ValueError, match=r"holds a cut-off run with another b \(\[1, 2\] there, \[1\] here\)"):
+    with pytest.raises(ValueError, match=r"holds an interrupted run with different b \(\[1, 2\] there, \[1\] here\)"):
         Parts(tmp_path / "o.csv").claim({"a": 1, "b": [1]})
 
 

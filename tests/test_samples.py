@@ -237,7 +237,7 @@ BAD_SAMPLES = [
     (
         [{"messages": [{"role": "tool", "content": "1"}, {"role": "assistant", "content": "a"}]}],
         ValueError,
-        "samples[0]: the chat template refuses it: no tools here",
+        "samples[0]: the chat template rejects it: no tools here",
     ),
     ([{"messages": "hi"}], TypeError, "samples[0]: messages: expected a list of messages, got str"),
     ([{"messages": [{"role": "user"}]}], TypeError, '"role" and "content" (or "tool_calls"), got dict'),
@@ -255,7 +255,7 @@ BAD_SAMPLES = [
     ([{"messages": [{"role": "user", "content": -(10**5000)}]}], ValueError, "samples[0]: messages: Exceeds the limit"),
     ([{"text": Decimal("sNaN")}], TypeError, "samples[0]: text: expected a string, got Decimal"),
     ([{"question": "a"}], TypeError, "got a mapping with keys 'question'"),
-    ({"text": "a fox"}, TypeError, "a list of values in column 'text', got str; a single sample goes into a list"),
+    ({"text": "a fox"}, TypeError, "a list of values in column 'text', got str; wrap a single sample in a list"),
     ({"question": ["a"], "answer": ["b", "c"]}, ValueError, "samples: expected columns of one length"),
     ([3], TypeError, "samples[0]: expected strings, mappings with"),
     (["a fox", {"text": "a fox"}], TypeError, "samples[1]: expected a string as in the samples before it, got text"),
@@ -271,11 +271,11 @@ def test_bad_samples(samples, error, message, encoded):
 
 
 def test_bad_tokenizers(encoded, tokenizer, own):
-    with pytest.raises(TypeError, match="tokenizer: samples of text need one, got none"):
+    with pytest.raises(TypeError, match="tokenizer: text samples require one, got none"):
         encoded(["a fox"], None)
     with pytest.raises(TypeError, match="tokenizer: expected a transformers tokenizer, got Tokenizer"):
         encoded(["a fox"], tokenizer.backend_tokenizer)
-    with pytest.raises(ValueError, match="tokenizer: messages need a chat template, this tokenizer has none"):
+    with pytest.raises(ValueError, match="tokenizer: messages require a chat template, this tokenizer has none"):
         encoded([{"messages": [USER, YES]}], own(None))
 
 
@@ -349,7 +349,7 @@ class TestOneBadRow:
     @pytest.mark.parametrize(
         ("bad", "message"),
         [
-            ("c \ud83d d", "text: character 2 is the lone surrogate U+D83D, which is no text"),
+            ("c \ud83d d", "text: character 2 is the lone surrogate U+D83D, which is not valid text"),
             ("\udcff", "text: character 0 is the lone surrogate U+DCFF"),
             (["a"], "text: expected a string, got list"),
             ([USER | {"content": "hi \udc00"}, YES], "messages: character"),
@@ -380,9 +380,9 @@ class TestOneBadRow:
 
         errors: dict[int, str] = {}
         rows = encoded(["a fox", "the dog", "2 + 3"], Picky(tokenizer), errors=errors)
-        assert errors == {1: "the tokenizer refuses it: RuntimeError: no dogs"}
+        assert errors == {1: "the tokenizer rejects it: RuntimeError: no dogs"}
         assert [row.n_scored > 0 for row in rows] == [True, False, True]
-        with pytest.raises(ValueError, match=r"samples\[1\]: the tokenizer refuses it: RuntimeError: no dogs"):
+        with pytest.raises(ValueError, match=r"samples\[1\]: the tokenizer rejects it: RuntimeError: no dogs"):
             encoded(["a fox", "the dog"], Picky(tokenizer))
 
 
@@ -394,7 +394,7 @@ class TestContent:
 
     def test_parts_that_a_template_of_strings_cannot_take(self, encoded):
         user = USER | {"content": [{"type": "file", "file": "x"}, "a fox?"]}
-        with pytest.raises(ValueError, match=r"content: expected text, .* takes, got parts \['file', 'str'\]"):
+        with pytest.raises(ValueError, match=r"content: expected text, .* nothing else, got parts \['file', 'str'\]"):
             encoded([{"messages": [user, YES]}])
 
     def test_a_template_of_lists_gets_lists(self, encoded, own):
@@ -412,7 +412,7 @@ class TestContent:
         for unseen in ({"type": "image"}, {"type": "image_url", "image_url": {"url": "x"}}, {"type": "video"}):
             message = USER | {"content": [unseen, *parts]}
             for sample in ({"messages": [message, YES]}, {"prompt": [message], "completion": [YES]}):
-                with pytest.raises(ValueError, match=r"samples\[0\]: content: expected text, which is all that is sco"):
+                with pytest.raises(ValueError, match=r"samples\[0\]: content: expected text, as only text is sco"):
                     encoded([sample], other)
 
     @pytest.mark.parametrize("turn", [0, 1])
@@ -498,7 +498,7 @@ class TestChatTemplates:
         ids=["leaves it out", "writes it first", "changes it", "the first turn after it"],
     )
     def test_that_do_not_write_the_reply_last_are_refused(self, template, encoded, own):
-        with pytest.raises(ValueError, match=r"samples\[0\]: the chat template does not write the reply where it is"):
+        with pytest.raises(ValueError, match=r"samples\[0\]: the chat template does not render the reply in the"):
             encoded([{"messages": [*self.USER, self.REPLY]}], own(template), limit=None)
 
     CALL: ClassVar[dict[str, Any]] = {"type": "function", "function": {"name": "look_up", "arguments": {"x": 1}}}
@@ -514,7 +514,7 @@ class TestChatTemplates:
     )
     def test_a_part_of_the_reply_that_is_left_out_is_refused(self, extra, expected, encoded, own):
         own = own(self.IGNORES)
-        with pytest.raises(ValueError, match=f"does not write the reply where it is scored: expected '{expected}'"):
+        with pytest.raises(ValueError, match=f"does not render the reply in the scored part: expected '{expected}'"):
             encoded([{"messages": [*self.USER, self.REPLY | extra]}], own, limit=None)
         # Of turns that are not scored a template may leave out what it likes.
         if "content" not in extra:
@@ -561,7 +561,7 @@ class TestChatTemplates:
             (
                 {"prompt": "a", "completion": "b", "tools": [{}]},
                 ValueError,
-                "tools: only conversations have a template",
+                "tools: only conversations have a chat template",
             ),
             (
                 {"text": "a fox", "chat_template_kwargs": {"x": 1}},

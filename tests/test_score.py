@@ -276,7 +276,7 @@ class TestOwnAcquisition:
     def test_a_wrong_shape_is_named(self, tiny_model, tokenizer):
         try:
             acqcore.register("wrong_shape")(_wrong_shape)
-            with pytest.raises(ValueError, match=r"acquisition 'wrong_shape': expected it to give a tensor \[\d+\]"):
+            with pytest.raises(ValueError, match=r"acquisition 'wrong_shape': expected it to return a tensor \[\d+\]"):
                 acqcore.score(tiny_model("Llama"), TEXTS, "wrong_shape", tokenizer=tokenizer, backend="eager")
         finally:
             REGISTRY.pop("wrong_shape", None)
@@ -300,7 +300,7 @@ def _wrong_shape(stats: acqcore.RowStats) -> torch.Tensor:
         ({"backend": "gpu"}, ValueError, "backend: unknown 'gpu'"),
         ({"samples": ["a fox", ""]}, ValueError, "samples[1]: nothing to score"),
         ({"samples": ["fox " * 80]}, ValueError, "the student takes at most 64"),
-        ({"tokenizer": None}, TypeError, "tokenizer: samples of text need one, got none"),
+        ({"tokenizer": None}, TypeError, "tokenizer: text samples require one, got none"),
         ({"student": 3}, TypeError, "student: expected acqcore.Student"),
     ],
 )

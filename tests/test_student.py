@@ -98,7 +98,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda model: model.model.register_forward_pre_hook(lambda *_: {}["images"]),
         "model: LlamaForCausalLM does not run on token ids alone: 'images'",
     ),
-    "later tokens": (lambda model: model.model.register_forward_hook(_leak), "a token sees those after it"),
+    "later tokens": (lambda model: model.model.register_forward_hook(_leak), "a token sees later tokens"),
 }
 
 
@@ -108,7 +108,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         (lambda path: acqcore.load_model(None), TypeError, "path: expected a folder or hub id, got NoneType"),
         (lambda path: acqcore.load_tokenizer(3), TypeError, "path: expected a folder or hub id, got int"),
         (lambda path: acqcore.load_model(path, "fp8"), ValueError, "dtype: unknown 'fp8'"),
-        (lambda path: acqcore.load_model("/no/model"), OSError, "'/no/model' is no folder here"),
+        (lambda path: acqcore.load_model("/no/model"), OSError, "'/no/model' is not a local folder"),
     ],
 )
 def test_wrong_arguments_of_loading(call, error, message, tmp_path):
@@ -142,7 +142,7 @@ class TestVerification:
         else:
             model.lm_head.register_forward_hook(lambda _, args, output: output * 1.03)
         with pytest.raises(
-            ValueError, match="output embedding of LlamaForCausalLM gives another value than its weight"
+            ValueError, match="output embedding of LlamaForCausalLM differs from the product with its weight"
         ):
             acqcore.Student.from_model(model)
         acqcore.Student.from_model(model, verify=False)
@@ -310,7 +310,7 @@ class TestBadInput:
     def test_a_trunk_that_gives_something_else(self):
         head = acqcore.Head(torch.zeros(5, 3))
         ids = torch.zeros(2, 4, dtype=torch.int64)
-        with pytest.raises(TypeError, match=r"trunk: expected it to give a tensor.*got str"):
+        with pytest.raises(TypeError, match=r"trunk: expected it to return a tensor.*got str"):
             acqcore.Student(lambda ids: "no", head).hidden(ids)
         with pytest.raises(ValueError, match=r"trunk: expected hidden states \[B, T, D\].*\[4, 3\]"):
             acqcore.Student(lambda ids: torch.zeros(4, 3), head).hidden(ids)
@@ -419,7 +419,7 @@ class TestLoading:
         loaded = acqcore.Student.load(student)
         assert loaded.tokenizer is None
         assert acqcore.score(loaded, {"input_ids": torch.tensor([[5, 6, 7]])}).valid.all()
-        with pytest.raises(TypeError, match="tokenizer: samples of text need one, got none"):
+        with pytest.raises(TypeError, match="tokenizer: text samples require one, got none"):
             acqcore.score(loaded, ["a fox"])
         (student / "tokenizer.json").write_text("{")
         with pytest.raises(ValueError, match=r"student: the tokenizer of .* does not load: "):

@@ -42,7 +42,7 @@ def test_blocks_add_up(capsys):
     summary.print(Path("out.csv"), begun=7.5)
     assert (summary.rows, summary.valid, summary.errors, summary.failed_blocks) == (12, 8, 4, 1)
     assert capsys.readouterr().out.splitlines() == [
-        "8 of 12 rows scored, written to out.csv; 4 rows with an error; 1 failed block, which the same command retries",
+        "8 of 12 rows scored, written to out.csv; 4 rows with an error; 1 failed block; rerun the command to retry",
         "acquisition  mean   min  max",
         "loss         2.594  0.5  8.5",
         "highest loss",

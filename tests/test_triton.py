@@ -71,20 +71,20 @@ if not INTERPRETED:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-        assert Triton().unavailable() == "Tesla V100 has compute capability 7.0, 8.0 is needed"
+        assert Triton().unavailable() == "Tesla V100 has compute capability 7.0, at least 8.0 is required"
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
         assert Triton().unavailable() is None
         assert Triton().instruction_set() == "sm_90"
 
     def test_tensors_of_another_device():
-        assert Triton().misfit(torch.device("cpu"), ()) == "backend 'triton' serves cuda tensors, got cpu"
+        assert Triton().misfit(torch.device("cpu"), ()) == "backend 'triton' supports cuda tensors, got cpu"
 
     @pytest.mark.parametrize(
         ("capability", "dtype", "message"),
         [
             ((7, 0), torch.float32, "backend: 'triton' is not available here: Tesla V100 has compute capability 7.0"),
-            ((9, 0), torch.float32, "backend: backend 'triton' serves cuda tensors, got cpu"),
-            ((9, 0), torch.float64, "backend: backend 'triton' serves cuda tensors, got cpu"),
+            ((9, 0), torch.float32, "backend: backend 'triton' supports cuda tensors, got cpu"),
+            ((9, 0), torch.float64, "backend: backend 'triton' supports cuda tensors, got cpu"),
         ],
         ids=["capability", "device", "device and dtype"],
     )
@@ -165,7 +165,7 @@ if INTERPRETED:
     def test_it_serves_the_cpu_when_named_alone():
         assert not Triton().automatic
         assert Triton().misfit(torch.device("cpu"), (torch.float32,)) is None
-        assert Triton().misfit(torch.device("cuda"), ()) == "backend 'triton' serves cpu tensors, got cuda"
+        assert Triton().misfit(torch.device("cuda"), ()) == "backend 'triton' supports cpu tensors, got cuda"
 
     def test_its_kernels_run(monkeypatch):
         """Named, it is what runs: without its launcher there is no result."""
@@ -204,7 +204,7 @@ if INTERPRETED:
         assert asked == ["ieee", "tf32x3", "ieee"]
 
     def test_float64_is_not_served():
-        with pytest.raises(ValueError, match="backend 'triton' takes float32, bfloat16, float16, got float64"):
+        with pytest.raises(ValueError, match="backend 'triton' supports float32, bfloat16, float16, got float64"):
             random_case(2, 4, 8).to(torch.float64).run("triton")
 
     @pytest.mark.parametrize("backend", ["triton", "cpu", "eager"])

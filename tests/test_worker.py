@@ -136,7 +136,7 @@ def test_a_block_whose_processes_died_is_given_up(scorer):
     for _ in range(ATTEMPTS):
         scorer.parts.attempt(0)
     scorer.complete(block)
-    assert scorer.parts.failure(0).read_text() == f"each of {ATTEMPTS} processes that scored it died"
+    assert scorer.parts.failure(0).read_text() == f"all {ATTEMPTS} processes that scored it died"
 
 
 def test_a_finished_block_is_left_alone(scorer, failing):
@@ -157,7 +157,7 @@ def test_the_same_command_tries_failed_blocks_again_and_no_others(out, command, 
     assert main(arguments) == 1
     captured = capsys.readouterr()
     assert "4 of 7 rows scored" in captured.out
-    assert "3 rows with an error; 1 failed block, which the same command retries" in " ".join(captured.out.split())
+    assert "3 rows with an error; 1 failed block; rerun the command to retry" in " ".join(captured.out.split())
     assert f"rows 3 to 5 of the output failed {ATTEMPTS} times: IsADirectoryError: " in captured.err
     if out == "out.jsonl":
         rows = read(tmp_path / out)

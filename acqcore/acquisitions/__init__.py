@@ -18,7 +18,7 @@ from acqcore.acquisitions.needs import (
 )
 
 # isort: off
-from acqcore.acquisitions import (  # noqa: F401  # in the order in which they are listed
+from acqcore.acquisitions import (  # noqa: F401  # in listing order
     loss, perplexity, entropy, varentropy, least_confidence, margin, gini, el2n, expected_gradient_length,
     token_grad_norm, mutual_information, predictive_entropy, expected_entropy, variation_ratio, bald_quadratic,
     grad_norm, badge, influence, epig, gradient_diversity, archive_novelty,

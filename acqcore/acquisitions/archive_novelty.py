@@ -14,11 +14,11 @@ from acqcore.selection.diversity import Archive
 
 @dataclass(frozen=True)
 class NoveltyOptions(SketchOptions):
-    """``archive``, of sketches with the same ``parameters``, ``dim`` and ``seed`` of :func:`acqcore.grad_sketch`, or a
-    path to which ``torch.save`` wrote its ``state_dict()``.
+    """``archive``, an archive of sketches from :func:`acqcore.grad_sketch` with the same ``parameters``, ``dim`` and
+    ``seed``, or the path of its ``state_dict()`` written by ``torch.save``.
 
     Raises:
-        TypeError, ValueError: another archive. OSError: no such file.
+        TypeError, ValueError: not an archive. OSError: no such file.
     """
 
     archive: Archive
@@ -37,10 +37,10 @@ class NoveltyOptions(SketchOptions):
 
 def reference(
     vectors: torch.Tensor,  # [n, d] gradients
-    archive: torch.Tensor,  # [m, d] gradients held
+    archive: torch.Tensor,  # [m, d] gradients in the archive
     ridge: float = 0.01,
 ) -> torch.Tensor:
-    """The definition, slowly, ``[n]``."""
+    """Slow reference definition, ``[n]``."""
     x = torch.nn.functional.normalize(vectors.double(), dim=1)
     held = torch.nn.functional.normalize(archive.double(), dim=1)
     cross = held @ x.T  # [m, n]
@@ -57,9 +57,9 @@ def archive_novelty(
 ) -> torch.Tensor:
     """Log-determinant gain of the sample's gradient over an archive, log(1 + r_i).
 
-    The archive does not change: the caller adds the samples it keeps,
+    Scoring does not change the archive; the caller adds the samples it keeps with
     ``archive.add(acqcore.grad_sketch(student, kept, ...))``.
 
-    Source: as ``gradient_diversity``.
+    Source: see ``gradient_diversity``.
     """
     return of_finite(sketches, options.archive.novelty)

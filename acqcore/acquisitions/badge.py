@@ -8,7 +8,7 @@ from acqcore.gradients.need import GradientNeed
 
 
 def norm(options: GradNormOptions) -> GradientNeed:
-    """Under the tokens that the student finds most likely."""
+    """Norm of the gradient with the student's most likely tokens as targets."""
     return GradientNeed(options.parameters, options.loss, predicted=True)
 
 
@@ -17,7 +17,7 @@ def reference(
     targets: torch.Tensor,  # [T]
     hidden: torch.Tensor,  # [T, D]
 ) -> torch.Tensor:
-    """The definition for one sample and a plain head, slowly, a scalar: the targets are the most likely tokens."""
+    """Slow reference definition for one sample and a plain head, a scalar; targets are the most likely tokens."""
     return of_written(z, z.argmax(dim=1), hidden)
 
 
@@ -25,10 +25,10 @@ def reference(
 def badge(norms: torch.Tensor) -> torch.Tensor:
     """Norm of the head gradient under the student's own predictions, ||sum_t w_t (p_t - e_argmax) h_t^T||_F.
 
-    Label-free: small where the student is confident, whatever was written. :func:`acqcore.badge_embedding` gives the
-    vectors, for batches that are both uncertain and diverse.
+    Label-free: small if the student is confident, no matter what was written. :func:`acqcore.badge_embedding`
+    gives the vectors, from which batches that are both uncertain and diverse can be chosen.
 
-    Source: Ash et al. 2020, "Deep batch active learning by diverse, uncertain gradient lower bounds", with each token a
-    label of its own.
+    Source: Ash et al. 2020, "Deep batch active learning by diverse, uncertain gradient lower bounds", with each token
+    as a separate label.
     """
     return norms

@@ -1,4 +1,4 @@
-"""The record of an acquisition function, and the registry of them: larger means more worth acquiring."""
+"""Acquisition functions and their registry. Larger values mean more worth acquiring."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ Function = TypeVar("Function", bound=Callable[..., torch.Tensor])
 
 @dataclass(frozen=True)
 class Acquisition:
-    """The record of an acquisition function, read by everything that lists or runs acquisitions.
+    """Record of an acquisition function, used by everything that lists or runs acquisitions.
 
     Attributes:
         name: as in ``acquisitions`` of :func:`acqcore.score`.
         description: one line, with the formula.
-        value: the results of its needs, in order -> its values; gets its options as the parameter ``options``, if it
-            has one.
+        value: maps the results of its needs, in order, to its values; a parameter ``options``, if there is one,
+            receives its options.
         options: frozen dataclass of its arguments.
-        needs: a need, a tuple of them, or a function of the options that gives either.
-        over: a value for each scored token, ``[N]``, then reduced; the average over the tokens of each sample of a
-            batch, ``[B]``, which can be reduced by mean or sum alone; for each sample of a batch, ``[B]``; or for each
-            sample of the call, ``[n]``, in which samples are compared with each other (of gradients only); or a
-            function of the options that gives one of these.
-        needs_targets: the values depend on the tokens that were written, not only on the predictions.
+        needs: a need, a tuple of them, or a function of the options that returns either.
+        over: what a value covers, or a function of the options that returns this. ``"token"``: each scored token,
+            ``[N]``, reduced afterwards. ``"average"``: the average over each sample's tokens, ``[B]``, which can be
+            reduced only by mean or sum. ``"sample"``: each sample of a batch, ``[B]``. ``"set"``: each sample of the
+            call, ``[n]``, compared with the others (for gradients only).
+        needs_targets: whether the values depend on the written tokens, not only on the predictions.
         finish: applied to token values and to reduced values, for averages on another scale (perplexity is averaged as
             a loss).
-        stderr: the results of its needs, in order, and its options -> standard errors of its values over samples,
-            ``[B]``, or None where it has none.
-        reference: the definition, slow and readable. Of row statistics it takes logits ``[N, V]``, targets ``[N]`` and
-            hidden states ``[N, D]``, and gives ``[N]``.
+        stderr: maps the results of its needs, in order, and its options to the standard error of each sample's
+            value, ``[B]``, or to None if there is none.
+        reference: a slow, readable definition. For row statistics it takes logits ``[N, V]``, targets ``[N]`` and
+            hidden states ``[N, D]``, and returns ``[N]``.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Acquisition:
     reference: Callable[..., torch.Tensor] | None = None
 
     def values_over(self, options: Options) -> Over:
-        """What it has a value for under ``options``."""
+        """What a value covers under ``options``."""
         return self.over(options) if callable(self.over) else self.over
 
     def needed(self, options: Options) -> tuple[Need, ...]:
@@ -60,14 +60,14 @@ class Acquisition:
         return needs if isinstance(needs, tuple) else (needs,)
 
     def compute(self, options: Options, found: Mapping[Any, Any]) -> torch.Tensor:
-        """Its values, given what each need came to."""
+        """Its values, given the result of each need."""
         results = [found[need] for need in self.needed(options)]
         if "options" in inspect.signature(self.value).parameters:
             return self.value(*results, options=options)
         return self.value(*results)
 
     def standard_error(self, options: Options, found: Mapping[Any, Any]) -> torch.Tensor | None:
-        """Of each sample's value, ``[B]``, given what each need came to; None where it has none."""
+        """Standard error of each sample's value, ``[B]``, given the result of each need; None if there is none."""
         if self.stderr is None:
             return None
         return self.stderr(*(found[need] for need in self.needed(options)), options)
@@ -87,7 +87,7 @@ def register(
     stderr: Callable[..., torch.Tensor | None] | None = None,
     reference: Callable[..., torch.Tensor] | None = None,
 ) -> Callable[[Function], Function]:
-    """Decorator that makes a function an acquisition; the first line of its docstring describes it.
+    """Decorator that registers a function as an acquisition; the first line of its docstring is the description.
 
     The arguments are those of :class:`acqcore.acquisitions.Acquisition`. Registering a name again replaces the
     acquisition.
@@ -117,5 +117,5 @@ def register(
 
 
 def acquisitions() -> dict[str, str]:
-    """Name -> one-line description of every acquisition, the user's own included."""
+    """Names and one-line descriptions of all acquisitions, including user-defined ones."""
     return {name: entry.description for name, entry in REGISTRY.items()}

@@ -7,7 +7,7 @@ from acqcore.row_stats import RowStats
 
 
 def reference(z: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # [N, V], [N], [N, D]
-    """The definition, slowly, ``[N]``."""
+    """Slow reference definition, ``[N]``."""
     p = z.softmax(dim=1)
     p[torch.arange(len(z)), targets] -= 1
     return p.norm(dim=1)
@@ -15,7 +15,7 @@ def reference(z: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> t
 
 @register("el2n", needs_targets=True, reference=reference)
 def el2n(stats: RowStats) -> torch.Tensor:
-    """Error L2-norm, ||p - e_y||_2, the norm of the loss gradient in the logits.
+    """Error L2-norm, ||p - e_y||_2, the norm of the loss gradient with respect to the logits.
 
     Source: Paul, Ganguli & Dziugaite 2021.
     """

@@ -7,7 +7,7 @@ from acqcore.row_stats import RowStats
 
 
 def reference(z: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # [N, V], [N], [N, D]
-    """The definition, slowly, ``[N]``."""
+    """Slow reference definition, ``[N]``."""
     p = z.softmax(dim=1)
     return -(p * z.log_softmax(dim=1).masked_fill(p == 0, 0)).sum(dim=1)
 

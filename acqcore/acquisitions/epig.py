@@ -1,13 +1,13 @@
-"""Expected predictive information gain: what a sample's answer would tell about those to a reference set.
+"""Expected predictive information gain: how much a sample's answer tells about the answers to a reference set.
 
-Under a Gaussian posterior over the weights, of variance s^2 each and small, the mutual information between the tokens y
-after x and y' after x' is to leading order
+Under a Gaussian posterior over the weights with a small variance s^2 each, the mutual information between the tokens y
+after x and y' after x' is, to leading order,
 
     s^4 / 2  E_{y, y'} <d log p_y / dW, d log p_y' / dW>^2  =  s^4 / 2  E_{c, c'} <G_c(x), G_c'(x')>^2
 
-with G_c the gradient under a random cotangent c of ``acqcore.fisher``. Unlike mutual information with the weights
-themselves it is large only for what also bears on the reference set, and unlike influence it needs no labels, neither
-of the sample nor of the reference set.
+where G_c is the gradient under a random cotangent c of ``acqcore.fisher``. Unlike mutual information with the weights,
+it is large only for samples that also bear on the reference set; unlike influence, it needs no labels, neither of the
+sample nor of the reference set.
 
 Sources: Bickford Smith et al. 2023, "Prediction-oriented Bayesian active learning" (EPIG); Kirsch & Gal 2022,
 "Unifying approaches in active learning and active sampling via Fisher information" (the second order).
@@ -34,13 +34,13 @@ class EpigOptions(Options):
 
     Args:
         reference: from :func:`acqcore.epig_reference`, or the path of a saved one.
-        variance: s^2 of a weight; a constant factor of the values.
-        probes: random cotangents of each sample, a backward each. From two on a sample has a standard error, that of
-            its own cotangents alone.
+        variance: s^2 of a weight; only scales the values.
+        probes: random cotangents per sample, one backward each. With two or more, a sample has a standard error, which
+            covers only its own cotangents.
 
     Raises:
-        TypeError: reference is neither. ValueError: another file, variance not positive, probes below 1. OSError: no
-            such file.
+        TypeError: reference is neither. ValueError: not a saved reference, variance not positive, probes below 1.
+            OSError: no such file.
     """
 
     reference: EpigReference
@@ -53,7 +53,7 @@ class EpigOptions(Options):
         checks.probes(self.probes)
 
     def check(self, student: Student, head: Head) -> None:
-        """Raise ValueError if the reference was made with another student (names what differs)."""
+        """Raise ValueError if the reference was made with another student (names the difference)."""
         self.reference.check(student)
 
 
@@ -63,17 +63,17 @@ def needs(options: EpigOptions) -> tuple[ProbeNeed, ProbeNeed]:
 
 def reference(
     of_samples: torch.Tensor,  # [n, C, W], sqrt(p_y) d log p_y / dW of each scored token and each y
-    of_reference: torch.Tensor,  # [m, C, W], likewise
+    of_reference: torch.Tensor,  # [m, C, W], the same for the reference set
     tokens: tuple[int, int],  # scored tokens of a sample and of a reference sample
     variance: float,
 ) -> torch.Tensor:
-    """The definition, over every pair of tokens and predictions, ``[n]``."""
+    """Reference definition over every pair of tokens and predictions, ``[n]``."""
     inner = torch.einsum("ncw,mdw->nmcd", of_samples, of_reference)
     return variance**2 / 2 * inner.square().sum(dim=(2, 3)).mean(dim=1) / (tokens[0] * tokens[1])
 
 
 def stderr(first: torch.Tensor, second: torch.Tensor, options: EpigOptions) -> torch.Tensor:
-    """Of the mean over the probes, ``[B]``; NaN of a single one."""
+    """Standard error of the mean over the probes, ``[B]``; NaN for a single probe."""
     squares = options.reference.squares(first, second)
     if options.probes == 1:
         return torch.full_like(squares[:, 0], torch.nan)
@@ -86,10 +86,10 @@ def epig(
     second: torch.Tensor,  # [B, P, dim]
     options: EpigOptions,
 ) -> torch.Tensor:
-    """Expected predictive information gain of a sample's answer about those to a reference set, in nats.
+    """Expected predictive information gain of a sample's answer about the answers to a reference set, in nats.
 
-    For each pair of a scored token of the sample and one of the reference set, to second order in the variance of the
-    weights. A value may come out negative where there is little to gain: an unbiased estimate has no bound.
+    Per pair of a scored token of the sample and one of the reference set, to second order in the variance of the
+    weights. A value may be negative if there is little to gain, as an unbiased estimate is not bounded.
 
     Source: Bickford Smith et al. 2023 (EPIG); Kirsch & Gal 2022 (the second order).
     """

@@ -7,7 +7,7 @@ from acqcore.row_stats import RowStats
 
 
 def reference(z: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # [N, V], [N], [N, D]
-    """The definition, slowly, ``[N]``."""
+    """Slow reference definition, ``[N]``."""
     return 1 - z.softmax(dim=1).square().sum(dim=1)
 
 

@@ -19,7 +19,7 @@ class GradNormOptions(Options):
 
 
 def norm(options: GradNormOptions) -> GradientNeed:
-    """Under the tokens that were written."""
+    """Norm of the gradient with the written tokens as targets."""
     return GradientNeed(options.parameters, options.loss)
 
 
@@ -28,7 +28,7 @@ def reference(
     targets: torch.Tensor,  # [T]
     hidden: torch.Tensor,  # [T, D]
 ) -> torch.Tensor:
-    """The definition for one sample and a plain head, slowly, a scalar: the gradient, formed."""
+    """Slow reference definition for one sample and a plain head, a scalar, from the full gradient."""
     delta = z.softmax(dim=1)
     delta[torch.arange(len(z)), targets] -= 1
     return (delta.T @ hidden / len(z)).norm()
@@ -38,10 +38,10 @@ def reference(
 def grad_norm(norms: torch.Tensor) -> torch.Tensor:
     """Norm of the gradient of the sample's loss in the head, ||sum_t w_t (p_t - e_y) h_t^T||_F.
 
-    Cross-token terms are included: it is the norm of the gradient that a training step on the sample would take in the
-    head, weight and bias, or in the deeper ``parameters``.
+    Cross-token terms are included: it is the norm of the gradient that a training step on the sample would use for the
+    head's weight and bias, or for the deeper ``parameters``.
 
-    Source: Settles & Craven 2008 (expected gradient length), with the written tokens for labels; as a reward for
+    Source: Settles & Craven 2008 (expected gradient length), with the written tokens as labels; as a reward for
     generated data, AcquisitionSynthesis 2026.
     """
     return norms

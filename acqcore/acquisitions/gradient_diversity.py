@@ -13,7 +13,7 @@ from acqcore.selection.diversity import gradient_diversity as log_det_gain
 
 @dataclass(frozen=True)
 class DiversityOptions(SketchOptions):
-    """Those of a sketch; ``ridge`` and ``ordered`` of :func:`acqcore.gradient_diversity`."""
+    """Options of a sketch, plus ``ridge`` and ``ordered`` of :func:`acqcore.gradient_diversity`."""
 
     ridge: float = 0.01
     ordered: bool = False
@@ -26,7 +26,7 @@ def reference(
     vectors: torch.Tensor,  # [n, d] gradients
     ridge: float = 0.01,
 ) -> torch.Tensor:
-    """The definition, slowly, ``[n]``."""
+    """Slow reference definition, ``[n]``."""
     x = torch.nn.functional.normalize(vectors.double(), dim=1)
     gains = []
     for i in range(len(x)):
@@ -49,6 +49,6 @@ def gradient_diversity(
     ``r_i`` is the part of the sample's direction that the other samples' gradients leave unexplained
     (``diversity.py``). Copies score ~0. The order of the samples only matters with ``ordered``.
 
-    Source: Kulesza & Taskar 2012; of gradients, Jung et al. 2025 (G-Vendi).
+    Source: Kulesza & Taskar 2012; for gradients, Jung et al. 2025 (G-Vendi).
     """
     return of_finite(sketches, partial(log_det_gain, ridge=options.ridge, ordered=options.ordered))

@@ -16,10 +16,10 @@ from acqcore.students.student import Student
 
 @dataclass(frozen=True)
 class InfluenceOptions(Options):
-    """``reference``, from :func:`acqcore.influence_reference` or the path of a saved one, and how to compare with it.
+    """``reference``, from :func:`acqcore.influence_reference` or a saved one's path, and the ``similarity`` to it.
 
     Raises:
-        TypeError: reference is neither. ValueError: an unknown similarity, another file. OSError: no such file.
+        TypeError: reference is neither. ValueError: unknown similarity, not a saved reference. OSError: no such file.
     """
 
     reference: Reference
@@ -30,12 +30,12 @@ class InfluenceOptions(Options):
         checks.literal("similarity", self.similarity, Similarity)
 
     def check(self, student: Student, head: Head) -> None:
-        """Raise ValueError if the reference was made with another student (names what differs)."""
+        """Raise ValueError if the reference was made with another student (names the difference)."""
         self.reference.check(student, head)
 
 
 def sketch(options: InfluenceOptions) -> GradientNeed:
-    """As the reference was sketched."""
+    """Sketches with the settings of the reference."""
     made = options.reference
     return GradientNeed(made.parameters, made.loss, dim=made.dim, seed=made.seed)
 
@@ -44,7 +44,7 @@ def reference(
     gradients: torch.Tensor,  # [n, P] of the samples
     of_reference: torch.Tensor,  # [m, P] of the reference set
 ) -> torch.Tensor:
-    """The definition, from gradients themselves, ``[n]``."""
+    """Reference definition from full gradients, ``[n]``."""
     return torch.nn.functional.cosine_similarity(gradients, of_reference.mean(dim=0)[None], dim=1)
 
 
@@ -55,7 +55,7 @@ def influence(
 ) -> torch.Tensor:
     """Influence on a reference set, the cosine of gradients cos(G_i, mean_r G_r).
 
-    How far a gradient step on the sample lowers the loss of the reference set, to first order; ``dot`` keeps the norms.
+    To first order, how much a gradient step on the sample lowers the reference set's loss; ``dot`` keeps the norms.
 
     Source: TracIn (Pruthi et al. 2020); LESS (Xia et al. 2024) for the cosine of projected gradients.
     """

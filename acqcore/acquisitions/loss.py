@@ -7,7 +7,7 @@ from acqcore.row_stats import RowStats
 
 
 def reference(z: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # [N, V], [N], [N, D]
-    """The definition, slowly, ``[N]``."""
+    """Slow reference definition, ``[N]``."""
     return -z.log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
 
 

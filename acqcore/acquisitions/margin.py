@@ -7,7 +7,7 @@ from acqcore.row_stats import RowStats
 
 
 def reference(z: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # [N, V], [N], [N, D]
-    """The definition, slowly, ``[N]``."""
+    """Slow reference definition, ``[N]``."""
     p = z.softmax(dim=1)
     if p.shape[1] == 1:
         return 1 - p[:, 0]
@@ -19,6 +19,6 @@ def reference(z: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> t
 def margin(stats: RowStats) -> torch.Tensor:
     """Margin between the two most likely tokens, as 1 - (p_1 - p_2).
 
-    Source: Scheffer et al. 2001. 1 - (p_1 - p_2) is formed as (1 - p_1) + p_2, exact for confident rows.
+    Source: Scheffer et al. 2001. 1 - (p_1 - p_2) is computed as (1 - p_1) + p_2, which is exact for confident rows.
     """
     return stats.least_confidence + stats.top2_prob

@@ -9,7 +9,7 @@ from acqcore.gradients.need import ProbeNeed
 
 
 def reference(p: torch.Tensor) -> torch.Tensor:  # [K, N, V] probabilities of every draw
-    """The definition, slowly, ``[N]``."""
+    """Slow reference definition, ``[N]``."""
     m = p.mean(dim=0)
     return torch.special.entr(m).sum(dim=-1) - torch.special.entr(p).sum(dim=-1).mean(dim=0)
 
@@ -19,12 +19,12 @@ def needs(options: DrawOptions | LinearOptions) -> DrawOptions | ProbeNeed:
 
 
 def over(options: DrawOptions | LinearOptions) -> Over:
-    """Noise before a token moves all tokens after it: the linear form has no value of a single token."""
+    """The linear form has no per-token values, as noise before a token affects all tokens after it."""
     return "average" if isinstance(options, LinearOptions) else "token"
 
 
 def stderr(found: BayesStats | torch.Tensor, options: DrawOptions | LinearOptions) -> torch.Tensor | None:
-    """Of the mean over the probes, ``[B]``; NaN of a single one."""
+    """Standard error of the mean over the probes, ``[B]``; NaN for a single probe."""
     if not isinstance(options, LinearOptions):
         return None
     assert isinstance(found, torch.Tensor)
@@ -35,13 +35,13 @@ def stderr(found: BayesStats | torch.Tensor, options: DrawOptions | LinearOption
 
 @register("mutual_information", options=InformationOptions, needs=needs, over=over, stderr=stderr, reference=reference)
 def mutual_information(
-    found: BayesStats | torch.Tensor,  # of draws; or squares of each probe [B, P]
+    found: BayesStats | torch.Tensor,  # statistics of draws, or squares of each probe [B, P]
     options: DrawOptions | LinearOptions,
 ) -> torch.Tensor:
-    """Mutual information of prediction and weights in nats a token, H(mean_k p_k) - mean_k H(p_k).
+    """Mutual information of prediction and weights in nats per token, H(mean_k p_k) - mean_k H(p_k).
 
-    The linear form is its limit for small noise of variance s^2 on activations or weights theta, the delta method:
-    ``1/2 sum_i s_i^2 E_{y ~ p} (d log p_y / d theta_i)^2``, averaged over a sample's scored tokens, or added up with
+    The linear form is its limit for small noise of variance s^2 on activations or weights theta (delta method):
+    ``1/2 sum_i s_i^2 E_{y ~ p} (d log p_y / d theta_i)^2``, averaged over a sample's scored tokens, or summed with
     ``reduction="sum"``.
 
     Source: Houlsby et al. 2011 (BALD); by MC dropout, Gal, Islam & Ghahramani 2017.

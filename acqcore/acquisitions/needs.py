@@ -1,4 +1,4 @@
-"""What an acquisition can need of a batch. Needs are frozen: equal ones are computed once, others not at all."""
+"""Quantities that an acquisition may need of a batch. Only needed ones are computed, and equal (frozen) needs once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from acqcore.students.student import Student, StudentLike
 #: Default dropout probability on the last hidden state and in blocks: see the table in the README.
 HIDDEN_DROPOUT, BLOCK_DROPOUT = 0.1, 0.05
 
-#: Default variance of a weight under an isotropic posterior: 0.001 of standard deviation.
+#: Default variance of a weight under an isotropic posterior: a standard deviation of 0.001.
 WEIGHT_VARIANCE = 1e-6
 
 
@@ -28,18 +28,18 @@ WEIGHT_VARIANCE = 1e-6
 class Options:
     """Arguments of an acquisition. Subclasses are frozen dataclasses whose ``__post_init__`` checks the values."""
 
-    #: Whether an acquisition that gives standard errors gives them under these arguments.
+    #: Whether acquisitions with standard errors provide them under these arguments.
     estimated: ClassVar[bool] = True
 
     def check(self, student: Student, head: Head) -> None:
-        """Raise ValueError if they do not fit the student; called before any forward."""
+        """Raise ValueError if the arguments do not fit the student; called before any forward."""
 
     @classmethod
     def of(cls, name: str, given: Mapping[str, Any] | Options) -> Any:
-        """The options of acquisition ``name``, from a mapping or ready-made.
+        """The options of acquisition ``name``, from a mapping or an instance.
 
         Raises:
-            TypeError: neither. ValueError: an unknown argument, or a missing one. Otherwise as ``__post_init__``.
+            TypeError: neither. ValueError: an unknown or missing argument. Other errors are from ``__post_init__``.
         """
         if isinstance(given, cls):
             return given
@@ -82,7 +82,7 @@ class RowNeed:
 
 @dataclass(frozen=True)
 class BatchNeed:
-    """:class:`SampleBatch`: the hidden states themselves, where samples begin, and the statistics."""
+    """:class:`SampleBatch`: hidden states, sample boundaries and statistics."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ class SampleBatch:
         head: the last layer.
         stats: of the N rows, with targets.
         bounds: [begin, end) of each sample among the rows.
-        backend: the name asked for, or None.
+        backend: the requested name, or None.
     """
 
     hidden: torch.Tensor
@@ -106,23 +106,23 @@ class SampleBatch:
 
 @dataclass(frozen=True)
 class DrawOptions(Options):
-    """:class:`acqcore.BayesStats` of the N scored tokens under K draws: options and need of Bayesian acquisitions.
+    """:class:`acqcore.BayesStats` of the N scored tokens under K draws; both options and need of Bayesian acquisitions.
 
     Args:
         layers: dropout acts on the last hidden state (0), in the last n blocks, in every block (``"all"``, the
             default), or in the student's own dropout layers at their own rates (``"own"``).
         dropout: probability p, by default 0.1 on the last hidden state and 0.05 in blocks; ignored by ``"own"``.
         draws: K.
-        form, block: of dropout on the last hidden state, as in :func:`acqcore.mutual_information`; either one implies
-            ``layers=0``.
-        seed: of the masks.
+        form, block: form and block size of dropout on the last hidden state, as in :func:`acqcore.mutual_information`;
+            either one implies ``layers=0``.
+        seed: seed of the masks.
         members: students to use instead of draws: models, paths or ``acqcore.Student``, all with the student's tokens.
 
     Raises:
-        TypeError, ValueError: a value of a wrong type or out of range; arguments that exclude each other.
+        TypeError, ValueError: a value of a wrong type or out of range; mutually exclusive arguments.
     """
 
-    estimated: ClassVar[bool] = False  # draws share their masks over tokens, which a sample's spread does not show
+    estimated: ClassVar[bool] = False  # tokens share a draw's masks, which the spread within a sample does not show
 
     layers: Layers | None = None
     dropout: float | None = None
@@ -159,22 +159,22 @@ class DrawOptions(Options):
             raise ValueError(f"members: expected at least 2 students, got {len(self.members)}")
         for field in fields(self):
             if field.name != "members" and getattr(self, field.name) != field.default:
-                raise ValueError(f"members: replaces draws by dropout, got {field.name!r} too")
+                raise ValueError(f"members: replaces draws by dropout, so {field.name!r} must not be given")
 
     @property
     def on_hidden(self) -> bool:
-        """Whether the draws follow from the hidden states of the forward without dropout."""
+        """Whether draws are computed from the hidden states of the forward without dropout."""
         return self.layers == 0
 
 
 def _resolve(options: Options, **values: Any) -> None:
-    """Set fields of frozen options while they are made."""
+    """Set fields of frozen options during construction."""
     for name, value in values.items():
         object.__setattr__(options, name, value)
 
 
 def _dropout(given: float | None, layers: Layers) -> float:
-    """The probability given, checked, or the default where dropout acts on these layers."""
+    """The given probability, checked, or the default for these layers."""
     if given is None:
         return HIDDEN_DROPOUT if layers == 0 else BLOCK_DROPOUT
     checks.dropout(given)
@@ -183,24 +183,24 @@ def _dropout(given: float | None, layers: Layers) -> float:
 
 @dataclass(frozen=True)
 class LinearOptions(Options):
-    """Mutual information to second order in a small perturbation: its linear form, by backwards of random cotangents.
+    """Linear form of mutual information: to second order in a small perturbation, by backwards of random cotangents.
 
     Args:
-        posterior: what is perturbed: ``dropout``, the activations that dropout acts on, or the weights of linear layers
-            in blocks, by Gaussian noise of one variance, ``isotropic``, or of those of a ``laplace`` approximation.
+        posterior: what is perturbed: the activations that dropout acts on (``dropout``), or linear weights in blocks,
+            by Gaussian noise of one variance (``isotropic``) or those of a Laplace approximation (``laplace``).
         layers: dropout acts on the last n blocks, on every block (``"all"``, the default), on the student's own dropout
-            layers at their own rates (``"own"``), or on the last hidden state (0). Noise of weights acts on blocks.
-        dropout: probability p, by default 0.1 on the last hidden state and 0.05 in blocks; ignored by ``"own"``. Of
-            ``posterior="dropout"``.
-        positions: noise on the activations of every token (``"all"``, the default), or of the completion alone, from
-            the token that predicts the first scored one on: prompts then need no graph. Of ``posterior="dropout"``.
-        variance: of a weight, by default 1e-6; a constant factor of the values. Of ``posterior="isotropic"``.
-        reference: of ``posterior="laplace"``, from :func:`acqcore.laplace_posterior` with the same ``layers``.
-        probes: cotangents averaged, a backward of activations each. From two on a sample has a standard error.
-        seed: of the cotangents' signs.
+            layers at their own rates (``"own"``), or on the last hidden state (0). Weight noise acts on blocks.
+        dropout: probability p, by default 0.1 on the last hidden state and 0.05 in blocks; ignored by ``"own"``. For
+            ``posterior="dropout"`` only.
+        positions: noise on the activations of every token (``"all"``, the default), or only of the completion, from the
+            token that predicts the first scored one on; prompts then need no graph. For ``posterior="dropout"`` only.
+        variance: variance of a weight, by default 1e-6; only scales the values. For ``posterior="isotropic"`` only.
+        reference: for ``posterior="laplace"``, from :func:`acqcore.laplace_posterior` with the same ``layers``.
+        probes: cotangents to average, a backward of activations each. Two or more give a sample a standard error.
+        seed: seed of the cotangents' signs.
 
     Raises:
-        TypeError, ValueError: a value of a wrong type or out of range; arguments that exclude each other.
+        TypeError, ValueError: a value of a wrong type or out of range; mutually exclusive arguments.
     """
 
     posterior: Posterior = "dropout"
@@ -220,7 +220,7 @@ class LinearOptions(Options):
         owners = {"dropout": "dropout", "positions": "dropout", "variance": "isotropic", "reference": "laplace"}
         for argument, owner in owners.items():
             if getattr(self, argument) is not None and self.posterior != owner:
-                raise ValueError(f"{argument}: belongs to posterior={owner!r}, got posterior={self.posterior!r}")
+                raise ValueError(f"{argument}: requires posterior={owner!r}, got posterior={self.posterior!r}")
         if self.posterior == "dropout":
             positions = "all" if self.positions is None else self.positions
             checks.literal("positions", positions, Positions)
@@ -232,7 +232,7 @@ class LinearOptions(Options):
                 f"got {self.layers!r}"
             )
         if self.posterior == "laplace":
-            checks.instance("reference", self.reference, LaplacePosterior, "what acqcore.laplace_posterior gives")
+            checks.instance("reference", self.reference, LaplacePosterior, "the result of acqcore.laplace_posterior")
             assert self.reference is not None
             if self.reference.layers != self.layers:
                 raise ValueError(f"layers: the reference was made with {self.reference.layers!r}, got {self.layers!r}")
@@ -257,17 +257,17 @@ class LinearOptions(Options):
 
     @property
     def factor(self) -> float:
-        """What a sample's squares are multiplied by: a half of the variance of what is perturbed."""
+        """Factor of a sample's squares: half the variance, or 1/2 if the squares already include variances."""
         return 0.5 if self.variance is None else self.variance / 2
 
 
 @dataclass(frozen=True)
 class InformationOptions(DrawOptions):
-    """Arguments of mutual information: of its linear form, the default, or of draws.
+    """Arguments of mutual information in its linear form, the default, or from draws.
 
-    ``draws``, ``members``, ``block`` and ``form="element"`` or ``"block"`` ask for draws: eight draws of dropout in all
-    blocks agreed with themselves at 0.06 on a language model of 135 M parameters, where two probes of the linear form
-    had 0.79 (docs/reliability.md).
+    ``draws``, ``members``, ``block`` and ``form="element"`` or ``"block"`` request draws. On a language model of 135 M
+    parameters, eight draws of dropout in all blocks agreed between seeds at 0.06, two probes of the linear form at
+    0.79 (docs/reliability.md).
     """
 
     @classmethod
@@ -305,7 +305,7 @@ def of_finite(
 
 
 def draws(options: DrawOptions) -> DrawOptions:
-    """The need of an acquisition whose options are those of its draws."""
+    """The need of an acquisition whose options describe its draws."""
     return options
 
 

@@ -7,12 +7,12 @@ from acqcore.row_stats import RowStats
 
 
 def reference(z: torch.Tensor, targets: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:  # [N, V], [N], [N, D]
-    """The definition for one token, slowly, ``[N]``: the reciprocal of its probability."""
+    """Slow reference definition for single tokens, ``[N]``: the reciprocal of the probability."""
     return 1 / z.softmax(dim=1).gather(1, targets[:, None])[:, 0]
 
 
 def finish(values: torch.Tensor) -> torch.Tensor:
-    """Of the same shape: exp, at most the largest float32, or the most surprising samples would have no value."""
+    """exp of the values, at most the largest float32, so that the most surprising samples keep finite values."""
     return values.exp().clamp_max(torch.finfo(torch.float32).max)
 
 
@@ -20,7 +20,7 @@ def finish(values: torch.Tensor) -> torch.Tensor:
 def perplexity(stats: RowStats) -> torch.Tensor:
     """Perplexity of the written tokens, exp(mean_t -log p_y).
 
-    Source: Jelinek et al. 1977. Reduced as a loss and then exponentiated, so the mean is the geometric one.
+    Source: Jelinek et al. 1977. Reduced as a loss and then exponentiated, so the mean is geometric.
     """
     assert stats.logprob is not None
     return -stats.logprob

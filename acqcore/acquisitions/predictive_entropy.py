@@ -8,7 +8,7 @@ from acqcore.bayes import BayesStats
 
 
 def reference(p: torch.Tensor) -> torch.Tensor:  # [K, N, V] probabilities of every draw
-    """The definition, slowly, ``[N]``."""
+    """Slow reference definition, ``[N]``."""
     return torch.special.entr(p.mean(dim=0)).sum(dim=-1)
 
 

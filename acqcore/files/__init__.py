@@ -1,1 +1,1 @@
-"""Mass scoring: blocks of a data file, the processes that score them, and what is left of a run that was cut off."""
+"""Bulk scoring of data files: blocks of rows, the processes that score them, and resuming interrupted runs."""

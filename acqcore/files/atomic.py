@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Context that gives a file beside ``path`` to write; on success it replaces ``path``, otherwise it is removed.
+    """Context that yields a temporary file next to ``path``; it replaces ``path`` on success and is removed on error.
 
-    Its name is the process's own: several processes may write the same file.
+    Its name contains the process id, so several processes may write the same file.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

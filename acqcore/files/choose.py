@@ -1,4 +1,4 @@
-"""``acqcore select``: the rows of a data file that a student would learn most from."""
+"""``acqcore select``: chooses the rows of a data file that a student would learn most from."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from acqcore.selection.subsets import select
 from acqcore.selection.trust import label_trust
 from acqcore.students.samples import Row
 
-POOL_FACTOR = 4  #: rows that a diverse method chooses among, for each row wanted
+POOL_FACTOR = 4  #: candidates of a diverse method per requested row
 
 _BLOCK_ROWS = 4096
 _RANK = "rank"
@@ -37,20 +37,20 @@ Print = Callable[[str, Sequence[str], Sequence[Sequence[str]]], None]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ``acqcore select`` alone."""
+    """Add the options specific to ``acqcore select``."""
     parser.add_argument(
-        "--student", metavar="M", help="hub id or local path; not needed where the data have the column of --signal"
+        "--student", metavar="M", help="hub id or local path; not needed if --signal is a column of the data"
     )
     parser.add_argument(
         "--data", required=True, type=Path, metavar="F", help="a .jsonl, .csv or .parquet file, or a data set: org/name"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --out")
-    parser.add_argument("--n", required=True, type=int, metavar="N", help="rows to choose")
+    parser.add_argument("--n", required=True, type=int, metavar="N", help="number of rows to choose")
     parser.add_argument(
         "--signal",
         metavar="A",
-        help="acquisition to rank by, see 'acqcore score --help'; without a student, a column of numbers",
+        help="acquisition to rank by, see 'acqcore score --help'; without --student, a numeric column of the data",
     )
     parser.add_argument(
         "--method",
@@ -62,38 +62,38 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--among",
         type=int,
         metavar="N",
-        help=f"rows of the highest signal that a diverse method chooses among (default: {POOL_FACTOR} times --n, or "
+        help=f"number of highest-signal rows that a diverse method chooses from (default: {POOL_FACTOR} times --n, or "
         "all rows without --signal)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of --method badge (default: 0)")
     parser.add_argument(
         "--label-column",
         metavar="C",
-        help="with --method top_k: column of labels, some of which may be wrong; only rows whose label agrees with "
-        "those of rows with similar prompts are chosen, one of each label in turn",
+        help="with --method top_k: column of possibly wrong labels; chooses only rows whose label agrees with those of "
+        "rows with similar prompts, one of each label in turn",
     )
 
 
 def run(options: argparse.Namespace, print_table: Print) -> int:
-    """Choose rows and write them, in the order of the data.
+    """Choose rows and write them in the order of the data.
 
-    Every column is kept as it was read. New columns are ``row`` (from 0, unless the data have such a column), the
-    signal, and ``rank``, the order of choice from 1: a smaller --n chooses the first by rank from the same candidates.
-    Rows that cannot be read or scored are named on stderr and not chosen. Ties go to the row that comes first.
+    Input columns are kept unchanged. New columns are ``row`` (from 0, unless the data have such a column), the signal,
+    and ``rank``, the order of choice from 1: with the same candidates, a smaller --n chooses the first rows by rank.
+    Rows that cannot be read or scored are reported on stderr and skipped. Ties go to the earlier row.
 
     Returns:
-        0; anything wrong raises.
+        0; errors are raised.
 
     Raises:
-        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the first line is for the user. What can be
-            checked without the student is checked before it is loaded.
+        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the first line of the message is meant for
+            the user. Everything that does not depend on the student is checked before it is loaded.
     """
     with tempfile.TemporaryDirectory(prefix="acqcore-") as folder:
         return _run(_Request(options), Path(folder), print_table)
 
 
 def _run(request: _Request, folder: Path, print_table: Print) -> int:
-    """``folder`` holds a data set that was asked for by name."""
+    """``folder`` receives a data set requested by name."""
     options = request.options
     request.fetch(folder)
     pool = request.read()
@@ -112,7 +112,7 @@ def _run(request: _Request, folder: Path, print_table: Print) -> int:
 
 @dataclass
 class _Pool:
-    """The rows of the data; ``indices`` are those that can be chosen, and ``rows`` their tokens."""
+    """All rows of the data; ``indices`` are the eligible ones, and ``rows`` their tokens."""
 
     records: list[Record]
     columns: list[str]
@@ -122,7 +122,7 @@ class _Pool:
 
 
 class _Request:
-    """The options, checked."""
+    """Validated options."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -132,15 +132,15 @@ class _Request:
         if options.student is None and (self.diverse or options.signal is None):
             raise ValueError("--student: expected a model, or --signal with a column of the data and --method top_k")
         if not self.diverse and options.signal is None:
-            raise ValueError("--signal: expected an acquisition with --method top_k")
+            raise ValueError("--signal: required with --method top_k")
         if options.among is not None:
             if not self.diverse or options.signal is None:
-                raise ValueError("--among: expected it with --signal and a diverse --method")
+                raise ValueError("--among: requires --signal and a diverse --method")
             checks.positive_int("among", options.among)
             if options.among < options.n:
                 raise ValueError(f"--among: expected at least --n = {options.n}, got {options.among}")
         if options.label_column is not None and (self.diverse or options.student is None):
-            raise ValueError("--label-column: expected it with --student and --method top_k")
+            raise ValueError("--label-column: requires --student and --method top_k")
         if options.limit is not None:
             checks.positive_int("limit", options.limit)
         self.given = options.acquisition_args or {}
@@ -158,7 +158,7 @@ class _Request:
         self.data: Path = options.data
 
     def fetch(self, folder: Path) -> None:
-        """Export a data set to a file."""
+        """Export a data set requested by name to a file."""
         options = self.options
         if hub.is_name(options.data):
             self.data = hub.export(options.data, options.data_config, options.split, folder)
@@ -166,7 +166,7 @@ class _Request:
             checks.installed("pyarrow", "parquet", "train")
 
     def read(self) -> _Pool:
-        """The rows, tokenized; refuses a pool that is too small before any forward."""
+        """Read and tokenize the rows; raises before any forward if there are too few."""
         options = self.options
         blocks, present = data_files.scan(self.data, _BLOCK_ROWS, options.limit)
         count = sum(block.rows for block in blocks)
@@ -179,8 +179,8 @@ class _Request:
         if options.student is None:
             if options.signal not in present:
                 raise ValueError(
-                    f"signal: no column {options.signal!r} in the data, which have {', '.join(present) or 'none'}; "
-                    "with --student it is computed"
+                    f"signal: no column {options.signal!r} in the data (columns: {', '.join(present) or 'none'}); "
+                    "pass --student to compute it"
                 )
             self._read_column(pool)
         else:
@@ -190,7 +190,7 @@ class _Request:
         return pool
 
     def _name(self, errors: Mapping[int, str], pool: _Pool) -> None:
-        """Print what is wrong with rows."""
+        """Print the errors of rows to stderr."""
         for index, message in sorted(errors.items()):
             print(located(self.options.data, pool.records[index].line, message), file=sys.stderr)
 
@@ -213,9 +213,7 @@ class _Request:
     def _tokenize(self, pool: _Pool, present: list[str]) -> None:
         options = self.options
         if options.label_column is not None and options.label_column not in present:
-            raise ValueError(
-                f"label-column: no column {options.label_column!r} in the data, which have {', '.join(present)}"
-            )
+            raise ValueError(f"label-column: no column {options.label_column!r} in the data, only {', '.join(present)}")
         columns = data_files.choose_columns(
             present, options.prompt_column, options.completion_column, options.text_column
         )
@@ -227,12 +225,12 @@ class _Request:
             if index not in pool.errors and options.label_column is not None:
                 label = record.values.get(options.label_column)
                 if not isinstance(label, str | int):
-                    pool.errors[index] = f"{options.label_column}: expected a text or an int, got {label!r:.60}"
+                    pool.errors[index] = f"{options.label_column}: expected a string or an int, got {label!r:.60}"
         pool.indices = [i for i in range(len(rows)) if i not in pool.errors]
         pool.rows = [rows[i] for i in pool.indices]
 
     def signal_of(self, pool: _Pool) -> torch.Tensor | None:
-        """Values ``[m]`` of the rows that can be chosen; those without a finite value can no longer be."""
+        """Values ``[m]`` of the eligible rows; rows without a finite value become ineligible."""
         options = self.options
         if options.student is None:
             return self.column
@@ -255,7 +253,7 @@ class _Request:
         return found
 
     def candidates(self, pool: _Pool, signal: torch.Tensor | None) -> torch.Tensor:
-        """Positions among the rows that can be chosen, ``[c]``, the highest signal first; without one all of them."""
+        """Positions of candidates among the eligible rows, ``[c]``, highest signal first; all without a signal."""
         if signal is None:
             return torch.arange(len(pool.indices))
         options = self.options
@@ -271,11 +269,11 @@ class _Request:
         return select(signal, options.n, labels=labels, trust=trust)
 
     def pick(self, pool: _Pool, signal: torch.Tensor | None, among: torch.Tensor) -> list[int]:
-        """Positions chosen, in order of choice."""
+        """Chosen positions, in order of choice."""
         if not self.diverse:
             return among.tolist()
         options = self.options
-        among = among.sort().values  # ties go by the order in the data
+        among = among.sort().values  # break ties by the order of the data
         vectors = badge_embedding(
             self.student, [pool.rows[i] for i in among.tolist()],
             batch_tokens=options.batch_tokens, backend=options.backend,

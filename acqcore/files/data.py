@@ -1,6 +1,6 @@
-"""Reads jsonl, csv and parquet files, a block of rows at a time.
+"""Reads jsonl, csv and parquet files in blocks of rows.
 
-Each row is read by itself: a bad one becomes a record with an error and spoils nothing else.
+Rows are read independently: a bad row becomes a record with an error and does not affect the others.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from acqcore.students.tables import BESIDE, KINDS, kind_of
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
-_DEEPEST = 200  # levels of a JSON value, well within what Python reads and writes
-_DIGITS = 4000  # of an integer; Python refuses 4,300
-_CELL = 1 << 24  # characters of a csv cell; a quote that is never closed would make a cell of the rest of the file
-_READ_BYTES = 1 << 20  # of a parquet column at a time
-_READ_ROWS = 1024  # of a parquet at a time
+_DEEPEST = 200  # maximum nesting of a JSON value, well within Python's limit
+_DIGITS = 4000  # maximum digits of an integer; Python's limit is 4,300
+_CELL = 1 << 24  # maximum characters of a csv cell; an unclosed quote would turn the rest of the file into one cell
+_READ_BYTES = 1 << 20  # bytes of a parquet column read at a time
+_READ_ROWS = 1024  # parquet rows read at a time
 
 
 @dataclass(frozen=True)
 class Record:
-    """One data row: its line (jsonl) or row in the file, from 1, and its values or an error."""
+    """A data row: its line (jsonl) or row number in the file, from 1, and its values or an error."""
 
     line: int
     values: dict[str, Any]
@@ -38,31 +38,31 @@ class Record:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive rows of a file, scored, retried and written together."""
+    """Consecutive rows of a file that are scored, retried and written together."""
 
-    index: int  # of the block
-    start: int  # its first row, from 0
+    index: int
+    start: int  # first row, from 0
     rows: int
-    line: int  # its first line (jsonl) or row, from 1
-    offset: int  # its first byte, for jsonl and csv
+    line: int  # first line (jsonl) or row, from 1
+    offset: int  # first byte, for jsonl and csv
 
 
 def located(path: Path, line: int, message: str) -> str:
-    """``message`` about a record, with its place in the file: ``data.jsonl: line 3: ...``."""
+    """``message`` prefixed with the record's place in the file: ``data.jsonl: line 3: ...``."""
     return f"{path}: {'line' if path.suffix == '.jsonl' else 'row'} {line}: {message}"
 
 
 def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], list[str]]:
-    """The blocks of a file's first ``limit`` rows, and every column that occurs; no row is kept.
+    """The blocks of a file's first ``limit`` rows, and all columns that occur; keeps no rows in memory.
 
-    Blank lines of a jsonl are not rows. Each block has ``block_rows`` rows, the last the remainder.
+    Blank jsonl lines are not rows. Each block has ``block_rows`` rows, the last one the remainder.
 
     Raises:
-        ValueError: an extension not in ``SUFFIXES``, a file that is no parquet, no readable row.
+        ValueError: an extension not in ``SUFFIXES``, an invalid parquet file, no readable row.
         OSError: the file cannot be read. ModuleNotFoundError: parquet without pyarrow.
     """
     checks.one_of("extension of " + path.name, path.suffix, SUFFIXES)
-    path.stat()  # one error for a missing file, whatever its extension
+    path.stat()  # same error for a missing file of any extension
     if path.suffix == ".parquet":
         return _scan_parquet(path, block_rows, limit)
     blocks: list[Block] = []
@@ -80,7 +80,7 @@ def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], l
         if rows:
             blocks.append(Block(len(blocks), len(blocks) * block_rows, rows, line, offset))
     if error is not None and not columns:
-        raise ValueError(f"{path}: no row is readable, the first: {error}")
+        raise ValueError(f"{path}: no row is readable; first error: {error}")
     return blocks, list(columns)
 
 
@@ -95,7 +95,7 @@ def _scan_parquet(path: Path, block_rows: int, limit: int | None) -> tuple[list[
 
 
 def records(path: str | os.PathLike[str]) -> Iterator[Record]:
-    """Every row of a .jsonl, .csv or .parquet file, in order; what is not asked for is not read.
+    """The rows of a .jsonl, .csv or .parquet file in order, read lazily.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: as :func:`scan`.
@@ -112,16 +112,16 @@ def records(path: str | os.PathLike[str]) -> Iterator[Record]:
 
 
 class Reader:
-    """Reads blocks of a file. Parquet is cheapest in order: rows in between are decoded too.
+    """Reads blocks of a file. Parquet blocks are cheapest to read in order, as skipped rows are decoded too.
 
     Args:
-        columns: columns to read of a parquet; other files are read whole.
+        columns: columns to read from parquet; other formats are read in full.
     """
 
     def __init__(self, path: Path, columns: Collection[str]) -> None:
         self.path, self.columns = path, list(columns)
         self._batches: Iterator[Any] | None = None
-        self._batch: Any = None  # the parquet batch decoded last
+        self._batch: Any = None  # last decoded parquet batch
         self._first = 0  # its first row
 
     def read(self, block: Block) -> list[Record]:
@@ -153,19 +153,19 @@ class Reader:
         assert self._batches is not None
         batch = next(self._batches, None)
         if batch is None:
-            raise ValueError(f"{self.path}: not readable: it holds fewer rows than its metadata counts")
+            raise ValueError(f"{self.path}: not readable: it has fewer rows than its metadata says")
         return batch
 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Damage that pyarrow finds becomes a ValueError that names the file."""
+    """Context that converts pyarrow's errors about a damaged file to a ValueError that names it."""
     import pyarrow
 
     try:
         yield
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the system: no such file
+        if isinstance(error, OSError) and error.errno is not None:  # from the operating system: no such file
             raise
         raise ValueError(f"{path}: not readable: {' '.join(str(error).split())}") from error
 
@@ -178,7 +178,7 @@ def _parquet_records(batch: Any, line: int) -> list[Record]:
         TypeError,
         OverflowError,
         NotImplementedError,
-    ) as error:  # text that is not UTF-8, a date beyond Python's
+    ) as error:  # text that is not UTF-8, a date out of Python's range
         if batch.num_rows == 1:
             return [Record(line, {}, f"not readable: {error}")]
         return [record for i in range(batch.num_rows) for record in _parquet_records(batch.slice(i, 1), line + i)]
@@ -187,25 +187,25 @@ def _parquet_records(batch: Any, line: int) -> list[Record]:
 def _parquet_batches(path: Path, columns: list[str]) -> Iterator[Any]:
     import pyarrow.parquet
 
-    # Without both settings a row group's whole column is kept: 98 MiB instead of 4 for a million texts of 100 bytes.
+    # Without both settings a row group's whole column is kept: 98 MiB instead of 4 for a million 100-byte texts.
     with _named(path), pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
         names = _distinct(file.schema_arrow.names)
         if names == file.schema_arrow.names:
             yield from file.iter_batches(_READ_ROWS, columns=columns)
             return
-        for batch in file.iter_batches(_READ_ROWS):  # columns are chosen by name
+        for batch in file.iter_batches(_READ_ROWS):  # duplicate names, which cannot be selected before renaming
             yield batch.rename_columns(names).select(columns)
 
 
 @contextmanager
 def _open(path: Path, line: int = 1, offset: int | None = None) -> Iterator[tuple[Iterator[Record], Callable[[], int]]]:
-    """The records of a jsonl or csv from an offset on, and a function that gives the offset after the last one read."""
+    """The records of a jsonl or csv from an offset on, and a function that returns the offset after the last one."""
     if path.suffix == ".jsonl":
         with path.open("rb") as file:
             file.seek(offset or 0)
             yield _jsonl_records(file, line), file.tell
         return
-    # Bytes that are not UTF-8 become lone surrogates, which cost the row if they are in a text that is scored.
+    # Bytes that are not UTF-8 become lone surrogates; a row is rejected only if its scored text has one.
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as text, _long_cells():
         lines = iter(text.readline, "")  # iterating the file itself would disable tell()
         header = _distinct(next(csv.reader(lines), []))
@@ -224,10 +224,10 @@ def _long_cells() -> Iterator[None]:
 
 
 def read_object(line: bytes | str) -> dict[str, Any]:
-    """The JSON object of a line. An integer of thousands of digits, which Python refuses, is read as text.
+    """Parse a line as a JSON object. Integers of more than ``_DIGITS`` digits are read as text.
 
     Raises:
-        ValueError: says what is wrong.
+        ValueError: invalid JSON or UTF-8, another type than an object, excessive nesting.
     """
     try:
         values = json.loads(line, parse_int=lambda digits: int(digits) if len(digits) <= _DIGITS else digits)
@@ -281,8 +281,8 @@ def _csv_records(lines: Iterator[str], header: Sequence[str], first: int) -> Ite
         taken = 0
         try:
             values = next(rows)
-            if ended:  # within the row, not before it
-                raise csv.Error(f"a quote in this row is never closed, which makes the last {taken} lines one row")
+            if ended:  # the file ended inside the row
+                raise csv.Error(f"a quote in this row is never closed, so the last {taken} lines form one row")
         except StopIteration:
             return
         except csv.Error as error:
@@ -293,7 +293,7 @@ def _csv_records(lines: Iterator[str], header: Sequence[str], first: int) -> Ite
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """The names of columns; of equal ones the second is ``name.1``, as in pandas."""
+    """Column names made unique: a second ``name`` becomes ``name.1``, as in pandas."""
     found: dict[str, None] = {}
     for name in names:
         other, n = name, 0
@@ -306,17 +306,17 @@ def _distinct(names: Sequence[str]) -> list[str]:
 def choose_columns(
     present: Collection[str], prompt: str | None, completion: str | None, text: str | None
 ) -> dict[str, str]:
-    """Column -> key of a sample: the named columns, else the first of ``KINDS`` that are present and the columns that a
-    chat template reads beside them.
+    """Map columns to keys of a sample: the named columns, else the first of ``KINDS`` that is present, plus the columns
+    that a chat template also reads.
 
     Raises:
-        ValueError: prompt without completion or the reverse, text beside them, a named column that no row has, no known
+        ValueError: only one of prompt and completion, text combined with them, a named column that no row has, no known
             columns.
     """
     if (prompt is None) != (completion is None):
         raise ValueError("--prompt-column and --completion-column: expected both or neither")
     if text is not None and prompt is not None:
-        raise ValueError("--text-column: expected it without --prompt-column and --completion-column")
+        raise ValueError("--text-column: cannot be combined with --prompt-column and --completion-column")
     if prompt is not None and completion is not None:
         chosen = {prompt: "prompt", completion: "completion"}
     elif text is not None:

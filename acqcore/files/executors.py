@@ -1,6 +1,6 @@
-"""Runs the blocks of a file in this process, the processes of ``accelerate launch``, or actors of Ray.
+"""Runs the blocks of a file in this process, in the processes of ``accelerate launch``, or in Ray actors.
 
-In each of them a :class:`acqcore.files.worker.BlockScorer` scores and writes blocks; only row counts come back.
+In each of them a :class:`acqcore.files.worker.BlockScorer` scores and writes blocks; only row counts are sent back.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from acqcore.files.data import Block
 from acqcore.files.parts import Parts
 from acqcore.files.worker import BlockScorer, Job
 
-_RAY_OBJECT_STORE_BYTES = 1 << 27  # our own cluster only stores descriptions of blocks
+_RAY_OBJECT_STORE_BYTES = 1 << 27  # a cluster started here stores only block descriptions
 
 
 class Executor(Protocol):
-    """How blocks are completed."""
+    """Strategy for completing blocks."""
 
     @property
     def reports(self) -> bool:
-        """Whether this process prepares, joins and reports."""
+        """Whether this process prepares the run, joins the parts and prints the report."""
         ...
 
     def run(self, job: Job, blocks: Sequence[Block], on_rows: Callable[[int], None]) -> None:
-        """Complete the blocks; ``on_rows`` gets the number of rows as they are done.
+        """Complete the blocks; ``on_rows`` is called with the number of newly completed rows.
 
         Raises:
-            ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the student cannot be loaded, or does not
+            ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the student cannot be loaded or does not
                 fit the job.
         """
         ...
 
 
 class Local:
-    """This process."""
+    """Completes the blocks in this process."""
 
     reports = True
 
@@ -56,10 +56,10 @@ class Local:
 
 
 class Accelerate:
-    """The processes of ``accelerate launch``, one device each: block i goes to process i modulo their number.
+    """Uses the processes of ``accelerate launch``, one device each; block i goes to process i modulo their number.
 
     Args:
-        device: as in a Job; with ``"cpu"``, or without a GPU, the processes communicate through gloo.
+        device: as in ``Job``; with ``"cpu"``, or without a GPU, the processes communicate over gloo.
     """
 
     def __init__(self, device: str | None) -> None:
@@ -67,7 +67,7 @@ class Accelerate:
         from accelerate.utils import parse_flag_from_env
 
         on_cpu = device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-        # Processes only meet at the end, and the slowest may be hours behind.
+        # Processes synchronize only at the end, and the slowest may be hours behind.
         self._state = PartialState(cpu=on_cpu, timeout=timedelta(days=30))
 
     @property
@@ -77,7 +77,7 @@ class Accelerate:
     def run(self, job: Job, blocks: Sequence[Block], on_rows: Callable[[int], None]) -> None:
         from accelerate.utils import broadcast_object_list
 
-        # The reporting process decides which blocks are left: others may look after it has begun to score.
+        # The reporting process decides which blocks are left: others may check after it has started scoring.
         [blocks] = broadcast_object_list([list(blocks)])
         rank, n_processes = self._state.process_index, self._state.num_processes
         own = blocks[rank::n_processes]
@@ -85,7 +85,7 @@ class Accelerate:
         scorer = BlockScorer(dataclasses.replace(job, device=job.device or str(self._state.device)))
         for block in own:
             scorer.complete(block, on_rows)
-            if self.reports:  # counts the blocks that other processes have finished
+            if self.reports:  # count the blocks that other processes have finished
                 left = [block for block in others if not scorer.parts.finished(block.index)]
                 on_rows(sum(block.rows for block in others) - sum(block.rows for block in left))
                 others = left
@@ -97,9 +97,9 @@ class Accelerate:
 class Ray:
     """A pool of Ray actors with a student each, and a GPU each if the cluster has any and the device is not the CPU.
 
-    Actors read and write their blocks themselves, so data, output and a local student must be on shared storage. A dead
-    actor is restarted, and its block resumes after the last finished batch. By default there is one per GPU, or without
-    GPUs cores divided by the threads of this process, in the cluster at ``RAY_ADDRESS`` or else one that is started.
+    Actors read and write their blocks directly, so data, output and a local student must be on shared storage. A dead
+    actor is restarted, and its block resumes after the last finished batch. The default is one actor per GPU or,
+    without GPUs, cores divided by this process's threads; a cluster is started unless ``RAY_ADDRESS`` names one.
     """
 
     reports = True
@@ -147,7 +147,7 @@ class Ray:
 
 
 class _Actor:
-    """A scorer in a Ray process. If it cannot be created, its first block reports why: Ray itself would print pages."""
+    """A scorer in a Ray process. If its creation fails, its blocks report the reason; Ray itself would print pages."""
 
     def __init__(self, job: Job, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -166,8 +166,8 @@ class _Actor:
 
 @contextlib.contextmanager
 def _connected(address: str | None, folder: Path) -> Iterator[None]:
-    """A connection to Ray: an existing one, to ``address``, or to a cluster that is started and stopped again. In
-    ``folder`` there are no Python modules: Ray puts the current folder first on its workers' paths."""
+    """Context with a Ray connection: an existing one, one to ``address``, or one to a temporary cluster. Starts Ray in
+    ``folder``, which has no Python modules, because Ray puts the current folder first on its workers' paths."""
     import ray
     import ray.data
 
@@ -189,7 +189,7 @@ def _connected(address: str | None, folder: Path) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Fails fast: Ray itself would try for a quarter of an hour."""
+    """Fail fast if nothing answers: Ray itself would retry for a quarter of an hour."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         try:
@@ -202,7 +202,7 @@ def executor_of(name: str, workers: int | None, address: str | None, device: str
     """The executor that ``--engine`` names.
 
     Raises:
-        ModuleNotFoundError: its package is not installed.
+        ModuleNotFoundError: the engine's package is not installed.
     """
     if name == "accelerate":
         checks.installed("accelerate", "--engine accelerate", "train")

@@ -1,4 +1,4 @@
-"""Data sets by name: loaded through ``datasets`` and kept as one parquet file, which blocks are then read from."""
+"""Data sets by name: loaded with ``datasets`` and exported to one parquet file, from which blocks are read."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from acqcore.files.data import SUFFIXES
 
 
 def is_name(data: Path) -> bool:
-    """Whether ``--data`` names a data set of a hub, or a folder of one, rather than a file."""
+    """Whether ``--data`` is the name of a hub data set, or a data set's folder, rather than a file."""
     return data.is_dir() or (not data.exists() and data.suffix not in SUFFIXES and len(data.parts) <= 2)
 
 
 def export(data: Path, config: str | None, split: str, folder: Path) -> Path:
-    """The rows of a split as a parquet file in ``folder``, which appears atomically and is made once.
+    """Export a split to a parquet file in ``folder``, atomically and only once.
 
     Raises:
         ModuleNotFoundError: datasets is not installed.
@@ -30,9 +30,9 @@ def export(data: Path, config: str | None, split: str, folder: Path) -> Path:
     if not target.exists():
         try:
             rows = datasets.load_dataset(str(data), config, split=split)
-        except Exception as error:  # each builder raises its own
+        except Exception as error:  # builders raise errors of any type
             reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"data: {data} is neither a file nor a data set that loads: {reason}") from error
+            raise ValueError(f"data: {data} is neither a file nor a loadable data set: {reason}") from error
         folder.mkdir(exist_ok=True)
         with atomically(target) as temporary:
             rows.to_parquet(temporary)

@@ -25,13 +25,13 @@ class Parts:
     """The folder ``<out>.parts``: the manifest of a run, and files for each block of rows.
 
     ========================  ===================================================================================
-    ``block-000000.batches``  a line per finished batch: its rows, counted within the block, and their figures
-    ``block-000000.<suffix>``  the rows of the block, as they go into the output
+    ``block-000000.batches``  a line per finished batch: its row numbers within the block and their values
+    ``block-000000.<suffix>``  the rows of the block, ready to be joined into the output
     ``block-000000.json``     the report; written last, it marks the block as finished
     ``block-000000.attempts`` a byte per attempt
-    ``block-000000.failure``  why the block was given up
-    ``lock``                  locked by the process that reports
-    ``dataset-*.parquet``     the rows of a data set that was named, see ``acqcore.files.hub``
+    ``block-000000.failure``  the reason why the block was given up
+    ``lock``                  locked by the reporting process
+    ``dataset-*.parquet``     the rows of a data set given by name, see ``acqcore.files.hub``
     ========================  ===================================================================================
 
     Processes of a run share the folder; each block belongs to one process at a time. Other files in it are not touched.
@@ -44,15 +44,15 @@ class Parts:
 
     @property
     def begun(self) -> bool:
-        """Whether a run left this folder."""
+        """Whether a run has claimed this folder."""
         return (self.folder / _MANIFEST).is_file()
 
     def claim(self, manifest: Mapping[str, Any]) -> None:
-        """Create the folder, or resume the run that it belongs to; failed blocks may be tried again.
+        """Create the folder or resume its run; failed blocks may be retried.
 
         Raises:
-            ValueError: the folder belongs to another run (names what differs), to none, or to a process that is still
-                at work.
+            ValueError: the folder belongs to another run (the message names the difference), to no run, or to a process
+                that is still running.
         """
         path = self.folder / _MANIFEST
         text = json.dumps(manifest, indent=1)
@@ -66,8 +66,8 @@ class Parts:
                 if found.get(key) != wanted.get(key):
                     self.release()
                     raise ValueError(
-                        f"out: {self.folder} holds a cut-off run with another {key} ({_short(found.get(key))} there, "
-                        f"{_short(wanted.get(key))} here); repeat that run's command to finish it, or remove the folder"
+                        f"out: {self.folder} holds an interrupted run with different {key} ({_short(found.get(key))} "
+                        f"there, {_short(wanted.get(key))} here); repeat its command to finish it, or remove the folder"
                     )
         else:
             _write(path, text)
@@ -88,13 +88,13 @@ class Parts:
         try:
             fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):  # others: a file system without locks
+            if error.errno in (errno.EAGAIN, errno.EACCES):  # other errors: a file system without locks
                 self.release()
                 raise ValueError(f"out: another process is writing to {self.folder}") from error
 
     def load(self, block: int) -> dict[int, tuple[list[float], list[list[float]]]]:
-        """Row of the block -> its values, and those of its tokens, for finished batches; truncates a line that a killed
-        process left unfinished."""
+        """Map rows of finished batches to their values and their tokens' values; truncates a line that a killed process
+        left incomplete."""
         path = self._file(block, ".batches")
         if not path.exists():
             return {}
@@ -120,7 +120,7 @@ class Parts:
 
         Args:
             values: ``[B][A]``.
-            tokens: ``[B][acquisitions of tokens][scored tokens]``, if they are kept.
+            tokens: ``[B][token acquisitions][scored tokens]``, if they are kept.
         """
         batch = {"rows": list(rows), "values": [list(row) for row in values]} | ({"tokens": tokens} if tokens else {})
         with self._file(block, ".batches").open("a") as file:
@@ -129,7 +129,7 @@ class Parts:
             os.fsync(file.fileno())
 
     def attempt(self, block: int) -> int:
-        """Count an attempt at a block; returns how many there were in this run, those of killed processes included."""
+        """Record an attempt at a block; returns the number in this run, including attempts of killed processes."""
         with self._file(block, ".attempts").open("ab") as file:
             file.write(b".")
             file.flush()
@@ -140,7 +140,7 @@ class Parts:
         return self._file(block, self._suffix)
 
     def finish(self, block: int, report: Mapping[str, Any]) -> None:
-        """Record the report of a block whose rows are written; the block is then finished."""
+        """Record the report of a block whose rows are written; this marks the block as finished."""
         _write(self._file(block, ".json"), json.dumps(report))
         self._file(block, ".batches").unlink(missing_ok=True)
 
@@ -161,12 +161,12 @@ class Parts:
         return self._file(block, ".failure")
 
     def remove(self) -> None:
-        """Remove what the run left, once the output holds everything."""
+        """Remove the run's files once the output is complete."""
         self.release()
         for path in self._files():
             if path.is_file() and not _foreign(path):
                 path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # files of others are in it
+        with contextlib.suppress(OSError):  # it contains other files
             self.folder.rmdir()
 
     def remove_unclaimed(self) -> None:
@@ -194,7 +194,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise ValueError(f"out: {path} is not readable; remove its folder to start anew") from error
+        raise ValueError(f"out: {path} is not readable; remove its folder to start over") from error
 
 
 def _short(value: object) -> str:

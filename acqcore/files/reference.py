@@ -1,4 +1,4 @@
-"""``acqcore reference``: the mean gradient of a reference set, for ``--acquisition-args`` of influence."""
+"""``acqcore reference``: computes the mean gradient of a reference set for the influence acquisition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BLOCK_ROWS = 4096
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of ``acqcore reference`` alone."""
+    """Add the options specific to ``acqcore reference``."""
     parser.add_argument("--student", required=True, metavar="M", help="hub id or local path")
     parser.add_argument("--data", required=True, type=Path, metavar="F", help=".jsonl, .csv or .parquet")
     parser.add_argument("--out", required=True, type=Path, metavar="F", help="file to write")
@@ -27,19 +27,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=lambda text: int(text) if text.isdecimal() else text,
         default="all",
         metavar="P",
-        help="all, trainable, head, or a number: that many of the last blocks (default: all)",
+        help="all, trainable, head, or the number of last blocks (default: all)",
     )
-    parser.add_argument("--loss", choices=get_args(Loss), default="mean", help="of a sample's tokens (default: mean)")
-    parser.add_argument("--dim", type=int, default=4096, metavar="N", help="length of a sketch (default: 4096)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sketch (default: 0)")
+    parser.add_argument("--loss", choices=get_args(Loss), default="mean", help="over a sample's tokens (default: mean)")
+    parser.add_argument("--dim", type=int, default=4096, metavar="N", help="sketch length (default: 4096)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="sketch seed (default: 0)")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the reference of the rows of a file.
+    """Compute and write the reference of a file's rows.
 
     Raises:
-        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the first line is for the user; a row that
-            cannot be read is named, as a reference set is small and should be whole.
+        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the first line of the message is meant for
+            the user. An unreadable row is an error, as a reference set is small and should be complete.
     """
     if options.limit is not None:
         checks.positive_int("limit", options.limit)

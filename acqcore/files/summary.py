@@ -16,7 +16,7 @@ class Summary:
 
     Args:
         acquisitions: names, in order.
-        shown: column whose text is shown beside the highest rows.
+        shown: column whose text is shown next to the highest rows.
     """
 
     def __init__(self, acquisitions: Sequence[str], shown: str) -> None:
@@ -52,14 +52,14 @@ class Summary:
         self.failed_blocks += 1
 
     def print(self, out: Path, begun: float, top_k: int | None = None) -> None:
-        """Print tables of values and of the highest rows, and the throughput of a run that began at ``begun`` (seconds
-        since the epoch); ``top_k`` is the number of rows that were wanted."""
+        """Print tables of the values and the highest rows, and the throughput of a run that started at ``begun``
+        (seconds since the epoch); ``top_k`` is the requested number of rows."""
         written = "" if top_k is None else f"the {min(top_k, self.valid)} highest "
         title = f"{self.valid} of {self.rows} rows scored, {written}written to {out}"
         if self.errors:
             title += f"; {self.errors} rows with an error"
         if self.failed_blocks:
-            title += f"; {_count(self.failed_blocks, 'failed block')}, which the same command retries"
+            title += f"; {_count(self.failed_blocks, 'failed block')}; rerun the command to retry"
         lines = []
         for name, (total, least, largest) in self._stats.items():
             figures = (total / self.valid, least, largest) if self.valid else ()
@@ -85,7 +85,7 @@ def _count(n: int, what: str, plural: str = "s") -> str:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table with rich if it is installed, else in plain columns; an empty header is left out."""
+    """Print a table with rich if it is installed, else in plain columns; an empty header is omitted."""
     if importlib.util.find_spec("rich"):
         from rich.console import Console
         from rich.table import Table

@@ -1,6 +1,6 @@
-"""Writes rows as jsonl, csv or parquet, a block at a time, and joins the blocks into one file.
+"""Writes rows as jsonl, csv or parquet, block by block, and joins the blocks into one file.
 
-No value is refused: what a format cannot hold is written as JSON text.
+No value is rejected: values that a format cannot represent are written as JSON text.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any, TextIO
 from acqcore.files.atomic import atomically
 
 _PART = re.compile(r"part-\d{6}\.parquet")
-_LEVELS = 30  # of a parquet type, each of which may be three in the file's schema
+_LEVELS = 30  # maximum nesting of a parquet type; a level may take three in the file's schema
 
 
 def write_block(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
-    """Write rows as one part of a file: parquet, lines of jsonl (NaN as null), or csv (NaN as an empty cell, without a
-    header). The part appears atomically.
+    """Write rows atomically as one part of a file: parquet, jsonl (NaN as null), or csv without a header (NaN as an
+    empty cell).
 
     Raises:
         ModuleNotFoundError: parquet without pyarrow.
@@ -38,10 +38,10 @@ def write_block(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], source: Path) -> None:
-    """Write rows as one file that appears atomically; raises ModuleNotFoundError for parquet without pyarrow.
+    """Write rows atomically as one file; raises ModuleNotFoundError for parquet without pyarrow.
 
-    A jsonl keeps a missing column missing, the others leave its cell empty. Types of a parquet ``source``, which the
-    rows come from, are kept in a parquet.
+    jsonl omits a row's missing columns; the other formats leave their cells empty. Parquet output keeps the column
+    types of a parquet ``source``, the file that the rows come from.
     """
     with atomically(path) as temporary:
         if path.suffix == ".parquet":
@@ -64,7 +64,7 @@ def _write_parquet(path: Path, columns: Mapping[str, Any]) -> None:
 
 
 def _types(source: Path) -> dict[str, Any]:
-    """The columns' types in a parquet file; of other files values decide."""
+    """Column types of a parquet file; empty for other formats, whose types are inferred from the values."""
     if source.suffix != ".parquet":
         return {}
     import pyarrow.parquet
@@ -86,7 +86,7 @@ def _write_lines(file: TextIO, suffix: str, table: Mapping[str, Sequence[Any]]) 
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it: NumPy numbers as Python's, NaN as null."""
+    """The value for JSON: NumPy numbers as Python's, NaN and infinities as null."""
     value = value.item() if hasattr(value, "item") and value.ndim == 0 else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -95,7 +95,7 @@ def _json(value: Any) -> str:
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_jsonable)
         text.encode()
-    except ValueError:  # NaN within a value; a lone surrogate, which only an escape can write
+    except ValueError:  # NaN within a value, or a lone surrogate, which must be escaped
         return json.dumps(_finite(value), default=_jsonable)
     return text
 
@@ -109,7 +109,7 @@ def _finite(value: Any) -> Any:
 
 
 def _jsonable(value: Any) -> Any:
-    """What JSON has instead of a value of parquet."""
+    """The JSON substitute for a parquet value."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     if hasattr(value, "isoformat"):
@@ -118,7 +118,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def _text(value: Any) -> str | None:
-    """Text as it is (a lone surrogate, which no file can hold, as an escape), anything else as JSON."""
+    """Text unchanged, except that lone surrogates, which no file can hold, are escaped; anything else as JSON."""
     if value is None:
         return None
     if not isinstance(value, (str, Mapping, list, tuple, int, float)):
@@ -127,7 +127,7 @@ def _text(value: Any) -> str | None:
 
 
 def _arrow(values: Sequence[Any], kind: Any = None) -> Any:
-    """The values as an Arrow array of type ``kind``; as text where neither it nor another type holds them all."""
+    """The values as an Arrow array of type ``kind`` (None infers it), or as text if that type cannot hold them all."""
     import pyarrow
 
     values = values if hasattr(values, "dtype") else list(values)
@@ -135,13 +135,13 @@ def _arrow(values: Sequence[Any], kind: Any = None) -> Any:
         column = pyarrow.array(values, kind)
         if _storable(column.type):
             return column
-    except (ValueError, TypeError, OverflowError):  # pyarrow's own errors are of these
+    except (ValueError, TypeError, OverflowError):  # includes pyarrow's errors
         pass
     return pyarrow.array([_text(_plain(value)) for value in values], pyarrow.string())
 
 
 def _storable(kind: Any, levels: int = _LEVELS) -> bool:
-    """Whether parquet takes the type: it has no struct without fields, and pyarrow reads a schema of 100 levels."""
+    """Whether parquet can store the type: it has no empty structs, and pyarrow reads at most 100 schema levels."""
     import pyarrow
 
     inner = [kind.field(i).type for i in range(kind.num_fields)]
@@ -150,11 +150,11 @@ def _storable(kind: Any, levels: int = _LEVELS) -> bool:
 
 
 def join(blocks: Sequence[Path], out: Path, columns: Sequence[str]) -> None:
-    """Join the parts that :func:`write_block` wrote into one file, or, if ``out`` has no extension, into a folder of
-    parquet files with one schema. Replaces ``out`` atomically, of a folder only parts.
+    """Join the parts written by :func:`write_block` into one file, or, if ``out`` has no extension, into a folder of
+    parquet files with one schema. Replaces ``out`` atomically; in a folder it replaces only parts.
 
     Raises:
-        OSError: ``out`` is a folder that holds other files.
+        OSError: ``out`` is a folder that contains other files.
     """
     temporary = out.with_name(out.name + ".tmp")
     if out.suffix in (".jsonl", ".csv"):
@@ -196,7 +196,7 @@ def _join_parquet(blocks: Sequence[Path], out: Path, into_folder: bool) -> None:
 
 
 def _common_schema(blocks: Sequence[Path]) -> tuple[Any, set[str]]:
-    """A schema for all parts, and the columns that are text in it because no type fits all."""
+    """A schema for all parts, and the columns stored as text because no type fits all parts."""
     import pyarrow
     import pyarrow.parquet
 
@@ -205,13 +205,13 @@ def _common_schema(blocks: Sequence[Path]) -> tuple[Any, set[str]]:
     for name in schemas[0].names:
         ones = [pyarrow.schema([schema.field(name)]) for schema in schemas]
         try:
-            # A column that is empty in one part has the null type there; an integer may be wider or a float elsewhere.
+            # A column that is empty in one part has the null type there; integers may be wider or floats elsewhere.
             field = pyarrow.unify_schemas(ones, promote_options="permissive").field(name)
             for block, one in zip(blocks, ones, strict=True):
                 if one.field(name).type != field.type:
                     with pyarrow.parquet.ParquetFile(block) as file:
                         _cast(file.read(columns=[name]).column(0), field.type)
-        except (ValueError, TypeError):  # pyarrow's own errors are of these
+        except (ValueError, TypeError):  # includes pyarrow's errors
             field = pyarrow.field(name, pyarrow.string())
             as_text.add(name)
         fields.append(field)
@@ -219,7 +219,7 @@ def _common_schema(blocks: Sequence[Path]) -> tuple[Any, set[str]]:
 
 
 def _read_part(path: Path, schema: Any, as_text: set[str]) -> Any:
-    """The part as a pyarrow table. ``read_table`` would make columns of folders named ``key=value``."""
+    """The part as a pyarrow table. ``read_table`` would turn folders named ``key=value`` into columns."""
     import pyarrow
     import pyarrow.parquet
 
@@ -233,10 +233,10 @@ def _read_part(path: Path, schema: Any, as_text: set[str]) -> Any:
 
 
 def _cast(column: Any, kind: Any) -> Any:
-    """A column of a table as another type, which holds its values.
+    """Cast a table's column to another type.
 
     Raises:
-        ValueError, TypeError: it does not (pyarrow's own errors are of these).
+        ValueError, TypeError: the type cannot hold the values (includes pyarrow's errors).
     """
     import pyarrow
 

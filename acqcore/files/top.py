@@ -12,10 +12,10 @@ from typing import Any
 
 
 def keep_top(blocks: Sequence[Path], k: int, name: str, columns: Sequence[str], folder: Path) -> list[Path]:
-    """Parts in ``folder`` with the ``k`` rows of the largest values of acquisition ``name``, in the order of the
-    ``blocks``, which ``write_block`` wrote.
+    """Write the ``k`` rows with the largest values of acquisition ``name`` to parts in ``folder``, in the order of
+    ``blocks``, which are files from ``write_block``.
 
-    Of equal values the first rows are kept; rows without a value never are. Memory holds ``k`` values and one block.
+    Ties keep the earlier rows; rows without a value are dropped. Memory holds ``k`` values and one block.
     """
 
     def values() -> Iterator[tuple[float, int, int]]:
@@ -28,12 +28,12 @@ def keep_top(blocks: Sequence[Path], k: int, name: str, columns: Sequence[str], 
     for _, b, r in heapq.nlargest(k, values()):
         kept.setdefault(-b, []).append(-r)
     if not kept:
-        kept = {0: []}  # an output without rows has its columns
+        kept = {0: []}  # an output without rows still has columns
     return [_write(blocks[b], sorted(rows), folder / blocks[b].name) for b, rows in sorted(kept.items())]
 
 
 def _column(block: Path, name: str, columns: Sequence[str]) -> Iterator[float]:
-    """The values of a column, NaN where there is none."""
+    """The values of a column, NaN where missing."""
     if block.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -51,7 +51,7 @@ def _column(block: Path, name: str, columns: Sequence[str]) -> Iterator[float]:
 
 
 def _texts(block: Path) -> Iterator[str]:
-    """The text of each row; a row of a csv may span lines."""
+    """The text of each row; a csv row may span several lines."""
     with block.open(newline="", encoding="utf-8") as file:
         if block.suffix == ".jsonl":
             yield from file

@@ -1,4 +1,4 @@
-"""Scores blocks of a file in one process: reads a block, scores it, writes it and its report."""
+"""Scores blocks of a file in one process: reads and scores a block, then writes its rows and report."""
 
 from __future__ import annotations
 
@@ -32,32 +32,32 @@ from acqcore.students.tables import BESIDE
 ATTEMPTS = 3  # per block
 TOP_ROWS = 5
 
-_PAUSE_S = 1.0  # before a retry, as a file server or a full GPU may recover
+_PAUSE_S = 1.0  # before a retry, in which a file server or a full GPU may recover
 
 
 @dataclass(frozen=True)
 class Job:
-    """The request, sent to every process that scores."""
+    """The request, sent to every scoring process."""
 
     student: str  # hub id, or absolute path
     data: Path  # absolute
     out: Path  # absolute
-    columns: Mapping[str, str]  # column of the data -> key of a sample
+    columns: Mapping[str, str]  # data column -> sample key
     plan: Plan
     max_length: int | None
     dtype: str | None  # a name in ``DTYPES``; None keeps the stored one
     device: str | None  # None for the CPU
     kept: Sequence[str] = ()  # every column of the data, in order
-    keep_tokens: bool = False  # whether values of single tokens are written too
+    keep_tokens: bool = False  # whether per-token values are written too
 
     @property
     def of_tokens(self) -> list[str]:
-        """Acquisitions whose values of single tokens are written."""
+        """Acquisitions whose per-token values are written."""
         return self.plan.of_tokens if self.keep_tokens else []
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Column of the data -> its name in the output, where the columns of this run keep theirs."""
+        """Map data columns to output names; names taken by this run's own columns get the prefix ``data_``."""
         found: dict[str, str] = {}
         own = {"row", *self._own}
         for column in (*self.kept, *(c for c in self.columns if c not in self.kept)):
@@ -69,7 +69,7 @@ class Job:
 
     @property
     def shown(self) -> str:
-        """The column of the scored text, which is shown beside the highest rows."""
+        """The column of the scored text, shown next to the highest rows."""
         return [column for column, key in self.columns.items() if key not in BESIDE][-1]
 
     @property
@@ -83,7 +83,7 @@ class Job:
 
     @property
     def measured(self) -> list[str]:
-        """Numeric columns: acquisitions, then ``<name>_stderr`` of those with standard errors."""
+        """Numeric columns: acquisitions, then ``<name>_stderr`` for those with standard errors."""
         return [*self.plan.names, *(f"{name}_stderr" for name in self.plan.estimated)]
 
 
@@ -92,10 +92,10 @@ class Report:
     """Summary of a finished block."""
 
     rows: int
-    valid: int  # rows with a value of every acquisition
+    valid: int  # rows with a finite value of every acquisition
     errors: list[tuple[int, str]]  # line (or row) in the data and message, for rows that could not be scored
     stats: dict[str, tuple[float, float, float]]  # acquisition -> sum, minimum, maximum over valid rows, if any
-    top: list[tuple[float, int, str]]  # the largest of the first acquisition: value, row of the data from 0, text
+    top: list[tuple[float, int, str]]  # highest rows by the first acquisition: value, row of the data from 0, text
     new_rows: int  # scored since the last interruption
     new_tokens: int
     started: float  # seconds since the epoch
@@ -104,10 +104,10 @@ class Report:
 
 
 class BlockScorer:
-    """A student with a job.
+    """Scores the blocks of a job.
 
     Raises:
-        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the student cannot be loaded, or does not fit
+        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the student cannot be loaded or does not fit
             the job.
     """
 
@@ -117,14 +117,14 @@ class BlockScorer:
         self.student = load_student(job.student, job.dtype, job.device)
         checks.max_length(job.max_length, self.student.max_length)
         if "messages" in job.columns.values() and not getattr(self.student.tokenizer, "chat_template", None):
-            raise ValueError(f"student: the tokenizer of {job.student} has no chat template, which messages need")
+            raise ValueError(f"student: the tokenizer of {job.student} has no chat template, which messages require")
         self.runner = job.plan.runner(self.student)
         self.reader = Reader(job.data, job.kept or job.columns)
 
     def complete(self, block: Block, on_rows: Callable[[int], None] = lambda n: None) -> None:
-        """Finish a block, or give it up after ``ATTEMPTS`` attempts, including those of killed processes.
+        """Complete a block, or give it up after ``ATTEMPTS`` attempts, including those of killed processes.
 
-        ``on_rows`` gets the number of rows as they are done; the numbers add up to the block's.
+        ``on_rows`` is called with the number of newly completed rows; the numbers add up to the block's rows.
         """
         counted = 0
 
@@ -134,7 +134,7 @@ class BlockScorer:
             on_rows(rows - counted)
             counted = rows
 
-        reason = f"each of {ATTEMPTS} processes that scored it died"
+        reason = f"all {ATTEMPTS} processes that scored it died"
         while not self.parts.finished(block.index):
             if self.parts.attempt(block.index) > ATTEMPTS:
                 self.parts.fail(block.index, reason)
@@ -204,10 +204,10 @@ class BlockScorer:
 
 
 def load_student(source: str, dtype: str | None, device: str | None) -> Student:
-    """The student at a hub id or path, for rows of text; ``dtype`` is a name in ``DTYPES``.
+    """Load the student at a hub id or path, which must have a tokenizer; ``dtype`` is a name in ``DTYPES``.
 
     Raises:
-        ValueError: it has no tokenizer. Otherwise as ``Student.load``.
+        ValueError: it has no tokenizer. Other errors are those of ``Student.load``.
     """
     if not sys.stderr.isatty() and importlib.util.find_spec("transformers"):
         from transformers.utils import logging
@@ -215,7 +215,7 @@ def load_student(source: str, dtype: str | None, device: str | None) -> Student:
         logging.disable_progress_bar()  # noise in a log file
     student = Student.load(source, dtype=None if dtype is None else DTYPES[dtype], device=device)
     if student.tokenizer is None:
-        raise ValueError(f"student: {source} has no tokenizer, which rows of a file need")
+        raise ValueError(f"student: {source} has no tokenizer, which rows of a file require")
     return student
 
 
@@ -223,7 +223,7 @@ def write_failed(job: Job, block: Block, reason: str) -> None:
     """Write the rows of a block that was given up, without values."""
     try:
         records = Reader(job.data, job.kept or job.columns).read(block)
-    except Exception:  # perhaps why the block failed
+    except Exception:  # possibly the reason why the block failed
         records = [Record(block.line + i, {}) for i in range(block.rows)]
     figures = np.full((block.rows, len(job.measured)), np.nan, dtype=np.float32)
     errors = dict.fromkeys(range(block.rows), f"its block failed: {reason}")
@@ -255,7 +255,7 @@ def _table(
 
 
 def record_error(record: Record, columns: Mapping[str, str]) -> str | None:
-    """The record's error, or that it lacks a column."""
+    """The record's error, or one that names a missing column; None for a good record."""
     missing = [column for column, key in columns.items() if column not in record.values and key not in BESIDE]
     return record.error or (f"no column {missing[0]!r}" if missing else None)
 
@@ -268,7 +268,7 @@ def encode_records(
     max_length: int | None,
     errors: dict[int, str],
 ) -> list[Row]:
-    """The records as rows of a student's tokens; a bad one becomes an empty row, and an entry of ``errors``."""
+    """Tokenize records for a student; a bad record becomes an empty row and an entry in ``errors``."""
     errors.update({i: message for i, record in enumerate(records) if (message := record_error(record, columns))})
     good = [i for i in range(len(records)) if i not in errors]
     bad: dict[int, str] = {}
@@ -284,7 +284,7 @@ def encode_records(
 
 
 def sample_of(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
-    """The record as a sample; cells of text hold messages as JSON, as csv files do."""
+    """The record as a sample; messages stored as JSON text, as in csv files, are parsed."""
     sample = {key: record.values.get(column) for column, key in columns.items()}
     for key in ("messages", *BESIDE):
         value = sample.get(key)
@@ -297,7 +297,7 @@ def sample_of(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
 
 
 def shorten(value: Any) -> str:
-    """One line from a text, or from the last message of a conversation."""
+    """One line of at most 60 characters from a text or a conversation's last message."""
     if isinstance(value, list):
         value = value[-1].get("content") or value[-1].get("tool_calls")
     value = str(value)

@@ -1,1 +1,1 @@
-"""The student: trunk and head of a model however it is sharded, text as rows of tokens, forwards under dropout."""
+"""The student: a model's trunk and head, sharded or not; tokenization of samples; forwards under dropout."""

@@ -1,8 +1,8 @@
-"""A student's transformer blocks and the branches in them, found by running a few tokens.
+"""Finds a student's transformer blocks and their branches by running a few tokens.
 
-Blocks are modules of a list that take the residual stream and give it. Branches are the modules whose outputs a block
+Blocks are members of a list that take and return the residual stream. Branches are the modules whose outputs a block
 adds to the stream. Neither is guessed from names or lengths: a vision tower that text does not visit has no blocks, and
-a module that adds the stream to its own output is no branch, but one inside it is.
+a module that adds the stream to its own output is not a branch, but one inside it is.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from torch import nn
 
 from acqcore.students.sharding import matrix_owners, unwrapped
 
-#: Deepest module inside a block that may be a branch.
+#: Maximum depth of a branch inside its block.
 DEPTH = 6
 
-#: Largest change of a block's output that counts as none, relative to its input.
+#: Changes of a block's output up to this size, relative to its input, count as none.
 TOLERANCE = 1e-5
 
 
 @dataclass
 class _Known:
-    """What was found in a module, by name: references would keep it alive."""
+    """Findings for a module, stored by name because references would keep the module alive."""
 
-    signature: tuple[int, ...]  # its modules at that time
+    signature: tuple[int, ...]  # ids of its modules at that time
     blocks: list[str]
     branches: list[list[str]] | None = None
     skips: dict[int, bool] = field(default_factory=dict)
 
 
-# A reward called with the model at each step pays for it once.
+# Cached per model, so that a reward called with the model at each step pays for the search once.
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
@@ -44,24 +44,24 @@ class Blocks:
     """The blocks of a student.
 
     Args:
-        module: the student's, None for one that is no module: it has no blocks.
+        module: the student's module; None if it has none, and so no blocks.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
         self._module = module
 
     def found(self, forward: Callable[[], Any]) -> list[nn.Module]:
-        """The blocks in the order in which they run; ``forward`` runs a few tokens."""
+        """The blocks in execution order; ``forward`` runs a few tokens."""
         if self._module is None:
             return []
         known = self._known(forward)
         return [unwrapped(self._module.get_submodule(name)) for name in known.blocks]
 
     def branches(self, forward: Callable[[], Any]) -> list[list[nn.Module]]:
-        """The branches of each block, in the order in which they run.
+        """The branches of each block, in execution order.
 
         Raises:
-            ValueError: a block adds something to the stream that is no module's output.
+            ValueError: a block adds something to the stream that is not a module's output.
         """
         if self._module is None:
             return []
@@ -73,7 +73,7 @@ class Blocks:
         return [[self._module.get_submodule(name) for name in of_block] for of_block in known.branches]
 
     def skippable(self, count: int, forward: Callable[[], Any], check: Callable[[], bool]) -> bool:
-        """Whether the first ``count`` blocks may give a stored output: as ``check`` says, asked once."""
+        """Whether the first ``count`` blocks may return a stored output; ``check`` decides and runs only once."""
         known = self._known(forward)
         if count not in known.skips:
             known.skips[count] = check()
@@ -91,7 +91,7 @@ class Blocks:
 
 
 def stream(values: Iterable[Any]) -> torch.Tensor | None:
-    """The first of ``values`` that may be the residual stream: floating point, of three dimensions or more."""
+    """The first of ``values`` that may be the residual stream: floating point, with three or more dimensions."""
     for value in values:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() >= 3:
             return value
@@ -99,7 +99,7 @@ def stream(values: Iterable[Any]) -> torch.Tensor | None:
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:
-    """A module's output, or the first tensor of it."""
+    """A module's output if it is a tensor, else the first floating-point tensor in it."""
     if isinstance(output, torch.Tensor):
         return output
     values = output if isinstance(output, (tuple, list)) else getattr(output, "values", tuple)()
@@ -110,7 +110,7 @@ def with_first(output: Any, tensor: torch.Tensor) -> Any:
     """The output with its first tensor replaced."""
     if isinstance(output, torch.Tensor):
         return tensor
-    named = isinstance(output, Mapping)  # as transformers' ModelOutput
+    named = isinstance(output, Mapping)  # such as transformers' ModelOutput
     values = output.items() if named else enumerate(output)
     place = next(key for key, value in values if isinstance(value, torch.Tensor) and value.is_floating_point())
     if named:
@@ -122,9 +122,9 @@ def with_first(output: Any, tensor: torch.Tensor) -> Any:
 
 
 def _streaming(module: nn.Module, forward: Callable[[], Any]) -> list[nn.Module]:
-    """Members of lists, none inside another, that hold a matrix and were called with a tensor of their output's shape.
+    """List members, none inside another, that hold a matrix and were called with a tensor of their output's shape.
 
-    A plain layer is no block: some models have a list of them that leads the stream in or out.
+    Plain layers are not blocks: some models have a list of them before or after the blocks.
     """
     owners = matrix_owners(module)
     listed = [
@@ -145,16 +145,16 @@ def _streaming(module: nn.Module, forward: Callable[[], Any]) -> list[nn.Module]
     with _hooks((member, note) for member in dict.fromkeys(listed)):
         forward()
     nested: set[nn.Module] = set()
-    for member in dict.fromkeys(listed):  # an outer module comes before those inside it
+    for member in dict.fromkeys(listed):  # outer modules come before inner ones
         if member in seen and member not in nested:
             nested.update(set(member.modules()) - {member})
     return [member for member in seen if member not in nested]
 
 
 class _Analysis:
-    """Forwards in which every block gets the stream that it had in the first one, and some modules give other values.
+    """Forwards in which every block gets its input from the first forward, and some modules return other values.
 
-    All blocks are tried at once, so the number of forwards does not grow with their number.
+    All blocks are tested at once, so the number of forwards does not grow with the number of blocks.
     """
 
     def __init__(self, module: nn.Module, blocks: list[nn.Module], forward: Callable[[], Any]) -> None:
@@ -162,7 +162,7 @@ class _Analysis:
         self._forward = forward
         self._owners = matrix_owners(module)
         self._streams: dict[nn.Module, torch.Tensor] = {}
-        self._shapes: dict[nn.Module, torch.Tensor] = {}  # what a module gave in the first forward
+        self._shapes: dict[nn.Module, torch.Tensor] = {}  # a module's output in the first forward
 
     def branches(self) -> list[list[nn.Module]]:
         found = {block: self._children(block) for block in self._blocks}
@@ -178,16 +178,16 @@ class _Analysis:
     def _children(self, module: nn.Module) -> list[nn.Module]:
         found: list[nn.Module] = []
         for child in module.children():
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # is not called itself
+            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):  # never called itself
                 found += self._children(child)
             elif not self._owners.isdisjoint(child.modules()):
                 found.append(child)
         return found
 
     def _descend(self, found: dict[nn.Module, list[nn.Module]]) -> bool:
-        """Replace candidates that add the stream to their output by those inside them; whether there were any.
+        """Replace candidates that add the stream to their output with those inside them; returns whether any did.
 
-        Such a candidate gives a value that differs among tokens though all matrices inside it give zero.
+        The output of such a candidate differs between tokens even if all matrices inside it return zero.
         """
         candidates = {c: block for block, of_block in found.items() for c in of_block}
         zeros: dict[nn.Module, torch.Tensor | None] = {}
@@ -215,7 +215,7 @@ class _Analysis:
         return changed
 
     def _drop_swallowed(self, found: dict[nn.Module, list[nn.Module]]) -> None:
-        """Drop candidates whose output goes through another one: with that at zero, nothing of it is left."""
+        """Drop candidates whose output passes through another one, and so vanishes when the other returns zero."""
         zeros = {c: None for of_block in found.values() for c in of_block}
         without = self._run(zeros, self._blocks)
         kept: dict[nn.Module, list[nn.Module]] = {block: [] for block in found}
@@ -229,7 +229,7 @@ class _Analysis:
         found.update(kept)
 
     def _check(self, found: dict[nn.Module, list[nn.Module]]) -> None:
-        """With all branches at zero the stream is left: no token sees another, and tokens still differ."""
+        """Check that only the stream is left with all branches at zero: tokens differ and do not affect each other."""
         zeros = {c: None for of_block in found.values() for c in of_block}
         without = self._run(zeros, self._blocks)
         changed = {block: value.clone() for block, value in self._streams.items()}
@@ -240,17 +240,17 @@ class _Analysis:
         for block, of_block in found.items():
             name, first = type(block).__name__, without[block].flatten(0, -2)
             if not of_block:
-                raise ValueError(f"layers: {name} has no module whose output it adds, so nothing dropout could act on")
+                raise ValueError(f"layers: {name} adds no module's output, so dropout has nothing to act on")
             if self._differs(first[1:], given[block].flatten(0, -2)[1:], block):
                 raise ValueError(
-                    f"layers: {name} adds something to the residual stream that is no module's output, so dropout "
-                    "would leave it out"
+                    f"layers: {name} adds something to the residual stream that is not a module's output, so "
+                    "dropout would miss it"
                 )
             if not self._differs(first, first[:1], block):
-                raise ValueError(f"layers: {name} adds the residual stream inside a module without parts")
+                raise ValueError(f"layers: {name} adds the residual stream inside a module without submodules")
 
     def _differs(self, a: torch.Tensor, b: torch.Tensor, block: nn.Module) -> bool:
-        """Beyond rounding, entry by entry: in half precision 4 eps of the stream's largest entry hides a branch."""
+        """Whether any entry differs beyond its rounding: in half precision 4 eps of the largest hides a branch."""
         floor = TOLERANCE * (float(self._streams[block].abs().max()) + 1e-30)
         rounding = 4 * torch.finfo(a.dtype).eps
         a, b = a.double(), b.double()
@@ -268,7 +268,7 @@ class _Analysis:
         first: bool = False,
         streams: dict[nn.Module, torch.Tensor] | None = None,
     ) -> dict[nn.Module, torch.Tensor]:
-        """Outputs of ``watched`` in a forward in which modules give what is ``given``, zeros for None."""
+        """Outputs of ``watched`` in a forward in which modules return the values ``given``, zeros for None."""
         outputs: dict[nn.Module, torch.Tensor] = {}
 
         def give(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -308,7 +308,7 @@ class _Analysis:
 
 @contextmanager
 def _hooks(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Context with forward hooks that get keyword arguments."""
+    """Context that registers forward hooks with keyword arguments."""
     with ExitStack() as stack:
         for module, hook in hooks:
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)

@@ -1,4 +1,4 @@
-"""A transformers causal language model, taken apart at its output embedding."""
+"""A transformers causal language model, split at its output embedding."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from acqcore.students.sharding import (
 )  # fmt: skip
 from acqcore.vocab_parallel import summed
 
-#: Largest difference between the model's logits and ours, relative to the largest logit. Both sides see the same hidden
-#: states, so only the product and the map of the logits are rounded differently.
+#: Largest allowed difference between the model's logits and ours, relative to the largest logit. Both use the same
+#: hidden states, so only the product and the logit map are rounded differently.
 PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
-#: Names of the keys and values among a model's arguments and outputs, over the versions of transformers.
+#: Names of the key-value cache in a model's arguments and outputs, across versions of transformers.
 CACHES = ("past_key_values", "cache")
 
 ADVICE = "use acqcore.Student(trunk, head)"
 
-# What was read off a model and whether its logits were compared: a reward called with the model at each step pays for
-# it once.
+# Logit maps of models and whether their logits were verified, so that a reward called with the model at each step pays
+# for both once.
 _MAPS: WeakKeyDictionary[torch.nn.Module, LogitMap] = WeakKeyDictionary()
 _VERIFIED: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
 class CausalLM:
-    """The hidden states and the head of a model; raises as :meth:`acqcore.Student.from_model`."""
+    """The hidden states and the head of a model; errors are those of :meth:`acqcore.Student.from_model`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
@@ -49,20 +49,20 @@ class CausalLM:
         if not hasattr(causal, "config") or embeddings is None or embeddings() is None:
             raise TypeError(
                 f"model: expected a transformers causal language model with an output embedding, got {self.name}; "
-                "acqcore.Student(trunk, head) takes any other"
+                "for any other use acqcore.Student(trunk, head)"
             )
         if getattr(causal.config, "is_encoder_decoder", False):
             raise ValueError(f"model: expected a decoder-only language model, {self.name} is an encoder-decoder")
         self.config = causal.config.get_text_config()
         self.trunk: torch.nn.Module = getattr(causal, getattr(causal, "base_model_prefix", ""), causal)
         self.data_parallel: DataParallel | None = data_parallel(model)
-        # Wrappers that gather parameters must run. torch.compile and DistributedDataParallel need not.
+        # Wrappers that gather parameters must run; torch.compile and DistributedDataParallel can be bypassed.
         self._root = model if self.data_parallel is not None else _runnable(model)
-        # A key-value cache would keep every layer's keys and values for nothing.
+        # A key-value cache would only waste memory.
         accepted = inspect.signature(type(causal).forward).parameters
         self._options = {"use_cache": False} if "use_cache" in accepted else {}
         named = [name for name in CACHES if name in accepted and "use_cache" in accepted]
-        #: Argument that takes keys and values, None if there is none.
+        #: Name of the key-value cache argument, None if there is none.
         self.cache = named[0] if named else None
         self._map = LogitMap()
 
@@ -70,7 +70,7 @@ class CausalLM:
         self,
         input_ids: torch.Tensor,  # [B, T] int64
     ) -> torch.Tensor:
-        """What enters the output embedding, ``[B, T, D]``."""
+        """Input of the output embedding, ``[B, T, D]``."""
         return self._run(input_ids)[0]
 
     def continued(
@@ -78,7 +78,7 @@ class CausalLM:
         input_ids: torch.Tensor,  # [B, T] int64
         cache: Any,
     ) -> tuple[torch.Tensor, Any]:
-        """The same for tokens that follow those of ``cache``, None for none, and the cache after them."""
+        """Like :meth:`hidden` for tokens that follow ``cache``, None for none; also returns the extended cache."""
         hidden, output = self._run(input_ids, options={"use_cache": True, str(self.cache): cache})
         return hidden, getattr(output, str(self.cache))
 
@@ -86,10 +86,10 @@ class CausalLM:
         self,
         input_ids: torch.Tensor,  # [B, T] int64
     ) -> torch.Tensor:
-        """The model's own logits, ``[B, T, V]``; a rank's part of them where the head is sharded."""
+        """The model's own logits, ``[B, T, V]``; only this rank's part if the head is sharded."""
         logits = getattr(self._root(input_ids=input_ids, **self._options), "logits", None)
         if not isinstance(logits, torch.Tensor):
-            raise ValueError(f"model: expected {self.name} to give an object with logits")
+            raise ValueError(f"model: expected {self.name} to return an object with logits")
         return gathered(logits)
 
     def head(self) -> Head:
@@ -100,19 +100,19 @@ class CausalLM:
         return Head(**placed, softcap=self._map.softcap, scale=self._map.scale)
 
     def read_logit_map(self) -> None:
-        """Read scale and softcap of the logits off the model, once per model object.
+        """Determine the scale and softcap of the model's logits, once per model object.
 
         Raises:
-            ValueError: the model changes its logits in another way.
+            ValueError: the model changes its logits in any other way.
         """
         placed = placed_projection(self._causal, self.data_parallel)
         weight = placed["weight"]
         self.vocab_size: int = placed.get("vocab_size", len(weight))
         embedding = getattr(self._causal, "get_input_embeddings", lambda: None)()
         rows = getattr(embedding, "num_embeddings", self.vocab_size)
-        #: Token ids below it may be given.
+        #: Valid token ids are below this.
         self.token_ids = min(self.vocab_size, rows)
-        if weight.device.type == "meta":  # has no values
+        if weight.device.type == "meta":  # no values to probe
             return
         if self._model not in _MAPS:
             _MAPS[self._model] = self._logit_map(Head(**placed))
@@ -125,7 +125,7 @@ class CausalLM:
             known = known.double()
         if self.data_parallel is None:
             columns = torch.arange(self.vocab_size, device=known.device)
-        else:  # hooks of the head, which gather its logits, run
+        else:  # the head's hooks, which gather its logits, run
             columns = torch.arange(len(head.weight), device=known.device) + head.vocab_start
         given = known[columns % len(known)]  # [v]
         ids = torch.arange(4, device=next(self._model.parameters()).device)[None] % self.token_ids
@@ -133,7 +133,7 @@ class CausalLM:
             output = self._run(ids, lambda hidden: given.to(hidden.device).expand(*hidden.shape[:-1], -1))[1]
         except torch.OutOfMemoryError:
             raise
-        except Exception as cause:  # of the model's own code
+        except Exception as cause:  # from the model's own code
             if isinstance(cause, ValueError) and str(cause).startswith("model: "):
                 raise
             raise ValueError(f"model: {self.name} does not run on token ids alone: {cause}") from cause
@@ -158,7 +158,7 @@ class CausalLM:
         """Compare trunk and head with the model's own logits, and check causality, once per model object.
 
         Raises:
-            ValueError: they differ, or a token sees those after it.
+            ValueError: the logits differ, or a token sees later tokens.
         """
         if self._model in _VERIFIED:
             return
@@ -169,14 +169,14 @@ class CausalLM:
             own = self._whole(self.logits(ids), head)
             hidden = gathered(self.hidden(ids))
             ours = head.logits(hidden.to(head.weight.device).flatten(0, 1)).view(*ids.shape, -1)
-            if head.group is not None:  # logits of eight tokens, once a model: all ranks must agree on the verdict
+            if head.group is not None:  # only eight tokens, once per model: all ranks must agree on the verdict
                 ours = _in_vocabulary(ours, head)
         tolerance = max(PROBE_TOLERANCE[hidden.dtype], PROBE_TOLERANCE[head.weight.dtype])
         self._check_product(hidden)
-        advice = f"it changes them in a way that acqcore does not know; {ADVICE}"
+        advice = f"acqcore does not know how it changes them; {ADVICE}"
         if own.shape != ours.shape:
             raise ValueError(
-                f"model: {self.name} gives logits {list(own.shape)} where its trunk and head give "
+                f"model: {self.name} returns logits {list(own.shape)} but its trunk and head give "
                 f"{list(ours.shape)}: {advice}"
             )
         own = own.to(ours)
@@ -188,15 +188,15 @@ class CausalLM:
             )
         before = hidden[:, :-1].double()
         if not float((before[0] - before[1]).abs().max()) <= tolerance * float(before.abs().max()):
-            raise ValueError(f"model: expected a causal language model, in {self.name} a token sees those after it")
+            raise ValueError(f"model: expected a causal language model, in {self.name} a token sees later tokens")
         _VERIFIED[self._model] = True
 
     def _check_product(
         self,
         hidden: torch.Tensor,  # [B, T, D]
     ) -> None:
-        """In half precision the logits' tolerance would let a factor of 1.03 through, on a layer that may change its
-        product: by hooks, or a forward of its own."""
+        """Check the product of an output embedding with hooks or a forward of its own: in half precision, the logits'
+        tolerance would miss a factor of 1.03."""
         layer = unwrapped(self._causal.get_output_embeddings())
         altered = layer._forward_hooks or type(layer).forward is not torch.nn.Linear.forward or "forward" in vars(layer)
         if self.data_parallel is not None or not isinstance(layer, torch.nn.Linear) or not altered:
@@ -208,7 +208,7 @@ class CausalLM:
         error = (layer(hidden).double() - product).abs().max()
         if not bool(error <= torch.finfo(hidden.dtype).eps * product.abs().max()):
             raise ValueError(
-                f"model: the output embedding of {self.name} gives another value than its weight does, by "
+                f"model: the output embedding of {self.name} differs from the product with its weight by "
                 f"{float(error):.3g}; {ADVICE}"
             )
 
@@ -218,8 +218,8 @@ class CausalLM:
         give: Callable[[torch.Tensor], torch.Tensor] = lambda hidden: hidden[..., :1],
         options: Mapping[str, Any] | None = None,
     ) -> tuple[torch.Tensor, Any]:
-        """What enters the output embedding, and the model's output where that gives ``give(hidden)``: one column in
-        place of the logits, which the model may scale or cap.
+        """Input of the output embedding, and the model's output if the embedding returns ``give(hidden)``: by default
+        one column instead of logits, which the model may scale or cap.
 
         Raises:
             ValueError: the output embedding is not called exactly once.
@@ -257,7 +257,7 @@ class CausalLM:
 
 @contextmanager
 def _unhooked(layer: torch.nn.Module) -> Iterator[None]:
-    """Context without the hooks on a layer's output: those of tensor parallelism expect its own logits."""
+    """Context that disables a layer's output hooks: those of tensor parallelism expect its own logits."""
     hooks = layer._forward_hooks
     layer._forward_hooks = type(hooks)()
     try:
@@ -276,7 +276,7 @@ def _innermost(model: Any) -> Any:
 
 
 def _runnable(model: Any) -> Any:
-    """As :func:`_innermost` but for PEFT's wrapper, whose forward may switch adapters by token."""
+    """Like :func:`_innermost`, but keeps PEFT's wrapper, whose forward may switch adapters per token."""
     while True:
         model = unwrapped(model)
         if hasattr(model, "_orig_mod"):
@@ -288,7 +288,7 @@ def _runnable(model: Any) -> Any:
 
 
 def _in_vocabulary(
-    logits: torch.Tensor,  # [B, T, v] of the head's own rows
+    logits: torch.Tensor,  # [B, T, v] for the head's own rows
     head: Head,
 ) -> torch.Tensor:
     """The logits of all ranks, ``[B, T, V]``."""

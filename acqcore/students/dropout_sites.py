@@ -1,4 +1,4 @@
-"""Where dropout acts in a student's trunk: the outputs that its blocks add to the residual stream."""
+"""Dropout sites in a student's trunk: the outputs that its blocks add to the residual stream."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from acqcore.students.student import Student
 class DropoutSites:
     """Modules whose outputs dropout acts on.
 
-    Numbers count over the whole model, so a block has the same masks whatever ``layers`` is.
+    Sites are numbered over the whole model, so a block's masks do not depend on ``layers``.
     """
 
     sites: tuple[tuple[int, nn.Module, float], ...]  # number, module and dropout probability of each
-    before: tuple[nn.Module, ...]  # the blocks in front of the first site
+    before: tuple[nn.Module, ...]  # the blocks before the first site
 
     @classmethod
     def of(cls, student: Student, layers: Layers, dropout: float) -> DropoutSites:
-        """The sites of the last n blocks, of all (``"all"``), or the student's ``nn.Dropout`` modules (``"own"``).
+        """The sites of the last n blocks, of all blocks (``"all"``), or the ``nn.Dropout`` modules (``"own"``).
 
-        ``dropout`` is the probability p for blocks; the modules of ``"own"`` have rates of their own. Functional
-        dropout, such as that of attention weights in transformers, stays off.
+        ``dropout`` is the probability p for blocks; ``"own"`` modules keep their own rates. Functional dropout, such
+        as that of attention weights in transformers, stays off.
 
         Raises:
-            ValueError: fewer blocks than asked for, a block whose branches are no modules, no dropout layer.
+            ValueError: fewer blocks than requested, a block whose branches are not modules, no dropout layer.
         """
         if layers == "own":
             modules = student.trunk.modules() if isinstance(student.trunk, nn.Module) else ()

@@ -1,4 +1,4 @@
-"""The head of a transformers causal language model: its weights with adapters applied, and the map of its logits."""
+"""The head of a transformers causal language model: its weights with adapters applied, and its logit map."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from acqcore import checks
 from acqcore.head import compute_dtype
 from acqcore.students.sharding import DataParallel, gathered, is_dtensor, unwrapped, vocabulary_shard
 
-#: Logits that stand in for the output embedding's own while the model's map of them is read off. The smallest shows
-#: the scale where a cap does not act yet, the largest the cap.
+#: Known logits that replace the output embedding's own to probe the model's logit map. The smallest reveals the scale,
+#: as a cap has no effect on it, the largest the cap.
 KNOWN_LOGITS = (2.0**-14, -50.0, -1.0, 0.0, 1.0, 50.0)
 
-#: Largest deviation of the mapped known logits from scale and cap, relative to their size.
+#: Largest allowed deviation of the mapped known logits from scale and cap, relative to their size.
 MAP_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
 class LogitMap:
-    """What a model makes of the output embedding's product: ``cap(scale * z)``, see :class:`acqcore.Head`."""
+    """How a model transforms the output embedding's product: ``cap(scale * z)``, see :class:`acqcore.Head`."""
 
     scale: float = 1.0
     softcap: float | None = None
-    columns: int | None = None  # logits that the model gives where it leaves out the padding of its vocabulary
+    columns: int | None = None  # number of logits if the model drops the padding of its vocabulary
 
     @classmethod
     def fitted(cls, mapped: torch.Tensor) -> LogitMap | None:
-        """The map that takes ``KNOWN_LOGITS`` to ``mapped [6]``, or None."""
+        """The map from ``KNOWN_LOGITS`` to ``mapped [6]``, or None if none fits."""
         known = torch.tensor(KNOWN_LOGITS, dtype=torch.float64)
         values = mapped.double().cpu()
         tolerance = MAP_TOLERANCE[mapped.dtype]
@@ -59,7 +59,7 @@ def _softcap(linear: float, capped: float) -> float:
 
 
 def _rounded(value: float, tolerance: float) -> float:
-    """The number with the fewest digits that is as good as ``value``: a configuration says 30, not 30.0000002."""
+    """The number with the fewest digits that is close enough to ``value``: configurations say 30, not 30.0000002."""
     for digits in range(1, 7):
         short = float(f"{value:.{digits}g}")
         if abs(short - value) <= tolerance / 10 * abs(value):
@@ -68,8 +68,8 @@ def _rounded(value: float, tolerance: float) -> float:
 
 
 def placed_projection(model: Any, spread: DataParallel | None) -> dict[str, Any]:
-    """Arguments of ``Head`` for the output embedding: weight ``[V, D]``, bias ``[V]``, and its shard. A collective
-    where parameters are spread over the ranks of ``spread``."""
+    """Arguments of ``Head`` for the output embedding: weight ``[V, D]``, bias ``[V]`` and shard. A collective if
+    ``spread`` shards the parameters over ranks."""
     layer = unwrapped(model.get_output_embeddings())
     if spread is None:
         weight, bias = _projection(layer)
@@ -96,7 +96,7 @@ def _projection(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | No
         kind = checks.describe(weight) if type(weight) is torch.nn.Parameter else type(weight).__name__
         raise ValueError(
             f"model: the weight of its output embedding is {kind}, expected a floating-point tensor; "
-            "leave the head out of the quantisation"
+            "exclude the head from quantisation"
         )
     return weight, layer.bias
 

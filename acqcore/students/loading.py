@@ -1,4 +1,4 @@
-"""What ``Student.load`` is asked for, checked before transformers looks for it on the hub."""
+"""Loads models and tokenizers; arguments are checked before transformers searches the hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from acqcore import checks
 from acqcore.students.sharding import loading_whole
 
-#: Dtypes of weights that the commands offer.
+#: Weight dtypes that the commands offer.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "merges.txt", "*.tiktoken")
@@ -21,7 +21,7 @@ def check_request(path: str, dtype: object, device: object) -> None:
     """Check the arguments of ``Student.load``.
 
     Raises:
-        ValueError: a path without a model, a dtype that is none or not of floating point, a device that is not here.
+        ValueError: a path without a model, an unknown or non-floating-point dtype, an unavailable device.
         TypeError: a dtype that is neither a name nor a torch.dtype.
     """
     folder = Path(path)
@@ -46,7 +46,7 @@ def _checked_path(path: object) -> str:
 
 
 def load_model(path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, kind: Any = None) -> Any:
-    """A transformers model on the CPU, whole even in a run that shards its models.
+    """Load a transformers model on the CPU, unsharded even in a run that shards its models.
 
     Args:
         path: folder or hub id, as for ``from_pretrained``.
@@ -54,7 +54,7 @@ def load_model(path: str | os.PathLike[str], dtype: torch.dtype | str | None = N
         kind: the class whose ``from_pretrained`` loads it; by default ``AutoModelForCausalLM``.
 
     Raises:
-        OSError: no such model. TypeError: a path that is none. ValueError: an unknown dtype.
+        OSError: no such model. TypeError: path is neither text nor a path. ValueError: an unknown dtype.
     """
     from transformers import AutoModelForCausalLM
 
@@ -67,14 +67,14 @@ def load_model(path: str | os.PathLike[str], dtype: torch.dtype | str | None = N
             if os.path.isdir(path):
                 raise
             told = str(error).strip().splitlines()[0]
-            raise OSError(f"{path!r} is no folder here, and the hub did not give it: {told}") from error
+            raise OSError(f"{path!r} is not a local folder and did not load from the hub: {told}") from error
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
-    """The tokenizer beside a model; None where a folder has no file of one.
+    """Load the tokenizer stored with a model; None if a folder has no tokenizer files.
 
     Raises:
-        ValueError: there is one that does not load. TypeError: a path that is none.
+        ValueError: the tokenizer does not load. TypeError: path is neither text nor a path.
     """
     from transformers import AutoTokenizer
 
@@ -83,6 +83,6 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # of any file that is broken
+    except Exception as error:  # a broken file may raise anything
         told = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"student: the tokenizer of {path} does not load: {told}") from error

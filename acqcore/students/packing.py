@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from acqcore import checks
 from acqcore.students.samples import Row
 
-# Fixed cost of a batch, in tokens: saving a batch is worth this much padding. cuda: a guess for the kernel launches of
-# some tens of layers, not measured.
+# Fixed cost of a batch in tokens: avoiding a batch is worth this much padding. cuda: an unmeasured guess for the kernel
+# launches of a few dozen layers.
 OVERHEAD_TOKENS = {"cpu": 64, "cuda": 2048}
 
 
@@ -24,14 +24,14 @@ def partition(
     starts: Sequence[int] | None = None,  # [n], each below the length
     repeats: int = 0,
 ) -> list[list[int]]:
-    """Indices of the samples of each batch, which is padded to its longest sample; its samples are of one group.
+    """Sample indices of each batch. A batch is padded to its longest sample and never mixes groups.
 
-    Samples are sorted by length, longest first, so that running out of memory happens early, and cut into contiguous
-    runs of at most ``batch_tokens`` padded tokens; a longer sample gets its own batch. Dynamic programming minimizes
-    the padded tokens plus ``overhead`` per batch. The sort is stable, so the result is a function of the arguments.
+    Samples are sorted by length, longest first, so that memory runs out early if at all, and cut into contiguous runs
+    of at most ``batch_tokens`` padded tokens; a longer sample gets its own batch. Dynamic programming minimizes the
+    padded tokens plus ``overhead`` per batch. The sort is stable, so the result depends only on the arguments.
 
-    With ``starts`` a batch's tokens from its earliest start on are computed ``repeats`` times more, which counts too;
-    samples are then sorted by start first, latest first, so that a short prompt does not lengthen the others' part.
+    With ``starts``, a batch's tokens from its earliest start on are computed ``repeats`` more times, which adds to its
+    cost. Samples are then sorted by start first, latest first, so a short prompt does not lengthen others' repeats.
     """
     if groups is not None and len(set(groups)) > 1:
         batches = []
@@ -56,7 +56,7 @@ def partition(
         longest = np.maximum.accumulate(ends[i : i + most])
         most = max(1, int((sizes[:most] * longest <= batch_tokens).sum()))
         longest = longest[:most]
-        again = repeats * (longest - begins[i : i + most])  # the last of a run starts first
+        again = repeats * (longest - begins[i : i + most])  # the last sample of a run starts first
         total = cost[i + 1 : i + 1 + most] + sizes[:most] * (longest + again)
         best = int(total.argmin())
         first[i] = best + 1
@@ -70,8 +70,8 @@ def partition(
 
 
 def collate(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids ``[B, T]`` padded on the right; for the N scored tokens the flat positions of their predecessors, the
-    tokens, and the samples' offsets ``[B + 1]``."""
+    """Right-padded token ids ``[B, T]``; for the N scored tokens, the flat positions of their predecessors, the tokens
+    themselves, and the samples' offsets ``[B + 1]``."""
     input_ids = pad_sequence([row.ids for row in rows], batch_first=True)
     targets = pad_sequence([row.targets for row in rows], batch_first=True, padding_value=checks.IGNORE_INDEX)
     of_row = targets.ne(checks.IGNORE_INDEX)

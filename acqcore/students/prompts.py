@@ -1,7 +1,7 @@
-"""Runs prompts apart from completions: where noise acts on completions alone, prompts need no graph.
+"""Runs prompts separately from completions: if noise acts only on completions, prompts need no autograd graph.
 
-A student is causal, so a gradient in the activations of a completion never passes through its prompt. The prompt runs
-first, without a graph, and leaves keys and values; the completion runs on them. Values are those of one forward.
+A student is causal, so a gradient in a completion's activations never passes through its prompt. The prompt runs first,
+without a graph, and fills a key-value cache; the completion runs on that cache. Values equal those of one forward.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-#: Tokens of the row on which the two parts are compared with one forward, and where it is cut.
+#: Tokens of the test row, on which the two parts are compared with one forward, and the position of the cut.
 LENGTH, CUT = 8, 3
 
-#: Largest difference of the two, relative to the largest hidden state.
+#: Largest allowed difference between the two, relative to the largest hidden state.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
-# Module -> whether its forward may be cut: a reward called at each step pays for the comparison once.
+# Module -> whether its forward may be cut, so that a reward called at each step pays for the comparison once.
 _KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 #: Token ids ``[B, T]`` and a cache or None -> hidden states ``[B, T, D]`` and the cache after them.
@@ -33,7 +33,7 @@ def may_cut(
     whole: Callable[[torch.Tensor], torch.Tensor],  # ids [B, T] -> hidden states [B, T, D]
     ids: torch.Tensor,  # [1, LENGTH] int64
 ) -> bool:
-    """Whether the two parts of ``ids`` give the hidden states that one forward gives."""
+    """Whether running ``ids`` in two parts gives the same hidden states as one forward."""
     if module not in _KNOWN:
         _KNOWN[module] = _agree(continued, whole(ids), ids)
     return _KNOWN[module]
@@ -44,7 +44,7 @@ def _agree(continued: Continued, expected: torch.Tensor, ids: torch.Tensor) -> b
         found = in_parts(continued, ids, CUT)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # of the student's own code, which may not take its own cache
+    except Exception:  # from the student's own code, which may not accept its own cache
         return False
     error = (found.double() - expected.double()).abs().max()
     return bool(error <= TOLERANCE[expected.dtype] * expected.double().abs().max())
@@ -56,7 +56,7 @@ def in_parts(
     start: int,
     within: AbstractContextManager[Any] | None = None,
 ) -> torch.Tensor:
-    """Hidden states ``[B, T, D]``, those before ``start`` without a graph; the rest runs in the context ``within``."""
+    """Hidden states ``[B, T, D]``. Tokens before ``start`` run without a graph, the rest in the context ``within``."""
     with torch.no_grad():
         before, cache = continued(input_ids[:, :start], None)
     with within or nullcontext():

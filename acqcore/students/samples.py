@@ -13,11 +13,11 @@ tensors ``{"input_ids", ...}``         labels other than -100, else every real t
 
 The whole text is tokenized at once: tokens of joined pieces may differ from those the model sees. The completion begins
 with the first token whose span ends after the prompt, so a token across the boundary is scored. A table with these
-columns (``datasets.Dataset``, pandas, polars, Arrow, a mapping of lists) is a list of its rows. A number is its text,
-and other keys and columns are not read, except ``tools`` and ``chat_template_kwargs`` of conversations, which go to the
-chat template. Of a conversation the reply alone is scored, or it is refused, as where a template leaves out its
-reasoning, or where there are images; a template that marks what the assistant generates decides which of its tokens.
-Rows from :func:`encode` are samples too.
+columns (``datasets.Dataset``, pandas, polars, Arrow, a mapping of lists) counts as a list of its rows. Numbers become
+text. Other keys and columns are ignored, except ``tools`` and ``chat_template_kwargs`` of conversations, which go to
+the chat template. Only a conversation's reply is scored, or only its tokens that the template marks as generated. A
+conversation is rejected if its reply cannot be scored in full, as where the template omits its reasoning, or if it
+contains images. Rows from :func:`encode` are samples too.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Row:
     Attributes:
         ids: ``[T]`` int64.
         targets: ``[T]`` int64, aligned with ``ids``: the token at this position if it is scored, else -100. The first
-            is always -100, as nothing predicts it.
+            is always -100, as no token predicts it.
     """
 
     ids: torch.Tensor
@@ -68,7 +68,7 @@ class Row:
 
     @property
     def first(self) -> int:
-        """Position of the token that predicts the first scored one; of a row that has one."""
+        """Position of the token that predicts the first scored one; requires a scored token."""
         return int((self.targets != checks.IGNORE_INDEX).int().argmax()) - 1
 
 
@@ -82,7 +82,7 @@ class _Text:
     text: str
     boundary: int
     has_special_tokens: bool  # written by a chat template
-    generated: list[int] | None = None  # of each token 1 if the template marks it as the assistant's
+    generated: list[int] | None = None  # per token, 1 if the template marks it as the assistant's
 
 
 @standard_defaults()
@@ -98,17 +98,17 @@ def encode(
     """Tokenized samples, in order.
 
     Args:
-        samples: of one of the kinds above, or rows from an earlier call.
+        samples: all of one kind above, or rows from an earlier call.
         tokenizer: a transformers tokenizer; not needed for tensors.
-        vocab_size: upper bound of the ids.
-        limit: maximum tokens that the student takes, or None.
-        max_length: truncate to this many tokens: first the oldest context, down to the token that predicts the first
-            scored one, then the end.
+        vocab_size: exclusive upper bound of the token ids.
+        limit: maximum number of tokens that the student accepts, or None.
+        max_length: truncate to this many tokens, dropping first the oldest context, down to the token that predicts the
+            first scored one, then the end.
         errors: if given, a bad sample becomes an empty row and an entry ``index -> message`` instead of raising.
 
     Raises:
         TypeError: samples of an unknown kind or of several kinds, a missing tokenizer.
-        ValueError: a sample with nothing to score, or longer than the student takes; names its index.
+        ValueError: a sample with nothing to score, or too long for the student; the message names its index.
     """
     checks.max_length(max_length, limit)
     if isinstance(samples, Mapping) and (
@@ -120,7 +120,7 @@ def encode(
         encoded = [sample for sample in given if isinstance(sample, Row)]
         rows = encoded if len(encoded) == len(given) else _tokenize(_texts(given, tokenizer, errors), tokenizer, errors)
 
-    # All rows at once; one by one only to name the bad one.
+    # Check all rows at once, and one by one only to name a bad one.
     every = torch.cat([row.ids for row in rows]) if rows else EMPTY.ids
     known = bool(((every >= 0) & (every < vocab_size)).all())
 
@@ -160,7 +160,7 @@ def _attempt(index: int, errors: dict[int, str] | None, step: Callable[..., T], 
 
 
 def _kind(index: int, sample: object) -> tuple[str, ...]:
-    """The keys that make a sample's kind; none for a string."""
+    """The keys that define a sample's kind; none for a string."""
     if isinstance(sample, str):
         return ()
     got = checks.describe(sample)
@@ -175,7 +175,7 @@ def _texts(samples: list[Sample], tokenizer: Any, errors: dict[int, str] | None)
     if not samples:
         return []
     if tokenizer is None:
-        raise TypeError("tokenizer: samples of text need one, got none; pass tokenizer= or a student loaded by path")
+        raise TypeError("tokenizer: text samples require one, got none; pass tokenizer= or load the student by path")
     if not callable(tokenizer) or not hasattr(tokenizer, "apply_chat_template"):
         raise TypeError(f"tokenizer: expected a transformers tokenizer, got {checks.describe(tokenizer)}")
     kinds = [_attempt(i, errors, _kind, i, sample) for i, sample in enumerate(samples)]
@@ -194,7 +194,7 @@ def _text(index: int, sample: Any, kind: tuple[str, ...], first: tuple[str, ...]
     if kind != () and kind != ("messages",) and not isinstance(plain(sample[kind[0]]), list):
         for key in BESIDE:
             if sample.get(key):
-                raise ValueError(f"samples[{index}]: {key}: only conversations have a template that takes it")
+                raise ValueError(f"samples[{index}]: {key}: only conversations have a chat template that uses it")
     if kind == ():
         return _Text(sound(index, "text", sample), 0, False)
     values = [plain(sample[key]) for key in kind]
@@ -225,11 +225,11 @@ def _text(index: int, sample: Any, kind: tuple[str, ...], first: tuple[str, ...]
 def _conversation(
     index: int, context: Sequence[Message], reply: Sequence[Message], tokenizer: Any, options: Mapping[str, Any]
 ) -> _Text:
-    """The rendered conversation, and where its reply is."""
+    """The rendered conversation and the start of its reply."""
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("tokenizer: messages need a chat template, this tokenizer has none")
+        raise ValueError("tokenizer: messages require a chat template, this tokenizer has none")
     if not context:
-        raise ValueError(f"samples[{index}]: expected a message before the one that is scored, got none")
+        raise ValueError(f"samples[{index}]: expected a message before the scored one, got none")
     if not any(message.get("content") or message.get("tool_calls") for message in reply):
         raise ValueError(f"samples[{index}]: the completion is empty, there is nothing to score")
 
@@ -239,7 +239,7 @@ def _conversation(
 
 
 def _tokenize(texts: Sequence[_Text], tokenizer: Any, errors: dict[int, str] | None) -> list[Row]:
-    """Rows of ``texts``: all at once, and one by one where the tokenizer refuses that."""
+    """Tokenize ``texts`` all at once, or one by one if the tokenizer raises."""
     rows = [EMPTY] * len(texts)
     for has_special_tokens in (False, True):
         picked = [i for i, text in enumerate(texts) if text.has_special_tokens == has_special_tokens and text.text]
@@ -258,11 +258,11 @@ def _alone(index: int, text: _Text, tokenizer: Any) -> Row:
     try:
         return _tokenized([text], tokenizer)[0]
     except Exception as error:
-        raise ValueError(f"samples[{index}]: the tokenizer refuses it: {type(error).__name__}: {error}") from error
+        raise ValueError(f"samples[{index}]: the tokenizer rejects it: {type(error).__name__}: {error}") from error
 
 
 def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
-    """Rows of ``texts``, which all have special tokens or none has."""
+    """Tokenize ``texts``; either all of them or none have special tokens."""
     add = not texts[0].has_special_tokens
     options = {"add_special_tokens": add, "return_attention_mask": False, "verbose": False}
     whole = [text.text for text in texts]
@@ -276,13 +276,13 @@ def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
         )
     else:
         batch = tokenizer(whole, **options)
-        # Without offsets: the ids that the whole text shares with its context.
+        # Without offsets: the completion starts after the ids that the whole text shares with its context.
         alone = tokenizer([text.text[: text.boundary] for text in texts], **options)["input_ids"]
         starts = map(common_length, batch["input_ids"], alone)
     rows = []
     for ids, start in zip(map(torch.tensor, batch["input_ids"]), starts, strict=True):
         targets = ids.clone()
-        targets[: max(start, 1)] = checks.IGNORE_INDEX  # nothing predicts the very first
+        targets[: max(start, 1)] = checks.IGNORE_INDEX  # no token predicts the first one
         rows.append(Row(ids, targets))
     if any(len(ids) > 1 and (ids[0] == ids[1] or ids[-1] == ids[-2]) for ids in batch["input_ids"]):
         added = tokenizer([""], **options)["input_ids"][0]
@@ -291,10 +291,10 @@ def _tokenized(texts: Sequence[_Text], tokenizer: Any) -> list[Row]:
 
 
 def _once(row: Row, added: Sequence[int], tokenizer: Any) -> Row:
-    """The row without a special token that the text begins or ends with and the tokenizer adds once more.
+    """The row without a special token that the tokenizer adds to a text that already begins or ends with it.
 
     Args:
-        added: what the tokenizer makes of an empty text.
+        added: token ids of an empty text.
     """
     ids, names = row.ids, [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "cls", "eos", "sep")]
     if len(added) == 0 or len(ids) < 2:
@@ -309,7 +309,7 @@ def _once(row: Row, added: Sequence[int], tokenizer: Any) -> Row:
 
 
 def _marked(row: Row, text: _Text) -> Row:
-    """The row of which only tokens that the template marks are scored."""
+    """The row with only those tokens scored that the template marks."""
     if text.generated is None or len(text.generated) != len(row.ids):
         return row
     marks = torch.tensor(text.generated, dtype=torch.bool)

@@ -4,9 +4,9 @@
   the vocabulary stays sharded (``Head(group=)``); with any other placement it is gathered.
 - Data parallel (FSDP2, FSDP1, ZeRO-3): each rank has its own samples, and parameters are gathered where they are used.
   A merge over the vocabulary would mix rows of different samples, so the head is gathered. Every forward is a
-  collective, so all ranks run equally many: :meth:`DataParallel.in_step`.
+  collective, so all ranks run the same number: :meth:`DataParallel.in_step`.
 
-Models that are not sharded import and run nothing of this.
+Models that are not sharded neither import nor run any of this.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-# Held while the globals of transformers and the environment are replaced: threads would restore each other's.
+# Held while globals of transformers and the environment are replaced, lest threads restore each other's.
 _loading = threading.RLock()
 
 
 def is_dtensor(value: object) -> bool:
-    """Whether a tensor is a DTensor; nothing is, unless the module was imported."""
+    """Whether a value is a DTensor; always False unless the DTensor module was imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor of a DTensor, by a collective unless it is replicated; any other tensor itself."""
+    """The whole tensor of a DTensor, by a collective unless it is replicated; other tensors are returned unchanged."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
@@ -43,7 +43,7 @@ def vocabulary_shard(
 ) -> dict[str, Any]:
     """Arguments of ``Head``: the whole weight, or this rank's shard and its group.
 
-    A shard is a DTensor split into rows along one dimension of its mesh and replicated along the others.
+    A weight stays sharded if it is a DTensor split by rows along one mesh dimension and replicated along the others.
     """
     if not is_dtensor(weight):
         return {"weight": weight, "bias": None if bias is None else gathered(bias)}
@@ -52,7 +52,7 @@ def vocabulary_shard(
     by_rows = sys.modules["torch.distributed.tensor"].Shard(0)
     if [placements[i] for i in cut] != [by_rows]:
         return {"weight": gathered(weight), "bias": None if bias is None else gathered(bias)}
-    # As torch.chunk: ranks at the end may have fewer rows, or none.
+    # As with torch.chunk, the last ranks may have fewer rows, or none.
     size = -(-weight.shape[0] // mesh.size(cut[0]))
     start = min(size * mesh.get_local_rank(cut[0]), weight.shape[0])
     if bias is not None and is_dtensor(bias):
@@ -95,11 +95,11 @@ class DataParallel(ABC):
 
     @contextmanager
     def in_step(self, idle: Callable[[], Any]) -> Iterator[None]:
-        """Context whose forwards begin with ``step(True)``. On exit, also by an error, ``idle`` runs as long as another
-        rank has a forward to run.
+        """Context whose forwards begin with ``step(True)``. On exit, even after an error, ``idle`` runs as long as
+        another rank has a forward to run.
 
         Raises:
-            RuntimeError: another rank raised, and would not take part in further collectives.
+            RuntimeError: another rank raised an error, so it takes no part in further collectives.
         """
         failed = True
         try:
@@ -110,11 +110,11 @@ class DataParallel(ABC):
                 idle()
             self.rest()
         if state[1]:
-            raise RuntimeError("student: another rank of those that share its parameters raised an error in this call")
+            raise RuntimeError("student: another rank that shares its parameters raised an error in this call")
 
 
 class Fsdp2(DataParallel):
-    """``torch.distributed.fsdp.fully_shard``; with tensor parallelism inside or not."""
+    """``torch.distributed.fsdp.fully_shard``, with or without tensor parallelism inside."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -131,7 +131,7 @@ class Fsdp2(DataParallel):
         yield
 
     def rest(self) -> None:
-        """The root keeps gathered parameters for a backward that does not come; a later step would make them stale."""
+        """The root keeps parameters gathered for a backward that never comes; a later step would make them stale."""
         for module in self.model.modules():
             if isinstance(module, sys.modules["torch.distributed.fsdp"].FSDPModule):
                 module.reshard()
@@ -146,7 +146,7 @@ class Fsdp1(DataParallel):
     @contextmanager
     def whole(self, layer: nn.Module) -> Iterator[None]:
         units = self._units()
-        # From the outermost to the innermost.
+        # Outermost to innermost.
         owners = [unit for unit in units if any(module is layer for module in unit.modules())]
         with ExitStack() as stack:
             # The root first: it marks the other units as nested.
@@ -171,7 +171,7 @@ class Zero3(DataParallel):
 
 
 def data_parallel(model: nn.Module) -> DataParallel | None:
-    """How a model is sharded over ranks with different samples, None if it is not."""
+    """The model's sharding over ranks with different samples, None if it has none."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return Zero3(model)
@@ -188,7 +188,7 @@ def is_fsdp1(module: nn.Module) -> bool:
 
 
 def unwrapped(module: nn.Module) -> Any:
-    """The module inside sharding wrappers: FSDP1's, DeepSpeed's engine."""
+    """The module inside sharding wrappers (FSDP1, DeepSpeed's engine)."""
     deepspeed = sys.modules.get("deepspeed")
     while is_fsdp1(module) or (deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine)):
         module = module.module  # type: ignore[assignment]
@@ -196,13 +196,13 @@ def unwrapped(module: nn.Module) -> Any:
 
 
 def matrix_owners(model: nn.Module) -> set[nn.Module]:
-    """The modules that own a parameter of two or more dimensions, however it is sharded."""
+    """The modules that own a parameter of two or more dimensions, sharded or not."""
     owners = set()
     for module in model.modules():
         if any(len(getattr(p, "ds_shape", p.shape)) >= 2 for p in module._parameters.values() if p is not None):
             owners.add(module)
         flat: Any = module._flat_param if is_fsdp1(module) else None
-        if flat is not None:  # FSDP1 keeps the shapes of flattened parameters nowhere else
+        if flat is not None:  # the only place where FSDP1 keeps shapes of flattened parameters
             for info, shape in zip(flat._param_infos, flat._shapes, strict=True):
                 if len(shape) >= 2:
                     owners.add(info.module)
@@ -211,7 +211,7 @@ def matrix_owners(model: nn.Module) -> set[nn.Module]:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Context in which a module has another forward; its hooks still run."""
+    """Context that replaces a module's forward; its hooks still run."""
     own = module.__dict__.get("forward")  # set on the instance by accelerate and others
     module.forward = forward
     try:
@@ -227,7 +227,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 def loading_whole() -> Iterator[None]:
     """Context in which transformers loads whole models on every rank.
 
-    In a ZeRO-3 run transformers shards every model it loads, by a global configuration. Under accelerate's FSDP with
+    In a ZeRO-3 run, a global configuration makes transformers shard every model. Under accelerate's FSDP with
     ``FSDP_CPU_RAM_EFFICIENT_LOADING`` only the first rank of a node gets the weights. Both settings are restored on
     exit. Threads take turns.
     """

@@ -1,4 +1,4 @@
-"""The student: a trunk that gives hidden states, and the head on top of it."""
+"""The student: a trunk that computes hidden states, and the head on top of it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from acqcore.students.sharding import DataParallel, gathered, is_dtensor
 
 
 class Student:
-    """A causal language model split into a trunk, which gives hidden states, and the head, which gives logits.
+    """A causal language model split into a trunk, which computes hidden states, and a head, which computes logits.
 
     Args:
-        trunk: maps ``input_ids [B, T]`` int64 to hidden states ``[B, T, D]``, or to an object with them as
-            ``last_hidden_state``, after the final norm. Must be causal: it gets no attention mask.
+        trunk: maps ``input_ids [B, T]`` int64 to hidden states ``[B, T, D]`` after the final norm, or to an object
+            with them as ``last_hidden_state``. Must be causal, as it gets no attention mask.
         head: the last layer.
         tokenizer: default for ``score``.
         max_length: maximum tokens per sample; None for no limit.
@@ -47,7 +47,7 @@ class Student:
         self.max_length = max_length
         self._find_head: Callable[[], Head] = lambda: head
         self._vocab_size = head.vocab_size
-        # A key-value cache would keep every layer's keys and values for nothing.
+        # A key-value cache would only waste memory.
         options = {"use_cache": False} if hasattr(getattr(trunk, "config", None), "use_cache") else {}
         self._forward: Callable[[torch.Tensor], Any] = lambda input_ids: trunk(input_ids, **options)
         self._logits: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -62,25 +62,25 @@ class Student:
     def from_model(cls, model: torch.nn.Module, *, tokenizer: Any = None, verify: bool = True) -> Student:
         """The student inside a transformers causal language model, or a PEFT model around one.
 
-        Its hidden states are what enters the output embedding when the model runs, PEFT wrapper included. The scale and
-        the softcap of the logits are read off the model: its output embedding gives known values in one forward.
+        Its hidden states are the output embedding's input when the model runs, PEFT wrapper included. The scale and
+        softcap of the logits are determined by one forward in which the output embedding returns known values.
 
-        Parameters are shared with the model: the student follows it in training. Sharded models stay sharded:
+        Parameters are shared with the model, so the student follows its training. Sharded models stay sharded:
 
         - Tensor parallel (transformers' ``tp_plan``, DTensors): all ranks score the same samples. A head sharded along
           the vocabulary is not gathered.
-        - FSDP2, FSDP1 and ZeRO-3, as the trainer wraps them: each rank scores its own samples, any number of them, and
-          all ranks call together. The head is gathered once per call.
+        - FSDP2, FSDP1 and ZeRO-3, as the trainer wraps them: each rank scores its own samples, any number of them, but
+          all ranks must call together. The head is gathered once per call.
 
         Args:
-            model: any ``...ForCausalLM``; LoRA layers and ``modules_to_save`` are applied, on the head too.
+            model: any ``...ForCausalLM``; LoRA layers and ``modules_to_save`` are applied, including those of the head.
             tokenizer: default for ``score``.
             verify: compare the model's logits with those of trunk and head on a few tokens, once per model object.
 
         Raises:
             TypeError: not a module with an output embedding.
             ValueError: an encoder-decoder, an unknown adapter on the head, a quantised output embedding, logits that
-                are no scaled and capped product, a model that is not causal.
+                are not a scaled and capped product, a model that is not causal.
         """
         checks.module("model", model)
         causal = CausalLM(model)
@@ -117,7 +117,7 @@ class Student:
 
         Raises:
             ModuleNotFoundError: transformers is not installed. OSError: no such model (from transformers).
-            ValueError: a path without a model, an unknown dtype, a device that is not here, a broken tokenizer.
+            ValueError: a path without a model, an unknown dtype, an unavailable device, a broken tokenizer.
         """
         checks.installed("transformers", f"loading {str(path)!r}", "train")
         path = os.fspath(path)
@@ -129,8 +129,8 @@ class Student:
 
     @property
     def head(self) -> Head:
-        """The current head. An unmerged adapter is added to its weight, in a ``[V, D]`` copy. Under FSDP and ZeRO-3 the
-        head is gathered, a collective."""
+        """The current head. An unmerged adapter is added to a ``[V, D]`` copy of its weight. Under FSDP and ZeRO-3 the
+        head is gathered by a collective."""
         return self._find_head()
 
     @property
@@ -147,7 +147,7 @@ class Student:
 
     @property
     def device(self) -> torch.device:
-        """Device of the token ids: that of the trunk's first parameter, else of the head."""
+        """Device of the token ids: that of the trunk's first parameter, else the head's."""
         for module in (self.trunk, self._module):
             if isinstance(module, torch.nn.Module):
                 for parameter in module.parameters():
@@ -156,21 +156,21 @@ class Student:
 
     @property
     def blocks(self) -> list[torch.nn.Module]:
-        """The transformer blocks in the order in which they run; may be empty. Found by a forward of a few tokens, once
-        per model: modules of a list that take and give the residual stream."""
+        """The transformer blocks in execution order; may be empty. They are the list members that take and return the
+        residual stream, found by a forward of a few tokens, once per model."""
         return self._blocks.found(self._few_tokens)
 
     @property
     def branches(self) -> list[list[torch.nn.Module]]:
-        """Of each block the modules whose outputs it adds to the residual stream, found with the blocks.
+        """For each block, the modules whose outputs it adds to the residual stream, found with the blocks.
 
         Raises:
-            ValueError: a block adds something to the stream that is no module's output.
+            ValueError: a block adds something to the stream that is not a module's output.
         """
         return self._blocks.branches(self._few_tokens)
 
     def may_skip(self, count: int, check: Callable[[], bool]) -> bool:
-        """Whether the first ``count`` blocks may give a stored output, as ``check`` finds once per model."""
+        """Whether the first ``count`` blocks may return a stored output; ``check`` decides, once per model."""
         return self._blocks.skippable(count, self._few_tokens, check)
 
     def _few_tokens(self) -> None:
@@ -185,7 +185,7 @@ class Student:
         """Final hidden states ``[B, T, D]`` of one forward.
 
         Raises:
-            TypeError: the trunk gave neither a tensor nor an object with ``last_hidden_state``.
+            TypeError: the trunk returned neither a tensor nor an object with ``last_hidden_state``.
             ValueError: its shape is not ``[B, T, D]``.
         """
         if self._data_parallel is not None:
@@ -195,7 +195,7 @@ class Student:
         hidden = output if isinstance(output, torch.Tensor) else getattr(output, "last_hidden_state", None)
         if not isinstance(hidden, torch.Tensor):
             raise TypeError(
-                "trunk: expected it to give a tensor [B, T, D] or an object with last_hidden_state, "
+                "trunk: expected it to return a tensor [B, T, D] or an object with last_hidden_state, "
                 f"got {checks.describe(output)}"
             )
         if hidden.dim() != 3 or hidden.shape[:2] != input_ids.shape:
@@ -211,15 +211,15 @@ class Student:
         start: int,
         within: AbstractContextManager[Any],
     ) -> torch.Tensor:
-        """Final hidden states ``[B, T, D]``, those before ``start`` without a graph; the rest runs in ``within``."""
+        """Final hidden states ``[B, T, D]``. Tokens before ``start`` run without a graph, the rest in ``within``."""
         assert self._continued is not None
         self._lengths.reset()
         return prompts.in_parts(self._continued, input_ids, start, within)
 
     @property
     def cuts_prompts(self) -> bool:
-        """Whether :meth:`hidden_after` gives what :meth:`hidden` does, found on a few tokens once per model: not of a
-        trunk without a cache, nor where hidden states depend on the length of what runs at once."""
+        """Whether :meth:`hidden_after` gives the same values as :meth:`hidden`, tested on a few tokens once per model.
+        False for a trunk without a cache, and if hidden states depend on the length of a forward."""
         if self._continued is None or self._module is None or not self._lengths.plain:
             return False
         if self.max_length is not None and self.max_length < prompts.LENGTH:
@@ -229,7 +229,7 @@ class Student:
             return prompts.may_cut(self._module, self._continued, self.hidden, ids)
 
     def length_groups(self, lengths: Sequence[int]) -> list[int]:
-        """Samples may share a batch if this is the same for their lengths; runs a short row where that is not known."""
+        """Group of each length; samples of equal groups may share a batch. Runs a short row if that is unknown."""
         if len(set(lengths)) > 1:
             longest = 1 << (max(lengths) - 1).bit_length()  # a power of two, so that few lengths are ever checked
             if self.max_length is not None:
@@ -240,8 +240,8 @@ class Student:
 
     @contextmanager
     def in_step(self) -> Iterator[None]:
-        """Context for all forwards of a call. Under FSDP and ZeRO-3 every rank runs equally many; ranks that are done
-        run them on one token. A rank that raises waits for the others."""
+        """Context for all forwards of a call. Under FSDP and ZeRO-3 all ranks run the same number; ranks that finish
+        early run the rest on one token. A rank that raises waits for the others."""
         if self._data_parallel is None:
             yield
             return
@@ -256,7 +256,7 @@ class Student:
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """Context in evaluation mode without gradients; each module's training flag is restored."""
+        """Context in evaluation mode without gradients; each module's training flag is restored afterwards."""
         modules = list(self._module.modules()) if self._module is not None else []
         flags = [module.training for module in modules]
         # Set one by one: eval() and train() give every submodule the root's mode, and some classes override them.
@@ -274,10 +274,10 @@ StudentLike: TypeAlias = Student | torch.nn.Module | str | os.PathLike[str]
 
 
 def as_student(student: StudentLike) -> Student:
-    """The Student of a Student, a model, or a path or hub id.
+    """Convert a Student, a model, a path or a hub id to a Student.
 
     Raises:
-        TypeError: none of these. Otherwise as ``Student.from_model`` and ``Student.load``.
+        TypeError: none of these. Other errors are those of ``Student.from_model`` and ``Student.load``.
     """
     if isinstance(student, Student):
         return student

@@ -1,4 +1,4 @@
-"""Samples as a list, whatever holds them: a list, a data set, a table, or a mapping of columns."""
+"""Converts lists, data sets, tables and mappings of columns to lists of samples."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from acqcore import checks
 
-#: Columns that make a sample, or keys of a mapping; the first entry whose columns are present is used.
+#: Columns, or keys of a mapping, that define a sample; the first entry whose columns are all present is used.
 KINDS = (("prompt", "completion"), ("messages",), ("question", "answer"), ("text",))
-#: Columns that a chat template reads beside the messages.
+#: Columns that a chat template reads in addition to the messages.
 BESIDE = ("tools", "chat_template_kwargs")
 _LISTING = ("to_pylist", "to_list", "tolist")
 EXPECTED = (
@@ -20,16 +20,16 @@ EXPECTED = (
 
 
 def kind_of(columns: Any) -> tuple[str, ...] | None:
-    """The first of ``KINDS`` that is present."""
+    """The first of ``KINDS`` whose columns are all present."""
     return next((kind for kind in KINDS if all(key in columns for key in kind)), None)
 
 
 def listed(samples: Any) -> list[Any]:
-    """The samples as a list; of a table only the columns that make them.
+    """The samples as a list; only the columns of a table that define samples are kept.
 
     Raises:
-        TypeError: no list and no table, or a table without such columns.
-        ValueError: columns of different length.
+        TypeError: neither a list nor a table, or a table without such columns.
+        ValueError: columns of different lengths.
     """
     columns = _columns(samples)
     if columns is not None:
@@ -41,8 +41,8 @@ def listed(samples: Any) -> list[Any]:
         for key, values in found.items():
             if values is None:
                 raise TypeError(
-                    f"samples: expected a list of values in column {key!r}, got {checks.describe(samples[key])}; a "
-                    "single sample goes into a list"
+                    f"samples: expected a list of values in column {key!r}, got {checks.describe(samples[key])}; "
+                    "wrap a single sample in a list"
                 )
         return _rows(found)
     values = _list(samples)
@@ -52,7 +52,7 @@ def listed(samples: Any) -> list[Any]:
 
 
 def plain(value: Any) -> Any:
-    """The value with lists in place of NumPy arrays, which pandas reads from nested parquet columns."""
+    """The value with NumPy arrays, which pandas reads from nested parquet columns, converted to lists."""
     if isinstance(value, Mapping):
         return {key: plain(part) for key, part in value.items()}
     if isinstance(value, (str, bytes)):
@@ -63,7 +63,7 @@ def plain(value: Any) -> Any:
 
 
 def _columns(samples: Any) -> list[Any] | None:
-    """Names of a table's columns; None for what is no table."""
+    """Names of a table's columns; None for anything else."""
     if isinstance(samples, Mapping):
         return list(samples)
     names = getattr(samples, "column_names", None)  # datasets, Arrow
@@ -83,7 +83,7 @@ def _rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"samples: expected columns of one length, got {lengths}")
-    # A data set has null where the other rows of a batch have tools.
+    # A data set has null for missing tools if other rows of a batch have them.
     return [
         {key: value for key, value in zip(columns, row, strict=True) if value is not None or key not in BESIDE}
         for row in zip(*columns.values(), strict=True)

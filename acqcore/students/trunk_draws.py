@@ -1,8 +1,8 @@
 """Draws of a student's final hidden states: dropout inside its trunk, or the members of an ensemble.
 
-Dropout in the last n blocks acts on the outputs that each attention and MLP adds to the residual stream, wherever the
-sum is written: ``blocks.py`` finds them. Earlier blocks run once. All draws of the last blocks run as one batch in the
-model's own code, in which the earlier blocks return their stored output. Masks come from ``philox.py``, so a sample's
+Dropout in the last n blocks acts on the outputs that each attention and MLP adds to the residual stream; ``blocks.py``
+finds them wherever the sum is written. Earlier blocks run once. All draws of the last blocks run as one batch through
+the model's own code, with earlier blocks returning their stored output. Masks come from ``philox.py``, so a sample's
 draws depend neither on its batch nor on the backend.
 """
 
@@ -40,13 +40,13 @@ class TrunkDraws:
         self._backend = backend
         self._sites = found.sites
         self._skipped: tuple[nn.Module, ...] = ()
-        # Ranks that run forwards together skip nothing: another rank may be at a forward of all blocks.
+        # Ranks that run forwards together skip nothing: another rank may be running all blocks.
         before, alone = found.before, not student.forwards_are_collective
         if before and alone and student.may_skip(len(before), lambda: self._skipping(before)):
             self._skipped = before
 
     def _skipping(self, before: tuple[nn.Module, ...]) -> bool:
-        """Whether stored outputs can replace the first blocks; not if a later block reads more of them than that."""
+        """Whether a stored output can replace the first blocks; False if a later block reads more of them than that."""
         ids = torch.arange(4, device=self._student.device)[None] % 4
         sites, draws = self._sites, self._draws
         with self._student.scoring(), torch.inference_mode(False):
@@ -112,7 +112,7 @@ class TrunkDraws:
         output = found[0]
         value = first_tensor(output)
         if value is None or value.shape[:2] != input_ids.shape:
-            raise ValueError(f"layers: expected a block to give [B, T, ...], got {checks.describe(value)}")
+            raise ValueError(f"layers: expected a block to return [B, T, ...], got {checks.describe(value)}")
         return with_first(output, value.repeat(self._draws, *[1] * (value.dim() - 1)))
 
     def _after_site(
@@ -125,10 +125,10 @@ class TrunkDraws:
         p: float,
         samples: torch.Tensor,  # [B]
     ) -> Any:
-        """The output of a site with the draws' dropout."""
+        """A site's output with the draws' dropout applied."""
         value = first_tensor(output)
         if value is None:
-            raise ValueError(f"layers: dropout acts on a tensor, {type(module).__name__} gives none")
+            raise ValueError(f"layers: dropout acts on a tensor, {type(module).__name__} returns none")
         rows = self._draws * len(samples)
         columns = value.shape[-1]
         # Some models flatten the tokens before their MLP.

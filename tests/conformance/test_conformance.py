@@ -48,7 +48,7 @@ def test_what_is_not_supported_is_refused_by_name() -> None:
     found = check.check(models.build("cpmant"), models.VOCABULARY)
     assert {verdict.verdict for verdict in found.values()} == {"refused"}
     assert found["scores"].reason == (
-        "model: expected a causal language model, in CpmAntForCausalLM a token sees those after it"
+        "model: expected a causal language model, in CpmAntForCausalLM a token sees later tokens"
     )
 
 
