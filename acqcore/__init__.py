@@ -1,7 +1,7 @@
-"""Acquisition functions of active learning, fused with the language-model head.
+"""Acquisition functions for active learning, fused with the language-model head.
 
 ``acqcore.score(student, samples, acquisitions)`` scores text with a student model;
-``acqcore.row_stats(hidden, head, targets)`` is the one pass beneath it.
+``acqcore.row_stats(hidden, head, targets)`` is the underlying single pass.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ __all__ = [
 
 
 class _CallablePackage(ModuleType):
-    """Calls the function that the package is named after, which would hide its modules if it took its place."""
+    """Makes a package callable as its function of the same name, which would otherwise hide the package's modules."""
 
     def __call__(self):  # type: ignore[no-untyped-def]
         return getattr(self, self.__name__.rpartition(".")[2])()

@@ -2,16 +2,16 @@
 
 K draws of the weights give K distributions ``p_k`` for a row, and their mean ``m = mean_k p_k``. Then
 
-    mutual information        H(m) - mean_k H(p_k) = mean_k KL(p_k || m)     what the draws disagree about: ignorance
-    expected entropy          mean_k H(p_k)                                   what they agree is uncertain: ambiguity
+    mutual information        H(m) - mean_k H(p_k) = mean_k KL(p_k || m)     disagreement between draws: ignorance
+    expected entropy          mean_k H(p_k)                                   uncertainty shared by draws: ambiguity
 
-Each row needs few sums, taken in two visits of the vocabulary as the mean distribution needs every draw's normaliser:
+Each row needs a few sums, and two passes over the vocabulary because the mean distribution needs all normalisers:
 ``expected_entropy``, ``information = sum_v mean_k p log p - m log m``, ``reverse = sum_v m (log m - mean_k log p)``,
-``log_target = log m_y``, ``sum_sq = sum_v m^2``, ``spread = sum_v mean_k p^2 - m^2``. The last four of the sums over v
-are formed from differences that vanish where the draws agree, not from differences of entropies.
+``log_target = log m_y``, ``sum_sq = sum_v m^2``, ``spread = sum_v mean_k p^2 - m^2``. ``information``, ``reverse`` and
+``spread`` are summed from differences that vanish where the draws agree, not from differences of entropies.
 
-Over a vocabulary that ranks share (``Head(group=)``) both visits run in torch on every backend, in bounded tiles: the
-normalisers are merged between them.
+If ranks share the vocabulary (``Head(group=)``), both passes run in torch on every backend, in bounded tiles, because
+the normalisers are merged between them.
 
 Source: BALD (Houlsby et al. 2011), by MC dropout (Gal & Ghahramani 2016; Gal, Islam & Ghahramani 2017).
 """
@@ -39,7 +39,7 @@ FORMS = ("element", "block")
 STATE_ROWS = ("expected_entropy", "information", "reverse", "log_target", "sum_sq", "spread")
 ENTROPY, INFORMATION, REVERSE, LOG_TARGET, SUM_SQ, SPREAD = range(6)
 
-#: Statistics every backend must give; the parity tests go through this list.
+#: Statistics that every backend must provide; the parity tests iterate over this list.
 FIELDS = (
     "mutual_information",
     "predictive_entropy",
@@ -77,7 +77,7 @@ class BayesStats:
 
     @property
     def valid(self) -> torch.Tensor:
-        """``[N]`` bool: the row was scored and has a finite logit and no NaN in every draw."""
+        """``[N]`` bool: the row was scored, and every draw has a finite logit and no NaN."""
         return self.state[ENTROPY].isfinite()
 
     @property
@@ -87,7 +87,7 @@ class BayesStats:
 
     @property
     def predictive_entropy(self) -> torch.Tensor:
-        """``H(m)`` in nats: mutual information and expected entropy together."""
+        """``H(m)`` in nats: mutual information plus expected entropy."""
         return self._field(self.state[ENTROPY] + self._information)
 
     @property
@@ -97,7 +97,7 @@ class BayesStats:
 
     @property
     def variation_ratio(self) -> torch.Tensor:
-        """Share of draws whose most likely token is not the commonest of them, in ``[0, 1 - 1/K]``."""
+        """Share of draws whose most likely token is not the most common one, in ``[0, 1 - 1/K]``."""
         draws = len(self.votes)
         commonest = torch.zeros_like(self.votes[0])
         for vote in self.votes:
@@ -116,10 +116,10 @@ class BayesStats:
 
     @property
     def quadratic_mutual_information(self) -> torch.Tensor:
-        """The same with Renyi-2 entropies, ``log(mean_k sum_v p_k^2 / sum_v m^2)`` in nats, in ``[0, log K]``.
+        """Renyi-2 mutual information, ``log(mean_k sum_v p_k^2 / sum_v m^2)`` in nats, in ``[0, log K]``.
 
-        By Jensen's inequality ``sum m^2 <= mean_k sum p_k^2 <= K sum m^2``: a mean of collision probabilities is taken
-        before the logarithm, as a mean of Renyi entropies has no lower bound of 0.
+        By Jensen's inequality ``sum m^2 <= mean_k sum p_k^2 <= K sum m^2``. Collision probabilities are averaged before
+        taking the logarithm; averaging Renyi entropies instead could give negative values.
         """
         return self._field((self.state[SPREAD].clamp_min(0) / self.state[SUM_SQ]).log1p())
 
@@ -145,20 +145,20 @@ def mutual_information(
     targets: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> BayesStats:
-    """Statistics of ``draws`` MC-dropout draws of each row, dropout acting on the hidden states: the trunk runs once.
+    """Statistics of each row under ``draws`` MC-dropout draws of its hidden state; the trunk runs once.
 
     Args:
         hidden: ``[N, D]`` float32, bfloat16, float16 (float64 on ``eager``); any strides; N may be 0.
         head: the last layer, on the same device.
-        dropout: probability p that a column is dropped; what is kept is divided by ``1 - p``.
+        dropout: probability p that a column is dropped; kept columns are divided by ``1 - p``.
         draws: K, at least 2.
-        form: ``element``: columns drop alone, K products with the head; ``block``: in groups of ``block``, whose
-            partial products are taken once and recombined for each draw, about one product whatever K.
-        block: columns that drop together in the block form; the last block of a row may be short.
-        seed: of the masks, a function of (seed, draw, sample, position in the sample, column): the same on every
-            backend and in every batch.
-        offsets: ``[B + 1]`` int64, sample i being rows ``offsets[i]:offsets[i + 1]``; by default all are one sample.
-        targets: ``[N]`` int64, -100 marks rows to ignore; needed for ``logprob`` alone.
+        form: ``element`` drops columns independently and takes K products with the head; ``block`` drops groups of
+            ``block`` columns, whose partial products are recombined for each draw: about one product for any K.
+        block: columns that drop together in the block form; the last block of a row may be shorter.
+        seed: seed of the masks, which depend only on (seed, draw, sample, position in the sample, column) and so are
+            the same on every backend and in every batch.
+        offsets: ``[B + 1]`` int64; sample i is rows ``offsets[i]:offsets[i + 1]``. By default all rows are one sample.
+        targets: ``[N]`` int64; -100 marks rows to ignore. Only ``logprob`` needs targets.
         backend: as in :func:`acqcore.row_stats`.
 
     Returns:
@@ -188,15 +188,15 @@ def ensemble_stats(
     *,
     backend: str | None = None,
 ) -> BayesStats:
-    """The same statistics of draws in hand: members of an ensemble, or passes of a model under dropout.
+    """The statistics of given draws: members of an ensemble, or passes of a model under dropout.
 
     Args:
         hidden: ``[K, N, D]``, K at least 2; dtypes as in :func:`mutual_information`.
-        heads: one head for all draws, or one each, alike in shape, softcap, scale and dtype.
+        heads: one head for all draws, or one per draw with the same shape, softcap, scale and dtype.
         targets: ``[N]`` int64, -100 ignored, or None.
         backend: as in :func:`acqcore.row_stats`.
 
-    Returns, raises: as :func:`mutual_information`; ValueError for heads that are not alike.
+    Returns, raises: as :func:`mutual_information`; ValueError for heads that differ in these.
     """
     members = (heads,) if isinstance(heads, Head) else tuple(heads)
     for member in members:
@@ -227,7 +227,7 @@ def places(
     hidden: torch.Tensor,  # [N, D]
     offsets: torch.Tensor | None,  # [B + 1]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample of each row and position in it, ``[N]`` int64 each."""
+    """Sample index of each row and its position in the sample, ``[N]`` int64 each."""
     row = torch.arange(len(hidden), device=hidden.device)
     if offsets is None:
         return torch.zeros_like(row), row
@@ -253,7 +253,7 @@ def _mixture_stats(
     state = torch.empty((len(STATE_ROWS), n), dtype=torch.float64, device=hidden.device)
     votes = torch.empty((draws, n), dtype=torch.int64, device=hidden.device)
     if head.group is not None:
-        # The fused kernels take no normalisers from outside, which a shard's second visit needs.
+        # A shard's second pass needs the merged normalisers, which the fused kernels do not accept.
         check_tiling(head)
         of_vocabulary = checks.targets_in_range(targets, head.vocab_size)
         with torch.no_grad(), float32_products():

@@ -1,5 +1,5 @@
-"""Score data files with a student (``acqcore score``), choose the rows to train on (``acqcore select``), compute what
-influence is measured against (``acqcore reference``), estimate what scoring costs (``acqcore plan``), list versions and
+"""Score data files with a student (``acqcore score``), choose the rows to train on (``acqcore select``), compute the
+reference for influence (``acqcore reference``), estimate the cost of scoring (``acqcore plan``), list versions and
 backends (``acqcore info``)."""
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from acqcore.scoring.plan import Plan
 from acqcore.students.loading import DTYPES
 
 _DESCRIPTION = (
-    "Scores data files with a student (score), keeps the best rows (select), computes what influence is measured "
-    "against (reference), estimates memory and time beforehand (plan), and lists versions and backends (info)."
+    "Scores data files with a student (score), keeps the best rows (select), computes the reference that influence is "
+    "measured against (reference), estimates memory and time (plan), and lists versions and backends (info)."
 )
-BLOCK_ROWS = 4096  # bounds memory; larger blocks would pack hardly better
+BLOCK_ROWS = 4096  # bounds memory; larger blocks would hardly pack better
 
 
 class _Help(argparse.HelpFormatter):
-    """Each help text as a sentence."""
+    """Formats each help text as a sentence."""
 
     def _expand_help(self, action: argparse.Action) -> str:
         text = super()._expand_help(action)
@@ -57,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**options, formatter_class=_Help, allow_abbrev=False)  # --top is not --topk
 
     def error(self, message: str) -> Any:
-        """One sentence without the usage text."""
+        """Exit with one sentence, without the usage text."""
         self.exit(2, f"acqcore: error: {message}\n")
 
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0; 1 if no row could be scored or a block failed; 2 for wrong usage; 130 if interrupted.
+        The exit code: 0; 1 if no row could be scored or a block failed; 2 for a usage error; 130 if interrupted.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -85,10 +85,10 @@ def _of_options(message: str, options: argparse.Namespace) -> str:
 
 
 class _UsageError(Exception):
-    """Wrong usage; the user sees its text."""
+    """A usage error whose text is shown to the user."""
 
 
-#: Raised for wrong arguments, files, students and missing packages.
+#: Raised for invalid arguments, files or students, and for missing packages.
 _WRONG_USAGE = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
@@ -107,22 +107,22 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         type=Path,
         metavar="F",
-        help=".parquet, .jsonl or .csv; without an extension a folder of parquet files; has every column of the data",
+        help=".parquet, .jsonl or .csv; without an extension a folder of parquet files; keeps every column of the data",
     )
-    score.add_argument("--top-k", type=int, metavar="K", help="write only the K rows of the highest first acquisition")
+    score.add_argument("--top-k", type=int, metavar="K", help="write only the top K rows by the first acquisition")
     score.add_argument("--overwrite", action="store_true", help="replace an existing --out")
     score.add_argument(
         "--acquisitions",
         default="entropy",
         metavar="A,B",
-        help="comma-separated, by default entropy; any of "
+        help="comma-separated list (default: entropy); choose from "
         f"{', '.join(name for name, entry in REGISTRY.items() if entry.over != 'set')}",
     )
     _add_scoring_options(score)
     score.add_argument(
         "--keep-tokens",
         action="store_true",
-        help="also write the scored tokens (token_ids) and their values (<acquisition>_tokens), a list each",
+        help="also write the scored tokens (token_ids) and their values (<acquisition>_tokens) as lists",
     )
     score.add_argument(
         "--engine",
@@ -157,32 +157,32 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_scoring_options(parser: argparse.ArgumentParser) -> None:
     """The options of the commands that score the rows of a file."""
-    parser.add_argument("--data-config", metavar="C", help="configuration of a data set")
-    parser.add_argument("--split", default="train", metavar="S", help="split of a data set (default: train)")
+    parser.add_argument("--data-config", metavar="C", help="configuration of a hub data set")
+    parser.add_argument("--split", default="train", metavar="S", help="split of a hub data set (default: train)")
     parser.add_argument(
         "--acquisition-args", type=plan_command.json_value, metavar="JSON", help=plan_command.ARGUMENTS_HELP
     )
     parser.add_argument(
-        "--reduction", default="mean", help=f"of token values: {', '.join(get_args(Reduction))} (default: mean)"
+        "--reduction", default="mean", help=f"reduce token values by {', '.join(get_args(Reduction))} (default: mean)"
     )
     parser.add_argument(
         "--topk", type=int, default=8, metavar="N", help="tokens averaged by --reduction topk (default: 8)"
     )
-    _add_sample_options(parser, "the engine's, cpu or one GPU per process")
+    _add_sample_options(parser, "set by the engine: cpu or one GPU per process")
 
 
 def _add_sample_options(parser: argparse.ArgumentParser, device: str) -> None:
     """The options of the commands that run a student on the rows of a file; ``device`` names the default."""
     parser.add_argument("--prompt-column", metavar="C", help="column with the context; needs --completion-column")
     parser.add_argument("--completion-column", metavar="C", help="column with the scored text")
-    parser.add_argument("--text-column", metavar="C", help="column whose text is scored whole")
+    parser.add_argument("--text-column", metavar="C", help="column with text to score in full")
     parser.add_argument(
         "--batch-tokens", type=int, default=8192, metavar="N", help="maximum padded tokens per forward (default: 8192)"
     )
     parser.add_argument("--max-length", type=int, metavar="N", help="truncate samples to N tokens")
     parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as stored)")
     parser.add_argument("--device", metavar="D", help=f"device (default: {device})")
-    parser.add_argument("--backend", metavar="B", help="backend, see 'acqcore info'")
+    parser.add_argument("--backend", metavar="B", help="backend; 'acqcore info' lists them")
     parser.add_argument("--limit", type=int, metavar="N", help="read only the first N rows")
 
 
@@ -215,7 +215,7 @@ def _info(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _usage_errors() -> Iterator[None]:
-    """Context that reports wrong arguments, files, students and missing packages in one line."""
+    """Context that reports invalid arguments, files or students, and missing packages, in one line."""
     try:
         yield
     except _WRONG_USAGE as error:
@@ -268,7 +268,7 @@ def _run(
         bar.update(n_rows - left)
         try:
             executor.run(job, todo, bar.update)
-        except Exception as error:  # a student's files may raise anything; errors of blocks are kept
+        except Exception as error:  # a student's files may raise anything; errors of blocks are recorded instead
             if executor.reports:
                 parts.remove_unused()
             kind = "" if isinstance(error, _WRONG_USAGE) else f"{type(error).__name__}: "
@@ -303,7 +303,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, Any]]:
-    """The job, its blocks and its manifest. Checks all arguments but the student, the cheap ones first."""
+    """The job, its blocks and its manifest. Checks every argument except the student, cheapest first."""
     names = [name.strip() for name in options.acquisitions.split(",")]
     plan = Plan.of(
         names, options.acquisition_args,
@@ -320,14 +320,14 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
         )
     for option, value in (("--workers", options.workers), ("--ray-address", options.ray_address)):
         if value is not None and options.engine != "ray":
-            raise ValueError(f"{option}: expected it with --engine ray, got --engine {options.engine}")
+            raise ValueError(f"{option}: requires --engine ray, got --engine {options.engine}")
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"workers: expected an int >= 1, got {options.workers}")
     if options.engine == "ray" and options.device not in (None, "cpu", "cuda"):
         raise ValueError(
-            f"device: expected cpu or cuda with --engine ray, which gives each worker one, got {options.device}"
+            f"device: expected cpu or cuda with --engine ray, which assigns each worker's device, got {options.device}"
         )
-    if options.engine != "ray":  # whose workers may have other devices
+    if options.engine != "ray":  # Ray workers may have other devices
         checks.device("device", options.device)
     if Path(options.student).is_file():
         raise ValueError(f"student: expected a folder or hub id, {options.student} is a file")
@@ -357,7 +357,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
 
 
 def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str]) -> dict[str, Any]:
-    """Everything that values and batches depend on; the engine is not part of it."""
+    """Everything that values and batches depend on, which excludes the engine."""
     digest = hashlib.sha256()
     with data.open("rb") as file:
         while piece := file.read(1 << 20):
@@ -379,7 +379,7 @@ def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str]) 
 def _collect(
     options: argparse.Namespace, job: Job, parts: Parts, blocks: Sequence[Block], new: Collection[int]
 ) -> Summary:
-    """Summary of all blocks. Reports rows that could not be scored, and marks those of failed blocks."""
+    """Summary of all blocks. Reports rows that could not be scored and marks the rows of failed blocks."""
     summary = Summary(job.plan.names, job.shown)
     for block in blocks:
         report = parts.report(block.index)

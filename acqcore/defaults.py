@@ -1,4 +1,4 @@
-"""Torch's defaults for new tensors, which a script may have changed for its whole process."""
+"""Shields the library from process-wide changes to torch's defaults for new tensors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 @contextmanager
 def standard_defaults() -> Iterator[None]:
-    """Context, or decorator, in which new tensors are float32 and on the CPU unless something else is asked for.
+    """Context or decorator in which new tensors default to float32 on the CPU.
 
     ``torch.set_default_dtype(torch.bfloat16)`` would round sums to three digits, and ``torch.set_default_device`` would
-    part tensors from the generators that fill them.
+    put tensors on a different device from the generators that fill them.
     """
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:

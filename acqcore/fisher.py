@@ -1,20 +1,20 @@
 """Random cotangents of the logits whose second moment is the Fisher matrix of the softmax.
 
-A cotangent c with ``E c c^T = diag(p) - p p^T``, carried back through the network, gives a g with
+Backpropagating a cotangent c with ``E c c^T = diag(p) - p p^T`` through the network gives a gradient g with
 
     E g_i^2 = E_{y ~ p} (d log p_y / d theta_i)^2,
 
-so one backward estimates, without bias and without sampling a token, what a small perturbation of theta does to the
-prediction. Cotangents of different tokens are independent, so the square of a sample's g is unbiased for the sum over
-its tokens.
+so one backward pass gives an unbiased estimate of how a small perturbation of theta changes the prediction, without
+sampling a token. Cotangents of different tokens are independent, so the square of a sample's g is an unbiased estimate
+of the sum over its tokens.
 
-With independent signs ``r_v = +-1``, a the most likely token and q the distribution of the others,
+With independent signs ``r_v = +-1``, the most likely token a and the distribution q of the others,
 
     c = r_a sqrt(p_a (1 - p_a)) (e_a - q) + sqrt(1 - p_a) (sqrt(q) r - q sum_v sqrt(q_v) r_v).
 
-By the law of total variance the two terms make up the Fisher matrix: between a and the rest, and within the rest. The
-first has no noise of its own where two tokens share the probability; ``sqrt(p) r - p sum_v sqrt(p_v) r_v``, which has
-the same moments, vanishes there half of the time. Nothing cancels in confident rows: ``p_a (1 - p_a)`` is ``R / Z^2``.
+By the law of total variance the two terms add up to the Fisher matrix: between a and the rest, and within the rest. The
+first adds no noise where two tokens share the probability; ``sqrt(p) r - p sum_v sqrt(p_v) r_v``, which has the same
+moments, vanishes there half of the time. Nothing cancels in confident rows: ``p_a (1 - p_a)`` is ``R / Z^2``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from acqcore.head import Head, compute_dtype
 from acqcore.philox import signs_of
 from acqcore.row_stats import MAX, R, RowStats, checked_backend, empty_state, stats_of
 
-FINISHED_ELEMENTS = 1 << 21  # of the rows finished at a time: bounds what is held beside the result, 16 MiB
+FINISHED_ELEMENTS = 1 << 21  # elements of the rows finished at a time; bounds memory beyond the result to 16 MiB
 
 
 @torch.no_grad()
@@ -45,24 +45,24 @@ def fisher_grad(
     temperature: float = 1.0,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Gradients in the hidden states of ``sum_v c_v z_v`` for random cotangents c, ``E_r g g^T`` the Fisher matrix.
+    """Gradients of ``sum_v c_v z_v`` in the hidden states for random cotangents c; ``E_r g g^T`` is the Fisher matrix.
 
     Args:
         hidden: ``[N, D]`` float32, bfloat16, float16 (float64 on ``eager``).
-        head: the last layer, whole: not a shard of a group.
-        targets: ``[N]`` int64; only -100, which marks rows to ignore, matters.
-        probes: P, independent cotangents of each row.
-        seed: of the signs, a function of (seed, probe, sample, position in the sample, token): the same on every
-            backend and in every batch.
-        offsets: ``[B + 1]`` int64, sample i being rows ``offsets[i]:offsets[i + 1]``; by default all are one sample.
+        head: the whole last layer, not a shard of a group.
+        targets: ``[N]`` int64; only -100 matters, which marks rows to ignore.
+        probes: P, the number of independent cotangents per row.
+        seed: seed of the signs, which depend only on (seed, probe, sample, position in the sample, token) and so are
+            the same on every backend and in every batch.
+        offsets: ``[B + 1]`` int64; sample i is rows ``offsets[i]:offsets[i + 1]``. By default all rows are one sample.
         temperature: divides the logits.
         backend: as in :func:`acqcore.row_stats`.
 
     Returns:
         ``[P, N, D]`` float32 (float64 for float64 inputs); zero in ignored rows, NaN where the logits are not finite.
-        Within 1e-4 of a row's norm. Entries of a cotangent are rounded once to the dtype of a half-precision head on
-        GPUs, and to bfloat16 beside bfloat16 weights in AMX tiles: within 8e-3 there, 2e-3 as a rule; their second
-        moment changes by 1e-6.
+        Errors are within 1e-4 of a row's norm. Cotangent entries are rounded once to the dtype of a half-precision head
+        on GPUs, and to bfloat16 beside bfloat16 weights in AMX tiles: there errors are within 8e-3, typically 2e-3, and
+        the second moment changes by 1e-6.
 
     Raises:
         TypeError, ValueError: as :func:`acqcore.row_stats`; probes below 1, a shard of a head, offsets that do not
@@ -81,11 +81,11 @@ def fisher_grad(
 
 @dataclass(frozen=True, eq=False)
 class FisherGrads:
-    """Random cotangents of N rows carried back through the head; zero in rows to ignore.
+    """Random cotangents of N rows backpropagated through the head; zero in ignored rows.
 
     Attributes:
         gradients: ``[P, N, D]``, dL/dh of each probe.
-        expected: ``[N]`` float64, the expectation of their squared norms, exactly.
+        expected: ``[N]`` float64, the exact expectation of their squared norms.
     """
 
     gradients: torch.Tensor
@@ -100,9 +100,9 @@ def fisher_visit(
     temperature: float,
     backend: Backend,
 ) -> tuple[RowStats, FisherGrads]:
-    """Statistics and random cotangents of the rows, in one visit of the weights on a CPU; arguments are trusted.
+    """Statistics and random cotangents of the rows, in one pass over the weights on a CPU; arguments are trusted.
 
-    With R and Z of the row, a its most likely token, A, B, S and Q the sums of ``Backend.fisher_sums``,
+    With a row's R and Z, its most likely token a, and the sums A, B, S and Q of ``Backend.fisher_sums``,
 
         c W        = A / sqrt(Z) - (S / sqrt(Z) + r_a sqrt(R) / Z) B / R + r_a sqrt(R) / Z W_a
         E ||c W||^2 = Q / Z - ||B||^2 / (R Z) + ||B - R W_a||^2 / (R Z^2).
@@ -118,7 +118,7 @@ def fisher_visit(
     backend.fisher_sums(rows, probes, sums, signed, squares)
     stats = stats_of(hidden, targets, state, index, dtype)
     expected = torch.empty(n, dtype=torch.float64, device=hidden.device)
-    tops = index.clamp_min(0)  # -1 in rows to ignore
+    tops = index.clamp_min(0)  # -1 in ignored rows
     of_tops = signs_of(probes.samples, probes.positions, tops, probes.seed, probes.count)
     at_once = max(FINISHED_ELEMENTS // max(columns, 1), 1)
     for begin in range(0, n, at_once):
@@ -129,7 +129,7 @@ def fisher_visit(
 
 
 def _finished(
-    rows: HeadRows,  # the index 0 in rows to ignore
+    rows: HeadRows,  # index is 0 in ignored rows
     of_tops: torch.Tensor,  # [P, N] signs of the rows' most likely tokens
     sums: torch.Tensor,  # [P + 1, N, D]: the last P become the gradients
     signed: torch.Tensor,  # [P, N] float64

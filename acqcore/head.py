@@ -1,4 +1,4 @@
-"""All that acqcore knows of a language model's last layer."""
+"""The last layer of a language model, as acqcore represents it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Head:
     """The map from a hidden state to logits: ``z = cap(scale * (W h + b))``.
 
-    ``cap(x) = softcap * tanh(x / softcap)`` where a softcap is given (Gemma 2), else the identity.
+    ``cap(x) = softcap * tanh(x / softcap)`` if a softcap is given (Gemma 2), else the identity.
 
     Args:
         weight: ``[V, D]`` float32, bfloat16, float16 or float64; any strides.
@@ -26,16 +26,16 @@ class Head:
         scale: multiplies the product, bias included (Cohere's ``logit_scale``; 1 / ``logits_scaling`` of Granite).
         vocab_start: index of this weight's first row in the whole vocabulary, for a shard of a head.
             Targets and ``top1_index`` are always indices into the whole vocabulary.
-        vocab_size: size of the whole vocabulary; by default ``vocab_start + V``. Rows of the weight at or past it are
-            padding and left out: ``weight`` and ``bias`` become views without them.
-        group: the ``torch.distributed`` ranks that hold the rest of the vocabulary (tensor parallelism). Each gives its
-            own rows, any number, 0 among them, the same hidden states and targets, and makes the same calls in the same
-            order; each gets the numbers of the whole head. What is exchanged is a few numbers of a row or sample, never
-            logits. The first use compares the ranks' rows; the constructor makes no collective.
+        vocab_size: size of the whole vocabulary; by default ``vocab_start + V``. Weight rows at or past it are padding:
+            ``weight`` and ``bias`` become views without them.
+        group: the ``torch.distributed`` ranks that share the vocabulary (tensor parallelism). Each rank passes its own
+            rows (any number, including 0) and the same hidden states and targets, makes the same calls in the same
+            order, and gets the results of the whole head. Ranks exchange a few numbers per row or sample, never
+            logits. The first use compares the ranks' rows; the constructor runs no collective.
 
     Raises:
-        TypeError: a tensor that is not floating point or is a DTensor, a group that is no ProcessGroup.
-        ValueError: shapes that disagree, a softcap or scale out of range, a group without ``vocab_size``, no rows.
+        TypeError: a tensor that is not floating point or is a DTensor, a group that is not a ProcessGroup.
+        ValueError: mismatched shapes, a softcap or scale out of range, a group without ``vocab_size``, no rows.
     """
 
     weight: torch.Tensor
@@ -43,7 +43,7 @@ class Head:
     softcap: float | None = None
     scale: float = 1.0
     vocab_start: int = 0
-    vocab_size: int = None  # type: ignore[assignment]  # an int once made
+    vocab_size: int = None  # type: ignore[assignment]  # always an int after __post_init__
     group: ProcessGroup | None = None
 
     def __post_init__(self) -> None:
@@ -58,9 +58,9 @@ class Head:
             object.__setattr__(self, "bias", None if self.bias is None else self.bias[:true])
 
     def logits(self, hidden: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        """Logits ``[N, V]`` of ``hidden [N, D]``, the readable definition.
+        """Logits ``[N, V]`` of ``hidden [N, D]``: the readable definition.
 
-        The product is taken in float32 for float32, bfloat16 and float16, in float64 if either side is float64.
+        The product is computed in float32 for float32, bfloat16 and float16, and in float64 if either side is float64.
         """
         dtype = compute_dtype(hidden.dtype, self.weight.dtype)
         z = hidden.to(dtype) @ self.weight.to(dtype).T

@@ -1,17 +1,17 @@
 """Gradients of the loss through the head, per token and per sample, without the logits.
 
-For a token with loss ``-log p_y`` and ``u = W h + b`` the gradient in ``u`` is ``delta = (p - e_y) du``, where
-``du`` is the derivative of ``cap(scale u) / temperature``. Where the target is the most likely token its entry is
-``-R / Z`` exactly, so that a confident row loses nothing to cancellation. From ``delta`` follow
+For a token with loss ``-log p_y`` and ``u = W h + b``, the gradient in ``u`` is ``delta = (p - e_y) du``, where
+``du`` is the derivative of ``cap(scale u) / temperature``. If the target is the most likely token, its entry is
+exactly ``-R / Z``, so confident rows lose nothing to cancellation. ``delta`` gives
 
     dL/dh   = delta W                               (``hidden_grad``: attention with the vocabulary as keys and values)
     dL/dW   = sum_t w_t delta_t h_t^T               (its norm: ``head_grad_norm``; its sketch: ``grad_sketch``)
 
-``hidden_grad`` and the norm are formed unnormalised beside the statistics, in one visit of the weights; the sketch, and
-the norm of long samples, form ``delta`` in a second one.
+``hidden_grad`` and the norm are accumulated unnormalised beside the statistics, in one pass over the weights; the
+sketch, and the norm of long samples, form ``delta`` in a second pass.
 
-A shard of a head forms its own columns of delta from the statistics of the whole vocabulary. All three are sums over
-those columns, of which the ranks add up D, one and ``dim`` numbers: dL/dh, the squared norm and the sketch.
+A shard of a head forms its own columns of delta from the statistics of the whole vocabulary. All three results are sums
+over those columns, so the ranks add up D numbers for dL/dh, one for the squared norm and ``dim`` for the sketch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LOSSES = ("mean", "sum")
 #: [begin, end) rows of each of B samples, on the host.
 Bounds: TypeAlias = tuple[tuple[int, int], ...]
 
-#: Rows sketched at a time: hashed and transformed they take 64 MiB at dim 4096.
+#: Rows sketched at a time; hashed and transformed, they take 64 MiB at dim 4096.
 SKETCH_ROWS = 1024
 
 #: Rows whose targets' weights are gathered at a time.
@@ -63,7 +63,7 @@ def hidden_grad(
     temperature: float = 1.0,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Gradient of each token's loss in its hidden state, ``softmax(z) W - W_y`` for a plain head.
+    """Gradient of each token's loss with respect to its hidden state, ``softmax(z) W - W_y`` for a plain head.
 
     Args:
         hidden: ``[N, D]`` float32, bfloat16, float16 (float64 on ``eager``).
@@ -74,10 +74,10 @@ def hidden_grad(
 
     Returns:
         ``[N, D]`` float32 (float64 for float64 inputs); zero in ignored rows, NaN where the logits are not finite.
-        Within 1e-4 of a row's norm. The GPU kernels round softmax(z) once to a half-precision head's dtype: within
-        5e-3, 3e-4 as measured on an H100 at D = 4096, V = 131072.
+        Errors are within 1e-4 of a row's norm. The GPU kernels round softmax(z) once to a half-precision head's dtype:
+        errors are then within 5e-3 (3e-4 measured on an H100 at D = 4096, V = 131072).
 
-    Raises: as :func:`acqcore.row_stats`; TypeError where targets are None.
+    Raises: as :func:`acqcore.row_stats`; TypeError if targets is None.
     """
     checks.given("targets", targets)
     chosen = checked_backend(hidden, head, targets, temperature, backend, "hidden_grad")
@@ -88,7 +88,7 @@ def hidden_grad(
     sums = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
     if len(head.weight):
         chosen.hidden_grad(HeadRows(hidden, head, trusted, temperature, state, index), sums)
-    else:  # a shard may be empty; backends never see one
+    else:  # a shard may be empty; backends never see an empty one
         no_vocabulary(trusted, state, index)
         sums.zero_()
     stats = over_vocabulary(stats_of(hidden, targets, state, index, dtype), head)
@@ -99,9 +99,9 @@ def _without_ignored(
     hidden: torch.Tensor,  # [N, D]
     targets: torch.Tensor,  # [N]
 ) -> torch.Tensor:
-    """``[N, D]``, zero in ignored rows: nothing of them counts, but 0 times what is not finite would.
+    """``[N, D]`` with ignored rows set to zero, because 0 times a non-finite value would be NaN.
 
-    On a GPU always a copy: looking whether one is needed would stall it.
+    On a GPU this always copies: checking whether a copy is needed would stall it.
     """
     ignored = targets == checks.IGNORE_INDEX
     if hidden.device.type == "cpu" and not bool(ignored.any()):
@@ -113,7 +113,7 @@ def _normalised(
     sums: torch.Tensor,  # [N, D] of ``Backend.hidden_grad``, overwritten
     head: Head,
     stats: RowStats,  # over the whole vocabulary
-    local_max: torch.Tensor,  # [N] float64: what ``sums`` are relative to
+    local_max: torch.Tensor,  # [N] float64: the largest logits that ``sums`` are relative to
     temperature: float,
 ) -> torch.Tensor:
     """dL/dh over the rows of this weight, ``[N, D]``; zero in ignored rows."""
@@ -166,24 +166,24 @@ def head_grad_norm(
     backend: str | None = None,
     form: str = "auto",
 ) -> torch.Tensor:
-    """Exact Frobenius norm of each sample's gradient in the head: weight, and bias where there is one.
+    """Exact Frobenius norm of each sample's gradient with respect to the head's weight, and bias if present.
 
-    With ``delta_t`` the gradient in the logits, ``G = sum_t w_t delta_t h_t^T``. Two forms give the same number:
-    ``gram``, ``||G||^2 = sum_st w_s w_t <delta_s, delta_t> <h_s, h_t>`` in the visit of the weights that gives the
-    statistics, adds T / 2D to its one product of the head; ``direct``, rows of G tile by tile in a second visit, adds
-    two such products whatever the sample's length T.
+    ``G = sum_t w_t delta_t h_t^T``, where ``delta_t`` is the gradient in the logits. Two forms give the same number.
+    ``gram`` sums ``||G||^2 = sum_st w_s w_t <delta_s, delta_t> <h_s, h_t>`` in the pass over the weights that gives the
+    statistics, and adds T / 2D to its one product with the head. ``direct`` forms G tile by tile in a second pass, and
+    adds two such products for any sample length T.
 
     Args:
-        hidden: ``[N, D]``, the scored tokens of B samples one after another.
+        hidden: ``[N, D]``, the concatenated scored tokens of B samples.
         head: the last layer.
         targets: ``[N]`` int64; -100 marks rows to ignore.
-        offsets: ``[B + 1]`` int64, increasing from 0 to N: sample i is rows ``offsets[i]:offsets[i + 1]``. On the
-            CPU they spare the host a wait for the GPU.
+        offsets: ``[B + 1]`` int64, increasing from 0 to N: sample i is rows ``offsets[i]:offsets[i + 1]``. Offsets on
+            the CPU save the host from waiting for the GPU.
         loss: ``mean`` over a sample's scored tokens, or ``sum``.
-        token_weights: ``[N]`` floating point, multiply each token's loss; None for ones.
+        token_weights: ``[N]`` floating point, factors of each token's loss; None means ones.
         temperature: divides the logits.
         backend: as in :func:`acqcore.row_stats`.
-        form: ``gram``, ``direct``, or ``auto`` by the sample's length.
+        form: ``gram``, ``direct``, or ``auto``, which chooses by the sample's length.
 
     Returns:
         ``[B]`` float32 (float64 for float64 inputs).
@@ -222,19 +222,19 @@ def grad_sketch(
     temperature: float = 1.0,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """A sketch of each sample's head gradient that keeps inner products: ``E <S_i, S_j> = <G_i, G_j>``.
+    """A sketch of each sample's head gradient that preserves inner products: ``E <S_i, S_j> = <G_i, G_j>``.
 
-    The tensor sketch of ``G = sum_t w_t delta_t h_t^T``: signs and places are hashed for rows and for columns, and
-    entry (v, d) goes to place ``(a_v + b_d) mod dim`` with sign ``s_v s_d``. Neither G nor the logits are formed:
-    both are hashed alone and convolved, ``sum_t ifft(fft(hash(delta_t)) fft(hash(h_t)))``. The standard deviation of
-    ``<S_i, S_j>`` is about ``||G_i|| ||G_j|| sqrt(2 / dim)``; dense signs on both sides (64 x 64 for the same dim) have
-    8 times that, and ranked the influence of real text at Spearman 0.8 to 0.9. The hash is of (seed, row) and
-    (seed, column): the same on every machine and backend. A bias is left out.
+    This is the tensor sketch of ``G = sum_t w_t delta_t h_t^T``: rows and columns are hashed to signs and places, and
+    entry (v, d) goes to place ``(a_v + b_d) mod dim`` with sign ``s_v s_d``. Neither G nor the logits are formed: delta
+    and h are hashed separately and convolved, ``sum_t ifft(fft(hash(delta_t)) fft(hash(h_t)))``. The standard deviation
+    of ``<S_i, S_j>`` is about ``||G_i|| ||G_j|| sqrt(2 / dim)``; dense signs on both sides (64 x 64 for the same dim)
+    have 8 times that, and ranked the influence of real text at Spearman 0.8 to 0.9. The hash depends only on (seed,
+    row) and (seed, column): it is the same on every machine and backend. A bias is left out.
 
     Args:
         hidden, head, targets, offsets, loss, token_weights, temperature, backend: as in :func:`head_grad_norm`.
         dim: length of a sketch.
-        seed: of the signs; sketches of different seeds cannot be compared.
+        seed: seed of the hash; sketches with different seeds cannot be compared.
 
     Returns:
         ``[B, dim]`` float32 (float64 for float64 inputs).
@@ -250,7 +250,7 @@ def grad_sketch(
     hidden = _without_ignored(hidden, targets)
     bounds = checks.offsets(offsets, targets)
     weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
-    stats = None  # found in the same visit of the weights, unless ranks share them
+    stats = None  # computed in the same pass over the weights, unless ranks share them
     if head.group is not None or not len(head.weight):
         stats = row_stats(hidden, head, targets, temperature=temperature, backend=backend)
     trusted = checks.targets_in_range(targets, head.vocab_size)
@@ -266,7 +266,7 @@ def loss_weights(
     loss: str,
     token_weights: torch.Tensor | None,  # [N]
 ) -> torch.Tensor:
-    """Weight of each token's gradient in its sample's, ``[N]`` float64: zero where ignored."""
+    """Weight of each token's gradient within its sample's, ``[N]`` float64; zero for ignored tokens."""
     weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
     check_scored()
     return weights
@@ -278,7 +278,7 @@ def _loss_weights(
     loss: str,
     token_weights: torch.Tensor | None,  # [N]
 ) -> tuple[torch.Tensor, Callable[[], None]]:
-    """:func:`loss_weights`, and the check that every sample has a scored token, for when all work is queued."""
+    """:func:`loss_weights`, and a check that every sample has a scored token, to be run once all work is queued."""
     scored = targets != checks.IGNORE_INDEX
     edges = on_device(torch.tensor([0, *(end for _, end in bounds)]), targets.device)
     through = torch.nn.functional.pad(scored.cumsum(0), (1, 0))[edges]
@@ -294,7 +294,7 @@ def _loss_weights(
 
 
 def sample_of_rows(bounds: Bounds, device: torch.device) -> torch.Tensor:
-    """Number of the sample of each row, ``[N]`` int64."""
+    """Sample index of each row, ``[N]`` int64."""
     edges = on_device(torch.tensor([0, *(end for _, end in bounds)]), device)
     return _samples(edges, bounds[-1][1] if bounds else 0)
 
@@ -314,14 +314,14 @@ def delta_product(
     temperature: float,
     backend: str | None,
 ) -> torch.Tensor:
-    """``delta values``, ``[N, n]``: zero in ignored rows. Of a shard V are its own rows, and the product is the sum."""
+    """``delta values``, ``[N, n]``; zero in ignored rows. A shard passes values of its own V rows; ranks sum up."""
     assert stats.targets is not None
     shape = (hidden.shape[0], head.weight.shape[0])
     chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "delta_product", shape)
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     out = torch.zeros((hidden.shape[0], values.shape[1]), dtype=dtype, device=hidden.device)
     rows = HeadRows(hidden, head, stats.targets, temperature, stats.state, stats.max_index)
-    if len(head.weight):  # a shard may be empty; backends never see one
+    if len(head.weight):  # a shard may be empty; backends never see an empty one
         chosen.delta_product(rows, values, out)
     return summed(out, head.group)
 
@@ -335,7 +335,7 @@ def head_grad_norm_from(
     temperature: float,
     backend: str | None,
 ) -> torch.Tensor:
-    """:func:`head_grad_norm` from statistics in hand, in a second visit, ``[B]``; arguments are trusted."""
+    """:func:`head_grad_norm` from known statistics, in a second pass, ``[B]``; arguments are trusted."""
     assert stats.targets is not None
     shape = (hidden.shape[0], head.weight.shape[0])
     chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "head_grad_norm", shape)
@@ -353,7 +353,7 @@ def grad_sketch_from(
     dim: int,
     seed: int,
 ) -> torch.Tensor:
-    """:func:`grad_sketch` from statistics in hand, ``[B, dim]``; arguments are trusted."""
+    """:func:`grad_sketch` from known statistics, ``[B, dim]``; arguments are trusted."""
     assert stats.targets is not None
     shape = (hidden.shape[0], head.weight.shape[0])
     chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "delta_hash", shape)
@@ -375,7 +375,7 @@ def _sketches(
     """``[B, dim]``."""
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     of_rows, of_columns = head_places(head, dim, seed)
-    if not bounds:  # of which torch has no transform
+    if not bounds:  # torch cannot transform an empty batch
         return hidden.new_empty((0, dim), dtype=dtype)
     sketches = hidden.new_zeros((len(bounds), dim // 2 + 1), dtype=_complex(dtype))
     segments = sample_of_rows(bounds, hidden.device)
@@ -390,7 +390,7 @@ def _sketches(
             chosen.delta_hash(HeadRows(hidden[part], head, targets[part], temperature, state, index), of_rows, left)
         left *= weights[part, None].to(dtype)
         spectrum = torch.fft.rfft(left)
-        del left  # so that no more than 64 MiB are held at a time
+        del left  # holds at most 64 MiB at a time
         spectrum *= torch.fft.rfft(hash_columns(hidden[part], of_columns, dim, dtype))
         add_at(sketches, 0, segments[part], spectrum)
         del spectrum
@@ -398,7 +398,7 @@ def _sketches(
 
 
 def head_places(head: Head, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hashed places of the rows ``[V]`` and columns ``[D]`` of a head's weight, as ``signs.py`` gives them."""
+    """Hashed places of the rows ``[V]`` and columns ``[D]`` of a head's weight, encoded as in ``signs.py``."""
     v, d = head.weight.shape
     device = head.weight.device
     return rotated_places(v, dim, seed, 0, head.vocab_start, device), hashed_places(d, dim, seed, 1, 0, device)

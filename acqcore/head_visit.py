@@ -1,13 +1,13 @@
-"""One visit of a head's weights for everything its rows are asked: statistics, and what the gradient norms need.
+"""One pass over a head's weights for everything asked of its rows: statistics, and inputs for the gradient norms.
 
 The squared norm of a sample's head gradient, ``sum_st w_s w_t <h_s, h_t> <delta_s, delta_t>``, needs no second product.
 With Y the sample's distinct targets,
 
     <delta_s, delta_t> = sum_{v not in Y} p_s[v] p_t[v]  +  sum_{u in Y} delta_s[u] delta_t[u].
 
-The first sum is a Gram matrix of unnormalised probabilities, kept beside the row state as attention kernels keep their
-output and finished once the normalisers are known; every term is positive, so nothing cancels. The second has at most T
-columns, whose logits are formed again. Samples too long for their T x T matrices form delta in a second visit.
+The first sum is a Gram matrix of unnormalised probabilities, accumulated beside the row state, as attention kernels
+accumulate their output, and normalised at the end; every term is positive, so nothing cancels. The second has at most T
+columns, whose logits are recomputed. Samples too long for T x T matrices form delta in a second pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMS = ("auto", "gram", "direct")
 
 @dataclass(frozen=True, eq=False)
 class HeadVisit:
-    """What a visit leaves of the N scored rows of B samples."""
+    """Results of one pass over the weights for the N scored rows of B samples."""
 
     hidden: torch.Tensor  # [N, D]
     head: Head
@@ -50,7 +50,7 @@ class HeadVisit:
             self.hidden, self.head, stats.targets, self.temperature, stats.state.contiguous(), stats.max_index
         )
         squared = torch.zeros(len(self.bounds), dtype=torch.float64, device=device)
-        if len(self.head.weight):  # a shard may be empty; backends never see one
+        if len(self.head.weight):  # a shard may be empty; backends never see an empty one
             covered = frozenset(self.short)
             long = [i for i in range(len(self.bounds)) if i not in covered]
             of_short, of_long = squared.split([len(self.short), len(long)])
@@ -73,10 +73,10 @@ def visit(
     form: str = "auto",
     known: RowStats | None = None,  # statistics of these rows over the whole vocabulary, with these targets
 ) -> HeadVisit:
-    """Statistics of the rows, and Gram matrices of the samples they pay for; arguments are trusted.
+    """Statistics of the rows, and Gram matrices of the samples that ``form`` selects; arguments are trusted.
 
-    ``form``: ``auto`` takes the Gram for samples of at most ``backend.longest_gram(D)`` rows, ``gram`` for all and
-    ``direct`` for none. Where the statistics are known already, the weights are visited for the Gram alone.
+    ``auto`` forms Gram matrices for samples of at most ``backend.longest_gram(D)`` rows, ``gram`` for all and
+    ``direct`` for none. If the statistics are already known, only the Gram matrices need the pass over the weights.
     """
     limit = {"auto": backend.longest_gram(hidden.shape[1]), "gram": len(hidden), "direct": 0}[form]
     short = tuple(i for i, (begin, end) in enumerate(bounds) if end - begin <= limit)

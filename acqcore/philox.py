@@ -1,7 +1,7 @@
-"""Dropout masks and signs from counters: Philox 4x32-10, the same on every backend, machine and batch.
+"""Counter-based dropout masks and signs (Philox 4x32-10), the same on every backend, machine and batch.
 
 A mask is a function of (seed, draw, site, sample, position in the sample, column), a sign of (seed, probe, sample,
-position, column). Both are recomputed where they are needed, not stored. The compiled backends have the same functions
+position, column). Both are recomputed where needed, not stored. The compiled backends implement the same functions
 in csrc/philox.h and kernels/philox.py.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
@@ -18,7 +18,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _WORD = 0xFFFFFFFF
 
-#: The site that signs take in a counter; those of masks count a model's layers from 0.
+#: The site of signs in a counter; sites of masks number a model's layers from 0.
 SIGN_SITE = 0xFFFF
 _SIGNS_PER_COUNTER = 128
 
@@ -31,7 +31,7 @@ def philox4x32(
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
     for _ in range(_ROUNDS):
-        even, odd = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # modulo 2^64, as the low and high word need
+        even, odd = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wrapping modulo 2^64 keeps both 32-bit words
         c0, c1, c2, c3 = (odd >> 32) & _WORD ^ c1 ^ k0, odd & _WORD, (even >> 32) & _WORD ^ c3 ^ k1, even & _WORD
         k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
     return torch.stack([c0, c1, c2, c3], dim=-1)
@@ -51,10 +51,10 @@ def keep_mask(
     draw: int,
     site: int = 0,
 ) -> torch.Tensor:
-    """Which of a row's units (columns, or blocks of them) dropout with probability ``p`` keeps, ``[N, units]`` bool.
+    """``[N, units]`` bool: units (columns, or blocks of columns) of each row kept by dropout with probability ``p``.
 
-    Word ``unit % 4`` of the counter ``(unit // 4, position, sample, draw | site << 16)`` under the seed's two halves.
-    ``site`` tells the layers of a model apart; 0 is the last hidden state.
+    A unit uses word ``unit % 4`` of the counter ``(unit // 4, position, sample, draw | site << 16)``; the key is the
+    seed's two halves. ``site`` identifies the layer of a model; 0 is the last hidden state.
     """
     group = torch.arange((units + 3) // 4, device=samples.device)
     return _words(group, samples, positions, draw | site << 16, seed)[:, :units] >= threshold(p)
@@ -69,8 +69,8 @@ def signs(
 ) -> torch.Tensor:
     """Independent fair signs of the columns of each row, ``[N, columns]`` bool, True for +1.
 
-    Column v takes bit ``v % 32`` of word ``v // 32 % 4`` of the counter ``(v // 128, position, sample,
-    probe | 0xFFFF << 16)`` under the seed's two halves.
+    Column v uses bit ``v % 32`` of word ``v // 32 % 4`` of the counter ``(v // 128, position, sample,
+    probe | 0xFFFF << 16)``; the key is the seed's two halves.
     """
     return signs_in(sign_words(samples, positions, columns, seed, probe), columns.start, columns)
 
@@ -82,7 +82,7 @@ def sign_words(
     seed: int,
     probe: int,
 ) -> torch.Tensor:
-    """The words of the counters that hold the signs of these columns, ``[N, words]`` int64."""
+    """Counter words that hold the signs of these columns, ``[N, words]`` int64."""
     first, last = columns.start // _SIGNS_PER_COUNTER, -(-columns.stop // _SIGNS_PER_COUNTER)
     group = torch.arange(first, last, device=samples.device)
     return _words(group, samples, positions, probe | SIGN_SITE << 16, seed)
@@ -96,17 +96,17 @@ def _words(
     seed: int,
 ) -> torch.Tensor:
     """The words of the counters ``(group, position, sample, last)``, ``[N, 4 C]`` int64."""
-    last_word = torch.full((), last, dtype=torch.int64, device=samples.device)  # without a copy that the host waits for
+    last_word = torch.full((), last, dtype=torch.int64, device=samples.device)  # avoids a copy that blocks the host
     counter = (group, positions[:, None] & _WORD, samples[:, None] & _WORD, last_word)
     return philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD)).flatten(1)
 
 
 def signs_in(
-    words: torch.Tensor,  # [N, words] int64, of sign_words from column ``begin`` on
+    words: torch.Tensor,  # [N, words] int64, from sign_words, starting at column ``begin``
     begin: int,
     columns: slice,
 ) -> torch.Tensor:
-    """The signs of some of the columns that words were made for, ``[N, columns]`` bool."""
+    """Signs of some of the columns that ``words`` cover, ``[N, columns]`` bool."""
     base = begin // _SIGNS_PER_COUNTER * _SIGNS_PER_COUNTER
     first, last = (columns.start - base) // 32, -(-(columns.stop - base) // 32)
     bits = words[:, first:last, None] >> torch.arange(32, device=words.device) & 1
@@ -121,7 +121,7 @@ def signs_of(
     seed: int,
     probes: int,
 ) -> torch.Tensor:
-    """The signs of one column of each row under each of P probes, ``[P, N]`` int64, +1 or -1."""
+    """Sign of one column per row under each of P probes, ``[P, N]`` int64, +1 or -1."""
     last = torch.arange(probes, device=samples.device)[:, None] | SIGN_SITE << 16
     counter = (columns // _SIGNS_PER_COUNTER, positions & _WORD, samples & _WORD, last)
     words = philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD))  # [P, N, 4]

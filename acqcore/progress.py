@@ -7,15 +7,15 @@ import sys
 import time
 from types import TracebackType
 
-_DELAY_S = 3.0  # before the bar appears by itself
+_DELAY_S = 3.0  # delay before the bar appears by default
 
 
 class Progress:
-    """Counts work on stderr.
+    """Reports progress on stderr.
 
     Args:
         total: units of work.
-        show: True or False; None shows the bar on a terminal, after a few seconds.
+        show: True or False; None shows the bar on terminals only, after a few seconds.
         unit: name of the unit.
     """
 

@@ -1,13 +1,13 @@
-"""Row statistics: everything there is to know of a softmax row, from one pass over the vocabulary.
+"""Statistics of softmax rows, from one pass over the vocabulary.
 
 For a row with logits ``z``, maximum ``m = z[a]`` and ``e_v = exp(z_v - m)``, the state holds sums over ``v != a``:
 
     R = sum e        S1 = sum e (z - m)        S2 = sum e^2        S11 = sum e (z - m)^2
 
-beside ``m``, ``a``, the second largest logit and the target's logit. Leaving the maximum's own term (1) out of the
-sums keeps confident rows exact: with ``Z = 1 + R``, ``1 - p_max`` is ``R / Z`` and not a difference of nearly equal
+along with ``m``, ``a``, the second largest logit and the target's logit. Leaving the maximum's own term (1) out of the
+sums keeps confident rows exact: with ``Z = 1 + R``, ``1 - p_max`` is ``R / Z`` rather than a difference of nearly equal
 numbers. States form a commutative monoid (:meth:`RowStats.merge`): tiles, shards and chunks of the vocabulary combine
-in any grouping. Backends fill the state; the formulas below, in float64, are the same for all of them.
+in any grouping. Backends fill the state; they share the formulas below, in float64.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STATE_ROWS = (
 )  # fmt: skip
 MAX, SECOND, R, S1, S2, S11, TARGET = range(7)
 
-#: Statistics every backend must give; the parity tests go through this list.
+#: Statistics that every backend must provide; the parity tests iterate over this list.
 FIELDS = (
     "logsumexp", "logprob", "entropy", "varentropy", "sum_sq_prob", "gini", "top1_prob", "top2_prob", "top1_index",
     "residual_norm",
@@ -42,11 +42,11 @@ class RowStats:
     """Statistics of N softmax rows, each ``[N]``; float32 (float64 where an input was float64), indices int64.
 
     Rows whose target is -100, and rows without a finite logit, hold NaN (``top1_index`` -1). Fields that need a target
-    (``logprob``, ``residual_norm``) are None where no targets were given, ``hidden_norm`` where only logits were.
+    (``logprob``, ``residual_norm``) are None without targets; ``hidden_norm`` is None if only logits were given.
 
     Attributes:
         state: ``[7, N]`` float64, rows as in ``STATE_ROWS``.
-        max_index: ``[N]`` int64, the largest logit's index in the whole vocabulary, the lowest among equals.
+        max_index: ``[N]`` int64, index of the largest logit in the whole vocabulary, the lowest on ties.
         targets: ``[N]`` int64 or None.
         hidden_norm: ``[N]``, Euclidean norm of the hidden state, or None.
         dtype: dtype of the fields.
@@ -110,7 +110,7 @@ class RowStats:
 
     @property
     def top2_prob(self) -> torch.Tensor:
-        """Probability of the second most likely token; 0 where the vocabulary has one."""
+        """Probability of the second most likely token; 0 if the vocabulary has only one."""
         return self._field((self.state[SECOND] - self.state[MAX]).exp() / self._z)
 
     @property
@@ -125,9 +125,9 @@ class RowStats:
 
     @property
     def residual_norm(self) -> torch.Tensor | None:
-        """``||p - e_y||_2``, the norm of the loss gradient in the logits.
+        """``||p - e_y||_2``, the norm of the loss gradient with respect to the logits.
 
-        ``sqrt(R^2 + S2) / Z`` where the target is the maximum, else ``sqrt((Z - e_y)^2 + 1 + S2 - e_y^2) / Z``.
+        ``sqrt(R^2 + S2) / Z`` if the target is the maximum, else ``sqrt((Z - e_y)^2 + 1 + S2 - e_y^2) / Z``.
         """
         if self.targets is None:
             return None
@@ -156,9 +156,9 @@ class RowStats:
         first = (mine[MAX] > theirs[MAX]) | ((mine[MAX] == theirs[MAX]) & (self.max_index <= other.max_index))
         high, low = mine.where(first, theirs), theirs.where(first, mine)
         d = low[MAX] - high[MAX]
-        d = d.where(low[MAX] != -torch.inf, 0.0)  # an empty part: no term of it counts, 0 * -inf is not formed
+        d = d.where(low[MAX] != -torch.inf, 0.0)  # an empty part adds nothing; avoids 0 * -inf
         c = d.exp().where(low[MAX] != -torch.inf, 0.0)
-        # The lower maximum joins the sums as a term of its own (the "+ 1").
+        # The lower maximum becomes an ordinary term of the sums (the "+ 1").
         n, n1 = low[R] + 1, low[S1] + d * (low[R] + 1)
         n11 = low[S11] + 2 * d * low[S1] + d.square() * (low[R] + 1)
         state = torch.stack(
@@ -191,12 +191,12 @@ def row_stats(
     temperature: float = 1.0,
     backend: str | None = None,
 ) -> RowStats:
-    """Statistics of ``softmax(head(hidden) / temperature)`` without holding the logits.
+    """Statistics of ``softmax(head(hidden) / temperature)`` without materialising the logits.
 
     Args:
         hidden: ``[N, D]`` float32, bfloat16, float16 (float64 on ``eager``); any strides; N may be 0.
-        head: the last layer, on the same device. A shard with a group gives the statistics of the whole vocabulary: one
-            all-gather of eight float64 a row.
+        head: the last layer, on the same device. A shard with a group yields the statistics of the whole vocabulary, at
+            the cost of one all-gather of eight float64 per row.
         targets: ``[N]`` int64; -100 marks rows to ignore, which are dropped before the product.
         temperature: divides the logits.
         backend: a name from :func:`acqcore.backends`; by default ``ACQCORE_BACKEND`` or the first that fits.
@@ -205,10 +205,10 @@ def row_stats(
         RowStats of N rows. No gradient flows. Products accumulate in float32 for every dtype (float64 for float64).
 
     Raises:
-        TypeError: hidden or targets of a wrong dtype.
-        ValueError: shapes or devices that disagree, a target outside the vocabulary (on the CPU; on a GPU, where
-            looking would stall it, the row is NaN), an unknown backend, shards that do not tile the vocabulary.
-        RuntimeError: the backend is not available here (says why).
+        TypeError: hidden or targets have the wrong dtype.
+        ValueError: mismatched shapes or devices, a target outside the vocabulary (on the CPU; on a GPU the row is NaN,
+            because checking would stall the GPU), an unknown backend, shards that do not tile the vocabulary.
+        RuntimeError: the backend is not available here (the message says why).
 
     Source: Milakov & Gimelshein 2018 (online softmax), extended to the sums above.
     """
@@ -224,7 +224,7 @@ def checked_backend(
     backend: str | None,
     op: str = "row_stats",
 ) -> Backend:
-    """The arguments of :func:`row_stats`, checked, and the backend that serves them for ``op``."""
+    """Checks the arguments of :func:`row_stats` and returns the backend that serves them for ``op``."""
     checks.instance("head", head, Head, "acqcore.Head")
     checks.hidden(hidden, head.weight)
     checks.targets(targets, hidden, "hidden")
@@ -241,8 +241,8 @@ def own_stats(
     backend: Backend,
     gram: Gram | None = None,
 ) -> RowStats:
-    """Statistics over the rows of this weight alone, and the Gram where one is given; arguments are trusted."""
-    # Detached rather than under no_grad: an error inside a compiled no_grad would leave gradients off for good.
+    """Statistics over the rows of this weight only, and the Gram if one is given; arguments are trusted."""
+    # Detached rather than under no_grad: an error inside a compiled no_grad would disable gradients permanently.
     hidden, weight = hidden.detach(), head.weight.detach()
     bias = None if head.bias is None else head.bias.detach()
     state, index = empty_state(hidden)
@@ -270,23 +270,23 @@ def stats_of(
 
 
 def over_vocabulary(own: RowStats, head: Head) -> RowStats:
-    """Statistics of the whole vocabulary: a group's are merged over its ranks."""
+    """Statistics of the whole vocabulary, merged over the ranks of a group."""
     return own if head.group is None or not len(own) else _merged(own, head)
 
 
 def empty_gram(bounds: tuple[tuple[int, int], ...], hidden: torch.Tensor, dtype: torch.dtype) -> Gram:
-    """A Gram of these samples of ``hidden [N, D]`` to be filled."""
+    """An uninitialised Gram of these samples of ``hidden [N, D]``."""
     starts = _starts(bounds)
     return Gram(bounds, starts[:-1], torch.empty(starts[-1], dtype=dtype, device=hidden.device))
 
 
 def _starts(bounds: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
-    """First element of each sample's matrix, and how many there are in all."""
+    """First element of each sample's matrix, then the total number of elements."""
     return tuple(itertools.accumulate(((end - begin) ** 2 for begin, end in bounds), initial=0))
 
 
 def _merged(stats: RowStats, head: Head) -> RowStats:
-    """Statistics of the whole vocabulary from every rank's, merged in the group's order; ``head`` has a group."""
+    """Every rank's statistics, merged in the group's order; ``head`` has a group."""
     check_tiling(head)
     assert head.group is not None
     packed = torch.cat([stats.state, stats.max_index[None].double()])  # [8, N]; an index is exact in float64
@@ -295,9 +295,9 @@ def _merged(stats: RowStats, head: Head) -> RowStats:
 
 
 def predicted_targets(stats: RowStats) -> RowStats:
-    """The same rows with each one's most likely token as its target; arguments are trusted."""
+    """The same rows with their most likely tokens as targets; arguments are trusted."""
     assert stats.targets is not None
-    # A row without a finite logit has no most likely token, and no finite gradient for any.
+    # A row without a finite logit has no most likely token, and its gradient is not finite for any target.
     targets = stats.max_index.clamp_min(0).where(stats.targets != checks.IGNORE_INDEX, checks.IGNORE_INDEX)
     state = stats.state.clone()
     state[TARGET] = state[MAX]
@@ -311,7 +311,7 @@ def logit_stats(
     temperature: float = 1.0,
     backend: str | None = None,
 ) -> RowStats:
-    """Statistics of ``softmax(logits / temperature)`` for logits a trainer already holds, in one read of them.
+    """Statistics of ``softmax(logits / temperature)`` for existing logits, such as a trainer's, in one read.
 
     Args:
         logits: ``[N, V]`` float32, bfloat16, float16 (float64 on ``eager``); any strides; N may be 0.
@@ -332,7 +332,7 @@ def logit_stats(
 
 
 def empty_state(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uninitialised ``state [7, N]`` float64 and ``max_index [N]`` int64 beside ``rows [N, ...]``."""
+    """Uninitialised ``state [7, N]`` float64 and ``max_index [N]`` int64 on the device of ``rows [N, ...]``."""
     n = rows.shape[0]
     state = torch.empty((len(STATE_ROWS), n), dtype=torch.float64, device=rows.device)
     return state, torch.empty(n, dtype=torch.int64, device=rows.device)
@@ -374,7 +374,7 @@ def no_vocabulary(
     state: torch.Tensor,  # [7, N] float64, written
     index: torch.Tensor,  # [N] int64, written
 ) -> None:
-    """The state that adds nothing to another."""
+    """Fills the state of an empty vocabulary, which merging leaves without effect."""
     state.zero_()
     state[[MAX, SECOND, TARGET]] = -torch.inf
     index.zero_()

@@ -20,8 +20,8 @@ class Scores(Mapping[str, torch.Tensor]):
     Attributes:
         n_tokens: ``[n]`` int64, scored tokens.
         valid: ``[n]`` bool, False where a value is NaN.
-        stderr: name -> ``[n]`` float32, standard errors of the values of stochastic acquisitions that estimate them
-            (mutual information in its linear form); NaN where there is one probe.
+        stderr: name -> ``[n]`` float32, standard errors of stochastic acquisitions that estimate them (mutual
+            information in its linear form); NaN with a single probe.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Scores(Mapping[str, torch.Tensor]):
         """Per-token values: name -> a list of n float32 tensors ``[n_tokens[i]]``.
 
         Raises:
-            ValueError: they were not kept.
+            ValueError: per-token values were not kept.
         """
         if self._tokens is None:
             raise ValueError("tokens: per-token values were not kept, expected score(..., keep_tokens=True)")
@@ -59,8 +59,7 @@ class Scores(Mapping[str, torch.Tensor]):
         return len(self._values)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """One row per sample: acquisitions, ``<name>_stderr`` of those with standard errors, ``n_tokens`` and
-        ``valid``, without per-token values.
+        """One row per sample: acquisitions, any ``<name>_stderr``, ``n_tokens`` and ``valid``; no per-token values.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.

@@ -1,4 +1,4 @@
-"""Random signs and places from a hash, the same on every machine, device and backend."""
+"""Hash-based random signs and places, the same on every machine, device and backend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def random_signs(
 ) -> torch.Tensor:
     """Independent signs ``[rows, columns]`` float32, a function of (seed, stream, row + first_row, column).
 
-    Each 64 columns of a row are the bits of one SplitMix64 output (Steele, Lea & Flood 2014).
+    Every 64 columns of a row are the bits of one SplitMix64 output (Steele, Lea & Flood 2014).
     """
     words = (columns + _BITS - 1) // _BITS
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
@@ -22,7 +22,7 @@ def random_signs(
     bits = _mix(_mix(_key(seed, stream) + (row[:, None] + 1) * _GOLDEN) + (word + 1) * _GOLDEN)  # [rows, words]
     shifts = torch.arange(_BITS, dtype=torch.int64, device=device)
     signs = torch.empty((rows, words * _BITS), dtype=torch.float32, device=device)
-    for i in range(words):  # one word at a time: the integers take eight bytes a sign
+    for i in range(words):  # one word at a time: the integers take eight bytes per sign
         signs[:, i * _BITS : (i + 1) * _BITS] = ((bits[:, i, None] >> shifts) & 1) * 2 - 1
     return signs[:, :columns].contiguous()
 
@@ -48,14 +48,14 @@ def rotated_places(
     first_row: int = 0,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """As :func:`hashed_places`, with places that a kernel can fill in order.
+    """Like :func:`hashed_places`, with places that a kernel can fill in order.
 
-    Row ``g places + u`` has the place ``(u + s_g) mod places``: each group of ``places`` rows is turned by a random
-    ``s_g`` of its own, and every row has an independent sign. Consecutive rows so fall into consecutive places.
+    Row ``g places + u`` has the place ``(u + s_g) mod places``: each group of ``places`` rows is rotated by its own
+    random ``s_g``, and every row has an independent sign. Consecutive rows therefore fall into consecutive places.
 
     Two rows of one group never collide; two of different groups do with probability ``1 / places``, as under
     :func:`hashed_places`. In a tensor sketch with hashed columns, entries (v, d) and (v', d') with d != d' collide with
-    probability ``1 / places`` whatever v and v' are, because the columns' difference is uniform. Signs alone make the
+    probability ``1 / places`` for any v and v', because the columns' difference is uniform. Signs alone make the
     expectation exact; the variance is at most that of independent places.
     """
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
@@ -71,7 +71,7 @@ def _key(seed: int, stream: int) -> int:
 
 
 def _number(value: int) -> torch.Tensor:
-    """On the CPU: a copy to a GPU would make the host wait."""
+    """A tensor on the CPU, because a copy to a GPU would make the host wait."""
     return torch.tensor(value, dtype=torch.int64, device="cpu")
 
 
@@ -87,5 +87,5 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def _shift_right(x: torch.Tensor, count: int) -> torch.Tensor:
-    """Logical shift: torch's own is arithmetic on int64."""
+    """Logical shift; torch's operator is arithmetic on int64."""
     return (x >> count) & ((1 << (64 - count)) - 1)

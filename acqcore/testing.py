@@ -1,7 +1,7 @@
-"""Inputs and assertions that hold a backend to the numerics contract, for the tests of acqcore and of other backends.
+"""Inputs and assertions that check a backend against the numerics contract, for tests of acqcore and other backends.
 
-The oracle is the ``eager`` backend in float64 on the same, already rounded, inputs. Tolerances are those of the
-contract and do not depend on the input dtype: products accumulate in float32 whatever the dtype.
+The oracle is the ``eager`` backend in float64 on the same, already rounded inputs. Tolerances are those of the
+contract and do not depend on the input dtype, because products always accumulate in float32.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def random_case(
 
 
 def case_from_logits(logits: torch.Tensor, targets: torch.Tensor | None = None) -> Case:
-    """A case with exactly these logits ``[N, V]``, -inf in whole columns alone: hidden states are unit vectors."""
+    """A case with exactly these logits ``[N, V]``, -inf only in whole columns; its hidden states are unit vectors."""
     absent = (logits == -torch.inf).all(dim=0)
     bias = torch.zeros(logits.shape[1]).masked_fill(absent, -torch.inf) if bool(absent.any()) else None
     weight = logits.T.contiguous().masked_fill(absent[:, None], 0.0)
@@ -101,7 +101,7 @@ def case_from_logits(logits: torch.Tensor, targets: torch.Tensor | None = None) 
 
 
 def _confident(gap: float) -> Case:
-    """Rows whose runner-up is ``gap`` nats below the maximum; the target is the maximum, the runner-up, another."""
+    """Rows whose runner-up is ``gap`` nats below the maximum; targets are the maximum, the runner-up and another."""
     logits = torch.full((4, 700), -gap - 20.0)
     logits[:, 300] = 0.0
     logits[:, 650] = -gap
@@ -132,7 +132,7 @@ def _ignored(every: int) -> Case:
 
 
 def _ties() -> Case:
-    """Several equal maxima in different tiles: the lowest index is the maximum, the runner-up equals it."""
+    """Equal maxima in different tiles: the lowest index is the maximum, and the runner-up has the same logit."""
     logits = torch.randn(3, 1200, generator=torch.Generator().manual_seed(0)).clamp(max=2.0)
     logits[:, [7, 8, 600, 1199]] = 5.0
     return case_from_logits(logits, torch.tensor([7, 8, 1199]))
@@ -183,7 +183,7 @@ def logit_cases() -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None, floa
 
 
 def worst_errors(stats: RowStats, oracle: RowStats) -> dict[str, float]:
-    """Per field, the largest error over its tolerance (1 is the bound) among scored rows; NaN patterns must agree."""
+    """Largest ratio of error to tolerance per field, over scored rows (1 is the bound); NaN patterns must agree."""
     errors = {}
     for field in (*FIELDS, "hidden_norm"):
         got, expected = getattr(stats, field), getattr(oracle, field)
@@ -195,8 +195,8 @@ def worst_errors(stats: RowStats, oracle: RowStats) -> dict[str, float]:
         if got.shape != expected.shape:
             raise AssertionError(f"{field}: shape {list(got.shape)}, expected {list(expected.shape)}")
         if not torch.equal(got.isnan(), expected.isnan()):
-            raise AssertionError(f"{field}: NaN in other rows than the oracle")
-        same = (got == expected) | expected.isnan()  # equal infinities among them
+            raise AssertionError(f"{field}: NaN in different rows than the oracle")
+        same = (got == expected) | expected.isnan()  # includes equal infinities
         absolute, relative = TOLERANCE[field]
         bound = absolute + relative * expected.abs()
         error = ((got - expected).abs() / bound.clamp_min(1e-300)).masked_fill(same, 0.0)
@@ -205,18 +205,18 @@ def worst_errors(stats: RowStats, oracle: RowStats) -> dict[str, float]:
 
 
 def assert_close_to_oracle(stats: RowStats, oracle: RowStats) -> None:
-    """Every field within the contract's tolerance of the float64 oracle.
+    """Asserts that every field is within the contract's tolerance of the float64 oracle.
 
     Raises:
-        AssertionError: naming each field beyond its bound, and by what factor.
+        AssertionError: naming each field beyond its bound, with the factor.
     """
     beyond = {field: error for field, error in worst_errors(stats, oracle).items() if not error <= 1}
     if beyond:
-        raise AssertionError(f"error over tolerance: { {k: round(v, 2) for k, v in beyond.items()} }")
+        raise AssertionError(f"ratio of error to tolerance: { {k: round(v, 2) for k, v in beyond.items()} }")
 
 
 def assert_no_worse_than_eager(case: Case, backend: str, slack: float = 0.5) -> None:
-    """The backend's error is at most that of eager torch in the same dtype, plus ``slack`` of the tolerance.
+    """Asserts that the backend's error is at most eager torch's in the same dtype plus ``slack`` times the tolerance.
 
     Raises:
         AssertionError: naming each field that is worse.
@@ -226,11 +226,11 @@ def assert_no_worse_than_eager(case: Case, backend: str, slack: float = 0.5) -> 
     eager = worst_errors(case.run("eager"), oracle)
     worse = {field: (error, eager[field]) for field, error in ours.items() if not error <= eager[field] + slack}
     if worse:
-        raise AssertionError(f"(error, eager's error) over tolerance: {worse}")
+        raise AssertionError(f"ratio of error to tolerance, (backend, eager): {worse}")
 
 
 def assert_logits_match(logits: torch.Tensor, targets: torch.Tensor | None, temperature: float, backend: str) -> None:
-    """``logit_stats`` of ``logits [N, V]`` agrees with the float64 oracle on the same values."""
+    """Asserts that ``logit_stats`` of ``logits [N, V]`` agrees with the float64 oracle on the same values."""
     got = logit_stats(logits, targets, temperature=temperature, backend=backend)
     oracle = logit_stats(logits.double(), targets, temperature=temperature, backend="eager")
     assert_close_to_oracle(got, oracle)

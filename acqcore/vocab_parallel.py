@@ -1,7 +1,7 @@
-"""Collectives between ranks that share a vocabulary: a few numbers of each row, never logits.
+"""Collectives between ranks that share a vocabulary: they exchange a few numbers per row, never logits.
 
 A head with a ``group`` holds some rows of the weight, and every rank of the group passes the same hidden states through
-its own. Collectives run on the head's device, in float64, in the order of the caller's calls.
+its own rows. Collectives run on the head's device, in float64, in the order of the caller's calls.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from acqcore.head import Head
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Heads whose ranks were found to tile the vocabulary.
+# Heads whose ranks are known to tile the vocabulary.
 _TILED: WeakSet[Head] = WeakSet()
 
 
 def gathered(
-    values: torch.Tensor,  # [...], of one shape on every rank
+    values: torch.Tensor,  # [...], the same shape on every rank
     group: ProcessGroup,
 ) -> torch.Tensor:
-    """The values of every rank, ``[ranks, ...]``, in the group's order, the same bits on every rank."""
+    """The values of every rank, ``[ranks, ...]``, in the group's order; bitwise the same on every rank."""
     values = values.contiguous()
     out = values.new_empty((dist.get_world_size(group), *values.shape))
     dist.all_gather(list(out.unbind()), values, group=group)
@@ -34,7 +34,7 @@ def gathered(
 
 
 def summed(
-    values: torch.Tensor,  # [...], of one shape on every rank
+    values: torch.Tensor,  # [...], the same shape on every rank
     group: ProcessGroup | None,
 ) -> torch.Tensor:
     """Sum over the ranks; without a group, the values themselves."""
@@ -46,12 +46,12 @@ def summed(
 
 
 def check_tiling(head: Head) -> None:
-    """At a head's first use: the ranks' rows are every row of the vocabulary, once.
+    """Checks at a head's first use that the ranks' rows cover every row of the vocabulary exactly once.
 
-    Not in the constructor, where a rank that makes a head for itself alone would wait for the others.
+    The constructor cannot check this: a rank that builds a head on its own would wait for the others.
 
     Raises:
-        ValueError: on every rank alike, naming each rank's rows.
+        ValueError: on every rank, naming each rank's rows.
     """
     if head.group is None or head in _TILED:
         return

@@ -17,7 +17,7 @@ from acqcore.literals import Form, Layers, Parameters, Positions, Posterior
 from acqcore.row_stats import RowStats
 from acqcore.students.student import Student, StudentLike
 
-#: Default dropout probability on the last hidden state and in blocks: see the table in the README.
+#: Default dropout probability on the last hidden state and in blocks, compared in docs/concepts/mutual-information.md.
 HIDDEN_DROPOUT, BLOCK_DROPOUT = 0.1, 0.05
 
 #: Default variance of a weight under an isotropic posterior: a standard deviation of 0.001.

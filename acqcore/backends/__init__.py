@@ -1,8 +1,8 @@
-"""The backends, ordered: the first that is available and fits serves a call, unless one is named.
+"""The backends in order: the first that is available and fits serves a call, unless one is named.
 
-``ACQCORE_BACKEND`` names one for the whole process. A name that is unknown, not available here or does not serve the
-tensors raises. ``eager`` runs only when asked for, except where the package has no compiled extension, which a warning
-says at import.
+``ACQCORE_BACKEND`` names one for the whole process. Naming a backend that is unknown, unavailable or does not support
+the tensors raises an error. ``eager`` runs only when named, unless the package has no compiled extension; a warning at
+import then says so.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class BackendInfo:
 
 
 def backends() -> list[BackendInfo]:
-    """Every backend in order of preference, with availability, why not, and the instruction set in use."""
+    """Every backend in order of preference, with its instruction set or the reason why it is not available."""
     rows = []
     for backend in _BACKENDS.values():
         reason = backend.unavailable()
@@ -53,7 +53,7 @@ def backends() -> list[BackendInfo]:
 
 
 def get(name: str) -> Backend:
-    """The backend called ``name``; trusted, for code below the public edge."""
+    """The backend called ``name``, which is trusted: for code below the public API."""
     return _BACKENDS[name]
 
 
@@ -66,11 +66,11 @@ def select(
 ) -> Backend:
     """The backend for tensors of ``device`` and ``dtypes``.
 
-    Where several GPU backends fit, ``op`` and its ``shape`` (rows, vocabulary) choose among them (``preference.py``).
+    If several GPU backends fit, ``op`` and its ``shape`` (rows, vocabulary) choose among them (``preference.py``).
 
     Raises:
-        ValueError: an unknown name, or a named backend that does not serve these tensors.
-        RuntimeError: the named backend is not available here, or none serves these tensors by itself.
+        ValueError: an unknown name, or a named backend that does not support these tensors.
+        RuntimeError: the named backend is not available here, or no backend is chosen automatically for these tensors.
     """
     argument = "backend" if name is not None else "ACQCORE_BACKEND"
     name = name if name is not None else os.environ.get("ACQCORE_BACKEND")
@@ -91,7 +91,7 @@ def select(
             else:
                 reasons.append(reason)
     if not fitting:
-        raise RuntimeError(f"{'; '.join(reasons)}. backend='eager' computes it in plain torch.")
+        raise RuntimeError(f"{'; '.join(reasons)}. Pass backend='eager' to use plain torch.")
     if len(fitting) == 1 or device.type != "cuda":
         return fitting[0]
     preferred = order(op, _capability(device.index), str(dtypes[0]).removeprefix("torch."), *shape)

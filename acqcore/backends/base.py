@@ -1,4 +1,4 @@
-"""What a backend is."""
+"""The interface of a backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from acqcore.head import Head
 
 @dataclass(frozen=True, eq=False)
 class HeadRows:
-    """N rows under a head, and their state: written by ``row_stats``, read by what follows from it."""
+    """N rows under a head, and their state, which ``row_stats`` writes and later operations read."""
 
     hidden: torch.Tensor  # [N, D]
     head: Head
@@ -25,33 +25,32 @@ class HeadRows:
 
 @dataclass(frozen=True, eq=False)
 class Gram:
-    """Gram matrices of unnormalised probabilities, one a sample, kept beside the row state.
+    """Gram matrices of unnormalised probabilities, one per sample, accumulated beside the row state.
 
-    ``products[s, t] = sum_v f_s[v] f_t[v]`` over the columns v of this weight that are the target of no row of the
+    ``products[s, t] = sum_v f_s[v] f_t[v]`` over the columns v of this weight that are not the target of any row of the
     sample, with ``f_s[v] = exp(z_s[v] - m_s) cap'_s[v]``:
 
-    - ``m_s`` is the row's largest logit over this weight, ``state[MAX]`` as the visit leaves it.
+    - ``m_s`` is the row's largest logit over this weight, ``state[MAX]`` after this pass.
     - ``cap'_s[v] = 1 - (z_s[v] temperature / softcap)^2`` is the derivative of the softcap, 1 without one. The constant
       ``scale / temperature`` is left out.
 
-    Rows with target -100, and rows whose logits over this weight are all -inf, hold zeros. A row with NaN may hold
-    anything.
+    Rows with target -100, and rows whose logits over this weight are all -inf, hold zeros. Rows with NaN are undefined.
     """
 
-    bounds: tuple[tuple[int, int], ...]  # [begin, end) rows of each covered sample, known on the host
+    bounds: tuple[tuple[int, int], ...]  # [begin, end) rows of each covered sample, on the host
     starts: tuple[int, ...]  # first element of each sample's matrix in ``products``
     products: torch.Tensor  # [sum T_i^2] float32, float64 on eager in float64: T_i x T_i, row-major, sample by sample
 
 
 @dataclass(frozen=True, eq=False)
 class Dropout:
-    """Inverted dropout that makes draws of hidden states; masks as in ``philox.py``, found again where needed."""
+    """Inverted dropout that draws hidden states; masks follow ``philox.py`` and are recomputed where needed."""
 
     p: float
-    form: str  # "element": columns drop alone; "block": in groups of ``block``, the last may be short
+    form: str  # "element": columns drop independently; "block": in groups of ``block``, the last may be shorter
     block: int
     seed: int
-    samples: torch.Tensor  # [N] int64: what tells the samples' masks apart
+    samples: torch.Tensor  # [N] int64: per-sample mask key
     positions: torch.Tensor  # [N] int64: of each row in its sample
 
     @property
@@ -62,10 +61,10 @@ class Dropout:
 
 @dataclass(frozen=True, eq=False)
 class DrawRows:
-    """K draws of N rows under a head each or one for all, and their statistics, written by ``mixture_stats``."""
+    """K draws of N rows under one head per draw or one for all, and the statistics that ``mixture_stats`` writes."""
 
-    hidden: torch.Tensor  # [N, D] where dropout makes the draws, else [K, N, D]
-    heads: tuple[Head, ...]  # one, or K over one vocabulary, alike in softcap and scale
+    hidden: torch.Tensor  # [N, D] if dropout makes the draws, else [K, N, D]
+    heads: tuple[Head, ...]  # one, or K with the same vocabulary, softcap and scale
     targets: torch.Tensor | None  # [N] int64, -100 ignored
     draws: int
     dropout: Dropout | None
@@ -75,7 +74,7 @@ class DrawRows:
 
 @dataclass(frozen=True, eq=False)
 class Probes:
-    """P random cotangents of each row's logits, as in ``acqcore.fisher``, with signs ``philox.signs``."""
+    """P random cotangents of each row's logits, as in ``acqcore.fisher``, with signs from ``philox.signs``."""
 
     count: int
     seed: int
@@ -84,12 +83,12 @@ class Probes:
 
 
 class Backend(ABC):
-    """One way of filling the row state. Adapters only: the arithmetic is in kernels, csrc or plain torch."""
+    """One way to fill the row state. Subclasses are adapters: the arithmetic is in kernels, csrc or plain torch."""
 
     name: ClassVar[str]
     description: ClassVar[str]
     automatic: ClassVar[bool] = True  #: may be chosen without being named
-    devices: ClassVar[tuple[str, ...]] = ()  #: device types it serves; empty means all
+    devices: ClassVar[tuple[str, ...]] = ()  #: supported device types; empty means all
     dtypes: ClassVar[tuple[torch.dtype, ...]]
 
     def unavailable(self) -> str | None:
@@ -101,18 +100,18 @@ class Backend(ABC):
         return None
 
     def misfit(self, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-        """Why it does not serve tensors of this device and these dtypes, or None if it does."""
+        """Why it does not support tensors of this device and these dtypes, or None if it does."""
         if self.devices and device.type not in self.devices:
-            return f"backend {self.name!r} serves {', '.join(self.devices)} tensors, got {device.type}"
+            return f"backend {self.name!r} supports {', '.join(self.devices)} tensors, got {device.type}"
         for dtype in dtypes:
             if dtype not in self.dtypes:
                 known = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
-                return f"backend {self.name!r} takes {known}, got {str(dtype).removeprefix('torch.')}"
+                return f"backend {self.name!r} supports {known}, got {str(dtype).removeprefix('torch.')}"
         return None
 
     @abstractmethod
     def longest_gram(self, depth: int) -> int:
-        """Rows of the longest sample whose Gram matrix costs less than ``head_grad_norm``, for states of this depth."""
+        """Rows of the longest sample whose Gram matrix is cheaper than ``head_grad_norm`` for D = ``depth``."""
 
     @abstractmethod
     def row_stats(
@@ -120,9 +119,9 @@ class Backend(ABC):
         rows: HeadRows,
         gram: Gram | None = None,
     ) -> None:
-        """Fill the state of ``row_stats.RowStats`` in place, and ``gram`` in the same visit of the weights.
+        """Fill the state of ``row_stats.RowStats`` in place, and ``gram`` in the same pass over the weights.
 
-        A row with target -100: NaN state and index -1. Without a Gram, targets may be None.
+        Rows with target -100 get a NaN state and index -1. Without a Gram, targets may be None.
         """
 
     @abstractmethod
@@ -134,7 +133,7 @@ class Backend(ABC):
         state: torch.Tensor,  # [7, N] float64, written
         index: torch.Tensor,  # [N] int64, written
     ) -> None:
-        """The same from logits."""
+        """``row_stats`` from logits."""
 
     @abstractmethod
     def delta_product(
@@ -154,7 +153,7 @@ class Backend(ABC):
     ) -> None:
         """Signed sums of delta's columns that share a place; zero in rows with target -100.
 
-        Places are those of ``signs.rotated_places`` for the rows of this weight.
+        Places come from ``signs.rotated_places`` for the rows of this weight.
         """
 
     def stats_and_hash(
@@ -163,7 +162,7 @@ class Backend(ABC):
         places: torch.Tensor,  # [V] int32
         out: torch.Tensor,  # [N, n], written
     ) -> None:
-        """``row_stats`` and ``delta_hash`` of a whole vocabulary, in one visit of the weights where a kernel can."""
+        """``row_stats`` and ``delta_hash`` of a whole vocabulary, in one pass over the weights if a kernel can."""
         self.row_stats(rows)
         self.delta_hash(rows, places, out)
 
@@ -180,8 +179,8 @@ class Backend(ABC):
 
         ``sum_st w_s w_t (<h_s, h_t> + 1 with a bias) (c_s c_t products_st + sum_u delta_s[u] delta_t[u])`` with
         ``c = exp(local_max - state[MAX]) (scale / temperature) / Z`` and u over the sample's distinct targets that are
-        rows of this weight. ``delta`` is exact: ``-R / Z`` times its slope where the target is the largest logit. For a
-        shard this is the shard's share; the ranks' shares add up.
+        rows of this weight. ``delta`` is exact: ``-R / Z`` times its slope where the target is the largest logit. A
+        shard gives its share of the sum; the ranks' shares add up.
         """
 
     @abstractmethod
@@ -192,7 +191,7 @@ class Backend(ABC):
         weights: torch.Tensor,  # [N] float64, zero where the target is -100
         squared: torch.Tensor,  # [len(bounds)] float64, written
     ) -> None:
-        """The same numbers for samples of any length, from delta formed in a second visit of the weights."""
+        """Like ``gram_norm`` for samples of any length, from delta formed in a second pass over the weights."""
 
     @abstractmethod
     def hidden_grad(
@@ -200,11 +199,11 @@ class Backend(ABC):
         rows: HeadRows,
         out: torch.Tensor,  # [N, D] float32 (float64 on eager in float64), written
     ) -> None:
-        """Fill the state as ``row_stats`` does, and ``out`` in the same visit of the weights.
+        """Fill the state as ``row_stats`` does, and ``out`` in the same pass over the weights.
 
-        ``out_s = sum_v exp(z_s[v] - m_s) cap'_s[v] W_v`` over the columns of this weight but the row's target, with
-        ``m_s`` and ``cap'`` as in :class:`Gram`; zero where its rows are. ``head_grad.hidden_grad`` makes dL/dh of it:
-        normalised, the target's column added exactly.
+        ``out_s = sum_v exp(z_s[v] - m_s) cap'_s[v] W_v`` over the columns of this weight except the row's target, with
+        ``m_s`` and ``cap'`` as in :class:`Gram`; zero where rows of a Gram are zero. ``head_grad.hidden_grad`` turns it
+        into dL/dh: it normalises and adds the target's column exactly.
         """
 
     @abstractmethod
@@ -216,7 +215,7 @@ class Backend(ABC):
         signed: torch.Tensor,  # [P, N] float64, contiguous, written
         squares: torch.Tensor,  # [N] float64, written
     ) -> None:
-        """Fill the state as ``row_stats`` does, and sums that random cotangents follow from in the same visit.
+        """Fill the state as ``row_stats`` does, and the sums that random cotangents are built from in the same pass.
 
         With e the unnormalised probabilities ``exp(z - state[MAX])``, zero in the column of the largest logit, cap' as
         in :class:`Gram` and r the signs of probe k:
@@ -224,7 +223,7 @@ class Backend(ABC):
         - ``sums[0] = sum_v e_v cap'_v W_v``, ``squares = sum_v e_v cap'_v^2 ||W_v||^2``;
         - ``sums[1 + k] = sum_v sqrt(e_v) r_v cap'_v W_v``, ``signed[k] = sum_v sqrt(e_v) r_v``.
 
-        Zero in rows with target -100. ``acqcore.fisher`` makes dL/dh of them.
+        All are zero in rows with target -100. ``acqcore.fisher`` turns them into dL/dh.
         """
 
     @abstractmethod
@@ -234,11 +233,11 @@ class Backend(ABC):
         site: int,
         keep: torch.Tensor,  # [K, N, units] bool, contiguous, written; units are columns, or blocks of them
     ) -> None:
-        """The masks of ``philox.keep_mask`` for every draw; those of site 0 are what ``mixture_stats`` applies."""
+        """The masks of ``philox.keep_mask`` for every draw; ``mixture_stats`` applies those of site 0."""
 
     @abstractmethod
     def mixture_stats(
         self,
         rows: DrawRows,
     ) -> None:
-        """Fill the state and votes of ``bayes.BayesStats``. A row with target -100: NaN state and votes of -1."""
+        """Fill the state and votes of ``bayes.BayesStats``; rows with target -100 get a NaN state and votes of -1."""

@@ -1,7 +1,7 @@
-"""What a GPU backend has no kernel for, in plain torch, a tile of rows and vocabulary at a time: head gradients, draws.
+"""Head gradients and draws in plain torch, tile by tile, for GPU backends that have no kernel for them.
 
-The arithmetic is that of ``eager``; what differs is that of the ``[N, V]`` gradients, and of half-precision inputs in
-float32, no more than ``BUFFER_BYTES`` exists at a time.
+The arithmetic is that of ``eager``, but at most ``BUFFER_BYTES`` of the ``[N, V]`` gradients, and of float32 copies of
+half-precision inputs, exist at a time.
 """
 
 from __future__ import annotations
@@ -19,30 +19,29 @@ from acqcore.backends.scatter import add_at
 from acqcore.head import Head, compute_dtype
 from acqcore.philox import keep_mask, sign_words, signs_in
 
-#: Bound on what an operation allocates at a time beside its result.
+#: Bound on the memory that an operation holds at a time beside its result.
 BUFFER_BYTES = 64 << 20
-#: ``logit_gradient`` and its callers hold so many buffers of the size of a tile at once.
+#: Tile-sized buffers that ``logit_gradient`` and its callers hold at once.
 TEMPORARIES = 8
-#: ``keep_mask`` holds so many int64 for each unit at once.
+#: int64 values per unit that ``keep_mask`` holds at once.
 MASK_TEMPORARIES = 4
-#: Columns whose signs are drawn at once: Philox takes some 130 launches however many.
+#: Columns whose signs are drawn at once; Philox takes some 130 launches for any number.
 SIGN_COLUMNS = 1 << 14
-#: Rows at a time; also those whose products with each other are formed in the Gram form.
+#: Rows processed at a time; also the most rows that the Gram form multiplies with each other at once.
 MAX_ROWS = 1024
 
 
 @contextlib.contextmanager
 def float32_products() -> Iterator[None]:
-    """TF32 off for torch's products on a GPU: trainers set it for the whole process, and it costs 1e-3 of a logit.
+    """Disables TF32 for torch's products on a GPU: trainers enable it process-wide, and it costs 1e-3 of a logit.
 
-    torch has two settings, an older and a newer, and raises where one is read while they disagree: both are set, and
-    both restored.
+    torch has an older and a newer setting, and raises if one is read while they disagree: both are set and restored.
     """
     settings = torch.backends.cuda.matmul
     before, older = settings.fp32_precision, None
     with contextlib.suppress(RuntimeError):  # they disagree already
         older = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # sets the newer too
+    torch.set_float32_matmul_precision("highest")  # also sets the newer one
     try:
         yield
     finally:
@@ -52,7 +51,7 @@ def float32_products() -> Iterator[None]:
 
 
 class Chunked(Backend):
-    """A backend whose head gradients and mixtures of draws are chunked torch."""
+    """A backend whose head gradients and mixtures of draws run in chunked torch."""
 
     @float32_products()
     def delta_product(
@@ -91,7 +90,7 @@ class Chunked(Backend):
         rows: HeadRows,  # their state filled
         gram: Gram,
     ) -> None:
-        """The Gram matrices, in a second visit of the weights."""
+        """The Gram matrices, in a second pass over the weights."""
         for first, last in _groups(gram.bounds, _rows_at_once(rows.hidden.shape[1])):
             begin, end = gram.bounds[first][0], gram.bounds[last - 1][1]
             part = _rows(rows, slice(begin, end))
@@ -128,7 +127,7 @@ class Chunked(Backend):
         rows: HeadRows,
         out: torch.Tensor,  # [N, D], written
     ) -> None:
-        """In two visits of the weights."""
+        """In two passes over the weights."""
         assert rows.targets is not None
         self.row_stats(rows)
         out.zero_()
@@ -148,7 +147,7 @@ class Chunked(Backend):
         signed: torch.Tensor,  # [P, N] float64, written
         squares: torch.Tensor,  # [N] float64, written
     ) -> None:
-        """In two visits of the weights."""
+        """In two passes over the weights."""
         self.row_stats(rows)
         self.fill_fisher_sums(rows, probes, sums, signed, squares)
 
@@ -161,12 +160,12 @@ class Chunked(Backend):
         signed: torch.Tensor,  # [P, N] float64, written
         squares: torch.Tensor,  # [N] float64, written
     ) -> None:
-        """The second visit."""
+        """The second pass."""
         for written in (sums, signed, squares):
             written.zero_()
         for part, piece in _row_chunks(rows, 0, len(rows.hidden)):
             keys = probes.samples[part], probes.positions[part]
-            begin, end = 0, 0  # columns whose words of signs are at hand
+            begin, end = 0, 0  # columns whose sign words are in ``words``
             for columns in _vocab_chunks(rows, len(rows.hidden), 2 * rows.hidden.shape[1]):
                 if columns.stop > end:
                     begin, end = columns.start, min(columns.start + SIGN_COLUMNS, len(rows.head.weight))
@@ -214,7 +213,7 @@ def _direct_form(
     end: int,
     weights: torch.Tensor,  # [N] float64
 ) -> torch.Tensor:
-    """``||sum_t w_t delta_t h_t^T||^2`` by stretches of the gradient's rows."""
+    """``||sum_t w_t delta_t h_t^T||^2``, summed over slices of the gradient's rows."""
     total = torch.zeros((), dtype=torch.float64, device=weights.device)
     depth, dtype = rows.hidden.shape[1], compute_dtype(rows.hidden.dtype)
     for columns in _vocab_chunks(rows, end - begin, 3 * depth):  # the gradient, and its copy in float64 for the norm
@@ -232,19 +231,19 @@ def _direct_form(
 
 
 def _rows(rows: HeadRows, part: slice) -> HeadRows:
-    """Some of the rows, their hidden states in float32."""
+    """Some of the rows, with hidden states in float32."""
     hidden = rows.hidden[part].to(compute_dtype(rows.hidden.dtype))
     targets = None if rows.targets is None else rows.targets[part]
     return replace(rows, hidden=hidden, targets=targets, state=rows.state[:, part], index=rows.index[part])
 
 
 def _rows_at_once(depth: int) -> int:
-    """At most ``MAX_ROWS`` whose hidden states in float32 take a quarter of the buffer."""
+    """Rows, at most ``MAX_ROWS``, whose hidden states in float32 fit in a quarter of the buffer."""
     return max(min(MAX_ROWS, BUFFER_BYTES // 4 // (4 * max(depth, 1))), 1)
 
 
 def _row_chunks(rows: HeadRows, begin: int, end: int) -> Iterator[tuple[slice, HeadRows]]:
-    """Chunks of the rows from ``begin`` to ``end``, their hidden states in float32."""
+    """Chunks of the rows from ``begin`` to ``end``, with hidden states in float32."""
     size = _rows_at_once(rows.hidden.shape[1])
     for first in range(begin, end, size):
         part = slice(first, min(first + size, end))
@@ -252,7 +251,7 @@ def _row_chunks(rows: HeadRows, begin: int, end: int) -> Iterator[tuple[slice, H
 
 
 def _vocab_chunks(rows: HeadRows, n: int, width: int) -> Iterator[slice]:
-    """Stretches of the vocabulary for ``n`` rows: weights, ``width`` floats more for each column, and tiles fit."""
+    """Slices of the vocabulary whose weights, with ``width`` more floats per column, and tiles of ``n`` rows fit."""
     vocab, depth = rows.head.weight.shape
     tall = min(n, MAX_ROWS)
     by_weight = BUFFER_BYTES // 4 // (4 * max(depth + width, 1))
@@ -273,6 +272,6 @@ def _factors(rows: HeadRows, columns: slice) -> torch.Tensor:
 
 
 def _shard(head: Head, columns: slice) -> Head:
-    """Some rows of the head's weight."""
+    """The head restricted to some rows of its weight."""
     bias = None if head.bias is None else head.bias[columns]
     return replace(head, weight=head.weight[columns], bias=bias, vocab_start=head.vocab_start + columns.start)

@@ -1,11 +1,11 @@
 """Statistics of a mixture of draws in plain torch, a tile of rows, draws and vocabulary at a time.
 
-The vocabulary is visited twice, for the draws' normalisers and for what ``eager.mixture`` forms of them. Both visits
-take the same products in float32 and sum in float64: normalisers from other products, rounded otherwise, would cost the
+The first pass over the vocabulary computes the draws' normalisers, the second the sums of ``eager.mixture``. Both
+compute the same products in float32 and sum in float64: normalisers from differently rounded products would cost the
 sums their last digits.
 
-Ranks that share a vocabulary exchange, between the visits, each draw's largest logit, its index and the log of the sum
-of exponentials, and after the second visit the sums: 24 bytes of a row and draw and 48 of a row.
+Ranks that share a vocabulary exchange each draw's largest logit, its index and its log-sum-exp between the passes, and
+the sums after the second pass: 24 bytes per row and draw, and 48 per row.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from acqcore.backends.base import Backend, DrawRows
 from acqcore.head import Head, compute_dtype
 from acqcore.vocab_parallel import gathered, summed
 
-#: Bound on the hidden states of all draws of the rows under way, and on the weights under way in float32, each.
+#: Bound on a chunk's hidden states in all draws, and a separate bound on its weights in float32.
 OPERAND_BYTES = 16 << 20
-#: Bound on the tiles of logits and what is formed of them.
+#: Bound on the tiles of logits and their temporaries.
 TILE_BYTES = 24 << 20
-#: Rows under way, each draw counted: with more, tiles would be narrow.
+#: Rows in a chunk, counting each draw; more would make tiles narrow.
 MAX_ROWS = 4096
-#: So many float64 buffers of a tile's size exist at once.
+#: Tile-sized float64 buffers that exist at once.
 TEMPORARIES = 6
 
 
 def mixture_in_chunks(backend: Backend, rows: DrawRows) -> None:
     """``Backend.mixture_stats`` with a bounded part of the ``[K, N, V]`` logits at a time."""
     n, depth = rows.hidden.shape[-2:]
-    row_bytes = rows.draws * max(depth, 1) * (rows.hidden.element_size() + 4)  # as they are, and in float32
+    row_bytes = rows.draws * max(depth, 1) * (rows.hidden.element_size() + 4)  # as stored, and in float32
     at_once = max(min(OPERAND_BYTES // row_bytes, MAX_ROWS // rows.draws), 1)
     for begin in range(0, n, at_once):
         part = slice(begin, min(begin + at_once, n))
@@ -64,7 +64,7 @@ def _mixture(
     group = heads[0].group
     if group is not None:
         tops, indices, sums = gathered(torch.stack([top.double(), votes.double(), log_z]), group).unbind(dim=1)
-        votes.copy_(indices.masked_fill(tops < tops.amax(dim=0), torch.inf).amin(dim=0))  # the lowest among equals
+        votes.copy_(indices.masked_fill(tops < tops.amax(dim=0), torch.inf).amin(dim=0))  # the lowest index on ties
         log_z = sums.logsumexp(dim=0)
     state.zero_()
     state[3] = -torch.inf
@@ -100,7 +100,7 @@ def _drawn(
 ) -> tuple[torch.Tensor, tuple[Head, ...]]:
     """Hidden states ``[K, n, D]`` of every draw, and the heads that give their logits.
 
-    What dropout keeps is not divided by ``1 - p``, which would round a half-precision state: the head's scale is.
+    The head's scale is divided by ``1 - p`` instead of the kept columns, which would round half-precision states.
     """
     dropout = rows.dropout
     if dropout is None:
@@ -120,7 +120,7 @@ def _drawn(
 
 
 def _vocab_chunks(head: Head, n: int) -> Iterator[slice]:
-    """Stretches of the vocabulary whose weights, and tiles of ``n`` rows, fit."""
+    """Slices of the vocabulary whose weights and tiles of ``n`` rows fit the bounds."""
     vocab, depth = head.weight.shape
     size = max(min(OPERAND_BYTES // (4 * max(depth, 1)), TILE_BYTES // (8 * TEMPORARIES * n)), 1)
     return (slice(begin, min(begin + size, vocab)) for begin in range(0, vocab, size))

@@ -1,4 +1,4 @@
-"""The C++ SIMD backend: hands pointers, strides and sizes to the extension, which owns the arithmetic."""
+"""The C++ SIMD backend: passes pointers, strides and sizes to the extension, which does the arithmetic."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from acqcore.philox import threshold
 
 class Cpu(Backend):
     name = "cpu"
-    description = "C++ SIMD, product and statistics fused tile by tile, never holds the logits"
+    description = "C++ SIMD: product and statistics fused tile by tile; never holds the logits"
     devices = ("cpu",)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,10 +25,10 @@ class Cpu(Backend):
         return extension.missing()
 
     def instruction_set(self) -> str:
-        """``ACQCORE_ISA`` if set, else the best this processor has.
+        """``ACQCORE_ISA`` if set, else the best that this processor supports.
 
         Raises:
-            ValueError: unknown name. RuntimeError: this build or processor does not have it.
+            ValueError: unknown name. RuntimeError: this build or processor does not support it.
         """
         forced = os.environ.get("ACQCORE_ISA")
         if forced is None:
@@ -40,7 +40,7 @@ class Cpu(Backend):
         return forced
 
     def longest_gram(self, depth: int) -> int:
-        # A Gram adds 1.3 T / 2D to the statistics, delta 2.4 (AVX-512, D = 576); past 2048 rows its memory is much.
+        # A Gram adds 1.3 T / 2D to the statistics, delta 2.4 (AVX-512, D = 576); past 2048 rows it needs much memory.
         return min(18 * depth // 5, 2048)
 
     def row_stats(
@@ -232,7 +232,7 @@ class Cpu(Backend):
 
 @contextmanager
 def _dropout_args(dropout: Dropout | None) -> Iterator[_core.Dropout | None]:
-    """What the extension takes of a dropout; what it points to lives as long as the context."""
+    """The extension's arguments for a dropout; the tensors they point to live as long as the context."""
     if dropout is None:
         yield None
         return
@@ -251,7 +251,7 @@ def _dropout_args(dropout: Dropout | None) -> Iterator[_core.Dropout | None]:
 
 @contextmanager
 def _head_args(rows: HeadRows) -> Iterator[_core.HeadArgs]:
-    """The arguments that every head operation takes; what they point to lives as long as the context."""
+    """The arguments of every head operation; the tensors they point to live as long as the context."""
     head = rows.head
     bias = None if head.bias is None else head.bias.to(torch.float32).contiguous()
     targets = None if rows.targets is None else rows.targets.contiguous()

@@ -1,7 +1,7 @@
-"""The CUDA C++ backend: statistics of logits by its kernel; of hidden states fused with the product on Hopper.
+"""The CUDA C++ backend: a kernel for statistics of logits, and on Hopper one for hidden states, fused with the product.
 
-Elsewhere, and where the fused kernel does not fit, torch multiplies block by block and the kernel for logits follows.
-What follows from the statistics is left to Triton's kernels; without Triton, to chunked torch.
+On other GPUs, and where the fused kernel does not fit, torch multiplies block by block, followed by the logits kernel.
+Operations that use the statistics run in Triton's kernels or, without Triton, in chunked torch.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from acqcore.backends.slots import BLOCK, slot_table
 from acqcore.backends.triton import Triton
 from acqcore.head import Head
 
-#: A block of logits that row_stats holds: at most 1024 rows x 8192 columns, 32 MiB in float32.
+#: Block of logits that row_stats holds: at most 1024 rows x 8192 columns, 32 MiB in float32.
 BLOCK_ROWS = 1024
 BLOCK_COLUMNS = 8192
-#: What a block's hidden states may take where they are copied, and a tile of weights likewise, in bytes of float32.
+#: Bound in bytes on a float32 copy of a block's hidden states, and on one of a tile of weights.
 COPY_BYTES = 16 << 20
 
-#: Has kernels for what follows from the statistics.
+#: Has kernels for operations that use the statistics.
 _TRITON = Triton()
 
 
@@ -102,7 +102,7 @@ class Cuda(Chunked):
         rows: HeadRows,
         gram: Gram | None,  # samples of at most BLOCK rows
     ) -> None:
-        """Queue the kernel for Hopper that multiplies and folds at once; nothing is read back from the device."""
+        """Queue the Hopper kernel that fuses product and statistics; nothing is read back from the device."""
         head, device = rows.head, rows.hidden.device.index
         bias = None if head.bias is None else head.bias.float().contiguous()
         targets = None if rows.targets is None else rows.targets.contiguous()
@@ -134,7 +134,7 @@ class Cuda(Chunked):
         self,
         rows: HeadRows,
     ) -> None:
-        """Block by block of rows and columns: product, bias, cap, then the kernel, merged along the columns."""
+        """For each block of rows and columns: product, bias, cap, then the kernel, which merges along the columns."""
         head, targets = rows.head, rows.targets
         n, v = len(rows.hidden), len(head.weight)
         kept = None if targets is None else (targets != -100).nonzero()[:, 0]
@@ -194,10 +194,10 @@ class Cuda(Chunked):
         temperature: float,
         vocab_start: int,
         accumulate: bool,
-        state: torch.Tensor,  # [7, N] float64, written; with accumulate, merged with
-        index: torch.Tensor,  # [N] int64, likewise
+        state: torch.Tensor,  # [7, N] float64, written; with accumulate, merged into
+        index: torch.Tensor,  # [N] int64, the same
     ) -> None:
-        """Queue the kernel on the current stream; ``logits`` are columns from ``vocab_start`` on."""
+        """Queue the kernel on the current stream; the columns of ``logits`` start at ``vocab_start``."""
         device = logits.device.index
         size = core.cuda_logit_stats_scratch(device, *logits.shape)
         scratch = torch.empty(size, dtype=torch.uint8, device=logits.device)
@@ -220,9 +220,9 @@ def fits_hopper(
     weight: torch.Tensor,  # [V, D]
     capability: tuple[int, int] | None,  # of their device; None for a CPU
 ) -> bool:
-    """Whether the fused kernel takes them: 16-bit products on sm_90, weights that its copy engine can address.
+    """Whether the fused kernel supports these: 16-bit products on sm_90, weights that its copy engine can address.
 
-    Hidden states may have any strides: the kernel packs them where it has to.
+    Hidden states may have any strides; the kernel packs them if needed.
     """
     row, column = weight.stride()
     return (
@@ -240,9 +240,9 @@ def _kept_while_folding(
     head: Head,
     gram: Gram | None,
 ) -> tuple[Gram | None, Gram | None]:
-    """The samples whose matrices the fused kernel keeps, of at most BLOCK rows and without a softcap, and the others.
+    """The samples whose matrices the fused kernel keeps (at most BLOCK rows, no softcap), and the others.
 
-    The first is None only without a Gram or under a softcap: rows are cut alike whatever samples they come with.
+    The first is None only without a Gram or under a softcap, so that how rows are split never depends on the samples.
     """
     if gram is None or head.softcap is not None:
         return None, gram
@@ -259,9 +259,9 @@ def _kept_while_folding(
 
 
 def _block(d: int, mixed: bool) -> tuple[int, int]:
-    """Rows and columns of a block under a head of ``d`` columns; ``mixed``: its tile of weights is widened.
+    """Rows and columns of a block under a head of ``d`` columns; ``mixed`` means that weights are copied to float32.
 
-    Columns do not follow from the batch, so neither do the places where parts of a row are merged.
+    Columns do not depend on the batch, so neither do the places where parts of a row are merged.
     """
     fit = max(128, COPY_BYTES // (4 * max(1, d)) // 128 * 128)
     return min(BLOCK_ROWS, fit), min(BLOCK_COLUMNS, fit) if mixed else BLOCK_COLUMNS
@@ -285,7 +285,7 @@ def _transform(
 def _no_device() -> str | None:
     """Why the extension has no device to run on, or None."""
     if not core.cuda_built:
-        return "acqcore was built without CUDA; install it where nvcc 12.8 or later is found"
+        return "acqcore was built without CUDA; reinstall it on a machine with nvcc 12.8 or later"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     return core.cuda_unavailable() or None
@@ -297,5 +297,5 @@ def _stating_memory(op: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
-            f"cuda {op}: the device has no memory left for at most 64 MiB of work space: {str(error).split('. ')[0]}"
+            f"cuda {op}: not enough device memory for up to 64 MiB of work space: {str(error).split('. ')[0]}"
         ) from error

@@ -1,4 +1,4 @@
-"""Plain torch: the oracle of every parity test, float64-capable, on any device. It holds the logits."""
+"""Plain torch on any device, also in float64: the oracle of every parity test. It holds the logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from acqcore.philox import keep_mask, signs
 
 class Eager(Backend):
     name = "eager"
-    description = "plain torch on any device, holds the [N, V] logits; the readable reference"
+    description = "plain torch on any device: the readable reference; holds the [N, V] logits"
     automatic = extension.ABSENT
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -192,7 +192,7 @@ def gram_products(
     gram: Gram,  # products written
     first: int = 0,  # column of factors[:, 0] in the weight
 ) -> None:
-    """The Gram matrices of some columns; with ``first`` past 0 they are added to those of the columns before."""
+    """The Gram matrices of some columns; if ``first`` > 0, they are added to those of the preceding columns."""
     assert rows.targets is not None
     width = factors.shape[1]
     for (begin, end), start in zip(gram.bounds, gram.starts, strict=True):
@@ -215,7 +215,7 @@ def gram_norm(
     weights: torch.Tensor,  # [N] float64
     squared: torch.Tensor,  # [len(gram.bounds)] float64, written
 ) -> None:
-    """``Backend.gram_norm`` in plain torch; nothing in it waits for a device."""
+    """``Backend.gram_norm`` in plain torch; it never waits for a device."""
     scored, columns, here = _target_columns(rows)
     assert rows.targets is not None
     head, slope = rows.head, rows.head.scale / rows.temperature
@@ -247,14 +247,14 @@ def cap_slope(
     z: torch.Tensor,  # [..., V] logits
     rows: HeadRows,
 ) -> torch.Tensor | float:
-    """Derivative of the softcap, the shape of ``z``; 1 without one. tanh' = 1 - tanh^2."""
+    """Derivative of the softcap (tanh' = 1 - tanh^2), shaped like ``z``; 1 without a softcap."""
     if rows.head.softcap is None:
         return 1.0
     return 1 - (z * (rows.temperature / rows.head.softcap)).square()
 
 
 def _target_columns(rows: HeadRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``[N]`` each: whether the row is scored, its target's column (0 where absent), whether that is in this weight."""
+    """``[N]`` each: whether the row is scored, its target's column (0 if absent), whether this weight has it."""
     assert rows.targets is not None
     local = rows.targets - rows.head.vocab_start
     here = (local >= 0) & (local < len(rows.head.weight))
@@ -285,7 +285,7 @@ def add_fisher_sums(
     signed: torch.Tensor,  # [P, N] float64, added to
     squares: torch.Tensor,  # [N] float64, added to
 ) -> None:
-    """The sums of ``Backend.fisher_sums`` over some columns, the state filled."""
+    """Adds the sums of ``Backend.fisher_sums`` over some columns; the state must be filled."""
     assert rows.targets is not None
     head = rows.head
     bias = None if head.bias is None else head.bias[columns]
@@ -312,14 +312,14 @@ def fold(
     state: torch.Tensor,  # [7, N] float64, written
     index: torch.Tensor,  # [N] int64, written
 ) -> None:
-    """The state of each row, term by term as its definition in ``row_stats.py`` reads."""
+    """The state of each row, term by term as defined in ``row_stats.py``."""
     v = z.shape[1]
     columns = torch.arange(v, device=z.device)
-    m = z.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(dim=1)  # [N]; a NaN shows in the sums
-    a = (z == m[:, None]).int().argmax(dim=1)  # the first among equals
+    m = z.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(dim=1)  # [N]; a NaN shows up in the sums
+    a = (z == m[:, None]).int().argmax(dim=1)  # the first on ties
     others = z.masked_fill(columns == a[:, None], -torch.inf)  # [N, V]
     x = others - m[:, None]
-    x = x.masked_fill(others == -torch.inf, 0)  # an impossible token adds nothing: 0 * -inf is not formed
+    x = x.masked_fill(others == -torch.inf, 0)  # an impossible token adds nothing; avoids 0 * -inf
     e = x.exp().masked_fill(others == -torch.inf, 0)
     e, x = e.double(), x.double()
     index.copy_(a + vocab_start)
@@ -332,7 +332,7 @@ def fold(
     state[6] = -torch.inf
     if targets is not None:
         local = targets - vocab_start
-        here = (local >= 0) & (local < v)  # a target of another shard is found there
+        here = (local >= 0) & (local < v)  # targets of other shards are found there
         state[6] = z.gather(1, local.where(here, 0)[:, None])[:, 0].double().where(here, -torch.inf)
         ignored = targets == -100
         state.masked_fill_(ignored, torch.nan)

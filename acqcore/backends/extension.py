@@ -1,4 +1,4 @@
-"""The compiled extension, or why there is none, and how tensors are handed to it."""
+"""The compiled extension, or the reason it is missing, and how tensors are passed to it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-#: The package was installed without the extension, as the wheel for any platform is.
+#: True if the package was installed without the extension, as from the platform-independent wheel.
 ABSENT = False
 try:
     import acqcore._core as core
@@ -20,8 +20,8 @@ else:
     _IMPORT_ERROR = None
 if ABSENT:
     warnings.warn(
-        "acqcore has no compiled extension here: the backend 'eager' scores in plain torch, slower, and holds the "
-        "logits. A C++17 compiler and 'pip install --no-binary acqcore acqcore' build it.",
+        "acqcore has no compiled extension here: the backend 'eager' scores in plain torch, which is slower and holds "
+        "the logits. To build it, install a C++17 compiler and run 'pip install --no-binary acqcore acqcore'.",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -31,16 +31,16 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def constant_when_compiled(function: F) -> F:
-    """``torch.compile`` calls it once and keeps the answer: for facts of the machine that it cannot trace.
+    """Makes ``torch.compile`` call the function once and keep the result: for machine facts that it cannot trace.
 
-    This is what ``torch.compiler.assume_constant_result`` does, which would import torch._dynamo, one second.
+    ``torch.compiler.assume_constant_result`` does the same, but imports torch._dynamo, which takes one second.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def missing() -> str | None:
-    """Why there is no extension, or None."""
+    """Why the extension is missing, or None if it is present."""
     if _IMPORT_ERROR is None:
         return None
     return (
@@ -50,12 +50,12 @@ def missing() -> str | None:
 
 
 def matrix(tensor: torch.Tensor) -> core.Matrix:
-    """``tensor [rows, columns]`` as the extension sees it; the caller keeps it alive."""
+    """``tensor [rows, columns]`` for the extension; the caller keeps the tensor alive."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     rows, columns = tensor.shape
     return core.Matrix(tensor.data_ptr(), rows, columns, tensor.stride(0), tensor.stride(1), dtype)
 
 
 def pointer(tensor: torch.Tensor | None) -> int:
-    """Its address, 0 for None."""
+    """The tensor's address; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

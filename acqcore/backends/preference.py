@@ -1,8 +1,8 @@
-"""Which of the GPU backends that serve a call runs it: the fastest where it was measured, else a fixed order.
+"""Chooses among the GPU backends that can serve a call: the fastest as measured, else the first in a fixed order.
 
 ``preference.json`` holds the fixed order of each operation ("unmeasured") and a row for each measured class of shapes:
 ``{"capability": "9.0", "op": "logit_stats", "dtype": "bfloat16", "rows": "many", "vocab": "large", "order": [...]}``.
-Rows come from ``make gpu-check``, which prints those that its machine gives.
+Rows come from ``make gpu-check``, which prints those for its machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TABLE: dict[str, Any] = json.loads((Path(__file__).parent / "preference.json").r
 
 
 def shape_class(rows: int, vocab: int) -> tuple[str, str]:
-    """("few" or "many" rows, "small" or "large" vocabulary): whether rows alone fill a GPU; how long each is."""
+    """("few" or "many" rows, "small" or "large" vocabulary): whether rows alone fill a GPU, and their length."""
     return "few" if rows < 256 else "many", "small" if vocab < 32768 else "large"
 
 

@@ -1,4 +1,4 @@
-"""Rows of samples in blocks of 128, each sample whole: where a fused kernel keeps Gram matrices beside row states."""
+"""Packs whole samples into blocks of 128 rows, for the fused kernel that keeps Gram matrices beside row states."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-#: Rows of a block, and of the longest sample that keeps a Gram matrix.
+#: Rows in a block, and in the longest sample that keeps a Gram matrix.
 BLOCK = 128
 #: Blocks of slots come in pairs.
 PAIR = 2
@@ -20,9 +20,9 @@ def slot_table(
     starts: tuple[int, ...],  # first element of each sample's matrix
     n: int,  # rows
 ) -> torch.Tensor:
-    """``[slots, 4]`` int32: a slot's row, -1 for none; ``first | last << 16``; ``start`` as int64.
+    """``[slots, 4]`` int32: a slot's row, -1 if empty; ``first | last << 16``; ``start`` as int64.
 
-    First and last are the slots of the row's sample, counted from the start of its block. Rows of no sample follow in
+    First and last are the slots of the row's sample, counted from the start of its block. Rows outside all samples form
     stretches of their own, with a start of -1.
     """
     begins, ends, first_elements = _with_gaps(np.array(bounds, np.int64).reshape(-1, 2), np.array(starts, np.int64), n)
@@ -50,7 +50,7 @@ def _with_gaps(
     starts: np.ndarray,  # [samples]
     n: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Begins, ends and starts of the samples, and of stretches of at most BLOCK rows that cover the other rows."""
+    """Begins, ends and starts of the samples, then of stretches of at most BLOCK rows that cover the other rows."""
     order = np.lexsort((bounds[:, 1], bounds[:, 0]))
     gap_begins = np.concatenate([[0], bounds[order, 1]])
     gap_ends = np.concatenate([bounds[order, 0], [n]])
@@ -68,11 +68,11 @@ def _with_gaps(
 def _placed(
     lengths: np.ndarray,  # of samples, at most BLOCK
 ) -> tuple[np.ndarray, int]:
-    """First slot of each sample, and the number of blocks: the longest first, each into the fullest block with room."""
+    """First slot of each sample and number of blocks; places the longest first, in the fullest block with room."""
     first_slots = np.zeros_like(lengths)
     order = np.argsort(-lengths, kind="stable")
     blocks = 0
-    with_room: list[list[int]] = [[] for _ in range(BLOCK + 1)]  # blocks by the slots they have left
+    with_room: list[list[int]] = [[] for _ in range(BLOCK + 1)]  # blocks by number of free slots
     longest_first = lengths[order]
     edges = np.flatnonzero(np.diff(longest_first, prepend=-1, append=-1))
     for begin, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
@@ -80,7 +80,7 @@ def _placed(
         if length == 0:
             continue
         at, room = begin, length
-        while at < end:  # samples of one length fill one block after another
+        while at < end:  # samples of the same length fill one block after another
             while room < BLOCK and not with_room[room]:
                 room += 1
             if with_room[room]:

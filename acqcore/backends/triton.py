@@ -1,7 +1,7 @@
 """The Triton backend: chooses tiles and launches the kernels of ``acqcore.kernels``.
 
-``ACQCORE_TF32=1`` lets it take float32 products in TF32. ``TRITON_INTERPRET=1`` makes Triton run kernels in numpy: the
-backend then serves tensors of the CPU, when named, for tests.
+``ACQCORE_TF32=1`` permits TF32 for float32 products. ``TRITON_INTERPRET=1`` makes Triton run kernels in numpy: the
+backend then serves CPU tensors when named, for tests.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
     from acqcore.kernels.config import Tiles
     from acqcore.kernels.factors import Factors
 
-#: Triton decides this when a kernel is defined, so it holds for the process.
+#: Triton reads this when a kernel is defined, so it is fixed for the process.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 #: Compute capability of the first devices with bfloat16 products.
 LEAST_CAPABILITY = (8, 0)
 
-#: From this compute capability (major) on, Triton 3.6 sends a float32 product with a half-precision operand to the
-#: matrix units in plain TF32, whatever precision is asked for. Split in three such products (``tf32x3``) it keeps 22 of
-#: float32's 24 bits: the half-precision operand is exact in TF32, and the other is split in two.
+#: From this major compute capability on, Triton 3.6 computes a float32 product with a half-precision operand in plain
+#: TF32 on the matrix units, regardless of the requested precision. Split into three such products (``tf32x3``), it
+#: keeps 22 of float32's 24 bits: the half-precision operand is exact in TF32, and the other is split in two.
 MIXED_SPLIT_FROM = 10
 
 
-#: Elements of the Gram matrices that one group of longer samples may have: 64 MiB.
+#: Maximum elements of the Gram matrices of one group of longer samples: 64 MiB.
 GRAM_ELEMENTS = 1 << 24
 
 #: Logarithm of 2^15.
@@ -64,7 +64,7 @@ class Triton(Chunked):
         return _unavailable()
 
     def instruction_set(self) -> str:
-        """``interpreter``, or the architecture of the current device, ``sm_90``."""
+        """``interpreter``, or the architecture of the current device, such as ``sm_90``."""
         if INTERPRETED:
             return "interpreter"
         major, minor = torch.cuda.get_device_capability()
@@ -108,7 +108,7 @@ class Triton(Chunked):
         rows: HeadRows,  # their state filled
         gram: Gram,
     ) -> None:
-        """The Gram matrices of samples longer than a block, in a second visit of the weights."""
+        """The Gram matrices of samples longer than a block, in a second pass over the weights."""
         from acqcore.kernels.factors import grams
 
         for first, end in _groups(gram.bounds):
@@ -149,7 +149,7 @@ class Triton(Chunked):
         weights: torch.Tensor,  # [N] float64
         squared: torch.Tensor,  # [len(bounds)] float64, written
     ) -> None:
-        """By Gram matrices formed in the second visit; samples whose matrix is too large, in chunked torch."""
+        """Uses Gram matrices formed in a second pass; samples with too large a matrix run in chunked torch."""
         for first, last in _groups(bounds):
             own, share = bounds[first:last], squared[first:last]
             if (own[0][1] - own[0][0]) ** 2 > GRAM_ELEMENTS:
@@ -165,7 +165,7 @@ class Triton(Chunked):
         rows: HeadRows,
         out: torch.Tensor,  # [N, D], written
     ) -> None:
-        """In two visits of the weights, the second of which forms the logits again."""
+        """In two passes over the weights, the second of which recomputes the logits."""
         self.row_stats(rows)
         self.fill_hidden_grad(rows, out)
 
@@ -174,12 +174,12 @@ class Triton(Chunked):
         rows: HeadRows,  # their state filled
         out: torch.Tensor,  # [N, D], written
     ) -> None:
-        """The second visit."""
+        """The second pass."""
         from acqcore.kernels.factors import hidden_sums
 
         assert rows.targets is not None
         largest, second = rows.state[0], rows.state[1]
-        # Relative to the largest logit but the target's: a confident row's factors are not all next to 0.
+        # Relative to the largest logit other than the target's, so a confident row's factors are not all close to 0.
         excluded = (rows.targets == rows.index) & second.isfinite()
         reference = second.where(excluded, largest)
         if torch.promote_types(rows.hidden.dtype, rows.head.weight.dtype) == torch.float16:
@@ -197,7 +197,7 @@ class Triton(Chunked):
         signed: torch.Tensor,  # [P, N] float64, written
         squares: torch.Tensor,  # [N] float64, written
     ) -> None:
-        """In two visits of the weights, the second of which forms the logits again."""
+        """In two passes over the weights, the second of which recomputes the logits."""
         self.row_stats(rows)
         self.fill_fisher_sums(rows, probes, sums, signed, squares)
 
@@ -209,7 +209,7 @@ class Triton(Chunked):
         signed: torch.Tensor,  # [P, N] float64, written
         squares: torch.Tensor,  # [N] float64, written
     ) -> None:
-        """The second visit."""
+        """The second pass."""
         from acqcore.kernels.cotangents import fisher_sums
 
         assert rows.targets is not None
@@ -283,7 +283,7 @@ class Triton(Chunked):
         self,
         rows: DrawRows,
     ) -> None:
-        """Ensembles of several heads stay in chunked torch."""
+        """Ensembles of several heads run in chunked torch."""
         from acqcore.kernels.block_mixture import block_mixture_stats, serves
         from acqcore.kernels.mixture import Masks, mixture_stats
 
@@ -318,7 +318,7 @@ class Triton(Chunked):
 
 @dataclass(frozen=True)
 class _Plan:
-    """How the product of some hidden states with a weight is taken."""
+    """How the product of hidden states with a weight is computed."""
 
     device: str
     major: int  # compute capability
@@ -357,7 +357,7 @@ def _factors(rows: HeadRows) -> Factors:
 
 
 def _groups(bounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Samples ``[first, last)`` that share the ring of factors: as many as its rows and their matrices' bound allow."""
+    """Groups ``[first, last)`` of samples that share the ring of factors, bounded by its rows and ``GRAM_ELEMENTS``."""
     from acqcore.kernels.factors import ROWS
 
     edges: list[int] = []
@@ -371,7 +371,7 @@ def _groups(bounds: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _take(rows: HeadRows, bounds: Sequence[tuple[int, int]]) -> HeadRows:
-    """The rows of these samples, one after another."""
+    """The concatenated rows of these samples."""
     assert rows.targets is not None
     if all(end == begin for (_, end), (begin, _) in itertools.pairwise(bounds)):
         part: slice | torch.Tensor = slice(bounds[0][0], bounds[-1][1])
@@ -384,7 +384,7 @@ def _take(rows: HeadRows, bounds: Sequence[tuple[int, int]]) -> HeadRows:
 
 
 def _head_arguments(rows: HeadRows) -> dict[str, Any]:
-    """What kernels must know of a head beside its tensors."""
+    """Kernel arguments that describe a head, besides its tensors."""
     head = rows.head
     return {
         "softcap": head.softcap,
@@ -395,7 +395,7 @@ def _head_arguments(rows: HeadRows) -> dict[str, Any]:
 
 
 def _split(gram: Gram | None) -> tuple[Gram | None, Gram | None]:
-    """The samples that fit a block of the kernel, and the longer ones; None for none."""
+    """The samples that fit into a block of the kernel, and the longer ones; None if there are none."""
     from acqcore.kernels.gram import BLOCK
 
     if gram is None:
@@ -409,16 +409,16 @@ def _split(gram: Gram | None) -> tuple[Gram | None, Gram | None]:
 
 
 def _gaps(bounds: tuple[tuple[int, int], ...], n: int) -> list[tuple[int, int]]:
-    """Stretches ``[begin, end)`` of ``n`` rows that are in no sample."""
+    """Ranges ``[begin, end)`` of the ``n`` rows outside all samples."""
     edges = [0, *itertools.chain.from_iterable(sorted(bounds)), n]
     return [(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True) if begin < end]
 
 
 @constant_when_compiled
 def _unavailable() -> str | None:
-    """Why there is no Triton or no device for it, or None."""
+    """Why Triton or a device for it is missing, or None."""
     if importlib.util.find_spec("triton") is None:
-        return 'the package triton is not installed; pip install "acqcore[triton]" brings it on Linux'
+        return 'the package triton is not installed; on Linux, run pip install "acqcore[triton]"'
     if INTERPRETED:
         return None
     if torch.version.cuda is None:
@@ -428,14 +428,14 @@ def _unavailable() -> str | None:
     capability = torch.cuda.get_device_capability()
     if capability < LEAST_CAPABILITY:
         had, needed = (".".join(map(str, c)) for c in (capability, LEAST_CAPABILITY))
-        return f"{torch.cuda.get_device_name()} has compute capability {had}, {needed} is needed"
+        return f"{torch.cuda.get_device_name()} has compute capability {had}, at least {needed} is required"
     return None
 
 
 def _tf32() -> bool:
-    """Whether float32 products may be taken in TF32: ``ACQCORE_TF32=1``.
+    """Whether float32 products may use TF32: ``ACQCORE_TF32=1``.
 
-    Not torch's own switch: trainers set that for the whole process, and TF32 costs 1e-3 of a logit.
+    Torch's own switch is ignored: trainers set it process-wide, and TF32 costs 1e-3 of a logit.
 
     Raises:
         ValueError: the variable is neither 0 nor 1.
@@ -446,7 +446,7 @@ def _tf32() -> bool:
 
 
 def _device(tensor: torch.Tensor) -> tuple[str, int]:
-    """Name and first number of the compute capability of the tensor's device."""
+    """Name and major compute capability of the tensor's device."""
     if INTERPRETED:
         return "interpreter", 0
     return torch.cuda.get_device_name(tensor.device), torch.cuda.get_device_capability(tensor.device)[0]
@@ -458,7 +458,7 @@ def _multiprocessors(tensor: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def _launching(tensor: torch.Tensor) -> Iterator[None]:
-    """Triton launches on the current device; its interpreter computes in numpy, which warns of infinities."""
+    """Makes the tensor's device current for Triton's launches, or silences numpy's warnings in the interpreter."""
     if not INTERPRETED:
         with torch.cuda.device(tensor.device):
             yield

@@ -1,7 +1,7 @@
-"""Validation of public arguments that several callers share.
+"""Validation of public arguments, shared by several callers.
 
-Each function raises ValueError or TypeError naming the argument, what was given and what was expected. Code below the
-public edge trusts its input. A leaf: imports torch only.
+Each function raises ValueError or TypeError naming the argument, the value given and the value expected. Code below the
+public API trusts its input. This is a leaf package: it imports only torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Numbers, names, tensors in general."""
+"""Checks of numbers, names and tensors in general."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def describe(value: object) -> str:
 
 
 def float_tensor(name: str, value: object, shape: str, dims: int) -> None:
-    """``value`` is a floating-point tensor with ``dims`` dimensions; ``shape`` is how the message writes them."""
+    """``value`` is a floating-point tensor with ``dims`` dimensions, which the message writes as ``shape``."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {describe(value)}")
     if value.dtype not in FLOAT_DTYPES:
@@ -67,7 +67,7 @@ def within(name: str, value: object, least: int, most: int) -> None:
 
 
 def one_of(name: str, value: object, known: Collection[str]) -> None:
-    """``value`` is one of the ``known`` names; the message lists them and the nearest."""
+    """``value`` is one of the ``known`` names; the message lists them and suggests the nearest."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected one of {', '.join(known)}, got {describe(value)}")
     if value not in known:
@@ -111,7 +111,7 @@ def instance(name: str, value: object, kind: type, expected: str) -> None:
 
 
 def given(name: str, value: object) -> None:
-    """``value`` is required here, though other callers may leave it out."""
+    """``value`` is required here, though it is optional elsewhere."""
     if value is None:
         raise TypeError(f"{name}: expected a tensor, got None")
 
@@ -138,7 +138,7 @@ def device(name: str, value: object) -> None:
         return
     module = getattr(torch, found.type, None)
     if module is None or not hasattr(module, "is_available"):
-        raise ValueError(f"{name}: expected a device that computes, got {value!r}")
+        raise ValueError(f"{name}: expected a compute device, got {value!r}")
     count = module.device_count() if module.is_available() else 0
     if count == 0:
         raise ValueError(f"{name}: {value!r} is not available: this machine or this build of torch has none")
@@ -147,7 +147,7 @@ def device(name: str, value: object) -> None:
 
 
 def max_length(value: object, limit: int | None) -> None:
-    """At least a scored token and its predecessor, at most ``limit``, what the student takes."""
+    """At least 2 (a scored token and its predecessor) and at most ``limit``, the student's maximum."""
     if value is None:
         return
     positive_int("max_length", value)
@@ -161,4 +161,4 @@ def max_length(value: object, limit: int | None) -> None:
 def acquisition_values(name: str, values: object, n: int) -> None:
     """The values of an acquisition for ``n`` tokens or samples."""
     if not isinstance(values, torch.Tensor) or values.shape != (n,):
-        raise ValueError(f"acquisition {name!r}: expected it to give a tensor [{n}], got {describe(values)}")
+        raise ValueError(f"acquisition {name!r}: expected it to return a tensor [{n}], got {describe(values)}")

@@ -1,4 +1,4 @@
-"""Per-sample gradients: packed samples, parameters, and what can be differentiated."""
+"""Checks for per-sample gradients: packed samples, parameters and differentiability."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from acqcore.checks.basic import IGNORE_INDEX, describe, float_tensor, same_devi
 
 
 def offsets(value: object, targets: torch.Tensor) -> tuple[tuple[int, int], ...]:
-    """Sample boundaries ``[B + 1]`` of packed rows: int64, from 0, increasing, ending at N. Reads values once.
+    """Sample boundaries ``[B + 1]`` of packed rows: int64, increasing from 0 to N. Reads values once.
 
-    They may be on the CPU whatever the device of ``targets``: read from a GPU, they make the host wait for it.
+    They may be on the CPU for ``targets`` on any device; reading them from a GPU makes the host wait for it.
 
     Returns:
         ``[begin, end)`` rows of each sample, on the host.
@@ -30,12 +30,12 @@ def offsets(value: object, targets: torch.Tensor) -> tuple[tuple[int, int], ...]
     bounds = tuple(itertools.pairwise(rows))
     for i, (begin, end) in enumerate(bounds):
         if begin >= end:
-            raise ValueError(f"offsets: expected increasing, got {begin} then {end} (sample {i})")
+            raise ValueError(f"offsets: expected increasing values, got {begin} then {end} (sample {i})")
     return bounds
 
 
 def scored_tokens(counts: torch.Tensor) -> Callable[[], None]:
-    """Checks that every sample has a scored token, given the number of each one's, ``counts [B]``.
+    """Checks that every sample has a scored token, given their numbers ``counts [B]``.
 
     On a GPU the counts are copied to the host without waiting. Call the returned function once the work that follows is
     queued: it then waits only for the work before the counts.
@@ -78,5 +78,5 @@ def differentiable(names: Mapping[torch.Tensor, str]) -> None:
         if not parameter.is_floating_point():
             raise ValueError(
                 f"parameters: {name} is {describe(parameter)}, which has no gradient; 'trainable' leaves out "
-                "what is quantised"
+                "quantised parameters"
             )

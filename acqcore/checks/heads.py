@@ -1,4 +1,4 @@
-"""Heads, hidden states, logits and targets."""
+"""Checks of heads, hidden states, logits and targets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def head(weight: object, bias: object, softcap: object, scale: object) -> None:
 
 
 def vocabulary(start: int, rows: int, size: int | None, group: object) -> None:
-    """``rows`` rows from ``start`` on of a vocabulary of ``size``; a shard of a group may have no rows."""
+    """``rows`` rows of a vocabulary of ``size``, beginning at ``start``; a shard of a group may have no rows."""
     if start < 0:
         raise ValueError(f"vocab_start: expected an index >= 0, got {start}")
     if group is None:
@@ -41,12 +41,12 @@ def vocabulary(start: int, rows: int, size: int | None, group: object) -> None:
     if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
         raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {describe(group)}")
     if size is None:
-        raise ValueError("vocab_size: expected the size of the whole vocabulary where a group shares it, got None")
+        raise ValueError("vocab_size: expected the size of the whole vocabulary if a group shares it, got None")
     positive_int("vocab_size", size)
 
 
 def tiling(shards: list[list[int]]) -> None:
-    """``(start, rows, vocab_size, columns)`` of each rank of a group: every row of one vocabulary, once."""
+    """Each rank's ``(start, rows, vocab_size, columns)`` cover every row of one vocabulary exactly once."""
     if len({(size, columns) for _, _, size, columns in shards}) > 1:
         shown = ", ".join(f"{size} x {columns}" for _, _, size, columns in shards)
         raise ValueError(f"head: expected one vocabulary size and width on every rank of the group, got {shown}")
@@ -77,11 +77,11 @@ def hidden(value: object, weight: torch.Tensor) -> None:
 
 
 def allocated(name: str, value: torch.Tensor) -> None:
-    """The tensor has memory: FSDP frees a parameter's between two forwards, where a kernel would read anything."""
+    """The tensor has memory: FSDP frees it between forward passes, and a kernel would then read garbage."""
     if value.numel() and value.untyped_storage().nbytes() == 0:
         raise ValueError(
-            f"{name}: its storage was freed, as FSDP does between two forwards; score through acqcore.Student, which "
-            "gathers it"
+            f"{name}: its storage was freed, as FSDP does between forward passes; score through acqcore.Student, "
+            "which gathers it"
         )
 
 
@@ -107,9 +107,9 @@ def targets(value: object, like: torch.Tensor, name: str) -> None:
 def targets_in_range(value: torch.Tensor | None, vocab_size: int) -> torch.Tensor | None:
     """Targets ``[N]`` that a backend can trust.
 
-    On the CPU one outside the vocabulary raises. On other devices reading values would make the host wait for all that
-    is queued, in every batch, and cannot be captured in a CUDA graph: there it is ignored as -100 is, so that its row
-    is NaN and not valid.
+    On the CPU, a target outside the vocabulary raises. On other devices, reading values would make the host wait for
+    all queued work in every batch, and cannot be captured in a CUDA graph. Such a target is then ignored like -100: its
+    row is NaN and not valid.
     """
     if value is None:
         return None
@@ -120,7 +120,7 @@ def targets_in_range(value: torch.Tensor | None, vocab_size: int) -> torch.Tenso
 
 
 def ignored_outside(value: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Targets ``[N]`` with -100 in place of what is outside the vocabulary."""
+    """Targets ``[N]`` with values outside the vocabulary replaced by -100."""
     return value.where((value >= 0) & (value < vocab_size), IGNORE_INDEX)
 
 

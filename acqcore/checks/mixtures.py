@@ -1,4 +1,4 @@
-"""Draws of hidden states: dropout, ensembles."""
+"""Checks for draws of hidden states: dropout and ensembles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from acqcore.checks.basic import describe, finite, float_tensor, within
 
-MOST_DRAWS = 2**16 - 1  # a draw is half a word of a mask's counter
+MOST_DRAWS = 2**16 - 1  # a draw takes half a word of a mask's counter
 
 
 def draws(value: object) -> None:
@@ -35,14 +35,14 @@ def drawn_hidden(value: object, count: int, weights: Sequence[torch.Tensor]) -> 
     for k, weight in enumerate(weights):
         if weight.shape != weights[0].shape or weight.dtype != weights[0].dtype or weight.device != weights[0].device:
             raise ValueError(
-                f"head: expected heads alike in shape, dtype and device, got {describe(weights[0])} and "
+                f"head: expected heads with the same shape, dtype and device, got {describe(weights[0])} and "
                 f"{describe(weight)} for draw {k}"
             )
 
 
 def alike(what: str, first: object, other: object, draw: int) -> None:
     if first != other:
-        raise ValueError(f"head: expected heads alike in {what}, got {first} and {other} for draw {draw}")
+        raise ValueError(f"head: expected heads with the same {what}, got {first} and {other} for draw {draw}")
 
 
 def some_blocks(count: int) -> None:

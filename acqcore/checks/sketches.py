@@ -1,4 +1,4 @@
-"""Sets of vectors: sketches, embeddings, references."""
+"""Checks of sets of vectors: sketches, embeddings and references."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from acqcore.checks.basic import describe, finite, float_tensor, same_device
 
 
 def vectors(name: str, value: object, like: torch.Tensor | None = None, like_name: str = "") -> None:
-    """Finite vectors ``[n, d]``, with the columns and on the device of ``like``. Reads values."""
+    """Finite vectors ``[n, d]`` that match the columns and device of ``like``. Reads values."""
     float_tensor(name, value, "[n, d]", 2)
     assert isinstance(value, torch.Tensor)
     if like is not None:
@@ -27,14 +27,14 @@ def labels(value: object, count: int) -> None:
 
 
 def ridge(value: object) -> None:
-    """Noise on a kernel with ones on its diagonal; below 1e-9 its factorisation in float64 may fail."""
+    """Noise on a kernel with a diagonal of ones; below 1e-9 the factorisation in float64 may fail."""
     finite("ridge", value)
     if value < 1e-9:  # type: ignore[operator]
         raise ValueError(f"ridge: expected a number >= 1e-9, got {value}")
 
 
 def like_vector(name: str, value: object, like: torch.Tensor, like_name: str) -> None:
-    """Vectors ``[n, d]`` with the columns and on the device of ``like [..., d]``."""
+    """Vectors ``[n, d]`` that match the columns and device of ``like [..., d]``."""
     float_tensor(name, value, "[n, d]", 2)
     assert isinstance(value, torch.Tensor)
     if value.shape[1] != like.shape[-1]:

@@ -1,4 +1,4 @@
-"""``acqcore plan``: its options, its tables, its JSON."""
+"""``acqcore plan``: options, tables and JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from acqcore.students.loading import DTYPES
 #: Load average above which a note warns that other work slowed the measurement.
 BUSY = 0.5
 ARGUMENTS_HELP = (
-    'arguments by acquisition, as in {"grad_norm": {"parameters": "all"}}; influence takes a file of '
+    'arguments per acquisition, as in {"grad_norm": {"parameters": "all"}}; influence takes a file written by '
     'acqcore reference: {"influence": {"reference": "reference.pt"}}'
 )
 
@@ -40,7 +40,7 @@ def json_value(text: str) -> Any:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of ``acqcore plan``."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--student", metavar="M", help="hub id or local path, whose configuration is read")
+    source.add_argument("--student", metavar="M", help="hub id or local path to read the configuration from")
     source.add_argument("--config", metavar="F", help="config.json of a transformers model; needs no weights")
     parser.add_argument("--rows", type=int, required=True, metavar="N", help="rows to score")
     parser.add_argument(
@@ -58,8 +58,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", metavar="D", help="device (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's current setting)")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="extrapolate to N devices (default: 1)")
-    parser.add_argument("--flops", type=float, metavar="F", help="FLOP/s that an absent device achieves")
-    parser.add_argument("--bandwidth", type=float, metavar="B", help="bytes/s that an absent device achieves")
+    parser.add_argument("--flops", type=float, metavar="F", help="FLOP/s achieved by a device not present here")
+    parser.add_argument("--bandwidth", type=float, metavar="B", help="bytes/s achieved by a device not present here")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace, print_table: Callable[[str, Sequence[str], 
     """Print the plan.
 
     Raises:
-        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the first line is for the user.
+        ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the message's first line is for the user.
     """
     checks.positive_int("devices", options.devices)
     if options.threads is not None:
@@ -94,11 +94,11 @@ def run(options: argparse.Namespace, print_table: Callable[[str, Sequence[str], 
     else:
         if not (on_cpu or (options.device.startswith("cuda") and torch.cuda.is_available())):
             raise ValueError(
-                f"device: {options.device!r} is not on this machine, so nothing is measured; give its rates with "
+                f"device: {options.device!r} is not on this machine and cannot be measured; give its rates with "
                 "--flops and --bandwidth"
             )
         if sys.stderr.isatty():
-            print("measuring models of a few blocks, about half a minute", file=sys.stderr)
+            print("measuring models of a few blocks; this takes about half a minute", file=sys.stderr)
         busy = os.getloadavg()[0]
         runs = measure(source, config, shape, work, options.device, options.threads)
         estimate = from_runs(shape, work, runs, options.devices, on_cpu)
@@ -125,10 +125,10 @@ def _notes(shape: Shape, work: Work, busy: float) -> list[str]:
     """Caveats of the estimate; ``busy`` is the machine's load before measuring."""
     notes = []
     if busy > BUSY:
-        notes.append(f"Other work ran here (load {busy:.1f} on {os.cpu_count()} cores) and slowed the measurement.")
+        notes.append(f"Other work (load {busy:.1f} on {os.cpu_count()} cores) slowed down the measurement.")
     if shape.kinds > 1:
         notes.append(
-            f"The {shape.blocks} blocks are of {shape.kinds} kinds, and the first ones stand for all: "
+            f"The {shape.blocks} blocks are of {shape.kinds} kinds, but only the first ones were measured: "
             "expect a larger error."
         )
     if work.tokens > work.batch_tokens:

@@ -48,11 +48,11 @@ class Estimate:
 
 
 def from_runs(shape: Shape, work: Work, runs: Sequence[Run], devices: int, on_cpu: bool = True) -> Estimate:
-    """Extrapolate linearly in blocks from the one or two models measured, and in rows to a full batch.
+    """Extrapolate linearly in blocks from the one or two measured models, and in rows to a full batch.
 
-    Without a backward memory does not grow with blocks, as each frees its activations: the deeper model's peak stands
-    for the whole. The small growth between the two comes from the allocator and soon saturates: extrapolated to the 30
-    blocks of SmolLM2-135M it was 300 MiB too much.
+    Without a backward pass, memory does not grow with blocks, because each frees its activations: the deeper model's
+    peak is used for the whole model. The small growth between the two comes from the allocator and soon saturates;
+    extrapolating it to the 30 blocks of SmolLM2-135M overestimated by 300 MiB.
     """
     depths = [run.blocks for run in runs]
     keeps = passes(shape, work).kept_blocks > 0
@@ -79,9 +79,9 @@ def from_runs(shape: Shape, work: Work, runs: Sequence[Run], devices: int, on_cp
         load = _at(depths, shape.blocks, loads)
         loading = Figure("loading", load, "s", source, measured.split(",")[0])
     else:
-        load, loading = None, Figure("loading", None, "s", "not known", "no weights here")
+        load, loading = None, Figure("loading", None, "s", "not known", "no local weights")
     time = [
-        Figure("start", start, "s", MEASURED, "of Python and the libraries"),
+        Figure("start", start, "s", MEASURED, "Python and the libraries"),
         loading,
         Figure("a batch, in the blocks", blocks * work.batch_rows, "s", source, measured),
         Figure("a batch, in embedding and head", rest * work.batch_rows, "s", source, measured),
@@ -91,7 +91,7 @@ def from_runs(shape: Shape, work: Work, runs: Sequence[Run], devices: int, on_cp
 
 
 def from_rates(shape: Shape, work: Work, flops: float, bandwidth: float, devices: int, on_cpu: bool) -> Estimate:
-    """From sizes and a device's given rates; libraries are not counted."""
+    """Estimate from sizes and a device's given rates; libraries are not counted."""
     activations = activation_bytes(shape, work, on_cpu)
     peak = shape.weight_bytes + activations
     memory = [
@@ -120,30 +120,30 @@ def _estimate(
     time: list[Figure],
     source: str,
 ) -> Estimate:
-    """What both estimates share: the time of all rows, and the layouts."""
+    """The parts common to both estimates: the time of all rows, and the layouts."""
     blocks, rest = (seconds * work.rows for seconds in per_row)
     whole = blocks + rest
     batches = math.ceil(work.rows / work.batch_rows)
     time.append(Figure("all rows", whole, "s", source, f"{work.rows} rows of {work.tokens} tokens, {batches} batches"))
     layouts = []
     if devices > 1:
-        # If batches do not divide evenly, the last device to finish has one more than another.
+        # If batches do not divide evenly, the slowest device gets one more than the others.
         share = math.ceil(batches / devices) / batches
         each = whole * share
         unsharded = peak - (0 if shape.tied else shape.head_bytes * (1 - 1 / devices))
         layouts = [
             Layout(
-                "rows shared out, a process each",
+                "rows shared out, one process each",
                 each + (load or 0),
                 peak,
                 "start and loading included" if load is not None else "start and loading not included",
             ),
-            Layout("rows shared out, a service each", each, peak, "loaded before; HTTP not included"),
+            Layout("rows shared out, one service each", each, peak, "loaded beforehand; HTTP not included"),
             Layout(
                 "head by vocabulary, trunk whole",
                 blocks + rest / devices,
                 unsharded,
-                "the tied head stays for the embedding" if shape.tied else "all-reduce of row states not included",
+                "a tied head stays whole as the embedding" if shape.tied else "all-reduce of row states not included",
             ),
             Layout(
                 "head by vocabulary, trunk tensor-parallel",
@@ -156,7 +156,7 @@ def _estimate(
 
 
 def _at(depths: Sequence[int], blocks: int, values: Sequence[float]) -> float:
-    """The line through the values at ``depths`` (one or two), read at ``blocks``; it never falls."""
+    """The line through the values at ``depths`` (one or two), evaluated at ``blocks``; it never falls."""
     if len(depths) == 1:
         return values[0]
     slope = max(0.0, (values[1] - values[0]) / (depths[1] - depths[0]))
@@ -164,7 +164,7 @@ def _at(depths: Sequence[int], blocks: int, values: Sequence[float]) -> float:
 
 
 def _beyond(runs: Sequence[Run], rows: int, keeps: bool) -> list[float]:
-    """Bytes beyond the weights of each model when ``rows``, a full batch, are scored at once."""
+    """Bytes that each model needs beyond its weights to score ``rows``, a full batch, at once."""
     low = runs[0]
     more = low.rows - low.fewer_rows
     per_row = max(0, low.peak - low.fewer_peak) / more if more else 0.0
@@ -180,8 +180,8 @@ def _beyond(runs: Sequence[Run], rows: int, keeps: bool) -> list[float]:
 
 
 def _row_seconds(runs: Sequence[Run], blocks: int) -> tuple[float, float]:
-    """Seconds per row in the blocks, and in the rest: medians over turns, which models took so that what slows the
-    machine slows both."""
+    """Seconds per row in the blocks and in the rest, as medians over turns. Each turn runs all models, so that a slow
+    spell of the machine affects both."""
     depths = [run.blocks for run in runs]
     whole, rest = [], []
     for turn in zip(*(run.seconds for run in runs), strict=True):
@@ -199,18 +199,18 @@ def _by_formula(shape: Shape, work: Work, on_cpu: bool) -> Figure:
 
 
 def _while_loading(shape: Shape, libraries: float) -> Figure:
-    """On the CPU the file is mapped and is the weights, unless they are converted; then the student's probe multiplies
-    with the head in float32, a copy of one in half precision."""
+    """On the CPU the weights are the mapped file, unless they are converted. Afterwards the student's probe multiplies
+    with the head in float32, which copies a half-precision head."""
     files = shape.stored_bytes + (shape.weight_bytes if shape.dtype != shape.stored_dtype else 0)
     copied = 0 if shape.dtype == "float32" else 4 * shape.vocabulary * shape.hidden
     if files >= shape.weight_bytes + copied:
         converted = shape.dtype != shape.stored_dtype
-        note = f"as {shape.stored_dtype} and as {shape.dtype}" if converted else "the file, mapped, is the weights"
+        note = f"in {shape.stored_dtype} and in {shape.dtype}" if converted else "the weights are the mapped file"
         return Figure("peak while loading", libraries + files, "bytes", COMPUTED, note)
     size = libraries + shape.weight_bytes + copied
-    return Figure("peak while loading", size, "bytes", COMPUTED, "with the head in float32, for the probe")
+    return Figure("peak while loading", size, "bytes", COMPUTED, "with a float32 copy of the head for the probe")
 
 
 def _weights_note(shape: Shape) -> str:
-    tied = "head and embedding are one" if shape.tied else "head and embedding"
+    tied = "head and embedding tied" if shape.tied else "head and embedding separate"
     return f"{shape.parameters / 1e6:,.0f} M parameters, {shape.dtype}, {tied}"

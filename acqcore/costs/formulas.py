@@ -1,4 +1,4 @@
-"""Memory and time from sizes alone, for a model that cannot run here."""
+"""Memory and time computed from sizes alone, for a model that cannot run here."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from acqcore.costs.shape import Shape
 from acqcore.costs.work import Work, passes
 
 MIB = 1 << 20
-#: Bounds of what a head pass holds. cpu: 16 MiB of packed hidden states, 8 MiB of row states, a tile a thread; with
-#: draws 128 MiB of kept logits and 16 MiB more of states. Elsewhere: chunks of 64 MiB.
+#: Bounds on the memory of a head pass. cpu: 16 MiB of packed hidden states, 8 MiB of row states, a tile per thread;
+#: with draws, 128 MiB of kept logits and 16 MiB more of states. Elsewhere: chunks of 64 MiB.
 HEAD_SCRATCH, DRAWS_SCRATCH, CHUNKED_SCRATCH = 25 * MIB, 170 * MIB, 64 * MIB
 
 
 def activation_bytes(shape: Shape, work: Work, on_cpu: bool = True) -> int:
     """Peak bytes beyond weights and libraries while a full batch of P padded tokens is scored.
 
-    Through a block, without gradients: the residual stream, its norm, and three of the MLP's inner width (gate, up,
-    their product), ``P (2 D + 3 F)`` numbers; scores ``[B, heads, T, T]`` once in the model's dtype and once in float32
-    where attention is eager. Then two copies of the N scored rows ``[N, D]`` and the head's scratch. For a backward
-    pass each block of its part keeps ``P (8 D + 4 F)`` numbers: inputs of norms and products, queries, keys and
-    values, the MLP's inner activations.
+    Without gradients, a block holds the residual stream, its norm, and three tensors of the MLP's inner width (gate,
+    up, their product): ``P (2 D + 3 F)`` numbers. Eager attention adds scores ``[B, heads, T, T]``, once in the model's
+    dtype and once in float32. To these add two copies of the N scored rows ``[N, D]`` and the head's scratch. For a
+    backward pass, each of its blocks keeps ``P (8 D + 4 F)`` numbers: inputs of norms and products, queries, keys and
+    values, and the MLP's inner activations.
     """
     size = getattr(torch, shape.dtype).itemsize
     batch = work.batch_rows * work.tokens
@@ -39,10 +39,10 @@ def activation_bytes(shape: Shape, work: Work, on_cpu: bool = True) -> int:
 
 def batch_seconds(shape: Shape, work: Work, flops: float, bandwidth: float) -> tuple[float, float]:
     """Seconds of a full batch in the trunk and in the head, on a device that achieves ``flops`` multiplications and
-    additions and moves ``bandwidth`` bytes a second; each part takes the longer of the two.
+    additions and moves ``bandwidth`` bytes per second; each part takes the longer of its two times.
 
-    A forward multiplies ``2 P`` times the blocks' parameters and, in causal attention, ``2 P T D`` a block; the head
-    ``2 N D V``; the bytes are those of the weights, read once a forward.
+    A forward pass takes ``2 P`` operations per parameter of the blocks plus, for causal attention, ``2 P T D`` per
+    block; the head takes ``2 N D V``. The bytes are those of the weights, read once per forward pass.
     """
     size = getattr(torch, shape.dtype).itemsize
     count = passes(shape, work)

@@ -21,7 +21,7 @@ from acqcore.costs.proc import bytes_of
 from acqcore.costs.shape import Shape, shape_of, with_blocks
 from acqcore.costs.work import Work, passes
 
-#: Seconds of scoring for the whole calibration, unless two rows a turn take longer.
+#: Seconds of scoring for the whole calibration, unless two rows per turn take longer.
 BUDGET_S = 15.0
 TURNS = 5
 #: Share of the free memory that the small models may fill.
@@ -30,18 +30,18 @@ SHARE = 0.75
 
 @dataclass(frozen=True)
 class Run:
-    """A model of a few blocks, measured. Peaks are bytes resident in the process, or allocated on the GPU."""
+    """Measurements of a model of a few blocks. Peaks are bytes resident in the process, or allocated on the GPU."""
 
     blocks: int
     rows: int  # per timed call
     seconds: tuple[float, ...]  # of each call
     peak: int  # while ``rows`` were scored
     fewer_rows: int
-    fewer_peak: int  # with these, which gives the bytes per row
+    fewer_peak: int  # with ``fewer_rows``, to find the bytes per row
     full_peak: int | None  # with a full batch; None if that would take too long
     weight_bytes: int
     libraries: int  # bytes before the model was built; 0 on a GPU
-    start_seconds: float  # from the start of the process to that moment
+    start_seconds: float  # from the start of the process until ``libraries`` was read
     load_seconds: float | None  # to build the model and read its weights; None if they are random
 
 
@@ -62,7 +62,7 @@ def measure(
         for small in shapes:
             errors = stack.enter_context(tempfile.TemporaryFile("w+"))
             workers.append(stack.enter_context(_Worker(source, small, work, device, threads, errors)))
-            workers[-1].loaded()  # one after the other: loading is timed
+            workers[-1].loaded()  # one after the other, because loading is timed
         for worker in workers:
             worker.score(1)  # to warm up
         per_row = sum(worker.score(1)[0] for worker in workers)
@@ -117,8 +117,8 @@ def _deeper(config: Any, shape: Shape, work: Work, device: str) -> int:
             return blocks
     if needed(low + 1) > room:
         raise ValueError(
-            f"plan: models of {low} and {low + 1} blocks and a batch need {needed(low + 1) / 2**30:.2f} GiB to be "
-            f"measured, {room / 2**30:.2f} GiB are free; lower --batch-tokens, or give a device's --flops and "
+            f"plan: measuring models of {low} and {low + 1} blocks with a batch needs {needed(low + 1) / 2**30:.2f} "
+            f"GiB, but {room / 2**30:.2f} GiB are available; lower --batch-tokens, or give a device's --flops and "
             "--bandwidth"
         )
     return low + 1
@@ -184,7 +184,7 @@ class _Worker:
             said = self._errors.read().strip().splitlines()
             raise RuntimeError(
                 f"the measuring process ended with status {self._process.wait()}"
-                + (f": {said[-1]}" if said else "; on Linux -9 is what running out of memory looks like")
+                + (f": {said[-1]}" if said else "; on Linux, -9 usually means out of memory")
             )
         facts: dict[str, Any] = json.loads(line)
         if "error" in facts:

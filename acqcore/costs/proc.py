@@ -1,4 +1,4 @@
-"""Memory as Linux counts it."""
+"""Memory counters of Linux."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def bytes_of(file: str, field: str) -> int:
     """A field of ``meminfo`` or ``self/status``.
 
     Raises:
-        RuntimeError: there is no such file or field, as on other systems than Linux.
+        RuntimeError: the file or field does not exist, as on systems other than Linux.
     """
     try:
         lines = (_PROC / file).read_text().splitlines()
@@ -24,10 +24,10 @@ def bytes_of(file: str, field: str) -> int:
 
 
 def reset_peak() -> None:
-    """Make the peak of resident memory what is resident now.
+    """Reset the peak of resident memory to the current value.
 
     Raises:
-        RuntimeError: the system has no such switch, or refuses.
+        RuntimeError: the system does not support or permit this.
     """
     try:
         (_PROC / "self/clear_refs").write_text("5")
@@ -37,6 +37,6 @@ def reset_peak() -> None:
 
 def _unmeasured(error: OSError) -> RuntimeError:
     return RuntimeError(
-        f"memory is measured through Linux's /proc, which refuses ({error.strerror}); elsewhere give the device's "
-        "--flops and --bandwidth"
+        f"memory is measured through Linux's /proc, which failed ({error.strerror}); give the device's --flops and "
+        "--bandwidth instead"
     )

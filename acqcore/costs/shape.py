@@ -18,8 +18,8 @@ class Shape:
     """Sizes of a causal language model."""
 
     name: str  # class of the model
-    dtype: str  # of the weights, as they will be held
-    stored_dtype: str  # of the weights, as the configuration says they are stored
+    dtype: str  # of the weights in memory
+    stored_dtype: str  # of the stored weights, according to the configuration
     blocks: int
     kinds: int  # number of different blocks, by parameters and kind of attention
     hidden: int  # D
@@ -41,7 +41,7 @@ def read_config(source: str | os.PathLike[str]) -> Any:
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
-        OSError, ValueError: there is none, or of an unknown kind (from transformers).
+        OSError, ValueError: the configuration is missing or of an unknown kind (from transformers).
     """
     checks.installed("transformers", f"reading the configuration of {os.fspath(source)!r}", "train")
     from transformers import AutoConfig
@@ -62,7 +62,7 @@ def with_blocks(config: Any, blocks: int) -> Any:
     whole = text.num_hidden_layers
     for name, value in list(vars(text).items()):
         if isinstance(value, (list, tuple)) and len(value) == whole:
-            setattr(text, name, value[:blocks])  # one entry a block, as layer_types
+            setattr(text, name, value[:blocks])  # one entry per block, such as layer_types
     text.num_hidden_layers = blocks
     return config
 
@@ -71,13 +71,13 @@ def shape_of(config: Any, dtype: torch.dtype) -> Shape:
     """Sizes of the model that ``config`` describes, its weights in ``dtype``. Allocates nothing.
 
     Raises:
-        ValueError, TypeError: no causal language model, or one that :class:`acqcore.Student` does not take.
+        ValueError, TypeError: not a causal language model, or one that :class:`acqcore.Student` does not support.
     """
     from transformers import AutoModelForCausalLM
 
     stored = stored_dtype(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)  # it notes the dtype in there
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)  # writes dtype into the copy
     student = Student.from_model(model, verify=False)
     text = config.get_text_config()
     blocks = _blocks(model.get_decoder(), text.num_hidden_layers)
@@ -108,7 +108,7 @@ def shape_of(config: Any, dtype: torch.dtype) -> Shape:
 
 
 def _blocks(trunk: torch.nn.Module, count: int) -> list[torch.nn.Module]:
-    """The module list with ``count`` entries: a model without weights cannot run to find its blocks."""
+    """The module list with ``count`` entries, because a model without weights cannot run to find its blocks."""
     for module in trunk.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return list(module)

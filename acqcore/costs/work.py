@@ -1,4 +1,4 @@
-"""Rows to score, and the passes through trunk and head that they take."""
+"""Rows to score, and the passes through trunk and head that they need."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from acqcore.selection.diversity import Archive
 
 Objects: TypeAlias = Mapping[str, Mapping[str, Callable[[], object]]]
 
-#: Acquisition -> required arguments that only a run can make -> stand-ins that cost the same.
+#: Acquisition -> required arguments that only a run can create -> stand-ins that cost the same.
 STAND_INS: Objects = {
     "influence": {"reference": lambda: Reference(torch.zeros(4096), 1, "all", 0, "mean", {})},
     "epig": {"reference": lambda: EpigReference(torch.zeros(2, 2, 2048), "all", 0, {})},
@@ -29,7 +29,7 @@ STAND_INS: Objects = {
 
 @dataclass(frozen=True)
 class Work:
-    """Rows to score, all of one length, and what is asked of them."""
+    """Rows to score, all of the same length, and the acquisitions to compute."""
 
     rows: int
     tokens: int  # T, of each row
@@ -49,7 +49,7 @@ class Work:
         acquisitions: Sequence[str],
         arguments: Mapping[str, Mapping[str, Any]] | None,
     ) -> Work:
-        """Raises ValueError or TypeError for what cannot be scored, or cannot be planned."""
+        """Raises ValueError or TypeError for work that cannot be scored or planned."""
         checks.positive_int("rows", rows)
         checks.positive_int("tokens", tokens)
         if tokens < 2:
@@ -61,7 +61,7 @@ class Work:
         if scored >= tokens:
             raise ValueError(f"scored: expected at most {tokens - 1} of a row of {tokens} tokens, got {scored}")
         work = cls(rows, tokens, scored, batch_tokens, tuple(acquisitions), {} if arguments is None else arguments)
-        for entry, options in work.plan.asked:  # raises what score would
+        for entry, options in work.plan.asked:  # raises the errors of ``score``
             for need in entry.needed(options):
                 if isinstance(need, DrawOptions) and need.members:
                     raise ValueError(f"acquisition_args[{entry.name!r}]: members cannot be planned; plan one of them")
@@ -88,18 +88,18 @@ class Work:
 
     @property
     def fewest_blocks(self) -> int:
-        """Blocks that a model must have for the request, which may name the last n."""
+        """Blocks that a model must have for the request, which may refer to the last n."""
         named = [getattr(need, "parameters", getattr(need, "layers", None)) for need in self.plan.needs]
         return max([1, *(n for n in named if isinstance(n, int))])
 
     @property
     def most_draws(self) -> int:
-        """The largest number of draws in the trunk, else 1."""
+        """The largest number of draws in the trunk, or 1 without any."""
         return max([1, *(need.draws for need in self.plan.draws if not need.on_hidden)])
 
 
 def with_objects(acquisitions: Sequence[str], arguments: Mapping[str, Any], objects: Objects) -> dict[str, Any]:
-    """The arguments, with ``objects`` in place of required ones that are missing."""
+    """The arguments, with missing required ones filled in from ``objects``."""
     filled = dict(arguments)
     for name in set(acquisitions) & set(objects):
         filled[name] = {**{key: make() for key, make in objects[name].items()}, **filled.get(name, {})}
@@ -108,8 +108,8 @@ def with_objects(acquisitions: Sequence[str], arguments: Mapping[str, Any], obje
 
 @dataclass(frozen=True)
 class Passes:
-    """Forwards of the whole trunk, products with the head's weight, and blocks that keep activations for a backward;
-    the first two in multiples of one."""
+    """Forward passes of the whole trunk and products with the head's weight, both possibly fractional, and the number
+    of blocks that keep activations for a backward pass."""
 
     trunk: float
     head: float
@@ -119,14 +119,14 @@ class Passes:
 def passes(shape: Shape, work: Work) -> Passes:
     """The passes of a batch, read off the plan.
 
-    - One forward without dropout and one product for the statistics, if any need reads them.
-    - K draws: K products; with dropout in the last n of L blocks also one forward of the others and K of these.
-    - Gradients of one kind of target: through the blocks of the deepest one, a backward (of activations only, which
-      costs a forward) and two products; for each norm or sketch as much again through its blocks. In the head a sketch
-      takes a product; a norm T / 2D of one, beside the statistics, and under predicted targets a product more.
-    - P probes of one seed: P + 2 products, and for each a backward through the blocks of the deepest need; a norm or
-      sketch of weights takes as much again through its blocks. The first seed's give the statistics too, unless a norm
-      of the head already comes with those.
+    - One forward pass without dropout and one product for the statistics, if any need reads them.
+    - K draws: K products; with dropout in the last n of L blocks, also one forward pass of the others and K of these.
+    - Gradients for one kind of target: a backward pass through the blocks of the deepest need (of activations only,
+      which costs a forward pass) and two products; each norm or sketch costs the same again through its own blocks. In
+      the head, a sketch takes one product; a norm T / 2D of one beside the statistics, plus one for predicted targets.
+    - P probes of one seed: P + 2 products, and for each probe a backward pass through the blocks of the deepest need; a
+      norm or sketch of weights costs the same again through its own blocks. The first seed also gives the statistics,
+      unless a norm of the head already does.
     """
     plan = work.plan
     on_hidden = any(need.on_hidden for need in plan.draws)
@@ -166,5 +166,5 @@ def passes(shape: Shape, work: Work) -> Passes:
 
 
 def _blocks(last: int | str | None, shape: Shape) -> int:
-    """The last n blocks, or all."""
+    """Number of blocks: the last n, or all."""
     return last if isinstance(last, int) else shape.blocks

@@ -1,7 +1,7 @@
-"""A process that holds one small model and scores it on demand, so that its memory is its own.
+"""A process that holds one small model and scores with it on demand, so that its memory is measured separately.
 
-``python -m acqcore.costs.worker SPEC``: SPEC is JSON, a line of stdin asks for a number of rows, a line of stdout
-answers with seconds and peak memory. Started by ``acqcore.costs.measure``.
+``python -m acqcore.costs.worker SPEC``: SPEC is JSON; each line of stdin is a number of rows to score, and each line of
+stdout gives the seconds and peak memory. Started by ``acqcore.costs.measure``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from acqcore.costs.work import Objects, with_objects
 
 def main() -> int:
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # keeps what libraries print out of the replies
+    os.dup2(2, 1)  # keeps the output of libraries out of the replies
 
     def reply(**values: Any) -> None:
         print(json.dumps(values), file=replies, flush=True)
@@ -38,7 +38,7 @@ def main() -> int:
         reply(**facts)
         for line in sys.stdin:
             reply(**_measured(score, int(line), spec["device"]))
-    except Exception as error:  # reported to the user by the process that started this one
+    except Exception as error:  # reported to the user by the parent process
         reply(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
         return 1
     return 0
@@ -53,7 +53,7 @@ def _load(spec: dict[str, Any]) -> tuple[Callable[[int], object], dict[str, Any]
     transformers.logging.disable_progress_bar()
     on_gpu = spec["device"] != "cpu"
     if not on_gpu:
-        reset_peak()  # raises here where memory cannot be measured
+        reset_peak()  # raises if memory cannot be measured
     config = with_blocks(read_config(spec["source"]), spec["blocks"])
     dtype = getattr(torch, spec["dtype"])
     with torch.device("meta"):
@@ -68,7 +68,7 @@ def _load(spec: dict[str, Any]) -> tuple[Callable[[int], object], dict[str, Any]
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = model.to(spec["device"]).eval()
     load_seconds = time.perf_counter() - start if spec["weights"] else None
-    student = acqcore.Student.from_model(model, verify=False)  # whose probe would copy a half-precision head
+    student = acqcore.Student.from_model(model, verify=False)  # the probe would copy a half-precision head
 
     def samples(rows: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -92,11 +92,11 @@ def _load(spec: dict[str, Any]) -> tuple[Callable[[int], object], dict[str, Any]
 
 
 def _measured(score: Callable[[int], object], rows: int, device: str) -> dict[str, float]:
-    """Seconds of one call, and the peak while it ran: of the process, or of what torch allocated on the GPU."""
+    """Seconds of one call and its peak memory: of the process, or allocated by torch on the GPU."""
     gc.collect()
     if device == "cpu":
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # else the call reuses pages that an earlier one left
+            ctypes.CDLL(None).malloc_trim(0)  # else the call reuses pages left by an earlier one
         reset_peak()
     else:
         torch.cuda.synchronize(device)
