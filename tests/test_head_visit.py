@@ -228,7 +228,8 @@ def test_long_samples(std, isa, monkeypatch):
     torch.testing.assert_close(made.grad_norm(weights).double(), _autograd(case, weights, bounds), rtol=1e-5, atol=0)
     monkeypatch.setenv("ACQCORE_ISA", isa.replace("-amx", "-bf16"))
     vectors = visit(case.hidden, case.head, case.targets, bounds, 1.0, get_backend("cpu"), "gram")
-    assert made.gram is not None and vectors.gram is not None
+    assert made.gram is not None
+    assert vectors.gram is not None
     torch.testing.assert_close(made.gram.products, vectors.gram.products, rtol=3e-5, atol=1e-20)
     assert torch.equal(made.gram.products, vectors.gram.products) == (not isa.endswith("-amx"))
     short = slice(300 * 300, 300 * 300 + 5 * 5)
