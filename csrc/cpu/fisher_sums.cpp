@@ -210,13 +210,7 @@ void run_block(const FisherSumsArgs& args, const Inner& inner, const Transform& 
                    ws.sums + k * block * columns, k > 0 && is_bfloat16(head.weight));
       }
     }
-    for (int64_t i = 0; i < count; ++i) {
-      if (first == 0) {
-        ws.states[i] = reduce(ws.lanes[i]);
-      } else {
-        merge(ws.states[i], reduce(ws.lanes[i]));
-      }
-    }
+    for (int64_t i = 0; i < count; ++i) merge(ws.states[i], reduce(ws.lanes[i]));
   }
   for (int64_t i = 0; i < count; ++i) {
     write_state(ws.states + i, rows[i], n, args.state, args.index);

@@ -79,13 +79,7 @@ void run_block(const HiddenGradArgs& args, const Inner& inner, const Transform& 
       pack_values(head.weight, tile, width, ws.values);
       add_values(head.weight, ws.factors, whole, width, ws.values, ws.split, ws.sums);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      if (first == 0) {
-        ws.states[i] = reduce(ws.lanes[i]);
-      } else {
-        merge(ws.states[i], reduce(ws.lanes[i]));
-      }
-    }
+    for (int64_t i = 0; i < count; ++i) merge(ws.states[i], reduce(ws.lanes[i]));
   }
   for (int64_t i = 0; i < count; ++i) {
     write_state(ws.states + i, rows[i], head.hidden.rows, args.state, args.index);
