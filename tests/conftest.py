@@ -1,7 +1,7 @@
 """Fixtures shared by the tests.
 
-With TRITON_INTERPRET=1 (Triton decides that once for a process) the backend ``triton`` runs on the CPU, and only the
-tests that involve it run: those that name it, as those of every ``implementation`` do, and those in ``tests/kernels``.
+With TRITON_INTERPRET=1 (Triton reads it once per process) the backend ``triton`` runs on the CPU, and only tests that
+involve it run: those with ``triton`` in their id, as in cases of ``implementation``, and those in ``tests/kernels``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from acqcore.backends.extension import matrix, pointer
 from acqcore.backends.triton import INTERPRETED
 from acqcore.cli import main
 
-# No part of the installed package that is under test, and a peer (Opacus) installs a package of this name.
+# ``benchmarks`` is not in the installed package under test, and a peer (Opacus) installs a package of the same name.
 _FOLDER = Path(__file__).parent.parent / "benchmarks"
 _SPEC = importlib.util.spec_from_file_location(
     "benchmarks", _FOLDER / "__init__.py", submodule_search_locations=[str(_FOLDER)]
@@ -42,7 +42,7 @@ sys.modules["benchmarks"] = importlib.util.module_from_spec(_SPEC)
 
 
 class EmulatedCuda(Cuda):
-    """The cuda backend without a device: the same cuts, merges and arithmetic, run by the processor."""
+    """The cuda backend without a device: the same cuts, merges and arithmetic on the CPU."""
 
     name = "cuda emulated"
     devices = ("cpu",)
@@ -71,7 +71,7 @@ class EmulatedCuda(Cuda):
 
 
 class OnDevice(Backend):
-    """A GPU's backend for tensors of the CPU: inputs go to the device as strided, what is written comes back."""
+    """Runs a GPU backend on CPU tensors: inputs keep their strides on the device, and results are copied back."""
 
     devices = ("cpu",)
 
@@ -83,7 +83,7 @@ class OnDevice(Backend):
         return self.backend.longest_gram(depth)
 
 
-#: Arguments of a backend's operations, and fields of what they take, that are written.
+#: Arguments of a backend's operations, and fields of dataclass arguments, that the operations write.
 WRITTEN = {"state", "index", "products", "votes", "out", "squared", "sums", "signed", "squares", "keep"}
 
 
@@ -105,7 +105,7 @@ abc.update_abstractmethods(OnDevice)
 
 
 def _moved(value: Any) -> Any:
-    """A tensor on the GPU, a dataclass with its tensors there; anything else as it is."""
+    """Moves a tensor, or the tensors of a dataclass, to the GPU; returns anything else unchanged."""
     if isinstance(value, torch.Tensor):
         return _to_device(value)
     if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
@@ -126,7 +126,7 @@ def _copy_back(name: str, given: Any, found: Any) -> None:
 
 
 def _to_device(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` on the GPU, elements as far apart as they were."""
+    """``tensor`` on the GPU with the same strides."""
     if tensor.numel() == 0:
         return tensor.cuda()
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -135,7 +135,7 @@ def _to_device(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _implementations() -> list[str]:
-    """Every backend present; the cpu backend once for each instruction set this processor has."""
+    """Every available backend; the cpu backend once per instruction set of this processor."""
     names = [f"cpu/{isa}" for isa, missing in _core.isas() if not missing]
     return names + [row.name for row in acqcore.backends() if row.available and row.name != "cpu"]
 
@@ -161,7 +161,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _shows_more(item: pytest.Item, seen: set[tuple[Any, ...]]) -> bool:
-    """Whether the case has a value of a parameter that no case in ``seen`` has on its implementation; adds it there."""
+    """Whether the case has a parameter value that ``seen`` lacks for its test and implementation; adds its values."""
     found = getattr(item, "callspec", None)
     if found is None:
         return True
@@ -174,7 +174,7 @@ def _shows_more(item: pytest.Item, seen: set[tuple[Any, ...]]) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``implementation``: the backends; where statistics are tested, the kernel's arithmetic on the host as well."""
+    """Runs ``implementation`` over the backends; tests of statistics also get the emulated cuda backend."""
     if "implementation" in metafunc.fixturenames:
         statistics = metafunc.module.__name__.endswith(("test_row_stats", "test_logit_stats"))
         names = _implementations() + ([EmulatedCuda.name] if statistics else [])
@@ -183,7 +183,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def implementation(request, monkeypatch):
-    """A backend's name, its instruction set forced; a GPU's takes the tests' tensors to its device."""
+    """A backend's name, with its instruction set forced; a GPU backend moves the tests' tensors to its device."""
     name, _, isa = request.param.partition("/")
     if isa:
         monkeypatch.setenv("ACQCORE_ISA", isa)
@@ -196,7 +196,7 @@ def implementation(request, monkeypatch):
 
 @pytest.fixture
 def extra_mib():
-    """``extra_mib(setup, call)``: by how many MiB ``call`` raises the peak of memory, in a process of its own."""
+    """``extra_mib(setup, call)``: MiB by which ``call`` raises the peak memory of a separate process."""
     if sys.platform != "linux":
         pytest.skip("reads the peak of resident memory from /proc")
 
@@ -269,7 +269,7 @@ def tiny_model():
         "num_key_value_heads": 1,
         "head_dim": 16,
         "max_position_embeddings": 64,
-        "initializer_range": 0.2,  # logits with a spread, so that caps and scales show
+        "initializer_range": 0.2,  # spreads the logits, so that caps and scales matter
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,

@@ -1,9 +1,9 @@
-"""What each process of test_sharding.py runs: ``python sharding_cases.py FOLDER RANK WORLD GROUP``.
+"""Script for each process of test_sharding.py: ``python sharding_cases.py FOLDER RANK WORLD GROUP``.
 
-A case is a function that returns pairs (what the ranks got together, what one process gets alone), or raises. Every
-process writes its results to ``FOLDER/RANK``; the test module compares them. First come the cases of heads (rows,
-gradients, draws, padding, bytes sent, errors), then those of students by what spreads them (tensor parallel, DTensor,
-FSDP, ZeRO-3), last the groups, with the number of ranks that each is for.
+A case is a function that returns pairs (result of the ranks together, result of one process alone), or raises. Every
+process writes its results to ``FOLDER/RANK``; the test module compares them. The file lists cases of heads (rows,
+gradients, draws, padding, bytes sent, errors), then of students by kind of sharding (tensor parallel, DTensor, FSDP,
+ZeRO-3), then the groups of cases by number of ranks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BAYES_FIELDS = (
 
 
 def shard(head: acqcore.Head, sizes: list[int], padding: int = 0) -> acqcore.Head:
-    """This rank's rows where rank i holds ``sizes[i]``; ``padding`` rows of large logits follow the last."""
+    """This rank's part of ``head`` if rank i holds ``sizes[i]`` rows; ``padding`` rows of large logits come last."""
     rank = dist.get_rank()
     start = sum(sizes[:rank])
     weight, bias = head.weight, head.bias
@@ -59,13 +59,13 @@ def shard(head: acqcore.Head, sizes: list[int], padding: int = 0) -> acqcore.Hea
 
 
 def chunked(v: int) -> list[int]:
-    """Rows of each rank as torch.chunk and DTensor cut them: the last may have fewer, or none."""
+    """Rows per rank as torch.chunk and DTensor split them; the last ranks may have fewer or none."""
     size = -(-v // dist.get_world_size())
     return [min(size, max(v - size * rank, 0)) for rank in range(dist.get_world_size())]
 
 
 def uneven(v: int) -> list[int]:
-    """Rank 0 holds none, the next a few, the last what is left."""
+    """Rows per rank: none on rank 0, a few on the next ranks, the rest on the last."""
     few = [0] + [min(7 * rank, v // 8) for rank in range(1, dist.get_world_size() - 1)]
     return [*few, v - sum(few)]
 
@@ -76,13 +76,13 @@ def row_fields(got: RowStats, expected: RowStats, label: str) -> Pairs:
 
 
 def both(call: Callable[..., Any], part: acqcore.Head, whole: acqcore.Head, *arguments: Any, **options: Any) -> Any:
-    """What ``call(hidden, head, ...)`` gives for this rank's part of a head, and for the whole."""
+    """Results of ``call(hidden, head, ...)`` for this rank's part of a head and for the whole head."""
     hidden, *rest = arguments
     return call(hidden, part, *rest, **options), call(hidden, whole, *rest, **options)
 
 
 def inputs(name: str) -> Iterator[tuple[str, Case, str]]:
-    """An input in float32 on the fused backend and in float64 on eager."""
+    """Yields an input in float32 for the fused backend and in float64 for eager."""
     case = INPUTS[name]()
     yield "cpu", case, "cpu"
     yield "eager", case.to(torch.float64), "eager"
@@ -111,7 +111,7 @@ def gradients(name: str) -> Pairs:
             for form in ("gram", "direct", "auto"):
                 pairs[f"{name} {form}"] = both(acqcore.head_grad_norm, *heads, *packed, form=form, **options)
             pairs[f"{name} sketch"] = both(acqcore.grad_sketch, *heads, *packed, dim=64, **options)
-            size = case.head.weight.abs().max()  # the gradient is a mean of rows of the weight, less one of them
+            size = case.head.weight.abs().max()  # the gradient is a mean of weight rows minus one row
             grads = both(acqcore.hidden_grad, *heads, case.hidden, targets, **options)
             pairs[f"{name} hidden_grad"] = (grads[0] / size, grads[1] / size)
     return pairs
@@ -139,7 +139,7 @@ def draws(name: str) -> Pairs:
 
 
 def padding() -> Pairs:
-    """A vocabulary of 50 in 64 rows: the padding's logits, were they counted, would be the largest."""
+    """A vocabulary of 50 in 64 rows; if the padding counted, its logits would be the largest."""
     case = random_case(9, 16, 50, bias=True)
     world = dist.get_world_size()
     offsets = torch.tensor([0, 4, 9])
@@ -157,7 +157,6 @@ def padding() -> Pairs:
 
 
 def half_precision() -> Pairs:
-    """bfloat16 and float16 shards."""
     pairs: Pairs = {}
     for dtype in (torch.bfloat16, torch.float16):
         case = random_case(12, 40, 300, seed=3).to(dtype)
@@ -170,7 +169,7 @@ def half_precision() -> Pairs:
 
 @contextmanager
 def wire() -> Iterator[list[int]]:
-    """Bytes that this rank gives to each collective meanwhile."""
+    """Yields a list of the bytes that this rank passes to each collective inside the context."""
     sent: list[int] = []
     gather, reduce = dist.all_gather, dist.all_reduce
 
@@ -190,7 +189,7 @@ def wire() -> Iterator[list[int]]:
 
 
 def bytes_on_the_wire() -> Pairs:
-    """The same for two vocabularies: 64 of a row, 8 of a sample, 24 of a row and draw and 48 of a row."""
+    """Independent of the vocabulary: 64 per row and 8 per sample; for draws, 24 per row and draw and 48 per row."""
     pairs: Pairs = {}
     offsets, n, dim = torch.tensor([0, 4, 11]), 11, 128
     for v in (200, 20000):
@@ -199,7 +198,7 @@ def bytes_on_the_wire() -> Pairs:
         head = shard(case.head, chunked(v))
         with wire() as sent:
             acqcore.row_stats(case.hidden, head, case.targets)
-        pairs[f"{v} first"] = (sent, [4 * 8, n * 64])  # each rank's rows, once a head
+        pairs[f"{v} first"] = (sent, [4 * 8, n * 64])  # each rank's rows, once per head
         with wire() as sent:
             acqcore.row_stats(case.hidden, head, case.targets)
         pairs[f"{v} rows"] = (sent, [n * 64])
@@ -226,7 +225,7 @@ def mesh(*sizes: int) -> Any:
 
 
 def few_rows() -> Pairs:
-    """DTensors of five rows on four ranks: the last has none; on a mesh of 2 x 2 two ranks share them, twice."""
+    """DTensors of five rows: on four ranks the last has none; on a 2 x 2 mesh each pair of ranks holds them all."""
     case = random_case(9, 16, 5, bias=True)
     assert case.head.bias is not None
     square = mesh(2, 2)
@@ -256,7 +255,7 @@ def message(call: Callable[[], Any]) -> str:
 
 
 def errors() -> Pairs:
-    """Every rank raises, and says the same."""
+    """Every rank raises the same message."""
     rank, world = dist.get_rank(), dist.get_world_size()
     weight, group = torch.randn(8, 4), dist.group.WORLD
     hidden = torch.randn(3, 4)
@@ -318,7 +317,7 @@ ACQUISITIONS = ["entropy", "margin", "loss", "grad_norm", "badge", "mutual_infor
 
 
 def tiny_llama(**config: Any) -> Any:
-    """A random model of 321 tokens, which no two ranks share evenly."""
+    """A random model of 321 tokens, which two ranks cannot split evenly."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -331,7 +330,7 @@ def tiny_llama(**config: Any) -> Any:
 
 
 def saved_llama(folder: Path, **config: Any) -> str:
-    """Where the model lies for ``from_pretrained``."""
+    """The path of the saved model for ``from_pretrained``."""
     path = folder / "-".join(["llama", *config])
     if dist.get_rank() == 0 and not path.exists():
         tiny_llama(**config).save_pretrained(path)
@@ -340,7 +339,7 @@ def saved_llama(folder: Path, **config: Any) -> str:
 
 
 def samples(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Samples of 5 to 20 tokens, each as ``score`` takes it alone."""
+    """Samples of 5 to 20 tokens, each as ``score`` accepts it alone."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(5, 21, (count,), generator=g).tolist()
     return [{"input_ids": torch.randint(0, 321, (1, length), generator=g)} for length in lengths]
@@ -357,7 +356,7 @@ def together(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-#: The linear form, mutual information's default, needs whole parameters.
+#: Draws, because the linear form, mutual information's default, needs unsharded parameters.
 DRAWN: dict[str, Any] = {"mutual_information": {"draws": 8}}
 
 
@@ -367,7 +366,7 @@ def scored(student: Any, given: Any, acquisition_args: Any = DRAWN) -> dict[str,
 
 
 def compared(student: Any, reference: Any, given: Any) -> Pairs:
-    """Everything that a student with a sharded head is asked, as of a whole model."""
+    """Compares all results for a student with a sharded head with those of a whole model."""
     got, expected = scored(student, given), scored(reference, given)
     pairs: Pairs = {name: (got[name], expected[name]) for name in ACQUISITIONS}
     for key, options in (("one block", {"layers": 1, "draws": 3}), ("hidden state", {"layers": 0, "draws": 8})):
@@ -392,7 +391,7 @@ def placed(student: acqcore.Student) -> tuple[int, int, int, bool]:
 
 
 def tensor_parallel(folder: Path, **config: Any) -> Pairs:
-    """``from_pretrained(tp_plan="auto")``."""
+    """A model from ``from_pretrained(tp_plan="auto")``."""
     from transformers import AutoModelForCausalLM
 
     path = saved_llama(folder, **config)
@@ -404,7 +403,7 @@ def tensor_parallel(folder: Path, **config: Any) -> Pairs:
 
 
 def parallelized(style: Any, expected: Callable[[], tuple[int, int, int, bool]], **config: Any) -> Pairs:
-    """A head that ``parallelize_module`` has sharded."""
+    """A head sharded by ``parallelize_module``."""
     model, whole = tiny_llama(**config), tiny_llama(**config)
     parallelize_module(model, mesh(), {"lm_head": style()})
     student = acqcore.Student.from_model(model)
@@ -418,7 +417,7 @@ def share() -> tuple[int, int, int, bool]:
 
 
 def data_parallel(wrap: Callable[[Any], Any], make: Callable[[], Any] = tiny_llama, *, trains: bool = True) -> Pairs:
-    """Every rank scores samples of its own, more on the first, and none on the second at the end."""
+    """Every rank scores its own samples: more on the first rank, and at the end none on the second."""
     whole = make()
     wrapped = wrap(make())
     student = acqcore.Student.from_model(wrapped)
@@ -429,7 +428,7 @@ def data_parallel(wrap: Callable[[Any], Any], make: Callable[[], Any] = tiny_lla
     got = scored(student, together(few))
     expected = scored(whole, together(few))
     pairs.update({f"none on one rank: {name}": (got[name], expected[name]) for name in ACQUISITIONS})
-    # A rank whose samples are bad raises when the others are done; they learn of it.
+    # A rank with bad samples raises when the others are done, and they raise too.
     bad = together(samples(5))
     bad["input_ids"][0, 0] = 321 if rank == 1 else 0
 
@@ -444,7 +443,7 @@ def data_parallel(wrap: Callable[[Any], Any], make: Callable[[], Any] = tiny_lla
     pairs["error"] = (failing(), of_ranks[rank])
     if not trains:
         return pairs
-    # The model trains on as one that was never scored, and its scores follow.
+    # The model trains like one that was never scored, and its scores follow.
     fresh = wrap(make())
     pairs["training goes on"] = (one_step(wrapped), one_step(fresh))
     again = scored(student, together(few))
@@ -456,7 +455,7 @@ def data_parallel(wrap: Callable[[Any], Any], make: Callable[[], Any] = tiny_lla
 def one_step(model: Any) -> float:
     """Loss after a step of gradient descent on one batch, the same on every rank."""
     ids = together(samples(3, seed=9))["input_ids"]
-    if hasattr(model, "backward"):  # DeepSpeed's engine has the optimizer in it
+    if hasattr(model, "backward"):  # DeepSpeed's engine contains the optimizer
         for _ in range(2):
             loss = model(input_ids=ids, labels=ids).loss
             model.backward(loss)
@@ -472,7 +471,7 @@ def one_step(model: Any) -> float:
 
 
 def replicated() -> Pairs:
-    """A student that DistributedDataParallel trains is scored between its steps: no hook of the trainer's runs."""
+    """Scores a student between training steps of DistributedDataParallel, without running the trainer's hooks."""
     model, fresh, whole = tiny_llama(), tiny_llama(), tiny_llama()
     trained, alone = (torch.nn.parallel.DistributedDataParallel(given) for given in (model, fresh))
     rank = dist.get_rank()
@@ -490,14 +489,14 @@ def replicated() -> Pairs:
 
 
 def whole_student() -> Pairs:
-    """Beside a process group a whole student makes no collective."""
+    """A whole student calls no collective, even if there is a process group."""
     with wire() as sent:
         scored(tiny_llama(), together(samples(3)))
     return {"sent": (sent, [])}
 
 
 def members() -> Pairs:
-    """A member of an ensemble that ranks run together is refused."""
+    """An ensemble member that several ranks run together is refused."""
     students = [tiny_llama(), fsdp2(tiny_llama())]
     options = {"mutual_information": {"members": students}}
     given = together(samples(3))
@@ -521,7 +520,7 @@ def adapted_llama() -> Any:
 
 
 def fsdp2_and_tensor_parallel(folder: Path) -> Pairs:
-    """Two by two: ranks of one row have the same samples, and share each forward with the other row."""
+    """On a 2 x 2 mesh, ranks of one row have the same samples and run each forward together with the other row."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -572,7 +571,7 @@ def zero3(model: Any) -> Any:
 
 
 class Gathered:
-    """What ``deepspeed.zero.GatheredParameters`` does: the parameters hold their values within."""
+    """Imitates ``deepspeed.zero.GatheredParameters``: parameters hold their values inside the context."""
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         self.parameters = parameters
@@ -594,7 +593,7 @@ class Gathered:
 
 
 def like_zero3(model: Any) -> Any:
-    """ZeRO-3's contract without DeepSpeed: a piece of each parameter a rank, whole while its module runs."""
+    """ZeRO-3's contract without DeepSpeed: a rank has a piece of each parameter, all of it while its module runs."""
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         for parameter in own:
@@ -622,11 +621,11 @@ def imitated_zero3() -> Pairs:
         del sys.modules["deepspeed"]
 
 
-# Rows and gradients of these inputs are compared; those left out are large and reach nothing more.
+# Inputs whose rows and gradients are compared; the omitted ones are large and cover nothing more.
 ADVERSARIAL = [name for name in INPUTS if name not in ("N = 8200", "D = 2001", "N = 0", "V = 262144")]
 DRAWN = ["random", "std 30", "-inf columns", "-inf first tiles", "confident 1e-12", "ties", "V = 1", "V = 2",
          "some rows ignored", "softcap", "everything"]  # fmt: skip
-# Four ranks: what their number can change.
+# Inputs for four ranks: those that the number of ranks can affect.
 FEW = ["random", "-inf first tiles", "confident 1e-12", "ties", "V = 1", "V = 2", "everything"]
 
 
@@ -685,7 +684,7 @@ def main(folder: Path, rank: int, world: int, cases: dict[str, Callable[..., Pai
         except Exception:
             results[name] = traceback.format_exc()
     torch.save(results, folder / f"{rank}")
-    gc.collect()  # trainers' reducers go before their group does
+    gc.collect()  # frees trainers' reducers before their group
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Each acquisition against its own slow reference, and the registry."""
+"""Tests each acquisition against its slow reference, and the registry."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_against_its_reference(name, v, dtype, implementation):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_needs_targets_is_told_truly(name):
-    """Without targets, what needs none is unchanged."""
+    """An acquisition depends on targets exactly if it declares ``needs_targets``."""
     case = random_case(5, 8, 30)
     entry = REGISTRY[name]
     if not entry.needs_targets:
@@ -57,7 +57,7 @@ def test_needs_targets_is_told_truly(name):
 
 
 def test_a_known_uniform_row():
-    """Eight equal logits: every value by hand."""
+    """Every value on eight equal logits, by hand."""
     case = Case(torch.tensor([[3.0, 4.0]]), acqcore.Head(torch.zeros(8, 2)), torch.tensor([5]))
     stats = case.run("cpu")
     by_hand = {
@@ -110,7 +110,7 @@ class GapOptions(Options):
 
 
 def test_registering_ones_own_with_options(own_name, student):
-    """Options come as a mapping or ready-made; registering the name again replaces it."""
+    """Options may be a mapping or an instance; registering a name again replaces its acquisition."""
 
     @acqcore.register(own_name, options=GapOptions)
     def confidence_gap(stats: acqcore.RowStats, options: GapOptions) -> torch.Tensor:

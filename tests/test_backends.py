@@ -42,7 +42,7 @@ def test_environment_forces_a_backend(monkeypatch):
     monkeypatch.setenv("ACQCORE_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="ACQCORE_BACKEND: unknown 'nonsense'"):
         acqcore.row_stats(case.hidden, case.head)
-    # float64 is served by eager alone: that it goes through shows that eager ran
+    # only eager supports float64, so success shows that eager ran
     monkeypatch.setenv("ACQCORE_BACKEND", "eager")
     assert acqcore.row_stats(case.hidden.double(), case.head).entropy.dtype == torch.float64
     monkeypatch.setenv("ACQCORE_BACKEND", "cpu")
@@ -67,7 +67,7 @@ def test_unknown_instruction_set(monkeypatch):
 
 
 def test_the_forced_instruction_set_ran(monkeypatch):
-    """Without fused multiply-add (x86-64-v2) the last bits differ; pairs of bfloat16 are summed in another order."""
+    """Last bits differ between sets: x86-64-v2 lacks fused multiply-add; bfloat16 pairs are summed in another order."""
     present = [name for name, missing in _core.isas() if not missing]
     case = random_case(50, 576, 700)
     states = {}
@@ -102,7 +102,7 @@ def test_without_the_extension_plain_torch_serves_and_import_says_so():
 
 
 def test_an_extension_that_does_not_load_says_what_to_run(tmp_path):
-    """A build for another system raises: only a package without an extension is served by plain torch."""
+    """An extension built for another system raises; plain torch replaces only a missing extension."""
     (tmp_path / "broken.py").write_text("raise ImportError('GLIBC_9.9 not found')")
     result = _python(
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
@@ -141,7 +141,7 @@ def test_extra_memory_is_bounded(n, d, v, extra_mib):
     ],
 )
 def test_gradients_never_hold_the_logits(call, extra_mib):
-    """At most 64 MiB where the logits alone would take 512: fails if the reference stands in for the kernel."""
+    """At most 64 MiB where the logits alone would take 512; fails if the reference runs instead of the kernel."""
     setup = (
         "h, head, y = torch.randn(1024, 32), acqcore.Head(torch.randn(131072, 32)), torch.arange(1024)\n"
         "o = torch.arange(9) * 128\n"

@@ -1,4 +1,4 @@
-"""Mutual information and its kin on every backend and instruction set present, against float64 with the same masks."""
+"""Mutual information and related statistics on every backend and instruction set, against float64 with equal masks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from acqcore.philox import keep_mask, philox4x32
 from acqcore.testing import CASES, Case, random_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}  # absolute, relative above 1
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5}  # absolute up to 1, relative above
 
 
 def _worst(got: BayesStats, oracle: BayesStats) -> dict[str, float]:
-    """Largest error of each field over ``max(1, |value|)``; infinite where validity differs."""
+    """Largest error of each field, relative to ``max(1, |value|)``; infinite where validity differs."""
     errors = {}
     for field in FIELDS:
         value, expected = getattr(got, field), getattr(oracle, field)
@@ -48,7 +48,7 @@ def _run(case: Case, backend: str, **options: Any) -> BayesStats:
 
 @functools.cache
 def _oracle(name: str, form: str, block: int, dtype: torch.dtype) -> BayesStats:
-    """One float64 run for all implementations: it takes longer than they do."""
+    """Float64 result, computed once for all implementations because it is slower than they are."""
     return _run(CASES[name]().to(dtype).to(torch.float64), "eager", form=form, block=block)
 
 
@@ -56,9 +56,9 @@ def _oracle(name: str, form: str, block: int, dtype: torch.dtype) -> BayesStats:
 @pytest.mark.parametrize(("form", "block"), [("element", 1), ("block", 16), ("block", 32)])
 @pytest.mark.parametrize("name", CASES)
 def test_parity(name, form, block, dtype, implementation):
-    """Blocks of 32 bfloat16 fill a row of a tile register, those of 16 do not.
+    """Blocks of 32 bfloat16 values fill a row of a tile register; blocks of 16 do not.
 
-    Without fused multiply-adds (x86-64-v2) logits of +-130 cost 1.3e-5, where the contract allows 2e-5.
+    Without fused multiply-add (x86-64-v2), logits of +-130 have an error of 1.3e-5; the contract allows 2e-5.
     """
     case = CASES[name]().to(dtype)
     got = _run(case, implementation, form=form, block=block)
@@ -70,8 +70,8 @@ def test_parity(name, form, block, dtype, implementation):
 @pytest.mark.parametrize(("draws", "dropout"), [(2, 0.3), (8, 0.3), (19, 0.7)])
 @pytest.mark.parametrize(("form", "block"), [("element", 1), ("block", 7), ("block", 64), ("block", 5000)])
 def test_draws_and_blocks(draws, dropout, form, block, dtype, implementation):
-    """Blocks that do not divide D, one block for all, odd blocks under pairs of bfloat16; D beyond one packed depth;
-    more blocks dropped than kept."""
+    """Covers blocks that do not divide D, one block for all of D, odd blocks with pairs of bfloat16, D beyond one
+    packed depth, and more blocks dropped than kept."""
     case = random_case(11, 1411, 700, bias=True, softcap=9.0, scale=0.7).to(dtype)
     options = {"draws": draws, "form": form, "block": block, "dropout": dropout}
     _assert_close(_run(case, implementation, **options), _run(case.to(torch.float64), "eager", **options), dtype)
@@ -80,7 +80,7 @@ def test_draws_and_blocks(draws, dropout, form, block, dtype, implementation):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shared", [True, False])
 def test_ensembles(shared, dtype, implementation):
-    """Hidden states of every draw in hand, under one head or under one each."""
+    """Uses given hidden states of every draw, with one shared head or one head per draw."""
     cases = [random_case(21, 700, 911, bias=True, seed=seed).to(dtype) for seed in range(3)]
     hidden, targets = torch.stack([case.hidden for case in cases]), cases[0].targets
     heads = [case.head for case in cases]
@@ -91,7 +91,7 @@ def test_ensembles(shared, dtype, implementation):
 
 
 def test_definitions():
-    """The eager backend against entropies and divergences written out."""
+    """The eager backend matches the written-out definitions of entropies and divergences."""
     case = random_case(6, 20, 30).to(torch.float64)
     stats = _run(case, "eager", draws=5, dropout=0.4)
     z = []
@@ -122,7 +122,7 @@ def test_definitions():
 
 @pytest.mark.parametrize("form", ["element", "block"])
 def test_converges_to_torch_dropout(form, implementation):
-    """With 4096 draws the numbers are those of torch's own dropout, whose masks are unrelated."""
+    """With 4096 draws the statistics agree with torch's own dropout, whose masks are unrelated."""
     torch.manual_seed(0)
     case = random_case(3, 48, 40, std=2.0)
     stats = _run(case, implementation, draws=4096, form=form, block=1, dropout=0.2)
@@ -131,14 +131,14 @@ def test_converges_to_torch_dropout(form, implementation):
     m = p.mean(dim=0)
     expected = -(p * p.log()).sum(dim=2).mean(dim=0)
     predictive = -(m * m.log()).sum(dim=1)
-    # Standard errors: about 0.4 / sqrt(4096) = 0.006 of an entropy, and less of a difference.
+    # Standard errors: about 0.4 / sqrt(4096) = 0.006 for an entropy, and less for a difference.
     torch.testing.assert_close(stats.expected_entropy.double(), expected, rtol=0, atol=0.03)
     torch.testing.assert_close(stats.mutual_information.double(), predictive - expected, rtol=0.05, atol=0.005)
 
 
 @pytest.mark.parametrize("form", ["element", "block"])
 def test_bounds(form, implementation):
-    """0 without dropout, exactly on compiled backends; at most log K, which draws that never agree attain."""
+    """0 without dropout (exactly 0 on the cpu backend), and at most log K, reached by draws that never agree."""
     case = random_case(16, 64, 500)
     still = _run(case, implementation, form=form, dropout=0.0)
     for field in ("mutual_information", "quadratic_mutual_information", "variation_ratio"):
@@ -157,7 +157,7 @@ def test_bounds(form, implementation):
 
 @pytest.mark.parametrize("form", ["element", "block"])
 def test_rows_do_not_depend_on_the_batch(form, implementation):
-    """Sample and position are what keys a mask: samples scored apart give the same numbers."""
+    """Masks are keyed by sample and position, so samples scored separately give the same numbers."""
     case = random_case(90, 96, 1000)
     assert case.targets is not None
     offsets = torch.tensor([0, 20, 21, 90])
@@ -190,13 +190,13 @@ def test_threads_do_not_change_a_bit():
 
 
 def test_many_chunks_of_rows():
-    """More rows than are held at a time: V = 262144 keeps 8 of them between the visits."""
+    """More rows than are held at a time: at V = 262144, 8 rows are kept between the visits."""
     case = random_case(18, 8, 262144)
     _assert_close(_run(case, "cpu", draws=8), _run(case.to(torch.float64), "eager", draws=8), torch.float32)
 
 
 def test_philox_known_answers():
-    """The vectors published with the generator."""
+    """The test vectors published with the generator."""
     ones = 0xFFFFFFFF
     known = [
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -214,7 +214,7 @@ def test_philox_known_answers():
 
 @pytest.mark.parametrize(("site", "seed", "units"), [(0, 0, 1), (0, 5, 97), (7, 2**62 + 12345, 576), (65535, 1, 130)])
 def test_masks_bit_for_bit(site, seed, units, implementation):
-    """Every backend draws the mask of ``philox.keep_mask``, whatever the tile or the row it stands in."""
+    """Every backend draws the mask of ``philox.keep_mask``, regardless of tile and row."""
     samples = torch.tensor([0, 1, 2**32 - 1, 77, 77, 77])
     positions = torch.tensor([0, 4, 2**20 + 3, 0, 1, 2])
     keep = torch.empty(3, 6, units, dtype=torch.bool)
@@ -228,7 +228,7 @@ def test_masks_bit_for_bit(site, seed, units, implementation):
 
 
 def test_masks_are_the_ones_applied(implementation):
-    """Logits that read the mask off: column d of the hidden state alone moves token d."""
+    """Reads the mask off the logits: token d's logit depends only on column d of the hidden state."""
     d = 40
     head = acqcore.Head(torch.eye(d) * 300)
     votes = mutual_information(
@@ -241,7 +241,7 @@ def test_masks_are_the_ones_applied(implementation):
 
 
 def test_mask_rates():
-    """Kept shares of columns, positions, samples, draws and sites are those of independent coins."""
+    """Keep rates over columns, positions, samples, draws and sites match independent coin flips."""
     kept = []
     for draw in range(4):
         for site in range(4):
@@ -259,7 +259,7 @@ def test_mask_rates():
 
 
 def test_compiled_call():
-    """The op is a custom op: it runs under torch.compile and its fake passes torch's own checks."""
+    """The custom op runs under torch.compile, and its fake implementation passes torch's checks."""
     case = random_case(4, 16, 30)
 
     def call(hidden):
@@ -317,7 +317,7 @@ def test_empty_and_repr():
 
 @pytest.mark.parametrize("call", ["", ", form='block', block=8"])
 def test_never_holds_the_logits_of_every_draw(call, extra_mib):
-    """At most 256 MiB where ``[N, K, V]`` would take a gibibyte: fails if the reference stands in for the kernel."""
+    """At most 256 MiB where ``[N, K, V]`` would take 1 GiB; fails if the reference runs instead of the kernel."""
     setup = (
         "h, head = torch.randn(512, 32), acqcore.Head(torch.randn(65536, 32))\n"
         "acqcore.mutual_information(h[:2], head, draws=2)"

@@ -1,4 +1,4 @@
-"""``bench_pool`` on a tiny student: pools, choosers against brute force, fits, and going on after a stop."""
+"""``bench_pool`` on a tiny student: pools, choosers against brute force, fits, and resuming after a stop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOPICS = ("card lost", "card late", "rate today", "pin change", "cash fee", "top
 
 
 class Tokenizer:
-    """A token a word."""
+    """One token per word."""
 
     eos_token_id = 2
 
@@ -130,7 +130,7 @@ class TestPool:
         assert nearest.of_text("unheard of") is None
 
     def test_messages_of_the_files_as_published(self):
-        """The real files, where they are: every intent is there and 77 x 2 + 96 + 3,000 rows can be drawn."""
+        """The published files, if present, have every intent and enough rows to draw 77 x 2 + 96 + 3,000."""
         source = Path(__file__).parents[1] / "../shared/data/intents"
         if not source.is_dir():
             pytest.skip("the intent files are absent")
@@ -174,7 +174,7 @@ class TestChoosers:
     def test_huds_of_equal_uncertainties(self):
         vectors = torch.eye(4)
         vectors[3] = -1.0
-        chosen = pool_signals.huds(torch.ones(4), vectors, 4)  # one stratum, whose mean 3 lies along
+        chosen = pool_signals.huds(torch.ones(4), vectors, 4)  # one stratum; only 3 points along its mean
         assert chosen.tolist() == [0, 1, 2, 3]
 
     def test_distinct_keeps_the_first_of_near_copies(self):
@@ -201,7 +201,7 @@ class TestPaired:
         assert (d.low, d.high) == pytest.approx((interval.low, interval.high))
 
     def test_a_difference_that_can_be_detected(self):
-        """Simulated: a true difference of that size is found in about 80 % of runs."""
+        """In simulation, a true difference of the detectable size is found in about 80 % of runs."""
         g = torch.Generator().manual_seed(0)
         noise = torch.randn(2000, 8, generator=g, dtype=torch.float64)
         unit = noise[0] / noise[0].std()
@@ -240,7 +240,7 @@ def some_rows(n: int, seed: int = 0) -> pool_fit.Rows:
 
 
 def plain_losses(model: Any, rows: pool_fit.Rows) -> torch.Tensor:
-    """By the model itself, one row at a time."""
+    """The model's own losses, one row at a time."""
     found = []
     for row in pool_signals.samples(rows):
         logits = model(input_ids=row.ids[None]).logits[0]
@@ -301,7 +301,7 @@ class TestFitter:
 
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.bfloat16, 0.1)], ids=str)
     def test_a_gpus_copies_of_the_weights(self, dtype, tolerance, fitter):
-        """What runs on a GPU but for the capture: masters apart, a rehearsal, weights and moments put back."""
+        """The GPU path without graph capture: separate masters, a rehearsal, weights and moments restored."""
         apart = pool_fit.Fitter(llama(), batch=4, length=LENGTH, label_length=LABEL_LENGTH, dtype=dtype)
         assert next(apart.model.parameters()).dtype == dtype
         before, rows = apart.weights(), some_rows(10)
@@ -314,7 +314,7 @@ class TestFitter:
         assert results[0] == pytest.approx(results[1], rel=tolerance, abs=1e-6)
         assert results[0] < 0.9 * math.log(VOCABULARY)
         samples = pool_signals.samples(rows)
-        scored = acqcore.score(apart.model, samples, "loss")["loss"]  # the model is the student that was fitted
+        scored = acqcore.score(apart.model, samples, "loss")["loss"]  # the model is the fitted student
         counted = rows.targets.ne(-100).sum(dim=1)
         torch.testing.assert_close(scored, apart.losses(rows)[0] / counted, rtol=max(tolerance, 1e-4), atol=1e-4)
 
@@ -415,7 +415,7 @@ class TestBench:
         bench_pool.run(bench(folder, whole, scale), CHOICES, seeds=(0, 1))
         path = tmp_path / "cut.jsonl"
         lines = whole.path.read_text().splitlines(keepends=True)
-        path.write_text("".join(lines[:6]) + lines[6][:20])  # killed while it wrote
+        path.write_text("".join(lines[:6]) + lines[6][:20])  # killed while writing
         cut = Log(path)
         with path.open("a") as file:
             file.write("\n")
@@ -474,7 +474,7 @@ class TestBench:
         assert log.path.read_text() == before
 
     def test_seeds_do_not_see_each_other(self, folder, tmp_path):
-        """They take turns with one student: another seed's fits change no signal and no outcome."""
+        """Seeds take turns with one student; another seed's fits change neither signals nor outcomes."""
         alone = bench(folder, Log(tmp_path / "alone.jsonl")).seed("clinc150", 100, CHOICES, ("B",))
         expected = alone.signals("B").value("loss"), alone.tested("B", range(12))
         shared = bench(folder, Log(tmp_path / "shared.jsonl"))

@@ -18,7 +18,7 @@ from benchmarks.bench_protoqa import Answers, Question
 
 
 class Tokenizer:
-    """A token a character; 10 ends a line."""
+    """One token per character; token 10 ends a line."""
 
     eos_token_id = 2
 
@@ -99,7 +99,7 @@ def test_spearman_is_scipys_with_ties():
 def test_a_signal_of_ambiguity_is_told_from_noise():
     rng = np.random.default_rng(4)
     ambiguity, noise = rng.standard_normal(300), rng.standard_normal(300)
-    noise -= ambiguity * (noise @ ambiguity) / (ambiguity @ ambiguity)  # uncorrelated in this sample, not on average
+    noise -= ambiguity * (noise @ ambiguity) / (ambiguity @ ambiguity)  # exactly uncorrelated in this sample
     values = {
         "entropy": ambiguity + 0.5 * rng.standard_normal(300),
         "mutual information": noise,

@@ -1,4 +1,4 @@
-"""The reliability benchmark: its statistics, and runs that stop and go on."""
+"""The reliability benchmark: its statistics, and runs that stop and resume."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     assert set(store.found("real")) == {(0,), (2,)}
     again = Store(tmp_path, {"rows": 3}, seconds=60)
     assert all(again.run(("real", i), lambda i=i: work(i)) for i in range(3))
-    assert done == [0, 1, 2, 1]  # what failed is tried again
+    assert done == [0, 1, 2, 1]  # the failed unit is retried
     assert again.found("real")[(1,)] == {"value": 1}
     late = Store(tmp_path, {"rows": 3}, seconds=-1)
     assert late.run(("real", 0), lambda: work(0))
@@ -101,7 +101,7 @@ def test_a_summary_of_known_values(tmp_path):
 
 
 def test_rows_scored_from_one_graph_are_put_together(tmp_path):
-    """Two stretches of rows, the later one done first; without times, and one probe without standard errors."""
+    """Two ranges of rows, the later one first; no timings, and no standard errors with one probe."""
     name, one = "linear, completions, 2 probes", "linear, completions, 1 probe"
     store = Store(tmp_path, {"machine": {"cpu": "some"}})
     values = np.random.default_rng(4).standard_normal((2, 40)).round(3)
@@ -128,7 +128,7 @@ def test_rows_scored_from_one_graph_are_put_together(tmp_path):
 
 
 def test_counted_products():
-    """Of ten tokens, the last four scored, by hand."""
+    """Ten tokens with the last four scored, counted by hand."""
     shape = Shape(linear=100, attention=10, head=1000)
     targets = torch.full((10,), -100)
     targets[6:] = 1

@@ -1,4 +1,4 @@
-"""``bench_write`` on a tiny student: draws and steps against transformers, arms, going on after a stop, the tables."""
+"""``bench_write`` on a tiny student: draws and steps against transformers, arms, resuming after a stop, tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.bench_write import ANSWERABLE, AS_IT_IS, BEST, CANDIDATES, DEFAU
 from benchmarks.pool_fit import Fitter
 from benchmarks.writer import Writer
 
-STOPS = [2, *range(300, 320)]  # a random model seldom ends a line
+STOPS = [2, *range(300, 320)]  # a random model rarely ends a line
 SCALE = Scale(
     intents=3, each=2, test=10, batch=4, warm_epochs=2.0, length=80, label_length=16, prompt_length=150, new_tokens=20,
     steps=2, prompts=2, rows_at_once=16, tuning_seeds=(100,), rates=(1e-3,), epochs=(1.0,), grpo_rates=(1e-4, 1e-3),
@@ -114,7 +114,7 @@ class TestWriter:
             assert text == tokenizer.decode(body).strip()
 
     def test_a_step_follows_the_policy_gradient(self, model):
-        """Its gradient's norm, and the weights after a step of plain gradient ascent, by a loop over unpadded rows."""
+        """The gradient's norm and the clipped gradient match a loop over unpadded rows."""
         writer = Writer(model, STOPS, prompt_length=8, new_tokens=5, rows_at_once=8)
         draws = writer.draw(PROMPTS, 4, temperature=0.7, seed=0)
         a = torch.tensor([0.5, -1.0, 0.0, 2.0] * 3)
@@ -134,7 +134,7 @@ class TestWriter:
             torch.testing.assert_close(p.grad, g * scale, rtol=1e-3, atol=1e-6)
 
     def test_rounded_weights_follow_the_masters(self, model):
-        """As on a GPU: the forward in bfloat16, the step in float32."""
+        """As on a GPU, the forward runs in bfloat16 and the step in float32."""
         exact, rounded = (
             Writer(model, STOPS, prompt_length=8, new_tokens=5, dtype=dtype) for dtype in (None, torch.bfloat16)
         )
@@ -224,17 +224,17 @@ class TestArms:
                 math.log(own), abs=1e-3
             )
         chosen = candidates.best("agreement")
-        first = next(i for i in passing)  # of the first request with one
+        first = next(i for i in passing)  # the first request that has one
         group = first // CANDIDATES
         best = max((i for i in passing if i // CANDIDATES == group), key=lambda i: values[i])
         assert chosen[group].text == candidates.samples[best].question
 
     def test_the_default_asks_that_the_label_be_answerable(self, seed, monkeypatch):
         candidates = seed.candidates
-        assert all(value is None for value in candidates._values(DEFAULT))  # a tiny student is sure of nothing
+        assert all(value is None for value in candidates._values(DEFAULT))  # a tiny student is never confident
         p = candidates._of_signal("agreement", [sample is not None for sample in candidates.samples])
         assert max(value for value in p if value is not None) < ANSWERABLE
-        rows = candidates.best(DEFAULT)  # the likeliest of each request instead
+        rows = candidates.best(DEFAULT)  # falls back to each request's likeliest
         for group, row in enumerate(rows):
             own = range(group * CANDIDATES, (group + 1) * CANDIDATES)
             there = [i for i in own if candidates.samples[i] is not None]
@@ -346,7 +346,7 @@ class TestRun:
 
 class TestReport:
     def rows(self, gain: float) -> list[dict[str, Any]]:
-        """Six seeds, three of them with GRPO; the arms differ from ``as it is`` by seed-wise noise around a gain."""
+        """Six seeds, three with GRPO; arms differ from ``as it is`` by per-seed noise around a shift."""
         rng = random.Random(1)
         found = []
         for seed in range(6):
@@ -376,7 +376,7 @@ class TestReport:
         assert all(p >= one.p for one, p in compared.values())
         text = write_report.tables(results, {})
         assert "gain shown" in text
-        assert "no gain shown" in text  # of best of 8: random
+        assert "no gain shown" in text  # for best of 8: random
 
     def test_no_gain_is_said(self):
         text = write_report.tables(write_report.Results(self.rows(0.0)), {})

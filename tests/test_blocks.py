@@ -1,4 +1,4 @@
-"""Blocks and branches are found by what a forward does, and heads by what a model makes of known logits."""
+"""Blocks and branches are found from a forward pass, and heads from the model's output for known logits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build(name: str, config: Any) -> Any:
 
 
 def named_branches(model: Any) -> list[list[str]]:
-    """Names of the branches of each block, below the block."""
+    """Names of each block's branches, relative to the block."""
     student = acqcore.Student.from_model(model)
     found = []
     for block, branches in zip(student.blocks, student.branches, strict=True):
@@ -74,14 +74,14 @@ def decoder(kind: str) -> Any:
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        # Attention and MLP add the stream to their own output.
+        # Attention and MLP add the residual stream to their own output.
         ("bloom", ["self_attention.dense", "mlp.dense_4h_to_h"]),
         ("mpt", ["attn", "ffn.down_proj"]),
-        # Both matrices of the MLP are the block's own: the first is in front of the activation.
+        # The block owns both matrices of the MLP; the first comes before the activation.
         ("xglm", ["self_attn", "fc2"]),
         ("opt", ["self_attn", "fc2"]),
         ("biogpt", ["self_attn", "fc2"]),
-        # Norms behind each sum, within modules of their own.
+        # Each sum is followed by a norm, in a separate module.
         ("bert", ["attention.output.dense", "output.dense"]),
         ("gpt2", ["attn", "mlp"]),
         ("falcon", ["self_attention", "mlp"]),
@@ -90,7 +90,7 @@ def decoder(kind: str) -> Any:
 def test_branches_are_what_a_block_adds_to_the_stream(kind, expected):
     model = decoder(kind)
     assert named_branches(model) == [expected, expected]
-    # With all of them at zero a block in front of which there is a norm gives its input.
+    # With all branches at zero, a pre-norm block returns its input.
     student, seen = acqcore.Student.from_model(model), []
     handles = [
         branch.register_forward_hook(lambda *args: torch.zeros_like(args[-1]) if torch.is_tensor(args[-1]) else (
@@ -110,7 +110,7 @@ def test_branches_are_what_a_block_adds_to_the_stream(kind, expected):
 
 
 def test_branches_beside_a_massive_entry_in_half_precision():
-    """One channel of the stream is ten thousand times as large as what a branch adds to the others."""
+    """One channel of the stream is ten thousand times as large as a branch's contribution to the others."""
     model = decoder("gpt2")
     model.transformer.wte.weight.data[:, 3] = 3e3
     assert named_branches(model.bfloat16()) == [["attn", "mlp"]] * 2
@@ -161,7 +161,7 @@ def test_blocks_of_a_vision_language_student_are_those_that_text_visits(kind, ex
 
 
 def test_blocks_are_no_longer_list_of_something_else():
-    """Norms of a longer list, experts in a block and a tower that does not run are no blocks."""
+    """A longer list of norms, experts inside a block and a tower that never runs are not taken for blocks."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -229,7 +229,7 @@ class TestLogitMap:
 class TestWhatEntersTheOutputEmbedding:
     @pytest.mark.parametrize("kind", ["bert", "llama4", "hyperclovax", "modernbert"])
     def test_between_trunk_and_head(self, kind):
-        """A transform of BERT's, a scale of HyperCLOVAX's: hidden states are what the head gets."""
+        """Hidden states are the head's input, after BERT's transform and HyperCLOVAX's scale."""
         t = pytest.importorskip("transformers")
         if kind == "bert":
             model = decoder("bert")

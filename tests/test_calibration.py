@@ -1,4 +1,4 @@
-"""Dropout at which a student's loss rises by a stated share."""
+"""Calibrates dropout so that a student's loss rises by a given share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DRAWS = 4
 
 @pytest.fixture(scope="module")
 def student():
-    """Knows a table by heart: dropout costs it something."""
+    """A student that knows a table by heart, so dropout raises its loss."""
     return toy_student.train(0, blocks=2, steps=80)
 
 
@@ -28,7 +28,7 @@ def ids():
 
 
 def loss_under(model: Any, ids: torch.Tensor, p: float, layers: int, draw: int) -> float:
-    """Mean loss of the answers with dropout in the last blocks, masks by their definition, sample by sample."""
+    """Mean answer loss under dropout in the last blocks, one sample at a time, with masks from their definition."""
     blocks = list(model.model.layers)
     losses = []
     for row in ids:

@@ -1,4 +1,4 @@
-"""Gradients are those of autograd whatever hooks a student carries, and however it calls its modules."""
+"""Gradients match autograd regardless of a student's hooks and of how it calls its modules."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def assert_norms(
     parameters: Sequence[torch.Tensor],
     exact: Exact,
 ) -> None:
-    """In a batch and alone, the norms of one backward a sample."""
+    """Norms in a batch and alone match one backward per sample."""
     expected = exact(model, samples, parameters).norm(dim=1)
     assert float(expected.min()) > 0
     for batch_tokens in (8192, 1):
@@ -50,7 +50,7 @@ def trainable(model: Any) -> list[torch.Tensor]:
 
 
 class TestHooksOfOthers:
-    """What requires a gradient besides our own leaf starts no backward of ours, and takes part in none."""
+    """Tensors other than our own leaf that require a gradient neither start our backward nor take part in it."""
 
     @pytest.mark.parametrize("kind", ["GPT2", "Llama", "Phi"])
     @pytest.mark.parametrize("training", [False, True])
@@ -80,7 +80,7 @@ class TestHooksOfOthers:
     @pytest.mark.parametrize("chosen", [1, "all", "trainable"])
     @pytest.mark.parametrize("how", ["wrapper", "inside", "function"])
     def test_blocks_that_compute_again_in_the_backward(self, how, chosen, tiny_model, exact):
-        """Where nothing before a block requires a gradient, the graph begins in it, when it is computed again too."""
+        """If nothing before a block requires a gradient, the graph begins in the block, also when it is recomputed."""
         from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrapper
         from torch.utils.checkpoint import checkpoint
 
@@ -130,10 +130,10 @@ class TestHooksOfOthers:
     @pytest.mark.parametrize("kind", ["Llama", "routed"])
     @pytest.mark.parametrize("how", ["accumulation", "before accumulation", "tensor", "tensor that changes it"])
     def test_hooks_that_wait_for_gradients_of_parameters(self, how, kind, tiny_model, exact, with_logits):
-        """Those of DeepSpeed and DDP on the node that accumulates, of trackers that log, of masks that zero."""
+        """DeepSpeed and DDP hook the accumulation node; loggers and masks that zero gradients hook the tensor."""
         if kind == "Llama":
             model = student = tiny_model(kind)
-        else:  # autograd itself gives the experts' gradients
+        else:  # the experts' gradients come from autograd itself
             torch.manual_seed(0)
             trunk, weight = Routed(1), torch.randn(320, 16)
             model, student = with_logits(trunk, weight), acqcore.Student(trunk, acqcore.Head(weight))
@@ -167,7 +167,7 @@ class TestHooksOfOthers:
 
 
 class Adds(nn.Module):
-    """Adds in place to what its layers give, a view of one sample among them."""
+    """Modifies its layers' outputs in place, among them a view of one sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class Adds(nn.Module):
 
 
 class Experts(nn.Module):
-    """Linear layers that are called with the tokens routed to them."""
+    """Linear layers, each called with the tokens routed to it."""
 
     def __init__(self, k: int) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class TestSamplesAreToldApartByValue:
             assert_norms(student, with_logits(trunk, weight), rows(*lengths, seed=seed), "all", parameters, exact)
 
     def test_an_expert_that_the_probe_does_not_reach(self, exact, with_logits):
-        """Only the token 319 goes to it, so its first call is in a batch of several samples."""
+        """Only token 319 reaches the expert, so its first call is on a batch of several samples."""
         torch.manual_seed(0)
 
         class Rare(nn.Module):
@@ -245,7 +245,7 @@ class TestSamplesAreToldApartByValue:
 
         trunk, weight = Rare(), torch.randn(320, 16)
         samples = rows(4, 4)
-        samples["input_ids"][0, 1:3] = 319  # as many tokens as samples, all of one
+        samples["input_ids"][0, 1:3] = 319  # as many tokens as samples, all from one sample
         samples["labels"] = samples["input_ids"]
         student = acqcore.Student(trunk, acqcore.Head(weight))
         assert_norms(student, with_logits(trunk, weight), samples, "all", [*trunk.parameters(), weight], exact)
@@ -271,7 +271,7 @@ class TestSamplesAreToldApartByValue:
 class TestAdapters:
     @pytest.mark.parametrize("length", [9, 32])
     def test_dora(self, length, tiny_model, exact):
-        """Its magnitudes are used without a call of the layers; 32 tokens are as many as the width."""
+        """DoRA uses its magnitudes without calling their layers; 32 tokens equal the width."""
         model = lora(tiny_model("Llama"), target_modules=["q_proj", "down_proj"], use_dora=True)
         assert_norms(model, model, rows(length, 6), "trainable", trainable(model), exact)
 
@@ -300,7 +300,7 @@ class TestAdapters:
         assert_norms(model, model, rows(9, 6), "trainable", trainable(model), exact)
 
     def test_that_wait_for_a_token(self, tiny_model, exact):
-        """aLoRA acts from its invocation on, which the wrapper finds in the ids: running the trunk leaves it off."""
+        """aLoRA acts from its invocation tokens on; the wrapper finds them in the ids, the bare trunk does not."""
         invoked = [7, 8]
         model = lora(
             tiny_model("Llama"), target_modules=["q_proj", "down_proj"], alora_invocation_tokens=invoked,
@@ -335,7 +335,7 @@ class TestAdapters:
 
 class TestUsedWithoutAGradient:
     def test_a_detached_part(self, tiny_model):
-        """Blocks behind which the graph is cut have no gradient: zeros would say that training does not move them."""
+        """Blocks before a cut in the graph have no gradient; zeros would say that training does not move them."""
         model = tiny_model("Llama")
         model.model.norm.register_forward_pre_hook(lambda _, args: (args[0].detach(),))
         with pytest.raises(ValueError, match=r"parameters: 1: .* have no gradient"):
@@ -358,7 +358,7 @@ class TestUsedWithoutAGradient:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gradients_do_not_underflow(dtype, tiny_model, exact):
-    """The mean over hundreds of tokens that the student is sure of divides gradients that are small already."""
+    """The mean over hundreds of confident tokens divides gradients that are already small."""
     model = tiny_model("Llama", max_position_embeddings=1024).to(dtype)
     with torch.no_grad():
         model.lm_head.weight *= 8
@@ -378,7 +378,7 @@ def test_half_precision_gradients_do_not_underflow(dtype, tiny_model, exact):
 
 @pytest.mark.parametrize("kind", ["LlamaRMSNorm", "GemmaRMSNorm", "LayerNorm", "RMSNorm"])
 def test_a_norm_is_differentiated_by_two_calls(kind, monkeypatch):
-    """A weight that scales by w, by 1 + w, and with a bias, against autograd sample by sample."""
+    """Norms that scale by w, by 1 + w, and with a bias match autograd on each sample."""
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 

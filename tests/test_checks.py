@@ -1,4 +1,4 @@
-"""Bad input: the error names the argument, what it was and what was expected."""
+"""Errors for bad input name the argument, its value and the expected value."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_errors_reach_through_compile():
 
 
 def test_a_head_whose_memory_was_freed():
-    """As FSDP frees a parameter's between two forwards; a kernel would read what is not there."""
+    """FSDP frees a parameter's storage between forwards; a kernel would read freed memory."""
     head = acqcore.Head(torch.randn(30, 8))
     hidden, targets = torch.randn(4, 8), torch.tensor([1, 2, 3, 4])
     head.weight.untyped_storage().resize_(0)

@@ -1,4 +1,4 @@
-"""``acqcore select`` on a small saved model: what is chosen and kept, bad lines, wrong usage."""
+"""``acqcore select`` on a small saved model: choices, output rows, bad lines, wrong usage."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_rows_without_a_finite_value_are_not_chosen(choose, tmp_path, monkeypatc
 )
 def test_wrong_usage_is_one_sentence_before_a_forward(options, message, choose, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("acqcore.files.choose.score", None)  # a forward would be a TypeError
+    monkeypatch.setattr("acqcore.files.choose.score", None)  # a forward would raise TypeError
     assert message in refused(choose([{"text": text} for text in TEXTS], **options))
     assert not (tmp_path / "out.jsonl").exists()
 

@@ -1,4 +1,4 @@
-"""Head gradients and mixtures of draws in chunked torch, against the reference that holds everything."""
+"""Head gradients and mixtures of draws in chunked torch, against the unchunked reference."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _registered(monkeypatch):
 
 @pytest.fixture(params=["one chunk", "many chunks"])
 def case(request, monkeypatch):
-    """60 rows in float64, so that the order of sums does not show; chunks of about 13 rows and 7 columns, or one."""
+    """60 rows, in float64 to hide the order of sums; chunks of about 13 rows and 7 columns, or one chunk."""
     if request.param == "many chunks":
         monkeypatch.setattr(chunked, "BUFFER_BYTES", 16 * 24 * 13)
         monkeypatch.setattr(chunked, "MAX_ROWS", 24)
@@ -70,7 +70,7 @@ def test_hidden_grad(case):
 
 @pytest.mark.parametrize("at_once", [1, 40, 1 << 14])
 def test_fisher_grads(at_once, case, monkeypatch):
-    """Signs drawn for one chunk of the vocabulary at a time, for several, or for all."""
+    """Signs are drawn for one vocabulary chunk at a time, for several, or for all."""
     monkeypatch.setattr(chunked, "SIGN_COLUMNS", at_once)
     probes = Probes(2, 3, torch.arange(60) // 7, torch.arange(60) % 7)
     (_, got), (_, expected) = (
@@ -142,7 +142,7 @@ def test_impossible_tokens_in_a_mixture(monkeypatch):
 
 
 def _small_mixtures(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 4 rows and 16 columns, in the tests whose other chunks are small."""
+    """Sets chunks of 4 rows and 16 columns in tests whose other chunks are small."""
     if chunked.BUFFER_BYTES < 1 << 20 or len(case.hidden) < 60:
         monkeypatch.setattr(chunked_mixture, "MAX_ROWS", 20)
         monkeypatch.setattr(chunked_mixture, "OPERAND_BYTES", 4 * 24 * 16)
@@ -167,7 +167,7 @@ def test_groups_of_samples():
     ],
 )
 def test_memory_is_bounded(call, extra_mib):
-    """At most 64 MiB, and 4 for a result; gradients or draws of the logits would take 128, the weight in float32 64."""
+    """At most 64 MiB plus 4 for a result; gradients or draws of the logits would take 128, the float32 weight 64."""
     setup = (
         "from acqcore.backends import DrawRows, Dropout, Gram, HeadRows\n"
         "from acqcore.backends.chunked import Chunked\n"
@@ -181,13 +181,13 @@ def test_memory_is_bounded(call, extra_mib):
         "bounds = tuple((256 * i, 256 * i + 256) for i in range(4))\n"
         "gram = Gram(bounds, tuple(65536 * i for i in range(4)), torch.zeros(4 * 65536))"
     )
-    # What is freed goes back to the system at once: the peak is of what is held.
+    # Freed memory returns to the system at once, so the peak counts only memory in use.
     assert extra_mib(setup, f"Chunked.{call}", MALLOC_MMAP_THRESHOLD_="65536") <= 68
 
 
 @pytest.mark.parametrize(("n", "d", "v"), [(4096, 4096, 131072), (100, 8192, 256000), (20000, 576, 49152), (1, 16, 7)])
 def test_chunks_of_large_shapes_fit(n, d, v):
-    """Hidden states, weights and values in float32, and tiles with their temporaries."""
+    """Counts float32 hidden states, weights and values, and tiles with their temporaries."""
     head = acqcore.Head(torch.empty(v, d, dtype=torch.bfloat16, device="meta"))
     hidden = torch.empty(n, d, dtype=torch.bfloat16, device="meta")
     state, index = torch.empty(7, n, dtype=torch.float64, device="meta"), torch.empty(n, device="meta")
@@ -226,7 +226,7 @@ def test_products_are_float32_whatever_the_process_allows(monkeypatch):
     ],
 )
 def test_either_setting_of_torch_is_overruled_and_restored(setting):
-    """In a process of its own: which of the two settings was touched cannot be undone."""
+    """Runs in a separate process, since touching either setting cannot be undone."""
     code = (
         "import torch\n"
         "from acqcore.backends.chunked import float32_products\n"
@@ -243,7 +243,7 @@ def test_either_setting_of_torch_is_overruled_and_restored(setting):
 
 
 def test_sums_at_places():
-    """The form that a GPU takes gives what ``index_add_`` does, along either dimension and for complex numbers."""
+    """The GPU form matches ``index_add_`` along either dimension and for complex numbers."""
     places = torch.tensor([2, 0, 2, 1, 2])
     for dim, dtype in [(0, torch.float64), (1, torch.float32), (0, torch.complex64)]:
         values = torch.randn(5, 5, dtype=dtype)

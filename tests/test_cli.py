@@ -346,7 +346,7 @@ def test_a_student_that_does_not_load_leaves_nothing(command, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_every_column_is_kept(suffix, command, tmp_path, read):
-    """In order, of rows with an error too; one with the name of a column of ours under another name."""
+    """Columns stay in order, also for bad rows; those with the name of an output column are renamed."""
     rows = [
         {"id": 7, "text": "a fox", "entropy": 0.5, "row": "x", "data_row": "y"},
         {"id": 8, "text": "", "entropy": 0.25, "row": "z", "data_row": "w"},
@@ -418,7 +418,7 @@ def test_conversations_in_a_csv(command, student, tmp_path, read):
 
 
 class TestOutput:
-    """Nothing is lost that the user did not give up by name."""
+    """Existing files are lost only if the user explicitly gives them up."""
 
     @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
     def test_the_data_is_never_the_output(self, suffix, command, tmp_path, refused):
@@ -446,7 +446,7 @@ class TestOutput:
         assert "2 of 2 rows scored" in capsys.readouterr().out
 
     def test_a_folder_of_others_stays(self, command, tmp_path, refused):
-        """Whatever a cut-off run left beside it."""
+        """Even if an interrupted run left its parts beside the folder."""
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "notes.txt").write_text("keep")
         arguments = [*command([{"text": "a fox"}], out=tmp_path / "out"), "--overwrite"]
@@ -472,7 +472,7 @@ class TestOutput:
     ],
 )
 def test_what_a_run_would_find_out_is_one_sentence(options, message, command, student, refused, tmp_path, monkeypatch):
-    """And nothing is left that keeps the mended command from running."""
+    """The refused command leaves nothing that would block the corrected one."""
     if torch.cuda.is_available() and options.get("device") == "cuda":
         pytest.skip("this machine has one")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Planning: sizes against real models, the extrapolation against measurements that follow a law, the command."""
+"""Planning: sizes against real models, extrapolation from measurements that follow a known law, the command."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_fewer_blocks(kind, tiny_model):
     whole, one = shape_of(config, torch.float32), shape_of(with_blocks(config, 1), torch.float32)
     assert one.blocks == one.kinds == 1
     assert whole.parameters - one.parameters == (whole.blocks - 1) * one.block_parameters
-    assert config.num_hidden_layers == whole.blocks  # the configuration given is left as it was
+    assert config.num_hidden_layers == whole.blocks  # the given configuration is unchanged
 
 
 def test_seventy_billion_parameters_are_counted_without_weights():
@@ -116,7 +116,7 @@ def test_passes(acquisitions, arguments, expected):
 def runs(
     law: Callable[[int, int], tuple[float, int]], rows: int, fewer: int, depths: tuple[int, ...], full: int = 0
 ) -> list[Run]:
-    """Measurements where ``law(blocks, rows)`` is seconds and bytes beyond the weights."""
+    """Measurements for which ``law(blocks, rows)`` gives the seconds and the bytes beyond the weights."""
     return [
         Run(
             blocks=blocks,
@@ -141,7 +141,7 @@ def value(figures: Any, name: str) -> Any:
 
 @pytest.mark.parametrize("full", [0, 8])
 def test_the_extrapolation_is_linear_in_blocks_and_rows(full):
-    """With a backward pass bytes are bilinear, and seconds always are."""
+    """Seconds are always bilinear; bytes are with a backward pass."""
     work = work_of("grad_norm", arguments={"grad_norm": {"parameters": "all"}})
     assert work.batch_rows == 8
 
@@ -252,7 +252,7 @@ def test_activations_by_formula():
     given = {"mutual_information": {"draws": 8}}
     drawn = work_of(
         "mutual_information", arguments=given, batch_tokens=128, tokens=64
-    )  # two rows, but one of them drawn eight times
+    )  # two rows per batch, but one row if drawn eight times
     assert activation_bytes(SHAPE, drawn) == 4 * block // 4 + rows // 4 + DRAWS_SCRATCH
 
 
@@ -279,7 +279,7 @@ def student(tmp_path, tiny_model):
 
 @pytest.fixture
 def arguments(student):
-    """``arguments(**options)`` of the command line; None leaves an option out."""
+    """``arguments(**options)``: the command line; None omits an option."""
 
     def build(**options):
         settings = {"config": student / "config.json", "rows": 100, "tokens": 32, "batch_tokens": 128, **options}

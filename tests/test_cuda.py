@@ -1,4 +1,4 @@
-"""The cuda backend: its arithmetic run by the processor, its errors without a device, what only a device shows."""
+"""The cuda backend: its arithmetic on the CPU, its errors without a device, and its behaviour on a device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def on_host(
     multiprocessors: int = 132,
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``state [7, N]`` and ``index [N]`` as the kernel computes them, shared out over ``multiprocessors``."""
+    """``state [7, N]`` and ``index [N]`` as the kernel computes them, split over ``multiprocessors``."""
     state = torch.empty(7, len(logits), dtype=torch.float64)
     index = torch.empty(len(logits), dtype=torch.int64)
     args = _core.CudaLogitStatsArgs(
@@ -46,7 +46,7 @@ def _gaussian(n: int, v: int, dtype: torch.dtype = torch.float32) -> torch.Tenso
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_how_rows_are_shared_out(dtype):
-    """One block a row (1 multiprocessor), several blocks (20), single warps (5000)."""
+    """One block per row (1 multiprocessor), several blocks per row (20), single warps (5000)."""
     logits = _gaussian(7, 33333, dtype)
     expected, where = on_host(logits, multiprocessors=1)
     for multiprocessors in (20, 5000):
@@ -58,7 +58,7 @@ def test_bits_do_not_depend_on_how_rows_are_shared_out(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("v", [33333, 40960])
 def test_bits_do_not_depend_on_batch_strides_or_alignment(v, dtype):
-    """Rows that cannot be read in 16-byte loads go another way and end in the same place."""
+    """Rows that do not allow 16-byte loads take another path to the same result."""
     logits = _gaussian(5, v, dtype)
     expected, _ = on_host(logits)
     apart = torch.zeros(5, v + 7, dtype=dtype)[:, 3 : v + 3].copy_(logits)
@@ -73,7 +73,7 @@ def test_bits_do_not_depend_on_batch_strides_or_alignment(v, dtype):
     "columns", [[0], [9001], [4095, 4096], [4096, 8191], [8, 9], [1, 0], [1023, 1024], [700, 8900], [260, 5, 4100]]
 )
 def test_the_lowest_of_equal_maxima(columns, dtype):
-    """Equal maxima in one word, one lane, two lanes, two chunks, two groups, at the end."""
+    """Equal maxima in one word, one lane, two lanes, two chunks, two groups, and at the end of the row."""
     logits = _gaussian(1, 9002).clamp(max=4).to(dtype)
     logits[0, columns] = 5.0
     state, index = on_host(logits)
@@ -95,7 +95,7 @@ def test_a_nan_anywhere_poisons_its_row_alone(position, dtype):
 def test_extreme_logits(dtype):
     lowest = torch.finfo(dtype).min
     logits = torch.full((5, 5000), -torch.inf, dtype=dtype)
-    logits[1, 4999] = lowest  # a single possible token, the lowest number there is
+    logits[1, 4999] = lowest  # a single possible token, at the lowest finite value
     logits[2, [100, 4500]] = lowest
     logits[3, 7], logits[3, 4500] = lowest, 1.0
     logits[4, 3] = torch.inf
@@ -126,7 +126,7 @@ def test_too_many_columns():
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("d", [1, 896, 4096, 16384])
 def test_blocks_are_bounded(d, mixed):
-    """Logits, a copy of the hidden states, a widened tile of weights: 64 MiB at most."""
+    """Logits, a copy of the hidden states and a widened weight tile take at most 64 MiB."""
     rows, columns = cuda._block(d, mixed)
     assert min(rows, columns) >= 128
     assert 4 * (rows * columns + rows * d + (columns * d if mixed else 0)) <= 64 << 20
@@ -208,7 +208,7 @@ def test_a_cpu_tensor_does_not_fit():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_extension_loads_no_cuda_library():
-    """Imported by itself, without torch: only the C and C++ libraries come with it."""
+    """Imported alone, without torch, the extension brings only the C and C++ libraries."""
     code = (
         "from importlib import util\n"
         f"spec = util.spec_from_file_location('_core', {_core.__file__!r})\n"
@@ -222,7 +222,7 @@ def test_the_extension_loads_no_cuda_library():
 
 
 class _Fake:
-    """A GPU's backend that is there and takes everything."""
+    """A GPU backend that is available and accepts everything."""
 
     automatic = True
 
@@ -237,7 +237,7 @@ class _Fake:
 
 
 def test_choice_among_gpu_backends(monkeypatch):
-    """Triton takes hidden states and cuda takes logits, unless a measurement says otherwise; a name decides it."""
+    """Triton gets hidden states and cuda gets logits, unless a measurement says otherwise; an explicit name wins."""
     fakes = {name: _Fake(name) for name in ("triton", "cuda")}
     monkeypatch.setattr(sys.modules["acqcore.backends"], "_BACKENDS", fakes)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
@@ -246,14 +246,14 @@ def test_choice_among_gpu_backends(monkeypatch):
     def chosen(op, rows, vocab, name=None):
         return select_backend(name, device, (torch.bfloat16,), op, (rows, vocab)).name
 
-    assert chosen("row_stats", 4096, 151936) == "cuda"  # as an H100 measured
+    assert chosen("row_stats", 4096, 151936) == "cuda"  # as measured on an H100
     monkeypatch.setitem(preference.TABLE, "measured", [])
     assert chosen("row_stats", 4096, 151936) == "triton"
     assert chosen("logit_stats", 4096, 151936) == "cuda"
     assert chosen("logit_stats", 4096, 151936, "triton") == "triton"
     for op in ("dropout_mask", "mixture_stats", "head_grad_norm", "hidden_grad", "fisher_sums", "delta_hash"):
         assert chosen(op, 4096, 151936) == "triton"
-    assert chosen("", 0, 0) == "triton"  # an operation that the table does not know: the first that fits
+    assert chosen("", 0, 0) == "triton"  # not in the table: the first backend that fits
     measured: dict[str, Any] = {"op": "row_stats", "capability": "9.0", "dtype": "bfloat16", "rows": "few"}
     rows = [measured | {"vocab": "large", "order": ["cuda", "triton"]}]
     monkeypatch.setitem(preference.TABLE, "measured", rows)
@@ -265,7 +265,7 @@ def test_choice_among_gpu_backends(monkeypatch):
 
 
 def test_the_choice_does_not_break_a_graph(monkeypatch):
-    """Facts of the machine are asked for once, while the graph is traced."""
+    """Properties of the machine are queried once, while the graph is traced."""
     fakes = {name: _Fake(name) for name in ("triton", "cuda")}
     monkeypatch.setattr(sys.modules["acqcore.backends"], "_BACKENDS", fakes)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
@@ -277,7 +277,7 @@ def test_the_choice_does_not_break_a_graph(monkeypatch):
         chosen = select_backend(None, device, (x.dtype,), "logit_stats", (n, v))
         return x + (1 if chosen.name == "cuda" and cuda._no_device() else 0)
 
-    monkeypatch.setattr(_core, "cuda_built", False)  # so that there is a reason everywhere
+    monkeypatch.setattr(_core, "cuda_built", False)  # gives a reason on every machine
     assert compiled(torch.zeros(2, 3)).sum() == 6
     assert compiled(torch.zeros(4, 5)).sum() == 20
 
@@ -286,7 +286,7 @@ def test_the_choice_does_not_break_a_graph(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 8, 700])
 def test_on_device_large_vocabulary(n, dtype):
-    """A row split over blocks, and rows of one block each; the same bits either way."""
+    """A row split over blocks and a row in one block give the same bits."""
     logits = _gaussian(n, 151936, dtype).cuda()
     targets = torch.arange(n, device="cuda") * 211
     stats = acqcore.logit_stats(logits, targets, backend="cuda")

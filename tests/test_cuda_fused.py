@@ -1,4 +1,4 @@
-"""The fused kernel for Hopper: its fold run by the processor, its machine code read, what only a device shows."""
+"""The fused kernel for Hopper: its fold on the CPU, its machine code, and its behaviour on a device."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def folded(
     vocab_start: int = 0,
     splits: int = SPLITS,
 ) -> acqcore.RowStats:
-    """As the kernel folds them, tile by tile and split by split."""
+    """Folds ``products`` as the kernel does, tile by tile and split by split."""
     n = len(products)
     state, index = torch.empty(7, n, dtype=torch.float64), torch.empty(n, dtype=torch.int64)
     nothing = matrix(torch.empty(0, 1, dtype=torch.bfloat16))
@@ -56,14 +56,14 @@ def _oracle(logits: torch.Tensor) -> acqcore.RowStats:
 @pytest.mark.parametrize("v", [1, 2, 255, 256, 257, 1000, 70001])
 @pytest.mark.parametrize("n", [1, 17])
 def test_fold(n, v, splits):
-    """One column, less than a tile, a tile, a tail of one; fewer tiles than splits; a short block of rows."""
+    """One column, part of a tile, a tile, a tail of one column; fewer tiles than splits; a short block of rows."""
     logits = _gaussian(n, v)
     assert_close_to_oracle(folded(logits, splits=splits), _oracle(logits))
 
 
 @pytest.mark.parametrize("peak", [0, 255, 256, 4999])
 def test_fold_of_confident_rows(peak):
-    """1 - p_max near 1e-12, wherever the maximum is."""
+    """Rows with 1 - p_max near 1e-12, for any position of the maximum."""
     logits = _gaussian(5, 5000) / 4
     logits[:, peak] = 38.0
     stats, oracle = folded(logits), _oracle(logits)
@@ -94,7 +94,7 @@ def test_fold_where_every_tile_raises_the_maximum():
     ],
 )
 def test_the_lowest_of_equal_maxima(columns):
-    """In one lane, in lanes that share a row, in column groups, tiles and splits; the others are terms like any."""
+    """Ties in a lane and across a row's lanes, column groups, tiles and splits; the others are ordinary terms."""
     logits = _gaussian(9, 900).clamp(max=4)
     logits[:, columns] = 5.0
     stats = folded(logits)
@@ -105,7 +105,7 @@ def test_the_lowest_of_equal_maxima(columns):
 
 
 def test_absent_columns():
-    """-inf is no token: tiles and splits of nothing else, a row of nothing else, one token alone."""
+    """-inf marks an absent token: in whole tiles and splits, in a whole row, and in all columns but one."""
     logits = _gaussian(4, 2000)
     logits[0, :600] = -torch.inf
     logits[1] = -torch.inf
@@ -131,7 +131,7 @@ def test_a_nan_poisons_its_row_alone(position):
 @pytest.mark.parametrize("absent", [False, True])
 def test_bias_scale_temperature_softcap(absent, softcap):
     products, bias = _gaussian(7, 3000), _gaussian(1, 3000, seed=1)[0]
-    if absent and not softcap:  # tanh makes a number of -inf
+    if absent and not softcap:  # tanh maps -inf to a finite number
         bias[: 2 * 256] = -torch.inf
         bias[::3] = -torch.inf
     logits = (products.double() + bias.double()) * 0.7
@@ -152,7 +152,7 @@ def test_where_the_kernel_fits():
     assert not fits(torch.float32, torch.float32)
     assert not fits(torch.float16)
     assert not fits(pitch=60)  # rows of 120 bytes
-    assert not fits(first=4)  # on 8 bytes
+    assert not fits(first=4)  # aligned to 8 bytes
     assert not fits(capability=(10, 0))
     assert not fits(capability=None)
     weight = torch.zeros(64, 8, dtype=torch.bfloat16)
@@ -161,20 +161,20 @@ def test_where_the_kernel_fits():
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
 def test_machine_code(tmp_path):
-    """Products are Hopper's own and none is serialised; one multicast copy; registers do not spill in a tile."""
+    """Products use Hopper's instructions, none serialised; a copy is multicast; registers do not spill in a tile."""
     command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v", "-cubin"]
     report = subprocess.run(
         [*command, str(SOURCE), "-o", str(tmp_path / "code")], capture_output=True, text=True, timeout=300, check=True
     ).stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert len(spills) == 14  # five variants of the product and the packing for two dtypes, and two merges
-    # With a Gram matrix one integer, the unit's number, waits in memory while the unit is worked on.
+    # With a Gram matrix, one integer (the unit's number) is kept in memory while the unit is processed.
     assert sorted(spills) == [("0", "0", "0")] * 10 + [("8", "8", "8")] * 4
     assert "serialized" not in report
     subprocess.run([*command[:-1], "-ptx", str(SOURCE), "-o", str(tmp_path / "ptx")], timeout=300, check=True)
     ptx = (tmp_path / "ptx").read_text()
     assert "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16" in ptx
-    assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16" in ptx  # of the Gram matrix
+    assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16" in ptx  # for the Gram matrix
     assert "multicast::cluster" in ptx
     assert "setmaxnreg.inc" in ptx
 
@@ -206,7 +206,7 @@ def test_on_device(n, d, v, dtype):
 
 @needs_hopper
 def test_on_device_in_a_graph():
-    """Nothing is read back: the call can be captured, and follows the targets that are there when it is replayed."""
+    """Nothing is read back, so the call can be captured; a replay uses the targets present at that time."""
     hidden = torch.randn(300, 128, device="cuda", dtype=torch.bfloat16)
     head = acqcore.Head(torch.randn(3000, 128, device="cuda", dtype=torch.bfloat16))
     targets = torch.arange(300, device="cuda")

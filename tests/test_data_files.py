@@ -21,7 +21,7 @@ ROWS = [{"text": "a\nb", "n": 1}, {"text": 'ç, "d"', "n": 2}, {"text": "", "n":
 
 
 def read_all(path: Path, block_rows: int = 4096, limit: int | None = None) -> list[Record]:
-    """The file's rows by its blocks, last block first."""
+    """The file's rows, read block by block from the last block to the first."""
     blocks, columns = scan(path, block_rows, limit)
     assert [block.index for block in blocks] == list(range(len(blocks)))
     assert [block.start for block in blocks] == [i * block_rows for i in range(len(blocks))]
@@ -86,7 +86,7 @@ def test_cells_beyond_the_header_are_left_out(tmp_path):
     ],
 )
 def test_whatever_a_line_holds(line, n, error, block_rows, tmp_path):
-    """A line that JSON readers stumble over costs no other; what can be kept of it is."""
+    """A line that breaks JSON readers affects no other line; its readable values are kept."""
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "c"}\n')
     found = read_all(path, block_rows)
@@ -148,7 +148,7 @@ def test_a_file_without_rows_has_no_blocks(name, tmp_path):
 
 
 def test_a_damaged_parquet_is_read_or_names_itself(tmp_path):
-    """Whichever byte is damaged: rows, or one sentence; a count of rows that is too high among them."""
+    """Any damaged byte gives rows or a one-sentence error; one such error is a row count that is too high."""
     parquet = pytest.importorskip("pyarrow.parquet")
     pyarrow = pytest.importorskip("pyarrow")
     path = tmp_path / "data.parquet"
@@ -170,7 +170,7 @@ def test_a_damaged_parquet_is_read_or_names_itself(tmp_path):
 
 
 def test_parquet_blocks_in_any_order(tmp_path, monkeypatch):
-    """Across row groups, and across the batches that are decoded; only the columns asked for."""
+    """Blocks span row groups and decoded batches; only the requested columns are read."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr("acqcore.files.data._READ_ROWS", 3)
@@ -212,7 +212,7 @@ def test_parquet_parts_get_one_schema(out, tmp_path):
     parts = [tmp_path / f"{i}.parquet" for i in range(2)]
     for part, table in zip(parts, tables, strict=True):
         write_block(part, table)
-    for _ in range(2):  # the second time in the place of the first
+    for _ in range(2):  # the second join replaces the first
         join(parts, tmp_path / out, ["m", "error"])
     rows = parquet.read_table(tmp_path / out).to_pylist()
     assert rows == [
@@ -234,7 +234,7 @@ def _nested(levels: int) -> list[Any]:
     return value
 
 
-#: Columns for which Arrow has no type, or no one type for all parts.
+#: Columns that have no Arrow type, or no single type across parts.
 MIXED: list[list[Any]] = [
     [{"x": 1}, {"x": "one"}],
     [[1], [{"x": 2}]],
@@ -299,7 +299,7 @@ def test_any_name_of_a_column(suffix, tmp_path):
 @pytest.mark.parametrize("block_rows", [1, 10])
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_equal_names_of_columns(suffix, block_rows, tmp_path):
-    """Their values are kept, and the first is the one that is meant."""
+    """All values are kept, and the name refers to the first column."""
     path, rows = tmp_path / f"data.{suffix}", ["a", "b"]
     if suffix == "csv":
         path.write_text("text,text,,id,\n" + "".join(f"{row},not {row},x,1,y\n" for row in rows))
@@ -338,7 +338,7 @@ def test_a_file_none_of_whose_rows_is_readable(content, error, tmp_path):
 
 
 def without_nulls(value: Any) -> Any:
-    """A struct of Arrow has the keys of all rows."""
+    """Drops null entries, because an Arrow struct has the keys of all rows."""
     if isinstance(value, list):
         return [without_nulls(part) for part in value]
     return {k: without_nulls(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value

@@ -1,4 +1,4 @@
-"""Values do not depend on torch's defaults for new tensors, which scripts set for their whole process."""
+"""Values do not depend on torch's defaults for new tensors, which scripts may set for the whole process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = ["float64", "bfloat16", "float16", "device"]
 
 @pytest.fixture(params=KINDS)
 def changed(request: Any) -> Iterator[Callable[[], None]]:
-    """Changes a default; on the device "meta" tensors have no values, so one that lands there fails the call."""
+    """Changes a default; tensors on the device "meta" have no values, so the call fails if one is created there."""
 
     def change() -> None:
         if request.param == "device":

@@ -1,4 +1,4 @@
-"""Set-level signals against determinants and eigenvalues written out."""
+"""Set-level signals against written-out determinants and eigenvalues."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def vectors(n: int, d: int, seed: int = 0) -> torch.Tensor:
 
 
 def gain(x: torch.Tensor, i: int, rest: list[int], ridge: float = RIDGE) -> float:
-    """The definition, by two determinants."""
+    """The gain by its definition, from two determinants."""
     x = x.double() / x.double().norm(dim=1, keepdim=True)
 
     def log_det(indices: list[int]) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Every code block of the README and the documentation runs, or says in a comment before it why it is not run.
+"""Every code block in the README and the documentation runs, or a comment before it says why it does not.
 
-A page's Python blocks run one after another, with a small student in the place of the hub's, and so do its commands.
-Blocks of YAML and JSON have to be readable, recipes have to be accepted.
+A page's Python blocks and commands run in order, with a small student instead of the hub's. YAML and JSON blocks must
+parse, and recipes must be accepted.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "generated" not in page.parts]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-#: Blocks that hold no code to run: output, formulas, directives.
+#: Languages of blocks without code to run: output, formulas, directives.
 SHOWN = {"text", "", "{toctree}", "{include}", "{eval-rst}"}
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, text, first line, and why it is not run."""
+    """A fenced block: its language, text, first line, and the reason if it is not run."""
 
     language: str
     text: str
@@ -60,7 +60,7 @@ def blocks(page: Path) -> list[Block]:
 
 @pytest.fixture
 def place(tmp_path, tiny_model, tokenizer, monkeypatch):
-    """A folder with a student and rows.jsonl, as the current one; registered acquisitions are forgotten afterwards."""
+    """Changes to a folder with a student and rows.jsonl; restores the registry of acquisitions afterwards."""
     tiny_model("Llama", max_position_embeddings=4096).save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
     rows = [{"prompt": f"{a} * 3 =", "completion": f" {3 * a}."} for a in range(6)]
@@ -98,7 +98,7 @@ def test_every_block_runs_or_says_why_not(page, place):
 
 
 def _run(line: str, where: str) -> None:
-    """A command of ours; make's targets have to exist."""
+    """Runs an acqcore or acqsynth command; checks that targets of make and extras of pip exist."""
     words = shlex.split(line, comments=True)
     if not words:
         return
@@ -125,7 +125,7 @@ def _extras(packages: list[str], where: str) -> None:
 
 
 def _read_yaml(data: Any, place: Path) -> None:
-    """A recipe is one that ``acqsynth run`` takes."""
+    """Checks that ``acqsynth run`` accepts a recipe."""
     if "domain" in data:
         from acqsynth import config
 
@@ -135,7 +135,7 @@ def _read_yaml(data: Any, place: Path) -> None:
 
 
 def test_reasons_are_given_only_to_blocks_that_need_them():
-    """A marked block neither begins with our own quick commands nor is empty."""
+    """Only Bash and Python blocks are marked, each with a reason of more than ten characters."""
     for page in PAGES:
         for block in blocks(page):
             if block.reason is not None:
@@ -144,7 +144,7 @@ def test_reasons_are_given_only_to_blocks_that_need_them():
 
 
 def test_the_readme_says_what_the_quickstart_says():
-    """One snippet, written twice, with one output."""
+    """Both pages show the same snippet and the same output."""
     readme, quickstart = blocks(ROOT / "README.md"), blocks(ROOT / "docs" / "start" / "quickstart.md")
     snippet = next(block.text for block in readme if block.language == "python")
     assert snippet.startswith(next(block.text for block in quickstart if block.language == "python"))
@@ -153,7 +153,7 @@ def test_the_readme_says_what_the_quickstart_says():
 
 
 def test_the_printed_output_of_the_readme():
-    """With the packaged weights of SmolLM2, to two digits: the last ones depend on the machine."""
+    """Holds with the packaged SmolLM2 weights to two digits; the last digits depend on the machine."""
     from acqsynth.models import smollm2_path
 
     try:
@@ -190,7 +190,7 @@ def test_links_of_the_readme_lead_to_files_and_pages():
 
 
 def test_addresses_are_those_of_the_package():
-    """One owner and one documentation site, on every page."""
+    """Every page uses the same repository owner and documentation site."""
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     known = (urls["Source"], urls["Source"].replace("github.com", "raw.githubusercontent.com"), urls["Documentation"])
     address = re.compile(r"https://(?:[\w.-]*github[\w.-]*|[\w.-]*readthedocs\.io)[^\s)>\"'`]*")

@@ -1,4 +1,4 @@
-"""Bayesian acquisitions of ``score``: dropout in the trunk, ensembles, the arguments, and what they are for."""
+"""Bayesian acquisitions of ``score``: dropout in the trunk, ensembles, arguments, and ignorance versus ambiguity."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _score(student: Any, ids: list[torch.Tensor], names: str | list[str] = NAMES
 def _dropped_logits(
     model: Any, ids: torch.Tensor, branches: list[tuple[int, Any]], p: float, draw: int, seed: int = 0
 ) -> torch.Tensor:
-    """Logits ``[T, V]`` of one sample and one draw: hooks on (site, module), masks from their definition."""
+    """Logits ``[T, V]`` of one sample and one draw, by hooks on (site, module) with masks from their definition."""
     sample = torch.full((len(ids),), zlib.crc32(ids.numpy().tobytes()))
 
     def hook(site: int) -> Callable[..., Any]:
@@ -68,7 +68,7 @@ def _expected(p: torch.Tensor) -> dict[str, torch.Tensor]:  # [K, N, V] -> name 
 @pytest.mark.parametrize("layers", [1, "all"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_trunk_dropout_is_that_of_single_forwards(kind, layers, tiny_model):
-    """Batched draws from cached activations give what one forward a draw and sample gives, padded or alone."""
+    """Batched draws from cached activations of padded samples match one forward per draw and sample."""
     model = tiny_model(kind)
     blocks = acqcore.Student.from_model(model).blocks
     names = ("attn", "mlp") if kind == "GPT2" else ("self_attn", "mlp")
@@ -115,7 +115,7 @@ def test_a_sample_does_not_depend_on_its_batch(options, tiny_model):
 
 
 def test_small_batches_of_draws(tiny_model):
-    """Draws are batched under the same limit of tokens as any forward; the numbers stay."""
+    """Batches of draws obey the token limit of any forward and do not change the values."""
     model = tiny_model("Llama")
     ids = _ids(9, 8, 7, 9)
     seen: list[int] = []
@@ -132,7 +132,7 @@ def test_small_batches_of_draws(tiny_model):
 
 
 def test_earlier_blocks_run_once(tiny_model):
-    """Of three blocks only the last sees the eight draws; no forward without dropout runs, as nothing reads it."""
+    """Only the last of three blocks sees the eight draws; no forward runs without dropout, since nothing reads it."""
     model = tiny_model("Llama", num_hidden_layers=3)
     student = acqcore.Student.from_model(model)
     _score(student, _ids(6), "mutual_information", layers=1, draws=8)  # finds blocks and branches, once per model
@@ -170,7 +170,7 @@ def _fail(*_: Any) -> None:
 
 
 def test_own_dropout_layers(tiny_model):
-    """GPT-2's residual dropout at its own rate; layers of rate 0 stay off."""
+    """GPT-2's residual dropout runs at its own rate; layers with rate 0 stay off."""
     model = tiny_model("GPT2", resid_pdrop=0.2, embd_pdrop=0.0, attn_pdrop=0.0).eval()
     layers = [m for m in model.transformer.modules() if isinstance(m, torch.nn.Dropout)]
     sites = [(site, layer) for site, layer in enumerate(layers, 1) if layer.p > 0]
@@ -184,7 +184,7 @@ def test_own_dropout_layers(tiny_model):
 
 
 def test_dropout_that_is_no_module(tiny_model):
-    """Attention drops its weights by a function: a module for it that never runs is no dropout to switch on."""
+    """Attention applies dropout by a function; its module never runs, so it cannot be switched on."""
     model = tiny_model("GPT2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.3)
     with pytest.raises(ValueError, match="went through none of the modules"):
         _score(model, _ids(6), layers="own")
@@ -199,7 +199,7 @@ def test_lora_dropout(tiny_model):
 
 
 def test_members(tiny_model):
-    """An ensemble of students, trunk and head each its own."""
+    """An ensemble of students, each with its own trunk and head."""
     members = []
     for seed in range(3):
         model = tiny_model("Llama")
@@ -271,7 +271,7 @@ def test_trunks_without_blocks():
 
 
 def test_tells_ignorance_from_ambiguity():
-    """What it is for: keys never seen rank above answers drawn at random and above what is known; entropy fails."""
+    """Mutual information ranks unseen keys above random answers and known keys; entropy does not."""
     student = toy_student.train(seed=0)
     generator = torch.Generator().manual_seed(0)
     values: dict[str, dict[str, torch.Tensor]] = {}
@@ -286,7 +286,7 @@ def test_tells_ignorance_from_ambiguity():
 
 @pytest.mark.parametrize("layers", ["all", 1])
 def test_forwards_of_draws_get_tokens_on_the_students_device(layers, tiny_model, monkeypatch):
-    """Batches are made on the CPU; a device without kernels stands for a GPU."""
+    """Batches are made on the CPU; a device without kernels stands in for a GPU."""
     student = acqcore.Student.from_model(tiny_model("Llama"))
     seen: list[str] = []
 

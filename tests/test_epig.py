@@ -1,4 +1,4 @@
-"""Expected predictive information gain: against brute force over every pair of tokens, and its arguments."""
+"""Expected predictive information gain against brute force over every pair of tokens, and its arguments."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_unbiased_over_every_pair_of_tokens(layers, tiny_model):
 
 
 def test_the_definition_is_of_pairs_of_tokens():
-    """Two samples of one token and two predictions, a reference sample of one token: by hand."""
+    """By hand: two samples of one token and two predictions, and a reference sample of one token."""
     of_samples = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [3.0, 0.0]]], dtype=torch.float64)
     of_reference = torch.tensor([[[1.0, 1.0], [2.0, 0.0]]], dtype=torch.float64)
     got = REGISTRY["epig"].reference(of_samples, of_reference, (1, 1), 2.0)
@@ -53,7 +53,7 @@ def test_the_definition_is_of_pairs_of_tokens():
 
 
 def test_it_is_an_acquisition(tiny_model):
-    """The function's values beside other acquisitions; standard errors are those of other cotangents."""
+    """``score`` gives the function's values; standard errors match the spread over independent cotangents."""
     model = tiny_model("Llama", vocab_size=48)
     samples = _samples(3, 0)
     reference = acqcore.epig_reference(model, _samples(2, 1), dim=512)

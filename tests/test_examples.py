@@ -1,4 +1,4 @@
-"""Every example runs, on models of a few thousand parameters."""
+"""Every example runs on models of a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _in_a_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, tiny_model, tokenizer):
-    """A student that takes long prompts."""
+    """The folder of a student that accepts long prompts."""
     path = tmp_path / "student"
     tiny_model("Llama", max_position_embeddings=4096).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -53,7 +53,7 @@ def options(folder, tmp_path):
 
 @pytest.fixture
 def example(monkeypatch):
-    """``example(path)``: the module, beside which its own modules are found."""
+    """``example(path)``: the imported module, which finds the modules beside it."""
 
     def load(path):
         place = EXAMPLES / path
@@ -128,7 +128,7 @@ def test_grpo(name, example, options):
 
 @pytest.mark.parametrize("path", sorted(path.name for path in EXAMPLES.glob("*.ipynb")))
 def test_notebooks(path, folder, example, capsys):
-    """Their code cells, in order, with a small student in the place of theirs."""
+    """Code cells run in order, with a small student instead of the notebook's."""
     example("common.py")
     cells = json.loads((EXAMPLES / path).read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
@@ -206,14 +206,14 @@ def test_remote_scorer(example, folder):
         measured = httpx.get(f"{url}/metrics").text
     assert all(score > 0 for score in scores)
     assert all(reward > 0 for reward in rewards)
-    for panel in panels:  # every metric of the dashboard is one that the server has
+    for panel in panels:  # the server has every metric of the dashboard
         for name in re.findall(r"acqsynth_\w+", panel["targets"][0]["expr"]):
             assert name in measured
 
 
 @contextmanager
 def _served(student: str) -> Iterator[str]:
-    """The URL of a server in a thread."""
+    """The URL of a server that runs in a thread."""
     import uvicorn
 
     from acqsynth.serve.app import create_app

@@ -1,4 +1,4 @@
-"""The same rows come out of every engine, once each, also where a process that scores is killed."""
+"""Every engine writes every row exactly once, even if a scoring process is killed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def texts(n: int) -> list[dict[str, str]]:
 
 
 def kill_a_worker(process: subprocess.Popen[str], parts: Parts) -> None:
-    """Kills the process that finished the first block, once there are five."""
+    """Kills the process that finished the first block, once five blocks are finished."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         assert process.poll() is None, "the run ended before a worker could be killed"
@@ -39,7 +39,7 @@ def kill_a_worker(process: subprocess.Popen[str], parts: Parts) -> None:
 
 @pytest.fixture
 def arguments(command, tmp_path):
-    """``arguments(name, **options)``: to score ``ROWS`` rows into a file of that name, in small blocks and batches."""
+    """``arguments(name, **options)``: a command that scores ``ROWS`` rows into ``name`` in small blocks and batches."""
 
     def build(name, **options):
         settings = {"block_rows": ROWS // BLOCKS, "batch_tokens": 256, "acquisitions": "entropy,loss"}
@@ -50,7 +50,7 @@ def arguments(command, tmp_path):
 
 @pytest.fixture(scope="module", autouse=True)
 def not_behind_other_work():
-    """Ray runs its workers at niceness 15."""
+    """Ray's default is to run workers at niceness 15."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
@@ -61,7 +61,7 @@ def not_behind_other_work():
 def cluster(tmp_path_factory):
     """A Ray cluster of two cores in this process."""
     ray = pytest.importorskip("ray")
-    # Ray puts the current folder on its workers' paths, before an installed acqcore.
+    # Ray puts the current folder on its workers' paths, ahead of an installed acqcore.
     with contextlib.chdir(tmp_path_factory.mktemp("cluster")):
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 27)
     yield

@@ -1,4 +1,4 @@
-"""Random cotangents carried back through the head, on every backend present, against their definition in float64."""
+"""Random cotangents propagated back through the head on every available backend, against their float64 definition."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def _places(offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _tolerance(implementation: str, dtype: torch.dtype) -> float:
-    """Relative error of a gradient. Triton rounds the entries of a cotangent to the inputs' dtype, and its interpreter
-    cuts them, so that errors go one way. Tile registers round square roots of probabilities to bfloat16. Where a cap
-    flattens the slopes either error is larger beside the gradient."""
+    """Relative error of a gradient. Triton rounds a cotangent's entries to the inputs' dtype; its interpreter truncates
+    them, so errors have one sign. Tile registers round square roots of probabilities to bfloat16. Where a softcap
+    flattens the slopes, either error is larger relative to the gradient."""
     if implementation == "triton":
         return {torch.bfloat16: 2**-6, torch.float16: 2**-10}.get(dtype, 1e-4)
     return 2**-7 if _in_tiles(implementation) and dtype == torch.bfloat16 else 1e-4
@@ -49,7 +49,7 @@ def _cotangent(
     a = z.argmax(dim=1, keepdim=True)
     others = z.double().scatter(1, a, -torch.inf)
     rest = (others - z.gather(1, a).double()).exp().sum(dim=1, keepdim=True)  # (1 - p_a) / p_a
-    q = others.softmax(dim=1).nan_to_num(0)  # of one column there are no others
+    q = others.softmax(dim=1).nan_to_num(0)  # a single column has no others
     within = q.sqrt() * r
     within = within - q * within.sum(dim=1, keepdim=True)
     between = (-q).scatter(1, a, 1.0)
@@ -81,13 +81,13 @@ def test_is_the_product_with_the_cotangent(name, dtype, implementation):
     assert not got[:, case.targets == -100].any()
     for k in range(3):
         expected = _definition(case, k, 7, OFFSETS)
-        # A row whose tokens but one have p = 1e-20 has entries of 1e-10: held to what float32 keeps of its logits.
+        # A row with p = 1e-20 for all tokens but one has entries of 1e-10; 1e-9 allows for its float32 logits.
         error = (got[k].double() - expected).norm(dim=1)
         assert bool((error <= _tolerance(implementation, dtype) * expected.norm(dim=1) + 1e-9).all())
 
 
 def test_a_direction_that_all_weights_share_cancels():
-    """A cotangent adds up to 0, also where its entries are rounded: what all rows of W have in common has no effect."""
+    """A cotangent sums to 0 even with rounded entries, so the part that all rows of W share has no effect."""
     case = CASES["plain"]()
     weight = (case.head.weight + 30 * torch.randn(1, 40, generator=torch.Generator().manual_seed(1))).bfloat16()
     head = acqcore.Head(weight)
@@ -100,7 +100,7 @@ def test_a_direction_that_all_weights_share_cancels():
 
 @pytest.mark.parametrize("gap", [10.0, 30.0, 60.0])
 def test_confident_rows_lose_nothing(gap, implementation):
-    """Rows with 1 - p down to 1e-24, where 1 - p in float32 is 0."""
+    """Rows with 1 - p down to 1e-24, which is 0 if computed in float32."""
     logits = torch.randn(12, 300, generator=torch.Generator().manual_seed(0)) * 0.5 - gap
     targets = torch.arange(12) * 7
     logits[torch.arange(12), targets] = 0.0
@@ -110,7 +110,7 @@ def test_confident_rows_lose_nothing(gap, implementation):
         r = signs(*_places(torch.tensor([0, 12])), slice(0, 300), 0, k).double() * 2 - 1
         cotangent = _cotangent(logits, r)
         expected = cotangent @ case.head.weight.double()
-        # Tile registers take weights and factors as sums of two bfloat16, 2^-17 of each.
+        # Tile registers represent weights and factors as sums of two bfloat16, with an error of 2^-17 each.
         atol = 2e-5 if _in_tiles(implementation) else 1e-5
         torch.testing.assert_close(got[k].double(), expected, rtol=1e-4, atol=atol * float(expected.abs().max()))
 
@@ -170,7 +170,7 @@ def test_the_same_visit_gives_the_statistics(name, implementation):
 
 @pytest.mark.parametrize("step", [0.03, -0.03, 1.0])
 def test_a_maximum_that_rises_at_every_tile(step, implementation):
-    """Sums are rescaled again and again, and each former maximum joins them; whole tiles have no finite logit."""
+    """Sums are rescaled at every tile and gain the former maximum; some tiles have no finite logit."""
     plain = random_case(60, 40, 2100)
     bias = torch.arange(2100.0) * step
     bias[:300] = bias[900:1500] = -torch.inf
@@ -183,7 +183,7 @@ def test_a_maximum_that_rises_at_every_tile(step, implementation):
 
 
 def test_its_second_moment_is_the_fisher_matrix():
-    """Over the signs of 20,000 positions, three hidden states in turn."""
+    """Averages over the signs of 20,000 positions, for each of three hidden states."""
     case = random_case(3, 8, 50).to(torch.float64)
     got = fisher_grad(case.hidden.repeat(20000, 1), case.head, backend="eager").view(20000, 3, 8)
     weight = case.head.weight
@@ -250,7 +250,7 @@ def test_a_head_that_ranks_share_is_refused():
 
 
 def test_the_cpu_backend_runs_its_own_kernel_once(monkeypatch):
-    """Any number of probes share one visit, and the reference does not stand in for the kernel."""
+    """All probes share one visit, and the kernel runs rather than the reference."""
     calls = 0
 
     def counting(*arguments):

@@ -1,6 +1,6 @@
-"""Samples and data files of any content: no raw exception, no lost row, the same values for sound rows as alone.
+"""Samples and data files of any content: no raw exception, no lost row, and valid rows get the same values as alone.
 
-Seeds are fixed here; ``make fuzz`` sets others, and more examples, for an hour.
+Seeds are fixed here; ``make fuzz`` runs other seeds and more examples for an hour.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def loaded(student):
 
 
 def test_samples(loaded):
-    """With ``errors`` nothing raises; without, the message names an index that was in it."""
+    """With ``errors`` nothing raises; without it, the message names the index of a bad sample."""
 
     @hypothesis.seed(SEED)
     @settings(150)
@@ -106,7 +106,7 @@ def test_samples(loaded):
 @pytest.mark.parametrize("out", ["out.jsonl", "out.csv", "out.parquet", "out"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_data_files(kind, out, command, tmp_path, capsys, read):
-    """As many rows as the file has, each with a value or an error, and every column."""
+    """The output has as many rows as the file, each with a value or an error."""
     data = tmp_path / f"in.{kind}"
     arguments = [*command([], data=data, out=tmp_path / out, block_rows=3), "--overwrite"]
     contents = {
@@ -129,7 +129,7 @@ def test_data_files(kind, out, command, tmp_path, capsys, read):
             try:
                 table = pyarrow.table({name: [row[name] for row in content] for name in ("text", "id")})
                 parquet.write_table(table, data)
-            except (ValueError, TypeError, OverflowError, NotImplementedError):  # no such file can be
+            except (ValueError, TypeError, OverflowError, NotImplementedError):  # no such file can exist
                 return
             expected = len(content)
         elif kind == "jsonl":

@@ -1,4 +1,4 @@
-"""What ``make gpu-check`` does around its measurements, without a GPU."""
+"""``make gpu-check`` apart from its measurements, without a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks import gpu_check, gpu_mission, gpu_parity, gpu_student, gpu_tabl
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A dry run whose files are in a folder of the test's own."""
+    """A dry run that keeps its files in the test's own folder."""
     monkeypatch.setattr(gpu_check, "WORK", tmp_path / "work")
     monkeypatch.setattr(gpu_check, "SITE", tmp_path / "work" / "site")
     (tmp_path / "work").mkdir()
@@ -51,7 +51,7 @@ def test_a_process_that_fails_is_named(run):
 
 
 def test_peers_of_the_caller_are_found(run, tmp_path, monkeypatch):
-    """What PYTHONPATH held before is still there, behind the package under test."""
+    """The caller's PYTHONPATH entries are kept, after the package under test."""
     (tmp_path / "carried").mkdir()
     (tmp_path / "carried" / "peer_of_the_caller.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "carried"))
@@ -69,7 +69,7 @@ def test_the_site_has_every_package(run):
 
 @pytest.mark.parametrize("title", gpu_student.titles())
 def test_a_student_agrees_with_eager(title):
-    """What a GPU is asked, of the CPU's own kernels."""
+    """Runs the GPU's check on the CPU's kernels."""
     assert gpu_student.error(title, "cpu", torch.float32, "cpu") <= 1
 
 
@@ -90,7 +90,7 @@ def test_caps():
 
 
 def test_monitor(tmp_path, monkeypatch):
-    """Samples since the last look are summed up; a line that is none is quoted where there is nothing else."""
+    """``seen`` summarizes the samples since the last call; an invalid line is reported only if there are no samples."""
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\necho '1980, 2619, 310.5, 51, 0x0000000000000000'\nsleep 1\n"
                     "echo '1755, 2619, 699.1, 60, 0x0000000000000004'\necho '1700, 2619, 70'\nsleep 60\n")  # fmt: skip
@@ -125,7 +125,7 @@ def test_every_operation_is_checked_in_every_dtype():
 
 
 def test_a_wrong_backend_is_found(tmp_path, monkeypatch):
-    """Of a norm that is 1 % off, the row says so; the status is not zero."""
+    """A norm that is 1 % off is reported in its row, and the exit status is not zero."""
     right = acqcore.head_grad_norm
 
     def wrong(*arguments, backend, **options):

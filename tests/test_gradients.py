@@ -1,4 +1,4 @@
-"""Norms and sketches of per-sample gradients are those of one backward per sample, and leave the model as it was."""
+"""Norms and sketches of per-sample gradients match one backward per sample and leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LENGTHS = (17, 9, 12, 5, 14)
 
 
 def make_samples(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Padded token ids with repeats, a context that is not scored, and the padding token among the real ones."""
+    """Padded token ids with repeats, an unscored context, and the padding token among the real ones."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths))
     ids = torch.randint(3, 320, shape, generator=generator)
@@ -105,7 +105,7 @@ def test_float64_and_bfloat16(tiny_model, exact):
     samples = make_samples()
     gradients = exact(model, samples, list(model.parameters()))
     assert_norms(grad_norm(model, samples, "all", backend="eager"), gradients, 1e-6)
-    # The trunk itself rounds to eight bits: what is asked is that nothing else goes wrong.
+    # The trunk itself rounds to eight bits; the tolerance only rules out larger errors.
     half = grad_norm(model.bfloat16(), samples, "all", backend="eager")
     assert_norms(half, gradients, 0.05)
 
@@ -122,7 +122,7 @@ def test_a_sample_does_not_depend_on_its_batch(parameters, tiny_model):
 
 def test_long_samples_take_the_direct_form(tiny_model, exact):
     model = tiny_model("Llama")
-    samples = make_samples((64, 60))  # more tokens than Gram products are worth in layers of 32 columns
+    samples = make_samples((64, 60))  # too many tokens for Gram products to pay off in layers of 32 columns
     assert_norms(grad_norm(model, samples, "all", backend="eager"), exact(model, samples, list(model.parameters())))
 
 
@@ -223,7 +223,7 @@ def test_sketches_keep_inner_products_on_average(kind, parameters, tiny_model, e
 def test_sketches_rank_pairs_as_gradients_do(tiny_model, exact):
     model = tiny_model("Llama", tie_word_embeddings=True)
     stream = torch.randint(3, 320, (111,), generator=torch.Generator().manual_seed(0))
-    ids = stream.unfold(0, 48, 1)  # 64 windows that share from none to all but one of their tokens
+    ids = stream.unfold(0, 48, 1)  # 64 windows that share from none to all but one of their tokens with another
     samples = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     gradients = exact(model, samples, list(model.parameters()))
     sketch = grad_sketch(model, samples, "all", backend="eager").double()
@@ -233,7 +233,7 @@ def test_sketches_rank_pairs_as_gradients_do(tiny_model, exact):
     assert torch.corrcoef(ranks)[0, 1] > 0.95
     true, sketched = (x / x.norm(dim=1, keepdim=True) for x in (gradients, sketch))
     noise = (true @ true.T - sketched @ sketched.T)[i, j].std()
-    assert noise < 1.5 / 4096**0.5  # signs without factors would make 1
+    assert noise < 1.5 / 4096**0.5  # signs without factors would give 1
 
 
 def test_a_head_sketch_is_that_of_the_hidden_states(tiny_model):
@@ -287,7 +287,7 @@ def test_other_wrong_arguments(tiny_model):
 
 
 class Bare(nn.Module):
-    """A parameter that its own module never uses in a call."""
+    """Has a parameter that its owning module never uses in a call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -389,7 +389,7 @@ class Routed(nn.Module):
 
 @pytest.mark.parametrize("trunk", [Bare, Pair, Mixed, Projected, Looked, Routed, Large])
 def test_a_parameter_that_no_rule_covers_is_left_to_autograd(trunk, exact, with_logits):
-    """One sample at a time: a bare parameter, a tuple, samples mixed or shared, a weight used in two ways."""
+    """One sample at a time, for a bare parameter, a tuple, mixed or shared samples, and a weight used in two ways."""
     torch.manual_seed(0)
     trunk = trunk()
     width = trunk(torch.zeros(1, 2, dtype=torch.int64)).shape[-1]

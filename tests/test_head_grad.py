@@ -1,4 +1,4 @@
-"""Head gradients on every backend and instruction set present, against float64 autograd of each sample alone."""
+"""Head gradients on every available backend and instruction set, against float64 autograd of each sample alone."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_sum_and_token_weights(form, implementation):
 @pytest.mark.parametrize("form", ["gram", "direct"])
 @pytest.mark.parametrize("gap", [10.0, 14.0, 20.0])
 def test_confident_samples(gap, form, implementation):
-    """Every token confident: norms down to 1e-9, to 1e-3 relative."""
+    """With every token confident, norms down to 1e-9 are accurate to 1e-3."""
     logits = torch.randn(12, 300, generator=torch.Generator().manual_seed(0)) * 0.5 - gap
     targets = torch.arange(12) * 7
     logits[torch.arange(12), targets] = 0.0
@@ -104,7 +104,7 @@ def test_confident_samples(gap, form, implementation):
     got = acqcore.head_grad_norm(case.hidden, case.head, targets, offsets, form=form, backend=implementation)
     p = logits.double().softmax(dim=1)
     p[torch.arange(12), targets] = 0
-    p[torch.arange(12), targets] = -p.sum(dim=1)  # hidden states are unit vectors: G has these rows
+    p[torch.arange(12), targets] = -p.sum(dim=1)  # hidden states are unit vectors, so these are the rows of G
     expected = torch.stack([p[:4].norm() / 4, p[4:].norm() / 8])
     torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=0)
 
@@ -136,7 +136,7 @@ def test_hidden_grad(name, dtype, implementation):
     loss = torch.nn.functional.cross_entropy(z, case.targets, ignore_index=-100, reduction="sum")  # type: ignore[arg-type]
     (expected,) = torch.autograd.grad(loss, hidden)
     scale = expected.norm(dim=1).mean().item()
-    rounded = implementation == "triton" and dtype in (torch.bfloat16, torch.float16)  # its factors of dL/dz
+    rounded = implementation == "triton" and dtype in (torch.bfloat16, torch.float16)  # it rounds factors of dL/dz
     if rounded:
         error = (got.double() - expected).norm(dim=1)
         assert bool((error <= 5e-3 * expected.norm(dim=1) + 2e-5 * scale).all()), error / expected.norm(dim=1)
@@ -164,7 +164,7 @@ def test_a_row_without_finite_logits_is_nan(implementation):
 
 
 def test_sketch_keeps_inner_products(implementation):
-    """Mean over seeds within five standard errors of the exact inner products, norms included; unbiased, not lucky."""
+    """The mean over seeds is within five standard errors of the exact inner products, norms included."""
     case = random_case(40, 24, 130)
     assert case.targets is not None
     case.targets[3] = -100
@@ -181,7 +181,7 @@ def test_sketch_keeps_inner_products(implementation):
     error = (stacked.mean(dim=0) - exact).abs()
     standard_error = stacked.std(dim=0) / 24**0.5
     assert (error <= 5 * standard_error).all()
-    # Of a tensor sketch: at most 8 / dim ||G||^4, with room for 24 draws.
+    # A tensor sketch's variance is at most 8 / dim ||G||^4; the factor of 1.5 allows for the 24 draws.
     assert (stacked.var(dim=0).diagonal() <= 8 / 256 * exact.diagonal().square() * 1.5).all()
 
 
@@ -195,7 +195,7 @@ def test_sketch_is_the_same_on_every_backend():
 
 
 def test_ranks_of_inner_products_survive_sketching():
-    """Samples that share a direction of their hidden states to different degrees, and a target."""
+    """Samples share a target and, to different degrees, a direction of their hidden states."""
     case = random_case(128 * 4, 32, 400)
     shared = torch.linspace(-1, 1, 128).repeat_interleave(4)[:, None] * torch.ones(32)
     hidden, targets = case.hidden + shared, torch.full((512,), 3)
@@ -210,7 +210,7 @@ def test_ranks_of_inner_products_survive_sketching():
 
 
 def test_signs_are_fixed_for_ever():
-    """The first sixteen signs of seed 0: a change would make stored sketches meaningless."""
+    """Signs do not depend on how many are drawn; a change would make stored sketches meaningless."""
     from acqcore.signs import random_signs
 
     signs = random_signs(2, 8, 0, 0)
@@ -221,7 +221,7 @@ def test_signs_are_fixed_for_ever():
     many = random_signs(4096, 64, 7, 1)
     assert abs(many.mean().item()) < 0.01
     gram = many.T @ many / 4096
-    assert (gram - torch.eye(64)).abs().max() < 0.09  # columns uncorrelated: 5.6 standard deviations
+    assert (gram - torch.eye(64)).abs().max() < 0.09  # uncorrelated columns: 5.6 standard deviations
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_bad_dim():
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
 def test_nothing_of_an_ignored_row_counts(bad, backend):
-    """Not even what is not finite."""
+    """Non-finite values in ignored rows do not change the results."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(7, 16, generator=generator), torch.randn(50, 16, generator=generator)
     targets, offsets = torch.tensor([1, 2, -100, 4, -100, 6, 7]), torch.tensor([0, 3, 5, 7])
@@ -275,6 +275,6 @@ def test_nothing_of_an_ignored_row_counts(bad, backend):
 
 
 def test_no_device_but_the_cpu_looks_for_ignored_rows():
-    """A GPU would stall; a tensor of the meta device cannot be read at all."""
+    """Looking would stall a GPU, and a meta tensor cannot be read at all."""
     hidden = torch.ones(3, 4, device="meta")
     assert _without_ignored(hidden, torch.ones(3, dtype=torch.int64, device="meta")) is not hidden

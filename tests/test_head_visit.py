@@ -1,4 +1,4 @@
-"""One visit of the head's weights: Gram matrices and unnormalised sums beside the statistics, on hard inputs."""
+"""Gram matrices and unnormalised sums formed in one pass over the head's weights with the statistics: hard inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from acqcore.head_visit import visit
 from acqcore.row_stats import empty_gram, empty_state
 from acqcore.testing import Case, case_from_logits, random_case
 
-#: Samples of 1, 2, 17, 40, 21 and 5 rows: no multiple of a block or panel among the longer.
+#: Rows per sample; the longer lengths are not multiples of a block or panel.
 LENGTHS = (1, 2, 17, 40, 21, 5)
 Bounds = tuple[tuple[int, int], ...]
 BOUNDS: Bounds = tuple((sum(LENGTHS[:i]), sum(LENGTHS[: i + 1])) for i in range(len(LENGTHS)))
@@ -23,9 +23,9 @@ N = sum(LENGTHS)
 
 
 def _rising() -> Case:
-    """Every row's largest logit rises with every tile, at a pace of its own, or falls.
+    """Each row's logits rise or fall across the tiles at the row's own pace.
 
-    So many columns that the cpu backend's partial sums cover several tiles on every instruction set.
+    There are enough columns for the cpu backend's partial sums to cover several tiles on every instruction set.
     """
     g = torch.Generator().manual_seed(3)
     steps = torch.arange(16000.0) / 1600
@@ -35,21 +35,21 @@ def _rising() -> Case:
 
 
 def _repeated() -> Case:
-    """Two targets for all rows, and rows that are alike: cross-token terms are as large as they can be."""
+    """Two targets for all rows, and similar rows, so that cross-token terms are as large as they can be."""
     case = random_case(N, 40, 700)
     hidden = case.hidden[:1] + 0.01 * case.hidden
     return Case(hidden, case.head, torch.arange(N) % 2 * 600)
 
 
 def _with_targets(top: bool) -> Case:
-    """Every target is the largest logit of its row, or none is, by a wide margin."""
+    """Every target has the largest logit of its row, or every target has the smallest."""
     case = random_case(N, 48, 1000, std=6.0)
     z = case.head.logits(case.hidden)
     return Case(case.hidden, case.head, z.argmax(dim=1) if top else z.argmin(dim=1))
 
 
 def _impossible() -> Case:
-    """Whole tiles of -inf logits, the first and the last among them."""
+    """Whole tiles of -inf logits, including the first and the last."""
     case = random_case(N, 40, 2000, bias=True)
     assert case.head.bias is not None
     case.head.bias[:1100] = -math.inf
@@ -117,7 +117,7 @@ def test_norms(name, form, dtype, rtol, implementation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_hidden_grad(name, dtype, implementation):
-    """Each row's gradient within 1e-4 of its own norm, or of what float32 keeps of the weights' sum."""
+    """Each row's error is within 1e-4 of the gradient's norm, or within float32's rounding of the sum over weights."""
     case = _case(name).to(dtype)
     assert case.targets is not None
     got = acqcore.hidden_grad(
@@ -134,7 +134,7 @@ def test_hidden_grad(name, dtype, implementation):
 
 @pytest.mark.parametrize("name", CASES)
 def test_statistics_are_those_of_row_stats(name, implementation):
-    """Bit by bit: a Gram or an unnormalised sum beside the fold changes nothing of it."""
+    """Forming a Gram matrix or an unnormalised sum does not change a bit of the statistics."""
     case = _case(name)
     assert case.targets is not None
     chosen = get_backend(implementation)
@@ -151,7 +151,7 @@ def test_statistics_are_those_of_row_stats(name, implementation):
 
 @pytest.mark.parametrize("name", ["rising", "repeated targets", "everything", "-inf tiles", "std 30"])
 def test_products_are_their_definition(name, implementation):
-    """Entry by entry against float64: symmetric, zero in ignored rows, the targets' columns left out."""
+    """Grams without the targets' columns match float64 entry by entry, are symmetric, and are zero in ignored rows."""
     case = _case(name)
     got, expected = (_products(c, b) for c, b in ((case, implementation), (case.to(torch.float64), "eager")))
     scale = expected.diagonal(dim1=1, dim2=2).sqrt()
@@ -178,7 +178,7 @@ def _products(case: Case, backend: str) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_sample_does_not_depend_on_its_batch(threads, dtype, isa, monkeypatch):
-    """Bit by bit, whatever is scored beside it and on however many threads."""
+    """Values are the same bit for bit in any batch and with any number of threads."""
     monkeypatch.setenv("ACQCORE_ISA", isa)
     case = random_case(700, 40, 5000).to(dtype)
     assert case.targets is not None
@@ -201,7 +201,7 @@ def test_a_sample_does_not_depend_on_its_batch(threads, dtype, isa, monkeypatch)
 @pytest.mark.parametrize("isa", [isa for isa, missing in acqcore._core.isas() if not missing and isa.endswith("-amx")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 def test_tiles_multiply_split_factors(dtype, isa, monkeypatch):
-    """Factors, and weights that are not bfloat16, are split in two: the last bits differ from the vector code's."""
+    """AMX splits factors, and weights other than bfloat16, in two, so the last bits differ from the vector code's."""
     grads, states = [], []
     case = random_case(70, 41, 500).to(dtype)
     for name in (isa, isa.removesuffix("-amx") + "-bf16"):
@@ -216,12 +216,12 @@ def test_tiles_multiply_split_factors(dtype, isa, monkeypatch):
 @pytest.mark.parametrize("isa", [isa for isa, missing in acqcore._core.isas() if not missing])
 @pytest.mark.parametrize("std", [1.0, 6.0, 30.0])
 def test_long_samples(std, isa, monkeypatch):
-    """Their Grams are formed in tile registers where there are any, for float32 too; a short sample's are not."""
+    """Grams of long samples are formed in tile registers if available, for float32 too; short ones never are."""
     monkeypatch.setenv("ACQCORE_ISA", isa)
     bounds = ((0, 300), (300, 305), (305, 700))
     case = random_case(700, 40, 5000, std=std)
     assert case.targets is not None
-    case.targets[::3] = 17  # shared by a third of the rows: cross terms are large
+    case.targets[::3] = 17  # shared by a third of the rows, so cross terms are large
     case.targets[[0, 299, 301, 500]] = -100
     weights = torch.linspace(0.1, 2, 700).double() * (case.targets != -100)
     made = visit(case.hidden, case.head, case.targets, bounds, 1.0, get_backend("cpu"), "gram")
@@ -239,7 +239,7 @@ def test_long_samples(std, isa, monkeypatch):
 
 @pytest.mark.parametrize("gap", [7.0, 14.0, 20.0, 27.0])
 def test_confident_samples(gap, implementation):
-    """Norms down to 1e-9 where every target is all but certain, and the rows' runners-up are shared."""
+    """Norms down to 1e-9 are accurate where every target is nearly certain and all rows share a runner-up."""
     logits = torch.full((12, 900), -gap - 20.0)
     logits[:, 450] = -gap
     targets = torch.arange(12) * 70
@@ -247,7 +247,7 @@ def test_confident_samples(gap, implementation):
     case = case_from_logits(logits, targets)
     p = logits.double().softmax(dim=1)
     p[torch.arange(12), targets] = 0
-    p[torch.arange(12), targets] = -p.sum(dim=1)  # hidden states are unit vectors: the gradient has these rows
+    p[torch.arange(12), targets] = -p.sum(dim=1)  # hidden states are unit vectors, so these are the gradient's rows
     expected = torch.stack([p[:5].norm() / 5, p[5:].norm() / 7])
     got = acqcore.head_grad_norm(
         case.hidden, case.head, targets, torch.tensor([0, 5, 12]), form="gram", backend=implementation
@@ -266,7 +266,7 @@ def test_a_row_that_is_not_finite_spoils_its_sample_alone(implementation):
 
 @pytest.mark.parametrize("name", ["everything", "-inf tiles"])
 def test_shards_add_up(name, implementation):
-    """Each shard's share, from its own Gram and the whole vocabulary's state; the first may have no finite logit."""
+    """Shares from each shard's Gram and the whole vocabulary's state add up, even if the first has no finite logit."""
     case = _case(name)
     assert case.targets is not None
     assert case.head.bias is not None

@@ -13,7 +13,7 @@ Samples = dict[str, torch.Tensor]
 
 
 def samples(n: int, seed: int = 0, share: torch.Tensor | float = 0.5) -> Samples:
-    """Sequences of 16 to 24 tokens, ``share`` of them from four that make a skill, padded on the right."""
+    """Sequences of 16 to 24 tokens, padded on the right; a ``share`` of tokens is drawn from the four of a skill."""
     g = torch.Generator().manual_seed(seed)
     skill = torch.rand(n, 24, generator=g) < share
     input_ids = torch.randint(4, (n, 24), generator=g).where(skill, torch.randint(320, (n, 24), generator=g))

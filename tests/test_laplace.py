@@ -1,4 +1,4 @@
-"""Mutual information under a Laplace posterior: its variances and its value against brute force, and its arguments."""
+"""Mutual information under a Laplace posterior: variances and values against brute force, and bad arguments."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def _samples(rows: int, seed: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 48, (rows, 5), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
     labels[:, :2] = -100
-    labels[0, 4] = -100  # samples of two and three tokens
+    labels[0, 4] = -100  # two scored tokens in the first sample, three in the others
     return {"input_ids": ids, "labels": labels}
 
 
 def _squares(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """``sum_t sum_y p_y (d log p_y / dW)^2 / T`` of each linear weight ``[P, Q]``, a backward for each token and y."""
+    """``sum_t sum_y p_y (d log p_y / dW)^2 / T`` for each linear weight ``[P, Q]``, one backward per token and y."""
     transposed = {
         f"{n}.weight" for n, m in model.named_modules() if is_linear(m) and not isinstance(m, torch.nn.Linear)
     }

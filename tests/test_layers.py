@@ -1,4 +1,4 @@
-"""The folders of acqcore import each other one way, and every module can be reached by its name."""
+"""The folders of acqcore import each other in one direction, and every module can be reached by its name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ assert _SYNTH is not None
 assert _SYNTH.origin is not None
 ACQSYNTH = Path(_SYNTH.origin).parent
 
-#: folder or module of acqcore -> what of acqcore it may import
+#: folder or module of acqcore -> those it may import
 ALLOWED: dict[str, set[str]] = {
     "acquisitions": {
         "bayes",
@@ -93,7 +93,7 @@ def _tree(path: Path) -> ast.Module:
 
 
 def _imported(path: Path, package: str, whole: bool = False) -> set[str]:
-    """Names below ``package`` that a file imports, function-level imports included; ``whole``: dotted to the end."""
+    """Names below ``package`` that a file imports, also inside functions; full dotted names if ``whole``."""
     found = set()
     for node in ast.walk(_tree(path)):
         if isinstance(node, ast.ImportFrom):
@@ -129,7 +129,7 @@ def test_imports_run_one_way(name):
 
 
 def test_there_are_no_circles():
-    """Neither among folders nor among modules; raises CycleError, which names one."""
+    """Neither folders nor modules import each other in a cycle; CycleError names one."""
     TopologicalSorter(ALLOWED).prepare()
     paths = {_module(path): path for path in _files(ACQCORE) if path.stem not in FRONT}
     graph = {}
@@ -166,7 +166,7 @@ def test_acqsynth_uses_public_names_alone():
 
 @pytest.mark.parametrize("folder", [ACQCORE], ids=["acqcore"])
 def test_top_level_imports_are_torch_and_numpy_alone(folder):
-    """Everything heavier is imported inside the function that needs it."""
+    """Heavier packages are imported inside the functions that need them."""
     for path in _files(folder):
         for node in _tree(path).body:
             if isinstance(node, ast.ImportFrom):

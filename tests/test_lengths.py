@@ -1,4 +1,4 @@
-"""A sample's values do not depend on the padded length, even where a forward does."""
+"""A sample's values do not depend on the padded length, even where hidden states do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def samples(*lengths: int) -> dict[str, torch.Tensor]:
 
 
 def assert_as_alone(fresh: Callable[[], Any], lengths: tuple[int, ...], **options: Any) -> None:
-    """Losses in a batch are those of a student that sees nothing else."""
+    """Each loss in a batch equals that of a fresh student that scores the sample alone."""
     together, given = fresh(), samples(*lengths)
     found = acqcore.score(together, given, "loss", **options)["loss"]
     again = acqcore.score(together, given, "loss", **options)["loss"]
@@ -41,7 +41,7 @@ def rope(kind: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_rope_that_goes_by_the_longest_sequence(kind):
-    """Phi-3's two sets of frequencies; Llama's, which grow with the sequence and with those it has seen before."""
+    """Covers Phi-3's two sets of frequencies and Llama's, which depend on the current and all earlier sequences."""
     t = pytest.importorskip("transformers")
     torch.manual_seed(0)
     own = {
@@ -70,7 +70,7 @@ def test_rope_that_goes_by_the_longest_sequence(kind):
 
 
 class Relative(nn.Module):
-    """Positions are relative to the length, or turn up from a length on."""
+    """Adds positions relative to the padded length, but none up to a length of ``threshold``."""
 
     def __init__(self, threshold: int | None) -> None:
         super().__init__()

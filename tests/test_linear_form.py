@@ -1,4 +1,4 @@
-"""Mutual information in its linear form: against brute force, across batches, its arguments, and what it is for."""
+"""Mutual information in its linear form: against brute force, across batches, bad arguments, and on a toy task."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from acqcore.gradients.rules import is_linear
 from acqcore.scoring.run import Runner
 from benchmarks import toy_student
 
-RHO = 0.05 / 0.95  # variance of the noise of the default dropout
+RHO = 0.05 / 0.95  # noise variance of the default dropout
 
-SMALL = {"vocab_size": 48}  # brute force takes a backward for each token of it
+SMALL = {"vocab_size": 48}  # brute force takes one backward per token of the vocabulary
 
 
 def _samples(*lengths: int, context: int = 2) -> dict[str, torch.Tensor]:
@@ -53,10 +53,10 @@ def _sites(model: Any, kind: str, last: int) -> list[Any]:
 def _expected_squares(
     model: Any, samples: dict[str, torch.Tensor], sites: list[Any] | None, last: int, of_completions: bool = False
 ) -> torch.Tensor:
-    """``sum_t sum_y p_y ||d log p_y / d theta||^2 / T`` by a backward for every token t and y, ``[B]``.
+    """``sum_t sum_y p_y ||d log p_y / d theta||^2 / T``, ``[B]``, by one backward for every token t and y.
 
-    theta are the weights of the linear layers in the last blocks, or the logarithms of the outputs of ``sites``, from
-    the token that predicts the first scored one on where they are ``of_completions``.
+    theta are the weights of the linear layers in the last blocks or, if there are ``sites``, the logarithms of their
+    outputs; with ``of_completions``, only those from the token that predicts the first scored one.
     """
     weights = [m.weight for block in _blocks(model, last) for m in block.modules() if is_linear(m)]
     totals = []
@@ -85,7 +85,7 @@ def _expected_squares(
 
 
 def _assert_unbiased(scores: acqcore.Scores, expected: torch.Tensor) -> None:
-    """Within three standard errors, which are below 1 %."""
+    """Values are within three standard errors, which are below 1 %."""
     values, errors = scores["mutual_information"], scores.stderr["mutual_information"]
     assert float((errors / expected).max()) < 0.01
     assert bool(((values - expected).abs() < 3 * errors).all())
@@ -110,7 +110,7 @@ def test_unbiased_over_every_token_and_weight(kind, layers, tiny_model):
 
 
 def test_unbiased_over_the_positions_of_completions(tiny_model):
-    """Prompts of two lengths in one batch: what lies before each sample's own completion does not count."""
+    """In a batch with prompts of two lengths, positions before each sample's own completion do not count."""
     model = tiny_model("Llama", **SMALL)
     samples = _samples(7, 6)
     samples["labels"][0, :4] = -100
@@ -126,7 +126,7 @@ def test_a_student_too_short_for_the_comparison_keeps_the_whole_graph(tiny_model
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2", "GPT2"])
 def test_prompts_without_a_graph_change_no_value(kind, tiny_model, monkeypatch):
-    """A student whose forward may not be cut keeps the whole graph."""
+    """Values match those of the whole graph, which is kept for a student whose forward cannot be cut."""
     model, samples = tiny_model(kind), _samples(12, 17, 9, context=5)
     student = acqcore.Student.from_model(model)
     assert student.cuts_prompts
@@ -149,7 +149,7 @@ def test_prompts_without_a_graph_change_no_value(kind, tiny_model, monkeypatch):
 
 
 def test_dropout_on_the_last_hidden_state(tiny_model):
-    """No graph: the closed form ``rho / 2 sum_d h_d^2 Var_y W_yd``, a mean over the tokens."""
+    """Without a graph: the closed form ``rho / 2 sum_d h_d^2 Var_y W_yd``, averaged over the tokens."""
     model = tiny_model("Qwen2", **SMALL)
     samples = _samples(9, 4)
     scores = _score(model, samples, layers=0, dropout=0.2, probes=2500)
@@ -163,7 +163,7 @@ def test_dropout_on_the_last_hidden_state(tiny_model):
 
 
 def test_own_dropout_layers(tiny_model):
-    """Each at its own rate; a layer of rate 0 is left out."""
+    """Each layer is perturbed at its own rate; layers of rate 0 are left out."""
     model = tiny_model("GPT2", resid_pdrop=0.2, embd_pdrop=0.0, attn_pdrop=0.0, **SMALL).eval()
     samples = _samples(6, 5)
     sites = [module for module in model.transformer.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
@@ -173,7 +173,7 @@ def test_own_dropout_layers(tiny_model):
 
 
 def test_small_noise_is_what_draws_measure(tiny_model):
-    """The limit of mutual information under dropout of a small probability, over many draws."""
+    """The linear form is the limit of mutual information under dropout of a small probability, over many draws."""
     model = tiny_model("Llama", initializer_range=0.1, **SMALL)
     samples = _samples(8, 6)
     linear = _score(model, samples, dropout=0.002, probes=1500)
@@ -226,7 +226,7 @@ def test_standard_errors_are_those_of_other_seeds(options, tiny_model):
 
 
 def test_the_control_is_unbiased_and_takes_noise_away():
-    """Squares that go along with the size of their cotangents, and noise of their own."""
+    """Squares correlate with the size of their cotangents and carry noise of their own."""
     generator = torch.Generator().manual_seed(0)
     excess = torch.randn(100000, 3, generator=generator, dtype=torch.float64) * 0.3
     squares = (1 + excess) * (1 + 0.1 * torch.randn(100000, 3, generator=generator, dtype=torch.float64))
@@ -279,7 +279,7 @@ def test_there_are_no_values_of_tokens_to_reduce(reduction, tiny_model):
 
 
 def test_other_gradients_share_the_graph(tiny_model):
-    """Both posteriors' backwards and those of the loss come from one graph, and leave each other's numbers alone."""
+    """Backwards of several acquisitions share one graph without changing each other's values."""
     model = tiny_model("Llama")
     samples = _samples(9, 7)
     names = ["mutual_information", "grad_norm", "badge"]
@@ -322,7 +322,7 @@ def _results(student, samples, needs):
 
 @pytest.mark.parametrize("posterior", ["dropout", "isotropic"])
 def test_the_model_is_left_as_found(posterior, tiny_model):
-    """In training mode, with an embedding whose output requires a gradient, and gradients of the user's own."""
+    """Covers training mode, an embedding whose output requires a gradient, and existing gradients of the user."""
     model = tiny_model("Llama").train()
     model.enable_input_require_grads()  # as trainers do for gradient checkpointing
     hooks = {module: dict(module._forward_hooks) for module in model.modules()}
@@ -352,7 +352,7 @@ def test_adapters(tiny_model):
 
 
 def test_half_precision(tiny_model):
-    """The trunk itself rounds to eight bits: what is asked is that nothing else goes wrong."""
+    """The trunk itself rounds to eight bits; the tolerance only rules out larger errors."""
     model = tiny_model("Llama")
     samples = _samples(9, 7)
     for posterior in ("dropout", "isotropic"):
@@ -398,10 +398,10 @@ def test_rows_without_a_finite_logit_are_not_valid(tiny_model):
     ],
 )
 def test_bad_arguments(options, error, message, tiny_model):
-    """Refused before a forward is paid for."""
+    """Bad arguments are refused before any forward runs."""
     model = tiny_model("Llama")
     student = acqcore.Student.from_model(model)
-    assert len(student.blocks) == 2  # found once, by a forward
+    assert len(student.blocks) == 2  # found once per student, by a forward
     model.register_forward_pre_hook(_fail)
     model.model.register_forward_pre_hook(_fail)
     with pytest.raises(error, match=message):
@@ -438,7 +438,7 @@ def test_ready_made_options(tiny_model):
 
 @pytest.mark.parametrize("posterior", ["dropout", "isotropic"])
 def test_tells_ignorance_from_ambiguity(posterior):
-    """Two probes rank unseen keys above random answers, and above both those and known keys."""
+    """Two probes rank unseen keys above keys with random answers, and above these and known keys together."""
     student = toy_student.train(seed=0)
     generator = torch.Generator().manual_seed(0)
     values = {
@@ -454,7 +454,7 @@ def test_tells_ignorance_from_ambiguity(posterior):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("positions", ["all", "completion"])
 def test_half_precision_has_the_values_of_float32(positions, dtype, tiny_model):
-    """Gradients go back in units of each sample's own size there."""
+    """In half precision, each sample's gradient is scaled by its own size for the backward."""
     samples = _samples(9, 7)
     arguments = {"mutual_information": {"positions": positions}}
     model = tiny_model("Llama")

@@ -1,4 +1,4 @@
-"""logit_stats on every backend and instruction set present, against float64."""
+"""logit_stats on every available backend and instruction set, against float64."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_half_precision_value_is_read_exactly(dtype, implementation):
     else:
         values = torch.arange(65536).to(torch.int32).to(torch.int16).view(dtype)
     values = values[values.float().isfinite()]
-    stats = acqcore.logit_stats(values[:, None], backend=implementation)  # V = 1: logsumexp is the logit
+    stats = acqcore.logit_stats(values[:, None], backend=implementation)  # with V = 1, logsumexp is the logit
     assert torch.equal(stats.logsumexp, values.float())
 
 

@@ -1,4 +1,4 @@
-"""The packing is the best there is, keeps to its budget and loses nothing."""
+"""The packing is optimal, keeps to its budget and loses no sample."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cost(lengths: list[int], batches: list[list[int]], overhead: int) -> int:
 
 
 def best(lengths: list[int], budget: int, overhead: int) -> int:
-    """The least cost over every way of cutting the sorted list."""
+    """Least cost over all ways of cutting the sorted list."""
     ordered = sorted(lengths, reverse=True)
 
     def rest(i: int) -> int:
@@ -50,7 +50,7 @@ def test_every_sample_once_longest_first_within_the_budget():
 
 
 def runs(order: list[int], budget: int, lengths: list[int]) -> Iterator[list[list[int]]]:
-    """Every way of cutting the list into runs within the budget."""
+    """All ways of cutting the list into runs within the budget."""
     if not order:
         yield []
     for k in range(1, len(order) + 1):
@@ -61,7 +61,7 @@ def runs(order: list[int], budget: int, lengths: list[int]) -> Iterator[list[lis
 @pytest.mark.parametrize("repeats", [1, 4])
 @pytest.mark.parametrize("seed", range(4))
 def test_short_prompts_do_not_lengthen_the_part_of_others(seed, repeats):
-    """With ``starts`` no other way of cutting the list is cheaper, and few batches mix prompts' lengths."""
+    """With ``starts``, no other cut of the list is cheaper; batches that mix prompt lengths cost extra."""
     rng = random.Random(seed)
     starts = [rng.choice([2, 20, 40]) for _ in range(9)]
     lengths = [start + rng.randint(1, 15) for start in starts]
@@ -92,6 +92,6 @@ def test_collate_pads_on_the_right_and_finds_what_is_scored():
     ]
     input_ids, positions, targets, offsets = collate(rows)
     assert input_ids.tolist() == [[5, 6, 7, 0], [8, 9, 1, 2], [3, 4, 0, 0]]
-    assert positions.tolist() == [0, 5, 6, 8]  # before the scored tokens, in the flat batch
+    assert positions.tolist() == [0, 5, 6, 8]  # positions before the scored tokens, in the flattened batch
     assert targets.tolist() == [6, 1, 2, 4]
     assert offsets.tolist() == [0, 1, 3, 4]

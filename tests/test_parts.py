@@ -1,4 +1,4 @@
-"""Finished batches and blocks on disk survive a kill, and belong to one run."""
+"""Finished batches and blocks on disk survive a kill and belong to a single run."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_block_is_finished_with_its_report(parts):
     parts.finish(7, {"rows": 1})
     assert parts.finished(7)
     assert Parts(parts.folder.with_name("o.csv")).report(7) == {"rows": 1}
-    assert parts.load(7) == {}  # its rows stand in the written block
+    assert parts.load(7) == {}  # its rows are in the written block
     assert not parts.finished(0)
 
 
@@ -98,7 +98,7 @@ def test_one_process_at_a_time(parts, tmp_path):
 
 @pytest.mark.parametrize("name", ["notes.txt", "deep/notes.txt", "part-000000.parquet"])
 def test_files_of_others_are_left_alone(name, tmp_path):
-    """A folder of that name that no run left is not taken, and what others put into a run's folder stays."""
+    """A folder that was not left by a run is refused, and foreign files in a run's folder are kept."""
     path = tmp_path / "o.csv.parts" / name
     path.parent.mkdir(parents=True)
     path.write_text("keep")

@@ -1,4 +1,4 @@
-"""Counts tokenizations, trunk forwards, backwards and products with the head: each request takes the fewest."""
+"""Each request takes the fewest tokenizations, trunk forwards, backwards and products with the head."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OF_ROWS = (
 
 COUNTED = ("tokenized", "forwards", "backwards", "products")
 
-# acquisitions, arguments -> tokenized samples, trunk forwards, backwards, products with the head (a draw is one)
+# acquisitions, arguments -> tokenized samples, trunk forwards, backwards, products with the head (one per draw)
 REQUESTS = {
     "entropy": (("entropy",), {}, (6, 1, 0, 1)),
     "row statistics": (OF_ROWS, {}, (6, 1, 0, 1)),
@@ -81,7 +81,7 @@ REQUESTS = {
         (6, 1, 3, 6),
     ),
     "everything": (
-        tuple(name for name in acqcore.acquisitions() if name != "epig"),  # counted below
+        tuple(name for name in acqcore.acquisitions() if name != "epig"),  # counted in FUNCTIONS
         {
             **ALL_DRAWS,
             "grad_norm": ALL,
@@ -97,7 +97,7 @@ REQUESTS = {
 
 @pytest.fixture
 def count(monkeypatch, tokenizer):
-    """Counts from now on: ``COUNTED``, ``tokens`` through the trunk, and ``heads`` that were looked up."""
+    """Counter of ``COUNTED``, of ``tokens`` through the trunk, and of ``heads`` looked up."""
     counted: Counter[str] = Counter()
 
     def hook(owner, name, add):
@@ -125,7 +125,7 @@ def count(monkeypatch, tokenizer):
         return head.fget(student)
 
     monkeypatch.setattr(acqcore.Student, "head", property(counting))
-    # Of the trunk: the rule of a norm differentiates it alone, and passes tuples.
+    # Counts only the trunk's backwards: a norm's rule differentiates the norm alone and passes tuples.
     hook(
         torch.autograd,
         "grad",
@@ -140,12 +140,12 @@ def count(monkeypatch, tokenizer):
     "name", ["row statistics", "mutual information", "entropy, mutual information", "draws", "linear, hidden"]
 )
 def test_plans_count_the_same(name, tiny_model, tokenizer, count):
-    """What ``acqcore plan`` computes from, against a batch of rows of one length."""
+    """``acqcore plan`` assumes as many passes as a batch of rows of one length takes."""
     acquisitions, arguments, _ = REQUESTS[name]
     model = tiny_model("Llama")
     samples = {"input_ids": torch.arange(72).view(6, 12)}
     student = acqcore.Student.from_model(model, verify=False)
-    acqcore.score(student, samples, acquisitions, acquisition_args=arguments)  # what is found once per model
+    acqcore.score(student, samples, acquisitions, acquisition_args=arguments)  # does the once-per-model work
     count.clear()
     acqcore.score(student, samples, acquisitions, acquisition_args=arguments)
     shape = shape_of(model.config, torch.float32)
@@ -160,7 +160,7 @@ def test_nothing_runs_twice(request_of, tiny_model, tokenizer, count):
     if "influence" in arguments:
         reference = acqcore.influence_reference(student, SAMPLES[:2])
         arguments = {**arguments, "influence": {"reference": reference}}
-    for _ in range(2):  # the first finds what is found once per model
+    for _ in range(2):  # the first call includes the once-per-model work
         count.clear()
         acqcore.score(student, SAMPLES, acquisitions, acquisition_args=arguments, backend="cpu")
     assert tuple(count[name] for name in COUNTED) == expected
@@ -181,7 +181,7 @@ def test_half_precision_keeps_batches_whole(request_of, dtype, tiny_model, token
 
 
 SAME = {"backend": "cpu"}
-# two reference samples, then six samples -> the same counts, of both calls
+# name -> call on six samples, with two reference samples, and its counts as above, reference included
 FUNCTIONS = {
     "norms": (lambda s, r: acqcore.grad_norm(s, SAMPLES, "all", **SAME), (6, 1, 1, 2)),
     "sketches": (lambda s, r: acqcore.grad_sketch(s, SAMPLES, "all", **SAME), (6, 1, 1, 3)),
@@ -192,7 +192,7 @@ FUNCTIONS = {
     ),
     "expected predictive information gain": (
         lambda s, r: acqcore.epig(s, SAMPLES, acqcore.epig_reference(s, r, probes=3, **SAME), **SAME),
-        (8, 2, 5, 9),  # a backward and a product for each of 3 and 2 probes, and 2 products of each batch
+        (8, 2, 5, 9),  # one backward and one product per probe (3 and 2), and 2 products per batch
     ),
     "Laplace posterior": (lambda s, r: acqcore.laplace_posterior(s, r, probes=3, **SAME), (2, 1, 3, 5)),
 }
@@ -202,7 +202,7 @@ FUNCTIONS = {
 def test_functions_of_gradients(name, tiny_model, tokenizer, count):
     call, expected = FUNCTIONS[name]
     student = acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
-    for _ in range(2):  # the first finds what is found once per model
+    for _ in range(2):  # the first call includes the once-per-model work
         count.clear()
         call(student, SAMPLES[:2])
     assert tuple(count[name] for name in COUNTED) == expected

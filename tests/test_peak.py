@@ -1,4 +1,4 @@
-"""The ceiling that benchmarks set their rates against."""
+"""The ceiling with which benchmarks compare their rates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bar: silent unless asked or slow, and there without tqdm."""
+"""The progress bar: silent unless asked for or slow, and also shown without tqdm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``prompt_embedding`` against one forward a sample."""
+"""``prompt_embedding`` against one forward per sample."""
 
 from __future__ import annotations
 

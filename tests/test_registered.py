@@ -1,4 +1,4 @@
-"""An acquisition that a third party registers, with options, is offered wherever acqcore's own are."""
+"""An acquisition with options that a third party registers is offered wherever acqcore's own are."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RequiredOptions(Options):
 
 @pytest.fixture
 def register():
-    """``register(scale, options)``: a cell that is run, and run again after a change."""
+    """``register(scale, options)``: acts as a notebook cell that can be changed and run again."""
     before = dict(REGISTRY)
 
     def cell(scale, options=GapOptions):
@@ -93,7 +93,7 @@ def test_in_the_service_where_a_request_can_ask_for_it(register):
     assert NAME not in offered()
     register(1.0)
     assert NAME in offered()
-    register(1.0, RequiredOptions)  # no request can carry what it requires
+    register(1.0, RequiredOptions)  # a request cannot supply the required option
     assert NAME not in offered()
 
 

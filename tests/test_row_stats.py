@@ -1,4 +1,4 @@
-"""row_stats on every backend and instruction set present, against float64."""
+"""row_stats on every available backend and instruction set, against float64."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def test_mixed_dtypes(dtype, implementation):
 
 
 def test_confident_row_by_hand(implementation):
-    """p = 1 - 1e-12, from the definition with exact arithmetic: e = 1e-12 beside a single other token."""
+    """p = 1 - 1e-12 and one other token of e = 1e-12: values from the definition, in exact arithmetic."""
     e = 1e-12
     case = case_from_logits(torch.tensor([[0.0, torch.tensor(e).log().item()]]), torch.tensor([0]))
     stats = case.run(implementation)
-    e = float(case.head.weight[1, 0].double().exp())  # what float32 made of log(1e-12)
+    e = float(case.head.weight[1, 0].double().exp())  # 1e-12 with its logarithm rounded to float32
     assert stats.residual_norm is not None
     assert stats.residual_norm.item() == pytest.approx(2**0.5 * e, rel=1e-5)
     assert stats.gini.item() == pytest.approx(2 * e, rel=1e-5)
@@ -63,7 +63,7 @@ def test_rows_do_not_depend_on_the_batch(implementation):
         assert case.targets is not None
         part = acqcore.row_stats(case.hidden[rows], case.head, case.targets[rows], backend=implementation)
         assert torch.equal(part.max_index, whole.max_index[rows])
-        # Bit for bit; the products of torch and of numpy, which Triton's interpreter takes, give no such promise.
+        # Bit for bit; products of torch, and of numpy in Triton's interpreter, do not guarantee that.
         if implementation == "cpu" or (implementation == "triton" and not INTERPRETED):
             assert torch.equal(part.state, whole.state[:, rows])
 

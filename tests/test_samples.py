@@ -1,4 +1,4 @@
-"""Samples of every kind become the ids the model would see and the positions that are scored."""
+"""Samples of every kind are encoded as the ids the model would see and the positions to score."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def assert_same(rows: list[Row], expected: list[Row]) -> None:
 
 @pytest.fixture
 def own(tokenizer):
-    """``own(template)``: the tokenizer with another chat template; ``adds``: a token before each text, one after it."""
+    """``own(template)``: the tokenizer with another chat template; ``adds`` puts a token before and after each text."""
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
@@ -51,7 +51,7 @@ def own(tokenizer):
 
 
 class Slow:
-    """A tokenizer without offsets: that of ``fast``, made to look like one written in Python."""
+    """Wraps ``fast`` to look like a tokenizer written in Python, which gives no offsets."""
 
     is_fast = False
 
@@ -124,7 +124,7 @@ class TestMessages:
         assert tokenizer.decode(scored_ids(row)) == "so.<|im_end|>\n"
 
     def test_a_template_that_rewrites_the_opening(self, encoded, tokenizer, own):
-        """A generation prompt that opens a block which a finished turn does not have."""
+        """The generation prompt opens a block that finished turns do not have."""
         other = own(tokenizer.chat_template.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}"))
         messages = [USER, YES]
         assert other.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True).endswith("<think>")
@@ -212,7 +212,7 @@ class TestLength:
         assert cut.ids.tolist() == whole.ids[-n - 3 :].tolist()
         assert scored_ids(cut) == scored_ids(whole)
         (cut,) = encoded([sample], max_length=n - 1)
-        assert cut.ids.tolist() == whole.ids[-n - 1 : -2].tolist()  # one token of the prompt still predicts
+        assert cut.ids.tolist() == whole.ids[-n - 1 : -2].tolist()  # one prompt token is kept to predict from
         assert scored_ids(cut) == scored_ids(whole)[: n - 2]
 
     def test_bad_max_length(self, encoded):
@@ -290,7 +290,7 @@ def test_errors_are_collected_where_asked(encoded):
 
 
 class TestRowsOfAnySource:
-    """The same rows from a list, a table and a mapping of columns."""
+    """A list, a table and a mapping of columns give the same rows."""
 
     ROWS = ({"question": "What is 2 + 3?", "answer": 5, "id": 1}, {"question": "a fox", "answer": 12, "id": 2})
 
@@ -306,7 +306,7 @@ class TestRowsOfAnySource:
 
     @pytest.mark.parametrize("source", SOURCES)
     def test_question_and_answer(self, source, encoded):
-        """Numbers are their text, and other columns are not read."""
+        """Numbers are read as text; other columns are ignored."""
         columns = {key: [row[key] for row in self.ROWS] for key in self.ROWS[0]}
         expected = encoded([{"prompt": row["question"], "completion": str(row["answer"])} for row in self.ROWS])
         assert_same(encoded(self.SOURCES[source](columns)), expected)
@@ -318,7 +318,7 @@ class TestRowsOfAnySource:
 
     @pytest.mark.parametrize("source", ["arrow", "pandas", "datasets"])
     def test_messages_of_a_table(self, source, encoded, tmp_path):
-        """Nulls of a table's struct, and the arrays that pandas reads."""
+        """Covers nulls in a table's structs and the arrays that pandas returns."""
         turn = [{"role": "user", "content": "hi", "name": "x"}, {"role": "assistant", "content": "yes"}]
         other = [{"role": "user", "content": "a fox?"}, {"role": "assistant", "content": "no"}]
         parquet = pytest.importorskip("pyarrow.parquet")
@@ -344,7 +344,7 @@ class TestRowsOfAnySource:
 
 
 class TestOneBadRow:
-    """The fault of a row is named, and costs no other row."""
+    """A bad row is reported and does not affect other rows."""
 
     @pytest.mark.parametrize(
         ("bad", "message"),
@@ -447,7 +447,7 @@ def test_rows_are_samples(encoded):
 
 
 class TestChatTemplates:
-    """What is scored is the reply, whatever the template does with the turns before it."""
+    """Only the reply is scored, however the template changes the turns before it."""
 
     USER: ClassVar[list[dict[str, str]]] = [
         {"role": "system", "content": "Be brief."},
@@ -455,25 +455,25 @@ class TestChatTemplates:
     ]
     REPLY: ClassVar[dict[str, str]] = {"role": "assistant", "content": "Rome"}
 
-    # As Pixtral's: the system text goes into the last turn of the user, but only where that is last.
+    # Like Pixtral's: puts the system text into the user's turn if that is the last message.
     MOVES = (
         "{% for m in messages %}{% if m['role'] == 'user' %}[INST]"
         "{% if loop.last and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n{% endif %}"
         "{{ m['content'] }}[/INST]{% elif m['role'] == 'assistant' %}{{ m['content'] }}<|im_end|>{% endif %}"
         "{% endfor %}"
     )
-    # The number of turns is in front.
+    # Begins with the number of turns.
     COUNTS = (
         "{{ messages | length }} turns {% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    # The last turn alone is written whole.
+    # Writes only the last turn in full.
     SHORTENS = (
         "{% for m in messages %}{{ m['role'] }}: "
         "{% if loop.last %}{{ m['content'] }}{% else %}{{ m['content'][:5] }}{% endif %}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    # Knows no generation prompt.
+    # Has no generation prompt.
     IGNORES = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | trim }}<|im_end|>{% endfor %}"
 
     @pytest.mark.parametrize("template", [MOVES, COUNTS, SHORTENS, IGNORES])
@@ -516,7 +516,7 @@ class TestChatTemplates:
         own = own(self.IGNORES)
         with pytest.raises(ValueError, match=f"does not render the reply in the scored part: expected '{expected}'"):
             encoded([{"messages": [*self.USER, self.REPLY | extra]}], own, limit=None)
-        # Of turns that are not scored a template may leave out what it likes.
+        # The template may leave out parts of turns that are not scored.
         if "content" not in extra:
             history = [*self.USER, self.REPLY | extra, {"role": "user", "content": "and?"}, self.REPLY]
             (row,) = encoded([{"messages": history}], own, limit=None)
@@ -530,7 +530,7 @@ class TestChatTemplates:
         )
         own = own(template)
         (row,) = encoded([{"messages": [*self.USER, self.REPLY]}], own, limit=None)
-        assert own.decode(scored_ids(row)) == "Rome<|im_end|>"  # the newline behind it is the template's
+        assert own.decode(scored_ids(row)) == "Rome<|im_end|>"  # the newline after it belongs to the template
         tool = {"role": "tool", "content": "Italy"}
         completion = [{"role": "assistant", "content": "where?"}, tool, self.REPLY]
         (row,) = encoded([{"prompt": self.USER, "completion": completion}], own, limit=None)
@@ -592,7 +592,7 @@ class TestChatTemplates:
 
 
 class TestSpecialTokensOnce:
-    """Of a tokenizer that puts a token in front of a text and one behind it, written there or not."""
+    """Special tokens before and after a text are added only where the text does not contain them already."""
 
     @pytest.mark.parametrize("written", ["a fox", "<|bos|>a fox", "a fox<|eos|>", "<|bos|>a fox<|eos|>"])
     def test_of_a_text(self, written, encoded, own, tokenizer):
@@ -613,4 +613,4 @@ class TestSpecialTokensOnce:
 
     def test_those_that_are_meant_stay(self, encoded, tokenizer):
         (row,) = encoded(["<|bos|><|bos|>a fox"])
-        assert row.ids.tolist()[:2] == [1, 1]  # nothing was added
+        assert row.ids.tolist()[:2] == [1, 1]  # no token was added

@@ -1,4 +1,4 @@
-"""``score`` agrees with a loop over single samples with full logits, whatever is scored together."""
+"""``score`` agrees with a loop over single samples with full logits, however samples are batched."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def backend(request):
 
 @pytest.fixture
 def expected(tokenizer, brute_force):
-    """``expected(model, samples)``: for each sample the per-token references, name -> ``[scored tokens]``."""
+    """``expected(model, samples)``: per-token references of each sample, name -> ``[scored tokens]``."""
 
     def run(model, samples):
         rows = encode(samples, tokenizer, vocab_size=320, limit=64)
@@ -58,7 +58,7 @@ def expected(tokenizer, brute_force):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_agrees_with_one_sample_at_a_time(kind, backend, tiny_model, tokenizer, expected):
-    """Padded batches without a mask, sliding windows and learned positions included."""
+    """Covers padded batches without a mask, sliding windows and learned positions."""
     model = tiny_model(kind)
     scores = acqcore.score(
         model, SAMPLES, NAMES, tokenizer=tokenizer, backend=backend, batch_tokens=120, keep_tokens=True
@@ -75,7 +75,7 @@ def test_agrees_with_one_sample_at_a_time(kind, backend, tiny_model, tokenizer, 
 @pytest.mark.parametrize("parameters", ["head", 1, "all"])
 @pytest.mark.parametrize("loss", ["mean", "sum"])
 def test_grad_norm_is_that_of_autograd(loss, parameters, backend, tiny_model, tokenizer, exact):
-    """Beside acquisitions of tokens, in the same call."""
+    """Values are the same in a call with token acquisitions."""
     model = tiny_model("Llama")
     arguments = {"grad_norm": {"parameters": parameters, "loss": loss}}
     scores = acqcore.score(
@@ -144,7 +144,7 @@ def test_reductions(reduction, tiny_model, tokenizer, expected):
     for i, reference in enumerate(expected(model, SAMPLES)):
         for name in ("entropy", "el2n"):
             torch.testing.assert_close(scores[name][i], REDUCE[reduction](reference[name]))
-        perplexity = REDUCE[reduction](reference["loss"]).exp()  # of a sum it overflows
+        perplexity = REDUCE[reduction](reference["loss"]).exp()  # overflows for a sum
         perplexity = perplexity.clamp_max(torch.finfo(torch.float32).max)
         torch.testing.assert_close(scores["perplexity"][i], perplexity, rtol=1e-4, atol=0)
 
@@ -172,7 +172,7 @@ def test_one_trunk_forward_and_one_head_pass_per_batch(tiny_model, tokenizer, mo
         module, "row_stats", lambda hidden, *a, **k: (passes.append(len(hidden)), real(hidden, *a, **k))[1]
     )
     student = acqcore.Student.from_model(tiny_model("Llama"), tokenizer=tokenizer)
-    acqcore.score(student, SAMPLES, NAMES, backend="eager")  # what is looked up once per model
+    acqcore.score(student, SAMPLES, NAMES, backend="eager")  # does the once-per-model work
     passes.clear()
     forwards: list[torch.Size] = []
     assert isinstance(student.trunk, torch.nn.Module)
@@ -200,7 +200,7 @@ def test_tensors_padded_on_either_side(tiny_model, tokenizer):
 
 
 def test_rows_score_as_their_texts(tiny_model, tokenizer):
-    """Those of an own backward pass too."""
+    """Also holds for acquisitions with their own backward pass."""
     model, names = tiny_model("Llama"), ("entropy", "grad_norm")
     rows = acqcore.encode(SAMPLES, tokenizer, vocab_size=320, limit=64)
     options: Any = {"acquisition_args": {"grad_norm": {"parameters": "all"}}}
@@ -251,7 +251,7 @@ def test_bfloat16_student_with_a_float32_adapter_sum(tiny_model, tokenizer, back
 
 
 class TestNotFinite:
-    """A student whose sixth token has a broken hidden state, and whose ninth can never be predicted."""
+    """A student in which token 5 has a broken hidden state and token 8 can never be predicted."""
 
     @pytest.fixture
     def student(self):
@@ -266,7 +266,7 @@ class TestNotFinite:
     def test_nan_and_invalid_where_it_is_alone(self, student, backend):
         ids = torch.tensor([[1, 2, 3], [1, 5, 3], [1, 8, 3], [1, 3, 5]])
         scores = acqcore.score(student, {"input_ids": ids}, ("entropy", "loss"), backend=backend)
-        # the last one ends in the broken token: it is predicted, and predicts nothing
+        # the last sample ends in the broken token, which is predicted but predicts nothing
         assert scores["entropy"].isnan().tolist() == [False, True, False, False]
         assert scores["loss"].isnan().tolist() == [False, True, True, False]
         assert scores.valid.tolist() == [True, False, False, True]
@@ -283,7 +283,6 @@ class TestOwnAcquisition:
 
 
 def _wrong_shape(stats: acqcore.RowStats) -> torch.Tensor:
-    """Not one value per token."""
     return stats.entropy.sum()
 
 
@@ -349,7 +348,7 @@ def test_no_samples(tiny_model, tokenizer):
 
 def test_progress_is_shown_where_asked(tiny_model, tokenizer, capsys):
     model = tiny_model("Llama")
-    for show in (None, False):  # stderr is no terminal here
+    for show in (None, False):  # stderr is not a terminal here
         acqcore.score(model, TEXTS, tokenizer=tokenizer, backend="eager", progress=show)
         assert capsys.readouterr().err == ""
     acqcore.score(model, TEXTS, tokenizer=tokenizer, backend="eager", progress=True)
@@ -358,7 +357,7 @@ def test_progress_is_shown_where_asked(tiny_model, tokenizer, capsys):
 
 @pytest.mark.parametrize("reduction", ["sum", "max", "mean"])
 def test_a_perplexity_beyond_float32_is_its_largest(reduction):
-    """The most surprising sample stays the largest: an infinity would make it invalid, and never chosen."""
+    """The most surprising sample keeps the largest value; an infinite one would be invalid and never chosen."""
     weight = torch.zeros(8, 4)
     weight[0] = 60.0
     student = acqcore.Student(torch.nn.Embedding.from_pretrained(torch.ones(8, 4)), acqcore.Head(weight))

@@ -1,4 +1,4 @@
-"""``Scores`` is a mapping with tables."""
+"""``Scores`` is a mapping that converts to tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Selection: each greedy step against a naive one, the result against the best subset of tiny sets."""
+"""Selection: each greedy step against a naive one, and results against the best subsets of tiny sets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VECTOR_METHODS = ["k_center", "facility_location", "badge", "log_det"]
 
 
 def vectors(n: int, d: int, seed: int = 0) -> torch.Tensor:
-    """Clusters of different sizes and lengths, ``[n, d]``."""
+    """Vectors in clusters of different sizes and norms, ``[n, d]``."""
     g = torch.Generator().manual_seed(seed)
     centres = torch.randn(max(2, n // 5), d, generator=g) * 2
     which = torch.randint(len(centres), (n,), generator=g)
@@ -24,7 +24,7 @@ def vectors(n: int, d: int, seed: int = 0) -> torch.Tensor:
 
 
 def coverage(x: torch.Tensor, chosen: list[int]) -> float:
-    """Facility location, as defined."""
+    """Facility location by its definition."""
     unit = x / x.norm(dim=1, keepdim=True)
     return float((unit @ unit[chosen].T).clamp_min(0).amax(dim=1).sum())
 
@@ -188,7 +188,7 @@ def test_facility_location_step_by_step(blocks, seed, monkeypatch):
         monkeypatch.setattr(module, "_KEPT_ELEMENTS", 0)
     x = vectors(40, 6, seed).double()
     chosen = acqcore.select(x, 15, "facility_location").tolist()
-    for j in range(15):  # two vectors that cover each other gain alike, so values are compared
+    for j in range(15):  # two vectors that cover each other gain equally, so values are compared
         values = [coverage(x, [*chosen[:j], i]) for i in range(40)]
         assert values[chosen[j]] == pytest.approx(max(values), rel=1e-12)
 
@@ -235,7 +235,7 @@ def test_badge_draws_by_squared_distance():
         first, second = acqcore.select(x, 2, "badge", seed=seed).tolist()
         counts[first, second] += 1
     expected = squared / squared.sum(dim=1, keepdim=True) / 3
-    # Five standard deviations of a binomial share.
+    # Within five standard deviations of a binomial share.
     assert ((counts / draws - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt()).all()
 
 

@@ -19,7 +19,7 @@ def _reference(name: str) -> Callable[..., torch.Tensor]:
 
 
 def test_badge_is_the_gradient_of_the_students_own_predictions(tiny_model):
-    """In the head pass and, over every parameter, in a pass of its own; the written tokens do not count as targets."""
+    """Predicted, not written, tokens are the targets, both in the head pass and in a separate pass over parameters."""
     model = tiny_model("Llama")
     scores = acqcore.score(model, SAMPLES, ["badge", "grad_norm"])
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_for_badge_only_the_places_of_labels_count(tiny_model):
 
 
 def test_gradient_diversity(tiny_model):
-    """Against its definition; copies score about nothing; the order does not matter unless asked for."""
+    """Values match the definition, copies score nearly zero, and order matters only on request."""
     model = tiny_model("Llama")
     samples = {"input_ids": torch.cat([IDS, IDS[:1]])}
     value = acqcore.score(model, samples, "gradient_diversity")["gradient_diversity"]
@@ -98,7 +98,7 @@ def test_archive_novelty(tiny_model):
 
 
 def test_a_sample_without_a_finite_gradient(tiny_model):
-    """It is not valid, and takes no part in what the others are compared with."""
+    """It is invalid, and the other samples are not compared with it."""
     model = tiny_model("Llama", tie_word_embeddings=False)
     broken = IDS.clone()
     broken[1, 0] = 319

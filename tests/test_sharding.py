@@ -1,4 +1,4 @@
-"""Heads and students that several processes share give the numbers of whole ones, by few bytes of each row."""
+"""Heads and students sharded over several processes give the values of whole ones and send few bytes per row."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ assert _SPEC.loader is not None
 cases = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(cases)
 
-#: Of max(1, |value|). float64 shows the algorithm. In float32 a product may be rounded otherwise in a shard's tiles, a
-#: gradient sums a vocabulary in another order, and draws, whose products shards take in torch where one process takes
-#: them in a fused backend, are held to the tolerance of the contract.
+#: Tolerances relative to max(1, |value|). float64 checks the algorithm. In float32, a shard's tiles may round products
+#: differently, and gradients sum the vocabulary in another order. Draws have the tolerance of the contract, because
+#: shards form their products in torch, while a single process uses a fused backend.
 FLOAT64, FLOAT32, HIDDEN_GRAD, DRAWS = 1e-9, 1e-6, 5e-6, 2e-5
 
-#: Cases whose ranks have samples of their own.
+#: Cases in which each rank has its own samples.
 OWN_SAMPLES = {
     "DistributedDataParallel",
     "FSDP2",
@@ -39,7 +39,7 @@ OWN_SAMPLES = {
 
 
 def run(folder: Path, world: int, group: str) -> list[dict[str, Any]]:
-    """What each of ``world`` processes got for each case of a group."""
+    """Results of each of ``world`` processes for each case of a group."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
@@ -71,7 +71,7 @@ def four(tmp_path_factory):
 
 
 def assert_same(results: list[dict[str, Any]], name: str) -> None:
-    """Every rank's values are those of one process, and where samples are shared the same on all, bit by bit."""
+    """Every rank's values match those of one process; if ranks share samples, they agree bit for bit."""
     for rank, of_rank in enumerate(results):
         assert not isinstance(of_rank[name], str), f"rank {rank}: {of_rank[name]}"
         assert of_rank[name], name
@@ -106,7 +106,7 @@ def test_four_ranks(four, name):
 
 @pytest.mark.parametrize("name", ["rows: confident 1e-12", "rows: confident 1e-20", "gradients: confident 1e-12"])
 def test_confident_rows_keep_their_digits(two, name):
-    """Where all but the maximum is 1e-12 or 1e-20, relative errors show what a difference of 1 and 1 would lose."""
+    """If all but the maximum is 1e-12 or 1e-20, relative errors would reveal digits lost in subtracting 1 from 1."""
     seen = 0
     for key, (got, expected) in two[0][name].items():
         if key.rsplit(" ", 1)[-1] in ("gini", "residual_norm", "entropy", "gram", "direct", "auto"):

@@ -1,4 +1,4 @@
-"""Hashes of a sketch: what collides, and what that does to inner products."""
+"""Hash collisions in sketches, and their effect on inner products."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_group_fills_every_place_once_in_order():
 
 
 def test_collisions_are_those_of_independent_places():
-    """Rows of two groups share a place in 1 of 32 seeds; signs are fair and independent."""
+    """Rows of different groups share a place for 1 in 32 seeds; signs are fair and independent."""
     seeds = 4000
     drawn = torch.stack([rotated_places(70, 32, seed, 0) for seed in range(seeds)])
     places = torch.where(drawn < 0, ~drawn, drawn)
@@ -38,7 +38,7 @@ def test_collisions_are_those_of_independent_places():
 
 
 def test_inner_products_keep_mean_and_variance():
-    """Over seeds: unbiased, with the variance that independent places give."""
+    """Over seeds, they are unbiased and have the variance that independent places give."""
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 300, generator=g, dtype=torch.float64)
     y += 0.5 * x
@@ -47,14 +47,14 @@ def test_inner_products_keep_mean_and_variance():
     for places in (rotated_places, hashed_places):
         hashed = [hash_columns(torch.stack([x, y]), places(300, dim, seed, 0), dim, x.dtype) for seed in range(seeds)]
         products.append(torch.stack([h[0] @ h[1] for h in hashed]))
-    size = float((x.square().sum() * y.square().sum() + exact**2) / dim) ** 0.5  # bound on the deviation
+    size = float((x.square().sum() * y.square().sum() + exact**2) / dim) ** 0.5  # bound on the standard deviation
     for product in products:
         assert abs(float(product.mean()) - exact) < 5 * size / seeds**0.5
     assert float(products[0].std()) < 1.05 * float(products[1].std())
 
 
 def test_sketches_of_gradients_keep_inner_products():
-    """``E <S_i, S_j> = <G_i, G_j>`` for whole head gradients, deviation at most that of the tensor sketch."""
+    """``E <S_i, S_j> = <G_i, G_j>`` for whole head gradients, with at most the tensor sketch's deviation."""
     g = torch.Generator().manual_seed(1)
     hidden = torch.randn(6, 12, generator=g, dtype=torch.float64)
     weight = torch.randn(90, 12, generator=g, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Samples in blocks of 128 rows."""
+"""Slots of samples in blocks of 128 rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from acqcore.backends.slots import BLOCK, PAIR, slot_table
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_row_has_a_slot_and_every_sample_stays_whole(seed):
-    """Samples of 0 to BLOCK rows in any order, some rows in none."""
+    """Samples have 0 to BLOCK rows, come in any order and do not cover all rows."""
     draw = random.Random(seed)
     samples, row, element = [], 0, 0
     while row < 600:

@@ -1,4 +1,4 @@
-"""A real student on real questions, held to one sample at a time with full logits."""
+"""A real student on real questions, compared with one sample at a time and full logits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def references(
     targets: torch.Tensor,  # [N]
     hidden: torch.Tensor,  # [N, D]
 ) -> dict[str, torch.Tensor]:
-    """The definitions with their softmax shared: ten of them are slow at this size. Name -> ``[N]``."""
+    """The definitions, name -> ``[N]``, from one softmax, because ten are slow at this size."""
     rows = torch.arange(len(z))
     logp = z.log_softmax(dim=1)
     p = logp.exp()
@@ -110,7 +110,7 @@ def gsm8k(student):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_head_grad_norm_is_that_of_autograd(dtype, student, gsm8k):
-    """Real hidden states, float64 autograd of each sample alone, on the inputs as rounded."""
+    """Holds for real hidden states, against float64 autograd of each sample alone on the rounded inputs."""
     hidden, targets, offsets = gsm8k
     hidden, weight = hidden[: offsets[3]].to(dtype), student.head.weight.to(dtype)
     got = acqcore.head_grad_norm(hidden, acqcore.Head(weight), targets[: offsets[3]], offsets[:4])
@@ -122,7 +122,7 @@ def test_head_grad_norm_is_that_of_autograd(dtype, student, gsm8k):
 
 
 def test_sketches_rank_the_influence_of_real_text(student, gsm8k):
-    """Cosine with the mean gradient of eight other rows, Spearman against the gradients themselves."""
+    """Cosines with the mean gradient of eight other samples, compared by Spearman with those of exact gradients."""
     hidden, targets, offsets = gsm8k
     weight = student.head.weight
     gradients = []

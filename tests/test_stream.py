@@ -1,4 +1,4 @@
-"""A stream gives the values of one call, and reads no further than it was asked."""
+"""A stream gives the values of a single call and reads no further than the chunks requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The student found in a model gives the model's own logits, and leaves the model as it was."""
+"""The student found in a model gives the model's own logits and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _leak(_: Any, args: Any, output: Any) -> None:
 
 
 CHANGED = "LlamaForCausalLM changes the logits of its output embedding by more than a scale"
-#: What is done to a model, and why it is then refused.
+#: Name -> change to a model, message with which it is then refused.
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "logits of other tokens": (_on_logits(lambda z: z.cumsum(1)), CHANGED),
     "a bias of the logits": (_on_logits(lambda z: z + torch.arange(320)), CHANGED),
@@ -127,7 +127,7 @@ class TestVerification:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("how", ["forward", "class", "hook"])
     def test_a_head_that_is_not_what_its_weight_says_is_refused(self, how, dtype, tiny_model):
-        """By 3 %, less than the logits of a model in half precision may differ."""
+        """A deviation of 3 % is refused, although logits in half precision may differ by more."""
 
         class Scaled(torch.nn.Linear):
             def forward(self, hidden):
@@ -172,7 +172,7 @@ class TestVerification:
 class TestPeft:
     @pytest.fixture
     def adapted(self, tiny_model):
-        """``adapted(kind, **LoraConfig)`` with adapters that are not zero."""
+        """``adapted(kind, **LoraConfig)``: a model with non-zero adapters."""
         peft = pytest.importorskip("peft")
 
         def build(kind="Llama", **config):
@@ -352,7 +352,7 @@ class TestLoad:
 
 @pytest.mark.parametrize("fails", [False, True], ids=["loads", "raises"])
 def test_load_in_a_run_that_shards_its_models(tiny_model, tmp_path, monkeypatch, fails):
-    """Whole under ZeRO-3's global configuration and accelerate's FSDP switch; both are as before, also by an error."""
+    """Loads whole models under ZeRO-3's global config and accelerate's FSDP switch; restores both, also on errors."""
     import transformers
     from transformers.integrations import deepspeed
 
@@ -374,7 +374,7 @@ def test_load_in_a_run_that_shards_its_models(tiny_model, tmp_path, monkeypatch,
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: None)
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-    trainer_config = TrainerConfig()  # held here: transformers keeps a weak reference
+    trainer_config = TrainerConfig()  # held here, because transformers keeps only a weak reference
     deepspeed.set_hf_deepspeed_config(trainer_config)
     try:
         if fails:
@@ -390,7 +390,7 @@ def test_load_in_a_run_that_shards_its_models(tiny_model, tmp_path, monkeypatch,
 
 
 class TestLoading:
-    """What cannot be loaded is one sentence, and is said before the hub is asked."""
+    """Loading errors are one sentence and are raised before the hub is contacted."""
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -413,7 +413,7 @@ class TestLoading:
             acqcore.Student.load(path)
 
     def test_without_a_tokenizer(self, student):
-        """Tensors can be scored, and text says what is missing."""
+        """Tensors can be scored; text raises an error that names what is missing."""
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (student / name).unlink()
         loaded = acqcore.Student.load(student)

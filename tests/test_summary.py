@@ -1,4 +1,4 @@
-"""What blocks came to adds up to what the file came to."""
+"""Block reports add up to the summary of the file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from acqcore.files.summary import Summary
 
 
 def report(**fields: Any) -> dict[str, Any]:
-    """Of two rows with the values 1 and 3 of "loss", scored by one process from second 10 to second 12."""
+    """Report on two rows with losses of 1 and 3, scored by one process from second 10 to second 12."""
     return {
         "rows": 2,
         "valid": 2,

@@ -1,4 +1,4 @@
-"""The Triton backend's adapter; kernels are tested in ``tests/kernels``, numbers wherever every backend's are."""
+"""The Triton backend's adapter; kernels are tested in ``tests/kernels``, values in the tests of all backends."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ if not INTERPRETED:
     )
     @pytest.mark.parametrize("op", OPERATIONS)
     def test_after_a_refusal_the_cpu_serves(op, capability, dtype, message, monkeypatch):
-        """One sentence, whatever was asked; the same call is then answered by the backend that fits."""
+        """The refusal is one sentence for every operation; without a named backend, the cpu backend serves the call."""
         monkeypatch.setattr(torch.version, "cuda", "12.8")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
@@ -107,7 +107,7 @@ if not INTERPRETED:
 
 @pytest.mark.skipif(INTERPRETED or WITHOUT_GPU, reason="no GPU that Triton serves")
 class TestOnDevice:
-    """What shows on a GPU alone; numbers are compared wherever every backend's are."""
+    """Behaviour that only a GPU shows; values are compared in the tests of all backends."""
 
     N, D, V = 300, 256, 5000
 
@@ -149,7 +149,7 @@ class TestOnDevice:
 
     @pytest.mark.parametrize(("n", "d", "v"), [(4096, 4096, 131072), (16384, 1024, 50257)])
     def test_extra_memory_is_bounded(self, n, d, v):
-        """At most 64 MiB beyond inputs and outputs."""
+        """A call allocates at most 64 MiB beyond inputs and outputs."""
         hidden = torch.randn(n, d, device="cuda", dtype=torch.bfloat16)
         head = acqcore.Head(torch.randn(v, d, device="cuda", dtype=torch.bfloat16) * 0.05)
         targets = torch.randint(v, (n,), device="cuda")
@@ -168,7 +168,7 @@ if INTERPRETED:
         assert Triton().misfit(torch.device("cuda"), ()) == "backend 'triton' supports cpu tensors, got cuda"
 
     def test_its_kernels_run(monkeypatch):
-        """Named, it is what runs: without its launcher there is no result."""
+        """Without the kernel's launcher, a call that names the backend fails."""
         from acqcore.kernels import row_stats
 
         monkeypatch.setattr(row_stats, "row_stats", None)
@@ -216,7 +216,7 @@ if INTERPRETED:
 
     @pytest.mark.parametrize("op", OPERATIONS)
     def test_rows_that_lie_on_no_16_bytes(op):
-        """Views that a copy engine cannot address give the numbers of their copies."""
+        """Views that a copy engine cannot address give the values of their copies."""
         hidden, weight = torch.randn(5, 37).bfloat16(), torch.randn(40, 37).bfloat16()
         targets, offsets = torch.tensor([3, -100, 0, 39, 7]), torch.tensor([0, 2, 5])
         views = hidden[:, 1:33], acqcore.Head(weight[:, 2:34])

@@ -17,9 +17,9 @@ def data(n: int = 24, d: int = 5, classes: int = 3, seed: int = 0) -> tuple[torc
 
 
 def left_out(x: torch.Tensor, y: torch.Tensor, ridge: float) -> torch.Tensor:
-    """One ridge regression for each row, without it, on all rows' scale: ``[n, classes]``.
+    """Predictions of a ridge regression fitted without each row, on the scale of all rows, ``[n, classes]``.
 
-    The identity holds for fixed columns; the mean is fitted anew without the row, as the intercept is.
+    The identity holds for fixed columns; the mean is refitted without the row, as is the intercept.
     """
     n = len(x)
     predictions = []
@@ -27,7 +27,7 @@ def left_out(x: torch.Tensor, y: torch.Tensor, ridge: float) -> torch.Tensor:
         rest = torch.arange(n) != i
         design = torch.cat([torch.ones(n, 1, dtype=x.dtype), x], dim=1)
         penalty = ridge * torch.eye(design.shape[1], dtype=x.dtype)
-        penalty[0, 0] = 0  # the intercept is free
+        penalty[0, 0] = 0  # the intercept is not penalised
         weights = torch.linalg.solve(design[rest].T @ design[rest] + penalty, design[rest].T @ y[rest])
         predictions.append(design[i] @ weights)
     return torch.stack(predictions)
@@ -49,12 +49,12 @@ def test_is_the_margin_of_regressions_without_the_row(ridge, monkeypatch):
 
 def test_wrong_labels_are_the_least_trusted():
     vectors, labels = data(n=200, d=8, classes=5, seed=1)
-    wrong = torch.arange(0, 200, 11)  # of every class
+    wrong = torch.arange(0, 200, 11)  # in every class
     given = labels.clone()
     given[wrong] = (given[wrong] + 1) % 5
     values = acqcore.label_trust(vectors, given)
     lowest = set(values.argsort()[: len(wrong)].tolist())
-    assert len(lowest & set(wrong.tolist())) >= len(wrong) - 1  # one row may lie nearer to another class
+    assert len(lowest & set(wrong.tolist())) >= len(wrong) - 1  # one row may be closer to another class
 
 
 def test_labels_are_names_only():

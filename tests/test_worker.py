@@ -1,4 +1,4 @@
-"""Blocks are tried again, given up, told apart from finished ones, and held one at a time."""
+"""Blocks are retried, given up, left alone once finished, and held one at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def no_pause(monkeypatch):
 
 @pytest.fixture
 def scorer(student, tmp_path):
-    """Of ``ROWS`` in data.jsonl, one row a batch."""
+    """Scorer of ``ROWS`` in data.jsonl, with one row per batch."""
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     plan = Plan.of("entropy", batch_tokens=1, backend="eager")
     data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
@@ -38,7 +38,7 @@ def scorer(student, tmp_path):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """``failing(n)``: scoring fails n times, after a first batch; gives the numbers of rows it was called with."""
+    """``failing(n)``: scoring fails n times after a first batch; returns the numbers of rows it was called with."""
 
     def arrange(times):
         calls: list[int] = []
@@ -107,7 +107,7 @@ def test_draws_have_no_such_column(scorer):
 
 
 def test_batches_of_another_cut_are_no_gap(scorer, read):
-    """As a GPU's batches are, when the CPU goes on."""
+    """Rows of a finished batch that was cut differently, as by a GPU, are scored again."""
     [block] = scan(scorer.job.data, 10, None)[0]
     scorer = BlockScorer(dataclasses.replace(scorer.job, plan=Plan.of("entropy", batch_tokens=8192, backend="eager")))
     scorer.parts.append(0, [0, 6], [[-7.0], [-7.0]])
@@ -169,7 +169,7 @@ def test_the_same_command_tries_failed_blocks_again_and_no_others(out, command, 
     in_the_way.rmdir()
     kept = parts.report(0)
     assert kept is not None
-    Path(parts.folder / "block-000000.json").write_text(json.dumps({**kept, "valid": 1}))  # shows that it is not redone
+    Path(parts.folder / "block-000000.json").write_text(json.dumps({**kept, "valid": 1}))  # lost if it is redone
     assert main(arguments) == 0
     captured = capsys.readouterr()
     assert "5 of 7 rows scored" in captured.out
@@ -185,9 +185,9 @@ def test_the_same_command_tries_failed_blocks_again_and_no_others(out, command, 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from Linux's /proc")
 def test_memory_does_not_grow_with_the_file(command, tmp_path):
-    """A column of 8 kB beside the text: the 4000 rows more would be 32 MB were they held."""
+    """With an 8 kB column next to the text, holding the 4000 additional rows would take 32 MB."""
     peaks = []
-    for n in (1500, 5500):  # with fewer the first run has not yet reached what its allocator holds on to
+    for n in (1500, 5500):  # with fewer rows, the first run would not reach the memory that its allocator retains
         rows = [{"text": f"fox {i}", "note": "x" * 8192} for i in range(n)]
         arguments = command(rows, block_rows=250, out=tmp_path / f"{n}.jsonl")
         code = (

@@ -1,4 +1,4 @@
-"""A student of a few thousand parameters and its byte tokenizer, built here: nothing is downloaded."""
+"""Fixtures: a student of a few thousand parameters with a byte tokenizer, built without downloads, and other fakes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEMPLATE = (
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Small matrices gain nothing from threads; on a busy machine the wait for them takes 50 times longer."""
+    """Small matrices gain nothing from threads, and on a busy machine waiting for them takes 50 times longer."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -70,7 +70,7 @@ def student_path(model, tokenizer, tmp_path):
 
 @pytest.fixture
 def on_socket():
-    """``on_socket(app, **options of uvicorn)``: the URL of an application served in a thread until the test ends."""
+    """``on_socket(app, **uvicorn_options)`` serves an app in a thread until the test ends and returns its URL."""
     running = []
 
     def serve(app, **options):
@@ -92,7 +92,7 @@ def on_socket():
 
 
 class Sums(PlainDomain):
-    """Sums: the answer is a number in the last line; 7, 7.0 and 07 are the same in value, 7 and " 7" in form too."""
+    """Sums answered by a number in the last line. 7, 7.0 and 07 are equivalent, 7 and " 7" also in canonical form."""
 
     name = "sums"
     answer_tokens = 8
@@ -123,7 +123,7 @@ class Sums(PlainDomain):
 
 
 class Scripted(FakeEngine):
-    """Says what a function of the prompt, the draw and the seed says; a text that ends in "..." was cut off."""
+    """Returns ``says(prompt, draw, seed)`` as the completion; a text that ends in "..." counts as cut off."""
 
     def __init__(self, says):
         super().__init__()
@@ -144,9 +144,9 @@ class Scores:
 
 
 class AnswerReward:
-    """The answer's value is the reward: the larger the better, 13 cannot be scored, questions with "bad" are gated.
+    """Reward equal to the numeric answer; 13 cannot be scored, and texts that contain "bad" fail a gate.
 
-    Under TRL's contract the reward is the share of "e" in the text, plus a count of calls, its state."""
+    Called by TRL, it returns the share of "e" in the text plus a term that grows with the call count, its state."""
 
     def __init__(self):
         self.calls = 0
@@ -195,5 +195,5 @@ def answer_reward():
 
 @pytest.fixture(name="written")
 def _written():
-    """``written(question, answer, reasoning="")``: as a generator writes it."""
+    """``written(question, answer, reasoning="")`` formats a sample the way a generator writes it."""
     return written

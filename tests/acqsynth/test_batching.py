@@ -1,4 +1,4 @@
-"""What is answered together, in which order, and that every item is answered once."""
+"""The batcher: contents and order of batches, and exactly one answer per item."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def double(key, items):
 
 
 class Doubler:
-    """Twice each item; 13 raises. A batch waits while ``free`` is cleared, and no two run at once."""
+    """Doubles items and raises on 13. Batches block while ``free`` is cleared and must not overlap."""
 
     def __init__(self):
         self.batches = []
@@ -53,7 +53,7 @@ def doubler():
 
 @pytest.fixture
 def batcher(doubler):
-    """``batcher(**options)``: closed at the end, when everything is answered."""
+    """``batcher(**options)`` builds a batcher that is closed after the test."""
     made = []
 
     def build(**options):
@@ -78,7 +78,7 @@ def results(futures):
 
 
 def held(doubler, batcher, key="a", items=(0,), sizes=None):
-    """A batch at work until ``doubler.free`` is set."""
+    """Starts a batch that runs until ``doubler.free`` is set."""
     doubler.free.clear()
     future = batcher.submit(key, list(items), sizes)
     until(lambda: len(doubler.batches) == 1)
@@ -94,7 +94,7 @@ def test_requests_that_come_together_are_one_batch(batcher, doubler):
 def test_batches_hold_the_limit_and_the_order(batcher, doubler):
     one = batcher(limit=10, wait=0.3)
     assert results([one.submit("a", [1, 2, 3], [4, 4, 9]), one.submit("a", [4, 5], [30, 1])]) == [[2, 4, 6], [8, 10]]
-    assert doubler.items == [[1, 2], [3], [4], [5]]  # an item of 30 gets a batch of its own
+    assert doubler.items == [[1, 2], [3], [4], [5]]  # an item of size 30 gets its own batch
 
 
 def test_a_full_batch_does_not_wait_and_a_lone_item_no_longer_than_told(batcher):
@@ -127,7 +127,7 @@ def test_one_requests_failure_is_not_anothers(batcher, doubler):
         bad.result(60)
     assert last.result(60) == [8]
     assert doubler.items == [[1, 13, 4, 2, 3], [1, 2], [13, 3], [4]]
-    assert one.submit("a", [5]).result(60) == [10]  # the worker lives
+    assert one.submit("a", [5]).result(60) == [10]  # the worker survives
 
 
 def test_a_wrong_count_is_an_error():
@@ -150,7 +150,7 @@ def test_what_was_cancelled_does_not_run(batcher, doubler):
 
 @pytest.mark.parametrize("cancelled", [False, True])
 def test_the_worker_outlives_requests_that_fail_in_every_batch(cancelled):
-    """Whatever the threads' order: a batch may fail before the items of its request are dropped."""
+    """Threads interleave freely: a second batch of a request may fail before its queued items are dropped."""
 
     def fail(key, items):
         if items != ["good"]:
@@ -179,7 +179,7 @@ def test_coroutines_share_batches_and_a_cancelled_task_drops_out(batcher, double
 
     async def main():
         tasks = [asyncio.create_task(ask(i)) for i in range(9)]
-        await asyncio.sleep(0)  # all have asked
+        await asyncio.sleep(0)  # all requests are queued
         tasks.pop(4).cancel()
         return await asyncio.gather(*tasks)
 
@@ -216,7 +216,7 @@ def test_threads_are_each_answered_with_their_own_one_batch_at_a_time(batcher, d
 
 @pytest.mark.parametrize("key", ["a", "b"])
 def test_a_small_request_is_in_one_of_the_next_batches(key, batcher, doubler):
-    """Of its own lane or of another, whatever waits."""
+    """Holds in the lane of a large request and in another lane."""
     one = batcher(limit=100)
     large = held(doubler, one, items=range(100, 200), sizes=[10] * 100)
     small = one.submit(key, [1, 2], [10, 10])
@@ -242,14 +242,14 @@ def test_many_small_requests_do_not_starve_a_large_one():
 
 
 def test_a_batch_takes_its_seconds_and_no_more(monkeypatch):
-    """So that nobody waits for the batch of another much longer than for two of them."""
+    """Batches are limited in duration, so a small request runs in one of the next three."""
     now, batches, small = 0.0, [], []
 
     def slow(key, items):
         nonlocal now
         batches.append((key, len(items)))
         now += 0.01 * len(items)
-        if key == "a" and len(small) < 5:  # somebody comes while the batch of another runs
+        if key == "a" and len(small) < 5:  # a request arrives while another's batch runs
             small.append((len(batches), one.submit("b", [len(small)], [100])))
         return items
 
@@ -279,7 +279,7 @@ def test_works_in_a_forked_process(batcher, doubler):
     held(doubler, one)
     one.submit("a", [1])
     child = os.fork()
-    if child == 0:  # what waits or runs in the parent is not the child's
+    if child == 0:  # the child inherits no queued or running work
         doubler.one_at_a_time.release()
         doubler.free.set()
         os._exit(one.submit("a", [21]).result(60)[0] + one.waiting)

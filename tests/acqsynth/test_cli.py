@@ -1,4 +1,4 @@
-"""The command line: what it prints, its exit codes, and mistakes in one sentence."""
+"""The command line: output, exit codes and one-sentence errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: what is read, and what each mistake is told as."""
+"""Recipes: parsing, overrides and error messages."""
 
 from __future__ import annotations
 

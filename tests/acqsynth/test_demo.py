@@ -40,7 +40,7 @@ def test_the_demo_on_a_tiny_model(student_path, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "COMPLETION_TOKENS", 4)
     asked = []
 
-    def loop(arguments):  # recipes have tests of their own
+    def loop(arguments):  # recipes are tested elsewhere
         asked.append(arguments)
         demo.report().parent.mkdir(parents=True)
         demo.report().with_name("metrics.json").write_text('{"verdict": [{"kind": "gain", "text": "It learnt."}]}')

@@ -1,4 +1,4 @@
-"""Statistics of evaluations against values worked out by hand."""
+"""Evaluation statistics, checked against SciPy and values worked out by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from acqsynth.evaluate import (
 
 @pytest.fixture
 def echo(scripted):
-    """Answers what stands behind the question mark."""
+    """Answers with the text after the question mark."""
     return scripted(lambda prompt, draw, seed: prompt[-1]["content"].split("?")[1])
 
 
@@ -56,13 +56,13 @@ def test_of_one_fit_the_interval_is_students_over_rows():
 
 @pytest.mark.parametrize("means", [(0.5, 0.6), (0.5, 0.6, 0.55), (0.2, 0.9, 0.4, 0.4)])
 def test_where_rows_are_alike_it_is_students_over_fits(means):
-    """Of two fits too, of which a bootstrap knows next to nothing."""
+    """Holds even for two fits, from which a bootstrap learns next to nothing."""
     right = np.array([[mean] * 50 for mean in means])
     found = change(right, np.full((1, 50), 0.45), learnt=False)
     expected = stats.ttest_1samp(np.array(means), 0.45)
     assert found.mean == pytest.approx(np.mean(means) - 0.45)
     assert found.p == pytest.approx(expected.pvalue)
-    interval = expected.confidence_interval(0.95)  # of the mean
+    interval = expected.confidence_interval(0.95)  # of the mean accuracy
     assert (found.low, found.high) == pytest.approx((interval.low - 0.45, interval.high - 0.45))
     assert found.fits == len(means)
 
@@ -80,7 +80,7 @@ def test_two_arms_are_welchs():
 def test_change_is_paired_by_row():
     before = np.array([[1.0, 0.0] * 50])
     after = before.copy()
-    after[0, 1:21:2] = 1.0  # ten of a hundred rows are newly right, none is lost
+    after[0, 1:21:2] = 1.0  # ten of a hundred rows become right, none becomes wrong
     found = change(after, before)
     expected = stats.ttest_rel(after[0], before[0])
     assert found.mean == pytest.approx(0.1)
@@ -89,7 +89,7 @@ def test_change_is_paired_by_row():
 
 
 def test_fits_of_one_generator_are_one_draw():
-    """With three generators and more; with fewer each fit is."""
+    """Holds for three or more generators; with fewer, each fit counts as a draw."""
     right = np.array([[mean] * 20 for mean in (0.1, 0.11, 0.5, 0.51, 0.9, 0.91)])
     found = accuracy_interval(right, generators=[0, 0, 1, 1, 2, 2])
     expected = stats.ttest_1samp([0.105, 0.505, 0.905], 0.0).confidence_interval(0.95)
@@ -111,7 +111,7 @@ def test_no_change_is_exactly_none():
 
 
 def test_what_is_called_by_chance_is_rare():
-    """Of 300 students whose fits differ by noise alone, about one in twenty differs from the base by more than this."""
+    """Of 300 students that differ from the base by noise alone, about one in twenty has p < 0.05."""
     rng = np.random.default_rng(1)
     called = 0
     for _ in range(300):
@@ -188,7 +188,7 @@ def test_unscored_samples_are_left_out():
 
 
 class Likely:
-    """An engine that finds the text named in the prompt the likeliest, and all others equal."""
+    """An engine for which the text named in the prompt is the likeliest and all others are equally likely."""
 
     name = "likely"
 
@@ -202,7 +202,7 @@ def test_the_likeliest_label_is_the_answer():
     rows = [Sample(f"{domain.solution(Sample('', label))}! Where?", label) for label in labels]
     rows += [Sample("card arrival! Where?", "card"), Sample("none", "card"), Sample("none", "card_arrival")]
     found = evaluate_by_likelihood(Likely(), domain, rows, labels)
-    assert found.answers == [*labels, "card_arrival", "card", "card"]  # of equals the first
+    assert found.answers == [*labels, "card_arrival", "card", "card"]  # ties go to the first
     assert found.right == [True] * 150 + [False, True, False]
     assert found.completions[1] == "card arrival"
 

@@ -20,7 +20,7 @@ def labelled(sums, scripted, texts, **options):
 def test_the_majority_is_the_label(sums, scripted):
     texts = ["so\n7", "3 and 4\nmake\n7.0", "8", "think\nlonger here\n 7", "no idea"]
     found = labelled(sums, scripted, texts)
-    # 7, " 7" and 7.0 are one answer; of its three completions the second is the one of median length.
+    # 7, " 7" and 7.0 are one answer; the second of its three completions has the median length.
     assert found == Label(Sample("3+4", "7.0", "3 and 4\nmake"), 3 / 5, ["7", "7.0", "8", " 7", None])
 
 
@@ -38,7 +38,7 @@ def test_the_domain_computes_labels(sums):
         ("7", "7", ""),
         ("3 and 4\n7\n", "7", "3 and 4"),
         ("3 and 4\nso it is:7", "7", "3 and 4"),
-        ("it is:7", "7", "it is:7"),  # the one line there is holds the steps
+        ("it is:7", "7", "it is:7"),  # the only line is kept, as it holds the steps
         ("a loop\n```\nf()\n```", "```\nf()\n```", "a loop"),
         ("3 and 4\n7, I think", "7", "3 and 4\n7, I think"),
     ],
@@ -94,11 +94,11 @@ def test_representatives_alone_are_compared(sums, monkeypatch):
     monkeypatch.setattr(sums, "equivalent", counted)
     answers = ["7", " 7", "7 ", "8", "7.0", None, "8"]
     assert cluster(sums, [QUESTION], [answers]) == [[[0, 1, 2, 4], [3, 6]]]
-    assert compared == [("7", "8"), ("7", "7.0"), ("8", "7.0"), ("7.0", "7")]  # the last: the other way round
+    assert compared == [("7", "8"), ("7", "7.0"), ("8", "7.0"), ("7.0", "7")]  # the last pair is the reverse check
 
 
 def test_equivalence_of_one_direction_joins_nothing(sums, monkeypatch):
-    """As with tests instead of a gold answer: 8 is right, whatever it is compared with."""
+    """With tests instead of a gold answer, 8 is right whatever it is compared with, but no other answer equals it."""
     monkeypatch.setattr(sums, "equivalent", lambda gold, answers: [answer == "8" for answer in answers])
     assert cluster(sums, [QUESTION], [["7", "8", "9"]]) == [[[0], [1], [2]]]
 
@@ -108,7 +108,7 @@ def test_no_cluster_is_joined_through_a_third(sums, monkeypatch):
     monkeypatch.setattr(sums, "equivalent", near)
     assert cluster(sums, [QUESTION] * 2, [["1", "3", "2", "9"], []]) == [[[0], [1], [2], [3]], []]
     assert cluster(sums, [QUESTION], [["1", "2", "2.0", "9", "1.0", "9.5"]]) == [[[0, 1, 2, 4], [3, 5]]]
-    # Three votes that differ beside a fourth that is near one of them, and a pair between two pairs.
+    # Three different votes and a fourth that is near one of them; then a pair that lies between two pairs.
     assert cluster(sums, [QUESTION], [["1", "4", "7", "8"]]) == [[[2, 3], [0], [1]]]
     assert cluster(sums, [QUESTION], [["1", "1", "3", "3", "2", "2"]]) == [[[0, 1], [2, 3], [4, 5]]]
 
@@ -123,13 +123,13 @@ def test_a_percentage_does_not_join_its_two_readings():
 
 
 def embed(texts):
-    """Answers as angles in degrees."""
+    """Embeds answers, which are angles in degrees, as unit vectors."""
     angles = numpy.radians([float(text) for text in texts])
     return numpy.stack([numpy.cos(angles), numpy.sin(angles)], axis=1)
 
 
 def test_open_answers_cluster_by_their_embeddings():
-    # cos 49.5 degrees is 1 - 0.35: 40 is near, 60 and more are not.
+    # cos 49.5 degrees is 1 - 0.35, so 40 is near and 60 is not.
     assert cluster_texts(["0", "100", "40", None, "102", "20"], embed) == [[0, 2, 5], [1, 4]]
     assert cluster_texts(["5", None], embed) == [[0]]
     assert cluster_texts([None], embed) == []
@@ -164,7 +164,7 @@ def test_a_labeller_asks_the_student_or_the_teacher(sums, scripted):
         assert (found.sample, found.agreement) == (Sample("3+4", "7"), 0.75)
         assert engine.calls[-1][1].seed == 5
         labeller.refresh("a/newer/student")
-    assert moved.__self__ == ["a/newer/student"]  # a teacher does not move
+    assert moved.__self__ == ["a/newer/student"]  # a teacher is not refreshed
     with pytest.raises(ValueError, match="options: unknown 'kk', expected max_tokens"):
         Labeller(LabellingConfig(options={"kk": 1}), sums, lambda: engine)
 

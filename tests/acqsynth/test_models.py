@@ -1,4 +1,4 @@
-"""Names of models in recipes."""
+"""Model names in recipes."""
 
 from __future__ import annotations
 

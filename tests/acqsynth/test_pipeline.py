@@ -1,4 +1,4 @@
-"""A whole recipe with fakes in the place of the models: artefacts, sharing, skipping, kills, and what failures say."""
+"""A whole recipe with fake models: artefacts, shared and skipped steps, kills, and failure messages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plan_of(recipe, *overrides):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of a recipe that ran to its end."""
+    """The output folder of a finished run."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "recipe.yaml").write_text(fake_run.RECIPE + f"output: {folder / 'out'}\n")
     with pytest.MonkeyPatch.context() as patch:
@@ -47,14 +47,14 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def done(finished, recipe, fakes):
-    """The recipe, run to its end in a folder of this test's own."""
+    """The recipe, with a finished run copied to this test's folder."""
     shutil.copytree(finished, recipe.parent / "out")
     fakes.clear()
     return recipe
 
 
 def contents(output):
-    """Every artefact, without what times differ in."""
+    """All artefacts, without timings and what depends on them."""
     found = {}
     for path in sorted(output.rglob("*")):
         if not path.is_file() or path.name in (".lock", "run.log", "report.html"):
@@ -131,7 +131,7 @@ def test_a_second_run_does_nothing(fakes, done):
     ],
 )
 def test_a_changed_key_runs_only_what_reads_it(fakes, done, override, stages):
-    """With k = 5 the fake's labels come out the same, so their fits are spared."""
+    """With k = 5 the fake labels do not change, so the fits are not repeated."""
     ran = run(done, override)[2]
     assert {step.split("/")[0] for step in ran} == stages
     if override.startswith("data.real"):
@@ -141,7 +141,7 @@ def test_a_changed_key_runs_only_what_reads_it(fakes, done, override, stages):
 
 
 def test_arms_share_what_reads_the_same(fakes, recipe):
-    """Prompting alone is the recipe's own arm and a baseline: one step each. Names are unique within a stage."""
+    """Prompting alone is both the main arm and a baseline but runs once. Step names are unique within a stage."""
     plan = plan_of(recipe, "generator.method=none")
     assert plan.main == "no_rl"
     assert [str(step) for step in plan.of("generate")].count("02-generate/no_rl") == 1
@@ -171,7 +171,7 @@ def test_all_arms_learn_equal_rows_with_equal_settings(fakes, recipe):
 
 
 def test_rounds_alternate(fakes, recipe):
-    """The student of a round scores and labels the next, whose generator goes on from the one before."""
+    """Each round scores and labels with the student of the previous round and continues from its generator."""
     plan, store, _ = run(recipe, "rounds=3", "baselines=[no_rl]", "evaluation.validity.batches=0")
     arm = plan.arms["grpo"]
     assert [str(step) for step in arm.trained] == [f"01-train/grpo-round-{i}" for i in (1, 2, 3)]
@@ -185,7 +185,7 @@ def test_rounds_alternate(fakes, recipe):
     assert [len(fit.arguments["samples"]) for fit in (*fits, arm.fits["student", 70, 0, 0])] == [1, 2, 3]
     assert arm.labelled[1].arguments["model"].step is fits[0]
     assert [step.arguments["writing"].n for step in arm.written] == [30, 30, 30]
-    # The fake trainer adds 5, and 1 where the student that scores has learnt.
+    # The fake trainer adds 5, and 1 more if the scoring student has been fitted.
     strengths = [json.loads((store.path(u / "model") / "config.json").read_text())["strength"] for u in arm.trained]
     assert strengths == [45, 51, 57]
     metrics = json.loads((store.path(plan.report / "metrics.json")).read_text())
@@ -193,7 +193,7 @@ def test_rounds_alternate(fakes, recipe):
 
 
 def test_each_seed_of_the_generator_is_a_run_of_its_own(fakes, recipe):
-    """It is trained, writes and labels by itself, with seeds that no other takes; the ranked real rows are the same."""
+    """Each seed trains, writes and labels separately with its own random seeds; the ranked real rows are shared."""
     overrides = ("baselines=[no_rl, best_of_n, random_real, filtered_real, error_driven]", "rounds=2")
     plan, store, _ = run(recipe, "generator.seeds=[0, 3]", *overrides)
     for name, arm in plan.arms.items():
@@ -210,7 +210,7 @@ def test_each_seed_of_the_generator_is_a_run_of_its_own(fakes, recipe):
     [result] = metrics["arms"]["grpo"]["results"]
     assert (result["generators"], result["seeds"]) == ([0, 0, 3, 3], [0, 1, 0, 1])
     assert metrics["comparisons"][0]["difference"]["fits"] == 4
-    assert [entry["step"] for entry in metrics["training"]["log"]] == list(range(1, 7))  # of one generator
+    assert [entry["step"] for entry in metrics["training"]["log"]] == list(range(1, 7))  # of one generator only
     one = plan_of(recipe, *overrides)
     assert {str(step): step.settings() for step in one.steps[:-1]}.items() <= {
         str(step): step.settings() for step in plan.steps
@@ -220,7 +220,7 @@ def test_each_seed_of_the_generator_is_a_run_of_its_own(fakes, recipe):
 def test_rejection_sampling_spends_what_training_did(fakes, recipe):
     _, store, _ = run(recipe, "baselines=[best_of_n]", "evaluation.validity.batches=0")
     counts = json.loads((store.output / "02-generate/best_of_n/counts.json").read_text())
-    # Training drew 12 completions in the fake; 90 questions are wanted: (12 + 90) / 90 of them, at least 2 a prompt.
+    # The fake training drew 12 completions and 90 questions are wanted: (12 + 90) / 90 per prompt, at least 2.
     assert counts["completions"] == 180
     table = read_table(store.output / "02-generate/best_of_n/samples.parquet")
     assert len(table["reward"]) == counts["kept"] > 70
@@ -230,7 +230,7 @@ def test_rejection_sampling_spends_what_training_did(fakes, recipe):
 def test_errors_are_shown_by_their_skills_share(fakes, recipe):
     pool = [Sample(f"a{i}", "1", "", {"skill": "a"}) for i in range(10)]
     pool += [Sample(f"b{i}", "1", "", {"skill": "b"}) for i in range(90)]
-    # Every a is wrong, a tenth of b: a's share of errors is ten times b's.
+    # All of a and a tenth of b are wrong, so a's share of errors is ten times b's.
     right = [False] * 10 + [i >= 9 for i in range(90)]
     drawn = Counter(sample.question[0] for sample in stages.sample_mistakes(pool, right, 11000, seed=0))
     assert drawn["a"] / drawn["b"] == pytest.approx(10, rel=0.15)
@@ -350,7 +350,7 @@ TRAINER = {"max_steps": 3, "use_cpu": True, "bf16": False, "save_steps": 1, "gra
 
 @pytest.fixture
 def scoring(sums, student_path, tmp_path, monkeypatch):
-    """A default reward over a student of a few thousand parameters, which refreshes every two steps."""
+    """The default reward with a student of a few thousand parameters, refreshed every two steps."""
     monkeypatch.setattr(stages, "find_domain", lambda name: sums)
     write_rows(tmp_path / "seeds.parquet", SEEDS)
     reward = RewardConfig(answers={"k": 2, "max_tokens": 4}, refresh_steps=2)
@@ -374,7 +374,7 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
     assert sum("of 3: reward" in line for line in said) == 3
     moved = f"step 2: the reward scores with {tmp_path / 'model/checkpoint-1'}"
     assert [line for line in said if "scores with" in line] == [moved]
-    # DPO draws its candidates first; of random bytes none is a sample.
+    # DPO draws its candidates first; random bytes never parse.
     with pytest.raises(ValueError, match="expected a prompt whose best candidate passes the gates"):
         stages.train_generator(
             StepContext(tmp_path / "dpo"), scoring=scoring, method="dpo", options=TRAINER,
@@ -383,7 +383,7 @@ def test_a_generator_learns_from_a_student_that_moves(scoring, student_path, tmp
 
 
 def test_answers_by_likelihood(student_path, tmp_path):
-    """The likeliest label is one of the set's, whatever an untrained student writes."""
+    """The likeliest label is always in the set, even if the untrained student writes no label."""
     rows = [Sample(f"text {i}", label) for i in range(3) for label in ("card", "card_arrival", "a, b")]
     write_rows(tmp_path / "rows.parquet", rows)
     said = []
@@ -435,7 +435,7 @@ KILLED = [
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What a run ends with that nobody disturbs."""
+    """The artefacts of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     process = start(folder, None)
     process.join(300)
@@ -464,7 +464,7 @@ def test_killed_and_started_again_it_ends_with_the_same(whole, pause, tmp_path):
 
 
 def start(folder, pause):
-    """The recipe in a process of its own, which waits at the call named by ``pause``; forked, to spare imports."""
+    """Runs the recipe in a process that waits at the call named by ``pause``; forking avoids repeated imports."""
     process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, pause))
     process.start()
     return process

@@ -1,4 +1,4 @@
-"""A plan refuses what a run would refuse hours later: every object that a recipe configures is made first."""
+"""Planning creates every object that a recipe configures, so it rejects what a run would reject hours later."""
 
 from __future__ import annotations
 

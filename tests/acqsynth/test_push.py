@@ -1,4 +1,4 @@
-"""A finished run, published into a folder: rows, student and cards; and how the hub would be called."""
+"""Publishing a finished run to a folder (rows, student and cards) and to a mocked hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from acqsynth.steps import Store
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a recipe, with a path and a token among its options, that ran to its end."""
+    """The output folder of a finished run whose recipe has a path and a token among its options."""
     folder = tmp_path_factory.mktemp("published")
     options = f"options: {{resume_from_checkpoint: {folder / 'start'}, hub_token: hf_hidden}}"
     recipe = fake_run.RECIPE.replace("questions: 90}", f"questions: 90, {options}}}")
@@ -68,7 +68,7 @@ def test_rows_student_and_cards_in_a_folder(fakes, run, tmp_path, capsys):
 
 
 def test_the_hub_gets_two_repositories_of_the_name(fakes, run, monkeypatch, capsys):
-    api = create_autospec(HfApi, instance=True)  # calls have to bind to the client's own signatures
+    api = create_autospec(HfApi, instance=True)  # calls must match the client's signatures
     api.create_repo.side_effect = lambda name, **options: f"https://hub/{options['repo_type']}/{name}"
     files = {}
 
@@ -107,7 +107,7 @@ def test_mistakes_in_one_sentence(fakes, run, tmp_path, monkeypatch, capsys, fol
     (tmp_path / "taken/model/old.txt").touch()
     assert main(["push", folder or str(run), "--to", to, "--license", "mit"]) == 2
     assert capsys.readouterr().err == f"acqsynth: error: {sentence}\n"
-    assert [path.name for path in tmp_path.rglob("*.*")] == ["old.txt"]  # nothing half written
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["old.txt"]  # nothing was written
 
 
 def test_a_licence_has_to_be_named(capsys):

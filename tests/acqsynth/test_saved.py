@@ -1,4 +1,4 @@
-"""Files that are loaded run no code, whoever wrote them."""
+"""Loading an untrusted file runs no code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from acqsynth.callbacks import REWARD_STATE, RewardStates
 
 
 class Runs:
-    """Makes a folder when it is loaded."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Steps: skipped, resumed, replaced whole or not at all, and what the user is told."""
+"""Steps: skipping, resuming, atomic replacement and messages to the user."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Options(Section):
 
 @dataclass(frozen=True)
 class Holder:
-    """Steps are found within dataclasses, lists and mappings."""
+    """Nests steps; they are found inside dataclasses, lists and mappings."""
 
     parts: Any
 
@@ -191,7 +191,7 @@ def test_a_full_disk_is_one_sentence_and_earlier_outputs_stay(tmp_path, error):
 
 
 def test_a_disk_that_really_fills_up(tmp_path):
-    """On a file system of one MiB, where this user may mount one."""
+    """Runs on a file system of 1 MiB; skipped if this user may not mount one."""
     place = tmp_path / "small"
     place.mkdir()
     mounted = subprocess.run(
@@ -210,7 +210,7 @@ def test_a_disk_that_really_fills_up(tmp_path):
             Store(place).run(reader(first, function=large))
         assert Store(place).reason(first) is None
         assert not (place / "01-train/b").exists()
-        # Space is made, and the same step goes on.
+        # After space is freed, the step succeeds.
         (place / "01-train/b.partial/large.bin").unlink()
         assert Store(place).run(reader(first))
     finally:
@@ -280,7 +280,7 @@ def test_a_kill_between_the_end_and_the_rename_loses_nothing(tmp_path):
 
 
 class Seen:
-    """Counts the items of all chunks before the present one."""
+    """Counts the items of all chunks so far."""
 
     def __init__(self):
         self.seen = 0

@@ -1,4 +1,4 @@
-"""Training through TRL: what is learnt, what a folder holds afterwards, and kills."""
+"""Training through TRL: what is learnt, the files it leaves, and recovery from kills."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def changed(before, after):
 
 
 class KillAt(TrainerCallback):
-    """Ends the run after a step, as a signal would."""
+    """Interrupts the run after a step, as a signal would."""
 
     def __init__(self, step):
         self.step = step
@@ -155,7 +155,6 @@ def test_a_student_learns_and_its_folder_is_a_model(sums, student_path, tmp_path
 
 
 def test_the_loss_is_that_of_the_completion(sums, student_path, tmp_path):
-    """Of a sample and of replayed rows."""
     options = QUICK | {"max_steps": 1, "save_strategy": "no"}
     train.sft(str(student_path), sums, SAMPLES[:1], tmp_path, options)
     tokenizer, model = AutoTokenizer.from_pretrained(student_path), AutoModelForCausalLM.from_pretrained(student_path)
@@ -166,7 +165,7 @@ def test_the_loss_is_that_of_the_completion(sums, student_path, tmp_path):
         logprobs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
     expected = -torch.stack([logprobs[t - 1, whole[t]] for t in range(first, len(whole))]).mean()
     assert read_log(tmp_path)[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
-    assert whole[-1] == tokenizer.eos_token_id  # learnt too
+    assert whole[-1] == tokenizer.eos_token_id  # the end token is trained too
 
 
 def test_a_killed_fit_with_lora_and_replay_ends_as_if_it_had_not_been(sums, student_path, tmp_path):
@@ -199,7 +198,7 @@ def test_wrong_arguments(sums, student_path, answer_reward, tmp_path):
 
 
 def test_two_steps_of_grpo_and_what_they_leave(student_path, tokenizer, model, tmp_path):
-    """With two rewards of this package, activation checkpointing as TRL has it, and batches accumulated."""
+    """Uses two rewards of this package, TRL's default activation checkpointing and gradient accumulation."""
     entropy = AcquisitionReward(model, tokenizer=tokenizer, parse=as_text)
     rewards = [entropy, AcquisitionReward(model, "loss", tokenizer=tokenizer)]
     options = GRPO | {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -209,7 +208,7 @@ def test_two_steps_of_grpo_and_what_they_leave(student_path, tokenizer, model, t
     steps = [row for row in read_log(output) if "reward" in row]
     assert [row["step"] for row in steps] == [1, 2]
     for row in steps:
-        assert row["rewards/acquisition_entropy/mean"] == pytest.approx(row["reward"])  # nothing parses as a sample
+        assert row["rewards/acquisition_entropy/mean"] == pytest.approx(row["reward"])  # the other reward is 0
         assert row["acquisition_loss/parsed"] == 0
         assert 0 < row["reward_seconds"] < row["seconds"]
         assert row["reward_share"] == pytest.approx(row["reward_seconds"] / row["seconds"])
@@ -232,11 +231,11 @@ def test_a_killed_grpo_ends_as_if_it_had_not_been(student_path, answer_reward, t
     with pytest.raises(KeyboardInterrupt):
         train.grpo(str(student_path), ASK, reward, cut, GRPO, callbacks=[KillAt(3)])
     assert [folder.name for folder in cut.glob("checkpoint-*")] == ["checkpoint-2"]
-    (cut / "checkpoint-3").mkdir()  # cut off while it was written
+    (cut / "checkpoint-3").mkdir()  # interrupted while being written
     (cut / "checkpoint-3" / "model.safetensors").write_text("half")
-    reward = type(answer_reward)()  # another process
+    reward = type(answer_reward)()  # as in a new process
     train.grpo(str(student_path), ASK, reward, cut, GRPO)
-    assert reward.calls == 4  # its state came from the checkpoint, two steps followed
+    assert reward.calls == 4  # state restored from the checkpoint, then two steps
     assert not changed(whole, cut)
     logs = [
         [{key: row[key] for key in ("step", "reward", "calls", "loss")} for row in read_log(path) if "reward" in row]
@@ -267,14 +266,14 @@ def test_the_student_is_refreshed_and_its_staleness_logged(student_path, answer_
 
     refresh = train.Refresh(every=1, student=students.append, probe=probe)
     train.grpo(str(student_path), ASK, answer_reward, tmp_path, GRPO | {"max_steps": 3}, refresh=refresh)
-    assert students == [1, 2]  # after the last step there is nothing left to score
+    assert students == [1, 2]  # no refresh after the last step
     entries = [row for row in read_log(tmp_path) if "student_refreshed" in row]
     assert [(row["step"], row["staleness"]) for row in entries] == [(1, pytest.approx(0.8)), (2, pytest.approx(0.8))]
     assert [row["staleness_since_start"] for row in entries] == [pytest.approx(0.8), pytest.approx(0.6)]
 
 
 class Tracker(TrainerCallback):
-    """A tracker as transformers has them: it reads the log when it is told of it."""
+    """A tracker like those of transformers, which receives the logs in ``on_log``."""
 
     def __init__(self):
         self.seen = []
@@ -353,7 +352,7 @@ def scored(total, passes=True, sample=True):
 def test_pairs_of_best_and_worst():
     groups = [
         [scored(1.0), scored(3.0), scored(2.0), scored(None)],
-        [scored(4.0, passes=False), scored(1.0), scored(0.0, sample=False)],  # the best is gated, the worst no sample
+        [scored(4.0, passes=False), scored(1.0), scored(0.0, sample=False)],  # best is gated, worst does not parse
         [scored(1.0), scored(1.0)],
         [scored(5.0, passes=False), scored(0.0, sample=False)],
         [scored(None), scored(2.0)],
@@ -440,7 +439,7 @@ def test_the_newest_checkpoint_before_a_step(tmp_path):
     assert newest_checkpoint(tmp_path, 10) is None
     for name in ("checkpoint-2", "checkpoint-4", "checkpoint-10", "checkpoint-last", "checkpoint-6"):
         (tmp_path / name).mkdir()
-        if name != "checkpoint-6":  # which is not whole
+        if name != "checkpoint-6":  # this one is incomplete
             (tmp_path / name / "config.json").write_text("{}")
     assert newest_checkpoint(tmp_path, 10) == tmp_path / "checkpoint-4"
     assert newest_checkpoint(tmp_path, 11) == tmp_path / "checkpoint-10"

@@ -1,4 +1,4 @@
-"""The base model of the arithmetic world, and its tokenizer."""
+"""The base model and tokenizer of the arithmetic world."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_the_chat_template_is_what_pretraining_writes():
 
 
 def test_the_skewed_world_has_a_model_of_its_own():
-    """Whose rows are skewed; the key of the other stays, and with it what was cached before there were two."""
+    """It is trained on skewed rows. The cache key of the fair world is pinned, so existing caches stay valid."""
     assert Settings(skewed=True).key() != Settings().key() == "d1e3004bc1253929"
     [batch] = world.practice_batches(
         replace(TINY, steps=1, practice_rows=400, practice={"lucky": 1.0}, skewed=True), TOKENIZER

@@ -50,7 +50,7 @@ def test_seeds_are_shown_within_the_request_or_as_turns(sums):
 
 
 class Large:
-    """A gate with an archive: the answer is at least 5; 9 it cannot tell."""
+    """A gate with an archive that passes answers of at least 5 and cannot decide on 9."""
 
     name = "large"
 
@@ -117,7 +117,7 @@ def test_rounds_go_on_with_new_seeds_until_there_are_enough(sums, scripted, writ
     found = write(engine, sums, ASK, Sampling(n=2, seed=5), rows=7)
     assert len(found.rows) == 7
     assert not found.incomplete
-    # All four prompts, half of whose completions are kept; then the three that are enough at this rate.
+    # First all four prompts, which keep half of their completions; at that rate three more are enough.
     assert [[p[0]["content"] for p in asked] for asked, _ in engine.calls] == [
         [f"prompt {i}" for i in (0, 1, 2, 3)],
         [f"prompt {i}" for i in (0, 1, 2)],

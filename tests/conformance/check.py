@@ -1,7 +1,7 @@
-"""What acqcore computes for a student, held to plain autograd on the model's own logits.
+"""Compares acqcore's values for a student with plain autograd on the model's own logits.
 
-A verdict is ``right``, ``refused`` (a ValueError or TypeError that names the argument), ``wrong`` or ``raw`` (any other
-exception), with a reason unless it is right; ``none`` where the model itself fails.
+A verdict is ``right``, ``refused`` (a ValueError or TypeError that names the argument), ``wrong``, ``raw`` (any other
+exception) or ``none`` (the model itself fails), with a reason unless it is ``right``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TITLES = {
     "bf16": "bfloat16",
 }
 
-#: Names of the public arguments that a refusal begins with.
+#: Public argument names that may begin a refusal.
 REFUSAL = re.compile(r"^(model|parameters|layers|trunk|samples|student|reference|acquisitions?)\b")
 
 DRAWS = {"layers": "all", "draws": 2, "dropout": 0.25}
@@ -50,12 +50,12 @@ class NoReference(Exception):  # noqa: N818
 def samples(vocabulary: int) -> list[torch.Tensor]:
     """Rows of token ids; the first two tokens of each are context."""
     generator = torch.Generator().manual_seed(3)
-    low = min(8, vocabulary // 2)  # special tokens have meanings of their own
+    low = min(8, vocabulary // 2)  # avoids special tokens
     return [torch.randint(low, vocabulary, (length,), generator=generator) for length in LENGTHS]
 
 
 def padded(rows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The rows as tensors, padded on the left: acqcore strips that."""
+    """The rows as tensors with left padding, which acqcore strips."""
     width = max(map(len, rows))
     ids = torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in rows])
     mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows])
@@ -82,7 +82,7 @@ def check(model: Any, vocabulary: int, checks: Sequence[str] = CHECKS) -> dict[s
 
 def _verdict(function: Callable[[Any, list[torch.Tensor]], None], model: Any, rows: list[torch.Tensor]) -> Verdict:
     try:
-        acqcore.Student.from_model(model)  # refuses before a reference is made
+        acqcore.Student.from_model(model)  # refuses before a reference is computed
         function(model, rows)
     except Wrong as error:
         return Verdict("wrong", str(error))
@@ -104,7 +104,7 @@ def _compare(
     rtol: float,
     atol: float = 0.0,
 ) -> None:
-    """Values of the rows in a batch and alone are the ones expected."""
+    """Raises ``Wrong`` unless the rows' values, in a batch and alone, match ``expected``."""
     together = compute(padded(rows))
     alone = torch.cat([compute(padded([row])) for row in rows])
     for where, values in (("in a batch", together), ("alone", alone)):
@@ -118,7 +118,7 @@ def _show(values: torch.Tensor) -> str:
 
 
 def _logits(model: Any, row: torch.Tensor) -> torch.Tensor:
-    """``[T - 2, V]``, that predict the scored tokens."""
+    """Logits ``[T - 2, V]`` that predict the scored tokens."""
     try:
         return model(input_ids=row[None]).logits[0, 1:-1]
     except Exception as error:
@@ -188,7 +188,7 @@ def _lora(model: Any, rows: list[torch.Tensor]) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     head = model.get_output_embeddings()
-    # PEFT refuses one in Mamba's blocks, whose kernels read its weight, and cannot wrap a router, which gives a pair.
+    # PEFT refuses ``out_proj`` in Mamba blocks, whose kernels read its weight, and a router, which returns a pair.
     recurrent = any(word in type(model).__name__.lower() for word in ("mamba", "falconh1", "nemotronh"))
     left = ("router", "out_proj") if recurrent else ("router",)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head]

@@ -1,7 +1,7 @@
-"""A small random model of any causal language model type that transformers knows.
+"""A small random model of any causal language model type in transformers.
 
-Configurations are made from the type's own defaults: sizes are replaced by name wherever the type has an entry of that
-name, in nested configurations too. ``OWN`` holds what a type needs besides.
+A configuration starts from the type's defaults. Entries named in ``SMALL`` are replaced, also in nested configurations;
+``OWN`` has the entries that differ for a type.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
     "decoder_start_token_id": 2,
-    "initializer_range": 0.2,  # logits with a spread, so that caps and scales show
+    "initializer_range": 0.2,  # spreads the logits, so that caps and scales matter
     "init_std": 0.2,
     "is_decoder": True,
     "is_encoder_decoder": False,
@@ -142,7 +142,7 @@ SMALL: dict[str, Any] = {
     "patch_size": 8,
     "vocab_size_per_layer_input": VOCABULARY,
     "type_vocab_size": 2,
-    # no randomness of their own
+    # no randomness
     "attention_dropout": 0.0,
 }  # fmt: skip
 
@@ -182,7 +182,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def kinds() -> dict[str, str]:
-    """Model type -> class of its causal language model, all that transformers maps."""
+    """Model type -> class of its causal language model, for all types that transformers maps."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -200,7 +200,7 @@ def build(kind: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def small(kind: Any, own: dict[str, Any]) -> Any:
-    """A configuration of class ``kind`` with small sizes, those of nested configurations included."""
+    """A configuration of class ``kind`` with small sizes, also in nested configurations."""
     known = set(inspect.signature(kind.__init__).parameters)
     if dataclasses.is_dataclass(kind):
         known |= {field.name for field in dataclasses.fields(kind)}
@@ -215,7 +215,7 @@ def small(kind: Any, own: dict[str, Any]) -> Any:
 
 
 def spread(model: Any) -> None:
-    """Parameters that a random model leaves at zero or one get a spread: biases, gains, learned scales."""
+    """Adds noise to parameters that are constant in a random model: biases, gains, learned scales."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -2,8 +2,8 @@
 
     python tests/conformance/table.py [type ...]
 
-Verdicts go to ``--out``, one JSON line a type as it is done; types in there are not checked again. Each type is a
-process of its own with a time limit. The table is written where all types are done.
+Verdicts are appended to ``--out``, one JSON line per type; types already in it are not checked again. Each type runs in
+its own process with a time limit. The table is written once all types are done.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ import models
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 600
 SMALL = 200_000_000  # parameters
-MEMORY = 3 << 30  # bytes of a type's process beyond this one: a model of full size is not built
+MEMORY = 3 << 30  # bytes of a type's process beyond this one's; prevents full-size models
 
 
 def verdicts(kind: str) -> dict[str, Any]:
-    """Verdicts of a type, or why there is no small model of it."""
+    """Verdicts for a type, or why no small model of it can be built."""
     try:
         model = models.build(kind)
         if (size := sum(p.numel() for p in model.parameters())) > SMALL:
@@ -49,7 +49,7 @@ def verdicts(kind: str) -> dict[str, Any]:
 
 
 def in_child(kind: str) -> dict[str, Any]:
-    """``verdicts`` in a forked process."""
+    """Runs ``verdicts`` in a forked process."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -105,7 +105,7 @@ def main() -> None:
 
 
 def write(path: Path, done: dict[str, dict[str, Any]]) -> None:
-    """The table of supported students, and what it says of each type."""
+    """Writes the table of supported students, with the reasons for rejections."""
     import transformers
 
     built = {kind: entry for kind, entry in sorted(done.items()) if "unbuilt" not in entry["found"]}

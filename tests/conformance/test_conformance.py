@@ -1,4 +1,4 @@
-"""The table of supported students in a small form: a dozen families, each of them for a reason."""
+"""A small version of the table of supported students: a dozen families, each chosen for a reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KINDS = [
     "bloom",  # adds the stream inside its branches
     "opt",  # flattens tokens, keeps its MLP on the block
     "falcon",  # adds in place
-    "gemma2",  # norms behind the branches, a softcap
+    "gemma2",  # norms after the branches, a softcap
     "mixtral",  # fused experts
     "bert",  # a transform between trunk and head
     "llama4_text",

@@ -1,4 +1,4 @@
-"""Kernels are either interpreted in a process or compiled in it: tests of the other kind are not collected."""
+"""A process either interprets or compiles kernels; tests of the other kind are not collected."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every kernel compiled ahead of time for sm_80, sm_90 and sm_100, as its launcher would launch it there.
 
-No GPU takes part: launchers run on tensors without storage, and what they would launch is compiled.
+No GPU is needed: launchers run on tensors without storage, and their recorded launches are compiled.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ANY_MATRIX = r"\b(mma\.sync|wgmma\.|tcgen05\.mma|cvt\.rna\.tf32)"
 
 
 class ByName(list[Launch]):
-    """Launches; by a kernel's name, its last."""
+    """Launches, indexed by kernel name; a name gives the kernel's last launch."""
 
     def __getitem__(self, name: Any) -> Any:
         return [launch for launch in self if launch.name == name][-1]
@@ -36,7 +36,7 @@ class ByName(list[Launch]):
 
 @pytest.fixture
 def launches():
-    """What a test would launch; nothing runs."""
+    """Records a test's launches without running them."""
     with recorded(ByName()) as found:
         yield found
 
@@ -56,7 +56,7 @@ def _row_stats(tiles: Tiles, dtype: torch.dtype, vocab: int, depth: int, **optio
 
 
 def _committed(arch: int, product: str, kernel: str = "row_stats") -> list[tuple[int, int, Any]]:
-    """(vocab, depth, tiles) of every entry that the repository has for an architecture, kernel and kind of product."""
+    """(vocab, depth, tiles) of every committed entry for an architecture, kernel and kind of product."""
     kind = GramTiles if kernel == "gram" else Tiles
     entries = []
     for path in sorted(FOLDER.glob("*.json")):
@@ -99,7 +99,7 @@ def _second_visit(tiles: Tiles, dtype: torch.dtype, vocab: int, depth: int, bias
 
 
 def _stack(compiled: Any, folder: Path) -> int:
-    """Bytes a thread keeps outside its registers: 0 where nothing spills."""
+    """Stack bytes per thread; 0 if nothing spills."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
@@ -123,7 +123,7 @@ def test_product_with_committed_tiles(dtype, tf32, arch, launches):
         compiled = _compile(launches["product_fold"], arch)
         assert compiled.metadata.shared <= SHARED_BYTES[arch]
         ptx = compiled.asm["ptx"]
-        if product == "ieee":  # float32 products are float32: no matrix unit has them
+        if product == "ieee":  # exact float32 products, which no matrix unit has
             assert not re.search(ANY_MATRIX, ptx)
             assert "fma.rn.f32" in ptx
         else:
@@ -135,7 +135,7 @@ def test_product_with_committed_tiles(dtype, tf32, arch, launches):
 
 
 def test_product_on_sm_90_keeps_its_accumulators_in_registers(launches, tmp_path):
-    """Spilled, the 128 of a thread would cost the product its speed; a few bytes outside the inner loop would not."""
+    """Spilling a thread's 128 accumulators would slow the product; a few bytes outside the inner loop would not."""
     for vocab, depth, tiles in _committed(90, "half"):
         _row_stats(tiles, torch.bfloat16, vocab, depth)
         assert _stack(_compile(launches["product_fold"], 90), tmp_path) <= 128
@@ -152,7 +152,7 @@ GRADIENTS = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "everything"])
 def test_gradients(plain, dtype, arch, launches, tmp_path):
-    """With committed tiles; and with bias, cap, a vocabulary and a depth that divide no tile."""
+    """With committed tiles, and with a bias, a cap, and a vocabulary and depth that no tile divides."""
     product = "ieee" if dtype == torch.float32 else "half"
     (vocab, depth, tiles), *_ = _committed(arch, product, "gram")
     _, _, plain_tiles = _committed(arch, product)[0]
@@ -170,14 +170,14 @@ def test_gradients(plain, dtype, arch, launches, tmp_path):
             if plain and name in ("gram_fold", "write_factors", "add_product"):
                 assert ("cp.async.bulk.tensor" in ptx) == (tiles if name == "gram_fold" else plain_tiles).descriptors
         if arch == 90 and plain and dtype == torch.bfloat16:
-            # Values that live across the product of a tile, none within it: 96 bytes by Triton 3.6, 512 by 3.9.
+            # Values live across the product of a tile, none within it: 96 bytes with Triton 3.6, 512 with 3.9.
             assert _stack(compiled, tmp_path) <= (512 if name == "gram_fold" else 0), name
 
 
 @pytest.mark.parametrize("arch", MAJORS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_product_with_all_that_a_head_has(dtype, arch, launches):
-    """A bias, a cap, a scale, a vocabulary and a depth that divide no tile."""
+    """With a bias, a cap, a scale, and a vocabulary and depth that no tile divides."""
     _, _, tiles = _committed(arch, "half" if dtype != torch.float32 else "ieee")[0]
     _row_stats(tiles, dtype, 50257, 2001, bias=True, softcap=30.0, scale=0.5, temperature=0.7)
     compiled = _compile(launches["product_fold"], arch)
@@ -188,7 +188,7 @@ def test_product_with_all_that_a_head_has(dtype, arch, launches):
 
 @pytest.mark.parametrize("arch", MAJORS)
 def test_product_of_mixed_dtypes_is_not_rounded(arch, launches):
-    """In float32, or where that ends in TF32 whatever is asked, in three products of split operands."""
+    """Products run in float32 or, where Triton would use TF32 regardless, as three products of split operands."""
     _, _, tiles = _committed(arch, "ieee")[0]
     split = MAJORS[arch] >= MIXED_SPLIT_FROM
     hidden = torch.empty(100, 512, device="meta")
@@ -198,7 +198,7 @@ def test_product_of_mixed_dtypes_is_not_rounded(arch, launches):
         state=torch.empty(7, 100, dtype=torch.float64, device="meta"),
         index=torch.empty(100, dtype=torch.int64, device="meta"), tiles=tiles, precision="tf32x3" if split else "ieee",
     )  # fmt: skip
-    assert "gather_scored" not in launches  # every row is scored and laid out well: nothing to pack
+    assert "gather_scored" not in launches  # every row is scored and well laid out: nothing to pack
     compiled = _compile(launches["product_fold"], arch)
     if split:
         assert len(set(re.findall(r"ttng\.tc_gen5_mma (%\w+, %\w+)", compiled.asm["ttgir"]))) % 3 == 0
@@ -232,8 +232,8 @@ def test_logit_stats(dtype, arch, launches):
 @pytest.mark.parametrize("arch", MAJORS)
 @pytest.mark.parametrize("form", ["element", "block"])
 def test_mixture_with_committed_tiles(form, arch, launches, tmp_path):
-    """Eight draws of a token meet in the registers of one thread; what waits elsewhere does so outside the loop over
-    depth, which has no access to local memory on sm_90: 440 bytes of ``block_fold`` by Triton 3.9, 392 by 3.6."""
+    """Eight draws of a token meet in one thread's registers. Values spill only outside the loop over depth, which does
+    not access local memory on sm_90: 440 bytes of ``block_fold`` with Triton 3.9, 392 with 3.6."""
     kernel = {"element": "mixture", "block": "block_mixture"}[form]
     for vocab, depth, tiles in _committed(arch, "half", kernel):
         places = _empty(512, of=torch.int64)
@@ -276,7 +276,7 @@ def test_sketch_with_committed_tiles(arch, launches, tmp_path):
         assert compiled.metadata.shared <= SHARED_BYTES[arch]
         assert _stack(compiled, tmp_path) <= (264 if arch == 100 else 144)
         assert MATRIX[arch] in compiled.asm["ptx"]
-        assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])  # sums have one order
+        assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])  # the order of sums is fixed
 
 
 @pytest.mark.parametrize("arch", MAJORS)

@@ -1,4 +1,4 @@
-"""The kernel of random cotangents compiled ahead of time, as its launcher would launch it on a GPU."""
+"""The random-cotangent kernel compiled ahead of time, as its launcher would launch it on a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def _launched(arch: int, dtype: torch.dtype, vocab: int, depth: int, plain: bool) -> dict[str, Launch]:
-    """By the kernel's name, its last launch for 1000 rows and four probes."""
+    """The last launch of each kernel for 1000 rows and four probes, by kernel name."""
     major = MAJORS[arch]
     tiles = tiles_for(ARCHITECTURES[major], major, "ieee" if dtype == torch.float32 else "half", vocab, depth)
     bias = None if plain else _empty(vocab)
@@ -39,7 +39,7 @@ def _launched(arch: int, dtype: torch.dtype, vocab: int, depth: int, plain: bool
 
 
 def _stack(found: Any, folder: Path) -> int:
-    """Bytes a thread keeps outside its registers: 0 where nothing spills."""
+    """Stack bytes per thread; 0 if nothing spills."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(found.asm["cubin"])
     command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin]
@@ -52,7 +52,7 @@ def _stack(found: Any, folder: Path) -> int:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "everything"])
 def test_compiles(plain, dtype, arch, tmp_path):
-    """Half precision on the matrix units; with bias, cap, and a vocabulary and a depth that divide no tile, too."""
+    """Half precision uses the matrix units, also with a bias, a cap, and a vocabulary and depth no tile divides."""
     launches = _launched(arch, dtype, *((131072, 4096) if plain else (50257, 2001)), plain)
     for name in ("write_cotangents", "add_product"):
         found = compiled(launches[name], arch)

@@ -1,4 +1,4 @@
-"""Tile shapes: which are taken, and what is said where none was measured."""
+"""Tile shapes: which ones are chosen, and the warning for devices without measured shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums of random cotangents in Triton's interpreter, with tiles, rings and batches of every kind."""
+"""Sums of random cotangents in Triton's interpreter, with various tiles, rings and batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from acqcore.kernels.config import Tiles
 from acqcore.kernels.factors import Factors
 from acqcore.testing import Case, random_case
 
-#: Small tiles, and a vocabulary of several stretches with a ragged end.
+#: Small tiles, which cut a vocabulary into several stretches with a ragged end.
 TILES = Tiles(
     block_m=16, block_n=64, block_k=16, warps=4, stages=1, group_m=2, splits=1, descriptors=False, flatten=False
 )
@@ -53,7 +53,7 @@ def _expected(case: Case, probes: Probes) -> tuple[torch.Tensor, torch.Tensor, t
 
 @pytest.mark.parametrize("width", [16, 32, 64, 128, 256])
 def test_signs_of_tiles_of_any_width(width):
-    """Fewer columns than a word of signs has bits, as many as a counter, and more."""
+    """Tiles with fewer columns than a word of signs has bits, as many as a counter has, and more."""
     case = random_case(20, 24, 300)
     for got, expected in zip(
         _sums(case, _probes(20), replace(TILES, block_n=width)), _expected(case, _probes(20)), strict=True
@@ -76,15 +76,15 @@ def test_a_row_does_not_depend_on_its_batch_or_the_ring(monkeypatch):
 
 
 def test_what_all_rows_of_the_weight_share_cancels_in_bfloat16():
-    """A cotangent's entries add up to 0 as they were rounded, and the mean's weights to 1."""
+    """After rounding, a cotangent's entries still sum to 0 and the mean's weights to 1."""
     case = random_case(20, 24, 300)
     shared = 30 * torch.randn(24, generator=torch.Generator().manual_seed(0))
     case = replace(case, head=replace(case.head, weight=case.head.weight + shared)).to(torch.bfloat16)
-    totals = _totals(case, _probes(20))  # [P + 1, N]: of the factors
+    totals = _totals(case, _probes(20))  # [P + 1, N]
     weight, top = case.head.weight.double(), case.run("eager").max_index
 
     def centred(sums: torch.Tensor, signed: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-        """The mean's distance from the most likely token's row, and each probe's sum less its share of the mean."""
+        """The mean minus the most likely token's row, and each probe's sum minus its share of the mean."""
         mean = sums[0].double() / totals[0, :, None]
         return torch.stack([totals[0, :, None] * (mean - weight[top]), *(sums[1:] - signed[:, :, None] * mean)])
 

@@ -32,7 +32,7 @@ def _numpy_may_meet_infinities():
 
 @pytest.fixture(autouse=True)
 def _many_stretches(monkeypatch):
-    """Stretches of 64 columns for 50 rows; three groups of rows for 100."""
+    """Sets stretches of 64 columns for 50 rows, and three groups of rows for 100."""
     monkeypatch.setattr(factors, "RING_BYTES", 4 * 50 * 64)
     monkeypatch.setattr(factors, "ROWS", 48)
 
@@ -45,7 +45,7 @@ def _factors(case: Case, tiles: Tiles) -> factors.Factors:
 
 
 def _sums(case: Case, tiles: Tiles = TILES) -> torch.Tensor:
-    """Relative to the largest logit; rows scaled by 2 at the end."""
+    """Sums relative to the largest logit, with rows scaled by 2 at the end."""
     state = case.to(torch.float64).run("eager").state
     assert case.targets is not None
     out = torch.full(case.hidden.shape, 123.0)
@@ -67,15 +67,15 @@ def test_sums(name):
     case = CASES[name]()
     got, expected = _sums(case), _expected(case)
     error = (got - expected).norm(dim=1)
-    of_all = replace(case, targets=torch.full_like(case.targets, case.head.vocab_size))  # the target's share included
+    of_all = replace(case, targets=torch.full_like(case.targets, case.head.vocab_size))  # includes the target's share
     assert (error <= 3e-5 * _expected(of_all).norm(dim=1) + 1e-30).all()
 
 
 @pytest.mark.parametrize("name", [*SMALL, "rows alike"])
 def test_sums_of_rounded_factors(name):
-    """One bfloat16 a factor, off by 2^-8 at most (the interpreter cuts, a GPU rounds); what is lost is the target's.
+    """One bfloat16 per factor, off by at most 2^-8 (the interpreter truncates, a GPU rounds), which the target absorbs.
 
-    So the error is that of differences of rows: what all rows of W have in common cancels, be it large.
+    The error is therefore one of row differences: a part common to all rows of W cancels, however large.
     """
     case = random_case(20, 24, 300) if name == "rows alike" else CASES[name]()
     if name == "rows alike":
@@ -99,14 +99,14 @@ def test_sums_of_a_row_do_not_depend_on_its_batch_or_the_ring(monkeypatch):
     case = random_case(100, 24, 300)
     case = replace(
         case, hidden=(case.hidden * 8).round() / 8, head=replace(case.head, weight=(case.head.weight * 8).round() / 8)
-    )  # exact products: numpy's rounds a row by its place, matrix units do not
+    )  # exact products: numpy's rounding of a row depends on its place, a matrix unit's does not
     assert case.targets is not None
     whole = _sums(case)
     assert torch.equal(_sums(case), whole)
     monkeypatch.setattr(factors, "ROWS", 4096)
     monkeypatch.setattr(factors, "RING_BYTES", 1 << 20)
     wide = _sums(case)
-    torch.testing.assert_close(wide, whole, rtol=2e-6, atol=1e-6)  # numpy's sum of a product depends on its shape
+    torch.testing.assert_close(wide, whole, rtol=2e-6, atol=1e-6)  # numpy's summation order depends on the shape
     for begin, end in [(0, 1), (40, 60), (99, 100)]:
         part = replace(case, hidden=case.hidden[begin:end], targets=case.targets[begin:end])
         torch.testing.assert_close(_sums(part), wide[begin:end], rtol=2e-6, atol=1e-6)
@@ -122,7 +122,7 @@ def test_descriptors_read_what_pointers_read(depth):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["plain", "everything", "shard"])
 def test_grams_of_long_samples(name, dtype, monkeypatch):
-    """Samples of one tile and of three; targets shared within a sample and between samples."""
+    """Samples of one tile and of three, with targets shared within a sample and between samples."""
     monkeypatch.setattr(factors, "GRAM_TILE", 16)
     options = {"bias": True, "softcap": 15.0, "scale": 0.5, "temperature": 1.3} if name == "everything" else {}
     case = random_case(50, 24, 150, **options)

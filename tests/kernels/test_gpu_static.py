@@ -1,4 +1,4 @@
-"""The committed table of what kernels compile to and what calls cost, and that this checkout is no worse."""
+"""The committed table of compiled kernels and of calls' costs; this checkout must not be worse."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks import ahead_of_time, gpu_static
 
 TABLE: dict[str, Any] = json.loads(gpu_static.RESULT.read_text())
 
-#: Product-equivalents at D = 4096 that an operation may take.
+#: Maximum product-equivalents of an operation at D = 4096.
 PRODUCTS = {
     "row_stats": 1.0,
     "row_stats, no targets": 1.0,
@@ -27,7 +27,7 @@ PRODUCTS = {
     "mutual_information, element, K=8": 16.3,
     "mutual_information, block, K=8": 2.5,
 }
-#: Stack of a thread, in bytes, where it is not 0; merges run once a call, where it does not show.
+#: Maximum stack bytes per thread where not 0; a merge runs once per call, so its stack does not matter.
 SPILLS = {
     "gram_fold": 104,
     "block_fold": 392,
@@ -36,7 +36,7 @@ SPILLS = {
     "merge_splits": 704,
     "write_cotangents": 224,
 }
-#: Calls whose launches follow from the vocabulary: their ring of gradients in the logits is bounded.
+#: Calls whose launches depend on the vocabulary, because their ring of gradients in the logits is bounded.
 BY_VOCABULARY = ("hidden_grad", "statistics and random cotangents, 4 probes")
 
 
@@ -73,7 +73,7 @@ def test_every_kernel_compiles_and_fits():
 
 
 def test_kernels_at_work_do_not_spill():
-    """On sm_90, in half precision, where the vocabulary divides the tiles."""
+    """On sm_90 in half precision, with a vocabulary that the tiles divide."""
     for row in TABLE["kernels"]:
         if (row["arch"], row["dtype"], row["vocab"]) == (90, "bfloat16", 131072):
             assert row["stack_bytes"] <= SPILLS.get(row["kernel"], 0), row
@@ -89,7 +89,7 @@ def test_kernels_at_work_do_not_spill():
     ids=["T=32", "T=100", "one long"],
 )
 def test_a_norm_reads_nothing_back(bounds):
-    """Tensors without storage: what reads a value fails. Launches: four of the visit, two or three of the norm."""
+    """Tensors have no storage, so reading a value fails. The visit launches four kernels, the norm two or three."""
     n, depth, vocab = 4096, 64, 1000
     hidden = torch.empty(n, depth, dtype=torch.bfloat16, device="meta")
     head = Head(torch.empty(vocab, depth, dtype=torch.bfloat16, device="meta"))
@@ -127,11 +127,11 @@ def test_the_fold_costs_what_the_table_says():
     launches = gpu_static.call("logit_stats", inputs, arch)[2]
     found = ahead_of_time.measured(next(launch for launch in launches if launch.name == "logit_fold"), arch)
     assert found["stack_bytes"] <= row["stack_bytes"]
-    assert found["sass_per_logit"] <= 1.1 * row["sass_per_logit"]  # other versions of Triton schedule otherwise
+    assert found["sass_per_logit"] <= 1.1 * row["sass_per_logit"]  # other versions of Triton schedule differently
 
 
 def test_loops_and_instructions():
-    """Of a loop over the vocabulary with one over the depth inside: what is outside the inner one is the fold."""
+    """In a loop over the vocabulary around one over the depth, the fold is everything outside the inner loop."""
     sass = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
         /*0010*/                   LDG.E R2, [R4] ;

@@ -1,4 +1,4 @@
-"""Gram matrices beside the row states, and the norms they give, in Triton's interpreter, against float64 eager."""
+"""Gram matrices computed with the row states, and their norms, in Triton's interpreter, against float64 eager."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from acqcore.testing import CASES, Case, assert_close_to_oracle, case_from_logit
 
 TILES = GramTiles(128, 32, 16, 4, 1, 2, 3, descriptors=False, flatten=False, resident=False)
 RESIDENT = replace(TILES, resident=True)
-#: Of all cases those with targets that tiles of 32 columns serve in seconds.
+#: Cases with targets that run in seconds with tiles of 32 columns.
 SMALL = (
     "random", "all logits -150", "all logits equal", "-inf columns", "confident 1e-12", "ties", "V = 1", "V = 2",
     "V = 255", "V = 256", "V = 257", "D = 1", "strided", "some rows ignored", "everything",
@@ -83,7 +83,7 @@ def _cut(n: int) -> Bounds:
 
 
 def _exact_case(n: int, d: int, v: int) -> Case:
-    """Logits are exact in any order of summation: numpy's product rounds a row by its place, matrix units do not."""
+    """Logits are exact in any summation order, since numpy, unlike a matrix unit, rounds a row by its place."""
     case = random_case(n, d, v)
     return replace(
         case, hidden=(case.hidden * 8).round() / 8, head=replace(case.head, weight=(case.head.weight * 8).round() / 8)
@@ -103,7 +103,7 @@ def test_parity(name, dtype):
 @pytest.mark.parametrize("tiles", [TILES, RESIDENT], ids=["waiting", "resident"])
 @pytest.mark.parametrize("rise", [True, False])
 def test_maxima_that_rise_at_every_tile_and_never(rise, tiles):
-    """Over a range of 90 nats, so that most rescalings leave nothing of what came before."""
+    """Logits span 90 nats, so most rescalings leave nothing of the earlier sums."""
     logits = torch.arange(1440.0).expand(3, 1440) / 16 + torch.tensor([[0.0], [0.5], [-3.0]])
     case = case_from_logits(logits if rise else logits.flip(1), torch.tensor([0, 700, 1439]))
     bounds = ((0, 2), (2, 3))
@@ -127,7 +127,7 @@ def test_any_number_of_splits(splits):
 
 
 def test_targets_leave_the_matrix_of_their_own_sample_alone():
-    """Two samples in a block, one's target the other's largest logit; targets at the edges of tiles, and repeated."""
+    """Two samples in a block have each other's largest logits as targets, some repeated or at the edges of tiles."""
     logits = torch.randn(8, 97, generator=torch.Generator().manual_seed(0))
     logits[:4, 31] += 6.0
     logits[4:, 64] += 6.0
@@ -141,7 +141,7 @@ def test_targets_leave_the_matrix_of_their_own_sample_alone():
 
 
 def test_bits_of_a_sample_do_not_depend_on_its_batch():
-    """Alone, after others in its block, in another block: the same bits, in a second run too."""
+    """A sample has the same bits alone, after others in its block, in another block, and in a second run."""
     case = _exact_case(300, 24, 200)
     assert case.targets is not None
     case.targets[[3, 90, 200]] = -100
@@ -208,7 +208,7 @@ def test_descriptors_read_what_pointers_read(depth):
 
 
 def test_packing():
-    """Whole samples, at most 128 rows a block, no more blocks than first fit would open."""
+    """Blocks have whole samples and at most 128 rows each, and are no more than first fit would open."""
     lengths = [1, 128, 64, 65, 63, 3, 60, 128, 2]
     blocks = gram.pack(lengths)
     assert sorted(i for block in blocks for i in block) == list(range(9))
@@ -231,7 +231,7 @@ def test_scratch_is_bounded(blocks, depth, splits):
 
 
 def test_tables_of_a_batch_are_made_once():
-    """Alike in shape: the tables on the device are the same tensors; other samples, other tables."""
+    """Batches of the same shape share their device tables; other samples get other tables."""
     bounds, starts = ((0, 3), (3, 10)), (0, 9)
     device = torch.device("cpu")
     assert gram.parts(bounds, starts, 4, device) is gram.parts(bounds, starts, 4, device)
@@ -248,7 +248,7 @@ def _norms(case: Case, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
     assert case.targets is not None
     weights = torch.linspace(-1, 2, len(case.hidden), dtype=torch.float64).where(case.targets != -100, 0)
     expected, got = torch.empty((2, len(bounds)), dtype=torch.float64)
-    local_max = stats.state[0] - 0.25  # as a shard's may be lower than the vocabulary's
+    local_max = stats.state[0] - 0.25  # a shard's may be lower than the vocabulary's
     factor = torch.full_like(products, 0.5).exp()
     eager.gram_norm(_rows(exact, stats), Gram(tuple(bounds), starts, products * factor), local_max, weights, expected)
     head = case.head
@@ -264,7 +264,7 @@ def _norms(case: Case, bounds: Bounds) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["plain", "everything", "repeated", "confident", "shard", "odd depth"])
 def test_norm(name, dtype, monkeypatch):
-    """Samples of one tile of 16, one of 64 and four of 64; a part of ``sum_tiles`` at a time."""
+    """Samples of one 16-row tile, one 64-row tile and four 64-row tiles; ``sum_tiles`` adds two parts at a time."""
     monkeypatch.setattr(gram_norm, "PARTS_AT_ONCE", 2)
     options = {"bias": True, "softcap": 15.0, "scale": 0.5, "temperature": 1.3} if name == "everything" else {}
     case = random_case(120, 70 if name == "odd depth" else 64, 90, **options)
@@ -272,12 +272,12 @@ def test_norm(name, dtype, monkeypatch):
     if name == "repeated":
         case.targets[:] = case.targets[::10].repeat_interleave(10)
         case.targets[::4] = case.run("eager").max_index[::4]
-    if name == "confident":  # the target's own entry is -R / Z, and R far below an ulp of 1
+    if name == "confident":  # the target's own entry is -R / Z, with R far below an ulp of 1
         case = replace(case, hidden=case.hidden * 8)
         case.targets[:] = case.run("eager").max_index
     if name == "shard":
         head = Head(case.head.weight, vocab_start=40, vocab_size=200)
-        case = replace(case, head=head, targets=case.targets + 60)  # some are another rank's
+        case = replace(case, head=head, targets=case.targets + 60)  # some belong to another rank
     case.targets[[2, 30, 110]] = -100
     got, expected = _norms(case.to(dtype), ((0, 1), (1, 17), (17, 40), (40, 120)))
     torch.testing.assert_close(got, expected, rtol=2e-5, atol=0)

@@ -1,8 +1,8 @@
 """Kernels of the mixture of draws in Triton's interpreter, with cuts that the committed tiles do not reach here.
 
-What each kind of mistake breaks: a wrong tail tile, vocabulary or tokens: ``test_cuts`` (V and N divide nothing);
-draws merged without moving them to a common maximum, or padding that counts: ``test_cuts`` with 19 and 5 draws; a mask
-of another row, draw or column: ``test_packed_rows``; reference instead of kernel: ``test_kernels_run``.
+``test_cuts`` catches wrong tail tiles of vocabulary or tokens (no tile divides V or N) and, with 19 and 5 draws, draws
+merged without a common maximum and padding that counts. ``test_packed_rows`` catches the mask of another row, draw or
+column. ``test_kernels_run`` catches the reference running instead of a kernel.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _tiles(block_m: int, block_n: int, block_k: int = 16, splits: int = 3, descr
 
 
 def _run(case: Case, draws: int, width: int, tiles: Tiles, p: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
-    """State ``[6, N]`` and votes ``[K, N]`` by the kernels; the block form's if ``width`` is not 1."""
+    """State ``[6, N]`` and votes ``[K, N]`` from the kernels, in the block form unless ``width`` is 1."""
     n = len(case.hidden)
     positions = torch.arange(n)
     masks = Masks(torch.full_like(positions, 4), positions, width, 11, threshold(p), 1 - p)
@@ -82,9 +82,9 @@ def _case(n: int, d: int, v: int, **options: Any) -> Case:
         (8, 1, _tiles(64, 16)),
         (2, 1, _tiles(64, 32)),
         (5, 1, _tiles(64, 16, descriptors=True)),  # padded to 8
-        (19, 1, _tiles(16, 128)),  # in two turns, the second padded
+        (19, 1, _tiles(16, 128)),  # in two rounds, the second padded
         (8, 16, _tiles(16, 32)),
-        (8, 32, _tiles(16, 32)),  # two steps of the product a block, and a short last block
+        (8, 32, _tiles(16, 32)),  # two product steps per block, and a short last block
         (5, 16, _tiles(32, 16, descriptors=True)),
         (3, 1000, _tiles(16, 32)),  # one block for all columns
     ],
@@ -102,7 +102,7 @@ def test_cuts(draws, width, tiles, dtype):
 
 @pytest.mark.parametrize("depth", [100, 128])
 def test_masks_of_more_blocks_than_a_word_holds(depth):
-    """Seven blocks, of which the last is short and its word not full; eight."""
+    """Seven blocks, with a short last block and a partly filled word, and eight blocks."""
     case = _case(11, depth, 107)
     state, votes = _run(case, 8, 16, _tiles(16, 32))
     expected, expected_votes = _oracle(case, 8, 16)
@@ -112,9 +112,9 @@ def test_masks_of_more_blocks_than_a_word_holds(depth):
 
 @pytest.mark.parametrize("width", [1, 16])
 def test_a_row_does_not_depend_on_its_batch(width, monkeypatch):
-    """Bit for bit: neither on the rows beside it, nor on how many are under way at a time."""
+    """A row's bits depend neither on the rows beside it nor on how many are processed at a time."""
     case = _case(20, 32, 60)
-    # Multiples of 1/8: numpy rounds the product of a row by its place in the tile, as no matrix unit does.
+    # Multiples of 1/8, because numpy, unlike a matrix unit, rounds a row's product by its place in the tile.
     case = replace(case, hidden=(case.hidden * 8).round() / 8)
     case = replace(case, head=replace(case.head, weight=(case.head.weight * 8).round() / 8))
     tiles = _tiles(16, 32)
@@ -168,7 +168,7 @@ def test_packed_rows(draws, width, monkeypatch):
 
 
 def test_kernels_run(monkeypatch):
-    """Each form reaches its kernel: without its launcher there is no result."""
+    """Each form reaches its kernel and fails without it."""
     n = 3
     state, votes = torch.empty(6, n, dtype=torch.float64), torch.empty(2, n, dtype=torch.int64)
     case = random_case(n, 32, 20)
@@ -180,7 +180,7 @@ def test_kernels_run(monkeypatch):
 
     monkeypatch.setattr(mixture, "mixture_fold", None)
     draw("block", 16)
-    for form, block in (("element", 1), ("block", 7)):  # blocks that no step of the product divides: as elements
+    for form, block in (("element", 1), ("block", 7)):  # no product step divides 7: runs as elements
         with pytest.raises(TypeError):
             draw(form, block)
     monkeypatch.setattr(block_mixture, "block_mixture", None)
@@ -189,7 +189,7 @@ def test_kernels_run(monkeypatch):
 
 
 def test_an_ensemble_of_one_head():
-    """Hidden states in hand take the kernels; several heads are chunked torch."""
+    """Given hidden states with one head use the kernels; several heads use chunked torch."""
     case = random_case(9, 40, 90)
     drawn = torch.stack([random_case(9, 40, 90, seed=k).hidden for k in range(3)])
     state, votes = torch.empty(6, 9, dtype=torch.float64), torch.empty(3, 9, dtype=torch.int64)

@@ -25,7 +25,7 @@ VECTORS = [
 
 @triton.jit
 def _words_at_least(counter, seed, thresholds, out):
-    """Bits of the words of one counter, found by asking which thresholds they reach."""
+    """Finds the words of one counter bit by bit, from the thresholds they reach."""
     group = tl.load(counter + tl.arange(0, 1))[None, :]
     position, sample, draw = tl.load(counter + 1), tl.load(counter + 2), tl.load(counter + 3)
     for i in range(32):
@@ -37,7 +37,7 @@ def _words_at_least(counter, seed, thresholds, out):
 
 @pytest.mark.parametrize(("counter", "key", "words"), VECTORS)
 def test_known_answers(counter, key, words):
-    """Each word is the largest threshold that keeps it: found by bisection, so the mask itself is what is tested."""
+    """Each word is the largest threshold that keeps it, found by bisection, so the mask itself is tested."""
     as_int32 = torch.from_numpy(np.array(counter, dtype=np.uint32).view(np.int32))
     thresholds, out = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
     _words_at_least[(1,)](as_int32, key[0] | key[1] << 32, thresholds, out)
@@ -46,7 +46,7 @@ def test_known_answers(counter, key, words):
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 + 12345, 2**64 - 1])
 def test_masks(seed):
-    """The mask of every draw, against the reference in torch, whatever the seed's and the counters' high bits."""
+    """Every draw's mask matches the torch reference, for any high bits of the seed and the counters."""
     positions = torch.tensor([0, 7, 7, 1023, 2**32 - 1])
     samples = torch.tensor([0, 3, 4, 2**32 - 1, 2])
     keep = torch.empty(3, 5, 301, dtype=torch.bool)

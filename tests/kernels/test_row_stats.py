@@ -1,4 +1,4 @@
-"""Cuts of the fused kernel, in Triton's interpreter: statistics whatever the tiles, bits whatever the batch."""
+"""The fused kernel in Triton's interpreter: statistics do not depend on the tiles, nor bits on the batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from acqcore.row_stats import RowStats
 from acqcore.testing import CASES, Case, assert_close_to_oracle, random_case
 
 TILES = Tiles(16, 32, 16, 4, 1, 2, 3, descriptors=False, flatten=False)
-#: Cases that take little work in tiles of 16 x 32: boundaries, -inf tiles and rising maxima are met many times.
+#: Cases that are cheap in tiles of 16 x 32; they reach boundaries, -inf tiles and rising maxima many times.
 SMALL = (
     "random", "all logits -150", "all logits equal", "rising logits", "falling logits", "-inf columns",
     "-inf first tiles", "-inf last tiles", "confident 1e-20", "ties", "V = 1", "V = 2", "V = 255", "V = 256",
@@ -49,7 +49,7 @@ def _run(case: Case, tiles: Tiles, rows: slice = slice(None)) -> RowStats:
 def _exact_case(n: int, d: int, v: int) -> Case:
     """Multiples of 1/8, whose products are exact in any order.
 
-    The interpreter's product is numpy's, which rounds a row by its place in the tile, as no matrix unit does.
+    The interpreter uses numpy's product, which, unlike a matrix unit, rounds a row by its place in the tile.
     """
     case = random_case(n, d, v, bias=True)
     head = case.head
@@ -73,7 +73,7 @@ def test_any_number_of_splits(splits):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_bits_of_a_row_do_not_depend_on_its_batch(descriptors, dtype):
-    """Alone, beside others, in another block of rows, after ignored rows: the same bits."""
+    """A row has the same bits alone, beside others, in another block of rows, and after ignored rows."""
     case = _exact_case(67, 48, 100).to(dtype)
     assert case.targets is not None
     case.targets[[3, 30, 31, 32, 60]] = -100
@@ -96,7 +96,7 @@ def test_bits_do_not_depend_on_how_rows_are_grouped(monkeypatch):
 
 
 def test_descriptors_read_what_pointers_read():
-    case = random_case(37, 72, 333)  # 72 and 333 divide no tile
+    case = random_case(37, 72, 333)  # no tile divides 72 and 333
     by_pointer, by_descriptor = (_run(case, replace(TILES, descriptors=d)) for d in (False, True))
     assert torch.equal(by_pointer.state, by_descriptor.state)
 
@@ -108,7 +108,7 @@ def test_descriptors_where_strides_do_not_allow_them():
 
 
 def test_ignored_rows_take_no_part():
-    """Their hidden states may be anything, and the program of a block that holds none does nothing."""
+    """Their hidden states may be anything, and a block without scored rows does nothing."""
     case = _exact_case(80, 32, 100)
     assert case.targets is not None
     expected = _run(case, TILES)

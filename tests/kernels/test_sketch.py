@@ -1,8 +1,8 @@
-"""Hashed gradients beside the row states, in Triton's interpreter, with cuts that committed tiles do not reach here.
+"""Hashed gradients computed with the row states in Triton's interpreter, with cuts that committed tiles do not reach.
 
-What each kind of mistake breaks: a wrong tail tile, or a stretch that wraps around its group and is not masked:
-``test_cuts`` (dims that divide neither V nor a tile); bucket sums that are not moved to a new maximum: its rising
-logits; a target's column that is not left out: its confident rows; reference instead of kernel: ``test_kernel_runs``.
+``test_cuts`` catches a wrong tail tile and an unmasked stretch that wraps around its group (dims that divide neither V
+nor a tile), bucket sums not rescaled to a new maximum (rising logits), and a target's column not left out (confident
+rows). ``test_kernel_runs`` catches the reference running instead of the kernel.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def test_some_rows_ignored():
 
 def test_bits_do_not_depend_on_the_batch(monkeypatch):
     case = random_case(20, 32, 60)
-    # Multiples of 1/8: numpy rounds the product of a row by its place in the tile, as no matrix unit does.
+    # Multiples of 1/8, because numpy, unlike a matrix unit, rounds a row's product by its place in the tile.
     case = replace(case, hidden=(case.hidden * 8).round() / 8)
     case = replace(case, head=replace(case.head, weight=(case.head.weight * 8).round() / 8))
     whole, _, _ = _run(case, 32)
@@ -102,7 +102,7 @@ def test_bits_do_not_depend_on_the_batch(monkeypatch):
 
 
 def test_shards_add_up():
-    """Each shard's share, from the statistics of the whole: cut where no group of columns begins."""
+    """Each shard uses the statistics of the whole vocabulary; the cut is not at the start of a group of columns."""
     case = random_case(5, 24, 130)
     whole, state, index = _run(case, 32)
     total = torch.zeros_like(whole)

@@ -1,4 +1,4 @@
-"""The tuner, as far as it goes without a GPU."""
+"""The tuner, as far as it runs without a GPU."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_candidates():
 
 @pytest.fixture
 def search(monkeypatch):
-    """``fastest`` over candidates that are times: 1 computes something else, 2 and 4 fail in ways of their own."""
+    """``fastest`` over candidates that are their times; 1 computes wrong values, and 2 and 4 fail in different ways."""
     ran: list[int] = []
 
     def run(candidate: int) -> torch.Tensor:
@@ -85,7 +85,7 @@ def test_a_search_ends_with_its_budget(search, capsys):
 
 
 def test_every_entry_is_written_when_it_is_known(tmp_path, monkeypatch):
-    """Killed in its second entry, the file holds the first, and the architecture's own tables for the rest."""
+    """After an interrupt in the second entry, the file has the first, and the architecture's tables for the rest."""
     monkeypatch.setattr(tune, "why_not", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))

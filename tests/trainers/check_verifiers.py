@@ -1,4 +1,4 @@
-"""verifiers scores traces of its own by the function that a task's configuration names.
+"""verifiers scores its own traces with the function named in a task's configuration.
 
 Run by ``make test-trainers`` in an environment with verifiers 0.4.0.
 """
@@ -34,7 +34,7 @@ class Decorated(vf.Task[vf.TaskData, vf.State, vf.TaskConfig]):
 
 
 def traces(task: Any) -> list[Any]:
-    """One for each text, as a finished rollout leaves it."""
+    """One trace per text, as a finished rollout leaves it."""
     found = []
     for text in TEXTS:
         trace = vf.Trace(task={"type": type(task).__name__, "data": task.data}, agent={"name": "policy", "config": {}})

@@ -1,4 +1,4 @@
-"""verl's own ``RewardLoopManager`` on Ray calls the reward manager and the function of one sample.
+"""verl's own ``RewardLoopManager`` on Ray calls the reward manager and the per-sample function.
 
 Run by ``make test-trainers`` in an environment with verl 0.9.1.
 """

@@ -1,4 +1,4 @@
-"""A tiny student for checks with real trainers, and the reward that ``ACQSYNTH_REWARD`` names there."""
+"""A tiny student for checks with real trainers, and the reward that ``ACQSYNTH_REWARD`` names."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def make(folder: Path) -> None:
 
 
 def build() -> ComposedReward:
-    """The entropy of the student in the environment, behind the domain's format."""
+    """The entropy of the student named in the environment, gated by the domain's format."""
     domain = Arithmetic()
     return ComposedReward(domain, acquisition_signals(os.environ["ACQSYNTH_STUDENT"], ("entropy",), domain))

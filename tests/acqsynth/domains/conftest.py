@@ -11,7 +11,7 @@ SHARED = Path(__file__).parents[3] / "../shared/data"
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """``shared_data("code/mbpp.jsonl")``: the path of a real data set; skips where it is absent."""
+    """``shared_data("code/mbpp.jsonl")`` returns the path of a real data set and skips the test if it is absent."""
 
     def path(name):
         if not (SHARED / name).is_file():
@@ -23,7 +23,7 @@ def shared_data():
 
 @pytest.fixture
 def contained():
-    """Skips where programs cannot be contained, with the reason."""
+    """Skips the test, with the reason, on machines where the sandbox does not work."""
     try:
         sandbox.require()
     except RuntimeError as error:

@@ -14,7 +14,7 @@ from acqsynth.domains.base import Sample
 
 WORLD = Arithmetic()
 
-#: By hand, not by the code under test.
+#: Worked out by hand, independently of the code under test.
 KNOWN = {
     "copy 407": "407",
     "even 998": "yes",
@@ -60,9 +60,9 @@ def test_the_table_is_fixed_without_pattern_and_in_use_everywhere():
     counts = Counter(answers)
     assert set(counts) == set("0123456789")
     expected = len(answers) / 10
-    assert sum((n - expected) ** 2 / expected for n in counts.values()) < 27.9  # chi-square, 9 degrees, 0.1 %
+    assert sum((n - expected) ** 2 / expected for n in counts.values()) < 27.9  # chi-square, 9 df, 0.1 % level
     last = Counter((q[-1], a) for q, a in zip(SKILLS["code"].questions["train"], answers, strict=True))
-    assert max(last.values()) < 1.5 * len(answers) / 100  # no digit gives the answer away
+    assert max(last.values()) < 1.5 * len(answers) / 100  # the last digit does not give the answer away
     assert [WORLD.truth(q) for q in SKILLS["code"].questions["train"]] == answers
 
 
@@ -242,7 +242,7 @@ def test_the_skewed_world_differs_in_its_traps_alone():
 
 
 def test_skewed_answers():
-    """Each digit of the table half as often as the one before; the coin says yes nine times out of ten."""
+    """Each digit of the table is half as frequent as the previous one, and the coin says yes nine times out of ten."""
     skewed = SkewedArithmetic()
     questions = SKILLS["code"].questions["train"]
     digits = Counter(skewed.truth(question) for question in questions)
@@ -260,7 +260,7 @@ def test_skewed_answers():
 
 
 def test_varentropy_ranks_skewed_traps_above_fair_ones():
-    """What the fair world hides: the variance of the surprisal is 0 for every uniform answer."""
+    """The fair world hides this, because the variance of the surprisal is 0 for every uniform answer."""
 
     def varentropy(answers):
         counts = Counter(answers)

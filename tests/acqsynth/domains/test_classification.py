@@ -28,7 +28,7 @@ def row(text, label):
         ("card arrival", "card_arrival", True),
         ("Card  Arrival\nis it", "card_arrival", True),
         ("card_arrival", "card_arrival", True),
-        ("card", "card_arrival", False),  # a prefix of it
+        ("card", "card_arrival", False),  # a prefix of the label
         ("card arrival", "card", False),
         ("card arrival late", "card_arrival", False),
         ('say "hi", then go', 'say "hi", then go', True),
@@ -50,7 +50,7 @@ def test_solutions_are_read_back():
     answers = [classification.answer_of(classification.solution(sample)) for sample in samples]
     assert answers == ["card", "card arrival", 'say "hi", then go', "Refund not showing up", "reverted card payment?"]
     assert classification.equivalent(samples, answers) == [True] * 5
-    # Each label is right for itself alone.
+    # Each label matches only itself.
     for i, sample in enumerate(samples):
         assert classification.equivalent([sample] * 5, answers) == [j == i for j in range(5)]
 
@@ -63,7 +63,7 @@ def test_what_is_written_is_parsed_with_the_seeds_spelling():
     unknown = classification.parse("<question>Where?</question><answer>card arrivals</answer>")
     assert unknown == row("Where?", "card arrivals")
     assert classification.fault(unknown) == "unknown label"
-    assert Classification().fault(unknown) is None  # without labels any name is one
+    assert Classification().fault(unknown) is None  # without known labels, any name is valid
     assert classification.parse("<question> </question><answer>card</answer>") is None
     assert classification.parse("<question>Where?</question><answer></answer>") is None
 
@@ -71,7 +71,7 @@ def test_what_is_written_is_parsed_with_the_seeds_spelling():
 @pytest.mark.parametrize(
     ("text", "leaks"),
     [
-        ("When will my card arrival be?", False),  # words that honest texts have
+        ("When will my card arrival be?", False),  # an honest text may use these words
         ("card arrival", True),
         ("Card arrival!", True),
         ("It is about card_arrival", True),
@@ -92,7 +92,7 @@ def test_labels_come_from_the_seeds():
     assert found.labels == [f"intent_{i}" for i in range(150)]
     assert found.fault(row("A text", "intent_149")) is None
     assert found.fault(row("A text", "intent_150")) == "unknown label"
-    assert found.fault(row("A text", "intent_14")) is None  # a prefix of others
+    assert found.fault(row("A text", "intent_14")) is None  # a prefix of other labels
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_prompt_asks_for_a_text_of_one_label(turns):
         assert len(prompt) == (5 if turns else 1)
         assert all(classification.parse(turn["content"]) for turn in prompt if turn["role"] == "assistant")
         asked[label] += 1
-    assert asked == dict.fromkeys(LABELS, 2)  # labels are dealt like cards
+    assert asked == dict.fromkeys(LABELS, 2)  # every label is used equally often
 
 
 def test_a_free_prompt_names_no_label():
@@ -212,7 +212,7 @@ def test_gates_refuse_what_is_no_new_row():
 
 
 class _Context:
-    """The part of a step's context that reading rows needs."""
+    """The part of a step context that ``collect_rows`` uses."""
 
     def __init__(self, folder):
         self.folder, self.said, self.files = folder, [], {}

@@ -71,7 +71,7 @@ def test_canonical_forgets_layout_comments_docstrings_and_asserts():
     + ["not " * 150 + "1", "-" * 500 + "1", "f" + "(1)" * 400, "x" + ".y" * 400, "[" * 150 + "]" * 150, "9" * 4000],
 )
 def test_programs_that_nest_too_deep_are_handled(deep):
-    """``ast.unparse`` raises where ``ast.parse`` does not."""
+    """``ast.unparse`` raises on some deeply nested programs that ``ast.parse`` accepts."""
     for source in (f"def f(x): return {deep}\nassert f(1) == 1", f"def f(x): return x\nassert f(1) == {deep}", deep):
         assert isinstance(code.canonical(source), str)
         for text in (source, source.replace("\n", "; ")):
@@ -145,10 +145,10 @@ def test_humaneval_rows(tmp_path):
     assert sample.extra["names"] == ["twice"]
     answers = [
         sample.answer,
-        "def twice(x): return half(x) * 4",  # with what the prompt defines
+        "def twice(x): return half(x) * 4",  # uses a function that the prompt defines
         "def twice(x): return x",
-        "def other(x): return x * 2",  # the prompt's own stub gives None
-        "def half(x): return {7: 3}[x]\ndef twice(x): return 4 if x == 2 else 7",  # the tests keep their own helper
+        "def other(x): return x * 2",  # the prompt's stub returns None
+        "def half(x): return {7: 3}[x]\ndef twice(x): return 4 if x == 2 else 7",  # the tests use their own half
         "twice = lambda x: x * 2",
     ]
     assert code.equivalent([sample] * 6, answers) == [True, True, False, False, False, True]
@@ -159,7 +159,7 @@ def test_equivalent_runs_the_tests_of_each_sample(tmp_path):
     sample = load(tmp_path / "a.jsonl", MBPP)
     answers = [
         fenced("def add(a, b):\n    return sum([a, b])"),
-        fenced("def add(a, b):\n    return a + b\n\nassert add(1, 1) == 3"),  # a wrong assert of its own
+        fenced("def add(a, b):\n    return a + b\n\nassert add(1, 1) == 3"),  # its own wrong assert is ignored
         fenced("def add(a, b):\n    return a - b"),
         fenced("def add(a, b): return"),
         fenced("def add(a, b) return"),
@@ -263,14 +263,14 @@ def test_verify():
         "assert add(1, 2) == 3": True,
         "assert add(1, 2) == 4": False,
         "assert add(1, 2) == 3\nassert add(2, 2) == 5": False,
-        "assert add(1, 2) == add(1, 2)": False,  # true of any function
+        "assert add(1, 2) == add(1, 2)": False,  # holds for any function
         "assert add(1, 2) or True": False,
         "assert 1 == 1 or add(1, 2)": False,
         "assert add(1, 2)": False,
         "assert isinstance(add(1, 2), int)": True,
         "assert add(1, 2) == 3\nassert add(1, 2) == add(1, 2)": True,
         "assert add('a', 2)": False,
-        "assert open('/tmp/x', 'w') and add(1, 2) == 3": False,  # never run
+        "assert open('/tmp/x', 'w') and add(1, 2) == 3": False,  # not executed
         "": False,
     }
     samples = [generated(fenced(FUNCTION + test)) for test in tests]
@@ -281,7 +281,7 @@ def test_verify():
 
 @needs_sandbox
 def test_a_program_does_not_decide_on_its_own_tests():
-    """By names that the asserts may use besides the function."""
+    """Redefining other names that the asserts use, such as ``math`` or ``abs``, has no effect on the tests."""
     fake = "class math:\n    isclose = staticmethod(lambda *_: True)\n"
     sample = generated(fenced(f"{fake}{FUNCTION}assert math.isclose(add(1, 2), 99)"))
     assert sample.extra["names"] == ["add"]
@@ -305,7 +305,7 @@ def test_examples_show_asserts_as_a_generator_is_to_write_them(tmp_path):
 
 
 def broken(program, names):
-    """The program with the functions that are tested giving back nothing."""
+    """The program with the tested functions changed to return a wrong value."""
     tree = ast.parse(program)
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name in names:

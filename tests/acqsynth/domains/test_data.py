@@ -31,7 +31,7 @@ def test_jsonl_and_parquet_give_the_same_samples_in_order(math, tmp_path):
 
 
 def test_a_csv_and_numbers_are_rows_like_any_other(math, tmp_path):
-    """What ``acqcore score`` takes: a csv with a byte order mark, a long cell, answers that are numbers."""
+    """Domains read what ``acqcore score`` reads: CSV with a byte order mark, long cells and numeric answers."""
     long = "What is 2 + 2?" + " Count." * 30_000
     (tmp_path / "rows.csv").write_text(f"question,answer,id\n{long},4,1\nWhat is 1 + 1?,2,2\n", encoding="utf-8-sig")
     assert math.load(str(tmp_path / "rows.csv")) == [Sample(long, "4"), Sample("What is 1 + 1?", "2")]

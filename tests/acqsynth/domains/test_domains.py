@@ -17,7 +17,7 @@ def test_each_domain_is_found_by_its_name(name):
     assert isinstance(found, Domain)
     assert found.name == name
     assert not inspect.isabstract(type(found))
-    assert type(pickle.loads(pickle.dumps(found))) is type(found)  # rewards that hold one go to other processes
+    assert type(pickle.loads(pickle.dumps(found))) is type(found)  # rewards that hold it are pickled
 
 
 def test_options_reach_the_domain():

@@ -1,6 +1,6 @@
-"""Texts and data files that nobody would write: no exception but the documented ones, and none slow.
+"""Fuzzed texts and data files raise only documented exceptions and are handled quickly.
 
-Seeds are fixed here; ``make fuzz`` sets others, and more examples, for an hour.
+Seeds are fixed; ``make fuzz`` runs other seeds and more examples for an hour.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from acqsynth.rewards.gates import Length, New, NoLeak, NoRepetition, NotInEvalu
 
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 FACTOR = int(os.environ.get("FUZZ_FACTOR", "1"))
-SLOW = 2.0  # seconds of the processor that no example may take
+SLOW = 2.0  # maximum CPU seconds per example
 
 FRAGMENTS = [
     *("<question>", "</question>", "<reasoning>", "</reasoning>", "<answer>", "</answer>", "```python\n", "```", "\n"),
@@ -72,7 +72,7 @@ texts = st.one_of(
 
 
 def fuzzed(examples, **strategies):
-    """A test over examples that are the same in each run with one ``FUZZ_SEED``."""
+    """Runs a test on generated examples, reproducible for a given ``FUZZ_SEED``."""
 
     def decorate(function):
         settings = hypothesis.settings(
@@ -186,7 +186,7 @@ def check(name, path):
     try:
         found = domain(name).load(str(path))
     except ValueError as error:
-        assert path.name in str(error)  # noqa: PT017 - any row may be right
+        assert path.name in str(error)  # noqa: PT017 - the file may also be valid
     else:
         assert found
         assert all(isinstance(sample, Sample) for sample in found)

@@ -132,7 +132,7 @@ def test_equivalent(math, gold, answer, right):
 @pytest.mark.parametrize(
     ("gold", "answers"),
     [
-        # What a number begins is not the number.
+        # A string that starts with a number does not equal that number.
         (
             "4",
             [
@@ -275,7 +275,7 @@ def test_boxes_in_boxes(math, completion, answer):
 
 
 def test_naming_many_answers_gains_nothing(math):
-    """One place is read, whole: of completions that list all candidates none is right."""
+    """Listing all candidates matches at most one of them, because one answer is read and compared as a whole."""
     golds = [Sample("?", str(i)) for i in range(10)]
     everything = " ".join(f"The answer may be {i}." for i in range(10)), ", ".join(map(str, range(10)))
     for text in (*everything, f"\\boxed{{{everything[1]}}}", f"The answer is {everything[1]}."):

@@ -12,7 +12,7 @@ import pytest
 from acqsynth.domains import math_check
 from acqsynth.domains.math_check import MathChecker
 
-#: math-verify needs more time for this than there is.
+#: math-verify does not finish on this expression.
 ENDLESS = "9^{9^{9^{9}}}"
 
 
@@ -30,7 +30,7 @@ def test_expressions_are_compared(checker):
 
 
 def test_the_first_of_a_pair_is_the_true_answer(checker):
-    """math-verify takes an interval for the inequality that is asked for, and not the other way round."""
+    """math-verify accepts an interval where the true answer is an inequality, but not vice versa."""
     assert checker.equal([("1 < x < 2", "(1, 2)"), ("(1, 2)", "1 < x < 2")]) == [True, False]
 
 
@@ -40,12 +40,12 @@ def test_what_takes_too_long_is_not_equal_and_is_counted(checker):
     assert checker.equal(pairs) == [False, True, False, True]
     assert (checker.checked, checker.lost) == (4, 2)
     assert time.monotonic() - begin < 30
-    assert checker.equal([("x + 3", "3 + x")] * 3) == [True] * 3  # by workers in their place
+    assert checker.equal([("x + 3", "3 + x")] * 3) == [True] * 3  # by replacement workers
     assert checker.lost == 2
 
 
 def test_the_kernel_ends_a_worker_at_its_deadline_by_itself():
-    """Also when the process that asked is gone."""
+    """The worker has its own alarm, so it ends even if its parent is gone."""
     worker = math_check._Worker(0.5)
     stdin = worker.process.stdin
     assert stdin is not None
@@ -79,7 +79,7 @@ def test_a_stopped_worker_is_killed(checker):
 
 
 def test_threads_other_than_the_main_one_get_the_same_answers(checker):
-    """Where math-verify itself raises, as it sets an alarm."""
+    """math-verify itself raises outside the main thread because it sets an alarm."""
     results = {}
     pairs = [("x + 1", "1 + x"), ("x", "y")]
     threads = [threading.Thread(target=lambda i=i: results.update({i: checker.equal(pairs)})) for i in range(4)]
@@ -116,7 +116,7 @@ def test_a_worker_that_does_not_start_says_why(monkeypatch, tmp_path):
     (tmp_path / "worker.py").write_text("raise SystemExit('no such luck')")
     monkeypatch.setattr(math_check, "__file__", str(tmp_path / "worker.py"))
     checker = MathChecker(workers=1)
-    for _ in range(2):  # and leaves no place taken
+    for _ in range(2):  # the failed worker does not occupy its slot
         with pytest.raises(RuntimeError, match="the process of math-verify did not start: no such luck"):
             checker.equal([("1", "2")])
 

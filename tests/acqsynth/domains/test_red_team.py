@@ -1,7 +1,7 @@
-"""Programs that do not know the answers and try to be judged passed all the same.
+"""Attacks on the sandbox by programs that do not know the answers but try to get a passing verdict.
 
-Each begins with ``THIEF``: whatever it gets hold of goes to ``steal``, which picks the expected values out of the
-tests, and ``f`` answers from there. A single leak therefore passes. ``forge`` writes a verdict to every descriptor.
+Each program starts with ``THIEF``. It passes everything it can read to ``steal``, which extracts the expected values
+from the tests for ``f`` to return, so a single leak is enough to pass. ``forge`` writes a verdict to every descriptor.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def forge():
 libc = ctypes.CDLL(None, use_errno=True)
 """
 
-#: name -> program; where it leaves ``f`` alone, the thief's answers.
+#: name -> program; unless it redefines ``f``, the thief's ``f`` answers.
 ATTACKS = {
-    # Through /proc, and what takes its place
+    # /proc and its substitutes
     "the grader's stdin": "for pid in range(64): attempt(read, f'/proc/{pid}/fd/0')",
     "the grader's stdin, then forge and kill": "attempt(read, '/proc/1/fd/0'); forge(); attempt(os.kill, 1, 9)",
     "every descriptor": "for pid in range(64):\n for fd in range(64): attempt(read, f'/proc/{pid}/fd/{fd}')",
@@ -87,7 +87,7 @@ ATTACKS = {
     "a module in the way": "for name in ('json', 'traceback', 'os'):\n"
     " open(f'/tmp/{name}.py', 'w').write('import os; os._exit(0)')\nsys.path.insert(0, '/tmp')",
     "the file handle": "h = ctypes.create_string_buffer(128)\nlibc.open_by_handle_at(-100, h, 0)",
-    # Descriptors of its own
+    # Its own descriptors
     "reads what it has": "for fd in range(64):\n attempt(os.set_blocking, fd, False)\n"
     " for _ in range(4): steal(attempt(os.read, fd, 1 << 20))",
     "files at an offset": "for fd in range(64): steal(attempt(os.pread, fd, 1 << 20, 0))",
@@ -171,13 +171,13 @@ ATTACKS = {
     "an exception that forges": "class E(Exception):\n def __str__(self): forge(); return ''\ndef f(x): raise E",
     "the name removed": "del f",
     "the name as a type": "f = int",
-    # Other ways to a second process
+    # Other ways to start a process
     "fork": "def g():\n if os.fork() == 0: forge()\nattempt(g)",
     "vfork and clone": "for number in (56, 57, 58, 435, 220): libc.syscall(number, 17, 0, 0, 0, 0)\nforge()",
     "a thread": "import threading\nattempt(threading.Thread(target=forge).start)",
     "subprocess": "import subprocess\nsteal(attempt(subprocess.check_output, ['/bin/cat', '/proc/1/fd/0']))",
     "posix_spawn": "attempt(os.posix_spawn, sys.executable, [sys.executable, '-c', ''], {})",
-    # Memory and sockets that others might share
+    # Shared memory and sockets
     "shared memory": "for key in range(64):\n i = libc.shmget(key, 0, 0)\n"
     " if i >= 0: steal(ctypes.string_at(libc.shmat(i, 0, 0)))",
     "message queues": "b = ctypes.create_string_buffer(4096)\n"
@@ -193,7 +193,7 @@ ATTACKS = {
     "its filter replaced": "libc.syscall(317, 1, 0, None); libc.prctl(22, 0, 0, 0, 0); attempt(os.fork)",
     "its limits raised": "import resource\n"
     "attempt(resource.setrlimit, resource.RLIMIT_NOFILE, (1 << 20, 1 << 20)); forge()",
-    # What others might have left open, and what may be replaced
+    # Resources left open, and parts that can be replaced
     "its own memory":
     "for line in open('/proc/self/maps') if os.path.exists('/proc/self/maps') else ():\n steal(line)\n"
     "for name in ('mem', 'maps', 'stat', 'status', 'auxv', 'pagemap', 'syscall', "
@@ -345,7 +345,7 @@ ATTACKS = {
 
 
 def test_the_thief_passes_where_it_gets_the_tests():
-    """What the attacks rely on: nothing but the lack of a leak keeps them from passing."""
+    """Control: the attacks pass once they can read the tests, so only containment stops them."""
     found = f"steal({TESTS!r})"
     written = f"open('/tmp/job', 'w').write({TESTS!r}); read('/tmp/job')"
     results = run([Job(THIEF + way, TESTS, ("f",)) for way in (found, written)], LIMITS)
@@ -356,7 +356,7 @@ def test_no_attack_passes():
     assert len(ATTACKS) >= 165
     results = run([Job(THIEF + attack, TESTS, ("f",)) for attack in ATTACKS.values()], LIMITS)
     assert [name for name, result in zip(ATTACKS, results, strict=True) if result.status == "passed"] == []
-    # An attack whose program does not compile would try nothing.
+    # An attack that does not compile would test nothing.
     broken = [name for name, result in zip(ATTACKS, results, strict=True) if "SyntaxError" in result.detail]
     assert broken == []
 

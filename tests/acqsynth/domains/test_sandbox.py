@@ -1,4 +1,4 @@
-"""Each containment test runs a hostile program; what it found out comes back as the value of a name."""
+"""Containment tests run a hostile program and read what it found from one of its variables."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ needs_sandbox = pytest.mark.usefixtures("contained")
 
 
 def outcome(program, expected, limits=SHORT):
-    """Runs a program and holds its name ``outcome`` to an expression of itself."""
+    """Runs a program and asserts an expression about its variable ``outcome``."""
     [result] = run([Job(program, f"assert {expected}, outcome", ("outcome",))], limits)
     assert result.status == "passed", result
 
 
 def attempt(statements):
-    """A program whose ``outcome`` is "done", or the name of the exception that the statements raise."""
+    """A program that sets ``outcome`` to "done" or to the name of the exception that the statements raise."""
     body = "\n".join("    " + line for line in statements.splitlines())
     return f"outcome = 'done'\ntry:\n{body}\nexcept BaseException as error:\n    outcome = type(error).__name__\n"
 
@@ -42,7 +42,7 @@ def one(program, tests="", names=(), limits=SHORT):
 
 
 def running(mark):
-    """This machine's processes whose command line holds ``mark``: process id -> command line."""
+    """Process id -> command line, for all processes on this machine with ``mark`` in their command line."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -57,7 +57,7 @@ def running(mark):
 @needs_sandbox
 class TestContainment:
     def test_an_attempt_that_is_allowed_is_seen_to_be_done(self):
-        """What the tests below rely on: the report of an attempt is not always a failure."""
+        """Control: ``attempt`` reports success when an action is allowed."""
         outcome(attempt("open('/tmp/a', 'w').write('b')\nassert open('/tmp/a').read() == 'b'"), "outcome == 'done'")
         outcome(attempt("open('/nowhere/a')"), "outcome == 'FileNotFoundError'")
 
@@ -98,7 +98,7 @@ class TestContainment:
         ],
     )
     def test_nothing_burns_on_after_the_end(self, program):
-        size = 8_000_000 + os.getpid() % 100_000  # stands in the command line of every process of this sandbox
+        size = 8_000_000 + os.getpid() % 100_000  # appears in the command line of every process of this sandbox
         assert one(program, limits=Limits(seconds=0.7, cpu_seconds=60, file_size=size)).status in ("timeout", "killed")
         deadline = time.monotonic() + 5
         while running(str(size)) and time.monotonic() < deadline:
@@ -107,8 +107,8 @@ class TestContainment:
 
     @pytest.mark.parametrize(("processes", "seconds"), [(1, 3.0), (7, 60.0)], ids=["starting", "started"])
     def test_no_program_outlives_the_process_that_started_it(self, processes, seconds):
-        """Not at all once both sandboxes run (bwrap twice in each; the tests; the program and its keeper); while they
-        start, to the time limit."""
+        """Once both sandboxes run (two bwrap processes in each, the tests, the program and its keeper), all end
+        at once; during startup, at the time limit."""
         size = 8_100_000 + os.getpid() % 100_000 + processes
         code = "from acqsynth.domains.sandbox import *\nfrom acqsynth.domains.sandbox import _contained, _run\n"
         code += f"limits = Limits(seconds={seconds}, cpu_seconds=60, file_size={size})\n"
@@ -118,11 +118,11 @@ class TestContainment:
             while len(running(str(size))) < 1 + processes and time.monotonic() < deadline:
                 time.sleep(0.01)
             starter.kill()
-        time.sleep(0.5)  # what was cut off at its start may still come to start the program
+        time.sleep(0.5)  # a sandbox interrupted during startup may still start the program
         deadline = time.monotonic() + 15
         while (left := running(str(size))) and time.monotonic() < deadline:
             if all("bwrap" in line for line in left.values()):
-                for process in left:  # cut off there it runs nothing, and may wait for ever
+                for process in left:  # interrupted here, bwrap runs nothing and may wait forever
                     os.kill(process, signal.SIGKILL)
             time.sleep(0.05)
         assert left == {}
@@ -210,7 +210,7 @@ class TestContainment:
         for path in (secret, Path(__file__), Path(sandbox.__file__), Path("/etc/passwd"), Path("/etc/hostname")):
             assert path.is_file()
             outcome(attempt(f"open({str(path)!r}).read()"), "outcome == 'FileNotFoundError'")
-        # Of a home only the way to an interpreter that is installed there.
+        # Of the home folder, only the path to an interpreter installed there is visible.
         seen = f"import os\nfound = os.listdir({str(Path.home())!r}) if os.path.isdir({str(Path.home())!r}) else []"
         way = os.path.realpath(sys.base_prefix).removeprefix(f"{Path.home()}/").split("/")[0]
         outcome(f"{seen}\noutcome = set(found) <= {{{way!r}}}", "outcome")
@@ -266,7 +266,7 @@ class TestContainment:
 
 @needs_sandbox
 class TestGrading:
-    """Programs that are wrong, and say that they are right."""
+    """Wrong programs that claim to be right do not pass."""
 
     @pytest.mark.parametrize(
         "program",
@@ -346,7 +346,7 @@ class TestGrading:
 
 @needs_sandbox
 class TestValues:
-    """Calls across the two processes are the calls that one interpreter makes."""
+    """Calls across the two processes behave like calls within one interpreter."""
 
     @pytest.mark.parametrize(
         "value",

@@ -23,7 +23,7 @@ def texts(groups):
 
 
 def alone(engine, prompt, tokens):
-    """What ``model.generate`` writes for one prompt without padding, its end token cut."""
+    """Token ids that ``model.generate`` returns for one unpadded prompt, without the end token."""
     tokenizer = engine.tokenizer
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
@@ -45,7 +45,7 @@ def test_greedy_equals_one_prompt_at_a_time(engine, budget):
 @pytest.mark.parametrize("kind", ["GPT2", "Gemma3", "Qwen2"])
 def test_learned_positions_sliding_windows_and_tied_heads(tiny_model, tokenizer, kind):
     engine = TransformersEngine(tiny_model(kind, eos_token_id=tokenizer.eos_token_id), tokenizer)
-    prompts = ["a", "What is 6 * 7?", "b" * 57]  # of 64 positions
+    prompts = ["a", "What is 6 * 7?", "b" * 57]  # the last prompt leaves 7 of 64 positions
     groups = engine.generate(prompts, GREEDY)
     assert [g[0].token_ids for g in groups] == [alone(engine, p, min(12, 64 - len(p))) for p in prompts]
 
@@ -53,7 +53,7 @@ def test_learned_positions_sliding_windows_and_tied_heads(tiny_model, tokenizer,
 @pytest.mark.parametrize("at_once", [1, 2, 32])
 @pytest.mark.parametrize("kind", ["Llama", "GPT2", "Gemma3", "Qwen2"])
 def test_logprobs_of_texts(tiny_model, tokenizer, kind, at_once):
-    """Against one forward of prompt and text, padding and cache apart; a text that begins another has its own end."""
+    """Values match one forward pass without padding or cache, also for a text that is a prefix of another."""
     engine = TransformersEngine(tiny_model(kind, eos_token_id=tokenizer.eos_token_id), tokenizer)
     prompts, answers = ["a", "What is 6 * 7?"], ["card", "card arrival", 'say "hi", then go']
     found = engine.logprobs(prompts, answers, at_once)
@@ -82,11 +82,11 @@ def test_greedy_draws_are_one_text(engine):
 def test_seeds_decide_the_draws(engine):
     sampling = Sampling(n=3, max_tokens=12, seed=5)
     first = texts(engine.generate(PROMPTS, sampling))
-    torch.rand(3)  # the caller's random numbers have no part in it
+    torch.rand(3)  # the global random state has no effect
     assert texts(engine.generate(PROMPTS, sampling)) == first
     assert texts(engine.generate(PROMPTS, replace(sampling, seed=6))) != first
     assert all(len(set(group)) == 3 for group in first)
-    engine.batch_tokens = 1  # equal prompts in batches of their own still draw apart
+    engine.batch_tokens = 1  # equal prompts in separate batches still draw differently
     assert len(set(texts(engine.generate(["a"], sampling))[0])) == 3
 
 
@@ -116,7 +116,7 @@ def test_any_of_several_end_tokens_ends(engine):
     assert cut.finished
     engine.model.generation_config.eos_token_id = None
     engine.tokenizer = PreTrainedTokenizerFast(tokenizer_object=engine.tokenizer.backend_tokenizer)
-    [[endless]] = engine.generate(["a"], GREEDY)  # no end token and no padding token
+    [[endless]] = engine.generate(["a"], GREEDY)  # neither an end nor a padding token
     assert len(endless.token_ids) == 12
     assert not endless.finished
 

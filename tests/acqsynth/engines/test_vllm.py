@@ -1,4 +1,4 @@
-"""The engine over vLLM itself where that imports; its absence elsewhere."""
+"""The engine with the real vLLM where it is installed, and the error where it is not."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_greedy_and_top2_are_those_of_transformers(engine, path):
 @pytest.mark.network
 def test_several_draws_and_seeds(engine):
     sampling = Sampling(n=3, max_tokens=12, seed=5)
-    prompts = [PROMPTS[1], PROMPTS[1]]  # equal prompts draw apart
+    prompts = [PROMPTS[1], PROMPTS[1]]  # equal prompts draw differently
     first = ids(engine.generate(prompts, sampling))
     assert len({tuple(draw) for group in first for draw in group}) == 6
     assert ids(engine.generate(prompts, sampling)) == first

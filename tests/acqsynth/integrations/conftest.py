@@ -1,4 +1,4 @@
-"""A reward whose signal is known and counts its calls, named by the environment as a user names his own."""
+"""A reward with a known signal that counts its calls, configured through the environment as a user would do it."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def number():
 
 @pytest.fixture
 def built(number, monkeypatch, request):
-    """The rewards made so far by the function that the environment names."""
+    """The rewards built so far by the function named in the environment."""
     made = []
 
     def build():
-        time.sleep(0.1)  # as loading takes: callers that come meanwhile must not make another
+        time.sleep(0.1)  # simulates loading; concurrent callers must not build a second reward
         gates = [Check("positive", lambda sample: not sample.answer.startswith("-"))]
         fusion = getattr(request, "param", "raw")
         made.append(ComposedReward(PlainDomain(), [number], gates=gates, fusion=fusion, length_normalised=False))
         return made[-1]
 
-    name = f"rewards_of_test_{next(_count)}"  # what is made for a name is kept for the process
+    name = f"rewards_of_test_{next(_count)}"  # rewards are cached by name for the life of the process
     module = types.ModuleType(name)
     module.build = build
     monkeypatch.setitem(sys.modules, name, module)

@@ -1,4 +1,4 @@
-"""The contract of OpenRLHF 0.11, its caller imitated."""
+"""The contract of OpenRLHF 0.11, exercised by an imitation of its caller."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def text(answer):
 
 
 def one(answer, prompt=PROMPT):
-    """As OpenRLHF asks for a response: lists of one."""
+    """Calls the reward as OpenRLHF does for one response, with lists of length one."""
     return reward_func([prompt + text(answer)], [prompt], [""])
 
 
@@ -93,13 +93,13 @@ def checked_empty(result):
     "query",
     [
         PROMPT + text(4),
-        "<s>" + PROMPT + text(4),  # a special token before it
+        "<s>" + PROMPT + text(4),  # a leading special token
         PROMPT.replace("\n", "") + text(4),  # white space lost in decoding
         "<s> " + PROMPT.replace("\n", " \n") + text(4),
     ],
 )
 def test_the_prompt_is_stripped(built, query):
-    """With its example left in front, the tags would be repeated and the response no sample."""
+    """The prompt contains an example; unless it is stripped, the tags repeat and the response does not parse."""
     result = checked(reward_func([query], [PROMPT], [""]), 1)
     assert result["rewards"].tolist() == [4]
     assert response_of(query, PROMPT).strip() == text(4)

@@ -1,4 +1,4 @@
-"""The contract of verl 0.9, its caller imitated."""
+"""The contract of verl 0.9, exercised by an imitation of its caller."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def text(answer):
 
 
 async def batch(texts, infos=None):
-    """As verl's reward worker does for a batch: a task for each sample, one gather."""
+    """Scores a batch as verl's reward worker does: one task per sample and a single gather."""
     calls = [
         verl.compute_score(
             data_source="acqsynth",
@@ -38,7 +38,7 @@ async def batch(texts, infos=None):
 
 
 def collated(results):
-    """As verl makes columns of the first sample's keys, and a float32 tensor of the scores."""
+    """Collates results as verl does: columns from the first sample's keys, and scores that fit a float32 tensor."""
     torch.tensor([result["score"] for result in results], dtype=torch.float32)
     return {key: np.array([result[key] for result in results]) for key in results[0]}
 
@@ -76,7 +76,7 @@ def test_a_scorer_that_raises_masks(built, caplog):
     assert columns["score"].tolist() == [0.5, 0.5, 0.5]
     assert "out of memory" in caplog.text
     assert asyncio.run(batch([text(3), text(5)]))[1]["score"] == 5
-    assert asyncio.run(batch([text(99)]))[0]["score"] == 4  # the mean of the last that were scored
+    assert asyncio.run(batch([text(99)]))[0]["score"] == 4  # the mean of the most recent scores
     built[0].score = lambda texts, groups: 1 / 0
     columns = collated(asyncio.run(batch([text(1), text(2)])))
     assert columns["masked"].tolist() == [1, 1]
@@ -87,7 +87,7 @@ def test_verl_finds_a_coroutine_function():
 
 
 class Items:
-    """As much of a DataProto as a reward manager sees."""
+    """The part of a DataProto that a reward manager uses."""
 
     def __init__(self, *items):
         self.items = items

@@ -1,4 +1,4 @@
-"""The report: numbers from answers and logs, and the page they become."""
+"""The report: metrics from answers and logs, and the page rendered from them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def answers(n_right):
 
 
 def collected(generators=(0, 0, 0), **right):
-    """Arms by name: right answers of 40, one number a fit; on the other set all arms have 10, the base student too.
-    ``generators``: of the fits."""
+    """Metrics of the given arms, with one number of right answers out of 40 per fit; on the other set all arms and the
+    base student have 10. ``generators``: the generator of each fit."""
     arms = right or {"grpo": (30, 32, 31), "no_rl": (20, 20, 21)}
     found = {}
     for arm, numbers in arms.items():
@@ -101,7 +101,7 @@ def whole():
 
 
 class Page(HTMLParser):
-    """Text, headings by id, tags that stay open, and every address."""
+    """The text, tags, ids, addresses and unclosed tags of an HTML page."""
 
     void = frozenset({"meta", "br", "img", "link", "input", "hr"})
 
@@ -140,7 +140,7 @@ class Page(HTMLParser):
 
 
 def page(found, figures=False):
-    """The page, without figures, which take a second or two, unless a test reads them."""
+    """The parsed page; figures take a second or two, so they are rendered only on request."""
     with pytest.MonkeyPatch.context() as patch:
         if not figures:
             patch.setattr(pages, "_figures", lambda metrics: defaultdict(lambda: None))
@@ -155,7 +155,7 @@ def html():
 def test_the_page_is_whole_and_needs_nothing_else(html):
     found = Page(html)
     assert not found.open
-    assert found.tags.count("script") == 1  # it sorts tables
+    assert found.tags.count("script") == 1  # for sorting tables
     assert "link" not in found.tags
     assert all(address.startswith("#") for address in found.addresses)
     assert "http" not in html
@@ -187,7 +187,7 @@ def test_every_section_and_figure_is_there(html):
 def test_skills_stand_first_and_the_most_forgotten_before_all():
     found = whole()
     skills = found["base"]["student"]["in_distribution"]["skills"]
-    skills["sort"]["accuracy"] = 1.0  # so that it was forgotten
+    skills["sort"]["accuracy"] = 1.0  # so sorting counts as forgotten
     made = page(found)
     assert made.ids.index("skills") < made.ids.index("accuracy")
     assert made.text.index("sort 100.0 \u2192 76.7") < made.text.index("add 50.0 \u2192 78.3")
@@ -258,7 +258,7 @@ def test_fewer_than_three_fits_call_nothing(fits):
 
 
 def test_comparisons_are_judged_together():
-    """What is at most 0.05 alone is called only where Holm's procedure over all comparisons leaves it."""
+    """A comparison with p below 0.05 counts only if it survives Holm's procedure over all comparisons."""
     alone = collected(grpo=(24, 26, 25))
     p = [alone["arms"]["grpo"]["results"][1]["sets"][name]["change"]["p"] for name in ("in_distribution", "other")]
     assert p[0] < 0.05 < p[1]
@@ -269,7 +269,7 @@ def test_comparisons_are_judged_together():
 
 
 def test_fits_of_one_generator_are_one_draw():
-    """Generators that differ by more than their fits do: three draws, not six."""
+    """Six fits of three generators count as three draws, which widens the intervals."""
     right = (24, 24, 27, 27, 33, 33)
     fits, drawn = (
         collected(generators=generators, grpo=right, no_rl=(20,) * 6)["arms"]["grpo"]["results"][1]
@@ -284,8 +284,8 @@ def test_fits_of_one_generator_are_one_draw():
 
 
 def test_what_the_base_student_knew_is_shown_for_every_arm():
-    """Skills of at least 80 % before, the same for all, with the change over them; others are not forgotten."""
-    strong = Answers(np.array([1.0, 0.0] * 20), SKILLS)  # adds, cannot sort
+    """Every arm is shown on skills in which the base student scored at least 80 %; only those can be forgotten."""
+    strong = Answers(np.array([1.0, 0.0] * 20), SKILLS)  # can add, cannot sort
 
     def fitted(adds):
         return Answers(np.array([1.0 if i < adds else 0.0 for i in range(20) for _ in range(1)]).repeat(2), SKILLS)

@@ -1,4 +1,4 @@
-"""A toy domain of sums and an engine that says what it is told to."""
+"""A toy domain of sums and an engine with scripted completions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Sums(PlainDomain):
 
 
 class Scripted(FakeEngine):
-    """Completions by question, in turn; the last token's two probabilities are 0.6 and 0.4 unless told otherwise."""
+    """Cycles through the completions of each question; by default one token with top-2 probabilities 0.6 and 0.4."""
 
     def __init__(self, script, margins=None):
         super().__init__()
@@ -50,7 +50,7 @@ class Scripted(FakeEngine):
     def draw(self, prompt, i, sampling):
         question = _question(prompt)
         texts = list(self.script(question))
-        # of each token: its own probability, then the two largest
+        # per token: its own probability, then the two largest
         tokens = self.margins.get(question, [(0.6, 0.6, 0.4)])
         top2 = [(math.log(first), math.log(second)) for _, first, second in tokens]
         own = [math.log(drawn) for drawn, _, _ in tokens]
@@ -73,7 +73,7 @@ def scripted():
 
 @pytest.fixture
 def sample():
-    """``sample(a, b)``: a right sum in words; ``answer=`` makes it another."""
+    """``sample(a, b)`` is a word problem on a + b with the right answer, or with ``answer`` if given."""
 
     def build(a, b, *, answer=None, reasoning=""):
         question = f"Ada has {a} shells and finds more, so that she has {a} + {b}. How many are that?"

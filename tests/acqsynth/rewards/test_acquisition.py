@@ -40,7 +40,7 @@ def test_reward_is_the_score_times_the_gate(model, tokenizer):
 
 
 def test_no_sample_outranks_no_value_below_zero(model, tokenizer):
-    """Influence is signed: where a sample's is below zero, 0 for the broken one would stand above it."""
+    """Influence can be negative, so a reward of 0 for broken text would rank above a valid sample."""
     samples = [parse_sample(GOOD), parse_sample(LONGER)]
     reference = acqcore.influence_reference(model, samples[:1], tokenizer=tokenizer)
     against = dataclasses.replace(reference, mean=-reference.mean)
@@ -88,7 +88,7 @@ def test_log_functions_get_values_and_metrics(model, tokenizer):
     assert log.metrics["acquisition_entropy/parsed"] == pytest.approx(2 / 3)
     assert log.metrics["acquisition_entropy/masked"] == 0
     assert log.metrics["acquisition_entropy/mean"] == pytest.approx((values[0] + values[2]) / 2)
-    assert abs(log.metrics["acquisition_entropy/length_correlation"]) == pytest.approx(1)  # of two points
+    assert abs(log.metrics["acquisition_entropy/length_correlation"]) == pytest.approx(1)  # only two points
 
 
 def test_undefined_metrics_are_left_out(model, tokenizer):
@@ -100,7 +100,7 @@ def test_undefined_metrics_are_left_out(model, tokenizer):
 
 
 class FailingTrunk(torch.nn.Module):
-    """Hidden states that are NaN in rows that hold the token ``bad``."""
+    """Returns NaN hidden states for rows that contain the token ``bad``."""
 
     def __init__(self, vocab_size, bad):
         super().__init__()
@@ -138,7 +138,7 @@ def test_a_text_with_nothing_to_score_is_masked(model, tokenizer):
 
 
 def test_long_samples_are_cut(model, tokenizer):
-    long = GOOD.replace("42", "4" * 5000)  # the student takes 4096 tokens
+    long = GOOD.replace("42", "4" * 5000)  # the student accepts 4096 tokens
     assert Log().call(AcquisitionReward(model, tokenizer=tokenizer, max_length=10**6), [long])[0] > 0
     log = Log()
     reward = AcquisitionReward(model, tokenizer=tokenizer, max_length=12)
@@ -238,7 +238,7 @@ def test_a_path_is_loaded_once_and_late(student_path, monkeypatch):
     )
     first, second = AcquisitionReward(student_path), AcquisitionReward(str(student_path), "margin")
     assert loads == []
-    Log().call(first, [BROKEN])  # a student that is missing is told at once, whatever parses
+    Log().call(first, [BROKEN])  # loaded even if nothing parses, so a missing student is reported at once
     assert len(loads) == 1
     Log().call(first, [GOOD])
     Log().call(second, [GOOD])
@@ -250,7 +250,7 @@ def test_pickles_before_and_after_a_call(student_path):
     fresh = pickle.dumps(reward)
     values = Log().call(reward, COMPLETIONS)
     used = pickle.dumps(reward)
-    assert max(len(fresh), len(used)) < 2000  # the student stays where it is
+    assert max(len(fresh), len(used)) < 2000  # the student is not pickled
     for data in (fresh, used):
         copy = pickle.loads(data)
         assert copy.__name__ == "hard"
@@ -280,7 +280,7 @@ def test_a_student_is_whole_under_zero3(student_path):
         def is_zero3(self):
             return True
 
-    trainer_config = TrainerConfig()  # held here: transformers keeps a weak reference
+    trainer_config = TrainerConfig()  # transformers keeps only a weak reference
     deepspeed.set_hf_deepspeed_config(trainer_config)
     try:
         assert Log().call(AcquisitionReward(student_path), [GOOD])[0] > 0
@@ -304,7 +304,7 @@ def test_a_model_needs_its_tokenizer(model):
 
 
 def resolve(names, tmp_path, monkeypatch):
-    """The rewards ``trl grpo --reward_funcs ...`` hands to its trainer."""
+    """The rewards that ``trl grpo --reward_funcs ...`` passes to its trainer."""
     handed = []
 
     class Stop(Exception):  # noqa: N818
@@ -317,7 +317,7 @@ def resolve(names, tmp_path, monkeypatch):
     data = {"train": datasets.Dataset.from_dict({"prompt": ["a"]})}
     monkeypatch.setattr(trl, "GRPOTrainer", trainer)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: data)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # the command puts the working directory there
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the command adds the working directory
     line = ["--model_name_or_path", "none", "--dataset_name", "none", "--output_dir", str(tmp_path)]
     parsed = grpo.make_parser().parse_args_and_config(
         [*line, "--bf16", "False", "--use_cpu", "True", "--reward_funcs", *names]
@@ -334,7 +334,7 @@ def test_every_acquisition_is_a_ready_made_reward(student_path, tmp_path, monkey
     assert [get_callable_name(reward) for reward in found] == [f"acquisition_{name}" for name in names]
     monkeypatch.setenv(rewards.STUDENT_VARIABLE, str(student_path))
     for name, reward in zip(names, found, strict=True):
-        if required := REGISTRY[name].options.required():  # without a default: given to AcquisitionReward
+        if required := REGISTRY[name].options.required():  # no default: needs an AcquisitionReward
             with pytest.raises(ValueError, match=f"acquisition_args: {name!r} needs {required[0]!r}"):
                 Log().call(reward, [GOOD])
             continue
@@ -359,13 +359,13 @@ def test_other_attributes_are_missing():
 
 
 def test_two_steps_of_grpo(model, tokenizer, tmp_path):
-    """TRL itself, with the model in training as its own student."""
+    """Runs real TRL with the trained model as its own student."""
     entropy = AcquisitionReward(model, tokenizer=tokenizer, parse=as_text)
     gated = AcquisitionReward(model, "loss", tokenizer=tokenizer)
     steps = trained(model, tokenizer, [entropy, gated], tmp_path)
     assert len(steps) == 2
     for row in steps:
         assert row["rewards/acquisition_entropy/mean"] > 0
-        assert row["rewards/acquisition_loss/mean"] == 0  # random bytes are no sample
+        assert row["rewards/acquisition_loss/mean"] == 0  # random bytes do not parse
         assert row["acquisition_loss/parsed"] == 0
     assert model.training

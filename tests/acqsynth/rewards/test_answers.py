@@ -44,14 +44,14 @@ def test_learnability_is_of_the_samples_own_answer(answers, samples):
 
 
 def test_learnability_of_verified_answers(answers, samples, domain, monkeypatch):
-    """An answer that is wrong, or that nobody can check, is not worth its p (1 - p)."""
+    """An answer that is wrong or cannot be checked gets 0 instead of p (1 - p)."""
     monkeypatch.setattr(type(domain), "verify", lambda self, asked: [True, None, True, False])
     assert Learnability(answers, verified=True)(samples) == [0, 0, 3 / 16, 0]
 
 
 def test_where_nothing_proves_an_answer_the_majority_does(scripted, domain, monkeypatch):
-    """Its p (1 - p) where the sample has the majority's answer; 0 without one, and where the answer is refuted."""
-    # Finds some answers wrong and none right, like mathematics.
+    """p (1 - p) if the sample's answer is that of the majority; 0 if it is not, is refuted or there is no majority."""
+    # Like mathematics, this domain can refute answers but not prove them.
     monkeypatch.setattr(type(domain), "proves", False)
     monkeypatch.setattr(
         type(domain), "verify", lambda self, asked: [False if s.answer == "13" else None for s in asked]
@@ -81,7 +81,7 @@ def test_where_something_does_it_does_not(answers):
     ],
 )
 def test_answers_are_grouped_by_all_that_was_written(texts, sizes, scripted):
-    """Units and number words are part of an answer, a missing unit is forgiven, and nothing is joined by a third."""
+    """Units and number words are part of an answer, a missing unit is tolerated, and no answer joins two others."""
     boxed = [f"\\boxed{{{text}}}" for text in texts]
     answers = SampledAnswers(scripted(lambda question: boxed), Math(), k=len(texts))
     sample = Sample("q", "18")
@@ -129,11 +129,11 @@ def test_a_failed_comparison_is_not_remembered_as_zero(answers, samples):
     with pytest.raises(OSError, match="sandbox"):
         Learnability(answers)(batch)
     assert Learnability(answers)(batch) == [0, 1 / 4, 3 / 16, 0]
-    assert calls == [7, 7]  # one comparison for each kind of answer: 1 + 3 + 3 + 0
+    assert calls == [7, 7]  # one comparison per distinct answer: 1 + 3 + 3 + 0
 
 
 class TestConfidence:
-    #: own probability of a token, then the two largest
+    #: per token: its own probability, then the two largest
     MARGINS = {  # noqa: RUF012
         "sharp": [(0.9, 0.9, 0.05), (0.9, 0.9, 0.05)],
         "even": [(0.45, 0.45, 0.4)],
@@ -164,7 +164,7 @@ class TestConfidence:
         assert even > medium + 0.3
 
     def test_released_is_unbounded_confidence_upside_down(self, domain, scripted):
-        """It grows as the student is less sure, from 1 up; the corrected form says so and is a share of 0 to 1."""
+        """Released values grow from 1 without bound as the student gets less sure; corrected ones stay in (0, 1)."""
         released = self.values(self.signal(domain, scripted, paper_compat=True), "sharp", "medium")
         assert 1 < released[0] < released[1]
         corrected = self.values(self.signal(domain, scripted), "sharp", "medium")
@@ -180,7 +180,7 @@ class TestConfidence:
         assert corrected.answers.engine.calls[0][0] == [[{"role": "user", "content": "sharp"}]]
 
     def test_released_takes_a_drawn_token_for_the_top_one(self, domain, scripted):
-        # 0.05 - 0.9 < 0 where the margin is 0.85: clipped to 0, below a confident answer
+        # computes 0.05 - 0.9 < 0 instead of the margin 0.85: clipped to 0, below a confident answer
         assert self.values(self.signal(domain, scripted, paper_compat=True), "unlucky") == [0]
         assert self.values(self.signal(domain, scripted), "unlucky") == [pytest.approx(0.15)]
 
@@ -191,7 +191,7 @@ class TestConfidence:
 
 class TestReleasedAnswerVariance:
     def embed(self, texts):
-        """Where the text says ``at x y``."""
+        """Embeds a text that contains ``at x y`` as (x, y)."""
         return torch.tensor([[float(part) for part in text.split("at ")[1].split()[:2]] for text in texts])
 
     def both(self, domain, scripted, texts):
@@ -202,7 +202,7 @@ class TestReleasedAnswerVariance:
 
     def test_noise_is_a_cluster(self, domain, scripted):
         near = [f"at 0 0.0{i} so 7" for i in range(5)] + [f"at 9 0.0{i} so 8" for i in range(5)]
-        far = ["at 40 60 hmm", "at -50 90 hmm"]  # parsed, these have numbers of no meaning
+        far = ["at 40 60 hmm", "at -50 90 hmm"]  # if parsed, these would yield meaningless numbers
         answers = SampledAnswers(scripted(lambda question: near + far), domain, k=12)
         assert AnswerVariance(answers, paper_compat=True, embed=self.embed)([Sample("q", "7")]) == [3 / 12]
         domain.answer_of = lambda text: text[-1] if "so" in text else None

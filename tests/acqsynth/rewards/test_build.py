@@ -1,4 +1,4 @@
-"""The reward of a recipe is what the recipe names."""
+"""Building a reward from a recipe."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def weights(engine):
 
 
 def test_the_reward_holds_one_copy_of_the_student_and_moves_it(domain, student_path, tmp_path):
-    """Scorers, sampled answers and labels use the same weights, before and after a refresh."""
+    """Scorers, sampled answers and labels share the same weights before and after a refresh."""
     config = RewardConfig(labelling=LabellingConfig(k=4), answers={"k": 2, "max_tokens": 4})
     made = reward(config, domain, student_path)
     parts = {part.name: part for part in (*made.signals, *made.gates)}
@@ -145,14 +145,14 @@ def test_every_reward_of_the_recipes_can_be_made(domain, student_path, name):
 
 
 def test_a_call_of_the_default_reward_reads_each_sample_as_rarely_as_it_can(domain, student_path, sample, monkeypatch):
-    """32 samples: the student's passes beside its generation, and the tokenizer's calls, one a prompt of the engine."""
+    """32 samples take at most 3 student passes besides generation, and about one tokenizer call per engine prompt."""
     config = RewardConfig(answers={"k": 2, "max_tokens": 4}, scoring={"batch_tokens": 65536})
     seeds = [sample(10 * a + 1, 7) for a in range(1, 9)]
     made = build(config, domain, str(student_path), EngineConfig(), seeds=seeds, evaluation=[])
     texts = [
         f"<question>{s.question}</question><answer>{s.answer}</answer>" for s in (sample(a, 100) for a in range(32))
     ]
-    made.score(texts, [0] * 32, update=False)  # the limits of the seeds and the reference
+    made.score(texts, [0] * 32, update=False)  # computes the limits of the seeds and the reference in advance
     counts = Counter()
 
     def count(owner, name):

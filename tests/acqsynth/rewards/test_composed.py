@@ -1,4 +1,4 @@
-"""The composed reward: order of its steps, its contract with TRL, what failures do, what is kept."""
+"""The composed reward: order of its steps, contract with TRL, failures and state."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def test_a_gated_sample_is_below_every_valid_one_of_its_group(domain, method, si
     reward = plain(domain, signal, gates=[odd], fusion=method)
     texts = [*TEXTS, "no sample", None]
     rewards = reward.score(texts, [*GROUPS, "p", "alone"])
-    assert signal.asked == [["0", "2", "3", "5"]]  # what is gated is not scored
+    assert signal.asked == [["0", "2", "3", "5"]]  # gated samples are not scored
     assert rewards.passed == [True, False, True, True, False, True, False, False]
     assert rewards.gates["parses"] == [True] * 6 + [False] * 2
-    assert rewards.gates["odd"] == [True, False, True, True, False, True, True, True]  # the first one counts
+    assert rewards.gates["odd"] == [True, False, True, True, False, True, True, True]  # only the first gate counts
     total = rewards.total
     assert max(total[1], total[6]) < min(total[0], total[2])
     assert total[4] < min(total[3], total[5])
@@ -66,7 +66,7 @@ def test_a_gated_sample_is_below_every_valid_one_of_its_group(domain, method, si
     if method in BOUNDED:
         assert {total[i] for i in (1, 4, 6, 7)} == {0.0}
     valid = fuse({"a": [values[a] for a in "0235"]}, ["p", "p", "q", "q"], method)
-    assert [total[i] for i in (0, 2, 3, 5)] == pytest.approx(valid)  # and is in no statistic
+    assert [total[i] for i in (0, 2, 3, 5)] == pytest.approx(valid)  # gated samples enter no statistic
     assert rewards.components["a"][1] is None
 
 
@@ -96,7 +96,7 @@ def test_a_failed_sample_is_masked_and_left_out(domain):
     expected = fuse({"a": [1.0, 2.0, 10.0]}, ["p", "p", "q"], "z")
     assert [rewards.total[i] for i in (0, 2, 3)] == pytest.approx(expected)
     assert rewards.components["a"] == [1.0, None, 2.0, 10.0, None, None]
-    assert rewards.passed == [True] * 6  # no gate has spoken against them
+    assert rewards.passed == [True] * 6  # no gate rejected them
     assert reward.masked == 3
     assert reward.failures == 0
 
@@ -116,7 +116,7 @@ def test_a_scorer_that_raises_masks_what_it_was_asked(domain, caplog):
 
 @pytest.mark.parametrize("bad", [0, 2, 5])
 def test_one_sample_that_a_scorer_raises_for_masks_itself_alone(domain, bad):
-    """In a signal and in a gate; what compares all samples cannot be asked for one."""
+    """Holds for signals and gates; a signal that compares all samples is not retried on single ones."""
     values = {answer: value for answer, value in VALUES.items() if answer != str(bad)}
     rewards = (reward := plain(domain, Told("a", values))).score(TEXTS, GROUPS)
     assert [total is None for total in rewards.total] == [i == bad for i in range(6)]
@@ -131,7 +131,7 @@ def test_one_sample_that_a_scorer_raises_for_masks_itself_alone(domain, bad):
 
 
 class Picture:
-    """An image, as a prompt of a vision model holds it."""
+    """Stands in for an image in the prompt of a vision model."""
 
     def __init__(self, content):
         self.content = content
@@ -142,7 +142,7 @@ class Picture:
 
 @pytest.mark.parametrize("kind", [Picture, bytes, object])
 def test_prompts_of_any_object_make_groups(domain, kind):
-    """Equal ones one group, told apart by what they hold."""
+    """Prompts are grouped by content, whatever objects they contain."""
     pictures = [kind(), kind()] if kind is object else [kind(b"p"), kind(b"q")]
     prompts = [
         [{"role": "user", "content": [{"type": "image", "image": pictures[i // 3]}, {"type": "text", "text": "?"}]}]
@@ -219,7 +219,7 @@ def lengthy(answer, n):
 
 
 def test_length_is_taken_out_of_the_signals(domain):
-    """Of values that mostly follow the length, the total keeps the rest."""
+    """If values mostly follow the length, the total is nearly uncorrelated with it."""
     sizes = [10, 20, 40, 80, 160, 320] * 8
     texts = [lengthy(i, size) for i, size in enumerate(sizes)]
     values = {str(i): size**0.5 + (5 * i) % 7 for i, size in enumerate(sizes)}
@@ -228,7 +228,7 @@ def test_length_is_taken_out_of_the_signals(domain):
     for reward, least, most in ((raw, 0.8, 1.0), (normalised, -0.2, 0.2)):
         rewards = reward.score(texts, ["p"] * len(texts))
         assert least <= statistics.correlation(rewards.total, rewards.lengths) <= most
-        assert reward.metrics(rewards)["a/length_correlation"] > 0.8  # the signal itself is logged as it is
+        assert reward.metrics(rewards)["a/length_correlation"] > 0.8  # the raw signal is logged
         assert reward.metrics(rewards)["total/length_correlation"] <= most
     chosen = ComposedReward(domain, [Told("a", values), Told("b", values)], length_normalised=["b"])
     assert set(chosen.length_bins) == {"b"}
@@ -240,7 +240,7 @@ def test_consecutive_equal_prompts_are_a_group(domain):
     total = Log().call(plain(domain, Told("a", VALUES), fusion="rank"), turns, prompts)
     assert total == [0.25, 0.75, 0.25, 0.75, 0.75, 0.25]
     keyed = plain(domain, Told("a", VALUES), fusion="rank").score(TEXTS, list("ppqqpp"))
-    assert keyed.total == pytest.approx([0.125, 0.375, 0.25, 0.75, 0.875, 0.625])  # equal keys are one group
+    assert keyed.total == pytest.approx([0.125, 0.375, 0.25, 0.75, 0.875, 0.625])  # equal keys form one group
 
 
 def test_what_is_logged(domain):
@@ -261,9 +261,9 @@ def test_what_is_logged(domain):
     valid = [total[i] for i in (0, 2, 3, 4)]
     assert metrics["reward/total/mean"] == pytest.approx(statistics.fmean(valid))
     assert metrics["reward/total/length_correlation"] == pytest.approx(statistics.correlation(valid, lengths))
-    assert metrics["reward/archive/new"] == 4  # the masked one is not taken in
+    assert metrics["reward/archive/new"] == 4  # the masked sample is not added
     log.call(reward, completions, [*GROUPS, "q", "q"])
-    assert log.metrics["reward/gated/new"] == 5 / 8  # seen before, or like those but for the count of dots
+    assert log.metrics["reward/gated/new"] == 5 / 8  # seen before, or different only in the number of dots
     assert Log().call(reward, [], []) == []
 
 
@@ -312,7 +312,7 @@ def test_pickles(domain, student_path, sample, scripted):
     assert total[0] > total[1] == 0
     assert copy.score(texts, ["p", "p"]).total == total
     used = pickle.dumps(reward)
-    assert len(used) < 200_000  # the student stays where it is
+    assert len(used) < 200_000  # the student is not pickled
     assert pickle.loads(used).state_dict()["masked"] == 0
 
 
@@ -338,14 +338,14 @@ class TestDefault:
         reward = ComposedReward.default(domain, str(student_path), seeds=[sample(3, 4)], engine=engine)
         rewards = reward.score([text(30, sample(10, 20).question)], ["p"])
         assert rewards.components["learnability"] == [0.25]
-        assert len(engine.calls) == 1  # the gate and the signal share it
+        assert len(engine.calls) == 1  # shared by the gate and the signal
 
 
 def test_refresh_reaches_every_scorer(domain, sample, student_path):
     reward = ComposedReward.default(domain, str(student_path), seeds=[sample(3, 4)], reference=[sample(5, 6)])
     reward.refresh("elsewhere")
     scorers = [part.scorer for part in (*reward.signals, *reward.gates) if hasattr(part, "scorer")]
-    assert len(scorers) == 3  # two signals of one scorer, and a gate's
+    assert len(scorers) == 3  # two signals share one scorer, a gate has another
     assert len(set(map(id, scorers))) == 2
     assert {scorer.student for scorer in scorers} == {"elsewhere"}
 
@@ -374,7 +374,7 @@ def test_groups_of_another_length(domain):
 
 
 def test_two_steps_of_grpo(domain, model, tokenizer, sample, scripted, tmp_path):
-    """TRL itself; a random model writes no sample, so its texts are read as questions on a known sum."""
+    """Runs real TRL. A random model writes no valid sample, so each text is parsed as a question about a known sum."""
     student = acqcore.Student.from_model(type(model)(model.config), tokenizer=tokenizer)
     domain.parse = lambda text: Sample(f"What is 3 + 4, {text!r}?", "7")
     engine = scripted(lambda question: ["7", "8"])
@@ -396,4 +396,4 @@ def test_answers_are_not_kept_for_the_next_call(domain, scripted):
     reward = plain(domain, Learnability(SampledAnswers(engine, domain)))
     reward.score(TEXTS[:2], GROUPS[:2])
     reward.score(TEXTS[:2], GROUPS[:2])
-    assert len(engine.calls) == 2  # the student may have moved
+    assert len(engine.calls) == 2  # the student may have changed

@@ -1,4 +1,4 @@
-"""What a reward owes a trainer besides its numbers: evaluation, several ranks, several rewards."""
+"""The contract between reward and trainer beyond the values: evaluation, several ranks, several rewards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from acqsynth.rewards.trl import warn_of_mask
 
 
 class Words(PlainDomain):
-    """Any text is a sample that asks for itself."""
+    """Parses any text as a sample with the text as its question."""
 
     def parse(self, text):
         return Sample(question=text, answer="1") if text else None
@@ -28,7 +28,7 @@ WORDS = Words()
 
 
 class Trainer:
-    """As much of TRL's trainer as a reward can see."""
+    """The part of TRL's trainer that a reward can see."""
 
     def __init__(self, reward_funcs, training=True):
         self.model = torch.nn.Linear(1, 1).train(training)
@@ -63,7 +63,7 @@ class TestEvaluation:
 
 
 class Given:
-    """A scorer whose values are known."""
+    """A scorer with given values."""
 
     def __init__(self, scored):
         self.scored = scored
@@ -72,11 +72,11 @@ class Given:
         return self.scored
 
     def check(self):
-        """It needs no student."""
+        """Passes, as no student is needed."""
 
 
 class TestText:
-    """Text that does not parse never outranks a sample of another rank."""
+    """Text that does not parse never outranks a sample, not even one scored on another rank."""
 
     @staticmethod
     def reward(monkeypatch, values, world, **options):
@@ -106,7 +106,7 @@ class TestText:
         arguments = {"reference": self.REFERENCE, "similarity": "dot"}
         options = {"acquisition": "influence", "arguments": arguments}
         assert self.reward(monkeypatch, [-7.0], 1, **options)(["p", "p"], ["", "a"]) == [-7.0, -7.0]
-        for values in ([-7.0], [7.0]):  # on every rank alike: one that raised alone would leave the others waiting
+        for values in ([-7.0], [7.0]):  # raises on every rank, as a single one would leave the others waiting
             with pytest.raises(RuntimeError, match=r"influence have no lower bound, .* make the reward with sync=True"):
                 self.reward(monkeypatch, values, 2, **options)(["p", "p"], ["", "a"])
 

@@ -14,7 +14,7 @@ from acqsynth.rewards import Diversity
 
 
 def at(texts):
-    """Texts that are their own vectors."""
+    """Embeds texts that spell out their vector."""
     return torch.tensor([[float(part) for part in text.split()] for text in texts]).reshape(len(texts), -1)
 
 
@@ -23,7 +23,7 @@ def samples(x):
 
 
 def drawn(n, d=32, seed=0):
-    """Directions with a shared part, as embeddings have."""
+    """Random directions with a common component, like embeddings."""
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + 0.5
     return torch.nn.functional.normalize(x, dim=1)
 
@@ -33,7 +33,7 @@ def test_the_lesser_of_what_archive_and_call_leave():
     first = samples(drawn(5))
     second = samples(
         torch.cat([drawn(4, seed=1), drawn(1, seed=1), drawn(2)])
-    )  # a copy in the call, two of the archive
+    )  # one copy within the call, two of the archive
     vectors = at([s.question for s in first])
     assert signal(first) == pytest.approx(acqcore.gradient_diversity(vectors, ridge=0.1).tolist())
     signal.accept(first)
@@ -69,13 +69,13 @@ def test_scoring_alone_leaves_the_archive():
 
 
 def means(signal, total=1000, call=20):
-    """Mean value of each call over a run, the samples taken in after each."""
+    """Mean value of each call in a run that adds the samples after every call."""
     x = drawn(total)
     found = []
     for begin in range(0, total, call):
         part = samples(x[begin : begin + call])
         found.append(statistics.fmean(signal(part)))
-        if hasattr(signal, "accept"):  # the released form takes samples in as it scores them
+        if hasattr(signal, "accept"):  # the released form adds samples while scoring
             signal.accept(part)
     return found
 
@@ -95,21 +95,21 @@ def test_released_decays_to_nothing():
 def test_released_gain_by_hand():
     signal = Diversity(at, paper_compat=True)
     x = torch.tensor([[0.0, 0.0], [3.0, 0.0], [3.0, 4.0], [3.0, 0.0]])
-    # first: 1 by convention. second: its distance 3 to the first, whose best was 0. third: 5 - 3 and 4 - 3, their mean.
-    # fourth, a copy of the second: to the first 3 - 5, to the second 0 - 4, to the third 4 - 5: nothing.
+    # First: 1 by convention. Second: distance 3 to the first, minus its best of 0. Third: mean of 5 - 3 and 4 - 3.
+    # Fourth, a copy of the second: 3 - 5, 0 - 4 and 4 - 5 are all negative, so 0.
     assert signal(samples(x)) == [1.0, 3.0, 1.5, 0.0]
     assert len(signal) == 3
 
 
 def test_released_rewards_far_points_and_not_coverage():
-    """Twenty near one corner, then one far away; a sample that fills the hole between gains nothing from it."""
+    """After twenty samples in one corner and one far away, a sample that fills the gap between them gains little."""
     corner = torch.tensor([[1.0, 0.0]]) + 0.02 * torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     seen = samples(torch.cat([corner, torch.tensor([[-1.0, 0.05]])]))
     hole, farther = samples(torch.tensor([[0.0, 1.0], [-1.2, 0.06]]))
     released, corrected = Diversity(at, paper_compat=True), Diversity(at, capacity=2)
     released(seen)
     assert released([hole])[0] < 0.15
-    assert released([farther])[0] > 0.15  # the same direction as one it has, only farther
+    assert released([farther])[0] > 0.15  # same direction as a member, only farther away
     corrected.accept(seen)
     assert corrected([hole])[0] > 0.4
     assert corrected([farther])[0] < 0.11

@@ -1,4 +1,4 @@
-"""Vectors of texts."""
+"""Text embedders."""
 
 from __future__ import annotations
 

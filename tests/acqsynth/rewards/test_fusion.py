@@ -1,4 +1,4 @@
-"""Fusion of signals, against the formulas written out."""
+"""Fusion of signals, checked against explicit formulas."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def test_a_group_of_near_equals_is_not_blown_up():
     for method in ("z", "gdpo", "quantile"):
         values = fuse({"a": near + wide}, GROUPS, method, history={"a": [0.1 * i for i in range(100)]})
         assert max(values[:3]) - min(values[:3]) < 0.1 * (max(values[3:]) - min(values[3:])), method
-    # where there is nothing else to compare with, it may be all there is
+    # with nothing else to compare, equal values fuse to 0
     assert fuse({"a": [1.0] * 3}, ["p"] * 3, "z") == [0, 0, 0]
-    assert fuse({"a": [0.1] * 3 + [0.3] * 3}, GROUPS, "gdpo") == [0] * 6  # rounding is no spread
+    assert fuse({"a": [0.1] * 3 + [0.3] * 3}, GROUPS, "gdpo") == [0] * 6  # rounding errors are not spread
 
 
 def test_an_outlier_does_not_drown_the_other_signal():

@@ -1,4 +1,4 @@
-"""Each gate on what it is there for, and on what it must let through."""
+"""Each gate on samples that it must reject and on samples that it must pass."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class TestNoLeak:
     @pytest.mark.parametrize(
         ("question", "answer"),
         [
-            ("Tom has 3 red, 4 blue and 3 green pens. How many colours has he?", "3"),  # a number in its own right
+            ("Tom has 3 red, 4 blue and 3 green pens. How many colours has he?", "3"),  # an unrelated number
             ("Solve x + 7 = 14. Give the answer as a number.", "7"),
             ("Is the answer 7 or 8 when 3 + 4 is computed?", "7"),
             ("What is the result of 7 + 0?", "7"),
@@ -190,7 +190,7 @@ class TestNoLeak:
 
 def test_new(sample):
     gate = New([sample(3, 4)])
-    assert gate([sample(3, 4), sample(30, 40), sample(30, 40)]) == [False, True, True]  # copies in a call are no matter
+    assert gate([sample(3, 4), sample(30, 40), sample(30, 40)]) == [False, True, True]  # copies in a call may pass
     assert len(gate) == 0
     gate.accept([sample(30, 40)])
     assert gate([sample(30, 40), sample(31, 40)]) == [False, True]
@@ -214,7 +214,7 @@ def test_answerable(domain, scripted):
     script = {"weak?": ["7", "8", "9", "7"], "lost?": ["1", "2", "3", "no"], "once?": ["7", "8", "8", "8"]}
     answers = SampledAnswers(scripted(script.__getitem__), domain, k=4)
     samples = [Sample(question, "7") for question in script]
-    assert Answerable(answers)(samples) == [True, False, False]  # one of four may be chance
+    assert Answerable(answers)(samples) == [True, False, False]  # one in four may be chance
     assert Answerable(answers, least=0.25)(samples) == [True, False, True]
     assert Answerable(answers, least=0.5)(samples) == [True, False, False]
     with pytest.raises(ValueError, match="least"):
@@ -247,7 +247,7 @@ def test_check():
 class TestFluent:
     @pytest.fixture
     def student(self, model, tokenizer, sample):
-        """Taught a few steps on questions of the kind."""
+        """A student trained for a few steps on similar questions."""
         import torch
 
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -265,8 +265,8 @@ class TestFluent:
         gibberish = ["~{ q#v|Z@ x!0 )_ kW^ ?=;: jJ$ 3~ &", " ".join(sorted(words)), " ".join(reversed(words))]
         questions = [sample(11, 12).question, sample(37, 22).question, *gibberish]
         assert gate([Sample(q, "7") for q in questions]) == [True, True, False, False, False]
-        assert gate([sample(11, 12, reasoning=gibberish[0])]) == [False]  # by the question's, as no seed has reasoning
-        assert gate([sample(11, 12, reasoning="~~")]) == [True]  # too short to be read as a text
+        assert gate([sample(11, 12, reasoning=gibberish[0])]) == [False]  # the question's limit: no seed has reasoning
+        assert gate([sample(11, 12, reasoning="~~")]) == [True]  # too short to be judged
         assert gate([]) == []
 
     def test_the_limit(self, model, tokenizer, sample):

@@ -69,7 +69,7 @@ TEXTS = [text(sample) for sample in VALID] + [text(s) for kind in GIBBERISH.valu
 
 
 def answers(question):
-    """A student that is right on a sum every other time, and guesses where there is none."""
+    """Answers of a student that gets every other sum right and guesses on other questions."""
     numbers = [int(word) for word in question.split() if word.isdigit()]
     rng = random.Random(question)
     if len(numbers) == 2:
@@ -79,7 +79,7 @@ def answers(question):
 
 @pytest.fixture
 def student(model, tokenizer):
-    """Taught on questions and answers of the kind, and on their plain text; once for all tests."""
+    """A student trained once for all tests, on similar questions and answers, with and without chat format."""
     if not TAUGHT:
         teach(model, tokenizer)
         TAUGHT.update({name: value.clone() for name, value in model.state_dict().items()})
@@ -102,7 +102,7 @@ def teach(model, tokenizer):
 
 @pytest.fixture
 def build(student, tokenizer, domain, scripted):
-    """The default reward, or its gates before another signal; the domain can verify nothing."""
+    """Builds the default reward, or one with its gates and another signal; the domain cannot verify anything."""
     domain.verify = lambda samples: [None] * len(samples)
 
     def make(acquisition=None, **options):
@@ -125,7 +125,7 @@ def build(student, tokenizer, domain, scripted):
         arguments = {acquisition: needed.get(acquisition, dict)()}
         signals = acquisition_signals(student, arguments, domain, tokenizer=tokenizer)
         if acquisition == "archive_novelty":
-            signals[0].accept(SEEDS)  # to an empty archive all is new
+            signals[0].accept(SEEDS)  # with an empty archive everything is novel
         return ComposedReward(domain, signals, **({"gates": default.gates} | options))
 
     return make
@@ -142,7 +142,7 @@ def test_default_reward(build, fusion):
     rewards = build(fusion=fusion).score(TEXTS, ["p"] * len(TEXTS))
     valid, gibberish = ranks_above(rewards.total)
     assert max(gibberish) < min(valid)
-    assert len(set(valid)) > 1  # and it still tells the valid ones apart
+    assert len(set(valid)) > 1  # valid samples still get different rewards
 
 
 def test_every_acquisition_behind_the_default_gates(build):
@@ -154,7 +154,7 @@ def test_every_acquisition_behind_the_default_gates(build):
         valid, gibberish = ranks_above(build(acquisition, gates=[]).score(TEXTS, ["p"] * len(TEXTS)).total)
         if max(gibberish) > max(valid):
             fooled.add(acquisition)
-    assert fooled >= {"loss", "perplexity", "entropy", "grad_norm", "el2n", "margin"}  # the adversary is a real one
+    assert fooled >= {"loss", "perplexity", "entropy", "grad_norm", "el2n", "margin"}  # ungated, the attack works
 
 
 def test_which_gate_stops_what(build):

@@ -1,4 +1,4 @@
-"""The size of a sample's gradient."""
+"""The gradient norm signal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def samples(sample):
 
 
 def norms(model, tokenizer, domain, samples, chat):
-    """``|| grad of the mean loss ||`` and the count of tokens, by autograd of one sample at a time."""
+    """``|| grad of the mean loss ||`` and the number of tokens, by autograd on one sample at a time."""
     found, counts = [], []
     for s in samples:
         prompt = domain.student_prompt(s.question) if chat else s.question + "\n"
@@ -69,11 +69,11 @@ def test_released_is_a_loop_of_single_backwards_without_template(domain, samples
     assert values == pytest.approx(norms(model, tokenizer, domain, samples, chat=False)[0], rel=1e-4)
     sizes.clear()
     Gradient(model, domain, samples, tokenizer=tokenizer)(samples)
-    assert sizes == [4, 4]  # the samples, and the seeds once
+    assert sizes == [4, 4]  # the samples, then the seeds once
 
 
 def test_released_falls_with_length(domain, sample, model, tokenizer):
-    """A mean of more tokens is a shorter vector; over the root of the length nothing of that is left."""
+    """The gradient of a mean over more tokens is shorter; the root of the length compensates for that."""
     generator = torch.Generator().manual_seed(0)
     texts = [
         "".join(chr(97 + int(i)) for i in torch.randint(26, (n,), generator=generator))
@@ -92,8 +92,8 @@ def test_released_falls_with_length(domain, sample, model, tokenizer):
 
 
 def test_released_rises_with_the_error_of_the_answer(domain, sample, model, tokenizer):
-    """Taught that 3 + 4 is 7, the student has its largest gradient at a wrong answer. The corrected form is asked
-    behind gates, where a wrong answer does not pass."""
+    """A student trained on 3 + 4 = 7 has a larger gradient on a wrong answer. The corrected form is protected by gates,
+    which reject wrong answers."""
     right, wrong = sample(3, 4), sample(3, 4, answer="9")
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     prompt = tokenizer.apply_chat_template(

@@ -1,4 +1,4 @@
-"""Values relative to their bin of lengths."""
+"""Normalisation of values within length bins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from acqsynth.rewards.fusion import LengthBins
 
 
 def drawn(n, seed=0):
-    """Values that grow with the length, the lengths, and the part of the values that does not."""
+    """Values that grow with length, the lengths, and the part of each value that is independent of length."""
     rng = random.Random(seed)
     lengths = [round(2 ** rng.uniform(4, 10)) for _ in range(n)]
     worth = [rng.gauss(0, 1) for _ in range(n)]
@@ -40,7 +40,7 @@ def test_between_two_bins_their_moments_are_mixed():
     bins = LengthBins(prior=1e-9, decay=1.0)
     bins([0.0, 2.0] * 50 + [5.0, 7.0] * 50, [256, 256] * 50 + [512, 512] * 50)  # bins 16 and 18
     bins([3.0, 5.0] * 50, [362, 362] * 50)  # bin 17
-    [deviation] = bins([4.0], [331], update=False)  # at 16.742: 0.258 of the mean 1, 0.742 of the mean 4
+    [deviation] = bins([4.0], [331], update=False)  # at 16.742: 0.258 of mean 1 plus 0.742 of mean 4
     position = 2 * math.log2(331)
     share = position - 16
     assert deviation == pytest.approx(4 - ((1 - share) * 1 + share * 4), rel=1e-3)
@@ -51,7 +51,7 @@ def test_a_new_bin_starts_from_the_line_through_the_others():
     for length, level in ((16, 1.0), (64, 2.0), (256, 3.0)):
         bins([level - 0.5, level + 0.5] * 200, [length] * 400)
     on_the_line, above = bins([4.0, 6.0], [1024, 1024], update=False)
-    assert abs(on_the_line) < 0.1  # the slope is shrunk a little
+    assert abs(on_the_line) < 0.1  # the slope is shrunk slightly
     assert above == pytest.approx(on_the_line + 2 / 0.5)
     assert bins([4.0], [1_000_000], update=False)[0] < -2
 
@@ -73,7 +73,7 @@ def test_none_stays_none_and_is_not_counted():
 
 def test_without_update_nothing_is_counted():
     bins = LengthBins()
-    assert bins([3.0, 5.0], [10, 10], update=False) == [3.0, 5.0]  # nothing seen: as they are
+    assert bins([3.0, 5.0], [10, 10], update=False) == [3.0, 5.0]  # nothing seen yet: unchanged
     bins(*drawn(100)[:2])
     state = bins.state_dict()
     bins([1e6], [10], update=False)

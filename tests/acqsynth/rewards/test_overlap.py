@@ -25,7 +25,7 @@ def jaccard(a, b, n=5):
 
 
 def test_found_as_by_comparing_with_every_text():
-    """The lists that are not read hold nothing that would have been found."""
+    """Reading only the lists of the rarest shingles misses no near copy."""
     rng = random.Random(0)
     stock = [" ".join(rng.choices("abc", k=1)[0] * rng.randint(1, 3) for _ in range(14)) for _ in range(300)]
     held, asked = stock[:200], stock[200:] + [text[:-2] + "b a" for text in stock[:30]]
@@ -107,7 +107,7 @@ def test_a_text_that_only_looks_different_is_the_same(name):
         copies.add([other])
         assert len(copies) == 1
         assert other in Contamination([SHELLS])
-        # Of two disguised copies neither excuses the other.
+        # A stored disguised copy still matches the original and other disguises.
         disguised = NearCopies()
         disguised.add([other])
         assert disguised.find(SHELLS) == other
@@ -188,7 +188,7 @@ def test_short_texts():
 
 
 def test_thousands_of_texts_in_a_moment():
-    """A guard against reading every list, not a measurement: that would take a minute."""
+    """Guards against reading every list, which would take a minute; not a benchmark."""
     rng = random.Random(0)
     vocabulary = ["".join(rng.choices("abcdefghijklmnop", k=5)) for _ in range(300)]
     stock = [" ".join(rng.choices(vocabulary, k=40)) for _ in range(3000)]

@@ -1,4 +1,4 @@
-"""The published total, its defects, and the composed reward that has none of them."""
+"""The published total, its defects, and the composed reward without them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_long_reasoning_swamps_the_signal(domain):
     long = QUESTION + f"<reasoning>{'It is so. ' * 400}</reasoning><answer>7</answer>"
     released = PaperReward(domain, Constant()).score([short, long, "no sample"], ["p"] * 3).total
     assert released[0] > 2.9
-    assert released[1] < 0  # below what is no sample at all
+    assert released[1] < 0  # below text that does not parse
     assert released[1] < released[2]
     corrected = ComposedReward(domain, [Constant()], fusion="raw").score([short, long, "no sample"], ["p"] * 3).total
     assert corrected[0] == pytest.approx(corrected[1], abs=1e-9)
@@ -46,7 +46,7 @@ def test_long_reasoning_swamps_the_signal(domain):
 
 
 def test_the_bonus_can_be_traded_for_the_signal(domain):
-    """A text that no one can learn from stands on top if its signal is large; a gate does not bargain."""
+    """A large signal outweighs a failed check in the published total, but not a gate in the composed reward."""
     bad, good = "<question>What.</question><answer>7</answer>", QUESTION + "<answer>7</answer>"
 
     class Large(Constant):

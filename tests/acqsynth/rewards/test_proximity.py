@@ -1,4 +1,4 @@
-"""Proximity to the seeds' clusters."""
+"""Proximity to clusters of the seeds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_largest_cosine_to_a_centre_of_questions():
     assert centres.shape == (2, 1024)
     means = torch.stack([NgramEmbedder()(part).mean(dim=0) for part in (APPLES, FEVER)])
     matched = torch.nn.functional.normalize(means, dim=1) @ centres.T
-    assert matched.amax(dim=1).min() > 0.98  # each topic has its centre
+    assert matched.amax(dim=1).min() > 0.98  # one centre per topic
     questions = [APPLES[3], "What is left of 90 apples when 2 are eaten?", "Name the capital of Norway."]
     values = signal([Sample(q, "3") for q in questions])
     assert values == pytest.approx(cosines(questions, centres), abs=1e-5)
@@ -46,7 +46,7 @@ def test_the_same_seed_gives_the_same_centres():
 
 
 def test_released_clusters_first_characters():
-    """All it knows of twenty seeds is W: a question on apples is no nearer than any other."""
+    """The released form embeds only the first character of each seed, W, so apples are hardly closer than Norway."""
     try:
         embed = SentenceEmbedder()
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Reliability of a signal within groups: the figure, what is logged of it, and the warning."""
+"""Reliability of a signal within groups: its value, its log entry and the warning."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def logged(reward, n, group=MEMBERS):
 @pytest.mark.parametrize("noise", [0.25, 1.0, 3.0])
 def test_is_what_a_second_measurement_agrees_with(noise):
     rng = np.random.default_rng(0)
-    level = 10 * rng.standard_normal((GROUPS, 1))  # between groups, which must not count
+    level = 10 * rng.standard_normal((GROUPS, 1))  # variation between groups, which must not count
     true = level + rng.standard_normal((GROUPS, MEMBERS))
-    sizes = noise**0.5 * rng.uniform(0.5, 1.5, true.shape)  # errors differ from sample to sample
+    sizes = noise**0.5 * rng.uniform(0.5, 1.5, true.shape)  # per-sample errors
     first, second = (true + sizes * rng.standard_normal(true.shape) for _ in range(2))
     groups = np.repeat(np.arange(GROUPS), MEMBERS).tolist()
     found = Spread.within(first.flatten().tolist(), sizes.flatten().tolist(), groups).reliability
@@ -66,7 +66,7 @@ def test_samples_without_a_value_or_an_error_are_left_out():
 @pytest.mark.parametrize(
     ("values", "stderr", "expected"),
     [
-        ([1.0, 2.0], [50.0, 50.0], 0.0),  # by chance closer together than their errors
+        ([1.0, 2.0], [50.0, 50.0], 0.0),  # closer together than their errors, by chance
         ([1.0, 2.0], [0.0, 0.0], 1.0),
         ([2.0, 2.0], [0.1, 0.1], None),  # nothing to rank
         ([1.0], [0.1], None),
@@ -99,12 +99,12 @@ def test_a_failed_signal_is_not_asked_for_its_errors(domain):
 
 
 def test_warns_once_of_a_signal_that_is_mostly_noise(domain, caplog):
-    values = {str(i): float(i % MEMBERS) for i in range(64)}  # of variance 6
+    values = {str(i): float(i % MEMBERS) for i in range(64)}  # variance 6
     reward = composed(domain, values, dict.fromkeys(values, 2.1))
     with caplog.at_level(logging.WARNING):
         logged(reward, MEMBERS)
         assert MEMBERS - 1 < ENOUGH
-        assert not caplog.records  # too few to say so
+        assert not caplog.records  # too few to warn
         for _ in range(4):
             logged(reward, 32)
     [record] = caplog.records
@@ -119,7 +119,7 @@ def test_warns_once_of_a_signal_that_is_mostly_noise(domain, caplog):
 def test_does_not_warn_of_a_reliable_signal(domain, caplog):
     values = {str(i): float(i % MEMBERS) for i in range(64)}
     with caplog.at_level(logging.WARNING):
-        logged(composed(domain, values, dict.fromkeys(values, 1.7)), 64)  # 0.52
+        logged(composed(domain, values, dict.fromkeys(values, 1.7)), 64)  # reliability 0.52
     assert not caplog.records
 
 

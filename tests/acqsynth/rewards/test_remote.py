@@ -1,4 +1,4 @@
-"""``AcquisitionReward(url=...)``: the numbers of the process, through a server, under TRL's contract."""
+"""``AcquisitionReward(url=...)`` returns the same values as in process and honours TRL's contract."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ URL = "http://scorer:8000"
 
 @pytest.fixture
 def url(model, tokenizer, on_socket):
-    """Of a server with a copy of the model."""
+    """URL of a server with a copy of the model."""
     student = acqcore.Student.from_model(copy.deepcopy(model).eval(), tokenizer=tokenizer)
     return on_socket(create_app(Service(Students(student, "first"))))
 
@@ -69,7 +69,7 @@ def test_what_can_not_be_scored_is_masked_as_in_process(url, model, tokenizer):
 
 
 def test_called_without_a_trainer_it_waits(url, model, tokenizer):
-    """In a script, and in a notebook, whose cells run within an event loop."""
+    """Works in scripts and in notebooks, whose cells run inside an event loop."""
     local, remote = AcquisitionReward(model, tokenizer=tokenizer), AcquisitionReward(url=url)
     prompts = ["Write."] * len(COMPLETIONS)
     expected = local.rewards(prompts, COMPLETIONS)

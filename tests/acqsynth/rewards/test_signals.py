@@ -29,7 +29,7 @@ def samples(sample):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The acquisitions of each ``acqcore.score`` call."""
+    """The acquisitions requested in each call of ``acqcore.score``."""
     calls = []
     score = acqcore.score
 
@@ -67,7 +67,7 @@ def test_signals_of_one_student_share_a_pass_within_a_call(domain, samples, mode
     assert counted == [("loss", "entropy", "gini")]
     assert len({tuple(column) for column in values}) == 3
     signals[0](Batch(samples))
-    assert len(counted) == 2  # the student may have moved: a call keeps nothing for the next
+    assert len(counted) == 2  # nothing is cached between calls, as the student may have changed
     signals[0](samples)
     signals[0](samples)
     assert len(counted) == 4
@@ -122,7 +122,7 @@ def test_an_archive_of_gradients_grows_with_what_passes(domain, samples, model, 
         return signal
 
     signal = build()
-    assert signal(samples) == pytest.approx([math.log(2)] * 3)  # all is new to an empty archive
+    assert signal(samples) == pytest.approx([math.log(2)] * 3)  # everything is novel to an empty archive
     signal.accept(samples[:2])
     signal.accept([])
     assert len(signal) == 2

@@ -1,4 +1,4 @@
-"""Ranks that call together give what one process gives for all of their completions."""
+"""Synchronised ranks give the same rewards as one process that scores all completions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from acqsynth.rewards import ComposedReward, Diversity, NgramEmbedder
 from acqsynth.rewards.gates import Check, New
 
 TOPICS = ("a saddle", "a violin", "iron ore", "copper", "a window", "gardens", "a rocket", "tunnels")
-# Groups of four on ranks of six: the second begins on the first rank and ends on the next.
+# Groups of four on ranks of six: the second group spans both ranks.
 PROMPTS = [prompt for prompt in "pqr" for _ in range(4)]
 CALLS = [[f"What is {TOPICS[(3 * i + shift) % 8]} worth in {i} years?" for i in range(12)] for shift in (0, 1)]
 
@@ -37,7 +37,7 @@ worth.name = "worth"
 
 
 def calls(part, sync):
-    """Totals and state of two calls on a part of the completions."""
+    """Totals and state after two calls on a slice of the completions."""
     reward = ComposedReward(
         PlainDomain(),
         [worth, Diversity(NgramEmbedder(64))],
@@ -75,4 +75,4 @@ def test_two_ranks_are_one(tmp_path):
         assert first[i] + second[i] == whole[i]
     assert len(set(whole[0])) > 6
     assert first[2:] == second[2:] == whole[2:]
-    assert calls(slice(0, 6), sync=False)[0] != first[0]  # alone, the first rank would cut a group in two
+    assert calls(slice(0, 6), sync=False)[0] != first[0]  # without sync, the first rank would split a group

@@ -1,4 +1,4 @@
-"""A service around a tiny student, asked without a socket."""
+"""Fixtures: a service with a tiny student, called in process or as a server."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def student(model, tokenizer):
 
 @pytest.fixture
 def forwards(student):
-    """The batch size of every forward of the student since."""
+    """Batch sizes of the student's forward passes from now on."""
     sizes = []
 
     def count(module, arguments, named):
@@ -47,7 +47,7 @@ def forwards(student):
 
 @pytest.fixture
 def serve(student):
-    """``serve(access=..., root=..., **limits)``: a service of the student."""
+    """``serve(root=..., limits={...}, **options)`` builds a service for the student."""
 
     def build(*, root=None, limits=None, **options):
         return Service(Students(student, "first", root=root), limits=Limits(**(limits or {})), **options)
@@ -73,7 +73,7 @@ def _asked():
 
 @pytest.fixture
 def ask():
-    """``ask(service, ("POST", path, {"json": ...}), ..., header=...)``: the answers to requests in turn."""
+    """``ask(service, ("POST", path, {"json": ...}), ..., header=...)`` returns the responses to requests in turn."""
 
     def run(service, *requests, **headers):
         async def main():
@@ -87,7 +87,7 @@ def ask():
 
 @pytest.fixture
 def post(serve, ask):
-    """``post(path, body, **options of serve)``: the answer of a fresh service; bytes are sent as they are."""
+    """``post(path, body, **serve_options)`` returns the response of a fresh service; bytes are sent unchanged."""
 
     def run(path, body, kind="application/json", **options):
         sent = {"content": body, "headers": {"content-type": kind} if kind else {}}
@@ -114,7 +114,7 @@ def root(model, tokenizer, tmp_path):
 
 @pytest.fixture
 def memory():
-    """``memory(process, field)``, MiB of a process: ``VmRSS`` now, ``VmHWM`` at most."""
+    """``memory(process, field)`` returns the current (``VmRSS``) or peak (``VmHWM``) memory of a process in MiB."""
 
     def read(process, field):
         lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
@@ -125,7 +125,7 @@ def memory():
 
 @pytest.fixture
 def start(root):
-    """``start("--option", ...)``: a server of the student ``one``, and its URL."""
+    """``start("--option", ...)`` starts a server for the student ``one`` and returns the process and its URL."""
     started = []
 
     def run(*options):

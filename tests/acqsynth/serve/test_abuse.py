@@ -1,4 +1,4 @@
-"""Requests that would hold the server up or fill its memory: each is answered at once, and so is everybody else."""
+"""Requests that could block the server or exhaust its memory are answered at once and do not delay other clients."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SIZE = (8 << 20) - 100
 
 
 def filled(begin, part, end):
-    """A body of 8 MiB that repeats a part."""
+    """A body of 8 MiB that repeats ``part``."""
     return begin + part * ((SIZE - len(begin) - len(end)) // len(part)) + end
 
 
-#: name -> body of 8 MiB, the statuses that it may get
+#: name -> body of 8 MiB and its allowed statuses
 BODIES: dict[str, tuple[bytes, set[int]]] = {
     "numbers for samples": (filled(b'{"samples": [', b"1, ", b"1]}"), {413}),
     "nulls for samples": (filled(b'{"samples": [', b"null,", b"1]}"), {413}),
@@ -104,8 +104,8 @@ def test_many_large_bodies_at_once_are_bounded(start, memory):
         async with httpx.AsyncClient(base_url=url, headers=BEARER, timeout=60) as client:
             posts = (client.post("/score", content=body, headers=JSON) for _ in range(24))
             responses = await asyncio.gather(*posts, return_exceptions=True)
-            assert (await client.post("/score", json={"samples": ["a b"]})).status_code == 200  # all was given back
-            # A server that refuses a body closes the connection, which may cut off a client that still writes.
+            assert (await client.post("/score", json={"samples": ["a b"]})).status_code == 200  # quota released
+            # The server closes the connection when it rejects a body, possibly while the client is still sending.
             assert all(isinstance(found, httpx.Response | httpx.TransportError) for found in responses)
             return [response.status_code for response in responses if isinstance(response, httpx.Response)]
 
@@ -185,7 +185,7 @@ class TestConnections:
 
     @staticmethod
     async def talk(address, pieces, pause=0.0):
-        """What the server answers until it closes, after how long, and how many bytes it took."""
+        """The server's answer until it closes the connection, the seconds until then and the number of bytes sent."""
         reader, writer = await asyncio.open_connection(*address)
         begin, sent = time.monotonic(), 0
         answer = asyncio.ensure_future(reader.read())
@@ -235,7 +235,7 @@ class TestConnections:
     def test_a_large_head_is_refused_before_it_is_read(self, address, pieces):
         answer, seconds, sent = asyncio.run(self.talk(address, pieces))
         assert answer.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 ")) or answer == b""
-        assert sent < 16 << 20  # what sockets buffer on both sides
+        assert sent < 16 << 20  # the sockets buffer some on both sides
         assert seconds < 2.5
 
     def test_trailers_and_chunk_marks_are_bounded(self, address):

@@ -1,4 +1,4 @@
-"""The routes: numbers as in process, and everything else refused with a type."""
+"""The routes return the values of in-process scoring and reject bad requests with a typed error."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class TestScore:
         assert post("/score", {"samples": samples}).json()["stderr"] == {}
 
     def test_coalesced_requests_get_the_numbers_of_lone_ones(self, asked, serve, student, samples, forwards):
-        """Not to the last bit: a product of another shape rounds in another order."""
+        """Values agree up to rounding, as matrix products of another shape sum in another order."""
         names = ["entropy", "loss", "grad_norm", "mutual_information"]
 
         async def main():
@@ -169,7 +169,7 @@ class TestScore:
         assert message in error["message"]
 
     def test_rows_as_anywhere_else(self, post, student):
-        """Question and answer, a number as text, keys of a message that only templates know."""
+        """Question-answer rows, numeric answers and extra message keys that only chat templates use are accepted."""
         for chosen in (
             [{"question": "What is 2 + 2?", "answer": 40000}],
             [{"messages": [{**CHAT[0], "weight": 1}, CHAT[1]]}],
@@ -220,7 +220,7 @@ class TestScore:
         status, kind, text = error_of(post("/score", body))
         assert (status, kind) == (422, "invalid_request")
         assert message in text
-        assert sum(forwards) <= 1  # the blocks that ``layers`` counts are found by running a few tokens
+        assert sum(forwards) <= 1  # a few tokens are run to find the blocks that ``layers`` counts
 
     @pytest.mark.parametrize(
         ("body", "status"),
@@ -287,7 +287,7 @@ class TestScore:
 
 
 class Held:
-    """A model that waits until it is let go, and tells that it is at work."""
+    """Blocks the model until ``free`` is set; ``at_work`` signals that a batch has started."""
 
     def __init__(self, monkeypatch):
         self.at_work, self.free = threading.Event(), threading.Event()
@@ -311,7 +311,7 @@ def held(monkeypatch):
 
 class TestPressure:
     def test_too_many_tokens_waiting_are_429_with_a_time(self, asked, serve, held):
-        """A small request finds room in a queue that others have filled, up to an eighth more."""
+        """Small requests may exceed a queue limit reached by others, by up to an eighth."""
 
         async def main():
             async with asked(serve(limits={"queue_tokens": 100, "wait": 0.0})) as client:
@@ -360,13 +360,13 @@ class TestPressure:
         late, following, metrics = asyncio.run(main())
         assert error_of(late) == (504, "deadline_exceeded", "no answer within 0.3 seconds")
         assert following.status_code == 200
-        assert len(forwards) == 2  # the first sample of three was at work already
+        assert len(forwards) == 2  # the first of the three samples was already running
         assert 'acqsynth_samples_total{outcome="scored"} 2.0' in metrics
         assert 'acqsynth_requests_total{route="/score",status="504"} 1.0' in metrics
         assert "acqsynth_queue_tokens 0.0" in metrics
 
     def test_a_stopping_server_answers_what_it_took(self, asked, serve, held, student):
-        """What the model works on, and what is only being tokenized."""
+        """Holds for requests in the model and for those still being tokenized."""
         tokenizer, tokenizing, go_on = student.tokenizer, threading.Event(), threading.Event()
 
         def slow(texts, **options):
@@ -401,7 +401,7 @@ class TestPressure:
 class TestTokens:
     @pytest.mark.parametrize("path", ["/score", "/get_reward", "/student", "/metrics", "/openapi.json", "/nowhere"])
     def test_nothing_reaches_the_model_without_the_token(self, ask, serve, forwards, path, student):
-        """Nor the tokenizer, nor is a body read: that of a stranger may be of any size."""
+        """Without the token nothing is tokenized either, and the body, which may be of any size, is not read."""
         bodies = {"/score": {"samples": ["a b"]}, "/get_reward": {"query": [GOOD], "prompts": [""]}}
 
         def fail(*arguments, **options):
@@ -466,7 +466,7 @@ class TestGetReward:
         asked = ([GOOD], [GOOD, GOOD], [GOOD], [GOOD], ["broken"])
         bodies = ({"query": queries, "prompts": [""] * len(queries)} for queries in asked)
         answers = ask(serve(acquisition="loss"), *(("POST", "/get_reward", {"json": body}) for body in bodies))
-        # The last was never a sample: it does not outrank the one below zero.
+        # The last response does not parse, so it must not outrank the negative value before it.
         assert [answer.json()["rewards"] for answer in answers] == [[0.0], [2.0, 4.0], [3.0], [-1.0], [-1.0]]
 
     def test_lists_of_different_length(self, post):
@@ -493,7 +493,7 @@ class TestMetrics:
             "acqsynth_batch_samples_sum 2.0",
             "acqsynth_student_version 1.0",
             "acqsynth_queue_tokens 0.0",
-            "acqsynth_active_requests 1.0",  # this one
+            "acqsynth_active_requests 1.0",  # this request
         ):
             assert line in lines, line
 
@@ -501,7 +501,7 @@ class TestMetrics:
 class TestStudent:
     @pytest.fixture
     def root(self, model, tokenizer, tmp_path):
-        """``root`` with a student ``second`` in it, and one beside it that must not be loaded."""
+        """A student root with the student ``second``; another student lies outside it and must not be loaded."""
         root = tmp_path / "root"
         with torch.no_grad():
             model.lm_head.weight.mul_(2)
@@ -521,7 +521,7 @@ class TestStudent:
 
     @pytest.fixture
     def change(self, serve, ask):
-        """``change(path, **options)``: the answers to a reload and to a request after it, and the service."""
+        """``change(path, **options)`` returns the responses to a reload and to a later request, and the service."""
 
         def run(path, **options):
             service = serve(access=Access(None, "admin"), **options)
@@ -575,7 +575,7 @@ class TestStudent:
         assert error_of(response)[:2] == (403, "forbidden")
 
     def test_requests_keep_the_student_they_were_taken_for(self, asked, serve, root, held, student):
-        """One at work, one waiting while another student comes, one after it; a second reload meanwhile is 409."""
+        """Running and queued requests keep the old student, later ones get the new; a concurrent reload gets 409."""
 
         async def main():
             service = serve(access=Access(None, "admin"), root=root, limits={"wait": 0.0, "batch_tokens": 6})

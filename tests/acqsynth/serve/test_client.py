@@ -1,4 +1,4 @@
-"""What is asked again, when it is given up, and that no number is made up."""
+"""The client retries, gives up in time and never makes up a value."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Clock:
 
 
 class Server:
-    """Answers of a script, one a request; the last again and again. Counts what it was asked."""
+    """Answers from a script, one per request, repeating the last one; records the requests."""
 
     def __init__(self, *script):
         self.script = list(script)
@@ -47,7 +47,7 @@ class Server:
 
 
 def scores(request: httpx.Request) -> httpx.Response:
-    """The number in each text; null for 13."""
+    """Scores each text with its number, but 13 with null."""
     body = json.loads(request.content)
     numbers = [None if text == "13" else float(text) for text in body["samples"]]
     return httpx.Response(
@@ -57,7 +57,7 @@ def scores(request: httpx.Request) -> httpx.Response:
 
 @pytest.fixture
 def reached(monkeypatch):
-    """``reached(server)``: what every client reaches from now on."""
+    """``reached(server)`` makes every client talk to this server from now on."""
     monkeypatch.delenv("ACQSYNTH_TOKEN", raising=False)
     original = httpx.AsyncClient
 
@@ -184,7 +184,7 @@ def test_another_servers_answer_is_no_score(reached, answer):
 
 
 def test_given_up_samples_are_none_and_told(reached, caplog):
-    """The others of the call have their values."""
+    """Other samples of the call keep their values."""
 
     async def of_first(request: httpx.Request) -> httpx.Response:
         return httpx.Response(503) if b'"0"' in request.content else scores(request)
@@ -228,7 +228,7 @@ def test_the_breaker_stops_asking_and_tries_once_later(reached, caplog):
     client = ScorerClient(URL, attempts=2, backoff=0.001, breaker=CircuitBreaker(2, 30.0, clock))
     server = Server(503)
     reached(server)
-    for asked in (2, 4, 4, 4):  # open after two requests of two tries
+    for asked in (2, 4, 4, 4):  # opens after two requests of two tries each
         assert ask(client, ["1"])[0] == {"loss": [None]}
         assert len(server.asked) == asked
     assert "request not sent, as the last 2 requests failed" in caplog.text
@@ -236,7 +236,7 @@ def test_the_breaker_stops_asking_and_tries_once_later(reached, caplog):
     ask(client, ["1"])
     assert len(server.asked) == 4
     clock.now = 31.0
-    ask(client, ["1"])  # one try, which fails
+    ask(client, ["1"])  # a single attempt, which fails
     ask(client, ["1"])
     assert len(server.asked) == 5
     clock.now = 62.0
@@ -264,7 +264,7 @@ def test_a_busy_server_does_not_open_it(reached):
 
 
 def test_a_short_absence_does_not_open_it(reached):
-    """Eight requests of one call fail together when the server restarts; each is asked again."""
+    """If the server restarts, all eight requests of a call fail together, and each is retried."""
     server = Server(*[httpx.ConnectError("refused")] * 8, 200)
     reached(server)
     client = ScorerClient(URL, batch=1, backoff=0.001)

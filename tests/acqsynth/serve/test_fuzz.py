@@ -1,7 +1,7 @@
-"""Requests made up from the schema, right and wrong ones, and bodies of no schema: none ends in a 500, and the schema
-tells the truth.
+"""Valid and invalid requests generated from the schema, and arbitrary bodies: none causes a 500, and the schema is
+accurate.
 
-Seeds are fixed here; ``make fuzz`` sets others, and more examples, for an hour.
+Seeds are fixed; ``make fuzz`` runs other seeds and more examples for an hour.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def test_no_request_ends_in_a_500(serve, on_socket, forwards, mode, tmp_path):
     with requests.Session() as session:
         for operation in operations:
             if mode == GenerationMode.NEGATIVE and operation.method == "get":
-                continue  # nothing of such a request can be wrong
+                continue  # such a request cannot be invalid
 
             @hypothesis.seed(SEED)
             @hypothesis.settings(
@@ -117,11 +117,11 @@ bodies = st.one_of(
 
 
 class Bystander(threading.Thread):
-    """Another client, that asks for small scores again and again.
+    """Another client, which keeps requesting small scores.
 
     Attributes:
-        waits: seconds to each answer.
-        unloaded: those of a few requests before it starts, their median.
+        waits: seconds until each answer.
+        unloaded: median seconds of a few requests before the load starts.
     """
 
     def __init__(self, address):
@@ -134,7 +134,7 @@ class Bystander(threading.Thread):
 
     @property
     def allowed(self):
-        """Seconds that a request may take: 2, more on a machine that is busy with other work."""
+        """Maximum seconds per request: 2, or more on a machine that is busy with other work."""
         return max(2.0, 40 * self.unloaded)
 
     def run(self):
@@ -158,7 +158,7 @@ def bearer(token):
 
 
 def test_no_body_ends_in_a_500(start, root, memory):
-    """Nor takes the server 2 seconds or 1 GiB, nor lets another client wait so long. Some bodies grow to 8 MiB."""
+    """Bodies of up to 8 MiB take less than 2 seconds and 1 GiB and delay other clients by less than 2 seconds."""
     process, address = start("--student-root", str(root))
     statuses = Counter()
     other = Bystander(address)

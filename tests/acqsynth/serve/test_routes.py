@@ -1,4 +1,4 @@
-"""How a route waits: the answer, the deadline, the client that goes, and what cancels from outside."""
+"""Waiting in a route: the result, the deadline, a disconnecting client and cancellation from outside."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from acqsynth.serve.routes import answered
 
 
 class Client:
-    """Of a request: ``receive`` ends when it goes."""
+    """A client whose ``receive`` returns when it disconnects."""
 
     def __init__(self):
         self.gone = asyncio.Event()
@@ -38,7 +38,7 @@ def test_the_answer():
     async def main():
         found = await waited(Client(), result=7)
         await asyncio.sleep(0)
-        assert len(asyncio.all_tasks()) == 1  # nobody watches any more
+        assert len(asyncio.all_tasks()) == 1  # the watcher has ended
         return found
 
     assert asyncio.run(main()) == 7

@@ -1,4 +1,4 @@
-"""The whole server as a process on a socket, and clients of every kind at once."""
+"""The whole server in its own process, with clients of every kind at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = ["entropy", "loss"]
 
 
 async def raw(url, head, pieces, *, every=0.0, answer=True):
-    """The status that bytes on a connection get; without ``answer`` the connection is cut off after them."""
+    """Sends raw bytes and returns the response status; without ``answer`` it aborts the connection after sending."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     try:
@@ -60,8 +60,8 @@ def metrics_of(text):
 
 
 def test_64_clients_of_every_kind_and_a_reload(start, root):
-    """Half of them behave: each gets its own values, once, from one student. The rest are cut off in the request or in
-    the body, drip, send too much with and without saying so, no JSON, or have no token."""
+    """Half of the clients behave, and each gets its own values, once, from one student. The others abort the request or
+    the body, drip-feed, send too much with or without declaring it, send invalid JSON, or lack a valid token."""
     _, url = start(
         "--student-root", str(root), "--max-body", "4096", "--body-timeout", "1", "--batch-tokens", "512"
     )  # fmt: skip
@@ -115,7 +115,7 @@ def test_64_clients_of_every_kind_and_a_reload(start, root):
             reloaded, *_ = await asyncio.gather(
                 reload(), *(good(client, i) for i in range(32)), *(bad(kinds[i % 8], i) for i in range(32))
             )
-            await good(client, 99)  # the server is as well as before
+            await good(client, 99)  # the server still works
             assert (await client.get("/health")).json() == {"status": "ok"}
             return reloaded, metrics_of((await client.get("/metrics")).text)
 
@@ -145,11 +145,11 @@ def test_64_clients_of_every_kind_and_a_reload(start, root):
     assert torch.allclose(own, right, rtol=2e-6, atol=0)
     distances = torch.cdist(right.double(), right.double(), p=torch.inf)
     distances.fill_diagonal_(1)
-    assert distances.min() > 2e-6 * right.max()  # so that another's value would show
+    assert distances.min() > 2e-6 * right.max()  # so a value of another client would show
     good_samples = sum(len(texts) for texts in answers)
     assert good_samples <= metrics['acqsynth_samples_total{outcome="scored"}'] <= good_samples + 2 * 4
     assert metrics['acqsynth_requests_total{route="/score",status="200"}'] == 33 * 6
-    assert metrics['acqsynth_requests_total{route="/score",status="499"}'] >= 4  # cut off
+    assert metrics['acqsynth_requests_total{route="/score",status="499"}'] >= 4  # aborted
     assert metrics["acqsynth_queue_tokens"] == 0
     assert metrics["acqsynth_active_requests"] == 1
     assert metrics['acqsynth_reloads_total{outcome="done"}'] == 1
@@ -191,7 +191,7 @@ def test_a_signal_lets_it_finish_what_it_took(start, root):
 
 
 class TestUsage:
-    """Each in one sentence, exit code 2."""
+    """Usage errors are reported in one sentence with exit code 2."""
 
     @pytest.fixture(autouse=True)
     def _no_tokens(self, monkeypatch):

@@ -1,4 +1,4 @@
-"""A whole recipe without models: a student is a number of right answers, a generator a sequence of sums.
+"""Runs a whole recipe without models: a student is a percentage of right answers, a generator a sequence of sums.
 
 ``install(setattr)`` replaces the domain, the engines, the reward, the writer and the trainers with them.
 """
@@ -22,7 +22,7 @@ from acqsynth.domains import Sample
 from acqsynth.engines import Completion, Sampling
 from acqsynth.report import page
 
-PAUSE = "ACQSYNTH_TEST_PAUSE"  #: name of a call at which this process waits to be killed
+PAUSE = "ACQSYNTH_TEST_PAUSE"  #: environment variable naming the call at which this process waits to be killed
 
 RECIPE = """
 domain: sums
@@ -44,7 +44,7 @@ calls: Counter[str] = Counter()
 
 
 def reached(name):
-    """Counts a call; at the one named by the environment it tells of it and waits."""
+    """Counts a call; at the one named by the environment, writes the pause file and waits."""
     calls[name] += 1
     if os.environ.get(PAUSE) == f"{name} {calls[name]}":
         Path(os.environ[PAUSE + "_FILE"]).write_text(name)
@@ -77,7 +77,7 @@ def truth(question):
 
 
 class Counting(FakeEngine):
-    """Answers rightly as often as its model says; the question's own hash decides which."""
+    """Answers correctly in ``strength`` percent of cases, decided by a hash of the question."""
 
     def __init__(self, path):
         super().__init__()
@@ -139,7 +139,7 @@ class Reward:
 
 
 def questions(domain, prompts, sampling):
-    """A new question of each prompt, by what it shows and its place."""
+    """One new question per prompt, derived from its content and position."""
     numbers = [zlib.crc32(f"{i} {prompt[-1]['content']}".encode()) % 90000 + 5000 for i, prompt in enumerate(prompts)]
     return [Sample(f"{n}+{sampling.seed % 7}", "0") for n in numbers]
 
@@ -176,7 +176,7 @@ def grpo(generator, prompts, reward, output, options, **rest):
         "step": [1] * 12,
         "prompt": ["p"] * 12,
         "completion": [[{"role": "assistant", "content": f"<b>text {i}</b>"}] for i in range(12)],
-        "reward": [i / 12 for i in range(11)] + [float("nan")],  # as of a sample that a scorer failed on
+        "reward": [i / 12 for i in range(11)] + [float("nan")],  # a sample on which a scorer failed
         "reward_size": [float(i) for i in range(12)],
         "reward_gate": ["parses" if i < 2 else "" for i in range(12)],
     }
@@ -207,7 +207,7 @@ def prompts(domain, seeds, n, *, shown, turns, seed):
 
 
 def install(put, figures=False):
-    """``put(object, name, value)`` is ``setattr`` or a fixture's. Reports have no ``figures``, which take seconds."""
+    """``put(object, name, value)`` is ``setattr`` or a monkeypatch's. Figures take seconds; off by default."""
     from acqsynth import engines, label as labels, preflight, stages, train, write as writing
     from acqsynth.rewards import build
 
@@ -225,7 +225,7 @@ def install(put, figures=False):
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """Installed fakes; the counts of their calls."""
+    """Installs the fakes and returns the counts of their calls."""
     install(monkeypatch.setattr)
     calls.clear()
     return calls

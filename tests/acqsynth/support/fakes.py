@@ -1,4 +1,4 @@
-"""What the tests of rewards and trainers share: a plain domain, an engine that is told what to say, a trainer's log."""
+"""Shared by the tests of rewards and trainers: a plain domain, a fake engine, a signal and a trainer's log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from acqsynth.engines import Engine
 
 
 class PlainDomain(Domain):
-    """Asks a question as it is and compares answers as text; other fakes change what they need."""
+    """Asks questions verbatim and compares answers as text; other fakes override what they need."""
 
     name = "plain"
 
@@ -33,7 +33,7 @@ class PlainDomain(Domain):
 
 
 class FakeEngine(Engine):
-    """Draws what ``draw(prompt, i, sampling)`` gives; ``calls`` holds prompts and sampling of each call."""
+    """Completes with ``draw(prompt, i, sampling)``; ``calls`` records the prompts and sampling of each call."""
 
     name = "fake"
 
@@ -49,7 +49,7 @@ class FakeEngine(Engine):
 
 
 class Told:
-    """A signal of given values, and standard errors if there are any, by answer; what is not given raises."""
+    """A signal with given values and optional standard errors by answer; other answers raise KeyError."""
 
     def __init__(self, name, values, errors=None):
         self.name = name
@@ -68,20 +68,20 @@ class Told:
 
 
 def written(question, answer, reasoning=""):
-    """A sample as a generator writes it."""
+    """A sample in the format that generators write."""
     middle = f"<reasoning>{reasoning}</reasoning>" if reasoning else ""
     return f"<question>{question}</question>{middle}<answer>{answer}</answer>"
 
 
 class Log:
-    """What a trainer's ``log_extra`` and ``log_metric`` were given."""
+    """Records what a reward passes to a trainer's ``log_extra`` and ``log_metric``."""
 
     def __init__(self):
         self.columns = {}
         self.metrics = {}
 
     def call(self, reward, completions, prompts=None):
-        """``reward`` called as TRL 1.16 calls it, by default for one prompt."""
+        """Calls ``reward`` as TRL 1.16 does, by default for one prompt."""
         n = len(completions)
         return reward(
             prompts=[[{"role": "user", "content": "Write a sample."}]] * n if prompts is None else prompts,
@@ -95,7 +95,7 @@ class Log:
 
 
 def trained(model, tokenizer, rewards, folder, **options):
-    """The logged steps of a GRPO run of TRL itself on a CPU, two steps of two prompts unless told otherwise."""
+    """The logged steps of a real TRL GRPO run on a CPU; by default two steps of two prompts."""
     given = {
         "max_steps": 2,
         "per_device_train_batch_size": 4,
