@@ -29,6 +29,11 @@ NAMES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8",
     torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.int8: "i8", torch.uint32: "u32",
 }  # fmt: skip
+#: (architecture, dtype, plain head) that tests compile: each value at least twice. ``gpu_static`` compiles them all.
+THINNED = [
+    *((arch, torch.bfloat16, True) for arch in MAJORS), *((arch, torch.float32, False) for arch in MAJORS),
+    (90, torch.float16, True), (90, torch.bfloat16, False), (100, torch.float16, False),
+]  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
 #: SASS instructions of the matrix units.

@@ -439,7 +439,7 @@ def data_parallel(wrap: Callable[[Any], Any], make: Callable[[], Any] = tiny_lla
             return str(error)[:40]
         return "no error"
 
-    of_ranks = ["student: another rank of those that shar", "samples[0]: token id 321 is outside the "]
+    of_ranks = ["student: another rank that shares its pa", "samples[0]: token id 321 is outside the "]
     pairs["error"] = (failing(), of_ranks[rank])
     if not trains:
         return pairs

@@ -158,8 +158,8 @@ def test_groups_of_samples():
 @pytest.mark.parametrize(
     "call",
     [
-        "delta_product(None, rows, head.weight, torch.zeros(1024, 512))",
-        "delta_hash(None, rows, torch.zeros(32768, dtype=torch.int32), torch.zeros(1024, 256))",
+        "delta_product(None, rows, head.weight, torch.zeros(256, 128))",
+        "delta_hash(None, rows, torch.zeros(131072, dtype=torch.int32), torch.zeros(256, 256))",
         "mixture_stats(chunked, draws)",
         "fill_gram(None, rows, gram)",
         "gram_norm(None, rows, gram, stats.state[0], weights, weights.new_empty(4))",
@@ -171,15 +171,15 @@ def test_memory_is_bounded(call, extra_mib):
     setup = (
         "from acqcore.backends import DrawRows, Dropout, Gram, HeadRows\n"
         "from acqcore.backends.chunked import Chunked\n"
-        "h, head = torch.randn(1024, 512).bfloat16(), acqcore.Head(torch.randn(32768, 512).bfloat16())\n"
-        "y, weights = torch.arange(1024), torch.ones(1024, dtype=torch.float64)\n"
+        "h, head = torch.randn(256, 128).bfloat16(), acqcore.Head(torch.randn(131072, 128).bfloat16())\n"
+        "y, weights = torch.arange(256), torch.ones(256, dtype=torch.float64)\n"
         "stats = acqcore.row_stats(h, head, y)\n"
         "rows = HeadRows(h, head, y, 1.0, stats.state, stats.max_index)\n"
         "class C(Chunked): row_stats = logit_stats = None\n"
-        "chunked, dropout = C(), Dropout(0.1, 'element', 1, 0, y[:256] * 0, y[:256])\n"
-        "draws = DrawRows(h[:256], (head,), y[:256], 4, dropout, weights.new_empty(6, 256), y.new_empty(4, 256))\n"
-        "bounds = tuple((256 * i, 256 * i + 256) for i in range(4))\n"
-        "gram = Gram(bounds, tuple(65536 * i for i in range(4)), torch.zeros(4 * 65536))"
+        "chunked, dropout = C(), Dropout(0.1, 'element', 1, 0, y[:64] * 0, y[:64])\n"
+        "draws = DrawRows(h[:64], (head,), y[:64], 4, dropout, weights.new_empty(6, 64), y.new_empty(4, 64))\n"
+        "bounds = tuple((64 * i, 64 * i + 64) for i in range(4))\n"
+        "gram = Gram(bounds, tuple(4096 * i for i in range(4)), torch.zeros(4 * 4096))"
     )
     # Freed memory returns to the system at once, so the peak counts only memory in use.
     assert extra_mib(setup, f"Chunked.{call}", MALLOC_MMAP_THRESHOLD_="65536") <= 68

@@ -214,12 +214,12 @@ def test_tiles_multiply_split_factors(dtype, isa, monkeypatch):
 
 
 @pytest.mark.parametrize("isa", [isa for isa, missing in acqcore._core.isas() if not missing])
-@pytest.mark.parametrize("std", [1.0, 6.0, 30.0])
+@pytest.mark.parametrize("std", [1.0, 30.0])
 def test_long_samples(std, isa, monkeypatch):
     """Grams of long samples are formed in tile registers if available, for float32 too; short ones never are."""
     monkeypatch.setenv("ACQCORE_ISA", isa)
     bounds = ((0, 300), (300, 305), (305, 700))
-    case = random_case(700, 40, 5000, std=std)
+    case = random_case(700, 40, 2000, std=std)
     assert case.targets is not None
     case.targets[::3] = 17  # shared by a third of the rows, so cross terms are large
     case.targets[[0, 299, 301, 500]] = -100

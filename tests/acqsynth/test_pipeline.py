@@ -319,7 +319,7 @@ def test_nothing_labelled_is_one_sentence(fakes, recipe, monkeypatch):
             "reward.signals.diversity.ridg=1",
             "reward.signals.diversity: got an unexpected keyword argument 'ridg'",
         ),
-        ("reward.weights={margin: 1}", "reward.weights: unknown ['margin'], expected"),
+        ("reward.weights={margin: 1}", "reward.weights: unknown ['margin'], known signals"),
         ("reward.gates=[sond]", "reward.gates: unknown 'sond', expected one of sound"),
         ("reward.scoring={max_length: 1}", "reward.scoring: max_length: expected at least 2 tokens, got 1"),
         ("reward.scoring={max_lenth: 1}", "reward.scoring: got an unexpected keyword argument 'max_lenth'"),

@@ -18,7 +18,7 @@ import triton
 from acqcore.backends.triton import MIXED_SPLIT_FROM
 from acqcore.kernels import block_mixture, factors, gram, gram_norm, logit_stats, mixture, philox, row_stats, sketch
 from acqcore.kernels.config import ARCHITECTURES, FOLDER, GramTiles, Strips, Tiles, table
-from benchmarks.ahead_of_time import MAJORS, SHARED_BYTES, Launch, compiled as _compile, recorded
+from benchmarks.ahead_of_time import MAJORS, SHARED_BYTES, THINNED, Launch, compiled as _compile, recorded
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 ANY_MATRIX = r"\b(mma\.sync|wgmma\.|tcgen05\.mma|cvt\.rna\.tf32)"
@@ -148,9 +148,7 @@ GRADIENTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", MAJORS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "everything"])
+@pytest.mark.parametrize(("arch", "dtype", "plain"), THINNED)
 def test_gradients(plain, dtype, arch, launches, tmp_path):
     """With committed tiles, and with a bias, a cap, and a vocabulary and depth that no tile divides."""
     product = "ieee" if dtype == torch.float32 else "half"

@@ -14,7 +14,7 @@ import triton
 from acqcore.kernels import cotangents
 from acqcore.kernels.config import ARCHITECTURES, tiles_for
 from acqcore.kernels.factors import Factors
-from benchmarks.ahead_of_time import MAJORS, SHARED_BYTES, Launch, compiled, recorded
+from benchmarks.ahead_of_time import MAJORS, SHARED_BYTES, THINNED, Launch, compiled, recorded
 
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
@@ -48,9 +48,7 @@ def _stack(found: Any, folder: Path) -> int:
     return int(stack)
 
 
-@pytest.mark.parametrize("arch", MAJORS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "everything"])
+@pytest.mark.parametrize(("arch", "dtype", "plain"), THINNED)
 def test_compiles(plain, dtype, arch, tmp_path):
     """Half precision uses the matrix units, also with a bias, a cap, and a vocabulary and depth no tile divides."""
     launches = _launched(arch, dtype, *((131072, 4096) if plain else (50257, 2001)), plain)
