@@ -40,20 +40,15 @@ inline void pack_weights(const Matrix& weight, const Inner& inner, int64_t tile,
   }
 }
 
-// A panel of rows times a packed tile: out [kPanelRows, kTile] = or +=. While the tile streams by, vectors keep a few
-// rows in L1, tile registers all of them.
+// A panel of rows times a packed tile: out [kPanelRows, kTile] = or +=.
 inline void multiply_panel(const Inner& inner, const float* a /* [k, kPanelRows] */, const float* weights, int width,
                            int64_t k, bool accumulate, float* out) {
-  if (inner.pairs) {
-    for (int j = 0; j < width; j += kPanelColumns) {
-      panel_product<kHasBf16Product>(a, weights + j * inner.depth, k, accumulate, out + j, kTile);
-    }
-    return;
-  }
-  for (int i = 0; i < kPanelRows; i += kVectorRows) {
-    for (int j = 0; j < width; j += kPanelColumns) {
-      vector_product<false, Packed>(a + i * Packed::kRowStride, weights + j * inner.depth, k, accumulate,
-                                    out + i * kTile + j, kTile);
+  for (int j = 0; j < width; j += kPanelColumns) {
+    const float* b = weights + j * inner.depth;
+    if (inner.pairs) {
+      panel_product<kHasBf16Product>(a, b, k, accumulate, out + j, kTile);
+    } else {
+      panel_product<false>(a, b, k, accumulate, out + j, kTile);
     }
   }
 }
