@@ -242,8 +242,8 @@ def picture(results: Results, path: Path) -> None:
         right.barh(range(len(arms)), widths, left=begin, color=colour, label=kind, height=0.62)
         begin = [a + b for a, b in zip(begin, widths, strict=True)]
     of_random = statistics.fmean(results.values("B", RANDOM, "junk"))
-    right.axvline(of_random, color="#444444", lw=0.8, ls="--", label="all junk, random")
-    right.set_xlabel("junk among the rows chosen from pool B, %")
+    right.axvline(of_random, color="#444444", lw=0.8, ls="--", label="junk in random rows")
+    right.set_xlabel("junk among its rows, %")
     figure.legend(*right.get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower right", ncols=3)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
