@@ -98,6 +98,18 @@ def test_a_direction_that_all_weights_share_cancels():
     assert bool((error <= 2**-8 * expected.norm(dim=1)).all())
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_mixed_dtypes_are_exact(dtypes):
+    """Tile registers round square roots only if hidden states and weights are both bfloat16."""
+    case = CASES["plain"]()
+    hidden, weight = case.hidden.to(dtypes[0]), case.head.weight.to(dtypes[1])
+    mixed = Case(hidden, acqcore.Head(weight), case.targets)
+    got = fisher_grad(hidden, mixed.head, case.targets, seed=7, offsets=OFFSETS, backend="cpu")[0].double()
+    expected = _definition(mixed, 0, 7, OFFSETS)
+    error = (got - expected).norm(dim=1)
+    assert bool((error <= 1e-4 * expected.norm(dim=1)).all())
+
+
 @pytest.mark.parametrize("gap", [10.0, 30.0, 60.0])
 def test_confident_rows_lose_nothing(gap, implementation):
     """Rows with 1 - p down to 1e-24, which is 0 if computed in float32."""

@@ -283,6 +283,7 @@ class TestOwnAcquisition:
 
 
 def _wrong_shape(stats: acqcore.RowStats) -> torch.Tensor:
+    """Not one value per token."""
     return stats.entropy.sum()
 
 

@@ -5,7 +5,7 @@
 // For each tile of the vocabulary a block folds the logits, forms the factors e cap' and sqrt(e) r cap', and adds their
 // products with the tile's weights to separate sums (values.h). The sums exclude the largest logit so far, the top;
 // when it rises, they are rescaled and the former top joins them. Signs are bits of Philox words, recomputed per tile:
-// 128 columns per counter. With bfloat16 weights, tile registers use sqrt(e) rounded to bfloat16, in sums with and
+// 128 columns per counter. With bfloat16 inputs, tile registers use sqrt(e) rounded to bfloat16, in sums with and
 // without W alike, so that a cotangent still adds up to 0: its entries change by 0.1 %, the expectation of their
 // squares by 1e-6, and half of the products are saved.
 #include "../philox.h"
@@ -40,6 +40,9 @@ struct Workspace {
   LaneState* lanes;   // [block_rows]
   RowState* states;   // [block_rows]
 };
+
+// Whether square roots are rounded to bfloat16: only if the inputs are.
+inline bool rounds(const HeadArgs& head) { return kHasTiles && is_bfloat16(head.hidden) && is_bfloat16(head.weight); }
 
 // Sign words of columns [tile, tile + kTile): bit i of word w belongs to column tile + 32 w + i.
 void sign_words(const FisherSumsArgs& args, int64_t row, int probe, int64_t tile, uint32_t* words /* [kWords] */) {
@@ -118,7 +121,7 @@ void to_factors(const FisherSumsArgs& args, const Transform& transform, int64_t 
     store(slopes + i, root == 0 ? Vec{} : 1.0f - t * t);
   }
   if (skip >= 0 && skip < width) roots[skip] = 0;
-  const bool rounded = kHasTiles && is_bfloat16(args.head.weight);
+  const bool rounded = rounds(args.head);
   for (int i = 0; i < width; i += kLanes) {
     const Vec root = load(roots + i), slope = load(slopes + i);
     const Vec factor = root * root * slope;
@@ -207,7 +210,7 @@ void run_block(const FisherSumsArgs& args, const Inner& inner, const Transform& 
       fold_tile(args, transform, rows, count, block, columns, tile, width, norms, ws);
       for (int64_t k = 0; k <= args.probes; ++k) {
         add_values(head.weight, ws.factors + k * block * kTile, whole, width, ws.values, ws.split,
-                   ws.sums + k * block * columns, k > 0 && is_bfloat16(head.weight));
+                   ws.sums + k * block * columns, k > 0 && rounds(head));
       }
     }
     for (int64_t i = 0; i < count; ++i) merge(ws.states[i], reduce(ws.lanes[i]));
