@@ -23,18 +23,18 @@ constexpr int kGramRows = 2;  // 8 in 16
 
 constexpr int kGramStripe = 16;  // rows of factors that stay in L1: 24 KiB with AVX-512
 
-// Number of rows above which tile registers multiply a sample's factors. With a bfloat16 product, shorter samples would
-// leave the tiles mostly empty. With a float32 product, the taller panels cost the product 4 %: statistics with the
-// Gram take 1.20 times as long as without at 128 rows (1.17 with vectors), 1.35 at 256 (1.35), 1.4 at 512 (1.7) and 2.6
-// at 2048 (4.4; one core of a Xeon, D = 576).
-inline int64_t shortest_tiled_gram(bool pairs) { return pairs ? kPanelRows / 2 : 256; }
+// Up to this many rows vectors multiply a sample's factors, above it tile registers. With a bfloat16 product, shorter
+// samples would leave the tiles mostly empty. With a float32 product, the taller panels cost the product 4 %: statistics
+// with the Gram take 1.20 times as long as without at 128 rows (1.17 with vectors), 1.35 at 256 (1.35), 1.4 at 512 (1.7)
+// and 2.6 at 2048 (4.4; one core of a Xeon, D = 576).
+inline int64_t longest_vector_gram(bool pairs) { return pairs ? kPanelRows / 2 : 256; }
 
 // Layout of a sample's triangle: blocks of `side` rows and columns on and above the diagonal.
 struct GramLayout {
   int64_t side, padded;  // padded: the sample's rows, rounded up to whole blocks
 
   GramLayout(int64_t rows, bool pairs)
-      : side(kHasTiles && rows > shortest_tiled_gram(pairs) ? kPanelRows : kGramColumns),
+      : side(kHasTiles && rows > longest_vector_gram(pairs) ? kPanelRows : kGramColumns),
         padded(ceil_div(rows, side) * side) {}
 
   bool tiled() const { return side == kPanelRows; }
