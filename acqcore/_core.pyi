@@ -38,14 +38,6 @@ def row_stats(
     state: int,  # float64 [7, N], written
     index: int,  # int64 [N], written
 ) -> None: ...
-def delta_product(
-    isa: str,
-    head: HeadArgs,
-    state: int,  # float64 [7, N]
-    index: int,  # int64 [N]
-    values: Matrix,  # [V, n]
-    out: int,  # float32 [N, n], written
-) -> None: ...
 def delta_hash(
     isa: str,
     head: HeadArgs,

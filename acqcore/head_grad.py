@@ -306,24 +306,22 @@ def _samples(
     return torch.searchsorted(edges[1:], torch.arange(n, device=edges.device), right=True)
 
 
-def delta_product(
-    hidden: torch.Tensor,  # [N, D]
+def hidden_grad_from(
+    hidden: torch.Tensor,  # [N, D]; finite in ignored rows
     head: Head,
-    stats: RowStats,  # of these rows
-    values: torch.Tensor,  # [V, n]
+    stats: RowStats,  # of these rows, over the whole vocabulary
     temperature: float,
     backend: str | None,
 ) -> torch.Tensor:
-    """``delta values``, ``[N, n]``; zero in ignored rows. A shard passes values of its own V rows; ranks sum up."""
+    """:func:`hidden_grad` from known statistics, in a second pass, ``[N, D]``; arguments are trusted."""
     assert stats.targets is not None
     shape = (hidden.shape[0], head.weight.shape[0])
-    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "delta_product", shape)
-    dtype = compute_dtype(hidden.dtype, head.weight.dtype)
-    out = torch.zeros((hidden.shape[0], values.shape[1]), dtype=dtype, device=hidden.device)
-    rows = HeadRows(hidden, head, stats.targets, temperature, stats.state, stats.max_index)
+    chosen = select_backend(backend, hidden.device, (hidden.dtype, head.weight.dtype), "hidden_grad", shape)
+    sums = torch.zeros(hidden.shape, dtype=compute_dtype(hidden.dtype, head.weight.dtype), device=hidden.device)
+    state = stats.state.contiguous()
     if len(head.weight):  # a shard may be empty; backends never see an empty one
-        chosen.delta_product(rows, values, out)
-    return summed(out, head.group)
+        chosen.fill_hidden_grad(HeadRows(hidden, head, stats.targets, temperature, state, stats.max_index), sums)
+    return summed(_normalised(sums, head, stats, state[MAX], temperature), head.group)
 
 
 def head_grad_norm_from(

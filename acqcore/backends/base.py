@@ -136,15 +136,6 @@ class Backend(ABC):
         """``row_stats`` from logits."""
 
     @abstractmethod
-    def delta_product(
-        self,
-        rows: HeadRows,
-        values: torch.Tensor,  # [V, n]
-        out: torch.Tensor,  # [N, n], written
-    ) -> None:
-        """``delta values`` with delta as in ``head_grad.py``; zero in rows with target -100."""
-
-    @abstractmethod
     def delta_hash(
         self,
         rows: HeadRows,
@@ -193,18 +184,27 @@ class Backend(ABC):
     ) -> None:
         """Like ``gram_norm`` for samples of any length, from delta formed in a second pass over the weights."""
 
-    @abstractmethod
     def hidden_grad(
         self,
         rows: HeadRows,
         out: torch.Tensor,  # [N, D] float32 (float64 on eager in float64), written
     ) -> None:
-        """Fill the state as ``row_stats`` does, and ``out`` in the same pass over the weights.
+        """Fill the state as ``row_stats`` does, and ``out``, in one pass over the weights if a kernel can.
 
         ``out_s = sum_v exp(z_s[v] - m_s) cap'_s[v] W_v`` over the columns of this weight except the row's target, with
         ``m_s`` and ``cap'`` as in :class:`Gram`; zero where rows of a Gram are zero. ``head_grad.hidden_grad`` turns it
         into dL/dh: it normalises and adds the target's column exactly.
         """
+        self.row_stats(rows)
+        self.fill_hidden_grad(rows, out)
+
+    @abstractmethod
+    def fill_hidden_grad(
+        self,
+        rows: HeadRows,  # their state filled, for the whole vocabulary
+        out: torch.Tensor,  # [N, D], written
+    ) -> None:
+        """``out`` of ``hidden_grad`` with ``m = state[MAX]``, in a pass of its own."""
 
     @abstractmethod
     def fisher_sums(

@@ -54,19 +54,6 @@ class Chunked(Backend):
     """A backend whose head gradients and mixtures of draws run in chunked torch."""
 
     @float32_products()
-    def delta_product(
-        self,
-        rows: HeadRows,
-        values: torch.Tensor,  # [V, n]
-        out: torch.Tensor,  # [N, n], written
-    ) -> None:
-        out.zero_()
-        for part, piece in _row_chunks(rows, 0, len(rows.hidden)):
-            for columns in _vocab_chunks(rows, len(rows.hidden), values.shape[1]):
-                delta = _delta(piece, columns)
-                out[part].addmm_(delta, values[columns].to(delta.dtype))
-
-    @float32_products()
     def delta_hash(
         self,
         rows: HeadRows,
@@ -122,14 +109,11 @@ class Chunked(Backend):
             squared[i] = _direct_form(rows, begin, end, weights)
 
     @float32_products()
-    def hidden_grad(
+    def fill_hidden_grad(
         self,
-        rows: HeadRows,
+        rows: HeadRows,  # their state filled
         out: torch.Tensor,  # [N, D], written
     ) -> None:
-        """In two passes over the weights."""
-        assert rows.targets is not None
-        self.row_stats(rows)
         out.zero_()
         for part, piece in _row_chunks(rows, 0, len(rows.hidden)):
             assert piece.targets is not None

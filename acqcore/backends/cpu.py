@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -78,22 +79,6 @@ class Cpu(Backend):
             state.data_ptr(),
             index.data_ptr(),
         )
-
-    def delta_product(
-        self,
-        rows: HeadRows,
-        values: torch.Tensor,  # [V, n]
-        out: torch.Tensor,  # [N, n] float32, written
-    ) -> None:
-        with _head_args(rows) as arguments:
-            _core.delta_product(
-                self.instruction_set(),
-                arguments,
-                rows.state.data_ptr(),
-                rows.index.data_ptr(),
-                matrix(values),
-                out.data_ptr(),
-            )
 
     def delta_hash(
         self,
@@ -170,6 +155,18 @@ class Cpu(Backend):
                 rows.index.data_ptr(),
                 out.data_ptr(),
             )
+
+    def fill_hidden_grad(
+        self,
+        rows: HeadRows,  # their state filled
+        out: torch.Tensor,  # [N, D], written
+    ) -> None:
+        """Folds the logits again, beside which the second product is most of the cost."""
+        assert rows.targets is not None
+        own = replace(rows, state=torch.empty_like(rows.state), index=torch.empty_like(rows.index))
+        self.hidden_grad(own, out)
+        shift = (own.state[0] - rows.state[0]).exp().where(rows.targets != -100, 0)  # not 1 for a shard
+        out *= shift[:, None].to(out.dtype)
 
     def fisher_sums(
         self,

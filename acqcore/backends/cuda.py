@@ -72,16 +72,15 @@ class Cuda(Chunked):
         else:
             super().gram_norm(rows, gram, local_max, weights, squared)
 
-    def hidden_grad(
+    def fill_hidden_grad(
         self,
-        rows: HeadRows,
+        rows: HeadRows,  # their state filled
         out: torch.Tensor,  # [N, D], written
     ) -> None:
         if _TRITON.unavailable() is None:
-            self.row_stats(rows)
             _TRITON.fill_hidden_grad(rows, out)
         else:
-            super().hidden_grad(rows, out)
+            super().fill_hidden_grad(rows, out)
 
     def fisher_sums(
         self,

@@ -43,15 +43,6 @@ class Eager(Backend):
     ) -> None:
         fold(logits.to(compute_dtype(logits.dtype)) / temperature, targets, 0, state, index)
 
-    def delta_product(
-        self,
-        rows: HeadRows,
-        values: torch.Tensor,  # [V, n]
-        out: torch.Tensor,  # [N, n], written
-    ) -> None:
-        delta = logit_gradient(rows)
-        torch.mm(delta, values.to(delta.dtype), out=out)
-
     def delta_hash(
         self,
         rows: HeadRows,
@@ -87,14 +78,12 @@ class Eager(Backend):
             if rows.head.bias is not None:
                 squared[i] += d.sum(dim=0).double().square().sum()
 
-    def hidden_grad(
+    def fill_hidden_grad(
         self,
-        rows: HeadRows,
+        rows: HeadRows,  # their state filled
         out: torch.Tensor,  # [N, D], written
     ) -> None:
-        logits = rows.head.logits(rows.hidden, rows.temperature)
-        fold(logits, rows.targets, rows.head.vocab_start, rows.state, rows.index)
-        factors = unnormalised(logits, rows)
+        factors = unnormalised(rows.head.logits(rows.hidden, rows.temperature), rows)
         _, columns, here = _target_columns(rows)
         factors.scatter_(1, columns[:, None], factors.gather(1, columns[:, None]).masked_fill(here[:, None], 0))
         torch.mm(factors, rows.head.weight.to(factors.dtype), out=out)

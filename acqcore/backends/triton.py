@@ -160,21 +160,12 @@ class Triton(Chunked):
                 self.fill_gram(rows, gram)
                 self.gram_norm(rows, gram, rows.state[0], weights, share)
 
-    def hidden_grad(
-        self,
-        rows: HeadRows,
-        out: torch.Tensor,  # [N, D], written
-    ) -> None:
-        """In two passes over the weights, the second of which recomputes the logits."""
-        self.row_stats(rows)
-        self.fill_hidden_grad(rows, out)
-
     def fill_hidden_grad(
         self,
         rows: HeadRows,  # their state filled
         out: torch.Tensor,  # [N, D], written
     ) -> None:
-        """The second pass."""
+        """Recomputes the logits."""
         from acqcore.kernels.factors import hidden_sums
 
         assert rows.targets is not None

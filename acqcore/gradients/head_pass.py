@@ -7,14 +7,16 @@ from functools import cached_property
 
 import torch
 
-from acqcore.backends import HeadRows, Probes
-from acqcore.backends.eager import logit_gradient
+from acqcore.backends import Probes
 from acqcore.fisher import FisherGrads, fisher_visit
 from acqcore.head import Head
-from acqcore.head_grad import Bounds, delta_product, grad_sketch_from, head_grad_norm_from, loss_weights
+from acqcore.head_grad import Bounds, grad_sketch_from, head_grad_norm_from, hidden_grad_from, loss_weights
 from acqcore.head_visit import HeadVisit
 from acqcore.literals import Loss
-from acqcore.row_stats import RowStats, checked_backend, predicted_targets
+from acqcore.row_stats import MAX, R, RowStats, checked_backend, predicted_targets
+
+#: Entries of the logits' gradient held at a time, in float64.
+PRODUCT_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +87,7 @@ class HeadPass:
         positions: torch.Tensor,  # [N] int64
     ) -> torch.Tensor:
         """Gradient of the samples' losses in ``hidden``, ``[B, T, D]``; the N rows are its flattened ``positions``."""
-        gradient = delta_product(self.hidden, self.head, self.stats, self.head.weight, 1.0, self.backend)  # [N, D]
+        gradient = hidden_grad_from(self.hidden, self.head, self.stats, 1.0, self.backend)  # [N, D]
         return spread(gradient * self.weights[:, None].to(gradient.dtype), hidden, positions)
 
     def fisher_grads(self, probes: int, seed: int) -> FisherGrads:
@@ -97,25 +99,41 @@ class HeadPass:
         chosen = checked_backend(self.hidden, self.head, self.stats.targets, 1.0, self.backend, "fisher_sums")
         return fisher_visit(self.hidden, self.head, self.stats.targets, of_rows, 1.0, chosen)[1]
 
-    def product(
+    def row_products(
         self,
-        sample: int,
-        ids: torch.Tensor,  # [U] int64, distinct
-        values: torch.Tensor,  # [U, D]
+        ids: torch.Tensor,  # [B, T] int64
+        values: torch.Tensor,  # [B, T, D]
     ) -> torch.Tensor:
-        """Inner product of one sample's head gradient with rows ``values`` at ``ids``, float64."""
-        rows = slice(*self.bounds[sample])
-        bias = None if self.head.bias is None else self.head.bias[ids]
-        columns = Head(self.head.weight[ids], bias, self.head.softcap, self.head.scale)
+        """Inner product of each sample's head gradient with ``sum_t e_{ids_t} values_t^T``, ``[B]`` float64."""
         assert self.stats.targets is not None
-        # These few columns act as the vocabulary; targets and maxima become indices into them.
-        target = _index_in(ids, self.stats.targets[rows])
-        maximum = _index_in(ids, self.stats.max_index[rows])
-        hidden = self.hidden[rows]
-        few = HeadRows(hidden, columns, target, 1.0, self.stats.state[:, rows], maximum)
-        delta = logit_gradient(few)  # [S, U]
-        keys = hidden.to(delta.dtype) @ values.to(delta.dtype).T  # [S, U]
-        return (self.weights[rows, None] * (delta * keys).double()).sum()
+        head, stats, device = self.head, self.stats, self.hidden.device
+        ids, values = ids.to(device), values.to(device)
+        counts = torch.tensor(self.counts, device=device)[:, None]
+        place = torch.arange(max(self.counts, default=0), device=device)
+        begins = torch.tensor([begin for begin, _ in self.bounds], device=device)[:, None]
+        rows = begins + place.minimum(counts - 1)  # [B, S]; the last row stands for missing ones, with weight 0
+        weights = self.weights[rows].where(place < counts, 0)
+        found = torch.zeros(len(ids), dtype=torch.float64, device=device)
+        at_once = max(PRODUCT_ELEMENTS // max(rows.shape[1] * ids.shape[1], 1), 1)
+        width = max(PRODUCT_ELEMENTS // max(at_once * rows.shape[1], 1), 1)
+        for part, own in zip(torch.arange(len(ids)).split(at_once), rows.split(at_once), strict=True):
+            samples = slice(int(part[0]), int(part[-1]) + 1)
+            h = self.hidden[own].to(values.dtype)  # [b, S, D]
+            y, largest, r = stats.targets[own, None], stats.state[MAX][own, None], stats.state[R][own, None]
+            top = y == stats.max_index[own, None]
+            for columns, x in zip(ids[samples].split(width, 1), values[samples].split(width, 1), strict=True):
+                z = h @ head.weight[columns].to(h.dtype).mT  # [b, S, t]
+                if head.bias is not None:
+                    z = z + head.bias[columns][:, None].to(h.dtype)
+                z, slope = z * head.scale, head.scale
+                if head.softcap is not None:
+                    tanh = (z / head.softcap).tanh()
+                    z, slope = head.softcap * tanh, slope * (1 - tanh.square())
+                same = y == columns[:, None]
+                delta = (z - largest).exp() / (1 + r) - same.double()
+                delta = delta.where(~(same & top), -r / (1 + r)) * slope
+                found[samples] += (delta * (h @ x.mT) * weights[samples, :, None]).sum((1, 2))
+        return found
 
 
 def spread(
@@ -127,12 +145,3 @@ def spread(
     gradient = gradient.to(hidden.device)
     whole = gradient.new_zeros(hidden.shape[0] * hidden.shape[1], hidden.shape[2])
     return whole.index_copy_(0, positions.to(hidden.device), gradient).view(hidden.shape)
-
-
-def _index_in(
-    ids: torch.Tensor,  # [U] int64, distinct
-    wanted: torch.Tensor,  # [S] int64
-) -> torch.Tensor:
-    """Index in ``ids`` of each entry of ``wanted``, ``[S]``; -1 if absent."""
-    equal = wanted[:, None] == ids
-    return equal.int().argmax(1).where(equal.any(1), -1)

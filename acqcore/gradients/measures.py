@@ -106,12 +106,7 @@ class SquaredNorm:
         """Add a weight shared by head and embedding: both squared norms plus twice the inner product."""
         self.add_head(head)
         self.add(name, rows)
-        keys, sums = _row_sums(rows)
-        keys, sums = keys.to(self.values.device), sums.to(self.values.device)
-        lengths = torch.bincount(keys // rows.size, minlength=len(self.values)).tolist()
-        of_samples = zip((keys % rows.size).split(lengths), sums.split(lengths), strict=True)
-        for b, (ids, values) in enumerate(of_samples):
-            self.values[b] += 2 * head.product(b, ids, values)
+        self.values += 2 * head.row_products(rows.ids, rows.values)
 
 
 class WeightedNorm(SquaredNorm):

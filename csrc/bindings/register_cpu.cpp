@@ -79,28 +79,15 @@ void row_stats(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t 
   run(isa, &acqcore::Operations::row_stats, args);
 }
 
-void delta_product(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
-                   const Matrix& values, uintptr_t out) {
-  const acqcore::DeltaProductArgs args = {head,
-                                          reinterpret_cast<const double*>(state),
-                                          reinterpret_cast<const int64_t*>(index),
-                                          values,
-                                          nullptr,
-                                          values.columns,
-                                          reinterpret_cast<float*>(out)};
-  run(isa, &acqcore::Operations::delta_product, args);
-}
-
 void delta_hash(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
                 uintptr_t places, int64_t columns, uintptr_t out) {
-  const acqcore::DeltaProductArgs args = {head,
-                                          reinterpret_cast<const double*>(state),
-                                          reinterpret_cast<const int64_t*>(index),
-                                          Matrix{},
-                                          reinterpret_cast<const int32_t*>(places),
-                                          columns,
-                                          reinterpret_cast<float*>(out)};
-  run(isa, &acqcore::Operations::delta_product, args);
+  const acqcore::DeltaHashArgs args = {head,
+                                       reinterpret_cast<const double*>(state),
+                                       reinterpret_cast<const int64_t*>(index),
+                                       reinterpret_cast<const int32_t*>(places),
+                                       columns,
+                                       reinterpret_cast<float*>(out)};
+  run(isa, &acqcore::Operations::delta_hash, args);
 }
 
 void head_grad_norm(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
@@ -211,8 +198,6 @@ void register_cpu(py::module_& m) {
            py::arg("targets"), py::arg("softcap"), py::arg("scale"), py::arg("temperature"), py::arg("vocab_start"));
   m.def("row_stats", &row_stats, py::arg("isa"), py::arg("head"), py::arg("bounds"), py::arg("samples"),
         py::arg("products"), py::arg("state"), py::arg("index"));
-  m.def("delta_product", &delta_product, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
-        py::arg("values"), py::arg("out"));
   m.def("delta_hash", &delta_hash, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("places"), py::arg("columns"), py::arg("out"));
   m.def("fisher_sums", &fisher_sums, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),

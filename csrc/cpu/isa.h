@@ -65,13 +65,12 @@ struct HiddenGradArgs {
   float* out;      // [N, D], written
 };
 
-// The product delta values, or delta hashed to n places; delta [N, V] as in head_grad.py, zero in ignored rows.
-struct DeltaProductArgs {
+// Delta hashed to n places; delta [N, V] as in head_grad.py, zero in ignored rows.
+struct DeltaHashArgs {
   HeadArgs head;          // with targets
   const double* state;    // [7, N], of row_stats for the same head
   const int64_t* index;   // [N], of the same call
-  Matrix values;          // [V, n]; not read with places
-  const int32_t* places;  // [V] or null: column v is added to place p, or subtracted from place ~p if p is negative
+  const int32_t* places;  // [V]: column v is added to place p, or subtracted from place ~p if p is negative
   int64_t columns;        // n
   float* out;             // [N, n], written
 };
@@ -147,7 +146,7 @@ struct DropoutMaskArgs {
 struct Operations {
   bool (*row_stats)(const RowStatsArgs&);
   bool (*logit_stats)(const LogitStatsArgs&);
-  bool (*delta_product)(const DeltaProductArgs&);
+  bool (*delta_hash)(const DeltaHashArgs&);
   bool (*hidden_grad)(const HiddenGradArgs&);
   bool (*fisher_sums)(const FisherSumsArgs&);
   bool (*gram_norm)(const GramNormArgs&);

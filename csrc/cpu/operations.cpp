@@ -13,7 +13,7 @@ namespace ACQCORE_ISA {
 
 bool row_stats(const RowStatsArgs& args);            // row_stats.cpp
 bool logit_stats(const LogitStatsArgs& args);        // logit_stats.cpp
-bool delta_product(const DeltaProductArgs& args);    // delta_product.cpp
+bool delta_hash(const DeltaHashArgs& args);          // delta_hash.cpp
 bool hidden_grad(const HiddenGradArgs& args);        // hidden_grad.cpp
 bool fisher_sums(const FisherSumsArgs& args);        // fisher_sums.cpp
 bool gram_norm(const GramNormArgs& args);            // gram_norm.cpp
@@ -49,7 +49,6 @@ bool multiplies(const RowStatsArgs& args) {
 // Factors that multiply values are split into bfloat16 too.
 bool multiplies(const HiddenGradArgs&) { return true; }
 bool multiplies(const FisherSumsArgs&) { return true; }
-bool multiplies(const DeltaProductArgs& args) { return args.places == nullptr || multiplies(args.head); }
 
 bool multiplies(const MixtureStatsArgs& args) {
   const bool whole = args.dropout.form != Draws::kBlock || args.dropout.block % (2 * kTileUnits) == 0;
@@ -65,7 +64,7 @@ bool by_dtype(const Args& args) {
 
 const Operations kOperations = {by_dtype<RowStatsArgs, row_stats, &Operations::row_stats>,
                                 logit_stats,
-                                by_dtype<DeltaProductArgs, delta_product, &Operations::delta_product>,
+                                by_dtype<DeltaHashArgs, delta_hash, &Operations::delta_hash>,
                                 by_dtype<HiddenGradArgs, hidden_grad, &Operations::hidden_grad>,
                                 by_dtype<FisherSumsArgs, fisher_sums, &Operations::fisher_sums>,
                                 by_dtype<GramNormArgs, gram_norm, &Operations::gram_norm>,
@@ -75,7 +74,7 @@ const Operations kOperations = {by_dtype<RowStatsArgs, row_stats, &Operations::r
 
 #else
 
-const Operations kOperations = {row_stats, logit_stats,    delta_product, hidden_grad, fisher_sums,
+const Operations kOperations = {row_stats, logit_stats,    delta_hash,    hidden_grad, fisher_sums,
                                 gram_norm, head_grad_norm, mixture_stats, dropout_mask};
 
 #endif

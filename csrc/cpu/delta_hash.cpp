@@ -1,5 +1,4 @@
-// The product delta values: attention with the vocabulary as keys and the rows of `values` as values, without
-// materializing the logits. If values are signed unit vectors, delta is hashed to places: one addition per entry.
+// Delta hashed to places, one addition per entry, without materializing the logits.
 #include "delta.h"
 #include "isa.h"
 #include "values.h"
@@ -14,8 +13,6 @@ struct Workspace {
   float* hidden;   // [block_rows / kPanelRows, units, kPanelRows]
   float* weights;  // [kTile, depth]
   float* delta;    // [block_rows, kTile]
-  float* values;   // [columns / kPanelColumns, kTile, kPanelColumns]
-  float* split;    // [2, kTile / 2, kPanelRows]
   float* out;      // [block_rows, columns]
   DeltaRow* rows;  // [block_rows]
 };
@@ -36,7 +33,7 @@ void add_places(const int32_t* places, int64_t count, int width, int64_t columns
 
 }  // namespace
 
-bool delta_product(const DeltaProductArgs& args) {
+bool delta_hash(const DeltaHashArgs& args) {
   const HeadArgs& head = args.head;
   const int64_t n = head.hidden.rows, columns = args.columns;
   Scratch row_scratch(8 * n);
@@ -48,14 +45,12 @@ bool delta_product(const DeltaProductArgs& args) {
 
   const Inner inner = inner_dimension(head);
   const Transform transform(head);
-  const int64_t padded = value_columns(columns), block = rows_of_block(head, scored, kBlockRows);
+  const int64_t block = rows_of_block(head, scored, kBlockRows);
   const auto carve = [&](Arena& arena) {
     return Workspace{arena.take<float>(block * inner.units),
                      arena.take<float>(kTile * inner.depth),
                      arena.take<float>(block * kTile),
-                     arena.take<float>(args.places ? 0 : kTile * padded),
-                     arena.take<float>(kTile * kPanelRows),
-                     arena.take<float>(block * padded),
+                     arena.take<float>(block * columns),
                      arena.take<DeltaRow>(block)};
   };
   Arena layout(nullptr);
@@ -73,19 +68,14 @@ bool delta_product(const DeltaProductArgs& args) {
     for (int64_t i = 0; i < whole; ++i) {
       ws.rows[i] = i < count ? delta_row(head, args.state, args.index, rows[begin + i], 1.0) : padding_row();
     }
-    for (int64_t i = 0; i < block * padded; ++i) ws.out[i] = 0;
+    memset(ws.out, 0, 4 * count * columns);
     for (int64_t tile = 0; tile < head.weight.rows; tile += kTile) {
       const int width = static_cast<int>(lesser(kTile, head.weight.rows - tile));
       delta_tile(head, inner, transform, ws.rows, whole, ws.hidden, tile, width, ws.weights, ws.delta);
-      if (args.places) {
-        add_places(args.places + tile, count, width, padded, ws);
-      } else {
-        pack_values(args.values, tile, width, ws.values);
-        add_values(args.values, ws.delta, whole, width, ws.values, ws.split, ws.out);
-      }
+      add_places(args.places + tile, count, width, columns, ws);
     }
     for (int64_t i = 0; i < count; ++i) {
-      memcpy(args.out + rows[begin + i] * columns, ws.out + i * padded, 4 * columns);
+      memcpy(args.out + rows[begin + i] * columns, ws.out + i * columns, 4 * columns);
     }
   }
   return true;
