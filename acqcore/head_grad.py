@@ -23,10 +23,12 @@ import torch
 
 from acqcore import checks
 from acqcore.backends import Backend, HeadRows, select as select_backend
-from acqcore.backends.scatter import add_at, on_device
+from acqcore.backends.scatter import add_segments, on_device
+from acqcore.column_hash import ColumnHash, column_hash
 from acqcore.defaults import standard_defaults
 from acqcore.head import Head, compute_dtype
 from acqcore.head_visit import FORMS, visit
+from acqcore.kept import kept
 from acqcore.row_stats import (
     MAX,
     TARGET,
@@ -39,7 +41,7 @@ from acqcore.row_stats import (
     row_stats,
     stats_of,
 )
-from acqcore.signs import hashed_places, rotated_places
+from acqcore.signs import rotated_places
 from acqcore.vocab_parallel import summed
 
 LOSSES = ("mean", "sum")
@@ -50,8 +52,11 @@ Bounds: TypeAlias = tuple[tuple[int, int], ...]
 #: Rows sketched at a time; hashed and transformed, they take 64 MiB at dim 4096.
 SKETCH_ROWS = 1024
 
-#: Rows whose targets' weights are gathered at a time.
-GATHERED_ROWS = 1024
+#: Entries of the targets' weights gathered at a time, 16 MiB in float32.
+GATHERED_ELEMENTS = 1 << 22
+
+#: Hashes of heads' rows that stay on a device.
+KEPT_PLACES = 8
 
 
 @torch.no_grad()
@@ -130,8 +135,9 @@ def _normalised(
         of_target = of_target * (1 - (target * (temperature / head.softcap)).square())
     of_target = (of_target * slope).where(here, 0)
     sums *= (shift * slope)[:, None].to(sums.dtype)
-    for begin in range(0, len(sums) if len(head.weight) else 0, GATHERED_ROWS):
-        part = slice(begin, begin + GATHERED_ROWS)
+    at_once = max(GATHERED_ELEMENTS // max(sums.shape[1], 1), 1)
+    for begin in range(0, len(sums) if len(head.weight) else 0, at_once):
+        part = slice(begin, begin + at_once)
         columns = head.weight[local[part].where(here[part], 0)].to(sums.dtype)
         sums[part].addcmul_(of_target[part, None].to(sums.dtype), columns)
     return sums
@@ -375,8 +381,7 @@ def _sketches(
     of_rows, of_columns = head_places(head, dim, seed)
     if not bounds:  # torch cannot transform an empty batch
         return hidden.new_empty((0, dim), dtype=dtype)
-    sketches = hidden.new_zeros((len(bounds), dim // 2 + 1), dtype=_complex(dtype))
-    segments = sample_of_rows(bounds, hidden.device)
+    sketches = hidden.new_zeros((len(bounds), dim // 2 + 1, 2), dtype=dtype)  # spectra, real and imaginary part
     for begin in range(0, len(hidden) if len(head.weight) else 0, SKETCH_ROWS):
         part = slice(begin, begin + SKETCH_ROWS)
         left = hidden.new_empty((len(hidden[part]), dim), dtype=dtype)
@@ -389,32 +394,28 @@ def _sketches(
         left *= weights[part, None].to(dtype)
         spectrum = torch.fft.rfft(left)
         del left  # holds at most 64 MiB at a time
-        spectrum *= torch.fft.rfft(hash_columns(hidden[part], of_columns, dim, dtype))
-        add_at(sketches, 0, segments[part], spectrum)
+        spectrum *= torch.fft.rfft(of_columns(hidden[part], dtype))
+        first, lengths = _within(bounds, begin, begin + len(spectrum))
+        add_segments(sketches[first : first + len(lengths)], lengths, torch.view_as_real(spectrum))
         del spectrum
-    return summed(torch.fft.irfft(sketches, n=dim), head.group)
+    return summed(torch.fft.irfft(torch.view_as_complex(sketches), n=dim), head.group)
 
 
-def head_places(head: Head, dim: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hashed places of the rows ``[V]`` and columns ``[D]`` of a head's weight, encoded as in ``signs.py``."""
+def _within(bounds: Bounds, begin: int, end: int) -> tuple[int, list[int]]:
+    """The first sample with rows in ``[begin, end)``, and how many each has from there on."""
+    rows = [min(last, end) - max(first, begin) for first, last in bounds]
+    found = [i for i, count in enumerate(rows) if count > 0]
+    return found[0], rows[found[0] : found[-1] + 1]
+
+
+def head_places(head: Head, dim: int, seed: int) -> tuple[torch.Tensor, ColumnHash]:
+    """Hashed places of the rows of a head's weight, ``[V]`` int32 encoded as in ``signs.py``, and a hash of its D
+    columns."""
     v, d = head.weight.shape
     device = head.weight.device
-    return rotated_places(v, dim, seed, 0, head.vocab_start, device), hashed_places(d, dim, seed, 1, 0, device)
+    return _row_places(v, dim, seed, head.vocab_start, device), column_hash(d, dim, seed, 1, device)
 
 
-def hash_columns(
-    values: torch.Tensor,  # [..., D]
-    places: torch.Tensor,  # [D] int32
-    dim: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Signed sums of the columns that share a place, ``[..., dim]`` in ``dtype``."""
-    minus = places < 0
-    out = values.new_zeros((*values.shape[:-1], dim), dtype=dtype)
-    sign = torch.where(minus, -1, 1).to(dtype)
-    add_at(out, out.ndim - 1, torch.where(minus, ~places, places), values * sign)
-    return out
-
-
-def _complex(dtype: torch.dtype) -> torch.dtype:
-    return torch.complex128 if dtype == torch.float64 else torch.complex64
+@kept(KEPT_PLACES)
+def _row_places(rows: int, dim: int, seed: int, first_row: int, device: torch.device) -> torch.Tensor:
+    return rotated_places(rows, dim, seed, 0, first_row, device)

@@ -4,27 +4,47 @@ from __future__ import annotations
 
 import torch
 
+from acqcore.kept import kept
+
+#: Sign tables that stay on a device as bits, 32 bytes for each row of 256 signs.
+KEPT_SIGNS = 4096
+
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))  # as signed 64-bit integers
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _BITS = 64
 
 
 def random_signs(
-    rows: int, columns: int, seed: int, stream: int, first_row: int = 0, device: torch.device | str = "cpu"
+    rows: int,
+    columns: int,
+    seed: int,
+    stream: int,
+    first_row: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Independent signs ``[rows, columns]`` float32, a function of (seed, stream, row + first_row, column).
+    """Independent signs ``[rows, columns]``, a function of (seed, stream, row + first_row, column).
 
     Every 64 columns of a row are the bits of one SplitMix64 output (Steele, Lea & Flood 2014).
     """
-    words = (columns + _BITS - 1) // _BITS
+    device = torch.device(device)
+    words = _sign_words(rows, (columns + _BITS - 1) // _BITS, seed, stream, first_row, device)
+    bits = (words[:, :, None] >> _shifts(device)) & 1  # [rows, 8 words, 8]
+    return bits.flatten(1)[:, :columns].to(dtype).mul_(2).sub_(1)
+
+
+@kept(8)
+def _shifts(device: torch.device) -> torch.Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+@kept(KEPT_SIGNS)
+def _sign_words(rows: int, words: int, seed: int, stream: int, first_row: int, device: torch.device) -> torch.Tensor:
+    """The outputs as bytes, lowest first, ``[rows, 8 words]`` uint8."""
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
     word = torch.arange(words, dtype=torch.int64, device=device)
     bits = _mix(_mix(_key(seed, stream) + (row[:, None] + 1) * _GOLDEN) + (word + 1) * _GOLDEN)  # [rows, words]
-    shifts = torch.arange(_BITS, dtype=torch.int64, device=device)
-    signs = torch.empty((rows, words * _BITS), dtype=torch.float32, device=device)
-    for i in range(words):  # one word at a time: the integers take eight bytes per sign
-        signs[:, i * _BITS : (i + 1) * _BITS] = ((bits[:, i, None] >> shifts) & 1) * 2 - 1
-    return signs[:, :columns].contiguous()
+    return bits.view(torch.uint8)
 
 
 def hashed_places(

@@ -31,8 +31,8 @@ from acqcore.kernels.product import descriptor, has_descriptor, kept_tables, log
 #: Size of the ring, and maximum number of rows that share it.
 RING_BYTES = 54 << 20
 ROWS = 4096
-#: Rows whose target weights are gathered at a time.
-GATHERED_ROWS = 1024
+#: Entries of the target weights gathered at a time, 16 MiB in float32.
+GATHERED_ELEMENTS = 1 << 22
 #: Rows and columns of a tile of ``add_grams``.
 GRAM_TILE = 128
 
@@ -382,8 +382,9 @@ def add_lost(
     """
     local = targets - factors.vocab_start
     here = (local >= 0) & (local < len(factors.weight))
-    for begin in range(0, len(out), GATHERED_ROWS):
-        part = slice(begin, begin + GATHERED_ROWS)
+    at_once = max(GATHERED_ELEMENTS // max(out.shape[1], 1), 1)
+    for begin in range(0, len(out), at_once):
+        part = slice(begin, begin + at_once)
         columns = factors.weight[local[part].where(here[part], 0)]
         out[part].addcmul_(lost[part].where(here[part], 0)[:, None], columns.to(out.dtype))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from acqcore.column_hash import ColumnHash
 from acqcore.head import Head
-from acqcore.head_grad import grad_sketch, hash_columns
+from acqcore.head_grad import grad_sketch
 from acqcore.signs import hashed_places, rotated_places
 
 
@@ -45,12 +46,28 @@ def test_inner_products_keep_mean_and_variance():
     exact, dim, seeds = float(x @ y), 64, 3000
     products = []
     for places in (rotated_places, hashed_places):
-        hashed = [hash_columns(torch.stack([x, y]), places(300, dim, seed, 0), dim, x.dtype) for seed in range(seeds)]
+        hashed = [ColumnHash.of(places(300, dim, seed, 0), dim)(torch.stack([x, y]), x.dtype) for seed in range(seeds)]
         products.append(torch.stack([h[0] @ h[1] for h in hashed]))
     size = float((x.square().sum() * y.square().sum() + exact**2) / dim) ** 0.5  # bound on the standard deviation
     for product in products:
         assert abs(float(product.mean()) - exact) < 5 * size / seeds**0.5
     assert float(products[0].std()) < 1.05 * float(products[1].std())
+
+
+def test_columns_summed_in_order():
+    """The GPU form, in which columns are sorted by place, gives the sums of the CPU's; many places stay empty."""
+    values = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    for dim in (7, 64, 1000):
+        places = hashed_places(300, dim, 1, 0)
+        expected = torch.zeros(5, dim, dtype=torch.float64)
+        for column, place in enumerate(places.tolist()):
+            expected[:, place if place >= 0 else ~place] += values[:, column].double() * (1 if place >= 0 else -1)
+        for ordered in (False, True):
+            got = ColumnHash.of(places, dim, ordered)(values.bfloat16() if ordered else values, torch.float32)
+            torch.testing.assert_close(got.double(), expected, rtol=0, atol=0.1 if ordered else 1e-5)
+        assert torch.equal(
+            ColumnHash.of(places, dim, True)(values, torch.float64).sum(1).float(), expected.sum(1).float()
+        )
 
 
 def test_sketches_of_gradients_keep_inner_products():

@@ -1,4 +1,4 @@
-"""Sums at given places that are the same in every run, and copies of tables of places to a device."""
+"""Sums over given rows that are the same in every run, and copies of tables to a device."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ def on_device(
 ) -> torch.Tensor:
     """A copy on ``device``; unlike ``table.to``, it does not wait for work queued on a GPU."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)
+
+
+def add_segments(
+    out: torch.Tensor,  # [S, ...] float32 or float64, added to
+    lengths: list[int],  # S, neighbouring rows of each segment
+    values: torch.Tensor,  # [sum of lengths, ...]
+) -> None:
+    """Add the sum of each segment's rows."""
+    if out.device.type == "cuda":
+        table = on_device(torch.tensor(lengths), out.device)
+        out += torch.segment_reduce(values, "sum", lengths=table, axis=0, unsafe=True)
+    else:
+        out.index_add_(0, torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), values)
 
 
 def add_at(

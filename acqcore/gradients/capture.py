@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from acqcore import checks
-from acqcore.gradients.measures import DenseGrad, GradPiece, RowGrad, merged, scaled
+from acqcore.gradients.measures import DenseGrad, GradPiece, RowGrad, merged
 from acqcore.gradients.rules import ModuleCall, Uncovered, is_linear
 from acqcore.gradients.tap import Tap, streamed
 from acqcore.head import compute_dtype
@@ -34,8 +34,13 @@ class PieceTaker(Protocol):
     def takes(self, name: str) -> bool:
         """Whether this parameter's gradient is wanted."""
 
-    def add(self, name: str, piece: GradPiece) -> None:
-        """Receive the gradient of a selected parameter."""
+    def add(
+        self,
+        name: str,
+        piece: GradPiece,
+        factor: torch.Tensor | None,  # [B]
+    ) -> None:
+        """Receive the gradient of a selected parameter, not yet multiplied by each sample's ``factor``."""
 
 
 class SiteTaker(Protocol):
@@ -321,6 +326,5 @@ class Capture:
             self._failed.add(name)
             return
         self._arrived.add(name)
-        piece = piece if self.factor is None else scaled(piece, self.factor)
         for taker in self._of_parameters:
-            taker.add(name, piece)
+            taker.add(name, piece, self.factor)

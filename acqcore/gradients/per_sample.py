@@ -26,11 +26,13 @@ from acqcore.gradients.measures import (
     GradPiece,
     Marginals,
     Measure,
+    OuterGrad,
     RowGrad,
     SiteSquares,
     Sketch,
     SquaredNorm,
     WeightedNorm,
+    scaled,
 )
 from acqcore.gradients.need import GradientNeed, ProbeNeed
 from acqcore.gradients.probe import Probe
@@ -306,16 +308,16 @@ class _Measured:
     measure: Measure
     names: frozenset[str]
     head: str | None
-    _tied: list[GradPiece] = field(default_factory=list)  # pieces of a weight shared by embedding and head
+    _tied: list[GradPiece] = field(default_factory=list)  # gradient of a weight shared by embedding and head
 
     def takes(self, name: str) -> bool:
         return name == self.head or name in self.names
 
-    def add(self, name: str, piece: GradPiece) -> None:
+    def add(self, name: str, piece: GradPiece, factor: torch.Tensor | None) -> None:
         if name == self.head:
-            self._tied.append(piece)
+            self._tied.append(piece if isinstance(piece, OuterGrad) else scaled(piece, factor))
         elif name in self.names:
-            self.measure.add(name, piece)
+            self.measure.add(name, piece, factor)
 
     def add_head(self, head_pass: HeadPass) -> None:
         if self.head is None:

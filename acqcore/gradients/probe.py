@@ -228,9 +228,9 @@ class _Norms:
     def takes(self, name: str) -> bool:
         return True
 
-    def add(self, name: str, piece: GradPiece) -> None:
+    def add(self, name: str, piece: GradPiece, factor: torch.Tensor | None) -> None:
         measure = SquaredNorm(self._batch, self._device)
-        measure.add(name, piece)
+        measure.add(name, piece, factor)
         self.norms[name] = measure.values.sqrt().cpu()
 
 

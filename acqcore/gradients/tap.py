@@ -25,7 +25,7 @@ class Tap(torch.autograd.Function):
         alias: bool,
         receive: Callable[[torch.Tensor], None],
     ) -> torch.Tensor:
-        ctx.receive, ctx.device = receive, leaf.device
+        ctx.receive = receive
         ctx.shared = batch > 1 and output.shape[0] == 1
         if ctx.shared:  # e.g. positions: one row per sample separates the gradients
             return output.expand(batch, *output.shape[1:]).clone()
@@ -38,7 +38,7 @@ class Tap(torch.autograd.Function):
         own = None
         if ctx.needs_input_grad[0]:
             own = gradient.sum(0, keepdim=True) if ctx.shared else gradient
-        return own, torch.zeros((), device=ctx.device), None, None, None
+        return own, None, None, None, None
 
 
 @contextmanager

@@ -1,0 +1,37 @@
+"""Keeps tables that are a function of a few numbers on their device, so that a reward does not form them every step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def kept(most: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Cache the last ``most`` results of ``build(..., device)``, per stream; callers must not change them.
+
+    Nothing is cached during CUDA graph capture, because such a table has its values only in replays.
+    """
+
+    def decorate(build: Callable[..., T]) -> Callable[..., T]:
+        @functools.lru_cache(maxsize=most)
+        def for_stream(stream: int, *arguments: Any) -> T:
+            with torch.inference_mode(False), torch.no_grad():
+                return build(*arguments)
+
+        @functools.wraps(build)
+        def tables(*arguments: Any) -> T:
+            device = torch.device(arguments[-1])
+            if device.type != "cuda":
+                return for_stream(0, *arguments)
+            if torch.cuda.is_current_stream_capturing():
+                return build(*arguments)
+            return for_stream(torch.cuda.current_stream(device).cuda_stream, *arguments)
+
+        return tables
+
+    return decorate
