@@ -38,6 +38,10 @@ STUDENTS: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 INFORMATION = {"mutual_information": {"layers": 0, "form": "block"}}
+#: Tokens per batch: the default, and one with which a small student no longer waits for its launches.
+BATCH_TOKENS = {"SmolLM2 135M": (8192, 32768), "Llama 3.2 1B": (8192,), "tiny": (8192,)}
+#: Samples of the reference set of ``influence``.
+REFERENCES = 8
 
 #: Title -> acquisitions to score and their arguments.
 REQUESTS: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
@@ -46,6 +50,7 @@ REQUESTS: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
     "score(mutual_information)": (("mutual_information",), {}),
     "score(entropy, grad_norm, mutual_information)": (("entropy", "grad_norm", "mutual_information"), {}),
     "score(grad_norm), all blocks": (("grad_norm",), {"grad_norm": {"parameters": "all"}}),
+    "score(influence)": (("influence",), {}),
     "score(mutual_information), block": (("mutual_information",), INFORMATION),
     "score(entropy, grad_norm, mutual_information), block": (
         ("entropy", "grad_norm", "mutual_information"),
@@ -70,13 +75,21 @@ def make(name: str, device: str) -> Any:
 def measure(name: str, count: int, tokens: int, turns: int, device: str, rows: Path) -> None:
     """Times every request on ``count`` samples of ``tokens`` tokens, scoring the second half of each."""
     model = make(name, device)
+    for batch_tokens in BATCH_TOKENS[name]:
+        _measure(name, model, count, tokens, batch_tokens, turns, device, rows)
+
+
+def _measure(
+    name: str, model: Any, count: int, tokens: int, batch_tokens: int, turns: int, device: str, rows: Path
+) -> None:
     student = acqcore.Student.from_model(model)
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(STUDENTS[name]["vocab_size"], (count, tokens), generator=g)
     labels = ids.clone()
     labels[:, : tokens // 2] = -100
     samples = {"input_ids": ids, "labels": labels}
-    batch = max(1, 8192 // tokens)
+    batch = max(1, batch_tokens // tokens)
+    reference = acqcore.influence_reference(student, {key: value[:REFERENCES] for key, value in samples.items()})
 
     def trunk() -> None:
         with student.scoring():
@@ -91,8 +104,9 @@ def measure(name: str, count: int, tokens: int, turns: int, device: str, rows: P
 
     calls: dict[str, Callable[[], object]] = {TRUNK: trunk, "forward with logits": logits}
     for title, (names, arguments) in REQUESTS.items():
-        calls[title] = _request(student, samples, names, arguments)
-    case = f"{name}, random weights, bfloat16, {count} samples of {tokens} tokens"
+        given = {"influence": {"reference": reference}} if names == ("influence",) else arguments
+        calls[title] = _request(student, samples, names, given, batch_tokens)
+    case = f"{name}, random weights, bfloat16, {count} samples of {tokens} tokens, batches of {batch_tokens}"
     times: dict[str, list[float]] = {}
     for title, call in calls.items():
         try:
@@ -119,9 +133,15 @@ def measure(name: str, count: int, tokens: int, turns: int, device: str, rows: P
 
 
 def _request(
-    student: acqcore.Student, samples: dict[str, torch.Tensor], names: tuple[str, ...], arguments: dict[str, Any]
+    student: acqcore.Student,
+    samples: dict[str, torch.Tensor],
+    names: tuple[str, ...],
+    arguments: dict[str, Any],
+    batch_tokens: int,
 ) -> Callable[[], object]:
-    return lambda: acqcore.score(student, samples, names, acquisition_args=arguments, progress=False)
+    return lambda: acqcore.score(
+        student, samples, names, acquisition_args=arguments, batch_tokens=batch_tokens, progress=False
+    )
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:
