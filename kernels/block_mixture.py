@@ -7,11 +7,12 @@ depth D, with K = 8 draws and blocks of 64:
     u_b on the matrix units       64 multiply-adds at 2048 per cycle            0.031 cycles, one product
     sums over draws               8 multiply-adds at 128 per cycle              0.063 cycles, two products
     all instructions of the step  239 per warp, 128 of them for the sums        0.117 cycles, 3.7 products
-    operands from L2              16 KiB per block and 64 x 64 tile, 34 B/cycle 0.118 cycles, 3.8 products
+    operands from L2              12 KiB per block and 64 x 32 tile, 39 B/cycle 0.154 cycles, 5.0 products
 
-z_k fills half the register file (64 tokens x 64 columns x 8 draws), which limits the tile size and thus the traffic.
-Over two visits the sums alone cost four products for any tiles. On an H100 (N = 4096, D = 4096, V = 131072) both visits
-took 12.1 products; with float32 masks it was 16.1 loading them in the step that uses them, and 13.6 one step ahead.
+z_k of 64 tokens x 32 columns x 8 draws takes a quarter of the register file, so two programs share a multiprocessor and
+one multiplies while the other sums. A tile of 64 x 64 loads a third less but runs alone: on an H100 (N = 4096,
+D = 4096, V = 131072) both visits took 73 ms with it, against 59 ms, and at D = 576, V = 49152 11 ms against 7.7.
+Over two visits the sums alone cost four products for any tiles. Masks in float32 instead of bits took a third longer.
 
 Rejected alternatives: subtracting only the dropped blocks costs a tenth of the sums, but they differ between tokens and
 a warp holds eight or four tokens. On the matrix units, with the draws as columns of an ``m16n8k16``, the sums cost an

@@ -14,7 +14,7 @@ from acqcore.backends import _BACKENDS, Probes, chunked, chunked_mixture, get
 from acqcore.backends.base import Gram, HeadRows
 from acqcore.backends.chunked import Chunked
 from acqcore.backends.eager import Eager
-from acqcore.backends.scatter import add_at
+from acqcore.backends.scatter import add_at, add_segments
 from acqcore.bayes import BayesStats
 from acqcore.fisher import fisher_visit
 from acqcore.head_grad import grad_sketch
@@ -253,6 +253,16 @@ def test_sums_at_places():
         add_at(expected, dim, places, values)
         torch.ops.aten.index_put_(got, [*[None] * dim, places], values, True)
         torch.testing.assert_close(got, expected)
+
+
+def test_sums_of_segments():
+    """The GPU form matches ``index_add_``, for segments of any length and values of any shape."""
+    values, lengths = torch.randn(9, 3, 2), [1, 0, 5, 3]
+    got = torch.ones(4, 3, 2)
+    add_segments(got, lengths, values)
+    of_gpu = torch.segment_reduce(values, "sum", lengths=torch.tensor(lengths), axis=0, unsafe=True)
+    torch.testing.assert_close(got, 1 + of_gpu)
+    torch.testing.assert_close(got[2], 1 + values[1:6].sum(0))
 
 
 def _stop() -> torch.Tensor:

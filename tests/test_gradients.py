@@ -11,6 +11,7 @@ from torch import nn
 
 import acqcore
 from acqcore import grad_norm, grad_sketch
+from acqcore.gradients import head_pass, measures
 
 KINDS = ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "GPT2", "Cohere", "Phi"]
 LENGTHS = (17, 9, 12, 5, 14)
@@ -52,6 +53,20 @@ def test_every_parameter(kind, tied, tiny_model, exact):
     samples = make_samples()
     gradients = exact(model, samples, list(model.parameters()))
     assert_norms(grad_norm(model, samples, "all", backend="eager"), gradients)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
+def test_tied_weights_in_parts(kind, tiny_model, exact, monkeypatch):
+    """The inner products of a tied weight's two gradients, and its hashed rows, a few entries at a time."""
+    model = tiny_model(kind, tie_word_embeddings=True)
+    samples = make_samples()
+    gradients = exact(model, samples, list(model.parameters()))
+    sketches = grad_sketch(model, samples, "all", dim=64)
+    for most in (1, 20, 300):
+        monkeypatch.setattr(head_pass, "PRODUCT_ELEMENTS", most)
+        monkeypatch.setattr(measures, "HASHED_ELEMENTS", 64 * most)
+        assert_norms(grad_norm(model, samples, "all"), gradients)
+        torch.testing.assert_close(grad_sketch(model, samples, "all", dim=64), sketches)
 
 
 def test_every_backend(implementation, tiny_model, exact):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 import acqcore
+from acqcore.backends import HeadRows, get
 from acqcore.head_grad import _without_ignored
 from acqcore.testing import Case, case_from_logits, random_case
 
@@ -150,6 +153,34 @@ def test_hidden_grad(name, dtype, implementation):
     torch.testing.assert_close(
         norms[scored].double(), expected.norm(dim=1)[scored], rtol=5e-3 if rounded else 1e-4, atol=2e-5 * scale + 1e-12
     )
+
+
+@pytest.mark.parametrize("name", ["plain", "two columns", "everything", "softcap"])
+def test_sums_of_a_shard_from_the_statistics_of_the_whole(name, implementation):
+    """A pass of its own over some rows of the weight gives their sums relative to the largest logit of all rows."""
+    case = _case(name)
+    exact = case.to(torch.float64)
+    assert case.targets is not None
+    stats = case.run(implementation)
+    z = exact.head.logits(exact.hidden, exact.temperature)
+    p = (z - z.amax(dim=1, keepdim=True)).exp()
+    if case.head.softcap is not None:
+        p = p * (1 - (z * (case.temperature / case.head.softcap)).square())
+    scored = case.targets != -100
+    p[scored, case.targets[scored]] = 0
+    p[~scored] = 0
+    vocab = len(case.head.weight)
+    for begin, end in ((0, vocab // 2), (vocab // 2, vocab)):
+        bias = None if case.head.bias is None else case.head.bias[begin:end]
+        shard = dataclasses.replace(
+            case.head, weight=case.head.weight[begin:end], bias=bias, vocab_start=begin, vocab_size=vocab
+        )
+        rows = HeadRows(case.hidden, shard, case.targets, case.temperature, stats.state, stats.max_index)
+        got = torch.full_like(case.hidden, torch.nan)
+        get(implementation).fill_hidden_grad(rows, got)
+        expected = p[:, begin:end] @ exact.head.weight[begin:end]
+        error = (got.double() - expected).abs().amax(dim=1)
+        assert (error <= 1e-4 * (p[:, begin:end] @ exact.head.weight[begin:end].abs()).amax(dim=1) + 1e-30).all()
 
 
 def test_a_row_without_finite_logits_is_nan(implementation):

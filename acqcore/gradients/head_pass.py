@@ -105,8 +105,8 @@ class HeadPass:
         values: torch.Tensor,  # [B, T, D]
     ) -> torch.Tensor:
         """Inner product of each sample's head gradient with ``sum_t e_{ids_t} values_t^T``, ``[B]`` float64."""
-        assert self.stats.targets is not None
-        head, stats, device = self.head, self.stats, self.hidden.device
+        head, stats, targets, device = self.head, self.stats, self.stats.targets, self.hidden.device
+        assert targets is not None
         ids, values = ids.to(device), values.to(device)
         counts = torch.tensor(self.counts, device=device)[:, None]
         place = torch.arange(max(self.counts, default=0), device=device)
@@ -119,13 +119,14 @@ class HeadPass:
         for part, own in zip(torch.arange(len(ids)).split(at_once), rows.split(at_once), strict=True):
             samples = slice(int(part[0]), int(part[-1]) + 1)
             h = self.hidden[own].to(values.dtype)  # [b, S, D]
-            y, largest, r = stats.targets[own, None], stats.state[MAX][own, None], stats.state[R][own, None]
+            y, largest, r = targets[own, None], stats.state[MAX][own, None], stats.state[R][own, None]
             top = y == stats.max_index[own, None]
             for columns, x in zip(ids[samples].split(width, 1), values[samples].split(width, 1), strict=True):
                 z = h @ head.weight[columns].to(h.dtype).mT  # [b, S, t]
                 if head.bias is not None:
                     z = z + head.bias[columns][:, None].to(h.dtype)
-                z, slope = z * head.scale, head.scale
+                z = z * head.scale
+                slope: float | torch.Tensor = head.scale
                 if head.softcap is not None:
                     tanh = (z / head.softcap).tanh()
                     z, slope = head.softcap * tanh, slope * (1 - tanh.square())
