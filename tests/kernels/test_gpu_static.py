@@ -30,7 +30,7 @@ PRODUCTS = {
 #: Maximum stack bytes per thread where not 0; a merge runs once per call, so its stack does not matter.
 SPILLS = {
     "gram_fold": 104,
-    "block_fold": 392,
+    "block_fold": 24,
     "block_mixture": 24,
     "sketch_fold": 24,
     "merge_splits": 704,
