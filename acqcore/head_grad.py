@@ -86,7 +86,6 @@ def hidden_grad(
     """
     checks.given("targets", targets)
     chosen = checked_backend(hidden, head, targets, temperature, backend, "hidden_grad")
-    hidden = _without_ignored(hidden, targets)
     trusted = checks.targets_in_range(targets, head.vocab_size)
     dtype = compute_dtype(hidden.dtype, head.weight.dtype)
     state, index = empty_state(hidden)
@@ -98,20 +97,6 @@ def hidden_grad(
         sums.zero_()
     stats = over_vocabulary(stats_of(hidden, targets, state, index, dtype), head)
     return summed(_normalised(sums, head, stats, state[MAX], temperature), head.group)
-
-
-def _without_ignored(
-    hidden: torch.Tensor,  # [N, D]
-    targets: torch.Tensor,  # [N]
-) -> torch.Tensor:
-    """``[N, D]`` with ignored rows set to zero, because 0 times a non-finite value would be NaN.
-
-    On a GPU this always copies: checking whether a copy is needed would stall it.
-    """
-    ignored = targets == checks.IGNORE_INDEX
-    if hidden.device.type == "cpu" and not bool(ignored.any()):
-        return hidden
-    return hidden.masked_fill(ignored[:, None], 0)
 
 
 def _normalised(
@@ -140,7 +125,7 @@ def _normalised(
         part = slice(begin, begin + at_once)
         columns = head.weight[local[part].where(here[part], 0)].to(sums.dtype)
         sums[part].addcmul_(of_target[part, None].to(sums.dtype), columns)
-    return sums
+    return sums.masked_fill_(~scored[:, None], 0)  # an ignored row's hidden state may be NaN
 
 
 @standard_defaults()
@@ -205,7 +190,6 @@ def head_grad_norm(
     checks.one_of("loss", loss, LOSSES)
     checks.one_of("form", form, FORMS)
     chosen = checked_backend(hidden, head, targets, temperature, backend, "head_grad_norm")
-    hidden = _without_ignored(hidden, targets)
     bounds = checks.offsets(offsets, targets)
     weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
     norm = visit(hidden, head, targets, bounds, temperature, chosen, form).grad_norm(weights)
@@ -253,7 +237,6 @@ def grad_sketch(
     checks.one_of("loss", loss, LOSSES)
     checks.positive_int("dim", dim)
     chosen = checked_backend(hidden, head, targets, temperature, backend, "delta_hash")
-    hidden = _without_ignored(hidden, targets)
     bounds = checks.offsets(offsets, targets)
     weights, check_scored = _loss_weights(targets, bounds, loss, token_weights)
     stats = None  # computed in the same pass over the weights, unless ranks share them
@@ -313,7 +296,7 @@ def _samples(
 
 
 def hidden_grad_from(
-    hidden: torch.Tensor,  # [N, D]; finite in ignored rows
+    hidden: torch.Tensor,  # [N, D]
     head: Head,
     stats: RowStats,  # of these rows, over the whole vocabulary
     temperature: float,
@@ -394,7 +377,8 @@ def _sketches(
         left *= weights[part, None].to(dtype)
         spectrum = torch.fft.rfft(left)
         del left  # holds at most 64 MiB at a time
-        spectrum *= torch.fft.rfft(of_columns(hidden[part], dtype))
+        ignored = targets[part, None] == checks.IGNORE_INDEX  # the hidden state may be NaN
+        spectrum *= torch.fft.rfft(of_columns(hidden[part].masked_fill(ignored, 0), dtype))
         first, lengths = _within(bounds, begin, begin + len(spectrum))
         add_segments(sketches[first : first + len(lengths)], lengths, torch.view_as_real(spectrum))
         del spectrum

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -247,6 +248,13 @@ def _separation(row: Mapping[str, Any], blocks: str) -> float | None:
     return None if cell is None else float(cell["ambiguous"])
 
 
+def _kind(signal: str) -> tuple[str, str]:
+    """A signal's name without its number of probes or draws, and that number."""
+    name = signal.replace(", all blocks", "")
+    found = re.search(r",? (\d+)( probes?)?(?=,|$)", name)
+    return (name, "") if found is None else (name[: found.start()] + name[found.end() :], found[1])
+
+
 def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Plots cost against reliability, for long and for short completions, and against separation."""
     import matplotlib
@@ -272,9 +280,10 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             x, y = _cost(row, sets), height(row)
             if x is None or y is None or row["family"] not in colours:  # entropy is only the unit of cost
                 continue
-            axis.scatter(x, y, color=colours[row["family"]], s=28)
-            name = row["signal"].replace(", all blocks", "")
-            axis.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
+            kind, count = _kind(row["signal"])
+            colour = colours[row["family"]]
+            axis.scatter(x, y, s=30, color=colour, facecolor="white" if "completions" in kind else colour, label=kind)
+            axis.annotate(count, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8)
         axis.set_xscale("log")
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xticks(TICKS, [str(tick) for tick in TICKS])
@@ -284,6 +293,9 @@ def picture(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.margins(x=0.25)
         if title.startswith("toy"):
             axis.set_ylim(0.9, 1.005)
+        by_kind = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+        axis.legend(by_kind.values(), by_kind.keys(), loc="lower left", fontsize=8, frameon=False)
+    figure.suptitle("Beside each point: its number of probes or draws", fontsize=10, x=0.01, ha="left")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

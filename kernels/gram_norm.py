@@ -185,7 +185,8 @@ def contract(
     at = at_s[:, None] + t[None, :]
     g = tl.load(products + at, mask=inside, other=0.0).to(tl.float64)
     g = c_s[:, None] * g * c_t[None, :] + total.to(tl.float64)
-    g *= tl.load(keys + at, mask=inside, other=0.0).to(tl.float64)
+    k = tl.load(keys + at, mask=inside, other=0.0).to(tl.float64)
+    g = tl.where(k == 0, 0.0, g * k)  # products of ignored rows may be NaN
     tl.store(parts + program, tl.sum(tl.sum(g, axis=1), axis=0))
 
 

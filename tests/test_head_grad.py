@@ -9,7 +9,6 @@ import torch
 
 import acqcore
 from acqcore.backends import HeadRows, get
-from acqcore.head_grad import _without_ignored
 from acqcore.testing import Case, case_from_logits, random_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -305,7 +304,23 @@ def test_nothing_of_an_ignored_row_counts(bad, backend):
         assert found.isfinite().all()
 
 
-def test_no_device_but_the_cpu_looks_for_ignored_rows():
-    """Looking would stall a GPU, and a meta tensor cannot be read at all."""
-    hidden = torch.ones(3, 4, device="meta")
-    assert _without_ignored(hidden, torch.ones(3, dtype=torch.int64, device="meta")) is not hidden
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ignored_rows_may_hold_anything(dtype, implementation):
+    """Their hidden states change no bit of a result, and their gradients are zero."""
+    case = _case("plain").to(dtype)
+    targets = case.targets
+    assert targets is not None
+    found = []
+    for value in (0.0, torch.nan, torch.inf):
+        hidden = case.hidden.masked_fill((targets == -100)[:, None], value)
+        arguments = hidden, case.head, targets
+        norms = [
+            acqcore.head_grad_norm(*arguments, OFFSETS, form=form, backend=implementation)
+            for form in ("gram", "direct")
+        ]
+        gradient = acqcore.hidden_grad(*arguments, backend=implementation)
+        assert not gradient[targets == -100].any()
+        found.append([*norms, gradient, acqcore.grad_sketch(*arguments, OFFSETS, dim=32, backend=implementation)])
+    for other in found[1:]:
+        for expected, got in zip(found[0], other, strict=True):
+            assert torch.equal(got, expected)

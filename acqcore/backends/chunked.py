@@ -14,7 +14,14 @@ import torch
 
 from acqcore.backends.base import Backend, DrawRows, Dropout, Gram, HeadRows, Probes
 from acqcore.backends.chunked_mixture import mixture_in_chunks
-from acqcore.backends.eager import add_fisher_sums, gram_norm, gram_products, logit_gradient, unnormalised
+from acqcore.backends.eager import (
+    add_fisher_sums,
+    gram_norm,
+    gram_products,
+    logit_gradient,
+    unnormalised,
+    without_ignored,
+)
 from acqcore.backends.scatter import add_at
 from acqcore.head import Head, compute_dtype
 from acqcore.philox import keep_mask, sign_words, signs_in
@@ -215,10 +222,13 @@ def _direct_form(
 
 
 def _rows(rows: HeadRows, part: slice) -> HeadRows:
-    """Some of the rows, with hidden states in float32."""
+    """Some of the rows, with hidden states in float32, zero in ignored rows."""
+    assert rows.targets is not None
     hidden = rows.hidden[part].to(compute_dtype(rows.hidden.dtype))
-    targets = None if rows.targets is None else rows.targets[part]
-    return replace(rows, hidden=hidden, targets=targets, state=rows.state[:, part], index=rows.index[part])
+    few = replace(
+        rows, hidden=hidden, targets=rows.targets[part], state=rows.state[:, part], index=rows.index[part]
+    )  # fmt: skip
+    return without_ignored(few)
 
 
 def _rows_at_once(depth: int) -> int:

@@ -72,8 +72,9 @@ class Eager(Backend):
     ) -> None:
         delta = logit_gradient(rows)
         delta = delta * weights[:, None].to(delta.dtype)
+        hidden = without_ignored(rows).hidden.to(delta.dtype)
         for i, (begin, end) in enumerate(bounds):
-            d, h = delta[begin:end], rows.hidden[begin:end].to(delta.dtype)
+            d, h = delta[begin:end], hidden[begin:end]
             squared[i] = (d.T @ h).double().square().sum()
             if rows.head.bias is not None:
                 squared[i] += d.sum(dim=0).double().square().sum()
@@ -164,6 +165,12 @@ def mixture(
         votes[:, ignored] = -1
 
 
+def without_ignored(rows: HeadRows) -> HeadRows:
+    """The rows with the hidden states of ignored ones set to zero: they may be NaN, and 0 times NaN is NaN."""
+    assert rows.targets is not None
+    return replace(rows, hidden=rows.hidden.masked_fill((rows.targets == -100)[:, None], 0))
+
+
 def unnormalised(
     z: torch.Tensor,  # [N, V] logits
     rows: HeadRows,
@@ -205,6 +212,7 @@ def gram_norm(
     squared: torch.Tensor,  # [len(gram.bounds)] float64, written
 ) -> None:
     """``Backend.gram_norm`` in plain torch; it never waits for a device."""
+    rows = without_ignored(rows)
     scored, columns, here = _target_columns(rows)
     assert rows.targets is not None
     head, slope = rows.head, rows.head.scale / rows.temperature

@@ -148,7 +148,7 @@ class ModuleCall:
         """Pieces of a weight w that scales the normalised values by w or 1 + w, and of an additive bias.
 
         The normalised values are output(w = 1) - output(w = 0), and once that has shown which of the two it is, one
-        call's output: on a GPU the calls of its norms were a fifth of a small student's launches.
+        call's output: on a GPU the calls of the norms were a fifth of a small student's launches.
         """
         args = tuple(_cast(x, gradient.dtype) for x in self._args)
         kwargs = {key: _cast(x, gradient.dtype) for key, x in self._kwargs.items()}
