@@ -147,8 +147,8 @@ class ModuleCall:
     ) -> dict[str, GradPiece]:
         """Pieces of a weight w that scales the normalised values by w or 1 + w, and of an additive bias.
 
-        The normalised values are output(w = 1) - output(w = 0), and once that has shown which of the two it is, one
-        call's output: on a GPU the calls of the norms were a fifth of a small student's launches.
+        The normalised values are output(w = 1) - output(w = 0). These two calls show whether w or 1 + w scales them;
+        from then on one call suffices. On a GPU two were a fifth of a small student's launches.
         """
         args = tuple(_cast(x, gradient.dtype) for x in self._args)
         kwargs = {key: _cast(x, gradient.dtype) for key, x in self._kwargs.items()}
