@@ -30,7 +30,8 @@ def kept(most: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
                 return for_stream(0, *arguments)
             if torch.cuda.is_current_stream_capturing():
                 return build(*arguments)
-            return for_stream(torch.cuda.current_stream(device).cuda_stream, *arguments)
+            stream = torch.cuda.current_stream(device)
+            return for_stream(stream.cuda_stream, *arguments[:-1], stream.device)
 
         return tables
 

@@ -7,7 +7,7 @@ import torch
 from acqcore.kept import kept
 
 #: Sign tables that stay on a device as bits, 32 bytes for each row of 256 signs.
-KEPT_SIGNS = 4096
+KEPT_SIGNS = 2048
 
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))  # as signed 64-bit integers
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)

@@ -294,15 +294,12 @@ def _graph(op: str, backend: str, dtype: torch.dtype, device: str) -> float:
 
 
 def promised(check: Check, backend: str, dtype: torch.dtype) -> bool:
-    """Whether the backend promises this: all except ``cuda`` repeat bit for bit and do not depend on the batch.
+    """Whether the backend promises this: all except ``cuda`` give a row the same bits in any batch.
 
-    Operations without a ``cuda`` kernel use torch, whose products depend on the number of rows and whose
-    ``index_add_`` adds in arbitrary order.
+    Operations without a ``cuda`` kernel use torch, whose products depend on the number of rows.
     """
-    if backend != "cuda" or check.op not in ("repeats", "batch invariance"):
+    if backend != "cuda" or check.op != "batch invariance":
         return True
-    if check.op == "repeats":
-        return check.case != "grad_sketch"
     return check.case == "logit_stats" or (check.case == "row_stats" and dtype != torch.float32)
 
 

@@ -258,11 +258,11 @@ def test_sums_at_places():
 def test_sums_of_segments():
     """The GPU form matches ``index_add_``, for segments of any length and values of any shape."""
     values, lengths = torch.randn(9, 3, 2), [1, 0, 5, 3]
-    got = torch.ones(4, 3, 2)
-    add_segments(got, lengths, values)
-    of_gpu = torch.segment_reduce(values, "sum", lengths=torch.tensor(lengths), axis=0, unsafe=True)
-    torch.testing.assert_close(got, 1 + of_gpu)
-    torch.testing.assert_close(got[2], 1 + values[1:6].sum(0))
+    expected = torch.stack([values[:1].sum(0), torch.zeros(3, 2), values[1:6].sum(0), values[6:].sum(0)])
+    for ordered in (False, True):
+        got = torch.ones(4, 3, 2)
+        add_segments(got, lengths, values, ordered)
+        torch.testing.assert_close(got, 1 + expected)
 
 
 def _stop() -> torch.Tensor:

@@ -56,6 +56,22 @@ def test_every_parameter(kind, tied, tiny_model, exact):
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
+def test_a_norm_of_zeros_tells_nothing_about_its_weight(kind, tiny_model, exact):
+    """The first batch gives the norms behind these projections zeros, later ones do not."""
+    model = tiny_model(kind, tie_word_embeddings=False)
+    samples = make_samples()
+    projections = [module for name, module in model.named_modules() if name.endswith(("o_proj", "down_proj"))]
+    kept = [module.weight.detach().clone() for module in projections]
+    with torch.no_grad():
+        for module in projections:
+            module.weight.zero_()
+        grad_norm(model, samples, "all")
+        for module, weight in zip(projections, kept, strict=True):
+            module.weight.copy_(weight)
+    assert_norms(grad_norm(model, samples, "all"), exact(model, samples, list(model.parameters())))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
 def test_tied_weights_in_parts(kind, tiny_model, exact, monkeypatch):
     """The inner products of a tied weight's two gradients, and its hashed rows, a few entries at a time."""
     model = tiny_model(kind, tie_word_embeddings=True)

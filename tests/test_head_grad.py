@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import acqcore
+from acqcore import checks
 from acqcore.backends import HeadRows, get
+from acqcore.head_grad import grad_sketch_from, head_grad_norm_from, hidden_grad_from, loss_weights
 from acqcore.testing import Case, case_from_logits, random_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -320,7 +322,21 @@ def test_ignored_rows_may_hold_anything(dtype, implementation):
         ]
         gradient = acqcore.hidden_grad(*arguments, backend=implementation)
         assert not gradient[targets == -100].any()
-        found.append([*norms, gradient, acqcore.grad_sketch(*arguments, OFFSETS, dim=32, backend=implementation)])
+        sketch = acqcore.grad_sketch(*arguments, OFFSETS, dim=32, backend=implementation)
+        stats = acqcore.row_stats(*arguments, backend=implementation)
+        bounds = checks.offsets(OFFSETS, targets)
+        weights = loss_weights(targets, bounds, "mean", None)
+        known = hidden, case.head, stats
+        found.append(
+            [
+                *norms,
+                gradient,
+                sketch,
+                hidden_grad_from(*known, 1.0, implementation),
+                head_grad_norm_from(*known, bounds, weights, 1.0, implementation),
+                grad_sketch_from(*known, bounds, weights, 1.0, implementation, 32, 0),
+            ]
+        )
     for other in found[1:]:
         for expected, got in zip(found[0], other, strict=True):
             assert torch.equal(got, expected)

@@ -49,6 +49,7 @@ ALLOWED: dict[str, set[str]] = {
         "head",
         "head_grad",
         "head_visit",
+        "kept",
         "literals",
         "row_stats",
         "signs",

@@ -17,9 +17,10 @@ def add_segments(
     out: torch.Tensor,  # [S, ...] float32 or float64, added to
     lengths: list[int],  # S, neighbouring rows of each segment
     values: torch.Tensor,  # [sum of lengths, ...]
+    ordered: bool | None = None,  # None: on a GPU, where ``index_add_`` adds in any order
 ) -> None:
     """Add the sum of each segment's rows."""
-    if out.device.type == "cuda":
+    if out.is_cuda if ordered is None else ordered:
         table = on_device(torch.tensor(lengths), out.device)
         out += torch.segment_reduce(values, "sum", lengths=table, axis=0, unsafe=True)
     else:

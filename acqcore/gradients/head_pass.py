@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 
 from acqcore.backends import Probes
+from acqcore.backends.chunked import float32_products
+from acqcore.backends.scatter import on_device
 from acqcore.fisher import FisherGrads, fisher_visit
 from acqcore.head import Head
 from acqcore.head_grad import Bounds, grad_sketch_from, head_grad_norm_from, hidden_grad_from, loss_weights
@@ -15,7 +17,7 @@ from acqcore.head_visit import HeadVisit
 from acqcore.literals import Loss
 from acqcore.row_stats import MAX, R, RowStats, checked_backend, predicted_targets
 
-#: Entries of the logits' gradient held at a time, in float64.
+#: Entries of the logits' gradient, in float64, or of gathered weights held at a time.
 PRODUCT_ELEMENTS = 1 << 20
 
 
@@ -99,6 +101,7 @@ class HeadPass:
         chosen = checked_backend(self.hidden, self.head, self.stats.targets, 1.0, self.backend, "fisher_sums")
         return fisher_visit(self.hidden, self.head, self.stats.targets, of_rows, 1.0, chosen)[1]
 
+    @float32_products()
     def row_products(
         self,
         ids: torch.Tensor,  # [B, T] int64
@@ -108,14 +111,15 @@ class HeadPass:
         head, stats, targets, device = self.head, self.stats, self.stats.targets, self.hidden.device
         assert targets is not None
         ids, values = ids.to(device), values.to(device)
-        counts = torch.tensor(self.counts, device=device)[:, None]
         place = torch.arange(max(self.counts, default=0), device=device)
-        begins = torch.tensor([begin for begin, _ in self.bounds], device=device)[:, None]
-        rows = begins + place.minimum(counts - 1)  # [B, S]; the last row stands for missing ones, with weight 0
-        weights = self.weights[rows].where(place < counts, 0)
+        begins, ends = on_device(torch.tensor(self.bounds), device)[:, :, None].unbind(1)  # [B, 1] each
+        rows = begins + place.minimum(ends - begins - 1)  # [B, S]; the last row stands for missing ones, with weight 0
+        weights = self.weights[rows].where(place < ends - begins, 0)
         found = torch.zeros(len(ids), dtype=torch.float64, device=device)
-        at_once = max(PRODUCT_ELEMENTS // max(rows.shape[1] * ids.shape[1], 1), 1)
-        width = max(PRODUCT_ELEMENTS // max(at_once * rows.shape[1], 1), 1)
+        # Of a sample, entries of its logits' gradient, of its rows and of its tokens' weights.
+        of_rows, depth = max(rows.shape[1], 1), self.hidden.shape[1]
+        at_once = max(PRODUCT_ELEMENTS // max(of_rows * ids.shape[1], depth * of_rows, depth * ids.shape[1], 1), 1)
+        width = max(PRODUCT_ELEMENTS // (at_once * max(of_rows, depth)), 1)
         for part, own in zip(torch.arange(len(ids)).split(at_once), rows.split(at_once), strict=True):
             samples = slice(int(part[0]), int(part[-1]) + 1)
             h = self.hidden[own].to(values.dtype)  # [b, S, D]

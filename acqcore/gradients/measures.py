@@ -13,17 +13,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import nn
 
+from acqcore.backends.chunked import float32_products
 from acqcore.backends.scatter import add_at
 from acqcore.column_hash import ColumnHash, column_hash
 from acqcore.gradients.head_pass import HeadPass
 from acqcore.head import compute_dtype
 from acqcore.head_grad import head_places
+from acqcore.kept import kept
 from acqcore.signs import hashed_places, random_signs
 
 #: Most elements of per-sample weight gradients that the direct form holds at a time (64 MiB in float32).
@@ -35,6 +38,10 @@ WIDTH = 256
 
 #: Most entries of the embedding's hashed rows held at a time (16 MiB in float32).
 HASHED_ELEMENTS = 1 << 22
+
+
+#: Hashes of embeddings' rows that stay on a device.
+KEPT_EMBEDDINGS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +100,9 @@ class SquaredNorm:
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
-        self._squares = [torch.zeros(batch, dtype=torch.float64, device=device)]
-        self._scaled: list[torch.Tensor] = []  # of gradients that are still to be multiplied by ``_factor``
-        self._factor: torch.Tensor | None = None  # [B]
+        self._squares = [torch.zeros(batch, dtype=torch.float64, device=device)]  # [B] each
+        self._scaled: list[torch.Tensor] = []  # [B] each, of gradients still to be multiplied by ``_factor``
+        self._factor: torch.Tensor | None = None  # [B], that of the backward which all these pieces come from
 
     def add(self, name: str, piece: GradPiece, factor: torch.Tensor | None) -> None:
         if isinstance(piece, OuterGrad):
@@ -163,7 +170,7 @@ class Marginals:
         left, right = piece.left.to(compute_dtype(piece.left.dtype)), piece.right.to(compute_dtype(piece.right.dtype))
         inverse = self._tokens.to(left.device).reciprocal()
         if factor is not None:
-            inverse = inverse * factor.square()
+            inverse = inverse * factor.to(inverse).square()
         # Row i of G = left^T right has the squared norm (left^T (right right^T) left)_ii, so G need not be formed.
         of_rows = (right @ right.mT @ left * left).sum(dim=1).double()
         of_columns = (left @ left.mT @ right * right).sum(dim=1).double()
@@ -198,7 +205,7 @@ class Sketch:
         piece = scaled(piece, factor)
         if isinstance(piece, RowGrad):
             device, width = piece.ids.device, piece.values.shape[2]
-            of_rows = hashed_places(piece.size, self.dim, self.seed, stream, device=device)
+            of_rows = _row_places(piece.size, self.dim, self.seed, stream, device)
             self._add_rows(piece, of_rows, column_hash(width, self.dim, self.seed, stream + 1, device))
         else:
             self._add_entries(piece.values, stream + 2)
@@ -319,6 +326,11 @@ class SiteSquares:
 Measure: TypeAlias = SquaredNorm | Sketch
 
 
+@kept(KEPT_EMBEDDINGS)
+def _row_places(size: int, dim: int, seed: int, stream: int, device: torch.device) -> torch.Tensor:
+    return hashed_places(size, dim, seed, stream, device=device)
+
+
 def _stream(name: str) -> int:
     """The first of a parameter's four hash streams; the head uses 0 and 1."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
@@ -327,7 +339,7 @@ def _stream(name: str) -> int:
 
 def _outer_squared(piece: OuterGrad) -> torch.Tensor:
     """``[B]`` float64, from the tokens' Gram matrices or the gradient itself, whichever is cheaper."""
-    left, right = piece.left, piece.right
+    left, right = (x if x.is_cuda else x.to(compute_dtype(x.dtype)) for x in (piece.left, piece.right))
     (_, t, p), q = left.shape, right.shape[2]
     if t * (p + q) < p * q:
         gram = _product(left, left.mT).mul_(_product(right, right.mT))  # [B, T, T]
@@ -343,12 +355,14 @@ def _product(
 ) -> torch.Tensor:
     """``[B, m, n]`` in float32 (float64 for float64).
 
-    On a GPU the matrix units multiply half-precision factors as they are. Each product is exact in float32.
+    On a GPU the matrix units multiply half-precision factors as they are. Each product is exact in float32. Those of
+    float32 factors are not rounded to TF32, which trainers enable.
     """
     if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16):
         return torch.bmm(a, b, out_dtype=torch.float32)
     dtype = compute_dtype(a.dtype, b.dtype)
-    return a.to(dtype) @ b.to(dtype)
+    with float32_products() if a.is_cuda else nullcontext():
+        return a.to(dtype) @ b.to(dtype)
 
 
 def _row_sums(rows: RowGrad) -> tuple[torch.Tensor, torch.Tensor]:

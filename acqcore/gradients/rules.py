@@ -167,10 +167,11 @@ class ModuleCall:
             if unit is None:
                 zero = output(0.0)
                 normalised = output(1.0) - zero
-                if not bool(zero.any()):
-                    _UNITS[self.module] = 1.0
-                elif torch.equal(zero, normalised):
-                    _UNITS[self.module] = 0.0
+                if bool(normalised.any()):  # zeros tell nothing
+                    if not bool(zero.any()):
+                        _UNITS[self.module] = 1.0
+                    elif torch.equal(zero, normalised):
+                        _UNITS[self.module] = 0.0
             else:
                 normalised = output(unit)
             pieces["weight"] = DenseGrad((gradient * normalised).sum(1))

@@ -38,7 +38,7 @@ class Tap(torch.autograd.Function):
         own = None
         if ctx.needs_input_grad[0]:
             own = gradient.sum(0, keepdim=True) if ctx.shared else gradient
-        return own, None, None, None, None
+        return own, None, None, None, None  # the leaf only marks where the backward ends
 
 
 @contextmanager

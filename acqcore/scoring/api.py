@@ -74,8 +74,8 @@ def score(
         tokenizer: the student's; defaults to the one loaded with a path. Not needed for tensors.
         reduction: of a sample's token values: ``mean``, ``sum``, ``max``, or ``topk``, the mean of the largest.
         topk: number of values that ``topk`` averages; all if there are fewer.
-        batch_tokens: maximum padded tokens per trunk forward; a longer sample gets its own batch. On a large GPU a
-            small student waits for its launches: SmolLM2-135M was 2.5 to 3 times as fast on an H100 with 32768.
+        batch_tokens: maximum padded tokens per trunk forward; a longer sample gets its own batch. A small student does
+            not keep a large GPU busy with 8192: one of SmolLM2-135M's size was 2 to 3 times as fast with 32768.
         max_length: maximum tokens per sample. Truncation drops the oldest tokens of the prompt first, except the one
             that predicts the completion's first token, then the end of the completion; plain strings lose their end.
         backend: a name from ``acqcore.backends()``; by default the first that fits.
