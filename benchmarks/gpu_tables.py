@@ -47,13 +47,19 @@ def _cell(value: object) -> str:
     return str(value)
 
 
+def _outcome(stage: Row) -> str:
+    if stage["ok"] is None:
+        return "not run"
+    in_time = any("stopped after" not in part for part in stage["detail"].split("; "))
+    return "ok" if stage["ok"] else "failed" if in_time else "stopped"
+
+
 def run_report(content: dict[str, Any]) -> str:
     """One run of ``make gpu-check`` as Markdown."""
     machine = content.get("machine", {})
     parts = [f"## {machine.get('gpu', 'no GPU')}"]
     facts = ", ".join(f"{key} {value}" for key, value in machine.items() if key != "gpu" and value)
-    words = {True: "ok", False: "failed", None: "not run"}
-    stages = [(stage["name"], words[stage["ok"]], stage["detail"], stage["seconds"]) for stage in content["stages"]]
+    stages = [(stage["name"], _outcome(stage), stage["detail"], stage["seconds"]) for stage in content["stages"]]
     parts += [facts, table(("stage", "", "", "s"), stages)]
     if "note" in content:
         parts.append(str(content["note"]))
