@@ -47,6 +47,16 @@ def delta_hash(
     columns: int,
     out: int,  # float32 [N, columns], written
 ) -> None: ...
+def hash_columns(
+    isa: str,
+    threads: int,
+    values: int,  # float32 [rows, columns]
+    rows: int,
+    columns: int,
+    places: int,  # int32 [columns]
+    dim: int,
+    out: int,  # float32 [rows, dim], written
+) -> None: ...
 def fisher_sums(
     isa: str,
     head: HeadArgs,

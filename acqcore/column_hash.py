@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from acqcore.backends import cpu, extension
 from acqcore.kept import kept
 from acqcore.signs import hashed_places
 
@@ -18,8 +19,8 @@ class ColumnHash:
     """Where each of P columns goes, and with which sign (a count sketch)."""
 
     dim: int
-    index: torch.Tensor  # [P] int32: the columns' places in [0, dim), or with ``counts`` the columns ordered by place
-    signs: torch.Tensor  # [P] int8, +1 or -1, in the order of ``index``
+    index: torch.Tensor  # [P] int32: places as from ``signs.hashed_places``; with ``counts`` the columns by place
+    signs: torch.Tensor | None  # [P] int8, +1 or -1, in the order of ``index`` if there are counts
     counts: torch.Tensor | None  # [dim] int64, columns of each place
 
     @classmethod
@@ -29,13 +30,13 @@ class ColumnHash:
         dim: int,
         ordered: bool | None = None,  # None: on a GPU, where additions at places would need a sort in every call
     ) -> ColumnHash:
+        if not (places.is_cuda if ordered is None else ordered):
+            return cls(dim, places, None, None)
         minus = places < 0
         at = torch.where(minus, ~places, places)
-        signs = torch.where(minus, -1, 1).to(torch.int8)
-        if not (at.is_cuda if ordered is None else ordered):
-            return cls(dim, at, signs, None)
         order = at.argsort(stable=True)
         ends = torch.searchsorted(at[order].long(), torch.arange(dim, device=at.device), right=True)
+        signs = torch.where(minus, -1, 1).to(torch.int8)
         return cls(dim, order.int(), signs[order], ends.diff(prepend=ends.new_zeros(1)))
 
     def __call__(
@@ -44,11 +45,17 @@ class ColumnHash:
         dtype: torch.dtype,
     ) -> torch.Tensor:
         """``[N, dim]`` in ``dtype``."""
-        if self.counts is None:
-            signed = values.to(dtype) * self.signs.to(dtype)
-            return signed.new_zeros((len(values), self.dim)).index_add_(1, self.index, signed)
-        signed = values.T.index_select(0, self.index).to(dtype) * self.signs[:, None]
-        return torch.segment_reduce(signed, "sum", lengths=self.counts, axis=0, unsafe=True).T
+        if self.signs is not None:
+            signed = values.T.index_select(0, self.index).to(dtype) * self.signs[:, None]
+            return torch.segment_reduce(signed, "sum", lengths=self.counts, axis=0, unsafe=True).T
+        if dtype == torch.float32 and values.device.type == "cpu" and extension.missing() is None:
+            out = values.new_empty((len(values), self.dim), dtype=dtype)
+            cpu.hash_columns(values.to(dtype).contiguous(), self.index, out)
+            return out
+        minus = self.index < 0
+        signed = values.to(dtype).where(~minus, -values)
+        places = torch.where(minus, ~self.index, self.index)
+        return signed.new_zeros((len(values), self.dim)).index_add_(1, places, signed)
 
 
 @kept(KEPT_HASHES)

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "backends": {"_core", "checks", "head", "kernels", "philox", "vocab_parallel"},
     "bayes": {"backends", "checks", "defaults", "head", "head_grad", "vocab_parallel"},
     "checks": set(),
-    "column_hash": {"kept", "signs"},
+    "column_hash": {"backends", "kept", "signs"},
     "costs": {"acquisitions", "checks", "gradients", "literals", "scoring", "selection", "students"},
     "files": {"checks", "literals", "scoring", "selection", "students"},
     "defaults": set(),

@@ -54,8 +54,8 @@ def test_inner_products_keep_mean_and_variance():
     assert float(products[0].std()) < 1.05 * float(products[1].std())
 
 
-def test_columns_summed_in_order():
-    """The GPU form, in which columns are sorted by place, gives the sums of the CPU's; many places stay empty."""
+def test_sums_of_columns():
+    """The kernel, plain torch (float64) and the GPU form, which sorts columns by place; some places are empty."""
     values = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
     for dim in (7, 64, 1000):
         places = hashed_places(300, dim, 1, 0)
@@ -63,10 +63,11 @@ def test_columns_summed_in_order():
         for column, place in enumerate(places.tolist()):
             expected[:, place if place >= 0 else ~place] += values[:, column].double() * (1 if place >= 0 else -1)
         for ordered in (False, True):
-            got = ColumnHash.of(places, dim, ordered)(values.bfloat16() if ordered else values, torch.float32)
-            torch.testing.assert_close(got.double(), expected, rtol=0, atol=0.1 if ordered else 1e-5)
-        got = ColumnHash.of(places, dim, True)(values, torch.float64)
-        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+            hashed = ColumnHash.of(places, dim, ordered)
+            torch.testing.assert_close(hashed(values, torch.float64), expected, rtol=0, atol=1e-12)
+            torch.testing.assert_close(hashed(values, torch.float32).double(), expected, rtol=0, atol=1e-5)
+            of_half = hashed(values.bfloat16(), torch.float32)
+            torch.testing.assert_close(of_half, hashed(values.bfloat16().float(), torch.float32), rtol=0, atol=1e-5)
 
 
 def test_sketches_of_gradients_keep_inner_products():

@@ -264,3 +264,22 @@ def _head_args(rows: HeadRows) -> Iterator[_core.HeadArgs]:
         head.vocab_start,
     )
     del bias, targets
+
+
+def hash_columns(
+    values: torch.Tensor,  # [N, P] float32, contiguous
+    places: torch.Tensor,  # [P] int32, as from ``signs.hashed_places``
+    out: torch.Tensor,  # [N, dim] float32, contiguous, written
+) -> None:
+    """Signed sums of the columns that share a place."""
+    rows, columns = values.shape
+    _core.hash_columns(
+        Cpu().instruction_set(),
+        torch.get_num_threads(),
+        values.data_ptr(),
+        rows,
+        columns,
+        places.data_ptr(),
+        out.shape[1],
+        out.data_ptr(),
+    )

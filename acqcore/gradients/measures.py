@@ -250,7 +250,8 @@ class Sketch:
                 values = rows.values[part]
                 hashed = of_columns(values.flatten(0, 1), values.dtype).unflatten(0, row.shape)  # [b, t, dim]
                 turn = torch.where(row < 0, ~row, row)
-                turned = hashed.gather(2, (places - turn[:, :, None]) % self.dim)
+                at = places - turn[:, :, None]
+                turned = hashed.gather(2, at.where(at >= 0, at + self.dim))
                 self.values[part[0]] += turned.where(row[:, :, None] >= 0, -turned).sum(1).to(self.values)
 
     def _add_entries(

@@ -90,6 +90,18 @@ void delta_hash(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t
   run(isa, &acqcore::Operations::delta_hash, args);
 }
 
+void hash_columns(const std::string& isa, int threads, uintptr_t values, int64_t rows, int64_t columns,
+                  uintptr_t places, int64_t dim, uintptr_t out) {
+  const acqcore::HashColumnsArgs args = {threads,
+                                         reinterpret_cast<const float*>(values),
+                                         rows,
+                                         columns,
+                                         reinterpret_cast<const int32_t*>(places),
+                                         dim,
+                                         reinterpret_cast<float*>(out)};
+  run(isa, &acqcore::Operations::hash_columns, args);
+}
+
 void head_grad_norm(const std::string& isa, const acqcore::HeadArgs& head, uintptr_t state, uintptr_t index,
                     uintptr_t bounds, int64_t samples, uintptr_t weights, uintptr_t squared) {
   const acqcore::HeadGradNormArgs args = {head,
@@ -200,6 +212,8 @@ void register_cpu(py::module_& m) {
         py::arg("products"), py::arg("state"), py::arg("index"));
   m.def("delta_hash", &delta_hash, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("places"), py::arg("columns"), py::arg("out"));
+  m.def("hash_columns", &hash_columns, py::arg("isa"), py::arg("threads"), py::arg("values"), py::arg("rows"),
+        py::arg("columns"), py::arg("places"), py::arg("dim"), py::arg("out"));
   m.def("fisher_sums", &fisher_sums, py::arg("isa"), py::arg("head"), py::arg("state"), py::arg("index"),
         py::arg("probes"), py::arg("seed"), py::arg("samples"), py::arg("positions"), py::arg("sums"),
         py::arg("signed_sums"), py::arg("squares"));

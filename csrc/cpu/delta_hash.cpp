@@ -1,4 +1,4 @@
-// Delta hashed to places, one addition per entry, without materializing the logits.
+// Rows hashed to places, one addition per entry: given rows, or rows of delta, without materializing the logits.
 #include "delta.h"
 #include "isa.h"
 #include "values.h"
@@ -17,21 +17,27 @@ struct Workspace {
   DeltaRow* rows;  // [block_rows]
 };
 
-// Adds each entry of delta [count, width] to its place in ws.out [count, columns], or subtracts it.
-void add_places(const int32_t* places, int64_t count, int width, int64_t columns, const Workspace& ws) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float* delta = ws.delta + i * kTile;
-    float* out = ws.out + i * columns;
-    for (int v = 0; v < width; ++v) {
-      const int32_t negative = places[v] >> 31;  // 0 or all ones
-      uint32_t bits;
-      memcpy(&bits, delta + v, 4);
-      out[places[v] ^ negative] += from_bits(bits ^ (uint32_t(negative) & 0x80000000u));
-    }
+// Adds each value of a row to its place in `out`, or subtracts it.
+void add_places(const int32_t* places /* [width] */, const float* values /* [width] */, int64_t width, float* out) {
+  for (int64_t v = 0; v < width; ++v) {
+    const int32_t negative = places[v] >> 31;  // 0 or all ones
+    uint32_t bits;
+    memcpy(&bits, values + v, 4);
+    out[places[v] ^ negative] += from_bits(bits ^ (uint32_t(negative) & 0x80000000u));
   }
 }
 
 }  // namespace
+
+bool hash_columns(const HashColumnsArgs& args) {
+#pragma omp parallel for num_threads(args.threads) schedule(static)
+  for (int64_t i = 0; i < args.rows; ++i) {
+    float* out = args.out + i * args.dim;
+    memset(out, 0, 4 * args.dim);
+    add_places(args.places, args.values + i * args.columns, args.columns, out);
+  }
+  return true;
+}
 
 bool delta_hash(const DeltaHashArgs& args) {
   const HeadArgs& head = args.head;
@@ -72,7 +78,9 @@ bool delta_hash(const DeltaHashArgs& args) {
     for (int64_t tile = 0; tile < head.weight.rows; tile += kTile) {
       const int width = static_cast<int>(lesser(kTile, head.weight.rows - tile));
       delta_tile(head, inner, transform, ws.rows, whole, ws.hidden, tile, width, ws.weights, ws.delta);
-      add_places(args.places + tile, count, width, columns, ws);
+      for (int64_t i = 0; i < count; ++i) {
+        add_places(args.places + tile, ws.delta + i * kTile, width, ws.out + i * columns);
+      }
     }
     for (int64_t i = 0; i < count; ++i) {
       memcpy(args.out + rows[begin + i] * columns, ws.out + i * columns, 4 * columns);

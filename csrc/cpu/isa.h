@@ -75,6 +75,17 @@ struct DeltaHashArgs {
   float* out;             // [N, n], written
 };
 
+// Signed sums of the columns that share a place.
+struct HashColumnsArgs {
+  int threads;
+  const float* values;    // [rows, columns]
+  int64_t rows;
+  int64_t columns;
+  const int32_t* places;  // [columns], encoded as in DeltaHashArgs
+  int64_t dim;            // number of places
+  float* out;             // [rows, dim], written
+};
+
 // The state of RowStatsArgs, and the sums over the vocabulary that give random cotangents of the logits; the sums are
 // zero in ignored rows.
 struct FisherSumsArgs {
@@ -153,6 +164,7 @@ struct Operations {
   bool (*head_grad_norm)(const HeadGradNormArgs&);
   bool (*mixture_stats)(const MixtureStatsArgs&);
   bool (*dropout_mask)(const DropoutMaskArgs&);
+  bool (*hash_columns)(const HashColumnsArgs&);
 };
 
 struct Isa {

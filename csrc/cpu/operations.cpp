@@ -14,6 +14,7 @@ namespace ACQCORE_ISA {
 bool row_stats(const RowStatsArgs& args);            // row_stats.cpp
 bool logit_stats(const LogitStatsArgs& args);        // logit_stats.cpp
 bool delta_hash(const DeltaHashArgs& args);          // delta_hash.cpp
+bool hash_columns(const HashColumnsArgs& args);      // delta_hash.cpp
 bool hidden_grad(const HiddenGradArgs& args);        // hidden_grad.cpp
 bool fisher_sums(const FisherSumsArgs& args);        // fisher_sums.cpp
 bool gram_norm(const GramNormArgs& args);            // gram_norm.cpp
@@ -70,12 +71,13 @@ const Operations kOperations = {by_dtype<RowStatsArgs, row_stats, &Operations::r
                                 by_dtype<GramNormArgs, gram_norm, &Operations::gram_norm>,
                                 by_dtype<HeadGradNormArgs, head_grad_norm, &Operations::head_grad_norm>,
                                 by_dtype<MixtureStatsArgs, mixture_stats, &Operations::mixture_stats>,
-                                dropout_mask};
+                                dropout_mask,
+                                hash_columns};
 
 #else
 
-const Operations kOperations = {row_stats, logit_stats,    delta_hash,    hidden_grad, fisher_sums,
-                                gram_norm, head_grad_norm, mixture_stats, dropout_mask};
+const Operations kOperations = {row_stats, logit_stats,    delta_hash,    hidden_grad,  fisher_sums,
+                                gram_norm, head_grad_norm, mixture_stats, dropout_mask, hash_columns};
 
 #endif
 
