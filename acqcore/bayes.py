@@ -25,8 +25,8 @@ import torch
 
 from acqcore import checks
 from acqcore.backends import DrawRows, Dropout, get as get_backend, select as select_backend
-from acqcore.backends.chunked import float32_products
 from acqcore.backends.chunked_mixture import mixture_in_chunks
+from acqcore.backends.precision import float32_products
 from acqcore.backends.scatter import on_device
 from acqcore.defaults import standard_defaults
 from acqcore.head import Head, compute_dtype

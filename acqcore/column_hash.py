@@ -16,7 +16,7 @@ KEPT_HASHES = 1024
 
 @dataclass(frozen=True, eq=False)
 class ColumnHash:
-    """Where each of P columns goes, and with which sign (a count sketch)."""
+    """A count sketch of P columns: the place and the sign of each."""
 
     dim: int
     index: torch.Tensor  # [P] int32: places as from ``signs.hashed_places``; with ``counts`` the columns by place

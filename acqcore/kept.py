@@ -1,4 +1,4 @@
-"""Keeps tables that are a function of a few numbers on their device, so that a reward does not form them every step."""
+"""Keeps tables on their device that depend only on a few numbers, so that a reward does not rebuild them every step."""
 
 from __future__ import annotations
 

@@ -229,7 +229,7 @@ def test_either_setting_of_torch_is_overruled_and_restored(setting):
     """Runs in a separate process, since touching either setting cannot be undone."""
     code = (
         "import torch\n"
-        "from acqcore.backends.chunked import float32_products\n"
+        "from acqcore.backends.precision import float32_products\n"
         "def seen():\n"
         "    try: older = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32\n"
         "    except RuntimeError: older = 'they disagree'\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from acqcore.backends import cpu
 from acqcore.column_hash import ColumnHash
 from acqcore.head import Head
 from acqcore.head_grad import grad_sketch
@@ -68,6 +69,13 @@ def test_sums_of_columns():
             torch.testing.assert_close(hashed(values, torch.float32).double(), expected, rtol=0, atol=1e-5)
             of_half = hashed(values.bfloat16(), torch.float32)
             torch.testing.assert_close(of_half, hashed(values.bfloat16().float(), torch.float32), rtol=0, atol=1e-5)
+
+
+def test_a_cpu_hashes_float32_in_the_kernel(monkeypatch):
+    calls = []
+    monkeypatch.setattr(cpu, "hash_columns", lambda values, places, out: calls.append((values.shape, out.shape)))
+    ColumnHash.of(hashed_places(300, 64, 1, 0), 64)(torch.ones(5, 300), torch.float32)
+    assert calls == [((5, 300), (5, 64))]
 
 
 def test_sketches_of_gradients_keep_inner_products():

@@ -6,7 +6,6 @@ half-precision inputs, exist at a time.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -22,6 +21,7 @@ from acqcore.backends.eager import (
     unnormalised,
     without_ignored,
 )
+from acqcore.backends.precision import float32_products
 from acqcore.backends.scatter import add_at
 from acqcore.head import Head, compute_dtype
 from acqcore.philox import keep_mask, sign_words, signs_in
@@ -36,25 +36,6 @@ MASK_TEMPORARIES = 4
 SIGN_COLUMNS = 1 << 14
 #: Rows processed at a time; also the most rows that the Gram form multiplies with each other at once.
 MAX_ROWS = 1024
-
-
-@contextlib.contextmanager
-def float32_products() -> Iterator[None]:
-    """Disables TF32 for torch's products on a GPU: trainers enable it process-wide, and it costs 1e-3 of a logit.
-
-    torch has an older and a newer setting, and raises if one is read while they disagree: both are set and restored.
-    """
-    settings = torch.backends.cuda.matmul
-    before, older = settings.fp32_precision, None
-    with contextlib.suppress(RuntimeError):  # they disagree already
-        older = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # also sets the newer one
-    try:
-        yield
-    finally:
-        if older is not None:
-            torch.set_float32_matmul_precision(older)
-        settings.fp32_precision = before
 
 
 class Chunked(Backend):

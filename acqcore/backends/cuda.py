@@ -14,8 +14,9 @@ import torch
 
 from acqcore.backends import extension
 from acqcore.backends.base import Gram, HeadRows, Probes
-from acqcore.backends.chunked import Chunked, float32_products
+from acqcore.backends.chunked import Chunked
 from acqcore.backends.extension import constant_when_compiled, core, matrix, pointer
+from acqcore.backends.precision import float32_products
 from acqcore.backends.scatter import on_device
 from acqcore.backends.slots import BLOCK, slot_table
 from acqcore.backends.triton import Triton

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from acqcore.backends import Probes
-from acqcore.backends.chunked import float32_products
+from acqcore.backends.precision import float32_products
 from acqcore.backends.scatter import on_device
 from acqcore.fisher import FisherGrads, fisher_visit
 from acqcore.head import Head

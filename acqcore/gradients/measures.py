@@ -20,7 +20,7 @@ from typing import TypeAlias
 import torch
 from torch import nn
 
-from acqcore.backends.chunked import float32_products
+from acqcore.backends.precision import float32_products
 from acqcore.backends.scatter import add_at
 from acqcore.column_hash import ColumnHash, column_hash
 from acqcore.gradients.head_pass import HeadPass

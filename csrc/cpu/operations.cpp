@@ -13,8 +13,8 @@ namespace ACQCORE_ISA {
 
 bool row_stats(const RowStatsArgs& args);            // row_stats.cpp
 bool logit_stats(const LogitStatsArgs& args);        // logit_stats.cpp
-bool delta_hash(const DeltaHashArgs& args);          // delta_hash.cpp
-bool hash_columns(const HashColumnsArgs& args);      // delta_hash.cpp
+bool delta_hash(const DeltaHashArgs& args);          // hash.cpp
+bool hash_columns(const HashColumnsArgs& args);      // hash.cpp
 bool hidden_grad(const HiddenGradArgs& args);        // hidden_grad.cpp
 bool fisher_sums(const FisherSumsArgs& args);        // fisher_sums.cpp
 bool gram_norm(const GramNormArgs& args);            // gram_norm.cpp

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from acqcore.backends.base import HeadRows
 from acqcore.backends.triton import Triton
 from acqcore.head import Head
 from acqcore.head_visit import visit
@@ -103,6 +104,22 @@ def test_a_norm_reads_nothing_back(bounds):
     if len(bounds) > 2:
         assert names[:4] == ["gather_slots", "gram_fold", "merge_splits", "merge_grams"]
         assert names[-3:] == ["target_delta", "contract", "sum_tiles"]
+
+
+def test_gradients_from_known_statistics_run_in_kernels():
+    """Chunked torch, which has the same values, would launch none."""
+    n, depth, vocab = 256, 64, 1000
+    state, index = (
+        torch.empty(7, n, dtype=torch.float64, device="meta"),
+        torch.empty(n, dtype=torch.int64, device="meta"),
+    )
+    hidden = torch.empty(n, depth, dtype=torch.bfloat16, device="meta")
+    head = Head(torch.empty(vocab, depth, dtype=torch.bfloat16, device="meta"))
+    rows = HeadRows(hidden, head, torch.empty_like(index), 1.0, state, index)
+    launches: list[ahead_of_time.Launch] = []
+    with gpu_static.serving_the_cpu(9), ahead_of_time.recorded(launches), torch.no_grad():
+        Triton().fill_hidden_grad(rows, torch.empty(n, depth, device="meta"))
+    assert {launch.name for launch in launches} == {"write_factors", "add_product"}
 
 
 @pytest.mark.parametrize("op", ["row_stats", "logit_stats", "statistics and head_grad_norm, T=128"])
