@@ -55,6 +55,23 @@ def test_every_parameter(kind, tied, tiny_model, exact):
     assert_norms(grad_norm(model, samples, "all", backend="eager"), gradients)
 
 
+def test_a_confident_token_keeps_its_part_of_a_tied_weight():
+    """Its gradient in its own column is -R / Z, about 1e-9, where p - 1 from float32 logits would keep no digit."""
+    hidden = torch.eye(3)
+    weight = torch.tensor([[21.0, 0.0, 0.0], [0.0, 22.0, 0.0], [0.0, 0.0, 20.0]])
+    head, targets = acqcore.Head(weight), torch.tensor([0, 1, 2])
+    stats = acqcore.row_stats(hidden, head, targets, backend="eager")
+    stats.state[0] += 1e-6  # the logits are formed again, and float32 rounds a product in another order
+    keys = torch.zeros(3, dtype=torch.int64)
+    rows = head_pass.HeadPass(hidden, head, stats, ((0, 2), (2, 3)), "sum", "eager", keys, keys)
+    ids, values = torch.tensor([[0, 1], [2, 2]]), torch.ones(2, 2, 3)
+    p = (hidden.double() @ weight.double().T).softmax(dim=1)
+    residual = torch.stack([p[i].sum() - p[i, i] for i in range(3)])  # 1 - p of the target
+    others = torch.stack([p[0, 1], p[1, 0]])  # the two tokens of the first sample meet each other's column
+    expected = torch.stack([others.sum() - residual[:2].sum(), -2 * residual[2]])
+    torch.testing.assert_close(rows.row_products(ids, values), expected, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
 def test_a_norm_of_zeros_tells_nothing_about_its_weight(kind, tiny_model, exact):
     """The first batch gives the norms behind these projections zeros, later ones do not."""
