@@ -6,7 +6,9 @@ import argparse
 import importlib
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 import threading
 import time
@@ -66,6 +68,25 @@ def example(monkeypatch):
         return module
 
     return load
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """``launched(folder, **environment)`` runs ``run.sh`` of that example with a ``python`` that only records its
+    arguments, and returns those of each ``python -m``."""
+
+    def launch(folder, **environment):
+        record, stub = tmp_path / "record", tmp_path / "bin" / "python"
+        stub.parent.mkdir()
+        stub.write_text('#!/bin/sh\nprintf "%s\\0" "$@" >> "$RECORD"\nprintf "\\n" >> "$RECORD"\n')
+        stub.chmod(0o755)
+        path = f"{stub.parent}:{os.environ['PATH']}"
+        environment = {**os.environ, **environment, "PATH": path, "RECORD": str(record)}
+        subprocess.run(["bash", "run.sh"], cwd=EXAMPLES / folder, env=environment, check=True)
+        calls = [line.split("\0")[:-1] for line in record.read_text().splitlines()]
+        return [call[1:] for call in calls if call[0] == "-m"]
+
+    return launch
 
 
 def test_score_dataset(example, options):
@@ -140,6 +161,25 @@ def test_notebooks(path, folder, example, capsys):
         exec(compile(source, path, "exec"), namespace)
     for name in json.loads((EXAMPLES / path).read_text())["metadata"]["results"]:
         assert namespace[name]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "module"), [("verl", "verl.trainer.main_ppo"), ("openrlhf", "openrlhf.cli.train_ppo_ray")]
+)
+def test_launch_scripts(trainer, module, launched):
+    """The scripts reach their trainer with a reward, one GPU and every variable filled in."""
+    *_, (start, *arguments) = launched(trainer, PROMPTS="prompts.jsonl")
+    assert start == module
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in " ".join(arguments)
+    assert not any("$" in argument for argument in arguments)
+    text = " ".join(arguments)
+    if trainer == "verl":
+        assert "trainer.n_gpus_per_node=1" in text
+        assert "custom_reward_function.path=pkg://acqsynth.integrations.verl" in text
+    else:
+        (reward,) = re.findall(r"--reward.remote_url (\S+)", text)
+        assert Path(reward).is_file()
+        assert text.count("num_gpus_per_node 1") == 2
 
 
 def test_verl(example, folder, monkeypatch, tmp_path):

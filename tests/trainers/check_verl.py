@@ -1,4 +1,5 @@
-"""verl's own ``RewardLoopManager`` on Ray calls the reward manager and the per-sample function.
+"""verl's own ``RewardLoopManager`` on Ray calls the reward manager and the per-sample function, and verl accepts the
+configuration of ``examples/verl/run.sh``.
 
 Run by ``make test-trainers`` in an environment with verl 0.9.1.
 """
@@ -7,6 +8,7 @@ Run by ``make test-trainers`` in an environment with verl 0.9.1.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import tempfile
 from importlib.metadata import version
@@ -20,12 +22,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.g
 import numpy
 import ray
 import torch
+from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from student import TEXTS, make
 from tensordict import TensorDict
 from transformers import AutoTokenizer
 from verl.experimental.reward_loop.reward_loop import RewardLoopManager
 from verl.protocol import DataProto
+from verl.utils.config import validate_config
+
+SCRIPT = HERE.parent.parent / "examples" / "verl" / "run.sh"
 
 
 def configuration(folder: Path, by_manager: bool) -> Any:
@@ -68,7 +74,18 @@ def batch(folder: Path) -> DataProto:
     return DataProto(batch=TensorDict(tensors, batch_size=len(rows)), non_tensor_batch=others)
 
 
+def check_script() -> None:
+    """verl's own checks of the launch script's configuration."""
+    call = SCRIPT.read_text().split("verl.trainer.main_ppo")[1]
+    overrides = [word for word in shlex.split(call.replace("${GENERATOR:-", "").replace('}"', '"')) if "=" in word]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=overrides)
+    assert config.trainer.n_gpus_per_node % config.actor_rollout_ref.rollout.tensor_model_parallel_size == 0
+    validate_config(config, use_reference_policy=config.actor_rollout_ref.actor.use_kl_loss, use_critic=False)
+
+
 def main() -> None:
+    check_script()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "student"
         make(folder)
