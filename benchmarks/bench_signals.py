@@ -61,7 +61,7 @@ SETTINGS = {
 }  # fmt: skip
 
 #: Acquisitions requested with arguments below, or defined on a set rather than a sample.
-ASKED_APART = ("influence", "mutual_information", "gradient_diversity", "archive_novelty")
+ASKED_APART = ("influence", "epig", "mutual_information", "gradient_diversity", "archive_novelty")
 
 #: Names here of the default reward's signals -> weights; ``diversity`` is omitted: it describes a run, not a skill.
 FUSED = {
