@@ -11,8 +11,7 @@ from typing import Any, get_args
 import torch
 
 IGNORE_INDEX = -100
-
-
+MOST_DRAWS = 2**16 - 1  # a draw takes half a word of a mask's counter
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -23,7 +22,7 @@ def describe(value: object) -> str:
     return type(value).__name__
 
 
-def float_tensor(name: str, value: object, shape: str, dims: int) -> None:
+def float_tensor(name: str, value: Any, shape: str, dims: int) -> None:
     """``value`` is a floating-point tensor with ``dims`` dimensions, which the message writes as ``shape``."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {describe(value)}")
@@ -38,35 +37,76 @@ def same_device(name: str, value: torch.Tensor, other: str, tensor: torch.Tensor
         raise ValueError(f"{name}: is on {value.device} but {other} is on {tensor.device}")
 
 
-def finite(name: str, value: object) -> None:
+def finite(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     if not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
-def positive(name: str, value: object) -> None:
+def positive(name: str, value: Any) -> None:
     finite(name, value)
-    if value <= 0:  # type: ignore[operator]
+    if value <= 0:
         raise ValueError(f"{name}: expected a number > 0, got {value}")
 
 
-def positive_int(name: str, value: object) -> None:
+def integer(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {describe(value)}")
+
+
+def positive_int(name: str, value: Any) -> None:
+    integer(name, value)
     if value < 1:
         raise ValueError(f"{name}: expected an int >= 1, got {value}")
 
 
-def within(name: str, value: object, least: int, most: int) -> None:
+def within(name: str, value: Any, least: int, most: int) -> None:
     """``value`` is an int from ``least`` to ``most``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {describe(value)}")
+    integer(name, value)
     if not least <= value <= most:
         raise ValueError(f"{name}: expected {least} to {most}, got {value}")
 
 
-def one_of(name: str, value: object, known: Collection[str]) -> None:
+def draws(value: Any) -> None:
+    within("draws", value, 2, MOST_DRAWS)
+
+
+def dropout(value: Any) -> None:
+    finite("dropout", value)
+    if not 0 <= value < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {value}")
+
+
+def seed(value: Any) -> None:
+    within("seed", value, 0, 2**63 - 1)
+
+
+def some_blocks(count: int) -> None:
+    if not count:
+        raise ValueError("layers: no list of transformer blocks found in the student's trunk; layers=0 needs none")
+
+
+def layers(value: Any) -> None:
+    if isinstance(value, str):
+        if value not in ("all", "own"):
+            raise ValueError(f"layers: expected a number of blocks, 'all' or 'own', got {value!r}")
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"layers: expected a number of blocks, 'all' or 'own', got {describe(value)}")
+    elif value < 0:
+        raise ValueError(f"layers: expected at least 0 blocks, got {value}")
+
+
+def enough_blocks(name: str, asked: int, present: int) -> None:
+    if asked > present:
+        raise ValueError(f"{name}: expected at most {present} transformer blocks, got {asked}")
+
+
+def probes(value: Any) -> None:
+    within("probes", value, 1, MOST_DRAWS)
+
+
+def one_of(name: str, value: Any, known: Collection[str]) -> None:
     """``value`` is one of the ``known`` names; the message lists them and suggests the nearest."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected one of {', '.join(known)}, got {describe(value)}")
@@ -76,12 +116,12 @@ def one_of(name: str, value: object, known: Collection[str]) -> None:
         raise ValueError(f"{name}: unknown {value!r}, expected one of {', '.join(known)}{hint}")
 
 
-def literal(name: str, value: object, of: Any) -> None:
+def literal(name: str, value: Any, of: Any) -> None:
     """``value`` is one of the strings of a Literal."""
     one_of(name, value, get_args(of))
 
 
-def names(name: str, values: object, known: Collection[str]) -> tuple[str, ...]:
+def names(name: str, values: Any, known: Collection[str]) -> tuple[str, ...]:
     """A non-empty sequence of known names, or one of them as a plain string."""
     if isinstance(values, str):
         values = (values,)
@@ -97,7 +137,7 @@ def names(name: str, values: object, known: Collection[str]) -> tuple[str, ...]:
     return result
 
 
-def module(name: str, value: object) -> None:
+def module(name: str, value: Any) -> None:
     if not isinstance(value, torch.nn.Module):
         raise TypeError(
             f"{name}: expected acqcore.Student, a transformers or PEFT causal language model, or the path or "
@@ -105,12 +145,12 @@ def module(name: str, value: object) -> None:
         )
 
 
-def instance(name: str, value: object, kind: type, expected: str) -> None:
+def instance(name: str, value: Any, kind: type, expected: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
 
 
-def given(name: str, value: object) -> None:
+def given(name: str, value: Any) -> None:
     """``value`` is required here, though it is optional elsewhere."""
     if value is None:
         raise TypeError(f"{name}: expected a tensor, got None")
@@ -126,12 +166,12 @@ def installed(module: str, what: str, extra: str) -> None:
         raise ModuleNotFoundError(f'{what} needs {module}: run pip install "acqcore[{extra}]"')
 
 
-def device(name: str, value: object) -> None:
+def device(name: str, value: Any) -> None:
     """A device that this machine has; None leaves the choice to the caller."""
     if value is None:
         return
     try:
-        found = torch.device(value)  # type: ignore[call-overload]
+        found = torch.device(value)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected cpu, cuda or cuda:1, got {value!r}") from error
     if found.type == "cpu":
@@ -146,19 +186,18 @@ def device(name: str, value: object) -> None:
         raise ValueError(f"{name}: {value!r} is not available, this machine has {count}")
 
 
-def max_length(value: object, limit: int | None) -> None:
+def max_length(value: Any, limit: int | None) -> None:
     """At least 2 (a scored token and its predecessor) and at most ``limit``, the student's maximum."""
     if value is None:
         return
     positive_int("max_length", value)
-    assert isinstance(value, int)
     if value < 2:
         raise ValueError(f"max_length: expected at least 2 (a scored token and its predecessor), got {value}")
     if limit is not None and value > limit:
         raise ValueError(f"max_length: the student takes at most {limit} tokens, got {value}")
 
 
-def acquisition_values(name: str, values: object, n: int) -> None:
+def acquisition_values(name: str, values: Any, n: int) -> None:
     """The values of an acquisition for ``n`` tokens or samples."""
     if not isinstance(values, torch.Tensor) or values.shape != (n,):
         raise ValueError(f"acquisition {name!r}: expected it to return a tensor [{n}], got {describe(values)}")

@@ -1,16 +1,17 @@
-"""Checks for per-sample gradients: packed samples, parameters and differentiability."""
+"""Checks for per-sample gradients: packed samples, parameters, and sets of vectors such as sketches."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
-from acqcore.checks.basic import IGNORE_INDEX, describe, float_tensor, same_device
+from acqcore.checks.basic import IGNORE_INDEX, describe, finite, float_tensor, same_device
 
 
-def offsets(value: object, targets: torch.Tensor) -> tuple[tuple[int, int], ...]:
+def offsets(value: Any, targets: torch.Tensor) -> tuple[tuple[int, int], ...]:
     """Sample boundaries ``[B + 1]`` of packed rows: int64, increasing from 0 to N. Reads values once.
 
     They may be on the CPU for ``targets`` on any device; reading them from a GPU makes the host wait for it.
@@ -63,10 +64,9 @@ def _all_scored(
         raise ValueError(f"targets: sample {i} has no scored token: all of its targets are {IGNORE_INDEX}")
 
 
-def token_weights(value: object, targets: torch.Tensor) -> None:
+def token_weights(value: Any, targets: torch.Tensor) -> None:
     """Weights ``[N]`` of the tokens' losses."""
     float_tensor("token_weights", value, "[N]", 1)
-    assert isinstance(value, torch.Tensor)
     if value.shape != targets.shape:
         raise ValueError(f"token_weights: expected [N] with N = {len(targets)}, got {describe(value)}")
     same_device("token_weights", value, "targets", targets)
@@ -80,3 +80,37 @@ def differentiable(names: Mapping[torch.Tensor, str]) -> None:
                 f"parameters: {name} is {describe(parameter)}, which has no gradient; 'trainable' leaves out "
                 "quantised parameters"
             )
+
+
+def vectors(name: str, value: Any, like: torch.Tensor | None = None, like_name: str = "") -> None:
+    """Finite vectors ``[n, d]`` that match the columns and device of ``like``. Reads values."""
+    if like is None:
+        float_tensor(name, value, "[n, d]", 2)
+    else:
+        like_vector(name, value, like, like_name)
+    bad = ~value.isfinite().all(dim=1)
+    if bool(bad.any()):
+        raise ValueError(f"{name}: expected finite vectors, row {int(bad.nonzero()[0])} has NaN or infinity")
+
+
+def labels(value: Any, count: int) -> None:
+    """One int64 label for each of ``count`` rows."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"labels: expected int64 [{count}], got {describe(value)}")
+    if value.dtype != torch.int64 or value.shape != (count,):
+        raise ValueError(f"labels: expected int64 [{count}], got {describe(value)}")
+
+
+def ridge(value: Any) -> None:
+    """Noise on a kernel with a diagonal of ones; below 1e-9 the factorisation in float64 may fail."""
+    finite("ridge", value)
+    if value < 1e-9:
+        raise ValueError(f"ridge: expected a number >= 1e-9, got {value}")
+
+
+def like_vector(name: str, value: Any, like: torch.Tensor, like_name: str) -> None:
+    """Vectors ``[n, d]`` that match the columns and device of ``like [..., d]``."""
+    float_tensor(name, value, "[n, d]", 2)
+    if value.shape[1] != like.shape[-1]:
+        raise ValueError(f"{name}: expected [n, d] with d = {like.shape[-1]} as in {like_name}, got {describe(value)}")
+    same_device(name, value, like_name, like)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
-from acqcore.checks.basic import IGNORE_INDEX, describe, finite, float_tensor, positive, positive_int, same_device
+from acqcore.checks.basic import (
+    IGNORE_INDEX,
+    describe,
+    draws,
+    finite,
+    float_tensor,
+    positive,
+    positive_int,
+    same_device,
+)
 
 
-def head(weight: object, bias: object, softcap: object, scale: object) -> None:
+def head(weight: Any, bias: Any, softcap: Any, scale: Any) -> None:
     """Arguments of :class:`acqcore.Head`."""
     float_tensor("weight", weight, "[V, D]", 2)
-    assert isinstance(weight, torch.Tensor)
     if hasattr(weight, "placements"):
         raise TypeError(
             f"weight: expected a plain tensor [V, D], got a DTensor of shape {list(weight.shape)}; give its local rows "
@@ -18,7 +29,6 @@ def head(weight: object, bias: object, softcap: object, scale: object) -> None:
         )
     if bias is not None:
         float_tensor("bias", bias, "[V]", 1)
-        assert isinstance(bias, torch.Tensor)
         if bias.shape[0] != weight.shape[0]:
             raise ValueError(f"bias: expected [V] with V = {weight.shape[0]} as in weight, got {describe(bias)}")
         same_device("bias", bias, "weight", weight)
@@ -62,10 +72,9 @@ def tiling(shards: list[list[int]]) -> None:
     raise ValueError(f"head: expected the ranks' rows to tile a vocabulary of {size}, got {ranges}")
 
 
-def hidden(value: object, weight: torch.Tensor) -> None:
+def hidden(value: Any, weight: torch.Tensor) -> None:
     """Hidden states that fit a head."""
     float_tensor("hidden", value, "[N, D]", 2)
-    assert isinstance(value, torch.Tensor)
     if value.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden: expected [N, D] with D = {weight.shape[1]} as in head.weight "
@@ -85,15 +94,14 @@ def allocated(name: str, value: torch.Tensor) -> None:
         )
 
 
-def logits(value: object) -> None:
+def logits(value: Any) -> None:
     """Logits ``[N, V]`` with at least one column."""
     float_tensor("logits", value, "[N, V]", 2)
-    assert isinstance(value, torch.Tensor)
     if value.shape[1] < 1:
         raise ValueError(f"logits: expected [N, V] with V >= 1, got {describe(value)}")
 
 
-def targets(value: object, like: torch.Tensor, name: str) -> None:
+def targets(value: Any, like: torch.Tensor, name: str) -> None:
     """Shape, dtype and device of targets for the rows of ``like`` (an argument called ``name``)."""
     if value is None:
         return
@@ -115,7 +123,13 @@ def targets_in_range(value: torch.Tensor | None, vocab_size: int) -> torch.Tenso
         return None
     if value.device.type != "cpu":
         return ignored_outside(value, vocab_size)
-    target_range(value, vocab_size)
+    bad = ((value < 0) | (value >= vocab_size)) & (value != IGNORE_INDEX)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"targets: expected values in [0, {vocab_size}) or {IGNORE_INDEX} (ignored), "
+            f"got {int(value[row])} at row {row}"
+        )
     return value
 
 
@@ -124,17 +138,25 @@ def ignored_outside(value: torch.Tensor, vocab_size: int) -> torch.Tensor:
     return value.where((value >= 0) & (value < vocab_size), IGNORE_INDEX)
 
 
-def target_range(value: torch.Tensor, vocab_size: int) -> None:
-    """Every target is an index into the vocabulary or -100. Reads values, so it runs inside the op."""
-    bad = ((value < 0) | (value >= vocab_size)) & (value != IGNORE_INDEX)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"targets: expected values in [0, {vocab_size}) or {IGNORE_INDEX} (ignored), "
-            f"got {int(value[row])} at row {row}"
-        )
-
-
 def whole_head(group: object) -> None:
     if group is not None:
         raise ValueError("head: expected the whole vocabulary, got a shard of a group")
+
+
+def drawn_hidden(value: Any, count: int, weights: Sequence[torch.Tensor]) -> None:
+    """Hidden states of every draw ``[K, N, D]``, and the weights ``[V, D]`` of their heads: one, or K."""
+    float_tensor("hidden", value, "[K, N, D]", 3)
+    draws(len(value))
+    if count not in (1, len(value)):
+        raise ValueError(f"head: expected one, or one for each of the {len(value)} draws, got {count}")
+    for k, weight in enumerate(weights):
+        if weight.shape != weights[0].shape or weight.dtype != weights[0].dtype or weight.device != weights[0].device:
+            raise ValueError(
+                f"head: expected heads with the same shape, dtype and device, got {describe(weights[0])} and "
+                f"{describe(weight)} for draw {k}"
+            )
+
+
+def alike(what: str, first: object, other: object, draw: int) -> None:
+    if first != other:
+        raise ValueError(f"head: expected heads with the same {what}, got {first} and {other} for draw {draw}")
