@@ -7,10 +7,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from acqcore.costs.formulas import activation_bytes, batch_seconds
 from acqcore.costs.measure import Run
 from acqcore.costs.shape import Shape
-from acqcore.costs.work import Work, passes
+from acqcore.costs.work import Work, activation_bytes, batch_seconds, passes
 
 MEASURED, EXTENDED, COMPUTED, GIVEN = "measured", "measured, extended", "computed", "computed from given rates"
 
@@ -66,7 +65,7 @@ def from_runs(shape: Shape, work: Work, runs: Sequence[Run], devices: int, on_cp
     source = MEASURED if exact else EXTENDED
     peak = shape.weight_bytes + beyond
     memory = [
-        Figure("weights", shape.weight_bytes, "bytes", COMPUTED, _weights_note(shape)),
+        _weights(shape),
         *([Figure("interpreter and libraries", libraries, "bytes", MEASURED)] if on_cpu else []),
         Figure("scoring a batch", max(0.0, beyond - libraries), "bytes", source, of_memory),
         Figure("peak while scoring", peak, "bytes", source, "their sum"),
@@ -95,7 +94,7 @@ def from_rates(shape: Shape, work: Work, flops: float, bandwidth: float, devices
     activations = activation_bytes(shape, work, on_cpu)
     peak = shape.weight_bytes + activations
     memory = [
-        Figure("weights", shape.weight_bytes, "bytes", COMPUTED, _weights_note(shape)),
+        _weights(shape),
         _by_formula(shape, work, on_cpu),
         Figure("peak while scoring", peak, "bytes", COMPUTED, "their sum, without libraries and the device's context"),
     ]
@@ -211,6 +210,7 @@ def _while_loading(shape: Shape, libraries: float) -> Figure:
     return Figure("peak while loading", size, "bytes", COMPUTED, "with a float32 copy of the head for the probe")
 
 
-def _weights_note(shape: Shape) -> str:
+def _weights(shape: Shape) -> Figure:
     tied = "head and embedding tied" if shape.tied else "head and embedding separate"
-    return f"{shape.parameters / 1e6:,.0f} M parameters, {shape.dtype}, {tied}"
+    note = f"{shape.parameters / 1e6:,.0f} M parameters, {shape.dtype}, {tied}"
+    return Figure("weights", shape.weight_bytes, "bytes", COMPUTED, note)

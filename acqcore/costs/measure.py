@@ -11,15 +11,12 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from acqcore.costs.formulas import activation_bytes
-from acqcore.costs.proc import bytes_of
 from acqcore.costs.shape import Shape, shape_of, with_blocks
-from acqcore.costs.work import Work, passes
+from acqcore.costs.work import Work, activation_bytes, passes
 
 #: Seconds of scoring for the whole calibration, unless two rows per turn take longer.
 BUDGET_S = 15.0
@@ -60,9 +57,10 @@ def measure(
     with ExitStack() as stack:
         workers = []
         for small in shapes:
-            errors = stack.enter_context(tempfile.TemporaryFile("w+"))
-            workers.append(stack.enter_context(_Worker(source, small, work, device, threads, errors)))
-            workers[-1].loaded()  # one after the other, because loading is timed
+            worker = _Worker(source, small, work, device, threads)
+            stack.callback(worker.close)
+            worker.loaded()  # one after the other, because loading is timed
+            workers.append(worker)
         for worker in workers:
             worker.score(1)  # to warm up
         per_row = sum(worker.score(1)[0] for worker in workers)
@@ -135,18 +133,12 @@ class _Worker:
     """The process of one small model."""
 
     def __init__(
-        self,
-        source: str | os.PathLike[str],
-        shape: Shape,
-        work: Work,
-        device: str,
-        threads: int | None,
-        errors: IO[str],
+        self, source: str | os.PathLike[str], shape: Shape, work: Work, device: str, threads: int | None
     ) -> None:
         source = os.fspath(source)
         spec = {
             "source": source,
-            "weights": has_weights(source),
+            "weights": any(Path(source).glob("*.safetensors")),  # a local directory's
             "blocks": shape.blocks,
             "dtype": shape.dtype,
             "device": device,
@@ -155,7 +147,7 @@ class _Worker:
         environment = dict(os.environ)
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
-        self._errors = errors
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._start = time.time()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "acqcore.costs.worker", json.dumps(spec)],
@@ -191,16 +183,42 @@ class _Worker:
             raise RuntimeError(f"measuring failed: {facts['error']}")
         return facts
 
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._process.kill()
         self._process.communicate()
+        self._errors.close()
 
 
-def has_weights(source: str) -> bool:
-    """Whether a local directory holds weights that transformers loads."""
-    return any(Path(source).glob("*.safetensors")) if os.path.isdir(source) else False
+def bytes_of(file: str, field: str) -> int:
+    """A field of ``meminfo`` or ``self/status``.
+
+    Raises:
+        RuntimeError: the file or field does not exist, as on systems other than Linux.
+    """
+    try:
+        lines = (Path("/proc", file)).read_text().splitlines()
+    except OSError as error:
+        raise _unmeasured(error) from error
+    for line in lines:
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/{file} has no {field}")
+
+
+def reset_peak() -> None:
+    """Reset the peak of resident memory to the current value.
+
+    Raises:
+        RuntimeError: the system does not support or permit this.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise _unmeasured(error) from error
+
+
+def _unmeasured(error: OSError) -> RuntimeError:
+    return RuntimeError(
+        f"memory is measured through Linux's /proc, which failed ({error.strerror}); give the device's --flops and "
+        "--bandwidth instead"
+    )

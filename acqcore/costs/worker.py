@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import acqcore
-from acqcore.costs.proc import bytes_of, reset_peak
+from acqcore.costs.measure import bytes_of, reset_peak
 from acqcore.costs.shape import read_config, with_blocks
 from acqcore.costs.work import Objects, with_objects
 

@@ -10,18 +10,16 @@ from acqcore.files.atomic import atomically
 from acqcore.files.data import SUFFIXES
 
 
-def is_name(data: Path) -> bool:
-    """Whether ``--data`` is the name of a hub data set, or a data set's folder, rather than a file."""
-    return data.is_dir() or (not data.exists() and data.suffix not in SUFFIXES and len(data.parts) <= 2)
-
-
-def export(data: Path, config: str | None, split: str, folder: Path) -> Path:
-    """Export a split to a parquet file in ``folder``, atomically and only once.
+def local(data: Path, config: str | None, split: str, folder: Path) -> Path:
+    """The file that ``--data`` names. A split of a data set, given by its hub id or its folder, is exported to a
+    parquet file in ``folder``, atomically and only once.
 
     Raises:
         ModuleNotFoundError: datasets is not installed.
         ValueError, OSError: the data set, its configuration or its split cannot be loaded.
     """
+    if not data.is_dir() and (data.exists() or data.suffix in SUFFIXES or len(data.parts) > 2):
+        return data
     checks.installed("datasets", f"--data {data}", "train")
     import datasets
 
