@@ -26,11 +26,9 @@ from acqcore.costs import command as plan_command
 from acqcore.files import choose, data as data_files, hub, reference as reference_command
 from acqcore.files.data import Block, located
 from acqcore.files.executors import Executor, executor_of
-from acqcore.files.output import check_output
-from acqcore.files.parts import Parts
+from acqcore.files.parts import Parts, check_output
 from acqcore.files.summary import Summary
-from acqcore.files.table import join
-from acqcore.files.top import keep_top
+from acqcore.files.table import join, keep_top
 from acqcore.files.worker import ATTEMPTS, Job, write_failed
 from acqcore.literals import Reduction
 from acqcore.progress import Progress, print_table

@@ -16,7 +16,7 @@ import torch
 from acqcore import checks
 from acqcore.files import data as data_files, hub
 from acqcore.files.data import Record, located
-from acqcore.files.output import check_output
+from acqcore.files.parts import check_output
 from acqcore.files.table import write_rows
 from acqcore.files.worker import TOP_ROWS, encode_records, load_student, record_error, shorten
 from acqcore.literals import Method

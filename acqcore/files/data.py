@@ -173,12 +173,8 @@ def _named(path: Path) -> Iterator[None]:
 def _parquet_records(batch: Any, line: int) -> list[Record]:
     try:
         return [Record(line + i, values) for i, values in enumerate(batch.to_pylist())]
-    except (
-        ValueError,
-        TypeError,
-        OverflowError,
-        NotImplementedError,
-    ) as error:  # text that is not UTF-8, a date out of Python's range
+    # Text that is not UTF-8, a date out of Python's range.
+    except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
         if batch.num_rows == 1:
             return [Record(line, {}, f"not readable: {error}")]
         return [record for i in range(batch.num_rows) for record in _parquet_records(batch.slice(i, 1), line + i)]
@@ -223,7 +219,7 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def read_object(line: bytes | str) -> dict[str, Any]:
+def _json_object(line: bytes) -> dict[str, Any]:
     """Parse a line as a JSON object. Integers of more than ``_DIGITS`` digits are read as text.
 
     Raises:
@@ -239,8 +235,7 @@ def read_object(line: bytes | str) -> dict[str, Any]:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, got {type(values).__name__}")
-    signs = (b"[", b"{") if isinstance(line, bytes) else ("[", "{")
-    if sum(map(line.count, signs)) > _DEEPEST and _depth(values) > _DEEPEST:  # type: ignore[arg-type]
+    if line.count(b"[") + line.count(b"{") > _DEEPEST and _depth(values) > _DEEPEST:
         raise ValueError(f"nested deeper than {_DEEPEST} levels")
     return values
 
@@ -260,7 +255,7 @@ def _jsonl_records(lines: Iterator[bytes], first: int) -> Iterator[Record]:
         if not content:
             continue
         try:
-            yield Record(number, read_object(content))
+            yield Record(number, _json_object(content))
         except ValueError as error:
             yield Record(number, {}, str(error))
 

@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 
 from acqcore import checks
-from acqcore.files.atomic import atomically
 from acqcore.files.data import SUFFIXES
+from acqcore.files.table import atomically
 
 
 def local(data: Path, config: str | None, split: str, folder: Path) -> Path:
