@@ -330,11 +330,11 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
         data=data.absolute(),
         out=options.out.absolute(),
         columns=columns,
+        kept=present,
         plan=plan,
         max_length=options.max_length,
         dtype=options.dtype,
         device=options.device,
-        kept=present,
         keep_tokens=options.keep_tokens,
     )
     return job, blocks, _manifest(options, data, columns)
