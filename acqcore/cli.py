@@ -23,7 +23,7 @@ from acqcore import __version__, checks
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
 from acqcore.costs import command as plan_command
-from acqcore.files import choose, data as data_files, hub, reference as reference_command
+from acqcore.files import choose, data as data_files, reference as reference_command
 from acqcore.files.data import Block, located
 from acqcore.files.executors import Executor, executor_of
 from acqcore.files.parts import Parts, check_output
@@ -307,8 +307,8 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
     for option, value in (("--workers", options.workers), ("--ray-address", options.ray_address)):
         if value is not None and options.engine != "ray":
             raise ValueError(f"{option}: requires --engine ray, got --engine {options.engine}")
-    if options.workers is not None and options.workers < 1:
-        raise ValueError(f"workers: expected an int >= 1, got {options.workers}")
+    if options.workers is not None:
+        checks.positive_int("workers", options.workers)
     if options.engine == "ray" and options.device not in (None, "cpu", "cuda"):
         raise ValueError(
             f"device: expected cpu or cuda with --engine ray, which assigns each worker's device, got {options.device}"
@@ -318,7 +318,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
     if Path(options.student).is_file():
         raise ValueError(f"student: expected a folder or hub id, {options.student} is a file")
     check_output(options.out, options.data, options.overwrite)
-    data = hub.local(options.data, options.data_config, options.split, Parts(options.out).folder)
+    data = data_files.local_file(options.data, options.data_config, options.split, Parts(options.out).folder)
     if ".parquet" in (data.suffix, options.out.suffix or ".parquet"):
         checks.installed("pyarrow", "parquet", "train")
     blocks, present = data_files.scan(data, options.block_rows, options.limit)
@@ -342,10 +342,8 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
 
 def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str]) -> dict[str, Any]:
     """Everything that values and batches depend on, which excludes the engine."""
-    digest = hashlib.sha256()
     with data.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        digest = hashlib.file_digest(file, "sha256")
     keys = (
         "student", "acquisitions", "acquisition_args", "reduction", "topk", "batch_tokens", "max_length", "dtype",
         "device", "backend", "limit", "block_rows", "keep_tokens",

@@ -6,7 +6,6 @@ import importlib.util
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
 
 _DELAY_S = 3.0  # delay before the bar appears by default
 
@@ -39,9 +38,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
 

@@ -405,7 +405,7 @@ def test_a_failing_measurement_is_told(tmp_path, tiny_model):
     config = tiny_model("Llama").config
     shape = shape_of(config, torch.float32)
     with pytest.raises(RuntimeError, match=r"measuring failed: (OSError|ValueError): .*nowhere"):
-        measuring.measure(tmp_path / "nowhere", config, shape, work_of(shape=shape), "cpu", None)
+        measuring.measure(str(tmp_path / "nowhere"), config, shape, work_of(shape=shape), "cpu", None)
 
 
 def test_units():

@@ -42,9 +42,7 @@ class Run:
     load_seconds: float | None  # to build the model and read its weights; None if they are random
 
 
-def measure(
-    source: str | os.PathLike[str], config: Any, shape: Shape, work: Work, device: str, threads: int | None
-) -> list[Run]:
+def measure(source: str, config: Any, shape: Shape, work: Work, device: str, threads: int | None) -> list[Run]:
     """Measure a small model, and one up to three blocks deeper if the whole model is deeper than the first.
 
     Raises:
@@ -132,10 +130,7 @@ def free_bytes(device: str) -> int:
 class _Worker:
     """The process of one small model."""
 
-    def __init__(
-        self, source: str | os.PathLike[str], shape: Shape, work: Work, device: str, threads: int | None
-    ) -> None:
-        source = os.fspath(source)
+    def __init__(self, source: str, shape: Shape, work: Work, device: str, threads: int | None) -> None:
         spec = {
             "source": source,
             "weights": any(Path(source).glob("*.safetensors")),  # a local directory's

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 
 from acqcore import checks
-from acqcore.files import data as data_files, hub
+from acqcore.files import data as data_files
 from acqcore.files.data import Record, located
 from acqcore.files.parts import check_output
 from acqcore.files.table import write_rows
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     """
     names = _check(options)
     with tempfile.TemporaryDirectory(prefix="acqcore-") as folder:
-        data = hub.local(options.data, options.data_config, options.split, Path(folder))
+        data = data_files.local_file(options.data, options.data_config, options.split, Path(folder))
         if ".parquet" in (data.suffix, options.out.suffix):
             checks.installed("pyarrow", "parquet", "train")
         pool = _read(options, data)

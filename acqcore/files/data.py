@@ -6,6 +6,7 @@ Rows are read independently: a bad row becomes a record with an error and does n
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from acqcore import checks
+from acqcore.files.table import atomically
 from acqcore.students.tables import BESIDE, KINDS, kind_of
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -50,6 +52,33 @@ class Block:
 def located(path: Path, line: int, message: str) -> str:
     """``message`` prefixed with the record's place in the file: ``data.jsonl: line 3: ...``."""
     return f"{path}: {'line' if path.suffix == '.jsonl' else 'row'} {line}: {message}"
+
+
+def local_file(data: Path, config: str | None, split: str, folder: Path) -> Path:
+    """The file that ``--data`` names. A split of a data set, given by its hub id or its folder, is exported to a
+    parquet file in ``folder``, atomically and only once.
+
+    Raises:
+        ModuleNotFoundError: datasets is not installed.
+        ValueError, OSError: the data set, its configuration or its split cannot be loaded.
+    """
+    if not data.is_dir() and (data.exists() or data.suffix in SUFFIXES or len(data.parts) > 2):
+        return data
+    checks.installed("datasets", f"--data {data}", "train")
+    import datasets
+
+    key = hashlib.sha256(repr((str(data), config, split)).encode()).hexdigest()[:12]
+    target = folder / f"dataset-{key}.parquet"
+    if not target.exists():
+        try:
+            rows = datasets.load_dataset(str(data), config, split=split)
+        except Exception as error:  # builders raise errors of any type
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"data: {data} is neither a file nor a loadable data set: {reason}") from error
+        folder.mkdir(exist_ok=True)
+        with atomically(target) as temporary:
+            rows.to_parquet(temporary)
+    return target
 
 
 def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], list[str]]:

@@ -33,7 +33,7 @@ class Parts:
     ``block-000000.attempts`` a byte per attempt
     ``block-000000.failure``  the reason why the block was given up
     ``lock``                  locked by the reporting process
-    ``dataset-*.parquet``     the rows of a data set given by name, see ``acqcore.files.hub``
+    ``dataset-*.parquet``     the rows of a data set given by name, see ``acqcore.files.data``
     ========================  ===================================================================================
 
     Processes of a run share the folder; each block belongs to one process at a time. Other files in it are not touched.

@@ -22,8 +22,9 @@ SHORT = 6
 #: Largest allowed difference between the two runs, relative to the largest hidden state.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 
-# Module -> padded length, a power of two, up to which hidden states were found to be independent of padding.
-_CHECKED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+# Module -> padded length, a power of two, up to which hidden states were found to be independent of padding. A student
+# without a module is entered by its own Lengths.
+_CHECKED: WeakKeyDictionary[object, int] = WeakKeyDictionary()
 
 
 class Lengths:
@@ -34,8 +35,7 @@ class Lengths:
     """
 
     def __init__(self, module: nn.Module | None) -> None:
-        self._module = module
-        self._checked = 0
+        self._key: object = self if module is None else module
         self._exact = False
         self._breaks: set[tuple[int, bool]] = set()
         self._caches: list[nn.Module] = []
@@ -67,17 +67,15 @@ class Lengths:
     def check(self, longest: int, hidden: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Run a short row alone and padded to ``longest`` tokens. If its hidden states differ for an unknown reason,
         only samples of the same length share a batch."""
-        known = self._checked if self._module is None else _CHECKED.get(self._module, self._checked)
-        if self._breaks or self._exact or longest <= max(known, SHORT):
+        if self._breaks or self._exact or longest <= max(_CHECKED.get(self._key, 0), SHORT):
             return
         row = torch.arange(1, SHORT + 1)[None] % 4
         alone = hidden(row)[0].double()
         padded = hidden(nn.functional.pad(row, (0, longest - SHORT)))
         error = (padded[0, :SHORT].double() - alone).abs().max()
         self._exact = not bool(error <= TOLERANCE.get(padded.dtype, 0.1) * alone.abs().max())
-        self._checked = longest
-        if self._module is not None and not self._exact:
-            _CHECKED[self._module] = longest
+        if not self._exact:
+            _CHECKED[self._key] = longest
 
 
 def _breaks(config: Any) -> Iterator[tuple[int, bool]]:

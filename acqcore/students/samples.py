@@ -144,7 +144,7 @@ def encode(
             )
         return row
 
-    done = errors if errors is not None else {}
+    done = errors or {}
     return [EMPTY if i in done else _attempt(i, errors, finish, i, row) or EMPTY for i, row in enumerate(rows)]
 
 
