@@ -66,36 +66,30 @@ def measure(source: str, config: Any, shape: Shape, work: Work, device: str, thr
         fewer_rows = max(1, rows // 2)
         fewer_peaks = [worker.score(fewer_rows)[1] for worker in workers]
         turns = [[worker.score(rows) for worker in workers] for _ in range(TURNS)]
-        peaks = [max(turn[i][1] for turn in turns) for i in range(len(workers))]
-        full_peaks = _full_peaks(workers, work, rows, peaks, per_row, passes(shape, work).kept_blocks > 0)
-    return [
-        Run(
-            blocks=small.blocks,
-            rows=rows,
-            seconds=tuple(turn[i][0] for turn in turns),
-            peak=peaks[i],
-            fewer_rows=fewer_rows,
-            fewer_peak=fewer_peaks[i],
-            full_peak=full_peaks[i],
-            weight_bytes=small.weight_bytes,
-            libraries=workers[i].libraries,
-            start_seconds=workers[i].start_seconds,
-            load_seconds=workers[i].load_seconds,
+        # A full batch, if the budget allows; with the smaller model only, unless blocks keep activations.
+        full = workers if passes(shape, work).kept_blocks else workers[:1]
+        if rows == work.batch_rows or per_row * work.batch_rows > BUDGET_S:
+            full = []
+        full_peaks = {worker: worker.score(work.batch_rows)[1] for worker in full}
+    runs = []
+    for i, (small, worker) in enumerate(zip(shapes, workers, strict=True)):
+        peak = max(turn[i][1] for turn in turns)
+        runs.append(
+            Run(
+                blocks=small.blocks,
+                rows=rows,
+                seconds=tuple(turn[i][0] for turn in turns),
+                peak=peak,
+                fewer_rows=fewer_rows,
+                fewer_peak=fewer_peaks[i],
+                full_peak=peak if rows == work.batch_rows else full_peaks.get(worker),
+                weight_bytes=small.weight_bytes,
+                libraries=worker.libraries,
+                start_seconds=worker.start_seconds,
+                load_seconds=worker.load_seconds,
+            )
         )
-        for i, small in enumerate(shapes)
-    ]
-
-
-def _full_peaks(
-    workers: list[_Worker], work: Work, rows: int, peaks: list[int], per_row: float, keeps: bool
-) -> list[int | None]:
-    """Peaks of a full batch, if the budget allows; for the smaller model only, unless blocks keep activations."""
-    if rows == work.batch_rows:
-        return list(peaks)
-    if per_row * work.batch_rows > BUDGET_S:
-        return [None] * len(workers)
-    count = len(workers) if keeps else 1
-    return [worker.score(work.batch_rows)[1] if i < count else None for i, worker in enumerate(workers)]
+    return runs
 
 
 def _deeper(config: Any, shape: Shape, work: Work, device: str) -> int:

@@ -39,7 +39,8 @@ def main() -> int:
         for line in sys.stdin:
             reply(**_measured(score, int(line), spec["device"]))
     except Exception as error:  # reported to the user by the parent process
-        reply(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        reply(error=f"{type(error).__name__}: {first_line}")
         return 1
     return 0
 

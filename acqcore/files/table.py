@@ -48,7 +48,8 @@ def write_block(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
             _write_parquet(temporary, {name: _arrow(values) for name, values in table.items()})
             return
         with temporary.open("w", newline="", encoding="utf-8") as file:
-            _write_lines(file, path.suffix, table)
+            for cells in zip(*table.values(), strict=True):
+                _write_line(file, path.suffix, dict(zip(table, cells, strict=True)))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], source: Path) -> None:
@@ -68,7 +69,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[
                 csv.writer(file).writerow(_text(column) for column in columns)
             for row in rows:
                 present = columns if path.suffix == ".csv" else [name for name in columns if name in row]
-                _write_lines(file, path.suffix, {name: [row.get(name)] for name in present})
+                _write_line(file, path.suffix, {name: row.get(name) for name in present})
 
 
 def _write_parquet(path: Path, columns: Mapping[str, Any]) -> None:
@@ -87,16 +88,12 @@ def _types(source: Path) -> dict[str, Any]:
     return dict(zip(schema.names, schema.types, strict=True))
 
 
-def _write_lines(file: TextIO, suffix: str, table: Mapping[str, Sequence[Any]]) -> None:
-    rows = zip(*table.values(), strict=True)
+def _write_line(file: TextIO, suffix: str, row: Mapping[str, Any]) -> None:
+    cells = {name: _plain(cell) for name, cell in row.items()}
     if suffix == ".jsonl":
-        for row in rows:
-            file.write(_json({name: _plain(cell) for name, cell in zip(table, row, strict=True)}) + "\n")
-        return
-    writer = csv.writer(file)
-    for row in rows:
-        cells = (_plain(cell) for cell in row)
-        writer.writerow(cell if isinstance(cell, (int, float)) else _text(cell) for cell in cells)
+        file.write(_json(cells) + "\n")
+    else:
+        csv.writer(file).writerow(cell if isinstance(cell, (int, float)) else _text(cell) for cell in cells.values())
 
 
 def _plain(value: Any) -> Any:
