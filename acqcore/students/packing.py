@@ -34,14 +34,14 @@ def partition(
     cost. Samples are then sorted by start first, latest first, so a short prompt does not lengthen others' repeats.
     """
     if groups is not None and len(set(groups)) > 1:
+        members: dict[int, list[int]] = {}
+        for i, group in enumerate(groups):
+            members.setdefault(group, []).append(i)
         batches = []
-        for group in sorted(
-            set(groups), key=lambda g: -max(n for n, own in zip(lengths, groups, strict=True) if own == g)
-        ):
-            members = [i for i, own in enumerate(groups) if own == group]
-            own_starts = None if starts is None else [starts[i] for i in members]
-            parts = partition([lengths[i] for i in members], batch_tokens, overhead, None, own_starts, repeats)
-            batches += [[members[i] for i in part] for part in parts]
+        for own in sorted(members.values(), key=lambda own: -max(lengths[i] for i in own)):
+            own_starts = None if starts is None else [starts[i] for i in own]
+            parts = partition([lengths[i] for i in own], batch_tokens, overhead, None, own_starts, repeats)
+            batches += [[own[i] for i in part] for part in parts]
         return batches
     n = len(lengths)
     begins = np.zeros(n, dtype=np.int64) if starts is None else np.asarray(starts, dtype=np.int64)
