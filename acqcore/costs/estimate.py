@@ -200,14 +200,14 @@ def _by_formula(shape: Shape, work: Work, on_cpu: bool) -> Figure:
 def _while_loading(shape: Shape, libraries: float) -> Figure:
     """On the CPU the weights are the mapped file, unless they are converted. Afterwards the student's probe multiplies
     with the head in float32, which copies a half-precision head."""
-    files = shape.stored_bytes + (shape.weight_bytes if shape.dtype != shape.stored_dtype else 0)
-    copied = 0 if shape.dtype == "float32" else 4 * shape.vocabulary * shape.hidden
-    if files >= shape.weight_bytes + copied:
-        converted = shape.dtype != shape.stored_dtype
+    converted = shape.dtype != shape.stored_dtype
+    files = shape.stored_bytes + (shape.weight_bytes if converted else 0)
+    probed = shape.weight_bytes + (0 if shape.dtype == "float32" else 4 * shape.vocabulary * shape.hidden)
+    if probed > files:
+        note = "with a float32 copy of the head for the probe"
+    else:
         note = f"in {shape.stored_dtype} and in {shape.dtype}" if converted else "the weights are the mapped file"
-        return Figure("peak while loading", libraries + files, "bytes", COMPUTED, note)
-    size = libraries + shape.weight_bytes + copied
-    return Figure("peak while loading", size, "bytes", COMPUTED, "with a float32 copy of the head for the probe")
+    return Figure("peak while loading", libraries + max(files, probed), "bytes", COMPUTED, note)
 
 
 def _weights(shape: Shape) -> Figure:

@@ -104,7 +104,10 @@ def run(options: argparse.Namespace) -> int:
 
 @dataclass
 class _Pool:
-    """All rows of the data; ``indices`` are those that can be chosen, and ``rows`` and ``signal`` belong to them."""
+    """All rows of the data; ``indices`` are those that can be chosen, and ``rows`` and ``signal`` belong to them.
+
+    Without a student, ``rows``, ``student`` and ``shown`` are not set.
+    """
 
     records: list[Record]
     columns: list[str]
@@ -112,8 +115,8 @@ class _Pool:
     indices: list[int] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     signal: torch.Tensor | None = None  # [len(indices)]
-    student: Student | None = None
-    shown: str = ""  # column of the scored text
+    student: Student = field(init=False)
+    shown: str = field(init=False)  # column of the scored text
 
 
 def _check(options: argparse.Namespace) -> tuple[str, ...]:
@@ -198,8 +201,9 @@ def _tokenize(options: argparse.Namespace, pool: _Pool) -> None:
         pool.columns, options.prompt_column, options.completion_column, options.text_column
     )
     pool.shown = list(columns)[-1]
-    pool.student = student = load_student(options.student, options.dtype, options.device)
-    rows = encode_records(pool.records, columns, student, student.head.vocab_size, options.max_length, pool.errors)
+    pool.student = load_student(options.student, options.dtype, options.device)
+    vocab_size = pool.student.head.vocab_size
+    rows = encode_records(pool.records, columns, pool.student, vocab_size, options.max_length, pool.errors)
     for index, record in enumerate(pool.records):
         if index not in pool.errors and of_label is not None:
             label = record.values.get(of_label)
@@ -216,7 +220,6 @@ def _print_errors(options: argparse.Namespace, pool: _Pool, errors: Mapping[int,
 
 def _score(options: argparse.Namespace, pool: _Pool, names: Sequence[str]) -> None:
     """Compute the signal; rows without a finite value can no longer be chosen."""
-    assert pool.student is not None
     scores = score(
         pool.student, pool.rows, names,
         acquisition_args=options.acquisition_args or {}, reduction=options.reduction, topk=options.topk,
@@ -238,7 +241,6 @@ def _pick(options: argparse.Namespace, pool: _Pool) -> list[int]:
     """Chosen positions among the rows that can be chosen, in order of choice."""
     signal = pool.signal
     if options.method != "top_k":
-        assert pool.student is not None
         among = list(range(len(pool.indices)))
         if signal is not None:
             most = min(options.among or POOL_FACTOR * options.n, len(signal))
@@ -250,7 +252,6 @@ def _pick(options: argparse.Namespace, pool: _Pool) -> list[int]:
     assert signal is not None
     if options.label_column is None:
         return select(signal, options.n).tolist()
-    assert pool.student is not None
     names = [str(pool.records[i].values[options.label_column]) for i in pool.indices]
     labels = torch.tensor([sorted(set(names)).index(name) for name in names])
     vectors = prompt_embedding(pool.student, pool.rows, batch_tokens=options.batch_tokens)
