@@ -9,6 +9,7 @@ import torch
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
     import pandas
 
 _SHOWN_ROWS = 8
@@ -66,7 +67,7 @@ class Scores(Mapping[str, torch.Tensor]):
         """
         import pandas
 
-        return pandas.DataFrame({name: column.numpy() for name, column in self._columns().items()})
+        return pandas.DataFrame(self._columns())
 
     def to_dataset(self) -> datasets.Dataset:
         """The same columns as a ``datasets.Dataset``.
@@ -76,11 +77,12 @@ class Scores(Mapping[str, torch.Tensor]):
         """
         import datasets
 
-        return datasets.Dataset.from_dict({name: column.numpy() for name, column in self._columns().items()})
+        return datasets.Dataset.from_dict(self._columns())
 
-    def _columns(self) -> dict[str, torch.Tensor]:
+    def _columns(self) -> dict[str, np.ndarray]:
         errors = {f"{name}_stderr": column for name, column in self.stderr.items()}
-        return {**self._values, **errors, "n_tokens": self.n_tokens, "valid": self.valid}
+        columns = {**self._values, **errors, "n_tokens": self.n_tokens, "valid": self.valid}
+        return {name: column.numpy() for name, column in columns.items()}
 
     def __repr__(self) -> str:
         n, invalid = len(self.n_tokens), int((~self.valid).sum())

@@ -8,6 +8,7 @@ draws depend neither on its batch nor on the backend.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -86,16 +87,14 @@ class TrunkDraws:
     def _skipping(self, before: tuple[nn.Module, ...]) -> bool:
         """Whether a stored output can replace the first blocks; False if a later block reads more of them than that."""
         ids = torch.arange(4, device=self._student.device)[None] % 4
-        sites, draws = self._sites, self._draws
+        trial = copy.copy(self)
+        trial._skipped, trial._sites, trial._draws = before, (), 1
         with self._student.scoring(), torch.inference_mode(False):
             expected = self._student.hidden(ids)
-            self._skipped, self._sites, self._draws = before, (), 1
             try:
-                found = self._hidden(ids, ids[:, 0])[0]
+                found = trial._hidden(ids, ids[:, 0])[0]
             except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
                 return False
-            finally:
-                self._skipped, self._sites, self._draws = (), sites, draws
         error = (found.double() - expected.double()).abs().max()
         return bool(error <= 16 * torch.finfo(expected.dtype).eps * expected.double().abs().max())
 
