@@ -1,6 +1,4 @@
-"""Score data files with a student (``acqcore score``), choose the rows to train on (``acqcore select``), compute the
-reference for influence (``acqcore reference``), estimate the cost of scoring (``acqcore plan``), list versions and
-backends (``acqcore info``)."""
+"""The ``acqcore`` command line."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from acqcore.students.tables import BESIDE
 ATTEMPTS = 3  # per block
 TOP_ROWS = 5
 
-_PAUSE_S = 1.0  # before a retry, in which a file server or a full GPU may recover
+_PAUSE_S = 1.0  # pause before a retry, so that a file server or a full GPU may recover
 
 
 @dataclass(frozen=True)
