@@ -15,8 +15,8 @@ from acqcore.defaults import standard_defaults
 from acqcore.head import Head
 from acqcore.students.blocks import Blocks
 from acqcore.students.causal_lm import CausalLM
-from acqcore.students.lengths import Lengths
 from acqcore.students.loading import check_request, load_model, load_tokenizer
+from acqcore.students.packing import Lengths
 from acqcore.students.sharding import DataParallel, gathered, is_dtensor
 
 #: Length of the test row that decides whether prompts may run separately, and the position of its cut.
