@@ -143,11 +143,8 @@ def names(name: str, values: Any, known: Collection[str]) -> tuple[str, ...]:
 
 
 def module(name: str, value: Any) -> None:
-    if not isinstance(value, torch.nn.Module):
-        raise TypeError(
-            f"{name}: expected acqcore.Student, a transformers or PEFT causal language model, or the path or "
-            f"hub id of one, got {describe(value)}"
-        )
+    expected = "acqcore.Student, a transformers or PEFT causal language model, or the path or hub id of one"
+    instance(name, value, torch.nn.Module, expected)
 
 
 def instance(name: str, value: Any, kind: type, expected: str) -> None:
