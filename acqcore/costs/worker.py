@@ -22,7 +22,7 @@ import torch
 import acqcore
 from acqcore.costs.measure import bytes_of, reset_peak
 from acqcore.costs.shape import read_config, with_blocks
-from acqcore.costs.work import Objects, with_objects
+from acqcore.costs.work import STAND_INS, Objects, with_objects
 
 
 def main() -> int:
@@ -79,9 +79,9 @@ def _load(spec: dict[str, Any]) -> tuple[Callable[[int], object], dict[str, Any]
         return {"input_ids": ids, "labels": labels}
 
     objects: Objects = {
+        **STAND_INS,
         "influence": {"reference": lambda: acqcore.influence_reference(student, samples(1))},
         "epig": {"reference": lambda: acqcore.epig_reference(student, samples(1))},
-        "archive_novelty": {"archive": acqcore.Archive},
     }
     arguments = with_objects(spec["acquisitions"], spec["arguments"], objects)
     options: dict[str, Any] = {"acquisition_args": arguments, "batch_tokens": spec["batch_tokens"]}
