@@ -1,6 +1,4 @@
-"""Score data files with a student (``acqcore score``), choose the rows to train on (``acqcore select``), compute the
-reference for influence (``acqcore reference``), estimate the cost of scoring (``acqcore plan``), list versions and
-backends (``acqcore info``)."""
+"""The ``acqcore`` command line."""
 
 from __future__ import annotations
 
@@ -23,17 +21,15 @@ from acqcore import __version__, checks
 from acqcore.acquisitions import REGISTRY
 from acqcore.backends import backends
 from acqcore.costs import command as plan_command
-from acqcore.files import choose, data as data_files, hub, reference as reference_command
+from acqcore.files import choose, data as data_files, reference as reference_command
 from acqcore.files.data import Block, located
 from acqcore.files.executors import Executor, executor_of
-from acqcore.files.output import check_output
-from acqcore.files.parts import Parts
-from acqcore.files.summary import Summary, print_table
-from acqcore.files.table import join
-from acqcore.files.top import keep_top
+from acqcore.files.parts import Parts, check_output
+from acqcore.files.summary import Summary
+from acqcore.files.table import join, keep_top
 from acqcore.files.worker import ATTEMPTS, Job, write_failed
 from acqcore.literals import Reduction
-from acqcore.progress import Progress
+from acqcore.progress import Progress, print_table
 from acqcore.scoring.plan import Plan
 from acqcore.students.loading import DTYPES
 
@@ -92,6 +88,15 @@ class _UsageError(Exception):
 _WRONG_USAGE = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Context or decorator that reports invalid arguments, files or students, and missing packages, in one line."""
+    try:
+        yield
+    except _WRONG_USAGE as error:
+        raise _UsageError(_first_line(error)) from error
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="acqcore", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"acqcore {__version__}")
@@ -140,15 +145,15 @@ def _parser() -> argparse.ArgumentParser:
         help="rows per block, the unit of reading, retrying and writing",
     )
     chosen = commands.add_parser("select", help="choose the rows of a data file that a student would learn most from")
-    chosen.set_defaults(command=_select)
+    chosen.set_defaults(command=_usage_errors()(_select))
     choose.add_options(chosen)
     _add_scoring_options(chosen)
     reference = commands.add_parser("reference", help="compute the reference that influence is measured against")
-    reference.set_defaults(command=_reference)
+    reference.set_defaults(command=_usage_errors()(reference_command.run))
     reference_command.add_options(reference)
     _add_sample_options(reference, "cpu")
     plan = commands.add_parser("plan", help="estimate memory and time of scoring")
-    plan.set_defaults(command=_plan)
+    plan.set_defaults(command=_usage_errors()(plan_command.run))
     plan_command.add_options(plan)
     info = commands.add_parser("info", help="versions and backends")
     info.set_defaults(command=_info)
@@ -187,8 +192,7 @@ def _add_sample_options(parser: argparse.ArgumentParser, device: str) -> None:
 
 
 def _info(options: argparse.Namespace) -> int:
-    rows = [("python", platform.python_version())]
-    rows.append(("acqcore", __version__))
+    rows = [("python", platform.python_version()), ("acqcore", __version__)]
     for name in ("torch", "numpy", "transformers", "peft", "datasets", "trl", "accelerate", "ray"):
         try:
             version = importlib.metadata.version(name)
@@ -213,29 +217,9 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Context that reports invalid arguments, files or students, and missing packages, in one line."""
-    try:
-        yield
-    except _WRONG_USAGE as error:
-        raise _UsageError(_first_line(error)) from error
-
-
-def _plan(options: argparse.Namespace) -> int:
-    with _usage_errors():
-        return plan_command.run(options, print_table)
-
-
-def _reference(options: argparse.Namespace) -> int:
-    with _usage_errors():
-        return reference_command.run(options)
-
-
 def _select(options: argparse.Namespace) -> int:
     try:
-        with _usage_errors():
-            return choose.run(options, print_table)
+        return choose.run(options)
     except KeyboardInterrupt:
         print("acqcore: interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -321,8 +305,8 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
     for option, value in (("--workers", options.workers), ("--ray-address", options.ray_address)):
         if value is not None and options.engine != "ray":
             raise ValueError(f"{option}: requires --engine ray, got --engine {options.engine}")
-    if options.workers is not None and options.workers < 1:
-        raise ValueError(f"workers: expected an int >= 1, got {options.workers}")
+    if options.workers is not None:
+        checks.positive_int("workers", options.workers)
     if options.engine == "ray" and options.device not in (None, "cpu", "cuda"):
         raise ValueError(
             f"device: expected cpu or cuda with --engine ray, which assigns each worker's device, got {options.device}"
@@ -332,9 +316,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
     if Path(options.student).is_file():
         raise ValueError(f"student: expected a folder or hub id, {options.student} is a file")
     check_output(options.out, options.data, options.overwrite)
-    data = options.data
-    if hub.is_name(data):
-        data = hub.export(data, options.data_config, options.split, Parts(options.out).folder)
+    data = data_files.local_file(options.data, options.data_config, options.split, Parts(options.out).folder)
     if ".parquet" in (data.suffix, options.out.suffix or ".parquet"):
         checks.installed("pyarrow", "parquet", "train")
     blocks, present = data_files.scan(data, options.block_rows, options.limit)
@@ -346,11 +328,11 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
         data=data.absolute(),
         out=options.out.absolute(),
         columns=columns,
+        kept=present,
         plan=plan,
         max_length=options.max_length,
         dtype=options.dtype,
         device=options.device,
-        kept=present,
         keep_tokens=options.keep_tokens,
     )
     return job, blocks, _manifest(options, data, columns)
@@ -358,10 +340,8 @@ def _prepare(options: argparse.Namespace) -> tuple[Job, list[Block], dict[str, A
 
 def _manifest(options: argparse.Namespace, data: Path, columns: dict[str, str]) -> dict[str, Any]:
     """Everything that values and batches depend on, which excludes the engine."""
-    digest = hashlib.sha256()
     with data.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        digest = hashlib.file_digest(file, "sha256")
     keys = (
         "student", "acquisitions", "acquisition_args", "reduction", "topk", "batch_tokens", "max_length", "dtype",
         "device", "backend", "limit", "block_rows", "keep_tokens",

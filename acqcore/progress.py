@@ -1,11 +1,11 @@
-"""A progress bar on stderr: tqdm's if it is installed, else a plain line."""
+"""A progress bar on stderr, by tqdm if it is installed, and tables on stdout, by rich if it is installed."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
 import time
-from types import TracebackType
+from collections.abc import Sequence
 
 _DELAY_S = 3.0  # delay before the bar appears by default
 
@@ -38,9 +38,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -66,3 +64,26 @@ class _Plain:
     def close(self) -> None:
         if self.written:
             print(file=sys.stderr)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table with rich if it is installed, else in plain columns; an empty header is omitted."""
+    if importlib.util.find_spec("rich"):
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(show_header=any(header))
+        for i, name in enumerate(header):
+            table.add_column(name, justify="left" if i in (0, len(header) - 1) else "right")
+        for row in rows:
+            table.add_row(*map(Text, row))  # Text: brackets in a sample are not markup
+        console = Console()
+        console.print(Text(title))  # a table's own title would wrap at its width
+        console.print(table)
+        return
+    print(title)
+    lines = [header, *rows] if any(header) else rows
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -9,6 +9,7 @@ import torch
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
     import pandas
 
 _SHOWN_ROWS = 8
@@ -66,7 +67,7 @@ class Scores(Mapping[str, torch.Tensor]):
         """
         import pandas
 
-        return pandas.DataFrame({name: column.numpy() for name, column in self._columns().items()})
+        return pandas.DataFrame(self._columns())
 
     def to_dataset(self) -> datasets.Dataset:
         """The same columns as a ``datasets.Dataset``.
@@ -76,30 +77,25 @@ class Scores(Mapping[str, torch.Tensor]):
         """
         import datasets
 
-        return datasets.Dataset.from_dict({name: column.numpy() for name, column in self._columns().items()})
+        return datasets.Dataset.from_dict(self._columns())
 
-    def _columns(self) -> dict[str, torch.Tensor]:
+    def _columns(self) -> dict[str, np.ndarray]:
         errors = {f"{name}_stderr": column for name, column in self.stderr.items()}
-        return {**self._values, **errors, "n_tokens": self.n_tokens, "valid": self.valid}
+        columns = {**self._values, **errors, "n_tokens": self.n_tokens, "valid": self.valid}
+        return {name: column.numpy() for name, column in columns.items()}
 
     def __repr__(self) -> str:
         n, invalid = len(self.n_tokens), int((~self.valid).sum())
-        columns = {name: [f"{v:.4g}" for v in value[:_SHOWN_ROWS].tolist()] for name, value in self.items()}
-        columns["n_tokens"] = [str(v) for v in self.n_tokens[:_SHOWN_ROWS].tolist()]
-        labels = [str(i) for i in range(min(n, _SHOWN_ROWS))]
-        if n > _SHOWN_ROWS:
-            labels.append("...")
-            for cells in columns.values():
-                cells.append("...")
-        labels.append("mean")
+        more = ["..."] if n > _SHOWN_ROWS else []
+        columns = [["", *map(str, range(min(n, _SHOWN_ROWS))), *more, "mean"]]
         for name, value in self.items():
-            columns[name].append(f"{value.nanmean():.4g}")
-        columns["n_tokens"].append(f"{self.n_tokens.double().mean():.4g}")
-        blocks = [["", *labels], *([name, *cells] for name, cells in columns.items())]
-        widths = [max(map(len, block)) for block in blocks]
+            columns.append([name, *(f"{v:.4g}" for v in value[:_SHOWN_ROWS].tolist()), *more, f"{value.nanmean():.4g}"])
+        lengths, mean = self.n_tokens[:_SHOWN_ROWS].tolist(), self.n_tokens.double().mean()
+        columns.append(["n_tokens", *map(str, lengths), *more, f"{mean:.4g}"])
+        widths = [max(map(len, column)) for column in columns]
         lines = [
             "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-            for line in zip(*blocks, strict=True)
+            for line in zip(*columns, strict=True)
         ]
         note = f", {invalid} not valid" if invalid else ""
         return "\n".join([f"Scores of {n} samples{note}", *lines])

@@ -295,7 +295,7 @@ def test_wrong_usage_is_one_sentence(options, message, command, refused, tmp_pat
     ],
 )
 def test_what_is_not_installed(option, package, extra, command, refused, monkeypatch):
-    monkeypatch.setattr("acqcore.checks.basic.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = f'--{option} needs {package}: run pip install "acqcore[{extra}]"'
     assert refused(command([{"text": "a fox"}], **dict([option.split()]))) == message
 

@@ -14,10 +14,18 @@ import torch
 from acqcore.cli import main
 from acqcore.costs import command, measure as measuring
 from acqcore.costs.estimate import COMPUTED, EXTENDED, GIVEN, MEASURED, Estimate, from_rates, from_runs
-from acqcore.costs.formulas import CHUNKED_SCRATCH, DRAWS_SCRATCH, HEAD_SCRATCH, activation_bytes, batch_seconds
 from acqcore.costs.measure import Run
 from acqcore.costs.shape import Shape, shape_of, with_blocks
-from acqcore.costs.work import Passes, Work, passes
+from acqcore.costs.work import (
+    CHUNKED_SCRATCH,
+    DRAWS_SCRATCH,
+    HEAD_SCRATCH,
+    Passes,
+    Work,
+    activation_bytes,
+    batch_seconds,
+    passes,
+)
 
 MIB = 1 << 20
 SHAPE = Shape(
@@ -397,7 +405,7 @@ def test_a_failing_measurement_is_told(tmp_path, tiny_model):
     config = tiny_model("Llama").config
     shape = shape_of(config, torch.float32)
     with pytest.raises(RuntimeError, match=r"measuring failed: (OSError|ValueError): .*nowhere"):
-        measuring.measure(tmp_path / "nowhere", config, shape, work_of(shape=shape), "cpu", None)
+        measuring.measure(str(tmp_path / "nowhere"), config, shape, work_of(shape=shape), "cpu", None)
 
 
 def test_units():

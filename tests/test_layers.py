@@ -37,8 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "bayes": {"backends", "checks", "defaults", "head", "head_grad", "vocab_parallel"},
     "checks": set(),
     "column_hash": {"backends", "kept", "signs"},
-    "costs": {"acquisitions", "checks", "gradients", "literals", "scoring", "selection", "students"},
-    "files": {"checks", "literals", "scoring", "selection", "students"},
+    "costs": {"acquisitions", "checks", "gradients", "literals", "progress", "scoring", "selection", "students"},
+    "files": {"checks", "literals", "progress", "scoring", "selection", "students"},
     "defaults": set(),
     "fisher": {"backends", "bayes", "checks", "head", "philox", "row_stats"},
     "gradients": {

@@ -29,7 +29,7 @@ def report(**fields: Any) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def plain_tables(monkeypatch):
-    monkeypatch.setattr("acqcore.files.summary.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
 
 def test_blocks_add_up(capsys):

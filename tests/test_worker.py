@@ -31,7 +31,7 @@ def scorer(student, tmp_path):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     plan = Plan.of("entropy", batch_tokens=1, backend="eager")
     data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
-    job = Job(str(student), data, out, {"text": "text"}, plan, max_length=None, dtype=None, device=None)
+    job = Job(str(student), data, out, {"text": "text"}, ["text"], plan, max_length=None, dtype=None, device=None)
     Parts(job.out).claim({})
     return BlockScorer(job)
 

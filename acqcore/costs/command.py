@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from acqcore.costs.estimate import Figure, from_rates, from_runs
 from acqcore.costs.measure import measure
 from acqcore.costs.shape import Shape, read_config, shape_of, stored_dtype
 from acqcore.costs.work import Work
+from acqcore.progress import print_table
 from acqcore.students.loading import DTYPES
 
 #: Load average above which a note warns that other work slowed the measurement.
@@ -63,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
-def run(options: argparse.Namespace, print_table: Callable[[str, Sequence[str], Sequence[Sequence[str]]], None]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print the plan.
 
     Raises:

@@ -7,10 +7,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from acqcore.costs.formulas import activation_bytes, batch_seconds
 from acqcore.costs.measure import Run
 from acqcore.costs.shape import Shape
-from acqcore.costs.work import Work, passes
+from acqcore.costs.work import Work, activation_bytes, batch_seconds, passes
 
 MEASURED, EXTENDED, COMPUTED, GIVEN = "measured", "measured, extended", "computed", "computed from given rates"
 
@@ -66,7 +65,7 @@ def from_runs(shape: Shape, work: Work, runs: Sequence[Run], devices: int, on_cp
     source = MEASURED if exact else EXTENDED
     peak = shape.weight_bytes + beyond
     memory = [
-        Figure("weights", shape.weight_bytes, "bytes", COMPUTED, _weights_note(shape)),
+        _weights(shape),
         *([Figure("interpreter and libraries", libraries, "bytes", MEASURED)] if on_cpu else []),
         Figure("scoring a batch", max(0.0, beyond - libraries), "bytes", source, of_memory),
         Figure("peak while scoring", peak, "bytes", source, "their sum"),
@@ -95,7 +94,7 @@ def from_rates(shape: Shape, work: Work, flops: float, bandwidth: float, devices
     activations = activation_bytes(shape, work, on_cpu)
     peak = shape.weight_bytes + activations
     memory = [
-        Figure("weights", shape.weight_bytes, "bytes", COMPUTED, _weights_note(shape)),
+        _weights(shape),
         _by_formula(shape, work, on_cpu),
         Figure("peak while scoring", peak, "bytes", COMPUTED, "their sum, without libraries and the device's context"),
     ]
@@ -201,16 +200,17 @@ def _by_formula(shape: Shape, work: Work, on_cpu: bool) -> Figure:
 def _while_loading(shape: Shape, libraries: float) -> Figure:
     """On the CPU the weights are the mapped file, unless they are converted. Afterwards the student's probe multiplies
     with the head in float32, which copies a half-precision head."""
-    files = shape.stored_bytes + (shape.weight_bytes if shape.dtype != shape.stored_dtype else 0)
-    copied = 0 if shape.dtype == "float32" else 4 * shape.vocabulary * shape.hidden
-    if files >= shape.weight_bytes + copied:
-        converted = shape.dtype != shape.stored_dtype
+    converted = shape.dtype != shape.stored_dtype
+    files = shape.stored_bytes + (shape.weight_bytes if converted else 0)
+    probed = shape.weight_bytes + (0 if shape.dtype == "float32" else 4 * shape.vocabulary * shape.hidden)
+    if probed > files:
+        note = "with a float32 copy of the head for the probe"
+    else:
         note = f"in {shape.stored_dtype} and in {shape.dtype}" if converted else "the weights are the mapped file"
-        return Figure("peak while loading", libraries + files, "bytes", COMPUTED, note)
-    size = libraries + shape.weight_bytes + copied
-    return Figure("peak while loading", size, "bytes", COMPUTED, "with a float32 copy of the head for the probe")
+    return Figure("peak while loading", libraries + max(files, probed), "bytes", COMPUTED, note)
 
 
-def _weights_note(shape: Shape) -> str:
+def _weights(shape: Shape) -> Figure:
     tied = "head and embedding tied" if shape.tied else "head and embedding separate"
-    return f"{shape.parameters / 1e6:,.0f} M parameters, {shape.dtype}, {tied}"
+    note = f"{shape.parameters / 1e6:,.0f} M parameters, {shape.dtype}, {tied}"
+    return Figure("weights", shape.weight_bytes, "bytes", COMPUTED, note)

@@ -11,15 +11,12 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from acqcore.costs.formulas import activation_bytes
-from acqcore.costs.proc import bytes_of
 from acqcore.costs.shape import Shape, shape_of, with_blocks
-from acqcore.costs.work import Work, passes
+from acqcore.costs.work import Work, activation_bytes, passes
 
 #: Seconds of scoring for the whole calibration, unless two rows per turn take longer.
 BUDGET_S = 15.0
@@ -45,9 +42,7 @@ class Run:
     load_seconds: float | None  # to build the model and read its weights; None if they are random
 
 
-def measure(
-    source: str | os.PathLike[str], config: Any, shape: Shape, work: Work, device: str, threads: int | None
-) -> list[Run]:
+def measure(source: str, config: Any, shape: Shape, work: Work, device: str, threads: int | None) -> list[Run]:
     """Measure a small model, and one up to three blocks deeper if the whole model is deeper than the first.
 
     Raises:
@@ -60,9 +55,10 @@ def measure(
     with ExitStack() as stack:
         workers = []
         for small in shapes:
-            errors = stack.enter_context(tempfile.TemporaryFile("w+"))
-            workers.append(stack.enter_context(_Worker(source, small, work, device, threads, errors)))
-            workers[-1].loaded()  # one after the other, because loading is timed
+            worker = _Worker(source, small, work, device, threads)
+            stack.callback(worker.close)
+            worker.loaded()  # one after the other, because loading is timed
+            workers.append(worker)
         for worker in workers:
             worker.score(1)  # to warm up
         per_row = sum(worker.score(1)[0] for worker in workers)
@@ -70,36 +66,30 @@ def measure(
         fewer_rows = max(1, rows // 2)
         fewer_peaks = [worker.score(fewer_rows)[1] for worker in workers]
         turns = [[worker.score(rows) for worker in workers] for _ in range(TURNS)]
-        peaks = [max(turn[i][1] for turn in turns) for i in range(len(workers))]
-        full_peaks = _full_peaks(workers, work, rows, peaks, per_row, passes(shape, work).kept_blocks > 0)
-    return [
-        Run(
-            blocks=small.blocks,
-            rows=rows,
-            seconds=tuple(turn[i][0] for turn in turns),
-            peak=peaks[i],
-            fewer_rows=fewer_rows,
-            fewer_peak=fewer_peaks[i],
-            full_peak=full_peaks[i],
-            weight_bytes=small.weight_bytes,
-            libraries=workers[i].libraries,
-            start_seconds=workers[i].start_seconds,
-            load_seconds=workers[i].load_seconds,
+        # A full batch, if the budget allows; with the smaller model only, unless blocks keep activations.
+        full = workers if passes(shape, work).kept_blocks else workers[:1]
+        if rows == work.batch_rows or per_row * work.batch_rows > BUDGET_S:
+            full = []
+        full_peaks = {worker: worker.score(work.batch_rows)[1] for worker in full}
+    runs = []
+    for i, (small, worker) in enumerate(zip(shapes, workers, strict=True)):
+        peak = max(turn[i][1] for turn in turns)
+        runs.append(
+            Run(
+                blocks=small.blocks,
+                rows=rows,
+                seconds=tuple(turn[i][0] for turn in turns),
+                peak=peak,
+                fewer_rows=fewer_rows,
+                fewer_peak=fewer_peaks[i],
+                full_peak=peak if rows == work.batch_rows else full_peaks.get(worker),
+                weight_bytes=small.weight_bytes,
+                libraries=worker.libraries,
+                start_seconds=worker.start_seconds,
+                load_seconds=worker.load_seconds,
+            )
         )
-        for i, small in enumerate(shapes)
-    ]
-
-
-def _full_peaks(
-    workers: list[_Worker], work: Work, rows: int, peaks: list[int], per_row: float, keeps: bool
-) -> list[int | None]:
-    """Peaks of a full batch, if the budget allows; for the smaller model only, unless blocks keep activations."""
-    if rows == work.batch_rows:
-        return list(peaks)
-    if per_row * work.batch_rows > BUDGET_S:
-        return [None] * len(workers)
-    count = len(workers) if keeps else 1
-    return [worker.score(work.batch_rows)[1] if i < count else None for i, worker in enumerate(workers)]
+    return runs
 
 
 def _deeper(config: Any, shape: Shape, work: Work, device: str) -> int:
@@ -134,19 +124,10 @@ def free_bytes(device: str) -> int:
 class _Worker:
     """The process of one small model."""
 
-    def __init__(
-        self,
-        source: str | os.PathLike[str],
-        shape: Shape,
-        work: Work,
-        device: str,
-        threads: int | None,
-        errors: IO[str],
-    ) -> None:
-        source = os.fspath(source)
+    def __init__(self, source: str, shape: Shape, work: Work, device: str, threads: int | None) -> None:
         spec = {
             "source": source,
-            "weights": has_weights(source),
+            "weights": any(Path(source).glob("*.safetensors")),  # a local directory's
             "blocks": shape.blocks,
             "dtype": shape.dtype,
             "device": device,
@@ -155,7 +136,7 @@ class _Worker:
         environment = dict(os.environ)
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
-        self._errors = errors
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._start = time.time()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "acqcore.costs.worker", json.dumps(spec)],
@@ -191,16 +172,42 @@ class _Worker:
             raise RuntimeError(f"measuring failed: {facts['error']}")
         return facts
 
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._process.kill()
         self._process.communicate()
+        self._errors.close()
 
 
-def has_weights(source: str) -> bool:
-    """Whether a local directory holds weights that transformers loads."""
-    return any(Path(source).glob("*.safetensors")) if os.path.isdir(source) else False
+def bytes_of(file: str, field: str) -> int:
+    """A field of ``meminfo`` or ``self/status``.
+
+    Raises:
+        RuntimeError: the file or field does not exist, as on systems other than Linux.
+    """
+    try:
+        lines = (Path("/proc", file)).read_text().splitlines()
+    except OSError as error:
+        raise _unmeasured(error) from error
+    for line in lines:
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/{file} has no {field}")
+
+
+def reset_peak() -> None:
+    """Reset the peak of resident memory to the current value.
+
+    Raises:
+        RuntimeError: the system does not support or permit this.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise _unmeasured(error) from error
+
+
+def _unmeasured(error: OSError) -> RuntimeError:
+    return RuntimeError(
+        f"memory is measured through Linux's /proc, which failed ({error.strerror}); give the device's --flops and "
+        "--bandwidth instead"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,17 +35,17 @@ class Shape:
     tied: bool  # the head's weight is the input embedding's
 
 
-def read_config(source: str | os.PathLike[str]) -> Any:
+def read_config(source: str) -> Any:
     """The transformers configuration in a ``config.json``, a local directory or a hub repository.
 
     Raises:
         ModuleNotFoundError: transformers is not installed.
         OSError, ValueError: the configuration is missing or of an unknown kind (from transformers).
     """
-    checks.installed("transformers", f"reading the configuration of {os.fspath(source)!r}", "train")
+    checks.installed("transformers", f"reading the configuration of {source!r}", "train")
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(os.fspath(source))
+    return AutoConfig.from_pretrained(source)
 
 
 def stored_dtype(config: Any) -> torch.dtype:

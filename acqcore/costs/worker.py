@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 import acqcore
-from acqcore.costs.proc import bytes_of, reset_peak
+from acqcore.costs.measure import bytes_of, reset_peak
 from acqcore.costs.shape import read_config, with_blocks
-from acqcore.costs.work import Objects, with_objects
+from acqcore.costs.work import STAND_INS, Objects, with_objects
 
 
 def main() -> int:
@@ -39,7 +39,8 @@ def main() -> int:
         for line in sys.stdin:
             reply(**_measured(score, int(line), spec["device"]))
     except Exception as error:  # reported to the user by the parent process
-        reply(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}")
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        reply(error=f"{type(error).__name__}: {first_line}")
         return 1
     return 0
 
@@ -78,9 +79,9 @@ def _load(spec: dict[str, Any]) -> tuple[Callable[[int], object], dict[str, Any]
         return {"input_ids": ids, "labels": labels}
 
     objects: Objects = {
+        **STAND_INS,
         "influence": {"reference": lambda: acqcore.influence_reference(student, samples(1))},
         "epig": {"reference": lambda: acqcore.epig_reference(student, samples(1))},
-        "archive_novelty": {"archive": acqcore.Archive},
     }
     arguments = with_objects(spec["acquisitions"], spec["arguments"], objects)
     options: dict[str, Any] = {"acquisition_args": arguments, "batch_tokens": spec["batch_tokens"]}

@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -14,12 +14,13 @@ from typing import Any, get_args
 import torch
 
 from acqcore import checks
-from acqcore.files import data as data_files, hub
+from acqcore.files import data as data_files
 from acqcore.files.data import Record, located
-from acqcore.files.output import check_output
+from acqcore.files.parts import check_output
 from acqcore.files.table import write_rows
 from acqcore.files.worker import TOP_ROWS, encode_records, load_student, record_error, shorten
 from acqcore.literals import Method
+from acqcore.progress import print_table
 from acqcore.scoring.api import score
 from acqcore.scoring.gradients import badge_embedding
 from acqcore.scoring.plan import Plan
@@ -27,13 +28,12 @@ from acqcore.scoring.prompts import prompt_embedding
 from acqcore.selection.subsets import select
 from acqcore.selection.trust import label_trust
 from acqcore.students.samples import Row
+from acqcore.students.student import Student
 
 POOL_FACTOR = 4  #: candidates of a diverse method per requested row
 
 _BLOCK_ROWS = 4096
 _RANK = "rank"
-
-Print = Callable[[str, Sequence[str], Sequence[Sequence[str]]], None]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace, print_table: Print) -> int:
+def run(options: argparse.Namespace) -> int:
     """Choose rows and write them in the order of the data.
 
     Input columns are kept unchanged. New columns are ``row`` (from 0, unless the data have such a column), the signal,
@@ -88,216 +88,206 @@ def run(options: argparse.Namespace, print_table: Print) -> int:
         ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError: the first line of the message is meant for
             the user. Everything that does not depend on the student is checked before it is loaded.
     """
+    names = _check(options)
     with tempfile.TemporaryDirectory(prefix="acqcore-") as folder:
-        return _run(_Request(options), Path(folder), print_table)
-
-
-def _run(request: _Request, folder: Path, print_table: Print) -> int:
-    """``folder`` receives a data set requested by name."""
-    options = request.options
-    request.fetch(folder)
-    pool = request.read()
-    signal = request.signal_of(pool)
-    picked = request.pick(pool, signal, request.candidates(pool, signal))
-    extra: dict[int, dict[str, Any]] = {}
-    for place, i in enumerate(picked, 1):
-        value = {} if signal is None or options.student is None else {options.signal: float(signal[i])}
-        extra[pool.indices[i]] = {**value, _RANK: place}
-    number = [] if "row" in pool.columns else ["row"]
-    rows = [{**dict.fromkeys(number, i), **pool.records[i].values, **extra[i]} for i in sorted(extra)]
-    write_rows(options.out, rows, [*number, *pool.columns, *next(iter(extra.values()))], request.data)
-    request.report(pool, signal, picked, print_table)
+        data = data_files.local_file(options.data, options.data_config, options.split, Path(folder))
+        if ".parquet" in (data.suffix, options.out.suffix):
+            checks.installed("pyarrow", "parquet", "train")
+        pool = _read(options, data)
+        if names:
+            _score(options, pool, names)
+        picked = _pick(options, pool)
+        _write(options, data, pool, picked)
+    _report(options, pool, picked)
     return 0
 
 
 @dataclass
 class _Pool:
-    """All rows of the data; ``indices`` are the eligible ones, and ``rows`` their tokens."""
+    """All rows of the data; ``indices`` are those that can be chosen, and ``rows`` and ``signal`` belong to them.
+
+    Without a student, ``rows``, ``student`` and ``shown`` are not set.
+    """
 
     records: list[Record]
     columns: list[str]
     errors: dict[int, str] = field(default_factory=dict)
     indices: list[int] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    signal: torch.Tensor | None = None  # [len(indices)]
+    student: Student = field(init=False)
+    shown: str = field(init=False)  # column of the scored text
 
 
-class _Request:
-    """Validated options."""
+def _check(options: argparse.Namespace) -> tuple[str, ...]:
+    """Check what does not depend on the data; returns the acquisitions to compute, one or none."""
+    checks.positive_int("n", options.n)
+    checks.literal("method", options.method, Method)
+    diverse = options.method != "top_k"
+    if options.student is None and (diverse or options.signal is None):
+        raise ValueError("--student: expected a model, or --signal with a column of the data and --method top_k")
+    if not diverse and options.signal is None:
+        raise ValueError("--signal: required with --method top_k")
+    if options.among is not None:
+        if not diverse or options.signal is None:
+            raise ValueError("--among: requires --signal and a diverse --method")
+        checks.positive_int("among", options.among)
+        if options.among < options.n:
+            raise ValueError(f"--among: expected at least --n = {options.n}, got {options.among}")
+    if options.label_column is not None and (diverse or options.student is None):
+        raise ValueError("--label-column: requires --student and --method top_k")
+    if options.limit is not None:
+        checks.positive_int("limit", options.limit)
+    names: tuple[str, ...] = ()
+    if options.student is not None:
+        plan = Plan.of(
+            ["entropy" if options.signal is None else options.signal], options.acquisition_args or {},
+            reduction=options.reduction, topk=options.topk, batch_tokens=options.batch_tokens,
+            backend=options.backend,
+        )  # fmt: skip
+        names = () if options.signal is None else plan.names
+    check_output(options.out, options.data, options.overwrite)
+    if not options.out.suffix:
+        raise ValueError(f"out: expected a name with an extension, got {options.out}")
+    return names
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        checks.positive_int("n", options.n)
-        checks.literal("method", options.method, Method)
-        self.diverse = options.method != "top_k"
-        if options.student is None and (self.diverse or options.signal is None):
-            raise ValueError("--student: expected a model, or --signal with a column of the data and --method top_k")
-        if not self.diverse and options.signal is None:
-            raise ValueError("--signal: required with --method top_k")
-        if options.among is not None:
-            if not self.diverse or options.signal is None:
-                raise ValueError("--among: requires --signal and a diverse --method")
-            checks.positive_int("among", options.among)
-            if options.among < options.n:
-                raise ValueError(f"--among: expected at least --n = {options.n}, got {options.among}")
-        if options.label_column is not None and (self.diverse or options.student is None):
-            raise ValueError("--label-column: requires --student and --method top_k")
-        if options.limit is not None:
-            checks.positive_int("limit", options.limit)
-        self.given = options.acquisition_args or {}
-        if options.student is not None:
-            names = [] if options.signal is None else [options.signal]
-            plan = Plan.of(
-                names or ["entropy"], self.given,
-                reduction=options.reduction, topk=options.topk, batch_tokens=options.batch_tokens,
-                backend=options.backend,
-            )  # fmt: skip
-            self.names = plan.names if names else ()
-        check_output(options.out, options.data, options.overwrite)
-        if not options.out.suffix:
-            raise ValueError(f"out: expected a name with an extension, got {options.out}")
-        self.data: Path = options.data
 
-    def fetch(self, folder: Path) -> None:
-        """Export a data set requested by name to a file."""
-        options = self.options
-        if hub.is_name(options.data):
-            self.data = hub.export(options.data, options.data_config, options.split, folder)
-        if ".parquet" in (self.data.suffix, options.out.suffix):
-            checks.installed("pyarrow", "parquet", "train")
+def _read(options: argparse.Namespace, data: Path) -> _Pool:
+    """Read and tokenize the rows; raises before any forward if there are too few."""
+    blocks, present = data_files.scan(data, _BLOCK_ROWS, options.limit)
+    count = sum(block.rows for block in blocks)
+    checks.at_most("n", options.n, count, f"the number of rows of {options.data}")
+    for column in (_RANK, *([options.signal] if options.student is not None else [])):
+        if column in present:
+            raise ValueError(f"data: the column {column!r} has the name of an output column; rename it")
+    reader = data_files.Reader(data, present)
+    pool = _Pool([record for block in blocks for record in reader.read(block)], present)
+    if options.student is None:
+        _read_column(options, pool)
+    else:
+        _tokenize(options, pool)
+    _print_errors(options, pool, pool.errors)
+    checks.at_most("n", options.n, len(pool.indices), "the number of rows that can be chosen")
+    return pool
 
-    def read(self) -> _Pool:
-        """Read and tokenize the rows; raises before any forward if there are too few."""
-        options = self.options
-        blocks, present = data_files.scan(self.data, _BLOCK_ROWS, options.limit)
-        count = sum(block.rows for block in blocks)
-        checks.at_most("n", options.n, count, f"the number of rows of {options.data}")
-        for column in (_RANK, *([options.signal] if options.student is not None else [])):
-            if column in present:
-                raise ValueError(f"data: the column {column!r} has the name of an output column; rename it")
-        reader = data_files.Reader(self.data, present)
-        pool = _Pool([record for block in blocks for record in reader.read(block)], present)
-        if options.student is None:
-            if options.signal not in present:
-                raise ValueError(
-                    f"signal: no column {options.signal!r} in the data (columns: {', '.join(present) or 'none'}); "
-                    "pass --student to compute it"
-                )
-            self._read_column(pool)
-        else:
-            self._tokenize(pool, present)
-        self._name(pool.errors, pool)
-        checks.at_most("n", options.n, len(pool.indices), "the number of rows that can be chosen")
-        return pool
 
-    def _name(self, errors: Mapping[int, str], pool: _Pool) -> None:
-        """Print the errors of rows to stderr."""
-        for index, message in sorted(errors.items()):
-            print(located(self.options.data, pool.records[index].line, message), file=sys.stderr)
-
-    def _read_column(self, pool: _Pool) -> None:
-        name = self.options.signal
-        values = []
-        for index, record in enumerate(pool.records):
-            message = record_error(record, {name: "score"})
-            try:
-                value = math.nan if message else float(record.values[name])
-            except (TypeError, ValueError):
-                value = math.nan
-            if math.isfinite(value):
-                pool.indices.append(index)
-                values.append(value)
-            else:
-                pool.errors[index] = message or f"{name}: expected a finite number, got {record.values[name]!r:.60}"
-        self.column = torch.tensor(values, dtype=torch.float64)
-
-    def _tokenize(self, pool: _Pool, present: list[str]) -> None:
-        options = self.options
-        if options.label_column is not None and options.label_column not in present:
-            raise ValueError(f"label-column: no column {options.label_column!r} in the data, only {', '.join(present)}")
-        columns = data_files.choose_columns(
-            present, options.prompt_column, options.completion_column, options.text_column
+def _read_column(options: argparse.Namespace, pool: _Pool) -> None:
+    name = options.signal
+    if name not in pool.columns:
+        raise ValueError(
+            f"signal: no column {name!r} in the data (columns: {', '.join(pool.columns) or 'none'}); "
+            "pass --student to compute it"
         )
-        self.shown = list(columns)[-1]
-        self.student = load_student(options.student, options.dtype, options.device)
-        vocab_size = self.student.head.vocab_size
-        rows = encode_records(pool.records, columns, self.student, vocab_size, options.max_length, pool.errors)
-        for index, record in enumerate(pool.records):
-            if index not in pool.errors and options.label_column is not None:
-                label = record.values.get(options.label_column)
-                if not isinstance(label, str | int):
-                    pool.errors[index] = f"{options.label_column}: expected a string or an int, got {label!r:.60}"
-        pool.indices = [i for i in range(len(rows)) if i not in pool.errors]
-        pool.rows = [rows[i] for i in pool.indices]
+    values = []
+    for index, record in enumerate(pool.records):
+        message = record_error(record, {name: "score"})
+        try:
+            value = math.nan if message else float(record.values[name])
+        except (TypeError, ValueError):
+            value = math.nan
+        if math.isfinite(value):
+            pool.indices.append(index)
+            values.append(value)
+        else:
+            pool.errors[index] = message or f"{name}: expected a finite number, got {record.values[name]!r:.60}"
+    pool.signal = torch.tensor(values, dtype=torch.float64)
 
-    def signal_of(self, pool: _Pool) -> torch.Tensor | None:
-        """Values ``[m]`` of the eligible rows; rows without a finite value become ineligible."""
-        options = self.options
-        if options.student is None:
-            return self.column
-        if options.signal is None:
-            return None
-        scores = score(
-            self.student, pool.rows, self.names,
-            acquisition_args=self.given, reduction=options.reduction, topk=options.topk,
-            batch_tokens=options.batch_tokens, backend=options.backend,
-        )  # fmt: skip
-        found = scores[options.signal]
-        bad = {pool.indices[i]: "a value is not finite" for i in found.isnan().nonzero()[:, 0].tolist()}
-        if bad:
-            self._name(bad, pool)
-            pool.errors |= bad
-            keep = [i for i, index in enumerate(pool.indices) if index not in bad]
-            pool.indices, pool.rows = [pool.indices[i] for i in keep], [pool.rows[i] for i in keep]
-            checks.at_most("n", options.n, len(keep), "the number of rows with a finite value")
-            found = found[keep]
-        return found
 
-    def candidates(self, pool: _Pool, signal: torch.Tensor | None) -> torch.Tensor:
-        """Positions of candidates among the eligible rows, ``[c]``, highest signal first; all without a signal."""
-        if signal is None:
-            return torch.arange(len(pool.indices))
-        options = self.options
-        if self.diverse:
-            return select(signal, min(options.among or POOL_FACTOR * options.n, len(signal)))
-        if options.label_column is None:
-            return select(signal, options.n)
-        names = [str(pool.records[i].values[options.label_column]) for i in pool.indices]
-        labels = torch.tensor([sorted(set(names)).index(name) for name in names])
-        vectors = prompt_embedding(self.student, pool.rows, batch_tokens=options.batch_tokens)
-        trust = label_trust(vectors, labels)
-        print(f"{int((trust > 0).sum())} of {len(trust)} labels agree with those of similar prompts", file=sys.stderr)
-        return select(signal, options.n, labels=labels, trust=trust)
+def _tokenize(options: argparse.Namespace, pool: _Pool) -> None:
+    of_label = options.label_column
+    if of_label is not None and of_label not in pool.columns:
+        raise ValueError(f"label-column: no column {of_label!r} in the data, only {', '.join(pool.columns)}")
+    columns = data_files.choose_columns(
+        pool.columns, options.prompt_column, options.completion_column, options.text_column
+    )
+    pool.shown = list(columns)[-1]
+    pool.student = load_student(options.student, options.dtype, options.device)
+    vocab_size = pool.student.head.vocab_size
+    rows = encode_records(pool.records, columns, pool.student, vocab_size, options.max_length, pool.errors)
+    for index, record in enumerate(pool.records):
+        if index not in pool.errors and of_label is not None:
+            label = record.values.get(of_label)
+            if not isinstance(label, str | int):
+                pool.errors[index] = f"{of_label}: expected a string or an int, got {label!r:.60}"
+    pool.indices = [i for i in range(len(rows)) if i not in pool.errors]
+    pool.rows = [rows[i] for i in pool.indices]
 
-    def pick(self, pool: _Pool, signal: torch.Tensor | None, among: torch.Tensor) -> list[int]:
-        """Chosen positions, in order of choice."""
-        if not self.diverse:
-            return among.tolist()
-        options = self.options
-        among = among.sort().values  # break ties by the order of the data
+
+def _print_errors(options: argparse.Namespace, pool: _Pool, errors: Mapping[int, str]) -> None:
+    for index, message in sorted(errors.items()):
+        print(located(options.data, pool.records[index].line, message), file=sys.stderr)
+
+
+def _score(options: argparse.Namespace, pool: _Pool, names: Sequence[str]) -> None:
+    """Compute the signal; rows without a finite value can no longer be chosen."""
+    scores = score(
+        pool.student, pool.rows, names,
+        acquisition_args=options.acquisition_args or {}, reduction=options.reduction, topk=options.topk,
+        batch_tokens=options.batch_tokens, backend=options.backend,
+    )  # fmt: skip
+    signal = scores[options.signal]
+    bad = {pool.indices[i]: "a value is not finite" for i in signal.isnan().nonzero()[:, 0].tolist()}
+    if bad:
+        _print_errors(options, pool, bad)
+        pool.errors |= bad
+        keep = [i for i, index in enumerate(pool.indices) if index not in bad]
+        pool.indices, pool.rows = [pool.indices[i] for i in keep], [pool.rows[i] for i in keep]
+        checks.at_most("n", options.n, len(keep), "the number of rows with a finite value")
+        signal = signal[keep]
+    pool.signal = signal
+
+
+def _pick(options: argparse.Namespace, pool: _Pool) -> list[int]:
+    """Chosen positions among the rows that can be chosen, in order of choice."""
+    signal = pool.signal
+    if options.method != "top_k":
+        among = list(range(len(pool.indices)))
+        if signal is not None:
+            most = min(options.among or POOL_FACTOR * options.n, len(signal))
+            among = sorted(select(signal, most).tolist())  # ties are broken by the order of the data
         vectors = badge_embedding(
-            self.student, [pool.rows[i] for i in among.tolist()],
-            batch_tokens=options.batch_tokens, backend=options.backend,
-        )  # fmt: skip
-        return among[select(vectors, options.n, options.method, seed=options.seed)].tolist()
+            pool.student, [pool.rows[i] for i in among], batch_tokens=options.batch_tokens, backend=options.backend
+        )
+        return [among[i] for i in select(vectors, options.n, options.method, seed=options.seed).tolist()]
+    assert signal is not None
+    if options.label_column is None:
+        return select(signal, options.n).tolist()
+    names = [str(pool.records[i].values[options.label_column]) for i in pool.indices]
+    labels = torch.tensor([sorted(set(names)).index(name) for name in names])
+    vectors = prompt_embedding(pool.student, pool.rows, batch_tokens=options.batch_tokens)
+    trust = label_trust(vectors, labels)
+    print(f"{int((trust > 0).sum())} of {len(trust)} labels agree with those of similar prompts", file=sys.stderr)
+    return select(signal, options.n, labels=labels, trust=trust).tolist()
 
-    def report(self, pool: _Pool, signal: torch.Tensor | None, picked: Sequence[int], print_table: Print) -> None:
-        options = self.options
-        title = f"{len(picked)} of {len(pool.records)} rows chosen by {options.method}"
-        if pool.errors:
-            title += f"; {len(pool.errors)} rows with an error"
-        title += f"; written to {options.out}"
-        if signal is None:
-            print_table(title, ("rows", "number"), [("chosen", str(len(picked))), ("pool", str(len(pool.indices)))])
-            return
-        lines = [
-            (name, str(len(values)), *(f"{figure:.4g}" for figure in (values.mean(), values.min(), values.max())))
-            for name, values in (("chosen", signal[list(picked)].double()), ("pool", signal.double()))
-        ]
-        print_table(title, (options.signal, "rows", "mean", "min", "max"), lines)
-        if options.student is not None:
-            first = [(pool.indices[i], float(signal[i])) for i in picked[:TOP_ROWS]]
-            print_table(
-                "first choices",
-                ("row", options.signal, self.shown),
-                [(str(i), f"{value:.4g}", shorten(pool.records[i].values[self.shown])) for i, value in first],
-            )
+
+def _write(options: argparse.Namespace, data: Path, pool: _Pool, picked: Sequence[int]) -> None:
+    extra: dict[int, dict[str, Any]] = {}
+    for place, i in enumerate(picked, 1):
+        value = {} if pool.signal is None or options.student is None else {options.signal: float(pool.signal[i])}
+        extra[pool.indices[i]] = {**value, _RANK: place}
+    number = [] if "row" in pool.columns else ["row"]
+    rows = [{**dict.fromkeys(number, i), **pool.records[i].values, **extra[i]} for i in sorted(extra)]
+    write_rows(options.out, rows, [*number, *pool.columns, *next(iter(extra.values()))], data)
+
+
+def _report(options: argparse.Namespace, pool: _Pool, picked: Sequence[int]) -> None:
+    title = f"{len(picked)} of {len(pool.records)} rows chosen by {options.method}"
+    if pool.errors:
+        title += f"; {len(pool.errors)} rows with an error"
+    title += f"; written to {options.out}"
+    signal = pool.signal
+    if signal is None:
+        print_table(title, ("rows", "number"), [("chosen", str(len(picked))), ("pool", str(len(pool.indices)))])
+        return
+    lines = [
+        (name, str(len(values)), *(f"{figure:.4g}" for figure in (values.mean(), values.min(), values.max())))
+        for name, values in (("chosen", signal[list(picked)].double()), ("pool", signal.double()))
+    ]
+    print_table(title, (options.signal, "rows", "mean", "min", "max"), lines)
+    if options.student is not None:
+        first = [(pool.indices[i], float(signal[i])) for i in picked[:TOP_ROWS]]
+        print_table(
+            "first choices",
+            ("row", options.signal, pool.shown),
+            [(str(i), f"{value:.4g}", shorten(pool.records[i].values[pool.shown])) for i, value in first],
+        )

@@ -6,6 +6,7 @@ Rows are read independently: a bad row becomes a record with an error and does n
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from acqcore import checks
+from acqcore.files.table import atomically
 from acqcore.students.tables import BESIDE, KINDS, kind_of
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -50,6 +52,33 @@ class Block:
 def located(path: Path, line: int, message: str) -> str:
     """``message`` prefixed with the record's place in the file: ``data.jsonl: line 3: ...``."""
     return f"{path}: {'line' if path.suffix == '.jsonl' else 'row'} {line}: {message}"
+
+
+def local_file(data: Path, config: str | None, split: str, folder: Path) -> Path:
+    """The file that ``--data`` names. A split of a data set, given by its hub id or its folder, is exported to a
+    parquet file in ``folder``, atomically and only once.
+
+    Raises:
+        ModuleNotFoundError: datasets is not installed.
+        ValueError, OSError: the data set, its configuration or its split cannot be loaded.
+    """
+    if not data.is_dir() and (data.exists() or data.suffix in SUFFIXES or len(data.parts) > 2):
+        return data
+    checks.installed("datasets", f"--data {data}", "train")
+    import datasets
+
+    key = hashlib.sha256(repr((str(data), config, split)).encode()).hexdigest()[:12]
+    target = folder / f"dataset-{key}.parquet"
+    if not target.exists():
+        try:
+            rows = datasets.load_dataset(str(data), config, split=split)
+        except Exception as error:  # builders raise errors of any type
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"data: {data} is neither a file nor a loadable data set: {reason}") from error
+        folder.mkdir(exist_ok=True)
+        with atomically(target) as temporary:
+            rows.to_parquet(temporary)
+    return target
 
 
 def scan(path: Path, block_rows: int, limit: int | None) -> tuple[list[Block], list[str]]:
@@ -173,12 +202,8 @@ def _named(path: Path) -> Iterator[None]:
 def _parquet_records(batch: Any, line: int) -> list[Record]:
     try:
         return [Record(line + i, values) for i, values in enumerate(batch.to_pylist())]
-    except (
-        ValueError,
-        TypeError,
-        OverflowError,
-        NotImplementedError,
-    ) as error:  # text that is not UTF-8, a date out of Python's range
+    # Text that is not UTF-8, a date out of Python's range.
+    except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
         if batch.num_rows == 1:
             return [Record(line, {}, f"not readable: {error}")]
         return [record for i in range(batch.num_rows) for record in _parquet_records(batch.slice(i, 1), line + i)]
@@ -223,7 +248,7 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def read_object(line: bytes | str) -> dict[str, Any]:
+def _json_object(line: bytes) -> dict[str, Any]:
     """Parse a line as a JSON object. Integers of more than ``_DIGITS`` digits are read as text.
 
     Raises:
@@ -239,8 +264,7 @@ def read_object(line: bytes | str) -> dict[str, Any]:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, got {type(values).__name__}")
-    signs = (b"[", b"{") if isinstance(line, bytes) else ("[", "{")
-    if sum(map(line.count, signs)) > _DEEPEST and _depth(values) > _DEEPEST:  # type: ignore[arg-type]
+    if line.count(b"[") + line.count(b"{") > _DEEPEST and _depth(values) > _DEEPEST:
         raise ValueError(f"nested deeper than {_DEEPEST} levels")
     return values
 
@@ -260,7 +284,7 @@ def _jsonl_records(lines: Iterator[bytes], first: int) -> Iterator[Record]:
         if not content:
             continue
         try:
-            yield Record(number, read_object(content))
+            yield Record(number, _json_object(content))
         except ValueError as error:
             yield Record(number, {}, str(error))
 

@@ -1,4 +1,5 @@
-"""Finished blocks and batches of a scoring run on disk, from which an interrupted run resumes."""
+"""Finished blocks and batches of a scoring run on disk, from which an interrupted run resumes, and whether its output
+may be written."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from acqcore.files.atomic import atomically
+from acqcore.files.data import SUFFIXES
+from acqcore.files.table import atomically, holds_parts_alone
 
 try:
     import fcntl
@@ -31,7 +33,7 @@ class Parts:
     ``block-000000.attempts`` a byte per attempt
     ``block-000000.failure``  the reason why the block was given up
     ``lock``                  locked by the reporting process
-    ``dataset-*.parquet``     the rows of a data set given by name, see ``acqcore.files.hub``
+    ``dataset-*.parquet``     the rows of a data set given by name, see ``acqcore.files.data``
     ========================  ===================================================================================
 
     Processes of a run share the folder; each block belongs to one process at a time. Other files in it are not touched.
@@ -184,6 +186,33 @@ class Parts:
 
     def _files(self) -> list[Path]:
         return list(self.folder.iterdir())
+
+
+def check_output(out: Path, data: Path, overwrite: bool) -> None:
+    """Check that ``out`` is a file of a known format, or, without an extension, a folder of parquet files. It must be
+    new, belong to an unfinished run, or be replaceable, and must not be the data.
+
+    Raises:
+        ValueError: a condition is violated.
+    """
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"out: the folder {out.parent} does not exist")
+    if out.suffix and out.suffix not in SUFFIXES:
+        raise ValueError(
+            f"extension of {out.name}: unknown {out.suffix!r}, expected one of {', '.join(SUFFIXES)}, or "
+            "none for a folder of parquet files"
+        )
+    if out.suffix and out.is_dir():
+        raise ValueError(f"out: {out} is a folder; for a folder of parquet files, use a name without an extension")
+    if not out.suffix and out.is_file():
+        raise ValueError(f"out: {out} is a file; a name without an extension means a folder of parquet files")
+    if out.exists() and data.exists() and (out.samefile(data) or out.resolve() in data.resolve().parents):
+        raise ValueError(f"out: {out} is or contains the data, which would be lost; choose another output")
+    if out.is_dir() and not holds_parts_alone(out):
+        raise ValueError(f"out: the folder {out} contains files other than parts of an output")
+    kept = out.exists() and (any(out.iterdir()) if out.is_dir() else out.stat().st_size > 0)
+    if kept and not overwrite and not Parts(out).begun:
+        raise ValueError(f"out: {out} exists; --overwrite replaces it")
 
 
 def _foreign(path: Path) -> bool:

@@ -1,14 +1,14 @@
-"""Aggregates the reports of blocks into the summary of a run, and prints tables on the terminal."""
+"""Aggregates the reports of blocks into the summary of a run."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from acqcore.files.worker import TOP_ROWS
+from acqcore.progress import print_table
 
 
 class Summary:
@@ -82,26 +82,3 @@ class Summary:
 
 def _count(n: int, what: str, plural: str = "s") -> str:
     return f"{n} {what}{plural if n > 1 else ''}"
-
-
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table with rich if it is installed, else in plain columns; an empty header is omitted."""
-    if importlib.util.find_spec("rich"):
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(show_header=any(header))
-        for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i in (0, len(header) - 1) else "right")
-        for row in rows:
-            table.add_row(*map(Text, row))  # Text: brackets in a sample are not markup
-        console = Console()
-        console.print(Text(title))  # a table's own title would wrap at its width
-        console.print(table)
-        return
-    print(title)
-    lines = [header, *rows] if any(header) else rows
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -1,4 +1,4 @@
-"""Writes rows as jsonl, csv or parquet, block by block, and joins the blocks into one file.
+"""Writes rows as jsonl, csv or parquet, block by block, and joins the blocks, or their highest rows, into one file.
 
 No value is rejected: values that a format cannot represent are written as JSON text.
 """
@@ -7,19 +7,33 @@ from __future__ import annotations
 
 import base64
 import csv
+import heapq
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from acqcore.files.atomic import atomically
-
 _PART = re.compile(r"part-\d{6}\.parquet")
 _LEVELS = 30  # maximum nesting of a parquet type; a level may take three in the file's schema
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """Context that yields a temporary file next to ``path``; it replaces ``path`` on success and is removed on error.
+
+    Its name contains the process id, so several processes may write the same file.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_block(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
@@ -34,7 +48,8 @@ def write_block(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
             _write_parquet(temporary, {name: _arrow(values) for name, values in table.items()})
             return
         with temporary.open("w", newline="", encoding="utf-8") as file:
-            _write_lines(file, path.suffix, table)
+            for cells in zip(*table.values(), strict=True):
+                _write_line(file, path.suffix, dict(zip(table, cells, strict=True)))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str], source: Path) -> None:
@@ -54,7 +69,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[
                 csv.writer(file).writerow(_text(column) for column in columns)
             for row in rows:
                 present = columns if path.suffix == ".csv" else [name for name in columns if name in row]
-                _write_lines(file, path.suffix, {name: [row.get(name)] for name in present})
+                _write_line(file, path.suffix, {name: row.get(name) for name in present})
 
 
 def _write_parquet(path: Path, columns: Mapping[str, Any]) -> None:
@@ -73,16 +88,12 @@ def _types(source: Path) -> dict[str, Any]:
     return dict(zip(schema.names, schema.types, strict=True))
 
 
-def _write_lines(file: TextIO, suffix: str, table: Mapping[str, Sequence[Any]]) -> None:
-    rows = zip(*table.values(), strict=True)
+def _write_line(file: TextIO, suffix: str, row: Mapping[str, Any]) -> None:
+    cells = {name: _plain(cell) for name, cell in row.items()}
     if suffix == ".jsonl":
-        for row in rows:
-            file.write(_json({name: _plain(cell) for name, cell in zip(table, row, strict=True)}) + "\n")
-        return
-    writer = csv.writer(file)
-    for row in rows:
-        cells = (_plain(cell) for cell in row)
-        writer.writerow(cell if isinstance(cell, (int, float)) else _text(cell) for cell in cells)
+        file.write(_json(cells) + "\n")
+    else:
+        csv.writer(file).writerow(cell if isinstance(cell, (int, float)) else _text(cell) for cell in cells.values())
 
 
 def _plain(value: Any) -> Any:
@@ -248,3 +259,73 @@ def _cast(column: Any, kind: Any) -> Any:
     except (ValueError, TypeError):
         return pyarrow.chunked_array([pyarrow.array(column.to_pylist(), kind)], kind)
     return cast
+
+
+def keep_top(blocks: Sequence[Path], k: int, name: str, columns: Sequence[str], folder: Path) -> list[Path]:
+    """Write the ``k`` rows with the largest values of acquisition ``name`` to parts in ``folder``, in the order of
+    ``blocks``, which are files from :func:`write_block`.
+
+    Ties keep the earlier rows; rows without a value are dropped. Memory holds ``k`` values and one block.
+    """
+
+    def values() -> Iterator[tuple[float, int, int]]:
+        for b, block in enumerate(blocks):
+            for r, value in enumerate(_numbers(block, name, columns)):
+                if math.isfinite(value):
+                    yield value, -b, -r
+
+    kept: dict[int, list[int]] = {}
+    for _, b, r in heapq.nlargest(k, values()):
+        kept.setdefault(-b, []).append(-r)
+    if not kept:
+        kept = {0: []}  # an output without rows still has columns
+    return [_write_rows_of(blocks[b], sorted(rows), folder / blocks[b].name) for b, rows in sorted(kept.items())]
+
+
+def _numbers(block: Path, name: str, columns: Sequence[str]) -> Iterator[float]:
+    """The values of a column, NaN where missing."""
+    if block.suffix == ".parquet":
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(block) as file:
+            cells: list[Any] = file.read(columns=[name]).column(0).to_pylist()
+        yield from (math.nan if cell is None else cell for cell in cells)
+        return
+    place = list(columns).index(name)
+    for row in _texts(block):
+        if block.suffix == ".jsonl":
+            value = json.loads(row)[name]
+            yield math.nan if value is None else value
+        else:
+            yield float(next(csv.reader([row]))[place] or "nan")
+
+
+def _texts(block: Path) -> Iterator[str]:
+    """The text of each row; a csv row may span several lines."""
+    with block.open(newline="", encoding="utf-8") as file:
+        if block.suffix == ".jsonl":
+            yield from file
+            return
+        held: list[str] = []
+
+        def lines() -> Iterator[str]:
+            for line in file:
+                held.append(line)
+                yield line
+
+        for _ in csv.reader(lines()):
+            yield "".join(held)
+            held.clear()
+
+
+def _write_rows_of(block: Path, rows: list[int], out: Path) -> Path:
+    if block.suffix == ".parquet":
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(block) as file:
+            pyarrow.parquet.write_table(file.read().take(rows), out)
+        return out
+    wanted = set(rows)
+    with out.open("w", newline="", encoding="utf-8") as text:
+        text.writelines(row for i, row in enumerate(_texts(block)) if i in wanted)
+    return out

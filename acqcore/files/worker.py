@@ -32,7 +32,7 @@ from acqcore.students.tables import BESIDE
 ATTEMPTS = 3  # per block
 TOP_ROWS = 5
 
-_PAUSE_S = 1.0  # before a retry, in which a file server or a full GPU may recover
+_PAUSE_S = 1.0  # pause before a retry, so that a file server or a full GPU may recover
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Job:
     data: Path  # absolute
     out: Path  # absolute
     columns: Mapping[str, str]  # data column -> sample key
+    kept: Sequence[str]  # every column of the data, in order
     plan: Plan
     max_length: int | None
     dtype: str | None  # a name in ``DTYPES``; None keeps the stored one
     device: str | None  # None for the CPU
-    kept: Sequence[str] = ()  # every column of the data, in order
     keep_tokens: bool = False  # whether per-token values are written too
 
     @property
@@ -60,7 +60,7 @@ class Job:
         """Map data columns to output names; names taken by this run's own columns get the prefix ``data_``."""
         found: dict[str, str] = {}
         own = {"row", *self._own}
-        for column in (*self.kept, *(c for c in self.columns if c not in self.kept)):
+        for column in self.kept:
             name = column
             while name in own or name in found.values():
                 name = f"data_{name}"
@@ -78,8 +78,12 @@ class Job:
 
     @property
     def _own(self) -> list[str]:
-        tokens = ["token_ids", *(f"{name}_tokens" for name in self.of_tokens)] if self.keep_tokens else []
-        return [*self.measured, *tokens, "n_tokens", "valid", "error"]
+        return [*self.measured, *self.token_columns, "n_tokens", "valid", "error"]
+
+    @property
+    def token_columns(self) -> list[str]:
+        """Columns of lists with an entry per scored token."""
+        return ["token_ids", *(f"{name}_tokens" for name in self.of_tokens)] if self.keep_tokens else []
 
     @property
     def measured(self) -> list[str]:
@@ -119,7 +123,7 @@ class BlockScorer:
         if "messages" in job.columns.values() and not getattr(self.student.tokenizer, "chat_template", None):
             raise ValueError(f"student: the tokenizer of {job.student} has no chat template, which messages require")
         self.runner = job.plan.runner(self.student)
-        self.reader = Reader(job.data, job.kept or job.columns)
+        self.reader = Reader(job.data, job.kept)
 
     def complete(self, block: Block, on_rows: Callable[[int], None] = lambda n: None) -> None:
         """Complete a block, or give it up after ``ATTEMPTS`` attempts, including those of killed processes.
@@ -153,33 +157,30 @@ class BlockScorer:
         errors: dict[int, str] = {}
         rows = encode_records(records, job.columns, self.student, self.runner.head.vocab_size, job.max_length, errors)
         figures = np.full((len(records), len(job.measured)), np.nan, dtype=np.float32)
-        tokens: dict[str, list[list[float]]] = {name: [[] for _ in records] for name in job.of_tokens}
+        tokens: list[list[list[float]]] = [[[] for _ in job.of_tokens] for _ in records]  # row, acquisition, token
         done = self.parts.load(block.index)
         for i, (row_figures, row_tokens) in done.items():
-            figures[i] = row_figures
-            for column, of_name in zip(tokens.values(), row_tokens, strict=True):
-                column[i] = of_name
+            figures[i], tokens[i] = row_figures, row_tokens
         ready = len(done) + sum(row.n_scored == 0 for row in rows)
         new_rows = new_tokens = 0
         count(ready)
         for batch in job.plan.batches(self.runner, rows, done):
             found = torch.cat([batch.values, *(batch.stderr[name][None] for name in job.plan.estimated)]).T
             figures[batch.indices] = found.numpy()
-            of_batch = [[sample[name].tolist() for name in tokens] for sample in batch.tokens]
-            for i, of_row in zip(batch.indices, of_batch, strict=True):
-                for column, of_name in zip(tokens.values(), of_row, strict=True):
-                    column[i] = of_name
+            of_batch = [[sample[name].tolist() for name in job.of_tokens] for sample in batch.tokens]
+            for i, row_tokens in zip(batch.indices, of_batch, strict=True):
+                tokens[i] = row_tokens
             self.parts.append(block.index, batch.indices, found.tolist(), of_batch if job.keep_tokens else None)
             new_rows += len(batch.indices)
             new_tokens += batch.n_input_tokens
             count(ready + new_rows)
         n_tokens = np.array([row.n_scored for row in rows], dtype=np.int64)
+        lists: dict[str, Sequence[Any]] = {}
         if job.keep_tokens:
-            tokens = {
-                "token_ids": [row.targets[row.targets != checks.IGNORE_INDEX].tolist() for row in rows],
-                **{f"{name}_tokens": column for name, column in tokens.items()},
-            }
-        write_block(self.parts.path(block.index), _table(job, block, records, figures, tokens, n_tokens, errors))
+            ids = [row.targets[row.targets != checks.IGNORE_INDEX].tolist() for row in rows]
+            of_names = ([row_tokens[a] for row_tokens in tokens] for a in range(len(job.of_tokens)))
+            lists = dict(zip(job.token_columns, (ids, *of_names), strict=True))
+        write_block(self.parts.path(block.index), _table(job, block, records, figures, lists, n_tokens, errors))
         values = figures[:, : len(job.plan.names)]
         valid = np.flatnonzero(np.isfinite(values).all(axis=1))
         top = valid[np.argsort(-values[valid, 0], kind="stable")][:TOP_ROWS]
@@ -222,15 +223,14 @@ def load_student(source: str, dtype: str | None, device: str | None) -> Student:
 def write_failed(job: Job, block: Block, reason: str) -> None:
     """Write the rows of a block that was given up, without values."""
     try:
-        records = Reader(job.data, job.kept or job.columns).read(block)
+        records = Reader(job.data, job.kept).read(block)
     except Exception:  # possibly the reason why the block failed
         records = [Record(block.line + i, {}) for i in range(block.rows)]
     figures = np.full((block.rows, len(job.measured)), np.nan, dtype=np.float32)
     errors = dict.fromkeys(range(block.rows), f"its block failed: {reason}")
     n_tokens = np.zeros(block.rows, dtype=np.int64)
-    names = ["token_ids", *(f"{name}_tokens" for name in job.of_tokens)] if job.keep_tokens else []
-    tokens: dict[str, Sequence[Any]] = {name: [[]] * block.rows for name in names}
-    write_block(Parts(job.out).path(block.index), _table(job, block, records, figures, tokens, n_tokens, errors))
+    lists: dict[str, Sequence[Any]] = {name: [[]] * block.rows for name in job.token_columns}
+    write_block(Parts(job.out).path(block.index), _table(job, block, records, figures, lists, n_tokens, errors))
 
 
 def _table(
@@ -238,7 +238,7 @@ def _table(
     block: Block,
     records: Sequence[Record],
     figures: np.ndarray,  # [n, columns of job.measured] float32
-    tokens: Mapping[str, Sequence[Any]],  # name -> n lists
+    lists: Mapping[str, Sequence[Any]],  # token column -> n lists
     n_tokens: np.ndarray,  # [n] int64
     errors: Mapping[int, str],
 ) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def _table(
     for column, name in job.names.items():
         table[name] = [record.values.get(column) for record in records]
     table.update({name: figures[:, a] for a, name in enumerate(job.measured)})
-    table.update(tokens)
+    table.update(lists)
     table["n_tokens"] = n_tokens
     table["valid"] = valid = np.isfinite(figures[:, : len(job.plan.names)]).all(axis=1)
     table["error"] = [errors.get(i, None if valid[i] else "a value is not finite") for i in range(len(records))]
@@ -300,6 +300,5 @@ def shorten(value: Any) -> str:
     """One line of at most 60 characters from a text or a conversation's last message."""
     if isinstance(value, list):
         value = value[-1].get("content") or value[-1].get("tool_calls")
-    value = str(value)
-    value = " ".join(value.split())
-    return value if len(value) <= 60 else value[:57] + "..."
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else text[:57] + "..."

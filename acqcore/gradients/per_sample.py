@@ -39,8 +39,8 @@ from acqcore.gradients.probe import Probe
 from acqcore.gradients.selection import select_linear, select_parameters, whole_parameters
 from acqcore.head import Head
 from acqcore.literals import Loss, Parameters
-from acqcore.students.dropout_sites import DropoutSites
 from acqcore.students.student import Student
+from acqcore.students.trunk_draws import DropoutSites
 
 
 class SampleGradients:

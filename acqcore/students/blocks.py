@@ -162,12 +162,13 @@ class _Analysis:
         self._forward = forward
         self._owners = matrix_owners(module)
         self._streams: dict[nn.Module, torch.Tensor] = {}
-        self._shapes: dict[nn.Module, torch.Tensor] = {}  # a module's output in the first forward
+        self._outputs: dict[nn.Module, torch.Tensor] = {}  # of modules in an unaltered forward
 
     def branches(self) -> list[list[nn.Module]]:
         found = {block: self._children(block) for block in self._blocks}
         inner = [module for block in self._blocks for module in block.modules() if module in self._owners]
-        self._run({}, [*inner, *(c for children in found.values() for c in children), *self._blocks], first=True)
+        watched = [*inner, *(child for children in found.values() for child in children), *self._blocks]
+        self._outputs = self._run({}, watched)
         for _ in range(DEPTH):
             if not self._descend(found):
                 break
@@ -190,14 +191,8 @@ class _Analysis:
         The output of such a candidate differs between tokens even if all matrices inside it return zero.
         """
         candidates = {c: block for block, of_block in found.items() for c in of_block}
-        zeros: dict[nn.Module, torch.Tensor | None] = {}
-        for candidate in candidates:
-            for module in candidate.modules():
-                if module in self._owners and module is not candidate:
-                    zeros[module] = None
-        for candidate in candidates:
-            if not self._children(candidate):
-                zeros[candidate] = None
+        zeros = {m: None for c in candidates for m in c.modules() if m in self._owners and m is not c}
+        zeros |= {c: None for c in candidates if not self._children(c)}
         given = self._run(zeros, [c for c in candidates if c not in zeros])
         changed = False
         for candidate, block in candidates.items():
@@ -208,10 +203,10 @@ class _Analysis:
             inside = self._children(candidate)
             found[block][place : place + 1] = inside
             for module in inside:
-                self._shapes.pop(module, None)
+                self._outputs.pop(module, None)
             changed = True
         if changed:
-            self._run({}, [c for of_block in found.values() for c in of_block], first=True)
+            self._outputs |= self._run({}, [c for of_block in found.values() for c in of_block])
         return changed
 
     def _drop_swallowed(self, found: dict[nn.Module, list[nn.Module]]) -> None:
@@ -221,7 +216,7 @@ class _Analysis:
         kept: dict[nn.Module, list[nn.Module]] = {block: [] for block in found}
         for place in range(max(map(len, found.values()), default=0)):
             tried = {block: of_block[place] for block, of_block in found.items() if place < len(of_block)}
-            noise = {c: self._noise(c) for c in tried.values() if c in self._shapes}
+            noise = {c: self._noise(c) for c in tried.values() if c in self._outputs}
             given = self._run({**zeros, **noise}, self._blocks)
             for block, candidate in tried.items():
                 if candidate in noise and self._differs(given[block], without[block], block):
@@ -257,7 +252,7 @@ class _Analysis:
         return not bool(((a - b).abs() <= floor + rounding * torch.maximum(a.abs(), b.abs())).all())
 
     def _noise(self, module: nn.Module) -> torch.Tensor:
-        like = self._shapes[module]
+        like = self._outputs[module]
         noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(0))
         return noise.to(like) * like.abs().max().clamp_min(1e-3)
 
@@ -265,7 +260,6 @@ class _Analysis:
         self,
         given: Mapping[nn.Module, torch.Tensor | None],
         watched: Iterable[nn.Module],
-        first: bool = False,
         streams: dict[nn.Module, torch.Tensor] | None = None,
     ) -> dict[nn.Module, torch.Tensor]:
         """Outputs of ``watched`` in a forward in which modules return the values ``given``, zeros for None."""
@@ -301,8 +295,6 @@ class _Analysis:
             stack.enter_context(_hooks((module, give) for module in given))
             stack.enter_context(_hooks((module, watch) for module in dict.fromkeys(watched)))
             self._forward()
-        if first:
-            self._shapes.update(outputs)
         return outputs
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -32,10 +32,10 @@ CACHES = ("past_key_values", "cache")
 
 ADVICE = "use acqcore.Student(trunk, head)"
 
-# Logit maps of models and whether their logits were verified, so that a reward called with the model at each step pays
-# for both once.
+# Logit maps of models and the models that were verified, so that a reward called with the model at each step pays for
+# both once.
 _MAPS: WeakKeyDictionary[torch.nn.Module, LogitMap] = WeakKeyDictionary()
-_VERIFIED: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
+_VERIFIED: WeakSet[torch.nn.Module] = WeakSet()
 
 
 class CausalLM:
@@ -189,7 +189,7 @@ class CausalLM:
         before = hidden[:, :-1].double()
         if not float((before[0] - before[1]).abs().max()) <= tolerance * float(before.abs().max()):
             raise ValueError(f"model: expected a causal language model, in {self.name} a token sees later tokens")
-        _VERIFIED[self._model] = True
+        _VERIFIED.add(self._model)
 
     def _check_product(
         self,

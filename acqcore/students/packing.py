@@ -1,11 +1,19 @@
-"""Groups samples into padded batches that waste few tokens, longest first."""
+"""Groups samples into padded batches that waste few tokens, longest first.
+
+Not all samples may share a batch: some forwards depend on the padded length. Long rope picks one of two sets of
+frequencies by the longest sequence of the batch; dynamic rope scales its frequencies by that length. A sample's values
+must not depend on its batch, so such lengths are batched separately.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from acqcore import checks
@@ -14,6 +22,19 @@ from acqcore.students.samples import Row
 # Fixed cost of a batch in tokens: avoiding a batch is worth this much padding. cuda: an unmeasured guess for the kernel
 # launches of a few dozen layers.
 OVERHEAD_TOKENS = {"cpu": 64, "cuda": 2048}
+
+#: Config entries that hold the length above which rope frequencies change.
+LIMITS = ("original_max_position_embeddings", "max_position_embeddings")
+
+#: Tokens of the test row, which is run alone and padded.
+SHORT = 6
+
+#: Largest allowed difference between the two runs, relative to the largest hidden state.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+# Module -> padded length, a power of two, up to which hidden states were found to be independent of padding. A student
+# without a module is entered by its own Lengths.
+_CHECKED: WeakKeyDictionary[object, int] = WeakKeyDictionary()
 
 
 def partition(
@@ -34,14 +55,14 @@ def partition(
     cost. Samples are then sorted by start first, latest first, so a short prompt does not lengthen others' repeats.
     """
     if groups is not None and len(set(groups)) > 1:
+        members: dict[int, list[int]] = {}
+        for i, group in enumerate(groups):
+            members.setdefault(group, []).append(i)
         batches = []
-        for group in sorted(
-            set(groups), key=lambda g: -max(n for n, own in zip(lengths, groups, strict=True) if own == g)
-        ):
-            members = [i for i, own in enumerate(groups) if own == group]
-            own_starts = None if starts is None else [starts[i] for i in members]
-            parts = partition([lengths[i] for i in members], batch_tokens, overhead, None, own_starts, repeats)
-            batches += [[members[i] for i in part] for part in parts]
+        for own in sorted(members.values(), key=lambda own: -max(lengths[i] for i in own)):
+            own_starts = None if starts is None else [starts[i] for i in own]
+            parts = partition([lengths[i] for i in own], batch_tokens, overhead, None, own_starts, repeats)
+            batches += [[own[i] for i in part] for part in parts]
         return batches
     n = len(lengths)
     begins = np.zeros(n, dtype=np.int64) if starts is None else np.asarray(starts, dtype=np.int64)
@@ -76,5 +97,71 @@ def collate(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     targets = pad_sequence([row.targets for row in rows], batch_first=True, padding_value=checks.IGNORE_INDEX)
     of_row = targets.ne(checks.IGNORE_INDEX)
     scored = of_row.flatten().nonzero()[:, 0]
-    offsets = torch.nn.functional.pad(of_row.sum(dim=1).cumsum(0), (1, 0))
+    offsets = nn.functional.pad(of_row.sum(dim=1).cumsum(0), (1, 0))
     return input_ids, scored - 1, targets.flatten()[scored], offsets
+
+
+class Lengths:
+    """How a student's hidden states depend on the padded length.
+
+    Args:
+        module: the student's module; None if it has none.
+    """
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self._key: object = self if module is None else module
+        self._exact = False
+        self._breaks: set[tuple[int, bool]] = set()
+        self._caches: list[nn.Module] = []
+        if module is not None:
+            modules = list(module.modules())
+            configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if c is not None}
+            self._breaks = {found for config in configs.values() for found in _breaks(config)}
+            if any(dynamic for _, dynamic in self._breaks):
+                self._caches = [m for m in modules if hasattr(m, "max_seq_len_cached")]
+
+    def reset(self) -> None:
+        """Forget the longest sequence that dynamic rope has seen, as it would scale the next one."""
+        for module in self._caches:
+            for name in vars(module):
+                if name.endswith("max_seq_len_cached"):
+                    setattr(module, name, 0)
+
+    @property
+    def plain(self) -> bool:
+        """Whether hidden states are independent of the padded length, by rope's rules and in all checks so far."""
+        return not self._breaks and not self._exact
+
+    def group(self, length: int) -> int:
+        """Group of a length; samples may share a batch if their groups are equal."""
+        if self._exact or any(dynamic and length > limit for limit, dynamic in self._breaks):
+            return length
+        return -sum(length > limit for limit, _ in self._breaks)
+
+    def check(self, longest: int, hidden: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Run a short row alone and padded to ``longest`` tokens. If its hidden states differ for an unknown reason,
+        only samples of the same length share a batch."""
+        if self._breaks or self._exact or longest <= max(_CHECKED.get(self._key, 0), SHORT):
+            return
+        row = torch.arange(1, SHORT + 1)[None] % 4
+        alone = hidden(row)[0].double()
+        padded = hidden(nn.functional.pad(row, (0, longest - SHORT)))
+        error = (padded[0, :SHORT].double() - alone).abs().max()
+        self._exact = not bool(error <= TOLERANCE.get(padded.dtype, 0.1) * alone.abs().max())
+        if not self._exact:
+            _CHECKED[self._key] = longest
+
+
+def _breaks(config: Any) -> Iterator[tuple[int, bool]]:
+    """Lengths above which rope frequencies change, and whether they change with each further token."""
+    for name in ("rope_parameters", "rope_scaling"):
+        entry = getattr(config, name, None)
+        if not isinstance(entry, Mapping):
+            continue
+        for rope in (entry, *entry.values()):  # one per layer type, or one for all
+            kind = (rope.get("rope_type") or rope.get("type")) if isinstance(rope, Mapping) else None
+            if kind in ("longrope", "dynamic"):
+                # Models differ in which one they use; an extra break only makes batches smaller.
+                named = (rope, vars(config))
+                for limit in {entry.get(key) for entry in named for key in LIMITS} - {None}:
+                    yield limit, kind == "dynamic"

@@ -144,14 +144,14 @@ def encode(
             )
         return row
 
-    done = errors if errors is not None else {}
-    return [EMPTY if i in done else _attempt(i, errors, finish, i, row) or EMPTY for i, row in enumerate(rows)]
+    done = errors or {}
+    return [EMPTY if i in done else _attempt(errors, finish, i, row) or EMPTY for i, row in enumerate(rows)]
 
 
-def _attempt(index: int, errors: dict[int, str] | None, step: Callable[..., T], *arguments: Any) -> T | None:
-    """``step(*arguments)``; a bad sample raises, or is recorded in ``errors`` if given."""
+def _attempt(errors: dict[int, str] | None, step: Callable[..., T], index: int, *arguments: Any) -> T | None:
+    """``step(index, *arguments)``; a bad sample raises, or is recorded in ``errors`` if given."""
     try:
-        return step(*arguments)
+        return step(index, *arguments)
     except (ValueError, TypeError) as error:
         if errors is None:
             raise
@@ -178,11 +178,11 @@ def _texts(samples: list[Sample], tokenizer: Any, errors: dict[int, str] | None)
         raise TypeError("tokenizer: text samples require one, got none; pass tokenizer= or load the student by path")
     if not callable(tokenizer) or not hasattr(tokenizer, "apply_chat_template"):
         raise TypeError(f"tokenizer: expected a transformers tokenizer, got {checks.describe(tokenizer)}")
-    kinds = [_attempt(i, errors, _kind, i, sample) for i, sample in enumerate(samples)]
+    kinds = [_attempt(errors, _kind, i, sample) for i, sample in enumerate(samples)]
     first = next((kind for kind in kinds if kind is not None), None)
     texts = []
     for i, (sample, kind) in enumerate(zip(samples, kinds, strict=True)):
-        text = None if kind is None else _attempt(i, errors, _text, i, sample, kind, first, tokenizer)
+        text = None if kind is None else _attempt(errors, _text, i, sample, kind, first, tokenizer)
         texts.append(text or _Text("", 0, False))
     return texts
 
@@ -248,7 +248,7 @@ def _tokenize(texts: Sequence[_Text], tokenizer: Any, errors: dict[int, str] | N
         try:
             found = _tokenized([texts[i] for i in picked], tokenizer)
         except Exception:
-            found = [_attempt(i, errors, _alone, i, texts[i], tokenizer) or EMPTY for i in picked]
+            found = [_attempt(errors, _alone, i, texts[i], tokenizer) or EMPTY for i in picked]
         for i, row in zip(picked, found, strict=True):
             rows[i] = row
     return rows

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 
 from acqcore import checks
 from acqcore.defaults import standard_defaults
 from acqcore.head import Head
-from acqcore.students import prompts
 from acqcore.students.blocks import Blocks
 from acqcore.students.causal_lm import CausalLM
-from acqcore.students.lengths import Lengths
 from acqcore.students.loading import check_request, load_model, load_tokenizer
+from acqcore.students.packing import Lengths
 from acqcore.students.sharding import DataParallel, gathered, is_dtensor
+
+#: Length of the test row that decides whether prompts may run separately, and the position of its cut.
+CUT_LENGTH, CUT = 8, 3
+
+#: Largest allowed difference between its two parts and one forward, relative to the largest hidden state.
+CUT_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+# Verdicts of that test, so that a reward called with the model at each step pays for it once.
+_CUTS: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()
 
 
 class Student:
@@ -51,7 +60,8 @@ class Student:
         options = {"use_cache": False} if hasattr(getattr(trunk, "config", None), "use_cache") else {}
         self._forward: Callable[[torch.Tensor], Any] = lambda input_ids: trunk(input_ids, **options)
         self._logits: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self._continued: prompts.Continued | None = None
+        # Token ids [B, T] and a cache or None -> hidden states [B, T, D] and the cache after them.
+        self._continued: Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]] | None = None
         self._module = trunk if isinstance(trunk, torch.nn.Module) else None
         self._data_parallel: DataParallel | None = None
         self._blocks = Blocks(self._module)
@@ -211,10 +221,18 @@ class Student:
         start: int,
         within: AbstractContextManager[Any],
     ) -> torch.Tensor:
-        """Final hidden states ``[B, T, D]``. Tokens before ``start`` run without a graph, the rest in ``within``."""
+        """Final hidden states ``[B, T, D]``. Tokens before ``start`` run without a graph, the rest in ``within``.
+
+        For noise in completions only: a student is causal, so a gradient in a completion's activations never passes
+        through its prompt. The prompt fills a key-value cache, and the completion runs on that cache.
+        """
         assert self._continued is not None
         self._lengths.reset()
-        return prompts.in_parts(self._continued, input_ids, start, within)
+        with torch.no_grad():
+            before, cache = self._continued(input_ids[:, :start], None)
+        with within:
+            after, _ = self._continued(input_ids[:, start:], cache)
+            return torch.cat([before, after], dim=1)
 
     @property
     def cuts_prompts(self) -> bool:
@@ -222,11 +240,24 @@ class Student:
         False for a trunk without a cache, and if hidden states depend on the length of a forward."""
         if self._continued is None or self._module is None or not self._lengths.plain:
             return False
-        if self.max_length is not None and self.max_length < prompts.LENGTH:
+        if self.max_length is not None and self.max_length < CUT_LENGTH:
             return False
-        ids = torch.arange(prompts.LENGTH, device=self.device)[None] % self._vocab_size
-        with self.scoring(), torch.inference_mode(False):
-            return prompts.may_cut(self._module, self._continued, self.hidden, ids)
+        if self._module not in _CUTS:
+            with self.scoring(), torch.inference_mode(False):
+                _CUTS[self._module] = self._cut_agrees()
+        return _CUTS[self._module]
+
+    def _cut_agrees(self) -> bool:
+        ids = torch.arange(CUT_LENGTH, device=self.device)[None] % self._vocab_size
+        expected = self.hidden(ids)
+        try:
+            found = self.hidden_after(ids, CUT, nullcontext())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # from the student's own code, which may not accept its own cache
+            return False
+        error = (found.double() - expected.double()).abs().max()
+        return bool(error <= CUT_TOLERANCE[expected.dtype] * expected.double().abs().max())
 
     def length_groups(self, lengths: Sequence[int]) -> list[int]:
         """Group of each length; samples of equal groups may share a batch. Runs a short row if that is unknown."""

@@ -8,8 +8,10 @@ draws depend neither on its batch nor on the backend.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,9 +22,46 @@ from acqcore import checks
 from acqcore.backends import Dropout, select as select_backend
 from acqcore.literals import Layers
 from acqcore.students.blocks import first_tensor, with_first
-from acqcore.students.dropout_sites import DropoutSites
 from acqcore.students.sharding import replaced_forward
 from acqcore.students.student import Student
+
+
+@dataclass(frozen=True, eq=False)
+class DropoutSites:
+    """Modules whose outputs dropout acts on.
+
+    Sites are numbered over the whole model, so a block's masks do not depend on ``layers``.
+    """
+
+    sites: tuple[tuple[int, nn.Module, float], ...]  # number, module and dropout probability of each
+    before: tuple[nn.Module, ...]  # the blocks before the first site
+
+    @classmethod
+    def of(cls, student: Student, layers: Layers, dropout: float) -> DropoutSites:
+        """The sites of the last n blocks, of all blocks (``"all"``), or the ``nn.Dropout`` modules (``"own"``).
+
+        ``dropout`` is the probability p for blocks; ``"own"`` modules keep their own rates. Functional dropout, such
+        as that of attention weights in transformers, stays off.
+
+        Raises:
+            ValueError: fewer blocks than requested, a block whose branches are not modules, no dropout layer.
+        """
+        if layers == "own":
+            modules = student.trunk.modules() if isinstance(student.trunk, nn.Module) else ()
+            own = [module for module in modules if isinstance(module, nn.Dropout)]
+            active = tuple((site, module, module.p) for site, module in enumerate(own, 1) if module.p > 0)
+            if not active:
+                raise ValueError("layers: 'own' needs a student with dropout layers of p > 0, this one has none")
+            return cls(active, ())
+        blocks = student.blocks
+        checks.some_blocks(len(blocks))
+        count = len(blocks) if layers == "all" else layers
+        assert isinstance(count, int)
+        checks.enough_blocks("layers", count, len(blocks))
+        first = len(blocks) - count
+        of_blocks = [(i, branch) for i, branches in enumerate(student.branches) for branch in branches]
+        sites = ((number, branch, dropout) for number, (i, branch) in enumerate(of_blocks, 1) if i >= first)
+        return cls(tuple(sites), tuple(blocks[:first]))
 
 
 class TrunkDraws:
@@ -48,16 +87,14 @@ class TrunkDraws:
     def _skipping(self, before: tuple[nn.Module, ...]) -> bool:
         """Whether a stored output can replace the first blocks; False if a later block reads more of them than that."""
         ids = torch.arange(4, device=self._student.device)[None] % 4
-        sites, draws = self._sites, self._draws
+        trial = copy.copy(self)
+        trial._skipped, trial._sites, trial._draws = before, (), 1
         with self._student.scoring(), torch.inference_mode(False):
             expected = self._student.hidden(ids)
-            self._skipped, self._sites, self._draws = before, (), 1
             try:
-                found = self._hidden(ids, ids[:, 0])[0]
+                found = trial._hidden(ids, ids[:, 0])[0]
             except (RuntimeError, LookupError, TypeError, ValueError, AttributeError):
                 return False
-            finally:
-                self._skipped, self._sites, self._draws = (), sites, draws
         error = (found.double() - expected.double()).abs().max()
         return bool(error <= 16 * torch.finfo(expected.dtype).eps * expected.double().abs().max())
 
