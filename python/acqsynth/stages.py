@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from acqsynth import engines
+from acqsynth import engines, write
 from acqsynth.config import (
     DataConfig,
     EngineConfig,
@@ -29,8 +29,12 @@ from acqsynth.config import (
 )
 from acqsynth.domains import Domain, Sample, domain as find_domain
 from acqsynth.engines import Engine, Sampling
+from acqsynth.evaluate import evaluate, evaluate_by_likelihood
+from acqsynth.label import Labeller
 from acqsynth.preflight import validity_reward
 from acqsynth.report.metrics import IN_DISTRIBUTION
+from acqsynth.rewards.batch import Batch
+from acqsynth.rewards.fusion import fuse
 from acqsynth.seeds import load_source
 from acqsynth.steps import StepContext, StepError, read_json, read_rows, read_table, write_rows, write_table
 
@@ -165,8 +169,7 @@ def train_generator(
 
     ``candidates`` gives, for DPO, how the candidates of a prompt are sampled, and how many.
     """
-    from acqsynth import train, write
-    from acqsynth.callbacks import newest_checkpoint
+    from acqsynth import train
 
     reward = scoring.build()
     seeds = read_rows(scoring.seeds)
@@ -192,7 +195,7 @@ def train_generator(
             folder = Path(scoring.reward.refresh_from or output)
 
             def newer(step: int) -> None:
-                if (path := newest_checkpoint(folder, step)) is not None:
+                if (path := train.newest_checkpoint(folder, "config.json", before=step)) is not None:
                     context.say(f"step {step}: the reward scores with {path}")
                     reward.refresh(str(path))
 
@@ -215,8 +218,6 @@ def write_questions(context: StepContext, *, writing: Writing, mistakes: Path | 
 
     ``mistakes``: a student's answers to the held-out rows. Only rows it got wrong are shown, weak skills more often.
     """
-    from acqsynth import write
-
     pool = read_rows(writing.held_out)
     if mistakes is not None:
         pool = sample_mistakes(pool, read_table(mistakes)["right"], max(writing.n, writing.shown), writing.seed)
@@ -239,8 +240,6 @@ def select_questions(context: StepContext, *, writing: Writing, candidates: int,
     ``spent``: counts of a training run; instead of ``candidates`` per prompt, as many completions are drawn as training
     and writing used together.
     """
-    from acqsynth import write
-
     if spent is not None:
         candidates = max(2, math.ceil((read_json(spent)["completions"] + writing.n) / writing.n))
     reward, engine = writing.scoring.build(), _engine(writing.scoring.engine, writing.generator)
@@ -261,8 +260,6 @@ def select_questions(context: StepContext, *, writing: Writing, candidates: int,
 
 def _asked(writing: Writing, pool: Sequence[Sample]) -> list[Any]:
     """The prompts."""
-    from acqsynth import write
-
     shown = min(writing.shown, len(pool))
     domain = writing.scoring.find_domain()
     return write.prompts(domain, pool, writing.n, shown=shown, turns=writing.turns, seed=writing.seed)
@@ -340,8 +337,6 @@ def label_questions(
 
     ``model`` answers the questions, for the methods ``majority`` and ``teacher``.
     """
-    from acqsynth.label import Labeller
-
     own, asked = find_domain(domain), read_rows(samples)
     kept: list[Sample] = []
     agreement: list[float | None] = []
@@ -413,8 +408,6 @@ def answer_rows(
 
     ``sets``: name -> domain and rows.
     """
-    from acqsynth.evaluate import evaluate, evaluate_by_likelihood
-
     answering = _engine(engine, model)
     for name, (domain, path) in sets.items():
         own, gold = find_domain(domain), read_rows(path)
@@ -465,7 +458,6 @@ def measure_validity(
     """Writes ``batches.json``: for each small batch of real rows its skill, each signal's mean, and the accuracy gained
     by a separate student that learnt it. A batch has rows of one skill if the rows have skills."""
     from acqsynth import train
-    from acqsynth.evaluate import evaluate
 
     domain, gold = find_domain(scoring.domain), read_rows(scoring.evaluation)
     reward = replace(scoring, reward=validity_reward(scoring.reward, validity)).build()
@@ -520,16 +512,12 @@ def _sampling(config: SamplingConfig, n: int, seed: int) -> Sampling:
 
 def _values(reward: Any, samples: Sequence[Sample]) -> dict[str, list[float | None]]:
     """Each signal's values of the samples; signals share intermediate results."""
-    from acqsynth.rewards.batch import Batch
-
     batch = Batch(samples)
     return {signal.name: list(signal(batch)) for signal in reward.signals}
 
 
 def _fused(columns: Mapping[str, Sequence[float | None]], reward: Any) -> list[float | None]:
     """Fuses the signals' values of samples like the reward, as one group."""
-    from acqsynth.rewards.fusion import fuse
-
     n = len(next(iter(columns.values())))
     return fuse(columns, [0] * n, reward.fusion, reward.weights)
 
