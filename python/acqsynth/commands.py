@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -58,9 +57,8 @@ def run(plan: Plan, steps: Sequence[Step]) -> None:
     Raises:
         StepError: a step cannot finish, or another run is using the folder.
     """
-    console = Console(
-        file=sys.stdout, highlight=False, soft_wrap=True
-    )  # bound now: stdout is redirected to the log below
+    # Bound to the terminal now: stdout is redirected to the log below.
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     output = Path(plan.config.output)
     with console.status("") if console.is_terminal else contextlib.nullcontext() as spinner:
 
@@ -139,15 +137,10 @@ def _quiet(log: Path) -> Iterator[None]:
         root.addHandler(handler)
         transformers_logging.disable_default_handler()  # it holds the stderr of import time
         transformers_logging.enable_propagation()
-        shown = warnings.showwarning
-        warnings.showwarning = lambda message, category, filename, lineno, *rest: print(
-            warnings.formatwarning(message, category, filename, lineno), file=file
-        )
         try:
             with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
                 yield
         finally:
-            warnings.showwarning = shown
             transformers_logging.disable_propagation()
             transformers_logging.enable_default_handler()
             root.removeHandler(handler)

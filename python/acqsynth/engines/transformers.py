@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import acqcore
@@ -121,11 +122,9 @@ class TransformersEngine(Engine):
 
     def _padded(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids ``[m, T]``, padded on the right, and the mask of real tokens."""
-        tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-        there = torch.zeros_like(tokens, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = torch.tensor(row)
-            there[i, : len(row)] = True
+        ids = [torch.tensor(row) for row in rows]
+        tokens = pad_sequence(ids, batch_first=True)
+        there = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in ids], batch_first=True)
         return tokens.to(self.model.device), there.to(self.model.device)
 
     def _continued(self, prompt: list[int]) -> Callable[[tuple[torch.Tensor, torch.Tensor]], list[float]]:
@@ -174,12 +173,9 @@ class TransformersEngine(Engine):
         pad = self.tokenizer.pad_token_id
         if pad is None:
             pad = eos[0] if eos else 0  # masked, so any token will do
-        longest = max(map(len, rows))
-        tokens = torch.full((len(rows), longest), pad)
-        mask = torch.zeros_like(tokens)
-        for i, row in enumerate(rows):
-            tokens[i, longest - len(row) :] = torch.tensor(row)
-            mask[i, longest - len(row) :] = 1
+        ids = [torch.tensor(row) for row in rows]
+        tokens = pad_sequence(ids, batch_first=True, padding_value=pad, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side="left")
         kept = _Logprobs() if sampling.top2 else None
         output = self.model.generate(
             input_ids=tokens.to(self.model.device),
@@ -199,7 +195,7 @@ class TransformersEngine(Engine):
                 use_cache=True,
             ),
         )
-        drawn = output[:, longest:].tolist()
+        drawn = output[:, tokens.shape[1] :].tolist()
         if kept is None:
             return [completion(self.tokenizer, row, eos) for row in drawn]
         top2, own = kept.table(output)
