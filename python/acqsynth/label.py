@@ -88,7 +88,7 @@ class Labeller:
         for name in config.options:
             if name != "max_tokens":
                 raise ValueError(f"options: unknown {name!r}, expected max_tokens")
-        Sampling(n=config.k, temperature=config.temperature, max_tokens=config.options.get("max_tokens", 1))
+        Sampling(max_tokens=config.options.get("max_tokens", 1))
         self.options: dict[str, Any] = {
             "k": config.k,
             "temperature": config.temperature,

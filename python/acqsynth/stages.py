@@ -10,8 +10,9 @@ import math
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,7 +30,7 @@ from acqsynth.config import (
 )
 from acqsynth.domains import Domain, Sample, domain as find_domain
 from acqsynth.engines import Engine, Sampling
-from acqsynth.evaluate import evaluate, evaluate_by_likelihood
+from acqsynth.evaluate import Evaluation, evaluate, evaluate_by_likelihood
 from acqsynth.label import Labeller
 from acqsynth.preflight import validity_reward
 from acqsynth.report.metrics import IN_DISTRIBUTION
@@ -122,15 +123,15 @@ def collect_rows(
     sizes = {f"evaluation-{name}": {"rows": len(found), "left_out": 0} for name, found in tests.items()}
     for name, found in tests.items():
         write_rows(context.folder / f"evaluation-{name}.parquet", found)
-    known = {_plain(sample.question) for found in tests.values() for sample in found}
+    known = {write.plain(sample.question) for found in tests.values() for sample in found}
     seeds = load("data.seeds", data.seeds)
-    shown = {_plain(sample.question) for sample in seeds}
+    shown = {write.plain(sample.question) for sample in seeds}
     pools = [("seeds", None, known), ("held_out", data.held_out, known), ("real", data.real, known)]
     if data.reference is not None:
         pools.append(("reference", data.reference, known | shown))
     for name, source, taken in pools:
         loaded = seeds if source is None else load(f"data.{name}", source)
-        pool = [sample for sample in loaded if _plain(sample.question) not in taken]
+        pool = [sample for sample in loaded if write.plain(sample.question) not in taken]
         others_of = "the seeds or an evaluation set" if name == "reference" else "an evaluation set"
         if not pool:
             raise StepError(f"data.{name}: every row is also in {others_of}")
@@ -143,10 +144,6 @@ def collect_rows(
         sizes["replay"] = {"rows": len(again), "left_out": 0}
         write_rows(context.folder / "replay.parquet", again)
     context.write("rows.json", sizes)
-
-
-def _plain(question: str) -> str:
-    return " ".join(question.lower().split())
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
@@ -411,21 +408,13 @@ def answer_rows(
     answering = _engine(engine, model)
     for name, (domain, path) in sets.items():
         own, gold = find_domain(domain), read_rows(path)
-
-        def answer(start: int, some: Sequence[Sample], own: Domain = own) -> dict[str, list[Any]]:
-            return asdict(evaluate(answering, own, some, max_tokens=max_tokens, seed=seed))
-
-        columns = _joined(context.chunks(f"answers-{name}", gold, 2 * CHUNK, answer))
+        answer = partial(evaluate, answering, own, max_tokens=max_tokens, seed=seed)
+        columns = _evaluated(context, f"answers-{name}", gold, answer)
         likely: dict[str, list[Any]] = {}
         if likelihood:
             labels = list(dict.fromkeys(sample.answer for sample in gold))
-
-            def choose(
-                start: int, some: Sequence[Sample], own: Domain = own, labels: Sequence[str] = labels
-            ) -> dict[str, list[Any]]:
-                return asdict(evaluate_by_likelihood(answering, own, some, labels))
-
-            chosen = _joined(context.chunks(f"likelihood-{name}", gold, 2 * CHUNK, choose))
+            choose = partial(evaluate_by_likelihood, answering, own, labels=labels)
+            chosen = _evaluated(context, f"likelihood-{name}", gold, choose)
             likely = {"likeliest": chosen["answers"], "likeliest_right": chosen["right"]}
             written, best = fmean(columns["right"]), fmean(chosen["right"])
             context.say(f"{name}: {written:.1%} right as written, {best:.1%} by the likeliest of {len(labels)} labels")
@@ -441,6 +430,13 @@ def answer_rows(
                 **likely,
             },
         )
+
+
+def _evaluated(
+    context: StepContext, name: str, gold: Sequence[Sample], answer: Callable[[Sequence[Sample]], Evaluation]
+) -> dict[str, list[Any]]:
+    """The columns of an :class:`Evaluation` of all rows."""
+    return _joined(context.chunks(name, gold, 2 * CHUNK, lambda start, some: asdict(answer(some))))
 
 
 def measure_validity(
