@@ -89,16 +89,15 @@ def dry_run(plan: Plan, steps: Sequence[Step]) -> None:
     for step, reason in reasons.items():
         state = f"runs: {reason}" if reason else "is done; nothing it reads has changed"
         console.print(Text(f"{step!s:{width}}  {state}"))
-    console.print(
-        f"{sum(r is not None for r in reasons.values())} of {len(reasons)} steps would run in {store.output}."
-    )
+    count = sum(reason is not None for reason in reasons.values())
+    console.print(f"{count} of {len(reasons)} steps would run in {store.output}.")
 
 
 def print_help_config() -> None:
     """Prints every key of a recipe with its type, default and meaning."""
     console = Console(highlight=False)
     for key, expected, default, doc in config.documented():
-        given = f", {default} by default" if default not in ("", "required") else f"{', required' * bool(default)}"
+        given = {"": "", "required": ", required"}.get(default, f", {default} by default")
         console.print(Text.assemble((key, "bold"), f"  {expected}{given}\n    {doc}"))
     console.print(f"\nRecipes in the package: {', '.join(config.recipes())}.")
 

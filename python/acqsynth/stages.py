@@ -63,7 +63,6 @@ class Scoring:
         return find_domain(self.domain).with_seeds(read_rows(self.seeds))
 
     def build(self) -> Any:
-        """Builds the reward."""
         from acqsynth.rewards.build import build
 
         return build(
@@ -256,7 +255,6 @@ def select_questions(context: StepContext, *, writing: Writing, candidates: int,
 
 
 def _asked(writing: Writing, pool: Sequence[Sample]) -> list[Any]:
-    """The prompts."""
     shown = min(writing.shown, len(pool))
     domain = writing.scoring.find_domain()
     return write.prompts(domain, pool, writing.n, shown=shown, turns=writing.turns, seed=writing.seed)
@@ -272,7 +270,6 @@ def filter_rows(context: StepContext, *, scoring: Scoring, real: Path, n: int) -
     """Writes ``samples.parquet``: the n real rows that the reward's signals rank first, fused over the whole pool as
     one group. Gates are skipped, as the rows are real."""
     pool, reward = read_rows(real), scoring.build()
-
     columns = _joined(context.chunks("scores", pool, 4 * CHUNK, lambda start, some: _values(reward, some)))
     totals = _fused(columns, reward)
     order = [i for _, i in sorted((-total, i) for i, total in enumerate(totals) if total is not None)[:n]]

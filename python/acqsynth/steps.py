@@ -379,11 +379,7 @@ def load_state(path: Path) -> Any:
 
 
 def write_rows(path: Path, samples: Sequence[Sample], columns: Mapping[str, Sequence[Any]] | None = None) -> None:
-    """Writes samples, one per row, and further columns; ``extra`` is stored as JSON.
-
-    Raises:
-        ValueError: a column has a different length. OSError: the file cannot be written.
-    """
+    """Writes samples, one per row, and further columns; ``extra`` is stored as JSON."""
     table: dict[str, Sequence[Any]] = {
         name: [getattr(sample, name) for sample in samples] for name in ("question", "reasoning", "answer")
     }
@@ -401,11 +397,7 @@ def read_rows(path: Path) -> list[Sample]:
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Writes columns of equal length.
-
-    Raises:
-        ValueError: columns differ in length. OSError: the file cannot be written.
-    """
+    """Writes columns of equal length."""
     pyarrow.parquet.write_table(pyarrow.table({name: list(values) for name, values in columns.items()}), path)
 
 
